@@ -1,0 +1,53 @@
+# Everything starts here: each target does all of its own set-up.
+#   PYTHON=python3.12   the interpreter behind a new .venv (>= 3.10; default: the first that fits)
+#   EXTRAS=dev          extras of pyproject.toml to install; without `ffcv` no system library is needed
+#   PYTEST="-x -k loss" more options for pytest
+PYTHON ?=
+EXTRAS ?= ffcv,dev
+PYTEST ?=
+BENCH ?= $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py))
+
+# More threads than cores, or one a core on a large machine, slow small models down.
+OMP_NUM_THREADS ?= 2
+export OMP_NUM_THREADS
+
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow test-gpu bench lint format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+install:  ## system libraries where missing, .venv, this package; seconds when nothing is to do
+	@PYTHON='$(PYTHON)' EXTRAS='$(EXTRAS)' tools/install.sh
+
+demo: install  ## Fashion-MNIST: convert, pretrain control and Bernoulli model, evaluate, report
+	@tools/install.sh fashion-mnist
+	@$(BIN)/lvssl demo --out runs/demo
+
+test: install  ## the tests that need no device and no patience
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PYTEST)
+
+test-slow: install  ## the slow tests
+	@$(BIN)/python -m pytest -q -m "slow and not gpu" $(PYTEST)
+
+test-gpu: install  ## the tests that need a CUDA device
+	@$(BIN)/python -m pytest -q -m gpu $(PYTEST)
+
+bench: EXTRAS := ffcv,dev,bench
+bench: install  ## every script of benchmarks/, or BENCH="name name"
+	@for name in $(BENCH); do echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+lint: install  ## ruff (rules and format) and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: install  ## let ruff put the code in form
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:  ## remove caches and build products; .venv, data/ and runs/ stay
+	@rm -rf build dist lvssl.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +

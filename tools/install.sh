@@ -1,0 +1,178 @@
+#!/usr/bin/env bash
+# tools/install.sh                 what `make install` does: system libraries where missing, .venv, this
+#                                  package in it. Repeatable; seconds when nothing is to do.
+# tools/install.sh fashion-mnist   the demo's data set from the distribution, if it can be had; never fails.
+#
+# PYTHON   interpreter behind a new .venv; default: the .venv's own, else the first python3 >= 3.10
+# EXTRAS   extras of pyproject.toml, default ffcv,dev; without ffcv no system library is needed
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+LOG=.cache/install.log
+STAMP=.venv/installed
+extras=${EXTRAS:-ffcv,dev}
+
+say() { printf '%s\n' "$*"; }
+die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+logged() {  # a command with its output in the log; on failure the log's tail is shown
+    "$@" >>"$LOG" 2>&1 </dev/null || { tail -n 25 "$LOG" >&2; return 1; }
+}
+
+as_root() {  # root as it is; else sudo, which may ask for a password only where somebody can type one
+    if [ "$(id -u)" = 0 ]; then "$@"
+    elif sudo -n true 2>/dev/null; then sudo -n "$@"
+    elif [ -t 0 ] && [ -t 2 ] && command -v sudo >/dev/null; then sudo -v && sudo -n "$@"
+    else return 1; fi
+}
+
+apt() {  # apt-get that asks nothing and waits for another apt-get to end
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 "$@"
+}
+
+# ---- Python
+
+fits() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+
+find_python() {
+    local candidate
+    if [ -n "${PYTHON:-}" ]; then
+        fits "$PYTHON" || die "PYTHON=$PYTHON is no Python >= 3.10"
+        echo "$PYTHON"; return
+    fi
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
+        if fits "$candidate"; then echo "$candidate"; return; fi
+    done
+}
+
+has_venv() { "$1" -c 'import ensurepip, venv' 2>/dev/null; }
+has_headers() {
+    "$1" -c 'import os, sysconfig as s, sys; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))'
+}
+
+# ---- System packages: what is asked for is what is really absent, not what dpkg doesn't list
+
+wants_ffcv() { case ",$extras," in *,ffcv,*) true ;; *) false ;; esac; }
+
+missing_packages() {  # of the interpreter $1, which may be empty
+    local python=$1 version=3
+    if [ -z "$python" ]; then
+        echo python3 python3-venv
+    else
+        # Debian's packages for one version (python3.12-venv) suit the default interpreter too.
+        version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+        has_venv "$python" || echo "python$version-venv"
+    fi
+    wants_ffcv || return 0
+    if [ -z "$python" ] || ! has_headers "$python"; then echo "python$version-dev"; fi
+    command -v g++ >/dev/null || echo g++
+    command -v pkg-config >/dev/null || echo pkg-config
+    pkg-config --exists libturbojpeg 2>/dev/null || echo libturbojpeg0-dev
+    pkg-config --exists opencv4 2>/dev/null || echo libopencv-dev
+}
+
+install_system() {
+    local packages command
+    packages=$(missing_packages "$(find_python)" | xargs)
+    [ -n "$packages" ] || return 0
+    command="apt-get update && apt-get install -y --no-install-recommends $packages"
+    command -v apt-get >/dev/null ||
+        die "missing: $packages (names as on Debian); install their like with this system's package manager, then repeat"
+    say "system packages: $packages"
+    as_root true || die "needs root, and sudo isn't to be had without a password; as root: $command"
+    # A stale or half-reachable list matters only if the installation then fails.
+    logged apt update || true
+    # shellcheck disable=SC2086
+    logged apt install --no-install-recommends $packages || die "apt-get failed (see $LOG); as root: $command"
+    packages=$(missing_packages "$(find_python)" | xargs)
+    [ -z "$packages" ] || die "still missing after apt-get: $packages (see $LOG)"
+}
+
+# ---- The virtual environment
+
+venv_version() { .venv/bin/python -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null; }
+
+state() {  # what the environment was made from: any change means another `pip install`
+    echo "$(sha256sum <pyproject.toml | cut -c-16) python $(venv_version) at $PWD"
+}
+
+works() {  # pieces present, FFCV's compiled part loads; imports nothing heavy
+    .venv/bin/python - "$extras" <<'PY' 2>/dev/null
+import ctypes, glob, importlib.metadata as metadata, sys
+for name in ("lvssl", "torch", "torchvision", "numba", "tyro"):
+    metadata.version(name)
+if "ffcv" in sys.argv[1].split(","):
+    metadata.version("ffcv")
+    import sysconfig
+    (library,) = glob.glob(sysconfig.get_path("platlib") + "/ffcv/_libffcv*.so")
+    ctypes.CDLL(library)
+PY
+}
+
+up_to_date() {
+    local extra installed
+    [ -f "$STAMP" ] && [ -x .venv/bin/lvssl ] || return 1
+    [ "$(sed -n 1p "$STAMP")" = "$(state)" ] || return 1
+    installed=",$(sed -n 2p "$STAMP"),"
+    for extra in ${extras//,/ }; do
+        case $installed in *",$extra,"*) ;; *) return 1 ;; esac
+    done
+    if [ -n "${PYTHON:-}" ]; then
+        [ "$("$PYTHON" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])')" = "$(venv_version)" ] || return 1
+    fi
+    works
+}
+
+make_venv() {
+    local python
+    python=$(find_python)
+    if [ -n "$(venv_version || true)" ] && .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        # An environment that works is kept, unless another interpreter was asked for or the folder was moved.
+        if { [ -z "${PYTHON:-}" ] || [ "$("$python" -V)" = "$(.venv/bin/python -V)" ]; } &&
+            head -n 1 .venv/bin/pip | grep -qF "$PWD/.venv/"; then return; fi
+    fi
+    say "virtual environment: .venv, $("$python" -V)"
+    logged "$python" -m venv --clear .venv || die "$python -m venv failed (see $LOG)"
+}
+
+install_packages() {
+    rm -f "$STAMP"
+    say "Python packages: pip install -e .[$extras] (the first time torch alone is 3 GB: minutes; log in $LOG)"
+    # Old pips build source packages without isolation, in whatever the environment holds.
+    logged .venv/bin/python -m pip install "pip>=24" "setuptools>=77" wheel ||
+        die "pip failed (see $LOG)"
+    logged .venv/bin/python -m pip install -e ".[$extras]" || die "pip failed (see $LOG)"
+    works || die "installed, but a piece doesn't load: .venv/bin/lvssl doctor says which"
+    printf '%s\n%s\n' "$(state)" "$extras" >"$STAMP.part"
+    mv "$STAMP.part" "$STAMP"
+}
+
+install() {
+    mkdir -p .cache
+    # Two makes at once share one environment: the second waits, then finds nothing to do.
+    exec 9>.cache/install.lock
+    flock 9
+    if up_to_date; then say ".venv is up to date"; return; fi
+    : >"$LOG"
+    if [ -f "$STAMP" ]; then  # extras once asked for stay
+        extras=$(printf '%s\n' ${extras//,/ } $(sed -n 2p "$STAMP" | tr , ' ') | sort -u | paste -sd,)
+    fi
+    install_system
+    make_venv
+    install_packages
+    say "installed in ${SECONDS} s"
+}
+
+fashion_mnist() {
+    mkdir -p .cache
+    if [ -d /usr/share/datasets/fashion-mnist ] || ! command -v apt-get >/dev/null; then return; fi
+    [ "$(id -u)" = 0 ] || sudo -n true 2>/dev/null || return 0  # not worth a password: the demo can download it
+    { apt -o Acquire::http::Timeout=20 update && apt install --no-install-recommends dataset-fashion-mnist; } \
+        >>"$LOG" 2>&1 </dev/null || true
+}
+
+case ${1:-install} in
+    install) install ;;
+    fashion-mnist) fashion_mnist ;;
+    *) die "usage: tools/install.sh [fashion-mnist]" ;;
+esac
