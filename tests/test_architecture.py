@@ -1,0 +1,138 @@
+"""Imports go one way: the floors of the architecture, held against the import statements of every module."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+FLOOR_1 = ("pipelines", "lvssl.latents", "lvssl.losses", "lvssl.codes", "lvssl.config")
+FLOOR_2 = ("lvssl.models",)
+FLOOR_3 = ("lvssl.training",)
+FLOOR_4 = ("lvssl.evaluation", "lvssl.report")
+FLOOR_5 = ("lvssl.cli", "lvssl.demo", "lvssl.doctor")
+
+# Each room and the rooms it may rest on. A room that is not named here is refused: give it a floor first.
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "pipelines": (),
+    "lvssl": (),  # lvssl/__init__.py: importing one room must not load another
+    "lvssl.latents": (),
+    "lvssl.losses": (),
+    "lvssl.codes": (),
+    "lvssl.config": ("pipelines",),
+    "lvssl.models": FLOOR_1,
+    "tools": ("pipelines",),
+    "slurm": FLOOR_1,
+    "lvssl.training": FLOOR_1 + FLOOR_2,
+    "lvssl.evaluation": FLOOR_1 + FLOOR_2 + FLOOR_3,
+    "lvssl.report": FLOOR_1 + FLOOR_2 + FLOOR_3,
+    "lvssl.demo": FLOOR_1 + FLOOR_2 + FLOOR_3 + FLOOR_4 + FLOOR_5,
+    "lvssl.doctor": FLOOR_1 + FLOOR_2 + FLOOR_3 + FLOOR_4 + FLOOR_5,
+    "lvssl.cli": FLOOR_1 + FLOOR_2 + FLOOR_3 + FLOOR_4 + FLOOR_5 + ("slurm",),
+}
+# `benchmarks` may import everything, and nothing may import it.
+OURS = ("pipelines", "lvssl", "tools", "slurm", "benchmarks")
+
+
+def room(module: str) -> str:
+    """lvssl.models.resnet -> lvssl.models; pipelines.loader -> pipelines; lvssl.__version__ -> lvssl."""
+    top, _, rest = module.partition(".")
+    name = rest.partition(".")[0]
+    return f"lvssl.{name}" if top == "lvssl" and name and not name.startswith("__") else top
+
+
+def imported(tree: ast.Module, package: str) -> list[tuple[int, str]]:
+    """(line, module) of every import statement, also inside functions; package resolves relative ones."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                base = ".".join(parents[: len(parents) - node.level + 1] + ([base] if base else []))
+            # `from lvssl import training` names the room after `import`, not before it.
+            names = [f"{base}.{alias.name}" for alias in node.names] if base == "lvssl" else [base]
+            found += [(node.lineno, name) for name in names]
+    return found
+
+
+def violations(root: Path) -> list[str]:
+    """One line for each import against the rules among the packages under root, with file and line."""
+    wrong = []
+    for package in OURS[:-1]:
+        for file in sorted((root / package).rglob("*.py")):
+            parts = file.relative_to(root).with_suffix("").parts
+            is_package = parts[-1] == "__init__"
+            module = ".".join(parts[:-1] if is_package else parts)
+            here = room(module)
+            where = file.relative_to(root)
+            if here not in MAY_IMPORT:
+                wrong.append(f"{where}: {here} has no floor")
+                continue
+            tree = ast.parse(file.read_text(), filename=str(file))
+            for line, target in imported(tree, module if is_package else module.rpartition(".")[0]):
+                there = room(target)
+                if there.split(".")[0] not in OURS or there == here or there in MAY_IMPORT[here]:
+                    continue
+                if there == "lvssl" and package in ("lvssl", "slurm"):
+                    continue  # the bare package, for its version
+                wrong.append(f"{where}:{line}: {here} imports {there}")
+    return sorted(set(wrong))
+
+
+def test_imports_go_one_way():
+    assert violations(ROOT) == []
+
+
+def plant(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_forbidden_imports_are_reported(tmp_path):
+    plant(
+        tmp_path,
+        {
+            "pipelines/loader.py": "import torch\nfrom lvssl.config import Settings\n",
+            "lvssl/losses/ntxent.py": "from pipelines.errors import InputError\n",
+            "lvssl/codes/pack.py": "def pack():\n    from ..latents import bernoulli\n",
+            "lvssl/models/net.py": "from lvssl import training, latents\n",
+            "lvssl/report/page.py": "import lvssl.evaluation.probe as probe\n",
+            "lvssl/training/pretrain.py": "from slurm.stages import submit\n",
+            "slurm/stages.py": "import lvssl.cli\n",
+            "lvssl/oddments.py": "",
+            "tools/convert.py": "import benchmarks.loader\nfrom lvssl import __version__\n",
+        },
+    )
+    assert violations(tmp_path) == [
+        "lvssl/codes/pack.py:2: lvssl.codes imports lvssl.latents",
+        "lvssl/losses/ntxent.py:1: lvssl.losses imports pipelines",
+        "lvssl/models/net.py:1: lvssl.models imports lvssl.training",
+        "lvssl/oddments.py: lvssl.oddments has no floor",
+        "lvssl/report/page.py:1: lvssl.report imports lvssl.evaluation",
+        "lvssl/training/pretrain.py:1: lvssl.training imports slurm",
+        "pipelines/loader.py:2: pipelines imports lvssl.config",
+        "slurm/stages.py:1: slurm imports lvssl.cli",
+        "tools/convert.py:1: tools imports benchmarks",
+        "tools/convert.py:2: tools imports lvssl",
+    ]
+
+
+def test_allowed_imports_are_not(tmp_path):
+    plant(
+        tmp_path,
+        {
+            "lvssl/__init__.py": '__version__ = "0"\n',
+            "lvssl/cli.py": "import slurm.stages\nfrom . import demo\nfrom .training import pretrain\n",
+            "lvssl/latents/__init__.py": "from .gaussian import Gaussian\nimport lvssl.latents.bernoulli\n",
+            "lvssl/config.py": "from pipelines.views import View\n",
+            "lvssl/training/pretrain.py": "from lvssl import __version__\nfrom ..losses import ntxent\n",
+            "slurm/stages.py": "from lvssl.config import Settings\n",
+            "benchmarks/loader.py": "import lvssl.cli, tools, slurm\n",
+        },
+    )
+    assert violations(tmp_path) == []
