@@ -1,0 +1,216 @@
+"""Every setting of a run: the one place where a setting has a name, and where an impossible one is refused."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import InputError
+from pipelines.views import ViewSettings
+
+BACKBONES = ("tiny", "small", "resnet18", "resnet50")
+FAMILIES = ("none", "gaussian", "bernoulli")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    backbone: str = "resnet50"
+    """tiny (78 k parameters), small (1.2 M, for two CPU cores), resnet18, resnet50."""
+    hidden: int = 1024
+    """Width of the projector's hidden layer."""
+    projection: int = 128
+    """Length of the vectors that NT-Xent compares."""
+
+
+@dataclass(frozen=True)
+class LatentSettings:
+    family: str = "bernoulli"
+    """none (plain SimCLR, the control), gaussian, bernoulli."""
+    dim: int = 0
+    """Latent dimensions, for `bernoulli` the bits of the code; 0: one for each feature of the backbone."""
+    sharpness: float = 4.0
+    """How far the posterior starts from its prior: spread of the logits, or 1 / s of a Gaussian."""
+    samples: int = 4
+    """Samples a step (K), averaged before the projector."""
+    beta: float = 0.0
+    """Weight of the rate (KL in nats)."""
+    beta_warmup: float = 0.1
+    """Share of the steps over which beta climbs linearly from 0."""
+    free_nats: float = 0.0
+    """KL up to which an image's rate costs nothing."""
+    decorrelation: float = 0.02
+    """Weight of the hard bits' squared covariances (bernoulli; for none: of the features' sign bits, if > 0)."""
+    clean: float = 0.5
+    """Share of NT-Xent that is computed on h through a projector of its own, beside the sampled path."""
+
+
+@dataclass(frozen=True)
+class OptimiserSettings:
+    lr: float = 2e-3
+    """Peak learning rate of AdamW; linear warm-up, then cosine to 0."""
+    weight_decay: float = 1e-4
+    """On weights of linear and convolutional layers alone, never on biases and normalisation."""
+    warmup_epochs: float = 1.0
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """Pretrain an encoder on a converted data set."""
+
+    data: Path = Path("train.beton")
+    """The training images, made by `convert-beton`. Labels are used by the online probes alone."""
+    out: Path = Path("runs/pretrain")
+    """The run's folder; must not exist, unless with --resume."""
+    epochs: int = 100
+    batch_size: int = 256
+    """Images a step; NT-Xent compares twice as many vectors."""
+    temperature: float = 0.1
+    """Of NT-Xent."""
+    seed: int = 0
+    """Of weights, order, augmentation and latent noise."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    latent: LatentSettings = field(default_factory=LatentSettings)
+    optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
+    view: ViewSettings = field(default_factory=ViewSettings)
+    workers: int = 2
+    """Threads that decode and augment."""
+    threads: int = 0
+    """Threads of torch on a CPU; 0: all cores."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda, cuda:1 ..."""
+    checkpoint_minutes: float = 10.0
+    """A checkpoint is written at least this often, and at the end of each epoch and of the run."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    preset: str = ""
+    """The preset these settings started from."""
+
+    def validate(self) -> None:
+        """Raise InputError naming the first impossible value. Touches no file."""
+        choice("backbone", self.model.backbone, BACKBONES)
+        choice("family", self.latent.family, FAMILIES)
+        for name in ("epochs", "batch_size", "workers", "log_every"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2, for there to be negatives")
+        require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
+        require(self.threads >= 0, "threads", self.threads, "at least 0")
+        require(self.checkpoint_minutes > 0, "checkpoint_minutes", self.checkpoint_minutes, "above 0")
+        model, latent, optimiser = self.model, self.latent, self.optimiser
+        require(model.hidden >= 1, "hidden", model.hidden, "at least 1")
+        require(model.projection >= 2, "projection", model.projection, "at least 2")
+        require(latent.dim >= 0, "dim", latent.dim, "at least 0")
+        if latent.family == "none":
+            require(latent.dim == 0, "dim", latent.dim, "0 for family none, which has no latent")
+        require(latent.sharpness > 0, "sharpness", latent.sharpness, "above 0")
+        require(latent.samples >= 1, "samples", latent.samples, "at least 1")
+        for name in ("beta", "free_nats", "decorrelation"):
+            require(getattr(latent, name) >= 0, name, getattr(latent, name), "at least 0")
+        require(0 <= latent.beta_warmup <= 1, "beta_warmup", latent.beta_warmup, "in [0, 1]")
+        require(0 <= latent.clean < 1, "clean", latent.clean, "in [0, 1)")
+        require(optimiser.lr > 0, "lr", optimiser.lr, "above 0")
+        require(optimiser.weight_decay >= 0, "weight_decay", optimiser.weight_decay, "at least 0")
+        require(optimiser.warmup_epochs >= 0, "warmup_epochs", optimiser.warmup_epochs, "at least 0")
+        self.view.validate()
+
+
+def require(ok: bool, name: str, value: object, wanted: str) -> None:
+    """Raise InputError unless `ok` (NaN never is)."""
+    if not ok:
+        raise InputError(f"--{name.replace('_', '-')} must be {wanted}, got {value}")
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"unknown {name} {value!r}; known: {', '.join(allowed)}")
+
+
+GREY_IMAGES = {"mean": (0.286, 0.286, 0.286), "std": (0.353, 0.353, 0.353)}
+SMALL_VIEW = ViewSettings(resolution=32, scale=(0.2, 1.0), blur=0.0, evaluation_crop=1.0)
+
+PRESETS: dict[str, PretrainSettings] = {
+    # 8x8 greyscale: no colour to jitter beyond brightness and contrast, and a mirrored digit is no digit.
+    "digits": PretrainSettings(
+        epochs=40,
+        batch_size=128,
+        temperature=0.2,
+        model=ModelSettings(backbone="tiny", hidden=64, projection=64),
+        view=ViewSettings(
+            resolution=8, scale=(0.4, 1.0), flip=0.0, brightness=0.4, contrast=0.4, saturation=0.0, hue=0.0,
+            grey=0.0, blur=0.0, mean=(0.3, 0.3, 0.3), std=(0.37, 0.37, 0.37), evaluation_crop=1.0,
+        ),
+    ),
+    "fashion-mnist": PretrainSettings(
+        epochs=8,
+        temperature=0.2,
+        model=ModelSettings(backbone="small", hidden=256),
+        view=dataclasses.replace(
+            SMALL_VIEW, resolution=28, brightness=0.4, contrast=0.4, saturation=0.0, hue=0.0, grey=0.0,
+            **GREY_IMAGES,
+        ),
+    ),
+    "cifar10-small": PretrainSettings(
+        epochs=8,
+        temperature=0.2,
+        model=ModelSettings(backbone="small", hidden=256),
+        view=dataclasses.replace(
+            SMALL_VIEW, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1,
+            mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262),
+        ),
+    ),
+}  # fmt: skip
+PRESETS["cifar10-r18"] = dataclasses.replace(
+    PRESETS["cifar10-small"], epochs=200, model=ModelSettings(backbone="resnet18", hidden=512)
+)
+PRESETS["folder-r50"] = PretrainSettings()  # 224 px, the published augmentation
+PRESETS = {name: dataclasses.replace(settings, preset=name) for name, settings in PRESETS.items()}
+
+
+def preset(name: str) -> PretrainSettings:
+    """The preset of that name; InputError lists the known ones."""
+    choice("preset", name, tuple(PRESETS))
+    return PRESETS[name]
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Settings as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+
+
+def from_dict(kind: Any, values: dict[str, Any], where: str = "config") -> Any:
+    """Settings from JSON values; an unknown name is refused by name."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise InputError(f"{where}: unknown setting {unknown[0]!r} (written by another version?)")
+    made = {}
+    for name, value in values.items():
+        kind_of = fields[name].type
+        if dataclasses.is_dataclass(kind_of):
+            value = from_dict(kind_of, value, f"{where}.{name}")
+        elif kind_of is Path:
+            value = Path(value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        made[name] = value
+    return kind(**made)
+
+
+def difference(a: Any, b: Any, ignore: tuple[str, ...] = ()) -> str | None:
+    """The first setting that differs, as "name: x -> y", or None."""
+    flat_a, flat_b = _flat(to_dict(a)), _flat(to_dict(b))
+    for name in flat_a:
+        if name not in ignore and flat_a[name] != flat_b.get(name):
+            return f"{name}: {flat_a[name]} -> {flat_b.get(name)}"
+    return None
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat

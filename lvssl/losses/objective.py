@@ -1,0 +1,24 @@
+"""The parts of the training objective beside NT-Xent: the rate, its weight, and decorrelated bits."""
+
+from torch import Tensor
+
+
+def rate(kl: Tensor, free_nats: float = 0.0) -> Tensor:
+    """mean_b max(KL_b, free_nats) over all views' posteriors, a scalar in nats.
+
+    With the views' KL concatenated ([2B]) this is 1/2 sum_v mean_b max(KL_vb, free).
+    """
+    return kl.clamp(min=free_nats).mean()
+
+
+def beta_at(step: int, steps: int, beta: float, warmup: float = 0.1) -> float:
+    """beta(t): linear from 0 to beta over the first `warmup` share of the steps, then constant."""
+    return beta if warmup <= 0 else beta * min(1.0, step / (warmup * steps))
+
+
+def decorrelation(bits: Tensor) -> Tensor:
+    """1/D sum_{i != j} C_ij^2, C the covariance over the batch of the bits as +-1 ([N, D], differentiable)."""
+    centred = bits.float() - bits.float().mean(dim=0)
+    covariance = centred.T @ centred / len(bits)
+    diagonal = covariance.diagonal()
+    return (covariance.square().sum() - diagonal.square().sum()) / bits.shape[1]

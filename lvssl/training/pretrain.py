@@ -1,0 +1,271 @@
+"""Pretraining: from a converted data set to a run folder."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lvssl.config import LatentSettings, PretrainSettings
+from lvssl.latents.bernoulli import Bernoulli
+from lvssl.latents.deterministic import Deterministic
+from lvssl.losses.ntxent import ntxent
+from lvssl.losses.objective import beta_at, decorrelation, rate
+from lvssl.models.network import LVNet, Outputs
+from lvssl.training import checkpoint
+from lvssl.training.optimiser import build_optimiser, learning_rate
+from lvssl.training.progress import Metrics, Progress
+from lvssl.training.run import create_run
+from pipelines.errors import InputError
+from pipelines.loader import TwoViewLoader, ViewBatch, evaluation_batches
+from pipelines.sources import Source, open_source
+
+CALIBRATION_IMAGES = 50_000
+
+
+def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
+    """Train from scratch, or go on from the newest checkpoint, until the last epoch's end.
+
+    Raises:
+        InputError: impossible settings or data; nothing has been written then.
+        FloatingPointError: the loss stayed non-finite.
+        Interrupted: SIGTERM or SIGUSR2 came; the state is saved.
+    """
+    settings.validate()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    source = open_source(settings.data)
+    classes = int(source.labels.max()) + 1 if len(source) and source.labels.min() >= 0 else 0
+    device = pick_device(settings.device)
+    loader = TwoViewLoader(
+        source, settings.view, settings.batch_size, settings.seed, settings.workers, pin_memory=device.type == "cuda"
+    )
+    with loader:
+        create_run(settings, classes, resume)
+        trainer = Trainer(settings, classes, loader, device)
+        trainer.restore()
+        with stop_signals() as stop:
+            trainer.train(stop)
+        if not trainer.calibrated:
+            trainer.calibrate(source)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:0 ...") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: no GPU is usable here; leave --device out to train on the CPU")
+    return device
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved its state."""
+
+
+@dataclass
+class Stop:
+    """Set by a signal, read between steps."""
+
+    signal: int = 0
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """SIGTERM and SIGUSR2 (a cluster's warning) ask for a checkpoint and an end, instead of killing."""
+    stop = Stop()
+
+    def ask(number: int, _: Any) -> None:
+        stop.signal = number
+
+    previous = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            previous[number] = signal.signal(number, ask)
+    except ValueError:  # not in the main thread, where no signal arrives
+        pass
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """Network, optimiser and position of one run."""
+
+    def __init__(
+        self, settings: PretrainSettings, classes: int, loader: TwoViewLoader, device: torch.device
+    ) -> None:
+        self.settings, self.loader, self.device = settings, loader, device
+        torch.manual_seed(settings.seed)
+        network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
+        self.network = network.to(device, memory_format=torch.channels_last)
+        self.optimiser = build_optimiser(self.network, settings.optimiser)
+        self.noise = torch.Generator(device=device)
+        self.step = 0
+        self.steps = settings.epochs * len(loader)
+        self.calibrated = False
+        self.folder = settings.out / "checkpoints"
+
+    def restore(self) -> None:
+        """Load the newest checkpoint, if there is one."""
+        found = checkpoint.load_latest(self.folder)
+        if found is None:
+            return
+        state = found[1]
+        self.network.load_state_dict(state["network"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step, self.calibrated = state["step"], state["calibrated"]
+        if self.step < self.steps:  # a finished run stands at its end, not at an epoch's beginning
+            self.loader.set_position(*divmod(self.step, len(self.loader)))
+
+    def save(self) -> None:
+        state = {
+            "network": self.network.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "calibrated": self.calibrated,
+        }
+        checkpoint.save(self.folder, self.step, state)
+
+    def train(self, stop: Stop) -> None:
+        """All steps from the present one on."""
+        if self.step >= self.steps:
+            return
+        settings = self.settings
+        title = f"pretrain {settings.out.name} ({settings.latent.family})"
+        progress = Progress(title, self.steps, self.step, settings.batch_size)
+        metrics = Metrics(settings.out, self.step)
+        logged = Window(settings.batch_size)
+        saved = time.monotonic()
+        try:
+            while self.step < self.steps:
+                batches = iter(self.loader)
+                while (batch := logged.next_batch(batches)) is not None:
+                    figures = self.train_step(batch.to(self.device))
+                    self.step += 1
+                    if self.step % settings.log_every == 0 or self.step == self.steps:
+                        row = self.describe(figures, logged)
+                        metrics.write(row)
+                        self.check_finite(row, batch)
+                        note = f"loss {row['loss']:.3f} · rate {row['rate_bits']:.0f} bits"
+                        progress.update(self.step, note)
+                    due = time.monotonic() - saved >= 60 * settings.checkpoint_minutes
+                    if due or stop.signal or self.step % len(self.loader) == 0:
+                        self.save()
+                        saved = time.monotonic()
+                    if stop.signal:
+                        name = signal.Signals(stop.signal).name
+                        raise Interrupted(f"{name}: stopped at step {self.step}, saved; go on with --resume")
+        finally:
+            progress.close()
+            metrics.close()
+
+    def train_step(self, batch: ViewBatch) -> dict[str, Tensor]:
+        """One step of the optimiser; returns figures as tensors on the device, so that nothing waits for it."""
+        settings = self.settings
+        lr = learning_rate(self.step, self.steps, len(self.loader), settings.optimiser)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        self.network.train()
+        # Noise keyed by (seed, step): a resumed or repeated step draws the same, whatever was drawn before.
+        self.noise.manual_seed((settings.seed * 1_000_003 + self.step) % 2**63)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            outputs = self.network(batch.views.flatten(0, 1), self.noise)
+            probes = self.network.probe_logits(outputs)
+        beta = beta_at(self.step, self.steps, settings.latent.beta, settings.latent.beta_warmup)
+        figures = objective(outputs, settings.temperature, settings.latent, beta)
+        loss = figures["loss"]
+        labels = batch.labels.repeat(2)
+        for name, logits in probes.items():
+            loss = loss + F.cross_entropy(logits.float(), labels)
+            figures[f"probe_{name}"] = (logits.argmax(1) == labels).float().mean() * 100
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        return {name: value.detach() for name, value in figures.items()}
+
+    def describe(self, figures: dict[str, Tensor], logged: "Window") -> dict[str, Any]:
+        """One row of metrics.jsonl. The only place where the host waits for the device."""
+        row: dict[str, Any] = {"step": self.step, "epoch": self.step / len(self.loader)}
+        row.update({name: value.item() for name, value in figures.items()})
+        row["lr"] = self.optimiser.param_groups[0]["lr"]
+        return row | logged.speed()
+
+    def check_finite(self, row: dict[str, Any], batch: ViewBatch) -> None:
+        """A weight that is NaN never recovers, so the loss is looked at wherever it is read anyway."""
+        if not math.isfinite(row["loss"]):
+            indices = self.settings.out / "non_finite_batch.npy"
+            np.save(indices, batch.indices.cpu().numpy())
+            raise FloatingPointError(
+                f"the loss is {row['loss']} at step {self.step}; the batch's indices are in {indices}. "
+                "Lower --lr, or raise --temperature"
+            )
+
+    def calibrate(self, source: Source) -> None:
+        """Exact statistics for the code's thresholds, from the training images without augmentation."""
+        self.network.eval()
+        chosen = np.linspace(0, len(source) - 1, min(len(source), CALIBRATION_IMAGES)).astype(np.int64)
+        batches = evaluation_batches(source, self.settings.view, 256, self.settings.workers, chosen)
+        with torch.no_grad():
+            features = [self.network.backbone(images.to(self.device)).float() for images, _ in batches]
+        self.network.head.calibrate(torch.cat(features))
+        self.calibrated = True
+        self.save()
+
+
+def objective(outputs: Outputs, temperature: float, latent: LatentSettings, beta: float) -> dict[str, Tensor]:
+    """The loss and its parts, from the posteriors and projections of 2B views (METHOD, "The model")."""
+    sampled = ntxent(outputs.projections, temperature)
+    distortion = sampled
+    figures = {}
+    if outputs.clean_projections is not None:
+        clean = ntxent(outputs.clean_projections, temperature)
+        distortion = (1 - latent.clean) * sampled + latent.clean * clean
+        figures["ntxent_clean"] = clean
+    nats = rate(outputs.posterior.kl(), latent.free_nats)
+    loss = distortion + beta * nats
+    if latent.decorrelation > 0 and isinstance(outputs.posterior, Bernoulli | Deterministic):
+        penalty = decorrelation(outputs.posterior.straight_through_bits())
+        loss = loss + latent.decorrelation * penalty
+        figures["decorrelation"] = penalty
+    return {"loss": loss, "ntxent": sampled, "rate_bits": nats / math.log(2), **figures}
+
+
+class Window:
+    """Images a second and the share of time spent waiting for data, since they were last asked for."""
+
+    def __init__(self, images_per_step: int) -> None:
+        self.images = images_per_step
+        self.reset()
+
+    def reset(self) -> None:
+        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def next_batch(self, batches: Iterator[ViewBatch]) -> ViewBatch | None:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        self.waited += time.perf_counter() - started
+        self.steps += batch is not None
+        return batch
+
+    def speed(self) -> dict[str, float]:
+        elapsed = max(time.perf_counter() - self.started, 1e-9)
+        figures = {
+            "images_per_second": self.steps * self.images / elapsed,
+            "data_percent": 100 * self.waited / elapsed,
+        }
+        self.reset()
+        return figures

@@ -1,0 +1,95 @@
+"""A run is a folder: config.json, checkpoints/, metrics.jsonl, and what later stages add."""
+
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+import lvssl
+from lvssl.config import PretrainSettings, difference, from_dict, to_dict
+from lvssl.models.network import LVNet
+from lvssl.training import checkpoint
+from pipelines.errors import InputError
+
+# What may differ when a run is resumed: it changes where and how fast, never what is computed.
+FREE_TO_CHANGE = ("out", "data", "workers", "threads", "device", "checkpoint_minutes", "log_every", "preset")
+
+
+def create_run(settings: PretrainSettings, classes: int, resume: bool) -> None:
+    """Make the folder with its config.json, or, to resume, check that it holds a run of the same settings.
+
+    Raises:
+        InputError: the folder exists (and not resume), or is a run of other settings.
+    """
+    config = settings.out / "config.json"
+    if config.exists():
+        if not resume:
+            raise InputError(f"{settings.out} exists: add --resume to go on with it, or choose another --out")
+        stored, stored_classes = read_config(settings.out)
+        changed = difference(stored, settings, FREE_TO_CHANGE)
+        if changed is None and stored_classes != classes:
+            changed = f"classes: {stored_classes} -> {classes}"
+        if changed:
+            raise InputError(f"{settings.out} is a run of another configuration ({changed}); choose another --out")
+        return
+    if settings.out.exists() and (not settings.out.is_dir() or any(settings.out.iterdir())):
+        raise InputError(f"{settings.out} exists and is no run: choose another --out")
+    settings.out.mkdir(parents=True, exist_ok=True)
+    content = {"settings": to_dict(settings), "classes": classes, "versions": versions()}
+    checkpoint.write_atomically(config, json.dumps(content, indent=2).encode())
+
+
+def versions() -> dict[str, str]:
+    """Versions of all that a result depends on."""
+    return {
+        "lvssl": lvssl.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def read_config(folder: Path) -> tuple[PretrainSettings, int]:
+    """A run's settings and its count of classes; InputError if the folder is no run."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such run folder")
+    if not path.is_file():
+        raise InputError(f"{folder} is no run folder (it has no config.json)")
+    try:
+        content = json.loads(path.read_text())
+        return from_dict(PretrainSettings, content["settings"], str(path)), content["classes"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a run's configuration ({error!r})") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained network and where it came from."""
+
+    folder: Path
+    settings: PretrainSettings
+    network: LVNet  # in eval mode
+    step: int
+    digest: str  # of its checkpoint
+
+
+def load_run(folder: Path) -> Run:
+    """The newest checkpoint of a run, ready to encode.
+
+    Raises:
+        InputError: no run, or a run without a checkpoint.
+    """
+    settings, classes = read_config(folder)
+    found = checkpoint.load_latest(folder / "checkpoints")
+    if found is None:
+        raise InputError(f"{folder} has no checkpoint yet: let `lvssl pretrain` finish, or reach its first epoch")
+    path, state = found
+    network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
+    network.load_state_dict(state["network"])
+    return Run(folder, settings, network.eval(), state["step"], checkpoint.digest(path))

@@ -1,0 +1,70 @@
+"""What a view is: the ranges from which each augmentation parameter is drawn."""
+
+from dataclasses import dataclass
+
+from pipelines.errors import InputError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """The SimCLR augmentation (Chen et al. 2020), with torchvision's semantics for every range."""
+
+    resolution: int = 224
+    """Side of a view in pixels; image crops are resized to it (anti-aliased bilinear)."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Range of the crop's area as a share of the image."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's width / height, drawn log-uniformly."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: float = 0.8
+    """Probability that the four colour operations below are applied, in random order."""
+    brightness: float = 0.8
+    """Factor drawn from [max(0, 1 - x), 1 + x]; likewise contrast and saturation."""
+    contrast: float = 0.8
+    saturation: float = 0.8
+    hue: float = 0.2
+    """Shift drawn from [-x, x], as a share of a full turn; at most 0.5."""
+    grey: float = 0.2
+    """Probability of dropping the colour."""
+    blur: float = 0.5
+    """Probability of a Gaussian blur with a kernel of 10 % of the side."""
+    sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur's standard deviation in pixels."""
+    solarise: float = 0.0
+    """Probability of inverting all values of at least 0.5."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Subtracted from each channel (values in [0, 1]) at the end ..."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """... and divided by."""
+    evaluation_crop: float = 0.875
+    """Side of the evaluation's centre crop as a share of the image's shorter side (224/256 on ImageNet)."""
+
+    @property
+    def kernel_size(self) -> int:
+        """Taps of the blur: SimCLR's 10 % of the side, made odd (23 at 224 px, 3 at 32 px)."""
+        return 2 * (self.resolution // 10 // 2) + 1
+
+    def validate(self) -> None:
+        """Raise InputError naming the first impossible value."""
+        if not 8 <= self.resolution <= 4096:
+            raise InputError(f"view.resolution must be in [8, 4096], got {self.resolution}")
+        for name in ("flip", "jitter", "grey", "blur", "solarise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"view.{name} is a probability in [0, 1], got {getattr(self, name)}")
+        for name in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"view.{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.hue <= 0.5:
+            raise InputError(f"view.hue must be in [0, 0.5], got {self.hue}")
+        for name, limit in (("scale", 1.0), ("ratio", float("inf")), ("sigma", float("inf"))):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= limit:
+                raise InputError(f"view.{name} must be an increasing pair in (0, {limit}], got {(low, high)}")
+        if not 0 < self.evaluation_crop <= 1:
+            raise InputError(f"view.evaluation_crop must be in (0, 1], got {self.evaluation_crop}")
+        if min(self.std) <= 0:
+            raise InputError(f"view.std must be positive, got {self.std}")
