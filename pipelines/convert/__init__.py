@@ -1,0 +1,1 @@
+"""Image data sets -> beton files that FFCV reads, verified and without loss where possible."""

@@ -1,0 +1,234 @@
+"""FFCV's file format, version 2: a writer and a checked reader of the layout, with NumPy only.
+
+A beton is, from its first byte:
+
+    header         24 bytes          version, field count, page size, sample count, place of the table
+    field          1,041 bytes each  type id, name, 1,024 bytes of arguments (none for our two fields)
+    metadata       24 bytes each     image {mode, width, height, data_ptr}, padding, label
+    pages          the images        no image crosses a multiple of the page size
+    table          24 bytes each     {sample id, ptr, size} of every image
+
+Stock `ffcv.loader.Loader` reads what `BetonWriter` writes. FFCV's own writer is not used: it polls
+worker processes that it never checks, so that one bad image hangs it for ever.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Iterator
+
+import numpy as np
+
+from pipelines.errors import InputError
+
+VERSION = 2
+JPEG, RAW = 0, 1  # the values of an image's mode
+PAGE_SIZE = 1 << 21  # FFCV's smallest; grows by doubling when an image is larger
+LARGEST_PAGE_SIZE = 1 << 31  # the header holds it as u4
+LONGEST_SIDE = 65_535  # width and height are u2
+
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ],
+    align=True,
+)
+FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", (16,)), ("arguments", "<u1", (1024,))], align=True)
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+
+INT_FIELD, IMAGE_FIELD = 1, 2
+_SPAN = np.dtype([("ptr", "<u8"), ("size", "<u8")])
+# FFCV's type id -> (what one sample's metadata holds, whether it has a row in the table)
+FIELD_TYPES: dict[int, tuple[np.dtype, bool]] = {
+    0: (np.dtype("<f8"), False),  # float
+    INT_FIELD: (np.dtype("<i8"), False),
+    IMAGE_FIELD: (IMAGE, True),
+    3: (_SPAN, True),  # bytes
+    4: (np.dtype("<u8"), True),  # array
+    5: (_SPAN, True),  # JSON
+    6: (np.dtype("<u8"), True),  # torch tensor
+}
+
+
+@dataclass(frozen=True)
+class BetonFile:
+    """Where everything in a beton lies. Arrays have one entry a sample (N in all), in the file's order."""
+
+    path: Path
+    count: int
+    modes: np.ndarray  # u1 [N], JPEG or RAW
+    heights: np.ndarray  # int64 [N], pixels
+    widths: np.ndarray  # int64 [N], pixels
+    labels: np.ndarray  # int64 [N]
+    offsets: np.ndarray  # u8 [N], first byte of the image in the file
+    sizes: np.ndarray  # u8 [N], bytes of the image; RAW holds height * width * 3
+
+
+def open_beton(path: str | Path) -> BetonFile:
+    """Read and check the layout of a beton with the fields `image` and `label`, reading no pixel.
+
+    Raises InputError if there is no such file, if it is no beton of version 2, if it is shorter than its
+    tables say or they contradict each other, or if a field is missing or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: {'is a folder, not a beton' if path.is_dir() else 'no such file'}")
+    try:
+        with open(path, "rb") as file:
+            return _read_layout(path, file, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _read_layout(path: Path, file: IO[bytes], size: int) -> BetonFile:
+    def read(dtype: np.dtype, count: int, what: str) -> np.ndarray:
+        if file.tell() + dtype.itemsize * count > size:
+            raise InputError(f"{path}: truncated in its {what} ({size:,} bytes are left); convert it again")
+        return np.fromfile(file, dtype, count)
+
+    if size < HEADER.itemsize:
+        raise InputError(f"{path}: not a beton ({size} bytes are too few for its header)")
+    header = read(HEADER, 1, "header")[0]
+    page_size, count = int(header["page_size"]), int(header["num_samples"])
+    if header["version"] != VERSION or page_size < PAGE_SIZE or page_size & (page_size - 1):
+        raise InputError(f"{path}: not a beton of FFCV's format version {VERSION}")
+    table_start = int(header["alloc_table_ptr"])
+    if table_start == 0:
+        raise InputError(f"{path}: was never finished by its writer; convert it again")
+    if table_start > size:
+        raise InputError(f"{path}: truncated, {size:,} of more than {table_start:,} bytes are left; convert it again")
+
+    fields = read(FIELD, int(header["num_fields"]), "field list")
+    names = [bytes(field["name"]).split(b"\0")[0].decode("ascii", "replace") for field in fields]
+    types = [int(field["type_id"]) for field in fields]
+    for wanted, type_id, kind in (("image", IMAGE_FIELD, "RGB image"), ("label", INT_FIELD, "integer")):
+        if wanted not in names:
+            raise InputError(f"{path}: has no field '{wanted}' (only {', '.join(names) or 'none'})")
+        if types[names.index(wanted)] != type_id:
+            raise InputError(f"{path}: its field '{wanted}' is not FFCV's {kind} field")
+    for name, type_id in zip(names, types):
+        if type_id not in FIELD_TYPES:
+            raise InputError(f"{path}: its field '{name}' is of a kind (type id {type_id}) that is not known here")
+
+    metadata = read(_metadata_dtype(types), count, "metadata")
+    metadata_end = file.tell()
+    rows = count * sum(FIELD_TYPES[type_id][1] for type_id in types)
+    if size - table_start != rows * ALLOCATION.itemsize:
+        raise InputError(
+            f"{path}: truncated or damaged, its table has {size - table_start:,} bytes instead of "
+            f"{rows * ALLOCATION.itemsize:,}; convert it again"
+        )
+    file.seek(table_start)
+    table = read(ALLOCATION, rows, "table")
+    image, label = metadata[f"f{names.index('image')}"], metadata[f"f{names.index('label')}"]
+    sizes = _image_sizes(path, image, table, metadata_end, table_start)
+    return BetonFile(
+        path=path,
+        count=count,
+        modes=image["mode"].copy(),
+        heights=image["height"].astype(np.int64),
+        widths=image["width"].astype(np.int64),
+        labels=label.astype(np.int64),
+        offsets=image["data_ptr"].copy(),
+        sizes=sizes,
+    )
+
+
+def _image_sizes(path: Path, image: np.ndarray, table: np.ndarray, start: int, end: int) -> np.ndarray:
+    """Bytes of each image, u8 [N], looked up by address; every image must lie within [start, end)."""
+    if len(image) == 0:
+        raise InputError(f"{path}: holds no image; convert it again")
+    table = table[np.argsort(table["ptr"], kind="stable")]
+    rows = np.minimum(np.searchsorted(table["ptr"], image["data_ptr"]), len(table) - 1)
+    ptr, size = table["ptr"][rows], table["size"][rows]
+    pixels = 3 * image["height"].astype(np.uint64) * image["width"]
+    wrong = (ptr != image["data_ptr"]) | (ptr < start) | (size == 0) | (ptr > end) | (size > np.uint64(end) - ptr)
+    wrong |= (image["mode"] > RAW) | (pixels == 0) | ((image["mode"] == RAW) & (size != pixels))
+    if wrong.any():
+        raise InputError(f"{path}: damaged, the entry of image {int(wrong.argmax())} contradicts itself; convert it again")
+    return size.copy()
+
+
+def _metadata_dtype(type_ids: list[int]) -> np.dtype:
+    """One sample's metadata, fields named f0, f1 ... and padded as FFCV pads them."""
+    return np.dtype([(f"f{i}", FIELD_TYPES[type_id][0]) for i, type_id in enumerate(type_ids)], align=True)
+
+
+class BetonWriter:
+    """Writes images one after the other; its bytes depend on what is added, and on nothing else.
+
+    `capacity` is the most images that may be added: their metadata comes before the images, so its room
+    has to be set aside. The file is valid after `finish`, and not before.
+    """
+
+    def __init__(self, file: IO[bytes], capacity: int):
+        self.file = file
+        self.count = 0
+        self.page_size = PAGE_SIZE
+        self.fields = np.zeros(2, FIELD)
+        for field, name, type_id in zip(self.fields, (b"image", b"label"), (IMAGE_FIELD, INT_FIELD)):
+            field["type_id"] = type_id
+            field["name"][: len(name)] = np.frombuffer(name, np.uint8)
+        self.metadata = np.zeros(capacity, _metadata_dtype([IMAGE_FIELD, INT_FIELD]))
+        self.table = np.zeros(capacity, ALLOCATION)
+        self.position = HEADER.itemsize + self.fields.nbytes + self.metadata.nbytes
+
+    def add(self, mode: int, height: int, width: int, data: bytes | memoryview, label: int) -> None:
+        """Append one image: a JPEG file's bytes (mode JPEG), or height * width * 3 bytes of RGB (mode RAW)."""
+        start = self._place(len(data))
+        self.file.seek(start)
+        self.file.write(data)
+        sample = self.metadata[self.count]
+        sample["f0"] = (mode, width, height, start)
+        sample["f1"] = label
+        self.table[self.count] = (self.count, start, len(data))
+        self.position = start + len(data)
+        self.count += 1
+
+    def _place(self, size: int) -> int:
+        """The next address from which `size` bytes do not cross into another page.
+
+        Doubling the page size keeps what was written valid: a multiple of the larger size is one of the
+        smaller, too. FFCV needs it if it caches pages itself (`os_cache=False`).
+        """
+        while size > self.page_size:
+            self.page_size *= 2
+        if self.page_size > LARGEST_PAGE_SIZE:
+            raise InputError(f"an image of {size:,} bytes is too large for a beton; set --max-resolution")
+        room = self.page_size - self.position % self.page_size
+        return self.position if size <= room else self.position + room
+
+    def finish(self) -> None:
+        """Write table, metadata and, last of all, the header."""
+        self.file.seek(self.position)
+        self.file.write(self.table[: self.count].tobytes())
+        self.file.seek(HEADER.itemsize)
+        self.file.write(self.fields.tobytes())
+        self.file.write(self.metadata[: self.count].tobytes())
+        header = np.zeros(1, HEADER)
+        header[0] = (VERSION, len(self.fields), self.page_size, self.count, self.position)
+        self.file.seek(0)
+        self.file.write(header.tobytes())
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write (and read back) that appears as `path` when the block ends, and not at all if it raises."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(aside, "w+b", buffering=1 << 20) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,392 @@
+"""Where images come from: each kind of source is brought to one form, `Source`.
+
+    a folder of class folders     photos/cat/1.jpg, photos/dog/2.png ... (or photos/train/cat/1.jpg)
+    Hugging Face image parquet    a file, or a folder of *.parquet
+    idx files                     Debian's /usr/share/datasets/fashion-mnist, MNIST as it is published
+    torchvision:NAME              a data set that torchvision knows (FashionMNIST, CIFAR10, SVHN ...)
+    sklearn:digits                1,797 grey images of 8 x 8, always at hand
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import inspect
+import json
+import os
+import re
+import threading
+import zlib
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+import numpy as np
+
+from pipelines.convert import jpeg
+from pipelines.errors import InputError
+
+SPLITS = ("train", "validation", "test")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+FASHION_CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
+# Folder and file names under which a split is found; a "test" request takes the first that is there.
+SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test", "validation", "valid", "val")}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images, not yet read, with their labels. `read` may be called from several threads at once."""
+
+    names: Sequence[str]  # where each image comes from, for messages and the manifest
+    labels: np.ndarray  # int64 [N], 0 <= label < len(classes)
+    classes: list[str]
+    read: Callable[[int], bytes | np.ndarray]  # an image file's bytes, or uint8 [H, W] or [H, W, 3]
+    split: str | None  # None where the source has none
+    libraries: dict[str, str] = field(default_factory=dict)  # versions of what was needed beyond Pillow
+    notes: list[str] = field(default_factory=list)  # what the user should know: an empty class folder
+
+
+def open_source(source: str, split: str | None = None, root: str | Path = "data") -> Source:
+    """Open a source in any of the forms above. `split` None means train where the source has splits.
+
+    `root` is where torchvision keeps (or puts) its files. Raises InputError if there is nothing such.
+    """
+    if split is not None and split not in SPLITS:
+        raise InputError(f"unknown split '{split}'; one of {', '.join(SPLITS)}")
+    if source.startswith("torchvision:"):
+        return _torchvision(source.removeprefix("torchvision:"), split, Path(root))
+    if source.startswith("sklearn:"):
+        return _sklearn(source.removeprefix("sklearn:"), split)
+    path = Path(source)
+    if path.is_file():
+        if path.suffix == ".parquet":
+            return _parquet([path], None)
+        raise InputError(f"{source}: a single file must be a .parquet; give the folder of class folders otherwise")
+    if not path.is_dir():
+        hint = "; data sets by name are torchvision:NAME and sklearn:digits" if "/" not in source else ""
+        raise InputError(f"{source}: no such folder or file{hint}")
+    if list(path.glob("*-images-idx3-ubyte*")):
+        return _idx(path, split)
+    if parquets := sorted(path.rglob("*.parquet")):
+        return _parquet(*_files_of_split(path, parquets, split))
+    return _class_folders(path, split)
+
+
+# ---------------------------------------------------------------- images alone
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """Every image file under a folder, by extension (in any case), sorted; hidden ones are left out.
+
+    Raises InputError if there is no such folder or no image in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    images = [path for path in _files_under(folder) if path.suffix.lower() in EXTENSIONS]
+    if not images:
+        raise InputError(f"{folder}: no image in it (looked for {', '.join(EXTENSIONS)})")
+    return images
+
+
+def decode_rgb(image: bytes | str | Path, name: str | None = None) -> np.ndarray:
+    """RGB pixels of an image file (a path, or its bytes), uint8 [H, W, 3], turned upright as EXIF says.
+
+    Raises InputError, naming the file (or `name`), if it can't be read or is damaged.
+    """
+    name = name or (f"image of {len(image)} bytes" if isinstance(image, bytes) else str(image))
+    try:
+        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        if jpeg.is_jpeg(data):
+            header = jpeg.read_header(data)
+            return upright(jpeg.decode(data, header), header.orientation)
+        return upright(*decode_other(data))
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read ({error.strerror})") from error
+    except jpeg.DamagedImage as error:
+        raise InputError(f"{name}: no image, or damaged ({error})") from error
+
+
+def decode_other(data: bytes) -> tuple[np.ndarray, int]:
+    """PNG, WebP, GIF (its first frame) and what else Pillow reads: uint8 [H, W, 3] and EXIF's orientation.
+
+    Transparency is dropped and 16 bits become 8. Raises jpeg.DamagedImage.
+    """
+    image = jpeg.open_with_pillow(data)
+    orientation = jpeg.orientation(image)
+    if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255
+        grey = (np.clip(np.asarray(image, np.int64), 0, 65_535) + 128) // 257
+        return as_rgb(grey.astype(np.uint8)), orientation
+    if image.mode == "F":
+        raise jpeg.DamagedImage("floating-point pixels have no known range")
+    return np.asarray(image.convert("RGB")), orientation
+
+
+def as_rgb(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [H, W], [H, W, 1] or [H, W, 3] -> [H, W, 3]."""
+    if pixels.ndim == 3 and pixels.shape[2] == 3:
+        return pixels
+    return np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, axis=2)
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an EXIF orientation (1 to 8) of pixels [H, W, 3]."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+# ------------------------------------------------------------ folders and files
+
+
+def _files_under(folder: Path) -> list[Path]:
+    """Regular files below a folder, sorted by their parts; links are followed, but never in a circle."""
+    found: list[Path] = []
+    seen: set[str] = set()
+
+    def unreadable(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    for here, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
+        real = os.path.realpath(here)
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        if real not in seen:
+            found += [Path(here, name) for name in files if not name.startswith(".")]
+        seen.add(real)
+    return sorted(path for path in found if path.is_file())
+
+
+def _class_folders(folder: Path, split: str | None) -> Source:
+    """torchvision's ImageFolder layout. Every file in a class folder counts as an image: one that is none
+    is refused by name later, not skipped in silence."""
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if names and set(names) <= {name for names_ in SPLIT_NAMES.values() for name in names_}:
+        wanted = SPLIT_NAMES[split or "train"]
+        chosen = next((name for name in wanted if name in names), None)
+        if chosen is None:
+            raise InputError(f"{folder}: no folder for the split '{split or 'train'}', only {', '.join(names)}")
+        return _with_split(_class_folders(folder / chosen, None), split or "train")
+    if split is not None:
+        raise InputError(f"{folder}: has no splits; leave --split out, or give the folder of one split as SOURCE")
+    if not names:
+        loose = any(path.suffix.lower() in EXTENSIONS for path in folder.iterdir())
+        what = "its images lie in no class folder" if loose else "empty, no image in it"
+        raise InputError(f"{folder}: {what}; put the images in one folder per class: {folder}/CLASS/IMAGE.jpg")
+
+    per_class = [_files_under(folder / name) for name in names]
+    paths = [path for files in per_class for path in files]
+    if not paths:
+        raise InputError(f"{folder}: no image in any of its {len(names)} class folders")
+    return Source(
+        names=[path.relative_to(folder).as_posix() for path in paths],
+        labels=np.repeat(np.arange(len(names)), [len(files) for files in per_class]),
+        classes=names,
+        read=lambda index: paths[index].read_bytes(),
+        split=None,
+        notes=[f"class folder {name} is empty" for name, files in zip(names, per_class) if not files],
+    )
+
+
+def _with_split(source: Source, split: str) -> Source:
+    return Source(**{**source.__dict__, "split": split})
+
+
+def _files_of_split(folder: Path, files: list[Path], split: str | None) -> tuple[list[Path], str | None]:
+    """Parquets of one split, by their names: train-00000-of-00002.parquet, or data/train/0000.parquet."""
+
+    def belongs(path: Path, name: str) -> bool:
+        return bool(re.match(rf"{name}([-_.]|$)", path.name)) or name in path.relative_to(folder).parent.parts
+
+    known = {name: files_ for names in SPLIT_NAMES.values() for name in names
+             if (files_ := [path for path in files if belongs(path, name)])}
+    if not known:
+        if split is not None:
+            raise InputError(f"{folder}: no file name tells its split; leave --split out to take them all")
+        return files, None
+    for name in SPLIT_NAMES[split or "train"]:
+        if name in known:
+            return known[name], split or "train"
+    raise InputError(f"{folder}: no parquet of the split '{split or 'train'}', only of {', '.join(known)}")
+
+
+# ---------------------------------------------------------------------- parquet
+
+
+def _parquet(paths: list[Path], split: str | None) -> Source:
+    """Columns `image` ({bytes, path}, or plain bytes) and `label`; class names from the schema, if there."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = paths[0]
+    try:
+        files, tables = [], []
+        for path in paths:
+            files.append(pq.ParquetFile(path))
+            image, label = _parquet_columns(path, files[-1].schema_arrow)
+            tables.append(files[-1].read([label])[label])
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: cannot be read as parquet ({_first_line(error)})") from error
+    if any(not pa.types.is_integer(table.type) or table.null_count for table in tables):
+        raise InputError(f"{path}: its column '{label}' must hold one integer a row")
+    labels = np.concatenate([table.to_numpy() for table in tables]).astype(np.int64)
+    names = [f"{path.name}:{row}" for path, table in zip(paths, tables) for row in range(len(table))]
+
+    groups = [(file, number) for file in files for number in range(file.num_row_groups)]
+    lengths = [file.metadata.row_group(number).num_rows for file, number in groups]
+    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    lock = threading.Lock()  # a ParquetFile is not for two threads at once
+
+    @functools.lru_cache(maxsize=8)  # a row group is read once for all its images
+    def images_of(group: int) -> Any:
+        file, number = groups[group]
+        return file.read_row_group(number, [image])[image]
+
+    def read(index: int) -> bytes:
+        group = int(np.searchsorted(starts, index, side="right")) - 1
+        with lock:
+            try:
+                cell = images_of(group)[index - int(starts[group])].as_py()
+            except (pa.ArrowException, OSError) as error:
+                raise jpeg.DamagedImage(f"the parquet is damaged: {_first_line(error)}") from error
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if not data:
+            raise jpeg.DamagedImage("no bytes in this row")
+        return data
+
+    classes = _huggingface_classes(files[0].schema_arrow, label)
+    return _labelled(str(path), names, labels, classes, read, split, {"pyarrow": pa.__version__})
+
+
+def _parquet_columns(path: Path, schema: Any) -> tuple[str, str]:
+    image = next((name for name in ("image", "img") if name in schema.names), None)
+    label = next((name for name in ("label", "fine_label") if name in schema.names), None)
+    if image is None or label is None:
+        missing = " and ".join([*["'image'"] * (image is None), *["'label'"] * (label is None)])
+        raise InputError(f"{path}: no column {missing} (its columns: {', '.join(schema.names)})")
+    return image, label
+
+
+def _huggingface_classes(schema: Any, label: str) -> list[str] | None:
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return [str(name) for name in features[label]["names"]]
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+# ------------------------------------------------------- idx, torchvision, sklearn
+
+
+def _idx(folder: Path, split: str | None) -> Source:
+    """MNIST's format, gzipped or not. (torchvision reads it too, but only in folders it laid out itself.)"""
+    prefix = {"train": "train", "test": "t10k"}.get(split or "train")
+    if prefix is None:
+        raise InputError(f"{folder}: has no split '{split}', only train and test")
+    images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
+    labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1).astype(np.int64)
+    if len(images) != len(labels):
+        raise InputError(f"{folder}: {len(images)} images but {len(labels)} labels for '{split or 'train'}'")
+    classes = FASHION_CLASSES if "fashion" in str(folder.resolve()).lower() else None
+    names = [f"{prefix}:{row}" for row in range(len(images))]
+    return _labelled(str(folder), names, labels, classes, images.__getitem__, split or "train")
+
+
+def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
+    """Big-endian: 0, 0, 8 (uint8), number of dimensions, u4 lengths, then the values."""
+    path = next((folder / (name + end) for end in ("", ".gz") if (folder / (name + end)).is_file()), None)
+    if path is None:
+        raise InputError(f"{folder}: no file {name}.gz")
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        if data[:4] != bytes([0, 0, 8, dimensions]):
+            raise ValueError("it does not begin as an idx file does")
+        shape = np.frombuffer(data, ">u4", dimensions, offset=4).astype(int)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({_first_line(error)})") from error
+
+
+def _torchvision(name: str, split: str | None, root: Path) -> Source:
+    """Any torchvision class that tells train from test by `train=` or `split=`, downloaded if need be."""
+    import torchvision
+
+    cls = getattr(torchvision.datasets, name, None)
+    parameters = inspect.signature(cls).parameters if inspect.isclass(cls) else {}
+    if "download" not in parameters or not {"train", "split"} & set(parameters):
+        raise InputError(f"torchvision:{name}: no such downloadable data set (FashionMNIST, CIFAR10, SVHN ...)")
+    if split == "validation":
+        raise InputError(f"torchvision:{name}: splits are train and test")
+    which = {"train": split != "test"} if "train" in parameters else {"split": split or "train"}
+    try:
+        try:
+            images = cls(root, download=False, **which)
+        except RuntimeError:  # torchvision's way to say that it isn't there yet
+            images = cls(root, download=True, **which)
+    except Exception as error:  # whatever the network, the archive or the class itself raises
+        raise InputError(f"torchvision:{name}: cannot be had in {root} ({_first_line(error)})") from error
+    labels = getattr(images, "targets", getattr(images, "labels", None))
+    if labels is None:
+        labels = [images[index][1] for index in range(len(images))]
+    classes = getattr(images, "classes", None)
+    names = [f"{name}:{split or 'train'}:{row}" for row in range(len(images))]
+    return _labelled(
+        f"torchvision:{name}",
+        names,
+        np.asarray(labels).astype(np.int64),
+        [str(each) for each in classes] if classes else None,
+        lambda index: np.asarray(images[index][0].convert("RGB")),
+        split or "train",
+        {"torchvision": torchvision.__version__},
+    )
+
+
+DIGITS_TEST = 500  # of 1,797
+
+
+def _sklearn(name: str, split: str | None) -> Source:
+    """scikit-learn's digits: 0..16 -> 0..255; the split is the same everywhere and for ever."""
+    if name != "digits":
+        raise InputError(f"sklearn:{name}: unknown; the one image set that scikit-learn ships is sklearn:digits")
+    if split == "validation":
+        raise InputError("sklearn:digits: splits are train and test")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.Generator(np.random.PCG64(0)).permutation(len(digits.target))
+    rows = order[-DIGITS_TEST:] if split == "test" else order[:-DIGITS_TEST]
+    images = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)
+    names = [f"digits:{row}" for row in rows]
+    libraries = {"scikit-learn": version("scikit-learn")}
+    labels = digits.target[rows].astype(np.int64)
+    return _labelled("sklearn:digits", names, labels, None, images.__getitem__, split or "train", libraries)
+
+
+def _labelled(
+    source: str,
+    names: list[str],
+    labels: np.ndarray,
+    classes: list[str] | None,
+    read: Callable[[int], bytes | np.ndarray],
+    split: str | None,
+    libraries: dict[str, str] | None = None,
+) -> Source:
+    """A Source whose labels are checked against its classes; classes without names are numbered."""
+    if len(labels) == 0:
+        raise InputError(f"{source}: no image in it")
+    if labels.min() < 0:
+        raise InputError(f"{source}: {names[int(labels.argmin())]} has label {labels.min()}; is this split unlabelled?")
+    classes = classes or [str(number) for number in range(int(labels.max()) + 1)]
+    if labels.max() >= len(classes):
+        where = names[int(labels.argmax())]
+        raise InputError(f"{source}: {where} has label {labels.max()}, but there are only {len(classes)} classes")
+    return Source(names, labels, classes, read, split, libraries or {})
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
