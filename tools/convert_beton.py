@@ -35,29 +35,24 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     p = _Parser("convert-beton", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("source", metavar="SOURCE", help="a folder, a .parquet, torchvision:NAME or sklearn:digits")
-    p.add_argument("out", metavar="OUT.beton", help="the file to write; its manifest is OUT.beton.json")
-    p.add_argument("--split", choices=SPLITS, help="which part of a source that has parts (default: train)")
-    p.add_argument("--subset", type=int, metavar="N", help="only N images, as many of each class as can be")
-    p.add_argument(
-        "--shuffle-seed", type=int, metavar="S", help="store in an order drawn from S (default: the source's order)"
-    )
-    p.add_argument(
-        "--max-resolution", type=int, metavar="N", help="shrink images whose longest side is over N pixels"
-    )
-    p.add_argument(
-        "--jpeg-quality", type=int, default=90, metavar="Q", help="of images that are encoded, 1-100 (default: 90)"
-    )
-    p.add_argument("--raw", action="store_true", help="store RGB pixels of everything: large, nothing to decode")
-    p.add_argument(
+    add = p.add_argument
+    add("source", metavar="SOURCE", help="a folder, a .parquet, torchvision:NAME or sklearn:digits")
+    add("out", metavar="OUT.beton", help="the file to write; its manifest is OUT.beton.json")
+    add("--split", choices=SPLITS, help="which part of a source that has parts (default: train)")
+    add("--subset", type=int, metavar="N", help="only N images, as many of each class as can be")
+    add("--shuffle-seed", type=int, metavar="S", help="an order drawn from S (default: the source's order)")
+    add("--max-resolution", type=int, metavar="N", help="shrink images whose longest side is over N pixels")
+    add("--jpeg-quality", type=int, default=90, metavar="Q", help="of what is encoded, 1-100 (default: 90)")
+    add("--raw", action="store_true", help="store RGB pixels of everything: large, but nothing to decode")
+    add(
         "--on-error",
         choices=("refuse", "fail"),
         default="refuse",
-        help="a damaged file is left out and named in the manifest (refuse, the default), or stops all (fail)",
+        help="a damaged file is left out and named in the manifest (refuse, the default), or ends all (fail)",
     )
-    p.add_argument("--root", default="data", metavar="DIR", help="where torchvision keeps its files (default: data)")
-    p.add_argument("--workers", type=int, metavar="N", help="threads (default: one a core); the result is the same")
-    p.add_argument("--overwrite", action="store_true", help="replace OUT.beton if it exists")
+    add("--root", default="data", metavar="DIR", help="where torchvision keeps its files (default: data)")
+    add("--workers", type=int, metavar="N", help="threads (default: one a core); the bytes are the same")
+    add("--overwrite", action="store_true", help="replace OUT.beton if it exists")
     return p
 
 
@@ -72,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         shuffle_seed=args.shuffle_seed,
         on_error=args.on_error,
     )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished file is removed
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # removes the unfinished file
     try:
         manifest = convert(
             args.source,
@@ -90,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     _report(args.out, manifest)
     return 0
 
@@ -102,8 +99,8 @@ def _report(out: str, manifest: dict[str, Any]) -> None:
         print(f"warning: refused {each['name']}: {each['reason']}", file=sys.stderr)
     if len(refused) > WARNINGS_SHOWN:
         print(f"warning: {len(refused) - WARNINGS_SHOWN} more refused, named in {out}.json", file=sys.stderr)
-    kinds = {"jpeg_untouched": "JPEG as they were", "reencoded": "re-encoded", "raw": "raw", "turned_upright": "turned"}
-    stored = [f"{manifest['stored'][key]:,} {words}" for key, words in kinds.items() if manifest["stored"][key]]
+    words = {"jpeg_untouched": "JPEG as they were", "turned_upright": "turned upright"}
+    stored = [f"{n:,} {words.get(how, how)}" for how, n in manifest["stored"].items() if n]
     rate = manifest["count"] / manifest["seconds"]
     print(
         f"{out}: {manifest['count']:,} images ({', '.join(stored)}) in {len(manifest['classes'])} classes, "

@@ -15,10 +15,11 @@ worker processes that it never checks, so that one bad image hangs it for ever.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Iterator
+from typing import IO
 
 import numpy as np
 
@@ -104,7 +105,9 @@ def _read_layout(path: Path, file: IO[bytes], size: int) -> BetonFile:
     if table_start == 0:
         raise InputError(f"{path}: was never finished by its writer; convert it again")
     if table_start > size:
-        raise InputError(f"{path}: truncated, {size:,} of more than {table_start:,} bytes are left; convert it again")
+        raise InputError(
+            f"{path}: truncated, {size:,} of more than {table_start:,} bytes are left; convert it again"
+        )
 
     fields = read(FIELD, int(header["num_fields"]), "field list")
     names = [bytes(field["name"]).split(b"\0")[0].decode("ascii", "replace") for field in fields]
@@ -116,7 +119,7 @@ def _read_layout(path: Path, file: IO[bytes], size: int) -> BetonFile:
             raise InputError(f"{path}: its field '{wanted}' is not FFCV's {kind} field")
     for name, type_id in zip(names, types):
         if type_id not in FIELD_TYPES:
-            raise InputError(f"{path}: its field '{name}' is of a kind (type id {type_id}) that is not known here")
+            raise InputError(f"{path}: its field '{name}' is of an unknown kind (type id {type_id})")
 
     metadata = read(_metadata_dtype(types), count, "metadata")
     metadata_end = file.tell()
@@ -150,10 +153,11 @@ def _image_sizes(path: Path, image: np.ndarray, table: np.ndarray, start: int, e
     rows = np.minimum(np.searchsorted(table["ptr"], image["data_ptr"]), len(table) - 1)
     ptr, size = table["ptr"][rows], table["size"][rows]
     pixels = 3 * image["height"].astype(np.uint64) * image["width"]
-    wrong = (ptr != image["data_ptr"]) | (ptr < start) | (size == 0) | (ptr > end) | (size > np.uint64(end) - ptr)
-    wrong |= (image["mode"] > RAW) | (pixels == 0) | ((image["mode"] == RAW) & (size != pixels))
+    wrong = (ptr != image["data_ptr"]) | (ptr < start) | (ptr > end) | (size > np.uint64(end) - ptr)
+    wrong |= (size == 0) | (image["mode"] > RAW) | (pixels == 0) | ((image["mode"] == RAW) & (size != pixels))
     if wrong.any():
-        raise InputError(f"{path}: damaged, the entry of image {int(wrong.argmax())} contradicts itself; convert it again")
+        first = int(wrong.argmax())
+        raise InputError(f"{path}: damaged, the entry of image {first} contradicts itself; convert it again")
     return size.copy()
 
 
@@ -182,7 +186,7 @@ class BetonWriter:
         self.position = HEADER.itemsize + self.fields.nbytes + self.metadata.nbytes
 
     def add(self, mode: int, height: int, width: int, data: bytes | memoryview, label: int) -> None:
-        """Append one image: a JPEG file's bytes (mode JPEG), or height * width * 3 bytes of RGB (mode RAW)."""
+        """Append one image: the bytes of a JPEG file, or (RAW) height * width * 3 bytes of RGB."""
         start = self._place(len(data))
         self.file.seek(start)
         self.file.write(data)
@@ -221,7 +225,7 @@ class BetonWriter:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write (and read back) that appears as `path` when the block ends, and not at all if it raises."""
+    """A file to write (and read back) that appears as `path` when the block ends, unless it raises."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(aside, "w+b", buffering=1 << 20) as file:

@@ -1,4 +1,4 @@
-"""Source -> beton and its manifest: each image decoded once, checked, and stored as it came where possible."""
+"""Source -> beton and its manifest: each image decoded once, checked, and stored as it came if possible."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import json
 import os
 import time
 from collections import deque
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Iterator
+from typing import IO, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -95,8 +97,8 @@ def convert(
         with written_aside(out) as file:
             manifest = _write_beton(file, opened, order, settings, workers or _cores(), progress)
             manifest = {"format_version": VERSION, "source": source, "split": opened.split, **manifest}
-        with written_aside(manifest_path) as file:
-            file.write(json.dumps(manifest, indent=1).encode())
+            with written_aside(manifest_path) as beside:
+                beside.write(json.dumps(manifest, indent=1).encode())
     except BaseException as error:
         for folder in made:
             folder.rmdir()
@@ -142,7 +144,8 @@ def store(image: bytes | np.ndarray, settings: Settings) -> Stored:
         raise jpeg.DamagedImage("the file is empty")
     if not jpeg.is_jpeg(image):
         pixels, orientation = decode_other(image)
-        return _store_pixels(upright(pixels, orientation), settings, small_is_raw=True, turned=orientation != 1)
+        pixels = upright(pixels, orientation)
+        return _store_pixels(pixels, settings, small_is_raw=True, turned=orientation != 1)
     header = jpeg.read_header(image)
     size = _target_size(header.height, header.width, settings.max_resolution)
     same_size = size == (header.height, header.width)
@@ -157,8 +160,9 @@ def store(image: bytes | np.ndarray, settings: Settings) -> Stored:
 
 
 def _store_pixels(pixels: np.ndarray, settings: Settings, small_is_raw: bool, turned: bool = False) -> Stored:
-    size = _target_size(*pixels.shape[:2], settings.max_resolution)
-    if size != pixels.shape[:2]:
+    height, width = pixels.shape[:2]
+    size = _target_size(height, width, settings.max_resolution)
+    if size != (height, width):
         pixels = area_resize(pixels, *size)
     if settings.raw or (small_is_raw and size[0] * size[1] <= SMALL):
         return Stored(RAW, *size, np.ascontiguousarray(pixels).tobytes(), "raw", turned)
@@ -166,10 +170,12 @@ def _store_pixels(pixels: np.ndarray, settings: Settings, small_is_raw: bool, tu
 
 
 def _target_size(height: int, width: int, max_resolution: int | None) -> tuple[int, int]:
-    """(height, width) with the longest side at most max_resolution; rounded down as FFCV does, but not to 0."""
+    """(height, width) with the longest side at most max_resolution; rounded down, but not to 0."""
     longest = max(height, width)
     if longest > LONGEST_SIDE and max_resolution is None:
-        raise jpeg.DamagedImage(f"{width} x {height}: a beton's longest side is {LONGEST_SIDE}; set --max-resolution")
+        raise jpeg.DamagedImage(
+            f"{width} x {height} is too large (side over {LONGEST_SIDE}); set --max-resolution"
+        )
     if max_resolution is None or longest <= max_resolution:
         return height, width
     return max(1, height * max_resolution // longest), max(1, width * max_resolution // longest)
@@ -185,7 +191,9 @@ def area_resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 # ------------------------------------------------------------------- the whole
 
 
-def _write_beton(file: Any, source: Source, order: np.ndarray, settings: Settings, workers: int, progress: bool) -> dict:
+def _write_beton(
+    file: IO[bytes], source: Source, order: np.ndarray, settings: Settings, workers: int, progress: bool
+) -> dict[str, Any]:
     """Write the beton into an open file and return what the manifest says about it."""
     writer = BetonWriter(file, capacity=len(order))
     names: list[str] = []
@@ -193,13 +201,13 @@ def _write_beton(file: Any, source: Source, order: np.ndarray, settings: Setting
     counts = {"jpeg_untouched": 0, "reencoded": 0, "raw": 0}
     turned = 0
     bar = tqdm(total=len(order), unit="img", smoothing=0.1, disable=None if progress else True)
-    with bar:
-        for index, stored in _in_order(source, order, settings, workers):
+    with bar, closing(_in_order(source, order, settings, workers)) as images:
+        for index, stored in images:
             bar.update()
             name = source.names[index]
             if isinstance(stored, str):
                 if settings.on_error == "fail":
-                    raise InputError(f"{name}: {stored}; mend or remove it, or leave it out by --on-error refuse")
+                    raise InputError(f"{name}: {stored}; mend it, or leave it out by --on-error refuse")
                 refused.append({"name": name, "reason": stored})
                 bar.set_postfix(refused=len(refused))
                 continue
@@ -208,9 +216,11 @@ def _write_beton(file: Any, source: Source, order: np.ndarray, settings: Setting
             counts[stored.how] += 1
             turned += stored.turned
     if writer.count == 0:
-        first = refused[0]
-        raise InputError(f"none of the {len(order)} files is an image; the first, {first['name']}: {first['reason']}")
+        first = "{name}: {reason}".format(**refused[0])
+        raise InputError(f"none of the {len(order)} files is an image that can be stored; the first, {first}")
     writer.finish()
+    file.flush()
+    os.fsync(file.fileno())  # now, so that a full disk is known before the manifest appears
     size = file.seek(0, os.SEEK_END)
     image, label = writer.metadata["f0"][: writer.count], writer.metadata["f1"][: writer.count]
     return {
@@ -232,7 +242,7 @@ def _write_beton(file: Any, source: Source, order: np.ndarray, settings: Setting
 
 def _in_order(
     source: Source, order: np.ndarray, settings: Settings, workers: int
-) -> Iterator[tuple[int, Stored | str]]:
+) -> Generator[tuple[int, Stored | str], None, None]:
     """(position in the source, image or the reason why it is none), in the order given.
 
     Threads are enough: file reading, JPEG, PNG and the resize all leave Python's lock. Only so many
@@ -286,7 +296,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _sha256(file: Any) -> str:
+def _sha256(file: IO[bytes]) -> str:
     digest = hashlib.sha256()
     file.seek(0)
     while block := file.read(1 << 20):
@@ -303,6 +313,5 @@ def _versions(source: Source) -> dict[str, str]:
         own = version("lvssl")
     except PackageNotFoundError:  # run from a checkout that was never installed
         own = "unknown"
-    import PIL
-
-    return {"lvssl": own, "numpy": np.__version__, "pillow": PIL.__version__, "jpeg": jpeg.library(), **source.libraries}
+    libraries = {"numpy": np.__version__, "pillow": version("pillow"), "jpeg": jpeg.library()}
+    return {"lvssl": own, **libraries, **source.libraries}

@@ -139,7 +139,8 @@ def _decompress(data: bytes, header: JpegHeader, pixels: int, eighths: int) -> n
     except MemoryError as error:
         raise DamagedImage(f"{header.width} x {header.height} pixels do not fit into memory") from error
     handle = _handle()
-    if _turbo.tjDecompress2(handle, data, len(data), out.ctypes.data, width, 0, height, pixels, _STOP_AT_500_SCANS):
+    target = (out.ctypes.data, width, 0, height, pixels)
+    if _turbo.tjDecompress2(handle, data, len(data), *target, _STOP_AT_500_SCANS):
         raise DamagedImage(_message(handle))
     return out
 

@@ -1,10 +1,10 @@
 """Where images come from: each kind of source is brought to one form, `Source`.
 
-    a folder of class folders     photos/cat/1.jpg, photos/dog/2.png ... (or photos/train/cat/1.jpg)
-    Hugging Face image parquet    a file, or a folder of *.parquet
-    idx files                     Debian's /usr/share/datasets/fashion-mnist, MNIST as it is published
-    torchvision:NAME              a data set that torchvision knows (FashionMNIST, CIFAR10, SVHN ...)
-    sklearn:digits                1,797 grey images of 8 x 8, always at hand
+a folder of class folders     photos/cat/1.jpg, photos/dog/2.png ... (or photos/train/cat/1.jpg)
+Hugging Face image parquet    a file, or a folder of *.parquet
+idx files                     Debian's /usr/share/datasets/fashion-mnist, MNIST as it is published
+torchvision:NAME              a data set that torchvision knows (FashionMNIST, CIFAR10, SVHN ...)
+sklearn:digits                1,797 grey images of 8 x 8, always at hand
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import os
 import re
 import threading
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,9 +30,12 @@ from pipelines.errors import InputError
 
 SPLITS = ("train", "validation", "test")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-FASHION_CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
-# Folder and file names under which a split is found; a "test" request takes the first that is there.
-SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test", "validation", "valid", "val")}
+FASHION_CLASSES = [
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+]
+_VALIDATION = ("validation", "valid", "val")  # names under which that split is found; serves as "test", too
+_SPLIT_NAMES = ("train", "test", *_VALIDATION)
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,16 @@ def open_source(source: str, split: str | None = None, root: str | Path = "data"
     path = Path(source)
     if path.is_file():
         if path.suffix == ".parquet":
-            return _parquet([path], None)
-        raise InputError(f"{source}: a single file must be a .parquet; give the folder of class folders otherwise")
+            return _parquet(*_files_of_split(path, [path], split))
+        raise InputError(
+            f"{source}: a single file must be a .parquet; otherwise give a folder of class folders"
+        )
     if not path.is_dir():
         hint = "; data sets by name are torchvision:NAME and sklearn:digits" if "/" not in source else ""
         raise InputError(f"{source}: no such folder or file{hint}")
     if list(path.glob("*-images-idx3-ubyte*")):
         return _idx(path, split)
-    if parquets := sorted(path.rglob("*.parquet")):
+    if parquets := sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet")):
         return _parquet(*_files_of_split(path, parquets, split))
     return _class_folders(path, split)
 
@@ -145,7 +151,7 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _files_under(folder: Path) -> list[Path]:
-    """Regular files below a folder, sorted by their parts; links are followed, but never in a circle."""
+    """Files below a folder, sorted by their parts; links are followed, but never in a circle."""
     found: list[Path] = []
     seen: set[str] = set()
 
@@ -158,25 +164,28 @@ def _files_under(folder: Path) -> list[Path]:
         if real not in seen:
             found += [Path(here, name) for name in files if not name.startswith(".")]
         seen.add(real)
-    return sorted(path for path in found if path.is_file())
+    return sorted(found)
+
+
+def _read_regular(path: Path) -> bytes:
+    if not path.is_file() and path.exists():  # a named pipe would be waited for, for ever
+        raise jpeg.DamagedImage("no regular file")
+    return path.read_bytes()
 
 
 def _class_folders(folder: Path, split: str | None) -> Source:
     """torchvision's ImageFolder layout. Every file in a class folder counts as an image: one that is none
     is refused by name later, not skipped in silence."""
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if names and set(names) <= {name for names_ in SPLIT_NAMES.values() for name in names_}:
-        wanted = SPLIT_NAMES[split or "train"]
-        chosen = next((name for name in wanted if name in names), None)
-        if chosen is None:
-            raise InputError(f"{folder}: no folder for the split '{split or 'train'}', only {', '.join(names)}")
-        return _with_split(_class_folders(folder / chosen, None), split or "train")
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if names and set(names) <= set(_SPLIT_NAMES):
+        chosen, split = _choose_split(folder, names, split)
+        return replace(_class_folders(folder / chosen, None), split=split)
     if split is not None:
-        raise InputError(f"{folder}: has no splits; leave --split out, or give the folder of one split as SOURCE")
+        raise InputError(f"{folder}: has no splits; leave --split out")
     if not names:
         loose = any(path.suffix.lower() in EXTENSIONS for path in folder.iterdir())
-        what = "its images lie in no class folder" if loose else "empty, no image in it"
-        raise InputError(f"{folder}: {what}; put the images in one folder per class: {folder}/CLASS/IMAGE.jpg")
+        what = "its images lie in no class folder" if loose else "no image in it"
+        raise InputError(f"{folder}: {what}; put the images in one folder per class: {folder}/CLASS/1.jpg")
 
     per_class = [_files_under(folder / name) for name in names]
     paths = [path for files in per_class for path in files]
@@ -186,32 +195,33 @@ def _class_folders(folder: Path, split: str | None) -> Source:
         names=[path.relative_to(folder).as_posix() for path in paths],
         labels=np.repeat(np.arange(len(names)), [len(files) for files in per_class]),
         classes=names,
-        read=lambda index: paths[index].read_bytes(),
+        read=lambda index: _read_regular(paths[index]),
         split=None,
         notes=[f"class folder {name} is empty" for name, files in zip(names, per_class) if not files],
     )
 
 
-def _with_split(source: Source, split: str) -> Source:
-    return Source(**{**source.__dict__, "split": split})
-
-
-def _files_of_split(folder: Path, files: list[Path], split: str | None) -> tuple[list[Path], str | None]:
-    """Parquets of one split, by their names: train-00000-of-00002.parquet, or data/train/0000.parquet."""
-
-    def belongs(path: Path, name: str) -> bool:
-        return bool(re.match(rf"{name}([-_.]|$)", path.name)) or name in path.relative_to(folder).parent.parts
-
-    known = {name: files_ for names in SPLIT_NAMES.values() for name in names
-             if (files_ := [path for path in files if belongs(path, name)])}
-    if not known:
-        if split is not None:
-            raise InputError(f"{folder}: no file name tells its split; leave --split out to take them all")
+def _files_of_split(source: Path, files: list[Path], split: str | None) -> tuple[list[Path], str | None]:
+    """Parquets of one split, by their names (train-00000-of-00002.parquet), and the split."""
+    of_split = {
+        name: [path for path in files if re.match(rf"{name}([-_.]|$)", path.name)] for name in _SPLIT_NAMES
+    }
+    present = [name for name, paths in of_split.items() if paths]
+    if not present and split is None:
         return files, None
-    for name in SPLIT_NAMES[split or "train"]:
-        if name in known:
-            return known[name], split or "train"
-    raise InputError(f"{folder}: no parquet of the split '{split or 'train'}', only of {', '.join(known)}")
+    chosen, split = _choose_split(source, present, split)
+    return of_split[chosen], split
+
+
+def _choose_split(source: Path, present: list[str], split: str | None) -> tuple[str, str]:
+    """The name under which a split lies in a source, and the split; left out, it is train or the only one."""
+    if split is None:
+        only = present[0] if len(present) == 1 else "train"
+        split = "validation" if only in _VALIDATION else only
+    for name in _VALIDATION if split == "validation" else (split, *_VALIDATION * (split == "test")):
+        if name in present:
+            return name, split
+    raise InputError(f"{source}: no split '{split}' in it, only {', '.join(present) or 'unnamed files'}")
 
 
 # ---------------------------------------------------------------------- parquet
@@ -316,10 +326,12 @@ def _torchvision(name: str, split: str | None, root: Path) -> Source:
     """Any torchvision class that tells train from test by `train=` or `split=`, downloaded if need be."""
     import torchvision
 
-    cls = getattr(torchvision.datasets, name, None)
-    parameters = inspect.signature(cls).parameters if inspect.isclass(cls) else {}
-    if "download" not in parameters or not {"train", "split"} & set(parameters):
-        raise InputError(f"torchvision:{name}: no such downloadable data set (FashionMNIST, CIFAR10, SVHN ...)")
+    cls: Any = getattr(torchvision.datasets, name, None)
+    parameters = set(inspect.signature(cls).parameters if inspect.isclass(cls) else ())
+    if "download" not in parameters or not parameters & {"train", "split"}:
+        raise InputError(
+            f"torchvision:{name}: no data set with train and test, such as FashionMNIST, CIFAR10, SVHN"
+        )
     if split == "validation":
         raise InputError(f"torchvision:{name}: splits are train and test")
     which = {"train": split != "test"} if "train" in parameters else {"split": split or "train"}
@@ -352,7 +364,7 @@ DIGITS_TEST = 500  # of 1,797
 def _sklearn(name: str, split: str | None) -> Source:
     """scikit-learn's digits: 0..16 -> 0..255; the split is the same everywhere and for ever."""
     if name != "digits":
-        raise InputError(f"sklearn:{name}: unknown; the one image set that scikit-learn ships is sklearn:digits")
+        raise InputError(f"sklearn:{name}: unknown; the one that scikit-learn ships is sklearn:digits")
     if split == "validation":
         raise InputError("sklearn:digits: splits are train and test")
     from sklearn.datasets import load_digits
@@ -380,11 +392,12 @@ def _labelled(
     if len(labels) == 0:
         raise InputError(f"{source}: no image in it")
     if labels.min() < 0:
-        raise InputError(f"{source}: {names[int(labels.argmin())]} has label {labels.min()}; is this split unlabelled?")
+        where = names[int(labels.argmin())]
+        raise InputError(f"{source}: {where} has label {labels.min()}; is this split unlabelled?")
     classes = classes or [str(number) for number in range(int(labels.max()) + 1)]
     if labels.max() >= len(classes):
         where = names[int(labels.argmax())]
-        raise InputError(f"{source}: {where} has label {labels.max()}, but there are only {len(classes)} classes")
+        raise InputError(f"{source}: {where} has label {labels.max()}, but {len(classes)} classes are named")
     return Source(names, labels, classes, read, split, libraries or {})
 
 
