@@ -10,7 +10,7 @@ from pipelines.errors import InputError
 from pipelines.views import ViewSettings
 
 BACKBONES = ("tiny", "small", "resnet18", "resnet50")
-FAMILIES = ("none", "gaussian", "bernoulli")
+FAMILIES = ("none", "sign", "gaussian", "bernoulli")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ModelSettings:
 @dataclass(frozen=True)
 class LatentSettings:
     family: str = "bernoulli"
-    """none (plain SimCLR, the control), gaussian, bernoulli."""
+    """none (plain SimCLR, the control), sign (the same with decorrelated sign bits), gaussian, bernoulli."""
     dim: int = 0
     """Latent dimensions, for `bernoulli` the bits of the code; 0: one for each feature of the backbone."""
     sharpness: float = 4.0
@@ -40,7 +40,7 @@ class LatentSettings:
     free_nats: float = 0.0
     """KL up to which an image's rate costs nothing."""
     decorrelation: float = 0.02
-    """Weight of the hard bits' squared covariances (bernoulli; for none: of the features' sign bits, if > 0)."""
+    """Weight of the hard bits' squared covariances (bernoulli, sign)."""
     clean: float = 0.5
     """Share of NT-Xent that is computed on h through a projector of its own, beside the sampled path."""
 
@@ -101,8 +101,8 @@ class PretrainSettings:
         require(model.hidden >= 1, "hidden", model.hidden, "at least 1")
         require(model.projection >= 2, "projection", model.projection, "at least 2")
         require(latent.dim >= 0, "dim", latent.dim, "at least 0")
-        if latent.family == "none":
-            require(latent.dim == 0, "dim", latent.dim, "0 for family none, which has no latent")
+        if latent.family in ("none", "sign"):
+            require(latent.dim == 0, "dim", latent.dim, f"0 for family {latent.family}, which has no latent")
         require(latent.sharpness > 0, "sharpness", latent.sharpness, "above 0")
         require(latent.samples >= 1, "samples", latent.samples, "at least 1")
         for name in ("beta", "free_nats", "decorrelation"):

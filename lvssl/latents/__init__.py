@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from lvssl.latents.bernoulli import Bernoulli
 from lvssl.latents.deterministic import Deterministic
 from lvssl.latents.gaussian import Gaussian
+from lvssl.latents.sign import Sign
 
 
 class Posterior(Protocol):
@@ -59,6 +60,7 @@ class Posterior(Protocol):
 
 FAMILIES: dict[str, type[Posterior]] = {
     "none": Deterministic,
+    "sign": Sign,
     "gaussian": Gaussian,
     "bernoulli": Bernoulli,
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lvssl.config import LatentSettings, PretrainSettings
 from lvssl.latents.bernoulli import Bernoulli
-from lvssl.latents.deterministic import Deterministic
+from lvssl.latents.sign import Sign
 from lvssl.losses.ntxent import ntxent
 from lvssl.losses.objective import beta_at, decorrelation, rate
 from lvssl.models.network import LVNet, Outputs
@@ -237,7 +237,7 @@ def objective(outputs: Outputs, temperature: float, latent: LatentSettings, beta
         figures["ntxent_clean"] = clean
     nats = rate(outputs.posterior.kl(), latent.free_nats)
     loss = distortion + beta * nats
-    if latent.decorrelation > 0 and isinstance(outputs.posterior, Bernoulli | Deterministic):
+    if latent.decorrelation > 0 and isinstance(outputs.posterior, Bernoulli | Sign):
         penalty = decorrelation(outputs.posterior.straight_through_bits())
         loss = loss + latent.decorrelation * penalty
         figures["decorrelation"] = penalty
