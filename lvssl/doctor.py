@@ -1,0 +1,359 @@
+"""`lvssl doctor`: what is installed, what is missing, what works without it, and the exact command for it.
+
+Nothing but the standard library is imported before its check runs, and a package that fails to import, for
+whatever reason, is one line of the answer and not the end of it. Where the command line itself doesn't start,
+`python -m lvssl.doctor` still does.
+"""
+
+import importlib
+import importlib.metadata as metadata
+import io
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+OK, LOW, ABSENT, REQUIRED = "ok", "low", "missing", "MISSING"
+
+# Distribution -> module. Their versions are held against what the installed lvssl asks for.
+PACKAGES = {
+    "numpy": "numpy",
+    "torchvision": "torchvision",
+    "numba": "numba",
+    "pillow": "PIL.Image",
+    "pyarrow": "pyarrow.parquet",
+    "scikit-learn": "sklearn",
+    "safetensors": "safetensors.torch",
+    "tensorboard": "torch.utils.tensorboard",
+    "matplotlib": "matplotlib",
+    "tqdm": "tqdm",
+    "tyro": "tyro",
+    "submitit": "submitit",
+}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the answer.
+
+    Attributes:
+        name: the piece.
+        status: "ok"; "low" (works, but scarce or badly set); "missing" (optional, absent or broken);
+            "MISSING" (required, absent or broken).
+        found: its version or size, or the message of its failure; one line.
+        without: what works, or doesn't, as things are; empty where all is well.
+        command: what puts it right; empty where there is nothing to type.
+    """
+
+    name: str
+    status: str
+    found: str
+    without: str = ""
+    command: str = ""
+
+
+def check(run: Path | None = None) -> list[Check]:
+    """All checks, in the order of the answer; takes seconds, for it really imports each package.
+
+    Args:
+        run: where runs will be written; disk space is looked up there (default: the working directory).
+    """
+    checks: list[Callable[[], Check]] = [
+        check_python,
+        check_torch,
+        *(lambda name=name: check_package(name) for name in PACKAGES),
+        check_ffcv,
+        lambda: check_headers("libturbojpeg", "libturbojpeg0-dev"),
+        lambda: check_headers("opencv4", "libopencv-dev"),
+        check_compiler,
+        check_triton,
+        check_dali,
+        check_slurm,
+        lambda: check_disk(run or Path(".")),
+        check_shared_memory,
+        check_cores,
+    ]
+    return [one() for one in checks]
+
+
+def main(run: Path | None = None) -> int:
+    """Print the checks. Exit status 0 if every required piece works, else 1."""
+    checks = check(run)
+    width = max(len(c.name) for c in checks)
+    for c in checks:
+        print(f"{c.status:<8} {c.name:<{width}}  {c.found}")
+        if c.status != OK:
+            consequence = f"without it: {c.without}" if c.status == ABSENT else c.without
+            for line in (consequence, c.command and f"$ {c.command}"):
+                if line:
+                    print(" " * (9 + width + 2) + line)
+    broken = [c.name for c in checks if c.status == REQUIRED]
+    print(f"\nrequired and not working: {', '.join(broken)}" if broken else "\nevery required piece works")
+    return 1 if broken else 0
+
+
+# ---- Python packages
+
+
+def load(module: str) -> tuple[ModuleType | None, str]:
+    """The module, or None and its failure in one line. A broken package may raise anything."""
+    try:
+        return importlib.import_module(module), ""
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def requirement(distribution: str) -> "Requirement | None":
+    """What the installed lvssl asks of a distribution; None where that can't be known."""
+    try:
+        from packaging.requirements import Requirement
+
+        asked = [Requirement(text) for text in metadata.requires("lvssl") or []]
+    except (ImportError, metadata.PackageNotFoundError):
+        return None
+    return next((r for r in asked if r.name == distribution), None)
+
+
+def pip_install(what: str) -> str:
+    """The command that reaches this interpreter's environment, whether it is activated or not."""
+    beside = Path(sys.executable).with_name("pip")
+    found = shutil.which("pip")
+    if found and Path(found) == beside:
+        return f"pip install '{what}'"
+    if beside.exists():
+        here = Path.cwd()
+        return f"{beside.relative_to(here) if beside.is_relative_to(here) else beside} install '{what}'"
+    return f"{sys.executable} -m pip install '{what}'"
+
+
+def apt_install(packages: str) -> str:
+    return f"{'' if os.geteuid() == 0 else 'sudo '}apt-get install {packages}"
+
+
+def check_python() -> Check:
+    # Its version needs no check: pip refuses lvssl on one that is too old.
+    return Check("Python", OK, f"{sys.version.split()[0]} ({sys.prefix})")
+
+
+def check_package(distribution: str) -> Check:
+    """A required package: it imports, and its version is one that lvssl asks for."""
+    asked = requirement(distribution)
+    command = pip_install(f"{asked.name}{asked.specifier}" if asked else distribution)
+    module, failure = load(PACKAGES.get(distribution, distribution))
+    if module is None:
+        return Check(distribution, REQUIRED, failure, "lvssl needs it", command)
+    found = version(distribution)
+    if asked and found and not asked.specifier.contains(found, prereleases=True):
+        return Check(distribution, REQUIRED, found, f"lvssl needs {asked.specifier}", command)
+    return Check(distribution, OK, found)
+
+
+def check_torch() -> Check:
+    base = check_package("torch")
+    if base.status != OK:
+        return base
+    import torch
+
+    if not torch.cuda.is_available():
+        if torch.version.cuda and shutil.which("nvidia-smi"):
+            why = (
+                f"there is nvidia-smi, but torch (CUDA {torch.version.cuda}) sees no device: driver too old?"
+            )
+            return Check("torch", LOW, f"{base.found}, CPU only", why, "nvidia-smi")
+        return Check("torch", OK, f"{base.found}, CPU only")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    kinds = ", ".join(f"{devices.count(kind)} x {kind}" for kind in dict.fromkeys(devices))
+    return Check("torch", OK, f"{base.found}, CUDA {torch.version.cuda}, {kinds}")
+
+
+def check_ffcv() -> Check:
+    """Imports, its compiled library loads, and it decodes a JPEG to what Pillow makes of it."""
+    without = "no .beton can be written or read, so nothing can be trained; latents, losses and codes work"
+    command = (
+        f"{apt_install('libturbojpeg0-dev libopencv-dev pkg-config g++')} && {pip_install('lvssl[ffcv]')}"
+    )
+    library, failure = load("ffcv.libffcv")
+    if library is None:
+        return Check("ffcv", REQUIRED, failure, without, command)
+    try:
+        import numpy as np
+        from PIL import Image
+
+        jpeg = io.BytesIO()
+        Image.new("RGB", (16, 16), (200, 100, 50)).save(jpeg, "JPEG", quality=95)
+        image = np.zeros((16, 16, 3), np.uint8)
+        code = library.imdecode(np.frombuffer(jpeg.getvalue(), np.uint8), image, 16, 16, 16, 16)
+        truth = np.asarray(Image.open(jpeg))
+        if code != 0 or abs(image.astype(int) - truth).max() > 4:
+            return Check("ffcv", REQUIRED, f"{version('ffcv')}: decodes JPEGs wrongly", without, command)
+    except Exception as error:
+        return Check("ffcv", REQUIRED, f"{version('ffcv')}: {error}".splitlines()[0], without, command)
+    return Check("ffcv", OK, version("ffcv"))
+
+
+def check_triton() -> Check:
+    module, failure = load("triton")
+    if module is None:
+        return Check(
+            "triton",
+            ABSENT,
+            failure,
+            "the CPU and plain torch forms of every kernel work",
+            pip_install("triton"),
+        )
+    return Check("triton", OK, version("triton"))
+
+
+def check_dali() -> Check:
+    """DALI has a distribution for each major version of CUDA: the one of the installed torch is named."""
+    module, failure = load("nvidia.dali.fn")
+    if module is not None:
+        found = next((v for v in map(version, ("nvidia-dali-cuda130", "nvidia-dali-cuda120")) if v), "")
+        return Check("DALI", OK, found)
+    if version("nvidia-dali"):
+        failure += "; the distribution `nvidia-dali` is an empty stand-in"
+    torch, _ = load("torch")
+    cuda = getattr(getattr(torch, "version", None), "cuda", None) or "13"
+    extra = f"dali-cu{cuda.split('.')[0]}0"
+    return Check(
+        "DALI",
+        ABSENT,
+        failure,
+        "all but reading with DALI works; FFCV reads .beton",
+        pip_install(f"lvssl[{extra}]"),
+    )
+
+
+# ---- System
+
+
+def output(*command: str) -> str:
+    """First line of a command's output, empty if it is absent, fails or takes 10 s."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return (done.stdout.splitlines() or [""])[0] if done.returncode == 0 else ""
+
+
+def check_headers(module: str, package: str) -> Check:
+    found = output("pkg-config", "--modversion", module)
+    if found:
+        return Check(f"{module} headers", OK, found)
+    failure = "unknown to pkg-config" if shutil.which("pkg-config") else "no pkg-config"
+    without = "an FFCV that is already built works; building it needs them"
+    return Check(f"{module} headers", ABSENT, failure, without, apt_install(f"{package} pkg-config"))
+
+
+def check_compiler() -> Check:
+    found = output("g++", "--version")
+    if found:
+        return Check("C++ compiler", OK, found)
+    without = "all works but building FFCV, torch.compile and Triton kernels"
+    return Check("C++ compiler", ABSENT, "no g++", without, apt_install("g++"))
+
+
+def check_slurm() -> Check:
+    found = output("sbatch", "--version")
+    if found:
+        return Check("Slurm", OK, found)
+    failure = "sbatch doesn't answer" if shutil.which("sbatch") else "no sbatch"
+    without = "plain python and torchrun work; jobs are submitted from a cluster's login node"
+    return Check("Slurm", ABSENT, failure, without, apt_install("slurm-client"))
+
+
+def check_disk(folder: Path) -> Check:
+    """Free space where the runs will lie: on the nearest folder above that exists."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / GIB
+    found = f"{free:.1f} GiB free at {folder}"
+    if free < 5:
+        return Check(
+            "disk",
+            LOW,
+            found,
+            "the demo needs under 1 GiB, ImageNet as .beton 20 to 100",
+            f"du -xhd1 {folder}",
+        )
+    return Check("disk", OK, found)
+
+
+def check_shared_memory() -> Check:
+    """Containers get 64 MiB by default; NCCL and torch's data loader workers pass tensors through it."""
+    try:
+        size = shutil.disk_usage("/dev/shm").total / GIB
+    except OSError as error:
+        return Check(
+            "/dev/shm",
+            LOW,
+            str(error),
+            "no process can share tensors with another",
+            "docker run --shm-size=8g",
+        )
+    if size < 1:
+        without = "one process works; several on one machine may die of a bus error"
+        return Check("/dev/shm", LOW, f"{size:.2f} GiB", without, "docker run --shm-size=8g")
+    return Check("/dev/shm", OK, f"{size:.1f} GiB")
+
+
+def cpu_quota() -> float | None:
+    """Cores that the control group allows, None for no limit (cgroup v2, then v1)."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota, period = (
+                Path(f"/sys/fs/cgroup/cpu/cpu.cfs_{n}_us").read_text().strip() for n in ("quota", "period")
+            )
+        except OSError:
+            return None
+    return None if quota in ("max", "-1") else int(quota) / int(period)
+
+
+def check_cores() -> Check:
+    """Threads beyond the cores that this process may use only wait for each other."""
+    cores = len(os.sched_getaffinity(0))
+    quota = cpu_quota()
+    usable = min(cores, max(1, int(quota))) if quota else cores
+    set_by = {
+        name: os.environ[name] for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS") if name in os.environ
+    }
+    torch, _ = load("torch")
+    found = f"{usable} usable of {os.cpu_count()}"
+    found += f", torch uses {torch.get_num_threads()} threads" if torch else ""
+    found += "".join(f", {name}={value}" for name, value in set_by.items())
+    # Both: libraries imported above may have lowered torch's count in this process.
+    threads = [int(value) for value in set_by.values() if value.isdigit()]
+    threads += [torch.get_num_threads()] if torch else []
+    if max(threads, default=1) > usable:
+        without = "works, but more threads than cores is slower"
+        return Check(
+            "cores",
+            LOW,
+            found,
+            without,
+            " ".join(["export", *(f"{name}={usable}" for name in set_by or ["OMP_NUM_THREADS"])]),
+        )
+    return Check("cores", OK, found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
