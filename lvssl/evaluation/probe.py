@@ -1,0 +1,116 @@
+"""The linear probe: how much of the label a linear read-out finds in a representation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+from lvssl.codes.pack import as_array
+
+HELD_OUT = 0.15  # share of the training set on which the regularisation is chosen
+# L-BFGS steps a fit; the fits start from one another. On CIFAR-10 features and pixels (N = 10,000) neither 200
+# steps nor torch.optim.LBFGS moved the chosen probe's accuracy by more than 0.4 points, in either direction, and
+# both took longer.
+STEPS = 50
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    accuracy: float  # percent of the test set
+    regularisation: float  # the one chosen
+    classes: np.ndarray  # [C], the labels seen in training: the columns of `probabilities`
+    predictions: np.ndarray  # [test], labels
+    probabilities: np.ndarray  # [test, C] float32
+
+
+def linear_probe(
+    train_x: Any,
+    train_y: Any,
+    test_x: Any,
+    test_y: Any,
+    *,
+    regularisation: Sequence[float] = (1e-1, 1e-2, 1e-3),
+    seed: int = 0,
+) -> ProbeResult:
+    """L2 logistic regression on standardised features, its strength chosen without the test set.
+
+    Minimises mean cross entropy + regularisation / 2 * |W|^2 by L-BFGS over x [N, D] and labels y [N] (integers).
+    Features are standardised with the training set's mean and deviation; a constant column becomes 0. Each strength
+    is fitted on 85 % of the training set and scored on the remaining 15 %, a split balanced over classes and drawn
+    from `seed`; the best (the stronger one where equal) is fitted again on the whole. Bits are features like any
+    other. Arrays or torch tensors. Raises ValueError for shapes that don't match, values that are not finite, or
+    fewer than two classes.
+    """
+    train_x, train_y = checked("train", train_x, train_y)
+    test_x, test_y = checked("test", test_x, test_y)
+    if train_x.shape[1] != test_x.shape[1]:
+        raise ValueError(f"train_x has {train_x.shape[1]} features, test_x {test_x.shape[1]}")
+    if len(np.unique(train_y)) < 2:
+        raise ValueError("a probe needs training labels of at least two classes")
+
+    train_x, test_x = standardise(train_x, test_x)
+    chosen, start = choose_regularisation(train_x, train_y, sorted(regularisation, reverse=True), seed)
+    model = fit(train_x, train_y, chosen, start)
+    probabilities = model.predict_proba(test_x)
+    predictions = model.classes_[probabilities.argmax(axis=1)]
+    accuracy = 100 * float((predictions == test_y).mean())
+    return ProbeResult(accuracy, chosen, model.classes_, predictions, probabilities.astype(np.float32))
+
+
+def choose_regularisation(
+    x: np.ndarray, y: np.ndarray, strengths: Sequence[float], seed: int
+) -> tuple[float, LogisticRegression | None]:
+    """(the best strength on held-out images, its model as a start for the last fit)."""
+    held = held_out(y, seed)
+    if len(strengths) == 1 or not held.any():  # a handful of labels: nothing to choose on, take the middle
+        return strengths[len(strengths) // 2], None
+    best, scores, model = strengths[0], [], None
+    models: dict[float, LogisticRegression] = {}
+    for strength in strengths:  # from strong to weak: each solution is a good start for the next
+        model = models[strength] = fit(x[~held], y[~held], strength, model)
+        scores.append(float((model.predict(x[held]) == y[held]).mean()))
+    best = strengths[int(np.argmax(scores))]
+    return best, models[best]
+
+
+def fit(x: np.ndarray, y: np.ndarray, strength: float, start: LogisticRegression | None) -> LogisticRegression:
+    model = LogisticRegression(C=1 / (strength * len(x)), max_iter=STEPS, tol=1e-3, warm_start=True)
+    if start is not None:
+        model.coef_, model.intercept_, model.classes_ = start.coef_.copy(), start.intercept_.copy(), start.classes_
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # STEPS says why it may stop early
+        return model.fit(x, y)
+
+
+def held_out(y: np.ndarray, seed: int) -> np.ndarray:
+    """A mask [N] over HELD_OUT of every class, drawn from `seed`; at least one image of each class stays in training."""
+    generator = np.random.default_rng(seed)
+    mask = np.zeros(len(y), dtype=bool)
+    for label in np.unique(y):
+        members = np.flatnonzero(y == label)
+        mask[generator.permutation(members)[: min(round(HELD_OUT * len(members)), len(members) - 1)]] = True
+    return mask
+
+
+def standardise(train_x: np.ndarray, test_x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    mean, deviation = train_x.mean(axis=0, dtype=np.float64), train_x.std(axis=0, dtype=np.float64)
+    # A column that is constant up to rounding would be blown up to noise of size 1.
+    constant = deviation <= 1e-6 * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
+    scale = np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, deviation)).astype(np.float32)
+    mean = mean.astype(np.float32)
+    return (train_x - mean) * scale, (test_x - mean) * scale
+
+
+def checked(name: str, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+    x, y = as_array(x).astype(np.float32, copy=False), as_array(y)
+    if x.ndim != 2 or y.shape != x.shape[:1] or not len(y):
+        raise ValueError(f"{name}: features [N, D] and labels [N] are needed, not {list(x.shape)} and {list(y.shape)}")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name}: row {int(np.argmin(np.isfinite(x).all(axis=1)))} holds a value that isn't finite")
+    return x, y

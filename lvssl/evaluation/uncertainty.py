@@ -1,0 +1,69 @@
+"""Does the uncertainty say when the representation is wrong? Higher means less certain throughout."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from lvssl.codes.pack import as_array
+
+
+class RAuroc(NamedTuple):
+    """Always together: a collapsed model, whose neighbours are chance, can reach the best R-AUROC."""
+
+    r_auroc: float  # 0..1; nan where all neighbours are right, or none
+    recall_at_1: float  # 0..1
+
+
+def r_auroc(features: Any, labels: Any, uncertainty: Any) -> RAuroc:
+    """R-AUROC of the URL benchmark (Kirchhof et al. 2023) for features [N, D], labels [N], uncertainty [N].
+
+    AUROC of minus the uncertainty against "the nearest other image, by cosine, is of the same class": 1 where the
+    uncertainty ranks every right neighbour above every wrong one, 1/2 where it knows nothing. Equal cosines: the
+    lower index. Raises ValueError for shapes that don't match, fewer than two images or values that aren't finite.
+    """
+    features, labels, scores = torch.as_tensor(features).float(), as_array(labels), as_array(uncertainty)
+    if features.ndim != 2 or len(features) < 2 or labels.shape != scores.shape or labels.shape != features.shape[:1]:
+        raise ValueError("r_auroc needs features [N, D] with N >= 2, labels [N] and uncertainty [N]")
+    right = labels[nearest_other(features)] == labels
+    return RAuroc(auroc(right, -scores.astype(np.float64)), float(right.mean()))
+
+
+def nearest_other(features: torch.Tensor, chunk: int = 1024) -> np.ndarray:
+    """[N]: for each row of features [N, D] the nearest other row by cosine similarity."""
+    h = torch.nn.functional.normalize(features, dim=1)
+    nearest = []
+    for start in range(0, len(h), chunk):
+        similarity = h[start : start + chunk] @ h.T
+        similarity.diagonal(offset=start).fill_(-torch.inf)
+        nearest.append(similarity.argmax(dim=1))
+    return torch.cat(nearest).cpu().numpy()
+
+
+def auroc(positive: np.ndarray, scores: np.ndarray) -> float:
+    """P(score of a positive > score of a negative) + 1/2 P(equal), from mid-ranks; nan where one class is missing."""
+    if not np.isfinite(scores).all():
+        raise ValueError(f"score {int(np.argmin(np.isfinite(scores)))} isn't finite")
+    n_positive = int(positive.sum())
+    n_negative = len(positive) - n_positive
+    if not n_positive or not n_negative:
+        return float("nan")
+    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    mid_rank = np.cumsum(counts) - (counts - 1) / 2
+    return float((mid_rank[place][positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
+
+
+def risk_coverage_area(wrong: Any, uncertainty: Any) -> float:
+    """AURC, 0..1, lower is better: the error rate among the n most certain images, averaged over n = 1..N.
+
+    `wrong` [N] bool: the prediction is wrong; `uncertainty` [N]. A constant uncertainty gives the error rate; images
+    of equal uncertainty count in expectation over their order.
+    """
+    wrong, scores = as_array(wrong).astype(np.float64), as_array(uncertainty)
+    if wrong.ndim != 1 or wrong.shape != scores.shape or not len(wrong):
+        raise ValueError("risk_coverage_area needs wrong [N] and uncertainty [N] with N >= 1")
+    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    expected = (np.bincount(place, weights=wrong) / counts)[np.sort(place)]
+    return float((np.cumsum(expected) / np.arange(1, len(wrong) + 1)).mean())
