@@ -34,12 +34,9 @@ apt() {  # apt-get that asks nothing and waits for another apt-get to end
 
 fits() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 
-find_python() {
+find_python() {  # empty if there is none
     local candidate
-    if [ -n "${PYTHON:-}" ]; then
-        fits "$PYTHON" || die "PYTHON=$PYTHON is no Python >= 3.10"
-        echo "$PYTHON"; return
-    fi
+    if [ -n "${PYTHON:-}" ]; then echo "$PYTHON"; return; fi
     for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
         if fits "$candidate"; then echo "$candidate"; return; fi
     done
@@ -148,6 +145,7 @@ install_packages() {
 }
 
 install() {
+    if [ -n "${PYTHON:-}" ]; then fits "$PYTHON" || die "PYTHON=$PYTHON is no Python >= 3.10"; fi
     mkdir -p .cache
     # Two makes at once share one environment: the second waits, then finds nothing to do.
     exec 9>.cache/install.lock
