@@ -17,5 +17,7 @@ def sign_bits(features: Any, mean: Any) -> np.ndarray:
     """
     h_ND, mean_D = as_array(features), as_array(mean)
     if h_ND.ndim != 2 or mean_D.shape != h_ND.shape[1:]:
-        raise ValueError(f"features [N, D] and a mean [D] are needed, not {list(h_ND.shape)} and {list(mean_D.shape)}")
+        raise ValueError(
+            f"features [N, D] and a mean [D] are needed, not {list(h_ND.shape)} and {list(mean_D.shape)}"
+        )
     return h_ND > mean_D

@@ -8,8 +8,8 @@
               name offsets: uint64 [count + 1], little-endian, into the names
               names: utf-8, one after another
 
-The header: {version, family, bits, count, checkpoint, created_by, names_bytes}. Later fields may be added; a reader
-ignores those it doesn't know. What changes the layout raises the version.
+The header: {version, family, bits, count, checkpoint, created_by, names_bytes}. Later fields may be added; a
+reader ignores those it doesn't know. What changes the layout raises the version.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class CodeFile:
 
 
 class CodeWriter:
-    """Writes a code file as its rows come: `with CodeWriter(path, ...) as writer: writer.append(rows, names)`.
+    """Writes a code file as its rows come: `with CodeWriter(path, ...) as writer: writer.append(rows,
+    names)`.
 
     The file appears under its name, complete, when the block ends; where the block raises, nothing is left.
     """
@@ -85,12 +86,13 @@ class CodeWriter:
         return self
 
     def append(self, rows: np.ndarray, names: Iterable[str]) -> None:
-        """Adds packed rows uint8 [n, ceil(bits / 8)] and their n names. Raises ValueError where they don't fit."""
+        """Adds packed rows uint8 [n, ceil(bits / 8)] and their n names. ValueError unless they fit."""
         names = list(names)
         width = packed_bytes(self.header["bits"])
         if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != width or len(rows) != len(names):
+            shape = f"[{len(names)}, {width}]"
             raise ValueError(
-                f"{len(names)} names need rows uint8 [{len(names)}, {width}], not {rows.dtype} {list(rows.shape)}"
+                f"{len(names)} names need rows uint8 {shape}, not {rows.dtype} {list(rows.shape)}"
             )
         self.file.write(np.ascontiguousarray(rows).data)
         for name in names:
@@ -141,7 +143,9 @@ def open_codes(path: Path | str) -> CodeFile:
     text_at = names_at + 8 * (count + 1)
     expected, size = text_at + header["names_bytes"], path.stat().st_size
     if size < expected:
-        raise CodeFileError(f"{path}: truncated at byte {size}; {count} codes of {bits} bits end at byte {expected}")
+        raise CodeFileError(
+            f"{path}: truncated at byte {size}; {count} codes of {bits} bits end at byte {expected}"
+        )
     if size > expected:
         raise CodeFileError(f"{path}: damaged: {size - expected} bytes follow its end at byte {expected}")
     if count:
@@ -156,8 +160,8 @@ def open_codes(path: Path | str) -> CodeFile:
 
 
 def require_checkpoint(codes: CodeFile, digest: str) -> None:
-    """Raises CodeFileError unless `codes` were made by the checkpoint with this sha256 digest: distances between
-    codes of two models are numbers without meaning."""
+    """Raises CodeFileError unless `codes` were made by the checkpoint with this sha256 digest: distances
+    between codes of two models are numbers without meaning."""
     if codes.checkpoint != digest:
         raise CodeFileError(
             f"{codes.path}: made by checkpoint {codes.checkpoint[:12]}, not by {digest[:12]}; "
@@ -179,12 +183,16 @@ def read_header(path: Path) -> dict[str, Any]:
     if len(start) < ROWS_AT:
         raise CodeFileError(f"{path}: truncated at byte {len(start)}, within the header")
     try:
+        if length > ROWS_AT - 16:
+            raise ValueError
         header = json.loads(start[16 : 16 + length])
         version = header["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise CodeFileError(f"{path}: damaged: the header at byte 16 can't be read") from error
     if version != VERSION:
-        raise CodeFileError(f"{path}: format version {version}, this release reads {VERSION}; encode the images again")
+        raise CodeFileError(
+            f"{path}: format version {version}, this release reads {VERSION}; encode the images again"
+        )
     numbers = [header.get(name) for name in ("bits", "count", "names_bytes")]
     texts = [header.get(name) for name in ("family", "checkpoint", "created_by")]
     if not all(type(n) is int and n >= 0 for n in numbers) or numbers[0] == 0:
@@ -222,7 +230,8 @@ class Names(Sequence[str]):
         return decode_name(self.text[int(self.offsets[i]) : int(self.offsets[i + 1])].tobytes())
 
 
-# File names on Linux are bytes; those that are no utf-8 come from os.fsdecode as lone surrogates, and go back.
+# File names on Linux are bytes; those that are no utf-8 come from os.fsdecode as lone surrogates, and go
+# back.
 def encode_name(name: str) -> bytes:
     return name.encode("utf-8", "surrogateescape")
 

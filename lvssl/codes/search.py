@@ -19,7 +19,8 @@ ROW_BITS = 40
 
 
 def hamming_search(queries: np.ndarray, database: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest rows of `database` for each query: (rows int64 [Q, k], distances int32 [Q, k]), nearest first.
+    """The k nearest rows of `database` for each query: (rows int64 [Q, k], distances int32 [Q, k]), nearest
+    first.
 
     Both are packed codes, uint8 [Q, bytes] and [N, bytes]; `database` may be a memmap. Rows at the same
     distance come in the order of their index, so the answer is unique. Raises ValueError for widths that
@@ -51,7 +52,8 @@ def hamming_distances(queries: np.ndarray, database: np.ndarray) -> np.ndarray:
 def distance_blocks(queries: np.ndarray, database: np.ndarray) -> Iterator[tuple[slice, int, np.ndarray]]:
     """Yields (slice of queries, first database row, distances [q, n]); the array is reused by the next block.
 
-    Word by word rather than all words at once: the xor of a whole block would be [q, n, words] and leave the cache.
+    Word by word rather than all words at once: the xor of a whole block would be [q, n, words] and leave the
+    cache.
     """
     queries_WQ = words(queries).T
     xor = np.empty((QUERY_BLOCK, DATABASE_CHUNK), dtype=np.uint64)
@@ -82,6 +84,8 @@ def words(packed: np.ndarray) -> np.ndarray:
 def check_packed(queries: np.ndarray, database: np.ndarray) -> None:
     for name, codes in (("queries", queries), ("database", database)):
         if codes.ndim != 2 or codes.dtype != np.uint8:
-            raise ValueError(f"{name}: packed codes are uint8 [N, bytes], not {codes.dtype} {list(codes.shape)}")
+            raise ValueError(
+                f"{name}: packed codes are uint8 [N, bytes], not {codes.dtype} {list(codes.shape)}"
+            )
     if queries.shape[1] != database.shape[1]:
         raise ValueError(f"queries have {queries.shape[1]} bytes a code, the database {database.shape[1]}")

@@ -17,10 +17,12 @@ def code_statistics(bits: Any, probabilities: Any = None) -> dict[str, float | i
     - `count`, `nominal_bits`: N and D.
     - `entropy_bits`: sum over bits of the empirical entropy H(mean), at most D; `entropy_per_bit`: its mean.
     - `dead_bits`: bits on for less than 1 % or more than 99 % of the images.
-    - `mean_absolute_correlation`: mean of |corr(i, j)| over pairs i < j of bits that vary; None with fewer than two.
+    - `mean_absolute_correlation`: mean of |corr(i, j)| over pairs i < j of bits that vary; None with fewer
+      than two.
     - `collisions`: images whose code another, earlier image already has (N - distinct codes).
-    - `information_bound_bits`: with `probabilities` [N, D], the posterior's p: sum_d [H(mean_n p) - mean_n H(p)].
-      It bounds I(x; z) from above when the bits are sampled, as the mean of z factorises at best; None without.
+    - `information_bound_bits`: with `probabilities` [N, D], the posterior's p: sum_d [H(mean_n p) - mean_n
+      H(p)]. An upper bound on I(x; z) of the sampled bits, as H(z) is at most the sum of its bits'
+      entropies; else None.
     """
     b_ND = as_array(bits)
     if b_ND.ndim != 2 or not b_ND.size:
@@ -82,7 +84,7 @@ def compression_ratios(
     if min(bits, resolution, channels, feature_dim) < 1:
         raise ValueError("bits, resolution, channels and feature_dim must be at least 1")
     code_bytes = bits / 8
-    against = {"raw_pixels": resolution**2 * channels, "fp32_feature": 4 * feature_dim}
+    against: dict[str, float] = {"raw_pixels": resolution**2 * channels, "fp32_feature": 4 * feature_dim}
     if jpeg_bytes is not None:
         against["stored_jpeg"] = jpeg_bytes
     return {name: size / code_bytes for name, size in against.items()}

@@ -46,13 +46,13 @@ def hamming_knn(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Accuracy in percent of kNN on packed codes uint8 [N, ceil(bits / 8)]; similarity 1 - 2 * distance / bits, the
-    cosine of the +-1 codes, so that the figure can stand beside `weighted_knn`'s.
+    """Accuracy in percent of kNN on packed codes uint8 [N, ceil(bits / 8)]; similarity 1 - 2 * distance /
+    bits, the cosine of the +-1 codes, so that the figure can stand beside `weighted_knn`'s.
 
-    Distances are small integers and many training images tie at the k-th place. Taking those that come first would
-    favour the classes that come first in the data set (on data sorted by class, always the low ones), so they
-    share the places left: each tied image votes with (places left) / (images tied) of its weight, the expectation
-    over a random order. The result doesn't depend on the order of the training set.
+    Distances are small integers and many training images tie at the k-th place. Taking those that come first
+    would favour the classes that come first in the data set (on data sorted by class, always the low ones),
+    so they share the places left: each tied image votes with (places left) / (images tied) of its weight,
+    the expectation over a random order. The result doesn't depend on the order of the training set.
     """
     train_y, test_y = as_array(train_y).astype(np.int64), as_array(test_y).astype(np.int64)
     check(train_codes.shape, train_y, test_codes.shape, test_y, k)
@@ -72,7 +72,9 @@ def hamming_knn(
 
 def check(train_shape: Any, train_y: Any, test_shape: Any, test_y: Any, k: int) -> None:
     if len(train_shape) != 2 or len(test_shape) != 2 or train_shape[1] != test_shape[1]:
-        raise ValueError(f"train and test need one width: [N, D] and [M, D], not {list(train_shape)}, {list(test_shape)}")
+        raise ValueError(
+            f"train and test need one width: [N, D] and [M, D], not {list(train_shape)}, {list(test_shape)}"
+        )
     if len(train_y) != train_shape[0] or len(test_y) != test_shape[0] or not len(train_y) or not len(test_y):
         raise ValueError("one label is needed for each row, and at least one row in train and in test")
     if k < 1:

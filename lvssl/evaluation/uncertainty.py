@@ -20,12 +20,18 @@ class RAuroc(NamedTuple):
 def r_auroc(features: Any, labels: Any, uncertainty: Any) -> RAuroc:
     """R-AUROC of the URL benchmark (Kirchhof et al. 2023) for features [N, D], labels [N], uncertainty [N].
 
-    AUROC of minus the uncertainty against "the nearest other image, by cosine, is of the same class": 1 where the
-    uncertainty ranks every right neighbour above every wrong one, 1/2 where it knows nothing. Equal cosines: the
-    lower index. Raises ValueError for shapes that don't match, fewer than two images or values that aren't finite.
+    AUROC of minus the uncertainty against "the nearest other image, by cosine, is of the same class": 1
+    where the uncertainty ranks every right neighbour above every wrong one, 1/2 where it knows nothing.
+    Equal cosines: the lower index. Raises ValueError for shapes that don't match, fewer than two images or
+    values that aren't finite.
     """
     features, labels, scores = torch.as_tensor(features).float(), as_array(labels), as_array(uncertainty)
-    if features.ndim != 2 or len(features) < 2 or labels.shape != scores.shape or labels.shape != features.shape[:1]:
+    if (
+        features.ndim != 2
+        or len(features) < 2
+        or labels.shape != scores.shape
+        or labels.shape != features.shape[:1]
+    ):
         raise ValueError("r_auroc needs features [N, D] with N >= 2, labels [N] and uncertainty [N]")
     right = labels[nearest_other(features)] == labels
     return RAuroc(auroc(right, -scores.astype(np.float64)), float(right.mean()))
@@ -43,7 +49,7 @@ def nearest_other(features: torch.Tensor, chunk: int = 1024) -> np.ndarray:
 
 
 def auroc(positive: np.ndarray, scores: np.ndarray) -> float:
-    """P(score of a positive > score of a negative) + 1/2 P(equal), from mid-ranks; nan where one class is missing."""
+    """P(score of a positive > score of a negative) + 1/2 P(equal), by mid-ranks; nan without both."""
     if not np.isfinite(scores).all():
         raise ValueError(f"score {int(np.argmin(np.isfinite(scores)))} isn't finite")
     n_positive = int(positive.sum())
@@ -52,14 +58,16 @@ def auroc(positive: np.ndarray, scores: np.ndarray) -> float:
         return float("nan")
     _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
     mid_rank = np.cumsum(counts) - (counts - 1) / 2
-    return float((mid_rank[place][positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
+    return float(
+        (mid_rank[place][positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
+    )
 
 
 def risk_coverage_area(wrong: Any, uncertainty: Any) -> float:
     """AURC, 0..1, lower is better: the error rate among the n most certain images, averaged over n = 1..N.
 
-    `wrong` [N] bool: the prediction is wrong; `uncertainty` [N]. A constant uncertainty gives the error rate; images
-    of equal uncertainty count in expectation over their order.
+    `wrong` [N] bool: the prediction is wrong; `uncertainty` [N]. A constant uncertainty gives the error
+    rate; images of equal uncertainty count in expectation over their order.
     """
     wrong, scores = as_array(wrong).astype(np.float64), as_array(uncertainty)
     if wrong.ndim != 1 or wrong.shape != scores.shape or not len(wrong):
