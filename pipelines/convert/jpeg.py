@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 COLOURS = ("RGB", "YCbCr", "grey", "CMYK", "YCCK")  # TJCS_*
 _PIXELS_RGB, _PIXELS_GREY = 0, 6  # TJPF_*
@@ -47,9 +47,7 @@ def is_jpeg(data: bytes) -> bool:
 
 def read_header(data: bytes) -> JpegHeader:
     """Size, colour space and orientation. Raises DamagedImage if there is no JPEG header to read."""
-    turned = 1
-    if b"Exif\0\0" in data[: 1 << 16]:  # most files have none: no need for Pillow to look
-        turned = _orientation_of_bytes(data)
+    turned = _orientation_in(data)
     if _turbo is None:
         image = open_with_pillow(data)
         colour = {"RGB": "YCbCr", "L": "grey"}.get(image.mode, image.mode)
@@ -57,7 +55,7 @@ def read_header(data: bytes) -> JpegHeader:
     handle = _handle()
     width, height, _, colour_index = numbers = [c_int() for _ in range(4)]
     if _turbo.tjDecompressHeader3(handle, data, len(data), *map(byref, numbers)):
-        raise DamagedImage(_message(handle))
+        raise _failed(handle)
     colour = COLOURS[colour_index.value] if 0 <= colour_index.value < len(COLOURS) else "unknown"
     return JpegHeader(height.value, width.value, colour, turned)
 
@@ -101,20 +99,22 @@ def library() -> str:
     return "libturbojpeg" if _turbo is not None else "pillow"
 
 
-def orientation(image: Image.Image) -> int:
-    """EXIF's orientation of an image, 1 to 8; 1 where it says nothing, or nothing sensible."""
-    try:
-        value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # a broken EXIF block says nothing about the pixels
-        return 1
+def orientation(exif: Image.Exif) -> int:
+    """EXIF's orientation, 1 to 8; 1 where it says nothing, or nothing sensible."""
+    value = exif.get(_ORIENTATION, 1)
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _orientation_of_bytes(data: bytes) -> int:
+def _orientation_in(data: bytes) -> int:
+    place = data.find(b"Exif\0\0", 0, 1 << 16)
+    if place < 0:
+        return 1
     try:
-        return orientation(Image.open(io.BytesIO(data)))
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others
-        raise DamagedImage(str(error)) from error
+        exif = Image.Exif()
+        exif.load(data[place : place + (1 << 16)])
+        return orientation(exif)
+    except Exception:  # a broken EXIF block says nothing about the pixels
+        return 1
 
 
 def open_with_pillow(data: bytes) -> Image.Image:
@@ -123,6 +123,8 @@ def open_with_pillow(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         image.load()
         return image
+    except UnidentifiedImageError as error:  # its own message holds an address, different in each run
+        raise DamagedImage("not an image file of a known kind") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others
         raise DamagedImage(str(error)) from error
 
@@ -141,7 +143,7 @@ def _decompress(data: bytes, header: JpegHeader, pixels: int, eighths: int) -> n
     handle = _handle()
     target = (out.ctypes.data, width, 0, height, pixels)
     if _turbo.tjDecompress2(handle, data, len(data), *target, _STOP_AT_500_SCANS):
-        raise DamagedImage(_message(handle))
+        raise _failed(handle)
     return out
 
 
@@ -156,6 +158,7 @@ def _load_turbo() -> Any:
     else:
         return None
     turbo.tjInitDecompress.restype = c_void_p
+    turbo.tjDestroy.argtypes = [c_void_p]
     turbo.tjGetErrorStr2.argtypes, turbo.tjGetErrorStr2.restype = [c_void_p], c_char_p
     turbo.tjDecompressHeader3.argtypes = [c_void_p, c_char_p, c_ulong, *[POINTER(c_int)] * 4]
     turbo.tjDecompress2.argtypes = [c_void_p, c_char_p, c_ulong, c_void_p, *[c_int] * 5]
@@ -173,5 +176,10 @@ def _handle() -> int:
     return _local.handle
 
 
-def _message(handle: int) -> str:
-    return _turbo.tjGetErrorStr2(handle).decode("utf-8", "replace")
+def _failed(handle: int) -> DamagedImage:
+    """The error, and no more of this decompressor: up to libjpeg-turbo 2.1, one that has failed in a header
+    goes on from there with the next file, and calls that damaged."""
+    message = _turbo.tjGetErrorStr2(handle).decode("utf-8", "replace")
+    _turbo.tjDestroy(handle)
+    del _local.handle
+    return DamagedImage(message)

@@ -120,7 +120,7 @@ def decode_other(data: bytes) -> tuple[np.ndarray, int]:
     Transparency is dropped and 16 bits become 8. Raises jpeg.DamagedImage.
     """
     image = jpeg.open_with_pillow(data)
-    orientation = jpeg.orientation(image)
+    orientation = jpeg.orientation(image.getexif())
     if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255
         grey = (np.clip(np.asarray(image, np.int64), 0, 65_535) + 128) // 257
         return as_rgb(grey.astype(np.uint8)), orientation

@@ -1,0 +1,201 @@
+"""The command line: lvssl pretrain | evaluate | encode | search | report | presets | doctor | demo."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+HELP = """lvssl: latent-variable contrastive learning of image encoders
+
+    convert-beton IMAGES train.beton                          a folder of class folders, a parquet, torchvision:NAME
+    lvssl pretrain --preset cifar10-small --data train.beton --out runs/lv
+    lvssl pretrain --preset cifar10-small --data train.beton --out runs/control --family none
+    lvssl evaluate runs/lv --test test.beton --control runs/control
+    lvssl report runs/lv                                      one HTML page
+    lvssl encode runs/lv --images DIR                         a packed code for each image
+    lvssl search runs/lv --query IMAGE                        the nearest images by Hamming distance
+
+commands:
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP + "\n".join(f"    {name:10} {about}" for name, (about, _) in COMMANDS.items()))
+        print("\n`lvssl COMMAND --help` lists a command's settings.")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from lvssl import __version__
+
+        print(__version__)
+        return 0
+    if arguments[0] not in COMMANDS:
+        return fail(f"unknown command {arguments[0]!r}; known: {', '.join(COMMANDS)}")
+    return guarded(COMMANDS[arguments[0]][1], arguments[1:])
+
+
+def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) -> int:
+    """A user's mistake is one line without a traceback; everything unexpected keeps its traceback."""
+    from lvssl.codes.file import CodeFileError
+    from pipelines.errors import InputError
+
+    try:
+        return command(arguments) or 0
+    except (InputError, CodeFileError) as error:
+        return fail(str(error))
+    except OSError as error:  # disk full, no permission: the system's words name the file
+        return fail(str(error), 1)
+    except FloatingPointError as error:
+        return fail(str(error), 1)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+
+
+def fail(message: str, status: int = 2) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def parse(kind: Any, arguments: list[str], command: str, default: Any = None, about: str | None = None) -> Any:
+    """Command-line arguments as a dataclass of settings."""
+    import tyro
+
+    options = {} if default is None else {"default": default}
+    return tyro.cli(
+        kind,
+        args=arguments,
+        prog=f"lvssl {command}",
+        description=about or (kind.__doc__ or ""),
+        config=(tyro.conf.OmitArgPrefixes,),
+        **options,
+    )
+
+
+def pretrain(arguments: list[str]) -> int:
+    from lvssl.config import PRESETS, PretrainSettings, preset
+    from lvssl.training.run import read_config
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--out", type=Path)
+    first.add_argument("--resume", action="store_true")
+    known, _ = first.parse_known_args(arguments)
+    settings = PretrainSettings()
+    if known.resume and known.out and (known.out / "config.json").exists():
+        settings = replace(read_config(known.out)[0], out=known.out)
+    if known.preset is not None:
+        settings = preset(known.preset)
+
+    @dataclass(frozen=True)
+    class Pretrain:
+        settings: PretrainSettings = field(default_factory=lambda: settings)
+        resume: bool = False
+        """Go on with the run in --out from its newest checkpoint; its settings need not be repeated."""
+
+    about = f"{PretrainSettings.__doc__} Presets: {', '.join(PRESETS)}. Every setting may be changed beside a preset."
+    chosen = parse(Pretrain, arguments, "pretrain", about=about)
+
+    from lvssl.training.pretrain import Interrupted
+    from lvssl.training.pretrain import pretrain as run
+
+    try:
+        run(chosen.settings, chosen.resume)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return 143
+    print(f"{chosen.settings.out}: done; next: lvssl evaluate {chosen.settings.out} --test TEST.beton")
+    return 0
+
+
+def evaluate(arguments: list[str]) -> None:
+    from lvssl.evaluation.evaluate import EvaluateSettings, print_table
+    from lvssl.evaluation.evaluate import evaluate as run
+
+    settings = parse(EvaluateSettings, arguments, "evaluate")
+    print_table(run(settings)["table"])
+    print(f"written: {settings.run / 'evaluation.json'}; next: lvssl report {settings.run}")
+
+
+def encode(arguments: list[str]) -> None:
+    from lvssl.codes.file import open_codes
+    from lvssl.evaluation.codes import EncodeSettings
+    from lvssl.evaluation.codes import encode as run
+
+    path = run(parse(EncodeSettings, arguments, "encode"))
+    codes = open_codes(path)
+    print(f"{path}: {codes.count:,} codes of {codes.bits:,} bits, {path.stat().st_size:,} bytes")
+
+
+def search(arguments: list[str]) -> None:
+    from lvssl.evaluation.codes import SearchSettings
+    from lvssl.evaluation.codes import search as run
+
+    for name, distance in run(parse(SearchSettings, arguments, "search")):
+        print(f"{distance:6d}  {name}")
+
+
+def report(arguments: list[str]) -> None:
+    import tyro
+
+    from lvssl.report.page import write_report
+
+    @dataclass(frozen=True)
+    class Report:
+        """Write RUN/report.html, one page without outside resources, from what the run's folder holds."""
+
+        run: tyro.conf.Positional[Path]
+        """The run's folder."""
+
+    print(write_report(parse(Report, arguments, "report").run))
+
+
+def presets(arguments: list[str]) -> None:
+    import json
+
+    from lvssl.config import PRESETS, preset, to_dict
+
+    for name in arguments:
+        print(json.dumps(to_dict(preset(name)), indent=2))
+    if not arguments:
+        for name, settings in PRESETS.items():
+            size = f"{settings.view.resolution} px"
+            print(f"{name:16} {settings.model.backbone:9} {size:>7} {settings.epochs:4} epochs")
+        print("\n`lvssl presets NAME` prints every setting of one.")
+
+
+@dataclass(frozen=True)
+class DoctorSettings:
+    """Say what is installed, what is missing, and the command that installs it."""
+
+
+def doctor(arguments: list[str]) -> int:
+    from lvssl import doctor
+
+    parse(DoctorSettings, arguments, "doctor")
+    return doctor.main()
+
+
+def demo(arguments: list[str]) -> None:
+    from lvssl.demo import DemoSettings
+    from lvssl.demo import demo as run
+
+    run(parse(DemoSettings, arguments, "demo"))
+
+
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
+    "pretrain": ("train an encoder without labels", pretrain),
+    "evaluate": ("linear probe and kNN on features and codes, beside a control and floors", evaluate),
+    "encode": ("write packed codes of a folder of images", encode),
+    "search": ("find the nearest images of a query by Hamming distance", search),
+    "report": ("one HTML page of a run", report),
+    "presets": ("list the presets, or print one", presets),
+    "doctor": ("what is installed, what is missing, and the command for it", doctor),
+    "demo": ("all of it on Fashion-MNIST in some minutes", demo),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""The whole way on real images, in minutes: convert, pretrain a control and a latent model, evaluate, report."""
+
+import dataclasses
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lvssl.codes.file import open_codes
+from lvssl.config import PretrainSettings, preset
+from lvssl.evaluation.codes import EncodeSettings, encode
+from lvssl.evaluation.evaluate import EvaluateSettings, evaluate, print_table
+from lvssl.report.page import write_report
+from lvssl.training.checkpoint import write_atomically
+from lvssl.training.pretrain import pretrain
+from pipelines.convert.conversion import Settings as ConvertSettings
+from pipelines.convert.conversion import convert
+from pipelines.errors import InputError
+from pipelines.loader import evaluation_crops
+from pipelines.sources import open_source
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+PICTURES = 200  # test images written as files, to be encoded and searched
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Fashion-MNIST: convert, pretrain a control and a Bernoulli model, evaluate, write the page."""
+
+    out: Path = Path("runs/demo")
+    """Where everything goes. What is finished there is not done again."""
+    images: int = 10_000
+    """Training images."""
+    epochs: int = 0
+    """Of each pretraining; 0: the preset's."""
+    seed: int = 0
+    data: str = "auto"
+    """auto (Debian's package, else torchvision's download, else digits), fashion-mnist, or digits."""
+
+
+def demo(settings: DemoSettings) -> dict[str, Any]:
+    """Leaves results.json and report.html in the folder `out`; returns the former's content."""
+    started = time.monotonic()
+    settings.out.mkdir(parents=True, exist_ok=True)
+    name, train, test = converted(settings)
+    runs = {family: settings.out / label for family, label in (("none", "control"), ("bernoulli", "bernoulli"))}
+    for family, folder in runs.items():
+        print(f"\n== pretraining {folder.name} (family {family})", flush=True)
+        pretrain(arm(settings, name, family, train, folder), resume=True)
+    print("\n== evaluating", flush=True)
+    evaluation = evaluate(EvaluateSettings(run=runs["bernoulli"], test=test, control=runs["none"]))
+    codes = encode(EncodeSettings(run=runs["bernoulli"], images=pictures(settings.out / "images", test)))
+    results = summary(evaluation)
+    write_atomically(settings.out / "results.json", json.dumps(results, indent=2).encode())
+    page = settings.out / "report.html"
+    shutil.copyfile(write_report(runs["bernoulli"]), page)
+
+    print()
+    print_table(evaluation["table"])
+    query = sorted((settings.out / "images").iterdir())[0]
+    print(f"\ncodes    {codes}: {open_codes(codes).count} images, {results['bernoulli']['bits'] // 8} bytes each")
+    print(f"search   .venv/bin/lvssl search {runs['bernoulli']} --query {query}")
+    print(f"results  {settings.out / 'results.json'}")
+    print(f"page     {page.resolve()}")
+    print(f"({time.monotonic() - started:.0f} s)")
+    return results
+
+
+def converted(settings: DemoSettings) -> tuple[str, Path, Path]:
+    """(preset, train.beton, test.beton), converted unless that is done."""
+    choices = {"auto": ("fashion-mnist", "digits"), "fashion-mnist": ("fashion-mnist",), "digits": ("digits",)}
+    if settings.data not in choices:
+        raise InputError(f"unknown --data {settings.data!r}; known: {', '.join(choices)}")
+    for name in choices[settings.data]:
+        folder = settings.out / "data" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            paths = [convert_split(settings, name, split, folder / f"{split}.beton") for split in ("train", "test")]
+            return name, paths[0], paths[1]
+        except InputError as error:
+            if name == choices[settings.data][-1]:
+                raise
+            print(f"Fashion-MNIST can't be had here ({error}).\nGoing on with scikit-learn's digits.", flush=True)
+    raise AssertionError("unreachable")
+
+
+def convert_split(settings: DemoSettings, name: str, split: str, out: Path) -> Path:
+    if out.exists():
+        return out
+    if name == "digits":
+        source, subset = "sklearn:digits", None
+    else:
+        source = str(DEBIAN_FASHION_MNIST) if DEBIAN_FASHION_MNIST.is_dir() else "torchvision:FashionMNIST"
+        subset = settings.images if split == "train" else None
+    print(f"== converting {source} ({split})", flush=True)
+    convert(
+        source,
+        out,
+        ConvertSettings(subset=subset),
+        split=split,
+        root=settings.out / "downloads",
+        progress=True,
+    )
+    return out
+
+
+def arm(settings: DemoSettings, name: str, family: str, data: Path, folder: Path) -> PretrainSettings:
+    chosen = preset(name)
+    return dataclasses.replace(
+        chosen,
+        data=data,
+        out=folder,
+        seed=settings.seed,
+        epochs=settings.epochs or chosen.epochs,
+        latent=dataclasses.replace(chosen.latent, family=family),
+    )
+
+
+def pictures(folder: Path, test: Path) -> Path:
+    """Some test images as PNG files, named by their position and class."""
+    folder.mkdir(exist_ok=True)
+    source = open_source(test)
+    for index in np.arange(min(PICTURES, len(source))):
+        side = int(source.heights[index])
+        view = dataclasses.replace(preset("fashion-mnist").view, resolution=side)
+        pixels = evaluation_crops(source, view, np.array([index]))[0]
+        Image.fromarray(pixels).save(folder / f"{index:04d}-class{source.labels[index]}.png")
+    return folder
+
+
+def summary(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """results.json: accuracies in percent."""
+    control, run = evaluation["control"], evaluation["run"]
+    return {
+        "control": {name: control[name] for name in ("linear", "knn", "sign_linear", "sign_hamming_knn")},
+        "bernoulli": {name: run[name] for name in ("linear", "knn", "code_linear", "hamming_knn", "bits")}
+        | {"compression": evaluation["compression"]},
+        "floors": evaluation["floors"],
+    }

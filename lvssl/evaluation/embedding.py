@@ -1,0 +1,86 @@
+"""A network over a data set: features, codes and uncertainties of every image, without augmentation."""
+
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from lvssl.codes.pack import pack_bits
+from lvssl.models.network import LVNet
+from pipelines.loader import evaluation_batches
+from pipelines.sources import Source
+from pipelines.views import ViewSettings
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """N images as a network sees them."""
+
+    features: np.ndarray  # float32 [N, F]
+    codes: np.ndarray  # uint8 [N, ceil(bits / 8)], packed
+    bits: int
+    uncertainty: np.ndarray  # float32 [N], grows with the posterior's spread
+    rate_bits: float  # mean KL to the prior
+    labels: np.ndarray  # int64 [N]
+    bit_means: np.ndarray | None  # float32 [N, bits], P(bit = 1), where the code is drawn bit by bit
+
+
+@torch.no_grad()
+def embed(network: LVNet, source: Source, view: ViewSettings, workers: int = 2, device: str = "cpu") -> Embedding:
+    """Every image of the source, in its order, in eval mode: the same image gives the same row in any set."""
+    network = network.to(device).eval()
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("features", "codes", "uncertainty", "kl", "means")}
+    for images, _ in evaluation_batches(source, view, workers=workers):
+        features, posterior = network.encode(images.to(device))
+        parts["features"].append(features.float().cpu().numpy())
+        parts["codes"].append(pack_bits(posterior.code()))
+        parts["uncertainty"].append(posterior.uncertainty().cpu().numpy())
+        parts["kl"].append(posterior.kl().cpu().numpy())
+        if hasattr(posterior, "logits"):
+            parts["means"].append(posterior.logits.sigmoid().cpu().numpy())
+    joined = {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
+    return Embedding(
+        joined["features"],
+        joined["codes"],
+        network.family.code_bits(network.dim),
+        joined["uncertainty"],
+        float(joined["kl"].mean() / np.log(2)),
+        source.labels,
+        joined.get("means"),
+    )
+
+
+@torch.no_grad()
+def calibrate_batch_statistics(network: LVNet, source: Source, view: ViewSettings, workers: int = 2) -> None:
+    """Replace every batch normalisation's running statistics by their averages over the source.
+
+    For the random encoder: untrained running statistics would make it worse than it is.
+    """
+    layers = [m for m in network.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # a cumulative average
+    network.train()
+    for images, _ in evaluation_batches(source, view, workers=workers):
+        network.backbone(images)
+    network.eval()
+
+
+def pixels(source: Source, view: ViewSettings, workers: int = 2, side: int = 32) -> np.ndarray:
+    """Evaluation crops as vectors, at most 32 px a side, float32 [N, D]; one channel where all images are grey."""
+    batches = [shrink(images, side) for images, _ in evaluation_batches(source, view, workers=workers)]
+    stacked = torch.cat(batches)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (view.mean, view.std))
+    values = stacked * std + mean
+    if bool((values - values[:, :1]).abs().max() < 1e-5):
+        values = values[:, :1]
+    return values.flatten(1).numpy()
+
+
+def shrink(images: Tensor, side: int) -> Tensor:
+    return nn.functional.adaptive_avg_pool2d(images, side) if images.shape[-1] > side else images.contiguous()
+
+

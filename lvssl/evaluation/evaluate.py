@@ -1,0 +1,278 @@
+"""What a run is worth: probes and nearest neighbours for the run, its control, and the floors under both."""
+
+import io
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from lvssl.codes.controls import sign_bits
+from lvssl.codes.pack import pack_bits, unpack_bits
+from lvssl.codes.search import hamming_search
+from lvssl.codes.statistics import code_statistics, compression_ratios
+from lvssl.evaluation.embedding import Embedding, calibrate_batch_statistics, embed, pixels
+from lvssl.evaluation.knn import hamming_knn, weighted_knn
+from lvssl.evaluation.probe import linear_probe
+from lvssl.evaluation.uncertainty import r_auroc, risk_coverage_area
+from lvssl.models.backbone import feature_dim
+from lvssl.models.network import LVNet
+from lvssl.training.checkpoint import write_atomically
+from lvssl.training.run import Run, load_run
+from pipelines.errors import InputError
+from pipelines.loader import evaluation_crops
+from pipelines.sources import Source, open_source
+from pipelines.views import ViewSettings
+
+QUERIES, NEIGHBOURS, EXTREMES = 12, 6, 12  # pictures in the gallery
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Linear probe and kNN on features and codes, for a run, its control, the random encoder and raw pixels."""
+
+    run: Positional[Path]
+    """The run's folder; evaluation.json and gallery.npz are written there."""
+    test: Path
+    """The test images, made by `convert-beton`. Used once, for the figures."""
+    control: Path | None = None
+    """The run of family `none` to compare with."""
+    train: Path | None = None
+    """Labelled training images of the probes and neighbours; left out: those of the pretraining."""
+    workers: int = 2
+    """Threads that decode."""
+
+
+def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
+    """Measure, write evaluation.json and gallery.npz into the run's folder, and return the former's content.
+
+    Raises:
+        InputError: no such run or data, unfinished runs, or labels that don't match.
+    """
+    run = load_run(settings.run)
+    control = load_run(settings.control) if settings.control else None
+    if control and control.network.family.stochastic:
+        raise InputError(f"{control.folder}: a control has family none or sign, not {control.settings.latent.family}")
+    train = open_source(settings.train or run.settings.data)
+    test = open_source(settings.test)
+    unseen = sorted(set(np.unique(test.labels)) - set(np.unique(train.labels)))
+    if unseen:
+        raise InputError(f"{settings.test}: label {unseen[0]} doesn't occur in the training set")
+
+    view, workers = run.settings.view, settings.workers
+    steps = tqdm(total=4 + 2 * bool(control), desc=f"evaluate {run.folder.name}", unit="stage", disable=None)
+
+    def both(network: LVNet, its_view: ViewSettings) -> tuple[Embedding, Embedding]:
+        made = embed(network, train, its_view, workers), embed(network, test, its_view, workers)
+        steps.update()
+        return made
+
+    run_sets = both(run.network, view)
+    figures = measure(*run_sets, bool(run.network.family.stochastic))
+    steps.update()
+    control_figures = None
+    if control:
+        control_figures = measure(*both(control.network, control.settings.view), stochastic=False)
+        steps.update()
+    result = {
+        "run": describe(run) | figures,
+        "control": describe(control) | control_figures if control and control_figures else None,
+        "floors": floors(run, train, test, workers),
+    }
+    steps.update()
+    bits = run_sets[1].bits
+    stored = jpeg_bytes(test)
+    result |= {
+        "table": table(run, control, figures, control_figures, result["floors"], bits),
+        "compression": compression_ratios(bits, view.resolution, feature_dim=run_sets[0].features.shape[1], jpeg_bytes=stored),
+        "code_statistics": code_statistics(unpack_bits(run_sets[1].codes, bits), run_sets[1].bit_means),
+        "uncertainty": uncertainty(run_sets[1], figures["wrong"]),
+        "data": {
+            "train": len(train), "test": len(test), "classes": int(train.labels.max()) + 1,
+            "resolution": view.resolution, "train_path": str(settings.train or run.settings.data),
+            "test_path": str(settings.test),
+        },
+        "command": command(settings),
+    }  # fmt: skip
+    del figures["wrong"], result["run"]["wrong"]
+    if result["control"]:
+        del result["control"]["wrong"]
+    write_gallery(run.folder / "gallery.npz", *run_sets, train, test, view, class_names(settings.test, train))
+    write_atomically(run.folder / "evaluation.json", json.dumps(result, indent=2).encode())
+    steps.update()
+    steps.close()
+    return result
+
+
+def measure(train: Embedding, test: Embedding, stochastic: bool) -> dict[str, Any]:
+    """Accuracies in percent, on features and on the code; "wrong" is the probe's mistakes, bool [test]."""
+    labels = train.labels, test.labels
+    probe = linear_probe(train.features, labels[0], test.features, labels[1])
+    figures: dict[str, Any] = {
+        "linear": probe.accuracy,
+        "knn": weighted_knn(train.features, labels[0], test.features, labels[1]),
+        "wrong": probe.predictions != labels[1],
+    }
+    mean = train.features.mean(axis=0)
+    code = {"sign": tuple(pack_bits(sign_bits(s.features, mean)) for s in (train, test))}
+    if stochastic:
+        code = {"code": (train.codes, test.codes)}
+    for name, (train_code, test_code) in code.items():
+        bits = test.bits if stochastic else test.features.shape[1]
+        spread = [unpack_bits(c, bits).astype(np.float32) for c in (train_code, test_code)]
+        figures[f"{name}_linear"] = linear_probe(spread[0], labels[0], spread[1], labels[1]).accuracy
+        knn = hamming_knn(train_code, labels[0], test_code, labels[1], bits)
+        figures["hamming_knn" if stochastic else "sign_hamming_knn"] = knn
+        figures["bits"] = bits
+    if stochastic:
+        figures["rate_bits"] = test.rate_bits
+    return figures
+
+
+def describe(run: Run) -> dict[str, Any]:
+    return {"path": str(run.folder), "family": run.settings.latent.family, "checkpoint": run.digest, "step": run.step}
+
+
+def floors(run: Run, train: Source, test: Source, workers: int) -> dict[str, float]:
+    """The probe on what needs no training: the same network untrained, and the pixels."""
+    settings = run.settings
+    torch.manual_seed(settings.seed)
+    random = LVNet(settings.model, settings.latent, settings.view.resolution)
+    calibrate_batch_statistics(random, train, settings.view, workers)
+    sets = [embed(random, source, settings.view, workers).features for source in (train, test)]
+    raw = [pixels(source, settings.view, workers) for source in (train, test)]
+    return {
+        "random": linear_probe(sets[0], train.labels, sets[1], test.labels).accuracy,
+        "pixels": linear_probe(raw[0], train.labels, raw[1], test.labels).accuracy,
+    }
+
+
+def table(
+    run: Run,
+    control: Run | None,
+    figures: dict[str, Any],
+    control_figures: dict[str, Any] | None,
+    floor: dict[str, float],
+    bits: int,
+) -> list[dict[str, Any]]:
+    """Rows of the result: model, representation, bits, linear, knn (percent, or None)."""
+
+    def row(model: str, representation: str, size: int | None, linear: float, knn: float | None) -> dict[str, Any]:
+        return {"model": model, "representation": representation, "bits": size, "linear": linear, "knn": knn}
+
+    def rows(which: Run, f: dict[str, Any]) -> list[dict[str, Any]]:
+        name = which.settings.latent.family
+        made = [row(name, "features", 32 * feature_dim(which.settings.model.backbone), f["linear"], f["knn"])]
+        if "code_linear" in f:
+            made.append(row(name, "code", f["bits"], f["code_linear"], f["hamming_knn"]))
+        else:
+            made.append(row(name, "sign bits", f["bits"], f["sign_linear"], f["sign_hamming_knn"]))
+        return made
+
+    made = rows(run, figures)
+    if control and control_figures:
+        made += rows(control, control_figures)
+    made.append(row("random encoder", "features", None, floor["random"], None))
+    made.append(row("none", "pixels", None, floor["pixels"], None))
+    return made
+
+
+def uncertainty(test: Embedding, wrong: np.ndarray) -> dict[str, float]:
+    """Does the posterior's spread say where features and probe fail? In [0, 1]."""
+    score = r_auroc(test.features, test.labels, test.uncertainty)
+    return {
+        "r_auroc": score.r_auroc,
+        "recall_at_1": score.recall_at_1,
+        "aurc": risk_coverage_area(wrong, test.uncertainty),
+    }
+
+
+def jpeg_bytes(source: Source) -> float | None:
+    """Mean size of the stored JPEGs; None where any image is stored as pixels."""
+    file = getattr(source, "file", None)
+    return float(file.sizes.mean()) if file is not None and not file.modes.any() else None
+
+
+def class_names(path: Path, source: Source) -> list[str]:
+    """From the beton's manifest; numbers where there is none."""
+    manifest = Path(f"{path}.json")
+    names = json.loads(manifest.read_text()).get("classes") if manifest.exists() else None
+    return [str(name) for name in names or range(int(source.labels.max()) + 1)]
+
+
+def command(settings: EvaluateSettings) -> str:
+    """The command that makes this evaluation."""
+    parts = ["lvssl", "evaluate", str(settings.run), "--test", str(settings.test)]
+    for name in ("control", "train"):
+        if getattr(settings, name):
+            parts += [f"--{name}", str(getattr(settings, name))]
+    return shlex.join(parts)
+
+
+def write_gallery(
+    path: Path,
+    train: Embedding,
+    test: Embedding,
+    train_source: Source,
+    test_source: Source,
+    view: ViewSettings,
+    names: list[str],
+) -> None:
+    """Pictures for the report: test images with their nearest training images, and the least and most certain.
+
+    Queries are spread over the classes, and drawn by position, not by how well they do.
+    """
+    queries = spread_over_classes(test.labels, QUERIES)
+    by_code, _ = hamming_search(test.codes[queries], train.codes, NEIGHBOURS)
+    unit = [torch.nn.functional.normalize(torch.from_numpy(s.features), dim=1) for s in (train, test)]
+    by_feature = (unit[1][queries] @ unit[0].T).topk(min(NEIGHBOURS, len(unit[0])), dim=1).indices.numpy()
+    ranking = np.argsort(test.uncertainty, kind="stable")
+    certain, uncertain = ranking[:EXTREMES], ranking[::-1][:EXTREMES]
+
+    from_test = np.unique(np.concatenate([queries, certain, uncertain]))
+    from_train = np.unique(np.concatenate([by_code.ravel(), by_feature.ravel()]))
+    images = [evaluation_crops(s, view, i) for s, i in ((test_source, from_test), (train_source, from_train))]
+
+    def in_test(rows: np.ndarray) -> np.ndarray:
+        return np.searchsorted(from_test, rows)
+
+    def in_train(rows: np.ndarray) -> np.ndarray:
+        return len(from_test) + np.searchsorted(from_train, rows)
+
+    content = {
+        "images": np.concatenate(images),
+        "labels": np.concatenate([test.labels[from_test], train.labels[from_train]]),
+        "class_names": np.array(names),
+        "query": in_test(queries),
+        "neighbours_code": in_train(by_code),
+        "neighbours_feature": in_train(by_feature),
+        "most_certain": in_test(certain),
+        "least_certain": in_test(uncertain),
+        "uncertainty": np.concatenate([test.uncertainty[from_test], train.uncertainty[from_train]]),
+    }
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **content)  # type: ignore[arg-type]
+    write_atomically(path, buffer.getvalue())
+
+
+def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
+    """`count` positions, class by class in turn, the first of each class first."""
+    turn = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        turn[members] = np.arange(len(members))
+    return np.lexsort((labels, turn))[:count]
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """The result on a terminal."""
+    print(f"{'model':16}{'representation':16}{'bits':>8}{'linear %':>10}{'kNN %':>8}")
+    for row in rows:
+        bits = f"{row['bits']:,}" if row["bits"] else "-"
+        knn = f"{row['knn']:.1f}" if row["knn"] is not None else "-"
+        print(f"{row['model']:16}{row['representation']:16}{bits:>8}{row['linear']:>10.1f}{knn:>8}")
