@@ -153,7 +153,7 @@ install() {
     if up_to_date; then say ".venv is up to date"; return; fi
     : >"$LOG"
     if [ -f "$STAMP" ]; then  # extras once asked for stay
-        extras=$(printf '%s\n' ${extras//,/ } $(sed -n 2p "$STAMP" | tr , ' ') | sort -u | paste -sd,)
+        extras=$({ echo "$extras"; sed -n 2p "$STAMP"; } | tr , '\n' | sort -u | paste -sd,)
     fi
     install_system
     make_venv

@@ -39,7 +39,7 @@ def test_the_wheel_holds_every_tracked_module_and_nothing_else(tmp_path):
 def test_help_comes_quickly_and_with_status_0(command):
     done = subprocess.run([BIN / command, "--help"], capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
-    assert "usage" in done.stdout.lower()
+    assert command in done.stdout
 
 
 def test_lvssl_help_does_not_wait_for_torch():
