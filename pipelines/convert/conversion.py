@@ -47,8 +47,8 @@ class Settings:
             raise InputError(f"--jpeg-quality {self.jpeg_quality}: must be within 1 and 100")
         if self.subset is not None and self.subset < 1:
             raise InputError(f"--subset {self.subset}: must be at least 1")
-        if self.shuffle_seed is not None and self.shuffle_seed < 0:
-            raise InputError(f"--shuffle-seed {self.shuffle_seed}: must be 0 or more")
+        if self.shuffle_seed is not None and not 0 <= self.shuffle_seed < 2**32:
+            raise InputError(f"--shuffle-seed {self.shuffle_seed}: must be within 0 and {2**32 - 1}")
         if self.on_error not in ("refuse", "fail"):
             raise InputError(f"--on-error {self.on_error}: must be refuse or fail")
 
@@ -120,7 +120,7 @@ def select(labels: np.ndarray, subset: int | None, shuffle_seed: int | None) -> 
         raise InputError(f"--subset {subset}: the source has only {total} images")
     order = np.arange(total)
     if subset is not None and subset < total:
-        random = np.random.Generator(np.random.PCG64(shuffle_seed or 0))
+        random = np.random.RandomState(shuffle_seed or 0)  # frozen: the same draw in every NumPy release
         shuffled = random.permutation(total)
         # The r-th image of its class (in random order) is taken in round r; sort by round, ties at random.
         by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
@@ -129,7 +129,7 @@ def select(labels: np.ndarray, subset: int | None, shuffle_seed: int | None) -> 
         ties = random.permutation(total)
         order = np.sort(by_class[np.lexsort((ties, rounds))[:subset]])
     if shuffle_seed is not None:
-        order = np.random.Generator(np.random.PCG64(shuffle_seed)).permutation(order)
+        order = np.random.RandomState(shuffle_seed).permutation(order)
     return order
 
 

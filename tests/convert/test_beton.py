@@ -1,4 +1,4 @@
-"""The format: FFCV reads what is written here, we read what FFCV writes, and damage to the layout is found."""
+"""The format: its types are FFCV's, we read what FFCV writes, and damage to the layout is found."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,14 @@ def test_types_are_those_of_ffcv():
     assert ffcv_types.HeaderType == format.HEADER
     assert ffcv_types.FieldDescType == format.FIELD
     assert ffcv_types.ALLOC_TABLE_TYPE == format.ALLOCATION
-    fields = [FloatField(), RGBImageField(), IntField(), BytesField(), NDArrayField(np.dtype("f4"), (3,)), JSONField()]
+    fields = [
+        FloatField(),
+        RGBImageField(),
+        IntField(),
+        BytesField(),
+        NDArrayField(np.dtype("f4"), (3,)),
+        JSONField(),
+    ]
     ours = format._metadata_dtype([0, 2, 1, 3, 4, 5])
     theirs = ffcv_types.get_metadata_type(fields)
     assert ours.itemsize == theirs.itemsize
@@ -46,7 +53,9 @@ def test_types_are_those_of_ffcv():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    sizes=st.lists(st.sampled_from([1, 100, 700_000, 2**21 - 1, 2**21, 2**21 + 1, 5_000_000]), min_size=1, max_size=6)
+    sizes=st.lists(
+        st.sampled_from([1, 100, 700_000, 2**21 - 1, 2**21, 2**21 + 1, 5_000_000]), min_size=1, max_size=6
+    )
 )
 def test_no_image_crosses_a_page(tmp_path_factory, sizes):
     path = tmp_path_factory.mktemp("pages") / "x.beton"
@@ -74,7 +83,12 @@ def test_reads_what_ffcv_writes(tmp_path):
     from ffcv.writer import DatasetWriter, handle_sample
 
     path = tmp_path / "stock.beton"
-    fields = {"weight": FloatField(), "image": RGBImageField("raw"), "note": BytesField(), "label": IntField()}
+    fields = {
+        "weight": FloatField(),
+        "image": RGBImageField("raw"),
+        "note": BytesField(),
+        "label": IntField(),
+    }
     writer = DatasetWriter(str(path), fields, num_workers=1)
     writer.num_samples = 5
     writer.prepare()
@@ -150,7 +164,10 @@ def test_what_is_no_beton_is_named(tmp_path, change, message):
         path.write_bytes(change["make"])
     elif change:
         data = bytearray(write(path, raw_images(3)).read_bytes())
-        header, fields = np.frombuffer(data, format.HEADER, 1), np.frombuffer(data, format.FIELD, 2, offset=24)
+        header, fields = (
+            np.frombuffer(data, format.HEADER, 1),
+            np.frombuffer(data, format.FIELD, 2, offset=24),
+        )
         for key, value in change.items():
             if key.startswith("name"):
                 fields["name"][int(key[-1])] = np.frombuffer(value.ljust(16, b"\0"), np.uint8)

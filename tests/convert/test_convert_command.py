@@ -1,0 +1,217 @@
+"""The command as it is typed: exit status, one line of error, nothing left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from made_images import SHARED, class_folders, encoded, image_of, photos, pixels
+
+from pipelines.convert.beton import open_beton
+from tools.convert_beton import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_closing_line_and_the_warnings(tmp_path, capsys):
+    photos(tmp_path / "set")
+    (tmp_path / "set/class1/001.jpg").write_bytes(b"no image")
+    out = tmp_path / "x.beton"
+    assert main([str(tmp_path / "set"), str(out)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{out}: 11 images (11 JPEG as they were) in 3 classes, 1 refused, ")
+    assert printed.out.strip().endswith(f"manifest {out}.json")
+    assert printed.err == "warning: refused class1/001.jpg: not an image file of a known kind\n"
+    assert open_beton(out).count == 11
+
+
+def test_every_option_reaches_the_manifest(tmp_path):
+    photos(tmp_path / "set", classes=2, each=10)
+    options = (
+        "--split validation --subset 6 --shuffle-seed 4 --max-resolution 25 --jpeg-quality 70 --workers 2"
+    )
+    os.rename(tmp_path / "set", tmp_path / "val")
+    (tmp_path / "train").mkdir()
+    assert main([str(tmp_path), str(tmp_path / "x.beton"), *options.split(), "--on-error", "fail"]) == 0
+    manifest = json.loads((tmp_path / "x.beton.json").read_text())
+    assert manifest["settings"] == {
+        "max_resolution": 25,
+        "jpeg_quality": 70,
+        "raw": False,
+        "subset": 6,
+        "shuffle_seed": 4,
+        "on_error": "fail",
+    }
+    assert manifest["count"] == 6 and manifest["class_counts"] == [3, 3] and manifest["split"] == "validation"
+    assert manifest["stored"]["reencoded"] == 6 and open_beton(tmp_path / "x.beton").widths.max() == 25
+
+
+def make_bad_sources(root):
+    photos(root / "good", classes=2, each=3)
+    photos(root / "damaged", classes=1, each=3)
+    (root / "damaged/class0/001.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    class_folders(
+        root,
+        {
+            "texts/a/1.jpg": b"one",
+            "texts/b/2.jpg": b"two",
+            "flat/1.jpg": encoded(pixels(9, 9)),
+            "file.txt": b"x",
+        },
+    )
+    (root / "empty").mkdir()
+    (root / "hollow/a").mkdir(parents=True)
+    pq.write_table(pa.table({"a": [1]}), root / "other.parquet")
+    (root / "there.beton").write_bytes(b"mine")
+
+
+BAD = [
+    ("gone out.beton", "gone: no such folder or file"),
+    ("empty out.beton", "empty: no image in it; put the images in one folder per class"),
+    ("hollow out.beton", "hollow: no image in any of its 1 class folders"),
+    ("flat out.beton", "flat: its images lie in no class folder; put the images in one folder per class"),
+    (
+        "texts out.beton",
+        "none of the 2 files is an image that can be stored; the first, a/1.jpg: not an image",
+    ),
+    ("damaged out.beton --on-error fail", "class0/001.jpg: "),
+    ("file.txt out.beton", "file.txt: a single file must be a .parquet"),
+    ("other.parquet out.beton", "no column 'image' and 'label' (its columns: a)"),
+    ("torchvision:Nope out.beton", "torchvision:Nope: no data set"),
+    ("sklearn:faces out.beton", "sklearn:faces: unknown"),
+    ("good there.beton", "there.beton: exists; remove it, or replace it by --overwrite"),
+    ("good empty", "empty: is a folder; give the name of a file"),
+    ("good file.txt/out.beton", "file.txt: cannot be made (File exists)"),
+    ("good file.txt/deeper/out.beton", "cannot be made (Not a directory)"),
+    ("good /proc/out.beton", "/proc/out.beton: cannot be written"),
+    ("good new/folder/out.beton --subset 7", "--subset 7: the source has only 6 images"),
+    ("texts new/folder/out.beton", "none of the 2 files"),
+    ("good out.beton --subset 0", "--subset 0: must be at least 1"),
+    ("good out.beton --subset many", "argument --subset: invalid int value: 'many'"),
+    ("good out.beton --split dev", "argument --split: invalid choice: 'dev'"),
+    ("good out.beton --split test", "good: has no splits"),
+    ("good out.beton --max-resolution 0", "--max-resolution 0: must be within"),
+    ("good out.beton --jpeg-quality 101", "--jpeg-quality 101: must be within"),
+    ("good out.beton --shuffle-seed -1", "--shuffle-seed -1: must be within 0 and"),
+    ("good out.beton --workers 0", "--workers 0: must be at least 1"),
+    ("good out.beton --colour", "unrecognized arguments: --colour"),
+    ("good", "the following arguments are required: OUT.beton"),
+]
+
+
+@pytest.mark.parametrize(("typed", "message"), BAD, ids=[typed for typed, _ in BAD])
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, typed, message):
+    make_bad_sources(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    try:
+        status = main(typed.split())
+    except SystemExit as error:  # argparse's own way out
+        status = error.code
+    printed = capsys.readouterr()
+    assert status == 2 and printed.out == ""
+    assert printed.err.startswith("error: ") and message in printed.err and printed.err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "there.beton").read_bytes() == b"mine"
+
+
+def test_overwrite_replaces_and_a_failure_keeps_the_old_one(tmp_path, capsys):
+    photos(tmp_path / "set", classes=1, each=3)
+    out = tmp_path / "x.beton"
+    assert main([str(tmp_path / "set"), str(out)]) == 0
+    old = out.read_bytes(), (tmp_path / "x.beton.json").read_bytes()
+    (tmp_path / "set/class0/001.jpg").write_bytes(b"")
+    assert main([str(tmp_path / "set"), str(out), "--overwrite", "--on-error", "fail"]) == 2
+    assert (out.read_bytes(), (tmp_path / "x.beton.json").read_bytes()) == old
+    assert main([str(tmp_path / "set"), str(out), "--overwrite"]) == 0
+    assert open_beton(out).count == 2 and json.loads((tmp_path / "x.beton.json").read_text())["count"] == 2
+    assert "class0/001.jpg: the file is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, number, status):
+    """Stopped as soon as the unfinished file is there, with 2,000 images still to shrink."""
+    photos(tmp_path / "set", classes=40, each=50)
+    (tmp_path / "out").mkdir()
+    command = [
+        sys.executable,
+        "-m",
+        "tools.convert_beton",
+        "set",
+        "out/x.beton",
+        "--workers",
+        "1",
+        "--max-resolution",
+        "19",
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out").iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert list((tmp_path / "out").iterdir()) == []
+    assert errors.decode() == ("interrupted: nothing was written\n" if number == signal.SIGINT else "")
+
+
+def test_no_space_left(tmp_path):
+    """A limit on the size of a file stands in for a full disk: the same error from the same write."""
+    photos(tmp_path / "set", classes=4, each=50)
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
+        "from tools.convert_beton import main; sys.exit(main(['set', 'out.beton']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: out.beton: cannot be written (File too large)\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert error.value.code == 0
+    for word in (
+        "photos/CLASS/IMAGE.jpg",
+        "torchvision:CIFAR10",
+        "sklearn:digits",
+        "--on-error",
+        "byte for byte",
+    ):
+        assert word in text
+
+
+def test_real_imagenet_jpegs_keep_their_bytes(tmp_path):
+    tar = SHARED / "imagenet-sample/imagenet-1k-one-per-class.tar"
+    if not tar.is_file():
+        pytest.skip(f"no {tar}")
+    import tarfile
+
+    with tarfile.open(tar) as archive:
+        members = [member for member in archive if member.isfile()][::20]
+        files = {member.name: archive.extractfile(member).read() for member in members}
+    class_folders(tmp_path / "set", files)
+    assert main([str(tmp_path / "set"), str(tmp_path / "x.beton"), "--on-error", "fail"]) == 0
+    manifest, beton = json.loads((tmp_path / "x.beton.json").read_text()), open_beton(tmp_path / "x.beton")
+    assert beton.count == len(files) == 50
+    assert all(image_of(beton, i) == files[name] for i, name in enumerate(manifest["names"]))

@@ -1,0 +1,275 @@
+"""Every form of source gives the images and labels that were put into it."""
+
+import gzip
+import json
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from made_images import SHARED, class_folders, decoded, encoded, photos, pixels
+
+from pipelines.convert.jpeg import DamagedImage
+from pipelines.convert.readers import decode_rgb, list_images, open_source
+from pipelines.errors import InputError
+
+
+def parquet(path, images, labels, classes=None, image="image", label="label", **options):
+    """An image parquet as the Hugging Face library writes it."""
+    rows = [{"bytes": data, "path": f"{i}.jpg"} for i, data in enumerate(images)]
+    table = pa.table({image: rows, label: pa.array(labels)})
+    if classes:
+        features = {image: {"_type": "Image"}, label: {"_type": "ClassLabel", "names": classes}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, **options)
+    return path
+
+
+def idx_files(folder, count=12, end=".gz"):
+    """MNIST's files, both splits; returns the train images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images = np.stack([pixels(28, 28, i)[..., 0] for i in range(count)])
+    for prefix in ("train", "t10k"):
+        head = bytes([0, 0, 8, 3]) + np.array(images.shape, ">u4").tobytes()
+        labels = (
+            bytes([0, 0, 8, 1]) + np.array([count], ">u4").tobytes() + bytes(i % 10 for i in range(count))
+        )
+        for name, data in (("images-idx3", head + images.tobytes()), ("labels-idx1", labels)):
+            data = gzip.compress(data) if end else data
+            (folder / f"{prefix}-{name}-ubyte{end}").write_bytes(data)
+        images = 255 - images
+    return 255 - images[:count] if prefix == "train" else images
+
+
+# -------------------------------------------------------------------- folders
+
+
+def test_class_folders(tmp_path):
+    source = open_source(str(photos(tmp_path, classes=3, each=2)))
+    assert source.classes == ["class0", "class1", "class2"] and source.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert source.names[3] == "class1/001.jpg" and source.split is None
+    assert source.read(3) == (tmp_path / "class1/001.jpg").read_bytes()
+
+
+def test_an_empty_class_keeps_its_number_and_is_mentioned(tmp_path):
+    photos(tmp_path, classes=2, each=1)
+    (tmp_path / "class00").mkdir()
+    source = open_source(str(tmp_path))
+    assert source.classes == ["class0", "class00", "class1"] and source.labels.tolist() == [0, 2]
+    assert source.notes == ["class folder class00 is empty"]
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"), [(None, "train"), ("train", "train"), ("validation", "val"), ("test", "val")]
+)
+def test_folders_of_splits(tmp_path, split, expected):
+    photos(tmp_path / "train", classes=2, each=3)
+    photos(tmp_path / "val", classes=2, each=1)
+    source = open_source(str(tmp_path), split)
+    assert len(source.names) == {"train": 6, "val": 2}[expected] and source.classes == ["class0", "class1"]
+    assert source.split == (split or "train")
+
+
+def test_linked_folders_are_followed_and_circles_are_not(tmp_path):
+    photos(tmp_path / "real", classes=1, each=2)
+    (tmp_path / "set").mkdir()
+    os.symlink(tmp_path / "real/class0", tmp_path / "set/linked")
+    os.symlink(tmp_path / "set", tmp_path / "real/class0/circle")
+    source = open_source(str(tmp_path / "set"))
+    assert [name for name in source.names if name.count("/") == 1] == ["linked/000.jpg", "linked/001.jpg"]
+    assert len(source.names) == 2
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    photos(tmp_path, classes=1, each=1)
+    os.mkfifo(tmp_path / "class0/pipe.jpg")
+    source = open_source(str(tmp_path))
+    with pytest.raises(DamagedImage, match="no regular file"):
+        source.read(source.names.index("class0/pipe.jpg"))
+
+
+def test_list_images_and_decode(tmp_path):
+    image = pixels(30, 40)
+    files = {
+        "b.JPG": encoded(image, quality=95),
+        "a/z.png": encoded(image, "PNG"),
+        "a/.x.png": b"",
+        "a/note.txt": b"",
+    }
+    class_folders(tmp_path, files)
+    paths = list_images(tmp_path)
+    assert [path.relative_to(tmp_path).as_posix() for path in paths] == ["a/z.png", "b.JPG"]
+    assert np.array_equal(decode_rgb(paths[0]), image)
+    assert np.abs(decode_rgb(paths[1]).astype(int) - decoded(files["b.JPG"])).mean() < 1
+    assert decode_rgb(str(paths[1])).flags.c_contiguous
+    with pytest.raises(InputError, match=r"note\.txt: no image, or damaged"):
+        decode_rgb(tmp_path / "a/note.txt")
+    with pytest.raises(InputError, match=r"gone\.jpg: cannot be read \(No such file"):
+        decode_rgb(tmp_path / "gone.jpg")
+
+
+# -------------------------------------------------------------------- parquet
+
+
+def test_parquet(tmp_path):
+    images = [encoded(pixels(32, 32, i)) for i in range(25)]
+    path = parquet(
+        tmp_path / "x.parquet", images, [i % 3 for i in range(25)], ["ant", "bee", "cow"], row_group_size=4
+    )
+    source = open_source(str(path))
+    assert source.classes == ["ant", "bee", "cow"] and source.labels.tolist() == [i % 3 for i in range(25)]
+    order = np.random.default_rng(0).permutation(25)
+    assert [source.read(i) for i in order] == [images[i] for i in order]
+    assert (source.names[7], source.split) == ("x.parquet:7", None)
+
+
+def test_a_folder_of_parquets_is_read_by_split(tmp_path):
+    images = [encoded(pixels(16, 16, i)) for i in range(6)]
+    parquet(tmp_path / "data/train-00001-of-00002.parquet", images[2:4], [0, 1])
+    parquet(tmp_path / "data/train-00000-of-00002.parquet", images[:2], [2, 0])
+    parquet(tmp_path / "data/validation-00000-of-00001.parquet", images[4:], [1, 1])
+    source = open_source(str(tmp_path))
+    assert [source.read(i) for i in range(4)] == images[:4] and source.labels.tolist() == [2, 0, 0, 1]
+    assert source.classes == ["0", "1", "2"] and source.split == "train"
+    for split in ("test", "validation"):
+        assert [open_source(str(tmp_path), split).read(i) for i in range(2)] == images[4:]
+    one = open_source(str(tmp_path / "data/validation-00000-of-00001.parquet"))
+    assert one.split == "validation" and one.read(0) == images[4]
+
+
+def test_other_spellings_of_columns(tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"img": [b"abc", b"def"], "fine_label": [1, 0]}), path)
+    source = open_source(str(path))
+    assert source.read(1) == b"def" and source.labels.tolist() == [1, 0]
+
+
+def test_a_row_without_bytes_is_damaged(tmp_path):
+    path = parquet(tmp_path / "x.parquet", [encoded(pixels(8, 8)), None], [0, 0])
+    with pytest.raises(DamagedImage, match="no bytes"):
+        open_source(str(path)).read(1)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"picture": [b"x"], "label": [0]}, "no column 'image' (its columns: picture, label)"),
+        ({"image": [b"x"]}, "no column 'label' (its columns: image)"),
+        ({"image": [b"x"], "label": ["cat"]}, "its column 'label' must hold one integer a row"),
+        ({"image": [b"x", b"y"], "label": [0, None]}, "its column 'label' must hold one integer a row"),
+        ({"image": [b"x", b"y"], "label": [0, -1]}, "x.parquet:1 has label -1; is this split unlabelled?"),
+        ({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}, "no image in it"),
+    ],
+)
+def test_a_parquet_of_other_columns_is_refused(tmp_path, table, message):
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    with pytest.raises(InputError) as error:
+        open_source(str(tmp_path / "x.parquet"))
+    assert message in str(error.value) and "x.parquet" in str(error.value)
+
+
+def test_a_damaged_parquet_is_named(tmp_path):
+    path = parquet(tmp_path / "train-0.parquet", [encoded(pixels(8, 8))] * 9, [0] * 9)
+    whole = path.read_bytes()
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match=r"train-0\.parquet: cannot be read as parquet"):
+            open_source(str(tmp_path))
+    path.write_bytes(whole[:4] + b"\xff" * 200 + whole[204:])  # its footer is sound, its pages are not
+    with pytest.raises((DamagedImage, InputError)):
+        open_source(str(path)).read(0)
+
+
+def test_classes_fewer_than_labels(tmp_path):
+    path = parquet(tmp_path / "x.parquet", [b"x"] * 3, [0, 1, 2], ["ant", "bee"])
+    with pytest.raises(InputError, match=r"x\.parquet:2 has label 2, but 2 classes are named"):
+        open_source(str(path))
+
+
+# ------------------------------------------------- idx, torchvision, sklearn
+
+
+@pytest.mark.parametrize("end", [".gz", ""])
+def test_idx_files(tmp_path, end):
+    images = idx_files(tmp_path / "fashion-mnist", end=end)
+    for split, expected in ((None, images), ("train", images), ("test", 255 - images)):
+        source = open_source(str(tmp_path / "fashion-mnist"), split)
+        assert np.array_equal(np.stack([source.read(i) for i in range(12)]), expected)
+        assert source.labels.tolist() == [i % 10 for i in range(12)] and source.split == (split or "train")
+        assert source.classes[9] == "Ankle boot" and len(source.classes) == 10
+
+
+def test_damaged_idx_files_are_named(tmp_path):
+    idx_files(tmp_path)
+    assert open_source(str(tmp_path)).classes[9] == "9"  # no "fashion" in the path: digits
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    whole = path.read_bytes()
+    for data in (b"", whole[:-100], whole[:2000] + b"x" * 50 + whole[2050:], gzip.compress(b"another file")):
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=r"train-images-idx3-ubyte\.gz: cannot be read"):
+            open_source(str(tmp_path))
+    path.write_bytes(whole)
+    (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(InputError, match=r"no file train-labels-idx1-ubyte\.gz"):
+        open_source(str(tmp_path))
+    with pytest.raises(InputError, match="has no split 'validation'"):
+        open_source(str(tmp_path), "validation")
+
+
+def test_torchvision_reads_what_lies_in_root(tmp_path):
+    images = idx_files(tmp_path / "FashionMNIST/raw", end="")
+    for split, expected in ((None, images), ("test", 255 - images)):
+        source = open_source("torchvision:FashionMNIST", split, tmp_path)
+        assert np.array_equal(np.stack([source.read(i)[..., 1] for i in range(12)]), expected)
+        assert source.labels.tolist() == [i % 10 for i in range(12)]
+        assert source.classes[0] == "T-shirt/top" and "torchvision" in source.libraries
+
+
+def test_torchvision_without_network(tmp_path, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(InputError, match="torchvision:CIFAR10: cannot be had in"):
+        open_source("torchvision:CIFAR10", None, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["torchvision:Nothing", "torchvision:ImageFolder", "torchvision:", "sklearn:faces"]
+)
+def test_unknown_data_sets(name, tmp_path):
+    with pytest.raises(InputError, match=name):
+        open_source(name, None, tmp_path)
+
+
+def test_digits_are_split_for_ever():
+    train, test = open_source("sklearn:digits"), open_source("sklearn:digits", "test")
+    assert (len(train.names), len(test.names)) == (1297, 500)
+    assert set(train.names).isdisjoint(test.names)
+    assert train.names[:3] == ["digits:1081", "digits:1707", "digits:927"], "the split must not change"
+    image = train.read(0)
+    assert image.shape == (8, 8) and image.dtype == np.uint8
+    levels = np.unique([train.read(i) for i in range(200)])
+    assert levels.tolist() == np.rint(np.arange(17) * 255 / 16).astype(int).tolist()
+
+
+# ----------------------------------------------------------------- real sets
+
+
+def test_cifar10_parquet():
+    folder = SHARED / "cifar10-jpeg"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    source = open_source(str(folder), "test")
+    assert source.classes[:3] == ["airplane", "automobile", "bird"]
+    assert np.bincount(source.labels).tolist() == [1000] * 10
+    assert decode_rgb(source.read(9_999)).shape == (32, 32, 3)
+
+
+def test_debians_fashion_mnist():
+    folder = "/usr/share/datasets/fashion-mnist"
+    if not os.path.isdir(folder):
+        pytest.skip(f"no {folder} (apt install dataset-fashion-mnist)")
+    source = open_source(folder)
+    assert np.bincount(source.labels).tolist() == [6000] * 10 and source.read(0).shape == (28, 28)
+    assert source.classes[source.labels[0]] == "Ankle boot"
