@@ -1,0 +1,85 @@
+"""What the figures say, in words: a run against its control, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One measure of the run minus that of its control, in points of accuracy."""
+
+    measure: str
+    run: float  # percent
+    control: float  # percent
+    noise: float | None  # two standard errors of the difference, points; None where the test set's size is unknown
+
+    @property
+    def difference(self) -> float:
+        return self.run - self.control
+
+    @property
+    def outcome(self) -> str:
+        """ahead, behind, or level: within the sampling error of the test set."""
+        if abs(self.difference) <= (self.noise if self.noise is not None else 0.05):
+            return "level"
+        return "ahead" if self.difference > 0 else "behind"
+
+
+def sampling_noise(run: float, control: float, images: int) -> float:
+    """Two standard errors, in points, of the difference of two accuracies (percent) on `images` test images.
+
+    From the binomial variances, as if the two were independent. They see the same images and mostly agree, so the
+    truth is less; what several seeds would add is not in it.
+    """
+    variance = sum(p / 100 * (1 - p / 100) for p in (run, control)) / images
+    return 200 * math.sqrt(variance)
+
+
+def compare(evaluation: dict[str, Any]) -> dict[str, list[Comparison]]:
+    """{"code": [...], "features": [...]}: the run's code against the control's sign bits where both have the same
+    number of bits, and its features against the control's. Empty lists where there is no control."""
+    run, control = evaluation.get("run") or {}, evaluation.get("control") or {}
+    images = (evaluation.get("data") or {}).get("test")
+
+    def pairs(*measures: tuple[str, str, str]) -> list[Comparison]:
+        found = [(name, run.get(a), control.get(b)) for name, a, b in measures]
+        return [
+            Comparison(name, a, b, sampling_noise(a, b, images) if images else None)
+            for name, a, b in found
+            if a is not None and b is not None
+        ]
+
+    coded = "code_linear" in run  # a family without a latent has its own sign bits instead
+    same_length = run.get("bits") == control.get("bits")
+    code = pairs(
+        ("Hamming kNN", "hamming_knn" if coded else "sign_hamming_knn", "sign_hamming_knn"),
+        ("linear probe", "code_linear" if coded else "sign_linear", "sign_linear"),
+    )
+    features = pairs(("linear probe", "linear", "linear"), ("kNN", "knn", "knn"))
+    return {"code": code if same_length else [], "features": features}
+
+
+def in_words(comparisons: list[Comparison], what: str, against: str) -> str:
+    """One sentence, such as "The code is ahead of the control's sign bits in Hamming kNN (+1.2 points) and level
+    in the linear probe (+0.1)."."""
+    if not comparisons:
+        return ""
+    parts: list[str] = []
+    for outcome, verb in (("ahead", "ahead of"), ("level", "level with"), ("behind", "behind")):
+        those = [c for c in comparisons if c.outcome == outcome]
+        if those:
+            measures = " and ".join(f"{c.measure} ({signed(c.difference)})" for c in those)
+            parts.append(f"{verb} {against if not parts else 'them'} in {measures}")
+    verb = "is" if what.endswith("code") else "are"
+    return f"{what} {verb} " + " and ".join(parts) + "."
+
+
+def signed(points: float, digits: int = 1) -> str:
+    """+1.2, −0.3 (with the minus sign), 0.0."""
+    text = f"{abs(points):.{digits}f}"
+    if float(text) == 0:
+        return text
+    return ("+" if points > 0 else "\N{MINUS SIGN}") + text

@@ -1,0 +1,297 @@
+"""The page is made, is whole without a network, and a real browser has nothing to complain about.
+
+The run folder below is input for the renderer, shaped like a real one; its figures mean nothing.
+"""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from lvssl.report.figures import MOST_POINTS, number, thinned, ticks
+from lvssl.report.page import write_report
+from lvssl.report.verdict import Comparison, compare, in_words, sampling_noise, signed
+from pipelines.errors import InputError
+
+CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "<b>boot</b>"]
+
+EVALUATION = {
+    "run": {"path": "runs/demo/bernoulli", "family": "bernoulli", "linear": 84.75, "knn": 83.9, "code_linear": 83.15,
+            "hamming_knn": 82.4, "bits": 256, "rate_bits": 138.2},
+    "control": {"path": None, "family": "none", "linear": 84.5, "knn": 84.1, "sign_linear": 80.05,
+                "sign_hamming_knn": 80.9, "bits": 256},
+    "floors": {"random": 78.55, "pixels": 83.4},
+    "table": [
+        {"model": "bernoulli", "representation": "features", "bits": 8192, "linear": 84.75, "knn": 83.9},
+        {"model": "bernoulli", "representation": "code", "bits": 256, "linear": 83.15, "knn": 82.4},
+        {"model": "none", "representation": "features", "bits": 8192, "linear": 84.5, "knn": 84.1},
+        {"model": "none", "representation": "sign bits", "bits": 256, "linear": 80.05, "knn": 80.9},
+        {"model": "random encoder", "representation": "features", "bits": None, "linear": 78.55, "knn": None},
+        {"model": "none", "representation": "pixels", "bits": None, "linear": 83.4, "knn": None},
+    ],
+    "compression": {"raw_pixels": 73.5, "fp32_feature": 32.0},
+    "code_statistics": {"count": 2000, "nominal_bits": 256, "entropy_bits": 241.7, "entropy_per_bit": 0.944,
+                        "dead_bits": 3, "mean_absolute_correlation": 0.081, "collisions": 7,
+                        "information_bound_bits": 130.25},
+    "uncertainty": {"r_auroc": 0.671, "recall_at_1": 0.803, "aurc": 0.0712},
+    "data": {"train": 10000, "test": 2000, "classes": 10, "resolution": 28,
+             "train_path": "data/fashion-mnist-train.beton"},
+    "command": "lvssl evaluate runs/demo/bernoulli --test data/fashion-mnist-test.beton --control runs/demo/none",
+}  # fmt: skip
+
+CONFIG = {
+    "settings": {
+        "data": "data/fashion-mnist-train.beton", "epochs": 8, "batch_size": 256, "temperature": 0.2, "seed": 0,
+        "preset": "fashion-mnist", "model": {"backbone": "small", "hidden": 256},
+        "latent": {"family": "bernoulli", "sharpness": 4.0, "samples": 4, "beta": 0.0, "decorrelation": 0.02},
+        "view": {"resolution": 28, "scale": [0.2, 1.0], "mean": [0.286, 0.286, 0.286]},
+    },
+    "classes": 10,
+    "versions": {"lvssl": "0.1.0", "torch": "2.15.0"},
+}  # fmt: skip
+
+
+def write_run(folder, *, control=None, side=28, seed=0):
+    """A run folder as pretrain and evaluate leave it."""
+    generator = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    evaluation = json.loads(json.dumps(EVALUATION))
+    if control is not None:
+        write_metrics(control, generator, rate=False)
+        evaluation["control"]["path"] = str(control)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    write_metrics(folder, generator, rate=True)
+    labels = generator.integers(0, 10, 120)
+    y, x = np.mgrid[:side, :side] / side
+    images = [np.sin((1 + label) * (x + 0.4 * y) * 5 + phase) for label, phase in zip(labels, generator.random(120))]
+    images = np.stack([(120 + 100 * image)[..., None].repeat(3, -1) for image in images]).astype(np.uint8)
+    np.savez_compressed(
+        folder / "gallery.npz", images=images, labels=labels, class_names=np.array(CLASSES), query=np.arange(12),
+        neighbours_code=generator.integers(12, 120, (12, 6)), neighbours_feature=generator.integers(12, 120, (12, 6)),
+        most_certain=np.arange(12, 24), least_certain=np.arange(24, 36), uncertainty=np.sort(generator.random(120)),
+    )  # fmt: skip
+    return folder
+
+
+def write_metrics(folder, generator, rate):
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for step in range(10, 321, 10):
+        t = 1 - math.exp(-step / 90)
+        row = {"step": step, "epoch": step / 39, "loss": 6.2 - 2.4 * t, "ntxent": 6.0 - 2.2 * t + 0.1 * generator.random()}
+        row |= {"images_per_second": 560 + 30 * generator.random(), "lr": 0.002 * (1 - step / 320)}
+        row |= {"rate_bits": 40 + 98 * t} if rate else {}
+        if step % 20 == 0:  # some rows lack some keys
+            row |= {"probe_features": 50 + 30 * t + generator.random(), "probe_code": 45 + 31 * t + generator.random()}
+        rows.append(row)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Page(HTMLParser):
+    """The visible text, what is loaded, and whether every tag is closed."""
+
+    VOID = {"meta", "link", "img", "br", "path", "circle"}
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.text, self.loaded, self.ids, self.targets = [], [], [], set(), []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.loaded += [v for k, v in attributes.items() if k in ("src", "data", "srcset") or (tag, k) == ("link", "href")]
+        self.targets += [attributes["href"]] if tag == "a" else []
+        self.ids |= {attributes["id"]} if "id" in attributes else set()
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"style", "script"} & set(self.open):
+            self.text.append(data)
+
+
+@pytest.fixture
+def page(tmp_path):
+    run = write_run(tmp_path / "bernoulli", control=tmp_path / "none")
+    path = write_report(run)
+    assert path == run / "report.html"
+    return path
+
+
+def test_page_is_whole_and_says_every_figure(page):
+    html = page.read_text()
+    parsed = Page(html)
+    assert parsed.loaded and all(source.startswith("data:") for source in parsed.loaded)
+    assert not re.search(r"https?:|@import|url\(", html)
+    assert len(html) < 10e6
+    text = " ".join(" ".join(parsed.text).split())
+    for value in ("84.8", "83.2", "82.4", "84.5", "84.1", "80.0", "80.9", "78.5", "83.4", "256", "8,192", "73.5", "32.0",
+                  "241.7", "0.081", "130.2", "0.671", "0.803", "0.071", "10,000", "fashion-mnist", "0.02", "2.15.0",
+                  EVALUATION["command"], *CLASSES):  # fmt: skip
+        assert value in text, value
+    assert "The code is ahead of the control's sign bits, 256 bits each, in" in text
+    assert "The features are level with the control's" in text
+    assert set(parsed.targets) == {f"#{id}" for id in parsed.ids if f"#{id}" in parsed.targets}
+    assert {"results", "curves", "neighbours", "certainty", "codes", "settings", "commands"} <= parsed.ids
+    assert html.count('class="line control"') == 2 * 2  # loss and probes, each with its legend
+    assert [p.name for p in page.parent.glob(".*")] == []
+
+
+def test_wrong_neighbours_are_marked_by_more_than_colour(page):
+    g = np.load(page.parent / "gallery.npz")
+    html = page.read_text()
+    found = np.concatenate([g["neighbours_code"], g["neighbours_feature"]], axis=1)
+    wrong = int((g["labels"][found] != g["labels"][g["query"]][:, None]).sum())
+    assert 0 < wrong == html.count('class="pic wrong"') == html.count("(another class)\" loading") == html.count(">≠ ")
+
+
+def test_sections_without_their_file_are_dropped(tmp_path):
+    run = write_run(tmp_path / "run")
+    for name, section in (("gallery.npz", "neighbours"), ("metrics.jsonl", "curves"), ("evaluation.json", "results")):
+        (run / name).unlink()
+        parsed = Page(write_report(run).read_text())
+        assert section not in parsed.ids and f"#{section}" not in parsed.targets
+        assert all(target[1:] in parsed.ids for target in parsed.targets)
+    assert "Not evaluated yet" in " ".join(parsed.text)
+
+
+def test_without_a_control_nothing_is_claimed(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"control": None}))
+    text = " ".join(Page(write_report(run).read_text()).text)
+    assert "No control was evaluated" in text and "ahead" not in text
+
+
+def test_missing_values_show_as_a_dash_and_large_pictures_shrink(tmp_path):
+    run = write_run(tmp_path / "run", side=224)
+    evaluation = EVALUATION | {"uncertainty": {"r_auroc": float("nan"), "recall_at_1": None, "aurc": 0.1}}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    html = write_report(run).read_text()
+    assert html.count("<td class=\"n\" data-csv=\"\">–</td>") == 2 + 2 + 2  # bits, kNN of the floors; the two above
+    assert "nan" not in "".join(Page(html).text) and len(html) < 3e6
+
+
+def test_bad_input_is_named_and_the_old_page_stays(tmp_path):
+    with pytest.raises(InputError, match="no such run folder"):
+        write_report(tmp_path / "missing")
+    with pytest.raises(InputError, match="no run folder"):
+        write_report(tmp_path)
+    run = write_run(tmp_path / "run")
+    before = write_report(run).read_text()
+    good = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(good + '{"step": 330, "nt')  # cut short by a kill
+    assert write_report(run).read_text() == before
+    gallery = dict(np.load(run / "gallery.npz"))
+    for name, content, message in [
+        ("metrics.jsonl", good.replace("\n", "\n{oops\n", 1), "metrics.jsonl: line 2"),
+        ("evaluation.json", '{"run": ', "evaluation.json: can't be read"),
+        ("evaluation.json", "[1]", "evaluation.json: an object is expected"),
+        ("gallery.npz", b"PK\x03\x04 cut", "gallery.npz: can't be read"),
+        ("gallery.npz", {"query": np.array([120])}, "gallery.npz: query points outside the 120 images"),
+        ("gallery.npz", {"images": gallery["images"][..., 0]}, "gallery.npz: images must be"),
+        ("gallery.npz", {"labels": gallery["labels"] + 5}, "gallery.npz: labels point outside the 10"),
+    ]:  # fmt: skip
+        kept = (run / name).read_bytes()
+        if isinstance(content, dict):
+            np.savez(run / name, **(gallery | content))
+        else:
+            (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(InputError, match=re.escape(message)) as error:
+            write_report(run)
+        assert "\n" not in str(error.value)
+        (run / name).write_bytes(kept)
+        assert (run / "report.html").read_text() == before
+
+
+# The verdict and the charts -------------------------------------------------------------------------------
+
+
+def test_verdict_by_hand():
+    noise = sampling_noise(80, 80, 2000)
+    assert noise == pytest.approx(2 * math.sqrt(2 * 0.8 * 0.2 / 2000) * 100)  # 2.53 points
+    assert [Comparison("m", 80 + d, 80, 2.53).outcome for d in (2.6, 2.5, -2.5, -2.6)] == ["ahead", "level", "level", "behind"]
+    rows = [Comparison("kNN", 83, 80, 2.5), Comparison("probe", 79.9, 80, 2.5)]
+    assert in_words(rows, "The code", "the sign bits") == (
+        "The code is ahead of the sign bits in kNN (+3.0) and level with them in probe (−0.1)."
+    )
+    assert (signed(-0.04), signed(0.25), signed(-1)) == ("0.0", "+0.2", "−1.0")
+
+
+def test_codes_of_different_length_are_not_compared():
+    found = compare(EVALUATION)
+    assert [(c.measure, round(c.difference, 2)) for c in found["code"]] == [("Hamming kNN", 1.5), ("linear probe", 3.1)]
+    longer = EVALUATION | {"control": EVALUATION["control"] | {"bits": 2048}}
+    assert compare(longer)["code"] == [] and compare(longer)["features"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (3.71, 6.02), (5, 5), (0, 0), (-3, 100000), (0.001, 0.0011), (44.9, 80.3)]
+)
+def test_ticks_are_round_and_enclose(low, high):
+    found = ticks(low, high, 5)
+    assert found[0] <= low + 1e-9 and found[-1] >= high - 1e-9 and 2 <= len(found) <= 8
+    assert len({number(t) for t in found}) == len(found)
+
+
+def test_long_lines_are_thinned_to_their_means():
+    points = [(float(i), float(i % 2)) for i in range(10_001)]
+    short = thinned(points)
+    assert len(short) <= MOST_POINTS + 1 and short[-1] == points[-1]
+    assert all(abs(v - 0.5) < 0.05 for _, v in short[:-2])
+
+
+# A real browser -------------------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+# Runs in the page, after its own script: presses every CSV button, catching what would be downloaded.
+PRESS = """
+<script>
+const caught = [];
+URL.createObjectURL = (blob) => { caught.push(blob); return "data:,"; };
+HTMLAnchorElement.prototype.click = function () {};
+document.querySelectorAll("button[data-table]").forEach((button) => button.click());
+Promise.all(caught.map((blob) => blob.text())).then((texts) => {
+  const broken = [...document.images].filter((image) => image.loading !== "lazy" && !image.naturalWidth).length;
+  const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
+  const found = document.createElement("pre");
+  found.id = "found";
+  found.textContent = JSON.stringify({texts, broken, wide, images: document.images.length});
+  document.body.append(found);
+});
+</script>
+</body>
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1200, 500])  # 500: the narrowest window that headless Chromium makes
+def test_in_chromium(page, tmp_path, width):
+    page.write_text(page.read_text().replace("</body>", PRESS).replace('loading="lazy"', ""))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--virtual-time-budget=4000"]
+    flags += ["--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]
+    done = subprocess.run([CHROMIUM, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)[1].replace("&gt;", ">").replace("&lt;", "<"))
+    assert found["broken"] == 0 and found["images"] > 100 and not found["wide"]
+    results = next(text for text in found["texts"] if text.startswith("Model,"))
+    assert results.splitlines()[:2] == [
+        'Model,Representation,Bits an image,"Linear, %","kNN, %"',
+        "bernoulli,features,8192,84.75,83.9",
+    ]
+    assert len(found["texts"]) == 4
