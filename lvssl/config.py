@@ -33,8 +33,8 @@ class LatentSettings:
     """How far the posterior starts from its prior: spread of the logits, or 1 / s of a Gaussian."""
     samples: int = 4
     """Samples a step (K), averaged before the projector."""
-    beta: float = 0.0
-    """Weight of the rate (KL in nats)."""
+    beta: float | None = None
+    """Weight of the rate (KL in nats); left out: 0.001 for gaussian, whose noise would else vanish, otherwise 0."""
     beta_warmup: float = 0.1
     """Share of the steps over which beta climbs linearly from 0."""
     free_nats: float = 0.0
@@ -43,6 +43,13 @@ class LatentSettings:
     """Weight of the hard bits' squared covariances (bernoulli, sign)."""
     clean: float = 0.5
     """Share of NT-Xent that is computed on h through a projector of its own, beside the sampled path."""
+
+    @property
+    def final_beta(self) -> float:
+        """The weight of the rate at the end of its warm-up."""
+        if self.beta is not None:
+            return self.beta
+        return 1e-3 if self.family == "gaussian" else 0.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,8 @@ class PretrainSettings:
             require(latent.dim == 0, "dim", latent.dim, f"0 for family {latent.family}, which has no latent")
         require(latent.sharpness > 0, "sharpness", latent.sharpness, "above 0")
         require(latent.samples >= 1, "samples", latent.samples, "at least 1")
-        for name in ("beta", "free_nats", "decorrelation"):
+        require(latent.final_beta >= 0, "beta", latent.beta, "at least 0")
+        for name in ("free_nats", "decorrelation"):
             require(getattr(latent, name) >= 0, name, getattr(latent, name), "at least 0")
         require(0 <= latent.beta_warmup <= 1, "beta_warmup", latent.beta_warmup, "in [0, 1]")
         require(0 <= latent.clean < 1, "clean", latent.clean, "in [0, 1)")

@@ -185,7 +185,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             outputs = self.network(batch.views.flatten(0, 1), self.noise)
             probes = self.network.probe_logits(outputs)
-        beta = beta_at(self.step, self.steps, settings.latent.beta, settings.latent.beta_warmup)
+        beta = beta_at(self.step, self.steps, settings.latent.final_beta, settings.latent.beta_warmup)
         figures = objective(outputs, settings.temperature, settings.latent, beta)
         loss = figures["loss"]
         labels = batch.labels.repeat(2)

@@ -1,0 +1,221 @@
+"""Training: exact resume, even through SIGKILL; checkpoints that survive damage; figures that mean something."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lvssl.config import PRESETS, PretrainSettings, from_dict, to_dict
+from lvssl.training import checkpoint
+from lvssl.training.optimiser import build_optimiser, learning_rate
+from lvssl.training.pretrain import Interrupted, Stop, Trainer, pretrain
+from lvssl.training.progress import read_metrics
+from lvssl.training.run import load_run
+from pipelines.errors import InputError
+from pipelines.loader import TwoViewLoader
+from pipelines.sources import open_source
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def settings(digits, out: Path, family: str = "bernoulli", **changes) -> PretrainSettings:
+    base = PRESETS["digits"]
+    return dataclasses.replace(
+        base,
+        data=digits["train"],
+        out=out,
+        threads=1,
+        epochs=changes.pop("epochs", 2),
+        latent=dataclasses.replace(base.latent, family=family),
+        **changes,
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load_latest(folder / "checkpoints")[1]["network"]
+
+
+def assert_equal_weights(a: Path, b: Path) -> None:
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.mark.parametrize("family", ["none", "gaussian", "bernoulli"])
+def test_stopped_by_a_signal_and_resumed_it_is_the_undisturbed_run(digits, tmp_path, family):
+    pretrain(settings(digits, tmp_path / "whole", family))
+    stopped = settings(digits, tmp_path / "stopped", family)
+    for _ in range(2):  # in the first epoch and in the second
+        stop = random.Random(0).randrange(3, 9)
+        with pytest.raises(Interrupted, match="saved"):
+            interrupted_after(stopped, stop)
+    pretrain(stopped, resume=True)
+    assert_equal_weights(tmp_path / "whole", tmp_path / "stopped")
+    steps = [row["step"] for row in read_metrics(tmp_path / "stopped" / "metrics.jsonl")]
+    assert steps == sorted(set(steps)) and steps[-1] == 20
+
+
+def interrupted_after(chosen: PretrainSettings, steps: int) -> None:
+    """Trains some steps more, then is told to stop as by SIGTERM."""
+    source = open_source(chosen.data)
+    from lvssl.training.run import create_run
+
+    create_run(chosen, 10, resume=True)
+    with TwoViewLoader(source, chosen.view, chosen.batch_size, chosen.seed, 1) as loader:
+        trainer = Trainer(chosen, 10, loader, torch.device("cpu"))
+        trainer.restore()
+        stop, step_of = Stop(), trainer.train_step
+        target = trainer.step + steps
+
+        def counted(batch):
+            if trainer.step + 1 == target:
+                stop.signal = signal.SIGTERM
+            return step_of(batch)
+
+        trainer.train_step = counted
+        trainer.train(stop)
+
+
+def test_killed_at_any_moment_it_is_the_undisturbed_run(digits, tmp_path):
+    """SIGKILL, three times at random moments, in the middle of steps and of saving (a checkpoint a step)."""
+    options = ["--preset", "digits", "--data", digits["train"], "--epochs", "3", "--threads", "1"]
+    command = [sys.executable, "-m", "lvssl.cli", "pretrain", *map(str, options)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--out", tmp_path / "whole"], check=True, env=environment, capture_output=True)
+
+    killed = [*command, "--out", str(tmp_path / "killed"), "--checkpoint-minutes", "0.0001"]
+    generator, kills = random.Random(1), 0
+    for _ in range(3):
+        process = subprocess.Popen([*killed, "--resume"], env=environment, stdout=subprocess.DEVNULL)
+        wait_for_a_step(tmp_path / "killed", process)
+        time.sleep(generator.uniform(0, 0.3))
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 2, "the run was over before it was killed"
+    subprocess.run([*killed, "--resume"], check=True, env=environment, capture_output=True)
+    assert_equal_weights(tmp_path / "whole", tmp_path / "killed")
+    rows = read_metrics(tmp_path / "killed" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
+    assert not list((tmp_path / "killed" / "checkpoints").glob(".*.partial"))
+
+
+def wait_for_a_step(run: Path, process: subprocess.Popen) -> None:
+    """Until the run has written a checkpoint that it hadn't."""
+    before = checkpoint.paths(run / "checkpoints")[-1:]
+    deadline = time.monotonic() + 120
+    while checkpoint.paths(run / "checkpoints")[-1:] == before and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_sigterm_saves_and_ends(digits, tmp_path):
+    command = [sys.executable, "-m", "lvssl.cli", "pretrain", "--preset", "digits", "--epochs", "500"]
+    command += ["--data", str(digits["train"]), "--out", str(tmp_path / "run"), "--threads", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for_a_step(tmp_path / "run", process)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    message = process.stderr.read()
+    step = int(checkpoint.paths(tmp_path / "run" / "checkpoints")[-1].stem.removeprefix("step-"))
+    assert f"stopped at step {step}, saved" in message
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_message(digits, tmp_path, capsys):
+    pretrain(settings(digits, tmp_path / "run"))
+    newest = checkpoint.paths(tmp_path / "run" / "checkpoints")[-1]
+    state = checkpoint.load(newest)
+    previous = checkpoint.save(newest.parent, state["step"] - 1, state)
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    found, _ = checkpoint.load_latest(newest.parent)
+    assert found == previous and "damaged" in capsys.readouterr().err
+    previous.write_bytes(b"")
+    with pytest.raises(InputError, match="every checkpoint is damaged"):
+        checkpoint.load_latest(newest.parent)
+
+
+def test_two_checkpoints_are_kept_and_a_failed_write_leaves_nothing(tmp_path):
+    for step in range(5):
+        checkpoint.save(tmp_path, step, {"step": step})
+    assert [path.name for path in checkpoint.paths(tmp_path)] == ["step-000000003.pt", "step-000000004.pt"]
+    with pytest.raises(TypeError):
+        checkpoint.write_atomically(tmp_path / "file", b"some", object())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000003.pt", "step-000000004.pt"]
+
+
+def test_a_finished_run_is_left_alone(digits, tmp_path):
+    pretrain(settings(digits, tmp_path / "run", epochs=1))
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    pretrain(settings(digits, tmp_path / "run", epochs=1), resume=True)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").iterdir()}
+
+
+def test_metrics_and_configuration_are_there_to_read(digits, tmp_path):
+    chosen = settings(digits, tmp_path / "run", epochs=1, log_every=3)
+    pretrain(chosen)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [3, 6, 9, 10]
+    for name in ("loss", "ntxent", "rate_bits", "lr", "images_per_second", "data_percent", "probe_features", "probe_code"):
+        assert all(isinstance(row[name], float) for row in rows), name
+    assert 0 < rows[0]["rate_bits"] < 64
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    run = load_run(tmp_path / "run")
+    assert run.settings == chosen and run.step == 10 and len(run.digest) == 64
+
+
+def test_the_loss_of_each_family_stays_what_it_was(digits, tmp_path):
+    """Golden values, one tiny run a family: a refactoring that changes a loss is seen."""
+    golden = json.loads((Path(__file__).parent / "golden_losses.json").read_text())
+    for family, expected in golden.items():
+        pretrain(settings(digits, tmp_path / family, family, epochs=1, log_every=5))
+        losses = [row["loss"] for row in read_metrics(tmp_path / family / "metrics.jsonl")]
+        assert losses == pytest.approx(expected, rel=2e-4), family
+
+
+def test_a_non_finite_loss_stops_and_names_the_batch(digits, tmp_path):
+    chosen = settings(digits, tmp_path / "run", log_every=1)
+    chosen = dataclasses.replace(chosen, optimiser=dataclasses.replace(chosen.optimiser, lr=1e30, warmup_epochs=0))
+    with pytest.raises(FloatingPointError, match="non_finite_batch.npy"):
+        pretrain(chosen)
+    assert (tmp_path / "run" / "non_finite_batch.npy").exists()
+
+
+def test_settings_survive_json(digits, tmp_path):
+    for chosen in PRESETS.values():
+        assert from_dict(PretrainSettings, json.loads(json.dumps(to_dict(chosen)))) == chosen
+    with pytest.raises(InputError, match="colour"):
+        from_dict(PretrainSettings, {"view": {"colour": 1}})
+
+
+def test_weight_decay_is_for_weights_of_layers_alone():
+    from lvssl.models.backbone import build_backbone
+
+    backbone, _ = build_backbone("resnet18", 32)
+    optimiser = build_optimiser(backbone, PRESETS["digits"].optimiser)
+    decayed = {id(p) for p in optimiser.param_groups[0]["params"]}
+    names = {name for name, p in backbone.named_parameters() if id(p) in decayed}
+    assert "layer2.0.downsample.0.weight" in names and "layer2.0.downsample.1.weight" not in names
+    assert not any(name.endswith("bias") or ".bn" in name for name in names)
+    assert sum(len(g["params"]) for g in optimiser.param_groups) == len(list(backbone.parameters()))
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    chosen = dataclasses.replace(PRESETS["digits"].optimiser, lr=1.0, warmup_epochs=2)
+    rates = [learning_rate(step, 100, 10, chosen) for step in range(100)]
+    assert rates[0] == pytest.approx(0.05) and rates[19] == 1.0 and max(rates) == 1.0
+    assert rates[20:] == sorted(rates[20:], reverse=True) and rates[-1] < 0.01
