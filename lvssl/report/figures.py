@@ -19,11 +19,11 @@ class Line:
     points: list[tuple[float, float]]
 
 
-def line_chart(lines: Sequence[Line], x_label: str, title: str) -> str:
+def line_chart(lines: Sequence[Line], x_label: str, title: str, from_zero: bool = False) -> str:
     """An SVG figure of the lines over a common x; finite points only."""
     points = [p for line in lines for p in line.points]
     x_low, x_high = min(p[0] for p in points), max(p[0] for p in points)
-    y_ticks = ticks(min(p[1] for p in points), max(p[1] for p in points), 5)
+    y_ticks = ticks(0.0 if from_zero else min(p[1] for p in points), max(p[1] for p in points), 5)
     x_ticks = [t for t in ticks(x_low, x_high, 5) if x_low <= t <= x_high]
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
@@ -36,15 +36,22 @@ def line_chart(lines: Sequence[Line], x_label: str, title: str) -> str:
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
     for tick in y_ticks:
         parts.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>')
+        parts.append(
+            f'<text class="tick" x="{LEFT - 7}" y="{y(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>'
+        )
     for tick in x_ticks:
         parts.append(
-            f'<text class="tick" x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{number(tick)}</text>'
+            f'<text class="tick" x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 17}" '
+            f'text-anchor="middle">{number(tick)}</text>'
         )
-    parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{escape(x_label)}</text>')
+    parts.append(
+        f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{escape(x_label)}</text>'
+    )
     for line in lines:
         path = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in thinned(line.points))
-        parts.append(f'<path class="line {line.style}" d="M{path}"><title>{escape(line.label)}</title></path>')
+        parts.append(
+            f'<path class="line {line.style}" d="M{path}"><title>{escape(line.label)}</title></path>'
+        )
         a, b = line.points[-1]
         parts.append(f'<circle class="end {line.style}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="3.5"/>')
     return "".join(parts) + "</svg>"

@@ -17,7 +17,7 @@ import math
 import os
 import shlex
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from PIL import Image
 
 from lvssl.report.figures import Line, line_chart, strip
 from lvssl.report.template import PAGE, SCRIPT, STYLE
-from lvssl.report.verdict import compare, in_words, signed
+from lvssl.report.verdict import Comparison, compare, in_words, signed
 from pipelines.errors import InputError
 
 SIDE = 96  # thumbnails are cut down to this many pixels
@@ -88,7 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line cut short by a killed run is left out, a broken one before it is not."""
+    """Rows of a metrics.jsonl. A last line cut short by a kill is left out; a broken one elsewhere raises."""
     if not path.exists():
         return []
     rows, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -102,10 +102,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def commands_of(run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, str]:
-    """What to type for the stages of this run; the pretraining's settings in full stand in the settings section."""
+    """What to type for the stages of this run, as far as the settings that one would type."""
     pretrain = ["lvssl", "pretrain", "--out", str(run_dir)]
     latent = settings.get("latent", {}).get("family")
-    for name, value in (("preset", settings.get("preset")), ("data", settings.get("data")), ("family", latent)):
+    for name, value in (
+        ("preset", settings.get("preset")),
+        ("data", settings.get("data")),
+        ("family", latent),
+    ):
         pretrain += [f"--{name}", str(value)] if value else []
     for name in ("epochs", "seed"):
         pretrain += [f"--{name}", str(settings[name])] if name in settings else []
@@ -120,55 +124,68 @@ def commands_of(run_dir: Path, settings: dict[str, Any], evaluation: dict[str, A
 
 def head(run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any]) -> str:
     comparisons = compare(evaluation)
-    bits = evaluation.get("run", {}).get("bits")
-    tiles = []
-    for name, what, against in (
-        ("code", "The code", f"the control's sign bits, {bits:,} bits each," if bits else "the control's sign bits"),
-        ("features", "The features", "the control's"),
-    ):
-        rows = comparisons[name]
-        if not rows:
-            continue
-        ahead = " ahead" if all(c.outcome != "behind" for c in rows) and any(c.outcome == "ahead" for c in rows) else ""
-        deltas = "".join(
-            f"<div><dt>points, {escape(c.measure)}: {c.run:.1f} against {c.control:.1f} %</dt>"
-            f"<dd>{signed(c.difference)}</dd></div>"
-            for c in rows
-        )
-        words = in_words(rows, what, against)
-        tiles.append(f'<div class="verdict{ahead}"><p>{escape(words)}</p><dl class="deltas">{deltas}</dl></div>')
-    note = ""
+    run, control = evaluation.get("run") or {}, evaluation.get("control") or {}
+    against = f"the control's sign bits, {run.get('bits', 0):,} bits each,"
+    tiles = tile(comparisons["code"], "The code" if "code_linear" in run else "The sign bits", against)
+    tiles += tile(comparisons["features"], "The features", "the control's")
+    notes = []
     noise = [c.noise for rows in comparisons.values() for c in rows if c.noise is not None]
     if noise:
-        images = evaluation["data"]["test"]
-        note = (
-            f"One seed, {images:,} test images: a difference up to {max(noise):.1f} points is within their sampling "
-            "error and called level. What another seed would change comes on top."
+        notes.append(
+            f"One seed, {evaluation['data']['test']:,} test images: a difference up to {max(noise):.1f} "
+            "points is within their sampling error and called level. "
+            "What another seed would change comes on top."
         )
-    elif evaluation and not tiles:
-        note = "No control was evaluated: lvssl evaluate --control RUN puts one beside these figures."
-    elif not evaluation:
-        note = "Not evaluated yet: lvssl evaluate measures this run against its control and writes the table."
-    links = (("results", "Results"), ("curves", "Curves"), ("neighbours", "Neighbours"), ("certainty", "Certainty"))
-    links += (("codes", "Codes"), ("settings", "Settings"), ("commands", "Commands"))
-    present = {"results": evaluation.get("table"), "codes": evaluation.get("code_statistics")}
-    pictures = (run_dir / "gallery.npz").exists()
-    present |= {"curves": (run_dir / "metrics.jsonl").exists(), "neighbours": pictures, "certainty": pictures}
-    nav = "".join(f'<a href="#{to}">{name}</a>' for to, name in links if present.get(to, True))
+    if control and run.get("bits") != control.get("bits"):
+        notes.append("The code and the control's sign bits differ in length and are not compared.")
+    if not evaluation:
+        notes.append("Not evaluated yet: lvssl evaluate measures this run and writes the table.")
+    elif not control:
+        notes.append("No control was evaluated: lvssl evaluate --control RUN puts one beside these figures.")
     return (
         f"<header><h1>{escape(headline(run_dir, settings, evaluation))}</h1>"
         f"<p>{escape(trained(settings, evaluation))}</p>"
-        + (f'<div class="verdicts">{"".join(tiles)}</div>' if tiles else "")
-        + (f'<p class="soft small">{escape(note)}</p>' if note else "")
-        + f"<nav>{nav}</nav></header>"
+        + (f'<div class="verdicts">{tiles}</div>' if tiles else "")
+        + (f'<p class="soft small">{escape(" ".join(notes))}</p>' if notes else "")
+        + f"<nav>{navigation(run_dir, evaluation)}</nav></header>"
     )
+
+
+def tile(rows: list[Comparison], what: str, against: str) -> str:
+    """The verdict on the code or the features, in words and in points; "" without a comparison."""
+    if not rows:
+        return ""
+    outcomes = {c.outcome for c in rows}
+    ahead = " ahead" if "ahead" in outcomes and "behind" not in outcomes else ""
+    deltas = "".join(
+        f"<div><dt><b>{escape(c.measure)}</b><br>{c.run:.1f} against {c.control:.1f} %</dt>"
+        f"<dd>{signed(c.difference)}</dd></div>"
+        for c in rows
+    )
+    words = escape(in_words(rows, what, against))
+    return f'<div class="verdict{ahead}"><p>{words}</p><dl class="deltas">{deltas}</dl></div>'
+
+
+def navigation(run_dir: Path, evaluation: dict[str, Any]) -> str:
+    """Links to the sections that are there."""
+    pictures = (run_dir / "gallery.npz").exists()
+    present = {
+        "results": bool(evaluation.get("table")),
+        "curves": bool(read_metrics(run_dir / "metrics.jsonl")),
+        "neighbours": pictures,
+        "certainty": pictures,
+        "codes": any(evaluation.get(k) for k in ("compression", "code_statistics", "uncertainty")),
+        "settings": True,
+        "commands": True,
+    }
+    return "".join(f'<a href="#{to}">{to.capitalize()}</a>' for to, is_there in present.items() if is_there)
 
 
 def headline(run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any]) -> str:
     data = data_name(settings, evaluation)
-    bits = evaluation.get("run", {}).get("bits")
-    code = f"{bits:,}-bit codes" if bits else "An encoder"
-    return f"{code} of {data}" if data else f"{code}: {run_dir.resolve().name}"
+    run = evaluation.get("run") or {}
+    made = f"{run['bits']:,}-bit codes" if run.get("bits") and "code_linear" in run else "Features"
+    return f"{made} of {data}" if data else f"{made}: {run_dir.resolve().name}"
 
 
 def data_name(settings: dict[str, Any], evaluation: dict[str, Any]) -> str:
@@ -205,7 +222,10 @@ def results(evaluation: dict[str, Any], commands: dict[str, str]) -> str:
         return ""
     values = [v for row in rows for v in (row.get("linear"), row.get("knn")) if finite(v)]
     low, high = (math.floor(min(values) / 5) * 5, math.ceil(max(values) / 5) * 5) if values else (0, 100)
-    best = {name: max((row[name] for row in rows if finite(row.get(name))), default=None) for name in ("linear", "knn")}
+    best = {
+        name: max((row[name] for row in rows if finite(row.get(name))), default=None)
+        for name in ("linear", "knn")
+    }
     ours = evaluation.get("run", {}).get("family")
     body = []
     for row in rows:
@@ -220,17 +240,17 @@ def results(evaluation: dict[str, Any], commands: dict[str, str]) -> str:
             f'<td class="wide">{strip(marks, low, high)}</td></tr>'
         )
     wide = (
-        f'<th class="wide"><ul class="legend" style="margin:0"><li>{low} to {high} %:</li><li>{dot("linear")}linear</li>'
+        f'<th class="wide"><ul class="legend inline"><li>{low} to {high} %</li><li>{dot("linear")}linear</li>'
         f"<li>{dot('knn')}kNN</li></ul></th>"
     )
     header = (
-        "<tr><th>Model</th><th>Representation</th><th class=n>Bits an image</th>"
-        f"<th class=n>Linear, %</th><th class=n>kNN, %</th>{wide}</tr>"
+        "<tr><th>Model</th><th>Representation</th><th class=n>Bits</th>"
+        f"<th class=n>Linear %</th><th class=n>kNN %</th>{wide}</tr>"
     )
     return (
-        '<section id="results"><h2>Results</h2><p class="soft">Test accuracy. Linear: L2 logistic regression, its '
-        "strength chosen on held-out training images. kNN: 20 neighbours, by cosine on features, by Hamming distance "
-        "on codes, ties shared.</p>"
+        '<section id="results"><h2>Results</h2><p class="soft">Test accuracy. Linear: L2 logistic '
+        "regression, its strength chosen on held-out training images. kNN: 20 neighbours, by cosine on "
+        "features, by Hamming distance on codes, ties shared.</p>"
         + table("results-table", header, body)
         + below(commands.get("evaluate"), "results-table")
         + "</section>"
@@ -244,53 +264,57 @@ def model_name(row: dict[str, Any]) -> str:
     return "no model" if row.get("representation") == "pixels" else "control (none)"
 
 
+# Figures of the code: what they are called on the page, and how they are written.
+FIGURES = {
+    "raw_pixels": ("smaller than raw pixels", "{:,.1f}\N{MULTIPLICATION SIGN}"),
+    "stored_jpeg": ("smaller than the stored JPEG", "{:,.1f}\N{MULTIPLICATION SIGN}"),
+    "fp32_feature": ("smaller than the fp32 feature", "{:,.1f}\N{MULTIPLICATION SIGN}"),
+    "count": ("codes measured", "{:,}"),
+    "nominal_bits": ("bits stored", "{:,}"),
+    "entropy_bits": ("sum of the bits' entropies", "{:,.1f} bits"),
+    "entropy_per_bit": ("mean entropy of a bit", "{:.3f}"),
+    "information_bound_bits": ("information bound of the sampled code", "{:,.1f} bits"),
+    "dead_bits": ("dead bits (on for < 1 % or > 99 %)", "{:,}"),
+    "mean_absolute_correlation": ("mean |correlation| of two bits", "{:.3f}"),
+    "collisions": ("images that share an earlier image's code", "{:,}"),
+    "r_auroc": ("R-AUROC: the uncertainty tells wrong neighbours from right (0.5: chance)", "{:.3f}"),
+    "recall_at_1": ("R@1: the nearest neighbour is of the same class", "{:.3f}"),
+    "aurc": ("AURC: error rate of the probe averaged over coverage (lower is better)", "{:.3f}"),
+}
+
+
 def codes(evaluation: dict[str, Any], commands: dict[str, str]) -> str:
-    ratios, figures = evaluation.get("compression") or {}, evaluation.get("code_statistics") or {}
-    doubt = evaluation.get("uncertainty") or {}
-    if not (ratios or figures or doubt):
+    parts = (
+        ("compression", "Compression"),
+        ("uncertainty", "Uncertainty"),
+        ("code_statistics", "What the bits hold"),
+    )
+    tables = [figures_table(name, title, evaluation.get(name) or {}) for name, title in parts]
+    if not any(tables):
         return ""
-    tables = []
-    if ratios:
-        names = {"raw_pixels": "raw pixels", "stored_jpeg": "the stored JPEG", "fp32_feature": "the fp32 feature"}
-        rows = [(f"smaller than {names.get(k, k)}", v, "{:,.1f}\N{MULTIPLICATION SIGN}") for k, v in ratios.items()]
-        tables.append(small_table("compression", "Compression", rows))
-    if figures:
-        names = {
-            "count": ("codes measured", "{:,}"),
-            "nominal_bits": ("bits stored", "{:,}"),
-            "entropy_bits": ("sum of the bits' entropies", "{:,.1f} bits"),
-            "entropy_per_bit": ("mean entropy of a bit", "{:.3f}"),
-            "information_bound_bits": ("information bound of the sampled code", "{:,.1f} bits"),
-            "dead_bits": ("dead bits (on for < 1 % or > 99 %)", "{:,}"),
-            "mean_absolute_correlation": ("mean |correlation| of two bits", "{:.3f}"),
-            "collisions": ("images that share an earlier image's code", "{:,}"),
-        }
-        rows = [(*names.get(k, (k, "{}")), v) for k, v in figures.items()]
-        tables.append(small_table("code-statistics", "What the bits hold", [(a, v, f) for a, f, v in rows]))
-    if doubt:
-        names = {
-            "r_auroc": ("R-AUROC: uncertainty ranks wrong neighbours above right ones (0.5: chance)", "{:.3f}"),
-            "recall_at_1": ("R@1: the nearest neighbour is of the class", "{:.3f}"),
-            "aurc": ("AURC: error rate, averaged over coverage (lower is better)", "{:.3f}"),
-        }
-        rows = [(*names.get(k, (k, "{}")), v) for k, v in doubt.items()]
-        tables.append(small_table("uncertainty", "Uncertainty", [(a, v, f) for a, f, v in rows]))
+    compression, uncertainty, statistics = tables
     return (
-        f'<section id="codes"><h2>Codes and uncertainty</h2><div class="columns">{"".join(tables)}</div>'
-        + below(commands.get("evaluate"))
-        + "</section>"
+        '<section id="codes"><h2>Codes and uncertainty</h2><div class="columns">'
+        f"<div>{compression}{uncertainty}</div><div>{statistics}</div></div>"
+        f"{below(commands.get('evaluate'))}</section>"
     )
 
 
-def small_table(name: str, title: str, rows: Iterable[tuple[str, Any, str]]) -> str:
-    """A table of (what, value, format) rows under a title."""
-    body = [f"<tr>{cell(what)}{value_cell(value, form)}</tr>" for what, value, form in rows]
-    head = f"<tr><th>{escape(title)}</th><th class=n><button data-table={name}>CSV</button></th></tr>"
-    return table(name, head, body)
+def figures_table(name: str, title: str, figures: dict[str, Any]) -> str:
+    """A table of named figures under a title; "" where there are none."""
+    if not figures:
+        return ""
+    body = []
+    for key, value in figures.items():
+        what, form = FIGURES.get(key, (key, "{}"))
+        body.append(f"<tr>{cell(what)}{value_cell(value, form)}</tr>")
+    button = f'<button data-table="{name}">CSV</button>'
+    return table(name, f'<tr><th>{escape(title)}</th><th class="n" data-csv="value">{button}</th></tr>', body)
 
 
 def table(name: str, header: str, body: Sequence[str]) -> str:
-    return f'<div class="table"><table id="{name}"><thead>{header}</thead><tbody>{"".join(body)}</tbody></table></div>'
+    rows = "".join(body)
+    return f'<div class="table"><table id="{name}"><thead>{header}</thead><tbody>{rows}</tbody></table></div>'
 
 
 def cell(value: Any, form: str = "", style: str = "n") -> str:
@@ -318,18 +342,24 @@ def below(command: str | None, csv: str = "") -> str:
 
 
 def dot(style: str) -> str:
-    return f'<svg viewBox="0 0 26 10"><circle class="mark {style}" cx="13" cy="5" r="4"/></svg>'
+    return f'<svg viewBox="0 0 12 10"><circle class="mark {style}" cx="6" cy="5" r="4"/></svg>'
 
 
 # Curves ---------------------------------------------------------------------------------------------------
 
 
-def curves(run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any], commands: dict[str, str]) -> str:
+def curves(
+    run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any], commands: dict[str, str]
+) -> str:
     rows = read_metrics(run_dir / "metrics.jsonl")
     path = (evaluation.get("control") or {}).get("path")
     control = read_metrics(Path(path) / "metrics.jsonl") if path else []
     panels = [
-        ("Contrastive loss", "NT-Xent, nats", [("run", rows, "ntxent", "run"), ("control", control, "ntxent", "control")]),
+        (
+            "Contrastive loss",
+            "NT-Xent, nats",
+            [("run", rows, "ntxent", "run"), ("control", control, "ntxent", "control")],
+        ),
         ("Rate", "KL to the prior, bits an image", [("run", rows, "rate_bits", "run")]),
         (
             "Online probes",
@@ -340,10 +370,14 @@ def curves(run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any], 
                 ("control's features", control, "probe_features", "control"),
             ],
         ),
-        ("Speed", "images a second", [("run", rows, "images_per_second", "run")]),
+        ("Speed", "images a second, since the start", [("run", rows, "images_per_second", "run")]),
     ]
     if not any("ntxent" in row for row in rows):
-        panels[0] = ("Loss", "all terms", [("run", rows, "loss", "run"), ("control", control, "loss", "control")])
+        panels[0] = (
+            "Loss",
+            "all terms",
+            [("run", rows, "loss", "run"), ("control", control, "loss", "control")],
+        )
     figures = []
     for title, unit, wanted in panels:
         lines = [Line(label, style, series(source, key)) for label, source, key, style in wanted]
@@ -363,13 +397,15 @@ def curves(run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any], 
 def chart(title: str, unit: str, lines: Sequence[Line]) -> str:
     """A figure with its legend, which gives the last value of each line."""
     items = "".join(
-        f'<li><svg viewBox="0 0 26 10"><path class="line {line.style}" d="M1 5H25"/></svg>{escape(line.label)} '
+        f'<li><svg viewBox="0 0 26 10"><path class="line {line.style}" d="M1 '
+        f'5H25"/></svg>{escape(line.label)} '
         f"<b>{line.points[-1][1]:,.4g}</b></li>"
         for line in lines
     )
+    drawing = line_chart(lines, "step", f"{title}, {unit}", from_zero=title == "Speed")
     return (
         f'<figure><h3>{escape(title)} <span class="soft" style="font-weight:400">{escape(unit)}</span></h3>'
-        f'<ul class="legend">{items}</ul>{line_chart(lines, "step", f"{title}, {unit}")}</figure>'
+        f'<ul class="legend">{items}</ul>{drawing}</figure>'
     )
 
 
@@ -395,7 +431,8 @@ def gallery(run_dir: Path, commands: dict[str, str]) -> list[str]:
         text = caption or (f"\N{NOT EQUAL TO} {name}" if wrong else name)
         alt = f"{name} (another class)" if wrong else name
         return (
-            f'<figure class="pic{" wrong" if wrong else ""}"><img src="{source}" alt="{escape(alt)}" loading="lazy">'
+            f'<figure class="pic{" wrong" if wrong else ""}"><img src="{source}" alt="{escape(alt)}" '
+            f'loading="lazy">'
             f'<figcaption title="{escape(alt)}">{escape(text)}</figcaption></figure>'
         )
 
@@ -416,12 +453,14 @@ def neighbours(g: dict[str, np.ndarray], picture: Callable[..., str], commands: 
         )
         cards.append(f'<div class="query">{picture(int(row))}<div class="by">{lines}</div></div>')
     shares = " and ".join(
-        f"{100 * (labels[found] == labels[query][:, None]).mean():.0f} % by {name}" for name, found in ways.items()
+        f"{100 * (labels[found] == labels[query][:, None]).mean():.0f} % by {name}"
+        for name, found in ways.items()
     )
     return (
-        '<section id="neighbours"><h2>Nearest neighbours</h2><p class="soft">Test images, and the training images '
-        "nearest to them: by Hamming distance of their codes, and by cosine of their features. A dashed frame and "
-        f"\N{NOT EQUAL TO} mark another class. Of the neighbours shown, {shares} are of the query's class.</p>"
+        '<section id="neighbours"><h2>Nearest neighbours</h2><p class="soft">Test images, and the '
+        "training images nearest to them: by Hamming distance of their codes, and by cosine of their "
+        f"features. A dashed frame and \N{NOT EQUAL TO} mark another class. Of the neighbours shown, {shares} "
+        "are of the query's class.</p>"
         f'<div class="queries">{"".join(cards)}</div>{below(commands.get("evaluate"))}</section>'
     )
 
@@ -438,16 +477,16 @@ def certainty(g: dict[str, np.ndarray], picture: Callable[..., str], commands: d
             f'<div class="pics">{pictures}</div></div>'
         )
     return (
-        '<section id="certainty"><h2>Most and least certain</h2><p class="soft">The test images at both ends of the '
-        f'uncertainty that the latent gives. No label went into it.</p><div class="certainty">{"".join(sides)}</div>'
-        f"{below(commands.get('evaluate'))}</section>"
+        '<section id="certainty"><h2>Most and least certain</h2><p class="soft">The test images at both '
+        "ends of the model's own uncertainty. No label went into it.</p>"
+        f'<div class="certainty">{"".join(sides)}</div>{below(commands.get("evaluate"))}</section>'
     )
 
 
 def read_gallery(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a gallery, checked: a row that points nowhere is an InputError, not a picture of something else."""
-    needed = ("images", "labels", "class_names", "query", "neighbours_code", "neighbours_feature")
-    needed += ("most_certain", "least_certain", "uncertainty")
+    """The arrays of a gallery, checked, so that a row that points nowhere is an InputError."""
+    rows = ("query", "neighbours_code", "neighbours_feature", "most_certain", "least_certain")
+    needed = ("images", "labels", "class_names", "uncertainty", *rows)
     try:
         with np.load(path, allow_pickle=False) as file:
             g = {name: file[name] for name in needed}
@@ -457,13 +496,15 @@ def read_gallery(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: can't be read ({error}); run `lvssl evaluate` again") from error
     images, count = g["images"], len(g["images"])
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
-        raise InputError(f"{path}: images must be uint8 [M, H, W, 3], not {images.dtype} {list(images.shape)}")
+        raise InputError(
+            f"{path}: images must be uint8 [M, H, W, 3], not {images.dtype} {list(images.shape)}"
+        )
     if len(g["labels"]) != count or len(g["uncertainty"]) != count:
         raise InputError(f"{path}: labels and uncertainty must have one entry for each of the {count} images")
-    for name in needed[3:8]:
-        if g[name].size and not (0 <= g[name].min() and g[name].max() < count):
+    for name in rows:
+        if g[name].size and not (g[name].min() >= 0 and g[name].max() < count):
             raise InputError(f"{path}: {name} points outside the {count} images")
-    if count and not (0 <= g["labels"].min() and g["labels"].max() < len(g["class_names"])):
+    if count and not (g["labels"].min() >= 0 and g["labels"].max() < len(g["class_names"])):
         raise InputError(f"{path}: labels point outside the {len(g['class_names'])} class_names")
     return g
 
@@ -505,8 +546,9 @@ def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 def commands_section(commands: dict[str, str]) -> str:
     lines = [commands[stage] for stage in ("pretrain", "evaluate", "report") if stage in commands]
     return (
-        '<section id="commands"><h2>Commands</h2><p class="soft">What makes this page, stage by stage. Settings not '
-        f'named are those above.</p><pre>{escape(chr(10).join(lines))}</pre></section>'
+        '<section id="commands"><h2>Commands</h2><p class="soft">What makes this page, stage by '
+        "stage. Settings not "
+        f"named are those above.</p><pre>{escape(chr(10).join(lines))}</pre></section>"
     )
 
 

@@ -26,21 +26,36 @@ h2 { font-size: 22px; letter-spacing: -0.01em; margin: 64px 0 6px; }
 h3 { font-size: 15px; margin: 0 0 2px; }
 p { margin: 6px 0 14px; max-width: 72ch; }
 a { color: inherit; text-underline-offset: 3px; }
-a:focus-visible, button:focus-visible, summary:focus-visible { outline: 2px solid var(--run); outline-offset: 2px; }
+a:focus-visible, button:focus-visible, summary:focus-visible {
+  outline: 2px solid var(--run); outline-offset: 2px;
+}
 .soft { color: var(--soft); }
 .small { font-size: 13.5px; }
 nav { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 22px 0 0; font-size: 14px; color: var(--soft); }
 code, pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-pre { background: var(--panel); padding: 12px 14px; border-radius: 6px; overflow-x: auto; margin: 8px 0 14px; }
+pre {
+  background: var(--panel); padding: 12px 14px; border-radius: 6px; margin: 8px 0 14px;
+  white-space: pre-wrap; overflow-wrap: anywhere;
+}
 
-.verdicts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 16px; margin: 26px 0 8px; }
-.verdict { background: var(--panel); border-radius: 10px; padding: 20px 22px; }
+.verdicts {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 16px;
+  margin: 26px 0 8px;
+}
+.verdict {
+  display: flex; flex-direction: column; justify-content: space-between; background: var(--panel);
+  border-radius: 10px; padding: 20px 22px;
+}
 .verdict.ahead { background: var(--wash); }
 .verdict p { margin: 0 0 14px; font-size: 17px; line-height: 1.4; font-weight: 600; text-wrap: pretty; }
-.deltas { display: flex; flex-wrap: wrap; gap: 12px 36px; margin: 0; }
+.deltas { display: grid; grid-template-columns: 1fr 1fr; gap: 12px 24px; margin: 0; }
 .deltas div { display: flex; flex-direction: column-reverse; }
-.deltas dt { font-size: 13.5px; color: var(--soft); }
-.deltas dd { margin: 0; font-size: 38px; line-height: 1.1; font-weight: 650; letter-spacing: -0.03em; font-variant-numeric: tabular-nums; }
+.deltas dt { font-size: 13.5px; line-height: 1.4; color: var(--soft); margin-top: 4px; }
+.deltas dt b { color: var(--ink); font-weight: 600; }
+.deltas dd {
+  margin: 0; font-size: 38px; line-height: 1.1; font-weight: 650; letter-spacing: -0.03em;
+  font-variant-numeric: tabular-nums;
+}
 
 .table { overflow-x: auto; margin: 14px 0 6px; }
 table { border-collapse: collapse; width: 100%; font-size: 15px; }
@@ -51,41 +66,81 @@ tr.ours td:first-child { font-weight: 600; }
 td.best { font-weight: 700; }
 td.wide { width: 240px; padding-right: 0; }
 .settings td { padding: 5px 18px 5px 0; font-size: 14px; overflow-wrap: anywhere; }
-.settings td:last-child { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 13px; }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 8px 56px; align-items: start; }
-.below { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline; gap: 4px 20px; font-size: 13.5px; color: var(--soft); }
+.settings td:last-child {
+  font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 13px;
+}
+.columns {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 8px 56px;
+  align-items: start;
+}
+.below {
+  display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline; gap: 4px 20px;
+  font-size: 13.5px; color: var(--soft);
+}
+.columns td:last-child, .columns th:last-child { padding-right: 0; }
+.pics + .below, .certainty + .below, .columns + .below, .queries + .below { margin-top: 14px; }
 .below code { overflow-wrap: anywhere; }
-button { font: inherit; font-size: 13.5px; color: var(--ink); background: none; border: 1px solid var(--rule); border-radius: 6px; padding: 3px 12px; cursor: pointer; }
+button {
+  font: inherit; font-size: 13.5px; color: var(--ink); background: none; border: 1px solid var(--rule);
+  border-radius: 6px; padding: 3px 12px; cursor: pointer;
+}
 button:hover { border-color: var(--soft); }
 
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 30px 48px; margin: 18px 0 10px; }
+.charts {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 30px 48px;
+  margin: 18px 0 10px;
+}
 figure { margin: 0; }
 svg { display: block; width: 100%; height: auto; }
-svg text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; fill: var(--soft); font-variant-numeric: tabular-nums; }
+svg text {
+  font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; fill: var(--soft);
+  font-variant-numeric: tabular-nums;
+}
 .grid { stroke: var(--rule); stroke-width: 1; fill: none; }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-.line.run { stroke: var(--run); } .line.code { stroke: var(--code); stroke-dasharray: 7 4; } .line.control { stroke: var(--control); stroke-dasharray: 2 4; }
+.line.run {
+  stroke: var(--run); } .line.code { stroke: var(--code); stroke-dasharray: 7 4;
+  } .line.control { stroke: var(--control); stroke-dasharray: 2 4;
+}
 .end.run { fill: var(--run); } .end.code { fill: var(--code); } .end.control { fill: var(--control); }
 .mark.linear { fill: var(--run); } .mark.knn { fill: var(--paper); stroke: var(--run); stroke-width: 2; }
 .strip { width: 240px; max-width: 100%; }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 18px; font-size: 13.5px; color: var(--soft); margin: 0 0 6px; padding: 0; list-style: none; }
+.legend {
+  display: flex; flex-wrap: wrap; gap: 2px 18px; font-size: 13.5px; color: var(--soft); margin: 0 0 6px;
+  padding: 0; list-style: none;
+}
 .legend svg { display: inline-block; width: 26px; height: 10px; margin-right: 7px; vertical-align: 0; }
 .legend b { color: var(--ink); font-weight: 600; font-variant-numeric: tabular-nums; }
 
-.queries { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 500px), 1fr)); gap: 12px 40px; margin: 16px 0 10px; }
-.query { display: grid; grid-template-columns: 84px 1fr; gap: 4px 18px; padding: 14px 0; border-top: 1px solid var(--rule); }
+.queries {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); gap: 12px 32px;
+  margin: 16px 0 10px;
+}
+.query {
+  display: grid; grid-template-columns: 84px 1fr; gap: 4px 18px; padding: 14px 0;
+  border-top: 1px solid var(--rule);
+}
 .query > .pic { --side: 84px; }
 .by { display: grid; gap: 8px; min-width: 0; }
-.row { display: grid; grid-template-columns: 58px 1fr; align-items: start; gap: 8px; }
+.row { display: grid; grid-template-columns: 72px 1fr; align-items: start; gap: 8px; }
 .row > span { font-size: 12.5px; line-height: 1.25; color: var(--soft); padding-top: 12px; }
 .pics { display: flex; flex-wrap: wrap; gap: 6px; }
 .pic { --side: 50px; width: var(--side); margin: 0; }
-.pic img { display: block; width: var(--side); height: var(--side); object-fit: contain; border-radius: 4px; background: var(--panel); image-rendering: pixelated; border: 2px solid transparent; }
-.pic figcaption { font-size: 11px; line-height: 1.2; color: var(--soft); margin-top: 2px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.pic img {
+  display: block; width: var(--side); height: var(--side); object-fit: contain; border-radius: 4px;
+  background: var(--panel); image-rendering: pixelated; border: 2px solid transparent;
+}
+.pic figcaption {
+  font-size: 11px; line-height: 1.2; color: var(--soft); margin-top: 2px; overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap;
+}
 .query > .pic figcaption { font-size: 13px; color: var(--ink); font-weight: 600; white-space: normal; }
 .pic.wrong img { border: 2px dashed var(--wrong); padding: 1px; }
 .pic.wrong figcaption { color: var(--wrong); font-weight: 600; }
-.certainty { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 24px 48px; margin-top: 16px; }
+.certainty {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 24px 48px;
+  margin-top: 16px;
+}
 .certainty .pic { --side: 68px; }
 .certainty .pics { gap: 10px; margin-top: 6px; }
 summary { cursor: pointer; font-size: 15px; margin: 10px 0; }
@@ -97,15 +152,18 @@ summary { cursor: pointer; font-size: 15px; margin: 10px 0; }
   .verdict { padding: 18px; }
   .deltas dd { font-size: 32px; }
   td.wide, th.wide { display: none; }
-  th, td { padding-right: 10px; }
-  table { font-size: 14px; }
+  th, td { padding-right: 9px; }
+  th { font-size: 12px; }
+  table { font-size: 13.5px; }
   svg text { font-size: 15px; }
-  .query { grid-template-columns: 64px 1fr; gap: 4px 14px; }
-  .query > .pic { --side: 64px; }
+  .query { grid-template-columns: 1fr; gap: 8px; }
+  .query > .pic { width: auto; display: flex; align-items: center; gap: 14px; }
+  .query > .pic figcaption { font-size: 15px; }
   .row { grid-template-columns: 1fr; gap: 2px; }
   .row > span { padding: 0; }
-  .pic { --side: 44px; }
 }
+.legend.inline { flex-wrap: nowrap; gap: 10px; margin: 0; }
+.legend.inline svg { width: 14px; margin-right: 5px; }
 @media print { nav, button { display: none; } }
 """
 
@@ -131,7 +189,8 @@ PAGE = Template("""<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+  style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <link rel="icon" href="data:,">
 <title>$title</title>
 <style>$style</style>

@@ -14,7 +14,9 @@ class Comparison:
     measure: str
     run: float  # percent
     control: float  # percent
-    noise: float | None  # two standard errors of the difference, points; None where the test set's size is unknown
+    noise: (
+        float | None
+    )  # two standard errors of the difference, points; None where the test set's size is unknown
 
     @property
     def difference(self) -> float:
@@ -31,16 +33,16 @@ class Comparison:
 def sampling_noise(run: float, control: float, images: int) -> float:
     """Two standard errors, in points, of the difference of two accuracies (percent) on `images` test images.
 
-    From the binomial variances, as if the two were independent. They see the same images and mostly agree, so the
-    truth is less; what several seeds would add is not in it.
+    From the binomial variances, as if the two were independent. They see the same images and mostly agree,
+    so the truth is less; what several seeds would add is not in it.
     """
     variance = sum(p / 100 * (1 - p / 100) for p in (run, control)) / images
     return 200 * math.sqrt(variance)
 
 
 def compare(evaluation: dict[str, Any]) -> dict[str, list[Comparison]]:
-    """{"code": [...], "features": [...]}: the run's code against the control's sign bits where both have the same
-    number of bits, and its features against the control's. Empty lists where there is no control."""
+    """{"code": [...], "features": [...]}: the run's code against the control's sign bits where both have the
+    same number of bits, and its features against the control's. Empty lists where there is no control."""
     run, control = evaluation.get("run") or {}, evaluation.get("control") or {}
     images = (evaluation.get("data") or {}).get("test")
 
@@ -62,16 +64,21 @@ def compare(evaluation: dict[str, Any]) -> dict[str, list[Comparison]]:
     return {"code": code if same_length else [], "features": features}
 
 
+NAMES = {"linear probe": "the linear probe"}  # within a sentence
+
+
 def in_words(comparisons: list[Comparison], what: str, against: str) -> str:
-    """One sentence, such as "The code is ahead of the control's sign bits in Hamming kNN (+1.2 points) and level
-    in the linear probe (+0.1)."."""
+    """One sentence, such as "The code is ahead of the control's sign bits in Hamming kNN (+1.2 points) and
+    level in the linear probe (+0.1)."."""
     if not comparisons:
         return ""
     parts: list[str] = []
     for outcome, verb in (("ahead", "ahead of"), ("level", "level with"), ("behind", "behind")):
         those = [c for c in comparisons if c.outcome == outcome]
         if those:
-            measures = " and ".join(f"{c.measure} ({signed(c.difference)})" for c in those)
+            measures = " and ".join(
+                f"{NAMES.get(c.measure, c.measure)} ({signed(c.difference)})" for c in those
+            )
             parts.append(f"{verb} {against if not parts else 'them'} in {measures}")
     verb = "is" if what.endswith("code") else "are"
     return f"{what} {verb} " + " and ".join(parts) + "."
