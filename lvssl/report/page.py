@@ -458,9 +458,9 @@ def neighbours(g: dict[str, np.ndarray], picture: Callable[..., str], commands: 
     )
     return (
         '<section id="neighbours"><h2>Nearest neighbours</h2><p class="soft">Test images, and the '
-        "training images nearest to them: by Hamming distance of their codes, and by cosine of their "
-        f"features. A dashed frame and \N{NOT EQUAL TO} mark another class. Of the neighbours shown, {shares} "
-        "are of the query's class.</p>"
+        "training images nearest to them: by Hamming distance of their codes, and by cosine of "
+        f"their features. A dashed frame and \N{NOT EQUAL TO} mark another class. Of the neighbours shown, "
+        f"{shares} are of the query's class.</p>"
         f'<div class="queries">{"".join(cards)}</div>{below(commands.get("evaluate"))}</section>'
     )
 
