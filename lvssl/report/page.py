@@ -370,7 +370,7 @@ def curves(
                 ("control's features", control, "probe_features", "control"),
             ],
         ),
-        ("Speed", "images a second, since the start", [("run", rows, "images_per_second", "run")]),
+        ("Speed", "images a second", [("run", rows, "images_per_second", "run")]),
     ]
     if not any("ntxent" in row for row in rows):
         panels[0] = (
