@@ -5,8 +5,10 @@ whatever reason, is one line of the answer and not the end of it. Where the comm
 `python -m lvssl.doctor` still does.
 """
 
+import ctypes
 import importlib
 import importlib.metadata as metadata
+import importlib.util
 import io
 import os
 import shutil
@@ -70,6 +72,7 @@ def check(run: Path | None = None) -> list[Check]:
     checks: list[Callable[[], Check]] = [
         check_python,
         check_torch,
+        check_cores,  # before FFCV's package: importing it sets torch to one thread
         *(lambda name=name: check_package(name) for name in PACKAGES),
         check_ffcv,
         lambda: check_headers("libturbojpeg", "libturbojpeg0-dev"),
@@ -80,7 +83,6 @@ def check(run: Path | None = None) -> list[Check]:
         check_slurm,
         lambda: check_disk(run or Path(".")),
         check_shared_memory,
-        check_cores,
     ]
     return [one() for one in checks]
 
@@ -183,28 +185,53 @@ def check_torch() -> Check:
 
 
 def check_ffcv() -> Check:
-    """Imports, its compiled library loads, and it decodes a JPEG to what Pillow makes of it."""
-    without = "no .beton can be written or read, so nothing can be trained; latents, losses and codes work"
+    """Its compiled decoder, which is all that `pipelines` uses, makes of a JPEG what Pillow does; then the package.
+
+    The package itself comes last and is optional: it imports OpenCV's Python package, and with that more system
+    libraries.
+    """
     command = (
         f"{apt_install('libturbojpeg0-dev libopencv-dev pkg-config g++')} && {pip_install('lvssl[ffcv]')}"
     )
-    library, failure = load("ffcv.libffcv")
-    if library is None:
-        return Check("ffcv", REQUIRED, failure, without, command)
     try:
-        import numpy as np
-        from PIL import Image
-
-        jpeg = io.BytesIO()
-        Image.new("RGB", (16, 16), (200, 100, 50)).save(jpeg, "JPEG", quality=95)
-        image = np.zeros((16, 16, 3), np.uint8)
-        code = library.imdecode(np.frombuffer(jpeg.getvalue(), np.uint8), image, 16, 16, 16, 16)
-        truth = np.asarray(Image.open(jpeg))
-        if code != 0 or abs(image.astype(int) - truth).max() > 4:
-            return Check("ffcv", REQUIRED, f"{version('ffcv')}: decodes JPEGs wrongly", without, command)
+        failure = decoder_failure()
     except Exception as error:
-        return Check("ffcv", REQUIRED, f"{version('ffcv')}: {error}".splitlines()[0], without, command)
+        failure = f"{type(error).__name__}: {error}".splitlines()[0]
+    if failure:
+        without = (
+            "no .beton can be read, so nothing can be trained; conversion, latents, losses and codes work"
+        )
+        return Check("ffcv", REQUIRED, failure, without, command)
+    module, failure = load("ffcv")
+    if module is None:
+        without = "converting and training work; FFCV's own writer and loader don't"
+        return Check("ffcv", ABSENT, f"its decoder works, the package doesn't: {failure}", without, command)
     return Check("ffcv", OK, version("ffcv"))
+
+
+def decoder_failure() -> str:
+    """Why FFCV's compiled decoder can't be used; empty if it can. May raise what loading a library raises."""
+    import numpy as np
+    from PIL import Image
+
+    spec = importlib.util.find_spec("ffcv")
+    if spec is None or spec.origin is None:
+        return "not installed"
+    libraries = sorted(Path(spec.origin).parent.glob("_libffcv*.so"))
+    if not libraries:
+        return f"no compiled _libffcv*.so in {Path(spec.origin).parent}"
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 100, 50)).save(file, "JPEG", quality=95)
+    jpeg = file.getvalue()
+    image = np.zeros((16, 16, 3), np.uint8)
+    u32, u64, pointer, boolean = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_bool
+    imdecode = ctypes.CDLL(str(libraries[0])).imdecode
+    imdecode.argtypes = [pointer, u64, u32, u32, pointer, u32, u32, u32, u32, u32, u32, boolean, boolean]
+    code = imdecode(jpeg, len(jpeg), 16, 16, image.ctypes.data, 16, 16, 0, 0, 1, 1, False, False)
+    truth = np.asarray(Image.open(file))
+    if code != 0 or abs(image.astype(int) - truth).max() > 4:
+        return f"{version('ffcv')}: {libraries[0]} decodes JPEGs wrongly"
+    return ""
 
 
 def check_triton() -> Check:
@@ -340,7 +367,6 @@ def check_cores() -> Check:
     found = f"{usable} usable of {os.cpu_count()}"
     found += f", torch uses {torch.get_num_threads()} threads" if torch else ""
     found += "".join(f", {name}={value}" for name, value in set_by.items())
-    # Both: libraries imported above may have lowered torch's count in this process.
     threads = [int(value) for value in set_by.values() if value.isdigit()]
     threads += [torch.get_num_threads()] if torch else []
     if max(threads, default=1) > usable:

@@ -1,11 +1,14 @@
 """`lvssl doctor` in processes of its own, where pieces are really missing or really broken."""
 
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,12 +49,6 @@ def doctor(code: str = "import sys; from lvssl.doctor import main; sys.exit(main
     return done.returncode, pieces, done.stdout
 
 
-def broken_package(folder: Path, name: str, text: str) -> str:
-    (folder / name).mkdir()
-    (folder / name / "__init__.py").write_text(text)
-    return str(folder)
-
-
 def test_a_whole_installation():
     status, pieces, out = doctor()
     assert status == 0, out
@@ -73,24 +70,54 @@ def test_a_whole_installation():
     } <= set(pieces)
 
 
-def test_a_package_that_breaks_in_its_import_is_reported_with_its_message(tmp_path):
-    message = "libturbojpeg.so.0: cannot open shared object file: No such file or directory"
-    path = broken_package(tmp_path, "ffcv", f"raise OSError({message!r})")
-    status, pieces, out = doctor(BLOCK.format(names=LATE), PYTHONPATH=path)
+def a_ffcv(folder: Path, text: str) -> Path:
+    """A package `ffcv` that shadows the installed one."""
+    (folder / "ffcv").mkdir()
+    (folder / "ffcv" / "__init__.py").write_text(text)
+    return folder / "ffcv"
+
+
+def test_ffcv_without_its_compiled_library(tmp_path):
+    a_ffcv(tmp_path, "")
+    status, pieces, out = doctor(BLOCK.format(names=LATE), PYTHONPATH=str(tmp_path))
     assert status == 1
     assert pieces["ffcv"].startswith("MISSING")
-    assert f"OSError: {message}" in pieces["ffcv"]
+    assert f"no compiled _libffcv*.so in {tmp_path}/ffcv" in pieces["ffcv"]
     assert "libturbojpeg0-dev libopencv-dev" in pieces["ffcv"] and "'lvssl[ffcv]'" in pieces["ffcv"]
     assert out.rstrip().endswith(", ffcv")
     assert pieces["numba"].startswith("ok")
 
 
-def test_a_library_that_decodes_wrongly_is_no_ffcv(tmp_path):
-    path = broken_package(tmp_path, "ffcv", "")
-    (tmp_path / "ffcv" / "libffcv.py").write_text("def imdecode(source, target, *sizes):\n    return 0\n")
-    status, pieces, _ = doctor(BLOCK.format(names=LATE), PYTHONPATH=path)
+def test_ffcv_whose_library_does_not_load(tmp_path):
+    (a_ffcv(tmp_path, "") / "_libffcv.so").write_bytes(b"no ELF")
+    status, pieces, _ = doctor(BLOCK.format(names=LATE), PYTHONPATH=str(tmp_path))
+    assert status == 1
+    assert pieces["ffcv"].startswith("MISSING") and "OSError: " in pieces["ffcv"]
+    assert "_libffcv.so" in pieces["ffcv"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler")
+def test_ffcv_whose_library_decodes_wrongly(tmp_path):
+    source = tmp_path / "wrong.cpp"
+    source.write_text('extern "C" int imdecode(void*, unsigned long) { return 0; }')
+    library = a_ffcv(tmp_path, "") / "_libffcv.so"
+    subprocess.run(["g++", "-shared", "-fPIC", source, "-o", library], check=True)
+    status, pieces, _ = doctor(BLOCK.format(names=LATE), PYTHONPATH=str(tmp_path))
     assert status == 1
     assert pieces["ffcv"].startswith("MISSING") and "decodes JPEGs wrongly" in pieces["ffcv"]
+
+
+def test_ffcv_whose_package_breaks_in_its_import_is_still_good_for_decoding(tmp_path):
+    (real,) = (
+        Path(spec.origin).parent for spec in [importlib.util.find_spec("ffcv")] if spec and spec.origin
+    )
+    (library,) = real.glob("_libffcv*.so")
+    message = "libGL.so.1: cannot open shared object file: No such file or directory"
+    shutil.copy(library, a_ffcv(tmp_path, f"raise ImportError({message!r})"))
+    _, pieces, out = doctor(BLOCK.format(names=LATE), PYTHONPATH=str(tmp_path))
+    assert pieces["ffcv"].startswith("missing")
+    assert f"ImportError: {message}" in pieces["ffcv"]
+    assert "ffcv" not in out.splitlines()[-1]
 
 
 def test_without_torch_the_others_are_still_reported(tmp_path):
