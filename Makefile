@@ -7,9 +7,8 @@ EXTRAS ?= ffcv,dev
 PYTEST ?=
 BENCH ?= $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py))
 
-# More threads than cores, or one a core on a large machine, slow small models down.
-OMP_NUM_THREADS ?= 2
-export OMP_NUM_THREADS
+# The tests' models are so small that a thread a core of a large machine would slow them down.
+test test-slow: export OMP_NUM_THREADS ?= 2
 
 BIN := .venv/bin
 

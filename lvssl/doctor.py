@@ -185,10 +185,9 @@ def check_torch() -> Check:
 
 
 def check_ffcv() -> Check:
-    """Its compiled decoder, which is all that `pipelines` uses, makes of a JPEG what Pillow does; then the package.
+    """Its compiled decoder, which is all that `pipelines` uses, decodes a JPEG as Pillow does; then the package.
 
-    The package itself comes last and is optional: it imports OpenCV's Python package, and with that more system
-    libraries.
+    The package is optional: it imports OpenCV's Python package, and with that needs more system libraries.
     """
     command = (
         f"{apt_install('libturbojpeg0-dev libopencv-dev pkg-config g++')} && {pip_install('lvssl[ffcv]')}"
