@@ -185,7 +185,7 @@ def check_torch() -> Check:
 
 
 def check_ffcv() -> Check:
-    """Its compiled decoder, which is all that `pipelines` uses, decodes a JPEG as Pillow does; then the package.
+    """Its compiled decoder, all that `pipelines` uses, decodes a JPEG as Pillow does; then the package.
 
     The package is optional: it imports OpenCV's Python package, and with that needs more system libraries.
     """
