@@ -86,10 +86,15 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     }
     steps.update()
     bits = run_sets[1].bits
-    stored = jpeg_bytes(test)
     result |= {
         "table": table(run, control, figures, control_figures, result["floors"], bits),
-        "compression": compression_ratios(bits, view.resolution, feature_dim=run_sets[0].features.shape[1], jpeg_bytes=stored),
+        "compression": compression_ratios(
+            bits,
+            view.resolution,
+            channels(test),
+            feature_dim=run_sets[0].features.shape[1],
+            jpeg_bytes=jpeg_bytes(test),
+        ),
         "code_statistics": code_statistics(unpack_bits(run_sets[1].codes, bits), run_sets[1].bit_means),
         "uncertainty": uncertainty(run_sets[1], figures["wrong"]),
         "data": {
@@ -196,6 +201,13 @@ def jpeg_bytes(source: Source) -> float | None:
     """Mean size of the stored JPEGs; None where any image is stored as pixels."""
     file = getattr(source, "file", None)
     return float(file.sizes.mean()) if file is not None and not file.modes.any() else None
+
+
+def channels(source: Source) -> int:
+    """1 if the images are grey, as the first of them are, else 3: a grey image stored as RGB isn't larger for it."""
+    view = ViewSettings(resolution=8)
+    crops = evaluation_crops(source, view, np.arange(min(256, len(source))))
+    return 1 if (crops == crops[..., :1]).all() else 3
 
 
 def class_names(path: Path, source: Source) -> list[str]:

@@ -1,0 +1,158 @@
+"""The commands as a user types them: the whole way on digits, and every mistake in one line with status 2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lvssl.cli import COMMANDS, main
+from lvssl.codes.file import open_codes
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory) -> dict[str, Path]:
+    """A control and a latent model, three epochs each."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs = {"none": folder / "control", "bernoulli": folder / "lv"}
+    for family, out in runs.items():
+        options = ["--preset", "digits", "--data", digits["train"], "--out", out, "--family", family, "--epochs", 3]
+        assert main(["pretrain", *map(str, options)]) == 0
+    return runs
+
+
+def one_line_error(capsys, arguments: list[object], *culprits: str, status: int = 2) -> None:
+    assert main([str(a) for a in arguments]) == status
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), printed.err
+    for culprit in culprits:
+        assert culprit in lines[0]
+
+
+def test_the_whole_way(trained, digits, tmp_path, capsys):
+    lv, control = trained["bernoulli"], trained["none"]
+    assert main(["evaluate", str(lv), "--test", str(digits["test"]), "--control", str(control)]) == 0
+    evaluation = json.loads((lv / "evaluation.json").read_text())
+    assert evaluation["run"]["bits"] == 64 and evaluation["control"]["family"] == "none"
+    assert {row["representation"] for row in evaluation["table"]} == {"features", "code", "sign bits", "pixels"}
+    for row in evaluation["table"]:
+        assert 20 < row["linear"] <= 100, row
+    assert evaluation["compression"]["raw_pixels"] == pytest.approx(8 * 8 / 8)  # grey: one byte a pixel
+    assert evaluation["compression"]["fp32_feature"] == pytest.approx(32)
+    assert 0.5 < evaluation["uncertainty"]["recall_at_1"] <= 1
+    printed = capsys.readouterr().out
+    assert "sign bits" in printed and "lvssl report" in printed
+
+    assert main(["report", str(lv)]) == 0
+    page = (lv / "report.html").read_text()
+    assert f"{evaluation['run']['linear']:.1f}" in page
+
+
+def test_codes_are_written_found_again_and_tied_to_their_checkpoint(trained, tmp_path, capsys):
+    lv, control = trained["bernoulli"], trained["none"]
+    random = np.random.default_rng(0)
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    for i in range(70):
+        size = tuple(random.integers(8, 40, 2).tolist())
+        image = Image.fromarray(random.integers(0, 256, (5, 5), dtype=np.uint8)).resize(size)
+        image.save(tmp_path / "images" / ("sub" if i % 2 else ".") / f"{i:02d}.{'png' if i % 3 else 'jpg'}")
+    out = tmp_path / "codes.lvcodes"
+    assert main(["encode", str(lv), "--images", str(tmp_path / "images"), "--out", str(out)]) == 0
+    codes = open_codes(out)
+    assert (codes.family, codes.bits, codes.count) == ("bernoulli", 64, 70) and len(codes.names) == 70
+    capsys.readouterr()
+    query = tmp_path / "images" / "sub" / "01.png"
+    arguments = ["search", str(lv), "--query", str(query), "--codes", str(out), "--k", "3"]
+    assert main(arguments) == 0
+    found = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert len(found) == 3 and found[0] == ["0", "sub/01.png"]
+    one_line_error(capsys, ["search", control, "--query", query, "--codes", out], "codes.lvcodes", "checkpoint")
+    out.write_bytes(out.read_bytes()[:-20])
+    one_line_error(capsys, arguments, "codes.lvcodes")
+
+
+def test_mistakes_before_training(digits, tmp_path, capsys):
+    train, new = digits["train"], tmp_path / "new"
+    cases = [
+        (["pretrain", "--preset", "nope"], "unknown preset 'nope'", "digits"),
+        (["pretrain", "--family", "nope", "--data", train, "--out", new], "unknown family 'nope'", "bernoulli"),
+        (["pretrain", "--backbone", "vgg", "--data", train, "--out", new], "unknown backbone 'vgg'"),
+        (["pretrain", "--data", tmp_path / "no.beton", "--out", new], "no.beton"),
+        (["pretrain", "--preset", "digits", "--data", train, "--out", new, "--batch-size", 5000], "5000", "1297"),
+        (["pretrain", "--preset", "digits", "--data", train, "--out", new, "--device", "tpu9"], "tpu9"),
+        (["pretrain", "--data", train, "--out", new, "--temperature", 0], "--temperature"),
+        (["pretrain", "--data", train, "--out", new, "--lr", "nan"], "--lr"),
+        (["pretrain", "--data", train, "--out", new, "--workers", 0], "--workers"),
+        (["pretrain", "--preset", "digits", "--data", Path(__file__), "--out", new], "test_cli.py"),
+        (["frobnicate"], "frobnicate", "pretrain"),
+    ]
+    short = tmp_path / "short.beton"
+    short.write_bytes(train.read_bytes()[:-500])
+    cases.append((["pretrain", "--preset", "digits", "--data", short, "--out", new], "short.beton"))
+    for arguments, *culprits in cases:
+        one_line_error(capsys, arguments, *culprits)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["short.beton"], "something half-written was left"
+
+
+def test_a_run_that_exists_is_resumed_only_when_asked_and_only_as_it_was(trained, digits, capsys):
+    control = trained["none"]
+    before = {path: path.stat().st_mtime_ns for path in control.rglob("*")}
+    base = ["pretrain", "--preset", "digits", "--data", digits["train"], "--out", control, "--family", "none"]
+    one_line_error(capsys, [*base, "--epochs", 3], "exists", "--resume")
+    one_line_error(capsys, [*base, "--epochs", 4, "--resume"], "another configuration", "epochs: 3 -> 4")
+    one_line_error(capsys, [*base[:-2], "--epochs", 3, "--resume"], "latent.family: none -> bernoulli")
+    assert before == {path: path.stat().st_mtime_ns for path in control.rglob("*")}
+    assert main(["pretrain", "--out", str(control), "--resume"]) == 0  # its settings need not be repeated
+
+
+def test_mistakes_after_training(trained, digits, tmp_path, capsys):
+    lv, empty = trained["bernoulli"], tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_text("no image")
+    cases = [
+        (["evaluate", tmp_path / "none", "--test", digits["test"]], "none", "no such run"),
+        (["evaluate", empty, "--test", digits["test"]], "empty", "config.json"),
+        (["evaluate", lv, "--test", tmp_path / "no.beton"], "no.beton"),
+        (["evaluate", lv, "--test", digits["test"], "--control", lv], "control"),
+        (["report", empty], "empty"),
+        (["encode", lv, "--images", empty, "--out", tmp_path / "c"], "empty"),
+        (["encode", lv, "--images", tmp_path / "nowhere", "--out", tmp_path / "c"], "nowhere"),
+        (["encode", lv, "--images", tmp_path / "bad", "--out", tmp_path / "c"], "a.jpg"),
+        (["search", lv, "--query", tmp_path / "bad" / "a.jpg", "--codes", tmp_path / "c"], "c"),
+        (["search", lv, "--query", tmp_path / "bad" / "a.jpg", "--k", 0], "--k"),
+    ]
+    for arguments, *culprits in cases:
+        one_line_error(capsys, arguments, *culprits)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "empty"]
+    (empty / "something").touch()
+    one_line_error(capsys, ["pretrain", "--preset", "digits", "--data", digits["train"], "--out", empty], "is no run")
+
+
+def test_help_is_there_for_every_command(lvssl):
+    assert all(name in lvssl("--help").stdout for name in COMMANDS)
+    text = lvssl("pretrain", "--help").stdout
+    assert "--family" in text and "cifar10-small" in text
+    code = "import sys, lvssl.cli; lvssl.cli.main(['--help']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)  # it answers at once
+
+
+def test_the_demo_runs_on_digits_and_leaves_what_it_promises(tmp_path):
+    command = [sys.executable, "-m", "lvssl.cli", "demo", "--data", "digits", "--epochs", "2", "--out", "demo"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert set(results) == {"control", "bernoulli", "floors"}
+    assert set(results["control"]) == {"linear", "knn", "sign_linear", "sign_hamming_knn"}
+    assert set(results["bernoulli"]) == {"linear", "knn", "code_linear", "hamming_knn", "bits", "compression"}
+    assert set(results["floors"]) == {"random", "pixels"}
+    assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
+    assert open_codes(tmp_path / "demo" / "bernoulli" / "codes.lvcodes").count == 200
+    assert "report.html" in done.stdout and "bernoulli" in done.stdout
