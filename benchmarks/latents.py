@@ -34,7 +34,9 @@ MEASURES = ("linear", "knn", "code_linear", "code_knn")
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="fashion-mnist")
     parser.add_argument("--train", type=Path, required=True, help="training images, a beton")
     parser.add_argument("--test", type=Path, required=True, help="test images, a beton")
@@ -70,7 +72,7 @@ def figures(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     pretrain(settings, resume=True)
     run = load_run(folder)
     train, test = (embed(run.network, open_source(path), base.view) for path in (options.train, options.test))
-    found = measure(train, test, stochastic=run.network.family.stochastic)
+    found, _ = measure(train, test, stochastic=run.network.family.stochastic)
     row = {"arm": arm, "seed": seed, "linear": found["linear"], "knn": found["knn"], "bits": found["bits"]}
     row["code_linear"] = found.get("code_linear", found.get("sign_linear"))
     row["code_knn"] = found.get("hamming_knn", found.get("sign_hamming_knn"))
@@ -96,7 +98,10 @@ def paired(rows: list[dict[str, Any]], arm: str, control: str) -> dict[str, Any]
 def show(result: dict[str, Any]) -> None:
     print(f"{'arm':12}{'seed':>5}{'bits':>6}" + "".join(f"{name:>13}" for name in MEASURES))
     for row in result["rows"]:
-        print(f"{row['arm']:12}{row['seed']:5}{row['bits']:6}" + "".join(f"{row[name]:13.1f}" for name in MEASURES))
+        print(
+            f"{row['arm']:12}{row['seed']:5}{row['bits']:6}"
+            + "".join(f"{row[name]:13.1f}" for name in MEASURES)
+        )
     for d in result["differences"]:
         print(f"\n{d['arm']} - {d['control']}, points over seeds {d['seeds']}:")
         for name in MEASURES:

@@ -9,13 +9,13 @@ from typing import Any
 
 HELP = """lvssl: latent-variable contrastive learning of image encoders
 
-    convert-beton IMAGES train.beton                          a folder of class folders, a parquet, torchvision:NAME
+    convert-beton IMAGES train.beton                   a folder of class folders, a parquet, torchvision:NAME
     lvssl pretrain --preset cifar10-small --data train.beton --out runs/lv
     lvssl pretrain --preset cifar10-small --data train.beton --out runs/control --family none
     lvssl evaluate runs/lv --test test.beton --control runs/control
-    lvssl report runs/lv                                      one HTML page
-    lvssl encode runs/lv --images DIR                         a packed code for each image
-    lvssl search runs/lv --query IMAGE                        the nearest images by Hamming distance
+    lvssl report runs/lv                               one HTML page
+    lvssl encode runs/lv --images DIR                  a packed code for each image
+    lvssl search runs/lv --query IMAGE                 the nearest images by Hamming distance
 
 commands:
 """
@@ -60,7 +60,9 @@ def fail(message: str, status: int = 2) -> int:
     return status
 
 
-def parse(kind: Any, arguments: list[str], command: str, default: Any = None, about: str | None = None) -> Any:
+def parse(
+    kind: Any, arguments: list[str], command: str, default: Any = None, about: str | None = None
+) -> Any:
     """Command-line arguments as a dataclass of settings."""
     import tyro
 
@@ -96,7 +98,7 @@ def pretrain(arguments: list[str]) -> int:
         resume: bool = False
         """Go on with the run in --out from its newest checkpoint; its settings need not be repeated."""
 
-    about = f"{PretrainSettings.__doc__} Presets: {', '.join(PRESETS)}. Every setting may be changed beside a preset."
+    about = f"{PretrainSettings.__doc__} Presets: {', '.join(PRESETS)}. A setting beside --preset wins."
     chosen = parse(Pretrain, arguments, "pretrain", about=about)
 
     from lvssl.training.pretrain import Interrupted

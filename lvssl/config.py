@@ -1,4 +1,4 @@
-"""Every setting of a run: the one place where a setting has a name, and where an impossible one is refused."""
+"""Every setting of a run: where a setting has its name, and where an impossible one is refused."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ class LatentSettings:
     samples: int = 4
     """Samples a step (K), averaged before the projector."""
     beta: float | None = None
-    """Weight of the rate (KL in nats); left out: 0.001 for gaussian, whose noise would else vanish, otherwise 0."""
+    """Weight of the rate (KL in nats); left out: 0.001 for gaussian, whose noise would vanish, or 0."""
     beta_warmup: float = 0.1
     """Share of the steps over which beta climbs linearly from 0."""
     free_nats: float = 0.0
@@ -134,7 +134,6 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise InputError(f"unknown {name} {value!r}; known: {', '.join(allowed)}")
 
 
-GREY_IMAGES = {"mean": (0.286, 0.286, 0.286), "std": (0.353, 0.353, 0.353)}
 SMALL_VIEW = ViewSettings(resolution=32, scale=(0.2, 1.0), blur=0.0, evaluation_crop=1.0)
 
 PRESETS: dict[str, PretrainSettings] = {
@@ -155,7 +154,7 @@ PRESETS: dict[str, PretrainSettings] = {
         model=ModelSettings(backbone="small", hidden=256),
         view=dataclasses.replace(
             SMALL_VIEW, resolution=28, brightness=0.4, contrast=0.4, saturation=0.0, hue=0.0, grey=0.0,
-            **GREY_IMAGES,
+            mean=(0.286, 0.286, 0.286), std=(0.353, 0.353, 0.353),
         ),
     ),
     "cifar10-small": PretrainSettings(

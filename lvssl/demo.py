@@ -1,4 +1,4 @@
-"""The whole way on real images, in minutes: convert, pretrain a control and a latent model, evaluate, report."""
+"""The whole way on real images, in minutes: convert, pretrain control and latent model, evaluate, report."""
 
 import dataclasses
 import json
@@ -48,7 +48,9 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     started = time.monotonic()
     settings.out.mkdir(parents=True, exist_ok=True)
     name, train, test = converted(settings)
-    runs = {family: settings.out / label for family, label in (("none", "control"), ("bernoulli", "bernoulli"))}
+    runs = {
+        family: settings.out / label for family, label in (("none", "control"), ("bernoulli", "bernoulli"))
+    }
     for family, folder in runs.items():
         print(f"\n== pretraining {folder.name} (family {family})", flush=True)
         pretrain(arm(settings, name, family, train, folder), resume=True)
@@ -63,7 +65,8 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     print()
     print_table(evaluation["table"])
     query = sorted((settings.out / "images").iterdir())[0]
-    print(f"\ncodes    {codes}: {open_codes(codes).count} images, {results['bernoulli']['bits'] // 8} bytes each")
+    size = results["bernoulli"]["bits"] // 8
+    print(f"\ncodes    {codes}: {open_codes(codes).count} images, {size} bytes each")
     print(f"search   .venv/bin/lvssl search {runs['bernoulli']} --query {query}")
     print(f"results  {settings.out / 'results.json'}")
     print(f"page     {page.resolve()}")
@@ -73,19 +76,28 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
 
 def converted(settings: DemoSettings) -> tuple[str, Path, Path]:
     """(preset, train.beton, test.beton), converted unless that is done."""
-    choices = {"auto": ("fashion-mnist", "digits"), "fashion-mnist": ("fashion-mnist",), "digits": ("digits",)}
+    choices = {
+        "auto": ("fashion-mnist", "digits"),
+        "fashion-mnist": ("fashion-mnist",),
+        "digits": ("digits",),
+    }
     if settings.data not in choices:
         raise InputError(f"unknown --data {settings.data!r}; known: {', '.join(choices)}")
     for name in choices[settings.data]:
         folder = settings.out / "data" / name
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            paths = [convert_split(settings, name, split, folder / f"{split}.beton") for split in ("train", "test")]
+            paths = [
+                convert_split(settings, name, split, folder / f"{split}.beton") for split in ("train", "test")
+            ]
             return name, paths[0], paths[1]
         except InputError as error:
             if name == choices[settings.data][-1]:
                 raise
-            print(f"Fashion-MNIST can't be had here ({error}).\nGoing on with scikit-learn's digits.", flush=True)
+            print(
+                f"Fashion-MNIST can't be had here ({error}).\nGoing on with scikit-learn's digits.",
+                flush=True,
+            )
     raise AssertionError("unreachable")
 
 

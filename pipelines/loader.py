@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,9 @@ class ViewBatch:
         """The batch on a device; asynchronous where the batch is pinned."""
         if device.type == "cpu":
             return self
-        return ViewBatch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
+        return ViewBatch(
+            *(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__)
+        )
 
 
 class TwoViewLoader:
@@ -78,7 +81,9 @@ class TwoViewLoader:
     ) -> None:
         view.validate()
         if batch_size < 1 or batch_size % ranks:
-            raise InputError(f"--batch-size must be a positive multiple of the {ranks} rank(s), got {batch_size}")
+            raise InputError(
+                f"--batch-size must be a positive multiple of the {ranks} rank(s), got {batch_size}"
+            )
         self.source, self.view, self.batch_size, self.seed = source, view, batch_size, seed
         self.rank, self.ranks, self.ahead, self.pin_memory = rank, ranks, ahead, pin_memory
         self.steps = steps_per_epoch(len(source), batch_size)
@@ -165,8 +170,7 @@ def evaluation_batches(
         images float32 [B, 3, R, R] (normalised, channels-last), indices int64 [B]; the last may be smaller.
     """
     everything = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
-    scale = (1 / np.float32(view.std)).astype(np.float32)
-    shift = -np.float32(view.mean) * scale
+    mean, std = cpu.statistics(view)
 
     def start(first: int) -> Callable[[], tuple[Tensor, np.ndarray]]:
         chosen = everything[first : first + batch_size]
@@ -174,8 +178,8 @@ def evaluation_batches(
 
         def make(part: slice) -> None:
             crops = evaluation_crops(source, view, chosen[part])
-            np.multiply(crops, scale / np.float32(255), out=images[part])
-            images[part] += shift
+            np.multiply(crops, 1 / (255 * std), out=images[part])
+            images[part] -= mean / std
 
         wait = threads.run(make, len(chosen))
 
@@ -228,9 +232,9 @@ class Threads:
         self.close()
 
 
-def _ahead(start, items, count):
+def _ahead(start: Callable[[int], Callable[[], Any]], items: range, count: int) -> Iterator[Any]:
     """start(item)() for each item, with `count` of them under way."""
-    waiting = deque()
+    waiting: deque[Callable[[], Any]] = deque()
     for item in items:
         waiting.append(start(item))
         if len(waiting) > count:

@@ -25,7 +25,9 @@ COLUMNS = (
     "sigma",  # of the blur, in pixels; 0: no blur
     "solarise",  # 1: values >= 0.5 inverted
 )
-TOP, LEFT, HEIGHT, WIDTH, FLIP, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, SIGMA, SOLARISE = range(13)
+TOP, LEFT, HEIGHT, WIDTH, FLIP, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, SIGMA, SOLARISE = range(
+    13
+)
 P = len(COLUMNS)
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
@@ -174,5 +176,3 @@ def order_keys(seed: int, epoch: int, count: int) -> np.ndarray:
     keys = np.empty(count, np.uint64)
     _order_keys(np.uint64(seed), np.uint64(epoch), keys)
     return keys
-
-

@@ -20,7 +20,18 @@ def trained(digits, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     runs = {"none": folder / "control", "bernoulli": folder / "lv"}
     for family, out in runs.items():
-        options = ["--preset", "digits", "--data", digits["train"], "--out", out, "--family", family, "--epochs", 3]
+        options = [
+            "--preset",
+            "digits",
+            "--data",
+            digits["train"],
+            "--out",
+            out,
+            "--family",
+            family,
+            "--epochs",
+            3,
+        ]
         assert main(["pretrain", *map(str, options)]) == 0
     return runs
 
@@ -39,7 +50,12 @@ def test_the_whole_way(trained, digits, tmp_path, capsys):
     assert main(["evaluate", str(lv), "--test", str(digits["test"]), "--control", str(control)]) == 0
     evaluation = json.loads((lv / "evaluation.json").read_text())
     assert evaluation["run"]["bits"] == 64 and evaluation["control"]["family"] == "none"
-    assert {row["representation"] for row in evaluation["table"]} == {"features", "code", "sign bits", "pixels"}
+    assert {row["representation"] for row in evaluation["table"]} == {
+        "features",
+        "code",
+        "sign bits",
+        "pixels",
+    }
     for row in evaluation["table"]:
         assert 20 < row["linear"] <= 100, row
     assert evaluation["compression"]["raw_pixels"] == pytest.approx(8 * 8 / 8)  # grey: one byte a pixel
@@ -71,7 +87,9 @@ def test_codes_are_written_found_again_and_tied_to_their_checkpoint(trained, tmp
     assert main(arguments) == 0
     found = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert len(found) == 3 and found[0] == ["0", "sub/01.png"]
-    one_line_error(capsys, ["search", control, "--query", query, "--codes", out], "codes.lvcodes", "checkpoint")
+    one_line_error(
+        capsys, ["search", control, "--query", query, "--codes", out], "codes.lvcodes", "checkpoint"
+    )
     out.write_bytes(out.read_bytes()[:-20])
     one_line_error(capsys, arguments, "codes.lvcodes")
 
@@ -80,10 +98,18 @@ def test_mistakes_before_training(digits, tmp_path, capsys):
     train, new = digits["train"], tmp_path / "new"
     cases = [
         (["pretrain", "--preset", "nope"], "unknown preset 'nope'", "digits"),
-        (["pretrain", "--family", "nope", "--data", train, "--out", new], "unknown family 'nope'", "bernoulli"),
+        (
+            ["pretrain", "--family", "nope", "--data", train, "--out", new],
+            "unknown family 'nope'",
+            "bernoulli",
+        ),
         (["pretrain", "--backbone", "vgg", "--data", train, "--out", new], "unknown backbone 'vgg'"),
         (["pretrain", "--data", tmp_path / "no.beton", "--out", new], "no.beton"),
-        (["pretrain", "--preset", "digits", "--data", train, "--out", new, "--batch-size", 5000], "5000", "1297"),
+        (
+            ["pretrain", "--preset", "digits", "--data", train, "--out", new, "--batch-size", 5000],
+            "5000",
+            "1297",
+        ),
         (["pretrain", "--preset", "digits", "--data", train, "--out", new, "--device", "tpu9"], "tpu9"),
         (["pretrain", "--data", train, "--out", new, "--temperature", 0], "--temperature"),
         (["pretrain", "--data", train, "--out", new, "--lr", "nan"], "--lr"),
@@ -131,7 +157,9 @@ def test_mistakes_after_training(trained, digits, tmp_path, capsys):
         one_line_error(capsys, arguments, *culprits)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "empty"]
     (empty / "something").touch()
-    one_line_error(capsys, ["pretrain", "--preset", "digits", "--data", digits["train"], "--out", empty], "is no run")
+    one_line_error(
+        capsys, ["pretrain", "--preset", "digits", "--data", digits["train"], "--out", empty], "is no run"
+    )
 
 
 def test_help_is_there_for_every_command(lvssl):
@@ -143,9 +171,25 @@ def test_help_is_there_for_every_command(lvssl):
 
 
 def test_the_demo_runs_on_digits_and_leaves_what_it_promises(tmp_path):
-    command = [sys.executable, "-m", "lvssl.cli", "demo", "--data", "digits", "--epochs", "2", "--out", "demo"]
+    command = [
+        sys.executable,
+        "-m",
+        "lvssl.cli",
+        "demo",
+        "--data",
+        "digits",
+        "--epochs",
+        "2",
+        "--out",
+        "demo",
+    ]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "demo" / "results.json").read_text())

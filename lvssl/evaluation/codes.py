@@ -14,6 +14,7 @@ from lvssl.codes.file import CodeWriter, open_codes, require_checkpoint
 from lvssl.codes.pack import pack_bits
 from lvssl.codes.search import hamming_search
 from lvssl.training.run import Run, load_run
+from pipelines.augment.cpu import statistics
 from pipelines.convert.readers import decode_rgb, list_images
 from pipelines.errors import InputError
 from pipelines.parameters import centre_boxes
@@ -95,7 +96,9 @@ def search(settings: SearchSettings) -> list[tuple[str, int]]:
     require_checkpoint(codes, run.digest)
     query = codes_of(run, centre_crop(run, decode_rgb(settings.query))[None])
     rows, distances = hamming_search(query, codes.rows, min(settings.k, codes.count))
-    return [(codes.names[int(row)], int(distance)) for row, distance in zip(rows[0], distances[0], strict=True)]
+    return [
+        (codes.names[int(row)], int(distance)) for row, distance in zip(rows[0], distances[0], strict=True)
+    ]
 
 
 def decoded(run: Run, files: list[Path], skip_damaged: bool) -> Iterator[tuple[Path, np.ndarray]]:
@@ -127,6 +130,7 @@ def centre_crop(run: Run, image: np.ndarray) -> np.ndarray:
 def codes_of(run: Run, crops: np.ndarray) -> np.ndarray:
     """Packed codes uint8 [N, bytes] of crops uint8 [N, R, R, 3]."""
     view = run.settings.view
-    images = (crops.astype(np.float32) / 255 - np.float32(view.mean)) / np.float32(view.std)
+    mean, std = statistics(view)
+    images = (crops.astype(np.float32) / 255 - mean) / std
     _, posterior = run.network.encode(torch.from_numpy(images).permute(0, 3, 1, 2))
     return pack_bits(posterior.code())

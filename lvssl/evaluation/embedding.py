@@ -1,6 +1,5 @@
 """A network over a data set: features, codes and uncertainties of every image, without augmentation."""
 
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,10 +28,14 @@ class Embedding:
 
 
 @torch.no_grad()
-def embed(network: LVNet, source: Source, view: ViewSettings, workers: int = 2, device: str = "cpu") -> Embedding:
+def embed(
+    network: LVNet, source: Source, view: ViewSettings, workers: int = 2, device: str = "cpu"
+) -> Embedding:
     """Every image of the source, in its order, in eval mode: the same image gives the same row in any set."""
     network = network.to(device).eval()
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("features", "codes", "uncertainty", "kl", "means")}
+    parts: dict[str, list[np.ndarray]] = {
+        name: [] for name in ("features", "codes", "uncertainty", "kl", "means")
+    }
     for images, _ in evaluation_batches(source, view, workers=workers):
         features, posterior = network.encode(images.to(device))
         parts["features"].append(features.float().cpu().numpy())
@@ -70,7 +73,7 @@ def calibrate_batch_statistics(network: LVNet, source: Source, view: ViewSetting
 
 
 def pixels(source: Source, view: ViewSettings, workers: int = 2, side: int = 32) -> np.ndarray:
-    """Evaluation crops as vectors, at most 32 px a side, float32 [N, D]; one channel where all images are grey."""
+    """Evaluation crops as vectors, at most 32 px a side, float32 [N, D]; one channel if all are grey."""
     batches = [shrink(images, side) for images, _ in evaluation_batches(source, view, workers=workers)]
     stacked = torch.cat(batches)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (view.mean, view.std))
@@ -82,5 +85,3 @@ def pixels(source: Source, view: ViewSettings, workers: int = 2, side: int = 32)
 
 def shrink(images: Tensor, side: int) -> Tensor:
     return nn.functional.adaptive_avg_pool2d(images, side) if images.shape[-1] > side else images.contiguous()
-
-

@@ -34,7 +34,7 @@ QUERIES, NEIGHBOURS, EXTREMES = 12, 6, 12  # pictures in the gallery
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """Linear probe and kNN on features and codes, for a run, its control, the random encoder and raw pixels."""
+    """Linear probe and kNN on features and codes: a run, its control, the random encoder and raw pixels."""
 
     run: Positional[Path]
     """The run's folder; evaluation.json and gallery.npz are written there."""
@@ -57,71 +57,58 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     run = load_run(settings.run)
     control = load_run(settings.control) if settings.control else None
     if control and control.network.family.stochastic:
-        raise InputError(f"{control.folder}: a control has family none or sign, not {control.settings.latent.family}")
-    train = open_source(settings.train or run.settings.data)
-    test = open_source(settings.test)
+        raise InputError(
+            f"{control.folder}: a control has family none or sign, not {control.settings.latent.family}"
+        )
+    train, test = open_source(settings.train or run.settings.data), open_source(settings.test)
     unseen = sorted(set(np.unique(test.labels)) - set(np.unique(train.labels)))
     if unseen:
         raise InputError(f"{settings.test}: label {unseen[0]} doesn't occur in the training set")
 
-    view, workers = run.settings.view, settings.workers
-    steps = tqdm(total=4 + 2 * bool(control), desc=f"evaluate {run.folder.name}", unit="stage", disable=None)
-
-    def both(network: LVNet, its_view: ViewSettings) -> tuple[Embedding, Embedding]:
-        made = embed(network, train, its_view, workers), embed(network, test, its_view, workers)
-        steps.update()
-        return made
-
-    run_sets = both(run.network, view)
-    figures = measure(*run_sets, bool(run.network.family.stochastic))
-    steps.update()
-    control_figures = None
+    stages = tqdm(total=3 + bool(control), desc=f"evaluate {run.folder.name}", unit="stage", disable=None)
+    sets = embed_both(run, train, test, settings.workers)
+    figures, wrong = measure(*sets, run.network.family.stochastic)
+    stages.update()
+    control_figures: dict[str, Any] | None = None
     if control:
-        control_figures = measure(*both(control.network, control.settings.view), stochastic=False)
-        steps.update()
+        control_sets = embed_both(control, train, test, settings.workers)
+        control_figures = describe(control) | measure(*control_sets, stochastic=False)[0]
+        stages.update()
+    floor = floors(run, train, test, settings.workers)
+    stages.update()
     result = {
         "run": describe(run) | figures,
-        "control": describe(control) | control_figures if control and control_figures else None,
-        "floors": floors(run, train, test, workers),
-    }
-    steps.update()
-    bits = run_sets[1].bits
-    result |= {
-        "table": table(run, control, figures, control_figures, result["floors"], bits),
-        "compression": compression_ratios(
-            bits,
-            view.resolution,
-            channels(test),
-            feature_dim=run_sets[0].features.shape[1],
-            jpeg_bytes=jpeg_bytes(test),
-        ),
-        "code_statistics": code_statistics(unpack_bits(run_sets[1].codes, bits), run_sets[1].bit_means),
-        "uncertainty": uncertainty(run_sets[1], figures["wrong"]),
-        "data": {
-            "train": len(train), "test": len(test), "classes": int(train.labels.max()) + 1,
-            "resolution": view.resolution, "train_path": str(settings.train or run.settings.data),
-            "test_path": str(settings.test),
-        },
+        "control": control_figures,
+        "floors": floor,
+        "table": table(run, control, figures, control_figures, floor),
+        "compression": compression(run, test),
+        "code_statistics": code_statistics(unpack_bits(sets[1].codes, sets[1].bits), sets[1].bit_means),
+        "uncertainty": uncertainty(sets[1], wrong),
+        "data": describe_data(run, settings, train, test),
         "command": command(settings),
-    }  # fmt: skip
-    del figures["wrong"], result["run"]["wrong"]
-    if result["control"]:
-        del result["control"]["wrong"]
-    write_gallery(run.folder / "gallery.npz", *run_sets, train, test, view, class_names(settings.test, train))
+    }
+    names = class_names(settings.test, train)
+    write_gallery(run.folder / "gallery.npz", *sets, train, test, run.settings.view, names)
     write_atomically(run.folder / "evaluation.json", json.dumps(result, indent=2).encode())
-    steps.update()
-    steps.close()
+    stages.update()
+    stages.close()
     return result
 
 
-def measure(train: Embedding, test: Embedding, stochastic: bool) -> dict[str, Any]:
-    """Accuracies in percent, on features and on the code; "wrong" is the probe's mistakes, bool [test]."""
+def embed_both(run: Run, train: Source, test: Source, workers: int) -> tuple[Embedding, Embedding]:
+    return (
+        embed(run.network, train, run.settings.view, workers),
+        embed(run.network, test, run.settings.view, workers),
+    )
+
+
+def measure(train: Embedding, test: Embedding, stochastic: bool) -> tuple[dict[str, Any], np.ndarray]:
+    """Accuracies in percent, on features and on the code; and the feature probe's mistakes, bool [test]."""
     labels = train.labels, test.labels
     probe = linear_probe(train.features, labels[0], test.features, labels[1])
     figures: dict[str, Any] = {
         "linear": probe.accuracy,
         "knn": weighted_knn(train.features, labels[0], test.features, labels[1]),
-        "wrong": probe.predictions != labels[1],
     }
     mean = train.features.mean(axis=0)
     code = {"sign": tuple(pack_bits(sign_bits(s.features, mean)) for s in (train, test))}
@@ -136,11 +123,16 @@ def measure(train: Embedding, test: Embedding, stochastic: bool) -> dict[str, An
         figures["bits"] = bits
     if stochastic:
         figures["rate_bits"] = test.rate_bits
-    return figures
+    return figures, probe.predictions != labels[1]
 
 
 def describe(run: Run) -> dict[str, Any]:
-    return {"path": str(run.folder), "family": run.settings.latent.family, "checkpoint": run.digest, "step": run.step}
+    return {
+        "path": str(run.folder),
+        "family": run.settings.latent.family,
+        "checkpoint": run.digest,
+        "step": run.step,
+    }
 
 
 def floors(run: Run, train: Source, test: Source, workers: int) -> dict[str, float]:
@@ -163,11 +155,12 @@ def table(
     figures: dict[str, Any],
     control_figures: dict[str, Any] | None,
     floor: dict[str, float],
-    bits: int,
 ) -> list[dict[str, Any]]:
     """Rows of the result: model, representation, bits, linear, knn (percent, or None)."""
 
-    def row(model: str, representation: str, size: int | None, linear: float, knn: float | None) -> dict[str, Any]:
+    def row(
+        model: str, representation: str, size: int | None, linear: float, knn: float | None
+    ) -> dict[str, Any]:
         return {"model": model, "representation": representation, "bits": size, "linear": linear, "knn": knn}
 
     def rows(which: Run, f: dict[str, Any]) -> list[dict[str, Any]]:
@@ -183,8 +176,30 @@ def table(
     if control and control_figures:
         made += rows(control, control_figures)
     made.append(row("random encoder", "features", None, floor["random"], None))
-    made.append(row("none", "pixels", None, floor["pixels"], None))
+    made.append(row("no encoder", "pixels", None, floor["pixels"], None))
     return made
+
+
+def compression(run: Run, test: Source) -> dict[str, float]:
+    """How many times smaller the code is, against what is named."""
+    return compression_ratios(
+        run.network.family.code_bits(run.network.dim),
+        run.settings.view.resolution,
+        channels(test),
+        feature_dim=feature_dim(run.settings.model.backbone),
+        jpeg_bytes=jpeg_bytes(test),
+    )
+
+
+def describe_data(run: Run, settings: EvaluateSettings, train: Source, test: Source) -> dict[str, Any]:
+    return {
+        "train": len(train),
+        "test": len(test),
+        "classes": int(train.labels.max()) + 1,
+        "resolution": run.settings.view.resolution,
+        "train_path": str(settings.train or run.settings.data),
+        "test_path": str(settings.test),
+    }
 
 
 def uncertainty(test: Embedding, wrong: np.ndarray) -> dict[str, float]:
@@ -204,7 +219,7 @@ def jpeg_bytes(source: Source) -> float | None:
 
 
 def channels(source: Source) -> int:
-    """1 if the images are grey, as the first of them are, else 3: a grey image stored as RGB isn't larger for it."""
+    """1 if the first images are grey, else 3: a grey image that is stored as RGB isn't larger for it."""
     view = ViewSettings(resolution=8)
     crops = evaluation_crops(source, view, np.arange(min(256, len(source))))
     return 1 if (crops == crops[..., :1]).all() else 3
@@ -235,7 +250,7 @@ def write_gallery(
     view: ViewSettings,
     names: list[str],
 ) -> None:
-    """Pictures for the report: test images with their nearest training images, and the least and most certain.
+    """Pictures for the report: test images with their nearest training images; the least and most certain.
 
     Queries are spread over the classes, and drawn by position, not by how well they do.
     """

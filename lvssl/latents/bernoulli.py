@@ -1,6 +1,7 @@
 """Family `bernoulli`: independent bits z ~ Bern(p), p = sigmoid(logit), prior Bern(1/2)."""
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Generator, Tensor
 class Bernoulli:
     """`parameters` is the logits, [B, D]."""
 
-    stochastic = True
+    stochastic: ClassVar[bool] = True
 
     def __init__(self, parameters: Tensor) -> None:
         self.logits = parameters.float()

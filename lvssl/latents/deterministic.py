@@ -1,12 +1,14 @@
 """Family `none`: no latent. Plain SimCLR, the control that every latent-variable result is paired with."""
 
+from typing import ClassVar
+
 from torch import Generator, Tensor
 
 
 class Deterministic:
-    """A point mass at h; `parameters` is [B, 2D]: h, then the thresholds (h's running mean) of its sign bits."""
+    """A point mass at h; `parameters` is [B, 2D]: h, then its sign bits' thresholds (h's running mean)."""
 
-    stochastic = False
+    stochastic: ClassVar[bool] = False
 
     def __init__(self, parameters: Tensor) -> None:
         self.features, self.thresholds = parameters.float().chunk(2, dim=1)

@@ -1,6 +1,7 @@
 """Family `gaussian`: z ~ N(mu, s^2), prior N(0, 1) in every dimension (Kingma & Welling 2014)."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -11,7 +12,7 @@ LOG_VARIANCE_BOUND = 10.0
 class Gaussian:
     """`parameters` is [B, 2D]: mu, then ln s^2, which is bounded to [-10, 10]."""
 
-    stochastic = True
+    stochastic: ClassVar[bool] = True
 
     def __init__(self, parameters: Tensor) -> None:
         self.mu, log_variance = parameters.float().chunk(2, dim=1)

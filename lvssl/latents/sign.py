@@ -1,4 +1,4 @@
-"""Family `sign`: no latent either, but h's sign bits are decorrelated. The fair control of every binary code."""
+"""Family `sign`: no latent, but h's sign bits are decorrelated. The fair control of every binary code."""
 
 import torch
 from torch import Tensor

@@ -17,7 +17,7 @@ def beta_at(step: int, steps: int, beta: float, warmup: float = 0.1) -> float:
 
 
 def decorrelation(bits: Tensor) -> Tensor:
-    """1/D sum_{i != j} C_ij^2, C the covariance over the batch of the bits as +-1 ([N, D], differentiable)."""
+    """1/D sum_{i != j} C_ij^2, C the covariance over the batch of bits as +-1 ([N, D], differentiable)."""
     centred = bits.float() - bits.float().mean(dim=0)
     covariance = centred.T @ centred / len(bits)
     diagonal = covariance.diagonal()

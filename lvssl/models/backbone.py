@@ -46,7 +46,7 @@ class SmallResNet(nn.Sequential):
 
 
 def resnet(name: str, resolution: int) -> nn.Module:
-    """A torchvision ResNet without its classifier; up to 64 px with a 3x3 stem and no max-pool (SimCLR, B.9)."""
+    """torchvision's ResNet without its classifier; up to 64 px with a 3x3 stem, no max-pool (SimCLR, B.9)."""
     net = torchvision.models.get_model(name, weights=None)
     net.fc = nn.Identity()
     if resolution <= CIFAR_STEM_UP_TO:

@@ -1,6 +1,6 @@
 """The latent-variable network: backbone, posterior head, latent, projector, and online probes.
 
-    images [N, 3, R, R] -> h [N, F] -> q(z | x) -> K samples, averaged [N, D] -> u [N, P]
+images [N, 3, R, R] -> h [N, F] -> q(z | x) -> K samples, averaged [N, D] -> u [N, P]
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,9 @@ class Outputs:
 class LVNet(nn.Module):
     """See the module's head. `classes` = 0 leaves the online probes out."""
 
-    def __init__(self, model: ModelSettings, latent: LatentSettings, resolution: int, classes: int = 0) -> None:
+    def __init__(
+        self, model: ModelSettings, latent: LatentSettings, resolution: int, classes: int = 0
+    ) -> None:
         super().__init__()
         self.backbone, features = build_backbone(model.backbone, resolution)
         self.family = FAMILIES[latent.family]
@@ -58,7 +60,7 @@ class LVNet(nn.Module):
         return Outputs(features, posterior, self.projector(sampled), clean)
 
     def probe_logits(self, outputs: Outputs) -> dict[str, Tensor]:
-        """Class logits of the online probes, on detached features and codes: they teach the encoder nothing."""
+        """Class logits of the online probes, on detached features and codes: labels don't reach the encoder."""
         if self.probes is None:
             return {}
         code = outputs.posterior.code().float() * 2 - 1
@@ -93,8 +95,7 @@ class Head(nn.Module):
         location = self.linear(features)
         normalised = self.normalise(location)
         if not self.family.stochastic:  # h itself goes on; the running mean is the threshold of its sign bits
-            mean = self.normalise.running_mean
-            return torch.cat([location, mean.expand_as(location)], dim=1)
+            return torch.cat([location, self.running("mean").expand_as(location)], dim=1)
         if self.spread is None:
             return normalised * self.scale
         return torch.cat([normalised * self.scale, self.spread(features)], dim=1)
@@ -107,8 +108,12 @@ class Head(nn.Module):
         and the code is a threshold on the normalised value, so a code is worth an exact one.
         """
         location = self.linear(features.float())
-        self.normalise.running_mean.copy_(location.mean(dim=0))
-        self.normalise.running_var.copy_(location.var(dim=0))
+        self.running("mean").copy_(location.mean(dim=0))
+        self.running("var").copy_(location.var(dim=0))
+
+    def running(self, name: str) -> Tensor:
+        """The normalisation's running mean or var, [D]."""
+        return self.normalise.get_buffer(f"running_{name}")
 
 
 def latent_dim(model: ModelSettings, latent: LatentSettings) -> int:

@@ -13,7 +13,8 @@ def build_optimiser(network: nn.Module, settings: OptimiserSettings) -> torch.op
 
     By module type, not by name: names miss a ResNet's `downsample.1`, which is a normalisation.
     """
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             is_weight = name == "weight" and isinstance(module, nn.Linear | nn.Conv2d)

@@ -45,7 +45,12 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
     classes = int(source.labels.max()) + 1 if len(source) and source.labels.min() >= 0 else 0
     device = pick_device(settings.device)
     loader = TwoViewLoader(
-        source, settings.view, settings.batch_size, settings.seed, settings.workers, pin_memory=device.type == "cuda"
+        source,
+        settings.view,
+        settings.batch_size,
+        settings.seed,
+        settings.workers,
+        pin_memory=device.type == "cuda",
     )
     with loader:
         create_run(settings, classes, resume)
@@ -111,7 +116,7 @@ class Trainer:
         self.settings, self.loader, self.device = settings, loader, device
         torch.manual_seed(settings.seed)
         network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
-        self.network = network.to(device, memory_format=torch.channels_last)
+        self.network = network.to(device).to(memory_format=torch.channels_last)
         self.optimiser = build_optimiser(self.network, settings.optimiser)
         self.noise = torch.Generator(device=device)
         self.step = 0
@@ -174,7 +179,7 @@ class Trainer:
             metrics.close()
 
     def train_step(self, batch: ViewBatch) -> dict[str, Tensor]:
-        """One step of the optimiser; returns figures as tensors on the device, so that nothing waits for it."""
+        """One step of the optimiser; its figures stay tensors on the device, so that nothing waits for it."""
         settings = self.settings
         lr = learning_rate(self.step, self.steps, len(self.loader), settings.optimiser)
         for group in self.optimiser.param_groups:

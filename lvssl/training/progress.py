@@ -21,7 +21,9 @@ class Progress:
         self.started = self.last_line = time.monotonic()
         self.bar = None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=steps, initial=done, desc=title, unit="step", dynamic_ncols=True, mininterval=0.3)
+            self.bar = tqdm(
+                total=steps, initial=done, desc=title, unit="step", dynamic_ncols=True, mininterval=0.3
+            )
 
     def images_per_second(self) -> float:
         elapsed = time.monotonic() - self.started
@@ -38,7 +40,11 @@ class Progress:
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
             left = (self.steps - step) * self.images / max(self.images_per_second(), 1e-9)
-            print(f"{self.title}: step {step}/{self.steps} · {text} · {left:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"{self.title}: step {step}/{self.steps} · {text} · {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def close(self) -> None:
         if self.bar is not None:
@@ -55,12 +61,16 @@ class Metrics:
 
         self.path = folder / "metrics.jsonl"
         keep_until(self.path, resumed_at)
-        self.file = open(self.path, "a", buffering=1)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close)
+        self.board = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None
+        )
 
     def write(self, row: dict[str, Any]) -> None:
         """A row with "step" and figures."""
-        self.file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+        self.file.write(
+            json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n"
+        )
         for name, value in row.items():
             if name not in ("step", "epoch"):
                 self.board.add_scalar(name, value, row["step"])

@@ -34,7 +34,9 @@ def create_run(settings: PretrainSettings, classes: int, resume: bool) -> None:
         if changed is None and stored_classes != classes:
             changed = f"classes: {stored_classes} -> {classes}"
         if changed:
-            raise InputError(f"{settings.out} is a run of another configuration ({changed}); choose another --out")
+            raise InputError(
+                f"{settings.out} is a run of another configuration ({changed}); choose another --out"
+            )
         return
     if settings.out.exists() and (not settings.out.is_dir() or any(settings.out.iterdir())):
         raise InputError(f"{settings.out} exists and is no run: choose another --out")
@@ -88,7 +90,9 @@ def load_run(folder: Path) -> Run:
     settings, classes = read_config(folder)
     found = checkpoint.load_latest(folder / "checkpoints")
     if found is None:
-        raise InputError(f"{folder} has no checkpoint yet: let `lvssl pretrain` finish, or reach its first epoch")
+        raise InputError(
+            f"{folder} has no checkpoint yet: let `lvssl pretrain` finish, or reach its first epoch"
+        )
     path, state = found
     network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
     network.load_state_dict(state["network"])

@@ -22,7 +22,12 @@ def augment_into(crops: np.ndarray, table: np.ndarray, view: ViewSettings, out: 
     Args:
         crops: uint8 [N, R, R, 3]. table: float32 [N, P]. out: float32 [N, R, R, 3], filled.
     """
-    _augment(crops, table, ORDERS, view.kernel_size, np.float32(view.mean), np.float32(view.std), out)
+    _augment(crops, table, ORDERS, view.kernel_size, *statistics(view), out)
+
+
+def statistics(view: ViewSettings) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of the normalisation, float32 [3] each."""
+    return np.asarray(view.mean, np.float32), np.asarray(view.std, np.float32)
 
 
 @njit(cache=True, nogil=True)

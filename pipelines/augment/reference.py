@@ -25,7 +25,9 @@ from pipelines.parameters import (
 )
 from pipelines.views import ViewSettings
 
-ORDERS = np.array(list(permutations(range(4))), np.int64)  # row o: brightness 0, contrast 1, saturation 2, hue 3
+ORDERS = np.array(
+    list(permutations(range(4))), np.int64
+)  # row o: brightness 0, contrast 1, saturation 2, hue 3
 GREY_WEIGHTS = (0.2989, 0.587, 0.114)
 
 

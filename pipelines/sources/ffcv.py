@@ -22,12 +22,14 @@ JPEG = 0  # ffcv.fields.rgb_image.IMAGE_MODES
 
 
 def _load_libffcv() -> None:
-    """Make libffcv's symbols known to compiled code. By name, not by address, so that the code can be cached."""
+    """Make libffcv's symbols known to compiled code: by name, not address, so that code can be cached."""
     spec = importlib.util.find_spec("ffcv")
     folder = Path(spec.origin).parent if spec and spec.origin else None
     libraries = sorted(folder.glob("_libffcv*.so")) if folder else []
     if not libraries:
-        raise InputError("reading a .beton needs FFCV: run `make install` (or `lvssl doctor` to see what is missing)")
+        raise InputError(
+            "reading a .beton needs FFCV: run `make install` (or `lvssl doctor` to see what is missing)"
+        )
     llvmlite.binding.load_library_permanently(str(libraries[0]))
 
 
@@ -63,7 +65,7 @@ def _crop_views(data, offsets, sizes, modes, heights, widths, boxes, out):
         height, width = heights[row], widths[row]
         stored = data[offsets[row] : offsets[row] + sizes[row]]
         if modes[row] == JPEG:
-            failed = _imdecode(
+            failed = _imdecode(  # type: ignore[call-overload]
                 stored.ctypes, np.uint64(len(stored)), np.uint32(height), np.uint32(width), pixels.ctypes,
                 np.uint32(height), np.uint32(width), np.uint32(0), np.uint32(0),
                 np.uint32(1), np.uint32(1), False, False,
@@ -97,7 +99,7 @@ class FFCVSource:
         return self.file.count
 
     def crops(self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray) -> None:
-        """Fill out uint8 [B, V, R, R, 3] with the boxes int32 [B, V, 4] (top, left, height, width) of B samples.
+        """Fill out uint8 [B, V, R, R, 3] with boxes int32 [B, V, 4] (top, left, height, width) of B samples.
 
         Thread-safe; releases the GIL. Raises InputError with index and file where an image can't be decoded.
         """
@@ -108,5 +110,5 @@ class FFCVSource:
         )  # fmt: skip
         if failed >= 0:
             raise InputError(
-                f"{file.path}: sample {indices[failed]} can't be decoded (damaged JPEG data); convert the set again"
+                f"{file.path}: sample {indices[failed]} can't be decoded (damaged data); convert the set again"
             )

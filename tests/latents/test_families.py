@@ -26,14 +26,18 @@ def reference_kl(family: str, params: torch.Tensor) -> torch.Tensor:
         mu, log_variance = params.chunk(2, dim=1)
         return kl_divergence(Normal(mu, (log_variance / 2).exp()), Normal(0.0, 1.0)).sum(1)
     if family == "bernoulli":
-        return kl_divergence(TorchBernoulli(logits=params), TorchBernoulli(probs=torch.full_like(params, 0.5))).sum(1)
+        return kl_divergence(
+            TorchBernoulli(logits=params), TorchBernoulli(probs=torch.full_like(params, 0.5))
+        ).sum(1)
     return torch.zeros(len(params), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kl_is_torchs(family):
     params = parameters(family)
-    assert torch.allclose(FAMILIES[family](params).kl().double(), reference_kl(family, params), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(
+        FAMILIES[family](params).kl().double(), reference_kl(family, params), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("family", ["gaussian", "bernoulli"])
@@ -59,7 +63,9 @@ def test_the_kls_gradient_is_finite_differences(family):
     for i in range(x.numel()):
         step = torch.zeros(x.numel(), dtype=torch.float64)
         step[i] = 1e-3
-        numeric = (reference_kl(family, params + step.view_as(x)) - reference_kl(family, params - step.view_as(x))).sum() / 2e-3
+        numeric = (
+            reference_kl(family, params + step.view_as(x)) - reference_kl(family, params - step.view_as(x))
+        ).sum() / 2e-3
         assert abs(numeric - x.grad.view(-1)[i]) < 1e-4
 
 
@@ -120,7 +126,10 @@ def test_extremes_stay_finite(family, value):
 def test_codes_are_deterministic_and_of_the_stated_length(family):
     params = parameters(family)
     posterior = FAMILIES[family](params)
-    assert posterior.code().shape == (5, FAMILIES[family].code_bits(DIM)) and posterior.code().dtype == torch.bool
+    assert (
+        posterior.code().shape == (5, FAMILIES[family].code_bits(DIM))
+        and posterior.code().dtype == torch.bool
+    )
     assert torch.equal(posterior.code(), FAMILIES[family](params).code())
     assert torch.equal(posterior.code()[2:3], FAMILIES[family](params[2:3]).code())
 

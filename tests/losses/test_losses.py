@@ -37,8 +37,12 @@ def test_ntxent_is_the_papers_formula(batch, temperature):
 def test_awkward_vectors_stay_finite(kind):
     u = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
     u = {
-        "zeros": u * 0, "duplicates": u[:1].repeat(8, 1), "huge": u * 1e18, "bf16": u.bfloat16(), "fp16": u.half(),
-    }[kind].requires_grad_()  # fmt: skip
+        "zeros": u * 0,
+        "duplicates": u[:1].repeat(8, 1),
+        "huge": u * 1e18,
+        "bf16": u.bfloat16(),
+        "fp16": u.half(),
+    }[kind].requires_grad_()
     loss = ntxent(u, 0.01)
     loss.backward()
     assert loss.dtype == torch.float32 and loss.isfinite() and u.grad.isfinite().all()
@@ -68,8 +72,8 @@ def test_lightly_agrees():
 
 
 @pytest.mark.parametrize("shape, temperature, culprit", [
-    ((3, 4), 0.1, r"\(3, 4\)"), ((0, 4), 0.1, r"\(0, 4\)"), ((4,), 0.1, r"\(4,\)"), ((4, 4), 0.0, "temperature"),
-    ((4, 4), float("nan"), "temperature"),
+    ((3, 4), 0.1, r"\(3, 4\)"), ((0, 4), 0.1, r"\(0, 4\)"), ((4,), 0.1, r"\(4,\)"),
+    ((4, 4), 0.0, "temperature"), ((4, 4), float("nan"), "temperature"),
 ])  # fmt: skip
 def test_bad_input_is_named(shape, temperature, culprit):
     with pytest.raises(ValueError, match=culprit):

@@ -1,6 +1,5 @@
 """Backbones, the head's normalisation, and what teaches what."""
 
-
 import pytest
 import torch
 import torch.nn as nn
@@ -41,7 +40,9 @@ def test_the_stem_follows_the_resolution():
 
 def test_a_resnet_50_loads_into_torchvisions():
     backbone, _ = build_backbone("resnet50", 224)
-    missing, unexpected = torchvision.models.resnet50(weights=None).load_state_dict(backbone.state_dict(), strict=False)
+    missing, unexpected = torchvision.models.resnet50(weights=None).load_state_dict(
+        backbone.state_dict(), strict=False
+    )
     assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
 
 

@@ -1,4 +1,4 @@
-"""The augmentation against torchvision on the same parameters, and the compiled form against the reference."""
+"""The augmentation against torchvision on the same parameters; the compiled form against the reference."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,17 @@ import torchvision.transforms.v2.functional as tv
 
 from pipelines.augment import cpu, reference
 from pipelines.parameters import (
-    BRIGHTNESS, CONTRAST, FLIP, GREY, HUE, ORDER, P, SATURATION, SIGMA, SOLARISE, draw_parameters,
+    BRIGHTNESS,
+    CONTRAST,
+    FLIP,
+    GREY,
+    HUE,
+    ORDER,
+    SATURATION,
+    SIGMA,
+    SOLARISE,
+    P,
+    draw_parameters,
 )  # fmt: skip
 from pipelines.views import ViewSettings
 
@@ -75,22 +85,22 @@ def test_the_compiled_chain_is_the_reference(side):
     sizes = np.full(40, side)
     table = draw_parameters(view, 3, 1, np.arange(40), sizes, sizes)[:, 1].copy()
     difference = (run("cpu", crops, table, view) - run("reference", crops, table, view)).abs()
-    near_threshold = difference > 1e-3  # solarise is a step: a value within rounding of 0.5 may fall on either side
+    near_threshold = (
+        difference > 1e-3
+    )  # solarise is a step: a value within rounding of 0.5 may fall on either side
     assert near_threshold.float().mean() < 1e-3
     assert difference[~near_threshold].max() < 1e-4
 
 
 def test_the_chain_on_uint8_is_within_torchvisions_rounding():
-    """torchvision on uint8 cuts off the fraction after every operation: half a level lost each, up to five times."""
+    """torchvision on uint8 cuts off the fraction after every operation: half a level lost each time."""
     side, count = 32, 60
     view = ViewSettings(resolution=side, **PLAIN)
     crops = images(count, side)
     sizes = np.full(count, side)
     table = draw_parameters(view, 5, 0, np.arange(count), sizes, sizes)[:, 0].copy()
     ours = reference.augment(crops, torch.from_numpy(table), view)
-    theirs = torch.stack(
-        [torchvision_chain(crops[i].permute(2, 0, 1), table[i], view) for i in range(count)]
-    )
+    theirs = torch.stack([torchvision_chain(crops[i].permute(2, 0, 1), table[i], view) for i in range(count)])
     error = (ours - theirs.float() / 255).abs() * 255
     assert error.mean() < 1.5
     assert error.flatten()[::7].quantile(0.999) < 8.0

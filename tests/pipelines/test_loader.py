@@ -120,8 +120,14 @@ def test_crops_are_torchvisions(beton):
     boxes = np.empty((len(source), 2, 4), np.int32)
     for i in indices:
         for v in range(2):
-            height, width = random.integers(5, source.heights[i] + 1), random.integers(5, source.widths[i] + 1)
-            top, left = random.integers(0, source.heights[i] - height + 1), random.integers(0, source.widths[i] - width + 1)
+            height, width = (
+                random.integers(5, source.heights[i] + 1),
+                random.integers(5, source.widths[i] + 1),
+            )
+            top, left = (
+                random.integers(0, source.heights[i] - height + 1),
+                random.integers(0, source.widths[i] - width + 1),
+            )
             boxes[i, v] = top, left, height, width
     ours = np.empty((len(source), 2, 24, 24, 3), np.uint8)
     source.crops(indices, boxes, ours)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import kstest, ks_2samp
+from scipy.stats import ks_2samp, kstest
 from torchvision.transforms import v2
 
 from pipelines.errors import InputError
@@ -61,7 +61,9 @@ def test_crop_boxes_follow_torchvision(height, width):
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
     transform = v2.RandomResizedCrop(224, scale=view.scale, ratio=view.ratio)
-    theirs = np.array([[transform.make_params([image])[k] for k in ("top", "left", "height", "width")] for _ in range(N)])
+    theirs = np.array(
+        [[transform.make_params([image])[k] for k in ("top", "left", "height", "width")] for _ in range(N)]
+    )
     assert (ours[:, :2] >= 0).all() and (ours[:, 2:] >= 1).all()
     assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
     for column in range(4):
@@ -84,7 +86,8 @@ def test_colour_parameters_have_torchvisions_ranges():
 
 
 @pytest.mark.parametrize("name, column, off", [
-    ("flip", "flip", 0), ("grey", "grey", 0), ("solarise", "solarise", 0), ("blur", "sigma", 0), ("jitter", "brightness", 1),
+    ("flip", "flip", 0), ("grey", "grey", 0), ("solarise", "solarise", 0), ("blur", "sigma", 0),
+    ("jitter", "brightness", 1),
 ])  # fmt: skip
 def test_probabilities(name, column, off):
     for probability in (0.0, 0.3, 1.0):
@@ -99,11 +102,15 @@ def test_an_image_without_jitter_keeps_its_colours():
 
 
 def test_centre_boxes():
-    assert centre_boxes(np.array([375, 1]), np.array([500, 9]), 0.875).tolist() == [[[23, 86, 328, 328]], [[0, 4, 1, 1]]]
+    assert centre_boxes(np.array([375, 1]), np.array([500, 9]), 0.875).tolist() == [
+        [[23, 86, 328, 328]],
+        [[0, 4, 1, 1]],
+    ]
 
 
 @pytest.mark.parametrize("setting", [
-    {"resolution": 7}, {"scale": (0.5, 0.2)}, {"scale": (0.5, 1.2)}, {"flip": 1.5}, {"hue": 0.6}, {"brightness": -1.0},
+    {"resolution": 7}, {"scale": (0.5, 0.2)}, {"scale": (0.5, 1.2)}, {"flip": 1.5}, {"hue": 0.6},
+    {"brightness": -1.0},
     {"sigma": (0.0, 1.0)}, {"evaluation_crop": 0.0}, {"std": (0.0, 1.0, 1.0)}, {"flip": float("nan")},
 ])  # fmt: skip
 def test_impossible_settings_are_refused_by_name(setting):

@@ -22,16 +22,17 @@ def accuracy(network: LVNet, digits: dict[str, Path]) -> float:
     view = PRESETS["digits"].view
     train, test = (embed(network, open_source(digits[split]), view) for split in ("train", "test"))
     labelled = np.concatenate([np.flatnonzero(train.labels == c)[:LABELS_A_CLASS] for c in range(10)])
-    return linear_probe(
-        train.features[labelled], train.labels[labelled], test.features, test.labels
-    ).accuracy
+    return linear_probe(train.features[labelled], train.labels[labelled], test.features, test.labels).accuracy
 
 
 @pytest.mark.parametrize("family", ["none", "gaussian", "bernoulli"])
 def test_pretraining_beats_the_random_encoder_by_ten_points(digits, tmp_path, family):
     base = PRESETS["digits"]
     settings = dataclasses.replace(
-        base, data=digits["train"], out=tmp_path / family, latent=dataclasses.replace(base.latent, family=family)
+        base,
+        data=digits["train"],
+        out=tmp_path / family,
+        latent=dataclasses.replace(base.latent, family=family),
     )
     torch.manual_seed(settings.seed)
     random = LVNet(settings.model, settings.latent, settings.view.resolution)

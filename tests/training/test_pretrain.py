@@ -1,4 +1,4 @@
-"""Training: exact resume, even through SIGKILL; checkpoints that survive damage; figures that mean something."""
+"""Training: exact resume, even through SIGKILL; checkpoints that survive damage; figures to read."""
 
 import dataclasses
 import json
@@ -170,7 +170,16 @@ def test_metrics_and_configuration_are_there_to_read(digits, tmp_path):
     pretrain(chosen)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [3, 6, 9, 10]
-    for name in ("loss", "ntxent", "rate_bits", "lr", "images_per_second", "data_percent", "probe_features", "probe_code"):
+    for name in (
+        "loss",
+        "ntxent",
+        "rate_bits",
+        "lr",
+        "images_per_second",
+        "data_percent",
+        "probe_features",
+        "probe_code",
+    ):
         assert all(isinstance(row[name], float) for row in rows), name
     assert 0 < rows[0]["rate_bits"] < 64
     assert list((tmp_path / "run" / "tensorboard").iterdir())
@@ -189,7 +198,9 @@ def test_the_loss_of_each_family_stays_what_it_was(digits, tmp_path):
 
 def test_a_non_finite_loss_stops_and_names_the_batch(digits, tmp_path):
     chosen = settings(digits, tmp_path / "run", log_every=1)
-    chosen = dataclasses.replace(chosen, optimiser=dataclasses.replace(chosen.optimiser, lr=1e30, warmup_epochs=0))
+    chosen = dataclasses.replace(
+        chosen, optimiser=dataclasses.replace(chosen.optimiser, lr=1e30, warmup_epochs=0)
+    )
     with pytest.raises(FloatingPointError, match="non_finite_batch.npy"):
         pretrain(chosen)
     assert (tmp_path / "run" / "non_finite_batch.npy").exists()
