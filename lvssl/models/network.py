@@ -60,7 +60,7 @@ class LVNet(nn.Module):
         return Outputs(features, posterior, self.projector(sampled), clean)
 
     def probe_logits(self, outputs: Outputs) -> dict[str, Tensor]:
-        """Class logits of the online probes, on detached features and codes: labels don't reach the encoder."""
+        """Class logits of the online probes, on detached features and codes."""
         if self.probes is None:
             return {}
         code = outputs.posterior.code().float() * 2 - 1

@@ -110,5 +110,5 @@ class FFCVSource:
         )  # fmt: skip
         if failed >= 0:
             raise InputError(
-                f"{file.path}: sample {indices[failed]} can't be decoded (damaged data); convert the set again"
+                f"{file.path}: sample {indices[failed]} can't be decoded (damaged); convert the set again"
             )
