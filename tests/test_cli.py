@@ -47,9 +47,10 @@ def one_line_error(capsys, arguments: list[object], *culprits: str, status: int 
 
 def test_the_whole_way(trained, digits, tmp_path, capsys):
     lv, control = trained["bernoulli"], trained["none"]
-    assert main(["evaluate", str(lv), "--test", str(digits["test"]), "--control", str(control)]) == 0
+    assert main(["evaluate", str(lv)]) == 0  # test.beton beside train.beton, the control beside the run
     evaluation = json.loads((lv / "evaluation.json").read_text())
     assert evaluation["run"]["bits"] == 64 and evaluation["control"]["family"] == "none"
+    assert str(digits["test"]) in evaluation["command"] and str(control) in evaluation["command"]
     assert {row["representation"] for row in evaluation["table"]} == {
         "features",
         "code",

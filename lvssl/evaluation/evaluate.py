@@ -3,7 +3,7 @@
 import io
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,10 @@ class EvaluateSettings:
 
     run: Positional[Path]
     """The run's folder; evaluation.json and gallery.npz are written there."""
-    test: Path
-    """The test images, made by `convert-beton`. Used once, for the figures."""
+    test: Path | None = None
+    """The test images, made by `convert-beton`; left out: test.beton (or val) beside train.beton."""
     control: Path | None = None
-    """The run of family `none` to compare with."""
+    """The run of family `none` to compare with; left out: the run `control` beside this one."""
     train: Path | None = None
     """Labelled training images of the probes and neighbours; left out: those of the pretraining."""
     workers: int = 2
@@ -55,6 +55,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         InputError: no such run or data, unfinished runs, or labels that don't match.
     """
     run = load_run(settings.run)
+    settings = with_defaults(settings, run)
+    assert settings.test is not None
     control = load_run(settings.control) if settings.control else None
     if control and control.network.family.stochastic:
         raise InputError(
@@ -93,6 +95,23 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     stages.update()
     stages.close()
     return result
+
+
+def with_defaults(settings: EvaluateSettings, run: Run) -> EvaluateSettings:
+    """The test set and the control that lie where one would look for them."""
+    test, control = settings.test, settings.control
+    if test is None:
+        data = run.settings.data
+        candidates = [
+            data.with_name(data.name.replace("train", name)) for name in ("test", "val", "validation")
+        ]
+        test = next((path for path in candidates if path != data and path.is_file()), None)
+        if test is None:
+            raise InputError(f"no test images beside {data}: name them with --test")
+    beside = run.folder.resolve().parent / "control"
+    if control is None and beside != run.folder.resolve() and (beside / "config.json").is_file():
+        control = run.folder.parent / "control"
+    return replace(settings, test=test, control=control)
 
 
 def embed_both(run: Run, train: Source, test: Source, workers: int) -> tuple[Embedding, Embedding]:
@@ -192,7 +211,10 @@ def compression(run: Run, test: Source) -> dict[str, float]:
 
 
 def describe_data(run: Run, settings: EvaluateSettings, train: Source, test: Source) -> dict[str, Any]:
+    assert settings.test is not None
+    source = manifest(settings.test).get("source", settings.test.stem)
     return {
+        "name": Path(source.rpartition(":")[2]).name,
         "train": len(train),
         "test": len(test),
         "classes": int(train.labels.max()) + 1,
@@ -227,9 +249,14 @@ def channels(source: Source) -> int:
 
 def class_names(path: Path, source: Source) -> list[str]:
     """From the beton's manifest; numbers where there is none."""
-    manifest = Path(f"{path}.json")
-    names = json.loads(manifest.read_text()).get("classes") if manifest.exists() else None
-    return [str(name) for name in names or range(int(source.labels.max()) + 1)]
+    names = manifest(path).get("classes") or range(int(source.labels.max()) + 1)
+    return [str(name) for name in names]
+
+
+def manifest(beton: Path) -> dict[str, Any]:
+    """What the conversion wrote beside a beton; empty where that is gone."""
+    path = Path(f"{beton}.json")
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def command(settings: EvaluateSettings) -> str:

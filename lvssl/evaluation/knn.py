@@ -34,7 +34,7 @@ def weighted_knn(
         # exp((s - 1) / T) instead of exp(s / T): the same ranking, and it stays within (0, 1].
         votes.scatter_add_(1, train_y[nearest], torch.exp((similarity - 1) / temperature))
         right += int((votes.argmax(dim=1) == test_y[start : start + QUERIES]).sum())
-    return 100 * right / len(test_x)
+    return round(100 * right / len(test_x), 4)
 
 
 def hamming_knn(
@@ -67,7 +67,7 @@ def hamming_knn(
         weights = torch.exp(-2 * distances / bits / temperature)
         weights *= (distances < last) + tied * share
         right += int(((weights @ one_hot).argmax(dim=1).numpy() == test_y[start : start + QUERIES]).sum())
-    return 100 * right / len(test_codes)
+    return round(100 * right / len(test_codes), 4)
 
 
 def check(train_shape: Any, train_y: Any, test_shape: Any, test_y: Any, k: int) -> None:

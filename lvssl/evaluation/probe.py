@@ -59,7 +59,7 @@ def linear_probe(
     model = fit(train_x, train_y, chosen, start)
     probabilities = model.predict_proba(test_x)
     predictions = model.classes_[probabilities.argmax(axis=1)]
-    accuracy = 100 * float((predictions == test_y).mean())
+    accuracy = round(100 * float((predictions == test_y).mean()), 4)
     return ProbeResult(accuracy, chosen, model.classes_, predictions, probabilities.astype(np.float32))
 
 
