@@ -85,7 +85,6 @@ def converted(settings: DemoSettings) -> tuple[str, Path, Path]:
         raise InputError(f"unknown --data {settings.data!r}; known: {', '.join(choices)}")
     for name in choices[settings.data]:
         folder = settings.out / "data" / name
-        folder.mkdir(parents=True, exist_ok=True)
         try:
             paths = [
                 convert_split(settings, name, split, folder / f"{split}.beton") for split in ("train", "test")
