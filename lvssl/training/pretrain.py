@@ -22,8 +22,7 @@ from lvssl.models.network import LVNet, Outputs
 from lvssl.training import checkpoint
 from lvssl.training.optimiser import build_optimiser, learning_rate
 from lvssl.training.progress import Metrics, Progress
-from lvssl.training.run import create_run
-from pipelines.errors import InputError
+from lvssl.training.run import create_run, pick_device
 from pipelines.loader import TwoViewLoader, ViewBatch, evaluation_batches
 from pipelines.sources import Source, open_source
 
@@ -60,19 +59,6 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
             trainer.train(stop)
         if not trainer.calibrated:
             trainer.calibrate(source)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` is a GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:0 ...") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: no GPU is usable here; leave --device out to train on the CPU")
-    return device
 
 
 class Interrupted(Exception):

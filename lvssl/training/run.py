@@ -70,13 +70,26 @@ def read_config(folder: Path) -> tuple[PretrainSettings, int]:
         raise InputError(f"{path}: not a run's configuration ({error!r})") from error
 
 
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:0 ...") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: no GPU is usable here; leave --device out to train on the CPU")
+    return device
+
+
 @dataclass(frozen=True)
 class Run:
     """A trained network and where it came from."""
 
     folder: Path
     settings: PretrainSettings
-    network: LVNet  # in eval mode
+    network: LVNet  # in eval mode, on a GPU where there is one
     step: int
     digest: str  # of its checkpoint
 
@@ -96,4 +109,5 @@ def load_run(folder: Path) -> Run:
     path, state = found
     network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
     network.load_state_dict(state["network"])
+    network = network.to(pick_device("auto")).to(memory_format=torch.channels_last)
     return Run(folder, settings, network.eval(), state["step"], checkpoint.digest(path))
