@@ -1,5 +1,6 @@
 """Codes of a folder of images, and the nearest images of a query."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,6 +14,7 @@ from tyro.conf import Positional
 from lvssl.codes.file import CodeWriter, open_codes, require_checkpoint
 from lvssl.codes.pack import pack_bits
 from lvssl.codes.search import hamming_search
+from lvssl.evaluation.embedding import device_of
 from lvssl.training.run import Run, load_run
 from pipelines.augment.cpu import statistics
 from pipelines.convert.readers import decode_rgb, list_images
@@ -108,7 +110,7 @@ def decoded(run: Run, files: list[Path], skip_damaged: bool) -> Iterator[tuple[P
         except InputError as error:
             if not skip_damaged:
                 raise InputError(f"{error}; --skip-damaged leaves such images out") from None
-            tqdm.write(f"warning: left out: {error}")
+            tqdm.write(f"warning: left out: {error}", file=sys.stderr)
 
 
 def batches(items: Iterator[tuple[Path, np.ndarray]]) -> Iterator[list[tuple[Path, np.ndarray]]]:
@@ -132,5 +134,6 @@ def codes_of(run: Run, crops: np.ndarray) -> np.ndarray:
     view = run.settings.view
     mean, std = statistics(view)
     images = (crops.astype(np.float32) / 255 - mean) / std
-    _, posterior = run.network.encode(torch.from_numpy(images).permute(0, 3, 1, 2))
+    batch = torch.from_numpy(images).permute(0, 3, 1, 2).to(device_of(run.network))
+    _, posterior = run.network.encode(batch)
     return pack_bits(posterior.code())

@@ -28,16 +28,14 @@ class Embedding:
 
 
 @torch.no_grad()
-def embed(
-    network: LVNet, source: Source, view: ViewSettings, workers: int = 2, device: str = "cpu"
-) -> Embedding:
+def embed(network: LVNet, source: Source, view: ViewSettings, workers: int = 2) -> Embedding:
     """Every image of the source, in its order, in eval mode: the same image gives the same row in any set."""
-    network = network.to(device).eval()
+    network = network.eval()
     parts: dict[str, list[np.ndarray]] = {
         name: [] for name in ("features", "codes", "uncertainty", "kl", "means")
     }
     for images, _ in evaluation_batches(source, view, workers=workers):
-        features, posterior = network.encode(images.to(device))
+        features, posterior = network.encode(images.to(device_of(network)))
         parts["features"].append(features.float().cpu().numpy())
         parts["codes"].append(pack_bits(posterior.code()))
         parts["uncertainty"].append(posterior.uncertainty().cpu().numpy())
@@ -68,8 +66,12 @@ def calibrate_batch_statistics(network: LVNet, source: Source, view: ViewSetting
         layer.momentum = None  # a cumulative average
     network.train()
     for images, _ in evaluation_batches(source, view, workers=workers):
-        network.backbone(images)
+        network.backbone(images.to(device_of(network)))
     network.eval()
+
+
+def device_of(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
 
 
 def pixels(source: Source, view: ViewSettings, workers: int = 2, side: int = 32) -> np.ndarray:

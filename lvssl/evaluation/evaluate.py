@@ -16,7 +16,7 @@ from lvssl.codes.controls import sign_bits
 from lvssl.codes.pack import pack_bits, unpack_bits
 from lvssl.codes.search import hamming_search
 from lvssl.codes.statistics import code_statistics, compression_ratios
-from lvssl.evaluation.embedding import Embedding, calibrate_batch_statistics, embed, pixels
+from lvssl.evaluation.embedding import Embedding, calibrate_batch_statistics, device_of, embed, pixels
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.uncertainty import r_auroc, risk_coverage_area
@@ -159,6 +159,7 @@ def floors(run: Run, train: Source, test: Source, workers: int) -> dict[str, flo
     settings = run.settings
     torch.manual_seed(settings.seed)
     random = LVNet(settings.model, settings.latent, settings.view.resolution)
+    random = random.to(device_of(run.network))
     calibrate_batch_statistics(random, train, settings.view, workers)
     sets = [embed(random, source, settings.view, workers).features for source in (train, test)]
     raw = [pixels(source, settings.view, workers) for source in (train, test)]
