@@ -48,7 +48,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
 
     rows = [figures(options, arm, seed) for seed in options.seeds for arm in options.arms]
-    differences = [paired(rows, arm, control) for arm in options.arms for control in ("none", "sign")]
+    compared = [arm for arm in options.arms if arm != "none"]
+    differences = [paired(rows, arm, control) for arm in compared for control in ("none", "sign")]
     result = {
         "command": "python -m benchmarks.latents " + " ".join(arguments),
         "versions": versions(),
