@@ -133,6 +133,11 @@ def test_overwrite_replaces_and_a_failure_keeps_the_old_one(tmp_path, capsys):
     assert "class0/001.jpg: the file is empty" in capsys.readouterr().err
 
 
+def hear_interrupts() -> None:
+    """A job in a script's background is started deaf to Ctrl-C, and so would be what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, number, status):
     """Stopped as soon as the unfinished file is there, with 2,000 images still to shrink."""
@@ -155,6 +160,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, number, status):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=hear_interrupts,
     )
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out").iterdir()) and time.monotonic() < deadline:
