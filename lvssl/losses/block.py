@@ -1,0 +1,23 @@
+"""The unit that the engines work on and that travels between ranks."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """The vectors of one rank, v = x * factors[:, None], with what the backward walk needs of each."""
+
+    x: Tensor  # [N, d], any float type: a GPU's dot products want what was given, not what was rounded
+    factors: Tensor  # [N], fp32 (fp64 for fp64 x)
+    denominators: Tensor | None = None  # [N], over the columns of all ranks
+    weights: Tensor | None = None  # [N], the loss's gradient with respect to the denominators
+
+    def vectors(self) -> Tensor:
+        """v, [N, d], in the factors' type."""
+        return self.x * self.factors[:, None]
+
+    def per_vector(self) -> list[Tensor]:
+        """The numbers that go with the vectors, each [N]."""
+        return [t for t in (self.factors, self.denominators, self.weights) if t is not None]
