@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lvssl.losses import chunked, distributed
-from lvssl.losses.block import Block
+from lvssl.losses.block import Block, Weighed
 
 EPS = 1e-12  # a vector up to this long has no direction
 LONGEST_ON_TRITON = 512  # numbers a vector; its kernels keep whole vectors on the chip
@@ -88,7 +88,7 @@ class Anchors(torch.autograd.Function):
     def backward(ctx: Any, weights: Tensor, positive_weights: Tensor) -> tuple[Tensor | None, ...]:
         x, factors, denominators, temperature = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            block = Block(x, factors, denominators, weights.contiguous())
+            block = Weighed(x, factors, denominators, weights.contiguous())
             engine = engine_of(x)
             others = distributed.others(block, ctx.counts)
             slope = engine.gradient(block, block, ctx.excluded, ctx.bound)  # d/dv, [2B, d]

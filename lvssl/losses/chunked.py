@@ -4,9 +4,9 @@ Both functions take `rows`, whose anchors are asked for, and `columns`, the vect
 the same block, or that of another rank. For the same block the logits are symmetric: only tiles on and above
 the diagonal are computed, and each serves its rows and its columns.
 
-Where no logit can exceed BOUND (any temperature from 0.02 up) exponentials are taken as they are: e^-50 to e^50,
-sums of a million of them and their inverses fit fp32, so there is no maximum to find, none to rescale by, and
-one exponential serves both its row and its column. Below that each row is shifted by its maximum.
+Where no logit can exceed BOUND (any temperature from 0.02 up) exponentials are taken as they are: e^-50 to
+e^50, sums of a million of them and their inverses fit fp32: there is no maximum to find, none to rescale by,
+and one exponential serves both its row and its column. Below that each row is shifted by its maximum.
 
 Tried and lost, 2B = 2,048 and 8,192: tiles of 128 and 256 (more calls), of 1,024 and up (out of the caches).
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lvssl.losses.block import Block
+from lvssl.losses.block import Block, Weighed
 
 BOUND = 50.0
 TILE = {"cpu": 512, "cuda": 4096}
@@ -43,7 +43,7 @@ def log_sum_exp(rows: Block, columns: Block, excluded: tuple[int, ...], bound: f
     return sums.log()
 
 
-def gradient(rows: Block, columns: Block, excluded: tuple[int, ...], bound: float) -> Tensor:
+def gradient(rows: Weighed, columns: Weighed, excluded: tuple[int, ...], bound: float) -> Tensor:
     """sum_j (g_i exp(v_i . v_j - denominator_i) + g_j exp(v_i . v_j - denominator_j)) v_j, [rows, d].
 
     g are the blocks' weights, the denominators those over all columns of all ranks.

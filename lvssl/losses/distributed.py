@@ -12,7 +12,7 @@ with the denominators and weights of their anchors.
 
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from lvssl.losses.block import Block
 
 RING_FROM = 32 * 2**20  # bytes of all ranks' vectors
 MESSAGE = 512  # bytes of a complaint that the other ranks get to read
+B = TypeVar("B", bound=Block)
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -41,7 +42,8 @@ def agree(vectors: Tensor, temperature: float | None, name: str, problem: str) -
     """
     facts = torch.zeros(4, dtype=torch.float64)
     if not problem:
-        facts[:] = torch.tensor([*vectors.shape, TYPES.index(vectors.dtype), temperature or 0.0])
+        facts[:3] = torch.tensor([*vectors.shape, TYPES.index(vectors.dtype)])
+        facts[3] = temperature or 0.0
     text = torch.tensor(list(problem.encode()[:MESSAGE].ljust(MESSAGE)), dtype=torch.uint8)
     own = torch.cat([facts.view(torch.uint8), text])
     gathered = [torch.empty_like(own) for _ in range(ranks())]
@@ -66,7 +68,7 @@ def agree(vectors: Tensor, temperature: float | None, name: str, problem: str) -
 
 def _host_group() -> Any:
     """A group whose messages don't pass through a device, so that agreeing doesn't wait for one."""
-    group = dist.group.WORLD
+    group: Any = dist.group.WORLD
     if "cpu" in (str(kind) for kind in group._device_types):
         return group
     if group not in _host_groups:
@@ -77,7 +79,7 @@ def _host_group() -> Any:
 _host_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def others(block: Block, counts: list[int]) -> Iterator[Block]:
+def others(block: B, counts: list[int]) -> Iterator[B]:
     """The blocks of all other ranks. The exchange starts now: the own block may be worked on meanwhile.
 
     Args:
@@ -140,11 +142,11 @@ def _packed(block: Block) -> Tensor:
     return torch.cat([block.x.view(torch.uint8), numbers.view(torch.uint8)], dim=1)
 
 
-def _unpacked(buffer: Tensor, like: Block) -> Block:
+def _unpacked(buffer: Tensor, like: B) -> B:
     width = like.x.shape[1] * like.x.element_size()
     x = buffer[:, :width].contiguous().view(like.x.dtype)
     numbers = buffer[:, width:].contiguous().view(like.factors.dtype)
-    return Block(x, *numbers.T.contiguous())
+    return type(like)(x, *numbers.T.contiguous())
 
 
 def total(part: Tensor) -> Tensor:
