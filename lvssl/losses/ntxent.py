@@ -19,7 +19,7 @@ from lvssl.losses import distributed
 from lvssl.losses.anchors import EPS, anchors
 
 # Vectors from which the fast form wins over the reference on a CPU (python -m benchmarks.loss --crossover).
-FAST_FROM = 256
+FAST_FROM = 512
 
 
 def ntxent(projections: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
