@@ -1,8 +1,8 @@
 """`lvssl plan`: what a batch costs in memory on each GPU, and the largest that fits.
 
 Activations are counted, not estimated: the network runs forward once on tensors without contents, and every
-tensor that autograd keeps for the backward walk is added up. What a library takes beside that (workspaces, the
-CUDA context, what the allocator cannot hand out) is the reserve.
+tensor that autograd keeps for the backward walk is added up. What a library takes beside that (workspaces,
+the CUDA context, what the allocator cannot hand out) is the reserve.
 """
 
 import dataclasses
@@ -132,7 +132,7 @@ def loss_memory(settings: PlanSettings) -> float:
 
 
 def matrix_memory(settings: PlanSettings) -> float:
-    """Bytes of the usual NT-Xent on one GPU: logits, masked logits and their softmax, own rows by all columns."""
+    """Bytes of the usual NT-Xent on one GPU: logits, the same masked, their softmax; own rows, all columns."""
     return 3.0 * 4 * (2 * settings.batch // settings.gpus) * (2 * settings.batch)
 
 

@@ -161,8 +161,8 @@ def compared(excluded: tuple[int, ...]) -> dict[str, bool]:
 def launch_options(d: int, dtype: torch.dtype, backward: bool) -> dict[str, Any]:
     """Tile, warps, stages and precision: fixed, chosen for no spills within an A100's shared memory.
 
-    Whole vectors are kept on the chip up to 128 numbers. Longer ones are taken CHUNK numbers at a time, and the
-    backward walk computes the logits anew for each; so are those of tf32x3, which splits operands in registers.
+    Whole vectors are kept on the chip up to 128 numbers. Longer ones are taken CHUNK numbers at a time, and
+    the backward walk computes the logits anew for each; so for tf32x3, which splits operands in registers.
     """
     D = max(16, triton.next_power_of_2(d))
     wide = dtype == torch.float32 or (dtype == torch.float16 and backward)

@@ -22,7 +22,8 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 FLOATS = {
     gpu.log_sum_exp_kernel: ("of_rows", "of_columns", "out"),
     gpu.gradient_kernel: (
-        "of_rows", "row_denominators", "row_weights", "of_columns", "column_denominators", "column_weights", "out",
+        "of_rows", "row_denominators", "row_weights",
+        "of_columns", "column_denominators", "column_weights", "out",
     ),
 }  # fmt: skip
 

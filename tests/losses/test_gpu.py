@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: run by Triton's interpreter, and compiled ahead of time for sm_80 and sm_90.
+"""The Triton kernels without a GPU: interpreted, and compiled ahead of time for sm_80 and sm_90.
 
 Both in processes of their own: the interpreter is chosen by a variable that must be set before the import.
 """
