@@ -5,11 +5,11 @@
     python -m benchmarks.loss --gpu --json FILE  ours on a CUDA device: times, FLOP/s, share of the peak
 
 d = 128, temperature 0.1. Times are medians over rounds in which the forms take turns, so that a slow minute
-of the machine hits all of them; memory is what a fresh process's peak grows by beyond the input, one process a
-figure. Before any timing the losses and gradients of all forms are held against each other.
+of the machine hits all of them; memory is what a fresh process's peak grows by beyond the input, one
+process a figure. Before any timing the losses and gradients of all forms are held against each other.
 
 Why ours is faster: the logits are symmetric, and one exponential serves a row and a column; tiles stay in
-the caches, where the others write, mask, copy and read back whole matrices, whose fresh pages the system must clear.
+the caches, where the others write, mask, copy and read back whole matrices in fresh pages.
 
 Published ratios to hold a GPU's figures against: Inf-CL (Cheng et al. 2024) reports memory of 1/78 of
 open_clip's chunked ("local") loss at a batch of 256k on 8 A100, at about its speed.
@@ -165,7 +165,7 @@ def fast(u: Tensor) -> Tensor:
 
 
 def on_gpu(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """bf16 vectors, as under autocast; FLOP are those of the definition, 6 (2B)^2 d, whatever a form saves."""
+    """bf16 vectors, as under autocast; FLOP are the definition's, 6 (2B)^2 d, whatever a form saves."""
     if not torch.cuda.is_available():
         raise InputError("--gpu: no CUDA device is usable here")
     device = torch.cuda.get_device_name()

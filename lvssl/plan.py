@@ -132,7 +132,7 @@ def loss_memory(settings: PlanSettings) -> float:
 
 
 def matrix_memory(settings: PlanSettings) -> float:
-    """Bytes of the usual NT-Xent on one GPU: logits, the same masked, their softmax; own rows, all columns."""
+    """Bytes of the usual NT-Xent on one GPU: logits, masked, softmax; own rows by all columns."""
     return 3.0 * 4 * (2 * settings.batch // settings.gpus) * (2 * settings.batch)
 
 

@@ -39,7 +39,7 @@ def test_the_projector_by_hand():
         footprint(PlanSettings(model="tiny", resolution=8, precision="fp32", family="none", hidden=hidden))
         for hidden in (100, 200)
     )
-    # Linear keeps its input (ReLU's output), batch norm its input; ReLU works in place on batch norm's output.
+    # Linear keeps its input (ReLU's output), batch norm its input; ReLU works in place.
     assert wide.activations - narrow.activations == pytest.approx(2 * 4 * 100, rel=0.01)
     features, outputs = 128, 128
     assert wide.parameters - narrow.parameters == 100 * (features - 64 + outputs + 2)
@@ -69,7 +69,7 @@ def test_the_loss_grows_with_the_batch_not_with_its_square():
 
 @pytest.mark.parametrize("options, culprit", [
     ({"batch": 100}, "--batch must be a multiple"), ({"gpus": 0}, "--gpus"), ({"batch": 2}, "--batch"),
-    ({"memory": float("nan")}, "--memory"), ({"model": "vgg"}, "unknown model"), ({"resolution": 7}, "--resol"),
+    ({"memory": float("nan")}, "--memory"), ({"model": "vgg"}, "unknown model"), ({"resolution": 7}, "--res"),
     ({"precision": "fp8"}, "unknown prec"), ({"projection": 1}, "--projection"), ({"hidden": 0}, "--hidden"),
 ])  # fmt: skip
 def test_impossible_settings_are_named(options, culprit):

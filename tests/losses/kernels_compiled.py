@@ -43,7 +43,8 @@ def compiled(kernel, capability: int, d: int, dtype: torch.dtype, matmul_precisi
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=tuning)
     return {
-        "kernel": kernel.__name__, "sm": capability, "d": d, "dtype": NAMES[dtype], "precision": options["PRECISION"],
+        "kernel": kernel.__name__, "sm": capability, "d": d, "dtype": NAMES[dtype],
+        "precision": options["PRECISION"],
         "shared": binary.metadata.shared, **resources(binary.asm["cubin"]), **tuning,
         "tile": [options["BLOCK_M"], options["BLOCK_N"]],
         "tensor_cores": bool(re.search(r"\b(mma\.sync|wgmma)", binary.asm["ptx"])),
