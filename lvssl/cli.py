@@ -1,4 +1,4 @@
-"""The command line: lvssl pretrain | evaluate | encode | search | report | presets | doctor | demo."""
+"""The command line: lvssl pretrain | evaluate | encode | search | report | presets | plan | doctor | demo."""
 
 import argparse
 import sys
@@ -188,6 +188,13 @@ def demo(arguments: list[str]) -> None:
     run(parse(DemoSettings, arguments, "demo"))
 
 
+def plan(arguments: list[str]) -> None:
+    from lvssl.plan import PlanSettings
+    from lvssl.plan import plan as table
+
+    print(table(parse(PlanSettings, arguments, "plan")))
+
+
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "pretrain": ("train an encoder without labels", pretrain),
     "evaluate": ("linear probe and kNN on features and codes, beside a control and floors", evaluate),
@@ -195,6 +202,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "search": ("find the nearest images of a query by Hamming distance", search),
     "report": ("one HTML page of a run", report),
     "presets": ("list the presets, or print one", presets),
+    "plan": ("memory of a batch on each GPU, and the largest that fits", plan),
     "doctor": ("what is installed, what is missing, and the command for it", doctor),
     "demo": ("all of it on Fashion-MNIST in some minutes", demo),
 }

@@ -1,35 +1,119 @@
-"""NT-Xent (Chen et al. 2020, eq. 1): the readable reference, the definition for all faster forms."""
+"""NT-Xent (Chen et al. 2020, eq. 1): one call for any device and number of ranks, and its reference.
+
+    form         where                                                            file
+    reference    the definition; small batches on one process                     here
+    chunked      larger ones on a CPU, or on a GPU without Triton                 chunked.py
+    Triton       CUDA, fp32, fp16 and bf16                                        gpu.py
+    distributed  one of the latter two on each rank, when a process group exists  distributed.py
+
+The fast forms share one autograd function, `anchors.py`; the reference is what they are held against.
+"""
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lvssl.losses import distributed
+from lvssl.losses.anchors import EPS, anchors
 
-def ntxent(projections: Tensor, temperature: float = 0.1) -> Tensor:
+# Vectors from which the fast form wins over the reference on a CPU (python -m benchmarks.loss --crossover).
+FAST_FROM = 512
+
+
+def ntxent(projections: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
     """Normalised-temperature cross-entropy: each of 2B anchors must pick its other view among 2B - 1.
+
+    When a process group exists, the 2B vectors are those of all ranks: every rank passes its own (batches may
+    differ, down to none) and gets the loss of the whole batch. The gradient is made for DDP's *mean* over
+    ranks: parameter gradients then equal those of one process with all the vectors.
 
     Args:
         projections: [2B, d], the first views of B images, then their second views; any float type, any norm
-            (a zero vector counts as orthogonal to all).
-        temperature: above 0.
+            up to 1e18 (a zero vector counts as orthogonal to all, and gets no gradient).
+        temperature: above 0; a tensor with one element may be learnt.
 
     Returns:
         Scalar in fp32 (fp64 for fp64 input), in nats, the mean over the 2B anchors. It certifies at most
         ln(2B - 1) nats of mutual information between the views.
 
     Raises:
-        ValueError: an odd number of vectors, no vectors, or a temperature that is not positive.
+        ValueError: an odd number of vectors, no vectors, no floats, a temperature that is not positive, ranks
+            that disagree on d, type or temperature; raised on every rank.
+        FloatingPointError: a vector is NaN or infinite (on a CPU; on a GPU, where looking would make the host
+            wait for the device, the loss is NaN).
     """
-    anchors = len(projections)
-    if projections.ndim != 2 or anchors < 2 or anchors % 2:
-        raise ValueError(f"projections must be [2B, d] with B >= 1, got shape {tuple(projections.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    counts = checked(projections, temperature)
+    if len(counts) == 1 and not fast(projections):
+        loss = reference(projections, temperature)
+    else:
+        denominators, positives = anchors(projections, temperature, counts)
+        loss = distributed.total((denominators - positives).sum()) / sum(counts)
+    return finite(loss, projections)
+
+
+def reference(projections: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
+    """The definition, of these vectors alone, the whole [2B, 2B] matrix at once. Arguments of `ntxent`."""
     if projections.dtype != torch.float64:
         projections = projections.float()
     with torch.autocast(projections.device.type, enabled=False):
-        unit = F.normalize(projections, dim=1)
+        without_direction = projections.norm(dim=1, keepdim=True) <= EPS
+        unit = F.normalize(projections, dim=1).masked_fill(without_direction, 0)
         logits = unit @ unit.T / temperature
-    logits = logits.masked_fill(torch.eye(anchors, dtype=torch.bool, device=logits.device), float("-inf"))
-    positives = torch.arange(anchors, device=logits.device).roll(anchors // 2)
+    count = len(logits)
+    logits = logits.masked_fill(torch.eye(count, dtype=torch.bool, device=logits.device), float("-inf"))
+    positives = torch.arange(count, device=logits.device).roll(count // 2)
     return F.cross_entropy(logits, positives)
+
+
+def fast(projections: Tensor) -> bool:
+    """Whether the fast form is worth its fixed cost: on a GPU always, for it never holds the matrix."""
+    return len(projections) >= FAST_FROM or projections.is_cuda
+
+
+def checked(projections: Tensor, temperature: float | Tensor, name: str = "projections") -> list[int]:
+    """How many anchors each rank has; ValueError, on every rank, where one rank's arguments are wrong."""
+    several = distributed.ranks() > 1
+    problem = complaint(projections, temperature, name, several)
+    if several:
+        return distributed.agree(projections, known(temperature), name, problem)
+    if problem:
+        raise ValueError(problem)
+    return [len(projections)]
+
+
+def complaint(projections: Tensor, temperature: float | Tensor, name: str, may_be_empty: bool) -> str:
+    """What is wrong with the arguments, or nothing."""
+    shape = tuple(projections.shape)
+    if projections.ndim != 2 or shape[0] % 2 or shape[1] < 1 or (shape[0] == 0 and not may_be_empty):
+        return f"{name} must be [2B, d] with B >= 1: the first views, then the second; got shape {shape}"
+    if not projections.is_floating_point():
+        return f"{name} must be floats, got {projections.dtype}"
+    if isinstance(temperature, Tensor) and temperature.numel() != 1:
+        return f"temperature must have one element, got shape {tuple(temperature.shape)}"
+    value = known(temperature)
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        return f"temperature must be positive and finite, got {value}"
+    return ""
+
+
+def known(temperature: float | Tensor) -> float | None:
+    """The temperature's value, where asking for it doesn't make the host wait for a device."""
+    if not isinstance(temperature, Tensor):
+        return float(temperature)
+    if temperature.is_cuda or torch.compiler.is_compiling():
+        return None
+    return temperature.item()
+
+
+def finite(loss: Tensor, projections: Tensor) -> Tensor:
+    """The loss; FloatingPointError names the culprits if it is not finite: one NaN vector makes it NaN."""
+    if projections.is_cuda or torch.compiler.is_compiling() or math.isfinite(loss.item()):
+        return loss
+    rows = (~projections.detach().isfinite()).any(dim=1).nonzero().flatten().tolist()
+    where = f"{len(rows)} of {len(projections)} vectors are not finite"
+    where += f", the first in row {rows[0]}: {projections[rows[0]].tolist()[:4]}" if rows else ""
+    if distributed.ranks() > 1:
+        where = f"rank {torch.distributed.get_rank()}: {where}"
+    raise FloatingPointError(f"NT-Xent is {loss.item()}; projections: {where}")

@@ -145,7 +145,10 @@ class Trainer:
             while self.step < self.steps:
                 batches = iter(self.loader)
                 while (batch := logged.next_batch(batches)) is not None:
-                    figures = self.train_step(batch.to(self.device))
+                    try:
+                        figures = self.train_step(batch.to(self.device))
+                    except FloatingPointError as error:  # on a CPU the loss itself sees it, and says what
+                        raise self.diverged(str(error), batch) from error
                     self.step += 1
                     if self.step % settings.log_every == 0 or self.step == self.steps:
                         row = self.describe(figures, logged)
@@ -198,12 +201,14 @@ class Trainer:
     def check_finite(self, row: dict[str, Any], batch: ViewBatch) -> None:
         """A weight that is NaN never recovers, so the loss is looked at wherever it is read anyway."""
         if not math.isfinite(row["loss"]):
-            indices = self.settings.out / "non_finite_batch.npy"
-            np.save(indices, batch.indices.cpu().numpy())
-            raise FloatingPointError(
-                f"the loss is {row['loss']} at step {self.step}; the batch's indices are in {indices}. "
-                "Lower --lr, or raise --temperature"
-            )
+            raise self.diverged(f"the loss is {row['loss']}", batch)
+
+    def diverged(self, what: str, batch: ViewBatch) -> FloatingPointError:
+        """The error to raise, once the batch's indices are kept."""
+        indices = self.settings.out / "non_finite_batch.npy"
+        np.save(indices, batch.indices.cpu().numpy())
+        advice = "Lower --lr, or raise --temperature"
+        return FloatingPointError(f"step {self.step}: {what}; the batch's indices are in {indices}. {advice}")
 
     def calibrate(self, source: Source) -> None:
         """Exact statistics for the code's thresholds, from the training images without augmentation."""

@@ -1,0 +1,292 @@
+"""What does NT-Xent cost? Ours, lightly's and pytorch-metric-learning's, forward and backward.
+
+    python -m benchmarks.loss --json FILE        each at 2B = 512 ... 16,384, ours at 65,536 too
+    python -m benchmarks.loss --crossover        reference against fast form, for ntxent.FAST_FROM
+    python -m benchmarks.loss --gpu --json FILE  ours on a CUDA device: times, FLOP/s, share of the peak
+
+d = 128, temperature 0.1. Times are medians over rounds in which the forms take turns, so that a slow minute
+of the machine hits all of them; memory is what a fresh process's peak grows by beyond the input, one
+process a figure. Before any timing the losses and gradients of all forms are held against each other.
+
+Why ours is faster: the logits are symmetric, and one exponential serves a row and a column; tiles stay in
+the caches, where the others write, mask, copy and read back whole matrices in fresh pages.
+
+Published ratios to hold a GPU's figures against: Inf-CL (Cheng et al. 2024) reports memory of 1/78 of
+open_clip's chunked ("local") loss at a batch of 256k on 8 A100, at about its speed.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvssl.cli import guarded
+from lvssl.losses import ntxent as module
+from lvssl.losses.ntxent import ntxent, reference
+from lvssl.training.checkpoint import write_atomically
+from lvssl.training.run import versions
+from pipelines.errors import InputError
+
+D, TEMPERATURE = 128, 0.1
+SIZES = (512, 1024, 2048, 4096, 8192, 16384)
+LARGEST = 65536
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L4": 121e12}  # dense bf16, the makers' figures
+
+Loss = Callable[[Tensor], Tensor]
+
+
+def lightly() -> Loss:
+    from lightly.loss import NTXentLoss
+
+    loss = NTXentLoss(temperature=TEMPERATURE)
+    return lambda u: loss(*u.chunk(2))
+
+
+def metric_learning() -> Loss:
+    from pytorch_metric_learning.losses import NTXentLoss
+
+    loss = NTXentLoss(temperature=TEMPERATURE)
+    return lambda u: loss(u, torch.arange(len(u) // 2, device=u.device).repeat(2))
+
+
+def open_clip() -> Loss:
+    """open_clip's loss: no NT-Xent (the other view's vectors alone are negatives), half of its work."""
+    from open_clip.loss import ClipLoss
+
+    loss = ClipLoss(local_loss=True)
+
+    def clip(u: Tensor) -> Tensor:
+        first, second = torch.nn.functional.normalize(u, dim=1).chunk(2)
+        return loss(first, second, torch.tensor(1 / TEMPERATURE, device=u.device))
+
+    return clip
+
+
+FORMS: dict[str, Callable[[], Loss]] = {
+    "ours": lambda: lambda u: ntxent(u, TEMPERATURE),
+    "reference": lambda: lambda u: reference(u, TEMPERATURE),
+    "lightly": lightly,
+    "pytorch-metric-learning": metric_learning,
+    "open_clip": open_clip,
+}
+# It compares each positive pair with all negative pairs of the batch: tens of GiB beyond this size.
+MOST_VECTORS = {"pytorch-metric-learning": 512}
+ON_CPU = ("ours", "reference", "lightly", "pytorch-metric-learning")
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="vectors, 2B")
+    parser.add_argument("--forms", nargs="+", default=list(ON_CPU), choices=list(FORMS))
+    parser.add_argument("--largest", type=int, default=LARGEST, help="ours alone at this size; 0: not at all")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="of timing for each size, at least 3 rounds"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: all cores")
+    parser.add_argument("--gpu", action="store_true", help="on a CUDA device, bf16 vectors")
+    parser.add_argument(
+        "--crossover", action="store_true", help="where the fast form overtakes the reference"
+    )
+    parser.add_argument("--peak-of", nargs=2, metavar=("FORM", "SIZE"), help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    options = parser.parse_args(arguments)
+    threads = options.threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    if options.peak_of:
+        print(json.dumps(peak(options.peak_of[0], int(options.peak_of[1]))))
+        return
+    if any(size < 2 or size % 2 for size in [*options.sizes, options.largest or 2]):
+        raise InputError("--sizes and --largest must be even numbers of vectors, 2 at least")
+    if options.gpu:
+        rows = on_gpu(options)
+    elif options.crossover:
+        rows = crossover(options)
+    else:
+        rows = on_cpu(options, threads)
+    result: dict[str, Any] = {
+        "command": "python -m benchmarks.loss " + " ".join(arguments),
+        "versions": versions(),
+        "threads": threads,
+        "d": D,
+        "temperature": TEMPERATURE,
+        "rows": rows,
+        "ratios": ratios(rows),
+    }
+    for name, value in result["ratios"].items():
+        print(f"{name:32}{value:8.3f}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.json, json.dumps(result, indent=1).encode())
+
+
+def on_cpu(options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
+    rows = []
+    for size in options.sizes:
+        forms = [name for name in options.forms if size <= MOST_VECTORS.get(name, size)]
+        times = timed({name: FORMS[name]() for name in forms}, vectors(size), options.seconds)
+        for name in forms:
+            rows.append(row(name, size, times[name]) | measured_peak(name, size, threads))
+            show(rows[-1])
+    if options.largest:
+        found = measured_peak("ours", options.largest, threads)
+        rows.append({"form": "ours", "vectors": options.largest, **found})
+        show(rows[-1])
+    return rows
+
+
+def crossover(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Reference and fast form side by side at sizes around FAST_FROM."""
+    rows = []
+    for size in (2, 16, 64, 128, 256, 384, 512, 768, 1024, 2048):
+        times = timed({"reference": FORMS["reference"](), "fast": fast}, vectors(size), options.seconds / 4)
+        rows += [row(name, size, taken) for name, taken in times.items()]
+        ratio = rows[-1]["seconds"] / rows[-2]["seconds"]
+        print(f"{size:8,}  fast / reference {ratio:6.2f}", flush=True)
+    return rows
+
+
+def fast(u: Tensor) -> Tensor:
+    kept, module.FAST_FROM = module.FAST_FROM, 0
+    try:
+        return ntxent(u, TEMPERATURE)
+    finally:
+        module.FAST_FROM = kept
+
+
+def on_gpu(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """bf16 vectors, as under autocast; FLOP are the definition's, 6 (2B)^2 d, whatever a form saves."""
+    if not torch.cuda.is_available():
+        raise InputError("--gpu: no CUDA device is usable here")
+    device = torch.cuda.get_device_name()
+    peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
+    rows = []
+    for size in options.sizes:
+        u = vectors(size).to("cuda", torch.bfloat16)
+        for name in options.forms:
+            loss = FORMS[name]()
+            step(loss, u)
+            torch.cuda.reset_peak_memory_stats()
+            before, times = torch.cuda.memory_allocated(), []
+            for _ in range(30):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                step(loss, u)
+                end.record()
+                end.synchronize()
+                times.append(start.elapsed_time(end) / 1e3)
+            found = row(name, size, times) | {"peak_bytes": torch.cuda.max_memory_allocated() - before}
+            found |= {"device": device, "flops": 6 * size**2 * D / found["seconds"]}
+            if peak_flops:
+                found["share_of_peak"] = found["flops"] / peak_flops
+            rows.append(found)
+            show(found)
+    return rows
+
+
+def vectors(size: int) -> Tensor:
+    """Vectors whose softmax isn't flat: each anchor's positive stands out."""
+    noise = torch.Generator().manual_seed(size)
+    u = torch.randn(size, D, generator=noise)
+    u[size // 2 :] = 0.7 * u[: size // 2] + 0.7 * u[size // 2 :]
+    return u
+
+
+def step(loss: Loss, u: Tensor) -> tuple[Tensor, Tensor]:
+    u = u.detach().requires_grad_()
+    value = loss(u)
+    value.backward()
+    assert u.grad is not None
+    return value.detach(), u.grad
+
+
+def timed(forms: dict[str, Loss], u: Tensor, seconds: float) -> dict[str, list[float]]:
+    """Seconds of each form in each round, once they have been seen to agree."""
+    found = {name: step(loss, u) for name, loss in forms.items()}  # warm-up, too
+    first = next(iter(found.values()))
+    for name, pair in found.items():
+        for kind, a, b in zip(("loss", "gradient"), pair, first):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), (
+                f"{name}: another {kind} than {next(iter(found))}"
+            )
+    del found, first
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    end = time.perf_counter() + seconds
+    while len(next(iter(times.values()))) < 3 or time.perf_counter() < end:
+        for name, loss in forms.items():
+            start = time.perf_counter()
+            step(loss, u)
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def row(form: str, size: int, times: list[float]) -> dict[str, Any]:
+    low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return {"form": form, "vectors": size, "seconds": middle, "quartiles": [low, high], "rounds": len(times)}
+
+
+def measured_peak(form: str, size: int, threads: int) -> dict[str, Any]:
+    """Memory of one step in a process of its own."""
+    command = ["-m", "benchmarks.loss", "--threads", str(threads), "--peak-of", form, str(size)]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    if done.returncode:
+        return {"peak_bytes": None, "failed": done.stderr.strip().splitlines()[-1:]}
+    return json.loads(done.stdout)
+
+
+def peak(form: str, size: int) -> dict[str, Any]:
+    """Bytes by which the process's peak grows in one step, beyond the vectors; seconds; its whole peak."""
+    loss = FORMS[form]()
+    step(loss, vectors(64))  # imports, thread pools
+    step(fast, vectors(64))
+    u = vectors(size)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before, start = resident("VmHWM"), time.perf_counter()
+    step(loss, u)
+    seconds = time.perf_counter() - start
+    after = resident("VmHWM")
+    return {"peak_bytes": after - before, "process_bytes": after, "seconds_once": seconds}
+
+
+def resident(name: str) -> int:
+    """Bytes of this process that were in memory at its peak; not getrusage's, which a parent hands down."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Ours over lightly's, where both were measured."""
+    of = {(r["form"], r["vectors"]): r for r in rows}
+    found = {}
+    for size in sorted({r["vectors"] for r in rows}):
+        ours, theirs = of.get(("ours", size)), of.get(("lightly", size))
+        if ours and theirs:
+            found[f"time_over_lightly_{size}"] = ours["seconds"] / theirs["seconds"]
+            if ours.get("peak_bytes") is not None and theirs.get("peak_bytes"):
+                found[f"memory_over_lightly_{size}"] = ours["peak_bytes"] / theirs["peak_bytes"]
+    return found
+
+
+def show(found: dict[str, Any]) -> None:
+    seconds = found.get("seconds", found.get("seconds_once"))
+    size = (
+        f"{found['peak_bytes'] / 2**20:10,.0f} MiB" if found.get("peak_bytes") is not None else "    failed"
+    )
+    flops = f"{found['flops'] / 1e12:8.1f} TFLOP/s" if "flops" in found else ""
+    print(
+        f"{found['vectors']:8,}  {found['form']:24}{1e3 * (seconds or 0):11.1f} ms{size}{flops}", flush=True
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))

@@ -1,0 +1,32 @@
+"""The unit that the engines work on and that travels between ranks."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """The vectors of one rank, v = x * factors[:, None]."""
+
+    x: Tensor  # [N, d], any float type: a GPU's dot products want what was given, not what was rounded
+    factors: Tensor  # [N], fp32 (fp64 for fp64 x)
+
+    def vectors(self) -> Tensor:
+        """v, [N, d], in the factors' type."""
+        return self.x * self.factors[:, None]
+
+    def per_vector(self) -> list[Tensor]:
+        """The numbers that go with the vectors, each [N], in the order of the fields."""
+        return [self.factors]
+
+
+@dataclass(frozen=True)
+class Weighed(Block):
+    """The same with what the backward walk needs to know of each anchor."""
+
+    denominators: Tensor  # [N], over the columns of all ranks
+    weights: Tensor  # [N], the loss's gradient with respect to them
+
+    def per_vector(self) -> list[Tensor]:
+        return [self.factors, self.denominators, self.weights]

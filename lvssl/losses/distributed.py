@@ -1,0 +1,177 @@
+"""The loss across ranks: agreement on the arguments, blocks of vectors from rank to rank, one mean.
+
+Each rank computes the rows of its own anchors only. What it needs of the others comes by one of two ways:
+
+    gathered   all blocks in one exchange; for small batches, where a message costs more than its bytes
+    ring       each rank hands on the block that it got last, and works on it meanwhile: two foreign blocks
+               at a time, whatever the number of ranks; from RING_FROM bytes on
+
+Gradients need no exchange of their own: `anchors.py` says why. The backward walk sends the vectors once more,
+with the denominators and weights of their anchors.
+"""
+
+import weakref
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lvssl.losses.block import Block
+
+RING_FROM = 32 * 2**20  # bytes of all ranks' vectors
+MESSAGE = 512  # bytes of a complaint that the other ranks get to read
+B = TypeVar("B", bound=Block)
+TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def ranks() -> int:
+    """Ranks of the default process group; 1 where there is none."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def agree(vectors: Tensor, temperature: float | None, name: str, problem: str) -> list[int]:
+    """How many vectors each rank has, once all have agreed that their arguments fit together.
+
+    One small exchange between the hosts, before anything that could wait for ever for a rank that has left
+    with an error.
+
+    Raises:
+        ValueError: on every rank, if one of them has a problem, or if d, type or temperature differ.
+    """
+    facts = torch.zeros(4, dtype=torch.float64)
+    if not problem:
+        facts[:3] = torch.tensor([*vectors.shape, TYPES.index(vectors.dtype)])
+        facts[3] = temperature or 0.0
+    text = torch.tensor(list(problem.encode()[:MESSAGE].ljust(MESSAGE)), dtype=torch.uint8)
+    own = torch.cat([facts.view(torch.uint8), text])
+    gathered = [torch.empty_like(own) for _ in range(ranks())]
+    dist.all_gather(gathered, own, group=_host_group())
+
+    for rank, row in enumerate(gathered):
+        if said := bytes(row[32:].tolist()).decode(errors="replace").strip():
+            raise ValueError(f"rank {rank}: {said}")
+    counts, lengths, types, temperatures = (
+        torch.stack([row[:32] for row in gathered]).view(torch.float64).T.tolist()
+    )
+    if len(set(lengths)) > 1:
+        raise ValueError(f"{name}: d must be the same on all ranks, got {[int(d) for d in lengths]}")
+    if len(set(types)) > 1:
+        raise ValueError(f"{name}: type must be the same on all ranks, got {[TYPES[int(t)] for t in types]}")
+    if len(set(temperatures)) > 1:
+        raise ValueError(f"temperature must be the same on all ranks, got {temperatures}")
+    if not any(counts):
+        raise ValueError(f"{name} must be [2B, d] with B >= 1 on one rank at least, got none on any")
+    return [int(count) for count in counts]
+
+
+def _host_group() -> Any:
+    """A group whose messages don't pass through a device, so that agreeing doesn't wait for one."""
+    group: Any = dist.group.WORLD
+    if "cpu" in (str(kind) for kind in group._device_types):
+        return group
+    if group not in _host_groups:
+        _host_groups[group] = dist.new_group(backend="gloo")
+    return _host_groups[group]
+
+
+_host_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def others(block: B, counts: list[int]) -> Iterator[B]:
+    """The blocks of all other ranks. The exchange starts now: the own block may be worked on meanwhile.
+
+    Args:
+        counts: vectors of each rank, as agreed.
+    """
+    if len(counts) == 1:
+        return iter(())
+    own = _packed(block)
+    way = _ring if sum(counts) * own.shape[1] >= RING_FROM else _gathered
+    return (_unpacked(buffer, block) for buffer in way(own, counts))
+
+
+def _gathered(own: Tensor, counts: list[int]) -> Iterator[Tensor]:
+    padded = own.new_zeros(max(counts), own.shape[1])
+    padded[: len(own)] = own
+    buffers = [torch.empty_like(padded) for _ in counts]
+    work = dist.all_gather(buffers, padded, async_op=True)
+
+    def received() -> Iterator[Tensor]:
+        work.wait()
+        for rank, (buffer, count) in enumerate(zip(buffers, counts)):
+            if rank != dist.get_rank() and count:
+                yield buffer[:count]
+
+    return received()
+
+
+def _ring(own: Tensor, counts: list[int]) -> Iterator[Tensor]:
+    me, size = dist.get_rank(), len(counts)
+
+    def exchange(outgoing: Tensor, step: int) -> tuple[Tensor, list[Any]]:
+        """Hand a block on, receive that of the rank `step` places before this one."""
+        incoming = own.new_empty(counts[(me - step) % size], own.shape[1])
+        operations = []
+        if len(outgoing):
+            operations.append(dist.P2POp(dist.isend, outgoing, (me + 1) % size))
+        if len(incoming):
+            operations.append(dist.P2POp(dist.irecv, incoming, (me - 1) % size))
+        return incoming, dist.batch_isend_irecv(operations) if operations else []
+
+    started = exchange(own, 1)
+
+    def received() -> Iterator[Tensor]:
+        incoming, works = started
+        for step in range(1, size):
+            for work in works:
+                work.wait()
+            arrived = incoming
+            if step + 1 < size:
+                incoming, works = exchange(arrived, step + 1)
+            if len(arrived):
+                yield arrived
+
+    return received()
+
+
+def _packed(block: Block) -> Tensor:
+    """A block as one buffer, [N, bytes a vector], so that a block is one message."""
+    numbers = torch.stack(block.per_vector(), dim=1)
+    return torch.cat([block.x.view(torch.uint8), numbers.view(torch.uint8)], dim=1)
+
+
+def _unpacked(buffer: Tensor, like: B) -> B:
+    width = like.x.shape[1] * like.x.element_size()
+    x = buffer[:, :width].contiguous().view(like.x.dtype)
+    numbers = buffer[:, width:].contiguous().view(like.factors.dtype)
+    return type(like)(x, *numbers.T.contiguous())
+
+
+def total(part: Tensor) -> Tensor:
+    """The sum over ranks, on each of them; its gradient is the sum over ranks of theirs."""
+    return _Total.apply(part) if ranks() > 1 else part
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        part = part.clone()
+        dist.all_reduce(part)
+        return part
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        slope = slope.clone()
+        dist.all_reduce(slope)
+        return slope
+
+
+def highest(value: int) -> int:
+    """The largest of all ranks' values."""
+    if ranks() == 1:
+        return value
+    shared = torch.tensor([value])
+    dist.all_reduce(shared, dist.ReduceOp.MAX, group=_host_group())
+    return int(shared.item())

@@ -1,0 +1,179 @@
+"""`lvssl plan`: what a batch costs in memory on each GPU, and the largest that fits.
+
+Activations are counted, not estimated: the network runs forward once on tensors without contents, and every
+tensor that autograd keeps for the backward walk is added up. What a library takes beside that (workspaces,
+the CUDA context, what the allocator cannot hand out) is the reserve.
+"""
+
+import dataclasses
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lvssl.config import FAMILIES, LatentSettings, ModelSettings, choice, require
+from lvssl.losses.distributed import RING_FROM
+from lvssl.models.backbone import BACKBONES
+from lvssl.models.network import LVNet
+
+GIB = 2**30
+CONTEXT = 1.0 * GIB  # CUDA context, cuDNN and NCCL
+SLACK = 0.08  # of the rest: workspaces and fragmentation
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """Memory of a batch on each GPU: activations, loss, optimiser; and the largest batch that fits a card."""
+
+    batch: int = 4096
+    """Images a step, over all GPUs."""
+    gpus: int = 8
+    model: str = "resnet50"
+    """tiny, small, resnet18, resnet50."""
+    memory: float = 80.0
+    """Memory of one GPU, GiB."""
+    resolution: int = 224
+    """Side of a view, pixels."""
+    precision: str = "bf16"
+    """bf16 (autocast) or fp32."""
+    family: str = "bernoulli"
+    """none, sign, gaussian, bernoulli."""
+    hidden: int = 1024
+    """Width of the projector's hidden layer."""
+    projection: int = 128
+    """Length of the vectors that NT-Xent compares."""
+
+    def validate(self) -> None:
+        """Raise InputError naming the first impossible value."""
+        choice("model", self.model, BACKBONES)
+        choice("precision", self.precision, ("bf16", "fp32"))
+        choice("family", self.family, FAMILIES)
+        require(self.gpus >= 1, "gpus", self.gpus, "at least 1")
+        require(self.batch >= self.gpus, "batch", self.batch, "at least one image for each of --gpus")
+        require(self.batch % self.gpus == 0, "batch", self.batch, f"a multiple of --gpus ({self.gpus})")
+        require(0 < self.memory < 10_000, "memory", self.memory, "GiB above 0")
+        require(8 <= self.resolution <= 4096, "resolution", self.resolution, "pixels in [8, 4096]")
+        require(self.hidden >= 1, "hidden", self.hidden, "at least 1")
+        require(self.projection >= 2, "projection", self.projection, "at least 2")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes a view, and bytes that the batch doesn't change."""
+
+    activations: float  # kept for the backward walk, a view
+    casts: float  # kept whatever the batch: 16-bit copies of the weights
+    parameters: int  # numbers
+    buffers: float  # running statistics
+
+
+def footprint(settings: PlanSettings) -> Footprint:
+    """Count what one training step of this network keeps, on tensors without contents."""
+    at_two, at_four = (_kept(settings, views) for views in (2, 4))
+    a_view = (at_four[0] - at_two[0]) / 2
+    return Footprint(a_view, at_two[0] - 2 * a_view, *at_two[1:])
+
+
+def _kept(settings: PlanSettings, views: int) -> tuple[float, int, float]:
+    """Bytes kept for the backward walk with so many views; the network's parameters; bytes of its buffers."""
+    with FakeTensorMode():
+        model = ModelSettings(settings.model, settings.hidden, settings.projection)
+        network = LVNet(model, LatentSettings(settings.family), settings.resolution)
+        own = {p.untyped_storage()._cdata for p in network.parameters()}
+        kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
+
+        def keep(tensor: torch.Tensor) -> _Kept:
+            holder = _Kept(tensor)
+            kept.add(holder)
+            return holder
+
+        images = torch.empty(views, 3, settings.resolution, settings.resolution)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda holder: holder.tensor):
+            with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
+                outputs = network(images)
+        storages = {(s := holder.tensor.untyped_storage())._cdata: s.nbytes() for holder in kept}
+        size = sum(nbytes for address, nbytes in storages.items() if address not in own)
+        count = sum(p.numel() for p in network.parameters())
+        buffers = sum(b.numel() * b.element_size() for b in network.buffers())
+        del outputs  # until here the graph was alive, and what it keeps
+    return float(size), count, float(buffers)
+
+
+class _Kept:
+    """Lives as long as the node of the graph that keeps the tensor."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def memory(settings: PlanSettings, of: Footprint) -> dict[str, float]:
+    """Bytes on each GPU while a step is at its peak, the end of the forward walk."""
+    views = 2 * settings.batch // settings.gpus
+    parts = {
+        "weights": 4.0 * of.parameters + of.buffers,
+        "gradients": 4.0 * of.parameters * (2 if settings.gpus > 1 else 1),  # DDP's buckets beside them
+        "optimiser": 8.0 * of.parameters,  # AdamW: two moments
+        "activations": views * of.activations + of.casts,
+        "loss": loss_memory(settings),
+    }
+    return parts | {"reserve": CONTEXT + SLACK * sum(parts.values())}
+
+
+def loss_memory(settings: PlanSettings) -> float:
+    """Bytes of our NT-Xent on one GPU: vectors, their gradient in fp32, and other ranks' blocks."""
+    views, d = 2 * settings.batch // settings.gpus, settings.projection
+    vector = d * (2 if settings.precision == "bf16" else 4) + 12  # with factor, denominator and weight
+    own = views * (vector + 2 * 4 * d)
+    everyone = 2 * settings.batch * vector
+    if settings.gpus == 1:
+        return own
+    return own + (2 * views * vector if everyone >= RING_FROM else everyone)
+
+
+def matrix_memory(settings: PlanSettings) -> float:
+    """Bytes of the usual NT-Xent on one GPU: logits, masked, softmax; own rows by all columns."""
+    return 3.0 * 4 * (2 * settings.batch // settings.gpus) * (2 * settings.batch)
+
+
+def largest_batch(settings: PlanSettings, of: Footprint) -> int:
+    """Images a step over all GPUs, a multiple of their number, that just fit; 0 where not even one does."""
+
+    def fits(each: int) -> bool:
+        parts = memory(dataclasses.replace(settings, batch=each * settings.gpus), of)
+        return sum(parts.values()) <= settings.memory * GIB
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * settings.gpus
+
+
+def plan(settings: PlanSettings) -> str:
+    """The table that `lvssl plan` prints.
+
+    Raises:
+        InputError: an impossible setting.
+    """
+    settings.validate()
+    of = footprint(settings)
+    parts = memory(settings, of)
+    total = sum(parts.values())
+    each, most = settings.batch // settings.gpus, largest_batch(settings, of)
+    rows = [
+        f"{settings.model} at {settings.resolution} px, {settings.precision}, family {settings.family}: "
+        f"{of.parameters / 1e6:.1f} M parameters",
+        f"{settings.batch:,} images a step on {settings.gpus} GPU{'s' * (settings.gpus > 1)}: "
+        f"{each:,} images, {2 * each:,} views each",
+        "",
+        *(f"  {name:12}{size / GIB:9.2f} GiB" for name, size in parts.items()),
+        f"  {'total':12}{total / GIB:9.2f} GiB of {settings.memory:g}: "
+        + ("fits" if total <= settings.memory * GIB else "does not fit"),
+        "",
+        f"The loss with its whole matrix would take {matrix_memory(settings) / GIB:.2f} GiB.",
+        f"Largest batch that fits: {most:,} images ({most // settings.gpus:,} a GPU).",
+    ]
+    return "\n".join(rows)

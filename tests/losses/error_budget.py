@@ -1,0 +1,57 @@
+"""How wrong a fast form may be: at most twice the plain fp32 reference, and a tolerance; truth is fp64."""
+
+import torch
+from torch import Tensor
+
+from lvssl.losses.ntxent import reference
+
+# Units in the last place of a logit, which is up to 1 / tau, beside some roundings of sums; relative to 1 +
+# the loss, and to the largest slope an anchor can have in a batch of 2B, 1 / (2B tau |x|).
+ULP = {torch.float64: 2**-52, torch.float32: 2**-23, torch.bfloat16: 2**-23, torch.float16: 2**-23}
+# The gradient is given back in the input's type: one rounding of it.
+ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def value_and_slopes(loss, x: Tensor, temperature: float, wide: bool = False) -> list[Tensor]:
+    """Loss, gradient of x times its length (huge and tiny vectors count alike), gradient of tau; fp64."""
+    x = (x.double() if wide else x).clone().requires_grad_()
+    tau = torch.tensor(temperature, dtype=torch.float64 if wide else torch.float32, requires_grad=True)
+    value = loss(x, tau)
+    value.backward()
+    lengths = x.detach().double().norm(dim=1, keepdim=True)
+    return [value.detach().double(), x.grad.double() * lengths, tau.grad.double()]
+
+
+def assert_within_budget(loss, x: Tensor, temperature: float, ulp: float | None = None, truth=reference):
+    """`loss` against fp64 on x as it is: a bf16 input is exact, only what is computed from it is not."""
+    budget = (ulp or ULP[x.dtype]) * (8 + 1 / temperature)
+    budgets = (budget, budget + ROUNDING[x.dtype], budget)
+    exact = value_and_slopes(truth, x, temperature, wide=True)
+    naive = value_and_slopes(truth, x, temperature)
+    found = value_and_slopes(loss, x, temperature)
+    scales = (1 + exact[0].abs(), 1 / (len(x) * temperature), (1 + exact[0].abs()) / temperature)
+    names = ("loss", "gradient", "gradient of tau")
+    for name, e, n, f, scale, budget in zip(names, exact, naive, found, scales, budgets):
+        error = (f - e).abs()
+        allowed = 2 * (n - e).abs().max() + budget * scale
+        worst = error.argmax()
+        assert error.max() <= allowed, (
+            f"{name} at {worst.item()}: {f.flatten()[worst].item()}, exactly {e.flatten()[worst].item()}; "
+            f"error {error.max().item():.3g}, allowed {float(allowed):.3g}"
+        )
+
+
+def awkward(kind: str, vectors: int, d: int = 32) -> Tensor:
+    """Vectors that break a careless form."""
+    x = torch.randn(vectors, d, generator=torch.Generator().manual_seed(vectors))
+    if kind == "duplicates":  # each image twice: as near as the positive
+        x[1::2] = x[::2]
+    elif kind == "zeros":
+        x[:: max(2, vectors // 3)] = 0
+    elif kind == "huge":
+        x *= 1e17
+    elif kind == "tiny":
+        x *= 1e-9
+    elif kind == "aligned":  # a sharp softmax, each anchor nearest to its positive
+        x[vectors // 2 :] = x[: vectors // 2] + 0.1 * x[vectors // 2 :]
+    return x
