@@ -11,8 +11,8 @@ process a figure. Before any timing the losses and gradients of all forms are he
 Why ours is faster: the logits are symmetric, and one exponential serves a row and a column; tiles stay in
 the caches, where the others write, mask, copy and read back whole matrices in fresh pages.
 
-Published ratios to hold a GPU's figures against: Inf-CL (Cheng et al. 2024) reports memory of 1/78 of
-open_clip's chunked ("local") loss at a batch of 256k on 8 A100, at about its speed.
+Published, to hold a GPU's figures against: Inf-CL (Cheng et al. 2024, arXiv 2410.17243) claims two orders of
+magnitude less memory than earlier memory-efficient losses at comparable speed. The --gpu part is untried.
 """
 
 import argparse
