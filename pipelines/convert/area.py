@@ -21,12 +21,12 @@ def shrink(pixels, height, width):
     for y in range(height):
         top, bottom = y * scale, (y + 1) * scale
         last = min(int(np.ceil(bottom)), old_height)
-        row = int(top)
-        weight = np.float32((min(bottom, row + 1) - top) / scale)
-        source = lines[row]
+        first_row = int(top)
+        weight = np.float32((min(bottom, first_row + 1) - top) / scale)
+        source = lines[first_row]
         for i in range(old_width * 3):
             line[i] = weight * np.float32(source[i])
-        for row in range(row + 1, last):
+        for row in range(first_row + 1, last):
             weight = np.float32((min(bottom, row + 1) - row) / scale)
             source = lines[row]
             for i in range(old_width * 3):

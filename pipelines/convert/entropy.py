@@ -197,7 +197,7 @@ def _walk_scan(data, place, units, blocks, dc_of, ac_of, dc, ac, long_codes, res
     made_up = np.int64(0)  # zeros in the place of what a marker cut off
     until_restart = restart_interval if restart_interval else units + 1
     restarts = 0
-    for unit in range(units):
+    for _ in range(units):
         if until_restart == 0:
             left = held - made_up
             if left < 0 or left > 7 or place + 2 > n:
