@@ -160,28 +160,27 @@ def run(work: Work, overwrite: bool, restart: bool, dry_run: bool = False) -> di
     if dry_run:
         return {**work.head, **extra, "count": len(work.order)}
 
-    made = [folder for output in work.outputs for folder in _make_folders(output.final.parent)]
+    fresh, made = not path.exists(), list[Path]()
+    journal, resumed = None, 0
     try:
+        made = [folder for output in work.outputs for folder in _make_folders(output.final.parent)]
         journal = Journal(path, _fingerprint(work))
-    except OSError as error:
-        _remove_folders(made)
-        raise InputError(f"{first}: cannot be written ({error.strerror})") from error
-    resumed = journal.count
-    try:
+        resumed = journal.count
         if not journal.complete:
             check_targets(beton, tars, overwrite, journaled=False)
             _convert_images(work, journal)
             _finish(work, journal)
         _publish(work)
     except BaseException as error:
-        journal.close()
-        for output in work.outputs:
-            output.close()
-        keep = journal.complete or resumed > 0 or time.perf_counter() - started > KEEP_SECONDS
+        for each in (journal, *work.outputs):
+            if each is not None:
+                each.close()
+        keep = not fresh or (journal is not None and time.perf_counter() - started > KEEP_SECONDS)
         if not keep:
             _remove(path, work.outputs)
             _remove_folders(made)
-        kept = f"{len(journal.all_records()):,} of {len(work.order):,} images are kept" if keep else ""
+        done = 0 if journal is None else len(journal.all_records())
+        kept = f"{done:,} of {len(work.order):,} images are kept" if keep and done else ""
         if isinstance(error, OSError):
             raise InputError(_why(first, error, kept)) from error
         if isinstance(error, KeyboardInterrupt):

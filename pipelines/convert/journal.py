@@ -92,7 +92,11 @@ class Journal:
         while len(head := self.file.read(_GROUP.size)) == _GROUP.size:
             mark, count, length, complete, checksum = _GROUP.unpack(head)
             body = self.file.read(count * RECORD.itemsize + length) if mark == _MARK else b""
-            if mark != _MARK or len(body) != count * RECORD.itemsize + length or zlib.crc32(body) != checksum:
+            if (
+                mark != _MARK
+                or len(body) != count * RECORD.itemsize + length
+                or zlib.crc32(head[:-4] + body) != checksum
+            ):
                 break
             groups.append(np.frombuffer(body, RECORD, count))
             reasons = json.loads(body[count * RECORD.itemsize :])
@@ -122,8 +126,9 @@ class Journal:
         self.reasons |= reasons
         body = records.tobytes() + json.dumps(reasons).encode()
         length = len(body) - records.nbytes
-        head = _GROUP.pack(_MARK, len(records), length, complete, zlib.crc32(body))
-        self._writing = self._worker.submit(self._write, list(files), head + body)
+        head = _GROUP.pack(_MARK, len(records), length, complete, 0)[:-4]
+        group = head + zlib.crc32(head + body).to_bytes(4, "little") + body
+        self._writing = self._worker.submit(self._write, list(files), group)
         if wait:
             self._writing.result()
             self.complete = complete
