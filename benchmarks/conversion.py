@@ -3,7 +3,8 @@
     python -m benchmarks.conversion --json FILE                    # ../shared/data's 1,000 ImageNet JPEGs
     python -m benchmarks.conversion --images FOLDER_OR_TAR --workers 8 --repeats 5
 
-Rows, each the median of --repeats runs that take turns, in a process of its own, page cache warm:
+Rows, each the median of --repeats runs that take turns, in a process of its own, with images that were just
+written, and so lie in the page cache:
 
     lossless                    JPEG bytes kept, every image checked, as `convert-beton` does it
     lossless, unchecked         the same without the check: what the check costs
@@ -166,11 +167,9 @@ def main(arguments: list[str]) -> None:
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     files = [path for path in folder.rglob("*") if path.is_file()]
-    megabytes = sum(path.stat().st_size for path in files) / 1e6  # reads nothing; the first, untimed runs do
+    megabytes = sum(path.stat().st_size for path in files) / 1e6
     arms = [*OURS, *FFCV]
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for name in arms:
-        measured(name, folder, options.workers)
     for _ in range(options.repeats):
         for name in arms:
             seconds[name].append(measured(name, folder, options.workers))

@@ -132,7 +132,7 @@ def list_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    images = [path for path in _files_under(folder) if path.suffix.lower() in EXTENSIONS]
+    images = [folder / name for name in _files_under(folder) if name.lower().endswith(EXTENSIONS)]
     if not images:
         raise InputError(f"{folder}: no image in it (looked for {', '.join(EXTENSIONS)})")
     return images
@@ -192,21 +192,24 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 # ------------------------------------------------------------ folders and files
 
 
-def _files_under(folder: Path) -> list[Path]:
-    """Files below a folder, sorted by their parts; links are followed, but never in a circle."""
-    found: list[Path] = []
-    seen: set[str] = set()
+def _files_under(folder: Path) -> list[str]:
+    """Paths, relative to it, of the files below a folder, sorted by their parts; links are followed, but
+    never in a circle."""
+    found: list[list[str]] = []
+    seen: set[tuple[int, int]] = set()
 
     def unreadable(error: OSError) -> None:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
-    for here, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        real = os.path.realpath(here)
-        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
-        if real not in seen:
-            found += [Path(here, name) for name in files if not name.startswith(".")]
-        seen.add(real)
-    return sorted(found)
+    top = str(folder)
+    for here, folders, files in os.walk(top, onerror=unreadable, followlinks=True):
+        status = os.stat(here)
+        known = (status.st_dev, status.st_ino) in seen
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = [] if known else [name for name in folders if not name.startswith(".")]
+        parts = [part for part in here[len(top) :].split(os.sep) if part]
+        found += [[*parts, name] for name in files if not known and not name.startswith(".")]
+    return ["/".join(parts) for parts in sorted(found)]
 
 
 def read_regular(path: str) -> bytes:
@@ -250,15 +253,15 @@ def _class_folders(folder: Path, split: str | None) -> Source:
         raise InputError(f"{folder}: {what}; put the images in one folder per class: {folder}/CLASS/1.jpg")
 
     per_class = [_files_under(folder / name) for name in names]
-    paths = [path for files in per_class for path in files]
+    paths = [f"{name}/{file}" for name, files in zip(names, per_class) for file in files]
     if not paths:
         raise InputError(f"{folder}: no image in any of its {len(names)} class folders")
-    files = [str(path) for path in paths]
+    top = str(folder)
     return Source(
-        names=[path.relative_to(folder).as_posix() for path in paths],
+        names=paths,
         labels=np.repeat(np.arange(len(names)), [len(files) for files in per_class]),
         classes=names,
-        read=lambda index: read_regular(files[index]),
+        read=lambda index: read_regular(f"{top}/{paths[index]}"),
         split=None,
         notes=[f"class folder {name} is empty" for name, files in zip(names, per_class) if not files],
     )
