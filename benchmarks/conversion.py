@@ -71,9 +71,9 @@ def ours(
     if not check:
         jpeg.check = lambda data, header: None
     convert(str(folder), out / "warm.beton", Settings(subset=8, **settings), workers=workers)
-    beside = {"webdataset": out / "tars"} if tars else {}
+    beside = out / "tars" if tars else None
     started = time.perf_counter()
-    manifest = convert(str(folder), out / "x.beton", Settings(**settings), workers=workers, **beside)
+    manifest = convert(str(folder), out / "x.beton", Settings(**settings), workers=workers, webdataset=beside)
     seconds = time.perf_counter() - started
     assert not manifest["refused"]
     return seconds

@@ -451,7 +451,8 @@ def _make_folders(folder: Path) -> list[Path]:
 def _remove(journal: Path, outputs: list[Output]) -> None:
     for output in outputs:
         output.remove()
-    journal.unlink(missing_ok=True)
+    with suppress(OSError):  # it isn't there, or its folder never was
+        journal.unlink()
 
 
 def _remove_folders(made: list[Path]) -> None:

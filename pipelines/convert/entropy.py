@@ -3,10 +3,10 @@
 All that can be wrong behind the header of a baseline JPEG is wrong in its Huffman codes: the arithmetic that
 follows has no errors to report. So it is enough to step over the codes, and that needs no coefficient: the
 step is a code's length plus the bits it announces. One look at the next 11 bits steps over as many whole
-codes as they hold, where a decoder takes one code at a time.
+codes as they hold, where a decoder takes one at a time.
 
     libturbojpeg, grey at 1/8     1.1 ms an image
-    this walk                     0.7 ms               (1,000 ImageNet JPEGs, 110 kB on average, one busy core)
+    this walk                     0.7 ms               (1,000 ImageNet JPEGs of 110 kB, one busy core)
 
 The walk says "sound" or "not sure", and never "damaged": whatever isn't a plain baseline JPEG (progressive,
 arithmetic, several scans) or has anything odd about it is left to libturbojpeg, whose verdict and message

@@ -95,7 +95,8 @@ class BetonOutput:
         """Whatever an unfinished conversion has left."""
         self.close()
         for path in (self.part, *map(self.aside, self.manifest_files())):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # it isn't there, or its folder never was
+                path.unlink()
 
 
 class TarOutput:
