@@ -3,8 +3,8 @@
 A beton is, from its first byte:
 
     header         24 bytes          version, field count, page size, sample count, place of the table
-    field          1,041 bytes each  type id, name, 1,024 bytes of arguments (none for our two fields)
-    metadata       24 bytes each     image {mode, width, height, data_ptr}, padding, label
+    field          1,041 bytes each  type id, name, 1,024 bytes of arguments (none for our fields)
+    metadata       24 bytes each     image {mode, width, height, data_ptr}, padding, label; 8 more a target
     pages          the images        no image crosses a multiple of the page size
     table          24 bytes each     {sample id, ptr, size} of every image
 
@@ -15,9 +15,9 @@ worker processes that it never checks, so that one bad image hangs it for ever.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -45,11 +45,12 @@ FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", (16,)), ("arguments", "<u1
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 
-INT_FIELD, IMAGE_FIELD = 1, 2
+FLOAT_FIELD, INT_FIELD, IMAGE_FIELD = 0, 1, 2
+LONGEST_NAME = 16  # bytes, of a field
 _SPAN = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 # FFCV's type id -> (what one sample's metadata holds, whether it has a row in the table)
 FIELD_TYPES: dict[int, tuple[np.dtype, bool]] = {
-    0: (np.dtype("<f8"), False),  # float
+    FLOAT_FIELD: (np.dtype("<f8"), False),
     INT_FIELD: (np.dtype("<i8"), False),
     IMAGE_FIELD: (IMAGE, True),
     3: (_SPAN, True),  # bytes
@@ -71,6 +72,7 @@ class BetonFile:
     labels: np.ndarray  # int64 [N]
     offsets: np.ndarray  # u8 [N], first byte of the image in the file
     sizes: np.ndarray  # u8 [N], bytes of the image; RAW holds height * width * 3
+    targets: dict[str, np.ndarray] = field(default_factory=dict)  # float64 [N] for each FloatField
 
 
 def open_beton(path: str | Path) -> BetonFile:
@@ -142,6 +144,11 @@ def _read_layout(path: Path, file: IO[bytes], size: int) -> BetonFile:
         labels=label.astype(np.int64),
         offsets=image["data_ptr"].copy(),
         sizes=sizes,
+        targets={
+            name: metadata[f"f{i}"].astype(np.float64)
+            for i, (name, type_id) in enumerate(zip(names, types))
+            if type_id == FLOAT_FIELD
+        },
     )
 
 
@@ -170,32 +177,52 @@ class BetonWriter:
     """Writes images one after the other; its bytes depend on what is added, and on nothing else.
 
     `capacity` is the most images that may be added: their metadata comes before the images, so its room
-    has to be set aside. The file is valid after `finish`, and not before.
+    has to be set aside. `targets` are names of regression targets, each an FFCV FloatField. The file is valid
+    after `finish`, and not before.
     """
 
-    def __init__(self, file: IO[bytes], capacity: int):
+    def __init__(self, file: IO[bytes] | None, capacity: int, targets: Sequence[str] = ()):
         self.file = file
         self.count = 0
         self.page_size = PAGE_SIZE
-        self.fields = np.zeros(2, FIELD)
-        for field, name, type_id in zip(self.fields, (b"image", b"label"), (IMAGE_FIELD, INT_FIELD)):
-            field["type_id"] = type_id
-            field["name"][: len(name)] = np.frombuffer(name, np.uint8)
-        self.metadata = np.zeros(capacity, _metadata_dtype([IMAGE_FIELD, INT_FIELD]))
+        names = [b"image", b"label", *(name.encode() for name in targets)]
+        types = [IMAGE_FIELD, INT_FIELD, *[FLOAT_FIELD] * len(targets)]
+        self.fields = np.zeros(len(names), FIELD)
+        for row, name, type_id in zip(self.fields, names, types):
+            row["type_id"] = type_id
+            row["name"][: len(name)] = np.frombuffer(name, np.uint8)
+        self.metadata = np.zeros(capacity, _metadata_dtype(types))
         self.table = np.zeros(capacity, ALLOCATION)
         self.position = HEADER.itemsize + self.fields.nbytes + self.metadata.nbytes
 
-    def add(self, mode: int, height: int, width: int, data: bytes | memoryview, label: int) -> None:
+    def add(
+        self,
+        mode: int,
+        height: int,
+        width: int,
+        data: bytes | memoryview,
+        label: int,
+        targets: Sequence[float] = (),
+    ) -> None:
         """Append one image: the bytes of a JPEG file, or (RAW) height * width * 3 bytes of RGB."""
-        start = self._place(len(data))
-        self.file.seek(start)
+        assert self.file is not None
+        self.file.seek(self.reserve(mode, height, width, len(data), label, targets))
         self.file.write(data)
+
+    def reserve(
+        self, mode: int, height: int, width: int, size: int, label: int, targets: Sequence[float] = ()
+    ) -> int:
+        """Enter one image into the tables, and return the address where its bytes belong."""
+        start = self._place(size)
         sample = self.metadata[self.count]
         sample["f0"] = (mode, width, height, start)
         sample["f1"] = label
-        self.table[self.count] = (self.count, start, len(data))
-        self.position = start + len(data)
+        for i, value in enumerate(targets):
+            sample[f"f{i + 2}"] = value
+        self.table[self.count] = (self.count, start, size)
+        self.position = start + size
         self.count += 1
+        return start
 
     def _place(self, size: int) -> int:
         """The next address from which `size` bytes do not cross into another page.
@@ -210,17 +237,22 @@ class BetonWriter:
         room = self.page_size - self.position % self.page_size
         return self.position if size <= room else self.position + room
 
-    def finish(self) -> None:
-        """Write table, metadata and, last of all, the header."""
-        self.file.seek(self.position)
-        self.file.write(self.table[: self.count].tobytes())
-        self.file.seek(HEADER.itemsize)
-        self.file.write(self.fields.tobytes())
-        self.file.write(self.metadata[: self.count].tobytes())
+    def layout(self) -> list[tuple[int, bytes]]:
+        """Everything but the images, as (address, bytes); the header, which makes it valid, comes last."""
         header = np.zeros(1, HEADER)
         header[0] = (VERSION, len(self.fields), self.page_size, self.count, self.position)
-        self.file.seek(0)
-        self.file.write(header.tobytes())
+        return [
+            (self.position, self.table[: self.count].tobytes()),
+            (HEADER.itemsize, self.fields.tobytes() + self.metadata[: self.count].tobytes()),
+            (0, header.tobytes()),
+        ]
+
+    def finish(self) -> None:
+        """Write table, metadata and, last of all, the header."""
+        assert self.file is not None
+        for address, data in self.layout():
+            self.file.seek(address)
+            self.file.write(data)
 
 
 @contextmanager

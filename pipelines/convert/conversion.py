@@ -1,263 +1,303 @@
-"""Source -> beton and its manifest: each image decoded once, checked, and stored as it came if possible."""
+"""Source -> beton, WebDataset tars or both, and their manifests: each image decoded once and checked.
+
+A conversion can be killed at any moment. What it writes lies aside until all is done (`.OUT.part`), and a
+journal says how much of it is safe (`.OUT.journal`); the same command goes on from there, and ends with the
+same bytes as if it had never been stopped.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
+import sys
 import time
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from pipelines.convert import jpeg
-from pipelines.convert.beton import JPEG, LONGEST_SIDE, RAW, VERSION, BetonWriter, written_aside
-from pipelines.convert.readers import Source, as_rgb, decode_other, open_source, upright
+from pipelines.convert.estimate import check_space, measure
+from pipelines.convert.journal import Journal
+from pipelines.convert.manifest import Samples, manifest_files, read_manifest, spread
+from pipelines.convert.outputs import BetonOutput, Item, Output, TarOutput
+from pipelines.convert.readers import Source, open_source
+from pipelines.convert.store import HOW, Settings, Stored, area_resize, attempt, select, store
+from pipelines.convert.webdataset import IMAGES_A_TAR
 from pipelines.errors import InputError
 
-SMALL = 64 * 64  # pixels; a lossless image of at most so many is stored raw: cheaper to read, hardly larger
-NAMES_LIMIT = 100_000  # images; a manifest of more leaves their names out
+__all__ = ["Settings", "area_resize", "convert", "select", "store"]
+
 CHUNK = 8  # images a task: a future costs some 40 us, a CIFAR image as much
+COMMIT_SECONDS = 1.0  # what a kill costs at most, and a second of the disk's work
+KEEP_SECONDS = 5.0  # of work that is kept when it ends early; less is quicker made again
+RESERVE = 32 << 20  # bytes of free disk below which a conversion stops by itself
+
+
+AS_IT_IS = Settings()
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is stored, and of which images. The bytes of a beton follow from these and the source alone."""
+class Work:
+    """A conversion that is ready to start."""
 
-    max_resolution: int | None = None  # longest side in pixels; larger images are shrunk and re-encoded
-    jpeg_quality: int = 90  # of what has to be encoded, 1 to 100
-    raw: bool = False  # store RGB pixels of everything: large, but nothing to decode
-    subset: int | None = None  # so many images, balanced over the classes
-    shuffle_seed: int | None = None  # None keeps the source's order; the subset is drawn with 0 then
-    on_error: str = "refuse"  # a damaged image: "refuse" leaves it out, by name; "fail" stops
-
-    def check(self) -> None:
-        """Raises InputError for a value out of range."""
-        if self.max_resolution is not None and not 1 <= self.max_resolution <= LONGEST_SIDE:
-            raise InputError(f"--max-resolution {self.max_resolution}: must be within 1 and {LONGEST_SIDE}")
-        if not 1 <= self.jpeg_quality <= 100:
-            raise InputError(f"--jpeg-quality {self.jpeg_quality}: must be within 1 and 100")
-        if self.subset is not None and self.subset < 1:
-            raise InputError(f"--subset {self.subset}: must be at least 1")
-        if self.shuffle_seed is not None and not 0 <= self.shuffle_seed < 2**32:
-            raise InputError(f"--shuffle-seed {self.shuffle_seed}: must be within 0 and {2**32 - 1}")
-        if self.on_error not in ("refuse", "fail"):
-            raise InputError(f"--on-error {self.on_error}: must be refuse or fail")
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One image as it goes into the beton."""
-
-    mode: int  # JPEG or RAW
-    height: int
-    width: int
-    data: bytes | memoryview
-    how: str  # "jpeg_untouched", "reencoded" or "raw"
-    turned: bool = False  # EXIF's orientation was applied
+    source: Source
+    order: np.ndarray  # int64 [n], positions in the source
+    settings: Settings
+    outputs: list[Output]
+    workers: int
+    progress: bool
+    head: dict[str, Any]  # what the manifest begins with
+    known: dict[str, Any] = field(default_factory=dict)  # what it says instead of what is found here
+    refused_before: list[dict[str, str]] = field(default_factory=list)  # by the conversions of the parts
 
 
 def convert(
     source: str,
-    out: str | Path,
-    settings: Settings = Settings(),
+    out: str | Path | None,
+    settings: Settings = AS_IT_IS,
     *,
+    webdataset: str | Path | None = None,
+    images_a_tar: int = IMAGES_A_TAR,
     split: str | None = None,
     root: str | Path = "data",
+    classes: str | Path | None = None,
+    devkit: str | Path | None = None,
+    shard: tuple[int, int] | None = None,
     workers: int | None = None,
     overwrite: bool = False,
+    restart: bool = False,
     progress: bool = False,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Write the beton `out` and its manifest `out`.json, and return the manifest.
+    """Write the beton `out`, the tars `webdataset`, or both, and return the manifest (of the first).
 
-    Both appear complete or not at all, and hold the same bytes whatever `workers` (threads; None: one a
-    core) is. `progress` shows a bar if stderr is a terminal. The manifest that is returned, not the file,
-    also has "seconds" and "notes". Raises InputError for everything that the user can mend.
+    All appear complete or not at all, and hold the same bytes whatever `workers` (threads; None: one a
+    core) is, and however often the conversion was killed and repeated; `restart` drops what an earlier one
+    has left. `shard` = (K, N) converts the K-th of N parts into a beton of its own, for `merge`. `classes`
+    (a manifest, or a text file with a name a line) sets the order of the classes; `devkit` is ImageNet's,
+    for the validation tar. `progress` shows notes, estimate and a bar on stderr; `dry_run` ends after them.
+
+    The manifest that is returned, not the file, has "seconds", "notes", "estimate" and "resumed", too.
+    Raises InputError for everything that the user can mend.
     """
     settings.check()
-    out = Path(out)
-    manifest_path = out.with_name(out.name + ".json")
-    _check_target(out, manifest_path, overwrite)
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: must be at least 1")
-    opened = open_source(source, split, root)
+    if images_a_tar < 1:
+        raise InputError(f"--images-per-tar {images_a_tar}: must be at least 1")
+    if shard is not None and (out is None or webdataset is not None):
+        raise InputError("--shard: a part is written as a beton; ask for the tars when you --merge")
+    beton = part_path(out, shard)
+    tars = None if webdataset is None else Path(webdataset)
+    if beton is None and tars is None:
+        raise InputError("no output: name OUT.beton, --webdataset DIR, or both")
+    check_targets(beton, tars, overwrite)
+    opened = open_source(source, split, root, classes=classes, devkit=devkit)
     order = select(opened.labels, settings.subset, settings.shuffle_seed)
+    head: dict[str, Any] = {"source": source, "split": opened.split}
+    if shard is not None:
+        number, of = shard
+        if not 1 <= number <= of <= len(order):
+            raise InputError(
+                f"--shard {number}/{of}: K must be within 1 and N, N at most {len(order)} images"
+            )
+        head["shard"] = [number, of]
+        order = order[len(order) * (number - 1) // of : len(order) * number // of]
+    outputs = make_outputs(beton, tars, opened, len(order), images_a_tar)
+    work = Work(opened, order, settings, outputs, workers or cores(), progress, head)
+    return run(work, overwrite=overwrite, restart=restart, dry_run=dry_run)
 
+
+def part_path(out: str | Path | None, shard: tuple[int, int] | None) -> Path | None:
+    """train.beton, or for the third of eight parts train.part-003-of-008.beton."""
+    if out is None or shard is None:
+        return None if out is None else Path(out)
+    out = Path(out)
+    return out.with_name(f"{out.stem}.part-{shard[0]:03d}-of-{shard[1]:03d}{out.suffix}")
+
+
+def make_outputs(
+    beton: Path | None, tars: Path | None, source: Source, capacity: int, images_a_tar: int
+) -> list[Output]:
+    outputs: list[Output] = []
+    if beton is not None:
+        outputs.append(BetonOutput(beton, capacity, list(source.targets)))
+    if tars is not None:
+        outputs.append(TarOutput(tars, source.split or "images", images_a_tar))
+    return outputs
+
+
+def run(work: Work, overwrite: bool, restart: bool, dry_run: bool = False) -> dict[str, Any]:
+    """Carry a conversion out, from its start or from where it was interrupted."""
     started = time.perf_counter()
-    made = _make_folders(out.parent)
+    first = work.outputs[0].final
+    beton = next((output.final for output in work.outputs if not output.packed), None)
+    tars = next((output.final for output in work.outputs if output.packed), None)
+    path = journal_path(first)
+    if restart:
+        _remove(path, work.outputs)
+    check_targets(beton, tars, overwrite)
+    for note in work.source.notes if work.progress else ():
+        tqdm.write(f"note: {note}", file=sys.stderr)
+    estimate = None
+    if not path.exists():
+        estimate = measure(work.source, work.order, work.settings, work.workers, pack=_packs(work))
+        if work.progress and estimate is not None:
+            tqdm.write(f"estimate: {estimate}", file=sys.stderr)
+        check_space(beton, tars, estimate)
+    extra = {"notes": work.source.notes, "estimate": asdict(estimate) if estimate else None}
+    if dry_run:
+        return {**work.head, **extra, "count": len(work.order)}
+
+    fresh, made = not path.exists(), list[Path]()
+    journal, resumed = None, 0
     try:
-        with written_aside(out) as file:
-            manifest = _write_beton(file, opened, order, settings, workers or _cores(), progress)
-            manifest = {"format_version": VERSION, "source": source, "split": opened.split, **manifest}
-            with written_aside(manifest_path) as beside:
-                beside.write(json.dumps(manifest, indent=1).encode())
+        made = [folder for output in work.outputs for folder in _make_folders(output.final.parent)]
+        journal = Journal(path, _fingerprint(work))
+        resumed = journal.count
+        if not journal.complete:
+            check_targets(beton, tars, overwrite, journaled=False)
+            _convert_images(work, journal)
+            _finish(work, journal)
+        _publish(work)
     except BaseException as error:
-        for folder in made:
-            folder.rmdir()
+        for each in (journal, *work.outputs):
+            if each is not None:
+                each.close()
+        keep = not fresh or (journal is not None and time.perf_counter() - started > KEEP_SECONDS)
+        if not keep:
+            _remove(path, work.outputs)
+            _remove_folders(made)
+        done = 0 if journal is None else len(journal.all_records())
+        kept = f"{done:,} of {len(work.order):,} images are kept" if keep and done else ""
         if isinstance(error, OSError):
-            raise InputError(f"{out}: cannot be written ({error.strerror})") from error
+            raise InputError(_why(first, error, kept)) from error
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(kept) from error
         raise
+    path.unlink(missing_ok=True)
+    journal.close()
+    manifest, samples = read_manifest(work.outputs[0].manifest)
     seconds = time.perf_counter() - started
-    return {**manifest, "seconds": seconds, "notes": opened.notes}
+    return {**manifest, "samples": samples, "seconds": seconds, "resumed": resumed, **extra}
 
 
-def select(labels: np.ndarray, subset: int | None, shuffle_seed: int | None) -> np.ndarray:
-    """Positions of the images to store, in the order to store them, int64 [subset or N].
-
-    The subset takes as many of each class as the classes allow, at random; the same seed gives the same
-    one, with or without shuffling by it. Raises InputError if it is larger than the data.
-    """
-    total = len(labels)
-    if subset is not None and subset > total:
-        raise InputError(f"--subset {subset}: the source has only {total} images")
-    order = np.arange(total)
-    if subset is not None and subset < total:
-        random = np.random.RandomState(shuffle_seed or 0)  # frozen: the same draw in every NumPy release
-        shuffled = random.permutation(total)
-        # The r-th image of its class (in random order) is taken in round r; sort by round, ties at random.
-        by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-        counts = np.unique(labels, return_counts=True)[1]
-        rounds = np.concatenate([np.arange(count) for count in counts])
-        ties = random.permutation(total)
-        order = np.sort(by_class[np.lexsort((ties, rounds))[:subset]])
-    if shuffle_seed is not None:
-        order = np.random.RandomState(shuffle_seed).permutation(order)
-    return order
+def _why(out: Path, error: OSError, kept: str) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        then = f"{kept}: free some, and repeat the command" if kept else "nothing was written"
+        return f"{out}: no space left on the disk; {then}"
+    return f"{out}: cannot be written ({error.strerror or error})" + (f"; {kept}" if kept else "")
 
 
-def store(image: bytes | np.ndarray, settings: Settings) -> Stored:
-    """Check one image (a file's bytes, or pixels) and bring it to the form in which it is stored.
-
-    A JPEG that FFCV can read and that is not too large keeps its bytes. Raises jpeg.DamagedImage.
-    """
-    if isinstance(image, np.ndarray):
-        return _store_pixels(as_rgb(image), settings, small_is_raw=True)
-    if not image:
-        raise jpeg.DamagedImage("the file is empty")
-    if not jpeg.is_jpeg(image):
-        pixels, orientation = decode_other(image)
-        pixels = upright(pixels, orientation)
-        return _store_pixels(pixels, settings, small_is_raw=True, turned=orientation != 1)
-    header = jpeg.read_header(image)
-    size = _target_size(header.height, header.width, settings.max_resolution)
-    same_size = size == (header.height, header.width)
-    if header.is_rgb_or_grey and header.orientation == 1 and same_size and not settings.raw:
-        jpeg.check(image, header)
-        return Stored(JPEG, *size, image, "jpeg_untouched")
-    pixels = jpeg.decode(image, header, None if same_size else size)
-    if not same_size:
-        pixels = area_resize(pixels, *size)
-    turned = header.orientation != 1
-    return _store_pixels(upright(pixels, header.orientation), settings, small_is_raw=False, turned=turned)
+# ------------------------------------------------------------------- the images
 
 
-def _store_pixels(pixels: np.ndarray, settings: Settings, small_is_raw: bool, turned: bool = False) -> Stored:
-    height, width = pixels.shape[:2]
-    size = _target_size(height, width, settings.max_resolution)
-    if size != (height, width):
-        pixels = area_resize(pixels, *size)
-    if settings.raw or (small_is_raw and size[0] * size[1] <= SMALL):
-        return Stored(RAW, *size, np.ascontiguousarray(pixels).tobytes(), "raw", turned)
-    return Stored(JPEG, *size, jpeg.encode(pixels, settings.jpeg_quality), "reencoded", turned)
+def _convert_images(work: Work, journal: Journal) -> None:
+    """Convert what the journal doesn't speak of yet."""
+    records = journal.all_records()
+    items = (_item(work.source, int(index)) for index in work.order)
+    stored_rows = records["how"] != 0
+    for output in work.outputs:
+        output.prepare()
+    for record, is_stored, item in zip(records, stored_rows, items):
+        if is_stored:
+            for output in work.outputs:
+                output.replay(item, record)
+    for output in work.outputs:
+        output.cut()
 
-
-def _target_size(height: int, width: int, max_resolution: int | None) -> tuple[int, int]:
-    """(height, width) with the longest side at most max_resolution; rounded down, but not to 0."""
-    longest = max(height, width)
-    if longest > LONGEST_SIDE and max_resolution is None:
-        raise jpeg.DamagedImage(
-            f"{width} x {height} is too large (side over {LONGEST_SIDE}); set --max-resolution"
-        )
-    if max_resolution is None or longest <= max_resolution:
-        return height, width
-    return max(1, height * max_resolution // longest), max(1, width * max_resolution // longest)
-
-
-def area_resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Shrink uint8 [H, W, 3] to [height, width, 3]: every pixel is the mean of the area that it covers."""
-    from pipelines.convert.area import shrink  # numba takes a second to load, and few conversions need it
-
-    return shrink(np.ascontiguousarray(pixels), height, width)
-
-
-# ------------------------------------------------------------------- the whole
-
-
-def _write_beton(
-    file: IO[bytes], source: Source, order: np.ndarray, settings: Settings, workers: int, progress: bool
-) -> dict[str, Any]:
-    """Write the beton into an open file and return what the manifest says about it."""
-    writer = BetonWriter(file, capacity=len(order))
-    names: list[str] = []
-    refused: list[dict[str, str]] = []
-    counts = {"jpeg_untouched": 0, "reencoded": 0, "raw": 0}
-    turned = 0
-    bar = tqdm(total=len(order), unit="img", smoothing=0.1, disable=None if progress else True)
-    with bar, closing(_in_order(source, order, settings, workers)) as images:
+    total, done = len(work.order), len(records)
+    refused, written = int((~stored_rows).sum()), 0
+    committed = shown = time.perf_counter()
+    bar = tqdm(total=total, initial=done, unit="img", smoothing=0.1, disable=None if work.progress else True)
+    with bar, closing(_in_order(work, work.order[done:])) as images:
         for index, stored in images:
-            bar.update()
-            name = source.names[index]
             if isinstance(stored, str):
-                if settings.on_error == "fail":
+                if work.settings.on_error == "fail":
+                    journal.commit(_synced(work), wait=True)
+                    name = work.source.names[index]
                     raise InputError(f"{name}: {stored}; mend it, or leave it out by --on-error refuse")
-                refused.append({"name": name, "reason": stored})
-                bar.set_postfix(refused=len(refused))
-                continue
-            writer.add(stored.mode, stored.height, stored.width, stored.data, int(source.labels[index]))
-            names.append(name)
-            counts[stored.how] += 1
-            turned += stored.turned
-    if writer.count == 0:
-        first = "{name}: {reason}".format(**refused[0])
-        raise InputError(f"none of the {len(order)} files is an image that can be stored; the first, {first}")
-    writer.finish()
-    file.flush()
-    os.fsync(file.fileno())  # now, so that a full disk is known before the manifest appears
-    size = file.seek(0, os.SEEK_END)
-    image, label = writer.metadata["f0"][: writer.count], writer.metadata["f1"][: writer.count]
-    return {
-        "count": writer.count,
-        "bytes": size,
-        "sha256": _sha256(file),
-        "classes": source.classes,
-        "class_counts": np.bincount(label, minlength=len(source.classes)).tolist(),
-        "heights": _spread(image["height"]),
-        "widths": _spread(image["width"]),
-        "stored": {**counts, "turned_upright": turned},
-        "source_count": len(source.labels),
-        "settings": asdict(settings),
-        "versions": _versions(source),
-        "refused": refused,
-        "names": names if writer.count <= NAMES_LIMIT else None,
-    }
+                journal.append((0, 0, 0, 0, 0, 0, _NO_DIGEST, 0, _NO_DIGEST), stored)
+                refused += 1
+            else:
+                item = _item(work.source, index)
+                for output in work.outputs:
+                    output.add(item, stored)
+                journal.append(_record(stored))
+                written += len(stored.data)
+            bar.update()
+            now = time.perf_counter()
+            if now - shown > 0.5:
+                rate = written / 1e6 / max(bar.format_dict["elapsed"], 1e-3)
+                bar.set_postfix_str(f"{rate:,.0f} MB/s" + f", {refused} refused" * bool(refused))
+                shown = now
+            if now - committed > COMMIT_SECONDS:
+                journal.commit(_synced(work))
+                _check_still_space(work.outputs)
+                committed = now
+    if refused == total:
+        journal.commit([], wait=True)
+        first = f"{work.source.names[int(work.order[0])]}: {journal.reasons[0]}"
+        _remove(journal.path, work.outputs)
+        raise InputError(f"none of the {total} files is an image that can be stored; the first, {first}")
 
 
-def _in_order(
-    source: Source, order: np.ndarray, settings: Settings, workers: int
-) -> Generator[tuple[int, Stored | str], None, None]:
+_NO_DIGEST = np.zeros(32, np.uint8)
+
+
+def _record(stored: Stored) -> tuple:
+    return (
+        HOW.index(stored.how), stored.turned, stored.mode, stored.height, stored.width,
+        len(stored.data), np.frombuffer(stored.digest, np.uint8),
+        len(stored.packed), np.frombuffer(stored.packed_digest, np.uint8),
+    )  # fmt: skip
+
+
+def _item(source: Source, index: int) -> Item:
+    return Item(
+        int(source.labels[index]), {name: float(column[index]) for name, column in source.targets.items()}
+    )
+
+
+def _synced(work: Work) -> list[int]:
+    """File descriptors of all that was written since the last commit, for the journal to sync and close."""
+    return [number for output in work.outputs for number in output.flushed()]
+
+
+def _packs(work: Work) -> bool:
+    return any(output.packed for output in work.outputs)
+
+
+def _in_order(work: Work, order: np.ndarray) -> Generator[tuple[int, Stored | str], None, None]:
     """(position in the source, image or the reason why it is none), in the order given.
 
-    Threads are enough: file reading, JPEG, PNG and the resize all leave Python's lock. Only so many
-    chunks are under way at a time, so that memory doesn't grow with the data.
+    Threads are enough: file reading, JPEG, PNG, digest and resize all leave Python's lock, and no image is
+    copied from one process to another. Only so many chunks are under way at a time, so that memory doesn't
+    grow with the data.
     """
 
-    def work(chunk: np.ndarray) -> list[tuple[int, Stored | str]]:
-        return [(int(index), _attempt(source, int(index), settings)) for index in chunk]
+    pack = _packs(work)
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="convert")
+    def attempts(chunk: np.ndarray) -> list[tuple[int, Stored | str]]:
+        return [(int(index), attempt(work.source, int(index), work.settings, pack)) for index in chunk]
+
+    pool = ThreadPoolExecutor(work.workers, thread_name_prefix="convert")
     under_way: deque[Future] = deque()
     try:
         for start in range(0, len(order), CHUNK):
-            under_way.append(pool.submit(work, order[start : start + CHUNK]))
-            if len(under_way) > 2 * workers:
+            under_way.append(pool.submit(attempts, order[start : start + CHUNK]))
+            if len(under_way) > 2 * work.workers:
                 yield from under_way.popleft().result()
         while under_way:
             yield from under_way.popleft().result()
@@ -265,21 +305,137 @@ def _in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _attempt(source: Source, index: int, settings: Settings) -> Stored | str:
-    try:
-        return store(source.read(index), settings)
-    except jpeg.DamagedImage as error:
-        return str(error)
-    except OSError as error:
-        return f"cannot be read ({error.strerror or error})"
+def _check_still_space(outputs: list[Output]) -> None:
+    for output in outputs:
+        if shutil.disk_usage(output.part.parent).free < RESERVE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _check_target(out: Path, manifest: Path, overwrite: bool) -> None:
-    if out.is_dir():
-        raise InputError(f"{out}: is a folder; give the name of a file, such as {out / 'train.beton'}")
-    for path in (out, manifest):
-        if path.exists() and not overwrite:
-            raise InputError(f"{path}: exists; remove it, or replace it by --overwrite")
+# ---------------------------------------------------------------------- the end
+
+
+def _finish(work: Work, journal: Journal) -> None:
+    """Complete outputs and manifests, all still aside; from here on nothing can go wrong but renaming."""
+    for output in work.outputs:
+        output.finish()
+    journal.commit(_synced(work), wait=True)
+    records = journal.all_records()
+    for output in work.outputs:
+        samples, figures = _samples(work, records, output), _figures(work, journal, records, output)
+        manifest = {**work.head, **figures, **work.known}
+        for path, data in manifest_files(output.manifest, manifest, samples).items():
+            with open(output.aside(path), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+    journal.commit([], wait=True, complete=True)
+
+
+def _publish(work: Work) -> None:
+    """Rename everything into its place; can be repeated where it was interrupted. Manifests come last."""
+    for output in work.outputs:
+        output.publish()
+    for output in work.outputs:
+        for path in output.manifest_files():
+            if output.aside(path).exists():
+                os.replace(output.aside(path), path)
+        _sync_folder(output.final.parent)
+
+
+def _samples(work: Work, records: np.ndarray, output: Output) -> Samples:
+    kept = np.flatnonzero(records["how"])
+    rows, indices = records[kept], work.order[kept]
+    digests = rows["packed_digest" if output.packed else "digest"]
+    samples: Samples = {
+        "name": [work.source.names[index] for index in indices],
+        "label": work.source.labels[indices].tolist(),
+        "mode": rows["mode"].tolist(),
+        "height": rows["height"].tolist(),
+        "width": rows["width"].tolist(),
+        "bytes": rows["packed_size" if output.packed else "size"].tolist(),
+        "stored": [HOW[how] for how in rows["how"]],
+        "turned": rows["turned"].tolist(),
+        "sha256": [digest.tobytes().hex() for digest in digests],
+    }
+    return samples | {name: column[indices].tolist() for name, column in work.source.targets.items()}
+
+
+def _figures(work: Work, journal: Journal, records: np.ndarray, output: Output) -> dict[str, Any]:
+    kept = records["how"] != 0
+    rows, labels = records[kept], work.source.labels[work.order[kept]]
+    counts = np.bincount(rows["how"], minlength=len(HOW))
+    stored = {how: int(counts[number]) for number, how in enumerate(HOW) if number}
+    names = work.source.names
+    return {
+        **output.describe(),
+        "count": len(rows),
+        "bytes": output.bytes_written(),
+        "classes": work.source.classes,
+        "class_counts": np.bincount(labels, minlength=len(work.source.classes)).tolist(),
+        "targets": list(work.source.targets),
+        "heights": spread(rows["height"]),
+        "widths": spread(rows["width"]),
+        "stored": {**stored, "turned_upright": int(rows["turned"].sum())},
+        "source_count": len(work.source.labels),
+        "settings": asdict(work.settings),
+        "versions": _versions(work.source),
+        "refused": [
+            *work.refused_before,
+            *(
+                {"name": names[int(work.order[place])], "reason": reason}
+                for place, reason in sorted(journal.reasons.items())
+            ),
+        ],
+    }
+
+
+def _fingerprint(work: Work) -> str:
+    """One line that changes with anything that the bytes of the outputs follow from."""
+    digest = hashlib.sha256()
+    for name in work.source.names:
+        digest.update(name.encode("utf-8", "surrogatepass") + b"\0")
+    for array in (work.source.labels, work.order, *work.source.targets.values()):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    digest.update(json.dumps([work.source.classes, list(work.source.targets)]).encode())
+    outputs = [[type(output).__name__, output.final.name, output.describe()] for output in work.outputs]
+    described = [
+        work.head,
+        work.known,
+        asdict(work.settings),
+        outputs,
+        _versions(work.source),
+        digest.hexdigest(),
+    ]
+    return json.dumps(described, sort_keys=True)
+
+
+# -------------------------------------------------------------------- the disk
+
+
+def journal_path(final: Path) -> Path:
+    return final.with_name(f".{final.name}.journal")
+
+
+def check_targets(beton: Path | None, tars: Path | None, overwrite: bool, journaled: bool = True) -> None:
+    """Raises InputError if a target is there already, unless it may be overwritten; with `journaled`, also
+    unless a journal is there: it was perhaps killed between two renames."""
+    first = beton or tars
+    assert first is not None
+    if journaled and journal_path(first).exists():
+        return
+    there = []
+    if beton is not None:
+        if beton.is_dir():
+            raise InputError(
+                f"{beton}: is a folder; give the name of a file, such as {beton / 'train.beton'}"
+            )
+        there += [path for path in (beton, beton.with_name(beton.name + ".json")) if path.exists()]
+    if tars is not None:
+        if tars.is_file():
+            raise InputError(f"{tars}: is a file; the tars need a folder")
+        there += [tars] if tars.is_dir() and any(tars.iterdir()) else []
+    if there and not overwrite:
+        raise InputError(f"{there[0]}: exists; remove it, or replace it by --overwrite")
 
 
 def _make_folders(folder: Path) -> list[Path]:
@@ -292,20 +448,29 @@ def _make_folders(folder: Path) -> list[Path]:
     return missing
 
 
-def _cores() -> int:
+def _remove(journal: Path, outputs: list[Output]) -> None:
+    for output in outputs:
+        output.remove()
+    with suppress(OSError):  # it isn't there, or its folder never was
+        journal.unlink()
+
+
+def _remove_folders(made: list[Path]) -> None:
+    for folder in made:
+        with suppress(OSError):  # something else was put there
+            folder.rmdir()
+
+
+def _sync_folder(folder: Path) -> None:
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _sha256(file: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    file.seek(0)
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _spread(values: np.ndarray) -> dict[str, float]:
-    return {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}
 
 
 def _versions(source: Source) -> dict[str, str]:

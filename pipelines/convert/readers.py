@@ -1,6 +1,11 @@
 """Where images come from: each kind of source is brought to one form, `Source`.
 
 a folder of class folders     photos/cat/1.jpg, photos/dog/2.png ... (or photos/train/cat/1.jpg)
+ILSVRC2012's own tars         ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, or the folder that holds them
+WebDataset shards             a .tar, a folder of them, or train-{000000..000146}.tar
+a tar of class folders        cat/1.jpg, dog/2.png ... in one tar
+another beton                 to make tars of it, or smaller images
+a table                       a .csv or .jsonl of paths with labels or regression targets
 Hugging Face image parquet    a file, or a folder of *.parquet
 idx files                     Debian's /usr/share/datasets/fashion-mnist, MNIST as it is published
 torchvision:NAME              a data set that torchvision knows (FashionMNIST, CIFAR10, SVHN ...)
@@ -15,6 +20,7 @@ import inspect
 import json
 import os
 import re
+import stat
 import threading
 import zlib
 from collections.abc import Callable, Sequence
@@ -47,35 +53,71 @@ class Source:
     classes: list[str]
     read: Callable[[int], bytes | np.ndarray]  # an image file's bytes, or uint8 [H, W] or [H, W, 3]
     split: str | None  # None where the source has none
+    targets: dict[str, np.ndarray] = field(default_factory=dict)  # float64 [N] each, to be regressed
     libraries: dict[str, str] = field(default_factory=dict)  # versions of what was needed beyond Pillow
     notes: list[str] = field(default_factory=list)  # what the user should know: an empty class folder
 
 
-def open_source(source: str, split: str | None = None, root: str | Path = "data") -> Source:
+def open_source(
+    source: str,
+    split: str | None = None,
+    root: str | Path = "data",
+    *,
+    classes: str | Path | None = None,
+    devkit: str | Path | None = None,
+) -> Source:
     """Open a source in any of the forms above. `split` None means train where the source has splits.
 
-    `root` is where torchvision keeps (or puts) its files. Raises InputError if there is nothing such.
+    `root` is where torchvision keeps (or puts) its files. `classes`, a manifest or a text file, sets the
+    order of the classes: labels are renumbered by name. `devkit` is ImageNet's, for its validation tar.
+    What looks wrong without being so for certain is said in `notes`. Raises InputError if there is nothing
+    such, or if the classes aren't those of `classes`.
     """
+    from pipelines.convert.imagenet import in_order_of, remarks
+
     if split is not None and split not in SPLITS:
         raise InputError(f"unknown split '{split}'; one of {', '.join(SPLITS)}")
+    opened = _open(source, split, Path(root), None if devkit is None else Path(devkit))
+    if classes is not None:
+        opened = in_order_of(opened, Path(classes))
+    return replace(opened, notes=[*opened.notes, *remarks(opened)])
+
+
+def _open(source: str, split: str | None, root: Path, devkit: Path | None) -> Source:
+    from pipelines.convert import tables, tars
+
     if source.startswith("torchvision:"):
-        return _torchvision(source.removeprefix("torchvision:"), split, Path(root))
+        return _torchvision(source.removeprefix("torchvision:"), split, root)
     if source.startswith("sklearn:"):
         return _sklearn(source.removeprefix("sklearn:"), split)
     path = Path(source)
     if path.is_file():
         if path.suffix == ".parquet":
-            return _parquet(*_files_of_split(path, [path], split))
+            return _parquet(*files_of_split(path, [path], split))
+        if path.suffix in (".csv", ".jsonl"):
+            return tables.open_table(path)
+        if path.suffix == ".beton":
+            from pipelines.convert.merge import open_beton_source
+
+            return open_beton_source(path)
+        if path.suffix == ".tar":
+            return tars.open_tars(source, [path], split, devkit)
         raise InputError(
-            f"{source}: a single file must be a .parquet; otherwise give a folder of class folders"
+            f"{source}: a single file must be a .tar, .parquet, .csv, .jsonl or .beton; else give a folder"
         )
+    if "{" in source and (shards := tars.expanded(source)):
+        return tars.open_tars(source, shards, split, devkit)
     if not path.is_dir():
         hint = "; data sets by name are torchvision:NAME and sklearn:digits" if "/" not in source else ""
         raise InputError(f"{source}: no such folder or file{hint}")
     if list(path.glob("*-images-idx3-ubyte*")):
         return _idx(path, split)
     if parquets := sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet")):
-        return _parquet(*_files_of_split(path, parquets, split))
+        if shards := sorted(path.glob("*.tar")):  # our own tars, whose manifest has its rows beside it
+            return tars.open_tars(source, *files_of_split(path, shards, split), devkit)
+        return _parquet(*files_of_split(path, parquets, split))
+    if shards := tars.of_imagenet(path, split) or sorted(path.glob("*.tar")):
+        return tars.open_tars(source, *files_of_split(path, shards, split), devkit)
     return _class_folders(path, split)
 
 
@@ -90,7 +132,7 @@ def list_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    images = [path for path in _files_under(folder) if path.suffix.lower() in EXTENSIONS]
+    images = [folder / name for name in _files_under(folder) if name.lower().endswith(EXTENSIONS)]
     if not images:
         raise InputError(f"{folder}: no image in it (looked for {', '.join(EXTENSIONS)})")
     return images
@@ -150,61 +192,88 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 # ------------------------------------------------------------ folders and files
 
 
-def _files_under(folder: Path) -> list[Path]:
-    """Files below a folder, sorted by their parts; links are followed, but never in a circle."""
-    found: list[Path] = []
-    seen: set[str] = set()
+def _files_under(folder: Path) -> list[str]:
+    """Paths, relative to it, of the files below a folder, sorted by their parts; links are followed, but
+    never in a circle."""
+    found: list[list[str]] = []
+    seen: set[tuple[int, int]] = set()
 
     def unreadable(error: OSError) -> None:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
-    for here, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        real = os.path.realpath(here)
-        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
-        if real not in seen:
-            found += [Path(here, name) for name in files if not name.startswith(".")]
-        seen.add(real)
-    return sorted(found)
+    top = str(folder)
+    for here, folders, files in os.walk(top, onerror=unreadable, followlinks=True):
+        status = os.stat(here)
+        known = (status.st_dev, status.st_ino) in seen
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = [] if known else [name for name in folders if not name.startswith(".")]
+        parts = [part for part in here[len(top) :].split(os.sep) if part]
+        found += [[*parts, name] for name in files if not known and not name.startswith(".")]
+    return ["/".join(parts) for parts in sorted(found)]
 
 
-def _read_regular(path: Path) -> bytes:
-    if not path.is_file() and path.exists():  # a named pipe would be waited for, for ever
-        raise jpeg.DamagedImage("no regular file")
-    return path.read_bytes()
+def read_regular(path: str) -> bytes:
+    """The bytes of a file; a named pipe, which would be waited for, for ever, is refused."""
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        status = os.fstat(number)
+        if not stat.S_ISREG(status.st_mode):
+            raise jpeg.DamagedImage("no regular file")
+        data = os.read(number, status.st_size)
+        while len(data) < status.st_size and (more := os.read(number, status.st_size - len(data))):
+            data += more  # a network's file system may give less than what was asked for
+        return data
+    finally:
+        os.close(number)
 
 
 def _class_folders(folder: Path, split: str | None) -> Source:
     """torchvision's ImageFolder layout. Every file in a class folder counts as an image: one that is none
     is refused by name later, not skipped in silence."""
+    from pipelines.convert import imagenet
+
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if names and set(names) <= set(_SPLIT_NAMES):
         chosen, split = _choose_split(folder, names, split)
-        return replace(_class_folders(folder / chosen, None), split=split)
+        opened = replace(_class_folders(folder / chosen, None), split=split)
+        if chosen == "train" or "train" not in names:
+            return opened
+        of_train = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
+        return imagenet.renumbered(opened, of_train, folder / "train") if of_train else opened
     if split is not None:
         raise InputError(f"{folder}: has no splits; leave --split out")
     if not names:
         loose = any(path.suffix.lower() in EXTENSIONS for path in folder.iterdir())
+        if any(path.name.startswith("ILSVRC2012_val_") for path in folder.iterdir()):
+            raise InputError(
+                f"{folder}: ImageNet's validation images without their classes; convert "
+                "ILSVRC2012_img_val.tar and its devkit instead, or put the images in one folder per class"
+            )
         what = "its images lie in no class folder" if loose else "no image in it"
         raise InputError(f"{folder}: {what}; put the images in one folder per class: {folder}/CLASS/1.jpg")
 
     per_class = [_files_under(folder / name) for name in names]
-    paths = [path for files in per_class for path in files]
+    paths = [f"{name}/{file}" for name, files in zip(names, per_class) for file in files]
     if not paths:
         raise InputError(f"{folder}: no image in any of its {len(names)} class folders")
+    top = str(folder)
     return Source(
-        names=[path.relative_to(folder).as_posix() for path in paths],
+        names=paths,
         labels=np.repeat(np.arange(len(names)), [len(files) for files in per_class]),
         classes=names,
-        read=lambda index: _read_regular(paths[index]),
+        read=lambda index: read_regular(f"{top}/{paths[index]}"),
         split=None,
         notes=[f"class folder {name} is empty" for name, files in zip(names, per_class) if not files],
     )
 
 
-def _files_of_split(source: Path, files: list[Path], split: str | None) -> tuple[list[Path], str | None]:
+def files_of_split(source: Path, files: list[Path], split: str | None) -> tuple[list[Path], str | None]:
     """Parquets of one split, by their names (train-00000-of-00002.parquet), and the split."""
     of_split = {
-        name: [path for path in files if re.match(rf"{name}([-_.]|$)", path.name)] for name in _SPLIT_NAMES
+        name: [
+            path for path in files if re.match(rf"{name}([-_.]|$)", path.name.removeprefix("ILSVRC2012_img_"))
+        ]
+        for name in _SPLIT_NAMES
     }
     present = [name for name, paths in of_split.items() if paths]
     if not present and split is None:
@@ -240,7 +309,7 @@ def _parquet(paths: list[Path], split: str | None) -> Source:
             image, label = _parquet_columns(path, files[-1].schema_arrow)
             tables.append(files[-1].read([label])[label])
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: cannot be read as parquet ({_first_line(error)})") from error
+        raise InputError(f"{path}: cannot be read as parquet ({first_line(error)})") from error
     if any(not pa.types.is_integer(table.type) or table.null_count for table in tables):
         raise InputError(f"{path}: its column '{label}' must hold one integer a row")
     labels = np.concatenate([table.to_numpy() for table in tables]).astype(np.int64)
@@ -262,14 +331,14 @@ def _parquet(paths: list[Path], split: str | None) -> Source:
             try:
                 cell = images_of(group)[index - int(starts[group])].as_py()
             except (pa.ArrowException, OSError) as error:
-                raise jpeg.DamagedImage(f"the parquet is damaged: {_first_line(error)}") from error
+                raise jpeg.DamagedImage(f"the parquet is damaged: {first_line(error)}") from error
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if not data:
             raise jpeg.DamagedImage("no bytes in this row")
         return data
 
     classes = _huggingface_classes(files[0].schema_arrow, label)
-    return _labelled(str(path), names, labels, classes, read, split, {"pyarrow": pa.__version__})
+    return labelled(str(path), names, labels, classes, read, split, {"pyarrow": pa.__version__})
 
 
 def _parquet_columns(path: Path, schema: Any) -> tuple[str, str]:
@@ -303,7 +372,7 @@ def _idx(folder: Path, split: str | None) -> Source:
         raise InputError(f"{folder}: {len(images)} images but {len(labels)} labels for '{split or 'train'}'")
     classes = FASHION_CLASSES if "fashion" in str(folder.resolve()).lower() else None
     names = [f"{prefix}:{row}" for row in range(len(images))]
-    return _labelled(str(folder), names, labels, classes, images.__getitem__, split or "train")
+    return labelled(str(folder), names, labels, classes, images.__getitem__, split or "train")
 
 
 def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
@@ -319,7 +388,7 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
         shape = np.frombuffer(data, ">u4", dimensions, offset=4).astype(int)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({_first_line(error)})") from error
+        raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def _torchvision(name: str, split: str | None, root: Path) -> Source:
@@ -341,13 +410,13 @@ def _torchvision(name: str, split: str | None, root: Path) -> Source:
         except RuntimeError:  # torchvision's way to say that it isn't there yet
             images = cls(root, download=True, **which)
     except Exception as error:  # whatever the network, the archive or the class itself raises
-        raise InputError(f"torchvision:{name}: cannot be had in {root} ({_first_line(error)})") from error
+        raise InputError(f"torchvision:{name}: cannot be had in {root} ({first_line(error)})") from error
     labels = getattr(images, "targets", getattr(images, "labels", None))
     if labels is None:
         labels = [images[index][1] for index in range(len(images))]
     classes = getattr(images, "classes", None)
     names = [f"{name}:{split or 'train'}:{row}" for row in range(len(images))]
-    return _labelled(
+    return labelled(
         f"torchvision:{name}",
         names,
         np.asarray(labels).astype(np.int64),
@@ -377,10 +446,10 @@ def _sklearn(name: str, split: str | None) -> Source:
     names = [f"digits:{row}" for row in rows]
     libraries = {"scikit-learn": version("scikit-learn")}
     labels = digits.target[rows].astype(np.int64)
-    return _labelled("sklearn:digits", names, labels, None, images.__getitem__, split or "train", libraries)
+    return labelled("sklearn:digits", names, labels, None, images.__getitem__, split or "train", libraries)
 
 
-def _labelled(
+def labelled(
     source: str,
     names: list[str],
     labels: np.ndarray,
@@ -399,8 +468,8 @@ def _labelled(
     if labels.max() >= len(classes):
         where = names[int(labels.argmax())]
         raise InputError(f"{source}: {where} has label {labels.max()}, but {len(classes)} classes are named")
-    return Source(names, labels, classes, read, split, libraries or {})
+    return Source(names, labels, classes, read, split, libraries=libraries or {})
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -43,7 +43,7 @@ def test_every_option_reaches_the_manifest(tmp_path):
     assert manifest["settings"] == {
         "max_resolution": 25,
         "jpeg_quality": 70,
-        "raw": False,
+        "raw_proportion": 0.0,
         "subset": 6,
         "shuffle_seed": 4,
         "on_error": "fail",
@@ -81,7 +81,7 @@ BAD = [
         "none of the 2 files is an image that can be stored; the first, a/1.jpg: not an image",
     ),
     ("damaged out.beton --on-error fail", "class0/001.jpg: "),
-    ("file.txt out.beton", "file.txt: a single file must be a .parquet"),
+    ("file.txt out.beton", "file.txt: a single file must be a .tar, .parquet"),
     ("other.parquet out.beton", "no column 'image' and 'label' (its columns: a)"),
     ("torchvision:Nope out.beton", "torchvision:Nope: no data set"),
     ("sklearn:faces out.beton", "sklearn:faces: unknown"),
@@ -101,7 +101,7 @@ BAD = [
     ("good out.beton --shuffle-seed -1", "--shuffle-seed -1: must be within 0 and"),
     ("good out.beton --workers 0", "--workers 0: must be at least 1"),
     ("good out.beton --colour", "unrecognized arguments: --colour"),
-    ("good", "the following arguments are required: OUT.beton"),
+    ("good", "the following arguments are required: OUT.beton (or --webdataset DIR)"),
 ]
 
 
@@ -169,11 +169,14 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, number, status):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
     assert list((tmp_path / "out").iterdir()) == []
-    assert errors.decode() == ("interrupted: nothing was written\n" if number == signal.SIGINT else "")
+    last = errors.decode().splitlines()[-1]
+    assert last.startswith(
+        "interrupted: nothing was written" if number == signal.SIGINT else "estimate: 2,000 images"
+    )
 
 
 def test_no_space_left(tmp_path):
-    """A limit on the size of a file stands in for a full disk: the same error from the same write."""
+    """A limit on the size of a file: an error from the same write as a full disk's."""
     photos(tmp_path / "set", classes=4, each=50)
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
@@ -188,7 +191,9 @@ def test_no_space_left(tmp_path):
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr == "error: out.beton: cannot be written (File too large)\n"
+    estimate, error = done.stderr.splitlines()
+    assert estimate.startswith("estimate: 200 images")
+    assert error == "error: out.beton: cannot be written (File too large)"
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
@@ -220,4 +225,4 @@ def test_real_imagenet_jpegs_keep_their_bytes(tmp_path):
     assert main([str(tmp_path / "set"), str(tmp_path / "x.beton"), "--on-error", "fail"]) == 0
     manifest, beton = json.loads((tmp_path / "x.beton.json").read_text()), open_beton(tmp_path / "x.beton")
     assert beton.count == len(files) == 50
-    assert all(image_of(beton, i) == files[name] for i, name in enumerate(manifest["names"]))
+    assert all(image_of(beton, i) == files[row[0]] for i, row in enumerate(manifest["samples"]))

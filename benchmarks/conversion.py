@@ -1,0 +1,221 @@
+"""How fast does conversion go, against FFCV's own writer, on the same images with as many workers?
+
+    python -m benchmarks.conversion --json FILE                    # ../shared/data's 1,000 ImageNet JPEGs
+    python -m benchmarks.conversion --images FOLDER_OR_TAR --workers 8 --repeats 5
+
+Rows, each the median of --repeats runs that take turns, in a process of its own, with images that were just
+written, and so lie in the page cache:
+
+    lossless                    JPEG bytes kept, every image checked, as `convert-beton` does it
+    lossless, unchecked         the same without the check: what the check costs
+    lossless, both              a beton and tars from one pass
+    ffcv                        DatasetWriter, images re-encoded at quality 90: it can't keep them
+    re-encode                   --max-resolution 400 --jpeg-quality 90
+    ffcv re-encode              DatasetWriter with max_resolution=400, jpeg_quality=90
+    memory                      peak of the process at 1,000 and at 20,000 images (the same, over and over)
+
+Ratios: lossless_over_ffcv_writer (checked), lossless_unchecked_over_ffcv_writer, reencode_over_ffcv_writer;
+memory_growth is the peak at 20,000 over that at 1,000. Ours writes to the disk (fsync) before it says that it
+is done; FFCV's writer leaves that to the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+SHARED = Path(__file__).resolve().parents[2] / "shared/data/imagenet-sample/imagenet-1k-one-per-class.tar"
+OURS = {
+    "lossless": {},
+    "lossless, unchecked": {"check": False},
+    "lossless, both": {"tars": True},
+    "re-encode": {"max_resolution": 400},
+}
+FFCV = {"ffcv": None, "ffcv re-encode": 400}
+
+
+class Images:
+    """What FFCV's writer takes: (PIL image, label) by index. At module level, so that workers can have it."""
+
+    def __init__(self, folder: Path):
+        self.files = sorted(path for path in folder.rglob("*") if path.is_file())
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        return Image.open(self.files[index]).convert("RGB"), index
+
+
+def ours(
+    folder: Path, out: Path, workers: int, check: bool = True, tars: bool = False, **settings: Any
+) -> float:
+    """Seconds of one conversion, after one of a few images that loads and compiles everything."""
+    from pipelines.convert import jpeg
+    from pipelines.convert.conversion import Settings, convert
+
+    if not check:
+        jpeg.check = lambda data, header: None
+    convert(str(folder), out / "warm.beton", Settings(subset=8, **settings), workers=workers)
+    beside = out / "tars" if tars else None
+    started = time.perf_counter()
+    manifest = convert(str(folder), out / "x.beton", Settings(**settings), workers=workers, webdataset=beside)
+    seconds = time.perf_counter() - started
+    assert not manifest["refused"]
+    return seconds
+
+
+def theirs(folder: Path, out: Path, workers: int, max_resolution: int | None) -> float:
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    image = RGBImageField("jpg", max_resolution=max_resolution, jpeg_quality=90)
+    writer = DatasetWriter(str(out / "x.beton"), {"image": image, "label": IntField()}, num_workers=workers)
+    images = Images(folder)
+    started = time.perf_counter()
+    writer.from_indexed_dataset(images, chunksize=25)
+    return time.perf_counter() - started
+
+
+def peak_of(folder: Path, out: Path, workers: int, count: int) -> int:
+    """Bytes at the peak of converting `count` images: a table that names those of the folder in turn."""
+    from pipelines.convert.conversion import convert
+
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    table = out / "x.csv"
+    table.write_text("path,label\n" + "".join(f"{files[i % len(files)]},0\n" for i in range(count)))
+    convert(str(table), out / "x.beton", workers=workers)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def one(arguments: list[str]) -> None:
+    """In a process of its own: run one arm once and print what it measured."""
+    name, folder, workers, count = arguments[0], Path(arguments[1]), int(arguments[2]), int(arguments[3])
+    with tempfile.TemporaryDirectory(dir=folder.parent) as out:
+        if name == "memory":
+            print(peak_of(folder, Path(out), workers, count))
+        elif name in OURS:
+            print(ours(folder, Path(out), workers, **OURS[name]))  # type: ignore[arg-type]
+        else:
+            print(theirs(folder, Path(out), workers, FFCV[name]))
+
+
+def measured(name: str, folder: Path, workers: int, count: int = 0) -> float:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.conversion",
+        "--one",
+        name,
+        str(folder),
+        str(workers),
+        str(count),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"error: {name} failed: {done.stderr.strip().splitlines()[-1]}")
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def main(arguments: list[str]) -> None:
+    from pipelines.convert.conversion import cores
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--images", type=Path, default=SHARED, help="a folder of class folders, or a tar of them"
+    )
+    parser.add_argument("--workers", type=int, default=cores(), help="of each (default: one a core)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--many", type=int, default=20_000, help="images of the large memory run; 0 leaves it out"
+    )
+    parser.add_argument("--work", type=Path, help="where to write (default: the system's temporary folder)")
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    options = parser.parse_args(arguments)
+    if not options.images.exists():
+        raise SystemExit(f"error: {options.images}: no such folder or tar; name one with --images")
+    with tempfile.TemporaryDirectory(dir=options.work) as work:
+        folder = Path(work) / "images"
+        if options.images.is_file():
+            with tarfile.open(options.images) as archive:
+                archive.extractall(folder, filter="data")
+        else:
+            shutil.copytree(options.images, folder)
+        result = measure(options, folder)
+    result["command"] = "python -m benchmarks.conversion " + " ".join(arguments)
+    show(result)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1))
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    megabytes = sum(path.stat().st_size for path in files) / 1e6
+    arms = [*OURS, *FFCV]
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(options.repeats):
+        for name in arms:
+            seconds[name].append(measured(name, folder, options.workers))
+    rows: list[dict[str, Any]] = []
+    for name in arms:
+        median = statistics.median(seconds[name])
+        rate = {"images_per_second": len(files) / median, "megabytes_per_second": megabytes / median}
+        rows.append({"name": name, "workers": options.workers, **rate, "seconds": seconds[name]})
+    speed = {row["name"]: row["images_per_second"] for row in rows}
+    ratios = {
+        "lossless_over_ffcv_writer": speed["lossless"] / speed["ffcv"],
+        "lossless_unchecked_over_ffcv_writer": speed["lossless, unchecked"] / speed["ffcv"],
+        "reencode_over_ffcv_writer": speed["re-encode"] / speed["ffcv re-encode"],
+    }
+    if options.many:
+        peaks = {count: measured("memory", folder, options.workers, count) for count in (1000, options.many)}
+        rows += [
+            {"name": "memory", "images": count, "peak_bytes": int(peak)} for count, peak in peaks.items()
+        ]
+        ratios["memory_growth"] = peaks[options.many] / peaks[1000]
+    libraries = {name: version(name) for name in ("ffcv", "numpy", "numba", "pillow")}
+    machine = {"machine": platform.processor() or platform.machine(), "python": platform.python_version()}
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "images": len(files),
+        "megabytes": megabytes,
+        "versions": {**machine, **libraries},
+        "rows": rows,
+        "ratios": ratios,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    for row in result["rows"]:
+        if "peak_bytes" in row:
+            print(f"memory, {row['images']:,} images: peak {row['peak_bytes'] / 1e6:,.0f} MB")
+        else:
+            spread = f"{min(row['seconds']):.2f}-{max(row['seconds']):.2f} s"
+            rate = f"{row['images_per_second']:8,.0f} img/s {row['megabytes_per_second']:7,.0f} MB/s"
+            print(f"{row['name']:22}{rate}   {spread}")
+    for name, ratio in result["ratios"].items():
+        print(f"{name}: {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        one(sys.argv[2:])
+    else:
+        main(sys.argv[1:])

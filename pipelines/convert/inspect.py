@@ -1,0 +1,117 @@
+"""A look at a converted set: counts, classes, sizes, and a sheet of its images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from pipelines.convert.beton import open_beton
+from pipelines.convert.estimate import size_text
+from pipelines.convert.merge import open_beton_source
+from pipelines.convert.readers import Source, decode_rgb, open_source
+from pipelines.errors import InputError
+
+COLUMNS, ROWS, SIDE, CAPTION = 8, 6, 128, 14  # of the sheet; the sides in pixels
+BAR = 40  # characters
+
+
+@dataclass(frozen=True)
+class Look:
+    """What `inspect` found; `text` is for people."""
+
+    count: int
+    class_counts: np.ndarray  # int64 [classes]
+    sides: np.ndarray | None  # int64 [N], longest side in pixels; None where only decoding could tell
+    text: str
+
+
+def inspect(path: str | Path, sheet: str | Path) -> Look:
+    """Look at a beton or at tars, and write a contact sheet (PNG). Raises InputError."""
+    path, sheet = Path(path), Path(sheet)
+    lines, sides = [], None
+    if path.is_file() and path.suffix != ".tar":
+        beton = open_beton(path)
+        source = open_beton_source(path)
+        sides = np.maximum(beton.heights, beton.widths)
+        raw = int((beton.modes != 0).sum())
+        lines.append(
+            f"{path}: {beton.count:,} images ({beton.count - raw:,} JPEG, {raw:,} raw), "
+            f"{size_text(path.stat().st_size)}"
+        )
+        lines += [
+            "",
+            "longest side, pixels",
+            *histogram(sides),
+            "",
+            "bytes an image",
+            *histogram(beton.sizes),
+        ]
+    else:
+        source = open_source(str(path))
+        lines.append(f"{path}: {len(source.labels):,} images")
+        sizes = np.array([len(source.read(i)) for i in _spread(len(source.labels), 1000)])
+        lines += ["", f"bytes an image ({len(sizes)} of them)", *histogram(sizes)]
+    counts = np.bincount(source.labels, minlength=len(source.classes))
+    lines += ["", *class_lines(source, counts)]
+    contact_sheet(source, sheet)
+    lines += ["", f"contact sheet: {sheet}"]
+    return Look(len(source.labels), counts, sides, "\n".join(lines))
+
+
+def class_lines(source: Source, counts: np.ndarray) -> list[str]:
+    lines = [
+        f"{len(counts):,} classes of {counts.min():,} to {counts.max():,} images, "
+        f"{np.median(counts):,.0f} at the median"
+    ]
+    shown = (
+        range(len(counts)) if len(counts) <= 20 else [*range(10), -1, *range(len(counts) - 10, len(counts))]
+    )
+    for number in shown:
+        lines.append(
+            "  ..." if number < 0 else f"{number:6} {source.classes[number]:20.20} {counts[number]:,}"
+        )
+    for name, column in source.targets.items():
+        lines.append(f"target {name}: {column.min():g} to {column.max():g}, mean {column.mean():g}")
+    return lines
+
+
+def histogram(values: np.ndarray) -> list[str]:
+    """A line a bin: its range, its count and a bar. Bins of the same ratio where the range is wide."""
+    low, high = int(values.min()), int(values.max())
+    if low == high:
+        return [f"{low:>17,} {len(values):10,}"]
+    wide = high > 8 * max(low, 1)
+    edges = np.geomspace(max(low, 1), high + 1, 11) if wide else np.linspace(low, high + 1, 11)
+    edges = np.unique(np.round(edges).astype(np.int64))
+    edges[0] = low
+    counts = np.histogram(values, np.append(edges[:-1], high + 1))[0]
+    return [
+        f"{a:>8,}-{b - 1:<8,} {count:10,} {'#' * round(BAR * count / counts.max())}"
+        for a, b, count in zip(edges, edges[1:], counts)
+    ]
+
+
+def contact_sheet(source: Source, path: Path) -> None:
+    """48 images, evenly spread, each with its index and class."""
+    page = Image.new("RGB", (COLUMNS * SIDE, ROWS * (SIDE + CAPTION)), "white")
+    draw = ImageDraw.Draw(page)
+    for place, index in enumerate(_spread(len(source.labels), COLUMNS * ROWS)):
+        image = source.read(index)
+        pixels = decode_rgb(image, source.names[index]) if isinstance(image, bytes) else image
+        thumb = Image.fromarray(pixels)
+        thumb.thumbnail((SIDE - 4, SIDE - 4), Image.Resampling.LANCZOS)
+        x, y = place % COLUMNS * SIDE, place // COLUMNS * (SIDE + CAPTION)
+        page.paste(thumb, (x + (SIDE - thumb.width) // 2, y + (SIDE - thumb.height) // 2))
+        caption = f"{index} {source.classes[source.labels[index]]}".encode("ascii", "replace").decode()
+        draw.text((x + 4, y + SIDE - 1), caption[:20], "black")
+    try:
+        page.save(path, "PNG")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _spread(count: int, most: int) -> list[int]:
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()

@@ -1,0 +1,141 @@
+"""Betons as a source: to be converted to another form, or merged where they are the parts of an array job."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.convert.beton import JPEG, BetonFile, open_beton
+from pipelines.convert.conversion import Work, check_targets, cores, make_outputs, run
+from pipelines.convert.manifest import read_manifest
+from pipelines.convert.readers import Source, labelled
+from pipelines.convert.store import Settings, Stored
+from pipelines.convert.webdataset import IMAGES_A_TAR
+from pipelines.errors import InputError
+
+
+def open_beton_source(path: Path) -> Source:
+    """A beton's images as they came: JPEG bytes, or pixels. Names and classes as in its manifest."""
+    beton = open_beton(path)
+    bytes_of = _reader([beton])
+    manifest_file = path.with_name(path.name + ".json")
+    classes, split = None, None
+    names = [f"{path.name}:{index}" for index in range(beton.count)]
+    if manifest_file.exists():
+        manifest, samples = read_manifest(manifest_file)
+        classes, split, names = manifest["classes"], manifest["split"], list(samples["name"])
+
+    def read(index: int) -> bytes | np.ndarray:
+        data = bytes_of(0, index)
+        if beton.modes[index] == JPEG:
+            return data
+        return np.frombuffer(data, np.uint8).reshape(int(beton.heights[index]), int(beton.widths[index]), 3)
+
+    return replace(labelled(str(path), names, beton.labels, classes, read, split), targets=beton.targets)
+
+
+def merge(
+    out: str | Path,
+    *,
+    webdataset: str | Path | None = None,
+    images_a_tar: int = IMAGES_A_TAR,
+    workers: int | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Put the parts of `out` (convert with `shard`) together: the same bytes as one conversion of everything.
+
+    Every image's digest is checked on the way, nothing is decoded. Returns the manifest as `convert` does.
+    Raises InputError if a part is missing, damaged, or of another conversion than the first.
+    """
+    out = Path(out)
+    tars = None if webdataset is None else Path(webdataset)
+    check_targets(out, tars, overwrite)
+    paths = part_files(out)
+    betons = [open_beton(path) for path in paths]
+    read = [read_manifest(path.with_name(path.name + ".json")) for path in paths]
+    manifests, rows = [each[0] for each in read], [each[1] for each in read]
+    for path, manifest in zip(paths, manifests):
+        for key in ("source", "split", "settings", "versions", "classes", "targets", "source_count"):
+            if manifest[key] != manifests[0][key]:
+                raise InputError(f"{path}: its {key} differs from that of {paths[0].name}; convert it again")
+
+    bytes_of = _reader(betons)
+    place = [(part, index) for part, beton in enumerate(betons) for index in range(beton.count)]
+
+    def stored(at: int) -> Any:
+        part, index = place[at]
+        samples, data = rows[part], bytes_of(part, index)
+        digest = hashlib.sha256(data).digest()
+        if digest.hex() != samples["sha256"][index]:
+            name = samples["name"][index]
+            raise InputError(
+                f"{paths[part]}: image {index} ({name}) isn't what was written; convert this part again"
+            )
+        size = int(samples["height"][index]), int(samples["width"][index])
+        turned = bool(samples["turned"][index])
+        return Stored(int(samples["mode"][index]), *size, data, samples["stored"][index], turned, digest)
+
+    first = manifests[0]
+    source = Source(
+        names=[name for samples in rows for name in samples["name"]],
+        labels=np.concatenate([beton.labels for beton in betons]),
+        classes=first["classes"],
+        read=stored,
+        split=first["split"],
+        targets={
+            name: np.concatenate([beton.targets[name] for beton in betons]) for name in first["targets"]
+        },
+    )
+    refused = [each for manifest in manifests for each in manifest["refused"]]
+    outputs = make_outputs(out, tars, source, len(source.labels) + len(refused), images_a_tar)
+    known = {key: first[key] for key in ("source_count", "settings", "versions")}
+    head = {key: first[key] for key in ("source", "split")}
+    settings = Settings(**first["settings"])
+    assert asdict(settings) == first["settings"]
+    order = np.arange(len(source.labels))
+    work = Work(source, order, settings, outputs, workers or cores(), progress, head, known, refused)
+    return run(work, overwrite=overwrite, restart=restart)
+
+
+def part_files(out: Path) -> list[Path]:
+    """train.part-001-of-008.beton ... in order. Raises InputError if there is none, or not every one."""
+    pattern = re.compile(rf"{re.escape(out.stem)}\.part-(\d+)-of-(\d+){re.escape(out.suffix)}")
+    folder = out.parent
+    found = {p: m for p in (folder.iterdir() if folder.is_dir() else ()) if (m := pattern.fullmatch(p.name))}
+    counts = {int(match.group(2)) for match in found.values()}
+    if not counts:
+        raise InputError(f"{out}: no parts beside it (such as {out.stem}.part-001-of-008{out.suffix})")
+    if len(counts) > 1:
+        raise InputError(
+            f"{out}: its parts are of {' and '.join(map(str, sorted(counts)))}; remove the wrong ones"
+        )
+    (count,) = counts
+    present = {int(match.group(1)): path for path, match in found.items()}
+    missing = [number for number in range(1, count + 1) if number not in present]
+    if missing:
+        listed = ", ".join(map(str, missing[:5])) + (" ..." if len(missing) > 5 else "")
+        raise InputError(f"{out}: {len(missing)} of {count} parts are missing: {listed}")
+    return [present[number] for number in range(1, count + 1)]
+
+
+def _reader(betons: list[BetonFile]) -> Any:
+    """(part, index) -> the bytes of an image, from any thread."""
+    files = [os.open(beton.path, os.O_RDONLY) for beton in betons]
+
+    def bytes_of(part: int, index: int) -> bytes:
+        beton = betons[part]
+        size = int(beton.sizes[index])
+        data = os.pread(files[part], size, int(beton.offsets[index]))
+        if len(data) != size:
+            raise InputError(f"{beton.path}: was cut short while it was read")
+        return data
+
+    return bytes_of

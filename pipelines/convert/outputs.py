@@ -1,0 +1,174 @@
+"""The two forms of output under one conversion: each writes aside, goes on after a kill, and is then renamed.
+
+A conversion calls prepare, replay for each image that the journal knows, cut, add for each further one,
+finish and publish. `flushed` may come at any time in between.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from pipelines.convert.beton import VERSION, BetonWriter
+from pipelines.convert.manifest import rows_path
+from pipelines.convert.store import Stored
+from pipelines.convert.webdataset import TarWriter
+
+
+@dataclass(frozen=True)
+class Item:
+    """What an output stores of an image besides its bytes."""
+
+    label: int
+    targets: dict[str, float] = field(default_factory=dict)
+
+
+class BetonOutput:
+    """One file, and its manifest OUT.beton.json beside it."""
+
+    packed = False  # it stores pixels as pixels
+
+    def __init__(self, final: Path, capacity: int, targets: Sequence[str] = ()):
+        self.final = final
+        self.part = self.aside(final)
+        self.manifest = final.with_name(final.name + ".json")
+        self.capacity, self.targets = capacity, list(targets)
+        self.file: IO[bytes] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        return {"format": "beton", "format_version": VERSION}
+
+    def bytes_written(self) -> int:
+        return self.writer.position + self.writer.table[: self.writer.count].nbytes
+
+    def aside(self, path: Path) -> Path:
+        return path.with_name(f".{path.name}.part")
+
+    def manifest_files(self) -> list[Path]:
+        return [rows_path(self.manifest), self.manifest]
+
+    def prepare(self) -> None:
+        self.file = open(self.part, "r+b" if self.part.exists() else "w+b", buffering=1 << 20)  # noqa: SIM115
+        self.writer = BetonWriter(self.file, self.capacity, self.targets)
+
+    def replay(self, item: Item, record: np.void) -> None:
+        where = int(record["mode"]), int(record["height"]), int(record["width"]), int(record["size"])
+        self.writer.reserve(*where, item.label, list(item.targets.values()))
+
+    def cut(self) -> None:
+        assert self.file is not None
+        self.file.truncate(self.writer.position if self.writer.count else 0)
+
+    def add(self, item: Item, stored: Stored) -> None:
+        values = list(item.targets.values())
+        self.writer.add(stored.mode, stored.height, stored.width, stored.data, item.label, values)
+
+    def flushed(self) -> list[int]:
+        """Descriptors, for someone else to sync and close, of what was written since the last time."""
+        if self.file is None:
+            return []
+        self.file.flush()
+        return [os.dup(self.file.fileno())]
+
+    def finish(self) -> None:
+        self.writer.finish()
+
+    def publish(self) -> None:
+        self.close()
+        if self.part.exists():
+            os.replace(self.part, self.final)
+
+    def close(self) -> None:
+        if self.file is not None:
+            with suppress(OSError):  # on a full disk: what its buffer holds is not in the journal
+                self.file.close()
+            self.file = None
+
+    def remove(self) -> None:
+        """Whatever an unfinished conversion has left."""
+        self.close()
+        for path in (self.part, *map(self.aside, self.manifest_files())):
+            with suppress(OSError):  # it isn't there, or its folder never was
+                path.unlink()
+
+
+class TarOutput:
+    """A folder with tars, an index for each, and manifest.json; written in a folder beside it."""
+
+    packed = True
+
+    def __init__(self, final: Path, prefix: str, images_a_tar: int):
+        self.final = final
+        self.part = final.with_name(f".{final.name}.part")
+        self.manifest = final / "manifest.json"
+        self.prefix, self.images_a_tar = prefix, images_a_tar
+        self.writer = TarWriter(self.part, prefix, images_a_tar)
+        self.total = 0
+
+    def describe(self) -> dict[str, Any]:
+        return {"format": "webdataset", "prefix": self.prefix, "images_per_tar": self.images_a_tar}
+
+    def bytes_written(self) -> int:
+        return sum(path.stat().st_size for path in self.part.glob(f"{self.prefix}-*.tar"))
+
+    def aside(self, path: Path) -> Path:
+        return self.part / path.name
+
+    def manifest_files(self) -> list[Path]:
+        return [rows_path(self.manifest), self.manifest]
+
+    def prepare(self) -> None:
+        self.part.mkdir(exist_ok=True)
+        self.writer = TarWriter(self.part, self.prefix, self.images_a_tar)
+
+    def replay(self, item: Item, record: np.void) -> None:
+        self.writer.replay(int(record["mode"]), int(record["packed_size"]), item.label, item.targets)
+
+    def cut(self) -> None:
+        """Tars that were begun beyond what the journal knows; the last that it knows is cut by the writer."""
+        layout = self.writer.layout
+        for path in self.part.glob(f"{self.prefix}-*.tar"):
+            if path.name > layout.tar_name() or (not layout.index and path.name == layout.tar_name()):
+                path.unlink()
+
+    def add(self, item: Item, stored: Stored) -> None:
+        self.writer.add(stored.mode, stored.packed, item.label, item.targets)
+
+    def flushed(self) -> list[int]:
+        if self.writer.file is None:  # those before it were synced when they were full
+            return []
+        self.writer.file.flush()
+        return [os.dup(self.writer.file.fileno())]
+
+    def finish(self) -> None:
+        self.writer.finish()
+
+    def publish(self) -> None:
+        self.close()
+        old = self.final.with_name(f".{self.final.name}.old")
+        if self.part.exists():
+            if self.final.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(self.final, old)
+            os.replace(self.part, self.final)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def close(self) -> None:
+        if self.writer.file is not None:
+            with suppress(OSError):
+                self.writer.file.close()
+            self.writer.file = None
+
+    def remove(self) -> None:
+        self.close()
+        shutil.rmtree(self.part, ignore_errors=True)
+
+
+Output = BetonOutput | TarOutput

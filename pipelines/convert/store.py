@@ -1,0 +1,183 @@
+"""What becomes of one image: kept byte for byte, encoded anew, stored as pixels, or refused."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipelines.convert import jpeg
+from pipelines.convert.beton import JPEG, LONGEST_SIDE, RAW
+from pipelines.convert.readers import Source, as_rgb, decode_other, upright
+from pipelines.errors import InputError
+
+SMALL = 64 * 64  # pixels; a lossless image of at most so many is stored raw: cheaper to read, hardly larger
+HOW = (
+    "refused",
+    "jpeg_untouched",
+    "reencoded",
+    "raw",
+)  # what can become of an image; their numbers are stored
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is stored, and of which images. The bytes of a beton follow from these and the source alone."""
+
+    max_resolution: int | None = None  # longest side in pixels; larger images are shrunk and re-encoded
+    jpeg_quality: int = 90  # of what has to be encoded, 1 to 100
+    raw_proportion: float = 0.0  # so many of the images as RGB pixels: large, but nothing to decode
+    subset: int | None = None  # so many images, balanced over the classes
+    shuffle_seed: int | None = None  # None keeps the source's order; the subset is drawn with 0 then
+    on_error: str = "refuse"  # a damaged image: "refuse" leaves it out, by name; "fail" stops
+
+    def check(self) -> None:
+        """Raises InputError for a value out of range."""
+        if self.max_resolution is not None and not 1 <= self.max_resolution <= LONGEST_SIDE:
+            raise InputError(f"--max-resolution {self.max_resolution}: must be within 1 and {LONGEST_SIDE}")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise InputError(f"--jpeg-quality {self.jpeg_quality}: must be within 1 and 100")
+        if not 0 <= self.raw_proportion <= 1:
+            raise InputError(f"--raw-proportion {self.raw_proportion}: must be within 0 and 1")
+        if self.subset is not None and self.subset < 1:
+            raise InputError(f"--subset {self.subset}: must be at least 1")
+        if self.shuffle_seed is not None and not 0 <= self.shuffle_seed < 2**32:
+            raise InputError(f"--shuffle-seed {self.shuffle_seed}: must be within 0 and {2**32 - 1}")
+        if self.on_error not in ("refuse", "fail"):
+            raise InputError(f"--on-error {self.on_error}: must be refuse or fail")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One image in the form in which it is stored."""
+
+    mode: int  # JPEG or RAW
+    height: int
+    width: int
+    data: bytes | memoryview
+    how: str  # one of HOW
+    turned: bool = False  # EXIF's orientation was applied
+    digest: bytes = b""  # SHA-256 of data
+    packed: bytes | memoryview = b""  # the image as a file, for a tar: JPEG bytes as they are, pixels as PNG
+    packed_digest: bytes = b""
+
+    def digested(self, pack: bool) -> Stored:
+        """The same with its digests, and packed if asked."""
+        digest = hashlib.sha256(self.data).digest()
+        if not pack or self.mode == JPEG:
+            return replace(self, digest=digest, packed=self.data, packed_digest=digest)
+        out = io.BytesIO()
+        pixels = np.frombuffer(self.data, np.uint8).reshape(self.height, self.width, 3)
+        Image.fromarray(pixels).save(out, "PNG")
+        packed = out.getvalue()
+        packed_digest = hashlib.sha256(packed).digest()
+        return replace(self, digest=digest, packed=packed, packed_digest=packed_digest)
+
+
+def attempt(source: Source, index: int, settings: Settings, pack: bool = False) -> Stored | str:
+    """One image of a source, stored and digested, or the reason why it can't be."""
+    try:
+        image: Any = source.read(index)
+        # What another conversion stored comes as it is: the parts of an array job, to be merged.
+        return (image if isinstance(image, Stored) else store(image, settings, index)).digested(pack)
+    except jpeg.DamagedImage as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+
+
+def store(image: bytes | np.ndarray, settings: Settings, index: int = 0) -> Stored:
+    """Check one image (a file's bytes, or pixels) and bring it to the form in which it is stored.
+
+    A JPEG that FFCV can read and that is not too large keeps its bytes. `index`, the image's place in its
+    source, decides whether it is among the raw ones. Raises jpeg.DamagedImage.
+    """
+    raw = chosen_raw(settings, index)
+    if isinstance(image, np.ndarray):
+        return _store_pixels(as_rgb(image), settings, raw, small_is_raw=True)
+    if not image:
+        raise jpeg.DamagedImage("the file is empty")
+    if not jpeg.is_jpeg(image):
+        pixels, orientation = decode_other(image)
+        pixels = upright(pixels, orientation)
+        return _store_pixels(pixels, settings, raw, small_is_raw=True, turned=orientation != 1)
+    header = jpeg.read_header(image)
+    size = _target_size(header.height, header.width, settings.max_resolution)
+    same_size = size == (header.height, header.width)
+    if header.is_rgb_or_grey and header.orientation == 1 and same_size and not raw:
+        jpeg.check(image, header)
+        return Stored(JPEG, *size, image, "jpeg_untouched")
+    pixels = jpeg.decode(image, header, None if same_size else size)
+    if not same_size:
+        pixels = area_resize(pixels, *size)
+    turned = header.orientation != 1
+    pixels = upright(pixels, header.orientation)
+    return _store_pixels(pixels, settings, raw, small_is_raw=False, turned=turned)
+
+
+def chosen_raw(settings: Settings, index: int) -> bool:
+    """Whether this image is one of --raw-proportion; the same ones whatever the order or subset."""
+    if settings.raw_proportion in (0, 1):
+        return settings.raw_proportion == 1
+    drawn = zlib.crc32(f"{settings.shuffle_seed or 0}:{index}".encode()) / 2**32
+    return drawn < settings.raw_proportion
+
+
+def _store_pixels(
+    pixels: np.ndarray, settings: Settings, raw: bool, small_is_raw: bool, turned: bool = False
+) -> Stored:
+    height, width = pixels.shape[:2]
+    size = _target_size(height, width, settings.max_resolution)
+    if size != (height, width):
+        pixels = area_resize(pixels, *size)
+    if raw or (small_is_raw and size[0] * size[1] <= SMALL):
+        return Stored(RAW, *size, np.ascontiguousarray(pixels).tobytes(), "raw", turned)
+    return Stored(JPEG, *size, jpeg.encode(pixels, settings.jpeg_quality), "reencoded", turned)
+
+
+def _target_size(height: int, width: int, max_resolution: int | None) -> tuple[int, int]:
+    """(height, width) with the longest side at most max_resolution; rounded down, but not to 0."""
+    longest = max(height, width)
+    if longest > LONGEST_SIDE and max_resolution is None:
+        raise jpeg.DamagedImage(
+            f"{width} x {height} is too large (side over {LONGEST_SIDE}); set --max-resolution"
+        )
+    if max_resolution is None or longest <= max_resolution:
+        return height, width
+    return max(1, height * max_resolution // longest), max(1, width * max_resolution // longest)
+
+
+def area_resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Shrink uint8 [H, W, 3] to [height, width, 3]: every pixel is the mean of the area that it covers."""
+    from pipelines.convert.area import shrink  # numba takes a second to load, and few conversions need it
+
+    return shrink(np.ascontiguousarray(pixels), height, width)
+
+
+def select(labels: np.ndarray, subset: int | None, shuffle_seed: int | None) -> np.ndarray:
+    """Positions of the images to store, in the order to store them, int64 [subset or N].
+
+    The subset takes as many of each class as the classes allow, at random; the same seed gives the same
+    one, with or without shuffling by it. Raises InputError if it is larger than the data.
+    """
+    total = len(labels)
+    if subset is not None and subset > total:
+        raise InputError(f"--subset {subset}: the source has only {total} images")
+    order = np.arange(total)
+    if subset is not None and subset < total:
+        random = np.random.RandomState(shuffle_seed or 0)  # frozen: the same draw in every NumPy release
+        shuffled = random.permutation(total)
+        # The r-th image of its class (in random order) is taken in round r; sort by round, ties at random.
+        by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+        counts = np.unique(labels, return_counts=True)[1]
+        rounds = np.concatenate([np.arange(count) for count in counts])
+        ties = random.permutation(total)
+        order = np.sort(by_class[np.lexsort((ties, rounds))[:subset]])
+    if shuffle_seed is not None:
+        order = np.random.RandomState(shuffle_seed).permutation(order)
+    return order

@@ -1,0 +1,210 @@
+"""A finished beton, tar or folder of tars against its manifest: every byte, and every image decoded.
+
+An image's bytes have their digest in the manifest. All other bytes of the file (headers, tables, paddings)
+follow from the manifest's rows: they are made again and compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pipelines.convert import jpeg
+from pipelines.convert.beton import HEADER, JPEG, BetonWriter
+from pipelines.convert.conversion import cores
+from pipelines.convert.manifest import Samples, read_manifest
+from pipelines.convert.webdataset import END, TarLayout, targets_of
+from pipelines.errors import InputError
+
+ENTRY = ("mode", "height", "width", "bytes", "label")  # columns of the manifest that a beton's tables hold
+
+
+@dataclass
+class Verdict:
+    """`wrong` has (index, name, reason) of each wrong image, by index; `elsewhere`, what is wrong besides."""
+
+    path: Path
+    count: int
+    wrong: list[tuple[int, str, str]] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        return not self.wrong and not self.elsewhere
+
+    def __str__(self) -> str:
+        if self.sound:
+            return f"{self.path}: all {self.count:,} images are as they were written"
+        parts = list(self.elsewhere)
+        if self.wrong:
+            index, name, reason = self.wrong[0]
+            parts.append(
+                f"{len(self.wrong):,} of {self.count:,} images wrong, the first: {index} ({name}): {reason}"
+            )
+        return f"{self.path}: " + "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class _Region:
+    """One image in a file, with what must stand before and after it."""
+
+    index: int
+    file: int
+    start: int
+    before: bytes
+    size: int
+    after: bytes = b""
+
+
+def verify(path: str | Path, workers: int | None = None, progress: bool = False) -> Verdict:
+    """Read all of it. Raises InputError if it or its manifest can't be read."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    tars = path.is_dir() or path.suffix == ".tar"
+    folder = path if path.is_dir() else path.parent
+    manifest, rows = read_manifest(folder / "manifest.json" if tars else path.with_name(path.name + ".json"))
+    verdict = Verdict(path, manifest["count"])
+    files: list[int] = []
+    try:
+        regions = (
+            _of_tars(path, folder, manifest, rows, verdict, files)
+            if tars
+            else _of_beton(path, manifest, rows, verdict, files)
+        )
+        with (
+            ThreadPoolExecutor(workers or cores()) as pool,
+            tqdm(total=manifest["count"], unit="img", disable=None if progress else True) as bar,
+        ):
+            while some := list(islice(regions, 512)):  # not all at once: a million futures are a gigabyte
+                for region, reason in zip(some, pool.map(lambda region: _check(region, rows), some)):
+                    bar.update()
+                    if reason:
+                        verdict.wrong.append((region.index, str(rows["name"][region.index]), reason))
+        verdict.wrong = [
+            next(w for w in verdict.wrong if w[0] == i) for i in sorted({w[0] for w in verdict.wrong})
+        ]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    finally:
+        for file in files:
+            os.close(file)
+    return verdict
+
+
+def _check(region: _Region, rows: Samples) -> str | None:
+    """What is wrong with one image, if anything."""
+    before, after = len(region.before), len(region.after)
+    data = os.pread(region.file, before + region.size + after, region.start - before)
+    if len(data) < before + region.size + after:
+        return "the file ends before it"
+    if data[:before] != region.before or data[before + region.size :] != region.after:
+        return "the bytes around it aren't those that were written"
+    image = data[before : before + region.size]
+    if hashlib.sha256(image).hexdigest() != rows["sha256"][region.index]:
+        return "its bytes aren't those that were written"
+    size = rows["height"][region.index], rows["width"][region.index]
+    try:
+        if jpeg.is_jpeg(image) and rows["mode"][region.index] == JPEG:
+            header = jpeg.read_header(image)
+            jpeg.check(image, header)
+            found = header.height, header.width
+        elif image[:4] == b"\x89PNG":
+            pixels = jpeg.open_with_pillow(image)
+            found = pixels.height, pixels.width
+        else:
+            return None if len(image) == 3 * size[0] * size[1] else "it has another size than its pixels"
+    except jpeg.DamagedImage as error:
+        return f"it can't be decoded: {error}"
+    return (
+        None if found == size else f"it has {found[1]} x {found[0]} pixels instead of {size[1]} x {size[0]}"
+    )
+
+
+def _of_beton(
+    path: Path, manifest: dict[str, Any], rows: Samples, verdict: Verdict, files: list[int]
+) -> Iterator[_Region]:
+    file = os.open(path, os.O_RDONLY)
+    files.append(file)
+    targets = manifest["targets"]
+    writer = BetonWriter(None, manifest["count"] + len(manifest["refused"]), targets)
+    starts = []
+    for i in range(manifest["count"]):
+        mode, height, width, size, label = (rows[name][i] for name in ENTRY)
+        starts.append(writer.reserve(mode, height, width, size, label, [rows[name][i] for name in targets]))
+    tables = writer.layout()
+    length, found = sum(map(len, tables[0][1:])) + tables[0][0], os.fstat(file).st_size
+    if found != length:
+        verdict.elsewhere.append(f"it has {found:,} bytes instead of {length:,}")
+    row_of_metadata = HEADER.itemsize + writer.fields.nbytes
+    for address, data in tables:
+        there = os.pread(file, len(data), address)
+        if there == data:
+            continue
+        at = address + next((i for i, (a, b) in enumerate(zip(there, data)) if a != b), len(there))
+        if at >= writer.position:
+            index = (at - writer.position) // writer.table.itemsize
+        else:
+            index = (at - row_of_metadata) // writer.metadata.itemsize
+        if at < row_of_metadata:
+            verdict.elsewhere.append(f"its header isn't what was written (byte {at})")
+        else:
+            verdict.wrong.append(
+                (index, str(rows["name"][index]), f"its entry isn't what was written (byte {at:,})")
+            )
+    end = row_of_metadata + writer.metadata[: writer.count].nbytes
+    for i, start in enumerate(starts):
+        yield _Region(i, file, start, bytes(start - end), rows["bytes"][i])
+        end = start + rows["bytes"][i]
+
+
+def _of_tars(
+    path: Path, folder: Path, manifest: dict[str, Any], rows: Samples, verdict: Verdict, files: list[int]
+) -> Iterator[_Region]:
+    layout = TarLayout(manifest["prefix"], manifest["images_per_tar"])
+    wanted = None if path.is_dir() else path.name
+    if wanted is not None:
+        verdict.count = 0
+    file: int | None = None
+
+    def finish() -> None:
+        name = layout.tar_name()
+        if file is not None and (
+            os.fstat(file).st_size != layout.position + len(END)
+            or os.pread(file, len(END), layout.position) != END
+        ):
+            verdict.elsewhere.append(f"{name} doesn't end where it should")
+        index = (folder / name).with_suffix(".idx")
+        if wanted in (None, name) and (
+            not index.is_file() or index.read_bytes() != layout.index_text().encode()
+        ):
+            verdict.elsewhere.append(f"{index.name} isn't what was written")
+
+    for i in range(manifest["count"]):
+        if layout.full():
+            finish()
+            layout.next_tar()
+        if layout.position == 0:
+            name, file = layout.tar_name(), None
+            if wanted in (None, name):
+                if not (folder / name).is_file():
+                    raise InputError(f"{folder / name}: no such file")
+                file = os.open(folder / name, os.O_RDONLY)
+                files.append(file)
+        start, size = layout.position, rows["bytes"][i]
+        targets = targets_of(manifest["targets"], [rows[name][i] for name in manifest["targets"]])
+        before, after = layout.reserve(rows["mode"][i], size, rows["label"][i], targets)
+        if file is not None:
+            verdict.count += wanted is not None
+            yield _Region(i, file, start + len(before), before, size, after)
+    finish()
+    if wanted is not None and not files:
+        raise InputError(f"{path}: not one of the tars of {folder / 'manifest.json'}")

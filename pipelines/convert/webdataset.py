@@ -1,0 +1,142 @@
+"""WebDataset shards with the indices that DALI reads: what WebDataset's and wds2idx's own files hold.
+
+A shard is a plain tar (ustar) of pairs, key first, images in order:
+
+    00000000.jpg  00000000.cls     the image file, and its class as a decimal number
+    00000001.png  00000001.cls     pixels that a beton holds raw are PNG here
+    ...           00000001.json    {"target": value, ...}, only where there are regression targets
+
+Beside train-000000.tar lies train-000000.idx: a line "v1.2 COUNT", then for each image a line with
+"extension offset size name" of its members, the offset that of the member's content.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+BLOCK = 512  # bytes; all in a tar is padded to it
+IMAGES_A_TAR = 5_000  # some 550 MB of ImageNet
+END = bytes(2 * BLOCK)
+
+
+def member_header(name: str, size: int) -> bytes:
+    """A ustar header with nothing in it that depends on machine, user or time."""
+    before = (
+        name.encode("ascii").ljust(100, b"\0")
+        + b"0000444\0"
+        + b"0000000\0" * 2
+        + b"%011o\0" % size
+        + b"0" * 11
+        + b"\0"
+    )
+    after = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2 + bytes(155 + 12)
+    checksum = sum(before) + sum(after) + 8 * ord(" ")
+    return before + b"%06o\0 " % checksum + after
+
+
+def padding(size: int) -> bytes:
+    return bytes(-size % BLOCK)
+
+
+class TarLayout:
+    """Where each image lies, and all the bytes around it: they follow from sizes and labels alone."""
+
+    def __init__(self, prefix: str, images_a_tar: int):
+        self.prefix = prefix
+        self.images_a_tar = images_a_tar
+        self.count = 0  # images, in all
+        self.number = 0  # of the tar that is being filled
+        self.position = 0  # in that tar
+        self.index: list[str] = []  # of that tar, a line an image
+
+    def full(self) -> bool:
+        return len(self.index) == self.images_a_tar
+
+    def next_tar(self) -> None:
+        self.number, self.position, self.index = self.number + 1, 0, []
+
+    def reserve(self, mode: int, size: int, label: int, targets: dict[str, float]) -> tuple[bytes, bytes]:
+        """Enter one image at `position`; returns the bytes before and after it."""
+        key = f"{self.count:08d}"
+        extension = ("jpg", "png")[mode]
+        members: list[tuple[str, int | bytes]] = [(extension, size), ("cls", str(label).encode())]
+        if targets:
+            members.append(("json", json.dumps(targets).encode()))
+        parts, line, at = [], [], self.position
+        for extension, content in members:
+            length = content if isinstance(content, int) else len(content)
+            parts.append(member_header(f"{key}.{extension}", length))
+            line.append(f"{extension} {at + BLOCK} {length} {key}.{extension}")
+            at += BLOCK + length + len(padding(length))
+            parts.append(padding(length) if isinstance(content, int) else content + padding(length))
+        self.count += 1
+        self.position = at
+        self.index.append(" ".join(line))
+        return parts[0], b"".join(parts[1:])
+
+    def tar_name(self) -> str:
+        return f"{self.prefix}-{self.number:06d}.tar"
+
+    def index_text(self) -> str:
+        return "\n".join([f"v1.2 {len(self.index)}", *self.index, ""])
+
+
+class TarWriter:
+    """Fills one tar after the other in a folder; their bytes depend on what is added, and on nothing else.
+
+    `replay` enters an image that an earlier, interrupted writer has added; the first `add` then cuts off
+    what that one had written beyond.
+    """
+
+    def __init__(self, folder: Path, prefix: str, images_a_tar: int = IMAGES_A_TAR):
+        self.folder = folder
+        self.layout = TarLayout(prefix, images_a_tar)
+        self.file: IO[bytes] | None = None
+
+    def replay(self, mode: int, size: int, label: int, targets: dict[str, float]) -> None:
+        if self.layout.full():
+            self._finish_tar()
+        self.layout.reserve(mode, size, label, targets)
+
+    def add(self, mode: int, data: bytes | memoryview, label: int, targets: dict[str, float]) -> None:
+        if self.layout.full():
+            self._finish_tar()
+        file = self._open()
+        before, after = self.layout.reserve(mode, len(data), label, targets)
+        file.write(before)
+        file.write(data)
+        file.write(after)
+
+    def finish(self) -> None:
+        self._finish_tar()
+
+    def _open(self) -> IO[bytes]:
+        if self.file is None:
+            path = self.folder / self.layout.tar_name()
+            mode = "r+b" if path.exists() else "w+b"
+            self.file = open(path, mode, buffering=1 << 20)  # noqa: SIM115
+            self.file.truncate(self.layout.position)
+            self.file.seek(self.layout.position)
+        return self.file
+
+    def _finish_tar(self) -> None:
+        file = self._open()
+        file.write(END)
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        self.file = None
+        index = (self.folder / self.layout.tar_name()).with_suffix(".idx")
+        with open(index, "w") as lines:
+            lines.write(self.layout.index_text())
+            lines.flush()
+            os.fsync(lines.fileno())
+        self.layout.next_tar()
+
+
+def targets_of(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    return {name: float(value) for name, value in zip(names, values)}

@@ -1,0 +1,291 @@
+"""Kills, full disks, and parts of an array job: in the end, the same bytes as if nothing had happened."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_images import class_folders, encoded, photos, pixels
+
+from pipelines.convert import conversion
+from pipelines.convert.conversion import Settings, convert
+from pipelines.convert.journal import RECORD, Journal
+from pipelines.convert.merge import merge
+from pipelines.errors import InputError
+from tools.convert_beton import main
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+def many(root, count=150):
+    """JPEGs to be kept and to be shrunk, PNGs, and damaged files."""
+    files = {f"c{i % 4}/{i:04}.jpg": encoded(pixels(40 + i % 40, 50, i), quality=90) for i in range(count)}
+    files |= {f"c1/p{i}.png": encoded(pixels(20, 30, i), "PNG") for i in range(8)}
+    files |= {f"c2/bad{i}.jpg": files["c0/0000.jpg"][: 200 + i] for i in range(5)}
+    return class_folders(root, files)
+
+
+def kill(tmp_path, kills, seed, images=150):
+    many(tmp_path / "set", images)
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, HERE / "kill_conversions.py", tmp_path / "set", tmp_path / "out", kills, seed]
+    done = subprocess.run(
+        list(map(str, command)),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_killed_and_resumed_it_ends_with_the_same_bytes(tmp_path):
+    assert kill(tmp_path, 6, seed=1, images=100)["kills"] >= 6
+
+
+@pytest.mark.slow
+def test_200_kills(tmp_path):
+    result = kill(tmp_path, 200, seed=2)
+    print(result)
+    assert result["kills"] >= 200 and result["resumed"] > result["trials"] / 3
+
+
+def everything(folder):
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", ["finish", "publish", "replace"])
+def test_stopped_at_the_end_it_is_finished_later(tmp_path, monkeypatch, step):
+    """Between the last image and the last rename: nothing is lost, and nothing is asked to be overwritten."""
+    photos(tmp_path / "set")
+    arguments = {"webdataset": tmp_path / "out/tars"}
+    convert(str(tmp_path / "set"), tmp_path / "out/x.beton", **arguments)
+    expected = everything(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr(conversion, "KEEP_SECONDS", 0)
+    calls = []
+
+    def stop(*_):
+        calls.append(1)
+        if len(calls) == (2 if step == "replace" else 1):
+            raise Stop
+        return real(*_)
+
+    if step == "replace":
+        real = os.replace
+        monkeypatch.setattr(os, "replace", stop)
+    else:
+        real = getattr(conversion, f"_{step}")
+        monkeypatch.setattr(conversion, f"_{step}", stop)
+    with pytest.raises(Stop):
+        convert(str(tmp_path / "set"), tmp_path / "out/x.beton", **arguments)
+    monkeypatch.undo()
+    assert everything(tmp_path / "out") != expected
+    convert(str(tmp_path / "set"), tmp_path / "out/x.beton", **arguments)
+    assert everything(tmp_path / "out") == expected
+
+
+def test_an_unfinished_conversion_of_something_else_is_not_touched(tmp_path, monkeypatch, capsys):
+    photos(tmp_path / "set")
+    monkeypatch.setattr(conversion, "KEEP_SECONDS", 0)
+    monkeypatch.setattr(conversion, "_finish", lambda *_: (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop):
+        convert(str(tmp_path / "set"), tmp_path / "out/x.beton")
+    monkeypatch.undo()
+    before = everything(tmp_path / "out")
+    typed = [str(tmp_path / "set"), str(tmp_path / "out/x.beton"), "--subset", "5"]
+    assert main(typed) == 2
+    assert "an unfinished conversion from another source or with other settings" in capsys.readouterr().err
+    assert everything(tmp_path / "out") == before
+    assert main([*typed, "--restart"]) == 0
+    assert sorted(everything(tmp_path / "out")) == ["x.beton", "x.beton.json"]
+
+
+def test_two_at_once_are_refused(tmp_path):
+    photos(tmp_path / "set")
+    path = tmp_path / ".x.beton.journal"
+    held = Journal(path, "whatever")
+    with pytest.raises(InputError, match="another process is converting to the same file"):
+        convert(str(tmp_path / "set"), tmp_path / "x.beton")
+    held.close()
+
+
+def test_a_journal_cut_or_damaged_anywhere_is_read_up_to_there(tmp_path):
+    path = tmp_path / "journal"
+    journal = Journal(path, "this one")
+    records = np.zeros(12, RECORD)
+    records["size"] = np.arange(12)
+    for i, record in enumerate(records):
+        journal.append(record.item(), "a reason" if i % 5 == 0 else None)
+        if i % 4 == 3:
+            journal.commit([], wait=True)
+    journal.close()
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        journal = Journal(path, "this one")
+        assert journal.count in (0, 4, 8) and journal.records["size"].tolist() == list(range(journal.count))
+        assert all(place < journal.count for place in journal.reasons)
+        journal.close()
+    for place in range(len(b"this one\n"), len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        journal = Journal(path, "this one")
+        assert journal.count < 12 and journal.records["size"].tolist() == list(range(journal.count))
+        journal.close()
+
+
+# ------------------------------------------------------------------- the disk
+
+
+LIMITED = (
+    "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+    "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+    "from pipelines.convert import conversion; conversion.KEEP_SECONDS = 0; conversion.COMMIT_SECONDS = 0.0;"
+    "from tools.convert_beton import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+def test_a_write_that_fails_keeps_what_was_done(tmp_path):
+    many(tmp_path / "set")
+    convert(str(tmp_path / "set"), tmp_path / "reference.beton")
+    out = tmp_path / "out/x.beton"
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "set"), str(out)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "cannot be written (File too large); " in done.stderr and "of 163 images are kept" in done.stderr
+    assert not out.exists()
+    manifest = convert(str(tmp_path / "set"), out)
+    assert 0 < manifest["resumed"] < 163
+    assert out.read_bytes() == (tmp_path / "reference.beton").read_bytes()
+    assert sorted(path.name for path in out.parent.iterdir()) == ["x.beton", "x.beton.json"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 40 MB, 8 MB more than what a conversion leaves free."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(place)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("no permission to mount a small file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_no_space_left_before_and_during(tmp_path, small_disk, capsys, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+    data = encoded(noise, quality=95)
+    rows = "".join("a.jpg,0\n" for _ in range(1 + 60_000_000 // len(data)))
+    (tmp_path / "a.jpg").write_bytes(data)
+    (tmp_path / "x.csv").write_text("path,label\n" + rows)
+    assert main([str(tmp_path / "x.csv"), str(small_disk / "x.beton")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "are needed, " in error and "convert to another disk" in error
+    assert list(small_disk.iterdir()) == []
+
+    monkeypatch.setattr(conversion, "check_space", lambda *_: None)  # something else fills it meanwhile
+    monkeypatch.setattr(conversion, "KEEP_SECONDS", 0)
+    monkeypatch.setattr(conversion, "COMMIT_SECONDS", 0)
+    assert main([str(tmp_path / "x.csv"), str(small_disk / "x.beton")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "no space left on the disk; " in error and "are kept: free some, and repeat the command" in error
+
+
+def test_a_disk_too_small_is_known_before(tmp_path, capsys):
+    """A table that names one image so often that the disk could not hold it."""
+    (tmp_path / "a.ppm").write_bytes(encoded(np.zeros((1200, 1200, 3), np.uint8), "PPM"))
+    rows = 1000 + int(1.3 * shutil.disk_usage(tmp_path).free) // (3 * 1200 * 1200)
+    (tmp_path / "x.csv").write_text("path,label\n" + "a.ppm,0\n" * rows)
+    options = ["--raw-proportion", "1"]
+    assert main([str(tmp_path / "x.csv"), str(tmp_path / "out/x.beton"), *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "B are needed, " in error and "convert to another disk" in error
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------- the parts
+
+
+@pytest.mark.parametrize("settings", [Settings(), Settings(shuffle_seed=3, subset=90, max_resolution=60)])
+def test_parts_merge_to_the_same_bytes(tmp_path, settings):
+    source = str(many(tmp_path / "set"))
+    convert(source, tmp_path / "one/x.beton", settings, webdataset=tmp_path / "one/tars", images_a_tar=37)
+    for number in (2, 3, 1, 4):
+        convert(source, tmp_path / "parts/x.beton", settings, shard=(number, 4))
+    merge(tmp_path / "parts/x.beton", webdataset=tmp_path / "parts/tars", images_a_tar=37)
+    assert len(list((tmp_path / "parts").glob("x.part-*-of-004.beton"))) == 4
+    found = {n: d for n, d in everything(tmp_path / "parts").items() if ".part-" not in n}
+    expected = everything(tmp_path / "one")
+    assert sorted(found) == sorted(expected)
+    assert all(found[name] == expected[name] for name in expected)
+
+
+def test_parts_that_do_not_belong_together(tmp_path, capsys):
+    source = str(photos(tmp_path / "set"))
+    out = tmp_path / "x.beton"
+    with pytest.raises(InputError, match="no parts beside it"):
+        merge(out)
+    convert(source, out, shard=(1, 3))
+    convert(source, out, shard=(3, 3))
+    with pytest.raises(InputError, match="1 of 3 parts are missing: 2"):
+        merge(out)
+    convert(source, out, Settings(shuffle_seed=1), shard=(2, 3))
+    with pytest.raises(InputError, match="part-002-of-003.beton: its settings differs"):
+        merge(out)
+    convert(source, out, shard=(2, 3), overwrite=True)
+    path = tmp_path / "x.part-002-of-003.beton"
+    data = bytearray(path.read_bytes())
+    data[-200] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"image \d \(class1/\d+.jpg\) isn't what was written"):
+        merge(out)
+    assert not out.exists()
+    convert(source, out, shard=(2, 3), overwrite=True)
+    convert(source, out, shard=(1, 2))
+    with pytest.raises(InputError, match="its parts are of 2 and 3"):
+        merge(out)
+    for shard, message in (
+        ("0/3", "K must be within 1 and N"),
+        ("13/13", "N at most 12"),
+        ("x", "is not K/N"),
+    ):
+        with pytest.raises(SystemExit) if shard == "x" else pytest.raises(InputError, match=message):
+            main([source, str(out), "--shard", shard]) if shard == "x" else convert(
+                source, out, shard=tuple(map(int, shard.split("/")))
+            )
+
+
+def test_interrupted_by_the_keyboard_it_says_how_to_go_on(tmp_path):
+    many(tmp_path / "set", 600)
+    code = (
+        "import sys; from pipelines.convert import conversion;"
+        "conversion.KEEP_SECONDS = 0; conversion.COMMIT_SECONDS = 0.01;"
+        "from tools.convert_beton import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "set", "out/x.beton", "--max-resolution", "39", "--workers", "1"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    journal = tmp_path / "out/.x.beton.journal"
+    while process.poll() is None and not (journal.exists() and journal.stat().st_size > 20_000):
+        pass
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, errors
+    assert "of 613 images are kept; repeat the command to go on" in errors.splitlines()[-1]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "of them earlier" in done.stdout
