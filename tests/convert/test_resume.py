@@ -279,7 +279,14 @@ def test_interrupted_by_the_keyboard_it_says_how_to_go_on(tmp_path):
     )
     command = [sys.executable, "-c", code, "set", "out/x.beton", "--max-resolution", "39", "--workers", "1"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job is deaf to it
+    )
     journal = tmp_path / "out/.x.beton.journal"
     while process.poll() is None and not (journal.exists() and journal.stat().st_size > 20_000):
         pass
