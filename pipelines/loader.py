@@ -21,7 +21,7 @@ from torch import Tensor
 from pipelines.augment import cpu
 from pipelines.errors import InputError
 from pipelines.order import ORDERS, epoch_order, step_indices, steps_per_epoch
-from pipelines.parameters import P, centre_boxes, crop_boxes, draw_parameters
+from pipelines.parameters import FLIP, P, centre_boxes, crop_boxes, draw_parameters
 from pipelines.sources import DamagedSample, Source
 from pipelines.views import ViewSettings
 
@@ -77,6 +77,7 @@ class TwoViewLoader:
         order: random, quasi-random (for sets larger than memory) or sequential, see `pipelines.order`.
         on_error: a sample that can't be decoded: `raise` InputError, or `skip` it: the next good one of the
             set takes its place, in `indices` too, and `skipped` counts it.
+        crops_only: views are uint8 crops, mirrored as their parameters say, for an augmentation of one's own.
         augmenter: None augments in the workers, on the CPU. Otherwise it is called with crops uint8
             [2B, R, R, 3], parameters [2B, P] and `view` where the batch is to be used, and gives float32
             [2B, 3, R, R]; `pipelines.augment.reference.augment` is one.
@@ -103,6 +104,7 @@ class TwoViewLoader:
         pin_memory: bool = False,
         order: str = "random",
         on_error: str = "raise",
+        crops_only: bool = False,
         augmenter: Augmenter | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -117,7 +119,7 @@ class TwoViewLoader:
             raise InputError(f"unknown order {order!r}; one of {', '.join(ORDERS)}")
         self.source, self.view, self.batch_size, self.seed = source, view, batch_size, seed
         self.rank, self.ranks, self.ahead, self.order = rank, ranks, ahead, order
-        self.device, self.augmenter = torch.device(device), augmenter
+        self.device, self.augmenter, self.crops_only = torch.device(device), augmenter, crops_only
         self.steps = steps_per_epoch(len(source), batch_size)
         self.epoch = self.step = 0
         self._decoder = Decoder(source, on_error)
@@ -169,7 +171,7 @@ class TwoViewLoader:
 
     def _augmented(self, batch: ViewBatch) -> ViewBatch:
         """The batch after the augmenter, where that isn't the workers' task."""
-        if self.augmenter is None:
+        if self.augmenter is None or self.crops_only:
             return batch
         crops = batch.views.permute(0, 1, 3, 4, 2).flatten(0, 1)
         views = self.augmenter(crops, batch.parameters.transpose(0, 1).flatten(0, 1), self.view)
@@ -177,7 +179,8 @@ class TwoViewLoader:
 
     def _start(self, indices: np.ndarray, epoch: int) -> Callable[[], ViewBatch]:
         indices, side = indices.copy(), self.view.resolution
-        dtype = torch.float32 if self.augmenter is None else torch.uint8
+        here = self.augmenter is None and not self.crops_only  # augmented by the workers
+        dtype = torch.float32 if here else torch.uint8
         views = self._buffers.take((2, len(indices), side, side, 3), dtype)
         pixels = views.numpy()
         parameters = np.empty((len(indices), 2, P), np.float32)
@@ -192,9 +195,12 @@ class TwoViewLoader:
                     table[:] = draw_parameters(self.view, self.seed, epoch, chosen, heights, widths)  # noqa: B023
                     return crop_boxes(table)  # noqa: B023
 
-                self._decoder.crops(indices[rows], boxes, crops)
+                def flips() -> np.ndarray | None:
+                    return table[..., FLIP] != 0 if self.crops_only else None  # noqa: B023
+
+                self._decoder.crops(indices[rows], boxes, crops, flips)
                 for v in range(2):
-                    if self.augmenter is None:
+                    if here:
                         cpu.augment_into(crops[:, v], table[:, v], self.view, pixels[v, rows])
                     else:
                         pixels[v, rows] = crops[:, v]
@@ -316,15 +322,22 @@ class Decoder:
         self.skipped = 0
         self._lock = threading.Lock()
 
-    def crops(self, indices: np.ndarray, boxes: Boxes, out: np.ndarray) -> None:
+    def crops(
+        self,
+        indices: np.ndarray,
+        boxes: Boxes,
+        out: np.ndarray,
+        flips: Callable[[], np.ndarray | None] = lambda: None,
+    ) -> None:
         """Fill out uint8 [B, V, R, R, 3] with crops in boxes(indices, heights, widths), int32 [B, V, 4].
 
-        Replaces damaged samples in `indices`, then asks for boxes anew. Raises DamagedSample.
+        Those that flips(), bool [B, V], names are mirrored; it is called after boxes(). Replaces damaged samples in `indices`, then asks for boxes anew. Raises DamagedSample.
         """
         replaced = set()
         while True:
             try:
-                self.source.crops(indices, boxes(indices, *self.source.sizes(indices)), out)
+                drawn = boxes(indices, *self.source.sizes(indices))
+                self.source.crops(indices, drawn, out, flips())
                 break
             except DamagedSample as sample:
                 if not self.skip:

@@ -105,7 +105,6 @@ def crop_pixels(image, boxes, flips, out):
 @njit(cache=True, nogil=True)
 def _decode(handle, stored, height, width, numbers, pixels):
     """Decode a JPEG of a known size into `pixels`, which may be replaced by a larger buffer."""
-    places = numbers.ctypes.data
     if _read_header(
         handle, stored.ctypes, np.uint64(len(stored)),
         numbers[0:].ctypes, numbers[1:].ctypes, numbers[2:].ctypes, numbers[3:].ctypes,
