@@ -19,6 +19,9 @@ class Source(Protocol):
     def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """True heights and widths in pixels, int64 [B] each. Raises DamagedSample."""
 
+    def stored(self, row: int, index: int) -> bytes | np.ndarray:
+        """One image as it is stored: a file's bytes, or pixels uint8. Raises DamagedSample, which has `row`."""
+
     def crops(
         self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: np.ndarray | None = None
     ) -> None:

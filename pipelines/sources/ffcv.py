@@ -65,6 +65,13 @@ class FFCVSource:
                 f"{file.path}: sample {index} can't be decoded ({self._reason(index)}); convert the set again",
             )
 
+    def stored(self, row: int, index: int) -> bytes | np.ndarray:
+        """See `pipelines.sources.Source`."""
+        stored = self._data[self._offsets[index] :][: self._sizes[index]]
+        if self.file.modes[index] == turbo.JPEG:
+            return stored.tobytes()
+        return stored.reshape(self.heights[index], self.widths[index], 3)
+
     def _reason(self, index: int) -> str:
         """What the decoder says of a sample that failed."""
         stored = self._data[self._offsets[index] :][: self._sizes[index]].tobytes()
@@ -73,6 +80,8 @@ class FFCVSource:
             if (header.height, header.width) != (self.heights[index], self.widths[index]):
                 entry = f"{self.widths[index]} x {self.heights[index]}"
                 return f"a JPEG of {header.width} x {header.height}, but its entry says {entry}"
+            if header.height * header.width > turbo.PIXELS_A_BYTE * len(stored):
+                return f"{len(stored)} bytes are too few for {header.width} x {header.height} pixels"
             jpeg.decode(stored, header)
         except jpeg.DamagedImage as error:
             return str(error)

@@ -43,7 +43,7 @@ class FolderSource:
         """True heights and widths (upright), int64 [B] each; headers are read once. Raises DamagedSample."""
         for row in np.flatnonzero(self._heights[indices] == 0):
             index = int(indices[row])
-            data = self._image(int(row), index)
+            data = self.stored(int(row), index)
             try:
                 height, width = _size(data)
             except jpeg.DamagedImage as error:
@@ -58,7 +58,7 @@ class FolderSource:
         """See `pipelines.sources.Source`. The GIL is held while files are opened, not while they are decoded."""
         flips = np.zeros(boxes.shape[:2], bool) if flips is None else flips
         for row, index in enumerate(indices.tolist()):
-            data = self._image(row, index)
+            data = self.stored(row, index)
             try:
                 fits = _crop(data, boxes[row], flips[row], out[row])
             except jpeg.DamagedImage as error:
@@ -66,7 +66,8 @@ class FolderSource:
             if not fits:
                 raise ValueError(f"boxes {boxes[row].tolist()} do not lie within {self.names[index]}")
 
-    def _image(self, row: int, index: int) -> bytes | np.ndarray:
+    def stored(self, row: int, index: int) -> bytes | np.ndarray:
+        """See `pipelines.sources.Source`."""
         try:
             return self._read(index)
         except jpeg.DamagedImage as error:
@@ -92,6 +93,14 @@ def _loose_images(folder: Path) -> readers.Source | None:
     return readers.Source(names, labels, [folder.name], lambda index: paths[index].read_bytes(), None)
 
 
+def _header(data: bytes) -> jpeg.JpegHeader:
+    """A header that may be believed. Raises DamagedImage."""
+    header = jpeg.read_header(data)
+    if header.height * header.width > turbo.PIXELS_A_BYTE * len(data):
+        raise jpeg.DamagedImage(f"{len(data)} bytes are too few for {header.width} x {header.height} pixels")
+    return header
+
+
 def _size(data: bytes | np.ndarray) -> tuple[int, int]:
     """Height and width of an image, upright."""
     if isinstance(data, np.ndarray):
@@ -99,7 +108,7 @@ def _size(data: bytes | np.ndarray) -> tuple[int, int]:
     if not jpeg.is_jpeg(data):
         height, width = _other(data).shape[:2]
         return height, width
-    header = jpeg.read_header(data)
+    header = _header(data)
     turned = header.orientation >= 5
     return (header.width, header.height) if turned else (header.height, header.width)
 
@@ -111,7 +120,7 @@ def _crop(data: bytes | np.ndarray, boxes: np.ndarray, flips: np.ndarray, out: n
     elif not jpeg.is_jpeg(data):
         pixels = _other(data)
     else:
-        header = jpeg.read_header(data)
+        header = _header(data)
         if turbo.AVAILABLE and header.is_rgb_or_grey and header.orientation == 1:
             return _crop_jpeg(data, header, boxes, flips, out)
         pixels = readers.upright(jpeg.decode(data, header), header.orientation)

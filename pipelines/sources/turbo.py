@@ -53,7 +53,10 @@ _decompress = types.ExternalFunction(
 )  # fmt: skip
 
 JPEG = 0  # how an image of a beton is stored (ffcv.fields.rgb_image.IMAGE_MODES); anything else: raw pixels
-DECODED, WRONG_SIZE, DAMAGED, WRONG_BOX = 0, 1, 2, 3
+DECODED, WRONG_SIZE, DAMAGED, WRONG_BOX, TOO_SHORT = 0, 1, 2, 3, 4
+# A JPEG holds at most some 340 pixels a byte (a bit for each block of one colour): a header that promises
+# gigabytes for a few kilobytes is damaged, and isn't believed.
+PIXELS_A_BYTE = 1024
 
 
 @njit(cache=True, nogil=True)
@@ -67,7 +70,7 @@ def crop_stored(data, offsets, sizes, modes, heights, widths, boxes, flips, out)
         out: uint8 [B, V, R, R, 3], filled.
 
     Returns:
-        (row, WRONG_SIZE, DAMAGED or WRONG_BOX) of the sample that failed, or (B, DECODED).
+        (row, why) of the sample that failed, or (B, DECODED).
     """
     handle = _init()
     numbers = np.empty(4, np.int32)
@@ -112,6 +115,8 @@ def _decode(handle, stored, height, width, numbers, pixels):
         return DAMAGED, pixels
     if numbers[0] != width or numbers[1] != height:
         return WRONG_SIZE, pixels
+    if height * width > PIXELS_A_BYTE * len(stored):
+        return TOO_SHORT, pixels
     if len(pixels) < height * width * 3:  # only now: a damaged entry may speak of gigabytes
         pixels = np.empty(height * width * 3, np.uint8)
     failed = _decompress(

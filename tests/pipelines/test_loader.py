@@ -9,11 +9,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
 from pipelines.augment import reference
-from pipelines.convert.conversion import Settings, convert
 from pipelines.errors import InputError
 from pipelines.loader import TwoViewLoader, ViewBatch, evaluation_batches
 from pipelines.parameters import FLIP, crop_boxes
@@ -23,24 +21,6 @@ from pipelines.views import ViewSettings
 
 VIEW = ViewSettings(resolution=24)
 COUNT = 53
-
-
-@pytest.fixture(scope="module")
-def beton(tmp_path_factory):
-    """JPEGs of several sizes, some greyscale, and small PNGs, which are stored as raw pixels."""
-    folder = tmp_path_factory.mktemp("images")
-    random = np.random.default_rng(0)
-    for i in range(COUNT):
-        target = folder / "pictures" / f"class{i % 3}"
-        target.mkdir(parents=True, exist_ok=True)
-        height, width = random.integers(30, 120, 2) if i % 4 else (32, 32)
-        coarse = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-        image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-        if i % 5 == 0:
-            image = image.convert("L")
-        image.save(target / f"{i:03d}.{'jpg' if i % 4 else 'png'}", quality=92)
-    convert(str(folder / "pictures"), folder / "set.beton", Settings())
-    return folder / "set.beton"
 
 
 def pixels_of(batches: list[ViewBatch]) -> dict[int, str]:
@@ -71,12 +51,6 @@ def test_a_batch_is_what_it_says(beton):
     assert np.array_equal(batch.labels.numpy(), source.labels[batch.indices.numpy()])
     assert batch.parameters.shape == (10, 2, 13)
     assert not torch.equal(batch.views[0], batch.views[1])
-
-
-@pytest.fixture(scope="module")
-def sources(beton):
-    """The same images as a beton and as the files it was made of, and the loader's orders."""
-    return {"beton": beton, "folder": beton.parent / "pictures"}
 
 
 @pytest.mark.parametrize("kind", ["beton", "folder"])
