@@ -21,6 +21,7 @@ turn; a ratio is the median of the rounds' ratios. Set-up, compilation and the f
 import argparse
 import ctypes
 import ctypes.util
+import importlib
 import json
 import os
 import resource
@@ -202,11 +203,11 @@ def stock_ffcv(beton: Path, workers: int, batch: int, views: int) -> Epoch:
 
 
 def dali(files: Path, workers: int, batch: int, decode_twice: bool) -> Epoch:
-    from nvidia.dali import fn, pipeline_def, types
-
+    nvidia: Any = importlib.import_module("nvidia.dali")  # its stubs lack half of what it has
+    fn, types = nvidia.fn, nvidia.types
     paths = sorted(map(str, files.glob("*/*.jpg")))
 
-    @pipeline_def(batch_size=batch, num_threads=workers, device_id=None, seed=0)
+    @nvidia.pipeline_def(batch_size=batch, num_threads=workers, device_id=None, seed=0)
     def two_views() -> Any:
         encoded, labels = fn.readers.file(files=paths, random_shuffle=True, name="files", initial_fill=256)
         crop = {"random_area": [0.08, 1.0], "random_aspect_ratio": [3 / 4, 4 / 3]}

@@ -331,7 +331,8 @@ class Decoder:
     ) -> None:
         """Fill out uint8 [B, V, R, R, 3] with crops in boxes(indices, heights, widths), int32 [B, V, 4].
 
-        Those that flips(), bool [B, V], names are mirrored; it is called after boxes(). Replaces damaged samples in `indices`, then asks for boxes anew. Raises DamagedSample.
+        Those that flips(), bool [B, V], names are mirrored; it is called after boxes(). Replaces damaged
+        samples in `indices`, then asks for boxes anew. Raises DamagedSample.
         """
         replaced = set()
         while True:

@@ -105,7 +105,7 @@ def _columns(line, first, lanes, pairs, flip, out, start):
     side = len(first)
     for x in range(side):
         column = side - 1 - x if flip else x
-        _weigh_pixels(line, 3 * first[column], lanes, column, pairs, out, start + 3 * x)
+        _weigh_pixels(line, 3 * first[column], lanes, column, pairs, out, start + 3 * x)  # type: ignore[call-arg]
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})

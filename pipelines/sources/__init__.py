@@ -20,7 +20,7 @@ class Source(Protocol):
         """True heights and widths in pixels, int64 [B] each. Raises DamagedSample."""
 
     def stored(self, row: int, index: int) -> bytes | np.ndarray:
-        """One image as it is stored: a file's bytes, or pixels uint8. Raises DamagedSample, which has `row`."""
+        """One image as it is stored: a file's bytes, or pixels uint8. Raises DamagedSample with `row`."""
 
     def crops(
         self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: np.ndarray | None = None

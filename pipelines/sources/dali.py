@@ -8,6 +8,7 @@ serves to hold DALI's pixels against ours: it is slower than `ffcv`.
 
 from __future__ import annotations
 
+import importlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -124,9 +125,9 @@ class DALISource:
 
 
 def _pipeline(views: int, side: int, device: str, threads: int) -> Any:
-    from nvidia.dali import Pipeline, fn, types
-
-    pipeline = Pipeline(
+    dali: Any = importlib.import_module("nvidia.dali")  # its stubs lack half of what it has
+    fn, types = dali.fn, dali.types
+    pipeline = dali.Pipeline(
         batch_size=BATCH, num_threads=threads, device_id=0 if device == "gpu" else None,
         prefetch_queue_depth=1, exec_async=False, exec_pipelined=False,
     )  # fmt: skip

@@ -59,11 +59,8 @@ class FFCVSource:
             raise ValueError(f"boxes {boxes[row].tolist()} do not lie within image {indices[row]}")
         if status != turbo.DECODED:
             index = int(indices[row])
-            raise DamagedSample(
-                row,
-                index,
-                f"{file.path}: sample {index} can't be decoded ({self._reason(index)}); convert the set again",
-            )
+            why = f"can't be decoded ({self._reason(index)}); convert the set again"
+            raise DamagedSample(row, index, f"{file.path}: sample {index} {why}")
 
     def stored(self, row: int, index: int) -> bytes | np.ndarray:
         """See `pipelines.sources.Source`."""

@@ -55,7 +55,7 @@ class FolderSource:
     def crops(
         self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: np.ndarray | None = None
     ) -> None:
-        """See `pipelines.sources.Source`. The GIL is held while files are opened, not while they are decoded."""
+        """See `pipelines.sources.Source`. Holds the GIL to open files, not to decode them."""
         flips = np.zeros(boxes.shape[:2], bool) if flips is None else flips
         for row, index in enumerate(indices.tolist()):
             data = self.stored(row, index)
@@ -96,6 +96,8 @@ def _loose_images(folder: Path) -> readers.Source | None:
 def _header(data: bytes) -> jpeg.JpegHeader:
     """A header that may be believed. Raises DamagedImage."""
     header = jpeg.read_header(data)
+    if min(header.height, header.width) < 1:  # a file of tables alone has a header, too
+        raise jpeg.DamagedImage("no image in it")
     if header.height * header.width > turbo.PIXELS_A_BYTE * len(data):
         raise jpeg.DamagedImage(f"{len(data)} bytes are too few for {header.width} x {header.height} pixels")
     return header

@@ -89,13 +89,13 @@ def crop_stored(data, offsets, sizes, modes, heights, widths, boxes, flips, out)
         if not crop_pixels(image, boxes[row], flips[row], out[row]):
             status = WRONG_BOX
             break
-    _destroy(handle)
+    _destroy(handle)  # type: ignore[call-overload]
     return row if status != DECODED else len(offsets), status
 
 
 @njit(cache=True, nogil=True)
 def crop_pixels(image, boxes, flips, out):
-    """All views of one image uint8 [H, W, 3]; False if a box isn't within it (compiled code would not see)."""
+    """All views of one image uint8 [H, W, 3]; False if a box lies outside, unseen by the rest."""
     for view in range(len(boxes)):
         top, left, height, width = boxes[view]
         inside = top + height <= image.shape[0] and left + width <= image.shape[1]
@@ -108,6 +108,7 @@ def crop_pixels(image, boxes, flips, out):
 @njit(cache=True, nogil=True)
 def _decode(handle, stored, height, width, numbers, pixels):
     """Decode a JPEG of a known size into `pixels`, which may be replaced by a larger buffer."""
+    numbers[:] = 0
     if _read_header(
         handle, stored.ctypes, np.uint64(len(stored)),
         numbers[0:].ctypes, numbers[1:].ctypes, numbers[2:].ctypes, numbers[3:].ctypes,

@@ -1,8 +1,8 @@
 """Damaged betons and JPEGs through the loader, in child processes: no crash, no hang, no silent garbage.
 
-Each mutant is a small beton (or a folder of JPEGs) with bytes flipped, zeroed, moved or cut off, in the layout
-or in the images. It may be refused as it is opened, or lose some samples; what the loader does give must be,
-pixel for pixel, what a fresh decompressor makes of these very bytes, at the size that the JPEG itself names.
+Each mutant is a small beton (or a folder of JPEGs) with bytes flipped, zeroed, moved or cut off, in the
+layout or in the images. It may be refused as it is opened, or lose some samples; what the loader does give
+must be, pixel for pixel, what a fresh decompressor makes of these very bytes, at the size that it names.
 """
 
 import json

@@ -372,7 +372,7 @@ def resident() -> int:
 
 @pytest.mark.parametrize("kind", ["beton", "folder"])
 def test_memory_is_flat_over_fifty_epochs(sources, kind):
-    """At 96 px a batch has 3.5 MB: one that is kept each epoch would be seen. Threads are back after close()."""
+    """At 96 px a batch has 3.5 MB: one kept each epoch would be seen. Threads are back after close()."""
     threads = threading.active_count()
     with TwoViewLoader(open_source(sources[kind]), ViewSettings(resolution=96), 16, workers=2) as loader:
         for number in range(50):

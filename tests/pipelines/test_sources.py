@@ -71,7 +71,7 @@ def test_dali_sees_the_same_epoch_and_names_damage(sources, tmp_path):
 def test_files_of_every_kind_are_read_upright(tmp_path):
     """A JPEG turned by EXIF, CMYK, 16-bit grey PNG: all as `torchvision` would crop the upright image."""
     random = np.random.default_rng(0)
-    pixels = np.asarray(Image.fromarray(random.integers(0, 256, (4, 5, 3), np.uint8)).resize((50, 40), 3))
+    pixels = np.array(Image.fromarray(random.integers(0, 256, (4, 5, 3), np.uint8)).resize((50, 40), 3))
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(np.rot90(pixels).copy()).save(
