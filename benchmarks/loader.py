@@ -6,6 +6,7 @@ Everyone gets the same JPEG bytes: the sample's 1,000 images at max_resolution 4
 `convert-beton` and kept below --cache as a beton, and as files. Everyone does the same work with two threads
 or processes: random resized crops of 224 px, flips, uint8 in memory. Rounds go through all contenders in
 turn; a ratio is the median of the rounds' ratios. Set-up, compilation and the first epoch are not timed.
+`cpu_ratios` compare processor time instead of the clock's, which says more on a machine that isn't idle.
 
     two_views            this loader over the beton: one decode, two anti-aliased crops
     two_views_folder     this loader over the files
@@ -75,18 +76,21 @@ def main(arguments: list[str]) -> None:
         images = epoch()  # compiles, starts workers, fills the page cache
         assert images == len(FFCVSource(beton)), f"{name} gave {images} images"
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    cpu: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(options.rounds):
         for name, epoch in contenders.items():
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             images = epoch()
             seconds[name].append((time.perf_counter() - started) / images)
+            cpu[name].append((time.process_time() - cpu_started) / images)
     result = {
         "command": "python -m benchmarks.loader " + " ".join(arguments),
         "versions": versions(),
         "workers": options.workers,
-        "rows": [row(name, each, options.workers) for name, each in seconds.items()],
+        "rows": [row(name, seconds[name], cpu[name], options.workers) for name in contenders],
         "absent": absent,
         "ratios": ratios(seconds),
+        "cpu_ratios": ratios({name: each for name, each in cpu.items() if name != "torchvision"}),
         "profile_ms": profile(FFCVSource(beton)),
     }
     show(result)
@@ -263,13 +267,15 @@ def torchvision_loader(files: Path, workers: int, batch: int) -> Epoch:
 # ----------------------------------------------------------------- the figures
 
 
-def row(name: str, seconds: list[float], workers: int) -> dict[str, Any]:
+def row(name: str, seconds: list[float], cpu: list[float], workers: int) -> dict[str, Any]:
     rates = sorted(1 / each for each in seconds)
     rate = statistics.median(rates)
     return {
         "name": name,
         "images_per_second": rate,
         "images_per_second_per_core": rate / workers,
+        # of this process: torchvision's workers are others
+        "cpu_ms_per_image": None if name == "torchvision" else statistics.median(cpu) * 1e3,
         "lowest": rates[0],
         "highest": rates[-1],
         "views": VIEWS.get(name, 2),
@@ -361,7 +367,8 @@ def show(result: dict[str, Any]) -> None:
         print(f"{name:20}absent: {why}")
     print()
     for name, value in result["ratios"].items():
-        print(f"{name:32}{value:6.2f}")
+        cpu = result["cpu_ratios"].get(name)
+        print(f"{name:32}{value:6.2f}" + (f"   (processor time {cpu:.2f})" if cpu else ""))
     print("\nms an image, one thread")
     for name, value in result["profile_ms"].items():
         print(f"{name:32}{value:6.3f}")
