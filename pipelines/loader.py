@@ -77,7 +77,8 @@ class TwoViewLoader:
         order: random, quasi-random (for sets larger than memory) or sequential, see `pipelines.order`.
         on_error: a sample that can't be decoded: `raise` InputError, or `skip` it: the next good one of the
             set takes its place, in `indices` too, and `skipped` counts it.
-        crops_only: views are uint8 crops, mirrored as their parameters say, for an augmentation of one's own.
+        crops_only: views are uint8 crops, mirrored as their parameters say, for an augmentation of one's own;
+            the two views of an image lie side by side in memory.
         augmenter: None augments in the workers, on the CPU. Otherwise it is called with crops uint8
             [2B, R, R, 3], parameters [2B, P] and `view` where the batch is to be used, and gives float32
             [2B, 3, R, R]; `pipelines.augment.reference.augment` is one.
@@ -180,16 +181,19 @@ class TwoViewLoader:
     def _start(self, indices: np.ndarray, epoch: int) -> Callable[[], ViewBatch]:
         indices, side = indices.copy(), self.view.resolution
         here = self.augmenter is None and not self.crops_only  # augmented by the workers
-        dtype = torch.float32 if here else torch.uint8
-        views = self._buffers.take((2, len(indices), side, side, 3), dtype)
+        count = len(indices)
+        if here:
+            views = self._buffers.take((2, count, side, side, 3), torch.float32)
+        else:  # as the source fills them, so that nothing is copied
+            views = self._buffers.take((count, 2, side, side, 3), torch.uint8)
         pixels = views.numpy()
-        parameters = np.empty((len(indices), 2, P), np.float32)
+        parameters = np.empty((count, 2, P), np.float32)
 
         def make(part: slice) -> None:
             for first in range(part.start, part.stop, CHUNK):  # few at a time: they stay in the cache
                 rows = slice(first, min(first + CHUNK, part.stop))
-                crops = np.empty((rows.stop - first, 2, side, side, 3), np.uint8)
                 table = parameters[rows]
+                crops = np.empty((len(table), 2, side, side, 3), np.uint8) if here else pixels[rows]
 
                 def boxes(chosen: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
                     table[:] = draw_parameters(self.view, self.seed, epoch, chosen, heights, widths)  # noqa: B023
@@ -199,18 +203,15 @@ class TwoViewLoader:
                     return table[..., FLIP] != 0 if self.crops_only else None  # noqa: B023
 
                 self._decoder.crops(indices[rows], boxes, crops, flips)
-                for v in range(2):
-                    if here:
-                        cpu.augment_into(crops[:, v], table[:, v], self.view, pixels[v, rows])
-                    else:
-                        pixels[v, rows] = crops[:, v]
+                for v in range(2 * here):
+                    cpu.augment_into(crops[:, v], table[:, v], self.view, pixels[v, rows])
 
         wait = self._threads.run(make, len(indices))
 
         def finish() -> ViewBatch:
             wait()
             return ViewBatch(
-                views.permute(0, 1, 4, 2, 3),
+                views.permute(0, 1, 4, 2, 3) if here else views.permute(1, 0, 4, 2, 3),
                 torch.from_numpy(self.source.labels[indices]),
                 torch.from_numpy(indices),
                 torch.from_numpy(parameters),
