@@ -137,7 +137,7 @@ def pictures(folder: Path, test: Path) -> Path:
     folder.mkdir(exist_ok=True)
     source = open_source(test)
     for index in np.arange(min(PICTURES, len(source))):
-        side = int(source.heights[index])
+        side = int(source.sizes(np.array([index]))[0][0])
         view = dataclasses.replace(preset("fashion-mnist").view, resolution=side)
         pixels = evaluation_crops(source, view, np.array([index]))[0]
         Image.fromarray(pixels).save(folder / f"{index:04d}-class{source.labels[index]}.png")

@@ -5,10 +5,13 @@ resumed loader is one that is told epoch and step. Threads are enough, for decod
 all release the GIL; each takes a part of a batch, so that the first batch is not late.
 """
 
+import math
+import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +20,14 @@ from torch import Tensor
 
 from pipelines.augment import cpu
 from pipelines.errors import InputError
-from pipelines.order import epoch_order, step_indices, steps_per_epoch
-from pipelines.parameters import P, centre_boxes, crop_boxes, draw_parameters
-from pipelines.sources import Source
+from pipelines.order import ORDERS, epoch_order, step_indices, steps_per_epoch
+from pipelines.parameters import FLIP, P, centre_boxes, crop_boxes, draw_parameters
+from pipelines.sources import DamagedSample, Source
 from pipelines.views import ViewSettings
+
+Augmenter = Callable[[Tensor, Tensor, ViewSettings], Tensor]
+Boxes = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+CHUNK = 4  # images that a thread decodes before it augments them
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,8 @@ class ViewBatch:
     """Two views of B images.
 
     Attributes:
-        views: float32 [2, B, 3, R, R], normalised; each view is channels-last in memory.
+        views: float32 [2, B, 3, R, R], normalised; each view is channels-last in memory. Its memory is used
+            again when no tensor shares it any more.
         labels: int64 [B].
         indices: int64 [B], positions in the data set.
         parameters: float32 [B, 2, P], see `pipelines.parameters.COLUMNS`.
@@ -38,6 +46,10 @@ class ViewBatch:
     labels: Tensor
     indices: Tensor
     parameters: Tensor
+
+    def pinned(self) -> "ViewBatch":
+        """The batch in page-locked memory; its views already are if the loader was told so."""
+        return ViewBatch(*(getattr(self, name).pin_memory() for name in self.__dataclass_fields__))
 
     def to(self, device: torch.device) -> "ViewBatch":
         """The batch on a device; asynchronous where the batch is pinned."""
@@ -62,9 +74,21 @@ class TwoViewLoader:
         workers: threads. ahead: batches made in advance.
         rank, ranks: this process's share of each batch.
         pin_memory: batches in page-locked memory, for asynchronous copies to a GPU.
+        order: random, quasi-random (for sets larger than memory) or sequential, see `pipelines.order`.
+        on_error: a sample that can't be decoded: `raise` InputError, or `skip` it: the next good one of the
+            set takes its place, in `indices` too, and `skipped` counts it.
+        crops_only: views are uint8 crops, mirrored as their parameters say, for an augmentation of one's own.
+        augmenter: None augments in the workers, on the CPU. Otherwise it is called with crops uint8
+            [2B, R, R, 3], parameters [2B, P] and `view` where the batch is to be used, and gives float32
+            [2B, 3, R, R]; `pipelines.augment.reference.augment` is one.
+        device: where batches come out. On a GPU they are copied by a stream of their own, one ahead.
 
     Raises:
-        InputError: the batch is larger than the data, or not divisible by the ranks.
+        InputError: the batch is larger than the data, or not divisible by the ranks; unknown order.
+
+    Attributes:
+        skipped: how many samples were replaced so far, ahead of the batch in use too.
+        damaged: index -> why, of each that was met.
     """
 
     def __init__(
@@ -78,24 +102,50 @@ class TwoViewLoader:
         rank: int = 0,
         ranks: int = 1,
         pin_memory: bool = False,
+        order: str = "random",
+        on_error: str = "raise",
+        crops_only: bool = False,
+        augmenter: Augmenter | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         view.validate()
         if batch_size < 1 or batch_size % ranks:
             raise InputError(
                 f"--batch-size must be a positive multiple of the {ranks} rank(s), got {batch_size}"
             )
+        if not 0 <= rank < ranks:
+            raise InputError(f"rank must be in [0, {ranks}), got {rank}")
+        if order not in ORDERS:
+            raise InputError(f"unknown order {order!r}; one of {', '.join(ORDERS)}")
         self.source, self.view, self.batch_size, self.seed = source, view, batch_size, seed
-        self.rank, self.ranks, self.ahead, self.pin_memory = rank, ranks, ahead, pin_memory
+        self.rank, self.ranks, self.ahead, self.order = rank, ranks, ahead, order
+        self.device, self.augmenter, self.crops_only = torch.device(device), augmenter, crops_only
         self.steps = steps_per_epoch(len(source), batch_size)
         self.epoch = self.step = 0
+        self._decoder = Decoder(source, on_error)
+        self._buffers = Buffers(pin_memory or self.device.type == "cuda")
         self._threads = Threads(workers)
 
     def __len__(self) -> int:
         """Steps in an epoch: equal for all epochs and ranks."""
         return self.steps
 
+    @property
+    def skipped(self) -> int:
+        return self._decoder.skipped
+
+    @property
+    def damaged(self) -> dict[int, str]:
+        return dict(self._decoder.damaged)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go on from the beginning of this epoch."""
+        self.set_position(epoch)
+
     def set_position(self, epoch: int, step: int = 0) -> None:
         """Go on from this step of this epoch."""
+        if epoch < 0 or not 0 <= step <= self.steps:
+            raise InputError(f"no step {step} in epoch {epoch}: an epoch has {self.steps} steps")
         self.epoch, self.step = epoch, step
 
     def state_dict(self) -> dict[str, int]:
@@ -105,33 +155,55 @@ class TwoViewLoader:
         self.set_position(**state)
 
     def __iter__(self) -> Iterator[ViewBatch]:
-        order = epoch_order(len(self.source), self.seed, self.epoch)
         epoch = self.epoch
+        order = epoch_order(len(self.source), self.seed, epoch, self.order, self.source.pages)
 
         def start(step: int) -> Callable[[], ViewBatch]:
             return self._start(step_indices(order, step, self.batch_size, self.rank, self.ranks), epoch)
 
-        for batch in _ahead(start, range(self.step, self.steps), self.ahead):
+        batches = _ahead(start, range(self.step, self.steps), self.ahead)
+        if self.device.type == "cuda":
+            batches = _on_device(batches, self.device, self._augmented)
+        for batch in batches:
             self.step += 1  # before the batch is used: a state saved after the step resumes behind it
-            yield batch
+            yield batch if self.device.type == "cuda" else self._augmented(batch)
         self.epoch, self.step = epoch + 1, 0
 
+    def _augmented(self, batch: ViewBatch) -> ViewBatch:
+        """The batch after the augmenter, where that isn't the workers' task."""
+        if self.augmenter is None or self.crops_only:
+            return batch
+        crops = batch.views.permute(0, 1, 3, 4, 2).flatten(0, 1)
+        views = self.augmenter(crops, batch.parameters.transpose(0, 1).flatten(0, 1), self.view)
+        return replace(batch, views=views.unflatten(0, (2, -1)))
+
     def _start(self, indices: np.ndarray, epoch: int) -> Callable[[], ViewBatch]:
-        source, side = self.source, self.view.resolution
-        views = torch.empty((2, len(indices), side, side, 3), pin_memory=self.pin_memory)
-        parameters = np.empty((len(indices), 2, P), np.float32)
+        indices, side = indices.copy(), self.view.resolution
+        here = self.augmenter is None and not self.crops_only  # augmented by the workers
+        dtype = torch.float32 if here else torch.uint8
+        views = self._buffers.take((2, len(indices), side, side, 3), dtype)
         pixels = views.numpy()
+        parameters = np.empty((len(indices), 2, P), np.float32)
 
         def make(part: slice) -> None:
-            chosen = indices[part]
-            table = draw_parameters(
-                self.view, self.seed, epoch, chosen, source.heights[chosen], source.widths[chosen]
-            )
-            parameters[part] = table
-            crops = np.empty((len(chosen), 2, side, side, 3), np.uint8)
-            source.crops(chosen, crop_boxes(table), crops)
-            for v in range(2):
-                cpu.augment_into(crops[:, v], table[:, v], self.view, pixels[v, part])
+            for first in range(part.start, part.stop, CHUNK):  # few at a time: they stay in the cache
+                rows = slice(first, min(first + CHUNK, part.stop))
+                crops = np.empty((rows.stop - first, 2, side, side, 3), np.uint8)
+                table = parameters[rows]
+
+                def boxes(chosen: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+                    table[:] = draw_parameters(self.view, self.seed, epoch, chosen, heights, widths)  # noqa: B023
+                    return crop_boxes(table)  # noqa: B023
+
+                def flips() -> np.ndarray | None:
+                    return table[..., FLIP] != 0 if self.crops_only else None  # noqa: B023
+
+                self._decoder.crops(indices[rows], boxes, crops, flips)
+                for v in range(2):
+                    if here:
+                        cpu.augment_into(crops[:, v], table[:, v], self.view, pixels[v, rows])
+                    else:
+                        pixels[v, rows] = crops[:, v]
 
         wait = self._threads.run(make, len(indices))
 
@@ -139,8 +211,8 @@ class TwoViewLoader:
             wait()
             return ViewBatch(
                 views.permute(0, 1, 4, 2, 3),
-                torch.from_numpy(source.labels[indices]),
-                torch.from_numpy(indices.copy()),
+                torch.from_numpy(self.source.labels[indices]),
+                torch.from_numpy(indices),
                 torch.from_numpy(parameters),
             )
 
@@ -157,27 +229,56 @@ class TwoViewLoader:
         self.close()
 
 
+def _on_device(
+    batches: Iterator[ViewBatch], device: torch.device, augmented: Callable[[ViewBatch], ViewBatch]
+) -> Iterator[ViewBatch]:
+    """Copies and augments on a stream of its own, one batch ahead of the one in use."""
+    stream = torch.cuda.Stream(device)
+    waiting: deque[tuple[ViewBatch, torch.cuda.Event]] = deque()
+
+    def use(batch: ViewBatch, copied: torch.cuda.Event) -> ViewBatch:
+        current = torch.cuda.current_stream(device)
+        current.wait_event(copied)
+        for name in batch.__dataclass_fields__:  # so that their memory isn't reused while they are in use
+            getattr(batch, name).record_stream(current)
+        return batch
+
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            copy = augmented(batch.pinned().to(device))
+            copied = torch.cuda.Event()
+            copied.record(stream)
+        waiting.append((copy, copied))
+        if len(waiting) > 1:
+            yield use(*waiting.popleft())
+    while waiting:
+        yield use(*waiting.popleft())
+
+
 def evaluation_batches(
     source: Source,
     view: ViewSettings,
     batch_size: int = 256,
     workers: int = 2,
     indices: np.ndarray | None = None,
+    on_error: str = "raise",
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Every image once, in order, as its centre crop without augmentation.
 
     Yields:
         images float32 [B, 3, R, R] (normalised, channels-last), indices int64 [B]; the last may be smaller.
+        With on_error="skip" a damaged image is another, in its indices too (see `TwoViewLoader`).
     """
     everything = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
     mean, std = cpu.statistics(view)
+    decoder = Decoder(source, on_error)
 
     def start(first: int) -> Callable[[], tuple[Tensor, np.ndarray]]:
-        chosen = everything[first : first + batch_size]
+        chosen = everything[first : first + batch_size].copy()
         images = np.empty((len(chosen), view.resolution, view.resolution, 3), np.float32)
 
         def make(part: slice) -> None:
-            crops = evaluation_crops(source, view, chosen[part])
+            crops = evaluation_crops(source, view, chosen[part], decoder)
             np.multiply(crops, 1 / (255 * std), out=images[part])
             images[part] -= mean / std
 
@@ -193,12 +294,92 @@ def evaluation_batches(
         yield from _ahead(start, range(0, len(everything), batch_size), 3)
 
 
-def evaluation_crops(source: Source, view: ViewSettings, indices: np.ndarray) -> np.ndarray:
+def evaluation_crops(
+    source: Source, view: ViewSettings, indices: np.ndarray, decoder: "Decoder | None" = None
+) -> np.ndarray:
     """The centre crops of some samples: uint8 [B, R, R, 3]."""
     crops = np.empty((len(indices), 1, view.resolution, view.resolution, 3), np.uint8)
-    boxes = centre_boxes(source.heights[indices], source.widths[indices], view.evaluation_crop)
-    source.crops(indices, boxes, crops)
+
+    def boxes(_: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+        return centre_boxes(heights, widths, view.evaluation_crop)
+
+    (decoder or Decoder(source)).crops(indices, boxes, crops)
     return crops[:, 0]
+
+
+class Decoder:
+    """Crops of a source, with a damaged sample replaced by the next good one or raised.
+
+    The next one in the set's own order: so the same sample takes the place in every epoch, on every rank,
+    whatever the workers.
+    """
+
+    def __init__(self, source: Source, on_error: str = "raise") -> None:
+        if on_error not in ("raise", "skip"):
+            raise InputError(f"on_error must be raise or skip, got {on_error!r}")
+        self.source, self.skip = source, on_error == "skip"
+        self.damaged: dict[int, str] = {}
+        self.skipped = 0
+        self._lock = threading.Lock()
+
+    def crops(
+        self,
+        indices: np.ndarray,
+        boxes: Boxes,
+        out: np.ndarray,
+        flips: Callable[[], np.ndarray | None] = lambda: None,
+    ) -> None:
+        """Fill out uint8 [B, V, R, R, 3] with crops in boxes(indices, heights, widths), int32 [B, V, 4].
+
+        Those that flips(), bool [B, V], names are mirrored; it is called after boxes(). Replaces damaged samples in `indices`, then asks for boxes anew. Raises DamagedSample.
+        """
+        replaced = set()
+        while True:
+            try:
+                drawn = boxes(indices, *self.source.sizes(indices))
+                self.source.crops(indices, drawn, out, flips())
+                break
+            except DamagedSample as sample:
+                if not self.skip:
+                    raise
+                replaced.add(sample.row)
+                indices[sample.row] = self._after(sample)
+        with self._lock:
+            self.skipped += len(replaced)
+
+    def _after(self, sample: DamagedSample) -> int:
+        """The next sample that isn't known to be damaged."""
+        count = len(self.source)
+        with self._lock:
+            self.damaged[sample.index] = str(sample)
+            for step in range(1, count):
+                if (index := (sample.index + step) % count) not in self.damaged:
+                    return index
+        raise InputError(f"none of {count} samples can be decoded; the last: {sample}")
+
+
+class Buffers:
+    """Memory for batches, used again once a batch's tensors are gone: fresh memory costs a page fault
+    for every 4 KB, which is a tenth of the time that a 224 px crop takes."""
+
+    def __init__(self, pinned: bool) -> None:
+        self.pinned = pinned
+        self._free: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor."""
+        if self.pinned:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)  # torch keeps these itself
+        size = math.prod(shape) * dtype.itemsize
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = np.empty(size, np.uint8)
+        if memory.size != size:
+            memory = np.empty(size, np.uint8)
+        lent = memory[:]  # lives as long as any tensor that shares its memory
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return torch.from_numpy(lent).view(dtype).view(shape)
 
 
 class Threads:

@@ -32,7 +32,7 @@ P = len(COLUMNS)
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 CROP_BLOCK = 16  # the tries' Philox blocks start here; blocks below are the other parameters'
-ORDER_STREAM = 0xFFFF  # "view" number of the stream that makes the epoch's order
+ORDER_STREAM, PAGE_STREAM = 0xFFFF, 0xFFFE  # "view" numbers of the streams that make the epoch's order
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -158,21 +158,21 @@ def centre_boxes(heights: np.ndarray, widths: np.ndarray, fraction: float) -> np
 
 
 @njit(cache=True, nogil=True)
-def _order_keys(seed, epoch, keys):
+def _order_keys(seed, epoch, stream, keys):
     for index in range(len(keys)):
         w0, w1, _, _ = philox(
             uint64(index),
             uint64(index) >> uint64(32),
             uint64(epoch),
-            uint64(ORDER_STREAM) << uint64(16),
+            uint64(stream) << uint64(16),
             uint64(seed),
             uint64(seed) >> uint64(32),
         )
         keys[index] = (w0 << uint64(32)) | w1
 
 
-def order_keys(seed: int, epoch: int, count: int) -> np.ndarray:
-    """One uniform uint64 for each sample; sorting by them gives the epoch's order."""
+def order_keys(seed: int, epoch: int, count: int, stream: int = ORDER_STREAM) -> np.ndarray:
+    """One uniform uint64 for each sample (or page); sorting by them gives the epoch's order."""
     keys = np.empty(count, np.uint64)
-    _order_keys(np.uint64(seed), np.uint64(epoch), keys)
+    _order_keys(np.uint64(seed), np.uint64(epoch), np.uint64(stream), keys)
     return keys

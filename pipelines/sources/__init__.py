@@ -5,25 +5,50 @@ from typing import Protocol
 
 import numpy as np
 
+from pipelines.errors import InputError
+
 
 class Source(Protocol):
     """What the loader needs of a data set. Indices are positions in the set, stable over epochs."""
 
     labels: np.ndarray  # int64 [N]
-    heights: np.ndarray  # int64 [N], true sizes in pixels
-    widths: np.ndarray
+    pages: np.ndarray  # int64 [N], samples that are stored beside each other have the same number
 
     def __len__(self) -> int: ...
 
-    def crops(self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray) -> None:
+    def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """True heights and widths in pixels, int64 [B] each. Raises DamagedSample."""
+
+    def stored(self, row: int, index: int) -> bytes | np.ndarray:
+        """One image as it is stored: a file's bytes, or pixels uint8. Raises DamagedSample, which has `row`."""
+
+    def crops(
+        self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: np.ndarray | None = None
+    ) -> None:
         """Fill out uint8 [B, V, R, R, 3] with boxes int32 [B, V, 4] of samples indices int64 [B].
 
-        Called from several threads at once. Raises InputError with index and file for a damaged sample.
+        Boxes are top, left, height, width, within the image; flips bool [B, V] mirrors crops. Called from
+        several threads at once. Raises DamagedSample for the first sample, by row, that can't be decoded.
         """
 
 
+class DamagedSample(InputError):
+    """A sample that can't be decoded: row of the call, index in the set, and the message for the user."""
+
+    def __init__(self, row: int, index: int, message: str):
+        super().__init__(message)
+        self.row, self.index = row, index
+
+
 def open_source(path: str | Path) -> Source:
-    """The source that reads `path` (a .beton)."""
-    from pipelines.sources.ffcv import FFCVSource  # here, because it needs FFCV
+    """The source that reads `path`: a .beton, or a folder of images (in class folders, if they have labels).
+
+    Raises InputError if there is nothing such.
+    """
+    if Path(path).is_dir():
+        from pipelines.sources.folder import FolderSource
+
+        return FolderSource(path)
+    from pipelines.sources.ffcv import FFCVSource  # here, because it needs libturbojpeg
 
     return FFCVSource(path)

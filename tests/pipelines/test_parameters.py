@@ -127,6 +127,32 @@ def test_an_epochs_order_is_a_permutation_of_its_own():
     assert abs(np.corrcoef(orders[0], np.arange(1000))[0, 1]) < 0.15
 
 
+@pytest.mark.parametrize("kind", ["random", "quasi-random", "sequential"])
+def test_every_order_is_the_same_permutation_for_all_ranks(kind):
+    count, pages = 10_000, np.arange(10_000) // 65
+    whole = epoch_order(count, 3, 1, kind, pages)
+    assert np.array_equal(np.sort(whole), np.arange(count))
+    seen = [
+        step_indices(epoch_order(count, 3, 1, kind, pages), step, 64, rank, 4)
+        for step in range(steps_per_epoch(count, 64))
+        for rank in range(4)
+    ]
+    assert np.array_equal(np.concatenate(seen), whole[: count // 64 * 64])
+    changed = not np.array_equal(whole, epoch_order(count, 3, 2, kind, pages))
+    assert changed == (kind != "sequential")
+
+
+def test_quasi_random_opens_a_window_of_pages_at_a_time():
+    pages = np.arange(50_000) // 65
+    order = epoch_order(50_000, 0, 0, "quasi-random", pages)
+    opened = [len(np.unique(pages[order[start : start + 4160]])) for start in range(0, 50_000, 4160)]
+    assert max(opened) <= 2 * 64  # at most two windows' pages; a random order opens all 770
+    first = order[: 64 * 65]
+    assert abs(np.corrcoef(first, np.arange(len(first)))[0, 1]) < 0.1  # and shuffles within
+    with pytest.raises(InputError, match="unknown order 'page'"):
+        epoch_order(10, 0, 0, "page")
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_share_the_same_global_batches(ranks):
     order = epoch_order(103, 5, 2)

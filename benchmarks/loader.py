@@ -1,0 +1,371 @@
+"""How fast do two views of an image come? This loader beside stock FFCV, DALI and torchvision, in one run.
+
+    python -m benchmarks.loader --cache CACHE --json FILE          some 5 minutes on two cores
+
+Everyone gets the same JPEG bytes: the sample's 1,000 images at max_resolution 400, brought there once by
+`convert-beton` and kept below --cache as a beton, and as files. Everyone does the same work with two threads
+or processes: random resized crops of 224 px, flips, uint8 in memory. Rounds go through all contenders in
+turn; a ratio is the median of the rounds' ratios. Set-up, compilation and the first epoch are not timed.
+
+    two_views            this loader over the beton: one decode, two anti-aliased crops
+    two_views_folder     this loader over the files
+    ffcv_one_view        stock FFCV: one decode, one area crop (OpenCV)
+    ffcv_two_view        stock FFCV, two pipelines on one field: two decodes
+    dali_two_decodes     DALI: decoders.image_random_crop twice
+    dali_two_crops       DALI: one decode, two random_resized_crops
+    torchvision          DataLoader, PIL decode, two RandomResizedCrop
+    decode_only          libjpeg-turbo alone: the floor under one decode an image
+    augmented            this loader with all of SimCLR's augmentation, float32 (what training reads)
+"""
+
+import argparse
+import ctypes
+import ctypes.util
+import json
+import os
+import resource
+import statistics
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+
+from lvssl.cli import guarded
+from lvssl.training.checkpoint import write_atomically
+from lvssl.training.run import versions
+from pipelines.convert.conversion import Settings, convert
+from pipelines.errors import InputError
+from pipelines.loader import TwoViewLoader
+from pipelines.sources import turbo
+from pipelines.sources.ffcv import FFCVSource
+from pipelines.sources.folder import FolderSource
+from pipelines.views import ViewSettings
+
+SIDE = 224
+TAR = "imagenet-1k-one-per-class.tar"
+DECODES = {"ffcv_two_view": 2, "dali_two_decodes": 2}  # an image; the others' are 1
+VIEWS = {"ffcv_one_view": 1, "decode_only": 0}  # the others' are 2
+Epoch = Callable[[], int]  # runs an epoch and returns how many images it gave
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/imagenet-sample") / TAR)
+    parser.add_argument("--cache", type=Path, default=Path("data/benchmark-loader"))
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--workers", type=int, default=2, help="threads or processes of each contender")
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--only", nargs="+", help="contenders; two_views is always among them")
+    options = parser.parse_args(arguments)
+
+    beton, files = same_bytes(options.data, options.cache)
+    contenders, absent = prepare(options, beton, files)
+    for name, epoch in contenders.items():
+        images = epoch()  # compiles, starts workers, fills the page cache
+        assert images == len(FFCVSource(beton)), f"{name} gave {images} images"
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(options.rounds):
+        for name, epoch in contenders.items():
+            started = time.perf_counter()
+            images = epoch()
+            seconds[name].append((time.perf_counter() - started) / images)
+    result = {
+        "command": "python -m benchmarks.loader " + " ".join(arguments),
+        "versions": versions(),
+        "workers": options.workers,
+        "rows": [row(name, each, options.workers) for name, each in seconds.items()],
+        "absent": absent,
+        "ratios": ratios(seconds),
+        "profile_ms": profile(FFCVSource(beton)),
+    }
+    show(result)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.json, json.dumps(result, indent=1).encode())
+
+
+# -------------------------------------------------------------------- the data
+
+
+def same_bytes(tar: Path, cache: Path) -> tuple[Path, Path]:
+    """The beton and a folder with the files of its JPEGs, made once."""
+    beton, files = cache / "sample.beton", cache / "files"
+    if not beton.is_file():
+        if not tar.is_file():
+            raise InputError(f"{tar}: no such file; name the ImageNet sample's tar with --data")
+        cache.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(tar) as archive:
+            archive.extractall(cache / "originals", filter="data")
+        convert(str(cache / "originals"), beton, Settings(max_resolution=400))
+    source = FFCVSource(beton)
+    assert (source.file.modes == turbo.JPEG).all()
+    for index in range(len(source)):
+        path = files / f"{source.labels[index]:04d}" / f"{index:04d}.jpg"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, stored_bytes(source, index))
+    return beton, files
+
+
+def stored_bytes(source: FFCVSource, index: int) -> bytes:
+    start = int(source.file.offsets[index])
+    with open(source.file.path, "rb") as file:
+        file.seek(start)
+        return file.read(int(source.file.sizes[index]))
+
+
+# -------------------------------------------------------------- the contenders
+
+
+def prepare(options: argparse.Namespace, beton: Path, files: Path) -> tuple[dict[str, Epoch], dict[str, str]]:
+    """Name -> epoch of each contender that is wanted; and why others are absent."""
+    workers, batch = options.workers, options.batch_size
+    makers: dict[str, Callable[[], Epoch]] = {
+        "two_views": lambda: ours(FFCVSource(beton), workers, batch, crops_only=True),
+        "two_views_folder": lambda: ours(FolderSource(files), workers, batch, crops_only=True),
+        "augmented": lambda: ours(FFCVSource(beton), workers, batch),
+        "decode_only": lambda: decode_only(FFCVSource(beton), workers),
+        "ffcv_one_view": lambda: stock_ffcv(beton, workers, batch, 1),
+        "ffcv_two_view": lambda: stock_ffcv(beton, workers, batch, 2),
+        "dali_two_decodes": lambda: dali(files, workers, batch, decode_twice=True),
+        "dali_two_crops": lambda: dali(files, workers, batch, decode_twice=False),
+        "torchvision": lambda: torchvision_loader(files, workers, batch),
+    }
+    wanted = ["two_views", *(options.only or [name for name in makers if name != "two_views"])]
+    if unknown := set(wanted) - set(makers):
+        raise InputError(f"--only {unknown.pop()}: unknown; known are {', '.join(makers)}")
+    contenders, absent = {}, {}
+    for name in dict.fromkeys(wanted):
+        try:
+            contenders[name] = makers[name]()
+        except ImportError as error:
+            absent[name] = str(error)
+    return contenders, absent
+
+
+def ours(source: Any, workers: int, batch: int, **how: Any) -> Epoch:
+    loader = TwoViewLoader(source, ViewSettings(resolution=SIDE), batch, workers=workers, **how)
+    return lambda: count(batch.views.shape[1] for batch in loader)
+
+
+def count(sizes: Iterator[int]) -> int:
+    return sum(sizes)
+
+
+def decode_only(source: FFCVSource, workers: int) -> Epoch:
+    """One-pixel crops: decoding, and next to nothing else."""
+    from pipelines.loader import Threads
+
+    boxes = np.tile(np.array([0, 0, 1, 1], np.int32), (len(source), 1, 1))
+    threads = Threads(workers)
+
+    def make(part: slice) -> None:
+        source.crops(
+            np.arange(part.start, part.stop),
+            boxes[part],
+            np.empty((part.stop - part.start, 1, 8, 8, 3), np.uint8),
+        )
+
+    def epoch() -> int:
+        threads.run(make, len(source))()
+        return len(source)
+
+    return epoch
+
+
+def stock_ffcv(beton: Path, workers: int, batch: int, views: int) -> Epoch:
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.pipeline import PipelineSpec
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor
+
+    pipelines: dict[str, Any] = {"label": [IntDecoder(), ToTensor()]}
+    for view in range(views):
+        pipelines["image" if view == 0 else f"image{view}"] = PipelineSpec(
+            "image", RandomResizedCropRGBImageDecoder((SIDE, SIDE)), [RandomHorizontalFlip(), ToTensor()]
+        )
+    loader = Loader(
+        str(beton), batch_size=batch, num_workers=workers, order=OrderOption.RANDOM, os_cache=True,
+        drop_last=True, pipelines=pipelines,
+    )  # fmt: skip
+    return lambda: count(len(batch[0]) for batch in loader)
+
+
+def dali(files: Path, workers: int, batch: int, decode_twice: bool) -> Epoch:
+    from nvidia.dali import fn, pipeline_def, types
+
+    paths = sorted(map(str, files.glob("*/*.jpg")))
+
+    @pipeline_def(batch_size=batch, num_threads=workers, device_id=None, seed=0)
+    def two_views() -> Any:
+        encoded, labels = fn.readers.file(files=paths, random_shuffle=True, name="files", initial_fill=256)
+        crop = {"random_area": [0.08, 1.0], "random_aspect_ratio": [3 / 4, 4 / 3]}
+        if decode_twice:
+            views = [
+                fn.resize(fn.decoders.image_random_crop(encoded, **crop), size=[SIDE, SIDE]) for _ in range(2)
+            ]
+        else:
+            image = fn.decoders.image(encoded)
+            views = [fn.random_resized_crop(image, size=[SIDE, SIDE], **crop) for _ in range(2)]
+        views = [fn.flip(view, horizontal=fn.random.coin_flip()) for view in views]
+        return (*(fn.cast(view, dtype=types.UINT8) for view in views), labels)
+
+    pipe = two_views()
+    pipe.build()
+
+    def epoch() -> int:
+        for _ in range(len(paths) // batch):
+            first, second, _ = pipe.run()
+            np.asarray(first.as_array()), np.asarray(second.as_array())
+        return len(paths) // batch * batch
+
+    return epoch
+
+
+class TwoViewFiles(torch.utils.data.Dataset):
+    """torchvision's own way: PIL decodes, two random resized crops with flips, uint8 tensors."""
+
+    def __init__(self, files: Path) -> None:
+        from torchvision.datasets import ImageFolder
+        from torchvision.transforms import v2
+
+        self.images = ImageFolder(str(files))
+        self.view = v2.Compose(
+            [v2.RandomResizedCrop(SIDE, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = self.images[index]
+        return self.view(image), self.view(image), label
+
+
+def torchvision_loader(files: Path, workers: int, batch: int) -> Epoch:
+    loader = torch.utils.data.DataLoader(
+        TwoViewFiles(files), batch, shuffle=True, num_workers=workers, persistent_workers=True
+    )
+    return lambda: count(len(batch[0]) for batch in loader)
+
+
+# ----------------------------------------------------------------- the figures
+
+
+def row(name: str, seconds: list[float], workers: int) -> dict[str, Any]:
+    rates = sorted(1 / each for each in seconds)
+    rate = statistics.median(rates)
+    return {
+        "name": name,
+        "images_per_second": rate,
+        "images_per_second_per_core": rate / workers,
+        "lowest": rates[0],
+        "highest": rates[-1],
+        "views": VIEWS.get(name, 2),
+        "decodes_per_image": DECODES.get(name, 1),
+    }
+
+
+def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Median over rounds of the peer's time over ours, so that drift of the machine falls out."""
+
+    def over(*peers: str, mine: str = "two_views") -> float | None:
+        found = [
+            statistics.median(theirs / own for theirs, own in zip(seconds[peer], seconds[mine]))
+            for peer in peers
+            if peer in seconds
+        ]
+        return min(found, default=None)
+
+    found = {
+        "two_view_over_ffcv_one_view": over("ffcv_one_view"),
+        "two_view_over_ffcv_two_view": over("ffcv_two_view"),
+        "two_view_over_dali": over("dali_two_decodes", "dali_two_crops"),  # the better of the two
+        "two_view_over_torchvision": over("torchvision"),
+        "two_view_over_decode_only": over("decode_only"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def profile(source: FFCVSource, rounds: int = 5) -> dict[str, float]:
+    """Milliseconds an image on one thread: where the time of two views goes.
+
+    Differences of libjpeg-turbo's own modes split the decoder: at 1/8 of the size in grey it does little but
+    Huffman decoding; in grey it adds the luma's IDCT; and in RGB the chroma's, upsampling and conversion.
+    """
+    library = ctypes.CDLL(ctypes.util.find_library("turbojpeg"))
+    library.tjInitDecompress.restype = ctypes.c_void_p
+    library.tjDecompress2.argtypes = [
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, *[ctypes.c_int] * 5,
+    ]  # fmt: skip
+    handle = library.tjInitDecompress()
+    chosen = np.arange(0, len(source), 4)
+    heights, widths = source.sizes(chosen)
+    stored = [np.frombuffer(stored_bytes(source, int(i)), np.uint8) for i in chosen]
+    pixels = np.empty(int((heights * widths).max()) * 3, np.uint8)
+
+    def decoded(pixel_format: int, scale: int) -> None:
+        for data, height, width in zip(stored, heights.tolist(), widths.tolist()):
+            size = -(-width // scale), 0, -(-height // scale)
+            place = data.ctypes.data, len(data), pixels.ctypes.data
+            assert library.tjDecompress2(handle, *place, *size, pixel_format, 0) == 0
+
+    from pipelines.parameters import crop_boxes, draw_parameters
+
+    boxes = crop_boxes(draw_parameters(ViewSettings(), 0, 0, chosen, heights, widths))
+    crops = np.empty((len(chosen), 2, SIDE, SIDE, 3), np.uint8)
+    steps: dict[str, Callable[[], Any]] = {
+        "huffman": lambda: decoded(6, 8),
+        "grey": lambda: decoded(6, 1),
+        "decode": lambda: decoded(0, 1),
+        "all": lambda: source.crops(chosen, boxes, crops),
+        "copy": lambda: crops.copy(),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            started = time.thread_time()
+            step()
+            taken[name].append((time.thread_time() - started) / len(chosen) * 1e3)
+    ms = {name: statistics.median(each) for name, each in taken.items()}
+    return {
+        "huffman_decoding": ms["huffman"],
+        "luma_idct": ms["grey"] - ms["huffman"],
+        "chroma_idct_upsampling_colour": ms["decode"] - ms["grey"],
+        "two_resized_crops": ms["all"] - ms["decode"],
+        "copy_of_two_crops": ms["copy"],
+        "decoder_alone": ms["decode"],
+        "decoder_and_crops": ms["all"],
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"{'':20}{'img/s':>8}{'a core':>8}{'lowest':>8}{'highest':>9}{'views':>7}{'decodes':>9}")
+    for r in result["rows"]:
+        print(
+            f"{r['name']:20}{r['images_per_second']:8.0f}{r['images_per_second_per_core']:8.0f}"
+            f"{r['lowest']:8.0f}{r['highest']:9.0f}{r['views']:7}{r['decodes_per_image']:9}"
+        )
+    for name, why in result["absent"].items():
+        print(f"{name:20}absent: {why}")
+    print()
+    for name, value in result["ratios"].items():
+        print(f"{name:32}{value:6.2f}")
+    print("\nms an image, one thread")
+    for name, value in result["profile_ms"].items():
+        print(f"{name:32}{value:6.3f}")
+    print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB")
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))

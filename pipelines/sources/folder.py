@@ -1,0 +1,145 @@
+"""Crops from plain image files: no conversion, no FFCV and no DALI; libjpeg-turbo where it is installed.
+
+Any source of `pipelines.convert.readers` will do (class folders, parquet), and so will a folder of loose
+images, which have no labels. JPEGs take the same compiled way as those of a .beton, and give the same pixels;
+what libjpeg-turbo can't read (PNG, CMYK, turned by EXIF) goes through Pillow. Each original is decoded in
+full, so this is slower than a .beton of smaller images: about the ratio of their pixels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.convert import jpeg, readers
+from pipelines.errors import InputError
+from pipelines.sources import DamagedSample, turbo
+
+PAGE = 64  # files in a block of the quasi-random order: files of a folder are often stored together
+
+
+class FolderSource:
+    """Image files as a source of crops.
+
+    Attributes:
+        labels: int64 [N], all 0 for loose images. names: of the files. pages: int64 [N].
+    """
+
+    def __init__(self, path: str | Path, split: str | None = None):
+        """List the images; raises InputError if there are none. Files are read when they are asked for."""
+        self.path = Path(path)
+        opened = _loose_images(self.path) or readers.open_source(str(path), split)
+        self.names, self.labels, self.classes = opened.names, opened.labels, opened.classes
+        self.pages = np.arange(len(self.labels)) // PAGE
+        self._read = opened.read
+        self._heights = np.zeros(len(self.labels), np.int64)  # 0: not looked at yet
+        self._widths = np.zeros(len(self.labels), np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """True heights and widths (upright), int64 [B] each; headers are read once. Raises DamagedSample."""
+        for row in np.flatnonzero(self._heights[indices] == 0):
+            index = int(indices[row])
+            data = self.stored(int(row), index)
+            try:
+                height, width = _size(data)
+            except jpeg.DamagedImage as error:
+                raise self._damaged(int(row), index, error) from error
+            self._widths[index] = width
+            self._heights[index] = height  # last: another thread may look
+        return self._heights[indices], self._widths[indices]
+
+    def crops(
+        self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: np.ndarray | None = None
+    ) -> None:
+        """See `pipelines.sources.Source`. The GIL is held while files are opened, not while they are decoded."""
+        flips = np.zeros(boxes.shape[:2], bool) if flips is None else flips
+        for row, index in enumerate(indices.tolist()):
+            data = self.stored(row, index)
+            try:
+                fits = _crop(data, boxes[row], flips[row], out[row])
+            except jpeg.DamagedImage as error:
+                raise self._damaged(row, index, error) from error
+            if not fits:
+                raise ValueError(f"boxes {boxes[row].tolist()} do not lie within {self.names[index]}")
+
+    def stored(self, row: int, index: int) -> bytes | np.ndarray:
+        """See `pipelines.sources.Source`."""
+        try:
+            return self._read(index)
+        except jpeg.DamagedImage as error:
+            raise self._damaged(row, index, error) from error
+        except OSError as error:
+            raise self._damaged(row, index, error.strerror or error) from error
+
+    def _damaged(self, row: int, index: int, reason: object) -> DamagedSample:
+        name = self.names[index]
+        return DamagedSample(row, index, f"{self.path}: sample {index}, {name}, can't be decoded ({reason})")
+
+
+def _loose_images(folder: Path) -> readers.Source | None:
+    """A folder of images without class folders, all of label 0; None if it is something else."""
+    if not folder.is_dir() or any(path.is_dir() for path in folder.iterdir() if path.name[0] != "."):
+        return None
+    try:
+        paths = readers.list_images(folder)
+    except InputError:
+        return None
+    names = [path.name for path in paths]
+    labels = np.zeros(len(paths), np.int64)
+    return readers.Source(names, labels, [folder.name], lambda index: paths[index].read_bytes(), None)
+
+
+def _header(data: bytes) -> jpeg.JpegHeader:
+    """A header that may be believed. Raises DamagedImage."""
+    header = jpeg.read_header(data)
+    if header.height * header.width > turbo.PIXELS_A_BYTE * len(data):
+        raise jpeg.DamagedImage(f"{len(data)} bytes are too few for {header.width} x {header.height} pixels")
+    return header
+
+
+def _size(data: bytes | np.ndarray) -> tuple[int, int]:
+    """Height and width of an image, upright."""
+    if isinstance(data, np.ndarray):
+        return data.shape[0], data.shape[1]
+    if not jpeg.is_jpeg(data):
+        height, width = _other(data).shape[:2]
+        return height, width
+    header = _header(data)
+    turned = header.orientation >= 5
+    return (header.width, header.height) if turned else (header.height, header.width)
+
+
+def _crop(data: bytes | np.ndarray, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray) -> bool:
+    """All views of one image; False if a box isn't within it. Raises DamagedImage."""
+    if isinstance(data, np.ndarray):
+        pixels = readers.as_rgb(data)
+    elif not jpeg.is_jpeg(data):
+        pixels = _other(data)
+    else:
+        header = _header(data)
+        if turbo.AVAILABLE and header.is_rgb_or_grey and header.orientation == 1:
+            return _crop_jpeg(data, header, boxes, flips, out)
+        pixels = readers.upright(jpeg.decode(data, header), header.orientation)
+    return turbo.crop_pixels(np.ascontiguousarray(pixels), boxes, flips, out)
+
+
+def _crop_jpeg(
+    data: bytes, header: jpeg.JpegHeader, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray
+) -> bool:
+    size = np.array([header.height]), np.array([header.width])
+    _, status = turbo.crop_stored(
+        np.frombuffer(data, np.uint8), np.zeros(1, np.int64), np.array([len(data)]),
+        np.full(1, turbo.JPEG, np.uint8), *size, boxes[None], flips[None], out[None],
+    )  # fmt: skip
+    if status in (turbo.DAMAGED, turbo.WRONG_SIZE):
+        jpeg.decode(data, header)  # says why
+        raise jpeg.DamagedImage("damaged")
+    return status == turbo.DECODED
+
+
+def _other(data: bytes) -> np.ndarray:
+    return readers.upright(*readers.decode_other(data))

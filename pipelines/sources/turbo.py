@@ -1,0 +1,127 @@
+"""libjpeg-turbo for compiled code: one decompressor a call, so that no error outlives its image.
+
+FFCV's own decoder (`imdecode` in libffcv) calls the same library and is left alone for two reasons: it keeps
+its decompressors for ever, though one that has failed in a header (libjpeg-turbo 2.1) misreads the next good
+file; and it doesn't compare the JPEG's size with the one it was told, so that a wrong entry gives garbage.
+"""
+
+import ctypes
+import ctypes.util
+
+import llvmlite.binding
+import numpy as np
+from numba import njit, types
+
+from pipelines.resize import resize_crop
+
+_RGB = 0  # TJPF_RGB
+_STOP_AT_500_SCANS = 32768  # TJFLAG_LIMITSCANS: a progressive JPEG of some kilobytes could decode for minutes
+
+
+def _load() -> bool:
+    """Make the library's symbols known to compiled code: by name, not address, so that code can be cached."""
+    for name in ("libturbojpeg.so.0", ctypes.util.find_library("turbojpeg")):
+        try:
+            if name:
+                ctypes.CDLL(name)
+                llvmlite.binding.load_library_permanently(name)
+                return True
+        except (OSError, RuntimeError):
+            continue
+    return False
+
+
+AVAILABLE = _load()
+
+_handle = types.uintp
+_init = types.ExternalFunction("tjInitDecompress", _handle())
+_destroy = types.ExternalFunction("tjDestroy", types.int32(_handle))
+_read_header = types.ExternalFunction(
+    "tjDecompressHeader3",
+    types.int32(
+        _handle, types.voidptr, types.ulong,  # the JPEG's bytes and their count
+        types.voidptr, types.voidptr, types.voidptr, types.voidptr,  # out: width, height, sampling, colours
+    ),
+)  # fmt: skip
+_decompress = types.ExternalFunction(
+    "tjDecompress2",
+    types.int32(
+        _handle, types.voidptr, types.ulong,
+        types.voidptr, types.int32, types.int32, types.int32,  # out: pixels; width, bytes a line, height
+        types.int32, types.int32,  # pixel format, flags
+    ),
+)  # fmt: skip
+
+JPEG = 0  # how an image of a beton is stored (ffcv.fields.rgb_image.IMAGE_MODES); anything else: raw pixels
+DECODED, WRONG_SIZE, DAMAGED, WRONG_BOX, TOO_SHORT = 0, 1, 2, 3, 4
+# A JPEG holds at most some 340 pixels a byte (a bit for each block of one colour): a header that promises
+# gigabytes for a few kilobytes is damaged, and isn't believed.
+PIXELS_A_BYTE = 1024
+
+
+@njit(cache=True, nogil=True)
+def crop_stored(data, offsets, sizes, modes, heights, widths, boxes, flips, out):
+    """Decode each sample once and crop all its views; stops at the first that can't be decoded.
+
+    Args:
+        data: uint8 [n], in which sample i lies at offsets[i] with sizes[i] bytes (int64 [B]).
+        modes: uint8 [B], JPEG or not. heights, widths: int64 [B], in pixels.
+        boxes: int32 [B, V, 4]. flips: bool [B, V].
+        out: uint8 [B, V, R, R, 3], filled.
+
+    Returns:
+        (row, why) of the sample that failed, or (B, DECODED).
+    """
+    handle = _init()
+    numbers = np.empty(4, np.int32)
+    pixels = np.empty(0, np.uint8)
+    status = DECODED
+    for row in range(len(offsets)):
+        height, width = heights[row], widths[row]
+        stored = data[offsets[row] : offsets[row] + sizes[row]]
+        if modes[row] == JPEG:
+            status, pixels = _decode(handle, stored, height, width, numbers, pixels)
+            if status != DECODED:
+                break
+            image = pixels[: height * width * 3].reshape(height, width, 3)
+        else:
+            image = stored[: height * width * 3].reshape(height, width, 3)
+        if not crop_pixels(image, boxes[row], flips[row], out[row]):
+            status = WRONG_BOX
+            break
+    _destroy(handle)
+    return row if status != DECODED else len(offsets), status
+
+
+@njit(cache=True, nogil=True)
+def crop_pixels(image, boxes, flips, out):
+    """All views of one image uint8 [H, W, 3]; False if a box isn't within it (compiled code would not see)."""
+    for view in range(len(boxes)):
+        top, left, height, width = boxes[view]
+        inside = top + height <= image.shape[0] and left + width <= image.shape[1]
+        if min(top, left) < 0 or min(height, width) < 1 or not inside:
+            return False
+        resize_crop(image, boxes[view], out[view], flips[view])
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _decode(handle, stored, height, width, numbers, pixels):
+    """Decode a JPEG of a known size into `pixels`, which may be replaced by a larger buffer."""
+    if _read_header(
+        handle, stored.ctypes, np.uint64(len(stored)),
+        numbers[0:].ctypes, numbers[1:].ctypes, numbers[2:].ctypes, numbers[3:].ctypes,
+    ):  # fmt: skip
+        return DAMAGED, pixels
+    if numbers[0] != width or numbers[1] != height:
+        return WRONG_SIZE, pixels
+    if height * width > PIXELS_A_BYTE * len(stored):
+        return TOO_SHORT, pixels
+    if len(pixels) < height * width * 3:  # only now: a damaged entry may speak of gigabytes
+        pixels = np.empty(height * width * 3, np.uint8)
+    failed = _decompress(
+        handle, stored.ctypes, np.uint64(len(stored)),
+        pixels.ctypes, np.int32(width), np.int32(width * 3), np.int32(height),
+        np.int32(_RGB), np.int32(_STOP_AT_500_SCANS),
+    )  # fmt: skip
+    return DAMAGED if failed else DECODED, pixels
