@@ -63,7 +63,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--forms", nargs="+", default=[*PEERS, "reference", "numba"])
     parser.add_argument("--processes", type=int, default=2, help="at once, single-threaded each")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=1.5, help="of one form in one round, at least a batch")
+    parser.add_argument(
+        "--seconds", type=float, default=1.5, help="of one form in one round, at least a batch"
+    )
     parser.add_argument("--data", help="images for the whole path")
     parser.add_argument("--batches", type=int, default=6, help="of 64 images in one round of the whole path")
     parser.add_argument("--json", type=Path, help="where the figures go")
@@ -174,7 +176,9 @@ def serve(pipe: Any, names: list[str]) -> None:
 def check_output(name: str, views: Any) -> None:
     """Every form must give BATCH normalised float views of 3 channels."""
     first = torch.as_tensor(np.asarray(views[0]))
-    assert len(views) == BATCH and sorted(first.shape) == [3, SIDE, SIDE] and first.dtype == torch.float32, name
+    assert len(views) == BATCH and sorted(first.shape) == [3, SIDE, SIDE] and first.dtype == torch.float32, (
+        name
+    )
     values = torch.stack([torch.as_tensor(np.asarray(view)) for view in views])
     assert -2.2 < values.min() < 0 < values.max() < 2.7 and 0.2 < values.std() < 2, name
 
@@ -320,7 +324,9 @@ def torchvision_path(files: Path, workers: int) -> Callable[[int], Any]:
         dataset, PATH_BATCH, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True,
         worker_init_fn=one_thread,
     )  # fmt: skip
-    return lambda batches: timed(loader, batches, lambda batch: batch[0][0].shape == (PATH_BATCH, 3, SIDE, SIDE))
+    return lambda batches: timed(
+        loader, batches, lambda batch: batch[0][0].shape == (PATH_BATCH, 3, SIDE, SIDE)
+    )
 
 
 def one_thread(_: int) -> None:
@@ -476,7 +482,9 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     if "numba" in speed:
         peers = [speed[name] for name in PEERS if name in speed]
         over = {"torchvision": "torchvision-pil", "kornia": "kornia"}
-        found = {f"views_over_{name}": speed["numba"] / speed[form] for name, form in over.items() if form in speed}
+        found = {
+            f"views_over_{name}": speed["numba"] / speed[form] for name, form in over.items() if form in speed
+        }
         if peers:
             found["views_over_fastest_peer"] = speed["numba"] / max(peers)
     if path:
@@ -487,7 +495,9 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 def show(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         if row["what"] == "gpu":
-            print(f"gpu    {row['dtype']:24}{row['achieved_gb_per_s']:8.0f} of {row['bandwidth_gb_per_s']:.0f} GB/s")
+            print(
+                f"gpu    {row['dtype']:24}{row['achieved_gb_per_s']:8.0f} of {row['bandwidth_gb_per_s']:.0f} GB/s"
+            )
             continue
         speed = row.get("views_per_second") or row["images_per_second"]
         low, high = row["quartiles"]

@@ -1,11 +1,13 @@
 """uint8 crops and a table of parameters -> normalised views: one function, three forms that agree.
 
-    reference   plain torch, any device: the definition
-    numba       compiled for a CPU, parallel over images
-    triton      two kernels on a GPU
+reference   plain torch, any device: the definition
+numba       compiled for a CPU, parallel over images
+triton      two kernels on a GPU
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -86,6 +88,16 @@ def augment(
     from pipelines.augment import reference
 
     return reference.augment(crops, table, view, dtype)
+
+
+def augmenter_for(device: torch.device, backend: str = "auto") -> Callable[..., Tensor] | None:
+    """What `TwoViewLoader` takes as its augmenter: a form that runs on the device, where the batch is used.
+
+    None stands for numba, which the loader's workers run themselves, wherever the batch goes afterwards.
+    """
+    if backend == "numba" or backend_for(device, backend) == "numba":
+        return None
+    return partial(augment, backend=backend_for(device, backend), checked=True)
 
 
 def backend_for(device: torch.device, wanted: str = "auto") -> str:

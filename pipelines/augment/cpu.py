@@ -31,9 +31,21 @@ def augment_into(crops: np.ndarray, table: np.ndarray, view: ViewSettings, out: 
     """Augment and normalise N crops.
 
     Args:
-        crops: uint8 [N, R, R, 3]. table: float32 [N, P]. out: float32 [N, R, R, 3], filled.
+        crops: uint8 [N, R, R, 3]; every second one of a larger array is fine.
+        table: float32 [N, P]. out: float32 [N, R, R, 3], contiguous, filled.
     """
-    _augment(crops, table, ORDERS, view.kernel_size, *statistics(view), out)
+    if not len(crops):
+        return
+    side = crops.shape[1]
+    if crops.strides[0] < 3 * side * side or crops.strides[1:] != (3 * side, 3, 1):
+        crops = np.ascontiguousarray(crops)
+    # One flat array from the first crop's first byte to the last one's last: numba compiles it once, and
+    # knows it for contiguous, which it would not know of crops[:, view].
+    stride = crops.strides[0]
+    span = (len(crops) - 1) * stride + 3 * side * side
+    memory = np.lib.stride_tricks.as_strided(crops, (span,), (1,), writeable=False)
+    rows = np.ascontiguousarray(table)
+    _augment(memory, stride, rows, ORDERS, view.kernel_size, *statistics(view), out)
 
 
 def statistics(view: ViewSettings) -> tuple[np.ndarray, np.ndarray]:
@@ -42,8 +54,8 @@ def statistics(view: ViewSettings) -> tuple[np.ndarray, np.ndarray]:
 
 
 @njit(cache=True, nogil=True)
-def _augment(crops, table, orders, kernel_size, mean, std, out):
-    side = crops.shape[1]
+def _augment(memory, stride, table, orders, kernel_size, mean, std, out):
+    side = out.shape[1]
     radius = kernel_size // 2
     scale = np.empty(3 * side, np.float32)  # the normalisation, laid out like a row of the output
     shift = np.empty(3 * side, np.float32)
@@ -55,9 +67,10 @@ def _augment(crops, table, orders, kernel_size, mean, std, out):
     lines = np.empty(3 * side * side, np.float32)  # between the blur's passes
     padded = np.empty(3 * (side + 2 * radius), np.float32)
     kernel = np.empty(kernel_size, np.float32)
-    for n in range(len(crops)):
+    for n in range(len(out)):
         p = table[n]
-        image, target = crops[n].reshape(side, 3 * side), out[n].reshape(3 * side * side)
+        image = memory[n * stride : n * stride + 3 * side * side].reshape(side, 3 * side)
+        target = out[n].reshape(3 * side * side)
         order = orders[int(p[ORDER])]
         split, mean_luma = 0, ZERO
         if p[CONTRAST] != 1:

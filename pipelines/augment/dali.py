@@ -67,7 +67,9 @@ def graph(crops, table, view: ViewSettings):
         x = fn.gaussian_blur(fn.reshape(x, layout="HWC"), sigma=sigma, window_size=view.kernel_size)
     bright = fn.cast(x >= np.float32(128 / 255), dtype=types.FLOAT)
     x = x + bright * table[SOLARISE] * (1.0 - 2.0 * x)
-    return (x - types.Constant(np.array(view.mean, np.float32))) / types.Constant(np.array(view.std, np.float32))
+    return (x - types.Constant(np.array(view.mean, np.float32))) / types.Constant(
+        np.array(view.std, np.float32)
+    )
 
 
 def _luma(x):

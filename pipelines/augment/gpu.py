@@ -64,7 +64,15 @@ def augment(crops: Tensor, table: Tensor, view: ViewSettings, dtype: torch.dtype
         options = view_options(view, side, dtype)
         tiles = triton.cdiv(side, options["TILE"])
         views[tiles, tiles, count](
-            crops, table, orders, sums, out, crops.stride(0), *view.mean, *(1 / s for s in view.std), **options
+            crops,
+            table,
+            orders,
+            sums,
+            out,
+            crops.stride(0),
+            *view.mean,
+            *(1 / s for s in view.std),
+            **options,
         )
     return out.permute(0, 3, 1, 2)
 

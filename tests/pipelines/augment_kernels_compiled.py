@@ -29,7 +29,13 @@ def compiled(kernel, capability: int, side: int, dtype: torch.dtype) -> dict:
     view = ViewSettings(resolution=side)
     options = gpu.sum_options(side) if kernel is gpu.luma_sums else gpu.view_options(view, side, dtype)
     warps = options.pop("num_warps")
-    pointers = {"crops": "*u8", "table": "*fp32", "orders": "*i32", "sums": "*fp32", "out": f"*{NAMES[dtype]}"}
+    pointers = {
+        "crops": "*u8",
+        "table": "*fp32",
+        "orders": "*i32",
+        "sums": "*fp32",
+        "out": f"*{NAMES[dtype]}",
+    }
     signature = {name: pointers.get(name, "fp32") for name in kernel.arg_names} | {"stride": "i32"}
     signature |= dict.fromkeys(options, "constexpr")
     constants = {(kernel.arg_names.index(name),): value for name, value in options.items()}

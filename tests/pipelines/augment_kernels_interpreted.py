@@ -13,13 +13,11 @@ import numpy as np
 import torch
 
 from pipelines.augment import gpu, reference
-from pipelines.parameters import BRIGHTNESS, SOLARISE, P, draw_parameters
+from pipelines.parameters import BRIGHTNESS, SIGMA, SOLARISE, P, draw_parameters
 from pipelines.views import ViewSettings
 
-# 8: smallest, one tap. 9: odd, less than a tile. 20: three taps. 33: tile and a pixel. 47: odd, one tile.
-# 65: more than a tile of 64, seven taps. 97: two tiles, nine taps, some chunks wholly outside.
-CASES = ("8:1:float32", "9:5:float16", "20:24:float32", "20:8:bfloat16", "33:7:float16", "47:3:bfloat16",
-         "65:4:float32", "65:4:bfloat16", "97:2:float16")  # fmt: skip
+# 8: smallest, one tap. 9: odd, less than a tile. 20: three taps. 33: odd, a tile of fp32 and a pixel.
+CASES = ("8:1:float32", "9:2:float16", "20:1:bfloat16", "33:1:float32")
 
 
 def compared(side: int, count: int, dtype: torch.dtype, device: str) -> dict[str, float]:
@@ -30,7 +28,8 @@ def compared(side: int, count: int, dtype: torch.dtype, device: str) -> dict[str
     crops = pictures(count, side)
     sizes = np.full(count, side)
     table = torch.from_numpy(draw_parameters(view, 3, 1, np.arange(count), sizes, sizes)[:, 1].copy())
-    if count == 1:  # all that can be left out, left out
+    table[0, SIGMA] = 1.3
+    if side == 8:  # all that can be left out, left out
         table = torch.zeros(1, P)
         table[:, BRIGHTNESS : BRIGHTNESS + 3] = 1
     exact = reference.augment(crops, table, view, torch.float64)

@@ -200,7 +200,10 @@ def test_the_backend_follows_the_device():
 
 WRONG = [  # what is changed, and what the message must say
     (lambda c, t: (c.float(), t), "crops must be uint8, got float32"),
-    (lambda c, t: (c.permute(0, 3, 1, 2), t), r"crops must have shape \[N, 16, 16, 3\], got \[4, 3, 16, 16\]"),
+    (
+        lambda c, t: (c.permute(0, 3, 1, 2), t),
+        r"crops must have shape \[N, 16, 16, 3\], got \[4, 3, 16, 16\]",
+    ),
     (lambda c, t: (c.transpose(1, 2), t), "crops must be contiguous"),
     (lambda c, t: (c[:, :8], t), "crops must have shape"),
     (lambda c, t: (c, t.double()), "table must be float32, got float64"),
@@ -252,3 +255,16 @@ def test_dali_agrees_where_it_has_the_operation():
 
 def _numba(crops: torch.Tensor, table: np.ndarray, view: ViewSettings) -> np.ndarray:
     return run("cpu", crops, table, view).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("chosen", [np.s_[:, 1], np.s_[::-1, 0], np.s_[1:2, 0], np.s_[::3, 0]])
+def test_crops_of_a_larger_array(chosen):
+    """The loader's crops [B, 2, R, R, 3] by view, and other parts of them."""
+    view = ViewSettings(resolution=24)
+    both, sizes = images(12, 24).numpy().reshape(6, 2, 24, 24, 3), np.full(6, 24)
+    table = draw_parameters(view, 0, 0, np.arange(6), sizes, sizes)
+    crops, rows = both[chosen], table[chosen]
+    out = np.empty(crops.shape, np.float32)
+    cpu.augment_into(crops, rows, view, out)
+    exact = reference.augment(torch.from_numpy(crops.copy()), torch.from_numpy(rows.copy()), view)
+    assert np.abs(out - exact.permute(0, 2, 3, 1).numpy()).max() < 1e-4

@@ -51,8 +51,16 @@ def test_interpreted_kernels_are_the_reference():
 
 
 @pytest.mark.slow
-def test_interpreted_kernels_at_full_size():
-    assert_faithful(run("augment_kernels_interpreted.py", "224:3:bfloat16", "512:1:float16", TRITON_INTERPRET="1"))
+def test_interpreted_kernels_of_many_sizes():
+    cases = (
+        "20:24:float32",
+        "47:6:bfloat16",
+        "65:4:float32",
+        "97:3:float16",
+        "224:3:bfloat16",
+        "512:1:float16",
+    )
+    assert_faithful(run("augment_kernels_interpreted.py", *cases, TRITON_INTERPRET="1"))
 
 
 def assert_fits(rows: list[dict]) -> None:
