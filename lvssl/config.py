@@ -11,6 +11,7 @@ from pipelines.views import ViewSettings
 
 BACKBONES = ("tiny", "small", "resnet18", "resnet50")
 FAMILIES = ("none", "sign", "gaussian", "bernoulli")
+AUGMENTATIONS = ("auto", "reference", "numba", "triton")
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class PretrainSettings:
     """Threads of torch on a CPU; 0: all cores."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda, cuda:1 ..."""
+    augmentation: str = "auto"
+    """auto (triton on a GPU, else numba), reference (plain torch, slow), numba, triton."""
     checkpoint_minutes: float = 10.0
     """A checkpoint is written at least this often, and at the end of each epoch and of the run."""
     log_every: int = 10
@@ -97,6 +100,7 @@ class PretrainSettings:
         """Raise InputError naming the first impossible value. Touches no file."""
         choice("backbone", self.model.backbone, BACKBONES)
         choice("family", self.latent.family, FAMILIES)
+        choice("augmentation", self.augmentation, AUGMENTATIONS)
         for name in ("epochs", "batch_size", "workers", "log_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2, for there to be negatives")

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from lvssl.training import checkpoint
 from lvssl.training.optimiser import build_optimiser, learning_rate
 from lvssl.training.progress import Metrics, Progress
 from lvssl.training.run import create_run, pick_device
+from pipelines.augment import augmenter_for, backend_for
 from pipelines.loader import TwoViewLoader, ViewBatch, evaluation_batches
 from pipelines.sources import Source, open_source
 
@@ -43,16 +45,20 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
     source = open_source(settings.data)
     classes = int(source.labels.max()) + 1 if len(source) and source.labels.min() >= 0 else 0
     device = pick_device(settings.device)
+    augmenter = augmenter_for(device, settings.augmentation)
     loader = TwoViewLoader(
         source,
         settings.view,
         settings.batch_size,
         settings.seed,
         settings.workers,
-        pin_memory=device.type == "cuda",
+        augmenter=augmenter,
+        device=device,
     )
     with loader:
         create_run(settings, classes, resume)
+        form = backend_for(device, settings.augmentation) if augmenter else "numba"
+        print(f"pretrain {settings.out.name}: on {device}, augmented by {form}", file=sys.stderr, flush=True)
         trainer = Trainer(settings, classes, loader, device)
         trainer.restore()
         with stop_signals() as stop:

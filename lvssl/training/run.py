@@ -16,7 +16,9 @@ from lvssl.training import checkpoint
 from pipelines.errors import InputError
 
 # What may differ when a run is resumed: it changes where and how fast, never what is computed.
-FREE_TO_CHANGE = ("out", "data", "workers", "threads", "device", "checkpoint_minutes", "log_every", "preset")
+FREE_TO_CHANGE = (
+    "out", "data", "workers", "threads", "device", "augmentation", "checkpoint_minutes", "log_every", "preset",
+)  # fmt: skip
 
 
 def create_run(settings: PretrainSettings, classes: int, resume: bool) -> None:

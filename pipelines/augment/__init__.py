@@ -1,0 +1,172 @@
+"""uint8 crops and a table of parameters -> normalised views: one function, three forms that agree.
+
+reference   plain torch, any device: the definition
+numba       compiled for a CPU, parallel over images
+triton      two kernels on a GPU
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.errors import InputError
+from pipelines.parameters import (
+    BRIGHTNESS,
+    COLUMNS,
+    CONTRAST,
+    FLIP,
+    GREY,
+    HUE,
+    ORDER,
+    SATURATION,
+    SIGMA,
+    SOLARISE,
+    P,
+)
+from pipelines.views import ViewSettings
+
+BACKENDS = ("reference", "numba", "triton")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Column: lowest and highest value, and whether it must be a whole number.
+ALLOWED = {
+    FLIP: (0, 1, True),
+    ORDER: (0, 23, True),
+    BRIGHTNESS: (0, np.inf, False),
+    CONTRAST: (0, np.inf, False),
+    SATURATION: (0, np.inf, False),
+    HUE: (-0.5, 0.5, False),
+    GREY: (0, 1, True),
+    SIGMA: (0, np.inf, False),
+    SOLARISE: (0, 1, True),
+}
+
+
+def augment(
+    crops: Tensor,
+    table: Tensor,
+    view: ViewSettings,
+    backend: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    checked: bool = False,
+) -> Tensor:
+    """Augment and normalise, each crop with its own row of parameters.
+
+    Args:
+        crops: uint8 [N, R, R, 3], each crop contiguous, R = view.resolution.
+        table: float32 [N, P], on the same device; columns as in `pipelines.parameters.COLUMNS`. The crop's
+            box has been used by then and is ignored.
+        view: resolution, mean and std are what counts here.
+        backend: one of BACKENDS, or auto: triton on a GPU, numba on a CPU.
+        dtype: float32, float16 or bfloat16, of the result.
+        checked: the table is known to be in range (`draw_parameters` made it), so that a GPU needn't wait
+            for its values to be looked at.
+
+    Returns:
+        [N, 3, R, R], channels-last in memory.
+
+    Raises:
+        InputError: wrong dtype, shape, layout or device, or a parameter that is NaN or out of range; names
+            the argument, and the first row and column.
+    """
+    check_shapes(crops, table, view)
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(map(name, DTYPES))}, got {name(dtype)}")
+    backend = backend_for(crops.device, backend)
+    if not checked:
+        check_values(table.detach().cpu().numpy())
+    if backend == "triton":
+        from pipelines.augment import gpu
+
+        return gpu.augment(crops, table.contiguous(), view, dtype)
+    if backend == "numba":
+        return _on_threads(crops.numpy(), table.numpy(), view).to(dtype)
+    from pipelines.augment import reference
+
+    return reference.augment(crops, table, view, dtype)
+
+
+def augmenter_for(device: torch.device, backend: str = "auto") -> Callable[..., Tensor] | None:
+    """What `TwoViewLoader` takes as its augmenter: a form that runs on the device, where the batch is used.
+
+    None stands for numba, which the loader's workers run themselves, wherever the batch goes afterwards.
+    """
+    if backend == "numba" or backend_for(device, backend) == "numba":
+        return None
+    return partial(augment, backend=backend_for(device, backend), checked=True)
+
+
+def backend_for(device: torch.device, wanted: str = "auto") -> str:
+    """The form that runs on this device; InputError if the wanted one doesn't."""
+    if wanted == "auto":
+        return "triton" if device.type == "cuda" else "numba"
+    if wanted not in BACKENDS:
+        raise InputError(f"unknown backend {wanted!r}; known: auto, {', '.join(BACKENDS)}")
+    if wanted == "triton" and device.type != "cuda":
+        raise InputError(f"backend triton needs crops on a GPU, they are on {device}; leave it out, or numba")
+    if wanted == "numba" and device.type != "cpu":
+        raise InputError(f"backend numba needs crops on the CPU, they are on {device}; leave it out")
+    return wanted
+
+
+def check_shapes(crops: Tensor, table: Tensor, view: ViewSettings) -> None:
+    """Raise InputError naming the argument that no form could work on."""
+    side = view.resolution
+    if crops.dtype != torch.uint8:
+        raise InputError(f"crops must be uint8, got {name(crops.dtype)}")
+    if crops.ndim != 4 or tuple(crops.shape[1:]) != (side, side, 3):
+        raise InputError(f"crops must have shape [N, {side}, {side}, 3], got {list(crops.shape)}")
+    if len(crops) and crops.stride()[1:] != (3 * side, 3, 1):
+        raise InputError(
+            f"crops must be contiguous, channels last: strides [*, {3 * side}, 3, 1], got {crops.stride()}"
+        )
+    if table.dtype != torch.float32:
+        raise InputError(f"table must be float32, got {name(table.dtype)}")
+    if tuple(table.shape) != (len(crops), P):
+        raise InputError(f"table must have shape [{len(crops)}, {P}] like crops, got {list(table.shape)}")
+    if table.device != crops.device:
+        raise InputError(f"table is on {table.device}, crops on {crops.device}")
+
+
+def check_values(table: np.ndarray) -> None:
+    """Raise InputError naming the first row and column that is NaN or out of range."""
+    columns = list(ALLOWED)
+    low, high, whole = (np.array([ALLOWED[c][k] for c in columns]) for k in range(3))
+    values = table[:, columns]
+    good = np.isfinite(values) & (values >= low) & (values <= high) & (~whole | (values == np.rint(values)))
+    if good.all():
+        return
+    row, k = np.argwhere(~good)[0]
+    kind = "a whole number" if whole[k] else "finite and"
+    raise InputError(
+        f"table[{row}, {columns[k]}] ({COLUMNS[columns[k]]} of crop {row}) must be {kind} "
+        f"in [{low[k]:g}, {high[k]:g}], got {values[row, k]:g}"
+    )
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _on_threads(crops: np.ndarray, table: np.ndarray, view: ViewSettings) -> Tensor:
+    """The numba form on as many threads as torch has, each with its part of the batch."""
+    from pipelines.augment import cpu
+
+    out = np.empty(crops.shape, np.float32)
+    parts = np.array_split(np.arange(len(crops)), min(torch.get_num_threads(), max(1, len(crops))))
+    slices = [slice(part[0], part[-1] + 1) for part in parts if len(part)]
+
+    def run(part: slice) -> None:
+        cpu.augment_into(crops[part], table[part], view, out[part])
+
+    if len(slices) > 1:
+        with ThreadPoolExecutor(len(slices)) as pool:
+            list(pool.map(run, slices))
+    else:
+        for part in slices:
+            run(part)
+    return torch.from_numpy(out).permute(0, 3, 1, 2)

@@ -31,24 +31,27 @@ ORDERS = np.array(
 GREY_WEIGHTS = (0.2989, 0.587, 0.114)
 
 
-def augment(crops: Tensor, table: Tensor, view: ViewSettings) -> Tensor:
-    """Augment and normalise.
+def augment(crops: Tensor, table: Tensor, view: ViewSettings, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Augment and normalise, on the crops' device.
 
     Args:
         crops: uint8 [N, R, R, 3].
         table: float [N, P], columns as in `pipelines.parameters.COLUMNS`.
+        dtype: of the result; float64 is computed in float64, all else in float32.
 
     Returns:
-        float32 [N, 3, R, R], channels-last in memory.
+        [N, 3, R, R], channels-last in memory.
     """
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
     images = [
-        augment_one(crop.permute(2, 0, 1).float() / 255, row, view.kernel_size)
+        augment_one(crop.permute(2, 0, 1).to(exact) / 255, row, view.kernel_size)
         for crop, row in zip(crops, table, strict=True)
     ]
-    batch = torch.stack(images) if images else crops.permute(0, 3, 1, 2).float()
-    mean = torch.tensor(view.mean, device=batch.device).view(3, 1, 1)
-    std = torch.tensor(view.std, device=batch.device).view(3, 1, 1)
-    return ((batch - mean) / std).contiguous(memory_format=torch.channels_last)
+    batch = torch.stack(images) if images else crops.permute(0, 3, 1, 2).to(exact)
+    mean, std = (
+        torch.tensor(value, device=batch.device, dtype=exact).view(3, 1, 1) for value in (view.mean, view.std)
+    )
+    return ((batch - mean) / std).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def augment_one(image: Tensor, row: Tensor, kernel_size: int) -> Tensor:

@@ -5,9 +5,11 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
 
-from pipelines.augment import cpu, reference
+from pipelines.augment import augment, backend_for, cpu, reference
+from pipelines.errors import InputError
 from pipelines.parameters import (
     BRIGHTNESS,
+    COLUMNS,
     CONTRAST,
     FLIP,
     GREY,
@@ -129,3 +131,140 @@ def test_an_empty_batch_and_a_single_image():
     for count in (0, 1):
         for form in ("reference", "cpu"):
             assert run(form, images(count, 8), identity(count), view).shape == (count, 3, 8, 8)
+
+
+@pytest.mark.parametrize("side, count", [(8, 3), (33, 2), (224, 2), (511, 1)])
+def test_every_size_and_order(side, count):
+    """Each of the 24 orders, blurred and not, in colour and in grey, against the reference in fp64."""
+    view = ViewSettings(resolution=side, **PLAIN)
+    for order in range(0, 24, 1 if side < 64 else 7):
+        table = identity(count)
+        table[:, ORDER], table[:, [BRIGHTNESS, CONTRAST, SATURATION, HUE]] = order, (1.2, 0.7, 1.4, 0.15)
+        table[:, SIGMA], table[:, GREY], table[:, FLIP] = 1.3 * (order % 2), order % 3 == 0, order % 5 == 0
+        crops = images(count, side, order)
+        exact = reference.augment(crops, torch.from_numpy(table), view, torch.float64)
+        assert (run("cpu", crops, table, view) - exact).abs().max() < 1e-5, order
+
+
+def test_fidelity_on_photographs():
+    """The goal: within 1 level of torchvision on average, 3 at most, on uint8 too, which it rounds down."""
+    from benchmarks.augmentation import OPERATIONS as NAMED
+    from benchmarks.augmentation import errors
+
+    found = errors(count=2)
+    assert set(found) == {*NAMED, "chain"}
+    for name, against in found.items():
+        assert against["float"]["mean"] < 0.001 and against["float"]["max"] < 0.02, (name, against)
+        if name != "chain":  # torchvision's own rounding adds up in its chain on uint8
+            assert against["uint8"]["mean"] <= 1 and against["uint8"]["max"] <= 3, (name, against)
+
+
+def test_the_draw_differs_from_view_to_view():
+    view = ViewSettings()
+    count = 64
+    sizes = np.full(count, 300)
+    table = draw_parameters(view, 0, 0, np.arange(count), sizes, sizes).reshape(2 * count, P)
+    assert len(np.unique(table, axis=0)) == 2 * count
+    sigmas = table[table[:, SIGMA] > 0, SIGMA]
+    assert len(sigmas) > count / 2 and len(np.unique(sigmas)) == len(sigmas)
+
+
+def test_the_blur_differs_from_image_to_image():
+    table = identity(3)
+    table[:, SIGMA] = (0.0, 0.5, 2.0)
+    crops = images(1, 64).expand(3, -1, -1, -1).contiguous()
+    sharp, soft, softer = augment(crops, torch.from_numpy(table), ViewSettings(resolution=64, **PLAIN))
+    rough = [view.diff(dim=-1).abs().mean() for view in (sharp, soft, softer)]
+    assert rough[0] > rough[1] > rough[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_call_for_both_forms_on_the_cpu(dtype):
+    view = ViewSettings(resolution=32)
+    crops, sizes = images(5, 32), np.full(5, 32)
+    table = torch.from_numpy(draw_parameters(view, 0, 0, np.arange(5), sizes, sizes)[:, 0].copy())
+    fast, exact = (augment(crops, table, view, backend, dtype) for backend in ("auto", "reference"))
+    assert fast.dtype == dtype and fast.is_contiguous(memory_format=torch.channels_last)
+    rounding = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+    assert (fast.double() - exact.double()).abs().max() <= rounding[dtype]
+
+
+def test_the_backend_follows_the_device():
+    assert backend_for(torch.device("cpu")) == "numba"
+    assert backend_for(torch.device("cuda")) == "triton"
+    assert backend_for(torch.device("cuda"), "reference") == "reference"
+    for device, wanted in (("cpu", "triton"), ("cuda", "numba"), ("cpu", "fastest")):
+        with pytest.raises(InputError, match=wanted):
+            backend_for(torch.device(device), wanted)
+
+
+WRONG = [  # what is changed, and what the message must say
+    (lambda c, t: (c.float(), t), "crops must be uint8, got float32"),
+    (
+        lambda c, t: (c.permute(0, 3, 1, 2), t),
+        r"crops must have shape \[N, 16, 16, 3\], got \[4, 3, 16, 16\]",
+    ),
+    (lambda c, t: (c.transpose(1, 2), t), "crops must be contiguous"),
+    (lambda c, t: (c[:, :8], t), "crops must have shape"),
+    (lambda c, t: (c, t.double()), "table must be float32, got float64"),
+    (lambda c, t: (c, t[:3]), rf"table must have shape \[4, {P}\] like crops, got \[3, {P}\]"),
+    (lambda c, t: (c, t[:, :-1]), "table must have shape"),
+    (lambda c, t: (c, t.to("meta")), "table is on meta, crops on cpu"),
+]
+
+
+@pytest.mark.parametrize("change, message", WRONG)
+def test_wrong_arguments_are_named(change, message):
+    crops, table = change(images(4, 16), torch.from_numpy(identity(4)))
+    with pytest.raises(InputError, match=message):
+        augment(crops, table, ViewSettings(resolution=16))
+
+
+@pytest.mark.parametrize(
+    "column, value",
+    [(HUE, 0.6), (HUE, np.nan), (SIGMA, -1), (SIGMA, np.inf), (BRIGHTNESS, -0.1), (CONTRAST, np.nan), (ORDER, 24),
+     (ORDER, 1.5), (FLIP, 2), (GREY, 0.5), (SOLARISE, -1), (SATURATION, np.inf)],
+)  # fmt: skip
+def test_the_first_wrong_parameter_is_named(column, value):
+    table = identity(4)
+    table[2:, column] = value
+    table[3, FLIP] = 7  # later, so not the one that is named
+    with pytest.raises(InputError, match=rf"table\[2, {column}\] \({COLUMNS[column]} of crop 2\)"):
+        augment(images(4, 16), torch.from_numpy(table), ViewSettings(resolution=16))
+
+
+def test_an_unknown_dtype_is_named():
+    with pytest.raises(InputError, match="dtype must be one of float32, float16, bfloat16, got int32"):
+        augment(images(1, 8), torch.from_numpy(identity(1)), ViewSettings(resolution=8), dtype=torch.int32)
+
+
+def test_dali_agrees_where_it_has_the_operation():
+    dali = pytest.importorskip("pipelines.augment.dali", reason="needs DALI", exc_type=ImportError)
+    view = ViewSettings(resolution=32)
+    crops = images(6, 32)
+    table = identity(6)  # the order that DALI has; no hue, and saturation only as far as it goes without
+    table[:, BRIGHTNESS], table[:, CONTRAST] = np.linspace(0.3, 1.7, 6), np.linspace(1.7, 0.3, 6)
+    table[:, GREY], table[:, FLIP], table[:, SOLARISE] = (0, 1) * 3, (0, 0, 1) * 2, (0, 1, 1, 0, 0, 1)
+    table[:, SIGMA] = np.linspace(0, 2, 6)
+    difference = np.abs(dali.augment(crops.numpy(), table, view) - _numba(crops, table, view))
+    assert (difference > 1e-3).mean() < 1e-3  # the step of solarise
+    assert np.median(difference) < 1e-5
+    table[:, HUE] = 0.1
+    assert np.abs(dali.augment(crops.numpy(), table, view) - _numba(crops, table, view)).mean() > 0.02
+
+
+def _numba(crops: torch.Tensor, table: np.ndarray, view: ViewSettings) -> np.ndarray:
+    return run("cpu", crops, table, view).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("chosen", [np.s_[:, 1], np.s_[::-1, 0], np.s_[1:2, 0], np.s_[::3, 0]])
+def test_crops_of_a_larger_array(chosen):
+    """The loader's crops [B, 2, R, R, 3] by view, and other parts of them."""
+    view = ViewSettings(resolution=24)
+    both, sizes = images(12, 24).numpy().reshape(6, 2, 24, 24, 3), np.full(6, 24)
+    table = draw_parameters(view, 0, 0, np.arange(6), sizes, sizes)
+    crops, rows = both[chosen], table[chosen]
+    out = np.empty(crops.shape, np.float32)
+    cpu.augment_into(crops, rows, view, out)
+    exact = reference.augment(torch.from_numpy(crops.copy()), torch.from_numpy(rows.copy()), view)
+    assert np.abs(out - exact.permute(0, 2, 3, 1).numpy()).max() < 1e-4

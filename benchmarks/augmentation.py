@@ -1,0 +1,515 @@
+"""Is the fused augmentation faithful to torchvision, and how much faster than it and its peers?
+
+    python -m benchmarks.augmentation --json FILE                    # some three minutes
+    python -m benchmarks.augmentation --data SAMPLE --json FILE      # the whole path too: five
+
+Full SimCLR chain (flip, jitter in random order, grey, blur with 23 taps, normalise) on 224 px crops of
+photographs, float32 out. Each form runs in `--processes` processes at once, single-threaded in each, so that
+no form is held up by Python's lock; rounds alternate between the forms, and medians are given.
+
+    torchvision-pil         torchvision.transforms.v2 on PIL images, as most SimCLR code has it
+    torchvision-tensor      the same on uint8 tensors, one by one: on a batch it draws once for all
+    kornia                  AugmentationSequential's operations on a float batch, drawn for each sample
+    albumentations          on uint8 arrays, OpenCV underneath
+    reference, numba        ours; parameters are drawn within the time, as with all others
+
+`--data` (a folder of class folders, or anything else `convert-beton` reads) adds the path from the file to the batch:
+beton -> decode once -> two crops -> augment -> batch by our loader, against torchvision's DataLoader over the
+same images as JPEG files (longest side 400 px in both), with `--processes` threads or workers.
+
+errors: of the numba form against torchvision v2's functional form on float and on uint8 images, in levels of
+1/255, by operation; hue, saturation and contrast over several strengths. `dali`: that of the DALI graph.
+
+Figures are in docs/augmentation.md.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision.transforms.v2 as T
+import torchvision.transforms.v2.functional as tv
+
+from lvssl.cli import guarded
+from lvssl.training.checkpoint import write_atomically
+from lvssl.training.run import versions
+from pipelines import parameters as columns
+from pipelines.augment import augment, cpu, reference
+from pipelines.parameters import P, draw_parameters
+from pipelines.resize import resize_crop
+from pipelines.views import ViewSettings
+
+VIEW = ViewSettings()
+SIDE = VIEW.resolution
+BATCH = 32
+PEERS = ("torchvision-pil", "torchvision-tensor", "kornia", "albumentations")
+Form = Callable[[], Any]  # augments BATCH crops
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--forms", nargs="+", default=[*PEERS, "reference", "numba"])
+    parser.add_argument("--processes", type=int, default=2, help="at once, single-threaded each")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--seconds", type=float, default=1.5, help="of one form in one round, at least a batch"
+    )
+    parser.add_argument("--data", help="images for the whole path")
+    parser.add_argument("--batches", type=int, default=6, help="of 64 images in one round of the whole path")
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    options = parser.parse_args(arguments)
+
+    rows = speeds(options.forms, options.processes, options.rounds, options.seconds)
+    if options.data:
+        rows += path_speeds(options.data, options.processes, options.rounds, options.batches)
+    rows += gpu_rows() if torch.cuda.is_available() else []
+    result = {
+        "command": "python -m benchmarks.augmentation " + " ".join(arguments),
+        "machine": {"cores": os.cpu_count(), "processor": processor()},
+        "versions": versions() | peer_versions(),
+        "rows": rows,
+        "ratios": ratios(rows),
+        "errors": errors(),
+    }
+    show(result)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.json, json.dumps(result, indent=1).encode())
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def peer_versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("kornia", "albumentations", "opencv-python", "opencv-python-headless", "numba", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+# Speed of the augmentation alone
+
+
+def photographs(count: int, side: int = SIDE, seed: int = 0) -> np.ndarray:
+    """Random crops of scikit-learn's two photographs: uint8 [N, R, R, 3]."""
+    from sklearn.datasets import load_sample_images
+
+    photos = load_sample_images().images
+    crops = np.empty((count, side, side, 3), np.uint8)
+    rng = np.random.default_rng(seed)
+    for n in range(count):
+        photo = np.ascontiguousarray(photos[n % len(photos)])
+        size = int(rng.integers(180, 420))
+        top, left = (int(rng.integers(0, length - size + 1)) for length in photo.shape[:2])
+        resize_crop(photo, np.array([top, left, size, size], np.int32), crops[n])
+    return crops
+
+
+def speeds(forms: list[str], processes: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Views a second of each form, all processes together; rounds alternate."""
+    context = multiprocessing.get_context("spawn")
+    pipes, workers = [], []
+    for _ in range(processes):
+        here, there = context.Pipe()
+        worker = context.Process(target=serve, args=(there, forms), daemon=True)
+        worker.start()
+        pipes.append(here)
+        workers.append(worker)
+    for pipe in pipes:
+        assert pipe.recv() == "ready"
+    found: dict[str, list[float]] = {form: [] for form in forms}
+    for _ in range(rounds):
+        for form in forms:
+            for pipe in pipes:
+                pipe.send((form, seconds))
+            found[form].append(sum(pipe.recv() for pipe in pipes))
+    for pipe, worker in zip(pipes, workers):
+        pipe.send(None)
+        worker.join()
+    return [
+        {"what": "views", "form": form, "processes": processes, **summary(found[form], "views_per_second")}
+        for form in forms
+    ]
+
+
+def summary(values: list[float], name: str) -> dict[str, Any]:
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return {name: statistics.median(values), "quartiles": [low, high], "rounds": len(values)}
+
+
+def serve(pipe: Any, names: list[str]) -> None:
+    """A process that times the form it is asked for, until it is told None."""
+    torch.set_num_threads(1)
+    crops = photographs(BATCH)
+    forms = {name: FORMS[name](crops) for name in names}
+    for name, form in forms.items():
+        check_output(name, form())  # warm and right before any time is taken
+    pipe.send("ready")
+    while (wanted := pipe.recv()) is not None:
+        name, seconds = wanted
+        started, count = time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - started) < seconds or not count:
+            forms[name]()
+            count += BATCH
+        pipe.send(count / elapsed)
+
+
+def check_output(name: str, views: Any) -> None:
+    """Every form must give BATCH normalised float views of 3 channels."""
+    first = torch.as_tensor(np.asarray(views[0]))
+    assert len(views) == BATCH and sorted(first.shape) == [3, SIDE, SIDE] and first.dtype == torch.float32, (
+        name
+    )
+    values = torch.stack([torch.as_tensor(np.asarray(view)) for view in views])
+    assert -2.2 < values.min() < 0 < values.max() < 2.7 and 0.2 < values.std() < 2, name
+
+
+def torchvision_chain(to_tensor: list[Any]) -> Any:
+    jitter = T.ColorJitter(VIEW.brightness, VIEW.contrast, VIEW.saturation, VIEW.hue)
+    return T.Compose([
+        T.RandomHorizontalFlip(VIEW.flip),
+        T.RandomApply([jitter], VIEW.jitter),
+        T.RandomGrayscale(VIEW.grey),
+        T.RandomApply([T.GaussianBlur(VIEW.kernel_size, VIEW.sigma)], VIEW.blur),
+        *to_tensor,
+        T.ToDtype(torch.float32, scale=True),
+        T.Normalize(VIEW.mean, VIEW.std),
+    ])  # fmt: skip
+
+
+def torchvision_pil(crops: np.ndarray) -> Form:
+    from PIL import Image
+
+    images, chain = [Image.fromarray(crop) for crop in crops], torchvision_chain([T.PILToTensor()])
+    return lambda: [chain(image) for image in images]
+
+
+def torchvision_tensor(crops: np.ndarray) -> Form:
+    images = [torch.from_numpy(crop).permute(2, 0, 1) for crop in crops]
+    chain = torchvision_chain([])
+    return lambda: [chain(image) for image in images]
+
+
+def kornia(crops: np.ndarray) -> Form:
+    import kornia.augmentation as K
+
+    ranges = [(1 - s, 1 + s) for s in (VIEW.brightness, VIEW.contrast, VIEW.saturation)]
+    chain = torch.nn.Sequential(
+        K.RandomHorizontalFlip(p=VIEW.flip),
+        K.ColorJitter(*ranges, (-VIEW.hue, VIEW.hue), p=VIEW.jitter),
+        K.RandomGrayscale(p=VIEW.grey),
+        K.RandomGaussianBlur((VIEW.kernel_size,) * 2, VIEW.sigma, p=VIEW.blur),
+        K.Normalize(torch.tensor(VIEW.mean), torch.tensor(VIEW.std)),
+    )
+    batch = torch.from_numpy(crops)
+    return lambda: chain(batch.permute(0, 3, 1, 2).float() / 255)
+
+
+def albumentations(crops: np.ndarray) -> Form:
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+    import albumentations as A
+    import cv2
+
+    cv2.setNumThreads(1)
+    chain = A.Compose([
+        A.HorizontalFlip(p=VIEW.flip),
+        A.ColorJitter(
+            *((1 - s, 1 + s) for s in (VIEW.brightness, VIEW.contrast, VIEW.saturation)),
+            (-VIEW.hue, VIEW.hue), p=VIEW.jitter,
+        ),
+        A.ToGray(p=VIEW.grey),
+        A.GaussianBlur(blur_limit=(VIEW.kernel_size,) * 2, sigma_limit=VIEW.sigma, p=VIEW.blur),
+        A.Normalize(VIEW.mean, VIEW.std),
+    ])  # fmt: skip
+    return lambda: [chain(image=crop)["image"] for crop in crops]
+
+
+def ours(backend: str) -> Callable[[np.ndarray], Form]:
+    def form(crops: np.ndarray) -> Form:
+        epoch = iter(range(1 << 31))
+        indices, sizes, batch = np.arange(len(crops)), np.full(len(crops), SIDE), torch.from_numpy(crops)
+
+        def run() -> torch.Tensor:
+            table = draw_parameters(VIEW, 0, next(epoch), indices, sizes, sizes)[:, 0]
+            return augment(batch, torch.from_numpy(table), VIEW, backend)
+
+        return run
+
+    return form
+
+
+FORMS: dict[str, Callable[[np.ndarray], Form]] = {
+    "torchvision-pil": torchvision_pil,
+    "torchvision-tensor": torchvision_tensor,
+    "kornia": kornia,
+    "albumentations": albumentations,
+    "reference": ours("reference"),
+    "numba": ours("numba"),
+}
+
+
+# The whole path, from the file to the batch
+
+
+def path_speeds(data: str, workers: int, rounds: int, batches: int) -> list[dict[str, Any]]:
+    """Images (two views each) a second from a file in the page cache; rounds alternate."""
+    from pipelines.convert.conversion import Settings, convert
+
+    with tempfile.TemporaryDirectory() as folder:
+        beton, files = Path(folder) / "images.beton", Path(folder) / "files"
+        convert(data, beton, Settings(max_resolution=400), workers=workers)
+        write_jpegs(beton, files)
+        paths = {"ours": our_path(beton, workers), "torchvision": torchvision_path(files, workers)}
+        found: dict[str, list[float]] = {name: [] for name in paths}
+        for path in paths.values():
+            next(path(2))  # warm: compiled, and the files in the page cache
+        for _ in range(rounds):
+            for name, path in paths.items():
+                found[name].append(next(path(batches)))
+    return [
+        {"what": "path", "form": name, "processes": workers, **summary(found[name], "images_per_second")}
+        for name in paths
+    ]
+
+
+PATH_BATCH = 64
+
+
+def write_jpegs(beton: Path, folder: Path) -> None:
+    """The beton's own JPEGs as files, all in one class folder."""
+    from pipelines.convert.beton import open_beton
+
+    (folder / "all").mkdir(parents=True)
+    file, stored = open_beton(beton), np.memmap(beton, np.uint8, mode="r")
+    for n in range(file.count):
+        first = int(file.offsets[n])
+        (folder / "all" / f"{n:06d}.jpg").write_bytes(stored[first : first + int(file.sizes[n])].tobytes())
+
+
+def our_path(beton: Path, workers: int) -> Callable[[int], Any]:
+    from pipelines.loader import TwoViewLoader
+    from pipelines.sources import open_source
+
+    source = open_source(beton)
+    loader = TwoViewLoader(source, VIEW, PATH_BATCH, workers=workers)
+    return lambda batches: timed(loader, batches, lambda batch: batch.views.shape[:2] == (2, PATH_BATCH))
+
+
+def torchvision_path(files: Path, workers: int) -> Callable[[int], Any]:
+    from torchvision.datasets import ImageFolder
+
+    chain = torchvision_chain([T.PILToTensor()])
+    crop = T.RandomResizedCrop(SIDE, VIEW.scale, VIEW.ratio, antialias=True)
+    dataset = ImageFolder(str(files), lambda image: (chain(crop(image)), chain(crop(image))))
+    loader = torch.utils.data.DataLoader(
+        dataset, PATH_BATCH, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True,
+        worker_init_fn=one_thread,
+    )  # fmt: skip
+    return lambda batches: timed(
+        loader, batches, lambda batch: batch[0][0].shape == (PATH_BATCH, 3, SIDE, SIDE)
+    )
+
+
+def one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def timed(loader: Any, batches: int, right: Callable[[Any], bool]) -> Any:
+    """Images a second of so many batches, after the first, which starts the workers."""
+    iterator = iter(loader)
+    assert right(next(iterator))
+    started, count = time.perf_counter(), 0
+    for batch in iterator:
+        assert right(batch)
+        count += 1
+        if count == batches:
+            break
+    yield count * PATH_BATCH / (time.perf_counter() - started)
+
+
+# A GPU
+
+
+def gpu_rows(count: int = 512) -> list[dict[str, Any]]:
+    """Achieved bytes a second of the Triton form, against the device's copy bandwidth, measured beside it."""
+    from pipelines.augment import gpu
+
+    crops = torch.from_numpy(photographs(64)).repeat(count // 64, 1, 1, 1).cuda()
+    sizes = np.full(count, SIDE)
+    table = torch.from_numpy(draw_parameters(VIEW, 0, 0, np.arange(count), sizes, sizes)[:, 0].copy()).cuda()
+    big = torch.empty(1 << 28, device="cuda")
+    bandwidth = 2 * big.numel() * 4 / cuda_seconds(lambda: big.clone())
+    rows = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        seconds = cuda_seconds(lambda: augment(crops, table, VIEW, "triton", dtype, checked=True))  # noqa: B023
+        rows.append({
+            "what": "gpu", "form": "triton", "dtype": str(dtype), "device": torch.cuda.get_device_name(),
+            "views_per_second": count / seconds,
+            "achieved_gb_per_s": count * gpu.view_bytes(SIDE, dtype) / seconds / 1e9,
+            "bandwidth_gb_per_s": bandwidth / 1e9,
+        })  # fmt: skip
+    return rows
+
+
+def cuda_seconds(run: Callable[[], Any], repeats: int = 20) -> float:
+    """Median seconds of a call on the device."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+# Fidelity
+
+OPERATIONS: dict[str, tuple[int, tuple[float, ...], Callable[[torch.Tensor, float], torch.Tensor]]] = {
+    "flip": (columns.FLIP, (1,), lambda x, _: tv.horizontal_flip(x)),
+    "brightness": (columns.BRIGHTNESS, (0.2, 0.7, 1.3, 1.8), tv.adjust_brightness),
+    "contrast": (columns.CONTRAST, (0.2, 0.7, 1.3, 1.8), tv.adjust_contrast),
+    "saturation": (columns.SATURATION, (0.2, 0.7, 1.3, 1.8), tv.adjust_saturation),
+    "hue": (columns.HUE, (-0.2, -0.1, 0.05, 0.1, 0.2), tv.adjust_hue),
+    "grey": (columns.GREY, (1,), lambda x, _: tv.rgb_to_grayscale(x, 3)),
+    "blur": (columns.SIGMA, (0.1, 0.5, 1.0, 2.0), lambda x, s: tv.gaussian_blur(x, [VIEW.kernel_size] * 2, [s] * 2)),
+    "solarise": (
+        columns.SOLARISE, (1,), lambda x, _: tv.solarize(x, 128 / 255 if x.is_floating_point() else 128)
+    ),
+}  # fmt: skip
+
+
+def errors(count: int = 16) -> dict[str, dict[str, dict[str, float]]]:
+    """Of the numba form and the DALI graph, in levels: operation -> against -> mean and max (of channels)."""
+    crops = photographs(count, seed=1)
+    plain = ViewSettings(mean=(0, 0, 0), std=(1, 1, 1))
+    images = torch.from_numpy(crops).permute(0, 3, 1, 2)
+    cases: dict[str, list[tuple[np.ndarray, Callable[[torch.Tensor], torch.Tensor]]]] = {}
+    for name, (column, values, operation) in OPERATIONS.items():
+        for value in values:
+            table = identity(count)
+            table[:, column] = value
+            cases.setdefault(name, []).append((table, lambda x, f=operation, v=value: f(x, v)))  # type: ignore[misc]
+    sizes = np.full(4 * count, SIDE)
+    drawn = draw_parameters(plain, 5, 0, np.arange(4 * count), sizes, sizes)
+    for k in range(4):
+        table = np.ascontiguousarray(drawn[k * count : (k + 1) * count, 0])
+        cases.setdefault("chain", []).append((table, lambda x, t=table: functional_chain(x, t)))  # type: ignore[misc]
+    result = {}
+    for name, of_name in cases.items():
+        differences: dict[str, list[torch.Tensor]] = {"float": [], "uint8": [], "dali": []}
+        for table, theirs in of_name:
+            exact = theirs(images.float() / 255) * 255
+            out = np.empty(crops.shape, np.float32)
+            cpu.augment_into(crops, table, plain, out)
+            got = torch.from_numpy(out).permute(0, 3, 1, 2) * 255
+            differences["float"].append((got - exact).abs())
+            differences["uint8"].append((got - theirs(images).float()).abs())
+            differences["dali"] += dali_difference(crops, table, plain, exact)
+        result[name] = {
+            against: {
+                "mean": max(torch.cat(found).mean((0, 2, 3)).tolist()),
+                "max": torch.cat(found).max().item(),
+                "share_above_3": (torch.cat(found) > 3).float().mean().item(),
+            }
+            for against, found in differences.items()
+            if found
+        }
+    return result
+
+
+def identity(count: int) -> np.ndarray:
+    """Parameters that leave every image as it is."""
+    table = np.zeros((count, P), np.float32)
+    table[:, [columns.BRIGHTNESS, columns.CONTRAST, columns.SATURATION]] = 1
+    return table
+
+
+def functional_chain(images: torch.Tensor, table: np.ndarray) -> torch.Tensor:
+    """torchvision's operations, one after the other, on float or uint8 [N, 3, R, R]."""
+    jitter = ("brightness", "contrast", "saturation", "hue")
+    done = []
+    for image, row in zip(images, table):
+        steps = [jitter[k] for k in reference.ORDERS[int(row[columns.ORDER])]]
+        for name in ("flip", *steps, "grey", "blur", "solarise"):
+            column, _, operation = OPERATIONS[name]
+            value = float(row[column])
+            if value != (1 if name in jitter[:3] else 0):
+                image = operation(image, value)
+        done.append(image)
+    return torch.stack(done)
+
+
+def dali_difference(
+    crops: np.ndarray, table: np.ndarray, view: ViewSettings, exact: torch.Tensor
+) -> list[torch.Tensor]:
+    """Of the DALI graph, where DALI is installed."""
+    try:
+        from pipelines.augment import dali
+    except ImportError:
+        return []
+    got = torch.from_numpy(dali.augment(crops, table, view)).permute(0, 3, 1, 2) * 255
+    return [(got - exact).abs()]
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Ours over theirs; what was not run is left out."""
+    speed = {row["form"]: row["views_per_second"] for row in rows if row["what"] == "views"}
+    path = {row["form"]: row["images_per_second"] for row in rows if row["what"] == "path"}
+    found = {}
+    if "numba" in speed:
+        peers = [speed[name] for name in PEERS if name in speed]
+        over = {"torchvision": "torchvision-pil", "kornia": "kornia"}
+        found = {
+            f"views_over_{name}": speed["numba"] / speed[form] for name, form in over.items() if form in speed
+        }
+        if peers:
+            found["views_over_fastest_peer"] = speed["numba"] / max(peers)
+    if path:
+        found["path_over_torchvision"] = path["ours"] / path["torchvision"]
+    return found
+
+
+def show(result: dict[str, Any]) -> None:
+    for row in result["rows"]:
+        if row["what"] == "gpu":
+            print(
+                f"gpu    {row['dtype']:24}{row['achieved_gb_per_s']:8.0f} of {row['bandwidth_gb_per_s']:.0f} GB/s"
+            )
+            continue
+        speed = row.get("views_per_second") or row["images_per_second"]
+        low, high = row["quartiles"]
+        print(f"{row['what']:7}{row['form']:24}{speed:8.1f} a second ({low:.1f} to {high:.1f})")
+    for name, ratio in result["ratios"].items():
+        print(f"{name:32}{ratio:6.1f}")
+    print(f"\n{'levels of 1/255: mean, max':28}{'float':>16}{'uint8':>16}{'dali, float':>16}")
+    for name, against in result["errors"].items():
+        cells = (against.get(key) for key in ("float", "uint8", "dali"))
+        text = (f"{c['mean']:8.3f}{c['max']:8.2f}" if c else f"{'-':>16}" for c in cells)
+        print(f"{name:28}" + "".join(text))
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))

@@ -1,0 +1,75 @@
+"""Compiles the augmentation's kernels ahead of time, without a GPU; one JSON object a kernel.
+
+    python tests/pipelines/augment_kernels_compiled.py [side ...]
+
+Run by test_augment_gpu.py.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pipelines.augment import gpu
+from pipelines.views import ViewSettings
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def compiled(kernel, capability: int, side: int, dtype: torch.dtype) -> dict:
+    """Registers, spilled bytes and shared memory of one kernel."""
+    view = ViewSettings(resolution=side)
+    options = gpu.sum_options(side) if kernel is gpu.luma_sums else gpu.view_options(view, side, dtype)
+    warps = options.pop("num_warps")
+    pointers = {
+        "crops": "*u8",
+        "table": "*fp32",
+        "orders": "*i32",
+        "sums": "*fp32",
+        "out": f"*{NAMES[dtype]}",
+    }
+    signature = {name: pointers.get(name, "fp32") for name in kernel.arg_names} | {"stride": "i32"}
+    signature |= dict.fromkeys(options, "constexpr")
+    constants = {(kernel.arg_names.index(name),): value for name, value in options.items()}
+    aligned = [name for name in kernel.arg_names if signature[name].startswith("*")]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return {
+        "kernel": kernel.__name__, "sm": capability, "side": side, "dtype": NAMES[dtype], "warps": warps,
+        "shared": binary.metadata.shared, **resources(binary.asm["cubin"]),
+        "tensor_cores": bool(re.search(r"\b(mma\.sync|wgmma)", binary.asm["ptx"])),
+    }  # fmt: skip
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers a thread, and bytes of its stack (where spilled registers go), by Triton's own cuobjdump."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said.stdout))
+    return {"registers": int(found["REG"]), "spilled": int(found["STACK"]) + int(found["LOCAL"])}
+
+
+def main() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    for side in map(int, sys.argv[1:] or ("8", "32", "224", "512")):
+        for capability in (80, 90):
+            print(json.dumps(compiled(gpu.luma_sums, capability, side, torch.bfloat16)), flush=True)
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                print(json.dumps(compiled(gpu.views, capability, side, dtype)), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

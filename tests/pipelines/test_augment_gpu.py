@@ -1,0 +1,102 @@
+"""The augmentation's kernels: interpreted and compiled ahead of time without a GPU, and on one where there is.
+
+The first two in processes of their own: the interpreter is chosen by a variable that must be set before the
+import.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+pytest.importorskip("triton", reason="torch's CUDA builds bring triton; a CPU build does not")
+
+# Shared memory a block may have: A100 (sm_80) 163 KiB, H100 (sm_90) 227 KiB.
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
+# In levels of 1/255. Half precision: the result's own rounding is 0.25 (bf16), the step of solarise 1.
+MEAN = {"float32": 0.001, "float16": 0.05, "bfloat16": 0.25}
+MAX = {"float32": 0.02, "float16": 1.3, "bfloat16": 1.6}
+
+
+def run(script: str, *arguments: str, **environment: str) -> list[dict]:
+    done = subprocess.run(
+        [sys.executable, str(HERE / script), *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])} | environment,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def assert_faithful(rows: list[dict]) -> None:
+    assert rows
+    for row in rows:
+        assert row["mean"] <= MEAN[row["dtype"]], row
+        assert row["max"] <= MAX[row["dtype"]], row
+        assert row["stepped"] < 1e-3, row
+
+
+def test_interpreted_kernels_are_the_reference():
+    rows = run("augment_kernels_interpreted.py", TRITON_INTERPRET="1")
+    assert {row["dtype"] for row in rows} == set(MEAN)
+    assert_faithful(rows)
+
+
+@pytest.mark.slow
+def test_interpreted_kernels_of_many_sizes():
+    cases = (
+        "20:24:float32",
+        "47:6:bfloat16",
+        "65:4:float32",
+        "97:3:float16",
+        "224:3:bfloat16",
+        "512:1:float16",
+    )
+    assert_faithful(run("augment_kernels_interpreted.py", *cases, TRITON_INTERPRET="1"))
+
+
+def assert_fits(rows: list[dict]) -> None:
+    for row in rows:
+        assert row["spilled"] == 0, row
+        assert row["shared"] <= SHARED[row["sm"]], row
+        assert row["tensor_cores"] or row["kernel"] == "luma_sums" or row["side"] < 20, row
+
+
+def test_kernels_compile_for_a_gpu():
+    rows = run("augment_kernels_compiled.py", "224")
+    assert {(row["sm"], row["kernel"]) for row in rows} == {
+        (sm, kernel) for sm in (80, 90) for kernel in ("luma_sums", "views")
+    }
+    assert_fits(rows)
+
+
+@pytest.mark.slow
+def test_kernels_of_every_size_compile():
+    assert_fits(run("augment_kernels_compiled.py", "8", "32", "96", "512"))
+
+
+@pytest.mark.gpu
+def test_kernels_on_the_gpu_are_the_reference():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    assert_faithful(run("augment_kernels_interpreted.py", "cuda"))
+    assert_faithful(run("augment_kernels_interpreted.py", "cuda", "224:16:bfloat16", "512:2:float32"))
+
+
+@pytest.mark.gpu
+def test_benchmark_on_the_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    from benchmarks.augmentation import gpu_rows
+
+    for row in gpu_rows(count=256):
+        print(row)
+        assert row["achieved_gb_per_s"] > 0.1 * row["bandwidth_gb_per_s"], row
