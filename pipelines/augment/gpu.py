@@ -18,6 +18,8 @@ cache), 301,056 written: 0.60 MB. At the memory bandwidth of an A100 80 GB (2.04
 Tested against `reference.py` in Triton's interpreter, and compiled ahead of time for sm_80 and sm_90.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -61,7 +63,7 @@ def augment(crops: Tensor, table: Tensor, view: ViewSettings, dtype: torch.dtype
     if count:
         blocks = triton.cdiv(side * side, SUM_BLOCK)
         sums = torch.empty((count, blocks), dtype=torch.float32, device=crops.device)
-        orders = torch.from_numpy(ORDERS).to(crops.device, torch.int32)
+        orders = orders_on(crops.device)
         luma_sums[count, blocks](crops, table, orders, sums, crops.stride(0), **sum_options(side))
         options = view_options(view, side, dtype)
         tiles = triton.cdiv(side, options["TILE"])
@@ -77,6 +79,12 @@ def augment(crops: Tensor, table: Tensor, view: ViewSettings, dtype: torch.dtype
             **options,
         )
     return out.permute(0, 3, 1, 2)
+
+
+@cache
+def orders_on(device: torch.device) -> Tensor:
+    """`ORDERS` on the device, int32 [24, 4]; copied once, for a copy from pageable memory waits for the GPU."""
+    return torch.from_numpy(ORDERS).to(device, torch.int32)
 
 
 def sum_options(side: int) -> dict[str, int]:
