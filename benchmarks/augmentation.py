@@ -1,7 +1,7 @@
 """Is the fused augmentation faithful to torchvision, and how much faster than it and its peers?
 
     python -m benchmarks.augmentation --json FILE                    # some three minutes
-    python -m benchmarks.augmentation --data SAMPLE --json FILE      # the whole path too: five
+    python -m benchmarks.augmentation --data SAMPLE --json FILE      # the whole path too: six
 
 Full SimCLR chain (flip, jitter in random order, grey, blur with 23 taps, normalise) on 224 px crops of
 photographs, float32 out. Each form runs in `--processes` processes at once, single-threaded in each, so that
@@ -13,7 +13,7 @@ no form is held up by Python's lock; rounds alternate between the forms, and med
     albumentations          on uint8 arrays, OpenCV underneath
     reference, numba        ours; parameters are drawn within the time, as with all others
 
-`--data` (a folder of class folders, or anything else `convert-beton` reads) adds the path from the file to the batch:
+`--data` (whatever `convert-beton` reads; here a folder of class folders) adds the path from file to batch:
 beton -> decode once -> two crops -> augment -> batch by our loader, against torchvision's DataLoader over the
 same images as JPEG files (longest side 400 px in both), with `--processes` threads or workers.
 
@@ -67,13 +67,13 @@ def main(arguments: list[str]) -> None:
         "--seconds", type=float, default=1.5, help="of one form in one round, at least a batch"
     )
     parser.add_argument("--data", help="images for the whole path")
-    parser.add_argument("--batches", type=int, default=6, help="of 64 images in one round of the whole path")
+    parser.add_argument("--epochs", type=int, default=3, help="of the whole path, each form in turn")
     parser.add_argument("--json", type=Path, help="where the figures go")
     options = parser.parse_args(arguments)
 
     rows = speeds(options.forms, options.processes, options.rounds, options.seconds)
     if options.data:
-        rows += path_speeds(options.data, options.processes, options.rounds, options.batches)
+        rows += path_speeds(options.data, options.processes, options.epochs)
     rows += gpu_rows() if torch.cuda.is_available() else []
     result = {
         "command": "python -m benchmarks.augmentation " + " ".join(arguments),
@@ -215,7 +215,7 @@ def kornia(crops: np.ndarray) -> Form:
     ranges = [(1 - s, 1 + s) for s in (VIEW.brightness, VIEW.contrast, VIEW.saturation)]
     chain = torch.nn.Sequential(
         K.RandomHorizontalFlip(p=VIEW.flip),
-        K.ColorJitter(*ranges, (-VIEW.hue, VIEW.hue), p=VIEW.jitter),
+        K.ColorJitter(*ranges, (-VIEW.hue, VIEW.hue), p=VIEW.jitter),  # type: ignore
         K.RandomGrayscale(p=VIEW.grey),
         K.RandomGaussianBlur((VIEW.kernel_size,) * 2, VIEW.sigma, p=VIEW.blur),
         K.Normalize(torch.tensor(VIEW.mean), torch.tensor(VIEW.std)),
@@ -270,8 +270,8 @@ FORMS: dict[str, Callable[[np.ndarray], Form]] = {
 # The whole path, from the file to the batch
 
 
-def path_speeds(data: str, workers: int, rounds: int, batches: int) -> list[dict[str, Any]]:
-    """Images (two views each) a second from a file in the page cache; rounds alternate."""
+def path_speeds(data: str, workers: int, epochs: int) -> list[dict[str, Any]]:
+    """Images (two views each) a second over whole epochs, from files in the page cache; forms alternate."""
     from pipelines.convert.conversion import Settings, convert
 
     with tempfile.TemporaryDirectory() as folder:
@@ -281,10 +281,10 @@ def path_speeds(data: str, workers: int, rounds: int, batches: int) -> list[dict
         paths = {"ours": our_path(beton, workers), "torchvision": torchvision_path(files, workers)}
         found: dict[str, list[float]] = {name: [] for name in paths}
         for path in paths.values():
-            next(path(2))  # warm: compiled, and the files in the page cache
-        for _ in range(rounds):
+            path()  # warm: compiled, and the files in the page cache
+        for _ in range(epochs):
             for name, path in paths.items():
-                found[name].append(next(path(batches)))
+                found[name].append(path())
     return [
         {"what": "path", "form": name, "processes": workers, **summary(found[name], "images_per_second")}
         for name in paths
@@ -305,16 +305,16 @@ def write_jpegs(beton: Path, folder: Path) -> None:
         (folder / "all" / f"{n:06d}.jpg").write_bytes(stored[first : first + int(file.sizes[n])].tobytes())
 
 
-def our_path(beton: Path, workers: int) -> Callable[[int], Any]:
+def our_path(beton: Path, workers: int) -> Callable[[], float]:
     from pipelines.loader import TwoViewLoader
     from pipelines.sources import open_source
 
     source = open_source(beton)
     loader = TwoViewLoader(source, VIEW, PATH_BATCH, workers=workers)
-    return lambda batches: timed(loader, batches, lambda batch: batch.views.shape[:2] == (2, PATH_BATCH))
+    return lambda: timed(loader, lambda batch: batch.views.shape[:2] == (2, PATH_BATCH))
 
 
-def torchvision_path(files: Path, workers: int) -> Callable[[int], Any]:
+def torchvision_path(files: Path, workers: int) -> Callable[[], float]:
     from torchvision.datasets import ImageFolder
 
     chain = torchvision_chain([T.PILToTensor()])
@@ -324,26 +324,20 @@ def torchvision_path(files: Path, workers: int) -> Callable[[int], Any]:
         dataset, PATH_BATCH, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True,
         worker_init_fn=one_thread,
     )  # fmt: skip
-    return lambda batches: timed(
-        loader, batches, lambda batch: batch[0][0].shape == (PATH_BATCH, 3, SIDE, SIDE)
-    )
+    return lambda: timed(loader, lambda batch: batch[0][0].shape == (PATH_BATCH, 3, SIDE, SIDE))
 
 
 def one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def timed(loader: Any, batches: int, right: Callable[[Any], bool]) -> Any:
-    """Images a second of so many batches, after the first, which starts the workers."""
-    iterator = iter(loader)
-    assert right(next(iterator))
+def timed(loader: Any, right: Callable[[Any], bool]) -> float:
+    """Images a second of an epoch, from the first request on, so that nothing made ahead is free."""
     started, count = time.perf_counter(), 0
-    for batch in iterator:
+    for batch in loader:
         assert right(batch)
         count += 1
-        if count == batches:
-            break
-    yield count * PATH_BATCH / (time.perf_counter() - started)
+    return count * PATH_BATCH / (time.perf_counter() - started)
 
 
 # A GPU
@@ -394,7 +388,8 @@ OPERATIONS: dict[str, tuple[int, tuple[float, ...], Callable[[torch.Tensor, floa
     "saturation": (columns.SATURATION, (0.2, 0.7, 1.3, 1.8), tv.adjust_saturation),
     "hue": (columns.HUE, (-0.2, -0.1, 0.05, 0.1, 0.2), tv.adjust_hue),
     "grey": (columns.GREY, (1,), lambda x, _: tv.rgb_to_grayscale(x, 3)),
-    "blur": (columns.SIGMA, (0.1, 0.5, 1.0, 2.0), lambda x, s: tv.gaussian_blur(x, [VIEW.kernel_size] * 2, [s] * 2)),
+    "blur": (columns.SIGMA, (0.1, 0.5, 1.0, 2.0),
+             lambda x, s: tv.gaussian_blur(x, [VIEW.kernel_size] * 2, [s] * 2)),
     "solarise": (
         columns.SOLARISE, (1,), lambda x, _: tv.solarize(x, 128 / 255 if x.is_floating_point() else 128)
     ),
@@ -496,7 +491,8 @@ def show(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         if row["what"] == "gpu":
             print(
-                f"gpu    {row['dtype']:24}{row['achieved_gb_per_s']:8.0f} of {row['bandwidth_gb_per_s']:.0f} GB/s"
+                f"gpu    {row['dtype']:24}{row['achieved_gb_per_s']:8.0f} of "
+                f"{row['bandwidth_gb_per_s']:.0f} GB/s"
             )
             continue
         speed = row.get("views_per_second") or row["images_per_second"]

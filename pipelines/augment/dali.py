@@ -11,6 +11,7 @@ All else is DALI's arithmetic, flip and blur, clamped after each operation, and 
 
 import numpy as np
 from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali.types import DALIDataType
 
 from pipelines.parameters import BRIGHTNESS, CONTRAST, FLIP, GREY, HUE, SATURATION, SIGMA, SOLARISE
 from pipelines.views import ViewSettings
@@ -34,10 +35,10 @@ def augment(crops: np.ndarray, table: np.ndarray, view: ViewSettings, threads: i
 def build(view: ViewSettings, batch_size: int, threads: int = 2):
     """A DALI pipeline whose sources `crops` and `table` are fed by `run`."""
 
-    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None)
+    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None)  # type: ignore[call-overload]
     def views():
-        crops = fn.external_source(name="crops", layout="HWC", dtype=types.UINT8, ndim=3)
-        table = fn.external_source(name="table", dtype=types.FLOAT, ndim=1)
+        crops = fn.external_source(name="crops", layout="HWC", dtype=DALIDataType.UINT8, ndim=3)
+        table = fn.external_source(name="table", dtype=DALIDataType.FLOAT, ndim=1)
         return graph(crops, table, view)
 
     pipeline = views()
@@ -54,18 +55,18 @@ def run(pipeline, crops: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 def graph(crops, table, view: ViewSettings):
     """crops: uint8 HWC. table: float [P] of each sample. Both DALI nodes, and so is the result, float HWC."""
-    x = fn.cast(crops, dtype=types.FLOAT) * np.float32(1 / 255)
-    x = fn.flip(x, horizontal=fn.cast(table[FLIP], dtype=types.INT32))
+    x = fn.cast(crops, dtype=DALIDataType.FLOAT) * np.float32(1 / 255)
+    x = fn.flip(x, horizontal=fn.cast(table[FLIP], dtype=DALIDataType.INT32))
     x = math.clamp(x * table[BRIGHTNESS], 0.0, 1.0)
     mean = fn.reductions.mean(_luma(x))
     x = math.clamp(x * table[CONTRAST] + (1.0 - table[CONTRAST]) * mean, 0.0, 1.0)
-    x = fn.hsv(x, hue=table[HUE] * 360.0, saturation=table[SATURATION], dtype=types.FLOAT)
+    x = fn.hsv(x, hue=table[HUE] * 360.0, saturation=table[SATURATION], dtype=DALIDataType.FLOAT)
     x = math.clamp(x, 0.0, 1.0)
     x = x + (_luma(x) - x) * table[GREY]
     if view.kernel_size > 1:
         sigma = math.max(table[SIGMA], NO_BLUR)
         x = fn.gaussian_blur(fn.reshape(x, layout="HWC"), sigma=sigma, window_size=view.kernel_size)
-    bright = fn.cast(x >= np.float32(128 / 255), dtype=types.FLOAT)
+    bright = fn.cast(x >= np.float32(128 / 255), dtype=DALIDataType.FLOAT)
     x = x + bright * table[SOLARISE] * (1.0 - 2.0 * x)
     return (x - types.Constant(np.array(view.mean, np.float32))) / types.Constant(
         np.array(view.std, np.float32)

@@ -5,16 +5,20 @@
 
 The blur is B_y X B_x^T on each colour, with B the banded matrix of the Gaussian: tensor cores take both
 passes of a tile without shared-memory indexing, and nothing but the sums above is ever written between them.
-Colours of the margin are computed again by each tile (of a blurred view 2.25 times the pixels at 224 px, 4 times
-for fp32, whose tiles are smaller), which is cheaper than to store them. For fp16 and bf16 output the products are those of fp16 (values in [0, 1], so at most 2^-12
-off), summed in fp32; for fp32 output they are tf32x3, to within about 2^-20.
+Colours of the margin are computed again by each tile (of a blurred view 2.25 times the pixels at 224 px, 4
+times for fp32, whose tiles are smaller), which is cheaper than to store them. For fp16 and bf16 output the
+products are those of fp16 (values in [0, 1], so at most 2^-12 off), summed in fp32; for fp32 output each is
+three of tf32 (tf32x3).
 
 Bytes of one view at 224 px, bf16: 150,528 read for the sums, 150,528 read again (mostly from the second-level
 cache), 301,056 written: 0.60 MB. At the memory bandwidth of an A100 80 GB (2.04 TB/s) that is 0.30 us a view,
-3.4 million views a second; of an H100 SXM (3.35 TB/s) 0.18 us, 5.6 million. `view_bytes` gives it for any size.
+3.4 million views a second; of an H100 SXM (3.35 TB/s) 0.18 us, 5.6 million: a bound, not yet a measurement.
+`view_bytes` gives it for any size.
 
 Tested against `reference.py` in Triton's interpreter, and compiled ahead of time for sm_80 and sm_90.
 """
+
+from functools import cache
 
 import torch
 import triton
@@ -59,7 +63,7 @@ def augment(crops: Tensor, table: Tensor, view: ViewSettings, dtype: torch.dtype
     if count:
         blocks = triton.cdiv(side * side, SUM_BLOCK)
         sums = torch.empty((count, blocks), dtype=torch.float32, device=crops.device)
-        orders = torch.from_numpy(ORDERS).to(crops.device, torch.int32)
+        orders = orders_on(crops.device)
         luma_sums[count, blocks](crops, table, orders, sums, crops.stride(0), **sum_options(side))
         options = view_options(view, side, dtype)
         tiles = triton.cdiv(side, options["TILE"])
@@ -77,6 +81,12 @@ def augment(crops: Tensor, table: Tensor, view: ViewSettings, dtype: torch.dtype
     return out.permute(0, 3, 1, 2)
 
 
+@cache
+def orders_on(device: torch.device) -> Tensor:
+    """`ORDERS` on the device, int32 [24, 4]; copied once, for a copy from pageable memory waits for the GPU."""
+    return torch.from_numpy(ORDERS).to(device, torch.int32)
+
+
 def sum_options(side: int) -> dict[str, int]:
     """Compile-time arguments of `luma_sums`."""
     return {"SIDE": side, "BLOCK": SUM_BLOCK, "num_warps": 4}
@@ -86,15 +96,16 @@ def view_options(view: ViewSettings, side: int, dtype: torch.dtype) -> dict[str,
     """Compile-time arguments of `views`. Margins are a multiple of the 16 pixels of a chunk.
 
     Registers, sm_80 / sm_90, at 224 px: half precision with tiles of 64, 185 / 120; with chunks of 32 they
-    were 255 / 149. fp32 spills with tiles of 64, and takes 168 with 32.
+    were 255 / 149. fp32 spills with tiles of 64, and takes 171 / 175 with 32.
     """
     tile = min(32 if dtype == torch.float32 else 64, max(16, triton.next_power_of_2(side)))
+    warps = 8 if tile == 64 or (tile == 32 and dtype == torch.float32) else 4
     blocks = triton.cdiv(side * side, SUM_BLOCK)
     return {
         "SIDE": side, "RADIUS": view.kernel_size // 2, "TILE": tile,
         "MARGIN": 16 * triton.cdiv(view.kernel_size // 2, 16), "CHUNK": 16,
         "BLOCKS": blocks, "BLOCKS_2": triton.next_power_of_2(blocks),
-        "HALF": dtype != torch.float32, "num_warps": 8 if tile == 64 or (tile == 32 and dtype == torch.float32) else 4,
+        "HALF": dtype != torch.float32, "num_warps": warps,
     }  # fmt: skip
 
 

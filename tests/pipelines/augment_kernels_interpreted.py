@@ -37,7 +37,7 @@ def compared(side: int, count: int, dtype: torch.dtype, device: str) -> dict[str
     assert got.dtype == dtype and got.shape == exact.shape
     assert got.is_contiguous(memory_format=torch.channels_last)
     error = (got.double() - exact).abs() * torch.tensor(view.std, dtype=torch.float64).view(3, 1, 1) * 255
-    # A value within the dtype's rounding of 0.5 may fall on either side of solarise's step, by 2 * 128 / 255 - 1.
+    # A value within rounding of 0.5 may fall on either side of solarise's step, which is one level high.
     stepped = error > 0.9 if dtype == torch.float32 else torch.zeros_like(error, dtype=torch.bool)
     stepped &= (table[:, SOLARISE] != 0).view(-1, 1, 1, 1)
     return {

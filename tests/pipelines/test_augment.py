@@ -222,8 +222,8 @@ def test_wrong_arguments_are_named(change, message):
 
 @pytest.mark.parametrize(
     "column, value",
-    [(HUE, 0.6), (HUE, np.nan), (SIGMA, -1), (SIGMA, np.inf), (BRIGHTNESS, -0.1), (CONTRAST, np.nan), (ORDER, 24),
-     (ORDER, 1.5), (FLIP, 2), (GREY, 0.5), (SOLARISE, -1), (SATURATION, np.inf)],
+    [(HUE, 0.6), (HUE, np.nan), (SIGMA, -1), (SIGMA, np.inf), (BRIGHTNESS, -0.1), (CONTRAST, np.nan),
+     (ORDER, 24), (ORDER, 1.5), (FLIP, 2), (GREY, 0.5), (SOLARISE, -1), (SATURATION, np.inf)],
 )  # fmt: skip
 def test_the_first_wrong_parameter_is_named(column, value):
     table = identity(4)

@@ -1,4 +1,4 @@
-"""The augmentation's kernels: interpreted and compiled ahead of time without a GPU, and on one where there is.
+"""The augmentation's kernels: interpreted, compiled ahead of time, and, where there is a GPU, run.
 
 The first two in processes of their own: the interpreter is chosen by a variable that must be set before the
 import.

@@ -18,7 +18,7 @@ SEEDS = (0, 1, 2)
 
 @pytest.mark.slow
 def test_both_forms_learn_the_same(digits, tmp_path):
-    """Probe accuracy on digits within noise: two standard errors of the paired difference, plus half a point."""
+    """Probe accuracy within noise: two standard errors of the paired difference, plus half a point."""
     base = dataclasses.replace(PRESETS["digits"], data=digits["train"], epochs=10)
     found: dict[str, list[float]] = {"reference": [], "numba": []}
     for seed in SEEDS:
