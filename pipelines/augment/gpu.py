@@ -83,7 +83,7 @@ def augment(crops: Tensor, table: Tensor, view: ViewSettings, dtype: torch.dtype
 
 @cache
 def orders_on(device: torch.device) -> Tensor:
-    """`ORDERS` on the device, int32 [24, 4]; copied once, for a copy from pageable memory waits for the GPU."""
+    """`ORDERS` on the device, int32 [24, 4]; copied once: a copy from pageable memory waits for the GPU."""
     return torch.from_numpy(ORDERS).to(device, torch.int32)
 
 
