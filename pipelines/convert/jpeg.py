@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 COLOURS = ("RGB", "YCbCr", "grey", "CMYK", "YCCK")  # TJCS_*
 _PIXELS_RGB, _PIXELS_GREY = 0, 6  # TJPF_*
 _SUBSAMPLING_420 = 2  # TJSAMP_420
-_NO_REALLOCATION, _ACCURATE_DCT = 1024, 4096  # TJFLAG_*; the fast DCT saves 2 % and costs quality
+_NO_REALLOCATION, _ACCURATE_DCT = 1024, 4096  # TJFLAG_*; the fast DCT is less exact
 _STOP_AT_500_SCANS = 32768  # TJFLAG_LIMITSCANS: a progressive JPEG of some kilobytes could decode for minutes
 _ORIENTATION = 0x0112  # EXIF tag
 
@@ -88,7 +88,7 @@ def decode(data: bytes, header: JpegHeader, shortest: tuple[int, int] | None = N
     if _turbo is None or not header.is_rgb_or_grey:
         return np.asarray(open_with_pillow(data).convert("RGB"))
     eighths = 8
-    if shortest is not None:  # 3, 5, 6 and 7 eighths have no vector code: slower than decoding everything
+    if shortest is not None:  # only the scales that libjpeg-turbo has vector code for
         enough = [n for n in (1, 2, 4) if np.all(np.greater_equal(_scaled(header, n), shortest))]
         eighths = min(enough, default=8)
     return _decompress(data, header, _PIXELS_RGB, eighths)

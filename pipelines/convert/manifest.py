@@ -2,7 +2,7 @@
 
 `OUT.beton.json` beside a beton, `manifest.json` in a folder of tars. Its "samples" are rows, one line each,
 in the order of the file, with the columns that "sample_columns" names. With more than 100,000 images the
-rows are a Parquet file instead, which "samples" then names: a sixth of the size, and read in a second.
+rows are a Parquet file instead, which "samples" then names.
 """
 
 from __future__ import annotations
