@@ -54,10 +54,28 @@ class LVNet(nn.Module):
 
     def forward(self, images: Tensor, generator: Generator | None = None) -> Outputs:
         """`generator`: source of the latent's noise, on the images' device."""
-        features, posterior = self.encode(images)
-        sampled = posterior.sample(self.samples, generator).mean(dim=0)
+        return self.heads(self.backbone(images), generator)
+
+    def heads(
+        self, features: Tensor, generator: Generator | None = None, rank: int = 0, ranks: int = 1
+    ) -> Outputs:
+        """All that follows the backbone, from h [N, F]: the views that `rank` of `ranks` holds of the batch."""
+        with torch.autocast(features.device.type, enabled=False):
+            parameters = self.head(features.float())
+            posterior = self.family(parameters)
+            sampled = self.sample(parameters, generator, rank, ranks)
         clean = self.clean_projector(features) if self.clean_projector is not None else None
         return Outputs(features, posterior, self.projector(sampled), clean)
+
+    def sample(self, parameters: Tensor, generator: Generator | None, rank: int, ranks: int) -> Tensor:
+        """The mean of K samples, [N, D]. Every rank draws the noise of the whole batch, the same, and keeps
+        its own part, so that an image's noise depends on its place in the batch and not on the ranks."""
+        views = parameters.unflatten(0, (2, -1)) if ranks > 1 else parameters[None]
+        everyone = [views.detach()] * ranks  # rows that are not ours only have to be valid ones
+        everyone[rank] = views
+        whole = self.family(torch.cat(everyone, dim=1).flatten(0, 1))
+        drawn = whole.sample(self.samples, generator).mean(dim=0)
+        return drawn.unflatten(0, (len(views), ranks, -1))[:, rank].flatten(0, 1)
 
     def probe_logits(self, outputs: Outputs) -> dict[str, Tensor]:
         """Class logits of the online probes, on detached features and codes."""
