@@ -14,13 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lvssl.config import LatentSettings, PretrainSettings
-from lvssl.latents.bernoulli import Bernoulli
-from lvssl.latents.sign import Sign
-from lvssl.losses.ntxent import ntxent
-from lvssl.losses.objective import beta_at, decorrelation, rate
-from lvssl.models.network import LVNet, Outputs
+from lvssl.config import PretrainSettings
+from lvssl.losses.objective import beta_at
+from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
+from lvssl.training.objective import objective
 from lvssl.training.optimiser import build_optimiser, learning_rate
 from lvssl.training.progress import Metrics, Progress
 from lvssl.training.run import create_run, pick_device
@@ -226,24 +224,6 @@ class Trainer:
         self.network.head.calibrate(torch.cat(features))
         self.calibrated = True
         self.save()
-
-
-def objective(outputs: Outputs, temperature: float, latent: LatentSettings, beta: float) -> dict[str, Tensor]:
-    """The loss and its parts, from the posteriors and projections of 2B views (METHOD, "The model")."""
-    sampled = ntxent(outputs.projections, temperature)
-    distortion = sampled
-    figures = {}
-    if outputs.clean_projections is not None:
-        clean = ntxent(outputs.clean_projections, temperature)
-        distortion = (1 - latent.clean) * sampled + latent.clean * clean
-        figures["ntxent_clean"] = clean
-    nats = rate(outputs.posterior.kl(), latent.free_nats)
-    loss = distortion + beta * nats
-    if latent.decorrelation > 0 and isinstance(outputs.posterior, Bernoulli | Sign):
-        penalty = decorrelation(outputs.posterior.straight_through_bits())
-        loss = loss + latent.decorrelation * penalty
-        figures["decorrelation"] = penalty
-    return {"loss": loss, "ntxent": sampled, "rate_bits": nats / math.log(2), **figures}
 
 
 class Window:
