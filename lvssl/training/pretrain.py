@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lvssl.config import PretrainSettings
-from lvssl.losses.objective import beta_at
 from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
 from lvssl.training.objective import objective
@@ -174,6 +173,7 @@ class Trainer:
     def train_step(self, batch: ViewBatch) -> dict[str, Tensor]:
         """One step of the optimiser; its figures stay tensors on the device, so that nothing waits for it."""
         settings = self.settings
+        fraction = self.step / self.steps
         lr = learning_rate(self.step, self.steps, len(self.loader), settings.optimiser)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
@@ -181,10 +181,9 @@ class Trainer:
         # Noise keyed by (seed, step): a resumed or repeated step draws the same, whatever was drawn before.
         self.noise.manual_seed((settings.seed * 1_000_003 + self.step) % 2**63)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            outputs = self.network(batch.views.flatten(0, 1), self.noise)
+            outputs = self.network(batch.views.flatten(0, 1), self.noise, fraction)
             probes = self.network.probe_logits(outputs)
-        beta = beta_at(self.step, self.steps, settings.latent.final_beta, settings.latent.beta_warmup)
-        figures = objective(outputs, settings.temperature, settings.latent, beta)
+        figures = objective(outputs, settings, fraction)
         loss = figures["loss"]
         labels = batch.labels.repeat(2)
         for name, logits in probes.items():
@@ -221,7 +220,7 @@ class Trainer:
         batches = evaluation_batches(source, self.settings.view, 256, self.settings.workers, chosen)
         with torch.no_grad():
             features = [self.network.backbone(images.to(self.device)).float() for images, _ in batches]
-        self.network.head.calibrate(torch.cat(features))
+        self.network.calibrate(torch.cat(features))
         self.calibrated = True
         self.save()
 
