@@ -4,6 +4,7 @@ images [N, 3, R, R] -> h [N, F] -> q(z | x) -> K samples, averaged [N, D] -> u [
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn as nn
@@ -16,12 +17,17 @@ from lvssl.models.backbone import build_backbone, feature_dim
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a training step needs of a batch of N = 2B views."""
+    """What a training step needs of a batch of N = 2B views: tensors, and how to read them."""
 
     features: Tensor  # h, [N, F]
-    posterior: Posterior  # of the N views
+    parameters: Tensor  # of the N posteriors, [N, family.parameter_count(D)], fp32
     projections: Tensor  # u of the sampled path, [N, P]
     clean_projections: Tensor | None  # u of the clean path beside it, if there is one
+    family: type[Posterior]
+
+    @cached_property
+    def posterior(self) -> Posterior:
+        return self.family(self.parameters)
 
 
 class LVNet(nn.Module):
@@ -49,33 +55,52 @@ class LVNet(nn.Module):
     def encode(self, images: Tensor) -> tuple[Tensor, Posterior]:
         """Features h [N, F] (the autocast's type) and the posterior (fp32)."""
         features = self.backbone(images)
-        with torch.autocast(features.device.type, enabled=False):
-            return features, self.family(self.head(features.float()))
+        return features, self.family(self.posterior_parameters(features))
 
-    def forward(self, images: Tensor, generator: Generator | None = None) -> Outputs:
-        """`generator`: source of the latent's noise, on the images' device."""
-        return self.heads(self.backbone(images), generator)
+    def forward(self, images: Tensor, generator: Generator | None = None, fraction: float = 1.0) -> Outputs:
+        """What `objective` needs, of images [N, 3, R, R]; arguments as of `heads`."""
+        return self.heads(self.backbone(images), generator, fraction)
 
     def heads(
-        self, features: Tensor, generator: Generator | None = None, rank: int = 0, ranks: int = 1
+        self,
+        features: Tensor,
+        generator: Generator | None = None,
+        fraction: float = 1.0,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> Outputs:
-        """All that follows the backbone, from h [N, F]: the views that `rank` of `ranks` holds of the batch."""
-        with torch.autocast(features.device.type, enabled=False):
-            parameters = self.head(features.float())
-            posterior = self.family(parameters)
-            sampled = self.sample(parameters, generator, rank, ranks)
-        clean = self.clean_projector(features) if self.clean_projector is not None else None
-        return Outputs(features, posterior, self.projector(sampled), clean)
+        """All that follows the backbone.
 
-    def sample(self, parameters: Tensor, generator: Generator | None, rank: int, ranks: int) -> Tensor:
-        """The mean of K samples, [N, D]. Every rank draws the noise of the whole batch, the same, and keeps
-        its own part, so that an image's noise depends on its place in the batch and not on the ranks."""
-        views = parameters.unflatten(0, (2, -1)) if ranks > 1 else parameters[None]
-        everyone = [views.detach()] * ranks  # rows that are not ours only have to be valid ones
+        Args:
+            features: h [N, F], first views then second.
+            generator: source of the latent's noise, on the features' device.
+            fraction: of the training that is done, in [0, 1]; what is annealed depends on it.
+            rank, ranks: which of equal parts of the batch these N views are.
+        """
+        parameters = self.posterior_parameters(features)
+        sampled = self.draw(parameters, generator, rank, ranks).mean(dim=0)
+        clean = self.clean_projector(features) if self.clean_projector is not None else None
+        return Outputs(features, parameters, self.projector(sampled), clean, self.family)
+
+    def posterior_parameters(self, features: Tensor) -> Tensor:
+        """The head on features h [N, F], in fp32 whatever the autocast."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features.float())
+
+    def calibrate(self, features: Tensor) -> None:
+        """As `Head.calibrate`, of features h [N, F]."""
+        self.head.calibrate(features)
+
+    def draw(self, parameters: Tensor, generator: Generator | None, rank: int, ranks: int) -> Tensor:
+        """K samples, [K, N, D]. Every rank draws for the whole batch, with the same noise, and keeps its own
+        part, so that an image's noise depends on its place in the batch and not on the ranks."""
+        if ranks == 1:
+            return self.family(parameters).sample(self.samples, generator)
+        views = parameters.unflatten(0, (2, -1))
+        everyone = [views.detach()] * ranks  # what stands in the other ranks' rows must only be valid
         everyone[rank] = views
-        whole = self.family(torch.cat(everyone, dim=1).flatten(0, 1))
-        drawn = whole.sample(self.samples, generator).mean(dim=0)
-        return drawn.unflatten(0, (len(views), ranks, -1))[:, rank].flatten(0, 1)
+        drawn = self.family(torch.cat(everyone, dim=1).flatten(0, 1)).sample(self.samples, generator)
+        return drawn.unflatten(1, (2, ranks, -1))[:, :, rank].flatten(1, 2)
 
     def probe_logits(self, outputs: Outputs) -> dict[str, Tensor]:
         """Class logits of the online probes, on detached features and codes."""

@@ -45,6 +45,7 @@ class SyncedBatchNorm(_BatchNorm):
         weight, bias = (self.weight, self.bias) if self.affine else (plain, torch.zeros_like(plain))
         output, mean, variance, count = _Normalise.apply(input, weight, bias, self.eps)
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            assert self.momentum is not None
             self.get_buffer("num_batches_tracked").add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)

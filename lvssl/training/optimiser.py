@@ -1,6 +1,7 @@
 """Optimisers with parameter groups by module type, and the schedule of the learning rate."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -21,7 +22,7 @@ def build_optimiser(network: nn.Module, settings: OptimiserSettings) -> Optimize
     ]
     if settings.optimiser == "adamw":
         return torch.optim.AdamW(parameters, lr=settings.lr)
-    momentum = {"momentum": settings.momentum, "nesterov": settings.nesterov}
+    momentum: dict[str, Any] = {"momentum": settings.momentum, "nesterov": settings.nesterov}
     if settings.optimiser == "sgd":
         return torch.optim.SGD(parameters, lr=settings.lr, **momentum)
     from timm.optim.lars import Lars  # slow to import

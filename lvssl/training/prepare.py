@@ -22,7 +22,7 @@ def prepared(network: N, engine: EngineSettings, device: torch.device, ranks: in
     Names in its state_dict stay what they are.
     """
     network = network.to(device)
-    network = network.to(memory_format=layout(engine))  # type: ignore[call-overload]
+    network = network.to(memory_format=layout(engine))
     if ranks > 1 and engine.sync_batch_norm:
         network = cast(N, synchronised(network, device))
     if device.type == "cuda":
@@ -62,9 +62,7 @@ def recompute_blocks(backbone: nn.Module) -> None:
     for block in backbone.modules():
         if isinstance(block, BasicBlock | Bottleneck):
             contexts = partial(_contexts, block)
-            block.forward = partial(  # type: ignore[method-assign]
-                checkpoint, block.forward, use_reentrant=False, context_fn=contexts
-            )
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

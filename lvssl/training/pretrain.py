@@ -44,7 +44,7 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
 
 def run(settings: PretrainSettings, resume: bool, world: World, device: torch.device, stop: Stop) -> None:
     """`pretrain`, once it is known who we are."""
-    source = open_source(settings.data)
+    source = open_source(settings.data, settings.source, device.type)
     classes = int(source.labels.max()) + 1 if len(source) and source.labels.min() >= 0 else 0
     augmenter = augmenter_for(device, settings.augmentation)
     loader = TwoViewLoader(
@@ -55,6 +55,8 @@ def run(settings: PretrainSettings, resume: bool, world: World, device: torch.de
         settings.workers,
         rank=world.rank,
         ranks=world.size,
+        order=settings.order,
+        on_error=settings.on_error,
         augmenter=augmenter,
         device=device,
     )
@@ -70,6 +72,8 @@ def run(settings: PretrainSettings, resume: bool, world: World, device: torch.de
         trainer.train(stop)
         if not trainer.calibrated:
             calibrate(trainer, source)
+        if loader.skipped:
+            print(loader.describe_skipped(), file=sys.stderr, flush=True)
 
 
 @torch.no_grad()
@@ -80,12 +84,12 @@ def calibrate(trainer: Trainer, source: Source) -> None:
     chosen = np.linspace(0, len(source) - 1, count).astype(np.int64)[world.rank :: world.size]
     for network in [trainer.network, trainer.ema.module] if trainer.ema else [trainer.network]:
         network.eval()
-        batches = evaluation_batches(source, settings.view, 256, settings.workers, chosen)
+        batches = evaluation_batches(source, settings.view, 256, settings.workers, chosen, settings.on_error)
         own = torch.cat([network.backbone(images.to(trainer.device)).float() for images, _ in batches])
         everyone = [own]
         if world.size > 1:
             everyone = [torch.empty_like(own) for _ in range(world.size)]
             dist.all_gather(everyone, own)
-        network.head.calibrate(torch.stack(everyone, dim=1).flatten(0, 1))
+        network.calibrate(torch.stack(everyone, dim=1).flatten(0, 1))
     trainer.calibrated = True
     trainer.save()

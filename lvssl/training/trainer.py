@@ -14,7 +14,6 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from lvssl.config import PretrainSettings
-from lvssl.losses.objective import beta_at
 from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
 from lvssl.training.distributed import World, broadcast_state, from_first, highest, mean_over_ranks
@@ -153,12 +152,12 @@ class Trainer:
 
     def loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What is minimised, and the figures, from h [2B, F] and the labels [B] of this rank."""
-        settings = self.settings
-        with autocast(settings.engine, self.device):
-            outputs = self.network.heads(features, self.noise, self.world.rank, self.world.size)
+        fraction = self.step / self.steps
+        with autocast(self.settings.engine, self.device):
+            place = self.world.rank, self.world.size
+            outputs = self.network.heads(features, self.noise, fraction, *place)
             probes = self.network.probe_logits(outputs)
-        beta = beta_at(self.step, self.steps, settings.latent.final_beta, settings.latent.beta_warmup)
-        figures = objective(outputs, settings.temperature, settings.latent, beta)
+        figures = objective(outputs, self.settings, fraction)
         loss = figures["loss"]
         labels = labels.repeat(2)
         for name, logits in probes.items():
@@ -203,6 +202,8 @@ class Trainer:
             values = mean_over_ranks(torch.stack([value.float() for value in figures.values()]))
             row.update(zip(figures, values.tolist()))
         row["lr"] = self.optimiser.param_groups[0]["lr"]
+        if self.settings.on_error == "skip":
+            row["skipped"] = self.loader.skipped
         return row
 
     # -- what can go wrong ------------------------------------------------------------------------
