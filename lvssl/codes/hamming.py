@@ -2,10 +2,10 @@
 
     q  queries   W  64-bit words of a code   R = TILE  rows of a tile   k  neighbours
 
-A tile is the words of R rows, transposed to [W, R], so that R distances grow side by side in vector registers.
-LLVM makes AVX2 shuffles of `popcount`; there carry-save adders in front of it save half of them (8 words -> 4
-counts). Tried: row by row without transposing (0.8 of the speed), 16 words an adder tree (level), scalar popcnt
-(0.7). Distances of everything would not fit in memory: a query keeps the k nearest seen so far and a few more.
+A tile is the words of R rows, transposed to [W, R], so that R distances grow side by side in vector
+registers. LLVM makes AVX2 shuffles of `popcount`; carry-save adders in front of it halve their number (8
+words -> 4 counts). Tried: row by row without transposing (0.8 of the speed), 16 words an adder tree (level).
+All distances would not fit in memory: a query keeps the k nearest seen so far and a few more.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ ONE, TWO = np.uint64(1), np.uint64(2)
 ROW_BITS = 40
 
 
-@intrinsic
-def popcount(typing_context: Any, word: Any) -> Any:
-    """Bits that are on in a uint64: LLVM's ctpop."""
+def ctpop(typing_context: Any, word: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.ctpop(arguments[0])
 
     return types.uint64(types.uint64), generate
+
+
+popcount: Any = intrinsic(ctpop)  # bits that are on in a uint64
 
 
 @njit(inline="always")
@@ -113,7 +114,7 @@ def scan(queries, database, first, keys, held, limits, k):
 def keep_nearest(keys, k, counts):
     """Move the k least keys to the front, in their order, and return the distance of the farthest of them.
 
-    By counting distances: no comparison sort, and ties go to the lower row, for keys come in the order of rows.
+    By counting distances, not by comparing: and ties go to the lower row, for keys come in the order of rows.
     """
     for i in range(keys.shape[0]):
         counts[keys[i] >> ROW_BITS] += 1
@@ -161,4 +162,3 @@ def count_distances(queries, database, query_labels, labels, counts, relevant):
             for r in range(rows.shape[0]):
                 counts[i, distances[r]] += 1
                 relevant[i, distances[r]] += labels[start + r] == query_labels[i]
-

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 
@@ -57,7 +58,7 @@ def staged_search(
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `hamming_search`, but only the rows nearest in the first `coarse_bits` bits are compared whole.
 
-    `candidates`: how many, 0: the larger of 20 k and a thousandth of the rows. Distances are exact; a
+    `candidates`: how many, 0: the larger of 50 k and a thousandth of the rows. Distances are exact; a
     neighbour whose prefix lies far away is missed, so measure the recall on your codes (a prefix stands for
     the whole where the bits carry alike much, as a network's do; `benchmarks.search` measures it).
     512 bits are one cache line of a row. Raises ValueError as `hamming_search`, and for no coarse bits.
@@ -69,7 +70,7 @@ def staged_search(
     coarse_bytes = 8 * -(-coarse_bits // 64)
     if coarse_bytes >= database.shape[1]:
         return hamming_search(queries, database, k, threads=threads)
-    asked = max(k, candidates or max(20 * k, len(database) // 1000))
+    asked = max(k, candidates or max(50 * k, len(database) // 1000))
     keys = nearest_keys(queries, database, min(asked, len(database)), coarse_bytes, threads)
     rows = np.sort(keys & ((1 << ROW_BITS) - 1), axis=1)
     query_words, exact = words(queries), np.empty_like(rows)
@@ -104,9 +105,7 @@ def hamming_distances(queries: np.ndarray, database: np.ndarray, threads: int = 
 # ---------------------------------------------------------------------------------------- the engines
 
 
-def nearest_keys(
-    queries: np.ndarray, database: np.ndarray, k: int, width: int, threads: int
-) -> np.ndarray:
+def nearest_keys(queries: np.ndarray, database: np.ndarray, k: int, width: int, threads: int) -> np.ndarray:
     """Keys int64 [Q, k], sorted, of the k nearest rows by the first `width` bytes. By numba.
 
     Several queries are shared out among the threads; for fewer queries than threads each takes a part of
@@ -228,7 +227,7 @@ def words(packed: np.ndarray) -> np.ndarray:
 def slices(count: int, parts: int) -> list[slice]:
     """At most `parts` slices of 0..count-1, none of them empty, as equal as can be."""
     ends = [count * i // max(parts, 1) for i in range(max(parts, 1) + 1)]
-    return [slice(a, b) for a, b in zip(ends, ends[1:]) if a < b]
+    return [slice(a, b) for a, b in pairwise(ends) if a < b]
 
 
 def in_threads(call: Callable, tasks: list) -> None:
