@@ -128,23 +128,26 @@ def accuracy(rows: list[dict[str, Any]]) -> Any:
                     capsize=3,
                 )
         axis.set_xscale("log", base=2)
-        axis.set_xlabel("bits stored an image (circles: code, squares: fp32 features)")
+        axis.xaxis.set_major_formatter(lambda bits, _: f"{bits:,.0f}")
         axis.set_title(title)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy, %")
     axes[0].legend()
+    figure.supxlabel("bits stored an image (circles: code, squares: fp32 features)", fontsize=10)
+    figure.tight_layout()
     return figure
 
 
 def differences(pairs: list[dict[str, Any]], measures: dict[str, tuple[str, bool]]) -> Any:
-    """Each arm's paired differences in units of their standard error's spread: a forest plot an arm."""
+    """Each arm's paired differences and their 95 % intervals, each measure scaled to its largest difference
+    and turned so that right is better."""
     keys = list(dict.fromkeys((pair["arm"], pair["control"]) for pair in pairs))
     figure, axes = plt.subplots(1, max(1, len(keys)), figsize=(3.2 * max(1, len(keys)) + 3, 5), sharey=True)
     names = list(measures)
     for axis, (arm, control) in zip([axes] if len(keys) <= 1 else axes, keys):
         for pair in (p for p in pairs if (p["arm"], p["control"]) == (arm, control)):
             place = -names.index(pair["measure"])
-            scale = max(map(abs, [*pair["each"], 1e-12]))  # each measure has its own unit: show shares of it
+            scale = max(map(abs, [*pair["each"], 1e-12])) * (1 if measures[pair["measure"]][1] else -1)
             low, high = (v / scale for v in (pair["interval"] or [pair["mean"]] * 2))
             colour = COLOURS[pair["verdict"]]
             axis.plot([low, high], [place, place], color=colour, lw=2)
@@ -153,6 +156,7 @@ def differences(pairs: list[dict[str, Any]], measures: dict[str, tuple[str, bool
         axis.axvline(0, color="black", lw=0.8)
         axis.set_xlim(-2.5, 2.5)
         axis.set_xticks([])
+        axis.set_xlabel("worse  |  better", fontsize=9)
         axis.set_title(f"{arm} - {control}", fontsize=10)
         axis.set_yticks([-i for i in range(len(names))], [measures[name][0] for name in names], fontsize=8)
     return figure
