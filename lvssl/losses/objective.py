@@ -11,9 +11,13 @@ def rate(kl: Tensor, free_nats: float = 0.0) -> Tensor:
     return kl.clamp(min=free_nats).mean()
 
 
-def beta_at(step: int, steps: int, beta: float, warmup: float = 0.1) -> float:
-    """beta(t): linear from 0 to beta over the first `warmup` share of the steps, then constant."""
-    return beta if warmup <= 0 else beta * min(1.0, step / (warmup * steps))
+def beta_at(fraction: float, beta: float, warmup: float = 0.1) -> float:
+    """beta(t): linear from 0 to beta over the first `warmup` share of the training, then constant.
+
+    Args:
+        fraction: of the training that is done, in [0, 1].
+    """
+    return beta if warmup <= 0 else beta * min(1.0, fraction / warmup)
 
 
 def decorrelation(bits: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ images [N, 3, R, R] -> h [N, F] -> q(z | x) -> K samples, averaged [N, D] -> u [
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn as nn
@@ -16,12 +17,17 @@ from lvssl.models.backbone import build_backbone, feature_dim
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a training step needs of a batch of N = 2B views."""
+    """What a training step needs of a batch of N = 2B views: tensors, and how to read them."""
 
     features: Tensor  # h, [N, F]
-    posterior: Posterior  # of the N views
+    parameters: Tensor  # of the N posteriors, [N, family.parameter_count(D)], fp32
     projections: Tensor  # u of the sampled path, [N, P]
     clean_projections: Tensor | None  # u of the clean path beside it, if there is one
+    family: type[Posterior]
+
+    @cached_property
+    def posterior(self) -> Posterior:
+        return self.family(self.parameters)
 
 
 class LVNet(nn.Module):
@@ -49,15 +55,29 @@ class LVNet(nn.Module):
     def encode(self, images: Tensor) -> tuple[Tensor, Posterior]:
         """Features h [N, F] (the autocast's type) and the posterior (fp32)."""
         features = self.backbone(images)
-        with torch.autocast(features.device.type, enabled=False):
-            return features, self.family(self.head(features.float()))
+        return features, self.family(self.posterior_parameters(features))
 
-    def forward(self, images: Tensor, generator: Generator | None = None) -> Outputs:
-        """`generator`: source of the latent's noise, on the images' device."""
-        features, posterior = self.encode(images)
-        sampled = posterior.sample(self.samples, generator).mean(dim=0)
+    def forward(self, images: Tensor, generator: Generator | None = None, fraction: float = 1.0) -> Outputs:
+        """What `objective` needs.
+
+        Args:
+            generator: source of the latent's noise, on the images' device.
+            fraction: of the training that is done, in [0, 1]; what is annealed depends on it.
+        """
+        features = self.backbone(images)
+        parameters = self.posterior_parameters(features)
+        sampled = self.family(parameters).sample(self.samples, generator).mean(dim=0)
         clean = self.clean_projector(features) if self.clean_projector is not None else None
-        return Outputs(features, posterior, self.projector(sampled), clean)
+        return Outputs(features, parameters, self.projector(sampled), clean, self.family)
+
+    def posterior_parameters(self, features: Tensor) -> Tensor:
+        """The head on features h [N, F], in fp32 whatever the autocast."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features.float())
+
+    def calibrate(self, features: Tensor) -> None:
+        """As `Head.calibrate`, of features h [N, F]."""
+        self.head.calibrate(features)
 
     def probe_logits(self, outputs: Outputs) -> dict[str, Tensor]:
         """Class logits of the online probes, on detached features and codes."""

@@ -14,13 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lvssl.config import LatentSettings, PretrainSettings
-from lvssl.latents.bernoulli import Bernoulli
-from lvssl.latents.sign import Sign
-from lvssl.losses.ntxent import ntxent
-from lvssl.losses.objective import beta_at, decorrelation, rate
-from lvssl.models.network import LVNet, Outputs
+from lvssl.config import PretrainSettings
+from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
+from lvssl.training.objective import objective
 from lvssl.training.optimiser import build_optimiser, learning_rate
 from lvssl.training.progress import Metrics, Progress
 from lvssl.training.run import create_run, pick_device
@@ -42,9 +39,9 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
     settings.validate()
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    source = open_source(settings.data)
-    classes = int(source.labels.max()) + 1 if len(source) and source.labels.min() >= 0 else 0
     device = pick_device(settings.device)
+    source = open_source(settings.data, settings.source, device.type)
+    classes = int(source.labels.max()) + 1 if len(source) and source.labels.min() >= 0 else 0
     augmenter = augmenter_for(device, settings.augmentation)
     loader = TwoViewLoader(
         source,
@@ -52,6 +49,8 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
         settings.batch_size,
         settings.seed,
         settings.workers,
+        order=settings.order,
+        on_error=settings.on_error,
         augmenter=augmenter,
         device=device,
     )
@@ -65,6 +64,8 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
             trainer.train(stop)
         if not trainer.calibrated:
             trainer.calibrate(source)
+        if loader.skipped:
+            print(loader.describe_skipped(), file=sys.stderr, flush=True)
 
 
 class Interrupted(Exception):
@@ -176,6 +177,7 @@ class Trainer:
     def train_step(self, batch: ViewBatch) -> dict[str, Tensor]:
         """One step of the optimiser; its figures stay tensors on the device, so that nothing waits for it."""
         settings = self.settings
+        fraction = self.step / self.steps
         lr = learning_rate(self.step, self.steps, len(self.loader), settings.optimiser)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
@@ -183,10 +185,9 @@ class Trainer:
         # Noise keyed by (seed, step): a resumed or repeated step draws the same, whatever was drawn before.
         self.noise.manual_seed((settings.seed * 1_000_003 + self.step) % 2**63)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            outputs = self.network(batch.views.flatten(0, 1), self.noise)
+            outputs = self.network(batch.views.flatten(0, 1), self.noise, fraction)
             probes = self.network.probe_logits(outputs)
-        beta = beta_at(self.step, self.steps, settings.latent.final_beta, settings.latent.beta_warmup)
-        figures = objective(outputs, settings.temperature, settings.latent, beta)
+        figures = objective(outputs, settings, fraction)
         loss = figures["loss"]
         labels = batch.labels.repeat(2)
         for name, logits in probes.items():
@@ -202,6 +203,8 @@ class Trainer:
         row: dict[str, Any] = {"step": self.step, "epoch": self.step / len(self.loader)}
         row.update({name: value.item() for name, value in figures.items()})
         row["lr"] = self.optimiser.param_groups[0]["lr"]
+        if self.settings.on_error == "skip":
+            row["skipped"] = self.loader.skipped
         return row | logged.speed()
 
     def check_finite(self, row: dict[str, Any], batch: ViewBatch) -> None:
@@ -220,30 +223,14 @@ class Trainer:
         """Exact statistics for the code's thresholds, from the training images without augmentation."""
         self.network.eval()
         chosen = np.linspace(0, len(source) - 1, min(len(source), CALIBRATION_IMAGES)).astype(np.int64)
-        batches = evaluation_batches(source, self.settings.view, 256, self.settings.workers, chosen)
+        batches = evaluation_batches(
+            source, self.settings.view, 256, self.settings.workers, chosen, self.settings.on_error
+        )
         with torch.no_grad():
             features = [self.network.backbone(images.to(self.device)).float() for images, _ in batches]
-        self.network.head.calibrate(torch.cat(features))
+        self.network.calibrate(torch.cat(features))
         self.calibrated = True
         self.save()
-
-
-def objective(outputs: Outputs, temperature: float, latent: LatentSettings, beta: float) -> dict[str, Tensor]:
-    """The loss and its parts, from the posteriors and projections of 2B views (METHOD, "The model")."""
-    sampled = ntxent(outputs.projections, temperature)
-    distortion = sampled
-    figures = {}
-    if outputs.clean_projections is not None:
-        clean = ntxent(outputs.clean_projections, temperature)
-        distortion = (1 - latent.clean) * sampled + latent.clean * clean
-        figures["ntxent_clean"] = clean
-    nats = rate(outputs.posterior.kl(), latent.free_nats)
-    loss = distortion + beta * nats
-    if latent.decorrelation > 0 and isinstance(outputs.posterior, Bernoulli | Sign):
-        penalty = decorrelation(outputs.posterior.straight_through_bits())
-        loss = loss + latent.decorrelation * penalty
-        figures["decorrelation"] = penalty
-    return {"loss": loss, "ntxent": sampled, "rate_bits": nats / math.log(2), **figures}
 
 
 class Window:
