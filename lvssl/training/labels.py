@@ -43,6 +43,7 @@ class Subset:
     def __init__(self, source: Source, rows: np.ndarray) -> None:
         self.source, self.rows = source, np.asarray(rows, np.int64)
         self.labels, self.pages = source.labels[self.rows], source.pages[self.rows]
+        self.chunk = source.chunk
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,7 +67,7 @@ def open_labelled(path: Path, target: str = "") -> Labelled:
         InputError: no such data; no such target; classes asked of a set that has but one.
     """
     source = open_source(path)
-    known = getattr(getattr(source, "file", None), "targets", {})
+    known: dict[str, np.ndarray] = getattr(getattr(source, "file", source), "targets", {})
     if not target:
         if source.labels.min() < 0 or source.labels.max() < 1:
             one_of = f"; its float targets: {', '.join(known)}: name one with --target" if known else ""
