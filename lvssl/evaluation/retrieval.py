@@ -1,11 +1,12 @@
 """Mean average precision of a ranking with ties, by expectation over their order (McSherry & Najork 2008).
 
-Hamming distances are small integers: thousands of images lie at one distance, and what a sort happens to do with
-them moves the mAP of a short code by tens of points. Here every order of images at one distance is as likely as
-any other, and the figure is the exact mean over them.
+Hamming distances are small integers: thousands of images lie at one distance, and what a sort happens to do
+with them moves the mAP of a short code by tens of points. Here every order of images at one distance is as
+likely as any other, and the figure is the exact mean over them.
 
     s  images nearer than the tie   r  relevant ones among them   N, R  images of the tie, relevant ones
-    P(position t of the tie is relevant) = R / N;  E[relevant before it | it is] = r + (t - 1) (R - 1) / (N - 1)
+    P(position t of the tie is relevant) = R / N
+    E[relevant before it | it is relevant] = r + (t - 1) (R - 1) / (N - 1)
 """
 
 from __future__ import annotations
@@ -42,7 +43,12 @@ class RetrievalScore:
 
 
 def retrieval_map(
-    queries: np.ndarray, query_labels: Any, database: np.ndarray, labels: Any, first: int = 1000, threads: int = 0
+    queries: np.ndarray,
+    query_labels: Any,
+    database: np.ndarray,
+    labels: Any,
+    first: int = 1000,
+    threads: int = 0,
 ) -> RetrievalScore:
     """mAP@`first` of packed codes, uint8 [Q, bytes] against [N, bytes]; relevant is what has the query's
     label. Ties by expectation. Raises ValueError for shapes that don't match, no query or no row, first < 1.
@@ -61,7 +67,7 @@ def retrieval_map(
             for row, chunk in chunks(database):
                 those = labels[row : row + len(chunk)]
                 hamming.count_distances(mine[0], chunk, mine[1], those, counts[0, part], counts[1, part])
-            average_precisions(*counts[:, part], first, scores[block][part])
+            average_precisions(counts[0, part], counts[1, part], first, scores[block][part])
 
         in_threads(count, slices(counts.shape[1], thread_count(threads)))
     return summary(scores, first, len(database))
@@ -70,7 +76,7 @@ def retrieval_map(
 def similarity_map(
     queries: Any, query_labels: Any, database: Any, labels: Any, first: int = 1000
 ) -> RetrievalScore:
-    """As `retrieval_map`, for vectors [Q, D] against [N, D] by cosine similarity (float32); equal similarities
+    """As `retrieval_map`, for vectors [Q, D] against [N, D] by cosine similarity (float32), whose equal values
     are ties. For the features, and for codes that are no bits."""
     import torch
 
@@ -86,7 +92,7 @@ def similarity_map(
             counts, relevant = np.bincount(level), np.bincount(level, weights=same[near])
             counts, relevant = np.append(counts, (~near).sum()), np.append(relevant, same[~near].sum())
             both = [a.astype(np.int32)[None] for a in (counts, relevant)]
-            average_precisions(*both, first, scores[i : i + 1])
+            average_precisions(both[0], both[1], first, scores[i : i + 1])
     return summary(scores, first, len(labels))
 
 
@@ -145,7 +151,8 @@ def log_choose(n, k):
 
 
 def summary(scores: np.ndarray, first: int, database: int) -> RetrievalScore:
-    return RetrievalScore(*(float(x) for x in scores.mean(axis=0)), first, len(scores), database)
+    by_hits, by_relevant = (float(x) for x in scores.mean(axis=0))
+    return RetrievalScore(by_hits, by_relevant, first, len(scores), database)
 
 
 def checked(queries: Any, query_labels: Any, database: Any, labels: Any, first: int) -> tuple[Any, Any]:

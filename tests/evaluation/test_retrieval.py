@@ -1,6 +1,6 @@
 """mAP with ties against the mean over every order of the tied images, one after another."""
 
-from itertools import permutations, product
+from itertools import chain, permutations, product
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def plain(ranked, first):
 def over_all_orders(distances, relevant, first):
     """The mean of `plain` over every order of the images at each distance."""
     ties = [np.flatnonzero(distances == d) for d in np.unique(distances)]
-    orders = [sum(map(list, order), []) for order in product(*(permutations(tie) for tie in ties))]
+    orders = [list(chain(*order)) for order in product(*(permutations(tie) for tie in ties))]
     return np.mean([plain(relevant[order].tolist(), first) for order in orders], axis=0)
 
 
@@ -79,7 +79,8 @@ def test_codes_agree_with_random_orders(first):
     """Short codes of many images, nearly all ties; the expectation against 300 shuffles of the database."""
     generator = np.random.default_rng(1)
     labels, query_labels = generator.integers(0, 4, 1500), np.array([0, 1, 3])
-    bits, query_bits = (generator.random((n, 4)) < 0.3 + 0.1 * y[:, None] for n, y in ((1500, labels), (3, query_labels)))
+    bits = generator.random((1500, 4)) < 0.3 + 0.1 * labels[:, None]
+    query_bits = generator.random((3, 4)) < 0.3 + 0.1 * query_labels[:, None]
     distances = (query_bits[:, None] != bits[None]).sum(axis=2)
     orders = []
     for _ in range(300):
