@@ -76,8 +76,8 @@ def retrieval_map(
 def similarity_map(
     queries: Any, query_labels: Any, database: Any, labels: Any, first: int = 1000
 ) -> RetrievalScore:
-    """As `retrieval_map`, for vectors [Q, D] against [N, D] by cosine similarity (float32), whose equal values
-    are ties. For the features, and for codes that are no bits."""
+    """As `retrieval_map`, for vectors [Q, D] against [N, D] by cosine similarity in float32, where equal
+    ones tie. For the features, and for codes that are no bits."""
     import torch
 
     vectors = [torch.nn.functional.normalize(torch.as_tensor(x).float(), dim=1) for x in (queries, database)]
