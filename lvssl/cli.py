@@ -131,6 +131,19 @@ def analyse(arguments: list[str]) -> None:
     print(f"written: {settings.run / 'analysis.json'}; next: lvssl report {settings.run}")
 
 
+def study(arguments: list[str]) -> None:
+    from lvssl.evaluation.study import MEASURES, StudySettings
+    from lvssl.evaluation.study import study as run
+    from lvssl.report.study import write_study
+
+    settings = parse(StudySettings, arguments, "study")
+    result = run(settings)
+    if result is not None:
+        written = write_study(settings.out, result, MEASURES)
+        print((settings.out / "study.md").read_text())
+        print(f"written: {settings.out / 'study.json'}, {', '.join(path.name for path in written)}")
+
+
 def encode(arguments: list[str]) -> None:
     from lvssl.codes.file import open_codes
     from lvssl.evaluation.codes import EncodeSettings
@@ -208,6 +221,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "pretrain": ("train an encoder without labels", pretrain),
     "evaluate": ("linear probe and kNN on features and codes, beside a control and floors", evaluate),
     "analyse": ("uncertainty, meaning of bits, regression: a run beside its control", analyse),
+    "study": ("arms over seeds, measured alike and compared pair by pair", study),
     "encode": ("write packed codes of a folder of images", encode),
     "search": ("find the nearest images of a query by Hamming distance", search),
     "report": ("one HTML page of a run", report),
