@@ -15,7 +15,6 @@ import torch
 
 from lvssl.config import PRESETS, PretrainSettings, from_dict, to_dict
 from lvssl.training import checkpoint
-from lvssl.training.optimiser import build_optimiser, learning_rate
 from lvssl.training.pretrain import Interrupted, Stop, Trainer, pretrain
 from lvssl.training.progress import read_metrics
 from lvssl.training.run import load_run
@@ -211,22 +210,3 @@ def test_settings_survive_json(digits, tmp_path):
         assert from_dict(PretrainSettings, json.loads(json.dumps(to_dict(chosen)))) == chosen
     with pytest.raises(InputError, match="colour"):
         from_dict(PretrainSettings, {"view": {"colour": 1}})
-
-
-def test_weight_decay_is_for_weights_of_layers_alone():
-    from lvssl.models.backbone import build_backbone
-
-    backbone, _ = build_backbone("resnet18", 32)
-    optimiser = build_optimiser(backbone, PRESETS["digits"].optimiser)
-    decayed = {id(p) for p in optimiser.param_groups[0]["params"]}
-    names = {name for name, p in backbone.named_parameters() if id(p) in decayed}
-    assert "layer2.0.downsample.0.weight" in names and "layer2.0.downsample.1.weight" not in names
-    assert not any(name.endswith("bias") or ".bn" in name for name in names)
-    assert sum(len(g["params"]) for g in optimiser.param_groups) == len(list(backbone.parameters()))
-
-
-def test_the_learning_rate_warms_up_and_falls_to_zero():
-    chosen = dataclasses.replace(PRESETS["digits"].optimiser, lr=1.0, warmup_epochs=2)
-    rates = [learning_rate(step, 100, 10, chosen) for step in range(100)]
-    assert rates[0] == pytest.approx(0.05) and rates[19] == 1.0 and max(rates) == 1.0
-    assert rates[20:] == sorted(rates[20:], reverse=True) and rates[-1] < 0.01
