@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import random
 import signal
 import subprocess
@@ -87,29 +86,6 @@ def interrupted_after(chosen: PretrainSettings, steps: int) -> None:
 
         trainer.train_step = counted
         trainer.train(stop)
-
-
-def test_killed_at_any_moment_it_is_the_undisturbed_run(digits, tmp_path):
-    """SIGKILL, three times at random moments, in the middle of steps and of saving (a checkpoint a step)."""
-    options = ["--preset", "digits", "--data", digits["train"], "--epochs", "3", "--threads", "1"]
-    command = [sys.executable, "-m", "lvssl.cli", "pretrain", *map(str, options)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--out", tmp_path / "whole"], check=True, env=environment, capture_output=True)
-
-    killed = [*command, "--out", str(tmp_path / "killed"), "--checkpoint-minutes", "0.0001"]
-    generator, kills = random.Random(1), 0
-    for _ in range(3):
-        process = subprocess.Popen([*killed, "--resume"], env=environment, stdout=subprocess.DEVNULL)
-        wait_for_a_step(tmp_path / "killed", process)
-        time.sleep(generator.uniform(0, 0.3))
-        process.kill()
-        kills += process.wait() == -signal.SIGKILL
-    assert kills >= 2, "the run was over before it was killed"
-    subprocess.run([*killed, "--resume"], check=True, env=environment, capture_output=True)
-    assert_equal_weights(tmp_path / "whole", tmp_path / "killed")
-    rows = read_metrics(tmp_path / "killed" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
-    assert not list((tmp_path / "killed" / "checkpoints").glob(".*.partial"))
 
 
 def wait_for_a_step(run: Path, process: subprocess.Popen) -> None:
