@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import InputError
+from pipelines.sources import SOURCES
 from pipelines.views import ViewSettings
 
 BACKBONES = ("tiny", "small", "resnet18", "resnet50")
@@ -14,6 +15,8 @@ DISCRETE = ("none", "sign", "bernoulli", "categorical")  # keep their noise with
 OBJECTIVES = ("ntxent", "dcl", "mcinfonce", "ceb", "hib")
 EACH_SAMPLE = ("mcinfonce", "ceb", "hib")  # objectives of samples, not of their mean
 AUGMENTATIONS = ("auto", "reference", "numba", "triton")
+ORDERS = ("random", "quasi-random", "sequential")  # pipelines.order's, which would load numba for them
+ON_ERROR = ("raise", "skip")
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,15 @@ class PretrainSettings:
     """Pretrain an encoder on a converted data set."""
 
     data: Path = Path("train.beton")
-    """The training images, made by `convert-beton`. Labels are used by the online probes alone."""
+    """The training images: a .beton or tars made by `convert-beton`, or a folder of images as it is.
+    Labels are used by the online probes alone."""
+    source: str = "auto"
+    """What reads them: auto (ffcv for a .beton, else folder), ffcv, folder (files or tars, never
+    converted), dali (decoded and cropped by NVIDIA DALI, on the run's device)."""
+    order: str = "random"
+    """Of an epoch: random, quasi-random (by pages, for sets larger than memory), sequential."""
+    on_error: str = "raise"
+    """An image that can't be decoded: raise (stop and name it), skip (take the next good one, count it)."""
     out: Path = Path("runs/pretrain")
     """The run's folder; must not exist, unless with --resume."""
     epochs: int = 100
@@ -214,6 +225,9 @@ class PretrainSettings:
         """Raise InputError naming the first impossible value. Touches no file."""
         choice("backbone", self.model.backbone, BACKBONES)
         choice("augmentation", self.augmentation, AUGMENTATIONS)
+        choice("source", self.source, SOURCES)
+        choice("order", self.order, ORDERS)
+        choice("on_error", self.on_error, ON_ERROR)
         for name in ("epochs", "batch_size", "workers", "log_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2, for there to be negatives")

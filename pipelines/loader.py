@@ -27,7 +27,6 @@ from pipelines.views import ViewSettings
 
 Augmenter = Callable[[Tensor, Tensor, ViewSettings], Tensor]
 Boxes = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-CHUNK = 4  # images that a thread decodes before it augments them
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,14 @@ class TwoViewLoader:
     def damaged(self) -> dict[int, str]:
         return dict(self._decoder.damaged)
 
+    def describe_skipped(self) -> str:
+        """One line for a log, with the first of the damaged samples."""
+        damaged = self.damaged
+        first = damaged[min(damaged)] if damaged else "none"
+        return (
+            f"{self.skipped} times a damaged sample was replaced, {len(damaged)} in all; the first: {first}"
+        )
+
     def set_epoch(self, epoch: int) -> None:
         """Go on from the beginning of this epoch."""
         self.set_position(epoch)
@@ -190,8 +197,9 @@ class TwoViewLoader:
         parameters = np.empty((count, 2, P), np.float32)
 
         def make(part: slice) -> None:
-            for first in range(part.start, part.stop, CHUNK):  # few at a time: they stay in the cache
-                rows = slice(first, min(first + CHUNK, part.stop))
+            chunk = self.source.chunk
+            for first in range(part.start, part.stop, chunk):
+                rows = slice(first, min(first + chunk, part.stop))
                 table = parameters[rows]
                 crops = np.empty((len(table), 2, side, side, 3), np.uint8) if here else pixels[rows]
 

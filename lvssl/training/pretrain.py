@@ -39,9 +39,9 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
     settings.validate()
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    source = open_source(settings.data)
-    classes = int(source.labels.max()) + 1 if len(source) and source.labels.min() >= 0 else 0
     device = pick_device(settings.device)
+    source = open_source(settings.data, settings.source, device.type)
+    classes = int(source.labels.max()) + 1 if len(source) and source.labels.min() >= 0 else 0
     augmenter = augmenter_for(device, settings.augmentation)
     loader = TwoViewLoader(
         source,
@@ -49,6 +49,8 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
         settings.batch_size,
         settings.seed,
         settings.workers,
+        order=settings.order,
+        on_error=settings.on_error,
         augmenter=augmenter,
         device=device,
     )
@@ -62,6 +64,8 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
             trainer.train(stop)
         if not trainer.calibrated:
             trainer.calibrate(source)
+        if loader.skipped:
+            print(loader.describe_skipped(), file=sys.stderr, flush=True)
 
 
 class Interrupted(Exception):
@@ -199,6 +203,8 @@ class Trainer:
         row: dict[str, Any] = {"step": self.step, "epoch": self.step / len(self.loader)}
         row.update({name: value.item() for name, value in figures.items()})
         row["lr"] = self.optimiser.param_groups[0]["lr"]
+        if self.settings.on_error == "skip":
+            row["skipped"] = self.loader.skipped
         return row | logged.speed()
 
     def check_finite(self, row: dict[str, Any], batch: ViewBatch) -> None:
@@ -217,7 +223,9 @@ class Trainer:
         """Exact statistics for the code's thresholds, from the training images without augmentation."""
         self.network.eval()
         chosen = np.linspace(0, len(source) - 1, min(len(source), CALIBRATION_IMAGES)).astype(np.int64)
-        batches = evaluation_batches(source, self.settings.view, 256, self.settings.workers, chosen)
+        batches = evaluation_batches(
+            source, self.settings.view, 256, self.settings.workers, chosen, self.settings.on_error
+        )
         with torch.no_grad():
             features = [self.network.backbone(images.to(self.device)).float() for images, _ in batches]
         self.network.calibrate(torch.cat(features))

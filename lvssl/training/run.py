@@ -17,8 +17,8 @@ from pipelines.errors import InputError
 
 # What may differ when a run is resumed: it changes where and how fast, never what is computed.
 FREE_TO_CHANGE = (
-    "out", "data", "workers", "threads", "device", "augmentation", "checkpoint_minutes", "log_every",
-    "preset",
+    "out", "data", "source", "workers", "threads", "device", "augmentation", "checkpoint_minutes",
+    "log_every", "preset",
 )  # fmt: skip
 
 
