@@ -144,7 +144,7 @@ class Head(nn.Module):
         self.family = family
         locations, spreads = family.location_count(dim), family.spread_count(dim)
         scale, offset = family.start(dim, sharpness)
-        first, _ = family.start(dim, sharpness_start or sharpness)
+        first = family.start(dim, sharpness_start)[0] if sharpness_start else None
         # Settings, not state: a checkpoint doesn't hold them.
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("first_scale", first, persistent=False)
@@ -164,9 +164,9 @@ class Head(nn.Module):
         normalised = self.normalise(location)
         if not self.family.stochastic:  # h itself goes on; the running mean is the threshold of its sign bits
             return torch.cat([location, self.running("mean").expand_as(location)], dim=1)
-        scale = self.get_buffer("scale")
-        if progress < 1:
-            scale = self.get_buffer("first_scale") ** (1 - progress) * scale**progress
+        scale, first = self.get_buffer("scale"), self._buffers["first_scale"]
+        if first is not None and progress < 1:
+            scale = first ** (1 - progress) * scale**progress
         offset = self.get_buffer("offset").expand(len(features), -1)
         spread = self.spread(features) if self.spread is not None else offset
         return torch.cat([normalised * scale, spread], dim=1)
