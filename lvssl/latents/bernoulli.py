@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from lvssl.latents.posterior import Posterior, constant, uniform
+from lvssl.latents.posterior import BatchMean, Posterior, constant, rows_mean, uniform
 
 
 class Bernoulli(Posterior):
@@ -74,7 +74,7 @@ class Bernoulli(Posterior):
     def code(self) -> Tensor:
         return self.logits > 0
 
-    def straight_through_bits(self) -> Tensor:
+    def straight_through_bits(self, batch_mean: BatchMean = rows_mean) -> Tensor:
         """The hard bits as +-1 with the gradient of 2p - 1: [B, D]."""
         soft = self.mean()
         return torch.where(self.logits > 0, 1.0, -1.0) + (soft - soft.detach())

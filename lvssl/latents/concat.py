@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from lvssl.latents.posterior import Posterior
+from lvssl.latents.posterior import BatchMean, Posterior, rows_mean
 
 
 class Concat(Posterior):
@@ -67,9 +67,9 @@ class Concat(Posterior):
     def code(self) -> Tensor:
         return self.joined("code")
 
-    def straight_through_bits(self) -> Tensor | None:
+    def straight_through_bits(self, batch_mean: BatchMean = rows_mean) -> Tensor | None:
         """Those of the parts that have any."""
-        bits = [b for p in self.posteriors if (b := p.straight_through_bits()) is not None]
+        bits = [b for p in self.posteriors if (b := p.straight_through_bits(batch_mean)) is not None]
         return torch.cat(bits, dim=1) if bits else None
 
     def joined(self, method: str) -> Tensor:

@@ -1,12 +1,19 @@
 """What every family has in common: a posterior over the latent code of each of B images."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from lvssl.latents.bits import pack
+
+BatchMean = Callable[[Tensor], Tensor]
+
+
+def rows_mean(x: Tensor) -> Tensor:
+    return x.mean(dim=0)
 
 
 class Posterior(ABC):
@@ -92,8 +99,11 @@ class Posterior(ABC):
         """The same, eight bits a byte: uint8 [B, ceil(code_bits(D) / 8)], as `lvssl.codes.pack`."""
         return pack(self.code())
 
-    def straight_through_bits(self) -> Tensor | None:
-        """The code's bits as +-1 with a gradient, [B, bits], for decorrelation; None where there are none."""
+    def straight_through_bits(self, batch_mean: BatchMean = rows_mean) -> Tensor | None:
+        """The code's bits as +-1 with a gradient, [B, bits], for decorrelation; None where there are none.
+
+        `batch_mean`: [N, D] -> [D]; across ranks, one over all of them.
+        """
         return None
 
 

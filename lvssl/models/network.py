@@ -42,7 +42,7 @@ class LVNet(nn.Module):
         super().__init__()
         self.backbone, features = build_backbone(model.backbone, resolution)
         self.family = family(latent.family, **latent.options)
-        self.latent = latent
+        self.latent, self.samples = latent, latent.samples
         self.dim = latent_dim(model, latent)
         if complaint := self.family.complaint(self.dim):
             raise InputError(f"--dim must be {complaint}, got {self.dim}")
@@ -72,16 +72,28 @@ class LVNet(nn.Module):
         return features, self.family(self.posterior_parameters(features))
 
     def forward(self, images: Tensor, generator: Generator | None = None, fraction: float = 1.0) -> Outputs:
-        """What `objective` needs.
+        """What `objective` needs, of images [N, 3, R, R]; arguments as of `heads`."""
+        return self.heads(self.backbone(images), generator, fraction)
+
+    def heads(
+        self,
+        features: Tensor,
+        generator: Generator | None = None,
+        fraction: float = 1.0,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> Outputs:
+        """All that follows the backbone.
 
         Args:
-            generator: source of the latent's noise, on the images' device.
+            features: h [N, F], first views then second.
+            generator: source of the latent's noise, on the features' device.
             fraction: of the training that is done, in [0, 1]; what is annealed depends on it.
+            rank, ranks: which of equal parts of the batch these N views are.
         """
-        features = self.backbone(images)
         progress = min(1.0, fraction / self.latent.anneal)
         parameters = self.posterior_parameters(features, progress)
-        projections = self.project(self.family(parameters), generator, progress)
+        projections = self.project(self.draw(parameters, generator, progress, rank, ranks))
         clean = self.clean_projector(features) if self.clean_projector is not None else None
         return Outputs(features, parameters, projections, clean, self.family, self.match)
 
@@ -94,10 +106,8 @@ class LVNet(nn.Module):
     def head_input(self, features: Tensor) -> Tensor:
         return self.projector(features) if self.latent.site == "proj" else features
 
-    def project(self, posterior: Posterior, generator: Generator | None, progress: float) -> Tensor:
-        """K samples as the objective compares them: [N, P], or [K, N, P] where each has a loss."""
-        start, end = self.latent.relaxation_start or self.latent.relaxation, self.latent.relaxation
-        samples = posterior.sample(self.latent.samples, generator, geometric(start, end, progress))
+    def project(self, samples: Tensor) -> Tensor:
+        """Samples [K, N, D] as the objective compares them: [N, P], or [K, N, P] where each has a loss."""
         average = self.latent.meeting_place
         if self.latent.site == "proj":
             return samples if average == "losses" else samples.mean(dim=0)
@@ -110,6 +120,21 @@ class LVNet(nn.Module):
     def calibrate(self, features: Tensor) -> None:
         """As `Head.calibrate`, of features h [N, F]."""
         self.head.calibrate(self.head_input(features))
+
+    def draw(
+        self, parameters: Tensor, generator: Generator | None, progress: float, rank: int, ranks: int
+    ) -> Tensor:
+        """K samples, [K, N, D]. Every rank draws for the whole batch, with the same noise, and keeps its own
+        part, so that an image's noise depends on its place in the batch and not on the ranks."""
+        start, end = self.latent.relaxation_start or self.latent.relaxation, self.latent.relaxation
+        options = self.samples, generator, geometric(start, end, progress)
+        if ranks == 1:
+            return self.family(parameters).sample(*options)
+        views = parameters.unflatten(0, (2, -1))
+        everyone = [views.detach()] * ranks  # what stands in the other ranks' rows must only be valid
+        everyone[rank] = views
+        drawn = self.family(torch.cat(everyone, dim=1).flatten(0, 1)).sample(*options)
+        return drawn.unflatten(1, (2, ranks, -1))[:, :, rank].flatten(1, 2)
 
     def probe_logits(self, outputs: Outputs) -> dict[str, Tensor]:
         """Class logits of the online probes, on detached features and codes."""

@@ -9,7 +9,7 @@ from lvssl.config import PretrainSettings
 from lvssl.latents.sphere import Spherical, log_surface
 from lvssl.latents.vmf import log_normaliser
 from lvssl.losses.ntxent import ntxent
-from lvssl.losses.objective import beta_at, decorrelation, rate
+from lvssl.losses.objective import batch_mean, beta_at, decorrelation, rate
 from lvssl.losses.stochastic import match_loss, sample_infonce
 from lvssl.losses.variants import decoupled_ntxent, mc_infonce
 from lvssl.models.network import Outputs
@@ -40,7 +40,7 @@ def objective(outputs: Outputs, settings: PretrainSettings, fraction: float) -> 
     nats = rate(outputs.posterior.kl(), latent.free_nats)
     beta = beta_at(fraction, latent.final_beta, latent.beta_warmup, latent.beta_schedule, latent.beta_cycles)
     loss = loss + beta * nats
-    bits = outputs.posterior.straight_through_bits() if latent.decorrelation > 0 else None
+    bits = outputs.posterior.straight_through_bits(batch_mean) if latent.decorrelation > 0 else None
     if bits is not None:
         figures["decorrelation"] = decorrelation(bits)
         loss = loss + latent.decorrelation * figures["decorrelation"]
