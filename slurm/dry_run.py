@@ -1,5 +1,6 @@
 """`lvssl launch --dry-run`: the chain, its scripts, and what it will cost, without touching anything."""
 
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def describe(pipeline: Pipeline, stages: list[Stage], works: "Sequence[Work]", c
                 after = [f"JOB-OF-{name.upper()}" for name in work.stage.after if tasks_of(works, name)]
                 script = executor(pipeline, work.stage, code, after).script(len(work.tasks))
                 lines += ["", f"# ---- {work.stage.name}: sbatch", script.rstrip(), "", "# which runs"]
-                lines += [f"#   {line}" for task in work.tasks for line in [f"python -m {task.module} {' '.join(task.arguments)}"]]
+                lines += [f"#   {shlex.join(('python', '-m', task.module, *task.arguments))}" for task in work.tasks]
     lines += ["", *costs(works), *disk(pipeline, works, parameters)]
     return "\n".join(lines)
 

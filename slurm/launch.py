@@ -169,7 +169,6 @@ def submit_chain(pipeline: Pipeline, works: list[Work]) -> int:
         submitted[stage.name] = sorted({job.split("_")[0] for job in new} | set(work.under_way))
         print(f"{stage.name:10} {in_words(work, new)}")
     if any(work.tasks for work in works):
-        write_json(out / "launch.json", {"file": str(pipeline.file), "cluster": "slurm", "code": str(code), "time": time.time()})
         print(f"see how it goes: lvssl status {pipeline.file}")
     return 0
 

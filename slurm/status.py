@@ -11,7 +11,7 @@ from pipelines.errors import InputError
 from slurm import scheduler
 from slurm.launch import is_busy, launch
 from slurm.pipeline import Pipeline, Starts, read_pipeline
-from slurm.records import claimed, last_error, read_jobs, read_record, record_path, stands, write_json
+from slurm.records import claimed, last_error, read_jobs, read_record, stands
 from slurm.stages import Stage, Task, build_stages
 
 FAILED = ("failed", "lost", "cancelled")
@@ -181,11 +181,4 @@ def retry(stage: str, file: Path, starts: Starts, cluster: str = "slurm") -> int
     tasks = [task for task in stages[stage].tasks if not stands(pipeline.out, task)]
     if not tasks:
         raise InputError(f"{stage}: its result stands; to make it anew, remove {stages[stage].tasks[0].outputs[0]}")
-    with claimed(pipeline.out):
-        jobs = read_jobs(pipeline.out)
-        for task in tasks:
-            if not is_busy(jobs.get(task.key, {}).get("job", ""), scheduler.states({jobs.get(task.key, {}).get("job", "")})):
-                jobs.pop(task.key, None)
-                record_path(pipeline.out, task).unlink(missing_ok=True)
-        write_json(pipeline.out / "jobs.json", jobs)
     return launch(file, starts, cluster=cluster)
