@@ -31,7 +31,9 @@ def describe(pipeline: Pipeline, stages: list[Stage], works: "Sequence[Work]", c
                 after = [f"JOB-OF-{name.upper()}" for name in work.stage.after if tasks_of(works, name)]
                 script = executor(pipeline, work.stage, code, after).script(len(work.tasks))
                 lines += ["", f"# ---- {work.stage.name}: sbatch", script.rstrip(), "", "# which runs"]
-                lines += [f"#   {shlex.join(('python', '-m', task.module, *task.arguments))}" for task in work.tasks]
+                lines += [
+                    f"#   {shlex.join(('python', '-m', task.module, *task.arguments))}" for task in work.tasks
+                ]
     lines += ["", *costs(works), *disk(pipeline, works, parameters)]
     return "\n".join(lines)
 
@@ -46,7 +48,11 @@ def graph(works: "Sequence[Work]") -> list[str]:
         stage = work.stage
         after = f" after {', '.join(stage.after)}" if stage.after else ""
         size = f"{stage.cluster.nodes} node{'s' * (stage.cluster.nodes > 1)} x {stage.cluster.ranks_per_node}"
-        todo = f"{len(work.tasks)} of {len(stage.tasks)} tasks, {size}, at most {stage.cluster.time}" if work.tasks else work.why
+        todo = (
+            f"{len(work.tasks)} of {len(stage.tasks)} tasks, {size}, at most {stage.cluster.time}"
+            if work.tasks
+            else work.why
+        )
         lines.append(f"{stage.name:10}{after or ' at once'}: {todo}")
     return lines
 
@@ -59,7 +65,9 @@ def costs(works: "Sequence[Work]") -> list[str]:
         hours = len(work.tasks) * cluster.nodes * cluster.minutes / 60
         gpu += hours * cluster.gpus
         cpu += hours * cluster.ranks_per_node * max(1, cluster.cpus)
-    return [f"GPU-hours: at most {gpu:,.1f} (CPU-hours: {cpu:,.1f}), by the time limits, requeued time not counted"]
+    return [
+        f"GPU-hours: at most {gpu:,.1f} (CPU-hours: {cpu:,.1f}), by the time limits, requeued time not counted"
+    ]
 
 
 def disk(pipeline: Pipeline, works: "Sequence[Work]", parameters: Callable[[Any], int] | None) -> list[str]:
@@ -70,7 +78,12 @@ def disk(pipeline: Pipeline, works: "Sequence[Work]", parameters: Callable[[Any]
         known = [size for size in sizes if size is not None]
         twice = any(source.shards > 1 for source in pipeline.convert.values())
         if len(known) == len(sizes):
-            rows.append((sum(known) * (2 if twice else 1), "betons" + (", twice while the parts are merged" if twice else "")))
+            rows.append(
+                (
+                    sum(known) * (2 if twice else 1),
+                    "betons" + (", twice while the parts are merged" if twice else ""),
+                )
+            )
         else:
             rows.append((0, "betons (size of the sources not known)"))
     if tasks_of(works, "pretrain") and parameters is not None:

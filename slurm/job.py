@@ -89,7 +89,11 @@ class Job:
 
     def begin(self) -> Record:
         record = read_record(self.out, self.task) or Record(self.task.name, self.task.digest)
-        if record.state == "running" and record.job not in ("", self.id) and scheduler.alive(record.job, record.host):
+        if (
+            record.state == "running"
+            and record.job not in ("", self.id)
+            and scheduler.alive(record.job, record.host)
+        ):
             self.fail(None, f"job {record.job} on {record.host} is at this task already")
         if record.job != self.id:
             record.crashes = 0
@@ -114,7 +118,13 @@ class Job:
         for left_by_a_killed_start in mark.parent.glob(f"{mark.name}-*"):
             left_by_a_killed_start.unlink()
         host, port = scheduler.meeting_point(record.restarts + record.crashes)
-        srun = ["srun", "--unbuffered", "--kill-on-bad-exit=1", f"--nodes={cluster.nodes}", f"--ntasks={ranks}"]
+        srun = [
+            "srun",
+            "--unbuffered",
+            "--kill-on-bad-exit=1",
+            f"--nodes={cluster.nodes}",
+            f"--ntasks={ranks}",
+        ]
         srun += [f"--ntasks-per-node={cluster.ranks_per_node}"]
         srun += [f"--cpus-per-task={cluster.cpus}"] if cluster.cpus else []  # srun doesn't take sbatch's
         rank = [sys.executable, "-m", "slurm.rank", str(mark), host, str(port)]
@@ -186,7 +196,9 @@ class Job:
             return
         if self.kind != "slurm":
             write_record(self.out, self.task, record)
-            self.leave(f"stopped; `lvssl launch` goes on from {'its state' if outcome.saved else 'its beginning'}")
+            self.leave(
+                f"stopped; `lvssl launch` goes on from {'its state' if outcome.saved else 'its beginning'}"
+            )
         ended_by = scheduler.ended_by(self.log) if self.being_ended() else "a signal"
         if ended_by == "":
             record.state = "cancelled"
@@ -194,7 +206,9 @@ class Job:
             self.leave("cancelled")
         limit = 60 * self.cluster.minutes
         if not outcome.saved and time.time() - record.started > limit - self.cluster.warning - 75:
-            self.fail(record, f"not done within {self.cluster.time}, and it can't go on half-way: raise `time`")
+            self.fail(
+                record, f"not done within {self.cluster.time}, and it can't go on half-way: raise `time`"
+            )
         record.restarts += 1
         write_record(self.out, self.task, record)
         say(f"{self.task.name}: stopped by {ended_by}; queued again ({record.restarts} so far)")
@@ -209,7 +223,9 @@ class Job:
             self.fail(record, error)
         record.error = error
         write_record(self.out, self.task, record)
-        say(f"{self.task.name}: ended with status {status}; starting again (crash {record.crashes} of {self.cluster.crashes} allowed)")
+        say(
+            f"{self.task.name}: ended with status {status}; starting again (crash {record.crashes} of {self.cluster.crashes} allowed)"
+        )
         time.sleep(min(30, 2**record.crashes))
 
     def fail(self, record: Record | None, error: str) -> NoReturn:

@@ -76,9 +76,13 @@ def plan(out: Path, stages: list[Stage]) -> list[Work]:
             works[later.name].tasks for later in stages if stage.name in later.after
         )
         missing = [task for task in stage.tasks if not stands(out, task)]
-        busy = {t: jobs[t.key]["job"] for t in missing if t.key in jobs and is_busy(jobs[t.key]["job"], queue)}
+        busy = {
+            t: jobs[t.key]["job"] for t in missing if t.key in jobs and is_busy(jobs[t.key]["job"], queue)
+        }
         todo = tuple(task for task in missing if task not in busy) if wanted else ()
-        why = "stands" if not missing else "under way" if not todo and busy else "" if wanted else "not needed"
+        why = (
+            "stands" if not missing else "under way" if not todo and busy else "" if wanted else "not needed"
+        )
         works[stage.name] = Work(stage, todo, tuple(sorted(set(busy.values()))), why)
     return [works[stage.name] for stage in stages]
 
@@ -118,7 +122,11 @@ def executor(pipeline: Pipeline, stage: Stage, code: Path, after: list[str]) -> 
         options |= {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"}
     if cluster.memory:
         options["mem"] = cluster.memory.removesuffix("B")
-    named = {name: value for name in ("partition", "account", "qos", "constraint") if (value := getattr(cluster, name))}
+    named = {
+        name: value
+        for name in ("partition", "account", "qos", "constraint")
+        if (value := getattr(cluster, name))
+    }
     made.update_parameters(
         job_name=f"{pipeline.name}-{stage.name}",
         time=cluster.minutes,
@@ -173,7 +181,9 @@ def submit_chain(pipeline: Pipeline, works: list[Work]) -> int:
     return 0
 
 
-def submit(pipeline: Pipeline, work: Work, code: Path, after: list[str], jobs: dict[str, dict[str, str]]) -> list[str]:
+def submit(
+    pipeline: Pipeline, work: Work, code: Path, after: list[str], jobs: dict[str, dict[str, str]]
+) -> list[str]:
     """Submit a stage's tasks as one job or one array; notes them in `jobs`."""
     stage = work.stage
     made = executor(pipeline, stage, code, after)
@@ -181,7 +191,12 @@ def submit(pipeline: Pipeline, work: Work, code: Path, after: list[str], jobs: d
     with own_environment():
         done = made.map_array(_call, calls) if len(calls) > 1 else [made.submit(calls[0])]
     for task, job in zip(work.tasks, done):
-        jobs[task.key] = {"task": task.name, "job": job.job_id, "log": str(job.paths.stdout), "cluster": "slurm"}
+        jobs[task.key] = {
+            "task": task.name,
+            "job": job.job_id,
+            "log": str(job.paths.stdout),
+            "cluster": "slurm",
+        }
     return [job.job_id for job in done]
 
 
@@ -197,7 +212,11 @@ def _call(job: Job) -> None:
 @contextlib.contextmanager
 def own_environment() -> Iterator[None]:
     """Without the variables of a job or step that `launch` itself may run in, which sbatch would take as options."""
-    taken = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"}
+    taken = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"
+    }
     try:
         yield
     finally:
@@ -212,7 +231,9 @@ def refuse_other_settings(out: Path, works: list[Work]) -> None:
     queue = scheduler.states({job["job"] for job in other.values()})
     for job in other.values():
         if is_busy(job["job"], queue):
-            raise InputError(f"job {job['job']} is at {job['task']} with other settings: `lvssl cancel` it first, or wait for its end")
+            raise InputError(
+                f"job {job['job']} is at {job['task']} with other settings: `lvssl cancel` it first, or wait for its end"
+            )
 
 
 def in_words(work: Work, new: list[str]) -> str:
@@ -220,7 +241,11 @@ def in_words(work: Work, new: list[str]) -> str:
         return f"under way as job {', '.join(work.under_way)}" if work.under_way else work.why
     first = new[0].split("_")[0]
     text = f"job {first}" + (f", an array of {len(new)}" if len(new) > 1 else "")
-    return text + (f" ({len(work.stage.tasks) - len(new)} tasks stand or are under way)" if len(new) < len(work.stage.tasks) else "")
+    return text + (
+        f" ({len(work.stage.tasks) - len(new)} tasks stand or are under way)"
+        if len(new) < len(work.stage.tasks)
+        else ""
+    )
 
 
 def table_of(stage: Stage) -> str:
@@ -281,7 +306,12 @@ def run_some(pipeline: Pipeline, work: Work, calls: list[Job], cluster: str) -> 
         signal.signal(signal.SIGINT, running.stop)
         jobs = read_jobs(pipeline.out)
         for call, job in zip(calls, running):
-            jobs[call.task.key] = {"task": call.task.name, "job": job.job_id, "log": str(job.paths.stdout), "cluster": "local"}
+            jobs[call.task.key] = {
+                "task": call.task.name,
+                "job": job.job_id,
+                "log": str(job.paths.stdout),
+                "cluster": "local",
+            }
         write_json(pipeline.out / "jobs.json", jobs)
         while not all(job.done() for job in running):
             time.sleep(0.2)

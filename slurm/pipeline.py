@@ -160,14 +160,18 @@ class _Reader:
             content["pretrain"]["preset"] = preset
         self.common = content.get("cluster", {})
         if self.common.get("nodes", 1) != 1:
-            raise InputError(f"{self.file}: [cluster] nodes: only pretraining spreads over nodes; move it to [pretrain.cluster]")
+            raise InputError(
+                f"{self.file}: [cluster] nodes: only pretraining spreads over nodes; move it to [pretrain.cluster]"
+            )
         data, convert = self.data(content)
         tables = {name: self.stage(name, content[name]) for name in stages if name in content}
         tables.setdefault("report", self.stage("report", {}))
         name = content.get("name") or self.file.stem
         out = self.path(content.get("out") or f"runs/{name}")
         if "%" in str(out) or not str(out).isprintable():
-            raise InputError(f"{self.file}: out: {str(out)!r} has a character that Slurm's file names can't have")
+            raise InputError(
+                f"{self.file}: out: {str(out)!r} has a character that Slurm's file names can't have"
+            )
         local = self.instance("local", LocalSettings, content.get("local", {}))
         self.check_times(tables)
         return Pipeline(self.file, name, out, tables, local, convert, data)
@@ -177,7 +181,9 @@ class _Reader:
 
     def data(self, content: dict[str, Any]) -> tuple[DataSettings | None, dict[str, ImageSource]]:
         if ("data" in content) == ("convert" in content):
-            raise InputError(f"{self.file}: say where the images are: either [convert] (to convert them) or [data] (betons)")
+            raise InputError(
+                f"{self.file}: say where the images are: either [convert] (to convert them) or [data] (betons)"
+            )
         if "data" in content:
             data = self.instance("data", DataSettings, content["data"])
             for name, path in (("train", data.train), ("test", data.test)):
@@ -191,12 +197,16 @@ class _Reader:
         sources = {}
         for name, half in halves.items():
             if not half:
-                raise InputError(f'{self.file}: no [convert.{name}] table with the source, such as source = "photos/"')
+                raise InputError(
+                    f'{self.file}: no [convert.{name}] table with the source, such as source = "photos/"'
+                )
             self.typed("convert", name, half, dict)
             source = self.instance(f"convert.{name}", ImageSource, {**table, **half})
             sources[name] = dataclasses.replace(source, source=self.source(name, source.source))
             if source.shards < 1:
-                raise InputError(f"{self.file}: [convert.{name}] shards: must be at least 1, got {source.shards}")
+                raise InputError(
+                    f"{self.file}: [convert.{name}] shards: must be at least 1, got {source.shards}"
+                )
         return None, sources
 
     def source(self, name: str, text: str) -> str:
@@ -205,7 +215,9 @@ class _Reader:
             return text
         path = self.path(text) if text else None
         if path is None or (not path.exists() and not any(c in text for c in "*?{[")):
-            raise InputError(f"{self.file}: [convert.{name}] source: {text or 'missing'}: no such file or folder")
+            raise InputError(
+                f"{self.file}: [convert.{name}] source: {text or 'missing'}: no such file or folder"
+            )
         return str(path)
 
     def stage(self, name: str, table: dict[str, Any]) -> StageTable:
@@ -259,7 +271,9 @@ class _Reader:
         """The points of [STAGE.sweep]: the product of `grid`, or the `list` as it stands."""
         where = f"{name}.sweep"
         if name == "pretrain":
-            raise InputError(f"{self.file}: [pretrain.sweep]: all later stages hang on one pretraining; write a pipeline for each")
+            raise InputError(
+                f"{self.file}: [pretrain.sweep]: all later stages hang on one pretraining; write a pipeline for each"
+            )
         self.typed(name, "sweep", sweep, dict)
         self.known(where, sweep, ("grid", "list"))
         if ("grid" in sweep) == ("list" in sweep):
@@ -300,13 +314,17 @@ class _Reader:
         least = {"nodes": 1, "concurrency": 1, "warning": 1}
         for key in ("nodes", "tasks_per_node", "gpus", "cpus", "warning", "concurrency", "crashes"):
             if getattr(made, key) < least.get(key, 0):
-                raise InputError(f"{self.file}: [{where}] {key}: must be at least {least.get(key, 0)}, got {getattr(made, key)}")
+                raise InputError(
+                    f"{self.file}: [{where}] {key}: must be at least {least.get(key, 0)}, got {getattr(made, key)}"
+                )
         if made.nodes > 1 and stage != "pretrain":
             raise InputError(f"{self.file}: [{where}] nodes: only pretraining spreads over nodes")
         if made.memory and not re.fullmatch(r"\d+(\.\d+)?[KMGT]?B?", made.memory):
             raise InputError(f'{self.file}: [{where}] memory: {made.memory!r} is not a size such as "64G"')
         if 60 * minutes <= made.warning:
-            raise InputError(f"{self.file}: [{where}] time: {made.time} is no longer than the warning of {made.warning} s before its end")
+            raise InputError(
+                f"{self.file}: [{where}] time: {made.time} is no longer than the warning of {made.warning} s before its end"
+            )
 
     def check_times(self, tables: dict[str, StageTable]) -> None:
         """A job that ends before it has saved begins again for ever."""
@@ -414,7 +432,11 @@ def _fits(value: Any, hint: Any) -> bool:
         ok = isinstance(value, list) and (Ellipsis in arguments or len(value) == len(arguments))
         return ok and all(_fits(v, arguments[0 if Ellipsis in arguments else i]) for i, v in enumerate(value))
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return isinstance(value, dict) and all(isinstance(v, str) for v in value.values()) if arguments else isinstance(value, dict)
+        return (
+            isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+            if arguments
+            else isinstance(value, dict)
+        )
     if origin is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if origin is int:
@@ -427,4 +449,8 @@ def _fits(value: Any, hint: Any) -> bool:
 def _words(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list",
              dict: "a table", Path: "a path"}  # fmt: skip
-    return " or ".join(names.get(each, str(each).replace("typing.", "")) for each in _alternatives(hint) if each is not type(None))
+    return " or ".join(
+        names.get(each, str(each).replace("typing.", ""))
+        for each in _alternatives(hint)
+        if each is not type(None)
+    )

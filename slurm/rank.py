@@ -37,7 +37,11 @@ def main(arguments: list[str]) -> int:
         Path(f"{mark}-{rank}").write_text("saved" if status == STOPPED else "not saved")
         return 0
     if status:
-        print(f"chain: rank {rank} on {socket.gethostname()} ended with status {status}", file=sys.stderr, flush=True)
+        print(
+            f"chain: rank {rank} on {socket.gethostname()} ended with status {status}",
+            file=sys.stderr,
+            flush=True,
+        )
     return 128 - status if status < 0 else status
 
 

@@ -105,7 +105,9 @@ def claimed(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise InputError(f"{out}: another `lvssl launch` is at work there; wait until it has ended") from error
+            raise InputError(
+                f"{out}: another `lvssl launch` is at work there; wait until it has ended"
+            ) from error
         yield
 
 

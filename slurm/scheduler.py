@@ -20,7 +20,9 @@ def ask(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
     except FileNotFoundError as error:
-        raise InputError(f"no Slurm here ({command[0]} not found): submit from the cluster's login node, or use --cluster local") from error
+        raise InputError(
+            f"no Slurm here ({command[0]} not found): submit from the cluster's login node, or use --cluster local"
+        ) from error
     except subprocess.TimeoutExpired as error:
         raise InputError(f"Slurm doesn't answer: {command[0]} took more than 60 s") from error
     if done.returncode:
@@ -32,15 +34,21 @@ def ask(*command: str) -> str:
 def check_cluster(table: str, cluster: ClusterSettings) -> None:
     """Raise InputError if Slurm isn't there, or doesn't know the partition, its features, or so long a time."""
     if shutil.which("sbatch") is None:
-        raise InputError("no Slurm here (sbatch not found): submit from the cluster's login node, or use --cluster local")
+        raise InputError(
+            "no Slurm here (sbatch not found): submit from the cluster's login node, or use --cluster local"
+        )
     rows = [line.split("|") for line in ask("sinfo", "-h", "-o", "%P|%l|%f|%G").splitlines()]
     partitions = sorted({row[0].rstrip("*") for row in rows})
     default = next((row[0].rstrip("*") for row in rows if row[0].endswith("*")), "")
     name = cluster.partition or default
     if not name:
-        raise InputError(f"[{table}] partition: the cluster has no default; name one of {', '.join(partitions)}")
+        raise InputError(
+            f"[{table}] partition: the cluster has no default; name one of {', '.join(partitions)}"
+        )
     if name not in partitions:
-        raise InputError(f"[{table}] partition: the cluster knows no {name!r}; known: {', '.join(partitions)}")
+        raise InputError(
+            f"[{table}] partition: the cluster knows no {name!r}; known: {', '.join(partitions)}"
+        )
     mine = [row for row in rows if row[0].rstrip("*") == name]
     limit = mine[0][1]
     if limit != "infinite" and cluster.minutes > minutes_of(limit):
@@ -118,7 +126,10 @@ def ended_by(log: Path) -> str:
     time.sleep(0.5)
     with open(log, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 5_000))
-        lines = re.findall(r"\*\*\* (?:JOB|STEP) .* CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))? \*\*\*", file.read().decode(errors="replace"))
+        lines = re.findall(
+            r"\*\*\* (?:JOB|STEP) .* CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))? \*\*\*",
+            file.read().decode(errors="replace"),
+        )
     return lines[-1].lower() if lines else ""
 
 

@@ -15,7 +15,17 @@ from typing import Any
 from slurm.pipeline import FILLED_IN, ClusterSettings, ImageSource, Pipeline, Point
 
 # What changes where and how fast, never what is computed.
-FREE = (*FILLED_IN, "workers", "threads", "device", "augmentation", "checkpoint_minutes", "log_every", "preset", "shards")
+FREE = (
+    *FILLED_IN,
+    "workers",
+    "threads",
+    "device",
+    "augmentation",
+    "checkpoint_minutes",
+    "log_every",
+    "preset",
+    "shards",
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,15 @@ def build_stages(pipeline: Pipeline) -> list[Stage]:
     point = table.points[0]
     key = digest("pretrain", point.settings, data["train"][1])
     run = pipeline.out / f"pretrain-{key[:8]}"
-    arguments = ("pretrain", "--data", str(data["train"][0]), "--out", str(run), *options(point.given), "--resume")
+    arguments = (
+        "pretrain",
+        "--data",
+        str(data["train"][0]),
+        "--out",
+        str(run),
+        *options(point.given),
+        "--resume",
+    )
     pretrain = Task("pretrain", key, "lvssl.cli", arguments, (run / "checkpoints",), run=run)
     stages.append(Stage("pretrain", behind, (pretrain,), table.cluster))
     measured = []
@@ -65,7 +83,14 @@ def build_stages(pipeline: Pipeline) -> list[Stage]:
     stages += measured
     keys = [task.digest for stage in measured for task in stage.tasks]
     after = tuple(stage.name for stage in measured) or ("pretrain",)
-    page = Task("report", digest("report", None, key, *keys), "lvssl.cli", ("report", str(run)), (run / "report.html",), run=run)
+    page = Task(
+        "report",
+        digest("report", None, key, *keys),
+        "lvssl.cli",
+        ("report", str(run)),
+        (run / "report.html",),
+        run=run,
+    )
     stages.append(Stage("report", after, (page,), pipeline.stages["report"].cluster))
     return stages
 
@@ -99,7 +124,10 @@ def result_of(name: str, run: Path, key: str, swept: bool) -> tuple[Path, tuple[
 def data_stages(pipeline: Pipeline) -> tuple[list[Stage], dict[str, tuple[Path, str]]]:
     """The stages that make the betons, and each beton with its digest."""
     if pipeline.data is not None:
-        return [], {name: (path, identity(path)) for name, path in (("train", pipeline.data.train), ("test", pipeline.data.test))}
+        return [], {
+            name: (path, identity(path))
+            for name, path in (("train", pipeline.data.train), ("test", pipeline.data.test))
+        }
     parts: list[Task] = []
     merges: list[Task] = []
     data = {}
@@ -114,7 +142,9 @@ def data_stages(pipeline: Pipeline) -> tuple[list[Stage], dict[str, tuple[Path, 
         made = [part(name, source, beton, key, k) for k in range(1, source.shards + 1)]
         parts += made
         removes = tuple(task.outputs[0] for task in made)
-        merges.append(Task(f"merge-{name}", key, "tools.convert_beton", ("--merge", str(beton)), whole, removes))
+        merges.append(
+            Task(f"merge-{name}", key, "tools.convert_beton", ("--merge", str(beton)), whole, removes)
+        )
     cluster = pipeline.stages["convert"].cluster
     stages = [Stage("convert", (), tuple(parts), cluster, intermediate=True)]
     if merges:
@@ -127,11 +157,19 @@ def part(name: str, source: ImageSource, beton: Path, key: str, k: int) -> Task:
     shard = f"{k}/{source.shards}"
     out = beton.with_name(f"{beton.stem}.part-{k:03d}-of-{source.shards:03d}.beton")
     arguments = (*convert(source, beton), "--shard", shard)
-    return Task(f"convert-{name}-{k:03d}", digest("part", shard, key), "tools.convert_beton", arguments, (out, Path(f"{out}.json")))
+    return Task(
+        f"convert-{name}-{k:03d}",
+        digest("part", shard, key),
+        "tools.convert_beton",
+        arguments,
+        (out, Path(f"{out}.json")),
+    )
 
 
 def convert(source: ImageSource, beton: Path) -> tuple[str, ...]:
-    given = {k: v for k, v in dataclasses.asdict(source).items() if k not in ("source", "shards") and v is not None}
+    given = {
+        k: v for k, v in dataclasses.asdict(source).items() if k not in ("source", "shards") and v is not None
+    }
     return (source.source, str(beton), *options(given))
 
 
@@ -171,4 +209,6 @@ def identity(source: str | Path) -> str:
     if not path.exists():
         return str(source)
     rows = [path, *sorted(path.iterdir())] if path.is_dir() else [path]
-    return json.dumps([[str(p), s.st_size if p.is_file() else 0, s.st_mtime_ns] for p in rows for s in [p.stat()]])
+    return json.dumps(
+        [[str(p), s.st_size if p.is_file() else 0, s.st_mtime_ns] for p in rows for s in [p.stat()]]
+    )

@@ -40,7 +40,11 @@ def status(file: Path, starts: Starts) -> str:
     rows = [list(COLUMNS)]
     for stage in stages:
         each = by_stage[stage.name]
-        shown = each if len(each) == 1 or stage.swept else [summary(stage, each), *[s for s in each if s.state in FAILED]]
+        shown = (
+            each
+            if len(each) == 1 or stage.swept
+            else [summary(stage, each), *[s for s in each if s.state in FAILED]]
+        )
         rows += [row_of(pipeline, standing, stage.swept) for standing in shown]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
@@ -61,11 +65,17 @@ def standings(out: Path, stages: list[Stage]) -> dict[str, list[Standing]]:
     found: dict[str, list[Standing]] = {}
     for stage in stages:
         broken = [name for name in stage.after if any(s.state in (*FAILED, "not run") for s in found[name])]
-        found[stage.name] = [standing(out, task, jobs.get(task.key, {}), queue, accounts, broken) for task in stage.tasks]
-    for stage in reversed(stages):  # parts that are gone because they were merged, data that only finished stages used
+        found[stage.name] = [
+            standing(out, task, jobs.get(task.key, {}), queue, accounts, broken) for task in stage.tasks
+        ]
+    for stage in reversed(
+        stages
+    ):  # parts that are gone because they were merged, data that only finished stages used
         later = [s for other in stages if stage.name in other.after for s in found[other.name]]
         if stage.intermediate and later and all(s.state == "done" for s in later):
-            found[stage.name] = [Standing(s.task, "done", s.job, s.log, s.restarts, s.crashes) for s in found[stage.name]]
+            found[stage.name] = [
+                Standing(s.task, "done", s.job, s.log, s.restarts, s.crashes) for s in found[stage.name]
+            ]
     return found
 
 
@@ -91,14 +101,19 @@ def standing(out: Path, task: Task, job: dict[str, str], queue: dict[str, tuple[
     if not number:
         return made("not run", f"{broken[0]} didn't end well" if broken else "")
     if record is None:  # it never began: ended by Slurm, mostly because what it waited for failed
-        return made("not run", f"{broken[0]} didn't end well" if broken else accounts.get(number, state or "never began"))
+        return made(
+            "not run",
+            f"{broken[0]} didn't end well" if broken else accounts.get(number, state or "never began"),
+        )
     if record.state == "running" and job.get("cluster") != "slurm" and scheduler.alive(number, record.host):
         return made("running")
     if record.state == "done":
         return made("not run", "its result was removed or replaced since")
     if record.state == "running":
         verdict = accounts.get(number) or state or "it ended without a word"
-        return made("cancelled" if verdict == "CANCELLED" else "lost", f"{verdict}: {last_error(Path(record.log))}")
+        return made(
+            "cancelled" if verdict == "CANCELLED" else "lost", f"{verdict}: {last_error(Path(record.log))}"
+        )
     return made(record.state)
 
 
@@ -116,9 +131,23 @@ def row_of(pipeline: Pipeline, each: Standing, swept: bool) -> list[str]:
     step, speed, left, metric = progress(pipeline, each) if each.task.name == "pretrain" else ("", "", "", "")
     if swept and each.task.label:
         metric = each.task.label
-    state = f"{each.state} ({each.reason})" if each.reason and each.reason not in ("None", "Dependency") else each.state
+    state = (
+        f"{each.state} ({each.reason})"
+        if each.reason and each.reason not in ("None", "Dependency")
+        else each.state
+    )
     restarts = f"{each.restarts}" + (f", {each.crashes} crashes" if each.crashes else "")
-    return [each.task.name, state, step, speed, left, metric, restarts if each.job else "", each.job, each.log]
+    return [
+        each.task.name,
+        state,
+        step,
+        speed,
+        left,
+        metric,
+        restarts if each.job else "",
+        each.job,
+        each.log,
+    ]
 
 
 def progress(pipeline: Pipeline, each: Standing) -> tuple[str, str, str, str]:
@@ -158,9 +187,15 @@ def cancel(file: Path, starts: Starts) -> str:
         live = sorted((job for job in mine if is_busy(job, queue)), key=number_of, reverse=True)
         scheduler.cancel(live)
         until = time.monotonic() + 60
-        while live and time.monotonic() < until and any(is_busy(j, scheduler.states(set(live))) for j in live):
+        while (
+            live and time.monotonic() < until and any(is_busy(j, scheduler.states(set(live))) for j in live)
+        ):
             time.sleep(0.5)
-    return f"cancelled: {', '.join(f'{mine[job]} ({job})' for job in reversed(live))}" if live else "no job of this chain is queued or runs"
+    return (
+        f"cancelled: {', '.join(f'{mine[job]} ({job})' for job in reversed(live))}"
+        if live
+        else "no job of this chain is queued or runs"
+    )
 
 
 def number_of(job: str) -> tuple[int, int]:
@@ -180,5 +215,7 @@ def retry(stage: str, file: Path, starts: Starts, cluster: str = "slurm") -> int
         raise InputError(f"no stage {stage!r} in {file}; its stages: {', '.join(stages)}")
     tasks = [task for task in stages[stage].tasks if not stands(pipeline.out, task)]
     if not tasks:
-        raise InputError(f"{stage}: its result stands; to make it anew, remove {stages[stage].tasks[0].outputs[0]}")
+        raise InputError(
+            f"{stage}: its result stands; to make it anew, remove {stages[stage].tasks[0].outputs[0]}"
+        )
     return launch(file, starts, cluster=cluster)

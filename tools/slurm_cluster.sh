@@ -3,18 +3,22 @@
 #   tools/slurm_cluster.sh start [FOLDER]   installs what is missing (Debian, Ubuntu), starts what isn't running,
 #                                           prints the file that SLURM_CONF must name; repeatable
 #   tools/slurm_cluster.sh stop [FOLDER]    ends it and removes the folder
+#   tools/slurm_cluster.sh run COMMAND...   runs a command with the cluster that answers here, else with this one,
+#                                           which is ended afterwards
 # Needs neither systemd nor a free standard port, leaves /etc and /run alone, works as root in a container.
 set -euo pipefail
 
-folder=${2:-/tmp/lvssl-slurm-$(id -u)}
+folder=/tmp/lvssl-slurm-$(id -u)
+[ "${1:-}" = run ] || folder=${2:-$folder}
 conf=$folder/slurm.conf
 port=${LVSSL_SLURM_PORT:-17000}  # slurmctld; n1 and n2 take the next two
 me=$(id -un)
 export PATH=$PATH:/usr/sbin:/sbin
-export SLURM_CONF=$conf
 
 say() { printf '%s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
+
+answers() { sinfo -h -o %n 2>/dev/null | grep -q .; }
 
 install_missing() {
     local command missing="" package
@@ -82,6 +86,7 @@ wait_for() {  # a condition, up to 20 s
 
 start() {
     install_missing
+    export SLURM_CONF=$conf
     mkdir -p "$folder/state"
     chmod 755 "$folder"
     [ -f "$folder/munge.key" ] || { (umask 077; head -c 1024 /dev/urandom >"$folder/munge.key"); configure; }
@@ -103,6 +108,7 @@ start() {
 
 stop() {
     [ -d "$folder" ] || return 0
+    export SLURM_CONF=$conf
     scancel --user "$me" 2>/dev/null || true
     sleep 1
     local file pid
@@ -116,7 +122,15 @@ stop() {
     rm -rf "$folder"
 }
 
+run() {
+    if answers; then "$@"; return; fi
+    trap stop EXIT
+    start >/dev/null
+    "$@"
+}
+
 case ${1:-} in
     start | stop) "$1" ;;
-    *) die "usage: tools/slurm_cluster.sh start|stop [FOLDER]" ;;
+    run) shift; run "$@" ;;
+    *) die "usage: tools/slurm_cluster.sh start|stop [FOLDER], or run COMMAND..." ;;
 esac

@@ -46,7 +46,11 @@ def write(folder: Path, text: str = FILE) -> Path:
 
 
 def keys(path: Path) -> dict[str, str]:
-    return {task.name: task.key for stage in build_stages(read_pipeline(path, chain_starts())) for task in stage.tasks}
+    return {
+        task.name: task.key
+        for stage in build_stages(read_pipeline(path, chain_starts()))
+        for task in stage.tasks
+    }
 
 
 @pytest.mark.parametrize(
@@ -147,7 +151,11 @@ def test_a_source_that_changes_changes_the_digest(tmp_path):
     os.utime(photos / "a", (1, 1))
     after = keys(path)
     assert after["merge-train"] != before["merge-train"] and after["convert-test"] == before["convert-test"]
-    assert folder_size(photos) == 1 and folder_size(photos / "a" / "new.jpg") == 1 and folder_size(Path("x:y")) is None
+    assert (
+        folder_size(photos) == 1
+        and folder_size(photos / "a" / "new.jpg") == 1
+        and folder_size(Path("x:y")) is None
+    )
 
 
 def finish(out: Path, task) -> None:
@@ -203,7 +211,7 @@ def test_golden_sbatch(tmp_path):
     """After a wanted change: LVSSL_RENEW_GOLDEN=1 python -m pytest tests/slurm -k golden"""
     odd = tmp_path / """it's "odd"; echo foo"""
     odd.mkdir()
-    text = FILE.replace("[pretrain]", '[pretrain.cluster]\nnodes = 2\ngpus = 8\n[pretrain]').replace(
+    text = FILE.replace("[pretrain]", "[pretrain.cluster]\nnodes = 2\ngpus = 8\n[pretrain]").replace(
         "[cluster]",
         '[cluster]\npartition = "gpu"\naccount = "lab"\nconstraint = "a100&nvlink"\ncpus = 12\nmodules = ["cuda/13"]\n'
         'setup = ["ulimit -n 65536"]\nenvironment = { NCCL_SOCKET_IFNAME = "ib0", TITLE = "it\'s" }\n'
@@ -218,8 +226,9 @@ def test_golden_sbatch(tmp_path):
     text = "\n".join(scripts).replace(str(tmp_path), "/FOLDER")
     if os.environ.get("LVSSL_RENEW_GOLDEN"):
         GOLDEN.write_text(text)
-    assert text == GOLDEN.read_text(), f"{GOLDEN.name} is no longer what is generated; if that is wanted: " + (
-        test_golden_sbatch.__doc__ or ""
+    assert text == GOLDEN.read_text(), (
+        f"{GOLDEN.name} is no longer what is generated; if that is wanted: "
+        + (test_golden_sbatch.__doc__ or "")
     )
 
 
