@@ -66,7 +66,7 @@ def costs(works: "Sequence[Work]") -> list[str]:
         gpu += hours * cluster.gpus
         cpu += hours * cluster.ranks_per_node * max(1, cluster.cpus)
     return [
-        f"GPU-hours: at most {gpu:,.1f} (CPU-hours: {cpu:,.1f}), by the time limits, requeued time not counted"
+        f"GPU-hours: at most {gpu:,.1f} (CPU-hours: {cpu:,.1f}), by the time limits, without requeued time"
     ]
 
 
@@ -100,7 +100,7 @@ def disk(pipeline: Pipeline, works: "Sequence[Work]", parameters: Callable[[Any]
 
 
 def folder_size(source: Path) -> int | None:
-    """Bytes of a file or of a folder's files (JPEGs stay as they are in a beton); None for what is no path."""
+    """Bytes of a file or of a folder's files (a beton keeps JPEGs as they are); None for what is no path."""
     if source.is_file():
         return source.stat().st_size
     if not source.is_dir():

@@ -1,9 +1,9 @@
 """What a submitted job does: run one command on all its ranks, through preemption, time limits and crashes.
 
-submitit runs a `Job` once, in the batch step; the ranks are srun's, below it (use_srun=False). So Slurm's signals
-reach every rank without anyone between (`--signal` goes to all steps), and this supervisor outlives a killed step.
-submitit's own requeueing is left aside: in its handler only rank 0 acts, and any signal within ten minutes of the
-end of the time limit counts as one of a few allowed timeouts, which in a short job is every signal.
+submitit runs a `Job` once, in the batch step; the ranks are srun's, below it (use_srun=False). So Slurm's
+signals reach every rank without anyone between (`--signal` goes to all steps), and this supervisor outlives a
+killed step. submitit's own requeueing is left aside: in its handler only rank 0 acts, and any signal in the
+last ten minutes of the time limit counts as one of a few allowed timeouts: in a short job, every signal.
 """
 
 import os
@@ -41,7 +41,7 @@ class Outcome:
 
 @dataclass
 class Job:
-    """One task of the chain; called by submitit on the cluster, in a process of this machine, or right here."""
+    """One task of the chain; called by submitit on the cluster, in a process of this machine, or here."""
 
     out: Path
     task: Task
@@ -188,7 +188,7 @@ class Job:
         say(f"{self.task.name}: done")
 
     def stopped(self, record: Record, outcome: Outcome) -> None:
-        """Preempted, at the time limit, cancelled: be queued again, unless it shall end. Returns to start anew."""
+        """Preempted, at its time limit, or cancelled. Returns to start anew; most often the job ends here."""
         asked, self.signals[:] = self.asked_to_stop(), []
         record.state = "stopped"
         if self.kind == "local" and signal.SIGTERM not in asked:  # USR2: as a cluster's warning
@@ -223,9 +223,8 @@ class Job:
             self.fail(record, error)
         record.error = error
         write_record(self.out, self.task, record)
-        say(
-            f"{self.task.name}: ended with status {status}; starting again (crash {record.crashes} of {self.cluster.crashes} allowed)"
-        )
+        allowed = f"crash {record.crashes} of {self.cluster.crashes} allowed"
+        say(f"{self.task.name}: ended with status {status}; starting again ({allowed})")
         time.sleep(min(30, 2**record.crashes))
 
     def fail(self, record: Record | None, error: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""`lvssl launch`: submit what of a pipeline isn't done and isn't under way, each stage after those it rests on."""
+"""`lvssl launch`: submit what isn't done and isn't under way, each stage after those it rests on."""
 
 import contextlib
 import os
@@ -35,8 +35,14 @@ class Work:
     why: str = ""
 
 
-def launch(file: Path, starts: Starts, preset: str | None = None, cluster: str = "slurm", dry_run: bool = False,
-           parameters: Callable[[Any], int] | None = None) -> int:  # fmt: skip
+def launch(
+    file: Path,
+    starts: Starts,
+    preset: str | None = None,
+    cluster: str = "slurm",
+    dry_run: bool = False,
+    parameters: Callable[[Any], int] | None = None,
+) -> int:
     """Submit a pipeline, or run it here; returns the exit status.
 
     Args:
@@ -211,7 +217,7 @@ def _call(job: Job) -> None:
 
 @contextlib.contextmanager
 def own_environment() -> Iterator[None]:
-    """Without the variables of a job or step that `launch` itself may run in, which sbatch would take as options."""
+    """Without the variables of a job that `launch` itself may run in, which sbatch would take as options."""
     taken = {
         name: os.environ.pop(name)
         for name in list(os.environ)
@@ -232,7 +238,8 @@ def refuse_other_settings(out: Path, works: list[Work]) -> None:
     for job in other.values():
         if is_busy(job["job"], queue):
             raise InputError(
-                f"job {job['job']} is at {job['task']} with other settings: `lvssl cancel` it first, or wait for its end"
+                f"job {job['job']} is at {job['task']} with other settings: "
+                "`lvssl cancel` it first, or wait for its end"
             )
 
 

@@ -5,7 +5,6 @@ import difflib
 import itertools
 import re
 import sys
-import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import InputError
+from slurm.values import fields_of, fits, flat_hints, is_path, replaced, words
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -70,7 +70,7 @@ class LocalSettings:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Options of `convert-beton`; [convert] says them for both sets, [convert.train] and [convert.test] for one."""
+    """Options of `convert-beton`: of both sets in [convert], of one in [convert.train] and [convert.test]."""
 
     source: str = ""
     split: str | None = None
@@ -147,6 +147,9 @@ class _Reader:
     def __init__(self, file: Path, starts: Starts) -> None:
         self.file, self.starts = file, starts
 
+    def wrong(self, text: str) -> InputError:
+        return InputError(f"{self.file}: {text}")
+
     def pipeline(self, content: dict[str, Any], preset: str | None) -> Pipeline:
         stages = tuple(s for s in STAGES if s in self.starts or s in ("convert", "report"))
         self.known("", content, ("name", "out", "cluster", "local", "data", *stages))
@@ -155,13 +158,13 @@ class _Reader:
         for name in ("cluster", "local", "data", *stages):
             self.typed("", name, content.get(name, {}), dict)
         if "pretrain" not in content:
-            raise InputError(f"{self.file}: no [pretrain] table; it may be empty")
+            raise self.wrong("no [pretrain] table; it may be empty")
         if preset is not None:
             content["pretrain"]["preset"] = preset
         self.common = content.get("cluster", {})
         if self.common.get("nodes", 1) != 1:
-            raise InputError(
-                f"{self.file}: [cluster] nodes: only pretraining spreads over nodes; move it to [pretrain.cluster]"
+            raise self.wrong(
+                "[cluster] nodes: only pretraining spreads over nodes; move it to [pretrain.cluster]"
             )
         data, convert = self.data(content)
         tables = {name: self.stage(name, content[name]) for name in stages if name in content}
@@ -169,9 +172,7 @@ class _Reader:
         name = content.get("name") or self.file.stem
         out = self.path(content.get("out") or f"runs/{name}")
         if "%" in str(out) or not str(out).isprintable():
-            raise InputError(
-                f"{self.file}: out: {str(out)!r} has a character that Slurm's file names can't have"
-            )
+            raise self.wrong(f"out: {str(out)!r} has a character that Slurm's file names can't have")
         local = self.instance("local", LocalSettings, content.get("local", {}))
         self.check_times(tables)
         return Pipeline(self.file, name, out, tables, local, convert, data)
@@ -181,32 +182,28 @@ class _Reader:
 
     def data(self, content: dict[str, Any]) -> tuple[DataSettings | None, dict[str, ImageSource]]:
         if ("data" in content) == ("convert" in content):
-            raise InputError(
-                f"{self.file}: say where the images are: either [convert] (to convert them) or [data] (betons)"
+            raise self.wrong(
+                "say where the images are: either [convert] (to convert them) or [data] (betons)"
             )
         if "data" in content:
             data = self.instance("data", DataSettings, content["data"])
             for name, path in (("train", data.train), ("test", data.test)):
                 if not path.is_file():
-                    raise InputError(f"{self.file}: [data] {name}: {path}: no such file")
+                    raise self.wrong(f"[data] {name}: {path}: no such file")
             return data, {}
         table = dict(content["convert"])
         table.pop("cluster", None)
         halves = {name: table.pop(name, None) for name in ("train", "test")}
-        self.known("convert", table, ("train", "test", "cluster", *_fields(ImageSource)))
+        self.known("convert", table, ("train", "test", "cluster", *fields_of(ImageSource)))
         sources = {}
         for name, half in halves.items():
             if not half:
-                raise InputError(
-                    f'{self.file}: no [convert.{name}] table with the source, such as source = "photos/"'
-                )
+                raise self.wrong(f'no [convert.{name}] table with the source, such as source = "photos/"')
             self.typed("convert", name, half, dict)
             source = self.instance(f"convert.{name}", ImageSource, {**table, **half})
             sources[name] = dataclasses.replace(source, source=self.source(name, source.source))
             if source.shards < 1:
-                raise InputError(
-                    f"{self.file}: [convert.{name}] shards: must be at least 1, got {source.shards}"
-                )
+                raise self.wrong(f"[convert.{name}] shards: must be at least 1, got {source.shards}")
         return None, sources
 
     def source(self, name: str, text: str) -> str:
@@ -215,9 +212,7 @@ class _Reader:
             return text
         path = self.path(text) if text else None
         if path is None or (not path.exists() and not any(c in text for c in "*?{[")):
-            raise InputError(
-                f"{self.file}: [convert.{name}] source: {text or 'missing'}: no such file or folder"
-            )
+            raise self.wrong(f"[convert.{name}] source: {text or 'missing'}: no such file or folder")
         return str(path)
 
     def stage(self, name: str, table: dict[str, Any]) -> StageTable:
@@ -244,40 +239,40 @@ class _Reader:
         try:
             return self.starts[name](self.typed(name, "preset", preset or "", str) or None)
         except InputError as error:
-            raise InputError(f"{self.file}: [{name}] {error}") from error
+            raise self.wrong(f"[{name}] {error}") from error
 
     def settings(self, name: str, start: Any, table: dict[str, Any]) -> dict[str, Any]:
         """The settings in a table, with paths made absolute."""
-        hints = _flat_hints(type(start))
+        hints = flat_hints(type(start))
         own = tuple(n for n in hints if n not in FILLED_IN)
         self.known(name, table, (*own, "cluster", "sweep"), (*FILLED_IN, *hints))
         values = {}
         for key, value in table.items():
             value = self.typed(name, key, value, hints[key])
-            values[key] = str(self.path(value)) if _is_path(hints[key]) and isinstance(value, str) else value
+            values[key] = str(self.path(value)) if is_path(hints[key]) and isinstance(value, str) else value
         return values
 
     def made(self, name: str, start: Any, given: dict[str, Any]) -> Any:
         """The settings as the command will have them; its own checks are run, which need no file."""
-        made = _replaced(start, given)
+        made = replaced(start, given)
         if hasattr(made, "validate"):
             try:
                 made.validate()
             except InputError as error:
-                raise InputError(f"{self.file}: [{name}] {error}") from error
+                raise self.wrong(f"[{name}] {error}") from error
         return made
 
     def sweep(self, name: str, start: Any, sweep: Any) -> list[dict[str, Any]]:
         """The points of [STAGE.sweep]: the product of `grid`, or the `list` as it stands."""
         where = f"{name}.sweep"
         if name == "pretrain":
-            raise InputError(
-                f"{self.file}: [pretrain.sweep]: all later stages hang on one pretraining; write a pipeline for each"
+            raise self.wrong(
+                "[pretrain.sweep]: all later stages hang on one pretraining; write a pipeline for each"
             )
         self.typed(name, "sweep", sweep, dict)
         self.known(where, sweep, ("grid", "list"))
         if ("grid" in sweep) == ("list" in sweep):
-            raise InputError(f"{self.file}: [{where}] takes either `grid` or `list`")
+            raise self.wrong(f"[{where}] takes either `grid` or `list`")
         if "list" in sweep:
             points = self.typed(where, "list", sweep["list"], list)
         else:
@@ -287,7 +282,7 @@ class _Reader:
             points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
         points = [self.settings(where, start, self.typed(where, "list", point, dict)) for point in points]
         if not points:
-            raise InputError(f"{self.file}: [{where}] has no point")
+            raise self.wrong(f"[{where}] has no point")
         return points
 
     def cluster(self, name: str, table: Any) -> ClusterSettings:
@@ -310,20 +305,20 @@ class _Reader:
         try:
             minutes = made.minutes
         except ValueError as error:
-            raise InputError(f"{self.file}: [{where}] time: {error}") from error
+            raise self.wrong(f"[{where}] time: {error}") from error
         least = {"nodes": 1, "concurrency": 1, "warning": 1}
         for key in ("nodes", "tasks_per_node", "gpus", "cpus", "warning", "concurrency", "crashes"):
             if getattr(made, key) < least.get(key, 0):
-                raise InputError(
-                    f"{self.file}: [{where}] {key}: must be at least {least.get(key, 0)}, got {getattr(made, key)}"
+                raise self.wrong(
+                    f"[{where}] {key}: must be at least {least.get(key, 0)}, got {getattr(made, key)}"
                 )
         if made.nodes > 1 and stage != "pretrain":
-            raise InputError(f"{self.file}: [{where}] nodes: only pretraining spreads over nodes")
+            raise self.wrong(f"[{where}] nodes: only pretraining spreads over nodes")
         if made.memory and not re.fullmatch(r"\d+(\.\d+)?[KMGT]?B?", made.memory):
-            raise InputError(f'{self.file}: [{where}] memory: {made.memory!r} is not a size such as "64G"')
+            raise self.wrong(f'[{where}] memory: {made.memory!r} is not a size such as "64G"')
         if 60 * minutes <= made.warning:
-            raise InputError(
-                f"{self.file}: [{where}] time: {made.time} is no longer than the warning of {made.warning} s before its end"
+            raise self.wrong(
+                f"[{where}] time: {made.time} is no longer than the warning, {made.warning} s before its end"
             )
 
     def check_times(self, tables: dict[str, StageTable]) -> None:
@@ -331,21 +326,21 @@ class _Reader:
         pretrain = tables["pretrain"]
         interval = pretrain.points[0].settings.checkpoint_minutes
         if pretrain.cluster.minutes <= interval:
-            raise InputError(
-                f"{self.file}: [pretrain.cluster] time: {pretrain.cluster.time} is no longer than the "
-                f"{interval:g} minutes between checkpoints (checkpoint_minutes): the job could end before it saves"
+            raise self.wrong(
+                f"[pretrain.cluster] time: {pretrain.cluster.time} is no longer than the "
+                f"{interval:g} minutes between checkpoints (checkpoint_minutes): it could end before it saves"
             )
 
     def instance(self, where: str, kind: type, table: dict[str, Any]) -> Any:
         """A dataclass of this module from a table."""
-        self.known(where, table, _fields(kind))
+        self.known(where, table, fields_of(kind))
         hints = typing.get_type_hints(kind)
         values = {}
         for key, value in table.items():
             if key == "time" and isinstance(value, int) and not isinstance(value, bool):
                 value = str(value)
             value = self.typed(where, key, value, hints[key])
-            if _is_path(hints[key]):
+            if is_path(hints[key]):
                 value = self.path(value)
             values[key] = tuple(value) if isinstance(value, list) else value
         return kind(**values)
@@ -357,17 +352,17 @@ class _Reader:
                 continue
             place = f"[{where}] {key}" if where else key
             if key in filled:
-                raise InputError(f"{self.file}: {place}: the chain sets this itself; leave it out")
+                raise self.wrong(f"{place}: the chain sets this itself; leave it out")
             close = difflib.get_close_matches(key, allowed, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(allowed))}"
-            raise InputError(f"{self.file}: {place}: no such key; {hint}")
+            raise self.wrong(f"{place}: no such key; {hint}")
 
     def typed(self, where: str, key: str, value: Any, wanted: Any) -> Any:
         """The value, if it is of the wanted type."""
-        if _fits(value, wanted):
+        if fits(value, wanted):
             return value
         place = f"[{where}] {key}" if where else key
-        raise InputError(f"{self.file}: {place}: must be {_words(wanted)}, got {value!r}")
+        raise self.wrong(f"{place}: must be {words(wanted)}, got {value!r}")
 
 
 def minutes_of(time: str) -> int:
@@ -384,73 +379,3 @@ def minutes_of(time: str) -> int:
     else:
         hours, minutes, seconds = 0, numbers[0], numbers[1] if len(numbers) == 2 else 0
     return -(-((int(days or 0) * 24 + hours) * 3600 + minutes * 60 + seconds) // 60)
-
-
-def _fields(kind: type) -> tuple[str, ...]:
-    return tuple(f.name for f in dataclasses.fields(kind))
-
-
-def _flat_hints(kind: type) -> dict[str, Any]:
-    """Name -> type of every setting, nested groups flattened as the command line has them."""
-    flat: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(kind).items():
-        flat.update(_flat_hints(hint) if dataclasses.is_dataclass(hint) else {name: hint})
-    return flat
-
-
-def _replaced(settings: Any, flat: dict[str, Any]) -> Any:
-    """Settings with the values in `flat` put into whichever group has them."""
-    changes = {}
-    for f in dataclasses.fields(settings):
-        value = getattr(settings, f.name)
-        if dataclasses.is_dataclass(value):
-            changes[f.name] = _replaced(value, flat)
-        elif f.name in flat:
-            given = flat[f.name]
-            changes[f.name] = tuple(given) if isinstance(given, list) else given
-    return dataclasses.replace(settings, **changes)
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if union else (hint,)
-
-
-def _is_path(hint: Any) -> bool:
-    return Path in _alternatives(hint)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a TOML value can be of that type."""
-    hint = getattr(hint, "__origin__", hint) if typing.get_origin(hint) is typing.Annotated else hint
-    if len(_alternatives(hint)) > 1:
-        return any(_fits(value, each) for each in _alternatives(hint))
-    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if origin is typing.Literal:
-        return value in arguments
-    if origin is tuple:
-        ok = isinstance(value, list) and (Ellipsis in arguments or len(value) == len(arguments))
-        return ok and all(_fits(v, arguments[0 if Ellipsis in arguments else i]) for i, v in enumerate(value))
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return (
-            isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
-            if arguments
-            else isinstance(value, dict)
-        )
-    if origin is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if origin is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if origin is Path:
-        return isinstance(value, str)
-    return isinstance(value, origin) if isinstance(origin, type) else True
-
-
-def _words(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list",
-             dict: "a table", Path: "a path"}  # fmt: skip
-    return " or ".join(
-        names.get(each, str(each).replace("typing.", ""))
-        for each in _alternatives(hint)
-        if each is not type(None)
-    )

@@ -1,9 +1,9 @@
 """One process of a stage under srun: `python -m slurm.rank MARK HOST PORT COMMAND`.
 
-Tells an end that was asked for from a crash. srun gives the supervisor one status for all ranks, and kills the
-others as soon as one ends badly (--kill-on-bad-exit): were "stopped, state saved" (143) such a status, the rank
-that ends first would have rank 0 killed while it still saves. So a stop leaves a mark and ends well, and what ends
-badly is a crash. Slurm signals every process of a step, this one and its child alike.
+Tells an end that was asked for from a crash. srun gives the supervisor one status for all ranks, and kills
+the others as soon as one ends badly (--kill-on-bad-exit): were "stopped, state saved" (143) such a status,
+the rank that ends first would have rank 0 killed while it still saves. So a stop leaves a mark and ends well,
+and what ends badly is a crash. Slurm signals every process of a step, this one and its child alike.
 """
 
 import os

@@ -1,7 +1,7 @@
 """What is known of each task on disk: OUT/stages/TASK-DIGEST.json, written by the job itself, by renaming.
 
-Together with what `launch` notes of the jobs (OUT/jobs.json) it tells the state of the chain where the cluster
-keeps no accounts.
+Together with what `launch` notes of the jobs (OUT/jobs.json) it tells the state of the chain where the
+cluster keeps no accounts.
 """
 
 import fcntl
@@ -112,7 +112,7 @@ def claimed(out: Path) -> Iterator[None]:
 
 
 def last_error(log: Path) -> str:
-    """The last line of a log that says what went wrong: "error: ...", a Python exception, else the last line."""
+    """The line of a log that says what went wrong: the last "error: ...", exception, or line at all."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 50_000))

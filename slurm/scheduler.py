@@ -11,8 +11,11 @@ from pathlib import Path
 from pipelines.errors import InputError
 from slurm.pipeline import ClusterSettings, minutes_of
 
-ALIVE = ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
-         "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT")  # fmt: skip
+ALIVE = (
+    "PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
+    "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT",
+)  # fmt: skip
+ELSEWHERE = "submit from the cluster's login node, or use --cluster local"
 
 
 def ask(*command: str) -> str:
@@ -20,9 +23,7 @@ def ask(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
     except FileNotFoundError as error:
-        raise InputError(
-            f"no Slurm here ({command[0]} not found): submit from the cluster's login node, or use --cluster local"
-        ) from error
+        raise InputError(f"no Slurm here ({command[0]} not found): {ELSEWHERE}") from error
     except subprocess.TimeoutExpired as error:
         raise InputError(f"Slurm doesn't answer: {command[0]} took more than 60 s") from error
     if done.returncode:
@@ -32,11 +33,9 @@ def ask(*command: str) -> str:
 
 
 def check_cluster(table: str, cluster: ClusterSettings) -> None:
-    """Raise InputError if Slurm isn't there, or doesn't know the partition, its features, or so long a time."""
+    """Raise InputError if Slurm isn't there, or has no such partition, no GPUs there, or not so much time."""
     if shutil.which("sbatch") is None:
-        raise InputError(
-            "no Slurm here (sbatch not found): submit from the cluster's login node, or use --cluster local"
-        )
+        raise InputError(f"no Slurm here (sbatch not found): {ELSEWHERE}")
     rows = [line.split("|") for line in ask("sinfo", "-h", "-o", "%P|%l|%f|%G").splitlines()]
     partitions = sorted({row[0].rstrip("*") for row in rows})
     default = next((row[0].rstrip("*") for row in rows if row[0].endswith("*")), "")
@@ -121,8 +120,8 @@ def job_state(job: str) -> str:
 
 
 def ended_by(log: Path) -> str:
-    """Why Slurm ends this job, as its step daemon says in the log: "time limit", "preemption", "job requeue", "node
-    failure"; empty for a cancellation."""
+    """Why Slurm ends this job, as its daemon says in the log: "time limit", "preemption", "job requeue",
+    "node failure"; empty for a cancellation."""
     time.sleep(0.5)
     with open(log, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 5_000))
@@ -134,7 +133,7 @@ def ended_by(log: Path) -> str:
 
 
 def requeue(job: str) -> None:
-    """Put this job back into the queue. Where Slurm does so itself (preemption), it says no, which is fine."""
+    """Put this job back into the queue. Where Slurm does so itself (preemption), it refuses, rightly."""
     try:
         ask("scontrol", "requeue", job)
     except InputError as error:

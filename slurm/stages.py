@@ -1,8 +1,8 @@
 """A pipeline as stages: what each runs, what it leaves, and a digest of all that it depends on.
 
-A stage's digest covers its settings and the digests of the stages it rests on, so that a changed setting gives
-new digests to what hangs on it and to nothing else. Data and run folders carry theirs in their names: another
-setting never meets another's files, and going back to an earlier one finds its results.
+A stage's digest covers its settings and the digests of the stages it rests on, so that a changed setting
+gives new digests to what hangs on it and to nothing else. Data and run folders carry theirs in their names:
+another setting never meets another's files, and going back to an earlier one finds its results.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slurm.pipeline import FILLED_IN, ClusterSettings, ImageSource, Pipeline, Point
+from slurm.pipeline import FILLED_IN, ClusterSettings, ImageSource, Pipeline
 
 # What changes where and how fast, never what is computed.
 FREE = (
@@ -188,7 +188,9 @@ def options(given: dict[str, Any]) -> tuple[str, ...]:
 
 def digest(stage: str, settings: Any, *inputs: str) -> str:
     """SHA-256 of a stage's settings (those that matter) and of its inputs' digests."""
-    plain = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else settings
+    plain: Any = settings
+    if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
+        plain = dataclasses.asdict(settings)
     content = [stage, _that_matters(plain), *inputs]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""`lvssl status`, `lvssl cancel`, `lvssl retry`: how the chain stands, and to end or take up what doesn't run."""
+"""`lvssl status`, `cancel`, `retry`: how the chain stands; to end what runs, to take up what doesn't."""
 
 import json
 import time
@@ -79,8 +79,15 @@ def standings(out: Path, stages: list[Stage]) -> dict[str, list[Standing]]:
     return found
 
 
-def standing(out: Path, task: Task, job: dict[str, str], queue: dict[str, tuple[str, str]], accounts: dict[str, str],
-             broken: list[str]) -> Standing:  # fmt: skip
+def standing(
+    out: Path,
+    task: Task,
+    job: dict[str, str],
+    queue: dict[str, tuple[str, str]],
+    accounts: dict[str, str],
+    broken: list[str],
+) -> Standing:
+    """One task's state; `broken`: the stages before it that didn't end well."""
     record = read_record(out, task)
     number, log = job.get("job", ""), job.get("log", "")
     restarts, crashes, error = 0, 0, ""

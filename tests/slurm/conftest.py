@@ -13,7 +13,7 @@ import pytest
 
 from lvssl.cli import chain_starts
 from slurm.pipeline import read_pipeline
-from slurm.records import read_jobs, read_record
+from slurm.records import Record, read_jobs, read_record
 from slurm.stages import Stage, Task, build_stages
 
 PATIENCE = 300.0  # seconds until something that must happen has not
@@ -68,6 +68,11 @@ class Chain:
 
     def job(self, stage: str) -> str:
         return read_jobs(self.out)[self.task(stage).key]["job"]
+
+    def record(self, stage: str) -> Record:
+        record = read_record(self.out, self.task(stage))
+        assert record is not None, f"nothing is recorded of {stage}"
+        return record
 
     def state(self, stage: str) -> str:
         record = read_record(self.out, self.task(stage))

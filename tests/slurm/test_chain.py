@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import Chain, until  # type: ignore[import-not-found]
+
 from lvssl.training import checkpoint
-from slurm.records import read_jobs, read_record
+from slurm.records import read_jobs
 from slurm.snapshot import PACKAGES
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
@@ -126,14 +126,14 @@ def test_preempted_at_three_random_steps_it_ends_with_the_same_weights(chain, di
     chosen = random.Random(0)
     for number in range(3):
         target = mine.step() + chosen.randrange(20, 90)
-        until(lambda: mine.step() >= target, mine.status)
+        until(lambda step=target: mine.step() >= step, mine.status)
         send("USR2", mine.job("pretrain"))
-        until(lambda: read_record(mine.out, mine.task("pretrain")).restarts == number + 1, mine.status)
+        until(lambda n=number: mine.record("pretrain").restarts == n + 1, mine.status)
         if number == 0:
             assert "1" in mine.status()
     mine.wait("report", "done")
     assert_same_weights(mine, reference)
-    record = read_record(mine.out, mine.task("pretrain"))
+    record = mine.record("pretrain")
     assert record.restarts == 3 and record.crashes == 0
     steps = [
         json.loads(line)["step"]
@@ -147,7 +147,7 @@ def test_killed_it_ends_with_the_same_weights(chain, digits, reference):
     mine.launch()
     until(lambda: mine.step() >= 60, mine.status)
     send("KILL", f"{mine.job('pretrain')}.0")  # the ranks: a crash, of which some are allowed
-    until(lambda: read_record(mine.out, mine.task("pretrain")).crashes == 1, mine.status)
+    until(lambda: mine.record("pretrain").crashes == 1, mine.status)
     until(lambda: mine.step() >= 200, mine.status)
     send("KILL", mine.job("pretrain"))  # the job: Slurm cancels it
     mine.wait("pretrain", "cancelled")
@@ -184,11 +184,22 @@ def test_at_its_time_limit_it_goes_on_with_the_same_weights(chain, digits, tmp_p
     )
     mine.launch()
     whole = tmp_path / "whole"
-    options = "--preset digits --epochs 80 --batch-size 64 --threads 1 --log-every 1".split()
+    options = [
+        "--preset",
+        "digits",
+        "--epochs",
+        "80",
+        "--batch-size",
+        "64",
+        "--threads",
+        "1",
+        "--log-every",
+        "1",
+    ]
     done = mine.run("pretrain", *options, "--data", str(digits["train"]), "--out", str(whole))
     assert done.returncode == 0, done.stderr
     mine.wait("report", "done")
-    assert read_record(mine.out, mine.task("pretrain")).restarts >= 1
+    assert mine.record("pretrain").restarts >= 1
     found = checkpoint.load_latest(whole / "checkpoints")
     assert_same_weights(mine, found[1]["network"] | {"step": torch.tensor(found[1]["step"])})
 
@@ -207,12 +218,12 @@ def test_what_failed_stops_what_follows_and_retry_goes_on(chain, digits):
         and "evaluate didn't end well" in table
         and "retry evaluate" in table
     )
-    assert read_record(mine.out, mine.task("evaluate")).crashes == 1  # bad input isn't tried again
-    pretrained = read_record(mine.out, mine.task("pretrain"))
+    assert mine.record("evaluate").crashes == 1  # bad input isn't tried again
+    pretrained = mine.record("pretrain")
     (mine.file.parent / "control").symlink_to(mine.task("pretrain").run)
     assert mine.run("retry", "evaluate", str(mine.file)).returncode == 0
     mine.wait("report", "done")
-    assert read_record(mine.out, mine.task("pretrain")) == pretrained  # not done again
+    assert mine.record("pretrain") == pretrained  # not done again
     assert mine.run("retry", "evalute", str(mine.file)).returncode == 2
 
 
