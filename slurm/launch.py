@@ -179,7 +179,7 @@ def submit_chain(pipeline: Pipeline, works: list[Work]) -> int:
         after = [job for name in stage.after for job in submitted[name]]
         new = submit(pipeline, work, code, after, jobs) if work.tasks else []
         write_json(out / "jobs.json", jobs)
-        # An array is waited for as a whole.
+        # A new array is waited for as a whole; of an older one only the tasks that are still under way.
         submitted[stage.name] = sorted({job.split("_")[0] for job in new} | set(work.under_way))
         print(f"{stage.name:10} {in_words(work, new)}")
     if any(work.tasks for work in works):
