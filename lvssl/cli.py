@@ -123,6 +123,15 @@ def evaluate(arguments: list[str]) -> None:
     print(f"written: {settings.run / 'evaluation.json'}; next: lvssl report {settings.run}")
 
 
+def analyse(arguments: list[str]) -> None:
+    from lvssl.evaluation.analyse import AnalyseSettings, print_analysis
+    from lvssl.evaluation.analyse import analyse as run
+
+    settings = parse(AnalyseSettings, arguments, "analyse")
+    print_analysis(run(settings))
+    print(f"written: {settings.run / 'analysis.json'}; next: lvssl report {settings.run}")
+
+
 def encode(arguments: list[str]) -> None:
     from lvssl.codes.file import open_codes
     from lvssl.evaluation.codes import EncodeSettings
@@ -290,6 +299,7 @@ def retry(arguments: list[str]) -> int:
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "pretrain": ("train an encoder without labels", pretrain),
     "evaluate": ("linear probe and kNN on features and codes, beside a control and floors", evaluate),
+    "analyse": ("uncertainty, meaning of bits, regression: a run beside its control", analyse),
     "encode": ("write packed codes of a folder of images", encode),
     "search": ("find the nearest images of a query by Hamming distance", search),
     "report": ("one HTML page of a run", report),
