@@ -205,7 +205,7 @@ class Job:
             write_record(self.out, self.task, record)
             self.leave("cancelled")
         limit = 60 * self.cluster.minutes
-        if not outcome.saved and time.time() - record.started > limit - self.cluster.warning - 75:
+        if not outcome.saved and time.time() - record.started > limit - self.cluster.warning - 60:
             self.fail(
                 record, f"not done within {self.cluster.time}, and it can't go on half-way: raise `time`"
             )

@@ -16,7 +16,7 @@ from slurm.pipeline import read_pipeline
 from slurm.records import Record, read_jobs, read_record
 from slurm.stages import Stage, Task, build_stages
 
-PATIENCE = 300.0  # seconds until something that must happen has not
+PATIENCE = 420.0  # seconds until something that must happen has not
 
 
 @pytest.fixture(scope="session")
