@@ -1,4 +1,4 @@
-"""The command line: lvssl pretrain | evaluate | encode | search | report | presets | plan | doctor | demo."""
+"""The command line: see `lvssl --help`."""
 
 import argparse
 import sys
@@ -214,9 +214,15 @@ def chain_starts() -> dict[str, Callable[[str | None], Any]]:
 
         return EvaluateSettings(Path())
 
+    def analysis(_: str | None) -> Any:
+        from lvssl.evaluation.analyse import AnalyseSettings
+
+        return AnalyseSettings(Path())
+
     return {
         "pretrain": lambda name: preset(name) if name else PretrainSettings(),
         "evaluate": evaluation,
+        "analyse": analysis,
     }
 
 

@@ -20,7 +20,8 @@ else:
     import tomli as tomllib
 
 # The stages that may have a table, in the order in which they are shown.
-STAGES = ("convert", "pretrain", "evaluate", "linear", "knn", "finetune", "report")
+MEASURING = ("evaluate", "analyse", "linear", "knn", "finetune")
+STAGES = ("convert", "pretrain", *MEASURING, "report")
 # Settings that the chain itself fills in.
 FILLED_IN = ("run", "out", "data", "train", "test", "resume", "again")
 
@@ -180,6 +181,9 @@ class _Reader:
     def path(self, text: str) -> Path:
         return Path(self.file.parent / Path(text).expanduser()).absolute()
 
+    def absolute(self, value: Any) -> Any:
+        return [self.absolute(each) for each in value] if isinstance(value, list) else str(self.path(value))
+
     def data(self, content: dict[str, Any]) -> tuple[DataSettings | None, dict[str, ImageSource]]:
         if ("data" in content) == ("convert" in content):
             raise self.wrong(
@@ -249,7 +253,7 @@ class _Reader:
         values = {}
         for key, value in table.items():
             value = self.typed(name, key, value, hints[key])
-            values[key] = str(self.path(value)) if is_path(hints[key]) and isinstance(value, str) else value
+            values[key] = self.absolute(value) if is_path(hints[key]) else value
         return values
 
     def made(self, name: str, start: Any, given: dict[str, Any]) -> Any:

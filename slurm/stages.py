@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slurm.pipeline import FILLED_IN, ClusterSettings, ImageSource, Pipeline
+from slurm.pipeline import FILLED_IN, MEASURING, ClusterSettings, ImageSource, Pipeline
 
 # What changes where and how fast, never what is computed.
 FREE = (
@@ -26,6 +26,8 @@ FREE = (
     "preset",
     "shards",
 )
+# Results that have one place in the run's folder, whatever the settings.
+ONE_PLACE = {"evaluate": "evaluation.json", "analyse": "analysis.json"}
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def build_stages(pipeline: Pipeline) -> list[Stage]:
     pretrain = Task("pretrain", key, "lvssl.cli", arguments, (run / "checkpoints",), run=run)
     stages.append(Stage("pretrain", behind, (pretrain,), table.cluster))
     measured = []
-    for name in ("evaluate", "linear", "knn", "finetune"):
+    for name in MEASURING:
         if name in pipeline.stages:
             measured.append(measuring(pipeline, name, run, key, data["test"]))
     stages += measured
@@ -110,8 +112,8 @@ def measuring(pipeline: Pipeline, name: str, run: Path, run_key: str, test: tupl
 
 def result_of(name: str, run: Path, key: str, swept: bool) -> tuple[Path, tuple[str, ...]]:
     """Where a measurement's result lies, and the options that put it there."""
-    if name == "evaluate":
-        return run / "evaluation.json", ()
+    if name in ONE_PLACE:
+        return run / ONE_PLACE[name], ()
     if name == "finetune":
         result = run / f"finetune-{key[:8]}" / "result.json"
         return result, ("--out", str(result), "--again")

@@ -39,7 +39,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def is_path(hint: Any) -> bool:
-    return Path in _alternatives(hint)
+    return any(each is Path or Path in typing.get_args(each) for each in _alternatives(hint))
 
 
 def fits(value: Any, hint: Any) -> bool:
