@@ -269,6 +269,8 @@ class _Reader:
     def sweep(self, name: str, start: Any, sweep: Any) -> list[dict[str, Any]]:
         """The points of [STAGE.sweep]: the product of `grid`, or the `list` as it stands."""
         where = f"{name}.sweep"
+        if name in ("evaluate", "analyse"):
+            raise self.wrong(f"[{where}]: its result has one place in the run's folder; leave it out")
         if name == "pretrain":
             raise self.wrong(
                 "[pretrain.sweep]: all later stages hang on one pretraining; write a pipeline for each"

@@ -47,6 +47,8 @@ class AnalyseSettings:
     """The test images, made by `convert-beton`; left out: test.beton (or val) beside train.beton."""
     control: Path | None = None
     """The run of family `none` or `sign` to compare with; left out: the run `control` beside this one."""
+    alone: bool = False
+    """Without a control, also where one lies beside the run."""
     others: tuple[Path, ...] = ()
     """More runs whose uncertainty is measured beside (an MCInfoNCE run, say)."""
     ood: tuple[Path, ...] = ()
@@ -67,7 +69,7 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
     run = load_run(settings.run)
     paths = with_defaults(EvaluateSettings(run.folder, settings.test, settings.control), run)
     assert paths.test is not None
-    settings = replace(settings, test=paths.test, control=paths.control)
+    settings = replace(settings, test=paths.test, control=None if settings.alone else paths.control)
     others = [settings.control] if settings.control else []
     models = [run, *(load_run(path) for path in (*others, *settings.others))]
     train, test = open_source(run.settings.data), open_source(paths.test)
@@ -307,6 +309,8 @@ def command(settings: AnalyseSettings) -> str:
     parts = ["lvssl", "analyse", str(settings.run), "--test", str(settings.test)]
     if settings.control:
         parts += ["--control", str(settings.control)]
+    if settings.alone:
+        parts.append("--alone")
     for name in ("others", "ood"):
         if paths := getattr(settings, name):
             parts += [f"--{name}", *map(str, paths)]

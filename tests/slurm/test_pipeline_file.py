@@ -16,6 +16,7 @@ from slurm.launch import executor, launch, plan
 from slurm.pipeline import ImageSource, minutes_of, read_pipeline
 from slurm.records import Record, claimed, fingerprints, last_error, read_jobs, stands, write_record
 from slurm.stages import build_stages
+from slurm.sweep import write_table
 from tools.convert_beton import parser
 
 GOLDEN = Path(__file__).with_name("golden_sbatch.txt")
@@ -65,10 +66,14 @@ def keys(path: Path) -> dict[str, str]:
         ("epochs = 3", "sweep.grid.lr = [1]", "[pretrain.sweep]"),
         ('preset = "digits"', 'preset = "digit"', "[pretrain] unknown preset 'digit'"),
         ("[evaluate]", "[evaluation]", "evaluation: no such key; did you mean 'evaluate'?"),
-        ("[evaluate]", "[evaluate]\nsweep.list = [{wrkers = 1}]", "[evaluate.sweep] wrkers: no such key"),
-        ("[evaluate]", "[evaluate]\nsweep.list = []", "[evaluate.sweep] has no point"),
-        ("[evaluate]", "[evaluate]\nsweep = {grid = {workers = 1}}", "[evaluate.sweep.grid] workers: must be a list"),
-        ("[evaluate]", "[evaluate]\nsweep = {}", "takes either `grid` or `list`"),
+        ("[evaluate]", "[knn]\nsweep.list = [{wrkers = 1}]", "[knn.sweep] wrkers: no such key"),
+        ("[evaluate]", "[knn]\nsweep.list = []", "[knn.sweep] has no point"),
+        ("[evaluate]", "[knn]\nsweep = {grid = {workers = 1}}", "[knn.sweep.grid] workers: must be a list"),
+        ("[evaluate]", "[knn]\nsweep = {}", "takes either `grid` or `list`"),
+        ("[evaluate]", "[evaluate]\nsweep.grid = {workers = [1]}", "[evaluate.sweep]: its result has one place"),
+        ("[evaluate]", "[finetune]\nsweep.grid = {labels = [0.1, 2.0]}", "[finetune.sweep] --labels must be in (0, 1], got 2.0"),
+        ("[evaluate]", '[linear]\npreset = "imagenet-finetune"', "[linear] unknown preset 'imagenet-finetune'; known: imagenet-linear"),
+        ("[evaluate]", "[linear]\nruns = 1", "[linear] runs: no such key"),
         ("[evaluate]", "[evaluate.cluster]\nnodes = 2", "[evaluate.cluster] nodes: only pretraining"),
         ("[cluster]", "[clusters]", "clusters: no such key; did you mean 'cluster'?"),
         ("[cluster]", "[cluster]\nnodes = 2", "[cluster] nodes: only pretraining"),
@@ -157,6 +162,44 @@ def test_a_source_that_changes_changes_the_digest(tmp_path):
         and folder_size(photos / "a" / "new.jpg") == 1
         and folder_size(Path("x:y")) is None
     )
+
+
+SWEEP = "[finetune]\nepochs = 2\n[finetune.sweep]\ngrid = { labels = [0.1, 1.0], lr = [[0.1], [0.2, 0.3]] }\n"
+
+
+def test_a_sweep_is_an_array_whose_points_stand_alone(tmp_path):
+    path = write(tmp_path, FILE + SWEEP)
+    (stage,) = (s for s in build_stages(read_pipeline(path, chain_starts())) if s.name == "finetune")
+    assert [task.label for task in stage.tasks] == [
+        "labels=0.1, lr=[0.1]", "labels=0.1, lr=[0.2, 0.3]", "labels=1.0, lr=[0.1]", "labels=1.0, lr=[0.2, 0.3]",
+    ]  # fmt: skip
+    arguments = " ".join(stage.tasks[1].arguments)
+    assert "--epochs 2 --labels 0.1 --lr 0.2 0.3 --out" in arguments and "--test" in arguments
+    assert len({task.outputs for task in stage.tasks}) == 4
+    before = keys(path)
+    after = keys(write(tmp_path, FILE + SWEEP.replace("1.0", "0.5")))
+    assert {n for n in before if before[n] != after[n]} == {"finetune-03", "finetune-04", "report"}
+    listed = SWEEP[: SWEEP.index("grid")] + "list = [{ labels = 0.1, lr = [0.1] }, { seed = 1 }]\n"
+    assert keys(write(tmp_path, FILE + listed))["finetune-01"] == before["finetune-01"]  # the same point
+    with_preset = FILE + '[linear]\npreset = "imagenet-linear"\nbatch_size = 4096\nprobe = "sgd"\n'
+    plain = with_preset.replace('preset = "imagenet-linear"\n', "")
+    assert keys(write(tmp_path, with_preset))["linear"] == keys(write(tmp_path, plain))["linear"]
+
+
+def test_the_table_of_a_sweep_grows_as_its_points_end(tmp_path):
+    path = write(tmp_path, FILE + SWEEP)
+    (stage,) = (s for s in build_stages(read_pipeline(path, chain_starts())) if s.name == "finetune")
+    result = stage.tasks[2].outputs[0]
+    result.parent.mkdir(parents=True)
+    result.write_text('{"results": {"features": {"top1": 61.25, "top1_interval": [60, 62], "n": 3}}}')
+    assert write_table(tmp_path, stage.tasks).read_text().splitlines() == [
+        "| point | settings | features top1 | features n |",
+        "| --- | --- | --- | --- |",
+        "| finetune-01 | labels=0.1, lr=[0.1] | - | - |",
+        "| finetune-02 | labels=0.1, lr=[0.2, 0.3] | - | - |",
+        "| finetune-03 | labels=1.0, lr=[0.1] | 61.25 | 3 |",
+        "| finetune-04 | labels=1.0, lr=[0.2, 0.3] | - | - |",
+    ]
 
 
 def finish(out: Path, task) -> None:
