@@ -105,8 +105,8 @@ def pretrain(arguments: list[str]) -> int:
     chosen = parse(Pretrain, arguments, "pretrain", about=about)
 
     from lvssl.training.distributed import world_of
-    from lvssl.training.pretrain import Interrupted
     from lvssl.training.pretrain import pretrain as run
+    from lvssl.training.stopping import Interrupted
 
     try:
         run(chosen.settings, chosen.resume)
@@ -124,8 +124,8 @@ def stage(kind: str, name: str) -> Callable[[list[str]], int]:
 
     def run(arguments: list[str]) -> int:
         from lvssl import stages
-        from lvssl.training.pretrain import Interrupted
         from lvssl.training.stage import show
+        from lvssl.training.stopping import Interrupted
 
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--preset")

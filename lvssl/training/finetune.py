@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from lvssl.stages import FinetuneSettings
 from lvssl.training.checkpoint import write_atomically
 from lvssl.training.labels import Labelled, labelled_rows, split
-from lvssl.training.pretrain import Stop, stop_signals
 from lvssl.training.score import score
 from lvssl.training.stage import Stage, prepare
+from lvssl.training.stopping import Stop, stop_signals
 from lvssl.training.supervised import Classifier, Recipe, Supervised, predict, scaled_lr
 
 

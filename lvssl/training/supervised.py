@@ -22,8 +22,8 @@ from torch import Generator, Tensor
 from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
 from lvssl.training.labels import Labelled
-from lvssl.training.pretrain import Interrupted, Stop, Window
-from lvssl.training.progress import Metrics, Progress
+from lvssl.training.progress import Metrics, Progress, Window
+from lvssl.training.stopping import Interrupted, Stop
 from pipelines.augment import augmenter_for
 from pipelines.loader import TwoViewLoader, ViewBatch, evaluation_batches
 from pipelines.views import ViewSettings
@@ -177,7 +177,7 @@ class Supervised:
         recipe, loader = self.recipe, self.loader
         self.folder.mkdir(parents=True, exist_ok=True)
         progress = Progress(title, self.steps, self.step, recipe.batch_size)
-        metrics, window = Metrics(self.folder, self.step), Window(recipe.batch_size)
+        metrics, window = Metrics(self.folder, self.step), Window(recipe.batch_size, self.device)
         saved = started = time.monotonic()
         try:
             loader.set_position(*divmod(self.step, len(loader)))
