@@ -59,7 +59,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs. The noise needs nothing, for it is keyed by (seed, step)."""
-        epoch, step = divmod(self.step, len(self.loader))  # the loader's own is one batch ahead or not
+        epoch, step = divmod(self.step, len(self.loader))  # an end of an epoch is the next one's beginning
         return {
             "network": self.network.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
