@@ -1,6 +1,7 @@
 """The command line: lvssl pretrain | evaluate | encode | search | report | presets | plan | doctor | demo."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ HELP = """lvssl: latent-variable contrastive learning of image encoders
     lvssl pretrain --preset cifar10-small --data train.beton --out runs/lv
     lvssl pretrain --preset cifar10-small --data train.beton --out runs/control --family none
     lvssl evaluate runs/lv --test test.beton --control runs/control
+    lvssl linear runs/lv --test test.beton             also knn, finetune --labels 0.1
     lvssl report runs/lv                               one HTML page
     lvssl encode runs/lv --images DIR                  a packed code for each image
     lvssl search runs/lv --query IMAGE                 the nearest images by Hamming distance
@@ -49,7 +51,7 @@ def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) ->
         return fail(str(error))
     except OSError as error:  # disk full, no permission: the system's words name the file
         return fail(str(error), 1)
-    except FloatingPointError as error:
+    except (FloatingPointError, MemoryError) as error:  # a run that diverged, or is too large
         return fail(str(error), 1)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
@@ -101,16 +103,43 @@ def pretrain(arguments: list[str]) -> int:
     about = f"{PretrainSettings.__doc__} Presets: {', '.join(PRESETS)}. A setting beside --preset wins."
     chosen = parse(Pretrain, arguments, "pretrain", about=about)
 
-    from lvssl.training.pretrain import Interrupted
+    from lvssl.training.distributed import world_of
     from lvssl.training.pretrain import pretrain as run
+    from lvssl.training.stopping import Interrupted
 
     try:
         run(chosen.settings, chosen.resume)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 143
+    if not world_of().first:
+        return 0
     print(f"{chosen.settings.out}: done; next: lvssl evaluate {chosen.settings.out} --test TEST.beton")
     return 0
+
+
+def stage(kind: str, name: str) -> Callable[[list[str]], int]:
+    """The command of a stage after pretraining; `kind` names its settings, "module:function" what it does."""
+
+    def run(arguments: list[str]) -> int:
+        from lvssl import stages
+        from lvssl.training.stage import show
+        from lvssl.training.stopping import Interrupted
+
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--preset")
+        start = stages.start_from(getattr(stages, kind), first.parse_known_args(arguments)[0].preset)
+        module, _, function = name.partition(":")
+        settings = parse(type(start), arguments, function, start)
+        try:
+            done = getattr(importlib.import_module(module), function)(settings)
+        except Interrupted as stopped:
+            print(stopped, file=sys.stderr)
+            return 143
+        show(done)
+        return 0
+
+    return run
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -226,6 +255,18 @@ def plan(arguments: list[str]) -> None:
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "pretrain": ("train an encoder without labels", pretrain),
+    "linear": (
+        "linear classifier (or regression) on the frozen encoder",
+        stage("LinearSettings", "lvssl.evaluation.linear:linear"),
+    ),
+    "knn": (
+        "nearest neighbours on features and codes",
+        stage("KnnSettings", "lvssl.evaluation.nearest:knn"),
+    ),
+    "finetune": (
+        "train the encoder with all or some labels",
+        stage("FinetuneSettings", "lvssl.training.finetune:finetune"),
+    ),
     "evaluate": ("linear probe and kNN on features and codes, beside a control and floors", evaluate),
     "analyse": ("uncertainty, meaning of bits, regression: a run beside its control", analyse),
     "study": ("arms over seeds, measured alike and compared pair by pair", study),
