@@ -173,6 +173,15 @@ def study(arguments: list[str]) -> None:
         print(f"written: {settings.out / 'study.json'}, {', '.join(path.name for path in written)}")
 
 
+def compression(arguments: list[str]) -> None:
+    from lvssl.evaluation.compression import CompressionSettings, print_compression
+    from lvssl.evaluation.compression import compression as run
+
+    settings = parse(CompressionSettings, arguments, "compression")
+    print_compression(run(settings))
+    print(f"written: {settings.run / 'compression.json'} and .csv")
+
+
 def encode(arguments: list[str]) -> None:
     from lvssl.codes.file import open_codes
     from lvssl.evaluation.codes import EncodeSettings
@@ -270,6 +279,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "evaluate": ("linear probe and kNN on features and codes, beside a control and floors", evaluate),
     "analyse": ("uncertainty, meaning of bits, regression: a run beside its control", analyse),
     "study": ("arms over seeds, measured alike and compared pair by pair", study),
+    "compression": ("accuracy against bits stored, beside equal-bit controls", compression),
     "encode": ("write packed codes of a folder or beton", encode),
     "search": ("find the nearest images of queries by Hamming distance", search),
     "report": ("one HTML page of a run", report),

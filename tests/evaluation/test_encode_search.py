@@ -6,42 +6,19 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from lvssl.cli import main
 from lvssl.codes.file import open_codes, open_means
 from lvssl.codes.search import hamming_distances
-from lvssl.config import preset
 from lvssl.evaluation.codes import SearchSettings, codes_of, search
-from lvssl.models.network import LVNet
-from lvssl.training import checkpoint
-from lvssl.training.run import create_run, load_run
+from lvssl.training.run import load_run
 from pipelines.loader import evaluation_crops
 from pipelines.sources import open_source
-
-
-@pytest.fixture(scope="module")
-def run(digits, tmp_path_factory) -> Path:
-    """A run as pretraining leaves it, whose weights nobody trained but whose bits are balanced."""
-    folder = tmp_path_factory.mktemp("runs") / "untrained"
-    settings = replace(preset("digits"), data=digits["train"], out=folder)
-    create_run(settings, 10, resume=False)
-    torch.manual_seed(0)
-    network = LVNet(settings.model, settings.latent, settings.view.resolution, 10)
-    crops = evaluation_crops(open_source(digits["train"]), settings.view, np.arange(500))
-    images = torch.from_numpy(crops).permute(0, 3, 1, 2) / 255
-    with torch.no_grad():
-        network.train()(images)
-        network.eval()
-        network.head.calibrate(network.backbone(images))
-    checkpoint.save(folder / "checkpoints", 1, {"network": network.state_dict(), "step": 1})
-    return folder
 
 
 @pytest.fixture(scope="module")
