@@ -51,8 +51,8 @@ def compression(measured: dict[str, Any]) -> str:
     return (
         '<section id="bits-stored"><h2>Accuracy against bits stored</h2><p class="soft">'
         f"{measured.get('queries', 0):,} test images against {measured.get('database', 0):,} training "
-        f"images. mAP over the first {measured.get('first', 0):,}, ties by expectation. Controls are fitted on the "
-        "training features alone.</p>"
+        f"images. mAP over the first {measured.get('first', 0):,}, ties by expectation. Controls are fitted "
+        "on the training features alone.</p>"
         f'<ul class="legend">{legend}</ul><div class="charts">{charts}</div>'
         f"<details><summary>All {len(rows)} points</summary>"
         + table("rate-accuracy", f"<tr>{header}</tr>", body)
