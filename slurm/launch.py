@@ -17,7 +17,7 @@ from pipelines.errors import InputError
 from slurm import scheduler
 from slurm.job import Job
 from slurm.pipeline import ClusterSettings, Pipeline, Starts, read_pipeline
-from slurm.records import claimed, read_jobs, read_record, stands, write_json
+from slurm.records import claimed, read_jobs, read_json, read_record, stands, write_json
 from slurm.snapshot import snapshot
 from slurm.stages import Stage, Task, build_stages
 
@@ -66,10 +66,18 @@ def launch(
         print(describe(pipeline, stages, plan(pipeline.out, stages), cluster, parameters))
         return 0
     with claimed(pipeline.out):
+        write_json(pipeline.out / "launch.json", {"preset": preset})
         works = plan(pipeline.out, stages)
         if cluster == "slurm":
             return submit_chain(pipeline, works)
         return run_here(pipeline, works, cluster)
+
+
+def as_launched(file: Path, starts: Starts) -> tuple[Pipeline, str | None]:
+    """The pipeline with the --preset of its last launch, and that."""
+    pipeline = read_pipeline(file, starts)
+    preset = read_json(pipeline.out / "launch.json").get("preset")
+    return (read_pipeline(file, starts, preset) if preset else pipeline), preset
 
 
 def plan(out: Path, stages: list[Stage]) -> list[Work]:

@@ -143,6 +143,31 @@ def test_preempted_at_three_random_steps_it_ends_with_the_same_weights(chain, di
     assert steps == list(range(1, reference["step"].item() + 1))
 
 
+def test_preempted_by_slurm_itself_it_ends_with_the_same_weights(chain, digits, reference):
+    if "urgent" not in subprocess.run(["sinfo", "-h", "-o", "%P"], capture_output=True, text=True).stdout:
+        pytest.skip("this cluster has no partition `urgent` that preempts the default one")
+    mine = chain(HEAD + on(digits) + TRAINED)
+    mine.launch()
+    until(lambda: mine.step() >= 30, mine.status)
+    words = [
+        "sbatch",
+        "--wait",
+        "-p",
+        "urgent",
+        "-N",
+        "2",
+        "--exclusive",
+        "-o",
+        "/dev/null",
+        "--wrap",
+        "sleep 3",
+    ]
+    subprocess.run(words, check=True, capture_output=True, timeout=200)
+    mine.wait("report", "done")
+    assert mine.record("pretrain").restarts == 1 and mine.record("pretrain").crashes == 0
+    assert_same_weights(mine, reference)
+
+
 def test_killed_it_ends_with_the_same_weights(chain, digits, reference):
     mine = chain(HEAD + on(digits) + TRAINED)
     mine.launch()
