@@ -165,7 +165,7 @@ def setup_lines(cluster: ClusterSettings, code: Path) -> list[str]:
     lines = [f"module load {shlex.quote(module)}" for module in cluster.modules]
     lines += cluster.setup
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
-    return [*lines, f"export PYTHONPATH={shlex.quote(str(code))}"]
+    return [*lines, f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"]
 
 
 def submit_chain(pipeline: Pipeline, works: list[Work]) -> int:
@@ -276,7 +276,7 @@ def run_here(pipeline: Pipeline, works: list[Work], cluster: str) -> int:
     out = pipeline.out
     code = snapshot(out)
     os.environ.update(pipeline.local.environment)
-    os.environ["PYTHONPATH"] = str(code)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(code), os.environ.get("PYTHONPATH"))))
     os.chdir(code)
     for work in works:
         if not work.tasks:
