@@ -311,8 +311,8 @@ def run_some(pipeline: Pipeline, work: Work, calls: list[Job], cluster: str) -> 
     if cluster == "debug":
         made: Any = submitit.DebugExecutor(folder)
         for job in [made.submit(call) for call in calls]:
-            with contextlib.suppress(SystemExit):  # the record says why
-                job.exception() if not sys.stdin.isatty() else job.results()
+            with contextlib.suppress(SystemExit):  # the record says why; another exception opens the debugger
+                job.results()
         return
     made = submitit.LocalExecutor(folder)
     made.update_parameters(timeout_min=A_YEAR, gpus_per_node=work.stage.cluster.gpus, stderr_to_stdout=True)
