@@ -217,6 +217,13 @@ def presets(arguments: list[str]) -> None:
         print("\n`lvssl presets NAME` prints every setting of one.")
 
 
+def export(arguments: list[str]) -> None:
+    from lvssl.export import ExportSettings
+    from lvssl.export import export as run
+
+    print(f"written: {run(parse(ExportSettings, arguments, 'export'))}")
+
+
 @dataclass(frozen=True)
 class DoctorSettings:
     """Say what is installed, what is missing, and the command that installs it."""
@@ -263,6 +270,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "encode": ("write packed codes of a folder of images", encode),
     "search": ("find the nearest images of a query by Hamming distance", search),
     "report": ("one HTML page of a run", report),
+    "export": ("the encoder for torchvision, timm, torch.hub and ONNX", export),
     "presets": ("list the presets, or print one", presets),
     "plan": ("memory of a batch on each GPU, and the largest that fits", plan),
     "doctor": ("what is installed, what is missing, and the command for it", doctor),
