@@ -51,7 +51,7 @@ def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) ->
         return fail(str(error))
     except OSError as error:  # disk full, no permission: the system's words name the file
         return fail(str(error), 1)
-    except FloatingPointError as error:
+    except (FloatingPointError, MemoryError) as error:  # a run that diverged, or is too large
         return fail(str(error), 1)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
@@ -103,6 +103,7 @@ def pretrain(arguments: list[str]) -> int:
     about = f"{PretrainSettings.__doc__} Presets: {', '.join(PRESETS)}. A setting beside --preset wins."
     chosen = parse(Pretrain, arguments, "pretrain", about=about)
 
+    from lvssl.training.distributed import world_of
     from lvssl.training.pretrain import Interrupted
     from lvssl.training.pretrain import pretrain as run
 
@@ -111,6 +112,8 @@ def pretrain(arguments: list[str]) -> int:
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 143
+    if not world_of().first:
+        return 0
     print(f"{chosen.settings.out}: done; next: lvssl evaluate {chosen.settings.out} --test TEST.beton")
     return 0
 
