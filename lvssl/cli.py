@@ -123,8 +123,8 @@ def stage(kind: str, name: str) -> Callable[[list[str]], int]:
 
     def run(arguments: list[str]) -> int:
         from lvssl import stages
-        from lvssl.training.pretrain import Interrupted
         from lvssl.training.stage import show
+        from lvssl.training.stopping import Interrupted
 
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--preset")
@@ -209,15 +209,16 @@ def report(arguments: list[str]) -> None:
 def presets(arguments: list[str]) -> None:
     import json
 
-    from lvssl.config import PRESETS, preset, to_dict
+    from lvssl.presets import difference_of, listing, settings_of
 
-    for name in arguments:
-        print(json.dumps(to_dict(preset(name)), indent=2))
-    if not arguments:
-        for name, settings in PRESETS.items():
-            size = f"{settings.view.resolution} px"
-            print(f"{name:16} {settings.model.backbone:9} {size:>7} {settings.epochs:4} epochs")
-        print("\n`lvssl presets NAME` prints every setting of one.")
+    if len(arguments) == 2:
+        print(difference_of(*arguments))
+    elif arguments:
+        for name in arguments:
+            print(json.dumps(settings_of(name), indent=2))
+    else:
+        print(listing())
+        print("\n`lvssl presets NAME` prints every setting of one, `lvssl presets A B` what tells two apart.")
 
 
 def export(arguments: list[str]) -> None:
@@ -274,7 +275,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "search": ("find the nearest images of a query by Hamming distance", search),
     "report": ("one HTML page of a run", report),
     "export": ("the encoder for torchvision, timm, torch.hub and ONNX", export),
-    "presets": ("list the presets, or print one", presets),
+    "presets": ("list the presets, print one, or compare two", presets),
     "plan": ("memory of a batch on each GPU, and the largest that fits", plan),
     "doctor": ("what is installed, what is missing, and the command for it", doctor),
     "demo": ("all of it on Fashion-MNIST in some minutes", demo),

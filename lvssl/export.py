@@ -1,11 +1,11 @@
 """`lvssl export`: a run's encoder as files that other software loads.
 
-    DIR/model.safetensors   the backbone, under torchvision's names
-        head.safetensors    the posterior's head: h -> the latent's parameters
-        encoder.onnx        crops uint8 [N, R, R, 3] -> packed codes uint8 [N, bytes], as `lvssl encode` writes them
-        config.json         timm's form (where timm has the architecture), and what lvssl needs beside it
-        hubconf.py          for torch.hub.load(DIR, "backbone", source="local")
-        README.md           the model card, with the figures that the run's result files hold
+DIR/model.safetensors   the backbone, under torchvision's names
+    head.safetensors    the posterior's head: h -> the latent's parameters
+    encoder.onnx        crops uint8 [N, R, R, 3] -> packed codes uint8 [N, bytes], those of `lvssl encode`
+    config.json         timm's form (where timm has the architecture), and what lvssl needs beside it
+    hubconf.py          for torch.hub.load(DIR, "backbone", source="local")
+    README.md           the model card, with the figures that the run's result files hold
 """
 
 from __future__ import annotations
@@ -125,21 +125,24 @@ def hubconf(run: Run) -> str:
     """A module for torch.hub; ResNets need torchvision alone, the small backbones lvssl."""
     model, view = run.settings.model, run.settings.view
     if model.backbone in RESNETS:
-        needs, lines = "torchvision", [f"net = torchvision.models.{model.backbone}()", "net.fc = nn.Identity()"]
+        needs, lines = (
+            "torchvision",
+            [f"net = torchvision.models.{model.backbone}()", "net.fc = nn.Identity()"],
+        )
         if not has_torchvisions_stem(run):
             lines += ["net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)", "net.maxpool = nn.Identity()"]
     else:
         needs = "lvssl.models.backbone"
         lines = [f"net, _ = lvssl.models.backbone.build_backbone({model.backbone!r}, {view.resolution})"]
-    built = "\n    ".join(lines)
+    built, package = "\n    ".join(lines), needs.split(".")[0]
     return HUBCONF.format(
-        needs=needs, package=needs.split(".")[0], built=built, side=view.resolution, mean=view.mean, std=view.std
+        needs=needs, package=package, built=built, side=view.resolution, mean=view.mean, std=view.std
     )
 
 
-HUBCONF = '''"""torch.hub.load(FOLDER, "backbone", source="local"): images [N, 3, {side}, {side}] -> features [N, D].
+HUBCONF = '''"""torch.hub.load(FOLDER, "backbone", source="local"): images -> features [N, D].
 
-Images are in [0, 1], less {mean}, divided by {std}.
+Images are [N, 3, {side}, {side}] in [0, 1], less {mean}, divided by {std}.
 """
 
 from pathlib import Path
@@ -234,12 +237,13 @@ tags: [self-supervised, contrastive-learning, image-feature-extraction]
 
 # {name}
 
-An image encoder trained without labels by latent-variable contrastive learning (lvssl; after *Stochastic Contrastive
-Learning*, arXiv 2110.00552): {backbone}, {features} features, latent family `{family}`, codes of {bits} bits.
+An image encoder trained without labels by latent-variable contrastive learning (lvssl; after *Stochastic
+Contrastive Learning*, arXiv 2110.00552): {backbone}, {features} features, latent family `{family}`, codes of
+{bits} bits.
 
 - Training: `{data}`, {epochs} epochs, batch {batch}, seed {seed}; checkpoint {digest}.
-- Input: RGB, the centre square of {crop:g} of the shorter side, resized to {side} x {side} (bilinear, anti-aliased),
-  values in [0, 1] less {mean}, divided by {std}.
+- Input: RGB, the centre square of {crop:g} of the shorter side, resized to {side} x {side} (bilinear,
+  anti-aliased), values in [0, 1] less {mean}, divided by {std}.
 - Versions: {versions}.
 
 ## Loading
@@ -263,10 +267,15 @@ def loading(run: Run, onnx: bool) -> str:
             'net.load_state_dict(safetensors.torch.load_file(DIR + "/model.safetensors"))',
         ]
     if onnx:
-        lines.append('codes = onnxruntime.InferenceSession(DIR + "/encoder.onnx").run(None, {"crops": crops})[0]')
+        lines.append(
+            'codes = onnxruntime.InferenceSession(DIR + "/encoder.onnx").run(None, {"crops": crops})[0]'
+        )
     lines.append("```")
     if onnx:
-        lines += ["", "`crops` are uint8 [N, R, R, 3], not normalised; `codes` uint8, bit d in byte d // 8 at d % 8."]
+        lines += [
+            "",
+            "`crops` are uint8 [N, R, R, 3], not normalised; `codes` uint8, bit d in byte d // 8 at d % 8.",
+        ]
     if name in RESNETS and not has_torchvisions_stem(run):
         lines += ["", "The stem is that for small images (3x3, no max-pool), which timm doesn't have."]
     return "\n".join(lines)

@@ -5,7 +5,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-FLOOR_1 = ("pipelines", "lvssl.latents", "lvssl.losses", "lvssl.codes", "lvssl.config", "lvssl.stages")
+FLOOR_1 = (
+    "pipelines",
+    "lvssl.latents",
+    "lvssl.losses",
+    "lvssl.codes",
+    "lvssl.config",
+    "lvssl.stages",
+    "lvssl.presets",
+)
 FLOOR_2 = ("lvssl.models",)
 FLOOR_3 = ("lvssl.training",)
 FLOOR_4 = ("lvssl.evaluation", "lvssl.report", "lvssl.plan", "lvssl.export")
@@ -20,6 +28,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "lvssl.codes": (),
     "lvssl.config": ("pipelines",),
     "lvssl.stages": ("lvssl.config", "pipelines"),
+    "lvssl.presets": ("lvssl.config", "lvssl.stages"),
     "lvssl.models": FLOOR_1,
     "tools": ("pipelines",),
     "slurm": FLOOR_1,
