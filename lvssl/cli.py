@@ -1,4 +1,4 @@
-"""The command line: lvssl pretrain | evaluate | encode | search | report | presets | plan | doctor | demo."""
+"""The command line: see `lvssl --help`."""
 
 import argparse
 import importlib
@@ -18,6 +18,7 @@ HELP = """lvssl: latent-variable contrastive learning of image encoders
     lvssl report runs/lv                               one HTML page
     lvssl encode runs/lv --images DIR                  a packed code for each image
     lvssl search runs/lv --query IMAGE                 the nearest images by Hamming distance
+    lvssl launch pipeline.toml                         all of it as jobs of a Slurm cluster
 
 commands:
 """
@@ -104,8 +105,8 @@ def pretrain(arguments: list[str]) -> int:
     chosen = parse(Pretrain, arguments, "pretrain", about=about)
 
     from lvssl.training.distributed import world_of
-    from lvssl.training.pretrain import Interrupted
     from lvssl.training.pretrain import pretrain as run
+    from lvssl.training.stopping import Interrupted
 
     try:
         run(chosen.settings, chosen.resume)
@@ -254,6 +255,107 @@ def plan(arguments: list[str]) -> None:
     print(table(parse(PlanSettings, arguments, "plan")))
 
 
+def chain_starts() -> dict[str, Callable[[str | None], Any]]:
+    """Stages of a chain that have settings: a preset's name, or None -> the settings to start from."""
+    from lvssl import stages
+    from lvssl.config import PretrainSettings, preset
+
+    def evaluation(_: str | None) -> Any:
+        from lvssl.evaluation.evaluate import EvaluateSettings  # imports torch
+
+        return EvaluateSettings(Path())
+
+    def analysis(_: str | None) -> Any:
+        from lvssl.evaluation.analyse import AnalyseSettings
+
+        return AnalyseSettings(Path())
+
+    return {
+        "pretrain": lambda name: preset(name) if name else PretrainSettings(),
+        "evaluate": evaluation,
+        "analyse": analysis,
+        "linear": lambda name: stages.start_from(stages.LinearSettings, name),
+        "knn": lambda name: stages.start_from(stages.KnnSettings, name),
+        "finetune": lambda name: stages.start_from(stages.FinetuneSettings, name),
+    }
+
+
+def launch(arguments: list[str]) -> int:
+    import tyro
+
+    from slurm.launch import launch as run
+
+    @dataclass(frozen=True)
+    class Launch:
+        """Submit a chain of stages, from images to report; what is done or under way is not done again."""
+
+        file: tyro.conf.Positional[Path] = Path("pipeline.toml")
+        """The chain's description (docs/cluster.md)."""
+        preset: str | None = None
+        """Pretrain with this preset instead of the file's."""
+        dry_run: bool = False
+        """Print the scripts, the graph, the GPU-hours and the disk it needs, and submit nothing."""
+        cluster: str = "slurm"
+        """slurm; local: processes of this machine; debug: in this very process."""
+
+    def parameters(settings: Any) -> int:
+        import torch
+
+        from lvssl.models.network import LVNet
+
+        with torch.device("meta"):
+            network = LVNet(settings.model, settings.latent, settings.view.resolution)
+        return sum(parameter.numel() for parameter in network.parameters())
+
+    chosen = parse(Launch, arguments, "launch")
+    return run(chosen.file, chain_starts(), chosen.preset, chosen.cluster, chosen.dry_run, parameters)
+
+
+def chain_file(arguments: list[str], command: str, about: str) -> Path:
+    import tyro
+
+    @dataclass(frozen=True)
+    class Chain:
+        file: tyro.conf.Positional[Path] = Path("pipeline.toml")
+        """The chain's description (docs/cluster.md)."""
+
+    return parse(Chain, arguments, command, about=about).file
+
+
+def status(arguments: list[str]) -> None:
+    from slurm.status import status as table
+
+    about = "How a chain stands: stages, jobs, steps, speed, restarts, logs, and what went wrong."
+    print(table(chain_file(arguments, "status", about), chain_starts()))
+
+
+def cancel(arguments: list[str]) -> None:
+    from slurm.status import cancel as end
+
+    about = "End every job of a chain; what is saved stays, and `lvssl launch` goes on from there."
+    print(end(chain_file(arguments, "cancel", about), chain_starts()))
+
+
+def retry(arguments: list[str]) -> int:
+    import tyro
+
+    from slurm.status import retry as run
+
+    @dataclass(frozen=True)
+    class Retry:
+        """Submit a stage that failed again, and what hangs on it, with the code as it is now."""
+
+        stage: tyro.conf.Positional[str]
+        """As `lvssl status` names it."""
+        file: tyro.conf.Positional[Path] = Path("pipeline.toml")
+        """The chain's description (docs/cluster.md)."""
+        cluster: str = "slurm"
+        """slurm, local or debug."""
+
+    chosen = parse(Retry, arguments, "retry")
+    return run(chosen.stage, chosen.file, chain_starts(), chosen.cluster)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "pretrain": ("train an encoder without labels", pretrain),
     "linear": (
@@ -277,6 +379,10 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "export": ("the encoder for torchvision, timm, torch.hub and ONNX", export),
     "presets": ("list the presets, print one, or compare two", presets),
     "plan": ("memory of a batch on each GPU, and the largest that fits", plan),
+    "launch": ("submit a chain of stages to Slurm, or run it here", launch),
+    "status": ("how a chain stands", status),
+    "cancel": ("end the jobs of a chain", cancel),
+    "retry": ("submit a failed stage of a chain again", retry),
     "doctor": ("what is installed, what is missing, and the command for it", doctor),
     "demo": ("all of it on Fashion-MNIST in some minutes", demo),
 }

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "lvssl.latents": (),
     "lvssl.losses": (),
     "lvssl.codes": (),
-    "lvssl.config": ("pipelines",),
+    "lvssl.config": ("pipelines", "lvssl.latents"),
     "lvssl.stages": ("lvssl.config", "pipelines"),
     "lvssl.presets": ("lvssl.config", "lvssl.stages"),
     "lvssl.models": FLOOR_1,
