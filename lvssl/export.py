@@ -64,7 +64,7 @@ def export(settings: ExportSettings) -> Path:
     try:
         about = {"checkpoint": run.digest, "format": "pt"}
         save_file(tensors(network.backbone), aside / "model.safetensors", about)
-        if head := tensors(network.head):
+        if head := head_tensors(network):
             save_file(head, aside / "head.safetensors", about)
         (aside / "config.json").write_text(json.dumps(config(run), indent=2) + "\n")
         (aside / "hubconf.py").write_text(hubconf(run))
@@ -84,6 +84,12 @@ def export(settings: ExportSettings) -> Path:
 def tensors(module: nn.Module) -> dict[str, Tensor]:
     """A module's state as safetensors takes it: contiguous in memory, nothing shared."""
     return {name: value.detach().clone().contiguous() for name, value in module.state_dict().items()}
+
+
+def head_tensors(network: LVNet) -> dict[str, Tensor]:
+    """What leads from h to the posterior's parameters; for site `proj` the projector before the head, too."""
+    before = tensors(network.projector) if network.latent.site == "proj" else {}
+    return {f"projector.{name}": value for name, value in before.items()} | tensors(network.head)
 
 
 def has_torchvisions_stem(run: Run) -> bool:
