@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
-from pipelines.augment import reference
+from pipelines.augment import augmenter_for, reference
 from pipelines.convert.conversion import Settings, convert
 from pipelines.errors import InputError
 from pipelines.loader import TwoViewLoader, ViewBatch, evaluation_batches
@@ -335,6 +335,18 @@ def test_crops_alone_and_an_augmenter_of_ones_own(beton):
     assert (slow.views - fast.views).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_views_come_in_the_dtype_of_the_training(beton, dtype):
+    augmenter = augmenter_for(torch.device("cpu"), "reference", dtype)
+    with TwoViewLoader(open_source(beton), VIEW, 8, augmenter=augmenter) as loader:
+        batch = next(iter(loader))
+    with TwoViewLoader(open_source(beton), VIEW, 8, augmenter=reference.augment) as loader:
+        exact = next(iter(loader))
+    assert batch.views.dtype == dtype
+    assert all(view.is_contiguous(memory_format=torch.channels_last) for view in batch.views)
+    assert torch.equal(batch.views, exact.views.to(dtype))
+
+
 def test_a_batch_that_is_kept_isnt_overwritten(beton):
     """Memory comes back to the loader only when nobody has it any more, be it a slice of it."""
     with TwoViewLoader(open_source(beton), VIEW, 8) as loader:
@@ -390,6 +402,29 @@ def test_on_a_gpu_batches_are_those_of_the_cpu(beton):
     for ours, theirs in zip(found, expected):
         assert ours.views.is_cuda and torch.equal(ours.indices.cpu(), theirs.indices)
         assert (ours.views.cpu() - theirs.views).abs().max() < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_on_a_gpu_batches_stay_right_while_the_host_runs_ahead(beton):
+    """The device is kept busy, so that memory given back too early would be overwritten. No hidden wait."""
+    augmenter = augmenter_for(torch.device("cuda"), dtype=torch.bfloat16)
+    with TwoViewLoader(open_source(beton), VIEW, 4, augmenter=reference.augment) as loader:
+        expected = [batch.views for batch in loader]
+    with TwoViewLoader(open_source(beton), VIEW, 4, augmenter=augmenter, device="cuda") as loader:
+        list(loader)  # kernels compiled, constants copied
+        loader.set_epoch(0)
+        kept = []
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for batch in loader:
+                torch.cuda._sleep(20_000_000)
+                kept.append(batch.views.clone())
+                del batch
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for ours, theirs in zip(kept, expected, strict=True):
+        assert ours.dtype == torch.bfloat16 and (ours.cpu().float() - theirs).abs().max() < 0.03
 
 
 def test_bad_input(beton, tmp_path):
