@@ -245,16 +245,25 @@ def export(arguments: list[str]) -> None:
     print(f"written: {run(parse(ExportSettings, arguments, 'export'))}")
 
 
-@dataclass(frozen=True)
-class DoctorSettings:
-    """Say what is installed, what is missing, and the command that installs it."""
-
-
 def doctor(arguments: list[str]) -> int:
+    import tyro
+
     from lvssl import doctor
 
-    parse(DoctorSettings, arguments, "doctor")
-    return doctor.main()
+    @dataclass(frozen=True)
+    class Doctor:
+        """Say what is installed, what is missing, and the command that installs it; or, of a run, whether its
+        latent is alive: status 1 on posterior collapse, saturation, or a spread that is constant."""
+
+        run: tyro.conf.Positional[Path | None] = None
+        """A run's folder; left out: the installation."""
+
+    run = parse(Doctor, arguments, "doctor").run
+    if run is None:
+        return doctor.main()
+    from lvssl.training.health import examine
+
+    return examine(run)
 
 
 def demo(arguments: list[str]) -> None:
@@ -400,7 +409,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "status": ("how a chain stands", status),
     "cancel": ("end the jobs of a chain", cancel),
     "retry": ("submit a failed stage of a chain again", retry),
-    "doctor": ("what is installed, what is missing, and the command for it", doctor),
+    "doctor": ("what is installed and what is missing; doctor RUN: is its latent alive", doctor),
     "demo": ("all of it on Fashion-MNIST in some minutes", demo),
 }
 
