@@ -1,6 +1,8 @@
-"""The parts of the training objective beside NT-Xent: the rate, its weight, and decorrelated bits."""
+"""The parts of the training objective beside the contrastive loss: rate, its weight, decorrelated bits."""
 
 from torch import Tensor
+
+from lvssl.losses.distributed import ranks, total
 
 
 def rate(kl: Tensor, free_nats: float = 0.0) -> Tensor:
@@ -11,14 +13,36 @@ def rate(kl: Tensor, free_nats: float = 0.0) -> Tensor:
     return kl.clamp(min=free_nats).mean()
 
 
-def beta_at(step: int, steps: int, beta: float, warmup: float = 0.1) -> float:
-    """beta(t): linear from 0 to beta over the first `warmup` share of the steps, then constant."""
-    return beta if warmup <= 0 else beta * min(1.0, step / (warmup * steps))
+def beta_at(
+    fraction: float, beta: float, warmup: float = 0.1, schedule: str = "warmup", cycles: int = 4
+) -> float:
+    """beta(t), the weight of the rate.
+
+    Args:
+        fraction: of the training that is done, in [0, 1].
+        schedule: constant; warmup, linear from 0 over the first `warmup` share of the training; or cyclical,
+            in each of `cycles` linear from 0 over its first half, then constant (Fu et al. 2019).
+    """
+    if schedule == "cyclical":
+        within = fraction * cycles % 1.0 if fraction < 1 else 1.0
+        return beta * min(1.0, 2 * within)
+    if schedule == "constant" or warmup <= 0:
+        return beta
+    return beta * min(1.0, fraction / warmup)
+
+
+def batch_mean(x: Tensor) -> Tensor:
+    """Mean over the batch of all ranks, [N, D] -> [D], N on each; the gradient is made for DDP's mean."""
+    return total(x.sum(dim=0)) / (len(x) * ranks())
 
 
 def decorrelation(bits: Tensor) -> Tensor:
-    """1/D sum_{i != j} C_ij^2, C the covariance over the batch of bits as +-1 ([N, D], differentiable)."""
-    centred = bits.float() - bits.float().mean(dim=0)
-    covariance = centred.T @ centred / len(bits)
+    """1/D sum_{i != j} C_ij^2, C the covariance over the batch of bits as +-1 ([N, D], differentiable).
+
+    The batch is that of all ranks, N of each; the gradient is made for DDP's mean, as NT-Xent's.
+    """
+    bits = bits.float()
+    centred = bits - batch_mean(bits)
+    covariance = total(centred.T @ centred) / (len(bits) * ranks())
     diagonal = covariance.diagonal()
     return (covariance.square().sum() - diagonal.square().sum()) / bits.shape[1]

@@ -87,8 +87,8 @@ def test_rate_is_the_mean_above_the_free_nats():
 
 
 def test_beta_climbs_then_stays():
-    assert [beta_at(step, 100, 2.0, 0.1) for step in (0, 5, 10, 99)] == [0.0, 1.0, 2.0, 2.0]
-    assert beta_at(0, 100, 2.0, 0.0) == 2.0
+    assert [beta_at(fraction, 2.0, 0.1) for fraction in (0.0, 0.05, 0.1, 0.99)] == [0.0, 1.0, 2.0, 2.0]
+    assert beta_at(0.0, 2.0, 0.0) == 2.0
 
 
 def test_decorrelation_is_numpys_covariance():

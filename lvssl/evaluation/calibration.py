@@ -1,0 +1,70 @@
+"""Are a probe's probabilities to be believed? Scores of predicted probabilities against what came true."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lvssl.codes.pack import as_array
+
+BINS = 15
+
+
+class Calibration(NamedTuple):
+    accuracy: float  # percent
+    nll: float  # nats; a probability of 0 for what came true counts as 1e-12
+    brier: float  # 0..2: sum over classes of the squared error
+    ece: float  # 0..1
+    bins: list[dict[str, float]]  # the non-empty ones: confidence, accuracy (0..1), count
+
+
+def calibration(probabilities: Any, labels: Any, classes: Any = None, bins: int = BINS) -> Calibration:
+    """Scores of probabilities [N, C] (rows sum to 1) for labels [N].
+
+    The expected calibration error (Naeini et al. 2015; Guo et al. 2017) sorts images into `bins` equal
+    intervals (low, high] of the highest probability and averages |accuracy - mean confidence| weighted by
+    their counts. `classes` [C]: the label of each column; left out: 0..C-1. Raises ValueError for shapes that
+    don't match, rows that are no distribution, or a label without a column.
+    """
+    p_NC, labels = as_array(probabilities).astype(np.float64), as_array(labels)
+    if p_NC.ndim != 2 or labels.shape != p_NC.shape[:1] or not len(labels):
+        raise ValueError(f"probabilities [N, C] and labels [N], not {list(p_NC.shape)}, {list(labels.shape)}")
+    wrong = ~(np.isfinite(p_NC).all(axis=1) & (p_NC >= 0).all(axis=1) & (abs(p_NC.sum(axis=1) - 1) < 1e-4))
+    if wrong.any():
+        raise ValueError(f"row {int(np.argmax(wrong))} of the probabilities is no distribution")
+    columns = column_of(labels, np.arange(p_NC.shape[1]) if classes is None else as_array(classes))
+    of_truth = p_NC[np.arange(len(columns)), columns]
+    confidence, right = p_NC.max(axis=1), p_NC.argmax(axis=1) == columns
+    brier = (p_NC**2).sum(axis=1) - 2 * of_truth + 1
+    made = confidence_bins(confidence, right, bins)
+    error = sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in made) / len(columns)
+    nll = -np.log(np.maximum(of_truth, 1e-12)).mean()
+    return Calibration(100 * float(right.mean()), float(nll), float(brier.mean()), float(error), made)
+
+
+def column_of(labels: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """The column of each label among distinct `classes`; ValueError names a label that has none."""
+    order = np.argsort(classes)
+    place = np.searchsorted(classes, labels, sorter=order).clip(max=len(classes) - 1)
+    columns = order[place]
+    missing = classes[columns] != labels
+    if missing.any():
+        raise ValueError(f"label {labels[np.argmax(missing)]} has no column of probabilities")
+    return columns
+
+
+def confidence_bins(confidence: np.ndarray, right: np.ndarray, bins: int) -> list[dict[str, float]]:
+    place = np.ceil(confidence * bins).astype(int).clip(1, bins) - 1
+    counts = np.bincount(place, minlength=bins)
+    sums = [np.bincount(place, weights=values, minlength=bins) for values in (confidence, right)]
+    return [
+        {"confidence": sums[0][b] / counts[b], "accuracy": sums[1][b] / counts[b], "count": int(counts[b])}
+        for b in np.flatnonzero(counts)
+    ]
+
+
+def predictive_entropy(probabilities: Any) -> np.ndarray:
+    """Entropy of each row of probabilities [N, C] in nats: [N]."""
+    p_NC = as_array(probabilities).astype(np.float64)
+    return -(p_NC * np.log(np.maximum(p_NC, 1e-300))).sum(axis=1)
