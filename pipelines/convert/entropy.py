@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from llvmlite import ir
@@ -30,6 +31,7 @@ END = 1 << 8  # the block ends there
 ALONE = 1 << 9  # no code, or one that is too long for the table: it is looked up alone
 ROOM = 1024  # bytes behind the last image that a walk which has lost its way may still read
 JOBS = 4096  # stretches between restart markers, of all images of a call
+LARGEST = 16 << 20  # bytes of a file; what is larger is no photo of a data set, and left to libturbojpeg
 SOUND, UNSURE = 0, 1
 
 u16, u64 = np.uint16, np.uint64
@@ -43,7 +45,7 @@ class _Workspace:
         self.images, self.size = images, size
         self.stream = np.empty(size + ROOM, np.uint8)  # the images' codes without stuffed zeros
         self.tables = np.zeros((8 * images + 1) * ENTRIES, np.uint16)  # DC 0-3, AC 0-3 each; one of zeros
-        self.codes = np.zeros((8 * images, 51 + 256), np.int32)  # canonical codes, for what is looked up alone
+        self.codes = np.zeros((8 * images, 51 + 256), np.int32)  # of each table, to look one up alone
         self.parts = np.zeros(2 * ENTRIES, np.uint16)
         # Of each block of a unit: where its DC and its AC table begin, and the row of the block behind it.
         self.units = np.zeros((10 * images + 1, 3), np.uint64)
@@ -54,6 +56,7 @@ class _Workspace:
 
 def sound(files: Sequence[bytes]) -> list[bool]:
     """Of each JPEG file, whether its codes are whole and lead exactly to its end marker; False: not sure."""
+    files = [data if 0 < len(data) <= LARGEST else b"\0" for data in files]
     size = sum(map(len, files))
     room = getattr(_local, "room", None)
     if room is None or room.images < len(files) or room.size < size:
@@ -65,7 +68,7 @@ def sound(files: Sequence[bytes]) -> list[bool]:
     jobs = ends[-1][1]
     _walk(room.stream, room.tables, room.codes, room.units, room.jobs[:jobs], room.verdicts)
     # Without a job, an image wasn't plain enough to be walked.
-    return [a < b and not room.verdicts[a:b].any() for (_, a), (_, b) in zip(ends, ends[1:])]
+    return [a < b and not room.verdicts[a:b].any() for (_, a), (_, b) in pairwise(ends)]
 
 
 # ------------------------------------------------------------------ one image's headers
@@ -204,7 +207,7 @@ def _huffman(data, start, end, image, tables, codes, parts, frame):
     for length in range(1, 17):
         count = np.int64(data[start + length])
         own[length], own[17 + length], own[34 + length] = code, code + count, k
-        if code + count > 1 << length:
+        if code + count >= 1 << length:  # too many, or a code of ones alone, which JPEG does not have
             return -1
         k, code = k + count, (code + count) << 1
     for i in range(total):
@@ -428,6 +431,7 @@ def _walk(stream, tables, codes, units, jobs, verdicts):
                 if step >> u64(6) == u64(ALONE):
                     step = _alone(word_b, codes, units[row_b, 0], 0)
                 position_b = _behind(position_b, u64(1), step, last_b)[0]
+
 
 @njit(nogil=True, cache=True)
 def _begin(job, jobs, units):

@@ -105,9 +105,7 @@ def attempt(source: Source, indices: Sequence[int], settings: Settings, pack: bo
     return [each if isinstance(each, str) else each.digested(pack) for each in results]
 
 
-def store(
-    image: bytes | np.ndarray, settings: Settings, index: int = 0, check: bool = True
-) -> Stored:
+def store(image: bytes | np.ndarray, settings: Settings, index: int = 0, check: bool = True) -> Stored:
     """Check one image (a file's bytes, or pixels) and bring it to the form in which it is stored.
 
     A JPEG that FFCV can read and that is not too large keeps its bytes. `index`, the image's place in its
