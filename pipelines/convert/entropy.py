@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -266,8 +267,7 @@ def _step(symbol, kind):
 # -------------------------------------------------------------------------- its codes
 
 
-@intrinsic
-def _load(context, array, at):
+def _load_of(context, array, at):
     """The eight bytes from `at` on as one number, the first on top. There is no check of the array's end."""
 
     def code(context, builder, signature, arguments):
@@ -278,14 +278,19 @@ def _load(context, array, at):
     return types.uint64(array, at), code
 
 
-@intrinsic
-def _store(context, array, at, value):
+def _store_of(context, array, at, value):
+    """Write a number as eight bytes, likewise."""
+
     def code(context, builder, signature, arguments):
         place = _place(context, builder, signature, arguments)
         builder.store(builder.bswap(arguments[2]), place).align = 1
         return context.get_dummy_value()
 
     return types.void(array, at, value), code
+
+
+_load: Any = intrinsic(_load_of)
+_store: Any = intrinsic(_store_of)
 
 
 def _place(context, builder, signature, arguments):
