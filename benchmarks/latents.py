@@ -9,15 +9,15 @@ gives one paired difference. Arms:
     sign        the fair control: the same with its sign bits decorrelated, and no latent
     bernoulli   the latent-variable model, with a code of 64, 256 or 2,048 bits
 
-Controls at b bits: sign bits (b = features), PCA-sign and ITQ (b <= features), random hyperplanes (LSH), of
-the features of `none` and of `sign`. All are fitted on the training images. `differences` holds, for each
-measure, the latent's figure minus that of the best control, the one with the highest mean over the same
-seeds; `features_probe` compares the features themselves. Accuracies in percent: linear probe, cosine kNN on
-features, Hamming kNN on codes (k = 20, T = 0.07).
+Controls at b bits, of the features of `none` and of `sign`, fitted on the training images: sign bits (of the
+first b features), PCA-sign and ITQ (both up to the features' number), random hyperplanes (LSH). `differences`
+holds, for each measure, the latent minus the best control, which is the one with the highest mean over
+the same seeds; `features_probe` compares the features themselves. Accuracies in percent: linear probe, cosine
+kNN on features, Hamming kNN on codes (k = 20, T = 0.07).
 
 Runs are folders below --out, and each finished one keeps its figures there (figures.json): a command that was
-killed goes on, parts may run at once (--data, --arms, --bits, --seeds), and the JSON holds all that is finished
-below --out for the data sets named.
+killed goes on, parts may run at once (--data, --arms, --bits, --seeds), and the JSON holds all that is
+finished below --out for the data sets named.
 """
 
 import argparse
@@ -25,16 +25,16 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from lvssl.cli import guarded
+from lvssl.codes.controls import fit_itq, fit_lsh, fit_pca, fit_sign
 from lvssl.codes.pack import pack_bits, unpack_bits
-from lvssl.config import PRESETS, PretrainSettings, preset
+from lvssl.config import PretrainSettings, preset
 from lvssl.demo import DEBIAN_FASHION_MNIST
 from lvssl.evaluation.embedding import Embedding, embed
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
@@ -47,7 +47,11 @@ from pipelines.convert.conversion import Settings as ConvertSettings
 from pipelines.convert.conversion import convert
 from pipelines.sources import open_source
 
-DATA = {"fashion-mnist": "fashion-mnist", "cifar10-jpeg": "cifar10-small", "digits": "digits"}  # preset of each
+DATA = {
+    "fashion-mnist": "fashion-mnist",
+    "cifar10-jpeg": "cifar10-small",
+    "digits": "digits",
+}  # preset of each
 ARMS = ("none", "sign", "bernoulli")
 CONTROLS = ("none", "sign")
 FIGURES = "figures.json"
@@ -121,7 +125,9 @@ def figures(options: argparse.Namespace, job: Job) -> dict[str, Any]:
     train, test = (converted(options, job.data, split) for split in ("train", "test"))
     pretrain(settings_of(options, job, train, folder), resume=True)
     run = load_run(folder)
-    sets = [embed(run.network, open_source(path), run.settings.view, options.workers) for path in (train, test)]
+    sets = [
+        embed(run.network, open_source(path), run.settings.view, options.workers) for path in (train, test)
+    ]
     row["checkpoint"], row["train"], row["test"] = run.digest, len(sets[0].labels), len(sets[1].labels)
     row["width"] = sets[0].features.shape[1]
     row["features"] = accuracies(*(s.features for s in sets), *sets)
@@ -164,6 +170,17 @@ def converted(options: argparse.Namespace, data: str, split: str) -> Path:
 
 def own_code(train: Embedding, test: Embedding) -> dict[str, tuple[np.ndarray, ...]]:
     return {"code": tuple(unpack_bits(s.codes, s.bits) for s in (train, test))}
+
+
+def controls(bits: int, train: Embedding, test: Embedding) -> dict[str, tuple[np.ndarray, ...]]:
+    """Every control's bits, fitted on the training features; the bound by the features leaves some out."""
+    most = train.features.shape[1]
+    fits = {"sign": fit_sign, "pca_sign": fit_pca, "itq": fit_itq} if bits <= most else {}
+    coders = {name: fit(train.features, bits) for name, fit in (fits | {"lsh": fit_lsh}).items()}
+    return {
+        name: tuple(unpack_bits(coder.encode(s.features), bits) for s in (train, test))
+        for name, coder in coders.items()
+    }
 
 
 def accuracies(
@@ -209,7 +226,7 @@ def by_seed(rows: list[dict[str, Any]], bits: int | None, what: str) -> tuple[Se
             for method, figures in found.items():
                 against.setdefault(f"{row['arm']}, {method}", {})[row["seed"]] = figures[what]
         elif bits or row["bits"] == row["width"]:
-            latent.update({row["seed"]: figures[what] for figures in found.values()})
+            latent[row["seed"]] = next(iter(found.values()))[what]
     return latent, against
 
 
