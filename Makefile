@@ -8,12 +8,12 @@ PYTEST ?=
 BENCH ?= $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py))
 
 # The tests' models are so small that a thread a core of a large machine would slow them down.
-test test-slow: export OMP_NUM_THREADS ?= 2
+test test-slow test-slurm: export OMP_NUM_THREADS ?= 2
 
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu bench lint format clean
+.PHONY: help install demo test test-slow test-gpu test-slurm bench lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -26,13 +26,16 @@ demo: install  ## Fashion-MNIST: convert, pretrain control and Bernoulli model, 
 	@$(BIN)/lvssl demo --out runs/demo
 
 test: install  ## the tests that need no device and no patience
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PYTEST)
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu and not slurm" $(PYTEST)
 
 test-slow: install  ## the slow tests
-	@$(BIN)/python -m pytest -q -m "slow and not gpu" $(PYTEST)
+	@$(BIN)/python -m pytest -q -m "slow and not gpu and not slurm" $(PYTEST)
 
 test-gpu: install  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -q -m gpu $(PYTEST)
+
+test-slurm: install  ## the chain on a Slurm: the one that answers here, else one started on this machine
+	@tools/slurm_cluster.sh run $(BIN)/python -m pytest -q -m slurm tests/slurm $(PYTEST)
 
 bench: EXTRAS := ffcv,dev,bench
 bench: install  ## every script of benchmarks/, or BENCH="name name"

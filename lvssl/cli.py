@@ -1,6 +1,7 @@
-"""The command line: lvssl pretrain | evaluate | encode | search | report | presets | plan | doctor | demo."""
+"""The command line: see `lvssl --help`."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,9 +14,11 @@ HELP = """lvssl: latent-variable contrastive learning of image encoders
     lvssl pretrain --preset cifar10-small --data train.beton --out runs/lv
     lvssl pretrain --preset cifar10-small --data train.beton --out runs/control --family none
     lvssl evaluate runs/lv --test test.beton --control runs/control
+    lvssl linear runs/lv --test test.beton             also knn, finetune --labels 0.1
     lvssl report runs/lv                               one HTML page
     lvssl encode runs/lv --images DIR                  a packed code for each image
     lvssl search runs/lv --query IMAGE                 the nearest images by Hamming distance
+    lvssl launch pipeline.toml                         all of it as jobs of a Slurm cluster
 
 commands:
 """
@@ -49,7 +52,7 @@ def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) ->
         return fail(str(error))
     except OSError as error:  # disk full, no permission: the system's words name the file
         return fail(str(error), 1)
-    except FloatingPointError as error:
+    except (FloatingPointError, MemoryError) as error:  # a run that diverged, or is too large
         return fail(str(error), 1)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
@@ -101,16 +104,43 @@ def pretrain(arguments: list[str]) -> int:
     about = f"{PretrainSettings.__doc__} Presets: {', '.join(PRESETS)}. A setting beside --preset wins."
     chosen = parse(Pretrain, arguments, "pretrain", about=about)
 
-    from lvssl.training.pretrain import Interrupted
+    from lvssl.training.distributed import world_of
     from lvssl.training.pretrain import pretrain as run
+    from lvssl.training.stopping import Interrupted
 
     try:
         run(chosen.settings, chosen.resume)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 143
+    if not world_of().first:
+        return 0
     print(f"{chosen.settings.out}: done; next: lvssl evaluate {chosen.settings.out} --test TEST.beton")
     return 0
+
+
+def stage(kind: str, name: str) -> Callable[[list[str]], int]:
+    """The command of a stage after pretraining; `kind` names its settings, "module:function" what it does."""
+
+    def run(arguments: list[str]) -> int:
+        from lvssl import stages
+        from lvssl.training.stage import show
+        from lvssl.training.stopping import Interrupted
+
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--preset")
+        start = stages.start_from(getattr(stages, kind), first.parse_known_args(arguments)[0].preset)
+        module, _, function = name.partition(":")
+        settings = parse(type(start), arguments, function, start)
+        try:
+            done = getattr(importlib.import_module(module), function)(settings)
+        except Interrupted as stopped:
+            print(stopped, file=sys.stderr)
+            return 143
+        show(done)
+        return 0
+
+    return run
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -120,6 +150,28 @@ def evaluate(arguments: list[str]) -> None:
     settings = parse(EvaluateSettings, arguments, "evaluate")
     print_table(run(settings)["table"])
     print(f"written: {settings.run / 'evaluation.json'}; next: lvssl report {settings.run}")
+
+
+def analyse(arguments: list[str]) -> None:
+    from lvssl.evaluation.analyse import AnalyseSettings, print_analysis
+    from lvssl.evaluation.analyse import analyse as run
+
+    settings = parse(AnalyseSettings, arguments, "analyse")
+    print_analysis(run(settings))
+    print(f"written: {settings.run / 'analysis.json'}; next: lvssl report {settings.run}")
+
+
+def study(arguments: list[str]) -> None:
+    from lvssl.evaluation.study import MEASURES, StudySettings
+    from lvssl.evaluation.study import study as run
+    from lvssl.report.study import write_study
+
+    settings = parse(StudySettings, arguments, "study")
+    result = run(settings)
+    if result is not None:
+        written = write_study(settings.out, result, MEASURES)
+        print((settings.out / "study.md").read_text())
+        print(f"written: {settings.out / 'study.json'}, {', '.join(path.name for path in written)}")
 
 
 def encode(arguments: list[str]) -> None:
@@ -195,14 +247,133 @@ def plan(arguments: list[str]) -> None:
     print(table(parse(PlanSettings, arguments, "plan")))
 
 
+def chain_starts() -> dict[str, Callable[[str | None], Any]]:
+    """Stages of a chain that have settings: a preset's name, or None -> the settings to start from."""
+    from lvssl import stages
+    from lvssl.config import PretrainSettings, preset
+
+    def evaluation(_: str | None) -> Any:
+        from lvssl.evaluation.evaluate import EvaluateSettings  # imports torch
+
+        return EvaluateSettings(Path())
+
+    def analysis(_: str | None) -> Any:
+        from lvssl.evaluation.analyse import AnalyseSettings
+
+        return AnalyseSettings(Path())
+
+    return {
+        "pretrain": lambda name: preset(name) if name else PretrainSettings(),
+        "evaluate": evaluation,
+        "analyse": analysis,
+        "linear": lambda name: stages.start_from(stages.LinearSettings, name),
+        "knn": lambda name: stages.start_from(stages.KnnSettings, name),
+        "finetune": lambda name: stages.start_from(stages.FinetuneSettings, name),
+    }
+
+
+def launch(arguments: list[str]) -> int:
+    import tyro
+
+    from slurm.launch import launch as run
+
+    @dataclass(frozen=True)
+    class Launch:
+        """Submit a chain of stages, from images to report; what is done or under way is not done again."""
+
+        file: tyro.conf.Positional[Path] = Path("pipeline.toml")
+        """The chain's description (docs/cluster.md)."""
+        preset: str | None = None
+        """Pretrain with this preset instead of the file's."""
+        dry_run: bool = False
+        """Print the scripts, the graph, the GPU-hours and the disk it needs, and submit nothing."""
+        cluster: str = "slurm"
+        """slurm; local: processes of this machine; debug: in this very process."""
+
+    def parameters(settings: Any) -> int:
+        import torch
+
+        from lvssl.models.network import LVNet
+
+        with torch.device("meta"):
+            network = LVNet(settings.model, settings.latent, settings.view.resolution)
+        return sum(parameter.numel() for parameter in network.parameters())
+
+    chosen = parse(Launch, arguments, "launch")
+    return run(chosen.file, chain_starts(), chosen.preset, chosen.cluster, chosen.dry_run, parameters)
+
+
+def chain_file(arguments: list[str], command: str, about: str) -> Path:
+    import tyro
+
+    @dataclass(frozen=True)
+    class Chain:
+        file: tyro.conf.Positional[Path] = Path("pipeline.toml")
+        """The chain's description (docs/cluster.md)."""
+
+    return parse(Chain, arguments, command, about=about).file
+
+
+def status(arguments: list[str]) -> None:
+    from slurm.status import status as table
+
+    about = "How a chain stands: stages, jobs, steps, speed, restarts, logs, and what went wrong."
+    print(table(chain_file(arguments, "status", about), chain_starts()))
+
+
+def cancel(arguments: list[str]) -> None:
+    from slurm.status import cancel as end
+
+    about = "End every job of a chain; what is saved stays, and `lvssl launch` goes on from there."
+    print(end(chain_file(arguments, "cancel", about), chain_starts()))
+
+
+def retry(arguments: list[str]) -> int:
+    import tyro
+
+    from slurm.status import retry as run
+
+    @dataclass(frozen=True)
+    class Retry:
+        """Submit a stage that failed again, and what hangs on it, with the code as it is now."""
+
+        stage: tyro.conf.Positional[str]
+        """As `lvssl status` names it."""
+        file: tyro.conf.Positional[Path] = Path("pipeline.toml")
+        """The chain's description (docs/cluster.md)."""
+        cluster: str = "slurm"
+        """slurm, local or debug."""
+
+    chosen = parse(Retry, arguments, "retry")
+    return run(chosen.stage, chosen.file, chain_starts(), chosen.cluster)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "pretrain": ("train an encoder without labels", pretrain),
+    "linear": (
+        "linear classifier (or regression) on the frozen encoder",
+        stage("LinearSettings", "lvssl.evaluation.linear:linear"),
+    ),
+    "knn": (
+        "nearest neighbours on features and codes",
+        stage("KnnSettings", "lvssl.evaluation.nearest:knn"),
+    ),
+    "finetune": (
+        "train the encoder with all or some labels",
+        stage("FinetuneSettings", "lvssl.training.finetune:finetune"),
+    ),
     "evaluate": ("linear probe and kNN on features and codes, beside a control and floors", evaluate),
+    "analyse": ("uncertainty, meaning of bits, regression: a run beside its control", analyse),
+    "study": ("arms over seeds, measured alike and compared pair by pair", study),
     "encode": ("write packed codes of a folder of images", encode),
     "search": ("find the nearest images of a query by Hamming distance", search),
     "report": ("one HTML page of a run", report),
     "presets": ("list the presets, or print one", presets),
     "plan": ("memory of a batch on each GPU, and the largest that fits", plan),
+    "launch": ("submit a chain of stages to Slurm, or run it here", launch),
+    "status": ("how a chain stands", status),
+    "cancel": ("end the jobs of a chain", cancel),
+    "retry": ("submit a failed stage of a chain again", retry),
     "doctor": ("what is installed, what is missing, and the command for it", doctor),
     "demo": ("all of it on Fashion-MNIST in some minutes", demo),
 }

@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import InputError
+from pipelines.sources import SOURCES
 from pipelines.views import ViewSettings
 
 BACKBONES = ("tiny", "small", "resnet18", "resnet50")
 FAMILIES = ("none", "sign", "gaussian", "bernoulli")
 AUGMENTATIONS = ("auto", "reference", "numba", "triton")
+OPTIMISERS = ("adamw", "sgd", "lars")
+LR_RULES = ("given", "linear", "sqrt")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+ORDERS = ("random", "quasi-random", "sequential")  # pipelines.order's, which would load numba for them
+ON_ERROR = ("raise", "skip")
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,77 @@ class LatentSettings:
 
 @dataclass(frozen=True)
 class OptimiserSettings:
+    optimiser: str = "adamw"
+    """adamw, sgd, or lars (You et al. 2017), for batches of thousands."""
     lr: float = 2e-3
-    """Peak learning rate of AdamW; linear warm-up, then cosine to 0."""
+    """Peak learning rate, see --lr-rule; linear warm-up, then cosine to 0."""
+    lr_rule: str = "given"
+    """given: the peak is --lr; linear: --lr * batch / 256 (SimCLR with LARS: 0.3); sqrt: --lr * sqrt(batch)
+    (0.075, better for batches below 1,024)."""
     weight_decay: float = 1e-4
     """On weights of linear and convolutional layers alone, never on biases and normalisation."""
     warmup_epochs: float = 1.0
+    momentum: float = 0.9
+    """Of sgd and lars."""
+    nesterov: bool = False
+    """Of sgd and lars."""
+    trust: float = 1e-3
+    """LARS's trust coefficient: a layer's step is this share of its weights' norm, times the rate."""
+    clip: float = 0.0
+    """Largest norm of all gradients together; 0: not clipped."""
+
+    def validate(self) -> None:
+        """Raise InputError naming the first impossible value."""
+        choice("optimiser", self.optimiser, OPTIMISERS)
+        choice("lr_rule", self.lr_rule, LR_RULES)
+        for name in ("lr", "trust"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("weight_decay", "warmup_epochs", "clip"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        if self.nesterov:
+            require(self.momentum > 0, "momentum", self.momentum, "above 0 with --nesterov")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How a step is computed, not what: speed, memory, several ranks, and what a failure costs."""
+
+    precision: str = "auto"
+    """auto (bf16 on a GPU, fp32 on a CPU), fp32, bf16, fp16 (with a loss scale). Posteriors and losses are
+    fp32 in any case."""
+    channels_last: bool = True
+    """The layout of images and convolutions; faster on GPUs and on CPUs."""
+    compile: bool = False
+    """torch.compile the backbone: a minute at the start, faster steps on a GPU."""
+    recompute: bool = False
+    """Activation checkpointing: keep each block's input alone, compute the block again in the backward
+    walk. A third more time, a fraction of the memory, the same result."""
+    chunk: int = 0
+    """Views that the backbone takes at once on each rank, 0: all. Smaller values fit any batch on one card,
+    for a third more time: the loss still sees the whole batch (GradCache, Gao et al. 2021). Batch
+    normalisation inside the backbone then has the statistics of a chunk, not of the batch, so the result
+    differs from that of --chunk 0 as a smaller batch's does: use chunks of 256 views or more."""
+    sync_batch_norm: bool = True
+    """Several ranks: statistics over all of them, so that the result doesn't depend on their number."""
+    ema: float = 0.0
+    """Decay of the weights' moving average, say 0.999; what is evaluated is then the average. 0: none."""
+    keep: int = 2
+    """Checkpoints kept; at least 2, so that there is one to fall back to."""
+    non_finite_steps: int = 3
+    """A step whose gradient isn't finite leaves the weights as they are; so many in a row end the run."""
+    timeout_minutes: float = 10.0
+    """Several ranks: how long to wait for another that is alive but late. A dead one is noticed sooner."""
+
+    def validate(self) -> None:
+        """Raise InputError naming the first impossible value."""
+        choice("precision", self.precision, PRECISIONS)
+        require(self.chunk >= 0, "chunk", self.chunk, "at least 0")
+        require(self.chunk != 1, "chunk", self.chunk, "at least 2: one view has no batch statistics")
+        require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
+        require(self.keep >= 2, "keep", self.keep, "at least 2")
+        require(self.non_finite_steps >= 1, "non_finite_steps", self.non_finite_steps, "at least 1")
+        require(self.timeout_minutes > 0, "timeout_minutes", self.timeout_minutes, "above 0")
 
 
 @dataclass(frozen=True)
@@ -67,12 +139,20 @@ class PretrainSettings:
     """Pretrain an encoder on a converted data set."""
 
     data: Path = Path("train.beton")
-    """The training images, made by `convert-beton`. Labels are used by the online probes alone."""
+    """The training images: a .beton or tars made by `convert-beton`, or a folder of images as it is.
+    Labels are used by the online probes alone."""
+    source: str = "auto"
+    """What reads them: auto (ffcv for a .beton, else folder), ffcv, folder (files or tars, never
+    converted), dali (decoded and cropped by NVIDIA DALI, on the run's device)."""
+    order: str = "random"
+    """Of an epoch: random, quasi-random (by pages, for sets larger than memory), sequential."""
+    on_error: str = "raise"
+    """An image that can't be decoded: raise (stop and name it), skip (take the next good one, count it)."""
     out: Path = Path("runs/pretrain")
     """The run's folder; must not exist, unless with --resume."""
     epochs: int = 100
     batch_size: int = 256
-    """Images a step; NT-Xent compares twice as many vectors."""
+    """Images a step, over all ranks; NT-Xent compares twice as many vectors."""
     temperature: float = 0.1
     """Of NT-Xent."""
     seed: int = 0
@@ -80,6 +160,7 @@ class PretrainSettings:
     model: ModelSettings = field(default_factory=ModelSettings)
     latent: LatentSettings = field(default_factory=LatentSettings)
     optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
     view: ViewSettings = field(default_factory=ViewSettings)
     workers: int = 2
     """Threads that decode and augment."""
@@ -101,6 +182,9 @@ class PretrainSettings:
         choice("backbone", self.model.backbone, BACKBONES)
         choice("family", self.latent.family, FAMILIES)
         choice("augmentation", self.augmentation, AUGMENTATIONS)
+        choice("source", self.source, SOURCES)
+        choice("order", self.order, ORDERS)
+        choice("on_error", self.on_error, ON_ERROR)
         for name in ("epochs", "batch_size", "workers", "log_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2, for there to be negatives")
@@ -108,7 +192,7 @@ class PretrainSettings:
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
         require(self.threads >= 0, "threads", self.threads, "at least 0")
         require(self.checkpoint_minutes > 0, "checkpoint_minutes", self.checkpoint_minutes, "above 0")
-        model, latent, optimiser = self.model, self.latent, self.optimiser
+        model, latent = self.model, self.latent
         require(model.hidden >= 1, "hidden", model.hidden, "at least 1")
         require(model.projection >= 2, "projection", model.projection, "at least 2")
         require(latent.dim >= 0, "dim", latent.dim, "at least 0")
@@ -121,9 +205,8 @@ class PretrainSettings:
             require(getattr(latent, name) >= 0, name, getattr(latent, name), "at least 0")
         require(0 <= latent.beta_warmup <= 1, "beta_warmup", latent.beta_warmup, "in [0, 1]")
         require(0 <= latent.clean < 1, "clean", latent.clean, "in [0, 1)")
-        require(optimiser.lr > 0, "lr", optimiser.lr, "above 0")
-        require(optimiser.weight_decay >= 0, "weight_decay", optimiser.weight_decay, "at least 0")
-        require(optimiser.warmup_epochs >= 0, "warmup_epochs", optimiser.warmup_epochs, "at least 0")
+        self.optimiser.validate()
+        self.engine.validate()
         self.view.validate()
 
 

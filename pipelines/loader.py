@@ -27,7 +27,6 @@ from pipelines.views import ViewSettings
 
 Augmenter = Callable[[Tensor, Tensor, ViewSettings], Tensor]
 Boxes = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-CHUNK = 4  # images that a thread decodes before it augments them
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,11 @@ class ViewBatch:
     """Two views of B images.
 
     Attributes:
-        views: float32 [2, B, 3, R, R], normalised; each view is channels-last in memory. Its memory is used
-            again when no tensor shares it any more.
+        views: float32 [V, B, 3, R, R], normalised, V = 2 unless the loader was told otherwise; each view is
+            channels-last in memory. Its memory is used again when no tensor shares it any more.
         labels: int64 [B].
         indices: int64 [B], positions in the data set.
-        parameters: float32 [B, 2, P], see `pipelines.parameters.COLUMNS`.
+        parameters: float32 [B, V, P], see `pipelines.parameters.COLUMNS`.
     """
 
     views: Tensor
@@ -82,6 +81,7 @@ class TwoViewLoader:
         augmenter: None augments in the workers, on the CPU. Otherwise it is called with crops uint8
             [2B, R, R, 3], parameters [2B, P] and `view` where the batch is to be used, and gives float32
             [2B, 3, R, R]; `pipelines.augment.reference.augment` is one.
+        views: of each image; 1, for training with labels, gives the first of the two.
         device: where batches come out. On a GPU they are copied by a stream of their own, one ahead.
 
     Raises:
@@ -108,6 +108,7 @@ class TwoViewLoader:
         crops_only: bool = False,
         augmenter: Augmenter | None = None,
         device: torch.device | str = "cpu",
+        views: int = 2,
     ) -> None:
         view.validate()
         if batch_size < 1 or batch_size % ranks:
@@ -120,6 +121,7 @@ class TwoViewLoader:
             raise InputError(f"unknown order {order!r}; one of {', '.join(ORDERS)}")
         self.source, self.view, self.batch_size, self.seed = source, view, batch_size, seed
         self.rank, self.ranks, self.ahead, self.order = rank, ranks, ahead, order
+        self.views = views
         self.device, self.augmenter, self.crops_only = torch.device(device), augmenter, crops_only
         self.steps = steps_per_epoch(len(source), batch_size)
         self.epoch = self.step = 0
@@ -138,6 +140,14 @@ class TwoViewLoader:
     @property
     def damaged(self) -> dict[int, str]:
         return dict(self._decoder.damaged)
+
+    def describe_skipped(self) -> str:
+        """One line for a log, with the first of the damaged samples."""
+        damaged = self.damaged
+        first = damaged[min(damaged)] if damaged else "none"
+        return (
+            f"{self.skipped} times a damaged sample was replaced, {len(damaged)} in all; the first: {first}"
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Go on from the beginning of this epoch."""
@@ -176,34 +186,35 @@ class TwoViewLoader:
             return batch
         crops = batch.views.permute(0, 1, 3, 4, 2).flatten(0, 1)
         views = self.augmenter(crops, batch.parameters.transpose(0, 1).flatten(0, 1), self.view)
-        return replace(batch, views=views.unflatten(0, (2, -1)))
+        return replace(batch, views=views.unflatten(0, (self.views, -1)))
 
     def _start(self, indices: np.ndarray, epoch: int) -> Callable[[], ViewBatch]:
         indices, side = indices.copy(), self.view.resolution
         here = self.augmenter is None and not self.crops_only  # augmented by the workers
-        count = len(indices)
+        count, each = len(indices), self.views
         if here:
-            views = self._buffers.take((2, count, side, side, 3), torch.float32)
+            views = self._buffers.take((each, count, side, side, 3), torch.float32)
         else:  # as the source fills them, so that nothing is copied
-            views = self._buffers.take((count, 2, side, side, 3), torch.uint8)
+            views = self._buffers.take((count, each, side, side, 3), torch.uint8)
         pixels = views.numpy()
-        parameters = np.empty((count, 2, P), np.float32)
+        parameters = np.empty((count, each, P), np.float32)
 
         def make(part: slice) -> None:
-            for first in range(part.start, part.stop, CHUNK):  # few at a time: they stay in the cache
-                rows = slice(first, min(first + CHUNK, part.stop))
+            chunk = self.source.chunk
+            for first in range(part.start, part.stop, chunk):
+                rows = slice(first, min(first + chunk, part.stop))
                 table = parameters[rows]
-                crops = np.empty((len(table), 2, side, side, 3), np.uint8) if here else pixels[rows]
+                crops = np.empty((len(table), each, side, side, 3), np.uint8) if here else pixels[rows]
 
                 def boxes(chosen: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-                    table[:] = draw_parameters(self.view, self.seed, epoch, chosen, heights, widths)  # noqa: B023
+                    table[:] = draw_parameters(self.view, self.seed, epoch, chosen, heights, widths, each)  # noqa: B023
                     return crop_boxes(table)  # noqa: B023
 
                 def flips() -> np.ndarray | None:
                     return table[..., FLIP] != 0 if self.crops_only else None  # noqa: B023
 
                 self._decoder.crops(indices[rows], boxes, crops, flips)
-                for v in range(2 * here):
+                for v in range(each * here):
                     cpu.augment_into(crops[:, v], table[:, v], self.view, pixels[v, rows])
 
         wait = self._threads.run(make, len(indices))

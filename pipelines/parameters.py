@@ -115,20 +115,27 @@ def _fill(table, seed, epoch, indices, heights, widths, scale, ratio, probabilit
 
 
 def draw_parameters(
-    view: ViewSettings, seed: int, epoch: int, indices: np.ndarray, heights: np.ndarray, widths: np.ndarray
+    view: ViewSettings,
+    seed: int,
+    epoch: int,
+    indices: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    views: int = 2,
 ) -> np.ndarray:
-    """Parameters of both views of some samples.
+    """Parameters of the views of some samples.
 
     Args:
         view: the ranges.
         seed: 0 <= seed < 2^64. epoch: 0 <= epoch < 2^32.
         indices: int [B], positions in the data set. heights, widths: int [B], of the images in pixels.
+        views: how many of each image; fewer are the first of more.
 
     Returns:
-        float32 [B, 2, P], columns as in COLUMNS. Any row depends on (seed, epoch, index, view) and the
+        float32 [B, views, P], columns as in COLUMNS. Any row depends on (seed, epoch, index, view) and the
         image's size alone.
     """
-    table = np.empty((len(indices), 2, P), np.float32)
+    table = np.empty((len(indices), views, P), np.float32)
     _fill(
         table,
         np.uint64(seed),
@@ -146,7 +153,7 @@ def draw_parameters(
 
 
 def crop_boxes(table: np.ndarray) -> np.ndarray:
-    """Top, left, height, width of each view: int32 [B, 2, 4]."""
+    """Top, left, height, width of each view: int32 [B, views, 4]."""
     return table[..., TOP : WIDTH + 1].astype(np.int32)
 
 

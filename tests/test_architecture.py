@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-FLOOR_1 = ("pipelines", "lvssl.latents", "lvssl.losses", "lvssl.codes", "lvssl.config")
+FLOOR_1 = ("pipelines", "lvssl.latents", "lvssl.losses", "lvssl.codes", "lvssl.config", "lvssl.stages")
 FLOOR_2 = ("lvssl.models",)
 FLOOR_3 = ("lvssl.training",)
 FLOOR_4 = ("lvssl.evaluation", "lvssl.report", "lvssl.plan")
@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "lvssl.losses": (),
     "lvssl.codes": (),
     "lvssl.config": ("pipelines",),
+    "lvssl.stages": ("lvssl.config", "pipelines"),
     "lvssl.models": FLOOR_1,
     "tools": ("pipelines",),
     "slurm": FLOOR_1,

@@ -1,12 +1,96 @@
-"""Equal-bit controls: codes made from a deterministic model's features, which a learned code has to beat."""
+"""Equal-bit controls: codes made from a deterministic model's features, which a learned code has to beat.
+
+    N  images   D  features   b  bits
+
+Each is fitted on the training features alone and gives a coder: `encode` features [N, D] of any split into
+uint8 [N, ceil(b / 8)], `decode` those into float32 vectors for whatever takes no bits. Same seed, same coder.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from lvssl.codes.pack import as_array
+from lvssl.codes.pack import as_array, pack_bits, unpack_bits
+
+
+class Coder(Protocol):
+    """A fitted code of `bits` bits; `hamming`: codes are compared by Hamming distance, else as decoded."""
+
+    hamming: ClassVar[bool]
+
+    @property
+    def bits(self) -> int: ...
+
+    def encode(self, features: Any) -> np.ndarray: ...
+
+    def decode(self, codes: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class LinearHash:
+    """1[(h - mean) . direction > 0], a bit for each direction."""
+
+    mean: np.ndarray  # float32 [D]
+    directions: np.ndarray | None  # float32 [D, b]; None: the features themselves
+    hamming: ClassVar[bool] = True
+
+    @property
+    def bits(self) -> int:
+        return len(self.mean) if self.directions is None else self.directions.shape[1]
+
+    def encode(self, features: Any) -> np.ndarray:
+        h = as_array(features)
+        if self.directions is None:
+            return pack_bits(sign_bits(h, self.mean))
+        return pack_bits((h.astype(np.float32) - self.mean) @ self.directions > 0)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """-1 or 1."""
+        return 2 * unpack_bits(codes, self.bits).astype(np.float32) - 1
+
+
+@dataclass(frozen=True)
+class Int8:
+    """A byte for each component, in 256 equal steps between the training set's least and largest value."""
+
+    mean: np.ndarray  # float32 [D]
+    directions: np.ndarray | None  # float32 [D, b / 8]; None: the features themselves
+    low: np.ndarray  # float32 [b / 8]
+    step: np.ndarray  # float32 [b / 8]
+    hamming: ClassVar[bool] = False
+
+    @property
+    def bits(self) -> int:
+        return 8 * len(self.low)
+
+    def encode(self, features: Any) -> np.ndarray:
+        levels = (projected(features, self.mean, self.directions) - self.low) / self.step
+        return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        return self.low + codes.astype(np.float32) * self.step
+
+
+@dataclass(frozen=True)
+class ProductCode:
+    """faiss's product quantiser: the features in b / 8 parts, for each the nearest of 256 centroids."""
+
+    quantiser: Any
+    hamming: ClassVar[bool] = False
+
+    @property
+    def bits(self) -> int:
+        return 8 * self.quantiser.code_size
+
+    def encode(self, features: Any) -> np.ndarray:
+        return self.quantiser.compute_codes(np.ascontiguousarray(as_array(features), np.float32))
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        return self.quantiser.decode(np.ascontiguousarray(codes))
 
 
 def sign_bits(features: Any, mean: Any) -> np.ndarray:
@@ -21,3 +105,125 @@ def sign_bits(features: Any, mean: Any) -> np.ndarray:
             f"features [N, D] and a mean [D] are needed, not {list(h_ND.shape)} and {list(mean_D.shape)}"
         )
     return h_ND > mean_D
+
+
+def fit_sign(train: Any, bits: int, seed: int = 0) -> LinearHash:
+    """The sign bits of the first `bits` features about their training mean: with fewer bits than features,
+    prefix truncation. Raises ValueError for more bits than features."""
+    h = checked(train, bits, most=as_array(train).shape[-1])
+    directions = None if bits == h.shape[1] else np.eye(h.shape[1], bits, dtype=np.float32)
+    return LinearHash(h.mean(axis=0), directions)
+
+
+def fit_pca(train: Any, bits: int, seed: int = 0) -> LinearHash:
+    """Signs of the first principal components. Raises ValueError for more bits than features."""
+    h = checked(train, bits, most=as_array(train).shape[-1])
+    return LinearHash(h.mean(axis=0), principal_directions(h, bits))
+
+
+def fit_itq(train: Any, bits: int, seed: int = 0, iterations: int = 50) -> LinearHash:
+    """Iterative quantisation (Gong & Lazebnik 2011): signs of the principal components after the rotation
+    that brings them nearest to their own signs. Raises ValueError for more bits than features."""
+    h = checked(train, bits, most=as_array(train).shape[-1])
+    directions = principal_directions(h, bits)
+    rotation, _ = itq_rotation((h - h.mean(axis=0)) @ directions, seed, iterations)
+    return LinearHash(h.mean(axis=0), directions @ rotation)
+
+
+def itq_rotation(v: np.ndarray, seed: int, iterations: int = 50) -> tuple[np.ndarray, list[float]]:
+    """(R [b, b] orthogonal, the objective |B - V R|^2 / N before each step and at the end) for V [N, b].
+
+    From a random rotation, in turn: B = sign(V R), then the R nearest to it (orthogonal Procrustes: V' B =
+    U S W', R = U W'). Neither step can raise the objective.
+    """
+    rotation = random_rotation(v.shape[1], seed).astype(v.dtype)
+    objective = []
+    for _ in range(iterations):
+        turned = v @ rotation
+        signs = np.where(turned > 0, 1, -1).astype(v.dtype)
+        objective.append(float(np.square(signs - turned).sum() / len(v)))
+        u, _, w = np.linalg.svd(v.T @ signs)
+        rotation = u @ w
+    turned = v @ rotation
+    objective.append(float(np.square(np.where(turned > 0, 1, -1) - turned).sum() / len(v)))
+    return rotation, objective
+
+
+def fit_lsh(train: Any, bits: int, seed: int = 0) -> LinearHash:
+    """Random hyperplanes through the training mean (Charikar 2002): two images differ in a bit with
+    probability angle / pi. Any number of bits."""
+    h = checked(train, bits)
+    directions = np.random.default_rng(seed).standard_normal((h.shape[1], bits), np.float32)
+    return LinearHash(h.mean(axis=0), directions)
+
+
+def fit_int8(train: Any, bits: int, seed: int = 0) -> Int8:
+    """A byte for each of the first bits / 8 principal components; with 8 bits a feature, for the features
+    themselves. Raises ValueError unless bits / 8 is a whole number from 1 to D."""
+    h = checked(train, bits, most=8 * as_array(train).shape[-1], whole_bytes=True)
+    mean = h.mean(axis=0)
+    directions = None if bits == 8 * h.shape[1] else principal_directions(h, bits // 8)
+    x = projected(h, mean, directions)
+    low, high = x.min(axis=0), x.max(axis=0)
+    return Int8(mean, directions, low, np.maximum((high - low) / 255, np.finfo(np.float32).tiny))
+
+
+def fit_pq(train: Any, bits: int, seed: int = 0) -> ProductCode:
+    """Product quantisation (Jegou et al. 2011) by faiss, 8 bits a part. Raises ValueError unless D is
+    divisible by bits / 8 and there are 256 images; ImportError without faiss."""
+    import faiss
+
+    h = checked(train, bits, most=8 * as_array(train).shape[-1], whole_bytes=True)
+    parts = bits // 8
+    if h.shape[1] % parts:
+        raise ValueError(f"product quantisation: {h.shape[1]} features can't be cut into {parts} equal parts")
+    if len(h) < 256:
+        raise ValueError(f"product quantisation needs 256 training images for its centroids, not {len(h)}")
+    quantiser = faiss.ProductQuantizer(h.shape[1], parts, 8)
+    quantiser.cp.seed, quantiser.cp.min_points_per_centroid = seed + 1, 1
+    quantiser.train(np.ascontiguousarray(h))
+    return ProductCode(quantiser)
+
+
+CONTROLS: dict[str, Callable[..., Coder]] = {
+    "sign": fit_sign,
+    "PCA + sign": fit_pca,
+    "ITQ": fit_itq,
+    "LSH": fit_lsh,
+    "int8": fit_int8,
+    "PQ": fit_pq,
+}
+
+
+def principal_directions(h: np.ndarray, count: int) -> np.ndarray:
+    """The `count` directions of largest variance of h [N, D], float32 [D, count], each with its largest
+    component positive, so that the answer is one."""
+    centred = (h - h.mean(axis=0)).astype(np.float64)
+    _, vectors = np.linalg.eigh(centred.T @ centred)
+    first = vectors[:, ::-1][:, :count]
+    largest = np.abs(first).argmax(axis=0)
+    return (first * np.sign(first[largest, np.arange(count)])).astype(np.float32)
+
+
+def projected(features: Any, mean: np.ndarray, directions: np.ndarray | None) -> np.ndarray:
+    centred = as_array(features).astype(np.float32) - mean
+    return centred if directions is None else centred @ directions
+
+
+def random_rotation(size: int, seed: int) -> np.ndarray:
+    """Uniform over the orthogonal matrices."""
+    q, r = np.linalg.qr(np.random.default_rng(seed).standard_normal((size, size)))
+    return q * np.sign(np.diag(r))
+
+
+def checked(train: Any, bits: int, most: int | None = None, whole_bytes: bool = False) -> np.ndarray:
+    h = as_array(train).astype(np.float32, copy=False)
+    if h.ndim != 2 or not h.size:
+        raise ValueError(f"training features [N, D] are needed, not {list(h.shape)}")
+    if bits < 1 or (most is not None and bits > most):
+        raise ValueError(
+            f"{h.shape[1]} features give codes of 1 to {most or 'any number of'} bits, not {bits}"
+        )
+    if whole_bytes and bits % 8:
+        raise ValueError(f"this code takes whole bytes, not {bits} bits")
+    return h

@@ -29,7 +29,7 @@ from pipelines.loader import evaluation_crops
 from pipelines.sources import Source, open_source
 from pipelines.views import ViewSettings
 
-QUERIES, NEIGHBOURS, EXTREMES = 12, 6, 12  # pictures in the gallery
+QUERIES, NEIGHBOURS, EXTREMES = 40, 6, 12  # pictures in the gallery
 
 
 @dataclass(frozen=True)

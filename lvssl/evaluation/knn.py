@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lvssl.codes.pack import as_array
 from lvssl.codes.search import hamming_distances
@@ -23,18 +24,31 @@ def weighted_knn(
 
     Equal sums of votes go to the lower class. Raises ValueError for shapes that don't match.
     """
-    train_x, test_x = (torch.as_tensor(x).float() for x in (train_x, test_x))
-    train_y, test_y = (torch.as_tensor(as_array(y)).long().to(train_x.device) for y in (train_y, test_y))
+    train_y, test_y = (torch.as_tensor(as_array(y)).long() for y in (train_y, test_y))
     check(train_x.shape, train_y, test_x.shape, test_y, k)
-    train_x, test_x = (torch.nn.functional.normalize(x, dim=1) for x in (train_x, test_x))
-    classes, right = int(train_y.max()) + 1, 0
-    for start in range(0, len(test_x), QUERIES):
-        similarity, nearest = (test_x[start : start + QUERIES] @ train_x.T).topk(min(k, len(train_x)), dim=1)
-        votes = torch.zeros(len(similarity), classes, device=train_x.device)
+    votes = weighted_votes(train_x, train_y, test_x, k, temperature)
+    return round(100 * float((votes.argmax(dim=1) == test_y).float().mean()), 4)
+
+
+def weighted_votes(train_x: Any, answers: Tensor, test_x: Any, k: int, temperature: float) -> Tensor:
+    """Sums of the k nearest training images' weights exp((cosine - 1) / T), on the CPU; works where train_x
+    lies. For `answers` int64 [N] (classes) by class, [M, C]; for float [N, T] (targets) times these, [M, T].
+    """
+    train_x, test_x = (torch.as_tensor(x).float() for x in (train_x, test_x))
+    train_x, test_x = (torch.nn.functional.normalize(x, dim=1) for x in (train_x, test_x.to(train_x.device)))
+    answers, votes = answers.to(train_x.device), []
+    width = answers.shape[1] if answers.is_floating_point() else int(answers.max()) + 1
+    for queries in test_x.split(QUERIES):
+        similarity, nearest = (queries @ train_x.T).topk(min(k, len(train_x)), dim=1)
         # exp((s - 1) / T) instead of exp(s / T): the same ranking, and it stays within (0, 1].
-        votes.scatter_add_(1, train_y[nearest], torch.exp((similarity - 1) / temperature))
-        right += int((votes.argmax(dim=1) == test_y[start : start + QUERIES]).sum())
-    return round(100 * right / len(test_x), 4)
+        weights = torch.exp((similarity - 1) / temperature)
+        sums = torch.zeros(len(queries), width, device=train_x.device)
+        if answers.is_floating_point():
+            sums = (weights[:, :, None] * answers[nearest]).sum(dim=1)
+        else:
+            sums.scatter_add_(1, answers[nearest], weights)
+        votes.append(sums.cpu())
+    return torch.cat(votes)
 
 
 def hamming_knn(
@@ -54,10 +68,18 @@ def hamming_knn(
     so they share the places left: each tied image votes with (places left) / (images tied) of its weight,
     the expectation over a random order. The result doesn't depend on the order of the training set.
     """
-    train_y, test_y = as_array(train_y).astype(np.int64), as_array(test_y).astype(np.int64)
+    train_y, test_y = (torch.as_tensor(as_array(y)).long() for y in (train_y, test_y))
     check(train_codes.shape, train_y, test_codes.shape, test_y, k)
-    k, classes, right = min(k, len(train_y)), int(train_y.max()) + 1, 0
-    one_hot = torch.nn.functional.one_hot(torch.from_numpy(train_y), classes).float()
+    votes = hamming_votes(train_codes, train_y, test_codes, bits, k, temperature)
+    return round(100 * float((votes.argmax(dim=1) == test_y).float().mean()), 4)
+
+
+def hamming_votes(
+    train_codes: np.ndarray, answers: Tensor, test_codes: np.ndarray, bits: int, k: int, temperature: float
+) -> Tensor:
+    """As `weighted_votes`, on packed codes: [M, C] for classes, [M, T] for targets."""
+    k, votes = min(k, len(answers)), []
+    table = answers if answers.is_floating_point() else torch.nn.functional.one_hot(answers).float()
     for start in range(0, len(test_codes), QUERIES):
         distances = torch.from_numpy(hamming_distances(test_codes[start : start + QUERIES], train_codes))
         nearest = distances.topk(k, dim=1, largest=False).values
@@ -66,8 +88,8 @@ def hamming_knn(
         share = (nearest == last).sum(dim=1, keepdim=True) / tied.sum(dim=1, keepdim=True)
         weights = torch.exp(-2 * distances / bits / temperature)
         weights *= (distances < last) + tied * share
-        right += int(((weights @ one_hot).argmax(dim=1).numpy() == test_y[start : start + QUERIES]).sum())
-    return round(100 * right / len(test_codes), 4)
+        votes.append(weights @ table)
+    return torch.cat(votes)
 
 
 def check(train_shape: Any, train_y: Any, test_shape: Any, test_y: Any, k: int) -> None:

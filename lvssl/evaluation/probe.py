@@ -29,6 +29,36 @@ class ProbeResult:
     probabilities: np.ndarray  # [test, C] float32
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A fitted read-out, to be used on any number of sets."""
+
+    regularisation: float
+    classes: np.ndarray  # [C]
+    mean: np.ndarray  # [D], of the training set
+    scale: np.ndarray  # [D]
+    model: LogisticRegression
+
+    def probabilities(self, x: Any) -> np.ndarray:
+        """float32 [N, C] for features [N, D], the columns as `classes`."""
+        standardised = (as_array(x).astype(np.float32, copy=False) - self.mean) * self.scale
+        return self.model.predict_proba(standardised).astype(np.float32)
+
+
+def fit_probe(
+    train_x: Any, train_y: Any, *, regularisation: Sequence[float] = (1e-1, 1e-2, 1e-3), seed: int = 0
+) -> Probe:
+    """The read-out of `linear_probe`, fitted."""
+    train_x, train_y = checked("train", train_x, train_y)
+    if len(np.unique(train_y)) < 2:
+        raise ValueError("a probe needs training labels of at least two classes")
+    mean, scale = standardisation(train_x)
+    train_x = (train_x - mean) * scale
+    chosen, start = choose_regularisation(train_x, train_y, sorted(regularisation, reverse=True), seed)
+    model = fit(train_x, train_y, chosen, start)
+    return Probe(chosen, model.classes_, mean, scale, model)
+
+
 def linear_probe(
     train_x: Any,
     train_y: Any,
@@ -51,16 +81,11 @@ def linear_probe(
     test_x, test_y = checked("test", test_x, test_y)
     if train_x.shape[1] != test_x.shape[1]:
         raise ValueError(f"train_x has {train_x.shape[1]} features, test_x {test_x.shape[1]}")
-    if len(np.unique(train_y)) < 2:
-        raise ValueError("a probe needs training labels of at least two classes")
-
-    train_x, test_x = standardise(train_x, test_x)
-    chosen, start = choose_regularisation(train_x, train_y, sorted(regularisation, reverse=True), seed)
-    model = fit(train_x, train_y, chosen, start)
-    probabilities = model.predict_proba(test_x)
-    predictions = model.classes_[probabilities.argmax(axis=1)]
+    probe = fit_probe(train_x, train_y, regularisation=regularisation, seed=seed)
+    probabilities = probe.probabilities(test_x)
+    predictions = probe.classes[probabilities.argmax(axis=1)]
     accuracy = round(100 * float((predictions == test_y).mean()), 4)
-    return ProbeResult(accuracy, chosen, model.classes_, predictions, probabilities.astype(np.float32))
+    return ProbeResult(accuracy, probe.regularisation, probe.classes, predictions, probabilities)
 
 
 def choose_regularisation(
@@ -105,12 +130,17 @@ def held_out(y: np.ndarray, seed: int) -> np.ndarray:
 
 
 def standardise(train_x: np.ndarray, test_x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    mean, deviation = train_x.mean(axis=0, dtype=np.float64), train_x.std(axis=0, dtype=np.float64)
+    mean, scale = standardisation(train_x)
+    return (train_x - mean) * scale, (test_x - mean) * scale
+
+
+def standardisation(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, scale) [D], fp32: (x - mean) * scale has deviation 1; a constant column becomes 0."""
+    mean, deviation = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
     # A column that is constant up to rounding would be blown up to noise of size 1.
     constant = deviation <= 1e-6 * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
     scale = np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, deviation)).astype(np.float32)
-    mean = mean.astype(np.float32)
-    return (train_x - mean) * scale, (test_x - mean) * scale
+    return mean.astype(np.float32), scale
 
 
 def checked(name: str, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:

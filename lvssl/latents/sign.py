@@ -1,5 +1,7 @@
 """Family `sign`: no latent, but h's sign bits are decorrelated. The fair control of every binary code."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -8,11 +10,19 @@ from lvssl.latents.deterministic import Deterministic
 SHARPNESS = 4.0  # of the surrogate gradient, as Bernoulli's default
 
 
+def rows_mean(x: Tensor) -> Tensor:
+    return x.mean(dim=0)
+
+
 class Sign(Deterministic):
     """As `none`, with bits that the decorrelation penalty can shape."""
 
-    def straight_through_bits(self) -> Tensor:
-        """Sign bits of h about its batch mean, as +-1, with the gradient of tanh(sharpness / 2 * z-score)."""
-        centred = self.features - self.features.mean(dim=0)
-        soft = (0.5 * SHARPNESS * centred / (centred.std(dim=0) + 1e-6)).tanh()
+    def straight_through_bits(self, batch_mean: Callable[[Tensor], Tensor] = rows_mean) -> Tensor:
+        """Sign bits of h about its batch mean, as +-1, with the gradient of tanh(sharpness / 2 * z-score).
+
+        `batch_mean`: [N, D] -> [D]; across ranks, one over all of them.
+        """
+        centred = self.features - batch_mean(self.features)
+        deviation = batch_mean(centred.square()).sqrt()
+        soft = (0.5 * SHARPNESS * centred / (deviation + 1e-6)).tanh()
         return torch.where(centred > 0, 1.0, -1.0) + (soft - soft.detach())

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from lvssl.losses.distributed import ranks, total
+
 
 def rate(kl: Tensor, free_nats: float = 0.0) -> Tensor:
     """mean_b max(KL_b, free_nats) over all views' posteriors, a scalar in nats.
@@ -20,9 +22,18 @@ def beta_at(fraction: float, beta: float, warmup: float = 0.1) -> float:
     return beta if warmup <= 0 else beta * min(1.0, fraction / warmup)
 
 
+def batch_mean(x: Tensor) -> Tensor:
+    """Mean over the batch of all ranks, [N, D] -> [D], N on each; the gradient is made for DDP's mean."""
+    return total(x.sum(dim=0)) / (len(x) * ranks())
+
+
 def decorrelation(bits: Tensor) -> Tensor:
-    """1/D sum_{i != j} C_ij^2, C the covariance over the batch of bits as +-1 ([N, D], differentiable)."""
-    centred = bits.float() - bits.float().mean(dim=0)
-    covariance = centred.T @ centred / len(bits)
+    """1/D sum_{i != j} C_ij^2, C the covariance over the batch of bits as +-1 ([N, D], differentiable).
+
+    The batch is that of all ranks, N of each; the gradient is made for DDP's mean, as NT-Xent's.
+    """
+    bits = bits.float()
+    centred = bits - batch_mean(bits)
+    covariance = total(centred.T @ centred) / (len(bits) * ranks())
     diagonal = covariance.diagonal()
     return (covariance.square().sum() - diagonal.square().sum()) / bits.shape[1]

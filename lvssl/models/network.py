@@ -58,15 +58,27 @@ class LVNet(nn.Module):
         return features, self.family(self.posterior_parameters(features))
 
     def forward(self, images: Tensor, generator: Generator | None = None, fraction: float = 1.0) -> Outputs:
-        """What `objective` needs.
+        """What `objective` needs, of images [N, 3, R, R]; arguments as of `heads`."""
+        return self.heads(self.backbone(images), generator, fraction)
+
+    def heads(
+        self,
+        features: Tensor,
+        generator: Generator | None = None,
+        fraction: float = 1.0,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> Outputs:
+        """All that follows the backbone.
 
         Args:
-            generator: source of the latent's noise, on the images' device.
+            features: h [N, F], first views then second.
+            generator: source of the latent's noise, on the features' device.
             fraction: of the training that is done, in [0, 1]; what is annealed depends on it.
+            rank, ranks: which of equal parts of the batch these N views are.
         """
-        features = self.backbone(images)
         parameters = self.posterior_parameters(features)
-        sampled = self.family(parameters).sample(self.samples, generator).mean(dim=0)
+        sampled = self.draw(parameters, generator, rank, ranks).mean(dim=0)
         clean = self.clean_projector(features) if self.clean_projector is not None else None
         return Outputs(features, parameters, self.projector(sampled), clean, self.family)
 
@@ -78,6 +90,17 @@ class LVNet(nn.Module):
     def calibrate(self, features: Tensor) -> None:
         """As `Head.calibrate`, of features h [N, F]."""
         self.head.calibrate(features)
+
+    def draw(self, parameters: Tensor, generator: Generator | None, rank: int, ranks: int) -> Tensor:
+        """K samples, [K, N, D]. Every rank draws for the whole batch, with the same noise, and keeps its own
+        part, so that an image's noise depends on its place in the batch and not on the ranks."""
+        if ranks == 1:
+            return self.family(parameters).sample(self.samples, generator)
+        views = parameters.unflatten(0, (2, -1))
+        everyone = [views.detach()] * ranks  # what stands in the other ranks' rows must only be valid
+        everyone[rank] = views
+        drawn = self.family(torch.cat(everyone, dim=1).flatten(0, 1)).sample(self.samples, generator)
+        return drawn.unflatten(1, (2, ranks, -1))[:, :, rank].flatten(1, 2)
 
     def probe_logits(self, outputs: Outputs) -> dict[str, Tensor]:
         """Class logits of the online probes, on detached features and codes."""

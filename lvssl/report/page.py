@@ -4,34 +4,38 @@
     metrics.jsonl     curves; the control's, where evaluation.json names its folder, on the same axes
     evaluation.json   verdict, tables, code figures, commands
     gallery.npz       neighbours, most and least certain images
+    analysis.json     uncertainty, regression, meaning of bits
+    bits.npz          the images where a bit is on, and off
 
 A section whose file is missing is left out.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import os
 import shlex
-import zipfile
-from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from lvssl.report.figures import Line, line_chart, strip
+from lvssl.report.analysis import disentanglement, regression, uncertainty
+from lvssl.report.curves import curves, read_metrics
+from lvssl.report.figures import strip
+from lvssl.report.gallery import bit_explorer, gallery
+from lvssl.report.tables import below, cell, dot, figures_table, finite, table
 from lvssl.report.template import PAGE, SCRIPT, STYLE
-from lvssl.report.verdict import Comparison, compare, in_words, signed
+from lvssl.report.verdict import (
+    Comparison,
+    UncertaintyComparison,
+    compare,
+    compare_uncertainty,
+    in_words,
+    signed,
+    uncertainty_in_words,
+)
 from pipelines.errors import InputError
-
-SIDE = 96  # thumbnails are cut down to this many pixels
-MOST_QUERIES, MOST_NEIGHBOURS, MOST_EXTREMES = 24, 10, 24  # keeps the page below 10 MB
 
 FAMILIES = {
     "none": "no latent (plain SimCLR)",
@@ -55,13 +59,18 @@ def write_report(run_dir: Path) -> Path:
     config = read_json(run_dir / "config.json")
     evaluation = read_json(run_dir / "evaluation.json") or {}
     settings = config.get("settings", config)
-    commands = commands_of(run_dir, settings, evaluation)
+    analysis = read_json(run_dir / "analysis.json")
+    commands = commands_of(run_dir, settings, evaluation, analysis)
     sections = [
-        head(run_dir, settings, evaluation),
+        head(run_dir, settings, evaluation, analysis),
         results(evaluation, commands),
         curves(run_dir, settings, evaluation, commands),
         *gallery(run_dir, commands),
         codes(evaluation, commands),
+        uncertainty(analysis),
+        bit_explorer(run_dir / "bits.npz", analysis),
+        regression(analysis),
+        disentanglement(analysis),
         settings_section(config, settings),
         commands_section(commands),
     ]
@@ -87,21 +96,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl. A last line cut short by a kill is left out; a broken one elsewhere raises."""
-    if not path.exists():
-        return []
-    rows, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise InputError(f"{path}: line {number} is no JSON") from error
-    return [row for row in rows if isinstance(row, dict)]
-
-
-def commands_of(run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, str]:
+def commands_of(
+    run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any], analysis: dict[str, Any]
+) -> dict[str, str]:
     """What to type for the stages of this run, as far as the settings that one would type."""
     pretrain = ["lvssl", "pretrain", "--out", str(run_dir)]
     latent = settings.get("latent", {}).get("family")
@@ -114,20 +111,24 @@ def commands_of(run_dir: Path, settings: dict[str, Any], evaluation: dict[str, A
     for name in ("epochs", "seed"):
         pretrain += [f"--{name}", str(settings[name])] if name in settings else []
     stages = {"pretrain": shlex.join(pretrain), "report": shlex.join(["lvssl", "report", str(run_dir)])}
-    if evaluation.get("command"):
-        stages["evaluate"] = str(evaluation["command"])
+    for name, content in (("evaluate", evaluation), ("analyse", analysis)):
+        if content.get("command"):
+            stages[name] = str(content["command"])
     return stages
 
 
 # The first screen -----------------------------------------------------------------------------------------
 
 
-def head(run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any]) -> str:
+def head(
+    run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any], analysis: dict[str, Any]
+) -> str:
     comparisons = compare(evaluation)
     run, control = evaluation.get("run") or {}, evaluation.get("control") or {}
     against = f"the control's sign bits, {run.get('bits', 0):,} bits each,"
     tiles = tile(comparisons["code"], "The code" if "code_linear" in run else "The sign bits", against)
     tiles += tile(comparisons["features"], "The features", "the control's")
+    tiles += uncertainty_tile(compare_uncertainty(analysis))
     notes = []
     noise = [c.noise for rows in comparisons.values() for c in rows if c.noise is not None]
     if noise:
@@ -147,7 +148,7 @@ def head(run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any]) ->
         f"<p>{escape(trained(settings, evaluation))}</p>"
         + (f'<div class="verdicts">{tiles}</div>' if tiles else "")
         + (f'<p class="soft small">{escape(" ".join(notes))}</p>' if notes else "")
-        + f"<nav>{navigation(run_dir, evaluation)}</nav></header>"
+        + f"<nav>{navigation(run_dir, evaluation, analysis)}</nav></header>"
     )
 
 
@@ -166,7 +167,22 @@ def tile(rows: list[Comparison], what: str, against: str) -> str:
     return f'<div class="verdict{ahead}"><p>{words}</p><dl class="deltas">{deltas}</dl></div>'
 
 
-def navigation(run_dir: Path, evaluation: dict[str, Any]) -> str:
+def uncertainty_tile(found: UncertaintyComparison | None) -> str:
+    """The verdict on the posterior's uncertainty; "" where it was not analysed beside a control."""
+    if found is None:
+        return ""
+    ahead = " ahead" if found.outcome == "ahead" else ""
+    pairs = (("R-AUROC", found.run, found.control), ("R@1", found.recall, found.control_recall))
+    deltas = "".join(
+        f"<div><dt><b>{name}</b><br>{run:.3f} against {control:.3f}</dt>"
+        f"<dd>{signed(run - control, 3)}</dd></div>"
+        for name, run, control in pairs
+    )
+    words = escape(uncertainty_in_words(found))
+    return f'<div class="verdict{ahead}"><p>{words}</p><dl class="deltas">{deltas}</dl></div>'
+
+
+def navigation(run_dir: Path, evaluation: dict[str, Any], analysis: dict[str, Any]) -> str:
     """Links to the sections that are there."""
     pictures = (run_dir / "gallery.npz").exists()
     present = {
@@ -175,6 +191,9 @@ def navigation(run_dir: Path, evaluation: dict[str, Any]) -> str:
         "neighbours": pictures,
         "certainty": pictures,
         "codes": any(evaluation.get(k) for k in ("compression", "code_statistics", "uncertainty")),
+        "uncertainty": bool(analysis.get("models")),
+        "bits": bool(analysis.get("bits")) and (run_dir / "bits.npz").exists(),
+        "regression": bool(analysis.get("models")),
         "settings": True,
         "commands": True,
     }
@@ -264,25 +283,6 @@ def model_name(row: dict[str, Any]) -> str:
     return "no model" if row.get("representation") == "pixels" else "control (none)"
 
 
-# Figures of the code: what they are called on the page, and how they are written.
-FIGURES = {
-    "raw_pixels": ("smaller than raw pixels", "{:,.1f}\N{MULTIPLICATION SIGN}"),
-    "stored_jpeg": ("smaller than the stored JPEG", "{:,.1f}\N{MULTIPLICATION SIGN}"),
-    "fp32_feature": ("smaller than the fp32 feature", "{:,.1f}\N{MULTIPLICATION SIGN}"),
-    "count": ("codes measured", "{:,}"),
-    "nominal_bits": ("bits stored", "{:,}"),
-    "entropy_bits": ("sum of the bits' entropies", "{:,.1f} bits"),
-    "entropy_per_bit": ("mean entropy of a bit", "{:.3f}"),
-    "information_bound_bits": ("information bound of the sampled code", "{:,.1f} bits"),
-    "dead_bits": ("dead bits (on for < 1 % or > 99 %)", "{:,}"),
-    "mean_absolute_correlation": ("mean |correlation| of two bits", "{:.3f}"),
-    "collisions": ("images that share an earlier image's code", "{:,}"),
-    "r_auroc": ("R-AUROC: the uncertainty tells wrong neighbours from right (0.5: chance)", "{:.3f}"),
-    "recall_at_1": ("R@1: the nearest neighbour is of the same class", "{:.3f}"),
-    "aurc": ("AURC: error rate of the probe averaged over coverage (lower is better)", "{:.3f}"),
-}
-
-
 def codes(evaluation: dict[str, Any], commands: dict[str, str]) -> str:
     parts = (
         ("compression", "Compression"),
@@ -298,225 +298,6 @@ def codes(evaluation: dict[str, Any], commands: dict[str, str]) -> str:
         f"<div>{compression}{uncertainty}</div><div>{statistics}</div></div>"
         f"{below(commands.get('evaluate'))}</section>"
     )
-
-
-def figures_table(name: str, title: str, figures: dict[str, Any]) -> str:
-    """A table of named figures under a title; "" where there are none."""
-    if not figures:
-        return ""
-    body = []
-    for key, value in figures.items():
-        what, form = FIGURES.get(key, (key, "{}"))
-        body.append(f"<tr>{cell(what)}{value_cell(value, form)}</tr>")
-    button = f'<button data-table="{name}">CSV</button>'
-    return table(name, f'<tr><th>{escape(title)}</th><th class="n" data-csv="value">{button}</th></tr>', body)
-
-
-def table(name: str, header: str, body: Sequence[str]) -> str:
-    rows = "".join(body)
-    return f'<div class="table"><table id="{name}"><thead>{header}</thead><tbody>{rows}</tbody></table></div>'
-
-
-def cell(value: Any, form: str = "", style: str = "n") -> str:
-    """A cell; numbers are rounded by `form`, and go into the CSV as they are."""
-    if isinstance(value, str):
-        return f"<td>{escape(value)}</td>"
-    return value_cell(value, "{:" + form + "}", style)
-
-
-def value_cell(value: Any, form: str, style: str = "n") -> str:
-    if not finite(value):
-        return f'<td class="{style}" data-csv="">\N{EN DASH}</td>'
-    return f'<td class="{style}" data-csv="{value}">{escape(form.format(value))}</td>'
-
-
-def finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def below(command: str | None, csv: str = "") -> str:
-    """The line under a figure: the command that makes it, and the button that takes its table along."""
-    made = f"<span>Made by <code>{escape(command)}</code></span>" if command else "<span></span>"
-    button = f"<button data-table={csv}>Download CSV</button>" if csv else ""
-    return f'<div class="below">{made}{button}</div>'
-
-
-def dot(style: str) -> str:
-    return f'<svg viewBox="0 0 12 10"><circle class="mark {style}" cx="6" cy="5" r="4"/></svg>'
-
-
-# Curves ---------------------------------------------------------------------------------------------------
-
-
-def curves(
-    run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any], commands: dict[str, str]
-) -> str:
-    rows = read_metrics(run_dir / "metrics.jsonl")
-    path = (evaluation.get("control") or {}).get("path")
-    control = read_metrics(Path(path) / "metrics.jsonl") if path else []
-    panels = [
-        (
-            "Contrastive loss",
-            "NT-Xent, nats",
-            [("run", rows, "ntxent", "run"), ("control", control, "ntxent", "control")],
-        ),
-        ("Rate", "KL to the prior, bits an image", [("run", rows, "rate_bits", "run")]),
-        (
-            "Online probes",
-            "accuracy on the training views, %",
-            [
-                ("features", rows, "probe_features", "run"),
-                ("code", rows, "probe_code", "code"),
-                ("control's features", control, "probe_features", "control"),
-            ],
-        ),
-        ("Speed", "images a second", [("run", rows, "images_per_second", "run")]),
-    ]
-    if not any("ntxent" in row for row in rows):
-        panels[0] = (
-            "Loss",
-            "all terms",
-            [("run", rows, "loss", "run"), ("control", control, "loss", "control")],
-        )
-    figures = []
-    for title, unit, wanted in panels:
-        lines = [Line(label, style, series(source, key)) for label, source, key, style in wanted]
-        lines = [line for line in lines if len(line.points) > 1]
-        # A rate that is 0 throughout is that of a family without a latent: nothing to draw.
-        if lines and not (title == "Rate" and all(v == 0 for line in lines for _, v in line.points)):
-            figures.append(chart(title, unit, lines))
-    if not figures:
-        return ""
-    return (
-        f'<section id="curves"><h2>Curves</h2><div class="charts">{"".join(figures)}</div>'
-        + below(commands["pretrain"])
-        + "</section>"
-    )
-
-
-def chart(title: str, unit: str, lines: Sequence[Line]) -> str:
-    """A figure with its legend, which gives the last value of each line."""
-    items = "".join(
-        f'<li><svg viewBox="0 0 26 10"><path class="line {line.style}" d="M1 '
-        f'5H25"/></svg>{escape(line.label)} '
-        f"<b>{line.points[-1][1]:,.4g}</b></li>"
-        for line in lines
-    )
-    drawing = line_chart(lines, "step", f"{title}, {unit}", from_zero=title == "Speed")
-    return (
-        f'<figure><h3>{escape(title)} <span class="soft" style="font-weight:400">{escape(unit)}</span></h3>'
-        f'<ul class="legend">{items}</ul>{drawing}</figure>'
-    )
-
-
-def series(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    return [(float(r["step"]), float(r[key])) for r in rows if finite(r.get("step")) and finite(r.get(key))]
-
-
-# Pictures -------------------------------------------------------------------------------------------------
-
-
-def gallery(run_dir: Path, commands: dict[str, str]) -> list[str]:
-    """The sections of neighbours and of certainty; [] without a gallery."""
-    path = run_dir / "gallery.npz"
-    if not path.exists():
-        return []
-    g = read_gallery(path)
-    labels, names = g["labels"], [str(name) for name in g["class_names"]]
-    made: dict[int, str] = {}
-
-    def picture(row: int, caption: str = "", wrong: bool = False) -> str:
-        source = made.setdefault(row, data_uri(g["images"][row]))
-        name = names[labels[row]]
-        text = caption or (f"\N{NOT EQUAL TO} {name}" if wrong else name)
-        alt = f"{name} (another class)" if wrong else name
-        return (
-            f'<figure class="pic{" wrong" if wrong else ""}"><img src="{source}" alt="{escape(alt)}" '
-            f'loading="lazy">'
-            f'<figcaption title="{escape(alt)}">{escape(text)}</figcaption></figure>'
-        )
-
-    return [neighbours(g, picture, commands), certainty(g, picture, commands)]
-
-
-def neighbours(g: dict[str, np.ndarray], picture: Callable[..., str], commands: dict[str, str]) -> str:
-    labels, query = g["labels"], g["query"][:MOST_QUERIES]
-    ways = {"code": g["neighbours_code"], "features": g["neighbours_feature"]}
-    ways = {name: rows[: len(query), :MOST_NEIGHBOURS] for name, rows in ways.items()}
-    cards = []
-    for q, row in enumerate(query):
-        lines = "".join(
-            f'<div class="row"><span>by {name}</span><div class="pics">'
-            + "".join(picture(int(n), wrong=bool(labels[n] != labels[row])) for n in found[q])
-            + "</div></div>"
-            for name, found in ways.items()
-        )
-        cards.append(f'<div class="query">{picture(int(row))}<div class="by">{lines}</div></div>')
-    shares = " and ".join(
-        f"{100 * (labels[found] == labels[query][:, None]).mean():.0f} % by {name}"
-        for name, found in ways.items()
-    )
-    return (
-        '<section id="neighbours"><h2>Nearest neighbours</h2><p class="soft">Test images, and the '
-        "training images nearest to them: by Hamming distance of their codes, and by cosine of "
-        f"their features. A dashed frame and \N{NOT EQUAL TO} mark another class. Of the neighbours shown, "
-        f"{shares} are of the query's class.</p>"
-        f'<div class="queries">{"".join(cards)}</div>{below(commands.get("evaluate"))}</section>'
-    )
-
-
-def certainty(g: dict[str, np.ndarray], picture: Callable[..., str], commands: dict[str, str]) -> str:
-    names, labels = g["class_names"], g["labels"]
-    sides = []
-    for title, rows in (("Most certain", g["most_certain"]), ("Least certain", g["least_certain"])):
-        pictures = "".join(picture(int(r), str(names[labels[r]])) for r in rows[:MOST_EXTREMES])
-        scores = g["uncertainty"][rows[:MOST_EXTREMES]]
-        span = f"uncertainty {scores.min():.4g} to {scores.max():.4g}" if len(scores) else ""
-        sides.append(
-            f'<div><h3>{title} <span class="soft" style="font-weight:400">{span}</span></h3>'
-            f'<div class="pics">{pictures}</div></div>'
-        )
-    return (
-        '<section id="certainty"><h2>Most and least certain</h2><p class="soft">The test images at both '
-        "ends of the model's own uncertainty. No label went into it.</p>"
-        f'<div class="certainty">{"".join(sides)}</div>{below(commands.get("evaluate"))}</section>'
-    )
-
-
-def read_gallery(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a gallery, checked, so that a row that points nowhere is an InputError."""
-    rows = ("query", "neighbours_code", "neighbours_feature", "most_certain", "least_certain")
-    needed = ("images", "labels", "class_names", "uncertainty", *rows)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            g = {name: file[name] for name in needed}
-    except KeyError as error:
-        raise InputError(f"{path}: {error.args[0]}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: can't be read ({error}); run `lvssl evaluate` again") from error
-    images, count = g["images"], len(g["images"])
-    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
-        raise InputError(
-            f"{path}: images must be uint8 [M, H, W, 3], not {images.dtype} {list(images.shape)}"
-        )
-    if len(g["labels"]) != count or len(g["uncertainty"]) != count:
-        raise InputError(f"{path}: labels and uncertainty must have one entry for each of the {count} images")
-    for name in rows:
-        if g[name].size and not (g[name].min() >= 0 and g[name].max() < count):
-            raise InputError(f"{path}: {name} points outside the {count} images")
-    if count and not (g["labels"].min() >= 0 and g["labels"].max() < len(g["class_names"])):
-        raise InputError(f"{path}: labels point outside the {len(g['class_names'])} class_names")
-    return g
-
-
-def data_uri(image: np.ndarray) -> str:
-    """uint8 [H, W, 3] as a data URI of at most SIDE pixels: PNG where small (exact), JPEG above."""
-    picture, buffer = Image.fromarray(image), io.BytesIO()
-    small = max(picture.size) <= 40
-    picture.thumbnail((SIDE, SIDE))
-    picture.save(buffer, "PNG" if small else "JPEG", **({"optimize": True} if small else {"quality": 85}))
-    kind = "png" if small else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # Settings and commands ------------------------------------------------------------------------------------
@@ -544,7 +325,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def commands_section(commands: dict[str, str]) -> str:
-    lines = [commands[stage] for stage in ("pretrain", "evaluate", "report") if stage in commands]
+    lines = [commands[stage] for stage in ("pretrain", "evaluate", "analyse", "report") if stage in commands]
     return (
         '<section id="commands"><h2>Commands</h2><p class="soft">What makes this page, stage by '
         "stage. Settings not "

@@ -143,6 +143,14 @@ svg text {
 }
 .certainty .pic { --side: 68px; }
 .certainty .pics { gap: 10px; margin-top: 6px; }
+.picks { display: flex; flex-wrap: wrap; gap: 6px; margin: 14px 0; }
+.pick { padding: 3px; line-height: 1.25; text-align: left; }
+.pick.bit { padding: 5px 10px; font-size: 12.5px; }
+.pick .pic figcaption { text-align: center; }
+.pick[aria-pressed="true"] { border-color: var(--run); background: var(--wash); }
+.card[hidden] { display: none; }
+.card { margin: 0 0 10px; }
+.bit-card { padding: 14px 0; border-top: 1px solid var(--rule); }
 summary { cursor: pointer; font-size: 15px; margin: 10px 0; }
 
 @media (max-width: 640px) {
@@ -181,6 +189,19 @@ for (const button of document.querySelectorAll("button[data-table]")) {
     link.click();
     URL.revokeObjectURL(link.href);
   });
+}
+"""
+
+# Explorers: without a script every card shows; with it, the one that was chosen.
+SCRIPT += """
+for (const explorer of document.querySelectorAll(".explorer")) {
+  const picks = [...explorer.querySelectorAll(".pick")], cards = [...explorer.querySelectorAll(".card")];
+  const choose = (chosen) => {
+    picks.forEach((pick, i) => pick.setAttribute("aria-pressed", String(i === chosen)));
+    cards.forEach((card, i) => { card.hidden = i !== chosen; });
+  };
+  picks.forEach((pick, i) => pick.addEventListener("click", () => choose(i)));
+  choose(0);
 }
 """
 

@@ -64,6 +64,71 @@ def compare(evaluation: dict[str, Any]) -> dict[str, list[Comparison]]:
     return {"code": code if same_length else [], "features": features}
 
 
+@dataclass(frozen=True)
+class UncertaintyComparison:
+    """R-AUROC of the posterior's own uncertainty against the best label-free score of the control."""
+
+    run: float
+    control: float
+    score: str  # which of the control's
+    recall: float
+    control_recall: float
+    noise: float  # two standard errors of the difference
+
+    @property
+    def difference(self) -> float:
+        return self.run - self.control
+
+    @property
+    def outcome(self) -> str:
+        if abs(self.difference) <= self.noise:
+            return "level"
+        return "ahead" if self.difference > 0 else "behind"
+
+
+LABEL_FREE = {"norm": "feature norm", "distance": "distance to its neighbours"}
+
+
+def compare_uncertainty(analysis: dict[str, Any]) -> UncertaintyComparison | None:
+    """The posterior against the control's best score among those that saw no label; None without either."""
+    models = analysis.get("models") or {}
+    run = models.get("run", {}).get("scores", {}).get("posterior")
+    control = {
+        name: row for name, row in models.get("control", {}).get("scores", {}).items() if name in LABEL_FREE
+    }
+    rows = [*control.values(), run]
+    if not run or not control or any(row.get("r_auroc") != row.get("r_auroc") for row in rows):
+        return None
+    best = max(control, key=lambda name: control[name]["r_auroc"])
+    images = analysis["images"]["test"]
+    errors = [auroc_error(row["r_auroc"], row["recall_at_1"], images) for row in (run, control[best])]
+    return UncertaintyComparison(
+        run["r_auroc"],
+        control[best]["r_auroc"],
+        best,
+        run["recall_at_1"],
+        control[best]["recall_at_1"],
+        2 * math.hypot(*errors),
+    )
+
+
+def auroc_error(area: float, positive_share: float, count: int) -> float:
+    """Standard error of an AUROC (Hanley & McNeil 1982, eq. 1)."""
+    positive = max(1.0, positive_share * count)
+    negative = max(1.0, count - positive)
+    q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
+    variance = area * (1 - area) + (positive - 1) * (q1 - area**2) + (negative - 1) * (q2 - area**2)
+    return math.sqrt(max(variance, 0.0) / (positive * negative))
+
+
+def uncertainty_in_words(found: UncertaintyComparison) -> str:
+    where = {"ahead": "ahead of", "level": "level with", "behind": "behind"}[found.outcome]
+    return (
+        f"The posterior's uncertainty is {where} the control's best label-free score, its "
+        f"{LABEL_FREE[found.score]}, in telling wrong neighbours from right."
+    )
+
+
 NAMES = {"linear probe": "the linear probe"}  # within a sentence
 
 

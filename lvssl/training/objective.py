@@ -8,7 +8,7 @@ from lvssl.config import PretrainSettings
 from lvssl.latents.bernoulli import Bernoulli
 from lvssl.latents.sign import Sign
 from lvssl.losses.ntxent import ntxent
-from lvssl.losses.objective import beta_at, decorrelation, rate
+from lvssl.losses.objective import batch_mean, beta_at, decorrelation, rate
 from lvssl.models.network import Outputs
 
 
@@ -31,8 +31,10 @@ def objective(outputs: Outputs, settings: PretrainSettings, fraction: float) -> 
         figures["ntxent_clean"] = clean
     nats = rate(outputs.posterior.kl(), latent.free_nats)
     loss = distortion + beta_at(fraction, latent.final_beta, latent.beta_warmup) * nats
-    if latent.decorrelation > 0 and isinstance(outputs.posterior, Bernoulli | Sign):
-        penalty = decorrelation(outputs.posterior.straight_through_bits())
+    posterior = outputs.posterior
+    if latent.decorrelation > 0 and isinstance(posterior, Bernoulli | Sign):
+        over_ranks = {"batch_mean": batch_mean} if isinstance(posterior, Sign) else {}
+        penalty = decorrelation(posterior.straight_through_bits(**over_ranks))
         loss = loss + latent.decorrelation * penalty
         figures["decorrelation"] = penalty
     return {"loss": loss, "ntxent": sampled, "rate_bits": nats / math.log(2), **figures}

@@ -1,29 +1,23 @@
-"""Pretraining: from a converted data set to a run folder."""
+"""Pretraining: from a converted data set to a run folder, in one process or as one rank of many."""
 
-import math
-import signal
+import os
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+import torch.distributed as dist
 
 from lvssl.config import PretrainSettings
-from lvssl.models.network import LVNet
-from lvssl.training import checkpoint
-from lvssl.training.objective import objective
-from lvssl.training.optimiser import build_optimiser, learning_rate
-from lvssl.training.progress import Metrics, Progress
+from lvssl.training.distributed import World, connected, from_first, world_of
+from lvssl.training.optimiser import describe_groups
 from lvssl.training.run import create_run, pick_device
+from lvssl.training.stopping import Interrupted, Stop, stop_signals
+from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for, backend_for
-from pipelines.loader import TwoViewLoader, ViewBatch, evaluation_batches
+from pipelines.loader import TwoViewLoader, evaluation_batches
 from pipelines.sources import Source, open_source
+
+__all__ = ["Interrupted", "Stop", "Trainer", "pretrain", "stop_signals"]
 
 CALIBRATION_IMAGES = 50_000
 
@@ -31,17 +25,27 @@ CALIBRATION_IMAGES = 50_000
 def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
     """Train from scratch, or go on from the newest checkpoint, until the last epoch's end.
 
+    Under torchrun or Slurm every process calls it, and is a rank of the same run; rank 0 alone writes.
+
     Raises:
         InputError: impossible settings or data; nothing has been written then.
-        FloatingPointError: the loss stayed non-finite.
-        Interrupted: SIGTERM or SIGUSR2 came; the state is saved.
+        FloatingPointError: the loss stayed non-finite. MemoryError: names the setting to change.
+        Interrupted: SIGTERM or SIGUSR2 came to a rank; the state is saved.
+        ConnectionError: another rank died.
     """
     settings.validate()
+    world = world_of(os.environ)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    source = open_source(settings.data)
+    device = pick_device(settings.device, world.local_rank)
+    with stop_signals() as stop, connected(world, device, settings.engine.timeout_minutes):
+        run(settings, resume, world, device, stop)
+
+
+def run(settings: PretrainSettings, resume: bool, world: World, device: torch.device, stop: Stop) -> None:
+    """`pretrain`, once it is known who we are."""
+    source = open_source(settings.data, settings.source, device.type)
     classes = int(source.labels.max()) + 1 if len(source) and source.labels.min() >= 0 else 0
-    device = pick_device(settings.device)
     augmenter = augmenter_for(device, settings.augmentation)
     loader = TwoViewLoader(
         source,
@@ -49,204 +53,43 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
         settings.batch_size,
         settings.seed,
         settings.workers,
+        rank=world.rank,
+        ranks=world.size,
+        order=settings.order,
+        on_error=settings.on_error,
         augmenter=augmenter,
         device=device,
     )
     with loader:
-        create_run(settings, classes, resume)
-        form = backend_for(device, settings.augmentation) if augmenter else "numba"
-        print(f"pretrain {settings.out.name}: on {device}, augmented by {form}", file=sys.stderr, flush=True)
-        trainer = Trainer(settings, classes, loader, device)
+        from_first(world, lambda: create_run(settings, classes, resume))
+        trainer = Trainer(settings, classes, loader, device, world)
+        if world.first:
+            form = backend_for(device, settings.augmentation) if augmenter else "numba"
+            ranks = f"{world.size} ranks, " if world.size > 1 else ""
+            print(f"pretrain {settings.out.name}: {ranks}on {device}, augmented by {form}", file=sys.stderr)
+            print(describe_groups(trainer.network, settings.optimiser), file=sys.stderr, flush=True)
         trainer.restore()
-        with stop_signals() as stop:
-            trainer.train(stop)
+        trainer.train(stop)
         if not trainer.calibrated:
-            trainer.calibrate(source)
+            calibrate(trainer, source)
+        if loader.skipped:
+            print(loader.describe_skipped(), file=sys.stderr, flush=True)
 
 
-class Interrupted(Exception):
-    """The run was asked to stop, and has saved its state."""
-
-
-@dataclass
-class Stop:
-    """Set by a signal, read between steps."""
-
-    signal: int = 0
-
-
-@contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """SIGTERM and SIGUSR2 (a cluster's warning) ask for a checkpoint and an end, instead of killing."""
-    stop = Stop()
-
-    def ask(number: int, _: Any) -> None:
-        stop.signal = number
-
-    previous = {}
-    try:
-        for number in (signal.SIGTERM, signal.SIGUSR2):
-            previous[number] = signal.signal(number, ask)
-    except ValueError:  # not in the main thread, where no signal arrives
-        pass
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-class Trainer:
-    """Network, optimiser and position of one run."""
-
-    def __init__(
-        self, settings: PretrainSettings, classes: int, loader: TwoViewLoader, device: torch.device
-    ) -> None:
-        self.settings, self.loader, self.device = settings, loader, device
-        torch.manual_seed(settings.seed)
-        network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
-        self.network = network.to(device).to(memory_format=torch.channels_last)
-        self.optimiser = build_optimiser(self.network, settings.optimiser)
-        self.noise = torch.Generator(device=device)
-        self.step = 0
-        self.steps = settings.epochs * len(loader)
-        self.calibrated = False
-        self.folder = settings.out / "checkpoints"
-
-    def restore(self) -> None:
-        """Load the newest checkpoint, if there is one."""
-        found = checkpoint.load_latest(self.folder)
-        if found is None:
-            return
-        state = found[1]
-        self.network.load_state_dict(state["network"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.calibrated = state["step"], state["calibrated"]
-        if self.step < self.steps:  # a finished run stands at its end, not at an epoch's beginning
-            self.loader.set_position(*divmod(self.step, len(self.loader)))
-
-    def save(self) -> None:
-        state = {
-            "network": self.network.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "step": self.step,
-            "calibrated": self.calibrated,
-        }
-        checkpoint.save(self.folder, self.step, state)
-
-    def train(self, stop: Stop) -> None:
-        """All steps from the present one on."""
-        if self.step >= self.steps:
-            return
-        settings = self.settings
-        title = f"pretrain {settings.out.name} ({settings.latent.family})"
-        progress = Progress(title, self.steps, self.step, settings.batch_size)
-        metrics = Metrics(settings.out, self.step)
-        logged = Window(settings.batch_size)
-        saved = time.monotonic()
-        try:
-            while self.step < self.steps:
-                batches = iter(self.loader)
-                while (batch := logged.next_batch(batches)) is not None:
-                    try:
-                        figures = self.train_step(batch.to(self.device))
-                    except FloatingPointError as error:  # on a CPU the loss itself sees it, and says what
-                        raise self.diverged(str(error), batch) from error
-                    self.step += 1
-                    if self.step % settings.log_every == 0 or self.step == self.steps:
-                        row = self.describe(figures, logged)
-                        metrics.write(row)
-                        self.check_finite(row, batch)
-                        note = f"loss {row['loss']:.3f} · rate {row['rate_bits']:.0f} bits"
-                        progress.update(self.step, note)
-                    due = time.monotonic() - saved >= 60 * settings.checkpoint_minutes
-                    if due or stop.signal or self.step % len(self.loader) == 0:
-                        self.save()
-                        saved = time.monotonic()
-                    if stop.signal:
-                        name = signal.Signals(stop.signal).name
-                        raise Interrupted(f"{name}: stopped at step {self.step}, saved; go on with --resume")
-        finally:
-            progress.close()
-            metrics.close()
-
-    def train_step(self, batch: ViewBatch) -> dict[str, Tensor]:
-        """One step of the optimiser; its figures stay tensors on the device, so that nothing waits for it."""
-        settings = self.settings
-        fraction = self.step / self.steps
-        lr = learning_rate(self.step, self.steps, len(self.loader), settings.optimiser)
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr
-        self.network.train()
-        # Noise keyed by (seed, step): a resumed or repeated step draws the same, whatever was drawn before.
-        self.noise.manual_seed((settings.seed * 1_000_003 + self.step) % 2**63)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            outputs = self.network(batch.views.flatten(0, 1), self.noise, fraction)
-            probes = self.network.probe_logits(outputs)
-        figures = objective(outputs, settings, fraction)
-        loss = figures["loss"]
-        labels = batch.labels.repeat(2)
-        for name, logits in probes.items():
-            loss = loss + F.cross_entropy(logits.float(), labels)
-            figures[f"probe_{name}"] = (logits.argmax(1) == labels).float().mean() * 100
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimiser.step()
-        return {name: value.detach() for name, value in figures.items()}
-
-    def describe(self, figures: dict[str, Tensor], logged: "Window") -> dict[str, Any]:
-        """One row of metrics.jsonl. The only place where the host waits for the device."""
-        row: dict[str, Any] = {"step": self.step, "epoch": self.step / len(self.loader)}
-        row.update({name: value.item() for name, value in figures.items()})
-        row["lr"] = self.optimiser.param_groups[0]["lr"]
-        return row | logged.speed()
-
-    def check_finite(self, row: dict[str, Any], batch: ViewBatch) -> None:
-        """A weight that is NaN never recovers, so the loss is looked at wherever it is read anyway."""
-        if not math.isfinite(row["loss"]):
-            raise self.diverged(f"the loss is {row['loss']}", batch)
-
-    def diverged(self, what: str, batch: ViewBatch) -> FloatingPointError:
-        """The error to raise, once the batch's indices are kept."""
-        indices = self.settings.out / "non_finite_batch.npy"
-        np.save(indices, batch.indices.cpu().numpy())
-        advice = "Lower --lr, or raise --temperature"
-        return FloatingPointError(f"step {self.step}: {what}; the batch's indices are in {indices}. {advice}")
-
-    def calibrate(self, source: Source) -> None:
-        """Exact statistics for the code's thresholds, from the training images without augmentation."""
-        self.network.eval()
-        chosen = np.linspace(0, len(source) - 1, min(len(source), CALIBRATION_IMAGES)).astype(np.int64)
-        batches = evaluation_batches(source, self.settings.view, 256, self.settings.workers, chosen)
-        with torch.no_grad():
-            features = [self.network.backbone(images.to(self.device)).float() for images, _ in batches]
-        self.network.calibrate(torch.cat(features))
-        self.calibrated = True
-        self.save()
-
-
-class Window:
-    """Images a second and the share of time spent waiting for data, since they were last asked for."""
-
-    def __init__(self, images_per_step: int) -> None:
-        self.images = images_per_step
-        self.reset()
-
-    def reset(self) -> None:
-        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
-
-    def next_batch(self, batches: Iterator[ViewBatch]) -> ViewBatch | None:
-        started = time.perf_counter()
-        batch = next(batches, None)
-        self.waited += time.perf_counter() - started
-        self.steps += batch is not None
-        return batch
-
-    def speed(self) -> dict[str, float]:
-        elapsed = max(time.perf_counter() - self.started, 1e-9)
-        figures = {
-            "images_per_second": self.steps * self.images / elapsed,
-            "data_percent": 100 * self.waited / elapsed,
-        }
-        self.reset()
-        return figures
+@torch.no_grad()
+def calibrate(trainer: Trainer, source: Source) -> None:
+    """Exact statistics for the code's thresholds, from the training images without augmentation."""
+    settings, world = trainer.settings, trainer.world
+    count = min(len(source), CALIBRATION_IMAGES) // world.size * world.size
+    chosen = np.linspace(0, len(source) - 1, count).astype(np.int64)[world.rank :: world.size]
+    for network in [trainer.network, trainer.ema.module] if trainer.ema else [trainer.network]:
+        network.eval()
+        batches = evaluation_batches(source, settings.view, 256, settings.workers, chosen, settings.on_error)
+        own = torch.cat([network.backbone(images.to(trainer.device)).float() for images, _ in batches])
+        everyone = [own]
+        if world.size > 1:
+            everyone = [torch.empty_like(own) for _ in range(world.size)]
+            dist.all_gather(everyone, own)
+        network.calibrate(torch.stack(everyone, dim=1).flatten(0, 1))
+    trainer.calibrated = True
+    trainer.save()

@@ -1,14 +1,19 @@
 """What a run says of itself: a bar on a terminal, a line now and then elsewhere, JSONL and TensorBoard."""
 
 import json
+import os
+import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 30.0
+T = TypeVar("T")
 
 
 class Progress:
@@ -93,7 +98,50 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drop the rows after `step`."""
-    rows = [row for row in read_metrics(path) if row["step"] <= step]
-    if path.exists():
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """Cut off the rows after `step`, and a last line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+        except json.JSONDecodeError:
+            break
+        kept += len(line)
+    os.truncate(path, kept)
+
+
+class Window:
+    """Speed, wait for data and memory since they were last asked for: is loader or model the bottleneck?"""
+
+    def __init__(self, images_per_step: int, device: torch.device) -> None:
+        self.images, self.device = images_per_step, device
+        self.reset()
+
+    def reset(self) -> None:
+        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def next_batch(self, batches: Iterator[T]) -> T | None:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        self.waited += time.perf_counter() - started
+        self.steps += batch is not None
+        return batch
+
+    def speed(self) -> dict[str, float]:
+        """Images a second, percent of the time spent waiting for the loader, GiB at the peak so far."""
+        elapsed = max(time.perf_counter() - self.started, 1e-9)
+        figures = {
+            "images_per_second": self.steps * self.images / elapsed,
+            "data_percent": 100 * self.waited / elapsed,
+            "memory_gib": self.memory() / 2**30,
+        }
+        self.reset()
+        return figures
+
+    def memory(self) -> int:
+        """Bytes at the peak: of torch on a GPU, of the process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -17,8 +17,9 @@ from pipelines.errors import InputError
 
 # What may differ when a run is resumed: it changes where and how fast, never what is computed.
 FREE_TO_CHANGE = (
-    "out", "data", "workers", "threads", "device", "augmentation", "checkpoint_minutes", "log_every",
-    "preset",
+    "out", "data", "source", "workers", "threads", "device", "augmentation", "checkpoint_minutes",
+    "log_every", "preset", "engine.channels_last", "engine.compile", "engine.recompute", "engine.keep",
+    "engine.non_finite_steps", "engine.timeout_minutes",
 )  # fmt: skip
 
 
@@ -73,10 +74,12 @@ def read_config(folder: Path) -> tuple[PretrainSettings, int]:
         raise InputError(f"{path}: not a run's configuration ({error!r})") from error
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` is a GPU where there is one."""
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of that name; `auto` is a GPU where there is one, and `cuda` the rank's own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():  # where Slurm shows each rank its own GPU, that is 0
+        name = f"cuda:{local_rank % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -92,7 +95,7 @@ class Run:
 
     folder: Path
     settings: PretrainSettings
-    network: LVNet  # in eval mode, on a GPU where there is one
+    network: LVNet  # the weights' moving average, if there is one; in eval mode, on a GPU where there is one
     step: int
     digest: str  # of its checkpoint
 
@@ -111,6 +114,6 @@ def load_run(folder: Path) -> Run:
         )
     path, state = found
     network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
-    network.load_state_dict(state["network"])
+    network.load_state_dict(state.get("ema") or state["network"])
     network = network.to(pick_device("auto")).to(memory_format=torch.channels_last)
     return Run(folder, settings, network.eval(), state["step"], checkpoint.digest(path))

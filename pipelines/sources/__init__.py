@@ -7,12 +7,15 @@ import numpy as np
 
 from pipelines.errors import InputError
 
+SOURCES = ("auto", "ffcv", "folder", "dali")
+
 
 class Source(Protocol):
     """What the loader needs of a data set. Indices are positions in the set, stable over epochs."""
 
     labels: np.ndarray  # int64 [N]
     pages: np.ndarray  # int64 [N], samples that are stored beside each other have the same number
+    chunk: int  # images that a call of crops takes best
 
     def __len__(self) -> int: ...
 
@@ -32,6 +35,9 @@ class Source(Protocol):
         """
 
 
+IN_CACHE = 4  # images whose crops are augmented before they have left the second-level cache
+
+
 class DamagedSample(InputError):
     """A sample that can't be decoded: row of the call, index in the set, and the message for the user."""
 
@@ -40,15 +46,40 @@ class DamagedSample(InputError):
         self.row, self.index = row, index
 
 
-def open_source(path: str | Path) -> Source:
-    """The source that reads `path`: a .beton, or a folder of images (in class folders, if they have labels).
+def open_source(path: str | Path, kind: str = "auto", device: str = "cpu") -> Source:
+    """The source that reads `path`.
 
-    Raises InputError if there is nothing such.
+    Args:
+        kind: `ffcv` for a .beton; `folder` for images as they are, loose, in class folders, in tars or
+            whatever else `convert-beton` reads; `dali` for any of these; `auto`: ffcv or folder.
+        device: what DALI decodes on, cpu or cuda; the others know the CPU alone.
+
+    Raises:
+        InputError: nothing there that the source can read, or what it needs isn't installed.
     """
-    if Path(path).is_dir():
+    if kind not in SOURCES:
+        raise InputError(f"unknown source {kind!r}; one of {', '.join(SOURCES)}")
+    if kind == "dali":
+        from pipelines.sources.dali import DALISource
+
+        return DALISource(path, "gpu" if device == "cuda" else "cpu")
+    if kind == "auto":
+        kind = "folder" if _holds_images(Path(path)) else "ffcv"
+    if kind == "folder":
+        if Path(path).suffix == ".beton":
+            raise InputError(f"{path}: a .beton is what --source ffcv reads, or auto")
         from pipelines.sources.folder import FolderSource
 
         return FolderSource(path)
     from pipelines.sources.ffcv import FFCVSource  # here, because it needs libturbojpeg
 
     return FFCVSource(path)
+
+
+def _holds_images(path: Path) -> bool:
+    """Whether these are images as they are: a folder, tars, a table of them, or torchvision:NAME."""
+    return (
+        path.is_dir()
+        or path.suffix in (".tar", ".parquet", ".csv", ".jsonl")
+        or bool({"{", ":"} & {*str(path)})
+    )

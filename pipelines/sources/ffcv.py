@@ -13,7 +13,7 @@ import numpy as np
 from pipelines.convert import jpeg
 from pipelines.convert.beton import PAGE_SIZE, BetonFile, open_beton
 from pipelines.errors import InputError
-from pipelines.sources import DamagedSample, turbo
+from pipelines.sources import IN_CACHE, DamagedSample, turbo
 
 
 class FFCVSource:
@@ -23,6 +23,8 @@ class FFCVSource:
         labels, heights, widths: int64 [N].
         pages: int64 [N], the block of 2 MB in which each image begins.
     """
+
+    chunk = IN_CACHE
 
     def __init__(self, path: str | Path):
         """Open and check the file; raises InputError if it is missing, cut short or no beton."""

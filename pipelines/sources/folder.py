@@ -1,9 +1,9 @@
 """Crops from plain image files: no conversion, no FFCV and no DALI; libjpeg-turbo where it is installed.
 
-Any source of `pipelines.convert.readers` will do (class folders, parquet), and so will a folder of loose
-images, which have no labels. JPEGs take the same compiled way as those of a .beton, and give the same pixels;
-what libjpeg-turbo can't read (PNG, CMYK, turned by EXIF) goes through Pillow. Each original is decoded in
-full, so this is slower than a .beton of smaller images: about the ratio of their pixels.
+Any source of `pipelines.convert.readers` will do (class folders, tars, parquet), and so will a folder of
+loose images, which have no labels. JPEGs take the same compiled way as those of a .beton, and give the same
+pixels; what libjpeg-turbo can't read (PNG, CMYK, turned by EXIF) goes through Pillow. Each original is
+decoded in full, so this is slower than a .beton of smaller images: about the ratio of their pixels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 
 from pipelines.convert import jpeg, readers
 from pipelines.errors import InputError
-from pipelines.sources import DamagedSample, turbo
+from pipelines.sources import IN_CACHE, DamagedSample, turbo
+from pipelines.sources.shards import open_shards
 
 PAGE = 64  # files in a block of the quasi-random order: files of a folder are often stored together
 
@@ -26,10 +27,14 @@ class FolderSource:
         labels: int64 [N], all 0 for loose images. names: of the files. pages: int64 [N].
     """
 
+    chunk = IN_CACHE
+
     def __init__(self, path: str | Path, split: str | None = None):
         """List the images; raises InputError if there are none. Files are read when they are asked for."""
         self.path = Path(path)
-        opened = _loose_images(self.path) or readers.open_source(str(path), split)
+        opened = (
+            open_shards(self.path, split) or _loose_images(self.path) or readers.open_source(str(path), split)
+        )
         self.names, self.labels, self.classes = opened.names, opened.labels, opened.classes
         self.pages = np.arange(len(self.labels)) // PAGE
         self._read = opened.read

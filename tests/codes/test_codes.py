@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lvssl.codes.controls import sign_bits
 from lvssl.codes.file import ROWS_AT, CodeFileError, CodeWriter, open_codes, require_checkpoint
 from lvssl.codes.pack import pack_bits, unpack_bits
-from lvssl.codes.search import DATABASE_CHUNK, QUERY_BLOCK, hamming_distances, hamming_search
+from lvssl.codes.search import hamming_search
 from lvssl.codes.statistics import binary_entropy, code_statistics, compression_ratios
 
 DIGEST = "ab" * 32
@@ -58,43 +58,6 @@ def test_sign_bits_use_the_training_mean():
     assert sign_bits(h, torch.tensor([2.0, 5.0])).tolist() == [[False, False], [True, False]]
     with pytest.raises(ValueError, match="mean"):
         sign_bits(h, torch.zeros(3))
-
-
-# --- search ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("q", "n", "d", "k"),
-    [
-        (1, 1, 1, 1),
-        (3, 50, 13, 50),  # padding within a byte and a word; k = N
-        (QUERY_BLOCK + 1, DATABASE_CHUNK + 7, 64, 5),  # more than one block each way
-        (2, 2 * DATABASE_CHUNK, 8, 300),  # 9 distances only: nearly all are ties, across chunks
-        (0, 4, 8, 2),
-    ],
-)
-def test_search_agrees_with_brute_force(q, n, d, k):
-    queries, database = random_bits(q, d, 1), random_bits(n, d, 2)
-    truth = (queries[:, None, :] != database[None, :, :]).sum(axis=2) if q * n * d < 1e8 else None
-    if truth is None:
-        truth = (
-            queries.sum(1)[:, None] + database.sum(1)[None] - 2 * (queries.astype(int) @ database.T)
-        ).astype(int)
-    order = np.argsort(truth, axis=1, kind="stable")[:, :k]  # stable: ties by the lower index
-    rows, distances = hamming_search(pack_bits(queries), pack_bits(database), k)
-    assert rows.dtype == np.int64 and distances.dtype == np.int32
-    assert np.array_equal(rows, order)
-    assert np.array_equal(distances, np.take_along_axis(truth, order, axis=1))
-    assert np.array_equal(hamming_distances(pack_bits(queries), pack_bits(database)), truth)
-
-
-def test_search_refuses_other_widths_and_impossible_k():
-    a, b = pack_bits(random_bits(2, 8)), pack_bits(random_bits(2, 16))
-    with pytest.raises(ValueError, match="1 bytes a code, the database 2"):
-        hamming_search(a, b, 1)
-    for k in (0, 3):
-        with pytest.raises(ValueError, match="between 1 and the 2 codes"):
-            hamming_search(a, a, k)
 
 
 # --- the file -------------------------------------------------------------------------------------

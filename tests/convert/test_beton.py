@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from made_images import image_of, pixels
 
 from pipelines.convert import beton as format
-from pipelines.convert.beton import JPEG, RAW, BetonWriter, open_beton, written_aside
+from pipelines.convert.beton import JPEG, RAW, BetonWriter, open_beton
 from pipelines.errors import InputError
+from pipelines.files import written_aside
 
 
 def write(path, images, capacity=None):

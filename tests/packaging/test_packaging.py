@@ -31,7 +31,7 @@ def test_the_wheel_holds_every_tracked_file_of_the_packages_and_nothing_else(tmp
     names = set(zipfile.ZipFile(wheel).namelist())
     inside = {name for name in names if name.split("/")[0] in PACKAGES}
     ours = {name for name in tracked if name.split("/")[0] in PACKAGES and (ROOT / name).exists()}
-    assert inside == ours - {"tools/install.sh"}
+    assert inside == ours - {"tools/install.sh", "tools/slurm_cluster.sh"}
     assert {name.split("/")[0] for name in inside} == PACKAGES
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -76,7 +76,8 @@ def test_each_target_does_its_own_set_up_first(target):
 
 def test_what_the_targets_run():
     assert ".venv/bin/lvssl demo --out runs/demo" in dry_run("demo")
-    assert 'pytest -q -m "not slow and not gpu"' in dry_run("test")
+    assert 'pytest -q -m "not slow and not gpu and not slurm"' in dry_run("test")
+    assert "tools/slurm_cluster.sh run .venv/bin/python -m pytest -q -m slurm" in dry_run("test-slurm")
     assert "mypy" in dry_run("lint") and "ruff format --check" in dry_run("lint")
     assert "EXTRAS='ffcv,dev,bench'" in dry_run("bench")
     assert "PYTHON='python3.12'" in dry_run("install", PYTHON="python3.12")

@@ -25,11 +25,14 @@ def beton(tmp_path_factory) -> Path:
         if i % 5 == 0:
             image = image.convert("L")
         image.save(target / f"{i:03d}.{'jpg' if i % 4 else 'png'}", quality=92)
-    convert(str(folder / "pictures"), folder / "set.beton", Settings())
+    convert(
+        str(folder / "pictures"), folder / "set.beton", Settings(),
+        webdataset=folder / "shards", images_a_tar=20,
+    )  # fmt: skip
     return folder / "set.beton"
 
 
 @pytest.fixture(scope="session")
 def sources(beton) -> dict[str, Path]:
-    """The same images as a beton and as the files that it was made of."""
-    return {"beton": beton, "folder": beton.parent / "pictures"}
+    """The same images as a beton, as tars with their indices, and as the files that both were made of."""
+    return {"beton": beton, "folder": beton.parent / "pictures", "shards": beton.parent / "shards"}

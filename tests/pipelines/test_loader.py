@@ -36,8 +36,8 @@ def pixels_of(batches: list[ViewBatch]) -> dict[int, str]:
     return found
 
 
-def epoch(beton, batch_size=7, epoch=0, step=0, **options) -> dict[int, str]:
-    with TwoViewLoader(open_source(beton), VIEW, batch_size, **options) as loader:
+def epoch(path, batch_size=7, epoch=0, step=0, kind="auto", **options) -> dict[int, str]:
+    with TwoViewLoader(open_source(path, kind), VIEW, batch_size, **options) as loader:
         loader.set_position(epoch, step)
         return pixels_of(list(loader))
 
@@ -67,16 +67,22 @@ def test_workers_and_batch_size_change_no_pixel(sources, kind):
         assert len(shared) >= min(size, 49) - 4 and all(one[i] == other[i] for i in shared)
 
 
-@pytest.mark.parametrize("kind", ["beton", "folder"])
+@pytest.mark.parametrize("kind", ["beton", "folder", "shards", "dali"])
 @pytest.mark.parametrize("order", ["random", "quasi-random", "sequential"])
 def test_ranks_see_disjoint_parts_of_the_same_epoch(sources, kind, order):
-    path = sources[kind]
-    whole = epoch(path, 8, order=order)
+    """They cover all but what is left over of a batch, or, with batches of one, everything."""
+    if kind == "dali":
+        pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed")
+    how = {"order": order, "kind": "dali" if kind == "dali" else "auto"}
+    path = sources["shards" if kind == "dali" else kind]
+    whole = epoch(path, 8, **how)
     assert len(whole) == 48
     for ranks in (2, 4):
-        parts = [epoch(path, 8, rank=rank, ranks=ranks, order=order) for rank in range(ranks)]
+        parts = [epoch(path, 8, rank=rank, ranks=ranks, **how) for rank in range(ranks)]
         assert sum(len(part) for part in parts) == len(whole)
         assert {i: d for part in parts for i, d in part.items()} == whole
+    everything = epoch(path, 1, **how)
+    assert set(everything) == set(range(COUNT)) and everything.items() >= whole.items()
 
 
 def test_files_and_beton_give_the_same_boxes_and_pixels(sources):

@@ -1,6 +1,8 @@
 """The sources beside each other, and what they say of bad input."""
 
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +10,13 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
+from lvssl import config
+from pipelines.convert import readers
 from pipelines.errors import InputError
 from pipelines.loader import TwoViewLoader, evaluation_batches
+from pipelines.order import ORDERS
 from pipelines.parameters import crop_boxes, draw_parameters
-from pipelines.sources import open_source
+from pipelines.sources import open_source, shards
 from pipelines.views import ViewSettings
 
 VIEW = ViewSettings(resolution=24)
@@ -27,10 +32,10 @@ def some_crops(source, side: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("side", [24, 96])
-@pytest.mark.parametrize("kind", ["beton", "folder"])
+@pytest.mark.parametrize("kind", ["beton", "folder", "shards"])
 def test_dali_gives_the_same_crops(sources, kind, side):
     """Equal within rounding, but for two pixels at the border of a shrunken crop, which DALI repeats."""
-    pytest.importorskip("nvidia.dali")
+    pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed")
     from pipelines.sources.dali import DALISource
 
     ours = some_crops(open_source(sources[kind]), side).astype(int)
@@ -41,7 +46,7 @@ def test_dali_gives_the_same_crops(sources, kind, side):
 
 
 def test_dali_sees_the_same_epoch_and_names_damage(sources, tmp_path):
-    pytest.importorskip("nvidia.dali")
+    pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed")
     from pipelines.sources.dali import DALISource
 
     with TwoViewLoader(open_source(sources["folder"]), VIEW, 8) as loader:
@@ -56,9 +61,13 @@ def test_dali_sees_the_same_epoch_and_names_damage(sources, tmp_path):
     victim = sorted(copy.glob("class1/*.jpg"))[2]
     content = victim.read_bytes()
     victim.write_bytes(content[: len(content) // 2])
+    other = sorted(copy.glob("class2/*.png"))[2]  # read by the base source
+    other.write_bytes(other.read_bytes()[:99])
     with TwoViewLoader(DALISource(copy), VIEW, 53, on_error="skip") as loader:
-        next(iter(loader))
-        assert loader.skipped == 1
+        batch = next(iter(loader))
+        assert loader.skipped == 2 and len(loader.damaged) == 2
+        assert all(victim.name in why or other.name in why for why in loader.damaged.values())
+        assert not set(loader.damaged) & set(batch.indices.tolist())
     with (
         TwoViewLoader(DALISource(copy), VIEW, 53) as loader,
         pytest.raises(InputError, match="can't be decoded"),
@@ -66,6 +75,49 @@ def test_dali_sees_the_same_epoch_and_names_damage(sources, tmp_path):
         next(iter(loader))
     with pytest.raises(InputError, match="cpu or gpu"):
         DALISource(copy, device="tpu")
+
+
+def test_tars_are_opened_by_their_indices(sources, tmp_path):
+    """The same images as a walk through the tars finds, and the same pixels as from the beton of them."""
+    indexed, walked = shards.open_shards(sources["shards"]), readers.open_source(str(sources["shards"]))
+    assert len(indexed.names) == 53 and list(indexed.names) == list(walked.names)
+    assert np.array_equal(indexed.labels, walked.labels) and indexed.classes == walked.classes
+    assert all(indexed.read(i) == walked.read(i) for i in range(53))
+    copy = tmp_path / "tars"
+    shutil.copytree(sources["shards"], copy)
+    (copy / "manifest.json").unlink()  # labels from the tars themselves
+    assert np.array_equal(shards.open_shards(copy).labels, walked.labels)
+    second = shards.open_shards(copy / "images-000001.tar")
+    assert list(second.names) == list(walked.names[20:40])
+    braces = shards.open_shards(Path(f"{copy}/images-{{000001..000002}}.tar"))
+    assert list(braces.names) == list(walked.names[20:])
+    crops = [some_crops(open_source(sources[kind]), 24) for kind in ("shards", "beton")]
+    assert np.array_equal(*crops)
+    (copy / "images-000001.idx").unlink()
+    assert shards.open_shards(copy) is None and len(open_source(copy)) == 53  # a walk it is
+
+
+def test_an_index_that_is_not_its_tars_is_refused(sources, tmp_path):
+    def damaged(name: str, content: bytes) -> str:
+        copy = tmp_path / "tars"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(sources["shards"], copy)
+        (copy / "manifest.json").unlink()
+        (copy / name).unlink()
+        (copy / name).write_bytes(content)
+        with pytest.raises(InputError) as raised:
+            open_source(copy)
+        return str(raised.value)
+
+    tar, index = (sources["shards"] / f"images-000000.{end}" for end in ("tar", "idx"))
+    assert "images-000000.tar: cut short" in damaged(tar.name, tar.read_bytes()[:5000])
+    assert "isn't the index of" in damaged(index.name, index.with_name("images-000001.idx").read_bytes())
+    for text in (b"", b"v1.1 20\n", index.read_bytes()[:300], b"\xff\xfe"):
+        assert "images-000000.idx: not an index of DALI's version 1.2" in damaged(index.name, text)
+    at = tar.read_bytes().index(b"00000007.cls") + 512
+    content = bytearray(tar.read_bytes())
+    content[at : at + 1] = b"x"
+    assert "00000007.cls holds" in damaged(tar.name, bytes(content))
 
 
 def test_files_of_every_kind_are_read_upright(tmp_path):
@@ -152,11 +204,30 @@ def test_an_empty_folder_is_refused(tmp_path):
 
 
 def test_a_folder_of_images_trains(sources, tmp_path, lvssl):
-    """Never converted: class folders give the labels."""
-    out = tmp_path / "run"
+    """Never converted: class folders give the labels. A damaged one is skipped, counted and said."""
+    folder, out = tmp_path / "pictures", tmp_path / "run"
+    shutil.copytree(sources["folder"], folder)
+    victim = sorted(folder.glob("class1/*.jpg"))[0]
+    victim.write_bytes(victim.read_bytes()[:200])
     done = lvssl(
-        "pretrain", "--data", sources["folder"], "--out", out, "--epochs", 1, "--batch-size", 16,
-        "--backbone", "tiny", "--resolution", 16,
+        "pretrain", "--data", folder, "--out", out, "--epochs", 2, "--batch-size", 16, "--source", "folder",
+        "--order", "quasi-random", "--on-error", "skip", "--backbone", "tiny", "--resolution", 16,
+        "--log-every", 1,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (out / "metrics.jsonl").read_text().count("\n") >= 1
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and rows[-1]["skipped"] >= 1
+    assert "a damaged sample was replaced, 1 in all" in done.stderr and victim.name in done.stderr
+
+
+def test_settings_of_the_loader_are_refused_by_name(sources):
+    assert config.ORDERS == ORDERS
+    for name in ("source", "order", "on_error"):
+        with pytest.raises(InputError, match=f"unknown {name} 'other'"):
+            config.PretrainSettings(**{name: "other"}).validate()
+    with pytest.raises(InputError, match="unknown source 'other'"):
+        open_source(sources["beton"], "other")
+    with pytest.raises(InputError, match="--source ffcv"):
+        open_source(sources["beton"], "folder")
+    with pytest.raises(InputError, match="is a folder, not a beton"):
+        open_source(sources["folder"], "ffcv")

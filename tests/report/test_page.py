@@ -98,6 +98,62 @@ def write_run(folder, *, control=None, side=28, seed=0):
     return folder
 
 
+def write_analysis(folder, generator, side=28):
+    """analysis.json and bits.npz as `lvssl analyse` leaves them."""
+
+    def scores(*names):
+        keys = (
+            "r_auroc",
+            "recall_at_1",
+            "aurc",
+            "ood noise",
+            "ood digits",
+            "rank blur",
+            "crops less certain",
+        )
+        return {name: dict(zip(keys, generator.random(7).round(4).tolist())) for name in names}
+
+    def regression():
+        pairs = [("augmentation", "crop area"), ("shapes", "hue")]
+        return [
+            {
+                "set": kind,
+                "target": target,
+                "from": name,
+                "r2": generator.random(),
+                "mae": 0.1,
+                "strength": 1.0,
+            }
+            for kind, target in pairs
+            for name in ("features", "code")
+        ]
+
+    bins = [{"confidence": c, "accuracy": c - 0.05, "count": 20} for c in (0.5, 0.7, 0.9)]
+    probe = {"accuracy": 83.25, "nll": 0.512, "brier": 0.2231, "ece": 0.0471, "bins": bins}
+    dci = {"disentanglement": 0.1, "completeness": 0.2, "informativeness": 0.3, "mig": 0.04}
+    models = {
+        role: {"scores": scores(*names), "probes": {"features": probe}, "regression": regression(),
+               "disentanglement": {"features": dci, "code": dci}}
+        for role, names in (("run", ("posterior", "norm")), ("control", ("norm", "distance")))
+    }  # fmt: skip
+    rows = [
+        {"bit": d, "on": 0.5, "information_bits": 0.3, "class": CLASSES[9], "auroc": 0.8} for d in range(256)
+    ]
+    flips = {name: {str(d): 0.25 for d in range(16)} for name in ("replaced", "follows", "same_class")}
+    few = {name: {"bits_needed": 4, "auroc": 0.9, "auroc_all": 0.91} for name in CLASSES}
+    images = {"train": 4000, "test": 2000}
+    analysis = {"models": models, "images": images, "command": "lvssl analyse runs/demo",
+                "bits": {"table": rows, "flips": flips, "few": few}}  # fmt: skip
+    (folder / "analysis.json").write_text(json.dumps(analysis))
+    images = generator.integers(0, 256, (40, side, side, 3), dtype=np.uint8)
+    np.savez_compressed(
+        folder / "bits.npz", images=images, labels=generator.integers(0, 10, 40),
+        class_names=np.array(CLASSES), bits=np.arange(48), on=generator.integers(0, 40, (48, 8)),
+        off=generator.integers(0, 40, (48, 8)),
+    )  # fmt: skip
+    return folder
+
+
 def write_metrics(folder, generator, rate):
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -261,6 +317,33 @@ def test_bad_input_is_named_and_the_old_page_stays(tmp_path):
         assert (run / "report.html").read_text() == before
 
 
+def test_a_damaged_analysis_is_named(tmp_path):
+    run = write_analysis(write_run(tmp_path / "run"), np.random.default_rng(1))
+    assert "<b>boot</b>" not in write_report(run).read_text()  # class names are escaped everywhere
+    (run / "bits.npz").write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(InputError, match=r"bits.npz: can't be read .* run `lvssl analyse` again"):
+        write_report(run)
+    (run / "analysis.json").write_text("[]")
+    with pytest.raises(InputError, match=r"analysis.json: an object"):
+        write_report(run)
+
+
+def test_the_largest_page_stays_below_ten_megabytes(tmp_path):
+    generator = np.random.default_rng(0)
+    run = write_analysis(write_run(tmp_path / "run"), generator, side=224)
+    gallery = dict(np.load(run / "gallery.npz"))
+    labels, noise = (
+        generator.integers(0, 10, 600),
+        generator.integers(0, 256, (600, 14, 14, 3), dtype=np.uint8),
+    )
+    images = noise.repeat(16, axis=1).repeat(16, axis=2)
+    gallery |= {"images": images, "labels": labels, "uncertainty": generator.random(600),
+                "query": np.arange(40), "neighbours_code": generator.integers(40, 600, (40, 6)),
+                "neighbours_feature": generator.integers(40, 600, (40, 6))}  # fmt: skip
+    np.savez(run / "gallery.npz", **gallery)
+    assert write_report(run).stat().st_size < 10e6
+
+
 # The verdict and the charts -------------------------------------------------------------------------------
 
 
@@ -310,19 +393,26 @@ def test_long_lines_are_thinned_to_their_means():
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
-# Runs in the page, after its own script: presses every CSV button, catching what would be downloaded.
+# Runs in the page, after its own script: chooses an image and a bit, presses every CSV button, catching what
+# would be downloaded.
 PRESS = """
 <script>
 const caught = [];
 URL.createObjectURL = (blob) => { caught.push(blob); return "data:,"; };
 HTMLAnchorElement.prototype.click = function () {};
+const shown = (explorer) => [...explorer.querySelectorAll(".card")].map((card) => card.offsetHeight > 0);
+const explorers = [...document.querySelectorAll(".explorer")].map((explorer) => {
+  const before = shown(explorer);
+  explorer.querySelectorAll(".pick")[2].click();
+  return {before, after: shown(explorer), pressed: explorer.querySelectorAll("[aria-pressed=true]").length};
+});
 document.querySelectorAll("button[data-table]").forEach((button) => button.click());
 Promise.all(caught.map((blob) => blob.text())).then((texts) => {
   const broken = [...document.images].filter((image) => !image.naturalWidth).length;
   const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
   const found = document.createElement("pre");
   found.id = "found";
-  found.textContent = JSON.stringify({texts, broken, wide, images: document.images.length});
+  found.textContent = JSON.stringify({texts, explorers, broken, wide, images: document.images.length});
   document.body.append(found);
 });
 </script>
@@ -333,6 +423,8 @@ Promise.all(caught.map((blob) => blob.text())).then((texts) => {
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", [1200, 500])  # 500: the narrowest window that headless Chromium makes
 def test_in_chromium(page, tmp_path, width):
+    write_analysis(page.parent, np.random.default_rng(1))
+    write_report(page.parent)
     page.write_text(page.read_text().replace("</body>", PRESS).replace('loading="lazy"', ""))
     flags = [
         "--headless",
@@ -360,11 +452,16 @@ def test_in_chromium(page, tmp_path, width):
         .replace("&lt;", "<")
     )
     assert found["broken"] == 0 and found["images"] > 100 and not found["wide"]
+    assert len(found["explorers"]) == 2
+    for explorer in found["explorers"]:
+        assert [i for i, is_shown in enumerate(explorer["before"]) if is_shown] == [0]
+        assert [i for i, is_shown in enumerate(explorer["after"]) if is_shown] == [2]
+        assert explorer["pressed"] == 1
     results = next(text for text in found["texts"] if text.startswith("Model,"))
     assert results.splitlines()[:2] == [
         "Model,Representation,Bits,Linear %,kNN %",
         "bernoulli,features,8192,84.75,83.9",
     ]
-    assert len(found["texts"]) == 4 and "Compression,value\r\nsmaller than raw pixels,73.5\r\n" in "".join(
+    assert len(found["texts"]) == 10 and "Compression,value\r\nsmaller than raw pixels,73.5\r\n" in "".join(
         found["texts"]
     )

@@ -1,0 +1,328 @@
+"""What a run's latent gives beyond accuracy: uncertainty, meaning of bits, and what regresses from a code.
+
+Everything stands beside a control: the deterministic run's scores, its features and its sign bits.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from lvssl.evaluation.calibration import calibration
+from lvssl.evaluation.corruptions import CORRUPTIONS, ELSEWHERE, SEVERITIES, corrupt
+from lvssl.evaluation.evaluate import EvaluateSettings, class_names, with_defaults
+from lvssl.evaluation.meaning import class_auroc, dci, flip_bits, mig, mutual_information, sparse_probe
+from lvssl.evaluation.reading import Certainty, Reading, read, read_pixels, severity_correlation
+from lvssl.evaluation.regression import ridge
+from lvssl.evaluation.shapes import FACTORS, make_shapes, regression_targets
+from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
+from lvssl.training.checkpoint import write_atomically
+from lvssl.training.run import Run, load_run
+from pipelines.errors import InputError
+from pipelines.loader import TwoViewLoader, evaluation_crops
+from pipelines.parameters import COLUMNS
+from pipelines.sources import Source, open_source
+
+SHOWN_BITS, SHOWN_IMAGES = 48, 8  # in the page's bit explorer
+TREES = 2000  # images at most on which disentanglement is measured
+FEWEST = 40  # test images below which nothing is worth measuring
+
+
+@dataclass(frozen=True)
+class AnalyseSettings:
+    """Uncertainty, meaning of bits and regression: a run beside its control. Writes RUN/analysis.json."""
+
+    run: Positional[Path]
+    """The run's folder; analysis.json and bits.npz are written there."""
+    test: Path | None = None
+    """The test images, made by `convert-beton`; left out: test.beton (or val) beside train.beton."""
+    control: Path | None = None
+    """The run of family `none` or `sign` to compare with; left out: the run `control` beside this one."""
+    alone: bool = False
+    """Without a control, also where one lies beside the run."""
+    others: tuple[Path, ...] = ()
+    """More runs whose uncertainty is measured beside (an MCInfoNCE run, say)."""
+    ood: tuple[Path, ...] = ()
+    """Betons of other data; an uncertainty should tell them apart. Noise, textures and digits always are."""
+    images: int = 2000
+    """Test images (and twice as many training images) that are measured; 0: all."""
+    samples: int = 8
+    """Samples of the latent averaged in a prediction (K)."""
+    seed: int = 0
+
+
+def analyse(settings: AnalyseSettings) -> dict[str, Any]:
+    """Measure, write analysis.json and bits.npz into the run's folder, and return the former's content.
+
+    Raises:
+        InputError: no such run or data, or runs without labels.
+    """
+    run = load_run(settings.run)
+    paths = with_defaults(EvaluateSettings(run.folder, settings.test, settings.control), run)
+    assert paths.test is not None
+    settings = replace(settings, test=paths.test, control=None if settings.alone else paths.control)
+    others = [settings.control] if settings.control else []
+    models = [run, *(load_run(path) for path in (*others, *settings.others))]
+    train, test = open_source(run.settings.data), open_source(paths.test)
+    if min(train.labels.min(initial=0), test.labels.min(initial=0)) < 0:
+        raise InputError(f"{run.settings.data}, {paths.test}: labels are needed to analyse a run")
+    if len(test) < FEWEST or 0 < settings.images < FEWEST:
+        raise InputError(f"{paths.test}: at least {FEWEST} test images are needed to analyse a run")
+    work = tqdm(total=3 * len(models) + 1, desc=f"analyse {run.folder.name}", unit="part", disable=None)
+    sets = Sets.of(settings, run, train, test)
+    result: dict[str, Any] = {"models": {}, "images": {"train": len(sets.train), "test": len(sets.test)}}
+    for role, model in zip(roles(settings, len(models)), models):
+        own = sets if model.settings.view == run.settings.view else Sets.of(settings, model, train, test)
+        measured, test_reading = uncertainty(model, own, settings)
+        work.update()
+        measured["regression"] = regression(model, own, settings)
+        work.update()
+        measured["disentanglement"] = disentanglement(model, settings)
+        described = {"path": str(model.folder), "family": model.settings.latent.family}
+        result["models"][role] = described | measured
+        if model is run:
+            result["bits"], pictures = bits(run, own, test_reading, class_names(paths.test, train))
+            write_atomically(run.folder / "bits.npz", pictures)
+        work.update()
+    result["command"] = command(settings)
+    write_atomically(run.folder / "analysis.json", json.dumps(result, indent=1).encode())
+    work.update()
+    work.close()
+    return result
+
+
+def roles(settings: AnalyseSettings, count: int) -> list[str]:
+    """The names under which models stand in the tables."""
+    names = ["run", *(["control"] if settings.control else [])]
+    return names + [path.name for path in settings.others][: count - len(names)]
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The pixels that everything is measured on, uint8 [N, R, R, 3]."""
+
+    train: np.ndarray
+    train_labels: np.ndarray
+    test: np.ndarray
+    test_labels: np.ndarray
+    elsewhere: dict[str, np.ndarray]
+    sources: tuple[Source, Source]
+
+    @classmethod
+    def of(cls, settings: AnalyseSettings, run: Run, train: Source, test: Source) -> Sets:
+        view, side = run.settings.view, run.settings.view.resolution
+        chosen = [spread(len(train), 2 * settings.images), spread(len(test), settings.images)]
+        pixels = [evaluation_crops(s, view, i) for s, i in zip((train, test), chosen)]
+        count = len(chosen[1])
+        elsewhere = {name: make(count, side, settings.seed) for name, make in ELSEWHERE.items()}
+        for path in settings.ood:
+            other = open_source(path)
+            elsewhere[path.stem] = evaluation_crops(other, view, spread(len(other), count))
+        labels = [s.labels[i] for s, i in zip((train, test), chosen)]
+        return cls(pixels[0], labels[0], pixels[1], labels[1], elsewhere, (train, test))
+
+
+def spread(available: int, wanted: int) -> np.ndarray:
+    """`wanted` positions (0: all) spread evenly over a set."""
+    return np.linspace(0, available - 1, min(wanted or available, available)).astype(np.int64)
+
+
+# Uncertainty ----------------------------------------------------------------------------------------------
+
+
+def uncertainty(run: Run, sets: Sets, settings: AnalyseSettings) -> tuple[dict[str, Any], Reading]:
+    """Every score of METHOD's "uncertainty" row, the probes' calibration; and the reading of the test set."""
+    network, view = run.network, run.settings.view
+
+    def reading(pixels: np.ndarray) -> Reading:
+        return read_pixels(network, pixels, view, settings.samples, settings.seed)
+
+    certainty = Certainty(network.family.stochastic, reading(sets.train), sets.train_labels)
+    test = reading(sets.test)
+    predictions, scores = certainty.predictions(test), certainty.scores(test)
+    wrong = certainty.classes[predictions["features"].argmax(axis=1)] != sets.test_labels
+    rows = {}
+    for name, score in scores.items():
+        neighbours = r_auroc(test.features, sets.test_labels, score)
+        rows[name] = neighbours._asdict() | {"aurc": risk_coverage_area(wrong, score)}
+    for name, pixels in sets.elsewhere.items():
+        far = certainty.scores(reading(pixels))
+        for key, row in rows.items():
+            both = np.concatenate([scores[key], far[key]])
+            row[f"ood {name}"] = auroc(np.arange(len(both)) >= len(sets.test), both)
+    for kind in CORRUPTIONS:
+        steps = [scores] + [
+            certainty.scores(reading(corrupt(sets.test, kind, severity, settings.seed)))
+            for severity in SEVERITIES
+        ]
+        for key, row in rows.items():
+            values = np.stack([step[key] for step in steps])
+            row[f"rank {kind}"] = severity_correlation(values)
+            if kind == "crop":  # for crops the share is preferred to the rank correlation
+                row["crops less certain"] = float((values[1:] > values[0]).mean())
+    calibrated = {
+        name: calibration(p, sets.test_labels, certainty.classes)._asdict() for name, p in predictions.items()
+    }
+    return {"scores": rows, "probes": calibrated}, test
+
+
+# Meaning --------------------------------------------------------------------------------------------------
+
+
+def bits(run: Run, sets: Sets, test: Reading, names: list[str]) -> tuple[dict[str, Any], bytes]:
+    """What single bits of the code say of the classes; and bits.npz, pictures of the most telling ones."""
+    labels, classes = sets.test_labels, np.unique(sets.test_labels)
+    values = test.mean if test.mean.shape == test.bits.shape else test.bits
+    information = mutual_information(test.bits, labels)
+    detects = class_auroc(values, labels)
+    order = np.argsort(-information, kind="stable")
+    half = len(labels) // 2
+    few = sparse_probe(test.bits[:half], labels[:half], test.bits[half:], labels[half:])
+    shown = order[:SHOWN_BITS]
+    queries = spread(len(labels), min(200, len(labels) // 4))
+    others = np.setdiff1d(np.arange(len(labels)), queries)
+    flips = flip_bits(
+        test.bits[queries], labels[queries], test.bits[others], labels[others], bits=list(shown[:16])
+    )
+    best = np.nanargmax(abs(detects - 0.5), axis=1)
+    table = [
+        {
+            "bit": int(d),
+            "on": float(test.bits[:, d].mean()),
+            "information_bits": float(information[d]),
+            "class": names[classes[best[d]]],
+            "auroc": float(detects[d, best[d]]),
+        }
+        for d in order
+    ]
+    summary = {
+        "table": table,
+        "information_bits": {"mean": float(information.mean()), "best": float(information[order[0]])},
+        "flips": {
+            name: dict(zip(map(str, shown.tolist()), map(float, v))) for name, v in flips._asdict().items()
+        },
+        "few": {names[label]: probe._asdict() for label, probe in few.items()},
+    }
+    return summary, pictures(sets, values, shown, labels, names)
+
+
+def pictures(
+    sets: Sets, values: np.ndarray, shown: np.ndarray, labels: np.ndarray, names: list[str]
+) -> bytes:
+    """bits.npz: for each of the shown bits, the test images where it is most surely on, and off."""
+    ranking = np.argsort(values[:, shown], axis=0, kind="stable").T
+    off, on = ranking[:, :SHOWN_IMAGES], ranking[:, ::-1][:, :SHOWN_IMAGES]
+    used = np.unique(np.concatenate([off.ravel(), on.ravel()]))
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        images=sets.test[used],
+        labels=labels[used],
+        class_names=np.array(names),
+        bits=shown,
+        on=np.searchsorted(used, on),
+        off=np.searchsorted(used, off),
+    )
+    return buffer.getvalue()
+
+
+# Known factors --------------------------------------------------------------------------------------------
+
+
+def representations(reading: Reading) -> dict[str, np.ndarray]:
+    return {"features": reading.features, "code": 2 * reading.bits.astype(np.float32) - 1}
+
+
+def regression(run: Run, sets: Sets, settings: AnalyseSettings) -> list[dict[str, Any]]:
+    """R^2 and MAE of ridge from features and code to augmentation parameters and to the shapes' factors."""
+    count = settings.images or 2000
+    views = [augmented(run, source, n, settings.seed) for source, n in zip(sets.sources, (2 * count, count))]
+    shapes = [shape_reading(run, n, settings.seed + i) for i, n in enumerate((2 * count, count))]
+    rows = []
+    for kind, (train, test) in {"augmentation": views, "shapes": shapes}.items():
+        for target in train[1]:
+            for name, x in representations(train[0]).items():
+                if train[1][target].std() < 1e-9:
+                    continue  # an augmentation that is switched off
+                found = ridge(x, train[1][target], representations(test[0])[name], test[1][target])
+                rows.append({"set": kind, "target": target, "from": name} | found._asdict())
+    return rows
+
+
+def augmented(run: Run, source: Source, count: int, seed: int) -> tuple[Reading, dict[str, np.ndarray]]:
+    """`count` augmented views, read, and their parameters as regression targets."""
+    batch_size = min(250, len(source))
+    views: list[torch.Tensor] = []
+    parameters, indices = [], []
+    with TwoViewLoader(source, run.settings.view, batch_size, seed + 1) as loader:
+        while len(views) * batch_size < count:
+            for batch in loader:
+                views.append(batch.views[0].clone())
+                parameters.append(batch.parameters[:, 0].numpy())
+                indices.append(batch.indices.numpy())
+                if len(views) * batch_size >= count:
+                    break
+    table = dict(zip(COLUMNS, np.concatenate(parameters)[:count].T.astype(np.float64)))
+    heights, widths = source.sizes(np.concatenate(indices)[:count])
+    targets = {
+        "crop area": table["height"] * table["width"] / (heights * widths),
+        "crop x": (table["left"] + table["width"] / 2) / widths,
+        "crop y": (table["top"] + table["height"] / 2) / heights,
+    }
+    names = ("flip", "brightness", "contrast", "saturation", "hue", "grey", "sigma")
+    return read(run.network, torch.cat(views)[:count]), targets | {name: table[name] for name in names}
+
+
+def shape_reading(run: Run, count: int, seed: int) -> tuple[Reading, dict[str, np.ndarray]]:
+    made = make_shapes(count, run.settings.view.resolution, seed)
+    return read_pixels(run.network, made.images, run.settings.view), regression_targets(made.factors)
+
+
+def disentanglement(run: Run, settings: AnalyseSettings) -> dict[str, dict[str, float]]:
+    """DCI and MIG of features and code on the procedural shapes."""
+    count = min(TREES, 2 * (settings.images or TREES))
+    made = [make_shapes(count, run.settings.view.resolution, settings.seed + i) for i in range(2)]
+    readings = [representations(read_pixels(run.network, m.images, run.settings.view)) for m in made]
+    categorical = (FACTORS.index("shape"),)
+    return {
+        name: dci(
+            readings[0][name], made[0].factors, readings[1][name], made[1].factors, categorical
+        )._asdict()
+        | {"mig": float(mig(readings[0][name], made[0].factors, categorical).mean())}
+        for name in readings[0]
+    }
+
+
+# What is printed ------------------------------------------------------------------------------------------
+
+
+def command(settings: AnalyseSettings) -> str:
+    parts = ["lvssl", "analyse", str(settings.run), "--test", str(settings.test)]
+    if settings.control:
+        parts += ["--control", str(settings.control)]
+    if settings.alone:
+        parts.append("--alone")
+    for name in ("others", "ood"):
+        if paths := getattr(settings, name):
+            parts += [f"--{name}", *map(str, paths)]
+    parts += ["--images", str(settings.images), "--samples", str(settings.samples)]
+    return shlex.join([*parts, "--seed", str(settings.seed)])
+
+
+def print_analysis(result: dict[str, Any]) -> None:
+    """The uncertainty scores of all models on a terminal; the page shows the rest."""
+    print(f"{'model':12}{'score':12}{'R-AUROC':>9}{'R@1':>7}{'AURC':>7}{'OOD (mean)':>12}")
+    for role, model in result["models"].items():
+        for name, row in model["scores"].items():
+            ood = np.mean([value for key, value in row.items() if key.startswith("ood ")])
+            figures = f"{row['r_auroc']:9.3f}{row['recall_at_1']:7.3f}{row['aurc']:7.3f}{ood:12.3f}"
+            print(f"{role:12}{name:12}{figures}")

@@ -1,0 +1,115 @@
+"""The linear evaluation of a run: the published protocol, or an exact probe where the set is small."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.linear_model import Ridge
+from torch import Tensor
+
+from lvssl.evaluation.probe import linear_probe, standardise
+from lvssl.models.network import LVNet
+from lvssl.stages import LinearSettings
+from lvssl.training.labels import Labelled, split
+from lvssl.training.pretrain import stop_signals
+from lvssl.training.score import score
+from lvssl.training.stage import Stage, prepare
+from lvssl.training.supervised import Classifier, Recipe, Supervised, predict, represent, scaled_lr
+from pipelines.errors import InputError
+from pipelines.loader import evaluation_batches
+from pipelines.views import ViewSettings
+
+SGD_FROM = 200_000  # training images from which on the exact probe would take too much memory and time
+RIDGES = np.logspace(-6, 2, 9)  # strengths, per image
+
+
+def linear(settings: LinearSettings) -> Stage[LinearSettings]:
+    """Measure, write linear.json into the run's folder; the stage returned is `done`.
+
+    Raises:
+        InputError: impossible settings, no such run or data, or another result stands there.
+        Interrupted: SIGTERM or SIGUSR2 came; the state is saved.
+    """
+    suffix = "" if settings.on == "features" else f"-{settings.on}"
+    stage = prepare("linear", settings, f"linear{suffix}.json")
+    if stage.done is not None:
+        return stage
+    train, test = stage.sets()
+    probe = pick_probe(settings.probe, train)
+    started = time.monotonic()
+    if probe == "sgd":
+        predictions, more = by_sgd(stage, train, test)
+    else:
+        predictions, more = exactly(stage, train, test)
+        more["seconds"] = round(time.monotonic() - started, 3)
+    figures = {settings.on: score(predictions, test.answers, train.targets)}
+    return stage.finish((train, test), figures, probe=probe, **more)
+
+
+def pick_probe(wanted: str, train: Labelled) -> str:
+    """The probe that `auto` stands for. Raises InputError for one that can't do what the set asks."""
+    exact = "ridge" if train.targets else "logistic"
+    if wanted == "auto":
+        return "sgd" if len(train) >= SGD_FROM else exact
+    if wanted not in ("sgd", exact):
+        asked = "numbers" if train.targets else "classes"
+        raise InputError(f"--probe {wanted} can't predict {asked}; use {exact}, sgd or auto")
+    return wanted
+
+
+def by_sgd(stage: Stage[LinearSettings], train: Labelled, test: Labelled) -> tuple[Tensor, dict[str, Any]]:
+    """The published protocol: predictions of the test set, and what to say of the training."""
+    settings, run = stage.settings, stage.run
+    batch = min(settings.batch_size, len(train))
+    recipe = Recipe(
+        settings.epochs, batch, scaled_lr(settings.lr, batch), 0.0, settings.seed,
+        settings.checkpoint_minutes, settings.log_every, settings.workers,
+    )  # fmt: skip
+    model = Classifier(run.network, settings.on, train, frozen=True, seed=settings.seed)
+    training = Supervised(stage.claim(), model, train, run.settings.view, recipe, stage.device)
+    with stop_signals() as stop:
+        training.run(stop, f"linear {run.folder.name}")
+    predictions = predict(model, test, run.settings.view, stage.device, settings.workers)
+    return predictions, training.describe()
+
+
+def exactly(stage: Stage[LinearSettings], train: Labelled, test: Labelled) -> tuple[Tensor, dict[str, Any]]:
+    """L2-regularised probe on the centre crops' representations, its strength chosen on held-out images."""
+    settings, view, network = stage.settings, stage.run.settings.view, stage.run.network.to(stage.device)
+    x, test_x = (encode(network, data, settings.on, view, settings.workers) for data in (train, test))
+    if train.targets:
+        return ridge_probe(x, train, test_x, settings.seed)
+    found = linear_probe(x, train.answers, test_x, test.answers, seed=settings.seed)
+    scores = np.zeros((len(test), train.outputs), np.float32)  # a class that doesn't occur keeps 0
+    scores[:, found.classes] = found.probabilities
+    return torch.from_numpy(scores), {"regularisation": found.regularisation}
+
+
+@torch.no_grad()
+def encode(network: LVNet, data: Labelled, on: str, view: ViewSettings, workers: int) -> np.ndarray:
+    """A representation of every image's centre crop, float32 [N, W]."""
+    network, device = network.eval(), next(network.parameters()).device
+    batches = evaluation_batches(data.source, view, workers=workers)
+    return torch.cat([represent(network, images.to(device), on).cpu() for images, _ in batches]).numpy()
+
+
+def ridge_probe(
+    x: np.ndarray, train: Labelled, test_x: np.ndarray, seed: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Ridge regression on standardised features: min |y - xW - b|^2 + N * strength * |W|^2."""
+    x, test_x = standardise(x, test_x)
+    answers = train.answers.numpy()
+    mean, deviation = answers.mean(0), np.maximum(answers.std(0), 1e-12)
+    y = (answers - mean) / deviation
+    fitted, held = split(train, 0.15, seed)
+
+    def fit(rows: np.ndarray, strength: float) -> Ridge:
+        return Ridge(alpha=len(rows) * strength).fit(x[rows], y[rows])
+
+    errors = [float(((fit(fitted, strength).predict(x[held]) - y[held]) ** 2).mean()) for strength in RIDGES]
+    chosen = float(RIDGES[int(np.argmin(errors))])
+    predicted = fit(np.arange(len(x)), chosen).predict(test_x).reshape(len(test_x), -1) * deviation + mean
+    return torch.from_numpy(predicted).float(), {"regularisation": chosen}

@@ -1,0 +1,57 @@
+"""`lvssl knn`: what the nearest training images say of a test image, by features and by codes."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from lvssl.evaluation.embedding import Embedding, embed
+from lvssl.evaluation.knn import hamming_votes, weighted_votes
+from lvssl.stages import KnnSettings
+from lvssl.training.score import score
+from lvssl.training.stage import Stage, prepare
+
+LARGE_FROM = (
+    200_000  # training images from which on k = 200 and T = 0.1 are the custom, instead of 20 and 0.07
+)
+
+
+def knn(settings: KnnSettings) -> Stage[KnnSettings]:
+    """Measure, write knn.json into the run's folder; the stage returned is `done`.
+
+    Raises InputError: impossible settings, no such run or data, or another result stands there.
+    """
+    stage = prepare("knn", settings, "knn.json")
+    if stage.done is not None:
+        return stage
+    train, test = stage.sets()
+    started = time.monotonic()
+    large = len(train) >= LARGE_FROM
+    k, temperature = settings.k or (200 if large else 20), settings.temperature or (0.1 if large else 0.07)
+    network, view = stage.run.network.to(stage.device), stage.run.settings.view
+    known, asked = (embed(network, data.source, view, settings.workers) for data in (train, test))
+    found = vote(known, asked, train.answers, k, temperature, stage.device)
+    figures = {name: score(votes, test.answers, train.targets) for name, votes in found.items()}
+    seconds = round(time.monotonic() - started, 3)
+    return stage.finish((train, test), figures, k=k, temperature=temperature, seconds=seconds)
+
+
+def vote(
+    train: Embedding, test: Embedding, answers: Tensor, k: int, temperature: float, device: torch.device
+) -> dict[str, Tensor]:
+    """Votes by class [M, C], or weighted means of the targets [M, T], by features and by code."""
+    x = torch.from_numpy(train.features).to(device)
+
+    def by_features(of: Tensor) -> Tensor:
+        return weighted_votes(x, of, test.features, k, temperature)
+
+    def by_code(of: Tensor) -> Tensor:
+        return hamming_votes(train.codes, of, test.codes, test.bits, k, temperature)
+
+    ways = {"features": by_features, "code": by_code}
+    if not answers.is_floating_point():
+        return {name: way(answers) for name, way in ways.items()}
+    total = torch.ones(len(answers), 1)
+    return {name: way(answers) / way(total) for name, way in ways.items()}

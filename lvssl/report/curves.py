@@ -1,0 +1,92 @@
+"""The curves of a training run, beside its control's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from lvssl.report.figures import Line, line_chart
+from lvssl.report.tables import below, finite
+from pipelines.errors import InputError
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl. A last line cut short by a kill is left out; a broken one elsewhere raises."""
+    if not path.exists():
+        return []
+    rows, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise InputError(f"{path}: line {number} is no JSON") from error
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def curves(
+    run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any], commands: dict[str, str]
+) -> str:
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    path = (evaluation.get("control") or {}).get("path")
+    control = read_metrics(Path(path) / "metrics.jsonl") if path else []
+    panels = [
+        (
+            "Contrastive loss",
+            "NT-Xent, nats",
+            [("run", rows, "ntxent", "run"), ("control", control, "ntxent", "control")],
+        ),
+        ("Rate", "KL to the prior, bits an image", [("run", rows, "rate_bits", "run")]),
+        (
+            "Online probes",
+            "accuracy on the training views, %",
+            [
+                ("features", rows, "probe_features", "run"),
+                ("code", rows, "probe_code", "code"),
+                ("control's features", control, "probe_features", "control"),
+            ],
+        ),
+        ("Speed", "images a second", [("run", rows, "images_per_second", "run")]),
+    ]
+    if not any("ntxent" in row for row in rows):
+        panels[0] = (
+            "Loss",
+            "all terms",
+            [("run", rows, "loss", "run"), ("control", control, "loss", "control")],
+        )
+    figures = []
+    for title, unit, wanted in panels:
+        lines = [Line(label, style, series(source, key)) for label, source, key, style in wanted]
+        lines = [line for line in lines if len(line.points) > 1]
+        # A rate that is 0 throughout is that of a family without a latent: nothing to draw.
+        if lines and not (title == "Rate" and all(v == 0 for line in lines for _, v in line.points)):
+            figures.append(chart(title, unit, lines))
+    if not figures:
+        return ""
+    return (
+        f'<section id="curves"><h2>Curves</h2><div class="charts">{"".join(figures)}</div>'
+        + below(commands["pretrain"])
+        + "</section>"
+    )
+
+
+def chart(title: str, unit: str, lines: Sequence[Line], x_label: str = "step", last: bool = True) -> str:
+    """A figure with its legend, which gives the last value of each line if `last`."""
+    items = "".join(
+        f'<li><svg viewBox="0 0 26 10"><path class="line {line.style}" d="M1 '
+        f'5H25"/></svg>{escape(line.label)} '
+        + (f"<b>{line.points[-1][1]:,.4g}</b></li>" if last else "</li>")
+        for line in lines
+    )
+    drawing = line_chart(lines, x_label, f"{title}, {unit}", from_zero=title == "Speed")
+    return (
+        f'<figure><h3>{escape(title)} <span class="soft" style="font-weight:400">{escape(unit)}</span></h3>'
+        f'<ul class="legend">{items}</ul>{drawing}</figure>'
+    )
+
+
+def series(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(float(r["step"]), float(r[key])) for r in rows if finite(r.get("step")) and finite(r.get(key))]

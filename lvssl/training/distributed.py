@@ -1,0 +1,269 @@
+"""Several processes, one run: who am I, where do we meet, and is everybody still there?
+
+One entry for plain `python` (one process, no group), `torchrun` and Slurm's `srun`; which it is, the
+environment says. Tensors on a CPU travel by gloo, on a GPU by NCCL.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lvssl.training.stopping import Interrupted
+from pipelines.errors import InputError
+
+BEAT, DEAD_AFTER = 5.0, 45.0  # seconds between two signs of life; without one for so long, a rank is dead
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Among those of this machine: which of its GPUs to take."""
+    host: str = ""
+    port: int = 0
+    """Where rank 0 waits for the others."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and speaks."""
+        return self.rank == 0
+
+
+def world_of(environment: Mapping[str, str] = os.environ) -> World:
+    """From the variables of torchrun, or of a Slurm step; one process alone where there are none.
+
+    Raises:
+        InputError: variables that don't fit together.
+    """
+    torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        if missing := [name for name in torchrun if name not in environment]:
+            raise InputError(f"{missing[0]} is not set, but RANK is: start with torchrun, or unset RANK")
+        rank, size, local, port = (_number(environment, name) for name in (*torchrun[:3], torchrun[4]))
+        world = World(rank, size, local, environment["MASTER_ADDR"], port)
+    elif _in_slurm_step(environment):
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        rank, size, local = (_number(environment, name) for name in names)
+        host = first_host(environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"])
+        world = World(rank, size, local, host, port_of_job(environment))
+    else:
+        return World()
+    if not 0 <= world.rank < world.size:
+        raise InputError(f"rank {world.rank} of {world.size}: a rank must be in [0, {world.size})")
+    return world
+
+
+def _in_slurm_step(environment: Mapping[str, str]) -> bool:
+    """A batch script has the same variables as the steps that it starts with srun, but is one process."""
+    names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_NODELIST")
+    batch_script = environment.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in environment
+    return all(name in environment for name in names) and not batch_script
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except ValueError as error:
+        raise InputError(f"{name} must be a whole number, got {environment[name]!r}") from error
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's node list: "gpu[07-09,12],login" -> "gpu07"."""
+    name, depth = "", 0
+    for character in nodes:
+        if character == "," and not depth:
+            break
+        depth += (character == "[") - (character == "]")
+        name += character
+    while "[" in name:
+        head, _, rest = name.partition("[")
+        inside, _, tail = rest.partition("]")
+        name = head + inside.split(",")[0].split("-")[0] + tail
+    return name
+
+
+def port_of_job(environment: Mapping[str, str]) -> int:
+    """A port that belongs to this job and step: two jobs on one machine don't meet each other's ranks."""
+    job, step = environment.get("SLURM_JOB_ID", "0"), environment.get("SLURM_STEP_ID", "0")
+    return 10_000 + (int(job) * 7 + (int(step) if step.isdigit() else 0)) % 20_000  # below the ephemeral ones
+
+
+@contextmanager
+def connected(world: World, device: torch.device, timeout_minutes: float = 10.0) -> Iterator[None]:
+    """A process group while the block runs; none for one process.
+
+    Raises:
+        InputError: the ranks did not meet in time, or the port is taken; names host, port and rank.
+        ConnectionError: another rank left or died meanwhile.
+    """
+    if world.size == 1:
+        yield
+        return
+    store = meet(world, timeout_minutes)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
+    heartbeat = Heartbeat(world, store)
+    try:
+        yield
+    except Interrupted:  # on all ranks at once
+        leave(heartbeat)
+        raise
+    except RuntimeError as error:
+        heartbeat.stop()
+        if not lost(error):
+            raise
+        raise ConnectionError(gone(world, "another rank", str(error).splitlines()[0])) from error
+    except BaseException:
+        heartbeat.stop()  # the others see the connection close
+        raise
+    else:
+        leave(heartbeat)
+
+
+def meet(world: World, timeout_minutes: float) -> dist.Store:
+    """The store that all ranks share, once all have come."""
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself keeps the store
+    wait = timedelta(minutes=timeout_minutes)
+    where = f"rank {world.rank} of {world.size}, on {socket.gethostname()}: {{}} {world.host}:{world.port}"
+    try:
+        tcp = dist.TCPStore(
+            world.host, world.port, None, world.first and not agent, wait, wait_for_workers=False
+        )
+    except RuntimeError as error:
+        verb = "can't listen at" if world.first and not agent else f"nobody answered within {wait} at"
+        raise InputError(f"{where.format(verb)} ({str(error).splitlines()[0][:200]})") from error
+    store = dist.PrefixStore(f"lvssl/{restart}", tcp)
+    store.set(f"here/{world.rank}", "")
+    end = time.monotonic() + wait.total_seconds()
+    for rank in range(world.size):
+        try:
+            store.wait([f"here/{rank}"], timedelta(seconds=max(0.01, end - time.monotonic())))
+        except RuntimeError as error:
+            raise InputError(f"{where.format(f'rank {rank} did not come within {wait} to')}") from error
+    return store
+
+
+def leave(heartbeat: "Heartbeat") -> None:
+    """All ranks together: nobody takes another's orderly end for a death."""
+    heartbeat.stop()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether it says that a rank is gone, rather than that something is wrong here."""
+    words = ("gloo", "connection closed", "timed out", "broken pipe", "connection reset", "nccl")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+
+
+def gone(world: World, who: str, why: str) -> str:
+    where = (
+        f"rank {world.rank} of {world.size} on {socket.gethostname()} (meeting at {world.host}:{world.port})"
+    )
+    return f"{where}: {who} is gone ({why}). The last checkpoint is whole: start all ranks with --resume"
+
+
+class Heartbeat:
+    """A thread that gives signs of life through the store, and ends this process when another's are missing.
+
+    A rank whose machine died closes no connection, and one that waits in a collective hears nothing else.
+    """
+
+    def __init__(self, world: World, store: dist.Store) -> None:
+        self.world = world
+        self.stopped = threading.Event()
+        self.store = store.clone() if hasattr(store, "clone") else store  # a connection of its own
+        self.thread = threading.Thread(target=self.beat, name="heartbeat", daemon=True)
+        self.thread.start()
+
+    def beat(self) -> None:
+        seen: dict[int, tuple[bytes, float]] = {}
+        count = 0
+        while not self.stopped.wait(BEAT if count else 0):
+            count += 1
+            try:
+                self.store.set(f"beat/{self.world.rank}", str(count))
+                for rank in range(self.world.size):
+                    if self.store.check([f"beat/{rank}"]):
+                        value = self.store.get(f"beat/{rank}")
+                        if rank not in seen or seen[rank][0] != value:
+                            seen[rank] = value, time.monotonic()
+            except RuntimeError as error:
+                self.end("rank 0", str(error).splitlines()[0])
+            for rank, (_, last) in seen.items():
+                if time.monotonic() - last > DEAD_AFTER:
+                    self.end(f"rank {rank}", f"no sign of life for {DEAD_AFTER:.0f} s")
+
+    def end(self, who: str, why: str) -> None:
+        if self.stopped.wait(BEAT):  # the main thread may have heard of it, or be leaving in good order
+            return
+        print(f"error: {gone(self.world, who, why)}", file=sys.stderr, flush=True)
+        os._exit(1)  # the main thread may wait in a collective that can't be broken off
+
+    def stop(self) -> None:
+        self.stopped.set()
+        if self.thread is not threading.current_thread():
+            self.thread.join(2 * BEAT)
+
+
+def from_first(world: World, make: Callable[[], T]) -> T:
+    """What `make` gives on rank 0, on every rank; an InputError of rank 0 is everybody's."""
+    if world.size == 1:
+        return make()
+    said: list[Any] = [None, None]
+    if world.first:
+        try:
+            said[0] = make()
+        except InputError as error:
+            said[1] = str(error)
+    dist.broadcast_object_list(said, src=0, device=torch.device("cpu"))
+    if said[1] is not None:
+        raise InputError(said[1])
+    return said[0]
+
+
+def highest(*values: int) -> list[int]:
+    """The largest of all ranks' values, each; the hosts exchange them, no device is waited for."""
+    if not dist.is_initialized():
+        return list(values)
+    shared = torch.tensor(values)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return shared.tolist()
+
+
+def mean_over_ranks(figures: torch.Tensor) -> torch.Tensor:
+    """The mean of each figure over the ranks, on each of them."""
+    if dist.is_initialized():
+        dist.all_reduce(figures)
+        figures = figures / dist.get_world_size()
+    return figures
+
+
+def broadcast_state(network: torch.nn.Module, buffers_alone: bool = False) -> None:
+    """Rank 0's parameters and buffers on every rank."""
+    if dist.is_initialized():
+        tensors = list(network.buffers()) + ([] if buffers_alone else list(network.parameters()))
+        for tensor in tensors:
+            dist.broadcast(tensor.data, src=0)

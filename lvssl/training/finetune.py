@@ -1,0 +1,145 @@
+"""Fine-tuning a run's encoder with all or some labels.
+
+RUN/finetune-LABELS/config.json      what the folder is for
+                   /trials.json      the figures of each setting on the held-out images
+                   /trial-0 ...      the checkpoints of a trial under way
+                   /final            those of the training on all labelled images
+                   /result.json      on the test images, which are read once, at the very end
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+
+from lvssl.stages import FinetuneSettings
+from lvssl.training.checkpoint import write_atomically
+from lvssl.training.labels import Labelled, labelled_rows, split
+from lvssl.training.score import score
+from lvssl.training.stage import Stage, prepare
+from lvssl.training.stopping import Stop, stop_signals
+from lvssl.training.supervised import Classifier, Recipe, Supervised, predict, scaled_lr
+
+
+def finetune(settings: FinetuneSettings) -> Stage[FinetuneSettings]:
+    """Choose, train, test once, write result.json; the stage returned is `done`.
+
+    Raises:
+        InputError: impossible settings, no such run, data or list, or another result stands there.
+        Interrupted: SIGTERM or SIGUSR2 came; the state is saved.
+        FloatingPointError: the last training diverged. A trial that diverges is merely not chosen.
+    """
+    stage = prepare("finetune", settings, f"{folder_name(settings)}/result.json")
+    if stage.done is not None:
+        return stage
+    train, test = stage.sets()
+    labelled = train.only(labelled_rows(train, settings.labels, settings.subset_list, settings.seed))
+    folder = stage.claim()
+    with stop_signals() as stop:
+        trials = sweep(stage, labelled, folder, stop)
+        chosen = best(trials)
+        model, training = fit(stage, labelled, chosen, folder / "final", stop, f"finetune {folder.name}")
+    predictions = predict(model, test, stage.run.settings.view, stage.device, settings.workers)
+    figures = {settings.on: score(predictions, test.answers, train.targets)}
+    more = training.describe() | {"seconds_sweep": round(sum(trial["seconds"] for trial in trials), 3)}
+    return stage.finish((labelled, test), figures, chosen=chosen, trials=trials, **more)
+
+
+def folder_name(settings: FinetuneSettings) -> str:
+    """finetune-0.1; finetune-latent-0.1; with a list and no --labels, the list's name."""
+    share = settings.labels
+    what = settings.subset_list.stem if settings.subset_list and share == 1 else str(share)
+    return "-".join(["finetune", *(["latent"] if settings.on == "latent" else []), what])
+
+
+def grid(settings: FinetuneSettings) -> list[dict[str, float]]:
+    pairs = itertools.product(settings.lr, settings.weight_decay)
+    return [{"lr": lr, "weight_decay": decay} for lr, decay in pairs]
+
+
+def sweep(
+    stage: Stage[FinetuneSettings], labelled: Labelled, folder: Path, stop: Stop
+) -> list[dict[str, Any]]:
+    """Each pair of the grid with its figures on held-out images; those in trials.json aren't done again."""
+    pairs = grid(stage.settings)
+    fitted, held = split(labelled, stage.settings.held_out, stage.settings.seed)
+    if len(pairs) == 1 or not len(held) or not len(fitted):
+        if len(pairs) > 1:
+            print(
+                f"too few labels to choose on: the middle of {len(pairs)} settings is taken", file=sys.stderr
+            )
+        return [pairs[len(pairs) // 2] | {"held_out": None, "seconds": 0.0}]
+    record = folder / "trials.json"
+    trials: list[dict[str, Any]] = json.loads(record.read_text()) if record.exists() else []
+    for number, pair in enumerate(pairs[len(trials) :], len(trials)):
+        title = f"finetune {folder.name}, trial {number + 1} of {len(pairs)}"
+        parts = labelled.only(fitted), labelled.only(held)
+        trials.append(pair | trial(stage, parts, pair, folder / f"trial-{number}", stop, title))
+        write_atomically(record, json.dumps(trials, indent=2).encode())
+        shutil.rmtree(folder / f"trial-{number}", ignore_errors=True)
+    return trials
+
+
+def trial(
+    stage: Stage[FinetuneSettings],
+    parts: tuple[Labelled, Labelled],
+    pair: dict[str, float],
+    folder: Path,
+    stop: Stop,
+    title: str,
+) -> dict[str, Any]:
+    """Train on the one part, measure on the other."""
+    fitted, held = parts
+    try:
+        model, training = fit(stage, fitted, pair, folder, stop, title)
+        predictions = predict(model, held, stage.run.settings.view, stage.device, stage.settings.workers)
+        figures = score(predictions, held.answers, held.targets)
+    except FloatingPointError as error:
+        return {"held_out": None, "diverged": str(error), "seconds": 0.0}
+    if not held.targets:
+        figures["cross_entropy"] = float(F.cross_entropy(predictions, held.answers))
+    return {"held_out": figures, "seconds": training.seconds}
+
+
+def best(trials: list[dict[str, Any]]) -> dict[str, float]:
+    """The pair with the best held-out accuracy (of equal ones the lower cross entropy), or R^2."""
+
+    def merit(trial: dict[str, Any]) -> tuple[float, float]:
+        figures = trial["held_out"]
+        if figures is None:
+            return (-math.inf, 0.0)
+        return (figures["top1"], -figures["cross_entropy"]) if "top1" in figures else (figures["r2"], 0.0)
+
+    chosen = max(trials, key=merit)
+    if "diverged" in chosen:
+        raise FloatingPointError(f"every trial diverged ({chosen['diverged']}); give smaller values of --lr")
+    return {name: chosen[name] for name in ("lr", "weight_decay")}
+
+
+def fit(
+    stage: Stage[FinetuneSettings],
+    data: Labelled,
+    pair: dict[str, float],
+    folder: Path,
+    stop: Stop,
+    title: str,
+) -> tuple[Classifier, Supervised]:
+    """One training from the run's weights, or from where it was interrupted."""
+    settings = stage.settings
+    batch = min(settings.batch_size, len(data))
+    recipe = Recipe(
+        settings.epochs, batch, scaled_lr(pair["lr"], batch), pair["weight_decay"], settings.seed,
+        settings.checkpoint_minutes, settings.log_every, settings.workers,
+    )  # fmt: skip
+    model = Classifier(copy.deepcopy(stage.run.network), settings.on, data, frozen=False, seed=settings.seed)
+    training = Supervised(folder, model, data, stage.run.settings.view, recipe, stage.device)
+    training.run(stop, title)
+    return model, training

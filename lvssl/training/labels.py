@@ -1,0 +1,185 @@
+"""What a labelled set asks to be predicted, and which of its images may be learnt from.
+
+Subsets are exact: `share` of N images are floor(share * N), spread over the classes as evenly as they allow,
+the odd ones on classes drawn at random. Of ImageNet's 1,281,167 that is 12,811 for 1 %, 12 or 13 a class, as
+SimCLR's public list has them; taking 1 % of each class and rounding gives another number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.convert.manifest import manifest_path, read_manifest
+from pipelines.errors import InputError
+from pipelines.sources import Source, open_source
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """N images and what is to be predicted of each."""
+
+    path: Path
+    source: Source
+    answers: Tensor  # int64 [N], classes; or float32 [N, T], targets in their own units
+    outputs: int  # classes of the whole set, however few of them a part of it has, or T
+    targets: tuple[str, ...] = ()  # their names; none: classes
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def only(self, rows: np.ndarray) -> Labelled:
+        """Some of the images, in the order of `rows`."""
+        return replace(self, source=Subset(self.source, rows), answers=self.answers[torch.from_numpy(rows)])
+
+
+class Subset:
+    """Some images of a source, as a source; position i is rows[i] of the other."""
+
+    def __init__(self, source: Source, rows: np.ndarray) -> None:
+        self.source, self.rows = source, np.asarray(rows, np.int64)
+        self.labels, self.pages = source.labels[self.rows], source.pages[self.rows]
+        self.chunk = source.chunk
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.source.sizes(self.rows[indices])
+
+    def stored(self, row: int, index: int) -> bytes | np.ndarray:
+        return self.source.stored(row, int(self.rows[index]))
+
+    def crops(
+        self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: np.ndarray | None = None
+    ) -> None:
+        self.source.crops(self.rows[indices], boxes, out, flips)
+
+
+def open_labelled(path: Path, target: str = "") -> Labelled:
+    """The images at `path` with their classes, or with the float target(s) named.
+
+    Raises:
+        InputError: no such data; no such target; classes asked of a set that has but one.
+    """
+    source = open_source(path)
+    known: dict[str, np.ndarray] = getattr(getattr(source, "file", source), "targets", {})
+    if not target:
+        if source.labels.min() < 0 or source.labels.max() < 1:
+            one_of = f"; its float targets: {', '.join(known)}: name one with --target" if known else ""
+            raise InputError(f"{path}: has no two classes to tell apart{one_of}")
+        answers = torch.from_numpy(source.labels.astype(np.int64))
+        return Labelled(path, source, answers, int(answers.max()) + 1)
+    names = tuple(known) if target == "all" else (target,)
+    if not names or any(name not in known for name in names):
+        raise InputError(f"{path}: has no float target {target!r}; its targets: {', '.join(known) or 'none'}")
+    answers = torch.from_numpy(np.stack([known[name] for name in names], axis=1)).float()
+    return Labelled(path, source, answers, len(names), names)
+
+
+def check_pair(train: Labelled, test: Labelled) -> None:
+    """Raise InputError if the test set asks for what the training set doesn't have."""
+    if not train.targets:
+        unseen = sorted(set(test.answers.unique().tolist()) - set(train.answers.unique().tolist()))
+        if unseen:
+            raise InputError(f"{test.path}: label {unseen[0]} doesn't occur in {train.path}")
+
+
+def beside(train: Path) -> Path:
+    """The test set beside a training set: train.beton -> test.beton, or val. InputError if there is none."""
+    for name in ("test", "val", "validation"):
+        path = train.with_name(train.name.replace("train", name))
+        if path != train and path.exists():
+            return path
+    raise InputError(f"no test images beside {train}: name them with --test")
+
+
+def labelled_rows(train: Labelled, share: float, names: Path | None, seed: int) -> np.ndarray:
+    """Positions of the images to learn from, in ascending order: of a list of names, or drawn by `seed`."""
+    if names is not None:
+        return rows_of_names(train, names)
+    if share == 1:
+        return np.arange(len(train))
+    classes = np.zeros(len(train), np.int64) if train.targets else train.answers.numpy()
+    count = int(share * len(train) + 1e-9)  # 0.1 * 30 is 3, whatever its last bit says
+    if count < len(np.unique(classes)):
+        raise InputError(
+            f"--labels {share}: {count} of {len(train)} images are fewer than one of each of "
+            f"{len(np.unique(classes))} classes; raise it"
+        )
+    return balanced(classes, count, seed)
+
+
+def balanced(classes: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """`count` positions of classes [N], as evenly spread over the classes as these allow; ascending.
+
+    A class that has too few gives all; what it lacks is shared among the others. Which classes give one more,
+    and which images, is drawn from `seed`.
+    """
+    generator = np.random.default_rng(seed)
+    drawn = generator.permutation(len(classes))
+    turn = np.empty(len(classes), np.int64)  # of each image among its class, in the order drawn
+    by_class = drawn[np.argsort(classes[drawn], kind="stable")]
+    found, first, sizes = np.unique(classes[by_class], return_index=True, return_counts=True)
+    turn[by_class] = np.arange(len(classes)) - np.repeat(first, sizes)
+    lot = generator.permutation(len(found))[np.searchsorted(found, classes)]  # who goes first in a turn
+    return np.sort(np.lexsort((lot, turn))[:count])
+
+
+def split(train: Labelled, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions to fit on and positions to choose on: `share` of the images, balanced as `balanced` does.
+
+    A class never loses its last image to the choice, which may therefore be smaller, or empty.
+    """
+    classes = np.zeros(len(train), np.int64) if train.targets else train.answers.numpy()
+    chosen = balanced(classes, round(share * len(train)), seed + 1)
+    taken, there = (np.bincount(c, minlength=classes.max() + 1) for c in (classes[chosen], classes))
+    for label in np.flatnonzero((taken == there) & (there > 0)):
+        chosen = np.delete(chosen, np.argmax(classes[chosen] == label))
+    return np.setdiff1d(np.arange(len(train)), chosen), chosen
+
+
+def rows_of_names(train: Labelled, path: Path) -> np.ndarray:
+    """Positions of the images that a list names, one a line, by full name or by the name after the last "/".
+
+    Raises:
+        InputError: no list, no names in the set, or a name that is unknown, double or ambiguous.
+    """
+    try:
+        wanted = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: no list of file names can be read ({error})") from error
+    known = rows_by_name(names_of(train))
+    unknown = [name for name in wanted if name not in known]
+    if unknown or not wanted:
+        example = f", the first {unknown[0]!r}" if unknown else ""
+        raise InputError(
+            f"{path}: {len(unknown)} of its {len(wanted)} names are not in {train.path}{example}"
+        )
+    rows = np.array([known[name] for name in wanted], np.int64)
+    if (rows < 0).any():
+        raise InputError(f"{path}: {wanted[int(rows.argmin())]!r} names several images of {train.path}")
+    if len(np.unique(rows)) < len(rows):
+        raise InputError(f"{path}: names an image twice ({len(rows)} names, {len(np.unique(rows))} images)")
+    return np.sort(rows)
+
+
+def rows_by_name(names: list[str]) -> dict[str, int]:
+    """Full and last names -> position; -1 where two images share a last name."""
+    known: dict[str, int] = {}
+    for row, name in enumerate(names):
+        last = name.rpartition("/")[2]
+        known[last] = -1 if last in known else row
+    return known | {name: row for row, name in enumerate(names)}
+
+
+def names_of(train: Labelled) -> list[str]:
+    """The source names of a set's images, from its manifest, or from the folder itself."""
+    names = getattr(train.source, "names", None)
+    if names is None:
+        names = read_manifest(manifest_path(train.path))[1]["name"]
+    return list(names)

@@ -1,0 +1,69 @@
+"""A network made ready for a device and for several ranks: layout, precision, statistics, recomputation."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from lvssl.config import EngineSettings
+from lvssl.training.batchnorm import frozen_running_statistics, synchronised
+
+N = TypeVar("N", bound=nn.Module)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def prepared(network: N, engine: EngineSettings, device: torch.device, ranks: int = 1) -> N:
+    """The same network on the device, as the settings want its memory to lie; call before the optimiser.
+
+    Names in its state_dict stay what they are.
+    """
+    network = network.to(device)
+    network = network.to(memory_format=layout(engine))
+    if ranks > 1 and engine.sync_batch_norm:
+        network = cast(N, synchronised(network, device))
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # one shape for the whole run
+    return network
+
+
+def accelerate(backbone: nn.Module, engine: EngineSettings) -> None:
+    """Recomputation and compilation, in place; after copies (EMA) have been made, which do without."""
+    if engine.recompute:
+        recompute_blocks(backbone)
+    if engine.compile:
+        backbone.compile()
+
+
+def layout(engine: EngineSettings) -> torch.memory_format:
+    return torch.channels_last if engine.channels_last else torch.contiguous_format
+
+
+def autocast(engine: EngineSettings, device: torch.device) -> AbstractContextManager[Any]:
+    """The context of a forward pass; bf16 on a GPU and fp32 on a CPU, unless the settings say otherwise."""
+    dtype = precision(engine, device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def precision(engine: EngineSettings, device: torch.device) -> torch.dtype:
+    if engine.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[engine.precision]
+
+
+def recompute_blocks(backbone: nn.Module) -> None:
+    """Each residual block keeps its input alone, and is computed again in the backward walk.
+
+    The second time leaves the running statistics alone: torch's `checkpoint` by itself moves them twice.
+    """
+    for block in backbone.modules():
+        if isinstance(block, BasicBlock | Bottleneck):
+            contexts = partial(_contexts, block)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    return nullcontext(), frozen_running_statistics(block)

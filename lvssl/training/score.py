@@ -1,0 +1,78 @@
+"""How good predictions are, with an interval for each figure."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RESAMPLES = 1000  # of the bootstrap
+Z = 1.959964  # 95 % of a normal distribution
+
+
+def score(predictions: Tensor, answers: Tensor, names: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Figures of predictions [N, C] against classes int64 [N], or [N, T] against targets [N, T].
+
+    Raises FloatingPointError if a prediction isn't finite: compared with NaN, every rank looks right.
+    """
+    predictions, answers = predictions.detach().float().cpu(), answers.cpu()
+    if not bool(predictions.isfinite().all()):
+        raise FloatingPointError("predictions are not finite: the training diverged; lower --lr")
+    return regression(predictions, answers.float(), names) if names else classification(predictions, answers)
+
+
+def classification(scores: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Top-1 and top-5 in percent of [N, C] scores, with Wilson's intervals. Up to five classes: no top-5."""
+    ranks = rank_of_label(scores, labels)
+    figures: dict[str, Any] = {"count": len(labels), "interval": "Wilson, 95 %"}
+    for k in (1, 5):
+        if k == 1 or scores.shape[1] > k:
+            right = int((ranks < k).sum())
+            figures[f"top{k}"] = round(100 * right / len(labels), 4)
+            figures[f"top{k}_interval"] = wilson(right, len(labels))
+    return figures
+
+
+def rank_of_label(scores: Tensor, labels: Tensor) -> Tensor:
+    """How many classes stand before the right one, int64 [N]; of equal scores the lower class is first."""
+    own = scores.gather(1, labels[:, None])
+    before = torch.arange(scores.shape[1]) < labels[:, None]
+    return ((scores > own) | ((scores == own) & before)).sum(dim=1)
+
+
+def wilson(right: int, count: int) -> list[float]:
+    """Wilson's 95 % interval of a share, in percent (Wilson 1927)."""
+    p, z2 = right / count, Z * Z / count
+    centre, half = p + z2 / 2, Z * math.sqrt(p * (1 - p) / count + z2 / count / 4)
+    return [
+        round(100 * max(0.0, (centre - half) / (1 + z2)), 4),
+        round(100 * min(1.0, (centre + half) / (1 + z2)), 4),
+    ]
+
+
+def regression(predictions: Tensor, answers: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
+    """MSE, MAE and R^2 of each target, in its own units; R^2 with a bootstrap interval over the images."""
+    each = {name: one_target(p, a) for name, p, a in zip(names, predictions.T.numpy(), answers.T.numpy())}
+    mean = sum(figures["r2"] for figures in each.values()) / len(each)
+    return {"count": len(answers), "interval": "bootstrap, 95 %", "r2": round(mean, 6), "targets": each}
+
+
+def one_target(predicted: np.ndarray, answers: np.ndarray) -> dict[str, Any]:
+    p, a = predicted.astype(np.float64), answers.astype(np.float64)
+    drawn = np.random.default_rng(0).integers(0, len(a), (RESAMPLES, len(a)))
+    low, high = np.percentile([r2(p[rows], a[rows]) for rows in drawn], [2.5, 97.5])
+    return {
+        "mse": float(((p - a) ** 2).mean()),
+        "mae": float(np.abs(p - a).mean()),
+        "r2": r2(p, a),
+        "r2_interval": [float(low), float(high)],
+    }
+
+
+def r2(predicted: np.ndarray, answers: np.ndarray) -> float:
+    """1 - residual / total sum of squares; 0 where the answers are all equal."""
+    total = ((answers - answers.mean()) ** 2).sum()
+    return float(1 - ((predicted - answers) ** 2).sum() / total) if total > 0 else 0.0

@@ -1,0 +1,176 @@
+"""A stage after pretraining: its run, its data, the folder it works in, and the result that it leaves there.
+
+A result names checkpoint and settings, so that the same call finds it done, and another one is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from lvssl.stages import StageSettings, command, identity
+from lvssl.training.checkpoint import write_atomically
+from lvssl.training.labels import Labelled, beside, check_pair, open_labelled
+from lvssl.training.run import Run, load_run, pick_device, versions
+from pipelines.errors import InputError
+
+Settings = TypeVar("Settings", bound=StageSettings)
+
+
+@dataclass(frozen=True)
+class Stage(Generic[Settings]):
+    """A call of a stage, ready to work."""
+
+    name: str
+    settings: Settings  # with train and test filled in
+    run: Run
+    path: Path  # of its result
+    done: dict[str, Any] | None  # the result, if it stands there already
+    device: torch.device
+
+    def sets(self) -> tuple[Labelled, Labelled]:
+        """Training and test set. Raises InputError if they don't match."""
+        settings = self.settings
+        assert settings.train is not None and settings.test is not None
+        train, test = (open_labelled(path, settings.target) for path in (settings.train, settings.test))
+        check_pair(train, test)
+        return train, test
+
+    @property
+    def folder(self) -> Path:
+        """Where checkpoints and metrics of the work lie: X for X/result.json and for X.json."""
+        return self.path.parent if self.path.name == "result.json" else self.path.with_suffix("")
+
+    def claim(self) -> Path:
+        """The folder, marked as this work's own; InputError if something else has begun there."""
+        folder = self.folder
+        mark = folder / "stage.json"
+        wanted = identity(self.settings)
+        if mark.exists():
+            changed = changes(json.loads(mark.read_text()), wanted, self.run.digest)
+            if not changed:
+                return folder
+            if not self.settings.again:
+                raise InputError(
+                    f"{folder} holds other work ({changed}): --again begins anew, --out elsewhere"
+                )
+            shutil.rmtree(folder)
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} exists and is no stage's folder: choose another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"settings": wanted, "checkpoint": self.run.digest}
+        write_atomically(mark, json.dumps(content, indent=2).encode())
+        return folder
+
+    def finish(
+        self, sets: tuple[Labelled, Labelled], results: dict[str, dict[str, Any]], **more: Any
+    ) -> Stage[Settings]:
+        """Write `results` (representation -> figures of `score`) with all that says where they come from."""
+        train, test = sets
+        data = {
+            "train": str(train.path),
+            "images": len(train),
+            "test": str(test.path),
+            "test_images": len(test),
+        }
+        content = {
+            "stage": self.name,
+            "results": results,
+            "checkpoint": self.run.digest,
+            "step": self.run.step,
+            "settings": identity(self.settings),
+            "data": data,
+            **more,
+            "peak_memory_mib": peak_memory_mib(),
+            "device": str(self.device),
+            "command": command(self.name, self.settings),
+            "versions": versions(),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, json.dumps(content, indent=2).encode())
+        return replace(self, done=content)
+
+
+def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
+    """Check everything that can be checked before work. `result`: its path in the run's folder.
+
+    Raises InputError: impossible settings, no such run or data, or another result stands there.
+    """
+    settings.validate()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device = pick_device(settings.device)
+    run = load_run(settings.run)
+    train = settings.train or run.settings.data
+    settings = replace(settings, train=train, test=settings.test or beside(train))
+    path = settings.out or settings.run / result
+    if path.suffix != ".json":
+        path = path / "result.json"
+    return Stage(name, settings, run, path, finished(path, settings, run.digest), device)
+
+
+def finished(path: Path, settings: StageSettings, digest: str) -> dict[str, Any] | None:
+    """The result at `path`, if it is the one that these settings would give of this checkpoint.
+
+    Raises:
+        InputError: another result stands there, and --again doesn't allow to replace it.
+    """
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not a result ({error}); remove it") from error
+    changed = changes(result, identity(settings), digest)
+    if not changed:
+        return result
+    if not settings.again:
+        raise InputError(
+            f"{path} stands for something else ({changed}): --again replaces it, --out leaves it alone"
+        )
+    return None
+
+
+def changes(result: dict[str, Any], wanted: dict[str, Any], digest: str) -> str:
+    """The first difference between a result's origin and what is wanted, in words; empty if there is none."""
+    if result.get("checkpoint") != digest:
+        return f"checkpoint: {str(result.get('checkpoint'))[:12]} -> {digest[:12]}"
+    had = result.get("settings", {})
+    for name in {**had, **wanted}:
+        if had.get(name) != wanted.get(name):
+            return f"{name}: {had.get(name)} -> {wanted.get(name)}"
+    return ""
+
+
+def show(stage: Stage[Any]) -> None:
+    """A finished stage on a terminal."""
+    assert stage.done is not None
+    for representation, figures in stage.done["results"].items():
+        print(f"{stage.name} on {representation}: {in_words(figures)}")
+    print(f"written: {stage.path}")
+
+
+def in_words(figures: dict[str, Any]) -> str:
+    if "top1" not in figures:
+        targets = figures["targets"].items()
+        return " · ".join(
+            f"{n}: R2 {f['r2']:.3f}, MSE {f['mse']:.4g}, MAE {f['mae']:.4g}" for n, f in targets
+        )
+    low, high = figures["top1_interval"]
+    top5 = f" · top-5 {figures['top5']:.2f} %" if "top5" in figures else ""
+    return f"top-1 {figures['top1']:.2f} % [{low:.2f}, {high:.2f}]{top5}"
+
+
+def peak_memory_mib() -> float:
+    """Most memory so far: of the GPU where one is in use, else of this process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)

@@ -1,0 +1,295 @@
+"""Training with labels on top of a pretrained encoder: the loop that `linear` and `finetune` share.
+
+The published protocols (Chen et al. 2020, B.5 and B.6): SGD with Nesterov momentum 0.9, no warm-up, cosine
+to 0, random crops and flips alone. One step is a function of (settings, step), so that a training that was
+killed goes on from its newest checkpoint to the weights of the undisturbed one.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from lvssl.models.network import LVNet
+from lvssl.training import checkpoint
+from lvssl.training.labels import Labelled
+from lvssl.training.progress import Metrics, Progress, Window
+from lvssl.training.stopping import Interrupted, Stop
+from pipelines.augment import augmenter_for
+from pipelines.loader import TwoViewLoader, ViewBatch, evaluation_batches
+from pipelines.views import ViewSettings
+
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training."""
+
+    epochs: int
+    batch_size: int
+    lr: float  # the peak of this batch size
+    weight_decay: float
+    seed: int
+    checkpoint_minutes: float
+    log_every: int
+    workers: int
+
+
+def scaled_lr(lr: float, batch_size: int) -> float:
+    """The linear scaling rule: lr is that of a batch of 256."""
+    return lr * batch_size / 256
+
+
+class Classifier(nn.Module):
+    """Encoder -> representation -> linear layer -> logits [N, C], or standardised targets [N, T].
+
+    `frozen`: the encoder stays as it is, in eval mode, and gets no gradient.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: LVNet, on: str, train: Labelled, frozen: bool, seed: int) -> None:
+        super().__init__()
+        self.network, self.on, self.frozen = network, on, frozen
+        used = {id(p) for part in trained_parts(network, on) for p in part.parameters()}
+        for parameter in network.parameters():
+            parameter.requires_grad_(not frozen and id(parameter) in used)
+        self.linear = nn.Linear(width(network, on), train.outputs)
+        nn.init.normal_(self.linear.weight, std=0.01, generator=Generator().manual_seed(seed))
+        nn.init.zeros_(self.linear.bias)
+        shape = len(train.targets) or 1
+        mean, std = torch.zeros(shape), torch.ones(shape)
+        if train.targets:
+            mean, std = train.answers.mean(0), train.answers.std(0, correction=0).clamp_min(1e-12)
+        self.register_buffer("mean", mean)  # of the training answers
+        self.register_buffer("std", std)
+
+    def train(self, mode: bool = True) -> Classifier:
+        super().train(mode)
+        if self.frozen:
+            self.network.eval()
+        return self
+
+    def forward(self, images: Tensor, generator: Generator | None = None) -> Tensor:
+        """`generator`: source of the latent's noise in training."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            representation = represent(self.network, images, self.on, self.training, generator)
+        return self.linear(representation)
+
+    def loss(self, outputs: Tensor, answers: Tensor) -> Tensor:
+        """Cross entropy of classes, or squared error of standardised targets, averaged over them."""
+        if answers.is_floating_point():
+            return F.mse_loss(outputs.float(), (answers - self.mean) / self.std)
+        return F.cross_entropy(outputs.float(), answers)
+
+    def in_units(self, outputs: Tensor) -> Tensor:
+        """Logits as they are; targets in their own units."""
+        return outputs.float() * self.std + self.mean
+
+
+def trained_parts(network: LVNet, on: str) -> list[nn.Module]:
+    return [network.backbone] if on == "features" else [network.backbone, network.head]
+
+
+def represent(
+    network: LVNet, images: Tensor, on: str, training: bool = False, generator: Generator | None = None
+) -> Tensor:
+    """float32 [N, W]: features h; latent: the mean of K samples in training, else the posterior's mean;
+    code: its bits as +-1."""
+    if on == "features":
+        return network.backbone(images).float()
+    _, posterior = network.encode(images)
+    if on == "code":
+        return posterior.code().float() * 2 - 1
+    if training:
+        return posterior.sample(network.samples, generator).mean(dim=0).float()
+    return posterior.mean().float()
+
+
+@torch.no_grad()
+def width(network: LVNet, on: str) -> int:
+    """Length of a representation; found by encoding one black image."""
+    was_training, device = network.training, next(network.parameters()).device
+    found = represent(network.eval(), torch.zeros(1, 3, 64, 64, device=device), on).shape[1]
+    network.train(was_training)
+    return found
+
+
+def plain(view: ViewSettings) -> ViewSettings:
+    """Crops and flips as in the pretraining, colours as they are."""
+    return replace(view, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0)
+
+
+class Supervised:
+    """One resumable training in a folder: its checkpoints, and metrics.jsonl."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Classifier,
+        train: Labelled,
+        view: ViewSettings,
+        recipe: Recipe,
+        device: torch.device,
+    ) -> None:
+        self.folder, self.recipe, self.device, self.data = folder, recipe, device, train
+        self.model = model.to(device).to(memory_format=torch.channels_last)
+        self.answers = train.answers.to(device)
+        self.loader = TwoViewLoader(
+            train.source,
+            plain(view),
+            recipe.batch_size,
+            recipe.seed,
+            recipe.workers,
+            augmenter=augmenter_for(device),
+            device=device,
+            views=1,
+        )
+        self.steps = recipe.epochs * len(self.loader)
+        self.optimiser = sgd(model, recipe)
+        self.noise = Generator(device=device)
+        self.step, self.seconds = 0, 0.0
+
+    def run(self, stop: Stop, title: str) -> None:
+        """Train from the newest checkpoint on, or from the beginning, to the end.
+
+        Raises:
+            Interrupted: SIGTERM or SIGUSR2 came; the state is saved.
+            FloatingPointError: the loss isn't finite.
+        """
+        self.restore()
+        with self.loader:
+            if self.step < self.steps:
+                self.train(stop, title)
+
+    def train(self, stop: Stop, title: str) -> None:
+        recipe, loader = self.recipe, self.loader
+        self.folder.mkdir(parents=True, exist_ok=True)
+        progress = Progress(title, self.steps, self.step, recipe.batch_size)
+        metrics, window = Metrics(self.folder, self.step), Window(recipe.batch_size, self.device)
+        saved = started = time.monotonic()
+        try:
+            loader.set_position(*divmod(self.step, len(loader)))
+            while self.step < self.steps:
+                batches = iter(loader)
+                while (batch := window.next_batch(batches)) is not None:
+                    loss = self.train_step(batch)
+                    self.step += 1
+                    if self.step % recipe.log_every == 0 or self.step == self.steps:
+                        row = self.row(loss.item(), window)
+                        metrics.write(row)
+                        progress.update(self.step, f"loss {row['loss']:.3f}")
+                    now = time.monotonic()
+                    if (
+                        now - saved >= 60 * recipe.checkpoint_minutes
+                        or stop.signal
+                        or self.step == self.steps
+                    ):
+                        self.seconds += now - started
+                        saved = started = now
+                        self.save()
+                    if stop.signal and self.step < self.steps:
+                        name = signal.Signals(stop.signal).name
+                        raise Interrupted(
+                            f"{name}: stopped at step {self.step} of {title}, saved; the same command goes on"
+                        )
+        finally:
+            progress.close()
+            metrics.close()
+
+    def train_step(self, batch: ViewBatch) -> Tensor:
+        """One step of SGD; its loss stays on the device."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.recipe.lr * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        self.model.train()
+        self.noise.manual_seed((self.recipe.seed * 1_000_003 + self.step) % 2**63)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            outputs = self.model(batch.views[0], self.noise)
+        loss = self.model.loss(outputs, self.answers[batch.indices])
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        return loss.detach()
+
+    def row(self, loss: float, window: Window) -> dict[str, Any]:
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {self.step}: the loss is {loss}; lower --lr")
+        lr = self.optimiser.param_groups[0]["lr"]
+        return {
+            "step": self.step,
+            "epoch": self.step / len(self.loader),
+            "loss": loss,
+            "lr": lr,
+        } | window.speed()
+
+    def describe(self) -> dict[str, Any]:
+        """What a result says of its training."""
+        images = self.steps * self.recipe.batch_size
+        speed = images / max(self.seconds, 1e-9)
+        return {
+            "steps": self.steps,
+            "batch_size": self.recipe.batch_size,
+            "peak_lr": self.recipe.lr,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(speed, 1),
+        }
+
+    def save(self) -> None:
+        """What is trained, and no more: a frozen encoder stays in the run's checkpoint."""
+        state = {
+            "model": (self.model.linear if self.model.frozen else self.model).state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        checkpoint.save(self.folder / "checkpoints", self.step, state)
+
+    def restore(self) -> None:
+        found = checkpoint.load_latest(self.folder / "checkpoints")
+        if found is None:
+            return
+        state = found[1]
+        (self.model.linear if self.model.frozen else self.model).load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+
+def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    """Weight decay on weights of linear and convolutional layers alone, found by the modules' types."""
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                is_weight = name == "weight" and isinstance(module, nn.Linear | nn.Conv2d)
+                (decayed if is_weight else others).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=MOMENTUM, nesterov=True)
+
+
+@torch.no_grad()
+def predict(
+    model: Classifier, data: Labelled, view: ViewSettings, device: torch.device, workers: int
+) -> Tensor:
+    """Logits or targets of every image's centre crop, float32 [N, C] on the CPU, in the set's order."""
+    model.eval()
+    parts = []
+    for images, _ in evaluation_batches(data.source, view, workers=workers):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            outputs = model(images.to(device, non_blocking=True))
+        parts.append(model.in_units(outputs).cpu())
+    return torch.cat(parts)

@@ -1,0 +1,304 @@
+"""A run in progress: one step after the other, its state on disk, its figures in the log."""
+
+import math
+import signal
+import time
+from collections import deque
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from lvssl.config import PretrainSettings
+from lvssl.models.network import LVNet
+from lvssl.training import checkpoint
+from lvssl.training.distributed import World, broadcast_state, from_first, highest, mean_over_ranks
+from lvssl.training.gradients import average_over_ranks, backward, guard
+from lvssl.training.objective import objective
+from lvssl.training.optimiser import build_optimiser, learning_rate
+from lvssl.training.prepare import accelerate, autocast, layout, precision, prepared
+from lvssl.training.progress import Metrics, Progress, Window
+from lvssl.training.stopping import Interrupted, Stop
+from pipelines.loader import TwoViewLoader, ViewBatch
+
+
+class Trainer:
+    """Network, optimiser and position of one run, on one of its ranks."""
+
+    def __init__(
+        self,
+        settings: PretrainSettings,
+        classes: int,
+        loader: TwoViewLoader,
+        device: torch.device,
+        world: World = World(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.settings, self.loader, self.device, self.world = settings, loader, device, world
+        engine = settings.engine
+        torch.manual_seed(settings.seed)
+        network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
+        self.network = prepared(network, engine, device, world.size)
+        broadcast_state(self.network)
+        self.parameters = list(self.network.parameters())
+        self.ema = ModelEmaV3(self.network, engine.ema) if engine.ema else None
+        accelerate(self.network.backbone, engine)
+        self.optimiser = build_optimiser(self.network, settings.optimiser)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision(engine, device) == torch.float16)
+        self.noise = torch.Generator(device=device)
+        self.finite = Finite(engine.non_finite_steps, device)
+        self.step = 0
+        self.steps = settings.epochs * len(loader)
+        self.calibrated = False
+        self.folder = settings.out / "checkpoints"
+
+    # -- the state on disk ------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs. The noise needs nothing, for it is keyed by (seed, step)."""
+        return {
+            "network": self.network.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "loader": self.loader.state_dict(),
+            "random": torch.get_rng_state(),
+            "step": self.step,  # of the schedule and of the metrics, too
+            "calibrated": self.calibrated,
+        }
+
+    def save(self) -> None:
+        if self.world.first:
+            checkpoint.save(self.folder, self.step, self.state(), self.settings.engine.keep)
+
+    def restore(self) -> None:
+        """Load the newest checkpoint, if there is one: the one that rank 0 finds to be whole."""
+        found = from_first(self.world, lambda: checkpoint.latest(self.folder))
+        if found is None:
+            return
+        state = checkpoint.load(found)
+        self.network.load_state_dict(state["network"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"])
+        self.step, self.calibrated = state["step"], state["calibrated"]
+        if self.step < self.steps:  # a finished run stands at its end, not at an epoch's beginning
+            self.loader.load_state_dict(state["loader"])
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def train(self, stop: Stop) -> None:
+        """Go on to the last step, or until a signal came to any rank.
+
+        Raises:
+            Interrupted: on all ranks, the state saved.
+            FloatingPointError: too many non-finite steps in a row. MemoryError: names the setting to change.
+        """
+        self.network.train()
+        log = Log(self.settings, self.step, self.steps) if self.world.first else None
+        window = Window(self.settings.batch_size, self.device)
+        self.saved = time.monotonic()
+        try:
+            while self.step < self.steps:
+                batches = iter(self.loader)
+                while (batch := window.next_batch(batches)) is not None:
+                    figures = self.train_step(batch.to(self.device))
+                    self.step += 1
+                    if self.step % self.settings.log_every == 0 or self.step == self.steps:
+                        row = self.describe(figures) | window.speed()
+                        if log:
+                            log.write(row)
+                    self.between_steps(stop)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise MemoryError(self.advice(error)) from error
+        finally:
+            if log:
+                log.close()
+
+    def train_step(self, batch: ViewBatch) -> dict[str, Tensor]:
+        """One step of the optimiser; its figures stay tensors on the device, so that nothing waits for it."""
+        settings = self.settings
+        lr = learning_rate(self.step, self.steps, len(self.loader), settings.optimiser, settings.batch_size)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        # Noise keyed by (seed, step): a resumed or repeated step draws the same, whatever was drawn before.
+        self.noise.manual_seed((settings.seed * 1_000_003 + self.step) % 2**63)
+        self.optimiser.zero_grad(set_to_none=True)
+        images = batch.views.flatten(0, 1).contiguous(memory_format=layout(settings.engine))
+        figures: dict[str, Tensor] = {}
+
+        def loss_of(features: Tensor) -> Tensor:
+            loss, found = self.loss(features, batch.labels)
+            figures.update(found)
+            return loss
+
+        self.finite.keep(self.network)
+        try:
+            context = partial(autocast, settings.engine, self.device)
+            chunk = settings.engine.chunk
+            backward(self.network.backbone, images, loss_of, context, chunk, self.scaler.scale)
+            finite = self.update(figures["loss"])
+        except FloatingPointError as error:  # on a CPU the loss itself sees it, on every rank, and says what
+            self.finite.reason, finite = str(error), torch.tensor(False)
+        self.finite.see(finite, self.network, batch.indices)
+        return {name: value.detach() for name, value in figures.items()}
+
+    def loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is minimised, and the figures, from h [2B, F] and the labels [B] of this rank."""
+        fraction = self.step / self.steps
+        with autocast(self.settings.engine, self.device):
+            place = self.world.rank, self.world.size
+            outputs = self.network.heads(features, self.noise, fraction, *place)
+            probes = self.network.probe_logits(outputs)
+        figures = objective(outputs, self.settings, fraction)
+        loss = figures["loss"]
+        labels = labels.repeat(2)
+        for name, logits in probes.items():
+            loss = loss + F.cross_entropy(logits.float(), labels)
+            figures[f"probe_{name}"] = (logits.argmax(1) == labels).float().mean() * 100
+        return loss, figures
+
+    def update(self, loss: Tensor) -> Tensor:
+        """One step of optimiser and average from the gradients; whether they were finite, on the device."""
+        average_over_ranks(self.parameters)
+        scaled = self.scaler.is_enabled()
+        if scaled:
+            self.scaler.unscale_(self.optimiser)
+        norm = guard(self.parameters, self.settings.optimiser.clip)
+        if scaled or self.device.type != "cpu" or norm.isfinite():
+            self.scaler.step(self.optimiser)
+            self.scaler.update()
+        if self.world.size > 1 and not self.settings.engine.sync_batch_norm:
+            broadcast_state(self.network, buffers_alone=True)
+        if self.ema:
+            self.ema.update(self.network)
+        # With a loss scale, gradients that overflow are a part of its search and no failure.
+        return (loss if scaled else norm).detach().isfinite()
+
+    def between_steps(self, stop: Stop) -> None:
+        """All ranks agree whether to go on; rank 0 saves when it is time."""
+        asked, bad = highest(stop.signal, self.finite.in_a_row())
+        if bad >= self.settings.engine.non_finite_steps:
+            raise self.diverged()
+        due = time.monotonic() - self.saved >= 60 * self.settings.checkpoint_minutes
+        if due or asked or self.step % len(self.loader) == 0:
+            self.save()
+            self.saved = time.monotonic()
+        if asked:
+            name = signal.Signals(asked).name
+            raise Interrupted(f"{name}: stopped at step {self.step}, saved; go on with --resume")
+
+    def describe(self, figures: dict[str, Tensor]) -> dict[str, Any]:
+        """One row of metrics.jsonl, over all ranks. The only place where the host waits for the device."""
+        row: dict[str, Any] = {"step": self.step, "epoch": self.step / len(self.loader)}
+        if figures:
+            values = mean_over_ranks(torch.stack([value.float() for value in figures.values()]))
+            row.update(zip(figures, values.tolist()))
+        row["lr"] = self.optimiser.param_groups[0]["lr"]
+        if self.settings.on_error == "skip":
+            row["skipped"] = self.loader.skipped
+        return row
+
+    # -- what can go wrong ------------------------------------------------------------------------
+
+    def diverged(self) -> FloatingPointError:
+        """The error to raise, once the indices of this rank's part of the batch are kept."""
+        part = "" if self.world.first else f"_rank{self.world.rank}"
+        path = self.settings.out / f"non_finite_batch{part}.npy"
+        if self.finite.indices is not None:
+            np.save(path, self.finite.indices.cpu().numpy())
+        what = self.finite.reason or "the gradient is not finite"
+        count = self.settings.engine.non_finite_steps
+        return FloatingPointError(
+            f"step {self.step}, the last of {count} in a row: {what}; the batch's indices are in {path}. "
+            "Lower --lr, set --clip 1, or raise --temperature"
+        )
+
+    def advice(self, error: BaseException) -> str:
+        """An out-of-memory error with the setting that makes it go away."""
+        engine, views = self.settings.engine, 2 * self.settings.batch_size // self.world.size
+        if not 0 < engine.chunk < views:
+            change = f"--chunk {max(2, views // 4)} (the loss still sees the whole batch)"
+        elif engine.chunk > 64:
+            change = f"a smaller --chunk ({engine.chunk // 2})"
+        else:
+            change = "a smaller --batch-size"
+        if not engine.recompute:
+            change += ", or --recompute"
+        first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        return f"out of memory with {views} views on this rank: try {change}. ({first})"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in str(error) for w in words)
+
+
+class Finite:
+    """Non-finite steps in a row, counted without waiting for the device; their batch statistics undone."""
+
+    def __init__(self, limit: int, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.waiting: deque[tuple[Tensor, Any, Tensor]] = deque()
+        self.bad = 0
+        self.reason = ""
+        self.indices: Tensor | None = None
+        self.kept: list[Tensor] = []
+
+    def keep(self, network: LVNet) -> None:
+        """Remember the running statistics from before the step."""
+        buffers = list(network.buffers())
+        if not self.kept:
+            self.kept = [torch.empty_like(buffer) for buffer in buffers]
+        for kept, buffer in zip(self.kept, buffers):
+            kept.copy_(buffer)
+
+    def see(self, finite: Tensor, network: LVNet, indices: Tensor) -> None:
+        """A step's verdict, a bool on the device; statistics that it has spoilt are put back."""
+        event = None
+        if self.on_gpu:
+            for kept, buffer in zip(self.kept, network.buffers()):
+                torch.where(finite, buffer, kept, out=buffer)
+            event = torch.cuda.Event()
+            finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            event.record()
+        elif not finite:
+            for kept, buffer in zip(self.kept, network.buffers()):
+                buffer.copy_(kept)
+        self.waiting.append((finite, event, indices))
+
+    def in_a_row(self) -> int:
+        """Of the steps that the device has finished."""
+        while self.waiting and (self.waiting[0][1] is None or self.waiting[0][1].query()):
+            finite, _, indices = self.waiting.popleft()
+            if finite:
+                self.bad = 0
+            else:
+                self.bad, self.indices = self.bad + 1, indices
+        return self.bad
+
+
+class Log:
+    """The lines of a run, on rank 0: metrics.jsonl, TensorBoard and the terminal."""
+
+    def __init__(self, settings: PretrainSettings, step: int, steps: int) -> None:
+        self.metrics = Metrics(settings.out, step)
+        self.progress = Progress("pretrain", steps, step, settings.batch_size)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.metrics.write(row)
+        note = f"data {row['data_percent']:.0f} % · {row['memory_gib']:.1f} GiB"
+        if math.isfinite(row.get("loss", math.nan)):
+            note = f"loss {row['loss']:.3f} · rate {row['rate_bits']:.0f} bits · {note}"
+        self.progress.update(row["step"], note)
+
+    def close(self) -> None:
+        self.progress.close()
+        self.metrics.close()

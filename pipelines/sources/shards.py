@@ -1,0 +1,94 @@
+"""WebDataset tars with their indices (`convert-beton --webdataset`, or wds2idx), opened without a walk.
+
+A tar of a million images is a million headers to read, far apart; the index says where each image lies in one
+file of text. Labels come from the manifest beside the tars where there is one, else from each image's `.cls`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.convert import imagenet, tars
+from pipelines.convert.manifest import manifest_path, read_manifest
+from pipelines.convert.readers import EXTENSIONS, Source, files_of_split, labelled
+from pipelines.errors import InputError
+
+Members = dict[str, tars.Member]  # of one image, by extension without its dot
+
+
+def open_shards(path: Path, split: str | None = None) -> Source | None:
+    """A tar, a folder of tars or train-{000000..000146}.tar as images; None unless every tar has its index.
+
+    Raises:
+        InputError: an index that can't be read or isn't its tar's, a tar cut short, an image without a class.
+    """
+    shards = sorted(path.glob("*.tar")) if path.is_dir() else tars.expanded(str(path)) or [path]
+    if path.is_dir() and shards:
+        shards, split = files_of_split(path, shards, split)
+    if not shards or not all(s.suffix == ".tar" and s.with_suffix(".idx").is_file() for s in shards):
+        return None
+    opened = [tars.Tar(shard) for shard in shards]
+    reader, names, classes_of = tars.Reader(opened), [], []
+    for which, tar in enumerate(opened):
+        for members in _samples(tar, tar.path.with_suffix(".idx")):
+            image = next((members[end] for end in members if f".{end}" in EXTENSIONS), None)
+            if image is not None:
+                reader.add(which, image)
+                names.append(f"{tar.path.name}:{image.name}")
+                classes_of.append((tar, members.get("cls")))
+    manifest = manifest_path(path if path.is_dir() else path.parent)
+    labels = _labels_of(manifest, len(names))
+    if labels is None:
+        labels = np.array([_class(*each) for each in classes_of], np.int64)
+    return labelled(str(path), names, labels, imagenet.class_names(manifest), reader, split)
+
+
+def _samples(tar: tars.Tar, index: Path) -> Iterator[Members]:
+    """The members of each image by extension, as the index has them; the first and last are looked at."""
+    try:
+        head, *lines = index.read_text().splitlines()
+        version, count = head.split()
+        if version != "v1.2" or int(count) != len(lines):
+            raise ValueError(f"it promises {count} images in {version} and has {len(lines)}")
+        fields = [line.split(" ") for line in lines]
+        samples = [
+            {end: tars.Member(name, int(at), int(size)) for end, at, size, name in zip(*[iter(line)] * 4)}
+            for line in fields
+        ]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{index}: not an index of DALI's version 1.2, or damaged ({error})") from error
+    for sample in samples[:1] + samples[-1:]:
+        for member in sample.values():
+            _check(tar, member, index)
+    return iter(samples)
+
+
+def _check(tar: tars.Tar, member: tars.Member, index: Path) -> None:
+    """Raise InputError unless the tar has this member where the index says."""
+    if member.offset + member.size > tar.end:
+        raise InputError(f"{tar.name}: cut short, {member.name} ends behind its end; convert it again")
+    head = os.pread(tar.file, tars.BLOCK, member.offset - tars.BLOCK)
+    if os.fsencode(member.name)[:100] != head[:100].rstrip(b"\0"):
+        raise InputError(f"{index}: isn't the index of {tar.name} ({member.name} isn't where it says)")
+
+
+def _labels_of(manifest: Path, count: int) -> np.ndarray | None:
+    """The labels in a manifest of so many images, int64 [N]; None if there is none such."""
+    if not manifest.is_file():
+        return None
+    rows = read_manifest(manifest)[1]
+    return np.array(rows["label"], np.int64) if len(rows.get("label", ())) == count else None
+
+
+def _class(tar: tars.Tar, member: tars.Member | None) -> int:
+    if member is None:
+        raise InputError(f"{tar.name}: its index has an image without .cls, which holds the class")
+    text = os.pread(tar.file, min(member.size, 32), member.offset)
+    try:
+        return int(text)
+    except ValueError as error:
+        raise InputError(f"{tar.name}: {member.name} holds {text!r}, no class number") from error

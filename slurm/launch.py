@@ -1,0 +1,356 @@
+"""`lvssl launch`: submit what isn't done and isn't under way, each stage after those it rests on."""
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from pipelines.errors import InputError
+from slurm import scheduler
+from slurm.job import Job
+from slurm.pipeline import ClusterSettings, Pipeline, Starts, read_pipeline
+from slurm.records import claimed, read_jobs, read_record, stands, write_json
+from slurm.snapshot import snapshot
+from slurm.stages import Stage, Task, build_stages
+
+CLUSTERS = ("slurm", "local", "debug")
+A_YEAR = 365 * 24 * 60  # minutes; nothing on this machine ends a job but its command
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stage and its tasks that are to be submitted."""
+
+    stage: Stage
+    tasks: tuple[Task, ...]
+    under_way: tuple[str, ...] = ()  # jobs that are at its other tasks
+    why: str = ""
+
+
+def launch(
+    file: Path,
+    starts: Starts,
+    preset: str | None = None,
+    cluster: str = "slurm",
+    dry_run: bool = False,
+    parameters: Callable[[Any], int] | None = None,
+) -> int:
+    """Submit a pipeline, or run it here; returns the exit status.
+
+    Args:
+        file: the PIPELINE.toml.
+        starts: by stage, where its command's settings start from.
+        preset: replaces [pretrain]'s.
+        cluster: slurm; local (processes of this machine, by submitit), debug (in this process).
+        dry_run: print what would be submitted.
+        parameters: pretraining's settings -> parameters of the network, for the disk it will need.
+
+    Raises:
+        InputError: before anything is submitted.
+    """
+    if cluster not in CLUSTERS:
+        raise InputError(f"unknown --cluster {cluster!r}; known: {', '.join(CLUSTERS)}")
+    pipeline = read_pipeline(file, starts, preset)
+    stages = build_stages(pipeline)
+    if dry_run:
+        from slurm.dry_run import describe
+
+        print(describe(pipeline, stages, plan(pipeline.out, stages), cluster, parameters))
+        return 0
+    with claimed(pipeline.out):
+        works = plan(pipeline.out, stages)
+        if cluster == "slurm":
+            return submit_chain(pipeline, works)
+        return run_here(pipeline, works, cluster)
+
+
+def plan(out: Path, stages: list[Stage]) -> list[Work]:
+    """What of each stage is to be done: not what stands, nor what a job is at, nor what nobody needs."""
+    jobs = read_jobs(out)
+    queue = scheduler.states({job["job"] for job in jobs.values()})
+    works: dict[str, Work] = {}
+    for stage in reversed(stages):
+        wanted = not stage.intermediate or any(
+            works[later.name].tasks for later in stages if stage.name in later.after
+        )
+        missing = [task for task in stage.tasks if not stands(out, task)]
+        busy = {
+            t: jobs[t.key]["job"] for t in missing if t.key in jobs and is_busy(jobs[t.key]["job"], queue)
+        }
+        todo = tuple(task for task in missing if task not in busy) if wanted else ()
+        why = (
+            "stands" if not missing else "under way" if not todo and busy else "" if wanted else "not needed"
+        )
+        works[stage.name] = Work(stage, todo, tuple(sorted(set(busy.values()))), why)
+    return [works[stage.name] for stage in stages]
+
+
+def is_busy(job: str, queue: dict[str, tuple[str, str]]) -> bool:
+    return queue.get(job, ("", ""))[0] in scheduler.ALIVE
+
+
+# ---- Slurm
+
+
+class ChainExecutor(submitit.SlurmExecutor):
+    """submitit's Slurm executor, which can also write its script where there is no Slurm (--dry-run)."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+    def script(self, tasks: int) -> str:
+        """The text that is given to sbatch."""
+        array = {"map_count": tasks} if tasks > 1 else {}
+        before = dict(self.parameters)
+        self.parameters.update(array)
+        try:
+            return self._make_submission_file_text(self._submitit_command_str, "")
+        finally:
+            self.parameters = before
+
+
+def executor(pipeline: Pipeline, stage: Stage, code: Path, after: list[str]) -> ChainExecutor:
+    """An executor with all that a stage's job asks of Slurm; `after`: jobs that must have ended well."""
+    cluster = stage.cluster
+    python = shlex.quote(cluster.python or sys.executable)
+    made = ChainExecutor(pipeline.out / "jobs" / stage.name, python=python)
+    options: dict[str, Any] = {"requeue": True, "chdir": str(code), **cluster.options}
+    if after:
+        options |= {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"}
+    if cluster.memory:
+        options["mem"] = cluster.memory.removesuffix("B")
+    named = {
+        name: value
+        for name in ("partition", "account", "qos", "constraint")
+        if (value := getattr(cluster, name))
+    }
+    made.update_parameters(
+        job_name=f"{pipeline.name}-{stage.name}",
+        time=cluster.minutes,
+        nodes=cluster.nodes,
+        ntasks_per_node=cluster.ranks_per_node,
+        **({"cpus_per_task": cluster.cpus} if cluster.cpus else {}),
+        **({"gpus_per_node": cluster.gpus} if cluster.gpus else {}),
+        **named,
+        setup=setup_lines(cluster, code),
+        signal_delay_s=cluster.warning,
+        stderr_to_stdout=True,
+        array_parallelism=cluster.concurrency,
+        additional_parameters=options,
+        use_srun=False,  # the job starts its ranks itself: see slurm/job.py
+    )
+    return made
+
+
+def setup_lines(cluster: ClusterSettings, code: Path) -> list[str]:
+    """What the script does before its command. The frozen code comes before all that is installed, and the
+    working folder, which Python puts first, is that code too."""
+    lines = [f"module load {shlex.quote(module)}" for module in cluster.modules]
+    lines += cluster.setup
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
+    return [*lines, f"export PYTHONPATH={shlex.quote(str(code))}"]
+
+
+def submit_chain(pipeline: Pipeline, works: list[Work]) -> int:
+    """Check everything, then submit stage after stage."""
+    out = pipeline.out
+    for work in works:
+        if work.tasks:
+            scheduler.check_cluster(f"{table_of(work.stage)}.cluster", work.stage.cluster)
+    refuse_other_settings(out, works)
+    code = snapshot(out)
+    for work in works:
+        if work.tasks:
+            script = executor(pipeline, work.stage, code, []).script(len(work.tasks))
+            scheduler.test_submission(f"{table_of(work.stage)}.cluster", script, out)
+    jobs = read_jobs(out)
+    submitted: dict[str, list[str]] = {}
+    for work in works:
+        stage = work.stage
+        after = [job for name in stage.after for job in submitted[name]]
+        new = submit(pipeline, work, code, after, jobs) if work.tasks else []
+        write_json(out / "jobs.json", jobs)
+        # A new array is waited for as a whole; of an older one only the tasks that are still under way.
+        submitted[stage.name] = sorted({job.split("_")[0] for job in new} | set(work.under_way))
+        print(f"{stage.name:10} {in_words(work, new)}")
+    if any(work.tasks for work in works):
+        print(f"see how it goes: lvssl status {pipeline.file}")
+    return 0
+
+
+def submit(
+    pipeline: Pipeline, work: Work, code: Path, after: list[str], jobs: dict[str, dict[str, str]]
+) -> list[str]:
+    """Submit a stage's tasks as one job or one array; notes them in `jobs`."""
+    stage = work.stage
+    made = executor(pipeline, stage, code, after)
+    calls = calls_of(pipeline.out, work, code)
+    with own_environment():
+        done = made.map_array(_call, calls) if len(calls) > 1 else [made.submit(calls[0])]
+    for task, job in zip(work.tasks, done):
+        jobs[task.key] = {
+            "task": task.name,
+            "job": job.job_id,
+            "log": str(job.paths.stdout),
+            "cluster": "slurm",
+        }
+    return [job.job_id for job in done]
+
+
+def calls_of(out: Path, work: Work, code: Path) -> list[Job]:
+    siblings = work.stage.tasks if work.stage.swept else ()
+    return [Job(out, task, work.stage.cluster, code, siblings) for task in work.tasks]
+
+
+def _call(job: Job) -> None:
+    job()
+
+
+@contextlib.contextmanager
+def own_environment() -> Iterator[None]:
+    """Without the variables of a job that `launch` itself may run in, which sbatch would take as options."""
+    taken = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
+
+
+def refuse_other_settings(out: Path, works: list[Work]) -> None:
+    """A job that is at a task with other settings would be left behind unseen."""
+    jobs = read_jobs(out)
+    keys = {task.key for work in works for task in work.stage.tasks}
+    other = {key: job for key, job in jobs.items() if key not in keys and job["cluster"] == "slurm"}
+    queue = scheduler.states({job["job"] for job in other.values()})
+    for job in other.values():
+        if is_busy(job["job"], queue):
+            raise InputError(
+                f"job {job['job']} is at {job['task']} with other settings: "
+                "`lvssl cancel` it first, or wait for its end"
+            )
+
+
+def in_words(work: Work, new: list[str]) -> str:
+    if not new:
+        return f"under way as job {', '.join(work.under_way)}" if work.under_way else work.why
+    first = new[0].split("_")[0]
+    text = f"job {first}" + (f", an array of {len(new)}" if len(new) > 1 else "")
+    return text + (
+        f" ({len(work.stage.tasks) - len(new)} tasks stand or are under way)"
+        if len(new) < len(work.stage.tasks)
+        else ""
+    )
+
+
+def table_of(stage: Stage) -> str:
+    """The table of PIPELINE.toml that a stage's settings stand in."""
+    return "convert" if stage.name == "merge" else stage.name
+
+
+# ---- Here, without a scheduler
+
+
+def run_here(pipeline: Pipeline, works: list[Work], cluster: str) -> int:
+    """One stage after the other on this machine; ends with the first that fails."""
+    out = pipeline.out
+    code = snapshot(out)
+    os.environ.update(pipeline.local.environment)
+    os.environ["PYTHONPATH"] = str(code)
+    os.chdir(code)
+    for work in works:
+        if not work.tasks:
+            print(f"{work.stage.name:10} {work.why}", flush=True)
+            continue
+        print(f"{work.stage.name:10} {len(work.tasks)} to do", flush=True)
+        calls = calls_of(out, work, code)
+        size = pipeline.local.concurrency if cluster == "local" else 1
+        for first in range(0, len(calls), size):
+            run_some(pipeline, work, calls[first : first + size], cluster)
+        for task in work.tasks:
+            if not stands(out, task):
+                return not_done(out, task)
+    print(f"done: {works[-1].stage.tasks[0].outputs[0]}")
+    return 0
+
+
+def not_done(out: Path, task: Task) -> int:
+    record = read_record(out, task)
+    if record is not None and record.state == "stopped":
+        print(f"{task.name}: stopped, its state is saved; launch again to go on", file=sys.stderr)
+        return 143
+    error = record.error if record is not None and record.error else "it ended without a word"
+    log = record.log if record is not None else out / "jobs"
+    print(f"error: {task.name}: {error} (log: {log})", file=sys.stderr)
+    return 1
+
+
+def run_some(pipeline: Pipeline, work: Work, calls: list[Job], cluster: str) -> None:
+    """Some tasks at the same time; returns when they have ended."""
+    folder = pipeline.out / "jobs" / work.stage.name
+    if cluster == "debug":
+        made: Any = submitit.DebugExecutor(folder)
+        for job in [made.submit(call) for call in calls]:
+            with contextlib.suppress(SystemExit):  # the record says why
+                job.exception() if not sys.stdin.isatty() else job.results()
+        return
+    made = submitit.LocalExecutor(folder)
+    made.update_parameters(timeout_min=A_YEAR, gpus_per_node=work.stage.cluster.gpus, stderr_to_stdout=True)
+    with stoppable() as running:
+        running += [made.submit(call) for call in calls]
+        signal.signal(signal.SIGINT, running.stop)
+        jobs = read_jobs(pipeline.out)
+        for call, job in zip(calls, running):
+            jobs[call.task.key] = {
+                "task": call.task.name,
+                "job": job.job_id,
+                "log": str(job.paths.stdout),
+                "cluster": "local",
+            }
+        write_json(pipeline.out / "jobs.json", jobs)
+        while not all(job.done() for job in running):
+            time.sleep(0.2)
+    if stopped_by := running.signal:
+        for call in calls:
+            not_done(pipeline.out, call.task)
+        raise SystemExit(128 + stopped_by)
+
+
+class Running(list):
+    """Jobs of this machine, and the signal that asked to stop them."""
+
+    signal = 0
+
+    def stop(self, number: int, _: Any) -> None:
+        self.signal = number
+        for job in self:
+            job._process.send_signal(signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[Running]:
+    """Ctrl-C and SIGTERM reach the jobs as SIGTERM, on which they save their state and end.
+
+    The jobs are started with SIGINT ignored: a terminal sends it to every process at once, and submitit's
+    controller would answer by killing what is still saving.
+    """
+    running = Running()
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, running.stop)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield running
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

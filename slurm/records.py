@@ -1,0 +1,127 @@
+"""What is known of each task on disk: OUT/stages/TASK-DIGEST.json, written by the job itself, by renaming.
+
+Together with what `launch` notes of the jobs (OUT/jobs.json) it tells the state of the chain where the
+cluster keeps no accounts.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import InputError
+from slurm.stages import Task
+
+SMALL = 2**20  # bytes up to which an output is known by its content, not its size alone
+
+
+@dataclass
+class Record:
+    task: str
+    digest: str
+    state: str = "new"  # running, stopped (saved, to be started again), done, failed, cancelled
+    job: str = ""
+    host: str = ""
+    log: str = ""
+    command: str = ""
+    code: str = ""
+    started: float = 0.0  # of the latest start
+    ended: float = 0.0
+    seconds: float = 0.0  # of all starts together
+    restarts: int = 0  # after a preemption or a time limit
+    crashes: int = 0
+    error: str = ""
+    outputs: dict[str, str] = field(default_factory=dict)  # path -> fingerprint
+
+
+def record_path(out: Path, task: Task) -> Path:
+    return out / "stages" / f"{task.key}.json"
+
+
+def read_record(out: Path, task: Task) -> Record | None:
+    """What is recorded of a task with these very settings; None if there is nothing."""
+    try:
+        content = json.loads(record_path(out, task).read_text())
+        record = Record(**content)
+    except (OSError, ValueError, TypeError):
+        return None
+    return record if record.digest == task.digest else None
+
+
+def write_record(out: Path, task: Task, record: Record) -> None:
+    write_json(record_path(out, task), asdict(record))
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def stands(out: Path, task: Task) -> bool:
+    """Whether a task's result is there, made with these settings, and is what was written then."""
+    record = read_record(out, task)
+    return record is not None and record.state == "done" and record.outputs == fingerprints(task.outputs)
+
+
+def fingerprints(outputs: tuple[Path, ...]) -> dict[str, str] | None:
+    """A fingerprint of each output; None if one is missing."""
+    if not all(path.exists() for path in outputs):
+        return None
+    return {str(path): _fingerprint(path) for path in outputs}
+
+
+def _fingerprint(path: Path) -> str:
+    if path.is_dir():
+        return " ".join(f"{p.name}:{p.stat().st_size}" for p in sorted(path.iterdir()))
+    size = path.stat().st_size
+    return hashlib.sha256(path.read_bytes()).hexdigest() if size <= SMALL else f"{size} bytes"
+
+
+def read_jobs(out: Path) -> dict[str, dict[str, str]]:
+    """Task key -> {"job", "log"} of its latest submission."""
+    try:
+        return json.loads((out / "jobs.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Only one `launch`, `retry` or `cancel` at a time works on a pipeline's folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".launch", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"{out}: another `lvssl launch` is at work there; wait until it has ended"
+            ) from error
+        yield
+
+
+def last_error(log: Path) -> str:
+    """The line of a log that says what went wrong: the last "error: ...", exception, or line at all."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 50_000))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    except OSError:
+        return ""
+    lines = [line for line in lines if line and not re.match(r"(srun|slurmstepd\S*|submitit|chain)\b", line)]
+    for pattern in (r"error: ", r"(\w+\.)*\w+(Error|Exception|Interrupt|Exit)\b"):
+        for line in reversed(lines):
+            if re.match(pattern, line):
+                return line
+    return lines[-1] if lines else ""

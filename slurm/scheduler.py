@@ -1,0 +1,159 @@
+"""What is asked of Slurm and told to it, through its commands."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from pipelines.errors import InputError
+from slurm.pipeline import ClusterSettings, minutes_of
+
+ALIVE = (
+    "PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
+    "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT",
+)  # fmt: skip
+ELSEWHERE = "submit from the cluster's login node, or use --cluster local"
+
+
+def ask(*command: str) -> str:
+    """A command's output. Raises InputError with Slurm's own words if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    except FileNotFoundError as error:
+        raise InputError(f"no Slurm here ({command[0]} not found): {ELSEWHERE}") from error
+    except subprocess.TimeoutExpired as error:
+        raise InputError(f"Slurm doesn't answer: {command[0]} took more than 60 s") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise InputError(f"{command[0]}: {lines[-1]}")
+    return done.stdout
+
+
+def check_cluster(table: str, cluster: ClusterSettings) -> None:
+    """Raise InputError if Slurm isn't there, or has no such partition, no GPUs there, or not so much time."""
+    if shutil.which("sbatch") is None:
+        raise InputError(f"no Slurm here (sbatch not found): {ELSEWHERE}")
+    rows = [line.split("|") for line in ask("sinfo", "-h", "-o", "%P|%l|%f|%G").splitlines()]
+    partitions = sorted({row[0].rstrip("*") for row in rows})
+    default = next((row[0].rstrip("*") for row in rows if row[0].endswith("*")), "")
+    name = cluster.partition or default
+    if not name:
+        raise InputError(
+            f"[{table}] partition: the cluster has no default; name one of {', '.join(partitions)}"
+        )
+    if name not in partitions:
+        raise InputError(
+            f"[{table}] partition: the cluster knows no {name!r}; known: {', '.join(partitions)}"
+        )
+    mine = [row for row in rows if row[0].rstrip("*") == name]
+    limit = mine[0][1]
+    if limit != "infinite" and cluster.minutes > minutes_of(limit):
+        raise InputError(f"[{table}] time: {cluster.time} is longer than partition {name} allows ({limit})")
+    if cluster.gpus and not any("gpu" in row[3] for row in mine):
+        raise InputError(f"[{table}] gpus: partition {name} has none")
+
+
+def test_submission(table: str, script: str, folder: Path) -> None:
+    """Let sbatch check a script (account, nodes, memory) without submitting it; InputError with its words."""
+    path = folder / ".test-only.sh"
+    path.write_text(script)
+    try:
+        ask("sbatch", "--test-only", str(path))
+    except InputError as error:
+        raise InputError(f"[{table}] {error}") from error
+    finally:
+        path.unlink()
+
+
+def states(jobs: set[str]) -> dict[str, tuple[str, str]]:
+    """Job -> (state, reason) of those that Slurm has in its queue; all from one call."""
+    if not jobs or shutil.which("squeue") is None:
+        return {}
+    try:
+        lines = ask("squeue", "-h", "-r", "-a", "-t", "all", "-o", "%i|%T|%r|%A").splitlines()
+    except InputError:
+        return {}
+    found = {}
+    for line in lines:
+        job, state, reason, _ = line.split("|")
+        if job in jobs:
+            found[job] = (state, reason)
+    return found
+
+
+def accounted(jobs: set[str]) -> dict[str, str]:
+    """Job -> final state, from sacct; empty where the cluster keeps no accounts."""
+    if not jobs or shutil.which("sacct") is None:
+        return {}
+    try:
+        text = ask("sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", ",".join(sorted(jobs)))
+    except InputError:
+        return {}
+    rows = [line.split("|") for line in text.splitlines() if "|" in line]
+    return {job: state.split()[0] for job, state in rows if state}
+
+
+def alive(job: str, host: str = "") -> bool:
+    """Whether a job is queued or runs: a Slurm job, or a process of this machine ("local-PID")."""
+    if job.startswith("DEBUG") or not job:
+        return False
+    state = states({job}).get(job)
+    if state is not None:
+        return state[0] in ALIVE
+    if host == socket.gethostname() and Path(f"/proc/{job}/cmdline").exists():
+        return b"submitit" in Path(f"/proc/{job}/cmdline").read_bytes()
+    return False
+
+
+def job_state(job: str) -> str:
+    """As scontrol shows it, such as RUNNING; empty if it doesn't answer."""
+    for _ in range(3):
+        try:
+            found = re.search(r"\bJobState=(\w+)", ask("scontrol", "show", "job", "-o", job))
+            return found.group(1) if found else ""
+        except InputError:
+            time.sleep(2)
+    return ""
+
+
+def ended_by(log: Path) -> str:
+    """Why Slurm ends this job, as its daemon says in the log: "time limit", "preemption", "job requeue",
+    "node failure"; empty for a cancellation."""
+    time.sleep(0.5)
+    with open(log, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 5_000))
+        lines = re.findall(
+            r"\*\*\* (?:JOB|STEP) .* CANCELLED AT \S+(?: DUE TO ([A-Z ]+?))? \*\*\*",
+            file.read().decode(errors="replace"),
+        )
+    return lines[-1].lower() if lines else ""
+
+
+def requeue(job: str) -> None:
+    """Put this job back into the queue. Where Slurm does so itself (preemption), it refuses, rightly."""
+    try:
+        ask("scontrol", "requeue", job)
+    except InputError as error:
+        print(f"chain: {error}", flush=True)
+
+
+def cancel(jobs: list[str]) -> None:
+    if jobs:
+        ask("scancel", *jobs)
+
+
+def meeting_point(attempt: int) -> tuple[str, int]:
+    """(address of the job's first node, port of this start of this job), where the ranks meet.
+
+    The address is the one that Slurm itself reaches the node by. The port lies below the ephemeral ones, and
+    differs between jobs that share a machine, and between the starts of one job.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return "127.0.0.1", 10_000 + (os.getpid() * 7 + attempt) % 20_000
+    first = ask("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()[0]
+    address = re.search(r"\bNodeAddr=(\S+)", ask("scontrol", "show", "node", "-o", first))
+    return address.group(1) if address else first, 10_000 + (int(job) * 7 + attempt) % 20_000

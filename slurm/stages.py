@@ -1,0 +1,218 @@
+"""A pipeline as stages: what each runs, what it leaves, and a digest of all that it depends on.
+
+A stage's digest covers its settings and the digests of the stages it rests on, so that a changed setting
+gives new digests to what hangs on it and to nothing else. Data and run folders carry theirs in their names:
+another setting never meets another's files, and going back to an earlier one finds its results.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slurm.pipeline import FILLED_IN, MEASURING, ClusterSettings, ImageSource, Pipeline
+
+# What changes where and how fast, never what is computed.
+FREE = (
+    *FILLED_IN,
+    "workers",
+    "threads",
+    "device",
+    "augmentation",
+    "checkpoint_minutes",
+    "log_every",
+    "preset",
+    "shards",
+)
+# Results that have one place in the run's folder, whatever the settings.
+ONE_PLACE = {"evaluate": "evaluation.json", "analyse": "analysis.json"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call of a command: a job, or one task of an array."""
+
+    name: str
+    digest: str
+    module: str  # run as `python -m MODULE ARGUMENTS`
+    arguments: tuple[str, ...]
+    outputs: tuple[Path, ...]  # exist when it is done
+    removes: tuple[Path, ...] = ()  # betons of no use once it is done
+    run: Path | None = None  # the run's folder
+    label: str = ""  # in a sweep: what is special about it
+
+    @property
+    def key(self) -> str:
+        """Names its record: the same task with other settings has another."""
+        return f"{self.name}-{self.digest[:8]}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    after: tuple[str, ...]  # stages that must have ended well
+    tasks: tuple[Task, ...]
+    cluster: ClusterSettings
+    intermediate: bool = False  # needed only while a stage that rests on it has to run
+    swept: bool = False
+
+
+def build_stages(pipeline: Pipeline) -> list[Stage]:
+    """The stages of a pipeline in an order in which they can run."""
+    stages, data = data_stages(pipeline)
+    behind = tuple(stage.name for stage in stages[-1:])
+    table = pipeline.stages["pretrain"]
+    point = table.points[0]
+    key = digest("pretrain", point.settings, data["train"][1])
+    run = pipeline.out / f"pretrain-{key[:8]}"
+    arguments = (
+        "pretrain",
+        "--data",
+        str(data["train"][0]),
+        "--out",
+        str(run),
+        *options(point.given),
+        "--resume",
+    )
+    pretrain = Task("pretrain", key, "lvssl.cli", arguments, (run / "checkpoints",), run=run)
+    stages.append(Stage("pretrain", behind, (pretrain,), table.cluster))
+    measured = []
+    for name in MEASURING:
+        if name in pipeline.stages:
+            measured.append(measuring(pipeline, name, run, key, data["test"]))
+    stages += measured
+    keys = [task.digest for stage in measured for task in stage.tasks]
+    after = tuple(stage.name for stage in measured) or ("pretrain",)
+    page = Task(
+        "report",
+        digest("report", None, key, *keys),
+        "lvssl.cli",
+        ("report", str(run)),
+        (run / "report.html",),
+        run=run,
+    )
+    stages.append(Stage("report", after, (page,), pipeline.stages["report"].cluster))
+    return stages
+
+
+def measuring(pipeline: Pipeline, name: str, run: Path, run_key: str, test: tuple[Path, str]) -> Stage:
+    """A stage that measures a pretrained run: one task, or one for each point of its sweep."""
+    table = pipeline.stages[name]
+    tasks = []
+    for number, point in enumerate(table.points):
+        key = digest(name, point.settings, run_key, test[1])
+        result, extra = result_of(name, run, key, table.swept)
+        arguments = (name, str(run), "--test", str(test[0]), *options(point.given), *extra)
+        title = f"{name}-{number + 1:02d}" if table.swept else name
+        tasks.append(Task(title, key, "lvssl.cli", arguments, (result,), run=run, label=point.label))
+    return Stage(name, ("pretrain",), tuple(tasks), table.cluster, swept=table.swept)
+
+
+def result_of(name: str, run: Path, key: str, swept: bool) -> tuple[Path, tuple[str, ...]]:
+    """Where a measurement's result lies, and the options that put it there."""
+    if name in ONE_PLACE:
+        return run / ONE_PLACE[name], ()
+    if name == "finetune":
+        result = run / f"finetune-{key[:8]}" / "result.json"
+        return result, ("--out", str(result), "--again")
+    if swept:
+        result = run / f"{name}-{key[:8]}.json"
+        return result, ("--out", str(result), "--again")
+    return run / f"{name}.json", ("--again",)  # replaces the result of other settings
+
+
+def data_stages(pipeline: Pipeline) -> tuple[list[Stage], dict[str, tuple[Path, str]]]:
+    """The stages that make the betons, and each beton with its digest."""
+    if pipeline.data is not None:
+        return [], {
+            name: (path, identity(path))
+            for name, path in (("train", pipeline.data.train), ("test", pipeline.data.test))
+        }
+    parts: list[Task] = []
+    merges: list[Task] = []
+    data = {}
+    for name, source in pipeline.convert.items():
+        key = digest("convert", source, identity(source.source))
+        beton = pipeline.out / f"data-{key[:8]}" / f"{name}.beton"
+        data[name] = (beton, key)
+        whole = (beton, Path(f"{beton}.json"))
+        if source.shards == 1:
+            parts.append(Task(f"convert-{name}", key, "tools.convert_beton", convert(source, beton), whole))
+            continue
+        made = [part(name, source, beton, key, k) for k in range(1, source.shards + 1)]
+        parts += made
+        removes = tuple(task.outputs[0] for task in made)
+        merges.append(
+            Task(f"merge-{name}", key, "tools.convert_beton", ("--merge", str(beton)), whole, removes)
+        )
+    cluster = pipeline.stages["convert"].cluster
+    stages = [Stage("convert", (), tuple(parts), cluster, intermediate=True)]
+    if merges:
+        stages.append(Stage("merge", ("convert",), tuple(merges), cluster, intermediate=True))
+    return stages, data
+
+
+def part(name: str, source: ImageSource, beton: Path, key: str, k: int) -> Task:
+    """The k-th job of a conversion's array."""
+    shard = f"{k}/{source.shards}"
+    out = beton.with_name(f"{beton.stem}.part-{k:03d}-of-{source.shards:03d}.beton")
+    arguments = (*convert(source, beton), "--shard", shard)
+    return Task(
+        f"convert-{name}-{k:03d}",
+        digest("part", shard, key),
+        "tools.convert_beton",
+        arguments,
+        (out, Path(f"{out}.json")),
+    )
+
+
+def convert(source: ImageSource, beton: Path) -> tuple[str, ...]:
+    given = {
+        k: v for k, v in dataclasses.asdict(source).items() if k not in ("source", "shards") and v is not None
+    }
+    return (source.source, str(beton), *options(given))
+
+
+def options(given: dict[str, Any]) -> tuple[str, ...]:
+    """Settings as on a command line."""
+    words: list[str] = []
+    for name, value in given.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            values = value if isinstance(value, list | tuple) else (value,)
+            words += [f"--{option}", *map(str, values)]
+    return tuple(words)
+
+
+def digest(stage: str, settings: Any, *inputs: str) -> str:
+    """SHA-256 of a stage's settings (those that matter) and of its inputs' digests."""
+    plain: Any = settings
+    if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
+        plain = dataclasses.asdict(settings)
+    content = [stage, _that_matters(plain), *inputs]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _that_matters(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {name: _that_matters(value) for name, value in values.items() if name not in FREE}
+
+
+def identity(source: str | Path) -> str:
+    """Changes when a source does: a file's path, size and time, or a folder's and those of its entries.
+
+    An image that is replaced deep inside a folder isn't noticed: reading a million files' dates on a network
+    file system takes longer than many a stage.
+    """
+    path = Path(source)
+    if not path.exists():
+        return str(source)
+    rows = [path, *sorted(path.iterdir())] if path.is_dir() else [path]
+    return json.dumps(
+        [[str(p), s.st_size if p.is_file() else 0, s.st_mtime_ns] for p in rows for s in [p.stat()]]
+    )

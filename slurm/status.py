@@ -1,0 +1,228 @@
+"""`lvssl status`, `cancel`, `retry`: how the chain stands; to end what runs, to take up what doesn't."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.convert.estimate import time_text
+from pipelines.errors import InputError
+from slurm import scheduler
+from slurm.launch import is_busy, launch
+from slurm.pipeline import Pipeline, Starts, read_pipeline
+from slurm.records import claimed, last_error, read_jobs, read_record, stands
+from slurm.stages import Stage, Task, build_stages
+
+FAILED = ("failed", "lost", "cancelled")
+COLUMNS = ("stage", "state", "step", "img/s", "left", "last metric", "restarts", "job", "log")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How one task stands."""
+
+    task: Task
+    state: str  # done, running, queued, waiting, stopped, failed, lost, cancelled, not run
+    job: str = ""
+    log: str = ""
+    restarts: int = 0
+    crashes: int = 0
+    error: str = ""
+    reason: str = ""  # why it waits
+
+
+def status(file: Path, starts: Starts) -> str:
+    """A table of the chain, and below it the last error line of each task that failed."""
+    pipeline = read_pipeline(file, starts)
+    stages = build_stages(pipeline)
+    by_stage = standings(pipeline.out, stages)
+    rows = [list(COLUMNS)]
+    for stage in stages:
+        each = by_stage[stage.name]
+        shown = (
+            each
+            if len(each) == 1 or stage.swept
+            else [summary(stage, each), *[s for s in each if s.state in FAILED]]
+        )
+        rows += [row_of(pipeline, standing, stage.swept) for standing in shown]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    for each in by_stage.values():
+        lines += [f"{s.task.name}: {s.error}" for s in each if s.error and s.state != "done"]
+    failed = next((name for name, each in by_stage.items() if any(s.state in FAILED for s in each)), None)
+    if failed:
+        lines.append(f"once that is mended: lvssl retry {failed} {file}")
+    return "\n".join(lines)
+
+
+def standings(out: Path, stages: list[Stage]) -> dict[str, list[Standing]]:
+    """Every task's state, from its record, Slurm's queue and, where the cluster keeps accounts, sacct."""
+    jobs = read_jobs(out)
+    known = {job["job"] for job in jobs.values() if job["cluster"] == "slurm"}
+    queue = scheduler.states(known)
+    accounts = scheduler.accounted(known - set(queue))
+    found: dict[str, list[Standing]] = {}
+    for stage in stages:
+        broken = [name for name in stage.after if any(s.state in (*FAILED, "not run") for s in found[name])]
+        found[stage.name] = [
+            standing(out, task, jobs.get(task.key, {}), queue, accounts, broken) for task in stage.tasks
+        ]
+    for stage in reversed(
+        stages
+    ):  # parts that are gone because they were merged, data that only finished stages used
+        later = [s for other in stages if stage.name in other.after for s in found[other.name]]
+        if stage.intermediate and later and all(s.state == "done" for s in later):
+            found[stage.name] = [
+                Standing(s.task, "done", s.job, s.log, s.restarts, s.crashes) for s in found[stage.name]
+            ]
+    return found
+
+
+def standing(
+    out: Path,
+    task: Task,
+    job: dict[str, str],
+    queue: dict[str, tuple[str, str]],
+    accounts: dict[str, str],
+    broken: list[str],
+) -> Standing:
+    """One task's state; `broken`: the stages before it that didn't end well."""
+    record = read_record(out, task)
+    number, log = job.get("job", ""), job.get("log", "")
+    restarts, crashes, error = 0, 0, ""
+    if record is not None:
+        restarts, crashes, error = record.restarts, record.crashes, record.error
+        number, log = number or record.job, record.log or log
+
+    def made(state: str, error: str = error, reason: str = "") -> Standing:
+        return Standing(task, state, number, log, restarts, crashes, error, reason)
+
+    if stands(out, task):
+        return made("done", "")
+    state, reason = queue.get(number, ("", ""))
+    if state in scheduler.ALIVE and number:
+        if state == "PENDING":
+            return made("waiting" if reason == "Dependency" else "queued", "", reason)
+        return made("running")
+    if not number:
+        return made("not run", f"{broken[0]} didn't end well" if broken else "")
+    if record is None:  # it never began: ended by Slurm, mostly because what it waited for failed
+        return made(
+            "not run",
+            f"{broken[0]} didn't end well" if broken else accounts.get(number, state or "never began"),
+        )
+    if record.state == "running" and job.get("cluster") != "slurm" and scheduler.alive(number, record.host):
+        return made("running")
+    if record.state == "done":
+        return made("not run", "its result was removed or replaced since")
+    if record.state == "running":
+        verdict = accounts.get(number) or state or "it ended without a word"
+        return made(
+            "cancelled" if verdict == "CANCELLED" else "lost", f"{verdict}: {last_error(Path(record.log))}"
+        )
+    return made(record.state)
+
+
+def summary(stage: Stage, each: list[Standing]) -> Standing:
+    """One line for an array: how many tasks are in which state."""
+    states = [s.state for s in each]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    job = each[0].job.split("_")[0]
+    logs = str(Path(each[0].log).parent) if each[0].log else ""
+    named = Task(stage.name, "", "", (), ())
+    return Standing(named, counts, job, logs, sum(s.restarts for s in each), sum(s.crashes for s in each))
+
+
+def row_of(pipeline: Pipeline, each: Standing, swept: bool) -> list[str]:
+    step, speed, left, metric = progress(pipeline, each) if each.task.name == "pretrain" else ("", "", "", "")
+    if swept and each.task.label:
+        metric = each.task.label
+    state = (
+        f"{each.state} ({each.reason})"
+        if each.reason and each.reason not in ("None", "Dependency")
+        else each.state
+    )
+    restarts = f"{each.restarts}" + (f", {each.crashes} crashes" if each.crashes else "")
+    return [
+        each.task.name,
+        state,
+        step,
+        speed,
+        left,
+        metric,
+        restarts if each.job else "",
+        each.job,
+        each.log,
+    ]
+
+
+def progress(pipeline: Pipeline, each: Standing) -> tuple[str, str, str, str]:
+    """(step of steps, img/s, time left, last loss) from the run's metrics.jsonl."""
+    assert each.task.run is not None
+    row = last_row(each.task.run / "metrics.jsonl")
+    if not row:
+        return "", "", "", ""
+    settings = pipeline.stages["pretrain"].points[0].settings
+    total = round(row["step"] / row["epoch"] * settings.epochs) if row.get("epoch") else 0
+    speed = row.get("images_per_second", 0.0)
+    seconds = (total - row["step"]) * settings.batch_size / speed if speed else 0.0
+    left = time_text(seconds) if each.state == "running" and speed and total > row["step"] else ""
+    return f"{row['step']}/{total}", f"{speed:.0f}", left, f"loss {row['loss']:.3f}" if "loss" in row else ""
+
+
+def last_row(metrics: Path) -> dict[str, Any]:
+    """The last whole line of a metrics.jsonl."""
+    if not metrics.exists():
+        return {}
+    for line in reversed(metrics.read_text().splitlines()[-2:]):
+        try:
+            return json.loads(line)
+        except ValueError:  # cut short: it is being written
+            continue
+    return {}
+
+
+def cancel(file: Path, starts: Starts) -> str:
+    """End every job of the chain; what is saved stays."""
+    pipeline = read_pipeline(file, starts)
+    with claimed(pipeline.out):
+        jobs = read_jobs(pipeline.out)
+        mine = {job["job"]: job["task"] for job in jobs.values() if job["cluster"] == "slurm"}
+        queue = scheduler.states(set(mine))
+        # The last first: a successor would otherwise see its predecessor fail, which says nothing.
+        live = sorted((job for job in mine if is_busy(job, queue)), key=number_of, reverse=True)
+        scheduler.cancel(live)
+        until = time.monotonic() + 60
+        while (
+            live and time.monotonic() < until and any(is_busy(j, scheduler.states(set(live))) for j in live)
+        ):
+            time.sleep(0.5)
+    return (
+        f"cancelled: {', '.join(f'{mine[job]} ({job})' for job in reversed(live))}"
+        if live
+        else "no job of this chain is queued or runs"
+    )
+
+
+def number_of(job: str) -> tuple[int, int]:
+    main, _, task = job.partition("_")
+    return int(main), int(task or 0)
+
+
+def retry(stage: str, file: Path, starts: Starts, cluster: str = "slurm") -> int:
+    """Submit a stage again, and what hangs on it, with the code as it is now; a saved state is gone on from.
+
+    Raises:
+        InputError: no such stage, or nothing of it to do again.
+    """
+    pipeline = read_pipeline(file, starts)
+    stages = {each.name: each for each in build_stages(pipeline)}
+    if stage not in stages:
+        raise InputError(f"no stage {stage!r} in {file}; its stages: {', '.join(stages)}")
+    tasks = [task for task in stages[stage].tasks if not stands(pipeline.out, task)]
+    if not tasks:
+        raise InputError(
+            f"{stage}: its result stands; to make it anew, remove {stages[stage].tasks[0].outputs[0]}"
+        )
+    return launch(file, starts, cluster=cluster)

@@ -1,0 +1,78 @@
+"""Dataclasses of settings, filled from TOML's values: which names they have, and what fits where."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def fields_of(kind: type) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(kind))
+
+
+def flat_hints(kind: Any) -> dict[str, Any]:
+    """Name -> type of every setting, nested groups flattened as the command line has them."""
+    flat: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        flat.update(flat_hints(hint) if dataclasses.is_dataclass(hint) else {name: hint})
+    return flat
+
+
+def replaced(settings: Any, flat: dict[str, Any]) -> Any:
+    """Settings with the values in `flat` put into whichever group has them."""
+    changes = {}
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if dataclasses.is_dataclass(value):
+            changes[f.name] = replaced(value, flat)
+        elif f.name in flat:
+            given = flat[f.name]
+            changes[f.name] = tuple(given) if isinstance(given, list) else given
+    return dataclasses.replace(settings, **changes)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def is_path(hint: Any) -> bool:
+    return any(each is Path or Path in typing.get_args(each) for each in _alternatives(hint))
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a TOML value can be of that type."""
+    hint = getattr(hint, "__origin__", hint) if typing.get_origin(hint) is typing.Annotated else hint
+    if len(_alternatives(hint)) > 1:
+        return any(fits(value, each) for each in _alternatives(hint))
+    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is tuple:
+        ok = isinstance(value, list) and (Ellipsis in arguments or len(value) == len(arguments))
+        return ok and all(fits(v, arguments[0 if Ellipsis in arguments else i]) for i, v in enumerate(value))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return (
+            isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+            if arguments
+            else isinstance(value, dict)
+        )
+    if origin is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if origin is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin is Path:
+        return isinstance(value, str)
+    return isinstance(value, origin) if isinstance(origin, type) else True
+
+
+def words(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list",
+             dict: "a table", Path: "a path"}  # fmt: skip
+    return " or ".join(
+        names.get(each, str(each).replace("typing.", ""))
+        for each in _alternatives(hint)
+        if each is not type(None)
+    )

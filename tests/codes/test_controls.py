@@ -1,0 +1,147 @@
+import numpy as np
+import pytest
+from sklearn.decomposition import PCA
+
+from lvssl.codes import controls
+from lvssl.codes.controls import CONTROLS, fit_int8, fit_itq, fit_lsh, fit_pca, fit_pq, fit_sign, itq_rotation
+from lvssl.codes.pack import packed_bytes, unpack_bits
+
+
+def features(n=600, d=16, seed=0):
+    generator = np.random.default_rng(seed)
+    scale = np.arange(1, d + 1)[::-1] ** 0.7
+    mixing = np.linalg.qr(np.random.default_rng(9).normal(size=(d, d)))[0]
+    return (generator.normal(size=(n, d)) * scale @ mixing + 3).astype(np.float32)
+
+
+def needs(name):
+    if name == "PQ":
+        pytest.importorskip("faiss", reason="the extra `faiss` isn't installed")
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_every_control_stores_its_bits_and_is_repeatable(name, bits):
+    needs(name)
+    train, test = features(seed=0), features(40, seed=1)
+    coder, again = (CONTROLS[name](train, bits, seed=5) for _ in range(2))
+    codes = coder.encode(test)
+    assert coder.bits == bits and codes.dtype == np.uint8 and codes.shape == (40, packed_bytes(bits))
+    assert np.array_equal(codes, again.encode(test))
+    assert np.array_equal(codes[3:4], coder.encode(test[3:4]))  # an image's code is its own affair
+    decoded = coder.decode(codes)
+    assert decoded.shape[0] == 40 and decoded.dtype == np.float32 and np.isfinite(decoded).all()
+    assert coder.encode(test[:0]).shape == (0, packed_bytes(bits))
+
+
+@pytest.mark.parametrize("name", ["sign", "PCA + sign", "ITQ", "LSH", "int8"])
+def test_single_features_and_images(name):
+    one = np.array([[2.0]], np.float32)
+    bits = 8 if name == "int8" else 1
+    coder = CONTROLS[name](np.array([[1.0], [2.0], [4.0]]), bits)
+    assert coder.encode(one).shape == (1, 1)
+    assert CONTROLS[name](one, bits).encode(one).shape == (1, 1)
+
+
+def test_sign_and_its_prefix():
+    train = features()
+    whole, prefix = fit_sign(train, 16), fit_sign(train, 5)
+    bits = unpack_bits(whole.encode(train), 16)
+    assert np.array_equal(bits, train > train.mean(axis=0))
+    assert np.array_equal(unpack_bits(prefix.encode(train), 5), bits[:, :5])
+
+
+def test_pca_directions_are_scikit_learns():
+    train = features()
+    coder, oracle = fit_pca(train, 6), PCA(6).fit(train)
+    assert np.abs(np.abs((oracle.components_ @ coder.directions).diagonal()) - 1).max() < 1e-4
+    bits = unpack_bits(coder.encode(train), 6)
+    signs = oracle.transform(train) * np.sign((oracle.components_ @ coder.directions).diagonal()) > 0
+    assert (bits == signs).mean() > 0.999
+
+
+def test_itqs_objective_never_rises_and_its_rotation_is_orthogonal():
+    train = features()
+    v = (train - train.mean(axis=0)) @ fit_pca(train, 8).directions
+    v = v.astype(np.float64) / v.std()
+    rotation, objective = itq_rotation(v, seed=1)
+    assert np.allclose(rotation @ rotation.T, np.eye(8), atol=1e-10)
+    assert (np.diff(objective) <= 1e-9).all() and objective[-1] < 0.98 * objective[0]
+    plain = np.square(np.where(v > 0, 1, -1) - v).sum() / len(v)
+    assert objective[-1] < plain  # better than the principal components' own signs
+    coder = fit_itq(train, 8, seed=1)
+    unit = coder.directions.T @ coder.directions
+    assert np.allclose(unit, np.eye(8), atol=1e-4)
+
+
+def test_lshs_bits_differ_with_the_angle():
+    angles = np.array([0.2, 0.7, 1.5, 2.6])
+    mean = np.array([1.0, -2.0, 0.5])
+    train = mean + np.array([[1, 0, 0], [-1, 0, 0]])
+    coder = fit_lsh(train, 40_000, seed=3)
+    first = unpack_bits(coder.encode(train[:1]), coder.bits)
+    turned = mean + np.stack([np.cos(angles), np.sin(angles), 0 * angles], axis=1)
+    share = (unpack_bits(coder.encode(turned), coder.bits) != first).mean(axis=1)
+    assert np.abs(share - angles / np.pi).max() < 4 * 0.5 / 200  # four standard errors of 40,000 bits
+
+
+def test_int8_is_within_half_a_step_and_clips():
+    train = features()
+    coder = fit_int8(train, 8 * 16)
+    assert coder.directions is None  # 8 bits a feature: no projection
+    back = coder.decode(coder.encode(train)) + coder.mean
+    assert (np.abs(back - train) <= coder.step / 2 + 1e-5).all()
+    assert np.array_equal(coder.encode(1e6 * np.ones((1, 16))), np.full((1, 16), 255))
+    few = fit_int8(train, 24)
+    oracle = PCA(3).fit_transform(train)
+    assert np.allclose(np.abs(few.decode(few.encode(train))), np.abs(oracle), atol=np.ptp(oracle) / 200)
+
+
+def test_a_constant_feature_breaks_nothing():
+    train = features()
+    train[:, 3] = 7
+    for name in ("sign", "PCA + sign", "ITQ", "LSH", "int8"):
+        decoded = CONTROLS[name](train, 16).decode(CONTROLS[name](train, 16).encode(train))
+        assert np.isfinite(decoded).all(), name
+
+
+def test_pq_picks_the_nearest_centroid_of_each_part():
+    faiss = pytest.importorskip("faiss", reason="the extra `faiss` isn't installed")
+    train = features()
+    coder = fit_pq(train, 32)
+    centroids = faiss.vector_to_array(coder.quantiser.centroids).reshape(4, 256, 4)
+    parts = train.reshape(-1, 4, 4)
+    truth = np.square(parts[:, :, None] - centroids[None]).sum(axis=3).argmin(axis=2)
+    codes = coder.encode(train)
+    assert codes.shape == (600, 4) and (codes == truth).mean() > 0.999
+    assert np.allclose(coder.decode(codes).reshape(-1, 4, 4), centroids[np.arange(4), codes], atol=1e-5)
+
+
+def test_impossible_codes_are_refused():
+    train = features()
+    for fit in (fit_sign, fit_pca, fit_itq):
+        with pytest.raises(ValueError, match="16 features give codes of 1 to 16 bits, not 17"):
+            fit(train, 17)
+    for fit in (fit_sign, fit_lsh, fit_int8):
+        with pytest.raises(ValueError, match="bits, not 0"):
+            fit(train, 0)
+        with pytest.raises(ValueError, match=r"\[N, D\]"):
+            fit(train[:0], 8)
+    with pytest.raises(ValueError, match="whole bytes"):
+        fit_int8(train, 12)
+    with pytest.raises(ValueError, match="1 to 128 bits, not 136"):
+        fit_int8(train, 136)
+
+
+def test_impossible_product_codes_are_refused():
+    pytest.importorskip("faiss", reason="the extra `faiss` isn't installed")
+    with pytest.raises(ValueError, match="3 equal parts"):
+        fit_pq(features(), 24)
+    with pytest.raises(ValueError, match="256 training images"):
+        fit_pq(features(100), 16)
+
+
+def test_random_rotations_are_orthogonal_and_seeded():
+    first = controls.random_rotation(5, 1)
+    assert np.allclose(first @ first.T, np.eye(5)) and np.array_equal(first, controls.random_rotation(5, 1))
+    assert not np.allclose(first, controls.random_rotation(5, 2))

@@ -1,0 +1,157 @@
+"""The analysis of real runs: what it says agrees with what a dozen plain lines compute from the networks."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from lvssl.config import preset
+from lvssl.evaluation.analyse import AnalyseSettings, analyse, augmented, spread
+from lvssl.evaluation.embedding import embed
+from lvssl.evaluation.reading import Certainty, read_pixels, severity_correlation
+from lvssl.evaluation.regression import ridge
+from lvssl.evaluation.uncertainty import r_auroc
+from lvssl.report.page import write_report
+from lvssl.report.verdict import auroc_error
+from lvssl.training.pretrain import pretrain
+from lvssl.training.run import load_run
+from pipelines.errors import InputError
+from pipelines.loader import evaluation_crops
+from pipelines.sources import open_source
+
+
+@pytest.fixture(scope="module")
+def runs(digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    base = dataclasses.replace(preset("digits"), data=digits["train"], epochs=2, threads=1)
+    for family, name in (("none", "control"), ("bernoulli", "lv")):
+        latent = dataclasses.replace(base.latent, family=family)
+        pretrain(dataclasses.replace(base, out=folder / name, latent=latent))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def analysis(runs):
+    return analyse(AnalyseSettings(runs / "lv", images=150, samples=3))
+
+
+def test_every_score_of_every_model_is_there(analysis, runs):
+    assert json.loads((runs / "lv" / "analysis.json").read_text()) == json.loads(json.dumps(analysis))
+    models = analysis["models"]
+    assert set(models) == {"run", "control"}
+    deterministic = {"norm", "distance", "probe"}
+    assert set(models["control"]["scores"]) == deterministic
+    assert set(models["run"]["scores"]) == deterministic | {"posterior", "rate", "samples"}
+    columns = {"r_auroc", "recall_at_1", "aurc", "crops less certain"}
+    columns |= {f"ood {name}" for name in ("noise", "textures", "digits")}
+    columns |= {f"rank {name}" for name in ("blur", "noise", "jpeg", "occlusion", "crop")}
+    for model in models.values():
+        assert all(set(row) == columns for row in model["scores"].values())
+        assert {row["from"] for row in model["regression"]} == {"features", "code"}
+        assert {row["set"] for row in model["regression"]} == {"augmentation", "shapes"}
+    assert set(models["run"]["probes"]) == {"features", "latent mean", "latent samples"}
+    assert len(analysis["bits"]["table"]) == 64 and analysis["command"].startswith("lvssl analyse")
+
+
+def test_figures_agree_with_the_embedding(analysis, runs, digits):
+    run, test = load_run(runs / "lv"), open_source(digits["test"])
+    whole = embed(run.network, test, run.settings.view)
+    chosen = spread(len(test), 150)
+    reading = read_pixels(run.network, evaluation_crops(test, run.settings.view, chosen), run.settings.view)
+    assert np.allclose(reading.features, whole.features[chosen], atol=1e-4)
+    assert np.allclose(reading.spread, whole.uncertainty[chosen], rtol=1e-4)
+    assert (np.packbits(reading.bits, axis=1, bitorder="little") == whole.codes[chosen]).mean() > 0.999
+    expected = r_auroc(reading.features, test.labels[chosen], reading.spread)
+    assert analysis["models"]["run"]["scores"]["posterior"]["r_auroc"] == pytest.approx(expected.r_auroc)
+    table = {row["bit"]: row for row in analysis["bits"]["table"]}
+    assert [table[d]["on"] for d in range(64)] == pytest.approx(reading.bits.mean(axis=0))
+    information = [row["information_bits"] for row in analysis["bits"]["table"]]
+    assert information == sorted(information, reverse=True)
+
+
+def test_samples_are_averaged_as_probabilities(runs, digits):
+    run, train = load_run(runs / "lv"), open_source(digits["train"])
+    view, chosen = run.settings.view, spread(len(train), 200)
+    pixels = evaluation_crops(train, view, chosen)
+    first = read_pixels(run.network, pixels, view, samples=4, seed=3)
+    assert first.samples.shape == (4, 200, 64) and set(np.unique(first.samples)) == {-1, 1}
+    again = read_pixels(run.network, pixels, view, samples=4, seed=3)
+    assert (first.samples == again.samples).all()
+    certainty = Certainty(True, first, train.labels[chosen])
+    expected = sum(certainty.latent_probe.probabilities(first.samples[k]) for k in range(4)) / 4
+    assert np.allclose(certainty.predictions(first)["latent samples"], expected)
+    control = load_run(runs / "control")
+    assert read_pixels(control.network, pixels, view, samples=4).samples.shape[0] == 0
+
+
+def test_distance_is_the_mean_cosine_distance_of_the_nearest(runs, digits):
+    run, train = load_run(runs / "control"), open_source(digits["train"])
+    reading = read_pixels(
+        run.network, evaluation_crops(train, run.settings.view, np.arange(60)), run.settings.view
+    )
+    certainty = Certainty(False, reading, train.labels[:60])
+    h = reading.features / np.linalg.norm(reading.features, axis=1, keepdims=True)
+    expected = 1 - np.sort(h @ h.T, axis=1)[:, -20:].mean(axis=1)
+    assert certainty.distance(reading.features) == pytest.approx(expected, abs=1e-5)
+
+
+def test_augmentation_targets_belong_to_their_views(runs, digits):
+    run, train = load_run(runs / "lv"), open_source(digits["train"])
+    reading, targets = augmented(run, train, 300, seed=0)
+    assert len(reading.features) == 300 and all(len(column) == 300 for column in targets.values())
+    low, high = run.settings.view.scale
+    assert low * 0.8 <= targets["crop area"].min() and targets["crop area"].max() <= high
+    # A brighter view is brighter: its parameter must be found in the pixels' features, out of sample.
+    h, true = reading.features, targets["brightness"]
+    found = ridge(h[:200], true[:200], h[200:], true[200:])
+    shuffled = np.random.default_rng(0).permutation(true)
+    chance = ridge(h[:200], shuffled[:200], h[200:], shuffled[200:])
+    assert found.r2 > chance.r2
+
+
+def test_severity_correlation_against_scipy():
+    generator = np.random.default_rng(0)
+    scores = generator.normal(size=(6, 40)) + np.arange(6)[:, None] * 0.3
+    scores[:, 1] = 2.0  # never changes
+    scores[:3, 2] = scores[0, 2]  # ties
+    expected = [0 if j == 1 else spearmanr(scores[:, j], np.arange(6)).statistic for j in range(40)]
+    assert severity_correlation(scores) == pytest.approx(np.mean(expected))
+
+
+def test_auroc_error_against_the_bootstrap():
+    from sklearn.metrics import roc_auc_score
+
+    generator = np.random.default_rng(1)
+    areas = []
+    for _ in range(300):
+        scores = np.concatenate([generator.normal(0.8, 1, 120), generator.normal(0, 1, 80)])
+        areas.append(roc_auc_score(np.arange(200) < 120, scores))
+    assert auroc_error(float(np.mean(areas)), 0.6, 200) == pytest.approx(np.std(areas), rel=0.2)
+
+
+def test_the_page_shows_it(analysis, runs):
+    html = write_report(runs / "lv").read_text()
+    for section in ("uncertainty", "bits", "regression", "disentanglement"):
+        assert f'id="{section}"' in html and (section == "disentanglement" or f'href="#{section}"' in html)
+    posterior = analysis["models"]["run"]["scores"]["posterior"]
+    assert f'data-csv="{posterior["r_auroc"]}"' in html and analysis["command"] in html
+    assert html.count('class="pick bit"') == html.count('class="card bit-card"') == 48
+
+
+def test_bad_calls_are_named(runs, digits, tmp_path):
+    with pytest.raises(InputError, match="at least 40 test images"):
+        analyse(AnalyseSettings(runs / "lv", images=10))
+    with pytest.raises(InputError, match="no such run"):
+        analyse(AnalyseSettings(tmp_path / "nothing"))
+    with pytest.raises(InputError, match="nothing"):
+        analyse(AnalyseSettings(runs / "lv", test=tmp_path / "nothing.beton"))
+
+
+def test_the_same_twice(analysis, runs):
+    torch.manual_seed(123)
+    np.random.seed(5)
+    again = analyse(AnalyseSettings(runs / "lv", images=150, samples=3))
+    assert json.dumps(again["models"]["run"]["scores"]) == json.dumps(analysis["models"]["run"]["scores"])

@@ -1,0 +1,303 @@
+"""PIPELINE.toml: a mistake is named before anything is submitted, a change reaches what hangs on it."""
+# ruff: noqa: E501 (rows of a table)
+
+import dataclasses
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lvssl.cli import chain_starts, main
+from pipelines.errors import InputError
+from slurm.dry_run import folder_size
+from slurm.launch import executor, launch, plan
+from slurm.pipeline import ImageSource, minutes_of, read_pipeline
+from slurm.records import Record, claimed, fingerprints, last_error, read_jobs, stands, write_record
+from slurm.stages import build_stages
+from slurm.sweep import write_table
+from tools.convert_beton import parser
+
+GOLDEN = Path(__file__).with_name("golden_sbatch.txt")
+FILE = """
+name = "tiny"
+out = "out"
+[cluster]
+time = "01:00:00"
+memory = "4G"
+[convert]
+shards = 2
+[convert.train]
+source = "sklearn:digits"
+[convert.test]
+source = "sklearn:digits"
+split = "test"
+shards = 1
+[pretrain]
+preset = "digits"
+epochs = 3
+[evaluate]
+"""
+
+
+def write(folder: Path, text: str = FILE) -> Path:
+    path = folder / "pipeline.toml"
+    path.write_text(text)
+    return path
+
+
+def keys(path: Path) -> dict[str, str]:
+    return {
+        task.name: task.key
+        for stage in build_stages(read_pipeline(path, chain_starts()))
+        for task in stage.tasks
+    }
+
+
+@pytest.mark.parametrize(
+    "old, new, named",
+    [
+        ("epochs = 3", "epoch = 3", "[pretrain] epoch: no such key; did you mean 'epochs'?"),
+        ("epochs = 3", "epochs = 0", "[pretrain] --epochs must be at least 1"),
+        ("epochs = 3", 'epochs = "3"', "[pretrain] epochs: must be a whole number, got '3'"),
+        ("epochs = 3", "epochs = true", "[pretrain] epochs: must be a whole number, got True"),
+        ("epochs = 3", 'out = "x"', "[pretrain] out: the chain sets this itself"),
+        ("epochs = 3", "sweep.grid.lr = [1]", "[pretrain.sweep]"),
+        ('preset = "digits"', 'preset = "digit"', "[pretrain] unknown preset 'digit'"),
+        ("[evaluate]", "[evaluation]", "evaluation: no such key; did you mean 'evaluate'?"),
+        ("[evaluate]", "[knn]\nsweep.list = [{wrkers = 1}]", "[knn.sweep] wrkers: no such key"),
+        ("[evaluate]", "[knn]\nsweep.list = []", "[knn.sweep] has no point"),
+        ("[evaluate]", "[knn]\nsweep = {grid = {workers = 1}}", "[knn.sweep.grid] workers: must be a list"),
+        ("[evaluate]", "[knn]\nsweep = {}", "takes either `grid` or `list`"),
+        ("[evaluate]", "[evaluate]\nsweep.grid = {workers = [1]}", "[evaluate.sweep]: its result has one place"),
+        ("[evaluate]", "[finetune]\nsweep.grid = {labels = [0.1, 2.0]}", "[finetune.sweep] --labels must be in (0, 1], got 2.0"),
+        ("[evaluate]", '[linear]\npreset = "imagenet-finetune"', "[linear] unknown preset 'imagenet-finetune'; known: imagenet-linear"),
+        ("[evaluate]", "[linear]\nruns = 1", "[linear] runs: no such key"),
+        ("[evaluate]", "[evaluate.cluster]\nnodes = 2", "[evaluate.cluster] nodes: only pretraining"),
+        ("[cluster]", "[clusters]", "clusters: no such key; did you mean 'cluster'?"),
+        ("[cluster]", "[cluster]\nnodes = 2", "[cluster] nodes: only pretraining"),
+        ("[cluster]", '[cluster]\npartitoin = "gpu"', "[cluster] partitoin: no such key; did you mean 'partition'?"),
+        ("[cluster]", "[cluster]\nenvironment = { A = 1 }", "[cluster] environment: must be"),
+        ("[cluster]", '[cluster]\nmodules = "cuda"', "[cluster] modules: must be"),
+        ("[cluster]", "[cluster]\ngpus = -1", "[cluster] gpus: must be at least 0, got -1"),
+        ('"4G"', '"4 gigs"', "[cluster] memory: '4 gigs' is not a size"),
+        ('"01:00:00"', '"an hour"', "[cluster] time: 'an hour' is not a time"),
+        ('"01:00:00"', "10", "[pretrain.cluster] time: 10 is no longer than the 10 minutes between checkpoints"),
+        ('"01:00:00"', "2", "[cluster] time: 2 is no longer than the warning"),
+        ('"sklearn:digits"\n[convert.test]', '"photos/"\n[convert.test]', "[convert.train] source: photos/: no such file"),
+        ("shards = 1", "sahrds = 1", "[convert.test] sahrds: no such key; did you mean 'shards'?"),
+        ("shards = 1", "shards = 0", "[convert.test] shards: must be at least 1"),
+        ("[convert.test]", "[convert.tset]", "[convert] tset: no such key"),
+        ("[pretrain]", '[data]\ntrain = "a.beton"\n[pretrain]', "either [convert]"),
+        ('out = "out"', 'out = "100%"', "has a character"),
+        ('out = "out"', "out = 1", "out: must be a text, got 1"),
+        ('name = "tiny"', 'name = "tiny', "not TOML"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_and_nothing_written(tmp_path, capsys, old, new, named):
+    assert old in FILE
+    path = write(tmp_path, FILE.replace(old, new, 1))
+    assert main(["launch", str(path), "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and named in error and str(path) in error, error
+    assert error.count("\n") == 1 and list(tmp_path.iterdir()) == [path]
+
+
+def test_no_file_no_slurm_no_such_cluster(tmp_path, monkeypatch, capsys):
+    assert main(["launch", str(tmp_path / "none.toml")]) == 2
+    assert "none.toml: cannot be read" in capsys.readouterr().err
+    path = write(tmp_path)
+    assert main(["launch", str(path), "--cluster", "cloud"]) == 2
+    assert "unknown --cluster 'cloud'; known: slurm, local, debug" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["launch", str(path)]) == 2
+    assert "no Slurm here" in capsys.readouterr().err
+    assert read_jobs(tmp_path / "out") == {} and not (tmp_path / "out" / "code").exists()
+
+
+def test_times():
+    times = {"90": 90, "1:30": 2, "12:00:00": 720, "2-00": 2880, "1-02:03": 1563, "1-02:03:01": 1564}
+    assert {text: minutes_of(text) for text in times} == times
+    for wrong in ("", "1h", "1-2-3", "1:2:3:4"):
+        with pytest.raises(ValueError):
+            minutes_of(wrong)
+
+
+def test_a_changed_setting_reaches_what_hangs_on_it_and_only_that(tmp_path):
+    before = keys(write(tmp_path))
+
+    def changed(old: str, new: str, text: str = FILE) -> set[str]:
+        assert old in text
+        after = keys(write(tmp_path, text.replace(old, new, 1)))
+        assert after.keys() == before.keys()
+        return {name for name in before if before[name] != after[name]}
+
+    everything = set(before)
+    train = {"convert-train-001", "convert-train-002", "merge-train"}
+    assert changed("epochs = 3", "epochs = 4") == {"pretrain", "evaluate", "report"}
+    assert changed("[convert.test]", "[convert.test]\nsubset = 9") == {"convert-test", "evaluate", "report"}
+    assert changed("[convert.train]", "[convert.train]\nsubset = 9") == everything - {"convert-test"}
+    assert changed("[convert]", "[convert]\nmax_resolution = 9") == everything
+    assert changed("[evaluate]", '[evaluate]\ncontrol = "x"') == {"evaluate", "report"}
+    assert changed("shards = 2", "shards = 2\nworkers = 1") == set()
+    assert changed("epochs = 3", "epochs = 3\nworkers = 1\nthreads = 1") == set()
+    assert changed('"4G"', '"8G"') == set()
+    assert changed("epochs = 3", "epochs = 3\nseed = 0") == set()  # the default, spelt out
+    assert train < everything
+
+
+def test_a_source_that_changes_changes_the_digest(tmp_path):
+    photos = tmp_path / "photos"
+    (photos / "a").mkdir(parents=True)
+    path = write(tmp_path, FILE.replace('"sklearn:digits"', '"photos"', 1))
+    before = keys(path)
+    assert keys(path) == before
+    (photos / "a" / "new.jpg").write_bytes(b"x")
+    os.utime(photos / "a", (1, 1))
+    after = keys(path)
+    assert after["merge-train"] != before["merge-train"] and after["convert-test"] == before["convert-test"]
+    assert (
+        folder_size(photos) == 1
+        and folder_size(photos / "a" / "new.jpg") == 1
+        and folder_size(Path("x:y")) is None
+    )
+
+
+SWEEP = "[finetune]\nepochs = 2\n[finetune.sweep]\ngrid = { labels = [0.1, 1.0], lr = [[0.1], [0.2, 0.3]] }\n"
+
+
+def test_a_sweep_is_an_array_whose_points_stand_alone(tmp_path):
+    path = write(tmp_path, FILE + SWEEP)
+    (stage,) = (s for s in build_stages(read_pipeline(path, chain_starts())) if s.name == "finetune")
+    assert [task.label for task in stage.tasks] == [
+        "labels=0.1, lr=[0.1]", "labels=0.1, lr=[0.2, 0.3]", "labels=1.0, lr=[0.1]", "labels=1.0, lr=[0.2, 0.3]",
+    ]  # fmt: skip
+    arguments = " ".join(stage.tasks[1].arguments)
+    assert "--epochs 2 --labels 0.1 --lr 0.2 0.3 --out" in arguments and "--test" in arguments
+    assert len({task.outputs for task in stage.tasks}) == 4
+    before = keys(path)
+    after = keys(write(tmp_path, FILE + SWEEP.replace("1.0", "0.5")))
+    assert {n for n in before if before[n] != after[n]} == {"finetune-03", "finetune-04", "report"}
+    listed = SWEEP[: SWEEP.index("grid")] + "list = [{ labels = 0.1, lr = [0.1] }, { seed = 1 }]\n"
+    assert keys(write(tmp_path, FILE + listed))["finetune-01"] == before["finetune-01"]  # the same point
+    with_preset = FILE + '[linear]\npreset = "imagenet-linear"\nbatch_size = 4096\nprobe = "sgd"\n'
+    plain = with_preset.replace('preset = "imagenet-linear"\n', "")
+    assert keys(write(tmp_path, with_preset))["linear"] == keys(write(tmp_path, plain))["linear"]
+
+
+def test_the_table_of_a_sweep_grows_as_its_points_end(tmp_path):
+    path = write(tmp_path, FILE + SWEEP)
+    (stage,) = (s for s in build_stages(read_pipeline(path, chain_starts())) if s.name == "finetune")
+    result = stage.tasks[2].outputs[0]
+    result.parent.mkdir(parents=True)
+    result.write_text('{"results": {"features": {"top1": 61.25, "top1_interval": [60, 62], "n": 3}}}')
+    assert write_table(tmp_path, stage.tasks).read_text().splitlines() == [
+        "| point | settings | features top1 | features n |",
+        "| --- | --- | --- | --- |",
+        "| finetune-01 | labels=0.1, lr=[0.1] | - | - |",
+        "| finetune-02 | labels=0.1, lr=[0.2, 0.3] | - | - |",
+        "| finetune-03 | labels=1.0, lr=[0.1] | 61.25 | 3 |",
+        "| finetune-04 | labels=1.0, lr=[0.2, 0.3] | - | - |",
+    ]
+
+
+def finish(out: Path, task) -> None:
+    """Leaves what the job of a task leaves."""
+    for path in task.outputs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_text(task.key)
+    write_record(out, task, Record(task.name, task.digest, "done", outputs=fingerprints(task.outputs)))
+
+
+def test_what_stands_is_not_done_again(tmp_path):
+    path = write(tmp_path)
+    stages = build_stages(read_pipeline(path, chain_starts()))
+    out = tmp_path / "out"
+
+    def todo() -> list[str]:
+        return [task.name for work in plan(out, stages) for task in work.tasks]
+
+    tasks = {task.name: task for stage in stages for task in stage.tasks}
+    assert todo() == list(tasks)
+    finish(out, tasks["convert-train-001"])
+    assert todo() == [name for name in tasks if name != "convert-train-001"]
+    for task in tasks.values():
+        finish(out, task)
+    assert todo() == []
+    for name in ("convert-train-001", "convert-train-002"):  # merged, then removed
+        for part in tasks[name].outputs:
+            part.unlink()
+    assert todo() == []
+    tasks["evaluate"].outputs[0].write_text("of another setting")
+    assert not stands(out, tasks["evaluate"]) and todo() == ["evaluate"]
+    finish(out, tasks["evaluate"])
+    shutil.rmtree(tasks["merge-train"].outputs[0].parent)
+    assert todo() == []  # nothing that isn't done needs the images
+    tasks["pretrain"].outputs[0].unlink()
+    assert todo() == ["convert-train-001", "convert-train-002", "merge-train", "pretrain"]
+
+
+def test_only_one_launch_at_a_time(tmp_path):
+    path = write(tmp_path)
+    with claimed(tmp_path / "out"), pytest.raises(InputError, match="another `lvssl launch` is at work"):
+        launch(path, chain_starts(), cluster="local")
+
+
+def test_options_of_convert_beton_are_its_own():
+    known = {action.dest for action in parser()._actions}
+    assert {f.name for f in dataclasses.fields(ImageSource)} - {"shards"} <= known
+    assert "shard" in known and "merge" in known
+
+
+def test_golden_sbatch(tmp_path):
+    """After a wanted change: LVSSL_RENEW_GOLDEN=1 python -m pytest tests/slurm -k golden"""
+    odd = tmp_path / """it's "odd"; echo foo"""
+    odd.mkdir()
+    text = FILE.replace("[pretrain]", "[pretrain.cluster]\nnodes = 2\ngpus = 8\n[pretrain]").replace(
+        "[cluster]",
+        '[cluster]\npartition = "gpu"\naccount = "lab"\nconstraint = "a100&nvlink"\ncpus = 12\nmodules = ["cuda/13"]\n'
+        'setup = ["ulimit -n 65536"]\nenvironment = { NCCL_SOCKET_IFNAME = "ib0", TITLE = "it\'s" }\n'
+        'options = { "mail-type" = "FAIL" }\npython = "/opt/python 3/bin/python"\nwarning = 90\nconcurrency = 4',
+    )
+    pipeline = read_pipeline(write(odd, text), chain_starts())
+    stages = {stage.name: stage for stage in build_stages(pipeline)}
+    scripts = []
+    for name, after in (("convert", []), ("pretrain", ["17", "18"])):
+        made = executor(pipeline, stages[name], pipeline.out / "code" / "abc", after)
+        scripts.append(made.script(len(stages[name].tasks)))
+    text = "\n".join(scripts).replace(str(tmp_path), "/FOLDER")
+    if os.environ.get("LVSSL_RENEW_GOLDEN"):
+        GOLDEN.write_text(text)
+    assert text == GOLDEN.read_text(), (
+        f"{GOLDEN.name} is no longer what is generated; if that is wanted: "
+        + (test_golden_sbatch.__doc__ or "")
+    )
+
+
+def test_dry_run_shows_graph_scripts_and_costs_and_writes_nothing(tmp_path, capsys):
+    path = write(tmp_path, FILE + "[pretrain.cluster]\nnodes = 2\ngpus = 4\n")
+    assert main(["launch", str(path), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "pretrain   after merge: 1 of 1 tasks, 2 nodes x 4, at most 01:00:00" in text
+    assert text.count("#!/bin/bash") == 5 and "#SBATCH --dependency=afterok:JOB-OF-MERGE" in text
+    assert "GPU-hours: at most 8.0" in text
+    parameters = int(re.search(r"checkpoints of ([\d,]+) parameters", text).group(1).replace(",", ""))
+    assert 90_000 < parameters < 100_000  # the tiny network of preset digits
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_last_error_line(tmp_path):
+    log = tmp_path / "log"
+    noise = "srun: error: n1: task 0: Exited\nslurmstepd-n1: error: *** JOB\nchain: rank 0\n"
+    for text, line in {
+        "": "",
+        "step 1\nstep 2\n" + noise: "step 2",
+        "error: no such run\nstep 3\n" + noise: "error: no such run",
+        "Traceback (most recent call last):\n  x\nValueError: bad\n" + noise: "ValueError: bad",
+        "torch.OutOfMemoryError: CUDA\n": "torch.OutOfMemoryError: CUDA",
+    }.items():
+        log.write_text(text)
+        assert last_error(log) == line
+    assert last_error(tmp_path / "none") == ""

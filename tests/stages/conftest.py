@@ -1,0 +1,32 @@
+"""A digits encoder of a few epochs, which the stages build on."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lvssl.config import PRESETS
+from lvssl.training.pretrain import pretrain
+
+
+@pytest.fixture(scope="session")
+def pretrained(digits, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("stages") / "run"
+    pretrain(dataclasses.replace(PRESETS["digits"], data=digits["train"], out=out, epochs=6, threads=1))
+    return out
+
+
+@pytest.fixture
+def run(pretrained, tmp_path) -> Path:
+    """A copy of its own, to leave results in."""
+    return Path(shutil.copytree(pretrained, tmp_path / "run"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,56 @@
+"""Every figure against NumPy or scikit-learn."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score, top_k_accuracy_score
+
+from lvssl.training.score import classification, rank_of_label, score, wilson
+
+
+def test_top_1_and_top_5_are_numpys_and_sklearns():
+    generator = np.random.default_rng(0)
+    scores = generator.normal(size=(500, 20)).astype(np.float32)
+    labels = generator.integers(0, 20, 500)
+    scores[np.arange(500), labels] += 1.0
+    figures = score(torch.from_numpy(scores), torch.from_numpy(labels))
+    order = np.argsort(-scores, axis=1)
+    for k in (1, 5):
+        by_numpy = 100 * (order[:, :k] == labels[:, None]).any(axis=1).mean()
+        assert figures[f"top{k}"] == pytest.approx(by_numpy)
+        assert figures[f"top{k}"] == pytest.approx(100 * top_k_accuracy_score(labels, scores, k=k))
+    assert figures["top1"] + 10 < figures["top5"] < 100
+
+
+def test_equal_scores_favour_the_lower_class_and_few_classes_have_no_top_5():
+    ranks = rank_of_label(torch.zeros(7, 7), torch.arange(7))
+    assert ranks.tolist() == list(range(7))
+    assert "top5" not in classification(torch.zeros(3, 5), torch.tensor([0, 1, 2]))
+    assert classification(torch.zeros(6, 6), torch.arange(6))["top5"] == pytest.approx(100 * 5 / 6, abs=1e-3)
+
+
+@pytest.mark.parametrize("right, count", [(0, 10), (10, 10), (7, 10), (1, 1), (9642, 10_000)])
+def test_wilson_is_scipys(right, count):
+    expected = binomtest(right, count).proportion_ci(method="wilson")
+    assert wilson(right, count) == pytest.approx([100 * expected.low, 100 * expected.high], abs=1e-3)
+
+
+def test_regression_figures_are_sklearns_and_the_interval_covers():
+    generator = np.random.default_rng(0)
+    answers = generator.normal(3, 2, (400, 2))
+    predictions = answers + generator.normal(0, 1, (400, 2)) * [1, 5]
+    figures = score(torch.from_numpy(predictions), torch.from_numpy(answers), ("age", "height"))
+    for i, name in enumerate(("age", "height")):
+        found = figures["targets"][name]
+        assert found["mse"] == pytest.approx(mean_squared_error(answers[:, i], predictions[:, i]), rel=1e-4)
+        assert found["mae"] == pytest.approx(mean_absolute_error(answers[:, i], predictions[:, i]), rel=1e-4)
+        assert found["r2"] == pytest.approx(r2_score(answers[:, i], predictions[:, i]), rel=1e-4)
+        assert found["r2_interval"][0] < found["r2"] < found["r2_interval"][1]
+    true_r2 = 1 - 1 / 4
+    assert figures["targets"]["age"]["r2_interval"][0] < true_r2 < figures["targets"]["age"]["r2_interval"][1]
+
+
+def test_predictions_that_are_not_finite_are_no_result():
+    with pytest.raises(FloatingPointError, match="diverged"):
+        score(torch.tensor([[0.0, float("nan")]]), torch.tensor([1]))

@@ -1,0 +1,308 @@
+"""linear, knn and finetune on a real encoder of digits: what they leave, and what interrupts them."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lvssl.cli import main
+from lvssl.evaluation.embedding import embed
+from lvssl.evaluation.knn import weighted_knn
+from lvssl.evaluation.linear import linear
+from lvssl.evaluation.nearest import knn
+from lvssl.stages import FinetuneSettings, KnnSettings, LinearSettings
+from lvssl.training import checkpoint, supervised
+from lvssl.training.finetune import finetune
+from lvssl.training.pretrain import Interrupted
+from lvssl.training.run import load_run
+from pipelines.convert.conversion import convert
+from pipelines.errors import InputError
+from pipelines.sources import open_source
+from pipelines.sources.ffcv import FFCVSource
+
+
+def test_linear_knn_and_finetune_leave_results_that_can_be_trusted(run, digits, capsys):
+    assert main(["linear", str(run)]) == 0
+    assert main(["knn", str(run), "--k", "5"]) == 0
+    digest = load_run(run).digest
+    for name, representations in (("linear.json", {"features"}), ("knn.json", {"features", "code"})):
+        result = json.loads((run / name).read_text())
+        assert result["checkpoint"] == digest and set(result["results"]) == representations
+        assert result["data"]["images"] == 1297 and result["data"]["test_images"] == 500
+        for figures in result["results"].values():
+            low, high = figures["top1_interval"]
+            assert 50 < low < figures["top1"] < high < 100 and figures["top5"] > figures["top1"]
+        assert result["seconds"] > 0 and result["versions"]["torch"] and str(run) in result["command"]
+    known, asked = (
+        embed(load_run(run).network, open_source(digits[s]), load_run(run).settings.view)
+        for s in ("train", "test")
+    )
+    expected = weighted_knn(known.features, known.labels, asked.features, asked.labels, k=5)
+    assert result["results"]["features"]["top1"] == expected
+    printed = capsys.readouterr().out
+    assert f"top-1 {expected:.2f} %" in printed and "knn.json" in printed
+
+
+def test_a_finished_stage_prints_its_result_and_others_are_refused(run, capsys):
+    assert main(["linear", str(run)]) == 0
+    first, stamp = capsys.readouterr().out, (run / "linear.json").stat().st_mtime_ns
+    assert main(["linear", str(run), "--workers", "1"]) == 0
+    assert capsys.readouterr().out == first and (run / "linear.json").stat().st_mtime_ns == stamp
+    assert main(["linear", str(run), "--seed", "1"]) == 2
+    assert "seed: 0 -> 1" in (error := capsys.readouterr().err) and "--again" in error
+    assert (run / "linear.json").stat().st_mtime_ns == stamp
+    assert main(["linear", str(run), "--seed", "1", "--out", str(run / "other.json")]) == 0
+    assert main(["linear", str(run), "--seed", "1", "--again"]) == 0
+    assert json.loads((run / "linear.json").read_text())["settings"]["seed"] == 1
+    state = checkpoint.load_latest(run / "checkpoints")[1]
+    checkpoint.save(run / "checkpoints", state["step"] + 1, state | {"step": state["step"] + 1})
+    assert main(["linear", str(run), "--seed", "1"]) == 2
+    assert "checkpoint" in capsys.readouterr().err, (
+        "a result of an older checkpoint was taken for the newest's"
+    )
+
+
+def test_the_published_protocol_leaves_the_encoder_alone_and_learns(run):
+    settings = LinearSettings(run, probe="sgd", epochs=12, lr=0.5)
+    encoder = load_run(run).network.state_dict()
+    stage = linear(settings)
+    assert stage.done["probe"] == "sgd" and stage.done["results"]["features"]["top1"] > 70
+    assert stage.done["batch_size"] == 256 and stage.done["peak_lr"] == 0.5 and stage.done["steps"] == 12 * 5
+    for name, value in stage.run.network.state_dict().items():
+        assert torch.equal(value, encoder[name]), name
+    saved = checkpoint.load_latest(run / "linear" / "checkpoints")[1]
+    assert set(saved["model"]) == {"weight", "bias"}
+
+
+def test_the_views_of_a_stage_are_crops_and_flips_alone(run, monkeypatch):
+    seen = []
+    step = supervised.Supervised.train_step
+    monkeypatch.setattr(
+        supervised.Supervised, "train_step", lambda self, batch: (seen.append(batch), step(self, batch))[1]
+    )
+    linear(LinearSettings(run, probe="sgd", epochs=1))
+    batch = seen[0]
+    assert batch.views.shape == (1, 256, 3, 8, 8) and batch.parameters.shape == (256, 1, 13)
+    colours = batch.parameters[:, 0, 5:]
+    assert torch.equal(colours[:, 1:4], torch.ones(256, 3)) and not colours[:, [0, 4, 5, 6, 7]].any()
+    assert len(batch.parameters[:, 0, :4].unique(dim=0)) > 20
+
+
+def test_finetuning_chooses_on_held_out_images_and_reads_the_test_once(run, digits, monkeypatch):
+    reads: dict[str, Counter] = {}
+    crops = FFCVSource.crops
+
+    def counted(self, indices, *arguments):
+        reads.setdefault(self.file.path.name, Counter()).update(indices.tolist())
+        return crops(self, indices, *arguments)
+
+    monkeypatch.setattr(FFCVSource, "crops", counted)
+    settings = FinetuneSettings(run, labels=0.1, epochs=3, lr=(1e-6, 0.1), weight_decay=(0.0, 1e-4))
+    stage = finetune(settings)
+    assert stage.path == run / "finetune-0.1" / "result.json"
+    assert reads["test.beton"] == Counter(range(500)), "a test image was read more or less than once"
+    assert len(reads["train.beton"]) == 129, "other images than the labelled ones were read"
+    result = stage.done
+    assert result["data"]["images"] == 129 and len(result["trials"]) == 4
+    assert result["chosen"]["lr"] == 0.1, "the rate that learns nothing was chosen"
+    assert all(trial["held_out"]["count"] == 13 for trial in result["trials"])
+    assert finetune(settings).done == result and reads["test.beton"] == Counter(range(500))
+
+
+def test_through_the_latent_the_head_is_trained_too(run):
+    before = load_run(run).network.state_dict()
+    settings = FinetuneSettings(run, labels=0.1, on="latent", epochs=2, lr=(0.05,), weight_decay=(0.0,))
+    stage = finetune(settings)
+    assert stage.path.parent.name == "finetune-latent-0.1"
+    saved = checkpoint.load_latest(stage.path.parent / "final" / "checkpoints")[1]["model"]
+    changed = {name for name, value in before.items() if not torch.equal(saved[f"network.{name}"], value)}
+    assert any(name.startswith("backbone") for name in changed)
+    assert "head.normalise.running_mean" in changed and not any("projector" in name for name in changed)
+
+
+def interrupt_after(monkeypatch, steps: int) -> None:
+    """SIGTERM arrives in the middle of the training step that is the `steps`-th from now."""
+    left, step = [steps], supervised.Supervised.train_step
+
+    def counted(self, batch):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch)
+
+    monkeypatch.setattr(supervised.Supervised, "train_step", counted)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load_latest(folder / "checkpoints")[1]["model"]
+
+
+def assert_same(a: Path, b: Path) -> None:
+    first, second = weights(a), weights(b)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.mark.parametrize("on", ["features", "latent"])
+def test_interrupted_and_resumed_a_stage_is_the_undisturbed_one(run, tmp_path, monkeypatch, on):
+    whole = FinetuneSettings(
+        run, labels=0.5, on=on, epochs=2, lr=(0.01, 0.1), weight_decay=(1e-4,), batch_size=64
+    )
+    parts = dataclasses.replace(whole, out=tmp_path / "parts")
+    expected = finetune(whole)
+    for steps in (3, 14, 22):  # in the first trial, in the second, in the last training
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, steps)
+            with pytest.raises(Interrupted, match="SIGTERM: stopped at step"):
+                finetune(parts)
+    found = finetune(parts)
+    assert found.path == tmp_path / "parts" / "result.json"
+    assert_same(expected.path.parent / "final", found.path.parent / "final")
+    assert found.done["results"] == expected.done["results"]
+    assert [t["held_out"] for t in found.done["trials"]] == [t["held_out"] for t in expected.done["trials"]]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_linear_ends_as_the_undisturbed_one(run, tmp_path):
+    whole = LinearSettings(run, probe="sgd", epochs=40, threads=1)
+    expected = linear(whole).done
+    options = [
+        "linear",
+        run,
+        "--probe",
+        "sgd",
+        "--epochs",
+        "40",
+        "--threads",
+        "1",
+        "--out",
+        tmp_path / "k.json",
+    ]
+    command = [sys.executable, "-m", "lvssl.cli", *map(str, options), "--checkpoint-minutes", "0.0001"]
+    generator = random.Random(0)
+    for _ in range(2):
+        process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        wait_for_a_checkpoint(tmp_path / "k", process)
+        time.sleep(generator.uniform(0, 0.05))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "it was over before it was killed"
+    found = linear(dataclasses.replace(whole, out=tmp_path / "k.json")).done
+    assert_same(run / "linear", tmp_path / "k")
+    assert found["results"] == expected["results"]
+
+
+def wait_for_a_checkpoint(folder: Path, process: subprocess.Popen) -> None:
+    """Until the process has written a checkpoint that wasn't there."""
+    before = checkpoint.paths(folder / "checkpoints")[-1:]
+    deadline = time.monotonic() + 120
+    while checkpoint.paths(folder / "checkpoints")[-1:] == before and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_sigterm_saves_and_exits_with_143(run):
+    command = [sys.executable, "-m", "lvssl.cli", "finetune", str(run), "--epochs", "500", "--lr", "0.01"]
+    process = subprocess.Popen(
+        [*command, "--checkpoint-minutes", "0.0001"], stderr=subprocess.PIPE, text=True
+    )
+    wait_for_a_checkpoint(run / "finetune-1.0" / "trial-0", process)
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(timeout=60) == 143
+    assert "SIGUSR2: stopped at step" in process.stderr.read()
+
+
+def test_work_under_other_settings_is_not_gone_on_with(run, monkeypatch):
+    settings = FinetuneSettings(run, labels=0.1, epochs=2, lr=(0.05,), weight_decay=(0.0,))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(Interrupted):
+            finetune(settings)
+    other = dataclasses.replace(settings, epochs=3)
+    with pytest.raises(InputError, match="finetune-0.1 holds other work .epochs: 2 -> 3.: --again"):
+        finetune(other)
+    assert finetune(dataclasses.replace(other, again=True)).done["steps"] == 3
+    (run / "mine").mkdir()
+    (run / "mine" / "thesis.tex").touch()
+    with pytest.raises(InputError, match="mine exists and is no stage's folder"):
+        finetune(dataclasses.replace(settings, out=run / "mine", again=True))
+    assert (run / "mine" / "thesis.tex").exists()
+
+
+def test_a_diverging_trial_is_not_chosen_and_too_few_labels_take_the_middle(run, capsys):
+    settings = FinetuneSettings(run, labels=0.2, epochs=4, lr=(1e20, 0.05), weight_decay=(0.0,))
+    result = finetune(settings).done
+    assert "not finite" in result["trials"][0]["diverged"] or "loss is" in result["trials"][0]["diverged"]
+    assert result["chosen"]["lr"] == 0.05
+    few = FinetuneSettings(
+        run, labels=0.01, epochs=1, lr=(0.01, 0.05, 0.25), weight_decay=(0.0,), held_out=0.01
+    )
+    assert finetune(few).done["chosen"]["lr"] == 0.05
+    assert "too few labels to choose on" in capsys.readouterr().err
+
+
+def test_numbers_are_regressed(run, digits, tmp_path):
+    """An image's mean grey level, from a table of paths and numbers: every stage must find some of it."""
+    sets = {}
+    for split in ("train", "test"):
+        source, rows = open_source(digits[split]), []
+        (tmp_path / split).mkdir()
+        for i in range(300 if split == "train" else 100):
+            pixels = source.stored(0, i)
+            Image.fromarray(pixels).save(tmp_path / split / f"{i}.png")
+            rows.append(f"{split}/{i}.png,{pixels.mean():.4f},{pixels[:4].mean():.4f}")
+        table = tmp_path / f"{split}.csv"
+        table.write_text("path,ink,top\n" + "\n".join(rows) + "\n")
+        sets[split] = tmp_path / f"{split}.beton"
+        convert(str(table), sets[split])
+    data = {"train": sets["train"], "test": sets["test"]}
+    with pytest.raises(InputError, match="no two classes to tell apart; its float targets: ink, top"):
+        linear(LinearSettings(run, **data))
+    ridge = linear(LinearSettings(run, target="all", **data)).done
+    assert ridge["probe"] == "ridge" and set(ridge["results"]["features"]["targets"]) == {"ink", "top"}
+    assert ridge["results"]["features"]["r2"] > 0.4
+    sgd = LinearSettings(run, target="ink", probe="sgd", epochs=150, lr=0.004, out=run / "s.json", **data)
+    by_sgd = linear(sgd).done
+    assert by_sgd["results"]["features"]["r2"] > 0.2
+    near = knn(KnnSettings(run, target="ink", **data)).done
+    assert near["results"]["features"]["r2"] > 0.05 and np.isfinite(near["results"]["code"]["r2"])
+    tuned = FinetuneSettings(
+        run, target="ink", epochs=15, batch_size=32, lr=(0.02, 0.1), weight_decay=(0.0,), **data
+    )
+    result = finetune(tuned).done
+    print(f"fine-tuned R2 {result['results']['features']['r2']:.3f}")
+    assert result["results"]["features"]["r2"] > 0.3
+    assert result["chosen"] in [{"lr": 0.02, "weight_decay": 0.0}, {"lr": 0.1, "weight_decay": 0.0}]
+    with pytest.raises(InputError, match="--probe logistic can't predict numbers; use ridge"):
+        linear(LinearSettings(run, target="ink", probe="logistic", out=run / "t.json", **data))
+
+
+def test_mistakes_are_one_line(run, tmp_path, capsys):
+    for arguments, culprit in [
+        (["linear", tmp_path / "none"], "no such run"),
+        (["linear", run, "--test", tmp_path / "no.beton"], "no.beton"),
+        (["linear", run, "--probe", "svm"], "unknown probe 'svm'; known: auto"),
+        (["linear", run, "--preset", "imagenet-finetune"], "unknown preset 'imagenet-finetune'"),
+        (["linear", run, "--on", "dreams"], "unknown representation 'dreams'"),
+        (["finetune", run, "--on", "code"], "a code has no gradient"),
+        (["finetune", run, "--labels", 1.5], "--labels must be in (0, 1]"),
+        (["finetune", run, "--lr", 0.1, "nan"], "--lr"),
+        (["finetune", run, "--weight-decay", -1], "--weight-decay"),
+        (["knn", run, "--temperature", -1], "--temperature"),
+        (["knn", run, "--target", "age"], "no float target 'age'"),
+    ]:
+        assert main([str(a) for a in arguments]) == 2, arguments
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: ") and culprit in lines[0], lines
+    assert sorted(p.name for p in run.iterdir()) == sorted(
+        ["checkpoints", "config.json", "metrics.jsonl", "tensorboard"]
+    )

@@ -1,0 +1,197 @@
+"""One run on several ranks: the same weights as on one, an end for all, and where ranks meet."""
+
+import dataclasses
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from lvssl.config import PRESETS, EngineSettings, OptimiserSettings, PretrainSettings
+from lvssl.training.batchnorm import SyncedBatchNorm, synchronised
+from lvssl.training.distributed import World, connected, first_host, world_of
+from lvssl.training.trainer import Trainer
+from pipelines.errors import InputError
+from pipelines.loader import TwoViewLoader
+from pipelines.sources import open_source
+
+TIMEOUT = 120  # seconds; a hang is a failure
+FAMILIES = ("none", "sign", "gaussian", "bernoulli")
+OPTIMISERS = {"adamw": 2e-3, "sgd": 0.1, "lars": 1.0}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def settings(data: Path, family: str, optimiser: str, **engine) -> PretrainSettings:
+    """Five steps of 256 images."""
+    base = PRESETS["digits"]
+    return dataclasses.replace(
+        base,
+        data=data,
+        epochs=1,
+        batch_size=256,
+        threads=1,
+        workers=1,
+        log_every=1,
+        latent=dataclasses.replace(base.latent, family=family, beta=1e-3),
+        optimiser=OptimiserSettings(optimiser=optimiser, lr=OPTIMISERS[optimiser], warmup_epochs=0.5),
+        engine=EngineSettings(**engine),
+    )
+
+
+RUNS = {f"{family}, sgd": {"family": family, "optimiser": "sgd"} for family in FAMILIES}
+RUNS |= {f"bernoulli, {name}": {"family": "bernoulli", "optimiser": name} for name in ("adamw", "lars")}
+RUNS |= {"average": {"family": "none", "optimiser": "sgd", "ema": 0.5}}
+
+
+def trained(world: World, data: Path, name: str) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Weights and figures after five steps in fp64, where roundings stay too small to grow."""
+    chosen = settings(data, **RUNS[name])
+    place = {"rank": world.rank, "ranks": world.size}
+    with TwoViewLoader(open_source(data), chosen.view, chosen.batch_size, workers=1, **place) as loader:
+        trainer = Trainer(chosen, 10, loader, torch.device("cpu"), world)
+        trainer.network.double().train()
+        if trainer.ema:
+            trainer.ema.module.double()
+        rows = []
+        for batch in loader:
+            figures = trainer.train_step(dataclasses.replace(batch, views=batch.views.double()))
+            trainer.step += 1
+            rows.append(trainer.describe(figures))
+        return (trainer.ema.module if trainer.ema else trainer.network).state_dict(), rows
+
+
+def rank_of(rank: int, size: int, port: int, data: Path, folder: Path) -> None:
+    """All that one rank does."""
+    torch.set_num_threads(1)
+    torch.Tensor.float = torch.Tensor.double  # what casts to fp32 by itself: heads, losses
+    world = World(rank, size, rank, "127.0.0.1", port)
+    with connected(world, torch.device("cpu")):
+        found = {name: trained(world, data, name) for name in RUNS}
+        torch.save((found, normalised(rank, size)), folder / f"{rank}-of-{size}.pt")
+
+
+def normalised(rank: int, size: int) -> dict[str, torch.Tensor]:
+    """Output, running statistics and gradients of synchronised normalisation; unequal batches."""
+    x = torch.randn(7, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = x * torch.arange(1, 8)[:, None, None, None] + 5  # another mean and spread on each rank
+    x = x if size == 1 else x[:2] if rank == 0 else x[2:]
+    norm = torch.nn.BatchNorm2d(3, dtype=torch.float64)
+    torch.nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(2))
+    norm = synchronised(torch.nn.Sequential(norm), torch.device("cpu"))[0]
+    assert isinstance(norm, SyncedBatchNorm)
+    x.requires_grad_()
+    output = norm(x)
+    (output.sin() * output.exp()).sum().backward()
+    shared = torch.stack([norm.weight.grad, norm.bias.grad])
+    if size > 1:
+        dist.all_reduce(shared)
+    found = {"output": output.detach(), "input gradient": x.grad, "weight gradients": shared}
+    return found | {"mean": norm.running_mean, "variance": norm.running_var}
+
+
+@pytest.fixture(scope="module")
+def found(digits, tmp_path_factory) -> dict[tuple[int, int], Any]:
+    """What each rank found: (0, 1) alone, (0, 2) and (1, 2) as two."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.set_forkserver_preload(["lvssl.training.trainer"])
+    contexts = [
+        mp.start_processes(
+            rank_of, (size, free_port(), digits["train"], folder), size, join=False, start_method="forkserver"
+        )
+        for size in (1, 2)
+    ]
+    end = time.monotonic() + TIMEOUT
+    for context in contexts:
+        while not context.join(timeout=1):
+            if time.monotonic() > end:
+                for process in context.processes:
+                    process.kill()
+                pytest.fail(f"ranks still running after {TIMEOUT} s")
+    places = [(0, 1), (0, 2), (1, 2)]
+    return {(rank, size): torch.load(folder / f"{rank}-of-{size}.pt") for rank, size in places}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_end_with_the_weights_of_one(found, name):
+    """Weights, running statistics and every figure of five steps: each term of the loss is weighed right."""
+    one, rows = found[0, 1][0][name]
+    for rank in (0, 1):
+        two, same = found[rank, 2][0][name]
+        for key, expected in one.items():
+            wrong = (two[key] - expected).abs().max().item()
+            assert wrong <= 1e-7, f"rank {rank}, {key}: off by {wrong}"
+        assert len(rows) == len(same) == 5
+        for step, (wanted, got) in enumerate(zip(rows, same)):
+            assert got == pytest.approx(wanted, rel=1e-5), f"rank {rank}, step {step}"
+
+
+def test_normalisation_over_unequal_ranks_is_that_of_the_whole_batch(found):
+    whole, parts = found[0, 1][1], [found[rank, 2][1] for rank in (0, 1)]
+    for name in ("output", "input gradient"):
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]), whole[name])
+    for name in ("weight gradients", "mean", "variance"):
+        for part in parts:
+            torch.testing.assert_close(part[name], whole[name])
+
+
+# -- where ranks meet -----------------------------------------------------------------------------
+
+
+def test_alone_under_torchrun_and_under_slurm():
+    assert world_of({}) == World()
+    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29"}
+    assert world_of(torchrun) == World(3, 8, 1, "a", 29)
+    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "n[07-09]"}
+    job = {"SLURM_JOB_ID": "123", "ENVIRONMENT": "BATCH"}
+    world = world_of(slurm | job | {"SLURM_STEP_ID": "0"})
+    assert (world.rank, world.size, world.local_rank, world.host) == (5, 8, 1, "n07")
+    assert 10_000 <= world.port < 30_000
+    assert world.port != world_of(slurm | {"SLURM_JOB_ID": "124", "SLURM_STEP_ID": "0"}).port
+    assert world_of(slurm | job) == World(), "the batch script itself is no rank"
+    assert world_of(slurm | torchrun) == World(3, 8, 1, "a", 29), "torchrun within Slurm"
+
+
+def test_variables_that_do_not_fit_are_named():
+    with pytest.raises(InputError, match="LOCAL_RANK is not set"):
+        world_of({"RANK": "0", "WORLD_SIZE": "2"})
+    torchrun = {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "29"}
+    with pytest.raises(InputError, match=r"rank 2 of 2: a rank must be in \[0, 2\)"):
+        world_of(torchrun)
+    with pytest.raises(InputError, match="MASTER_PORT must be a whole number, got 'x'"):
+        world_of(torchrun | {"MASTER_PORT": "x"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[07-09,12],login", "gpu07"), ("a[3,5]-ib,b", "a3-ib"),
+     ("r[1-2]n[04-08]", "r1n04"), ("c-[10],d", "c-10")],
+)  # fmt: skip
+def test_the_first_host_of_a_node_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_a_missing_rank_and_a_taken_port_name_host_port_and_rank():
+    port = free_port()
+    with pytest.raises(InputError, match=rf"rank 0 of 2.*rank 1 did not come.*127.0.0.1:{port}"):
+        with connected(World(0, 2, 0, "127.0.0.1", port), torch.device("cpu"), 0.005):
+            pass
+    with pytest.raises(InputError, match=rf"rank 1 of 2.*nobody answered.*127.0.0.1:{port}"):
+        with connected(World(1, 2, 1, "127.0.0.1", port), torch.device("cpu"), 0.005):
+            pass
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"can't listen at 127.0.0.1:{port}"):
+            with connected(World(0, 2, 0, "127.0.0.1", port), torch.device("cpu"), 0.05):
+                pass
