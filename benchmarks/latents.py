@@ -225,7 +225,7 @@ def by_seed(rows: list[dict[str, Any]], bits: int | None, what: str) -> tuple[Se
         if row["arm"] in CONTROLS:
             for method, figures in found.items():
                 against.setdefault(f"{row['arm']}, {method}", {})[row["seed"]] = figures[what]
-        elif bits or row["bits"] == row["width"]:
+        elif found and (bits or row["bits"] == row["width"]):
             latent[row["seed"]] = next(iter(found.values()))[what]
     return latent, against
 
