@@ -11,7 +11,9 @@ from pipelines.sources import SOURCES
 from pipelines.views import ViewSettings
 
 BACKBONES = ("tiny", "small", "resnet18", "resnet50")
-FAMILIES = ("none", "sign", "gaussian", "bernoulli")
+DISCRETE = ("none", "sign", "bernoulli", "categorical")  # keep their noise without a rate
+OBJECTIVES = ("ntxent", "dcl", "mcinfonce", "ceb", "hib")
+EACH_SAMPLE = ("mcinfonce", "ceb", "hib")  # objectives of samples, not of their mean
 AUGMENTATIONS = ("auto", "reference", "numba", "triton")
 OPTIMISERS = ("adamw", "sgd", "lars")
 LR_RULES = ("given", "linear", "sqrt")
@@ -33,17 +35,53 @@ class ModelSettings:
 @dataclass(frozen=True)
 class LatentSettings:
     family: str = "bernoulli"
-    """none (plain SimCLR, the control), sign (the same with decorrelated sign bits), gaussian, bernoulli."""
+    """none (plain SimCLR, the control), sign (the same with decorrelated sign bits), gaussian, bernoulli,
+    categorical, beta, mixture, power_spherical, vmf; or two side by side, as in gaussian+bernoulli."""
+    site: str = "repr"
+    """Where the latent stands: repr (between backbone and projector) or proj (at the projector's output)."""
     dim: int = 0
-    """Latent dimensions, for `bernoulli` the bits of the code; 0: one for each feature of the backbone."""
+    """Latent dimensions, for `bernoulli` the bits of the code; 0: one for each number that the site gives."""
+    categories: int = 16
+    """Categories of each group of `categorical`: a power of two."""
+    components: int = 4
+    """Gaussians of `mixture`: a power of two."""
+    depth: int = 1
+    """Bits of the code for each dimension of gaussian, beta and mixture: their quantised means."""
     sharpness: float = 4.0
-    """How far the posterior starts from its prior: spread of the logits, or 1 / s of a Gaussian."""
+    """How far the posterior starts from its prior: spread of the logits, 1 / s of a Gaussian, kappa / D."""
+    sharpness_start: float | None = None
+    """Anneal the sharpness of logits (bernoulli, categorical) from here; left out: it is constant."""
+    estimator: str = "straight-through"
+    """Of discrete samples: straight-through, or relaxed (binary concrete, Gumbel-softmax)."""
+    relaxation: float = 0.5
+    """Temperature of the relaxed samples."""
+    relaxation_start: float | None = None
+    """Anneal that temperature from here; left out: it is constant."""
+    anneal: float = 0.5
+    """Share of the steps over which sharpness and relaxation go, geometrically, to their final values."""
+    spread: str = "learnt"
+    """Where a family has a spread (s, kappa, a + b): learnt, one for each image, or fixed where it starts."""
     samples: int = 4
-    """Samples a step (K), averaged before the projector."""
+    """Samples a step (K)."""
+    average: str = "auto"
+    """Where K samples meet: samples (averaged before the projector), projections (averaged after it), or
+    losses (each has a loss of its own). auto: losses for mcinfonce, ceb and hib, else samples."""
+    objective: str = "ntxent"
+    """ntxent; dcl (without the positive in the denominator); mcinfonce (the mean over K within the
+    logarithm); ceb (conditional entropy bottleneck, C-SimCLR); hib (match probabilities). With the rate."""
+    ceb_kappa: float = 10.0
+    """Concentration of the backward encoder of `ceb`, a von Mises-Fisher law about the other view."""
+    ceb_weight: float = 1.0
+    """Weight of the residual information of `ceb`."""
     beta: float | None = None
-    """Weight of the rate (KL in nats); left out: 0.001 for gaussian, whose noise would vanish, or 0."""
+    """Weight of the rate (KL in nats); left out: 0.001 where noise would vanish without it (gaussian, beta,
+    mixture, power_spherical, vmf; not with mcinfonce and ceb), or 0."""
+    beta_schedule: str = "warmup"
+    """constant, warmup (linear from 0), or cyclical (linear from 0 in the first half of each cycle)."""
     beta_warmup: float = 0.1
     """Share of the steps over which beta climbs linearly from 0."""
+    beta_cycles: int = 4
+    """Cycles of the cyclical schedule."""
     free_nats: float = 0.0
     """KL up to which an image's rate costs nothing."""
     decorrelation: float = 0.02
@@ -56,7 +94,83 @@ class LatentSettings:
         """The weight of the rate at the end of its warm-up."""
         if self.beta is not None:
             return self.beta
-        return 1e-3 if self.family == "gaussian" else 0.0
+        without = set(self.family.split("+")) <= set(DISCRETE) or self.objective in ("mcinfonce", "ceb")
+        return 0.0 if without else 1e-3
+
+    @property
+    def meeting_place(self) -> str:
+        """Where the samples meet, once `auto` is resolved."""
+        if self.average != "auto":
+            return self.average
+        return "losses" if self.objective in EACH_SAMPLE else "samples"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The family's options, as `lvssl.latents.family` takes them."""
+        relaxed = self.estimator == "relaxed"
+        return {
+            "categories": self.categories,
+            "components": self.components,
+            "depth": self.depth,
+            "relaxed": relaxed,
+        }
+
+    def validate(self) -> None:
+        """Raise InputError naming the first impossible value."""
+        from lvssl.latents import family  # here, for it brings torch
+
+        try:
+            kind = family(self.family, **self.options)
+        except ValueError as error:
+            raise InputError(f"--family: {error}") from None
+        choice("site", self.site, ("repr", "proj"))
+        choice("estimator", self.estimator, ("straight-through", "relaxed"))
+        choice("spread", self.spread, ("learnt", "fixed"))
+        choice("average", self.average, ("auto", "samples", "projections", "losses"))
+        choice("objective", self.objective, OBJECTIVES)
+        choice("beta_schedule", self.beta_schedule, ("constant", "warmup", "cyclical"))
+        require(self.dim >= 0, "dim", self.dim, "at least 0")
+        if not kind.stochastic:
+            require(self.dim == 0, "dim", self.dim, f"0 for family {self.family}, which has no latent")
+            require(self.site == "repr", "site", self.site, f"repr for family {self.family}")
+        for name in ("categories", "components"):
+            value = getattr(self, name)
+            require(2 <= value <= 256 and value & (value - 1) == 0, name, value, "a power of two in [2, 256]")
+        if self.dim and (wanted := kind.complaint(self.dim)):
+            require(False, "dim", self.dim, wanted)
+        require(1 <= self.depth <= 8, "depth", self.depth, "in [1, 8]")
+        self._validate_schedules()
+        self._validate_objective()
+
+    def _validate_schedules(self) -> None:
+        for name in ("sharpness", "sharpness_start", "relaxation", "relaxation_start"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < float("inf"), name, value, "above 0")
+        discrete = {"bernoulli", "categorical"} & set(self.family.split("+"))
+        if self.sharpness_start is not None:
+            wanted = f"left out for {self.family}, which has no logits"
+            require(bool(discrete), "sharpness_start", self.sharpness_start, wanted)
+        if self.estimator == "relaxed":
+            require(bool(discrete), "estimator", self.estimator, f"straight-through for {self.family}")
+        require(0 < self.anneal <= 1, "anneal", self.anneal, "in (0, 1]")
+        require(self.final_beta >= 0, "beta", self.beta, "at least 0")
+        require(0 <= self.beta_warmup <= 1, "beta_warmup", self.beta_warmup, "in [0, 1]")
+        require(self.beta_cycles >= 1, "beta_cycles", self.beta_cycles, "at least 1")
+        for name in ("free_nats", "decorrelation"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+
+    def _validate_objective(self) -> None:
+        require(self.samples >= 1, "samples", self.samples, "at least 1")
+        require(0 <= self.clean < 1, "clean", self.clean, "in [0, 1)")
+        require(self.ceb_kappa > 0, "ceb_kappa", self.ceb_kappa, "above 0")
+        require(self.ceb_weight >= 0, "ceb_weight", self.ceb_weight, "at least 0")
+        if self.objective in EACH_SAMPLE:
+            wanted = f"losses with --objective {self.objective}, which wants each sample"
+            require(self.meeting_place == "losses", "average", self.average, wanted)
+        if self.objective == "ceb":
+            spherical = self.family in ("vmf", "power_spherical") and self.site == "proj"
+            where = f"{self.family} at {self.site}"
+            require(spherical, "objective", where, "of a law on the sphere at --site proj for ceb")
 
 
 @dataclass(frozen=True)
@@ -180,7 +294,6 @@ class PretrainSettings:
     def validate(self) -> None:
         """Raise InputError naming the first impossible value. Touches no file."""
         choice("backbone", self.model.backbone, BACKBONES)
-        choice("family", self.latent.family, FAMILIES)
         choice("augmentation", self.augmentation, AUGMENTATIONS)
         choice("source", self.source, SOURCES)
         choice("order", self.order, ORDERS)
@@ -195,16 +308,7 @@ class PretrainSettings:
         model, latent = self.model, self.latent
         require(model.hidden >= 1, "hidden", model.hidden, "at least 1")
         require(model.projection >= 2, "projection", model.projection, "at least 2")
-        require(latent.dim >= 0, "dim", latent.dim, "at least 0")
-        if latent.family in ("none", "sign"):
-            require(latent.dim == 0, "dim", latent.dim, f"0 for family {latent.family}, which has no latent")
-        require(latent.sharpness > 0, "sharpness", latent.sharpness, "above 0")
-        require(latent.samples >= 1, "samples", latent.samples, "at least 1")
-        require(latent.final_beta >= 0, "beta", latent.beta, "at least 0")
-        for name in ("free_nats", "decorrelation"):
-            require(getattr(latent, name) >= 0, name, getattr(latent, name), "at least 0")
-        require(0 <= latent.beta_warmup <= 1, "beta_warmup", latent.beta_warmup, "in [0, 1]")
-        require(0 <= latent.clean < 1, "clean", latent.clean, "in [0, 1)")
+        latent.validate()
         self.optimiser.validate()
         self.engine.validate()
         self.view.validate()

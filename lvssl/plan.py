@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lvssl.config import FAMILIES, LatentSettings, ModelSettings, choice, require
+from lvssl.config import LatentSettings, ModelSettings, choice, require
 from lvssl.losses.distributed import RING_FROM
 from lvssl.models.backbone import BACKBONES
 from lvssl.models.network import LVNet
@@ -38,7 +38,7 @@ class PlanSettings:
     precision: str = "bf16"
     """bf16 (autocast) or fp32."""
     family: str = "bernoulli"
-    """none, sign, gaussian, bernoulli."""
+    """none, sign, gaussian, bernoulli, categorical, beta, mixture, power_spherical, vmf."""
     hidden: int = 1024
     """Width of the projector's hidden layer."""
     projection: int = 128
@@ -48,7 +48,7 @@ class PlanSettings:
         """Raise InputError naming the first impossible value."""
         choice("model", self.model, BACKBONES)
         choice("precision", self.precision, ("bf16", "fp32"))
-        choice("family", self.family, FAMILIES)
+        LatentSettings(self.family).validate()
         require(self.gpus >= 1, "gpus", self.gpus, "at least 1")
         require(self.batch >= self.gpus, "batch", self.batch, "at least one image for each of --gpus")
         require(self.batch % self.gpus == 0, "batch", self.batch, f"a multiple of --gpus ({self.gpus})")

@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "lvssl.latents": (),
     "lvssl.losses": (),
     "lvssl.codes": (),
-    "lvssl.config": ("pipelines",),
+    "lvssl.config": ("pipelines", "lvssl.latents"),
     "lvssl.stages": ("lvssl.config", "pipelines"),
     "lvssl.models": FLOOR_1,
     "tools": ("pipelines",),

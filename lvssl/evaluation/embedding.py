@@ -8,6 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lvssl.codes.pack import pack_bits
+from lvssl.latents.bernoulli import Bernoulli
 from lvssl.models.network import LVNet
 from pipelines.loader import evaluation_batches
 from pipelines.sources import Source
@@ -40,7 +41,7 @@ def embed(network: LVNet, source: Source, view: ViewSettings, workers: int = 2) 
         parts["codes"].append(pack_bits(posterior.code()))
         parts["uncertainty"].append(posterior.uncertainty().cpu().numpy())
         parts["kl"].append(posterior.kl().cpu().numpy())
-        if hasattr(posterior, "logits"):
+        if isinstance(posterior, Bernoulli):
             parts["means"].append(posterior.logits.sigmoid().cpu().numpy())
     joined = {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
     return Embedding(

@@ -4,63 +4,54 @@ A posterior holds the parameters of one factorised distribution per image, in fp
 A new family is one file and one line in FAMILIES.
 """
 
-from typing import ClassVar, Protocol
-
-from torch import Generator, Tensor
+from typing import Any
 
 from lvssl.latents.bernoulli import Bernoulli
+from lvssl.latents.beta import Beta
+from lvssl.latents.categorical import Categorical
+from lvssl.latents.concat import Concat
 from lvssl.latents.deterministic import Deterministic
 from lvssl.latents.gaussian import Gaussian
+from lvssl.latents.mixture import Mixture
+from lvssl.latents.posterior import Posterior
+from lvssl.latents.power_spherical import PowerSpherical
 from lvssl.latents.sign import Sign
-
-
-class Posterior(Protocol):
-    """q(z | x) for B images, D latent dimensions; `parameters` is [B, parameter_count(D)]."""
-
-    stochastic: ClassVar[bool]  # False: sample() is always the same and kl() is 0
-
-    def __init__(self, parameters: Tensor) -> None: ...
-
-    @staticmethod
-    def parameter_count(dim: int) -> int:
-        """Numbers that the head must give for `dim` latent dimensions."""
-        ...
-
-    @staticmethod
-    def code_bits(dim: int) -> int:
-        """Nominal bits of a deployed code."""
-        ...
-
-    @staticmethod
-    def head_scale(sharpness: float) -> tuple[float, float]:
-        """(scale, offset of the second half of the parameters) that start the posterior `sharpness` times
-        as narrow as its prior."""
-        ...
-
-    def sample(self, count: int = 1, generator: Generator | None = None) -> Tensor:
-        """`count` differentiable samples, as the projector takes them: [count, B, D]."""
-        ...
-
-    def mean(self) -> Tensor:
-        """The sample's expectation, [B, D]."""
-        ...
-
-    def kl(self) -> Tensor:
-        """KL(q || prior) in nats, summed over the latent dimensions: [B]."""
-        ...
-
-    def code(self) -> Tensor:
-        """The deployed code: bool [B, code_bits(D)], the same for the same image at every call."""
-        ...
-
-    def uncertainty(self) -> Tensor:
-        """A score that grows with the posterior's spread: [B]."""
-        ...
-
+from lvssl.latents.vmf import VonMisesFisher
 
 FAMILIES: dict[str, type[Posterior]] = {
     "none": Deterministic,
     "sign": Sign,
     "gaussian": Gaussian,
     "bernoulli": Bernoulli,
+    "categorical": Categorical,
+    "beta": Beta,
+    "mixture": Mixture,
+    "power_spherical": PowerSpherical,
+    "vmf": VonMisesFisher,
 }
+
+
+def family(name: str, **options: Any) -> type[Posterior]:
+    """The family of that name, or two side by side: `gaussian+bernoulli`.
+
+    Args:
+        options: class attributes of the family, such as `categories`, `components`, `depth` (bits a dimension
+            of the code), `relaxed`; those that a family doesn't have are left out.
+
+    Raises:
+        ValueError: an unknown name; it lists the known ones.
+    """
+    if "+" in name:
+        parts = tuple(family(part, **options) for part in name.split("+"))
+        if len(parts) != 2 or not all(part.stochastic for part in parts):
+            raise ValueError(f"{name!r}: two families with a latent can stand side by side")
+        return configured(Concat, parts=parts)
+    if name not in FAMILIES:
+        raise ValueError(f"unknown family {name!r}; known: {', '.join(FAMILIES)}, or two of them joined by +")
+    return configured(FAMILIES[name], **options)
+
+
+def configured(kind: type[Posterior], **options: Any) -> type[Posterior]:
+    """A subclass with these class attributes."""
+    chosen = {name: value for name, value in options.items() if hasattr(kind, name)}
+    return type(kind.__name__, (kind,), chosen)

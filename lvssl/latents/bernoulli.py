@@ -7,58 +7,74 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from lvssl.latents.posterior import BatchMean, Posterior, constant, rows_mean, uniform
 
-class Bernoulli:
-    """`parameters` is the logits, [B, D]."""
 
-    stochastic: ClassVar[bool] = True
+class Bernoulli(Posterior):
+    """`parameters` is the logits, [B, D].
+
+    Not relaxed: hard bits with the straight-through gradient, that of p. Relaxed: the binary concrete law
+    (Maddison et al. 2017, Jang et al. 2017), of which the hard bit is the sign. `kl` is the discrete law's in
+    both cases; that of the relaxed law, which is larger, is `relaxed_kl`.
+    """
+
+    relaxed: ClassVar[bool] = False
 
     def __init__(self, parameters: Tensor) -> None:
-        self.logits = parameters.float()
+        super().__init__(parameters)
+        self.logits = self.parameters
 
-    @staticmethod
-    def parameter_count(dim: int) -> int:
-        return dim
+    @classmethod
+    def start(cls, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
+        return constant(dim, sharpness), constant(0, 0.0)
 
-    @staticmethod
-    def code_bits(dim: int) -> int:
-        return dim
-
-    @staticmethod
-    def head_scale(sharpness: float) -> tuple[float, float]:
-        return sharpness, 0.0
-
-    def sample(self, count: int = 1, generator: Generator | None = None) -> Tensor:
-        """2z - 1 in {-1, +1}; straight-through gradient, that of p: z = b + p - stop_grad(p)."""
-        p = self.logits.sigmoid()
-        uniform = torch.rand((count, *p.shape), generator=generator, device=p.device)
-        bits = (uniform < p).float()
+    def sample(self, count: int = 1, generator: Generator | None = None, temperature: float = 0.5) -> Tensor:
+        """2z - 1: in {-1, +1}, with z = b + p - stop_grad(p); relaxed, in (-1, 1)."""
+        p, logits = self.logits.sigmoid(), self.logits
+        drawn = uniform((count, *p.shape), p, generator)
+        if self.relaxed:
+            logistic = drawn.clamp(min=2**-25, max=1 - 2**-24).logit()
+            return (0.5 / temperature * (logits + logistic)).tanh()
+        bits = (drawn < p).to(p.dtype)
         return 2 * (bits + (p - p.detach())) - 1  # (p - p) is exactly 0, so the value is exactly +-1
 
     def mean(self) -> Tensor:
         return (0.5 * self.logits).tanh()  # 2p - 1
 
-    def kl(self) -> Tensor:
-        """sum_d p * l - softplus(l) + ln 2; exact and finite for any finite logit.
+    def unit_kl(self) -> Tensor:
+        """p * l - softplus(l) + ln 2 of each bit; exact and finite for any finite logit."""
+        return math.log(2) - self.unit_entropy()
 
-        p*l - softplus(l) is written with |l|, which is symmetric, so that two large numbers of the same
-        size are not subtracted: minus the entropy = -(softplus(-|l|) + |l| * sigmoid(-|l|)).
+    def unit_entropy(self) -> Tensor:
+        """Entropy of each bit in nats, [B, D].
+
+        softplus(l) - p * l is written with |l|, which is symmetric, so that two large numbers of the same
+        size are not subtracted: softplus(-|l|) + |l| * sigmoid(-|l|).
         """
-        return (math.log(2) - self.entropy()).sum(dim=1)
-
-    def entropy(self) -> Tensor:
-        """Entropy of each bit in nats, [B, D]."""
         size = self.logits.abs()
         return F.softplus(-size) + size * torch.sigmoid(-size)
+
+    def entropy(self) -> Tensor:
+        return self.unit_entropy().sum(dim=1)
+
+    def relaxed_kl(self) -> Tensor:
+        """KL of the binary concrete laws in nats, [B]: sum_d l * coth(l / 2) - 2, whatever the temperature.
+
+        A concrete sample is a one-to-one function of l + logistic noise, so this is the KL between two
+        logistic laws l apart. Thresholding loses information: it is above `kl`.
+        """
+        size = self.logits.abs()
+        series = size.square() / 6  # what is left near 0, where the quotient cancels
+        whole = size / (0.5 * size.clamp(min=1e-2)).tanh() - 2
+        return torch.where(size < 1e-2, series, whole).sum(dim=1)
+
+    def symbols(self) -> Tensor:
+        return self.code().long()
 
     def code(self) -> Tensor:
         return self.logits > 0
 
-    def uncertainty(self) -> Tensor:
-        """Entropy of the code in nats."""
-        return self.entropy().sum(dim=1)
-
-    def straight_through_bits(self) -> Tensor:
+    def straight_through_bits(self, batch_mean: BatchMean = rows_mean) -> Tensor:
         """The hard bits as +-1 with the gradient of 2p - 1: [B, D]."""
         soft = self.mean()
         return torch.where(self.logits > 0, 1.0, -1.0) + (soft - soft.detach())

@@ -4,35 +4,40 @@ from typing import ClassVar
 
 from torch import Generator, Tensor
 
+from lvssl.latents.posterior import Posterior, constant
 
-class Deterministic:
+
+class Deterministic(Posterior):
     """A point mass at h; `parameters` is [B, 2D]: h, then its sign bits' thresholds (h's running mean)."""
 
     stochastic: ClassVar[bool] = False
 
     def __init__(self, parameters: Tensor) -> None:
-        self.features, self.thresholds = parameters.float().chunk(2, dim=1)
+        super().__init__(parameters)
+        self.features, self.thresholds = self.parameters.chunk(2, dim=1)
 
-    @staticmethod
-    def parameter_count(dim: int) -> int:
-        return 2 * dim
-
-    @staticmethod
-    def code_bits(dim: int) -> int:
+    @classmethod
+    def spread_count(cls, dim: int) -> int:
         return dim
 
-    @staticmethod
-    def head_scale(sharpness: float) -> tuple[float, float]:
-        return 1.0, 0.0
+    @classmethod
+    def start(cls, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
+        return constant(dim, 1.0), constant(dim, 0.0)
 
-    def sample(self, count: int = 1, generator: Generator | None = None) -> Tensor:
+    def sample(self, count: int = 1, generator: Generator | None = None, temperature: float = 0.5) -> Tensor:
         return self.features[None]  # samples would all be equal, so one is enough: [1, B, D]
 
     def mean(self) -> Tensor:
         return self.features
 
-    def kl(self) -> Tensor:
+    def unit_kl(self) -> Tensor:
+        return self.features.new_zeros(len(self.features), 1)
+
+    def entropy(self) -> Tensor:
         return self.features.new_zeros(len(self.features))
+
+    def symbols(self) -> Tensor:
+        return self.code().long()
 
     def code(self) -> Tensor:
         return self.features > self.thresholds

@@ -1,23 +1,18 @@
 """Family `sign`: no latent, but h's sign bits are decorrelated. The fair control of every binary code."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from lvssl.latents.deterministic import Deterministic
+from lvssl.latents.posterior import BatchMean, rows_mean
 
 SHARPNESS = 4.0  # of the surrogate gradient, as Bernoulli's default
-
-
-def rows_mean(x: Tensor) -> Tensor:
-    return x.mean(dim=0)
 
 
 class Sign(Deterministic):
     """As `none`, with bits that the decorrelation penalty can shape."""
 
-    def straight_through_bits(self, batch_mean: Callable[[Tensor], Tensor] = rows_mean) -> Tensor:
+    def straight_through_bits(self, batch_mean: BatchMean = rows_mean) -> Tensor:
         """Sign bits of h about its batch mean, as +-1, with the gradient of tanh(sharpness / 2 * z-score).
 
         `batch_mean`: [N, D] -> [D]; across ranks, one over all of them.

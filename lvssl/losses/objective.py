@@ -1,4 +1,4 @@
-"""The parts of the training objective beside NT-Xent: the rate, its weight, and decorrelated bits."""
+"""The parts of the training objective beside the contrastive loss: rate, its weight, decorrelated bits."""
 
 from torch import Tensor
 
@@ -13,13 +13,22 @@ def rate(kl: Tensor, free_nats: float = 0.0) -> Tensor:
     return kl.clamp(min=free_nats).mean()
 
 
-def beta_at(fraction: float, beta: float, warmup: float = 0.1) -> float:
-    """beta(t): linear from 0 to beta over the first `warmup` share of the training, then constant.
+def beta_at(
+    fraction: float, beta: float, warmup: float = 0.1, schedule: str = "warmup", cycles: int = 4
+) -> float:
+    """beta(t), the weight of the rate.
 
     Args:
         fraction: of the training that is done, in [0, 1].
+        schedule: constant; warmup, linear from 0 over the first `warmup` share of the training; or cyclical,
+            in each of `cycles` linear from 0 over its first half, then constant (Fu et al. 2019).
     """
-    return beta if warmup <= 0 else beta * min(1.0, fraction / warmup)
+    if schedule == "cyclical":
+        within = fraction * cycles % 1.0 if fraction < 1 else 1.0
+        return beta * min(1.0, 2 * within)
+    if schedule == "constant" or warmup <= 0:
+        return beta
+    return beta * min(1.0, fraction / warmup)
 
 
 def batch_mean(x: Tensor) -> Tensor:

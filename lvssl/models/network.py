@@ -1,6 +1,7 @@
 """The latent-variable network: backbone, posterior head, latent, projector, and online probes.
 
-images [N, 3, R, R] -> h [N, F] -> q(z | x) -> K samples, averaged [N, D] -> u [N, P]
+site repr: images [N, 3, R, R] -> h [N, F] -> q(z | x) -> K samples [K, N, D] -> projector -> u [N, P]
+site proj: images -> h -> projector -> q(z | x) -> K samples, which are u
 """
 
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ import torch.nn as nn
 from torch import Generator, Tensor
 
 from lvssl.config import LatentSettings, ModelSettings
-from lvssl.latents import FAMILIES, Posterior
+from lvssl.latents import Posterior, family
 from lvssl.models.backbone import build_backbone, feature_dim
+from pipelines.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,10 @@ class Outputs:
 
     features: Tensor  # h, [N, F]
     parameters: Tensor  # of the N posteriors, [N, family.parameter_count(D)], fp32
-    projections: Tensor  # u of the sampled path, [N, P]
+    projections: Tensor  # u of the sampled path, [N, P]; [K, N, P] where each sample has a loss
     clean_projections: Tensor | None  # u of the clean path beside it, if there is one
     family: type[Posterior]
+    match: Tensor | None = None  # [2], the numbers that the objective `hib` learns
 
     @cached_property
     def posterior(self) -> Posterior:
@@ -38,13 +41,24 @@ class LVNet(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone, features = build_backbone(model.backbone, resolution)
-        self.family = FAMILIES[latent.family]
-        self.samples = latent.samples
+        self.family = family(latent.family, **latent.options)
+        self.latent, self.samples = latent, latent.samples
         self.dim = latent_dim(model, latent)
-        self.head = Head(self.family, features, self.dim, latent.sharpness)
-        self.projector = projector(self.dim, model.hidden, model.projection)
+        if complaint := self.family.complaint(self.dim):
+            raise InputError(f"--dim must be {complaint}, got {self.dim}")
+        at_projection = latent.site == "proj"
+        self.head = Head(
+            self.family,
+            model.projection if at_projection else features,
+            self.dim,
+            latent.sharpness,
+            latent.sharpness_start,
+            latent.spread == "learnt",
+        )
+        self.projector = projector(features if at_projection else self.dim, model.hidden, model.projection)
         has_clean = latent.clean > 0 and self.family.stochastic
         self.clean_projector = projector(features, model.hidden, model.projection) if has_clean else None
+        self.match = nn.Parameter(torch.zeros(2)) if latent.objective == "hib" else None
         code_bits = self.family.code_bits(self.dim)
         self.probes = (
             nn.ModuleDict({"features": nn.Linear(features, classes), "code": nn.Linear(code_bits, classes)})
@@ -77,29 +91,49 @@ class LVNet(nn.Module):
             fraction: of the training that is done, in [0, 1]; what is annealed depends on it.
             rank, ranks: which of equal parts of the batch these N views are.
         """
-        parameters = self.posterior_parameters(features)
-        sampled = self.draw(parameters, generator, rank, ranks).mean(dim=0)
+        progress = min(1.0, fraction / self.latent.anneal)
+        parameters = self.posterior_parameters(features, progress)
+        projections = self.project(self.draw(parameters, generator, progress, rank, ranks))
         clean = self.clean_projector(features) if self.clean_projector is not None else None
-        return Outputs(features, parameters, self.projector(sampled), clean, self.family)
+        return Outputs(features, parameters, projections, clean, self.family, self.match)
 
-    def posterior_parameters(self, features: Tensor) -> Tensor:
-        """The head on features h [N, F], in fp32 whatever the autocast."""
+    def posterior_parameters(self, features: Tensor, progress: float = 1.0) -> Tensor:
+        """The head on features h [N, F], in fp32 whatever the autocast; `progress` of the annealing."""
+        given = self.head_input(features)
         with torch.autocast(features.device.type, enabled=False):
-            return self.head(features.float())
+            return self.head(given.float(), progress)
 
+    def head_input(self, features: Tensor) -> Tensor:
+        return self.projector(features) if self.latent.site == "proj" else features
+
+    def project(self, samples: Tensor) -> Tensor:
+        """Samples [K, N, D] as the objective compares them: [N, P], or [K, N, P] where each has a loss."""
+        average = self.latent.meeting_place
+        if self.latent.site == "proj":
+            return samples if average == "losses" else samples.mean(dim=0)
+        if average == "samples":
+            return self.projector(samples.mean(dim=0))
+        projected = self.projector(samples.flatten(0, 1)).unflatten(0, samples.shape[:2])
+        return projected if average == "losses" else projected.mean(dim=0)
+
+    @torch.no_grad()
     def calibrate(self, features: Tensor) -> None:
         """As `Head.calibrate`, of features h [N, F]."""
-        self.head.calibrate(features)
+        self.head.calibrate(self.head_input(features))
 
-    def draw(self, parameters: Tensor, generator: Generator | None, rank: int, ranks: int) -> Tensor:
+    def draw(
+        self, parameters: Tensor, generator: Generator | None, progress: float, rank: int, ranks: int
+    ) -> Tensor:
         """K samples, [K, N, D]. Every rank draws for the whole batch, with the same noise, and keeps its own
         part, so that an image's noise depends on its place in the batch and not on the ranks."""
+        start, end = self.latent.relaxation_start or self.latent.relaxation, self.latent.relaxation
+        options = self.samples, generator, geometric(start, end, progress)
         if ranks == 1:
-            return self.family(parameters).sample(self.samples, generator)
+            return self.family(parameters).sample(*options)
         views = parameters.unflatten(0, (2, -1))
         everyone = [views.detach()] * ranks  # what stands in the other ranks' rows must only be valid
         everyone[rank] = views
-        drawn = self.family(torch.cat(everyone, dim=1).flatten(0, 1)).sample(self.samples, generator)
+        drawn = self.family(torch.cat(everyone, dim=1).flatten(0, 1)).sample(*options)
         return drawn.unflatten(1, (2, ranks, -1))[:, :, rank].flatten(1, 2)
 
     def probe_logits(self, outputs: Outputs) -> dict[str, Tensor]:
@@ -116,32 +150,51 @@ class LVNet(nn.Module):
 class Head(nn.Module):
     """h -> the posterior's parameters, in units of the batch.
 
-    The location (logits, means) is batch-normalised, without learnt scale, and times the sharpness: one
-    latent a feature needs no layer between; another length takes a linear layer first. The spread, where a
-    family has one, starts constant and is learnt. Without normalisation logits start near 0, the noise
-    drowns the gradient and few bits are ever used.
+    The locations (logits, means) are batch-normalised, without learnt scale, and times the sharpness: one
+    location a feature needs no layer between; another number of them takes a linear layer first. The spread,
+    where a family has one, starts constant and is learnt, or stays. Without normalisation logits start near
+    0, the noise drowns the gradient and few bits are ever used.
     """
 
-    def __init__(self, family: type[Posterior], features: int, dim: int, sharpness: float) -> None:
+    def __init__(
+        self,
+        family: type[Posterior],
+        features: int,
+        dim: int,
+        sharpness: float,
+        sharpness_start: float | None = None,
+        learn_spread: bool = True,
+    ) -> None:
         super().__init__()
         self.family = family
-        self.scale, offset = family.head_scale(sharpness)
-        self.linear = nn.Linear(features, dim, bias=False) if dim != features else nn.Identity()
-        self.normalise = nn.BatchNorm1d(dim, affine=False)
+        locations, spreads = family.location_count(dim), family.spread_count(dim)
+        scale, offset = family.start(dim, sharpness)
+        first = family.start(dim, sharpness_start)[0] if sharpness_start else None
+        # Settings, not state: a checkpoint doesn't hold them.
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("first_scale", first, persistent=False)
+        self.register_buffer("offset", offset, persistent=False)
+        self.linear = nn.Linear(features, locations, bias=False) if locations != features else nn.Identity()
+        self.normalise = nn.BatchNorm1d(locations, affine=False)
         self.spread = None
-        if family.stochastic and family.parameter_count(dim) == 2 * dim:
-            self.spread = nn.Linear(features, dim)
+        if family.stochastic and spreads and learn_spread:
+            self.spread = nn.Linear(features, spreads)
             nn.init.zeros_(self.spread.weight)
-            nn.init.constant_(self.spread.bias, offset)
+            with torch.no_grad():
+                self.spread.bias.copy_(offset)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, progress: float = 1.0) -> Tensor:
+        """`progress`: of the sharpness from its first to its final value, in [0, 1]."""
         location = self.linear(features)
         normalised = self.normalise(location)
         if not self.family.stochastic:  # h itself goes on; the running mean is the threshold of its sign bits
             return torch.cat([location, self.running("mean").expand_as(location)], dim=1)
-        if self.spread is None:
-            return normalised * self.scale
-        return torch.cat([normalised * self.scale, self.spread(features)], dim=1)
+        scale, first = self.get_buffer("scale"), self._buffers["first_scale"]
+        if first is not None and progress < 1:
+            scale = first ** (1 - progress) * scale**progress
+        offset = self.get_buffer("offset").expand(len(features), -1)
+        spread = self.spread(features) if self.spread is not None else offset
+        return torch.cat([normalised * scale, spread], dim=1)
 
     @torch.no_grad()
     def calibrate(self, features: Tensor) -> None:
@@ -160,8 +213,13 @@ class Head(nn.Module):
 
 
 def latent_dim(model: ModelSettings, latent: LatentSettings) -> int:
-    """Latent dimensions: as set, or one for each feature."""
-    return latent.dim or feature_dim(model.backbone)
+    """Latent dimensions: as set, or one for each number that the site gives."""
+    return latent.dim or (model.projection if latent.site == "proj" else feature_dim(model.backbone))
+
+
+def geometric(start: float, end: float, progress: float) -> float:
+    """From start to end in equal ratios."""
+    return start ** (1 - progress) * end**progress
 
 
 def projector(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

@@ -2,39 +2,79 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from lvssl.config import PretrainSettings
-from lvssl.latents.bernoulli import Bernoulli
-from lvssl.latents.sign import Sign
+from lvssl.latents.sphere import Spherical, log_surface
+from lvssl.latents.vmf import log_normaliser
 from lvssl.losses.ntxent import ntxent
 from lvssl.losses.objective import batch_mean, beta_at, decorrelation, rate
+from lvssl.losses.stochastic import match_loss, sample_infonce
+from lvssl.losses.variants import decoupled_ntxent, mc_infonce
 from lvssl.models.network import Outputs
 
+Figures = dict[str, Tensor]
 
-def objective(outputs: Outputs, settings: PretrainSettings, fraction: float) -> dict[str, Tensor]:
+
+def objective(outputs: Outputs, settings: PretrainSettings, fraction: float) -> Figures:
     """The loss and its parts, from the posteriors and projections of 2B views.
 
     A pure function: nothing is drawn, kept or changed, so that it may also be evaluated on detached tensors
     of a whole batch (`dataclasses.replace(outputs, parameters=..., projections=...)`).
 
+        loss = (1 - clean) * distortion + clean * NT-Xent of the clean path
+             + beta(t) * rate + decorrelation of the hard bits
+
     Args:
         fraction: of the training that is done, in [0, 1]: the weight of the rate depends on it.
     """
-    latent, temperature = settings.latent, settings.temperature
-    sampled = ntxent(outputs.projections, temperature)
-    distortion = sampled
-    figures = {}
+    latent = settings.latent
+    sampled, figures = distortion(outputs, settings)
+    loss = sampled
     if outputs.clean_projections is not None:
-        clean = ntxent(outputs.clean_projections, temperature)
-        distortion = (1 - latent.clean) * sampled + latent.clean * clean
+        base = decoupled_ntxent if latent.objective == "dcl" else ntxent
+        clean = base(outputs.clean_projections, settings.temperature)
+        loss = (1 - latent.clean) * sampled + latent.clean * clean
         figures["ntxent_clean"] = clean
     nats = rate(outputs.posterior.kl(), latent.free_nats)
-    loss = distortion + beta_at(fraction, latent.final_beta, latent.beta_warmup) * nats
-    posterior = outputs.posterior
-    if latent.decorrelation > 0 and isinstance(posterior, Bernoulli | Sign):
-        over_ranks = {"batch_mean": batch_mean} if isinstance(posterior, Sign) else {}
-        penalty = decorrelation(posterior.straight_through_bits(**over_ranks))
-        loss = loss + latent.decorrelation * penalty
-        figures["decorrelation"] = penalty
-    return {"loss": loss, "ntxent": sampled, "rate_bits": nats / math.log(2), **figures}
+    beta = beta_at(fraction, latent.final_beta, latent.beta_warmup, latent.beta_schedule, latent.beta_cycles)
+    loss = loss + beta * nats
+    bits = outputs.posterior.straight_through_bits(batch_mean) if latent.decorrelation > 0 else None
+    if bits is not None:
+        figures["decorrelation"] = decorrelation(bits)
+        loss = loss + latent.decorrelation * figures["decorrelation"]
+    return {"loss": loss, "distortion": sampled, "rate_bits": nats / math.log(2), **figures}
+
+
+def distortion(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor, Figures]:
+    """The loss of the sampled path, `--objective`, and its parts where it has any."""
+    name, u, temperature = settings.latent.objective, outputs.projections, settings.temperature
+    if name in ("ntxent", "dcl"):
+        base = ntxent if name == "ntxent" else decoupled_ntxent
+        found = base(u, temperature) if u.ndim == 2 else torch.stack([base(v, temperature) for v in u]).mean()
+        return found, {name: found}
+    if name == "mcinfonce":
+        return mc_infonce(u, temperature), {}
+    if name == "hib":
+        assert outputs.match is not None
+        return match_loss(u, outputs.match), {}
+    return bottleneck(outputs, settings)
+
+
+def bottleneck(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor, Figures]:
+    """C-SimCLR's conditional-entropy bottleneck (Lee et al. 2021): weight * I(x; z | y) - I(y; z), bounded.
+
+    With e(z | x) the posterior and b(z | y) a von Mises-Fisher law of concentration kappa_b about the other
+    view's mean direction, the residual information is KL(e || b) = -H(e) - kappa_b E[z] . mu_y - ln C,
+    in closed form where the paper draws samples.
+    """
+    posterior, kappa = outputs.posterior, settings.latent.ceb_kappa
+    assert isinstance(posterior, Spherical)
+    towards = posterior.direction.roll(len(posterior.direction) // 2, dims=0)
+    constant = log_surface(posterior.dim - 1) + log_normaliser(kappa, posterior.dim)
+    agreement = (posterior.mean() * towards).sum(dim=1)
+    residual = (constant - posterior.entropy() - kappa * agreement).mean()
+    contrast = sample_infonce(outputs.projections, posterior.direction, kappa)
+    found = settings.latent.ceb_weight * residual + contrast
+    return found, {"residual_nats": residual, "ceb_contrast": contrast}

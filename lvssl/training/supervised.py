@@ -99,7 +99,10 @@ class Classifier(nn.Module):
 
 
 def trained_parts(network: LVNet, on: str) -> list[nn.Module]:
-    return [network.backbone] if on == "features" else [network.backbone, network.head]
+    if on == "features":
+        return [network.backbone]
+    between = [network.projector] if network.latent.site == "proj" else []
+    return [network.backbone, *between, network.head]
 
 
 def represent(

@@ -1,0 +1,104 @@
+"""Family `beta`: z ~ Beta(a, b) in every dimension, prior Beta(1.1, 1.1)."""
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Generator, Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributions import Beta as TorchBeta
+from torch.distributions import kl_divergence
+
+from lvssl.latents.bits import gray_digits, quantise
+from lvssl.latents.posterior import Posterior, constant
+
+PRIOR = 1.1
+FLOOR = 1e-2  # torch's Beta samples wrongly below
+LOG_TOTAL_BOUND = 10.0
+
+
+class Beta(Posterior):
+    """`parameters` is [B, 2D]: the mean's logit, then ln(a + b), which is bounded to [-10, 10].
+
+    a and b are floored at 0.01. KL and entropy are torch's closed forms in fp64: in fp32 their log-gammas
+    cancel to 0.01 nats a dimension. The code is the mean, uniformly quantised to `depth` bits.
+    """
+
+    depth: ClassVar[int] = 1
+
+    def __init__(self, parameters: Tensor) -> None:
+        super().__init__(parameters)
+        self.logits, log_total = self.parameters.chunk(2, dim=1)
+        total = log_total.clamp(-LOG_TOTAL_BOUND, LOG_TOTAL_BOUND).exp()
+        self.a = (total * self.logits.sigmoid()).clamp(min=FLOOR)
+        self.b = (total * (-self.logits).sigmoid()).clamp(min=FLOOR)
+
+    @classmethod
+    def spread_count(cls, dim: int) -> int:
+        return dim
+
+    @classmethod
+    def code_bits(cls, dim: int) -> int:
+        return cls.depth * dim
+
+    @classmethod
+    def start(cls, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
+        """Means of spread 0.6 in (-1, 1); at 0 a deviation of 1 / sqrt(1 + sharpness^2)."""
+        return constant(dim, 2.0), constant(dim, 2 * math.log(sharpness))
+
+    def sample(self, count: int = 1, generator: Generator | None = None, temperature: float = 0.5) -> Tensor:
+        """2z - 1, in [-1, 1]; the gradient is that of torch's rsample."""
+        both = torch.stack([self.a, self.b], dim=2).expand(count, *self.a.shape, 2)
+        drawn = draw_dirichlet(both, generator)
+        return drawn[..., 0] - drawn[..., 1]
+
+    def mean(self) -> Tensor:
+        return (self.a - self.b) / (self.a + self.b)
+
+    def unit_kl(self) -> Tensor:
+        prior = self.a.new_tensor(PRIOR, dtype=torch.float64)
+        exact = kl_divergence(self.exact(), TorchBeta(prior, prior, validate_args=False))
+        return exact.to(self.a.dtype)
+
+    def entropy(self) -> Tensor:
+        """Of 2z - 1: each dimension is twice as wide as z."""
+        per_dim = self.exact().entropy() + math.log(2)
+        return per_dim.sum(dim=1).to(self.a.dtype)
+
+    def uncertainty(self) -> Tensor:
+        """Sum of the logarithms of z's variances: the entropy falls again where all mass is at the ends."""
+        total = self.a + self.b
+        return (self.a.log() + self.b.log() - 2 * total.log() - total.log1p()).sum(dim=1)
+
+    def exact(self) -> TorchBeta:
+        return TorchBeta(self.a.double(), self.b.double(), validate_args=False)
+
+    def symbols(self) -> Tensor:
+        return quantise(self.mean(), -1.0, 1.0, self.depth)
+
+    def code(self) -> Tensor:
+        return gray_digits(self.symbols(), self.depth)
+
+
+def draw_dirichlet(concentration: Tensor, generator: Generator | None) -> Tensor:
+    """Dirichlet samples over the last dimension, with implicit gradients (Figurnov et al. 2018).
+
+    `torch.distributions` has the same, but draws from the global generator alone.
+    """
+    return _Dirichlet.apply(concentration, generator)
+
+
+class _Dirichlet(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, concentration: Tensor, generator: Generator | None) -> Tensor:
+        drawn = torch._sample_dirichlet(concentration.contiguous(), generator=generator)
+        ctx.save_for_backward(drawn, concentration)
+        return drawn
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        drawn, concentration = ctx.saved_tensors
+        total = concentration.sum(-1, keepdim=True).expand_as(concentration)
+        grad = torch._dirichlet_grad(drawn, concentration, total)
+        return grad * (slope - (drawn * slope).sum(-1, keepdim=True)), None

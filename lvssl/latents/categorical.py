@@ -1,0 +1,75 @@
+"""Family `categorical`: groups of K exclusive categories, prior uniform (Jang et al. 2017)."""
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from lvssl.latents.bits import binary_digits
+from lvssl.latents.posterior import Posterior, constant, uniform
+
+UNIFORM_SHARE = 0.01  # of every category's chance: no category is ever out of reach (Hafner et al. 2023)
+
+
+class Categorical(Posterior):
+    """`parameters` is the logits, [B, D]: D / K groups of K = `categories`.
+
+    The law is 0.99 softmax(logits) + 0.01 / K, in sample, KL and entropy alike. Not relaxed: one-hot samples
+    with the straight-through gradient, that of the probabilities. Relaxed: Gumbel-softmax, of which the
+    one-hot sample is the argmax; `kl` stays the discrete law's, a lower bound on the relaxed law's.
+    """
+
+    relaxed: ClassVar[bool] = False
+    categories: ClassVar[int] = 16
+
+    def __init__(self, parameters: Tensor) -> None:
+        super().__init__(parameters)
+        self.logits = self.parameters.unflatten(1, (-1, self.categories))  # [B, groups, K]
+
+    @classmethod
+    def complaint(cls, dim: int) -> str:
+        return f"a multiple of the {cls.categories} categories" if dim % cls.categories else ""
+
+    @classmethod
+    def code_bits(cls, dim: int) -> int:
+        return dim // cls.categories * math.ceil(math.log2(cls.categories))
+
+    @classmethod
+    def start(cls, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
+        return constant(dim, sharpness), constant(0, 0.0)
+
+    def probabilities(self) -> Tensor:
+        """[B, groups, K]"""
+        return (1 - UNIFORM_SHARE) * self.logits.softmax(dim=2) + UNIFORM_SHARE / self.categories
+
+    def sample(self, count: int = 1, generator: Generator | None = None, temperature: float = 0.5) -> Tensor:
+        """One-hot vectors side by side, [count, B, groups * K]; relaxed, points of their simplices."""
+        p = self.probabilities()
+        if self.relaxed:
+            drawn = uniform((count, *p.shape), p, generator).clamp(min=2**-25, max=1 - 2**-24)
+            gumbel = -(-drawn.log()).log()
+            return ((p.log() + gumbel) / temperature).softmax(dim=3).flatten(2)
+        # One uniform a group, held against the sums of the chances, costs less than a Gumbel a category.
+        drawn = uniform((count, *p.shape[:2], 1), p, generator)
+        chosen = (drawn >= p.detach().cumsum(dim=2)).sum(dim=3).clamp(max=self.categories - 1)
+        hard = torch.zeros_like(p).expand(count, *p.shape).scatter(3, chosen[..., None], 1.0)
+        return (hard + (p - p.detach())).flatten(2)
+
+    def mean(self) -> Tensor:
+        return self.probabilities().flatten(1)
+
+    def unit_kl(self) -> Tensor:
+        """sum_k q ln q + ln K of each group; no chance is below 0.01 / K, so its logarithm is finite."""
+        p = self.probabilities()
+        return (p * p.log()).sum(dim=2) + math.log(self.categories)
+
+    def entropy(self) -> Tensor:
+        p = self.probabilities()
+        return -(p * p.log()).flatten(1).sum(dim=1)
+
+    def symbols(self) -> Tensor:
+        return self.logits.argmax(dim=2)
+
+    def code(self) -> Tensor:
+        return binary_digits(self.symbols(), math.ceil(math.log2(self.categories)))

@@ -1,0 +1,29 @@
+"""Family `power_spherical`: (1 + mu . z)^kappa on the sphere (De Cao & Aziz 2020), prior uniform."""
+
+import math
+
+import torch
+from torch import Generator, Tensor
+
+from lvssl.latents.beta import draw_dirichlet
+from lvssl.latents.sphere import Spherical
+
+
+class PowerSpherical(Spherical):
+    """(w + 1) / 2 ~ Beta((D - 1) / 2 + kappa, (D - 1) / 2): no rejection, entropy and KL in closed form."""
+
+    def cosines(self, count: int, generator: Generator | None) -> Tensor:
+        half = (self.dim - 1) / 2
+        both = torch.stack([self.kappa + half, torch.full_like(self.kappa, half)], dim=1)
+        drawn = draw_dirichlet(both.expand(count, *both.shape), generator)
+        return drawn[..., 0] - drawn[..., 1]
+
+    def mean_cosine(self) -> Tensor:
+        return self.kappa / (self.kappa + self.dim - 1)
+
+    def exact_entropy(self) -> Tensor:
+        """-ln N - kappa (ln 2 + psi(a) - psi(a + b)), the paper's equation 14, a and b those of the Beta."""
+        half = (self.dim - 1) / 2
+        a, total = self.kappa + half, self.kappa + 2 * half
+        log_normaliser = total * math.log(2) + half * math.log(math.pi) + a.lgamma() - total.lgamma()
+        return log_normaliser - self.kappa * (math.log(2) + a.digamma() - total.digamma())

@@ -1,0 +1,93 @@
+"""What laws on the sphere S^(D-1) about a mean direction have in common: `vmf` and `power_spherical`."""
+
+import math
+
+import torch
+from torch import Generator, Tensor
+
+from lvssl.latents.posterior import Posterior, constant, normal
+
+LOG_CONCENTRATION = (-10.0, 12.0)  # bounds of ln kappa
+
+
+class Spherical(Posterior):
+    """`parameters` is [B, D + 1]: the mean direction at any length (a zero vector: the first axis), ln kappa.
+
+    z = w mu + sqrt(1 - w^2) v, with v uniform among the unit vectors orthogonal to mu, and the law of the
+    cosine w that of the family; samples are unit vectors. Prior: uniform on the sphere. Whatever depends on
+    kappa alone is computed in fp64: one number an image. The code is the sign bits of mu.
+    """
+
+    def __init__(self, parameters: Tensor) -> None:
+        super().__init__(parameters)
+        location, log_kappa = self.parameters[:, :-1], self.parameters[:, -1]
+        self.dim = location.shape[1]
+        self.direction = unit(location)
+        self.kappa = log_kappa.double().clamp(*LOG_CONCENTRATION).exp()  # [B]
+
+    @classmethod
+    def spread_count(cls, dim: int) -> int:
+        return 1
+
+    @classmethod
+    def complaint(cls, dim: int) -> str:
+        return "at least 2 for a law on a sphere" if dim < 2 else ""
+
+    @classmethod
+    def start(cls, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
+        """kappa = sharpness * D: the mean resultant length then hardly depends on D."""
+        return constant(dim, 1.0), constant(1, math.log(sharpness * dim))
+
+    def cosines(self, count: int, generator: Generator | None) -> Tensor:
+        """w, differentiable, fp64 [count, B]."""
+        raise NotImplementedError
+
+    def mean_cosine(self) -> Tensor:
+        """E[w], fp64 [B]."""
+        raise NotImplementedError
+
+    def exact_entropy(self) -> Tensor:
+        """fp64 [B]"""
+        raise NotImplementedError
+
+    def sample(self, count: int = 1, generator: Generator | None = None, temperature: float = 0.5) -> Tensor:
+        w = self.cosines(count, generator)[..., None]
+        sine = (1 - w.square()).clamp(min=1e-24).sqrt()
+        mu = self.direction
+        noise = normal((count, *mu.shape), mu, generator)
+        tangent = noise - (noise * mu).sum(dim=2, keepdim=True) * mu
+        tangent = torch.nn.functional.normalize(tangent, dim=2)
+        if self.dim < 8:  # noise may lie along mu, and what is left of it be rounding
+            tangent = tangent - (tangent * mu).sum(dim=2, keepdim=True) * mu
+            tangent = torch.nn.functional.normalize(tangent, dim=2)
+        return w.to(mu.dtype) * mu + sine.to(mu.dtype) * tangent
+
+    def mean(self) -> Tensor:
+        return self.mean_cosine().to(self.direction.dtype)[:, None] * self.direction
+
+    def unit_kl(self) -> Tensor:
+        """[B, 1]: the whole direction is one unit."""
+        exact = log_surface(self.dim) - self.exact_entropy()
+        return exact.to(self.direction.dtype)[:, None]
+
+    def entropy(self) -> Tensor:
+        return self.exact_entropy().to(self.direction.dtype)
+
+    def symbols(self) -> Tensor:
+        return self.code().long()
+
+    def code(self) -> Tensor:
+        return self.parameters[:, :-1] > 0
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Unit vectors [B, D]; the first axis where there is no direction."""
+    norms = vectors.norm(dim=1, keepdim=True)
+    axis = torch.zeros_like(vectors)
+    axis[:, 0] = 1
+    return torch.where(norms > 1e-12, vectors / norms.clamp(min=1e-12), axis)
+
+
+def log_surface(dim: int) -> float:
+    """Logarithm of the area of the unit sphere in `dim` dimensions, 2 pi^(D/2) / Gamma(D/2)."""
+    return math.log(2) + dim / 2 * math.log(math.pi) - math.lgamma(dim / 2)

@@ -1,0 +1,84 @@
+"""Losses that compare random vectors otherwise than by NT-Xent: soft matching, samples against directions."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lvssl.losses import distributed
+
+
+def match_loss(samples: Tensor, match: Tensor) -> Tensor:
+    """Soft contrastive loss of hedged instance embeddings (Oh et al. 2019, eq. 2-5).
+
+    p(match | x_i, x_j) = 1/K^2 sum_kl sigmoid(b - a |z_ik - z_jl|), and -log p for the two views of an image,
+    -log(1 - p) for views of two; both kinds weigh the same, as in the paper's balanced pairs. All K^2 N^2
+    distances are held at once. With several ranks each compares its own images alone.
+
+    Args:
+        samples: [K, 2B, d], K draws from each vector's posterior: first views, then second. B >= 2.
+        match: [2]; a = softplus(match[0]) > 0 and b = match[1], learnt.
+
+    Returns:
+        Scalar in nats.
+    """
+    k, n = checked(samples)
+    if n < 4:
+        raise ValueError(f"samples must be of two images at least, got {n // 2}: nothing to tell apart")
+    with torch.autocast(samples.device.type, enabled=False):
+        z = samples.float().flatten(0, 1)
+        distances = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
+        logits = (match[1] - F.softplus(match[0]) * distances).view(k, n, k, n).transpose(1, 2).flatten(0, 1)
+        # log p and log(1 - p), each a mean over K^2 inside the logarithm: [N, N].
+        alike, unlike = (F.logsigmoid(sign * logits).logsumexp(dim=0) - 2 * math.log(k) for sign in (1, -1))
+    first = torch.arange(n // 2, device=z.device)
+    other = ~torch.eye(n, dtype=torch.bool, device=z.device)
+    other[first, first + n // 2] = other[first + n // 2, first] = False
+    return -alike[first, first + n // 2].mean() - unlike[other].mean()
+
+
+def sample_infonce(samples: Tensor, directions: Tensor, kappa: float) -> Tensor:
+    """InfoNCE of samples against directions: the second term of C-SimCLR (Lee et al. 2021, eq. 8).
+
+        -log exp(kappa z_i . r_i') / (1/(N - 1) sum_{j != i} exp(kappa z_i . r_j)),  less log(N - 1)
+
+    averaged over K and i; r_i' is the mean direction of i's other view, N the vectors of all ranks, whose
+    directions are gathered with gradient. As in `ntxent` anchors see both views of all others.
+
+    Args:
+        samples: [K, 2B, d] unit vectors drawn from the forward encoder; first views, then second.
+        directions: [2B, d] unit vectors, means of the backward encoder b(z | y).
+        kappa: its concentration, above 0.
+    """
+    _, n = checked(samples)
+    with torch.autocast(samples.device.type, enabled=False):
+        candidates, start = gathered(directions.float())
+        logits = kappa * samples.float() @ candidates.T  # [K, N, all]
+    own = start + torch.arange(n, device=logits.device)
+    itself = torch.zeros(logits.shape[1:], dtype=torch.bool, device=logits.device)
+    itself[torch.arange(n, device=logits.device), own] = True
+    partner = start + torch.arange(n, device=logits.device).roll(n // 2)
+    losses = F.cross_entropy(
+        logits.masked_fill(itself, float("-inf")).flatten(0, 1), partner.repeat(len(samples)), reduction="sum"
+    )
+    return distributed.total(losses) / (len(samples) * len(candidates))
+
+
+def gathered(vectors: Tensor) -> tuple[Tensor, int]:
+    """The vectors of all ranks, with gradient, and where this rank's begin."""
+    if distributed.ranks() == 1:
+        return vectors, 0
+    counts = torch.zeros(distributed.ranks(), device=vectors.device)
+    rank = torch.distributed.get_rank()
+    counts[rank] = len(vectors)
+    sizes = [int(count) for count in distributed.total(counts)]
+    start = sum(sizes[:rank])
+    return distributed.total(F.pad(vectors, (0, 0, start, sum(sizes) - start - len(vectors)))), start
+
+
+def checked(samples: Tensor) -> tuple[int, int]:
+    """K and N of [K, N, d]; ValueError for another shape."""
+    if samples.ndim != 3 or not len(samples) or not samples.shape[1] or samples.shape[1] % 2:
+        raise ValueError(f"samples must be [K, 2B, d] with K, B >= 1, got shape {tuple(samples.shape)}")
+    return samples.shape[0], samples.shape[1]
