@@ -25,7 +25,7 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from lvssl.training.pretrain import pretrain
 from lvssl.training.run import load_run, versions
 from pipelines.convert.conversion import Settings as ConvertSettings
 from pipelines.convert.conversion import convert
+from pipelines.errors import InputError
 from pipelines.sources import open_source
 
 DATA = {
@@ -117,7 +118,12 @@ def figures(options: argparse.Namespace, job: Job) -> dict[str, Any]:
     """What one run reaches; it is trained and measured unless that is done."""
     folder = options.out / job.name
     kept = folder / FIGURES
-    row = json.loads(kept.read_text()) if kept.exists() else dataclasses.asdict(job) | {"codes": {}}
+    protocol = {"images": options.images, "epochs": options.epochs or preset(DATA[job.data]).epochs}
+    row = (
+        json.loads(kept.read_text()) if kept.exists() else dataclasses.asdict(job) | protocol | {"codes": {}}
+    )
+    if any(row[name] != value for name, value in protocol.items()):
+        raise InputError(f"{folder} holds a run of other --images or --epochs; choose another --out")
     wanted = [str(bits) for bits in ([job.bits] if job.bits else options.bits)]
     missing = [bits for bits in wanted if bits not in row["codes"]]
     if not missing:
@@ -130,10 +136,10 @@ def figures(options: argparse.Namespace, job: Job) -> dict[str, Any]:
     ]
     row["checkpoint"], row["train"], row["test"] = run.digest, len(sets[0].labels), len(sets[1].labels)
     row["width"] = sets[0].features.shape[1]
-    row["features"] = accuracies(*(s.features for s in sets), *sets)
+    row["features"] = accuracies(tuple(s.features for s in sets), sets)
     for bits in missing:
         made = own_code(*sets) if job.bits else controls(int(bits), *sets)
-        row["codes"][bits] = {name: accuracies(*pair, *sets) for name, pair in made.items()}
+        row["codes"][bits] = {name: accuracies(pair, sets) for name, pair in made.items()}
     if job.bits:
         row["rate_bits"] = sets[1].rate_bits
     write_atomically(kept, json.dumps(row, indent=1).encode())
@@ -183,11 +189,10 @@ def controls(bits: int, train: Embedding, test: Embedding) -> dict[str, tuple[np
     }
 
 
-def accuracies(
-    train_x: np.ndarray, test_x: np.ndarray, train: Embedding, test: Embedding
-) -> dict[str, float]:
-    """probe: linear; knn: cosine on floats, Hamming on bool."""
-    if train_x.dtype == bool:
+def accuracies(pair: tuple[np.ndarray, ...], sets: Sequence[Embedding]) -> dict[str, float]:
+    """probe: linear; knn: cosine on float32 features, Hamming on bits, bool or uint8 [N, b]."""
+    (train_x, test_x), (train, test) = pair, sets
+    if train_x.dtype != np.float32:
         packed = pack_bits(train_x), pack_bits(test_x)
         knn = hamming_knn(packed[0], train.labels, packed[1], test.labels, train_x.shape[1])
         train_x, test_x = train_x.astype(np.float32), test_x.astype(np.float32)

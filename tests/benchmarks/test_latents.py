@@ -2,9 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from benchmarks.latents import compared, difference, finished
+from benchmarks.latents import accuracies, compared, controls, difference, finished, main
+from lvssl.codes.pack import pack_bits
+from lvssl.evaluation.embedding import Embedding
+from lvssl.evaluation.knn import hamming_knn
+from pipelines.errors import InputError
 
 
 def row(arm, seed, features, codes, bits=None):
@@ -50,11 +55,25 @@ def test_finished_rows_are_those_with_figures(tmp_path):
     assert finished(tmp_path, "digits") == [{"arm": "none"}]
 
 
+def test_bits_are_compared_by_hamming_distance():
+    generator = np.random.default_rng(0)
+    sets = [
+        Embedding(h, np.zeros((n, 1), np.uint8), 8, np.zeros(n), 0.0, np.arange(n) % 3, None)
+        for n in (60, 30)
+        for h in [generator.standard_normal((n, 12)).astype(np.float32)]
+    ]
+    made = controls(8, *sets)
+    assert set(made) == {"sign", "pca_sign", "itq", "lsh"} and set(controls(16, *sets)) == {"lsh"}
+    for pair in made.values():
+        assert [x.shape for x in pair] == [(60, 8), (30, 8)]
+        packed = [pack_bits(x) for x in pair]
+        expected = hamming_knn(packed[0], sets[0].labels, packed[1], sets[1].labels, 8)
+        assert accuracies(pair, sets)["knn"] == expected
+
+
 @pytest.mark.slow
 def test_the_whole_comparison_on_digits(tmp_path):
     """Trains for two epochs, is repeated without training, and gains a part."""
-    from benchmarks.latents import main
-
     common = ["--data", "digits", "--seeds", "0", "--epochs", "2", "--out", str(tmp_path / "runs")]
     main([*common, "--bits", "64", "--json", str(tmp_path / "a.json")])
     kept = (tmp_path / "runs" / "digits-none-s0" / "figures.json").read_bytes()
@@ -65,3 +84,5 @@ def test_the_whole_comparison_on_digits(tmp_path):
     grown = json.loads((tmp_path / "runs" / "digits-none-s0" / "figures.json").read_text())
     assert grown["codes"]["64"] == json.loads(kept)["codes"]["64"]  # nothing finished is measured anew
     assert {"sign", "pca_sign", "itq", "lsh"} == set(grown["codes"]["64"])
+    with pytest.raises(InputError, match="other --images or --epochs"):
+        main([*common, "--bits", "64", "--epochs", "3"])
