@@ -174,6 +174,15 @@ def study(arguments: list[str]) -> None:
         print(f"written: {settings.out / 'study.json'}, {', '.join(path.name for path in written)}")
 
 
+def compression(arguments: list[str]) -> None:
+    from lvssl.evaluation.compression import CompressionSettings, print_compression
+    from lvssl.evaluation.compression import compression as run
+
+    settings = parse(CompressionSettings, arguments, "compression")
+    print_compression(run(settings))
+    print(f"written: {settings.run / 'compression.json'} and .csv")
+
+
 def encode(arguments: list[str]) -> None:
     from lvssl.codes.file import open_codes
     from lvssl.evaluation.codes import EncodeSettings
@@ -185,11 +194,18 @@ def encode(arguments: list[str]) -> None:
 
 
 def search(arguments: list[str]) -> None:
-    from lvssl.evaluation.codes import SearchSettings
+    from lvssl.evaluation.codes import SearchSettings, holds_many, write_csv
     from lvssl.evaluation.codes import search as run
 
-    for name, distance in run(parse(SearchSettings, arguments, "search")):
-        print(f"{distance:6d}  {name}")
+    settings = parse(SearchSettings, arguments, "search")
+    if settings.csv:
+        print(f"{settings.csv}: neighbours of {write_csv(settings.csv, run(settings)):,} queries")
+        return
+    for query, neighbours in run(settings):
+        if holds_many(settings.query):
+            print(query)
+        for name, distance, similarity in neighbours:
+            print("" if similarity is None else f"{similarity:8.4f}", f"{distance:6d}  {name}", sep="")
 
 
 def report(arguments: list[str]) -> None:
@@ -365,8 +381,9 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "evaluate": ("linear probe and kNN on features and codes, beside a control and floors", evaluate),
     "analyse": ("uncertainty, meaning of bits, regression: a run beside its control", analyse),
     "study": ("arms over seeds, measured alike and compared pair by pair", study),
-    "encode": ("write packed codes of a folder of images", encode),
-    "search": ("find the nearest images of a query by Hamming distance", search),
+    "compression": ("accuracy against bits stored, beside equal-bit controls", compression),
+    "encode": ("write packed codes of a folder or beton", encode),
+    "search": ("find the nearest images of queries by Hamming distance", search),
     "report": ("one HTML page of a run", report),
     "presets": ("list the presets, or print one", presets),
     "plan": ("memory of a batch on each GPU, and the largest that fits", plan),

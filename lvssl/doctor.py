@@ -80,6 +80,7 @@ def check(run: Path | None = None) -> list[Check]:
         check_compiler,
         check_triton,
         check_dali,
+        check_faiss,
         check_slurm,
         lambda: check_disk(run or Path(".")),
         check_shared_memory,
@@ -264,6 +265,14 @@ def check_dali() -> Check:
         "all but reading with DALI works; FFCV reads .beton",
         pip_install(f"lvssl[{extra}]"),
     )
+
+
+def check_faiss() -> Check:
+    module, failure = load("faiss")
+    if module is None:
+        without = "all but product quantisation works; Hamming search has its own, faster kernels"
+        return Check("faiss", ABSENT, failure, without, pip_install("lvssl[faiss]"))
+    return Check("faiss", OK, version("faiss-cpu") or getattr(module, "__version__", ""))
 
 
 # ---- System

@@ -8,18 +8,19 @@
               name offsets: uint64 [count + 1], little-endian, into the names
               names: utf-8, one after another
 
-The header: {version, family, bits, count, checkpoint, created_by, names_bytes}. Later fields may be added; a
-reader ignores those it doesn't know. What changes the layout raises the version.
+The header: {version, family, bits, count, checkpoint, created_by, names_bytes, rows_sha256}. Later fields may
+be added; a reader ignores those it doesn't know. What changes the layout raises the version. Every number is
+little-endian and bit d of a row is bit d % 8 of its byte d // 8, so a file opens on any machine.
+
+Beside it may lie the means of the posteriors, FILE.means: magic b"LVMEANS\\n", a header {version, dim, count,
+rows_sha256} likewise, and at byte 4,096 float16 [count, dim], little-endian. Its rows_sha256 names the codes
+it belongs to. `lvssl.codes.writer` writes both.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -29,6 +30,7 @@ import numpy as np
 from lvssl.codes.pack import packed_bytes
 
 MAGIC = b"LVCODES\n"
+MEANS_MAGIC = b"LVMEANS\n"
 VERSION = 1
 ROWS_AT = 4096  # a page: rows are mapped aligned, and the header can be rewritten once the count is known
 
@@ -49,86 +51,7 @@ class CodeFile:
     created_by: str
     rows: np.ndarray  # uint8 [count, ceil(bits / 8)]
     names: Sequence[str]  # one a row
-
-
-class CodeWriter:
-    """Writes a code file as its rows come: `with CodeWriter(path, ...) as writer: writer.append(rows,
-    names)`.
-
-    The file appears under its name, complete, when the block ends; where the block raises, nothing is left.
-    """
-
-    def __init__(self, path: Path | str, *, family: str, bits: int, checkpoint: str, created_by: str) -> None:
-        if bits < 1:
-            raise ValueError(f"a code has at least one bit, not {bits}")
-        self.path = Path(path)
-        self.header: dict[str, Any] = {
-            "version": VERSION,
-            "family": family,
-            "bits": bits,
-            "count": 0,
-            "checkpoint": checkpoint,
-            "created_by": created_by,
-            "names_bytes": 0,
-        }
-        self.name_offsets = array("Q", [0])
-
-    def __enter__(self) -> CodeWriter:
-        self.part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-        self.file = open(self.part, "wb")
-        try:
-            # Names follow the rows, whose number is known last: they wait in a file without a name.
-            self.names_file = tempfile.TemporaryFile(dir=self.path.parent)
-            self.file.write(self.header_block())
-        except BaseException:
-            self.discard()
-            raise
-        return self
-
-    def append(self, rows: np.ndarray, names: Iterable[str]) -> None:
-        """Adds packed rows uint8 [n, ceil(bits / 8)] and their n names. ValueError unless they fit."""
-        names = list(names)
-        width = packed_bytes(self.header["bits"])
-        if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != width or len(rows) != len(names):
-            shape = f"[{len(names)}, {width}]"
-            raise ValueError(
-                f"{len(names)} names need rows uint8 {shape}, not {rows.dtype} {list(rows.shape)}"
-            )
-        self.file.write(np.ascontiguousarray(rows).data)
-        for name in names:
-            self.name_offsets.append(self.name_offsets[-1] + self.names_file.write(encode_name(name)))
-        self.header["count"] += len(rows)
-
-    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        try:
-            if failure is None:
-                self.finish()
-                os.replace(self.part, self.path)
-        finally:
-            self.discard()
-
-    def finish(self) -> None:
-        self.header["names_bytes"] = self.name_offsets[-1]
-        self.file.write(b"\0" * (-self.file.tell() % 8))
-        self.file.write(np.asarray(self.name_offsets, dtype="<u8").data)
-        self.names_file.seek(0)
-        shutil.copyfileobj(self.names_file, self.file)
-        self.file.seek(0)
-        self.file.write(self.header_block())
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def discard(self) -> None:
-        self.file.close()
-        if hasattr(self, "names_file"):
-            self.names_file.close()
-        self.part.unlink(missing_ok=True)
-
-    def header_block(self) -> bytes:
-        text = json.dumps(self.header, sort_keys=True).encode()
-        if len(text) > ROWS_AT - 16:
-            raise ValueError(f"the header of a code file may take {ROWS_AT - 16} bytes, not {len(text)}")
-        return MAGIC + len(text).to_bytes(8, "little") + text.ljust(ROWS_AT - 16)
+    rows_sha256: str = ""  # of the rows; empty in files of the first releases
 
 
 def open_codes(path: Path | str) -> CodeFile:
@@ -141,13 +64,7 @@ def open_codes(path: Path | str) -> CodeFile:
     names_at = ROWS_AT + count * width
     names_at += -names_at % 8
     text_at = names_at + 8 * (count + 1)
-    expected, size = text_at + header["names_bytes"], path.stat().st_size
-    if size < expected:
-        raise CodeFileError(
-            f"{path}: truncated at byte {size}; {count} codes of {bits} bits end at byte {expected}"
-        )
-    if size > expected:
-        raise CodeFileError(f"{path}: damaged: {size - expected} bytes follow its end at byte {expected}")
+    require_size(path, text_at + header["names_bytes"], f"{count} codes of {bits} bits")
     if count:
         rows: np.ndarray = np.memmap(path, dtype=np.uint8, mode="r", offset=ROWS_AT, shape=(count, width))
     else:
@@ -156,7 +73,30 @@ def open_codes(path: Path | str) -> CodeFile:
     if offsets[0] != 0 or offsets[-1] != header["names_bytes"]:
         raise CodeFileError(f"{path}: damaged: the table of names at byte {names_at} doesn't fit the header")
     fields = {name: header[name] for name in ("family", "bits", "count", "checkpoint", "created_by")}
-    return CodeFile(path=path, rows=rows, names=Names(path, offsets, text_at), **fields)
+    digest = str(header.get("rows_sha256", ""))
+    return CodeFile(path=path, rows=rows, names=Names(path, offsets, text_at), rows_sha256=digest, **fields)
+
+
+def open_means(codes: CodeFile) -> np.ndarray:
+    """The posteriors' means that were stored beside the codes, float16 [count, dim], mapped. Raises
+    CodeFileError: none there, truncated, damaged, or those of other codes."""
+    path = means_path(codes.path)
+    if not path.exists():
+        raise CodeFileError(f"{path}: no such file; `lvssl encode --means` writes it beside the codes")
+    header = read_block(path, MEANS_MAGIC, "file of means")
+    dim, count = header.get("dim"), header.get("count")
+    if not all(type(n) is int and n >= 0 for n in (dim, count)) or not dim:
+        raise CodeFileError(f"{path}: damaged: the header has no valid dim and count")
+    if count != codes.count or header.get("rows_sha256") != codes.rows_sha256:
+        raise CodeFileError(f"{path}: these are the means of other codes than {codes.path}; encode again")
+    require_size(path, ROWS_AT + 2 * count * dim, f"{count} means of {dim} dimensions")
+    if not count:
+        return np.empty((0, dim), "<f2")
+    return np.memmap(path, dtype="<f2", mode="r", offset=ROWS_AT, shape=(count, dim))
+
+
+def means_path(codes: Path) -> Path:
+    return codes.with_name(codes.name + ".means")
 
 
 def require_checkpoint(codes: CodeFile, digest: str) -> None:
@@ -169,16 +109,33 @@ def require_checkpoint(codes: CodeFile, digest: str) -> None:
         )
 
 
-def read_header(path: Path) -> dict[str, Any]:
+def require_size(path: Path, expected: int, content: str) -> None:
+    size = path.stat().st_size
+    if size < expected:
+        raise CodeFileError(f"{path}: truncated at byte {size}; {content} end at byte {expected}")
+    if size > expected:
+        raise CodeFileError(f"{path}: damaged: {size - expected} bytes follow its end at byte {expected}")
+
+
+def header_block(magic: bytes, fields: dict[str, Any]) -> bytes:
+    """The first ROWS_AT bytes of a file."""
+    text = json.dumps(fields, sort_keys=True).encode()
+    if len(text) > ROWS_AT - 16:
+        raise ValueError(f"the header of a code file may take {ROWS_AT - 16} bytes, not {len(text)}")
+    return magic + len(text).to_bytes(8, "little") + text.ljust(ROWS_AT - 16)
+
+
+def read_block(path: Path, magic: bytes, kind: str) -> dict[str, Any]:
+    """The fields of `header_block`. Raises CodeFileError."""
     try:
         with open(path, "rb") as file:
             start = file.read(ROWS_AT)
     except OSError as error:
         raise CodeFileError(f"{path}: {error.strerror}") from error
-    if len(start) < len(MAGIC) and MAGIC.startswith(start) and start:
+    if len(start) < len(magic) and magic.startswith(start) and start:
         raise CodeFileError(f"{path}: truncated at byte {len(start)}, within the header")
-    if not start.startswith(MAGIC):
-        raise CodeFileError(f"{path}: not a code file (.lvcodes); make one with `lvssl encode`")
+    if not start.startswith(magic):
+        raise CodeFileError(f"{path}: not a {kind}; make one with `lvssl encode`")
     length = int.from_bytes(start[8:16], "little")
     if len(start) < ROWS_AT:
         raise CodeFileError(f"{path}: truncated at byte {len(start)}, within the header")
@@ -193,6 +150,11 @@ def read_header(path: Path) -> dict[str, Any]:
         raise CodeFileError(
             f"{path}: format version {version}, this release reads {VERSION}; encode the images again"
         )
+    return header
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    header = read_block(path, MAGIC, "code file (.lvcodes)")
     numbers = [header.get(name) for name in ("bits", "count", "names_bytes")]
     texts = [header.get(name) for name in ("family", "checkpoint", "created_by")]
     if not all(type(n) is int and n >= 0 for n in numbers) or numbers[0] == 0:

@@ -87,6 +87,33 @@ def staged_search(
     return split(exact[:, :k])
 
 
+def rerank(
+    query_means: np.ndarray, means: np.ndarray, rows: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each query's candidates rows int64 [Q, C] the k of most similar posterior: (rows [Q, k], cosines
+    float32 [Q, k] between the posteriors' means), most similar first, ties in the order of the candidates.
+
+    query_means [Q, D], means [N, D] (may be a memmap of float16). For Bernoulli bits, whose means are
+    2p - 1, the inner product is D - 2 E[Hamming distance of two samples]: bits of which the encoder isn't
+    sure count less. Raises ValueError for shapes that don't match and for k outside 1..C.
+    """
+    if query_means.ndim != 2 or means.ndim != 2 or query_means.shape[1] != means.shape[1]:
+        raise ValueError(
+            f"means [Q, D] and [N, D] are needed, not {list(query_means.shape)} and {list(means.shape)}"
+        )
+    if rows.ndim != 2 or len(rows) != len(query_means):
+        raise ValueError(f"candidates [{len(query_means)}, C] are needed, not {list(rows.shape)}")
+    check_k(k, rows.shape[1])
+    best, cosines = np.empty((len(rows), k), np.int64), np.empty((len(rows), k), np.float32)
+    for i, candidates in enumerate(rows):
+        m, q = means[candidates].astype(np.float32), query_means[i].astype(np.float32)
+        length = np.linalg.norm(m, axis=1) * np.linalg.norm(q)
+        cosine = m @ q / np.maximum(length, np.finfo(np.float32).tiny)
+        order = np.argsort(-cosine, kind="stable")[:k]
+        best[i], cosines[i] = candidates[order], cosine[order]
+    return best, cosines
+
+
 def hamming_distances(queries: np.ndarray, database: np.ndarray, threads: int = 0) -> np.ndarray:
     """All distances, int32 [Q, N]. For sets small enough to hold them: 4 Q N bytes."""
     check_packed(queries, database)

@@ -1,56 +1,95 @@
-"""Codes of a folder of images, and the nearest images of a query."""
+"""Codes of a set of images, and the nearest images of queries."""
 
+import csv
+import hashlib
+import io
+import json
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from lvssl.codes.file import CodeWriter, open_codes, require_checkpoint
+from lvssl.codes.file import CodeFile, open_codes, open_means, require_checkpoint
 from lvssl.codes.pack import pack_bits
-from lvssl.codes.search import hamming_search
+from lvssl.codes.search import hamming_search, rerank, staged_search
+from lvssl.codes.writer import CodeWriter
+from lvssl.config import to_dict
 from lvssl.evaluation.embedding import device_of
+from lvssl.training.checkpoint import write_atomically
 from lvssl.training.run import Run, load_run
 from pipelines.augment.cpu import statistics
+from pipelines.convert.manifest import manifest_path, read_manifest
 from pipelines.convert.readers import decode_rgb, list_images
 from pipelines.errors import InputError
+from pipelines.loader import Decoder, evaluation_crops
 from pipelines.parameters import centre_boxes
 from pipelines.resize import resize_crop
+from pipelines.sources import Source, open_source
 
 BATCH = 64
+QUERIES = 1024  # searched together
+CANDIDATES = 100  # that `--rerank` looks at, at least
 
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """Write the packed code of every image of a folder."""
+    """Write the packed code of every image of a set. Killed, it goes on where it was: type it again."""
 
     run: Positional[Path]
     """The run whose encoder is used."""
     images: Path
-    """A folder of images, searched recursively; no labels needed."""
+    """A folder of images, searched recursively, no labels needed; or a .beton, tars, a parquet ..."""
     out: Path | None = None
     """The code file; left out: RUN/codes.lvcodes."""
+    means: bool = False
+    """Store the posteriors' means beside it, too, as fp16: 16 times a code of bits, for `search --rerank`."""
     skip_damaged: bool = False
     """Leave out images that can't be decoded, with a warning, instead of stopping."""
+    workers: int = 2
+    """Threads that decode."""
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """Find the images whose codes are nearest to a query image's, by Hamming distance."""
+    """Find the images whose codes are nearest to those of one query or of many, by Hamming distance."""
 
     run: Positional[Path]
     """The run that made the codes."""
     query: Path
-    """An image file."""
+    """An image; or a folder, a .beton or a code file (.lvcodes), each image of which is a query."""
     codes: Path | None = None
-    """The code file; left out: RUN/codes.lvcodes."""
+    """The code file that is searched; left out: RUN/codes.lvcodes."""
     k: int = 10
     """Neighbours to show."""
+    staged: bool = False
+    """Compare 512 bits with all, and the rest with the nearest of them: faster, and may miss a neighbour."""
+    rerank: bool = False
+    """Put the nearest 10 k (100 at least) in the order of their posteriors' similarity (encode --means)."""
+    csv: Path | None = None
+    """Write the neighbours there instead: query, rank, name, distance, and similarity with --rerank."""
+
+
+class Neighbour(NamedTuple):
+    name: str
+    distance: int
+    similarity: float | None = None  # cosine of the posteriors' means, where reranked
+
+
+class Batch(NamedTuple):
+    """Some images, centre-cropped."""
+
+    names: list[str]
+    crops: np.ndarray  # uint8 [n, R, R, 3]
+    positions: list[int]  # in their set, rising
 
 
 def code_path(run: Path, given: Path | None) -> Path:
@@ -61,61 +100,223 @@ def encode(settings: EncodeSettings) -> Path:
     """Write the code file and return its path. Memory doesn't grow with the count of images.
 
     Raises:
-        InputError: no run, no images, or a damaged image (named); no file is left behind then.
+        InputError: no run, no images, or a damaged image (named).
+        CodeFileError: another process writes the same file.
     """
+    if settings.workers < 1:
+        raise InputError(f"--workers must be at least 1, got {settings.workers}")
     run = load_run(settings.run)
-    files = list_images(settings.images)
+    names, batch = image_set(run, settings.images, settings.skip_damaged)
     out = code_path(settings.run, settings.out)
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: no such folder to write the codes to")
-    family = run.network.family
     writer = CodeWriter(
         out,
         family=run.settings.latent.family,
-        bits=family.code_bits(run.network.dim),
+        bits=run.network.family.code_bits(run.network.dim),
         checkpoint=run.digest,
         created_by="lvssl encode",
+        means=width_of_means(run) if settings.means else 0,
+        source=identity(run, settings, names),
     )
-    with writer, tqdm(total=len(files), desc="encode", unit="img", disable=None) as bar:
-        for batch in batches(decoded(run, files, settings.skip_damaged)):
-            names = [str(path.relative_to(settings.images)) for path, _ in batch]
-            writer.append(codes_of(run, np.stack([crop for _, crop in batch])), names)
-            bar.update(len(batch))
+    with writer, ThreadPoolExecutor(settings.workers) as pool:
+        first = writer.position
+        if first:
+            tqdm.write(f"going on after {first:,} images", file=sys.stderr)
+        starts = range(first, len(names), BATCH)
+        jobs = (partial(batch, start, min(start + BATCH, len(names))) for start in starts)
+        with tqdm(total=len(names), initial=first, desc="encode", unit="img", disable=None) as bar:
+            for part in ahead(jobs, pool, 2 * settings.workers):
+                if part.names:
+                    codes, means = codes_of(run, part.crops)
+                    writer.append(codes, part.names, means if settings.means else None, part.positions)
+                bar.update(BATCH)
     return out
 
 
-def search(settings: SearchSettings) -> list[tuple[str, int]]:
-    """(name, Hamming distance) of the nearest images, nearest first.
+def search(settings: SearchSettings) -> Iterator[tuple[str, list[Neighbour]]]:
+    """(name of the query, its nearest images, nearest first) of every query.
 
     Raises:
         InputError: no run, an unreadable query, or k below 1.
-        CodeFileError: no code file, a damaged one, or one of another checkpoint.
+        CodeFileError: no code file, a damaged one, or one of another checkpoint; no means to rerank by.
     """
     if settings.k < 1:
         raise InputError(f"--k must be at least 1, got {settings.k}")
     run = load_run(settings.run)
-    codes = open_codes(code_path(settings.run, settings.codes))
+    index = open_codes(code_path(settings.run, settings.codes))
+    require_checkpoint(index, run.digest)
+    if not index.count:
+        raise InputError(f"{index.path}: there are no codes in it to search")
+    means = open_means(index) if settings.rerank else None
+    for names, codes, query_means in queries(run, settings):
+        k = min(settings.k, index.count)
+        asked = min(max(10 * k, CANDIDATES), index.count) if settings.rerank else k
+        find = staged_search if settings.staged else hamming_search
+        rows, distances = find(codes, index.rows, asked)
+        cosines = None
+        if means is not None:
+            rows, cosines = rerank(query_means, means, rows, k)
+            distances = np.bitwise_count(codes[:, None] ^ index.rows[rows]).sum(axis=2, dtype=np.int32)
+        for i, name in enumerate(names):
+            similarity = [None] * k if cosines is None else cosines[i].tolist()
+            found = zip(rows[i].tolist(), distances[i].tolist(), similarity)
+            yield name, [Neighbour(index.names[row], *rest) for row, *rest in found]
+
+
+def write_csv(path: Path, found: Iterable[tuple[str, list[Neighbour]]]) -> int:
+    """A row for each neighbour of each query; returns the number of queries."""
+    text, count = io.StringIO(), 0
+    writer = csv.writer(text)
+    writer.writerow(["query", "rank", "name", "distance", "similarity"])
+    for query, neighbours in found:
+        count += 1
+        for rank, (name, distance, similarity) in enumerate(neighbours, 1):
+            writer.writerow([query, rank, name, distance, "" if similarity is None else f"{similarity:.6f}"])
+    write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    return count
+
+
+class Queries(NamedTuple):
+    names: list[str]
+    codes: np.ndarray  # packed, uint8 [Q, bytes]
+    means: np.ndarray  # of the posteriors, [Q, D]; D = 0 where they aren't asked for
+
+
+def queries(run: Run, settings: SearchSettings) -> Iterator[Queries]:
+    """The queries, at most some QUERIES at a time: each time the whole file is read."""
+    path = settings.query
+    if path.suffix == ".lvcodes":
+        yield from queries_of(open_codes(path), run, settings.rerank)
+    elif holds_many(path):
+        waiting: list[Queries] = []
+        for part in encoded(run, path):
+            waiting.append(part)
+            if sum(len(some.names) for some in waiting) >= QUERIES:
+                yield joined(waiting)
+                waiting = []
+        if waiting:
+            yield joined(waiting)
+    else:
+        yield Queries([str(path)], *codes_of(run, centre_crop(run, decode_rgb(path))[None]))
+
+
+def holds_many(path: Path) -> bool:
+    """Whether a query is a set of images, or their codes, rather than an image."""
+    return path.is_dir() or path.suffix in (".lvcodes", ".beton", ".tar", ".parquet", ".csv", ".jsonl")
+
+
+def encoded(run: Run, path: Path) -> Iterator[Queries]:
+    names, batch = image_set(run, path, skip=False)
+    with ThreadPoolExecutor(2) as pool:
+        starts = range(0, len(names), BATCH)
+        jobs = (partial(batch, start, min(start + BATCH, len(names))) for start in starts)
+        for part in ahead(jobs, pool, 4):
+            yield Queries(part.names, *codes_of(run, part.crops))
+
+
+def joined(parts: list[Queries]) -> Queries:
+    names = [name for part in parts for name in part.names]
+    return Queries(names, np.concatenate([p.codes for p in parts]), np.concatenate([p.means for p in parts]))
+
+
+def queries_of(codes: CodeFile, run: Run, with_means: bool) -> Iterator[Queries]:
     require_checkpoint(codes, run.digest)
-    query = codes_of(run, centre_crop(run, decode_rgb(settings.query))[None])
-    rows, distances = hamming_search(query, codes.rows, min(settings.k, codes.count))
-    return [
-        (codes.names[int(row)], int(distance)) for row, distance in zip(rows[0], distances[0], strict=True)
-    ]
+    means = open_means(codes) if with_means else np.empty((codes.count, 0))
+    for start in range(0, codes.count, QUERIES):
+        part = slice(start, start + QUERIES)
+        yield Queries(list(codes.names[part]), np.asarray(codes.rows[part]), np.asarray(means[part]))
 
 
-def decoded(run: Run, files: list[Path], skip_damaged: bool) -> Iterator[tuple[Path, np.ndarray]]:
-    for path in files:
+# ---------------------------------------------------------------------------------------- images
+
+
+def image_set(run: Run, path: Path, skip: bool) -> tuple[list[str], Callable[[int, int], Batch]]:
+    """The names of a set's images, and what crops those from one position to another.
+
+    Every image below a folder, in the order of their paths; else what `pipelines.sources` reads.
+    """
+    if path.is_dir() or not path.exists():
+        files = list_images(path)
+        names = [str(file.relative_to(path)) for file in files]
+        return names, partial(batch_of_files, run, files, names, skip)
+    source = open_source(path)
+    names = names_of(source, path)
+    return names, partial(batch_of_source, run, source, names, skip)
+
+
+def batch_of_files(run: Run, files: list[Path], names: list[str], skip: bool, first: int, end: int) -> Batch:
+    crops, kept = [], []
+    for i in range(first, end):
         try:
-            yield path, centre_crop(run, decode_rgb(path))
+            crops.append(centre_crop(run, decode_rgb(files[i])))
+            kept.append(i)
         except InputError as error:
-            if not skip_damaged:
-                raise InputError(f"{error}; --skip-damaged leaves such images out") from None
-            tqdm.write(f"warning: left out: {error}", file=sys.stderr)
+            left_out(error, skip)
+    side = run.settings.view.resolution
+    return Batch([names[i] for i in kept], np.array(crops, np.uint8).reshape(-1, side, side, 3), kept)
 
 
-def batches(items: Iterator[tuple[Path, np.ndarray]]) -> Iterator[list[tuple[Path, np.ndarray]]]:
-    while batch := list(islice(items, BATCH)):
-        yield batch
+def batch_of_source(run: Run, source: Source, names: list[str], skip: bool, first: int, end: int) -> Batch:
+    indices = np.arange(first, end)
+    decoder = Decoder(source, "skip" if skip else "raise")
+    try:
+        crops = evaluation_crops(source, run.settings.view, indices, decoder)
+    except InputError as error:
+        if skip:  # none of them all can be decoded
+            raise
+        left_out(error, skip)
+    for index, reason in decoder.damaged.items():
+        if first <= index < end:
+            left_out(reason, skip)
+    kept = np.flatnonzero(indices == np.arange(first, end))  # in a damaged one's place there is another
+    return Batch([names[first + i] for i in kept], crops[kept], (first + kept).tolist())
+
+
+def left_out(reason: object, skip: bool) -> None:
+    if not skip:
+        raise InputError(f"{reason}; --skip-damaged leaves such images out") from None
+    tqdm.write(f"warning: left out: {reason}", file=sys.stderr)
+
+
+def names_of(source: Source, path: Path) -> list[str]:
+    """From the source or its manifest; positions where neither has any."""
+    if hasattr(source, "names"):
+        return list(source.names)
+    manifest = manifest_path(path)
+    if manifest.is_file():
+        names = read_manifest(manifest)[1].get("name", [])
+        if len(names) == len(source):
+            return names
+    return [str(i) for i in range(len(source))]
+
+
+def identity(run: Run, settings: EncodeSettings, names: list[str]) -> str:
+    """Another one wherever the same position may mean another code."""
+    digest = hashlib.sha256()
+    view = to_dict(run.settings.view)
+    stat = settings.images.stat()
+    file = [stat.st_size, stat.st_mtime_ns] if settings.images.is_file() else None
+    told = [str(settings.images.resolve()), view, settings.skip_damaged, file]
+    digest.update(json.dumps(told, sort_keys=True).encode())
+    for name in names:
+        digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()
+
+
+def ahead(jobs: Iterable[Callable[[], Batch]], pool: ThreadPoolExecutor, count: int) -> Iterator[Batch]:
+    """The jobs' results in their order, `count` of them under way."""
+    waiting: deque = deque()
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(job))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for job in waiting:
+            job.cancel()
 
 
 def centre_crop(run: Run, image: np.ndarray) -> np.ndarray:
@@ -129,11 +330,16 @@ def centre_crop(run: Run, image: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def codes_of(run: Run, crops: np.ndarray) -> np.ndarray:
-    """Packed codes uint8 [N, bytes] of crops uint8 [N, R, R, 3]."""
+def codes_of(run: Run, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(packed codes uint8 [N, bytes], the posteriors' means float32 [N, D]) of crops uint8 [N, R, R, 3]."""
     view = run.settings.view
     mean, std = statistics(view)
     images = (crops.astype(np.float32) / 255 - mean) / std
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).to(device_of(run.network))
     _, posterior = run.network.encode(batch)
-    return pack_bits(posterior.code())
+    return pack_bits(posterior.code()), posterior.mean().float().cpu().numpy()
+
+
+def width_of_means(run: Run) -> int:
+    side = run.settings.view.resolution
+    return codes_of(run, np.zeros((1, side, side, 3), np.uint8))[1].shape[1]

@@ -19,12 +19,19 @@ class Line:
     points: list[tuple[float, float]]
 
 
-def line_chart(lines: Sequence[Line], x_label: str, title: str, from_zero: bool = False) -> str:
-    """An SVG figure of the lines over a common x; finite points only."""
+def line_chart(
+    lines: Sequence[Line],
+    x_label: str,
+    title: str,
+    from_zero: bool = False,
+    x_marks: Sequence[tuple[float, str]] = (),
+) -> str:
+    """An SVG figure of the lines over a common x; finite points only. `x_marks`: places and texts of the
+    ticks along x, where they aren't round numbers."""
     points = [p for line in lines for p in line.points]
     x_low, x_high = min(p[0] for p in points), max(p[0] for p in points)
     y_ticks = ticks(0.0 if from_zero else min(p[1] for p in points), max(p[1] for p in points), 5)
-    x_ticks = [t for t in ticks(x_low, x_high, 5) if x_low <= t <= x_high]
+    x_ticks = x_marks or [(t, number(t)) for t in ticks(x_low, x_high, 5) if x_low <= t <= x_high]
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
     def x(value: float) -> float:
@@ -39,10 +46,10 @@ def line_chart(lines: Sequence[Line], x_label: str, title: str, from_zero: bool 
         parts.append(
             f'<text class="tick" x="{LEFT - 7}" y="{y(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>'
         )
-    for tick in x_ticks:
+    for tick, text in x_ticks:
         parts.append(
             f'<text class="tick" x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 17}" '
-            f'text-anchor="middle">{number(tick)}</text>'
+            f'text-anchor="middle">{text}</text>'
         )
     parts.append(
         f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{escape(x_label)}</text>'

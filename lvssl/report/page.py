@@ -6,6 +6,7 @@
     gallery.npz       neighbours, most and least certain images
     analysis.json     uncertainty, regression, meaning of bits
     bits.npz          the images where a bit is on, and off
+    compression.json  accuracy against bits stored
 
 A section whose file is missing is left out.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lvssl.report.analysis import disentanglement, regression, uncertainty
+from lvssl.report.compression import compression
 from lvssl.report.curves import curves, read_metrics
 from lvssl.report.figures import strip
 from lvssl.report.gallery import bit_explorer, gallery
@@ -60,13 +62,16 @@ def write_report(run_dir: Path) -> Path:
     evaluation = read_json(run_dir / "evaluation.json") or {}
     settings = config.get("settings", config)
     analysis = read_json(run_dir / "analysis.json")
-    commands = commands_of(run_dir, settings, evaluation, analysis)
+    rates = read_json(run_dir / "compression.json")
+    measured = {"evaluate": evaluation, "compression": rates, "analyse": analysis}
+    commands = commands_of(run_dir, settings, measured)
     sections = [
-        head(run_dir, settings, evaluation, analysis),
+        head(run_dir, settings, measured),
         results(evaluation, commands),
         curves(run_dir, settings, evaluation, commands),
         *gallery(run_dir, commands),
         codes(evaluation, commands),
+        compression(rates),
         uncertainty(analysis),
         bit_explorer(run_dir / "bits.npz", analysis),
         regression(analysis),
@@ -97,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def commands_of(
-    run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any], analysis: dict[str, Any]
+    run_dir: Path, settings: dict[str, Any], measured: dict[str, dict[str, Any]]
 ) -> dict[str, str]:
     """What to type for the stages of this run, as far as the settings that one would type."""
     pretrain = ["lvssl", "pretrain", "--out", str(run_dir)]
@@ -111,7 +116,7 @@ def commands_of(
     for name in ("epochs", "seed"):
         pretrain += [f"--{name}", str(settings[name])] if name in settings else []
     stages = {"pretrain": shlex.join(pretrain), "report": shlex.join(["lvssl", "report", str(run_dir)])}
-    for name, content in (("evaluate", evaluation), ("analyse", analysis)):
+    for name, content in measured.items():
         if content.get("command"):
             stages[name] = str(content["command"])
     return stages
@@ -120,9 +125,8 @@ def commands_of(
 # The first screen -----------------------------------------------------------------------------------------
 
 
-def head(
-    run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any], analysis: dict[str, Any]
-) -> str:
+def head(run_dir: Path, settings: dict[str, Any], measured: dict[str, dict[str, Any]]) -> str:
+    evaluation, analysis = measured["evaluate"], measured["analyse"]
     comparisons = compare(evaluation)
     run, control = evaluation.get("run") or {}, evaluation.get("control") or {}
     against = f"the control's sign bits, {run.get('bits', 0):,} bits each,"
@@ -148,7 +152,7 @@ def head(
         f"<p>{escape(trained(settings, evaluation))}</p>"
         + (f'<div class="verdicts">{tiles}</div>' if tiles else "")
         + (f'<p class="soft small">{escape(" ".join(notes))}</p>' if notes else "")
-        + f"<nav>{navigation(run_dir, evaluation, analysis)}</nav></header>"
+        + f"<nav>{navigation(run_dir, measured)}</nav></header>"
     )
 
 
@@ -182,8 +186,9 @@ def uncertainty_tile(found: UncertaintyComparison | None) -> str:
     return f'<div class="verdict{ahead}"><p>{words}</p><dl class="deltas">{deltas}</dl></div>'
 
 
-def navigation(run_dir: Path, evaluation: dict[str, Any], analysis: dict[str, Any]) -> str:
+def navigation(run_dir: Path, measured: dict[str, dict[str, Any]]) -> str:
     """Links to the sections that are there."""
+    evaluation, analysis = measured["evaluate"], measured["analyse"]
     pictures = (run_dir / "gallery.npz").exists()
     present = {
         "results": bool(evaluation.get("table")),
@@ -191,13 +196,18 @@ def navigation(run_dir: Path, evaluation: dict[str, Any], analysis: dict[str, An
         "neighbours": pictures,
         "certainty": pictures,
         "codes": any(evaluation.get(k) for k in ("compression", "code_statistics", "uncertainty")),
+        "bits-stored": bool(measured["compression"].get("rows")),
         "uncertainty": bool(analysis.get("models")),
         "bits": bool(analysis.get("bits")) and (run_dir / "bits.npz").exists(),
         "regression": bool(analysis.get("models")),
         "settings": True,
         "commands": True,
     }
-    return "".join(f'<a href="#{to}">{to.capitalize()}</a>' for to, is_there in present.items() if is_there)
+    return "".join(
+        f'<a href="#{to}">{to.capitalize().replace("-", " ")}</a>'
+        for to, is_there in present.items()
+        if is_there
+    )
 
 
 def headline(run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any]) -> str:
@@ -325,7 +335,11 @@ def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def commands_section(commands: dict[str, str]) -> str:
-    lines = [commands[stage] for stage in ("pretrain", "evaluate", "analyse", "report") if stage in commands]
+    lines = [
+        commands[stage]
+        for stage in ("pretrain", "evaluate", "compression", "analyse", "report")
+        if stage in commands
+    ]
     return (
         '<section id="commands"><h2>Commands</h2><p class="soft">What makes this page, stage by '
         "stage. Settings not "

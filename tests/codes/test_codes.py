@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvssl.codes.controls import sign_bits
-from lvssl.codes.file import ROWS_AT, CodeFileError, CodeWriter, open_codes, require_checkpoint
+from lvssl.codes.file import ROWS_AT, CodeFileError, open_codes, require_checkpoint
 from lvssl.codes.pack import pack_bits, unpack_bits
 from lvssl.codes.search import hamming_search
 from lvssl.codes.statistics import binary_entropy, code_statistics, compression_ratios
+from lvssl.codes.writer import CodeWriter
 
 DIGEST = "ab" * 32
 

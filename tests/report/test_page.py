@@ -154,6 +154,20 @@ def write_analysis(folder, generator, side=28):
     return folder
 
 
+def write_compression(folder):
+    """compression.json as `lvssl compression` leaves it."""
+    rows = [
+        {"model": "bernoulli", "method": method, "bits": bits, "linear": 60 + bits / 64 + i, "knn": 61.5 + i,
+         "map_over_hits": 0.4 + i / 100, "raw_pixels": 6272 / bits}
+        for i, method in enumerate(("code, first bits", "code", "features", "LSH", "ITQ"))
+        for bits in ((64, 256) if method != "features" else (8192,))
+    ]  # fmt: skip
+    content = {"rows": rows, "left_out": ["PQ, 2 bits: <too short>"], "queries": 2000, "database": 10_000}
+    content |= {"first": 1000, "command": "lvssl compression runs/demo"}
+    (folder / "compression.json").write_text(json.dumps(content))
+    return folder
+
+
 def write_metrics(folder, generator, rate):
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -344,6 +358,16 @@ def test_the_largest_page_stays_below_ten_megabytes(tmp_path):
     assert write_report(run).stat().st_size < 10e6
 
 
+def test_rate_and_accuracy_are_drawn(tmp_path):
+    run = write_compression(write_run(tmp_path / "run"))
+    html = write_report(run).read_text()
+    parsed = Page(html)
+    assert "bits-stored" in parsed.ids and "#bits-stored" in parsed.targets
+    assert html.count("<title>bernoulli: code</title>") == 3  # a line in each chart, its first bits joined on
+    assert html.count("<title>bernoulli: ITQ</title>") == 3 and "&lt;too short&gt;" in html
+    assert 'data-csv="24.5"' in html and "lvssl compression runs/demo" in html
+
+
 # The verdict and the charts -------------------------------------------------------------------------------
 
 
@@ -423,7 +447,7 @@ Promise.all(caught.map((blob) => blob.text())).then((texts) => {
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", [1200, 500])  # 500: the narrowest window that headless Chromium makes
 def test_in_chromium(page, tmp_path, width):
-    write_analysis(page.parent, np.random.default_rng(1))
+    write_compression(write_analysis(page.parent, np.random.default_rng(1)))
     write_report(page.parent)
     page.write_text(page.read_text().replace("</body>", PRESS).replace('loading="lazy"', ""))
     flags = [
@@ -462,6 +486,6 @@ def test_in_chromium(page, tmp_path, width):
         "Model,Representation,Bits,Linear %,kNN %",
         "bernoulli,features,8192,84.75,83.9",
     ]
-    assert len(found["texts"]) == 10 and "Compression,value\r\nsmaller than raw pixels,73.5\r\n" in "".join(
+    assert len(found["texts"]) == 11 and "Compression,value\r\nsmaller than raw pixels,73.5\r\n" in "".join(
         found["texts"]
     )

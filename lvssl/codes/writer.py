@@ -1,0 +1,211 @@
+"""Writes code files as their rows come. The layout is told in `lvssl.codes.file`.
+
+While it is written, a file `codes.lvcodes` is hidden ones beside it, which a killed encoder leaves behind and
+the next one goes on with: `.codes.lvcodes.part` (header and rows), `.codes.lvcodes.names.part` (for each row
+the source's position after it, the length of its name, its name), `.codes.lvcodes.means.part` (fp16).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from lvssl.codes.file import (
+    MAGIC,
+    MEANS_MAGIC,
+    ROWS_AT,
+    VERSION,
+    CodeFileError,
+    encode_name,
+    header_block,
+    means_path,
+)
+from lvssl.codes.pack import packed_bytes
+
+RECORD = struct.Struct("<QI")  # before each name in the names' part
+BLOCK = 1 << 20
+
+
+class CodeWriter:
+    """`with CodeWriter(path, ...) as writer: writer.append(rows, names)`.
+
+    The file appears under its name, complete, when the block ends. `source`: what is encoded, in a word that
+    changes with it; with it, rows that were written before a kill or an interrupt of the same work are kept,
+    and `position` says where in the source to go on. Without it, or where the block raises an error before
+    the first row, nothing is left. `means`: dimensions of the posteriors' means, which lie beside it as fp16.
+    Raises CodeFileError where another process is writing the same file.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        family: str,
+        bits: int,
+        checkpoint: str,
+        created_by: str,
+        means: int = 0,
+        source: str | None = None,
+    ) -> None:
+        if bits < 1:
+            raise ValueError(f"a code has at least one bit, not {bits}")
+        self.path, self.source, self.means, self.count, self.position = Path(path), source, means, 0, 0
+        self.header: dict[str, Any] = {
+            "version": VERSION,
+            "family": family,
+            "bits": bits,
+            "checkpoint": checkpoint,
+            "created_by": created_by,
+        }
+        self.width = packed_bytes(bits)
+        kinds = ("", ".names", ".means") if means else ("", ".names")
+        self.parts = [self.path.with_name(f".{self.path.name}{kind}.part") for kind in kinds]
+
+    def __enter__(self) -> CodeWriter:
+        begun = header_block(MAGIC, self.header | {"source": self.source, "means": self.means})
+        self.files: list[BinaryIO] = []
+        try:
+            for part in self.parts:
+                self.files.append(open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b"))
+            lock(self.files[0], self.path)
+            if self.source is None or self.files[0].read(ROWS_AT) != begun:
+                for file in self.files:
+                    file.truncate(0)
+                self.files[0].seek(0)
+                self.files[0].write(begun)
+                if self.means:
+                    self.files[2].write(bytes(ROWS_AT))  # its header is known last
+            self.go_on()
+        except BaseException as failure:
+            self.close(keep=isinstance(failure, CodeFileError))
+            raise
+        return self
+
+    def go_on(self) -> None:
+        """Keep the rows of which row, name and means are whole, and stand behind them."""
+        rows = max(0, self.files[0].seek(0, os.SEEK_END) - ROWS_AT) // self.width
+        if self.means:
+            held = max(0, self.files[2].seek(0, os.SEEK_END) - ROWS_AT)
+            rows = min(rows, held // (2 * self.means))
+        end = 0
+        for position, name in records(self.files[1]):
+            if self.count == rows:
+                break
+            self.count, self.position = self.count + 1, position
+            end += RECORD.size + len(name)
+        ends = [ROWS_AT + self.count * self.width, end, ROWS_AT + self.count * 2 * self.means]
+        for file, last in zip(self.files, ends):
+            file.truncate(last)
+            file.seek(last)
+
+    def append(
+        self,
+        rows: np.ndarray,
+        names: Iterable[str],
+        means: np.ndarray | None = None,
+        positions: Iterable[int] | None = None,
+    ) -> None:
+        """Add packed rows uint8 [n, ceil(bits / 8)], their n names, and means [n, D] where it has any.
+
+        `positions` of the n in the source, rising; left out: they follow on. ValueError unless they fit.
+        """
+        names = list(names)
+        n = len(names)
+        check("names need rows uint8", n, rows, (n, self.width), np.uint8)
+        if self.means:
+            means = np.asarray(means, dtype="<f2")
+            check("names need means", n, means, (n, self.means), np.dtype("<f2"))
+            self.files[2].write(np.ascontiguousarray(means).data)
+        self.files[0].write(np.ascontiguousarray(rows).data)
+        following = range(self.position, self.position + n) if positions is None else positions
+        for name, position in zip(names, following, strict=True):
+            text = encode_name(name)
+            self.position = int(position) + 1
+            self.files[1].write(RECORD.pack(self.position, len(text)) + text)
+        self.count += n
+        for file in self.files:
+            file.flush()  # from here on a kill of the process loses nothing of it
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        done = False
+        try:
+            if failure is None:
+                self.finish()
+                done = True
+        finally:
+            self.close(keep=not done and self.source is not None and self.count > 0)
+
+    def finish(self) -> None:
+        """Names behind the rows, the headers, and all of it to the disk and under its name."""
+        digest = self.digest_of_rows()
+        codes, names = self.files[:2]
+        codes.seek(0, os.SEEK_END)
+        codes.write(b"\0" * (-codes.tell() % 8))
+        end = 0
+        codes.write(struct.pack("<Q", 0))
+        for _, name in records(names):
+            end += len(name)
+            codes.write(struct.pack("<Q", end))
+        for _, name in records(names):
+            codes.write(name)
+        self.header |= {"count": self.count, "names_bytes": end, "rows_sha256": digest}
+        codes.seek(0)
+        codes.write(header_block(MAGIC, self.header))
+        if self.means:
+            fields = {"version": VERSION, "dim": self.means, "count": self.count, "rows_sha256": digest}
+            self.files[2].seek(0)
+            self.files[2].write(header_block(MEANS_MAGIC, fields))
+        finals = [self.path, None, means_path(self.path)]
+        for part, file, final in reversed(list(zip(self.parts, self.files, finals))):  # the codes last
+            file.flush()
+            os.fsync(file.fileno())
+            if final is not None:
+                os.replace(part, final)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+    def digest_of_rows(self) -> str:
+        digest, left = hashlib.sha256(), self.count * self.width
+        self.files[0].seek(ROWS_AT)
+        while left:
+            block = self.files[0].read(min(BLOCK, left))
+            digest.update(block)
+            left -= len(block)
+        return digest.hexdigest()
+
+    def close(self, keep: bool) -> None:
+        for part, _ in zip(self.parts, self.files):
+            if not keep:
+                part.unlink(missing_ok=True)
+        for file in self.files:
+            file.close()
+
+
+def records(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(position in the source after it, name) of every whole record."""
+    file.seek(0)
+    while len(head := file.read(RECORD.size)) == RECORD.size:
+        position, length = RECORD.unpack(head)
+        if len(name := file.read(length)) < length:
+            return
+        yield position, name
+
+
+def lock(file: BinaryIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise CodeFileError(f"{path}: another process is writing it; choose another --out") from error
+
+
+def check(what: str, n: int, array: np.ndarray, shape: tuple[int, int], dtype: Any) -> None:
+    if array.shape != shape or array.dtype != dtype:
+        raise ValueError(f"{n} {what} {list(shape)}, not {array.dtype} {list(array.shape)}")

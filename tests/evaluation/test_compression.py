@@ -1,0 +1,61 @@
+"""`lvssl compression`: every way to store an image at every length, on the same axes."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from lvssl.cli import main
+from lvssl.evaluation.embedding import embed
+from lvssl.evaluation.knn import hamming_knn
+from lvssl.evaluation.retrieval import similarity_map
+from lvssl.training.run import load_run
+from pipelines.sources import open_source
+
+
+def test_the_run_and_its_controls_on_one_axis(run, control, digits, capsys):
+    pytest.importorskip("faiss", reason="the extra `faiss` isn't installed")
+    arguments = ["compression", str(run), "--bits", "16", "256", "--first", "100"]
+    assert main(arguments) == 0  # test.beton beside train.beton, the control beside the run
+    printed = capsys.readouterr().out
+    result = json.loads((run / "compression.json").read_text())
+    rows = {(row["model"], row["method"], row["bits"]): row for row in result["rows"]}
+    assert set(rows) == {
+        ("untrained", "features", 2048), ("untrained", "code", 64), ("untrained", "code, first bits", 16),
+        ("control", "features", 2048), ("control", "sign, first bits", 16),
+        ("control", "PCA + sign", 16), ("control", "ITQ", 16),
+        *(("control", method, bits) for method in ("LSH", "int8", "PQ") for bits in (16, 256)),
+    }  # fmt: skip
+    assert len(result["left_out"]) == 3 and "ITQ, 256 bits: 64 features" in result["left_out"][2]
+    for row in rows.values():
+        assert 30 < row["linear"] <= 100 and 30 < row["knn"] <= 100
+        assert 0.02 < row["map_over_relevant"] <= row["map_over_hits"] < 1
+        assert row["fp32_feature"] == 2048 / row["bits"]
+        assert row["raw_pixels"] == 8 * 8 * 8 / row["bits"]
+        assert f"{row['linear']:.1f}" in printed
+    with open(run / "compression.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["method"] for row in table] == [row["method"] for row in result["rows"]]
+    assert result["first"] == 100 and f"--control {control}" not in result["command"]
+
+    train, test = (open_source(digits[split]) for split in ("train", "test"))
+    own, other = load_run(run), load_run(control)
+    sets = [embed(own.network, source, own.settings.view) for source in (train, test)]
+    knn = hamming_knn(sets[0].codes, train.labels, sets[1].codes, test.labels, 64)
+    assert rows["untrained", "code", 64]["knn"] == pytest.approx(knn, abs=0.5)
+    sets = [embed(other.network, source, other.settings.view).features for source in (train, test)]
+    score = similarity_map(sets[1], test.labels, sets[0], train.labels, 100)
+    assert np.isclose(rows["control", "features", 2048]["map_over_hits"], score.over_hits, atol=1e-3)
+
+
+def test_mistakes_are_told_before_any_work(run, control, digits, tmp_path, capsys):
+    for arguments, message in [
+        ([run, "--control", run], "--control"),
+        ([run, "--bits", "0"], "--bits"),
+        ([run, "--first", "0"], "--first"),
+        ([tmp_path / "none"], "no such run"),
+        ([run, "--test", tmp_path / "no.beton"], "no.beton"),
+    ]:
+        assert main(["compression", *map(str, arguments)]) == 2
+        assert message in capsys.readouterr().err
