@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> None:
         "--arms", nargs="+", default=["none", "bernoulli"], help="families; none: the control"
     )
     parser.add_argument("--epochs", type=int, default=6, help="of each pretraining")
-    parser.add_argument("--tune-epochs", type=int, nargs=3, default=[60, 30, 4], help="with 1, 10, 100 %%")
+    parser.add_argument("--tune-epochs", type=int, nargs=3, default=[30, 20, 4], help="with 1, 10, 100 %%")
+    parser.add_argument("--min-steps", type=int, default=300, help="of fine-tuning")
     parser.add_argument(
         "--lr", type=float, nargs="+", default=[0.02, 0.1], help="of fine-tuning, to choose from"
     )
@@ -86,7 +87,13 @@ def plan(options: argparse.Namespace) -> list[tuple[dict[str, Any], Callable[[],
 
         def tune(run: Path, share: float = share, epochs: int = epochs) -> list[dict[str, Any]]:
             settings = FinetuneSettings(
-                run, labels=share, epochs=epochs, lr=tuple(options.lr), weight_decay=(0.0,), **common
+                run,
+                labels=share,
+                epochs=epochs,
+                min_steps=options.min_steps,
+                lr=tuple(options.lr),
+                weight_decay=(0.0,),
+                **common,
             )
             return figures(finetune(settings))
 

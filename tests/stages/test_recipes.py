@@ -40,7 +40,20 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_two_ranks_give_what_one_gives(run, tmp_path, lvssl):
     options = {
         "linear": ["linear", run, "--probe", "sgd", "--epochs", 2, "--batch-size", 128],
-        "finetune": ["finetune", run, "--labels", 0.2, "--epochs", 1, "--lr", 0.02, "--weight-decay", 0.0001],
+        "finetune": [
+            "finetune",
+            run,
+            "--labels",
+            0.2,
+            "--epochs",
+            1,
+            "--min-steps",
+            0,
+            "--lr",
+            0.02,
+            "--weight-decay",
+            0.0001,
+        ],
     }
     options["finetune"] += ["--batch-size", 64]
     for stage, given in options.items():
