@@ -68,6 +68,10 @@ class Bernoulli(Posterior):
         whole = size / (0.5 * size.clamp(min=1e-2)).tanh() - 2
         return torch.where(size < 1e-2, series, whole).sum(dim=1)
 
+    def saturated(self) -> Tensor:
+        """Logits beyond +-7, where the gradient of p is below a thousandth."""
+        return (self.logits.abs() > 7).float().mean()
+
     def symbols(self) -> Tensor:
         return self.code().long()
 

@@ -73,6 +73,10 @@ class Beta(Posterior):
     def exact(self) -> TorchBeta:
         return TorchBeta(self.a.double(), self.b.double(), validate_args=False)
 
+    def saturated(self) -> Tensor:
+        """Dimensions with a concentration at the floor."""
+        return ((self.a <= FLOOR) | (self.b <= FLOOR)).float().mean()
+
     def symbols(self) -> Tensor:
         return quantise(self.mean(), -1.0, 1.0, self.depth)
 

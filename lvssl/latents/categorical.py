@@ -68,6 +68,10 @@ class Categorical(Posterior):
         p = self.probabilities()
         return -(p * p.log()).flatten(1).sum(dim=1)
 
+    def saturated(self) -> Tensor:
+        """Groups whose likeliest category has 99.9 % of the softmax."""
+        return (self.logits.softmax(dim=2).amax(dim=2) > 0.999).float().mean()
+
     def symbols(self) -> Tensor:
         return self.logits.argmax(dim=2)
 

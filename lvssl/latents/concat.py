@@ -61,6 +61,10 @@ class Concat(Posterior):
     def entropy(self) -> Tensor:
         return torch.stack([p.entropy() for p in self.posteriors]).sum(dim=0)
 
+    def saturated(self) -> Tensor:
+        """The worse of the two."""
+        return torch.stack([p.saturated() for p in self.posteriors]).max()
+
     def symbols(self) -> Tensor:
         return self.joined("symbols")
 

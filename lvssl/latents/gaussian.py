@@ -56,6 +56,10 @@ class Gaussian(Posterior):
     def entropy(self) -> Tensor:
         return 0.5 * (math.log(2 * math.pi * math.e) + self.log_variance).sum(dim=1)
 
+    def saturated(self) -> Tensor:
+        """Variances at their bounds."""
+        return (self.log_variance.abs() >= LOG_VARIANCE_BOUND).float().mean()
+
     def symbols(self) -> Tensor:
         return quantise(self.mu, -loading(self.depth), loading(self.depth), self.depth)
 

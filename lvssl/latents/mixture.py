@@ -85,10 +85,14 @@ class Mixture(Posterior):
         gaussians = 0.5 * (math.log(2 * math.pi * math.e) + self.log_variance).sum(dim=2)
         return (shares * (gaussians - self.log_shares)).sum(dim=1)
 
+    def saturated(self) -> Tensor:
+        """Variances at their bounds."""
+        return (self.log_variance.abs() >= LOG_VARIANCE_BOUND).float().mean()
+
     def symbols(self) -> Tensor:
         """[B, 1 + D]: the component, then its quantised mean."""
         chosen = self.log_shares.argmax(dim=1)
-        mean = self.mu[torch.arange(len(chosen), device=chosen.device), chosen]
+        mean = self.mu[torch.arange(chosen.shape[0], device=chosen.device), chosen]
         bound = loading(self.depth)
         return torch.cat([chosen[:, None], quantise(mean, -bound, bound, self.depth)], dim=1)
 

@@ -87,6 +87,10 @@ class Posterior(ABC):
         """A score that grows with the posterior's spread: [B]."""
         return self.entropy()
 
+    def saturated(self) -> Tensor:
+        """Share of this batch's numbers that have left the range where they learn: a scalar in [0, 1]."""
+        return self.parameters.new_zeros(())
+
     @abstractmethod
     def symbols(self) -> Tensor:
         """The deployed code as integers, int64 [B, symbols]: the same for the same image at every call."""

@@ -73,6 +73,12 @@ class Spherical(Posterior):
     def entropy(self) -> Tensor:
         return self.exact_entropy().to(self.direction.dtype)
 
+    def saturated(self) -> Tensor:
+        """Concentrations at their bounds."""
+        low, high = LOG_CONCENTRATION
+        log_kappa = self.parameters[:, -1]
+        return ((log_kappa <= low) | (log_kappa >= high)).float().mean()
+
     def symbols(self) -> Tensor:
         return self.code().long()
 

@@ -18,6 +18,7 @@ from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
 from lvssl.training.distributed import World, broadcast_state, from_first, highest, mean_over_ranks
 from lvssl.training.gradients import average_over_ranks, backward, guard
+from lvssl.training.health import health, warn
 from lvssl.training.objective import objective
 from lvssl.training.optimiser import build_optimiser, learning_rate
 from lvssl.training.prepare import accelerate, autocast, layout, precision, prepared
@@ -103,6 +104,7 @@ class Trainer:
         log = Log(self.settings, self.step, self.steps) if self.world.first else None
         window = Window(self.settings.batch_size, self.device)
         self.saved = time.monotonic()
+        self.alarms: set[str] = set()
         try:
             while self.step < self.steps:
                 batches = iter(self.loader)
@@ -113,6 +115,7 @@ class Trainer:
                         row = self.describe(figures) | window.speed()
                         if log:
                             log.write(row)
+                            warn(row, self.step / self.steps, self.alarms)
                     self.between_steps(stop)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -158,6 +161,8 @@ class Trainer:
             outputs = self.network.heads(features, self.noise, fraction, *place)
             probes = self.network.probe_logits(outputs)
         figures = objective(outputs, self.settings, fraction)
+        if (self.step + 1) % self.settings.log_every == 0 or self.step + 1 == self.steps:
+            figures |= health(self.network, outputs)
         loss = figures["loss"]
         labels = labels.repeat(2)
         for name, logits in probes.items():

@@ -13,7 +13,7 @@ from lvssl.cli import chain_starts, main
 from pipelines.errors import InputError
 from slurm.dry_run import folder_size
 from slurm.launch import executor, launch, plan
-from slurm.pipeline import ImageSource, minutes_of, read_pipeline
+from slurm.pipeline import MEASURING, ImageSource, minutes_of, read_pipeline
 from slurm.records import Record, claimed, fingerprints, last_error, read_jobs, stands, write_record
 from slurm.stages import build_stages
 from slurm.sweep import write_table
@@ -74,9 +74,9 @@ def keys(path: Path) -> dict[str, str]:
         ("[evaluate]", "[finetune]\nsweep.grid = {labels = [0.1, 2.0]}", "[finetune.sweep] --labels must be in (0, 1], got 2.0"),
         ("[evaluate]", '[linear]\npreset = "imagenet-finetune"', "[linear] unknown preset 'imagenet-finetune'; known: imagenet-linear"),
         ("[evaluate]", "[linear]\nruns = 1", "[linear] runs: no such key"),
-        ("[evaluate]", "[evaluate.cluster]\nnodes = 2", "[evaluate.cluster] nodes: only pretraining"),
+        ("[evaluate]", "[evaluate.cluster]\nnodes = 2", "[evaluate.cluster] nodes: only pretrain, linear, finetune spread"),
         ("[cluster]", "[clusters]", "clusters: no such key; did you mean 'cluster'?"),
-        ("[cluster]", "[cluster]\nnodes = 2", "[cluster] nodes: only pretraining"),
+        ("[cluster]", "[cluster]\nnodes = 2", "[cluster] nodes: not every stage"),
         ("[cluster]", '[cluster]\npartitoin = "gpu"', "[cluster] partitoin: no such key; did you mean 'partition'?"),
         ("[cluster]", "[cluster]\nenvironment = { A = 1 }", "[cluster] environment: must be"),
         ("[cluster]", '[cluster]\nmodules = "cuda"', "[cluster] modules: must be"),
@@ -181,6 +181,15 @@ def test_a_sweep_is_an_array_whose_points_stand_alone(tmp_path):
     assert {n for n in before if before[n] != after[n]} == {"finetune-03", "finetune-04", "report"}
     listed = SWEEP[: SWEEP.index("grid")] + "list = [{ labels = 0.1, lr = [0.1] }, { seed = 1 }]\n"
     assert keys(write(tmp_path, FILE + listed))["finetune-01"] == before["finetune-01"]  # the same point
+    (latent,) = (
+        task.outputs[0].name
+        for stage in build_stages(
+            read_pipeline(write(tmp_path, FILE + '[linear]\non = "latent"\n'), chain_starts())
+        )
+        for task in stage.tasks
+        if task.name == "linear"
+    )
+    assert latent == "linear-latent.json"  # where `lvssl linear --on latent` writes
     with_preset = FILE + '[linear]\npreset = "imagenet-linear"\nbatch_size = 4096\nprobe = "sgd"\n'
     plain = with_preset.replace('preset = "imagenet-linear"\n', "")
     assert keys(write(tmp_path, with_preset))["linear"] == keys(write(tmp_path, plain))["linear"]
@@ -286,6 +295,18 @@ def test_dry_run_shows_graph_scripts_and_costs_and_writes_nothing(tmp_path, caps
     parameters = int(re.search(r"checkpoints of ([\d,]+) parameters", text).group(1).replace(",", ""))
     assert 90_000 < parameters < 100_000  # the tiny network of preset digits
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_example_in_the_docs(tmp_path, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
+    example = text.split("```toml\n")[1].split("```")[0]
+    for name in re.findall(r"/data/(\S+)\"", example):
+        (tmp_path / name).write_bytes(b"")
+    path = write(tmp_path, example.replace("/data/", f"{tmp_path}/"))
+    assert main(["launch", str(path), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "--array=0-8%4" in text and "--array=0-16%8" in text and "--gpus-per-node=8" in text
+    assert set(read_pipeline(path, chain_starts()).stages) == {"convert", "pretrain", *MEASURING, "report"}
 
 
 def test_last_error_line(tmp_path):

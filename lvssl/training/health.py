@@ -1,0 +1,107 @@
+"""Is the latent alive? Figures of its posteriors in a batch, and what they mean when they are bad.
+
+    active_units     parts of the code (bits, dimensions, groups) whose KL is above 0.01 nats on average
+    units            how many there are
+    dead_bits        bits of the code that are on for under 1 %, or over 99 %, of the batch
+    bits_per_unit    KL of a unit, bits: for a Bernoulli the sharpness, 1 - entropy
+    saturated        share of logits whose gradient has vanished, or of spreads at their bounds
+    logit_spread     deviation of the locations (logits, means) over the batch, mean over dimensions
+    spread_variation deviation of the spread's numbers (ln s^2, ln kappa ...) over the batch, likewise
+
+Rate and distortion are the objective's own figures.
+"""
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvssl.codes.statistics import DEAD_BELOW
+from lvssl.models.network import LVNet, Outputs
+from lvssl.training.progress import read_metrics
+from lvssl.training.run import read_config
+
+ACTIVE_NATS = 0.01
+SETTLED = 0.2  # share of the training after which a spread that doesn't vary is an alarm
+FIGURES = (
+    "active_units", "units", "dead_bits", "bits_per_unit", "saturated", "logit_spread", "spread_variation",
+)  # fmt: skip
+
+
+@torch.no_grad()
+def health(network: LVNet, outputs: Outputs) -> dict[str, Tensor]:
+    """The figures of a batch, scalars on its device: nothing waits for it. Empty without a latent."""
+    posterior, family = outputs.posterior, network.family
+    if not family.stochastic:
+        return {}
+    unit_kl = posterior.unit_kl().mean(dim=0)
+    on = posterior.code().float().mean(dim=0)
+    locations, spreads = outputs.parameters.float().tensor_split([family.location_count(network.dim)], dim=1)
+    figures = {
+        "active_units": (unit_kl > ACTIVE_NATS).sum(),
+        "units": unit_kl.new_tensor(len(unit_kl)),
+        "dead_bits": ((on < DEAD_BELOW) | (on > 1 - DEAD_BELOW)).sum(),
+        "bits_per_unit": unit_kl.mean() / math.log(2),
+        "saturated": posterior.saturated(),
+        "logit_spread": locations.std(dim=0).mean(),
+    }
+    if network.head.spread is not None:
+        figures["spread_variation"] = spreads.std(dim=0).mean()
+    return {name: figure.float() for name, figure in figures.items()}
+
+
+def alarms(row: dict[str, Any], fraction: float) -> dict[str, str]:
+    """What is wrong by a row of metrics.jsonl, with what to do; `fraction` of the training is done."""
+    found = {}
+    units, active = row.get("units", 0), row.get("active_units", 0)
+    if units and active < 0.05 * units:
+        found["posterior collapse"] = (
+            f"{active:.0f} of {units:.0f} units say anything ({row.get('rate_bits', 0):.2f} bits an image); "
+            "lower --beta, or raise --free-nats or --sharpness"
+        )
+    if row.get("saturated", 0) > 0.9:
+        share = 100 * row["saturated"]
+        found["saturation"] = (
+            f"{share:.0f} % of the posteriors are at their bounds and learn nothing; lower --sharpness"
+        )
+    if fraction >= SETTLED and row.get("spread_variation", math.inf) < 1e-3:
+        found["constant spread"] = (
+            f"the spread hardly differs between images (by {row['spread_variation']:.1e} in its logarithm): "
+            "it is no uncertainty; lower --beta, or say --spread fixed"
+        )
+    return found
+
+
+def warn(row: dict[str, Any], fraction: float, known: set[str]) -> None:
+    """One line on stderr for each alarm that isn't known yet."""
+    found = alarms(row, fraction)
+    for name in found.keys() - known:
+        print(f"warning: step {row['step']}: {name}: {found[name]}", file=sys.stderr, flush=True)
+    known.update(found)
+
+
+def examine(folder: Path) -> int:
+    """Print a run's last figures and its alarms; 1 if there are any, else 0.
+
+    Raises:
+        InputError: no run.
+    """
+    settings, _ = read_config(folder)
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "units" in row]
+    if not rows:
+        print(f"{folder}: no figures of a latent (family {settings.latent.family})")
+        return 0
+    row = rows[-1]
+    print(f"{folder}: family {settings.latent.family}, step {row['step']}")
+    for name in ("rate_bits", "distortion", *FIGURES):
+        if name in row:
+            print(f"  {name:18}{row[name]:10.3f}")
+    found = alarms(row, row["epoch"] / settings.epochs)
+    for name, what in found.items():
+        print(f"ALARM {name}: {what}")
+    if not found:
+        print("no alarm")
+    return 1 if found else 0
