@@ -9,6 +9,7 @@ Noise is a function of (key, row, dimension, sample): Philox4x32-10, four sample
 stored; the backward walk draws it again where it needs it. `reference` is the same in plain torch.
 """
 
+import importlib.util
 import math
 from typing import Any, NamedTuple
 
@@ -41,6 +42,11 @@ def fusible(family: type[Posterior]) -> bool:
     if issubclass(family, Gaussian):
         return True
     return issubclass(family, Bernoulli | Categorical) and not family.relaxed
+
+
+def usable(family: type[Posterior], parameters: Tensor) -> bool:
+    """Whether `draw` runs here: on a GPU with Triton; elsewhere the composed form is as good."""
+    return parameters.is_cuda and fusible(family) and importlib.util.find_spec("triton") is not None
 
 
 def draw(family: type[Posterior], parameters: Tensor, count: int, key: Tensor, rows: Tensor) -> Draw:

@@ -280,5 +280,5 @@ def options(family: type[Posterior], width: int) -> dict[str, Any]:
     if issubclass(family, Categorical):
         k = family.categories
         block = max(1, min(triton.next_power_of_2(width // k), BLOCK // 2 // k))
-        return {"K": k, "BLOCK": block, "num_warps": 4}
+        return {"K": k, "BLOCK": block, "num_warps": 8}
     return {"BLOCK": max(8, min(triton.next_power_of_2(width), BLOCK)), "num_warps": 4}

@@ -9,7 +9,10 @@ import sys
 import torch
 import triton
 
+from lvssl.config import LatentSettings, ModelSettings, PretrainSettings
 from lvssl.latents import family, fused
+from lvssl.models.network import LVNet
+from lvssl.training.objective import objective
 
 # Rows; dimensions: one, below a byte, around a byte, several, around a block of 1,024, two blocks.
 SIZES = ((1, 1), (3, 7), (2, 8), (5, 37), (2, 1023), (1, 1024), (2, 1500), (0, 8))
@@ -42,6 +45,26 @@ def compare(name: str, rows: int, dim: int, count: int, scale: float) -> None:
         )  # fmt: skip
 
 
+def whole_step(name: str) -> None:
+    """The network and its objective through the kernel, against the same through the reference."""
+    settings = PretrainSettings(
+        model=ModelSettings("tiny", 16, 8), latent=LatentSettings(family=name, beta=0.1, samples=3)
+    )
+    fused.usable, kernel, found = (lambda family, parameters: True), fused.draw, []
+    for form in (kernel, fused.reference):
+        fused.draw = form
+        torch.manual_seed(0)
+        network = LVNet(settings.model, settings.latent, 8)
+        features = network.backbone(torch.randn(8, 3, 8, 8))
+        outputs = network.heads(features, torch.Generator().manual_seed(1), 0.5, rank=1, ranks=2)
+        assert outputs.kl is not None
+        loss = objective(outputs, settings, 0.5)["loss"]
+        loss.backward()
+        found.append((loss.detach(), network.backbone[0].weight.grad))
+    fused.draw = kernel
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 def main() -> None:
     assert triton.knobs.runtime.interpret
     checked = 0
@@ -54,6 +77,7 @@ def main() -> None:
         for scale in (1e-4, 60.0, 1e4):  # near the prior; saturated; beyond every bound
             compare(name, 3, 16, 4, scale)
             checked += 1
+        whole_step(name)
     print(json.dumps({"compared": checked}))
 
 
