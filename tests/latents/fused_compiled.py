@@ -1,4 +1,7 @@
-"""Compiles the fused kernels ahead of time, without a GPU; one JSON object a kernel. Run by test_fused.py."""
+"""Compiles the fused kernels ahead of time, without a GPU; one JSON object a kernel. Run by test_fused.py.
+
+python tests/latents/fused_compiled.py [categories ...]
+"""
 
 import json
 import os
@@ -57,7 +60,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 def main() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     for name, kernels in KERNELS.items():
-        for categories in (2, 16, 256) if name == "categorical" else (16,):
+        for categories in map(int, sys.argv[1:] or ("16",)) if name == "categorical" else (16,):
             options = fused_triton.options(family(name, categories=categories), 2048)
             for kernel in kernels:
                 for capability in (80, 90):

@@ -19,9 +19,9 @@ triton_there = pytest.mark.skipif(
 )
 
 
-def run(script: str, **environment: str) -> str:
+def run(script: str, *arguments: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, str(HERE / script)],
+        [sys.executable, str(HERE / script), *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])} | environment,
@@ -72,9 +72,17 @@ def test_interpreted_kernels_are_the_reference():
 @triton_there
 def test_kernels_compile_for_a_gpu_without_spills():
     rows = [json.loads(line) for line in run("fused_compiled.py").splitlines()]
-    assert len(rows) == 20
+    assert len(rows) == 12
     for row in rows:
         assert row["spilled"] == 0 and row["shared"] <= 163 * 1024, row
+
+
+@triton_there
+@pytest.mark.slow
+def test_kernels_of_every_number_of_categories_compile_without_spills():
+    numbers = [str(2**k) for k in range(1, 9)]
+    rows = [json.loads(line) for line in run("fused_compiled.py", *numbers).splitlines()]
+    assert len(rows) == 8 + 4 * 8 and [row for row in rows if row["spilled"]] == []
 
 
 @pytest.mark.gpu
