@@ -154,7 +154,7 @@ def speeds(forms: list[str], processes: int, rounds: int, seconds: float) -> lis
 
 def summary(values: list[float], name: str) -> dict[str, Any]:
     low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return {name: statistics.median(values), "quartiles": [low, high], "rounds": len(values)}
+    return {name: statistics.median(values), "quartiles": [low, high], "each": values}
 
 
 def serve(pipe: Any, names: list[str]) -> None:
@@ -398,7 +398,8 @@ OPERATIONS: dict[str, tuple[int, tuple[float, ...], Callable[[torch.Tensor, floa
 
 
 def errors(count: int = 16) -> dict[str, dict[str, dict[str, float]]]:
-    """Of the numba form and the DALI graph, in levels: operation -> against -> mean and max (of channels)."""
+    """Of the numba form and the DALI graph, in levels: operation -> against -> mean (of the worst channel),
+    max, bias (ours minus theirs) and the share of values that are more than 3 levels off."""
     crops = photographs(count, seed=1)
     plain = ViewSettings(mean=(0, 0, 0), std=(1, 1, 1))
     images = torch.from_numpy(crops).permute(0, 3, 1, 2)
@@ -421,17 +422,18 @@ def errors(count: int = 16) -> dict[str, dict[str, dict[str, float]]]:
             out = np.empty(crops.shape, np.float32)
             cpu.augment_into(crops, table, plain, out)
             got = torch.from_numpy(out).permute(0, 3, 1, 2) * 255
-            differences["float"].append((got - exact).abs())
-            differences["uint8"].append((got - theirs(images).float()).abs())
+            differences["float"].append(got - exact)
+            differences["uint8"].append(got - theirs(images).float())
             differences["dali"] += dali_difference(crops, table, plain, exact)
         result[name] = {
             against: {
-                "mean": max(torch.cat(found).mean((0, 2, 3)).tolist()),
-                "max": torch.cat(found).max().item(),
-                "share_above_3": (torch.cat(found) > 3).float().mean().item(),
+                "mean": max(found.abs().mean((0, 2, 3)).tolist()),
+                "max": found.abs().max().item(),
+                "bias": found.mean().item(),
+                "share_above_3": (found.abs() > 3).float().mean().item(),
             }
-            for against, found in differences.items()
-            if found
+            for against, parts in differences.items()
+            for found in ([torch.cat(parts)] if parts else [])
         }
     return result
 
@@ -467,24 +469,26 @@ def dali_difference(
     except ImportError:
         return []
     got = torch.from_numpy(dali.augment(crops, table, view)).permute(0, 3, 1, 2) * 255
-    return [(got - exact).abs()]
+    return [got - exact]
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Ours over theirs; what was not run is left out."""
-    speed = {row["form"]: row["views_per_second"] for row in rows if row["what"] == "views"}
-    path = {row["form"]: row["images_per_second"] for row in rows if row["what"] == "path"}
+    """Ours over theirs, the median over rounds, so that drift of the machine falls out; what was not run is
+    left out."""
+    each = {(row["what"], row["form"]): row["each"] for row in rows if row["what"] != "gpu"}
+
+    def over(what: str, mine: str, theirs: str) -> float:
+        return statistics.median(a / b for a, b in zip(each[what, mine], each[what, theirs]))
+
     found = {}
-    if "numba" in speed:
-        peers = [speed[name] for name in PEERS if name in speed]
-        over = {"torchvision": "torchvision-pil", "kornia": "kornia"}
-        found = {
-            f"views_over_{name}": speed["numba"] / speed[form] for name, form in over.items() if form in speed
-        }
+    if ("views", "numba") in each:
+        peers = {name: over("views", "numba", name) for name in PEERS if ("views", name) in each}
+        named = {"torchvision": "torchvision-pil", "kornia": "kornia"}
+        found = {f"views_over_{name}": peers[form] for name, form in named.items() if form in peers}
         if peers:
-            found["views_over_fastest_peer"] = speed["numba"] / max(peers)
-    if path:
-        found["path_over_torchvision"] = path["ours"] / path["torchvision"]
+            found["views_over_fastest_peer"] = min(peers.values())
+    if ("path", "ours") in each:
+        found["path_over_torchvision"] = over("path", "ours", "torchvision")
     return found
 
 
@@ -506,6 +510,10 @@ def show(result: dict[str, Any]) -> None:
         cells = (against.get(key) for key in ("float", "uint8", "dali"))
         text = (f"{c['mean']:8.3f}{c['max']:8.2f}" if c else f"{'-':>16}" for c in cells)
         print(f"{name:28}" + "".join(text))
+    chain = result["errors"]["chain"]["uint8"]
+    print(
+        f"chain, uint8: bias {chain['bias']:.2f}, {100 * chain['share_above_3']:.1f} % more than 3 levels off"
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,23 @@
-"""What does the latent's code cost or gain? Latent models against deterministic controls, paired by seed.
+"""Is the latent's code worth its bits? Latent models against deterministic controls, paired by seed.
 
-    python -m benchmarks.latents --preset fashion-mnist --train train.beton --test test.beton --json FILE
+    python -m benchmarks.latents --json docs/latents.json             hours on two cores: see --help for parts
 
 Every arm is pretrained with the same settings, steps, order and augmentation but for its family; each seed
-gives one paired difference. Codes have one bit a feature (256 with the small backbone):
+gives one paired difference. Arms:
 
-    none        plain SimCLR; its code is the sign bits of its features about their training mean
-    sign        the same with its sign bits decorrelated: the fair control
-    bernoulli   the latent-variable model
+    none        plain SimCLR; its codes are the equal-bit controls made from its features
+    sign        the fair control: the same with its sign bits decorrelated, and no latent
+    bernoulli   the latent-variable model, with a code of 64, 256 or 2,048 bits
 
-Runs are folders below --out; what is finished there is not trained again. Accuracies in percent: linear
-probe, cosine kNN on features, Hamming kNN on codes (k = 20, T = 0.07).
+Controls at b bits, of the features of `none` and of `sign`, fitted on the training images: sign bits (of the
+first b features), PCA-sign and ITQ (both up to the features' number), random hyperplanes (LSH). `differences`
+holds, for each measure, the latent minus the best control, which is the one with the highest mean over
+the same seeds; `features_probe` compares the features themselves. Accuracies in percent: linear probe, cosine
+kNN on features, Hamming kNN on codes (k = 20, T = 0.07).
+
+Runs are folders below --out, and each finished one keeps its figures there (figures.json): a command that was
+killed goes on, parts may run at once (--data, --arms, --bits, --seeds), and the JSON holds all that is
+finished below --out for the data sets named.
 """
 
 import argparse
@@ -18,97 +25,249 @@ import dataclasses
 import json
 import statistics
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lvssl.cli import guarded
-from lvssl.config import preset
-from lvssl.evaluation.embedding import embed
-from lvssl.evaluation.evaluate import measure
+from lvssl.codes.controls import fit_itq, fit_lsh, fit_pca, fit_sign
+from lvssl.codes.pack import pack_bits, unpack_bits
+from lvssl.config import PretrainSettings, preset
+from lvssl.demo import DEBIAN_FASHION_MNIST
+from lvssl.evaluation.embedding import Embedding, embed
+from lvssl.evaluation.knn import hamming_knn, weighted_knn
+from lvssl.evaluation.probe import linear_probe
+from lvssl.models.backbone import feature_dim
 from lvssl.training.checkpoint import write_atomically
 from lvssl.training.pretrain import pretrain
 from lvssl.training.run import load_run, versions
+from pipelines.convert.conversion import Settings as ConvertSettings
+from pipelines.convert.conversion import convert
+from pipelines.errors import InputError
 from pipelines.sources import open_source
 
-MEASURES = ("linear", "knn", "code_linear", "code_knn")
+DATA = {
+    "fashion-mnist": "fashion-mnist",
+    "cifar10-jpeg": "cifar10-small",
+    "digits": "digits",
+}  # preset of each
+ARMS = ("none", "sign", "bernoulli")
+CONTROLS = ("none", "sign")
+FIGURES = "figures.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One pretraining. Controls have no `bits` of their own: every length is made from their features."""
+
+    data: str
+    arm: str
+    bits: int | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}-{self.arm}{self.bits or ''}-s{self.seed}"
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--preset", default="fashion-mnist")
-    parser.add_argument("--train", type=Path, required=True, help="training images, a beton")
-    parser.add_argument("--test", type=Path, required=True, help="test images, a beton")
-    parser.add_argument("--arms", nargs="+", default=["none", "sign", "bernoulli"], help="families")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: all cores")
-    parser.add_argument("--out", type=Path, default=Path("runs/latents"))
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    options = parser.parse_args(arguments)
-
-    rows = [figures(options, arm, seed) for seed in options.seeds for arm in options.arms]
-    compared = [arm for arm in options.arms if arm != "none"]
-    differences = [paired(rows, arm, control) for arm in compared for control in ("none", "sign")]
-    result = {
-        "command": "python -m benchmarks.latents " + " ".join(arguments),
-        "versions": versions(),
-        "rows": rows,
-        "differences": [d for d in differences if d],
-    }
-    show(result)
+    options = parsed(arguments)
+    for job in jobs(options):
+        row = figures(options, job)
+        print(f"{job.name}: {json.dumps(row)}", file=sys.stderr, flush=True)
+    sets = {name: compared(finished(options.out, name)) for name in options.data}
+    for name, result in sets.items():
+        show(name, result)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
+        command = "python -m benchmarks.latents " + " ".join(arguments)
+        result = {"command": command, "versions": versions(), "data": sets}
         write_atomically(options.json, json.dumps(result, indent=1).encode())
 
 
-def figures(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
-    """One run, trained if need be, and what it reaches."""
-    base = preset(options.preset)
-    folder = options.out / f"{options.preset}-{arm}-s{seed}"
-    latent = dataclasses.replace(base.latent, family=arm)
-    settings = dataclasses.replace(
-        base, data=options.train, out=folder, seed=seed, latent=latent, threads=options.threads
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    pretrain(settings, resume=True)
+    parser.add_argument("--data", nargs="+", choices=list(DATA), default=["fashion-mnist", "cifar10-jpeg"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--bits", type=int, nargs="+", default=[256, 64, 2048], help="of the codes")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--images", type=int, default=10_000, help="training images")
+    parser.add_argument("--epochs", type=int, default=0, help="of each run; 0: the preset's")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; 0: all cores")
+    parser.add_argument("--workers", type=int, default=1, help="threads that decode")
+    parser.add_argument("--cifar10", default="../shared/data/cifar10-jpeg", help="what convert-beton takes")
+    parser.add_argument("--out", type=Path, default=Path("runs/latents"), help="where the runs go")
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    return parser.parse_args(arguments)
+
+
+def jobs(options: argparse.Namespace) -> Iterator[Job]:
+    """Seed by seed, so that a comparison stands early and gains seeds with time."""
+    for seed in options.seeds:
+        for data in options.data:
+            for arm in options.arms:
+                for bits in [None] if arm in CONTROLS else options.bits:
+                    yield Job(data, arm, bits, seed)
+
+
+def figures(options: argparse.Namespace, job: Job) -> dict[str, Any]:
+    """What one run reaches; it is trained and measured unless that is done."""
+    folder = options.out / job.name
+    kept = folder / FIGURES
+    protocol = {"images": options.images, "epochs": options.epochs or preset(DATA[job.data]).epochs}
+    row = (
+        json.loads(kept.read_text()) if kept.exists() else dataclasses.asdict(job) | protocol | {"codes": {}}
+    )
+    if any(row[name] != value for name, value in protocol.items()):
+        raise InputError(f"{folder} holds a run of other --images or --epochs; choose another --out")
+    wanted = [str(bits) for bits in ([job.bits] if job.bits else options.bits)]
+    missing = [bits for bits in wanted if bits not in row["codes"]]
+    if not missing:
+        return row
+    train, test = (converted(options, job.data, split) for split in ("train", "test"))
+    pretrain(settings_of(options, job, train, folder), resume=True)
     run = load_run(folder)
-    train, test = (embed(run.network, open_source(path), base.view) for path in (options.train, options.test))
-    found, _ = measure(train, test, stochastic=run.network.family.stochastic)
-    row = {"arm": arm, "seed": seed, "linear": found["linear"], "knn": found["knn"], "bits": found["bits"]}
-    row["code_linear"] = found.get("code_linear", found.get("sign_linear"))
-    row["code_knn"] = found.get("hamming_knn", found.get("sign_hamming_knn"))
-    row["rate_bits"] = test.rate_bits
-    print(json.dumps(row), file=sys.stderr, flush=True)
+    sets = [
+        embed(run.network, open_source(path), run.settings.view, options.workers) for path in (train, test)
+    ]
+    row["checkpoint"], row["train"], row["test"] = run.digest, len(sets[0].labels), len(sets[1].labels)
+    row["width"] = sets[0].features.shape[1]
+    row["features"] = accuracies(tuple(s.features for s in sets), sets)
+    for bits in missing:
+        made = own_code(*sets) if job.bits else controls(int(bits), *sets)
+        row["codes"][bits] = {name: accuracies(pair, sets) for name, pair in made.items()}
+    if job.bits:
+        row["rate_bits"] = sets[1].rate_bits
+    write_atomically(kept, json.dumps(row, indent=1).encode())
     return row
 
 
-def paired(rows: list[dict[str, Any]], arm: str, control: str) -> dict[str, Any] | None:
-    """Mean and standard error over seeds of arm - control, in points."""
-    of = {(row["arm"], row["seed"]): row for row in rows}
-    seeds = [seed for name, seed in of if name == arm and (control, seed) in of]
-    if arm == control or not seeds:
+def settings_of(options: argparse.Namespace, job: Job, train: Path, folder: Path) -> PretrainSettings:
+    base = preset(DATA[job.data])
+    dim = job.bits if job.bits and job.bits != feature_dim(base.model.backbone) else 0
+    return dataclasses.replace(
+        base,
+        data=train,
+        out=folder,
+        seed=job.seed,
+        epochs=options.epochs or base.epochs,
+        threads=options.threads,
+        workers=options.workers,
+        latent=dataclasses.replace(base.latent, family=job.arm, dim=dim),
+    )
+
+
+def converted(options: argparse.Namespace, data: str, split: str) -> Path:
+    """The beton of a split, converted unless that is done."""
+    out = options.out / "data" / f"{data}-{split}{options.images if split == 'train' else ''}.beton"
+    if not out.exists():
+        source = {"cifar10-jpeg": options.cifar10, "digits": "sklearn:digits"}.get(data)
+        if source is None:
+            debian = DEBIAN_FASHION_MNIST.is_dir()
+            source = str(DEBIAN_FASHION_MNIST) if debian else "torchvision:FashionMNIST"
+        subset = options.images if split == "train" and data != "digits" else None
+        convert(source, out, ConvertSettings(subset=subset), split=split, root=options.out / "downloads")
+    return out
+
+
+def own_code(train: Embedding, test: Embedding) -> dict[str, tuple[np.ndarray, ...]]:
+    return {"code": tuple(unpack_bits(s.codes, s.bits) for s in (train, test))}
+
+
+def controls(bits: int, train: Embedding, test: Embedding) -> dict[str, tuple[np.ndarray, ...]]:
+    """Every control's bits, fitted on the training features; the bound by the features leaves some out."""
+    most = train.features.shape[1]
+    fits = {"sign": fit_sign, "pca_sign": fit_pca, "itq": fit_itq} if bits <= most else {}
+    coders = {name: fit(train.features, bits) for name, fit in (fits | {"lsh": fit_lsh}).items()}
+    return {
+        name: tuple(unpack_bits(coder.encode(s.features), bits) for s in (train, test))
+        for name, coder in coders.items()
+    }
+
+
+def accuracies(pair: tuple[np.ndarray, ...], sets: Sequence[Embedding]) -> dict[str, float]:
+    """probe: linear; knn: cosine on float32 features, Hamming on bits, bool or uint8 [N, b]."""
+    (train_x, test_x), (train, test) = pair, sets
+    if train_x.dtype != np.float32:
+        packed = pack_bits(train_x), pack_bits(test_x)
+        knn = hamming_knn(packed[0], train.labels, packed[1], test.labels, train_x.shape[1])
+        train_x, test_x = train_x.astype(np.float32), test_x.astype(np.float32)
+    else:
+        knn = weighted_knn(train_x, train.labels, test_x, test.labels)
+    return {"probe": linear_probe(train_x, train.labels, test_x, test.labels).accuracy, "knn": knn}
+
+
+def finished(out: Path, data: str) -> list[dict[str, Any]]:
+    """The figures of every finished run of that data set."""
+    return [json.loads(path.read_text()) for path in sorted(out.glob(f"{data}-*/{FIGURES}"))]
+
+
+def compared(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows, and the latent minus the best control, for the features and each length of code."""
+    lengths = sorted({row["bits"] for row in rows if row["bits"]})
+    wanted = [("features_probe", None, "probe")]
+    wanted += [(f"code{bits}_{what}", bits, what) for bits in lengths for what in ("knn", "probe")]
+    found = {name: difference(*by_seed(rows, bits, what)) for name, bits, what in wanted}
+    return {"rows": rows, "differences": {name: d for name, d in found.items() if d}}
+
+
+Seeds = dict[int, float]  # seed -> percent
+
+
+def by_seed(rows: list[dict[str, Any]], bits: int | None, what: str) -> tuple[Seeds, dict[str, Seeds]]:
+    """The latent's figures, and each control's, of codes of that length; None: of the features.
+
+    The features of a latent with one bit a feature are compared, for no layer stands between them and it.
+    """
+    latent: Seeds = {}
+    against: dict[str, Seeds] = {}
+    for row in rows:
+        found = row["codes"].get(str(bits), {}) if bits else {"features": row["features"]}
+        if row["arm"] in CONTROLS:
+            for method, figures in found.items():
+                against.setdefault(f"{row['arm']}, {method}", {})[row["seed"]] = figures[what]
+        elif found and (bits or row["bits"] == row["width"]):
+            latent[row["seed"]] = next(iter(found.values()))[what]
+    return latent, against
+
+
+def difference(latent: Seeds, against: dict[str, Seeds]) -> dict[str, Any] | None:
+    """Mean and standard error over seeds, in points, of the latent minus the best control.
+
+    The best is the one of the highest mean over the seeds that it shares with the latent, among those that
+    share the most: the best of each seed would be chosen on the test set's noise.
+    """
+    shared = {name: sorted(set(latent) & set(seeds)) for name, seeds in against.items()}
+    most = max(map(len, shared.values()), default=0)
+    if not most:
         return None
-    result: dict[str, Any] = {"arm": arm, "control": control, "seeds": seeds}
-    for name in MEASURES:
-        points = [of[arm, seed][name] - of[control, seed][name] for seed in seeds]
-        error = statistics.stdev(points) / len(points) ** 0.5 if len(points) > 1 else None
-        result[name] = {"mean": statistics.mean(points), "standard_error": error, "each": points}
-    return result
+    complete = {name: seeds for name, seeds in shared.items() if len(seeds) == most}
+    control = max(complete, key=lambda name: statistics.mean(against[name][seed] for seed in complete[name]))
+    each = [round(latent[seed] - against[control][seed], 4) for seed in complete[control]]
+    error = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else None
+    return {
+        "mean": statistics.mean(each),
+        "standard_error": error,
+        "seeds": complete[control],
+        "each": each,
+        "control": control,
+    }
 
 
-def show(result: dict[str, Any]) -> None:
-    print(f"{'arm':12}{'seed':>5}{'bits':>6}" + "".join(f"{name:>13}" for name in MEASURES))
+def show(data: str, result: dict[str, Any]) -> None:
+    print(f"\n{data:40}{'code':>10}{'bits':>6}{'seed':>6}{'probe':>8}{'kNN':>8}")
     for row in result["rows"]:
-        print(
-            f"{row['arm']:12}{row['seed']:5}{row['bits']:6}"
-            + "".join(f"{row[name]:13.1f}" for name in MEASURES)
-        )
-    for d in result["differences"]:
-        print(f"\n{d['arm']} - {d['control']}, points over seeds {d['seeds']}:")
-        for name in MEASURES:
-            error = d[name]["standard_error"]
-            spread = f" +- {error:.2f}" if error is not None else ""
-            print(f"  {name:12}{d[name]['mean']:+.2f}{spread}")
+        lines = [("features", "", row["features"])]
+        lines += [(method, bits, f) for bits, made in row["codes"].items() for method, f in made.items()]
+        for method, bits, f in lines:
+            print(f"{row['arm']:40}{method:>10}{bits:>6}{row['seed']:6}{f['probe']:8.2f}{f['knn']:8.2f}")
+    for name, d in result["differences"].items():
+        spread = f" +- {d['standard_error']:.2f}" if d["standard_error"] is not None else ""
+        print(f"{name:16}{d['mean']:+6.2f}{spread} against {d['control']}, seeds {d['seeds']}")
 
 
 if __name__ == "__main__":

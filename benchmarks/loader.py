@@ -7,6 +7,7 @@ Everyone gets the same JPEG bytes: the sample's 1,000 images at max_resolution 4
 or processes: random resized crops of 224 px, flips, uint8 in memory. Rounds go through all contenders in
 turn; a ratio is the median of the rounds' ratios. Set-up, compilation and the first epoch are not timed.
 `cpu_ratios` compare processor time instead of the clock's, which says more on a machine that isn't idle.
+`first_batch` is how long, after the imports, a second process waits for its first batch: compilation.
 
     two_views            this loader over the beton: one decode, two anti-aliased crops
     two_views_folder     this loader over the files
@@ -23,10 +24,12 @@ import argparse
 import ctypes
 import ctypes.util
 import importlib
+import importlib.util
 import json
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import tarfile
 import time
@@ -91,6 +94,7 @@ def main(arguments: list[str]) -> None:
         "absent": absent,
         "ratios": ratios(seconds),
         "cpu_ratios": ratios({name: each for name, each in cpu.items() if name != "torchvision"}),
+        "first_batch": {name: first_batch(name, beton) for name in ("augmented", "ffcv_one_view")},
         "profile_ms": profile(FFCVSource(beton)),
     }
     show(result)
@@ -189,6 +193,11 @@ def decode_only(source: FFCVSource, workers: int) -> Epoch:
 
 
 def stock_ffcv(beton: Path, workers: int, batch: int, views: int) -> Epoch:
+    loader = ffcv_loader(beton, workers, batch, views)
+    return lambda: count(len(batch[0]) for batch in loader)
+
+
+def ffcv_loader(beton: Path, workers: int, batch: int, views: int) -> Any:
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.pipeline import PipelineSpec
@@ -199,11 +208,10 @@ def stock_ffcv(beton: Path, workers: int, batch: int, views: int) -> Epoch:
         pipelines["image" if view == 0 else f"image{view}"] = PipelineSpec(
             "image", RandomResizedCropRGBImageDecoder((SIDE, SIDE)), [RandomHorizontalFlip(), ToTensor()]
         )
-    loader = Loader(
+    return Loader(
         str(beton), batch_size=batch, num_workers=workers, order=OrderOption.RANDOM, os_cache=True,
         drop_last=True, pipelines=pipelines,
     )  # fmt: skip
-    return lambda: count(len(batch[0]) for batch in loader)
 
 
 def dali(files: Path, workers: int, batch: int, decode_twice: bool) -> Epoch:
@@ -281,6 +289,35 @@ def row(name: str, seconds: list[float], cpu: list[float], workers: int) -> dict
         "views": VIEWS.get(name, 2),
         "decodes_per_image": DECODES.get(name, 1),
     }
+
+
+FIRST_BATCH = """if True:
+    import sys, time
+    from pathlib import Path
+    from benchmarks.loader import SIDE, FFCVSource, TwoViewLoader, ViewSettings, ffcv_loader
+    name, beton = sys.argv[1], Path(sys.argv[2])
+    if name == "ffcv_one_view":
+        import ffcv.fields.decoders, ffcv.loader, ffcv.transforms
+    started, spent = time.perf_counter(), time.process_time()
+    if name == "ffcv_one_view":
+        next(iter(ffcv_loader(beton, 2, 50, 1)))
+    else:
+        next(iter(TwoViewLoader(FFCVSource(beton), ViewSettings(resolution=SIDE), 50)))
+    print(time.perf_counter() - started, time.process_time() - spent, flush=True)
+    import os
+    os._exit(0)
+"""
+
+
+def first_batch(name: str, beton: Path) -> dict[str, float] | None:
+    """Seconds from the imports' end to the first batch of 50, in the second of two processes."""
+    if name == "ffcv_one_view" and importlib.util.find_spec("ffcv") is None:
+        return None
+    command = [sys.executable, "-c", FIRST_BATCH, name, str(beton)]
+    for _ in range(2):
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    seconds, processor = map(float, said.split())
+    return {"seconds": seconds, "processor_seconds": processor}
 
 
 def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
@@ -369,6 +406,9 @@ def show(result: dict[str, Any]) -> None:
     for name, value in result["ratios"].items():
         cpu = result["cpu_ratios"].get(name)
         print(f"{name:32}{value:6.2f}" + (f"   (processor time {cpu:.2f})" if cpu else ""))
+    for name, first in result["first_batch"].items():
+        if first:
+            print(f"{name:20}first batch of a second process after {first['seconds']:.2f} s")
     print("\nms an image, one thread")
     for name, value in result["profile_ms"].items():
         print(f"{name:32}{value:6.3f}")

@@ -226,15 +226,23 @@ def report(arguments: list[str]) -> None:
 def presets(arguments: list[str]) -> None:
     import json
 
-    from lvssl.config import PRESETS, preset, to_dict
+    from lvssl.presets import difference_of, listing, settings_of
 
-    for name in arguments:
-        print(json.dumps(to_dict(preset(name)), indent=2))
-    if not arguments:
-        for name, settings in PRESETS.items():
-            size = f"{settings.view.resolution} px"
-            print(f"{name:16} {settings.model.backbone:9} {size:>7} {settings.epochs:4} epochs")
-        print("\n`lvssl presets NAME` prints every setting of one.")
+    if len(arguments) == 2:
+        print(difference_of(*arguments))
+    elif arguments:
+        for name in arguments:
+            print(json.dumps(settings_of(name), indent=2))
+    else:
+        print(listing())
+        print("\n`lvssl presets NAME` prints every setting of one, `lvssl presets A B` what tells two apart.")
+
+
+def export(arguments: list[str]) -> None:
+    from lvssl.export import ExportSettings
+    from lvssl.export import export as run
+
+    print(f"written: {run(parse(ExportSettings, arguments, 'export'))}")
 
 
 def doctor(arguments: list[str]) -> int:
@@ -394,7 +402,8 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "encode": ("write packed codes of a folder or beton", encode),
     "search": ("find the nearest images of queries by Hamming distance", search),
     "report": ("one HTML page of a run", report),
-    "presets": ("list the presets, or print one", presets),
+    "export": ("the encoder for torchvision, timm, torch.hub and ONNX", export),
+    "presets": ("list the presets, print one, or compare two", presets),
     "plan": ("memory of a batch on each GPU, and the largest that fits", plan),
     "launch": ("submit a chain of stages to Slurm, or run it here", launch),
     "status": ("how a chain stands", status),

@@ -361,7 +361,27 @@ PRESETS: dict[str, PretrainSettings] = {
 PRESETS["cifar10-r18"] = dataclasses.replace(
     PRESETS["cifar10-small"], epochs=200, model=ModelSettings(backbone="resnet18", hidden=512)
 )
+PRESETS["cifar10-r50"] = dataclasses.replace(
+    PRESETS["cifar10-r18"],
+    epochs=1000,
+    batch_size=1024,
+    temperature=0.5,  # the best of 0.1, 0.5 and 1 at all batch sizes
+    model=ModelSettings(hidden=2048),
+    optimiser=OptimiserSettings(
+        optimiser="lars", lr=1.0, lr_rule="linear", weight_decay=1e-6, warmup_epochs=10
+    ),
+    view=dataclasses.replace(PRESETS["cifar10-r18"].view, scale=(0.08, 1.0)),
+)
 PRESETS["folder-r50"] = PretrainSettings()  # 224 px, the published augmentation
+for epochs in (100, 200, 800):
+    PRESETS[f"imagenet-r50-{epochs}ep"] = PretrainSettings(
+        epochs=epochs,
+        batch_size=4096,  # 512 a GPU on eight; --chunk fits it on fewer
+        optimiser=OptimiserSettings(  # AdamW's and SGD's steps don't survive batches of thousands
+            optimiser="lars", lr=0.3, lr_rule="linear", weight_decay=1e-6, warmup_epochs=10
+        ),
+        workers=12,
+    )
 PRESETS = {name: dataclasses.replace(settings, preset=name) for name, settings in PRESETS.items()}
 
 

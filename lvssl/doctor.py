@@ -5,10 +5,8 @@ whatever reason, is one line of the answer and not the end of it. Where the comm
 `python -m lvssl.doctor` still does.
 """
 
-import ctypes
 import importlib
 import importlib.metadata as metadata
-import importlib.util
 import io
 import os
 import shutil
@@ -74,6 +72,7 @@ def check(run: Path | None = None) -> list[Check]:
         check_torch,
         check_cores,  # before FFCV's package: importing it sets torch to one thread
         *(lambda name=name: check_package(name) for name in PACKAGES),
+        check_libjpeg_turbo,
         check_ffcv,
         lambda: check_headers("libturbojpeg", "libturbojpeg0-dev"),
         lambda: check_headers("opencv4", "libopencv-dev"),
@@ -185,53 +184,45 @@ def check_torch() -> Check:
     return Check("torch", OK, f"{base.found}, CUDA {torch.version.cuda}, {kinds}")
 
 
-def check_ffcv() -> Check:
-    """Its compiled decoder, all that `pipelines` uses, decodes a JPEG as Pillow does; then the package.
-
-    The package is optional: it imports OpenCV's Python package, and with that needs more system libraries.
-    """
-    command = (
-        f"{apt_install('libturbojpeg0-dev libopencv-dev pkg-config g++')} && {pip_install('lvssl[ffcv]')}"
-    )
+def check_libjpeg_turbo() -> Check:
+    """The library that every JPEG of a .beton is decoded by: it decodes one as Pillow does."""
     try:
-        failure = decoder_failure()
+        found, failure = decoder()
     except Exception as error:
-        failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        found, failure = "", f"{type(error).__name__}: {error}".splitlines()[0]
     if failure:
-        without = (
-            "no .beton can be read, so nothing can be trained; conversion, latents, losses and codes work"
-        )
-        return Check("ffcv", REQUIRED, failure, without, command)
-    module, failure = load("ffcv")
-    if module is None:
-        without = "converting and training work; FFCV's own writer and loader don't"
-        return Check("ffcv", ABSENT, f"its decoder works, the package doesn't: {failure}", without, command)
-    return Check("ffcv", OK, version("ffcv"))
+        without = "no .beton can be read; a folder of images trains (--source folder), decoded by Pillow"
+        return Check("libjpeg-turbo", REQUIRED, failure, without, apt_install("libturbojpeg0"))
+    return Check("libjpeg-turbo", OK, found)
 
 
-def decoder_failure() -> str:
-    """Why FFCV's compiled decoder can't be used; empty if it can. May raise what loading a library raises."""
+def decoder() -> tuple[str, str]:
+    """(the library's file, why it can't be used or nothing). May raise what loading a library raises."""
     import numpy as np
     from PIL import Image
 
-    spec = importlib.util.find_spec("ffcv")
-    if spec is None or spec.origin is None:
-        return "not installed"
-    libraries = sorted(Path(spec.origin).parent.glob("_libffcv*.so"))
-    if not libraries:
-        return f"no compiled _libffcv*.so in {Path(spec.origin).parent}"
+    from pipelines.convert import jpeg
+
+    if jpeg.library() != "libturbojpeg":
+        return "", "no libturbojpeg.so.0 that loads"
     file = io.BytesIO()
     Image.new("RGB", (16, 16), (200, 100, 50)).save(file, "JPEG", quality=95)
-    jpeg = file.getvalue()
-    image = np.zeros((16, 16, 3), np.uint8)
-    u32, u64, pointer, boolean = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_bool
-    imdecode = ctypes.CDLL(str(libraries[0])).imdecode
-    imdecode.argtypes = [pointer, u64, u32, u32, pointer, u32, u32, u32, u32, u32, u32, boolean, boolean]
-    code = imdecode(jpeg, len(jpeg), 16, 16, image.ctypes.data, 16, 16, 0, 0, 1, 1, False, False)
-    truth = np.asarray(Image.open(file))
-    if code != 0 or abs(image.astype(int) - truth).max() > 4:
-        return f"{version('ffcv')}: {libraries[0]} decodes JPEGs wrongly"
-    return ""
+    pixels = jpeg.decode(file.getvalue(), jpeg.read_header(file.getvalue()))
+    if np.abs(pixels.astype(int) - np.asarray(Image.open(file))).max() > 4:
+        return "", "libturbojpeg.so.0 decodes JPEGs wrongly"
+    return "libturbojpeg.so.0", ""
+
+
+def check_ffcv() -> Check:
+    """Optional: `pipelines` reads and writes its files itself; its own loader is a peer in the benchmarks."""
+    module, failure = load("ffcv")
+    if module is not None:
+        return Check("ffcv", OK, version("ffcv"))
+    command = (
+        f"{apt_install('libturbojpeg0-dev libopencv-dev pkg-config g++')} && {pip_install('lvssl[ffcv]')}"
+    )
+    without = "converting and training work; FFCV's own loader, for benchmarks beside it, doesn't"
+    return Check("ffcv", ABSENT, failure, without, command)
 
 
 def check_triton() -> Check:
@@ -262,7 +253,7 @@ def check_dali() -> Check:
         "DALI",
         ABSENT,
         failure,
-        "all but reading with DALI works; FFCV reads .beton",
+        "all but --source dali works",
         pip_install(f"lvssl[{extra}]"),
     )
 

@@ -34,8 +34,9 @@ class ViewBatch:
     """Two views of B images.
 
     Attributes:
-        views: float32 [V, B, 3, R, R], normalised, V = 2 unless the loader was told otherwise; each view is
-            channels-last in memory. Its memory is used again when no tensor shares it any more.
+        views: [V, B, 3, R, R], normalised, V = 2 unless the loader was told otherwise; each view is
+            channels-last in memory. float32, or what the augmenter gives. Its memory is used again when no
+            tensor shares it any more.
         labels: int64 [B].
         indices: int64 [B], positions in the data set.
         parameters: float32 [B, V, P], see `pipelines.parameters.COLUMNS`.
@@ -79,10 +80,11 @@ class TwoViewLoader:
         crops_only: views are uint8 crops, mirrored as their parameters say, for an augmentation of one's own;
             the two views of an image lie side by side in memory.
         augmenter: None augments in the workers, on the CPU. Otherwise it is called with crops uint8
-            [2B, R, R, 3], parameters [2B, P] and `view` where the batch is to be used, and gives float32
-            [2B, 3, R, R]; `pipelines.augment.reference.augment` is one.
+            [2B, R, R, 3], parameters [2B, P] and `view` where the batch is to be used, and gives
+            [2B, 3, R, R], in the dtype of the training (see `pipelines.augment.augmenter_for`).
         views: of each image; 1, for training with labels, gives the first of the two.
-        device: where batches come out. On a GPU they are copied by a stream of their own, one ahead.
+        device: where batches come out. On a GPU they are copied, and augmented, on a stream of their own, one
+            ahead of the batch in use; nothing waits for the host.
 
     Raises:
         InputError: the batch is larger than the data, or not divisible by the ranks; unknown order.

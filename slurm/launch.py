@@ -17,7 +17,7 @@ from pipelines.errors import InputError
 from slurm import scheduler
 from slurm.job import Job
 from slurm.pipeline import ClusterSettings, Pipeline, Starts, read_pipeline
-from slurm.records import claimed, read_jobs, read_record, stands, write_json
+from slurm.records import claimed, read_jobs, read_json, read_record, stands, write_json
 from slurm.snapshot import snapshot
 from slurm.stages import Stage, Task, build_stages
 
@@ -66,10 +66,18 @@ def launch(
         print(describe(pipeline, stages, plan(pipeline.out, stages), cluster, parameters))
         return 0
     with claimed(pipeline.out):
+        write_json(pipeline.out / "launch.json", {"preset": preset})
         works = plan(pipeline.out, stages)
         if cluster == "slurm":
             return submit_chain(pipeline, works)
         return run_here(pipeline, works, cluster)
+
+
+def as_launched(file: Path, starts: Starts) -> tuple[Pipeline, str | None]:
+    """The pipeline with the --preset of its last launch, and that."""
+    pipeline = read_pipeline(file, starts)
+    preset = read_json(pipeline.out / "launch.json").get("preset")
+    return (read_pipeline(file, starts, preset) if preset else pipeline), preset
 
 
 def plan(out: Path, stages: list[Stage]) -> list[Work]:
@@ -157,7 +165,7 @@ def setup_lines(cluster: ClusterSettings, code: Path) -> list[str]:
     lines = [f"module load {shlex.quote(module)}" for module in cluster.modules]
     lines += cluster.setup
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
-    return [*lines, f"export PYTHONPATH={shlex.quote(str(code))}"]
+    return [*lines, f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"]
 
 
 def submit_chain(pipeline: Pipeline, works: list[Work]) -> int:
@@ -268,7 +276,7 @@ def run_here(pipeline: Pipeline, works: list[Work], cluster: str) -> int:
     out = pipeline.out
     code = snapshot(out)
     os.environ.update(pipeline.local.environment)
-    os.environ["PYTHONPATH"] = str(code)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(code), os.environ.get("PYTHONPATH"))))
     os.chdir(code)
     for work in works:
         if not work.tasks:
@@ -303,8 +311,8 @@ def run_some(pipeline: Pipeline, work: Work, calls: list[Job], cluster: str) -> 
     if cluster == "debug":
         made: Any = submitit.DebugExecutor(folder)
         for job in [made.submit(call) for call in calls]:
-            with contextlib.suppress(SystemExit):  # the record says why
-                job.exception() if not sys.stdin.isatty() else job.results()
+            with contextlib.suppress(SystemExit):  # the record says why; another exception opens the debugger
+                job.results()
         return
     made = submitit.LocalExecutor(folder)
     made.update_parameters(timeout_min=A_YEAR, gpus_per_node=work.stage.cluster.gpus, stderr_to_stdout=True)

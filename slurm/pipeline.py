@@ -47,7 +47,9 @@ class ClusterSettings:
     setup: tuple[str, ...] = ()  # shell lines before the command
     environment: Mapping[str, str] = field(default_factory=dict)
     python: str = ""  # interpreter on the nodes; empty: the one that submits
-    options: Mapping[str, str] = field(default_factory=dict)  # further options of sbatch, by their long names
+    options: Mapping[str, str | int | bool] = field(
+        default_factory=dict
+    )  # more of sbatch, by their long names
     warning: int = 120  # seconds before the time limit at which the job is told to save and requeue
     concurrency: int = 8  # tasks of one stage at the same time
     crashes: int = 3  # starts anew after a crash; preemptions and time limits are not counted
@@ -322,6 +324,9 @@ class _Reader:
             raise self.wrong(f"[{where}] nodes: only pretraining spreads over nodes")
         if made.memory and not re.fullmatch(r"\d+(\.\d+)?[KMGT]?B?", made.memory):
             raise self.wrong(f'[{where}] memory: {made.memory!r} is not a size such as "64G"')
+        for name in made.environment:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name):
+                raise self.wrong(f"[{where}] environment: {name!r} can't be the name of a variable")
         if 60 * minutes <= made.warning:
             raise self.wrong(
                 f"[{where}] time: {made.time} is no longer than the warning, {made.warning} s before its end"

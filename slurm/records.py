@@ -90,9 +90,14 @@ def _fingerprint(path: Path) -> str:
 
 
 def read_jobs(out: Path) -> dict[str, dict[str, str]]:
-    """Task key -> {"job", "log"} of its latest submission."""
+    """Task key -> {"task", "job", "log", "cluster"} of its latest submission."""
+    return read_json(out / "jobs.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's content; empty if there is none."""
     try:
-        return json.loads((out / "jobs.json").read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
 

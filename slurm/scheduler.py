@@ -1,5 +1,6 @@
 """What is asked of Slurm and told to it, through its commands."""
 
+import getpass
 import os
 import re
 import shutil
@@ -50,7 +51,7 @@ def check_cluster(table: str, cluster: ClusterSettings) -> None:
         )
     mine = [row for row in rows if row[0].rstrip("*") == name]
     limit = mine[0][1]
-    if limit != "infinite" and cluster.minutes > minutes_of(limit):
+    if limit[:1].isdigit() and cluster.minutes > minutes_of(limit):
         raise InputError(f"[{table}] time: {cluster.time} is longer than partition {name} allows ({limit})")
     if cluster.gpus and not any("gpu" in row[3] for row in mine):
         raise InputError(f"[{table}] gpus: partition {name} has none")
@@ -73,12 +74,14 @@ def states(jobs: set[str]) -> dict[str, tuple[str, str]]:
     if not jobs or shutil.which("squeue") is None:
         return {}
     try:
-        lines = ask("squeue", "-h", "-r", "-a", "-t", "all", "-o", "%i|%T|%r|%A").splitlines()
+        lines = ask(
+            "squeue", "-h", "-r", "-a", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T|%r"
+        ).splitlines()
     except InputError:
         return {}
     found = {}
     for line in lines:
-        job, state, reason, _ = line.split("|")
+        job, state, reason = line.split("|")
         if job in jobs:
             found[job] = (state, reason)
     return found
@@ -97,7 +100,7 @@ def accounted(jobs: set[str]) -> dict[str, str]:
 
 
 def alive(job: str, host: str = "") -> bool:
-    """Whether a job is queued or runs: a Slurm job, or a process of this machine ("local-PID")."""
+    """Whether a job is queued or runs: a Slurm job, or submitit's process on this machine."""
     if job.startswith("DEBUG") or not job:
         return False
     state = states({job}).get(job)

@@ -9,7 +9,7 @@ from typing import Any
 from pipelines.convert.estimate import time_text
 from pipelines.errors import InputError
 from slurm import scheduler
-from slurm.launch import is_busy, launch
+from slurm.launch import as_launched, is_busy, launch
 from slurm.pipeline import Pipeline, Starts, read_pipeline
 from slurm.records import claimed, last_error, read_jobs, read_record, stands
 from slurm.stages import Stage, Task, build_stages
@@ -34,7 +34,7 @@ class Standing:
 
 def status(file: Path, starts: Starts) -> str:
     """A table of the chain, and below it the last error line of each task that failed."""
-    pipeline = read_pipeline(file, starts)
+    pipeline, _ = as_launched(file, starts)
     stages = build_stages(pipeline)
     by_stage = standings(pipeline.out, stages)
     rows = [list(COLUMNS)]
@@ -216,7 +216,7 @@ def retry(stage: str, file: Path, starts: Starts, cluster: str = "slurm") -> int
     Raises:
         InputError: no such stage, or nothing of it to do again.
     """
-    pipeline = read_pipeline(file, starts)
+    pipeline, preset = as_launched(file, starts)
     stages = {each.name: each for each in build_stages(pipeline)}
     if stage not in stages:
         raise InputError(f"no stage {stage!r} in {file}; its stages: {', '.join(stages)}")
@@ -225,4 +225,4 @@ def retry(stage: str, file: Path, starts: Starts, cluster: str = "slurm") -> int
         raise InputError(
             f"{stage}: its result stands; to make it anew, remove {stages[stage].tasks[0].outputs[0]}"
         )
-    return launch(file, starts, cluster=cluster)
+    return launch(file, starts, preset, cluster)

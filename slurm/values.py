@@ -55,7 +55,7 @@ def fits(value: Any, hint: Any) -> bool:
         return ok and all(fits(v, arguments[0 if Ellipsis in arguments else i]) for i, v in enumerate(value))
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return (
-            isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+            isinstance(value, dict) and all(fits(v, arguments[1]) for v in value.values())
             if arguments
             else isinstance(value, dict)
         )

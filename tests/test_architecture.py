@@ -5,10 +5,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-FLOOR_1 = ("pipelines", "lvssl.latents", "lvssl.losses", "lvssl.codes", "lvssl.config", "lvssl.stages")
+FLOOR_1 = (
+    "pipelines",
+    "lvssl.latents",
+    "lvssl.losses",
+    "lvssl.codes",
+    "lvssl.config",
+    "lvssl.stages",
+    "lvssl.presets",
+)
 FLOOR_2 = ("lvssl.models",)
 FLOOR_3 = ("lvssl.training",)
-FLOOR_4 = ("lvssl.evaluation", "lvssl.report", "lvssl.plan")
+FLOOR_4 = ("lvssl.evaluation", "lvssl.report", "lvssl.plan", "lvssl.export")
 FLOOR_5 = ("lvssl.cli", "lvssl.demo", "lvssl.doctor")
 
 # Each room and the rooms it may rest on. A room that is not named here is refused: give it a floor first.
@@ -20,12 +28,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "lvssl.codes": (),
     "lvssl.config": ("pipelines", "lvssl.latents"),
     "lvssl.stages": ("lvssl.config", "pipelines"),
+    "lvssl.presets": ("lvssl.config", "lvssl.stages"),
     "lvssl.models": FLOOR_1,
     "tools": ("pipelines",),
     "slurm": FLOOR_1,
     "lvssl.training": FLOOR_1 + FLOOR_2,
     "lvssl.evaluation": FLOOR_1 + FLOOR_2 + FLOOR_3,
     "lvssl.report": FLOOR_1 + FLOOR_2 + FLOOR_3,
+    "lvssl.export": FLOOR_1 + FLOOR_2 + FLOOR_3,
     "lvssl.plan": FLOOR_1 + FLOOR_2,
     "lvssl.demo": FLOOR_1 + FLOOR_2 + FLOOR_3 + FLOOR_4 + FLOOR_5,
     "lvssl.doctor": FLOOR_1 + FLOOR_2 + FLOOR_3 + FLOOR_4 + FLOOR_5,

@@ -1,6 +1,5 @@
 """`lvssl doctor` in processes of its own, where pieces are really missing or really broken."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -55,10 +54,11 @@ def test_a_whole_installation():
     assert "every required piece works" in out
     assert pieces["torch"].startswith("ok") and torch.__version__.split("+")[0] in pieces["torch"]
     assert ("CPU only" in pieces["torch"]) == (not torch.cuda.is_available())
-    assert pieces["ffcv"].startswith("ok")
+    assert pieces["libjpeg-turbo"].startswith("ok")
     assert {
         "Python",
         "numba",
+        "ffcv",
         "triton",
         "DALI",
         "submitit",
@@ -70,54 +70,56 @@ def test_a_whole_installation():
     } <= set(pieces)
 
 
-def a_ffcv(folder: Path, text: str) -> Path:
-    """A package `ffcv` that shadows the installed one."""
-    (folder / "ffcv").mkdir()
-    (folder / "ffcv" / "__init__.py").write_text(text)
-    return folder / "ffcv"
+def a_turbojpeg(folder: Path) -> Path:
+    """Where a libturbojpeg that shadows the installed one belongs."""
+    return folder / "libturbojpeg.so.0"
 
 
-def test_ffcv_without_its_compiled_library(tmp_path):
-    a_ffcv(tmp_path, "")
-    status, pieces, out = doctor(BLOCK.format(names=LATE), PYTHONPATH=str(tmp_path))
+def test_without_libjpeg_turbo_no_beton_can_be_read(tmp_path):
+    a_turbojpeg(tmp_path).write_bytes(b"no ELF")
+    status, pieces, out = doctor(BLOCK.format(names=LATE), LD_LIBRARY_PATH=str(tmp_path))
     assert status == 1
-    assert pieces["ffcv"].startswith("MISSING")
-    assert f"no compiled _libffcv*.so in {tmp_path}/ffcv" in pieces["ffcv"]
-    assert "libturbojpeg0-dev libopencv-dev" in pieces["ffcv"] and "'lvssl[ffcv]'" in pieces["ffcv"]
-    assert out.rstrip().endswith(", ffcv")
+    assert pieces["libjpeg-turbo"].startswith("MISSING")
+    assert "no libturbojpeg.so.0 that loads" in pieces["libjpeg-turbo"]
+    assert "--source folder" in pieces["libjpeg-turbo"] and "install libturbojpeg0" in pieces["libjpeg-turbo"]
+    assert out.rstrip().endswith(", libjpeg-turbo")
     assert pieces["numba"].startswith("ok")
 
 
-def test_ffcv_whose_library_does_not_load(tmp_path):
-    (a_ffcv(tmp_path, "") / "_libffcv.so").write_bytes(b"no ELF")
-    status, pieces, _ = doctor(BLOCK.format(names=LATE), PYTHONPATH=str(tmp_path))
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a compiler")
+def test_a_libjpeg_turbo_that_decodes_wrongly(tmp_path):
+    source = tmp_path / "wrong.c"
+    source.write_text("""
+        void* tjInitDecompress(void) { static int one; return &one; }
+        void* tjInitCompress(void) { return 0; }
+        int tjDestroy(void* handle) { return 0; }
+        char* tjGetErrorStr2(void* handle) { return ""; }
+        unsigned long tjBufSize(int width, int height, int sampling) { return 0; }
+        int tjCompress2(void) { return -1; }
+        int tjDecompress2(void) { return 0; }
+        int tjDecompressHeader3(void* handle, void* data, unsigned long size,
+                                int* w, int* h, int* sampling, int* colours) {
+            *w = *h = 16; *sampling = 0; *colours = 1; return 0;
+        }
+    """)
+    command = ["gcc", "-shared", "-fPIC", "-Wno-all", source, "-o", a_turbojpeg(tmp_path)]
+    subprocess.run(command, check=True)
+    status, pieces, _ = doctor(BLOCK.format(names=LATE), LD_LIBRARY_PATH=str(tmp_path))
     assert status == 1
-    assert pieces["ffcv"].startswith("MISSING") and "OSError: " in pieces["ffcv"]
-    assert "_libffcv.so" in pieces["ffcv"]
+    assert pieces["libjpeg-turbo"].startswith("MISSING")
+    assert "decodes JPEGs wrongly" in pieces["libjpeg-turbo"]
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler")
-def test_ffcv_whose_library_decodes_wrongly(tmp_path):
-    source = tmp_path / "wrong.cpp"
-    source.write_text('extern "C" int imdecode(void*, unsigned long) { return 0; }')
-    library = a_ffcv(tmp_path, "") / "_libffcv.so"
-    subprocess.run(["g++", "-shared", "-fPIC", source, "-o", library], check=True)
-    status, pieces, _ = doctor(BLOCK.format(names=LATE), PYTHONPATH=str(tmp_path))
-    assert status == 1
-    assert pieces["ffcv"].startswith("MISSING") and "decodes JPEGs wrongly" in pieces["ffcv"]
-
-
-def test_ffcv_whose_package_breaks_in_its_import_is_still_good_for_decoding(tmp_path):
-    (real,) = (
-        Path(spec.origin).parent for spec in [importlib.util.find_spec("ffcv")] if spec and spec.origin
-    )
-    (library,) = real.glob("_libffcv*.so")
+def test_ffcv_is_optional(tmp_path):
+    """A package that breaks in its import, as FFCV does where OpenCV lacks a library, or isn't there."""
+    (tmp_path / "ffcv").mkdir()
     message = "libGL.so.1: cannot open shared object file: No such file or directory"
-    shutil.copy(library, a_ffcv(tmp_path, f"raise ImportError({message!r})"))
-    _, pieces, out = doctor(BLOCK.format(names=LATE), PYTHONPATH=str(tmp_path))
-    assert pieces["ffcv"].startswith("missing")
-    assert f"ImportError: {message}" in pieces["ffcv"]
-    assert "ffcv" not in out.splitlines()[-1]
+    (tmp_path / "ffcv" / "__init__.py").write_text(f"raise ImportError({message!r})")
+    for names, why in ((LATE, message), (LATE | {"ffcv"}, "No module named 'ffcv'")):
+        _, pieces, out = doctor(BLOCK.format(names=names), PYTHONPATH=str(tmp_path))
+        assert pieces["ffcv"].startswith("missing") and why in pieces["ffcv"]
+        assert "libturbojpeg0-dev libopencv-dev" in pieces["ffcv"] and "'lvssl[ffcv]'" in pieces["ffcv"]
+        assert "ffcv" not in out.splitlines()[-1] and pieces["libjpeg-turbo"].startswith("ok")
 
 
 def test_without_torch_the_others_are_still_reported(tmp_path):

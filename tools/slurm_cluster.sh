@@ -72,8 +72,10 @@ SlurmctldTimeout=30
 SlurmdTimeout=30
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=4 RealMemory=1000
 NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=4 RealMemory=1000
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=60 State=UP
-PartitionName=spare Nodes=n2 MaxTime=10 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=60 PriorityTier=1 GraceTime=30 State=UP
+PartitionName=urgent Nodes=n1,n2 MaxTime=10 PriorityTier=9 PreemptMode=OFF State=UP
 CONF
 }
 

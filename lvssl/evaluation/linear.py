@@ -13,11 +13,20 @@ from torch import Tensor
 from lvssl.evaluation.probe import linear_probe, standardise
 from lvssl.models.network import LVNet
 from lvssl.stages import LinearSettings
+from lvssl.training.distributed import connected
 from lvssl.training.labels import Labelled, split
-from lvssl.training.pretrain import stop_signals
 from lvssl.training.score import score
 from lvssl.training.stage import Stage, prepare
-from lvssl.training.supervised import Classifier, Recipe, Supervised, predict, represent, scaled_lr
+from lvssl.training.stopping import Stop, stop_signals
+from lvssl.training.supervised import (
+    Classifier,
+    Recipe,
+    Supervised,
+    largest_batch,
+    predict,
+    represent,
+    scaled_lr,
+)
 from pipelines.errors import InputError
 from pipelines.loader import evaluation_batches
 from pipelines.views import ViewSettings
@@ -39,14 +48,18 @@ def linear(settings: LinearSettings) -> Stage[LinearSettings]:
         return stage
     train, test = stage.sets()
     probe = pick_probe(settings.probe, train)
-    started = time.monotonic()
     if probe == "sgd":
-        predictions, more = by_sgd(stage, train, test)
-    else:
-        predictions, more = exactly(stage, train, test)
-        more["seconds"] = round(time.monotonic() - started, 3)
+        with stop_signals() as stop, connected(stage.world, stage.device):
+            predictions, more = by_sgd(stage, train, test, stop)
+            figures = {settings.on: score(predictions, test.answers, train.targets)}
+            return stage.finish((train, test), figures, probe=probe, **more)
+    if not stage.world.first:  # one process is enough
+        return stage
+    started = time.monotonic()
+    predictions, more = exactly(stage, train, test)
     figures = {settings.on: score(predictions, test.answers, train.targets)}
-    return stage.finish((train, test), figures, probe=probe, **more)
+    seconds = round(time.monotonic() - started, 3)
+    return stage.finish((train, test), figures, probe=probe, seconds=seconds, **more)
 
 
 def pick_probe(wanted: str, train: Labelled) -> str:
@@ -60,19 +73,21 @@ def pick_probe(wanted: str, train: Labelled) -> str:
     return wanted
 
 
-def by_sgd(stage: Stage[LinearSettings], train: Labelled, test: Labelled) -> tuple[Tensor, dict[str, Any]]:
+def by_sgd(
+    stage: Stage[LinearSettings], train: Labelled, test: Labelled, stop: Stop
+) -> tuple[Tensor, dict[str, Any]]:
     """The published protocol: predictions of the test set, and what to say of the training."""
-    settings, run = stage.settings, stage.run
-    batch = min(settings.batch_size, len(train))
+    settings, run, world = stage.settings, stage.run, stage.world
+    batch = largest_batch(settings.batch_size, len(train), world.size)
     recipe = Recipe(
         settings.epochs, batch, scaled_lr(settings.lr, batch), 0.0, settings.seed,
         settings.checkpoint_minutes, settings.log_every, settings.workers,
     )  # fmt: skip
     model = Classifier(run.network, settings.on, train, frozen=True, seed=settings.seed)
-    training = Supervised(stage.claim(), model, train, run.settings.view, recipe, stage.device)
-    with stop_signals() as stop:
-        training.run(stop, f"linear {run.folder.name}")
-    predictions = predict(model, test, run.settings.view, stage.device, settings.workers)
+    view = run.settings.view
+    training = Supervised(stage.claim(), model, train, view, recipe, stage.device, world)
+    training.run(stop, f"linear {run.folder.name}")
+    predictions = predict(model, test, view, stage.device, settings.workers, world)
     return predictions, training.describe()
 
 

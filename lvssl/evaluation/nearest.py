@@ -24,7 +24,7 @@ def knn(settings: KnnSettings) -> Stage[KnnSettings]:
     Raises InputError: impossible settings, no such run or data, or another result stands there.
     """
     stage = prepare("knn", settings, "knn.json")
-    if stage.done is not None:
+    if stage.done is not None or not stage.world.first:  # one process is enough
         return stage
     train, test = stage.sets()
     started = time.monotonic()

@@ -15,13 +15,14 @@ def quantise(values: Tensor, low: float, high: float, depth: int) -> Tensor:
 
 def gray_digits(symbols: Tensor, depth: int) -> Tensor:
     """Ordered symbols [B, S] in [0, 2^depth) as bits [B, S * depth]: neighbours differ in one of them."""
-    return binary_digits(symbols ^ (symbols >> 1), depth)
+    return binary_digits(symbols ^ torch.bitwise_right_shift(symbols, 1), depth)
 
 
 def binary_digits(symbols: Tensor, depth: int) -> Tensor:
     """Symbols [B, S] in [0, 2^depth) as bits, bool [B, S * depth], the lowest first."""
     places = torch.arange(depth, device=symbols.device)
-    return ((symbols[..., None] >> places) & 1).bool().flatten(1)
+    shifted = torch.bitwise_right_shift(symbols[..., None], places)  # ONNX has it, the operator not
+    return (shifted & 1).bool().flatten(1)
 
 
 def pack(bits: Tensor) -> Tensor:

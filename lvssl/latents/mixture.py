@@ -92,7 +92,7 @@ class Mixture(Posterior):
     def symbols(self) -> Tensor:
         """[B, 1 + D]: the component, then its quantised mean."""
         chosen = self.log_shares.argmax(dim=1)
-        mean = self.mu[torch.arange(len(chosen), device=chosen.device), chosen]
+        mean = self.mu[torch.arange(chosen.shape[0], device=chosen.device), chosen]
         bound = loading(self.depth)
         return torch.cat([chosen[:, None], quantise(mean, -bound, bound, self.depth)], dim=1)
 

@@ -209,7 +209,8 @@ class Head(nn.Module):
         scale, first = self.get_buffer("scale"), self._buffers["first_scale"]
         if first is not None and progress < 1:
             scale = first ** (1 - progress) * scale**progress
-        offset = self.get_buffer("offset").expand(len(features), -1)
+        rows = features.shape[0]  # not len(): an export would take the example's for good
+        offset = self.get_buffer("offset").expand(rows, -1)
         spread = self.spread(features) if self.spread is not None else offset
         return torch.cat([normalised * scale, spread], dim=1)
 

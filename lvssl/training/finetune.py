@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from lvssl.stages import FinetuneSettings
-from lvssl.training.checkpoint import write_atomically
+from lvssl.training.distributed import connected, from_first
 from lvssl.training.labels import Labelled, labelled_rows, split
 from lvssl.training.score import score
 from lvssl.training.stage import Stage, prepare
 from lvssl.training.stopping import Stop, stop_signals
-from lvssl.training.supervised import Classifier, Recipe, Supervised, predict, scaled_lr
+from lvssl.training.supervised import Classifier, Recipe, Supervised, largest_batch, predict, scaled_lr
+from pipelines.files import write_atomically
 
 
 def finetune(settings: FinetuneSettings) -> Stage[FinetuneSettings]:
@@ -42,15 +44,19 @@ def finetune(settings: FinetuneSettings) -> Stage[FinetuneSettings]:
         return stage
     train, test = stage.sets()
     labelled = train.only(labelled_rows(train, settings.labels, settings.subset_list, settings.seed))
-    folder = stage.claim()
-    with stop_signals() as stop:
+    with stop_signals() as stop, connected(stage.world, stage.device):
+        folder = stage.claim()
         trials = sweep(stage, labelled, folder, stop)
         chosen = best(trials)
         model, training = fit(stage, labelled, chosen, folder / "final", stop, f"finetune {folder.name}")
-    predictions = predict(model, test, stage.run.settings.view, stage.device, settings.workers)
-    figures = {settings.on: score(predictions, test.answers, train.targets)}
-    more = training.describe() | {"seconds_sweep": round(sum(trial["seconds"] for trial in trials), 3)}
-    return stage.finish((labelled, test), figures, chosen=chosen, trials=trials, **more)
+        figures = {settings.on: score(predictions(stage, model, test), test.answers, train.targets)}
+        more = training.describe() | {"seconds_sweep": round(sum(trial["seconds"] for trial in trials), 3)}
+        return stage.finish((labelled, test), figures, chosen=chosen, trials=trials, **more)
+
+
+def predictions(stage: Stage[FinetuneSettings], model: Classifier, data: Labelled) -> Tensor:
+    view, workers = stage.run.settings.view, stage.settings.workers
+    return predict(model, data, view, stage.device, workers, stage.world)
 
 
 def folder_name(settings: FinetuneSettings) -> str:
@@ -78,13 +84,16 @@ def sweep(
             )
         return [pairs[len(pairs) // 2] | {"held_out": None, "seconds": 0.0}]
     record = folder / "trials.json"
-    trials: list[dict[str, Any]] = json.loads(record.read_text()) if record.exists() else []
+    trials: list[dict[str, Any]] = from_first(
+        stage.world, lambda: json.loads(record.read_text()) if record.exists() else []
+    )
     for number, pair in enumerate(pairs[len(trials) :], len(trials)):
         title = f"finetune {folder.name}, trial {number + 1} of {len(pairs)}"
         parts = labelled.only(fitted), labelled.only(held)
         trials.append(pair | trial(stage, parts, pair, folder / f"trial-{number}", stop, title))
-        write_atomically(record, json.dumps(trials, indent=2).encode())
-        shutil.rmtree(folder / f"trial-{number}", ignore_errors=True)
+        if stage.world.first:
+            write_atomically(record, json.dumps(trials, indent=2).encode())
+            shutil.rmtree(folder / f"trial-{number}", ignore_errors=True)
     return trials
 
 
@@ -100,12 +109,12 @@ def trial(
     fitted, held = parts
     try:
         model, training = fit(stage, fitted, pair, folder, stop, title)
-        predictions = predict(model, held, stage.run.settings.view, stage.device, stage.settings.workers)
-        figures = score(predictions, held.answers, held.targets)
+        found = predictions(stage, model, held)
+        figures = score(found, held.answers, held.targets)
     except FloatingPointError as error:
         return {"held_out": None, "diverged": str(error), "seconds": 0.0}
     if not held.targets:
-        figures["cross_entropy"] = float(F.cross_entropy(predictions, held.answers))
+        figures["cross_entropy"] = float(F.cross_entropy(found, held.answers))
     return {"held_out": figures, "seconds": training.seconds}
 
 
@@ -134,12 +143,12 @@ def fit(
 ) -> tuple[Classifier, Supervised]:
     """One training from the run's weights, or from where it was interrupted."""
     settings = stage.settings
-    batch = min(settings.batch_size, len(data))
+    batch = largest_batch(settings.batch_size, len(data), stage.world.size)
     recipe = Recipe(
         settings.epochs, batch, scaled_lr(pair["lr"], batch), pair["weight_decay"], settings.seed,
         settings.checkpoint_minutes, settings.log_every, settings.workers,
     )  # fmt: skip
     model = Classifier(copy.deepcopy(stage.run.network), settings.on, data, frozen=False, seed=settings.seed)
-    training = Supervised(folder, model, data, stage.run.settings.view, recipe, stage.device)
+    training = Supervised(folder, model, data, stage.run.settings.view, recipe, stage.device, stage.world)
     training.run(stop, title)
     return model, training

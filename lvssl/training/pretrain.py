@@ -10,6 +10,7 @@ import torch.distributed as dist
 from lvssl.config import PretrainSettings
 from lvssl.training.distributed import World, connected, from_first, world_of
 from lvssl.training.optimiser import describe_groups
+from lvssl.training.prepare import precision
 from lvssl.training.run import create_run, pick_device
 from lvssl.training.stopping import Interrupted, Stop, stop_signals
 from lvssl.training.trainer import Trainer
@@ -46,7 +47,7 @@ def run(settings: PretrainSettings, resume: bool, world: World, device: torch.de
     """`pretrain`, once it is known who we are."""
     source = open_source(settings.data, settings.source, device.type)
     classes = int(source.labels.max()) + 1 if len(source) and source.labels.min() >= 0 else 0
-    augmenter = augmenter_for(device, settings.augmentation)
+    augmenter = augmenter_for(device, settings.augmentation, precision(settings.engine, device))
     loader = TwoViewLoader(
         source,
         settings.view,

@@ -16,10 +16,11 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from lvssl.stages import StageSettings, command, identity
-from lvssl.training.checkpoint import write_atomically
+from lvssl.training.distributed import World, from_first, world_of
 from lvssl.training.labels import Labelled, beside, check_pair, open_labelled
 from lvssl.training.run import Run, load_run, pick_device, versions
 from pipelines.errors import InputError
+from pipelines.files import write_atomically
 
 Settings = TypeVar("Settings", bound=StageSettings)
 
@@ -34,6 +35,7 @@ class Stage(Generic[Settings]):
     path: Path  # of its result
     done: dict[str, Any] | None  # the result, if it stands there already
     device: torch.device
+    world: World
 
     def sets(self) -> tuple[Labelled, Labelled]:
         """Training and test set. Raises InputError if they don't match."""
@@ -49,14 +51,18 @@ class Stage(Generic[Settings]):
         return self.path.parent if self.path.name == "result.json" else self.path.with_suffix("")
 
     def claim(self) -> Path:
-        """The folder, marked as this work's own; InputError if something else has begun there."""
+        """The folder, marked as this work's own by rank 0; InputError if something else has begun there."""
+        from_first(self.world, self._claim)
+        return self.folder
+
+    def _claim(self) -> None:
         folder = self.folder
         mark = folder / "stage.json"
         wanted = identity(self.settings)
         if mark.exists():
             changed = changes(json.loads(mark.read_text()), wanted, self.run.digest)
             if not changed:
-                return folder
+                return
             if not self.settings.again:
                 raise InputError(
                     f"{folder} holds other work ({changed}): --again begins anew, --out elsewhere"
@@ -67,7 +73,6 @@ class Stage(Generic[Settings]):
         folder.mkdir(parents=True, exist_ok=True)
         content = {"settings": wanted, "checkpoint": self.run.digest}
         write_atomically(mark, json.dumps(content, indent=2).encode())
-        return folder
 
     def finish(
         self, sets: tuple[Labelled, Labelled], results: dict[str, dict[str, Any]], **more: Any
@@ -93,8 +98,9 @@ class Stage(Generic[Settings]):
             "command": command(self.name, self.settings),
             "versions": versions(),
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, json.dumps(content, indent=2).encode())
+        if self.world.first:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, json.dumps(content, indent=2).encode())
         return replace(self, done=content)
 
 
@@ -104,16 +110,17 @@ def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
     Raises InputError: impossible settings, no such run or data, or another result stands there.
     """
     settings.validate()
+    world = world_of()
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    device = pick_device(settings.device)
+    device = pick_device(settings.device, world.local_rank)
     run = load_run(settings.run)
     train = settings.train or run.settings.data
     settings = replace(settings, train=train, test=settings.test or beside(train))
     path = settings.out or settings.run / result
     if path.suffix != ".json":
         path = path / "result.json"
-    return Stage(name, settings, run, path, finished(path, settings, run.digest), device)
+    return Stage(name, settings, run, path, finished(path, settings, run.digest), device, world)
 
 
 def finished(path: Path, settings: StageSettings, digest: str) -> dict[str, Any] | None:
@@ -150,8 +157,9 @@ def changes(result: dict[str, Any], wanted: dict[str, Any], digest: str) -> str:
 
 
 def show(stage: Stage[Any]) -> None:
-    """A finished stage on a terminal."""
-    assert stage.done is not None
+    """A finished stage on a terminal; ranks but the first have nothing to say."""
+    if stage.done is None or not stage.world.first:
+        return
     for representation, figures in stage.done["results"].items():
         print(f"{stage.name} on {representation}: {in_words(figures)}")
     print(f"written: {stage.path}")

@@ -14,14 +14,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
+from lvssl.training.batchnorm import synchronised
+from lvssl.training.distributed import World, broadcast_state, from_first, highest, mean_over_ranks
+from lvssl.training.gradients import average_over_ranks
 from lvssl.training.labels import Labelled
+from lvssl.training.optimiser import groups
 from lvssl.training.progress import Metrics, Progress, Window
 from lvssl.training.stopping import Interrupted, Stop
 from pipelines.augment import augmenter_for
@@ -48,6 +54,11 @@ class Recipe:
 def scaled_lr(lr: float, batch_size: int) -> float:
     """The linear scaling rule: lr is that of a batch of 256."""
     return lr * batch_size / 256
+
+
+def largest_batch(wanted: int, images: int, ranks: int) -> int:
+    """The batch asked for, or all images that can be shared equally by the ranks if these are fewer."""
+    return wanted if wanted <= images else images // ranks * ranks
 
 
 class Classifier(nn.Module):
@@ -135,7 +146,7 @@ def plain(view: ViewSettings) -> ViewSettings:
 
 
 class Supervised:
-    """One resumable training in a folder: its checkpoints, and metrics.jsonl."""
+    """One resumable training in a folder: its checkpoints, and metrics.jsonl. On one of `world`'s ranks."""
 
     def __init__(
         self,
@@ -145,9 +156,13 @@ class Supervised:
         view: ViewSettings,
         recipe: Recipe,
         device: torch.device,
+        world: World = World(),  # noqa: B008 (frozen)
     ) -> None:
-        self.folder, self.recipe, self.device, self.data = folder, recipe, device, train
+        self.folder, self.recipe, self.device, self.world = folder, recipe, device, world
         self.model = model.to(device).to(memory_format=torch.channels_last)
+        if world.size > 1 and not model.frozen:
+            synchronised(self.model, device)
+        broadcast_state(self.model)
         self.answers = train.answers.to(device)
         self.loader = TwoViewLoader(
             train.source,
@@ -155,6 +170,8 @@ class Supervised:
             recipe.batch_size,
             recipe.seed,
             recipe.workers,
+            rank=world.rank,
+            ranks=world.size,
             augmenter=augmenter_for(device),
             device=device,
             views=1,
@@ -178,10 +195,9 @@ class Supervised:
 
     def train(self, stop: Stop, title: str) -> None:
         recipe, loader = self.recipe, self.loader
-        self.folder.mkdir(parents=True, exist_ok=True)
-        progress = Progress(title, self.steps, self.step, recipe.batch_size)
-        metrics, window = Metrics(self.folder, self.step), Window(recipe.batch_size, self.device)
-        saved = started = time.monotonic()
+        log = Log(self, title) if self.world.first else None
+        window = Window(recipe.batch_size, self.device)
+        self.saved = self.started = time.monotonic()
         try:
             loader.set_position(*divmod(self.step, len(loader)))
             while self.step < self.steps:
@@ -190,26 +206,27 @@ class Supervised:
                     loss = self.train_step(batch)
                     self.step += 1
                     if self.step % recipe.log_every == 0 or self.step == self.steps:
-                        row = self.row(loss.item(), window)
-                        metrics.write(row)
-                        progress.update(self.step, f"loss {row['loss']:.3f}")
-                    now = time.monotonic()
-                    if (
-                        now - saved >= 60 * recipe.checkpoint_minutes
-                        or stop.signal
-                        or self.step == self.steps
-                    ):
-                        self.seconds += now - started
-                        saved = started = now
-                        self.save()
-                    if stop.signal and self.step < self.steps:
-                        name = signal.Signals(stop.signal).name
-                        raise Interrupted(
-                            f"{name}: stopped at step {self.step} of {title}, saved; the same command goes on"
-                        )
+                        row = self.row(loss) | window.speed()
+                        if log:
+                            log.write(row)
+                    self.between_steps(stop, title)
         finally:
-            progress.close()
-            metrics.close()
+            if log:
+                log.close()
+
+    def between_steps(self, stop: Stop, title: str) -> None:
+        """All ranks agree whether to go on; rank 0 saves when it is time, and at the end."""
+        (asked,) = highest(stop.signal)
+        now, ended = time.monotonic(), self.step == self.steps
+        if asked or ended or now - self.saved >= 60 * self.recipe.checkpoint_minutes:
+            self.seconds += now - self.started
+            self.saved = self.started = now
+            self.save()
+        if asked and not ended:
+            name = signal.Signals(asked).name
+            raise Interrupted(
+                f"{name}: stopped at step {self.step} of {title}, saved; the same command goes on"
+            )
 
     def train_step(self, batch: ViewBatch) -> Tensor:
         """One step of SGD; its loss stays on the device."""
@@ -222,19 +239,17 @@ class Supervised:
         loss = self.model.loss(outputs, self.answers[batch.indices])
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        average_over_ranks(self.model.parameters())
         self.optimiser.step()
         return loss.detach()
 
-    def row(self, loss: float, window: Window) -> dict[str, Any]:
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"step {self.step}: the loss is {loss}; lower --lr")
+    def row(self, loss: Tensor) -> dict[str, Any]:
+        """One row of metrics.jsonl; here, and only here, the host waits for the device."""
+        value = float(mean_over_ranks(loss.clone()))
+        if not math.isfinite(value):
+            raise FloatingPointError(f"step {self.step}: the loss is {value}; lower --lr")
         lr = self.optimiser.param_groups[0]["lr"]
-        return {
-            "step": self.step,
-            "epoch": self.step / len(self.loader),
-            "loss": loss,
-            "lr": lr,
-        } | window.speed()
+        return {"step": self.step, "epoch": self.step / len(self.loader), "loss": value, "lr": lr}
 
     def describe(self) -> dict[str, Any]:
         """What a result says of its training."""
@@ -249,7 +264,9 @@ class Supervised:
         }
 
     def save(self) -> None:
-        """What is trained, and no more: a frozen encoder stays in the run's checkpoint."""
+        """What is trained, and no more: a frozen encoder stays in the run's checkpoint. Rank 0 writes."""
+        if not self.world.first:
+            return
         state = {
             "model": (self.model.linear if self.model.frozen else self.model).state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -259,40 +276,62 @@ class Supervised:
         checkpoint.save(self.folder / "checkpoints", self.step, state)
 
     def restore(self) -> None:
-        found = checkpoint.load_latest(self.folder / "checkpoints")
+        found = from_first(self.world, lambda: checkpoint.latest(self.folder / "checkpoints"))
         if found is None:
             return
-        state = found[1]
+        state = checkpoint.load(found)
         (self.model.linear if self.model.frozen else self.model).load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.seconds = state["step"], state["seconds"]
 
 
+class Log:
+    """metrics.jsonl, TensorBoard and the progress bar of one training."""
+
+    def __init__(self, training: Supervised, title: str) -> None:
+        training.folder.mkdir(parents=True, exist_ok=True)
+        self.metrics = Metrics(training.folder, training.step)
+        self.progress = Progress(title, training.steps, training.step, training.recipe.batch_size)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.metrics.write(row)
+        self.progress.update(row["step"], f"loss {row['loss']:.3f} · data {row['data_percent']:.0f} %")
+
+    def close(self) -> None:
+        self.progress.close()
+        self.metrics.close()
+
+
 def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     """Weight decay on weights of linear and convolutional layers alone, found by the modules' types."""
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                is_weight = name == "weight" and isinstance(module, nn.Linear | nn.Conv2d)
-                (decayed if is_weight else others).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": recipe.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+    decayed, others = groups(model)
+    parameters = [
+        {"params": list(decayed.values()), "weight_decay": recipe.weight_decay},
+        {"params": list(others.values()), "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=MOMENTUM, nesterov=True)
+    return torch.optim.SGD(parameters, lr=recipe.lr, momentum=MOMENTUM, nesterov=True)
 
 
 @torch.no_grad()
 def predict(
-    model: Classifier, data: Labelled, view: ViewSettings, device: torch.device, workers: int
+    model: Classifier,
+    data: Labelled,
+    view: ViewSettings,
+    device: torch.device,
+    workers: int,
+    world: World = World(),  # noqa: B008 (frozen)
 ) -> Tensor:
-    """Logits or targets of every image's centre crop, float32 [N, C] on the CPU, in the set's order."""
+    """Logits or targets of every image's centre crop, float32 [N, C] on the CPU, in the set's order.
+
+    Each rank reads its part of the images, each image once; every rank gets all predictions.
+    """
     model.eval()
-    parts = []
-    for images, _ in evaluation_batches(data.source, view, workers=workers):
+    own = np.arange(world.rank, len(data), world.size)
+    predictions = torch.zeros(len(data), model.linear.out_features)
+    for images, indices in evaluation_batches(data.source, view, workers=workers, indices=own):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             outputs = model(images.to(device, non_blocking=True))
-        parts.append(model.in_units(outputs).cpu())
-    return torch.cat(parts)
+        predictions[torch.from_numpy(indices)] = model.in_units(outputs).cpu()
+    if world.size > 1:
+        dist.all_reduce(predictions)  # all others' rows are 0
+    return predictions

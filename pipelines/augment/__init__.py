@@ -90,14 +90,17 @@ def augment(
     return reference.augment(crops, table, view, dtype)
 
 
-def augmenter_for(device: torch.device, backend: str = "auto") -> Callable[..., Tensor] | None:
+def augmenter_for(
+    device: torch.device, backend: str = "auto", dtype: torch.dtype = torch.float32
+) -> Callable[..., Tensor] | None:
     """What `TwoViewLoader` takes as its augmenter: a form that runs on the device, where the batch is used.
 
-    None stands for numba, which the loader's workers run themselves, wherever the batch goes afterwards.
+    None stands for numba, which the loader's workers run themselves, wherever the batch goes afterwards, and
+    which gives float32. The others give `dtype`: under autocast its own saves a pass that casts.
     """
     if backend == "numba" or backend_for(device, backend) == "numba":
         return None
-    return partial(augment, backend=backend_for(device, backend), checked=True)
+    return partial(augment, backend=backend_for(device, backend), dtype=dtype, checked=True)
 
 
 def backend_for(device: torch.device, wanted: str = "auto") -> str:

@@ -60,12 +60,19 @@ def augment(crops: Tensor, table: Tensor, view: ViewSettings, dtype: torch.dtype
     if view.kernel_size > 63:
         raise InputError(f"crops: the triton form takes at most 639 px a side, got {side}")
     out = torch.empty((count, side, side, 3), dtype=dtype, device=crops.device)
+    with torch.cuda.device_of(crops):  # Triton launches on the current device, which may be another
+        _launch(crops, table, view, out)
+    return out.permute(0, 3, 1, 2)
+
+
+def _launch(crops: Tensor, table: Tensor, view: ViewSettings, out: Tensor) -> None:
+    count, side = crops.shape[:2]
     if count:
         blocks = triton.cdiv(side * side, SUM_BLOCK)
         sums = torch.empty((count, blocks), dtype=torch.float32, device=crops.device)
         orders = orders_on(crops.device)
         luma_sums[count, blocks](crops, table, orders, sums, crops.stride(0), **sum_options(side))
-        options = view_options(view, side, dtype)
+        options = view_options(view, side, out.dtype)
         tiles = triton.cdiv(side, options["TILE"])
         views[tiles, tiles, count](
             crops,
@@ -78,7 +85,6 @@ def augment(crops: Tensor, table: Tensor, view: ViewSettings, dtype: torch.dtype
             *(1 / s for s in view.std),
             **options,
         )
-    return out.permute(0, 3, 1, 2)
 
 
 @cache

@@ -54,23 +54,33 @@ def _samples(tar: tars.Tar, index: Path) -> Iterator[Members]:
         version, count = head.split()
         if version != "v1.2" or int(count) != len(lines):
             raise ValueError(f"it promises {count} images in {version} and has {len(lines)}")
-        fields = [line.split(" ") for line in lines]
-        samples = [
-            {end: tars.Member(name, int(at), int(size)) for end, at, size, name in zip(*[iter(line)] * 4)}
-            for line in fields
-        ]
+        samples = [_members(line) for line in lines]
     except (OSError, ValueError) as error:
         raise InputError(f"{index}: not an index of DALI's version 1.2, or damaged ({error})") from error
-    for sample in samples[:1] + samples[-1:]:
-        for member in sample.values():
-            _check(tar, member, index)
+    for member in (member for sample in samples for member in sample.values()):
+        if member.offset + member.size > tar.end:
+            raise InputError(f"{tar.name}: cut short, {member.name} ends behind its end; convert it again")
+    for member in (member for sample in samples[:1] + samples[-1:] for member in sample.values()):
+        _check(tar, member, index)
     return iter(samples)
+
+
+def _members(line: str) -> Members:
+    """A line of an index, "extension offset size name" again and again. Raises ValueError."""
+    fields = line.split(" ")
+    if len(fields) % 4:
+        raise ValueError(f"a line says {line[:60]!r}")
+    members = {
+        end: tars.Member(name, int(at), int(size))
+        for end, at, size, name in zip(*(fields[i::4] for i in range(4)))
+    }
+    if any(member.offset < tars.BLOCK or member.size < 0 for member in members.values()):
+        raise ValueError(f"a line says {line[:60]!r}")
+    return members
 
 
 def _check(tar: tars.Tar, member: tars.Member, index: Path) -> None:
     """Raise InputError unless the tar has this member where the index says."""
-    if member.offset + member.size > tar.end:
-        raise InputError(f"{tar.name}: cut short, {member.name} ends behind its end; convert it again")
     head = os.pread(tar.file, tars.BLOCK, member.offset - tars.BLOCK)
     if os.fsencode(member.name)[:100] != head[:100].rstrip(b"\0"):
         raise InputError(f"{index}: isn't the index of {tar.name} ({member.name} isn't where it says)")

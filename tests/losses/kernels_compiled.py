@@ -6,15 +6,13 @@ python tests/losses/kernels_compiled.py [d ...]
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton_kernels import resources
 
 from lvssl.losses import gpu
 
@@ -49,19 +47,6 @@ def compiled(kernel, capability: int, d: int, dtype: torch.dtype, matmul_precisi
         "tile": [options["BLOCK_M"], options["BLOCK_N"]],
         "tensor_cores": bool(re.search(r"\b(mma\.sync|wgmma)", binary.asm["ptx"])),
     }  # fmt: skip
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread, and bytes of its stack (where spilled registers go), by Triton's own cuobjdump."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        said = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        )
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said.stdout))
-    return {"registers": int(found["REG"]), "spilled": int(found["STACK"]) + int(found["LOCAL"])}
 
 
 def main() -> None:

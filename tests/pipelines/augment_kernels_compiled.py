@@ -8,15 +8,13 @@ Run by test_augment_gpu.py.
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton_kernels import resources
 
 from pipelines.augment import gpu
 from pipelines.views import ViewSettings
@@ -48,18 +46,6 @@ def compiled(kernel, capability: int, side: int, dtype: torch.dtype) -> dict:
         "shared": binary.metadata.shared, **resources(binary.asm["cubin"]),
         "tensor_cores": bool(re.search(r"\b(mma\.sync|wgmma)", binary.asm["ptx"])),
     }  # fmt: skip
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread, and bytes of its stack (where spilled registers go), by Triton's own cuobjdump."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said.stdout))
-    return {"registers": int(found["REG"]), "spilled": int(found["STACK"]) + int(found["LOCAL"])}
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """Damaged betons and JPEGs through the loader, in child processes: no crash, no hang, no silent garbage.
 
-Each mutant is a small beton (or a folder of JPEGs) with bytes flipped, zeroed, moved or cut off, in the
-layout or in the images. It may be refused as it is opened, or lose some samples; what the loader does give
-must be, pixel for pixel, what a fresh decompressor makes of these very bytes, at the size that it names.
+Each mutant is a small beton (or a folder of JPEGs, or tars with their index) with bytes flipped, zeroed,
+moved or cut off, in the layout or in the images. It may be refused as it is opened, or lose some samples;
+what the loader does give must be, pixel for pixel, what a fresh decompressor makes of these very bytes, at
+the size that it names.
 """
 
 import json
@@ -39,7 +40,7 @@ CHILD = """if True:
             image.save(folder / "good" / "a" / f"{i}.jpg", quality=int(random.integers(60, 99)), **how)
         else:
             image.save(folder / "good" / "a" / f"{i}.png")
-    convert(str(folder / "good"), folder / "good.beton", Settings())
+    convert(str(folder / "good"), folder / "good.beton", Settings(), webdataset=folder / "tars")
     beton = (folder / "good.beton").read_bytes()
     files = {path.name: path.read_bytes() for path in sorted((folder / "good" / "a").iterdir())}
 
@@ -63,7 +64,18 @@ CHILD = """if True:
 
     def make(number):
         random = np.random.default_rng(number)
-        if number % 3 == 2:
+        if number % 4 == 3:
+            shutil.rmtree(folder / "bad", ignore_errors=True)
+            shutil.copytree(folder / "tars", folder / "bad")
+            os.chmod(folder / "bad", 0o755)
+            if number % 8 == 3:
+                (folder / "bad" / "manifest.json").unlink()
+            victim = sorted((folder / "bad").glob("images*"))[random.integers(2)]  # the index or the tar
+            data = victim.read_bytes()
+            victim.unlink()
+            victim.write_bytes(mutate(data, random, 0, len(data)))
+            return folder / "bad"
+        if number % 4 == 2:
             shutil.rmtree(folder / "bad", ignore_errors=True)
             (folder / "bad" / "a").mkdir(parents=True)
             for name, data in files.items():
@@ -71,8 +83,8 @@ CHILD = """if True:
                 (folder / "bad" / "a" / name).write_bytes(hurt)
             return folder / "bad"
         header, table = 24 + 2 * 1041 + 24 * images + 24, 24 * images
-        if number % 3 == 0:
-            low, high = [(0, header), (len(beton) - table, len(beton))][number % 2]
+        if number % 4 == 0:
+            low, high = [(0, header), (len(beton) - table, len(beton))][number % 8 == 0]
         else:
             low, high = header, len(beton) - table
         content = beton

@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
-from pipelines.augment import reference
+from pipelines.augment import augmenter_for, reference
+from pipelines.convert.conversion import Settings, convert
 from pipelines.errors import InputError
 from pipelines.loader import TwoViewLoader, ViewBatch, evaluation_batches
+from pipelines.order import epoch_order, step_indices
 from pipelines.parameters import FLIP, crop_boxes
 from pipelines.sources import open_source
 from pipelines.sources.ffcv import FFCVSource
@@ -119,6 +122,47 @@ def test_resumed_at_every_step_it_goes_on_as_if_nothing_had_happened(beton):
             while len(rest) < len(expected) - stop:
                 rest += batches(loader)
         assert rest == expected[stop:], f"stopped after {stop} steps"
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    """270 small JPEGs as a beton: eight batches of 32, four of 64."""
+    folder = tmp_path_factory.mktemp("larger")
+    random = np.random.default_rng(3)
+    (folder / "pictures" / "all").mkdir(parents=True)
+    for i in range(270):
+        coarse = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        size = tuple(random.integers(20, 60, 2).tolist())
+        Image.fromarray(coarse).resize(size, 3).save(folder / "pictures" / "all" / f"{i:03d}.jpg")
+    convert(str(folder / "pictures"), folder / "set.beton", Settings())
+    return folder / "set.beton"
+
+
+@pytest.mark.parametrize("batch_size", [32, 64])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_every_worker_rank_and_batch_resumed_at_every_step_sees_the_same_pixels(
+    larger, workers, ranks, batch_size
+):
+    """The state after each step goes to a loader with another number of workers, which ends the epoch."""
+    truth = epoch(larger, 1, epoch=2, workers=1)
+    assert len(truth) == 270
+    order = epoch_order(270, 0, 2)
+    steps = 270 // batch_size
+    for rank in range(ranks):
+        how = {"rank": rank, "ranks": ranks}
+        mine = [step_indices(order, step, batch_size, rank, ranks).tolist() for step in range(steps)]
+        states = []
+        with TwoViewLoader(open_source(larger), VIEW, batch_size, workers=workers, **how) as loader:
+            loader.set_epoch(2)
+            for _ in loader:
+                states.append(loader.state_dict())
+        for stop, state in enumerate([{"epoch": 2, "step": 0}, *states[:-1]]):
+            with TwoViewLoader(open_source(larger), VIEW, batch_size, workers=5 - workers, **how) as loader:
+                loader.load_state_dict(state)
+                batches = list(loader)
+            assert [batch.indices.tolist() for batch in batches] == mine[stop:]
+            assert pixels_of(batches).items() <= truth.items(), f"resumed behind step {stop}"
 
 
 def test_crops_are_torchvisions(beton):
@@ -291,6 +335,18 @@ def test_crops_alone_and_an_augmenter_of_ones_own(beton):
     assert (slow.views - fast.views).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_views_come_in_the_dtype_of_the_training(beton, dtype):
+    augmenter = augmenter_for(torch.device("cpu"), "reference", dtype)
+    with TwoViewLoader(open_source(beton), VIEW, 8, augmenter=augmenter) as loader:
+        batch = next(iter(loader))
+    with TwoViewLoader(open_source(beton), VIEW, 8, augmenter=reference.augment) as loader:
+        exact = next(iter(loader))
+    assert batch.views.dtype == dtype
+    assert all(view.is_contiguous(memory_format=torch.channels_last) for view in batch.views)
+    assert torch.equal(batch.views, exact.views.to(dtype))
+
+
 def test_a_batch_that_is_kept_isnt_overwritten(beton):
     """Memory comes back to the loader only when nobody has it any more, be it a slice of it."""
     with TwoViewLoader(open_source(beton), VIEW, 8) as loader:
@@ -346,6 +402,29 @@ def test_on_a_gpu_batches_are_those_of_the_cpu(beton):
     for ours, theirs in zip(found, expected):
         assert ours.views.is_cuda and torch.equal(ours.indices.cpu(), theirs.indices)
         assert (ours.views.cpu() - theirs.views).abs().max() < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_on_a_gpu_batches_stay_right_while_the_host_runs_ahead(beton):
+    """The device is kept busy, so that memory given back too early would be overwritten. No hidden wait."""
+    augmenter = augmenter_for(torch.device("cuda"), dtype=torch.bfloat16)
+    with TwoViewLoader(open_source(beton), VIEW, 4, augmenter=reference.augment) as loader:
+        expected = [batch.views for batch in loader]
+    with TwoViewLoader(open_source(beton), VIEW, 4, augmenter=augmenter, device="cuda") as loader:
+        list(loader)  # kernels compiled, constants copied
+        loader.set_epoch(0)
+        kept = []
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for batch in loader:
+                torch.cuda._sleep(20_000_000)
+                kept.append(batch.views.clone())
+                del batch
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for ours, theirs in zip(kept, expected, strict=True):
+        assert ours.dtype == torch.bfloat16 and (ours.cpu().float() - theirs).abs().max() < 0.03
 
 
 def test_bad_input(beton, tmp_path):

@@ -1,6 +1,7 @@
 """The chain on a real Slurm: to the report, through preemption, kills, drained nodes and time limits."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -142,6 +143,31 @@ def test_preempted_at_three_random_steps_it_ends_with_the_same_weights(chain, di
     assert steps == list(range(1, reference["step"].item() + 1))
 
 
+def test_preempted_by_slurm_itself_it_ends_with_the_same_weights(chain, digits, reference):
+    if "urgent" not in subprocess.run(["sinfo", "-h", "-o", "%P"], capture_output=True, text=True).stdout:
+        pytest.skip("this cluster has no partition `urgent` that preempts the default one")
+    mine = chain(HEAD + on(digits) + TRAINED)
+    mine.launch()
+    until(lambda: mine.step() >= 30, mine.status)
+    words = [
+        "sbatch",
+        "--wait",
+        "-p",
+        "urgent",
+        "-N",
+        "2",
+        "--exclusive",
+        "-o",
+        "/dev/null",
+        "--wrap",
+        "sleep 3",
+    ]
+    subprocess.run(words, check=True, capture_output=True, timeout=200)
+    mine.wait("report", "done")
+    assert mine.record("pretrain").restarts == 1 and mine.record("pretrain").crashes == 0
+    assert_same_weights(mine, reference)
+
+
 def test_killed_it_ends_with_the_same_weights(chain, digits, reference):
     mine = chain(HEAD + on(digits) + TRAINED)
     mine.launch()
@@ -210,7 +236,7 @@ SHORT = TRAINED.replace("epochs = 12", "epochs = 1")
 
 
 def test_what_failed_stops_what_follows_and_retry_goes_on(chain, digits):
-    mine = chain(HEAD + on(digits) + SHORT + '[evaluate]\ncontrol = "control"\n')
+    mine = chain(HEAD + on(digits) + SHORT + 'family = "none"\n[evaluate]\ncontrol = "control"\n')
     mine.launch()
     mine.wait("evaluate", "failed")
     until(lambda: "not run" in mine.status())
@@ -227,6 +253,74 @@ def test_what_failed_stops_what_follows_and_retry_goes_on(chain, digits):
     mine.wait("report", "done")
     assert mine.record("pretrain") == pretrained  # not done again
     assert mine.run("retry", "evalute", str(mine.file)).returncode == 2
+
+
+SWEEP = """
+[knn]
+[linear]
+[finetune]
+epochs = 1
+lr = [0.05]
+weight_decay = [0.0]
+threads = 1
+[finetune.sweep]
+grid = { labels = [0.2, 1.0] }
+"""
+
+
+def test_measures_and_a_sweep_follow_the_pretraining(chain, digits):
+    mine = chain(HEAD + on(digits) + SHORT + SWEEP)
+    mine.launch()
+    mine.wait("report", "done")
+    table = (mine.out / "finetune-sweep.md").read_text()
+    assert len(table.splitlines()) == 4 and "labels=0.2" in table and " - " not in table, table
+    assert all(task.outputs[0].exists() for stage in mine.stages.values() for task in stage.tasks)
+    jobs = read_jobs(mine.out)
+    mine.file.write_text(mine.file.read_text().replace("labels = [0.2, 1.0]", "labels = [0.2, 1.0, 0.5]"))
+    assert "2 tasks stand" in mine.launch()  # one point more is one job more, and another report
+    mine.wait("report", "done")
+    again = read_jobs(mine.out)
+    assert {again[key]["task"] for key in again if again[key] != jobs.get(key)} == {"finetune-03", "report"}
+    assert len((mine.out / "finetune-sweep.md").read_text().splitlines()) == 5
+
+
+TWO_NODES = "[pretrain.cluster]\nnodes = 2\n"
+
+
+def test_two_nodes_train_as_one_and_end_together(chain, digits):
+    """Undisturbed, beside a run whose ranks are told to stop once, and one of whose ranks is killed once."""
+    text = HEAD + on(digits) + TRAINED.replace("epochs = 12", "epochs = 5") + TWO_NODES
+    whole, mine = (chain(text, name) for name in ("whole", "disturbed"))
+    whole.launch()
+    mine.launch()
+    until(lambda: mine.step() >= 20, mine.status)
+    job = mine.job("pretrain")
+    nodes = subprocess.run(
+        ["squeue", "-h", "-j", job, "-o", "%D"], capture_output=True, text=True
+    ).stdout.strip()
+    assert nodes == "2"
+    send("USR2", job)
+    until(lambda: mine.record("pretrain").restarts == 1, mine.status)
+    until(lambda: mine.step() >= 60, mine.status)
+    kill_rank(1, mine.job("pretrain"))
+    until(lambda: mine.record("pretrain").crashes == 1, mine.status)
+    for each in (whole, mine):
+        each.wait("report", "done")
+    assert_same_weights(mine, weights(whole))
+    assert mine.record("pretrain").restarts == 1 and mine.record("pretrain").crashes == 1
+
+
+def kill_rank(rank: int, job: str) -> None:
+    """SIGKILL to one process of a job's step, which a machine's failure would be."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (process / "environ").read_bytes().split(b"\0")
+            words = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        wanted = {f"RANK={rank}".encode(), f"SLURM_JOB_ID={job}".encode()}
+        if wanted <= set(variables) and b"lvssl.cli" in words and b"slurm.rank" not in words:
+            os.kill(int(process.name), signal.SIGKILL)
 
 
 def test_a_queued_job_has_the_code_of_its_submission(chain, digits, tmp_path):

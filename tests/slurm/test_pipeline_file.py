@@ -13,7 +13,7 @@ from lvssl.cli import chain_starts, main
 from pipelines.errors import InputError
 from slurm.dry_run import folder_size
 from slurm.launch import executor, launch, plan
-from slurm.pipeline import ImageSource, minutes_of, read_pipeline
+from slurm.pipeline import MEASURING, ImageSource, minutes_of, read_pipeline
 from slurm.records import Record, claimed, fingerprints, last_error, read_jobs, stands, write_record
 from slurm.stages import build_stages
 from slurm.sweep import write_table
@@ -286,6 +286,18 @@ def test_dry_run_shows_graph_scripts_and_costs_and_writes_nothing(tmp_path, caps
     parameters = int(re.search(r"checkpoints of ([\d,]+) parameters", text).group(1).replace(",", ""))
     assert 90_000 < parameters < 100_000  # the tiny network of preset digits
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_example_in_the_docs(tmp_path, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
+    example = text.split("```toml\n")[1].split("```")[0]
+    for name in re.findall(r"/data/(\S+)\"", example):
+        (tmp_path / name).write_bytes(b"")
+    path = write(tmp_path, example.replace("/data/", f"{tmp_path}/"))
+    assert main(["launch", str(path), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "--array=0-8%4" in text and "--array=0-16%8" in text and "--gpus-per-node=8" in text
+    assert set(read_pipeline(path, chain_starts()).stages) == {"convert", "pretrain", *MEASURING, "report"}
 
 
 def test_last_error_line(tmp_path):

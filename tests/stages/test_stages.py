@@ -24,8 +24,8 @@ from lvssl.evaluation.nearest import knn
 from lvssl.stages import FinetuneSettings, KnnSettings, LinearSettings
 from lvssl.training import checkpoint, supervised
 from lvssl.training.finetune import finetune
-from lvssl.training.pretrain import Interrupted
 from lvssl.training.run import load_run
+from lvssl.training.stopping import Interrupted
 from pipelines.convert.conversion import convert
 from pipelines.errors import InputError
 from pipelines.sources import open_source

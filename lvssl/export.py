@@ -1,0 +1,303 @@
+"""`lvssl export`: a run's encoder as files that other software loads.
+
+DIR/model.safetensors   the backbone, under torchvision's names
+    head.safetensors    the posterior's head: h -> the latent's parameters
+    encoder.onnx        crops uint8 [N, R, R, 3] -> packed codes uint8 [N, bytes], those of `lvssl encode`
+    config.json         timm's form (where timm has the architecture), and what lvssl needs beside it
+    hubconf.py          for torch.hub.load(DIR, "backbone", source="local")
+    README.md           the model card, with the figures that the run's result files hold
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from safetensors.torch import save_file
+from torch import Tensor
+from tyro.conf import Positional
+
+from lvssl.config import to_dict
+from lvssl.models.backbone import CIFAR_STEM_UP_TO, RESNETS, feature_dim
+from lvssl.models.network import LVNet
+from lvssl.training.run import Run, load_run, versions
+from lvssl.training.stage import in_words
+from pipelines.errors import InputError
+from pipelines.views import ViewSettings
+
+OPSET = 18
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Write a run's encoder for torchvision, timm, torch.hub and ONNX, with a model card."""
+
+    run: Positional[Path]
+    """The run's folder."""
+    out: Path = Path("export")
+    """A folder that doesn't exist yet."""
+    onnx: bool = True
+    """Also encoder.onnx: image -> packed code. Needs the extra `export`."""
+
+
+def export(settings: ExportSettings) -> Path:
+    """Make the folder, all of it or nothing, and return it.
+
+    Raises InputError: no such run, the folder exists, or ONNX is asked for and not installed.
+    """
+    if settings.out.exists():
+        raise InputError(f"{settings.out} exists: choose another --out")
+    if settings.onnx and importlib.util.find_spec("onnxscript") is None:
+        raise InputError("encoder.onnx needs onnx and onnxscript: pip install 'lvssl[export]', or --no-onnx")
+    run = load_run(settings.run)
+    network = run.network.cpu()
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{settings.out.name}.", dir=settings.out.parent))
+    try:
+        about = {"checkpoint": run.digest, "format": "pt"}
+        save_file(tensors(network.backbone), aside / "model.safetensors", about)
+        if head := head_tensors(network):
+            save_file(head, aside / "head.safetensors", about)
+        (aside / "config.json").write_text(json.dumps(config(run), indent=2) + "\n")
+        (aside / "hubconf.py").write_text(hubconf(run))
+        if settings.onnx:
+            write_onnx(network, run.settings.view, aside / "encoder.onnx")
+        (aside / "README.md").write_text(card(run, settings))
+        aside.chmod(0o755)
+        for file in aside.iterdir():
+            file.chmod(0o644)
+        os.rename(aside, settings.out)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return settings.out
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state as safetensors takes it: contiguous in memory, nothing shared."""
+    return {name: value.detach().clone().contiguous() for name, value in module.state_dict().items()}
+
+
+def head_tensors(network: LVNet) -> dict[str, Tensor]:
+    """What leads from h to the posterior's parameters; for site `proj` the projector before the head, too."""
+    before = tensors(network.projector) if network.latent.site == "proj" else {}
+    return {f"projector.{name}": value for name, value in before.items()} | tensors(network.head)
+
+
+def has_torchvisions_stem(run: Run) -> bool:
+    """Whether the backbone is torchvision's (and timm's) own architecture, without the small images' stem."""
+    return run.settings.model.backbone in RESNETS and run.settings.view.resolution > CIFAR_STEM_UP_TO
+
+
+def config(run: Run) -> dict[str, Any]:
+    """timm's config.json, as `timm.create_model("local-dir:DIR")` reads it; and ours under "lvssl"."""
+    settings, view = run.settings, run.settings.view
+    features = feature_dim(settings.model.backbone)
+    bits = run.network.family.code_bits(run.network.dim)
+    ours = {
+        "model": to_dict(settings.model),
+        "latent": to_dict(settings.latent),
+        "resolution": view.resolution,
+        "code_bits": bits,
+        "checkpoint": run.digest,
+        "step": run.step,
+        "versions": versions(),
+    }
+    pretrained = {
+        "input_size": [3, view.resolution, view.resolution],
+        "crop_pct": view.evaluation_crop,
+        "crop_mode": "center",
+        "interpolation": "bilinear",
+        "mean": list(view.mean),
+        "std": list(view.std),
+        "num_classes": 0,
+        "pool_size": None,
+        "first_conv": "conv1",
+        "classifier": "fc",
+    }
+    timm = {"architecture": settings.model.backbone} if has_torchvisions_stem(run) else {}
+    return timm | {"num_classes": 0, "num_features": features, "pretrained_cfg": pretrained, "lvssl": ours}
+
+
+def hubconf(run: Run) -> str:
+    """A module for torch.hub; ResNets need torchvision alone, the small backbones lvssl."""
+    model, view = run.settings.model, run.settings.view
+    if model.backbone in RESNETS:
+        needs, lines = (
+            "torchvision",
+            [f"net = torchvision.models.{model.backbone}()", "net.fc = nn.Identity()"],
+        )
+        if not has_torchvisions_stem(run):
+            lines += ["net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)", "net.maxpool = nn.Identity()"]
+    else:
+        needs = "lvssl.models.backbone"
+        lines = [f"net, _ = lvssl.models.backbone.build_backbone({model.backbone!r}, {view.resolution})"]
+    built, package = "\n    ".join(lines), needs.split(".")[0]
+    return HUBCONF.format(
+        needs=needs, package=package, built=built, side=view.resolution, mean=view.mean, std=view.std
+    )
+
+
+HUBCONF = '''"""torch.hub.load(FOLDER, "backbone", source="local"): images -> features [N, D].
+
+Images are [N, 3, {side}, {side}] in [0, 1], less {mean}, divided by {std}.
+"""
+
+from pathlib import Path
+
+import torch.nn as nn
+import {needs}
+from safetensors.torch import load_file
+
+dependencies = ["torch", "{package}", "safetensors"]
+
+
+def backbone(pretrained: bool = True) -> nn.Module:
+    """The encoder without head, in eval mode."""
+    {built}
+    if pretrained:
+        net.load_state_dict(load_file(Path(__file__).with_name("model.safetensors")), strict=True)
+    return net.eval()
+'''
+
+
+class CodeOf(nn.Module):
+    """Crops uint8 [N, R, R, 3] -> packed code uint8 [N, ceil(bits / 8)], least significant bit first."""
+
+    mean: Tensor
+    std: Tensor
+    weights: Tensor
+
+    def __init__(self, network: LVNet, view: ViewSettings) -> None:
+        super().__init__()
+        self.network = network.eval()
+        self.padding = -network.family.code_bits(network.dim) % 8
+        self.register_buffer("mean", torch.tensor(view.mean))
+        self.register_buffer("std", torch.tensor(view.std))
+        self.register_buffer("weights", 2 ** torch.arange(8, dtype=torch.int32))
+
+    def forward(self, crops: Tensor) -> Tensor:
+        images = ((crops.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+        _, posterior = self.network.encode(images)
+        bits = nn.functional.pad(posterior.code().to(torch.int32), (0, self.padding))
+        return (bits.unflatten(1, (-1, 8)) * self.weights).sum(dim=2).to(torch.uint8)
+
+
+def write_onnx(network: LVNet, view: ViewSettings, path: Path) -> None:
+    """image -> packed code, for any batch size."""
+    example = torch.zeros(2, view.resolution, view.resolution, 3, dtype=torch.uint8)
+    program = torch.onnx.export(
+        CodeOf(network, view).eval(),
+        (example,),
+        input_names=["crops"],
+        output_names=["codes"],
+        dynamic_shapes={"crops": {0: torch.export.Dim("batch")}},
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    program.save(path)
+
+
+# ------------------------------------------------------------------- the card
+
+
+def card(run: Run, settings: ExportSettings) -> str:
+    """README.md: what the files are, how they load, and the figures of the run's result files."""
+    model, view, latent = run.settings.model, run.settings.view, run.settings.latent
+    bits = run.network.family.code_bits(run.network.dim)
+    return CARD.format(
+        name=run.folder.resolve().name,
+        backbone=model.backbone,
+        family=latent.family,
+        features=feature_dim(model.backbone),
+        bits=bits,
+        data=run.settings.data.name,
+        epochs=run.settings.epochs,
+        batch=run.settings.batch_size,
+        seed=run.settings.seed,
+        digest=run.digest,
+        side=view.resolution,
+        crop=view.evaluation_crop,
+        mean=view.mean,
+        std=view.std,
+        loading=loading(run, settings.onnx),
+        figures=figures(run),
+        versions=", ".join(f"{name} {version}" for name, version in versions().items()),
+    )
+
+
+CARD = """---
+library_name: timm
+tags: [self-supervised, contrastive-learning, image-feature-extraction]
+---
+
+# {name}
+
+An image encoder trained without labels by latent-variable contrastive learning (lvssl; after *Stochastic
+Contrastive Learning*, arXiv 2110.00552): {backbone}, {features} features, latent family `{family}`, codes of
+{bits} bits.
+
+- Training: `{data}`, {epochs} epochs, batch {batch}, seed {seed}; checkpoint {digest}.
+- Input: RGB, the centre square of {crop:g} of the shorter side, resized to {side} x {side} (bilinear,
+  anti-aliased), values in [0, 1] less {mean}, divided by {std}.
+- Versions: {versions}.
+
+## Loading
+
+{loading}
+
+## Figures
+
+{figures}
+"""
+
+
+def loading(run: Run, onnx: bool) -> str:
+    """Code for each way that works for this backbone."""
+    name = run.settings.model.backbone
+    lines = ["```python", 'net = torch.hub.load(DIR, "backbone", source="local")']
+    if has_torchvisions_stem(run):
+        lines += [
+            'net = timm.create_model("local-dir:" + DIR, pretrained=True)',
+            f"net = torchvision.models.{name}(); net.fc = torch.nn.Identity()",
+            'net.load_state_dict(safetensors.torch.load_file(DIR + "/model.safetensors"))',
+        ]
+    if onnx:
+        lines.append(
+            'codes = onnxruntime.InferenceSession(DIR + "/encoder.onnx").run(None, {"crops": crops})[0]'
+        )
+    lines.append("```")
+    if onnx:
+        lines += [
+            "",
+            "`crops` are uint8 [N, R, R, 3], not normalised; `codes` uint8, bit d in byte d // 8 at d % 8.",
+        ]
+    if name in RESNETS and not has_torchvisions_stem(run):
+        lines += ["", "The stem is that for small images (3x3, no max-pool), which timm doesn't have."]
+    return "\n".join(lines)
+
+
+def figures(run: Run) -> str:
+    """A table of all results that belong to this checkpoint, each with its command."""
+    rows = []
+    for path in sorted([*run.folder.glob("*.json"), *run.folder.glob("finetune-*/result.json")]):
+        result = json.loads(path.read_text())
+        if "stage" in result and result["checkpoint"] == run.digest:
+            for representation, found in result["results"].items():
+                share = f", {result['data']['images']:,} labels" if result["stage"] == "finetune" else ""
+                what = f"{result['stage']}, {representation}{share}"
+                rows.append(f"| {what} | {in_words(found)} | `{result['command']}` |")
+    if not rows:
+        return "None was measured on this checkpoint."
+    head = "| what | test images | command |\n| --- | --- | --- |\n"
+    return head + "\n".join(rows) + "\n\nBrackets: 95 % interval over the test images."

@@ -1,0 +1,63 @@
+"""The presets by name: what each is for, its settings, and what tells two of them apart."""
+
+from typing import Any
+
+from lvssl.config import PRESETS, choice, to_dict
+from lvssl.stages import STAGE_PRESETS
+
+ABOUT = {
+    "digits": "scikit-learn's 8 px digits: seconds, for tests and trials",
+    "fashion-mnist": "28 px greys on two CPU cores: minutes",
+    "cifar10-small": "CIFAR-10 with a network for two CPU cores",
+    "cifar10-r18": "CIFAR-10, ResNet-18 with the small images' stem",
+    "cifar10-r50": "CIFAR-10, ResNet-50, 1,000 epochs (Chen et al. 2020, B.9)",
+    "folder-r50": "any folder of photographs: 224 px, batches for one GPU",
+    "imagenet-r50-100ep": "ImageNet, batch 4,096, LARS (Chen et al. 2020)",
+    "imagenet-r50-200ep": "the same, longer",
+    "imagenet-r50-800ep": "the same, as long as the published results",
+    "imagenet-linear": "linear evaluation, 90 epochs (Chen et al. 2020, B.6)",
+    "imagenet-finetune": "1 %, 10 % or all labels, nothing to choose (Chen et al. 2020, B.5)",
+}
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """Every setting of a preset, as JSON values. InputError lists the known names."""
+    known = {**PRESETS, **STAGE_PRESETS}
+    choice("preset", name, tuple(known))
+    values = to_dict(known[name])
+    return {key: value for key, value in values.items() if key != "run"}  # a stage's run is the user's
+
+
+def listing() -> str:
+    """A line for each preset."""
+    lines = []
+    for name, preset in PRESETS.items():
+        size = f"{preset.model.backbone}, {preset.view.resolution} px, {preset.epochs} epochs"
+        lines.append(f"{name:20} pretrain  {size:34} {ABOUT[name]}")
+    for name, stage in STAGE_PRESETS.items():
+        epochs = f"{vars(stage)['epochs']} epochs"
+        kind = type(stage).__name__.removesuffix("Settings").lower()
+        lines.append(f"{name:20} {kind:9} {epochs:34} {ABOUT[name]}")
+    return "\n".join(lines)
+
+
+def difference_of(a: str, b: str) -> str:
+    """The settings in which two presets differ, a line each."""
+    first, second = _flat(settings_of(a)), _flat(settings_of(b))
+    names = [name for name in {**first, **second} if name != "preset" and first.get(name) != second.get(name)]
+    if not names:
+        return f"{a} and {b} are the same"
+    rows = [("", a, b), *((name, _text(first, name), _text(second, name)) for name in names)]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(f"{n:{widths[0]}}  {x:{widths[1]}}  {y}".rstrip() for n, x, y in rows)
+
+
+def _text(values: dict[str, Any], name: str) -> str:
+    return str(values[name]) if name in values else "-"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
