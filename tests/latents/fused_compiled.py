@@ -5,15 +5,12 @@ python tests/latents/fused_compiled.py [categories ...]
 
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton_kernels import resources
 
 from lvssl.latents import family, fused_triton
 
@@ -42,19 +39,6 @@ def compiled(kernel, options: dict, capability: int) -> dict:
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     return {"kernel": kernel.__name__, "sm": capability, **options, "shared": binary.metadata.shared,
             **resources(binary.asm["cubin"])}  # fmt: skip
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread, and bytes of its stack (where spilled registers go), by Triton's own cuobjdump."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        said = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        )
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said.stdout))
-    return {"registers": int(found["REG"]), "spilled": int(found["STACK"]) + int(found["LOCAL"])}
 
 
 def main() -> None:

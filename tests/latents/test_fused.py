@@ -3,32 +3,16 @@
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import triton_kernels
 
 from lvssl.latents import family, fused
 
-HERE = Path(__file__).parent
 triton_there = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="torch's CUDA builds bring triton"
 )
-
-
-def run(script: str, *arguments: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(HERE / script), *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])} | environment,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def test_philox_gives_the_published_words():
@@ -66,23 +50,24 @@ def test_the_reference_draws_from_the_posterior(name):
 
 @triton_there
 def test_interpreted_kernels_are_the_reference():
-    assert json.loads(run("fused_interpreted.py", TRITON_INTERPRET="1"))["compared"] == 63
+    lines = triton_kernels.run("latents/fused_interpreted.py", TRITON_INTERPRET="1")
+    assert json.loads(lines[-1])["compared"] == 63
 
 
 @triton_there
 def test_kernels_compile_for_a_gpu_without_spills():
-    rows = [json.loads(line) for line in run("fused_compiled.py").splitlines()]
+    rows = [json.loads(line) for line in triton_kernels.run("latents/fused_compiled.py")]
     assert len(rows) == 12
-    for row in rows:
-        assert row["spilled"] == 0 and row["shared"] <= 163 * 1024, row
+    triton_kernels.assert_fits(rows)
 
 
 @triton_there
 @pytest.mark.slow
 def test_kernels_of_every_number_of_categories_compile_without_spills():
     numbers = [str(2**k) for k in range(1, 9)]
-    rows = [json.loads(line) for line in run("fused_compiled.py", *numbers).splitlines()]
-    assert len(rows) == 8 + 4 * 8 and [row for row in rows if row["spilled"]] == []
+    rows = [json.loads(line) for line in triton_kernels.run("latents/fused_compiled.py", *numbers)]
+    assert len(rows) == 8 + 4 * 8
+    triton_kernels.assert_fits(rows)
 
 
 @pytest.mark.gpu
