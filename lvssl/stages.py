@@ -129,6 +129,8 @@ class FinetuneSettings(TrainingSettings):
     """Use these images instead: one file name a line, as SimCLR's public 1 % and 10 % lists."""
     epochs: int = 30
     """Of each training."""
+    min_steps: int = 500
+    """Steps of each training at least, for few labels make few steps an epoch."""
     lr: tuple[float, ...] = (0.01, 0.05, 0.25)
     """Learning rates to choose from, for a batch of 256: the peak is lr * B / 256."""
     weight_decay: tuple[float, ...] = (0.0, 1e-4)
@@ -142,6 +144,7 @@ class FinetuneSettings(TrainingSettings):
         super().validate()
         require(self.on != "code", "on", self.on, "features or latent: a code has no gradient")
         require(0 < self.labels <= 1, "labels", self.labels, "in (0, 1]")
+        require(self.min_steps >= 0, "min_steps", self.min_steps, "at least 0")
         require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         for name, smallest in (("lr", 1e-12), ("weight_decay", 0.0)):
             values = getattr(self, name)
@@ -158,8 +161,8 @@ class FinetuneSettings(TrainingSettings):
 # SimCLR's recipes (Chen et al. 2020, B.6 and B.5): large batches, nothing to choose.
 STAGE_PRESETS: dict[str, StageSettings] = {
     "imagenet-linear": LinearSettings(MISSING, probe="sgd", batch_size=4096, preset="imagenet-linear"),
-    "imagenet-finetune": FinetuneSettings(
-        MISSING, batch_size=4096, lr=(0.05,), weight_decay=(0.0,), preset="imagenet-finetune"
+    "imagenet-finetune": FinetuneSettings(  # with 1 % of the labels: --epochs 60
+        MISSING, batch_size=4096, min_steps=0, lr=(0.05,), weight_decay=(0.0,), preset="imagenet-finetune"
     ),
 }
 

@@ -21,6 +21,7 @@ else:
 
 # The stages that may have a table, in the order in which they are shown.
 MEASURING = ("evaluate", "analyse", "linear", "knn", "finetune")
+SPREAD = ("pretrain", "linear", "finetune")  # trained by several processes
 STAGES = ("convert", "pretrain", *MEASURING, "report")
 # Settings that the chain itself fills in.
 FILLED_IN = ("run", "out", "data", "train", "test", "resume", "again")
@@ -38,7 +39,7 @@ class ClusterSettings:
     qos: str = ""
     constraint: str = ""
     time: str = "24:00:00"  # as for sbatch: minutes, hours:minutes:seconds, days-hours
-    nodes: int = 1  # above 1 in [pretrain.cluster] alone
+    nodes: int = 1  # above 1 for `pretrain`, `linear`, `finetune`, in their own tables
     tasks_per_node: int = 0  # processes on each node; 0: one for each GPU, or one
     gpus: int = 0  # on each node
     cpus: int = 0  # for each process; 0: the cluster's default
@@ -167,7 +168,7 @@ class _Reader:
         self.common = content.get("cluster", {})
         if self.common.get("nodes", 1) != 1:
             raise self.wrong(
-                "[cluster] nodes: only pretraining spreads over nodes; move it to [pretrain.cluster]"
+                "[cluster] nodes: not every stage spreads over nodes; move it to [pretrain.cluster]"
             )
         data, convert = self.data(content)
         tables = {name: self.stage(name, content[name]) for name in stages if name in content}
@@ -304,7 +305,7 @@ class _Reader:
         made = self.instance(where, ClusterSettings, merged)
         if name in ("convert", "report") and "gpus" not in table:  # nothing there runs on one
             made = dataclasses.replace(made, gpus=0, tasks_per_node=1)
-        elif name != "pretrain":
+        elif name not in SPREAD:
             made = dataclasses.replace(made, tasks_per_node=1)
         self.check_cluster(where, made, name)
         return made
@@ -320,8 +321,8 @@ class _Reader:
                 raise self.wrong(
                     f"[{where}] {key}: must be at least {least.get(key, 0)}, got {getattr(made, key)}"
                 )
-        if made.nodes > 1 and stage != "pretrain":
-            raise self.wrong(f"[{where}] nodes: only pretraining spreads over nodes")
+        if made.nodes > 1 and stage not in SPREAD:
+            raise self.wrong(f"[{where}] nodes: only {', '.join(SPREAD)} spread over nodes")
         if made.memory and not re.fullmatch(r"\d+(\.\d+)?[KMGT]?B?", made.memory):
             raise self.wrong(f'[{where}] memory: {made.memory!r} is not a size such as "64G"')
         for name in made.environment:

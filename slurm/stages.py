@@ -103,15 +103,15 @@ def measuring(pipeline: Pipeline, name: str, run: Path, run_key: str, test: tupl
     tasks = []
     for number, point in enumerate(table.points):
         key = digest(name, point.settings, run_key, test[1])
-        result, extra = result_of(name, run, key, table.swept)
+        result, extra = result_of(name, run, key, table.swept, getattr(point.settings, "on", "features"))
         arguments = (name, str(run), "--test", str(test[0]), *options(point.given), *extra)
         title = f"{name}-{number + 1:02d}" if table.swept else name
         tasks.append(Task(title, key, "lvssl.cli", arguments, (result,), run=run, label=point.label))
     return Stage(name, ("pretrain",), tuple(tasks), table.cluster, swept=table.swept)
 
 
-def result_of(name: str, run: Path, key: str, swept: bool) -> tuple[Path, tuple[str, ...]]:
-    """Where a measurement's result lies, and the options that put it there."""
+def result_of(name: str, run: Path, key: str, swept: bool, on: str) -> tuple[Path, tuple[str, ...]]:
+    """Where a measurement (of the representation `on`) has its result, and the options that put it there."""
     if name in ONE_PLACE:
         return run / ONE_PLACE[name], ()
     if name == "finetune":
@@ -120,7 +120,8 @@ def result_of(name: str, run: Path, key: str, swept: bool) -> tuple[Path, tuple[
     if swept:
         result = run / f"{name}-{key[:8]}.json"
         return result, ("--out", str(result), "--again")
-    return run / f"{name}.json", ("--again",)  # replaces the result of other settings
+    suffix = "" if on == "features" else f"-{on}"
+    return run / f"{name}{suffix}.json", ("--again",)  # replaces the result of other settings
 
 
 def data_stages(pipeline: Pipeline) -> tuple[list[Stage], dict[str, tuple[Path, str]]]:

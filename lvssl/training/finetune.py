@@ -146,7 +146,7 @@ def fit(
     batch = largest_batch(settings.batch_size, len(data), stage.world.size)
     recipe = Recipe(
         settings.epochs, batch, scaled_lr(pair["lr"], batch), pair["weight_decay"], settings.seed,
-        settings.checkpoint_minutes, settings.log_every, settings.workers,
+        settings.checkpoint_minutes, settings.log_every, settings.workers, settings.min_steps,
     )  # fmt: skip
     model = Classifier(copy.deepcopy(stage.run.network), settings.on, data, frozen=False, seed=settings.seed)
     training = Supervised(folder, model, data, stage.run.settings.view, recipe, stage.device, stage.world)

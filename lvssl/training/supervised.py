@@ -49,6 +49,7 @@ class Recipe:
     checkpoint_minutes: float
     log_every: int
     workers: int
+    min_steps: int = 0  # the epochs go on until so many are done
 
 
 def scaled_lr(lr: float, batch_size: int) -> float:
@@ -176,7 +177,7 @@ class Supervised:
             device=device,
             views=1,
         )
-        self.steps = recipe.epochs * len(self.loader)
+        self.steps = max(recipe.epochs * len(self.loader), recipe.min_steps)
         self.optimiser = sgd(model, recipe)
         self.noise = Generator(device=device)
         self.step, self.seconds = 0, 0.0
@@ -210,6 +211,8 @@ class Supervised:
                         if log:
                             log.write(row)
                     self.between_steps(stop, title)
+                    if self.step == self.steps:
+                        break
         finally:
             if log:
                 log.close()

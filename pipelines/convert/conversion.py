@@ -40,6 +40,7 @@ __all__ = ["Settings", "area_resize", "convert", "select", "store"]
 
 CHUNK = 8  # images a task: a future costs some 40 us, a CIFAR image as much
 COMMIT_SECONDS = 1.0  # what a kill costs at most, and a second of the disk's work
+COMMIT_BYTES = 8 << 20  # sooner if the disk is idle: the less is left to write at the end
 KEEP_SECONDS = 5.0  # of work that is kept when it ends early; less is quicker made again
 RESERVE = 32 << 20  # bytes of free disk below which a conversion stops by itself
 
@@ -218,7 +219,7 @@ def _convert_images(work: Work, journal: Journal) -> None:
         output.cut()
 
     total, done = len(work.order), len(records)
-    refused, written = int((~stored_rows).sum()), 0
+    refused, written, synced = int((~stored_rows).sum()), 0, 0
     committed = shown = time.perf_counter()
     bar = tqdm(total=total, initial=done, unit="img", smoothing=0.1, disable=None if work.progress else True)
     with bar, closing(_in_order(work, work.order[done:])) as images:
@@ -242,10 +243,10 @@ def _convert_images(work: Work, journal: Journal) -> None:
                 rate = written / 1e6 / max(bar.format_dict["elapsed"], 1e-3)
                 bar.set_postfix_str(f"{rate:,.0f} MB/s" + f", {refused} refused" * bool(refused))
                 shown = now
-            if now - committed > COMMIT_SECONDS:
+            if now - committed > COMMIT_SECONDS or (written - synced > COMMIT_BYTES and journal.idle()):
                 journal.commit(_synced(work))
                 _check_still_space(work.outputs)
-                committed = now
+                committed, synced = now, written
     if refused == total:
         journal.commit([], wait=True)
         first = f"{work.source.names[int(work.order[0])]}: {journal.reasons[0]}"
@@ -290,7 +291,8 @@ def _in_order(work: Work, order: np.ndarray) -> Generator[tuple[int, Stored | st
     pack = _packs(work)
 
     def attempts(chunk: np.ndarray) -> list[tuple[int, Stored | str]]:
-        return [(int(index), attempt(work.source, int(index), work.settings, pack)) for index in chunk]
+        indices = [int(index) for index in chunk]
+        return list(zip(indices, attempt(work.source, indices, work.settings, pack)))
 
     pool = ThreadPoolExecutor(work.workers, thread_name_prefix="convert")
     under_way: deque[Future] = deque()

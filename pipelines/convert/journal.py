@@ -133,6 +133,10 @@ class Journal:
             self._writing.result()
             self.complete = complete
 
+    def idle(self) -> bool:
+        """Whether the last commit is on the disk."""
+        return self._writing is None or self._writing.done()
+
     def _write(self, files: list[int], group: bytes) -> None:
         try:
             for file in files:

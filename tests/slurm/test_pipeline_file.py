@@ -74,9 +74,9 @@ def keys(path: Path) -> dict[str, str]:
         ("[evaluate]", "[finetune]\nsweep.grid = {labels = [0.1, 2.0]}", "[finetune.sweep] --labels must be in (0, 1], got 2.0"),
         ("[evaluate]", '[linear]\npreset = "imagenet-finetune"', "[linear] unknown preset 'imagenet-finetune'; known: imagenet-linear"),
         ("[evaluate]", "[linear]\nruns = 1", "[linear] runs: no such key"),
-        ("[evaluate]", "[evaluate.cluster]\nnodes = 2", "[evaluate.cluster] nodes: only pretraining"),
+        ("[evaluate]", "[evaluate.cluster]\nnodes = 2", "[evaluate.cluster] nodes: only pretrain, linear, finetune spread"),
         ("[cluster]", "[clusters]", "clusters: no such key; did you mean 'cluster'?"),
-        ("[cluster]", "[cluster]\nnodes = 2", "[cluster] nodes: only pretraining"),
+        ("[cluster]", "[cluster]\nnodes = 2", "[cluster] nodes: not every stage"),
         ("[cluster]", '[cluster]\npartitoin = "gpu"', "[cluster] partitoin: no such key; did you mean 'partition'?"),
         ("[cluster]", "[cluster]\nenvironment = { A = 1 }", "[cluster] environment: must be"),
         ("[cluster]", '[cluster]\nmodules = "cuda"', "[cluster] modules: must be"),
@@ -181,6 +181,15 @@ def test_a_sweep_is_an_array_whose_points_stand_alone(tmp_path):
     assert {n for n in before if before[n] != after[n]} == {"finetune-03", "finetune-04", "report"}
     listed = SWEEP[: SWEEP.index("grid")] + "list = [{ labels = 0.1, lr = [0.1] }, { seed = 1 }]\n"
     assert keys(write(tmp_path, FILE + listed))["finetune-01"] == before["finetune-01"]  # the same point
+    (latent,) = (
+        task.outputs[0].name
+        for stage in build_stages(
+            read_pipeline(write(tmp_path, FILE + '[linear]\non = "latent"\n'), chain_starts())
+        )
+        for task in stage.tasks
+        if task.name == "linear"
+    )
+    assert latent == "linear-latent.json"  # where `lvssl linear --on latent` writes
     with_preset = FILE + '[linear]\npreset = "imagenet-linear"\nbatch_size = 4096\nprobe = "sgd"\n'
     plain = with_preset.replace('preset = "imagenet-linear"\n', "")
     assert keys(write(tmp_path, with_preset))["linear"] == keys(write(tmp_path, plain))["linear"]

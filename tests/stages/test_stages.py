@@ -108,7 +108,9 @@ def test_finetuning_chooses_on_held_out_images_and_reads_the_test_once(run, digi
         return crops(self, indices, *arguments)
 
     monkeypatch.setattr(FFCVSource, "crops", counted)
-    settings = FinetuneSettings(run, labels=0.1, epochs=3, lr=(1e-6, 0.1), weight_decay=(0.0, 1e-4))
+    settings = FinetuneSettings(
+        run, min_steps=0, labels=0.1, epochs=3, lr=(1e-6, 0.1), weight_decay=(0.0, 1e-4)
+    )
     stage = finetune(settings)
     assert stage.path == run / "finetune-0.1" / "result.json"
     assert reads["test.beton"] == Counter(range(500)), "a test image was read more or less than once"
@@ -122,7 +124,9 @@ def test_finetuning_chooses_on_held_out_images_and_reads_the_test_once(run, digi
 
 def test_through_the_latent_the_head_is_trained_too(run):
     before = load_run(run).network.state_dict()
-    settings = FinetuneSettings(run, labels=0.1, on="latent", epochs=2, lr=(0.05,), weight_decay=(0.0,))
+    settings = FinetuneSettings(
+        run, min_steps=0, labels=0.1, on="latent", epochs=2, lr=(0.05,), weight_decay=(0.0,)
+    )
     stage = finetune(settings)
     assert stage.path.parent.name == "finetune-latent-0.1"
     saved = checkpoint.load_latest(stage.path.parent / "final" / "checkpoints")[1]["model"]
@@ -156,7 +160,7 @@ def assert_same(a: Path, b: Path) -> None:
 @pytest.mark.parametrize("on", ["features", "latent"])
 def test_interrupted_and_resumed_a_stage_is_the_undisturbed_one(run, tmp_path, monkeypatch, on):
     whole = FinetuneSettings(
-        run, labels=0.5, on=on, epochs=2, lr=(0.01, 0.1), weight_decay=(1e-4,), batch_size=64
+        run, min_steps=0, labels=0.5, on=on, epochs=2, lr=(0.01, 0.1), weight_decay=(1e-4,), batch_size=64
     )
     parts = dataclasses.replace(whole, out=tmp_path / "parts")
     expected = finetune(whole)
@@ -221,8 +225,18 @@ def test_sigterm_saves_and_exits_with_143(run):
     assert "SIGUSR2: stopped at step" in process.stderr.read()
 
 
+def test_few_labels_still_make_as_many_steps_as_are_asked_for(run):
+    settings = FinetuneSettings(run, labels=0.1, epochs=1, min_steps=25, lr=(0.1,), weight_decay=(0.0,))
+    result = finetune(settings).done
+    assert result["steps"] == 25 and result["batch_size"] == 129
+    final = run / "finetune-0.1" / "final"
+    assert checkpoint.paths(final / "checkpoints")[-1].name == "step-000000025.pt"
+    one_by_one = dataclasses.replace(settings, batch_size=50, out=run / "others")  # two steps an epoch
+    assert finetune(one_by_one).done["steps"] == 25
+
+
 def test_work_under_other_settings_is_not_gone_on_with(run, monkeypatch):
-    settings = FinetuneSettings(run, labels=0.1, epochs=2, lr=(0.05,), weight_decay=(0.0,))
+    settings = FinetuneSettings(run, min_steps=0, labels=0.1, epochs=2, lr=(0.05,), weight_decay=(0.0,))
     with monkeypatch.context() as patch:
         interrupt_after(patch, 1)
         with pytest.raises(Interrupted):
@@ -239,12 +253,12 @@ def test_work_under_other_settings_is_not_gone_on_with(run, monkeypatch):
 
 
 def test_a_diverging_trial_is_not_chosen_and_too_few_labels_take_the_middle(run, capsys):
-    settings = FinetuneSettings(run, labels=0.2, epochs=4, lr=(1e20, 0.05), weight_decay=(0.0,))
+    settings = FinetuneSettings(run, min_steps=0, labels=0.2, epochs=4, lr=(1e20, 0.05), weight_decay=(0.0,))
     result = finetune(settings).done
     assert "not finite" in result["trials"][0]["diverged"] or "loss is" in result["trials"][0]["diverged"]
     assert result["chosen"]["lr"] == 0.05
     few = FinetuneSettings(
-        run, labels=0.01, epochs=1, lr=(0.01, 0.05, 0.25), weight_decay=(0.0,), held_out=0.01
+        run, min_steps=0, labels=0.01, epochs=1, lr=(0.01, 0.05, 0.25), weight_decay=(0.0,), held_out=0.01
     )
     assert finetune(few).done["chosen"]["lr"] == 0.05
     assert "too few labels to choose on" in capsys.readouterr().err
@@ -276,7 +290,7 @@ def test_numbers_are_regressed(run, digits, tmp_path):
     near = knn(KnnSettings(run, target="ink", **data)).done
     assert near["results"]["features"]["r2"] > 0.05 and np.isfinite(near["results"]["code"]["r2"])
     tuned = FinetuneSettings(
-        run, target="ink", epochs=15, batch_size=32, lr=(0.02, 0.1), weight_decay=(0.0,), **data
+        run, min_steps=0, target="ink", epochs=15, batch_size=32, lr=(0.02, 0.1), weight_decay=(0.0,), **data
     )
     result = finetune(tuned).done
     print(f"fine-tuned R2 {result['results']['features']['r2']:.3f}")
