@@ -36,7 +36,7 @@ class ModelSettings:
 class LatentSettings:
     family: str = "bernoulli"
     """none (plain SimCLR, the control), sign (the same with decorrelated sign bits), gaussian, bernoulli,
-    categorical, beta, mixture, power_spherical, vmf; or two side by side, as in gaussian+bernoulli."""
+    categorical, beta, mixture, power_spherical, vmf, laplace; or two side by side: gaussian+bernoulli."""
     site: str = "repr"
     """Where the latent stands: repr (between backbone and projector) or proj (at the projector's output)."""
     dim: int = 0
@@ -75,7 +75,7 @@ class LatentSettings:
     """Weight of the residual information of `ceb`."""
     beta: float | None = None
     """Weight of the rate (KL in nats); left out: 0.001 where noise would vanish without it (gaussian, beta,
-    mixture, power_spherical, vmf; not with mcinfonce and ceb), or 0."""
+    mixture, power_spherical, vmf, laplace; not with mcinfonce and ceb), or 0."""
     beta_schedule: str = "warmup"
     """constant, warmup (linear from 0), or cyclical (linear from 0 in the first half of each cycle)."""
     beta_warmup: float = 0.1

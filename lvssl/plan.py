@@ -38,7 +38,7 @@ class PlanSettings:
     precision: str = "bf16"
     """bf16 (autocast) or fp32."""
     family: str = "bernoulli"
-    """none, sign, gaussian, bernoulli, categorical, beta, mixture, power_spherical, vmf."""
+    """none, sign, gaussian, bernoulli, categorical, beta, mixture, power_spherical, vmf, laplace."""
     hidden: int = 1024
     """Width of the projector's hidden layer."""
     projection: int = 128

@@ -12,6 +12,7 @@ from lvssl.latents.categorical import Categorical
 from lvssl.latents.concat import Concat
 from lvssl.latents.deterministic import Deterministic
 from lvssl.latents.gaussian import Gaussian
+from lvssl.latents.laplace import Laplace
 from lvssl.latents.mixture import Mixture
 from lvssl.latents.posterior import Posterior
 from lvssl.latents.power_spherical import PowerSpherical
@@ -28,6 +29,7 @@ FAMILIES: dict[str, type[Posterior]] = {
     "mixture": Mixture,
     "power_spherical": PowerSpherical,
     "vmf": VonMisesFisher,
+    "laplace": Laplace,
 }
 
 

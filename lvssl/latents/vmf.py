@@ -1,6 +1,7 @@
 """Family `vmf`: von Mises-Fisher, density ~ exp(kappa mu . z) on the sphere, prior uniform."""
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from lvssl.latents.sphere import Spherical, log_surface
 PROPOSALS = 24  # each is accepted with a chance of 0.66 or more: all are refused once in 10^11
 DEVIATIONS = 12.0  # beyond so many the angle's density is below fp64's resolution
 NODES = 128
+TAIL_NODES = 48  # of a gradient, one for each drawn number: single precision will do
 
 
 class VonMisesFisher(Spherical):
@@ -72,9 +74,16 @@ def mode_and_width(kappa: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return cosine.clamp(max=1.0).acos(), curvature.rsqrt()
 
 
-def integration(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre nodes and weights between low and high, each [NODES, ...]."""
-    x, weights = (torch.from_numpy(a).to(low.device) for a in np.polynomial.legendre.leggauss(NODES))
+@lru_cache
+def legendre(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Nodes and weights on [-1, 1]: an eigenvalue problem, solved once."""
+    nodes, weights = np.polynomial.legendre.leggauss(count)
+    return torch.from_numpy(nodes).to(device), torch.from_numpy(weights).to(device)
+
+
+def integration(low: Tensor, high: Tensor, nodes: int = NODES) -> tuple[Tensor, Tensor]:
+    """Gauss-Legendre nodes and weights between low and high, each [nodes, ...]."""
+    x, weights = legendre(nodes, low.device)
     shape = (-1, *(1,) * low.ndim)
     half = (high - low) / 2
     return low + half * (x.view(shape) + 1), half * weights.view(shape)
@@ -126,7 +135,7 @@ class _Implicit(torch.autograd.Function):
         # dF / dkappa = integral of (cos - mean) f from 0 to t, or minus that from t to pi: the tail beyond t.
         below = angle < mode
         far = torch.where(below, angle - DEVIATIONS * width, angle + DEVIATIONS * width).clamp(0, math.pi)
-        nodes, weights = integration(torch.minimum(angle, far), torch.maximum(angle, far))
+        nodes, weights = integration(torch.minimum(angle, far), torch.maximum(angle, far), TAIL_NODES)
         ratio = (log_density(nodes, kappa, dim) - log_density(angle, kappa, dim)).exp()
         tail = (weights * (nodes.cos() - mean) * ratio).sum(dim=0)
         change = angle.sin() * torch.where(below, tail, -tail)

@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Generator, Tensor
 
 from lvssl.config import LatentSettings, ModelSettings
-from lvssl.latents import Posterior, family
+from lvssl.latents import Posterior, family, fused
 from lvssl.models.backbone import build_backbone, feature_dim
 from pipelines.errors import InputError
 
@@ -27,6 +27,7 @@ class Outputs:
     clean_projections: Tensor | None  # u of the clean path beside it, if there is one
     family: type[Posterior]
     match: Tensor | None = None  # [2], the numbers that the objective `hib` learns
+    kl: Tensor | None = None  # of the posteriors in nats, [N], where drawing has given it already
 
     @cached_property
     def posterior(self) -> Posterior:
@@ -93,9 +94,14 @@ class LVNet(nn.Module):
         """
         progress = min(1.0, fraction / self.latent.anneal)
         parameters = self.posterior_parameters(features, progress)
-        projections = self.project(self.draw(parameters, generator, progress, rank, ranks))
+        kl = None
+        if self.latent.meeting_place == "samples" and fused.usable(self.family, parameters):
+            samples, kl = self.draw_fused(parameters, generator, rank, ranks)
+        else:
+            samples = self.draw(parameters, generator, progress, rank, ranks)
+        projections = self.project(samples)
         clean = self.clean_projector(features) if self.clean_projector is not None else None
-        return Outputs(features, parameters, projections, clean, self.family, self.match)
+        return Outputs(features, parameters, projections, clean, self.family, self.match, kl)
 
     def posterior_parameters(self, features: Tensor, progress: float = 1.0) -> Tensor:
         """The head on features h [N, F], in fp32 whatever the autocast; `progress` of the annealing."""
@@ -135,6 +141,17 @@ class LVNet(nn.Module):
         everyone[rank] = views
         drawn = self.family(torch.cat(everyone, dim=1).flatten(0, 1)).sample(*options)
         return drawn.unflatten(1, (2, ranks, -1))[:, :, rank].flatten(1, 2)
+
+    def draw_fused(
+        self, parameters: Tensor, generator: Generator | None, rank: int, ranks: int
+    ) -> tuple[Tensor, Tensor]:
+        """The mean of K samples, [1, N, D], and the KL, [N], by one kernel; noise as of `draw`."""
+        device, part = parameters.device, len(parameters) // 2
+        key = torch.randint(2**62, (1,), generator=generator, device=device)
+        first = torch.arange(part, device=device) + rank * part
+        rows = torch.cat([first, first + ranks * part])
+        drawn = fused.draw(self.family, parameters, self.samples, key, rows)
+        return drawn.sample[None], drawn.kl
 
     def probe_logits(self, outputs: Outputs) -> dict[str, Tensor]:
         """Class logits of the online probes, on detached features and codes."""

@@ -21,7 +21,7 @@ def objective(outputs: Outputs, settings: PretrainSettings, fraction: float) -> 
     """The loss and its parts, from the posteriors and projections of 2B views.
 
     A pure function: nothing is drawn, kept or changed, so that it may also be evaluated on detached tensors
-    of a whole batch (`dataclasses.replace(outputs, parameters=..., projections=...)`).
+    of a whole batch (`dataclasses.replace(outputs, parameters=..., projections=..., kl=None)`).
 
         loss = (1 - clean) * distortion + clean * NT-Xent of the clean path
              + beta(t) * rate + decorrelation of the hard bits
@@ -37,7 +37,8 @@ def objective(outputs: Outputs, settings: PretrainSettings, fraction: float) -> 
         clean = base(outputs.clean_projections, settings.temperature)
         loss = (1 - latent.clean) * sampled + latent.clean * clean
         figures["ntxent_clean"] = clean
-    nats = rate(outputs.posterior.kl(), latent.free_nats)
+    kl = outputs.posterior.kl() if outputs.kl is None else outputs.kl
+    nats = rate(kl, latent.free_nats)
     beta = beta_at(fraction, latent.final_beta, latent.beta_warmup, latent.beta_schedule, latent.beta_cycles)
     loss = loss + beta * nats
     bits = outputs.posterior.straight_through_bits(batch_mean) if latent.decorrelation > 0 else None

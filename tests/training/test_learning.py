@@ -1,6 +1,7 @@
 """Does it learn? On digits with 100 labels, every family must beat its own random encoder by 10 points."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 from lvssl.config import PRESETS
 from lvssl.evaluation.embedding import calibrate_batch_statistics, embed
 from lvssl.evaluation.probe import linear_probe
+from lvssl.latents import FAMILIES
 from lvssl.models.network import LVNet
 from lvssl.training.pretrain import pretrain
+from lvssl.training.progress import read_metrics
 from lvssl.training.run import load_run
 from pipelines.sources import open_source
 
@@ -25,14 +28,52 @@ def accuracy(network: LVNet, digits: dict[str, Path]) -> float:
     return linear_probe(train.features[labelled], train.labels[labelled], test.features, test.labels).accuracy
 
 
-@pytest.mark.parametrize("family", ["none", "gaussian", "bernoulli"])
-def test_pretraining_beats_the_random_encoder_by_ten_points(digits, tmp_path, family):
+BRIEFLY = ("none", "gaussian", "bernoulli")  # the others are slow
+LATENTS = [
+    *({"family": name} for name in (*FAMILIES, "gaussian+bernoulli")),
+    {"family": "vmf", "site": "proj", "objective": "ceb"},
+    {"family": "vmf", "site": "proj", "objective": "mcinfonce"},
+    {"family": "gaussian", "objective": "hib"},
+    {"family": "none", "objective": "dcl"},
+    {"family": "bernoulli", "estimator": "relaxed"},
+]
+
+
+def named(latent: dict[str, str]) -> str:
+    return "-".join(latent.values())
+
+
+@pytest.mark.parametrize("latent", LATENTS, ids=named)
+def test_pretraining_runs_with_every_family_and_objective(digits, tmp_path, latent):
+    """An epoch each: it runs, its figures are finite, its codes are as long as they say, it loads again."""
     base = PRESETS["digits"]
+    settings = dataclasses.replace(
+        base, data=digits["train"], out=tmp_path / "run", epochs=1, threads=1,
+        latent=dataclasses.replace(base.latent, samples=2, **latent),
+    )  # fmt: skip
+    pretrain(settings)
+    row = read_metrics(settings.out / "metrics.jsonl")[-1]
+    assert all(math.isfinite(value) for value in row.values())
+    run = load_run(settings.out)
+    found = embed(run.network, open_source(digits["test"]), settings.view)
+    assert found.bits == run.network.family.code_bits(run.network.dim)
+    assert (
+        found.codes.shape == (len(found.labels), -(-found.bits // 8)) and np.isfinite(found.uncertainty).all()
+    )
+
+
+@pytest.mark.parametrize(
+    "latent",
+    [pytest.param(l, marks=() if named(l) in BRIEFLY else pytest.mark.slow) for l in LATENTS],
+    ids=named,
+)
+def test_pretraining_beats_the_random_encoder_by_ten_points(digits, tmp_path, latent):
+    base, family = PRESETS["digits"], named(latent)
     settings = dataclasses.replace(
         base,
         data=digits["train"],
         out=tmp_path / family,
-        latent=dataclasses.replace(base.latent, family=family),
+        latent=dataclasses.replace(base.latent, **latent),
     )
     torch.manual_seed(settings.seed)
     random = LVNet(settings.model, settings.latent, settings.view.resolution)

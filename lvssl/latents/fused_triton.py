@@ -1,0 +1,284 @@
+"""The kernels of `fused.py`: a program has one row and walks over its dimensions, so that nothing is added up
+between programs and results are the same from run to run. No GPU has run them yet: they are interpreted
+against the reference and compiled for sm_80 and sm_90.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lvssl.latents.bernoulli import Bernoulli
+from lvssl.latents.categorical import UNIFORM_SHARE, Categorical
+from lvssl.latents.gaussian import LOG_VARIANCE_BOUND, Gaussian
+from lvssl.latents.posterior import Posterior
+
+LN2 = tl.constexpr(math.log(2))
+TAU = tl.constexpr(2 * math.pi)
+LOG_2PIE = tl.constexpr(math.log(2 * math.pi * math.e))
+BOUND = tl.constexpr(LOG_VARIANCE_BOUND)
+SHARE = tl.constexpr(UNIFORM_SHARE)
+BLOCK = 1024  # dimensions that a program takes at a time
+
+
+@triton.jit
+def _uniforms(key, row, d, call):
+    """Four uniforms of each dimension: `fused.uniforms`."""
+    zero = (d * 0).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(key, zero + row.to(tl.uint32), d.to(tl.uint32), zero + call, zero, n_rounds=10)
+    unit: tl.constexpr = 1.0 / 16777216.0
+    return (
+        (w0 >> 8).to(tl.float32) * unit,
+        (w1 >> 8).to(tl.float32) * unit,
+        (w2 >> 8).to(tl.float32) * unit,
+        (w3 >> 8).to(tl.float32) * unit,
+    )
+
+
+@triton.jit
+def _hits(key, row, d, p, COUNT: tl.constexpr):
+    """Of COUNT uniforms, how many lie below p."""
+    total = p * 0
+    for call in tl.static_range((COUNT + 3) // 4):
+        u0, u1, u2, u3 = _uniforms(key, row, d, call)
+        total += tl.where(u0 < p, 1.0, 0.0)
+        if 4 * call + 1 < COUNT:
+            total += tl.where(u1 < p, 1.0, 0.0)
+        if 4 * call + 2 < COUNT:
+            total += tl.where(u2 < p, 1.0, 0.0)
+        if 4 * call + 3 < COUNT:
+            total += tl.where(u3 < p, 1.0, 0.0)
+    return total
+
+
+@triton.jit
+def _turn(u):
+    """cos and sin of u turns, u in [0, 1): the GPU's own, ready for any angle, keep a table in memory."""
+    quarter = (u * 4 + 0.5).to(tl.int32)
+    x = (u - 0.25 * quarter) * TAU  # within an eighth of a turn
+    square = x * x
+    s = x * (1 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square / 362880))))
+    c = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square / 40320)))
+    odd = (quarter & 1) == 1
+    cosine, sine = tl.where(odd, s, c), tl.where(odd, c, s)
+    cosine = tl.where(((quarter + 1) & 2) == 2, -cosine, cosine)
+    return cosine, tl.where((quarter & 2) == 2, -sine, sine)
+
+
+@triton.jit
+def _mean_normal(key, row, d, COUNT: tl.constexpr):
+    """Mean of COUNT normals of each dimension."""
+    total = (d * 0).to(tl.float32)
+    for call in tl.static_range((COUNT + 3) // 4):
+        u0, u1, u2, u3 = _uniforms(key, row, d, call)
+        radius = tl.sqrt(-2 * tl.log(1 - u0))
+        cosine, sine = _turn(u1)
+        total += radius * cosine
+        if 4 * call + 1 < COUNT:
+            total += radius * sine
+        radius = tl.sqrt(-2 * tl.log(1 - u2))
+        cosine, sine = _turn(u3)
+        if 4 * call + 2 < COUNT:
+            total += radius * cosine
+        if 4 * call + 3 < COUNT:
+            total += radius * sine
+    return total / COUNT
+
+
+@triton.jit
+def bernoulli_kernel(
+    logits, keys, rows, sample, kl, entropy, packed, D, width, COUNT: tl.constexpr, BLOCK: tl.constexpr
+):
+    n = tl.program_id(0).to(tl.int64)
+    key, row = tl.load(keys), tl.load(rows + n)
+    nats, spread = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, D, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        inside = d < D
+        l = tl.load(logits + n * D + d, mask=inside, other=0.0)
+        hits = _hits(key, row, d, tl.sigmoid(l), COUNT)
+        tl.store(sample + n * D + d, 2 * (hits / COUNT) - 1, mask=inside)
+        size = tl.abs(l)
+        small = tl.exp(-size)  # softplus(-|l|): the logarithm of 1 + it, or where that rounds it, its series
+        h = tl.where(small > 1e-3, tl.log(1 + small), small * (1 - 0.5 * small + small * small / 3))
+        h += size * small / (1 + small)
+        nats += tl.where(inside, LN2 - h, 0.0)
+        spread += tl.where(inside, h, 0.0)
+        bits = tl.reshape(((l > 0) & inside).to(tl.int32), (BLOCK // 8, 8))
+        values = tl.sum(bits << tl.arange(0, 8)[None, :], 1)
+        byte = start // 8 + tl.arange(0, BLOCK // 8)
+        tl.store(packed + n * width + byte, values.to(tl.uint8), mask=byte < width)
+    tl.store(kl + n, tl.sum(nats, 0))
+    tl.store(entropy + n, tl.sum(spread, 0))
+
+
+@triton.jit
+def bernoulli_backward_kernel(logits, of_sample, of_kl, of_entropy, out, D, BLOCK: tl.constexpr):
+    """dp / dl = p (1 - p); d kl / dl = l p (1 - p) = -d entropy / dl."""
+    n = tl.program_id(0).to(tl.int64)
+    of_rate = tl.load(of_kl + n) - tl.load(of_entropy + n)
+    for start in range(0, D, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        inside = d < D
+        l = tl.load(logits + n * D + d, mask=inside, other=0.0)
+        slope = tl.load(of_sample + n * D + d, mask=inside, other=0.0)
+        small = tl.exp(-tl.abs(l))
+        variance = small / ((1 + small) * (1 + small))
+        tl.store(out + n * D + d, variance * (2 * slope + of_rate * l), mask=inside)
+
+
+@triton.jit
+def gaussian_kernel(parameters, keys, rows, sample, kl, entropy, D, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64)
+    key, row = tl.load(keys), tl.load(rows + n)
+    nats, spread = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, D, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        inside = d < D
+        mu = tl.load(parameters + n * 2 * D + d, mask=inside, other=0.0)
+        v = tl.load(parameters + n * 2 * D + D + d, mask=inside, other=0.0)
+        v = tl.minimum(tl.maximum(v, -BOUND), BOUND)
+        tl.store(sample + n * D + d, mu + tl.exp(0.5 * v) * _mean_normal(key, row, d, COUNT), mask=inside)
+        nats += tl.where(inside, 0.5 * (mu * mu + tl.exp(v) - 1 - v), 0.0)
+        spread += tl.where(inside, 0.5 * (v + LOG_2PIE), 0.0)
+    tl.store(kl + n, tl.sum(nats, 0))
+    tl.store(entropy + n, tl.sum(spread, 0))
+
+
+@triton.jit
+def gaussian_backward_kernel(
+    parameters, keys, rows, of_sample, of_kl, of_entropy, out, D, COUNT: tl.constexpr, BLOCK: tl.constexpr
+):
+    n = tl.program_id(0).to(tl.int64)
+    key, row = tl.load(keys), tl.load(rows + n)
+    of_rate, of_spread = tl.load(of_kl + n), tl.load(of_entropy + n)
+    for start in range(0, D, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        inside = d < D
+        mu = tl.load(parameters + n * 2 * D + d, mask=inside, other=0.0)
+        given = tl.load(parameters + n * 2 * D + D + d, mask=inside, other=0.0)
+        v = tl.minimum(tl.maximum(given, -BOUND), BOUND)
+        slope = tl.load(of_sample + n * D + d, mask=inside, other=0.0)
+        noise = _mean_normal(key, row, d, COUNT)
+        of_v = 0.5 * (slope * tl.exp(0.5 * v) * noise + of_rate * (tl.exp(v) - 1) + of_spread)
+        tl.store(out + n * 2 * D + d, slope + of_rate * mu, mask=inside)
+        tl.store(out + n * 2 * D + D + d, tl.where(v == given, of_v, 0.0), mask=inside)
+
+
+@triton.jit
+def _chances(logits, n, g, G, K: tl.constexpr):
+    """softmax of groups g of row n, [len(g), K], and where the groups are."""
+    k = tl.arange(0, K)
+    place = n * G * K + g[:, None] * K + k[None, :]
+    x = tl.load(logits + place, mask=(g < G)[:, None], other=0.0)
+    x = tl.exp(x - tl.max(x, 1)[:, None])
+    return x / tl.sum(x, 1)[:, None], place
+
+
+@triton.jit
+def _picked(u, upto, K: tl.constexpr):
+    """One-hot rows: how many sums of chances each uniform has passed."""
+    chosen = tl.minimum(tl.sum(tl.where(u[:, None] >= upto, 1, 0), 1), K - 1)
+    return tl.where(tl.arange(0, K)[None, :] == chosen[:, None], 1.0, 0.0)
+
+
+@triton.jit
+def categorical_kernel(
+    logits, keys, rows, sample, kl, entropy, G,
+    K: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    key, row = tl.load(keys), tl.load(rows + n)
+    spread = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, G, BLOCK):
+        g = start + tl.arange(0, BLOCK)
+        soft, place = _chances(logits, n, g, G, K)
+        p = soft * (1 - SHARE) + SHARE / K
+        upto = tl.cumsum(p, 1)
+        total = p * 0
+        for call in tl.static_range((COUNT + 3) // 4):
+            u0, u1, u2, u3 = _uniforms(key, row, g, call)
+            total += _picked(u0, upto, K)
+            if 4 * call + 1 < COUNT:
+                total += _picked(u1, upto, K)
+            if 4 * call + 2 < COUNT:
+                total += _picked(u2, upto, K)
+            if 4 * call + 3 < COUNT:
+                total += _picked(u3, upto, K)
+        tl.store(sample + place, total / COUNT, mask=(g < G)[:, None])
+        spread += tl.where(g < G, -tl.sum(p * tl.log(p), 1), 0.0)
+    h = tl.sum(spread, 0)
+    tl.store(entropy + n, h)
+    tl.store(kl + n, G * tl.log(K * 1.0) - h)
+
+
+@triton.jit
+def categorical_backward_kernel(
+    logits, of_sample, of_kl, of_entropy, out, G, K: tl.constexpr, BLOCK: tl.constexpr
+):
+    n = tl.program_id(0).to(tl.int64)
+    of_rate = tl.load(of_kl + n) - tl.load(of_entropy + n)
+    for start in range(0, G, BLOCK):
+        g = start + tl.arange(0, BLOCK)
+        soft, place = _chances(logits, n, g, G, K)
+        slope = tl.load(of_sample + place, mask=(g < G)[:, None], other=0.0)
+        slope += of_rate * (tl.log(soft * (1 - SHARE) + SHARE / K) + 1)
+        slope = soft * (1 - SHARE) * (slope - tl.sum(soft * slope, 1)[:, None])
+        tl.store(out + place, slope, mask=(g < G)[:, None])
+
+
+def forward(
+    family: type[Posterior], parameters: Tensor, key: Tensor, rows: Tensor, count: int
+) -> tuple[Tensor, ...]:
+    """`fused.Draw`'s tensors."""
+    n = len(parameters)
+    width = parameters.shape[1] // (2 if issubclass(family, Gaussian) else 1)
+    sample = parameters.new_empty(n, width)
+    kl, entropy = parameters.new_empty(n), parameters.new_empty(n)
+    bits = (width + 7) // 8 if issubclass(family, Bernoulli) else 0
+    packed = torch.empty(n, bits, dtype=torch.uint8, device=parameters.device)
+    if not n:
+        return sample, kl, entropy, packed
+    given, found = (parameters, key, rows), (sample, kl, entropy)
+    if issubclass(family, Bernoulli):
+        bernoulli_kernel[(n,)](*given, *found, packed, width, bits, COUNT=count, **options(family, width))
+    elif issubclass(family, Gaussian):
+        gaussian_kernel[(n,)](*given, *found, width, COUNT=count, **options(family, width))
+    else:
+        assert issubclass(family, Categorical)
+        groups = width // family.categories
+        categorical_kernel[(n,)](*given, *found, groups, COUNT=count, **options(family, width))
+    return sample, kl, entropy, packed
+
+
+def backward(
+    family: type[Posterior], parameters: Tensor, key: Tensor, rows: Tensor, count: int, *slopes: Tensor
+) -> Tensor:
+    """The parameters' gradient from those of sample [N, D], KL [N] and entropy [N]."""
+    out = torch.empty_like(parameters)
+    n, width = slopes[0].shape
+    if not n:
+        return out
+    if issubclass(family, Bernoulli):
+        bernoulli_backward_kernel[(n,)](parameters, *slopes, out, width, **options(family, width))
+    elif issubclass(family, Gaussian):
+        gaussian_backward_kernel[(n,)](
+            parameters, key, rows, *slopes, out, width, COUNT=count, **options(family, width)
+        )
+    else:
+        assert issubclass(family, Categorical)
+        groups = width // family.categories
+        categorical_backward_kernel[(n,)](parameters, *slopes, out, groups, **options(family, width))
+    return out
+
+
+def options(family: type[Posterior], width: int) -> dict[str, Any]:
+    """Block, warps, and the categories where there are any; no configuration spills (tests/latents)."""
+    if issubclass(family, Categorical):
+        k = family.categories
+        block = max(1, min(triton.next_power_of_2(width // k), BLOCK // 2 // k))
+        return {"K": k, "BLOCK": block, "num_warps": 8}
+    return {"BLOCK": max(8, min(triton.next_power_of_2(width), BLOCK)), "num_warps": 4}

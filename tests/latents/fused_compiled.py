@@ -1,0 +1,55 @@
+"""Compiles the fused kernels ahead of time, without a GPU; one JSON object a kernel. Run by test_fused.py.
+
+python tests/latents/fused_compiled.py [categories ...]
+"""
+
+import json
+import os
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton_kernels import resources
+
+from lvssl.latents import family, fused_triton
+
+POINTERS = {"keys": "*i64", "rows": "*i64", "packed": "*u8"}
+KERNELS = {
+    "bernoulli": (fused_triton.bernoulli_kernel, fused_triton.bernoulli_backward_kernel),
+    "gaussian": (fused_triton.gaussian_kernel, fused_triton.gaussian_backward_kernel),
+    "categorical": (fused_triton.categorical_kernel, fused_triton.categorical_backward_kernel),
+}
+
+
+def compiled(kernel, options: dict, capability: int) -> dict:
+    options = dict(options)
+    warps = options.pop("num_warps")
+    if "COUNT" in kernel.arg_names:
+        options["COUNT"] = 4
+    integers = {name: "i32" for name in ("D", "G", "width")}
+    signature = (
+        dict.fromkeys(kernel.arg_names, "*fp32") | POINTERS | integers | dict.fromkeys(options, "constexpr")
+    )
+    signature = {name: signature[name] for name in kernel.arg_names}
+    constants = {(kernel.arg_names.index(name),): value for name, value in options.items()}
+    aligned = [n for n in kernel.arg_names if signature[n].startswith("*")]
+    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return {"kernel": kernel.__name__, "sm": capability, **options, "shared": binary.metadata.shared,
+            **resources(binary.asm["cubin"])}  # fmt: skip
+
+
+def main() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    for name, kernels in KERNELS.items():
+        for categories in map(int, sys.argv[1:] or ("16",)) if name == "categorical" else (16,):
+            options = fused_triton.options(family(name, categories=categories), 2048)
+            for kernel in kernels:
+                for capability in (80, 90):
+                    print(json.dumps(compiled(kernel, options, capability)), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
