@@ -46,7 +46,8 @@ class SyncedBatchNorm(_BatchNorm):
         output, mean, variance, count = _Normalise.apply(input, weight, bias, self.eps)
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             assert self.momentum is not None
-            self.get_buffer("num_batches_tracked").add_(1)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         return output
@@ -95,11 +96,13 @@ def _wide(x: Tensor) -> Tensor:
 def frozen_running_statistics(network: nn.Module) -> Iterator[None]:
     """Forward passes inside still normalise by their batch, but leave no trace in the running statistics:
     for images that have been seen already, and are computed again for their gradient."""
+    # Moved by a share of 0 rather than not tracked: checkpointing wants the same graph at the second time.
     frozen = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    kept = [(module, module.momentum, module.num_batches_tracked) for module in frozen]
     for module in frozen:
-        module.track_running_stats = False
+        module.momentum, module.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for module in frozen:
-            module.track_running_stats = True
+        for module, momentum, count in kept:
+            module.momentum, module.num_batches_tracked = momentum, count

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from lvssl.training.stopping import Interrupted
 from pipelines.errors import InputError
 
-BEAT, DEAD_AFTER = 5.0, 45.0  # seconds between two signs of life; without one for so long, a rank is dead
+BEAT, DEAD_AFTER = 5.0, 40.0  # seconds between two signs of life; without one for so long, a rank is dead
 T = TypeVar("T")
 
 

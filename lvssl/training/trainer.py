@@ -60,12 +60,13 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs. The noise needs nothing, for it is keyed by (seed, step)."""
+        epoch, step = divmod(self.step, len(self.loader))  # an end of an epoch is the next one's beginning
         return {
             "network": self.network.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "loader": self.loader.state_dict(),
+            "loader": {"epoch": epoch, "step": step},
             "random": torch.get_rng_state(),
             "step": self.step,  # of the schedule and of the metrics, too
             "calibrated": self.calibrated,
@@ -88,8 +89,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
         self.step, self.calibrated = state["step"], state["calibrated"]
-        if self.step < self.steps:  # a finished run stands at its end, not at an epoch's beginning
-            self.loader.load_state_dict(state["loader"])
+        self.loader.load_state_dict(state["loader"])
 
     # -- the loop ---------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import random
 import signal
 import subprocess
@@ -15,7 +14,6 @@ import torch
 
 from lvssl.config import PRESETS, PretrainSettings, from_dict, to_dict
 from lvssl.training import checkpoint
-from lvssl.training.optimiser import build_optimiser, learning_rate
 from lvssl.training.pretrain import Interrupted, Stop, Trainer, pretrain
 from lvssl.training.progress import read_metrics
 from lvssl.training.run import load_run
@@ -88,29 +86,6 @@ def interrupted_after(chosen: PretrainSettings, steps: int) -> None:
 
         trainer.train_step = counted
         trainer.train(stop)
-
-
-def test_killed_at_any_moment_it_is_the_undisturbed_run(digits, tmp_path):
-    """SIGKILL, three times at random moments, in the middle of steps and of saving (a checkpoint a step)."""
-    options = ["--preset", "digits", "--data", digits["train"], "--epochs", "3", "--threads", "1"]
-    command = [sys.executable, "-m", "lvssl.cli", "pretrain", *map(str, options)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--out", tmp_path / "whole"], check=True, env=environment, capture_output=True)
-
-    killed = [*command, "--out", str(tmp_path / "killed"), "--checkpoint-minutes", "0.0001"]
-    generator, kills = random.Random(1), 0
-    for _ in range(3):
-        process = subprocess.Popen([*killed, "--resume"], env=environment, stdout=subprocess.DEVNULL)
-        wait_for_a_step(tmp_path / "killed", process)
-        time.sleep(generator.uniform(0, 0.3))
-        process.kill()
-        kills += process.wait() == -signal.SIGKILL
-    assert kills >= 2, "the run was over before it was killed"
-    subprocess.run([*killed, "--resume"], check=True, env=environment, capture_output=True)
-    assert_equal_weights(tmp_path / "whole", tmp_path / "killed")
-    rows = read_metrics(tmp_path / "killed" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
-    assert not list((tmp_path / "killed" / "checkpoints").glob(".*.partial"))
 
 
 def wait_for_a_step(run: Path, process: subprocess.Popen) -> None:
@@ -211,22 +186,3 @@ def test_settings_survive_json(digits, tmp_path):
         assert from_dict(PretrainSettings, json.loads(json.dumps(to_dict(chosen)))) == chosen
     with pytest.raises(InputError, match="colour"):
         from_dict(PretrainSettings, {"view": {"colour": 1}})
-
-
-def test_weight_decay_is_for_weights_of_layers_alone():
-    from lvssl.models.backbone import build_backbone
-
-    backbone, _ = build_backbone("resnet18", 32)
-    optimiser = build_optimiser(backbone, PRESETS["digits"].optimiser)
-    decayed = {id(p) for p in optimiser.param_groups[0]["params"]}
-    names = {name for name, p in backbone.named_parameters() if id(p) in decayed}
-    assert "layer2.0.downsample.0.weight" in names and "layer2.0.downsample.1.weight" not in names
-    assert not any(name.endswith("bias") or ".bn" in name for name in names)
-    assert sum(len(g["params"]) for g in optimiser.param_groups) == len(list(backbone.parameters()))
-
-
-def test_the_learning_rate_warms_up_and_falls_to_zero():
-    chosen = dataclasses.replace(PRESETS["digits"].optimiser, lr=1.0, warmup_epochs=2)
-    rates = [learning_rate(step, 100, 10, chosen) for step in range(100)]
-    assert rates[0] == pytest.approx(0.05) and rates[19] == 1.0 and max(rates) == 1.0
-    assert rates[20:] == sorted(rates[20:], reverse=True) and rates[-1] < 0.01

@@ -1,0 +1,260 @@
+"""What does the training engine cost over a bare loop, and which settings make a step fast?
+
+    python -m benchmarks.engine --json FILE              overhead, then the matrix on two ranks
+    python -m benchmarks.engine --part overhead          one of the two
+    python -m benchmarks.engine --device cuda --backbone resnet50 --resolution 224 --batch 256 --json FILE
+
+overhead: seconds a step of the engine (schedule, keyed noise, guard against what isn't finite, agreement to
+go on, a log line every tenth step) over those of a bare loop of the same network, loss and optimiser on the
+same batches. Loops take turns, one step each, and the ratio is that of the medians.
+
+matrix: {BN, SyncBN} x {channels-last, default layout} x {eager, compiled backbone}, on --ranks ranks (on a
+GPU: all that are there), images a second over all of them; the eight take turns. Compilation is untimed.
+
+Batches are noise, made beforehand: a step's time doesn't depend on what is seen. The GPU part is untried.
+"""
+
+import argparse
+import json
+import os
+import platform
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from lvssl.cli import guarded
+from lvssl.config import EngineSettings, PretrainSettings, preset
+from lvssl.models.network import LVNet
+from lvssl.training.distributed import World, connected
+from lvssl.training.objective import objective
+from lvssl.training.optimiser import build_optimiser, learning_rate
+from lvssl.training.prepare import autocast, prepared
+from lvssl.training.run import pick_device, versions
+from lvssl.training.stopping import Stop
+from lvssl.training.trainer import Trainer
+from pipelines.files import write_atomically
+from pipelines.loader import TwoViewLoader, ViewBatch
+
+CLASSES, LOG_EVERY = 10, 10
+Step = Callable[[ViewBatch], None]
+
+
+class Batches:
+    """In the place of a loader: an epoch without end."""
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+
+def main(arguments: list[str]) -> int:
+    options = parsed(arguments)
+    settings = settings_of(options)
+    result: dict[str, Any] = {
+        "settings": {name: str(value) for name, value in vars(options).items() if name != "json"},
+        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": options.threads},
+        "versions": versions(),
+    }
+    if options.json and options.json.exists():
+        result = json.loads(options.json.read_text()) | result
+    if "overhead" in options.part:
+        result["overhead"] = overhead(settings, options)
+        print(f"engine_over_bare_loop {result['overhead']['engine_over_bare_loop']:.4f}")
+    if "matrix" in options.part:
+        result["matrix"] = matrix(settings, options)
+    if options.json:
+        write_atomically(options.json, json.dumps(result, indent=1).encode())
+    return 0
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--part", nargs="+", default=["overhead", "matrix"], choices=["overhead", "matrix"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backbone", default="small")
+    parser.add_argument("--resolution", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=128, help="images a step, over all ranks")
+    parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU, in each rank")
+    parser.add_argument("--ranks", type=int, default=0, help="of the matrix; 0: 2 on a CPU, all GPUs")
+    parser.add_argument("--rounds", type=int, default=30, help="steps of each form")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args(arguments)
+
+
+def settings_of(options: argparse.Namespace) -> PretrainSettings:
+    base = preset("cifar10-small")
+    return replace(
+        base,
+        batch_size=options.batch,
+        threads=options.threads,
+        device=options.device,
+        log_every=LOG_EVERY,
+        checkpoint_minutes=1e6,
+        model=replace(base.model, backbone=options.backbone),
+        view=replace(base.view, resolution=options.resolution),
+    )
+
+
+def batches(
+    settings: PretrainSettings, device: torch.device, world: World, count: int = 4
+) -> list[ViewBatch]:
+    """Noise in a loader's layout."""
+    share, side = settings.batch_size // world.size, settings.view.resolution
+    noise = torch.Generator().manual_seed(world.rank)
+    made = []
+    for _ in range(count):
+        views = torch.randn(2, share, side, side, 3, generator=noise).permute(0, 1, 4, 2, 3)
+        labels = torch.randint(CLASSES, (share,), generator=noise)
+        made.append(ViewBatch(views, labels, torch.arange(share), torch.empty(0)).to(device))
+    return made
+
+
+def engine_step(trainer: Trainer) -> Step:
+    """What `Trainer.train` does with a batch."""
+    stop = Stop()
+    trainer.network.train()
+    trainer.saved = time.monotonic()
+
+    def step(batch: ViewBatch) -> None:
+        figures = trainer.train_step(batch)
+        trainer.step += 1
+        if trainer.step % LOG_EVERY == 0:
+            trainer.describe(figures)
+        trainer.between_steps(stop)
+
+    return step
+
+
+def bare_step(settings: PretrainSettings, device: torch.device) -> Step:
+    """The loop that one would write: no more than the same network, loss and optimiser."""
+    torch.manual_seed(settings.seed)
+    network = LVNet(settings.model, settings.latent, settings.view.resolution, CLASSES)
+    network = prepared(network, settings.engine, device).train()
+    optimiser = build_optimiser(network, settings.optimiser)
+    noise = torch.Generator(device=device)
+    done = 0
+
+    def step(batch: ViewBatch) -> None:
+        nonlocal done
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(done, 10**6, 10**6, settings.optimiser)
+        with autocast(settings.engine, device):
+            outputs = network(batch.views.flatten(0, 1), noise)
+            probes = network.probe_logits(outputs)
+        loss = objective(outputs, settings, 0.0)["loss"]
+        for logits in probes.values():
+            loss = loss + F.cross_entropy(logits.float(), batch.labels.repeat(2))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        done += 1
+        if done % LOG_EVERY == 0:
+            loss.item()
+
+    return step
+
+
+def overhead(settings: PretrainSettings, options: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(options.threads)
+    device, world = pick_device(options.device), World()
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = replace(settings, out=Path(folder))
+        trainer = Trainer(chosen, CLASSES, cast(TwoViewLoader, Batches()), device, world)
+        forms = {"engine": engine_step(trainer), "bare loop": bare_step(settings, device)}
+        times = in_turns(forms, batches(settings, device, world), options.rounds, device)
+    found: dict[str, Any] = {name: row(seconds) for name, seconds in times.items()}
+    pairs = [engine / bare for engine, bare in zip(times["engine"], times["bare loop"])]
+    found["engine_over_bare_loop"] = found["engine"]["seconds"] / found["bare loop"]["seconds"]
+    found["ratio_of_neighbouring_steps"] = row(pairs)
+    for name in forms:
+        print(f"{name:10} {1e3 * found[name]['seconds']:9.2f} ms a step", flush=True)
+    return found
+
+
+def in_turns(
+    forms: dict[str, Step], data: list[ViewBatch], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each step of each form; which comes first changes from round to round."""
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for turn in range(-2, rounds):  # two rounds to warm up
+        order = list(forms) if turn % 2 else list(forms)[::-1]
+        for name in order:
+            start = now(device)
+            forms[name](data[turn % len(data)])
+            if turn >= 0:
+                times[name].append(now(device) - start)
+    return times
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def row(times: list[float]) -> dict[str, Any]:
+    low, middle, high = statistics.quantiles(times, n=4)
+    return {"seconds": middle, "quartiles": [low, high], "rounds": len(times)}
+
+
+def matrix(settings: PretrainSettings, options: argparse.Namespace) -> list[dict[str, Any]]:
+    on_gpu = options.device.startswith("cuda")
+    ranks = options.ranks or (torch.cuda.device_count() if on_gpu else 2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(cells, (ranks, port, settings, options, folder), ranks, start_method="spawn")
+        rows = json.loads((Path(folder) / "rows.json").read_text())
+    for found in rows:
+        name = f"{found['normalisation']:6} {found['layout']:13} {found['execution']:8}"
+        print(f"{name} {found['images_per_second']:9.1f} img/s on {ranks} rank(s)", flush=True)
+    return rows
+
+
+def cells(
+    rank: int, ranks: int, port: int, settings: PretrainSettings, options: argparse.Namespace, folder: str
+) -> None:
+    """One rank's part of the matrix."""
+    torch.set_num_threads(options.threads)
+    world = World(rank, ranks, rank, "127.0.0.1", port)
+    device = pick_device(options.device, rank)
+    forms, names = {}, {}
+    with connected(world, device):
+        for sync in (False, True):
+            for last in (True, False):
+                for compiled in (False, True):
+                    engine = EngineSettings(channels_last=last, compile=compiled, sync_batch_norm=sync)
+                    chosen = replace(settings, engine=engine, out=Path(folder))
+                    trainer = Trainer(chosen, CLASSES, cast(TwoViewLoader, Batches()), device, world)
+                    name = f"{sync} {last} {compiled}"
+                    forms[name] = engine_step(trainer)
+                    names[name] = {
+                        "normalisation": "SyncBN" if sync else "BN",
+                        "layout": "channels-last" if last else "default",
+                        "execution": "compile" if compiled else "eager",
+                    }
+        times = in_turns(forms, batches(settings, device, world), options.rounds, device)
+    if world.first:
+        rows = []
+        for name, seconds in times.items():
+            found = row(seconds)
+            rows.append(
+                names[name]
+                | found
+                | {"ranks": ranks, "images_per_second": settings.batch_size / found["seconds"]}
+            )
+        (Path(folder) / "rows.json").write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))
