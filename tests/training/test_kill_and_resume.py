@@ -22,7 +22,7 @@ from lvssl.training.pretrain import pretrain
 from lvssl.training.progress import read_metrics
 from lvssl.training.trainer import Trainer
 
-TIMEOUT = 120
+TIMEOUT = 300
 EVERY_STEP = 1e-9  # minutes between checkpoints
 CASES = {
     "adamw": (OptimiserSettings(), EngineSettings(ema=0.9, chunk=100)),
