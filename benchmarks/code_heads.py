@@ -246,9 +246,9 @@ def embedded(run: Run, options: argparse.Namespace) -> Features:
                 for batch in loader:
                     images = batch.views.flatten(0, 1).to(device_of(network))
                     views.append(network.backbone(images).cpu().numpy())
-        arrays = (clean.features, clean.labels, unseen.features, unseen.labels, np.stack(views))
+        found = Features(clean.features, clean.labels, unseen.features, unseen.labels, np.stack(views))
         beside = kept.with_name("unfinished.npz")
-        np.savez(beside, **dict(zip(Features.__dataclass_fields__, arrays, strict=True)))
+        np.savez(beside, allow_pickle=False, **vars(found))
         beside.replace(kept)
     with np.load(kept) as arrays:
         return Features(**{name: arrays[name] for name in Features.__dataclass_fields__})
@@ -258,7 +258,7 @@ def measured(options: argparse.Namespace, row: Row, data: Features) -> dict[str,
     """A row's figures; made unless they are kept."""
     kept: Path = options.out / row.file
     if not kept.exists():
-        pair = (data.features, data.test_features)
+        pair: tuple[np.ndarray, ...] = (data.features, data.test_features)
         if row.start:
             pair = head_bits(row, data, options)
         elif row.name != "features":
@@ -313,16 +313,16 @@ def started(weight: Tensor, start: str, data: Features) -> None:
 
 def paired(made: list[dict[str, Any]]) -> dict[str, Any]:
     """Samples minus hard bits, in points, mean and standard error over the seeds."""
-    trained = {(m["name"], m["of"], m["seed"]): m for m in made if m["start"] == "orthogonal"}
+    trained = {((m["name"], m["of"]), m["seed"]): m for m in made if m["start"] == "orthogonal"}
     pairs = {
         "decorrelation": (("decorrelation", "sample"), ("decorrelation", "hard")),
         "projector": (("projector, samples", "hard"), ("projector, hard", "hard")),
     }
     found = {}
     for name, (samples, hard) in pairs.items():
-        seeds = sorted({key[2] for key in trained if key[:2] == hard and (*samples, key[2]) in trained})
+        seeds = sorted({seed for kind, seed in trained if kind == hard and (samples, seed) in trained})
         for what in ("probe", "knn") if seeds else ():
-            each = [round(trained[(*samples, s)][what] - trained[(*hard, s)][what], 4) for s in seeds]
+            each = [round(trained[samples, s][what] - trained[hard, s][what], 4) for s in seeds]
             error = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else None
             mean = statistics.mean(each)
             found[f"{name}_{what}"] = {"mean": mean, "standard_error": error, "seeds": seeds, "each": each}
