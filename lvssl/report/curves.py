@@ -51,12 +51,10 @@ def curves(
         ),
         ("Speed", "images a second", [("run", rows, "images_per_second", "run")]),
     ]
-    if not any("ntxent" in row for row in rows):
-        panels[0] = (
-            "Loss",
-            "all terms",
-            [("run", rows, "loss", "run"), ("control", control, "loss", "control")],
-        )
+    if not any(
+        "ntxent" in row for row in rows
+    ):  # another objective: its own distortion, no control beside it
+        panels[0] = ("Distortion", "of the run's objective, nats", [("run", rows, "distortion", "run")])
     figures = []
     for title, unit, wanted in panels:
         lines = [Line(label, style, series(source, key)) for label, source, key, style in wanted]

@@ -44,6 +44,9 @@ FAMILIES = {
     "sign": "no latent, its sign bits decorrelated",
     "gaussian": "a Gaussian latent",
     "bernoulli": "a Bernoulli latent",
+    "laplace": "a Laplace latent",
+    "vmf": "a von Mises-Fisher latent",
+    "power_spherical": "a power spherical latent",
 }
 
 
@@ -233,7 +236,7 @@ def trained(settings: dict[str, Any], evaluation: dict[str, Any]) -> str:
     backbone = settings.get("model", {}).get("backbone")
     family = str(latent.get("family", ""))
     parts = [f"A {backbone} encoder" if backbone else "An encoder"]
-    parts.append(f"with {FAMILIES.get(family, family + ' latent')}" if family else "")
+    parts.append(f"with {FAMILIES.get(family, f'a {family} latent')}" if family else "")
     parts.append("was trained without labels")
     parts.append(f"on {data['train']:,} images" if data.get("train") else "")
     parts.append(f"at {data['resolution']} px" if data.get("resolution") else "")
