@@ -25,7 +25,7 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +136,11 @@ def figures(options: argparse.Namespace, job: Job) -> dict[str, Any]:
     ]
     row["checkpoint"], row["train"], row["test"] = run.digest, len(sets[0].labels), len(sets[1].labels)
     row["width"] = sets[0].features.shape[1]
-    row["features"] = accuracies(tuple(s.features for s in sets), sets)
+    labels = sets[0].labels, sets[1].labels
+    row["features"] = accuracies(tuple(s.features for s in sets), *labels)
     for bits in missing:
         made = own_code(*sets) if job.bits else controls(int(bits), *sets)
-        row["codes"][bits] = {name: accuracies(pair, sets) for name, pair in made.items()}
+        row["codes"][bits] = {name: accuracies(pair, *labels) for name, pair in made.items()}
     if job.bits:
         row["rate_bits"] = sets[1].rate_bits
     write_atomically(kept, json.dumps(row, indent=1).encode())
@@ -189,16 +190,16 @@ def controls(bits: int, train: Embedding, test: Embedding) -> dict[str, tuple[np
     }
 
 
-def accuracies(pair: tuple[np.ndarray, ...], sets: Sequence[Embedding]) -> dict[str, float]:
+def accuracies(pair: tuple[np.ndarray, ...], train_y: np.ndarray, test_y: np.ndarray) -> dict[str, float]:
     """probe: linear; knn: cosine on float32 features, Hamming on bits, bool or uint8 [N, b]."""
-    (train_x, test_x), (train, test) = pair, sets
+    train_x, test_x = pair
     if train_x.dtype != np.float32:
         packed = pack_bits(train_x), pack_bits(test_x)
-        knn = hamming_knn(packed[0], train.labels, packed[1], test.labels, train_x.shape[1])
+        knn = hamming_knn(packed[0], train_y, packed[1], test_y, train_x.shape[1])
         train_x, test_x = train_x.astype(np.float32), test_x.astype(np.float32)
     else:
-        knn = weighted_knn(train_x, train.labels, test_x, test.labels)
-    return {"probe": linear_probe(train_x, train.labels, test_x, test.labels).accuracy, "knn": knn}
+        knn = weighted_knn(train_x, train_y, test_x, test_y)
+    return {"probe": linear_probe(train_x, train_y, test_x, test_y).accuracy, "knn": knn}
 
 
 def finished(out: Path, data: str) -> list[dict[str, Any]]:

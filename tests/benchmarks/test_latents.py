@@ -68,7 +68,7 @@ def test_bits_are_compared_by_hamming_distance():
         assert [x.shape for x in pair] == [(60, 8), (30, 8)]
         packed = [pack_bits(x) for x in pair]
         expected = hamming_knn(packed[0], sets[0].labels, packed[1], sets[1].labels, 8)
-        assert accuracies(pair, sets)["knn"] == expected
+        assert accuracies(pair, sets[0].labels, sets[1].labels)["knn"] == expected
 
 
 @pytest.mark.slow

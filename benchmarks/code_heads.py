@@ -1,0 +1,344 @@
+"""Which objective makes a good code? Linear layers of b bits on the frozen features of one pretrained run.
+
+    python -m benchmarks.code_heads --run runs/latents/fashion-mnist-none-s0 \\
+        --train runs/latents/data/fashion-mnist-train10000.beton \\
+        --test runs/latents/data/fashion-mnist-test.beton --json docs/code-heads.json
+
+(The run and its data are made by `python -m benchmarks.latents --data fashion-mnist --arms none --seeds 0`.)
+
+The features of the clean images and of --epochs epochs of two augmented views are made once and kept below
+--out. On those of the views every head is trained alone: batch normalisation, a linear layer, batch
+normalisation, times 4: the logits l of a Bernoulli posterior. Its code is 1[u > mean of u over the clean
+training images], u the layer's output. Everything but the objective is the same, so that heads of one start
+and seed (of layer, order and noise) are paired. The controls need no training: sign bits, PCA-sign, ITQ, LSH.
+Test accuracy in percent: linear probe, Hamming kNN (features: cosine).
+
+With b = sign(l) as +-1 (straight through), z a sample, m = tanh(l / 2) its mean, and w the weight:
+
+    decorrelation     w/D sum_{i != j} C_ij^2, C the covariance of b, or of one z, over the batch's views
+    self-information  NT-Xent between two samples of the same view's posterior, tau 0.1
+    code, hard        NT-Xent between the views' b, without a projector; tau 0.2, as all that follow
+    code, each        the same of each of 4 samples for itself
+    code, expected    the same with similarity m.m'/D, the expected similarity of two samples
+    projector, samples, hard    NT-Xent of a projector's output on the mean of 4 samples, or on b
+    barlow, hard      1/D [sum_i (1 - R_ii)^2 + 0.005 sum_{i != j} R_ij^2], R the views' correlation of b
+
+Every finished row is kept below --out: a command that was killed goes on, and --only parts may run at once.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.latents import accuracies
+from lvssl.cli import guarded
+from lvssl.codes.controls import fit_itq, fit_lsh, fit_pca, fit_sign, principal_directions
+from lvssl.codes.pack import unpack_bits
+from lvssl.codes.statistics import code_statistics
+from lvssl.evaluation.embedding import device_of, embed
+from lvssl.latents.bernoulli import Bernoulli
+from lvssl.losses.ntxent import ntxent
+from lvssl.losses.objective import decorrelation
+from lvssl.models.network import projector
+from lvssl.training.checkpoint import write_atomically
+from lvssl.training.run import Run, load_run, versions
+from pipelines.errors import InputError
+from pipelines.loader import TwoViewLoader
+from pipelines.sources import open_source
+
+CONTROLS = {"sign": fit_sign, "PCA-sign": fit_pca, "ITQ": fit_itq, "LSH": fit_lsh}
+SHARPNESS, SAMPLES, TAU = 4.0, 4, 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A code: one of CONTROLS, or a head with `weight` times decorrelation and a term of TERMS."""
+
+    name: str
+    seed: int = 0
+    start: str = ""  # identity, orthogonal, principal; empty: nothing is trained
+    weight: float = 0.0  # of the decorrelation
+    of: str = "hard"  # what is decorrelated: the hard bits or one sample
+    term: str = ""
+    term_weight: float = 0.0
+
+    @property
+    def file(self) -> str:
+        words = (self.name, self.start, self.weight if self.start else "", self.of if self.start else "")
+        return "-".join(str(w) for w in (*words, f"s{self.seed}") if w != "").replace(" ", "_") + ".json"
+
+
+def rows(seeds: list[int]) -> list[Row]:
+    """Controls; decorrelation by start; the terms, of the first seed where no hard bits meet samples.
+
+    Decorrelation alone has one weight: AdamW's steps don't depend on the loss's scale.
+    """
+    table = [Row("features"), Row("sign"), Row("PCA-sign")]
+    table += [Row(name, seed) for name in ("ITQ", "LSH") for seed in seeds]
+    table += [
+        Row("decorrelation", seed, start, 1.0, of)
+        for start, of in (
+            ("identity", "hard"),
+            ("principal", "hard"),
+            ("orthogonal", "hard"),
+            ("orthogonal", "sample"),
+        )
+        for seed in seeds
+    ]
+    table += [
+        Row(term, seed, "orthogonal", 0.02, term=term, term_weight=1.0)
+        for seed in seeds
+        for term in ("projector, samples", "projector, hard")
+    ]
+    table += [
+        Row(term, seeds[0], "orthogonal", 0.0 if term == "barlow, hard" else 0.02, term=term, term_weight=1.0)
+        for term in ("code, hard", "code, each", "code, expected", "barlow, hard")
+    ]
+    term = "self-information"
+    return [*table, Row(term, seeds[0], "orthogonal", 0.1, term=term, term_weight=0.5)]
+
+
+def self_information(posterior: Bernoulli, noise: torch.Generator, _: nn.Module) -> Tensor:
+    first, second = posterior.sample(2, noise)
+    views = zip(first.chunk(2), second.chunk(2), strict=True)
+    return 0.5 * torch.stack([ntxent(torch.cat(pair), 0.1) for pair in views]).sum()
+
+
+def each_sample(posterior: Bernoulli, noise: torch.Generator, _: nn.Module) -> Tensor:
+    return torch.stack([ntxent(z, TAU) for z in posterior.sample(SAMPLES, noise)]).mean()
+
+
+def expected_similarity(posterior: Bernoulli, *_: Any) -> Tensor:
+    """NT-Xent with E[z.z']/D of independent samples; not normalised, for a mean's length is its certainty."""
+    m = posterior.mean()
+    logits = (m @ m.T / m.shape[1] / TAU).fill_diagonal_(float("-inf"))
+    return F.cross_entropy(logits, torch.arange(len(m)).roll(len(m) // 2))
+
+
+def barlow(bits: Tensor, off_diagonal: float = 0.005) -> Tensor:
+    """Zbontar et al. 2021, eq. 1 over D, of +-1 bits [2B, D], first views then second."""
+    first, second = ((x - x.mean(0)) / (x.std(0, correction=0) + 1e-4) for x in bits.chunk(2))
+    correlation = first.T @ second / len(first)
+    diagonal = correlation.diagonal()
+    off = correlation.square().sum() - diagonal.square().sum()
+    return ((1 - diagonal).square().sum() + off_diagonal * off) / bits.shape[1]
+
+
+TERMS: dict[str, Callable[[Bernoulli, torch.Generator, nn.Module], Tensor]] = {
+    "self-information": self_information,
+    "code, hard": lambda p, g, _: ntxent(p.straight_through_bits(), TAU),
+    "code, each": each_sample,
+    "code, expected": expected_similarity,
+    "projector, samples": lambda p, g, project: ntxent(project(p.sample(SAMPLES, g).mean(0)), TAU),
+    "projector, hard": lambda p, g, project: ntxent(project(p.straight_through_bits()), TAU),
+    "barlow, hard": lambda p, g, _: barlow(p.straight_through_bits()),
+}
+
+
+def objective(row: Row, posterior: Bernoulli, noise: torch.Generator, project: nn.Module) -> Tensor:
+    bits = posterior.straight_through_bits() if row.of == "hard" else posterior.sample(1, noise)[0]
+    loss = row.weight * decorrelation(bits)
+    return loss + row.term_weight * TERMS[row.term](posterior, noise, project) if row.term else loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Of the clean images, float32 [N, F] with labels, and of batches of two views, [batches, 2B, F]."""
+
+    features: np.ndarray
+    labels: np.ndarray
+    test_features: np.ndarray
+    test_labels: np.ndarray
+    views: np.ndarray
+
+
+def main(arguments: list[str]) -> None:
+    options = parsed(arguments)
+    torch.set_num_threads(options.threads)
+    run = load_run(options.run)
+    if run.network.family.stochastic:
+        raise InputError(f"{options.run}: heads go on a run of family none, whose features no latent shaped")
+    shared = {name: getattr(options, name) for name in ("epochs", "batch", "steps", "bits", "rate")}
+    protocol = {
+        "run": run.folder.name,
+        "checkpoint": run.digest,
+        "train": options.train.name,
+        "test": options.test.name,
+        **shared,
+        "sharpness": SHARPNESS,
+        "samples": SAMPLES,
+        "tau": TAU,
+    }
+    same_protocol(options.out, protocol)
+    data = embedded(run, options)
+    if options.bits > data.features.shape[1]:
+        raise InputError(f"--bits: {data.features.shape[1]} features give controls of at most as many bits")
+    wanted = [row for row in rows(options.seeds) if options.only in row.name]
+    made = [measured(options, row, data) for row in wanted]
+    show(made)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        command = "python -m benchmarks.code_heads " + " ".join(arguments)
+        sizes = {"train_images": len(data.labels), "test_images": len(data.test_labels)}
+        pretraining = {"train_epochs": run.settings.epochs, "resolution": run.settings.view.resolution}
+        head = {"command": command, "versions": versions(), "protocol": protocol | sizes | pretraining}
+        result = head | {"rows": made, "samples_minus_hard": paired(made)}
+        write_atomically(options.json, json.dumps(result, indent=1).encode())
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, what in {"run": "folder of the pretrained run", "train": "beton", "test": "beton"}.items():
+        parser.add_argument(f"--{name}", type=Path, required=True, help=what)
+    parser.add_argument("--bits", type=int, default=256)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of layers and noise")
+    parser.add_argument(
+        "--epochs", type=int, default=4, help="of augmented views; the steps go round in them"
+    )
+    parser.add_argument("--batch", type=int, default=256, help="images, of two views each")
+    parser.add_argument("--steps", type=int, default=300, help="of AdamW, cosine after 20 steps of warm-up")
+    parser.add_argument("--rate", type=float, default=2e-3, help="AdamW's learning rate")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--workers", type=int, default=1, help="threads that decode")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/code-heads"), help="features and finished rows"
+    )
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    return parser.parse_args(arguments)
+
+
+def same_protocol(out: Path, protocol: dict[str, Any]) -> None:
+    """Raises InputError where --out holds rows that were made otherwise."""
+    kept = out / "protocol.json"
+    if kept.exists() and json.loads(kept.read_text()) != protocol:
+        raise InputError(f"{out} holds rows of another run or other settings; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(kept, json.dumps(protocol).encode())
+
+
+@torch.no_grad()
+def embedded(run: Run, options: argparse.Namespace) -> Features:
+    """The features, from --out where they are there already."""
+    kept = options.out / "features.npz"
+    if not kept.exists():
+        train, test = open_source(options.train), open_source(options.test)
+        network, view = run.network.eval(), run.settings.view
+        clean, unseen = (embed(network, source, view, options.workers) for source in (train, test))
+        views: list[np.ndarray] = []
+        with TwoViewLoader(train, view, options.batch, run.settings.seed, options.workers) as loader:
+            for epoch in range(options.epochs):
+                loader.set_epoch(epoch)
+                for batch in loader:
+                    images = batch.views.flatten(0, 1).to(device_of(network))
+                    views.append(network.backbone(images).cpu().numpy())
+        found = Features(clean.features, clean.labels, unseen.features, unseen.labels, np.stack(views))
+        beside = kept.with_name("unfinished.npz")
+        np.savez(beside, allow_pickle=False, **vars(found))
+        beside.replace(kept)
+    with np.load(kept) as arrays:
+        return Features(**{name: arrays[name] for name in Features.__dataclass_fields__})
+
+
+def measured(options: argparse.Namespace, row: Row, data: Features) -> dict[str, Any]:
+    """A row's figures; made unless they are kept."""
+    kept: Path = options.out / row.file
+    if not kept.exists():
+        pair: tuple[np.ndarray, ...] = (data.features, data.test_features)
+        if row.start:
+            pair = head_bits(row, data, options)
+        elif row.name != "features":
+            coder = CONTROLS[row.name](data.features, options.bits, row.seed)
+            pair = tuple(unpack_bits(coder.encode(x), options.bits) for x in pair)
+        found: dict[str, Any] = dict(accuracies(pair, data.labels, data.test_labels))
+        if row.name != "features":
+            found["correlation"] = code_statistics(pair[0])["mean_absolute_correlation"]
+        print(f"{row.file}: {found}", file=sys.stderr, flush=True)
+        write_atomically(kept, json.dumps(dataclasses.asdict(row) | found).encode())
+    return json.loads(kept.read_text())
+
+
+def head_bits(row: Row, data: Features, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """Train the head; the bits of the clean images, bool [N, b], of train and test."""
+    torch.manual_seed(row.seed)
+    width, noise = data.features.shape[1], torch.Generator()
+    layer = nn.Linear(width, options.bits, bias=False)
+    started(layer.weight, row.start, data)
+    normalised = nn.BatchNorm1d(width, affine=False)
+    head = nn.Sequential(normalised, layer, nn.BatchNorm1d(options.bits, affine=False))
+    project = projector(options.bits, 256, 128)
+    parameters = [*head.parameters(), *project.parameters()]
+    order = np.random.default_rng(row.seed).permutation(len(data.views))
+    optimiser = torch.optim.AdamW(parameters, lr=options.rate, weight_decay=1e-4)
+    for step in range(options.steps):
+        warm, left = min(1.0, (step + 1) / 20), 0.5 * (1 + math.cos(math.pi * step / options.steps))
+        optimiser.param_groups[0]["lr"] = options.rate * warm * left
+        views = torch.from_numpy(data.views[order[step % len(order)]])
+        noise.manual_seed(row.seed * 1_000_003 + step)
+        loss = objective(row, Bernoulli(SHARPNESS * head(views)), noise, project)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    head.eval()
+    with torch.no_grad():
+        train, test = (head[:2](torch.from_numpy(x)) for x in (data.features, data.test_features))
+    threshold = train.mean(dim=0)
+    return (train > threshold).numpy(), (test > threshold).numpy()
+
+
+@torch.no_grad()
+def started(weight: Tensor, start: str, data: Features) -> None:
+    """The layer's first weights [b, F], of features that are normalised over the views."""
+    if start == "principal":
+        axes = torch.from_numpy(principal_directions(data.features, len(weight)).T)
+        deviation = torch.from_numpy(data.views.reshape(-1, data.views.shape[-1]).std(axis=0))
+        weight.copy_(F.normalize(axes * deviation, dim=1))
+    else:
+        {"identity": nn.init.eye_, "orthogonal": nn.init.orthogonal_}[start](weight)
+
+
+def paired(made: list[dict[str, Any]]) -> dict[str, Any]:
+    """Samples minus hard bits, in points, mean and standard error over the seeds."""
+    trained = {((m["name"], m["of"]), m["seed"]): m for m in made if m["start"] == "orthogonal"}
+    pairs = {
+        "decorrelation": (("decorrelation", "sample"), ("decorrelation", "hard")),
+        "projector": (("projector, samples", "hard"), ("projector, hard", "hard")),
+    }
+    found = {}
+    for name, (samples, hard) in pairs.items():
+        seeds = sorted({seed for kind, seed in trained if kind == hard and (samples, seed) in trained})
+        for what in ("probe", "knn") if seeds else ():
+            each = [round(trained[samples, s][what] - trained[hard, s][what], 4) for s in seeds]
+            error = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else None
+            mean = statistics.mean(each)
+            found[f"{name}_{what}"] = {"mean": mean, "standard_error": error, "seeds": seeds, "each": each}
+    return found
+
+
+def show(made: list[dict[str, Any]]) -> None:
+    print(f"{'code':22}{'start':12}{'weight':>7} {'of':8}{'seed':>5}{'probe':>8}{'kNN':>8}{'corr.':>8}")
+    for m in made:
+        trained = f"{m['start']:12}{m['weight']:7} {m['of']:8}" if m["start"] else f"{'-':12}{'':16}"
+        correlation = f"{m['correlation']:8.3f}" if "correlation" in m else ""
+        print(f"{m['name']:22}{trained}{m['seed']:5}{m['probe']:8.2f}{m['knn']:8.2f}{correlation}")
+    for name, d in paired(made).items():
+        spread = f" +- {d['standard_error']:.2f}" if d["standard_error"] is not None else ""
+        print(f"samples minus hard bits, {name}: {d['mean']:+.2f}{spread}, seeds {d['seeds']}")
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))
