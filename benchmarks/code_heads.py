@@ -83,7 +83,7 @@ class Row:
 def rows(seeds: list[int]) -> list[Row]:
     """Controls; decorrelation by start; the terms, of the first seed where no hard bits meet samples.
 
-    Decorrelation alone has one weight: AdamW's steps don't depend on the loss's scale.
+    Decorrelation alone has one weight: AdamW's steps hardly depend on the loss's scale.
     """
     table = [Row("features"), Row("sign"), Row("PCA-sign")]
     table += [Row(name, seed) for name in ("ITQ", "LSH") for seed in seeds]
