@@ -31,7 +31,7 @@ import signal
 import sys
 from typing import Any, NoReturn
 
-from pipelines.convert.conversion import Settings, convert
+from pipelines.convert.conversion import Settings, convert, part_path
 from pipelines.convert.readers import SPLITS
 from pipelines.convert.webdataset import IMAGES_A_TAR
 from pipelines.errors import InputError
@@ -107,7 +107,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status: 0, 1 where --verify finds something, 2 after an error of the
-    user's, 130 after Ctrl-C."""
+    user's, 130 after Ctrl-C, 143 after SIGTERM."""
     p = parser()
     args = p.parse_args(argv)
     asked = args.merge or args.verify or args.inspect
@@ -116,16 +116,22 @@ def main(argv: list[str] | None = None) -> int:
     if not asked and (args.source is None or (args.out is None and args.webdataset is None)):
         missing = "SOURCE" if args.source is None else "OUT.beton (or --webdataset DIR)"
         p.error(f"the following arguments are required: {missing}")
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves in good order, as Ctrl-C does
+    told: list[int] = []  # SIGTERM, which leaves in good order, as Ctrl-C does
+
+    def stop(number: int, _: Any) -> NoReturn:
+        told.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         return _inspect(args) if args.inspect else _verify(args) if args.verify else _convert(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:
-        kept = f"{stop}; repeat the command to go on" if str(stop) else "nothing was written"
-        print(f"interrupted: {kept}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        kept = f"{interrupt}; repeat the command to go on" if str(interrupt) else "nothing was written"
+        print(f"{'terminated' if told else 'interrupted'}: {kept}", file=sys.stderr)
+        return 143 if told else 130
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -165,7 +171,7 @@ def _convert(args: argparse.Namespace) -> int:
         **common,
     )
     if not args.dry_run:
-        _report(args.out or args.webdataset, manifest)
+        _report(str(part_path(args.out, args.shard) or args.webdataset), manifest)
     return 0
 
 
@@ -197,8 +203,10 @@ def _report(out: str, manifest: dict[str, Any]) -> None:
     rate = (manifest["count"] - manifest["resumed"]) / manifest["seconds"]
     earlier = f", {manifest['resumed']:,} of them earlier" if manifest["resumed"] else ""
     where = f"{out}.json" if manifest["format"] == "beton" else f"{out.rstrip('/')}/manifest.json"
+    targets = manifest["targets"]
+    among = f"with {', '.join(targets)}" if targets else f"in {len(manifest['classes'])} classes"
     print(
-        f"{out}: {manifest['count']:,} images ({', '.join(stored)}) in {len(manifest['classes'])} classes, "
+        f"{out}: {manifest['count']:,} images ({', '.join(stored)}) {among}, "
         f"{len(refused)} refused, {manifest['bytes'] / 1e6:,.1f} MB in {manifest['seconds']:.1f} s "
         f"({max(rate, 0):,.0f} img/s{earlier}); manifest {where}"
     )

@@ -1,10 +1,11 @@
 """Shrinking an image by area: every new pixel is the mean of the old ones that it covers, in parts, too."""
 
 import numpy as np
-from numba import njit
+
+from pipelines.convert.compiled import compiled
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def shrink(pixels, height, width):
     """uint8 [H, W, 3] -> uint8 [height, width, 3], height <= H and width <= W; as OpenCV's INTER_AREA.
 
@@ -46,7 +47,7 @@ def shrink(pixels, height, width):
     return out
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _coverage(old, new):
     """For each of `new` columns the first old one that counts, and the parts, float32 [new, columns]."""
     scale = old / new

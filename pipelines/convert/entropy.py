@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from pipelines.convert.compiled import compiled
 
 LOOK = 11  # bits; a table of 12 is larger than what the first-level cache has for two images
 ENTRIES = 1 << LOOK
@@ -80,7 +82,7 @@ IDENTIFIER, ACROSS, DOWN, QUANTISATION = 8, 12, 16, 20
 DEFINED = 24  # DC tables 0-3, AC tables 0-3, quantisation tables 0-3
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _read(data, image, to, jobs, stream, tables, codes, parts, units, all_jobs):
     """Read all in front of an image's codes, and copy these to `stream`; returns the next free places."""
     frame = np.zeros(36, np.int64)
@@ -105,12 +107,12 @@ def _read(data, image, to, jobs, stream, tables, codes, parts, units, all_jobs):
     return _copy(data, end, image, to, jobs, stream, frame, all_jobs)
 
 
-@njit(nogil=True, cache=True, inline="always")
+@compiled(inline="always")
 def _u16(data, at):
     return (np.int64(data[at]) << 8) | np.int64(data[at + 1])
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _segment(data, marker, start, end, image, tables, codes, parts, frame):
     """One segment before the scan; False if there is anything odd about it."""
     if marker == 0xC0 or marker == 0xC1:  # baseline, or extended with the same codes
@@ -137,7 +139,7 @@ def _segment(data, marker, start, end, image, tables, codes, parts, frame):
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _frame(data, start, end, frame):
     if frame[COMPONENTS] or end - start < 9 or data[start] != 8:
         return False
@@ -155,7 +157,7 @@ def _frame(data, start, end, frame):
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _scan(data, start, end, image, frame, units):
     """The scan's header must be one scan with every component, the whole spectrum at once."""
     components = frame[COMPONENTS]
@@ -190,7 +192,7 @@ def _scan(data, start, end, image, frame, units):
 # ------------------------------------------------------------------------- its tables
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _huffman(data, start, end, image, tables, codes, parts, frame):
     """Read one table of a DHT segment; returns where the next begins, or -1."""
     if end - start < 17:
@@ -226,7 +228,7 @@ def _huffman(data, start, end, image, tables, codes, parts, frame):
     return symbols + total
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _fill(table, look, codes, kind, parts):
     """uint16 [2^look]: the step over all whole codes in the next `look` bits; over 11 bits, over the first.
 
@@ -253,7 +255,7 @@ def _fill(table, look, codes, kind, parts):
                     at += rest
 
 
-@njit(nogil=True, cache=True, inline="always")
+@compiled(inline="always")
 def _step(symbol, kind):
     """(bits that follow the code, coefficients it stands for, END added if it ends the block)"""
     if kind == 0:
@@ -299,7 +301,7 @@ def _place(context, builder, signature, arguments):
     return builder.bitcast(builder.gep(start, [arguments[1]]), ir.IntType(64).as_pointer())
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _copy(data, place, image, to, job, stream, frame, jobs):
     """Copy everything up to the end marker, a job for each stretch between restart markers; returns the next
     free places, which are the same as before if there is anything odd."""
@@ -324,7 +326,7 @@ def _copy(data, place, image, to, job, stream, frame, jobs):
     return to, job
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _unstuffed(data, start, stream, to):
     """Copy what stands before the next marker without the zeros behind 0xFF; returns where that marker is,
     or -1, and the next free place."""
@@ -359,7 +361,7 @@ def _unstuffed(data, start, stream, to):
     return -1, to
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _walk(stream, tables, codes, units, jobs, verdicts):
     """Walk all jobs, two at a time, and write down whether they lead to their ends.
 
@@ -438,7 +440,7 @@ def _walk(stream, tables, codes, units, jobs, verdicts):
                 position_b = _behind(position_b, u64(1), step, last_b)[0]
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _begin(job, jobs, units):
     """(position, row, blocks left, last bit, job); without a job, a place where no step leads anywhere."""
     if job >= len(jobs):
@@ -446,7 +448,7 @@ def _begin(job, jobs, units):
     return u64(8 * jobs[job, 1]), u64(10 * jobs[job, 0]), jobs[job, 3], u64(8 * jobs[job, 2]), job
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _up_to_the_turn(k, first, second, third):
     """(bits of the steps that are taken whole, the coefficient behind them, the step that isn't)"""
     one = k + (first >> u64(6))
@@ -456,14 +458,14 @@ def _up_to_the_turn(k, first, second, third):
     return (first & u64(63), one, second) if one < u64(64) else (u64(0), k, first)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _ends_block(k, step):
     """Whether a step of several codes ends the block with the last of them, and not before."""
     count = step >> u64(6)
     return k + count == u64(64) or (u64(END) <= count < u64(ALONE) and k + count < u64(64 + END))
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _behind(position, k, step, last):
     """(position, k) behind a step; behind the last bit, at the end of a block, if it is none or too long."""
     after = k + (step >> u64(6))
@@ -472,7 +474,7 @@ def _behind(position, k, step, last):
     return position + (step & u64(63)), after
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _alone(word, codes, base, kind):
     """The step over the one code on top of a word, as a table has it; 0 if there is no such code."""
     row = base >> u64(LOOK)

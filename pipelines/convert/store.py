@@ -99,7 +99,7 @@ def attempt(source: Source, indices: Sequence[int], settings: Settings, pack: bo
             results.append(str(error))
         except OSError as error:
             results.append(f"cannot be read ({error.strerror or error})")
-    for place, reason in zip(unchecked, jpeg.check_all([results[place].data for place in unchecked])):  # type: ignore[union-attr]
+    for place, reason in zip(unchecked, jpeg.check_all([results[place].data for place in unchecked])):  # type: ignore[union-attr, misc]
         if reason is not None:
             results[place] = reason
     return [each if isinstance(each, str) else each.digested(pack) for each in results]

@@ -31,6 +31,19 @@ def test_the_closing_line_and_the_warnings(tmp_path, capsys):
     assert open_beton(out).count == 11
 
 
+def test_the_closing_line_of_a_part_and_of_a_regression_set(tmp_path, capsys):
+    photos(tmp_path / "set")
+    out = tmp_path / "x.beton"
+    assert main([str(tmp_path / "set"), str(out), "--shard", "2/3"]) == 0
+    part = tmp_path / "x.part-002-of-003.beton"
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{part}: 4 images") and printed.strip().endswith(f"manifest {part}.json")
+    assert part.is_file() and Path(f"{part}.json").is_file()
+    (tmp_path / "ages.csv").write_text("path,age,score\nset/class0/000.jpg,31,0.5\n")
+    assert main([str(tmp_path / "ages.csv"), str(out)]) == 0
+    assert ": 1 images (1 JPEG as they were) with age, score, 0 refused, " in capsys.readouterr().out
+
+
 def test_every_option_reaches_the_manifest(tmp_path):
     photos(tmp_path / "set", classes=2, each=10)
     options = (
@@ -170,9 +183,8 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, number, status):
     assert process.returncode == status, errors
     assert list((tmp_path / "out").iterdir()) == []
     last = errors.decode().splitlines()[-1]
-    assert last.startswith(
-        "interrupted: nothing was written" if number == signal.SIGINT else "estimate: 2,000 images"
-    )
+    said = "interrupted" if number == signal.SIGINT else "terminated"
+    assert last == f"{said}: nothing was written"
 
 
 def test_no_space_left(tmp_path):
