@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lvssl.codes.statistics import DEAD_BELOW
+from lvssl.losses.objective import batch_mean
 from lvssl.models.network import LVNet, Outputs
 from lvssl.training.progress import read_metrics
 from lvssl.training.run import read_config
@@ -37,8 +38,8 @@ def health(network: LVNet, outputs: Outputs) -> dict[str, Tensor]:
     posterior, family = outputs.posterior, network.family
     if not family.stochastic:
         return {}
-    unit_kl = posterior.unit_kl().mean(dim=0)
-    on = posterior.code().float().mean(dim=0)
+    unit_kl = batch_mean(posterior.unit_kl())  # over all ranks: a share of the whole batch has to be small
+    on = batch_mean(posterior.code().float())
     locations, spreads = outputs.parameters.float().tensor_split([family.location_count(network.dim)], dim=1)
     figures = {
         "active_units": (unit_kl > ACTIVE_NATS).sum(),
@@ -46,11 +47,16 @@ def health(network: LVNet, outputs: Outputs) -> dict[str, Tensor]:
         "dead_bits": ((on < DEAD_BELOW) | (on > 1 - DEAD_BELOW)).sum(),
         "bits_per_unit": unit_kl.mean() / math.log(2),
         "saturated": posterior.saturated(),
-        "logit_spread": locations.std(dim=0).mean(),
+        "logit_spread": deviation(locations).mean(),
     }
     if network.head.spread is not None:
-        figures["spread_variation"] = spreads.std(dim=0).mean()
+        figures["spread_variation"] = deviation(spreads).mean()
     return {name: figure.float() for name, figure in figures.items()}
+
+
+def deviation(x: Tensor) -> Tensor:
+    """Standard deviation of each column of x [N, D] over the batch of all ranks: [D]."""
+    return batch_mean((x - batch_mean(x)).square()).sqrt()
 
 
 def alarms(row: dict[str, Any], fraction: float) -> dict[str, str]:

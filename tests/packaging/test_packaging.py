@@ -63,7 +63,11 @@ def test_an_unknown_command_is_refused_with_status_2():
 
 def dry_run(target: str, **env: str) -> str:
     done = subprocess.run(
-        ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, env=os.environ | env
+        ["make", "-n", "--no-print-directory", target],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | env,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
