@@ -32,6 +32,7 @@ from lvssl.report.verdict import (
     Comparison,
     UncertaintyComparison,
     compare,
+    compare_codes,
     compare_uncertainty,
     in_words,
     signed,
@@ -133,6 +134,10 @@ def head(run_dir: Path, settings: dict[str, Any], measured: dict[str, dict[str, 
     comparisons = compare(evaluation)
     run, control = evaluation.get("run") or {}, evaluation.get("control") or {}
     against = f"the control's sign bits, {run.get('bits', 0):,} bits each,"
+    strongest, names = compare_codes(measured["compression"])
+    if strongest:
+        comparisons["code"] = strongest
+        against = f"the strongest control of as many bits ({names})"
     tiles = tile(comparisons["code"], "The code" if "code_linear" in run else "The sign bits", against)
     tiles += tile(comparisons["features"], "The features", "the control's")
     tiles += uncertainty_tile(compare_uncertainty(analysis))

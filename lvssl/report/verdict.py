@@ -129,6 +129,33 @@ def uncertainty_in_words(found: UncertaintyComparison) -> str:
     )
 
 
+def compare_codes(rates: dict[str, Any]) -> tuple[list[Comparison], str]:
+    """The run's whole code against the strongest control of as many bits, measure by measure, from
+    compression.json; and the controls' names. Empty where there is no such pair.
+
+    The best control is chosen on the test images, which favours the controls.
+    """
+    rows = rates.get("rows") or []
+    code = next((row for row in rows if row["method"] == "code"), None)
+    if code is None:
+        return [], ""
+    controls = [
+        row
+        for row in rows
+        if row["bits"] == code["bits"]
+        and row["method"] != "features"
+        and not row["method"].startswith("code")
+    ]
+    found, names = [], []
+    for measure, key in (("Hamming kNN", "knn"), ("linear probe", "linear")):
+        if controls:
+            best = max(controls, key=lambda row: row[key])
+            noise = sampling_noise(code[key], best[key], rates["queries"])
+            found.append(Comparison(measure, code[key], best[key], noise))
+            names.append(best["method"])
+    return found, " and ".join(dict.fromkeys(names))
+
+
 NAMES = {"linear probe": "the linear probe"}  # within a sentence
 
 

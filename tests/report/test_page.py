@@ -15,7 +15,7 @@ import pytest
 
 from lvssl.report.figures import MOST_POINTS, number, thinned, ticks
 from lvssl.report.page import write_report
-from lvssl.report.verdict import Comparison, compare, in_words, sampling_noise, signed
+from lvssl.report.verdict import Comparison, compare, compare_codes, in_words, sampling_noise, signed
 from pipelines.errors import InputError
 
 CLASSES = [
@@ -366,6 +366,8 @@ def test_rate_and_accuracy_are_drawn(tmp_path):
     assert html.count("<title>bernoulli: code</title>") == 3  # a line in each chart, its first bits joined on
     assert html.count("<title>bernoulli: ITQ</title>") == 3 and "&lt;too short&gt;" in html
     assert 'data-csv="24.5"' in html and "lvssl compression runs/demo" in html
+    text = " ".join(" ".join(parsed.text).split())
+    assert "The code is level with the strongest control of as many bits (ITQ) in Hamming kNN (−3.0)" in text
 
 
 # The verdict and the charts -------------------------------------------------------------------------------
@@ -385,6 +387,20 @@ def test_verdict_by_hand():
         "The code is ahead of the sign bits in kNN (+3.0) and level with them in probe (−0.1)."
     )
     assert (signed(-0.04), signed(0.25), signed(-1)) == ("0.0", "+0.2", "−1.0")
+
+
+def test_the_strongest_control_of_as_many_bits_is_the_one_compared():
+    def row(method, bits, knn, linear):
+        return {"method": method, "bits": bits, "knn": knn, "linear": linear}
+
+    rows = [row("code", 256, 80.0, 80.0), row("code, first bits", 64, 99, 99), row("features", 8192, 99, 99)]
+    rows += [row("sign", 256, 70, 79), row("ITQ", 256, 81, 70), row("PCA + sign", 512, 99, 99)]
+    found, names = compare_codes({"rows": rows, "queries": 10_000})
+    assert names == "ITQ and sign"
+    assert [(c.measure, c.control, c.outcome) for c in found] == [
+        ("Hamming kNN", 81, "level"), ("linear probe", 79, "level"),
+    ]  # fmt: skip
+    assert compare_codes({"rows": rows[1:], "queries": 1}) == ([], "") == compare_codes({})
 
 
 def test_codes_of_different_length_are_not_compared():

@@ -186,3 +186,15 @@ def test_settings_survive_json(digits, tmp_path):
         assert from_dict(PretrainSettings, json.loads(json.dumps(to_dict(chosen)))) == chosen
     with pytest.raises(InputError, match="colour"):
         from_dict(PretrainSettings, {"view": {"colour": 1}})
+
+
+@pytest.mark.slow
+def test_a_compiled_backbone_trains_alike_and_loads_as_any_other(digits, tmp_path):
+    for name, compiled in (("plain", False), ("compiled", True)):
+        chosen = settings(digits, tmp_path / name, epochs=1)
+        engine = dataclasses.replace(chosen.engine, compile=compiled)
+        pretrain(dataclasses.replace(chosen, engine=engine))
+    plain, compiled = (load_run(tmp_path / name).network.state_dict() for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    for name in ("probes.features.weight", "backbone.0.weight"):
+        assert torch.allclose(plain[name], compiled[name], atol=2e-3), name
