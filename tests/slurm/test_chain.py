@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Chain, until  # type: ignore[import-not-found]
+from chains import Chain, until  # type: ignore[import-not-found]
 
 from lvssl.training import checkpoint
 from slurm.records import read_jobs
