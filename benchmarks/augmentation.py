@@ -42,10 +42,10 @@ import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as tv
 
 from lvssl.cli import guarded
-from lvssl.training.checkpoint import write_atomically
 from lvssl.training.run import versions
 from pipelines import parameters as columns
 from pipelines.augment import augment, cpu, reference
+from pipelines.files import write_atomically
 from pipelines.parameters import P, draw_parameters
 from pipelines.resize import resize_crop
 from pipelines.views import ViewSettings

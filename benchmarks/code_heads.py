@@ -52,9 +52,9 @@ from lvssl.latents.bernoulli import Bernoulli
 from lvssl.losses.ntxent import ntxent
 from lvssl.losses.objective import decorrelation
 from lvssl.models.network import projector
-from lvssl.training.checkpoint import write_atomically
 from lvssl.training.run import Run, load_run, versions
 from pipelines.errors import InputError
+from pipelines.files import write_atomically
 from pipelines.loader import TwoViewLoader
 from pipelines.sources import open_source
 

@@ -40,12 +40,12 @@ from lvssl.evaluation.embedding import Embedding, embed
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.models.backbone import feature_dim
-from lvssl.training.checkpoint import write_atomically
 from lvssl.training.pretrain import pretrain
 from lvssl.training.run import load_run, versions
 from pipelines.convert.conversion import Settings as ConvertSettings
 from pipelines.convert.conversion import convert
 from pipelines.errors import InputError
+from pipelines.files import write_atomically
 from pipelines.sources import open_source
 
 DATA = {

@@ -43,10 +43,10 @@ import numpy as np
 import torch
 
 from lvssl.cli import guarded
-from lvssl.training.checkpoint import write_atomically
 from lvssl.training.run import versions
 from pipelines.convert.conversion import Settings, convert
 from pipelines.errors import InputError
+from pipelines.files import write_atomically
 from pipelines.loader import TwoViewLoader
 from pipelines.sources import turbo
 from pipelines.sources.ffcv import FFCVSource

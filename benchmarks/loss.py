@@ -32,9 +32,9 @@ from torch import Tensor
 from lvssl.cli import guarded
 from lvssl.losses import ntxent as module
 from lvssl.losses.ntxent import ntxent, reference
-from lvssl.training.checkpoint import write_atomically
 from lvssl.training.run import versions
 from pipelines.errors import InputError
+from pipelines.files import write_atomically
 
 D, TEMPERATURE = 128, 0.1
 SIZES = (512, 1024, 2048, 4096, 8192, 16384)

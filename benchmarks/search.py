@@ -34,9 +34,9 @@ import numpy as np
 from lvssl.cli import guarded
 from lvssl.codes.pack import pack_bits
 from lvssl.codes.search import hamming_distances, hamming_search, staged_search
-from lvssl.training.checkpoint import write_atomically
 from lvssl.training.run import versions
 from pipelines.errors import InputError
+from pipelines.files import write_atomically
 
 RANK, CLUSTER, WITHIN, NOISE = 64, 20, 0.6, 0.5
 CHUNK = 10_000

@@ -16,11 +16,11 @@ from lvssl.config import PretrainSettings, preset
 from lvssl.evaluation.codes import EncodeSettings, encode
 from lvssl.evaluation.evaluate import EvaluateSettings, evaluate, print_table
 from lvssl.report.page import write_report
-from lvssl.training.checkpoint import write_atomically
 from lvssl.training.pretrain import pretrain
 from pipelines.convert.conversion import Settings as ConvertSettings
 from pipelines.convert.conversion import convert
 from pipelines.errors import InputError
+from pipelines.files import write_atomically
 from pipelines.loader import evaluation_crops
 from pipelines.sources import open_source
 

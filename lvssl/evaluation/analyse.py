@@ -25,9 +25,9 @@ from lvssl.evaluation.reading import Certainty, Reading, read, read_pixels, seve
 from lvssl.evaluation.regression import ridge
 from lvssl.evaluation.shapes import FACTORS, make_shapes, regression_targets
 from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
-from lvssl.training.checkpoint import write_atomically
 from lvssl.training.run import Run, load_run
 from pipelines.errors import InputError
+from pipelines.files import write_atomically
 from pipelines.loader import TwoViewLoader, evaluation_crops
 from pipelines.parameters import COLUMNS
 from pipelines.sources import Source, open_source

@@ -24,12 +24,12 @@ from lvssl.codes.search import hamming_search, rerank, staged_search
 from lvssl.codes.writer import CodeWriter
 from lvssl.config import to_dict
 from lvssl.evaluation.embedding import device_of
-from lvssl.training.checkpoint import write_atomically
 from lvssl.training.run import Run, load_run
 from pipelines.augment.cpu import statistics
 from pipelines.convert.manifest import manifest_path, read_manifest
 from pipelines.convert.readers import decode_rgb, list_images
 from pipelines.errors import InputError
+from pipelines.files import write_atomically
 from pipelines.loader import Decoder, evaluation_crops
 from pipelines.parameters import centre_boxes
 from pipelines.resize import resize_crop

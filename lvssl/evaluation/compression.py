@@ -24,9 +24,9 @@ from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
 from lvssl.models.backbone import feature_dim
-from lvssl.training.checkpoint import write_atomically
 from lvssl.training.run import Run, load_run, versions
 from pipelines.errors import InputError
+from pipelines.files import write_atomically
 from pipelines.sources import Source, open_source
 
 COLUMNS = (

@@ -22,9 +22,9 @@ from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.uncertainty import r_auroc, risk_coverage_area
 from lvssl.models.backbone import feature_dim
 from lvssl.models.network import LVNet
-from lvssl.training.checkpoint import write_atomically
 from lvssl.training.run import Run, load_run
 from pipelines.errors import InputError
+from pipelines.files import write_atomically
 from pipelines.loader import evaluation_crops
 from pipelines.sources import Source, open_source
 from pipelines.views import ViewSettings

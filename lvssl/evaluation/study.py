@@ -23,10 +23,10 @@ from lvssl.config import PRESETS, PretrainSettings, choice, preset, to_dict
 from lvssl.evaluation.analyse import AnalyseSettings, analyse
 from lvssl.evaluation.embedding import embed
 from lvssl.evaluation.evaluate import measure
-from lvssl.training.checkpoint import write_atomically
 from lvssl.training.pretrain import pretrain
 from lvssl.training.run import load_run, versions
 from pipelines.errors import InputError
+from pipelines.files import write_atomically
 from pipelines.sources import open_source
 
 CONTROL, FAIR_CONTROL = "none", "sign"

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 from html import escape
 from pathlib import Path
@@ -39,6 +38,7 @@ from lvssl.report.verdict import (
     uncertainty_in_words,
 )
 from pipelines.errors import InputError
+from pipelines.files import write_atomically
 
 FAMILIES = {
     "none": "no latent (plain SimCLR)",
@@ -86,7 +86,8 @@ def write_report(run_dir: Path) -> Path:
     title = escape(f"{run_dir.resolve().name}: {settings.get('latent', {}).get('family', 'run')}")
     body = "\n".join(section for section in sections if section)
     page = PAGE.substitute(title=title, style=STYLE, script=SCRIPT, body=body)
-    return write_text(run_dir / "report.html", page)
+    write_atomically(run_dir / "report.html", page.encode())
+    return run_dir / "report.html"
 
 
 # What the folder holds ------------------------------------------------------------------------------------
@@ -353,17 +354,3 @@ def commands_section(commands: dict[str, str]) -> str:
         "stage. Settings not "
         f"named are those above.</p><pre>{escape(chr(10).join(lines))}</pre></section>"
     )
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Beside the target, then renamed onto it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path

@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from lvssl.training.checkpoint import write_atomically
+from pipelines.files import write_atomically
 
 WORDS = {"better": "Better", "worse": "Worse", "level": "Level", "one seed": "Not decided by one seed"}
 COLOURS = {"better": "#0f6b6f", "level": "#79818c", "worse": "#a3162a", "one seed": "#b5b9bf"}
