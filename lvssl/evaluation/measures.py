@@ -1,12 +1,13 @@
 """What a study measures of one run, and the equal-bit controls that are made of a deterministic one.
 
-A measure has a value for each *way* it can be had: a code's accuracy for each code, an uncertainty's R-AUROC for
-each score. Which way is the strongest is decided over seeds (`lvssl.evaluation.pairs`), never run by run.
+A measure has a value for each *way* it can be had: a code's accuracy for each code, an uncertainty's R-AUROC
+for each score. Which way is the strongest is decided over seeds (`lvssl.evaluation.pairs`), not run by run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,8 +73,8 @@ def code_bits(settings: PretrainSettings) -> int:
 def measured(
     run: Run, train: Source, test: Source, lengths: tuple[int, ...], settings: AnalyseSettings
 ) -> dict[str, Any]:
-    """`measures`: name -> Ways. `controls`, of a deterministic run: bits -> name of OF_CODE -> Ways, for each of
-    `lengths` that its features allow."""
+    """`measures`: name -> Ways. `controls`, of a deterministic run: bits -> name of OF_CODE -> Ways, for each
+    of `lengths`."""
     view, deterministic = run.settings.view, not run.network.family.stochastic
     embedded = embed(run.network, train, view), embed(run.network, test, view)
     sets = Sets.of(settings, run, train, test)
@@ -121,7 +122,9 @@ class Seen(NamedTuple):
     factors: dict[str, tuple[Factors, Factors]]
 
 
-Coding = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (features [N, F], the run's own code) -> packed bits
+Coding = Callable[
+    [np.ndarray, np.ndarray], np.ndarray
+]  # (features [N, F], the run's own code) -> packed bits
 
 
 def equal_bit(seen: Seen, bits: int) -> dict[str, Ways]:
@@ -130,12 +133,16 @@ def equal_bit(seen: Seen, bits: int) -> dict[str, Ways]:
     found: dict[str, Ways] = {}
     for method in HASHES:
         try:
-            coder: Coder = CONTROLS[method](seen.train.features, bits, 0)
+            coder = CONTROLS[method](seen.train.features, bits, 0)
         except ValueError:  # more bits than features
             continue
-        for name, value in of_one_code(seen, lambda h, _, c=coder: c.encode(h), bits).items():
+        for name, value in of_one_code(seen, partial(encoded_by, coder), bits).items():
             found.setdefault(name, {})[method] = value
     return found
+
+
+def encoded_by(coder: Coder, features: np.ndarray, own: np.ndarray) -> np.ndarray:
+    return coder.encode(features)
 
 
 def of_one_code(seen: Seen, coding: Coding, bits: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Arms compared seed by seed: what a study concludes from.
 
-Where a measure can be had in several ways (`lvssl.evaluation.measures`), each side has its strongest: the one of
-the best mean over the shared seeds. The best of each seed would be chosen on the test set's noise.
+Where a measure can be had in several ways (`lvssl.evaluation.measures`), each side has its strongest: the one
+of the best mean over the shared seeds. The best of each seed would be chosen on the test set's noise.
 """
 
 from __future__ import annotations
@@ -36,11 +36,25 @@ def strongest(ways: list[Ways], higher_is_better: bool) -> Strongest:
     return max(found, key=merit)
 
 
+def summary(rows: list[Row]) -> list[dict[str, Any]]:
+    """Each arm with its strongest way of each measure, and that way's values by seed."""
+    found = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        those = [row for row in rows if row["arm"] == arm]
+        measures = {
+            name: strongest([row["measures"][name] for row in those], higher)._asdict()
+            for name, (_, higher) in MEASURES.items()
+        }
+        same = {name: those[0][name] for name in ("arm", "family", "bits", "features")}
+        found.append(same | {"seeds": [row["seed"] for row in those], "measures": measures})
+    return found
+
+
 def pairs(rows: list[Row]) -> list[dict[str, Any]]:
     """Every arm minus each control, seed by seed: mean, standard error, 95 % interval, verdict.
 
-    `of`, `against`: the ways that were compared. An arm's code is compared with the strongest code of the *same
-    number of bits* that is made from the control's features.
+    `of`, `against`: the ways that were compared. An arm's code is compared with the strongest code of the
+    *same number of bits* that is made from the control's features.
     """
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     of = {(row["arm"], row["seed"]): row for row in rows}

@@ -1,6 +1,6 @@
 """How much of a known quantity a linear read-out finds in a representation: ridge regression.
 
-    N  images   D  features   T  columns of the target
+N  images   D  features   T  columns of the target
 """
 
 from __future__ import annotations

@@ -3,14 +3,15 @@
 Arms differ in the settings that their names give and in nothing else: data, order, augmentation and steps are
 those of the seed. A run that is finished is not trained again, and its measures lie in its folder, so that a
 study goes on where it was killed and its parts can be an array job (--shard K/N). Run folders are named
-PREFIX-ARM-sSEED; runs that stand there already are taken where their settings are the same (but for threads, paths
-and the like), so a study can share them with other studies and with `python -m benchmarks.latents`.
+PREFIX-ARM-sSEED; runs that stand there already are taken where their settings are the same (but for threads,
+paths and the like), so a study can share them with other studies and with `python -m benchmarks.latents`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 from lvssl.config import PRESETS, PretrainSettings, choice, preset, to_dict
 from lvssl.evaluation.analyse import AnalyseSettings
 from lvssl.evaluation.measures import FIRST, code_bits, measured
-from lvssl.evaluation.pairs import pairs
+from lvssl.evaluation.pairs import pairs, summary
 from lvssl.training.pretrain import pretrain
 from lvssl.training.run import load_run, versions
 from pipelines.errors import InputError
@@ -42,7 +43,7 @@ class StudySettings:
     out: Path = Path("runs/study")
     """study.json, study.csv, study.md, figures; and the run folders, unless --runs names another place."""
     runs: Path | None = None
-    """Where the run folders are, one for each arm and seed: ARM-sSEED. Finished ones are not trained again."""
+    """Where the run folders are, ARM-sSEED for each arm and seed. Finished ones are not trained again."""
     prefix: str = ""
     """Before the run folders' names: with `fashion-mnist`, fashion-mnist-none-s0."""
     arms: tuple[str, ...] = ("none", "sign", "bernoulli", "gaussian")
@@ -66,8 +67,8 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
     """Do all that isn't done; study.json in `out`, and its content (None for a shard).
 
     Raises:
-        InputError: an unknown preset, arm or setting, a doubled arm, a shard that isn't K/N, images that aren't
-            there; before any work. A run folder of other settings.
+        InputError: an unknown preset, arm or setting, a doubled arm, a shard that isn't K/N, images that
+            aren't there; before any work. A run folder of other settings.
     """
     choice("preset", settings.preset, tuple(PRESETS))
     plans = [plan(settings, arm, seed) for seed in settings.seeds for arm in settings.arms]
@@ -85,7 +86,14 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
         rows.append(row(settings, chosen, lengths))
     if settings.shard:
         return None
-    result = {"settings": to_dict(settings), "versions": versions(), "rows": rows, "pairs": pairs(rows)}
+    result = {
+        "settings": to_dict(settings),
+        "versions": versions(),
+        "command": command(settings),
+        "arms": summary(rows),
+        "pairs": pairs(rows),
+        "rows": rows,
+    }
     settings.out.mkdir(parents=True, exist_ok=True)
     write_atomically(settings.out / "study.json", json.dumps(result, indent=1).encode())
     return result
@@ -166,3 +174,15 @@ def row(settings: StudySettings, chosen: PretrainSettings, lengths: tuple[int, .
     } | measured(run, open_source(settings.train), open_source(settings.test), lengths, how)
     write_atomically(kept, json.dumps(found, indent=1).encode())
     return found
+
+
+def command(settings: StudySettings) -> str:
+    """The command that makes this study: what differs from the defaults."""
+    parts = ["lvssl", "study"]
+    for setting in dataclasses.fields(settings):
+        value = getattr(settings, setting.name)
+        if value in (setting.default, ()):
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        parts += [f"--{setting.name}", *map(str, values)]
+    return shlex.join(parts)
