@@ -3,6 +3,7 @@
 import dataclasses
 import socket
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from lvssl.config import PRESETS, EngineSettings, OptimiserSettings, PretrainSettings
+from lvssl.config import (
+    PRESETS,
+    EngineSettings,
+    LatentSettings,
+    ModelSettings,
+    OptimiserSettings,
+    PretrainSettings,
+)
+from lvssl.losses.ntxent import ntxent
+from lvssl.models.network import LVNet
+from lvssl.training import gradients
 from lvssl.training.batchnorm import SyncedBatchNorm, synchronised
 from lvssl.training.distributed import World, connected, first_host, world_of
 from lvssl.training.trainer import Trainer
@@ -74,10 +85,56 @@ def rank_of(rank: int, size: int, port: int, data: Path, folder: Path) -> None:
     """All that one rank does."""
     torch.set_num_threads(1)
     torch.Tensor.float = torch.Tensor.double  # what casts to fp32 by itself: heads, losses
+    gradients.BUCKET = 100_000  # several, of the smallest network
     world = World(rank, size, rank, "127.0.0.1", port)
     with connected(world, torch.device("cpu")):
         found = {name: trained(world, data, name) for name in RUNS}
+        if size > 1:
+            found |= {"averaged": averaged(rank), "late": late(rank)}
         torch.save((found, normalised(rank, size)), folder / f"{rank}-of-{size}.pt")
+
+
+def averaged(rank: int) -> dict[str, Any]:
+    """Gradients in one piece and through the cache, averaged on the way and by hand: which differ; how many
+    buckets there are, and were on their way when the backward walk ended."""
+    images = torch.randn(32, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+
+    def of(chunk: int, by_hand: bool) -> tuple[dict[str, Tensor], int, int]:
+        torch.manual_seed(0)
+        net = LVNet(ModelSettings("tiny", 32, 16), LatentSettings("none"), 8).double()
+        averaging = gradients.Averaging([] if by_hand else net.parameters())
+        gradients.backward(
+            net.backbone,
+            images,
+            lambda h: ntxent(net.heads(h).projections),
+            nullcontext,
+            chunk,
+            averaging=averaging,
+        )
+        early = len(averaging.sent)
+        averaging.finish()
+        for p in net.parameters() if by_hand else ():
+            dist.all_reduce(p.grad)
+            p.grad /= 2
+        return {n: p.grad for n, p in net.named_parameters()}, len(averaging.buckets), early
+
+    found = {}
+    for chunk in (0, 8):
+        (expected, *_), (means, buckets, early) = of(chunk, True), of(chunk, False)
+        found[chunk] = [n for n, g in expected.items() if not torch.equal(g, means[n])], buckets, early
+    return found
+
+
+def late(rank: int) -> list[float]:
+    """A parameter that rank 1 alone uses, beside one that both use, and one that nobody uses: their means."""
+    parameters = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
+    averaging = gradients.Averaging(parameters)
+    for _ in range(2):  # and again, from the beginning
+        for parameter in parameters:
+            parameter.grad = None
+        (parameters[0] * (rank + 1) + (parameters[1] * 8 if rank else 0)).sum().backward()
+        averaging.finish()
+    return [parameter.grad.item() for parameter in parameters]
 
 
 def normalised(rank: int, size: int) -> dict[str, torch.Tensor]:
@@ -133,6 +190,17 @@ def test_two_ranks_end_with_the_weights_of_one(found, name):
         assert len(rows) == len(same) == 5
         for step, (wanted, got) in enumerate(zip(rows, same)):
             assert got == pytest.approx(wanted, rel=1e-5), f"rank {rank}, step {step}"
+
+
+@pytest.mark.parametrize("chunk", [0, 8])
+def test_gradients_are_averaged_while_the_backward_walk_goes_on(found, chunk):
+    for rank in (0, 1):
+        differing, buckets, early = found[rank, 2][0]["averaged"][chunk]
+        assert differing == [] and early == buckets > 3, (rank, buckets, early)
+
+
+def test_a_gradient_that_a_rank_does_not_have_is_zero_there(found):
+    assert found[0, 2][0]["late"] == found[1, 2][0]["late"] == [1.5, 4.0, 0.0]
 
 
 def test_normalisation_over_unequal_ranks_is_that_of_the_whole_batch(found):
