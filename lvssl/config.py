@@ -84,9 +84,9 @@ class LatentSettings:
     """Cycles of the cyclical schedule."""
     free_nats: float = 0.0
     """KL up to which an image's rate costs nothing."""
-    decorrelation: float = 0.02
+    decorrelation: float = 0.1
     """Weight of the hard bits' squared covariances (bernoulli, sign)."""
-    clean: float = 0.5
+    clean: float = 0.7
     """Share of NT-Xent that is computed on h through a projector of its own, beside the sampled path."""
 
     @property
