@@ -103,7 +103,7 @@ def hamming_votes(
 @njit(cache=True, nogil=True)
 def count_votes(distances, table, weights, k, votes):
     """Adds to votes float32 [Q, T] for distances int32 [Q, N], answers table float32 [N, T] and the weight of
-    each distance: the images nearer than the k-th whole, those as far as it by their share of the places left.
+    each distance: images nearer than the k-th count whole, those as far by their share of the places left.
     """
     for q in range(distances.shape[0]):
         counts = np.zeros(len(weights), np.int64)
