@@ -13,9 +13,7 @@ from PIL import Image
 
 from lvssl.codes.file import open_codes
 from lvssl.config import PretrainSettings, preset
-from lvssl.evaluation.analyse import AnalyseSettings, analyse
 from lvssl.evaluation.codes import EncodeSettings, encode
-from lvssl.evaluation.compression import CompressionSettings, compression
 from lvssl.evaluation.evaluate import EvaluateSettings, evaluate, print_table
 from lvssl.report.page import write_report
 from lvssl.training.pretrain import pretrain
@@ -27,13 +25,12 @@ from pipelines.loader import evaluation_crops
 from pipelines.sources import open_source
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-BITS = (32, 64, 128, 256)  # of the controls' codes on the page
 PICTURES = 200  # test images written as files, to be encoded and searched
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Fashion-MNIST: convert, pretrain a control and a Bernoulli model, evaluate, analyse, write the page."""
+    """Fashion-MNIST: convert, pretrain a control and a Bernoulli model, evaluate, write the page."""
 
     out: Path = Path("runs/demo")
     """Where everything goes. What is finished there is not done again."""
@@ -60,9 +57,6 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     print("\n== evaluating", flush=True)
     evaluation = evaluate(EvaluateSettings(run=runs["bernoulli"], test=test, control=runs["none"]))
     codes = encode(EncodeSettings(run=runs["bernoulli"], images=pictures(settings.out / "images", test)))
-    print("\n== uncertainty, meaning of bits, accuracy against bits", flush=True)
-    analyse(AnalyseSettings(runs["bernoulli"], test=test, control=runs["none"], images=1000))
-    compression(CompressionSettings(runs["bernoulli"], test=test, control=runs["none"], bits=BITS))
     results = summary(evaluation)
     write_atomically(settings.out / "results.json", json.dumps(results, indent=2).encode())
     page = settings.out / "report.html"
