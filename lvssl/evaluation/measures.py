@@ -41,24 +41,25 @@ MEASURES: dict[str, tuple[str, bool]] = {
     "code_knn": ("code, Hamming kNN, %", True),
     "code_map": ("code, mAP@1000 over hits", True),
     "code_map_relevant": ("code, mAP@1000 over relevant", True),
-    "code_shapes_r2": ("shapes' factors from the code, R², mean", True),
-    "code_augmentation_r2": ("augmentation parameters from the code, R², mean", True),
+    "code_shapes_r2": ("shapes' factors from the code, R²", True),
+    "code_augmentation_r2": ("augmentation parameters from the code, R²", True),
     "recall_at_1": ("R@1", True),
-    "r_auroc": ("R-AUROC of the best label-free score", True),
-    "aurc": ("AURC of the best label-free score", False),
-    "ood": ("AUROC against images from elsewhere, mean, of the best label-free score", True),
-    "corruption": ("rank correlation with corruption severity, mean, of the best label-free score", True),
-    "crop": ("share of crops less certain than the whole, by the best label-free score", True),
-    "latent_r_auroc": ("R-AUROC of the latent's own score", True),
-    "latent_aurc": ("AURC of the latent's own score", False),
-    "latent_ood": ("AUROC against images from elsewhere, mean, of the latent's own score", True),
-    "latent_corruption": ("rank correlation with corruption severity, mean, of the latent's own score", True),
-    "latent_crop": ("share of crops less certain than the whole, by the latent's own score", True),
+    "r_auroc": ("R-AUROC, best label-free score", True),
+    "aurc": ("AURC, best label-free score", False),
+    "ood": ("AUROC against images from elsewhere, best label-free score", True),
+    "corruption": ("rank correlation with severity, best label-free score", True),
+    "crop": ("share of crops less certain than the whole, best label-free score", True),
+    "latent_r_auroc": ("R-AUROC, latent's own score", True),
+    "latent_aurc": ("AURC, latent's own score", False),
+    "latent_ood": ("AUROC against images from elsewhere, latent's own score", True),
+    "latent_corruption": ("rank correlation with severity, latent's own score", True),
+    "latent_crop": ("share of crops less certain than the whole, latent's own score", True),
     "nll": ("NLL of the probe (of the latent's samples, if any)", False),
     "brier": ("Brier score of that probe", False),
     "ece": ("ECE of that probe", False),
 }
 OF_CODE = tuple(name for name in MEASURES if name.startswith("code_"))
+OF_UNCERTAINTY = tuple(MEASURES)[tuple(MEASURES).index("r_auroc") :]  # and of the probe's confidence
 OF_SCORES = ("r_auroc", "aurc", "ood", "corruption", "crop")
 
 Ways = dict[str, float]  # way -> value

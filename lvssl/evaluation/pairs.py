@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t as student
 
-from lvssl.evaluation.measures import MEASURES, OF_CODE, Ways
+from lvssl.evaluation.measures import MEASURES, OF_CODE, OF_UNCERTAINTY, Ways
 
-CONTROL, FAIR_CONTROL = "none", "sign"
+# Arms that others are compared with, and in what; each with those before it, too.
+CONTROLS = {"none": tuple(MEASURES), "sign": tuple(MEASURES), "mcinfonce": OF_UNCERTAINTY}
 
 Row = dict[str, Any]
 
@@ -59,12 +60,12 @@ def pairs(rows: list[Row]) -> list[dict[str, Any]]:
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     of = {(row["arm"], row["seed"]): row for row in rows}
     found = []
-    for control in (CONTROL, FAIR_CONTROL):
+    for place, (control, compared) in enumerate(CONTROLS.items()):
         for arm in arms:
             seeds = [seed for name, seed in of if name == arm and (control, seed) in of]
-            if arm in (control, CONTROL) or not seeds:
+            if arm in list(CONTROLS)[: place + 1] or not seeds:
                 continue
-            for name in MEASURES:
+            for name in compared:
                 sides = [of[arm, s] for s in seeds], [of[control, s] for s in seeds]
                 if pair := difference(*sides, name):
                     found.append({"arm": arm, "control": control, "measure": name, "seeds": seeds} | pair)

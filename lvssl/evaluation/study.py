@@ -48,7 +48,8 @@ class StudySettings:
     """Before the run folders' names: with `fashion-mnist`, fashion-mnist-none-s0."""
     arms: tuple[str, ...] = ("none", "sign", "bernoulli", "gaussian")
     """A family, or NAME:setting=value,... with the latent's settings, such as low:family=bernoulli,dim=64, or
-    mcinfonce:family=gaussian,objective=mcinfonce. Arms are compared with those named none and sign."""
+    mcinfonce:family=vmf,site=proj,objective=mcinfonce. All are compared with those of the names none, sign
+    and mcinfonce."""
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 0
     """Of each run; 0: the preset's."""

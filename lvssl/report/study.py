@@ -35,7 +35,10 @@ lowers, too. Codes by Hamming distance, features by cosine.
 a control's features, fitted on the training images. In a comparison each side has its strongest way (in
 brackets): of a code the method, of an uncertainty the score without labels (the latent's: posterior, rate;
 anybody's: feature norm, distance to the nearest training images), the one of the best mean over the seeds.
-That choice is made on the test images and favours whoever has more ways."""
+That choice is made on the test images and favours whoever has more ways.
+
+**Paired differences**: arm minus control, seed by seed; their mean and its 95 % interval (Student). An
+interval without 0 is called better or worse: of 20 measures that don't differ at all, one will be."""
 
 
 def write_study(out: Path, result: dict[str, Any], measures: dict[str, tuple[str, bool]]) -> list[Path]:
@@ -83,18 +86,11 @@ def markdown(result: dict[str, Any], measures: dict[str, tuple[str, bool]]) -> s
     parts = [
         [f"# Study: {settings['preset']}, seeds {seeds}"],
         [f"```\n{result['command']}\n```"],
-        ["## Conclusions", ""],
-        conclusions(pairs, measures) or ["No control was among the arms: nothing is compared."],
+        ["## Conclusions", "", *(conclusions(pairs, measures) or ["No control was among the arms."])],
         ["## Protocol", "", PROTOCOL.format(**rows[0] | told)],
         ["## Means over seeds (± standard deviation)", "", *means(result["arms"], measures)],
         ["## Codes of equal length", "", *codes(rows)],
-        [
-            "## Paired differences",
-            "",
-            "Mean over seeds of arm minus control, and its 95 % interval (Student).",
-            "",
-        ],
-        differences_table(pairs, measures),
+        ["## Paired differences", "", *differences_table(pairs, measures)],
     ]
     return "\n".join("\n".join([*part, ""]) for part in parts)
 
@@ -141,7 +137,7 @@ def own_code(row: dict[str, Any], bits: int, name: str) -> dict[str, float]:
 def differences_table(pairs: list[dict[str, Any]], measures: dict[str, tuple[str, bool]]) -> list[str]:
     lines = ["| measure | arm | control | difference | 95 % | verdict |", "| --- " * 6 + "|"]
     for pair in pairs:
-        digits = 2 if measures[pair["measure"]][0].endswith("%") else 4
+        digits = digits_of(pair, measures)
         span = " to ".join(f"{v:+.{digits}f}" for v in pair["interval"] or [])
         sides = [
             f"{pair[name]} ({pair[way]})" if pair[way] not in ("", "code") else pair[name]
@@ -155,21 +151,29 @@ def differences_table(pairs: list[dict[str, Any]], measures: dict[str, tuple[str
 
 
 def conclusions(pairs: list[dict[str, Any]], measures: dict[str, tuple[str, bool]]) -> list[str]:
-    """One sentence for each arm and control."""
+    """A line for each arm and control: what differs, by how much, and in how many measures nothing does."""
     found = []
     for arm, control in dict.fromkeys((pair["arm"], pair["control"]) for pair in pairs):
         those = [pair for pair in pairs if (pair["arm"], pair["control"]) == (arm, control)]
-        parts = []
-        for verdict in ("better", "worse", "level", "one seed"):
-            names = [measures[p["measure"]][0] for p in those if p["verdict"] == verdict]
-            if names:
-                parts.append(
-                    f"{verdict if verdict != 'one seed' else 'not decided by one seed'} in {'; '.join(names)}"
-                )
-        found.append(
-            f"- **{arm}** against {control}: " + ". ".join(part[0].upper() + part[1:] for part in parts) + "."
-        )
+        if those[0]["verdict"] == "one seed":
+            said = "Not decided by one seed."
+        else:
+            better, worse = (
+                "; ".join(told(pair, measures) for pair in those if pair["verdict"] == verdict) or "nothing"
+                for verdict in ("better", "worse")
+            )
+            level = sum(pair["verdict"] == "level" for pair in those)
+            said = f"Better in {better}. Worse in {worse}. Level in {level} of {len(those)} measures."
+        found.append(f"- **{arm}** against {control}: {said}")
     return found
+
+
+def told(pair: dict[str, Any], measures: dict[str, tuple[str, bool]]) -> str:
+    return f"{measures[pair['measure']][0]} ({pair['mean']:+.{digits_of(pair, measures)}f})"
+
+
+def digits_of(pair: dict[str, Any], measures: dict[str, tuple[str, bool]]) -> int:
+    return 2 if measures[pair["measure"]][0].endswith("%") else 3
 
 
 def accuracy(result: dict[str, Any]) -> Any:
