@@ -172,6 +172,7 @@ def normalised(rank: int, size: int) -> dict[str, torch.Tensor]:
     if size > 1:
         dist.all_reduce(shared)
     found = {"output": output.detach(), "input gradient": x.grad, "weight gradients": shared}
+    assert not any(buffer.requires_grad for buffer in norm.buffers()), "each step's graph would be kept"
     return found | {"mean": norm.running_mean, "variance": norm.running_var}
 
 
