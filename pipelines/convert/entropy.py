@@ -14,11 +14,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
-from pipelines.convert.compiled import compiled
+from pipelines.compiled import compiled
 from pipelines.convert.walk import (
     ALONE,
     CODES,

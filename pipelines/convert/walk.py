@@ -3,18 +3,18 @@
 One look at the next 11 bits steps over as many whole codes as they hold, where a decoder takes one at a time.
 Such a step waits for the one before it, so three images are walked at once, each in the others' waiting time;
 and there is no branch in it but for what is rare, since where a block ends can't be foreseen, and a processor
-that guesses wrong loses more than a step takes. All that a walk is to know is in two numbers, so that those of
-three images stay in registers (what lost: two images with more numbers each, 0.9 of the speed; two with a
-branch where a block ends, 0.5):
+that guesses wrong loses more than a step takes. All that a walk is to know is in two numbers, so that those
+of three images stay in registers. (What lost: two images, with a branch where a block ends, 0.75 of the
+speed; more numbers for each, 0.85; three steps from one word, 0.9; four images, 0.95.)
 
     state   bits 0-7 the coefficient that is next (0: the block's DC), bits 9-31 the table to look it up in,
             bits 32-63 the block's row in `turns`, which has the state to begin the next block with
     moved   bits 0-13 how many bits further than at the start of the round, bits 14-31 how many blocks
 
-An entry of a table is what a step adds: to `moved` its low 6 bits, how many bits to step over, and bit 14, END,
-the end of a block; to `state`, from bit 6 on, the number of coefficients, END, and SWITCH from a DC table to the
-AC table behind it. Arrays are read by their addresses: numba counts the references of an array, atomically, for
-each function that is given one, which takes as long as a block.
+An entry of a table is what a step adds: to `moved` its low 6 bits, how many bits to step over, and bit 14,
+END, the end of a block; to `state`, from bit 6 on, the number of coefficients, END, and SWITCH from a DC
+table to the AC table behind it. Arrays are read by their addresses: numba counts the references of an array,
+atomically, for each function that is given one, which takes as long as a block.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pipelines.convert.compiled import compiled
+from pipelines.compiled import compiled
 
 LOOK = 11  # bits; with 12, the tables are larger than what the first-level cache has for three images
 ENTRIES = 1 << LOOK
-LONGEST = 22  # bits of one step, so that three fit into a word: 2 * 22 + 11 <= 57
+LONGEST = 22  # bits of one step, so that two fit into a word: 2 * 22 + 11 <= 57
 CODES = 51 + 256  # numbers of a Huffman table: see entropy._huffman
 # Counts of coefficients, in bits 6 and up of an entry:
 ALONE = 192  # no code, or one that is too long for the table: it is looked up alone
@@ -192,7 +192,7 @@ def _step(state, word, ahead, position, at):
 
 @compiled(inline="always")
 def _stride(state, moved, word, start, at):
-    """Two steps. The word for the next stride is fetched while the second is looked up, and only shifted then."""
+    """Two steps. The next stride's word is fetched while the second is looked up, and only shifted then."""
     state, word, first = _step(state, word, word, start + (moved & u64(0x3FFF)), at)
     moved += first
     position = start + (moved & u64(0x3FFF))
