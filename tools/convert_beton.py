@@ -157,9 +157,7 @@ def _convert(args: argparse.Namespace) -> int:
         _report(args.merge, manifest)
         if parts := manifest["parts"]:
             size = size_text(sum(os.path.getsize(path) for path in parts))
-            print(
-                f"its {len(parts)} parts ({size}) are still there: {parts[0]} ...; --remove-parts removes them"
-            )
+            print(f"its {len(parts)} parts ({size}) are still there, {parts[0]} ...: see --remove-parts")
         return 0
     settings = Settings(
         max_resolution=args.max_resolution,

@@ -53,8 +53,8 @@ def merge(
 ) -> dict[str, Any]:
     """Put the parts of `out` (convert with `shard`) together: the same bytes as one conversion of everything.
 
-    Every image's digest is checked on the way, nothing is decoded. Returns the manifest as `convert` does, and
-    in it "parts", the files that are left; `remove_parts` removes them and their manifests in the end.
+    Every image's digest is checked on the way, nothing is decoded. Returns the manifest as `convert` does,
+    with "parts", the files that are left; `remove_parts` removes them and their manifests in the end.
     Raises InputError if a part is missing, damaged, or of another conversion than the first.
     """
     out = Path(out)

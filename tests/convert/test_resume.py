@@ -239,6 +239,19 @@ def test_parts_merge_to_the_same_bytes(tmp_path, settings):
     assert all(found[name] == expected[name] for name in expected)
 
 
+def test_the_command_says_that_parts_are_left_or_removes_them(tmp_path, capsys):
+    source, out = str(photos(tmp_path / "set")), str(tmp_path / "x.beton")
+    for number in (1, 2):
+        convert(source, out, shard=(number, 2))
+    assert main(["--merge", out]) == 0
+    assert "its 2 parts (" in (printed := capsys.readouterr().out) and "--remove-parts" in printed
+    assert main(["--merge", out, "--overwrite", "--remove-parts"]) == 0
+    assert "parts" not in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "x.beton", "x.beton.json"]
+    with pytest.raises(SystemExit):
+        main([source, out, "--remove-parts"])
+
+
 def test_parts_that_do_not_belong_together(tmp_path, capsys):
     source = str(photos(tmp_path / "set"))
     out = tmp_path / "x.beton"
