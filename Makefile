@@ -5,7 +5,7 @@
 PYTHON ?=
 EXTRAS ?= ffcv,dev
 PYTEST ?=
-BENCH ?= $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py))
+BENCH ?= $(filter-out study,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
 
 # The tests' models are so small that a thread a core of a large machine would slow them down.
 test test-slow test-slurm: export OMP_NUM_THREADS ?= 2
@@ -13,7 +13,7 @@ test test-slow test-slurm: export OMP_NUM_THREADS ?= 2
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu test-slurm bench lint format clean
+.PHONY: help install demo test test-slow test-gpu test-slurm study bench lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,10 @@ test-gpu: install  ## the tests that need a CUDA device
 
 test-slurm: install  ## the chain on a Slurm: the one that answers here, else one started on this machine
 	@tools/slurm_cluster.sh run $(BIN)/python -m pytest -q -m slurm tests/slurm $(PYTEST)
+
+study: install  ## five arms, three seeds, Fashion-MNIST and CIFAR-10: docs/study-*; CIFAR10="what convert-beton takes"
+	@tools/install.sh fashion-mnist
+	@$(BIN)/python -m benchmarks.study $(if $(CIFAR10),--cifar10 '$(CIFAR10)',--cifar10 torchvision:CIFAR10)
 
 bench: EXTRAS := ffcv,dev,bench
 bench: install  ## every script of benchmarks/, or BENCH="name name"

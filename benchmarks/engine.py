@@ -1,8 +1,8 @@
 """What does the training engine cost over a bare loop, and which settings make a step fast?
 
-    python -m benchmarks.engine --json FILE              overhead, then the matrix on two ranks
-    python -m benchmarks.engine --part overhead          one of the two
-    python -m benchmarks.engine --device cuda --backbone resnet50 --resolution 224 --batch 256 --json FILE
+    python -m benchmarks.engine --json FILE              overhead, then matrix and exchange on two ranks
+    python -m benchmarks.engine --part overhead          one of the three
+    python -m benchmarks.engine --device cuda --backbone resnet50 --resolution 224 --batch 512 --json FILE
 
 overhead: seconds a step of the engine (schedule, keyed noise, guard against what isn't finite, agreement to
 go on, a log line every tenth step) over those of a bare loop of the same network, loss and optimiser on the
@@ -11,10 +11,13 @@ same batches. Loops take turns, one step each, and the ratio is that of the medi
 matrix: {BN, SyncBN} x {channels-last, default layout} x {eager, compiled backbone}, on --ranks ranks (on a
 GPU: all that are there), images a second over all of them; the eight take turns. Compilation is untimed.
 
+exchange: gradients sent by buckets during the backward walk, over all of them sent at its end.
+
 Batches are noise, made beforehand: a step's time doesn't depend on what is seen. The GPU part is untried.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -69,8 +72,9 @@ def main(arguments: list[str]) -> int:
     if "overhead" in options.part:
         result["overhead"] = overhead(settings, options)
         print(f"engine_over_bare_loop {result['overhead']['engine_over_bare_loop']:.4f}")
-    if "matrix" in options.part:
-        result["matrix"] = matrix(settings, options)
+    for part in ("matrix", "exchange"):
+        if part in options.part:
+            result[part] = on_ranks(part, settings, options)
     if options.json:
         write_atomically(options.json, json.dumps(result, indent=1).encode())
     return 0
@@ -78,13 +82,14 @@ def main(arguments: list[str]) -> int:
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--part", nargs="+", default=["overhead", "matrix"], choices=["overhead", "matrix"])
+    parts = ["overhead", "matrix", "exchange"]
+    parser.add_argument("--part", nargs="+", default=parts, choices=parts)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backbone", default="small")
     parser.add_argument("--resolution", type=int, default=32)
     parser.add_argument("--batch", type=int, default=128, help="images a step, over all ranks")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU, in each rank")
-    parser.add_argument("--ranks", type=int, default=0, help="of the matrix; 0: 2 on a CPU, all GPUs")
+    parser.add_argument("--ranks", type=int, default=0, help="of the other two; 0: 2 on a CPU, all GPUs")
     parser.add_argument("--rounds", type=int, default=30, help="steps of each form")
     parser.add_argument("--json", type=Path)
     return parser.parse_args(arguments)
@@ -206,54 +211,65 @@ def row(times: list[float]) -> dict[str, Any]:
     return {"seconds": middle, "quartiles": [low, high], "rounds": len(times)}
 
 
-def matrix(settings: PretrainSettings, options: argparse.Namespace) -> list[dict[str, Any]]:
+def on_ranks(part: str, settings: PretrainSettings, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each form of that part."""
     on_gpu = options.device.startswith("cuda")
     ranks = options.ranks or (torch.cuda.device_count() if on_gpu else 2)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(cells, (ranks, port, settings, options, folder), ranks, start_method="spawn")
+        arguments = (part, ranks, port, settings, options, folder)
+        mp.start_processes(one_rank, arguments, ranks, start_method="spawn")
         rows = json.loads((Path(folder) / "rows.json").read_text())
     for found in rows:
-        name = f"{found['normalisation']:6} {found['layout']:13} {found['execution']:8}"
-        print(f"{name} {found['images_per_second']:9.1f} img/s on {ranks} rank(s)", flush=True)
+        print(f"{found['form']:32} {found['images_per_second']:9.1f} img/s on {ranks} rank(s)", flush=True)
     return rows
 
 
-def cells(
-    rank: int, ranks: int, port: int, settings: PretrainSettings, options: argparse.Namespace, folder: str
+def one_rank(
+    rank: int,
+    part: str,
+    ranks: int,
+    port: int,
+    settings: PretrainSettings,
+    options: argparse.Namespace,
+    folder: str,
 ) -> None:
-    """One rank's part of the matrix."""
+    """One rank's share; the first writes the rows."""
     torch.set_num_threads(options.threads)
     world = World(rank, ranks, rank, "127.0.0.1", port)
     device = pick_device(options.device, rank)
-    forms, names = {}, {}
     with connected(world, device):
-        for sync in (False, True):
-            for last in (True, False):
-                for compiled in (False, True):
-                    engine = EngineSettings(channels_last=last, compile=compiled, sync_batch_norm=sync)
-                    chosen = replace(settings, engine=engine, out=Path(folder))
-                    trainer = Trainer(chosen, CLASSES, cast(TwoViewLoader, Batches()), device, world)
-                    name = f"{sync} {last} {compiled}"
-                    forms[name] = engine_step(trainer)
-                    names[name] = {
-                        "normalisation": "SyncBN" if sync else "BN",
-                        "layout": "channels-last" if last else "default",
-                        "execution": "compile" if compiled else "eager",
-                    }
+
+        def trainer(**engine: Any) -> Trainer:
+            chosen = replace(settings, engine=EngineSettings(**engine), out=Path(folder))
+            return Trainer(chosen, CLASSES, cast(TwoViewLoader, Batches()), device, world)
+
+        forms = {"matrix": matrix, "exchange": exchange}[part](trainer)
         times = in_turns(forms, batches(settings, device, world), options.rounds, device)
     if world.first:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for name, seconds in times.items():
             found = row(seconds)
-            rows.append(
-                names[name]
-                | found
-                | {"ranks": ranks, "images_per_second": settings.batch_size / found["seconds"]}
-            )
+            speed = settings.batch_size / found["seconds"]
+            rows.append({"form": name, "ranks": ranks, "images_per_second": speed} | found)
         (Path(folder) / "rows.json").write_text(json.dumps(rows))
+
+
+def matrix(trainer: Callable[..., Trainer]) -> dict[str, Step]:
+    forms = {}
+    for sync, last, compiled in itertools.product((False, True), (True, False), (False, True)):
+        layout, execution = "channels-last" if last else "default", "compile" if compiled else "eager"
+        made = trainer(channels_last=last, compile=compiled, sync_batch_norm=sync)
+        forms[f"{'SyncBN' if sync else 'BN':6} {layout:13} {execution}"] = engine_step(made)
+    return forms
+
+
+def exchange(trainer: Callable[..., Trainer]) -> dict[str, Step]:
+    late = trainer()
+    late.averaging.held = True
+    return {"during the backward walk": engine_step(trainer()), "at its end": engine_step(late)}
 
 
 if __name__ == "__main__":

@@ -162,7 +162,8 @@ def analyse(arguments: list[str]) -> None:
 
 
 def study(arguments: list[str]) -> None:
-    from lvssl.evaluation.study import MEASURES, StudySettings
+    from lvssl.evaluation.measures import MEASURES
+    from lvssl.evaluation.study import StudySettings
     from lvssl.evaluation.study import study as run
     from lvssl.report.study import write_study
 

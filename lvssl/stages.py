@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from tyro import MISSING
 from tyro.conf import Positional
 
-from lvssl.config import choice, require
+from lvssl.config import ON_ERROR, choice, require
+from pipelines.sources import SOURCES
 
 REPRESENTATIONS = ("features", "latent", "code")
 PROBES = ("auto", "sgd", "logistic", "ridge")
@@ -19,6 +20,7 @@ FREE_TO_CHANGE = (
     "run",
     "out",
     "again",
+    "source",
     "workers",
     "threads",
     "device",
@@ -36,8 +38,14 @@ class StageSettings:
     """Labelled training images; left out: those of the pretraining."""
     test: Path | None = None
     """The test images; left out: test.beton (or val) beside the training images."""
+    source: str = "auto"
+    """What reads both: auto (ffcv for a .beton, else folder), ffcv, folder (files, tars or a table, never
+    converted), dali (decoded and cropped by NVIDIA DALI)."""
+    on_error: str = "raise"
+    """An image that can't be decoded: raise (stop and name it), or skip. In a training step the next good one
+    takes its place; in an evaluation it is left out, and the figures' count says so."""
     target: str = ""
-    """Regress this float target of the beton (`all`: every one) instead of telling classes apart."""
+    """Regress this float target of the set (`all`: every one) instead of telling classes apart."""
     out: Path | None = None
     """Where the result goes, FILE.json or a folder; left out: into the run's folder."""
     again: bool = False
@@ -51,6 +59,8 @@ class StageSettings:
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value. Touches no file."""
+        choice("source", self.source, SOURCES)
+        choice("on_error", self.on_error, ON_ERROR)
         require(self.workers >= 1, "workers", self.workers, "at least 1")
         require(self.threads >= 0, "threads", self.threads, "at least 0")
 

@@ -22,7 +22,7 @@ from lvssl.evaluation.corruptions import CORRUPTIONS, ELSEWHERE, SEVERITIES, cor
 from lvssl.evaluation.evaluate import EvaluateSettings, class_names, with_defaults
 from lvssl.evaluation.meaning import class_auroc, dci, flip_bits, mig, mutual_information, sparse_probe
 from lvssl.evaluation.reading import Certainty, Reading, read, read_pixels, severity_correlation
-from lvssl.evaluation.regression import ridge
+from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.shapes import FACTORS, make_shapes, regression_targets
 from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
 from lvssl.training.run import Run, load_run
@@ -34,6 +34,7 @@ from pipelines.sources import Source, open_source
 
 SHOWN_BITS, SHOWN_IMAGES = 48, 8  # in the page's bit explorer
 TREES = 2000  # images at most on which disentanglement is measured
+CORRUPTED = 500  # test images at most that are made worse, 25 times over: each has a correlation of its own
 FEWEST = 40  # test images below which nothing is worth measuring
 
 
@@ -159,9 +160,10 @@ def uncertainty(run: Run, sets: Sets, settings: AnalyseSettings) -> tuple[dict[s
         for key, row in rows.items():
             both = np.concatenate([scores[key], far[key]])
             row[f"ood {name}"] = auroc(np.arange(len(both)) >= len(sets.test), both)
+    worse = spread(len(sets.test), min(CORRUPTED, len(sets.test)))
     for kind in CORRUPTIONS:
-        steps = [scores] + [
-            certainty.scores(reading(corrupt(sets.test, kind, severity, settings.seed)))
+        steps = [{name: score[worse] for name, score in scores.items()}] + [
+            certainty.scores(reading(corrupt(sets.test[worse], kind, severity, settings.seed)))
             for severity in SEVERITIES
         ]
         for key, row in rows.items():
@@ -244,18 +246,30 @@ def representations(reading: Reading) -> dict[str, np.ndarray]:
 
 def regression(run: Run, sets: Sets, settings: AnalyseSettings) -> list[dict[str, Any]]:
     """R^2 and MAE of ridge from features and code to augmentation parameters and to the shapes' factors."""
+    rows = []
+    for kind, (train, test) in known_factors(run, sets, settings).items():
+        known = representations(test[0])
+        for name, x in representations(train[0]).items():
+            found = ridge_each(x, train[1], known[name], test[1])
+            rows += [{"set": kind, "target": t, "from": name} | r._asdict() for t, r in found.items()]
+    return rows
+
+
+Factors = tuple[Reading, dict[str, np.ndarray]]  # a reading, and what is known of its images: [N] or [N, T]
+
+
+def known_factors(run: Run, sets: Sets, settings: AnalyseSettings) -> dict[str, tuple[Factors, Factors]]:
+    """Augmented views and procedural shapes, of each a training and a test part. Factors that never change,
+    those of an augmentation that is switched off, are left out."""
     count = settings.images or 2000
     views = [augmented(run, source, n, settings.seed) for source, n in zip(sets.sources, (2 * count, count))]
     shapes = [shape_reading(run, n, settings.seed + i) for i, n in enumerate((2 * count, count))]
-    rows = []
+    found = {}
     for kind, (train, test) in {"augmentation": views, "shapes": shapes}.items():
-        for target in train[1]:
-            for name, x in representations(train[0]).items():
-                if train[1][target].std() < 1e-9:
-                    continue  # an augmentation that is switched off
-                found = ridge(x, train[1][target], representations(test[0])[name], test[1][target])
-                rows.append({"set": kind, "target": target, "from": name} | found._asdict())
-    return rows
+        varied = [name for name, values in train[1].items() if values.std() >= 1e-9]
+        parts = [(reading, {name: targets[name] for name in varied}) for reading, targets in (train, test)]
+        found[kind] = parts[0], parts[1]
+    return found
 
 
 def augmented(run: Run, source: Source, count: int, seed: int) -> tuple[Reading, dict[str, np.ndarray]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lvssl.codes.pack import pack_bits
 from lvssl.latents.bernoulli import Bernoulli
 from lvssl.models.network import LVNet
+from lvssl.training.labels import readable
 from pipelines.loader import evaluation_batches
 from pipelines.sources import Source
 from pipelines.views import ViewSettings
@@ -25,17 +26,29 @@ class Embedding:
     uncertainty: np.ndarray  # float32 [N], grows with the posterior's spread
     rate_bits: float  # mean KL to the prior
     labels: np.ndarray  # int64 [N]
+    rows: np.ndarray  # int64 [N], positions in the set: all, unless damaged images are skipped
     bit_means: np.ndarray | None  # float32 [N, bits], P(bit = 1), where the code is drawn bit by bit
 
 
 @torch.no_grad()
-def embed(network: LVNet, source: Source, view: ViewSettings, workers: int = 2) -> Embedding:
-    """Every image of the source, in its order, in eval mode: the same image gives the same row in any set."""
+def embed(
+    network: LVNet,
+    source: Source,
+    view: ViewSettings,
+    workers: int = 2,
+    on_error: str = "raise",
+    title: str = "",
+) -> Embedding:
+    """Every image of the source, in its order, in eval mode: the same image gives the same row in any set.
+
+    `on_error`, `title`: as `readable`'s.
+    """
     network = network.eval()
     parts: dict[str, list[np.ndarray]] = {
-        name: [] for name in ("features", "codes", "uncertainty", "kl", "means")
+        name: [] for name in ("rows", "features", "codes", "uncertainty", "kl", "means")
     }
-    for images, _ in evaluation_batches(source, view, workers=workers):
+    for images, rows in readable(source, view, workers, on_error, title=title):
+        parts["rows"].append(rows)
         features, posterior = network.encode(images.to(device_of(network)))
         parts["features"].append(features.float().cpu().numpy())
         parts["codes"].append(pack_bits(posterior.code()))
@@ -50,7 +63,8 @@ def embed(network: LVNet, source: Source, view: ViewSettings, workers: int = 2) 
         network.family.code_bits(network.dim),
         joined["uncertainty"],
         float(joined["kl"].mean() / np.log(2)),
-        source.labels,
+        source.labels[joined["rows"]],
+        joined["rows"],
         joined.get("means"),
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lvssl.codes.pack import as_array
 from lvssl.codes.search import hamming_distances
+from lvssl.training.progress import shown
 
 QUERIES = 512  # test images a chunk: [512, N] similarities at a time
 
@@ -30,15 +31,18 @@ def weighted_knn(
     return round(100 * float((votes.argmax(dim=1) == test_y).float().mean()), 4)
 
 
-def weighted_votes(train_x: Any, answers: Tensor, test_x: Any, k: int, temperature: float) -> Tensor:
+def weighted_votes(
+    train_x: Any, answers: Tensor, test_x: Any, k: int, temperature: float, title: str = ""
+) -> Tensor:
     """Sums of the k nearest training images' weights exp((cosine - 1) / T), on the CPU; works where train_x
     lies. For `answers` int64 [N] (classes) by class, [M, C]; for float [N, T] (targets) times these, [M, T].
+    `title`: of the progress shown; empty: none.
     """
     train_x, test_x = (torch.as_tensor(x).float() for x in (train_x, test_x))
     train_x, test_x = (torch.nn.functional.normalize(x, dim=1) for x in (train_x, test_x.to(train_x.device)))
     answers, votes = answers.to(train_x.device), []
     width = answers.shape[1] if answers.is_floating_point() else int(answers.max()) + 1
-    for queries in test_x.split(QUERIES):
+    for queries in shown(test_x.split(QUERIES), title, len(test_x), len):
         similarity, nearest = (queries @ train_x.T).topk(min(k, len(train_x)), dim=1)
         # exp((s - 1) / T) instead of exp(s / T): the same ranking, and it stays within (0, 1].
         weights = torch.exp((similarity - 1) / temperature)
@@ -75,13 +79,20 @@ def hamming_knn(
 
 
 def hamming_votes(
-    train_codes: np.ndarray, answers: Tensor, test_codes: np.ndarray, bits: int, k: int, temperature: float
+    train_codes: np.ndarray,
+    answers: Tensor,
+    test_codes: np.ndarray,
+    bits: int,
+    k: int,
+    temperature: float,
+    title: str = "",
 ) -> Tensor:
     """As `weighted_votes`, on packed codes: [M, C] for classes, [M, T] for targets."""
     k, votes = min(k, len(answers)), []
     table = answers if answers.is_floating_point() else torch.nn.functional.one_hot(answers).float()
-    for start in range(0, len(test_codes), QUERIES):
-        distances = torch.from_numpy(hamming_distances(test_codes[start : start + QUERIES], train_codes))
+    parts = [test_codes[start : start + QUERIES] for start in range(0, len(test_codes), QUERIES)]
+    for queries in shown(parts, title, len(test_codes), len):
+        distances = torch.from_numpy(hamming_distances(queries, train_codes))
         nearest = distances.topk(k, dim=1, largest=False).values
         last = nearest[:, -1:]
         tied = distances == last

@@ -14,7 +14,7 @@ from lvssl.evaluation.probe import linear_probe, standardise
 from lvssl.models.network import LVNet
 from lvssl.stages import LinearSettings
 from lvssl.training.distributed import connected
-from lvssl.training.labels import Labelled, split
+from lvssl.training.labels import Labelled, readable, say_left_out, split
 from lvssl.training.score import score
 from lvssl.training.stage import Stage, prepare
 from lvssl.training.stopping import Stop, stop_signals
@@ -28,7 +28,6 @@ from lvssl.training.supervised import (
     scaled_lr,
 )
 from pipelines.errors import InputError
-from pipelines.loader import evaluation_batches
 from pipelines.views import ViewSettings
 
 SGD_FROM = 200_000  # training images from which on the exact probe would take too much memory and time
@@ -50,14 +49,14 @@ def linear(settings: LinearSettings) -> Stage[LinearSettings]:
     probe = pick_probe(settings.probe, train)
     if probe == "sgd":
         with stop_signals() as stop, connected(stage.world, stage.device):
-            predictions, more = by_sgd(stage, train, test, stop)
-            figures = {settings.on: score(predictions, test.answers, train.targets)}
+            predictions, answers, more = by_sgd(stage, train, test, stop)
+            figures = {settings.on: score(predictions, answers, train.targets)}
             return stage.finish((train, test), figures, probe=probe, **more)
     if not stage.world.first:  # one process is enough
         return stage
     started = time.monotonic()
-    predictions, more = exactly(stage, train, test)
-    figures = {settings.on: score(predictions, test.answers, train.targets)}
+    predictions, answers, more = exactly(stage, train, test)
+    figures = {settings.on: score(predictions, answers, train.targets)}
     seconds = round(time.monotonic() - started, 3)
     return stage.finish((train, test), figures, probe=probe, seconds=seconds, **more)
 
@@ -75,8 +74,8 @@ def pick_probe(wanted: str, train: Labelled) -> str:
 
 def by_sgd(
     stage: Stage[LinearSettings], train: Labelled, test: Labelled, stop: Stop
-) -> tuple[Tensor, dict[str, Any]]:
-    """The published protocol: predictions of the test set, and what to say of the training."""
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """The published protocol: predictions of the test set, its answers, and what to say of the training."""
     settings, run, world = stage.settings, stage.run, stage.world
     batch = largest_batch(settings.batch_size, len(train), world.size)
     recipe = Recipe(
@@ -87,44 +86,58 @@ def by_sgd(
     view = run.settings.view
     training = Supervised(stage.claim(), model, train, view, recipe, stage.device, world)
     training.run(stop, f"linear {run.folder.name}")
-    predictions = predict(model, test, view, stage.device, settings.workers, world)
-    return predictions, training.describe()
+    title = f"linear: {test.path.name}"
+    found = predict(model, test, view, stage.device, settings.workers, world, title)
+    return *found, training.describe()
 
 
-def exactly(stage: Stage[LinearSettings], train: Labelled, test: Labelled) -> tuple[Tensor, dict[str, Any]]:
-    """L2-regularised probe on the centre crops' representations, its strength chosen on held-out images."""
+def exactly(
+    stage: Stage[LinearSettings], train: Labelled, test: Labelled
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """As `by_sgd`, an L2-regularised probe on the centre crops' representations, its strength chosen on
+    held-out images."""
     settings, view, network = stage.settings, stage.run.settings.view, stage.run.network.to(stage.device)
-    x, test_x = (encode(network, data, settings.on, view, settings.workers) for data in (train, test))
+    (x, train), (test_x, test) = (
+        encode(network, data, settings.on, view, settings.workers) for data in (train, test)
+    )
     if train.targets:
-        return ridge_probe(x, train, test_x, settings.seed)
-    found = linear_probe(x, train.answers, test_x, test.answers, seed=settings.seed)
+        predictions, strength = ridge_probe(x, train, test_x, settings.seed)
+        return predictions, test.answers, {"regularisation": strength}
+    found = linear_probe(
+        x, train.answers, test_x, test.answers, seed=settings.seed, title="linear: fits of the probe"
+    )
     scores = np.zeros((len(test), train.outputs), np.float32)  # a class that doesn't occur keeps 0
     scores[:, found.classes] = found.probabilities
-    return torch.from_numpy(scores), {"regularisation": found.regularisation}
+    return torch.from_numpy(scores), test.answers, {"regularisation": found.regularisation}
 
 
 @torch.no_grad()
-def encode(network: LVNet, data: Labelled, on: str, view: ViewSettings, workers: int) -> np.ndarray:
-    """A representation of every image's centre crop, float32 [N, W]."""
+def encode(
+    network: LVNet, data: Labelled, on: str, view: ViewSettings, workers: int
+) -> tuple[np.ndarray, Labelled]:
+    """A representation of each centre crop, float32 [N, W], and these images: all but those skipped."""
     network, device = network.eval(), next(network.parameters()).device
-    batches = evaluation_batches(data.source, view, workers=workers)
-    return torch.cat([represent(network, images.to(device), on).cpu() for images, _ in batches]).numpy()
+    batches = readable(data.source, view, workers, data.on_error, title=f"linear: {data.path.name}")
+    parts = [(represent(network, images.to(device), on).cpu(), rows) for images, rows in batches]
+    rows = np.concatenate([rows for _, rows in parts])
+    say_left_out(data.path, len(data), rows)
+    return torch.cat([x for x, _ in parts]).numpy(), data if len(rows) == len(data) else data.only(rows)
 
 
-def ridge_probe(
-    x: np.ndarray, train: Labelled, test_x: np.ndarray, seed: int
-) -> tuple[Tensor, dict[str, Any]]:
-    """Ridge regression on standardised features: min |y - xW - b|^2 + N * strength * |W|^2."""
+def ridge_probe(x: np.ndarray, train: Labelled, test_x: np.ndarray, seed: int) -> tuple[Tensor, float]:
+    """Ridge regression on standardised features: min |y - xW - b|^2 + N * strength * |W|^2; and that
+    strength."""
     x, test_x = standardise(x, test_x)
     answers = train.answers.numpy()
     mean, deviation = answers.mean(0), np.maximum(answers.std(0), 1e-12)
     y = (answers - mean) / deviation
     fitted, held = split(train, 0.15, seed)
 
-    def fit(rows: np.ndarray, strength: float) -> Ridge:
-        return Ridge(alpha=len(rows) * strength).fit(x[rows], y[rows])
+    def predicted(rows: np.ndarray, strength: float, of: np.ndarray) -> np.ndarray:
+        model = Ridge(alpha=len(rows) * strength).fit(x[rows], y[rows])
+        return model.predict(of).reshape(len(of), -1)  # of one target scikit-learn gives a vector
 
-    errors = [float(((fit(fitted, strength).predict(x[held]) - y[held]) ** 2).mean()) for strength in RIDGES]
+    errors = [float(((predicted(fitted, s, x[held]) - y[held]) ** 2).mean()) for s in RIDGES]
     chosen = float(RIDGES[int(np.argmin(errors))])
-    predicted = fit(np.arange(len(x)), chosen).predict(test_x).reshape(len(test_x), -1) * deviation + mean
-    return torch.from_numpy(predicted).float(), {"regularisation": chosen}
+    found = predicted(np.arange(len(x)), chosen, test_x) * deviation + mean
+    return torch.from_numpy(found).float(), chosen

@@ -10,6 +10,7 @@ from torch import Tensor
 from lvssl.evaluation.embedding import Embedding, embed
 from lvssl.evaluation.knn import hamming_votes, weighted_votes
 from lvssl.stages import KnnSettings
+from lvssl.training.labels import say_left_out
 from lvssl.training.score import score
 from lvssl.training.stage import Stage, prepare
 
@@ -31,9 +32,15 @@ def knn(settings: KnnSettings) -> Stage[KnnSettings]:
     large = len(train) >= LARGE_FROM
     k, temperature = settings.k or (200 if large else 20), settings.temperature or (0.1 if large else 0.07)
     network, view = stage.run.network.to(stage.device), stage.run.settings.view
-    known, asked = (embed(network, data.source, view, settings.workers) for data in (train, test))
-    found = vote(known, asked, train.answers, k, temperature, stage.device)
-    figures = {name: score(votes, test.answers, train.targets) for name, votes in found.items()}
+    known, asked = (
+        embed(network, data.source, view, settings.workers, data.on_error, f"knn: {data.path.name}")
+        for data in (train, test)
+    )
+    for data, seen in ((train, known), (test, asked)):
+        say_left_out(data.path, len(data), seen.rows)
+    answers, wanted = train.answers[torch.from_numpy(known.rows)], test.answers[torch.from_numpy(asked.rows)]
+    found = vote(known, asked, answers, k, temperature, stage.device)
+    figures = {name: score(votes, wanted, train.targets) for name, votes in found.items()}
     seconds = round(time.monotonic() - started, 3)
     return stage.finish((train, test), figures, k=k, temperature=temperature, seconds=seconds)
 
@@ -45,10 +52,10 @@ def vote(
     x = torch.from_numpy(train.features).to(device)
 
     def by_features(of: Tensor) -> Tensor:
-        return weighted_votes(x, of, test.features, k, temperature)
+        return weighted_votes(x, of, test.features, k, temperature, "knn: votes by features")
 
     def by_code(of: Tensor) -> Tensor:
-        return hamming_votes(train.codes, of, test.codes, test.bits, k, temperature)
+        return hamming_votes(train.codes, of, test.codes, test.bits, k, temperature, "knn: votes by code")
 
     ways = {"features": by_features, "code": by_code}
     if not answers.is_floating_point():

@@ -12,6 +12,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from lvssl.codes.pack import as_array
+from lvssl.training.progress import shown
 
 HELD_OUT = 0.15  # share of the training set on which the regularisation is chosen
 # L-BFGS steps a fit; the fits start from one another. On CIFAR-10 images (N = 10,000, D = 256 features) 200
@@ -46,7 +47,12 @@ class Probe:
 
 
 def fit_probe(
-    train_x: Any, train_y: Any, *, regularisation: Sequence[float] = (1e-1, 1e-2, 1e-3), seed: int = 0
+    train_x: Any,
+    train_y: Any,
+    *,
+    regularisation: Sequence[float] = (1e-1, 1e-2, 1e-3),
+    seed: int = 0,
+    title: str = "",
 ) -> Probe:
     """The read-out of `linear_probe`, fitted."""
     train_x, train_y = checked("train", train_x, train_y)
@@ -54,7 +60,7 @@ def fit_probe(
         raise ValueError("a probe needs training labels of at least two classes")
     mean, scale = standardisation(train_x)
     train_x = (train_x - mean) * scale
-    chosen, start = choose_regularisation(train_x, train_y, sorted(regularisation, reverse=True), seed)
+    chosen, start = choose_regularisation(train_x, train_y, sorted(regularisation, reverse=True), seed, title)
     model = fit(train_x, train_y, chosen, start)
     return Probe(chosen, model.classes_, mean, scale, model)
 
@@ -67,6 +73,7 @@ def linear_probe(
     *,
     regularisation: Sequence[float] = (1e-1, 1e-2, 1e-3),
     seed: int = 0,
+    title: str = "",
 ) -> ProbeResult:
     """L2 logistic regression on standardised features, its strength chosen without the test set.
 
@@ -74,14 +81,15 @@ def linear_probe(
     (integers). Features are standardised with the training set's mean and deviation; a constant column
     becomes 0. Each strength is fitted on 85 % of the training set and scored on the remaining 15 %, a split
     balanced over classes and drawn from `seed`; the best (the stronger one where equal) is fitted again on
-    the whole. Bits are features like any other. Arrays or torch tensors. Raises ValueError for shapes that
+    the whole. Bits are features like any other. Arrays or torch tensors. `title`: of the progress shown while
+    the strengths are tried; empty: none. Raises ValueError for shapes that
     don't match, values that are not finite, or fewer than two classes.
     """
     train_x, train_y = checked("train", train_x, train_y)
     test_x, test_y = checked("test", test_x, test_y)
     if train_x.shape[1] != test_x.shape[1]:
         raise ValueError(f"train_x has {train_x.shape[1]} features, test_x {test_x.shape[1]}")
-    probe = fit_probe(train_x, train_y, regularisation=regularisation, seed=seed)
+    probe = fit_probe(train_x, train_y, regularisation=regularisation, seed=seed, title=title)
     probabilities = probe.probabilities(test_x)
     predictions = probe.classes[probabilities.argmax(axis=1)]
     accuracy = round(100 * float((predictions == test_y).mean()), 4)
@@ -89,7 +97,7 @@ def linear_probe(
 
 
 def choose_regularisation(
-    x: np.ndarray, y: np.ndarray, strengths: Sequence[float], seed: int
+    x: np.ndarray, y: np.ndarray, strengths: Sequence[float], seed: int, title: str = ""
 ) -> tuple[float, LogisticRegression | None]:
     """(the best strength on held-out images, its model as a start for the last fit)."""
     held = held_out(y, seed)
@@ -97,7 +105,9 @@ def choose_regularisation(
         return strengths[len(strengths) // 2], None
     best, scores, model = strengths[0], [], None
     models: dict[float, LogisticRegression] = {}
-    for strength in strengths:  # from strong to weak: each solution is a good start for the next
+    fitted = int((~held).sum())
+    # From strong to weak: each solution is a good start for the next.
+    for strength in shown(strengths, title, len(strengths) * fitted, lambda _: fitted):
         model = models[strength] = fit(x[~held], y[~held], strength, model)
         scores.append(float((model.predict(x[held]) == y[held]).mean()))
     best = strengths[int(np.argmax(scores))]

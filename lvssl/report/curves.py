@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -10,21 +9,7 @@ from typing import Any
 
 from lvssl.report.figures import Line, line_chart
 from lvssl.report.tables import below, finite
-from pipelines.errors import InputError
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl. A last line cut short by a kill is left out; a broken one elsewhere raises."""
-    if not path.exists():
-        return []
-    rows, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise InputError(f"{path}: line {number} is no JSON") from error
-    return [row for row in rows if isinstance(row, dict)]
+from lvssl.training.progress import read_metrics
 
 
 def curves(

@@ -22,7 +22,7 @@ from typing import Any
 
 from lvssl.report.analysis import disentanglement, regression, uncertainty
 from lvssl.report.compression import compression
-from lvssl.report.curves import curves, read_metrics
+from lvssl.report.curves import curves
 from lvssl.report.figures import strip
 from lvssl.report.gallery import bit_explorer, gallery
 from lvssl.report.tables import below, cell, dot, figures_table, finite, table
@@ -37,6 +37,7 @@ from lvssl.report.verdict import (
     signed,
     uncertainty_in_words,
 )
+from lvssl.training.progress import read_metrics
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
 

@@ -15,21 +15,43 @@ import matplotlib.pyplot as plt
 
 from pipelines.files import write_atomically
 
-WORDS = {"better": "Better", "worse": "Worse", "level": "Level", "one seed": "Not decided by one seed"}
 COLOURS = {"better": "#0f6b6f", "level": "#79818c", "worse": "#a3162a", "one seed": "#b5b9bf"}
+OF_CODE = {  # the columns of the table of codes
+    "code_linear": "linear, %",
+    "code_knn": "Hamming kNN, %",
+    "code_map": "mAP@1000 over hits",
+    "code_map_relevant": "over relevant",
+}
+PROTOCOL = """Every measure is of the run's last checkpoint. Probes and neighbours are fitted on the
+{database:,} training images and judged on all {queries:,} test images; uncertainty on {images:,} of these.
+
+**mAP@1000**: each of the {queries:,} test images queries the {database:,} training images; relevant is what
+has its label. The precisions at the hits within the first 1,000 are averaged; images at the same distance
+count with the expected value over all their orders. *Over hits* divides by the number of hits found (the
+denominator of the hashing literature), *over relevant* by min(1,000, relevant images), which a missing hit
+lowers, too. Codes by Hamming distance, features by cosine.
+
+**Controls of equal bits**: sign bits (the first ones where the code is shorter), PCA + sign, ITQ and LSH of
+a control's features, fitted on the training images. In a comparison each side has its strongest way (in
+brackets): of a code the method, of an uncertainty the score without labels (the latent's: posterior, rate;
+anybody's: feature norm, distance to the nearest training images), the one of the best mean over the seeds.
+That choice is made on the test images and favours whoever has more ways.
+
+**Paired differences**: arm minus control, seed by seed; their mean and its 95 % interval (Student). An
+interval without 0 is called better or worse: of 20 measures that don't differ at all, one will be."""
 
 
 def write_study(out: Path, result: dict[str, Any], measures: dict[str, tuple[str, bool]]) -> list[Path]:
     """study.csv, study.md and figures/ beside study.json; returns their paths.
 
-    `measures`: name -> (what it says, whether higher is better), as `lvssl.evaluation.study.MEASURES`.
+    `measures`: name -> (what it says, whether higher is better), as `lvssl.evaluation.measures.MEASURES`.
     """
-    files = {"study.csv": table(result["rows"], measures), "study.md": markdown(result, measures)}
+    files = {"study.csv": table(result["rows"]), "study.md": markdown(result, measures)}
     for name, text in files.items():
         write_atomically(out / name, text.encode())
     figures = out / "figures"
     figures.mkdir(exist_ok=True)
-    drawn = {"accuracy": accuracy(result["rows"]), "differences": differences(result["pairs"], measures)}
+    drawn = {"accuracy": accuracy(result), "differences": differences(result["pairs"], measures)}
     paths = [out / name for name in files]
     for name, figure in drawn.items():
         for kind in ("png", "svg"):
@@ -41,108 +63,173 @@ def write_study(out: Path, result: dict[str, Any], measures: dict[str, tuple[str
     return paths
 
 
-def table(rows: list[dict[str, Any]], measures: dict[str, Any]) -> str:
-    """One line a run."""
+def table(rows: list[dict[str, Any]]) -> str:
+    """Every number that was measured: one line for each run, measure, way and length of code."""
     buffer = io.StringIO()
     writer = csv.writer(buffer)
-    writer.writerow(["arm", "seed", "family", "bits", "rate_bits", *measures])
+    writer.writerow(["arm", "seed", "family", "bits", "measure", "way", "value"])
     for row in rows:
-        head = [row["arm"], row["seed"], row["family"], row["bits"], row["rate_bits"]]
-        writer.writerow([*head, *(row["measures"][name] for name in measures)])
+        head = [row["arm"], row["seed"], row["family"]]
+        sets = {row["bits"]: row["measures"]} | {
+            int(bits): made for bits, made in row["controls"].items() if int(bits) != row["bits"]
+        }
+        for bits, made in sets.items():
+            for name, ways in made.items():
+                writer.writerows([*head, bits, name, way, value] for way, value in ways.items())
     return buffer.getvalue()
 
 
 def markdown(result: dict[str, Any], measures: dict[str, tuple[str, bool]]) -> str:
     settings, rows, pairs = result["settings"], result["rows"], result["pairs"]
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
     seeds = ", ".join(map(str, settings["seeds"]))
-    lines = [f"# Study: {settings['preset']}, seeds {seeds}", "", "## Conclusions", ""]
-    lines += conclusions(pairs, measures) or ["No control was among the arms: nothing is compared."]
-    lines += ["", "## Means over seeds (± standard deviation)", ""]
-    lines += ["| measure | " + " | ".join(arms) + " |", "| --- |" + " --- |" * len(arms)]
+    told = {"images": min(settings["images"] or rows[0]["queries"], rows[0]["queries"])}
+    parts = [
+        [f"# Study: {settings['preset']}, seeds {seeds}"],
+        [f"```\n{result['command']}\n```"],
+        ["## Conclusions", "", *(conclusions(pairs, measures) or ["No control was among the arms."])],
+        ["## Protocol", "", PROTOCOL.format(**rows[0] | told)],
+        ["## Means over seeds (± standard deviation)", "", *means(result["arms"], measures)],
+        ["## Codes of equal length", "", *codes(rows)],
+        ["## Paired differences", "", *differences_table(pairs, measures)],
+    ]
+    return "\n".join("\n".join([*part, ""]) for part in parts)
+
+
+def means(arms: list[dict[str, Any]], measures: dict[str, tuple[str, bool]]) -> list[str]:
+    lines = ["| measure | " + " | ".join(arm["arm"] for arm in arms) + " |", "| --- |" + " --- |" * len(arms)]
     for name, (what, higher) in measures.items():
-        cells = [mean_cell([r["measures"][name] for r in rows if r["arm"] == arm]) for arm in arms]
+        cells = [mean_cell(**arm["measures"][name]) for arm in arms]
         lines.append(f"| {what}{'' if higher else ' (lower is better)'} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "## Paired differences",
-        "",
-        "Mean over seeds of arm minus control, and its 95 % interval.",
-        "",
-    ]
-    lines += [
-        "| arm | control | measure | difference | 95 % | verdict |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for pair in pairs:
-        span = "{:+.3f} to {:+.3f}".format(*pair["interval"]) if pair["interval"] else ""
+    return lines
+
+
+def mean_cell(values: list[float], way: str = "") -> str:
+    digits = 1 if abs(statistics.mean(values)) >= 10 else 3  # percent, or a share
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}" + (f" ({way})" if way and way != "code" else "")
+
+
+def codes(rows: list[dict[str, Any]]) -> list[str]:
+    """Every code that was made, sorted by length: the arms' own, and the controls'."""
+    found: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        sets = {int(bits): made for bits, made in row["controls"].items()}
+        sets.setdefault(row["bits"], {})
+        for bits, made in sets.items():
+            made = {name: {**made.get(name, {}), **own_code(row, bits, name)} for name in OF_CODE}
+            for way in made["code_linear"]:
+                value = {name: made[name][way] for name in OF_CODE}
+                found.setdefault((bits, row["arm"], way), []).append(value)
+    lines = ["| bits | arm | code | " + " | ".join(OF_CODE.values()) + " |", "| --- " * 7 + "|"]
+    for (bits, arm, way), values in sorted(found.items()):
+        cells = [mean_cell([v[name] for v in values]) for name in OF_CODE]
         lines.append(
-            f"| {pair['arm']} | {pair['control']} | {measures[pair['measure']][0]} | {pair['mean']:+.3f} | "
+            f"| {bits:,} | {arm} | {'its own' if way == 'code' else way} | " + " | ".join(cells) + " |"
+        )
+    return lines
+
+
+def own_code(row: dict[str, Any], bits: int, name: str) -> dict[str, float]:
+    own = row["measures"][name].get("code") if bits == row["bits"] else None
+    return {} if own is None else {"code": own}
+
+
+def differences_table(pairs: list[dict[str, Any]], measures: dict[str, tuple[str, bool]]) -> list[str]:
+    lines = ["| measure | arm | control | difference | 95 % | verdict |", "| --- " * 6 + "|"]
+    for pair in pairs:
+        digits = digits_of(pair, measures)
+        span = " to ".join(f"{v:+.{digits}f}" for v in pair["interval"] or [])
+        sides = [
+            f"{pair[name]} ({pair[way]})" if pair[way] not in ("", "code") else pair[name]
+            for name, way in (("arm", "of"), ("control", "against"))
+        ]
+        lines.append(
+            f"| {measures[pair['measure']][0]} | {sides[0]} | {sides[1]} | {pair['mean']:+.{digits}f} | "
             f"{span} | {pair['verdict']} |"
         )
-    return "\n".join([*lines, ""])
+    return lines
 
 
 def conclusions(pairs: list[dict[str, Any]], measures: dict[str, tuple[str, bool]]) -> list[str]:
-    """One sentence for each arm and control."""
+    """A line for each arm and control: what differs, by how much, and in how many measures nothing does."""
     found = []
     for arm, control in dict.fromkeys((pair["arm"], pair["control"]) for pair in pairs):
         those = [pair for pair in pairs if (pair["arm"], pair["control"]) == (arm, control)]
-        parts = []
-        for verdict in ("better", "worse", "level", "one seed"):
-            names = [measures[p["measure"]][0] for p in those if p["verdict"] == verdict]
-            if names:
-                parts.append(
-                    f"{verdict if verdict != 'one seed' else 'not decided by one seed'} in {'; '.join(names)}"
-                )
-        found.append(
-            f"- **{arm}** against {control}: " + ". ".join(part[0].upper() + part[1:] for part in parts) + "."
-        )
+        if those[0]["verdict"] == "one seed":
+            said = "Not decided by one seed."
+        else:
+            better, worse = (
+                "; ".join(told(pair, measures) for pair in those if pair["verdict"] == verdict) or "nothing"
+                for verdict in ("better", "worse")
+            )
+            level = sum(pair["verdict"] == "level" for pair in those)
+            said = f"Better in {better}. Worse in {worse}. Level in {level} of {len(those)} measures."
+        found.append(f"- **{arm}** against {control}: {said}")
     return found
 
 
-def mean_cell(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
+def told(pair: dict[str, Any], measures: dict[str, tuple[str, bool]]) -> str:
+    return f"{measures[pair['measure']][0]} ({pair['mean']:+.{digits_of(pair, measures)}f})"
 
 
-def accuracy(rows: list[dict[str, Any]]) -> Any:
-    """Accuracy against bits stored: the features at 32 bits a number, and the code."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for axis, (title, code, features) in zip(
-        axes,
-        (("linear probe", "code_linear", "features_linear"), ("kNN", "code_knn", "features_knn")),
-    ):
-        for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
-            those = [row for row in rows if row["arm"] == arm]
-            for name, marker, bits in ((code, "o", those[0]["bits"]), (features, "s", None)):
-                values = [row["measures"][name] for row in those]
-                at = bits if bits else 32 * those[0].get("features", 256)
+def digits_of(pair: dict[str, Any], measures: dict[str, tuple[str, bool]]) -> int:
+    return 2 if measures[pair["measure"]][0].endswith("%") else 3
+
+
+def accuracy(result: dict[str, Any]) -> Any:
+    """Accuracy and mAP against bits stored: the arms' codes, the equal-bit controls, the features."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
+    titles = {"linear": "linear probe, %", "knn": "20 nearest neighbours, %", "map": "mAP@1000 over hits"}
+    for axis, (kind, title) in zip(axes, titles.items()):
+        for number, arm in enumerate(result["arms"]):
+            name, colour = arm["arm"], f"C{number}"
+            for bits, method, values in controls_of(result["rows"], name, f"code_{kind}"):
+                label = f"codes of {name}'s features" if (bits, method) == (arm["bits"], "sign") else None
+                axis.plot(bits * 1.04**number, statistics.mean(values), "x", color=colour, ms=5, label=label)
+            points = [("s", 32 * arm["features"], arm["measures"][f"features_{kind}"], f"{name}, features")]
+            if arm["family"] != "none":
+                points.append(("o", arm["bits"], arm["measures"][f"code_{kind}"], f"{name}, code"))
+            for marker, bits, found, label in points:
+                values = found["values"]
+                error = statistics.stdev(values) if len(values) > 1 else 0
                 axis.errorbar(
-                    at * 1.04 ** (number - 1.5),
+                    bits * 1.04**number,
                     statistics.mean(values),
-                    statistics.stdev(values) if len(values) > 1 else 0,
+                    error,
                     fmt=marker,
-                    color=f"C{number}",
-                    label=arm if marker == "o" else None,
+                    color=colour,
+                    label=label,
                     capsize=3,
                 )
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda bits, _: f"{bits:,.0f}")
-        axis.set_title(title)
+        axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("test accuracy, %")
-    axes[0].legend()
-    figure.supxlabel("bits stored an image (circles: code, squares: fp32 features)", fontsize=10)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8
+    )
+    figure.supxlabel("bits stored an image, means over seeds and their deviation", fontsize=10)
     figure.tight_layout()
     return figure
+
+
+def controls_of(rows: list[dict[str, Any]], arm: str, name: str) -> list[tuple[int, str, list[float]]]:
+    """(bits, method, values by seed) of every equal-bit control of an arm."""
+    found: dict[tuple[int, str], list[float]] = {}
+    for row in (row for row in rows if row["arm"] == arm):
+        for bits, made in row["controls"].items():
+            for method, value in made.get(name, {}).items():
+                found.setdefault((int(bits), method), []).append(value)
+    return [(bits, method, values) for (bits, method), values in found.items()]
 
 
 def differences(pairs: list[dict[str, Any]], measures: dict[str, tuple[str, bool]]) -> Any:
     """Each arm's paired differences and their 95 % intervals, each measure scaled to its largest difference
     and turned so that right is better."""
     keys = list(dict.fromkeys((pair["arm"], pair["control"]) for pair in pairs))
-    figure, axes = plt.subplots(1, max(1, len(keys)), figsize=(3.2 * max(1, len(keys)) + 3, 5), sharey=True)
+    figure, axes = plt.subplots(
+        1, max(1, len(keys)), figsize=(1.9 * max(1, len(keys)) + 4, 0.32 * len(measures) + 1), sharey=True
+    )
     names = list(measures)
     for axis, (arm, control) in zip([axes] if len(keys) <= 1 else axes, keys):
         for pair in (p for p in pairs if (p["arm"], p["control"]) == (arm, control)):

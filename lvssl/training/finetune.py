@@ -49,14 +49,15 @@ def finetune(settings: FinetuneSettings) -> Stage[FinetuneSettings]:
         trials = sweep(stage, labelled, folder, stop)
         chosen = best(trials)
         model, training = fit(stage, labelled, chosen, folder / "final", stop, f"finetune {folder.name}")
-        figures = {settings.on: score(predictions(stage, model, test), test.answers, train.targets)}
+        figures = {settings.on: score(*predictions(stage, model, test), train.targets)}
         more = training.describe() | {"seconds_sweep": round(sum(trial["seconds"] for trial in trials), 3)}
         return stage.finish((labelled, test), figures, chosen=chosen, trials=trials, **more)
 
 
-def predictions(stage: Stage[FinetuneSettings], model: Classifier, data: Labelled) -> Tensor:
-    view, workers = stage.run.settings.view, stage.settings.workers
-    return predict(model, data, view, stage.device, workers, stage.world)
+def predictions(stage: Stage[FinetuneSettings], model: Classifier, data: Labelled) -> tuple[Tensor, Tensor]:
+    """What `predict` gives."""
+    view, workers, title = stage.run.settings.view, stage.settings.workers, f"finetune: {data.path.name}"
+    return predict(model, data, view, stage.device, workers, stage.world, title)
 
 
 def folder_name(settings: FinetuneSettings) -> str:
@@ -109,12 +110,12 @@ def trial(
     fitted, held = parts
     try:
         model, training = fit(stage, fitted, pair, folder, stop, title)
-        found = predictions(stage, model, held)
-        figures = score(found, held.answers, held.targets)
+        found, answers = predictions(stage, model, held)
+        figures = score(found, answers, held.targets)
     except FloatingPointError as error:
         return {"held_out": None, "diverged": str(error), "seconds": 0.0}
     if not held.targets:
-        figures["cross_entropy"] = float(F.cross_entropy(found, held.answers))
+        figures["cross_entropy"] = float(F.cross_entropy(found, answers))
     return {"held_out": figures, "seconds": training.seconds}
 
 

@@ -1,8 +1,11 @@
 """From a batch to gradients: in one piece or through a cache, averaged over ranks, checked and clipped."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,6 +16,7 @@ from lvssl.losses.distributed import ranks
 from lvssl.training.batchnorm import frozen_running_statistics
 
 Context = Callable[[], AbstractContextManager]
+BUCKET = 25 * 2**20  # bytes of gradients that travel together
 
 
 def backward(
@@ -22,6 +26,7 @@ def backward(
     autocast: Context,
     chunk: int = 0,
     scaled: Callable[[Tensor], Tensor] = lambda loss: loss,
+    averaging: Averaging | None = None,
 ) -> None:
     """Gradients of loss_of(backbone(images)) in all parameters, added to what is there.
 
@@ -35,6 +40,7 @@ def backward(
         images: [N, 3, R, R]. loss_of: features [N, F] -> a scalar.
         autocast: makes the context that the backbone runs in.
         scaled: multiplies the loss, for fp16.
+        averaging: sends what is complete meanwhile; the caller finishes it.
     """
     if not 0 < chunk < len(images):
         with autocast():
@@ -51,27 +57,63 @@ def backward(
         for part, slope in zip(parts, features.grad.tensor_split(len(parts))):
             with autocast():
                 again = backbone(part)
+            if averaging:
+                averaging.held = part is not parts[-1]
             again.backward(slope)
 
 
-@torch.no_grad()
-def average_over_ranks(parameters: Iterable[nn.Parameter]) -> None:
-    """The mean of every gradient over the ranks, on each of them, in one exchange.
+class Averaging:
+    """The mean of every gradient over the ranks, on each of them, exchanged while the backward walk goes on.
 
-    Not DDP: its hooks fire at each of the cache's many backward walks, and its averaging is all that is
-    needed. A parameter without gradient on one rank has one of zeros there.
+    Parameters lie in buckets, the last layers' first, for their gradients come first. A bucket is sent as
+    soon as it and those before it are complete, in the same order on every rank; `finish` sends the rest and
+    waits. A parameter without gradient on one rank has one of zeros there. Not DDP: its reducer wants to wrap
+    the forward pass of the whole network, and the cache walks through the backbone alone, again and again.
     """
-    if ranks() == 1:
-        return
-    parameters = [p for p in parameters if p.requires_grad]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= ranks()
-    averaged = flat.split([gradient.numel() for gradient in gradients])
-    for parameter, gradient, mean in zip(parameters, gradients, averaged):
-        gradient.copy_(mean.view(gradient.shape))
-        parameter.grad = gradient
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.buckets: list[list[nn.Parameter]] = []
+        self.held = False  # True: the gradients that come are not the step's last
+        room = 0
+        for parameter in reversed([p for p in parameters if p.requires_grad] if ranks() > 1 else []):
+            if room <= 0:
+                self.buckets.append([])
+                room = BUCKET
+            room -= parameter.nbytes
+            self.buckets[-1].append(parameter)
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, len(self.buckets) - 1))
+        self._reset()
+
+    def _reset(self) -> None:
+        self.missing = [len(bucket) for bucket in self.buckets]
+        self.sent: list[tuple[Tensor, dist.Work]] = []
+
+    def _arrived(self, number: int, _: Tensor) -> None:
+        if not self.held:
+            self.missing[number] -= 1
+            while len(self.sent) < len(self.buckets) and not self.missing[len(self.sent)]:
+                self._send()
+
+    @torch.no_grad()
+    def _send(self) -> None:
+        bucket = self.buckets[len(self.sent)]
+        for parameter in bucket:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([p.grad.flatten() for p in bucket if p.grad is not None])
+        self.sent.append((flat, dist.all_reduce(flat, async_op=True)))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """After the step's last backward walk."""
+        while len(self.sent) < len(self.buckets):
+            self._send()
+        for bucket, (flat, work) in zip(self.buckets, self.sent):
+            work.wait()
+            means = (flat / ranks()).split([p.numel() for p in bucket])
+            gradients = [p.grad for p in bucket if p.grad is not None]
+            torch._foreach_copy_(gradients, [m.view(g.shape) for m, g in zip(means, gradients)])
+        self._reset()
 
 
 @torch.no_grad()

@@ -7,6 +7,9 @@ SimCLR's public list has them; taking 1 % of each class and rounding gives anoth
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,9 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lvssl.training.progress import shown
 from pipelines.convert.manifest import manifest_path, read_manifest
 from pipelines.errors import InputError
-from pipelines.sources import Source, open_source
+from pipelines.loader import evaluation_batches
+from pipelines.sources import DamagedSample, Source, open_source
+from pipelines.views import ViewSettings
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Labelled:
     answers: Tensor  # int64 [N], classes; or float32 [N, T], targets in their own units
     outputs: int  # classes of the whole set, however few of them a part of it has, or T
     targets: tuple[str, ...] = ()  # their names; none: classes
+    on_error: str = "raise"  # or skip: what an image that can't be decoded does
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -49,7 +56,8 @@ class Subset:
         return len(self.rows)
 
     def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.source.sizes(self.rows[indices])
+        with _positions_of(indices):
+            return self.source.sizes(self.rows[indices])
 
     def stored(self, row: int, index: int) -> bytes | np.ndarray:
         return self.source.stored(row, int(self.rows[index]))
@@ -57,28 +65,69 @@ class Subset:
     def crops(
         self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: np.ndarray | None = None
     ) -> None:
-        self.source.crops(self.rows[indices], boxes, out, flips)
+        with _positions_of(indices):
+            self.source.crops(self.rows[indices], boxes, out, flips)
 
 
-def open_labelled(path: Path, target: str = "") -> Labelled:
+@contextmanager
+def _positions_of(indices: np.ndarray) -> Iterator[None]:
+    """A damaged sample by its position among these: whoever puts another in its place knows no other."""
+    try:
+        yield
+    except DamagedSample as sample:
+        raise DamagedSample(sample.row, int(indices[sample.row]), str(sample)) from sample
+
+
+def readable(
+    source: Source,
+    view: ViewSettings,
+    workers: int = 2,
+    on_error: str = "raise",
+    rows: np.ndarray | None = None,
+    title: str = "",
+) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Centre crops [B, 3, R, R] and their positions int64 [B], of all images or of `rows`, in order.
+
+    With on_error="skip" those that can't be decoded are left out: nothing can stand for them in a figure.
+    `title`: of the progress shown where it takes more than moments; empty: none.
+    """
+    rows = np.arange(len(source)) if rows is None else rows
+    batches, done = evaluation_batches(source, view, workers=workers, indices=rows, on_error=on_error), 0
+    for images, found in shown(batches, title, len(rows), lambda batch: len(batch[1])):
+        sound = found == rows[done : done + len(found)]
+        done += len(found)
+        yield (images, found) if sound.all() else (images[torch.from_numpy(sound)], found[sound])
+
+
+def say_left_out(path: Path, count: int, rows: np.ndarray) -> None:
+    """One line on stderr if only `rows`, int64 [M], ascending, of a set's `count` images could be decoded."""
+    if len(rows) < count:
+        first = int(np.setdiff1d(np.arange(count), rows)[0])
+        said = f"{count - len(rows):,} of {count:,} images can't be decoded and are left out"
+        print(f"warning: {path}: {said}; the first is sample {first}", file=sys.stderr, flush=True)
+
+
+def open_labelled(
+    path: Path, target: str = "", kind: str = "auto", on_error: str = "raise", device: str = "cpu"
+) -> Labelled:
     """The images at `path` with their classes, or with the float target(s) named.
 
     Raises:
         InputError: no such data; no such target; classes asked of a set that has but one.
     """
-    source = open_source(path)
-    known: dict[str, np.ndarray] = getattr(getattr(source, "file", source), "targets", {})
+    source = open_source(path, kind, device)
+    known: dict[str, np.ndarray] = getattr(source, "targets", {})
     if not target:
         if source.labels.min() < 0 or source.labels.max() < 1:
             one_of = f"; its float targets: {', '.join(known)}: name one with --target" if known else ""
             raise InputError(f"{path}: has no two classes to tell apart{one_of}")
         answers = torch.from_numpy(source.labels.astype(np.int64))
-        return Labelled(path, source, answers, int(answers.max()) + 1)
+        return Labelled(path, source, answers, int(answers.max()) + 1, (), on_error)
     names = tuple(known) if target == "all" else (target,)
     if not names or any(name not in known for name in names):
         raise InputError(f"{path}: has no float target {target!r}; its targets: {', '.join(known) or 'none'}")
     answers = torch.from_numpy(np.stack([known[name] for name in names], axis=1)).float()
-    return Labelled(path, source, answers, len(names), names)
+    return Labelled(path, source, answers, len(names), names, on_error)
 
 
 def check_pair(train: Labelled, test: Labelled) -> None:

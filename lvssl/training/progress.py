@@ -1,16 +1,22 @@
 """What a run says of itself: a bar on a terminal, a line now and then elsewhere, JSONL and TensorBoard."""
 
+from __future__ import annotations
+
 import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from tqdm import tqdm
+
+from pipelines.errors import InputError
+
+if TYPE_CHECKING:  # whoever reads a run's figures alone does without
+    import torch
 
 SECONDS_BETWEEN_LINES = 30.0
 T = TypeVar("T")
@@ -19,16 +25,26 @@ T = TypeVar("T")
 class Progress:
     """A bar over a run's steps; where stderr is no terminal, one line every 30 s, so that logs stay small."""
 
-    def __init__(self, title: str, steps: int, done: int = 0, unit_scale: int = 1) -> None:
-        """`unit_scale`: images a step, for the img/s."""
+    def __init__(
+        self,
+        title: str,
+        steps: int,
+        done: int = 0,
+        unit_scale: int = 1,
+        unit: str = "step",
+        delay: float = 0.0,
+    ) -> None:
+        """`unit_scale`: images a step, for the img/s. `delay`: no bar for what takes fewer seconds."""
         self.title, self.steps, self.start_step, self.images = title, steps, done, unit_scale
+        self.unit, self.delay = unit, delay
         self.step = done
         self.started = self.last_line = time.monotonic()
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(
-                total=steps, initial=done, desc=title, unit="step", dynamic_ncols=True, mininterval=0.3
-            )
+                total=steps, initial=done, desc=title, unit=unit, dynamic_ncols=True, mininterval=0.3,
+                delay=delay,
+            )  # fmt: skip
 
     def images_per_second(self) -> float:
         elapsed = time.monotonic() - self.started
@@ -46,15 +62,31 @@ class Progress:
             self.last_line = time.monotonic()
             left = (self.steps - step) * self.images / max(self.images_per_second(), 1e-9)
             print(
-                f"{self.title}: step {step}/{self.steps} · {text} · {left:.0f} s left",
+                f"{self.title}: {self.unit} {step}/{self.steps} · {text} · {left:.0f} s left",
                 file=sys.stderr,
                 flush=True,
             )
 
     def close(self) -> None:
         if self.bar is not None:
-            self.bar.refresh()
+            if not self.delay:
+                self.bar.refresh()
             self.bar.close()
+
+
+def shown(parts: Iterable[T], title: str, total: int, size: Callable[[T], int]) -> Iterator[T]:
+    """The parts of `total` images, `size(part)` in each, with their progress if there is a title."""
+    if not title:
+        yield from parts
+        return
+    progress, done = Progress(title, total, unit="image", delay=2.0), 0
+    try:
+        for part in parts:
+            yield part
+            done += size(part)
+            progress.update(done)
+    finally:
+        progress.close()
 
 
 class Metrics:
@@ -86,14 +118,22 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+    """The rows of a metrics.jsonl, none if there is no such file, less a last line cut short by a kill.
+
+    Raises:
+        InputError: another line that is no JSON object.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif number < len(lines):
+            raise InputError(f"{path}: line {number} is no JSON object")
     return rows
 
 
@@ -143,5 +183,7 @@ class Window:
     def memory(self) -> int:
         """Bytes at the peak: of torch on a GPU, of the process on a CPU."""
         if self.device.type == "cuda":
+            import torch
+
             return torch.cuda.max_memory_allocated(self.device)
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

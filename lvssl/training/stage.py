@@ -41,7 +41,8 @@ class Stage(Generic[Settings]):
         """Training and test set. Raises InputError if they don't match."""
         settings = self.settings
         assert settings.train is not None and settings.test is not None
-        train, test = (open_labelled(path, settings.target) for path in (settings.train, settings.test))
+        given = settings.target, settings.source, settings.on_error, self.device.type
+        train, test = (open_labelled(path, *given) for path in (settings.train, settings.test))
         check_pair(train, test)
         return train, test
 

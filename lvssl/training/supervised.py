@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,13 +26,13 @@ from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
 from lvssl.training.batchnorm import synchronised
 from lvssl.training.distributed import World, broadcast_state, from_first, highest, mean_over_ranks
-from lvssl.training.gradients import average_over_ranks
-from lvssl.training.labels import Labelled
+from lvssl.training.gradients import Averaging
+from lvssl.training.labels import Labelled, readable, say_left_out
 from lvssl.training.optimiser import groups
 from lvssl.training.progress import Metrics, Progress, Window
 from lvssl.training.stopping import Interrupted, Stop
 from pipelines.augment import augmenter_for
-from pipelines.loader import TwoViewLoader, ViewBatch, evaluation_batches
+from pipelines.loader import TwoViewLoader, ViewBatch
 from pipelines.views import ViewSettings
 
 MOMENTUM = 0.9
@@ -173,11 +174,13 @@ class Supervised:
             recipe.workers,
             rank=world.rank,
             ranks=world.size,
+            on_error=train.on_error,
             augmenter=augmenter_for(device),
             device=device,
             views=1,
         )
         self.steps = max(recipe.epochs * len(self.loader), recipe.min_steps)
+        self.averaging = Averaging(model.parameters())
         self.optimiser = sgd(model, recipe)
         self.noise = Generator(device=device)
         self.step, self.seconds = 0, 0.0
@@ -193,6 +196,8 @@ class Supervised:
         with self.loader:
             if self.step < self.steps:
                 self.train(stop, title)
+            if self.loader.skipped:
+                print(self.loader.describe_skipped(), file=sys.stderr, flush=True)
 
     def train(self, stop: Stop, title: str) -> None:
         recipe, loader = self.recipe, self.loader
@@ -242,7 +247,7 @@ class Supervised:
         loss = self.model.loss(outputs, self.answers[batch.indices])
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        average_over_ranks(self.model.parameters())
+        self.averaging.finish()
         self.optimiser.step()
         return loss.detach()
 
@@ -323,18 +328,27 @@ def predict(
     device: torch.device,
     workers: int,
     world: World = World(),  # noqa: B008 (frozen)
-) -> Tensor:
-    """Logits or targets of every image's centre crop, float32 [N, C] on the CPU, in the set's order.
+    title: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Logits or targets of each image's centre crop, float32 [N, C], and the answers to it, on the CPU.
 
-    Each rank reads its part of the images, each image once; every rank gets all predictions.
+    In the set's order, less the images that are skipped. Each rank reads its part of the images, each image
+    once; every rank gets all predictions.
     """
     model.eval()
     own = np.arange(world.rank, len(data), world.size)
     predictions = torch.zeros(len(data), model.linear.out_features)
-    for images, indices in evaluation_batches(data.source, view, workers=workers, indices=own):
+    seen = torch.zeros(len(data))
+    title = title if world.first else ""
+    for images, indices in readable(data.source, view, workers, data.on_error, own, title):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             outputs = model(images.to(device, non_blocking=True))
-        predictions[torch.from_numpy(indices)] = model.in_units(outputs).cpu()
+        rows = torch.from_numpy(indices)
+        predictions[rows], seen[rows] = model.in_units(outputs).cpu(), 1.0
     if world.size > 1:
-        dist.all_reduce(predictions)  # all others' rows are 0
-    return predictions
+        for mine in (predictions, seen):
+            dist.all_reduce(mine)  # all others' rows are 0
+    rows = seen.nonzero()[:, 0]
+    if world.first:
+        say_left_out(data.path, len(data), rows.numpy())
+    return predictions[rows], data.answers[rows]

@@ -17,7 +17,7 @@ from lvssl.config import PretrainSettings
 from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
 from lvssl.training.distributed import World, broadcast_state, from_first, highest, mean_over_ranks
-from lvssl.training.gradients import average_over_ranks, backward, guard
+from lvssl.training.gradients import Averaging, backward, guard
 from lvssl.training.health import health, warn
 from lvssl.training.objective import objective
 from lvssl.training.optimiser import build_optimiser, learning_rate
@@ -47,6 +47,7 @@ class Trainer:
         self.parameters = list(self.network.parameters())
         self.ema = ModelEmaV3(self.network, engine.ema) if engine.ema else None
         accelerate(self.network.backbone, engine)
+        self.averaging = Averaging(self.parameters)
         self.optimiser = build_optimiser(self.network, settings.optimiser)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision(engine, device) == torch.float16)
         self.noise = torch.Generator(device=device)
@@ -146,7 +147,8 @@ class Trainer:
         try:
             context = partial(autocast, settings.engine, self.device)
             chunk = settings.engine.chunk
-            backward(self.network.backbone, images, loss_of, context, chunk, self.scaler.scale)
+            scale, averaging = self.scaler.scale, self.averaging
+            backward(self.network.backbone, images, loss_of, context, chunk, scale, averaging)
             finite = self.update(figures["loss"])
         except FloatingPointError as error:  # on a CPU the loss itself sees it, on every rank, and says what
             self.finite.reason, finite = str(error), torch.tensor(False)
@@ -172,7 +174,7 @@ class Trainer:
 
     def update(self, loss: Tensor) -> Tensor:
         """One step of optimiser and average from the gradients; whether they were finite, on the device."""
-        average_over_ranks(self.parameters)
+        self.averaging.finish()
         scaled = self.scaler.is_enabled()
         if scaled:
             self.scaler.unscale_(self.optimiser)

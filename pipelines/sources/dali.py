@@ -32,7 +32,7 @@ class DALISource:
     nvJPEG's may differ by more: not measured.
 
     Attributes:
-        base: the source of the bytes. labels, pages: int64 [N].
+        base: the source of the bytes. labels, pages: int64 [N]. targets: float64 [N] each, by name.
     """
 
     chunk = BATCH
@@ -58,6 +58,7 @@ class DALISource:
             raise InputError(f"device must be cpu or gpu, got {device!r}")
         self.base = open_source(path)
         self.labels, self.pages = self.base.labels, self.base.pages
+        self.targets = getattr(self.base, "targets", {})
         self.device, self.threads = device, threads
         self._sound = np.full(len(self.labels), not check)
         self._local = threading.local()

@@ -20,7 +20,7 @@ class FFCVSource:
     """A .beton as a source of crops.
 
     Attributes:
-        labels, heights, widths: int64 [N].
+        labels, heights, widths: int64 [N]. targets: float64 [N] each, by name.
         pages: int64 [N], the block of 2 MB in which each image begins.
     """
 
@@ -33,7 +33,7 @@ class FFCVSource:
                 "reading a .beton needs libturbojpeg: run `make install` (or apt-get install libturbojpeg0)"
             )
         self.file: BetonFile = open_beton(Path(path))
-        self.labels = self.file.labels
+        self.labels, self.targets = self.file.labels, self.file.targets
         self.heights = self.file.heights
         self.widths = self.file.widths
         self._offsets, self._sizes = self.file.offsets.astype(np.int64), self.file.sizes.astype(np.int64)

@@ -24,7 +24,8 @@ class FolderSource:
     """Image files as a source of crops.
 
     Attributes:
-        labels: int64 [N], all 0 for loose images. names: of the files. pages: int64 [N].
+        labels: int64 [N], all 0 for loose images. targets: float64 [N] each, by name. names: of the files.
+        pages: int64 [N].
     """
 
     chunk = IN_CACHE
@@ -36,6 +37,7 @@ class FolderSource:
             open_shards(self.path, split) or _loose_images(self.path) or readers.open_source(str(path), split)
         )
         self.names, self.labels, self.classes = opened.names, opened.labels, opened.classes
+        self.targets = opened.targets
         self.pages = np.arange(len(self.labels)) // PAGE
         self._read = opened.read
         self._heights = np.zeros(len(self.labels), np.int64)  # 0: not looked at yet

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +42,11 @@ def open_shards(path: Path, split: str | None = None) -> Source | None:
                 names.append(f"{tar.path.name}:{image.name}")
                 classes_of.append((tar, members.get("cls")))
     manifest = manifest_path(path if path.is_dir() else path.parent)
-    labels = _labels_of(manifest, len(names))
+    labels, targets = _answers_of(manifest, len(names))
     if labels is None:
         labels = np.array([_class(*each) for each in classes_of], np.int64)
-    return labelled(str(path), names, labels, imagenet.class_names(manifest), reader, split)
+    source = labelled(str(path), names, labels, imagenet.class_names(manifest), reader, split)
+    return replace(source, targets=targets)
 
 
 def _samples(tar: tars.Tar, index: Path) -> Iterator[Members]:
@@ -86,12 +88,15 @@ def _check(tar: tars.Tar, member: tars.Member, index: Path) -> None:
         raise InputError(f"{index}: isn't the index of {tar.name} ({member.name} isn't where it says)")
 
 
-def _labels_of(manifest: Path, count: int) -> np.ndarray | None:
-    """The labels in a manifest of so many images, int64 [N]; None if there is none such."""
+def _answers_of(manifest: Path, count: int) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
+    """Labels int64 [N] and targets float64 [N] of a manifest of so many images; None, {} if there is none."""
     if not manifest.is_file():
-        return None
-    rows = read_manifest(manifest)[1]
-    return np.array(rows["label"], np.int64) if len(rows.get("label", ())) == count else None
+        return None, {}
+    head, rows = read_manifest(manifest)
+    if len(rows.get("label", ())) != count:
+        return None, {}
+    targets = {name: np.array(rows[name], np.float64) for name in head.get("targets", ())}
+    return np.array(rows["label"], np.int64), targets
 
 
 def _class(tar: tars.Tar, member: tars.Member | None) -> int:

@@ -58,7 +58,7 @@ def test_finished_rows_are_those_with_figures(tmp_path):
 def test_bits_are_compared_by_hamming_distance():
     generator = np.random.default_rng(0)
     sets = [
-        Embedding(h, np.zeros((n, 1), np.uint8), 8, np.zeros(n), 0.0, np.arange(n) % 3, None)
+        Embedding(h, np.zeros((n, 1), np.uint8), 8, np.zeros(n), 0.0, np.arange(n) % 3, np.arange(n), None)
         for n in (60, 30)
         for h in [generator.standard_normal((n, 12)).astype(np.float32)]
     ]

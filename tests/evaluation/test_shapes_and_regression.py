@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
-from sklearn.linear_model import LinearRegression
+from sklearn.linear_model import LinearRegression, RidgeCV
 from sklearn.metrics import mean_absolute_error, r2_score
 
-from lvssl.evaluation.regression import ridge
+from lvssl.evaluation.regression import STRENGTHS, ridge, ridge_each
 from lvssl.evaluation.shapes import BACKGROUND, FACTORS, draw, make_shapes, regression_targets
 
 
@@ -56,6 +56,21 @@ def test_ridge_against_sklearn_where_no_shrinkage_is_needed():
     oracle = LinearRegression().fit(x[:400], t[:400]).predict(x[400:])
     assert found.r2 == pytest.approx(r2_score(t[400:], oracle), abs=1e-4)
     assert found.mae == pytest.approx(mean_absolute_error(t[400:], oracle), rel=0.03)
+
+
+@pytest.mark.parametrize("shape", [(60, 9), (40, 70), (5, 3)])  # more images than features, fewer, a handful
+def test_leave_one_out_against_sklearn(shape):
+    generator = np.random.default_rng(2)
+    x = generator.normal(size=(shape[0] + 30, shape[1])).astype(np.float32)
+    t = x @ generator.normal(size=(shape[1], 3)) + 3 * generator.normal(size=(len(x), 3)) + 5
+    n, scale = shape[0], x[: shape[0]].std(axis=0)
+    found = ridge_each(x[:n], {"one": t[:n, 0], "all": t[:n]}, x[n:], {"one": t[n:, 0], "all": t[n:]})
+    for name, columns in (("one", slice(1)), ("all", slice(3))):
+        oracle = RidgeCV(alphas=STRENGTHS).fit(x[:n] / scale, t[:n, columns])
+        assert found[name].strength == oracle.alpha_
+        expected = oracle.predict(x[n:] / scale).reshape(30, -1)
+        assert found[name].r2 == pytest.approx(r2_score(t[n:, columns], expected), abs=1e-5)
+        assert found[name].mae == pytest.approx(mean_absolute_error(t[n:, columns], expected), rel=1e-5)
 
 
 def test_ridge_shrinks_where_features_are_noise_and_takes_awkward_targets():

@@ -73,7 +73,9 @@ def dry_run(target: str, **env: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-slow", "test-gpu", "bench", "lint", "format"])
+@pytest.mark.parametrize(
+    "target", ["demo", "test", "test-slow", "test-gpu", "study", "bench", "lint", "format"]
+)
 def test_each_target_does_its_own_set_up_first(target):
     assert "tools/install.sh" in dry_run(target).splitlines()[0]
 

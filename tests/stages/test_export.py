@@ -116,11 +116,17 @@ def test_small_images_backbones_load_through_torch_hub(tmp_path, monkeypatch, pr
     "preset, backbone, family, dim",
     [
         ("digits", "tiny", "bernoulli", 13),  # a length that isn't a whole number of bytes
-        pytest.param("digits", "tiny", "none", 0, marks=pytest.mark.slow),
-        pytest.param("digits", "tiny", "gaussian", 24, marks=pytest.mark.slow),
         pytest.param("cifar10-r18", "resnet18", "bernoulli", 0, marks=pytest.mark.slow),
+        *(
+            pytest.param("digits", "tiny", family, dim, marks=pytest.mark.slow)
+            for family, dim in [
+                ("none", 0), ("sign", 0), ("gaussian", 24), ("laplace", 24), ("categorical", 32),
+                ("beta", 24), ("mixture", 12), ("vmf", 12), ("power_spherical", 12),
+                ("gaussian+bernoulli", 20), ("categorical+vmf", 64), ("beta+mixture", 20),
+            ]
+        ),
     ],
-)
+)  # fmt: skip
 def test_onnx_gives_the_bits_that_encode_gives(tmp_path, preset, backbone, family, dim):
     import onnxruntime
 

@@ -3,6 +3,7 @@
 import dataclasses
 import socket
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from lvssl.config import PRESETS, EngineSettings, OptimiserSettings, PretrainSettings
+from lvssl.config import (
+    PRESETS,
+    EngineSettings,
+    LatentSettings,
+    ModelSettings,
+    OptimiserSettings,
+    PretrainSettings,
+)
+from lvssl.losses.ntxent import ntxent
+from lvssl.models.network import LVNet
+from lvssl.training import gradients
 from lvssl.training.batchnorm import SyncedBatchNorm, synchronised
 from lvssl.training.distributed import World, connected, first_host, world_of
 from lvssl.training.trainer import Trainer
@@ -31,9 +42,9 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def settings(data: Path, family: str, optimiser: str, **engine) -> PretrainSettings:
+def settings(data: Path, family: str, optimiser: str, lr: float = 0.0, **engine) -> PretrainSettings:
     """Five steps of 256 images."""
-    base = PRESETS["digits"]
+    base, lr = PRESETS["digits"], lr or OPTIMISERS[optimiser]
     return dataclasses.replace(
         base,
         data=data,
@@ -43,7 +54,7 @@ def settings(data: Path, family: str, optimiser: str, **engine) -> PretrainSetti
         workers=1,
         log_every=1,
         latent=dataclasses.replace(base.latent, family=family, beta=1e-3),
-        optimiser=OptimiserSettings(optimiser=optimiser, lr=OPTIMISERS[optimiser], warmup_epochs=0.5),
+        optimiser=OptimiserSettings(optimiser=optimiser, lr=lr, warmup_epochs=0.5),
         engine=EngineSettings(**engine),
     )
 
@@ -51,20 +62,34 @@ def settings(data: Path, family: str, optimiser: str, **engine) -> PretrainSetti
 RUNS = {f"{family}, sgd": {"family": family, "optimiser": "sgd"} for family in FAMILIES}
 RUNS |= {f"bernoulli, {name}": {"family": "bernoulli", "optimiser": name} for name in ("adamw", "lars")}
 RUNS |= {"average": {"family": "none", "optimiser": "sgd", "ema": 0.5}}
+# In fp32 two orders of summation drift apart, and at the rates above past 1e-4 within these five steps: by
+# 7e-3 (sgd), 6e-3 (adamw), 3e-2 (lars). One rank drifts as far (2e-3, 6e-3, 1e-2) from itself when its
+# batch comes in another order, so it is rounding that the steps amplify. A hundredth of the rate amplifies
+# little. Not adamw: its first steps are lr * sign(g) whatever g's size, so a gradient that is all rounding
+# takes a whole step to one side or the other. Not a family that draws: a bit that rounding flips is no
+# rounding any more.
+RUNS_FP32 = {
+    f"{name}, {lr}": {"family": "none", "optimiser": name, "lr": lr}
+    for name, lr in (("sgd", 1e-3), ("lars", 1e-2))
+}
 
 
-def trained(world: World, data: Path, name: str) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Weights and figures after five steps in fp64, where roundings stay too small to grow."""
-    chosen = settings(data, **RUNS[name])
+def trained(
+    world: World, data: Path, run: dict[str, Any], dtype: torch.dtype = torch.float64, shuffled: bool = False
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Weights and figures after five steps; in fp64 roundings stay too small to grow."""
+    chosen = settings(data, **run)
     place = {"rank": world.rank, "ranks": world.size}
     with TwoViewLoader(open_source(data), chosen.view, chosen.batch_size, workers=1, **place) as loader:
         trainer = Trainer(chosen, 10, loader, torch.device("cpu"), world)
-        trainer.network.double().train()
+        trainer.network.to(dtype).train()
         if trainer.ema:
-            trainer.ema.module.double()
+            trainer.ema.module.to(dtype)
         rows = []
         for batch in loader:
-            figures = trainer.train_step(dataclasses.replace(batch, views=batch.views.double()))
+            order = torch.randperm(len(batch.labels)) if shuffled else slice(None)
+            views, labels = batch.views[:, order].to(dtype), batch.labels[order]
+            figures = trainer.train_step(dataclasses.replace(batch, views=views, labels=labels))
             trainer.step += 1
             rows.append(trainer.describe(figures))
         return (trainer.ema.module if trainer.ema else trainer.network).state_dict(), rows
@@ -73,11 +98,61 @@ def trained(world: World, data: Path, name: str) -> tuple[dict[str, Tensor], lis
 def rank_of(rank: int, size: int, port: int, data: Path, folder: Path) -> None:
     """All that one rank does."""
     torch.set_num_threads(1)
-    torch.Tensor.float = torch.Tensor.double  # what casts to fp32 by itself: heads, losses
+    gradients.BUCKET = 100_000  # several, of the smallest network
     world = World(rank, size, rank, "127.0.0.1", port)
     with connected(world, torch.device("cpu")):
-        found = {name: trained(world, data, name) for name in RUNS}
+        found = {name: trained(world, data, run, torch.float32) for name, run in RUNS_FP32.items()}
+        if size == 1:
+            again = {name: trained(world, data, run, torch.float32, True) for name, run in RUNS_FP32.items()}
+            found |= {f"{name}, shuffled": result for name, result in again.items()}
+        torch.Tensor.float = torch.Tensor.double  # what casts to fp32 by itself: heads, losses
+        found |= {name: trained(world, data, run) for name, run in RUNS.items()}
+        if size > 1:
+            found |= {"averaged": averaged(rank), "late": late(rank)}
         torch.save((found, normalised(rank, size)), folder / f"{rank}-of-{size}.pt")
+
+
+def averaged(rank: int) -> dict[str, Any]:
+    """Gradients in one piece and through the cache, averaged on the way and by hand: which differ; how many
+    buckets there are, and were on their way when the backward walk ended."""
+    images = torch.randn(32, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+
+    def of(chunk: int, by_hand: bool) -> tuple[dict[str, Tensor], int, int]:
+        torch.manual_seed(0)
+        net = LVNet(ModelSettings("tiny", 32, 16), LatentSettings("none"), 8).double()
+        averaging = gradients.Averaging([] if by_hand else net.parameters())
+        gradients.backward(
+            net.backbone,
+            images,
+            lambda h: ntxent(net.heads(h).projections),
+            nullcontext,
+            chunk,
+            averaging=averaging,
+        )
+        early = len(averaging.sent)
+        averaging.finish()
+        for p in net.parameters() if by_hand else ():
+            dist.all_reduce(p.grad)
+            p.grad /= 2
+        return {n: p.grad for n, p in net.named_parameters()}, len(averaging.buckets), early
+
+    found = {}
+    for chunk in (0, 8):
+        (expected, *_), (means, buckets, early) = of(chunk, True), of(chunk, False)
+        found[chunk] = [n for n, g in expected.items() if not torch.equal(g, means[n])], buckets, early
+    return found
+
+
+def late(rank: int) -> list[float]:
+    """A parameter that rank 1 alone uses, beside one that both use, and one that nobody uses: their means."""
+    parameters = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
+    averaging = gradients.Averaging(parameters)
+    for _ in range(2):  # and again, from the beginning
+        for parameter in parameters:
+            parameter.grad = None
+        (parameters[0] * (rank + 1) + (parameters[1] * 8 if rank else 0)).sum().backward()
+        averaging.finish()
+    return [parameter.grad.item() for parameter in parameters]
 
 
 def normalised(rank: int, size: int) -> dict[str, torch.Tensor]:
@@ -133,6 +208,33 @@ def test_two_ranks_end_with_the_weights_of_one(found, name):
         assert len(rows) == len(same) == 5
         for step, (wanted, got) in enumerate(zip(rows, same)):
             assert got == pytest.approx(wanted, rel=1e-5), f"rank {rank}, step {step}"
+
+
+@pytest.mark.parametrize("name", RUNS_FP32)
+def test_in_fp32_two_ranks_are_one_to_the_rounding(found, name):
+    """To 1e-4 where the weights moved by ten times as much and more; and so are two orders of one batch."""
+    (one, _), (two, _) = found[0, 1][0][name], found[0, 2][0][name]
+    (shuffled, _), (other, _) = found[0, 1][0][f"{name}, shuffled"], found[1, 2][0][name]
+    torch.manual_seed(0)
+    first = LVNet(PRESETS["digits"].model, LatentSettings("none"), 8, 10).state_dict()
+    weights = [key for key, value in one.items() if value.is_floating_point() and "running" not in key]
+    moved = max((one[key] - first[key]).abs().max().item() for key in weights)
+    for run in (two, other, shuffled):
+        wrong = {key: (run[key] - one[key]).abs().max().item() for key in weights}
+        worst = max(wrong, key=wrong.get)
+        assert wrong[worst] <= 1e-4 < 0.1 * moved, f"{worst}: off by {wrong[worst]}, moved by {moved}"
+    assert all(torch.equal(two[key], other[key]) for key in weights)
+
+
+@pytest.mark.parametrize("chunk", [0, 8])
+def test_gradients_are_averaged_while_the_backward_walk_goes_on(found, chunk):
+    for rank in (0, 1):
+        differing, buckets, early = found[rank, 2][0]["averaged"][chunk]
+        assert differing == [] and early == buckets > 3, (rank, buckets, early)
+
+
+def test_a_gradient_that_a_rank_does_not_have_is_zero_there(found):
+    assert found[0, 2][0]["late"] == found[1, 2][0]["late"] == [1.5, 4.0, 0.0]
 
 
 def test_normalisation_over_unequal_ranks_is_that_of_the_whole_batch(found):

@@ -1,0 +1,162 @@
+"""Stages on sets that aren't a sound .beton: damaged images, tables with numbers, files as they are."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lvssl.cli import main
+from lvssl.config import PRESETS
+from lvssl.evaluation.linear import linear
+from lvssl.evaluation.nearest import knn
+from lvssl.stages import FinetuneSettings, KnnSettings, LinearSettings
+from lvssl.training.finetune import finetune
+from lvssl.training.labels import open_labelled, readable
+from pipelines.convert.conversion import convert
+from pipelines.errors import InputError
+from pipelines.loader import TwoViewLoader
+from pipelines.sources import open_source
+
+SHORT = ["--epochs", "1", "--min-steps", "0", "--lr", "0.1", "--weight-decay", "0"]
+DAMAGED = {"train": [3, 4, 77], "test": [0, 9]}
+
+
+@pytest.fixture(scope="module")
+def folders(digits, tmp_path_factory) -> dict[str, Path]:
+    """Digits as PNG files in class folders, three of 200 and two of 60 of which are no images."""
+    root = tmp_path_factory.mktemp("folders")
+    for split, count in (("train", 200), ("test", 60)):
+        source = open_source(digits[split])
+        for i in range(count):
+            path = root / split / str(source.labels[i]) / f"{i:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(source.stored(0, i)).save(path)
+        files = sorted((root / split).glob("*/*.png"))
+        for row in DAMAGED[split]:
+            files[row].write_bytes(b"\x89PNG\r\n\x1a\n, and nothing of the kind")
+    return {split: root / split for split in ("train", "test")}
+
+
+def test_a_damaged_image_stops_every_stage_unless_it_is_to_be_skipped(run, folders, capsys):
+    for stage in (["linear"], ["knn"], ["finetune", *SHORT]):
+        arguments = [*stage[:1], str(run), *stage[1:], "--train", str(folders["train"]), "--test"]
+        assert main([*arguments, str(folders["test"])]) == 2
+        assert "can't be decoded" in (said := capsys.readouterr().err) and "Traceback" not in said
+        assert main([*arguments, str(folders["test"]), "--on-error", "skip", "--again"]) == 0, stage
+        said = capsys.readouterr().err
+        where = f"{folders['test']}: 2 of 60 images can't be decoded and are left out; the first is sample 0"
+        assert where in said, stage
+        trained = "times a damaged sample was replaced, 3 in all"
+        assert (trained if stage[0] == "finetune" else "3 of 200 images") in said
+        name = {"finetune": "finetune-1.0/result.json"}.get(stage[0], f"{stage[0]}.json")
+        result = json.loads((run / name).read_text())
+        assert result["settings"]["on_error"] == "skip" and "--on-error skip" in result["command"]
+        assert result["results"]["features"]["count"] == 58 and result["data"]["test_images"] == 60
+
+
+def test_what_is_left_out_changes_nothing_else(run, folders, tmp_path):
+    """The figures are those of the same folders without the damaged files."""
+    sound = {}
+    for split, folder in folders.items():
+        damaged = set(DAMAGED[split])
+        for i, path in enumerate(sorted(folder.glob("*/*.png"))):
+            if i not in damaged:
+                copy = tmp_path / split / path.relative_to(folder)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(path.read_bytes())
+        sound[split] = tmp_path / split
+    for stage, settings in ((knn, KnnSettings), (linear, LinearSettings)):
+        skipping = stage(settings(run, **folders, on_error="skip", out=run / f"{stage.__name__}-a.json"))
+        without = stage(settings(run, **sound, out=run / f"{stage.__name__}-b.json"))
+        assert skipping.done["results"] == without.done["results"]
+
+
+def test_one_of_two_ranks_does_the_exact_stages_and_the_other_leaves(run, monkeypatch):
+    """No process group is opened, so that none can time out while the first works on."""
+    place = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    for stage, settings in ((knn, KnnSettings(run)), (linear, LinearSettings(run))):
+        assert stage(settings).done is None and not torch.distributed.is_initialized()
+    assert not (run / "knn.json").exists() and not (run / "linear.json").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert knn(KnnSettings(run)).done is not None and not torch.distributed.is_initialized()
+
+
+def test_a_subset_names_damaged_images_by_its_own_positions(folders):
+    """The loader puts the next image of the part in its place; by the whole set's position it never would."""
+    data = open_labelled(folders["train"], on_error="skip").only(np.array([70, 3, 4, 77, 90]))
+    view = PRESETS["digits"].view
+    with TwoViewLoader(data.source, view, 5, workers=1, on_error="skip", views=1) as loader:
+        (batch,) = loader
+    assert set(batch.indices.tolist()) == {0, 4} and loader.skipped == 3
+    found = [rows.tolist() for _, rows in readable(data.source, view, on_error="skip")]
+    assert found == [[0, 4]]
+    assert [r.tolist() for _, r in readable(data.source, view, 1, "skip", np.array([4, 1, 0]))] == [[4, 0]]
+    with pytest.raises(InputError, match="can't be decoded"):
+        list(readable(data.source, view))
+
+
+@pytest.fixture(scope="module")
+def tables(digits, tmp_path_factory) -> dict[str, Path]:
+    """The mean grey level of images' upper halves, in a table of paths."""
+    root, found = tmp_path_factory.mktemp("tables"), {}
+    for split, count in (("train", 300), ("test", 100)):
+        source, rows = open_source(digits[split]), []
+        (root / split).mkdir()
+        for i in range(count):
+            pixels = source.stored(0, i)
+            Image.fromarray(pixels).save(root / split / f"{i}.png")
+            rows.append(f"{split}/{i}.png,{pixels[:4].mean():.4f}")
+        found[split] = root / f"{split}.csv"
+        found[split].write_text("path,top\n" + "\n".join(rows) + "\n")
+    return found
+
+
+def test_a_tables_numbers_are_regressed_without_conversion(run, tables, tmp_path):
+    """As those of the .beton made of it, and of tars with their index."""
+    given = {"target": "top", "workers": 1}
+    straight = linear(LinearSettings(run, train=tables["train"], **given)).done  # test.csv lies beside it
+    assert straight["results"]["features"]["targets"]["top"]["r2"] > 0.5
+    betons, tars = {}, {}
+    for split, table in tables.items():
+        betons[split], tars[split] = tmp_path / f"{split}.beton", tmp_path / split
+        convert(str(table), betons[split], webdataset=tars[split])
+    for name, sets in (("beton", betons), ("tars", tars)):
+        other = linear(LinearSettings(run, **sets, **given, out=run / f"{name}.json")).done
+        assert other["results"] == straight["results"], name
+    with pytest.raises(InputError, match="no float target 'age'; its targets: top"):
+        knn(KnnSettings(run, train=tables["train"], target="age"))
+
+
+def test_a_source_that_cannot_read_the_set_is_refused(run, folders, digits, capsys):
+    assert main(["knn", str(run), "--source", "folder"]) == 2
+    assert ".beton is what --source ffcv reads" in capsys.readouterr().err
+    assert main(["knn", str(run), "--source", "zip"]) == 2
+    assert "unknown source 'zip'; known: auto" in capsys.readouterr().err
+    assert main(["linear", str(run), "--on-error", "ignore"]) == 2
+    assert "unknown on_error 'ignore'" in capsys.readouterr().err
+    sets = ["--train", str(digits["train"]), "--test", str(digits["test"])]
+    assert main(["knn", str(run), "--source", "ffcv", *sets]) == 0
+    assert main(["knn", str(run), *sets]) == 0, "another reader is no other work"
+
+
+def test_what_takes_long_says_how_far_it_is(run, monkeypatch, capsys):
+    monkeypatch.setattr("lvssl.training.progress.SECONDS_BETWEEN_LINES", 0.0)
+    knn(KnnSettings(run))
+    said = capsys.readouterr().err
+    assert "knn: train.beton: image 1297/1297" in said and "knn: votes by features: image 500/500" in said
+    linear(LinearSettings(run))
+    said = capsys.readouterr().err
+    assert "linear: test.beton: image 500/500" in said and "linear: fits of the probe: image" in said
+    finetune(FinetuneSettings(run, labels=0.1, epochs=1, min_steps=0, lr=(0.1,), weight_decay=(0.0,)))
+    assert "finetune: test.beton: image 500/500" in capsys.readouterr().err
