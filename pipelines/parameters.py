@@ -6,8 +6,9 @@ and to resume in mid-epoch is to know one number.
 """
 
 import numpy as np
-from numba import njit, uint64
+from numba import uint64
 
+from pipelines.compiled import compiled
 from pipelines.views import ViewSettings
 
 COLUMNS = (
@@ -35,7 +36,7 @@ CROP_BLOCK = 16  # the tries' Philox blocks start here; blocks below are the oth
 ORDER_STREAM, PAGE_STREAM = 0xFFFF, 0xFFFE  # "view" numbers of the streams that make the epoch's order
 
 
-@njit(cache=True, nogil=True, inline="always")
+@compiled(inline="always")
 def philox(c0, c1, c2, c3, k0, k1):
     """Philox4x32-10: four counter words and two key words -> four uniform 32-bit words (as uint64)."""
     low = uint64(0xFFFFFFFF)
@@ -50,7 +51,7 @@ def philox(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-@njit(cache=True, nogil=True, inline="always")
+@compiled(inline="always")
 def uniforms(seed, epoch, index, view, block):
     """Four uniforms in [0, 1), multiples of 2^-24 (exact in fp32 too)."""
     seed, index = uint64(seed), uint64(index)
@@ -67,7 +68,7 @@ def uniforms(seed, epoch, index, view, block):
     return (w0 >> eight) * unit, (w1 >> eight) * unit, (w2 >> eight) * unit, (w3 >> eight) * unit
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def crop_box(seed, epoch, index, view, image_height, image_width, scale, ratio):
     """torchvision's RandomResizedCrop.get_params: ten tries, then the central crop of an allowed ratio."""
     log_low, log_high = np.log(ratio[0]), np.log(ratio[1])
@@ -89,7 +90,7 @@ def crop_box(seed, epoch, index, view, image_height, image_width, scale, ratio):
     return (image_height - height) // 2, (image_width - width) // 2, height, width
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _fill(table, seed, epoch, indices, heights, widths, scale, ratio, probability, strength, sigma):
     for row in range(len(indices)):
         index = indices[row]
@@ -164,7 +165,7 @@ def centre_boxes(heights: np.ndarray, widths: np.ndarray, fraction: float) -> np
     return box[:, None].astype(np.int32)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _order_keys(seed, epoch, stream, keys):
     for index in range(len(keys)):
         w0, w1, _, _ = philox(

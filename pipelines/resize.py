@@ -7,14 +7,16 @@ two have weight zero), which made that half three times as fast as scalars.
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from pipelines.compiled import compiled
 
 LANES = 8  # two pixels of three channels, and two lanes that count for nothing
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _taps(size, out_size, first, weights):
     """Anti-aliased bilinear weights, as PIL's and torchvision's: a triangle as wide as the scale.
 
@@ -44,7 +46,7 @@ def _taps(size, out_size, first, weights):
     return count
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _by_lane(weights, pairs, lanes):
     """Weights of columns, [columns, taps], as each lane of each pair of pixels needs them."""
     for i in range(len(weights)):
@@ -100,7 +102,7 @@ def _weigh_pixels(typing, line, place, lanes, row, pairs, out, target):
     return signature, build
 
 
-@njit(cache=True, nogil=True, inline="always")
+@compiled(inline="always")
 def _columns(line, first, lanes, pairs, flip, out, start):
     side = len(first)
     for x in range(side):
@@ -108,7 +110,7 @@ def _columns(line, first, lanes, pairs, flip, out, start):
         _weigh_pixels(line, 3 * first[column], lanes, column, pairs, out, start + 3 * x)  # type: ignore[call-arg]
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def resize_crop(image, box, out, flip=False):
     """Crop `box` (top, left, height, width) of image uint8 [H, W, 3], resized to out uint8 [R, R, 3].
 

@@ -26,12 +26,14 @@ A conversion that was killed goes on where it was when its command is repeated, 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
 import sys
 from typing import Any, NoReturn
 
 from pipelines.convert.conversion import Settings, convert, part_path
+from pipelines.convert.estimate import size_text
 from pipelines.convert.readers import SPLITS
 from pipelines.convert.webdataset import IMAGES_A_TAR
 from pipelines.errors import InputError
@@ -90,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace the outputs if they exist")
     does = p.add_mutually_exclusive_group()
     does.add_argument("--merge", metavar="OUT.beton", help="put the parts of OUT.beton together")
+    add("--remove-parts", action="store_true", help="with --merge: remove the parts when all is written")
     does.add_argument(
         "--verify", metavar="FILE", help="check a beton, a tar or a folder of tars; status 1 if wrong"
     )
@@ -116,6 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     if not asked and (args.source is None or (args.out is None and args.webdataset is None)):
         missing = "SOURCE" if args.source is None else "OUT.beton (or --webdataset DIR)"
         p.error(f"the following arguments are required: {missing}")
+    if args.remove_parts and not args.merge:
+        p.error("--remove-parts goes with --merge")
     told: list[int] = []  # SIGTERM, which leaves in good order, as Ctrl-C does
 
     def stop(number: int, _: Any) -> NoReturn:
@@ -148,7 +153,11 @@ def _convert(args: argparse.Namespace) -> int:
     if args.merge:
         from pipelines.convert.merge import merge
 
-        _report(args.merge, merge(args.merge, **common))
+        manifest = merge(args.merge, remove_parts=args.remove_parts, **common)
+        _report(args.merge, manifest)
+        if parts := manifest["parts"]:
+            size = size_text(sum(os.path.getsize(path) for path in parts))
+            print(f"its {len(parts)} parts ({size}) are still there, {parts[0]} ...: see --remove-parts")
         return 0
     settings = Settings(
         max_resolution=args.max_resolution,

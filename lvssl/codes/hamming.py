@@ -10,6 +10,7 @@ All distances would not fit in memory: a query keeps the k nearest seen so far a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,18 @@ def ctpop(typing_context: Any, word: Any) -> Any:
     return types.uint64(types.uint64), generate
 
 
+def compiled() -> Callable[[Callable], Any]:
+    """pipelines.compiled, which this room does without: kept on the disk where there is a place for it."""
+
+    def compile_it(function: Callable) -> Any:
+        try:
+            return njit(nogil=True, cache=True)(function)
+        except RuntimeError:  # "no locator available": no such place
+            return njit(nogil=True)(function)
+
+    return compile_it
+
+
 popcount: Any = intrinsic(ctpop)  # bits that are on in a uint64
 
 
@@ -41,7 +54,7 @@ def full_add(a, b, c):
     return half ^ c, (a & b) | (half & c)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def add_eight(q, tile, distances):
     """distances [R] += popcount(q [8] ^ tile [8, R])."""
     q0, q1, q2, q3, q4, q5, q6, q7 = q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7]
@@ -54,14 +67,14 @@ def add_eight(q, tile, distances):
         distances[r] += (popcount(twos) << ONE) + (popcount(fours) << TWO)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def add_one(q, tile, distances):
     """distances [R] += popcount(q ^ tile [R])."""
     for r in range(distances.shape[0]):
         distances[r] += popcount(q ^ tile[r])
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def tile_distances(q, tile, distances):
     """distances uint64 [R] = those between q [W] and tile [W, R]."""
     distances[:] = 0
@@ -74,7 +87,7 @@ def tile_distances(q, tile, distances):
         w += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def transpose(rows, tile):
     """tile [W, R] from the first W words of rows [R, >= W]."""
     for r in range(rows.shape[0]):
@@ -82,7 +95,7 @@ def transpose(rows, tile):
             tile[w, r] = rows[r, w]
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def scan(queries, database, first, keys, held, limits, k):
     """Take the rows of `database` into the k nearest of each query.
 
@@ -110,7 +123,7 @@ def scan(queries, database, first, keys, held, limits, k):
             limits[i], held[i] = limit, used
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def keep_nearest(keys, k, counts):
     """Move the k least keys to the front, in their order, and return the distance of the farthest of them.
 
@@ -134,7 +147,7 @@ def keep_nearest(keys, k, counts):
     return np.uint64(last)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def distances_into(queries, database, out):
     """out int32 [Q, N] = the distances between queries uint64 [Q, W] and database uint64 [N, W]."""
     tile = np.empty((queries.shape[1], TILE), np.uint64)
@@ -148,7 +161,7 @@ def distances_into(queries, database, out):
                 out[i, start + r] = distances[r]
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def count_distances(queries, database, query_labels, labels, counts, relevant):
     """Add to counts and relevant int32 [Q, 64 W + 1] how many rows, and how many of the query's label, lie at
     each distance."""

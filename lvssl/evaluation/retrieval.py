@@ -16,11 +16,11 @@ from math import exp, lgamma
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from lvssl.codes import hamming
 from lvssl.codes.pack import as_array
 from lvssl.codes.search import check_packed, chunks, in_threads, slices, thread_count, words
+from pipelines.compiled import compiled
 
 QUERIES = 1024  # at a time: two tables of counts [Q, distances + 1]
 
@@ -96,7 +96,7 @@ def similarity_map(
     return summary(scores, first, len(labels))
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def average_precisions(counts, relevant, first, scores):
     """scores [Q, 2] = (over hits, over relevant) from counts and relevant int32 [Q, L]: images, and relevant
     ones, at each distance, nearest first."""
@@ -124,7 +124,7 @@ def average_precisions(counts, relevant, first, scores):
         scores[i, 1] = total / min(first, everything) if everything else 0.0
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def tie_precision(n, r, hits, places, gaps):
     """Expected sum of the precisions at the relevant positions of a tie of n images, r of them relevant."""
     if r == 0:
@@ -133,7 +133,7 @@ def tie_precision(n, r, hits, places, gaps):
     return r / n * ((hits + 1.0) * places + later)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def cut_tie(n, r, here, hits, total, places, gaps):
     """Expected precision over hits where only `here` of the tie's n images come within the first: the count h
     of relevant ones among them is hypergeometric, and given h every order is again as likely."""
@@ -145,7 +145,7 @@ def cut_tie(n, r, here, hits, total, places, gaps):
     return expected
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def log_choose(n, k):
     return lgamma(n + 1.0) - lgamma(k + 1.0) - lgamma(n - k + 1.0)
 

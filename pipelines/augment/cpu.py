@@ -11,9 +11,9 @@ its threads a part of the batch (`augment.augment`, the loader).
 """
 
 import numpy as np
-from numba import njit
 
 from pipelines.augment.reference import GREY_WEIGHTS, ORDERS
+from pipelines.compiled import compiled
 from pipelines.parameters import BRIGHTNESS, CONTRAST, FLIP, GREY, HUE, ORDER, SATURATION, SIGMA, SOLARISE
 from pipelines.views import ViewSettings
 
@@ -53,7 +53,7 @@ def statistics(view: ViewSettings) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(view.mean, np.float32), np.asarray(view.std, np.float32)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _augment(memory, stride, table, orders, kernel_size, mean, std, out):
     side = out.shape[1]
     radius = kernel_size // 2
@@ -99,7 +99,7 @@ def _augment(memory, stride, table, orders, kernel_size, mean, std, out):
             _blur_columns(lines, side, kernel, channels, solarise, scale, shift, padded, target)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _first_walk(image, p, order, line, planes):
     """All that precedes the contrast; the mean luma that contrast is about."""
     side = len(image)
@@ -111,7 +111,7 @@ def _first_walk(image, p, order, line, planes):
     return np.float32(total / (side * side))
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _colour(row, p, order, mean_luma):
     for k in range(len(order)):
         operation = order[k]
@@ -125,7 +125,7 @@ def _colour(row, p, order, mean_luma):
             _hue(row[0], row[1], row[2], p[HUE])
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def _load(pixels, flip, line, row):
     """uint8 [R * 3] -> float32 [3, R] in [0, 1], mirrored if need be; two loops that both vectorise."""
     red, green, blue = row[0], row[1], row[2]
@@ -144,12 +144,12 @@ def _load(pixels, flip, line, row):
             blue[x] = line[3 * x + 2]
 
 
-@njit(cache=True, nogil=True, inline="always")
+@compiled(inline="always")
 def _clamp(value):
     return min(max(value, ZERO), ONE)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def _affine(row, factor, shift):
     """Brightness (shift 0) and contrast."""
     values = row.reshape(row.size)
@@ -157,7 +157,7 @@ def _affine(row, factor, shift):
         values[i] = _clamp(values[i] * factor + shift)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def _luma_sum(row):
     red, green, blue = row[0], row[1], row[2]
     total = ZERO
@@ -166,7 +166,7 @@ def _luma_sum(row):
     return total
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def _saturation(red, green, blue, factor):
     rest = ONE - factor
     for x in range(len(red)):
@@ -177,7 +177,7 @@ def _saturation(red, green, blue, factor):
         blue[x] = _clamp(b * factor + luma)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def _grey(row):
     """The luma, into the first plane."""
     red, green, blue = row[0], row[1], row[2]
@@ -185,7 +185,7 @@ def _grey(row):
         red[x] = _clamp(LUMA[0] * red[x] + LUMA[1] * green[x] + LUMA[2] * blue[x])
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def _hue(red, green, blue, shift):
     """HSV and back without a branch: h in [0, 6) after one wrap each way, and each channel a tent over h."""
     turn = shift * SIX
@@ -204,7 +204,7 @@ def _hue(red, green, blue, shift):
         blue[x] = low + spread * _clamp(TWO - abs(h - FOUR))
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _interleave(row, channels, line, start):
     """float32 [3, R] -> line[start : start + 3 R], the colours of a pixel, or its grey, beside each other."""
     if channels == 1:
@@ -218,7 +218,7 @@ def _interleave(row, channels, line, start):
         line[start + np.uint64(3) * x + np.uint64(2)] = blue[x]
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _repeat(grey, line, start, count):
     start = np.uint64(start)
     for x in range(np.uint64(count)):
@@ -227,7 +227,7 @@ def _repeat(grey, line, start, count):
         line[start + np.uint64(3) * x + np.uint64(2)] = grey[x]
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def _finish(out, start, count, solarise, scale, shift, first):
     """Solarise and normalise `count` floats of the output, the row's from `first` on, in place."""
     start, first = np.uint64(start), np.uint64(first)
@@ -241,7 +241,7 @@ def _finish(out, start, count, solarise, scale, shift, first):
             out[start + i] = out[start + i] * scale[first + i] + shift[first + i]
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _gaussian(kernel, sigma):
     radius = len(kernel) // 2
     total = 0.0
@@ -253,7 +253,7 @@ def _gaussian(kernel, sigma):
         kernel[k] /= total
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _pad(row, radius, channels, padded):
     """A row with its margins: reflected, the border pixel itself not repeated."""
     side = row.shape[1]
@@ -268,7 +268,7 @@ def _pad(row, radius, channels, padded):
             padded[(last + 1 + k) * channels + c] = padded[(last - 1 - k) * channels + c]
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _blur_row(padded, kernel, channels, lines, start, width):
     """One line along itself: tap k lies k pixels, of one or three floats, before and behind."""
     radius = len(kernel) // 2
@@ -285,7 +285,7 @@ def _blur_row(padded, kernel, channels, lines, start, width):
         )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _blur_columns(lines, side, kernel, channels, solarise, scale, shift, strip, target):
     """All lines along columns, a strip at a time, then the output; tap k lies k lines above and below."""
     radius = len(kernel) // 2
@@ -312,14 +312,14 @@ def _blur_columns(lines, side, kernel, channels, solarise, scale, shift, strip, 
                 _finish(target, start, count, solarise, scale, shift, first)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def _centre_tap(out, start, count, source, centre, weight):
     start, centre = np.uint64(start), np.uint64(centre)
     for i in range(np.uint64(count)):
         out[start + i] = weight * source[centre + i]
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def _three_pairs(out, start, count, source, a0, a1, b0, b1, c0, c1, wa, wb, wc):
     """Six taps: symmetric ones share a product. Three pairs are as many as LLVM's alias checks let pass.
 
@@ -336,7 +336,7 @@ def _three_pairs(out, start, count, source, a0, a1, b0, b1, c0, c1, wa, wb, wc):
         )
 
 
-@njit(cache=True, nogil=True, inline="always")
+@compiled(inline="always")
 def _mirror(i, side):
     i = abs(i)
     return 2 * (side - 1) - i if i >= side else i

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipelines.convert.compiled import compiled
+from pipelines.compiled import compiled
 
 
 @compiled()

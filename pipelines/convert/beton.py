@@ -15,7 +15,7 @@ worker processes that it never checks, so that one bad image hangs it for ever.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -28,6 +28,8 @@ VERSION = 2
 JPEG, RAW = 0, 1  # the values of an image's mode
 PAGE_SIZE = 1 << 21  # FFCV's smallest; grows by doubling when an image is larger
 LARGEST_PAGE_SIZE = 1 << 31  # the header holds it as u4
+GATHERED, MOST_GATHERED = 1 << 20, 512  # bytes and images of one call to the operating system
+ROWS = 65_536  # of the table that are made at a time
 LONGEST_SIDE = 65_535  # width and height are u2
 
 HEADER = np.dtype(
@@ -191,7 +193,9 @@ class BetonWriter:
             row["type_id"] = type_id
             row["name"][: len(name)] = np.frombuffer(name, np.uint8)
         self.metadata = np.zeros(capacity, _metadata_dtype(types))
-        self.table = np.zeros(capacity, ALLOCATION)
+        self.sizes = np.zeros(capacity, np.uint32)  # bytes of each image
+        self._gathered: list[bytes | memoryview] = []  # images that aren't written yet, one behind the other
+        self._gathered_bytes = 0
         self.position = HEADER.itemsize + self.fields.nbytes + self.metadata.nbytes
 
     def add(
@@ -204,9 +208,27 @@ class BetonWriter:
         targets: Sequence[float] = (),
     ) -> None:
         """Append one image: the bytes of a JPEG file, or (RAW) height * width * 3 bytes of RGB."""
+        end = self.position
+        if self.reserve(mode, height, width, len(data), label, targets) != end:
+            self._write_gathered(end)
+        self._gathered.append(data)
+        self._gathered_bytes += len(data)
+        if self._gathered_bytes > GATHERED or len(self._gathered) == MOST_GATHERED:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand what was added to the operating system."""
+        self._write_gathered(self.position)
+
+    def _write_gathered(self, end: int) -> None:
+        """In one call, which takes three quarters of the time of one for each image."""
         assert self.file is not None
-        self.file.seek(self.reserve(mode, height, width, len(data), label, targets))
-        self.file.write(data)
+        at, number = end - self._gathered_bytes, self.file.fileno()
+        if self._gathered:
+            written = os.pwritev(number, self._gathered, at)
+            while written < end - at:  # cut short by a signal, or by a full disk, which the next call reports
+                written += os.pwrite(number, b"".join(self._gathered)[written:], at + written)
+        self._gathered, self._gathered_bytes = [], 0
 
     def reserve(
         self, mode: int, height: int, width: int, size: int, label: int, targets: Sequence[float] = ()
@@ -218,7 +240,7 @@ class BetonWriter:
         sample["f1"] = label
         for i, value in enumerate(targets):
             sample[f"f{i + 2}"] = value
-        self.table[self.count] = (self.count, start, size)
+        self.sizes[self.count] = size
         self.position = start + size
         self.count += 1
         return start
@@ -236,19 +258,29 @@ class BetonWriter:
         room = self.page_size - self.position % self.page_size
         return self.position if size <= room else self.position + room
 
-    def layout(self) -> list[tuple[int, bytes]]:
+    def layout(self) -> Iterator[tuple[int, memoryview]]:
         """Everything but the images, as (address, bytes); the header, which makes it valid, comes last."""
+        for start in range(0, self.count, ROWS):
+            rows = np.arange(start, min(start + ROWS, self.count))
+            table = np.zeros(len(rows), ALLOCATION)
+            table["sample_id"], table["size"] = rows, self.sizes[rows]
+            table["ptr"] = self.metadata["f0"]["data_ptr"][rows]
+            yield self.position + start * ALLOCATION.itemsize, _bytes_of(table)
+        yield HEADER.itemsize, _bytes_of(self.fields)
+        yield HEADER.itemsize + self.fields.nbytes, _bytes_of(self.metadata[: self.count])
         header = np.zeros(1, HEADER)
         header[0] = (VERSION, len(self.fields), self.page_size, self.count, self.position)
-        return [
-            (self.position, self.table[: self.count].tobytes()),
-            (HEADER.itemsize, self.fields.tobytes() + self.metadata[: self.count].tobytes()),
-            (0, header.tobytes()),
-        ]
+        yield 0, _bytes_of(header)
 
     def finish(self) -> None:
         """Write table, metadata and, last of all, the header."""
         assert self.file is not None
+        self.flush()
         for address, data in self.layout():
-            self.file.seek(address)
-            self.file.write(data)
+            written = 0
+            while written < len(data):
+                written += os.pwrite(self.file.fileno(), data[written:], address + written)
+
+
+def _bytes_of(rows: np.ndarray) -> memoryview:
+    return rows.view(np.uint8).data if len(rows) else memoryview(b"")

@@ -13,13 +13,16 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,10 @@ import numpy as np
 from tqdm import tqdm
 
 from pipelines.convert import jpeg
+from pipelines.convert.beton import LONGEST_SIDE
 from pipelines.convert.estimate import check_space, measure
 from pipelines.convert.journal import Journal
-from pipelines.convert.manifest import Samples, manifest_files, read_manifest, spread
+from pipelines.convert.manifest import Samples, read_manifest, spread, write_manifest
 from pipelines.convert.outputs import BetonOutput, Item, Output, TarOutput
 from pipelines.convert.readers import Source, open_source
 from pipelines.convert.store import HOW, Settings, Stored, area_resize, attempt, select, store
@@ -38,14 +42,22 @@ from pipelines.errors import InputError
 
 __all__ = ["Settings", "area_resize", "convert", "select", "store"]
 
-CHUNK = 8  # images a task: a future costs some 40 us, a CIFAR image as much
+CHUNK = 16  # images a task: a future costs some 40 us, and the check goes three images at a time
 COMMIT_SECONDS = 1.0  # what a kill costs at most, and a second of the disk's work
 COMMIT_BYTES = 8 << 20  # sooner if the disk is idle: the less is left to write at the end
 KEEP_SECONDS = 5.0  # of work that is kept when it ends early; less is quicker made again
+REPLAYED = 10_000  # records of the journal that are in memory at a time
 RESERVE = 32 << 20  # bytes of free disk below which a conversion stops by itself
 
 
 AS_IT_IS = Settings()
+
+
+class Bar(tqdm):
+    """With a lock of this process alone: for tqdm's own, a process is started, and a fork that is killed
+    while it has the lock stops all the others."""
+
+    _lock = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,7 @@ def convert(
     for the validation tar. `progress` shows notes, estimate and a bar on stderr; `dry_run` ends after them.
 
     The manifest that is returned, not the file, has "seconds", "notes", "estimate" and "resumed", too.
-    Raises InputError for everything that the user can mend.
+    The rows of the samples are in the file alone. Raises InputError for everything that the user can mend.
     """
     settings.check()
     if workers is not None and workers < 1:
@@ -150,19 +162,19 @@ def run(work: Work, overwrite: bool, restart: bool, dry_run: bool = False) -> di
         _remove(path, work.outputs)
     check_targets(beton, tars, overwrite)
     for note in work.source.notes if work.progress else ():
-        tqdm.write(f"note: {note}", file=sys.stderr)
+        Bar.write(f"note: {note}", file=sys.stderr)
     estimate = None
     if not path.exists():
         estimate = measure(work.source, work.order, work.settings, work.workers, pack=_packs(work))
         if work.progress and estimate is not None:
-            tqdm.write(f"estimate: {estimate}", file=sys.stderr)
+            Bar.write(f"estimate: {estimate}", file=sys.stderr)
         check_space(beton, tars, estimate)
     extra = {"notes": work.source.notes, "estimate": asdict(estimate) if estimate else None}
     if dry_run:
         return {**work.head, **extra, "count": len(work.order)}
 
     fresh, made = not path.exists(), list[Path]()
-    journal, resumed = None, 0
+    journal, resumed, manifest = None, 0, None
     try:
         made = [folder for output in work.outputs for folder in _make_folders(output.final.parent)]
         journal = Journal(path, _fingerprint(work))
@@ -170,7 +182,7 @@ def run(work: Work, overwrite: bool, restart: bool, dry_run: bool = False) -> di
         if not journal.complete:
             check_targets(beton, tars, overwrite, journaled=False)
             _convert_images(work, journal)
-            _finish(work, journal)
+            manifest = _finish(work, journal)
         _publish(work)
     except BaseException as error:
         for each in (journal, *work.outputs):
@@ -180,7 +192,7 @@ def run(work: Work, overwrite: bool, restart: bool, dry_run: bool = False) -> di
         if not keep:
             _remove(path, work.outputs)
             _remove_folders(made)
-        done = 0 if journal is None else len(journal.all_records())
+        done = 0 if journal is None else journal.committed
         kept = f"{done:,} of {len(work.order):,} images are kept" if keep and done else ""
         if isinstance(error, OSError):
             raise InputError(_why(first, error, kept)) from error
@@ -189,9 +201,9 @@ def run(work: Work, overwrite: bool, restart: bool, dry_run: bool = False) -> di
         raise
     path.unlink(missing_ok=True)
     journal.close()
-    manifest, samples = read_manifest(work.outputs[0].manifest)
-    seconds = time.perf_counter() - started
-    return {**manifest, "samples": samples, "seconds": seconds, "resumed": resumed, **extra}
+    if manifest is None:  # killed when all but the renaming was done
+        manifest = read_manifest(work.outputs[0].manifest)[0]
+    return {**manifest, "seconds": time.perf_counter() - started, "resumed": resumed, **extra}
 
 
 def _why(out: Path, error: OSError, kept: str) -> str:
@@ -206,22 +218,19 @@ def _why(out: Path, error: OSError, kept: str) -> str:
 
 def _convert_images(work: Work, journal: Journal) -> None:
     """Convert what the journal doesn't speak of yet."""
-    records = journal.all_records()
-    items = (_item(work.source, int(index)) for index in work.order)
-    stored_rows = records["how"] != 0
     for output in work.outputs:
         output.prepare()
-    for record, is_stored, item in zip(records, stored_rows, items):
-        if is_stored:
+    total, done = len(work.order), journal.count
+    for record, index in zip(chain.from_iterable(journal.records(REPLAYED)), work.order):
+        if record["how"]:
             for output in work.outputs:
-                output.replay(item, record)
+                output.replay(_item(work.source, int(index)), record)
     for output in work.outputs:
         output.cut()
 
-    total, done = len(work.order), len(records)
-    refused, written, synced = int((~stored_rows).sum()), 0, 0
+    refused, written, synced = len(journal.reasons), 0, 0
     committed = shown = time.perf_counter()
-    bar = tqdm(total=total, initial=done, unit="img", smoothing=0.1, disable=None if work.progress else True)
+    bar = Bar(total=total, initial=done, unit="img", smoothing=0.1, disable=None if work.progress else True)
     with bar, closing(_in_order(work, work.order[done:])) as images:
         for index, stored in images:
             if isinstance(stored, str):
@@ -316,21 +325,19 @@ def _check_still_space(outputs: list[Output]) -> None:
 # ---------------------------------------------------------------------- the end
 
 
-def _finish(work: Work, journal: Journal) -> None:
-    """Complete outputs and manifests, all still aside; from here on nothing can go wrong but renaming."""
+def _finish(work: Work, journal: Journal) -> dict[str, Any]:
+    """Complete outputs and manifests, all still aside, and return the first's; from here on nothing can go
+    wrong but renaming. The manifests are written while the disk takes what is left of the images."""
     for output in work.outputs:
         output.finish()
-    journal.commit(_synced(work), wait=True)
-    records = journal.all_records()
+    journal.commit(_synced(work))
+    manifests = []
     for output in work.outputs:
-        samples, figures = _samples(work, records, output), _figures(work, journal, records, output)
-        manifest = {**work.head, **figures, **work.known}
-        for path, data in manifest_files(output.manifest, manifest, samples).items():
-            with open(output.aside(path), "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+        manifest = {**work.head, **_figures(work, journal, output), **work.known}
+        samples = partial(_samples, work, journal, output)
+        manifests.append(write_manifest(output.manifest, manifest, samples, output.aside))
     journal.commit([], wait=True, complete=True)
+    return manifests[0]
 
 
 def _publish(work: Work) -> None:
@@ -344,40 +351,56 @@ def _publish(work: Work) -> None:
         _sync_folder(output.final.parent)
 
 
-def _samples(work: Work, records: np.ndarray, output: Output) -> Samples:
-    kept = np.flatnonzero(records["how"])
-    rows, indices = records[kept], work.order[kept]
-    digests = rows["packed_digest" if output.packed else "digest"]
-    samples: Samples = {
-        "name": [work.source.names[index] for index in indices],
-        "label": work.source.labels[indices].tolist(),
-        "mode": rows["mode"].tolist(),
-        "height": rows["height"].tolist(),
-        "width": rows["width"].tolist(),
-        "bytes": rows["packed_size" if output.packed else "size"].tolist(),
-        "stored": [HOW[how] for how in rows["how"]],
-        "turned": rows["turned"].tolist(),
-        "sha256": [digest.tobytes().hex() for digest in digests],
-    }
-    return samples | {name: column[indices].tolist() for name, column in work.source.targets.items()}
+def _kept(work: Work, journal: Journal, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The records of the images that were stored, and their positions in the source, so many at a time."""
+    start = 0
+    for records in journal.records(size):
+        indices = work.order[start : start + len(records)]
+        start += len(records)
+        kept = np.flatnonzero(records["how"])
+        if len(kept):
+            yield records[kept], indices[kept]
 
 
-def _figures(work: Work, journal: Journal, records: np.ndarray, output: Output) -> dict[str, Any]:
-    kept = records["how"] != 0
-    rows, labels = records[kept], work.source.labels[work.order[kept]]
-    counts = np.bincount(rows["how"], minlength=len(HOW))
-    stored = {how: int(counts[number]) for number, how in enumerate(HOW) if number}
-    names = work.source.names
+def _samples(work: Work, journal: Journal, output: Output, size: int) -> Iterator[Samples]:
+    """The manifest's rows, those of `size` images at a time."""
+    for rows, indices in _kept(work, journal, size):
+        digests = rows["packed_digest" if output.packed else "digest"]
+        samples: Samples = {
+            "name": [work.source.names[index] for index in indices],
+            "label": work.source.labels[indices].tolist(),
+            "mode": rows["mode"].tolist(),
+            "height": rows["height"].tolist(),
+            "width": rows["width"].tolist(),
+            "bytes": rows["packed_size" if output.packed else "size"].tolist(),
+            "stored": [HOW[how] for how in rows["how"]],
+            "turned": rows["turned"].tolist(),
+            "sha256": [digest.tobytes().hex() for digest in digests],
+        }
+        yield samples | {name: column[indices].tolist() for name, column in work.source.targets.items()}
+
+
+def _figures(work: Work, journal: Journal, output: Output) -> dict[str, Any]:
+    names, classes = work.source.names, len(work.source.classes)
+    of_class, of_way, turned = np.zeros(classes, np.int64), np.zeros(len(HOW), np.int64), 0
+    of_height, of_width = np.zeros((2, LONGEST_SIDE + 1), np.int64)
+    for rows, indices in _kept(work, journal, REPLAYED):
+        of_class += np.bincount(work.source.labels[indices], minlength=classes)
+        of_way += np.bincount(rows["how"], minlength=len(HOW))
+        of_height += np.bincount(rows["height"], minlength=len(of_height))
+        of_width += np.bincount(rows["width"], minlength=len(of_width))
+        turned += int(rows["turned"].sum())
+    stored = {how: int(of_way[number]) for number, how in enumerate(HOW) if number}
     return {
         **output.describe(),
-        "count": len(rows),
+        "count": int(of_class.sum()),
         "bytes": output.bytes_written(),
         "classes": work.source.classes,
-        "class_counts": np.bincount(labels, minlength=len(work.source.classes)).tolist(),
+        "class_counts": of_class.tolist(),
         "targets": list(work.source.targets),
-        "heights": spread(rows["height"]),
-        "widths": spread(rows["width"]),
-        "stored": {**stored, "turned_upright": int(rows["turned"].sum())},
+        "heights": spread(of_height),
+        "widths": spread(of_width),
+        "stored": {**stored, "turned_upright": turned},
         "source_count": len(work.source.labels),
         "settings": asdict(work.settings),
         "versions": _versions(work.source),
@@ -476,9 +499,13 @@ def cores() -> int:
 
 
 def _versions(source: Source) -> dict[str, str]:
+    return {**_own_versions(), **source.libraries}
+
+
+@cache  # a search through what is installed takes a millisecond
+def _own_versions() -> dict[str, str]:
     try:
         own = version("lvssl")
     except PackageNotFoundError:  # run from a checkout that was never installed
         own = "unknown"
-    libraries = {"numpy": np.__version__, "pillow": version("pillow"), "jpeg": jpeg.library()}
-    return {"lvssl": own, **libraries, **source.libraries}
+    return {"lvssl": own, "numpy": np.__version__, "pillow": version("pillow"), "jpeg": jpeg.library()}

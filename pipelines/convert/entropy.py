@@ -2,9 +2,7 @@
 
 All that can be wrong behind the header of a baseline JPEG is wrong in its Huffman codes: the arithmetic that
 follows has no errors to report. So it is enough to step over the codes, and that needs no coefficient: the
-step is a code's length plus the bits it announces. One look at the next 11 bits steps over as many whole
-codes as they hold, where a decoder takes one at a time; and since a step waits for the look before it, two
-images are walked at once, each in the other's waiting time.
+step is a code's length plus the bits it announces (`walk.py`).
 
 The walk says "sound" or "not sure", and never "damaged": whatever isn't a plain baseline JPEG (progressive,
 arithmetic, several scans) or has anything odd about it is left to libturbojpeg, whose verdict and message
@@ -16,26 +14,27 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
-from pipelines.convert.compiled import compiled
+from pipelines.compiled import compiled
+from pipelines.convert.walk import (
+    ALONE,
+    CODES,
+    END,
+    ENTRIES,
+    LONGEST,
+    LOOK,
+    ROOM,
+    SWITCH,
+    address,
+    put_word,
+    walk,
+    word_at,
+)
 
-LOOK = 11  # bits; a table of 12 is larger than what the first-level cache has for two images
-ENTRIES = 1 << LOOK
-REST = 64 - LOOK
-LONGEST = 22  # bits of one step, so that three fit into a word: 2 * 22 + 11 <= 57
-# An entry: how many bits to step over (6 bits), how many coefficients (8 bits), then one bit each:
-END = 1 << 8  # the block ends there
-ALONE = 1 << 9  # no code, or one that is too long for the table: it is looked up alone
-ROOM = 1024  # bytes behind the last image that a walk which has lost its way may still read
 JOBS = 4096  # stretches between restart markers, of all images of a call
 LARGEST = 16 << 20  # bytes of a file; what is larger is no photo of a data set, and left to libturbojpeg
-SOUND, UNSURE = 0, 1
 
 u16, u64 = np.uint16, np.uint64
 _local = threading.local()
@@ -47,13 +46,17 @@ class _Workspace:
     def __init__(self, images: int, size: int):
         self.images, self.size = images, size
         self.stream = np.empty(size + ROOM, np.uint8)  # the images' codes without stuffed zeros
-        self.tables = np.zeros((8 * images + 1) * ENTRIES, np.uint16)  # DC 0-3, AC 0-3 each; one of zeros
-        self.codes = np.zeros((8 * images, 51 + 256), np.int32)  # of each table, to look one up alone
+        self.codes = np.zeros((8 * images, CODES), np.int32)  # DC 0-3, AC 0-3 of each, as its file has them
+        # Of each component: its DC and AC table to step by, and the rows of `codes` that they come from; then
+        # a pair of tables that lead nowhere.
+        self.tables = np.zeros((8 * images + 2) * ENTRIES, np.uint16)
+        self.origins = np.zeros(8 * images + 2, np.int64)
         self.parts = np.zeros(2 * ENTRIES, np.uint16)
-        # Of each block of a unit: where its DC and its AC table begin, and the row of the block behind it.
-        self.units = np.zeros((10 * images + 1, 3), np.uint64)
-        self.units[-1] = 8 * images * ENTRIES, 8 * images * ENTRIES, 10 * images
-        self.jobs = np.zeros((JOBS, 4), np.int64)  # image, first and last byte + 1 in `stream`, blocks
+        self.turns = np.zeros(
+            10 * images + 1, np.uint64
+        )  # of each block of a unit: the state to begin the next
+        self.turns[-1] = (10 * images << 32) | (8 * images << 9)
+        self.jobs = np.zeros((JOBS, 5), np.int64)  # image, first and last byte + 1 in `stream`, blocks, state
         self.verdicts = np.zeros(JOBS, np.uint8)
 
 
@@ -67,9 +70,10 @@ def sound(files: Sequence[bytes]) -> list[bool]:
     ends = [(0, 0)]  # of what is in use of `stream` and `jobs`
     for number, data in enumerate(files):
         given = np.frombuffer(data, np.uint8), number, *ends[-1]
-        ends.append(_read(*given, room.stream, room.tables, room.codes, room.parts, room.units, room.jobs))
+        into = room.stream, room.tables, room.codes, room.origins, room.parts, room.turns, room.jobs
+        ends.append(_read(*given, *into))
     jobs = ends[-1][1]
-    _walk(room.stream, room.tables, room.codes, room.units, room.jobs[:jobs], room.verdicts)
+    walk(room.stream, room.tables, room.codes, room.origins, room.turns, room.jobs[:jobs], room.verdicts)
     # Without a job, an image wasn't plain enough to be walked.
     return [a < b and not room.verdicts[a:b].any() for (_, a), (_, b) in pairwise(ends)]
 
@@ -83,7 +87,7 @@ DEFINED = 24  # DC tables 0-3, AC tables 0-3, quantisation tables 0-3
 
 
 @compiled()
-def _read(data, image, to, jobs, stream, tables, codes, parts, units, all_jobs):
+def _read(data, image, to, jobs, stream, tables, codes, origins, parts, turns, all_jobs):
     """Read all in front of an image's codes, and copy these to `stream`; returns the next free places."""
     frame = np.zeros(36, np.int64)
     n = len(data)
@@ -99,12 +103,13 @@ def _read(data, image, to, jobs, stream, tables, codes, parts, units, all_jobs):
             return to, jobs
         if marker == 0xDA:
             break
-        if not _segment(data, marker, start, end, image, tables, codes, parts, frame):
+        if not _segment(data, marker, start, end, image, codes, frame):
             return to, jobs
         place = end
-    if not _scan(data, start, end, image, frame, units):
+    if not _scan(data, start, end, image, frame, origins, turns):
         return to, jobs
-    return _copy(data, end, image, to, jobs, stream, frame, all_jobs)
+    _fill_tables(image, frame[COMPONENTS], tables, codes, origins, parts)
+    return _copy(data, end, image, to, jobs, stream, frame, turns, all_jobs)
 
 
 @compiled(inline="always")
@@ -113,13 +118,13 @@ def _u16(data, at):
 
 
 @compiled()
-def _segment(data, marker, start, end, image, tables, codes, parts, frame):
+def _segment(data, marker, start, end, image, codes, frame):
     """One segment before the scan; False if there is anything odd about it."""
     if marker == 0xC0 or marker == 0xC1:  # baseline, or extended with the same codes
         return _frame(data, start, end, frame)
     if marker == 0xC4:
         while start < end:
-            start = _huffman(data, start, end, image, tables, codes, parts, frame)
+            start = _huffman(data, start, end, image, codes, frame)
             if start < 0:
                 return False
         return True
@@ -158,7 +163,7 @@ def _frame(data, start, end, frame):
 
 
 @compiled()
-def _scan(data, start, end, image, frame, units):
+def _scan(data, start, end, image, frame, origins, turns):
     """The scan's header must be one scan with every component, the whole spectrum at once."""
     components = frame[COMPONENTS]
     if components == 0 or end - start != 4 + 2 * components or data[start] != components:
@@ -180,11 +185,18 @@ def _scan(data, start, end, image, frame, units):
         count = frame[ACROSS + c] * frame[DOWN + c] if components > 1 else 1
         if blocks + count > 10:
             return False
+        pair = 8 * image + 2 * c
+        origins[pair], origins[pair + 1] = 8 * image + dc, 8 * image + 4 + ac
+        for other in range(
+            8 * image, pair, 2
+        ):  # of two components with the same tables, as Cb and Cr, one does
+            if origins[other] == origins[pair] and origins[other + 1] == origins[pair + 1]:
+                pair = other
+                break
         for row in range(10 * image + blocks, 10 * image + blocks + count):
-            units[row, 0], units[row, 1] = (8 * image + dc) * ENTRIES, (8 * image + 4 + ac) * ENTRIES
-            units[row, 2] = row + 1
+            turns[max(row - 1, 10 * image)] = (row << 32) | (pair << 9)
         blocks += count
-    units[10 * image + blocks - 1, 2] = 10 * image
+    turns[10 * image + blocks - 1] = (10 * image << 32) | (8 * image << 9)
     frame[BLOCKS] = blocks
     return True
 
@@ -193,7 +205,7 @@ def _scan(data, start, end, image, frame, units):
 
 
 @compiled()
-def _huffman(data, start, end, image, tables, codes, parts, frame):
+def _huffman(data, start, end, image, codes, frame):
     """Read one table of a DHT segment; returns where the next begins, or -1."""
     if end - start < 17:
         return -1
@@ -204,9 +216,8 @@ def _huffman(data, start, end, image, tables, codes, parts, frame):
     symbols = start + 17
     if kind > 1 or number > 3 or total > 256 or symbols + total > end:
         return -1
-    row = 8 * image + 4 * kind + number
     # For each length: [length] the first code, [17 + length] the last + 1, [34 + length] the first's symbol.
-    own, code, k = codes[row], 0, 0
+    own, code, k = codes[8 * image + 4 * kind + number], 0, 0
     for length in range(1, 17):
         count = np.int64(data[start + length])
         own[length], own[17 + length], own[34 + length] = code, code + count, k
@@ -217,15 +228,31 @@ def _huffman(data, start, end, image, tables, codes, parts, frame):
         own[51 + i] = data[symbols + i]
         if kind == 0 and own[51 + i] > 15:
             return -1
-    table = tables[row * ENTRIES : (row + 1) * ENTRIES]
-    if kind == 1:
-        parts[:] = 0
-        for look in range(1, LOOK):
-            _fill(parts[1 << look : 2 << look], look, own, 1, parts)
-    table[:] = ALONE << 6
-    _fill(table, LOOK, own, kind, parts)
     frame[DEFINED + 4 * kind + number] = 1
     return symbols + total
+
+
+@compiled()
+def _fill_tables(image, components, tables, codes, origins, parts):
+    """The tables to step by, a pair for each component, but for those that have an earlier one's."""
+    for c in range(components):
+        pair = 8 * image + 2 * c
+        known = False
+        for other in range(8 * image, pair, 2):
+            known |= origins[other] == origins[pair] and origins[other + 1] == origins[pair + 1]
+        if known:
+            continue
+        for kind in range(2):
+            table, own = (
+                tables[(pair + kind) * ENTRIES : (pair + kind + 1) * ENTRIES],
+                codes[origins[pair + kind]],
+            )
+            if kind == 1:
+                parts[:] = 0
+                for look in range(1, LOOK):
+                    _fill(parts[1 << look : 2 << look], look, own, 1, parts)
+            table[:] = ALONE << 6
+            _fill(table, LOOK, own, kind, parts)
 
 
 @compiled()
@@ -259,7 +286,7 @@ def _fill(table, look, codes, kind, parts):
 def _step(symbol, kind):
     """(bits that follow the code, coefficients it stands for, END added if it ends the block)"""
     if kind == 0:
-        return symbol, 1
+        return symbol, 1 + SWITCH
     run, bits = symbol >> 4, symbol & 15
     if bits == 0 and run != 15:
         return 0, END
@@ -269,40 +296,8 @@ def _step(symbol, kind):
 # -------------------------------------------------------------------------- its codes
 
 
-def _load_of(context, array, at):
-    """The eight bytes from `at` on as one number, the first on top. There is no check of the array's end."""
-
-    def code(context, builder, signature, arguments):
-        value = builder.load(_place(context, builder, signature, arguments))
-        value.align = 1
-        return builder.bswap(value)
-
-    return types.uint64(array, at), code
-
-
-def _store_of(context, array, at, value):
-    """Write a number as eight bytes, likewise."""
-
-    def code(context, builder, signature, arguments):
-        place = _place(context, builder, signature, arguments)
-        builder.store(builder.bswap(arguments[2]), place).align = 1
-        return context.get_dummy_value()
-
-    return types.void(array, at, value), code
-
-
-_load: Any = intrinsic(_load_of)
-_store: Any = intrinsic(_store_of)
-
-
-def _place(context, builder, signature, arguments):
-    array = context.make_array(signature.args[0])(context, builder, arguments[0])
-    start = builder.bitcast(array.data, ir.IntType(8).as_pointer())
-    return builder.bitcast(builder.gep(start, [arguments[1]]), ir.IntType(64).as_pointer())
-
-
 @compiled()
-def _copy(data, place, image, to, job, stream, frame, jobs):
+def _copy(data, place, image, to, job, stream, frame, turns, jobs):
     """Copy everything up to the end marker, a job for each stretch between restart markers; returns the next
     free places, which are the same as before if there is anything odd."""
     before = to, job
@@ -319,6 +314,7 @@ def _copy(data, place, image, to, job, stream, frame, jobs):
         if place < 0 or job == len(jobs):
             return before
         jobs[job, 0], jobs[job, 1], jobs[job, 2], jobs[job, 3] = image, begin, to, here * frame[BLOCKS]
+        jobs[job, 4] = turns[10 * image + frame[BLOCKS] - 1]
         job, units = job + 1, units - here
         if data[place + 1] != (0xD0 + (number & 7) if units > 0 else 0xD9):
             return before
@@ -331,10 +327,11 @@ def _unstuffed(data, start, stream, to):
     """Copy what stands before the next marker without the zeros behind 0xFF; returns where that marker is,
     or -1, and the next free place."""
     n = u64(len(data))
+    source, target = address(data), address(stream)
     place, out = u64(start), u64(to)
     while place + u64(8) <= n:
-        word = _load(data, place)
-        _store(stream, out, word)
+        word = word_at(source + place)
+        put_word(target + out, word)
         absent = ~word
         if (absent - u64(0x0101010101010101)) & word & u64(0x8080808080808080) == u64(0):
             place, out = place + u64(8), out + u64(8)
@@ -359,129 +356,3 @@ def _unstuffed(data, start, stream, to):
         stream[out] = byte
         place, out = place + u64(1), out + u64(1)
     return -1, to
-
-
-@compiled()
-def _walk(stream, tables, codes, units, jobs, verdicts):
-    """Walk all jobs, two at a time, and write down whether they lead to their ends.
-
-    Of each: its position in bits, the coefficient k that is next, where the table for it begins, the block's
-    row in `units`, the blocks left, its last bit. Three steps are looked up ahead; within which of them a
-    block ended is found out afterwards. (That is written out twice, since numba counts the references of an
-    array, atomically, for each function that is given it, inlined or not: as long as a block takes.)
-    """
-    position_a, row_a, left_a, last_a, job_a = _begin(len(jobs), jobs, units)
-    position_b, row_b, left_b, last_b, job_b = _begin(len(jobs), jobs, units)
-    base_a = base_b = units[row_a, 1]
-    k_a = k_b = u64(64)  # what was in hand is done with
-    next_job = 0
-    while True:
-        word_a = _load(stream, position_a >> u64(3)) << (position_a & u64(7))
-        word_b = _load(stream, position_b >> u64(3)) << (position_b & u64(7))
-        first_a = u64(tables[base_a + (word_a >> u64(REST))])
-        first_b = u64(tables[base_b + (word_b >> u64(REST))])
-        word_a <<= first_a & u64(63)
-        word_b <<= first_b & u64(63)
-        second_a = u64(tables[base_a + (word_a >> u64(REST))])
-        second_b = u64(tables[base_b + (word_b >> u64(REST))])
-        word_a <<= second_a & u64(63)
-        word_b <<= second_b & u64(63)
-        third_a = u64(tables[base_a + (word_a >> u64(REST))])
-        third_b = u64(tables[base_b + (word_b >> u64(REST))])
-        after_a = k_a + (first_a >> u64(6)) + (second_a >> u64(6)) + (third_a >> u64(6))
-        after_b = k_b + (first_b >> u64(6)) + (second_b >> u64(6)) + (third_b >> u64(6))
-        if after_a < u64(64):
-            k_a = after_a
-            position_a += (first_a & u64(63)) + (second_a & u64(63)) + (third_a & u64(63))
-        else:
-            bits, k_a, step = _up_to_the_turn(k_a, first_a, second_a, third_a)
-            position_a += bits
-            if not _ends_block(k_a, step):
-                word_a = _load(stream, position_a >> u64(3)) << (position_a & u64(7))
-                step = _alone(word_a, codes, base_a, 1)
-            position_a, k_a = _behind(position_a, k_a, step, last_a)
-            if k_a >= u64(64):
-                k_a, left_a, row_a = u64(1), left_a - 1, units[row_a, 2]
-                if left_a == 0 or position_a > last_a:
-                    verdicts[job_a] = SOUND if position_a <= last_a < position_a + u64(8) else UNSURE
-                    position_a, row_a, left_a, last_a, job_a = _begin(next_job, jobs, units)
-                    next_job += 1
-                    if job_a < 0 and job_b < 0:
-                        return
-                base_a = units[row_a, 1]
-                word_a = _load(stream, position_a >> u64(3)) << (position_a & u64(7))
-                step = u64(tables[units[row_a, 0] + (word_a >> u64(REST))])
-                if step >> u64(6) == u64(ALONE):
-                    step = _alone(word_a, codes, units[row_a, 0], 0)
-                position_a = _behind(position_a, u64(1), step, last_a)[0]
-        if after_b < u64(64):
-            k_b = after_b
-            position_b += (first_b & u64(63)) + (second_b & u64(63)) + (third_b & u64(63))
-        else:
-            bits, k_b, step = _up_to_the_turn(k_b, first_b, second_b, third_b)
-            position_b += bits
-            if not _ends_block(k_b, step):
-                word_b = _load(stream, position_b >> u64(3)) << (position_b & u64(7))
-                step = _alone(word_b, codes, base_b, 1)
-            position_b, k_b = _behind(position_b, k_b, step, last_b)
-            if k_b >= u64(64):
-                k_b, left_b, row_b = u64(1), left_b - 1, units[row_b, 2]
-                if left_b == 0 or position_b > last_b:
-                    verdicts[job_b] = SOUND if position_b <= last_b < position_b + u64(8) else UNSURE
-                    position_b, row_b, left_b, last_b, job_b = _begin(next_job, jobs, units)
-                    next_job += 1
-                    if job_b < 0 and job_a < 0:
-                        return
-                base_b = units[row_b, 1]
-                word_b = _load(stream, position_b >> u64(3)) << (position_b & u64(7))
-                step = u64(tables[units[row_b, 0] + (word_b >> u64(REST))])
-                if step >> u64(6) == u64(ALONE):
-                    step = _alone(word_b, codes, units[row_b, 0], 0)
-                position_b = _behind(position_b, u64(1), step, last_b)[0]
-
-
-@compiled()
-def _begin(job, jobs, units):
-    """(position, row, blocks left, last bit, job); without a job, a place where no step leads anywhere."""
-    if job >= len(jobs):
-        return u64(0), u64(len(units) - 1), 1, u64(0), -1
-    return u64(8 * jobs[job, 1]), u64(10 * jobs[job, 0]), jobs[job, 3], u64(8 * jobs[job, 2]), job
-
-
-@compiled()
-def _up_to_the_turn(k, first, second, third):
-    """(bits of the steps that are taken whole, the coefficient behind them, the step that isn't)"""
-    one = k + (first >> u64(6))
-    two = one + (second >> u64(6))
-    if two < u64(64):
-        return (first & u64(63)) + (second & u64(63)), two, third
-    return (first & u64(63), one, second) if one < u64(64) else (u64(0), k, first)
-
-
-@compiled()
-def _ends_block(k, step):
-    """Whether a step of several codes ends the block with the last of them, and not before."""
-    count = step >> u64(6)
-    return k + count == u64(64) or (u64(END) <= count < u64(ALONE) and k + count < u64(64 + END))
-
-
-@compiled()
-def _behind(position, k, step, last):
-    """(position, k) behind a step; behind the last bit, at the end of a block, if it is none or too long."""
-    after = k + (step >> u64(6))
-    if step == u64(0) or u64(64) < after < u64(END):
-        return last + u64(1), u64(64)
-    return position + (step & u64(63)), after
-
-
-@compiled()
-def _alone(word, codes, base, kind):
-    """The step over the one code on top of a word, as a table has it; 0 if there is no such code."""
-    row = base >> u64(LOOK)
-    for length in range(1, 17):
-        code = np.int64(word >> u64(64 - length))
-        if codes[row, length] <= code < codes[row, 17 + length]:
-            symbol = codes[row, 51 + codes[row, 34 + length] + code - codes[row, length]]
-            bits, count = _step(symbol, kind)
-            return u64((count << 6) | (length + bits))
-    return u64(0)

@@ -13,10 +13,12 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -42,7 +44,9 @@ _MARK = b"grp1"
 
 
 class Journal:
-    """Attributes: records RECORD [n], reasons {place in the order: why it was refused}, complete.
+    """Attributes: count (images it knows), reasons {place in the order: why it was refused}, complete.
+
+    The records stay on the disk; `records` reads them.
 
     Raises InputError if another process has it open, or if it belongs to another conversion.
     """
@@ -56,8 +60,8 @@ class Journal:
         except BaseException:
             self.file.close()
             raise
-        self.count = len(self.records)
-        self._chunks = [self.records]
+        self.count = self.committed
+        self._last = np.zeros(0, RECORD)  # of the last commit, which may still be on its way
         self._pending: list[tuple] = []
         self._pending_reasons: dict[int, str] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="journal")
@@ -72,7 +76,7 @@ class Journal:
             pass  # a file system without locks
 
     def _read(self, fingerprint: str) -> None:
-        self.records = np.zeros(0, RECORD)
+        self.committed = 0
         self.reasons: dict[int, str] = {}
         self.complete = False
         self.file.seek(0)
@@ -87,24 +91,13 @@ class Journal:
                 f"{self.path}: an unfinished conversion from another source or with other settings; "
                 "repeat its command to finish it, or add --restart to drop it"
             )
-        groups = []
         good = self.file.tell()
-        while len(head := self.file.read(_GROUP.size)) == _GROUP.size:
-            mark, count, length, complete, checksum = _GROUP.unpack(head)
-            body = self.file.read(count * RECORD.itemsize + length) if mark == _MARK else b""
-            if (
-                mark != _MARK
-                or len(body) != count * RECORD.itemsize + length
-                or zlib.crc32(head[:-4] + body) != checksum
-            ):
-                break
-            groups.append(np.frombuffer(body, RECORD, count))
-            reasons = json.loads(body[count * RECORD.itemsize :])
+        for records, reasons, complete in _groups(self.file):
+            self.committed += len(records)
             self.reasons |= {int(place): reason for place, reason in reasons.items()}
-            self.complete = self.complete or bool(complete)
+            self.complete = self.complete or complete
             good = self.file.tell()
         self.file.truncate(good)
-        self.records = np.concatenate([self.records, *groups])
 
     def append(self, record: tuple, reason: str | None = None) -> None:
         """The next image's record; durable after the next commit."""
@@ -122,7 +115,7 @@ class Journal:
             self._writing.result()
         records = np.array(self._pending, RECORD)
         reasons, self._pending, self._pending_reasons = self._pending_reasons, [], {}
-        self._chunks.append(records)
+        self._last, self.committed = records, self.committed + len(records)
         self.reasons |= reasons
         body = records.tobytes() + json.dumps(reasons).encode()
         length = len(body) - records.nbytes
@@ -148,12 +141,38 @@ class Journal:
         self.file.flush()
         os.fdatasync(self.file.fileno())
 
-    def all_records(self) -> np.ndarray:
-        """RECORD [n] of everything committed."""
-        self._chunks = [np.concatenate(self._chunks)]
-        return self._chunks[0]
+    def records(self, size: int) -> Iterator[np.ndarray]:
+        """RECORD [size] of everything committed, in order; the last one is what is left."""
+        waiting, count, on_disk = [], 0, self.committed - len(self._last)
+        with open(self.path, "rb") as file:
+            file.readline()
+            for records in chain((group[0] for group in _groups(file, on_disk)), [self._last]):
+                waiting.append(records)
+                count += len(records)
+                while count >= size:
+                    together = np.concatenate(waiting)
+                    yield together[:size]
+                    waiting, count = [together[size:]], count - size
+        if count:
+            yield np.concatenate(waiting)
 
     def close(self) -> None:
         self._worker.shutdown(wait=True)
         with suppress(OSError):  # no space for what is left in its buffer: it isn't committed, then
             self.file.close()
+
+
+def _groups(file: IO[bytes], most: int | None = None) -> Iterator[tuple[np.ndarray, dict[str, str], bool]]:
+    """(records, reasons, whether it completes the conversion) of each whole group, up to `most` records."""
+    count = 0
+    while most is None or count < most:
+        head = file.read(_GROUP.size)
+        if len(head) < _GROUP.size:
+            return
+        mark, number, length, complete, checksum = _GROUP.unpack(head)
+        size = number * RECORD.itemsize
+        body = file.read(size + length) if mark == _MARK else b""
+        if mark != _MARK or len(body) < size + length or zlib.crc32(head[:-4] + body) != checksum:
+            return
+        yield np.frombuffer(body, RECORD, number), json.loads(body[size:]), bool(complete)
+        count += number

@@ -7,16 +7,18 @@ rows are a Parquet file instead, which "samples" then names.
 
 from __future__ import annotations
 
-import io
 import json
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from pipelines.errors import InputError
 
 ROWS_IN_JSON = 100_000
+JSON_ROWS, PARQUET_ROWS = 1_000, 50_000  # at a time
 COLUMNS = ("name", "label", "mode", "height", "width", "bytes", "stored", "turned", "sha256")
 
 Samples = dict[str, list[Any]]  # by column, as long as there are images
@@ -31,17 +33,44 @@ def rows_path(manifest: Path) -> Path:
     return manifest.with_name(manifest.name.removesuffix(".json") + ".samples.parquet")
 
 
-def manifest_files(path: Path, manifest: dict[str, Any], samples: Samples) -> dict[Path, bytes]:
-    """The files of a manifest that shall lie at `path`, by their paths, the manifest itself last."""
-    columns = list(samples)
-    manifest = {**manifest, "sample_columns": columns}
+def write_manifest(
+    path: Path,
+    manifest: dict[str, Any],
+    samples: Callable[[int], Iterator[Samples]],
+    aside: Callable[[Path], Path],
+) -> dict[str, Any]:
+    """Write the files of a manifest that shall lie at `path`, each `aside` and synced, and return it.
+
+    `samples(n)` gives its rows, n images at a time or fewer: they are never all in memory.
+    """
+    first = next(samples(1))
+    manifest = {**manifest, "sample_columns": list(first)}
     if manifest["count"] > ROWS_IN_JSON:
         rows = rows_path(path)
+        with open(aside(rows), "wb") as file:
+            _write_parquet(file, samples(PARQUET_ROWS))
+            _sync(file)
         text = json.dumps({**manifest, "samples": rows.name}, indent=1)
-        return {rows: _parquet(samples), path: text.encode()}
-    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in zip(*samples.values()))
-    text = json.dumps(manifest, indent=1, ensure_ascii=False)
-    return {path: f'{text[:-2]},\n "samples": [\n{lines}\n ]\n}}\n'.encode("utf-8", "surrogatepass")}
+        with open(aside(path), "wb") as file:
+            file.write(text.encode())
+            _sync(file)
+        return manifest
+    with open(aside(path), "wb") as file:
+        text, between = json.dumps(manifest, indent=1, ensure_ascii=False), "\n"
+        file.write(f'{text[:-2]},\n "samples": ['.encode("utf-8", "surrogatepass"))
+        for some in samples(JSON_ROWS):
+            for row in zip(*some.values()):
+                line = between + json.dumps(row, ensure_ascii=False)
+                file.write(line.encode("utf-8", "surrogatepass"))
+                between = ",\n"
+        file.write(b"\n ]\n}\n")
+        _sync(file)
+    return manifest
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def read_manifest(path: Path) -> tuple[dict[str, Any], Samples]:
@@ -67,21 +96,24 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], Samples]:
         raise InputError(f"{path}: not a manifest of a conversion, or damaged ({what})") from error
 
 
-def _parquet(samples: Samples) -> bytes:
+def _write_parquet(file: IO[bytes], chunks: Iterator[Samples]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    arrays = {
-        name: pa.array([bytes.fromhex(digest) for digest in values], pa.binary(32))
-        if name == "sha256"
-        else pa.array(values)
-        for name, values in samples.items()
-    }
-    out = io.BytesIO()
-    pq.write_table(pa.table(arrays), out, compression="zstd")
-    return out.getvalue()
+    writer = None
+    for samples in chunks:
+        digests = [bytes.fromhex(digest) for digest in samples["sha256"]]
+        arrays = {name: pa.array(values) for name, values in samples.items() if name != "sha256"}
+        table = pa.table({name: arrays.get(name, pa.array(digests, pa.binary(32))) for name in samples})
+        if writer is None:
+            writer = pq.ParquetWriter(file, table.schema, compression="zstd")
+        writer.write_table(table)
+    if writer is not None:
+        writer.close()
 
 
-def spread(values: np.ndarray) -> dict[str, float]:
-    """Smallest, median and largest."""
-    return {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}
+def spread(counts: np.ndarray) -> dict[str, float]:
+    """Smallest, median and largest, of how often each number from 0 on occurs."""
+    there, total = np.flatnonzero(counts), np.cumsum(counts)
+    middle = np.searchsorted(total, [(total[-1] + 1) // 2, total[-1] // 2 + 1])
+    return {"min": int(there[0]), "median": float(middle.mean()), "max": int(there[-1])}

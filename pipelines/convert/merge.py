@@ -13,7 +13,7 @@ import numpy as np
 
 from pipelines.convert.beton import JPEG, BetonFile, open_beton
 from pipelines.convert.conversion import Work, check_targets, cores, make_outputs, run
-from pipelines.convert.manifest import read_manifest
+from pipelines.convert.manifest import read_manifest, rows_path
 from pipelines.convert.readers import Source, labelled
 from pipelines.convert.store import Settings, Stored
 from pipelines.convert.webdataset import IMAGES_A_TAR
@@ -49,10 +49,12 @@ def merge(
     overwrite: bool = False,
     restart: bool = False,
     progress: bool = False,
+    remove_parts: bool = False,
 ) -> dict[str, Any]:
     """Put the parts of `out` (convert with `shard`) together: the same bytes as one conversion of everything.
 
-    Every image's digest is checked on the way, nothing is decoded. Returns the manifest as `convert` does.
+    Every image's digest is checked on the way, nothing is decoded. Returns the manifest as `convert` does,
+    with "parts", the files that are left; `remove_parts` removes them and their manifests in the end.
     Raises InputError if a part is missing, damaged, or of another conversion than the first.
     """
     out = Path(out)
@@ -102,7 +104,14 @@ def merge(
     assert asdict(settings) == first["settings"]
     order = np.arange(len(source.labels))
     work = Work(source, order, settings, outputs, workers or cores(), progress, head, known, refused)
-    return run(work, overwrite=overwrite, restart=restart)
+    manifest = run(work, overwrite=overwrite, restart=restart)
+    if remove_parts:
+        for path in paths:
+            beside = path.with_name(path.name + ".json")
+            for each in (path, beside, rows_path(beside)):
+                each.unlink(missing_ok=True)
+        paths = []
+    return {**manifest, "parts": [str(path) for path in paths]}
 
 
 def part_files(out: Path) -> list[Path]:

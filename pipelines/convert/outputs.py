@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from pipelines.convert.beton import VERSION, BetonWriter
+from pipelines.convert.beton import ALLOCATION, VERSION, BetonWriter
 from pipelines.convert.manifest import rows_path
 from pipelines.convert.store import Stored
 from pipelines.convert.webdataset import TarWriter
@@ -46,7 +46,7 @@ class BetonOutput:
         return {"format": "beton", "format_version": VERSION}
 
     def bytes_written(self) -> int:
-        return self.writer.position + self.writer.table[: self.writer.count].nbytes
+        return self.writer.position + self.writer.count * ALLOCATION.itemsize
 
     def aside(self, path: Path) -> Path:
         return path.with_name(f".{path.name}.part")
@@ -55,7 +55,7 @@ class BetonOutput:
         return [rows_path(self.manifest), self.manifest]
 
     def prepare(self) -> None:
-        self.file = open(self.part, "r+b" if self.part.exists() else "w+b", buffering=1 << 20)  # noqa: SIM115
+        self.file = open(self.part, "r+b" if self.part.exists() else "w+b", buffering=0)  # noqa: SIM115
         self.writer = BetonWriter(self.file, self.capacity, self.targets)
 
     def replay(self, item: Item, record: np.void) -> None:
@@ -74,7 +74,7 @@ class BetonOutput:
         """Descriptors, for someone else to sync and close, of what was written since the last time."""
         if self.file is None:
             return []
-        self.file.flush()
+        self.writer.flush()
         return [os.dup(self.file.fileno())]
 
     def finish(self) -> None:

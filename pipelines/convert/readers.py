@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.convert import jpeg
+from pipelines.convert.names import Names
 from pipelines.errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -56,6 +57,9 @@ class Source:
     targets: dict[str, np.ndarray] = field(default_factory=dict)  # float64 [N] each, to be regressed
     libraries: dict[str, str] = field(default_factory=dict)  # versions of what was needed beyond Pillow
     notes: list[str] = field(default_factory=list)  # what the user should know: an empty class folder
+    size_of: Callable[[int], int] | None = (
+        None  # bytes of an image file, where that is known without reading it
+    )
 
 
 def open_source(
@@ -195,13 +199,40 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 def _files_under(folder: Path) -> list[str]:
     """Paths, relative to it, of the files below a folder, sorted by their parts; links are followed, but
     never in a circle."""
+    found = _files_without_links(str(folder))
+    return _files_with_links(str(folder)) if found is None else found
+
+
+def _files_without_links(top: str) -> list[str] | None:
+    """The same, without asking for more than the names of each folder; None if there is a linked folder."""
+    found: list[list[str]] = []
+    folders: list[list[str]] = [[]]
+    while folders:
+        parts = folders.pop()
+        here = "/".join([top, *parts])
+        try:
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir():
+                        if entry.is_symlink():
+                            return None
+                        folders.append([*parts, entry.name])
+                    else:
+                        found.append([*parts, entry.name])
+        except OSError as error:
+            raise InputError(f"{here}: cannot be read ({error.strerror})") from error
+    return ["/".join(parts) for parts in sorted(found)]
+
+
+def _files_with_links(top: str) -> list[str]:
     found: list[list[str]] = []
     seen: set[tuple[int, int]] = set()
 
     def unreadable(error: OSError) -> None:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
-    top = str(folder)
     for here, folders, files in os.walk(top, onerror=unreadable, followlinks=True):
         status = os.stat(here)
         known = (status.st_dev, status.st_ino) in seen
@@ -232,7 +263,8 @@ def _class_folders(folder: Path, split: str | None) -> Source:
     is refused by name later, not skipped in silence."""
     from pipelines.convert import imagenet
 
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    with os.scandir(folder) as entries:
+        names = sorted(each.name for each in entries if not each.name.startswith(".") and each.is_dir())
     if names and set(names) <= set(_SPLIT_NAMES):
         chosen, split = _choose_split(folder, names, split)
         opened = replace(_class_folders(folder / chosen, None), split=split)
@@ -252,18 +284,23 @@ def _class_folders(folder: Path, split: str | None) -> Source:
         what = "its images lie in no class folder" if loose else "no image in it"
         raise InputError(f"{folder}: {what}; put the images in one folder per class: {folder}/CLASS/1.jpg")
 
-    per_class = [_files_under(folder / name) for name in names]
-    paths = [f"{name}/{file}" for name, files in zip(names, per_class) for file in files]
+    paths, counts = Names(), []
+    for name in names:
+        files = _files_under(folder / name)
+        counts.append(len(files))
+        for file in files:
+            paths.append(f"{name}/{file}")
     if not paths:
         raise InputError(f"{folder}: no image in any of its {len(names)} class folders")
     top = str(folder)
     return Source(
         names=paths,
-        labels=np.repeat(np.arange(len(names)), [len(files) for files in per_class]),
+        labels=np.repeat(np.arange(len(names)), counts),
         classes=names,
         read=lambda index: read_regular(f"{top}/{paths[index]}"),
         split=None,
-        notes=[f"class folder {name} is empty" for name, files in zip(names, per_class) if not files],
+        notes=[f"class folder {name} is empty" for name, count in zip(names, counts) if not count],
+        size_of=lambda index: os.stat(f"{top}/{paths[index]}").st_size,
     )
 
 
@@ -451,7 +488,7 @@ def _sklearn(name: str, split: str | None) -> Source:
 
 def labelled(
     source: str,
-    names: list[str],
+    names: Sequence[str],
     labels: np.ndarray,
     classes: list[str] | None,
     read: Callable[[int], bytes | np.ndarray],
@@ -468,7 +505,8 @@ def labelled(
     if labels.max() >= len(classes):
         where = names[int(labels.argmax())]
         raise InputError(f"{source}: {where} has label {labels.max()}, but {len(classes)} classes are named")
-    return Source(names, labels, classes, read, split, libraries=libraries or {})
+    size_of = getattr(read, "size_of", None)  # a tar's reader knows it
+    return Source(names, labels, classes, read, split, libraries=libraries or {}, size_of=size_of)
 
 
 def first_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipelines.convert import imagenet, jpeg
+from pipelines.convert.names import Names
 from pipelines.convert.readers import EXTENSIONS, Source, labelled
 from pipelines.errors import InputError
 
@@ -155,6 +156,9 @@ class Reader:
         self.offsets.append(member.offset)
         self.sizes.append(member.size)
 
+    def size_of(self, index: int) -> int:
+        return self.sizes[index]
+
     def __call__(self, index: int) -> bytes:
         size = self.sizes[index]
         data = os.pread(self.tars[self.which[index]].file, size, self.offsets[index])
@@ -172,7 +176,7 @@ def _tar_of_tars(source: str, tars: list[Tar], split: str) -> Source:
                 classes.append(Path(member.name).stem)
                 found.append((classes[-1], which, sorted(tar.inner(member).members())))
     found.sort(key=lambda each: each[0])
-    reader, names, counts = Reader(tars), [], []
+    reader, names, counts = Reader(tars), Names(), []
     for name, which, members in found:
         counts.append(len(members))
         for member in members:
@@ -186,7 +190,7 @@ def _validation(source: str, tar: Tar, devkit: Path | None) -> Source:
     """ILSVRC2012_img_val.tar: flat; the devkit's ground truth says the class of each image by its number."""
     members = sorted(tar.members(), key=lambda member: Path(member.name).name)
     classes, truth = imagenet.ground_truth(tar.path, devkit)
-    reader, names, labels = Reader([tar]), [], []
+    reader, names, labels = Reader([tar]), Names(), []
     for member in members:
         number = imagenet.validation_number(member.name)
         if not 1 <= number <= len(truth):
@@ -216,12 +220,12 @@ def _class_folders(source: str, tars: list[Tar], split: str | None) -> Source:
     for _, _, which, member in found:
         reader.add(which, member)
     labels = np.array([number[name] for name, *_ in found], np.int64)
-    return labelled(source, [path for _, path, *_ in found], labels, classes, reader, split)
+    return labelled(source, Names(path for _, path, *_ in found), labels, classes, reader, split)
 
 
 def _webdataset(source: str, tars: list[Tar], split: str | None) -> Source:
     """KEY.jpg with KEY.cls, or KEY.json with "label" (and numbers as regression targets), side by side."""
-    reader, names, labels, targets = Reader(tars), [], [], []
+    reader, names, labels, targets = Reader(tars), Names(), [], []
     for which, tar in enumerate(tars):
         for key, members in _samples(tar):
             image = next((members[end] for end in members if f".{end}" in EXTENSIONS), None)

@@ -15,11 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from pipelines.convert import jpeg
-from pipelines.convert.beton import HEADER, JPEG, BetonWriter
-from pipelines.convert.conversion import cores
+from pipelines.convert.beton import ALLOCATION, HEADER, JPEG, BetonWriter
+from pipelines.convert.conversion import Bar, cores
 from pipelines.convert.manifest import Samples, read_manifest
 from pipelines.convert.webdataset import END, TarLayout, targets_of
 from pipelines.errors import InputError
@@ -82,7 +80,7 @@ def verify(path: str | Path, workers: int | None = None, progress: bool = False)
         )
         with (
             ThreadPoolExecutor(workers or cores()) as pool,
-            tqdm(total=manifest["count"], unit="img", disable=None if progress else True) as bar,
+            Bar(total=manifest["count"], unit="img", disable=None if progress else True) as bar,
         ):
             while some := list(islice(regions, 512)):  # not all at once: a million futures are a gigabyte
                 for region, reason in zip(some, pool.map(lambda region: _check(region, rows), some)):
@@ -140,18 +138,17 @@ def _of_beton(
     for i in range(manifest["count"]):
         mode, height, width, size, label = (rows[name][i] for name in ENTRY)
         starts.append(writer.reserve(mode, height, width, size, label, [rows[name][i] for name in targets]))
-    tables = writer.layout()
-    length, found = sum(map(len, tables[0][1:])) + tables[0][0], os.fstat(file).st_size
+    length, found = writer.position + writer.count * ALLOCATION.itemsize, os.fstat(file).st_size
     if found != length:
         verdict.elsewhere.append(f"it has {found:,} bytes instead of {length:,}")
     row_of_metadata = HEADER.itemsize + writer.fields.nbytes
-    for address, data in tables:
+    for address, data in writer.layout():
         there = os.pread(file, len(data), address)
         if there == data:
             continue
         at = address + next((i for i, (a, b) in enumerate(zip(there, data)) if a != b), len(there))
         if at >= writer.position:
-            index = (at - writer.position) // writer.table.itemsize
+            index = (at - writer.position) // ALLOCATION.itemsize
         else:
             index = (at - row_of_metadata) // writer.metadata.itemsize
         if at < row_of_metadata:

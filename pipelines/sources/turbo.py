@@ -10,8 +10,9 @@ import ctypes.util
 
 import llvmlite.binding
 import numpy as np
-from numba import njit, types
+from numba import types
 
+from pipelines.compiled import compiled
 from pipelines.resize import resize_crop
 
 _RGB = 0  # TJPF_RGB
@@ -59,7 +60,7 @@ DECODED, WRONG_SIZE, DAMAGED, WRONG_BOX, TOO_SHORT = 0, 1, 2, 3, 4
 PIXELS_A_BYTE = 1024
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def crop_stored(data, offsets, sizes, modes, heights, widths, boxes, flips, out):
     """Decode each sample once and crop all its views; stops at the first that can't be decoded.
 
@@ -93,7 +94,7 @@ def crop_stored(data, offsets, sizes, modes, heights, widths, boxes, flips, out)
     return row if status != DECODED else len(offsets), status
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def crop_pixels(image, boxes, flips, out):
     """All views of one image uint8 [H, W, 3]; False if a box lies outside, unseen by the rest."""
     for view in range(len(boxes)):
@@ -105,7 +106,7 @@ def crop_pixels(image, boxes, flips, out):
     return True
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _decode(handle, stored, height, width, numbers, pixels):
     """Decode a JPEG of a known size into `pixels`, which may be replaced by a larger buffer."""
     numbers[:] = 0

@@ -375,3 +375,17 @@ def test_stock_ffcv_reads_every_kind(tmp_path):
         for i, (got, want) in enumerate(zip(np.asarray(images), expected)):
             assert apart(got, want) < 3, (type(decoder).__name__, list(files)[i])
         assert np.array_equal(np.asarray(images)[4], image(4))
+
+
+def test_the_estimate_of_files_whose_sizes_scatter(tmp_path):
+    """Few are converted, more are asked for their size: it must not matter which the few are."""
+    random = np.random.default_rng(0)
+    sides = random.permutation(np.geomspace(60, 250, 400)).astype(int)
+    files = {
+        f"c/{i:03}.jpg": encoded(random.integers(0, 256, (s, s, 3), np.uint8)) for i, s in enumerate(sides)
+    }
+    class_folders(tmp_path / "set", files)
+    estimate = convert(str(tmp_path / "set"), tmp_path / "x.beton", dry_run=True)["estimate"]
+    assert estimate["sampled"] == 16
+    convert(str(tmp_path / "set"), tmp_path / "x.beton")
+    assert estimate["beton_bytes"] == pytest.approx((tmp_path / "x.beton").stat().st_size, rel=0.02)

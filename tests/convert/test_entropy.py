@@ -5,10 +5,8 @@ import tarfile
 import numpy as np
 import pytest
 from made_images import SHARED, encoded, pixels
-from numba import njit
 
 from pipelines.convert import jpeg
-from pipelines.convert.compiled import compiled
 from pipelines.convert.entropy import sound
 
 BASELINE = [
@@ -177,12 +175,3 @@ def test_real_jpegs():
 @pytest.mark.parametrize("seed", range(10, 15))
 def test_10000_damaged_real_jpegs_a_seed(seed):
     assert damaged_ones_do_not_pass(real_jpegs(), 10, seed) > 100
-
-
-def test_it_compiles_where_nothing_can_be_kept():
-    """A function without a file is to numba what a read-only installation and home are."""
-    found: dict = {}
-    exec("def double(x):\n    return 2 * x\n", found)
-    with pytest.raises(RuntimeError, match="no locator available"):
-        njit(cache=True)(found["double"])
-    assert compiled()(found["double"])(4) == 8

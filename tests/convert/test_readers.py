@@ -11,6 +11,7 @@ import pytest
 from made_images import SHARED, class_folders, decoded, encoded, photos, pixels
 
 from pipelines.convert.jpeg import DamagedImage
+from pipelines.convert.names import Names
 from pipelines.convert.readers import decode_rgb, list_images, open_source
 from pipelines.errors import InputError
 
@@ -70,6 +71,15 @@ def test_folders_of_splits(tmp_path, split, expected):
     source = open_source(str(tmp_path), split)
     assert len(source.names) == {"train": 6, "val": 2}[expected] and source.classes == ["class0", "class1"]
     assert source.split == (split or "train")
+
+
+def test_names_are_a_list_of_strings_in_little_room():
+    given = ["a/1.jpg", "", "übel/ü.png", os.fsdecode(b"not utf-8 \xff.jpg"), "a/1.jpg"]
+    names = Names(given)
+    assert list(names) == given and len(names) == 5 and names[-2] == given[3] and names[1:3] == given[1:3]
+    assert names.index("übel/ü.png") == 2 and not Names() and "b" not in names
+    with pytest.raises(IndexError):
+        names[5]
 
 
 def test_linked_folders_are_followed_and_circles_are_not(tmp_path):

@@ -136,13 +136,17 @@ def test_a_journal_cut_or_damaged_anywhere_is_read_up_to_there(tmp_path):
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
         journal = Journal(path, "this one")
-        assert journal.count in (0, 4, 8) and journal.records["size"].tolist() == list(range(journal.count))
+        assert journal.count in (0, 4, 8) and [
+            int(record["size"]) for some in journal.records(3) for record in some
+        ] == list(range(journal.count))
         assert all(place < journal.count for place in journal.reasons)
         journal.close()
     for place in range(len(b"this one\n"), len(whole), 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
         journal = Journal(path, "this one")
-        assert journal.count < 12 and journal.records["size"].tolist() == list(range(journal.count))
+        assert journal.count < 12 and [
+            int(record["size"]) for some in journal.records(3) for record in some
+        ] == list(range(journal.count))
         journal.close()
 
 
@@ -233,6 +237,19 @@ def test_parts_merge_to_the_same_bytes(tmp_path, settings):
     expected = everything(tmp_path / "one")
     assert sorted(found) == sorted(expected)
     assert all(found[name] == expected[name] for name in expected)
+
+
+def test_the_command_says_that_parts_are_left_or_removes_them(tmp_path, capsys):
+    source, out = str(photos(tmp_path / "set")), str(tmp_path / "x.beton")
+    for number in (1, 2):
+        convert(source, out, shard=(number, 2))
+    assert main(["--merge", out]) == 0
+    assert "its 2 parts (" in (printed := capsys.readouterr().out) and "--remove-parts" in printed
+    assert main(["--merge", out, "--overwrite", "--remove-parts"]) == 0
+    assert "parts" not in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "x.beton", "x.beton.json"]
+    with pytest.raises(SystemExit):
+        main([source, out, "--remove-parts"])
 
 
 def test_parts_that_do_not_belong_together(tmp_path, capsys):

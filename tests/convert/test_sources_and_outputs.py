@@ -13,6 +13,7 @@ from made_sets import every_form, tar_of, train_tar, validation_tar
 
 from pipelines.convert.beton import open_beton
 from pipelines.convert.conversion import Settings, convert
+from pipelines.convert.manifest import read_manifest
 from pipelines.convert.readers import open_source
 from pipelines.errors import InputError
 
@@ -88,7 +89,7 @@ def test_regression_targets_reach_ffcv(tmp_path):
     assert manifest["targets"] == ["age", "offset"]
     assert manifest["notes"] == ["column camera is left out: no finite number in line 2"]
     beton = open_beton(out)
-    order = [int(name.split(".")[0]) for name in manifest["samples"]["name"]]
+    order = [int(name.split(".")[0]) for name in read_manifest(tmp_path / "ages.beton.json")[1]["name"]]
     assert beton.targets["age"].tolist() == [i * 1.5 for i in order] and beton.labels.tolist() == [0] * 6
     fields = {"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]}
     fields |= {name: [FloatDecoder()] for name in ("age", "offset")}
@@ -232,7 +233,9 @@ def test_classes_are_taken_from_a_manifest_or_a_list(tmp_path):
     photos(tmp_path / "set", classes=2, each=1)
     (tmp_path / "names.txt").write_text("class1\nclass0\nclass7\n")
     manifest = convert(str(tmp_path / "set"), tmp_path / "a.beton", classes=tmp_path / "names.txt")
-    assert manifest["samples"]["label"] == [1, 0] and manifest["classes"][2] == "class7"
+    assert (
+        read_manifest(tmp_path / "a.beton.json")[1]["label"] == [1, 0] and manifest["classes"][2] == "class7"
+    )
     source = open_source(str(tmp_path / "set"), classes=tmp_path / "a.beton.json")
     assert source.labels.tolist() == [1, 0]
     (tmp_path / "names.txt").write_text("class1\n")
