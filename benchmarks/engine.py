@@ -90,6 +90,8 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=128, help="images a step, over all ranks")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU, in each rank")
     parser.add_argument("--ranks", type=int, default=0, help="of the other two; 0: 2 on a CPU, all GPUs")
+    ways = ["eager", "compile"]
+    parser.add_argument("--execution", nargs="+", default=ways, choices=ways, help="of the matrix")
     parser.add_argument("--rounds", type=int, default=30, help="steps of each form")
     parser.add_argument("--json", type=Path)
     return parser.parse_args(arguments)
@@ -246,7 +248,7 @@ def one_rank(
             chosen = replace(settings, engine=EngineSettings(**engine), out=Path(folder))
             return Trainer(chosen, CLASSES, cast(TwoViewLoader, Batches()), device, world)
 
-        forms = {"matrix": matrix, "exchange": exchange}[part](trainer)
+        forms = matrix(trainer, options.execution) if part == "matrix" else exchange(trainer)
         times = in_turns(forms, batches(settings, device, world), options.rounds, device)
     if world.first:
         rows: list[dict[str, Any]] = []
@@ -257,11 +259,11 @@ def one_rank(
         (Path(folder) / "rows.json").write_text(json.dumps(rows))
 
 
-def matrix(trainer: Callable[..., Trainer]) -> dict[str, Step]:
+def matrix(trainer: Callable[..., Trainer], executions: list[str]) -> dict[str, Step]:
     forms = {}
-    for sync, last, compiled in itertools.product((False, True), (True, False), (False, True)):
-        layout, execution = "channels-last" if last else "default", "compile" if compiled else "eager"
-        made = trainer(channels_last=last, compile=compiled, sync_batch_norm=sync)
+    for sync, last, execution in itertools.product((False, True), (True, False), executions):
+        layout = "channels-last" if last else "default"
+        made = trainer(channels_last=last, compile=execution == "compile", sync_batch_norm=sync)
         forms[f"{'SyncBN' if sync else 'BN':6} {layout:13} {execution}"] = engine_step(made)
     return forms
 

@@ -110,9 +110,9 @@ def pretrained(options: argparse.Namespace, run: Path) -> list[dict[str, Any]]:
         latent=dataclasses.replace(base.latent, family=family),
     )  # fmt: skip
     pretrain(settings, resume=True)
-    return [
-        {"on": "", "figures": None, "command": f"lvssl pretrain --preset {options.preset} --family {family}"}
-    ]
+    command = f"lvssl pretrain --preset {options.preset} --family {family} --data {options.train} --out {run}"
+    command += f" --epochs {options.epochs} --seed {options.seed} --threads {options.threads}"
+    return [{"on": "", "figures": None, "command": command}]
 
 
 def figures(stage: Stage[Any]) -> list[dict[str, Any]]:

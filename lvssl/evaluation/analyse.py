@@ -33,7 +33,7 @@ from pipelines.parameters import COLUMNS
 from pipelines.sources import Source, open_source
 
 SHOWN_BITS, SHOWN_IMAGES = 48, 8  # in the page's bit explorer
-TREES = 2000  # images at most on which disentanglement is measured
+TREES = 1000  # images at most on which disentanglement is measured
 CORRUPTED = 500  # test images at most that are made worse, 25 times over: each has a correlation of its own
 FEWEST = 40  # test images below which nothing is worth measuring
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from lvssl.codes.pack import as_array
@@ -88,19 +89,37 @@ def hamming_votes(
     title: str = "",
 ) -> Tensor:
     """As `weighted_votes`, on packed codes: [M, C] for classes, [M, T] for targets."""
-    k, votes = min(k, len(answers)), []
-    table = answers if answers.is_floating_point() else torch.nn.functional.one_hot(answers).float()
-    parts = [test_codes[start : start + QUERIES] for start in range(0, len(test_codes), QUERIES)]
+    k = min(k, len(answers))
+    table = answers if answers.is_floating_point() else torch.nn.functional.one_hot(answers)
+    weights = torch.exp(-2 * torch.arange(bits + 1) / bits / temperature).numpy()
+    parts, votes = [test_codes[start : start + QUERIES] for start in range(0, len(test_codes), QUERIES)], []
     for queries in shown(parts, title, len(test_codes), len):
-        distances = torch.from_numpy(hamming_distances(queries, train_codes))
-        nearest = distances.topk(k, dim=1, largest=False).values
-        last = nearest[:, -1:]
-        tied = distances == last
-        share = (nearest == last).sum(dim=1, keepdim=True) / tied.sum(dim=1, keepdim=True)
-        weights = torch.exp(-2 * distances / bits / temperature)
-        weights *= (distances < last) + tied * share
-        votes.append(weights @ table)
-    return torch.cat(votes)
+        votes.append(np.zeros((len(queries), table.shape[1]), np.float32))
+        distances = hamming_distances(queries, train_codes)
+        count_votes(distances, table.float().numpy(), weights, k, votes[-1])
+    return torch.from_numpy(np.concatenate(votes))
+
+
+@njit(cache=True, nogil=True)
+def count_votes(distances, table, weights, k, votes):
+    """Adds to votes float32 [Q, T] for distances int32 [Q, N], answers table float32 [N, T] and the weight of
+    each distance: images nearer than the k-th count whole, those as far by their share of the places left.
+    """
+    for q in range(distances.shape[0]):
+        counts = np.zeros(len(weights), np.int64)
+        for n in range(distances.shape[1]):
+            counts[distances[q, n]] += 1
+        last, nearer = 0, 0
+        while nearer + counts[last] < k:
+            nearer += counts[last]
+            last += 1
+        share = (k - nearer) / counts[last]
+        for n in range(distances.shape[1]):
+            d = distances[q, n]
+            if d <= last:
+                weight = weights[d] if d < last else weights[d] * share
+                for t in range(table.shape[1]):
+                    votes[q, t] += weight * table[n, t]
 
 
 def check(train_shape: Any, train_y: Any, test_shape: Any, test_y: Any, k: int) -> None:

@@ -149,7 +149,8 @@ def dci(
     importances, scores = [], []
     for k in range(factors[0].shape[1]):
         kind = ExtraTreesClassifier if k in categorical else ExtraTreesRegressor
-        model = kind(50, min_samples_leaf=2, random_state=0).fit(z[0], factors[0][:, k])
+        model = kind(50, min_samples_leaf=2, n_jobs=-1, random_state=0)
+        model.fit(z[0], factors[0][:, k])
         importances.append(model.feature_importances_)
         scores.append(max(0.0, float(model.score(z[1], factors[1][:, k]))))
     return dci_of_importances(np.stack(importances, axis=1), float(np.mean(scores)))

@@ -44,6 +44,8 @@ class SyncedBatchNorm(_BatchNorm):
         plain = torch.ones(self.num_features, dtype=_wide(input[:0]).dtype, device=input.device)
         weight, bias = (self.weight, self.bias) if self.affine else (plain, torch.zeros_like(plain))
         output, mean, variance, count = _Normalise.apply(input, weight, bias, self.eps)
+        # Compiled, they'd have a graph, and the running statistics would carry it from step to step.
+        mean, variance, count = mean.detach(), variance.detach(), count.detach()
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             assert self.momentum is not None
             if self.num_batches_tracked is not None:

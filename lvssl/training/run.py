@@ -34,7 +34,9 @@ def create_run(settings: PretrainSettings, classes: int, resume: bool) -> None:
         if not resume:
             raise InputError(f"{settings.out} exists: add --resume to go on with it, or choose another --out")
         stored, stored_classes = read_config(settings.out)
-        changed = difference(stored, settings, FREE_TO_CHANGE)
+        # Plain SimCLR has no bits to decorrelate: a run of it is the control of any weight.
+        unread = ("latent.decorrelation",) if settings.latent.family == "none" else ()
+        changed = difference(stored, settings, FREE_TO_CHANGE + unread)
         if changed is None and stored_classes != classes:
             changed = f"classes: {stored_classes} -> {classes}"
         if changed:

@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from lvssl.evaluation.measures import HASHES, MEASURES, OF_CODE, code_bits
 from lvssl.evaluation.pairs import interval, pairs, strongest, summary
 from lvssl.evaluation.study import StudySettings, plan, shard, study
 from lvssl.report.study import write_study
+from lvssl.training.run import create_run
 from pipelines.errors import InputError
 
 
@@ -163,3 +165,12 @@ def test_mistakes_are_named_before_any_work(settings, changes, message):
 
 def test_shards():
     assert (shard(""), shard("0/1"), shard("2/5")) == ((0, 1), (0, 1), (2, 5))
+
+
+def test_a_run_without_bits_is_the_control_of_any_decorrelation(settings):
+    for family, refused in (("none", False), ("sign", True)):
+        made = dataclasses.replace(plan(settings, family, 0), out=settings.out / family)
+        create_run(made, 10, resume=False)
+        other = dataclasses.replace(made, latent=dataclasses.replace(made.latent, decorrelation=0.5))
+        with pytest.raises(InputError, match="decorrelation") if refused else nullcontext():
+            create_run(other, 10, resume=True)
