@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.convert.readers import Source
-from pipelines.convert.store import Settings, Stored, attempt
+from pipelines.convert.store import Settings, attempt
 from pipelines.errors import InputError
 
 FEWEST = 200  # images; fewer are converted before they are estimated
@@ -53,14 +53,18 @@ def measure(
     sample = _spread(order, count)
     attempt(source, sample[:2], settings, pack)  # what is compiled or loaded is so once
     started = time.perf_counter()
+
+    def sizes(chunk: list[int]) -> list[tuple[int, int] | None]:  # not the images: 256 are much to keep
+        results = attempt(source, chunk, settings, pack)
+        return [None if isinstance(each, str) else (len(each.data), len(each.packed)) for each in results]
+
     with ThreadPoolExecutor(workers) as pool:
-        chunks = [sample[start::workers] for start in range(workers)]
-        results = list(chain(*pool.map(lambda chunk: attempt(source, chunk, settings, pack), chunks)))
+        found = list(chain(*pool.map(sizes, [sample[i : i + 8] for i in range(0, count, 8)])))
     images = len(order) * _share(source, order, sample) / count  # like those of the sample
     seconds = (time.perf_counter() - started) * images
-    stored = [each for each in results if isinstance(each, Stored)]
-    beton = sum(len(each.data) for each in stored) * images + TABLES * len(order)
-    tar = sum(len(each.packed) for each in stored) * images + HEADERS * len(order)
+    stored = [each for each in found if each is not None]
+    beton = sum(data for data, _ in stored) * images + TABLES * len(order)
+    tar = sum(packed for _, packed in stored) * images + HEADERS * len(order)
     return Estimate(len(order), seconds, int(beton), int(tar), count, count - len(stored))
 
 

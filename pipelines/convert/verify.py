@@ -104,8 +104,11 @@ def _check(region: _Region, rows: Samples) -> str | None:
     data = os.pread(region.file, before + region.size + after, region.start - before)
     if len(data) < before + region.size + after:
         return "the file ends before it"
-    if data[:before] != region.before or data[before + region.size :] != region.after:
-        return "the bytes around it aren't those that were written"
+    expected = region.before + data[before : before + region.size] + region.after
+    if data != expected:
+        place = next(i for i, (found, written) in enumerate(zip(data, expected)) if found != written)
+        where = "in front of" if place < before else "behind"
+        return f"byte {region.start - before + place:,}, {where} the image itself, isn't what was written"
     image = data[before : before + region.size]
     if hashlib.sha256(image).hexdigest() != rows["sha256"][region.index]:
         return "its bytes aren't those that were written"
