@@ -7,9 +7,10 @@ gives one paired difference. Arms:
 
     none        plain SimCLR; its codes are the equal-bit controls made from its features
     sign        the fair control: the same with its sign bits decorrelated, and no latent
+    sign01      the same with the latent's weight of that penalty, 0.1, instead of the family's own, 0.02
     bernoulli   the latent-variable model, with a code of 64, 256 or 2,048 bits
 
-Controls at b bits, of the features of `none` and of `sign`, fitted on the training images: sign bits (of the
+Controls at b bits, of the features of each control, fitted on the training images: sign bits (of the
 first b features), PCA-sign and ITQ (both up to the features' number), random hyperplanes (LSH). `differences`
 holds, for each measure, the latent minus the best control, which is the one with the highest mean over
 the same seeds; `features_probe` compares the features themselves. Accuracies in percent: linear probe, cosine
@@ -53,8 +54,8 @@ DATA = {
     "cifar10-jpeg": "cifar10-small",
     "digits": "digits",
 }  # preset of each
-ARMS = ("none", "sign", "bernoulli")
-CONTROLS = ("none", "sign")
+ARMS = ("none", "sign", "sign01", "bernoulli")
+CONTROLS = ("none", "sign", "sign01")
 FIGURES = "figures.json"
 
 
@@ -150,6 +151,7 @@ def figures(options: argparse.Namespace, job: Job) -> dict[str, Any]:
 def settings_of(options: argparse.Namespace, job: Job, train: Path, folder: Path) -> PretrainSettings:
     base = preset(DATA[job.data])
     dim = job.bits if job.bits and job.bits != feature_dim(base.model.backbone) else 0
+    family, weight = ("sign", 0.1) if job.arm == "sign01" else (job.arm, base.latent.decorrelation)
     return dataclasses.replace(
         base,
         data=train,
@@ -158,7 +160,7 @@ def settings_of(options: argparse.Namespace, job: Job, train: Path, folder: Path
         epochs=options.epochs or base.epochs,
         threads=options.threads,
         workers=options.workers,
-        latent=dataclasses.replace(base.latent, family=job.arm, dim=dim),
+        latent=dataclasses.replace(base.latent, family=family, dim=dim, decorrelation=weight),
     )
 
 

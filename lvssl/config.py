@@ -84,9 +84,9 @@ class LatentSettings:
     """Cycles of the cyclical schedule."""
     free_nats: float = 0.0
     """KL up to which an image's rate costs nothing."""
-    decorrelation: float = 0.02
-    """Weight of the hard bits' squared covariances (bernoulli, sign)."""
-    clean: float = 0.5
+    decorrelation: float | None = None
+    """Weight of the hard bits' squared covariances (bernoulli, sign); left out: 0.1, for sign 0.02."""
+    clean: float = 0.7
     """Share of NT-Xent that is computed on h through a projector of its own, beside the sampled path."""
 
     @property
@@ -96,6 +96,13 @@ class LatentSettings:
             return self.beta
         without = set(self.family.split("+")) <= set(DISCRETE) or self.objective in ("mcinfonce", "ceb")
         return 0.0 if without else 1e-3
+
+    @property
+    def decorrelation_weight(self) -> float:
+        """As set, or what made the best code of the family on small images (docs/latent-recipes.md)."""
+        if self.decorrelation is not None:
+            return self.decorrelation
+        return 0.02 if self.family == "sign" else 0.1
 
     @property
     def meeting_place(self) -> str:
@@ -156,8 +163,8 @@ class LatentSettings:
         require(self.final_beta >= 0, "beta", self.beta, "at least 0")
         require(0 <= self.beta_warmup <= 1, "beta_warmup", self.beta_warmup, "in [0, 1]")
         require(self.beta_cycles >= 1, "beta_cycles", self.beta_cycles, "at least 1")
-        for name in ("free_nats", "decorrelation"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(self.free_nats >= 0, "free_nats", self.free_nats, "at least 0")
+        require(self.decorrelation_weight >= 0, "decorrelation", self.decorrelation, "at least 0")
 
     def _validate_objective(self) -> None:
         require(self.samples >= 1, "samples", self.samples, "at least 1")

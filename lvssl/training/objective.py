@@ -41,10 +41,10 @@ def objective(outputs: Outputs, settings: PretrainSettings, fraction: float) -> 
     nats = rate(kl, latent.free_nats)
     beta = beta_at(fraction, latent.final_beta, latent.beta_warmup, latent.beta_schedule, latent.beta_cycles)
     loss = loss + beta * nats
-    bits = outputs.posterior.straight_through_bits(batch_mean) if latent.decorrelation > 0 else None
+    bits = outputs.posterior.straight_through_bits(batch_mean) if latent.decorrelation_weight > 0 else None
     if bits is not None:
         figures["decorrelation"] = decorrelation(bits)
-        loss = loss + latent.decorrelation * figures["decorrelation"]
+        loss = loss + latent.decorrelation_weight * figures["decorrelation"]
     return {"loss": loss, "distortion": sampled, "rate_bits": nats / math.log(2), **figures}
 
 

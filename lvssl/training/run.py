@@ -34,8 +34,11 @@ def create_run(settings: PretrainSettings, classes: int, resume: bool) -> None:
         if not resume:
             raise InputError(f"{settings.out} exists: add --resume to go on with it, or choose another --out")
         stored, stored_classes = read_config(settings.out)
-        # Plain SimCLR has no bits to decorrelate: a run of it is the control of any weight.
-        unread = ("latent.decorrelation",) if settings.latent.family == "none" else ()
+        # Plain SimCLR has no bits to decorrelate, and no deterministic family a second path: such runs are
+        # the controls of any of these weights.
+        unread = {"none": ("latent.decorrelation", "latent.clean"), "sign": ("latent.clean",)}.get(
+            settings.latent.family, ()
+        )
         changed = difference(stored, settings, FREE_TO_CHANGE + unread)
         if changed is None and stored_classes != classes:
             changed = f"classes: {stored_classes} -> {classes}"
