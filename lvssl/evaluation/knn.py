@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from lvssl.codes.pack import as_array
 from lvssl.codes.search import hamming_distances
 from lvssl.training.progress import shown
+from pipelines.compiled import compiled
 
 QUERIES = 512  # test images a chunk: [512, N] similarities at a time
 
@@ -100,7 +100,7 @@ def hamming_votes(
     return torch.from_numpy(np.concatenate(votes))
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def count_votes(distances, table, weights, k, votes):
     """Adds to votes float32 [Q, T] for distances int32 [Q, N], answers table float32 [N, T] and the weight of
     each distance: images nearer than the k-th count whole, those as far by their share of the places left.
