@@ -194,11 +194,13 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for _ in range(options.repeats):
         for name in arms:
             seconds[name].append(measured(name, folder, options.workers))
-    rows: list[dict[str, Any]] = []
-    for name in arms:
-        median = statistics.median(seconds[name])
-        rate = {"images_per_second": len(files) / median, "megabytes_per_second": megabytes / median}
-        rows.append({"name": name, "workers": options.workers, **rate, "seconds": seconds[name]})
+
+    def row(name: str, taken: list[float], times: int = 1) -> dict[str, Any]:
+        each = statistics.median(taken) / times  # for the images once
+        rate = {"images_per_second": len(files) / each, "megabytes_per_second": megabytes / each}
+        return {"name": name, "workers": options.workers, **rate, "seconds": taken}
+
+    rows = [row(name, seconds[name]) for name in arms]
     speed = {row["name"]: row["images_per_second"] for row in rows}
     ratios = {
         "lossless_over_ffcv_writer": speed["lossless"] / speed["ffcv"],
@@ -206,22 +208,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "reencode_over_ffcv_writer": speed["re-encode"] / speed["ffcv re-encode"],
     }
     if options.larger:
-        larger, count = repeated(folder, options.larger), len(files) * options.larger
+        larger = repeated(folder, options.larger)
         taken = {name: measured(name, larger, options.workers) for name in LARGER}
         for name in LARGER:
-            rates = {
-                key: value * options.larger / taken[name]
-                for key, value in (("images_per_second", len(files)), ("megabytes_per_second", megabytes))
-            }
-            rows.append(
-                {
-                    "name": f"{name}, larger",
-                    "workers": options.workers,
-                    "images": count,
-                    **rates,
-                    "seconds": [taken[name]],
-                }
-            )
+            larger_row = row(f"{name}, larger", [taken[name]], options.larger)
+            rows.append(larger_row | {"images": len(files) * options.larger})
         ratios["lossless_larger_over_ffcv_writer"] = taken["ffcv"] / taken["lossless"]
     if options.many:
         peaks = {count: measured("memory", folder, options.workers, count) for count in (1000, options.many)}

@@ -76,22 +76,22 @@ def measured(
 ) -> dict[str, Any]:
     """`measures`: name -> Ways. `controls`, of a deterministic run: bits -> name of OF_CODE -> Ways, for each
     of `lengths`."""
-    view, deterministic = run.settings.view, not run.network.family.stochastic
+    view = run.settings.view
     embedded = embed(run.network, train, view), embed(run.network, test, view)
+    bits = embedded[1].bits
     sets = Sets.of(settings, run, train, test)
     seen = Seen(*embedded, known_factors(run, sets, settings))
     of_features = accuracies_of_features(*embedded)
-    controls = {str(bits): equal_bit(seen, bits) for bits in lengths} if deterministic else {}
-    if deterministic:
-        of_code = controls.get(str(embedded[1].bits)) or equal_bit(seen, embedded[1].bits)
-    else:
-        of_code = {}
+    controls, of_code = {}, {}
+    if not run.network.family.stochastic:
+        controls = {str(length): equal_bit(seen, length) for length in lengths}
+        of_code = controls.get(str(bits)) or equal_bit(seen, bits)
     if run.settings.latent.family != "none":
-        own = of_one_code(seen, lambda features, code: code, embedded[1].bits)
+        own = of_one_code(seen, lambda features, code: code, bits)
         of_code = {name: of_code.get(name, {}) | {"code": own[name]} for name in OF_CODE}
     analysed, _ = uncertainty(run, sets, settings)
     return {
-        "bits": embedded[1].bits,
+        "bits": bits,
         "features": embedded[1].features.shape[1],
         "rate_bits": embedded[1].rate_bits,
         "database": len(train),

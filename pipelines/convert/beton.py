@@ -258,6 +258,11 @@ class BetonWriter:
         room = self.page_size - self.position % self.page_size
         return self.position if size <= room else self.position + room
 
+    @property
+    def length(self) -> int:
+        """Bytes of the whole file: the table of allocations comes last."""
+        return self.position + self.count * ALLOCATION.itemsize
+
     def layout(self) -> Iterator[tuple[int, memoryview]]:
         """Everything but the images, as (address, bytes); the header, which makes it valid, comes last."""
         for start in range(0, self.count, ROWS):

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipelines.convert.beton import JPEG, BetonFile, open_beton
 from pipelines.convert.conversion import Work, check_targets, cores, make_outputs, run
-from pipelines.convert.manifest import read_manifest, rows_path
+from pipelines.convert.manifest import manifest_path, read_manifest, rows_path
 from pipelines.convert.readers import Source, labelled
 from pipelines.convert.store import Settings, Stored
 from pipelines.convert.webdataset import IMAGES_A_TAR
@@ -24,7 +24,7 @@ def open_beton_source(path: Path) -> Source:
     """A beton's images as they came: JPEG bytes, or pixels. Names and classes as in its manifest."""
     beton = open_beton(path)
     bytes_of = _reader([beton])
-    manifest_file = path.with_name(path.name + ".json")
+    manifest_file = manifest_path(path)
     classes, split = None, None
     names = [f"{path.name}:{index}" for index in range(beton.count)]
     if manifest_file.exists():
@@ -62,7 +62,7 @@ def merge(
     check_targets(out, tars, overwrite)
     paths = part_files(out)
     betons = [open_beton(path) for path in paths]
-    read = [read_manifest(path.with_name(path.name + ".json")) for path in paths]
+    read = [read_manifest(manifest_path(path)) for path in paths]
     manifests, rows = [each[0] for each in read], [each[1] for each in read]
     for path, manifest in zip(paths, manifests):
         for key in ("source", "split", "settings", "versions", "classes", "targets", "source_count"):
@@ -107,7 +107,7 @@ def merge(
     manifest = run(work, overwrite=overwrite, restart=restart)
     if remove_parts:
         for path in paths:
-            beside = path.with_name(path.name + ".json")
+            beside = manifest_path(path)
             for each in (path, beside, rows_path(beside)):
                 each.unlink(missing_ok=True)
         paths = []

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from pipelines.convert.beton import ALLOCATION, VERSION, BetonWriter
+from pipelines.convert.beton import VERSION, BetonWriter
 from pipelines.convert.manifest import rows_path
 from pipelines.convert.store import Stored
 from pipelines.convert.webdataset import TarWriter
@@ -46,7 +46,7 @@ class BetonOutput:
         return {"format": "beton", "format_version": VERSION}
 
     def bytes_written(self) -> int:
-        return self.writer.position + self.writer.count * ALLOCATION.itemsize
+        return self.writer.length
 
     def aside(self, path: Path) -> Path:
         return path.with_name(f".{path.name}.part")

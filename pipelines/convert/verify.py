@@ -104,11 +104,12 @@ def _check(region: _Region, rows: Samples) -> str | None:
     data = os.pread(region.file, before + region.size + after, region.start - before)
     if len(data) < before + region.size + after:
         return "the file ends before it"
-    expected = region.before + data[before : before + region.size] + region.after
-    if data != expected:
-        place = next(i for i, (found, written) in enumerate(zip(data, expected)) if found != written)
-        where = "in front of" if place < before else "behind"
-        return f"byte {region.start - before + place:,}, {where} the image itself, isn't what was written"
+    around = (0, region.before, "in front of"), (before + region.size, region.after, "behind")
+    for start, expected, where in around:
+        there = data[start : start + len(expected)]
+        if there != expected:
+            place = start + next(i for i, (a, b) in enumerate(zip(there, expected)) if a != b)
+            return f"byte {region.start - before + place:,}, {where} the image itself, isn't what was written"
     image = data[before : before + region.size]
     if hashlib.sha256(image).hexdigest() != rows["sha256"][region.index]:
         return "its bytes aren't those that were written"
@@ -141,9 +142,9 @@ def _of_beton(
     for i in range(manifest["count"]):
         mode, height, width, size, label = (rows[name][i] for name in ENTRY)
         starts.append(writer.reserve(mode, height, width, size, label, [rows[name][i] for name in targets]))
-    length, found = writer.position + writer.count * ALLOCATION.itemsize, os.fstat(file).st_size
-    if found != length:
-        verdict.elsewhere.append(f"it has {found:,} bytes instead of {length:,}")
+    found = os.fstat(file).st_size
+    if found != writer.length:
+        verdict.elsewhere.append(f"it has {found:,} bytes instead of {writer.length:,}")
     row_of_metadata = HEADER.itemsize + writer.fields.nbytes
     for address, data in writer.layout():
         there = os.pread(file, len(data), address)
