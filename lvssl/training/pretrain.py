@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from lvssl.config import PretrainSettings
 from lvssl.training.distributed import World, connected, from_first, world_of
 from lvssl.training.optimiser import describe_groups
 from lvssl.training.prepare import precision
-from lvssl.training.run import create_run, pick_device
+from lvssl.training.run import alone, create_run, pick_device
 from lvssl.training.stopping import Interrupted, Stop, stop_signals
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for, backend_for
@@ -29,7 +30,7 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
     Under torchrun or Slurm every process calls it, and is a rank of the same run; rank 0 alone writes.
 
     Raises:
-        InputError: impossible settings or data; nothing has been written then.
+        InputError: impossible settings or data (nothing has been written), or another process trains there.
         FloatingPointError: the loss stayed non-finite. MemoryError: names the setting to change.
         Interrupted: SIGTERM or SIGUSR2 came to a rank; the state is saved.
         ConnectionError: another rank died.
@@ -61,8 +62,9 @@ def run(settings: PretrainSettings, resume: bool, world: World, device: torch.de
         augmenter=augmenter,
         device=device,
     )
-    with loader:
+    with loader, ExitStack() as held:
         from_first(world, lambda: create_run(settings, classes, resume))
+        from_first(world, lambda: held.enter_context(alone(settings.out)))
         trainer = Trainer(settings, classes, loader, device, world)
         if world.first:
             form = backend_for(device, settings.augmentation) if augmenter else "numba"

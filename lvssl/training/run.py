@@ -1,7 +1,10 @@
 """A run is a folder: config.json, checkpoints/, metrics.jsonl, and what later stages add."""
 
+import fcntl
 import json
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +24,8 @@ FREE_TO_CHANGE = (
     "log_every", "preset", "engine.channels_last", "engine.compile", "engine.recompute", "engine.keep",
     "engine.non_finite_steps", "engine.timeout_minutes",
 )  # fmt: skip
+
+LOCK = ".lock"
 
 
 def create_run(settings: PretrainSettings, classes: int, resume: bool) -> None:
@@ -47,11 +52,37 @@ def create_run(settings: PretrainSettings, classes: int, resume: bool) -> None:
                 f"{settings.out} is a run of another configuration ({changed}); choose another --out"
             )
         return
-    if settings.out.exists() and (not settings.out.is_dir() or any(settings.out.iterdir())):
+    if not vacant(settings.out):
         raise InputError(f"{settings.out} exists and is no run: choose another --out")
     settings.out.mkdir(parents=True, exist_ok=True)
     content = {"settings": to_dict(settings), "classes": classes, "versions": versions()}
     checkpoint.write_atomically(config, json.dumps(content, indent=2).encode())
+
+
+def vacant(folder: Path) -> bool:
+    """Whether a run can begin there: there is nothing, or no more than a run killed at its birth leaves."""
+    if not folder.is_dir():
+        return not folder.exists()
+    return all(path.is_dir() or path.name in (LOCK, ".config.json.partial") for path in folder.rglob("*"))
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While it lasts, no other process trains in `folder`; the system takes the lock from a killed process.
+
+    Raises:
+        InputError: another process does already.
+    """
+    with open(folder / LOCK, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another process is training in {folder}: wait for its end, or choose another --out"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ from lvssl.config import PRESETS, PretrainSettings, from_dict, to_dict
 from lvssl.training import checkpoint
 from lvssl.training.pretrain import Interrupted, Stop, Trainer, pretrain
 from lvssl.training.progress import read_metrics
-from lvssl.training.run import load_run
+from lvssl.training.run import alone, create_run, load_run
 from pipelines.errors import InputError
 from pipelines.loader import TwoViewLoader
 from pipelines.sources import open_source
@@ -70,8 +70,6 @@ def test_stopped_by_a_signal_and_resumed_it_is_the_undisturbed_run(digits, tmp_p
 def interrupted_after(chosen: PretrainSettings, steps: int) -> None:
     """Trains some steps more, then is told to stop as by SIGTERM."""
     source = open_source(chosen.data)
-    from lvssl.training.run import create_run
-
     create_run(chosen, 10, resume=True)
     with TwoViewLoader(source, chosen.view, chosen.batch_size, chosen.seed, 1) as loader:
         trainer = Trainer(chosen, 10, loader, torch.device("cpu"))
@@ -95,6 +93,27 @@ def wait_for_a_step(run: Path, process: subprocess.Popen) -> None:
     while checkpoint.paths(run / "checkpoints")[-1:] == before and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_two_processes_never_train_in_one_folder(digits, tmp_path):
+    chosen = settings(digits, tmp_path / "run", epochs=1)
+    create_run(chosen, 10, resume=False)
+    with alone(chosen.out), pytest.raises(InputError, match="another process is training in .*run"):
+        pretrain(chosen, resume=True)
+    pretrain(chosen, resume=True)  # the lock ends with its holder
+    assert load_run(chosen.out).step == 10
+
+
+def test_a_run_killed_before_its_settings_were_written_begins_again(digits, tmp_path):
+    chosen = settings(digits, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / ".config.json.partial").write_text('{"settings": ')
+    create_run(chosen, 10, resume=True)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["classes"] == 10
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "letter.txt").write_text("keep me")
+    with pytest.raises(InputError, match="notes exists and is no run"):
+        create_run(settings(digits, tmp_path / "notes"), 10, resume=True)
 
 
 def test_sigterm_saves_and_ends(digits, tmp_path):
