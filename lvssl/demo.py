@@ -13,6 +13,7 @@ from PIL import Image
 
 from lvssl.codes.file import open_codes
 from lvssl.config import PretrainSettings, preset
+from lvssl.evaluation.analyse import AnalyseSettings, analyse
 from lvssl.evaluation.codes import EncodeSettings, encode
 from lvssl.evaluation.evaluate import EvaluateSettings, evaluate, print_table
 from lvssl.report.page import write_report
@@ -25,12 +26,13 @@ from pipelines.loader import evaluation_crops
 from pipelines.sources import open_source
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+ANALYSED = 500  # test images: rough figures after a minute of one core
 PICTURES = 200  # test images written as files, to be encoded and searched
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Fashion-MNIST: convert, pretrain a control and a Bernoulli model, evaluate, write the page."""
+    """Fashion-MNIST: convert, pretrain a control and a Bernoulli model, evaluate, analyse, write the page."""
 
     out: Path = Path("runs/demo")
     """Where everything goes. What is finished there is not done again."""
@@ -56,6 +58,8 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
         pretrain(arm(settings, name, family, train, folder), resume=True)
     print("\n== evaluating", flush=True)
     evaluation = evaluate(EvaluateSettings(run=runs["bernoulli"], test=test, control=runs["none"]))
+    print("\n== uncertainty, and what single bits see", flush=True)
+    analyse(AnalyseSettings(runs["bernoulli"], test=test, control=runs["none"], images=ANALYSED))
     codes = encode(EncodeSettings(run=runs["bernoulli"], images=pictures(settings.out / "images", test)))
     results = summary(evaluation)
     write_atomically(settings.out / "results.json", json.dumps(results, indent=2).encode())
@@ -70,6 +74,8 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     print(f"search   .venv/bin/lvssl search {runs['bernoulli']} --query {query}")
     print(f"results  {settings.out / 'results.json'}")
     print(f"page     {page.resolve()}")
+    more = [f".venv/bin/lvssl {stage} {runs['bernoulli']}" for stage in ("compression", "report")]
+    print(f"more     {'; '.join(more)}")
     print(f"({time.monotonic() - started:.0f} s)")
     return results
 

@@ -82,7 +82,7 @@ def write_report(run_dir: Path) -> Path:
         regression(analysis),
         disentanglement(analysis),
         settings_section(config, settings),
-        commands_section(commands),
+        commands_section(commands, missing(run_dir, measured)),
     ]
     title = escape(f"{run_dir.resolve().name}: {settings.get('latent', {}).get('family', 'run')}")
     body = "\n".join(section for section in sections if section)
@@ -344,14 +344,28 @@ def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def commands_section(commands: dict[str, str]) -> str:
+def missing(run_dir: Path, measured: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """What the page doesn't show yet, as (what, the command that measures it)."""
+    parts = {
+        "evaluate": "results, neighbours, the most and least certain images",
+        "compression": "accuracy against bits stored, beside controls of equal length",
+        "analyse": "uncertainty, calibration, what single bits see, what can be read from a code",
+    }
+    absent = [stage for stage in parts if not measured[stage]]
+    return [(parts[stage], shlex.join(["lvssl", stage, str(run_dir)])) for stage in absent]
+
+
+def commands_section(commands: dict[str, str], absent: list[tuple[str, str]]) -> str:
     lines = [
         commands[stage]
         for stage in ("pretrain", "evaluate", "compression", "analyse", "report")
         if stage in commands
     ]
+    more = "".join(f"<li>{escape(what)}: <code>{escape(line)}</code></li>" for what, line in absent)
+    told = "Not measured yet; each command adds its part to the next report:"
     return (
         '<section id="commands"><h2>Commands</h2><p class="soft">What makes this page, stage by '
-        "stage. Settings not "
-        f"named are those above.</p><pre>{escape(chr(10).join(lines))}</pre></section>"
+        f"stage. Settings not named are those above.</p><pre>{escape(chr(10).join(lines))}</pre>"
+        + f'<p class="soft">{told}</p><ul>{more}</ul>' * bool(more)
+        + "</section>"
     )

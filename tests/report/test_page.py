@@ -281,6 +281,15 @@ def test_sections_without_their_file_are_dropped(tmp_path):
     assert "Not evaluated yet" in " ".join(parsed.text)
 
 
+def test_what_was_not_measured_is_named_with_its_command(tmp_path):
+    run = write_run(tmp_path / "run")
+    for stage in ("compression", "analyse"):
+        assert f"lvssl {stage} {run}" in write_report(run).read_text()
+    assert f"lvssl evaluate {run}</code>" not in write_report(run).read_text()
+    (run / "evaluation.json").unlink()
+    assert f"lvssl evaluate {run}</code>" in write_report(run).read_text()
+
+
 def test_without_a_control_nothing_is_claimed(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"control": None}))
