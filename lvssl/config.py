@@ -85,7 +85,8 @@ class LatentSettings:
     free_nats: float = 0.0
     """KL up to which an image's rate costs nothing."""
     decorrelation: float | None = None
-    """Weight of the hard bits' squared covariances (bernoulli, sign); left out: 0.1, for sign 0.02."""
+    """Weight of the hard bits' squared covariances (bernoulli, sign); left out: 0.1, for sign 0.02. The bits
+    of a code longer than h can't all be uncorrelated: there it falls on h's sign bits, left out: 0.02."""
     clean: float = 0.7
     """Share of NT-Xent that is computed on h through a projector of its own, beside the sampled path."""
 
@@ -97,12 +98,12 @@ class LatentSettings:
         without = set(self.family.split("+")) <= set(DISCRETE) or self.objective in ("mcinfonce", "ceb")
         return 0.0 if without else 1e-3
 
-    @property
-    def decorrelation_weight(self) -> float:
-        """As set, or what made the best code of the family on small images (docs/latent-recipes.md)."""
+    def decorrelation_weight(self, of_features: bool = False) -> float:
+        """As set, or what made the best code on small images (docs/latent-recipes.md): on the code's bits, or
+        on those of h."""
         if self.decorrelation is not None:
             return self.decorrelation
-        return 0.02 if self.family == "sign" else 0.1
+        return 0.02 if of_features or self.family == "sign" else 0.1
 
     @property
     def meeting_place(self) -> str:
@@ -164,7 +165,7 @@ class LatentSettings:
         require(0 <= self.beta_warmup <= 1, "beta_warmup", self.beta_warmup, "in [0, 1]")
         require(self.beta_cycles >= 1, "beta_cycles", self.beta_cycles, "at least 1")
         require(self.free_nats >= 0, "free_nats", self.free_nats, "at least 0")
-        require(self.decorrelation_weight >= 0, "decorrelation", self.decorrelation, "at least 0")
+        require((self.decorrelation or 0.0) >= 0, "decorrelation", self.decorrelation, "at least 0")
 
     def _validate_objective(self) -> None:
         require(self.samples >= 1, "samples", self.samples, "at least 1")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lvssl.config import PretrainSettings
+from lvssl.latents.sign import Sign
 from lvssl.latents.sphere import Spherical, log_surface
 from lvssl.latents.vmf import log_normaliser
 from lvssl.losses.ntxent import ntxent
@@ -21,10 +22,10 @@ def objective(outputs: Outputs, settings: PretrainSettings, fraction: float) -> 
     """The loss and its parts, from the posteriors and projections of 2B views.
 
     A pure function: nothing is drawn, kept or changed, so that it may also be evaluated on detached tensors
-    of a whole batch (`dataclasses.replace(outputs, parameters=..., projections=..., kl=None)`).
+    of a whole batch (`dataclasses.replace(outputs, features=..., parameters=..., kl=None, ...)`).
 
         loss = (1 - clean) * distortion + clean * NT-Xent of the clean path
-             + beta(t) * rate + decorrelation of the hard bits
+             + beta(t) * rate + decorrelation of hard bits, the code's or those of h
 
     Args:
         fraction: of the training that is done, in [0, 1]: the weight of the rate depends on it.
@@ -41,11 +42,27 @@ def objective(outputs: Outputs, settings: PretrainSettings, fraction: float) -> 
     nats = rate(kl, latent.free_nats)
     beta = beta_at(fraction, latent.final_beta, latent.beta_warmup, latent.beta_schedule, latent.beta_cycles)
     loss = loss + beta * nats
-    bits = outputs.posterior.straight_through_bits(batch_mean) if latent.decorrelation_weight > 0 else None
+    bits, weight = penalised_bits(outputs, settings)
     if bits is not None:
         figures["decorrelation"] = decorrelation(bits)
-        loss = loss + latent.decorrelation_weight * figures["decorrelation"]
+        loss = loss + weight * figures["decorrelation"]
     return {"loss": loss, "distortion": sampled, "rate_bits": nats / math.log(2), **figures}
+
+
+def penalised_bits(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor | None, float]:
+    """What decorrelation falls on ([N, D], None: nothing), and its weight.
+
+    The code's bits; but those of a code longer than h hang together whatever h is, and the batch is often too
+    small to tell: their penalty then makes bits that are hardly ever on. There the sign bits of h take it.
+    """
+    latent, features = settings.latent, outputs.features.float()
+    if latent.decorrelation == 0:
+        return None, 0.0
+    bits = outputs.posterior.straight_through_bits(batch_mean)
+    if bits is None or bits.shape[1] <= features.shape[1]:
+        return bits, latent.decorrelation_weight()
+    without_threshold = torch.cat([features, torch.zeros_like(features)], dim=1)
+    return Sign(without_threshold).straight_through_bits(batch_mean), latent.decorrelation_weight(True)
 
 
 def distortion(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor, Figures]:

@@ -45,6 +45,27 @@ def test_ntxent_with_rate_clean_path_and_decorrelation():
     assert objective(out, settings, 0.0)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_the_bits_of_h_are_decorrelated_where_the_code_is_longer():
+    for dim, given, weight in (
+        (300, None, 0.02),
+        (300, 0.3, 0.3),
+        (8, None, 0.1),
+        (8, 0.3, 0.3),
+        (300, 0.0, 0.0),
+    ):
+        out, settings = outputs(dim=dim, decorrelation=given, clean=0.0, beta=0.0)
+        longer = dim > out.features.shape[1]
+        values = out.features.double() - out.features.double().mean(0) if longer else out.parameters.double()
+        covariance = torch.cov(torch.where(values > 0, 1.0, -1.0).T, correction=0)
+        off = covariance.square().sum() - covariance.diagonal().square().sum()
+        expected = info_nce(out.projections).mean() + weight * off / len(covariance)
+        found = objective(out, settings, 0.5)
+        assert found["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+        (slope,) = torch.autograd.grad(found["loss"], [out.features])
+        assert slope.isfinite().all() and slope.abs().sum() > 0
+    assert "decorrelation" not in found
+
+
 @pytest.mark.parametrize("average", ["samples", "projections", "losses"])
 def test_ntxent_on_the_mean_and_on_each(average):
     out, settings = outputs(average=average)
