@@ -318,5 +318,5 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: ") and culprit in lines[0], lines
     assert sorted(p.name for p in run.iterdir()) == sorted(
-        ["checkpoints", "config.json", "metrics.jsonl", "tensorboard"]
+        [".lock", "checkpoints", "config.json", "metrics.jsonl", "tensorboard"]
     )
