@@ -9,15 +9,19 @@ from lvssl.latents.posterior import BatchMean, rows_mean
 SHARPNESS = 4.0  # of the surrogate gradient, as Bernoulli's default
 
 
+def straight_through_signs(features: Tensor, batch_mean: BatchMean = rows_mean) -> Tensor:
+    """Sign bits of h [N, D] about its batch mean, as +-1, with the gradient of tanh(sharpness / 2 * z-score).
+
+    `batch_mean`: [N, D] -> [D]; across ranks, one over all of them.
+    """
+    centred = features - batch_mean(features)
+    deviation = batch_mean(centred.square()).sqrt()
+    soft = (0.5 * SHARPNESS * centred / (deviation + 1e-6)).tanh()
+    return torch.where(centred > 0, 1.0, -1.0) + (soft - soft.detach())
+
+
 class Sign(Deterministic):
     """As `none`, with bits that the decorrelation penalty can shape."""
 
     def straight_through_bits(self, batch_mean: BatchMean = rows_mean) -> Tensor:
-        """Sign bits of h about its batch mean, as +-1, with the gradient of tanh(sharpness / 2 * z-score).
-
-        `batch_mean`: [N, D] -> [D]; across ranks, one over all of them.
-        """
-        centred = self.features - batch_mean(self.features)
-        deviation = batch_mean(centred.square()).sqrt()
-        soft = (0.5 * SHARPNESS * centred / (deviation + 1e-6)).tanh()
-        return torch.where(centred > 0, 1.0, -1.0) + (soft - soft.detach())
+        return straight_through_signs(self.features, batch_mean)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lvssl.config import PretrainSettings
-from lvssl.latents.sign import Sign
+from lvssl.latents.sign import straight_through_signs
 from lvssl.latents.sphere import Spherical, log_surface
 from lvssl.latents.vmf import log_normaliser
 from lvssl.losses.ntxent import ntxent
@@ -61,8 +61,7 @@ def penalised_bits(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor
     bits = outputs.posterior.straight_through_bits(batch_mean)
     if bits is None or bits.shape[1] <= features.shape[1]:
         return bits, latent.decorrelation_weight()
-    without_threshold = torch.cat([features, torch.zeros_like(features)], dim=1)
-    return Sign(without_threshold).straight_through_bits(batch_mean), latent.decorrelation_weight(True)
+    return straight_through_signs(features, batch_mean), latent.decorrelation_weight(of_features=True)
 
 
 def distortion(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor, Figures]:
