@@ -9,6 +9,7 @@ import numpy as np
 from numba import uint64
 
 from pipelines.compiled import compiled
+from pipelines.elementary import exp, log
 from pipelines.views import ViewSettings
 
 COLUMNS = (
@@ -71,11 +72,11 @@ def uniforms(seed, epoch, index, view, block):
 @compiled()
 def crop_box(seed, epoch, index, view, image_height, image_width, scale, ratio):
     """torchvision's RandomResizedCrop.get_params: ten tries, then the central crop of an allowed ratio."""
-    log_low, log_high = np.log(ratio[0]), np.log(ratio[1])
+    log_low, log_high = log(ratio[0]), log(ratio[1])
     for attempt in range(CROP_TRIES):
         u_area, u_ratio, u_top, u_left = uniforms(seed, epoch, index, view, CROP_BLOCK + attempt)
         area = image_height * image_width * (scale[0] + u_area * (scale[1] - scale[0]))
-        aspect = np.exp(log_low + u_ratio * (log_high - log_low))
+        aspect = exp(log_low + u_ratio * (log_high - log_low))
         width = int(np.rint(np.sqrt(area * aspect)))
         height = int(np.rint(np.sqrt(area / aspect)))
         if 0 < width <= image_width and 0 < height <= image_height:

@@ -83,14 +83,14 @@ def _weigh_pixels(typing, line, place, lanes, row, pairs, out, target):
         word = place.type
         step = builder.mul(pairs, word(LANES))
         pixels, weights = address(0, place), address(2, builder.mul(row, step))
-        total = cgutils.alloca_once_value(
-            builder, ir.Constant(ir.VectorType(ir.FloatType(), LANES), [0] * LANES)
-        )
-        with cgutils.for_range(builder, pairs) as loop:
-            values = load(pixels, builder.mul(loop.index, word(6)))
-            share = load(weights, builder.mul(loop.index, word(LANES)))
-            product = builder.fmul(values, share, flags=("contract",))
-            builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+
+        def product(pair):
+            values = load(pixels, builder.mul(pair, word(6)))
+            return builder.fmul(values, load(weights, builder.mul(pair, word(LANES))))
+
+        total = cgutils.alloca_once_value(builder, product(word(0)))
+        with cgutils.for_range(builder, pairs, start=word(1)) as loop:
+            builder.store(builder.fadd(builder.load(total), product(loop.index)), total)
         both = builder.load(total)
         half = ir.Constant(ir.VectorType(ir.FloatType(), 4), [0.5] * 4)
         one = builder.fadd(builder.fadd(lanes_of(both, 0, 1, 2, 6), lanes_of(both, 3, 4, 5, 7)), half)
@@ -110,7 +110,7 @@ def _columns(line, first, lanes, pairs, flip, out, start):
         _weigh_pixels(line, 3 * first[column], lanes, column, pairs, out, start + 3 * x)  # type: ignore[call-arg]
 
 
-@compiled(fastmath={"contract"})
+@compiled()
 def resize_crop(image, box, out, flip=False):
     """Crop `box` (top, left, height, width) of image uint8 [H, W, 3], resized to out uint8 [R, R, 3].
 

@@ -1,5 +1,6 @@
 """The parts of the training objective beside the contrastive loss: rate, its weight, decorrelated bits."""
 
+import torch
 from torch import Tensor
 
 from lvssl.losses.distributed import ranks, total
@@ -41,7 +42,7 @@ def decorrelation(bits: Tensor) -> Tensor:
 
     The batch is that of all ranks, N of each; the gradient is made for DDP's mean, as NT-Xent's.
     """
-    bits = bits.float()
+    bits = bits.to(torch.promote_types(bits.dtype, torch.float32))
     centred = bits - batch_mean(bits)
     covariance = total(centred.T @ centred) / (len(bits) * ranks())
     diagonal = covariance.diagonal()

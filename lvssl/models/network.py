@@ -104,10 +104,10 @@ class LVNet(nn.Module):
         return Outputs(features, parameters, projections, clean, self.family, self.match, kl)
 
     def posterior_parameters(self, features: Tensor, progress: float = 1.0) -> Tensor:
-        """The head on features h [N, F], in fp32 whatever the autocast; `progress` of the annealing."""
+        """The head on features h [N, F], in fp32 whatever the autocast (fp64 for fp64); `progress` of the annealing."""
         given = self.head_input(features)
         with torch.autocast(features.device.type, enabled=False):
-            return self.head(given.float(), progress)
+            return self.head(given.to(torch.promote_types(given.dtype, torch.float32)), progress)
 
     def head_input(self, features: Tensor) -> Tensor:
         return self.projector(features) if self.latent.site == "proj" else features
@@ -157,9 +157,10 @@ class LVNet(nn.Module):
         """Class logits of the online probes, on detached features and codes."""
         if self.probes is None:
             return {}
-        code = outputs.posterior.code().float() * 2 - 1
+        dtype = next(self.probes.parameters()).dtype
+        code = outputs.posterior.code().to(dtype) * 2 - 1
         return {
-            "features": self.probes["features"](outputs.features.detach().float()),
+            "features": self.probes["features"](outputs.features.detach().to(dtype)),
             "code": self.probes["code"](code.detach()),
         }
 

@@ -55,7 +55,8 @@ def penalised_bits(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor
     The code's bits; but those of a code longer than h hang together whatever h is, and the batch is often too
     small to tell: their penalty then makes bits that are hardly ever on. There the sign bits of h take it.
     """
-    latent, features = settings.latent, outputs.features.float()
+    latent, features = settings.latent, outputs.features
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
     if latent.decorrelation == 0:
         return None, 0.0
     bits = outputs.posterior.straight_through_bits(batch_mean)

@@ -6,7 +6,8 @@ the second runs the rest, and either normalises into the output or blurs along t
 pass takes strips so narrow that its taps' rows stay in that cache too. Grey images are blurred as one
 channel. What a parameter makes an identity is skipped.
 
-Tested against `reference.py` on the same parameters. Parallelism is over images: whoever calls gives each of
+Tested against `reference.py` on the same parameters. No sum is regrouped and no product fused with a sum, so that
+the pixels are the same bits on every processor; it costs about 1 % (docs/augmentation.md). Parallelism is over images: whoever calls gives each of
 its threads a part of the batch (`augment.augment`, the loader).
 """
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from pipelines.augment.reference import GREY_WEIGHTS, ORDERS
 from pipelines.compiled import compiled
+from pipelines.elementary import exp
 from pipelines.parameters import BRIGHTNESS, CONTRAST, FLIP, GREY, HUE, ORDER, SATURATION, SIGMA, SOLARISE
 from pipelines.views import ViewSettings
 
@@ -21,11 +23,8 @@ ZERO, ONE, TWO, THREE, FOUR, SIX = (np.float32(value) for value in (0, 1, 2, 3, 
 LUMA = tuple(np.float32(weight) for weight in GREY_WEIGHTS)
 LEVEL = np.float32(1 / 255)
 THRESHOLD = np.float32(128 / 255)
+UNITS, HALF = np.float32(65536), np.float32(0.5)  # sums of lumas are of whole numbers of 2^-16
 STRIP = 336  # floats of a row in the column pass: with 23 taps 31 kB of rows at a time
-
-# Sums may be regrouped and products fused: a last bit for twice the speed. No value here is NaN or infinite.
-FAST = {"reassoc", "contract", "nsz", "nnan"}
-
 
 def augment_into(crops: np.ndarray, table: np.ndarray, view: ViewSettings, out: np.ndarray) -> None:
     """Augment and normalise N crops.
@@ -103,12 +102,12 @@ def _augment(memory, stride, table, orders, kernel_size, mean, std, out):
 def _first_walk(image, p, order, line, planes):
     """All that precedes the contrast; the mean luma that contrast is about."""
     side = len(image)
-    total = 0.0
+    total = 0
     for y in range(side):
         _load(image[y], p[FLIP] != 0, line, planes[y])
         _colour(planes[y], p, order, ZERO)
         total += _luma_sum(planes[y])
-    return np.float32(total / (side * side))
+    return np.float32(total / (side * side * float(UNITS)))
 
 
 @compiled()
@@ -125,7 +124,7 @@ def _colour(row, p, order, mean_luma):
             _hue(row[0], row[1], row[2], p[HUE])
 
 
-@compiled(fastmath=FAST)
+@compiled()
 def _load(pixels, flip, line, row):
     """uint8 [R * 3] -> float32 [3, R] in [0, 1], mirrored if need be; two loops that both vectorise."""
     red, green, blue = row[0], row[1], row[2]
@@ -149,7 +148,7 @@ def _clamp(value):
     return min(max(value, ZERO), ONE)
 
 
-@compiled(fastmath=FAST)
+@compiled()
 def _affine(row, factor, shift):
     """Brightness (shift 0) and contrast."""
     values = row.reshape(row.size)
@@ -157,16 +156,18 @@ def _affine(row, factor, shift):
         values[i] = _clamp(values[i] * factor + shift)
 
 
-@compiled(fastmath=FAST)
+@compiled()
 def _luma_sum(row):
+    """Sum of a row's lumas in units of 2^-16, each rounded: whole numbers give the same sum in any order."""
     red, green, blue = row[0], row[1], row[2]
-    total = ZERO
+    total = np.int32(0)
     for x in range(len(red)):
-        total += LUMA[0] * red[x] + LUMA[1] * green[x] + LUMA[2] * blue[x]
+        luma = LUMA[0] * red[x] + LUMA[1] * green[x] + LUMA[2] * blue[x]
+        total = np.int32(total + np.int32(luma * UNITS + HALF))
     return total
 
 
-@compiled(fastmath=FAST)
+@compiled()
 def _saturation(red, green, blue, factor):
     rest = ONE - factor
     for x in range(len(red)):
@@ -177,7 +178,7 @@ def _saturation(red, green, blue, factor):
         blue[x] = _clamp(b * factor + luma)
 
 
-@compiled(fastmath=FAST)
+@compiled()
 def _grey(row):
     """The luma, into the first plane."""
     red, green, blue = row[0], row[1], row[2]
@@ -185,7 +186,7 @@ def _grey(row):
         red[x] = _clamp(LUMA[0] * red[x] + LUMA[1] * green[x] + LUMA[2] * blue[x])
 
 
-@compiled(fastmath=FAST)
+@compiled()
 def _hue(red, green, blue, shift):
     """HSV and back without a branch: h in [0, 6) after one wrap each way, and each channel a tent over h."""
     turn = shift * SIX
@@ -227,7 +228,7 @@ def _repeat(grey, line, start, count):
         line[start + np.uint64(3) * x + np.uint64(2)] = grey[x]
 
 
-@compiled(fastmath=FAST)
+@compiled()
 def _finish(out, start, count, solarise, scale, shift, first):
     """Solarise and normalise `count` floats of the output, the row's from `first` on, in place."""
     start, first = np.uint64(start), np.uint64(first)
@@ -246,7 +247,7 @@ def _gaussian(kernel, sigma):
     radius = len(kernel) // 2
     total = 0.0
     for k in range(len(kernel)):
-        weight = np.exp(-0.5 * ((k - radius) / sigma) ** 2)
+        weight = exp(-0.5 * ((k - radius) / sigma) ** 2)
         kernel[k] = weight
         total += weight
     for k in range(len(kernel)):
@@ -312,14 +313,14 @@ def _blur_columns(lines, side, kernel, channels, solarise, scale, shift, strip, 
                 _finish(target, start, count, solarise, scale, shift, first)
 
 
-@compiled(fastmath=FAST)
+@compiled()
 def _centre_tap(out, start, count, source, centre, weight):
     start, centre = np.uint64(start), np.uint64(centre)
     for i in range(np.uint64(count)):
         out[start + i] = weight * source[centre + i]
 
 
-@compiled(fastmath=FAST)
+@compiled()
 def _three_pairs(out, start, count, source, a0, a1, b0, b1, c0, c1, wa, wb, wc):
     """Six taps: symmetric ones share a product. Three pairs are as many as LLVM's alias checks let pass.
 

@@ -1,0 +1,79 @@
+"""The losses of tiny runs stay what they were, to the ninth digit, on any processor.
+
+The pixels are the same bits everywhere (tests/pipelines/test_same_bits.py), and the network runs in fp64, whose roundings,
+different on each processor, stay too small to flip a sampled bit. So what moves a value here is the code.
+
+After a wanted change: LVSSL_RENEW_GOLDEN=1 python -m pytest tests/training/test_golden_losses.py
+"""
+
+import dataclasses
+import json
+import os
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from lvssl.config import PRESETS, PretrainSettings
+from lvssl.training.trainer import Trainer
+from pipelines.loader import TwoViewLoader
+from pipelines.sources import open_source
+
+GOLDEN = Path(__file__).with_name("golden_losses.json")
+STEPS = 6
+# Their roundings in fp64 (1e-16, amplified by AdamW, whose eps of 1e-8 bounds it) stay below 1e-11.
+TOLERANCE = 1e-9
+
+
+@pytest.fixture
+def double():
+    """Weights are created in fp64: normal numbers drawn in fp32 differ in their last bits between processors."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def losses_of(data: Path, family: str) -> list[float]:
+    """The first six losses."""
+    base = PRESETS["digits"]
+    # The weights are named, so that the defaults may change.
+    latent = dataclasses.replace(base.latent, family=family, decorrelation=0.02, clean=0.5)
+    chosen = dataclasses.replace(base, data=data, epochs=1, batch_size=64, latent=latent)
+    with TwoViewLoader(open_source(data), chosen.view, chosen.batch_size, chosen.seed, 1) as loader:
+        trainer = Trainer(chosen, 10, loader, torch.device("cpu"))
+        trainer.network.double().train()
+        return [step_loss(trainer, chosen, batch) for batch in islice(loader, STEPS)]
+
+
+def step_loss(trainer: Trainer, chosen: PretrainSettings, batch) -> float:
+    figures = trainer.train_step(dataclasses.replace(batch, views=batch.views.double()))
+    trainer.step += 1
+    assert figures["loss"].dtype == torch.float64
+    return float(figures["loss"])
+
+
+@pytest.mark.parametrize("family", ["none", "sign", "gaussian", "bernoulli"])
+def test_the_loss_of_each_family_stays_what_it_was(digits, double, family):
+    found = losses_of(digits["train"], family)
+    golden = json.loads(GOLDEN.read_text())
+    if os.environ.get("LVSSL_RENEW_GOLDEN"):
+        GOLDEN.write_text(json.dumps(golden | {family: found}, indent=1) + "\n")
+        return
+    assert found == pytest.approx(golden[family], rel=TOLERANCE)
+
+
+def test_a_change_of_the_loss_by_a_hundred_thousandth_is_seen(digits, double, monkeypatch):
+    """The test above would fail if the clean path's weight, say, were off by so little that fp32 hardly shows it."""
+    from lvssl.training import trainer
+
+    def planted(outputs, settings, fraction, original=trainer.objective):
+        figures = original(outputs, settings, fraction)
+        return figures | {"loss": figures["loss"] * (1 + 1e-5)}
+
+    monkeypatch.setattr(trainer, "objective", planted)
+    found = losses_of(digits["train"], "bernoulli")
+    golden = json.loads(GOLDEN.read_text())["bernoulli"]
+    assert found != pytest.approx(golden, rel=TOLERANCE)
+    assert found == pytest.approx(golden, rel=1e-3)  # the same run otherwise
