@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# tools/test_cpus.sh [--whole] [NAME ...]    the tests as other processors, thread counts and orders would run them
+#
+# Without --whole: what depends on a processor (pixels, latents, losses, networks, training, codes). With it: the whole default
+# suite. NAME picks environments, all by default. Prints one row each as a Markdown table; logs lie in .cache/cpus/.
+# PYTHON   the interpreter, default .venv/bin/python
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+ENVIRONMENTS=(  # name|variables|options of pytest
+    "host||"
+    "generic|NUMBA_CPU_NAME=generic|"
+    "haswell|NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx2,+fma|"
+    "aten-default|ATEN_CPU_CAPABILITY=default|"
+    "aten-avx2|ATEN_CPU_CAPABILITY=avx2|"
+    "onednn-sse41|ONEDNN_MAX_CPU_ISA=SSE41|"
+    "onednn-avx2|ONEDNN_MAX_CPU_ISA=AVX2|"
+    "one-thread|OMP_NUM_THREADS=1|"
+    "two-threads|OMP_NUM_THREADS=2|"
+    "random-order||--random-order --random-order-bucket=global"
+    "unraisable||-W error::pytest.PytestUnraisableExceptionWarning"
+)
+TESTS="tests/pipelines tests/latents tests/losses tests/models tests/training tests/codes"
+PYTHON=${PYTHON:-$PWD/.venv/bin/python}
+LOGS=.cache/cpus
+
+whole=
+if [ "${1:-}" = --whole ]; then whole=1; TESTS=tests; shift; fi
+wanted=" $* "
+
+mkdir -p "$LOGS"
+failed=0
+printf '| environment | variables, options | result | seconds |\n| --- | --- | --- | --- |\n'
+for line in "${ENVIRONMENTS[@]}"; do
+    IFS='|' read -r name variables options <<<"$line"
+    if [ "$wanted" != "  " ] && [[ "$wanted" != *" $name "* ]]; then continue; fi
+    start=$SECONDS
+    # shellcheck disable=SC2086
+    env $variables "$PYTHON" -m pytest -q -p no:cacheprovider -m "not slow and not gpu and not slurm" \
+        $options $TESTS >"$LOGS/$name.log" 2>&1 </dev/null || failed=1
+    result=$(tail -n 1 "$LOGS/$name.log" | sed 's/ in [0-9.]*s.*//; s/=//g; s/^ *//; s/ *$//')
+    printf '| %s | `%s` | %s | %d |\n' "$name" "$(echo $variables $options)" "$result" $((SECONDS - start))
+done
+exit $failed
