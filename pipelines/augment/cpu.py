@@ -26,6 +26,7 @@ THRESHOLD = np.float32(128 / 255)
 UNITS, HALF = np.float32(65536), np.float32(0.5)  # sums of lumas are of whole numbers of 2^-16
 STRIP = 336  # floats of a row in the column pass: with 23 taps 31 kB of rows at a time
 
+
 def augment_into(crops: np.ndarray, table: np.ndarray, view: ViewSettings, out: np.ndarray) -> None:
     """Augment and normalise N crops.
 
