@@ -10,7 +10,7 @@ import numpy as np
 
 from pipelines.compiled import compiled
 
-# ln 2 in two parts, the first with so many zeros at its end that its product with an exponent is exact (fdlibm).
+# ln 2 in two parts (fdlibm); the first ends in so many zeros that its product with an exponent is exact.
 LN2_HIGH, LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 INVERSE_FACTORIALS = tuple(1 / math.factorial(k) for k in range(13, -1, -1))
 INVERSE_ODDS = tuple(1 / k for k in range(23, 0, -2))

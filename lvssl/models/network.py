@@ -104,7 +104,7 @@ class LVNet(nn.Module):
         return Outputs(features, parameters, projections, clean, self.family, self.match, kl)
 
     def posterior_parameters(self, features: Tensor, progress: float = 1.0) -> Tensor:
-        """The head on features h [N, F], in fp32 whatever the autocast (fp64 for fp64); `progress` of the annealing."""
+        """The head on features h [N, F], `progress` of the annealing; never below fp32."""
         given = self.head_input(features)
         with torch.autocast(features.device.type, enabled=False):
             return self.head(given.to(torch.promote_types(given.dtype, torch.float32)), progress)

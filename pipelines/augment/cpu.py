@@ -6,9 +6,10 @@ the second runs the rest, and either normalises into the output or blurs along t
 pass takes strips so narrow that its taps' rows stay in that cache too. Grey images are blurred as one
 channel. What a parameter makes an identity is skipped.
 
-Tested against `reference.py` on the same parameters. No sum is regrouped and no product fused with a sum, so that
-the pixels are the same bits on every processor; it costs about 1 % (docs/augmentation.md). Parallelism is over images: whoever calls gives each of
-its threads a part of the batch (`augment.augment`, the loader).
+Tested against `reference.py` on the same parameters. No sum is regrouped and no product fused with a sum, so
+that the pixels are the same bits on every processor; it costs about 1 % (docs/augmentation.md).
+Parallelism is over images: whoever calls gives each of its threads a part of the batch
+(`augment.augment`, the loader).
 """
 
 import numpy as np

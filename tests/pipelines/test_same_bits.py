@@ -1,6 +1,6 @@
 """The same pixels on every processor: digests of what compiled code makes, fixed for good.
 
-numba compiles for the processor it finds; `make test-cpus` runs these on several. After a wanted change of pixels:
+numba compiles for the processor it finds; `make test-cpus` runs these on several. After a wanted change:
 LVSSL_RENEW_GOLDEN=1 python -m pytest tests/pipelines/test_same_bits.py
 """
 

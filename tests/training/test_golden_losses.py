@@ -1,7 +1,7 @@
 """The losses of tiny runs stay what they were, to the ninth digit, on any processor.
 
-The pixels are the same bits everywhere (tests/pipelines/test_same_bits.py), and the network runs in fp64, whose roundings,
-different on each processor, stay too small to flip a sampled bit. So what moves a value here is the code.
+The pixels are the same bits everywhere (tests/pipelines/test_same_bits.py), and the network runs in fp64.
+Its roundings, which differ between processors, are too small to flip a sampled bit.
 
 After a wanted change: LVSSL_RENEW_GOLDEN=1 python -m pytest tests/training/test_golden_losses.py
 """
@@ -22,13 +22,13 @@ from pipelines.sources import open_source
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 STEPS = 6
-# Their roundings in fp64 (1e-16, amplified by AdamW, whose eps of 1e-8 bounds it) stay below 1e-11.
+# Two processors, or forms of convolution, differ by some 1e-15 after these steps.
 TOLERANCE = 1e-9
 
 
 @pytest.fixture
 def double():
-    """Weights are created in fp64: normal numbers drawn in fp32 differ in their last bits between processors."""
+    """Weights are created in fp64: normal numbers drawn in fp32 differ between processors."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield
@@ -65,7 +65,7 @@ def test_the_loss_of_each_family_stays_what_it_was(digits, double, family):
 
 
 def test_a_change_of_the_loss_by_a_hundred_thousandth_is_seen(digits, double, monkeypatch):
-    """The test above would fail if the clean path's weight, say, were off by so little that fp32 hardly shows it."""
+    """The test of the test above."""
     from lvssl.training import trainer
 
     def planted(outputs, settings, fraction, original=trainer.objective):
