@@ -137,15 +137,15 @@ def requirement(distribution: str) -> "Requirement | None":
 
 
 def dependencies() -> list[str]:
-    """Of the installed lvssl, or of the source tree that it runs from; empty where neither can be read."""
+    """Of the source tree that this runs from, else of the installed lvssl; empty where neither can be read."""
     try:
-        return metadata.requires("lvssl") or []
-    except metadata.PackageNotFoundError:
-        try:
-            import tomllib
+        import tomllib
 
-            return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-        except (ImportError, OSError):
+        return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    except (ImportError, OSError):
+        try:
+            return metadata.requires("lvssl") or []
+        except metadata.PackageNotFoundError:
             return []
 
 
