@@ -9,8 +9,8 @@ dependency of pyproject.toml (`--with all`: every one but torch and what comes w
 benchmarks.
 
 `unpack` lays them into FOLDER and checks (`check` does that alone): every dependency imports, in the version
-asked for, under the Python that runs this, and libturbojpeg decodes. What to export goes to stdout, everything
-else to stderr, so this works:
+asked for, under the Python that runs this, and libturbojpeg decodes. What to export goes to stdout, all else
+to stderr, so this works:
 
     exports=$(python DIR/bundle.py unpack FOLDER --source CHECKOUT) && eval "$exports"
     python -m lvssl.cli doctor
@@ -156,7 +156,7 @@ def bring_library(target: Path) -> None:
 def seal(out: Path, python: str, modules: dict[str, str], requirements: dict[str, str]) -> None:
     """Write the manifest and print the sizes."""
     files: dict[str, tuple[int, str]] = {}
-    for path in sorted(path for path in out.rglob("*") if path.is_file()):
+    for path in sorted(path for path in out.rglob("*") if path.is_file() and path.name != MANIFEST):
         files[path.relative_to(out).as_posix()] = (path.stat().st_size, digest(path))
     content = {"python": python, "modules": modules, "requirements": requirements, "files": files}
     (out / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
