@@ -47,7 +47,7 @@ COMPANIONS = {
     "tyro": ("typeguard", "docstring_parser"),
     "submitit": ("cloudpickle",),
     "numba": ("llvmlite",),
-    "scikit-learn": ("joblib", "threadpoolctl"),
+    "scikit-learn": ("joblib", "narwhals", "threadpoolctl"),
     "tensorboard": (
         *("absl-py", "grpcio", "markdown", "packaging", "protobuf", "tensorboard-data-server", "werkzeug"),
         *("markupsafe", "setuptools"),
