@@ -43,11 +43,11 @@ import torch
 
 from lvssl.cli import guarded
 from lvssl.training.run import versions
+from pipelines import turbojpeg
 from pipelines.convert.conversion import Settings, convert
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
 from pipelines.loader import TwoViewLoader
-from pipelines import turbojpeg
 from pipelines.sources import turbo
 from pipelines.sources.ffcv import FFCVSource
 from pipelines.sources.folder import FolderSource
