@@ -137,7 +137,7 @@ def requirement(distribution: str) -> "Requirement | None":
 
 
 def dependencies() -> list[str]:
-    """Of the source tree that this runs from, else of the installed lvssl; empty where neither can be read."""
+    """Of the source tree that this runs from, else of the installed lvssl; empty if neither can be read."""
     try:
         import tomllib
 
