@@ -28,13 +28,14 @@ source=$(cd "$(dirname "$0")/.." && pwd)
 room=${ROOM:-/var/tmp/fresh-debian}
 system=$room/$release
 
-if [ ! -x "$system/usr/bin/git" ]; then
+if [ ! -d "$system" ]; then
     mkdir -p "$room"
-    rm -rf "$system"
+    rm -rf "$system.part"
     # From where this machine has its own packages; no mirror: debootstrap's default.
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -m 1 '/debian/$' || true)
-    debootstrap --variant=minbase --include=git,make,python3-venv,ca-certificates "$release" "$system" $mirror
-    rm -rf "$system"/var/lib/apt/lists/*  # as in an image: only root could bring them back
+    debootstrap --variant=minbase --include=git,make,python3-venv,ca-certificates "$release" "$system.part" $mirror
+    rm -rf "$system.part"/var/lib/apt/lists/*  # as in an image: only root could bring them back
+    mv "$system.part" "$system"
 fi
 
 # ---- The network, as it is here: lent while the command runs

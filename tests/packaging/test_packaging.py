@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lvssl import demo
 from pipelines import turbojpeg
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -248,6 +249,16 @@ def test_fashion_mnist_comes_without_root(packages, tmp_path):
     asked = (tmp_path / "asked").read_text()
     packages("fashion-mnist")
     assert (tmp_path / "asked").read_text() == asked, "what is there was asked for again"
+
+
+def test_the_demo_looks_where_the_installer_puts_it(tmp_path, monkeypatch):
+    assert demo.FASHION_MNIST[1] == ROOT / "data/fashion-mnist"
+    folders = (tmp_path / "installed", tmp_path / "unpacked")
+    monkeypatch.setattr(demo, "FASHION_MNIST", folders)
+    assert demo.fashion_mnist() == "torchvision:FashionMNIST"
+    for folder in reversed(folders):
+        folder.mkdir()
+        assert demo.fashion_mnist() == str(folder)
 
 
 @needs_dpkg
