@@ -82,5 +82,6 @@ run="cd ~/checkout && $command"
 if [ "$user" = root ]; then
     env -i "${environment[@]}" chroot "$system" bash -c "$run"
 else
-    env -i "${environment[@]}" chroot --userspec="$user" "$system" bash -c "$run"
+    ids=$(chroot "$system" id -u "$user"):$(chroot "$system" id -g "$user")  # not this machine's of that name
+    env -i "${environment[@]}" chroot --userspec="$ids" --groups= "$system" bash -c "$run"
 fi
