@@ -1,24 +1,29 @@
 # Everything starts here: each target does all of its own set-up.
 #   PYTHON=python3.12   the interpreter behind a new .venv (>= 3.10; default: the first that fits)
-#   EXTRAS=dev          extras of pyproject.toml to install; without `ffcv` no system library is needed
+#   EXTRAS=dev,ffcv     extras of pyproject.toml to install (default: dev); `ffcv` alone needs system libraries
 #   PYTEST="-x -k loss" more options for pytest
 PYTHON ?=
-EXTRAS ?= ffcv,dev
+EXTRAS ?= dev
 PYTEST ?=
+# of `make bundle`:
+OUT ?= bundle
+TARGET ?= 3.12
+DATA ?=
+WITH ?=
 BENCH ?= $(filter-out study,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
 
 # The tests' models are so small that a thread a core of a large machine would slow them down.
-test test-slow test-slurm: export OMP_NUM_THREADS ?= 2
+test test-slow test-slurm test-ffcv: export OMP_NUM_THREADS ?= 2
 
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu test-slurm study bench lint format clean
+.PHONY: help install demo test test-slow test-gpu test-slurm test-ffcv study bench bundle lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
-install:  ## system libraries where missing, .venv, this package; seconds when nothing is to do
+install:  ## .venv, this package in it, libturbojpeg; no root; seconds when nothing is to do
 	@PYTHON='$(PYTHON)' EXTRAS='$(EXTRAS)' tools/install.sh
 
 demo: install  ## Fashion-MNIST: convert, pretrain control and Bernoulli model, evaluate, report
@@ -37,6 +42,10 @@ test-gpu: install  ## the tests that need a CUDA device
 test-slurm: install  ## the chain on a Slurm: the one that answers here, else one started on this machine
 	@tools/slurm_cluster.sh run $(BIN)/python -m pytest -q -m slurm tests/slurm $(PYTEST)
 
+test-ffcv: EXTRAS := ffcv,dev
+test-ffcv: install  ## the tests that hold FFCV's format against FFCV; root, to install what it compiles against
+	@$(BIN)/python -m pytest -q -m ffcv $(PYTEST)
+
 study: install  ## five arms, three seeds, Fashion-MNIST and CIFAR-10: docs/study-*; CIFAR10="what convert-beton takes"
 	@tools/install.sh fashion-mnist
 	@$(BIN)/python -m benchmarks.study $(if $(CIFAR10),--cifar10 '$(CIFAR10)',--cifar10 torchvision:CIFAR10)
@@ -44,6 +53,9 @@ study: install  ## five arms, three seeds, Fashion-MNIST and CIFAR-10: docs/stud
 bench: EXTRAS := ffcv,dev,bench
 bench: install  ## every script of benchmarks/, or BENCH="name name"
 	@for name in $(BENCH); do echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+bundle: install  ## what a machine without network needs beside its torch: OUT=DIR, see tools/bundle.py
+	@$(BIN)/python tools/bundle.py gather '$(OUT)' --python '$(TARGET)' $(if $(DATA),--data '$(DATA)') $(foreach name,$(WITH),--with $(name))
 
 lint: install  ## ruff (rules and format) and mypy
 	@$(BIN)/ruff check .

@@ -36,7 +36,7 @@ from lvssl.cli import guarded
 from lvssl.codes.controls import fit_itq, fit_lsh, fit_pca, fit_sign
 from lvssl.codes.pack import pack_bits, unpack_bits
 from lvssl.config import PretrainSettings, preset
-from lvssl.demo import DEBIAN_FASHION_MNIST
+from lvssl.demo import fashion_mnist
 from lvssl.evaluation.embedding import Embedding, embed
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
@@ -168,10 +168,7 @@ def converted(options: argparse.Namespace, data: str, split: str) -> Path:
     """The beton of a split, converted unless that is done."""
     out = options.out / "data" / f"{data}-{split}{options.images if split == 'train' else ''}.beton"
     if not out.exists():
-        source = {"cifar10-jpeg": options.cifar10, "digits": "sklearn:digits"}.get(data)
-        if source is None:
-            debian = DEBIAN_FASHION_MNIST.is_dir()
-            source = str(DEBIAN_FASHION_MNIST) if debian else "torchvision:FashionMNIST"
+        source = {"cifar10-jpeg": options.cifar10, "digits": "sklearn:digits"}.get(data) or fashion_mnist()
         subset = options.images if split == "train" and data != "digits" else None
         convert(source, out, ConvertSettings(subset=subset), split=split, root=options.out / "downloads")
     return out

@@ -22,7 +22,6 @@ turn; a ratio is the median of the rounds' ratios. Set-up, compilation and the f
 
 import argparse
 import ctypes
-import ctypes.util
 import importlib
 import importlib.util
 import json
@@ -44,6 +43,7 @@ import torch
 
 from lvssl.cli import guarded
 from lvssl.training.run import versions
+from pipelines import turbojpeg
 from pipelines.convert.conversion import Settings, convert
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
@@ -347,7 +347,9 @@ def profile(source: FFCVSource, rounds: int = 5) -> dict[str, float]:
     Differences of libjpeg-turbo's own modes split the decoder: at 1/8 of the size in grey it does little but
     Huffman decoding; in grey it adds the luma's IDCT; and in RGB the chroma's, upsampling and conversion.
     """
-    library = ctypes.CDLL(ctypes.util.find_library("turbojpeg"))
+    if turbojpeg.FOUND is None:
+        raise SystemExit("the profile needs libturbojpeg (`make install` fetches it)")
+    library = ctypes.CDLL(turbojpeg.file())
     library.tjInitDecompress.restype = ctypes.c_void_p
     library.tjDecompress2.argtypes = [
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, *[ctypes.c_int] * 5,

@@ -25,7 +25,11 @@ from pipelines.files import write_atomically
 from pipelines.loader import evaluation_crops
 from pipelines.sources import open_source
 
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+# Debian's package dataset-fashion-mnist, installed, or unpacked into the checkout by tools/install.sh.
+FASHION_MNIST = (
+    Path("/usr/share/datasets/fashion-mnist"),
+    Path(__file__).resolve().parents[1] / "data/fashion-mnist",
+)
 ANALYSED = 500  # test images: rough figures after a minute of one core
 PICTURES = 200  # test images written as files, to be encoded and searched
 
@@ -42,7 +46,7 @@ class DemoSettings:
     """Of each pretraining; 0: the preset's."""
     seed: int = 0
     data: str = "auto"
-    """auto (Debian's package, else torchvision's download, else digits), fashion-mnist, or digits."""
+    """auto (Debian's files, else torchvision's download, else digits), fashion-mnist, or digits."""
 
 
 def demo(settings: DemoSettings) -> dict[str, Any]:
@@ -112,7 +116,7 @@ def convert_split(settings: DemoSettings, name: str, split: str, out: Path) -> P
     if name == "digits":
         source, subset = "sklearn:digits", None
     else:
-        source = str(DEBIAN_FASHION_MNIST) if DEBIAN_FASHION_MNIST.is_dir() else "torchvision:FashionMNIST"
+        source = fashion_mnist()
         subset = settings.images if split == "train" else None
     print(f"== converting {source} ({split})", flush=True)
     convert(
@@ -124,6 +128,11 @@ def convert_split(settings: DemoSettings, name: str, split: str, out: Path) -> P
         progress=True,
     )
     return out
+
+
+def fashion_mnist() -> str:
+    """What `convert-beton` takes for it: Debian's files where they are, else torchvision's download."""
+    return next((str(folder) for folder in FASHION_MNIST if folder.is_dir()), "torchvision:FashionMNIST")
 
 
 def arm(settings: DemoSettings, name: str, family: str, data: Path, folder: Path) -> PretrainSettings:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 OK, LOW, ABSENT, REQUIRED = "ok", "low", "missing", "MISSING"
 
-# Distribution -> module. Their versions are held against what the installed lvssl asks for.
+# Distribution -> module, for each of pyproject.toml's dependencies but torch. Their versions are held against
+# what lvssl asks for.
 PACKAGES = {
     "numpy": "numpy",
     "torchvision": "torchvision",
@@ -31,13 +32,18 @@ PACKAGES = {
     "pillow": "PIL.Image",
     "pyarrow": "pyarrow.parquet",
     "scikit-learn": "sklearn",
+    "scipy": "scipy.stats",
     "safetensors": "safetensors.torch",
     "tensorboard": "torch.utils.tensorboard",
     "matplotlib": "matplotlib",
     "tqdm": "tqdm",
     "tyro": "tyro",
     "submitit": "submitit",
+    "timm": "timm.utils",
 }
+if sys.version_info < (3, 11):
+    PACKAGES["tomli"] = "tomli"
+ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 
 
@@ -122,14 +128,25 @@ def version(distribution: str) -> str:
 
 
 def requirement(distribution: str) -> "Requirement | None":
-    """What the installed lvssl asks of a distribution; None where that can't be known."""
+    """What lvssl asks of a distribution; None where that can't be known."""
     try:
         from packaging.requirements import Requirement
-
-        asked = [Requirement(text) for text in metadata.requires("lvssl") or []]
-    except (ImportError, metadata.PackageNotFoundError):
+    except ImportError:
         return None
-    return next((r for r in asked if r.name == distribution), None)
+    return next((r for r in map(Requirement, dependencies()) if r.name == distribution), None)
+
+
+def dependencies() -> list[str]:
+    """Of the source tree that this runs from, else of the installed lvssl; empty if neither can be read."""
+    try:
+        import tomllib
+
+        return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    except (ImportError, OSError):
+        try:
+            return metadata.requires("lvssl") or []
+        except metadata.PackageNotFoundError:
+            return []
 
 
 def pip_install(what: str) -> str:
@@ -185,32 +202,43 @@ def check_torch() -> Check:
 
 
 def check_libjpeg_turbo() -> Check:
-    """The library that every JPEG of a .beton is decoded by: it decodes one as Pillow does."""
+    """The library that JPEGs are decoded by: where it was found, and that it decodes one as Pillow does."""
+    from pipelines import turbojpeg
+
+    if turbojpeg.FOUND is None:
+        chosen = os.environ.get(turbojpeg.VARIABLE)
+        failure = f"{turbojpeg.VARIABLE}={chosen} is none that loads" if chosen else "none found that loads"
+        without = (
+            "Pillow decodes JPEGs in its place: the same pixels, more slowly, and less damage is noticed"
+        )
+        mend = "make install" if (ROOT / "tools/install.sh").exists() else apt_install("libturbojpeg0")
+        return Check(
+            "libjpeg-turbo", ABSENT, failure, without, f"unset {turbojpeg.VARIABLE}" if chosen else mend
+        )
     try:
-        found, failure = decoder()
+        failure = wrongly_decoded()
     except Exception as error:
-        found, failure = "", f"{type(error).__name__}: {error}".splitlines()[0]
+        failure = f"{type(error).__name__}: {error}".splitlines()[0]
     if failure:
-        without = "no .beton can be read; a folder of images trains (--source folder), decoded by Pillow"
-        return Check("libjpeg-turbo", REQUIRED, failure, without, apt_install("libturbojpeg0"))
-    return Check("libjpeg-turbo", OK, found)
+        without = "no JPEG is read as it should be"
+        mend = f"export {turbojpeg.VARIABLE}=FILE   # another one, or none for Pillow"
+        return Check("libjpeg-turbo", REQUIRED, f"{turbojpeg.file()} {failure}", without, mend)
+    return Check("libjpeg-turbo", OK, turbojpeg.file())
 
 
-def decoder() -> tuple[str, str]:
-    """(the library's file, why it can't be used or nothing). May raise what loading a library raises."""
+def wrongly_decoded() -> str:
+    """What is wrong with the library, or nothing. May raise what a package that is broken raises."""
     import numpy as np
     from PIL import Image
 
     from pipelines.convert import jpeg
 
-    if jpeg.library() != "libturbojpeg":
-        return "", "no libturbojpeg.so.0 that loads"
     file = io.BytesIO()
     Image.new("RGB", (16, 16), (200, 100, 50)).save(file, "JPEG", quality=95)
     pixels = jpeg.decode(file.getvalue(), jpeg.read_header(file.getvalue()))
     if np.abs(pixels.astype(int) - np.asarray(Image.open(file))).max() > 4:
-        return "", "libturbojpeg.so.0 decodes JPEGs wrongly"
-    return "libturbojpeg.so.0", ""
+        return "decodes JPEGs wrongly"
+    return ""
 
 
 def check_ffcv() -> Check:

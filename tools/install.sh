@@ -1,16 +1,22 @@
 #!/usr/bin/env bash
-# tools/install.sh                 what `make install` does: system libraries where missing, .venv, this
-#                                  package in it. Repeatable; seconds when nothing is to do.
-# tools/install.sh fashion-mnist   the demo's data set from the distribution, if it can be had; never fails.
+# tools/install.sh                    what `make install` does: .venv, this package in it, libturbojpeg.
+#                                     Repeatable; seconds when nothing is to do.
+# tools/install.sh fashion-mnist      the demo's data set from the distribution into data/, if it can be had
+# tools/install.sh turbojpeg          libturbojpeg into .venv, where it isn't found
+# tools/install.sh deb FOLDER NAME... the first of these Debian packages that can be had, as a file in FOLDER
+#
+# Root is needed for python3-venv where that is absent, and for the libraries that the extra ffcv compiles
+# against; for nothing else: Debian packages are downloaded and unpacked, not installed.
 #
 # PYTHON   interpreter behind a new .venv; default: the .venv's own, else the first python3 >= 3.10
-# EXTRAS   extras of pyproject.toml, default ffcv,dev; without ffcv no system library is needed
+# EXTRAS   extras of pyproject.toml, default dev
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+ROOT=$PWD
 LOG=.cache/install.log
 STAMP=.venv/installed
-extras=${EXTRAS:-ffcv,dev}
+extras=${EXTRAS:-dev}
 
 say() { printf '%s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
@@ -85,6 +91,60 @@ install_system() {
     [ -z "$packages" ] || die "still missing after apt-get: $packages (see $LOG)"
 }
 
+# ---- Debian packages as any user: downloaded and unpacked, so that nothing of the system changes
+
+try() { "$@" >>"$ROOT/$LOG" 2>&1 </dev/null; }
+
+download_deb() {  # folder, names: the first of these packages that can be had
+    local folder=$1 own=$ROOT/.cache/apt name
+    shift
+    command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || return 1
+    mkdir -p "$folder" "$own/lists/partial" "$own/cache/archives/partial"
+    local options=(-q -o Acquire::http::Timeout=20 -o "APT::Sandbox::User=$(id -un)")
+    for name in "$@"; do (cd "$folder" && try apt-get "${options[@]}" download "$name") && return; done
+    # The system's lists are absent or out of date, and only root may renew those: so here are others.
+    options+=(-o "Dir::State::Lists=$own/lists" -o "Dir::Cache=$own/cache" -o Debug::NoLocking=1)
+    try apt-get "${options[@]}" update || true
+    for name in "$@"; do (cd "$folder" && try apt-get "${options[@]}" download "$name") && return; done
+    return 1
+}
+
+unpacked() {  # folder, names: the files of the first of these packages that can be had, below the folder
+    local folder=$1
+    shift
+    rm -rf "$folder" "$folder.deb"
+    download_deb "$folder.deb" "$@" && mkdir -p "$folder" &&
+        try dpkg-deb -x "$folder.deb"/*.deb "$folder" && rm -rf "$folder.deb"
+}
+
+turbojpeg() {  # libturbojpeg into .venv, where it isn't found; without it Pillow decodes, more slowly
+    local files=.cache/turbojpeg
+    if .venv/bin/python -c 'from pipelines import turbojpeg as t; raise SystemExit(t.FOUND is None)'; then return; fi
+    # Debian's name, then Ubuntu's.
+    if unpacked "$files" libturbojpeg0 libturbojpeg &&
+        cp -L "$files"/usr/lib/*/libturbojpeg.so.0 .venv/lib/libturbojpeg.so.0.part &&
+        try .venv/bin/python -c 'import ctypes; ctypes.CDLL(".venv/lib/libturbojpeg.so.0.part")'; then
+        mv .venv/lib/libturbojpeg.so.0.part .venv/lib/libturbojpeg.so.0
+        say "libturbojpeg: unpacked into .venv/lib"
+    else
+        say "libturbojpeg can't be had here (see $LOG): Pillow decodes JPEGs in its place, more slowly"
+    fi
+    rm -rf "$files"
+}
+
+fashion_mnist() {  # never fails: without it the demo tries torchvision's download
+    local folder=usr/share/datasets/fashion-mnist files=.cache/fashion-mnist
+    if [ -d "/$folder" ] || [ -d data/fashion-mnist ]; then return; fi
+    mkdir -p .cache data
+    say "Fashion-MNIST: 31 MB, the distribution's package, unpacked into data/"
+    if unpacked "$files" dataset-fashion-mnist && [ -d "$files/$folder" ]; then
+        mv "$files/$folder" data/fashion-mnist
+    else
+        say "it can't be had from here (see $LOG)"
+    fi
+    rm -rf "$files"
+}
+
 # ---- The virtual environment
 
 venv_version() { .venv/bin/python -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null; }
@@ -150,7 +210,11 @@ install() {
     # Two makes at once share one environment: the second waits, then finds nothing to do.
     exec 9>.cache/install.lock
     flock 9
-    if up_to_date; then say ".venv is up to date"; return; fi
+    if up_to_date; then
+        turbojpeg
+        say ".venv is up to date"
+        return
+    fi
     : >"$LOG"
     if [ -f "$STAMP" ]; then  # extras once asked for stay
         extras=$({ echo "$extras"; sed -n 2p "$STAMP"; } | tr , '\n' | sort -u | paste -sd,)
@@ -158,19 +222,14 @@ install() {
     install_system
     make_venv
     install_packages
+    turbojpeg
     say "installed in ${SECONDS} s"
-}
-
-fashion_mnist() {
-    mkdir -p .cache
-    if [ -d /usr/share/datasets/fashion-mnist ] || ! command -v apt-get >/dev/null; then return; fi
-    [ "$(id -u)" = 0 ] || sudo -n true 2>/dev/null || return 0  # not worth a password: the demo can download it
-    { apt -o Acquire::http::Timeout=20 update && apt install --no-install-recommends dataset-fashion-mnist; } \
-        >>"$LOG" 2>&1 </dev/null || true
 }
 
 case ${1:-install} in
     install) install ;;
     fashion-mnist) fashion_mnist ;;
-    *) die "usage: tools/install.sh [fashion-mnist]" ;;
+    turbojpeg) mkdir -p .cache; turbojpeg ;;
+    deb) shift; mkdir -p .cache; download_deb "$@" || die "none of these can be had: ${*:2} (see $LOG)" ;;
+    *) die "usage: tools/install.sh [fashion-mnist | turbojpeg | deb FOLDER NAME...]" ;;
 esac

@@ -1,14 +1,14 @@
 """JPEG: look at the header, check, decode, encode.
 
-libturbojpeg is called directly where it is installed (FFCV needs it anyway): unlike Pillow it reports
-damaged data that a decoder can paint over, such as a flipped byte, and it leaves Python's lock free.
-Without it, Pillow does the work and finds truncation only.
+libturbojpeg is called directly where it is found (`pipelines.turbojpeg`): unlike Pillow it reports damaged
+data that a decoder can paint over, such as a flipped byte, and it leaves Python's lock free. Without it,
+Pillow does the work: the same pixels of whole files and the same bytes where it encodes (its wheels bundle
+libjpeg-turbo; one built with another libjpeg may differ by rounding), but of damage it finds truncation only.
 """
 
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import io
 import threading
 from collections.abc import Sequence
@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from pipelines import turbojpeg
 
 COLOURS = ("RGB", "YCbCr", "grey", "CMYK", "YCCK")  # TJCS_*
 _PIXELS_RGB, _PIXELS_GREY = 0, 6  # TJPF_*
@@ -52,7 +54,8 @@ def read_header(data: bytes) -> JpegHeader:
     """Size, colour space and orientation. Raises DamagedImage if there is no JPEG header to read."""
     turned = _orientation_in(data)
     if _turbo is None:
-        image = open_with_pillow(data)
+        turbojpeg.say_absence()
+        image = open_with_pillow(data, load=False)
         colour = {"RGB": "YCbCr", "L": "grey"}.get(image.mode, image.mode)
         return JpegHeader(image.height, image.width, colour, turned)
     handle = _handle()
@@ -107,12 +110,14 @@ def decode(data: bytes, header: JpegHeader, shortest: tuple[int, int] | None = N
     With `shortest` = (height, width), the decoder may scale by n/8 while it decodes, to no less than that
     size: cheaper than decoding everything when the image is to shrink anyway.
     """
-    if _turbo is None or not header.is_rgb_or_grey:
+    if not header.is_rgb_or_grey:
         return np.asarray(open_with_pillow(data).convert("RGB"))
     eighths = 8
     if shortest is not None:  # only the scales that libjpeg-turbo has vector code for
         enough = [n for n in (1, 2, 4) if np.all(np.greater_equal(_scaled(header, n), shortest))]
         eighths = min(enough, default=8)
+    if _turbo is None:
+        return np.asarray(open_with_pillow(data, shrink=8 // eighths).convert("RGB"))
     return _decompress(data, header, _PIXELS_RGB, eighths)
 
 
@@ -159,11 +164,17 @@ def _exif_orientation(block: bytes) -> int:
         return 1
 
 
-def open_with_pillow(data: bytes) -> Image.Image:
-    """An image of any format, loaded. Raises DamagedImage."""
+def open_with_pillow(data: bytes, shrink: int = 1, load: bool = True) -> Image.Image:
+    """An image of any format, loaded, or its header alone. Raises DamagedImage.
+
+    `shrink` (1, 2, 4 or 8) has the decoder make a JPEG so many times smaller, sides rounded up.
+    """
     try:
         image = Image.open(io.BytesIO(data))
-        image.load()
+        if shrink > 1:  # not rounded: Pillow divides the size by this, and looks for the largest scale below
+            image.draft(None, (image.width / shrink, image.height / shrink))  # type: ignore[arg-type]
+        if load:
+            image.load()
         return image
     except UnidentifiedImageError as error:  # its own message holds an address, different in each run
         raise DamagedImage("not an image file of a known kind") from error
@@ -206,15 +217,9 @@ def _compress(pixels: np.ndarray, quality: int) -> bytes:
 
 
 def _load_turbo() -> Any:
-    for name in ("libturbojpeg.so.0", ctypes.util.find_library("turbojpeg")):
-        try:
-            turbo = ctypes.CDLL(name) if name else None
-        except OSError:
-            continue
-        if turbo is not None:
-            break
-    else:
+    if turbojpeg.FOUND is None:
         return None
+    turbo, _ = turbojpeg.FOUND
     turbo.tjInitDecompress.restype = c_void_p
     turbo.tjDestroy.argtypes = [c_void_p]
     turbo.tjGetErrorStr2.argtypes, turbo.tjGetErrorStr2.restype = [c_void_p], c_char_p

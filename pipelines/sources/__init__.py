@@ -71,7 +71,7 @@ def open_source(path: str | Path, kind: str = "auto", device: str = "cpu") -> So
         from pipelines.sources.folder import FolderSource
 
         return FolderSource(path)
-    from pipelines.sources.ffcv import FFCVSource  # here, because it needs libturbojpeg
+    from pipelines.sources.ffcv import FFCVSource  # here: numba takes a second to load
 
     return FFCVSource(path)
 

@@ -3,7 +3,8 @@
 FFCV's loader ignores the decoder's return code, draws its crops from each thread's own random state,
 compiles for some 12 s in every process and can't resume in mid-epoch. So this file uses FFCV's format and
 leaves its loader alone: one numba function, compiled once and cached on disk, that releases the GIL, checks
-the decoder's verdict, and crops and resizes every view of the decoded image. The package itself isn't needed.
+the decoder's verdict, and crops and resizes every view of the decoded image. The package itself isn't needed,
+and where there is no libturbojpeg, Pillow decodes: the same pixels, more slowly.
 """
 
 from pathlib import Path
@@ -12,7 +13,6 @@ import numpy as np
 
 from pipelines.convert import jpeg
 from pipelines.convert.beton import PAGE_SIZE, BetonFile, open_beton
-from pipelines.errors import InputError
 from pipelines.sources import IN_CACHE, DamagedSample, turbo
 
 
@@ -28,10 +28,6 @@ class FFCVSource:
 
     def __init__(self, path: str | Path):
         """Open and check the file; raises InputError if it is missing, cut short or no beton."""
-        if not turbo.AVAILABLE:
-            raise InputError(
-                "reading a .beton needs libturbojpeg: run `make install` (or apt-get install libturbojpeg0)"
-            )
         self.file: BetonFile = open_beton(Path(path))
         self.labels, self.targets = self.file.labels, self.file.targets
         self.heights = self.file.heights
@@ -50,13 +46,16 @@ class FFCVSource:
     def crops(
         self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: np.ndarray | None = None
     ) -> None:
-        """See `pipelines.sources.Source`. Releases the GIL."""
+        """See `pipelines.sources.Source`. Releases the GIL; with Pillow, while it decodes and crops."""
         file = self.file
-        row, status = turbo.crop_stored(
-            self._data, self._offsets[indices], self._sizes[indices], file.modes[indices],
-            self.heights[indices], self.widths[indices],
-            boxes, np.zeros(boxes.shape[:2], bool) if flips is None else flips, out,
-        )  # fmt: skip
+        flips = np.zeros(boxes.shape[:2], bool) if flips is None else flips
+        if turbo.AVAILABLE:
+            row, status = turbo.crop_stored(
+                self._data, self._offsets[indices], self._sizes[indices], file.modes[indices],
+                self.heights[indices], self.widths[indices], boxes, flips, out,
+            )  # fmt: skip
+        else:
+            row, status = self._crop_with_pillow(indices, boxes, flips, out)
         if status == turbo.WRONG_BOX:
             raise ValueError(f"boxes {boxes[row].tolist()} do not lie within image {indices[row]}")
         if status != turbo.DECODED:
@@ -71,17 +70,39 @@ class FFCVSource:
             return stored.tobytes()
         return stored.reshape(self.heights[index], self.widths[index], 3)
 
+    def _crop_with_pillow(
+        self, indices: np.ndarray, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray
+    ) -> tuple[int, int]:
+        """What `turbo.crop_stored` does and returns."""
+        for row, index in enumerate(indices.tolist()):
+            try:
+                pixels = self._pixels(index)
+            except jpeg.DamagedImage:
+                return row, turbo.DAMAGED
+            if not turbo.crop_pixels(pixels, boxes[row], flips[row], out[row]):
+                return row, turbo.WRONG_BOX
+        return len(indices), turbo.DECODED
+
+    def _pixels(self, index: int) -> np.ndarray:
+        """One image, uint8 [H, W, 3]. Raises DamagedImage."""
+        stored = self.stored(0, index)
+        if isinstance(stored, np.ndarray):
+            return stored
+        header = jpeg.read_header(stored)
+        if (header.height, header.width) != (self.heights[index], self.widths[index]):
+            entry = f"{self.widths[index]} x {self.heights[index]}"
+            raise jpeg.DamagedImage(f"a JPEG of {header.width} x {header.height}, but its entry says {entry}")
+        if header.height * header.width > turbo.PIXELS_A_BYTE * len(stored):
+            size = f"{header.width} x {header.height}"
+            raise jpeg.DamagedImage(f"{len(stored)} bytes are too few for {size} pixels")
+        if not header.is_rgb_or_grey:
+            raise jpeg.DamagedImage(f"its colours are {header.colour}, neither RGB nor grey")
+        return jpeg.decode(stored, header)
+
     def _reason(self, index: int) -> str:
         """What the decoder says of a sample that failed."""
-        stored = self._data[self._offsets[index] :][: self._sizes[index]].tobytes()
         try:
-            header = jpeg.read_header(stored)
-            if (header.height, header.width) != (self.heights[index], self.widths[index]):
-                entry = f"{self.widths[index]} x {self.heights[index]}"
-                return f"a JPEG of {header.width} x {header.height}, but its entry says {entry}"
-            if header.height * header.width > turbo.PIXELS_A_BYTE * len(stored):
-                return f"{len(stored)} bytes are too few for {header.width} x {header.height} pixels"
-            jpeg.decode(stored, header)
+            self._pixels(index)
         except jpeg.DamagedImage as error:
             return str(error)
         return "damaged"

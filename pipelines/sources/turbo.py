@@ -5,13 +5,11 @@ its decompressors for ever, though one that has failed in a header (libjpeg-turb
 file; and it doesn't compare the JPEG's size with the one it was told, so that a wrong entry gives garbage.
 """
 
-import ctypes
-import ctypes.util
-
 import llvmlite.binding
 import numpy as np
 from numba import types
 
+from pipelines import turbojpeg
 from pipelines.compiled import compiled
 from pipelines.resize import resize_crop
 
@@ -19,20 +17,11 @@ _RGB = 0  # TJPF_RGB
 _STOP_AT_500_SCANS = 32768  # TJFLAG_LIMITSCANS: a progressive JPEG of some kilobytes could decode for minutes
 
 
-def _load() -> bool:
-    """Make the library's symbols known to compiled code: by name, not address, so that code can be cached."""
-    for name in ("libturbojpeg.so.0", ctypes.util.find_library("turbojpeg")):
-        try:
-            if name:
-                ctypes.CDLL(name)
-                llvmlite.binding.load_library_permanently(name)
-                return True
-        except (OSError, RuntimeError):
-            continue
-    return False
-
-
-AVAILABLE = _load()
+AVAILABLE = turbojpeg.FOUND is not None
+if (
+    turbojpeg.FOUND is not None
+):  # symbols are known to compiled code by name, not address, so that it can be cached
+    llvmlite.binding.load_library_permanently(turbojpeg.FOUND[1])
 
 _handle = types.uintp
 _init = types.ExternalFunction("tjInitDecompress", _handle())

@@ -1,15 +1,19 @@
 """The format: its types are FFCV's, we read what FFCV writes, and damage to the layout is found."""
 
+import gzip
+
+import make_ffcv_beton as made_by_ffcv
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_images import image_of, pixels
+from made_images import decoded, image_of, pixels
 
 from pipelines.convert import beton as format
 from pipelines.convert.beton import JPEG, RAW, BetonWriter, open_beton
 from pipelines.errors import InputError
 from pipelines.files import written_aside
+from pipelines.sources import open_source
 
 
 def write(path, images, capacity=None):
@@ -26,6 +30,88 @@ def raw_images(count, side=5):
     return [(RAW, side, side, pixels(side, side, i).tobytes(), i % 3) for i in range(count)]
 
 
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """What FFCV's own writer has written, with `python tests/convert/make_ffcv_beton.py`."""
+    path = tmp_path_factory.mktemp("stock") / "stock.beton"
+    path.write_bytes(gzip.decompress(made_by_ffcv.BETON.read_bytes()))
+    return path
+
+
+def test_reads_what_ffcv_has_written(stock):
+    beton = open_beton(stock)
+    expected = [made_by_ffcv.image(i) for i in range(made_by_ffcv.COUNT)]
+    assert beton.heights.tolist() == [image.shape[0] for image in expected]
+    assert beton.widths.tolist() == [image.shape[1] for image in expected]
+    assert beton.labels.tolist() == [7, 6, 5, 4, 3, 2]
+    assert {name: values.tolist() for name, values in beton.targets.items()} == {
+        "weight": [-0.5, -0.25, 0.0, 0.25, 0.5, 0.75]
+    }
+    assert set(beton.modes) == {JPEG, RAW}
+    for i, image in enumerate(expected):
+        if beton.modes[i] == RAW:
+            assert image_of(beton, i) == image.tobytes()
+        else:
+            assert np.abs(decoded(image_of(beton, i)).astype(int) - image).max() < 20
+
+
+def test_every_pixel_that_ffcv_has_written_is_cropped(stock):
+    """Through the source that trains; its compiled decoder and Pillow agree within rounding."""
+    source, beton = open_source(stock), open_beton(stock)
+    for i in range(len(source)):
+        height, width = int(beton.heights[i]), int(beton.widths[i])
+        out = np.empty((1, 1, 16, 16, 3), np.uint8)
+        source.crops(np.array([i]), np.array([[[height - 16, width - 16, 16, 16]]], np.int32), out)
+        stored = image_of(beton, i)
+        raw = beton.modes[i] == RAW
+        image = np.frombuffer(stored, np.uint8).reshape(height, width, 3) if raw else decoded(stored)
+        assert np.abs(out[0, 0].astype(int) - image[-16:, -16:]).max() <= (0 if raw else 1)
+
+
+def test_our_file_is_ffcvs_but_for_where_the_images_lie(stock, tmp_path):
+    """The same images written by us: header, fields, metadata and table, byte for byte.
+
+    FFCV starts the images on a page of their own and fills the last one; we do neither.
+    """
+    theirs = open_beton(stock)
+    path = tmp_path / "ours.beton"
+    with written_aside(path) as file:
+        writer = BetonWriter(file, theirs.count, ["weight"])
+        for i in range(theirs.count):
+            head = (int(theirs.modes[i]), int(theirs.heights[i]), int(theirs.widths[i]))
+            writer.add(*head, image_of(theirs, i), int(theirs.labels[i]), [theirs.targets["weight"][i]])
+        writer.finish()
+
+    def layout(path):
+        data = path.read_bytes()
+        header = np.frombuffer(data, format.HEADER, 1).copy()
+        table = np.frombuffer(data, format.ALLOCATION, offset=int(header["alloc_table_ptr"][0])).copy()
+        fields = data[24 : 24 + 3 * 1041]
+        metadata = np.frombuffer(data, format._metadata_dtype([2, 1, 0]), theirs.count, 24 + 3 * 1041).copy()
+        assert table["ptr"].tolist() == metadata["f0"]["data_ptr"].tolist()
+        header["alloc_table_ptr"] = table["ptr"] = metadata["f0"]["data_ptr"] = 0
+        return header.tobytes(), fields, metadata.tobytes(), table.tobytes()
+
+    assert layout(path) == layout(stock)
+    assert [image_of(open_beton(path), i) for i in range(6)] == [image_of(theirs, i) for i in range(6)]
+
+
+@pytest.mark.ffcv
+def test_the_stored_beton_is_what_ffcv_writes(stock, tmp_path):
+    """But for the JPEGs' own bytes: those are OpenCV's."""
+    pytest.importorskip("ffcv", reason="FFCV is not installed")
+    made_by_ffcv.write(tmp_path / "again.beton")
+    kept, again = open_beton(stock), open_beton(tmp_path / "again.beton")
+    for name in ("modes", "heights", "widths", "labels"):
+        assert np.array_equal(getattr(kept, name), getattr(again, name)), name
+    assert np.array_equal(kept.targets["weight"], again.targets["weight"])
+    front = 24 + 3 * 1041
+    assert (tmp_path / "again.beton").read_bytes()[24:front] == stock.read_bytes()[24:front]
+    for i in np.flatnonzero(kept.modes == RAW):
+        assert image_of(kept, i) == image_of(again, i)
+
+
+@pytest.mark.ffcv
 def test_types_are_those_of_ffcv():
     ffcv_types = pytest.importorskip("ffcv.types", reason="FFCV is not installed")
     from ffcv.fields import BytesField, FloatField, IntField, JSONField, NDArrayField, RGBImageField
@@ -76,6 +162,7 @@ def test_room_for_refused_images_is_left_unused(tmp_path):
     assert beton.count == 4 and image_of(beton, 3) == pixels(5, 5, 3).tobytes()
 
 
+@pytest.mark.ffcv
 def test_reads_what_ffcv_writes(tmp_path):
     """Through FFCV's own fields and allocator, without its worker processes, with fields of other kinds."""
     pytest.importorskip("ffcv", reason="FFCV is not installed")

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from made_images import SHARED, class_folders, decoded, encoded, photos, pixels
 
+from lvssl.demo import fashion_mnist
 from pipelines.convert.jpeg import DamagedImage
 from pipelines.convert.names import Names
 from pipelines.convert.readers import decode_rgb, list_images, open_source
@@ -277,9 +278,9 @@ def test_cifar10_parquet():
 
 
 def test_debians_fashion_mnist():
-    folder = "/usr/share/datasets/fashion-mnist"
+    folder = fashion_mnist()
     if not os.path.isdir(folder):
-        pytest.skip(f"no {folder} (apt install dataset-fashion-mnist)")
+        pytest.skip("no Fashion-MNIST here (tools/install.sh fashion-mnist)")
     source = open_source(folder)
     assert np.bincount(source.labels).tolist() == [6000] * 10 and source.read(0).shape == (28, 28)
     assert source.classes[source.labels[0]] == "Ankle boot"

@@ -72,6 +72,7 @@ def test_every_form_gives_the_same_1000_real_images(tmp_path):
 # ------------------------------------------------------------------------ tables
 
 
+@pytest.mark.ffcv
 def test_regression_targets_reach_ffcv(tmp_path):
     pytest.importorskip("ffcv", reason="FFCV is not installed")
     from ffcv.fields.basics import FloatDecoder, IntDecoder

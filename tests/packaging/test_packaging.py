@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from lvssl import demo
+from pipelines import turbojpeg
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"lvssl", "pipelines", "tools", "slurm", "benchmarks"}
 BIN = Path(sys.executable).parent
@@ -31,7 +34,7 @@ def test_the_wheel_holds_every_tracked_file_of_the_packages_and_nothing_else(tmp
     names = set(zipfile.ZipFile(wheel).namelist())
     inside = {name for name in names if name.split("/")[0] in PACKAGES}
     ours = {name for name in tracked if name.split("/")[0] in PACKAGES and (ROOT / name).exists()}
-    assert inside == ours - {"tools/install.sh", "tools/slurm_cluster.sh"}
+    assert inside == {name for name in ours if not name.endswith(".sh")}
     assert {name.split("/")[0] for name in inside} == PACKAGES
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -74,7 +77,8 @@ def dry_run(target: str, **env: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "target", ["demo", "test", "test-slow", "test-gpu", "study", "bench", "lint", "format"]
+    "target",
+    ["demo", "test", "test-slow", "test-gpu", "test-ffcv", "study", "bench", "bundle", "lint", "format"],
 )
 def test_each_target_does_its_own_set_up_first(target):
     assert "tools/install.sh" in dry_run(target).splitlines()[0]
@@ -86,6 +90,8 @@ def test_what_the_targets_run():
     assert "tools/slurm_cluster.sh run .venv/bin/python -m pytest -q -m slurm" in dry_run("test-slurm")
     assert "mypy" in dry_run("lint") and "ruff format --check" in dry_run("lint")
     assert "EXTRAS='ffcv,dev,bench'" in dry_run("bench")
+    assert "EXTRAS='dev'" in dry_run("test") and "EXTRAS='dev'" in dry_run("install")
+    assert "EXTRAS='ffcv,dev'" in dry_run("test-ffcv") and "pytest -q -m ffcv" in dry_run("test-ffcv")
     assert "PYTHON='python3.12'" in dry_run("install", PYTHON="python3.12")
     assert ".venv" not in dry_run("clean").replace("-path ./.venv -prune", "")
 
@@ -113,33 +119,165 @@ def test_an_interpreter_that_does_not_fit_is_refused_before_anything_is_made(tmp
     assert not (tmp_path / ".venv").exists()
 
 
-def test_without_root_or_sudo_the_command_is_shown(tmp_path):
-    """A machine that lacks pkg-config and the libraries, and a user who is nobody there."""
-    bare = tmp_path / "bin"
-    bare.mkdir()
-    for tool in ("bash", "dirname", "mkdir", "flock", "xargs", "sha256sum", "cut", "sed", "env", "echo"):
-        (bare / tool).symlink_to(shutil.which(tool) or tool)
-    (bare / "apt-get").write_text("#!/bin/sh\nexit 99\n")
-    (bare / "id").write_text("#!/bin/sh\necho 1000\n")
-    (bare / "python3").symlink_to(Path(sys.executable).resolve())
-    for tool in ("apt-get", "id"):
-        (bare / tool).chmod(0o755)
+@pytest.fixture
+def bare(tmp_path):
+    """Runs the installer on a machine without compiler, libraries and root: bare(EXTRAS=...)."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in (
+        "bash",
+        "sh",
+        "dirname",
+        "mkdir",
+        "flock",
+        "xargs",
+        "sha256sum",
+        "cut",
+        "sed",
+        "env",
+        "echo",
+    ):
+        (tools / tool).symlink_to(shutil.which(tool) or tool)
+    script(tools / "apt-get", "exit 99")
+    script(tools / "id", "echo 1000")
+    (tools / "python3").symlink_to(Path(sys.executable).resolve())
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "install.sh").write_bytes((ROOT / "tools" / "install.sh").read_bytes())
     (tmp_path / "pyproject.toml").write_text("")
-    done = subprocess.run(
-        [bare / "bash", "tools/install.sh"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env={"PATH": str(bare), "HOME": str(tmp_path)},
-    )
+
+    def run(**env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [tools / "bash", "tools/install.sh"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            env={"PATH": str(tools), "HOME": str(tmp_path)} | env,
+        )
+
+    return run
+
+
+def script(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_without_root_or_sudo_the_command_is_shown(bare, tmp_path):
+    """For the one extra that compiles, what it compiles against."""
+    done = bare(EXTRAS="dev,ffcv")
     assert done.returncode == 1
     assert "as root: apt-get update && apt-get install -y --no-install-recommends" in done.stderr
     for package in ("g++", "pkg-config", "libturbojpeg0-dev", "libopencv-dev"):
         assert package in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_an_ordinary_installation_asks_for_python3_venv_alone(bare, tmp_path):
+    """Compiler and libraries are as absent as above; the interpreter stands in for Debian's, split in two."""
+    real = Path(sys.executable).resolve()
+    script(tmp_path / "bin/python3", f'case "$*" in *ensurepip*) exit 1;; esac; exec {real} "$@"')
+    done = bare()
+    version = f"python{sys.version_info[0]}.{sys.version_info[1]}-venv"
+    assert done.returncode == 1 and done.stdout == f"system packages: {version}\n"
+    assert done.stderr.endswith(f"apt-get update && apt-get install -y --no-install-recommends {version}\n")
+    script(tmp_path / "bin/python3", f'case "$*" in "-m venv"*) exit 3;; esac; exec {real} "$@"')
+    script(tmp_path / "bin/tail", "")
+    done = bare()
+    assert "system packages" not in done.stdout and "virtual environment: .venv" in done.stdout
+    assert done.stderr.endswith("-m venv failed (see .cache/install.log)\n")
+
+
+# ---- Debian packages without root: apt-get is a script that hands out packages made here, dpkg-deb is real
+
+needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb here")
+
+APT = """
+echo "$*" >>{root}/asked
+case "$*" in
+    *Dir::State::Lists={root}/.cache/apt/lists*" update") touch {root}/lists;;
+    *" download "*) [ -e {root}/lists ] || exit 100
+        for name; do :; done
+        [ -e {root}/$name.deb ] && cp {root}/$name.deb ./${{name}}_1.0.deb;;
+    *) exit 100;;
+esac
+"""
+
+
+def deb(root: Path, name: str, files: dict[str, bytes]) -> None:
+    """{path: content} as a Debian package."""
+    for path, content in files.items():
+        (root / name / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / name / path).write_bytes(content)
+    (root / name / "DEBIAN").mkdir()
+    control = f"Package: {name}\nVersion: 1.0\nArchitecture: all\nMaintainer: x <x@y>\nDescription: x\n"
+    (root / name / "DEBIAN/control").write_text(control)
+    subprocess.run(["dpkg-deb", "-b", root / name, root / f"{name}.deb"], check=True, capture_output=True)
+
+
+@pytest.fixture
+def packages(tmp_path):
+    """Runs the installer where apt-get has no lists, and hands out what deb() has put into the folder."""
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "tools/install.sh").write_bytes((ROOT / "tools/install.sh").read_bytes())
+    script(tmp_path / "bin/apt-get", APT.format(root=tmp_path))
+    script(tmp_path / "bin/sudo", f"touch {tmp_path}/root-was-asked-for; exit 1")
+
+    def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        command = ["bash", "tools/install.sh", *arguments]
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PATH": path} | env
+        )
+        assert not (tmp_path / "root-was-asked-for").exists()
+        return done
+
+    return run
+
+
+@needs_dpkg
+@pytest.mark.skipif(os.path.isdir("/usr/share/datasets/fashion-mnist"), reason="it is installed here")
+def test_fashion_mnist_comes_without_root(packages, tmp_path):
+    done = packages("fashion-mnist")
+    assert done.returncode == 0 and "it can't be had from here" in done.stdout
+    assert not (tmp_path / "data/fashion-mnist").exists()
+    deb(tmp_path, "dataset-fashion-mnist", {"usr/share/datasets/fashion-mnist/x.gz": b"images"})
+    assert packages("fashion-mnist").returncode == 0
+    assert (tmp_path / "data/fashion-mnist/x.gz").read_bytes() == b"images"
+    asked = (tmp_path / "asked").read_text()
+    packages("fashion-mnist")
+    assert (tmp_path / "asked").read_text() == asked, "what is there was asked for again"
+
+
+def test_the_demo_looks_where_the_installer_puts_it(tmp_path, monkeypatch):
+    assert demo.FASHION_MNIST[1] == ROOT / "data/fashion-mnist"
+    folders = (tmp_path / "installed", tmp_path / "unpacked")
+    monkeypatch.setattr(demo, "FASHION_MNIST", folders)
+    assert demo.fashion_mnist() == "torchvision:FashionMNIST"
+    for folder in reversed(folders):
+        folder.mkdir()
+        assert demo.fashion_mnist() == str(folder)
+
+
+@needs_dpkg
+@pytest.mark.skipif(turbojpeg.FOUND is None, reason="libturbojpeg is not installed")
+@pytest.mark.parametrize("name", ["libturbojpeg0", "libturbojpeg"])  # Debian's and Ubuntu's
+def test_libturbojpeg_comes_without_root(packages, tmp_path, name):
+    """Into the environment, where a package of this interpreter finds it."""
+    library = Path(turbojpeg.file()).read_bytes()
+    deb(tmp_path, name, {"usr/lib/some-linux-gnu/libturbojpeg.so.0": library})
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+    (tmp_path / "pipelines").symlink_to(ROOT / "pipelines")
+    absent = {"LVSSL_TURBOJPEG": str(tmp_path / "nowhere"), "PYTHONPATH": ""}
+    done = packages("turbojpeg", **absent)
+    assert done.returncode == 0 and "unpacked into .venv/lib" in done.stdout, done.stdout + done.stderr
+    found = subprocess.run(
+        [tmp_path / ".venv/bin/python", "-c", "from pipelines import turbojpeg as t; print(t.file())"],
+        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert found.stdout == f"{tmp_path}/.venv/lib/libturbojpeg.so.0\n", found.stderr
 
 
 def test_version_and_licence_agree():
