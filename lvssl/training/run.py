@@ -1,6 +1,5 @@
 """A run is a folder: config.json, checkpoints/, metrics.jsonl, and what later stages add."""
 
-import fcntl
 import json
 import platform
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from lvssl.config import PretrainSettings, difference, from_dict, to_dict
 from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
 from pipelines.errors import InputError
+from pipelines.lock import lock
 
 # What may differ when a run is resumed: it changes where and how fast, never what is computed.
 FREE_TO_CHANGE = (
@@ -75,13 +75,11 @@ def alone(folder: Path) -> Iterator[None]:
     """
     with open(folder / LOCK, "ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, folder)
         except BlockingIOError as error:
             raise InputError(
                 f"another process is training in {folder}: wait for its end, or choose another --out"
             ) from error
-        except OSError:  # a file system without locks
-            pass
         yield
 
 
