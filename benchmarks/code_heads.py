@@ -54,7 +54,7 @@ from lvssl.losses.objective import decorrelation
 from lvssl.models.network import projector
 from lvssl.training.run import Run, load_run, versions
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
+from pipelines.files import write_json
 from pipelines.loader import TwoViewLoader
 from pipelines.sources import open_source
 
@@ -195,7 +195,7 @@ def main(arguments: list[str]) -> None:
         pretraining = {"train_epochs": run.settings.epochs, "resolution": run.settings.view.resolution}
         head = {"command": command, "versions": versions(), "protocol": protocol | sizes | pretraining}
         result = head | {"rows": made, "samples_minus_hard": paired(made)}
-        write_atomically(options.json, json.dumps(result, indent=1).encode())
+        write_json(options.json, result)
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -228,7 +228,7 @@ def same_protocol(out: Path, protocol: dict[str, Any]) -> None:
     if kept.exists() and json.loads(kept.read_text()) != protocol:
         raise InputError(f"{out} holds rows of another run or other settings; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(kept, json.dumps(protocol).encode())
+    write_json(kept, protocol, indent=None)
 
 
 @torch.no_grad()
@@ -268,7 +268,7 @@ def measured(options: argparse.Namespace, row: Row, data: Features) -> dict[str,
         if row.name != "features":
             found["correlation"] = code_statistics(pair[0])["mean_absolute_correlation"]
         print(f"{row.file}: {found}", file=sys.stderr, flush=True)
-        write_atomically(kept, json.dumps(dataclasses.asdict(row) | found).encode())
+        write_json(kept, dataclasses.asdict(row) | found, indent=None)
     return json.loads(kept.read_text())
 
 

@@ -9,8 +9,8 @@ from typing import IO
 def lock(file: IO, path: Path) -> None:
     """Lock `file`, open for writing, until it is closed; `path`: what it guards, for the notice.
 
-    Some file systems know no locks, such as Lustre mounted without `flock` and some NFS. There the work goes on
-    unguarded, and one line on stderr says so.
+    Some file systems know no locks, such as Lustre mounted without `flock` and some NFS. There the work
+    goes on unguarded, and one line on stderr says so.
 
     Raises:
         BlockingIOError: another process holds the lock. Nothing else is raised.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import InputError
+from pipelines.files import json_text, write_atomically
 from pipelines.lock import lock
 from slurm.stages import Task
 
@@ -59,14 +60,12 @@ def write_record(out: Path, task: Task, record: Record) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=1))
+    write_text(path, json_text(content, indent=1))
 
 
 def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    write_atomically(path, text.encode())
 
 
 def stands(out: Path, task: Task) -> bool:

@@ -177,7 +177,7 @@ def last_row(metrics: Path) -> dict[str, Any]:
         return {}
     for line in reversed(metrics.read_text().splitlines()[-2:]):
         try:
-            return json.loads(line)
+            return {name: value for name, value in json.loads(line).items() if value is not None}
         except ValueError:  # cut short: it is being written
             continue
     return {}

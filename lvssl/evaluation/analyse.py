@@ -6,7 +6,6 @@ Everything stands beside a control: the deterministic run's scores, its features
 from __future__ import annotations
 
 import io
-import json
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from lvssl.evaluation.shapes import FACTORS, make_shapes, regression_targets
 from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
 from lvssl.training.run import Run, load_run
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
+from pipelines.files import write_atomically, write_json
 from pipelines.loader import TwoViewLoader, evaluation_crops
 from pipelines.parameters import COLUMNS
 from pipelines.sources import Source, open_source
@@ -95,7 +94,7 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
             write_atomically(run.folder / "bits.npz", pictures)
         work.update()
     result["command"] = command(settings)
-    write_atomically(run.folder / "analysis.json", json.dumps(result, indent=1).encode())
+    write_json(run.folder / "analysis.json", result)
     work.update()
     work.close()
     return result

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from lvssl.evaluation.retrieval import retrieval_map, similarity_map
 from lvssl.models.backbone import feature_dim
 from lvssl.training.run import Run, load_run, versions
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
+from pipelines.files import write_atomically, write_json
 from pipelines.sources import Source, open_source
 
 COLUMNS = (
@@ -112,7 +111,7 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
         "command": command(settings),
         "versions": versions(),
     }
-    write_atomically(run.folder / "compression.json", json.dumps(result, indent=1).encode())
+    write_json(run.folder / "compression.json", result)
     write_atomically(run.folder / "compression.csv", as_csv(rows))
     return result
 

@@ -24,7 +24,7 @@ from lvssl.models.backbone import feature_dim
 from lvssl.models.network import LVNet
 from lvssl.training.run import Run, load_run
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
+from pipelines.files import write_atomically, write_json
 from pipelines.loader import evaluation_crops
 from pipelines.sources import Source, open_source
 from pipelines.views import ViewSettings
@@ -91,7 +91,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     }
     names = class_names(settings.test, train)
     write_gallery(run.folder / "gallery.npz", *sets, train, test, run.settings.view, names)
-    write_atomically(run.folder / "evaluation.json", json.dumps(result, indent=2).encode())
+    write_json(run.folder / "evaluation.json", result, indent=2)
     stages.update()
     stages.close()
     return result

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from lvssl.evaluation.pairs import pairs, summary
 from lvssl.training.pretrain import pretrain
 from lvssl.training.run import load_run, versions
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
+from pipelines.files import write_json
 from pipelines.sources import open_source
 
 ROW = "study.json"  # in each run's folder
@@ -96,7 +97,7 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
         "rows": rows,
     }
     settings.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(settings.out / "study.json", json.dumps(result, indent=1).encode())
+    write_json(settings.out / "study.json", result)
     return result
 
 
@@ -163,7 +164,7 @@ def row(settings: StudySettings, chosen: PretrainSettings, lengths: tuple[int, .
         found = json.loads(kept.read_text())
         same = (found.get("checkpoint"), found.get("protocol")) == (run.digest, protocol)
         if same and set(lengths) <= set(found["lengths"]):
-            return found
+            return found | {name: numbers(found[name]) for name in ("measures", "controls")}
     how = AnalyseSettings(chosen.out, test=settings.test, ood=settings.ood, images=settings.images)
     found = {
         "arm": chosen.out.name.removeprefix(start_of(settings)).rpartition("-s")[0],
@@ -173,8 +174,15 @@ def row(settings: StudySettings, chosen: PretrainSettings, lengths: tuple[int, .
         "protocol": protocol,
         "lengths": lengths,
     } | measured(run, open_source(settings.train), open_source(settings.test), lengths, how)
-    write_atomically(kept, json.dumps(found, indent=1).encode())
+    write_json(kept, found)
     return found
+
+
+def numbers(measures: Any) -> Any:
+    """Measures as they were before they were written: null stands for what isn't a number."""
+    if isinstance(measures, dict):
+        return {name: numbers(value) for name, value in measures.items()}
+    return math.nan if measures is None else measures
 
 
 def command(settings: StudySettings) -> str:

@@ -16,6 +16,7 @@ from lvssl.config import PretrainSettings, difference, from_dict, to_dict
 from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
 from pipelines.errors import InputError
+from pipelines.files import is_aside, write_json
 from pipelines.lock import lock
 
 # What may differ when a run is resumed: it changes where and how fast, never what is computed.
@@ -56,14 +57,15 @@ def create_run(settings: PretrainSettings, classes: int, resume: bool) -> None:
         raise InputError(f"{settings.out} exists and is no run: choose another --out")
     settings.out.mkdir(parents=True, exist_ok=True)
     content = {"settings": to_dict(settings), "classes": classes, "versions": versions()}
-    checkpoint.write_atomically(config, json.dumps(content, indent=2).encode())
+    write_json(config, content, indent=2)
 
 
 def vacant(folder: Path) -> bool:
     """Whether a run can begin there: there is nothing, or no more than a run killed at its birth leaves."""
     if not folder.is_dir():
         return not folder.exists()
-    return all(path.is_dir() or path.name in (LOCK, ".config.json.partial") for path in folder.rglob("*"))
+    config = folder / "config.json"
+    return all(p.is_dir() or p.name == LOCK or is_aside(p.name, config) for p in folder.rglob("*"))
 
 
 @contextmanager

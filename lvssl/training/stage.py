@@ -20,7 +20,7 @@ from lvssl.training.distributed import World, from_first, world_of
 from lvssl.training.labels import Labelled, beside, check_pair, open_labelled
 from lvssl.training.run import Run, load_run, pick_device, versions
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
+from pipelines.files import write_json
 
 Settings = TypeVar("Settings", bound=StageSettings)
 
@@ -73,7 +73,7 @@ class Stage(Generic[Settings]):
             raise InputError(f"{folder} exists and is no stage's folder: choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
         content = {"settings": wanted, "checkpoint": self.run.digest}
-        write_atomically(mark, json.dumps(content, indent=2).encode())
+        write_json(mark, content, indent=2)
 
     def finish(
         self, sets: tuple[Labelled, Labelled], results: dict[str, dict[str, Any]], **more: Any
@@ -101,7 +101,7 @@ class Stage(Generic[Settings]):
         }
         if self.world.first:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path, json.dumps(content, indent=2).encode())
+            write_json(self.path, content, indent=2)
         return replace(self, done=content)
 
 
