@@ -20,6 +20,13 @@ LR_RULES = ("given", "linear", "sqrt")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ORDERS = ("random", "quasi-random", "sequential")  # pipelines.order's, which would load numba for them
 ON_ERROR = ("raise", "skip")
+# Settings that say where and how fast, never what is computed: a run that is resumed, a stage that is called
+# again and a chain that is launched again may have others, and find their results.
+FREE_TO_CHANGE = (
+    "run", "out", "again", "resume", "preset", "source", "workers", "threads", "device", "augmentation",
+    "checkpoint_minutes", "log_every", "channels_last", "compile", "recompute", "keep", "non_finite_steps",
+    "timeout_minutes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -423,11 +430,27 @@ def from_dict(kind: Any, values: dict[str, Any], where: str = "config") -> Any:
     return kind(**made)
 
 
+def beyond_defaults(settings: Any, ignore: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What differs from the defaults of the settings' class, as JSON values by name, groups flattened.
+
+    What identifies settings is made of these alone, so that a setting that a later version adds, with a
+    default that leaves things as they are, changes the identity of none that exist.
+    """
+    found: dict[str, Any] = {}
+    for each in dataclasses.fields(settings):
+        value = getattr(settings, each.name)
+        if dataclasses.is_dataclass(value):
+            found |= beyond_defaults(value, ignore)
+        elif each.name not in ignore and value != each.default:
+            found[each.name] = json.loads(json.dumps(value, default=str))
+    return found
+
+
 def difference(a: Any, b: Any, ignore: tuple[str, ...] = ()) -> str | None:
-    """The first setting that differs, as "name: x -> y", or None."""
+    """The first setting that differs, as "name: x -> y", or None. `ignore`: names without their groups'."""
     flat_a, flat_b = _flat(to_dict(a)), _flat(to_dict(b))
     for name in flat_a:
-        if name not in ignore and flat_a[name] != flat_b.get(name):
+        if name.rpartition(".")[2] not in ignore and flat_a[name] != flat_b.get(name):
             return f"{name}: {flat_a[name]} -> {flat_b.get(name)}"
     return None
 

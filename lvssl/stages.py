@@ -10,24 +10,11 @@ from typing import Any, TypeVar
 from tyro import MISSING
 from tyro.conf import Positional
 
-from lvssl.config import ON_ERROR, choice, require
+from lvssl.config import FREE_TO_CHANGE, ON_ERROR, choice, require
 from pipelines.sources import SOURCES
 
 REPRESENTATIONS = ("features", "latent", "code")
 PROBES = ("auto", "sgd", "logistic", "ridge")
-# What may differ when a stage is called again: it changes where and how fast, never what is computed.
-FREE_TO_CHANGE = (
-    "run",
-    "out",
-    "again",
-    "source",
-    "workers",
-    "threads",
-    "device",
-    "checkpoint_minutes",
-    "log_every",
-    "preset",
-)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lvssl.codes.file import CodeFile, open_codes, open_means, require_checkpoin
 from lvssl.codes.pack import pack_bits
 from lvssl.codes.search import hamming_search, rerank, staged_search
 from lvssl.codes.writer import CodeWriter
-from lvssl.config import to_dict
+from lvssl.config import beyond_defaults
 from lvssl.evaluation.embedding import device_of
 from lvssl.training.run import Run, load_run
 from pipelines.augment.cpu import statistics
@@ -294,7 +294,7 @@ def names_of(source: Source, path: Path) -> list[str]:
 def identity(run: Run, settings: EncodeSettings, names: list[str]) -> str:
     """Another one wherever the same position may mean another code."""
     digest = hashlib.sha256()
-    view = to_dict(run.settings.view)
+    view = beyond_defaults(run.settings.view)
     stat = settings.images.stat()
     file = [stat.st_size, stat.st_mtime_ns] if settings.images.is_file() else None
     told = [str(settings.images.resolve()), view, settings.skip_damaged, file]

@@ -12,19 +12,12 @@ import torch
 import torchvision
 
 import lvssl
-from lvssl.config import PretrainSettings, difference, from_dict, to_dict
+from lvssl.config import FREE_TO_CHANGE, PretrainSettings, difference, from_dict, to_dict
 from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
 from pipelines.errors import InputError
 from pipelines.files import is_aside, write_json
 from pipelines.lock import lock
-
-# What may differ when a run is resumed: it changes where and how fast, never what is computed.
-FREE_TO_CHANGE = (
-    "out", "data", "source", "workers", "threads", "device", "augmentation", "checkpoint_minutes",
-    "log_every", "preset", "engine.channels_last", "engine.compile", "engine.recompute", "engine.keep",
-    "engine.non_finite_steps", "engine.timeout_minutes",
-)  # fmt: skip
 
 LOCK = ".lock"
 
@@ -42,10 +35,8 @@ def create_run(settings: PretrainSettings, classes: int, resume: bool) -> None:
         stored, stored_classes = read_config(settings.out)
         # Plain SimCLR has no bits to decorrelate, and no deterministic family a second path: such runs are
         # the controls of any of these weights.
-        unread = {"none": ("latent.decorrelation", "latent.clean"), "sign": ("latent.clean",)}.get(
-            settings.latent.family, ()
-        )
-        changed = difference(stored, settings, FREE_TO_CHANGE + unread)
+        unread = {"none": ("decorrelation", "clean"), "sign": ("clean",)}.get(settings.latent.family, ())
+        changed = difference(stored, settings, (*FREE_TO_CHANGE, "data", *unread))
         if changed is None and stored_classes != classes:
             changed = f"classes: {stored_classes} -> {classes}"
         if changed:

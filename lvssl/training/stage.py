@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from lvssl.config import FREE_TO_CHANGE
 from lvssl.stages import StageSettings, command, identity
 from lvssl.training.distributed import World, from_first, world_of
 from lvssl.training.labels import Labelled, beside, check_pair, open_labelled
@@ -61,7 +62,7 @@ class Stage(Generic[Settings]):
         mark = folder / "stage.json"
         wanted = identity(self.settings)
         if mark.exists():
-            changed = changes(json.loads(mark.read_text()), wanted, self.run.digest)
+            changed = changes(json.loads(mark.read_text()), self.settings, self.run.digest)
             if not changed:
                 return
             if not self.settings.again:
@@ -136,7 +137,7 @@ def finished(path: Path, settings: StageSettings, digest: str) -> dict[str, Any]
         result = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path}: not a result ({error}); remove it") from error
-    changed = changes(result, identity(settings), digest)
+    changed = changes(result, settings, digest)
     if not changed:
         return result
     if not settings.again:
@@ -146,11 +147,15 @@ def finished(path: Path, settings: StageSettings, digest: str) -> dict[str, Any]
     return None
 
 
-def changes(result: dict[str, Any], wanted: dict[str, Any], digest: str) -> str:
-    """The first difference between a result's origin and what is wanted, in words; empty if there is none."""
+def changes(result: dict[str, Any], settings: StageSettings, digest: str) -> str:
+    """The first difference between a result's origin and what is wanted, in words; empty if there is none.
+
+    A setting that the result's version didn't know yet had its default.
+    """
     if result.get("checkpoint") != digest:
         return f"checkpoint: {str(result.get('checkpoint'))[:12]} -> {digest[:12]}"
-    had = result.get("settings", {})
+    wanted, defaults = identity(settings), identity(type(settings)(settings.run))
+    had = defaults | {k: v for k, v in result.get("settings", {}).items() if k not in FREE_TO_CHANGE}
     for name in {**had, **wanted}:
         if had.get(name) != wanted.get(name):
             return f"{name}: {had.get(name)} -> {wanted.get(name)}"

@@ -73,6 +73,18 @@ def test_a_finished_stage_prints_its_result_and_others_are_refused(run, capsys):
     )
 
 
+def test_a_result_of_a_version_with_fewer_or_other_free_settings_stands(run):
+    done = knn(KnnSettings(run, k=5)).done
+    path = run / "knn.json"
+    older = json.loads(path.read_text())
+    del older["settings"]["temperature"], older["settings"]["on_error"]
+    older["settings"]["workers"] = 9
+    path.write_text(json.dumps(older))
+    assert knn(KnnSettings(run, k=5)).done == older and done["results"] == older["results"]
+    with pytest.raises(InputError, match="temperature: 0.0 -> 0.5"):
+        knn(KnnSettings(run, k=5, temperature=0.5))
+
+
 def test_the_published_protocol_leaves_the_encoder_alone_and_learns(run):
     settings = LinearSettings(run, probe="sgd", epochs=12, lr=0.5)
     encoder = load_run(run).network.state_dict()
