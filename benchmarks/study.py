@@ -1,7 +1,7 @@
 """The study on real images, both data sets, as its tables stand in docs/.
 
     python -m benchmarks.study --cifar10 cifar10-jpeg     all arms and seeds: under 2 hours on two cores
-    python -m benchmarks.study --shard 0/2 --threads 1    half of the runs; beside it 1/2; then collect
+    python -m benchmarks.study --shard 1/2 --threads 1    half of the runs; beside it 2/2; then collect
 
 Five arms of the same settings, steps, order and augmentation, over three seeds, with the settings of the
 presets `fashion-mnist` and `cifar10-small`, 10,000 training images each:

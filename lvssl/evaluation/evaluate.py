@@ -22,6 +22,7 @@ from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.uncertainty import r_auroc, risk_coverage_area
 from lvssl.models.backbone import feature_dim
 from lvssl.models.network import LVNet
+from lvssl.training.labels import beside
 from lvssl.training.run import Run, load_run
 from pipelines.errors import InputError
 from pipelines.files import write_atomically, write_json
@@ -101,15 +102,9 @@ def with_defaults(settings: EvaluateSettings, run: Run) -> EvaluateSettings:
     """The test set and the control that lie where one would look for them."""
     test, control = settings.test, settings.control
     if test is None:
-        data = run.settings.data
-        candidates = [
-            data.with_name(data.name.replace("train", name)) for name in ("test", "val", "validation")
-        ]
-        test = next((path for path in candidates if path != data and path.is_file()), None)
-        if test is None:
-            raise InputError(f"no test images beside {data}: name them with --test")
-    beside = run.folder.resolve().parent / "control"
-    if control is None and beside != run.folder.resolve() and (beside / "config.json").is_file():
+        test = beside(run.settings.data)
+    neighbour = run.folder.resolve().parent / "control"
+    if control is None and neighbour != run.folder.resolve() and (neighbour / "config.json").is_file():
         control = run.folder.parent / "control"
     return replace(settings, test=test, control=control)
 

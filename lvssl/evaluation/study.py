@@ -61,7 +61,7 @@ class StudySettings:
     ood: tuple[Path, ...] = field(default=())
     """Betons of other data, as for `lvssl analyse`; noise, textures and digits are always taken."""
     shard: str = ""
-    """K/N: train and measure every N-th run only, from the K-th (0-based), for an array job; then run once
+    """K/N: train and measure every N-th run only, from the K-th of 1 to N, for an array job; then run once
     without it to collect."""
 
 
@@ -102,13 +102,13 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
 
 
 def shard(text: str) -> tuple[int, int]:
-    """(K, N) of "K/N"; (0, 1) of "". InputError for anything else."""
+    """(K - 1, N) of "K/N", 1 <= K <= N; (0, 1) of "". InputError for anything else."""
     if not text:
         return 0, 1
     k, slash, n = text.partition("/")
-    if not (slash and k.isdigit() and n.isdigit() and int(k) < int(n)):
-        raise InputError(f"--shard must be K/N with 0 <= K < N, got {text!r}")
-    return int(k), int(n)
+    if not (slash and k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
+        raise InputError(f"--shard must be K/N with 1 <= K <= N, such as 1/8 to 8/8, got {text!r}")
+    return int(k) - 1, int(n)
 
 
 def plan(settings: StudySettings, arm: str, seed: int) -> PretrainSettings:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -23,6 +23,11 @@ from lvssl.training.run import Run, load_run, pick_device, versions
 from pipelines.errors import InputError
 from pipelines.files import write_json
 
+# What a stage leaves in its folder, and in the folders of its trainings there.
+OWN = (
+    "stage.json", "result.json", "trials.json", "metrics.jsonl", "checkpoints/step-*.pt",
+    "tensorboard/events.out.tfevents.*",
+)  # fmt: skip
 Settings = TypeVar("Settings", bound=StageSettings)
 
 
@@ -69,7 +74,7 @@ class Stage(Generic[Settings]):
                 raise InputError(
                     f"{folder} holds other work ({changed}): --again begins anew, --out elsewhere"
                 )
-            shutil.rmtree(folder)
+            remove_work(folder)
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} exists and is no stage's folder: choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,6 +109,17 @@ class Stage(Generic[Settings]):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, content, indent=2)
         return replace(self, done=content)
+
+
+def remove_work(folder: Path) -> None:
+    """Remove what stages leave in a folder of theirs, and nothing that somebody has put beside it."""
+    for part in (folder / "final", *folder.glob("trial-*"), folder):
+        for pattern in OWN:
+            for path in part.glob(pattern):
+                path.unlink()
+        for emptied in (part / "checkpoints", part / "tensorboard", part):
+            with suppress(OSError):  # there is more in it, or there is none
+                emptied.rmdir()
 
 
 def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
