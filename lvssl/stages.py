@@ -28,9 +28,10 @@ class StageSettings:
     source: str = "auto"
     """What reads both: auto (ffcv for a .beton, else folder), ffcv, folder (files, tars or a table, never
     converted), dali (decoded and cropped by NVIDIA DALI)."""
-    on_error: str = "raise"
-    """An image that can't be decoded: raise (stop and name it), or skip. In a training step the next good one
-    takes its place; in an evaluation it is left out, and the figures' count says so."""
+    on_error: str | None = None
+    """An image that can't be decoded: raise (stop and name it), or skip; left out: as in the pretraining.
+    In a training step the next good one takes its place; in an evaluation it is left out, and the figures'
+    count says so."""
     target: str = ""
     """Regress this float target of the set (`all`: every one) instead of telling classes apart."""
     out: Path | None = None
@@ -47,7 +48,7 @@ class StageSettings:
     def validate(self) -> None:
         """Raise InputError naming the first impossible value. Touches no file."""
         choice("source", self.source, SOURCES)
-        choice("on_error", self.on_error, ON_ERROR)
+        choice("on_error", self.on_error or "raise", ON_ERROR)
         require(self.workers >= 1, "workers", self.workers, "at least 1")
         require(self.threads >= 0, "threads", self.threads, "at least 0")
 

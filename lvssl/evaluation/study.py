@@ -54,6 +54,8 @@ class StudySettings:
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 0
     """Of each run; 0: the preset's."""
+    on_error: str = "raise"
+    """An image that can't be decoded, in training and measuring: raise, or skip."""
     threads: int = 0
     """Threads of torch on a CPU; 0: all cores."""
     images: int = 2000
@@ -121,6 +123,7 @@ def plan(settings: StudySettings, arm: str, seed: int) -> PretrainSettings:
         out=(settings.runs or settings.out) / f"{start_of(settings)}{name}-s{seed}",
         seed=seed,
         threads=settings.threads,
+        on_error=settings.on_error,
         epochs=settings.epochs or base.epochs,
         latent=dataclasses.replace(base.latent, **latent_values(arm, changes)),
     )
@@ -193,5 +196,5 @@ def command(settings: StudySettings) -> str:
         if value in (setting.default, ()):
             continue
         values = value if isinstance(value, tuple) else (value,)
-        parts += [f"--{setting.name}", *map(str, values)]
+        parts += [f"--{setting.name.replace('_', '-')}", *map(str, values)]
     return shlex.join(parts)

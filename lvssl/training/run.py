@@ -12,7 +12,7 @@ import torch
 import torchvision
 
 import lvssl
-from lvssl.config import FREE_TO_CHANGE, PretrainSettings, difference, from_dict, to_dict
+from lvssl.config import FREE_TO_CHANGE, ON_ERROR, PretrainSettings, choice, difference, from_dict, to_dict
 from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
 from pipelines.errors import InputError
@@ -125,6 +125,12 @@ class Run:
     network: LVNet  # the weights' moving average, if there is one; in eval mode, on a GPU where there is one
     step: int
     digest: str  # of its checkpoint
+
+    def on_error(self, given: str | None) -> str:
+        """What a damaged image does, raise or skip: as given, or else as in the pretraining."""
+        chosen = given or self.settings.on_error
+        choice("on_error", chosen, ON_ERROR)
+        return chosen
 
 
 def load_run(folder: Path) -> Run:

@@ -47,7 +47,7 @@ class Stage(Generic[Settings]):
         """Training and test set. Raises InputError if they don't match."""
         settings = self.settings
         assert settings.train is not None and settings.test is not None
-        given = settings.target, settings.source, settings.on_error, self.device.type
+        given = settings.target, settings.source, self.run.on_error(settings.on_error), self.device.type
         train, test = (open_labelled(path, *given) for path in (settings.train, settings.test))
         check_pair(train, test)
         return train, test
@@ -134,7 +134,12 @@ def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
     device = pick_device(settings.device, world.local_rank)
     run = load_run(settings.run)
     train = settings.train or run.settings.data
-    settings = replace(settings, train=train, test=settings.test or beside(train))
+    settings = replace(
+        settings,
+        train=train,
+        test=settings.test or beside(train),
+        on_error=run.on_error(settings.on_error),
+    )
     path = settings.out or settings.run / result
     if path.suffix != ".json":
         path = path / "result.json"

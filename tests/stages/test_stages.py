@@ -259,7 +259,12 @@ def test_work_under_other_settings_is_not_gone_on_with(run, monkeypatch):
         finetune(other)
     assert finetune(dataclasses.replace(other, again=True)).done["steps"] == 3
     begun = run / "finetune-0.1"
-    kept = [begun / "thesis.tex", begun / "final" / "plot.png", begun / "checkpoints" / "mine.pt", begun / "a/b"]
+    kept = [
+        begun / "thesis.tex",
+        begun / "final" / "plot.png",
+        begun / "checkpoints" / "mine.pt",
+        begun / "a/b",
+    ]
     for path in kept:
         path.parent.mkdir(exist_ok=True)
         path.touch()
