@@ -37,6 +37,8 @@ class ModelSettings:
     """Width of the projector's hidden layer."""
     projection: int = 128
     """Length of the vectors that NT-Xent compares."""
+    projector_norm: bool = False
+    """Batch normalisation of the projector's output too, scaled and not shifted, as in SimCLR's own code."""
 
 
 @dataclass(frozen=True)
@@ -376,26 +378,36 @@ PRESETS: dict[str, PretrainSettings] = {
 PRESETS["cifar10-r18"] = dataclasses.replace(
     PRESETS["cifar10-small"], epochs=200, model=ModelSettings(backbone="resnet18", hidden=512)
 )
-PRESETS["cifar10-r50"] = dataclasses.replace(
+PRESETS["folder-r50"] = PretrainSettings()  # 224 px, the published augmentation
+
+# A paper's recipe, named after the family that it trains: SimCLR's own has no latent, the other has one.
+SIMCLR_MODEL = ModelSettings(backbone="resnet50", hidden=2048, projection=128, projector_norm=True)
+PRESETS["simclr-cifar10-r50"] = dataclasses.replace(
     PRESETS["cifar10-r18"],
     epochs=1000,
     batch_size=1024,
     temperature=0.5,  # the best of 0.1, 0.5 and 1 at all batch sizes
-    model=ModelSettings(hidden=2048),
+    model=SIMCLR_MODEL,
+    latent=LatentSettings(family="none"),
     optimiser=OptimiserSettings(
         optimiser="lars", lr=1.0, lr_rule="linear", weight_decay=1e-6, warmup_epochs=10
     ),
     view=dataclasses.replace(PRESETS["cifar10-r18"].view, scale=(0.08, 1.0)),
 )
-PRESETS["folder-r50"] = PretrainSettings()  # 224 px, the published augmentation
 for epochs in (100, 200, 800):
-    PRESETS[f"imagenet-r50-{epochs}ep"] = PretrainSettings(
+    PRESETS[f"simclr-imagenet-r50-{epochs}ep"] = PretrainSettings(
         epochs=epochs,
         batch_size=4096,  # 512 a GPU on eight; --chunk fits it on fewer
+        model=SIMCLR_MODEL,
+        latent=LatentSettings(family="none"),
         optimiser=OptimiserSettings(  # AdamW's and SGD's steps don't survive batches of thousands
             optimiser="lars", lr=0.3, lr_rule="linear", weight_decay=1e-6, warmup_epochs=10
         ),
         workers=12,
+    )
+for name in [name for name in PRESETS if name.startswith("simclr-")]:
+    PRESETS[name.replace("simclr-", "bernoulli-")] = dataclasses.replace(
+        PRESETS[name], latent=LatentSettings(family="bernoulli")
     )
 PRESETS = {name: dataclasses.replace(settings, preset=name) for name, settings in PRESETS.items()}
 
