@@ -47,6 +47,7 @@ from lvssl.cli import guarded
 from lvssl.codes.controls import fit_itq, fit_lsh, fit_pca, fit_sign, principal_directions
 from lvssl.codes.pack import unpack_bits
 from lvssl.codes.statistics import code_statistics
+from lvssl.config import ModelSettings
 from lvssl.evaluation.embedding import device_of, embed
 from lvssl.latents.bernoulli import Bernoulli
 from lvssl.losses.ntxent import ntxent
@@ -280,7 +281,7 @@ def head_bits(row: Row, data: Features, options: argparse.Namespace) -> tuple[np
     started(layer.weight, row.start, data)
     normalised = nn.BatchNorm1d(width, affine=False)
     head = nn.Sequential(normalised, layer, nn.BatchNorm1d(options.bits, affine=False))
-    project = projector(options.bits, 256, 128)
+    project = projector(options.bits, ModelSettings(hidden=256, projection=128))
     parameters = [*head.parameters(), *project.parameters()]
     order = np.random.default_rng(row.seed).permutation(len(data.views))
     optimiser = torch.optim.AdamW(parameters, lr=options.rate, weight_decay=1e-4)

@@ -1,6 +1,5 @@
 """What is asked of Slurm and told to it, through its commands."""
 
-import getpass
 import os
 import re
 import shutil
@@ -88,7 +87,7 @@ def states(jobs: set[str]) -> dict[str, tuple[str, str]]:
         raise UnknownQueue(f"{unknown}: no Slurm here (squeue not found)")
     try:
         lines = ask(
-            "squeue", "-h", "-r", "-a", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T|%r"
+            "squeue", "-h", "-r", "-a", "-t", "all", "-u", str(os.getuid()), "-o", "%i|%T|%r"
         ).splitlines()
     except InputError as error:
         raise UnknownQueue(f"{unknown}: {error}") from error

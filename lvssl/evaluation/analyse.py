@@ -308,7 +308,7 @@ def known_factors(run: Run, sets: Sets, settings: AnalyseSettings) -> dict[str, 
 
 
 def augmented(
-    run: Run, source: Source, count: int, seed: int, on_error: str
+    run: Run, source: Source, count: int, seed: int, on_error: str = "raise"
 ) -> tuple[Reading, dict[str, np.ndarray]]:
     """`count` augmented views, read, and their parameters as regression targets."""
     batch_size = min(250, len(source))

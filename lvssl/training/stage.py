@@ -171,11 +171,11 @@ def finished(path: Path, settings: StageSettings, digest: str) -> dict[str, Any]
 def changes(result: dict[str, Any], settings: StageSettings, digest: str) -> str:
     """The first difference between a result's origin and what is wanted, in words; empty if there is none.
 
-    A setting that the result's version didn't know yet had its default.
+    A setting that the result's version didn't know yet had its default; a damaged image raised.
     """
     if result.get("checkpoint") != digest:
         return f"checkpoint: {str(result.get('checkpoint'))[:12]} -> {digest[:12]}"
-    wanted, defaults = identity(settings), identity(type(settings)(settings.run))
+    wanted, defaults = identity(settings), identity(type(settings)(settings.run, on_error="raise"))
     had = defaults | {k: v for k, v in result.get("settings", {}).items() if k not in FREE_TO_CHANGE}
     for name in {**had, **wanted}:
         if had.get(name) != wanted.get(name):
