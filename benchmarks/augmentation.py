@@ -25,7 +25,6 @@ Figures are in docs/augmentation.md.
 
 import argparse
 import importlib
-import json
 import multiprocessing
 import os
 import statistics
@@ -45,7 +44,7 @@ from lvssl.cli import guarded
 from lvssl.training.run import versions
 from pipelines import parameters as columns
 from pipelines.augment import augment, cpu, reference
-from pipelines.files import write_atomically
+from pipelines.files import write_json
 from pipelines.parameters import P, draw_parameters
 from pipelines.resize import resize_crop
 from pipelines.views import ViewSettings
@@ -87,7 +86,7 @@ def main(arguments: list[str]) -> None:
     show(result)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.json, json.dumps(result, indent=1).encode())
+        write_json(options.json, result)
 
 
 def processor() -> str:

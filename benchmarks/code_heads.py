@@ -47,6 +47,7 @@ from lvssl.cli import guarded
 from lvssl.codes.controls import fit_itq, fit_lsh, fit_pca, fit_sign, principal_directions
 from lvssl.codes.pack import unpack_bits
 from lvssl.codes.statistics import code_statistics
+from lvssl.config import ModelSettings
 from lvssl.evaluation.embedding import device_of, embed
 from lvssl.latents.bernoulli import Bernoulli
 from lvssl.losses.ntxent import ntxent
@@ -54,7 +55,7 @@ from lvssl.losses.objective import decorrelation
 from lvssl.models.network import projector
 from lvssl.training.run import Run, load_run, versions
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
+from pipelines.files import write_json
 from pipelines.loader import TwoViewLoader
 from pipelines.sources import open_source
 
@@ -195,7 +196,7 @@ def main(arguments: list[str]) -> None:
         pretraining = {"train_epochs": run.settings.epochs, "resolution": run.settings.view.resolution}
         head = {"command": command, "versions": versions(), "protocol": protocol | sizes | pretraining}
         result = head | {"rows": made, "samples_minus_hard": paired(made)}
-        write_atomically(options.json, json.dumps(result, indent=1).encode())
+        write_json(options.json, result)
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -228,7 +229,7 @@ def same_protocol(out: Path, protocol: dict[str, Any]) -> None:
     if kept.exists() and json.loads(kept.read_text()) != protocol:
         raise InputError(f"{out} holds rows of another run or other settings; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(kept, json.dumps(protocol).encode())
+    write_json(kept, protocol, indent=None)
 
 
 @torch.no_grad()
@@ -268,7 +269,7 @@ def measured(options: argparse.Namespace, row: Row, data: Features) -> dict[str,
         if row.name != "features":
             found["correlation"] = code_statistics(pair[0])["mean_absolute_correlation"]
         print(f"{row.file}: {found}", file=sys.stderr, flush=True)
-        write_atomically(kept, json.dumps(dataclasses.asdict(row) | found).encode())
+        write_json(kept, dataclasses.asdict(row) | found, indent=None)
     return json.loads(kept.read_text())
 
 
@@ -280,7 +281,7 @@ def head_bits(row: Row, data: Features, options: argparse.Namespace) -> tuple[np
     started(layer.weight, row.start, data)
     normalised = nn.BatchNorm1d(width, affine=False)
     head = nn.Sequential(normalised, layer, nn.BatchNorm1d(options.bits, affine=False))
-    project = projector(options.bits, 256, 128)
+    project = projector(options.bits, ModelSettings(hidden=256, projection=128))
     parameters = [*head.parameters(), *project.parameters()]
     order = np.random.default_rng(row.seed).permutation(len(data.views))
     optimiser = torch.optim.AdamW(parameters, lr=options.rate, weight_decay=1e-4)

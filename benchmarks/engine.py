@@ -45,7 +45,7 @@ from lvssl.training.prepare import autocast, prepared
 from lvssl.training.run import pick_device, versions
 from lvssl.training.stopping import Stop
 from lvssl.training.trainer import Trainer
-from pipelines.files import write_atomically
+from pipelines.files import write_json
 from pipelines.loader import TwoViewLoader, ViewBatch
 
 CLASSES, LOG_EVERY = 10, 10
@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
         if part in options.part:
             result[part] = on_ranks(part, settings, options)
     if options.json:
-        write_atomically(options.json, json.dumps(result, indent=1).encode())
+        write_json(options.json, result)
     return 0
 
 

@@ -46,7 +46,7 @@ from lvssl.training.run import load_run, versions
 from pipelines.convert.conversion import Settings as ConvertSettings
 from pipelines.convert.conversion import convert
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
+from pipelines.files import write_json
 from pipelines.sources import open_source
 
 DATA = {
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         command = "python -m benchmarks.latents " + " ".join(arguments)
         result = {"command": command, "versions": versions(), "data": sets}
-        write_atomically(options.json, json.dumps(result, indent=1).encode())
+        write_json(options.json, result)
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -144,7 +144,7 @@ def figures(options: argparse.Namespace, job: Job) -> dict[str, Any]:
         row["codes"][bits] = {name: accuracies(pair, *labels) for name, pair in made.items()}
     if job.bits:
         row["rate_bits"] = sets[1].rate_bits
-    write_atomically(kept, json.dumps(row, indent=1).encode())
+    write_json(kept, row)
     return row
 
 

@@ -24,7 +24,6 @@ import argparse
 import ctypes
 import importlib
 import importlib.util
-import json
 import os
 import resource
 import statistics
@@ -46,7 +45,7 @@ from lvssl.training.run import versions
 from pipelines import turbojpeg
 from pipelines.convert.conversion import Settings, convert
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
+from pipelines.files import write_atomically, write_json
 from pipelines.loader import TwoViewLoader
 from pipelines.sources import turbo
 from pipelines.sources.ffcv import FFCVSource
@@ -100,7 +99,7 @@ def main(arguments: list[str]) -> None:
     show(result)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.json, json.dumps(result, indent=1).encode())
+        write_json(options.json, result)
 
 
 # -------------------------------------------------------------------- the data

@@ -34,7 +34,7 @@ from lvssl.losses import ntxent as module
 from lvssl.losses.ntxent import ntxent, reference
 from lvssl.training.run import versions
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
+from pipelines.files import write_json
 
 D, TEMPERATURE = 128, 0.1
 SIZES = (512, 1024, 2048, 4096, 8192, 16384)
@@ -127,7 +127,7 @@ def main(arguments: list[str]) -> None:
         print(f"{name:32}{value:8.3f}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.json, json.dumps(result, indent=1).encode())
+        write_json(options.json, result)
 
 
 def on_cpu(options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:

@@ -20,8 +20,6 @@ carry-save adders halve the counting. Why codes beat floats: 256 bytes a row ins
 """
 
 import argparse
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -35,8 +33,9 @@ from lvssl.cli import guarded
 from lvssl.codes.pack import pack_bits
 from lvssl.codes.search import hamming_distances, hamming_search, staged_search
 from lvssl.training.run import versions
+from pipelines.cores import cores
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
+from pipelines.files import write_json
 
 RANK, CLUSTER, WITHIN, NOISE = 64, 20, 0.6, 0.5
 CHUNK = 10_000
@@ -63,7 +62,7 @@ def main(arguments: list[str]) -> None:
         import faiss
     except ImportError:
         raise InputError("this benchmark needs faiss: pip install 'lvssl[faiss]'") from None
-    faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
+    faiss.omp_set_num_threads(cores())
 
     features, index = float_index(faiss, options.count, options.bits)
     fill(features, 0)
@@ -89,7 +88,7 @@ def main(arguments: list[str]) -> None:
     result: dict[str, Any] = {
         "command": "python -m benchmarks.search " + " ".join(arguments),
         "versions": versions() | {"faiss": faiss.__version__},
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "settings": {name: value for name, value in vars(options).items() if name != "json"},
         "rows": rows(times, options.queries, memory(database, features)),
         "distances": distances(queries, database, found["exact"]),
@@ -99,7 +98,7 @@ def main(arguments: list[str]) -> None:
         print(f"{name:40}{value:10.4g}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.json, json.dumps(result, indent=1).encode())
+        write_json(options.json, result)
 
 
 def float_index(faiss: Any, count: int, dim: int) -> tuple[np.ndarray, Any]:
@@ -131,7 +130,7 @@ def fill(features: np.ndarray, stream: int, clusters: int = 0) -> None:
         part += latent @ mixing
         part /= np.linalg.norm(part, axis=1, keepdims=True)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         list(pool.map(chunk, range(0, count, CHUNK)))
 
 

@@ -11,7 +11,6 @@ below --out, with its own command, settings and interval; what is finished there
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from lvssl.training.finetune import finetune
 from lvssl.training.pretrain import pretrain
 from lvssl.training.run import versions
 from lvssl.training.stage import Stage, in_words
-from pipelines.files import write_atomically
+from pipelines.files import write_json
 
 
 def main(arguments: list[str]) -> None:
@@ -66,7 +65,7 @@ def main(arguments: list[str]) -> None:
     if options.json:
         command = "python -m benchmarks.stages " + " ".join(arguments)
         content = {"command": command, "versions": versions(), "rows": rows}
-        write_atomically(options.json, json.dumps(content, indent=2).encode())
+        write_json(options.json, content, indent=2)
 
 
 def plan(options: argparse.Namespace) -> list[tuple[dict[str, Any], Callable[[], list[dict[str, Any]]]]]:

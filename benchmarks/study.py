@@ -1,7 +1,7 @@
 """The study on real images, both data sets, as its tables stand in docs/.
 
     python -m benchmarks.study --cifar10 cifar10-jpeg     all arms and seeds: under 2 hours on two cores
-    python -m benchmarks.study --shard 0/2 --threads 1    half of the runs; beside it 1/2; then collect
+    python -m benchmarks.study --shard 1/2 --threads 1    half of the runs; beside it 2/2; then collect
 
 Five arms of the same settings, steps, order and augmentation, over three seeds, with the settings of the
 presets `fashion-mnist` and `cifar10-small`, 10,000 training images each:
@@ -16,7 +16,6 @@ Each data set is the other's out-of-distribution set. Writes docs/study-NAME.md,
 """
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -26,7 +25,7 @@ from lvssl.cli import guarded
 from lvssl.evaluation.measures import MEASURES
 from lvssl.evaluation.study import StudySettings, study
 from lvssl.report.study import write_study
-from pipelines.files import write_atomically
+from pipelines.files import write_atomically, write_json
 
 ARMS = (
     "none",
@@ -94,7 +93,7 @@ def into_docs(found: Path, docs: Path, name: str, result: dict) -> None:
         .replace("\n## Codes of equal length\n", f"\n## Codes of equal length\n{picture}")
     )
     write_atomically(docs / f"study-{name}.md", text.encode())
-    write_atomically(docs / f"study-{name}.json", json.dumps(result, indent=1).encode())
+    write_json(docs / f"study-{name}.json", result)
     shutil.copyfile(found / "study.csv", docs / f"study-{name}.csv")
     shutil.copyfile(found / "figures" / "accuracy.png", docs / f"study-{name}.png")
 

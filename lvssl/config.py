@@ -20,6 +20,13 @@ LR_RULES = ("given", "linear", "sqrt")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ORDERS = ("random", "quasi-random", "sequential")  # pipelines.order's, which would load numba for them
 ON_ERROR = ("raise", "skip")
+# Settings that say where and how fast, never what is computed: a run that is resumed, a stage that is called
+# again and a chain that is launched again may have others, and find their results.
+FREE_TO_CHANGE = (
+    "run", "out", "again", "resume", "preset", "source", "workers", "threads", "device", "augmentation",
+    "checkpoint_minutes", "log_every", "channels_last", "compile", "recompute", "keep", "non_finite_steps",
+    "timeout_minutes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,8 @@ class ModelSettings:
     """Width of the projector's hidden layer."""
     projection: int = 128
     """Length of the vectors that NT-Xent compares."""
+    projector_norm: bool = False
+    """Batch normalisation of the projector's output too, scaled and not shifted, as in SimCLR's own code."""
 
 
 @dataclass(frozen=True)
@@ -369,26 +378,36 @@ PRESETS: dict[str, PretrainSettings] = {
 PRESETS["cifar10-r18"] = dataclasses.replace(
     PRESETS["cifar10-small"], epochs=200, model=ModelSettings(backbone="resnet18", hidden=512)
 )
-PRESETS["cifar10-r50"] = dataclasses.replace(
+PRESETS["folder-r50"] = PretrainSettings()  # 224 px, the published augmentation
+
+# A paper's recipe, named after the family that it trains: SimCLR's own has no latent, the other has one.
+SIMCLR_MODEL = ModelSettings(backbone="resnet50", hidden=2048, projection=128, projector_norm=True)
+PRESETS["simclr-cifar10-r50"] = dataclasses.replace(
     PRESETS["cifar10-r18"],
     epochs=1000,
     batch_size=1024,
     temperature=0.5,  # the best of 0.1, 0.5 and 1 at all batch sizes
-    model=ModelSettings(hidden=2048),
+    model=SIMCLR_MODEL,
+    latent=LatentSettings(family="none"),
     optimiser=OptimiserSettings(
         optimiser="lars", lr=1.0, lr_rule="linear", weight_decay=1e-6, warmup_epochs=10
     ),
     view=dataclasses.replace(PRESETS["cifar10-r18"].view, scale=(0.08, 1.0)),
 )
-PRESETS["folder-r50"] = PretrainSettings()  # 224 px, the published augmentation
 for epochs in (100, 200, 800):
-    PRESETS[f"imagenet-r50-{epochs}ep"] = PretrainSettings(
+    PRESETS[f"simclr-imagenet-r50-{epochs}ep"] = PretrainSettings(
         epochs=epochs,
         batch_size=4096,  # 512 a GPU on eight; --chunk fits it on fewer
+        model=SIMCLR_MODEL,
+        latent=LatentSettings(family="none"),
         optimiser=OptimiserSettings(  # AdamW's and SGD's steps don't survive batches of thousands
             optimiser="lars", lr=0.3, lr_rule="linear", weight_decay=1e-6, warmup_epochs=10
         ),
         workers=12,
+    )
+for name in [name for name in PRESETS if name.startswith("simclr-")]:
+    PRESETS[name.replace("simclr-", "bernoulli-")] = dataclasses.replace(
+        PRESETS[name], latent=LatentSettings(family="bernoulli")
     )
 PRESETS = {name: dataclasses.replace(settings, preset=name) for name, settings in PRESETS.items()}
 
@@ -423,11 +442,27 @@ def from_dict(kind: Any, values: dict[str, Any], where: str = "config") -> Any:
     return kind(**made)
 
 
+def beyond_defaults(settings: Any, ignore: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What differs from the defaults of the settings' class, as JSON values by name, groups flattened.
+
+    What identifies settings is made of these alone, so that a setting that a later version adds, with a
+    default that leaves things as they are, changes the identity of none that exist.
+    """
+    found: dict[str, Any] = {}
+    for each in dataclasses.fields(settings):
+        value = getattr(settings, each.name)
+        if dataclasses.is_dataclass(value):
+            found |= beyond_defaults(value, ignore)
+        elif each.name not in ignore and value != each.default:
+            found[each.name] = json.loads(json.dumps(value, default=str))
+    return found
+
+
 def difference(a: Any, b: Any, ignore: tuple[str, ...] = ()) -> str | None:
-    """The first setting that differs, as "name: x -> y", or None."""
+    """The first setting that differs, as "name: x -> y", or None. `ignore`: names without their groups'."""
     flat_a, flat_b = _flat(to_dict(a)), _flat(to_dict(b))
     for name in flat_a:
-        if name not in ignore and flat_a[name] != flat_b.get(name):
+        if name.rpartition(".")[2] not in ignore and flat_a[name] != flat_b.get(name):
             return f"{name}: {flat_a[name]} -> {flat_b.get(name)}"
     return None
 

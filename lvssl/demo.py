@@ -1,7 +1,6 @@
 """The whole way on real images, in minutes: convert, pretrain control and latent model, evaluate, report."""
 
 import dataclasses
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from lvssl.training.pretrain import pretrain
 from pipelines.convert.conversion import Settings as ConvertSettings
 from pipelines.convert.conversion import convert
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
+from pipelines.files import write_json
 from pipelines.loader import evaluation_crops
 from pipelines.sources import open_source
 
@@ -66,7 +65,7 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     analyse(AnalyseSettings(runs["bernoulli"], test=test, control=runs["none"], images=ANALYSED))
     codes = encode(EncodeSettings(run=runs["bernoulli"], images=pictures(settings.out / "images", test)))
     results = summary(evaluation)
-    write_atomically(settings.out / "results.json", json.dumps(results, indent=2).encode())
+    write_json(settings.out / "results.json", results, indent=2)
     page = settings.out / "report.html"
     shutil.copyfile(write_report(runs["bernoulli"]), page)
 

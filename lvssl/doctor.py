@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from pipelines.cores import cores
+
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
@@ -384,9 +386,9 @@ def cpu_quota() -> float | None:
 
 def check_cores() -> Check:
     """Threads beyond the cores that this process may use only wait for each other."""
-    cores = len(os.sched_getaffinity(0))
+    allowed = cores()
     quota = cpu_quota()
-    usable = min(cores, max(1, int(quota))) if quota else cores
+    usable = min(allowed, max(1, int(quota))) if quota else allowed
     set_by = {
         name: os.environ[name] for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS") if name in os.environ
     }

@@ -10,11 +10,15 @@ ABOUT = {
     "fashion-mnist": "28 px greys on two CPU cores: minutes",
     "cifar10-small": "CIFAR-10 with a network for two CPU cores",
     "cifar10-r18": "CIFAR-10, ResNet-18 with the small images' stem",
-    "cifar10-r50": "CIFAR-10, ResNet-50, 1,000 epochs (Chen et al. 2020, B.9)",
     "folder-r50": "any folder of photographs: 224 px, batches for one GPU",
-    "imagenet-r50-100ep": "ImageNet, batch 4,096, LARS (Chen et al. 2020)",
-    "imagenet-r50-200ep": "the same, longer",
-    "imagenet-r50-800ep": "the same, as long as the published results",
+    "simclr-cifar10-r50": "SimCLR itself, without a latent, on CIFAR-10 (Chen et al. 2020, B.9)",
+    "simclr-imagenet-r50-100ep": "SimCLR itself on ImageNet: batch 4,096, LARS (Chen et al. 2020)",
+    "simclr-imagenet-r50-200ep": "the same, longer",
+    "simclr-imagenet-r50-800ep": "the same, as long as the published results",
+    "bernoulli-cifar10-r50": "SimCLR's recipe on CIFAR-10 with the Bernoulli latent in it",
+    "bernoulli-imagenet-r50-100ep": "SimCLR's recipe on ImageNet with the Bernoulli latent in it",
+    "bernoulli-imagenet-r50-200ep": "the same, longer",
+    "bernoulli-imagenet-r50-800ep": "the same, as long as SimCLR's published results",
     "imagenet-linear": "linear evaluation, 90 epochs (Chen et al. 2020, B.6)",
     "imagenet-finetune": "1 %, 10 % or all labels, nothing to choose (Chen et al. 2020, B.5)",
 }
@@ -30,14 +34,14 @@ def settings_of(name: str) -> dict[str, Any]:
 
 def listing() -> str:
     """A line for each preset."""
-    lines = []
+    lines, width = [], max(map(len, ABOUT))
     for name, preset in PRESETS.items():
         size = f"{preset.model.backbone}, {preset.view.resolution} px, {preset.epochs} epochs"
-        lines.append(f"{name:20} pretrain  {size:34} {ABOUT[name]}")
+        lines.append(f"{name:{width}} pretrain  {size:34} {ABOUT[name]}")
     for name, stage in STAGE_PRESETS.items():
         epochs = f"{vars(stage)['epochs']} epochs"
         kind = type(stage).__name__.removesuffix("Settings").lower()
-        lines.append(f"{name:20} {kind:9} {epochs:34} {ABOUT[name]}")
+        lines.append(f"{name:{width}} {kind:9} {epochs:34} {ABOUT[name]}")
     return "\n".join(lines)
 
 

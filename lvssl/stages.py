@@ -10,24 +10,11 @@ from typing import Any, TypeVar
 from tyro import MISSING
 from tyro.conf import Positional
 
-from lvssl.config import ON_ERROR, choice, require
+from lvssl.config import FREE_TO_CHANGE, ON_ERROR, choice, require
 from pipelines.sources import SOURCES
 
 REPRESENTATIONS = ("features", "latent", "code")
 PROBES = ("auto", "sgd", "logistic", "ridge")
-# What may differ when a stage is called again: it changes where and how fast, never what is computed.
-FREE_TO_CHANGE = (
-    "run",
-    "out",
-    "again",
-    "source",
-    "workers",
-    "threads",
-    "device",
-    "checkpoint_minutes",
-    "log_every",
-    "preset",
-)
 
 
 @dataclass(frozen=True)
@@ -41,9 +28,10 @@ class StageSettings:
     source: str = "auto"
     """What reads both: auto (ffcv for a .beton, else folder), ffcv, folder (files, tars or a table, never
     converted), dali (decoded and cropped by NVIDIA DALI)."""
-    on_error: str = "raise"
-    """An image that can't be decoded: raise (stop and name it), or skip. In a training step the next good one
-    takes its place; in an evaluation it is left out, and the figures' count says so."""
+    on_error: str | None = None
+    """An image that can't be decoded: raise (stop and name it), or skip; left out: as in the pretraining.
+    In a training step the next good one takes its place; in an evaluation it is left out, and the figures'
+    count says so."""
     target: str = ""
     """Regress this float target of the set (`all`: every one) instead of telling classes apart."""
     out: Path | None = None
@@ -60,7 +48,7 @@ class StageSettings:
     def validate(self) -> None:
         """Raise InputError naming the first impossible value. Touches no file."""
         choice("source", self.source, SOURCES)
-        choice("on_error", self.on_error, ON_ERROR)
+        choice("on_error", self.on_error or "raise", ON_ERROR)
         require(self.workers >= 1, "workers", self.workers, "at least 1")
         require(self.threads >= 0, "threads", self.threads, "at least 0")
 

@@ -1,22 +1,34 @@
 """Files that appear whole or not at all: written beside, synced, renamed."""
 
+import itertools
+import json
+import math
 import os
+import socket
+import time
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
+
+A_DAY = 24 * 60 * 60.0  # seconds
+_attempts = itertools.count()
 
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[IO[bytes]]:
     """A file to write (and read back) that appears as `path` when the block ends, unless it raises.
 
-    The name beside is the same at every attempt, so that what a kill has left is overwritten by the next.
+    The name beside belongs to this call alone: of two, in threads or processes, that write the same file
+    at the same time, the one that ends last has its content there, whole.
 
     Raises:
         OSError: no room, no permission; what stood at `path` is still there.
     """
-    aside = path.with_name(f".{path.name}.partial")
+    _tidy(path.parent)
+    aside = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{next(_attempts)}.partial")
     try:
         with open(aside, "w+b", buffering=1 << 20) as file:
             yield file
@@ -35,8 +47,58 @@ def written_aside(path: Path) -> Iterator[IO[bytes]]:
         os.close(folder)
 
 
+def is_aside(name: str, path: Path) -> bool:
+    """Whether a file's name is one that `written_aside(path)` leaves behind when it is killed."""
+    return name.startswith(f".{path.name}.") and name.endswith(".partial")
+
+
+@cache
+def _tidy(folder: Path) -> None:
+    """Remove what killed processes have left in a folder: this machine's, and anybody's after a day."""
+    for path in folder.glob(".*.partial"):
+        machine, _, rest = path.name.removesuffix(".partial").rpartition(".")[2].partition("-")
+        process = rest.partition("-")[0]
+        with suppress(OSError):  # another process was faster
+            dead = machine == _machine() and process.isdigit() and not _lives(int(process))
+            if dead or path.stat().st_mtime < time.time() - A_DAY:
+                path.unlink()
+
+
+@cache
+def _machine() -> str:
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
 def write_atomically(path: Path, *parts: Any) -> None:
     """Write bytes, one after the other, as `written_aside` does."""
     with written_aside(path) as file:
         for part in parts:
             file.write(part)
+
+
+def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
+    """Write `json_text` as `written_aside` does."""
+    write_atomically(path, json_text(content, indent).encode())
+
+
+def json_text(content: Any, indent: int | None = None) -> str:
+    """As JSON; a float that is infinite or not a number becomes null, for JSON has no such numbers."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -89,12 +89,13 @@ class Job:
 
     def begin(self) -> Record:
         record = read_record(self.out, self.task) or Record(self.task.name, self.task.digest)
-        if (
-            record.state == "running"
-            and record.job not in ("", self.id)
-            and scheduler.alive(record.job, record.host)
-        ):
-            self.fail(None, f"job {record.job} on {record.host} is at this task already")
+        if record.state == "running" and record.job not in ("", self.id):
+            try:
+                taken = scheduler.alive(record.job, record.host)
+            except scheduler.UnknownQueue as error:
+                self.fail(None, f"{error}; on {record.host} it was at this task")
+            if taken:
+                self.fail(None, f"job {record.job} on {record.host} is at this task already")
         if record.job != self.id:
             record.crashes = 0
         elif record.state == "running":  # this job, killed without a word and queued again by Slurm

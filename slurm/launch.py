@@ -81,15 +81,20 @@ def as_launched(file: Path, starts: Starts) -> tuple[Pipeline, str | None]:
 
 
 def plan(out: Path, stages: list[Stage]) -> list[Work]:
-    """What of each stage is to be done: not what stands, nor what a job is at, nor what nobody needs."""
-    jobs = read_jobs(out)
-    queue = scheduler.states({job["job"] for job in jobs.values()})
+    """What of each stage is to be done: not what stands, nor what a job is at, nor what nobody needs.
+
+    Raises InputError where a job was submitted for what doesn't stand and Slurm doesn't say how it is.
+    """
+    jobs = {key: job for key, job in read_jobs(out).items() if job["cluster"] == "slurm"}
+    lacking = {stage.name: [task for task in stage.tasks if not stands(out, task)] for stage in stages}
+    asked = {jobs[t.key]["job"] for tasks in lacking.values() for t in tasks if t.key in jobs}
+    queue = queue_of(out, asked)
     works: dict[str, Work] = {}
     for stage in reversed(stages):
         wanted = not stage.intermediate or any(
             works[later.name].tasks for later in stages if stage.name in later.after
         )
-        missing = [task for task in stage.tasks if not stands(out, task)]
+        missing = lacking[stage.name]
         busy = {
             t: jobs[t.key]["job"] for t in missing if t.key in jobs and is_busy(jobs[t.key]["job"], queue)
         }
@@ -99,6 +104,15 @@ def plan(out: Path, stages: list[Stage]) -> list[Work]:
         )
         works[stage.name] = Work(stage, todo, tuple(sorted(set(busy.values()))), why)
     return [works[stage.name] for stage in stages]
+
+
+def queue_of(out: Path, jobs: set[str]) -> dict[str, tuple[str, str]]:
+    """`scheduler.states` of jobs of the chain in `out`. Nothing is begun or ended before they are known."""
+    try:
+        return scheduler.states(jobs)
+    except scheduler.UnknownQueue as error:
+        hint = f"try again; if all jobs of this chain have ended, remove {out / 'jobs.json'}"
+        raise InputError(f"{error}; {hint}") from error
 
 
 def is_busy(job: str, queue: dict[str, tuple[str, str]]) -> bool:
@@ -242,7 +256,7 @@ def refuse_other_settings(out: Path, works: list[Work]) -> None:
     jobs = read_jobs(out)
     keys = {task.key for work in works for task in work.stage.tasks}
     other = {key: job for key, job in jobs.items() if key not in keys and job["cluster"] == "slurm"}
-    queue = scheduler.states({job["job"] for job in other.values()})
+    queue = queue_of(out, {job["job"] for job in other.values()})
     for job in other.values():
         if is_busy(job["job"], queue):
             raise InputError(

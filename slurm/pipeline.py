@@ -182,7 +182,10 @@ class _Reader:
         return Pipeline(self.file, name, out, tables, local, convert, data)
 
     def path(self, text: str) -> Path:
-        return Path(self.file.parent / Path(text).expanduser()).absolute()
+        try:
+            return Path(self.file.parent / Path(text).expanduser()).absolute()
+        except RuntimeError as error:  # neither $HOME nor the list of users says where ~ is
+            raise self.wrong(f"{text}: {error}; write the path in full") from error
 
     def absolute(self, value: Any) -> Any:
         return [self.absolute(each) for each in value] if isinstance(value, list) else str(self.path(value))

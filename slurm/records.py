@@ -4,7 +4,6 @@ Together with what `launch` notes of the jobs (OUT/jobs.json) it tells the state
 cluster keeps no accounts.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import InputError
+from pipelines.files import json_text, write_atomically
+from pipelines.lock import lock
 from slurm.stages import Task
 
 SMALL = 2**20  # bytes up to which an output is known by its content, not its size alone
@@ -59,14 +60,12 @@ def write_record(out: Path, task: Task, record: Record) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=1))
+    write_text(path, json_text(content, indent=1))
 
 
 def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    write_atomically(path, text.encode())
 
 
 def stands(out: Path, task: Task) -> bool:
@@ -108,8 +107,8 @@ def claimed(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".launch", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            lock(file, out)
+        except BlockingIOError as error:
             raise InputError(
                 f"{out}: another `lvssl launch` is at work there; wait until it has ended"
             ) from error

@@ -1,6 +1,5 @@
 """What is asked of Slurm and told to it, through its commands."""
 
-import getpass
 import os
 import re
 import shutil
@@ -17,6 +16,11 @@ ALIVE = (
     "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT",
 )  # fmt: skip
 ELSEWHERE = "submit from the cluster's login node, or use --cluster local"
+TRIES, PAUSE = 5, 10.0  # of a job that has to know about another; seconds between them
+
+
+class UnknownQueue(InputError):
+    """Slurm didn't say what is in its queue: whether a job is there is unknown, not denied."""
 
 
 def ask(*command: str) -> str:
@@ -70,15 +74,23 @@ def test_submission(table: str, script: str, folder: Path) -> None:
 
 
 def states(jobs: set[str]) -> dict[str, tuple[str, str]]:
-    """Job -> (state, reason) of those that Slurm has in its queue; all from one call."""
-    if not jobs or shutil.which("squeue") is None:
+    """Job -> (state, reason) of those that Slurm has in its queue; all from one call.
+
+    Raises:
+        UnknownQueue: Slurm isn't here, fails, or doesn't answer in time.
+    """
+    if not jobs:
         return {}
+    some = ", ".join(sorted(jobs)[:3]) + (" ..." if len(jobs) > 3 else "")
+    unknown = f"whether job {some} is queued or runs is unknown"
+    if shutil.which("squeue") is None:
+        raise UnknownQueue(f"{unknown}: no Slurm here (squeue not found)")
     try:
         lines = ask(
-            "squeue", "-h", "-r", "-a", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T|%r"
+            "squeue", "-h", "-r", "-a", "-t", "all", "-u", str(os.getuid()), "-o", "%i|%T|%r"
         ).splitlines()
-    except InputError:
-        return {}
+    except InputError as error:
+        raise UnknownQueue(f"{unknown}: {error}") from error
     found = {}
     for line in lines:
         job, state, reason = line.split("|")
@@ -100,15 +112,29 @@ def accounted(jobs: set[str]) -> dict[str, str]:
 
 
 def alive(job: str, host: str = "") -> bool:
-    """Whether a job is queued or runs: a Slurm job, or submitit's process on this machine."""
+    """Whether a job is queued or runs: a Slurm job, where Slurm is, or submitit's process on this machine.
+
+    Raises:
+        UnknownQueue: Slurm didn't answer, again and again.
+    """
     if job.startswith("DEBUG") or not job:
         return False
-    state = states({job}).get(job)
+    state = _persistently({job}).get(job) if shutil.which("squeue") else None
     if state is not None:
         return state[0] in ALIVE
     if host == socket.gethostname() and Path(f"/proc/{job}/cmdline").exists():
         return b"submitit" in Path(f"/proc/{job}/cmdline").read_bytes()
     return False
+
+
+def _persistently(jobs: set[str]) -> dict[str, tuple[str, str]]:
+    """`states`, asked several times before it is given up."""
+    for _ in range(TRIES - 1):
+        try:
+            return states(jobs)
+        except UnknownQueue:
+            time.sleep(PAUSE)
+    return states(jobs)
 
 
 def job_state(job: str) -> str:

@@ -12,20 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lvssl.config import FREE_TO_CHANGE, beyond_defaults
 from slurm.pipeline import FILLED_IN, MEASURING, ClusterSettings, ImageSource, Pipeline
 
-# What changes where and how fast, never what is computed.
-FREE = (
-    *FILLED_IN,
-    "workers",
-    "threads",
-    "device",
-    "augmentation",
-    "checkpoint_minutes",
-    "log_every",
-    "preset",
-    "shards",
-)
+# What is in no digest; of the paths that the chain fills in, what lies there is.
+FREE = (*FREE_TO_CHANGE, *FILLED_IN, "shards")
 # Results that have one place in the run's folder, whatever the settings.
 ONE_PLACE = {"evaluate": "evaluation.json", "analyse": "analysis.json"}
 
@@ -190,18 +181,11 @@ def options(given: dict[str, Any]) -> tuple[str, ...]:
 
 
 def digest(stage: str, settings: Any, *inputs: str) -> str:
-    """SHA-256 of a stage's settings (those that matter) and of its inputs' digests."""
-    plain: Any = settings
-    if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
-        plain = dataclasses.asdict(settings)
-    content = [stage, _that_matters(plain), *inputs]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _that_matters(values: Any) -> Any:
-    if not isinstance(values, dict):
-        return values
-    return {name: _that_matters(value) for name, value in values.items() if name not in FREE}
+    """SHA-256 of a stage's settings (those that matter, beyond the defaults) and of its inputs' digests."""
+    if dataclasses.is_dataclass(settings):
+        settings = beyond_defaults(settings, FREE)
+    content = [stage, settings, *inputs]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def identity(source: str | Path) -> str:

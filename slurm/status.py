@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from pipelines.convert.estimate import time_text
 from pipelines.errors import InputError
 from slurm import scheduler
-from slurm.launch import as_launched, is_busy, launch
+from slurm.launch import as_launched, is_busy, launch, queue_of
 from slurm.pipeline import Pipeline, Starts, read_pipeline
 from slurm.records import claimed, last_error, read_jobs, read_record, stands
 from slurm.stages import Stage, Task, build_stages
@@ -23,7 +24,7 @@ class Standing:
     """How one task stands."""
 
     task: Task
-    state: str  # done, running, queued, waiting, stopped, failed, lost, cancelled, not run
+    state: str  # done, running, queued, waiting, stopped, failed, lost, cancelled, not run, unknown
     job: str = ""
     log: str = ""
     restarts: int = 0
@@ -57,11 +58,14 @@ def status(file: Path, starts: Starts) -> str:
 
 
 def standings(out: Path, stages: list[Stage]) -> dict[str, list[Standing]]:
-    """Every task's state, from its record, Slurm's queue and, where the cluster keeps accounts, sacct."""
+    """Every task's state, from its record, Slurm's queue and, where the cluster keeps accounts, sacct; where
+    Slurm doesn't say, that of a job that may be under way is unknown."""
     jobs = read_jobs(out)
     known = {job["job"] for job in jobs.values() if job["cluster"] == "slurm"}
-    queue = scheduler.states(known)
-    accounts = scheduler.accounted(known - set(queue))
+    queue: dict[str, tuple[str, str]] | None = None
+    with suppress(scheduler.UnknownQueue):
+        queue = scheduler.states(known)
+    accounts = scheduler.accounted(known - set(queue)) if queue is not None else {}
     found: dict[str, list[Standing]] = {}
     for stage in stages:
         broken = [name for name in stage.after if any(s.state in (*FAILED, "not run") for s in found[name])]
@@ -83,7 +87,7 @@ def standing(
     out: Path,
     task: Task,
     job: dict[str, str],
-    queue: dict[str, tuple[str, str]],
+    queue: dict[str, tuple[str, str]] | None,
     accounts: dict[str, str],
     broken: list[str],
 ) -> Standing:
@@ -100,7 +104,9 @@ def standing(
 
     if stands(out, task):
         return made("done", "")
-    state, reason = queue.get(number, ("", ""))
+    if queue is None and job.get("cluster") == "slurm":
+        return made("unknown", "", "Slurm doesn't answer")
+    state, reason = (queue or {}).get(number, ("", ""))
     if state in scheduler.ALIVE and number:
         if state == "PENDING":
             return made("waiting" if reason == "Dependency" else "queued", "", reason)
@@ -177,32 +183,43 @@ def last_row(metrics: Path) -> dict[str, Any]:
         return {}
     for line in reversed(metrics.read_text().splitlines()[-2:]):
         try:
-            return json.loads(line)
+            return {name: value for name, value in json.loads(line).items() if value is not None}
         except ValueError:  # cut short: it is being written
             continue
     return {}
 
 
 def cancel(file: Path, starts: Starts) -> str:
-    """End every job of the chain; what is saved stays."""
+    """End every job of the chain; what is saved stays.
+
+    Raises:
+        InputError: Slurm doesn't say which of them are queued or run, or refuses to end them.
+    """
     pipeline = read_pipeline(file, starts)
     with claimed(pipeline.out):
         jobs = read_jobs(pipeline.out)
         mine = {job["job"]: job["task"] for job in jobs.values() if job["cluster"] == "slurm"}
-        queue = scheduler.states(set(mine))
+        queue = queue_of(pipeline.out, set(mine))
         # The last first: a successor would otherwise see its predecessor fail, which says nothing.
         live = sorted((job for job in mine if is_busy(job, queue)), key=number_of, reverse=True)
         scheduler.cancel(live)
         until = time.monotonic() + 60
-        while (
-            live and time.monotonic() < until and any(is_busy(j, scheduler.states(set(live))) for j in live)
-        ):
+        while live and time.monotonic() < until and still_there(live):
             time.sleep(0.5)
     return (
         f"cancelled: {', '.join(f'{mine[job]} ({job})' for job in reversed(live))}"
         if live
         else "no job of this chain is queued or runs"
     )
+
+
+def still_there(jobs: list[str]) -> bool:
+    """Whether one of these is queued or runs, for all that Slurm says."""
+    try:
+        queue = scheduler.states(set(jobs))
+    except scheduler.UnknownQueue:
+        return True
+    return any(is_busy(job, queue) for job in jobs)
 
 
 def number_of(job: str) -> tuple[int, int]:

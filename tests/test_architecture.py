@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "lvssl": (),  # lvssl/__init__.py: importing one room must not load another
     "lvssl.latents": (),
     "lvssl.losses": (),
-    "lvssl.codes": (),
+    "lvssl.codes": ("pipelines",),
     "lvssl.config": ("pipelines", "lvssl.latents"),
     "lvssl.stages": ("lvssl.config", "pipelines"),
     "lvssl.presets": ("lvssl.config", "lvssl.stages"),

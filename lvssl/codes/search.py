@@ -6,7 +6,6 @@ Rows at the same distance come in the order of their index: the answer is unique
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -15,6 +14,7 @@ import numpy as np
 
 from lvssl.codes import hamming
 from lvssl.codes.hamming import ROW_BITS
+from pipelines.cores import cores
 
 CHUNK_BYTES = 64 << 20  # of the database at a time
 QUERY_BLOCK = 4096  # queries that go through the database together
@@ -268,7 +268,7 @@ def in_threads(call: Callable, tasks: list) -> None:
 
 
 def thread_count(threads: int) -> int:
-    return threads or len(os.sched_getaffinity(0))
+    return threads or cores()
 
 
 def check_packed(queries: np.ndarray, database: np.ndarray) -> None:

@@ -7,7 +7,6 @@ the source's position after it, the length of its name, its name), `.codes.lvcod
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import struct
@@ -28,6 +27,7 @@ from lvssl.codes.file import (
     means_path,
 )
 from lvssl.codes.pack import packed_bytes
+from pipelines.lock import lock
 
 RECORD = struct.Struct("<QI")  # before each name in the names' part
 BLOCK = 1 << 20
@@ -74,7 +74,12 @@ class CodeWriter:
         try:
             for part in self.parts:
                 self.files.append(open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b"))
-            lock(self.files[0], self.path)
+            try:
+                lock(self.files[0], self.path)
+            except BlockingIOError as error:
+                raise CodeFileError(
+                    f"{self.path}: another process is writing it; choose another --out"
+                ) from error
             if self.source is None or self.files[0].read(ROWS_AT) != begun:
                 for file in self.files:
                     file.truncate(0)
@@ -197,13 +202,6 @@ def records(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         if len(name := file.read(length)) < length:
             return
         yield position, name
-
-
-def lock(file: BinaryIO, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise CodeFileError(f"{path}: another process is writing it; choose another --out") from error
 
 
 def check(what: str, n: int, array: np.ndarray, shape: tuple[int, int], dtype: Any) -> None:

@@ -6,7 +6,6 @@ Everything stands beside a control: the deterministic run's scores, its features
 from __future__ import annotations
 
 import io
-import json
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,10 +26,11 @@ from lvssl.evaluation.shapes import FACTORS, make_shapes, regression_targets
 from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
 from lvssl.training.run import Run, load_run
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
-from pipelines.loader import TwoViewLoader, evaluation_crops
+from pipelines.files import write_atomically, write_json
+from pipelines.loader import Decoder, TwoViewLoader, evaluation_crops
 from pipelines.parameters import COLUMNS
 from pipelines.sources import Source, open_source
+from pipelines.views import ViewSettings
 
 SHOWN_BITS, SHOWN_IMAGES = 48, 8  # in the page's bit explorer
 TREES = 1000  # images at most on which disentanglement is measured
@@ -59,6 +59,9 @@ class AnalyseSettings:
     samples: int = 8
     """Samples of the latent averaged in a prediction (K)."""
     seed: int = 0
+    on_error: str | None = None
+    """An image that can't be decoded: raise, or skip (leave it out; among augmented views the next good one
+    takes its place); left out: as in the pretraining."""
 
 
 def analyse(settings: AnalyseSettings) -> dict[str, Any]:
@@ -70,7 +73,12 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
     run = load_run(settings.run)
     paths = with_defaults(EvaluateSettings(run.folder, settings.test, settings.control), run)
     assert paths.test is not None
-    settings = replace(settings, test=paths.test, control=None if settings.alone else paths.control)
+    settings = replace(
+        settings,
+        test=paths.test,
+        control=None if settings.alone else paths.control,
+        on_error=run.on_error(settings.on_error),
+    )
     others = [settings.control] if settings.control else []
     models = [run, *(load_run(path) for path in (*others, *settings.others))]
     train, test = open_source(run.settings.data), open_source(paths.test)
@@ -80,7 +88,8 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
         raise InputError(f"{paths.test}: at least {FEWEST} test images are needed to analyse a run")
     work = tqdm(total=3 * len(models) + 1, desc=f"analyse {run.folder.name}", unit="part", disable=None)
     sets = Sets.of(settings, run, train, test)
-    result: dict[str, Any] = {"models": {}, "images": {"train": len(sets.train), "test": len(sets.test)}}
+    images = {"train": len(sets.train), "test": len(sets.test), "skipped": sets.skipped}
+    result: dict[str, Any] = {"models": {}, "images": images}
     for role, model in zip(roles(settings, len(models)), models):
         own = sets if model.settings.view == run.settings.view else Sets.of(settings, model, train, test)
         measured, test_reading = uncertainty(model, own, settings)
@@ -95,7 +104,7 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
             write_atomically(run.folder / "bits.npz", pictures)
         work.update()
     result["command"] = command(settings)
-    write_atomically(run.folder / "analysis.json", json.dumps(result, indent=1).encode())
+    write_json(run.folder / "analysis.json", result)
     work.update()
     work.close()
     return result
@@ -117,24 +126,46 @@ class Sets:
     test_labels: np.ndarray
     elsewhere: dict[str, np.ndarray]
     sources: tuple[Source, Source]
+    skipped: dict[str, int]  # set -> images that were chosen and couldn't be decoded
 
     @classmethod
     def of(cls, settings: AnalyseSettings, run: Run, train: Source, test: Source) -> Sets:
         view, side = run.settings.view, run.settings.view.resolution
-        chosen = [spread(len(train), 2 * settings.images), spread(len(test), settings.images)]
-        pixels = [evaluation_crops(s, view, i) for s, i in zip((train, test), chosen)]
-        count = len(chosen[1])
+        on_error, skipped = run.on_error(settings.on_error), {}
+
+        def read_some(name: str, source: Source, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+            chosen = spread(len(source), wanted)
+            crops, rows = sound_crops(source, view, chosen, on_error)
+            skipped[name] = len(chosen) - len(rows)
+            return crops, source.labels[rows]
+
+        (train_crops, train_labels), (test_crops, test_labels) = (
+            read_some("train", train, 2 * settings.images),
+            read_some("test", test, settings.images),
+        )
+        count = len(test_crops)
         elsewhere = {name: make(count, side, settings.seed) for name, make in ELSEWHERE.items()}
         for path in settings.ood:
-            other = open_source(path)
-            elsewhere[path.stem] = evaluation_crops(other, view, spread(len(other), count))
-        labels = [s.labels[i] for s, i in zip((train, test), chosen)]
-        return cls(pixels[0], labels[0], pixels[1], labels[1], elsewhere, (train, test))
+            elsewhere[path.stem], _ = read_some(path.stem, open_source(path), count)
+        return cls(train_crops, train_labels, test_crops, test_labels, elsewhere, (train, test), skipped)
 
 
 def spread(available: int, wanted: int) -> np.ndarray:
     """`wanted` positions (0: all) spread evenly over a set."""
     return np.linspace(0, available - 1, min(wanted or available, available)).astype(np.int64)
+
+
+def sound_crops(
+    source: Source, view: ViewSettings, chosen: np.ndarray, on_error: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Centre crops uint8 [M, R, R, 3] of those of the positions int64 [N] that can be decoded, and these.
+
+    Raises InputError, which names the first that can't be, with on_error="raise".
+    """
+    rows = chosen.copy()
+    crops = evaluation_crops(source, view, rows, Decoder(source, on_error))
+    sound = rows == chosen  # in a damaged one's place there is another
+    return crops[sound], chosen[sound]
 
 
 # Uncertainty ----------------------------------------------------------------------------------------------
@@ -262,7 +293,11 @@ def known_factors(run: Run, sets: Sets, settings: AnalyseSettings) -> dict[str, 
     """Augmented views and procedural shapes, of each a training and a test part. Factors that never change,
     those of an augmentation that is switched off, are left out."""
     count = settings.images or 2000
-    views = [augmented(run, source, n, settings.seed) for source, n in zip(sets.sources, (2 * count, count))]
+    on_error = run.on_error(settings.on_error)
+    views = [
+        augmented(run, source, n, settings.seed, on_error)
+        for source, n in zip(sets.sources, (2 * count, count))
+    ]
     shapes = [shape_reading(run, n, settings.seed + i) for i, n in enumerate((2 * count, count))]
     found = {}
     for kind, (train, test) in {"augmentation": views, "shapes": shapes}.items():
@@ -272,12 +307,14 @@ def known_factors(run: Run, sets: Sets, settings: AnalyseSettings) -> dict[str, 
     return found
 
 
-def augmented(run: Run, source: Source, count: int, seed: int) -> tuple[Reading, dict[str, np.ndarray]]:
+def augmented(
+    run: Run, source: Source, count: int, seed: int, on_error: str = "raise"
+) -> tuple[Reading, dict[str, np.ndarray]]:
     """`count` augmented views, read, and their parameters as regression targets."""
     batch_size = min(250, len(source))
     views: list[torch.Tensor] = []
     parameters, indices = [], []
-    with TwoViewLoader(source, run.settings.view, batch_size, seed + 1) as loader:
+    with TwoViewLoader(source, run.settings.view, batch_size, seed + 1, on_error=on_error) as loader:
         while len(views) * batch_size < count:
             for batch in loader:
                 views.append(batch.views[0].clone())
@@ -329,6 +366,7 @@ def command(settings: AnalyseSettings) -> str:
         if paths := getattr(settings, name):
             parts += [f"--{name}", *map(str, paths)]
     parts += ["--images", str(settings.images), "--samples", str(settings.samples)]
+    parts += ["--on-error", "skip"] if settings.on_error == "skip" else []
     return shlex.join([*parts, "--seed", str(settings.seed)])
 
 

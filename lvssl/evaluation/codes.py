@@ -22,7 +22,7 @@ from lvssl.codes.file import CodeFile, open_codes, open_means, require_checkpoin
 from lvssl.codes.pack import pack_bits
 from lvssl.codes.search import hamming_search, rerank, staged_search
 from lvssl.codes.writer import CodeWriter
-from lvssl.config import to_dict
+from lvssl.config import beyond_defaults
 from lvssl.evaluation.embedding import device_of
 from lvssl.training.run import Run, load_run
 from pipelines.augment.cpu import statistics
@@ -52,8 +52,9 @@ class EncodeSettings:
     """The code file; left out: RUN/codes.lvcodes."""
     means: bool = False
     """Store the posteriors' means beside it, too, as fp16: 16 times a code of bits, for `search --rerank`."""
-    skip_damaged: bool = False
-    """Leave out images that can't be decoded, with a warning, instead of stopping."""
+    on_error: str | None = None
+    """An image that can't be decoded: raise (stop and name it), or skip (leave it out, with a warning); left
+    out: as in the pretraining."""
     workers: int = 2
     """Threads that decode."""
 
@@ -74,6 +75,8 @@ class SearchSettings:
     """Compare 512 bits with all, and the rest with the nearest of them: faster, and may miss a neighbour."""
     rerank: bool = False
     """Put the nearest 10 k (100 at least) in the order of their posteriors' similarity (encode --means)."""
+    on_error: str | None = None
+    """A query in a folder or set that can't be decoded: raise, or skip; left out: as in the pretraining."""
     csv: Path | None = None
     """Write the neighbours there instead: query, rank, name, distance, and similarity with --rerank."""
 
@@ -106,7 +109,8 @@ def encode(settings: EncodeSettings) -> Path:
     if settings.workers < 1:
         raise InputError(f"--workers must be at least 1, got {settings.workers}")
     run = load_run(settings.run)
-    names, batch = image_set(run, settings.images, settings.skip_damaged)
+    skip = run.on_error(settings.on_error) == "skip"
+    names, batch = image_set(run, settings.images, skip)
     out = code_path(settings.run, settings.out)
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: no such folder to write the codes to")
@@ -117,7 +121,7 @@ def encode(settings: EncodeSettings) -> Path:
         checkpoint=run.digest,
         created_by="lvssl encode",
         means=width_of_means(run) if settings.means else 0,
-        source=identity(run, settings, names),
+        source=identity(run, settings, names, skip),
     )
     with writer, ThreadPoolExecutor(settings.workers) as pool:
         first = writer.position
@@ -190,7 +194,7 @@ def queries(run: Run, settings: SearchSettings) -> Iterator[Queries]:
         yield from queries_of(open_codes(path), run, settings.rerank)
     elif holds_many(path):
         waiting: list[Queries] = []
-        for part in encoded(run, path):
+        for part in encoded(run, path, run.on_error(settings.on_error) == "skip"):
             waiting.append(part)
             if sum(len(some.names) for some in waiting) >= QUERIES:
                 yield joined(waiting)
@@ -206,13 +210,14 @@ def holds_many(path: Path) -> bool:
     return path.is_dir() or path.suffix in (".lvcodes", ".beton", ".tar", ".parquet", ".csv", ".jsonl")
 
 
-def encoded(run: Run, path: Path) -> Iterator[Queries]:
-    names, batch = image_set(run, path, skip=False)
+def encoded(run: Run, path: Path, skip: bool) -> Iterator[Queries]:
+    names, batch = image_set(run, path, skip)
     with ThreadPoolExecutor(2) as pool:
         starts = range(0, len(names), BATCH)
         jobs = (partial(batch, start, min(start + BATCH, len(names))) for start in starts)
         for part in ahead(jobs, pool, 4):
-            yield Queries(part.names, *codes_of(run, part.crops))
+            if part.names:
+                yield Queries(part.names, *codes_of(run, part.crops))
 
 
 def joined(parts: list[Queries]) -> Queries:
@@ -275,7 +280,7 @@ def batch_of_source(run: Run, source: Source, names: list[str], skip: bool, firs
 
 def left_out(reason: object, skip: bool) -> None:
     if not skip:
-        raise InputError(f"{reason}; --skip-damaged leaves such images out") from None
+        raise InputError(f"{reason}; --on-error skip leaves such images out") from None
     tqdm.write(f"warning: left out: {reason}", file=sys.stderr)
 
 
@@ -291,13 +296,13 @@ def names_of(source: Source, path: Path) -> list[str]:
     return [str(i) for i in range(len(source))]
 
 
-def identity(run: Run, settings: EncodeSettings, names: list[str]) -> str:
+def identity(run: Run, settings: EncodeSettings, names: list[str], skip: bool) -> str:
     """Another one wherever the same position may mean another code."""
     digest = hashlib.sha256()
-    view = to_dict(run.settings.view)
+    view = beyond_defaults(run.settings.view)
     stat = settings.images.stat()
     file = [stat.st_size, stat.st_mtime_ns] if settings.images.is_file() else None
-    told = [str(settings.images.resolve()), view, settings.skip_damaged, file]
+    told = [str(settings.images.resolve()), view, skip, file]
     digest.update(json.dumps(told, sort_keys=True).encode())
     for name in names:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")

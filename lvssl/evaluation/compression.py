@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,9 +23,10 @@ from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
 from lvssl.models.backbone import feature_dim
+from lvssl.training.labels import sound_part
 from lvssl.training.run import Run, load_run, versions
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
+from pipelines.files import write_atomically, write_json
 from pipelines.sources import Source, open_source
 
 COLUMNS = (
@@ -56,6 +56,8 @@ class CompressionSettings:
     """n of mAP@n."""
     seed: int = 0
     """Of the controls that draw: ITQ, LSH, PQ."""
+    on_error: str | None = None
+    """An image that can't be decoded: raise, or skip (leave it out); left out: as in the pretraining."""
     workers: int = 2
     """Threads that decode."""
 
@@ -89,12 +91,15 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
     if control.network.family.stochastic:
         raise InputError("equal-bit controls need a run of family none or sign: name it with --control")
     assert paths.test is not None
-    train, test = open_source(paths.train or run.settings.data), open_source(paths.test)
+    on_error, train_path = run.on_error(settings.on_error), paths.train or run.settings.data
+    train, test = open_source(train_path), open_source(paths.test)
+    counts = len(train), len(test)
     rows, left_out = [], []
     runs = {run.folder: run} | {path: load_run(path) for path in settings.others} | {control.folder: control}
     bar = tqdm(desc="compression", unit="code", disable=None)
     for other in runs.values():
-        sets = embed_both(other, train, test, settings.workers)
+        sets = embed_both(other, train, test, settings.workers, on_error)
+        train, test = sound_part(train_path, train, sets[0].rows), sound_part(paths.test, test, sets[1].rows)
         for point in points(settings, other, *sets, controls=other is control):
             if isinstance(point, str):
                 left_out.append(point)
@@ -107,12 +112,13 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
         "left_out": left_out,
         "queries": len(test),
         "database": len(train),
+        "skipped": {"train": counts[0] - len(train), "test": counts[1] - len(test)},
         "first": settings.first,
         "control": str(control.folder),
         "command": command(settings),
         "versions": versions(),
     }
-    write_atomically(run.folder / "compression.json", json.dumps(result, indent=1).encode())
+    write_json(run.folder / "compression.json", result)
     write_atomically(run.folder / "compression.csv", as_csv(rows))
     return result
 
@@ -196,9 +202,9 @@ def as_csv(rows: list[dict[str, Any]]) -> bytes:
 def command(settings: CompressionSettings) -> str:
     """The command that makes these rows."""
     parts = ["lvssl", "compression", str(settings.run)]
-    for name in ("control", "test", "train"):
+    for name in ("control", "test", "train", "on_error"):
         if getattr(settings, name):
-            parts += [f"--{name}", str(getattr(settings, name))]
+            parts += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
     if settings.others:
         parts += ["--others", *map(str, settings.others)]
     parts += ["--bits", *map(str, settings.bits)]

@@ -22,9 +22,10 @@ from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.uncertainty import r_auroc, risk_coverage_area
 from lvssl.models.backbone import feature_dim
 from lvssl.models.network import LVNet
+from lvssl.training.labels import Subset, beside, sound_part
 from lvssl.training.run import Run, load_run
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
+from pipelines.files import write_atomically, write_json
 from pipelines.loader import evaluation_crops
 from pipelines.sources import Source, open_source
 from pipelines.views import ViewSettings
@@ -44,6 +45,9 @@ class EvaluateSettings:
     """The run of family `none` to compare with; left out: the run `control` beside this one."""
     train: Path | None = None
     """Labelled training images of the probes and neighbours; left out: those of the pretraining."""
+    on_error: str | None = None
+    """An image that can't be decoded: raise (stop and name it), or skip (leave it out, and say how many);
+    left out: as in the pretraining."""
     workers: int = 2
     """Threads that decode."""
 
@@ -62,13 +66,17 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         raise InputError(
             f"{control.folder}: a control has family none or sign, not {control.settings.latent.family}"
         )
-    train, test = open_source(settings.train or run.settings.data), open_source(settings.test)
+    on_error, train_path = run.on_error(settings.on_error), settings.train or run.settings.data
+    train, test = open_source(train_path), open_source(settings.test)
     unseen = sorted(set(np.unique(test.labels)) - set(np.unique(train.labels)))
     if unseen:
         raise InputError(f"{settings.test}: label {unseen[0]} doesn't occur in the training set")
 
     stages = tqdm(total=3 + bool(control), desc=f"evaluate {run.folder.name}", unit="stage", disable=None)
-    sets = embed_both(run, train, test, settings.workers)
+    sets = embed_both(run, train, test, settings.workers, on_error)
+    skipped = {"train": len(train) - len(sets[0].rows), "test": len(test) - len(sets[1].rows)}
+    train = sound_part(train_path, train, sets[0].rows)
+    test = sound_part(settings.test, test, sets[1].rows)
     figures, wrong = measure(*sets, run.network.family.stochastic)
     stages.update()
     control_figures: dict[str, Any] | None = None
@@ -86,12 +94,12 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         "compression": compression(run, test),
         "code_statistics": code_statistics(unpack_bits(sets[1].codes, sets[1].bits), sets[1].bit_means),
         "uncertainty": uncertainty(sets[1], wrong),
-        "data": describe_data(run, settings, train, test),
+        "data": describe_data(run, settings, train, test) | {"skipped": skipped},
         "command": command(settings),
     }
     names = class_names(settings.test, train)
     write_gallery(run.folder / "gallery.npz", *sets, train, test, run.settings.view, names)
-    write_atomically(run.folder / "evaluation.json", json.dumps(result, indent=2).encode())
+    write_json(run.folder / "evaluation.json", result, indent=2)
     stages.update()
     stages.close()
     return result
@@ -101,23 +109,19 @@ def with_defaults(settings: EvaluateSettings, run: Run) -> EvaluateSettings:
     """The test set and the control that lie where one would look for them."""
     test, control = settings.test, settings.control
     if test is None:
-        data = run.settings.data
-        candidates = [
-            data.with_name(data.name.replace("train", name)) for name in ("test", "val", "validation")
-        ]
-        test = next((path for path in candidates if path != data and path.is_file()), None)
-        if test is None:
-            raise InputError(f"no test images beside {data}: name them with --test")
-    beside = run.folder.resolve().parent / "control"
-    if control is None and beside != run.folder.resolve() and (beside / "config.json").is_file():
+        test = beside(run.settings.data)
+    neighbour = run.folder.resolve().parent / "control"
+    if control is None and neighbour != run.folder.resolve() and (neighbour / "config.json").is_file():
         control = run.folder.parent / "control"
     return replace(settings, test=test, control=control)
 
 
-def embed_both(run: Run, train: Source, test: Source, workers: int) -> tuple[Embedding, Embedding]:
+def embed_both(
+    run: Run, train: Source, test: Source, workers: int, on_error: str = "raise"
+) -> tuple[Embedding, Embedding]:
     return (
-        embed(run.network, train, run.settings.view, workers),
-        embed(run.network, test, run.settings.view, workers),
+        embed(run.network, train, run.settings.view, workers, on_error),
+        embed(run.network, test, run.settings.view, workers, on_error),
     )
 
 
@@ -237,6 +241,8 @@ def uncertainty(test: Embedding, wrong: np.ndarray) -> dict[str, float]:
 
 def jpeg_bytes(source: Source) -> float | None:
     """Mean size of the stored JPEGs; None where any image is stored as pixels."""
+    if isinstance(source, Subset):  # a few damaged ones change no mean that is worth a word
+        source = source.source
     file = getattr(source, "file", None)
     return float(file.sizes.mean()) if file is not None and not file.modes.any() else None
 
@@ -263,9 +269,9 @@ def manifest(beton: Path) -> dict[str, Any]:
 def command(settings: EvaluateSettings) -> str:
     """The command that makes this evaluation."""
     parts = ["lvssl", "evaluate", str(settings.run), "--test", str(settings.test)]
-    for name in ("control", "train"):
+    for name in ("control", "train", "on_error"):
         if getattr(settings, name):
-            parts += [f"--{name}", str(getattr(settings, name))]
+            parts += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
     return shlex.join(parts)
 
 

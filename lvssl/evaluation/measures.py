@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
 from lvssl.latents import family
 from lvssl.models.network import latent_dim
+from lvssl.training.labels import sound_part
 from lvssl.training.run import Run
 from pipelines.sources import Source
 
@@ -77,7 +79,13 @@ def measured(
     """`measures`: name -> Ways. `controls`, of a deterministic run: bits -> name of OF_CODE -> Ways, for each
     of `lengths`."""
     view = run.settings.view
-    embedded = embed(run.network, train, view), embed(run.network, test, view)
+    counts, on_error = (len(train), len(test)), run.on_error(settings.on_error)
+    embedded = (
+        embed(run.network, train, view, on_error=on_error),
+        embed(run.network, test, view, on_error=on_error),
+    )
+    train = sound_part(run.settings.data, train, embedded[0].rows)
+    test = sound_part(settings.test or Path("test"), test, embedded[1].rows)
     bits = embedded[1].bits
     sets = Sets.of(settings, run, train, test)
     seen = Seen(*embedded, known_factors(run, sets, settings))
@@ -96,6 +104,7 @@ def measured(
         "rate_bits": embedded[1].rate_bits,
         "database": len(train),
         "queries": len(test),
+        "skipped": {"train": counts[0] - len(train), "test": counts[1] - len(test)},
         "measures": of_features | of_code | of_scores(analysed),
         "controls": controls,
     }

@@ -43,7 +43,9 @@ def read(network: LVNet, images: torch.Tensor, samples: int = 0, seed: int = 0) 
     for batch in images.split(BATCH):
         features, posterior = network.encode(batch.to(device))
         bits = unpack_bits(pack_bits(posterior.code()), network.family.code_bits(network.dim))
-        drawn = posterior.sample(count, generator) if count else posterior.mean()[None, :, :0]
+        drawn = posterior.mean()[None, :, :0]
+        if count:
+            drawn = posterior.sample(count, generator, network.latent.relaxation)
         values = (features, posterior.mean(), posterior.uncertainty(), posterior.kl(), drawn)
         parts.append((bits, *(value.float().cpu().numpy() for value in values)))
     code, h, mean, spread, rate = (np.concatenate(column) for column in list(zip(*parts))[:5])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from lvssl.evaluation.pairs import pairs, summary
 from lvssl.training.pretrain import pretrain
 from lvssl.training.run import load_run, versions
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
+from pipelines.files import write_json
 from pipelines.sources import open_source
 
 ROW = "study.json"  # in each run's folder
@@ -53,6 +54,8 @@ class StudySettings:
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 0
     """Of each run; 0: the preset's."""
+    on_error: str = "raise"
+    """An image that can't be decoded, in training and measuring: raise, or skip."""
     threads: int = 0
     """Threads of torch on a CPU; 0: all cores."""
     images: int = 2000
@@ -60,7 +63,7 @@ class StudySettings:
     ood: tuple[Path, ...] = field(default=())
     """Betons of other data, as for `lvssl analyse`; noise, textures and digits are always taken."""
     shard: str = ""
-    """K/N: train and measure every N-th run only, from the K-th (0-based), for an array job; then run once
+    """K/N: train and measure every N-th run only, from the K-th of 1 to N, for an array job; then run once
     without it to collect."""
 
 
@@ -96,18 +99,18 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
         "rows": rows,
     }
     settings.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(settings.out / "study.json", json.dumps(result, indent=1).encode())
+    write_json(settings.out / "study.json", result)
     return result
 
 
 def shard(text: str) -> tuple[int, int]:
-    """(K, N) of "K/N"; (0, 1) of "". InputError for anything else."""
+    """(K - 1, N) of "K/N", 1 <= K <= N; (0, 1) of "". InputError for anything else."""
     if not text:
         return 0, 1
     k, slash, n = text.partition("/")
-    if not (slash and k.isdigit() and n.isdigit() and int(k) < int(n)):
-        raise InputError(f"--shard must be K/N with 0 <= K < N, got {text!r}")
-    return int(k), int(n)
+    if not (slash and k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
+        raise InputError(f"--shard must be K/N with 1 <= K <= N, such as 1/8 to 8/8, got {text!r}")
+    return int(k) - 1, int(n)
 
 
 def plan(settings: StudySettings, arm: str, seed: int) -> PretrainSettings:
@@ -120,6 +123,7 @@ def plan(settings: StudySettings, arm: str, seed: int) -> PretrainSettings:
         out=(settings.runs or settings.out) / f"{start_of(settings)}{name}-s{seed}",
         seed=seed,
         threads=settings.threads,
+        on_error=settings.on_error,
         epochs=settings.epochs or base.epochs,
         latent=dataclasses.replace(base.latent, **latent_values(arm, changes)),
     )
@@ -163,7 +167,7 @@ def row(settings: StudySettings, chosen: PretrainSettings, lengths: tuple[int, .
         found = json.loads(kept.read_text())
         same = (found.get("checkpoint"), found.get("protocol")) == (run.digest, protocol)
         if same and set(lengths) <= set(found["lengths"]):
-            return found
+            return found | {name: numbers(found[name]) for name in ("measures", "controls")}
     how = AnalyseSettings(chosen.out, test=settings.test, ood=settings.ood, images=settings.images)
     found = {
         "arm": chosen.out.name.removeprefix(start_of(settings)).rpartition("-s")[0],
@@ -173,8 +177,15 @@ def row(settings: StudySettings, chosen: PretrainSettings, lengths: tuple[int, .
         "protocol": protocol,
         "lengths": lengths,
     } | measured(run, open_source(settings.train), open_source(settings.test), lengths, how)
-    write_atomically(kept, json.dumps(found, indent=1).encode())
+    write_json(kept, found)
     return found
+
+
+def numbers(measures: Any) -> Any:
+    """Measures as they were before they were written: null stands for what isn't a number."""
+    if isinstance(measures, dict):
+        return {name: numbers(value) for name, value in measures.items()}
+    return math.nan if measures is None else measures
 
 
 def command(settings: StudySettings) -> str:
@@ -185,5 +196,5 @@ def command(settings: StudySettings) -> str:
         if value in (setting.default, ()):
             continue
         values = value if isinstance(value, tuple) else (value,)
-        parts += [f"--{setting.name}", *map(str, values)]
+        parts += [f"--{setting.name.replace('_', '-')}", *map(str, values)]
     return shlex.join(parts)

@@ -56,9 +56,9 @@ class LVNet(nn.Module):
             latent.sharpness_start,
             latent.spread == "learnt",
         )
-        self.projector = projector(features if at_projection else self.dim, model.hidden, model.projection)
+        self.projector = projector(features if at_projection else self.dim, model)
         has_clean = latent.clean > 0 and self.family.stochastic
-        self.clean_projector = projector(features, model.hidden, model.projection) if has_clean else None
+        self.clean_projector = projector(features, model) if has_clean else None
         self.match = nn.Parameter(torch.zeros(2)) if latent.objective == "hib" else None
         code_bits = self.family.code_bits(self.dim)
         self.probes = (
@@ -241,11 +241,17 @@ def geometric(start: float, end: float, progress: float) -> float:
     return start ** (1 - progress) * end**progress
 
 
-def projector(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """SimCLR's two-layer projector with batch normalisation."""
-    return nn.Sequential(
-        nn.Linear(inputs, hidden, bias=False),
-        nn.BatchNorm1d(hidden),
+def projector(inputs: int, model: ModelSettings) -> nn.Sequential:
+    """SimCLR's two-layer projector, [N, inputs] -> [N, P]: batch normalisation after the first layer, and
+    after the second where asked for, there scaled, not shifted (google-research/simclr, model_util.py)."""
+    layers = [
+        nn.Linear(inputs, model.hidden, bias=False),
+        nn.BatchNorm1d(model.hidden),
         nn.ReLU(inplace=True),
-        nn.Linear(hidden, outputs),
-    )
+        nn.Linear(model.hidden, model.projection, bias=not model.projector_norm),
+    ]
+    if model.projector_norm:
+        normalise = nn.BatchNorm1d(model.projection)
+        normalise.register_parameter("bias", None)
+        layers.append(normalise)
+    return nn.Sequential(*layers)

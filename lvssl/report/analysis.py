@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -105,7 +106,7 @@ def regression(analysis: dict[str, Any]) -> str:
         body.append(
             f"<tr>{cell(kind)}{cell(target)}"
             + "".join(
-                cell(row[c]["r2"], ".2f", "n best" if row[c]["r2"] == max(values) else "n")
+                cell(row[c]["r2"], ".2f", "n best" if row[c]["r2"] == max(values, default=math.inf) else "n")
                 if c in row
                 else cell(None)
                 for c in columns

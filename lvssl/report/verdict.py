@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lvssl.report.tables import finite
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -97,7 +99,7 @@ def compare_uncertainty(analysis: dict[str, Any]) -> UncertaintyComparison | Non
         name: row for name, row in models.get("control", {}).get("scores", {}).items() if name in LABEL_FREE
     }
     rows = [*control.values(), run]
-    if not run or not control or any(row.get("r_auroc") != row.get("r_auroc") for row in rows):
+    if not run or not control or not all(finite(row.get("r_auroc")) for row in rows):
         return None
     best = max(control, key=lambda name: control[name]["r_auroc"])
     images = analysis["images"]["test"]

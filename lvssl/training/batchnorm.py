@@ -42,7 +42,8 @@ class SyncedBatchNorm(_BatchNorm):
             return super().forward(input)
         self._check_input_dim(input)
         plain = torch.ones(self.num_features, dtype=_wide(input[:0]).dtype, device=input.device)
-        weight, bias = (self.weight, self.bias) if self.affine else (plain, torch.zeros_like(plain))
+        weight = plain if self.weight is None else self.weight
+        bias = torch.zeros_like(plain) if self.bias is None else self.bias
         output, mean, variance, count = _Normalise.apply(input, weight, bias, self.eps)
         # Compiled, they'd have a graph, and the running statistics would carry it from step to step.
         mean, variance, count = mean.detach(), variance.detach(), count.detach()

@@ -28,7 +28,7 @@ from lvssl.training.score import score
 from lvssl.training.stage import Stage, prepare
 from lvssl.training.stopping import Stop, stop_signals
 from lvssl.training.supervised import Classifier, Recipe, Supervised, largest_batch, predict, scaled_lr
-from pipelines.files import write_atomically
+from pipelines.files import write_json
 
 
 def finetune(settings: FinetuneSettings) -> Stage[FinetuneSettings]:
@@ -93,7 +93,7 @@ def sweep(
         parts = labelled.only(fitted), labelled.only(held)
         trials.append(pair | trial(stage, parts, pair, folder / f"trial-{number}", stop, title))
         if stage.world.first:
-            write_atomically(record, json.dumps(trials, indent=2).encode())
+            write_json(record, trials, indent=2)
             shutil.rmtree(folder / f"trial-{number}", ignore_errors=True)
     return trials
 
@@ -119,6 +119,11 @@ def trial(
     return {"held_out": figures, "seconds": training.seconds}
 
 
+def finite_or(otherwise: float, value: float | None) -> float:
+    """A figure as it is, or `otherwise` where it isn't finite, which a file holds as null."""
+    return value if value is not None and math.isfinite(value) else otherwise
+
+
 def best(trials: list[dict[str, Any]]) -> dict[str, float]:
     """The pair with the best held-out accuracy (of equal ones the lower cross entropy), or R^2."""
 
@@ -126,7 +131,9 @@ def best(trials: list[dict[str, Any]]) -> dict[str, float]:
         figures = trial["held_out"]
         if figures is None:
             return (-math.inf, 0.0)
-        return (figures["top1"], -figures["cross_entropy"]) if "top1" in figures else (figures["r2"], 0.0)
+        if "top1" in figures:
+            return (figures["top1"], -finite_or(math.inf, figures["cross_entropy"]))
+        return (finite_or(-math.inf, figures["r2"]), 0.0)
 
     chosen = max(trials, key=merit)
     if "diverged" in chosen:

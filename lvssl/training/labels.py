@@ -99,6 +99,13 @@ def readable(
         yield (images, found) if sound.all() else (images[torch.from_numpy(sound)], found[sound])
 
 
+def sound_part(path: Path, source: Source, rows: np.ndarray) -> Source:
+    """The images `rows`, int64 [M], ascending, of the set at `path`: those that can be decoded. Says so if
+    there are others."""
+    say_left_out(path, len(source), rows)
+    return source if len(rows) == len(source) else Subset(source, rows)
+
+
 def say_left_out(path: Path, count: int, rows: np.ndarray) -> None:
     """One line on stderr if only `rows`, int64 [M], ascending, of a set's `count` images could be decoded."""
     if len(rows) < count:

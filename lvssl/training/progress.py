@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tqdm import tqdm
 
 from pipelines.errors import InputError
+from pipelines.files import json_text
 
 if TYPE_CHECKING:  # whoever reads a run's figures alone does without
     import torch
 
 SECONDS_BETWEEN_LINES = 30.0
+DIGITS = 8  # significant ones of a figure in metrics.jsonl: more than fp32 has
 T = TypeVar("T")
 
 
@@ -104,10 +106,9 @@ class Metrics:
         )
 
     def write(self, row: dict[str, Any]) -> None:
-        """A row with "step" and figures."""
-        self.file.write(
-            json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n"
-        )
+        """A row with "step" and figures; what isn't finite becomes null."""
+        short = {k: float(f"{v:.{DIGITS}g}") if isinstance(v, float) else v for k, v in row.items()}
+        self.file.write(json_text(short) + "\n")
         for name, value in row.items():
             if name not in ("step", "epoch"):
                 self.board.add_scalar(name, value, row["step"])
@@ -120,6 +121,8 @@ class Metrics:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, none if there is no such file, less a last line cut short by a kill.
 
+    Figures that weren't finite are left out.
+
     Raises:
         InputError: another line that is no JSON object.
     """
@@ -131,7 +134,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             row = None
         if isinstance(row, dict):
-            rows.append(row)
+            rows.append({name: value for name, value in row.items() if value is not None})
         elif number < len(lines):
             raise InputError(f"{path}: line {number} is no JSON object")
     return rows

@@ -1,6 +1,5 @@
 """A run is a folder: config.json, checkpoints/, metrics.jsonl, and what later stages add."""
 
-import fcntl
 import json
 import platform
 from collections.abc import Iterator
@@ -13,17 +12,12 @@ import torch
 import torchvision
 
 import lvssl
-from lvssl.config import PretrainSettings, difference, from_dict, to_dict
+from lvssl.config import FREE_TO_CHANGE, ON_ERROR, PretrainSettings, choice, difference, from_dict, to_dict
 from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
 from pipelines.errors import InputError
-
-# What may differ when a run is resumed: it changes where and how fast, never what is computed.
-FREE_TO_CHANGE = (
-    "out", "data", "source", "workers", "threads", "device", "augmentation", "checkpoint_minutes",
-    "log_every", "preset", "engine.channels_last", "engine.compile", "engine.recompute", "engine.keep",
-    "engine.non_finite_steps", "engine.timeout_minutes",
-)  # fmt: skip
+from pipelines.files import is_aside, write_json
+from pipelines.lock import lock
 
 LOCK = ".lock"
 
@@ -41,10 +35,8 @@ def create_run(settings: PretrainSettings, classes: int, resume: bool) -> None:
         stored, stored_classes = read_config(settings.out)
         # Plain SimCLR has no bits to decorrelate, and no deterministic family a second path: such runs are
         # the controls of any of these weights.
-        unread = {"none": ("latent.decorrelation", "latent.clean"), "sign": ("latent.clean",)}.get(
-            settings.latent.family, ()
-        )
-        changed = difference(stored, settings, FREE_TO_CHANGE + unread)
+        unread = {"none": ("decorrelation", "clean"), "sign": ("clean",)}.get(settings.latent.family, ())
+        changed = difference(stored, settings, (*FREE_TO_CHANGE, "data", *unread))
         if changed is None and stored_classes != classes:
             changed = f"classes: {stored_classes} -> {classes}"
         if changed:
@@ -56,14 +48,15 @@ def create_run(settings: PretrainSettings, classes: int, resume: bool) -> None:
         raise InputError(f"{settings.out} exists and is no run: choose another --out")
     settings.out.mkdir(parents=True, exist_ok=True)
     content = {"settings": to_dict(settings), "classes": classes, "versions": versions()}
-    checkpoint.write_atomically(config, json.dumps(content, indent=2).encode())
+    write_json(config, content, indent=2)
 
 
 def vacant(folder: Path) -> bool:
     """Whether a run can begin there: there is nothing, or no more than a run killed at its birth leaves."""
     if not folder.is_dir():
         return not folder.exists()
-    return all(path.is_dir() or path.name in (LOCK, ".config.json.partial") for path in folder.rglob("*"))
+    config = folder / "config.json"
+    return all(p.is_dir() or p.name == LOCK or is_aside(p.name, config) for p in folder.rglob("*"))
 
 
 @contextmanager
@@ -75,13 +68,11 @@ def alone(folder: Path) -> Iterator[None]:
     """
     with open(folder / LOCK, "ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, folder)
         except BlockingIOError as error:
             raise InputError(
                 f"another process is training in {folder}: wait for its end, or choose another --out"
             ) from error
-        except OSError:  # a file system without locks
-            pass
         yield
 
 
@@ -134,6 +125,12 @@ class Run:
     network: LVNet  # the weights' moving average, if there is one; in eval mode, on a GPU where there is one
     step: int
     digest: str  # of its checkpoint
+
+    def on_error(self, given: str | None) -> str:
+        """What a damaged image does, raise or skip: as given, or else as in the pretraining."""
+        chosen = given or self.settings.on_error
+        choice("on_error", chosen, ON_ERROR)
+        return chosen
 
 
 def load_run(folder: Path) -> Run:

@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 
+from lvssl.config import FREE_TO_CHANGE
 from lvssl.stages import StageSettings, command, identity
 from lvssl.training.distributed import World, from_first, world_of
 from lvssl.training.labels import Labelled, beside, check_pair, open_labelled
 from lvssl.training.run import Run, load_run, pick_device, versions
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
+from pipelines.files import write_json
 
+# What a stage leaves in its folder, and in the folders of its trainings there.
+OWN = (
+    "stage.json", "result.json", "trials.json", "metrics.jsonl", "checkpoints/step-*.pt",
+    "tensorboard/events.out.tfevents.*",
+)  # fmt: skip
 Settings = TypeVar("Settings", bound=StageSettings)
 
 
@@ -41,7 +47,7 @@ class Stage(Generic[Settings]):
         """Training and test set. Raises InputError if they don't match."""
         settings = self.settings
         assert settings.train is not None and settings.test is not None
-        given = settings.target, settings.source, settings.on_error, self.device.type
+        given = settings.target, settings.source, self.run.on_error(settings.on_error), self.device.type
         train, test = (open_labelled(path, *given) for path in (settings.train, settings.test))
         check_pair(train, test)
         return train, test
@@ -61,19 +67,19 @@ class Stage(Generic[Settings]):
         mark = folder / "stage.json"
         wanted = identity(self.settings)
         if mark.exists():
-            changed = changes(json.loads(mark.read_text()), wanted, self.run.digest)
+            changed = changes(json.loads(mark.read_text()), self.settings, self.run.digest)
             if not changed:
                 return
             if not self.settings.again:
                 raise InputError(
                     f"{folder} holds other work ({changed}): --again begins anew, --out elsewhere"
                 )
-            shutil.rmtree(folder)
+            remove_work(folder)
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} exists and is no stage's folder: choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
         content = {"settings": wanted, "checkpoint": self.run.digest}
-        write_atomically(mark, json.dumps(content, indent=2).encode())
+        write_json(mark, content, indent=2)
 
     def finish(
         self, sets: tuple[Labelled, Labelled], results: dict[str, dict[str, Any]], **more: Any
@@ -101,8 +107,19 @@ class Stage(Generic[Settings]):
         }
         if self.world.first:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path, json.dumps(content, indent=2).encode())
+            write_json(self.path, content, indent=2)
         return replace(self, done=content)
+
+
+def remove_work(folder: Path) -> None:
+    """Remove what stages leave in a folder of theirs, and nothing that somebody has put beside it."""
+    for part in (folder / "final", *folder.glob("trial-*"), folder):
+        for pattern in OWN:
+            for path in part.glob(pattern):
+                path.unlink()
+        for emptied in (part / "checkpoints", part / "tensorboard", part):
+            with suppress(OSError):  # there is more in it, or there is none
+                emptied.rmdir()
 
 
 def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
@@ -117,7 +134,12 @@ def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
     device = pick_device(settings.device, world.local_rank)
     run = load_run(settings.run)
     train = settings.train or run.settings.data
-    settings = replace(settings, train=train, test=settings.test or beside(train))
+    settings = replace(
+        settings,
+        train=train,
+        test=settings.test or beside(train),
+        on_error=run.on_error(settings.on_error),
+    )
     path = settings.out or settings.run / result
     if path.suffix != ".json":
         path = path / "result.json"
@@ -136,7 +158,7 @@ def finished(path: Path, settings: StageSettings, digest: str) -> dict[str, Any]
         result = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path}: not a result ({error}); remove it") from error
-    changed = changes(result, identity(settings), digest)
+    changed = changes(result, settings, digest)
     if not changed:
         return result
     if not settings.again:
@@ -146,11 +168,15 @@ def finished(path: Path, settings: StageSettings, digest: str) -> dict[str, Any]
     return None
 
 
-def changes(result: dict[str, Any], wanted: dict[str, Any], digest: str) -> str:
-    """The first difference between a result's origin and what is wanted, in words; empty if there is none."""
+def changes(result: dict[str, Any], settings: StageSettings, digest: str) -> str:
+    """The first difference between a result's origin and what is wanted, in words; empty if there is none.
+
+    A setting that the result's version didn't know yet had its default; a damaged image raised.
+    """
     if result.get("checkpoint") != digest:
         return f"checkpoint: {str(result.get('checkpoint'))[:12]} -> {digest[:12]}"
-    had = result.get("settings", {})
+    wanted, defaults = identity(settings), identity(type(settings)(settings.run, on_error="raise"))
+    had = defaults | {k: v for k, v in result.get("settings", {}).items() if k not in FREE_TO_CHANGE}
     for name in {**had, **wanted}:
         if had.get(name) != wanted.get(name):
             return f"{name}: {had.get(name)} -> {wanted.get(name)}"

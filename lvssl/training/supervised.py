@@ -129,7 +129,7 @@ def represent(
     if on == "code":
         return posterior.code().float() * 2 - 1
     if training:
-        return posterior.sample(network.samples, generator).mean(dim=0).float()
+        return posterior.sample(network.samples, generator, network.latent.relaxation).mean(dim=0).float()
     return posterior.mean().float()
 
 

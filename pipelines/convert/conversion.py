@@ -38,6 +38,7 @@ from pipelines.convert.outputs import BetonOutput, Item, Output, TarOutput
 from pipelines.convert.readers import Source, open_source
 from pipelines.convert.store import HOW, Settings, Stored, area_resize, attempt, select, store
 from pipelines.convert.webdataset import IMAGES_A_TAR
+from pipelines.cores import cores
 from pipelines.errors import InputError
 
 __all__ = ["Settings", "area_resize", "convert", "select", "store"]
@@ -492,10 +493,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _versions(source: Source) -> dict[str, str]:

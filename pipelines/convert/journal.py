@@ -8,7 +8,6 @@ that lies beyond them in the outputs is cut off before the work goes on.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import struct
@@ -23,6 +22,7 @@ from typing import IO
 import numpy as np
 
 from pipelines.errors import InputError
+from pipelines.lock import lock
 
 RECORD = np.dtype(
     [
@@ -69,11 +69,9 @@ class Journal:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self.file, self.path)
         except BlockingIOError as error:
             raise InputError(f"{self.path}: another process is converting to the same file") from error
-        except OSError:
-            pass  # a file system without locks
 
     def _read(self, fingerprint: str) -> None:
         self.committed = 0

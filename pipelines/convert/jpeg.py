@@ -207,12 +207,13 @@ def _compress(pixels: np.ndarray, quality: int) -> bytes:
     if getattr(_local, "room", 0) < needed:
         _local.room, _local.buffer = needed, ctypes.create_string_buffer(needed)
     if not hasattr(_local, "compressor"):
-        _local.compressor = _turbo.tjInitCompress()
+        _local.compressor = _Owned(_turbo.tjInitCompress())
     start, size = c_void_p(ctypes.addressof(_local.buffer)), c_ulong(needed)
     source = (pixels.ctypes.data, width, 0, height, _PIXELS_RGB)
     how = (_SUBSAMPLING_420, quality, _ACCURATE_DCT | _NO_REALLOCATION)
-    if _turbo.tjCompress2(_local.compressor, *source, byref(start), byref(size), *how):
-        raise DamagedImage(_turbo.tjGetErrorStr2(_local.compressor).decode("utf-8", "replace"))
+    handle = _local.compressor.handle
+    if _turbo.tjCompress2(handle, *source, byref(start), byref(size), *how):
+        raise DamagedImage(_turbo.tjGetErrorStr2(handle).decode("utf-8", "replace"))
     return ctypes.string_at(_local.buffer, size.value)
 
 
@@ -236,17 +237,26 @@ _turbo = _load_turbo()
 _local = threading.local()
 
 
+class _Owned:
+    """A (de)compressor of libjpeg-turbo, destroyed with its owner: the thread that ends."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle, self._destroy = handle, _turbo.tjDestroy
+
+    def __del__(self) -> None:
+        self._destroy(self.handle)
+
+
 def _handle() -> int:
     """A decompressor for each thread: one must not be shared."""
-    if not hasattr(_local, "handle"):
-        _local.handle = _turbo.tjInitDecompress()
-    return _local.handle
+    if not hasattr(_local, "decompressor"):
+        _local.decompressor = _Owned(_turbo.tjInitDecompress())
+    return _local.decompressor.handle
 
 
 def _failed(handle: int) -> DamagedImage:
     """The error, and no more of this decompressor: up to libjpeg-turbo 2.1, one that has failed in a header
     goes on from there with the next file, and calls that damaged."""
     message = _turbo.tjGetErrorStr2(handle).decode("utf-8", "replace")
-    _turbo.tjDestroy(handle)
-    del _local.handle
+    del _local.decompressor
     return DamagedImage(message)

@@ -78,8 +78,6 @@ def open_source(path: str | Path, kind: str = "auto", device: str = "cpu") -> So
 
 def _holds_images(path: Path) -> bool:
     """Whether these are images as they are: a folder, tars, a table of them, or torchvision:NAME."""
-    return (
-        path.is_dir()
-        or path.suffix in (".tar", ".parquet", ".csv", ".jsonl")
-        or bool({"{", ":"} & {*str(path)})
-    )
+    if path.is_dir() or path.suffix == ".beton":
+        return path.is_dir()
+    return path.suffix in (".tar", ".parquet", ".csv", ".jsonl") or bool({"{", ":"} & {*str(path)})

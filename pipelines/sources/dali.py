@@ -10,7 +10,6 @@ the GPU, and the crops come back to the host, where the loader makes batches. Wi
 from __future__ import annotations
 
 import importlib
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ class DALISource:
         """Open tars, a .beton or a folder.
 
         Args:
-            device: `cpu` or `gpu`. threads: of each pipeline; one belongs to each thread that asks for crops.
+            device: `cpu` or `gpu`. threads: of each pipeline; there are as many as calls of `crops` at once.
             check: hold each JPEG against libjpeg-turbo when it first comes, at some 0.4 ms: DALI gives grey
                 blocks for damaged data, without an error.
 
@@ -61,7 +60,7 @@ class DALISource:
         self.targets = getattr(self.base, "targets", {})
         self.device, self.threads = device, threads
         self._sound = np.full(len(self.labels), not check)
-        self._local = threading.local()
+        self._free: dict[tuple[int, int], list[Any]] = {}  # pipelines that no thread is using
 
     def __len__(self) -> int:
         return len(self.base)
@@ -116,10 +115,11 @@ class DALISource:
     def _run(self, files: list[np.ndarray], boxes: np.ndarray, flips: np.ndarray, side: int) -> np.ndarray:
         """Crops of at most BATCH JPEGs: uint8 [B, V, R, R, 3]."""
         views = boxes.shape[1]
-        pipelines: dict[tuple[int, int], Any] = self._local.__dict__.setdefault("pipelines", {})
-        if (views, side) not in pipelines:
-            pipelines[views, side] = _pipeline(views, side, self.device, self.threads)
-        pipeline = pipelines[views, side]
+        free = self._free.setdefault((views, side), [])
+        try:
+            pipeline = free.pop()
+        except IndexError:
+            pipeline = _pipeline(views, side, self.device, self.threads)
         start = boxes[..., :2].min(1)
         pipeline.feed_input("files", files)
         pipeline.feed_input("start", start)
@@ -128,8 +128,10 @@ class DALISource:
             pipeline.feed_input(f"start{view}", boxes[:, view, :2] - start)
             pipeline.feed_input(f"shape{view}", np.ascontiguousarray(boxes[:, view, 2:]))
             pipeline.feed_input(f"flip{view}", flips[:, view].astype(np.int32))
-        crops = pipeline.run()
-        return np.stack([(c.as_cpu() if self.device == "gpu" else c).as_array() for c in crops], axis=1)
+        crops = [(c.as_cpu() if self.device == "gpu" else c).as_array() for c in pipeline.run()]
+        stacked = np.stack(crops, axis=1)
+        free.append(pipeline)  # unless it raised: what it is then in is nobody's knowledge
+        return stacked
 
 
 def _pipeline(views: int, side: int, device: str, threads: int) -> Any:

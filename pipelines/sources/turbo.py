@@ -49,7 +49,6 @@ DECODED, WRONG_SIZE, DAMAGED, WRONG_BOX, TOO_SHORT = 0, 1, 2, 3, 4
 PIXELS_A_BYTE = 1024
 
 
-@compiled()
 def crop_stored(data, offsets, sizes, modes, heights, widths, boxes, flips, out):
     """Decode each sample once and crop all its views; stops at the first that can't be decoded.
 
@@ -62,7 +61,25 @@ def crop_stored(data, offsets, sizes, modes, heights, widths, boxes, flips, out)
     Returns:
         (row, why) of the sample that failed, or (B, DECODED).
     """
-    handle = _init()
+    handle = _begin()
+    try:
+        return _crop_stored(handle, data, offsets, sizes, modes, heights, widths, boxes, flips, out)
+    finally:  # an entry that lies about its size, or no memory for it, raises; numba itself can't `finally`
+        _end(handle)
+
+
+@compiled()
+def _begin():
+    return _init()
+
+
+@compiled()
+def _end(handle):
+    _destroy(handle)
+
+
+@compiled()
+def _crop_stored(handle, data, offsets, sizes, modes, heights, widths, boxes, flips, out):
     numbers = np.empty(4, np.int32)
     pixels = np.empty(0, np.uint8)
     status = DECODED
@@ -79,7 +96,6 @@ def crop_stored(data, offsets, sizes, modes, heights, widths, boxes, flips, out)
         if not crop_pixels(image, boxes[row], flips[row], out[row]):
             status = WRONG_BOX
             break
-    _destroy(handle)  # type: ignore[call-overload]
     return row if status != DECODED else len(offsets), status
 
 

@@ -92,7 +92,7 @@ def test_damaged_images_are_left_out_where_asked(run, pictures, digits, tmp_path
     arguments = ["encode", run, "--images", tmp_path / "set", "--out", tmp_path / "a.lvcodes"]
     assert lvssl(*arguments) == 2
     assert "3.png" in capsys.readouterr().err and not (tmp_path / "a.lvcodes").exists()
-    assert lvssl(*arguments, "--skip-damaged") == 0
+    assert lvssl(*arguments, "--on-error", "skip") == 0
     assert "left out" in capsys.readouterr().err
     assert list(open_codes(tmp_path / "a.lvcodes").names) == [f"{i}.png" for i in (0, 1, 2, 4, 5)]
 

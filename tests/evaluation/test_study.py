@@ -29,7 +29,7 @@ def test_a_study_in_parts_is_the_study(settings, digits, capsys):
     arguments = ["study", "--preset", "digits", "--train", digits["train"], "--test", digits["test"], "--out"]
     arguments += [settings.out, "--arms", *settings.arms, "--seeds", 0, 1, "--epochs", 1, "--images", 60]
     arguments = [*map(str, arguments), "--threads", "1"]
-    for part in ("0/2", "1/2"):
+    for part in ("1/2", "2/2"):
         assert main([*arguments, "--shard", part]) == 0
         assert not (settings.out / "study.json").exists()
     rows = {path.parent.name: path.stat().st_mtime_ns for path in settings.out.glob("*/study.json")}
@@ -152,7 +152,7 @@ def test_arms_of_an_objective_and_runs_of_others(settings):
         ({"arms": ("a:dim=x",)}, "dim must be a int, got 'x'"),
         ({"arms": ("none", "none")}, "two arms of one name"),
         ({"seeds": (0, 0)}, "a seed twice"),
-        ({"shard": "2/2"}, "--shard must be K/N"),
+        ({"shard": "0/2"}, "--shard must be K/N"),
         ({"preset": "nonsense"}, "unknown preset"),
         ({"ood": ("nothing.beton",)}, "nothing.beton"),
     ],
@@ -164,7 +164,11 @@ def test_mistakes_are_named_before_any_work(settings, changes, message):
 
 
 def test_shards():
-    assert (shard(""), shard("0/1"), shard("2/5")) == ((0, 1), (0, 1), (2, 5))
+    """K from 1 to N, as `convert-beton` counts; what counted from 0 is refused, and leaves out no part."""
+    assert (shard(""), shard("1/1"), shard("2/5"), shard("5/5")) == ((0, 1), (0, 1), (1, 5), (4, 5))
+    for wrong in ("0/5", "6/5", "0/0", "1", "1/", "/1", "a/b", "-1/2", "\N{SUPERSCRIPT TWO}/3"):
+        with pytest.raises(InputError, match="--shard must be K/N with 1 <= K <= N"):
+            shard(wrong)
 
 
 def test_a_run_without_bits_is_the_control_of_any_decorrelation(settings):

@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 
 from lvssl.cli import chain_starts, main
+from lvssl.config import FREE_TO_CHANGE, PretrainSettings
+from lvssl.stages import FinetuneSettings, KnnSettings, LinearSettings
+from lvssl.training.run import create_run
 from pipelines.errors import InputError
 from slurm.dry_run import folder_size
 from slurm.launch import executor, launch, plan
 from slurm.pipeline import MEASURING, ImageSource, minutes_of, read_pipeline
 from slurm.records import Record, claimed, fingerprints, last_error, read_jobs, stands, write_record
-from slurm.stages import build_stages
+from slurm.stages import build_stages, digest
 from slurm.sweep import write_table
+from slurm.values import flat_hints, replaced
 from tools.convert_beton import parser
 
 GOLDEN = Path(__file__).with_name("golden_sbatch.txt")
@@ -144,7 +148,49 @@ def test_a_changed_setting_reaches_what_hangs_on_it_and_only_that(tmp_path):
     assert changed("epochs = 3", "epochs = 3\nworkers = 1\nthreads = 1") == set()
     assert changed('"4G"', '"8G"') == set()
     assert changed("epochs = 3", "epochs = 3\nseed = 0") == set()  # the default, spelt out
+    elsewhere = "compile = true\nrecompute = true\nkeep = 3\nchannels_last = false\nnon_finite_steps = 9"
+    assert changed("epochs = 3", f'epochs = 3\n{elsewhere}\nsource = "ffcv"\ntimeout_minutes = 1') == set()
     assert train < everything
+
+
+def test_what_may_change_is_one_list_for_runs_stages_and_chains(tmp_path):
+    """A step that ran out of memory says "or --recompute": neither `pretrain --resume` nor the chain begins anew."""
+    known = {*flat_hints(PretrainSettings), *flat_hints(LinearSettings), *flat_hints(FinetuneSettings)}
+    assert set(FREE_TO_CHANGE) - known == {"resume"}
+    settings = PretrainSettings(out=tmp_path / "run")
+    create_run(settings, 10, resume=False)
+    other = {
+        "augmentation": "numba",
+        "source": "ffcv",
+        "device": "cpu",
+        "preset": "digits",
+        "out": settings.out,
+    }
+    for name in set(FREE_TO_CHANGE) & set(flat_hints(PretrainSettings)):
+        value = next(v for k, v in flat(settings).items() if k == name)
+        changed = not value if isinstance(value, bool) else other.get(name) or value + 1
+        with_it = replaced(settings, {name: changed})
+        create_run(with_it, 10, resume=True)
+        assert digest("pretrain", with_it) == digest("pretrain", settings), name
+    for name, changed in {"seed": 1, "temperature": 0.3, "chunk": 64, "ema": 0.9, "dim": 32}.items():
+        with_it = replaced(settings, {name: changed})
+        with pytest.raises(InputError, match=f"another configuration .*{name}: "):
+            create_run(with_it, 10, resume=True)
+        assert digest("pretrain", with_it) != digest("pretrain", settings), name
+
+
+def flat(settings) -> dict:
+    pairs = [(f.name, getattr(settings, f.name)) for f in dataclasses.fields(settings)]
+    groups = [flat(value) for _, value in pairs if dataclasses.is_dataclass(value)]
+    return {k: v for k, v in pairs if not dataclasses.is_dataclass(v)} | {
+        k: v for group in groups for k, v in group.items()
+    }
+
+
+def test_a_setting_that_a_later_version_adds_changes_no_digest():
+    later = dataclasses.make_dataclass("Later", [("new", int, 7)], bases=(KnnSettings,), frozen=True)
+    now, same, other = KnnSettings(Path("run"), k=5), later(Path("run"), k=5), later(Path("run"), k=5, new=8)
+    assert digest("knn", now, "x") == digest("knn", same, "x") != digest("knn", other, "x")
 
 
 def test_a_source_that_changes_changes_the_digest(tmp_path):

@@ -81,8 +81,8 @@ def test_the_imagenet_recipe_goes_the_whole_way(tmp_path, lvssl):
     run, data = tmp_path / "run", ["--train", beton, "--test", beton]
     stages = {
         "pretrain": [
-            *("pretrain", "--preset", "imagenet-r50-100ep", "--data", beton, "--out", run, "--workers", 1),
-            *("--batch-size", 16, "--epochs", 1, "--warmup-epochs", 0.3, "--log-every", 1),
+            *("pretrain", "--preset", "bernoulli-imagenet-r50-100ep", "--data", beton, "--out", run),
+            *("--workers", 1, "--batch-size", 16, "--epochs", 1, "--warmup-epochs", 0.3, "--log-every", 1),
         ],
         "linear": [
             *("linear", run, "--preset", "imagenet-linear", *data, "--workers", 1),

@@ -25,6 +25,7 @@ from lvssl.stages import FinetuneSettings, KnnSettings, LinearSettings
 from lvssl.training import checkpoint, supervised
 from lvssl.training.finetune import finetune
 from lvssl.training.run import load_run
+from lvssl.training.stage import remove_work
 from lvssl.training.stopping import Interrupted
 from pipelines.convert.conversion import convert
 from pipelines.errors import InputError
@@ -71,6 +72,18 @@ def test_a_finished_stage_prints_its_result_and_others_are_refused(run, capsys):
     assert "checkpoint" in capsys.readouterr().err, (
         "a result of an older checkpoint was taken for the newest's"
     )
+
+
+def test_a_result_of_a_version_with_fewer_or_other_free_settings_stands(run):
+    done = knn(KnnSettings(run, k=5)).done
+    path = run / "knn.json"
+    older = json.loads(path.read_text())
+    del older["settings"]["temperature"], older["settings"]["on_error"]
+    older["settings"]["workers"] = 9
+    path.write_text(json.dumps(older))
+    assert knn(KnnSettings(run, k=5)).done == older and done["results"] == older["results"]
+    with pytest.raises(InputError, match="temperature: 0.0 -> 0.5"):
+        knn(KnnSettings(run, k=5, temperature=0.5))
 
 
 def test_the_published_protocol_leaves_the_encoder_alone_and_learns(run):
@@ -245,6 +258,21 @@ def test_work_under_other_settings_is_not_gone_on_with(run, monkeypatch):
     with pytest.raises(InputError, match="finetune-0.1 holds other work .epochs: 2 -> 3.: --again"):
         finetune(other)
     assert finetune(dataclasses.replace(other, again=True)).done["steps"] == 3
+    begun = run / "finetune-0.1"
+    kept = [
+        begun / "thesis.tex",
+        begun / "final" / "plot.png",
+        begun / "checkpoints" / "mine.pt",
+        begun / "a/b",
+    ]
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    later = dataclasses.replace(other, epochs=1, again=True)
+    assert finetune(later).done["steps"] == 1 and all(path.exists() for path in kept)
+    assert [p.name for p in checkpoint.paths(begun / "final" / "checkpoints")] == ["step-000000001.pt"]
+    remove_work(begun)  # all but those
+    assert sorted(p for p in begun.rglob("*") if p.is_file()) == sorted(kept)
     (run / "mine").mkdir()
     (run / "mine" / "thesis.tex").touch()
     with pytest.raises(InputError, match="mine exists and is no stage's folder"):

@@ -107,7 +107,7 @@ def test_two_processes_never_train_in_one_folder(digits, tmp_path):
 def test_a_run_killed_before_its_settings_were_written_begins_again(digits, tmp_path):
     chosen = settings(digits, tmp_path / "run")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "run" / ".config.json.partial").write_text('{"settings": ')
+    (tmp_path / "run" / ".config.json.0000-1-0.partial").write_text('{"settings": ')
     create_run(chosen, 10, resume=True)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["classes"] == 10
     (tmp_path / "notes").mkdir()

@@ -1,0 +1,24 @@
+"""One process at a time: a lock on an open file, which the system takes from a killed process."""
+
+import fcntl
+import sys
+from pathlib import Path
+from typing import IO
+
+
+def lock(file: IO, path: Path) -> None:
+    """Lock `file`, open for writing, until it is closed; `path`: what it guards, for the notice.
+
+    Some file systems know no locks, such as Lustre mounted without `flock` and some NFS. There the work
+    goes on unguarded, and one line on stderr says so.
+
+    Raises:
+        BlockingIOError: another process holds the lock. Nothing else is raised.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        said = f"its file system has no locks ({error.strerror}): let no second process do the same work"
+        print(f"warning: {path}: {said}", file=sys.stderr, flush=True)

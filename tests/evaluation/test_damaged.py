@@ -1,0 +1,129 @@
+"""Sets with damaged images: a command that measures stops and names one, or leaves them out and says so."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lvssl.cli import main
+from pipelines.sources import open_source
+
+DAMAGED = {"train": [3, 4, 77], "test": [0, 9]}
+QUICK = {
+    "evaluate": ([], "evaluation.json"),
+    "analyse": (["--images", "0", "--samples", "2"], "analysis.json"),
+    "compression": (["--bits", "16", "--first", "20"], "compression.json"),
+}
+
+
+def counts(result: dict) -> tuple[dict, object]:
+    """What a result says of the images that were left out, and its figures."""
+    if "table" in result:
+        return result["data"]["skipped"], (result["table"], result["uncertainty"])
+    if "models" in result:
+        found = result["models"]["run"]
+        return result["images"]["skipped"], (
+            found["scores"]["norm"]["r_auroc"],
+            found["probes"],
+            result["bits"],
+        )
+    rows = [{k: v for k, v in row.items() if k not in ("model", "raw_pixels")} for row in result["rows"]]
+    return result["skipped"], (rows, result["queries"], result["database"])
+
+
+@pytest.fixture(scope="module")
+def folders(digits, tmp_path_factory) -> dict[str, Path]:
+    """PNG files in class folders: `train`, `test` with damaged ones, `sound/train`, `sound/test` without."""
+    root = tmp_path_factory.mktemp("folders")
+    for split, count in (("train", 200), ("test", 60)):
+        source = open_source(digits[split])
+        for i in range(count):
+            path = root / split / str(source.labels[i]) / f"{i:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(source.stored(0, i)).save(path)
+        shutil.copytree(root / split, root / "sound" / split)
+        files = sorted(path.relative_to(root) for path in (root / split).glob("*/*.png"))
+        for row in DAMAGED[split]:
+            (root / files[row]).write_bytes(b"\x89PNG\r\n\x1a\n, and nothing of the kind")
+            (root / "sound" / files[row]).unlink()
+    return {"train": root / "train", "test": root / "test", "sound": root / "sound"}
+
+
+def pretrained_on(run: Path, data: Path, on_error: str, out: Path) -> Path:
+    """A copy of a run, as if it had been trained on these images."""
+    shutil.copytree(run, out)
+    config = json.loads((out / "config.json").read_text())
+    config["settings"] |= {"data": str(data), "on_error": on_error}
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+@pytest.mark.parametrize("command", QUICK)
+def test_raise_or_skip_as_asked_or_as_in_the_pretraining(command, run, control, folders, tmp_path, capsys):
+    options, name = QUICK[command]
+    like = control if command == "compression" else run  # equal-bit controls are a deterministic run's
+    runs = {
+        "strict": pretrained_on(like, folders["train"], "raise", tmp_path / "strict"),
+        "lax": pretrained_on(like, folders["train"], "skip", tmp_path / "lax"),
+        "sound": pretrained_on(like, folders["sound"] / "train", "raise", tmp_path / "sound"),
+    }
+    assert main([command, str(runs["strict"]), *options]) == 2
+    said = capsys.readouterr().err
+    assert "can't be decoded" in said and "Traceback" not in said and not (runs["strict"] / name).exists()
+    assert main([command, str(runs["lax"]), *options, "--on-error", "raise"]) == 2
+    capsys.readouterr()
+    assert main([command, str(runs["strict"]), *options, "--on-error", "skip"]) == 0
+    if command != "analyse":  # which reads a part of a set, and counts in that
+        said = capsys.readouterr().err
+        assert f"{folders['test']}: 2 of 60 images can't be decoded and are left out" in said
+    assert main([command, str(runs["lax"]), *options]) == 0
+    assert main([command, str(runs["sound"]), *options]) == 0
+    found = {which: json.loads((path / name).read_text()) for which, path in runs.items()}
+    skipped, figures = zip(*(counts(found[which]) for which in ("strict", "lax", "sound")))
+    assert skipped[0] == skipped[1] == {"train": 3, "test": 2} and skipped[2] == {"train": 0, "test": 0}
+    assert figures[0] == figures[1] == figures[2]
+    assert "--on-error skip" in found["strict"]["command"]
+    assert main([command, str(runs["lax"]), "--on-error", "ignore"]) == 2
+    assert "unknown on_error 'ignore'; known: raise, skip" in capsys.readouterr().err
+
+
+def test_codes_and_queries(run, folders, tmp_path, capsys):
+    lax = pretrained_on(run, folders["train"], "skip", tmp_path / "lax")
+    out = tmp_path / "test.lvcodes"
+    encode = ["encode", str(lax), "--images", str(folders["test"]), "--out", str(out)]
+    assert main([*encode, "--on-error", "raise"]) == 2
+    assert "--on-error skip leaves such images out" in capsys.readouterr().err and not out.exists()
+    assert main(encode) == 0
+    said = capsys.readouterr()
+    assert "58 codes" in said.out and said.err.count("warning: left out") == 2
+    search = ["search", str(lax), "--query", str(folders["test"]), "--codes", str(out), "--csv"]
+    assert main([*search, str(tmp_path / "a.csv"), "--on-error", "raise"]) == 2
+    assert "can't be decoded" in (said := capsys.readouterr().err) or "damaged" in said
+    assert main([*search, str(tmp_path / "a.csv")]) == 0
+    assert "neighbours of 58 queries" in capsys.readouterr().out
+
+
+def test_a_stage_has_the_runs_setting_and_an_older_result_stands(run, folders, tmp_path, capsys):
+    lax = pretrained_on(run, folders["train"], "skip", tmp_path / "lax")
+    for command in ("linear", "knn"):
+        assert main([command, str(lax)]) == 0
+        result = json.loads((lax / f"{command}.json").read_text())
+        assert result["settings"]["on_error"] == "skip" and result["results"]["features"]["count"] == 58
+    strict = pretrained_on(run, folders["sound"] / "train", "raise", tmp_path / "strict")
+    assert main(["knn", str(strict)]) == 0
+    assert json.loads((strict / "knn.json").read_text())["settings"]["on_error"] == "raise"
+
+
+def test_a_study_skips_in_training_and_measuring(folders, tmp_path, capsys):
+    study = ["study", "--preset", "digits", "--train", str(folders["train"]), "--test", str(folders["test"])]
+    study += ["--out", str(tmp_path / "study"), "--arms", "none", "--seeds", "0", "--epochs", "1"]
+    study += ["--images", "50", "--threads", "1"]
+    assert main([*study]) == 2
+    assert "can't be decoded" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "study")
+    assert main([*study, "--on-error", "skip"]) == 0
+    result = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert result["rows"][0]["skipped"] == {"train": 3, "test": 2} and result["rows"][0]["queries"] == 58
+    assert "--on-error skip" in result["command"]

@@ -1,0 +1,108 @@
+"""Slurm that fails or doesn't answer says nothing about a job: not that there is none."""
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_pipeline_file import write
+
+from lvssl.cli import chain_starts, main
+from slurm import scheduler
+from slurm.job import Job
+from slurm.launch import build_stages, plan
+from slurm.pipeline import ClusterSettings, read_pipeline
+from slurm.records import Record, write_json, write_record
+
+FAILS = "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
+HANGS = "exec sleep 600"
+EMPTY = "exit 0"
+HINT = "slurm_load_jobs error: Unable to contact slurm controller"
+
+
+@pytest.fixture
+def squeue(tmp_path, monkeypatch):
+    """squeue(SCRIPT) puts a command of that name first in the PATH, and a scancel that must not be called."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(scheduler, "PAUSE", 0.01)
+
+    def made(script: str, name: str = "squeue") -> None:
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+
+    made(f"touch {tmp_path}/cancelled", "scancel")
+    made("echo 'part*|1-00:00:00|x|(null)'", "sinfo")
+    made(f"touch {tmp_path}/submitted", "sbatch")
+    return made
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    """A pipeline whose pretraining was submitted as job 7."""
+    path = write(tmp_path)
+    pipeline = read_pipeline(path, chain_starts())
+    (task,) = (t for stage in build_stages(pipeline) for t in stage.tasks if t.name == "pretrain")
+    write_json(
+        pipeline.out / "jobs.json",
+        {task.key: {"task": "pretrain", "job": "7", "log": "log", "cluster": "slurm"}},
+    )
+    return path
+
+
+@pytest.mark.parametrize("command", [["launch"], ["launch", "--dry-run"], ["cancel"], ["retry", "pretrain"]])
+def test_nothing_is_begun_or_ended_on_what_is_unknown(squeue, file, tmp_path, capsys, command):
+    squeue(FAILS)
+    assert main([*command, str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: whether job 7 is queued or runs is unknown: squeue: ") and HINT in error
+    assert error.count("\n") == 1 and "jobs.json" in error
+    assert not (tmp_path / "cancelled").exists() and not (tmp_path / "submitted").exists()
+
+
+def test_status_says_that_it_is_unknown(squeue, file, capsys):
+    squeue(FAILS)
+    assert main(["status", str(file)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("pretrain"))
+    assert "unknown (Slurm doesn't answer)" in line
+
+
+def test_no_answer_in_time_and_no_squeue_at_all_are_unknown_an_empty_queue_is_none(squeue, file, monkeypatch):
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: run(*a, **{**k, "timeout": k["timeout"] / 200}))
+    squeue(HANGS)
+    with pytest.raises(scheduler.UnknownQueue, match="7 is queued or runs is unknown: Slurm doesn't answer"):
+        scheduler.states({"7"})
+    squeue(EMPTY)
+    assert scheduler.states({"7"}) == {} and not scheduler.alive("7", "elsewhere")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(scheduler.UnknownQueue, match="no Slurm here"):
+        scheduler.states({"7"})
+    assert scheduler.states(set()) == {}
+
+
+def test_a_chain_of_this_machine_needs_no_slurm(file, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    pipeline = read_pipeline(file, chain_starts())
+    jobs = pipeline.out / "jobs.json"
+    jobs.write_text(jobs.read_text().replace('"slurm"', '"local"'))
+    assert all(work.tasks for work in plan(pipeline.out, build_stages(pipeline)))
+
+
+@pytest.mark.parametrize("script, refused", [(FAILS, True), (EMPTY, False)])
+def test_a_job_does_not_begin_beside_one_that_may_be_at_its_task(squeue, file, capsys, script, refused):
+    pipeline = read_pipeline(file, chain_starts())
+    (task,) = (t for stage in build_stages(pipeline) for t in stage.tasks if t.name == "pretrain")
+    write_record(pipeline.out, task, Record(task.name, task.digest, "running", job="7", host="elsewhere"))
+    job = Job(pipeline.out, task, ClusterSettings(), Path("/code"))
+    job.kind, job.id, job.log = "slurm", "8", Path("log")
+    squeue(script)
+    if refused:
+        with pytest.raises(SystemExit):
+            job.begin()
+        said = capsys.readouterr().out
+        assert "whether job 7 is queued or runs is unknown" in said and "on elsewhere" in said
+    else:
+        assert job.begin().host == socket.gethostname()

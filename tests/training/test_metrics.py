@@ -1,0 +1,33 @@
+"""metrics.jsonl: significant digits, and JSON in every line."""
+
+import json
+import math
+
+import pytest
+
+from lvssl.training.health import alarms
+from lvssl.training.progress import Metrics, read_metrics
+
+
+@pytest.fixture
+def lines(tmp_path):
+    metrics = Metrics(tmp_path, 0)
+    metrics.write({"step": 10, "epoch": 1.0, "lr": 3.2e-9, "loss": 5.5634567891, "rate_bits": math.nan})
+    metrics.write({"step": 20, "epoch": 2.0, "lr": 0.0, "loss": math.inf, "units": math.nan})
+    metrics.close()
+    return tmp_path / "metrics.jsonl"
+
+
+def test_a_small_rate_is_not_0_and_what_is_not_finite_is_null(lines):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    first, second = (json.loads(line, parse_constant=refuse) for line in lines.read_text().splitlines())
+    assert first == {"step": 10, "epoch": 1.0, "lr": 3.2e-9, "loss": 5.5634568, "rate_bits": None}
+    assert second == {"step": 20, "epoch": 2.0, "lr": 0.0, "loss": None, "units": None}
+
+
+def test_readers_find_no_figure_where_there_was_none(lines):
+    rows = read_metrics(lines)
+    assert [set(row) for row in rows] == [{"step", "epoch", "lr", "loss"}, {"step", "epoch", "lr"}]
+    assert not alarms(rows[1], 1.0)
