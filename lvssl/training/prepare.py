@@ -24,7 +24,7 @@ def prepared(network: N, engine: EngineSettings, device: torch.device, ranks: in
     network = network.to(device)
     network = network.to(memory_format=layout(engine))
     if ranks > 1 and engine.sync_batch_norm:
-        network = cast(N, synchronised(network, device))
+        network = cast(N, synchronised(network))
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # one shape for the whole run
     return network

@@ -163,7 +163,7 @@ class Supervised:
         self.folder, self.recipe, self.device, self.world = folder, recipe, device, world
         self.model = model.to(device).to(memory_format=torch.channels_last)
         if world.size > 1 and not model.frozen:
-            synchronised(self.model, device)
+            synchronised(self.model)
         broadcast_state(self.model)
         self.answers = train.answers.to(device)
         self.loader = TwoViewLoader(

@@ -163,7 +163,7 @@ def normalised(rank: int, size: int) -> dict[str, torch.Tensor]:
     x = x if size == 1 else x[:2] if rank == 0 else x[2:]
     norm = torch.nn.BatchNorm2d(3, dtype=torch.float64)
     torch.nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(2))
-    norm = synchronised(torch.nn.Sequential(norm), torch.device("cpu"))[0]
+    norm = synchronised(torch.nn.Sequential(norm))[0]
     assert isinstance(norm, SyncedBatchNorm)
     x.requires_grad_()
     output = norm(x)
@@ -255,7 +255,7 @@ def compiled(rank: int, port: int, folder: Path) -> None:
         found = []
         for compile in (False, True):
             torch.manual_seed(0)
-            net = synchronised(build_backbone("tiny", 8)[0], torch.device("cpu"))
+            net = synchronised(build_backbone("tiny", 8)[0])
             if compile:
                 net.compile()
             noise = torch.Generator().manual_seed(rank)
