@@ -63,8 +63,7 @@ def sample_infonce(samples: Tensor, directions: Tensor, kappa: float) -> Tensor:
         candidates, start = gathered(directions.float())
         logits = kappa * samples.float() @ candidates.T  # [K, N, all]
     own = start + torch.arange(n, device=logits.device)
-    itself = torch.zeros(logits.shape[1:], dtype=torch.bool, device=logits.device)
-    itself[torch.arange(n, device=logits.device), own] = True
+    itself = own[:, None] == torch.arange(len(candidates), device=logits.device)
     partner = start + torch.arange(n, device=logits.device).roll(n // 2)
     losses = F.cross_entropy(
         logits.masked_fill(itself, float("-inf")).flatten(0, 1), partner.repeat(len(samples)), reduction="sum"

@@ -193,7 +193,7 @@ class Trainer:
             self.scaler.step(self.optimiser)
             self.scaler.update()
         elif not self.host_reads:
-            self.optimiser.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimiser.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
             self.optimiser.step()
         elif finite:
             self.optimiser.step()

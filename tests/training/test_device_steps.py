@@ -20,7 +20,7 @@ from lvssl.config import (
     OptimiserSettings,
     PretrainSettings,
 )
-from lvssl.losses import ntxent, variants
+from lvssl.losses import anchors, ntxent, variants
 from lvssl.training.distributed import World
 from lvssl.training.optimiser import build_optimiser, restore_optimiser
 from lvssl.training.trainer import Trainer
@@ -35,10 +35,18 @@ RATES = {"adamw": 2e-3, "sgd": 0.1, "lars": 1.0}
 
 
 @pytest.fixture(autouse=True)
-def no_loss_is_looked_at(monkeypatch):
-    """On a CPU a loss that isn't finite raises; on a GPU nobody looks."""
+def nobody_looks(monkeypatch):
+    """What is looked at on a CPU alone: a loss, for it to be finite; the temperature, in the chunked form;
+    classes, by torch, for there to be so many."""
     for module in (ntxent, variants):
         monkeypatch.setattr(module, "finite", lambda loss, _: loss)
+    monkeypatch.setattr(anchors, "logit_bound", lambda _: 1 / PRESETS["digits"].temperature)
+    monkeypatch.setattr(torch.nn.functional, "one_hot", one_hot)
+
+
+def one_hot(classes: Tensor, count: int) -> Tensor:
+    shape = (*classes.shape, count)
+    return torch.zeros(shape, dtype=torch.int64, device=classes.device).scatter_(-1, classes[..., None], 1)
 
 
 def settings(data: Path, out: Path, optimiser: str = "adamw", **changes: Any) -> PretrainSettings:
@@ -83,7 +91,13 @@ def everything(trainer: Trainer) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize(
-    ("optimiser", "precision"), [("adamw", "fp32"), ("sgd", "bf16"), ("lars", "fp32"), ("lars", "fp16")]
+    ("optimiser", "precision"),
+    [
+        ("adamw", "fp32"),
+        ("sgd", "bf16"),
+        ("lars", "fp32"),
+        pytest.param("lars", "fp16", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("chunk", [0, 100])
 def test_a_step_that_is_not_finite_changes_nothing(digits, tmp_path, device, optimiser, precision, chunk):
@@ -111,8 +125,9 @@ def test_a_step_that_is_not_finite_changes_nothing(digits, tmp_path, device, opt
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd", "lars"])
-def test_both_ways_are_one_training(digits, tmp_path, optimiser):
-    """With the host looking and without: the same weights to fp64's rounding."""
+def test_both_ways_are_one_training(digits, tmp_path, monkeypatch, optimiser):
+    """With the host looking and without: the same weights. In fp64, where roundings stay too small to grow."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # of heads and losses
     chosen = settings(digits["train"], tmp_path, optimiser, engine=EngineSettings(ema=0.5))
     chosen = dataclasses.replace(chosen, latent=LatentSettings("none"))
     one, batches = trainer_and_batches(chosen, "cpu", 4)
@@ -121,12 +136,14 @@ def test_both_ways_are_one_training(digits, tmp_path, optimiser):
     for trainer in (one, other):
         trainer.network.double().train()
         trainer.ema.module.double()
+        for moments in trainer.optimiser.state.values():
+            moments["momentum_buffer"] = moments["momentum_buffer"].double()
         for batch in batches:
             step(trainer, dataclasses.replace(batch, views=batch.views.double()))
         found.append(everything(trainer))
     weights = [name for name in found[1] if name.startswith(("network", "average"))]
     for name in weights:
-        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-4, msg=name)
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd", "lars"])
@@ -161,9 +178,10 @@ def test_an_optimisers_state_goes_from_device_to_device(optimiser, fused):
 
 # -- launches -------------------------------------------------------------------------------------
 
-VIEWS_OF_MEMORY = {  # say where numbers are, and launch nothing
-    "alias", "as_strided", "detach", "expand", "select", "slice", "split", "split_with_sizes", "t", "transpose",
-    "unbind", "unsqueeze", "view", "_unsafe_view", "permute",
+LAUNCH_NOTHING = {  # views of memory, and marks for a profiler
+    "_record_function_enter_new", "_record_function_exit",
+    "alias", "as_strided", "detach", "expand", "select", "slice", "split", "split_with_sizes", "t",
+    "transpose", "unbind", "unsqueeze", "view", "_unsafe_view", "permute",
 }  # fmt: skip
 
 
@@ -176,7 +194,7 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = operation.overloadpacket.__name__
-        if name not in VIEWS_OF_MEMORY:
+        if name not in LAUNCH_NOTHING:
             self.names.append(name)
         return operation(*args, **(kwargs or {}))
 
@@ -191,7 +209,7 @@ def operations_beside_the_network(backbone: str, optimiser: str, ema: float) -> 
     )
     trainer = Trainer(chosen, 10, [None] * 10, torch.device("cpu"), World(), host_reads=False)
     generator = torch.Generator().manual_seed(0)
-    for number in range(3):
+    for _ in range(3):
         for parameter in trainer.parameters:
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(
                 memory_format=torch.preserve_format
@@ -240,8 +258,8 @@ class NoWaits(TorchDispatchMode):
 
 
 FAMILIES = (
-    "none", "sign", "gaussian", "bernoulli", "categorical", "beta", "mixture", "power_spherical", "vmf", "laplace",
-    "gaussian+bernoulli",
+    "none", "sign", "gaussian", "bernoulli", "categorical", "beta", "mixture", "power_spherical", "vmf",
+    "laplace", "gaussian+bernoulli",
 )  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     family: {"latent": LatentSettings(family, beta=1e-3, decorrelation=0.1)} for family in FAMILIES
@@ -259,8 +277,7 @@ CASES |= {
     )
 }
 CASES |= {
-    f"bernoulli, {name}": {"engine": EngineSettings(precision=name, ema=0.9)}
-    for name in ("fp32", "bf16", "fp16")
+    f"bernoulli, {name}": {"engine": EngineSettings(precision=name, ema=0.9)} for name in ("bf16", "fp16")
 }
 CASES |= {
     "recompute": {"engine": EngineSettings(recompute=True)},
@@ -269,7 +286,9 @@ CASES |= {
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "fp16" in name else name for name in CASES]
+)
 def test_no_step_waits_for_the_device(digits, tmp_path, device, name):
     """On a GPU, torch makes any synchronisation an error; on a CPU, what would synchronise is forbidden by
     name. Every family, objective and precision; in a step whose figures are logged, and in one without."""
