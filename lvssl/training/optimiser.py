@@ -69,12 +69,12 @@ class FusedLars(torch.optim.SGD):
         self.trust = trust
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             if "adapted_decay" in group:
                 weights = [p for p in group["params"] if p.grad is not None]
                 adapt(weights, [p.grad for p in weights], group["adapted_decay"], self.trust)
-        super().step(closure)
+        return super().step(closure)
 
 
 def adapt(weights: list[Tensor], gradients: list[Tensor], decay: float, trust: float) -> None:

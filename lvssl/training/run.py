@@ -16,6 +16,7 @@ import lvssl
 from lvssl.config import PretrainSettings, difference, from_dict, to_dict
 from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
+from lvssl.training.prepare import claim
 from pipelines.errors import InputError
 
 # What may differ when a run is resumed: it changes where and how fast, never what is computed.
@@ -131,13 +132,13 @@ class Run:
 
     folder: Path
     settings: PretrainSettings
-    network: LVNet  # the weights' moving average, if there is one; in eval mode, on a GPU where there is one
+    network: LVNet  # the weights' moving average, if there is one; in eval mode
     step: int
     digest: str  # of its checkpoint
 
 
-def load_run(folder: Path) -> Run:
-    """The newest checkpoint of a run, ready to encode.
+def load_run(folder: Path, device: torch.device | None = None) -> Run:
+    """The newest checkpoint of a run, ready to encode on `device`; left out: on a GPU where there is one.
 
     Raises:
         InputError: no run, or a run without a checkpoint.
@@ -151,5 +152,8 @@ def load_run(folder: Path) -> Run:
     path, state = found
     network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
     network.load_state_dict(state.get("ema") or state["network"])
-    network = network.to(pick_device("auto")).to(memory_format=torch.channels_last)
+    if device is None:
+        device = pick_device("auto")
+        claim(device)
+    network = network.to(device).to(memory_format=torch.channels_last)
     return Run(folder, settings, network.eval(), state["step"], checkpoint.digest(path))

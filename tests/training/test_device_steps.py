@@ -126,7 +126,7 @@ def test_a_step_that_is_not_finite_changes_nothing(digits, tmp_path, device, opt
 
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd", "lars"])
 def test_both_ways_are_one_training(digits, tmp_path, monkeypatch, optimiser):
-    """With the host looking and without: the same weights. In fp64, where roundings stay too small to grow."""
+    """With the host looking and without: the same weights, in fp64, where roundings stay small."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # of heads and losses
     chosen = settings(digits["train"], tmp_path, optimiser, engine=EngineSettings(ema=0.5))
     chosen = dataclasses.replace(chosen, latent=LatentSettings("none"))
