@@ -132,7 +132,7 @@ class TwoViewLoader:
         self._decoder = Decoder(source, on_error)
         self._buffers = Buffers(pin_memory or self.device.type == "cuda")
         self._threads = Threads(workers)
-        self._ahead = _OnDevice(self.device) if self.device.type == "cuda" else None
+        self._on_device = _OnDevice(self.device) if self.device.type == "cuda" else None
 
     def __len__(self) -> int:
         """Steps in an epoch: equal for all epochs and ranks."""
@@ -178,11 +178,11 @@ class TwoViewLoader:
             return self._start(step_indices(order, step, self.batch_size, self.rank, self.ranks), epoch)
 
         batches = _ahead(start, range(self.step, self.steps), self.ahead)
-        if self._ahead is not None:
-            batches = self._ahead.each(batches, self._augmented)
+        if self._on_device is not None:
+            batches = self._on_device.each(batches, self._augmented)
         for batch in batches:
             self.step += 1  # before the batch is used: a state saved after the step resumes behind it
-            yield batch if self._ahead is not None else self._augmented(batch)
+            yield batch if self._on_device is not None else self._augmented(batch)
         self.epoch, self.step = epoch + 1, 0
 
     def _augmented(self, batch: ViewBatch) -> ViewBatch:
@@ -256,39 +256,36 @@ class _OnDevice:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
+        self.in_use: deque[torch.cuda.Event] = deque()  # ends of use that the device hasn't come to
 
     def each(
         self, batches: Iterator[ViewBatch], augmented: Callable[[ViewBatch], ViewBatch]
     ) -> Iterator[ViewBatch]:
         """The batches on the device, for use on the stream that is current when they come."""
-        waiting: deque[tuple[ViewBatch, torch.cuda.Event]] = deque()
-        used: deque[torch.cuda.Event] = deque()
+        last = None
         for batch in batches:
             with torch.cuda.stream(self.stream):
                 copy = augmented(batch.pinned().to(self.device))
                 copied = torch.cuda.Event()
                 copied.record(self.stream)
-            waiting.append((copy, copied))
-            if len(waiting) > 1:
-                yield self._use(*waiting.popleft())
-                used.append(self._end_of_use())
-            if len(used) > RUN_AHEAD:
-                used.popleft().synchronize()
-        while waiting:
-            yield self._use(*waiting.popleft())
+            if last is not None:
+                yield from self._used(*last)
+            last = copy, copied
+        if last is not None:
+            yield from self._used(*last)
 
-    def _use(self, batch: ViewBatch, copied: torch.cuda.Event) -> ViewBatch:
+    def _used(self, batch: ViewBatch, copied: torch.cuda.Event) -> Iterator[ViewBatch]:
+        """The batch; and when the next is asked for, a mark behind all that was launched with it."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(copied)
         for name in batch.__dataclass_fields__:  # so that their memory isn't reused while they are in use
             getattr(batch, name).record_stream(current)
-        return batch
-
-    def _end_of_use(self) -> torch.cuda.Event:
-        """When the next batch is asked for, all that is to be done with the last has been launched."""
-        event = torch.cuda.Event(blocking=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+        yield batch
+        end = torch.cuda.Event(blocking=True)
+        end.record(torch.cuda.current_stream(self.device))
+        self.in_use.append(end)
+        if len(self.in_use) > RUN_AHEAD:
+            self.in_use.popleft().synchronize()
 
 
 def evaluation_batches(
