@@ -97,3 +97,4 @@ def calibrate(trainer: Trainer, source: Source) -> None:
         network.calibrate(torch.stack(everyone, dim=1).flatten(0, 1))
     trainer.calibrated = True
     trainer.save()
+    trainer.writer.wait()

@@ -189,6 +189,7 @@ class Supervised:
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.noise = Generator(device=device)
         self.step, self.seconds = 0, 0.0
+        self.writer = checkpoint.Writer()
 
     def run(self, stop: Stop, title: str) -> None:
         """Train from the newest checkpoint on, or from the beginning, to the end.
@@ -198,7 +199,7 @@ class Supervised:
             FloatingPointError: the loss isn't finite.
         """
         self.restore()
-        with self.loader:
+        with self.loader, self.writer:
             if self.step < self.steps:
                 self.train(stop, title)
             if self.loader.skipped:
@@ -236,6 +237,7 @@ class Supervised:
             self.saved = self.started = now
             self.save()
         if asked and not ended:
+            self.writer.wait()
             name = signal.Signals(asked).name
             raise Interrupted(
                 f"{name}: stopped at step {self.step} of {title}, saved; the same command goes on"
@@ -288,7 +290,7 @@ class Supervised:
             "step": self.step,
             "seconds": self.seconds,
         }
-        checkpoint.save(self.folder / "checkpoints", self.step, state)
+        self.writer.save(self.folder / "checkpoints", self.step, state)
 
     def restore(self) -> None:
         found = from_first(self.world, lambda: checkpoint.latest(self.folder / "checkpoints"))

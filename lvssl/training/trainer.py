@@ -1,5 +1,7 @@
 """A run in progress: one step after the other, its state on disk, its figures in the log."""
 
+from __future__ import annotations
+
 import math
 import signal
 import time
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lvssl.config import PretrainSettings
+from lvssl.losses.distributed import equal_parts
 from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
 from lvssl.training.average import Average
@@ -63,7 +66,7 @@ class Trainer:
         self.step = 0
         self.steps = settings.epochs * len(loader)
         self.calibrated = False
-        self.folder = settings.out / "checkpoints"
+        self.folder, self.writer = settings.out / "checkpoints", checkpoint.Writer()
 
     # -- the state on disk ------------------------------------------------------------------------
 
@@ -82,8 +85,9 @@ class Trainer:
         }
 
     def save(self) -> None:
+        """Of rank 0, beside what follows; an error shows at the next call, or at `writer.wait()`."""
         if self.world.first:
-            checkpoint.save(self.folder, self.step, self.state(), self.settings.engine.keep)
+            self.writer.save(self.folder, self.step, self.state(), self.settings.engine.keep)
 
     def restore(self) -> None:
         """Load the newest checkpoint, if there is one: the one that rank 0 finds to be whole."""
@@ -115,17 +119,9 @@ class Trainer:
         self.saved = time.monotonic()
         self.alarms: set[str] = set()
         try:
-            while self.step < self.steps:
-                batches = iter(self.loader)
-                while (batch := window.next_batch(batches)) is not None:
-                    figures = self.train_step(batch.to(self.device))
-                    self.step += 1
-                    if self.step % self.settings.log_every == 0 or self.step == self.steps:
-                        row = self.describe(figures) | window.speed()
-                        if log:
-                            log.write(row)
-                            warn(row, self.step / self.steps, self.alarms)
-                    self.between_steps(stop)
+            with self.writer:
+                while self.step < self.steps:
+                    self.epoch(window, log, stop)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -133,6 +129,19 @@ class Trainer:
         finally:
             if log:
                 log.close()
+
+    def epoch(self, window: Window, log: Log | None, stop: Stop) -> None:
+        """The steps that are left of an epoch, each with its row in the log where one is due."""
+        batches = iter(self.loader)
+        while (batch := window.next_batch(batches)) is not None:
+            figures = self.train_step(batch.to(self.device))
+            self.step += 1
+            if self.step % self.settings.log_every == 0 or self.step == self.steps:
+                row = self.describe(figures) | window.speed()
+                if log:
+                    log.write(row)
+                    warn(row, self.step / self.steps, self.alarms)
+            self.between_steps(stop)
 
     def train_step(self, batch: ViewBatch) -> dict[str, Tensor]:
         """One step of the optimiser; its figures stay tensors on the device, so that nothing waits for it."""
@@ -156,7 +165,8 @@ class Trainer:
             context = partial(autocast, settings.engine, self.device)
             chunk = settings.engine.chunk
             scale, averaging = self.scaler.scale, self.averaging
-            backward(self.network.backbone, images, loss_of, context, chunk, scale, averaging)
+            with equal_parts():
+                backward(self.network.backbone, images, loss_of, context, chunk, scale, averaging)
             finite = self.update(figures["loss"])
         except FloatingPointError as error:  # on a CPU the loss itself sees it, on every rank, and says what
             self.finite.reason, finite = str(error), torch.tensor(False)
@@ -210,15 +220,17 @@ class Trainer:
             self.ema.update(self.network)
 
     def between_steps(self, stop: Stop) -> None:
-        """All ranks agree whether to go on; rank 0 saves when it is time."""
+        """All ranks agree whether to go on; rank 0 saves when it is time, and at the end of the first epoch,
+        so that there is something soon, and of the last."""
         asked, bad = highest(stop.signal, self.finite.in_a_row())
         if bad >= self.settings.engine.non_finite_steps:
             raise self.diverged()
         due = time.monotonic() - self.saved >= 60 * self.settings.checkpoint_minutes
-        if due or asked or self.step % len(self.loader) == 0:
+        if due or asked or self.step in (len(self.loader), self.steps):
             self.save()
             self.saved = time.monotonic()
         if asked:
+            self.writer.wait()
             name = signal.Signals(asked).name
             raise Interrupted(f"{name}: stopped at step {self.step}, saved; go on with --resume")
 
