@@ -68,6 +68,12 @@ def precision(engine: EngineSettings, device: torch.device) -> torch.dtype:
     return DTYPES[engine.precision]
 
 
+def encoding_precision(engine: EngineSettings, device: torch.device) -> torch.dtype:
+    """What a trained network reads images in: the training's own on a GPU; fp32 on a CPU, which gains nothing
+    by less."""
+    return precision(engine, device) if device.type == "cuda" else torch.float32
+
+
 def recompute_blocks(backbone: nn.Module) -> None:
     """Each residual block keeps its input alone, and is computed again in the backward walk.
 

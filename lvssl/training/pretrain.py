@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lvssl.config import PretrainSettings
 from lvssl.training.distributed import World, connected, from_first, world_of
 from lvssl.training.optimiser import describe_groups
-from lvssl.training.prepare import claim, precision
+from lvssl.training.prepare import claim, encoding_precision, precision
 from lvssl.training.run import alone, create_run, pick_device
 from lvssl.training.stopping import Interrupted, Stop, stop_signals
 from lvssl.training.trainer import Trainer
@@ -88,8 +88,9 @@ def calibrate(trainer: Trainer, source: Source) -> None:
     chosen = np.linspace(0, len(source) - 1, count).astype(np.int64)[world.rank :: world.size]
     for network in [trainer.network, trainer.ema.module] if trainer.ema else [trainer.network]:
         network.eval()
+        network.precision = encoding_precision(settings.engine, trainer.device)
         batches = evaluation_batches(source, settings.view, 256, settings.workers, chosen, settings.on_error)
-        own = torch.cat([network.backbone(sent(images, trainer.device)).float() for images, _ in batches])
+        own = torch.cat([network.features(sent(images, trainer.device)).float() for images, _ in batches])
         everyone = [own]
         if world.size > 1:
             everyone = [torch.empty_like(own) for _ in range(world.size)]

@@ -16,7 +16,7 @@ import lvssl
 from lvssl.config import PretrainSettings, difference, from_dict, to_dict
 from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
-from lvssl.training.prepare import claim
+from lvssl.training.prepare import DTYPES, claim, encoding_precision
 from pipelines.errors import InputError
 
 # What may differ when a run is resumed: it changes where and how fast, never what is computed.
@@ -136,6 +136,14 @@ class Run:
     step: int
     digest: str  # of its checkpoint
 
+    @property
+    def arithmetic(self) -> str:
+        """Where and how exactly it reads images, "cuda bf16": the last bits of features depend on it, and a
+        few bits of codes with them."""
+        device = next(self.network.parameters()).device
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        return f"{device.type} {names[self.network.precision]}"
+
 
 def load_run(folder: Path, device: torch.device | None = None) -> Run:
     """The newest checkpoint of a run, ready to encode on `device`; left out: on a GPU where there is one.
@@ -156,4 +164,5 @@ def load_run(folder: Path, device: torch.device | None = None) -> Run:
         device = pick_device("auto")
         claim(device)
     network = network.to(device).to(memory_format=torch.channels_last)
+    network.precision = encoding_precision(settings.engine, device)
     return Run(folder, settings, network.eval(), state["step"], checkpoint.digest(path))

@@ -105,6 +105,7 @@ class Stage(Generic[Settings]):
             **more,
             "peak_memory_mib": peak_memory_mib(),
             "device": str(self.device),
+            "arithmetic": self.run.arithmetic,
             "command": command(self.name, self.settings),
             "versions": versions(),
         }

@@ -127,7 +127,7 @@ def represent(
     """float32 [N, W]: features h; latent: the mean of K samples in training, else the posterior's mean;
     code: its bits as +-1."""
     if on == "features":
-        return network.backbone(images).float()
+        return network.features(images).float()
     _, posterior = network.encode(images)
     if on == "code":
         return posterior.code().float() * 2 - 1
