@@ -13,6 +13,7 @@ from lvssl.config import EngineSettings
 from lvssl.training.batchnorm import frozen_running_statistics, synchronised
 
 N = TypeVar("N", bound=nn.Module)
+BLOCKS = (BasicBlock, Bottleneck)  # what `--recompute` computes again
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,7 +81,7 @@ def recompute_blocks(backbone: nn.Module) -> None:
     The second time leaves the running statistics alone: torch's `checkpoint` by itself moves them twice.
     """
     for block in backbone.modules():
-        if isinstance(block, BasicBlock | Bottleneck):
+        if isinstance(block, BLOCKS):
             contexts = partial(_contexts, block)
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 

@@ -169,7 +169,7 @@ class Trainer:
                 backward(self.network.backbone, images, loss_of, context, chunk, scale, averaging)
             finite = self.update(figures["loss"])
         except FloatingPointError as error:  # on a CPU the loss itself sees it, on every rank, and says what
-            self.finite.reason, finite = str(error), torch.tensor(False)
+            self.finite.reason, finite = str(error), torch.tensor(False, device=self.device)
         self.settle(finite, batch.indices)
         return {name: value.detach() for name, value in figures.items()}
 
