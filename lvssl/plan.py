@@ -4,7 +4,7 @@ Activations are counted, not estimated: the network runs forward once on tensors
 tensor that autograd keeps for the backward walk is added up. What a library takes beside that (workspaces,
 the CUDA context, what the allocator cannot hand out) is the reserve. With `--recompute` a residual block
 keeps its input alone, but for the one that is being computed again; with `--chunk` the backbone keeps what is
-of one chunk. The samples are counted as the composed form keeps them, which on a GPU some families do without.
+of one chunk. The samples are counted as the composed form keeps them; on a GPU some families do without.
 """
 
 import dataclasses
@@ -18,9 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lvssl.config import OPTIMISERS, LatentSettings, ModelSettings, choice, preset, require
 from lvssl.losses.distributed import RING_FROM
-from lvssl.models.backbone import BACKBONES
+from lvssl.models.backbone import BACKBONES, BLOCKS
 from lvssl.models.network import LVNet
-from lvssl.training.prepare import BLOCKS
 
 GIB = 2**30
 CONTEXT = 1.0 * GIB  # CUDA context, cuDNN and NCCL

@@ -7,13 +7,12 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from lvssl.config import EngineSettings
+from lvssl.models.backbone import BLOCKS
 from lvssl.training.batchnorm import frozen_running_statistics, synchronised
 
 N = TypeVar("N", bound=nn.Module)
-BLOCKS = (BasicBlock, Bottleneck)  # what `--recompute` computes again
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
