@@ -208,7 +208,7 @@ def operations_beside_the_network(backbone: str, optimiser: str, ema: float) -> 
         view=dataclasses.replace(PRESETS["cifar10-r18"].view),
     )
     trainer = Trainer(chosen, 10, [None] * 10, torch.device("cpu"), World(), host_reads=False)
-    generator = torch.Generator().manual_seed(0)
+    generator, loss, indices = torch.Generator().manual_seed(0), torch.ones(()), torch.zeros(1)
     for _ in range(3):
         for parameter in trainer.parameters:
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(
@@ -216,8 +216,8 @@ def operations_beside_the_network(backbone: str, optimiser: str, ema: float) -> 
             )
         with Operations() as seen:
             trainer.finite.keep()
-            finite = trainer.update(torch.ones(()))
-            trainer.settle(finite, torch.zeros(1))
+            finite = trainer.update(loss)
+            trainer.settle(finite, indices)
     return seen.names
 
 

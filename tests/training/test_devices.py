@@ -2,6 +2,8 @@
 
 import dataclasses
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -175,6 +177,79 @@ def test_the_optimiser_of_fine_tuning_is_fused_where_asked():
     assert not sgd(net, recipe, fused=False).param_groups[0]["fused"]
     optimiser = sgd(net, recipe, fused=True)
     assert optimiser.param_groups[0]["fused"] and len(optimiser.state) == 2
+
+
+class Guard:
+    """As torch.cuda.device_of, which makes a tensor's device the current one."""
+
+    def __init__(self) -> None:
+        self.inside = False
+
+    def __call__(self, _: torch.Tensor) -> Any:
+        return self
+
+    def __enter__(self) -> None:
+        self.inside = True
+
+    def __exit__(self, *_: object) -> None:
+        self.inside = False
+
+
+def launches() -> dict[str, Callable[[], Any]]:
+    """Every function that launches kernels of ours, on a few numbers."""
+    from lvssl.latents import family, fused_triton
+    from lvssl.losses import gpu as loss
+    from lvssl.losses.block import Block, Weighed
+    from pipelines import parameters_triton
+    from pipelines.augment import gpu as augmentation
+    from pipelines.views import ViewSettings
+
+    x, ones, rows = torch.zeros(4, 16), torch.ones(4), torch.arange(4)
+    block, weighed = Block(x, ones), Weighed(x, ones, ones, ones)
+    found = {
+        "log_sum_exp": lambda: loss.log_sum_exp(block, block, (0,), 1.0),
+        "gradient": lambda: loss.gradient(weighed, weighed, (0,), 1.0),
+        "uniforms": lambda: parameters_triton.draw_uniforms(0, 0, rows, 0),
+        "augment": lambda: augmentation.augment(
+            torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.zeros(4, 13), ViewSettings(resolution=8)
+        ),
+    }
+    for name in ("bernoulli", "gaussian", "categorical"):
+        kind = family(name, categories=4)
+        parameters = torch.zeros(4, kind.parameter_count(16))
+        sample = parameters[:, :16]
+        found[f"{name} forward"] = partial(fused_triton.forward, kind, parameters, rows[:1], rows, 2)
+        found[f"{name} backward"] = partial(
+            fused_triton.backward, kind, parameters, rows[:1], rows, 2, sample, ones, ones
+        )
+    return found
+
+
+def test_every_kernel_is_launched_on_its_tensors_device(monkeypatch):
+    """Triton launches on the current device, whatever its arguments lie on."""
+    pytest.importorskip("triton", reason="torch's CUDA builds bring triton; a CPU build does not")
+    from triton.runtime import JITFunction
+
+    guard, launched = Guard(), []
+    monkeypatch.setattr(torch.cuda, "device_of", guard)
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *_, **__: launched.append((kernel, guard.inside)))
+    for name, launch in launches().items():
+        before = len(launched)
+        launch()
+        assert len(launched) > before, name
+        assert all(inside for _, inside in launched[before:]), name
+    assert len({kernel for kernel, _ in launched}) == 11
+
+
+@gpu
+@several
+@pytest.mark.parametrize("name", ["log_sum_exp", "bernoulli forward", "uniforms"])
+def test_kernels_run_on_another_gpu_than_the_current(name):
+    """An illegal address, where a kernel of one device is given another's memory."""
+    torch.cuda.set_device(0)
+    with torch.device("cuda:1"):
+        launches()[name]()
+    torch.cuda.synchronize(1)
 
 
 @gpu
