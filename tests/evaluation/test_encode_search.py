@@ -17,6 +17,8 @@ from lvssl.cli import main
 from lvssl.codes.file import CodeFileError, open_codes, open_means
 from lvssl.codes.search import hamming_distances
 from lvssl.evaluation.codes import SearchSettings, codes_of, search
+from lvssl.evaluation.embedding import embed
+from lvssl.evaluation.knn import weighted_knn
 from lvssl.training.run import Run, load_run
 from pipelines.loader import evaluation_crops
 from pipelines.sources import open_source
@@ -72,6 +74,32 @@ def test_codes_of_another_arithmetic_are_not_compared(run, digits, tmp_path, mon
     assert lvssl("encode", run, "--images", digits["test"], "--out", other) == 0
     assert open_codes(other).created_by == "lvssl encode, cpu bf16"
     assert next(search(SearchSettings(run, digits["test"], codes=other)))[0]
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
+        ),
+    ],
+)
+def test_a_set_in_bf16_is_nearly_that_in_fp32(run, digits, device):
+    """As a GPU embeds it: features to bf16's rounding, hardly a bit of the code, the same neighbours."""
+    source, exact = open_source(digits["test"]), load_run(run, torch.device("cpu"))
+    fast = load_run(run, torch.device(device))
+    assert exact.arithmetic == "cpu fp32" and (device == "cpu" or fast.arithmetic == "cuda bf16")
+    fast.network.precision = torch.bfloat16
+    wanted, found = (embed(r.network, source, r.settings.view) for r in (exact, fast))
+    assert found.features.dtype == np.float32
+    error = np.linalg.norm(found.features - wanted.features) / np.linalg.norm(wanted.features)
+    assert 1e-5 < error < 0.02
+    differing = np.bitwise_count(found.codes ^ wanted.codes).sum() / (len(found.codes) * found.bits)
+    assert differing < 0.03
+    accuracies = [weighted_knn(e.features, e.labels, e.features, e.labels, k=5) for e in (wanted, found)]
+    assert abs(accuracies[0] - accuracies[1]) < 3
 
 
 def test_many_queries_from_everywhere_find_themselves(run, pictures, tmp_path, capsys):
