@@ -21,8 +21,11 @@ from lvssl.config import (
     PretrainSettings,
 )
 from lvssl.losses import anchors, ntxent, variants
+from lvssl.models.network import LVNet
 from lvssl.training.distributed import World
+from lvssl.training.labels import open_labelled
 from lvssl.training.optimiser import build_optimiser, restore_optimiser
+from lvssl.training.supervised import Classifier, Recipe, Supervised
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for
 from pipelines.loader import TwoViewLoader, ViewBatch
@@ -306,6 +309,31 @@ def test_no_step_waits_for_the_device(digits, tmp_path, device, name):
                 trainer.finite.in_a_row()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize(("on", "frozen"), [("features", True), ("features", False), ("latent", False)])
+def test_no_step_with_labels_waits(digits, tmp_path, device, on, frozen):
+    """Of the linear evaluation and of fine-tuning."""
+    train, kind = open_labelled(digits["train"]), torch.device(device)
+    network = LVNet(PRESETS["digits"].model, LatentSettings("gaussian"), 8).to(kind)
+    model = Classifier(network, on, train, frozen, seed=0)
+    recipe = Recipe(1, 128, 0.1, 1e-4, 0, 10.0, 1, 1)
+    training = Supervised(tmp_path, model, train, PRESETS["digits"].view, recipe, kind)
+    with training.loader as loader:
+        batches = iter(loader)
+        for number, batch in enumerate(next(batches) for _ in range(4)):
+            if number < 2:
+                training.train_step(batch)
+            elif device == "cpu":
+                with NoWaits():
+                    training.train_step(batch)
+            else:
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    training.train_step(batch)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(
