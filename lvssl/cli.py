@@ -275,10 +275,13 @@ def demo(arguments: list[str]) -> None:
 
 
 def plan(arguments: list[str]) -> None:
-    from lvssl.plan import PlanSettings
+    from lvssl.plan import PlanSettings, of_preset
     from lvssl.plan import plan as table
 
-    print(table(parse(PlanSettings, arguments, "plan")))
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    name = first.parse_known_args(arguments)[0].preset
+    print(table(parse(PlanSettings, arguments, "plan", of_preset(name) if name else None)))
 
 
 def chain_starts() -> dict[str, Callable[[str | None], Any]]:

@@ -302,7 +302,8 @@ class PretrainSettings:
     augmentation: str = "auto"
     """auto (triton on a GPU, else numba), reference (plain torch, slow), numba, triton."""
     checkpoint_minutes: float = 10.0
-    """A checkpoint is written at least this often, and at the end of each epoch and of the run."""
+    """A checkpoint is written this often, beside the training; and at the end of the first epoch and of the
+    run."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     preset: str = ""

@@ -59,6 +59,7 @@ def export(settings: ExportSettings) -> Path:
         raise InputError("encoder.onnx needs onnx and onnxscript: pip install 'lvssl[export]', or --no-onnx")
     run = load_run(settings.run)
     network = run.network.cpu()
+    network.precision = torch.float32
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{settings.out.name}.", dir=settings.out.parent))
     try:

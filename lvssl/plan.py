@@ -2,24 +2,29 @@
 
 Activations are counted, not estimated: the network runs forward once on tensors without contents, and every
 tensor that autograd keeps for the backward walk is added up. What a library takes beside that (workspaces,
-the CUDA context, what the allocator cannot hand out) is the reserve.
+the CUDA context, what the allocator cannot hand out) is the reserve. With `--recompute` a residual block
+keeps its input alone, but for the one that is being computed again; with `--chunk` the backbone keeps what is
+of one chunk. The samples are counted as the composed form keeps them; on a GPU some families do without.
 """
 
 import dataclasses
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lvssl.config import LatentSettings, ModelSettings, choice, require
+from lvssl.config import OPTIMISERS, LatentSettings, ModelSettings, choice, preset, require
 from lvssl.losses.distributed import RING_FROM
-from lvssl.models.backbone import BACKBONES
+from lvssl.models.backbone import BACKBONES, BLOCKS
 from lvssl.models.network import LVNet
 
 GIB = 2**30
 CONTEXT = 1.0 * GIB  # CUDA context, cuDNN and NCCL
 SLACK = 0.08  # of the rest: workspaces and fragmentation
+MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}  # numbers that it keeps for each weight
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,18 @@ class PlanSettings:
     """Width of the projector's hidden layer."""
     projection: int = 128
     """Length of the vectors that NT-Xent compares."""
+    optimiser: str = "adamw"
+    """adamw (two moments for each weight), sgd or lars (one)."""
+    samples: int = 4
+    """Samples a step (K)."""
+    chunk: int = 0
+    """Views that the backbone takes at once on each GPU, 0: all."""
+    recompute: bool = False
+    """Keep each residual block's input alone, and compute the block again."""
+    ema: bool = False
+    """Whether there is a moving average of the weights."""
+    preset: str = ""
+    """Start from a preset of `lvssl pretrain`; a setting beside it wins."""
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value."""
@@ -56,67 +73,132 @@ class PlanSettings:
         require(8 <= self.resolution <= 4096, "resolution", self.resolution, "pixels in [8, 4096]")
         require(self.hidden >= 1, "hidden", self.hidden, "at least 1")
         require(self.projection >= 2, "projection", self.projection, "at least 2")
+        choice("optimiser", self.optimiser, OPTIMISERS)
+        require(self.samples >= 1, "samples", self.samples, "at least 1")
+        require(self.chunk >= 0 and self.chunk != 1, "chunk", self.chunk, "0, or at least 2")
+
+
+def of_preset(name: str) -> PlanSettings:
+    """What a preset's pretraining is, as far as memory depends on it; on one GPU where eight can't share its
+    batch. InputError lists the known names."""
+    chosen = preset(name)
+    model, engine = chosen.model, chosen.engine
+    return PlanSettings(
+        batch=chosen.batch_size,
+        gpus=1 if chosen.batch_size % 8 else 8,
+        model=model.backbone,
+        resolution=chosen.view.resolution,
+        precision="fp32" if engine.precision == "fp32" else "bf16",
+        family=chosen.latent.family,
+        hidden=model.hidden,
+        projection=model.projection,
+        optimiser=chosen.optimiser.optimiser,
+        samples=chosen.latent.samples,
+        chunk=engine.chunk,
+        recompute=engine.recompute,
+        ema=engine.ema > 0,
+        preset=name,
+    )
 
 
 @dataclass(frozen=True)
 class Footprint:
     """Bytes a view, and bytes that the batch doesn't change."""
 
-    activations: float  # kept for the backward walk, a view
+    backbone: float  # kept for the backward walk, a view
+    heads: float  # kept for it by all that follows, a view
     casts: float  # kept whatever the batch: 16-bit copies of the weights
     parameters: int  # numbers
     buffers: float  # running statistics
+
+    @property
+    def activations(self) -> float:
+        """Kept for the backward walk of the whole network, a view."""
+        return self.backbone + self.heads
 
 
 def footprint(settings: PlanSettings) -> Footprint:
     """Count what one training step of this network keeps, on tensors without contents."""
     at_two, at_four = (_kept(settings, views) for views in (2, 4))
-    a_view = (at_four[0] - at_two[0]) / 2
-    return Footprint(a_view, at_two[0] - 2 * a_view, *at_two[1:])
+    backbone, heads = ((more - few) / 2 for more, few in zip(at_four, at_two[:2]))
+    return Footprint(backbone, heads, at_two[0] + at_two[1] - 2 * (backbone + heads), *at_two[2:])
 
 
-def _kept(settings: PlanSettings, views: int) -> tuple[float, int, float]:
-    """Bytes kept for the backward walk with so many views; the network's parameters; bytes of its buffers."""
+def _kept(settings: PlanSettings, views: int) -> tuple[float, float, int, float]:
+    """Bytes kept for the backward walk with so many views, in the backbone and after it; the network's
+    parameters; bytes of its buffers."""
     with FakeTensorMode():
         model = ModelSettings(settings.model, settings.hidden, settings.projection)
-        network = LVNet(model, LatentSettings(settings.family), settings.resolution)
+        latent = LatentSettings(settings.family, samples=settings.samples)
+        network = LVNet(model, latent, settings.resolution)
         own = {p.untyped_storage()._cdata for p in network.parameters()}
         kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
+        place: list[nn.Module] = [network]  # the block that is computed, or the network
+        inputs: list[torch.Tensor] = []
+
         def keep(tensor: torch.Tensor) -> _Kept:
-            holder = _Kept(tensor)
+            holder = _Kept(tensor, place[-1])
             kept.add(holder)
             return holder
+
+        def enter(block: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            place.append(block)
+            inputs.append(arguments[0])
+
+        for block in network.backbone.modules():
+            if isinstance(block, BLOCKS):
+                block.register_forward_pre_hook(enter)
+                block.register_forward_hook(lambda *_: (place.pop(), None)[1])
 
         images = torch.empty(views, 3, settings.resolution, settings.resolution)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda holder: holder.tensor):
             with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
-                outputs = network(images)
-        storages = {(s := holder.tensor.untyped_storage())._cdata: s.nbytes() for holder in kept}
-        size = sum(nbytes for address, nbytes in storages.items() if address not in own)
+                features = network.backbone(images)
+                in_backbone = list(kept)
+                outputs = network.heads(features)
+        everything = _sizes((holder.tensor for holder in kept), own)
+        whole = _sizes((holder.tensor for holder in in_backbone), own)
+        after = sum(size for address, size in everything.items() if address not in whole)
+        size = sum(whole.values())
+        if settings.recompute:
+            outside = [holder.tensor for holder in in_backbone if holder.place is network]
+            blocks = {id(h.place): h.place for h in in_backbone if h.place is not network}.values()
+            each = [_sizes((h.tensor for h in in_backbone if h.place is block), own) for block in blocks]
+            size = sum(_sizes([*outside, *inputs], own).values())
+            size += max((sum(sizes.values()) for sizes in each), default=0)
         count = sum(p.numel() for p in network.parameters())
         buffers = sum(b.numel() * b.element_size() for b in network.buffers())
         del outputs  # until here the graph was alive, and what it keeps
-    return float(size), count, float(buffers)
+    return float(size), float(after), count, float(buffers)
+
+
+def _sizes(tensors: Iterable[torch.Tensor], own: set[int]) -> dict[int, int]:
+    """Bytes of their memory by its address, each once, without that of the network's `own` weights."""
+    found = {(s := tensor.untyped_storage())._cdata: s.nbytes() for tensor in tensors}
+    return {address: size for address, size in found.items() if address not in own}
 
 
 class _Kept:
-    """Lives as long as the node of the graph that keeps the tensor."""
+    """Lives as long as the node of the graph that keeps the tensor; `place`: the block that computed it."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, tensor: torch.Tensor, place: nn.Module) -> None:
+        self.tensor, self.place = tensor, place
 
 
 def memory(settings: PlanSettings, of: Footprint) -> dict[str, float]:
     """Bytes on each GPU while a step is at its peak, the end of the forward walk."""
     views = 2 * settings.batch // settings.gpus
+    at_once = min(settings.chunk or views, views)
     parts = {
         "weights": 4.0 * of.parameters + of.buffers,
-        "gradients": 4.0 * of.parameters * (2 if settings.gpus > 1 else 1),  # DDP's buckets beside them
-        "optimiser": 8.0 * of.parameters,  # AdamW: two moments
-        "activations": views * of.activations + of.casts,
+        "gradients": 4.0 * of.parameters * (2 if settings.gpus > 1 else 1),  # buckets beside them
+        "optimiser": MOMENTS[settings.optimiser] * 4.0 * of.parameters,
+        "activations": at_once * of.backbone + views * of.heads + of.casts,
         "loss": loss_memory(settings),
     }
+    if settings.ema:
+        parts["average"] = parts["weights"]
     return parts | {"reserve": CONTEXT + SLACK * sum(parts.values())}
 
 
@@ -165,7 +247,7 @@ def plan(settings: PlanSettings) -> str:
     each, most = settings.batch // settings.gpus, largest_batch(settings, of)
     rows = [
         f"{settings.model} at {settings.resolution} px, {settings.precision}, family {settings.family}: "
-        f"{of.parameters / 1e6:.1f} M parameters",
+        f"{of.parameters / 1e6:.1f} M parameters, {settings.optimiser}",
         f"{settings.batch:,} images a step on {settings.gpus} GPU{'s' * (settings.gpus > 1)}: "
         f"{each:,} images, {2 * each:,} views each",
         "",

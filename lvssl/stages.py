@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from tyro import MISSING
 from tyro.conf import Positional
 
-from lvssl.config import FREE_TO_CHANGE, ON_ERROR, choice, require
+from lvssl.config import FREE_TO_CHANGE, ON_ERROR, PRECISIONS, choice, require
 from pipelines.sources import SOURCES
 
 REPRESENTATIONS = ("features", "latent", "code")
@@ -63,6 +63,8 @@ class TrainingSettings(StageSettings):
     """Images a step, over all ranks; at most as many as there are labels."""
     seed: int = 0
     """Of subset, held-out split, first weights, order and crops."""
+    precision: str = "auto"
+    """auto (as the run was trained), fp32, bf16, fp16 (with a loss scale)."""
     checkpoint_minutes: float = 10.0
     """A checkpoint is written at least this often, and at the end."""
     log_every: int = 10
@@ -71,6 +73,7 @@ class TrainingSettings(StageSettings):
     def validate(self) -> None:
         super().validate()
         choice("representation", self.on, REPRESENTATIONS)
+        choice("precision", self.precision, PRECISIONS)
         for name in ("batch_size", "log_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")

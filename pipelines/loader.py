@@ -27,6 +27,7 @@ from pipelines.views import ViewSettings
 
 Augmenter = Callable[[Tensor, Tensor, ViewSettings], Tensor]
 Boxes = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+RUN_AHEAD = 2  # batches whose use has been launched and isn't over: each keeps its memory until then
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class TwoViewLoader:
             [2B, 3, R, R], in the dtype of the training (see `pipelines.augment.augmenter_for`).
         views: of each image; 1, for training with labels, gives the first of the two.
         device: where batches come out. On a GPU they are copied, and augmented, on a stream of their own, one
-            ahead of the batch in use; nothing waits for the host.
+            ahead of the batch in use; the device never waits for the host, and the host for the device only
+            where it is RUN_AHEAD batches before it.
 
     Raises:
         InputError: the batch is larger than the data, or not divisible by the ranks; unknown order.
@@ -130,6 +132,7 @@ class TwoViewLoader:
         self._decoder = Decoder(source, on_error)
         self._buffers = Buffers(pin_memory or self.device.type == "cuda")
         self._threads = Threads(workers)
+        self._on_device = _OnDevice(self.device) if self.device.type == "cuda" else None
 
     def __len__(self) -> int:
         """Steps in an epoch: equal for all epochs and ranks."""
@@ -175,11 +178,11 @@ class TwoViewLoader:
             return self._start(step_indices(order, step, self.batch_size, self.rank, self.ranks), epoch)
 
         batches = _ahead(start, range(self.step, self.steps), self.ahead)
-        if self.device.type == "cuda":
-            batches = _on_device(batches, self.device, self._augmented)
+        if self._on_device is not None:
+            batches = self._on_device.each(batches, self._augmented)
         for batch in batches:
             self.step += 1  # before the batch is used: a state saved after the step resumes behind it
-            yield batch if self.device.type == "cuda" else self._augmented(batch)
+            yield batch if self._on_device is not None else self._augmented(batch)
         self.epoch, self.step = epoch + 1, 0
 
     def _augmented(self, batch: ViewBatch) -> ViewBatch:
@@ -243,30 +246,46 @@ class TwoViewLoader:
         self.close()
 
 
-def _on_device(
-    batches: Iterator[ViewBatch], device: torch.device, augmented: Callable[[ViewBatch], ViewBatch]
-) -> Iterator[ViewBatch]:
-    """Copies and augments on a stream of its own, one batch ahead of the one in use."""
-    stream = torch.cuda.Stream(device)
-    waiting: deque[tuple[ViewBatch, torch.cuda.Event]] = deque()
+class _OnDevice:
+    """Copies and augments on a stream of its own, one batch ahead of the one in use.
 
-    def use(batch: ViewBatch, copied: torch.cuda.Event) -> ViewBatch:
-        current = torch.cuda.current_stream(device)
+    One stream for a loader's life: torch's allocator keeps memory for each stream, and another every epoch
+    would take that of an epoch's batches again and again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.in_use: deque[torch.cuda.Event] = deque()  # ends of use that the device hasn't come to
+
+    def each(
+        self, batches: Iterator[ViewBatch], augmented: Callable[[ViewBatch], ViewBatch]
+    ) -> Iterator[ViewBatch]:
+        """The batches on the device, for use on the stream that is current when they come."""
+        last = None
+        for batch in batches:
+            with torch.cuda.stream(self.stream):
+                copy = augmented(batch.pinned().to(self.device))
+                copied = torch.cuda.Event()
+                copied.record(self.stream)
+            if last is not None:
+                yield from self._used(*last)
+            last = copy, copied
+        if last is not None:
+            yield from self._used(*last)
+
+    def _used(self, batch: ViewBatch, copied: torch.cuda.Event) -> Iterator[ViewBatch]:
+        """The batch; and when the next is asked for, a mark behind all that was launched with it."""
+        current = torch.cuda.current_stream(self.device)
         current.wait_event(copied)
         for name in batch.__dataclass_fields__:  # so that their memory isn't reused while they are in use
             getattr(batch, name).record_stream(current)
-        return batch
-
-    for batch in batches:
-        with torch.cuda.stream(stream):
-            copy = augmented(batch.pinned().to(device))
-            copied = torch.cuda.Event()
-            copied.record(stream)
-        waiting.append((copy, copied))
-        if len(waiting) > 1:
-            yield use(*waiting.popleft())
-    while waiting:
-        yield use(*waiting.popleft())
+        yield batch
+        end = torch.cuda.Event(blocking=True)
+        end.record(torch.cuda.current_stream(self.device))
+        self.in_use.append(end)
+        if len(self.in_use) > RUN_AHEAD:
+            self.in_use.popleft().synchronize()
 
 
 def evaluation_batches(
@@ -306,6 +325,11 @@ def evaluation_batches(
 
     with Threads(workers) as threads:
         yield from _ahead(start, range(0, len(everything), batch_size), 3)
+
+
+def sent(images: Tensor, device: torch.device) -> Tensor:
+    """The same on a device; to a GPU by way of page-locked memory, so that the host doesn't wait."""
+    return images.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else images.to(device)
 
 
 def evaluation_crops(

@@ -49,7 +49,8 @@ def draw_uniforms(seed: int, epoch: int, indices: Tensor, block: int, views: int
     signed = seed - 2**64 if seed >= 2**63 else seed
     keys = torch.tensor([signed, epoch, block], dtype=torch.int64, device=indices.device)
     grid = (triton.cdiv(len(indices), 256), views)
-    _draw_from[grid](keys, indices, out, len(indices), views, 256)
+    with torch.cuda.device_of(out):  # Triton launches on the current device, which may be another
+        _draw_from[grid](keys, indices, out, len(indices), views, 256)
     return out
 
 

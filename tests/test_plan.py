@@ -1,11 +1,12 @@
 """The size calculator against the memory that a real forward walk takes, and against itself."""
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 
-from lvssl.plan import PlanSettings, footprint, largest_batch, memory
+from lvssl.plan import PlanSettings, footprint, largest_batch, memory, of_preset
 from pipelines.errors import InputError
 
 MIB = 2**20
@@ -67,9 +68,62 @@ def test_the_loss_grows_with_the_batch_not_with_its_square():
     assert sizes[1] == 2 * sizes[0] < 500 * MIB
 
 
+def test_a_preset_brings_its_own_optimiser(lvssl):
+    """LARS has one moment for each weight, AdamW two: 100 MB of a ResNet-50."""
+    chosen = of_preset("imagenet-r50-100ep")
+    assert (chosen.optimiser, chosen.batch, chosen.gpus, chosen.samples) == ("lars", 4096, 8, 4)
+    small = dataclasses.replace(chosen, resolution=32, batch=64)
+    of = footprint(small)
+    lars, adamw = (
+        memory(dataclasses.replace(small, optimiser=name), of)["optimiser"] for name in ("lars", "adamw")
+    )
+    assert adamw == 2 * lars and 100e6 < lars < 140e6
+    done = lvssl("plan", "--preset", "cifar10-r18", "--batch", 64)
+    assert done.returncode == 0 and "resnet18 at 32 px" in done.stdout and "64 images a step" in done.stdout
+    with pytest.raises(InputError, match="unknown preset 'none-such'"):
+        of_preset("none-such")
+
+
+def test_a_chunk_bounds_what_the_backbone_keeps():
+    """The heads and the loss still see the whole batch."""
+    settings = PlanSettings(model="tiny", resolution=8, batch=512, gpus=1, family="none")
+    of = footprint(settings)
+    sizes = {
+        chunk: memory(dataclasses.replace(settings, chunk=chunk), of)["activations"]
+        for chunk in (0, 128, 1024, 5000)
+    }
+    assert sizes[0] == sizes[1024] == sizes[5000]
+    assert sizes[0] - sizes[128] == pytest.approx((1024 - 128) * of.backbone)
+    assert of.heads > 0 and of.activations == of.backbone + of.heads
+
+
+def test_recomputation_keeps_inputs_and_one_block():
+    """Of a ResNet-18's eight blocks the first are the largest; what follows the backbone keeps as much."""
+    plain, less = (
+        footprint(PlanSettings(model="resnet18", resolution=64, precision="fp32", recompute=recompute))
+        for recompute in (False, True)
+    )
+    assert 0.3 * plain.backbone < less.backbone < 0.65 * plain.backbone and less.heads == plain.heads
+
+
+def test_an_average_is_a_second_network():
+    settings = PlanSettings(model="tiny", resolution=8)
+    of = footprint(settings)
+    parts = memory(dataclasses.replace(settings, ema=True), of)
+    assert parts["average"] == parts["weights"] and "average" not in memory(settings, of)
+
+
+def test_more_samples_keep_more_where_each_is_kept():
+    one, four = (
+        footprint(PlanSettings(model="tiny", resolution=8, family="gaussian", samples=k)) for k in (1, 4)
+    )
+    assert four.heads > one.heads and four.backbone == one.backbone
+
+
 @pytest.mark.parametrize("options, culprit", [
     ({"batch": 100}, "--batch must be a multiple"), ({"gpus": 0}, "--gpus"), ({"batch": 2}, "--batch"),
     ({"memory": float("nan")}, "--memory"), ({"model": "vgg"}, "unknown model"), ({"resolution": 7}, "--res"),
+    ({"optimiser": "adam"}, "unknown optimiser"), ({"samples": 0}, "--samples"), ({"chunk": 1}, "--chunk"),
     ({"precision": "fp8"}, "unknown prec"), ({"projection": 1}, "--projection"), ({"hidden": 0}, "--hidden"),
 ])  # fmt: skip
 def test_impossible_settings_are_named(options, culprit):

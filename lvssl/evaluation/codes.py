@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from lvssl.codes.file import CodeFile, open_codes, open_means, require_checkpoint
+from lvssl.codes.file import CodeFile, CodeFileError, open_codes, open_means, require_checkpoint
 from lvssl.codes.pack import pack_bits
 from lvssl.codes.search import hamming_search, rerank, staged_search
 from lvssl.codes.writer import CodeWriter
@@ -119,7 +119,7 @@ def encode(settings: EncodeSettings) -> Path:
         family=run.settings.latent.family,
         bits=run.network.family.code_bits(run.network.dim),
         checkpoint=run.digest,
-        created_by="lvssl encode",
+        created_by=created_by(run),
         means=width_of_means(run) if settings.means else 0,
         source=identity(run, settings, names, skip),
     )
@@ -143,13 +143,16 @@ def search(settings: SearchSettings) -> Iterator[tuple[str, list[Neighbour]]]:
 
     Raises:
         InputError: no run, an unreadable query, or k below 1.
-        CodeFileError: no code file, a damaged one, or one of another checkpoint; no means to rerank by.
+        CodeFileError: no code file, a damaged one, or one of another checkpoint or of another device's
+            arithmetic; no means to rerank by.
     """
     if settings.k < 1:
         raise InputError(f"--k must be at least 1, got {settings.k}")
     run = load_run(settings.run)
     index = open_codes(code_path(settings.run, settings.codes))
     require_checkpoint(index, run.digest)
+    if settings.query.suffix != ".lvcodes":
+        require_arithmetic(index, run)
     if not index.count:
         raise InputError(f"{index.path}: there are no codes in it to search")
     means = open_means(index) if settings.rerank else None
@@ -203,6 +206,23 @@ def queries(run: Run, settings: SearchSettings) -> Iterator[Queries]:
             yield joined(waiting)
     else:
         yield Queries([str(path)], *codes_of(run, centre_crop(run, decode_rgb(path))[None]))
+
+
+def created_by(run: Run) -> str:
+    """What a code file says of its making."""
+    return f"lvssl encode, {run.arithmetic}"
+
+
+def require_arithmetic(index: CodeFile, run: Run) -> None:
+    """Raise CodeFileError if queries encoded here may differ in a few bits from codes of the same images.
+    Files of the first releases don't say what made them."""
+    if index.created_by.startswith("lvssl encode, ") and index.created_by != created_by(run):
+        made = index.created_by.removeprefix("lvssl encode, ")
+        raise CodeFileError(
+            f"{index.path}: its codes were computed by {made}, queries would be by {run.arithmetic} here, "
+            "and a few of their bits may differ: encode the images again here, or give queries encoded there "
+            "(a .lvcodes)"
+        )
 
 
 def holds_many(path: Path) -> bool:
@@ -302,7 +322,7 @@ def identity(run: Run, settings: EncodeSettings, names: list[str], skip: bool) -
     view = beyond_defaults(run.settings.view)
     stat = settings.images.stat()
     file = [stat.st_size, stat.st_mtime_ns] if settings.images.is_file() else None
-    told = [str(settings.images.resolve()), view, skip, file]
+    told = [str(settings.images.resolve()), view, skip, file, run.arithmetic]
     digest.update(json.dumps(told, sort_keys=True).encode())
     for name in names:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")

@@ -11,7 +11,7 @@ from lvssl.codes.pack import pack_bits
 from lvssl.latents.bernoulli import Bernoulli
 from lvssl.models.network import LVNet
 from lvssl.training.labels import readable
-from pipelines.loader import evaluation_batches
+from pipelines.loader import evaluation_batches, sent
 from pipelines.sources import Source
 from pipelines.views import ViewSettings
 
@@ -49,7 +49,7 @@ def embed(
     }
     for images, rows in readable(source, view, workers, on_error, title=title):
         parts["rows"].append(rows)
-        features, posterior = network.encode(images.to(device_of(network)))
+        features, posterior = network.encode(sent(images, device_of(network)))
         parts["features"].append(features.float().cpu().numpy())
         parts["codes"].append(pack_bits(posterior.code()))
         parts["uncertainty"].append(posterior.uncertainty().cpu().numpy())
@@ -81,7 +81,7 @@ def calibrate_batch_statistics(network: LVNet, source: Source, view: ViewSetting
         layer.momentum = None  # a cumulative average
     network.train()
     for images, _ in evaluation_batches(source, view, workers=workers):
-        network.backbone(images.to(device_of(network)))
+        network.backbone(sent(images, device_of(network)))
     network.eval()
 
 

@@ -154,6 +154,7 @@ def describe(run: Run) -> dict[str, Any]:
         "path": str(run.folder),
         "family": run.settings.latent.family,
         "checkpoint": run.digest,
+        "arithmetic": run.arithmetic,
         "step": run.step,
     }
 

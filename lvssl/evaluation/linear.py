@@ -28,6 +28,7 @@ from lvssl.training.supervised import (
     scaled_lr,
 )
 from pipelines.errors import InputError
+from pipelines.loader import sent
 from pipelines.views import ViewSettings
 
 SGD_FROM = 200_000  # training images from which on the exact probe would take too much memory and time
@@ -80,14 +81,14 @@ def by_sgd(
     batch = largest_batch(settings.batch_size, len(train), world.size)
     recipe = Recipe(
         settings.epochs, batch, scaled_lr(settings.lr, batch), 0.0, settings.seed,
-        settings.checkpoint_minutes, settings.log_every, settings.workers,
+        settings.checkpoint_minutes, settings.log_every, settings.workers, engine=stage.engine,
     )  # fmt: skip
     model = Classifier(run.network, settings.on, train, frozen=True, seed=settings.seed)
     view = run.settings.view
     training = Supervised(stage.claim(), model, train, view, recipe, stage.device, world)
     training.run(stop, f"linear {run.folder.name}")
     title = f"linear: {test.path.name}"
-    found = predict(model, test, view, stage.device, settings.workers, world, title)
+    found = predict(model, test, view, stage.device, settings.workers, world, title, stage.engine)
     return *found, training.describe()
 
 
@@ -118,7 +119,7 @@ def encode(
     """A representation of each centre crop, float32 [N, W], and these images: all but those skipped."""
     network, device = network.eval(), next(network.parameters()).device
     batches = readable(data.source, view, workers, data.on_error, title=f"linear: {data.path.name}")
-    parts = [(represent(network, images.to(device), on).cpu(), rows) for images, rows in batches]
+    parts = [(represent(network, sent(images, device), on).cpu(), rows) for images, rows in batches]
     rows = np.concatenate([rows for _, rows in parts])
     say_left_out(data.path, len(data), rows)
     return torch.cat([x for x, _ in parts]).numpy(), data if len(rows) == len(data) else data.only(rows)

@@ -174,6 +174,7 @@ def row(settings: StudySettings, chosen: PretrainSettings, lengths: tuple[int, .
         "seed": chosen.seed,
         "family": chosen.latent.family,
         "checkpoint": run.digest,
+        "arithmetic": run.arithmetic,
         "protocol": protocol,
         "lengths": lengths,
     } | measured(run, open_source(settings.train), open_source(settings.test), lengths, how)

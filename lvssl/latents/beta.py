@@ -56,7 +56,8 @@ class Beta(Posterior):
         return (self.a - self.b) / (self.a + self.b)
 
     def unit_kl(self) -> Tensor:
-        prior = self.a.new_tensor(PRIOR, dtype=torch.float64)
+        # Made on the device: a copy from the host would wait for it.
+        prior = torch.full((), PRIOR, dtype=torch.float64, device=self.a.device)
         exact = kl_divergence(self.exact(), TorchBeta(prior, prior, validate_args=False))
         return exact.to(self.a.dtype)
 

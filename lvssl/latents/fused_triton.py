@@ -243,14 +243,15 @@ def forward(
     if not n:
         return sample, kl, entropy, packed
     given, found = (parameters, key, rows), (sample, kl, entropy)
-    if issubclass(family, Bernoulli):
-        bernoulli_kernel[(n,)](*given, *found, packed, width, bits, COUNT=count, **options(family, width))
-    elif issubclass(family, Gaussian):
-        gaussian_kernel[(n,)](*given, *found, width, COUNT=count, **options(family, width))
-    else:
-        assert issubclass(family, Categorical)
-        groups = width // family.categories
-        categorical_kernel[(n,)](*given, *found, groups, COUNT=count, **options(family, width))
+    with torch.cuda.device_of(parameters):  # Triton launches on the current device, which may be another
+        if issubclass(family, Bernoulli):
+            bernoulli_kernel[(n,)](*given, *found, packed, width, bits, COUNT=count, **options(family, width))
+        elif issubclass(family, Gaussian):
+            gaussian_kernel[(n,)](*given, *found, width, COUNT=count, **options(family, width))
+        else:
+            assert issubclass(family, Categorical)
+            groups = width // family.categories
+            categorical_kernel[(n,)](*given, *found, groups, COUNT=count, **options(family, width))
     return sample, kl, entropy, packed
 
 
@@ -262,16 +263,17 @@ def backward(
     n, width = slopes[0].shape
     if not n:
         return out
-    if issubclass(family, Bernoulli):
-        bernoulli_backward_kernel[(n,)](parameters, *slopes, out, width, **options(family, width))
-    elif issubclass(family, Gaussian):
-        gaussian_backward_kernel[(n,)](
-            parameters, key, rows, *slopes, out, width, COUNT=count, **options(family, width)
-        )
-    else:
-        assert issubclass(family, Categorical)
-        groups = width // family.categories
-        categorical_backward_kernel[(n,)](parameters, *slopes, out, groups, **options(family, width))
+    with torch.cuda.device_of(parameters):
+        if issubclass(family, Bernoulli):
+            bernoulli_backward_kernel[(n,)](parameters, *slopes, out, width, **options(family, width))
+        elif issubclass(family, Gaussian):
+            gaussian_backward_kernel[(n,)](
+                parameters, key, rows, *slopes, out, width, COUNT=count, **options(family, width)
+            )
+        else:
+            assert issubclass(family, Categorical)
+            groups = width // family.categories
+            categorical_backward_kernel[(n,)](parameters, *slopes, out, groups, **options(family, width))
     return out
 
 

@@ -90,7 +90,7 @@ def unit(vectors: Tensor) -> Tensor:
     """Unit vectors [B, D]; the first axis where there is no direction."""
     norms = vectors.norm(dim=1, keepdim=True)
     axis = torch.zeros_like(vectors)
-    axis[:, 0] = 1
+    axis[:, :1].fill_(1)
     return torch.where(norms > 1e-12, vectors / norms.clamp(min=1e-12), axis)
 
 

@@ -40,6 +40,7 @@ class VonMisesFisher(Spherical):
         return log_surface(self.dim - 1) + log_total - self.kappa * mean
 
 
+@lru_cache
 def log_normaliser(kappa: float, dim: int) -> float:
     """ln of the integral of exp(kappa cos t) sin^(D-2) t over the angle t."""
     return _Moments.apply(torch.tensor([kappa], dtype=torch.float64), dim)[0].item()

@@ -12,6 +12,7 @@ with the denominators and weights of their anchors.
 
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -35,11 +36,15 @@ def agree(vectors: Tensor, temperature: float | None, name: str, problem: str) -
     """How many vectors each rank has, once all have agreed that their arguments fit together.
 
     One small exchange between the hosts, before anything that could wait for ever for a rank that has left
-    with an error.
+    with an error; none within `equal_parts`.
 
     Raises:
         ValueError: on every rank, if one of them has a problem, or if d, type or temperature differ.
     """
+    if _equal_parts:
+        if problem:
+            raise ValueError(problem)
+        return [len(vectors)] * ranks()
     facts = torch.zeros(4, dtype=torch.float64)
     if not problem:
         facts[:3] = torch.tensor([*vectors.shape, TYPES.index(vectors.dtype)])
@@ -64,6 +69,21 @@ def agree(vectors: Tensor, temperature: float | None, name: str, problem: str) -
     if not any(counts):
         raise ValueError(f"{name} must be [2B, d] with B >= 1 on one rank at least, got none on any")
     return [int(count) for count in counts]
+
+
+@contextmanager
+def equal_parts() -> Iterator[None]:
+    """Inside, every rank calls the same losses with as many vectors of the same kind: what a training step is
+    by its making needn't be agreed on, by an exchange for each loss. A problem is then told on its own rank.
+    """
+    _equal_parts.append(True)
+    try:
+        yield
+    finally:
+        _equal_parts.pop()
+
+
+_equal_parts: list[bool] = []
 
 
 def _host_group() -> Any:

@@ -133,9 +133,10 @@ def log_sum_exp(rows: Block, columns: Block, excluded: tuple[int, ...], bound: f
     launch = launch_options(rows.x.shape[1], rows.x.dtype, backward=False)
     grid = (triton.cdiv(len(rows.x), launch["BLOCK_M"]),)
     if grid[0]:
-        log_sum_exp_kernel[grid](
-            rows.x, rows.factors, columns.x, columns.factors, out, *sizes, **compared(excluded), **launch
-        )
+        with torch.cuda.device_of(out):  # Triton launches on the current device, which may be another
+            log_sum_exp_kernel[grid](
+                rows.x, rows.factors, columns.x, columns.factors, out, *sizes, **compared(excluded), **launch
+            )
     return out
 
 
@@ -146,10 +147,11 @@ def gradient(rows: Weighed, columns: Weighed, excluded: tuple[int, ...], bound: 
     launch = launch_options(rows.x.shape[1], rows.x.dtype, backward=True)
     grid = (triton.cdiv(len(rows.x), launch["BLOCK_M"]), launch["D"] // launch["CHUNK"])
     if grid[0]:
-        gradient_kernel[grid](
-            rows.x, *rows.per_vector(), columns.x, *columns.per_vector(), out,
-            *sizes, **compared(excluded), **launch,
-        )  # fmt: skip
+        with torch.cuda.device_of(out):
+            gradient_kernel[grid](
+                rows.x, *rows.per_vector(), columns.x, *columns.per_vector(), out,
+                *sizes, **compared(excluded), **launch,
+            )  # fmt: skip
     return out
 
 

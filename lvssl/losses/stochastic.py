@@ -33,9 +33,16 @@ def match_loss(samples: Tensor, match: Tensor) -> Tensor:
         # log p and log(1 - p), each a mean over K^2 inside the logarithm: [N, N].
         alike, unlike = (F.logsigmoid(sign * logits).logsumexp(dim=0) - 2 * math.log(k) for sign in (1, -1))
     first = torch.arange(n // 2, device=z.device)
-    other = ~torch.eye(n, dtype=torch.bool, device=z.device)
-    other[first, first + n // 2] = other[first + n // 2, first] = False
-    return -alike[first, first + n // 2].mean() - unlike[other].mean()
+    return -alike[first, first + n // 2].mean() - unlike.gather(1, others(n, z.device)).mean()
+
+
+def others(n: int, device: torch.device) -> Tensor:
+    """For each of n = 2B views those of the other images, ascending: int64 [n, n - 2]. A mask would do, but
+    how many numbers it picks only the device knows, and the host would wait for it."""
+    view = torch.arange(n, device=device)[:, None]
+    partner = view.roll(n // 2, 0)
+    found = torch.arange(n - 2, device=device) + (torch.arange(n - 2, device=device) >= view.minimum(partner))
+    return found + (found >= view.maximum(partner))
 
 
 def sample_infonce(samples: Tensor, directions: Tensor, kappa: float) -> Tensor:
@@ -56,8 +63,7 @@ def sample_infonce(samples: Tensor, directions: Tensor, kappa: float) -> Tensor:
         candidates, start = gathered(directions.float())
         logits = kappa * samples.float() @ candidates.T  # [K, N, all]
     own = start + torch.arange(n, device=logits.device)
-    itself = torch.zeros(logits.shape[1:], dtype=torch.bool, device=logits.device)
-    itself[torch.arange(n, device=logits.device), own] = True
+    itself = own[:, None] == torch.arange(len(candidates), device=logits.device)
     partner = start + torch.arange(n, device=logits.device).roll(n // 2)
     losses = F.cross_entropy(
         logits.masked_fill(itself, float("-inf")).flatten(0, 1), partner.repeat(len(samples)), reduction="sum"
@@ -69,11 +75,8 @@ def gathered(vectors: Tensor) -> tuple[Tensor, int]:
     """The vectors of all ranks, with gradient, and where this rank's begin."""
     if distributed.ranks() == 1:
         return vectors, 0
-    counts = torch.zeros(distributed.ranks(), device=vectors.device)
-    rank = torch.distributed.get_rank()
-    counts[rank] = len(vectors)
-    sizes = [int(count) for count in distributed.total(counts)]
-    start = sum(sizes[:rank])
+    sizes = distributed.agree(vectors, None, "directions", "")  # between the hosts: no device is waited for
+    start = sum(sizes[: torch.distributed.get_rank()])
     return distributed.total(F.pad(vectors, (0, 0, start, sum(sizes) - start - len(vectors)))), start
 
 

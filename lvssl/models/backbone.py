@@ -2,12 +2,13 @@
 
 import torch.nn as nn
 import torchvision
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 # name: (width of the first block, number of basic blocks; each next block halves the side, doubles the width)
 SMALL = {"tiny": (16, 3), "small": (32, 4)}
 RESNETS = ("resnet18", "resnet50")
 BACKBONES = (*SMALL, *RESNETS)
+BLOCKS = (BasicBlock, Bottleneck)  # residual blocks: what `--recompute` computes again
 
 CIFAR_STEM_UP_TO = 64  # pixels; above it the ImageNet stem
 

@@ -4,8 +4,10 @@ site repr: images [N, 3, R, R] -> h [N, F] -> q(z | x) -> K samples [K, N, D] ->
 site proj: images -> h -> projector -> q(z | x) -> K samples, which are u
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -35,7 +37,14 @@ class Outputs:
 
 
 class LVNet(nn.Module):
-    """See the module's head. `classes` = 0 leaves the online probes out."""
+    """See the module's head. `classes` = 0 leaves the online probes out.
+
+    Attributes:
+        precision: that `encode` and `features` compute in, a setting and not state: float32, unless a run is
+            loaded onto a GPU.
+    """
+
+    precision: torch.dtype = torch.float32
 
     def __init__(
         self, model: ModelSettings, latent: LatentSettings, resolution: int, classes: int = 0
@@ -68,9 +77,20 @@ class LVNet(nn.Module):
         )
 
     def encode(self, images: Tensor) -> tuple[Tensor, Posterior]:
-        """Features h [N, F] (the autocast's type) and the posterior (fp32)."""
-        features = self.backbone(images)
-        return features, self.family(self.posterior_parameters(features))
+        """Features h [N, F] (the precision's type) and the posterior (fp32)."""
+        features = self.features(images)
+        with self.computing(images.device):
+            return features, self.family(self.posterior_parameters(features))
+
+    def features(self, images: Tensor) -> Tensor:
+        """h alone, [N, F], in the precision's type."""
+        with self.computing(images.device):
+            return self.backbone(images)
+
+    def computing(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The context of `encode`; that of the caller, where the precision is fp32."""
+        exact = self.precision == torch.float32
+        return nullcontext() if exact else torch.autocast(device.type, self.precision)
 
     def forward(self, images: Tensor, generator: Generator | None = None, fraction: float = 1.0) -> Outputs:
         """What `objective` needs, of images [N, 3, R, R]; arguments as of `heads`."""
@@ -125,7 +145,9 @@ class LVNet(nn.Module):
     @torch.no_grad()
     def calibrate(self, features: Tensor) -> None:
         """As `Head.calibrate`, of features h [N, F]."""
-        self.head.calibrate(self.head_input(features))
+        with self.computing(features.device):
+            inputs = self.head_input(features)
+        self.head.calibrate(inputs)
 
     def draw(
         self, parameters: Tensor, generator: Generator | None, progress: float, rank: int, ranks: int

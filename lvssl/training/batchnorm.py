@@ -1,7 +1,9 @@
 """Batch normalisation over all ranks, on a CPU too, and passes that leave the running statistics alone.
 
-torch's SyncBatchNorm refuses CPU tensors; this one gives the statistics, the output and the gradient of one
-process with the whole batch on any device that its group has a backend for. On a GPU torch's is used.
+torch's SyncBatchNorm refuses CPU tensors; on a GPU it makes the host wait at every layer (a boolean mask over
+the ranks' counts), and refuses a layer whose batches aren't counted, as `frozen_running_statistics` leaves
+it. This one gives the statistics, the output and the gradient of one process with the whole batch on any
+device that its group has a backend for.
 """
 
 from collections.abc import Iterator
@@ -16,17 +18,15 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def synchronised(network: nn.Module, device: torch.device) -> nn.Module:
+def synchronised(network: nn.Module) -> nn.Module:
     """The network with each batch normalisation replaced by one over all ranks; the weights are shared."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     for name, child in network.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
             synced = SyncedBatchNorm(child.num_features)
             synced.__dict__.update(child.__dict__)  # the same parameters, buffers and settings
             setattr(network, name, synced)
         else:
-            synchronised(child, device)
+            synchronised(child)
     return network
 
 

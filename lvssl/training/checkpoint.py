@@ -4,9 +4,12 @@ Kill -9 at any moment costs at most the steps since the last checkpoint: a file 
 and should it be damaged later, the one before it is used, with a message.
 """
 
+from __future__ import annotations
+
 import hashlib
 import io
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,66 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
     for old in paths(folder)[:-keep]:
         old.unlink()
     return path
+
+
+class Writer:
+    """Writes checkpoints beside the training: what is asked for is copied at once, then written, hashed and
+    synced by a thread, one after the other.
+
+    As a context it waits for the last at its end. An error is raised by the call that comes after it.
+    """
+
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.under_way: Future[Path] | None = None
+
+    def save(self, folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> None:
+        """As `save`, of the state as it is now. Waits for the one before: one copy is held at most."""
+        self.wait()
+        copied = on_host(state)
+        event = torch.cuda.Event() if torch.cuda.is_initialized() else None
+        if event is not None:
+            event.record()
+
+        def write() -> Path:
+            if event is not None:
+                event.synchronize()  # the copies have arrived
+            return save(folder, step, copied, keep)
+
+        self.under_way = self.thread.submit(write)
+
+    def wait(self) -> None:
+        """Until the last one is on the disk.
+
+        Raises:
+            OSError: no room; the checkpoints that were there still are.
+        """
+        written, self.under_way = self.under_way, None
+        if written is not None:
+            written.result()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except OSError as error:
+            if kind is None:
+                raise
+            print(f"warning: no checkpoint was written: {error}", file=sys.stderr, flush=True)
+
+
+def on_host(state: Any) -> Any:
+    """A copy of a state, its tensors on the CPU; a GPU's are on their way, behind what was launched."""
+    if isinstance(state, torch.Tensor):
+        pinned = state.is_cuda
+        return torch.empty_like(state, device="cpu", pin_memory=pinned).copy_(state, non_blocking=pinned)
+    if isinstance(state, dict):
+        return {name: on_host(value) for name, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(on_host(value) for value in state)
+    return state
 
 
 def paths(folder: Path) -> list[Path]:

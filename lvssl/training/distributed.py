@@ -204,20 +204,36 @@ class Heartbeat:
         while not self.stopped.wait(BEAT if count else 0):
             count += 1
             try:
-                self.store.set(f"beat/{self.world.rank}", str(count))
-                for rank in range(self.world.size):
-                    if self.store.check([f"beat/{rank}"]):
-                        value = self.store.get(f"beat/{rank}")
-                        if rank not in seen or seen[rank][0] != value:
-                            seen[rank] = value, time.monotonic()
+                dead = self.silent(seen, str(count))
             except RuntimeError as error:
                 self.end("rank 0", str(error).splitlines()[0])
-            for rank, (_, last) in seen.items():
-                if time.monotonic() - last > DEAD_AFTER:
-                    self.end(f"rank {rank}", f"no sign of life for {DEAD_AFTER:.0f} s")
+            else:
+                if dead is not None:
+                    self.end(f"rank {dead}", f"no sign of life for {DEAD_AFTER:.0f} s")
+
+    def silent(self, seen: dict[int, tuple[bytes, float]], sign: str) -> int | None:
+        """Give a sign of life, and look for the others': a rank that has given none for too long, or None.
+
+        Rank 0 looks at all and says which is dead, the others look at rank 0 and at what it says: a few
+        requests of each rank, where each looking at each would be the square of their number.
+        """
+        self.store.set(f"beat/{self.world.rank}", sign)
+        for rank in range(self.world.size) if self.world.first else (0,):
+            if self.store.check([f"beat/{rank}"]):
+                value = self.store.get(f"beat/{rank}")
+                if rank not in seen or seen[rank][0] != value:
+                    seen[rank] = value, time.monotonic()
+        now = time.monotonic()
+        dead = next((rank for rank, (_, last) in seen.items() if now - last > DEAD_AFTER), None)
+        if self.world.first and dead is not None:
+            self.store.set("dead", str(dead))
+        elif not self.world.first and self.store.check(["dead"]):
+            dead = int(self.store.get("dead"))
+        return None if dead == self.world.rank else dead
 
     def end(self, who: str, why: str) -> None:
-        if self.stopped.wait(BEAT):  # the main thread may have heard of it, or be leaving in good order
+        # The main thread may have heard of it, or be leaving in good order; the others, of rank 0's store.
+        if self.stopped.wait(2 * BEAT if self.world.first else BEAT):
             return
         print(f"error: {gone(self.world, who, why)}", file=sys.stderr, flush=True)
         os._exit(1)  # the main thread may wait in a collective that can't be broken off

@@ -57,7 +57,7 @@ def finetune(settings: FinetuneSettings) -> Stage[FinetuneSettings]:
 def predictions(stage: Stage[FinetuneSettings], model: Classifier, data: Labelled) -> tuple[Tensor, Tensor]:
     """What `predict` gives."""
     view, workers, title = stage.run.settings.view, stage.settings.workers, f"finetune: {data.path.name}"
-    return predict(model, data, view, stage.device, workers, stage.world, title)
+    return predict(model, data, view, stage.device, workers, stage.world, title, stage.engine)
 
 
 def folder_name(settings: FinetuneSettings) -> str:
@@ -154,7 +154,7 @@ def fit(
     batch = largest_batch(settings.batch_size, len(data), stage.world.size)
     recipe = Recipe(
         settings.epochs, batch, scaled_lr(pair["lr"], batch), pair["weight_decay"], settings.seed,
-        settings.checkpoint_minutes, settings.log_every, settings.workers, settings.min_steps,
+        settings.checkpoint_minutes, settings.log_every, settings.workers, settings.min_steps, stage.engine,
     )  # fmt: skip
     model = Classifier(copy.deepcopy(stage.run.network), settings.on, data, frozen=False, seed=settings.seed)
     training = Supervised(folder, model, data, stage.run.settings.view, recipe, stage.device, stage.world)

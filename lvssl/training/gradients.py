@@ -118,19 +118,14 @@ class Averaging:
 
 @torch.no_grad()
 def guard(parameters: Iterable[nn.Parameter], clip: float = 0.0) -> Tensor:
-    """Clip the norm of all gradients together, and put zeros in the place of all if it isn't finite.
+    """Clip the norm of all gradients together, to `clip` where that is above 0.
 
     Returns:
-        The norm before, a scalar on the device; nothing waits for it.
+        The norm before, a scalar on the device, not finite if one gradient isn't; nothing waits for it. The
+        gradients are then worth nothing: it is for the optimiser to make no step.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     if clip > 0:
         torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
-    if norm.device.type == "cpu":
-        if not norm.isfinite():
-            torch._foreach_zero_(gradients)
-    else:  # the host must not look
-        for gradient in gradients:
-            gradient.copy_(torch.where(norm.isfinite(), gradient, 0.0))
     return norm

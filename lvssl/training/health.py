@@ -43,7 +43,7 @@ def health(network: LVNet, outputs: Outputs) -> dict[str, Tensor]:
     locations, spreads = outputs.parameters.float().tensor_split([family.location_count(network.dim)], dim=1)
     figures = {
         "active_units": (unit_kl > ACTIVE_NATS).sum(),
-        "units": unit_kl.new_tensor(len(unit_kl)),
+        "units": torch.full((), len(unit_kl), device=unit_kl.device),  # a copy would wait
         "dead_bits": ((on < DEAD_BELOW) | (on > 1 - DEAD_BELOW)).sum(),
         "bits_per_unit": unit_kl.mean() / math.log(2),
         "saturated": posterior.saturated(),

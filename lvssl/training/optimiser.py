@@ -1,10 +1,11 @@
 """Optimisers with parameter groups by module type, and the schedule of the learning rate."""
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lvssl.config import OptimiserSettings
@@ -13,22 +14,87 @@ from lvssl.config import OptimiserSettings
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def build_optimiser(network: nn.Module, settings: OptimiserSettings) -> Optimizer:
-    """The optimiser over `groups(network)`: weight decay and LARS's adaptation on the first of them alone."""
+def build_optimiser(network: nn.Module, settings: OptimiserSettings, fused: bool = False) -> Optimizer:
+    """The optimiser over `groups(network)`: weight decay and LARS's adaptation on the first of them alone.
+
+    Args:
+        fused: its step is one kernel over many tensors, and reads on the device whether it is to be made:
+            where the attribute `found_inf`, a float32 scalar, is 1, weights, moments and counters stay.
+    """
     decayed, others = groups(network)
     parameters = [
         {"params": list(decayed.values()), "weight_decay": settings.weight_decay},
         {"params": list(others.values()), "weight_decay": 0.0},
     ]
     if settings.optimiser == "adamw":
-        return torch.optim.AdamW(parameters, lr=settings.lr)
+        return torch.optim.AdamW(parameters, lr=settings.lr, fused=fused or None)
     momentum: dict[str, Any] = {"momentum": settings.momentum, "nesterov": settings.nesterov}
     if settings.optimiser == "sgd":
-        return torch.optim.SGD(parameters, lr=settings.lr, **momentum)
+        return build_sgd(parameters, fused, lr=settings.lr, **momentum)
+    if fused:
+        parameters[0] |= {"weight_decay": 0.0, "adapted_decay": settings.weight_decay}
+        return with_momentum(FusedLars(parameters, settings.trust, lr=settings.lr, **momentum))
     from timm.optim.lars import Lars  # slow to import
 
     parameters[0]["always_adapt"] = True  # without it, --weight-decay 0 would turn the adaptation off
     return Lars(parameters, lr=settings.lr, trust_coeff=settings.trust, **momentum)
+
+
+def build_sgd(parameters: list[dict[str, Any]], fused: bool, **options: Any) -> torch.optim.SGD:
+    """torch's SGD over groups of parameters; `fused` as of `build_optimiser`."""
+    optimiser = torch.optim.SGD(parameters, fused=fused or None, **options)
+    return with_momentum(optimiser) if fused else optimiser
+
+
+S = TypeVar("S", bound=torch.optim.SGD)
+
+
+def with_momentum(optimiser: S) -> S:
+    """The same, its momentum begun at zero, which gives the same first step.
+
+    torch's fused SGD leaves momentum without contents where the first step is one that `found_inf` forbids.
+    """
+    for group in optimiser.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimiser
+
+
+class FusedLars(torch.optim.SGD):
+    """LARS (You et al. 2017) as timm has it, in two parts: gradients adapted layer by layer, in place, then
+    torch's fused SGD, which takes `found_inf`. Groups with `adapted_decay` are adapted."""
+
+    def __init__(self, parameters: list[dict[str, Any]], trust: float, **options: Any) -> None:
+        super().__init__(parameters, fused=True, **options)
+        self.trust = trust
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            if "adapted_decay" in group:
+                weights = [p for p in group["params"] if p.grad is not None]
+                adapt(weights, [p.grad for p in weights], group["adapted_decay"], self.trust)
+        return super().step(closure)
+
+
+def adapt(weights: list[Tensor], gradients: list[Tensor], decay: float, trust: float) -> None:
+    """g <- (g + decay w) * trust |w| / (|g| + decay |w|) for each layer, in place; without the factor where w
+    or g is zero."""
+    of_weights, of_gradients = (torch.stack(torch._foreach_norm(x)) for x in (weights, gradients))
+    ratios = trust * of_weights / (of_gradients + decay * of_weights + 1e-8)
+    ratios = torch.where((of_weights > 0) & (of_gradients > 0), ratios, 1.0)
+    torch._foreach_add_(gradients, weights, alpha=decay)
+    torch._foreach_mul_(gradients, ratios.unbind())
+
+
+def restore_optimiser(optimiser: Optimizer, state: dict[str, Any]) -> None:
+    """Load a state, of a fused optimiser or not, on another device or the same: moments and counters are the
+    state's, options are the optimiser's own."""
+    groups = [
+        {**{name: value for name, value in own.items() if name != "params"}, "params": saved["params"]}
+        for own, saved in zip(optimiser.param_groups, state["param_groups"], strict=True)
+    ]
+    optimiser.load_state_dict({**state, "param_groups": groups})
 
 
 def groups(network: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:

@@ -7,9 +7,9 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from lvssl.config import EngineSettings
+from lvssl.models.backbone import BLOCKS
 from lvssl.training.batchnorm import frozen_running_statistics, synchronised
 
 N = TypeVar("N", bound=nn.Module)
@@ -21,13 +21,27 @@ def prepared(network: N, engine: EngineSettings, device: torch.device, ranks: in
 
     Names in its state_dict stay what they are.
     """
+    claim(device, precision(engine, device))
     network = network.to(device)
     network = network.to(memory_format=layout(engine))
     if ranks > 1 and engine.sync_batch_norm:
-        network = cast(N, synchronised(network, device))
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # one shape for the whole run
+        network = cast(N, synchronised(network))
     return network
+
+
+def claim(device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    """Make a GPU this process's own, before anything is put there, and say how exactly it computes.
+
+    What is launched without naming a device then goes there, and not to the first. Convolutions take the
+    fastest algorithm for their shape, of which a run has one. Products of fp32 numbers are of TF32, which
+    keeps 11 bits of each, unless fp32 is what the run asks for; it keeps 24 bits, in convolutions too.
+    """
+    if device.type != "cuda":
+        return
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = dtype != torch.float32
+    torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
 
 
 def accelerate(backbone: nn.Module, engine: EngineSettings) -> None:
@@ -54,13 +68,19 @@ def precision(engine: EngineSettings, device: torch.device) -> torch.dtype:
     return DTYPES[engine.precision]
 
 
+def encoding_precision(engine: EngineSettings, device: torch.device) -> torch.dtype:
+    """What a trained network reads images in: the training's own on a GPU; fp32 on a CPU, which gains nothing
+    by less."""
+    return precision(engine, device) if device.type == "cuda" else torch.float32
+
+
 def recompute_blocks(backbone: nn.Module) -> None:
     """Each residual block keeps its input alone, and is computed again in the backward walk.
 
     The second time leaves the running statistics alone: torch's `checkpoint` by itself moves them twice.
     """
     for block in backbone.modules():
-        if isinstance(block, BasicBlock | Bottleneck):
+        if isinstance(block, BLOCKS):
             contexts = partial(_contexts, block)
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 

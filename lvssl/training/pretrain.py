@@ -11,12 +11,12 @@ import torch.distributed as dist
 from lvssl.config import PretrainSettings
 from lvssl.training.distributed import World, connected, from_first, world_of
 from lvssl.training.optimiser import describe_groups
-from lvssl.training.prepare import precision
+from lvssl.training.prepare import claim, encoding_precision, precision
 from lvssl.training.run import alone, create_run, pick_device
 from lvssl.training.stopping import Interrupted, Stop, stop_signals
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for, backend_for
-from pipelines.loader import TwoViewLoader, evaluation_batches
+from pipelines.loader import TwoViewLoader, evaluation_batches, sent
 from pipelines.sources import Source, open_source
 
 __all__ = ["Interrupted", "Stop", "Trainer", "pretrain", "stop_signals"]
@@ -40,13 +40,14 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device, world.local_rank)
+    claim(device, precision(settings.engine, device))
     with stop_signals() as stop, connected(world, device, settings.engine.timeout_minutes):
         run(settings, resume, world, device, stop)
 
 
 def run(settings: PretrainSettings, resume: bool, world: World, device: torch.device, stop: Stop) -> None:
     """`pretrain`, once it is known who we are."""
-    source = open_source(settings.data, settings.source, device.type)
+    source = open_source(settings.data, settings.source, str(device))
     classes = int(source.labels.max()) + 1 if len(source) and source.labels.min() >= 0 else 0
     augmenter = augmenter_for(device, settings.augmentation, precision(settings.engine, device))
     loader = TwoViewLoader(
@@ -87,8 +88,9 @@ def calibrate(trainer: Trainer, source: Source) -> None:
     chosen = np.linspace(0, len(source) - 1, count).astype(np.int64)[world.rank :: world.size]
     for network in [trainer.network, trainer.ema.module] if trainer.ema else [trainer.network]:
         network.eval()
+        network.precision = encoding_precision(settings.engine, trainer.device)
         batches = evaluation_batches(source, settings.view, 256, settings.workers, chosen, settings.on_error)
-        own = torch.cat([network.backbone(images.to(trainer.device)).float() for images, _ in batches])
+        own = torch.cat([network.features(sent(images, trainer.device)).float() for images, _ in batches])
         everyone = [own]
         if world.size > 1:
             everyone = [torch.empty_like(own) for _ in range(world.size)]
@@ -96,3 +98,4 @@ def calibrate(trainer: Trainer, source: Source) -> None:
         network.calibrate(torch.stack(everyone, dim=1).flatten(0, 1))
     trainer.calibrated = True
     trainer.save()
+    trainer.writer.wait()

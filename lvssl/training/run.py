@@ -15,6 +15,7 @@ import lvssl
 from lvssl.config import FREE_TO_CHANGE, ON_ERROR, PretrainSettings, choice, difference, from_dict, to_dict
 from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
+from lvssl.training.prepare import DTYPES, claim, encoding_precision
 from pipelines.errors import InputError
 from pipelines.files import is_aside, write_json
 from pipelines.lock import lock
@@ -122,7 +123,7 @@ class Run:
 
     folder: Path
     settings: PretrainSettings
-    network: LVNet  # the weights' moving average, if there is one; in eval mode, on a GPU where there is one
+    network: LVNet  # the weights' moving average, if there is one; in eval mode
     step: int
     digest: str  # of its checkpoint
 
@@ -132,9 +133,17 @@ class Run:
         choice("on_error", chosen, ON_ERROR)
         return chosen
 
+    @property
+    def arithmetic(self) -> str:
+        """Where and how exactly it reads images, "cuda bf16": the last bits of features depend on it, and a
+        few bits of codes with them."""
+        device = next(self.network.parameters()).device
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        return f"{device.type} {names[self.network.precision]}"
 
-def load_run(folder: Path) -> Run:
-    """The newest checkpoint of a run, ready to encode.
+
+def load_run(folder: Path, device: torch.device | None = None) -> Run:
+    """The newest checkpoint of a run, ready to encode on `device`; left out: on a GPU where there is one.
 
     Raises:
         InputError: no run, or a run without a checkpoint.
@@ -148,5 +157,9 @@ def load_run(folder: Path) -> Run:
     path, state = found
     network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
     network.load_state_dict(state.get("ema") or state["network"])
-    network = network.to(pick_device("auto")).to(memory_format=torch.channels_last)
+    if device is None:
+        device = pick_device("auto")
+        claim(device)
+    network = network.to(device).to(memory_format=torch.channels_last)
+    network.precision = encoding_precision(settings.engine, device)
     return Run(folder, settings, network.eval(), state["step"], checkpoint.digest(path))

@@ -15,10 +15,11 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from lvssl.config import FREE_TO_CHANGE
+from lvssl.config import FREE_TO_CHANGE, EngineSettings
 from lvssl.stages import StageSettings, command, identity
 from lvssl.training.distributed import World, from_first, world_of
 from lvssl.training.labels import Labelled, beside, check_pair, open_labelled
+from lvssl.training.prepare import claim, precision
 from lvssl.training.run import Run, load_run, pick_device, versions
 from pipelines.errors import InputError
 from pipelines.files import write_json
@@ -47,10 +48,17 @@ class Stage(Generic[Settings]):
         """Training and test set. Raises InputError if they don't match."""
         settings = self.settings
         assert settings.train is not None and settings.test is not None
-        given = settings.target, settings.source, self.run.on_error(settings.on_error), self.device.type
+        given = settings.target, settings.source, self.run.on_error(settings.on_error), str(self.device)
         train, test = (open_labelled(path, *given) for path in (settings.train, settings.test))
         check_pair(train, test)
         return train, test
+
+    @property
+    def engine(self) -> EngineSettings:
+        """How it computes: as the run was trained, unless the settings say otherwise; exactly, where it has
+        nothing to train."""
+        given, asked = self.run.settings.engine, getattr(self.settings, "precision", "fp32")
+        return given if asked == "auto" else replace(given, precision=asked)
 
     @property
     def folder(self) -> Path:
@@ -102,6 +110,7 @@ class Stage(Generic[Settings]):
             **more,
             "peak_memory_mib": peak_memory_mib(),
             "device": str(self.device),
+            "arithmetic": self.run.arithmetic,
             "command": command(self.name, self.settings),
             "versions": versions(),
         }
@@ -132,7 +141,7 @@ def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device, world.local_rank)
-    run = load_run(settings.run)
+    run = load_run(settings.run, device)
     train = settings.train or run.settings.data
     settings = replace(
         settings,
@@ -143,7 +152,9 @@ def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
     path = settings.out or settings.run / result
     if path.suffix != ".json":
         path = path / "result.json"
-    return Stage(name, settings, run, path, finished(path, settings, run.digest), device, world)
+    stage = Stage(name, settings, run, path, finished(path, settings, run.digest), device, world)
+    claim(device, precision(stage.engine, device))
+    return stage
 
 
 def finished(path: Path, settings: StageSettings, digest: str) -> dict[str, Any] | None:

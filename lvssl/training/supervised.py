@@ -22,17 +22,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from lvssl.config import EngineSettings
 from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
 from lvssl.training.batchnorm import synchronised
 from lvssl.training.distributed import World, broadcast_state, from_first, highest, mean_over_ranks
 from lvssl.training.gradients import Averaging
 from lvssl.training.labels import Labelled, readable, say_left_out
-from lvssl.training.optimiser import groups
+from lvssl.training.optimiser import build_sgd, groups, restore_optimiser
+from lvssl.training.prepare import autocast, precision
 from lvssl.training.progress import Metrics, Progress, Window
 from lvssl.training.stopping import Interrupted, Stop
 from pipelines.augment import augmenter_for
-from pipelines.loader import TwoViewLoader, ViewBatch
+from pipelines.loader import TwoViewLoader, ViewBatch, sent
 from pipelines.views import ViewSettings
 
 MOMENTUM = 0.9
@@ -51,6 +53,7 @@ class Recipe:
     log_every: int
     workers: int
     min_steps: int = 0  # the epochs go on until so many are done
+    engine: EngineSettings = EngineSettings()  # noqa: RUF009 (frozen); its precision is what counts
 
 
 def scaled_lr(lr: float, batch_size: int) -> float:
@@ -124,7 +127,7 @@ def represent(
     """float32 [N, W]: features h; latent: the mean of K samples in training, else the posterior's mean;
     code: its bits as +-1."""
     if on == "features":
-        return network.backbone(images).float()
+        return network.features(images).float()
     _, posterior = network.encode(images)
     if on == "code":
         return posterior.code().float() * 2 - 1
@@ -163,7 +166,7 @@ class Supervised:
         self.folder, self.recipe, self.device, self.world = folder, recipe, device, world
         self.model = model.to(device).to(memory_format=torch.channels_last)
         if world.size > 1 and not model.frozen:
-            synchronised(self.model, device)
+            synchronised(self.model)
         broadcast_state(self.model)
         self.answers = train.answers.to(device)
         self.loader = TwoViewLoader(
@@ -181,9 +184,12 @@ class Supervised:
         )
         self.steps = max(recipe.epochs * len(self.loader), recipe.min_steps)
         self.averaging = Averaging(model.parameters())
-        self.optimiser = sgd(model, recipe)
+        self.optimiser = sgd(model, recipe, fused=device.type == "cuda")
+        fp16 = precision(recipe.engine, device) == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.noise = Generator(device=device)
         self.step, self.seconds = 0, 0.0
+        self.writer = checkpoint.Writer()
 
     def run(self, stop: Stop, title: str) -> None:
         """Train from the newest checkpoint on, or from the beginning, to the end.
@@ -193,7 +199,7 @@ class Supervised:
             FloatingPointError: the loss isn't finite.
         """
         self.restore()
-        with self.loader:
+        with self.loader, self.writer:
             if self.step < self.steps:
                 self.train(stop, title)
             if self.loader.skipped:
@@ -231,6 +237,7 @@ class Supervised:
             self.saved = self.started = now
             self.save()
         if asked and not ended:
+            self.writer.wait()
             name = signal.Signals(asked).name
             raise Interrupted(
                 f"{name}: stopped at step {self.step} of {title}, saved; the same command goes on"
@@ -242,13 +249,14 @@ class Supervised:
             group["lr"] = self.recipe.lr * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
         self.model.train()
         self.noise.manual_seed((self.recipe.seed * 1_000_003 + self.step) % 2**63)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with autocast(self.recipe.engine, self.device):
             outputs = self.model(batch.views[0], self.noise)
         loss = self.model.loss(outputs, self.answers[batch.indices])
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        self.scaler.scale(loss).backward()
         self.averaging.finish()
-        self.optimiser.step()
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
         return loss.detach()
 
     def row(self, loss: Tensor) -> dict[str, Any]:
@@ -278,10 +286,11 @@ class Supervised:
         state = {
             "model": (self.model.linear if self.model.frozen else self.model).state_dict(),
             "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
         }
-        checkpoint.save(self.folder / "checkpoints", self.step, state)
+        self.writer.save(self.folder / "checkpoints", self.step, state)
 
     def restore(self) -> None:
         found = from_first(self.world, lambda: checkpoint.latest(self.folder / "checkpoints"))
@@ -289,7 +298,9 @@ class Supervised:
             return
         state = checkpoint.load(found)
         (self.model.linear if self.model.frozen else self.model).load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        restore_optimiser(self.optimiser, state["optimiser"])
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds = state["step"], state["seconds"]
 
 
@@ -310,14 +321,14 @@ class Log:
         self.metrics.close()
 
 
-def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+def sgd(model: nn.Module, recipe: Recipe, fused: bool) -> torch.optim.SGD:
     """Weight decay on weights of linear and convolutional layers alone, found by the modules' types."""
     decayed, others = groups(model)
     parameters = [
         {"params": list(decayed.values()), "weight_decay": recipe.weight_decay},
         {"params": list(others.values()), "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(parameters, lr=recipe.lr, momentum=MOMENTUM, nesterov=True)
+    return build_sgd(parameters, fused, lr=recipe.lr, momentum=MOMENTUM, nesterov=True)
 
 
 @torch.no_grad()
@@ -329,6 +340,7 @@ def predict(
     workers: int,
     world: World = World(),  # noqa: B008 (frozen)
     title: str = "",
+    engine: EngineSettings = EngineSettings(),  # noqa: B008 (frozen)
 ) -> tuple[Tensor, Tensor]:
     """Logits or targets of each image's centre crop, float32 [N, C], and the answers to it, on the CPU.
 
@@ -341,8 +353,8 @@ def predict(
     seen = torch.zeros(len(data))
     title = title if world.first else ""
     for images, indices in readable(data.source, view, workers, data.on_error, own, title):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            outputs = model(images.to(device, non_blocking=True))
+        with autocast(engine, device):
+            outputs = model(sent(images, device))
         rows = torch.from_numpy(indices)
         predictions[rows], seen[rows] = model.in_units(outputs).cpu(), 1.0
     if world.size > 1:

@@ -1,5 +1,7 @@
 """A run in progress: one step after the other, its state on disk, its figures in the log."""
 
+from __future__ import annotations
+
 import math
 import signal
 import time
@@ -10,17 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.utils import ModelEmaV3
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lvssl.config import PretrainSettings
+from lvssl.losses.distributed import equal_parts
 from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
+from lvssl.training.average import Average
 from lvssl.training.distributed import World, broadcast_state, from_first, highest, mean_over_ranks
 from lvssl.training.gradients import Averaging, backward, guard
 from lvssl.training.health import health, warn
 from lvssl.training.objective import objective
-from lvssl.training.optimiser import build_optimiser, learning_rate
+from lvssl.training.optimiser import build_optimiser, learning_rate, restore_optimiser
 from lvssl.training.prepare import accelerate, autocast, layout, precision, prepared
 from lvssl.training.progress import Metrics, Progress, Window
 from lvssl.training.stopping import Interrupted, Stop
@@ -28,7 +32,12 @@ from pipelines.loader import TwoViewLoader, ViewBatch
 
 
 class Trainer:
-    """Network, optimiser and position of one run, on one of its ranks."""
+    """Network, optimiser and position of one run, on one of its ranks.
+
+    Args:
+        host_reads: whether the host may look at what a step computed before the next begins; None: on a CPU
+            alone, for elsewhere it would wait for the device. False on a CPU takes the way of a GPU.
+    """
 
     def __init__(
         self,
@@ -37,25 +46,27 @@ class Trainer:
         loader: TwoViewLoader,
         device: torch.device,
         world: World = World(),  # noqa: B008 (frozen)
+        host_reads: bool | None = None,
     ) -> None:
         self.settings, self.loader, self.device, self.world = settings, loader, device, world
+        self.host_reads = device.type == "cpu" if host_reads is None else host_reads
         engine = settings.engine
         torch.manual_seed(settings.seed)
         network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
         self.network = prepared(network, engine, device, world.size)
         broadcast_state(self.network)
         self.parameters = list(self.network.parameters())
-        self.ema = ModelEmaV3(self.network, engine.ema) if engine.ema else None
+        self.ema = Average(self.network, engine.ema) if engine.ema else None
         accelerate(self.network.backbone, engine)
         self.averaging = Averaging(self.parameters)
-        self.optimiser = build_optimiser(self.network, settings.optimiser)
+        self.optimiser = build_optimiser(self.network, settings.optimiser, fused=not self.host_reads)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision(engine, device) == torch.float16)
         self.noise = torch.Generator(device=device)
-        self.finite = Finite(engine.non_finite_steps, device)
+        self.finite = Finite(self.network, self.host_reads)
         self.step = 0
         self.steps = settings.epochs * len(loader)
         self.calibrated = False
-        self.folder = settings.out / "checkpoints"
+        self.folder, self.writer = settings.out / "checkpoints", checkpoint.Writer()
 
     # -- the state on disk ------------------------------------------------------------------------
 
@@ -74,8 +85,9 @@ class Trainer:
         }
 
     def save(self) -> None:
+        """Of rank 0, beside what follows; an error shows at the next call, or at `writer.wait()`."""
         if self.world.first:
-            checkpoint.save(self.folder, self.step, self.state(), self.settings.engine.keep)
+            self.writer.save(self.folder, self.step, self.state(), self.settings.engine.keep)
 
     def restore(self) -> None:
         """Load the newest checkpoint, if there is one: the one that rank 0 finds to be whole."""
@@ -86,7 +98,7 @@ class Trainer:
         self.network.load_state_dict(state["network"])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        restore_optimiser(self.optimiser, state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
         self.step, self.calibrated = state["step"], state["calibrated"]
@@ -107,17 +119,9 @@ class Trainer:
         self.saved = time.monotonic()
         self.alarms: set[str] = set()
         try:
-            while self.step < self.steps:
-                batches = iter(self.loader)
-                while (batch := window.next_batch(batches)) is not None:
-                    figures = self.train_step(batch.to(self.device))
-                    self.step += 1
-                    if self.step % self.settings.log_every == 0 or self.step == self.steps:
-                        row = self.describe(figures) | window.speed()
-                        if log:
-                            log.write(row)
-                            warn(row, self.step / self.steps, self.alarms)
-                    self.between_steps(stop)
+            with self.writer:
+                while self.step < self.steps:
+                    self.epoch(window, log, stop)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -125,6 +129,19 @@ class Trainer:
         finally:
             if log:
                 log.close()
+
+    def epoch(self, window: Window, log: Log | None, stop: Stop) -> None:
+        """The steps that are left of an epoch, each with its row in the log where one is due."""
+        batches = iter(self.loader)
+        while (batch := window.next_batch(batches)) is not None:
+            figures = self.train_step(batch.to(self.device))
+            self.step += 1
+            if self.step % self.settings.log_every == 0 or self.step == self.steps:
+                row = self.describe(figures) | window.speed()
+                if log:
+                    log.write(row)
+                    warn(row, self.step / self.steps, self.alarms)
+            self.between_steps(stop)
 
     def train_step(self, batch: ViewBatch) -> dict[str, Tensor]:
         """One step of the optimiser; its figures stay tensors on the device, so that nothing waits for it."""
@@ -143,16 +160,17 @@ class Trainer:
             figures.update(found)
             return loss
 
-        self.finite.keep(self.network)
+        self.finite.keep()
         try:
             context = partial(autocast, settings.engine, self.device)
             chunk = settings.engine.chunk
             scale, averaging = self.scaler.scale, self.averaging
-            backward(self.network.backbone, images, loss_of, context, chunk, scale, averaging)
+            with equal_parts():
+                backward(self.network.backbone, images, loss_of, context, chunk, scale, averaging)
             finite = self.update(figures["loss"])
         except FloatingPointError as error:  # on a CPU the loss itself sees it, on every rank, and says what
-            self.finite.reason, finite = str(error), torch.tensor(False)
-        self.finite.see(finite, self.network, batch.indices)
+            self.finite.reason, finite = str(error), torch.tensor(False, device=self.device)
+        self.settle(finite, batch.indices)
         return {name: value.detach() for name, value in figures.items()}
 
     def loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -173,32 +191,46 @@ class Trainer:
         return loss, figures
 
     def update(self, loss: Tensor) -> Tensor:
-        """One step of optimiser and average from the gradients; whether they were finite, on the device."""
+        """One step of the optimiser from the gradients, if these are finite; a bool on the device."""
         self.averaging.finish()
         scaled = self.scaler.is_enabled()
         if scaled:
             self.scaler.unscale_(self.optimiser)
         norm = guard(self.parameters, self.settings.optimiser.clip)
-        if scaled or self.device.type != "cpu" or norm.isfinite():
+        # With a loss scale, gradients that overflow are a part of its search and no failure.
+        finite = (loss if scaled else norm).detach().isfinite()
+        if scaled:
             self.scaler.step(self.optimiser)
             self.scaler.update()
+        elif not self.host_reads:
+            self.optimiser.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
+            self.optimiser.step()
+        elif finite:
+            self.optimiser.step()
         if self.world.size > 1 and not self.settings.engine.sync_batch_norm:
             broadcast_state(self.network, buffers_alone=True)
-        if self.ema:
+        return finite
+
+    def settle(self, finite: Tensor, indices: Tensor) -> None:
+        """Undo the statistics of a step that wasn't finite, and only then, if it was, take the average."""
+        self.finite.see(finite, indices)
+        if self.ema and not self.host_reads:
+            self.ema.update(self.network, finite)
+        elif self.ema and finite:
             self.ema.update(self.network)
-        # With a loss scale, gradients that overflow are a part of its search and no failure.
-        return (loss if scaled else norm).detach().isfinite()
 
     def between_steps(self, stop: Stop) -> None:
-        """All ranks agree whether to go on; rank 0 saves when it is time."""
+        """All ranks agree whether to go on; rank 0 saves when it is time, and at the end of the first epoch,
+        so that there is something soon, and of the last."""
         asked, bad = highest(stop.signal, self.finite.in_a_row())
         if bad >= self.settings.engine.non_finite_steps:
             raise self.diverged()
         due = time.monotonic() - self.saved >= 60 * self.settings.checkpoint_minutes
-        if due or asked or self.step % len(self.loader) == 0:
+        if due or asked or self.step in (len(self.loader), self.steps):
             self.save()
             self.saved = time.monotonic()
         if asked:
+            self.writer.wait()
             name = signal.Signals(asked).name
             raise Interrupted(f"{name}: stopped at step {self.step}, saved; go on with --resume")
 
@@ -249,36 +281,44 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 class Finite:
-    """Non-finite steps in a row, counted without waiting for the device; their batch statistics undone."""
+    """Non-finite steps in a row, counted without waiting for the device; their batch statistics undone.
 
-    def __init__(self, limit: int, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
+    Statistics are kept and put back all together: what that launches doesn't grow with their number.
+    """
+
+    def __init__(self, network: LVNet, host_reads: bool) -> None:
+        self.layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        self.host_reads = host_reads
         self.waiting: deque[tuple[Tensor, Any, Tensor]] = deque()
         self.bad = 0
         self.reason = ""
         self.indices: Tensor | None = None
         self.kept: list[Tensor] = []
 
-    def keep(self, network: LVNet) -> None:
-        """Remember the running statistics from before the step."""
-        buffers = list(network.buffers())
-        if not self.kept:
-            self.kept = [torch.empty_like(buffer) for buffer in buffers]
-        for kept, buffer in zip(self.kept, buffers):
-            kept.copy_(buffer)
+    def statistics(self) -> list[list[Tensor]]:
+        """The running statistics, and the counters of batches: those of a type together."""
+        running = [s for layer in self.layers for s in (layer.running_mean, layer.running_var)]
+        counters = [layer.num_batches_tracked for layer in self.layers]
+        groups = ([s for s in group if s is not None] for group in (running, counters))
+        return [group for group in groups if group]
 
-    def see(self, finite: Tensor, network: LVNet, indices: Tensor) -> None:
+    def keep(self) -> None:
+        """Remember the running statistics from before the step."""
+        self.kept = [joined(group) for group in self.statistics()]
+
+    def see(self, finite: Tensor, indices: Tensor) -> None:
         """A step's verdict, a bool on the device; statistics that it has spoilt are put back."""
-        event = None
-        if self.on_gpu:
-            for kept, buffer in zip(self.kept, network.buffers()):
-                torch.where(finite, buffer, kept, out=buffer)
-            event = torch.cuda.Event()
-            finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
-            event.record()
+        if not self.host_reads:
+            for kept, group in zip(self.kept, self.statistics()):
+                put(torch.where(finite, joined(group), kept), group)
         elif not finite:
-            for kept, buffer in zip(self.kept, network.buffers()):
-                buffer.copy_(kept)
+            for kept, group in zip(self.kept, self.statistics()):
+                put(kept, group)
+        event = None
+        if finite.is_cuda:
+            event, stream = torch.cuda.Event(), torch.cuda.current_stream(finite.device)
+            finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            event.record(stream)
         self.waiting.append((finite, event, indices))
 
     def in_a_row(self) -> int:
@@ -290,6 +330,17 @@ class Finite:
             else:
                 self.bad, self.indices = self.bad + 1, indices
         return self.bad
+
+
+def joined(tensors: list[Tensor]) -> Tensor:
+    """All their numbers in one tensor, [N]."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def put(numbers: Tensor, tensors: list[Tensor]) -> None:
+    """What `joined` has joined, back in its places."""
+    parts = numbers.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
 
 
 class Log:

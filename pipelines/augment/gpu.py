@@ -74,7 +74,7 @@ def _launch(crops: Tensor, table: Tensor, view: ViewSettings, out: Tensor) -> No
         luma_sums[count, blocks](crops, table, orders, sums, crops.stride(0), **sum_options(side))
         options = view_options(view, side, out.dtype)
         tiles = triton.cdiv(side, options["TILE"])
-        views[tiles, tiles, count](
+        views[(tiles * tiles * count,)](  # on axis x: the others hold at most 65,535 programs
             crops,
             table,
             orders,
@@ -150,9 +150,11 @@ def views(
     SIDE: tl.constexpr, RADIUS: tl.constexpr, TILE: tl.constexpr, MARGIN: tl.constexpr, CHUNK: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCKS_2: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one view."""
-    left, top = tl.program_id(0) * TILE, tl.program_id(1) * TILE
-    n = tl.program_id(2).to(tl.int64)
+    """One tile of one view; a view's tiles follow each other, for they read the same crop."""
+    across: tl.constexpr = (SIDE + TILE - 1) // TILE
+    tile = tl.program_id(0) % (across * across)
+    n = (tl.program_id(0) // (across * across)).to(tl.int64)
+    left, top = tile % across * TILE, tile // across * TILE
     row, crop = table + n * _P, crops + n * stride
     mean_luma = 0.0
     if tl.load(row + _CONTRAST) != 1:

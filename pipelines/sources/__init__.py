@@ -52,7 +52,7 @@ def open_source(path: str | Path, kind: str = "auto", device: str = "cpu") -> So
     Args:
         kind: `ffcv` for a .beton; `folder` for images as they are, loose, in class folders, in tars or
             whatever else `convert-beton` reads; `dali` for any of these; `auto`: ffcv or folder.
-        device: what DALI decodes on, cpu or cuda; the others know the CPU alone.
+        device: what DALI decodes on, cpu, cuda or cuda:1 ...; the others know the CPU alone.
 
     Raises:
         InputError: nothing there that the source can read, or what it needs isn't installed.
@@ -62,7 +62,8 @@ def open_source(path: str | Path, kind: str = "auto", device: str = "cpu") -> So
     if kind == "dali":
         from pipelines.sources.dali import DALISource
 
-        return DALISource(path, "gpu" if device == "cuda" else "cpu")
+        what, _, index = device.partition(":")
+        return DALISource(path, "gpu" if what == "cuda" else "cpu", device_id=int(index or 0))
     if kind == "auto":
         kind = "folder" if _holds_images(Path(path)) else "ffcv"
     if kind == "folder":

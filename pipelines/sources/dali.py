@@ -36,13 +36,21 @@ class DALISource:
 
     chunk = BATCH
 
-    def __init__(self, path: str | Path, device: str = "cpu", threads: int = 1, check: bool = True):
+    def __init__(
+        self,
+        path: str | Path,
+        device: str = "cpu",
+        threads: int = 1,
+        check: bool = True,
+        device_id: int = 0,
+    ):
         """Open tars, a .beton or a folder.
 
         Args:
             device: `cpu` or `gpu`. threads: of each pipeline; there are as many as calls of `crops` at once.
             check: hold each JPEG against libjpeg-turbo when it first comes, at some 0.4 ms: DALI gives grey
                 blocks for damaged data, without an error.
+            device_id: which of the GPUs.
 
         Raises:
             InputError: nothing to open, or DALI isn't installed.
@@ -59,6 +67,7 @@ class DALISource:
         self.labels, self.pages = self.base.labels, self.base.pages
         self.targets = getattr(self.base, "targets", {})
         self.device, self.threads = device, threads
+        self.device_id = device_id if device == "gpu" else None
         self._sound = np.full(len(self.labels), not check)
         self._free: dict[tuple[int, int], list[Any]] = {}  # pipelines that no thread is using
 
@@ -119,7 +128,7 @@ class DALISource:
         try:
             pipeline = free.pop()
         except IndexError:
-            pipeline = _pipeline(views, side, self.device, self.threads)
+            pipeline = _pipeline(views, side, self.device_id, self.threads)
         start = boxes[..., :2].min(1)
         pipeline.feed_input("files", files)
         pipeline.feed_input("start", start)
@@ -134,7 +143,8 @@ class DALISource:
         return stacked
 
 
-def _pipeline(views: int, side: int, device: str, threads: int) -> Any:
+def _pipeline(views: int, side: int, device_id: int | None, threads: int) -> Any:
+    """`device_id`: the GPU; None: on the CPU."""
     dali: Any = importlib.import_module("nvidia.dali")  # its stubs lack half of what it has
     fn, types = dali.fn, dali.types
 
@@ -142,13 +152,13 @@ def _pipeline(views: int, side: int, device: str, threads: int) -> Any:
         return fn.external_source(name=name, dtype=types.INT32, ndim=ndim)
 
     pipeline = dali.Pipeline(
-        batch_size=BATCH, num_threads=threads, device_id=0 if device == "gpu" else None,
+        batch_size=BATCH, num_threads=threads, device_id=device_id,
         prefetch_queue_depth=1, exec_async=False, exec_pipelined=False,
     )  # fmt: skip
     with pipeline:
         images = fn.decoders.image_slice(
             fn.external_source(name="files", dtype=types.UINT8, ndim=1), start=fed("start"),
-            shape=fed("shape"), axes=[0, 1], device="mixed" if device == "gpu" else "cpu",
+            shape=fed("shape"), axes=[0, 1], device="cpu" if device_id is None else "mixed",
             adjust_orientation=False,
         )  # fmt: skip
         outputs = []

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lvssl.cli import main
-from lvssl.codes.file import open_codes, open_means
+from lvssl.codes.file import CodeFileError, open_codes, open_means
 from lvssl.codes.search import hamming_distances
 from lvssl.evaluation.codes import SearchSettings, codes_of, search
-from lvssl.training.run import load_run
+from lvssl.evaluation.embedding import embed
+from lvssl.evaluation.knn import weighted_knn
+from lvssl.training.run import Run, load_run
 from pipelines.loader import evaluation_crops
 from pipelines.sources import open_source
 
@@ -48,6 +51,55 @@ def test_a_beton_gives_the_codes_of_its_images_under_their_names(run, digits, tm
     assert np.bitwise_count(codes.rows ^ expected).sum() <= 2
     assert np.allclose(open_means(codes), means, atol=2e-3)
     assert 0.2 < np.unpackbits(codes.rows).mean() < 0.8
+
+
+def test_codes_of_another_arithmetic_are_not_compared(run, digits, tmp_path, monkeypatch):
+    """A file says what computed it; queries that are encoded elsewhere, or less exactly, are refused."""
+    out = tmp_path / "a.lvcodes"
+    assert lvssl("encode", run, "--images", digits["test"], "--out", out) == 0
+    assert open_codes(out).created_by == "lvssl encode, cpu fp32"
+
+    def in_bf16(folder: Path) -> Run:
+        loaded = load_run(folder)
+        loaded.network.precision = torch.bfloat16
+        return loaded
+
+    monkeypatch.setattr("lvssl.evaluation.codes.load_run", in_bf16)
+    with pytest.raises(
+        CodeFileError, match=r"a.lvcodes: its codes were computed by cpu fp32, .* by cpu bf16"
+    ):
+        next(search(SearchSettings(run, digits["test"], codes=out)))
+    assert next(search(SearchSettings(run, out, codes=out)))[0], "codes of the same making may be compared"
+    other = tmp_path / "b.lvcodes"
+    assert lvssl("encode", run, "--images", digits["test"], "--out", other) == 0
+    assert open_codes(other).created_by == "lvssl encode, cpu bf16"
+    assert next(search(SearchSettings(run, digits["test"], codes=other)))[0]
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
+        ),
+    ],
+)
+def test_a_set_in_bf16_is_nearly_that_in_fp32(run, digits, device):
+    """As a GPU embeds it: features to bf16's rounding, hardly a bit of the code, the same neighbours."""
+    source, exact = open_source(digits["test"]), load_run(run, torch.device("cpu"))
+    fast = load_run(run, torch.device(device))
+    assert exact.arithmetic == "cpu fp32" and (device == "cpu" or fast.arithmetic == "cuda bf16")
+    fast.network.precision = torch.bfloat16
+    wanted, found = (embed(r.network, source, r.settings.view) for r in (exact, fast))
+    assert found.features.dtype == np.float32
+    error = np.linalg.norm(found.features - wanted.features) / np.linalg.norm(wanted.features)
+    assert 1e-5 < error < 0.02
+    differing = np.bitwise_count(found.codes ^ wanted.codes).sum() / (len(found.codes) * found.bits)
+    assert differing < 0.03
+    accuracies = [weighted_knn(e.features, e.labels, e.features, e.labels, k=5) for e in (wanted, found)]
+    assert abs(accuracies[0] - accuracies[1]) < 3
 
 
 def test_many_queries_from_everywhere_find_themselves(run, pictures, tmp_path, capsys):

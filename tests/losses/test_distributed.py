@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lvssl.losses import anchors, distributed
 from lvssl.losses import ntxent as module
 from lvssl.losses.ntxent import ntxent, reference
+from lvssl.losses.stochastic import sample_infonce
 from lvssl.losses.variants import decoupled_ntxent, mc_infonce, supervised_contrastive
 
 IMAGES = (5, 3, 60, 1)  # of each rank
@@ -127,9 +128,27 @@ def work(rank: int, size: int, folder: str) -> None:
     for bug in BUGS:
         found[f"oracle: {bug}"] = under_ddp(lambda u, tau, b=bug: gathered_ntxent(u, tau, b), rank, equal)
         found[f"ours: {bug}"] = with_bug(bug, lambda: under_ddp(ntxent, rank, unequal))
+    found["samples"] = under_ddp(of_samples, rank, unequal)
+    with distributed.equal_parts():
+        found["equal parts"] = under_ddp(ntxent, rank, equal)
+        found["equal parts, wrong"] = complaint_of(torch.zeros(3, 8))
     found["errors"] = errors(rank, size)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def of_samples(u: Tensor, tau: Tensor) -> Tensor:
+    """Two samples a vector, against directions."""
+    z = torch.nn.functional.normalize(torch.stack([u, u.roll(1, dims=1)]), dim=2)
+    return sample_infonce(z, z.mean(0), 3.0) * tau
+
+
+def complaint_of(vectors: Tensor) -> str:
+    try:
+        ntxent(vectors)
+    except ValueError as error:
+        return str(error)
+    return "none"
 
 
 def with_bug(bug: str, step: Callable) -> Any:
@@ -217,6 +236,20 @@ def test_every_rank_has_the_loss_and_gradients_of_one_process(found, way):
     for name, wanted in expected.items():
         for rank, results in enumerate(found):
             assert error(results[name.format(way)], wanted) < 1e-9, f"{name.format(way)}, rank {rank}"
+
+
+def test_samples_against_the_directions_of_all_ranks(found):
+    """Parts of any size, their number told between the hosts; in fp32."""
+    expected = in_one_process(of_samples, IMAGES[: len(found)])
+    for results in found:
+        assert error(results["samples"], expected) < 1e-5
+
+
+def test_equal_parts_need_no_exchange(found):
+    expected = in_one_process(reference, (4,) * len(found))
+    for results in found:
+        assert error(results["equal parts"], expected) < 1e-9
+        assert results["equal parts, wrong"].startswith("projections must be [2B, d]"), "without a rank"
 
 
 def test_the_oracle_agrees_where_it_can(found):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lvssl.losses.objective import beta_at
-from lvssl.losses.stochastic import match_loss, sample_infonce
+from lvssl.losses.stochastic import match_loss, others, sample_infonce
 
 
 def test_match_loss_is_the_papers_formula():
@@ -28,6 +28,16 @@ def test_match_loss_is_the_papers_formula():
                 negative.append(-math.log(1 - p))
     expected = np.mean(positive) + np.mean(negative)
     assert match_loss(z.float(), match.float()).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("n", [4, 6, 10])
+def test_others_are_those_of_the_other_images_in_their_order(n):
+    """What a mask would pick, number for number."""
+    mask = ~torch.eye(n, dtype=torch.bool)
+    first = torch.arange(n // 2)
+    mask[first, first + n // 2] = mask[first + n // 2, first] = False
+    x = torch.randn(n, n)
+    assert torch.equal(x.gather(1, others(n, x.device)).flatten(), x[mask])
 
 
 def test_match_loss_stays_finite_where_samples_coincide_or_are_far():

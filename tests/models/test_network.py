@@ -160,6 +160,25 @@ def test_sharpness_and_relaxation_are_annealed_and_final_at_evaluation():
     assert hardness[0] < 0.15 < hardness[1] < 0.8 < hardness[2]
 
 
+@pytest.mark.parametrize("site", ["repr", "proj"])
+def test_images_are_read_in_the_precision_that_is_set(site):
+    """As a run on a GPU is loaded: the network in bf16, the posterior in fp32, and nearly the same code."""
+    net = network("bernoulli", site=site).eval()
+    images = torch.randn(32, 3, 16, 16)
+    features, exact = net.encode(images)
+    assert features.dtype == torch.float32 and torch.equal(features, net.features(images))
+    net.calibrate(features)
+    exact = net.encode(images)[1]
+    net.precision = torch.bfloat16
+    features, posterior = net.encode(images)
+    assert features.dtype == net.features(images).dtype == torch.bfloat16
+    assert posterior.parameters.dtype == torch.float32
+    assert (posterior.code() == exact.code()).float().mean() > 0.97
+    assert not torch.equal(posterior.parameters, exact.parameters)
+    assert net(images).features.dtype == torch.float32, "the training has its own"
+    net.calibrate(features)
+
+
 def test_a_fixed_spread_stays():
     net = network("gaussian", spread="fixed", sharpness=2.0)
     posterior = net(torch.randn(8, 3, 16, 16)).posterior

@@ -1,10 +1,16 @@
 """The augmentation's kernels: interpreted, compiled ahead of time, and, where there is a GPU, run."""
 
 import json
+import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import triton_kernels
+
+from pipelines.augment import augment
+from pipelines.parameters import BRIGHTNESS, CONTRAST, SATURATION, P
+from pipelines.views import ViewSettings
 
 pytest.importorskip("triton", reason="torch's CUDA builds bring triton; a CPU build does not")
 
@@ -70,6 +76,46 @@ def test_kernels_on_the_gpu_are_the_reference():
         pytest.skip("no GPU")
     assert_faithful(run("augment_kernels_interpreted.py", "cuda"))
     assert_faithful(run("augment_kernels_interpreted.py", "cuda", "224:16:bfloat16", "512:2:float32"))
+
+
+def test_any_number_of_views_fits_the_grid(monkeypatch):
+    """Axes y and z of a grid hold at most 65,535 programs, x 2^31 - 1: views belong there."""
+    from pipelines.augment import gpu
+
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments, **options: launched.append(grid)
+
+    monkeypatch.setattr(gpu, "views", Kernel())
+    monkeypatch.setattr(gpu, "luma_sums", Kernel())
+    for count, side in ((70_000, 8), (70_000, 65), (1, 512)):
+        view = ViewSettings(resolution=side)
+        crops = torch.empty((1, side, side, 3), dtype=torch.uint8).expand(count, -1, -1, -1)
+        table, out = torch.zeros(count, P), torch.empty((1, side, side, 3), dtype=torch.bfloat16)
+        gpu._launch(crops, table, view, out)
+        tiles = (side + 63) // 64
+        assert [math.prod(grid) for grid in launched[-2:]] == [
+            count * -(-side * side // gpu.SUM_BLOCK),
+            count * tiles * tiles,
+        ]
+    assert all(axis <= 65_535 for grid in launched for axis in grid[1:])
+
+
+@pytest.mark.gpu
+def test_more_views_than_an_axis_holds_on_the_gpu():
+    """Each of 66,000 views is the one that it is among few."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    view, generator = ViewSettings(resolution=8), torch.Generator("cuda").manual_seed(0)
+    crops = torch.randint(256, (66_000, 8, 8, 3), dtype=torch.uint8, device="cuda", generator=generator)
+    table = torch.zeros(66_000, P, device="cuda")
+    table[:, [BRIGHTNESS, CONTRAST, SATURATION]] = 1.0
+    table[:, CONTRAST] += torch.rand(66_000, device="cuda", generator=generator)
+    found = augment(crops, table, view, "triton")
+    for rows in (slice(0, 64), slice(65_500, 66_000)):
+        assert torch.equal(found[rows], augment(crops[rows], table[rows], view, "triton"))
 
 
 @pytest.mark.gpu

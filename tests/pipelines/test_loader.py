@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from torchvision.transforms.v2 import functional as tv
 from pipelines.augment import augmenter_for, reference
 from pipelines.convert.conversion import Settings, convert
 from pipelines.errors import InputError
-from pipelines.loader import TwoViewLoader, ViewBatch, evaluation_batches
+from pipelines.loader import RUN_AHEAD, TwoViewLoader, ViewBatch, _OnDevice, evaluation_batches
 from pipelines.order import epoch_order, step_indices
 from pipelines.parameters import FLIP, crop_boxes
 from pipelines.sources import open_source
@@ -478,3 +479,69 @@ def test_an_iteration_that_is_left_early_leaves_nothing_behind(beton):
                 break
         assert loader.state_dict() == {"epoch": 29, "step": 1}
     assert threading.active_count() == threads
+
+
+# -- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
+        ),
+    ],
+)
+def test_one_stream_a_loader_and_a_host_that_does_not_run_away(beton, monkeypatch, device):
+    """Two epochs on one side stream, with a bound on the batches that are launched and not over; the batches
+    are those of a CPU. On a CPU torch.cuda's streams and events do nothing but count."""
+    view, plain = ViewSettings(resolution=32), FFCVSource(beton)
+    with TwoViewLoader(plain, view, 8, workers=1) as loader:
+        expected = [batch.indices for _ in range(2) for batch in loader]
+    streams, open_ends, most = [], [], []
+    made = torch.cuda.Stream, torch.cuda.Event
+    on_gpu = device == "cuda"
+
+    class End:
+        def __init__(self, blocking: bool = False) -> None:
+            self.event = made[1](blocking=blocking) if on_gpu else None
+            if blocking:
+                open_ends.append(self)
+                most.append(len(open_ends))
+
+        def record(self, stream: object) -> None:
+            if on_gpu:
+                self.event.record(stream)
+
+        def wait(self, stream: object) -> None:
+            if on_gpu:
+                self.event.wait(stream)
+
+        def synchronize(self) -> None:
+            if on_gpu:
+                self.event.synchronize()
+            open_ends.remove(self)
+
+    class Stream:
+        def wait_event(self, event: End) -> None: ...
+
+    def stream(device: object) -> object:
+        streams.append(device)
+        return made[0](device) if on_gpu else Stream()
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "Event", End)
+    if not on_gpu:
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    with TwoViewLoader(plain, view, 8, workers=1, device=device) as loader:
+        if not on_gpu:
+            loader._on_device = _OnDevice(torch.device(device))
+        found = [batch.indices.cpu() for _ in range(2) for batch in loader]
+    assert len(streams) == 1
+    assert len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(expected, found))
+    assert len(most) == len(found) and max(most) == RUN_AHEAD + 1 and len(open_ends) == RUN_AHEAD

@@ -148,6 +148,41 @@ def test_through_the_latent_the_head_is_trained_too(run):
     assert "head.normalise.running_mean" in changed and not any("projector" in name for name in changed)
 
 
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_finetuning_computes_in_the_precision_asked_for_and_goes_on_in_it(run, monkeypatch, precision):
+    """Training and test; fp16 with a loss scale that a resumed training has, too."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    represent, seen = supervised.represent, []
+
+    def noted(network, images, *arguments):
+        if len(images) > 1:  # one image: the width is found
+            seen.append(
+                torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+            )
+        return represent(network, images, *arguments)
+
+    monkeypatch.setattr(supervised, "represent", noted)
+    options = {
+        "labels": 0.1,
+        "min_steps": 0,
+        "epochs": 4,
+        "batch_size": 64,
+        "lr": (0.05,),
+        "weight_decay": (0.0,),
+    }
+    settings = FinetuneSettings(run, precision=precision, **options)
+    finetune(dataclasses.replace(settings, out=run / "whole"))
+    assert set(seen) == {dtype}
+    interrupt_after(monkeypatch, 3)
+    with pytest.raises(Interrupted):
+        finetune(dataclasses.replace(settings, out=run / "broken"))
+    assert (
+        checkpoint.load_latest(run / "broken" / "final" / "checkpoints")[1]["scaler"] or precision == "bf16"
+    )
+    finetune(dataclasses.replace(settings, out=run / "broken"))
+    assert_same(run / "whole" / "final", run / "broken" / "final")
+
+
 def interrupt_after(monkeypatch, steps: int) -> None:
     """SIGTERM arrives in the middle of the training step that is the `steps`-th from now."""
     left, step = [steps], supervised.Supervised.train_step

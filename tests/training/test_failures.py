@@ -62,7 +62,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(small_disk):
 
 
 def test_a_run_on_a_full_disk_ends_and_goes_on_once_there_is_room(digits, small_disk):
-    chosen = settings(digits["train"], small_disk / "run", epochs=4)
+    chosen = settings(digits["train"], small_disk / "run", epochs=4, checkpoint_minutes=1e-9)
     ballast = small_disk / "ballast"
     save = checkpoint.save
 
@@ -82,7 +82,7 @@ def test_a_run_on_a_full_disk_ends_and_goes_on_once_there_is_room(digits, small_
             pretrain(chosen)
     finally:
         checkpoint.save = save
-    assert checkpoint.load_latest(chosen.out / "checkpoints")[1]["step"] == 10
+    assert checkpoint.load_latest(chosen.out / "checkpoints")[1]["step"] == 19
     ballast.unlink()
     pretrain(chosen, resume=True)
     assert checkpoint.load_latest(chosen.out / "checkpoints")[1]["step"] == 40

@@ -129,12 +129,11 @@ def test_clipping_is_torchs():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_one_gradient_that_is_not_finite_stops_all(value):
+def test_one_gradient_that_is_not_finite_is_seen(value):
     net = network()
     gradients(net)
     next(net.parameters()).grad[0, 0, 0, 0] = value
     assert not guard(net.parameters(), clip=1.0).isfinite()
-    assert not any(p.grad.any() for p in net.parameters())
 
 
 def test_precision_follows_the_device():

@@ -53,6 +53,7 @@ def life(chosen: PretrainSettings, die_after: int, rank: int, size: int, port: i
     def then_die(trainer: Trainer, stop: Any) -> None:
         between(trainer, stop)
         if trainer.step == die_after:
+            trainer.writer.wait()
             if size > 1:
                 torch.distributed.barrier()  # rank 0 has saved
             os.kill(os.getpid(), signal.SIGKILL)

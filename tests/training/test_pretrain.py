@@ -6,8 +6,10 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,6 +152,66 @@ def test_two_checkpoints_are_kept_and_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
         checkpoint.write_atomically(tmp_path / "file", b"some", object())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000003.pt", "step-000000004.pt"]
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
+        ),
+    ],
+)
+def test_a_checkpoint_is_written_beside_the_training_as_the_state_was(tmp_path, monkeypatch, device):
+    """The step goes on while the disk is waited for, and what it changes isn't in the file."""
+    disk, save = threading.Event(), checkpoint.save
+
+    def slow(*arguments: Any) -> Path:
+        assert disk.wait(60)
+        return save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    weights = torch.arange(6.0, device=device).reshape(2, 3).T  # and its layout stays
+    with checkpoint.Writer() as writer:
+        writer.save(tmp_path, 3, {"network": {"w": weights}, "groups": [{"lr": 0.1}], "step": 3})
+        weights.add_(1)
+        assert not checkpoint.paths(tmp_path)
+        disk.set()
+    found = checkpoint.load_latest(tmp_path)[1]
+    assert torch.equal(found["network"]["w"], torch.arange(6.0).reshape(2, 3).T)
+    assert found["network"]["w"].stride() == weights.stride() and found["groups"] == [{"lr": 0.1}]
+
+
+def test_a_checkpoint_that_could_not_be_written_is_an_error_at_the_next(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    writer = checkpoint.Writer()
+    writer.save(tmp_path / "file" / "below", 1, {"step": 1})
+    with pytest.raises(OSError, match="below"):
+        writer.save(tmp_path, 2, {"step": 2})
+    with pytest.raises(OSError, match="below"), writer:
+        writer.save(tmp_path / "file" / "below", 3, {"step": 3})
+    with pytest.raises(ZeroDivisionError), writer:  # another error isn't hidden by it
+        writer.save(tmp_path / "file" / "below", 4, {"step": 4})
+        raise ZeroDivisionError
+    assert "no checkpoint was written" in capsys.readouterr().err
+
+
+def test_checkpoints_come_by_time_and_not_with_every_epoch(digits, tmp_path, monkeypatch):
+    """At the end of the first epoch and of the run (and once more, with exact statistics); by time."""
+    saved, save = [], checkpoint.save
+
+    def noted(folder: Path, step: int, *rest: Any) -> Path:
+        saved.append(step)
+        return save(folder, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", noted)
+    pretrain(settings(digits, tmp_path / "rare", epochs=4, checkpoint_minutes=60.0))
+    assert saved == [10, 40, 40]
+    saved.clear()
+    pretrain(settings(digits, tmp_path / "often", epochs=1, checkpoint_minutes=1e-9))
+    assert saved == [*range(1, 11), 10]
 
 
 def test_a_finished_run_is_left_alone(digits, tmp_path):

@@ -25,8 +25,9 @@ from lvssl.losses.ntxent import ntxent
 from lvssl.models.backbone import build_backbone
 from lvssl.models.network import LVNet
 from lvssl.training import gradients
-from lvssl.training.batchnorm import SyncedBatchNorm, synchronised
-from lvssl.training.distributed import World, connected, first_host, world_of
+from lvssl.training.batchnorm import SyncedBatchNorm, frozen_running_statistics, synchronised
+from lvssl.training.distributed import DEAD_AFTER, Heartbeat, World, connected, first_host, world_of
+from lvssl.training.prepare import prepared
 from lvssl.training.trainer import Trainer
 from pipelines.errors import InputError
 from pipelines.loader import TwoViewLoader
@@ -94,10 +95,25 @@ def trained(
         for batch in loader:
             order = torch.randperm(len(batch.labels)) if shuffled else slice(None)
             views, labels = batch.views[:, order].to(dtype), batch.labels[order]
-            figures = trainer.train_step(dataclasses.replace(batch, views=views, labels=labels))
+            figures = step_without_agreeing(trainer, dataclasses.replace(batch, views=views, labels=labels))
             trainer.step += 1
             rows.append(trainer.describe(figures))
         return (trainer.ema.module if trainer.ema else trainer.network).state_dict(), rows
+
+
+def step_without_agreeing(trainer: Trainer, batch: Any) -> dict[str, Tensor]:
+    """A step; the hosts exchange nothing to find that their parts are equal."""
+    gather = dist.all_gather
+
+    def watched(everyone: list[Tensor], own: Tensor, *rest: Any, **more: Any) -> Any:
+        assert own.dtype != torch.uint8 or own.ndim > 1, "an exchange of arguments"
+        return gather(everyone, own, *rest, **more)
+
+    dist.all_gather = watched
+    try:
+        return trainer.train_step(batch)
+    finally:
+        dist.all_gather = gather
 
 
 def rank_of(rank: int, size: int, port: int, data: Path, folder: Path) -> None:
@@ -114,7 +130,8 @@ def rank_of(rank: int, size: int, port: int, data: Path, folder: Path) -> None:
         found |= {name: trained(world, data, run) for name, run in RUNS.items()}
         if size > 1:
             found |= {"averaged": averaged(rank), "late": late(rank)}
-        torch.save((found, normalised(rank, size)), folder / f"{rank}-of-{size}.pt")
+        normalisations = [normalised(rank, size), normalised(rank, size, frozen=True)]
+        torch.save((found, *normalisations), folder / f"{rank}-of-{size}.pt")
 
 
 def averaged(rank: int) -> dict[str, Any]:
@@ -160,24 +177,30 @@ def late(rank: int) -> list[float]:
     return [parameter.grad.item() for parameter in parameters]
 
 
-def normalised(rank: int, size: int) -> dict[str, torch.Tensor]:
-    """Output, running statistics and gradients of synchronised normalisation; unequal batches."""
+def normalised(
+    rank: int, size: int, device: str = "cpu", dtype: torch.dtype = torch.float64, frozen: bool = False
+) -> dict[str, torch.Tensor]:
+    """Output, running statistics and gradients of synchronised normalisation; unequal batches. `frozen`: with
+    running statistics that stay, as of images that a chunk or a recomputed block sees again."""
     x = torch.randn(7, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     x = x * torch.arange(1, 8)[:, None, None, None] + 5  # another mean and spread on each rank
     x = x if size == 1 else x[:2] if rank == 0 else x[2:]
-    norm = torch.nn.BatchNorm2d(3, dtype=torch.float64)
+    x = x.to(device, dtype)
+    norm = torch.nn.BatchNorm2d(3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     torch.nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(2))
-    norm = synchronised(torch.nn.Sequential(norm), torch.device("cpu"))[0]
-    assert isinstance(norm, SyncedBatchNorm)
+    norm = synchronised(torch.nn.Sequential(norm))[0]
+    assert isinstance(norm.to(device), SyncedBatchNorm)
     x.requires_grad_()
-    output = norm(x)
-    (output.sin() * output.exp()).sum().backward()
+    with frozen_running_statistics(norm) if frozen else nullcontext():
+        output = norm(x)
+    (output.double().sin() * output.double().exp()).sum().backward()
     shared = torch.stack([norm.weight.grad, norm.bias.grad])
     if size > 1:
         dist.all_reduce(shared)
     found = {"output": output.detach(), "input gradient": x.grad, "weight gradients": shared}
     assert not any(buffer.requires_grad for buffer in norm.buffers()), "each step's graph would be kept"
-    return found | {"mean": norm.running_mean, "variance": norm.running_var}
+    found |= {"mean": norm.running_mean, "variance": norm.running_var}
+    return {name: value.cpu() for name, value in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +275,54 @@ def test_normalisation_over_unequal_ranks_is_that_of_the_whole_batch(found):
             torch.testing.assert_close(part[name], whole[name])
 
 
+def test_frozen_it_normalises_over_the_ranks_and_leaves_its_statistics(found):
+    """As `--chunk` and `--recompute` see their images again: the layer then counts no batches, which torch's
+    own asserts that it does."""
+    whole, parts = found[0, 1][1], [found[rank, 2][2] for rank in (0, 1)]
+    for name in ("output", "input gradient"):
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]), whole[name])
+    for part in parts:
+        assert not part["mean"].any() and (part["variance"] == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_a_gpu_gets_the_same_synchronised_normalisation(monkeypatch, kind):
+    """Not torch's, whose mask over the ranks' counts makes the host wait at each layer."""
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_, **__: module)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    network = prepared(build_backbone("resnet18", 32)[0], EngineSettings(), torch.device(kind), ranks=2)
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before
+    torch.set_float32_matmul_precision("highest")
+    layers = [m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert len(layers) == 20 and all(type(layer) is SyncedBatchNorm for layer in layers)
+
+
+def on_one_gpu(rank: int, port: int, folder: Path) -> None:
+    """Two gloo ranks share a GPU: NCCL wants one each."""
+    torch.cuda.set_device(0)
+    with connected(World(rank, 2, rank, "127.0.0.1", port), torch.device("cpu")):
+        found = {}
+        for dtype in (torch.float64, torch.bfloat16):
+            for frozen in (False, True):
+                normalised(rank, 2, "cuda", dtype, frozen)  # what a first call sets up may wait
+                found[dtype, frozen] = normalised(rank, 2, "cuda", dtype, frozen)
+        torch.save(found, folder / f"{rank}.pt")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_two_ranks_on_one_gpu_normalise_as_on_a_cpu(found, tmp_path):
+    mp.start_processes(on_one_gpu, (free_port(), tmp_path), 2, start_method="spawn")
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for (dtype, frozen), tolerance in zip(parts[0], (1e-9, 1e-9, 0.1, 0.1)):
+        whole = found[0, 1][2 if frozen else 1]
+        for name in ("output", "mean", "variance"):
+            mine = [part[dtype, frozen][name].double() for part in parts]
+            joined = torch.cat(mine) if name == "output" else mine[0]
+            torch.testing.assert_close(joined, whole[name].double(), rtol=tolerance, atol=tolerance)
+
+
 def compiled(rank: int, port: int, folder: Path) -> None:
     """Gradients and running statistics after three steps, eager and compiled."""
     torch.set_num_threads(1)
@@ -259,7 +330,7 @@ def compiled(rank: int, port: int, folder: Path) -> None:
         found = []
         for compile in (False, True):
             torch.manual_seed(0)
-            net = synchronised(build_backbone("tiny", 8)[0], torch.device("cpu"))
+            net = synchronised(build_backbone("tiny", 8)[0])
             if compile:
                 net.compile()
             noise = torch.Generator().manual_seed(rank)
@@ -329,3 +400,56 @@ def test_a_missing_rank_and_a_taken_port_name_host_port_and_rank():
         with pytest.raises(InputError, match=f"can't listen at 127.0.0.1:{port}"):
             with connected(World(0, 2, 0, "127.0.0.1", port), torch.device("cpu"), 0.05):
                 pass
+
+
+# -- is everybody still there? --------------------------------------------------------------------
+
+
+class Counting:
+    """A store that counts what is asked of it."""
+
+    def __init__(self) -> None:
+        self.store, self.requests = dist.HashStore(), 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.requests += 1
+        return getattr(self.store, name)
+
+
+def hearts(size: int, store: Counting) -> list[Heartbeat]:
+    """Of all ranks, without their threads."""
+    made = [object.__new__(Heartbeat) for _ in range(size)]
+    for rank, heart in enumerate(made):
+        heart.world, heart.store = World(rank, size, rank, "127.0.0.1", 1), store
+    return made
+
+
+def test_signs_of_life_cost_a_few_requests_a_rank():
+    """512 ranks that each look at each would ask 500,000 times every five seconds."""
+    asked = {}
+    for size in (8, 64, 512):
+        store = Counting()
+        seen: list[dict] = [{} for _ in range(size)]
+        for beat in range(2):
+            for rank, heart in enumerate(hearts(size, store)):
+                assert heart.silent(seen[rank], str(beat)) is None
+        asked[size] = store.requests / 2 / size
+    assert max(asked.values()) <= 6
+
+
+@pytest.mark.parametrize("dead", [0, 2])
+def test_every_rank_hears_of_one_that_is_silent(monkeypatch, dead):
+    store, now = Counting(), 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    seen: list[dict] = [{} for _ in range(4)]
+    heard = 10.0 if dead == 0 else 15.0  # rank 0 looks before the others give their signs
+    for beat in range(13):
+        now = 5.0 * beat
+        found = {
+            rank: heart.silent(seen[rank], str(beat))
+            for rank, heart in enumerate(hearts(4, store))
+            if not (rank == dead and beat > 2)
+        }
+        late = now - heard > DEAD_AFTER
+        expected = dict.fromkeys(found, dead if late else None)
+        assert found == expected, beat

@@ -1,0 +1,38 @@
+"""The moving average of a network's weights and running statistics."""
+
+import copy
+from typing import Generic, TypeVar
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+N = TypeVar("N", bound=nn.Module)
+
+
+class Average(Generic[N]):
+    """e <- decay e + (1 - decay) w, of everything in the state_dict; counters are those of the network.
+
+    Attributes:
+        module: the average, in eval mode, from the network's state on.
+    """
+
+    def __init__(self, network: N, decay: float) -> None:
+        self.module: N = copy.deepcopy(network).eval()
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, network: N, finite: Tensor | None = None) -> None:
+        """Take in the network as it is, which must be finite; where `finite`, a bool on the device, is
+        False, the average stays as it is. None: True, without a look at the device."""
+        own, theirs = (list(of.state_dict().values()) for of in (self.module, network))
+        averages, values = ([x for x in found if x.is_floating_point()] for found in (own, theirs))
+        counters, counted = ([x for x in found if not x.is_floating_point()] for found in (own, theirs))
+        if finite is None:
+            torch._foreach_lerp_(averages, values, weight=1 - self.decay)
+        else:
+            steps = torch._foreach_sub(values, averages)
+            torch._foreach_mul_(steps, (1 - self.decay) * finite)
+            torch._foreach_add_(averages, steps)
+        if counters:
+            torch._foreach_copy_(counters, counted)

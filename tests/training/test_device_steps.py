@@ -1,0 +1,345 @@
+"""A step as a GPU takes it: what isn't finite leaves no trace, what it launches doesn't grow with the layers,
+and nothing in it makes the host wait. The same bodies run on a CPU, where the trainer is told to go that way.
+"""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lvssl.config import (
+    PRESETS,
+    EngineSettings,
+    LatentSettings,
+    ModelSettings,
+    OptimiserSettings,
+    PretrainSettings,
+)
+from lvssl.losses import anchors, ntxent, variants
+from lvssl.models.network import LVNet
+from lvssl.training.distributed import World
+from lvssl.training.labels import open_labelled
+from lvssl.training.optimiser import build_optimiser, restore_optimiser
+from lvssl.training.supervised import Classifier, Recipe, Supervised
+from lvssl.training.trainer import Trainer
+from pipelines.augment import augmenter_for
+from pipelines.loader import TwoViewLoader, ViewBatch
+from pipelines.sources import open_source
+
+GPU = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+)
+RATES = {"adamw": 2e-3, "sgd": 0.1, "lars": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def nobody_looks(monkeypatch):
+    """What is looked at on a CPU alone: a loss, for it to be finite; the temperature, in the chunked form;
+    classes, by torch, for there to be so many."""
+    for module in (ntxent, variants):
+        monkeypatch.setattr(module, "finite", lambda loss, _: loss)
+    monkeypatch.setattr(anchors, "logit_bound", lambda _: 1 / PRESETS["digits"].temperature)
+    monkeypatch.setattr(torch.nn.functional, "one_hot", one_hot)
+
+
+def one_hot(classes: Tensor, count: int) -> Tensor:
+    shape = (*classes.shape, count)
+    return torch.zeros(shape, dtype=torch.int64, device=classes.device).scatter_(-1, classes[..., None], 1)
+
+
+def settings(data: Path, out: Path, optimiser: str = "adamw", **changes: Any) -> PretrainSettings:
+    shared: dict[str, Any] = {"log_every": 2, "threads": 1, "workers": 1}
+    chosen = OptimiserSettings(optimiser, RATES[optimiser], warmup_epochs=0, clip=1.0)
+    return dataclasses.replace(
+        PRESETS["digits"], data=data, out=out, optimiser=chosen, **{**shared, **changes}
+    )
+
+
+def trainer_and_batches(chosen: PretrainSettings, device: str, count: int) -> tuple[Trainer, list[ViewBatch]]:
+    """A trainer that goes the way of a GPU, and its first batches."""
+    kind = torch.device(device)
+    with TwoViewLoader(
+        open_source(chosen.data),
+        chosen.view,
+        chosen.batch_size,
+        workers=1,
+        augmenter=augmenter_for(kind),
+        device=kind,
+    ) as loader:
+        trainer = Trainer(chosen, 10, loader, kind, World(), host_reads=False)
+        trainer.network.train()
+        batches = iter(loader)
+        return trainer, [next(batches) for _ in range(count)]
+
+
+def step(trainer: Trainer, batch: ViewBatch) -> None:
+    trainer.train_step(batch)
+    trainer.step += 1
+
+
+def everything(trainer: Trainer) -> dict[str, Tensor]:
+    """Weights, statistics, moments and counters, by name."""
+    found = {f"network/{k}": v for k, v in trainer.network.state_dict().items()}
+    if trainer.ema:
+        found |= {f"average/{k}": v for k, v in trainer.ema.module.state_dict().items()}
+    for number, moments in trainer.optimiser.state_dict()["state"].items():
+        found |= {f"optimiser/{number}/{k}": v for k, v in moments.items()}
+    return {name: value.clone() for name, value in found.items()}
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize(
+    ("optimiser", "precision", "chunk"),
+    [
+        ("adamw", "fp32", 0),
+        ("sgd", "bf16", 100),
+        ("lars", "fp32", 0),
+        pytest.param("lars", "fp16", 100, marks=pytest.mark.slow),
+        pytest.param("adamw", "fp16", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_that_is_not_finite_changes_nothing(digits, tmp_path, device, optimiser, precision, chunk):
+    """Not the first, where there are no moments yet, nor a later one; and the run goes on."""
+    engine = EngineSettings(ema=0.9, precision=precision, chunk=chunk)
+    trainer, batches = trainer_and_batches(
+        settings(digits["train"], tmp_path, optimiser, engine=engine), device, 5
+    )
+    for number, batch in enumerate(batches):
+        bad = number in (0, 3)
+        if bad:
+            batch = dataclasses.replace(batch, views=batch.views * float("nan"))
+        before = everything(trainer)
+        step(trainer, batch)
+        after = everything(trainer)
+        changed = [name for name in after if name not in before or not torch.equal(before[name], after[name])]
+        # AdamW makes its moments at the first step: nothing but zeros, with a counter of 0.
+        begun = [n for n in changed if n not in before and n.startswith("optimiser") and not after[n].any()]
+        assert (changed == begun) is bad, changed
+        assert all(value.isfinite().all() for value in after.values())
+        assert {name.split("/")[0] for name in changed} == {"network", "average", "optimiser"} or bad
+        if device == "cuda":
+            torch.cuda.synchronize()
+        assert trainer.finite.in_a_row() == bad
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd", "lars"])
+def test_both_ways_are_one_training(digits, tmp_path, monkeypatch, optimiser):
+    """With the host looking and without: the same weights, in fp64, where roundings stay small."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # of heads and losses
+    chosen = settings(digits["train"], tmp_path, optimiser, engine=EngineSettings(ema=0.5))
+    chosen = dataclasses.replace(chosen, latent=LatentSettings("none"))
+    one, batches = trainer_and_batches(chosen, "cpu", 4)
+    other = Trainer(chosen, 10, one.loader, torch.device("cpu"), World(), host_reads=True)
+    found = []
+    for trainer in (one, other):
+        trainer.network.double().train()
+        trainer.ema.module.double()
+        for moments in trainer.optimiser.state.values():
+            moments["momentum_buffer"] = moments["momentum_buffer"].double()
+        for batch in batches:
+            step(trainer, dataclasses.replace(batch, views=batch.views.double()))
+        found.append(everything(trainer))
+    weights = [name for name in found[1] if name.startswith(("network", "average"))]
+    for name in weights:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd", "lars"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimisers_state_goes_from_device_to_device(optimiser, fused):
+    """A checkpoint of a GPU goes on on a CPU, and the other way: each with its own options."""
+
+    def made(fused: bool) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)).double()
+        return net, build_optimiser(net, OptimiserSettings(optimiser, 0.1, weight_decay=0.01), fused)
+
+    def go(net: torch.nn.Module, optimiser: torch.optim.Optimizer, seed: int) -> None:
+        x = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        optimiser.zero_grad()
+        net(x).square().sum().backward()
+        optimiser.step()
+
+    (net, first), (other, second) = made(fused), made(not fused)
+    for seed in range(3):
+        go(net, first, seed)
+    other.load_state_dict(net.state_dict())
+    options = [{k: v for k, v in group.items() if k != "params"} for group in second.param_groups]
+    restore_optimiser(second, copy.deepcopy(first.state_dict()))
+    assert options == [{k: v for k, v in group.items() if k != "params"} for group in second.param_groups]
+    for seed in range(3, 6):
+        go(net, first, seed)
+        go(other, second, seed)
+    for a, b in zip(net.parameters(), other.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+# -- launches -------------------------------------------------------------------------------------
+
+LAUNCH_NOTHING = {  # views of memory, and marks for a profiler
+    "_record_function_enter_new", "_record_function_exit",
+    "alias", "as_strided", "detach", "expand", "select", "slice", "split", "split_with_sizes", "t",
+    "transpose", "unbind", "unsqueeze", "view", "_unsafe_view", "permute",
+}  # fmt: skip
+
+
+class Operations(TorchDispatchMode):
+    """The operations that would launch something, by name; one over many tensors counts as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operation.overloadpacket.__name__
+        if name not in LAUNCH_NOTHING:
+            self.names.append(name)
+        return operation(*args, **(kwargs or {}))
+
+
+def operations_beside_the_network(backbone: str, optimiser: str, ema: float) -> list[str]:
+    """What statistics, norm, clipping, optimiser, verdict and average do in the third step of a network."""
+    chosen = PretrainSettings(
+        model=ModelSettings(backbone, 32, 16),
+        optimiser=OptimiserSettings(optimiser, RATES[optimiser], clip=1.0),
+        engine=EngineSettings(ema=ema),
+        view=dataclasses.replace(PRESETS["cifar10-r18"].view),
+    )
+    trainer = Trainer(chosen, 10, [None] * 10, torch.device("cpu"), World(), host_reads=False)
+    generator, loss, indices = torch.Generator().manual_seed(0), torch.ones(()), torch.zeros(1)
+    for _ in range(3):
+        for parameter in trainer.parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(
+                memory_format=torch.preserve_format
+            )
+        with Operations() as seen:
+            trainer.finite.keep()
+            finite = trainer.update(loss)
+            trainer.settle(finite, indices)
+    return seen.names
+
+
+@pytest.mark.parametrize(("optimiser", "ema"), [("adamw", 0.9), ("sgd", 0.9), ("lars", 0.9), ("sgd", 0.0)])
+def test_what_a_step_adds_does_not_grow_with_the_layers(optimiser, ema):
+    small, large = (operations_beside_the_network(name, optimiser, ema) for name in ("resnet18", "resnet50"))
+    assert small == large
+    assert len(small) < 60, small
+
+
+# -- host waits -----------------------------------------------------------------------------------
+
+# They need a number, or how many there are, on the host; `lift_fresh` brings one of the host's, from memory
+# that isn't pinned, which waits as well.
+WAITS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "is_nonzero",
+    "equal",
+    "lift_fresh",
+    "unique_dim",
+    "_unique2",
+}
+
+
+class NoWaits(TorchDispatchMode):
+    """Raises where an operation would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operation.overloadpacket.__name__
+        masked = name in ("index", "index_put_", "index_put") and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        assert name not in WAITS and not masked, f"{name} of a mask" if masked else name
+        return operation(*args, **(kwargs or {}))
+
+
+FAMILIES = (
+    "none", "sign", "gaussian", "bernoulli", "categorical", "beta", "mixture", "power_spherical", "vmf",
+    "laplace", "gaussian+bernoulli",
+)  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    family: {"latent": LatentSettings(family, beta=1e-3, decorrelation=0.1)} for family in FAMILIES
+}
+CASES |= {
+    f"{family}, {name}": {"latent": LatentSettings(family, objective=name, **more)}
+    for name, family, more in (
+        ("dcl", "bernoulli", {}),
+        ("mcinfonce", "gaussian", {"average": "losses"}),
+        ("hib", "gaussian", {}),
+        ("ceb", "vmf", {"site": "proj"}),
+        ("ceb", "power_spherical", {"site": "proj"}),
+        ("ntxent", "bernoulli", {"average": "losses", "estimator": "relaxed"}),
+        ("ntxent", "categorical", {"average": "projections", "sharpness_start": 1.0}),
+    )
+}
+CASES |= {
+    f"bernoulli, {name}": {"engine": EngineSettings(precision=name, ema=0.9)} for name in ("bf16", "fp16")
+}
+CASES |= {
+    "recompute": {"engine": EngineSettings(recompute=True)},
+    "chunk": {"engine": EngineSettings(chunk=100)},
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "fp16" in name else name for name in CASES]
+)
+def test_no_step_waits_for_the_device(digits, tmp_path, device, name):
+    """On a GPU, torch makes any synchronisation an error; on a CPU, what would synchronise is forbidden by
+    name. Every family, objective and precision; in a step whose figures are logged, and in one without."""
+    trainer, batches = trainer_and_batches(settings(digits["train"], tmp_path, **CASES[name]), device, 5)
+    for number, batch in enumerate(batches):
+        if number < 2:  # once it is warm: kernels compiled, constants on the device
+            step(trainer, batch)
+        elif device == "cpu":
+            with NoWaits():
+                step(trainer, batch)
+        else:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step(trainer, batch)
+                trainer.finite.in_a_row()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize(("on", "frozen"), [("features", True), ("features", False), ("latent", False)])
+def test_no_step_with_labels_waits(digits, tmp_path, device, on, frozen):
+    """Of the linear evaluation and of fine-tuning."""
+    train, kind = open_labelled(digits["train"]), torch.device(device)
+    network = LVNet(PRESETS["digits"].model, LatentSettings("gaussian"), 8).to(kind)
+    model = Classifier(network, on, train, frozen, seed=0)
+    recipe = Recipe(1, 128, 0.1, 1e-4, 0, 10.0, 1, 1)
+    training = Supervised(tmp_path, model, train, PRESETS["digits"].view, recipe, kind)
+    with training.loader as loader:
+        batches = iter(loader)
+        for number, batch in enumerate(next(batches) for _ in range(4)):
+            if number < 2:
+                training.train_step(batch)
+            elif device == "cpu":
+                with NoWaits():
+                    training.train_step(batch)
+            else:
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    training.train_step(batch)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    "wait", [lambda x: x[x > 0], lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x.nonzero(),
+             lambda x: x.new_tensor(1.0), lambda x: x.masked_select(x > 0)],
+)  # fmt: skip
+def test_what_waits_is_found(wait):
+    x = torch.randn(5)
+    with NoWaits(), pytest.raises(AssertionError):
+        wait(x)
