@@ -1,0 +1,39 @@
+"""torch.compile's work done beforehand, while the tests run: later stages find its artefacts on the disk.
+
+The parent gives all stages the same folder for the artefacts of inductor and Triton.
+"""
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.gpu_stages import steps, times
+from benchmarks.gpu_stages.case import Case, Row, Setup
+
+
+def cases(setup: Setup) -> Iterator[Case]:
+    for work in steps.works(setup):
+        yield Case(f"compile {work.name}", lambda w=work: network(setup, w), seconds=180)
+    for count in times.compiled_sizes(setup):
+        yield Case(f"compile the matrix form, {count}", lambda c=count: matrix(setup, c), seconds=120)
+
+
+def network(setup: Setup, work: steps.Work) -> Row:
+    """The first step of the engine with --compile."""
+    step = steps.engine(setup, work, compiled=True)
+    batch = steps.synthetic(setup, work)[0]
+    started = time.perf_counter()
+    step(batch)
+    if setup.device == "cuda":
+        torch.cuda.synchronize()
+    return {"ok": True, "seconds": time.perf_counter() - started}
+
+
+def matrix(setup: Setup, count: int) -> Row:
+    call = times.loss_forms(setup)["compiled matrix form"](count)
+    started = time.perf_counter()
+    call()
+    if setup.device == "cuda":
+        torch.cuda.synchronize()
+    return {"ok": True, "seconds": time.perf_counter() - started}
