@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_stages.case SETUP     started by run.py; SETUP is a `Setup` as JSON
 
-Everything that happens is a line of JSON in the file `rows`: a case begins, gives rows, is done. So the parent
-knows what was under way when a process hangs or dies, keeps what was measured until then, and starts another
-that goes on behind the culprit.
+Everything that happens is a line of JSON in the file `rows`: a case begins, gives rows, is done. So the
+parent knows what was under way when a process hangs or dies, keeps what was measured until then, and starts
+another that goes on behind the culprit.
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
-"""torch.compile's work done beforehand, while the tests run: later stages find its artefacts on the disk.
+"""The compilers' work done beforehand, while the tests run: later stages find its artefacts on the disk.
 
-The parent gives all stages the same folder for the artefacts of inductor and Triton.
+The parent gives all stages the same folder for the artefacts of inductor and Triton; numba keeps its own
+beside the source.
 """
 
 import time
@@ -14,9 +15,20 @@ from benchmarks.gpu_stages.case import Case, Row, Setup
 
 def cases(setup: Setup) -> Iterator[Case]:
     for work in steps.works(setup):
+        yield Case(f"the loader, {work.name}", lambda w=work: loader(setup, w), seconds=120)
+    for work in steps.works(setup):
         yield Case(f"compile {work.name}", lambda w=work: network(setup, w), seconds=180)
     for count in times.compiled_sizes(setup):
         yield Case(f"compile the matrix form, {count}", lambda c=count: matrix(setup, c), seconds=120)
+
+
+def loader(setup: Setup, work: steps.Work) -> Row:
+    """Images made and converted, and the first batch of them: numba compiles on the way."""
+    started = time.perf_counter()
+    batches = steps.through_loader(setup, work)
+    shape = next(batches).views.shape
+    batches.close()  # type: ignore[attr-defined]
+    return {"ok": tuple(shape[:2]) == (2, work.batch), "seconds": time.perf_counter() - started}
 
 
 def network(setup: Setup, work: steps.Work) -> Row:

@@ -32,14 +32,17 @@ FAMILIES = ("bernoulli", "gaussian", "categorical")
 DRAWS = ((64, 2048, 4), (3, 37, 6), (256, 512, 1))  # rows, dimensions, samples
 REPEATS = 50
 KERNELS = (
-    "luma_sums", "views", "log_sum_exp_kernel", "gradient_kernel", "bernoulli_kernel", "bernoulli_backward_kernel",
-    "gaussian_kernel", "gaussian_backward_kernel", "categorical_kernel", "categorical_backward_kernel",
+    "luma_sums", "views", "log_sum_exp_kernel", "gradient_kernel",
+    "bernoulli_kernel", "bernoulli_backward_kernel", "gaussian_kernel", "gaussian_backward_kernel",
+    "categorical_kernel", "categorical_backward_kernel",
 )  # fmt: skip
 
-# Of the views, in levels of 1/255: of half precision the result's own rounding (bf16: 0.25), of solarise one.
-MEAN = {torch.float32: 0.001, torch.float16: 0.05, torch.bfloat16: 0.25}
-MAX = {torch.float32: 0.02, torch.float16: 1.3, torch.bfloat16: 1.6}
-STEPPED = 1e-3  # share of values on the other side of solarise's step
+# Of the views, in levels of 1/255, beyond the roundings of the result: in half precision the blur's products
+# are those of fp16. Solarise has a step of one level, on either side of which a value may fall.
+MEAN = {torch.float32: 0.001, torch.float16: 0.05, torch.bfloat16: 0.05}
+MOST = {torch.float32: 0.02, torch.float16: 0.25, torch.bfloat16: 0.25}
+STEP = 1.05
+STEPPED = 1e-3  # share of fp32 values on the other side of that step
 # Of the loss: logits are kept in units of ln 2; the gradient is rounded to the vectors' type, and for bf16 the
 # shares are rounded before their product.
 ULP = 2**-20
@@ -94,7 +97,7 @@ def poisoned() -> Iterator[None]:
 
 @contextmanager
 def kernels_everywhere(setup: Setup) -> Iterator[None]:
-    """fp32 as such; and on a CPU the loss goes through the kernels too, which only the interpreter can run."""
+    """fp32 as such; on a CPU the loss goes through the kernels too, which only the interpreter can run."""
     from lvssl.losses import anchors, ntxent
 
     kept = (
@@ -129,7 +132,7 @@ def poison(setup: Setup) -> Row:
 
 
 def drawn_views(setup: Setup, side: int, count: int) -> tuple[Tensor, Tensor, object, int]:
-    """Smooth crops with black, white and grey pixels, parameters of every kind, the view's settings, a seed."""
+    """Smooth crops with black, white and grey pixels; parameters of every kind; the settings; a seed."""
     from pipelines.parameters import SIGMA, draw_parameters
     from pipelines.views import ViewSettings
 
@@ -156,17 +159,25 @@ def views(setup: Setup, side: int, dtype: torch.dtype) -> Row:
     exact = reference.augment(crops, table, view, torch.float64)
     with poisoned(), kernels_everywhere(setup):
         found = gpu.augment(crops, table, view, dtype)
+    naive = reference.augment(crops, table, view, torch.float32).to(dtype)
     std = torch.tensor(view.std, dtype=torch.float64, device=exact.device).view(3, 1, 1)
-    error = (found.double() - exact).abs() * std * 255
-    # A value within rounding of 0.5 may fall on either side of solarise's step, which is one level high.
-    stepped = error > 0.9 if dtype == torch.float32 else torch.zeros_like(error, dtype=torch.bool)
-    stepped &= (table[:, SOLARISE] != 0).view(-1, 1, 1, 1)
-    mean, most = error[~stepped].mean().item(), error[~stepped].max().item()
+    error, own = (((x.double() - exact).abs() * std * 255).flatten(1) for x in (found, naive))
+    # In half precision a step can't be told from a rounding: images that are solarised get one level more.
+    solarised = (table[:, SOLARISE] != 0).double()
+    stepped = torch.zeros_like(error, dtype=torch.bool)
+    if dtype == torch.float32:
+        stepped = (error > 0.9) & (solarised[:, None] > 0)
+        error = torch.where(stepped, 0.0, error)
+        solarised = 0 * solarised
+    allowed = 2 * own.max() + MOST[dtype] + STEP * solarised
+    mean, mean_allowed = error.mean().item(), 2 * own.mean().item() + MEAN[dtype]
     share = stepped.double().mean().item()
-    right = mean <= MEAN[dtype] and most <= MAX[dtype] and share < STEPPED and found.dtype == dtype
-    right = right and found.is_contiguous(memory_format=torch.channels_last)
-    row = {"ok": right, "mean_levels": mean, "error": most, "allowed": MAX[dtype], "seed": seed}
-    return row | {"stepped": share, "unwritten": int(found.isnan().sum())}
+    right = mean <= mean_allowed and bool((error.amax(1) <= allowed).all()) and share < STEPPED
+    right = right and found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+    worst = int((error.amax(1) - allowed).nan_to_num(nan=torch.inf).argmax())
+    row = {"ok": right, "error": error[worst].max().item(), "allowed": allowed[worst].item(), "of": "levels"}
+    row |= {"mean": mean, "mean_allowed": mean_allowed, "stepped": share, "seed": seed}
+    return row | {"unwritten": int(found.isnan().sum())}
 
 
 def luma(setup: Setup) -> Row:
@@ -204,8 +215,13 @@ def judged(tensors: Judged, seed: int) -> Row:
         row = {"ok": bool((error <= allowed).all()), "error": float(error.flatten()[at]), "allowed": allowed}
         row |= {"of": label, "seed": seed}
         if not row["ok"]:
-            row["failed"] = f"{label}[{at}] is {float(found.flatten()[at])}, exactly {float(exact.flatten()[at])}"
-        if not worst or (not row["ok"], row["error"] / allowed) > (not worst["ok"], worst["error"] / worst["allowed"]):
+            row["failed"] = (
+                f"{label}[{at}] is {float(found.flatten()[at])}, exactly {float(exact.flatten()[at])}"
+            )
+        if not worst or (not row["ok"], row["error"] / allowed) > (
+            not worst["ok"],
+            worst["error"] / worst["allowed"],
+        ):
             worst = row
     return worst
 
@@ -234,7 +250,11 @@ def loss(setup: Setup, count: int, d: int, dtype: torch.dtype, decoupled: bool) 
     naive = exact if decoupled else value_and_slopes(reference, x.float(), temperature)
     budget = ULP * (8 + 1 / temperature)
     scale = 1 + float(exact[0].abs())
-    allowances = (budget * scale, (budget + ROUNDING[dtype]) / (count * temperature), budget * scale / temperature)
+    allowances = (
+        budget * scale,
+        (budget + ROUNDING[dtype]) / (count * temperature),
+        budget * scale / temperature,
+    )
     names = ("loss", "gradient", "gradient of tau")
     return judged({n: (f, m, e, a) for n, f, m, e, a in zip(names, found, naive, exact, allowances)}, seed)
 
@@ -271,7 +291,12 @@ def blocks(setup: Setup) -> Row:
                     found = getattr(gpu, what)(rows, columns, (), 9.0)
                 naive = getattr(chunked, what)(rows, columns, (), 9.0)
                 exact = getattr(chunked, what)(wide_rows, wide_columns, (), 9.0)
-                tensors[f"{what} of the {label}"] = (found, naive, exact, 64 * 2**-20 * float(exact.abs().max()))
+                tensors[f"{what} of the {label}"] = (
+                    found,
+                    naive,
+                    exact,
+                    64 * 2**-20 * float(exact.abs().max()),
+                )
     return judged(tensors, seed)
 
 
@@ -334,9 +359,16 @@ def philox(setup: Setup) -> Row:
     indices = np.array([0, 1, 7, 1_281_166, 2**31 - 1, 2**31, 2**32 + 5, 2**40 + 3, *range(300)], np.int64)
     _, first = seeded(setup, "philox")
     wrong = compared = 0
-    for seed, epoch, block in ((first, 0, 0), (2**32 + 1, 2**32 - 1, 16), (2**63, 5, 2**15), (2**64 - 1, 99, 2)):
+    for seed, epoch, block in (
+        (first, 0, 0),
+        (2**32 + 1, 2**32 - 1, 16),
+        (2**63, 5, 2**15),
+        (2**64 - 1, 99, 2),
+    ):
         with poisoned():
-            found = draw_uniforms(seed, epoch, torch.from_numpy(indices).to(setup.device), block).cpu().numpy()
+            found = (
+                draw_uniforms(seed, epoch, torch.from_numpy(indices).to(setup.device), block).cpu().numpy()
+            )
         for row in (*range(12), len(indices) - 1):
             for view in range(2):
                 exact = np.array(uniforms(np.uint64(seed), np.uint64(epoch), indices[row], view, block))
@@ -376,7 +408,9 @@ def kernel_calls(setup: Setup, smallest: bool = False) -> dict[str, Callable[[],
         given = torch.randn(rows, law.parameter_count(width), generator=generator).to(setup.device)
         key, places = torch.tensor([7], device=setup.device), torch.arange(rows, device=setup.device)
 
-        def head_call(law: type = law, given: Tensor = given, key: Tensor = key, at: Tensor = places) -> list[Tensor]:
+        def head_call(
+            law: type = law, given: Tensor = given, key: Tensor = key, at: Tensor = places
+        ) -> list[Tensor]:
             leaf = given.clone().requires_grad_()
             drawn = fused.draw(law, leaf, 4, key, at)
             (drawn.sample.square().sum() + drawn.kl.sum() + drawn.entropy.sum()).backward()
@@ -404,7 +438,7 @@ def repeats(setup: Setup) -> Iterator[Row]:
 
 
 def sanitized(setup: Setup, tool: str) -> Row:
-    """The smallest case of each kernel under NVIDIA's checker. Blocks are not kept back, so that it sees them."""
+    """The smallest case of each kernel under NVIDIA's checker, in memory that torch doesn't keep back."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).exists():
         return {"ok": None, "failed": "missing: compute-sanitizer"}
@@ -416,7 +450,10 @@ def sanitized(setup: Setup, tool: str) -> Row:
     summary = [line.strip("= ") for line in said.splitlines() if "SUMMARY" in line]
     if not summary or "smallest cases done" not in said:
         lines = said.strip().splitlines()
-        return {"ok": None, "failed": f"{tool} could not run: {lines[-1][:200] if lines else done.returncode}"}
+        return {
+            "ok": None,
+            "failed": f"{tool} could not run: {lines[-1][:200] if lines else done.returncode}",
+        }
     clean = all(": 0 " in line for line in summary)
     # What it finds in torch's own kernels is reported, but no fault of these.
     ours = [line.strip("= ") for line in said.splitlines() if any(kernel in line for kernel in KERNELS)]

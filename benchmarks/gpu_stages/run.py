@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,7 @@ def run_part(stage: Stage, setup: Setup, report: Report, seconds: float) -> None
 
 
 class Child:
-    """A process that works through cases, in a process group of its own, so that nothing it starts is left."""
+    """A process that works through cases, in a group of its own, so that nothing it starts is left over."""
 
     def __init__(self, setup: Setup, environment: dict[str, str]) -> None:
         self.rows = Path(setup.rows)
@@ -246,10 +247,8 @@ class Child:
 
     def kill(self) -> None:
         """The whole group, even after its leader has ended: a test or a loader may have left processes."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
     def last_words(self) -> str:

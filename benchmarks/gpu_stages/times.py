@@ -120,16 +120,19 @@ def peer(setup: Setup, side: int, form: str) -> Row:
     else:
         call = lambda: chain(crops).to(torch.bfloat16)  # noqa: E731
     made = call()
-    right = made.shape == (count, 3, side, side) and bool(made.isfinite().all()) and made.dtype == torch.bfloat16
+    right = (
+        made.shape == (count, 3, side, side) and bool(made.isfinite().all()) and made.dtype == torch.bfloat16
+    )
     row = timed(setup, call)
     return {"ok": bool(right), **row, "views": count, "us_per_view": 1e6 * row["seconds"] / count}
 
 
 def torchvision_chain(view: Any) -> Any:
     T = importlib.import_module("torchvision.transforms.v2")
+    jitter = T.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
     return T.Compose([
         T.RandomHorizontalFlip(view.flip),
-        T.RandomApply([T.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)], view.jitter),
+        T.RandomApply([jitter], view.jitter),
         T.RandomGrayscale(view.grey),
         T.RandomApply([T.GaussianBlur(view.kernel_size, view.sigma)], view.blur),
         T.ToDtype(torch.float32, scale=True),
@@ -198,7 +201,7 @@ def forward_and_backward(setup: Setup, count: int, loss: Callable[[Tensor], Tens
         u.grad = None
         value = loss(u)
         value.backward()
-        return value
+        return value.detach()
 
     return call
 
@@ -207,13 +210,14 @@ def loss(setup: Setup, count: int, form: str) -> Row:
     torch.set_float32_matmul_precision("highest")
     torch.manual_seed(setup.seed)
     call = loss_forms(setup)[form](count)
-    value = float(call())
+    value = call().item()
     row = timed(setup, call)
     # A product of all pairs forward; backward the pairs again, and their shares times the vectors.
     row = against_floor(row, 4 * count * D * 2, 6 * count * count * D, ceilings(setup))
     expected = float(np.log(count - 1))  # of random vectors, about
     near = 0.5 * expected < value < 2 * expected + 2
-    return {"ok": near, **row, **peak_memory(setup, call), "vectors": count, "loss": value}
+    row |= {"us_per_view": 1e6 * row["seconds"] / count, "vectors": count, "loss": value}
+    return {"ok": near, **row, **peak_memory(setup, call)}
 
 
 # Heads, decorrelation
@@ -230,7 +234,12 @@ def head(setup: Setup, kind: str, form: str) -> Row:
 
     def composed() -> list[Tensor]:
         posterior = law(x)
-        return [posterior.sample(samples).mean(dim=0), posterior.kl(), posterior.entropy(), posterior.packed()]
+        return [
+            posterior.sample(samples).mean(dim=0),
+            posterior.kl(),
+            posterior.entropy(),
+            posterior.packed(),
+        ]
 
     def call() -> None:
         x.grad = None
@@ -241,7 +250,12 @@ def head(setup: Setup, kind: str, form: str) -> Row:
     parameters, numbers = x.numel(), rows * dim
     # Forward: parameters read, the sample written; backward: both read, the gradient written.
     row = against_floor(row, 4 * (3 * parameters + 2 * numbers), 0, ceilings(setup))
-    return {"ok": x.grad is not None, **row, **peak_memory(setup, call), "us_per_view": 1e6 * row["seconds"] / rows}
+    return {
+        "ok": x.grad is not None,
+        **row,
+        **peak_memory(setup, call),
+        "us_per_view": 1e6 * row["seconds"] / rows,
+    }
 
 
 def decorrelation(setup: Setup, precision: str) -> Row:
