@@ -43,8 +43,8 @@ MEAN = {torch.float32: 0.001, torch.float16: 0.05, torch.bfloat16: 0.05}
 MOST = {torch.float32: 0.02, torch.float16: 0.25, torch.bfloat16: 0.25}
 STEP = 1.05
 STEPPED = 1e-3  # share of fp32 values on the other side of that step
-# Of the loss: logits are kept in units of ln 2; the gradient is rounded to the vectors' type, and for bf16 the
-# shares are rounded before their product.
+# Of the loss: logits are kept in units of ln 2; the gradient is rounded to the vectors' type, and for bf16
+# the shares are rounded before their product.
 ULP = 2**-20
 ROUNDING = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8 + 2**-9}
 
@@ -166,8 +166,8 @@ def views(setup: Setup, side: int, dtype: torch.dtype) -> Row:
     solarised = (table[:, SOLARISE] != 0).double()
     stepped = torch.zeros_like(error, dtype=torch.bool)
     if dtype == torch.float32:
-        stepped = (error > 0.9) & (solarised[:, None] > 0)
-        error = torch.where(stepped, 0.0, error)
+        stepped, of_naive = ((x > 0.9) & (solarised[:, None] > 0) for x in (error, own))
+        error, own = torch.where(stepped, 0.0, error), torch.where(of_naive, 0.0, own)
         solarised = 0 * solarised
     allowed = 2 * own.max() + MOST[dtype] + STEP * solarised
     mean, mean_allowed = error.mean().item(), 2 * own.mean().item() + MEAN[dtype]

@@ -13,8 +13,8 @@ from benchmarks.gpu_stages.timing import timed
 
 PACKAGES = (
     "torch", "torchvision", "triton", "numpy", "numba", "timm", "tyro", "safetensors", "pyarrow",
-    "scikit-learn", "scipy", "tensorboard", "tqdm", "pillow", "pytest", "pytest-xdist", "hypothesis", "submitit", "lightly",
-    "kornia", "kornia_rs",
+    "scikit-learn", "scipy", "tensorboard", "tqdm", "pillow", "pytest", "pytest-xdist",
+    "hypothesis", "submitit", "lightly", "kornia", "kornia_rs",
 )  # fmt: skip
 QUERY = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
 

@@ -121,6 +121,7 @@ class Report:
 def in_words(row: Row) -> str:
     """One line: stage, name, verdict, figures."""
     hidden = {"stage", "name", "ok", "card", "capability", "torch", "triton", "driver"}
+    hidden |= {"version", "commit", "date"}
     verdict = {True: "ok", False: "WRONG", None: "-"}[row.get("ok")]
     said = [
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
@@ -180,7 +181,8 @@ def run_part(stage: Stage, setup: Setup, report: Report, seconds: float) -> None
             return report.add(stage.name, {"name": stage.name, "ok": False, "failed": why})
         if child.current is not None:
             late = why.startswith("cut off")
-            report.add(stage.name, {"name": child.current, "ok": None if late else False, "failed": why})
+            row = {"name": child.current, "ok": None if late else False, "failed": why, "update": True}
+            report.add(stage.name, row)
             if late:
                 return
             done.append(child.current)
