@@ -5,7 +5,7 @@
 PYTHON ?=
 EXTRAS ?= ffcv,dev
 PYTEST ?=
-BENCH ?= $(filter-out study,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
+BENCH ?= $(filter-out study gpu gpu_study,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
 
 # The tests' models are so small that a thread a core of a large machine would slow them down.
 test test-slow test-slurm: export OMP_NUM_THREADS ?= 2

@@ -26,6 +26,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -184,4 +185,5 @@ def document(path: Path) -> None:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(guarded(main, sys.argv[1:]))

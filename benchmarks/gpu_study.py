@@ -22,6 +22,7 @@ on JPEG copies of them, as in `cifar10-jpeg`, the row says so with --of.
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -50,9 +51,8 @@ def main(arguments: list[str]) -> int:
     device = "cpu" if options.dry_run else "cuda"
     card = identify(device)
     path = options.json or study_path(card["card"], options.dry_run)
-    print(
-        f"{card['card']}, torch {card['torch']}, Triton {card['triton']}, driver {card['driver']}", flush=True
-    )
+    print(", ".join(f"{name} {value}" for name, value in card.items() if value), flush=True)
+    card |= {"version": __version__, "commit": commit(), "date": time.strftime("%Y-%m-%d %H:%M")}
     head = {"command": "python -m benchmarks.gpu_study " + " ".join(arguments), "dry_run": options.dry_run}
     report = Report(path, card, head, keep=lambda row: row["stage"] in KEPT)
     with tempfile.TemporaryDirectory(prefix="lvssl-study-") as scratch:
@@ -181,7 +181,8 @@ def stage(options: argparse.Namespace, kind: str, name: str, **more: Any) -> Sta
 
 
 COLUMNS = (
-    "arm", "seed", "epochs", "seconds", "images_per_second", "linear", "knn", "code_knn", "tuned_1", "tuned_all",
+    "arm", "seed", "epochs", "seconds", "images_per_second",
+    "linear", "knn", "code_knn", "tuned_1", "tuned_all",
 )  # fmt: skip
 
 
@@ -209,4 +210,5 @@ def figure(value: object) -> str:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(guarded(main, sys.argv[1:]))

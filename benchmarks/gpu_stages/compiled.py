@@ -6,6 +6,7 @@ beside the source.
 
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -15,11 +16,11 @@ from benchmarks.gpu_stages.case import Case, Row, Setup
 
 def cases(setup: Setup) -> Iterator[Case]:
     for work in steps.works(setup):
-        yield Case(f"the loader, {work.name}", lambda w=work: loader(setup, w), seconds=120)
+        yield Case(f"the loader, {work.name}", partial(loader, setup, work), seconds=120)
     for work in steps.works(setup):
-        yield Case(f"compile {work.name}", lambda w=work: network(setup, w), seconds=180)
+        yield Case(f"compile {work.name}", partial(network, setup, work), seconds=180)
     for count in times.compiled_sizes(setup):
-        yield Case(f"compile the matrix form, {count}", lambda c=count: matrix(setup, c), seconds=120)
+        yield Case(f"compile the matrix form, {count}", partial(matrix, setup, count), seconds=120)
 
 
 def loader(setup: Setup, work: steps.Work) -> Row:

@@ -16,7 +16,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,28 +52,28 @@ ROUNDING = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8 + 2
 
 
 def cases(setup: Setup) -> Iterator[Case]:
-    yield Case("memory is poisoned", lambda: poison(setup))
+    yield Case("memory is poisoned", partial(poison, setup))
     for side in (8, 9) if setup.dry else SIDES:
         for dtype in DTYPES:
-            yield Case(f"views, {side} px, {name(dtype)}", lambda s=side, d=dtype: views(setup, s, d))
-    yield Case("luma", lambda: luma(setup))
+            yield Case(f"views, {side} px, {name(dtype)}", partial(views, setup, side, dtype))
+    yield Case("luma", partial(luma, setup))
     for count, d in ((2, 17), (46, 32)) if setup.dry else VECTORS:
         for dtype in DTYPES:
             where = f"{count} x {d}, {name(dtype)}"
-            yield Case(f"NT-Xent, {where}", lambda c=count, d=d, t=dtype: loss(setup, c, d, t, False))
+            yield Case(f"NT-Xent, {where}", partial(loss, setup, count, d, dtype, False))
     for dtype in DTYPES:
         size = (46, 32) if setup.dry else (1000, 128)
-        yield Case(f"decoupled, {name(dtype)}", lambda s=size, t=dtype: loss(setup, *s, t, True))
-    yield Case("two blocks", lambda: blocks(setup))
+        yield Case(f"decoupled, {name(dtype)}", partial(loss, setup, *size, dtype, True))
+    yield Case("two blocks", partial(blocks, setup))
     for family in FAMILIES:
         for rows, dim, count in ((3, 16, 4),) if setup.dry else DRAWS:
             where = f"{family} head, {rows} x {dim}, K {count}"
-            yield Case(where, lambda f=family, r=rows, d=dim, k=count: head(setup, f, r, d, k))
-    yield Case("Philox", lambda: philox(setup))
-    yield Case("fifty repeats", lambda: repeats(setup), seconds=90)
+            yield Case(where, partial(head, setup, family, rows, dim, count))
+    yield Case("Philox", partial(philox, setup))
+    yield Case("fifty repeats", partial(repeats, setup), seconds=90)
     if setup.device == "cuda":
         for tool in ("memcheck", "racecheck"):
-            yield Case(f"compute-sanitizer, {tool}", lambda t=tool: sanitized(setup, t), seconds=120)
+            yield Case(f"compute-sanitizer, {tool}", partial(sanitized, setup, tool), seconds=120)
 
 
 def name(dtype: torch.dtype) -> str:
@@ -131,7 +133,7 @@ def poison(setup: Setup) -> Row:
 # Views
 
 
-def drawn_views(setup: Setup, side: int, count: int) -> tuple[Tensor, Tensor, object, int]:
+def drawn_views(setup: Setup, side: int, count: int) -> tuple[Tensor, Tensor, Any, int]:
     """Smooth crops with black, white and grey pixels; parameters of every kind; the settings; a seed."""
     from pipelines.parameters import SIGMA, draw_parameters
     from pipelines.views import ViewSettings
@@ -212,7 +214,11 @@ def judged(tensors: Judged, seed: int) -> Row:
         error = (found.double() - exact).abs()
         allowed = 2 * float((naive.double() - exact).abs().max()) + allowance
         at = int(error.nan_to_num(nan=torch.inf).argmax())
-        row = {"ok": bool((error <= allowed).all()), "error": float(error.flatten()[at]), "allowed": allowed}
+        row: Row = {
+            "ok": bool((error <= allowed).all()),
+            "error": float(error.flatten()[at]),
+            "allowed": allowed,
+        }
         row |= {"of": label, "seed": seed}
         if not row["ok"]:
             row["failed"] = (
@@ -391,7 +397,7 @@ def kernel_calls(setup: Setup, smallest: bool = False) -> dict[str, Callable[[],
     calls: dict[str, Callable[[], list[Tensor]]] = {}
     for dtype in (torch.bfloat16, torch.float32):
         crops, table, view, _ = drawn_views(setup, 9 if tiny else 224, 1 if smallest else 8)
-        calls[f"views {name(dtype)}"] = lambda c=crops, t=table, v=view, d=dtype: [gpu.augment(c, t, v, d)]
+        calls[f"views {name(dtype)}"] = partial(one, gpu.augment, crops, table, view, dtype)
         x = vectors(generator, 6 if tiny else 4096, 17 if tiny else 128).to(setup.device, dtype)
 
         def loss_call(x: Tensor = x) -> list[Tensor]:
@@ -419,6 +425,10 @@ def kernel_calls(setup: Setup, smallest: bool = False) -> dict[str, Callable[[],
 
         calls[f"{kind} head"] = head_call
     return calls
+
+
+def one(form: Callable[..., Tensor], *arguments: Any) -> list[Tensor]:
+    return [form(*arguments)]
 
 
 def repeats(setup: Setup) -> Iterator[Row]:

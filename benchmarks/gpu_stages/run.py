@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from benchmarks.gpu_stages.case import BROKEN, Row, Setup, as_argument
 from pipelines.files import write_atomically
@@ -26,6 +26,7 @@ from pipelines.files import write_atomically
 ROOT = Path(__file__).resolve().parents[2]
 RESTARTS = 8  # of one part of a stage; each costs the seconds that torch takes to load
 POLL = 0.1  # seconds
+LATE = "cut off by the stage's deadline"
 
 CARD = """
 import json, platform, sys
@@ -156,11 +157,15 @@ def run_stages(stages: Iterable[Stage], setup: Setup, report: Report, seconds: f
                     report=str(report.path),
                 )
                 arguments = (stage, own, report, max(share, 0.0))
-                threads.append(threading.Thread(target=run_part, args=arguments))
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+                threads.append(threading.Thread(target=run_part, args=arguments, daemon=True))
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:  # interrupted: what runs must not go on
+            for child in list(Child.running):
+                child.kill()
 
 
 def run_part(stage: Stage, setup: Setup, report: Report, seconds: float) -> None:
@@ -168,8 +173,8 @@ def run_part(stage: Stage, setup: Setup, report: Report, seconds: float) -> None
     deadline, done = time.monotonic() + seconds, list(setup.done)
     for _ in range(RESTARTS + 1):
         if time.monotonic() >= deadline:
-            row = {"name": stage.name, "ok": None, "failed": "not begun: the time was over"}
-            return report.add(stage.name, row)
+            report.add(stage.name, {"name": stage.name, "ok": None, "failed": "not begun: the time was over"})
+            return
         with tempfile.TemporaryDirectory(prefix="lvssl-rows-") as folder:
             own = dataclasses.replace(setup, rows=str(Path(folder) / "rows"), done=tuple(done))
             child = Child(own, stage.environment)
@@ -177,19 +182,23 @@ def run_part(stage: Stage, setup: Setup, report: Report, seconds: float) -> None
         done += child.finished
         if why is None:
             return
-        if child.current is None and child.status != BROKEN:
-            return report.add(stage.name, {"name": stage.name, "ok": False, "failed": why})
+        late = why == LATE
+        if child.current is not None or child.status != BROKEN:
+            name = child.current or stage.name
+            report.add(
+                stage.name, {"name": name, "ok": None if late else False, "failed": why, "update": True}
+            )
+        if late or (child.current is None and child.status != BROKEN):
+            return
         if child.current is not None:
-            late = why.startswith("cut off")
-            row = {"name": child.current, "ok": None if late else False, "failed": why, "update": True}
-            report.add(stage.name, row)
-            if late:
-                return
             done.append(child.current)
+    report.add(stage.name, {"name": stage.name, "ok": False, "failed": f"given up after {RESTARTS} restarts"})
 
 
 class Child:
     """A process that works through cases, in a group of its own, so that nothing it starts is left over."""
+
+    running: ClassVar[set["Child"]] = set()
 
     def __init__(self, setup: Setup, environment: dict[str, str]) -> None:
         self.rows = Path(setup.rows)
@@ -214,16 +223,18 @@ class Child:
     def attend(self, deadline: float, add: Callable[[Row], None]) -> str | None:
         """Until it has ended or must end; None if it has done all its cases, else why not."""
         why = None
+        Child.running.add(self)
         try:
             while self.process.poll() is None:
                 self.take(add)
                 now = time.monotonic()
                 if now > min(deadline, self.case_end):
-                    why = "cut off by the stage's deadline" if now > deadline else "killed: it took too long"
+                    why = LATE if now > deadline else "killed: it took too long"
                     break
                 time.sleep(POLL)
         finally:
             self.kill()
+            Child.running.discard(self)
         self.take(add)
         self.status = self.process.returncode
         if why is None and self.status:

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,14 +49,16 @@ def works(setup: Setup) -> tuple[Work, ...]:
 def cases(setup: Setup) -> Iterator[Case]:
     """The most important first: a stage that is cut off keeps what it has."""
     for work in works(setup):
-        yield Case(f"engine, eager, {work.name}", lambda w=work: engine_rows(setup, w, False), seconds=90)
+        yield Case(f"engine, eager, {work.name}", partial(engine_rows, setup, work, False), seconds=90)
     for work in works(setup):
-        yield Case(f"bare loop, {work.name}", lambda w=work: bare(setup, w))
-    yield Case(f"what people have today, {works(setup)[-1].name}", lambda: today.row(setup, works(setup)[-1]))
+        yield Case(f"bare loop, {work.name}", partial(bare, setup, work))
+    yield Case(
+        f"what people have today, {works(setup)[-1].name}", partial(today.row, setup, works(setup)[-1])
+    )
     for work in reversed(works(setup)):
-        yield Case(f"CUDA graph, {work.name}", lambda w=work: graph(setup, w))
+        yield Case(f"CUDA graph, {work.name}", partial(graph, setup, work))
     for work in reversed(works(setup)):
-        yield Case(f"engine, compiled, {work.name}", lambda w=work: engine_rows(setup, w, True), seconds=120)
+        yield Case(f"engine, compiled, {work.name}", partial(engine_rows, setup, work, True), seconds=120)
 
 
 def settings_of(setup: Setup, work: Work, compiled: bool = False) -> Any:

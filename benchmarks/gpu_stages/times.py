@@ -7,6 +7,7 @@ must be done; the floor is the larger of the two times at this card's measured c
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,26 +33,26 @@ def cases(setup: Setup) -> Iterator[Case]:
     """The most important first: a stage that is cut off keeps what it has."""
     for side in sides(setup):
         for blur in (0.5, 0.0, 1.0):
-            yield Case(f"ours, {side} px, bf16, blur {blur}", lambda s=side, b=blur: ours(setup, s, b))
+            yield Case(f"ours, {side} px, bf16, blur {blur}", partial(ours, setup, side, blur))
         for form in ("torchvision v2, one draw a batch", "torchvision v2", "kornia"):
-            yield Case(f"{form}, {side} px, blur 0.5", lambda s=side, f=form: peer(setup, s, f))
+            yield Case(f"{form}, {side} px, blur 0.5", partial(peer, setup, side, form))
         for dtype in (torch.float16, torch.float32):
             kind = str(dtype).removeprefix("torch.")
-            yield Case(f"ours, {side} px, {kind}, blur 0.5", lambda s=side, d=dtype: ours(setup, s, 0.5, d))
-        yield Case(f"reordering uint8 crops, {side} px", lambda s=side: reorder(setup, s))
+            yield Case(f"ours, {side} px, {kind}, blur 0.5", partial(ours, setup, side, 0.5, dtype))
+        yield Case(f"reordering uint8 crops, {side} px", partial(reorder, setup, side))
     for count in loss_sizes(setup):
         for form in loss_forms(setup):
             if form != "compiled matrix form" or count in compiled_sizes(setup):
-                yield Case(f"NT-Xent {form}, 2B {count}", lambda c=count, f=form: loss(setup, c, f))
+                yield Case(f"NT-Xent {form}, 2B {count}", partial(loss, setup, count, form))
     for kind in ("bernoulli", "gaussian", "categorical"):
         for form in ("fused", "composed"):
-            yield Case(f"{kind} head, {form}", lambda k=kind, f=form: head(setup, k, f))
+            yield Case(f"{kind} head, {form}", partial(head, setup, kind, form))
     for precision in ("highest", "high"):
-        yield Case(f"decorrelation, {precision}", lambda p=precision: decorrelation(setup, p))
+        yield Case(f"decorrelation, {precision}", partial(decorrelation, setup, precision))
     for backbone in ("tiny",) if setup.dry else ("resnet50", "resnet18"):
-        yield Case(f"guard, {backbone}", lambda b=backbone: guard(setup, b))
+        yield Case(f"guard, {backbone}", partial(guard, setup, backbone))
         for form in OPTIMISERS:
-            yield Case(f"{form}, {backbone}", lambda f=form, b=backbone: optimiser(setup, f, b))
+            yield Case(f"{form}, {backbone}", partial(optimiser, setup, form, backbone))
 
 
 # Augmentation
@@ -85,11 +86,12 @@ def ours(setup: Setup, side: int, blur: float, dtype: torch.dtype = torch.bfloat
     from pipelines.parameters import draw_parameters
 
     count, view = views_a_call(setup, side), view_of(side, blur)
-    sizes, calls = np.full(count, side), []
+    sizes = np.full(count, side)
+    calls: list[Call] = []
     for k in range(1 if setup.dry else sets_beyond_cache(count * side * side * 3)):
         table = draw_parameters(view, setup.seed, k, np.arange(count), sizes, sizes)[:, 0].copy()
         given = crops_of(setup, side, count, k), torch.from_numpy(table).to(setup.device)
-        calls.append(lambda given=given: gpu.augment(*given, view, dtype))
+        calls.append(partial(gpu.augment, *given, view, dtype))
     found = timed(setup, rotated(calls))
     pixels = count * side * side
     # Some 60 operations a pixel; a blur's two passes over three colours, 2 operations a tap.
