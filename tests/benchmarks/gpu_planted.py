@@ -59,28 +59,51 @@ def unsteady(tensor: torch.Tensor) -> torch.Tensor:
 
 # Name: where, the attribute, how it is changed, and the cases that must see it.
 PLANTS: dict[str, tuple[Any, str, Callable[[Any], Any], tuple[str, ...]]] = {
-    "one wrong pixel": (augment_kernels, "augment", lambda f: changed(f, spoil(1.0)), ("views, 9 px, float32",)),
+    "one wrong pixel": (
+        augment_kernels,
+        "augment",
+        lambda f: changed(f, spoil(1.0)),
+        ("views, 9 px, float32",),
+    ),
     "one pixel not written": (
-        augment_kernels, "augment", lambda f: changed(f, spoil(float("nan"))), ("views, 9 px, bfloat16",),
+        augment_kernels,
+        "augment",
+        lambda f: changed(f, spoil(float("nan"))),
+        ("views, 9 px, bfloat16",),
     ),
     "a luma one level off": (augment_kernels, "luma_sums", Sums, ("luma",)),
     "a denominator off by 1e-4": (
-        loss_kernels, "log_sum_exp", lambda f: changed(f, lambda x: x + 1e-4), ("NT-Xent, 46 x 32, float32", "two blocks"),
+        loss_kernels,
+        "log_sum_exp",
+        lambda f: changed(f, lambda x: x + 1e-4),
+        ("NT-Xent, 46 x 32, float32", "two blocks"),
     ),
     "a gradient off by one per cent": (
-        loss_kernels, "gradient", lambda f: changed(f, lambda x: 1.01 * x), ("NT-Xent, 46 x 32, float32",),
+        loss_kernels,
+        "gradient",
+        lambda f: changed(f, lambda x: 1.01 * x),
+        ("NT-Xent, 46 x 32, float32",),
     ),
     "a KL off by 1e-3": (
-        fused_triton, "forward", lambda f: changed(f, scaled(1, 1.001)), ("bernoulli head, 3 x 16, K 4",),
+        fused_triton,
+        "forward",
+        lambda f: changed(f, scaled(1, 1.001)),
+        ("bernoulli head, 3 x 16, K 4",),
     ),
     "a head's gradient off by 1e-3": (
-        fused_triton, "backward", lambda f: changed(f, lambda x: 1.001 * x), ("categorical head, 3 x 16, K 4",),
+        fused_triton,
+        "backward",
+        lambda f: changed(f, lambda x: 1.001 * x),
+        ("categorical head, 3 x 16, K 4",),
     ),
     "another random number": (
-        parameters_triton, "draw_uniforms", lambda f: changed(f, spoil(0.0)), ("Philox",),
+        parameters_triton,
+        "draw_uniforms",
+        lambda f: changed(f, spoil(0.0)),
+        ("Philox",),
     ),
     "other bits each time": (augment_kernels, "augment", lambda f: changed(f, unsteady), ("fifty repeats",)),
-}  # fmt: skip
+}
 
 
 def verdicts(names: tuple[str, ...]) -> list[Any]:
