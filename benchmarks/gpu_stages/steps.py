@@ -84,7 +84,7 @@ def engine(setup: Setup, work: Work, compiled: bool = False) -> Step:
 
     settings = settings_of(setup, work, compiled)
     settings.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(settings, CLASSES, cast(Any, Batches()), torch.device(setup.device))
+    trainer = Trainer(settings, CLASSES, cast(Any, Batches()), place(setup))
     return engine_step(trainer)
 
 
@@ -115,7 +115,7 @@ def through_loader(setup: Setup, work: Work) -> Iterator[Any]:
     path = given or images.beton(Path(setup.scratch) / "images", 32 if setup.dry else 384, work.side)
     source = open_source(path)
     rows = np.resize(np.arange(len(source)), 200 * work.batch)
-    device = torch.device(setup.device)
+    device = place(setup)
     dtype = torch.bfloat16 if setup.device == "cuda" else torch.float32
     loader = TwoViewLoader(
         cast(Any, Subset(source, rows)), settings_of(setup, work).view, work.batch, workers=workers(),
@@ -150,7 +150,7 @@ def bare(setup: Setup, work: Work) -> Row:
     """The loop that one would write of the same network, loss and optimiser."""
     from benchmarks.engine import bare_step
 
-    step = bare_step(settings_of(setup, work), torch.device(setup.device))
+    step = bare_step(settings_of(setup, work), place(setup))
     return measured(setup, work, step, endless(synthetic(setup, work)), operations(setup, work))
 
 
@@ -191,6 +191,10 @@ def stretch(setup: Setup, work: Work, step: Step, batches: Iterator[Any]) -> tup
         waited += time.perf_counter() - asked
         step(batch)
     return (now(setup) - started) / work.steps, waited / work.steps
+
+
+def place(setup: Setup) -> torch.device:
+    return torch.device("cuda", 0) if setup.device == "cuda" else torch.device("cpu")
 
 
 def now(setup: Setup) -> float:
@@ -280,7 +284,7 @@ def whole_step(setup: Setup, work: Work) -> Callable[[Tensor, Tensor], Tensor]:
     from lvssl.training.optimiser import groups
     from lvssl.training.prepare import autocast, prepared
 
-    settings, device = settings_of(setup, work), torch.device(setup.device)
+    settings, device = settings_of(setup, work), place(setup)
     torch.manual_seed(setup.seed)
     network = LVNet(settings.model, settings.latent, settings.view.resolution, CLASSES)
     network = prepared(network, settings.engine, device).train()

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 
 from benchmarks.gpu_stages.case import Case, Row, Setup, last_line
-from benchmarks.gpu_stages.steps import now, workers
+from benchmarks.gpu_stages.steps import now, place, workers
 
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {"family": "none"},
@@ -108,7 +108,7 @@ def trainer_of(settings: Any, device: torch.device) -> tuple[Any, Any]:
 def speed(setup: Setup) -> Row:
     """Images a second of the slowest arm, from which the epochs that fit are found."""
     settings = settings_of(setup, "bernoulli", 1000, Path(setup.scratch) / "speed")
-    trainer, loader = trainer_of(settings, torch.device(setup.device))
+    trainer, loader = trainer_of(settings, place(setup))
     warm, count = (2, 3) if setup.dry else (25, 60)
 
     def batches() -> Iterator[Any]:
@@ -149,7 +149,7 @@ def arm(setup: Setup) -> Iterator[Row]:
     yield head | row | {"images_per_second": speeds[len(speeds) // 2]}
 
     run, failures = load_run(settings.out), []
-    run.network.to(torch.device(setup.device))
+    run.network.to(place(setup))
     with ThreadPoolExecutor(1) as pool:
         for name, measure in measures(setup, run, pool).items():
             try:
@@ -206,7 +206,7 @@ def tuned(setup: Setup, run: Any, share: float) -> float:
         scaled_lr,
     )
 
-    options, device = setup.options, torch.device(setup.device)
+    options, device = setup.options, place(setup)
     train, test = (open_labelled(Path(options[split])) for split in ("train", "test"))
     labelled = train.only(labelled_rows(train, share, None, options["seed"]))
     batch = largest_batch(TUNE_BATCH, len(labelled), 1)
@@ -235,7 +235,7 @@ def to_knn(setup: Setup) -> Iterator[Row]:
     from lvssl.training.prepare import autocast
     from pipelines.sources import open_source
 
-    options, device = setup.options, torch.device(setup.device)
+    options, device = setup.options, place(setup)
     settings = settings_of(setup, options["arm"], options["epochs"], Path(setup.scratch) / "to-knn")
     begun = time.monotonic()
     trainer, loader = trainer_of(settings, device)

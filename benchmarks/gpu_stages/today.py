@@ -61,11 +61,11 @@ def one_thread(_: int) -> None:
 
 def row(setup: Setup, work: Any) -> Row:
     """Speed as of the engine's rows."""
-    from benchmarks.gpu_stages.steps import measured, operations, settings_of
+    from benchmarks.gpu_stages.steps import measured, operations, place, settings_of
     from lvssl.models.backbone import build_backbone
     from lvssl.models.network import projector
 
-    settings, device = settings_of(setup, work), torch.device(setup.device)
+    settings, device = settings_of(setup, work), place(setup)
     images = np.random.default_rng(setup.seed).integers(0, 256, (1024, work.side, work.side, 3), np.uint8)
     count = 1 if setup.dry else WORKERS
     loader = torch.utils.data.DataLoader(
