@@ -24,7 +24,6 @@ Exit status 1: a row is wrong. What was measured so far is in docs/gpu.md.
 import argparse
 import dataclasses
 import json
-import os
 import re
 import signal
 import subprocess
@@ -113,7 +112,9 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     options.minutes = options.minutes or (10.0 if options.dry_run else 4.0)
     if options.images and not options.images.exists():
         raise InputError(f"--images {options.images}: no such beton or folder")
-    options.images = options.images and options.images.resolve()
+    for name in ("images", "json", "cache"):  # the stages run in the source tree
+        value = getattr(options, name)
+        setattr(options, name, value.resolve() if value else None)
     return options
 
 
@@ -184,6 +185,5 @@ def document(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(guarded(main, sys.argv[1:]))

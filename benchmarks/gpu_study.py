@@ -21,7 +21,6 @@ on JPEG copies of them, as in `cifar10-jpeg`, the row says so with --of.
 """
 
 import argparse
-import os
 import signal
 import sys
 import tempfile
@@ -32,7 +31,7 @@ from typing import Any
 from benchmarks.gpu import commit, default_path
 from benchmarks.gpu_stages.case import Row, Setup
 from benchmarks.gpu_stages.predictions import plain
-from benchmarks.gpu_stages.run import ROOT, Report, Stage, identify, run_stages
+from benchmarks.gpu_stages.run import Report, Stage, identify, run_stages
 from lvssl import __version__
 from lvssl.cli import guarded
 from pipelines.errors import InputError
@@ -117,7 +116,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         raise InputError("--data or --train and --test, not both")
     if options.every < 1 or options.epochs < 0 or options.minutes <= 0:
         raise InputError("--every and --minutes must be above 0, --epochs not below it")
-    for name in ("train", "test", "out"):
+    for name in ("train", "test", "out", "json", "cache"):  # the stages run in the source tree
         value = getattr(options, name)
         setattr(options, name, value.resolve() if value else None)
     if options.data and Path(options.data).exists():
@@ -209,6 +208,5 @@ def figure(value: object) -> str:
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(guarded(main, sys.argv[1:]))
