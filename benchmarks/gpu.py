@@ -45,7 +45,7 @@ STAGES = (
     Stage("machine", HERE + "machine", weight=15),
     Stage("tests", HERE + "suite", weight=75),
     Stage("exact", HERE + "exact", weight=75, parts=3, beside=True),
-    Stage("compile", HERE + "compiled", weight=75, beside=True),
+    Stage("compile", HERE + "compiled", weight=75, parts=2, beside=True),
     Stage("times", HERE + "times", weight=60),
     Stage("steps", HERE + "steps", weight=90),
 )

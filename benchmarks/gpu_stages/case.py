@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -64,7 +65,7 @@ def work(setup: Setup, cases: Callable[[Setup], Iterable[Case]], say: Callable[[
             continue
         say({"begin": case.name, "seconds": case.seconds})
         for row in figures(case):
-            say({"row": {"name": case.name, **row}})
+            say({"row": {"name": case.name, **{key: in_json(value) for key, value in row.items()}}})
         say({"done": case.name})
         if setup.device == "cuda" and not sound():
             return BROKEN
@@ -80,6 +81,11 @@ def figures(case: Case) -> Iterator[Row]:
         yield {"ok": None, "failed": f"missing: {error.name or error}"}
     except Exception as error:
         yield {"ok": False, "failed": last_line(error)}
+
+
+def in_json(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become words."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def last_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from benchmarks.gpu_stages.case import Case, Row, Setup
 
 
 def cases(setup: Setup) -> Iterator[Case]:
-    yield Case("good", lambda: {"ok": True, "value": 1.5})
+    yield Case("good", lambda: {"ok": True, "value": 1.5, "error": float("nan")})
     if setup.options.get("endless"):
         yield Case("endless", endless, seconds=1000)
         return

@@ -35,7 +35,12 @@ def rows_of(tmp_path: Path, stages: list[Stage], seconds: float) -> list[dict]:
 
 def test_what_fails_hangs_or_dies_costs_a_row(tmp_path):
     rows = {row["name"]: row for row in rows_of(tmp_path, [stage("trouble")], 60)}
-    assert rows["good"]["ok"] and rows["good"]["value"] == 1.5 and rows["good again"]["ok"]
+    assert (
+        rows["good"]["ok"]
+        and rows["good"]["value"] == 1.5
+        and rows["good"]["error"] == "nan"
+        and rows["good again"]["ok"]
+    )
     assert rows["raises"]["ok"] is False
     assert rows["raises"]["failed"] == "RuntimeError: CUDA error: an illegal memory access"
     assert rows["lacks a package"]["ok"] is None
