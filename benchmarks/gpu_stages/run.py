@@ -87,10 +87,8 @@ def processor() -> str:
 class Report:
     """Rows on the disk and on the terminal. Rows of stages that don't run again stay as they are."""
 
-    def __init__(
-        self, path: Path, card: dict[str, str], head: Row, keep: Callable[[Row], bool], quiet: bool = False
-    ) -> None:
-        self.path, self.card, self.head, self.quiet = path, card, head, quiet
+    def __init__(self, path: Path, card: dict[str, str], head: Row, keep: Callable[[Row], bool]) -> None:
+        self.path, self.card, self.head = path, card, head
         self.lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         earlier = json.loads(path.read_text())["rows"] if path.exists() else []
@@ -109,8 +107,7 @@ class Report:
             else:
                 self.rows.append(full)
             self.write()
-            if not self.quiet:
-                print(in_words(full), flush=True)
+            print(in_words(full), flush=True)
 
     def new(self) -> list[Row]:
         return self.rows[self.kept :]
