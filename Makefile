@@ -10,7 +10,7 @@ OUT ?= bundle
 TARGET ?= 3.12
 DATA ?=
 WITH ?=
-BENCH ?= $(filter-out study,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
+BENCH ?= $(filter-out study gpu gpu_study,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
 
 # The tests' models are so small that a thread a core of a large machine would slow them down.
 test test-slow test-slurm test-ffcv: export OMP_NUM_THREADS ?= 2

@@ -1,0 +1,127 @@
+"""What a stage consists of: cases with a name each, worked through in a process that may die of any of them.
+
+    python -m benchmarks.gpu_stages.case SETUP     started by run.py; SETUP is a `Setup` as JSON
+
+Everything that happens is a line of JSON in the file `rows`: a case begins, gives rows, is done. So the
+parent knows what was under way when a process hangs or dies, keeps what was measured until then, and starts
+another that goes on behind the culprit.
+"""
+
+import dataclasses
+import gc
+import importlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+BROKEN = 3  # exit status: the device's context is lost, another process may go on
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a stage's process is told."""
+
+    stage: str
+    module: str  # has `cases(setup)`
+    rows: str  # file
+    device: str = "cuda"
+    dry: bool = False  # tiny sizes
+    seed: int = 0
+    report: str = ""  # JSON file with the rows of the stages before
+    scratch: str = ""  # folder that the stages share
+    images: str = ""  # a beton or folder for the steps at 224 px
+    part: tuple[int, int] = (0, 1)  # K, N: every N-th case from the K-th on
+    done: tuple[str, ...] = ()  # cases that are not to be begun again
+    options: dict[str, Any] = field(default_factory=dict)  # of one stage alone
+
+    def earlier(self) -> list[Row]:
+        """Rows of the stages before this one."""
+        path = Path(self.report)
+        return json.loads(path.read_text())["rows"] if self.report and path.exists() else []
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to find out. `make` gives a row, or rows one after the other.
+
+    A row says with "ok" whether it is right (True, False; None: not measured, or nothing to be right about),
+    and with "failed" why there are no figures.
+    """
+
+    name: str
+    make: Callable[[], Row | Iterable[Row]]
+    seconds: float = 60.0  # after which the process is killed, and another goes on with the next case
+
+
+def work(setup: Setup, cases: Callable[[Setup], Iterable[Case]], say: Callable[[Row], None]) -> int:
+    """Work through this process's part of the cases; returns the exit status."""
+    for number, case in enumerate(cases(setup)):
+        if number % setup.part[1] != setup.part[0] or case.name in setup.done:
+            continue
+        say({"begin": case.name, "seconds": case.seconds})
+        for row in figures(case):
+            say({"row": {"name": case.name, **{key: in_json(value) for key, value in row.items()}}})
+        say({"done": case.name})
+        if setup.device == "cuda" and not sound():
+            return BROKEN
+    return 0
+
+
+def figures(case: Case) -> Iterator[Row]:
+    """The rows of a case; a failure is a row with the exception's last line."""
+    try:
+        made = case.make()
+        yield from [made] if isinstance(made, dict) else made
+    except ImportError as error:
+        yield {"ok": None, "failed": f"missing: {error.name or error}"}
+    except Exception as error:
+        yield {"ok": False, "failed": last_line(error)}
+
+
+def in_json(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become words."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
+
+
+def sound() -> bool:
+    """Whether the device still answers: after an illegal access every later call fails. Frees its memory."""
+    import torch
+
+    gc.collect()
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+def main(argument: str) -> int:
+    values = json.loads(argument)
+    values |= {name: tuple(values[name]) for name in ("part", "done")}
+    setup = Setup(**values)
+    with open(setup.rows, "a") as file:
+
+        def say(line: Row) -> None:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+
+        return work(setup, importlib.import_module(setup.module).cases, say)
+
+
+def as_argument(setup: Setup) -> str:
+    return json.dumps(dataclasses.asdict(setup))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,52 @@
+"""The compilers' work done beforehand, while the tests run: later stages find its artefacts on the disk.
+
+The parent gives all stages the same folder for the artefacts of inductor and Triton; numba keeps its own
+beside the source.
+"""
+
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from benchmarks.gpu_stages import steps, times
+from benchmarks.gpu_stages.case import Case, Row, Setup
+
+
+def cases(setup: Setup) -> Iterator[Case]:
+    for work in steps.works(setup):
+        yield Case(f"the loader, {work.name}", partial(loader, setup, work), seconds=120)
+    for work in steps.works(setup):
+        yield Case(f"compile {work.name}", partial(network, setup, work), seconds=180)
+    for count in times.compiled_sizes(setup):
+        yield Case(f"compile the matrix form, {count}", partial(matrix, setup, count), seconds=120)
+
+
+def loader(setup: Setup, work: steps.Work) -> Row:
+    """Images made and converted, and the first batch of them: numba compiles on the way."""
+    started = time.perf_counter()
+    batches = steps.through_loader(setup, work)
+    shape = next(batches).views.shape
+    batches.close()  # type: ignore[attr-defined]
+    return {"ok": tuple(shape[:2]) == (2, work.batch), "seconds": time.perf_counter() - started}
+
+
+def network(setup: Setup, work: steps.Work) -> Row:
+    """The first step of the engine with --compile."""
+    step = steps.engine(setup, work, compiled=True)
+    batch = steps.synthetic(setup, work)[0]
+    started = time.perf_counter()
+    step(batch)
+    if setup.device == "cuda":
+        torch.cuda.synchronize()
+    return {"ok": True, "seconds": time.perf_counter() - started}
+
+
+def matrix(setup: Setup, count: int) -> Row:
+    call = times.loss_forms(setup)["compiled matrix form"](count)
+    started = time.perf_counter()
+    call()
+    if setup.device == "cuda":
+        torch.cuda.synchronize()
+    return {"ok": True, "seconds": time.perf_counter() - started}

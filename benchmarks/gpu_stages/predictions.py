@@ -1,0 +1,246 @@
+"""What was expected before any GPU had run this, beside what was measured. Predictions are of one H100 80 GB.
+
+They come from counted bytes and operations over 3.0 TB/s and 800 TFLOP/s, and from the kernels' resources.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Rows = dict[str, dict[str, Any]]  # the newest row of each name, of one card
+R50, R18 = "ResNet-50, 224 px, 256 images", "ResNet-18, 32 px, 512 images"
+NOT_YET = "not measured yet"
+
+
+def of(rows: Rows, name: str, field: str, scale: float = 1.0) -> float | None:
+    """A figure of a row, or None where there is none."""
+    value = rows.get(name, {}).get(field)
+    return scale * value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def ratio(rows: Rows, above: tuple[str, str], below: tuple[str, str]) -> float | None:
+    a, b = of(rows, *above), of(rows, *below)
+    return a / b if a is not None and b else None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    what: str
+    unit: str
+    expected: str
+    measured: Callable[[Rows], float | None]
+
+
+def figure(what: str, unit: str, expected: str, name: str, field: str, scale: float = 1.0) -> Prediction:
+    return Prediction(what, unit, expected, lambda rows: of(rows, name, field, scale))
+
+
+PREDICTIONS = (
+    figure("copy within the device's memory", "TB/s", "3.0", "device copy", "rate", 1e-12),
+    figure("copy from page-locked memory", "GB/s", "50", "pinned copy to the device", "rate", 1e-9),
+    figure("bf16 product, 8,192 a side", "TFLOP/s", "800", "bf16 product", "rate", 1e-12),
+    figure(
+        "augmentation, 224 px, bf16, blur 0.5",
+        "us/view",
+        "1.4-1.7",
+        "ours, 224 px, bf16, blur 0.5",
+        "us_per_view",
+    ),
+    figure(
+        "augmentation, 224 px, bf16, no blur", "us/view", "0.5", "ours, 224 px, bf16, blur 0.0", "us_per_view"
+    ),
+    figure(
+        "augmentation, 224 px, bf16, all blurred",
+        "us/view",
+        "2.3",
+        "ours, 224 px, bf16, blur 1.0",
+        "us_per_view",
+    ),
+    figure(
+        "reordering uint8 crops, 224 px",
+        "us/view",
+        "0.3-0.5",
+        "reordering uint8 crops, 224 px",
+        "us_per_view",
+    ),
+    figure("NT-Xent, d 128, 2B 8,192, both ways", "us/view", "0.04", "NT-Xent ours, 2B 8192", "us_per_view"),
+    figure(
+        "Bernoulli head, D 2,048, K 4, both ways",
+        "us/view",
+        "0.03-0.05",
+        "bernoulli head, fused",
+        "us_per_view",
+    ),
+    figure(
+        "decorrelation, D 2,048, fp32, both ways", "us/view", "0.5", "decorrelation, highest", "us_per_view"
+    ),
+    figure(f"step, {R50}, eager", "us/view", "330-400", f"engine, synthetic, eager, {R50}", "us_per_view"),
+    figure(
+        f"step, {R50}, compiled", "us/view", "280-320", f"engine, synthetic, compiled, {R50}", "us_per_view"
+    ),
+    figure(f"step, {R18}, eager", "us/view", "36-50", f"engine, synthetic, eager, {R18}", "us_per_view"),
+    figure(
+        f"step, {R18}, compiled", "us/view", "28-36", f"engine, synthetic, compiled, {R18}", "us_per_view"
+    ),
+    figure("launches a step, ResNet-50, eager", "", "2,450", f"engine, synthetic, eager, {R50}", "launches"),
+    figure("launches a step, ResNet-18, eager", "", "1,200", f"engine, synthetic, eager, {R18}", "launches"),
+    Prediction(
+        "torch.compile, ResNet-50, over eager",
+        "times",
+        "1.15-1.25",
+        lambda rows: ratio(
+            rows,
+            (f"engine, synthetic, compiled, {R50}", "images_per_second"),
+            (f"engine, synthetic, eager, {R50}", "images_per_second"),
+        ),
+    ),
+    Prediction(
+        "CUDA graph, ResNet-50, over the bare loop",
+        "times",
+        "1.01",
+        lambda rows: ratio(
+            rows, (f"CUDA graph, {R50}", "images_per_second"), (f"bare loop, {R50}", "images_per_second")
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Goal:
+    what: str
+    wanted: str
+    measured: Callable[[Rows], float | None]
+    reached: Callable[[float], bool]
+
+
+def at_least(least: float) -> Callable[[float], bool]:
+    return lambda found: found >= least
+
+
+def at_most(most: float) -> Callable[[float], bool]:
+    return lambda found: found <= most
+
+
+def wrong(rows: Rows) -> float | None:
+    """Rows of the exactness stage that are wrong."""
+    judged = [row for row in rows.values() if row["stage"] == "exact" and row.get("ok") is not None]
+    return float(sum(row["ok"] is False for row in judged)) if judged else None
+
+
+AUGMENTED, LARGE = "ours, 224 px, bf16, blur 0.5", "NT-Xent ours, 2B 32768"
+COMPILED = "NT-Xent compiled matrix form, 2B 32768"
+
+GOALS = (
+    Goal("kernels against fp64 and their repeats: wrong", "0", wrong, at_most(0)),
+    Goal(
+        f"{R50}: engine over the bare loop",
+        "at least 0.97",
+        lambda rows: ratio(
+            rows,
+            (f"engine, synthetic, eager, {R50}", "images_per_second"),
+            (f"bare loop, {R50}", "images_per_second"),
+        ),
+        at_least(0.97),
+    ),
+    Goal(
+        f"{R50}: share of the time spent waiting for data",
+        "below 0.01",
+        lambda rows: of(rows, f"engine, loader, eager, {R50}", "waiting"),
+        at_most(0.01),
+    ),
+    Goal(
+        f"{R18}: views a second, through the loader",
+        "at least 30,000",
+        lambda rows: max(
+            (
+                value
+                for how in ("eager", "compiled")
+                if (value := of(rows, f"engine, loader, {how}, {R18}", "images_per_second", 2)) is not None
+            ),
+            default=None,
+        ),
+        at_least(30_000),
+    ),
+    Goal(
+        f"{R18}: over what people have today",
+        "at least 5",
+        lambda rows: ratio(
+            rows,
+            (f"engine, loader, eager, {R18}", "images_per_second"),
+            (f"what people have today, {R18}", "images_per_second"),
+        ),
+        at_least(5),
+    ),
+    Goal(
+        "augmentation, 224 px: kornia's time over ours",
+        "at least 10",
+        lambda rows: ratio(rows, ("kornia, 224 px, blur 0.5", "us_per_view"), (AUGMENTED, "us_per_view")),
+        at_least(10),
+    ),
+    Goal(
+        "augmentation, 224 px: torchvision v2's time over ours",
+        "at least 10",
+        lambda rows: ratio(
+            rows, ("torchvision v2, 224 px, blur 0.5", "us_per_view"), (AUGMENTED, "us_per_view")
+        ),
+        at_least(10),
+    ),
+    Goal(
+        "augmentation, 224 px: share of a ResNet-50 step",
+        "below 0.01",
+        lambda rows: ratio(
+            rows, (AUGMENTED, "us_per_view"), (f"engine, synthetic, eager, {R50}", "us_per_view")
+        ),
+        at_most(0.01),
+    ),
+    Goal(
+        "NT-Xent, 2B 32,768: time over the compiled matrix form's",
+        "at most 0.333",
+        lambda rows: ratio(rows, (LARGE, "seconds"), (COMPILED, "seconds")),
+        at_most(1 / 3),
+    ),
+    Goal(
+        "NT-Xent, 2B 32,768: memory over the compiled matrix form's",
+        "at most 0.05",
+        lambda rows: ratio(rows, (LARGE, "peak_mib"), (COMPILED, "peak_mib")),
+        at_most(0.05),
+    ),
+)
+
+
+def newest(rows: Iterable[dict[str, Any]]) -> Rows:
+    return {row["name"]: row for row in rows}
+
+
+def tables(cards: dict[str, Rows]) -> tuple[list[list[str]], list[list[str]]]:
+    """Predictions and goals, a column for each card: rows of cells, the heads first."""
+    names = list(cards) or ["one H100"]
+    known = list(cards.values()) or [{}]
+    predicted = [["what", "unit", "predicted", *names]]
+    for p in PREDICTIONS:
+        predicted.append([p.what, p.unit, p.expected, *(shown(p.measured(rows)) for rows in known)])
+    goals = [["goal", "wanted", *names]]
+    for goal in GOALS:
+        cells = []
+        for rows in known:
+            found = goal.measured(rows)
+            verdict = "" if found is None else (" (reached)" if goal.reached(found) else " (missed)")
+            cells.append(shown(found) + verdict)
+        goals.append([goal.what, goal.wanted, *cells])
+    return predicted, goals
+
+
+def shown(value: float | None) -> str:
+    if value is None:
+        return NOT_YET
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def plain(cells: list[list[str]]) -> str:
+    widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
+    return "\n".join("  ".join(f"{c:{w}}" for c, w in zip(row, widths)).rstrip() for row in cells)
+
+
+def markdown(cells: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + " --- |" * len(cells[0]), *lines[1:]])

@@ -1,0 +1,308 @@
+"""Whole training steps: the engine eager and compiled, on batches that lie ready and through the loader, a
+bare loop, the step as a CUDA graph, and what people have today.
+
+images_per_second  of two views each
+mfu                the backbone's operations, forward and backward, over the card's dense bf16 peak
+launches, busy     by torch.profiler: kernels and copies a step; share of the time in which one was running
+waiting            share of the time in which the host waited for a batch
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_stages import today
+from benchmarks.gpu_stages.case import Case, Row, Setup
+
+Step = Callable[[Any], Any]  # takes a batch
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Work:
+    name: str
+    preset: str
+    backbone: str
+    side: int
+    batch: int  # images
+    steps: int  # that are timed
+
+
+def works(setup: Setup) -> tuple[Work, ...]:
+    if setup.dry:
+        return (Work("tiny, 16 px, 16 images", "cifar10-small", "tiny", 16, 16, 3),)
+    return (
+        Work("ResNet-50, 224 px, 256 images", "folder-r50", "resnet50", 224, 256, 12),
+        Work("ResNet-18, 32 px, 512 images", "cifar10-r18", "resnet18", 32, 512, 60),
+    )
+
+
+def cases(setup: Setup) -> Iterator[Case]:
+    """The most important first: a stage that is cut off keeps what it has."""
+    for work in works(setup):
+        yield Case(f"engine, eager, {work.name}", partial(engine_rows, setup, work, False), seconds=90)
+    for work in works(setup):
+        yield Case(f"bare loop, {work.name}", partial(bare, setup, work))
+    yield Case(
+        f"what people have today, {works(setup)[-1].name}", partial(today.row, setup, works(setup)[-1])
+    )
+    for work in reversed(works(setup)):
+        yield Case(f"CUDA graph, {work.name}", partial(graph, setup, work))
+    for work in reversed(works(setup)):
+        yield Case(f"engine, compiled, {work.name}", partial(engine_rows, setup, work, True), seconds=120)
+
+
+def settings_of(setup: Setup, work: Work, compiled: bool = False) -> Any:
+    from lvssl.config import EngineSettings, preset
+
+    base = preset(work.preset)
+    return replace(
+        base,
+        batch_size=work.batch,
+        device=setup.device,
+        out=Path(setup.scratch) / "steps",
+        checkpoint_minutes=1e6,
+        model=replace(base.model, backbone=work.backbone),
+        view=replace(base.view, resolution=work.side),
+        engine=EngineSettings(compile=compiled),
+    )
+
+
+def engine(setup: Setup, work: Work, compiled: bool = False) -> Step:
+    """What the engine does with a batch, between its log lines and its looks at signals."""
+    from benchmarks.engine import Batches, engine_step
+    from lvssl.training.trainer import Trainer
+
+    settings = settings_of(setup, work, compiled)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(settings, CLASSES, cast(Any, Batches()), place(setup))
+    return engine_step(trainer)
+
+
+def synthetic(setup: Setup, work: Work, count: int = 2) -> list[Any]:
+    """Noise in the loader's layout and type, on the device."""
+    from pipelines.loader import ViewBatch
+
+    dtype = torch.bfloat16 if setup.device == "cuda" else torch.float32
+    made = []
+    for _ in range(count):
+        shape = (2, work.batch, work.side, work.side, 3)
+        views = torch.randn(shape, device=setup.device, dtype=dtype).permute(0, 1, 4, 2, 3)
+        labels = torch.randint(CLASSES, (work.batch,), device=setup.device)
+        indices = torch.arange(work.batch, device=setup.device)
+        made.append(ViewBatch(views, labels, indices, torch.empty(0, device=setup.device)))
+    return made
+
+
+def through_loader(setup: Setup, work: Work) -> Iterator[Any]:
+    """Batches without end from a few hundred images, repeated, through the project's own path."""
+    from benchmarks.gpu_stages import images
+    from lvssl.training.labels import Subset
+    from pipelines.augment import augmenter_for
+    from pipelines.loader import TwoViewLoader
+    from pipelines.sources import open_source
+
+    given = setup.images if work.side > 64 else ""
+    path = given or images.beton(Path(setup.scratch) / "images", 32 if setup.dry else 384, work.side)
+    source = open_source(path)
+    rows = np.resize(np.arange(len(source)), 200 * work.batch)
+    device = place(setup)
+    dtype = torch.bfloat16 if setup.device == "cuda" else torch.float32
+    loader = TwoViewLoader(
+        cast(Any, Subset(source, rows)), settings_of(setup, work).view, work.batch, workers=workers(),
+        augmenter=augmenter_for(device, "auto", dtype), device=device,
+    )  # fmt: skip
+    with loader:
+        while True:
+            yield from loader
+
+
+def workers() -> int:
+    return max(2, min(12, (os.cpu_count() or 1) - 2))
+
+
+def endless(batches: list[Any]) -> Iterator[Any]:
+    while True:
+        yield from batches
+
+
+def engine_rows(setup: Setup, work: Work, compiled: bool) -> Iterator[Row]:
+    how = "compiled" if compiled else "eager"
+    step, numbers = engine(setup, work, compiled), operations(setup, work)
+    row = measured(setup, work, step, endless(synthetic(setup, work)), numbers)
+    yield {"name": f"engine, synthetic, {how}, {work.name}", **row}
+    batches = through_loader(setup, work)
+    row = measured(setup, work, step, batches, numbers)
+    batches.close()  # type: ignore[attr-defined]
+    yield {"name": f"engine, loader, {how}, {work.name}", "workers": workers(), **row}
+
+
+def bare(setup: Setup, work: Work) -> Row:
+    """The loop that one would write of the same network, loss and optimiser."""
+    from benchmarks.engine import bare_step
+
+    step = bare_step(settings_of(setup, work), place(setup))
+    return measured(setup, work, step, endless(synthetic(setup, work)), operations(setup, work))
+
+
+def measured(setup: Setup, work: Work, step: Step, batches: Iterator[Any], numbers: float) -> Row:
+    """Speed over two stretches of steps, and what the profiler says of three more."""
+    from benchmarks.loss import PEAK_FLOPS
+
+    for _ in range(2 if setup.dry else 6):
+        loss = step(next(batches))
+    if setup.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    stretches = [stretch(setup, work, step, batches) for _ in range(2)]
+    seconds, waited = (sum(s[k] for s in stretches) / 2 for k in range(2))
+    row: Row = {
+        "ok": True,
+        "images_per_second": work.batch / seconds,
+        "seconds": seconds,
+        "us_per_view": 1e6 * seconds / (2 * work.batch),
+        "spread": abs(stretches[0][0] - stretches[1][0]) / seconds,
+        "waiting": waited / seconds,
+    }
+    if setup.device == "cuda":
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        card = torch.cuda.get_device_name()
+        peak = next((value for name, value in PEAK_FLOPS.items() if name in card), None)
+        row["mfu"] = numbers / seconds / peak if peak else None
+    if isinstance(loss, Tensor):
+        row["ok"] = bool(loss.isfinite())
+    return row | {"tflop_per_step": numbers / 1e12} | profiled(setup, step, batches)
+
+
+def stretch(setup: Setup, work: Work, step: Step, batches: Iterator[Any]) -> tuple[float, float]:
+    """Seconds a step, and of these the host's wait for a batch."""
+    started, waited = now(setup), 0.0
+    for _ in range(work.steps):
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        step(batch)
+    return (now(setup) - started) / work.steps, waited / work.steps
+
+
+def place(setup: Setup) -> torch.device:
+    return torch.device("cuda", 0) if setup.device == "cuda" else torch.device("cpu")
+
+
+def now(setup: Setup) -> float:
+    if setup.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def profiled(setup: Setup, step: Step, batches: Iterator[Any], steps: int = 3) -> Row:
+    """Launches a step and busy share, from the profiler's trace; on a CPU, calls of operators."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (setup.device == "cuda")
+    with profile(activities=kinds) as trace:
+        for _ in range(steps):
+            step(next(batches))
+        now(setup)
+    path = Path(setup.scratch) / f"trace-{os.getpid()}.json"
+    trace.export_chrome_trace(str(path))
+    events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("ph") == "X"]
+    path.unlink()
+    if setup.device != "cuda":
+        return {"operators": sum(e.get("cat") == "cpu_op" for e in events) / steps}
+    return busy([e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")], steps)
+
+
+def busy(events: list[dict[str, Any]], steps: int) -> Row:
+    """`events`: ts and dur in microseconds; overlapping ones count once."""
+    spans = sorted((float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in events)
+    if not spans:
+        return {"launches": 0.0, "busy": None}
+    covered, end = 0.0, spans[0][0]
+    for first, last in spans:
+        covered += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return {"launches": len(spans) / steps, "busy": covered / (end - spans[0][0])}
+
+
+def operations(setup: Setup, work: Work) -> float:
+    """Of the backbone in a step, forward and backward, counted on four views by torch's counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from lvssl.models.backbone import build_backbone
+
+    backbone = build_backbone(work.backbone, work.side)[0].to(setup.device)
+    views = torch.randn(4, 3, work.side, work.side, device=setup.device)
+    with FlopCounterMode(display=False) as counter:
+        backbone(views).sum().backward()
+    return counter.get_total_flops() * 2 * work.batch / 4
+
+
+def graph(setup: Setup, work: Work) -> Row:
+    """The whole step as one CUDA graph: forward, loss, backward, fused AdamW. Batches are copied into it.
+
+    On a CPU the same step runs without being captured.
+    """
+    step = whole_step(setup, work)
+    batches = synthetic(setup, work)
+    views, labels = batches[0].views.clone(), batches[0].labels.clone()
+    if setup.device != "cuda":
+        return measured(
+            setup, work, lambda b: step(b.views, b.labels), endless(batches), operations(setup, work)
+        )
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(4):
+            step(views, labels)
+    torch.cuda.current_stream().wait_stream(side)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        loss = step(views, labels)
+
+    def replay(batch: Any) -> Tensor:
+        views.copy_(batch.views)
+        labels.copy_(batch.labels)
+        captured.replay()
+        return loss
+
+    return measured(setup, work, replay, endless(batches), operations(setup, work))
+
+
+def whole_step(setup: Setup, work: Work) -> Callable[[Tensor, Tensor], Tensor]:
+    """A step in which nothing depends on the host: the rate is a tensor, the noise the device's own."""
+    from lvssl.models.network import LVNet
+    from lvssl.training.objective import objective
+    from lvssl.training.optimiser import groups
+    from lvssl.training.prepare import autocast, prepared
+
+    settings, device = settings_of(setup, work), place(setup)
+    torch.manual_seed(setup.seed)
+    network = LVNet(settings.model, settings.latent, settings.view.resolution, CLASSES)
+    network = prepared(network, settings.engine, device).train()
+    decayed, others = (list(group.values()) for group in groups(network))
+    parameters = [{"params": decayed, "weight_decay": 1e-4}, {"params": others, "weight_decay": 0.0}]
+    rate = torch.tensor(1e-3, device=device)
+    optimiser = torch.optim.AdamW(parameters, lr=rate, fused=True, capturable=setup.device == "cuda")
+
+    def step(views: Tensor, labels: Tensor) -> Tensor:
+        with autocast(settings.engine, device):
+            outputs = network(views.flatten(0, 1), None)
+            probes = network.probe_logits(outputs)
+        loss = objective(outputs, settings, 0.0)["loss"]
+        for logits in probes.values():
+            loss = loss + torch.nn.functional.cross_entropy(logits.float(), labels.repeat(2))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        return loss.detach()
+
+    return step

@@ -1,0 +1,277 @@
+"""Pretraining on small images, and what it is worth: kNN, linear probe, fine-tuning. The study's stages.
+
+Options (`Setup.options`): data, train, test, folder; arm, seed, epochs, batch, lr, compile, tune_epochs; for
+the time to a kNN accuracy target, every.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from benchmarks.gpu_stages.case import Case, Row, Setup, last_line
+from benchmarks.gpu_stages.steps import now, place, workers
+
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {"family": "none"},
+    "sign": {"family": "sign", "decorrelation": 0.02},
+    "bernoulli": {"family": "bernoulli", "decorrelation": 0.02},
+}
+TUNE_LR, TUNE_BATCH = 0.05, 256  # SimCLR's rate for a batch of 256
+TUNE_STEPS = 200  # at least: 1 % of the labels make two steps an epoch
+
+
+def cases(setup: Setup) -> Iterator[Case]:
+    """Of one stage; which, its name says."""
+    makers: dict[str, Callable[[Setup], Any]] = {"data": data, "speed": speed, "to-knn": to_knn}
+    name = setup.options.get("name", setup.stage)
+    yield Case(name, lambda: makers.get(setup.stage, arm)(setup), seconds=24 * 3600)
+
+
+def data(setup: Setup) -> Row:
+    """The betons of both splits, converted unless they are given."""
+    from pipelines.convert.conversion import convert
+
+    options, started = setup.options, time.monotonic()
+    if options["data"]:
+        for split in ("train", "test"):
+            if not Path(options[split]).exists():
+                convert(options["data"], options[split], split=split)
+    else:
+        made_sets(setup)
+    from pipelines.sources import open_source
+
+    counts = {f"{split}_images": len(open_source(options[split])) for split in ("train", "test")}
+    return {"ok": True, **counts, "seconds": time.monotonic() - started}
+
+
+def made_sets(setup: Setup) -> None:
+    """Images whose mean colour goes by the class, for a dry run without data."""
+    from benchmarks.gpu_stages import images
+    from pipelines.convert.conversion import convert
+
+    for seed, (split, count) in enumerate({"train": 320, "test": 64}.items()):
+        path = Path(setup.options[split])
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files = images.made(path.with_suffix(""), count, 32, seed)
+            convert(str(files), path)
+
+
+def settings_of(setup: Setup, arm: str, epochs: int, out: Path) -> Any:
+    """ResNet-18 with the small images' stem; everything but the latent is the same in all arms."""
+    from lvssl.config import EngineSettings, LatentSettings, preset
+
+    options, base = setup.options, preset("cifar10-r18")
+    return replace(
+        base,
+        data=Path(options["train"]),
+        out=out,
+        epochs=epochs,
+        batch_size=options["batch"],
+        seed=options["seed"],
+        workers=workers(),
+        device=setup.device,
+        checkpoint_minutes=1e6,
+        model=replace(base.model, backbone="tiny" if setup.dry else base.model.backbone),
+        latent=LatentSettings(**ARMS[arm]),
+        optimiser=replace(base.optimiser, lr=options["lr"] or base.optimiser.lr),
+        engine=EngineSettings(compile=options["compile"]),
+    )
+
+
+def trainer_of(settings: Any, device: torch.device) -> tuple[Any, Any]:
+    """A trainer and its loader, as `lvssl pretrain` makes them."""
+    from lvssl.training.prepare import precision
+    from lvssl.training.trainer import Trainer
+    from pipelines.augment import augmenter_for
+    from pipelines.loader import TwoViewLoader
+    from pipelines.sources import open_source
+
+    source = open_source(settings.data)
+    augmenter = augmenter_for(device, settings.augmentation, precision(settings.engine, device))
+    loader = TwoViewLoader(
+        source, settings.view, settings.batch_size, settings.seed, settings.workers,
+        augmenter=augmenter, device=device,
+    )  # fmt: skip
+    settings.out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(settings, int(source.labels.max()) + 1, loader, device)
+    trainer.network.train()
+    return trainer, loader
+
+
+def speed(setup: Setup) -> Row:
+    """Images a second of the slowest arm, from which the epochs that fit are found."""
+    settings = settings_of(setup, "bernoulli", 1000, Path(setup.scratch) / "speed")
+    trainer, loader = trainer_of(settings, place(setup))
+    warm, count = (2, 3) if setup.dry else (25, 60)
+
+    def batches() -> Iterator[Any]:
+        while True:
+            yield from loader
+
+    with loader:
+        source = batches()
+        for number in range(warm + count):
+            if number == warm:
+                started = now(setup)
+            trainer.train_step(next(source).to(trainer.device))
+            trainer.step += 1
+        seconds = (now(setup) - started) / count
+        cast(Any, source).close()
+    return {
+        "ok": True,
+        "images_per_second": settings.batch_size / seconds,
+        "seconds_an_epoch": seconds * len(loader),
+    }
+
+
+def arm(setup: Setup) -> Iterator[Row]:
+    """One arm: a row, to which each measure adds what it finds."""
+    from lvssl.training.pretrain import pretrain
+    from lvssl.training.progress import read_metrics
+    from lvssl.training.run import load_run
+
+    options = setup.options
+    settings = settings_of(setup, options["arm"], options["epochs"], Path(setup.scratch) / options["arm"])
+    head = {"update": True, "arm": options["arm"], "seed": options["seed"], "epochs": options["epochs"]}
+    head |= {"batch": settings.batch_size, "device": setup.device, "images_of": options["of"], "ok": True}
+    started = time.monotonic()
+    pretrain(settings)
+    rows = read_metrics(settings.out / "metrics.jsonl")
+    row: Row = {"seconds": time.monotonic() - started, "loss": rows[-1]["loss"]}
+    speeds = sorted(found["images_per_second"] for found in rows)
+    yield head | row | {"images_per_second": speeds[len(speeds) // 2]}
+
+    run, failures = load_run(settings.out), []
+    run.network.to(place(setup))
+    with ThreadPoolExecutor(1) as pool:
+        for name, measure in measures(setup, run, pool).items():
+            try:
+                found = measure()
+            except Exception as error:
+                failures.append(f"{name}: {last_line(error)}")
+                found = {}
+            yield head | found | {"ok": not failures, "failed": "; ".join(failures) or None}
+
+
+def measures(setup: Setup, run: Any, pool: ThreadPoolExecutor) -> dict[str, Callable[[], Row]]:
+    """What a run is worth, in percent of the test images. The probe's fits go on a thread of their own, on
+    the CPU, while the device is fine-tuning."""
+    from lvssl.evaluation.embedding import embed
+    from lvssl.evaluation.knn import hamming_knn, weighted_knn
+    from lvssl.evaluation.probe import linear_probe
+    from pipelines.sources import open_source
+
+    options, view, waiting = setup.options, run.settings.view, {}
+
+    def neighbours() -> Row:
+        train, test = (
+            embed(run.network, open_source(options[split]), view, workers()) for split in ("train", "test")
+        )
+        pair = (train.features, train.labels, test.features, test.labels)
+        waiting["linear"] = pool.submit(linear_probe, *pair)
+        x, y = (torch.from_numpy(a).to(setup.device) for a in (train.features, test.features))
+        codes = train.codes, train.labels, test.codes, test.labels, test.bits
+        knn = weighted_knn(x, train.labels, y, test.labels)
+        return {"knn": knn, "code_knn": hamming_knn(*codes), "bits": test.bits}
+
+    def linear() -> Row:
+        return {"linear": waiting["linear"].result().accuracy}
+
+    return {
+        "kNN": neighbours,
+        "1 % of the labels": lambda: {"tuned_1": tuned(setup, run, 0.1 if setup.dry else 0.01)},
+        "all labels": lambda: {"tuned_all": tuned(setup, run, 1.0)},
+        "linear": linear,
+    }
+
+
+def tuned(setup: Setup, run: Any, share: float) -> float:
+    """Top-1 after fine-tuning encoder and a linear layer with a share of the labels, at a fixed rate."""
+    from lvssl.training.labels import labelled_rows, open_labelled
+    from lvssl.training.score import score
+    from lvssl.training.stopping import Stop
+    from lvssl.training.supervised import (
+        Classifier,
+        Recipe,
+        Supervised,
+        largest_batch,
+        predict,
+        scaled_lr,
+    )
+
+    options, device = setup.options, place(setup)
+    train, test = (open_labelled(Path(options[split])) for split in ("train", "test"))
+    labelled = train.only(labelled_rows(train, share, None, options["seed"]))
+    batch = largest_batch(TUNE_BATCH, len(labelled), 1)
+    recipe = Recipe(
+        epochs=options["tune_epochs"],
+        batch_size=batch,
+        lr=scaled_lr(TUNE_LR, batch),
+        weight_decay=0.0,
+        seed=options["seed"],
+        checkpoint_minutes=1e6,
+        log_every=50,
+        workers=workers(),
+        min_steps=2 if setup.dry else TUNE_STEPS,
+    )
+    view, folder = run.settings.view, Path(setup.scratch) / f"{options['arm']}-tuned-{share}"
+    torch.backends.cudnn.benchmark = True
+    model = Classifier(copy.deepcopy(run.network), "features", labelled, frozen=False, seed=options["seed"])
+    Supervised(folder, model, labelled, view, recipe, device).run(Stop(), folder.name)
+    return score(*predict(model, test, view, device, workers()))["top1"]
+
+
+def to_knn(setup: Setup) -> Iterator[Row]:
+    """Seconds of training until kNN reaches the target; looks at it aren't counted, their time is given."""
+    from lvssl.evaluation.embedding import embed
+    from lvssl.evaluation.knn import weighted_knn
+    from lvssl.training.prepare import autocast
+    from pipelines.sources import open_source
+
+    options, device = setup.options, place(setup)
+    settings = settings_of(setup, options["arm"], options["epochs"], Path(setup.scratch) / "to-knn")
+    begun = time.monotonic()
+    trainer, loader = trainer_of(settings, device)
+    head = {"update": True, "arm": options["arm"], "seed": options["seed"], "epochs": options["epochs"]}
+    head |= {"target": options["target"], "device": setup.device, "images_of": options["of"]}
+    seconds, looks, history = 0.0, 0.0, []
+    with loader:
+        for epoch in range(1, settings.epochs + 1):
+            started = now(setup)
+            for batch in loader:
+                trainer.train_step(batch.to(device))
+                trainer.step += 1
+            seconds += now(setup) - started
+            if epoch % options["every"] and epoch < settings.epochs:
+                continue
+            started = now(setup)
+            with autocast(settings.engine, device):
+                train, test = (
+                    embed(trainer.network, open_source(options[split]), settings.view, workers())
+                    for split in ("train", "test")
+                )
+            x, y = (torch.from_numpy(a).to(device) for a in (train.features, test.features))
+            knn = weighted_knn(x, train.labels, y, test.labels)
+            trainer.network.train()
+            looks += now(setup) - started
+            history.append([epoch, round(seconds, 2), knn])
+            reached = knn >= options["target"]
+            yield {
+                **head,
+                "ok": True if reached else None,
+                "epochs_done": epoch,
+                "seconds": seconds,
+                "seconds_with_looks": seconds + looks,
+                "seconds_of_process": time.monotonic() - begun,
+                "knn": knn,
+                "history": list(history),
+            }
+            if reached:
+                return

@@ -1,0 +1,212 @@
+"""What is learnt on one GPU in five minutes: CIFAR-10, ResNet-18, bf16, batch 512, three arms.
+
+    python -m benchmarks.gpu_study --data cifar10-jpeg                what convert-beton reads, or:
+    python -m benchmarks.gpu_study --train train.beton --test test.beton --minutes 9
+    python -m benchmarks.gpu_study --data cifar10-jpeg --to-knn 84.8 --minutes 9
+    python -m benchmarks.gpu_study --dry-run                          on a CPU: made images, a small network
+
+plain       SimCLR, no latent
+sign        the same with decorrelated sign bits
+bernoulli   a bit for each feature, decorrelation 0.02
+
+All arms have the same epochs, as many as fit into the time. Measured on the test images, in percent: kNN of
+features (k 20, T 0.07) and of the code (Hamming), a linear probe, fine-tuning with 1 % and with all labels
+(10 epochs, one rate). An arm's row is written after its pretraining and again after each measure; a run
+that is cut off keeps what it has. Rows are added to those of earlier runs in docs/gpu-study-CARD.json; the
+table shows all of the same version of the library.
+
+--to-knn: seconds of training until kNN of plain SimCLR's features is at the target, looked at every --every
+epochs; looks aren't counted. lightly publishes 84.8 % after 200 epochs and 87 minutes on the original images;
+on JPEG copies of them, as in `cifar10-jpeg`, the row says so with --of.
+"""
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import commit, default_path
+from benchmarks.gpu_stages.case import Row, Setup
+from benchmarks.gpu_stages.predictions import plain
+from benchmarks.gpu_stages.run import Report, Stage, identify, run_stages
+from lvssl import __version__
+from lvssl.cli import guarded
+from pipelines.errors import InputError
+
+MODULE = "benchmarks.gpu_stages.study"
+ARMS = ("plain", "sign", "bernoulli")
+KEPT = (*ARMS, "to-knn")  # stages whose rows stay when another run adds its own
+MEASURING = 35.0  # seconds that an arm's measures take beside its training [predicted]
+START = 12.0  # seconds until a process is at its first step [predicted]
+LOOKS = 0.2  # share of --to-knn's time that goes into looking
+
+
+def main(arguments: list[str]) -> int:
+    options = parsed(arguments)
+    end = time.monotonic() + 60 * options.minutes
+    device = "cpu" if options.dry_run else "cuda"
+    card = identify(device)
+    path = options.json or study_path(card["card"], options.dry_run)
+    print(", ".join(f"{name} {value}" for name, value in card.items() if value), flush=True)
+    card |= {"version": __version__, "commit": commit(), "date": time.strftime("%Y-%m-%d %H:%M")}
+    head = {"command": "python -m benchmarks.gpu_study " + " ".join(arguments), "dry_run": options.dry_run}
+    report = Report(path, card, head, keep=lambda row: row["stage"] in KEPT)
+    with tempfile.TemporaryDirectory(prefix="lvssl-study-") as scratch:
+        folder = options.out or Path(scratch)
+        setup = Setup(
+            "",
+            "",
+            "",
+            device,
+            options.dry_run,
+            options.seed,
+            scratch=scratch,
+            options=shared(options, folder),
+        )
+        first = [stage(options, name, name) for name in ("data", "speed")]
+        run_stages(first[: 1 if options.epochs else 2], setup, report, end - time.monotonic())
+        if not any(row["stage"] == "data" and row.get("ok") for row in report.new()):
+            print("error: there are no images to train on", file=sys.stderr)
+            return 1
+        epochs = options.epochs or epochs_that_fit(options, report.new(), end - time.monotonic())
+        run_stages(study_stages(options, epochs), setup, report, end - time.monotonic())
+    show(report.rows)
+    wrong = [row for row in report.new() if row.get("ok") is False]
+    for row in wrong:
+        print(f"{row['stage']}: {row['name']}: {row.get('failed')}")
+    print(f"written: {path}")
+    return 1 if wrong else 0
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", help="CIFAR-10 as convert-beton reads it: a folder of parquet files, ...")
+    parser.add_argument("--train", type=Path, help="a beton instead")
+    parser.add_argument("--test", type=Path, help="a beton instead")
+    parser.add_argument("--of", default="", help="what the images are, for the rows: say, the JPEG copy")
+    parser.add_argument("--minutes", type=float, default=5.0, help="for everything")
+    parser.add_argument("--only", action="append", choices=ARMS, default=[], help="this arm; repeatable")
+    parser.add_argument("--epochs", type=int, default=0, help="of each arm; 0: as many as fit")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=0, help="images a step; 0: 512")
+    parser.add_argument("--lr", type=float, default=0.0, help="0: the preset's")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the backbone")
+    parser.add_argument("--tune-epochs", type=int, default=0, help="of fine-tuning; 0: 10")
+    parser.add_argument("--to-knn", type=float, help="the time to this kNN accuracy in percent, nothing else")
+    parser.add_argument("--every", type=int, default=10, help="epochs between two looks with --to-knn")
+    parser.add_argument("--json", type=Path, help="where the rows go; left out: docs/gpu-study-CARD.json")
+    parser.add_argument("--out", type=Path, help="where converted betons stay; left out: they don't")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "lvssl-gpu-cache")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, tiny")
+    options = parser.parse_args(arguments)
+    betons = options.train is not None and options.test is not None
+    if (options.train is None) != (options.test is None):
+        raise InputError("--train and --test go together")
+    if not (betons or options.data or options.dry_run):
+        raise InputError("name the images: --data FOLDER, or --train and --test")
+    for path in (options.train, options.test):
+        if path is not None and not path.exists():
+            raise InputError(f"{path}: no such beton")
+    if betons and options.data:
+        raise InputError("--data or --train and --test, not both")
+    if options.every < 1 or options.epochs < 0 or options.minutes <= 0:
+        raise InputError("--every and --minutes must be above 0, --epochs not below it")
+    for name in ("train", "test", "out", "json", "cache"):  # the stages run in the source tree
+        value = getattr(options, name)
+        setattr(options, name, value.resolve() if value else None)
+    if options.data and Path(options.data).exists():
+        options.data = str(Path(options.data).resolve())
+    options.of = options.of or (Path(options.data).name if options.data else "")
+    return options
+
+
+def study_path(card: str, dry: bool) -> Path:
+    proof = default_path(card, dry)
+    return proof.with_name(proof.name.replace("gpu-", "gpu-study-", 1))
+
+
+def shared(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What all stages are told."""
+    return {
+        "data": str(options.data or ""),
+        "train": str(options.train or folder / "train.beton"),
+        "test": str(options.test or folder / "test.beton"),
+        "of": options.of,
+        "seed": options.seed,
+        "batch": options.batch or (32 if options.dry_run else 512),
+        "lr": options.lr,
+        "compile": options.compile,
+        "tune_epochs": options.tune_epochs or (1 if options.dry_run else 10),
+    }
+
+
+def epochs_that_fit(options: argparse.Namespace, rows: list[Row], seconds: float) -> int:
+    """Equal epochs for all arms in what is left, beside their measures; 1 at least."""
+    found = [row["seconds_an_epoch"] for row in rows if row["stage"] == "speed" and row.get("ok")]
+    if not found or options.dry_run:
+        return 1
+    if options.to_knn:
+        return max(1, int(((1 - LOOKS) * seconds - START) / found[-1]))
+    each = seconds / len(options.only or ARMS) - START - MEASURING
+    return max(1, int(each / found[-1]))
+
+
+def study_stages(options: argparse.Namespace, epochs: int) -> list[Stage]:
+    """One for each arm; or the one that goes for a kNN accuracy."""
+    if options.to_knn:
+        arm = (options.only or ["plain"])[0]
+        name = f"{arm}, seed {options.seed}, {epochs} epochs, to {options.to_knn:g} %"
+        more = {"target": options.to_knn, "every": options.every}
+        return [stage(options, "to-knn", name, arm=arm, epochs=epochs, **more)]
+    return [
+        stage(options, arm, f"{arm}, seed {options.seed}, {epochs} epochs", arm=arm, epochs=epochs)
+        for arm in options.only or ARMS
+    ]
+
+
+def stage(options: argparse.Namespace, kind: str, name: str, **more: Any) -> Stage:
+    kept = {
+        "TORCHINDUCTOR_CACHE_DIR": str(options.cache / "inductor"),
+        "TRITON_CACHE_DIR": str(options.cache / "triton"),
+    }
+    if options.dry_run:
+        kept |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return Stage(kind, MODULE, 1.0, environment=kept, options={"name": name, **more})
+
+
+COLUMNS = (
+    "arm", "seed", "epochs", "seconds", "images_per_second",
+    "linear", "knn", "code_knn", "tuned_1", "tuned_all",
+)  # fmt: skip
+
+
+def show(rows: list[Row]) -> None:
+    """All rows of this version, the newest last; and the times to a kNN accuracy."""
+    cells = [[*COLUMNS, "card", "images"]]
+    for row in rows:
+        if row["stage"] in ARMS and row.get("version") == __version__:
+            cells.append(
+                [*(figure(row.get(name)) for name in COLUMNS), row["card"], row.get("images_of", "")]
+            )
+    print("\n" + plain(cells))
+    for row in rows:
+        if row["stage"] == "to-knn" and "knn" in row:
+            reached = "reached" if row.get("ok") else f"not reached, {row['knn']:.2f} %"
+            after = f"{row['epochs_done']} of {row['epochs']} epochs, {row['seconds']:.0f} s of training"
+            print(f"{row['target']:g} % kNN by {row['arm']} on {row['card']}: {reached} after {after}")
+
+
+def figure(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(guarded(main, sys.argv[1:]))
