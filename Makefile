@@ -8,12 +8,12 @@ PYTEST ?=
 BENCH ?= $(filter-out study,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
 
 # The tests' models are so small that a thread a core of a large machine would slow them down.
-test test-slow test-slurm: export OMP_NUM_THREADS ?= 2
+test test-slow test-slurm test-oldest: export OMP_NUM_THREADS ?= 2
 
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu test-slurm study bench lint format clean
+.PHONY: help install demo test test-slow test-gpu test-slurm test-oldest study bench lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,18 @@ test-gpu: install  ## the tests that need a CUDA device
 test-slurm: install  ## the chain on a Slurm: the one that answers here, else one started on this machine
 	@tools/slurm_cluster.sh run $(BIN)/python -m pytest -q -m slurm tests/slurm $(PYTEST)
 
+test-oldest: install .venv-oldest/installed  ## `make test` with each package at its lower bound, in .venv-oldest
+	@.venv-oldest/bin/python -m pytest -q -m "not slow and not gpu and not slurm" $(PYTEST)
+
+# The same Python as .venv's, for an old torch has no wheel for the newest one.
+.venv-oldest/installed: pyproject.toml tools/lower_bounds.py
+	@echo ".venv-oldest: pip install at the lower bounds (torch alone is 3 GB: minutes)"
+	@$(BIN)/python -m venv --clear .venv-oldest
+	@$(BIN)/python tools/lower_bounds.py >.venv-oldest/constraints.txt
+	@.venv-oldest/bin/python -m pip install -q "pip>=24"
+	@.venv-oldest/bin/python -m pip install -q -c .venv-oldest/constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
 study: install  ## five arms, three seeds, Fashion-MNIST and CIFAR-10: docs/study-*; CIFAR10="what convert-beton takes"
 	@tools/install.sh fashion-mnist
 	@$(BIN)/python -m benchmarks.study $(if $(CIFAR10),--cifar10 '$(CIFAR10)',--cifar10 torchvision:CIFAR10)
@@ -54,6 +66,6 @@ format: install  ## let ruff put the code in form
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-clean:  ## remove caches and build products; .venv, data/ and runs/ stay
+clean:  ## remove caches and build products; environments, data/ and runs/ stay
 	@rm -rf build dist lvssl.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	@find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
