@@ -1,9 +1,10 @@
 """The lower bounds of pyproject.toml as a constraints file for pip: `make test-oldest` installs by it.
 
-    python tools/lower_bounds.py >constraints.txt
+python tools/lower_bounds.py >constraints.txt
 """
 
 import sys
+from itertools import chain
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -19,13 +20,12 @@ PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 def lower_bounds(project: dict) -> list[str]:
     """One line `name==version` for each package that the table `project` asks for, its extras included.
 
-    A requirement's marker goes along, and a package named twice stands once. Raises ValueError where one has no
-    lower bound (`>=`), or two different ones.
+    A requirement's marker goes along, and a package named twice stands once. Raises ValueError where one has
+    no lower bound (`>=`), or two different ones.
     """
-    asked = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
-    requirements = [Requirement(text) for text in asked]
-    lines = {}
-    for requirement in requirements:
+    asked = chain(project["dependencies"], *project["optional-dependencies"].values())
+    lines: dict[tuple[str, str], str] = {}
+    for requirement in map(Requirement, asked):
         if requirement.name == project["name"]:
             continue  # an extra that includes another
         bounds = [specifier.version for specifier in requirement.specifier if specifier.operator == ">="]
