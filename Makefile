@@ -10,15 +10,18 @@ OUT ?= bundle
 TARGET ?= 3.12
 DATA ?=
 WITH ?=
+# of `make test-cpus`:
+CPUS ?=
 BENCH ?= $(filter-out study gpu gpu_study,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
 
 # The tests' models are so small that a thread a core of a large machine would slow them down.
-test test-slow test-slurm test-ffcv: export OMP_NUM_THREADS ?= 2
+test test-slow test-slurm test-ffcv test-oldest: export OMP_NUM_THREADS ?= 2
 
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu test-slurm test-ffcv study bench bundle lint format clean
+.PHONY: help install demo test test-slow test-gpu test-slurm test-ffcv test-oldest test-cpus study bench bundle lint format
+.PHONY: clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -46,6 +49,21 @@ test-ffcv: EXTRAS := ffcv,dev
 test-ffcv: install  ## the tests that hold FFCV's format against FFCV; root, to install what it compiles against
 	@$(BIN)/python -m pytest -q -m ffcv $(PYTEST)
 
+test-cpus: install  ## what depends on a processor, as eleven machines would run it; CPUS="--whole generic" for more, or fewer
+	@tools/test_cpus.sh $(CPUS)
+
+test-oldest: install .venv-oldest/installed  ## `make test` with each package at its lower bound, in .venv-oldest
+	@.venv-oldest/bin/python -m pytest -q -m "not slow and not gpu and not slurm" $(PYTEST)
+
+# The same Python as .venv's, for an old torch has no wheel for the newest one.
+.venv-oldest/installed: pyproject.toml tools/lower_bounds.py
+	@echo ".venv-oldest: pip install at the lower bounds (torch alone is 3 GB: minutes)"
+	@$(BIN)/python -m venv --clear .venv-oldest
+	@$(BIN)/python tools/lower_bounds.py >.venv-oldest/constraints.txt
+	@.venv-oldest/bin/python -m pip install -q "pip>=24"
+	@.venv-oldest/bin/python -m pip install -q -c .venv-oldest/constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
 study: install  ## five arms, three seeds, Fashion-MNIST and CIFAR-10: docs/study-*; CIFAR10="what convert-beton takes"
 	@tools/install.sh fashion-mnist
 	@$(BIN)/python -m benchmarks.study $(if $(CIFAR10),--cifar10 '$(CIFAR10)',--cifar10 torchvision:CIFAR10)
@@ -66,6 +84,6 @@ format: install  ## let ruff put the code in form
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-clean:  ## remove caches and build products; .venv, data/ and runs/ stay
+clean:  ## remove caches and build products; environments, data/ and runs/ stay
 	@rm -rf build dist lvssl.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	@find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -193,18 +194,28 @@ class CodeOf(nn.Module):
 
 
 def write_onnx(network: LVNet, view: ViewSettings, path: Path) -> None:
-    """image -> packed code, for any batch size."""
+    """image -> packed code, for any batch size.
+
+    Raises InputError: this torch's exporter and this onnxscript don't go together.
+    """
     example = torch.zeros(2, view.resolution, view.resolution, 3, dtype=torch.uint8)
-    program = torch.onnx.export(
-        CodeOf(network, view).eval(),
-        (example,),
-        input_names=["crops"],
-        output_names=["codes"],
-        dynamic_shapes={"crops": {0: torch.export.Dim("batch")}},
-        opset_version=OPSET,
-        dynamo=True,
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            CodeOf(network, view).eval(),
+            (example,),
+            input_names=["crops"],
+            output_names=["codes"],
+            dynamic_shapes={"crops": {0: torch.export.Dim("batch")}},
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    except Exception as error:  # of torch, onnxscript or onnx_ir, each its own kind
+        versions = f"torch {torch.__version__} with onnxscript {metadata.version('onnxscript')}"
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(
+            f"encoder.onnx: {versions} can't write it ({why}); take newer ones of both, or --no-onnx"
+        ) from error
     assert program is not None
     program.save(path)
 

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipelines.augment.reference import ORDERS
+from pipelines.augment import reference
 from pipelines.errors import InputError
 from pipelines.parameters import BRIGHTNESS, CONTRAST, FLIP, GREY, HUE, ORDER, SATURATION, SIGMA, SOLARISE, P
 from pipelines.views import ViewSettings
@@ -90,7 +90,7 @@ def _launch(crops: Tensor, table: Tensor, view: ViewSettings, out: Tensor) -> No
 @cache
 def orders_on(device: torch.device) -> Tensor:
     """`ORDERS` on the device, int32 [24, 4]; copied once: a copy from pageable memory waits for the GPU."""
-    return torch.from_numpy(ORDERS).to(device, torch.int32)
+    return torch.from_numpy(reference.ORDERS).to(device, torch.int32)
 
 
 def sum_options(side: int) -> dict[str, int]:

@@ -14,6 +14,7 @@ import pytest
 from made_images import SHARED, class_folders, encoded, image_of, photos, pixels
 
 from pipelines.convert.beton import open_beton
+from pipelines.convert.conversion import Bar
 from tools.convert_beton import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,6 +186,10 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, number, status):
     last = errors.decode().splitlines()[-1]
     said = "interrupted" if number == signal.SIGINT else "terminated"
     assert last == f"{said}: nothing was written"
+
+
+def test_a_bar_that_a_signal_kept_from_being_made_closes_in_silence():
+    Bar.__new__(Bar).close()
 
 
 def test_no_space_left(tmp_path):

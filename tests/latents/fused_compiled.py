@@ -9,8 +9,7 @@ import sys
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton_kernels import resources
+from triton_kernels import resources, source
 
 from lvssl.latents import family, fused_triton
 
@@ -31,12 +30,12 @@ def compiled(kernel, options: dict, capability: int) -> dict:
     signature = (
         dict.fromkeys(kernel.arg_names, "*fp32") | POINTERS | integers | dict.fromkeys(options, "constexpr")
     )
-    signature = {name: signature[name] for name in kernel.arg_names}
-    constants = {(kernel.arg_names.index(name),): value for name, value in options.items()}
-    aligned = [n for n in kernel.arg_names if signature[n].startswith("*")]
-    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    aligned = [name for name in kernel.arg_names if signature[name].startswith("*")]
+    binary = triton.compile(
+        source(kernel, signature, options, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps},
+    )
     return {"kernel": kernel.__name__, "sm": capability, **options, "shared": binary.metadata.shared,
             **resources(binary.asm["cubin"])}  # fmt: skip
 

@@ -7,10 +7,10 @@ import json
 import sys
 
 import torch
-import triton
+from triton.runtime.interpreter import InterpretedFunction
 
 from lvssl.config import LatentSettings, ModelSettings, PretrainSettings
-from lvssl.latents import family, fused
+from lvssl.latents import family, fused, fused_triton
 from lvssl.models.network import LVNet
 from lvssl.training.objective import objective
 
@@ -66,7 +66,7 @@ def whole_step(name: str) -> None:
 
 
 def main() -> None:
-    assert triton.knobs.runtime.interpret
+    assert isinstance(fused_triton.bernoulli_kernel, InterpretedFunction)
     checked = 0
     for name in ("bernoulli", "gaussian", "categorical"):
         for rows, dim in SIZES:

@@ -11,8 +11,7 @@ import sys
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton_kernels import resources
+from triton_kernels import resources, source
 
 from lvssl.losses import gpu
 
@@ -34,12 +33,11 @@ def compiled(kernel, capability: int, d: int, dtype: torch.dtype, matmul_precisi
     tuning = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     signature = dict.fromkeys(kernel.arg_names, "i32") | {"x": f"*{NAMES[dtype]}", "y": f"*{NAMES[dtype]}"}
     signature |= dict.fromkeys(FLOATS[kernel], "*fp32") | dict.fromkeys(options, "constexpr")
-    constants = {(kernel.arg_names.index(name),): value for name, value in options.items()}
     # As on a GPU: pointers and d are multiples of 16.
     aligned = [n for n in kernel.arg_names if signature[n].startswith("*") or n == "d"]
-    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=tuning)
+    binary = triton.compile(
+        source(kernel, signature, options, aligned), target=GPUTarget("cuda", capability, 32), options=tuning
+    )
     return {
         "kernel": kernel.__name__, "sm": capability, "d": d, "dtype": NAMES[dtype],
         "precision": options["PRECISION"],

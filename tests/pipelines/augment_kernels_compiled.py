@@ -13,8 +13,7 @@ import sys
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton_kernels import resources
+from triton_kernels import resources, source
 
 from pipelines.augment import gpu
 from pipelines.views import ViewSettings
@@ -36,11 +35,12 @@ def compiled(kernel, capability: int, side: int, dtype: torch.dtype) -> dict:
     }
     signature = {name: pointers.get(name, "fp32") for name in kernel.arg_names} | {"stride": "i32"}
     signature |= dict.fromkeys(options, "constexpr")
-    constants = {(kernel.arg_names.index(name),): value for name, value in options.items()}
     aligned = [name for name in kernel.arg_names if signature[name].startswith("*")]
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    binary = triton.compile(
+        source(kernel, signature, options, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps},
+    )
     return {
         "kernel": kernel.__name__, "sm": capability, "side": side, "dtype": NAMES[dtype], "warps": warps,
         "shared": binary.metadata.shared, **resources(binary.asm["cubin"]),

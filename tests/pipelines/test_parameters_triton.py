@@ -48,12 +48,12 @@ def test_on_a_gpu_it_is_numbas_stream():
 def test_it_compiles_for_gpus_that_arent_here(capability):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton_kernels import source
 
     from pipelines.parameters_triton import _draw_from
 
     types = {"keys": "*i64", "indices": "*i64", "out": "*fp32", "count": "i32"}
     types |= {"VIEWS": "constexpr", "BLOCK": "constexpr"}
-    source = ASTSource(_draw_from, signature=types, constexprs={(4,): 2, (5,): 256})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    given = source(_draw_from, types, {"VIEWS": 2, "BLOCK": 256})
+    compiled = triton.compile(given, target=GPUTarget("cuda", capability, 32))
     assert len(compiled.asm["cubin"]) > 1000

@@ -111,6 +111,15 @@ def test_small_images_backbones_load_through_torch_hub(tmp_path, monkeypatch, pr
     assert "timm.create_model" not in (tmp_path / "out" / "README.md").read_text()
 
 
+def skip_where_the_exporter_is_at_fault(path: Path) -> None:
+    """Skip if torch can't even write a convolution and its batch norm; torch 2.6 with onnx_ir 1.1 can't."""
+    plain = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
+    try:
+        torch.onnx.export(plain, (torch.zeros(1, 3, 8, 8),), str(path), dynamo=True, verbose=False)
+    except Exception as error:
+        pytest.skip(f"torch {torch.__version__} can't write a batch norm as ONNX: {type(error).__name__}")
+
+
 @needs_onnx
 @pytest.mark.parametrize(
     "preset, backbone, family, dim",
@@ -127,11 +136,15 @@ def test_small_images_backbones_load_through_torch_hub(tmp_path, monkeypatch, pr
         ),
     ],
 )  # fmt: skip
-def test_onnx_gives_the_bits_that_encode_gives(tmp_path, preset, backbone, family, dim):
+def test_onnx_gives_the_bits_that_encode_gives(tmp_path, capsys, preset, backbone, family, dim):
     import onnxruntime
 
     run = made_run(tmp_path / "run", preset, backbone, family, dim)
-    assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
+    status = main(["export", str(run), "--out", str(tmp_path / "out")])
+    if status:
+        assert status == 2 and "can't write it" in capsys.readouterr().err
+        skip_where_the_exporter_is_at_fault(tmp_path / "plain.onnx")
+    assert status == 0
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "encoder.onnx"))
     for count in (1, 40):
         images = crops(PRESETS[preset].view.resolution, count)

@@ -1,0 +1,24 @@
+"""A loop up to a number that the kernel is given, in Triton's interpreter: what some versions can't do.
+
+    TRITON_INTERPRET=1 python tests/interpreted_loop.py
+
+Triton 3.6 with NumPy 2.4 ends here with a TypeError of its own. Run by triton_kernels.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def counting(out, n):
+    count = 0
+    for _ in range(0, n):
+        count += 1
+    tl.store(out, count)
+
+
+if __name__ == "__main__":
+    found = torch.zeros(1, dtype=torch.int32)
+    counting[(1,)](found, 3)
+    assert found.item() == 3
