@@ -73,9 +73,7 @@ def row(setup: Setup, work: Any) -> Row:
         drop_last=True, pin_memory=setup.device == "cuda", worker_init_fn=one_thread,
     )  # fmt: skip
     backbone, width = build_backbone(work.backbone, work.side)
-    network = torch.nn.Sequential(
-        backbone, projector(width, settings.model.hidden, settings.model.projection)
-    )
+    network = torch.nn.Sequential(backbone, projector(width, settings.model))
     network = network.to(device).to(memory_format=torch.channels_last).train()
     torch.backends.cudnn.benchmark = True
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-3)

@@ -35,7 +35,7 @@ def augment(crops: np.ndarray, table: np.ndarray, view: ViewSettings, threads: i
 def build(view: ViewSettings, batch_size: int, threads: int = 2):
     """A DALI pipeline whose sources `crops` and `table` are fed by `run`."""
 
-    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None)  # type: ignore[call-overload]
+    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None)  # type: ignore[call-overload,unused-ignore]
     def views():
         crops = fn.external_source(name="crops", layout="HWC", dtype=DALIDataType.UINT8, ndim=3)
         table = fn.external_source(name="table", dtype=DALIDataType.FLOAT, ndim=1)

@@ -79,9 +79,19 @@ def dry_run(target: str, **env: str) -> str:
 @pytest.mark.parametrize(
     "target",
     [
-        "demo", "test", "test-slow", "test-gpu", "test-ffcv", "test-cpus", "test-oldest", "study", "bench",
-        "bundle", "lint", "format",
-    ],  # fmt: skip
+        "demo",
+        "test",
+        "test-slow",
+        "test-gpu",
+        "test-ffcv",
+        "test-cpus",
+        "test-oldest",
+        "study",
+        "bench",
+        "bundle",
+        "lint",
+        "format",
+    ],
 )
 def test_each_target_does_its_own_set_up_first(target):
     assert "tools/install.sh" in dry_run(target).splitlines()[0]
