@@ -70,7 +70,7 @@ def test_the_loss_grows_with_the_batch_not_with_its_square():
 
 def test_a_preset_brings_its_own_optimiser(lvssl):
     """LARS has one moment for each weight, AdamW two: 100 MB of a ResNet-50."""
-    chosen = of_preset("imagenet-r50-100ep")
+    chosen = of_preset("simclr-imagenet-r50-100ep")
     assert (chosen.optimiser, chosen.batch, chosen.gpus, chosen.samples) == ("lars", 4096, 8, 4)
     small = dataclasses.replace(chosen, resolution=32, batch=64)
     of = footprint(small)
