@@ -101,7 +101,7 @@ def merge(
     known = {key: first[key] for key in ("source_count", "settings", "versions")}
     head = {key: first[key] for key in ("source", "split")}
     settings = Settings(**first["settings"])
-    assert asdict(settings) == first["settings"]
+    assert asdict(settings) | first["settings"] == asdict(settings)  # older parts lack the newer settings
     order = np.arange(len(source.labels))
     work = Work(source, order, settings, outputs, workers or cores(), progress, head, known, refused)
     manifest = run(work, overwrite=overwrite, restart=restart)

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.convert import jpeg
+from pipelines.convert import depth, jpeg
 from pipelines.convert.names import Names
 from pipelines.errors import InputError
 
@@ -149,30 +149,33 @@ def decode_rgb(image: bytes | str | Path, name: str | None = None) -> np.ndarray
     """
     name = name or (f"image of {len(image)} bytes" if isinstance(image, bytes) else str(image))
     try:
-        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        data = image if isinstance(image, bytes) else read_regular(os.fspath(image))
         if jpeg.is_jpeg(data):
             header = jpeg.read_header(data)
             return upright(jpeg.decode(data, header), header.orientation)
         return upright(*decode_other(data))
     except OSError as error:
         raise InputError(f"{name}: cannot be read ({error.strerror})") from error
-    except jpeg.DamagedImage as error:
-        raise InputError(f"{name}: no image, or damaged ({error})") from error
+    except Exception as error:  # whatever a decoder raises is about this image alone
+        raise InputError(f"{name}: no image, or damaged ({jpeg.reason(error)})") from error
 
 
-def decode_other(data: bytes) -> tuple[np.ndarray, int]:
+def decode_other(data: bytes, white_level: int | None = None) -> tuple[np.ndarray, int]:
     """PNG, WebP, GIF (its first frame) and what else Pillow reads: uint8 [H, W, 3] and EXIF's orientation.
 
-    Transparency is dropped and 16 bits become 8. Raises jpeg.DamagedImage.
+    Transparency is dropped and 16 bits become 8; `white_level`: see `depth`. Raises jpeg.DamagedImage.
     """
-    image = jpeg.open_with_pillow(data)
-    orientation = jpeg.orientation(image.getexif())
-    if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255
-        grey = (np.clip(np.asarray(image, np.int64), 0, 65_535) + 128) // 257
-        return as_rgb(grey.astype(np.uint8)), orientation
-    if image.mode == "F":
-        raise jpeg.DamagedImage("floating-point pixels have no known range")
-    return np.asarray(image.convert("RGB")), orientation
+    try:
+        image = jpeg.open_with_pillow(data)
+        if depth.is_deep(image, data):
+            pixels = as_rgb(depth.to_8_bits(image, data, white_level))
+        else:
+            pixels = np.asarray(image.convert("RGB"))
+        return pixels, jpeg.orientation_of(image)
+    except jpeg.DamagedImage:
+        raise
+    except Exception as error:  # whatever a decoder raises is about this image alone
+        raise jpeg.DamagedImage(jpeg.reason(error)) from error
 
 
 def as_rgb(pixels: np.ndarray) -> np.ndarray:

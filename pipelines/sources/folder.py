@@ -53,7 +53,7 @@ class FolderSource:
             data = self.stored(int(row), index)
             try:
                 height, width = _size(data)
-            except jpeg.DamagedImage as error:
+            except Exception as error:  # whatever a decoder raises is about this image alone
                 raise self._damaged(int(row), index, error) from error
             self._widths[index] = width
             self._heights[index] = height  # last: another thread may look
@@ -68,7 +68,7 @@ class FolderSource:
             data = self.stored(row, index)
             try:
                 fits = _crop(data, boxes[row], flips[row], out[row])
-            except jpeg.DamagedImage as error:
+            except Exception as error:
                 raise self._damaged(row, index, error) from error
             if not fits:
                 raise ValueError(f"boxes {boxes[row].tolist()} do not lie within {self.names[index]}")
@@ -77,13 +77,13 @@ class FolderSource:
         """See `pipelines.sources.Source`."""
         try:
             return self._read(index)
-        except jpeg.DamagedImage as error:
+        except InputError:  # about the set, not the image
+            raise
+        except Exception as error:
             raise self._damaged(row, index, error) from error
-        except OSError as error:
-            raise self._damaged(row, index, error.strerror or error) from error
 
-    def _damaged(self, row: int, index: int, reason: object) -> DamagedSample:
-        name = self.names[index]
+    def _damaged(self, row: int, index: int, error: Exception) -> DamagedSample:
+        name, reason = self.names[index], getattr(error, "strerror", None) or jpeg.reason(error)
         return DamagedSample(row, index, f"{self.path}: sample {index}, {name}, can't be decoded ({reason})")
 
 
@@ -97,7 +97,11 @@ def _loose_images(folder: Path) -> readers.Source | None:
         return None
     names = [path.name for path in paths]
     labels = np.zeros(len(paths), np.int64)
-    return readers.Source(names, labels, [folder.name], lambda index: paths[index].read_bytes(), None)
+
+    def read(index: int) -> bytes:
+        return readers.read_regular(str(paths[index]))
+
+    return readers.Source(names, labels, [folder.name], read, None)
 
 
 def _header(data: bytes) -> jpeg.JpegHeader:
