@@ -237,7 +237,9 @@ def image_set(run: Run, path: Path, skip: bool) -> tuple[list[str], Callable[[in
     Every image below a folder, in the order of their paths; else what `pipelines.sources` reads.
     """
     if path.is_dir() or not path.exists():
-        files = list_images(path)
+        files, notes = list_images(path)
+        for note in notes:
+            tqdm.write(f"note: {note}", file=sys.stderr)
         names = [str(file.relative_to(path)) for file in files]
         return names, partial(batch_of_files, run, files, names, skip)
     source = open_source(path)

@@ -44,7 +44,7 @@ def in_order_of(source: Source, path: Path) -> Source:
     return renumbered(source, names, path)
 
 
-def renumbered(source: Source, classes: Sequence[str], where: Path) -> Source:
+def renumbered(source: Source, classes: Sequence[str], where: str | Path) -> Source:
     """Labels renumbered by the names of their classes. Raises InputError if one isn't among `classes`."""
     number = {name: i for i, name in enumerate(classes)}
     strange = [name for name in source.classes if name not in number]

@@ -25,7 +25,7 @@ class FolderSource:
 
     Attributes:
         labels: int64 [N], all 0 for loose images. targets: float64 [N] each, by name. names: of the files.
-        pages: int64 [N].
+        pages: int64 [N]. classes: their names, by label. notes: what the user should know: what is left out.
     """
 
     chunk = IN_CACHE
@@ -37,7 +37,7 @@ class FolderSource:
             open_shards(self.path, split) or _loose_images(self.path) or readers.open_source(str(path), split)
         )
         self.names, self.labels, self.classes = opened.names, opened.labels, opened.classes
-        self.targets = opened.targets
+        self.targets, self.notes = opened.targets, opened.notes
         self.pages = np.arange(len(self.labels)) // PAGE
         self._read = opened.read
         self._heights = np.zeros(len(self.labels), np.int64)  # 0: not looked at yet
@@ -89,10 +89,10 @@ class FolderSource:
 
 def _loose_images(folder: Path) -> readers.Source | None:
     """A folder of images without class folders, all of label 0; None if it is something else."""
-    if not folder.is_dir() or any(path.is_dir() for path in folder.iterdir() if path.name[0] != "."):
+    if not folder.is_dir() or readers.FolderTree(folder).folders(""):
         return None
     try:
-        paths = readers.list_images(folder)
+        paths, notes = readers.list_images(folder)
     except InputError:
         return None
     names = [path.name for path in paths]
@@ -101,7 +101,7 @@ def _loose_images(folder: Path) -> readers.Source | None:
     def read(index: int) -> bytes:
         return readers.read_regular(str(paths[index]))
 
-    return readers.Source(names, labels, [folder.name], read, None)
+    return readers.Source(names, labels, [folder.name], read, None, notes=notes)
 
 
 def _header(data: bytes) -> jpeg.JpegHeader:

@@ -109,7 +109,11 @@ def test_list_images_and_decode(tmp_path):
         "a/note.txt": b"",
     }
     class_folders(tmp_path, files)
-    paths = list_images(tmp_path)
+    paths, notes = list_images(tmp_path)
+    assert notes == [
+        "left out, no images (1): a/note.txt",
+        "left out, what a system has made (1): a/.x.png",
+    ]
     assert [path.relative_to(tmp_path).as_posix() for path in paths] == ["a/z.png", "b.JPG"]
     assert np.array_equal(decode_rgb(paths[0]), image)
     assert np.abs(decode_rgb(paths[1]).astype(int) - decoded(files["b.JPG"])).mean() < 1
