@@ -19,7 +19,14 @@ from lvssl.codes.controls import CONTROLS, Coder, LinearHash
 from lvssl.codes.pack import pack_bits, unpack_bits
 from lvssl.codes.statistics import compression_ratios
 from lvssl.evaluation.embedding import Embedding
-from lvssl.evaluation.evaluate import EvaluateSettings, channels, embed_both, jpeg_bytes, with_defaults
+from lvssl.evaluation.evaluate import (
+    EvaluateSettings,
+    channels,
+    embed_both,
+    jpeg_bytes,
+    labelled_pair,
+    with_defaults,
+)
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
@@ -27,7 +34,7 @@ from lvssl.models.backbone import feature_dim
 from lvssl.training.run import Run, load_run, versions
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
-from pipelines.sources import Source, open_source
+from pipelines.sources import Source
 
 COLUMNS = (
     "model", "family", "method", "bits", "compared_by", "linear", "knn", "map_over_hits", "map_over_relevant",
@@ -89,7 +96,7 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
     if control.network.family.stochastic:
         raise InputError("equal-bit controls need a run of family none or sign: name it with --control")
     assert paths.test is not None
-    train, test = open_source(paths.train or run.settings.data), open_source(paths.test)
+    train, test = labelled_pair(run, control, paths.train, paths.test)
     rows, left_out = [], []
     runs = {run.folder: run} | {path: load_run(path) for path in settings.others} | {control.folder: control}
     bar = tqdm(desc="compression", unit="code", disable=None)

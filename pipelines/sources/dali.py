@@ -33,6 +33,7 @@ class DALISource:
 
     Attributes:
         base: the source of the bytes. labels, pages: int64 [N]. targets: float64 [N] each, by name.
+        classes: names of the labels, or None.
     """
 
     chunk = BATCH
@@ -57,7 +58,7 @@ class DALISource:
         if device not in ("cpu", "gpu"):
             raise InputError(f"device must be cpu or gpu, got {device!r}")
         self.base = open_source(path)
-        self.labels, self.pages = self.base.labels, self.base.pages
+        self.labels, self.classes, self.pages = self.base.labels, self.base.classes, self.base.pages
         self.targets = getattr(self.base, "targets", {})
         self.device, self.threads = device, threads
         self._sound = np.full(len(self.labels), not check)

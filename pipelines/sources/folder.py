@@ -36,7 +36,8 @@ class FolderSource:
         opened = (
             open_shards(self.path, split) or _loose_images(self.path) or readers.open_source(str(path), split)
         )
-        self.names, self.labels, self.classes = opened.names, opened.labels, opened.classes
+        self.names, self.labels = opened.names, opened.labels
+        self.classes: list[str] | None = list(opened.classes)
         self.targets, self.notes = opened.targets, opened.notes
         self.pages = np.arange(len(self.labels)) // PAGE
         self._read = opened.read
