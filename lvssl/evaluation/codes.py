@@ -24,6 +24,7 @@ from lvssl.codes.search import hamming_search, rerank, staged_search
 from lvssl.codes.writer import CodeWriter
 from lvssl.config import to_dict
 from lvssl.evaluation.embedding import device_of
+from lvssl.training.labels import say_notes
 from lvssl.training.run import Run, load_run
 from pipelines.augment.cpu import statistics
 from pipelines.convert.manifest import manifest_path, read_manifest
@@ -243,6 +244,7 @@ def image_set(run: Run, path: Path, skip: bool) -> tuple[list[str], Callable[[in
         names = [str(file.relative_to(path)) for file in files]
         return names, partial(batch_of_files, run, files, names, skip)
     source = open_source(path)
+    say_notes(source)
     names = names_of(source, path)
     return names, partial(batch_of_source, run, source, names, skip)
 

@@ -22,7 +22,7 @@ from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.uncertainty import r_auroc, risk_coverage_area
 from lvssl.models.backbone import feature_dim
 from lvssl.models.network import LVNet
-from lvssl.training.labels import open_pair
+from lvssl.training.labels import open_pair, say_notes
 from lvssl.training.run import Run, load_run, require_classes_of, require_same_classes
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
@@ -103,6 +103,8 @@ def labelled_pair(run: Run, control: Run | None, train: Path | None, test: Path)
     found = open_pair(train or run.settings.data, test)
     if train is None:
         require_classes_of(run, found[0], run.settings.data)
+    for each in found:
+        say_notes(each)
     return found
 
 

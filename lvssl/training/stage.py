@@ -18,7 +18,7 @@ import torch
 from lvssl.stages import StageSettings, command, identity
 from lvssl.training.distributed import World, from_first, world_of
 from lvssl.training.identity import describe_set, other_set
-from lvssl.training.labels import Labelled, beside, check_pair, open_labelled
+from lvssl.training.labels import Labelled, beside, check_pair, open_labelled, say_notes
 from lvssl.training.run import Run, load_run, pick_device, require_classes_of, versions
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
@@ -48,6 +48,8 @@ class Stage(Generic[Settings]):
             require_classes_of(self.run, train.source, settings.train)
         test = open_labelled(settings.test, *given, train=train)
         check_pair(train, test)
+        for each in (train, test) if self.world.first else ():
+            say_notes(each.source)
         return train, test
 
     @property

@@ -54,14 +54,14 @@ class Journal:
     def __init__(self, path: Path, fingerprint: str):
         self.path = path
         self.file = _open_alone(path)
+        new = os.fstat(self.file.fileno()).st_size == 0
         try:
             self._read(fingerprint)
-        except OSError:  # a full disk: not even its first line is out
-            path.unlink(missing_ok=True)
-            self.file.close()
-            raise
         except BaseException:
-            self.file.close()
+            if new:  # a full disk: not even its first line is out
+                path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.file.close()
             raise
         self.count = self.committed
         self._last = np.zeros(0, RECORD)  # of the last commit, which may still be on its way

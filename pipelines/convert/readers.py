@@ -1,9 +1,9 @@
 """Where images come from: each kind of source is brought to one form, `Source`.
 
-a folder of class folders     photos/cat/1.jpg, photos/dog/2.png ... (or photos/train/cat/1.jpg)
+a folder of class folders     photos/cat/1.jpg, photos/dog/2.png ... (or photos/Train/cat/1.jpg), see `layout`
 ILSVRC2012's own tars         ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, or the folder that holds them
 WebDataset shards             a .tar, a folder of them, or train-{000000..000146}.tar
-a tar of class folders        cat/1.jpg, dog/2.png ... in one tar
+a tar of class folders        cat/1.jpg, dog/2.png ... in tars: read as if they had been unpacked
 another beton                 to make tars of it, or smaller images
 a table                       a .csv or .jsonl of paths with labels or regression targets
 Hugging Face image parquet    a file, or a folder of *.parquet
