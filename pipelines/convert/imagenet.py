@@ -82,7 +82,9 @@ def _lines(path: Path) -> list[str]:
 
 
 def is_validation_name(name: str) -> bool:
-    return re.search(r"(^|/)ILSVRC2012_val_\d+\.JPEG$", name) is not None
+    """Whether a path is that of a validation image in no class folder."""
+    found = re.search(r"(?:(n\d{8})/|/|^)ILSVRC2012_val_\d+\.JPEG$", name)
+    return found is not None and found.group(1) is None
 
 
 def validation_number(name: str) -> int:

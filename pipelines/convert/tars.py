@@ -75,7 +75,7 @@ def open_tars(source: str, paths: list[Path], split: str | None, devkit: Path | 
         raise InputError(f"{paths[0]}: no file in this tar")
     if first.name.endswith(".tar"):
         opened = _tar_of_tars(source, tars, named or split or "train")
-    elif imagenet.is_validation_name(first.name) and "/" not in first.name:
+    elif imagenet.is_validation_name(first.name):
         opened = _validation(source, tars[0], devkit)
     elif _in_class_folders(tars[0]):
         opened = _class_folders(source, tars, split, named)
