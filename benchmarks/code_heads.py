@@ -53,11 +53,11 @@ from lvssl.latents.bernoulli import Bernoulli
 from lvssl.losses.ntxent import ntxent
 from lvssl.losses.objective import decorrelation
 from lvssl.models.network import projector
+from lvssl.training.labels import open_pair
 from lvssl.training.run import Run, load_run, versions
 from pipelines.errors import InputError
 from pipelines.files import write_json
 from pipelines.loader import TwoViewLoader
-from pipelines.sources import open_source
 
 CONTROLS = {"sign": fit_sign, "PCA-sign": fit_pca, "ITQ": fit_itq, "LSH": fit_lsh}
 SHARPNESS, SAMPLES, TAU = 4.0, 4, 0.2
@@ -237,7 +237,7 @@ def embedded(run: Run, options: argparse.Namespace) -> Features:
     """The features, from --out where they are there already."""
     kept = options.out / "features.npz"
     if not kept.exists():
-        train, test = open_source(options.train), open_source(options.test)
+        train, test = open_pair(options.train, options.test)
         network, view = run.network.eval(), run.settings.view
         clean, unseen = (embed(network, source, view, options.workers) for source in (train, test))
         views: list[np.ndarray] = []

@@ -41,13 +41,13 @@ from lvssl.evaluation.embedding import Embedding, embed
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.models.backbone import feature_dim
+from lvssl.training.labels import open_pair
 from lvssl.training.pretrain import pretrain
 from lvssl.training.run import load_run, versions
 from pipelines.convert.conversion import Settings as ConvertSettings
 from pipelines.convert.conversion import convert
 from pipelines.errors import InputError
 from pipelines.files import write_json
-from pipelines.sources import open_source
 
 DATA = {
     "fashion-mnist": "fashion-mnist",
@@ -133,7 +133,7 @@ def figures(options: argparse.Namespace, job: Job) -> dict[str, Any]:
     pretrain(settings_of(options, job, train, folder), resume=True)
     run = load_run(folder)
     sets = [
-        embed(run.network, open_source(path), run.settings.view, options.workers) for path in (train, test)
+        embed(run.network, source, run.settings.view, options.workers) for source in open_pair(train, test)
     ]
     row["checkpoint"], row["train"], row["test"] = run.digest, len(sets[0].labels), len(sets[1].labels)
     row["width"] = sets[0].features.shape[1]

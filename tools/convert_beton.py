@@ -84,6 +84,12 @@ def parser() -> argparse.ArgumentParser:
         default="refuse",
         help="a damaged file is left out and named in the manifest (refuse, the default), or ends all (fail)",
     )
+    add(
+        "--white-level",
+        type=int,
+        metavar="N",
+        help="which value is white in images of over 8 bits that don't say it (4095: 12 bits)",
+    )
     add("--root", default="data", metavar="DIR", help="where torchvision keeps its files (default: data)")
     add("--workers", type=int, metavar="N", help="threads (default: one a core); the bytes are the same")
     add("--shard", type=_shard, metavar="K/N", help="convert the K-th of N parts, to be merged")
@@ -166,6 +172,7 @@ def _convert(args: argparse.Namespace) -> int:
         subset=args.subset,
         shuffle_seed=args.shuffle_seed,
         on_error=args.on_error,
+        white_level=args.white_level,
     )
     manifest = convert(
         args.source,

@@ -18,7 +18,7 @@ from tyro.conf import Positional
 
 from lvssl.evaluation.calibration import calibration
 from lvssl.evaluation.corruptions import CORRUPTIONS, ELSEWHERE, SEVERITIES, corrupt
-from lvssl.evaluation.evaluate import EvaluateSettings, class_names, with_defaults
+from lvssl.evaluation.evaluate import EvaluateSettings, class_names, labelled_pair, with_defaults
 from lvssl.evaluation.meaning import class_auroc, dci, flip_bits, mig, mutual_information, sparse_probe
 from lvssl.evaluation.reading import Certainty, Reading, read, read_pixels, severity_correlation
 from lvssl.evaluation.regression import ridge_each
@@ -81,7 +81,8 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
     )
     others = [settings.control] if settings.control else []
     models = [run, *(load_run(path) for path in (*others, *settings.others))]
-    train, test = open_source(run.settings.data), open_source(paths.test)
+    control = models[1] if settings.control else None
+    train, test = labelled_pair(run, control, None, paths.test)
     if min(train.labels.min(initial=0), test.labels.min(initial=0)) < 0:
         raise InputError(f"{run.settings.data}, {paths.test}: labels are needed to analyse a run")
     if len(test) < FEWEST or 0 < settings.images < FEWEST:
@@ -100,7 +101,7 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
         described = {"path": str(model.folder), "family": model.settings.latent.family}
         result["models"][role] = described | measured
         if model is run:
-            result["bits"], pictures = bits(run, own, test_reading, class_names(paths.test, train))
+            result["bits"], pictures = bits(run, own, test_reading, class_names(train))
             write_atomically(run.folder / "bits.npz", pictures)
         work.update()
     result["command"] = command(settings)

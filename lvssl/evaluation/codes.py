@@ -24,6 +24,7 @@ from lvssl.codes.search import hamming_search, rerank, staged_search
 from lvssl.codes.writer import CodeWriter
 from lvssl.config import beyond_defaults
 from lvssl.evaluation.embedding import device_of
+from lvssl.training.labels import say_notes
 from lvssl.training.run import Run, load_run
 from pipelines.augment.cpu import statistics
 from pipelines.convert.manifest import manifest_path, read_manifest
@@ -262,10 +263,13 @@ def image_set(run: Run, path: Path, skip: bool) -> tuple[list[str], Callable[[in
     Every image below a folder, in the order of their paths; else what `pipelines.sources` reads.
     """
     if path.is_dir() or not path.exists():
-        files = list_images(path)
+        files, notes = list_images(path)
+        for note in notes:
+            tqdm.write(f"note: {note}", file=sys.stderr)
         names = [str(file.relative_to(path)) for file in files]
         return names, partial(batch_of_files, run, files, names, skip)
     source = open_source(path)
+    say_notes(source)
     names = names_of(source, path)
     return names, partial(batch_of_source, run, source, names, skip)
 

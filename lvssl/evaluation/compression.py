@@ -18,7 +18,14 @@ from lvssl.codes.controls import CONTROLS, Coder, LinearHash
 from lvssl.codes.pack import pack_bits, unpack_bits
 from lvssl.codes.statistics import compression_ratios
 from lvssl.evaluation.embedding import Embedding
-from lvssl.evaluation.evaluate import EvaluateSettings, channels, embed_both, jpeg_bytes, with_defaults
+from lvssl.evaluation.evaluate import (
+    EvaluateSettings,
+    channels,
+    embed_both,
+    jpeg_bytes,
+    labelled_pair,
+    with_defaults,
+)
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
@@ -27,7 +34,7 @@ from lvssl.training.labels import sound_part
 from lvssl.training.run import Run, load_run, versions
 from pipelines.errors import InputError
 from pipelines.files import write_atomically, write_json
-from pipelines.sources import Source, open_source
+from pipelines.sources import Source
 
 COLUMNS = (
     "model", "family", "method", "bits", "compared_by", "linear", "knn", "map_over_hits", "map_over_relevant",
@@ -92,7 +99,7 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
         raise InputError("equal-bit controls need a run of family none or sign: name it with --control")
     assert paths.test is not None
     on_error, train_path = run.on_error(settings.on_error), paths.train or run.settings.data
-    train, test = open_source(train_path), open_source(paths.test)
+    train, test = labelled_pair(run, control, paths.train, paths.test)
     counts = len(train), len(test)
     rows, left_out = [], []
     runs = {run.folder: run} | {path: load_run(path) for path in settings.others} | {control.folder: control}

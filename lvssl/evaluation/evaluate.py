@@ -22,12 +22,12 @@ from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.uncertainty import r_auroc, risk_coverage_area
 from lvssl.models.backbone import feature_dim
 from lvssl.models.network import LVNet
-from lvssl.training.labels import Subset, beside, sound_part
-from lvssl.training.run import Run, load_run
+from lvssl.training.labels import Subset, beside, open_pair, say_notes, sound_part
+from lvssl.training.run import Run, load_run, require_classes_of, require_same_classes
 from pipelines.errors import InputError
 from pipelines.files import write_atomically, write_json
 from pipelines.loader import evaluation_crops
-from pipelines.sources import Source, open_source
+from pipelines.sources import Source
 from pipelines.views import ViewSettings
 
 QUERIES, NEIGHBOURS, EXTREMES = 40, 6, 12  # pictures in the gallery
@@ -67,10 +67,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
             f"{control.folder}: a control has family none or sign, not {control.settings.latent.family}"
         )
     on_error, train_path = run.on_error(settings.on_error), settings.train or run.settings.data
-    train, test = open_source(train_path), open_source(settings.test)
-    unseen = sorted(set(np.unique(test.labels)) - set(np.unique(train.labels)))
-    if unseen:
-        raise InputError(f"{settings.test}: label {unseen[0]} doesn't occur in the training set")
+    train, test = labelled_pair(run, control, settings.train, settings.test)
 
     stages = tqdm(total=3 + bool(control), desc=f"evaluate {run.folder.name}", unit="stage", disable=None)
     sets = embed_both(run, train, test, settings.workers, on_error)
@@ -97,12 +94,25 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         "data": describe_data(run, settings, train, test) | {"skipped": skipped},
         "command": command(settings),
     }
-    names = class_names(settings.test, train)
+    names = class_names(train)
     write_gallery(run.folder / "gallery.npz", *sets, train, test, run.settings.view, names)
     write_json(run.folder / "evaluation.json", result, indent=2)
     stages.update()
     stages.close()
     return result
+
+
+def labelled_pair(run: Run, control: Run | None, train: Path | None, test: Path) -> tuple[Source, Source]:
+    """Training images (those of the pretraining, unless named) and test images, with the same numbers for the
+    same classes. Raises InputError as `open_pair` does, and if run and control were trained on others."""
+    if control is not None:
+        require_same_classes(run, control)
+    found = open_pair(train or run.settings.data, test)
+    if train is None:
+        require_classes_of(run, found[0], run.settings.data)
+    for each in found:
+        say_notes(each)
+    return found
 
 
 def with_defaults(settings: EvaluateSettings, run: Run) -> EvaluateSettings:
@@ -255,10 +265,9 @@ def channels(source: Source) -> int:
     return 1 if (crops == crops[..., :1]).all() else 3
 
 
-def class_names(path: Path, source: Source) -> list[str]:
-    """From the beton's manifest; numbers where there is none."""
-    names = manifest(path).get("classes") or range(int(source.labels.max()) + 1)
-    return [str(name) for name in names]
+def class_names(source: Source) -> list[str]:
+    """Of a set's labels; numbers where they have no names."""
+    return source.classes or [str(number) for number in range(int(source.labels.max()) + 1)]
 
 
 def manifest(beton: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from lvssl.config import PRESETS, PretrainSettings, choice, preset, to_dict
 from lvssl.evaluation.analyse import AnalyseSettings
 from lvssl.evaluation.measures import FIRST, code_bits, measured
 from lvssl.evaluation.pairs import pairs, summary
+from lvssl.training.labels import open_pair
 from lvssl.training.pretrain import pretrain
 from lvssl.training.run import load_run, versions
 from pipelines.errors import InputError
@@ -80,7 +81,8 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
         raise InputError("--arms, --seeds: two arms of one name, or a seed twice")
     for chosen in plans:
         chosen.validate()
-    for path in (settings.train, settings.test, *settings.ood):
+    open_pair(settings.train, settings.test)
+    for path in settings.ood:
         open_source(path)
     lengths = tuple(sorted({code_bits(chosen) for chosen in plans}))
     first, step = shard(settings.shard)
@@ -177,7 +179,7 @@ def row(settings: StudySettings, chosen: PretrainSettings, lengths: tuple[int, .
         "arithmetic": run.arithmetic,
         "protocol": protocol,
         "lengths": lengths,
-    } | measured(run, open_source(settings.train), open_source(settings.test), lengths, how)
+    } | measured(run, *open_pair(settings.train, settings.test), lengths, how)
     write_json(kept, found)
     return found
 

@@ -45,7 +45,7 @@ def finetune(settings: FinetuneSettings) -> Stage[FinetuneSettings]:
     train, test = stage.sets()
     labelled = train.only(labelled_rows(train, settings.labels, settings.subset_list, settings.seed))
     with stop_signals() as stop, connected(stage.world, stage.device):
-        folder = stage.claim()
+        folder = stage.claim(train)
         trials = sweep(stage, labelled, folder, stop)
         chosen = best(trials)
         model, training = fit(stage, labelled, chosen, folder / "final", stop, f"finetune {folder.name}")

@@ -7,6 +7,7 @@ SimCLR's public list has them; taking 1 % of each class and rounding gives anoth
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from lvssl.training.progress import shown
 from pipelines.convert.manifest import manifest_path, read_manifest
+from pipelines.convert.readers import by_name
 from pipelines.errors import InputError
 from pipelines.loader import evaluation_batches
 from pipelines.sources import DamagedSample, Source, open_source
@@ -50,7 +52,7 @@ class Subset:
     def __init__(self, source: Source, rows: np.ndarray) -> None:
         self.source, self.rows = source, np.asarray(rows, np.int64)
         self.labels, self.pages = source.labels[self.rows], source.pages[self.rows]
-        self.chunk = source.chunk
+        self.classes, self.chunk = source.classes, source.chunk
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -114,18 +116,35 @@ def say_left_out(path: Path, count: int, rows: np.ndarray) -> None:
         print(f"warning: {path}: {said}; the first is sample {first}", file=sys.stderr, flush=True)
 
 
+def say_notes(source: Source) -> None:
+    """What a set leaves out, or what else the user should know of it, on stderr."""
+    for note in getattr(source, "notes", ()):
+        print(f"note: {note}", file=sys.stderr, flush=True)
+
+
 def open_labelled(
-    path: Path, target: str = "", kind: str = "auto", on_error: str = "raise", device: str = "cpu"
+    path: Path,
+    target: str = "",
+    kind: str = "auto",
+    on_error: str = "raise",
+    device: str = "cpu",
+    train: Labelled | None = None,
 ) -> Labelled:
     """The images at `path` with their classes, or with the float target(s) named.
 
+    Args:
+        train: the training set of a test set, whose numbers of the classes it gets, by their names.
+
     Raises:
-        InputError: no such data; no such target; classes asked of a set that has but one.
+        InputError: no such data; no such target; classes asked of a training set that has but one; a class
+            that the training set doesn't name.
     """
     source = open_source(path, kind, device)
+    if train is not None and not target:
+        source = numbered_as(source, path, train.source.classes, str(train.path))
     known: dict[str, np.ndarray] = getattr(source, "targets", {})
     if not target:
-        if source.labels.min() < 0 or source.labels.max() < 1:
+        if source.labels.min() < 0 or (train is None and source.labels.max() < 1):
             one_of = f"; its float targets: {', '.join(known)}: name one with --target" if known else ""
             raise InputError(f"{path}: has no two classes to tell apart{one_of}")
         answers = torch.from_numpy(source.labels.astype(np.int64))
@@ -137,12 +156,63 @@ def open_labelled(
     return Labelled(path, source, answers, len(names), names, on_error)
 
 
+def numbered_as(source: Source, path: Path, classes: list[str] | None, where: str) -> Source:
+    """A set whose labels are the numbers of the same names in `classes`, those of `where`.
+
+    Where one of the two has numbers alone, they are taken to mean the same, and a warning says so if the
+    other's names aren't numbers. Raises InputError, with the list, for a class that isn't in `classes`.
+    """
+    own = source.classes
+    if own == classes or (_numbers_alone(own) and _numbers_alone(classes)):
+        return source
+    known = own is not None and classes is not None
+    used = {own[label] for label in np.unique(source.labels)} if known and own is not None else set()
+    if not known or (not used <= set(classes or ()) and _without_names(own) != _without_names(classes)):
+        one, other = (str(path), where) if _numbers_alone(own) else (where, str(path))
+        said = f"{one} has no names of its classes: its numbers are taken as those of {other}"
+        print(f"warning: {said}", file=sys.stderr, flush=True)
+        return source
+    assert own is not None and classes is not None
+    renumbered = copy.copy(source)
+    renumbered.labels = by_name(source.labels, own, classes, str(path), where)
+    renumbered.classes = classes
+    return renumbered
+
+
+def _numbers_alone(classes: list[str] | None) -> bool:
+    """Whether these are no names: 0, 1, 2 ..., as a conversion writes them where it knows none."""
+    return classes is None or all(name == str(number) for number, name in enumerate(classes))
+
+
+def _without_names(classes: list[str] | None) -> bool:
+    return classes is None or all(name.isdecimal() for name in classes)
+
+
+def open_pair(train: Path, test: Path) -> tuple[Source, Source]:
+    """A training set, and a test set whose labels are the training set's numbers, by the classes' names.
+
+    Raises:
+        InputError: no such data, or a class of the test set isn't among the training images.
+    """
+    first = open_source(train)
+    second = numbered_as(open_source(test), test, first.classes, str(train))
+    check_seen(first, second, train, test)
+    return first, second
+
+
+def check_seen(train: Source, test: Source, train_path: Path, test_path: Path) -> None:
+    """Raise InputError if a class of the test set has no image in the training set."""
+    unseen = sorted(set(np.unique(test.labels).tolist()) - set(np.unique(train.labels).tolist()))
+    if unseen:
+        names = test.classes if test.classes and unseen[0] >= 0 else None
+        name = f" ({names[unseen[0]]})" if names and not _numbers_alone(names) else ""
+        raise InputError(f"{test_path}: label {unseen[0]}{name} doesn't occur in {train_path}")
+
+
 def check_pair(train: Labelled, test: Labelled) -> None:
     """Raise InputError if the test set asks for what the training set doesn't have."""
     if not train.targets:
-        unseen = sorted(set(test.answers.unique().tolist()) - set(train.answers.unique().tolist()))
-        if unseen:
-            raise InputError(f"{test.path}: label {unseen[0]} doesn't occur in {train.path}")
+        check_seen(train.source, test.source, train.path, test.path)
 
 
 def beside(train: Path) -> Path:

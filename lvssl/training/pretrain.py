@@ -10,9 +10,11 @@ import torch.distributed as dist
 
 from lvssl.config import PretrainSettings
 from lvssl.training.distributed import World, connected, from_first, world_of
+from lvssl.training.identity import describe_set
+from lvssl.training.labels import numbered_as, say_notes
 from lvssl.training.optimiser import describe_groups
 from lvssl.training.prepare import claim, encoding_precision, precision
-from lvssl.training.run import alone, create_run, pick_device
+from lvssl.training.run import alone, create_run, pick_device, read_set
 from lvssl.training.stopping import Interrupted, Stop, stop_signals
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for, backend_for
@@ -48,6 +50,10 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
 def run(settings: PretrainSettings, resume: bool, world: World, device: torch.device, stop: Stop) -> None:
     """`pretrain`, once it is known who we are."""
     source = open_source(settings.data, settings.source, str(device))
+    if world.first:
+        say_notes(source)
+    if resume and (settings.out / "config.json").is_file() and (begun := read_set(settings.out)):
+        source = numbered_as(source, settings.data, begun["classes"], str(settings.out))
     classes = int(source.labels.max()) + 1 if len(source) and source.labels.min() >= 0 else 0
     augmenter = augmenter_for(device, settings.augmentation, precision(settings.engine, device))
     loader = TwoViewLoader(
@@ -64,7 +70,7 @@ def run(settings: PretrainSettings, resume: bool, world: World, device: torch.de
         device=device,
     )
     with loader, ExitStack() as held:
-        from_first(world, lambda: create_run(settings, classes, resume))
+        from_first(world, lambda: create_run(settings, classes, resume, describe_set(source)))
         from_first(world, lambda: held.enter_context(alone(settings.out)))
         trainer = Trainer(settings, classes, loader, device, world)
         if world.first:

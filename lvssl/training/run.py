@@ -2,10 +2,12 @@
 
 import json
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,19 +17,26 @@ import lvssl
 from lvssl.config import FREE_TO_CHANGE, ON_ERROR, PretrainSettings, choice, difference, from_dict, to_dict
 from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
+from lvssl.training.identity import other_set
 from lvssl.training.prepare import DTYPES, claim, encoding_precision
+from pipelines.convert.recognise import in_short
 from pipelines.errors import InputError
 from pipelines.files import is_aside, write_json
 from pipelines.lock import lock
+from pipelines.sources import Source
 
 LOCK = ".lock"
 
 
-def create_run(settings: PretrainSettings, classes: int, resume: bool) -> None:
+def create_run(
+    settings: PretrainSettings, classes: int, resume: bool, data: dict[str, Any] | None = None
+) -> None:
     """Make the folder with its config.json, or, to resume, check that it holds a run of the same settings.
 
+    `data`: what `describe_set` says of the training images.
+
     Raises:
-        InputError: the folder exists (and not resume), or is a run of other settings.
+        InputError: the folder exists (and not resume), or is a run of other settings, or on another set.
     """
     config = settings.out / "config.json"
     if config.exists():
@@ -44,12 +53,37 @@ def create_run(settings: PretrainSettings, classes: int, resume: bool) -> None:
             raise InputError(
                 f"{settings.out} is a run of another configuration ({changed}); choose another --out"
             )
+        if data is not None:
+            _check_set(settings, data)
         return
     if not vacant(settings.out):
         raise InputError(f"{settings.out} exists and is no run: choose another --out")
     settings.out.mkdir(parents=True, exist_ok=True)
-    content = {"settings": to_dict(settings), "classes": classes, "versions": versions()}
+    content = {"settings": to_dict(settings), "classes": classes, "data": data, "versions": versions()}
     write_json(config, content, indent=2)
+
+
+def _check_set(settings: PretrainSettings, data: dict[str, Any]) -> None:
+    """Raise InputError unless a run that is resumed was begun on these images."""
+    begun = read_set(settings.out)
+    if begun is None:
+        said = f"{settings.out} is an older run, which doesn't say what images it was begun on"
+        print(f"note: {said}; whether {settings.data} has them isn't checked", file=sys.stderr, flush=True)
+    elif differs := other_set(begun, data):
+        raise InputError(
+            f"{settings.data} isn't the set that {settings.out} was begun on ({differs}): give that one as "
+            "--data, wherever it lies now, or choose another --out"
+        )
+
+
+def read_set(folder: Path) -> dict[str, Any] | None:
+    """What a run's config.json says of its training images; None in older runs. InputError: damaged."""
+    path = folder / "config.json"
+    try:
+        data = json.loads(path.read_text()).get("data")
+        return None if data is None else {name: data[name] for name in ("images", "classes", "digest")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a run's configuration ({error!r})") from error
 
 
 def vacant(folder: Path) -> bool:
@@ -126,6 +160,7 @@ class Run:
     network: LVNet  # the weights' moving average, if there is one; in eval mode
     step: int
     digest: str  # of its checkpoint
+    classes: list[str] | None = None  # names of the classes of its training images, where they are known
 
     def on_error(self, given: str | None) -> str:
         """What a damaged image does, raise or skip: as given, or else as in the pretraining."""
@@ -140,6 +175,28 @@ class Run:
         device = next(self.network.parameters()).device
         names = {dtype: name for name, dtype in DTYPES.items()}
         return f"{device.type} {names[self.network.precision]}"
+
+
+def require_classes_of(run: Run, source: Source, path: Path) -> None:
+    """Raise InputError if the set at `path`, where a run's training images lay, has other classes by now."""
+    if run.classes is not None and source.classes is not None and run.classes != source.classes:
+        strange = sorted(set(source.classes) ^ set(run.classes))
+        what = in_short("differing", strange) if strange else "another order"
+        raise InputError(
+            f"{path} isn't the set that {run.folder} was trained on: its classes are others ({what}); name "
+            "a training set with --train"
+        )
+
+
+def require_same_classes(run: Run, control: Run) -> None:
+    """Raise InputError if a control was trained on other classes than the run: they can't be compared."""
+    if run.classes is not None and control.classes is not None and set(run.classes) != set(control.classes):
+        strange = sorted(set(run.classes) ^ set(control.classes))
+        what = in_short("differing", strange)
+        raise InputError(
+            f"{control.folder} was trained on other classes than {run.folder} ({what}): name one of the "
+            "same training images with --control"
+        )
 
 
 def load_run(folder: Path, device: torch.device | None = None) -> Run:
@@ -162,4 +219,5 @@ def load_run(folder: Path, device: torch.device | None = None) -> Run:
         claim(device)
     network = network.to(device).to(memory_format=torch.channels_last)
     network.precision = encoding_precision(settings.engine, device)
-    return Run(folder, settings, network.eval(), state["step"], checkpoint.digest(path))
+    named = (read_set(folder) or {}).get("classes")
+    return Run(folder, settings, network.eval(), state["step"], checkpoint.digest(path), named)

@@ -18,9 +18,10 @@ import torch
 from lvssl.config import FREE_TO_CHANGE, EngineSettings
 from lvssl.stages import StageSettings, command, identity
 from lvssl.training.distributed import World, from_first, world_of
-from lvssl.training.labels import Labelled, beside, check_pair, open_labelled
+from lvssl.training.identity import describe_set, other_set
+from lvssl.training.labels import Labelled, beside, check_pair, open_labelled, say_notes
 from lvssl.training.prepare import claim, precision
-from lvssl.training.run import Run, load_run, pick_device, versions
+from lvssl.training.run import Run, load_run, pick_device, require_classes_of, versions
 from pipelines.errors import InputError
 from pipelines.files import write_json
 
@@ -49,8 +50,13 @@ class Stage(Generic[Settings]):
         settings = self.settings
         assert settings.train is not None and settings.test is not None
         given = settings.target, settings.source, self.run.on_error(settings.on_error), str(self.device)
-        train, test = (open_labelled(path, *given) for path in (settings.train, settings.test))
+        train = open_labelled(settings.train, *given)
+        if settings.train == self.run.settings.data:
+            require_classes_of(self.run, train.source, settings.train)
+        test = open_labelled(settings.test, *given, train=train)
         check_pair(train, test)
+        for each in (train, test) if self.world.first else ():
+            say_notes(each.source)
         return train, test
 
     @property
@@ -65,17 +71,20 @@ class Stage(Generic[Settings]):
         """Where checkpoints and metrics of the work lie: X for X/result.json and for X.json."""
         return self.path.parent if self.path.name == "result.json" else self.path.with_suffix("")
 
-    def claim(self) -> Path:
-        """The folder, marked as this work's own by rank 0; InputError if something else has begun there."""
-        from_first(self.world, self._claim)
+    def claim(self, train: Labelled) -> Path:
+        """The folder, marked as this work's own by rank 0; InputError if something else has begun there, or
+        the same on other training images."""
+        from_first(self.world, lambda: self._claim(describe_set(train.source)))
         return self.folder
 
-    def _claim(self) -> None:
+    def _claim(self, data: dict[str, Any]) -> None:
         folder = self.folder
         mark = folder / "stage.json"
         wanted = identity(self.settings)
         if mark.exists():
-            changed = changes(json.loads(mark.read_text()), self.settings, self.run.digest)
+            begun = json.loads(mark.read_text())
+            changed = changes(begun, self.settings, self.run.digest)
+            changed = changed or other_set(begun.get("data", data), data)
             if not changed:
                 return
             if not self.settings.again:
@@ -86,7 +95,7 @@ class Stage(Generic[Settings]):
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} exists and is no stage's folder: choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"settings": wanted, "checkpoint": self.run.digest}
+        content = {"settings": wanted, "checkpoint": self.run.digest, "data": data}
         write_json(mark, content, indent=2)
 
     def finish(

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from pipelines.convert import jpeg
 from pipelines.convert.beton import LONGEST_SIDE
 from pipelines.convert.estimate import check_space, measure
-from pipelines.convert.journal import Journal
+from pipelines.convert.journal import Journal, alone
 from pipelines.convert.manifest import Samples, read_manifest, spread, write_manifest
 from pipelines.convert.outputs import BetonOutput, Item, Output, TarOutput
 from pipelines.convert.readers import Source, open_source
@@ -48,6 +48,7 @@ COMMIT_SECONDS = 1.0  # what a kill costs at most, and a second of the disk's wo
 COMMIT_BYTES = 8 << 20  # sooner if the disk is idle: the less is left to write at the end
 KEEP_SECONDS = 5.0  # of work that is kept when it ends early; less is quicker made again
 REPLAYED = 10_000  # records of the journal that are in memory at a time
+CHECKED = 1_000  # images whose digests are compared before a file is published
 RESERVE = 32 << 20  # bytes of free disk below which a conversion stops by itself
 
 
@@ -60,6 +61,10 @@ class Bar(tqdm):
 
     _lock = threading.RLock()
     disable = True  # until it is made: closing one that a signal kept from that must not fail
+
+
+class NothingStored(InputError):
+    """Not one image of a source can be stored: there is nothing to keep, and nothing to go on with."""
 
 
 @dataclass(frozen=True)
@@ -160,13 +165,14 @@ def run(work: Work, overwrite: bool, restart: bool, dry_run: bool = False) -> di
     beton = next((output.final for output in work.outputs if not output.packed), None)
     tars = next((output.final for output in work.outputs if output.packed), None)
     path = journal_path(first)
-    if restart:
-        _remove(path, work.outputs)
-    check_targets(beton, tars, overwrite)
+    if restart and not dry_run and path.exists():
+        with alone(path):
+            _remove(path, work.outputs)
+    check_targets(beton, tars, overwrite, journaled=not restart)
     for note in work.source.notes if work.progress else ():
         Bar.write(f"note: {note}", file=sys.stderr)
     estimate = None
-    if not path.exists():
+    if restart or not path.exists():
         estimate = measure(work.source, work.order, work.settings, work.workers, pack=_packs(work))
         if work.progress and estimate is not None:
             Bar.write(f"estimate: {estimate}", file=sys.stderr)
@@ -187,12 +193,14 @@ def run(work: Work, overwrite: bool, restart: bool, dry_run: bool = False) -> di
             manifest = _finish(work, journal)
         _publish(work)
     except BaseException as error:
+        slow = time.perf_counter() - started > KEEP_SECONDS
+        keep = not isinstance(error, NothingStored) and (not fresh or slow)
+        if journal is not None and not keep:  # still under its lock: what another process has is not ours
+            _remove(path, work.outputs)
         for each in (journal, *work.outputs):
             if each is not None:
                 each.close()
-        keep = not fresh or (journal is not None and time.perf_counter() - started > KEEP_SECONDS)
         if not keep:
-            _remove(path, work.outputs)
             _remove_folders(made)
         done = 0 if journal is None else journal.committed
         kept = f"{done:,} of {len(work.order):,} images are kept" if keep and done else ""
@@ -261,8 +269,7 @@ def _convert_images(work: Work, journal: Journal) -> None:
     if refused == total:
         journal.commit([], wait=True)
         first = f"{work.source.names[int(work.order[0])]}: {journal.reasons[0]}"
-        _remove(journal.path, work.outputs)
-        raise InputError(f"none of the {total} files is an image that can be stored; the first, {first}")
+        raise NothingStored(f"none of the {total} files is an image that can be stored; the first, {first}")
 
 
 _NO_DIGEST = np.zeros(32, np.uint8)
@@ -338,8 +345,29 @@ def _finish(work: Work, journal: Journal) -> dict[str, Any]:
         manifest = {**work.head, **_figures(work, journal, output), **work.known}
         samples = partial(_samples, work, journal, output)
         manifests.append(write_manifest(output.manifest, manifest, samples, output.aside))
+    _check_written(work, journal)
     journal.commit([], wait=True, complete=True)
     return manifests[0]
+
+
+def _check_written(work: Work, journal: Journal) -> None:
+    """Hold what lies on the disk against the journal: all sizes and tables, and the digests of up to CHECKED
+    images, evenly spread (`verify` reads all). Raises InputError: another process has written there."""
+    count = len(work.order) - len(journal.reasons)
+    chosen = set(np.linspace(0, count - 1, min(count, CHECKED)).astype(int).tolist())
+    for output in work.outputs:
+        what, place = output.changed(), 0
+        for records, _ in _kept(work, journal, REPLAYED):
+            digests = records["packed_digest" if output.packed else "digest"]
+            for row in [] if what else [at - place for at in chosen if 0 <= at - place < len(records)]:
+                if hashlib.sha256(output.stored(place + row)).digest() != digests[row].tobytes():
+                    what = f"image {place + row} isn't what was written"
+            place += len(records)
+        if what:
+            raise InputError(
+                f"{output.part}: {what}: another process has changed it; let that one end, and repeat this "
+                "command with --restart"
+            )
 
 
 def _publish(work: Work) -> None:

@@ -44,7 +44,7 @@ def in_order_of(source: Source, path: Path) -> Source:
     return renumbered(source, names, path)
 
 
-def renumbered(source: Source, classes: Sequence[str], where: Path) -> Source:
+def renumbered(source: Source, classes: Sequence[str], where: str | Path) -> Source:
     """Labels renumbered by the names of their classes. Raises InputError if one isn't among `classes`."""
     number = {name: i for i, name in enumerate(classes)}
     strange = [name for name in source.classes if name not in number]
@@ -82,7 +82,9 @@ def _lines(path: Path) -> list[str]:
 
 
 def is_validation_name(name: str) -> bool:
-    return re.search(r"(^|/)ILSVRC2012_val_\d+\.JPEG$", name) is not None
+    """Whether a path is that of a validation image in no class folder."""
+    found = re.search(r"(?:(n\d{8})/|/|^)ILSVRC2012_val_\d+\.JPEG$", name)
+    return found is not None and found.group(1) is None
 
 
 def validation_number(name: str) -> int:

@@ -14,7 +14,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import IO
@@ -53,12 +53,15 @@ class Journal:
 
     def __init__(self, path: Path, fingerprint: str):
         self.path = path
-        self.file = open(path, "a+b")  # noqa: SIM115, open until close()
+        self.file = _open_alone(path)
+        new = os.fstat(self.file.fileno()).st_size == 0
         try:
-            self._lock()
             self._read(fingerprint)
         except BaseException:
-            self.file.close()
+            if new:  # a full disk: not even its first line is out
+                path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.file.close()
             raise
         self.count = self.committed
         self._last = np.zeros(0, RECORD)  # of the last commit, which may still be on its way
@@ -66,12 +69,6 @@ class Journal:
         self._pending_reasons: dict[int, str] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._writing: Future | None = None
-
-    def _lock(self) -> None:
-        try:
-            lock(self.file, self.path)
-        except BlockingIOError as error:
-            raise InputError(f"{self.path}: another process is converting to the same file") from error
 
     def _read(self, fingerprint: str) -> None:
         self.committed = 0
@@ -158,6 +155,30 @@ class Journal:
         self._worker.shutdown(wait=True)
         with suppress(OSError):  # no space for what is left in its buffer: it isn't committed, then
             self.file.close()
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """While it lasts, no other process can begin or go on with the conversion of this journal.
+
+    Raises InputError if one has it open.
+    """
+    with _open_alone(path):
+        yield
+
+
+def _open_alone(path: Path) -> IO[bytes]:
+    """The journal, open and locked. Raises InputError if another process has it open."""
+    while True:
+        file = open(path, "a+b")  # noqa: SIM115
+        try:
+            lock(file, path)
+        except BlockingIOError as error:
+            file.close()
+            raise InputError(f"{path}: another process is converting to the same file") from error
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            return file
+        file.close()  # its conversion has ended, and removed it, between the two calls
 
 
 def _groups(file: IO[bytes], most: int | None = None) -> Iterator[tuple[np.ndarray, dict[str, str], bool]]:

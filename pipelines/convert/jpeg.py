@@ -141,6 +141,14 @@ def orientation(exif: Image.Exif) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
+def orientation_of(image: Image.Image) -> int:
+    """The same, of an image that Pillow has opened; 1 where its EXIF block is broken."""
+    try:
+        return orientation(image.getexif())
+    except Exception:  # a broken EXIF block says nothing about the pixels
+        return 1
+
+
 def _orientation_in(data: bytes) -> int:
     """What the EXIF segment of a JPEG says; the segments are stepped over, not searched: that took longer
     than reading the file."""
@@ -179,7 +187,13 @@ def open_with_pillow(data: bytes, shrink: int = 1, load: bool = True) -> Image.I
     except UnidentifiedImageError as error:  # its own message holds an address, different in each run
         raise DamagedImage("not an image file of a known kind") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others
-        raise DamagedImage(str(error)) from error
+        raise DamagedImage(reason(error)) from error
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line that is never empty."""
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__
 
 
 def _scaled(header: JpegHeader, eighths: int) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from pipelines.convert.readers import Source, labelled
 from pipelines.convert.store import Settings, Stored
 from pipelines.convert.webdataset import IMAGES_A_TAR
 from pipelines.errors import InputError
+from pipelines.openfiles import OpenFiles
 
 
 def open_beton_source(path: Path) -> Source:
@@ -101,7 +101,7 @@ def merge(
     known = {key: first[key] for key in ("source_count", "settings", "versions")}
     head = {key: first[key] for key in ("source", "split")}
     settings = Settings(**first["settings"])
-    assert asdict(settings) == first["settings"]
+    assert asdict(settings) | first["settings"] == asdict(settings)  # older parts lack the newer settings
     order = np.arange(len(source.labels))
     work = Work(source, order, settings, outputs, workers or cores(), progress, head, known, refused)
     manifest = run(work, overwrite=overwrite, restart=restart)
@@ -137,12 +137,12 @@ def part_files(out: Path) -> list[Path]:
 
 def _reader(betons: list[BetonFile]) -> Any:
     """(part, index) -> the bytes of an image, from any thread."""
-    files = [os.open(beton.path, os.O_RDONLY) for beton in betons]
+    files = OpenFiles()  # an array job can have more parts than a process may open files
 
     def bytes_of(part: int, index: int) -> bytes:
         beton = betons[part]
         size = int(beton.sizes[index])
-        data = os.pread(files[part], size, int(beton.offsets[index]))
+        data = files.read(beton.path, size, int(beton.offsets[index]))
         if len(data) != size:
             raise InputError(f"{beton.path}: was cut short while it was read")
         return data

@@ -80,6 +80,23 @@ class BetonOutput:
     def finish(self) -> None:
         self.writer.finish()
 
+    def changed(self) -> str | None:
+        """What of the finished file, but for its images, isn't what was written; None if all is."""
+        assert self.file is not None
+        number = self.file.fileno()
+        if not (self.part.exists() and os.path.samestat(os.fstat(number), os.stat(self.part))):
+            return "it was removed or replaced"
+        if os.fstat(number).st_size != self.writer.length:
+            return f"it has {os.fstat(number).st_size:,} bytes instead of {self.writer.length:,}"
+        tables_differ = any(os.pread(number, len(d), at) != d for at, d in self.writer.layout())
+        return "its tables are others" if tables_differ else None
+
+    def stored(self, place: int) -> bytes:
+        """The bytes of one image, as they lie in the finished file."""
+        assert self.file is not None
+        start, size = int(self.writer.metadata["f0"]["data_ptr"][place]), int(self.writer.sizes[place])
+        return os.pread(self.file.fileno(), size, start)
+
     def publish(self) -> None:
         self.close()
         if self.part.exists():
@@ -149,6 +166,23 @@ class TarOutput:
 
     def finish(self) -> None:
         self.writer.finish()
+
+    def changed(self) -> str | None:
+        """What of the finished tars, but for their images, isn't what was written; None if all is."""
+        for name, size in self.writer.finished:
+            path = self.part / name
+            if not path.is_file() or path.stat().st_size != size:
+                return f"{name} isn't as long as it was"
+        return None
+
+    def stored(self, place: int) -> bytes:
+        """The bytes of one image, as they lie in the finished tars."""
+        number, row = divmod(place, self.images_a_tar)
+        path = self.part / self.writer.finished[number][0]
+        line = path.with_suffix(".idx").read_text().splitlines()[1 + row]
+        _, start, size, *_ = line.split(" ")
+        with open(path, "rb") as file:
+            return os.pread(file.fileno(), int(size), int(start))
 
     def publish(self) -> None:
         self.close()

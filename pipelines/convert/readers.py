@@ -1,9 +1,9 @@
 """Where images come from: each kind of source is brought to one form, `Source`.
 
-a folder of class folders     photos/cat/1.jpg, photos/dog/2.png ... (or photos/train/cat/1.jpg)
+a folder of class folders     photos/cat/1.jpg, photos/dog/2.png ... (or photos/Train/cat/1.jpg), see `layout`
 ILSVRC2012's own tars         ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, or the folder that holds them
 WebDataset shards             a .tar, a folder of them, or train-{000000..000146}.tar
-a tar of class folders        cat/1.jpg, dog/2.png ... in one tar
+a tar of class folders        cat/1.jpg, dog/2.png ... in tars: read as if they had been unpacked
 another beton                 to make tars of it, or smaller images
 a table                       a .csv or .jsonl of paths with labels or regression targets
 Hugging Face image parquet    a file, or a folder of *.parquet
@@ -19,7 +19,6 @@ import gzip
 import inspect
 import json
 import os
-import re
 import stat
 import threading
 import zlib
@@ -31,18 +30,28 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.convert import jpeg
+from pipelines.convert import depth, jpeg
+from pipelines.convert.layout import Layout, choose_split, layout_of
 from pipelines.convert.names import Names
+from pipelines.convert.recognise import (
+    EXTENSIONS,
+    HEAD,
+    UNLABELLED,
+    LeftOut,
+    by_a_system,
+    has_image_name,
+    in_short,
+    is_image,
+    left_by_a_system,
+    split_of_file,
+)
 from pipelines.errors import InputError
 
 SPLITS = ("train", "validation", "test")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 FASHION_CLASSES = [
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 ]
-_VALIDATION = ("validation", "valid", "val")  # names under which that split is found; serves as "test", too
-_SPLIT_NAMES = ("train", "test", *_VALIDATION)
 
 
 @dataclass(frozen=True)
@@ -116,30 +125,54 @@ def _open(source: str, split: str | None, root: Path, devkit: Path | None) -> So
         raise InputError(f"{source}: no such folder or file{hint}")
     if list(path.glob("*-images-idx3-ubyte*")):
         return _idx(path, split)
-    if parquets := sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet")):
-        if shards := sorted(path.glob("*.tar")):  # our own tars, whose manifest has its rows beside it
-            return tars.open_tars(source, *files_of_split(path, shards, split), devkit)
-        return _parquet(*files_of_split(path, parquets, split))
-    if shards := tars.of_imagenet(path, split) or sorted(path.glob("*.tar")):
-        return tars.open_tars(source, *files_of_split(path, shards, split), devkit)
+    if parquets := _files_ending(path, ".parquet") or _files_ending(path / "data", ".parquet"):
+        if shards := _files_ending(path, ".tar"):  # our own tars, whose manifest has its rows beside it
+            return _and_beside(path, tars.open_tars(source, shards, split, devkit))
+        return _and_beside(path, _parquet(*files_of_split(path, parquets, split)))
+    if shards := tars.of_imagenet(path, split) or _files_ending(path, ".tar"):
+        return _and_beside(path, tars.open_tars(source, shards, split, devkit))
     return _class_folders(path, split)
+
+
+def _files_ending(folder: Path, end: str) -> list[Path]:
+    return sorted(path for path in folder.glob(f"*{end}") if not left_by_a_system(path.name))
+
+
+def _and_beside(folder: Path, opened: Source) -> Source:
+    """The same, and a note of the folders that lie beside its files: they aren't read."""
+    beside = [name for name in FolderTree(folder).folders("") if name != "data"]
+    more = [in_short("left out, folders beside these files", beside)] if beside else []
+    return replace(opened, notes=[*opened.notes, *more])
 
 
 # ---------------------------------------------------------------- images alone
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """Every image file under a folder, by extension (in any case), sorted; hidden ones are left out.
+def list_images(folder: str | Path) -> tuple[list[Path], list[str]]:
+    """(every image file under a folder, sorted by path; a note of what is left out, if anything).
 
-    Raises InputError if there is no such folder or no image in it.
+    Known by their extensions, in any case, or else by their first bytes. Raises InputError if there is no
+    such folder or no image in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    images = [folder / name for name in _files_under(folder) if name.lower().endswith(EXTENSIONS)]
+    images, others, system = [], LeftOut("no images"), by_a_system()
+    for name in _files_under(folder, system):
+        if has_image_name(name) or _begins_as_image(folder / name):
+            images.append(folder / name)
+        else:
+            others.add(name)
     if not images:
         raise InputError(f"{folder}: no image in it (looked for {', '.join(EXTENSIONS)})")
-    return images
+    return images, others.notes() + system.notes()
+
+
+def _begins_as_image(path: Path) -> bool:
+    try:
+        return is_image(read_regular(str(path), HEAD))
+    except (OSError, jpeg.DamagedImage):
+        return False
 
 
 def decode_rgb(image: bytes | str | Path, name: str | None = None) -> np.ndarray:
@@ -149,30 +182,33 @@ def decode_rgb(image: bytes | str | Path, name: str | None = None) -> np.ndarray
     """
     name = name or (f"image of {len(image)} bytes" if isinstance(image, bytes) else str(image))
     try:
-        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        data = image if isinstance(image, bytes) else read_regular(os.fspath(image))
         if jpeg.is_jpeg(data):
             header = jpeg.read_header(data)
             return upright(jpeg.decode(data, header), header.orientation)
         return upright(*decode_other(data))
     except OSError as error:
         raise InputError(f"{name}: cannot be read ({error.strerror})") from error
-    except jpeg.DamagedImage as error:
-        raise InputError(f"{name}: no image, or damaged ({error})") from error
+    except Exception as error:  # whatever a decoder raises is about this image alone
+        raise InputError(f"{name}: no image, or damaged ({jpeg.reason(error)})") from error
 
 
-def decode_other(data: bytes) -> tuple[np.ndarray, int]:
+def decode_other(data: bytes, white_level: int | None = None) -> tuple[np.ndarray, int]:
     """PNG, WebP, GIF (its first frame) and what else Pillow reads: uint8 [H, W, 3] and EXIF's orientation.
 
-    Transparency is dropped and 16 bits become 8. Raises jpeg.DamagedImage.
+    Transparency is dropped and 16 bits become 8; `white_level`: see `depth`. Raises jpeg.DamagedImage.
     """
-    image = jpeg.open_with_pillow(data)
-    orientation = jpeg.orientation(image.getexif())
-    if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255
-        grey = (np.clip(np.asarray(image, np.int64), 0, 65_535) + 128) // 257
-        return as_rgb(grey.astype(np.uint8)), orientation
-    if image.mode == "F":
-        raise jpeg.DamagedImage("floating-point pixels have no known range")
-    return np.asarray(image.convert("RGB")), orientation
+    try:
+        image = jpeg.open_with_pillow(data)
+        if depth.is_deep(image, data):
+            pixels = as_rgb(depth.to_8_bits(image, data, white_level))
+        else:
+            pixels = np.asarray(image.convert("RGB"))
+        return pixels, jpeg.orientation_of(image)
+    except jpeg.DamagedImage:
+        raise
+    except Exception as error:  # whatever a decoder raises is about this image alone
+        raise jpeg.DamagedImage(jpeg.reason(error)) from error
 
 
 def as_rgb(pixels: np.ndarray) -> np.ndarray:
@@ -196,14 +232,50 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 # ------------------------------------------------------------ folders and files
 
 
-def _files_under(folder: Path) -> list[str]:
+class FolderTree:
+    """A folder on disk for `layout_of`."""
+
+    def __init__(self, top: str | Path):
+        self._top = str(top)
+        self._scanned: dict[str, tuple[list[str], list[str]]] = {}
+
+    def folders(self, at: str) -> list[str]:
+        return self._scan(at)[0]
+
+    def files(self, at: str) -> list[str]:
+        return self._scan(at)[1]
+
+    def has_images(self, at: str) -> bool:
+        return any(map(has_image_name, self.files(at)))
+
+    def _scan(self, at: str) -> tuple[list[str], list[str]]:
+        if at not in self._scanned:
+            folders: list[str] = []
+            files: list[str] = []
+            try:
+                with os.scandir(f"{self._top}/{at}") as entries:
+                    for entry in entries:
+                        if not left_by_a_system(entry.name):
+                            (folders if entry.is_dir() else files).append(entry.name)
+            except OSError as error:
+                raise InputError(f"{self._top}/{at}: cannot be read ({error.strerror})") from error
+            self._scanned[at] = sorted(folders), sorted(files)
+        return self._scanned[at]
+
+
+def _files_under(folder: Path, left: LeftOut) -> list[str]:
     """Paths, relative to it, of the files below a folder, sorted by their parts; links are followed, but
-    never in a circle."""
-    found = _files_without_links(str(folder))
-    return _files_with_links(str(folder)) if found is None else found
+    never in a circle. What systems have left there is added to `left` instead."""
+    dropped: list[str] = []
+    found = _files_without_links(str(folder), dropped)
+    if found is None:
+        dropped.clear()
+        found = _files_with_links(str(folder), dropped)
+    left.add(*dropped)
+    return found
 
 
-def _files_without_links(top: str) -> list[str] | None:
+def _files_without_links(top: str, left: list[str]) -> list[str] | None:
     """The same, without asking for more than the names of each folder; None if there is a linked folder."""
     found: list[list[str]] = []
     folders: list[list[str]] = [[]]
@@ -213,9 +285,9 @@ def _files_without_links(top: str) -> list[str] | None:
         try:
             with os.scandir(here) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir():
+                    if left_by_a_system(entry.name):
+                        left.append("/".join([*parts, entry.name]))
+                    elif entry.is_dir():
                         if entry.is_symlink():
                             return None
                         folders.append([*parts, entry.name])
@@ -226,7 +298,7 @@ def _files_without_links(top: str) -> list[str] | None:
     return ["/".join(parts) for parts in sorted(found)]
 
 
-def _files_with_links(top: str) -> list[str]:
+def _files_with_links(top: str, left: list[str]) -> list[str]:
     found: list[list[str]] = []
     seen: set[tuple[int, int]] = set()
 
@@ -237,21 +309,25 @@ def _files_with_links(top: str) -> list[str]:
         status = os.stat(here)
         known = (status.st_dev, status.st_ino) in seen
         seen.add((status.st_dev, status.st_ino))
-        folders[:] = [] if known else [name for name in folders if not name.startswith(".")]
         parts = [part for part in here[len(top) :].split(os.sep) if part]
-        found += [[*parts, name] for name in files if not known and not name.startswith(".")]
+        if known:
+            folders[:], files[:] = [], []
+        left += ["/".join([*parts, name]) for name in (*folders, *files) if left_by_a_system(name)]
+        folders[:] = [name for name in folders if not left_by_a_system(name)]
+        found += [[*parts, name] for name in files if not left_by_a_system(name)]
     return ["/".join(parts) for parts in sorted(found)]
 
 
-def read_regular(path: str) -> bytes:
-    """The bytes of a file; a named pipe, which would be waited for, for ever, is refused."""
+def read_regular(path: str, most: int | None = None) -> bytes:
+    """The bytes of a file, or the first of them; a named pipe, which might never give any, is refused."""
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         status = os.fstat(number)
         if not stat.S_ISREG(status.st_mode):
             raise jpeg.DamagedImage("no regular file")
-        data = os.read(number, status.st_size)
-        while len(data) < status.st_size and (more := os.read(number, status.st_size - len(data))):
+        size = status.st_size if most is None else min(most, status.st_size)
+        data = os.read(number, size)
+        while len(data) < size and (more := os.read(number, size - len(data))):
             data += more  # a network's file system may give less than what was asked for
         return data
     finally:
@@ -259,108 +335,107 @@ def read_regular(path: str) -> bytes:
 
 
 def _class_folders(folder: Path, split: str | None) -> Source:
-    """torchvision's ImageFolder layout. Every file in a class folder counts as an image: one that is none
-    is refused by name later, not skipped in silence."""
-    from pipelines.convert import imagenet
-
-    with os.scandir(folder) as entries:
-        names = sorted(each.name for each in entries if not each.name.startswith(".") and each.is_dir())
-    if names and set(names) <= set(_SPLIT_NAMES):
-        chosen, split = _choose_split(folder, names, split)
-        opened = replace(_class_folders(folder / chosen, None), split=split)
-        if chosen == "train" or "train" not in names:
-            return opened
-        of_train = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
-        return imagenet.renumbered(opened, of_train, folder / "train") if of_train else opened
-    if split is not None:
-        raise InputError(f"{folder}: has no splits; leave --split out")
-    if not names:
-        loose = any(path.suffix.lower() in EXTENSIONS for path in folder.iterdir())
-        if any(path.name.startswith("ILSVRC2012_val_") for path in folder.iterdir()):
+    """torchvision's ImageFolder layout, see `layout`. Every file in a class folder counts as an image: one
+    that is none is refused by name later, not skipped in silence."""
+    layout = layout_of(FolderTree(folder), str(folder), split)
+    top = folder / layout.base
+    if not layout.classes:
+        files = FolderTree(top).files("")
+        if any(name.startswith("ILSVRC2012_val_") for name in files):
             raise InputError(
-                f"{folder}: ImageNet's validation images without their classes; convert "
+                f"{top}: ImageNet's validation images without their classes; convert "
                 "ILSVRC2012_img_val.tar and its devkit instead, or put the images in one folder per class"
             )
-        what = "its images lie in no class folder" if loose else "no image in it"
-        raise InputError(f"{folder}: {what}; put the images in one folder per class: {folder}/CLASS/1.jpg")
+        what = "its images lie in no class folder" if any(map(has_image_name, files)) else "no image in it"
+        raise InputError(f"{top}: {what}; put the images in one folder per class: {top}/CLASS/1.jpg")
 
-    paths, counts = Names(), []
-    for name in names:
-        files = _files_under(folder / name)
+    paths, counts, left = Names(), [], by_a_system()
+    for name in layout.classes:
+        files = _files_under(top / name, left)
         counts.append(len(files))
         for file in files:
             paths.append(f"{name}/{file}")
     if not paths:
-        raise InputError(f"{folder}: no image in any of its {len(names)} class folders")
-    top = str(folder)
-    return Source(
+        raise InputError(f"{top}: no image in any of its {len(layout.classes)} class folders")
+    opened = Source(
         names=paths,
-        labels=np.repeat(np.arange(len(names)), counts),
-        classes=names,
+        labels=np.repeat(np.arange(len(counts)), counts),
+        classes=layout.classes,
         read=lambda index: read_regular(f"{top}/{paths[index]}"),
-        split=None,
-        notes=[f"class folder {name} is empty" for name, count in zip(names, counts) if not count],
+        split=layout.split,
         size_of=lambda index: os.stat(f"{top}/{paths[index]}").st_size,
     )
+    return as_laid_out(opened, layout, counts, left.notes(), str(folder))
 
 
-def files_of_split(source: Path, files: list[Path], split: str | None) -> tuple[list[Path], str | None]:
-    """Parquets of one split, by their names (train-00000-of-00002.parquet), and the split."""
-    of_split = {
-        name: [
-            path for path in files if re.match(rf"{name}([-_.]|$)", path.name.removeprefix("ILSVRC2012_img_"))
-        ]
-        for name in _SPLIT_NAMES
-    }
-    present = [name for name, paths in of_split.items() if paths]
-    if not present and split is None:
-        return files, None
-    chosen, split = _choose_split(source, present, split)
-    return of_split[chosen], split
+def as_laid_out(opened: Source, layout: Layout, counts: Sequence[int], left: list[str], where: str) -> Source:
+    """A source of class folders with its notes, numbered as the training images are. `counts`: of each class;
+    `left`: notes of what else is left out."""
+    from pipelines.convert import imagenet
+
+    empty = [f"class folder {name} is empty" for name, count in zip(layout.classes, counts) if not count]
+    opened = replace(opened, notes=[*empty, *layout.notes, *left])
+    if layout.train is None:
+        return opened
+    return imagenet.renumbered(opened, layout.train, f"{where}/{layout.train_base}".rstrip("/"))
 
 
-def _choose_split(source: Path, present: list[str], split: str | None) -> tuple[str, str]:
-    """The name under which a split lies in a source, and the split; left out, it is train or the only one."""
-    if split is None:
-        only = present[0] if len(present) == 1 else "train"
-        split = "validation" if only in _VALIDATION else only
-    for name in _VALIDATION if split == "validation" else (split, *_VALIDATION * (split == "test")):
-        if name in present:
-            return name, split
-    raise InputError(f"{source}: no split '{split}' in it, only {', '.join(present) or 'unnamed files'}")
+def files_of_split(
+    source: str | Path, files: list[Path], split: str | None, strict: bool = True
+) -> tuple[list[Path], str | None, list[str]]:
+    """Files of one split, by their names (train-00000-of-00002.parquet); the split, None where no name says
+    one; and a note of what is left out. `strict` refuses a split that no name says."""
+    of_split: dict[str, list[Path]] = {}
+    for path in files:
+        of_split.setdefault(split_of_file(path.name) or "", []).append(path)
+    others = of_split.pop("", [])
+    if not of_split:
+        if strict and split is not None:
+            raise InputError(f"{source}: no split '{split}' in it, only unnamed files")
+        return files, None, []
+    names = {each: [path.name for path in paths] for each, paths in of_split.items()}
+    key, split = choose_split(str(source), names, split)
+    left = [path.name for path in others + of_split.get(UNLABELLED, [])]
+    return of_split[key], split, [in_short("left out, files of no split", left)] if left else []
 
 
 # ---------------------------------------------------------------------- parquet
 
 
-def _parquet(paths: list[Path], split: str | None) -> Source:
+def _parquet(paths: list[Path], split: str | None, notes: list[str]) -> Source:
     """Columns `image` ({bytes, path}, or plain bytes) and `label`; class names from the schema, if there."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = paths[0]
+    path, columns, names = paths[0], [], Names()
+    groups: list[tuple[Path, int, str]] = []  # of each row group: file, number there, column of images
+    lengths: list[int] = []
     try:
-        files, tables = [], []
         for path in paths:
-            files.append(pq.ParquetFile(path))
-            image, label = _parquet_columns(path, files[-1].schema_arrow)
-            tables.append(files[-1].read([label])[label])
+            with pq.ParquetFile(path) as file:
+                image, label = _parquet_columns(path, file.schema_arrow)
+                columns.append(
+                    _Labels(path, label, file.read([label])[label], _huggingface_classes(file, label))
+                )
+                for number in range(file.num_row_groups):
+                    groups.append((path, number, image))
+                    lengths.append(file.metadata.row_group(number).num_rows)
+            for row in range(len(columns[-1].values)):
+                names.append(f"{path.name}:{row}")
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: cannot be read as parquet ({first_line(error)})") from error
-    if any(not pa.types.is_integer(table.type) or table.null_count for table in tables):
-        raise InputError(f"{path}: its column '{label}' must hold one integer a row")
-    labels = np.concatenate([table.to_numpy() for table in tables]).astype(np.int64)
-    names = [f"{path.name}:{row}" for path, table in zip(paths, tables) for row in range(len(table))]
-
-    groups = [(file, number) for file in files for number in range(file.num_row_groups)]
-    lengths = [file.metadata.row_group(number).num_rows for file, number in groups]
+    labels, classes = _one_numbering(columns)
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     lock = threading.Lock()  # a ParquetFile is not for two threads at once
 
+    @functools.lru_cache(maxsize=8)
+    def opened(path: Path) -> Any:
+        return pq.ParquetFile(path)
+
     @functools.lru_cache(maxsize=8)  # a row group is read once for all its images
     def images_of(group: int) -> Any:
-        file, number = groups[group]
-        return file.read_row_group(number, [image])[image]
+        path, number, image = groups[group]
+        return opened(path).read_row_group(number, [image])[image]
 
     def read(index: int) -> bytes:
         group = int(np.searchsorted(starts, index, side="right")) - 1
@@ -374,8 +449,47 @@ def _parquet(paths: list[Path], split: str | None) -> Source:
             raise jpeg.DamagedImage("no bytes in this row")
         return data
 
-    classes = _huggingface_classes(files[0].schema_arrow, label)
-    return labelled(str(path), names, labels, classes, read, split, {"pyarrow": pa.__version__})
+    made = labelled(str(path), names, labels, classes, read, split, {"pyarrow": pa.__version__})
+    return replace(made, notes=[*made.notes, *notes])
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """The labels of one parquet."""
+
+    path: Path
+    column: str
+    values: Any  # a pyarrow ChunkedArray of integers
+    classes: list[str] | None  # their names, where the file has them
+
+    def numbers(self) -> np.ndarray:
+        """int64 [n]. Raises InputError, naming the row, if one isn't an integer that fits."""
+        import pyarrow as pa
+
+        if not pa.types.is_integer(self.values.type) or self.values.null_count:
+            raise InputError(f"{self.path}: its column '{self.column}' must hold one integer a row")
+        numbers = self.values.to_numpy()
+        if len(numbers) and numbers.max() > np.iinfo(np.int64).max:
+            raise InputError(f"{self.path}:{int(numbers.argmax())} has label {numbers.max()}, over 2^63")
+        return numbers.astype(np.int64)
+
+
+def _one_numbering(files: list[_Labels]) -> tuple[np.ndarray, list[str] | None]:
+    """Labels int64 [N] of all files in the order of the first one's classes, and these. Raises InputError if
+    a file names a class that the first doesn't, or if some have names and others none."""
+    first, parts = files[0], []
+    for file in files:
+        numbers = file.numbers()
+        if (file.classes is None) != (first.classes is None):
+            named, unnamed = (file, first) if first.classes is None else (first, file)
+            raise InputError(f"{unnamed.path}: its labels have no names, those of {named.path.name} have")
+        if file.classes != first.classes and len(numbers):
+            assert file.classes is not None and first.classes is not None
+            rows = [f"{file.path.name}:{row}" for row in range(len(numbers))]
+            check_labels(str(file.path), numbers, file.classes, rows.__getitem__)
+            numbers = by_name(numbers, file.classes, first.classes, str(file.path), str(first.path))
+        parts.append(numbers)
+    return np.concatenate(parts), first.classes
 
 
 def _parquet_columns(path: Path, schema: Any) -> tuple[str, str]:
@@ -387,9 +501,9 @@ def _parquet_columns(path: Path, schema: Any) -> tuple[str, str]:
     return image, label
 
 
-def _huggingface_classes(schema: Any, label: str) -> list[str] | None:
+def _huggingface_classes(file: Any, label: str) -> list[str] | None:
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        features = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"]
         return [str(name) for name in features[label]["names"]]
     except (KeyError, TypeError, ValueError):
         return None
@@ -498,15 +612,48 @@ def labelled(
     """A Source whose labels are checked against its classes; classes without names are numbered."""
     if len(labels) == 0:
         raise InputError(f"{source}: no image in it")
-    if labels.min() < 0:
-        where = names[int(labels.argmin())]
-        raise InputError(f"{source}: {where} has label {labels.min()}; is this split unlabelled?")
+    check_labels(source, labels, classes, names.__getitem__)
     classes = classes or [str(number) for number in range(int(labels.max()) + 1)]
-    if labels.max() >= len(classes):
-        where = names[int(labels.argmax())]
-        raise InputError(f"{source}: {where} has label {labels.max()}, but {len(classes)} classes are named")
     size_of = getattr(read, "size_of", None)  # a tar's reader knows it
     return Source(names, labels, classes, read, split, libraries=libraries or {}, size_of=size_of)
+
+
+BELIEVED = 25_000  # classes without names, however few images: ImageNet-21k's and more
+
+
+def check_labels(
+    source: str, labels: np.ndarray, classes: Sequence[str] | None, name_of: Callable[[int], str]
+) -> None:
+    """Raise InputError, naming the image, for a negative label, one without a class name where there are
+    names, or one that makes more classes than can be meant: over BELIEVED, and more than there are images."""
+    if labels.min() < 0:
+        where = name_of(int(labels.argmin()))
+        raise InputError(f"{source}: {where} has label {labels.min()}; is this split unlabelled?")
+    highest, first = int(labels.max()), int(labels.argmax())
+    if classes:
+        if highest >= len(classes):
+            raise InputError(
+                f"{source}: {name_of(first)} has label {highest}, but {len(classes)} classes are named"
+            )
+    elif highest >= max(BELIEVED, len(labels)):
+        raise InputError(
+            f"{source}: {name_of(first)} has label {highest}, which makes {highest + 1:,} classes of "
+            f"{len(labels):,} images; without names, more than {BELIEVED:,} classes are only believed where "
+            "there are as many images: number them from 0, or give their names"
+        )
+
+
+def by_name(
+    labels: np.ndarray, classes: Sequence[str], wanted: Sequence[str], source: str, where: str
+) -> np.ndarray:
+    """Labels int64 [N] of `classes` as numbers of the same names in `wanted`. Raises InputError, with the
+    list, if a class that has images isn't among these."""
+    number = {name: i for i, name in enumerate(wanted)}
+    strange = [classes[label] for label in np.unique(labels) if classes[label] not in number]
+    if strange:
+        known = ", ".join(wanted[:10]) + (" ..." if len(wanted) > 10 else "")
+        raise InputError(f"{source}: {in_short(f'classes that {where} lacks', strange)}; it has {known}")
+    return np.array([number.get(name, -1) for name in classes], np.int64)[labels]
 
 
 def first_line(error: BaseException) -> str:

@@ -36,6 +36,7 @@ class Settings:
     subset: int | None = None  # so many images, balanced over the classes
     shuffle_seed: int | None = None  # None keeps the source's order; the subset is drawn with 0 then
     on_error: str = "refuse"  # a damaged image: "refuse" leaves it out, by name; "fail" stops
+    white_level: int | None = None  # of images of more than 8 bits that don't state theirs, see `depth`
 
     def check(self) -> None:
         """Raises InputError for a value out of range."""
@@ -49,6 +50,8 @@ class Settings:
             raise InputError(f"--subset {self.subset}: must be at least 1")
         if self.shuffle_seed is not None and not 0 <= self.shuffle_seed < 2**32:
             raise InputError(f"--shuffle-seed {self.shuffle_seed}: must be within 0 and {2**32 - 1}")
+        if self.white_level is not None and not 1 <= self.white_level < 2**32:
+            raise InputError(f"--white-level {self.white_level}: must be within 1 and {2**32 - 1}")
         if self.on_error not in ("refuse", "fail"):
             raise InputError(f"--on-error {self.on_error}: must be refuse or fail")
 
@@ -95,10 +98,12 @@ def attempt(source: Source, indices: Sequence[int], settings: Settings, pack: bo
                 image = store(image, settings, index, check=False)
                 unchecked += [len(results)] * (image.how == "jpeg_untouched")
             results.append(image)
-        except jpeg.DamagedImage as error:
-            results.append(str(error))
+        except InputError:  # about the set, not the image
+            raise
         except OSError as error:
             results.append(f"cannot be read ({error.strerror or error})")
+        except Exception as error:  # whatever a decoder raises is about this image alone
+            results.append(jpeg.reason(error))
     for place, reason in zip(unchecked, jpeg.check_all([results[place].data for place in unchecked])):  # type: ignore[union-attr, misc]
         if reason is not None:
             results[place] = reason
@@ -118,7 +123,7 @@ def store(image: bytes | np.ndarray, settings: Settings, index: int = 0, check: 
     if not image:
         raise jpeg.DamagedImage("the file is empty")
     if not jpeg.is_jpeg(image):
-        pixels, orientation = decode_other(image)
+        pixels, orientation = decode_other(image, settings.white_level)
         pixels = upright(pixels, orientation)
         return _store_pixels(pixels, settings, raw, small_is_raw=True, turned=orientation != 1)
     header = jpeg.read_header(image)

@@ -120,6 +120,9 @@ def _numbered(
         return np.zeros(count, np.int64), None
     try:
         return np.fromiter((int(label) for label in labels), np.int64, count), None
+    except OverflowError as error:
+        row = next(row for row, label in enumerate(labels) if not -(2**63) <= int(label) < 2**63)
+        raise InputError(f"{table}: row {row + 1} has label {labels[row]}, over 64 bits") from error
     except ValueError:
         pass
     classes = sorted(set(labels))

@@ -7,7 +7,6 @@ follow from the manifest's rows: they are made again and compared.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from pipelines.convert.conversion import Bar, cores
 from pipelines.convert.manifest import Samples, read_manifest
 from pipelines.convert.webdataset import END, TarLayout, targets_of
 from pipelines.errors import InputError
+from pipelines.openfiles import OpenFiles
 
 ENTRY = ("mode", "height", "width", "bytes", "label")  # columns of the manifest that a beton's tables hold
 
@@ -55,7 +55,7 @@ class _Region:
     """One image in a file, with what must stand before and after it."""
 
     index: int
-    file: int
+    file: Path
     start: int
     before: bytes
     size: int
@@ -71,7 +71,7 @@ def verify(path: str | Path, workers: int | None = None, progress: bool = False)
     folder = path if path.is_dir() else path.parent
     manifest, rows = read_manifest(folder / "manifest.json" if tars else path.with_name(path.name + ".json"))
     verdict = Verdict(path, manifest["count"])
-    files: list[int] = []
+    files = OpenFiles()
     try:
         regions = (
             _of_tars(path, folder, manifest, rows, verdict, files)
@@ -83,7 +83,7 @@ def verify(path: str | Path, workers: int | None = None, progress: bool = False)
             Bar(total=manifest["count"], unit="img", disable=None if progress else True) as bar,
         ):
             while some := list(islice(regions, 512)):  # not all at once: a million futures are a gigabyte
-                for region, reason in zip(some, pool.map(lambda region: _check(region, rows), some)):
+                for region, reason in zip(some, pool.map(lambda region: _check(region, rows, files), some)):
                     bar.update()
                     if reason:
                         verdict.wrong.append((region.index, str(rows["name"][region.index]), reason))
@@ -92,16 +92,13 @@ def verify(path: str | Path, workers: int | None = None, progress: bool = False)
         ]
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    finally:
-        for file in files:
-            os.close(file)
     return verdict
 
 
-def _check(region: _Region, rows: Samples) -> str | None:
+def _check(region: _Region, rows: Samples, files: OpenFiles) -> str | None:
     """What is wrong with one image, if anything."""
     before, after = len(region.before), len(region.after)
-    data = os.pread(region.file, before + region.size + after, region.start - before)
+    data = files.read(region.file, before + region.size + after, region.start - before)
     if len(data) < before + region.size + after:
         return "the file ends before it"
     around = (0, region.before, "in front of"), (before + region.size, region.after, "behind")
@@ -132,22 +129,20 @@ def _check(region: _Region, rows: Samples) -> str | None:
 
 
 def _of_beton(
-    path: Path, manifest: dict[str, Any], rows: Samples, verdict: Verdict, files: list[int]
+    path: Path, manifest: dict[str, Any], rows: Samples, verdict: Verdict, files: OpenFiles
 ) -> Iterator[_Region]:
-    file = os.open(path, os.O_RDONLY)
-    files.append(file)
     targets = manifest["targets"]
     writer = BetonWriter(None, manifest["count"] + len(manifest["refused"]), targets)
     starts = []
     for i in range(manifest["count"]):
         mode, height, width, size, label = (rows[name][i] for name in ENTRY)
         starts.append(writer.reserve(mode, height, width, size, label, [rows[name][i] for name in targets]))
-    found = os.fstat(file).st_size
+    found = files.size(path)
     if found != writer.length:
         verdict.elsewhere.append(f"it has {found:,} bytes instead of {writer.length:,}")
     row_of_metadata = HEADER.itemsize + writer.fields.nbytes
     for address, data in writer.layout():
-        there = os.pread(file, len(data), address)
+        there = files.read(path, len(data), address)
         if there == data:
             continue
         at = address + next((i for i, (a, b) in enumerate(zip(there, data)) if a != b), len(there))
@@ -163,24 +158,25 @@ def _of_beton(
             )
     end = row_of_metadata + writer.metadata[: writer.count].nbytes
     for i, start in enumerate(starts):
-        yield _Region(i, file, start, bytes(start - end), rows["bytes"][i])
+        yield _Region(i, path, start, bytes(start - end), rows["bytes"][i])
         end = start + rows["bytes"][i]
 
 
 def _of_tars(
-    path: Path, folder: Path, manifest: dict[str, Any], rows: Samples, verdict: Verdict, files: list[int]
+    path: Path, folder: Path, manifest: dict[str, Any], rows: Samples, verdict: Verdict, files: OpenFiles
 ) -> Iterator[_Region]:
     layout = TarLayout(manifest["prefix"], manifest["images_per_tar"])
     wanted = None if path.is_dir() else path.name
+    found = False
     if wanted is not None:
         verdict.count = 0
-    file: int | None = None
+    file: Path | None = None
 
     def finish() -> None:
         name = layout.tar_name()
         if file is not None and (
-            os.fstat(file).st_size != layout.position + len(END)
-            or os.pread(file, len(END), layout.position) != END
+            files.size(file) != layout.position + len(END)
+            or files.read(file, len(END), layout.position) != END
         ):
             verdict.elsewhere.append(f"{name} doesn't end where it should")
         index = (folder / name).with_suffix(".idx")
@@ -198,8 +194,8 @@ def _of_tars(
             if wanted in (None, name):
                 if not (folder / name).is_file():
                     raise InputError(f"{folder / name}: no such file")
-                file = os.open(folder / name, os.O_RDONLY)
-                files.append(file)
+                file = folder / name
+                found = True
         start, size = layout.position, rows["bytes"][i]
         targets = targets_of(manifest["targets"], [rows[name][i] for name in manifest["targets"]])
         before, after = layout.reserve(rows["mode"][i], size, rows["label"][i], targets)
@@ -207,5 +203,5 @@ def _of_tars(
             verdict.count += wanted is not None
             yield _Region(i, file, start + len(before), before, size, after)
     finish()
-    if wanted is not None and not files:
+    if not found and wanted is not None:
         raise InputError(f"{path}: not one of the tars of {folder / 'manifest.json'}")

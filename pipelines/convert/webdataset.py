@@ -96,6 +96,7 @@ class TarWriter:
         self.folder = folder
         self.layout = TarLayout(prefix, images_a_tar)
         self.file: IO[bytes] | None = None
+        self.finished: list[tuple[str, int]] = []  # name and bytes of each tar that is complete
 
     def replay(self, mode: int, size: int, label: int, targets: dict[str, float]) -> None:
         if self.layout.full():
@@ -127,6 +128,7 @@ class TarWriter:
         file = self._open()
         file.write(END)
         file.flush()
+        self.finished.append((self.layout.tar_name(), file.tell()))
         os.fsync(file.fileno())
         file.close()
         self.file = None

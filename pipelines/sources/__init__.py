@@ -14,6 +14,7 @@ class Source(Protocol):
     """What the loader needs of a data set. Indices are positions in the set, stable over epochs."""
 
     labels: np.ndarray  # int64 [N]
+    classes: list[str] | None  # the names of the labels; None where they aren't known
     pages: np.ndarray  # int64 [N], samples that are stored beside each other have the same number
     chunk: int  # images that a call of crops takes best
 

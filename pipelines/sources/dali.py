@@ -32,6 +32,7 @@ class DALISource:
 
     Attributes:
         base: the source of the bytes. labels, pages: int64 [N]. targets: float64 [N] each, by name.
+        classes: names of the labels, or None.
     """
 
     chunk = BATCH
@@ -64,7 +65,7 @@ class DALISource:
         if device not in ("cpu", "gpu"):
             raise InputError(f"device must be cpu or gpu, got {device!r}")
         self.base = open_source(path)
-        self.labels, self.pages = self.base.labels, self.base.pages
+        self.labels, self.classes, self.pages = self.base.labels, self.base.classes, self.base.pages
         self.targets = getattr(self.base, "targets", {})
         self.device, self.threads = device, threads
         self.device_id = device_id if device == "gpu" else None

@@ -13,6 +13,9 @@ import numpy as np
 
 from pipelines.convert import jpeg
 from pipelines.convert.beton import PAGE_SIZE, BetonFile, open_beton
+from pipelines.convert.imagenet import class_names
+from pipelines.convert.manifest import manifest_path
+from pipelines.convert.readers import check_labels
 from pipelines.sources import IN_CACHE, DamagedSample, turbo
 
 
@@ -20,7 +23,7 @@ class FFCVSource:
     """A .beton as a source of crops.
 
     Attributes:
-        labels, heights, widths: int64 [N]. targets: float64 [N] each, by name.
+        labels, heights, widths: int64 [N]. targets: float64 [N] each, by name. classes: from the manifest.
         pages: int64 [N], the block of 2 MB in which each image begins.
     """
 
@@ -35,6 +38,9 @@ class FFCVSource:
         self._offsets, self._sizes = self.file.offsets.astype(np.int64), self.file.sizes.astype(np.int64)
         self.pages = self._offsets // PAGE_SIZE
         self._data = np.memmap(path, np.uint8, mode="r")
+        self.classes = class_names(manifest_path(Path(path)))
+        if len(self.labels) and self.labels.min() >= 0:
+            check_labels(str(path), self.labels, self.classes, "image {}".format)
 
     def __len__(self) -> int:
         return self.file.count

@@ -25,7 +25,7 @@ class FolderSource:
 
     Attributes:
         labels: int64 [N], all 0 for loose images. targets: float64 [N] each, by name. names: of the files.
-        pages: int64 [N].
+        pages: int64 [N]. classes: their names, by label. notes: what the user should know: what is left out.
     """
 
     chunk = IN_CACHE
@@ -36,8 +36,9 @@ class FolderSource:
         opened = (
             open_shards(self.path, split) or _loose_images(self.path) or readers.open_source(str(path), split)
         )
-        self.names, self.labels, self.classes = opened.names, opened.labels, opened.classes
-        self.targets = opened.targets
+        self.names, self.labels = opened.names, opened.labels
+        self.classes: list[str] | None = list(opened.classes)
+        self.targets, self.notes = opened.targets, opened.notes
         self.pages = np.arange(len(self.labels)) // PAGE
         self._read = opened.read
         self._heights = np.zeros(len(self.labels), np.int64)  # 0: not looked at yet
@@ -53,7 +54,7 @@ class FolderSource:
             data = self.stored(int(row), index)
             try:
                 height, width = _size(data)
-            except jpeg.DamagedImage as error:
+            except Exception as error:  # whatever a decoder raises is about this image alone
                 raise self._damaged(int(row), index, error) from error
             self._widths[index] = width
             self._heights[index] = height  # last: another thread may look
@@ -68,7 +69,7 @@ class FolderSource:
             data = self.stored(row, index)
             try:
                 fits = _crop(data, boxes[row], flips[row], out[row])
-            except jpeg.DamagedImage as error:
+            except Exception as error:
                 raise self._damaged(row, index, error) from error
             if not fits:
                 raise ValueError(f"boxes {boxes[row].tolist()} do not lie within {self.names[index]}")
@@ -77,27 +78,31 @@ class FolderSource:
         """See `pipelines.sources.Source`."""
         try:
             return self._read(index)
-        except jpeg.DamagedImage as error:
+        except InputError:  # about the set, not the image
+            raise
+        except Exception as error:
             raise self._damaged(row, index, error) from error
-        except OSError as error:
-            raise self._damaged(row, index, error.strerror or error) from error
 
-    def _damaged(self, row: int, index: int, reason: object) -> DamagedSample:
-        name = self.names[index]
+    def _damaged(self, row: int, index: int, error: Exception) -> DamagedSample:
+        name, reason = self.names[index], getattr(error, "strerror", None) or jpeg.reason(error)
         return DamagedSample(row, index, f"{self.path}: sample {index}, {name}, can't be decoded ({reason})")
 
 
 def _loose_images(folder: Path) -> readers.Source | None:
     """A folder of images without class folders, all of label 0; None if it is something else."""
-    if not folder.is_dir() or any(path.is_dir() for path in folder.iterdir() if path.name[0] != "."):
+    if not folder.is_dir() or readers.FolderTree(folder).folders(""):
         return None
     try:
-        paths = readers.list_images(folder)
+        paths, notes = readers.list_images(folder)
     except InputError:
         return None
     names = [path.name for path in paths]
     labels = np.zeros(len(paths), np.int64)
-    return readers.Source(names, labels, [folder.name], lambda index: paths[index].read_bytes(), None)
+
+    def read(index: int) -> bytes:
+        return readers.read_regular(str(paths[index]))
+
+    return readers.Source(names, labels, [folder.name], read, None, notes=notes)
 
 
 def _header(data: bytes) -> jpeg.JpegHeader:

@@ -52,7 +52,8 @@ def test_every_option_reaches_the_manifest(tmp_path):
     )
     os.rename(tmp_path / "set", tmp_path / "val")
     (tmp_path / "train").mkdir()
-    assert main([str(tmp_path), str(tmp_path / "x.beton"), *options.split(), "--on-error", "fail"]) == 0
+    options += " --on-error fail --white-level 4095"
+    assert main([str(tmp_path), str(tmp_path / "x.beton"), *options.split()]) == 0
     manifest = json.loads((tmp_path / "x.beton.json").read_text())
     assert manifest["settings"] == {
         "max_resolution": 25,
@@ -61,6 +62,7 @@ def test_every_option_reaches_the_manifest(tmp_path):
         "subset": 6,
         "shuffle_seed": 4,
         "on_error": "fail",
+        "white_level": 4095,
     }
     assert manifest["count"] == 6 and manifest["class_counts"] == [3, 3] and manifest["split"] == "validation"
     assert manifest["stored"]["reencoded"] == 6 and open_beton(tmp_path / "x.beton").widths.max() == 25

@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from made_images import SHARED, class_folders, decoded, encoded, photos, pixels
+from made_sets import tar_of
 
 from lvssl.demo import fashion_mnist
+from pipelines.convert.beton import BetonWriter
 from pipelines.convert.jpeg import DamagedImage
 from pipelines.convert.names import Names
 from pipelines.convert.readers import decode_rgb, list_images, open_source
@@ -110,7 +112,11 @@ def test_list_images_and_decode(tmp_path):
         "a/note.txt": b"",
     }
     class_folders(tmp_path, files)
-    paths = list_images(tmp_path)
+    paths, notes = list_images(tmp_path)
+    assert notes == [
+        "left out, no images (1): a/note.txt",
+        "left out, what a system has made (1): a/.x.png",
+    ]
     assert [path.relative_to(tmp_path).as_posix() for path in paths] == ["a/z.png", "b.JPG"]
     assert np.array_equal(decode_rgb(paths[0]), image)
     assert np.abs(decode_rgb(paths[1]).astype(int) - decoded(files["b.JPG"])).mean() < 1
@@ -284,3 +290,63 @@ def test_debians_fashion_mnist():
     source = open_source(folder)
     assert np.bincount(source.labels).tolist() == [6000] * 10 and source.read(0).shape == (28, 28)
     assert source.classes[source.labels[0]] == "Ankle boot"
+
+
+# ------------------------------------------------------------- absurd labels
+
+
+@pytest.mark.parametrize("label", [10**6, 2**40, 2**63, 2**70])
+@pytest.mark.parametrize("form", ["parquet", "csv", "jsonl", "cls", "json"])
+def test_absurd_labels_are_refused_by_file_and_row(tmp_path, form, label):
+    """Before a class is made of each number below it."""
+    rows = [0, 1, label]
+    path = tmp_path / f"x.{form}"
+    if form == "parquet":
+        if label >= 2**64:
+            pytest.skip("a parquet's integers have 64 bits")
+        pq.write_table(pa.table({"image": [b"x"] * 3, "label": pa.array(rows, pa.uint64())}), path)
+        named = "x.parquet:2 has label"
+    elif form == "csv":
+        path.write_text("path,label\n" + "".join(f"{i}.jpg,{each}\n" for i, each in enumerate(rows)))
+        named = "2.jpg has label" if label < 2**63 else "row 3 has label"
+    elif form == "jsonl":
+        path.write_text(
+            "".join(json.dumps({"path": f"{i}.jpg", "label": n}) + "\n" for i, n in enumerate(rows))
+        )
+        named = "2.jpg has label" if label < 2**63 else "row 3 has label"
+    else:
+        path = tmp_path / "x.tar"
+        members = {}
+        for i, each in enumerate(rows):
+            members[f"{i}.jpg"] = b"x"
+            members[f"{i}.{form}"] = (str(each) if form == "cls" else json.dumps({"label": each})).encode()
+        tar_of(path, members)
+        named = "x.tar:2.jpg has label" if label < 2**63 else "x.tar: 2 has no .cls"
+    with pytest.raises(InputError) as error:
+        open_source(str(path))
+    assert named in str(error.value) and "\n" not in str(error.value)
+    if label < 2**63:
+        assert "more than 25,000 classes are only believed where" in str(error.value)
+
+
+def test_labels_of_large_sets_are_believed(tmp_path):
+    """A few images of ImageNet-21k, without names; and any number where the names are given."""
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"image": [b"x"] * 3, "label": [7, 21_840, 7]}), path)
+    assert len(open_source(str(path)).classes) == 21_841
+    names = [f"class {i}" for i in range(40_000)]
+    source = open_source(str(parquet(path, [b"x"] * 3, [7, 39_999, 7], names)))
+    assert source.classes == names and source.labels.tolist() == [7, 39_999, 7]
+
+
+def test_an_absurd_label_in_a_beton_is_refused(tmp_path):
+    from pipelines.sources import open_source as open_crops
+
+    path = tmp_path / "x.beton"
+    with open(path, "w+b") as file:
+        writer = BetonWriter(file, 2)
+        for label in (0, 2**40):
+            writer.add(1, 2, 2, bytes(12), label)
+        writer.finish()
+    with pytest.raises(InputError, match=r"x\.beton: image 1 has label 1099511627776, which makes"):
+        open_crops(path)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -313,3 +314,72 @@ def test_interrupted_by_the_keyboard_it_says_how_to_go_on(tmp_path):
     assert "of 613 images are kept; repeat the command to go on" in errors.splitlines()[-1]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "of them earlier" in done.stdout
+
+
+# ------------------------------------------------------------------- two processes
+
+
+def started(source, out, *options):
+    """A conversion by another process, stopped in its midst; None if it has ended before."""
+    command = [sys.executable, "-m", "tools.convert_beton", source, out, "--workers", "1", *options]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        list(map(str, command)), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    part = out.with_name(f".{out.name}.part")
+    while not part.exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGSTOP)
+    return process
+
+
+@pytest.fixture
+def slow_set(tmp_path):
+    """PNGs that take a moment each, so that a conversion can be stopped in its midst."""
+    noise = np.random.default_rng(0).integers(0, 256, (500, 500, 3), np.uint8)
+    files = {f"a/{i:02}.png": encoded(np.roll(noise, i, 0), "PNG", compress_level=1) for i in range(40)}
+    return class_folders(tmp_path / "set", files)
+
+
+def test_restart_leaves_a_running_conversion_alone(tmp_path, slow_set, capsys):
+    out = tmp_path / "x.beton"
+    first = started(slow_set, out, "--webdataset", tmp_path / "tars")
+    assert first.poll() is None
+    typed = [str(slow_set), str(out), "--webdataset", str(tmp_path / "tars")]
+    for options in (["--restart"], ["--restart", "--overwrite"], []):
+        before = everything(tmp_path)
+        assert main([*typed, *options]) == 2
+        assert "another process is converting to the same file" in capsys.readouterr().err
+        assert everything(tmp_path) == before
+    first.send_signal(signal.SIGCONT)
+    said, error = first.communicate()
+    assert first.returncode == 0 and "40 images" in said, error
+    convert(str(slow_set), tmp_path / "again.beton")
+    assert out.read_bytes() == (tmp_path / "again.beton").read_bytes()
+
+
+@pytest.mark.parametrize("what", ["overwritten", "removed", "tar"])
+def test_a_file_that_another_process_has_changed_is_not_published(tmp_path, slow_set, what):
+    """As on a file system without locks: the journal knows what should be there."""
+    out = tmp_path / "x.beton"
+    first = started(slow_set, out, "--webdataset", tmp_path / "tars", "--images-per-tar", 10)
+    assert first.poll() is None
+    part, tars = tmp_path / ".x.beton.part", tmp_path / ".tars.part"
+    first.send_signal(signal.SIGCONT)
+    while len(list(tars.glob("*.tar"))) < 3 and first.poll() is None:
+        time.sleep(0.002)
+    first.send_signal(signal.SIGSTOP)
+    if what == "overwritten":
+        with open(part, "r+b") as file:
+            file.seek(4000)
+            file.write(bytes(10_000))
+    elif what == "removed":
+        part.unlink()
+    else:
+        with open(tars / "images-000000.tar", "r+b") as file:
+            file.seek(2000)
+            file.write(bytes(1000))
+    first.send_signal(signal.SIGCONT)
+    error = first.communicate()[1]
+    assert first.returncode == 2 and "another process has changed it" in error and "--restart" in error
+    assert not out.exists() and not (tmp_path / "tars").exists()

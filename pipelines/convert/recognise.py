@@ -1,0 +1,81 @@
+"""What names and first bytes of files and folders say: images, splits, and what a system leaves behind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+    *(".avif", ".jp2", ".j2k", ".heic"),
+)
+UNLABELLED = "unlabeled"
+_SPLIT_OF = {
+    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
+    **{"val": "validation", "valid": "validation", "validation": "validation"},
+    **{"unlabeled": UNLABELLED, "unlabelled": UNLABELLED},
+}
+_LEFT_BY_A_SYSTEM = (
+    *("__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"),
+    *("thumbs.db", "desktop.ini"),
+)
+HEAD = 32  # bytes that tell an image from something else
+_SIGNATURES = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|II[*+]\0|MM\0[*+]|P[1-6]\s|DDS |8BPS|qoif"
+    rb"|BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0|\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"
+    rb"|....ftyp(avif|avis|heic|heix|mif1|msf1)",
+    re.DOTALL,
+)
+
+
+def left_by_a_system(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or one that an operating system or a NAS has made."""
+    return name.startswith(".") or name.lower() in _LEFT_BY_A_SYSTEM
+
+
+def has_image_name(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def is_image(head: bytes) -> bool:
+    """Whether the first HEAD bytes of a file are an image's."""
+    return _SIGNATURES.match(head) is not None
+
+
+def split_of_folder(name: str) -> str | None:
+    """Train, TRAINING -> train; Val, valid -> validation; unlabeled, too. None: no split's name."""
+    return _SPLIT_OF.get(name.lower())
+
+
+def split_of_file(name: str) -> str | None:
+    """The split that a part of a file's name says, the last such part: train-00000-of-00002.parquet,
+    imagenet1k-validation-00.tar."""
+    found = [_SPLIT_OF[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLIT_OF]
+    return found[-1] if found else None
+
+
+class LeftOut:
+    """Counts what isn't used and keeps the first names, for a note. `what` it is: "no images"."""
+
+    def __init__(self, what: str):
+        self.what, self.count = what, 0
+        self.first: list[str] = []
+
+    def add(self, *names: str) -> None:
+        self.count += len(names)
+        self.first += names[: 3 - len(self.first)]
+
+    def notes(self) -> list[str]:
+        """One line, or none."""
+        return [in_short(f"left out, {self.what}", self.first, self.count)] if self.count else []
+
+
+def by_a_system() -> LeftOut:
+    return LeftOut("what a system has made")
+
+
+def in_short(what: str, names: Sequence[str], count: int | None = None) -> str:
+    """`what`, its count, and up to three names: "left out, no images (5): a.txt, b.txt, c.txt ..."."""
+    count = len(names) if count is None else count
+    shown = ", ".join(names[:3]) + (" ..." if count > 3 else "")
+    return f"{what} ({count:,}): {shown}"
