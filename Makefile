@@ -20,8 +20,8 @@ test test-slow test-slurm test-ffcv test-oldest: export OMP_NUM_THREADS ?= 2
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu test-slurm test-ffcv test-oldest test-cpus study bench bundle lint format
-.PHONY: clean
+.PHONY: help install demo test test-slow test-gpu test-slurm test-ffcv test-cpus test-oldest study bench bundle
+.PHONY: lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -34,10 +34,10 @@ demo: install  ## Fashion-MNIST: convert, pretrain control and Bernoulli model, 
 	@$(BIN)/lvssl demo --out runs/demo
 
 test: install  ## the tests that need no device and no patience
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu and not slurm" $(PYTEST)
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu and not slurm and not ffcv" $(PYTEST)
 
 test-slow: install  ## the slow tests
-	@$(BIN)/python -m pytest -q -m "slow and not gpu and not slurm" $(PYTEST)
+	@$(BIN)/python -m pytest -q -m "slow and not gpu and not slurm and not ffcv" $(PYTEST)
 
 test-gpu: install  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -q -m gpu $(PYTEST)
@@ -53,7 +53,7 @@ test-cpus: install  ## what depends on a processor, as eleven machines would run
 	@tools/test_cpus.sh $(CPUS)
 
 test-oldest: install .venv-oldest/installed  ## `make test` with each package at its lower bound, in .venv-oldest
-	@.venv-oldest/bin/python -m pytest -q -m "not slow and not gpu and not slurm" $(PYTEST)
+	@.venv-oldest/bin/python -m pytest -q -m "not slow and not gpu and not slurm and not ffcv" $(PYTEST)
 
 # The same Python as .venv's, for an old torch has no wheel for the newest one.
 .venv-oldest/installed: pyproject.toml tools/lower_bounds.py

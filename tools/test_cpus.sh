@@ -36,7 +36,7 @@ for line in "${ENVIRONMENTS[@]}"; do
     if [ "$wanted" != "  " ] && [[ "$wanted" != *" $name "* ]]; then continue; fi
     start=$SECONDS
     # shellcheck disable=SC2086
-    env $variables "$PYTHON" -m pytest -q -p no:cacheprovider -m "not slow and not gpu and not slurm" \
+    env $variables "$PYTHON" -m pytest -q -p no:cacheprovider -m "not slow and not gpu and not slurm and not ffcv" \
         $options $TESTS >"$LOGS/$name.log" 2>&1 </dev/null || failed=1
     result=$(tail -n 1 "$LOGS/$name.log" | sed 's/ in [0-9.]*s.*//; s/=//g; s/^ *//; s/ *$//')
     printf '| %s | `%s` | %s | %d |\n' "$name" "$(echo $variables $options)" "$result" $((SECONDS - start))

@@ -337,6 +337,7 @@ def test_subset_is_balanced_seeded_and_kept_by_shuffling():
         select(labels, 174, None)
 
 
+@pytest.mark.ffcv
 def test_stock_ffcv_reads_every_kind(tmp_path):
     """Progressive, grey, CMYK, PNG, EXIF and raw, all 48 x 48, by FFCV's loader and decoders, both caches."""
     pytest.importorskip("ffcv", reason="FFCV is not installed")
