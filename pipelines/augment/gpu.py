@@ -8,7 +8,7 @@ passes of a tile without shared-memory indexing, and nothing but the sums above 
 Colours of the margin are computed again by each tile (of a blurred view 2.25 times the pixels at 224 px, 4
 times for fp32, whose tiles are smaller), which is cheaper than to store them. For fp16 and bf16 output the
 products are those of fp16 (values in [0, 1], so at most 2^-12 off), summed in fp32; for fp32 output each is
-three of tf32 (tf32x3), which Triton's compiler can from 3.6 on; below that they are plain fp32, without tensor
+three of tf32 (tf32x3), which the compiler can from Triton 3.6 on; below, they are plain fp32 without tensor
 cores: 3.2 for sm_80 ends with "Failed to emit transfer from register to shared".
 
 Bytes of one view at 224 px, bf16: 150,528 read for the sums, 150,528 read again (mostly from the second-level

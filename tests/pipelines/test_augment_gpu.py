@@ -7,7 +7,7 @@ import torch
 import triton_kernels
 
 pytest.importorskip("triton", reason="torch's CUDA builds bring triton; a CPU build does not")
-from pipelines.augment import gpu  # noqa: E402
+from pipelines.augment import gpu
 
 # In levels of 1/255. Half precision: the result's own rounding is 0.25 (bf16), the step of solarise 1.
 MEAN = {"float32": 0.001, "float16": 0.05, "bfloat16": 0.25}
