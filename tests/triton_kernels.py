@@ -28,9 +28,8 @@ def run(script: str, *arguments: str, **environment: str) -> list[str]:
         skip_at_a_fault_of_the_interpreter(done.stderr)
     if done.returncode == -signal.SIGABRT and triton_version() < (3, 6):
         # An assertion in the compiler's C++, not an error that it raises: 3.2 can't compile all kernels.
-        pytest.skip(
-            f"the compiler of Triton {metadata.version('triton')} aborts: {last_line(done.stderr)[:150]}"
-        )
+        name = f"the compiler of Triton {metadata.version('triton')}"
+        pytest.skip(f"{name} aborts: {last_line(done.stderr)[:150]}")
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
     return done.stdout.splitlines()
