@@ -30,9 +30,10 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    payload = buffer.getbuffer()
     path = folder / f"step-{step:09d}.pt"
-    write_atomically(path, MAGIC, hashlib.sha256(payload).digest(), payload)
+    # Released before an error goes on: Python 3.12.1 may crash on a view that a traceback still holds.
+    with buffer.getbuffer() as payload:
+        write_atomically(path, MAGIC, hashlib.sha256(payload).digest(), payload)
     for old in paths(folder)[:-keep]:
         old.unlink()
     return path

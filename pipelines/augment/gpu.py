@@ -8,7 +8,8 @@ passes of a tile without shared-memory indexing, and nothing but the sums above 
 Colours of the margin are computed again by each tile (of a blurred view 2.25 times the pixels at 224 px, 4
 times for fp32, whose tiles are smaller), which is cheaper than to store them. For fp16 and bf16 output the
 products are those of fp16 (values in [0, 1], so at most 2^-12 off), summed in fp32; for fp32 output each is
-three of tf32 (tf32x3).
+three of tf32 (tf32x3), which the compiler can from Triton 3.6 on; below, they are plain fp32 without tensor
+cores: 3.2 for sm_80 ends with "Failed to emit transfer from register to shared".
 
 Bytes of one view at 224 px, bf16: 150,528 read for the sums, 150,528 read again (mostly from the second-level
 cache), 301,056 written: 0.60 MB. At the memory bandwidth of an A100 80 GB (2.04 TB/s) that is 0.30 us a view,
@@ -30,6 +31,7 @@ from pipelines.errors import InputError
 from pipelines.parameters import BRIGHTNESS, CONTRAST, FLIP, GREY, HUE, ORDER, SATURATION, SIGMA, SOLARISE, P
 from pipelines.views import ViewSettings
 
+TENSOR_CORES_TAKE_FP32 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 SUM_BLOCK = 2048  # pixels of one program of luma_sums
 
 # Columns of the table, and other numbers that the kernels read.
@@ -40,6 +42,7 @@ _SATURATION, _HUE = tl.constexpr(SATURATION), tl.constexpr(HUE)
 _SIGMA, _SOLARISE = tl.constexpr(SIGMA), tl.constexpr(SOLARISE)
 _THRESHOLD = tl.constexpr(128 / 255)
 _LEVEL = tl.constexpr(1 / 255)
+_PRECISION = tl.constexpr("tf32x3" if TENSOR_CORES_TAKE_FP32 else "ieee")
 
 
 def augment(crops: Tensor, table: Tensor, view: ViewSettings, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -225,7 +228,7 @@ def _band(target, source, sigma, total, RADIUS: tl.constexpr):
 def _dot(a, b, c, HALF: tl.constexpr):
     if HALF:
         return tl.dot(a.to(tl.float16), b.to(tl.float16), c)
-    return tl.dot(a, b, c, input_precision="tf32x3")
+    return tl.dot(a, b, c, input_precision=_PRECISION)
 
 
 @triton.jit
