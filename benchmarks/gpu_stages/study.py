@@ -121,6 +121,7 @@ def speed(setup: Setup) -> Row:
             if number == warm:
                 started = now(setup)
             trainer.train_step(next(source).to(trainer.device))
+            trainer.finite.in_a_row()  # as between two steps of a run: else verdicts pile up
             trainer.step += 1
         seconds = (now(setup) - started) / count
         cast(Any, source).close()
@@ -247,6 +248,7 @@ def to_knn(setup: Setup) -> Iterator[Row]:
             started = now(setup)
             for batch in loader:
                 trainer.train_step(batch.to(device))
+                trainer.finite.in_a_row()
                 trainer.step += 1
             seconds += now(setup) - started
             if epoch % options["every"] and epoch < settings.epochs:

@@ -179,6 +179,28 @@ def test_an_optimisers_state_goes_from_device_to_device(optimiser, fused):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd", "lars"])
+def test_moments_lie_as_the_weights_do(optimiser):
+    """A run that goes on with another --channels-last; fused kernels refuse moments of another layout, or
+    take their numbers for other ones."""
+
+    def made(layout: torch.memory_format, fused: bool) -> torch.optim.Optimizer:
+        torch.manual_seed(0)
+        net = torch.nn.Conv2d(3, 4, 3, bias=False).to(memory_format=layout)
+        made = build_optimiser(net, OptimiserSettings(optimiser, 0.1), fused)
+        net.weight.grad = torch.randn_like(net.weight)
+        made.step()
+        return made
+
+    first, second = made(torch.contiguous_format, False), made(torch.channels_last, True)
+    restore_optimiser(second, copy.deepcopy(first.state_dict()))
+    (weight, moments), (_, expected) = (next(iter(o.state.items())) for o in (second, first))
+    assert weight.is_contiguous(memory_format=torch.channels_last) and moments.keys() == expected.keys()
+    for name, value in moments.items():
+        assert torch.equal(value, expected[name])
+        assert not value.dim() or value.stride() == weight.stride(), name
+
+
 # -- launches -------------------------------------------------------------------------------------
 
 LAUNCH_NOTHING = {  # views of memory, and marks for a profiler
