@@ -254,7 +254,7 @@ def to_knn(setup: Setup) -> Iterator[Row]:
             if epoch % options["every"] and epoch < settings.epochs:
                 continue
             started = now(setup)
-            with autocast(settings.engine, device):
+            with autocast(settings.engine, device), torch.compiler.set_stance("force_eager"):
                 train, test = (
                     embed(trainer.network, open_source(options[split]), settings.view, workers())
                     for split in ("train", "test")

@@ -25,6 +25,7 @@ from lvssl.models.network import LVNet
 from lvssl.training.distributed import World
 from lvssl.training.labels import open_labelled
 from lvssl.training.optimiser import build_optimiser, restore_optimiser
+from lvssl.training.pretrain import calibrate
 from lvssl.training.supervised import Classifier, Recipe, Supervised
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for
@@ -199,6 +200,17 @@ def test_moments_lie_as_the_weights_do(optimiser):
     for name, value in moments.items():
         assert torch.equal(value, expected[name])
         assert not value.dim() or value.stride() == weight.stride(), name
+
+
+def test_a_compiled_backbone_calibrates_as_it_is_loaded(digits, tmp_path):
+    """Eagerly: for two shapes of batches in eval mode a compiler would take longer than the images do."""
+    trainer, _ = trainer_and_batches(settings(digits["train"], tmp_path), "cpu", 0)
+    compiled = []
+    trainer.network.backbone.compile(backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    calibrate(trainer, open_source(digits["train"]))
+    assert trainer.calibrated and not compiled
+    trainer.network.features(torch.zeros(2, 3, 8, 8))
+    assert compiled
 
 
 # -- launches -------------------------------------------------------------------------------------
