@@ -42,7 +42,7 @@ from pipelines.files import write_atomically
 
 HERE = "benchmarks.gpu_stages."
 STAGES = (
-    Stage("machine", HERE + "machine", weight=15),
+    Stage("machine", HERE + "machine", weight=30),
     Stage("tests", HERE + "suite", weight=75),
     Stage("exact", HERE + "exact", weight=75, parts=3, beside=True),
     Stage("compile", HERE + "compiled", weight=75, parts=2, beside=True),

@@ -259,6 +259,8 @@ class EngineSettings:
         choice("precision", self.precision, PRECISIONS)
         require(self.chunk >= 0, "chunk", self.chunk, "at least 0")
         require(self.chunk != 1, "chunk", self.chunk, "at least 2: one view has no batch statistics")
+        if self.compile and self.recompute:  # torch compiles no checkpoint whose second time is another
+            raise InputError("--compile and --recompute don't go together: leave one out, or take --chunk")
         require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
         require(self.keep >= 2, "keep", self.keep, "at least 2")
         require(self.non_finite_steps >= 1, "non_finite_steps", self.non_finite_steps, "at least 1")

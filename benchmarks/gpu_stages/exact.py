@@ -159,9 +159,10 @@ def views(setup: Setup, side: int, dtype: torch.dtype) -> Row:
     count = 2 if setup.dry else (4 if side > 224 else 16)
     crops, table, view, seed = drawn_views(setup, side, count)
     exact = reference.augment(crops, table, view, torch.float64)
-    with poisoned(), kernels_everywhere(setup):
-        found = gpu.augment(crops, table, view, dtype)
-    naive = reference.augment(crops, table, view, torch.float32).to(dtype)
+    with kernels_everywhere(setup):
+        with poisoned():
+            found = gpu.augment(crops, table, view, dtype)
+        naive = reference.augment(crops, table, view, torch.float32).to(dtype)  # its blur without TF32
     std = torch.tensor(view.std, dtype=torch.float64, device=exact.device).view(3, 1, 1)
     error, own = (((x.double() - exact).abs() * std * 255).flatten(1) for x in (found, naive))
     # In half precision a step can't be told from a rounding: images that are solarised get one level more.

@@ -290,7 +290,7 @@ def with_gradients(setup: Setup, backbone: str) -> Any:
 
 
 def guard(setup: Setup, backbone: str) -> Row:
-    """The gradients' norm, clipping, and zeros in their place where they aren't finite."""
+    """The gradients' norm, and clipping."""
     from lvssl.training.gradients import guard as guarded
 
     parameters = list(with_gradients(setup, backbone).parameters())
@@ -304,7 +304,8 @@ def built(kind: str) -> Callable[[Any], torch.optim.Optimizer]:
         from lvssl.config import OptimiserSettings
         from lvssl.training.optimiser import build_optimiser
 
-        return build_optimiser(network, replace(OptimiserSettings(), optimiser=kind))
+        on_gpu = next(network.parameters()).is_cuda
+        return build_optimiser(network, replace(OptimiserSettings(), optimiser=kind), fused=on_gpu)
 
     return build
 

@@ -54,12 +54,15 @@ class Writer:
         """As `save`, of the state as it is now. Waits for the one before: one copy is held at most."""
         self.wait()
         copied = on_host(state)
-        event = torch.cuda.Event() if torch.cuda.is_initialized() else None
-        if event is not None:
+        event: torch.cuda.Event | None = None
+        device = -1
+        if torch.cuda.is_initialized():
+            event, device = torch.cuda.Event(), torch.cuda.current_device()
             event.record()
 
         def write() -> Path:
             if event is not None:
+                torch.cuda.set_device(device)  # a thread begins on the first GPU, and would take memory there
                 event.synchronize()  # the copies have arrived
             return save(folder, step, copied, keep)
 

@@ -89,12 +89,17 @@ def adapt(weights: list[Tensor], gradients: list[Tensor], decay: float, trust: f
 
 def restore_optimiser(optimiser: Optimizer, state: dict[str, Any]) -> None:
     """Load a state, of a fused optimiser or not, on another device or the same: moments and counters are the
-    state's, options are the optimiser's own."""
+    state's, options and the layout in memory are the optimiser's own. Fused kernels want moments to lie as
+    the weights do."""
     groups = [
         {**{name: value for name, value in own.items() if name != "params"}, "params": saved["params"]}
         for own, saved in zip(optimiser.param_groups, state["param_groups"], strict=True)
     ]
     optimiser.load_state_dict({**state, "param_groups": groups})
+    for parameter, moments in optimiser.state.items():
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
+                moments[name] = torch.empty_like(parameter).copy_(value)
 
 
 def groups(network: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:

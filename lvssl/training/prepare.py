@@ -38,7 +38,8 @@ def claim(device: torch.device, dtype: torch.dtype = torch.float32) -> None:
     """
     if device.type != "cuda":
         return
-    torch.cuda.set_device(device)
+    if device.index is not None:  # "cuda" is the current one, and torch refuses to set it
+        torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")

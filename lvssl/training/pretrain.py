@@ -96,7 +96,8 @@ def calibrate(trainer: Trainer, source: Source) -> None:
         network.eval()
         network.precision = encoding_precision(settings.engine, trainer.device)
         batches = evaluation_batches(source, settings.view, 256, settings.workers, chosen, settings.on_error)
-        own = torch.cat([network.features(sent(images, trainer.device)).float() for images, _ in batches])
+        with torch.compiler.set_stance("force_eager"):  # as it will be loaded; compiling takes longer
+            own = torch.cat([network.features(sent(images, trainer.device)).float() for images, _ in batches])
         everyone = [own]
         if world.size > 1:
             everyone = [torch.empty_like(own) for _ in range(world.size)]

@@ -270,7 +270,7 @@ class Trainer:
         else:
             change = "a smaller --batch-size"
         if not engine.recompute:
-            change += ", or --recompute"
+            change += ", or --recompute" + " without --compile" * engine.compile
         first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         return f"out of memory with {views} views on this rank: try {change}. ({first})"
 

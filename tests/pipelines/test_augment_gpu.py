@@ -128,6 +128,7 @@ def test_benchmark_on_the_gpu():
         pytest.skip("no GPU")
     from benchmarks.augmentation import gpu_rows
 
-    for row in gpu_rows(count=256):
-        print(row)
-        assert row["achieved_gb_per_s"] > 0.1 * row["bandwidth_gb_per_s"], row
+    rows = gpu_rows(count=256)  # how fast, `benchmarks.gpu` says; here others may be using the device
+    assert len({row["dtype"] for row in rows}) == 3
+    for row in rows:
+        assert 0 < row["achieved_gb_per_s"] < row["bandwidth_gb_per_s"], row

@@ -25,6 +25,7 @@ from lvssl.models.network import LVNet
 from lvssl.training.distributed import World
 from lvssl.training.labels import open_labelled
 from lvssl.training.optimiser import build_optimiser, restore_optimiser
+from lvssl.training.pretrain import calibrate
 from lvssl.training.supervised import Classifier, Recipe, Supervised
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for
@@ -177,6 +178,39 @@ def test_an_optimisers_state_goes_from_device_to_device(optimiser, fused):
         go(other, second, seed)
     for a, b in zip(net.parameters(), other.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd", "lars"])
+def test_moments_lie_as_the_weights_do(optimiser):
+    """A run that goes on with another --channels-last; fused kernels refuse moments of another layout, or
+    take their numbers for other ones."""
+
+    def made(layout: torch.memory_format, fused: bool) -> torch.optim.Optimizer:
+        torch.manual_seed(0)
+        net = torch.nn.Conv2d(3, 4, 3, bias=False).to(memory_format=layout)
+        made = build_optimiser(net, OptimiserSettings(optimiser, 0.1), fused)
+        net.weight.grad = torch.randn_like(net.weight)
+        made.step()
+        return made
+
+    first, second = made(torch.contiguous_format, False), made(torch.channels_last, True)
+    restore_optimiser(second, copy.deepcopy(first.state_dict()))
+    (weight, moments), (_, expected) = (next(iter(o.state.items())) for o in (second, first))
+    assert weight.is_contiguous(memory_format=torch.channels_last) and moments.keys() == expected.keys()
+    for name, value in moments.items():
+        assert torch.equal(value, expected[name])
+        assert not value.dim() or value.stride() == weight.stride(), name
+
+
+def test_a_compiled_backbone_calibrates_as_it_is_loaded(digits, tmp_path):
+    """Eagerly: for two shapes of batches in eval mode a compiler would take longer than the images do."""
+    trainer, _ = trainer_and_batches(settings(digits["train"], tmp_path), "cpu", 0)
+    compiled = []
+    trainer.network.backbone.compile(backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    calibrate(trainer, open_source(digits["train"]))
+    assert trainer.calibrated and not compiled
+    trainer.network.features(torch.zeros(2, 3, 8, 8))
+    assert compiled
 
 
 # -- launches -------------------------------------------------------------------------------------

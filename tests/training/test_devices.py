@@ -41,7 +41,12 @@ def two_gpus(monkeypatch) -> list[Any]:
     chosen: list[Any] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+
+    def set_device(device: torch.device) -> None:
+        assert device.index is not None, "torch raises ValueError"
+        chosen.append(str(device))
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
     return chosen
 
 
@@ -148,6 +153,11 @@ def test_fp32_is_fp32_where_it_is_asked_for(two_gpus, dtype, matmul, tf32):
     assert two_gpus == ["cuda:1"]
     assert torch.get_float32_matmul_precision() == matmul
     assert torch.backends.cudnn.allow_tf32 is tf32 and torch.backends.cudnn.benchmark
+
+
+def test_a_gpu_without_a_number_is_the_current_one(two_gpus):
+    claim(torch.device("cuda"))
+    assert not two_gpus and torch.backends.cudnn.benchmark
 
 
 def test_a_cpu_has_nothing_to_claim(monkeypatch):

@@ -13,6 +13,7 @@ from lvssl.models.network import LVNet
 from lvssl.training.batchnorm import frozen_running_statistics
 from lvssl.training.gradients import backward, guard
 from lvssl.training.prepare import accelerate, autocast, precision, prepared
+from pipelines.errors import InputError
 
 CPU = torch.device("cpu")
 VIEWS = 48
@@ -134,6 +135,12 @@ def test_one_gradient_that_is_not_finite_is_seen(value):
     gradients(net)
     next(net.parameters()).grad[0, 0, 0, 0] = value
     assert not guard(net.parameters(), clip=1.0).isfinite()
+
+
+def test_a_compiled_backbone_is_not_recomputed():
+    """torch can't compile a checkpoint that leaves the statistics alone at its second time."""
+    with pytest.raises(InputError, match="--compile and --recompute don't go together"):
+        EngineSettings(compile=True, recompute=True).validate()
 
 
 def test_precision_follows_the_device():
