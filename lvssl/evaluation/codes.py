@@ -260,15 +260,20 @@ def queries_of(codes: CodeFile, run: Run, with_means: bool) -> Iterator[Queries]
 def image_set(run: Run, path: Path, skip: bool) -> tuple[list[str], Callable[[int, int], Batch]]:
     """The names of a set's images, and what crops those from one position to another.
 
-    Every image below a folder, in the order of their paths; else, and of a folder of tars or parquet files,
-    what `pipelines.sources` reads.
+    Every image below a folder, in the order of their paths; else, and of a folder that has tars or parquet
+    files instead, what `pipelines.sources` reads.
     """
-    if path.is_dir() and not any(any(path.glob(f"*{end}")) for end in (".tar", ".parquet")):
-        files, notes = list_images(path)
-        for note in notes:
-            tqdm.write(f"note: {note}", file=sys.stderr)
-        names = [str(file.relative_to(path)) for file in files]
-        return names, partial(batch_of_files, run, files, names, skip)
+    if path.is_dir():
+        try:
+            files, notes = list_images(path)
+        except InputError:
+            if not any(any(path.glob(f"*{end}")) for end in (".tar", ".parquet")):
+                raise
+        else:
+            for note in notes:
+                tqdm.write(f"note: {note}", file=sys.stderr)
+            names = [str(file.relative_to(path)) for file in files]
+            return names, partial(batch_of_files, run, files, names, skip)
     source = open_source(path)
     say_notes(source)
     names = names_of(source, path)

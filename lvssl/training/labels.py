@@ -146,7 +146,7 @@ def open_labelled(
     if not target:
         if source.labels.min() < 0 or (train is None and _of_one_class(source)):
             one_of = f"; its float targets: {', '.join(known)}: name one with --target" if known else ""
-            raise InputError(f"{path}: has no two classes to tell apart{one_of}")
+            raise InputError(f"{path}: needs labels of at least two classes{one_of}")
         answers = torch.from_numpy(source.labels.astype(np.int64))
         return Labelled(path, source, answers, int(answers.max()) + 1, (), on_error)
     names = tuple(known) if target == "all" else (target,)
@@ -201,7 +201,7 @@ def open_pair(train: Path, test: Path) -> tuple[Source, Source]:
     """
     first = open_source(train)
     if _of_one_class(first):
-        raise InputError(f"{train}: has no two classes to tell apart")
+        raise InputError(f"{train}: needs labels of at least two classes")
     second = numbered_as(open_source(test), test, first.classes, str(train))
     check_seen(first, second, train, test)
     return first, second

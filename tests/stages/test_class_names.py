@@ -157,7 +157,7 @@ def test_training_images_of_one_class_are_refused(run, sets, capsys, command):
         typed[-1] = str(made_control(run, sets))
     train = [] if command == "study" else ["--train", str(sets["bear"])]
     assert main([*typed, *train, "--test", str(sets["bear"])]) == 2
-    assert f"{sets['bear']}: has no two classes to tell apart" in capsys.readouterr().err
+    assert f"{sets['bear']}: needs labels of at least two classes" in capsys.readouterr().err
 
 
 def test_one_class_that_can_be_decoded_is_an_error_of_one_line(run, sets, tmp_path, capsys):
