@@ -20,5 +20,5 @@ def lock(file: IO, path: Path) -> None:
     except BlockingIOError:
         raise
     except OSError as error:
-        said = f"its file system has no locks ({error.strerror}): let no second process do the same work"
+        said = f"its file system has no locks ({error.strerror}): do not run a second process on it"
         print(f"warning: {path}: {said}", file=sys.stderr, flush=True)

@@ -89,6 +89,8 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
         raise InputError(f"{paths.test}: at least {FEWEST} test images are needed to analyse a run")
     work = tqdm(total=3 * len(models) + 1, desc=f"analyse {run.folder.name}", unit="part", disable=None)
     sets = Sets.of(settings, run, train, test)
+    if len(np.unique(sets.test_labels)) < 2:
+        raise InputError(f"{paths.test}: test images of at least two classes are needed to analyse a run")
     images = {"train": len(sets.train), "test": len(sets.test), "skipped": sets.skipped}
     result: dict[str, Any] = {"models": {}, "images": images}
     for role, model in zip(roles(settings, len(models)), models):

@@ -260,14 +260,20 @@ def queries_of(codes: CodeFile, run: Run, with_means: bool) -> Iterator[Queries]
 def image_set(run: Run, path: Path, skip: bool) -> tuple[list[str], Callable[[int, int], Batch]]:
     """The names of a set's images, and what crops those from one position to another.
 
-    Every image below a folder, in the order of their paths; else what `pipelines.sources` reads.
+    Every image below a folder, in the order of their paths; else, and of a folder that has tars or parquet
+    files instead, what `pipelines.sources` reads.
     """
-    if path.is_dir() or not path.exists():
-        files, notes = list_images(path)
-        for note in notes:
-            tqdm.write(f"note: {note}", file=sys.stderr)
-        names = [str(file.relative_to(path)) for file in files]
-        return names, partial(batch_of_files, run, files, names, skip)
+    if path.is_dir():
+        try:
+            files, notes = list_images(path)
+        except InputError:
+            if not any(any(path.glob(f"*{end}")) for end in (".tar", ".parquet")):
+                raise
+        else:
+            for note in notes:
+                tqdm.write(f"note: {note}", file=sys.stderr)
+            names = [str(file.relative_to(path)) for file in files]
+            return names, partial(batch_of_files, run, files, names, skip)
     source = open_source(path)
     say_notes(source)
     names = names_of(source, path)
@@ -324,8 +330,10 @@ def identity(run: Run, settings: EncodeSettings, names: list[str], skip: bool) -
     """Another one wherever the same position may mean another code."""
     digest = hashlib.sha256()
     view = beyond_defaults(run.settings.view)
-    stat = settings.images.stat()
-    file = [stat.st_size, stat.st_mtime_ns] if settings.images.is_file() else None
+    file = None
+    if settings.images.is_file():
+        stat = settings.images.stat()
+        file = [stat.st_size, stat.st_mtime_ns]
     told = [str(settings.images.resolve()), view, skip, file, run.arithmetic]
     digest.update(json.dumps(told, sort_keys=True).encode())
     for name in names:

@@ -24,6 +24,7 @@ from lvssl.models.backbone import feature_dim
 from lvssl.models.network import LVNet
 from lvssl.training.labels import Subset, beside, open_pair, say_notes, sound_part
 from lvssl.training.run import Run, load_run, require_classes_of, require_same_classes
+from pipelines.convert.manifest import manifest_path
 from pipelines.errors import InputError
 from pipelines.files import write_atomically, write_json
 from pipelines.loader import evaluation_crops
@@ -270,10 +271,13 @@ def class_names(source: Source) -> list[str]:
     return source.classes or [str(number) for number in range(int(source.labels.max()) + 1)]
 
 
-def manifest(beton: Path) -> dict[str, Any]:
-    """What the conversion wrote beside a beton; empty where that is gone."""
-    path = Path(f"{beton}.json")
-    return json.loads(path.read_text()) if path.exists() else {}
+def manifest(data: Path) -> dict[str, Any]:
+    """What the conversion wrote beside a beton or tars; empty where there is nothing of that kind."""
+    try:
+        content = json.loads(manifest_path(data).read_bytes().decode("utf-8", "surrogatepass"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def command(settings: EvaluateSettings) -> str:

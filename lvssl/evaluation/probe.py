@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from lvssl.codes.pack import as_array
 from lvssl.training.progress import shown
+from pipelines.errors import InputError
 
 HELD_OUT = 0.15  # share of the training set on which the regularisation is chosen
 # L-BFGS steps a fit; the fits start from one another. On CIFAR-10 images (N = 10,000, D = 256 features) 200
@@ -57,7 +58,7 @@ def fit_probe(
     """The read-out of `linear_probe`, fitted."""
     train_x, train_y = checked("train", train_x, train_y)
     if len(np.unique(train_y)) < 2:
-        raise ValueError("a probe needs training labels of at least two classes")
+        raise InputError("a probe needs training labels of at least two classes")
     mean, scale = standardisation(train_x)
     train_x = (train_x - mean) * scale
     chosen, start = choose_regularisation(train_x, train_y, sorted(regularisation, reverse=True), seed, title)

@@ -144,9 +144,9 @@ def open_labelled(
         source = numbered_as(source, path, train.source.classes, str(train.path))
     known: dict[str, np.ndarray] = getattr(source, "targets", {})
     if not target:
-        if source.labels.min() < 0 or (train is None and source.labels.max() < 1):
+        if source.labels.min() < 0 or (train is None and _of_one_class(source)):
             one_of = f"; its float targets: {', '.join(known)}: name one with --target" if known else ""
-            raise InputError(f"{path}: has no two classes to tell apart{one_of}")
+            raise InputError(f"{path}: needs labels of at least two classes{one_of}")
         answers = torch.from_numpy(source.labels.astype(np.int64))
         return Labelled(path, source, answers, int(answers.max()) + 1, (), on_error)
     names = tuple(known) if target == "all" else (target,)
@@ -188,13 +188,20 @@ def _without_names(classes: list[str] | None) -> bool:
     return classes is None or all(name.isdecimal() for name in classes)
 
 
+def _of_one_class(source: Source) -> bool:
+    return len(np.unique(source.labels)) < 2
+
+
 def open_pair(train: Path, test: Path) -> tuple[Source, Source]:
     """A training set, and a test set whose labels are the training set's numbers, by the classes' names.
 
     Raises:
-        InputError: no such data, or a class of the test set isn't among the training images.
+        InputError: no such data, training images of one class alone, or a class of the test set isn't among
+            the training images.
     """
     first = open_source(train)
+    if _of_one_class(first):
+        raise InputError(f"{train}: needs labels of at least two classes")
     second = numbered_as(open_source(test), test, first.classes, str(train))
     check_seen(first, second, train, test)
     return first, second

@@ -132,7 +132,7 @@ def read_config(folder: Path) -> tuple[PretrainSettings, int]:
     try:
         content = json.loads(path.read_text())
         return from_dict(PretrainSettings, content["settings"], str(path)), content["classes"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a run's configuration ({error!r})") from error
 
 
@@ -178,10 +178,10 @@ class Run:
 
 
 def require_classes_of(run: Run, source: Source, path: Path) -> None:
-    """Raise InputError if the set at `path`, where a run's training images lay, has other classes by now."""
-    if run.classes is not None and source.classes is not None and run.classes != source.classes:
-        strange = sorted(set(source.classes) ^ set(run.classes))
-        what = in_short("differing", strange) if strange else "another order"
+    """Raise InputError if the set at `path`, where a run's training images lay, has other classes by now;
+    their order is free, as it is when the run is resumed."""
+    if run.classes is not None and source.classes is not None and set(run.classes) != set(source.classes):
+        what = in_short("differing", sorted(set(source.classes) ^ set(run.classes)))
         raise InputError(
             f"{path} isn't the set that {run.folder} was trained on: its classes are others ({what}); name "
             "a training set with --train"

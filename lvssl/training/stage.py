@@ -82,7 +82,7 @@ class Stage(Generic[Settings]):
         mark = folder / "stage.json"
         wanted = identity(self.settings)
         if mark.exists():
-            begun = json.loads(mark.read_text())
+            begun = read_result(mark)
             changed = changes(begun, self.settings, self.run.digest)
             changed = changed or other_set(begun.get("data", data), data)
             if not changed:
@@ -174,10 +174,7 @@ def finished(path: Path, settings: StageSettings, digest: str) -> dict[str, Any]
     """
     if not path.exists():
         return None
-    try:
-        result = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: not a result ({error}); remove it") from error
+    result = read_result(path)
     changed = changes(result, settings, digest)
     if not changed:
         return result
@@ -186,6 +183,17 @@ def finished(path: Path, settings: StageSettings, digest: str) -> dict[str, Any]
             f"{path} stands for something else ({changed}): --again replaces it, --out leaves it alone"
         )
     return None
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A file that a stage has written. InputError if it holds something else, or is damaged."""
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("an object is expected")
+    except ValueError as error:
+        raise InputError(f"{path}: not a result ({error}); remove it") from error
+    return content
 
 
 def changes(result: dict[str, Any], settings: StageSettings, digest: str) -> str:

@@ -77,8 +77,8 @@ def _unknown(what: str, highest: int) -> DamagedImage:
     likely = max(255, 2 ** int(highest).bit_length() - 1)
     other = FULL if likely < FULL else 2**32 - 1
     return DamagedImage(
-        f"{what}, and which value is white isn't said: convert the set with one white level, --white-level "
-        f"{likely} or {other} (where it is as dark as that), or save it with 8 bits"
+        f"{what}, and the file doesn't say which value is white: convert the set with --white-level {likely} "
+        f"or {other} (if it really is that dark), or save it with 8 bits"
     )
 
 

@@ -65,9 +65,20 @@ def renumbered(source: Source, classes: Sequence[str], where: str | Path) -> Sou
 
 
 def class_names(manifest: Path) -> list[str] | None:
+    """The classes that a manifest names; None where there is none, or where it names none.
+
+    Raises InputError if it can't be read: names would be lost in silence.
+    """
+    if not manifest.is_file():
+        return None
     try:
-        return [str(name) for name in json.loads(manifest.read_bytes())["classes"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        content = json.loads(manifest.read_bytes().decode("utf-8", "surrogatepass"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{manifest}: not a manifest, or damaged ({reason})") from error
+    try:
+        return [str(name) for name in content["classes"]]
+    except (KeyError, TypeError):
         return None
 
 

@@ -638,7 +638,7 @@ def check_labels(
     elif highest >= max(BELIEVED, len(labels)):
         raise InputError(
             f"{source}: {name_of(first)} has label {highest}, which makes {highest + 1:,} classes of "
-            f"{len(labels):,} images; without names, more than {BELIEVED:,} classes are only believed where "
+            f"{len(labels):,} images; without names, more than {BELIEVED:,} classes are only accepted if "
             "there are as many images: number them from 0, or give their names"
         )
 

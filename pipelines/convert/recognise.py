@@ -71,7 +71,7 @@ class LeftOut:
 
 
 def by_a_system() -> LeftOut:
-    return LeftOut("what a system has made")
+    return LeftOut("hidden and system files")
 
 
 def in_short(what: str, names: Sequence[str], count: int | None = None) -> str:

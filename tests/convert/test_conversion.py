@@ -272,7 +272,7 @@ def test_a_folder_and_its_manifest(tmp_path):
     assert {key: returned[key] for key in manifest if key != "samples"} == {
         key: value for key, value in manifest.items() if key != "samples"
     }
-    assert returned["notes"] == ["left out, what a system has made (1): .hidden"]
+    assert returned["notes"] == ["left out, hidden and system files (1): .hidden"]
     assert (returned["resumed"], returned["estimate"]) == (0, None)
     beton = open_beton(out)
 

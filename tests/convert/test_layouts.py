@@ -120,14 +120,14 @@ def test_what_a_system_has_made_is_neither_class_nor_image(tmp_path):
     for source in both_ways(tmp_path, {**files, **dict.fromkeys(made, b"x")}):
         opened = open_source(source)
         assert opened.classes == ["a", "b"] and [data for _, data in contents(opened)] == list(files.values())
-        assert any("what a system has made" in note for note in opened.notes)
+        assert any("hidden and system files" in note for note in opened.notes)
     (tmp_path / "wds").mkdir()
     tar_of(tmp_path / "wds/._x.tar", {"x": b""})
     members = {"._0.jpg": b"x", "0.jpg": b"0", "0.cls": b"1", "._1.jpg": b"x", "1.jpg": b"1", "1.cls": b"0"}
     tar_of(tmp_path / "wds/x.tar", members)
     opened = open_source(str(tmp_path / "wds"))
     assert contents(opened) == [("1", b"0"), ("0", b"1")]
-    assert opened.notes == ["left out, what a system has made (2): ._0.jpg, ._1.jpg"]
+    assert opened.notes == ["left out, hidden and system files (2): ._0.jpg, ._1.jpg"]
 
 
 def test_splits_by_the_names_of_tars(tmp_path):

@@ -115,7 +115,7 @@ def test_list_images_and_decode(tmp_path):
     paths, notes = list_images(tmp_path)
     assert notes == [
         "left out, no images (1): a/note.txt",
-        "left out, what a system has made (1): a/.x.png",
+        "left out, hidden and system files (1): a/.x.png",
     ]
     assert [path.relative_to(tmp_path).as_posix() for path in paths] == ["a/z.png", "b.JPG"]
     assert np.array_equal(decode_rgb(paths[0]), image)
@@ -326,7 +326,7 @@ def test_absurd_labels_are_refused_by_file_and_row(tmp_path, form, label):
         open_source(str(path))
     assert named in str(error.value) and "\n" not in str(error.value)
     if label < 2**63:
-        assert "more than 25,000 classes are only believed where" in str(error.value)
+        assert "more than 25,000 classes are only accepted if" in str(error.value)
 
 
 def test_labels_of_large_sets_are_believed(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -138,6 +139,82 @@ def test_a_training_set_that_was_replaced_is_refused(run, sets, tmp_path, capsys
     for command in ("linear", "evaluate"):
         assert main([command, str(run), "--test", str(sets["both"])]) == 2
         assert "isn't the set that" in capsys.readouterr().err
+
+
+def test_a_training_set_in_another_order_of_classes_is_the_same_set(run, sets):
+    """As it is when the run is resumed: the test set is numbered as the training set is now."""
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["classes"] = ["bear", "apple"]
+    (run / "config.json").write_text(json.dumps(config))
+    for command in ("linear", "evaluate"):
+        assert main([command, str(run), "--test", str(sets["both"])]) == 0
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "analyse"])
+def test_training_images_of_one_class_are_refused(run, sets, capsys, command):
+    typed = [part.format(run=run, train=sets["bear"]) for part in COMMANDS[command]]
+    if command == "compression":
+        typed[-1] = str(made_control(run, sets))
+    train = [] if command == "study" else ["--train", str(sets["bear"])]
+    assert main([*typed, *train, "--test", str(sets["bear"])]) == 2
+    assert f"{sets['bear']}: needs labels of at least two classes" in capsys.readouterr().err
+
+
+def test_one_class_that_can_be_decoded_is_an_error_of_one_line(run, sets, tmp_path, capsys):
+    train = Path(shutil.copytree(sets["both-folder"], tmp_path / "train"))
+    for path in (train / "apple").iterdir():
+        path.write_text("no image")
+    typed = [str(run), "--train", str(train), "--test", str(sets["both"]), "--on-error", "skip"]
+    for command in ("linear", "evaluate"):
+        assert main([command, *typed]) == 2
+        assert "at least two classes" in capsys.readouterr().err
+
+
+def test_an_analysis_needs_test_images_of_two_classes(run, tmp_path, capsys):
+    test = folder(tmp_path / "test", "bear", each=40)
+    assert main(["analyse", str(run), "--test", str(test), "--alone"]) == 2
+    assert "test images of at least two classes are needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b'{"classes": ["app', b"\xff\xfe\x80" * 20], ids=["cut", "no text"])
+def test_a_damaged_manifest_is_refused_and_not_taken_for_no_names(run, sets, tmp_path, capsys, content):
+    test = Path(shutil.copy(sets["both"], tmp_path / "test.beton"))
+    Path(f"{test}.json").write_bytes(content)
+    for typed in (["knn", str(run), "--k", "3", "--test"], ["evaluate", str(run), "--test"]):
+        assert main([*typed, str(test)]) == 2
+        assert f"{test}.json: not a manifest, or damaged" in capsys.readouterr().err
+    assert main(["encode", str(run), "--images", str(test)]) == 2
+
+
+def test_evaluate_reads_the_manifest_of_images_with_odd_names(run, sets, tmp_path):
+    files = Path(shutil.copytree(sets["both-folder"], tmp_path / "files"))
+    os.rename(files / "bear" / "00.png", os.fsencode(files) + b"/bear/\xff.png")
+    convert(str(files), tmp_path / "test.beton")
+    assert main(["evaluate", str(run), "--test", str(tmp_path / "test.beton")]) == 0
+    assert json.loads((run / "evaluation.json").read_text())["data"]["name"] == "files"
+
+
+def test_a_folder_of_tars_is_encoded_as_other_commands_read_it(run, sets, tmp_path, capsys):
+    convert(str(sets["both-folder"]), None, webdataset=tmp_path / "tars")
+    pattern = tmp_path / "tars" / "images-{000000..000000}.tar"
+    for images in (tmp_path / "tars", pattern):
+        assert main(["encode", str(run), "--images", str(images)]) == 0
+        assert "48 codes" in capsys.readouterr().out
+    assert main(["encode", str(run), "--images", str(tmp_path / "none.beton")]) == 2
+    assert "none.beton: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x80" * 20, b"[]", b""], ids=["no text", "list", "empty"])
+def test_damaged_files_of_a_run_are_named(run, sets, capsys, content):
+    folder = run / "linear"
+    folder.mkdir()
+    (folder / "stage.json").write_bytes(content)
+    typed = ["linear", str(run), "--test", str(sets["both"])]
+    assert main([*typed, "--probe", "sgd", "--epochs", "1"]) == 2
+    assert f"{folder / 'stage.json'}: not a result" in capsys.readouterr().err
+    (run / "config.json").write_bytes(content)
+    assert main(typed) == 2
+    assert f"{run / 'config.json'}: not a run's configuration" in capsys.readouterr().err
 
 
 def test_numbers_without_names_keep_working(sets, tmp_path, capsys):

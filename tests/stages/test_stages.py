@@ -342,7 +342,7 @@ def test_numbers_are_regressed(run, digits, tmp_path):
         sets[split] = tmp_path / f"{split}.beton"
         convert(str(table), sets[split])
     data = {"train": sets["train"], "test": sets["test"]}
-    with pytest.raises(InputError, match="no two classes to tell apart; its float targets: ink, top"):
+    with pytest.raises(InputError, match="needs labels of at least two classes; its float targets: ink, top"):
         linear(LinearSettings(run, **data))
     ridge = linear(LinearSettings(run, target="all", **data)).done
     assert ridge["probe"] == "ridge" and set(ridge["results"]["features"]["targets"]) == {"ink", "top"}
