@@ -1,5 +1,7 @@
 """A network made ready for a device and for several ranks: layout, precision, statistics, recomputation."""
 
+import importlib
+import re
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -11,8 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from lvssl.config import EngineSettings
 from lvssl.models.backbone import BLOCKS
 from lvssl.training.batchnorm import frozen_running_statistics, synchronised
+from pipelines.errors import InputError
 
 N = TypeVar("N", bound=nn.Module)
+OLDEST_TRITON = (3, 6)  # torch 2.11's; the compiler of 3.2 aborts the process on some shapes of our kernels
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,14 +39,31 @@ def claim(device: torch.device, dtype: torch.dtype = torch.float32) -> None:
     What is launched without naming a device then goes there, and not to the first. Convolutions take the
     fastest algorithm for their shape, of which a run has one. Products of fp32 numbers are of TF32, which
     keeps 11 bits of each, unless fp32 is what the run asks for; it keeps 24 bits, in convolutions too.
+
+    Raises InputError where Triton is absent or too old for the kernels.
     """
     if device.type != "cuda":
         return
+    require_triton()
     if device.index is not None:  # "cuda" is the current one, and torch refuses to set it
         torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
+
+
+def require_triton() -> None:
+    """Raise InputError unless the Triton that comes with torch can compile the kernels of a GPU."""
+    try:
+        found = importlib.import_module("triton").__version__
+    except ImportError:
+        found = "none"
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST_TRITON:
+        needed = ".".join(map(str, OLDEST_TRITON))
+        raise InputError(
+            f"a GPU needs Triton {needed} or newer, found {found}: install torch 2.11 or newer, or give "
+            "--device cpu"
+        )
 
 
 def accelerate(backbone: nn.Module, engine: EngineSettings) -> None:

@@ -13,11 +13,12 @@ import torch
 
 from lvssl.config import PRESETS, EngineSettings
 from lvssl.stages import FinetuneSettings, KnnSettings, LinearSettings
+from lvssl.training import prepare, stage
 from lvssl.training import pretrain as pretraining
-from lvssl.training import stage
 from lvssl.training.prepare import claim
 from lvssl.training.run import load_run
 from lvssl.training.supervised import Recipe, sgd
+from pipelines.errors import InputError
 from pipelines.sources import dali, open_source
 
 gpu = pytest.mark.gpu
@@ -41,6 +42,7 @@ def two_gpus(monkeypatch) -> list[Any]:
     chosen: list[Any] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(prepare, "OLDEST_TRITON", (0, 0))  # nothing is compiled here
 
     def set_device(device: torch.device) -> None:
         assert device.index is not None, "torch raises ValueError"
@@ -158,6 +160,23 @@ def test_fp32_is_fp32_where_it_is_asked_for(two_gpus, dtype, matmul, tf32):
 def test_a_gpu_without_a_number_is_the_current_one(two_gpus):
     claim(torch.device("cuda"))
     assert not two_gpus and torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("version", ["3.2.0", "3.5.1", None])
+def test_a_triton_that_cannot_compile_the_kernels_is_refused_before_work(monkeypatch, two_gpus, version):
+    """Triton 3.2, which torch 2.6 brings, aborts the process while it compiles some of them."""
+    monkeypatch.setattr(prepare, "OLDEST_TRITON", (3, 6))
+    triton = ModuleType("triton")
+    triton.__version__ = version
+    monkeypatch.setitem(sys.modules, "triton", triton if version else None)
+    with pytest.raises(
+        InputError, match=f"needs Triton 3.6 or newer, found {version or 'none'}: install torch"
+    ):
+        claim(torch.device("cuda:1"))
+    assert not two_gpus
+    triton.__version__ = "3.10.0+git"
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    claim(torch.device("cuda:1"))
 
 
 def test_a_cpu_has_nothing_to_claim(monkeypatch):
