@@ -14,6 +14,7 @@ from lvssl.training.pretrain import pretrain
 from pipelines.errors import InputError
 
 
+@pytest.mark.slow
 def test_rows_are_made_once_and_decorrelation_decorrelates(digits, tmp_path):
     settings = dataclasses.replace(
         preset("digits"), data=digits["train"], out=tmp_path / "run", epochs=1, threads=1

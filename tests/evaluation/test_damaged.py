@@ -60,7 +60,9 @@ def pretrained_on(run: Path, data: Path, on_error: str, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("command", QUICK)
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=pytest.mark.slow) if name == "analyse" else name for name in QUICK]
+)
 def test_raise_or_skip_as_asked_or_as_in_the_pretraining(command, run, control, folders, tmp_path, capsys):
     options, name = QUICK[command]
     like = control if command == "compression" else run  # equal-bit controls are a deterministic run's
