@@ -17,7 +17,7 @@ ENVIRONMENTS=(  # name|variables|options of pytest
     "onednn-avx2|ONEDNN_MAX_CPU_ISA=AVX2|"
     "one-thread|OMP_NUM_THREADS=1|"
     "two-threads|OMP_NUM_THREADS=2|"
-    "random-order||--random-order --random-order-bucket=global"
+    "random-order||--random-order --random-order-bucket=module"
     "unraisable||-W error::pytest.PytestUnraisableExceptionWarning"
 )
 TESTS="tests/pipelines tests/latents tests/losses tests/models tests/training tests/codes"
