@@ -5,12 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from damaged_folders import make_folders, sound
 
 from lvssl.cli import main
-from pipelines.sources import open_source
 
-DAMAGED = {"train": [3, 4, 77], "test": [0, 9]}
 QUICK = {
     "evaluate": ([], "evaluation.json"),
     "analyse": (["--images", "0", "--samples", "2"], "analysis.json"),
@@ -35,20 +33,7 @@ def counts(result: dict) -> tuple[dict, object]:
 
 @pytest.fixture(scope="module")
 def folders(digits, tmp_path_factory) -> dict[str, Path]:
-    """PNG files in class folders: `train`, `test` with damaged ones, `sound/train`, `sound/test` without."""
-    root = tmp_path_factory.mktemp("folders")
-    for split, count in (("train", 200), ("test", 60)):
-        source = open_source(digits[split])
-        for i in range(count):
-            path = root / split / str(source.labels[i]) / f"{i:03}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(source.stored(0, i)).save(path)
-        shutil.copytree(root / split, root / "sound" / split)
-        files = sorted(path.relative_to(root) for path in (root / split).glob("*/*.png"))
-        for row in DAMAGED[split]:
-            (root / files[row]).write_bytes(b"\x89PNG\r\n\x1a\n, and nothing of the kind")
-            (root / "sound" / files[row]).unlink()
-    return {"train": root / "train", "test": root / "test", "sound": root / "sound"}
+    return make_folders(digits, tmp_path_factory.mktemp("folders"))
 
 
 def pretrained_on(run: Path, data: Path, on_error: str, out: Path) -> Path:
@@ -69,7 +54,7 @@ def test_raise_or_skip_as_asked_or_as_in_the_pretraining(command, run, control, 
     runs = {
         "strict": pretrained_on(like, folders["train"], "raise", tmp_path / "strict"),
         "lax": pretrained_on(like, folders["train"], "skip", tmp_path / "lax"),
-        "sound": pretrained_on(like, folders["sound"] / "train", "raise", tmp_path / "sound"),
+        "sound": pretrained_on(like, sound(folders["train"]), "raise", tmp_path / "sound"),
     }
     assert main([command, str(runs["strict"]), *options]) == 2
     said = capsys.readouterr().err
@@ -113,7 +98,7 @@ def test_a_stage_has_the_runs_setting_and_an_older_result_stands(run, folders, t
         assert main([command, str(lax)]) == 0
         result = json.loads((lax / f"{command}.json").read_text())
         assert result["settings"]["on_error"] == "skip" and result["results"]["features"]["count"] == 58
-    strict = pretrained_on(run, folders["sound"] / "train", "raise", tmp_path / "strict")
+    strict = pretrained_on(run, sound(folders["train"]), "raise", tmp_path / "strict")
     assert main(["knn", str(strict)]) == 0
     assert json.loads((strict / "knn.json").read_text())["settings"]["on_error"] == "raise"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from devices import on_cpu_and_gpu
 from PIL import Image
 
 from lvssl.cli import main
@@ -76,16 +77,7 @@ def test_codes_of_another_arithmetic_are_not_compared(run, digits, tmp_path, mon
     assert next(search(SearchSettings(run, digits["test"], codes=other)))[0]
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
-        ),
-    ],
-)
+@on_cpu_and_gpu
 def test_a_set_in_bf16_is_nearly_that_in_fp32(run, digits, device):
     """As a GPU embeds it: features to bf16's rounding, hardly a bit of the code, the same neighbours."""
     source, exact = open_source(digits["test"]), load_run(run, torch.device("cpu"))

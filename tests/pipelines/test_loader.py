@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from devices import on_cpu_and_gpu
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
@@ -484,16 +485,7 @@ def test_an_iteration_that_is_left_early_leaves_nothing_behind(beton):
 # -- on a GPU -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
-        ),
-    ],
-)
+@on_cpu_and_gpu
 def test_one_stream_a_loader_and_a_host_that_does_not_run_away(beton, monkeypatch, device):
     """Two epochs on one side stream, with a bound on the batches that are launched and not over; the batches
     are those of a CPU. On a CPU torch.cuda's streams and events do nothing but count."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damaged_folders import make_folders, sound
 from PIL import Image
 
 from lvssl.cli import main
@@ -21,23 +22,11 @@ from pipelines.loader import TwoViewLoader
 from pipelines.sources import open_source
 
 SHORT = ["--epochs", "1", "--min-steps", "0", "--lr", "0.1", "--weight-decay", "0"]
-DAMAGED = {"train": [3, 4, 77], "test": [0, 9]}
 
 
 @pytest.fixture(scope="module")
 def folders(digits, tmp_path_factory) -> dict[str, Path]:
-    """Digits as PNG files in class folders, three of 200 and two of 60 of which are no images."""
-    root = tmp_path_factory.mktemp("folders")
-    for split, count in (("train", 200), ("test", 60)):
-        source = open_source(digits[split])
-        for i in range(count):
-            path = root / split / str(source.labels[i]) / f"{i:03}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(source.stored(0, i)).save(path)
-        files = sorted((root / split).glob("*/*.png"))
-        for row in DAMAGED[split]:
-            files[row].write_bytes(b"\x89PNG\r\n\x1a\n, and nothing of the kind")
-    return {split: root / split for split in ("train", "test")}
+    return make_folders(digits, tmp_path_factory.mktemp("folders"))
 
 
 def test_a_damaged_image_stops_every_stage_unless_it_is_to_be_skipped(run, folders, capsys):
@@ -57,20 +46,12 @@ def test_a_damaged_image_stops_every_stage_unless_it_is_to_be_skipped(run, folde
         assert result["results"]["features"]["count"] == 58 and result["data"]["test_images"] == 60
 
 
-def test_what_is_left_out_changes_nothing_else(run, folders, tmp_path):
+def test_what_is_left_out_changes_nothing_else(run, folders):
     """The figures are those of the same folders without the damaged files."""
-    sound = {}
-    for split, folder in folders.items():
-        damaged = set(DAMAGED[split])
-        for i, path in enumerate(sorted(folder.glob("*/*.png"))):
-            if i not in damaged:
-                copy = tmp_path / split / path.relative_to(folder)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                copy.write_bytes(path.read_bytes())
-        sound[split] = tmp_path / split
+    whole = {split: sound(folder) for split, folder in folders.items()}
     for stage, settings in ((knn, KnnSettings), (linear, LinearSettings)):
         skipping = stage(settings(run, **folders, on_error="skip", out=run / f"{stage.__name__}-a.json"))
-        without = stage(settings(run, **sound, out=run / f"{stage.__name__}-b.json"))
+        without = stage(settings(run, **whole, out=run / f"{stage.__name__}-b.json"))
         assert skipping.done["results"] == without.done["results"]
 
 

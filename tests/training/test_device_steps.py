@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import GPU
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,9 +33,6 @@ from pipelines.augment import augmenter_for
 from pipelines.loader import TwoViewLoader, ViewBatch
 from pipelines.sources import open_source
 
-GPU = pytest.param(
-    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-)
 RATES = {"adamw": 2e-3, "sgd": 0.1, "lars": 1.0}
 
 

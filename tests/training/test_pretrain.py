@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import on_cpu_and_gpu
 
 from lvssl.config import PRESETS, PretrainSettings, from_dict, to_dict
 from lvssl.training import checkpoint
@@ -154,16 +155,7 @@ def test_two_checkpoints_are_kept_and_a_failed_write_leaves_nothing(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000003.pt", "step-000000004.pt"]
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
-        ),
-    ],
-)
+@on_cpu_and_gpu
 def test_a_checkpoint_is_written_beside_the_training_as_the_state_was(tmp_path, monkeypatch, device):
     """The step goes on while the disk is waited for, and what it changes isn't in the file."""
     disk, save = threading.Event(), checkpoint.save
