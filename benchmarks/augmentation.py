@@ -24,7 +24,6 @@ Figures are in docs/augmentation.md.
 """
 
 import argparse
-import importlib
 import multiprocessing
 import os
 import statistics
@@ -40,6 +39,7 @@ import torch
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as tv
 
+from benchmarks.peers import kornia_chain, torchvision_chain
 from lvssl.cli import guarded
 from lvssl.training.run import versions
 from pipelines import parameters as columns
@@ -183,43 +183,21 @@ def check_output(name: str, views: Any) -> None:
     assert -2.2 < values.min() < 0 < values.max() < 2.7 and 0.2 < values.std() < 2, name
 
 
-def torchvision_chain(to_tensor: list[Any]) -> Any:
-    jitter = T.ColorJitter(VIEW.brightness, VIEW.contrast, VIEW.saturation, VIEW.hue)
-    return T.Compose([
-        T.RandomHorizontalFlip(VIEW.flip),
-        T.RandomApply([jitter], VIEW.jitter),
-        T.RandomGrayscale(VIEW.grey),
-        T.RandomApply([T.GaussianBlur(VIEW.kernel_size, VIEW.sigma)], VIEW.blur),
-        *to_tensor,
-        T.ToDtype(torch.float32, scale=True),
-        T.Normalize(VIEW.mean, VIEW.std),
-    ])  # fmt: skip
-
-
 def torchvision_pil(crops: np.ndarray) -> Form:
     from PIL import Image
 
-    images, chain = [Image.fromarray(crop) for crop in crops], torchvision_chain([T.PILToTensor()])
+    images, chain = [Image.fromarray(crop) for crop in crops], torchvision_chain(VIEW, T.PILToTensor())
     return lambda: [chain(image) for image in images]
 
 
 def torchvision_tensor(crops: np.ndarray) -> Form:
     images = [torch.from_numpy(crop).permute(2, 0, 1) for crop in crops]
-    chain = torchvision_chain([])
+    chain = torchvision_chain(VIEW)
     return lambda: [chain(image) for image in images]
 
 
 def kornia(crops: np.ndarray) -> Form:
-    K: Any = importlib.import_module("kornia.augmentation")  # typed only where it is installed
-
-    ranges = [(1 - s, 1 + s) for s in (VIEW.brightness, VIEW.contrast, VIEW.saturation)]
-    chain = torch.nn.Sequential(
-        K.RandomHorizontalFlip(p=VIEW.flip),
-        K.ColorJitter(*ranges, (-VIEW.hue, VIEW.hue), p=VIEW.jitter),
-        K.RandomGrayscale(p=VIEW.grey),
-        K.RandomGaussianBlur((VIEW.kernel_size,) * 2, VIEW.sigma, p=VIEW.blur),
-        K.Normalize(torch.tensor(VIEW.mean), torch.tensor(VIEW.std)),
-    )
+    chain = kornia_chain(VIEW)
     batch = torch.from_numpy(crops)
     return lambda: chain(batch.permute(0, 3, 1, 2).float() / 255)
 
@@ -317,7 +295,7 @@ def our_path(beton: Path, workers: int) -> Callable[[], float]:
 def torchvision_path(files: Path, workers: int) -> Callable[[], float]:
     from torchvision.datasets import ImageFolder
 
-    chain = torchvision_chain([T.PILToTensor()])
+    chain = torchvision_chain(VIEW, T.PILToTensor())
     crop = T.RandomResizedCrop(SIDE, VIEW.scale, VIEW.ratio, antialias=True)
     dataset = ImageFolder(str(files), lambda image: (chain(crop(image)), chain(crop(image))))
     loader = torch.utils.data.DataLoader(

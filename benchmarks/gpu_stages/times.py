@@ -23,6 +23,7 @@ from benchmarks.gpu_stages.timing import (
     sets_beyond_cache,
     timed,
 )
+from benchmarks.peers import kornia_chain, torchvision_chain
 
 BLURS = (0.0, 0.5, 1.0)
 D, TEMPERATURE = 128, 0.1
@@ -114,7 +115,7 @@ def peer(setup: Setup, side: int, form: str) -> Row:
     view = view_of(side)
     count = min(views_a_call(setup, side), 32 if form == "torchvision v2" else 512)  # one by one is slow
     crops = crops_of(setup, side, count, 0).permute(0, 3, 1, 2)
-    chain = kornia_chain(view, setup.device) if form == "kornia" else torchvision_chain(view)
+    chain = kornia_chain(view).to(setup.device) if form == "kornia" else torchvision_chain(view)
     if form == "kornia":
         call: Call = lambda: chain(crops.float() / 255).to(torch.bfloat16)  # noqa: E731
     elif form == "torchvision v2":  # on a batch it draws once for all
@@ -127,31 +128,6 @@ def peer(setup: Setup, side: int, form: str) -> Row:
     )
     row = timed(setup, call)
     return {"ok": bool(right), **row, "views": count, "us_per_view": 1e6 * row["seconds"] / count}
-
-
-def torchvision_chain(view: Any) -> Any:
-    T = importlib.import_module("torchvision.transforms.v2")
-    jitter = T.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
-    return T.Compose([
-        T.RandomHorizontalFlip(view.flip),
-        T.RandomApply([jitter], view.jitter),
-        T.RandomGrayscale(view.grey),
-        T.RandomApply([T.GaussianBlur(view.kernel_size, view.sigma)], view.blur),
-        T.ToDtype(torch.float32, scale=True),
-        T.Normalize(view.mean, view.std),
-    ])  # fmt: skip
-
-
-def kornia_chain(view: Any, device: str) -> Any:
-    K = importlib.import_module("kornia.augmentation")
-    ranges = [(max(0.0, 1 - s), 1 + s) for s in (view.brightness, view.contrast, view.saturation)]
-    return torch.nn.Sequential(
-        K.RandomHorizontalFlip(p=view.flip),
-        K.ColorJitter(*ranges, (-view.hue, view.hue), p=view.jitter),
-        K.RandomGrayscale(p=view.grey),
-        K.RandomGaussianBlur((view.kernel_size,) * 2, view.sigma, p=view.blur),
-        K.Normalize(torch.tensor(view.mean), torch.tensor(view.std)),
-    ).to(device)
 
 
 # NT-Xent, forward and backward

@@ -18,9 +18,7 @@ _STOP_AT_500_SCANS = 32768  # TJFLAG_LIMITSCANS: a progressive JPEG of some kilo
 
 
 AVAILABLE = turbojpeg.FOUND is not None
-if (
-    turbojpeg.FOUND is not None
-):  # symbols are known to compiled code by name, not address, so that it can be cached
+if turbojpeg.FOUND is not None:  # compiled code finds symbols by name, not address, so that it can be cached
     llvmlite.binding.load_library_permanently(turbojpeg.FOUND[1])
 
 _handle = types.uintp

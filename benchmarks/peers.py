@@ -1,0 +1,36 @@
+"""The chains of other libraries that the augmentation is timed against: SimCLR's without its crop."""
+
+import importlib
+from typing import Any
+
+import torch
+
+from pipelines.views import ViewSettings
+
+
+def torchvision_chain(view: ViewSettings, *last: Any) -> Any:
+    """torchvision v2's on images uint8 [3, R, R], or on PIL images that `last` makes into these; float32 out."""
+    T = importlib.import_module("torchvision.transforms.v2")
+    jitter = T.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
+    return T.Compose([
+        T.RandomHorizontalFlip(view.flip),
+        T.RandomApply([jitter], view.jitter),
+        T.RandomGrayscale(view.grey),
+        T.RandomApply([T.GaussianBlur(view.kernel_size, view.sigma)], view.blur),
+        *last,
+        T.ToDtype(torch.float32, scale=True),
+        T.Normalize(view.mean, view.std),
+    ])  # fmt: skip
+
+
+def kornia_chain(view: ViewSettings) -> Any:
+    """kornia's, a module, on a float batch [N, 3, R, R] in [0, 1]; drawn for each image."""
+    K: Any = importlib.import_module("kornia.augmentation")  # typed only where it is installed
+    ranges = [(max(0.0, 1 - s), 1 + s) for s in (view.brightness, view.contrast, view.saturation)]
+    return torch.nn.Sequential(
+        K.RandomHorizontalFlip(p=view.flip),
+        K.ColorJitter(*ranges, (-view.hue, view.hue), p=view.jitter),
+        K.RandomGrayscale(p=view.grey),
+        K.RandomGaussianBlur((view.kernel_size,) * 2, view.sigma, p=view.blur),
+        K.Normalize(torch.tensor(view.mean), torch.tensor(view.std)),
+    )
