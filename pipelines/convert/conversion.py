@@ -354,12 +354,13 @@ def _check_written(work: Work, journal: Journal) -> None:
     """Hold what lies on the disk against the journal: all sizes and tables, and the digests of up to CHECKED
     images, evenly spread (`verify` reads all). Raises InputError: another process has written there."""
     count = len(work.order) - len(journal.reasons)
-    chosen = set(np.linspace(0, count - 1, min(count, CHECKED)).astype(int).tolist())
+    chosen = np.unique(np.linspace(0, count - 1, min(count, CHECKED)).astype(int))
     for output in work.outputs:
         what, place = output.changed(), 0
         for records, _ in _kept(work, journal, REPLAYED):
             digests = records["packed_digest" if output.packed else "digest"]
-            for row in [] if what else [at - place for at in chosen if 0 <= at - place < len(records)]:
+            rows = chosen[(chosen >= place) & (chosen < place + len(records))] - place
+            for row in [] if what else rows.tolist():
                 if hashlib.sha256(output.stored(place + row)).digest() != digests[row].tobytes():
                     what = f"image {place + row} isn't what was written"
             place += len(records)

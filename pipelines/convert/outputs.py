@@ -127,6 +127,7 @@ class TarOutput:
         self.manifest = final / "manifest.json"
         self.prefix, self.images_a_tar = prefix, images_a_tar
         self.writer = TarWriter(self.part, prefix, images_a_tar)
+        self.index: tuple[int, list[str]] = -1, []  # of the tar that `stored` was last asked for
         self.total = 0
 
     def describe(self) -> dict[str, Any]:
@@ -179,8 +180,9 @@ class TarOutput:
         """The bytes of one image, as they lie in the finished tars."""
         number, row = divmod(place, self.images_a_tar)
         path = self.part / self.writer.finished[number][0]
-        line = path.with_suffix(".idx").read_text().splitlines()[1 + row]
-        _, start, size, *_ = line.split(" ")
+        if self.index[0] != number:  # the images of a tar are asked for one after the other
+            self.index = number, path.with_suffix(".idx").read_text().splitlines()[1:]
+        _, start, size, *_ = self.index[1][row].split(" ")
         with open(path, "rb") as file:
             return os.pread(file.fileno(), int(size), int(start))
 
