@@ -107,6 +107,15 @@ def _of_a_system(name: str) -> bool:
     return any(map(left_by_a_system, name.split("/")))
 
 
+def _own(members: Iterable[Member], system: LeftOut, where: str = "") -> Iterator[Member]:
+    """Those that no system has left; the others are added to `system`."""
+    for member in members:
+        if _of_a_system(member.name):
+            system.add(where + member.name)
+        else:
+            yield member
+
+
 def _above_a_systems(path: str) -> str:
     """The folders of a path, down to the first that a system has made: a/b/@eaDir/0.jpg -> a/b/"""
     folders = path.split("/")[:-1]
@@ -359,15 +368,11 @@ def _tar_of_tars(source: str, tars: list[Tar], split: str) -> Source:
     classes, found = [], []
     system, others = by_a_system(), LeftOut("no tars")
     for which, tar in enumerate(tars):
-        for member in tar.members():
-            if _of_a_system(member.name):
-                system.add(member.name)
-            elif member.name.endswith(".tar"):
+        for member in _own(tar.members(), system):
+            if member.name.endswith(".tar"):
                 classes.append(Path(member.name).stem)
                 inner = sorted(tar.inner(member).members())
-                sound = [each for each in inner if not _of_a_system(each.name)]
-                system.add(*(f"{member.name}:{each.name}" for each in inner if _of_a_system(each.name)))
-                found.append((classes[-1], which, sound))
+                found.append((classes[-1], which, list(_own(inner, system, f"{member.name}:"))))
             else:
                 others.add(member.name)
     found.sort(key=lambda each: each[0])
@@ -384,13 +389,8 @@ def _tar_of_tars(source: str, tars: list[Tar], split: str) -> Source:
 
 def _validation(source: str, tar: Tar, devkit: Path | None) -> Source:
     """ILSVRC2012_img_val.tar: flat; the devkit's ground truth says the class of each image by its number."""
-    system, members = by_a_system(), []
-    for member in tar.members():
-        if _of_a_system(member.name):
-            system.add(member.name)
-        else:
-            members.append(member)
-    members.sort(key=lambda member: Path(member.name).name)
+    system = by_a_system()
+    members = sorted(_own(tar.members(), system), key=lambda member: Path(member.name).name)
     classes, truth = imagenet.ground_truth(tar.path, devkit)
     reader, names, labels = Reader([tar]), Names(), []
     for member in members:
