@@ -150,7 +150,7 @@ def measured(name: str, folder: Path, workers: int, count: int = 0) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    from pipelines.convert.conversion import cores
+    from pipelines.cores import cores
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -9,7 +9,7 @@ from pipelines.views import ViewSettings
 
 
 def torchvision_chain(view: ViewSettings, *last: Any) -> Any:
-    """torchvision v2's on images uint8 [3, R, R], or on PIL images that `last` makes into these; float32 out."""
+    """torchvision v2's; float32 out of images uint8 [3, R, R], or PIL images that `last` makes into these."""
     T = importlib.import_module("torchvision.transforms.v2")
     jitter = T.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
     return T.Compose([

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pipelines import turbojpeg
+from pipelines.errors import first_line
 
 COLOURS = ("RGB", "YCbCr", "grey", "CMYK", "YCCK")  # TJCS_*
 _PIXELS_RGB, _PIXELS_GREY = 0, 6  # TJPF_*
@@ -187,13 +188,7 @@ def open_with_pillow(data: bytes, shrink: int = 1, load: bool = True) -> Image.I
     except UnidentifiedImageError as error:  # its own message holds an address, different in each run
         raise DamagedImage("not an image file of a known kind") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others
-        raise DamagedImage(reason(error)) from error
-
-
-def reason(error: BaseException) -> str:
-    """What an error says, in one line that is never empty."""
-    said = str(error).strip()
-    return said.splitlines()[0] if said else type(error).__name__
+        raise DamagedImage(first_line(error)) from error
 
 
 def _scaled(header: JpegHeader, eighths: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from pipelines.errors import InputError
+from pipelines.errors import InputError, first_line
 
 ROWS_IN_JSON = 100_000
 JSON_ROWS, PARQUET_ROWS = 1_000, 50_000  # at a time
@@ -92,8 +92,9 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], Samples]:
     except OSError as error:
         raise InputError(f"{path}: the manifest cannot be read ({error.strerror or error})") from error
     except Exception as error:  # not JSON, not ours, or a damaged Parquet file
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a manifest of a conversion, or damaged ({what})") from error
+        raise InputError(
+            f"{path}: not a manifest of a conversion, or damaged ({first_line(error)})"
+        ) from error
 
 
 def _write_parquet(file: IO[bytes], chunks: Iterator[Samples]) -> None:

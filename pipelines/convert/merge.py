@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from pipelines.convert.beton import JPEG, BetonFile, open_beton
-from pipelines.convert.conversion import Work, check_targets, cores, make_outputs, run
+from pipelines.convert.conversion import Work, check_targets, make_outputs, run
 from pipelines.convert.manifest import manifest_path, read_manifest, rows_path
 from pipelines.convert.readers import Source, labelled
 from pipelines.convert.store import Settings, Stored
 from pipelines.convert.webdataset import IMAGES_A_TAR
+from pipelines.cores import cores
 from pipelines.errors import InputError
 from pipelines.openfiles import OpenFiles
 

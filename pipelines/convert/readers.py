@@ -45,7 +45,7 @@ from pipelines.convert.recognise import (
     left_by_a_system,
     split_of_file,
 )
-from pipelines.errors import InputError
+from pipelines.errors import InputError, first_line
 
 SPLITS = ("train", "validation", "test")
 FASHION_CLASSES = [
@@ -190,7 +190,7 @@ def decode_rgb(image: bytes | str | Path, name: str | None = None) -> np.ndarray
     except OSError as error:
         raise InputError(f"{name}: cannot be read ({error.strerror})") from error
     except Exception as error:  # whatever a decoder raises is about this image alone
-        raise InputError(f"{name}: no image, or damaged ({jpeg.reason(error)})") from error
+        raise InputError(f"{name}: no image, or damaged ({first_line(error)})") from error
 
 
 def decode_other(data: bytes, white_level: int | None = None) -> tuple[np.ndarray, int]:
@@ -208,7 +208,7 @@ def decode_other(data: bytes, white_level: int | None = None) -> tuple[np.ndarra
     except jpeg.DamagedImage:
         raise
     except Exception as error:  # whatever a decoder raises is about this image alone
-        raise jpeg.DamagedImage(jpeg.reason(error)) from error
+        raise jpeg.DamagedImage(first_line(error)) from error
 
 
 def as_rgb(pixels: np.ndarray) -> np.ndarray:
@@ -654,7 +654,3 @@ def by_name(
         known = ", ".join(wanted[:10]) + (" ..." if len(wanted) > 10 else "")
         raise InputError(f"{source}: {in_short(f'classes that {where} lacks', strange)}; it has {known}")
     return np.array([number.get(name, -1) for name in classes], np.int64)[labels]
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,7 +15,7 @@ from PIL import Image
 from pipelines.convert import jpeg
 from pipelines.convert.beton import JPEG, LONGEST_SIDE, RAW
 from pipelines.convert.readers import Source, as_rgb, decode_other, upright
-from pipelines.errors import InputError
+from pipelines.errors import InputError, first_line
 
 SMALL = 64 * 64  # pixels; a lossless image of at most so many is stored raw: cheaper to read, hardly larger
 HOW = (
@@ -103,7 +103,7 @@ def attempt(source: Source, indices: Sequence[int], settings: Settings, pack: bo
         except OSError as error:
             results.append(f"cannot be read ({error.strerror or error})")
         except Exception as error:  # whatever a decoder raises is about this image alone
-            results.append(jpeg.reason(error))
+            results.append(first_line(error))
     for place, reason in zip(unchecked, jpeg.check_all([results[place].data for place in unchecked])):  # type: ignore[union-attr, misc]
         if reason is not None:
             results[place] = reason

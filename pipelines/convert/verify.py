@@ -16,9 +16,10 @@ from typing import Any
 
 from pipelines.convert import jpeg
 from pipelines.convert.beton import ALLOCATION, HEADER, JPEG, BetonWriter
-from pipelines.convert.conversion import Bar, cores
+from pipelines.convert.conversion import Bar
 from pipelines.convert.manifest import Samples, read_manifest
 from pipelines.convert.webdataset import END, TarLayout, targets_of
+from pipelines.cores import cores
 from pipelines.errors import InputError
 from pipelines.openfiles import OpenFiles
 

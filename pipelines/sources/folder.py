@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.convert import jpeg, readers
-from pipelines.errors import InputError
+from pipelines.errors import InputError, first_line
 from pipelines.sources import IN_CACHE, DamagedSample, turbo
 from pipelines.sources.shards import open_shards
 
@@ -84,7 +84,7 @@ class FolderSource:
             raise self._damaged(row, index, error) from error
 
     def _damaged(self, row: int, index: int, error: Exception) -> DamagedSample:
-        name, reason = self.names[index], getattr(error, "strerror", None) or jpeg.reason(error)
+        name, reason = self.names[index], getattr(error, "strerror", None) or first_line(error)
         return DamagedSample(row, index, f"{self.path}: sample {index}, {name}, can't be decoded ({reason})")
 
 
