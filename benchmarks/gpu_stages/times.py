@@ -25,7 +25,6 @@ from benchmarks.gpu_stages.timing import (
 )
 from benchmarks.peers import kornia_chain, torchvision_chain
 
-BLURS = (0.0, 0.5, 1.0)
 D, TEMPERATURE = 128, 0.1
 Call = Callable[[], Any]
 
