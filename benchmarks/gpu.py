@@ -17,7 +17,8 @@ network is needed. What is missing (lightly, kornia, pytest-xdist ...) is a row 
               the pipeline that people have today
 
 Each stage runs in processes of its own with a deadline, so that a kernel that hangs or crashes costs one row.
-The file is written anew after each row. The tables come last: predictions and goals beside what was measured.
+The file is written anew after each row; what the processes print, tracebacks of wrong rows among it, goes into
+the .log beside it. The tables come last: predictions and goals beside what was measured.
 Exit status 1: a row is wrong. What was measured so far is in docs/gpu.md.
 """
 

@@ -13,6 +13,7 @@ import importlib
 import json
 import math
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,7 @@ def figures(case: Case) -> Iterator[Row]:
     except ImportError as error:
         yield {"ok": None, "failed": f"missing: {error.name or error}"}
     except Exception as error:
+        traceback.print_exc()
         yield {"ok": False, "failed": last_line(error)}
 
 

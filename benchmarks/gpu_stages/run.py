@@ -201,6 +201,7 @@ class Child:
         self.rows = Path(setup.rows)
         self.rows.touch()
         self.output = self.rows.with_name("output")
+        self.stage, self.log = setup.stage, Path(setup.report).with_suffix(".log")
         self.current: str | None = None
         self.finished: list[str] = []
         self.status: int | None = None
@@ -234,6 +235,9 @@ class Child:
             Child.running.discard(self)
         self.take(add)
         self.status = self.process.returncode
+        if said := self.output.read_text(errors="replace"):
+            with open(self.log, "a") as file:
+                file.write(f"--- {self.stage}, status {self.status}\n{said}\n")
         if why is None and self.status:
             why = f"the process ended with status {self.status}: {self.last_words()}"
         return why

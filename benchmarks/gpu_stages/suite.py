@@ -51,6 +51,9 @@ def tests(setup: Setup) -> Iterator[Row]:
         time.sleep(0.2)
     trouble = [said for process, rows in running if (said := complaint(process.returncode, rows))]
     right = not counts["failed"] and not trouble
+    if not right:
+        for _, rows in running:
+            print(rows.with_suffix(".out").read_text(errors="replace"), flush=True)
     yield {
         "name": "all tests marked gpu",
         "ok": None if right and not counts["passed"] else right,
