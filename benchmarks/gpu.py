@@ -9,16 +9,16 @@ From the source tree; nothing need be installed beyond torch, Triton, torchvisio
 network is needed. What is missing (lightly, kornia, pytest-xdist ...) is a row that says so.
 
     machine   versions, nvidia-smi; what the card can do at best: copies, a matrix product
-    tests     those marked `gpu`, four at a time; meanwhile
+    tests     those marked `gpu`, up to eight at a time; meanwhile
     exact     every kernel against fp64, with fresh seeds; fifty repeats give the same bits; compute-sanitizer
     compile   networks and losses compiled for the stages that follow
     times     augmentation, NT-Xent, heads, decorrelation, optimisers: against their floors and their peers
-    steps     ResNet-50 at 224 px, ResNet-18 at 32 px: bare loop, engine, loader, compiled, CUDA graph; and
+    steps     ResNet-50 at 224 px, ResNet-18 at 32 px: bare loop, engine, loader, CUDA graph, compiled; and
               the pipeline that people have today
 
 Each stage runs in processes of its own with a deadline, so that a kernel that hangs or crashes costs one row.
-The file is written anew after each row; what the processes print, tracebacks of wrong rows among it, goes into
-the .log beside it. The tables come last: predictions and goals beside what was measured.
+The file is written anew after each row; what the processes print, tracebacks of wrong rows among it, goes
+into the .log beside it. The tables come last: predictions and goals beside what was measured.
 Exit status 1: a row is wrong. What was measured so far is in docs/gpu.md.
 """
 

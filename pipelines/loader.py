@@ -27,6 +27,7 @@ from pipelines.views import ViewSettings
 
 Augmenter = Callable[[Tensor, Tensor, ViewSettings], Tensor]
 Boxes = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+CACHED = 1 << 20  # bytes of crops that are made at once: augmented before they leave the second-level cache
 RUN_AHEAD = 2  # batches whose use has been launched and isn't over: each keeps its memory until then
 
 
@@ -203,9 +204,11 @@ class TwoViewLoader:
             views = self._buffers.take((count, each, side, side, 3), torch.uint8)
         pixels = views.numpy()
         parameters = np.empty((count, each, P), np.float32)
+        # Many small crops at a time: each call holds the GIL for some microseconds, in which a training loop
+        # launches nothing.
+        chunk = max(self.source.chunk, CACHED // (each * side * side * 3))
 
         def make(part: slice) -> None:
-            chunk = self.source.chunk
             for first in range(part.start, part.stop, chunk):
                 rows = slice(first, min(first + chunk, part.stop))
                 table = parameters[rows]

@@ -34,7 +34,7 @@ def loader(setup: Setup, work: steps.Work) -> Row:
 
 def network(setup: Setup, work: steps.Work) -> Row:
     """The first step of the engine with --compile."""
-    step = steps.engine(setup, work, compiled=True)
+    step = steps.engine(setup, work, "compiled")
     batch = steps.synthetic(setup, work)[0]
     started = time.perf_counter()
     step(batch)

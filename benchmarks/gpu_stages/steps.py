@@ -1,5 +1,5 @@
-"""Whole training steps: the engine eager and compiled, on batches that lie ready and through the loader, a
-bare loop, the step as a CUDA graph, and what people have today.
+"""Whole training steps: the engine eager, recorded as a CUDA graph and compiled, on batches that lie ready
+and through the loader; a bare loop; and what people have today.
 
 images_per_second  of two views each
 mfu                the backbone's operations, forward and backward, over the card's dense bf16 peak
@@ -25,6 +25,7 @@ from benchmarks.gpu_stages.case import Case, Row, Setup
 
 Step = Callable[[Any], Any]  # takes a batch
 CLASSES = 10
+WARM_UP = 6  # steps; the first are slow, and make the recordings
 
 
 @dataclass(frozen=True)
@@ -49,19 +50,21 @@ def works(setup: Setup) -> tuple[Work, ...]:
 def cases(setup: Setup) -> Iterator[Case]:
     """The most important first: a stage that is cut off keeps what it has."""
     for work in works(setup):
-        yield Case(f"engine, eager, {work.name}", partial(engine_rows, setup, work, False), seconds=90)
+        yield Case(f"engine, eager, {work.name}", partial(engine_rows, setup, work, "eager"), seconds=90)
+    for work in reversed(works(setup)):
+        yield Case(f"engine, recorded, {work.name}", partial(engine_rows, setup, work, "recorded"))
     for work in works(setup):
         yield Case(f"bare loop, {work.name}", partial(bare, setup, work))
     yield Case(
         f"what people have today, {works(setup)[-1].name}", partial(today.row, setup, works(setup)[-1])
     )
-    for work in reversed(works(setup)):
-        yield Case(f"CUDA graph, {work.name}", partial(graph, setup, work))
-    for work in reversed(works(setup)):
-        yield Case(f"engine, compiled, {work.name}", partial(engine_rows, setup, work, True), seconds=120)
+    for how in ("compiled", "compiled and recorded"):
+        for work in reversed(works(setup)):
+            yield Case(f"engine, {how}, {work.name}", partial(engine_rows, setup, work, how), seconds=120)
 
 
-def settings_of(setup: Setup, work: Work, compiled: bool = False) -> Any:
+def settings_of(setup: Setup, work: Work, how: str = "eager") -> Any:
+    from benchmarks.engine import LOG_EVERY
     from lvssl.config import EngineSettings, preset
 
     base = preset(work.preset)
@@ -71,20 +74,23 @@ def settings_of(setup: Setup, work: Work, compiled: bool = False) -> Any:
         device=setup.device,
         out=Path(setup.scratch) / "steps",
         checkpoint_minutes=1e6,
+        log_every=LOG_EVERY,
+        latent=replace(base.latent, beta_schedule="constant"),  # as after its warm-up
         model=replace(base.model, backbone=work.backbone),
         view=replace(base.view, resolution=work.side),
-        engine=EngineSettings(compile=compiled),
+        engine=EngineSettings(compile="compiled" in how, graph="recorded" in how),
     )
 
 
-def engine(setup: Setup, work: Work, compiled: bool = False) -> Step:
+def engine(setup: Setup, work: Work, how: str = "eager") -> Step:
     """What the engine does with a batch, between its log lines and its looks at signals."""
-    from benchmarks.engine import Batches, engine_step
+    from benchmarks.engine import LOG_EVERY, Batches, engine_step
     from lvssl.training.trainer import Trainer
 
-    settings = settings_of(setup, work, compiled)
+    settings = settings_of(setup, work, how)
     settings.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(settings, CLASSES, cast(Any, Batches()), place(setup))
+    trainer.step = LOG_EVERY - WARM_UP + 1  # so that a logged step is among those that aren't timed
     return engine_step(trainer)
 
 
@@ -114,11 +120,12 @@ def through_loader(setup: Setup, work: Work) -> Iterator[Any]:
     given = setup.images if work.side > 64 else ""
     path = given or images.beton(Path(setup.scratch) / "images", 32 if setup.dry else 384, work.side)
     source = open_source(path)
-    rows = np.resize(np.arange(len(source)), 200 * work.batch)
+    subset = Subset(source, np.resize(np.arange(len(source)), 200 * work.batch))
+    subset.labels = subset.labels % CLASSES  # what the network is made for
     device = place(setup)
     dtype = torch.bfloat16 if setup.device == "cuda" else torch.float32
     loader = TwoViewLoader(
-        cast(Any, Subset(source, rows)), settings_of(setup, work).view, work.batch, workers=workers(),
+        cast(Any, subset), settings_of(setup, work).view, work.batch, workers=workers(),
         augmenter=augmenter_for(device, "auto", dtype), device=device,
     )  # fmt: skip
     with loader:
@@ -135,9 +142,8 @@ def endless(batches: list[Any]) -> Iterator[Any]:
         yield from batches
 
 
-def engine_rows(setup: Setup, work: Work, compiled: bool) -> Iterator[Row]:
-    how = "compiled" if compiled else "eager"
-    step, numbers = engine(setup, work, compiled), operations(setup, work)
+def engine_rows(setup: Setup, work: Work, how: str) -> Iterator[Row]:
+    step, numbers = engine(setup, work, how), operations(setup, work)
     row = measured(setup, work, step, endless(synthetic(setup, work)), numbers)
     yield {"name": f"engine, synthetic, {how}, {work.name}", **row}
     batches = through_loader(setup, work)
@@ -158,7 +164,7 @@ def measured(setup: Setup, work: Work, step: Step, batches: Iterator[Any], numbe
     """Speed over two stretches of steps, and what the profiler says of three more."""
     from benchmarks.loss import PEAK_FLOPS
 
-    for _ in range(2 if setup.dry else 6):
+    for _ in range(2 if setup.dry else WARM_UP):
         loss = step(next(batches))
     if setup.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -244,65 +250,3 @@ def operations(setup: Setup, work: Work) -> float:
     with FlopCounterMode(display=False) as counter:
         backbone(views).sum().backward()
     return counter.get_total_flops() * 2 * work.batch / 4
-
-
-def graph(setup: Setup, work: Work) -> Row:
-    """The whole step as one CUDA graph: forward, loss, backward, fused AdamW. Batches are copied into it.
-
-    On a CPU the same step runs without being captured.
-    """
-    step = whole_step(setup, work)
-    batches = synthetic(setup, work)
-    views, labels = batches[0].views.clone(), batches[0].labels.clone()
-    if setup.device != "cuda":
-        return measured(
-            setup, work, lambda b: step(b.views, b.labels), endless(batches), operations(setup, work)
-        )
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(4):
-            step(views, labels)
-    torch.cuda.current_stream().wait_stream(side)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        loss = step(views, labels)
-
-    def replay(batch: Any) -> Tensor:
-        views.copy_(batch.views)
-        labels.copy_(batch.labels)
-        captured.replay()
-        return loss
-
-    return measured(setup, work, replay, endless(batches), operations(setup, work))
-
-
-def whole_step(setup: Setup, work: Work) -> Callable[[Tensor, Tensor], Tensor]:
-    """A step in which nothing depends on the host: the rate is a tensor, the noise the device's own."""
-    from lvssl.models.network import LVNet
-    from lvssl.training.objective import objective
-    from lvssl.training.optimiser import groups
-    from lvssl.training.prepare import autocast, prepared
-
-    settings, device = settings_of(setup, work), place(setup)
-    torch.manual_seed(setup.seed)
-    network = LVNet(settings.model, settings.latent, settings.view.resolution, CLASSES)
-    network = prepared(network, settings.engine, device).train()
-    decayed, others = (list(group.values()) for group in groups(network))
-    parameters = [{"params": decayed, "weight_decay": 1e-4}, {"params": others, "weight_decay": 0.0}]
-    rate = torch.tensor(1e-3, device=device)
-    optimiser = torch.optim.AdamW(parameters, lr=rate, fused=True, capturable=setup.device == "cuda")
-
-    def step(views: Tensor, labels: Tensor) -> Tensor:
-        with autocast(settings.engine, device):
-            outputs = network(views.flatten(0, 1), None)
-            probes = network.probe_logits(outputs)
-        loss = objective(outputs, settings, 0.0)["loss"]
-        for logits in probes.values():
-            loss = loss + torch.nn.functional.cross_entropy(logits.float(), labels.repeat(2))
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        return loss.detach()
-
-    return step

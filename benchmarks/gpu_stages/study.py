@@ -81,7 +81,7 @@ def settings_of(setup: Setup, arm: str, epochs: int, out: Path) -> Any:
         model=replace(base.model, backbone="tiny" if setup.dry else base.model.backbone),
         latent=LatentSettings(**ARMS[arm]),
         optimiser=replace(base.optimiser, lr=options["lr"] or base.optimiser.lr),
-        engine=EngineSettings(compile=options["compile"]),
+        engine=EngineSettings(compile=options["compile"], graph=options["graph"]),
     )
 
 
@@ -108,6 +108,7 @@ def trainer_of(settings: Any, device: torch.device) -> tuple[Any, Any]:
 def speed(setup: Setup) -> Row:
     """Images a second of the slowest arm, from which the epochs that fit are found."""
     settings = settings_of(setup, "bernoulli", 1000, Path(setup.scratch) / "speed")
+    settings = replace(settings, latent=replace(settings.latent, beta_schedule="constant"))  # after warm-up
     trainer, loader = trainer_of(settings, place(setup))
     warm, count = (2, 3) if setup.dry else (25, 60)
 

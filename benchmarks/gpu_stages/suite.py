@@ -1,4 +1,4 @@
-"""The tests marked `gpu`, in four processes; a row for each test, written when it ends.
+"""The tests marked `gpu`, in up to eight processes; a row for each test, written when it ends.
 
 pytest loads this file as a plugin of its own, too: it writes each test's verdict to $LVSSL_TEST_ROWS.
 """
@@ -6,6 +6,7 @@ pytest loads this file as a plugin of its own, too: it writes each test's verdic
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,8 @@ from typing import Any
 from benchmarks.gpu_stages.case import Case, Row, Setup
 
 ROOT = Path(__file__).resolve().parents[2]
-PROCESSES = 4
+PROCESSES = max(2, min(8, (os.cpu_count() or 1) // 2))
+MARK = re.compile(r"mark\.gpu|^from devices import", re.MULTILINE)
 VARIABLE = "LVSSL_TEST_ROWS"
 
 
@@ -65,9 +67,9 @@ def tests(setup: Setup) -> Iterator[Row]:
 
 
 def marked(folder: Path) -> list[str]:
-    """Test files in which the mark occurs: the others needn't be imported."""
+    """Test files in which the mark occurs, or what bears it: the others needn't be imported."""
     files = sorted(folder.rglob("test_*.py"))
-    return [str(file) for file in files if "mark.gpu" in file.read_text()]
+    return [str(file) for file in files if MARK.search(file.read_text())]
 
 
 def start(files: list[str], options: list[str], rows: Path) -> tuple[subprocess.Popen, Path]:

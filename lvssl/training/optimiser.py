@@ -1,6 +1,8 @@
 """Optimisers with parameter groups by module type, and the schedule of the learning rate."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -85,6 +87,20 @@ def adapt(weights: list[Tensor], gradients: list[Tensor], decay: float, trust: f
     ratios = torch.where((of_weights > 0) & (of_gradients > 0), ratios, 1.0)
     torch._foreach_add_(gradients, weights, alpha=decay)
     torch._foreach_mul_(gradients, ratios.unbind())
+
+
+@contextmanager
+def capturable(optimiser: Optimizer) -> Iterator[None]:
+    """A step of torch's AdamW refuses to be recorded in a CUDA graph without its groups' `capturable`, and
+    warns of it elsewhere. A fused one is the same with it."""
+    groups = [group for group in optimiser.param_groups if "capturable" in group]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False
 
 
 def restore_optimiser(optimiser: Optimizer, state: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lvssl.config import PretrainSettings
 from lvssl.losses.distributed import equal_parts
+from lvssl.losses.objective import beta_at
 from lvssl.models.network import LVNet
 from lvssl.training import checkpoint
 from lvssl.training.average import Average
@@ -24,9 +25,10 @@ from lvssl.training.distributed import World, broadcast_state, from_first, highe
 from lvssl.training.gradients import Averaging, backward, guard
 from lvssl.training.health import health, warn
 from lvssl.training.objective import objective
-from lvssl.training.optimiser import build_optimiser, learning_rate, restore_optimiser
+from lvssl.training.optimiser import build_optimiser, capturable, learning_rate, restore_optimiser
 from lvssl.training.prepare import accelerate, autocast, layout, precision, prepared
 from lvssl.training.progress import Metrics, Progress, Window
+from lvssl.training.recorded import Recorded
 from lvssl.training.stopping import Interrupted, Stop
 from pipelines.loader import TwoViewLoader, ViewBatch
 
@@ -63,6 +65,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision(engine, device) == torch.float16)
         self.noise = torch.Generator(device=device)
         self.finite = Finite(self.network, self.host_reads)
+        self.lr = torch.zeros((), device=device)
+        self.recorded = self.recording() if engine.graph else None
         self.step = 0
         self.steps = settings.epochs * len(loader)
         self.calibrated = False
@@ -147,16 +151,28 @@ class Trainer:
         """One step of the optimiser; its figures stay tensors on the device, so that nothing waits for it."""
         settings = self.settings
         lr = learning_rate(self.step, self.steps, len(self.loader), settings.optimiser, settings.batch_size)
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr
         # Noise keyed by (seed, step): a resumed or repeated step draws the same, whatever was drawn before.
         self.noise.manual_seed((settings.seed * 1_000_003 + self.step) % 2**63)
+        logged = (self.step + 1) % settings.log_every == 0 or self.step + 1 == self.steps
+        if self.recorded is not None:
+            self.lr.fill_(lr)
+            figures, finite = self.recorded(self.constants(), logged, batch.views, batch.labels)
+        else:
+            for group in self.optimiser.param_groups:
+                group["lr"] = lr
+            figures, finite = self.launch(logged, batch.views, batch.labels)
+        self.finite.see(finite, batch.indices)
+        return figures
+
+    def launch(self, logged: bool, views: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """All of a step on its device: figures, those of the log too if it is `logged`, and its verdict."""
+        settings = self.settings
         self.optimiser.zero_grad(set_to_none=True)
-        images = batch.views.flatten(0, 1).contiguous(memory_format=layout(settings.engine))
+        images = views.flatten(0, 1).contiguous(memory_format=layout(settings.engine))
         figures: dict[str, Tensor] = {}
 
         def loss_of(features: Tensor) -> Tensor:
-            loss, found = self.loss(features, batch.labels)
+            loss, found = self.loss(features, labels, logged)
             figures.update(found)
             return loss
 
@@ -170,10 +186,28 @@ class Trainer:
             finite = self.update(figures["loss"])
         except FloatingPointError as error:  # on a CPU the loss itself sees it, on every rank, and says what
             self.finite.reason, finite = str(error), torch.tensor(False, device=self.device)
-        self.settle(finite, batch.indices)
-        return {name: value.detach() for name, value in figures.items()}
+        self.settle(finite)
+        return {name: value.detach() for name, value in figures.items()}, finite
 
-    def loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def recording(self) -> Recorded | None:
+        """`launch` to be recorded, where that can be: on one GPU, without a loss scale that the host sees."""
+        if self.host_reads or self.world.size > 1 or self.scaler.is_enabled():
+            return None
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.lr
+        return Recorded(self.launch, self.device, self.noise, partial(capturable, self.optimiser))
+
+    def constants(self) -> tuple[float, float]:
+        """The host's numbers that a step's launches depend on: the weight of the rate, and the annealing."""
+        latent, fraction = self.settings.latent, self.step / self.steps
+        schedule = latent.beta_warmup, latent.beta_schedule, latent.beta_cycles
+        beta = beta_at(fraction, latent.final_beta, *schedule)
+        annealed = latent.sharpness_start is not None or latent.estimator == "relaxed"
+        return beta, min(1.0, fraction / latent.anneal) if annealed else 1.0
+
+    def loss(
+        self, features: Tensor, labels: Tensor, logged: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """What is minimised, and the figures, from h [2B, F] and the labels [B] of this rank."""
         fraction = self.step / self.steps
         with autocast(self.settings.engine, self.device):
@@ -181,7 +215,7 @@ class Trainer:
             outputs = self.network.heads(features, self.noise, fraction, *place)
             probes = self.network.probe_logits(outputs)
         figures = objective(outputs, self.settings, fraction)
-        if (self.step + 1) % self.settings.log_every == 0 or self.step + 1 == self.steps:
+        if logged:
             figures |= health(self.network, outputs)
         loss = figures["loss"]
         labels = labels.repeat(2)
@@ -211,9 +245,9 @@ class Trainer:
             broadcast_state(self.network, buffers_alone=True)
         return finite
 
-    def settle(self, finite: Tensor, indices: Tensor) -> None:
+    def settle(self, finite: Tensor) -> None:
         """Undo the statistics of a step that wasn't finite, and only then, if it was, take the average."""
-        self.finite.see(finite, indices)
+        self.finite.undo(finite)
         if self.ema and not self.host_reads:
             self.ema.update(self.network, finite)
         elif self.ema and finite:
@@ -240,7 +274,7 @@ class Trainer:
         if figures:
             values = mean_over_ranks(torch.stack([value.float() for value in figures.values()]))
             row.update(zip(figures, values.tolist()))
-        row["lr"] = self.optimiser.param_groups[0]["lr"]
+        row["lr"] = float(self.optimiser.param_groups[0]["lr"])
         if self.settings.on_error == "skip":
             row["skipped"] = self.loader.skipped
         return row
@@ -306,14 +340,17 @@ class Finite:
         """Remember the running statistics from before the step."""
         self.kept = [joined(group) for group in self.statistics()]
 
-    def see(self, finite: Tensor, indices: Tensor) -> None:
-        """A step's verdict, a bool on the device; statistics that it has spoilt are put back."""
+    def undo(self, finite: Tensor) -> None:
+        """Put back the statistics that a step has spoilt, if it wasn't `finite`, a bool on the device."""
         if not self.host_reads:
             for kept, group in zip(self.kept, self.statistics()):
                 put(torch.where(finite, joined(group), kept), group)
         elif not finite:
             for kept, group in zip(self.kept, self.statistics()):
                 put(kept, group)
+
+    def see(self, finite: Tensor, indices: Tensor) -> None:
+        """A step's verdict, a bool on the device, which `in_a_row` counts once the device has come to it."""
         event = None
         if finite.is_cuda:
             event, stream = torch.cuda.Event(), torch.cuda.current_stream(finite.device)

@@ -178,8 +178,9 @@ def test_the_proof_goes_through_every_stage_on_a_cpu(tmp_path):
     assert {row["stage"] for row in rows} == {stage.name for stage in gpu.STAGES}
     assert not [row for row in rows if row["ok"] is False]
     named = {row["name"]: row for row in rows}
-    for how in ("synthetic, eager", "loader, eager", "synthetic, compiled", "loader, compiled"):
-        assert named[f"engine, {how}, tiny, 16 px, 16 images"]["images_per_second"] > 0
+    for how in ("eager", "recorded", "compiled", "compiled and recorded"):
+        for source in ("synthetic", "loader"):
+            assert named[f"engine, {source}, {how}, tiny, 16 px, 16 images"]["images_per_second"] > 0
     assert named["what people have today, tiny, 16 px, 16 images"]["images_per_second"] > 0
 
 
@@ -203,3 +204,11 @@ def test_without_a_gpu_one_line_says_so():
     command = [sys.executable, "-m", "benchmarks.gpu"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=gpu.ROOT)
     assert done.returncode == 1 and done.stderr.startswith("error: no CUDA device is usable here: --dry-run")
+
+
+@pytest.mark.slow
+def test_no_file_with_gpu_tests_is_left_out():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    collected = subprocess.run([*command, "tests"], cwd=suite.ROOT, capture_output=True, text=True).stdout
+    files = {str(suite.ROOT / line.split("::")[0]) for line in collected.splitlines() if "::" in line}
+    assert files and files <= set(suite.marked(suite.ROOT / "tests"))

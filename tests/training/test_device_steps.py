@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from devices import GPU
@@ -23,9 +24,10 @@ from lvssl.config import (
 )
 from lvssl.losses import anchors, ntxent, variants
 from lvssl.models.network import LVNet
+from lvssl.training import trainer as trainer_module
 from lvssl.training.distributed import World
 from lvssl.training.labels import open_labelled
-from lvssl.training.optimiser import build_optimiser, restore_optimiser
+from lvssl.training.optimiser import build_optimiser, learning_rate, restore_optimiser
 from lvssl.training.pretrain import calibrate
 from lvssl.training.supervised import Classifier, Recipe, Supervised
 from lvssl.training.trainer import Trainer
@@ -252,7 +254,8 @@ def operations_beside_the_network(backbone: str, optimiser: str, ema: float) -> 
         with Operations() as seen:
             trainer.finite.keep()
             finite = trainer.update(loss)
-            trainer.settle(finite, indices)
+            trainer.settle(finite)
+            trainer.finite.see(finite, indices)
     return seen.names
 
 
@@ -340,6 +343,45 @@ def test_no_step_waits_for_the_device(digits, tmp_path, device, name):
                 trainer.finite.in_a_row()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize(
+    ("name", "optimiser"),
+    [
+        *(("bernoulli", optimiser) for optimiser in RATES),
+        *(
+            pytest.param(name, "adamw", marks=pytest.mark.slow)
+            for name in sorted(CASES.keys() - {"bernoulli", "bernoulli, fp16", "recompute", "chunk"})
+        ),
+    ],
+)
+def test_a_recorded_training_is_the_same(digits, tmp_path, monkeypatch, device, optimiser, name):
+    """On a CPU to the bit, if the learning rate, which a recording reads from a tensor, is a fp32 number. The
+    rate's weight is constant from the third step on; what is annealed changes at each, and isn't recorded."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(trainer_module, "learning_rate", lambda *_: float(np.float32(learning_rate(*_))))
+    runs = []
+    for graph in (False, True):
+        chosen = settings(digits["train"], tmp_path, optimiser, epochs=1, log_every=4, **CASES[name])
+        latent = dataclasses.replace(chosen.latent, beta_warmup=0.2)
+        chosen = dataclasses.replace(
+            chosen, latent=latent, engine=dataclasses.replace(chosen.engine, graph=graph)
+        )
+        trainer, batches = trainer_and_batches(chosen, device, 10)
+        for batch in batches:
+            step(trainer, batch)
+        assert (trainer.recorded is not None) is graph
+        if graph:
+            annealed = latent.sharpness_start is not None or latent.estimator == "relaxed"
+            assert annealed or set(trainer.recorded.replays) == {False, True}
+        runs.append(everything(trainer))
+    differing = [
+        name
+        for name, value in runs[0].items()
+        if not torch.allclose(value, runs[1][name], *((0, 0) if device == "cpu" else (1e-2, 1e-3)))
+    ]
+    assert not differing
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])

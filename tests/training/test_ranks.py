@@ -126,12 +126,13 @@ def rank_of(rank: int, size: int, port: int, data: Path, folder: Path) -> None:
         if size == 1:
             again = {name: trained(world, data, run, torch.float32, True) for name, run in RUNS_FP32.items()}
             found |= {f"{name}, shuffled": result for name, result in again.items()}
+        half = normalised(rank, size, dtype=torch.bfloat16)
         torch.Tensor.float = torch.Tensor.double  # what casts to fp32 by itself: heads, losses
         found |= {name: trained(world, data, run) for name, run in RUNS.items()}
         if size > 1:
             found |= {"averaged": averaged(rank), "late": late(rank)}
         normalisations = [normalised(rank, size), normalised(rank, size, frozen=True)]
-        torch.save((found, *normalisations), folder / f"{rank}-of-{size}.pt")
+        torch.save((found, *normalisations, half), folder / f"{rank}-of-{size}.pt")
 
 
 def averaged(rank: int) -> dict[str, Any]:
@@ -187,7 +188,8 @@ def normalised(
     x = x if size == 1 else x[:2] if rank == 0 else x[2:]
     x = x.to(device, dtype)
     norm = torch.nn.BatchNorm2d(3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(2))
+    weight = torch.rand(3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    norm.load_state_dict({"weight": weight}, strict=False)  # in fp32 the generator would draw others
     norm = synchronised(torch.nn.Sequential(norm))[0]
     assert isinstance(norm.to(device), SyncedBatchNorm)
     x.requires_grad_()
@@ -273,6 +275,12 @@ def test_normalisation_over_unequal_ranks_is_that_of_the_whole_batch(found):
     for name in ("weight gradients", "mean", "variance"):
         for part in parts:
             torch.testing.assert_close(part[name], whole[name])
+
+
+def test_in_half_precision_normalisation_is_the_same_to_its_roundings(found):
+    whole, parts = found[0, 1][1], [found[rank, 2][3] for rank in (0, 1)]
+    joined = torch.cat([part["output"] for part in parts]).double()
+    torch.testing.assert_close(joined, whole["output"], rtol=0.1, atol=0.1)
 
 
 def test_frozen_it_normalises_over_the_ranks_and_leaves_its_statistics(found):
