@@ -96,7 +96,6 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=0, help="images a step; 0: 512")
     parser.add_argument("--lr", type=float, default=0.0, help="0: the preset's")
     parser.add_argument("--compile", action="store_true", help="torch.compile the backbone")
-    parser.add_argument("--graph", action="store_true", help="record steps as a CUDA graph")
     parser.add_argument("--tune-epochs", type=int, default=0, help="of fine-tuning; 0: 10")
     parser.add_argument("--to-knn", type=float, help="the time to this kNN accuracy in percent, nothing else")
     parser.add_argument("--every", type=int, default=10, help="epochs between two looks with --to-knn")
@@ -142,7 +141,6 @@ def shared(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "batch": options.batch or (32 if options.dry_run else 512),
         "lr": options.lr,
         "compile": options.compile,
-        "graph": options.graph,
         "tune_epochs": options.tune_epochs or (1 if options.dry_run else 10),
     }
 

@@ -235,10 +235,10 @@ class EngineSettings:
     """The layout of images and convolutions; faster on GPUs and on CPUs."""
     compile: bool = False
     """torch.compile the backbone: a minute at the start, faster steps on a GPU."""
-    graph: bool = False
-    """On one GPU: record a step's launches once, and repeat them with one call (a CUDA graph). Faster where
-    the network or its images are small, for there a step waits for the host; takes more memory. Begins once
-    the weight of the rate is constant, see --beta-warmup."""
+    graph: str = "auto"
+    """Record a step's launches once, and repeat them with one call (a CUDA graph): faster where network and
+    images are so small that a step waits for the host. on; off; auto: on one GPU, without --compile, --chunk,
+    --recompute and fp16. Begins once the weight of the rate is constant, see --beta-warmup."""
     recompute: bool = False
     """Activation checkpointing: keep each block's input alone, compute the block again in the backward
     walk. A third more time, a fraction of the memory, the same result."""
@@ -265,8 +265,11 @@ class EngineSettings:
         require(self.chunk != 1, "chunk", self.chunk, "at least 2: one view has no batch statistics")
         if self.compile and self.recompute:  # torch compiles no checkpoint whose second time is another
             raise InputError("--compile and --recompute don't go together: leave one out, or take --chunk")
-        if self.graph and (self.recompute or self.chunk):
-            raise InputError("--graph doesn't go together with --recompute or --chunk: leave one out")
+        choice("graph", self.graph, ("auto", "on", "off"))
+        if self.graph == "on" and (self.recompute or self.chunk or self.precision == "fp16"):
+            raise InputError(
+                "--graph on doesn't go with --recompute, --chunk or --precision fp16: leave it out"
+            )
         require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
         require(self.keep >= 2, "keep", self.keep, "at least 2")
         require(self.non_finite_steps >= 1, "non_finite_steps", self.non_finite_steps, "at least 1")

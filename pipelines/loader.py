@@ -7,6 +7,7 @@ all release the GIL; each takes a part of a batch, so that the first batch is no
 
 import math
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -95,6 +96,7 @@ class TwoViewLoader:
     Attributes:
         skipped: how many samples were replaced so far, ahead of the batch in use too.
         damaged: index -> why, of each that was met.
+        waited: seconds for which a batch was asked for before the threads had made it.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class TwoViewLoader:
         self.device, self.augmenter, self.crops_only = torch.device(device), augmenter, crops_only
         self.steps = steps_per_epoch(len(source), batch_size)
         self.epoch = self.step = 0
+        self.waited = 0.0
         self._decoder = Decoder(source, on_error)
         self._buffers = Buffers(pin_memory or self.device.type == "cuda")
         self._threads = Threads(workers)
@@ -228,7 +231,9 @@ class TwoViewLoader:
         wait = self._threads.run(make, len(indices))
 
         def finish() -> ViewBatch:
+            started = time.perf_counter()
             wait()
+            self.waited += time.perf_counter() - started
             return ViewBatch(
                 views.permute(0, 1, 4, 2, 3) if here else views.permute(1, 0, 4, 2, 3),
                 torch.from_numpy(self.source.labels[indices]),

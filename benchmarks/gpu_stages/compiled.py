@@ -28,7 +28,7 @@ def loader(setup: Setup, work: steps.Work) -> Row:
     started = time.perf_counter()
     batches = steps.through_loader(setup, work)
     shape = next(batches).views.shape
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     return {"ok": tuple(shape[:2]) == (2, work.batch), "seconds": time.perf_counter() - started}
 
 

@@ -4,7 +4,7 @@ and through the loader; a bare loop; and what people have today.
 images_per_second  of two views each
 mfu                the backbone's operations, forward and backward, over the card's dense bf16 peak
 launches, busy     by torch.profiler: kernels and copies a step; share of the time in which one was running
-waiting            share of the time in which the host waited for a batch
+waiting            share of the time in which the host waited for a batch to be made
 """
 
 import json
@@ -78,7 +78,7 @@ def settings_of(setup: Setup, work: Work, how: str = "eager") -> Any:
         latent=replace(base.latent, beta_schedule="constant"),  # as after its warm-up
         model=replace(base.model, backbone=work.backbone),
         view=replace(base.view, resolution=work.side),
-        engine=EngineSettings(compile="compiled" in how, graph="recorded" in how),
+        engine=EngineSettings(compile="compiled" in how, graph="on" if "recorded" in how else "off"),
     )
 
 
@@ -109,8 +109,31 @@ def synthetic(setup: Setup, work: Work, count: int = 2) -> list[Any]:
     return made
 
 
-def through_loader(setup: Setup, work: Work) -> Iterator[Any]:
-    """Batches without end from a few hundred images, repeated, through the project's own path."""
+class Endless:
+    """Batches without end, and the seconds that were waited for them."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader, self.batches = loader, iter(loader)
+
+    def __next__(self) -> Any:
+        while (batch := next(self.batches, None)) is None:
+            self.batches = iter(self.loader)
+        return batch
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    @property
+    def waited(self) -> float:
+        return self.loader.waited
+
+    def close(self) -> None:
+        cast(Any, self.batches).close()
+        self.loader.close()
+
+
+def through_loader(setup: Setup, work: Work) -> Endless:
+    """Batches from a few hundred images, repeated, through the project's own path."""
     from benchmarks.gpu_stages import images
     from lvssl.training.labels import Subset
     from pipelines.augment import augmenter_for
@@ -124,13 +147,10 @@ def through_loader(setup: Setup, work: Work) -> Iterator[Any]:
     subset.labels = subset.labels % CLASSES  # what the network is made for
     device = place(setup)
     dtype = torch.bfloat16 if setup.device == "cuda" else torch.float32
-    loader = TwoViewLoader(
+    return Endless(TwoViewLoader(
         cast(Any, subset), settings_of(setup, work).view, work.batch, workers=workers(),
         augmenter=augmenter_for(device, "auto", dtype), device=device,
-    )  # fmt: skip
-    with loader:
-        while True:
-            yield from loader
+    ))  # fmt: skip
 
 
 def workers() -> int:
@@ -148,7 +168,7 @@ def engine_rows(setup: Setup, work: Work, how: str) -> Iterator[Row]:
     yield {"name": f"engine, synthetic, {how}, {work.name}", **row}
     batches = through_loader(setup, work)
     row = measured(setup, work, step, batches, numbers)
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     yield {"name": f"engine, loader, {how}, {work.name}", "workers": workers(), **row}
 
 
@@ -189,13 +209,17 @@ def measured(setup: Setup, work: Work, step: Step, batches: Iterator[Any], numbe
 
 
 def stretch(setup: Setup, work: Work, step: Step, batches: Iterator[Any]) -> tuple[float, float]:
-    """Seconds a step, and of these the host's wait for a batch."""
+    """Seconds a step, and of these the host's wait for a batch: by the loader's own account if it keeps one,
+    for on a GPU it also bounds how far the host runs ahead."""
     started, waited = now(setup), 0.0
+    before = getattr(batches, "waited", None)
     for _ in range(work.steps):
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
         step(batch)
+    if before is not None:
+        waited = cast(Endless, batches).waited - before
     return (now(setup) - started) / work.steps, waited / work.steps
 
 

@@ -19,6 +19,8 @@ from pipelines.files import json_text
 if TYPE_CHECKING:  # whoever reads a run's figures alone does without
     import torch
 
+    from pipelines.loader import TwoViewLoader
+
 SECONDS_BETWEEN_LINES = 30.0
 DIGITS = 8  # significant ones of a figure in metrics.jsonl: more than fp32 has
 T = TypeVar("T")
@@ -158,17 +160,15 @@ def keep_until(path: Path, step: int) -> None:
 class Window:
     """Speed, wait for data and memory since they were last asked for: is loader or model the bottleneck?"""
 
-    def __init__(self, images_per_step: int, device: torch.device) -> None:
-        self.images, self.device = images_per_step, device
+    def __init__(self, images_per_step: int, device: torch.device, loader: TwoViewLoader) -> None:
+        self.images, self.device, self.loader = images_per_step, device, loader
         self.reset()
 
     def reset(self) -> None:
-        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.started, self.waited, self.steps = time.perf_counter(), self.loader.waited, 0
 
     def next_batch(self, batches: Iterator[T]) -> T | None:
-        started = time.perf_counter()
         batch = next(batches, None)
-        self.waited += time.perf_counter() - started
         self.steps += batch is not None
         return batch
 
@@ -177,7 +177,7 @@ class Window:
         elapsed = max(time.perf_counter() - self.started, 1e-9)
         figures = {
             "images_per_second": self.steps * self.images / elapsed,
-            "data_percent": 100 * self.waited / elapsed,
+            "data_percent": 100 * (self.loader.waited - self.waited) / elapsed,
             "memory_gib": self.memory() / 2**30,
         }
         self.reset()

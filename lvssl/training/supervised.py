@@ -208,7 +208,7 @@ class Supervised:
     def train(self, stop: Stop, title: str) -> None:
         recipe, loader = self.recipe, self.loader
         log = Log(self, title) if self.world.first else None
-        window = Window(recipe.batch_size, self.device)
+        window = Window(recipe.batch_size, self.device, loader)
         self.saved = self.started = time.monotonic()
         try:
             loader.set_position(*divmod(self.step, len(loader)))

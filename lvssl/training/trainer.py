@@ -66,7 +66,7 @@ class Trainer:
         self.noise = torch.Generator(device=device)
         self.finite = Finite(self.network, self.host_reads)
         self.lr = torch.zeros((), device=device)
-        self.recorded = self.recording() if engine.graph else None
+        self.recorded = self.recording()
         self.step = 0
         self.steps = settings.epochs * len(loader)
         self.calibrated = False
@@ -119,7 +119,7 @@ class Trainer:
         """
         self.network.train()
         log = Log(self.settings, self.step, self.steps) if self.world.first else None
-        window = Window(self.settings.batch_size, self.device)
+        window = Window(self.settings.batch_size, self.device, self.loader)
         self.saved = time.monotonic()
         self.alarms: set[str] = set()
         try:
@@ -190,8 +190,11 @@ class Trainer:
         return {name: value.detach() for name, value in figures.items()}, finite
 
     def recording(self) -> Recorded | None:
-        """`launch` to be recorded, where that can be: on one GPU, without a loss scale that the host sees."""
-        if self.host_reads or self.world.size > 1 or self.scaler.is_enabled():
+        """`launch` to be recorded, where settings and device allow it: the host decides nothing in it."""
+        engine = self.settings.engine
+        chosen = self.device.type == "cuda" and not (engine.compile or engine.chunk or engine.recompute)
+        possible = not (self.host_reads or self.world.size > 1 or self.scaler.is_enabled())
+        if not possible or not (chosen if engine.graph == "auto" else engine.graph == "on"):
             return None
         for group in self.optimiser.param_groups:
             group["lr"] = self.lr

@@ -13,10 +13,10 @@ cores: 3.2 for sm_80 ends with "Failed to emit transfer from register to shared"
 
 Bytes of one view at 224 px, bf16: 150,528 read for the sums, 150,528 read again (mostly from the second-level
 cache), 301,056 written: 0.60 MB. At the memory bandwidth of an A100 80 GB (2.04 TB/s) that is 0.30 us a view,
-3.4 million views a second; of an H100 SXM (3.35 TB/s) 0.18 us, 5.6 million: a bound, not yet a measurement.
+3.4 million views a second; of an H100 SXM (3.35 TB/s) 0.18 us, 5.6 million: a bound. Measured: docs/gpu.md.
 `view_bytes` gives it for any size.
 
-Tested against `reference.py` in Triton's interpreter, and compiled ahead of time for sm_80 and sm_90.
+Tested against `reference.py` in Triton's interpreter and on an H100; compiled ahead of time for sm_80, sm_90.
 """
 
 from functools import cache
@@ -169,13 +169,13 @@ def views(
             crop, row, orders, mean_luma, top, left, sigma, SIDE, RADIUS, TILE, MARGIN, CHUNK, HALF
         )
     else:
-        y, x = top + tl.arange(0, TILE), left + tl.arange(0, TILE)
-        red, green, blue = _colours(crop, row, orders, mean_luma, y, x, SIDE)
+        red, green, blue = _colours(crop, row, orders, mean_luma, top, left, SIDE, TILE)
     if tl.load(row + _SOLARISE) != 0:
         red = tl.where(red >= _THRESHOLD, 1 - red, red)
         green = tl.where(green >= _THRESHOLD, 1 - green, green)
         blue = tl.where(blue >= _THRESHOLD, 1 - blue, blue)
-    y, x = top + tl.arange(0, TILE)[:, None], left + tl.arange(0, TILE)[None, :]
+    pixel = tl.arange(0, TILE * TILE)
+    y, x = top + pixel // TILE, left + pixel % TILE
     inside = (y < SIDE) & (x < SIDE)
     target = out + n * (3 * SIDE * SIDE) + 3 * (y * SIDE + x)
     kind = out.dtype.element_ty
@@ -190,7 +190,7 @@ def _blurred(
     SIDE: tl.constexpr, RADIUS: tl.constexpr, TILE: tl.constexpr, MARGIN: tl.constexpr, CHUNK: tl.constexpr,
     HALF: tl.constexpr,
 ):  # fmt: skip
-    """Sum over chunks (i, j) of the tile and its margin of B_i X_ij B_j^T."""
+    """Sum over chunks (i, j) of the tile and its margin of B_i X_ij B_j^T: [TILE * TILE] of each colour."""
     tap = tl.arange(0, 64) - 32  # RADIUS is at most 31
     weights = tl.where(tl.abs(tap) <= RADIUS, tl.exp(-0.5 * tap * tap / (sigma * sigma)), 0.0)
     total = tl.sum(weights)
@@ -203,8 +203,12 @@ def _blurred(
         green_j = tl.zeros((TILE, CHUNK), tl.float32)
         blue_j = tl.zeros((TILE, CHUNK), tl.float32)
         for i in range(0, (TILE + 2 * MARGIN) // CHUNK):
-            y = top - MARGIN + i * CHUNK + tl.arange(0, CHUNK)
-            r, g, b = _colours(crop, row, orders, mean_luma, y, x, SIDE)
+            first_y, first_x = top - MARGIN + i * CHUNK, left - MARGIN + j * CHUNK
+            r, g, b = _colours(crop, row, orders, mean_luma, first_y, first_x, SIDE, CHUNK)
+            r = tl.reshape(r, (CHUNK, CHUNK))
+            g = tl.reshape(g, (CHUNK, CHUNK))
+            b = tl.reshape(b, (CHUNK, CHUNK))
+            y = first_y + tl.arange(0, CHUNK)
             band = _band((top + tl.arange(0, TILE))[:, None], y[None, :], sigma, total, RADIUS)
             red_j = _dot(band, r, red_j, HALF)
             green_j = _dot(band, g, green_j, HALF)
@@ -213,7 +217,7 @@ def _blurred(
         red = _dot(red_j, band_x, red, HALF)
         green = _dot(green_j, band_x, green, HALF)
         blue = _dot(blue_j, band_x, blue, HALF)
-    return red, green, blue
+    return tl.reshape(red, TILE * TILE), tl.reshape(green, TILE * TILE), tl.reshape(blue, TILE * TILE)
 
 
 @triton.jit
@@ -232,11 +236,16 @@ def _dot(a, b, c, HALF: tl.constexpr):
 
 
 @triton.jit
-def _colours(crop, row, orders, mean_luma, y, x, SIDE: tl.constexpr):
-    """The colours of rows y and columns x, reflected where they are outside, in [0, 1]."""
-    y, x = _reflected(y, SIDE), _reflected(x, SIDE)
+def _colours(crop, row, orders, mean_luma, top, left, SIDE: tl.constexpr, TILE: tl.constexpr):
+    """The colours of a tile, row after row, reflected where they are outside: [TILE * TILE] each, in [0, 1].
+
+    In one dimension, for of two Triton 3.6 lets the threads of a warp run down a column, since pixels that
+    are three bytes apart look alike to it in both: each thread then moves 32 bytes for one.
+    """
+    pixel = tl.arange(0, TILE * TILE)
+    y, x = _reflected(top + pixel // TILE, SIDE), _reflected(left + pixel % TILE, SIDE)
     x = tl.where(tl.load(row + _FLIP) != 0, SIDE - 1 - x, x)
-    source = crop + 3 * (y[:, None] * SIDE + x[None, :])
+    source = crop + 3 * (y * SIDE + x)
     red = tl.load(source).to(tl.float32) * _LEVEL
     green = tl.load(source + 1).to(tl.float32) * _LEVEL
     blue = tl.load(source + 2).to(tl.float32) * _LEVEL

@@ -44,8 +44,18 @@ def compiled(kernel, capability: int, side: int, dtype: torch.dtype) -> dict:
     return {
         "kernel": kernel.__name__, "sm": capability, "side": side, "dtype": NAMES[dtype], "warps": warps,
         "shared": binary.metadata.shared, **resources(binary.asm["cubin"]),
+        "coalesced": coalesced(binary.asm["ttgir"]),
         "tensor_cores": bool(re.search(r"\b(mma\.sync|wgmma)", binary.asm["ptx"])),
     }  # fmt: skip
+
+
+def coalesced(ttgir: str) -> bool:
+    """Whether the threads of a warp move what lies side by side, in all reads and writes of tensors."""
+    lanes = dict(
+        re.findall(r"^(#\w+) = #ttg.blocked<\{.*?threadsPerWarp = \[([\d, ]+)\]", ttgir, re.MULTILINE)
+    )
+    moved = re.findall(r"tt\.(?:load|store).*?tensor<(?:\d+x)+!tt.ptr<(?:i8|bf16|f16|f32)>, (#\w+)>", ttgir)
+    return bool(moved) and all(lanes[layout].split(", ")[-1] == "32" for layout in moved)
 
 
 def main() -> None:

@@ -67,6 +67,7 @@ def test_kernels_compile_for_a_gpu():
         (sm, kernel) for sm in (80, 90) for kernel in ("luma_sums", "views")
     }
     assert_fits(rows)
+    assert all(row["coalesced"] for row in rows), rows
 
 
 @pytest.mark.slow
