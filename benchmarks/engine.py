@@ -135,7 +135,7 @@ def engine_step(trainer: Trainer) -> Step:
         figures = trainer.train_step(batch)
         trainer.step += 1
         if trainer.step % LOG_EVERY == 0:
-            trainer.describe(figures)
+            trainer.row(figures)
         trainer.between_steps(stop)
 
     return step

@@ -8,9 +8,7 @@ killed goes on from its newest checkpoint to the weights of the undisturbed one.
 from __future__ import annotations
 
 import math
-import signal
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +22,13 @@ from torch import Generator, Tensor
 
 from lvssl.config import EngineSettings
 from lvssl.models.network import LVNet
-from lvssl.training import checkpoint
 from lvssl.training.batchnorm import synchronised
-from lvssl.training.distributed import World, broadcast_state, from_first, highest, mean_over_ranks
-from lvssl.training.gradients import Averaging
+from lvssl.training.distributed import World, broadcast_state
 from lvssl.training.labels import Labelled, readable, say_left_out
+from lvssl.training.loop import Figures, Loop, Pace
 from lvssl.training.optimiser import build_sgd, groups, restore_optimiser
 from lvssl.training.prepare import autocast, precision
-from lvssl.training.progress import Metrics, Progress, Window
-from lvssl.training.stopping import Interrupted, Stop
+from lvssl.training.stopping import Stop
 from pipelines.augment import augmenter_for
 from pipelines.loader import TwoViewLoader, ViewBatch, sent
 from pipelines.views import ViewSettings
@@ -150,8 +146,8 @@ def plain(view: ViewSettings) -> ViewSettings:
     return replace(view, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0)
 
 
-class Supervised:
-    """One resumable training in a folder: its checkpoints, and metrics.jsonl. On one of `world`'s ranks."""
+class Supervised(Loop):
+    """Training with labels: model, images and what a step does. `host_reads` as of `Trainer`."""
 
     def __init__(
         self,
@@ -162,14 +158,9 @@ class Supervised:
         recipe: Recipe,
         device: torch.device,
         world: World = World(),  # noqa: B008 (frozen)
+        host_reads: bool | None = None,
     ) -> None:
-        self.folder, self.recipe, self.device, self.world = folder, recipe, device, world
-        self.model = model.to(device).to(memory_format=torch.channels_last)
-        if world.size > 1 and not model.frozen:
-            synchronised(self.model)
-        broadcast_state(self.model)
-        self.answers = train.answers.to(device)
-        self.loader = TwoViewLoader(
+        loader = TwoViewLoader(
             train.source,
             plain(view),
             recipe.batch_size,
@@ -182,90 +173,55 @@ class Supervised:
             device=device,
             views=1,
         )
+        pace = Pace(recipe.batch_size, recipe.log_every, recipe.checkpoint_minutes)
+        host_reads = device.type == "cpu" if host_reads is None else host_reads
+        super().__init__(folder, loader, device, world, pace, host_reads)
+        self.recipe = recipe
+        self.model = model.to(device).to(memory_format=torch.channels_last)
+        if world.size > 1 and not model.frozen:
+            synchronised(self.model)
+        broadcast_state(self.model)
+        self.answers = train.answers.to(device)
         self.steps = max(recipe.epochs * len(self.loader), recipe.min_steps)
-        self.averaging = Averaging(model.parameters())
-        self.optimiser = sgd(model, recipe, fused=device.type == "cuda")
-        fp16 = precision(recipe.engine, device) == torch.float16
-        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-        self.noise = Generator(device=device)
-        self.step, self.seconds = 0, 0.0
-        self.writer = checkpoint.Writer()
+        optimiser = sgd(model, recipe, fused=not self.host_reads)
+        self.trains(self.trained(), optimiser, precision(recipe.engine, device) == torch.float16)
 
     def run(self, stop: Stop, title: str) -> None:
         """Train from the newest checkpoint on, or from the beginning, to the end.
 
         Raises:
             Interrupted: SIGTERM or SIGUSR2 came; the state is saved.
-            FloatingPointError: the loss isn't finite.
+            FloatingPointError: too many non-finite steps in a row. MemoryError: names the setting to change.
         """
+        self.title = title
         self.restore()
-        with self.loader, self.writer:
+        with self.loader:
             if self.step < self.steps:
-                self.train(stop, title)
+                self.train(stop)
             if self.loader.skipped:
                 print(self.loader.describe_skipped(), file=sys.stderr, flush=True)
 
-    def train(self, stop: Stop, title: str) -> None:
-        recipe, loader = self.recipe, self.loader
-        log = Log(self, title) if self.world.first else None
-        window = Window(recipe.batch_size, self.device, loader)
-        self.saved = self.started = time.monotonic()
-        try:
-            loader.set_position(*divmod(self.step, len(loader)))
-            while self.step < self.steps:
-                batches = iter(loader)
-                while (batch := window.next_batch(batches)) is not None:
-                    loss = self.train_step(batch)
-                    self.step += 1
-                    if self.step % recipe.log_every == 0 or self.step == self.steps:
-                        row = self.row(loss) | window.speed()
-                        if log:
-                            log.write(row)
-                    self.between_steps(stop, title)
-                    if self.step == self.steps:
-                        break
-        finally:
-            if log:
-                log.close()
-
-    def between_steps(self, stop: Stop, title: str) -> None:
-        """All ranks agree whether to go on; rank 0 saves when it is time, and at the end."""
-        (asked,) = highest(stop.signal)
-        now, ended = time.monotonic(), self.step == self.steps
-        if asked or ended or now - self.saved >= 60 * self.recipe.checkpoint_minutes:
-            self.seconds += now - self.started
-            self.saved = self.started = now
-            self.save()
-        if asked and not ended:
-            self.writer.wait()
-            name = signal.Signals(asked).name
-            raise Interrupted(
-                f"{name}: stopped at step {self.step} of {title}, saved; the same command goes on"
-            )
-
-    def train_step(self, batch: ViewBatch) -> Tensor:
-        """One step of SGD; its loss stays on the device."""
+    def train_step(self, batch: ViewBatch) -> Figures:
+        """One step of SGD."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.lr * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
         self.model.train()
         self.noise.manual_seed((self.recipe.seed * 1_000_003 + self.step) % 2**63)
+        self.finite.keep()
         with autocast(self.recipe.engine, self.device):
             outputs = self.model(batch.views[0], self.noise)
         loss = self.model.loss(outputs, self.answers[batch.indices])
         self.optimiser.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
-        self.averaging.finish()
-        self.scaler.step(self.optimiser)
-        self.scaler.update()
-        return loss.detach()
+        finite = self.update(loss)
+        self.finite.undo(finite)
+        self.finite.see(finite, batch.indices)
+        return {"loss": loss.detach()}
 
-    def row(self, loss: Tensor) -> dict[str, Any]:
-        """One row of metrics.jsonl; here, and only here, the host waits for the device."""
-        value = float(mean_over_ranks(loss.clone()))
-        if not math.isfinite(value):
-            raise FloatingPointError(f"step {self.step}: the loss is {value}; lower --lr")
-        lr = self.optimiser.param_groups[0]["lr"]
-        return {"step": self.step, "epoch": self.step / len(self.loader), "loss": value, "lr": lr}
+    def advice(self) -> str:
+        """See `Loop.advice`."""
+        images = self.recipe.batch_size // self.world.size
+        return f"with {images} images on this rank: try a smaller --batch-size"
 
     def describe(self) -> dict[str, Any]:
         """What a result says of its training."""
@@ -279,46 +235,26 @@ class Supervised:
             "images_per_second": round(speed, 1),
         }
 
-    def save(self) -> None:
-        """What is trained, and no more: a frozen encoder stays in the run's checkpoint. Rank 0 writes."""
-        if not self.world.first:
-            return
-        state = {
-            "model": (self.model.linear if self.model.frozen else self.model).state_dict(),
+    def trained(self) -> nn.Module:
+        """What is trained, and no more: a frozen encoder stays in the run's checkpoint."""
+        return self.model.linear if self.model.frozen else self.model
+
+    def state(self) -> dict[str, Any]:
+        """See `Loop.state`."""
+        return {
+            "model": self.trained().state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
         }
-        self.writer.save(self.folder / "checkpoints", self.step, state)
 
-    def restore(self) -> None:
-        found = from_first(self.world, lambda: checkpoint.latest(self.folder / "checkpoints"))
-        if found is None:
-            return
-        state = checkpoint.load(found)
-        (self.model.linear if self.model.frozen else self.model).load_state_dict(state["model"])
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.trained().load_state_dict(state["model"])
         restore_optimiser(self.optimiser, state["optimiser"])
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds = state["step"], state["seconds"]
-
-
-class Log:
-    """metrics.jsonl, TensorBoard and the progress bar of one training."""
-
-    def __init__(self, training: Supervised, title: str) -> None:
-        training.folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = Metrics(training.folder, training.step)
-        self.progress = Progress(title, training.steps, training.step, training.recipe.batch_size)
-
-    def write(self, row: dict[str, Any]) -> None:
-        self.metrics.write(row)
-        self.progress.update(row["step"], f"loss {row['loss']:.3f} · data {row['data_percent']:.0f} %")
-
-    def close(self) -> None:
-        self.progress.close()
-        self.metrics.close()
+        self.seconds = state["seconds"]
 
 
 def sgd(model: nn.Module, recipe: Recipe, fused: bool) -> torch.optim.SGD:

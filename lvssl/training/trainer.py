@@ -1,45 +1,43 @@
-"""A run in progress: one step after the other, its state on disk, its figures in the log."""
+"""Pretraining's network, loss and step."""
 
 from __future__ import annotations
 
 import math
-import signal
-import time
-from collections import deque
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lvssl.config import PretrainSettings
 from lvssl.losses.distributed import equal_parts
 from lvssl.losses.objective import beta_at
 from lvssl.models.network import LVNet
-from lvssl.training import checkpoint
 from lvssl.training.average import Average
-from lvssl.training.distributed import World, broadcast_state, from_first, highest, mean_over_ranks
-from lvssl.training.gradients import Averaging, backward, guard
+from lvssl.training.distributed import World, broadcast_state
+from lvssl.training.gradients import backward
 from lvssl.training.health import health, warn
+from lvssl.training.loop import Figures, Loop, Pace
 from lvssl.training.objective import objective
 from lvssl.training.optimiser import build_optimiser, capturable, learning_rate, restore_optimiser
 from lvssl.training.prepare import accelerate, autocast, layout, precision, prepared
-from lvssl.training.progress import Metrics, Progress, Window
 from lvssl.training.recorded import Recorded
-from lvssl.training.stopping import Interrupted, Stop
+from lvssl.training.stopping import Stop
 from pipelines.loader import TwoViewLoader, ViewBatch
 
 
-class Trainer:
-    """Network, optimiser and position of one run, on one of its ranks.
+class Trainer(Loop):
+    """Pretraining: network, loss and what a step does.
 
     Args:
         host_reads: whether the host may look at what a step computed before the next begins; None: on a CPU
             alone, for elsewhere it would wait for the device. False on a CPU takes the way of a GPU.
     """
+
+    title = "pretrain"
+    remedy = "Lower --lr, set --clip 1, or raise --temperature"
+    resuming = "resume it with --resume"
 
     def __init__(
         self,
@@ -50,27 +48,27 @@ class Trainer:
         world: World = World(),  # noqa: B008 (frozen)
         host_reads: bool | None = None,
     ) -> None:
-        self.settings, self.loader, self.device, self.world = settings, loader, device, world
-        self.host_reads = device.type == "cpu" if host_reads is None else host_reads
         engine = settings.engine
+        pace = Pace(
+            settings.batch_size, settings.log_every, settings.checkpoint_minutes, engine.keep,
+            engine.non_finite_steps, settings.optimiser.clip,
+        )  # fmt: skip
+        host_reads = device.type == "cpu" if host_reads is None else host_reads
+        super().__init__(settings.out, loader, device, world, pace, host_reads)
+        self.settings = settings
         torch.manual_seed(settings.seed)
         network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
         self.network = prepared(network, engine, device, world.size)
         broadcast_state(self.network)
-        self.parameters = list(self.network.parameters())
         self.ema = Average(self.network, engine.ema) if engine.ema else None
         accelerate(self.network.backbone, engine)
-        self.averaging = Averaging(self.parameters)
-        self.optimiser = build_optimiser(self.network, settings.optimiser, fused=not self.host_reads)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision(engine, device) == torch.float16)
-        self.noise = torch.Generator(device=device)
-        self.finite = Finite(self.network, self.host_reads)
+        optimiser = build_optimiser(self.network, settings.optimiser, fused=not host_reads)
+        self.trains(self.network, optimiser, precision(engine, device) == torch.float16)
         self.lr = torch.zeros((), device=device)
         self.recorded = self.recording()
-        self.step = 0
         self.steps = settings.epochs * len(loader)
         self.calibrated = False
-        self.folder, self.writer = settings.out / "checkpoints", checkpoint.Writer()
+        self.alarms: set[str] = set()
 
     # -- the state on disk ------------------------------------------------------------------------
 
@@ -88,67 +86,24 @@ class Trainer:
             "calibrated": self.calibrated,
         }
 
-    def save(self) -> None:
-        """Of rank 0, beside what follows; an error shows at the next call, or at `writer.wait()`."""
-        if self.world.first:
-            self.writer.save(self.folder, self.step, self.state(), self.settings.engine.keep)
-
-    def restore(self) -> None:
-        """Load the newest checkpoint, if there is one: the one that rank 0 finds to be whole."""
-        found = from_first(self.world, lambda: checkpoint.latest(self.folder))
-        if found is None:
-            return
-        state = checkpoint.load(found)
+    def load_state(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
         restore_optimiser(self.optimiser, state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
-        self.step, self.calibrated = state["step"], state["calibrated"]
-        self.loader.load_state_dict(state["loader"])
+        self.calibrated = state["calibrated"]
 
-    # -- the loop ---------------------------------------------------------------------------------
+    # -- a step -----------------------------------------------------------------------------------
 
     def train(self, stop: Stop) -> None:
-        """Go on to the last step, or until a signal came to any rank.
-
-        Raises:
-            Interrupted: on all ranks, the state saved.
-            FloatingPointError: too many non-finite steps in a row. MemoryError: names the setting to change.
-        """
+        """See `Loop.train`."""
         self.network.train()
-        log = Log(self.settings, self.step, self.steps) if self.world.first else None
-        window = Window(self.settings.batch_size, self.device, self.loader)
-        self.saved = time.monotonic()
-        self.alarms: set[str] = set()
-        try:
-            with self.writer:
-                while self.step < self.steps:
-                    self.epoch(window, log, stop)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            raise MemoryError(self.advice(error)) from error
-        finally:
-            if log:
-                log.close()
+        super().train(stop)
 
-    def epoch(self, window: Window, log: Log | None, stop: Stop) -> None:
-        """The steps that are left of an epoch, each with its row in the log where one is due."""
-        batches = iter(self.loader)
-        while (batch := window.next_batch(batches)) is not None:
-            figures = self.train_step(batch.to(self.device))
-            self.step += 1
-            if self.step % self.settings.log_every == 0 or self.step == self.steps:
-                row = self.describe(figures) | window.speed()
-                if log:
-                    log.write(row)
-                    warn(row, self.step / self.steps, self.alarms)
-            self.between_steps(stop)
-
-    def train_step(self, batch: ViewBatch) -> dict[str, Tensor]:
-        """One step of the optimiser; its figures stay tensors on the device, so that nothing waits for it."""
+    def train_step(self, batch: ViewBatch) -> Figures:
+        """See `Loop.train_step`."""
         settings = self.settings
         lr = learning_rate(self.step, self.steps, len(self.loader), settings.optimiser, settings.batch_size)
         # Noise keyed by (seed, step): a resumed or repeated step draws the same, whatever was drawn before.
@@ -164,12 +119,12 @@ class Trainer:
         self.finite.see(finite, batch.indices)
         return figures
 
-    def launch(self, logged: bool, views: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def launch(self, logged: bool, views: Tensor, labels: Tensor) -> tuple[Figures, Tensor]:
         """All of a step on its device: figures, those of the log too if it is `logged`, and its verdict."""
         settings = self.settings
         self.optimiser.zero_grad(set_to_none=True)
         images = views.flatten(0, 1).contiguous(memory_format=layout(settings.engine))
-        figures: dict[str, Tensor] = {}
+        figures: Figures = {}
 
         def loss_of(features: Tensor) -> Tensor:
             loss, found = self.loss(features, labels, logged)
@@ -208,9 +163,7 @@ class Trainer:
         annealed = latent.sharpness_start is not None or latent.estimator == "relaxed"
         return beta, min(1.0, fraction / latent.anneal) if annealed else 1.0
 
-    def loss(
-        self, features: Tensor, labels: Tensor, logged: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, features: Tensor, labels: Tensor, logged: bool = False) -> tuple[Tensor, Figures]:
         """What is minimised, and the figures, from h [2B, F] and the labels [B] of this rank."""
         fraction = self.step / self.steps
         with autocast(self.settings.engine, self.device):
@@ -228,22 +181,8 @@ class Trainer:
         return loss, figures
 
     def update(self, loss: Tensor) -> Tensor:
-        """One step of the optimiser from the gradients, if these are finite; a bool on the device."""
-        self.averaging.finish()
-        scaled = self.scaler.is_enabled()
-        if scaled:
-            self.scaler.unscale_(self.optimiser)
-        norm = guard(self.parameters, self.settings.optimiser.clip)
-        # With a loss scale, gradients that overflow are a part of its search and no failure.
-        finite = (loss if scaled else norm).detach().isfinite()
-        if scaled:
-            self.scaler.step(self.optimiser)
-            self.scaler.update()
-        elif not self.host_reads:
-            self.optimiser.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
-            self.optimiser.step()
-        elif finite:
-            self.optimiser.step()
+        """See `Loop.update`."""
+        finite = super().update(loss)
         if self.world.size > 1 and not self.settings.engine.sync_batch_norm:
             broadcast_state(self.network, buffers_alone=True)
         return finite
@@ -256,49 +195,23 @@ class Trainer:
         elif self.ema and finite:
             self.ema.update(self.network)
 
-    def between_steps(self, stop: Stop) -> None:
-        """All ranks agree whether to go on; rank 0 saves when it is time, and at the end of the first epoch,
-        so that there is something soon, and of the last."""
-        asked, bad = highest(stop.signal, self.finite.in_a_row())
-        if bad >= self.settings.engine.non_finite_steps:
-            raise self.diverged()
-        due = time.monotonic() - self.saved >= 60 * self.settings.checkpoint_minutes
-        if due or asked or self.step in (len(self.loader), self.steps):
-            self.save()
-            self.saved = time.monotonic()
-        if asked:
-            self.writer.wait()
-            name = signal.Signals(asked).name
-            raise Interrupted(f"{name}: stopped at step {self.step}, saved; go on with --resume")
+    # -- what is said of it -----------------------------------------------------------------------
 
-    def describe(self, figures: dict[str, Tensor]) -> dict[str, Any]:
-        """One row of metrics.jsonl, over all ranks. The only place where the host waits for the device."""
-        row: dict[str, Any] = {"step": self.step, "epoch": self.step / len(self.loader)}
-        if figures:
-            values = mean_over_ranks(torch.stack([value.float() for value in figures.values()]))
-            row.update(zip(figures, values.tolist()))
-        row["lr"] = float(self.optimiser.param_groups[0]["lr"])
-        if self.settings.on_error == "skip":
-            row["skipped"] = self.loader.skipped
-        return row
+    def row(self, figures: Figures) -> dict[str, Any]:
+        """See `Loop.row`."""
+        skipped = {"skipped": self.loader.skipped} if self.settings.on_error == "skip" else {}
+        return super().row(figures) | skipped
 
-    # -- what can go wrong ------------------------------------------------------------------------
+    def note(self, row: dict[str, Any]) -> str:
+        """See `Loop.note`; warns of a posterior that collapses and the like, once of each."""
+        warn(row, self.step / self.steps, self.alarms)
+        note = f"data {row['data_percent']:.0f} % · {row['memory_gib']:.1f} GiB"
+        if math.isfinite(row.get("loss", math.nan)):
+            note = f"loss {row['loss']:.3f} · rate {row['rate_bits']:.0f} bits · {note}"
+        return note
 
-    def diverged(self) -> FloatingPointError:
-        """The error to raise, once the indices of this rank's part of the batch are kept."""
-        part = "" if self.world.first else f"_rank{self.world.rank}"
-        path = self.settings.out / f"non_finite_batch{part}.npy"
-        if self.finite.indices is not None:
-            np.save(path, self.finite.indices.cpu().numpy())
-        what = self.finite.reason or "the gradient is not finite"
-        count = self.settings.engine.non_finite_steps
-        return FloatingPointError(
-            f"step {self.step}, the last of {count} in a row: {what}; the batch's indices are in {path}. "
-            "Lower --lr, set --clip 1, or raise --temperature"
-        )
-
-    def advice(self, error: BaseException) -> str:
-        """An out-of-memory error with the setting that makes it go away."""
+    def advice(self) -> str:
+        """See `Loop.advice`."""
         engine, views = self.settings.engine, 2 * self.settings.batch_size // self.world.size
         if not 0 < engine.chunk < views:
             change = f"--chunk {max(2, views // 4)} (the loss still sees the whole batch)"
@@ -308,95 +221,4 @@ class Trainer:
             change = "a smaller --batch-size"
         if not engine.recompute:
             change += ", or --recompute" + " without --compile" * engine.compile
-        first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        return f"out of memory with {views} views on this rank: try {change}. ({first})"
-
-
-def out_of_memory(error: BaseException) -> bool:
-    words = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in str(error) for w in words)
-
-
-class Finite:
-    """Non-finite steps in a row, counted without waiting for the device; their batch statistics undone.
-
-    Statistics are kept and put back all together: what that launches doesn't grow with their number.
-    """
-
-    def __init__(self, network: LVNet, host_reads: bool) -> None:
-        self.layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-        self.host_reads = host_reads
-        self.waiting: deque[tuple[Tensor, Any, Tensor]] = deque()
-        self.bad = 0
-        self.reason = ""
-        self.indices: Tensor | None = None
-        self.kept: list[Tensor] = []
-
-    def statistics(self) -> list[list[Tensor]]:
-        """The running statistics, and the counters of batches: those of a type together."""
-        running = [s for layer in self.layers for s in (layer.running_mean, layer.running_var)]
-        counters = [layer.num_batches_tracked for layer in self.layers]
-        groups = ([s for s in group if s is not None] for group in (running, counters))
-        return [group for group in groups if group]
-
-    def keep(self) -> None:
-        """Remember the running statistics from before the step."""
-        self.kept = [joined(group) for group in self.statistics()]
-
-    def undo(self, finite: Tensor) -> None:
-        """Put back the statistics that a step has spoilt, if it wasn't `finite`, a bool on the device."""
-        if not self.host_reads:
-            for kept, group in zip(self.kept, self.statistics()):
-                put(torch.where(finite, joined(group), kept), group)
-        elif not finite:
-            for kept, group in zip(self.kept, self.statistics()):
-                put(kept, group)
-
-    def see(self, finite: Tensor, indices: Tensor) -> None:
-        """A step's verdict, a bool on the device, which `in_a_row` counts once the device has come to it."""
-        event = None
-        if finite.is_cuda:
-            event, stream = torch.cuda.Event(), torch.cuda.current_stream(finite.device)
-            finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
-            event.record(stream)
-        self.waiting.append((finite, event, indices))
-
-    def in_a_row(self) -> int:
-        """Of the steps that the device has finished."""
-        while self.waiting and (self.waiting[0][1] is None or self.waiting[0][1].query()):
-            finite, _, indices = self.waiting.popleft()
-            if finite:
-                self.bad = 0
-            else:
-                self.bad, self.indices = self.bad + 1, indices
-        return self.bad
-
-
-def joined(tensors: list[Tensor]) -> Tensor:
-    """All their numbers in one tensor, [N]."""
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def put(numbers: Tensor, tensors: list[Tensor]) -> None:
-    """What `joined` has joined, back in its places."""
-    parts = numbers.split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
-
-
-class Log:
-    """The lines of a run, on rank 0: metrics.jsonl, TensorBoard and the terminal."""
-
-    def __init__(self, settings: PretrainSettings, step: int, steps: int) -> None:
-        self.metrics = Metrics(settings.out, step)
-        self.progress = Progress("pretrain", steps, step, settings.batch_size)
-
-    def write(self, row: dict[str, Any]) -> None:
-        self.metrics.write(row)
-        note = f"data {row['data_percent']:.0f} % · {row['memory_gib']:.1f} GiB"
-        if math.isfinite(row.get("loss", math.nan)):
-            note = f"loss {row['loss']:.3f} · rate {row['rate_bits']:.0f} bits · {note}"
-        self.progress.update(row["step"], note)
-
-    def close(self) -> None:
-        self.progress.close()
-        self.metrics.close()
+        return f"with {views} views on this rank: try {change}"

@@ -318,7 +318,7 @@ def test_work_under_other_settings_is_not_gone_on_with(run, monkeypatch):
 def test_a_diverging_trial_is_not_chosen_and_too_few_labels_take_the_middle(run, capsys):
     settings = FinetuneSettings(run, min_steps=0, labels=0.2, epochs=4, lr=(1e20, 0.05), weight_decay=(0.0,))
     result = finetune(settings).done
-    assert "not finite" in result["trials"][0]["diverged"] or "loss is" in result["trials"][0]["diverged"]
+    assert "not finite" in result["trials"][0]["diverged"]
     assert result["chosen"]["lr"] == 0.05
     few = FinetuneSettings(
         run, min_steps=0, labels=0.01, epochs=1, lr=(0.01, 0.05, 0.25), weight_decay=(0.0,), held_out=0.01

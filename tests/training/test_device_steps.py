@@ -29,6 +29,7 @@ from lvssl.training.distributed import World
 from lvssl.training.labels import open_labelled
 from lvssl.training.optimiser import build_optimiser, learning_rate, restore_optimiser
 from lvssl.training.pretrain import calibrate
+from lvssl.training.stopping import Stop
 from lvssl.training.supervised import Classifier, Recipe, Supervised
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for
@@ -392,7 +393,7 @@ def test_no_step_with_labels_waits(digits, tmp_path, device, on, frozen):
     network = LVNet(PRESETS["digits"].model, LatentSettings("gaussian"), 8).to(kind)
     model = Classifier(network, on, train, frozen, seed=0)
     recipe = Recipe(1, 128, 0.1, 1e-4, 0, 10.0, 1, 1)
-    training = Supervised(tmp_path, model, train, PRESETS["digits"].view, recipe, kind)
+    training = Supervised(tmp_path, model, train, PRESETS["digits"].view, recipe, kind, host_reads=False)
     with training.loader as loader:
         batches = iter(loader)
         for number, batch in enumerate(next(batches) for _ in range(4)):
@@ -407,6 +408,38 @@ def test_no_step_with_labels_waits(digits, tmp_path, device, on, frozen):
                     training.train_step(batch)
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("host_reads", [True, False])
+def test_a_step_with_labels_that_is_not_finite_changes_nothing(digits, tmp_path, device, host_reads):
+    """Of fine-tuning; three of them in a row end it, with the indices of the last one's images."""
+    train, kind = open_labelled(digits["train"]), torch.device(device)
+    model = Classifier(
+        LVNet(PRESETS["digits"].model, LatentSettings("none"), 8).to(kind), "features", train, False, 0
+    )
+    recipe = Recipe(1, 128, 0.1, 1e-4, 0, 10.0, 1, 1)
+    host_reads = host_reads and device == "cpu"
+    view = PRESETS["digits"].view
+    training = Supervised(tmp_path, model, train, view, recipe, kind, host_reads=host_reads)
+    with training.loader as loader:
+        batches = iter(loader)
+        for number in range(5):
+            batch, before = next(batches), copy.deepcopy(model.state_dict())
+            if number > 1:
+                batch = dataclasses.replace(batch, views=batch.views * float("nan"))
+            training.train_step(batch)
+            training.step += 1
+            after = model.state_dict()
+            changed = [name for name in after if not torch.equal(before[name], after[name])]
+            assert bool(changed) is (number < 2) and all(value.isfinite().all() for value in after.values())
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if number < 4:
+                training.between_steps(Stop())
+        with pytest.raises(FloatingPointError, match="the last of 3 in a row"):
+            training.between_steps(Stop())
+    assert np.array_equal(np.load(tmp_path / "non_finite_batch.npy"), batch.indices.cpu().numpy())
 
 
 @pytest.mark.parametrize(

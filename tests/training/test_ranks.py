@@ -97,7 +97,7 @@ def trained(
             views, labels = batch.views[:, order].to(dtype), batch.labels[order]
             figures = step_without_agreeing(trainer, dataclasses.replace(batch, views=views, labels=labels))
             trainer.step += 1
-            rows.append(trainer.describe(figures))
+            rows.append(trainer.row(figures))
         return (trainer.ema.module if trainer.ema else trainer.network).state_dict(), rows
 
 

@@ -1,0 +1,306 @@
+"""The loop that pretraining, linear evaluation and fine-tuning share: position, checkpoints, signals, log,
+and what becomes of a step that isn't finite. A training brings its step.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lvssl.training import checkpoint
+from lvssl.training.distributed import World, from_first, highest, mean_over_ranks
+from lvssl.training.gradients import Averaging, guard
+from lvssl.training.progress import Metrics, Progress, Window
+from lvssl.training.stopping import Interrupted, Stop
+from pipelines.loader import TwoViewLoader, ViewBatch
+
+Figures = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How often a training logs and saves, and when it gives up.
+
+    Attributes:
+        batch_size: images a step, over all ranks.
+        keep: checkpoints. non_finite_steps: so many in a row end the training.
+        clip: the norm of all gradients together, 0: as it is.
+    """
+
+    batch_size: int
+    log_every: int
+    checkpoint_minutes: float
+    keep: int = 2
+    non_finite_steps: int = 3
+    clip: float = 0.0
+
+
+class Loop(ABC):
+    """One resumable training in a folder, on one of `world`'s ranks.
+
+    Attributes:
+        step, steps: optimiser steps done, and wanted. seconds: of training, over all its interruptions.
+        host_reads: whether the host may look at what a step computed before the next begins: on a CPU alone,
+            for elsewhere it would wait for the device.
+    """
+
+    title: str
+    remedy = "Lower --lr"  # where steps stay non-finite
+    resuming = "the same command resumes it"
+
+    def __init__(
+        self,
+        folder: Path,
+        loader: TwoViewLoader,
+        device: torch.device,
+        world: World,
+        pace: Pace,
+        host_reads: bool,
+    ) -> None:
+        self.folder, self.loader, self.device, self.world, self.pace = folder, loader, device, world, pace
+        self.host_reads = host_reads
+        self.step = self.steps = 0
+        self.seconds = 0.0
+        self.saved = self.started = time.monotonic()
+        self.writer = checkpoint.Writer()
+        self.noise = torch.Generator(device=device)
+
+    def trains(self, network: nn.Module, optimiser: torch.optim.Optimizer, fp16: bool) -> None:
+        """Say what is trained; before the first step."""
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.optimiser, self.averaging = optimiser, Averaging(self.parameters)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        self.finite = Finite(network, self.host_reads)
+
+    @abstractmethod
+    def train_step(self, batch: ViewBatch) -> Figures:
+        """One step of the optimiser; its figures, "loss" among them, stay tensors on the device."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """All that a resumed training needs, "step" among it."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+    @abstractmethod
+    def advice(self) -> str:
+        """What to change where memory doesn't suffice."""
+
+    def note(self, row: dict[str, Any]) -> str:
+        """What the terminal shows of a row of the log."""
+        return f"loss {row['loss']:.3f} · data {row['data_percent']:.0f} %"
+
+    # -- the state on disk ------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Of rank 0, beside what follows; an error shows at the next call, or at `writer.wait()`."""
+        if self.world.first:
+            self.writer.save(self.folder / "checkpoints", self.step, self.state(), self.pace.keep)
+
+    def restore(self) -> None:
+        """Load the newest checkpoint, if there is one: the one that rank 0 finds to be whole.
+
+        Raises InputError if all that are there are damaged.
+        """
+        found = from_first(self.world, lambda: checkpoint.latest(self.folder / "checkpoints"))
+        if found is not None:
+            state = checkpoint.load(found)
+            self.load_state(state)
+            self.step = state["step"]
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def train(self, stop: Stop) -> None:
+        """Go on to the last step, or until a signal came to any rank.
+
+        Raises:
+            Interrupted: on all ranks, the state saved.
+            FloatingPointError: too many non-finite steps in a row. MemoryError: names the setting to change.
+        """
+        log = Log(self) if self.world.first else None
+        window = Window(self.pace.batch_size, self.device, self.loader)
+        self.saved = self.started = time.monotonic()
+        try:
+            with self.writer:
+                self.loader.set_position(*divmod(self.step, len(self.loader)))
+                while self.step < self.steps:
+                    self.epoch(window, log, stop)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise MemoryError(f"out of memory {self.advice()}. ({first})") from error
+        finally:
+            if log:
+                log.close()
+
+    def epoch(self, window: Window, log: Log | None, stop: Stop) -> None:
+        """The steps that are left of an epoch, each with its row in the log where one is due."""
+        batches = iter(self.loader)
+        while self.step < self.steps and (batch := window.next_batch(batches)) is not None:
+            figures = self.train_step(batch.to(self.device))
+            self.step += 1
+            if self.step % self.pace.log_every == 0 or self.step == self.steps:
+                row = self.row(figures) | window.speed()
+                if log:
+                    log.write(row)
+            self.between_steps(stop)
+
+    def update(self, loss: Tensor) -> Tensor:
+        """One step of the optimiser from the gradients, if these are finite; a bool on the device."""
+        self.averaging.finish()
+        scaled = self.scaler.is_enabled()
+        if scaled:
+            self.scaler.unscale_(self.optimiser)
+        norm = guard(self.parameters, self.pace.clip)
+        # With a loss scale, gradients that overflow are a part of its search and no failure.
+        finite = (loss if scaled else norm).detach().isfinite()
+        if scaled:
+            self.scaler.step(self.optimiser)
+            self.scaler.update()
+        elif not self.host_reads:
+            self.optimiser.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
+            self.optimiser.step()
+        elif finite:
+            self.optimiser.step()
+        return finite
+
+    def between_steps(self, stop: Stop) -> None:
+        """All ranks agree whether to go on; rank 0 saves when it is time, and at the end of the first epoch,
+        so that there is something soon, and of the last."""
+        asked, bad = highest(stop.signal, self.finite.in_a_row())
+        if bad >= self.pace.non_finite_steps:
+            raise self.diverged()
+        now = time.monotonic()
+        due = now - self.saved >= 60 * self.pace.checkpoint_minutes
+        if due or asked or self.step in (len(self.loader), self.steps):
+            self.seconds += now - self.started
+            self.saved = self.started = now
+            self.save()
+        if asked:
+            self.writer.wait()
+            name = signal.Signals(asked).name
+            raise Interrupted(f"{name}: stopped at step {self.step}, saved; {self.resuming}")
+
+    def row(self, figures: Figures) -> dict[str, Any]:
+        """One row of metrics.jsonl, over all ranks. The only place where the host waits for the device."""
+        row: dict[str, Any] = {"step": self.step, "epoch": self.step / len(self.loader)}
+        if figures:
+            values = mean_over_ranks(torch.stack([value.float() for value in figures.values()]))
+            row.update(zip(figures, values.tolist()))
+        row["lr"] = float(self.optimiser.param_groups[0]["lr"])
+        return row
+
+    def diverged(self) -> FloatingPointError:
+        """The error to raise, once the indices of this rank's part of the batch are kept."""
+        part = "" if self.world.first else f"_rank{self.world.rank}"
+        path = self.folder / f"non_finite_batch{part}.npy"
+        if self.finite.indices is not None:
+            np.save(path, self.finite.indices.cpu().numpy())
+        what = self.finite.reason or "the gradient is not finite"
+        count = self.pace.non_finite_steps
+        return FloatingPointError(
+            f"step {self.step}, the last of {count} in a row: {what}; the batch's indices are in {path}. "
+            f"{self.remedy}"
+        )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in str(error) for w in words)
+
+
+class Finite:
+    """Non-finite steps in a row, counted without waiting for the device; their batch statistics undone.
+
+    Statistics are kept and put back all together: what that launches doesn't grow with their number.
+    """
+
+    def __init__(self, network: nn.Module, host_reads: bool) -> None:
+        self.layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        self.host_reads = host_reads
+        self.waiting: deque[tuple[Tensor, Any, Tensor]] = deque()
+        self.bad = 0
+        self.reason = ""
+        self.indices: Tensor | None = None
+        self.kept: list[Tensor] = []
+
+    def statistics(self) -> list[list[Tensor]]:
+        """The running statistics, and the counters of batches: those of a type together."""
+        running = [s for layer in self.layers for s in (layer.running_mean, layer.running_var)]
+        counters = [layer.num_batches_tracked for layer in self.layers]
+        groups = ([s for s in group if s is not None] for group in (running, counters))
+        return [group for group in groups if group]
+
+    def keep(self) -> None:
+        """Remember the running statistics from before the step."""
+        self.kept = [joined(group) for group in self.statistics()]
+
+    def undo(self, finite: Tensor) -> None:
+        """Put back the statistics that a step has spoilt, if it wasn't `finite`, a bool on the device."""
+        if not self.host_reads:
+            for kept, group in zip(self.kept, self.statistics()):
+                put(torch.where(finite, joined(group), kept), group)
+        elif not finite:
+            for kept, group in zip(self.kept, self.statistics()):
+                put(kept, group)
+
+    def see(self, finite: Tensor, indices: Tensor) -> None:
+        """A step's verdict, a bool on the device, which `in_a_row` counts once the device has come to it."""
+        event = None
+        if finite.is_cuda:
+            event, stream = torch.cuda.Event(), torch.cuda.current_stream(finite.device)
+            finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            event.record(stream)
+        self.waiting.append((finite, event, indices))
+
+    def in_a_row(self) -> int:
+        """Of the steps that the device has finished."""
+        while self.waiting and (self.waiting[0][1] is None or self.waiting[0][1].query()):
+            finite, _, indices = self.waiting.popleft()
+            if finite:
+                self.bad = 0
+            else:
+                self.bad, self.indices = self.bad + 1, indices
+        return self.bad
+
+
+def joined(tensors: list[Tensor]) -> Tensor:
+    """All their numbers in one tensor, [N]."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def put(numbers: Tensor, tensors: list[Tensor]) -> None:
+    """What `joined` has joined, back in its places."""
+    parts = numbers.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
+
+
+class Log:
+    """The lines of a training, on rank 0: metrics.jsonl, TensorBoard and the terminal."""
+
+    def __init__(self, loop: Loop) -> None:
+        loop.folder.mkdir(parents=True, exist_ok=True)
+        self.loop = loop
+        self.metrics = Metrics(loop.folder, loop.step)
+        self.progress = Progress(loop.title, loop.steps, loop.step, loop.pace.batch_size)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.metrics.write(row)
+        self.progress.update(row["step"], self.loop.note(row))
+
+    def close(self) -> None:
+        self.progress.close()
+        self.metrics.close()
