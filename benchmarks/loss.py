@@ -33,13 +33,13 @@ from lvssl.cli import guarded
 from lvssl.losses import ntxent as module
 from lvssl.losses.ntxent import ntxent, reference
 from lvssl.training.run import versions
+from lvssl.training.utilisation import peak_flops
 from pipelines.errors import InputError
 from pipelines.files import write_json
 
 D, TEMPERATURE = 128, 0.1
 SIZES = (512, 1024, 2048, 4096, 8192, 16384)
 LARGEST = 65536
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L4": 121e12}  # dense bf16, the makers' figures
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -169,7 +169,7 @@ def on_gpu(options: argparse.Namespace) -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         raise InputError("--gpu: no CUDA device is usable here")
     device = torch.cuda.get_device_name()
-    peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
+    best = peak_flops(torch.device("cuda"))
     rows = []
     for size in options.sizes:
         u = vectors(size).to("cuda", torch.bfloat16)
@@ -187,8 +187,8 @@ def on_gpu(options: argparse.Namespace) -> list[dict[str, Any]]:
                 times.append(start.elapsed_time(end) / 1e3)
             found = row(name, size, times) | {"peak_bytes": torch.cuda.max_memory_allocated() - before}
             found |= {"device": device, "flops": 6 * size**2 * D / found["seconds"]}
-            if peak_flops:
-                found["share_of_peak"] = found["flops"] / peak_flops
+            if best:
+                found["share_of_peak"] = found["flops"] / best
             rows.append(found)
             show(found)
     return rows

@@ -163,11 +163,11 @@ def endless(batches: list[Any]) -> Iterator[Any]:
 
 
 def engine_rows(setup: Setup, work: Work, how: str) -> Iterator[Row]:
-    step, numbers = engine(setup, work, how), operations(setup, work)
-    row = measured(setup, work, step, endless(synthetic(setup, work)), numbers)
+    step = engine(setup, work, how)
+    row = measured(setup, work, step, endless(synthetic(setup, work)))
     yield {"name": f"engine, synthetic, {how}, {work.name}", **row}
     batches = through_loader(setup, work)
-    row = measured(setup, work, step, batches, numbers)
+    row = measured(setup, work, step, batches)
     batches.close()
     yield {"name": f"engine, loader, {how}, {work.name}", "workers": workers(), **row}
 
@@ -177,13 +177,14 @@ def bare(setup: Setup, work: Work) -> Row:
     from benchmarks.engine import bare_step
 
     step = bare_step(settings_of(setup, work), place(setup))
-    return measured(setup, work, step, endless(synthetic(setup, work)), operations(setup, work))
+    return measured(setup, work, step, endless(synthetic(setup, work)))
 
 
-def measured(setup: Setup, work: Work, step: Step, batches: Iterator[Any], numbers: float) -> Row:
+def measured(setup: Setup, work: Work, step: Step, batches: Iterator[Any]) -> Row:
     """Speed over two stretches of steps, and what the profiler says of three more."""
-    from benchmarks.loss import PEAK_FLOPS
+    from lvssl.training.utilisation import operations, peak_flops
 
+    numbers = 2 * work.batch * operations(work.backbone, work.side)
     for _ in range(2 if setup.dry else WARM_UP):
         loss = step(next(batches))
     if setup.device == "cuda":
@@ -200,9 +201,8 @@ def measured(setup: Setup, work: Work, step: Step, batches: Iterator[Any], numbe
     }
     if setup.device == "cuda":
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        card = torch.cuda.get_device_name()
-        peak = next((value for name, value in PEAK_FLOPS.items() if name in card), None)
-        row["mfu"] = numbers / seconds / peak if peak else None
+        best = peak_flops(place(setup))
+        row["mfu"] = numbers / seconds / best if best else None
     if isinstance(loss, Tensor):
         row["ok"] = bool(loss.isfinite())
     return row | {"tflop_per_step": numbers / 1e12} | profiled(setup, step, batches)
@@ -261,16 +261,3 @@ def busy(events: list[dict[str, Any]], steps: int) -> Row:
         covered += max(0.0, last - max(first, end))
         end = max(end, last)
     return {"launches": len(spans) / steps, "busy": covered / (end - spans[0][0])}
-
-
-def operations(setup: Setup, work: Work) -> float:
-    """Of the backbone in a step, forward and backward, counted on four views by torch's counter."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from lvssl.models.backbone import build_backbone
-
-    backbone = build_backbone(work.backbone, work.side)[0].to(setup.device)
-    views = torch.randn(4, 3, work.side, work.side, device=setup.device)
-    with FlopCounterMode(display=False) as counter:
-        backbone(views).sum().backward()
-    return counter.get_total_flops() * 2 * work.batch / 4

@@ -61,7 +61,7 @@ def one_thread(_: int) -> None:
 
 def row(setup: Setup, work: Any) -> Row:
     """Speed as of the engine's rows."""
-    from benchmarks.gpu_stages.steps import measured, operations, place, settings_of
+    from benchmarks.gpu_stages.steps import measured, place, settings_of
     from lvssl.models.backbone import build_backbone
     from lvssl.models.network import projector
 
@@ -95,6 +95,6 @@ def row(setup: Setup, work: Any) -> Row:
             yield from loader
 
     source = batches()
-    found = measured(setup, work, step, source, operations(setup, work))
+    found = measured(setup, work, step, source)
     source.close()  # type: ignore[attr-defined]  # ends the workers
     return {"workers": count, "loss": which, **found}

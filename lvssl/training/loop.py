@@ -23,6 +23,7 @@ from lvssl.training.distributed import World, from_first, highest, mean_over_ran
 from lvssl.training.gradients import Averaging, guard
 from lvssl.training.progress import Metrics, Progress, Window
 from lvssl.training.stopping import Interrupted, Stop
+from lvssl.training.utilisation import peak_flops
 from pipelines.loader import TwoViewLoader, ViewBatch
 
 Figures = dict[str, Tensor]
@@ -50,6 +51,7 @@ class Loop(ABC):
     """One resumable training in a folder, on one of `world`'s ranks.
 
     Attributes:
+        operations: of the backbone for an image, forward and backward. peak: of one GPU, a second, if known.
         step, steps: optimiser steps done, and wanted. seconds: of training, over all its interruptions.
         host_reads: whether the host may look at what a step computed before the next begins: on a CPU alone,
             for elsewhere it would wait for the device.
@@ -71,6 +73,7 @@ class Loop(ABC):
         self.folder, self.loader, self.device, self.world, self.pace = folder, loader, device, world, pace
         self.host_reads = host_reads
         self.step = self.steps = 0
+        self.operations, self.peak = 0.0, peak_flops(device)
         self.seconds = 0.0
         self.saved = self.started = time.monotonic()
         self.writer = checkpoint.Writer()
@@ -153,10 +156,18 @@ class Loop(ABC):
             figures = self.train_step(batch.to(self.device))
             self.step += 1
             if self.step % self.pace.log_every == 0 or self.step == self.steps:
-                row = self.row(figures) | window.speed()
+                row = self.row(figures) | self.speed(window)
                 if log:
                     log.write(row)
             self.between_steps(stop)
+
+    def speed(self, window: Window) -> dict[str, float]:
+        """`Window.speed`, and percent of the GPUs' peak, where that is known."""
+        found = window.speed()
+        if self.peak:
+            share = found["images_per_second"] * self.operations / (self.peak * self.world.size)
+            found["mfu_percent"] = 100 * share
+        return found
 
     def update(self, loss: Tensor) -> Tensor:
         """One step of the optimiser from the gradients, if these are finite; a bool on the device."""

@@ -24,6 +24,7 @@ from lvssl.training.optimiser import build_optimiser, capturable, learning_rate,
 from lvssl.training.prepare import accelerate, autocast, layout, precision, prepared
 from lvssl.training.recorded import Recorded
 from lvssl.training.stopping import Stop
+from lvssl.training.utilisation import operations
 from pipelines.loader import TwoViewLoader, ViewBatch
 
 
@@ -66,6 +67,8 @@ class Trainer(Loop):
         self.trains(self.network, optimiser, precision(engine, device) == torch.float16)
         self.lr = torch.zeros((), device=device)
         self.recorded = self.recording()
+        if self.peak:
+            self.operations = 2 * operations(settings.model.backbone, settings.view.resolution)
         self.steps = settings.epochs * len(loader)
         self.calibrated = False
         self.alarms: set[str] = set()
@@ -206,6 +209,8 @@ class Trainer(Loop):
         """See `Loop.note`; warns of a posterior that collapses and the like, once of each."""
         warn(row, self.step / self.steps, self.alarms)
         note = f"data {row['data_percent']:.0f} % · {row['memory_gib']:.1f} GiB"
+        if "mfu_percent" in row:
+            note += f" · MFU {row['mfu_percent']:.0f} %"
         if math.isfinite(row.get("loss", math.nan)):
             note = f"loss {row['loss']:.3f} · rate {row['rate_bits']:.0f} bits · {note}"
         return note

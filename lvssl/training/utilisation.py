@@ -1,0 +1,31 @@
+"""How much of a card's peak a training uses (MFU; Chowdhery et al. 2022, PaLM, appendix B)."""
+
+import re
+from functools import cache
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lvssl.models.backbone import build_backbone
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L4": 121e12}  # dense bf16, the makers' figures
+
+
+@cache
+def operations(backbone: str, side: int) -> float:
+    """Floating-point operations of a backbone for one view of `side` pixels, forward and backward: those of
+    convolutions and matrix products, counted on tensors without contents; a multiplication and its addition
+    are two."""
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        network = build_backbone(backbone, side)[0]
+        network(torch.empty(2, 3, side, side)).sum().backward()
+    return counter.get_total_flops() / 2
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Operations a second of a card in bf16 at best; None where that isn't known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for card, flops in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None)
