@@ -72,7 +72,6 @@ def cases(setup: Setup) -> Iterator[Case]:
         for rows, dim, count in ((3, 16, 4),) if setup.dry else DRAWS:
             where = f"{family} head, {rows} x {dim}, K {count}"
             yield Case(where, partial(head, setup, family, rows, dim, count))
-    yield Case("Philox", partial(philox, setup))
     yield Case("fifty repeats", partial(repeats, setup), seconds=90)
     if setup.device == "cuda":
         for tool in ("memcheck", "racecheck"):
@@ -360,35 +359,6 @@ def head(setup: Setup, kind: str, rows: int, dim: int, count: int) -> Row:
     flipped = float(flips)
     row |= {"flipped": flipped, "ok": row["ok"] and same_bits and flipped <= max(1e-4, 1.01 / (rows * width))}
     return row if same_bits else row | {"failed": "the packed bits differ"}
-
-
-# Random numbers
-
-
-def philox(setup: Setup) -> Row:
-    """The stream that kernels draw, word for word that of the loader."""
-    from pipelines.parameters import uniforms
-    from pipelines.parameters_triton import draw_uniforms
-
-    indices = np.array([0, 1, 7, 1_281_166, 2**31 - 1, 2**31, 2**32 + 5, 2**40 + 3, *range(300)], np.int64)
-    _, first = seeded(setup, "philox")
-    wrong = compared = 0
-    for seed, epoch, block in (
-        (first, 0, 0),
-        (2**32 + 1, 2**32 - 1, 16),
-        (2**63, 5, 2**15),
-        (2**64 - 1, 99, 2),
-    ):
-        with poisoned():
-            found = (
-                draw_uniforms(seed, epoch, torch.from_numpy(indices).to(setup.device), block).cpu().numpy()
-            )
-        for row in (*range(12), len(indices) - 1):
-            for view in range(2):
-                exact = np.array(uniforms(np.uint64(seed), np.uint64(epoch), indices[row], view, block))
-                wrong += int((found[row, view] != exact).sum())
-                compared += 4
-    return {"ok": wrong == 0, "compared": compared, "wrong": wrong, "seed": first}
 
 
 # The same bits

@@ -33,12 +33,6 @@ def mutual_information(bits: Any, labels: Any) -> np.ndarray:
     return binary_entropy(b_ND.mean(axis=0)) - share_C @ binary_entropy(on_CD)
 
 
-def class_information(bits: Any, labels: Any) -> np.ndarray:
-    """I(bit; "the label is c") in bits for every bit and class: [D, C], classes in ascending order."""
-    y_NC, _ = one_hot(as_array(labels))
-    return np.stack([mutual_information(bits, column) for column in y_NC.T], axis=1)
-
-
 def class_auroc(scores: Any, labels: Any) -> np.ndarray:
     """AUROC of each column of scores [N, D] as a detector of each class: [D, C]; nan for a sole class.
 

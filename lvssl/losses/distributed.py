@@ -186,12 +186,3 @@ class _Total(torch.autograd.Function):
         slope = slope.clone()
         dist.all_reduce(slope)
         return slope
-
-
-def highest(value: int) -> int:
-    """The largest of all ranks' values."""
-    if ranks() == 1:
-        return value
-    shared = torch.tensor([value])
-    dist.all_reduce(shared, dist.ReduceOp.MAX, group=_host_group())
-    return int(shared.item())

@@ -17,7 +17,6 @@ from benchmarks.gpu_stages import exact
 from benchmarks.gpu_stages.case import Setup, figures
 from lvssl.latents import fused_triton
 from lvssl.losses import gpu as loss_kernels
-from pipelines import parameters_triton
 from pipelines.augment import gpu as augment_kernels
 
 SETUP = Setup("exact", "", "", device="cpu", dry=True, seed=11)
@@ -95,12 +94,6 @@ PLANTS: dict[str, tuple[Any, str, Callable[[Any], Any], tuple[str, ...]]] = {
         "backward",
         lambda f: changed(f, lambda x: 1.001 * x),
         ("categorical head, 3 x 16, K 4",),
-    ),
-    "another random number": (
-        parameters_triton,
-        "draw_uniforms",
-        lambda f: changed(f, spoil(0.0)),
-        ("Philox",),
     ),
     "other bits each time": (augment_kernels, "augment", lambda f: changed(f, unsteady), ("fifty repeats",)),
 }

@@ -4,7 +4,6 @@ from sklearn.metrics import mutual_info_score, roc_auc_score
 
 from lvssl.evaluation.meaning import (
     class_auroc,
-    class_information,
     counted_information,
     dci,
     dci_of_importances,
@@ -29,9 +28,6 @@ def test_information_against_sklearn(coded):
     bits, labels = coded
     expected = [mutual_info_score(labels, column) / np.log(2) for column in bits.T]
     assert mutual_information(bits, labels) == pytest.approx(expected, abs=1e-12)
-    by_class = class_information(bits, labels)
-    assert by_class.shape == (64, 8)
-    assert by_class[5, 3] == pytest.approx(mutual_info_score(labels == 3, bits[:, 5]) / np.log(2), abs=1e-12)
     assert mutual_information(bits[:, :0], labels).shape == (0,)
 
 

@@ -21,7 +21,7 @@ from lvssl.losses import anchors, distributed
 from lvssl.losses import ntxent as module
 from lvssl.losses.ntxent import ntxent, reference
 from lvssl.losses.stochastic import sample_infonce
-from lvssl.losses.variants import decoupled_ntxent, mc_infonce, supervised_contrastive
+from lvssl.losses.variants import decoupled_ntxent, mc_infonce
 
 IMAGES = (5, 3, 60, 1)  # of each rank
 TIMEOUT = 100  # seconds; a hang is a failure
@@ -52,14 +52,9 @@ def samples(loss: Callable) -> Callable:
     return lambda u, tau: loss(torch.stack([u, u.roll(1, 1) + 0.1 * u]), tau)
 
 
-def labels(count: int) -> Tensor:
-    return torch.arange(count) % 2
-
-
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ntxent": ntxent,
     "decoupled": decoupled_ntxent,
-    "supervised": lambda u, tau: supervised_contrastive(u, labels(len(u) // 2), tau),
     "mc_infonce": samples(mc_infonce),
 }
 
@@ -228,9 +223,6 @@ def test_every_rank_has_the_loss_and_gradients_of_one_process(found, way):
         "ntxent, {}, a rank without images": in_one_process(reference, (0, *unequal[1:], 4)[-len(found) :]),
         "ntxent, {}, cold": in_one_process(lambda u, tau: reference(u, 0.05 * tau), unequal),
         "decoupled, {}": in_one_process(decoupled_ntxent, unequal),
-        "supervised, {}": in_one_process(
-            lambda u, tau: supervised_contrastive(u, torch.cat([labels(n) for n in unequal]), tau), unequal
-        ),
         "mc_infonce, {}": in_one_process(samples(mc_infonce), unequal),
     }
     for name, wanted in expected.items():
