@@ -43,7 +43,7 @@ from pipelines.errors import InputError
 
 __all__ = ["Settings", "area_resize", "convert", "select", "store"]
 
-CHUNK = 16  # images a task: a future costs some 40 us, and the check goes three images at a time
+CHUNK = 16  # images a task: a future costs some 40 us
 COMMIT_SECONDS = 1.0  # what a kill costs at most, and a second of the disk's work
 COMMIT_BYTES = 8 << 20  # sooner if the disk is idle: the less is left to write at the end
 KEEP_SECONDS = 5.0  # of work that is kept when it ends early; less is quicker made again

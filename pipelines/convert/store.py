@@ -84,38 +84,28 @@ class Stored:
 
 
 def attempt(source: Source, indices: Sequence[int], settings: Settings, pack: bool) -> list[Stored | str]:
-    """Images of a source, each stored and digested, or the reason why it can't be.
-
-    JPEGs that keep their bytes are checked together, which is faster than one by one.
-    """
+    """Images of a source, each checked, stored and digested, or the reason why it can't be."""
     results: list[Stored | str] = []
-    unchecked = []
     for index in indices:
         try:
             image: Any = source.read(index)
             # What another conversion stored comes as it is: the parts of an array job, to be merged.
-            if not isinstance(image, Stored):
-                image = store(image, settings, index, check=False)
-                unchecked += [len(results)] * (image.how == "jpeg_untouched")
-            results.append(image)
+            stored = image if isinstance(image, Stored) else store(image, settings, index)
+            results.append(stored.digested(pack))
         except InputError:  # about the set, not the image
             raise
         except OSError as error:
             results.append(f"cannot be read ({error.strerror or error})")
         except Exception as error:  # whatever a decoder raises is about this image alone
             results.append(first_line(error))
-    for place, reason in zip(unchecked, jpeg.check_all([results[place].data for place in unchecked])):  # type: ignore[union-attr, misc]
-        if reason is not None:
-            results[place] = reason
-    return [each if isinstance(each, str) else each.digested(pack) for each in results]
+    return results
 
 
-def store(image: bytes | np.ndarray, settings: Settings, index: int = 0, check: bool = True) -> Stored:
+def store(image: bytes | np.ndarray, settings: Settings, index: int = 0) -> Stored:
     """Check one image (a file's bytes, or pixels) and bring it to the form in which it is stored.
 
     A JPEG that FFCV can read and that is not too large keeps its bytes. `index`, the image's place in its
-    source, decides whether it is among the raw ones. Without `check`, a JPEG that is kept is not checked
-    beyond its header. Raises jpeg.DamagedImage.
+    source, decides whether it is among the raw ones. Raises jpeg.DamagedImage.
     """
     raw = chosen_raw(settings, index)
     if isinstance(image, np.ndarray):
@@ -130,8 +120,7 @@ def store(image: bytes | np.ndarray, settings: Settings, index: int = 0, check: 
     size = _target_size(header.height, header.width, settings.max_resolution)
     same_size = size == (header.height, header.width)
     if header.is_rgb_or_grey and header.orientation == 1 and same_size and not raw:
-        if check:
-            jpeg.check(image, header)
+        jpeg.check(image, header)
         return Stored(JPEG, *size, image, "jpeg_untouched")
     pixels = jpeg.decode(image, header, None if same_size else size)
     if not same_size:
