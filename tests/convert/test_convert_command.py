@@ -14,8 +14,8 @@ import pytest
 from made_images import SHARED, class_folders, encoded, image_of, photos, pixels
 
 from pipelines.convert.beton import open_beton
+from pipelines.convert.command import main
 from pipelines.convert.conversion import Bar
-from tools.convert_beton import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -162,7 +162,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, number, status):
     command = [
         sys.executable,
         "-m",
-        "tools.convert_beton",
+        "pipelines.convert.command",
         "set",
         "out/x.beton",
         "--workers",
@@ -200,7 +200,7 @@ def test_no_space_left(tmp_path):
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
-        "from tools.convert_beton import main; sys.exit(main(['set', 'out.beton']))"
+        "from pipelines.convert.command import main; sys.exit(main(['set', 'out.beton']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -10,13 +10,13 @@ from PIL import Image
 
 from pipelines.convert import jpeg, store
 from pipelines.convert.beton import RAW, open_beton
+from pipelines.convert.command import main
 from pipelines.convert.conversion import Settings, convert
 from pipelines.convert.manifest import read_manifest
 from pipelines.convert.readers import decode_rgb
 from pipelines.errors import InputError
 from pipelines.sources import DamagedSample
 from pipelines.sources.folder import FolderSource
-from tools.convert_beton import main
 
 KINDS = ("PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG")
 SMALL = pixels(40, 50, 1)

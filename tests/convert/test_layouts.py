@@ -17,11 +17,11 @@ from made_images import class_folders, encoded, pixels
 from made_sets import tar_of
 from PIL import Image
 
+from pipelines.convert.command import main
 from pipelines.convert.conversion import convert
 from pipelines.convert.readers import list_images, open_source
 from pipelines.errors import InputError
 from pipelines.sources import open_source as open_crops
-from tools.convert_beton import main
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = encoded(pixels(20, 24, 1))

@@ -14,11 +14,11 @@ import pytest
 from made_images import class_folders, encoded, photos, pixels
 
 from pipelines.convert import conversion
+from pipelines.convert.command import main
 from pipelines.convert.conversion import Settings, convert
 from pipelines.convert.journal import RECORD, Journal
 from pipelines.convert.merge import merge
 from pipelines.errors import InputError
-from tools.convert_beton import main
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -158,7 +158,7 @@ LIMITED = (
     "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
     "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
     "from pipelines.convert import conversion; conversion.KEEP_SECONDS = 0; conversion.COMMIT_SECONDS = 0.0;"
-    "from tools.convert_beton import main; sys.exit(main(sys.argv[1:]))"
+    "from pipelines.convert.command import main; sys.exit(main(sys.argv[1:]))"
 )
 
 
@@ -293,7 +293,7 @@ def test_interrupted_by_the_keyboard_it_says_how_to_go_on(tmp_path):
     code = (
         "import sys; from pipelines.convert import conversion;"
         "conversion.KEEP_SECONDS = 0; conversion.COMMIT_SECONDS = 0.01;"
-        "from tools.convert_beton import main; sys.exit(main(sys.argv[1:]))"
+        "from pipelines.convert.command import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "set", "out/x.beton", "--max-resolution", "39", "--workers", "1"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -321,7 +321,7 @@ def test_interrupted_by_the_keyboard_it_says_how_to_go_on(tmp_path):
 
 def started(source, out, *options):
     """A conversion by another process, stopped in its midst; None if it has ended before."""
-    command = [sys.executable, "-m", "tools.convert_beton", source, out, "--workers", "1", *options]
+    command = [sys.executable, "-m", "pipelines.convert.command", source, out, "--workers", "1", *options]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         list(map(str, command)), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -10,11 +10,11 @@ from PIL import Image
 
 from pipelines.convert import manifest as manifests
 from pipelines.convert.beton import open_beton
+from pipelines.convert.command import main
 from pipelines.convert.conversion import convert
 from pipelines.convert.inspect import inspect
 from pipelines.convert.verify import verify
 from pipelines.errors import InputError
-from tools.convert_beton import main
 
 
 @pytest.fixture(scope="module")

@@ -237,7 +237,7 @@ def test_commands_work_without_it_and_say_so_in_one_line(sources, tmp_path):
         "from pipelines.loader import TwoViewLoader\n"
         "from pipelines.sources import open_source\n"
         "from pipelines.views import ViewSettings\n"
-        "from tools.convert_beton import main\n"
+        "from pipelines.convert.command import main\n"
         "pictures, out = sys.argv[1:]\n"
         "for arguments in ([pictures, out, '--max-resolution', '40'], ['--verify', out]):\n"
         "    assert main(arguments) == 0\n"

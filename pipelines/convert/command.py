@@ -1,0 +1,232 @@
+"""Turn an image data set into a beton (FFCV), into WebDataset tars (DALI, webdataset), or both in one pass.
+
+    convert-beton photos/ photos.beton                                 # photos/CLASS/IMAGE.jpg
+    convert-beton ILSVRC2012_img_train.tar train.beton                 # ImageNet as it is downloaded
+    convert-beton ILSVRC2012_img_val.tar val.beton --devkit ILSVRC2012_devkit_t12.tar.gz
+    convert-beton imagenet/ val.beton --split validation               # imagenet/val/CLASS/IMAGE.JPEG
+    convert-beton imagenet/ train.beton --webdataset train-tars/       # both from one pass
+    convert-beton 'train-{000000..000146}.tar' train.beton             # WebDataset shards
+    convert-beton cifar10-jpeg/ test.beton --split test                # Hugging Face image parquet
+    convert-beton ages.csv ages.beton                                  # path,label or path,age: regression
+    convert-beton /usr/share/datasets/fashion-mnist train.beton        # MNIST's idx files
+    convert-beton torchvision:CIFAR10 train.beton --root data          # downloaded if need be
+    convert-beton sklearn:digits digits.beton                          # always at hand
+
+    convert-beton imagenet/ train.beton --shard 3/8                    # the third job of an array of eight
+    convert-beton --merge train.beton                                  # when all eight are done
+    convert-beton --verify train.beton                                 # every byte and every image again
+    convert-beton --inspect train.beton                                # counts, sizes, a sheet of images
+
+A JPEG is checked by decoding it, and stored byte for byte. Only what must change is encoded anew: JPEGs
+that are larger than --max-resolution, CMYK or turned by EXIF; and PNG and the like, unless they are so
+small (64 x 64) that raw pixels serve better. Damaged files are left out and named in OUT.beton.json.
+A conversion that was killed goes on where it was when its command is repeated, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import sys
+from typing import Any, NoReturn
+
+from pipelines.convert.conversion import Settings, convert, part_path
+from pipelines.convert.estimate import size_text
+from pipelines.convert.readers import SPLITS
+from pipelines.convert.webdataset import IMAGES_A_TAR
+from pipelines.errors import InputError
+
+WARNINGS_SHOWN = 20
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see convert-beton --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = _Parser("convert-beton", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add(
+        "source",
+        metavar="SOURCE",
+        nargs="?",
+        help="a folder, .tar, .parquet, .csv, .jsonl, .beton, torchvision:NAME",
+    )
+    add("out", metavar="OUT.beton", nargs="?", help="the file to write; its manifest is OUT.beton.json")
+    add("--webdataset", metavar="DIR", help="write tars with wds2idx's indices into this new folder")
+    add("--images-per-tar", type=int, default=IMAGES_A_TAR, metavar="N", help=f"(default: {IMAGES_A_TAR})")
+    add("--split", choices=SPLITS, help="which part of a source that has parts (default: train)")
+    add("--classes", metavar="FILE", help="number the classes as this manifest, or list of names, does")
+    add(
+        "--devkit",
+        metavar="FILE",
+        help="ImageNet's, for its validation tar (default: the one beside the tar)",
+    )
+    add("--subset", type=int, metavar="N", help="only N images, as many of each class as can be")
+    add("--shuffle-seed", type=int, metavar="S", help="an order drawn from S (default: the source's order)")
+    add("--max-resolution", type=int, metavar="N", help="shrink images whose longest side is over N pixels")
+    add("--jpeg-quality", type=int, default=90, metavar="Q", help="of what is encoded, 1-100 (default: 90)")
+    add(
+        "--raw-proportion",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="store RGB pixels of so many of the images, 0-1: large, but nothing to decode (default: 0)",
+    )
+    add(
+        "--on-error",
+        choices=("refuse", "fail"),
+        default="refuse",
+        help="a damaged file is left out and named in the manifest (refuse, the default), or ends all (fail)",
+    )
+    add(
+        "--white-level",
+        type=int,
+        metavar="N",
+        help="which value is white in images of over 8 bits that don't say it (4095: 12 bits)",
+    )
+    add("--root", default="data", metavar="DIR", help="where torchvision keeps its files (default: data)")
+    add("--workers", type=int, metavar="N", help="threads (default: one a core); the bytes are the same")
+    add("--shard", type=_shard, metavar="K/N", help="convert the K-th of N parts, to be merged")
+    add("--dry-run", action="store_true", help="open the source, estimate size and time, and stop")
+    add("--restart", action="store_true", help="drop what an interrupted conversion has left")
+    add("--overwrite", action="store_true", help="replace the outputs if they exist")
+    does = p.add_mutually_exclusive_group()
+    does.add_argument("--merge", metavar="OUT.beton", help="put the parts of OUT.beton together")
+    add("--remove-parts", action="store_true", help="with --merge: remove the parts when all is written")
+    does.add_argument(
+        "--verify", metavar="FILE", help="check a beton, a tar or a folder of tars; status 1 if wrong"
+    )
+    does.add_argument("--inspect", metavar="FILE", help="describe it, and write a contact sheet")
+    add("--sheet", metavar="PNG", help="the contact sheet (default: FILE.png)")
+    return p
+
+
+def _shard(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"'{text}' is not K/N, such as 3/8")
+    return int(found.group(1)), int(found.group(2))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status: 0, 1 where --verify finds something, 2 after an error of the
+    user's, 130 after Ctrl-C, 143 after SIGTERM."""
+    p = parser()
+    args = p.parse_args(argv)
+    asked = args.merge or args.verify or args.inspect
+    if asked and args.source is not None:
+        p.error(f"{args.source}: --merge, --verify and --inspect take one file, and no source")
+    if not asked and (args.source is None or (args.out is None and args.webdataset is None)):
+        missing = "SOURCE" if args.source is None else "OUT.beton (or --webdataset DIR)"
+        p.error(f"the following arguments are required: {missing}")
+    if args.remove_parts and not args.merge:
+        p.error("--remove-parts goes with --merge")
+    told: list[int] = []  # SIGTERM, which leaves in good order, as Ctrl-C does
+
+    def stop(number: int, _: Any) -> NoReturn:
+        told.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        return _inspect(args) if args.inspect else _verify(args) if args.verify else _convert(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        kept = f"{interrupt}; repeat the command to go on" if str(interrupt) else "nothing was written"
+        print(f"{'terminated' if told else 'interrupted'}: {kept}", file=sys.stderr)
+        return 143 if told else 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    common = {
+        "webdataset": args.webdataset,
+        "images_a_tar": args.images_per_tar,
+        "workers": args.workers,
+        "overwrite": args.overwrite,
+        "restart": args.restart,
+        "progress": True,
+    }
+    if args.merge:
+        from pipelines.convert.merge import merge
+
+        manifest = merge(args.merge, remove_parts=args.remove_parts, **common)
+        _report(args.merge, manifest)
+        if parts := manifest["parts"]:
+            size = size_text(sum(os.path.getsize(path) for path in parts))
+            print(f"its {len(parts)} parts ({size}) are still there, {parts[0]} ...: see --remove-parts")
+        return 0
+    settings = Settings(
+        max_resolution=args.max_resolution,
+        jpeg_quality=args.jpeg_quality,
+        raw_proportion=args.raw_proportion,
+        subset=args.subset,
+        shuffle_seed=args.shuffle_seed,
+        on_error=args.on_error,
+        white_level=args.white_level,
+    )
+    manifest = convert(
+        args.source,
+        args.out,
+        settings,
+        split=args.split,
+        root=args.root,
+        classes=args.classes,
+        devkit=args.devkit,
+        shard=args.shard,
+        dry_run=args.dry_run,
+        **common,
+    )
+    if not args.dry_run:
+        _report(str(part_path(args.out, args.shard) or args.webdataset), manifest)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from pipelines.convert.verify import verify
+
+    verdict = verify(args.verify, args.workers, progress=True)
+    print(verdict if verdict.sound else f"error: {verdict}", file=sys.stdout if verdict.sound else sys.stderr)
+    return 0 if verdict.sound else 1
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from pipelines.convert.inspect import inspect
+
+    print(inspect(args.inspect, args.sheet or args.inspect.rstrip("/") + ".png").text)
+    return 0
+
+
+def _report(out: str, manifest: dict[str, Any]) -> None:
+    refused = manifest["refused"]
+    for each in refused[:WARNINGS_SHOWN]:
+        print(f"warning: refused {each['name']}: {each['reason']}", file=sys.stderr)
+    if len(refused) > WARNINGS_SHOWN:
+        print(
+            f"warning: {len(refused) - WARNINGS_SHOWN} more refused, named in the manifest", file=sys.stderr
+        )
+    words = {"jpeg_untouched": "JPEG as they were", "turned_upright": "turned upright"}
+    stored = [f"{n:,} {words.get(how, how)}" for how, n in manifest["stored"].items() if n]
+    rate = (manifest["count"] - manifest["resumed"]) / manifest["seconds"]
+    earlier = f", {manifest['resumed']:,} of them earlier" if manifest["resumed"] else ""
+    where = f"{out}.json" if manifest["format"] == "beton" else f"{out.rstrip('/')}/manifest.json"
+    targets = manifest["targets"]
+    among = f"with {', '.join(targets)}" if targets else f"in {len(manifest['classes'])} classes"
+    print(
+        f"{out}: {manifest['count']:,} images ({', '.join(stored)}) {among}, "
+        f"{len(refused)} refused, {manifest['bytes'] / 1e6:,.1f} MB in {manifest['seconds']:.1f} s "
+        f"({max(rate, 0):,.0f} img/s{earlier}); manifest {where}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
