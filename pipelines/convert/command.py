@@ -17,10 +17,11 @@
     convert-beton --verify train.beton                                 # every byte and every image again
     convert-beton --inspect train.beton                                # counts, sizes, a sheet of images
 
-A JPEG is checked by decoding it, and stored byte for byte. Only what must change is encoded anew: JPEGs
-that are larger than --max-resolution, CMYK or turned by EXIF; and PNG and the like, unless they are so
-small (64 x 64) that raw pixels serve better. Damaged files are left out and named in OUT.beton.json.
-A conversion that was killed goes on where it was when its command is repeated, and ends with the same bytes.
+Each JPEG is checked by decoding it and stored byte for byte. Images are encoded anew only where they must
+change: JPEGs that are larger than --max-resolution, that are CMYK or that EXIF says are rotated; and other
+formats (PNG and so on), unless they are so small (64 x 64) that raw pixels serve better. Damaged images are
+skipped and named in OUT.beton.json. An interrupted conversion resumes when the same command is run again, and
+ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from typing import Any, NoReturn
 from pipelines.convert.conversion import Settings, convert, part_path
 from pipelines.convert.estimate import size_text
 from pipelines.convert.readers import SPLITS
+from pipelines.convert.store import ON_ERROR
 from pipelines.convert.webdataset import IMAGES_A_TAR
 from pipelines.errors import InputError
 
@@ -50,61 +52,120 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     p = _Parser("convert-beton", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument
-    add(
+    p.add_argument(
         "source",
         metavar="SOURCE",
         nargs="?",
-        help="a folder, .tar, .parquet, .csv, .jsonl, .beton, torchvision:NAME",
+        help="The images: a folder, .tar, .parquet, .csv, .jsonl, .beton or torchvision:NAME.",
     )
-    add("out", metavar="OUT.beton", nargs="?", help="the file to write; its manifest is OUT.beton.json")
-    add("--webdataset", metavar="DIR", help="write tars with wds2idx's indices into this new folder")
-    add("--images-per-tar", type=int, default=IMAGES_A_TAR, metavar="N", help=f"(default: {IMAGES_A_TAR})")
-    add("--split", choices=SPLITS, help="which part of a source that has parts (default: train)")
-    add("--classes", metavar="FILE", help="number the classes as this manifest, or list of names, does")
+    p.add_argument(
+        "out", metavar="OUT.beton", nargs="?", help="The file to write. Its manifest is OUT.beton.json."
+    )
+    _source_options(p.add_argument_group("what is read"))
+    _stored_options(p.add_argument_group("what is stored"))
+    _run_options(p.add_argument_group("how it runs"))
+    _other_tasks(p.add_argument_group("instead of a conversion"))
+    return p
+
+
+def _source_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--split", choices=SPLITS, help="Which part of the source to read, if it has parts (default: train).")
+    add(
+        "--classes",
+        metavar="FILE",
+        help="Number the classes in the order of this manifest, or of this text file with a name a line.",
+    )
     add(
         "--devkit",
         metavar="FILE",
-        help="ImageNet's, for its validation tar (default: the one beside the tar)",
+        help="ImageNet's development kit, which its validation tar needs (default: the one beside the tar).",
     )
-    add("--subset", type=int, metavar="N", help="only N images, as many of each class as can be")
-    add("--shuffle-seed", type=int, metavar="S", help="an order drawn from S (default: the source's order)")
-    add("--max-resolution", type=int, metavar="N", help="shrink images whose longest side is over N pixels")
-    add("--jpeg-quality", type=int, default=90, metavar="Q", help="of what is encoded, 1-100 (default: 90)")
+    add("--root", default="data", metavar="DIR", help="Where torchvision keeps its files (default: data).")
+    add("--subset", type=int, metavar="N", help="Read only N images, balanced over the classes.")
+    add(
+        "--shuffle-seed",
+        type=int,
+        metavar="S",
+        help="Store the images in an order drawn from this seed (default: in the order of the source).",
+    )
+    add("--shard", type=_shard, metavar="K/N", help="Convert the K-th of N parts, K from 1. See --merge.")
+
+
+def _stored_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--webdataset", metavar="DIR", help="Write tars with wds2idx's indices into this new folder.")
+    add(
+        "--images-per-tar",
+        type=int,
+        default=IMAGES_A_TAR,
+        metavar="N",
+        help=f"How many images a tar holds (default: {IMAGES_A_TAR}).",
+    )
+    add(
+        "--max-resolution",
+        type=int,
+        metavar="N",
+        help="Shrink images whose longest side is over N pixels.",
+    )
+    add(
+        "--jpeg-quality",
+        type=int,
+        default=90,
+        metavar="Q",
+        help="Quality of the images that are encoded anew, 1 to 100 (default: 90).",
+    )
     add(
         "--raw-proportion",
         type=float,
         default=0.0,
         metavar="P",
-        help="store RGB pixels of so many of the images, 0-1: large, but nothing to decode (default: 0)",
-    )
-    add(
-        "--on-error",
-        choices=("refuse", "fail"),
-        default="refuse",
-        help="a damaged file is left out and named in the manifest (refuse, the default), or ends all (fail)",
+        help="Proportion of the images to store as RGB pixels, 0 to 1. These are large, but need no decoding "
+        "(default: 0).",
     )
     add(
         "--white-level",
         type=int,
         metavar="N",
-        help="which value is white in images of over 8 bits that don't say it (4095: 12 bits)",
+        help="The value of white in images of more than 8 bits that do not state it (4095 for 12 bits).",
     )
-    add("--root", default="data", metavar="DIR", help="where torchvision keeps its files (default: data)")
-    add("--workers", type=int, metavar="N", help="threads (default: one a core); the bytes are the same")
-    add("--shard", type=_shard, metavar="K/N", help="convert the K-th of N parts, to be merged")
-    add("--dry-run", action="store_true", help="open the source, estimate size and time, and stop")
-    add("--restart", action="store_true", help="drop what an interrupted conversion has left")
-    add("--overwrite", action="store_true", help="replace the outputs if they exist")
-    does = p.add_mutually_exclusive_group()
-    does.add_argument("--merge", metavar="OUT.beton", help="put the parts of OUT.beton together")
-    add("--remove-parts", action="store_true", help="with --merge: remove the parts when all is written")
+
+
+def _run_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--on-error",
+        choices=ON_ERROR,
+        default="skip",
+        help="What to do about a damaged image: skip it and name it in the manifest, or raise an error and "
+        "stop (default: skip).",
+    )
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="Number of threads (default: one per core). The result does not depend on it.",
+    )
+    add("--dry-run", action="store_true", help="Open the source, estimate size and time, and stop.")
+    add("--restart", action="store_true", help="Discard the state of an interrupted conversion.")
+    add("--overwrite", action="store_true", help="Replace the outputs if they exist.")
+
+
+def _other_tasks(group: argparse._ArgumentGroup) -> None:
+    does = group.add_mutually_exclusive_group()
     does.add_argument(
-        "--verify", metavar="FILE", help="check a beton, a tar or a folder of tars; status 1 if wrong"
+        "--merge", metavar="OUT.beton", help="Put the parts of OUT.beton together, which --shard has made."
     )
-    does.add_argument("--inspect", metavar="FILE", help="describe it, and write a contact sheet")
-    add("--sheet", metavar="PNG", help="the contact sheet (default: FILE.png)")
-    return p
+    does.add_argument(
+        "--verify",
+        metavar="FILE",
+        help="Check a beton, a tar or a folder of tars. The exit status is 1 if anything is wrong.",
+    )
+    does.add_argument("--inspect", metavar="FILE", help="Describe a beton, and draw a contact sheet.")
+    group.add_argument(
+        "--remove-parts", action="store_true", help="With --merge: remove the parts when all is written."
+    )
+    group.add_argument("--sheet", metavar="PNG", help="The contact sheet to write (default: FILE.png).")
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -140,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        kept = f"{interrupt}; repeat the command to go on" if str(interrupt) else "nothing was written"
+        kept = f"{interrupt}; repeat the command to resume" if str(interrupt) else "nothing was written"
         print(f"{'terminated' if told else 'interrupted'}: {kept}", file=sys.stderr)
         return 143 if told else 130
     finally:
@@ -207,13 +268,12 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _report(out: str, manifest: dict[str, Any]) -> None:
-    refused = manifest["refused"]
-    for each in refused[:WARNINGS_SHOWN]:
-        print(f"warning: refused {each['name']}: {each['reason']}", file=sys.stderr)
-    if len(refused) > WARNINGS_SHOWN:
-        print(
-            f"warning: {len(refused) - WARNINGS_SHOWN} more refused, named in the manifest", file=sys.stderr
-        )
+    skipped = manifest["refused"]
+    for each in skipped[:WARNINGS_SHOWN]:
+        print(f"warning: skipped {each['name']}: {each['reason']}", file=sys.stderr)
+    if len(skipped) > WARNINGS_SHOWN:
+        more = len(skipped) - WARNINGS_SHOWN
+        print(f"warning: skipped {more} more, which are named in the manifest", file=sys.stderr)
     words = {"jpeg_untouched": "JPEG as they were", "turned_upright": "turned upright"}
     stored = [f"{n:,} {words.get(how, how)}" for how, n in manifest["stored"].items() if n]
     rate = (manifest["count"] - manifest["resumed"]) / manifest["seconds"]
@@ -223,7 +283,7 @@ def _report(out: str, manifest: dict[str, Any]) -> None:
     among = f"with {', '.join(targets)}" if targets else f"in {len(manifest['classes'])} classes"
     print(
         f"{out}: {manifest['count']:,} images ({', '.join(stored)}) {among}, "
-        f"{len(refused)} refused, {manifest['bytes'] / 1e6:,.1f} MB in {manifest['seconds']:.1f} s "
+        f"{len(skipped)} skipped, {manifest['bytes'] / 1e6:,.1f} MB in {manifest['seconds']:.1f} s "
         f"({max(rate, 0):,.0f} img/s{earlier}); manifest {where}"
     )
 

@@ -244,10 +244,10 @@ def _convert_images(work: Work, journal: Journal) -> None:
     with bar, closing(_in_order(work, work.order[done:])) as images:
         for index, stored in images:
             if isinstance(stored, str):
-                if work.settings.on_error == "fail":
+                if work.settings.on_error == "raise":
                     journal.commit(_synced(work), wait=True)
                     name = work.source.names[index]
-                    raise InputError(f"{name}: {stored}; mend it, or leave it out by --on-error refuse")
+                    raise InputError(f"{name}: {stored}; fix the file, or skip it with --on-error skip")
                 journal.append((0, 0, 0, 0, 0, 0, _NO_DIGEST, 0, _NO_DIGEST), stored)
                 refused += 1
             else:
@@ -260,7 +260,7 @@ def _convert_images(work: Work, journal: Journal) -> None:
             now = time.perf_counter()
             if now - shown > 0.5:
                 rate = written / 1e6 / max(bar.format_dict["elapsed"], 1e-3)
-                bar.set_postfix_str(f"{rate:,.0f} MB/s" + f", {refused} refused" * bool(refused))
+                bar.set_postfix_str(f"{rate:,.0f} MB/s" + f", {refused} skipped" * bool(refused))
                 shown = now
             if now - committed > COMMIT_SECONDS or (written - synced > COMMIT_BYTES and journal.idle()):
                 journal.commit(_synced(work))

@@ -561,7 +561,9 @@ def _torchvision(name: str, split: str | None, root: Path) -> Source:
         except RuntimeError:  # torchvision's way to say that it isn't there yet
             images = cls(root, download=True, **which)
     except Exception as error:  # whatever the network, the archive or the class itself raises
-        raise InputError(f"torchvision:{name}: cannot be had in {root} ({first_line(error)})") from error
+        raise InputError(
+            f"torchvision:{name}: could not be loaded from or downloaded to {root} ({first_line(error)})"
+        ) from error
     labels = getattr(images, "targets", getattr(images, "labels", None))
     if labels is None:
         labels = [images[index][1] for index in range(len(images))]

@@ -1,4 +1,4 @@
-"""What becomes of one image: kept byte for byte, encoded anew, stored as pixels, or refused."""
+"""What becomes of one image: kept byte for byte, encoded anew, stored as pixels, or skipped."""
 
 from __future__ import annotations
 
@@ -18,12 +18,8 @@ from pipelines.convert.readers import Source, as_rgb, decode_other, upright
 from pipelines.errors import InputError, first_line
 
 SMALL = 64 * 64  # pixels; a lossless image of at most so many is stored raw: cheaper to read, hardly larger
-HOW = (
-    "refused",
-    "jpeg_untouched",
-    "reencoded",
-    "raw",
-)  # what can become of an image; their numbers are stored
+HOW = ("refused", "jpeg_untouched", "reencoded", "raw")  # what becomes of an image; these numbers are stored
+ON_ERROR = ("raise", "skip")
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class Settings:
     raw_proportion: float = 0.0  # so many of the images as RGB pixels: large, but nothing to decode
     subset: int | None = None  # so many images, balanced over the classes
     shuffle_seed: int | None = None  # None keeps the source's order; the subset is drawn with 0 then
-    on_error: str = "refuse"  # a damaged image: "refuse" leaves it out, by name; "fail" stops
+    on_error: str = "skip"  # one of ON_ERROR: what a damaged image does; one that is skipped is named
     white_level: int | None = None  # of images of more than 8 bits that don't state theirs, see `depth`
 
     def check(self) -> None:
@@ -52,8 +48,8 @@ class Settings:
             raise InputError(f"--shuffle-seed {self.shuffle_seed}: must be within 0 and {2**32 - 1}")
         if self.white_level is not None and not 1 <= self.white_level < 2**32:
             raise InputError(f"--white-level {self.white_level}: must be within 1 and {2**32 - 1}")
-        if self.on_error not in ("refuse", "fail"):
-            raise InputError(f"--on-error {self.on_error}: must be refuse or fail")
+        if self.on_error not in ON_ERROR:
+            raise InputError(f"--on-error {self.on_error}: must be {' or '.join(ON_ERROR)}")
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,7 @@ def test_torchvision_reads_what_lies_in_root(tmp_path):
 def test_torchvision_without_network(tmp_path, monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
-    with pytest.raises(InputError, match="torchvision:CIFAR10: cannot be had in"):
+    with pytest.raises(InputError, match="torchvision:CIFAR10: could not be loaded from or downloaded to"):
         open_source("torchvision:CIFAR10", None, tmp_path)
 
 
