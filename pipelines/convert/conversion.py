@@ -35,7 +35,8 @@ from pipelines.convert.estimate import check_space, measure
 from pipelines.convert.journal import Journal, alone
 from pipelines.convert.manifest import Samples, read_manifest, spread, write_manifest
 from pipelines.convert.outputs import BetonOutput, Item, Output, TarOutput
-from pipelines.convert.readers import Source, open_source
+from pipelines.convert.readers import open_source
+from pipelines.convert.source import Source
 from pipelines.convert.store import HOW, Settings, Stored, area_resize, attempt, select, store
 from pipelines.convert.webdataset import IMAGES_A_TAR
 from pipelines.cores import cores

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.convert.readers import Source
+from pipelines.convert.source import Source
 from pipelines.convert.store import Settings, attempt
 from pipelines.errors import InputError
 

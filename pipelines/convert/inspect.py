@@ -9,9 +9,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from pipelines.convert.beton import open_beton
+from pipelines.convert.betons import open_beton_source
 from pipelines.convert.estimate import size_text
-from pipelines.convert.merge import open_beton_source
-from pipelines.convert.readers import Source, decode_rgb, open_source
+from pipelines.convert.pixels import decode_rgb
+from pipelines.convert.readers import open_source
+from pipelines.convert.source import Source
 from pipelines.errors import InputError
 
 COLUMNS, ROWS, SIDE, CAPTION = 8, 6, 128, 14  # of the sheet; the sides in pixels

@@ -1,44 +1,24 @@
-"""Betons as a source: to be converted to another form, or merged where they are the parts of an array job."""
+"""The parts of an array job, put together."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipelines.convert.beton import JPEG, BetonFile, open_beton
+from pipelines.convert.beton import open_beton
+from pipelines.convert.betons import reader_of
 from pipelines.convert.conversion import Work, check_targets, make_outputs, run
 from pipelines.convert.manifest import manifest_path, read_manifest, rows_path
-from pipelines.convert.readers import Source, labelled
+from pipelines.convert.source import Source
 from pipelines.convert.store import Settings, Stored
 from pipelines.convert.webdataset import IMAGES_A_TAR
 from pipelines.cores import cores
 from pipelines.errors import InputError
-from pipelines.openfiles import OpenFiles
-
-
-def open_beton_source(path: Path) -> Source:
-    """A beton's images as they came: JPEG bytes, or pixels. Names and classes as in its manifest."""
-    beton = open_beton(path)
-    bytes_of = _reader([beton])
-    manifest_file = manifest_path(path)
-    classes, split = None, None
-    names = [f"{path.name}:{index}" for index in range(beton.count)]
-    if manifest_file.exists():
-        manifest, samples = read_manifest(manifest_file)
-        classes, split, names = manifest["classes"], manifest["split"], list(samples["name"])
-
-    def read(index: int) -> bytes | np.ndarray:
-        data = bytes_of(0, index)
-        if beton.modes[index] == JPEG:
-            return data
-        return np.frombuffer(data, np.uint8).reshape(int(beton.heights[index]), int(beton.widths[index]), 3)
-
-    return replace(labelled(str(path), names, beton.labels, classes, read, split), targets=beton.targets)
 
 
 def merge(
@@ -70,7 +50,7 @@ def merge(
             if manifest[key] != manifests[0][key]:
                 raise InputError(f"{path}: its {key} differs from that of {paths[0].name}; convert it again")
 
-    bytes_of = _reader(betons)
+    bytes_of = reader_of(betons)
     place = [(part, index) for part, beton in enumerate(betons) for index in range(beton.count)]
 
     def stored(at: int) -> Any:
@@ -134,18 +114,3 @@ def part_files(out: Path) -> list[Path]:
         listed = ", ".join(map(str, missing[:5])) + (" ..." if len(missing) > 5 else "")
         raise InputError(f"{out}: {len(missing)} of {count} parts are missing: {listed}")
     return [present[number] for number in range(1, count + 1)]
-
-
-def _reader(betons: list[BetonFile]) -> Any:
-    """(part, index) -> the bytes of an image, from any thread."""
-    files = OpenFiles()  # an array job can have more parts than a process may open files
-
-    def bytes_of(part: int, index: int) -> bytes:
-        beton = betons[part]
-        size = int(beton.sizes[index])
-        data = files.read(beton.path, size, int(beton.offsets[index]))
-        if len(data) != size:
-            raise InputError(f"{beton.path}: was cut short while it was read")
-        return data
-
-    return bytes_of

@@ -14,7 +14,8 @@ from PIL import Image
 
 from pipelines.convert import jpeg
 from pipelines.convert.beton import JPEG, LONGEST_SIDE, RAW
-from pipelines.convert.readers import Source, as_rgb, decode_other, upright
+from pipelines.convert.pixels import as_rgb, decode_other, upright
+from pipelines.convert.source import Source
 from pipelines.errors import InputError, first_line
 
 SMALL = 64 * 64  # pixels; a lossless image of at most so many is stored raw: cheaper to read, hardly larger

@@ -15,7 +15,7 @@ from pipelines.convert import jpeg
 from pipelines.convert.beton import PAGE_SIZE, BetonFile, open_beton
 from pipelines.convert.imagenet import class_names
 from pipelines.convert.manifest import manifest_path
-from pipelines.convert.readers import check_labels
+from pipelines.convert.source import check_labels
 from pipelines.sources import IN_CACHE, DamagedSample, turbo
 
 

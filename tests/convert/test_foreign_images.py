@@ -13,7 +13,7 @@ from pipelines.convert.beton import RAW, open_beton
 from pipelines.convert.command import main
 from pipelines.convert.conversion import Settings, convert
 from pipelines.convert.manifest import read_manifest
-from pipelines.convert.readers import decode_rgb
+from pipelines.convert.pixels import decode_rgb
 from pipelines.errors import InputError
 from pipelines.sources import DamagedSample
 from pipelines.sources.folder import FolderSource

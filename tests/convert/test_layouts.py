@@ -19,7 +19,8 @@ from PIL import Image
 
 from pipelines.convert.command import main
 from pipelines.convert.conversion import convert
-from pipelines.convert.readers import list_images, open_source
+from pipelines.convert.folders import list_images
+from pipelines.convert.readers import open_source
 from pipelines.errors import InputError
 from pipelines.sources import open_source as open_crops
 

@@ -13,9 +13,11 @@ from made_sets import tar_of
 
 from lvssl.demo import fashion_mnist
 from pipelines.convert.beton import BetonWriter
+from pipelines.convert.folders import list_images
 from pipelines.convert.jpeg import DamagedImage
 from pipelines.convert.names import Names
-from pipelines.convert.readers import decode_rgb, list_images, open_source
+from pipelines.convert.pixels import decode_rgb
+from pipelines.convert.readers import open_source
 from pipelines.errors import InputError
 
 
