@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.convert import jpeg
-from pipelines.convert.beton import PAGE_SIZE, BetonFile, open_beton
+from pipelines.convert.beton import JPEG, PAGE_SIZE, BetonFile, open_beton
 from pipelines.convert.imagenet import class_names
 from pipelines.convert.manifest import manifest_path
 from pipelines.convert.source import check_labels
@@ -72,7 +72,7 @@ class FFCVSource:
     def stored(self, row: int, index: int) -> bytes | np.ndarray:
         """See `pipelines.sources.Source`."""
         stored = self._data[self._offsets[index] :][: self._sizes[index]]
-        if self.file.modes[index] == turbo.JPEG:
+        if self.file.modes[index] == JPEG:
             return stored.tobytes()
         return stored.reshape(self.heights[index], self.widths[index], 3)
 

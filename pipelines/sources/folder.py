@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.convert import jpeg
+from pipelines.convert.beton import JPEG
 from pipelines.convert.folders import FolderTree, list_images, read_regular
 from pipelines.convert.pixels import as_rgb, decode_other, upright
 from pipelines.convert.readers import open_source as open_images
@@ -149,7 +150,7 @@ def _crop_jpeg(
     size = np.array([header.height]), np.array([header.width])
     _, status = turbo.crop_stored(
         np.frombuffer(data, np.uint8), np.zeros(1, np.int64), np.array([len(data)]),
-        np.full(1, turbo.JPEG, np.uint8), *size, boxes[None], flips[None], out[None],
+        np.full(1, JPEG, np.uint8), *size, boxes[None], flips[None], out[None],
     )  # fmt: skip
     if status in (turbo.DAMAGED, turbo.WRONG_SIZE):
         jpeg.decode(data, header)  # says why
