@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,15 +76,20 @@ class FolderTree:
         if at not in self._scanned:
             folders: list[str] = []
             files: list[str] = []
-            try:
-                with os.scandir(f"{self._top}/{at}") as entries:
-                    for entry in entries:
-                        if not left_by_a_system(entry.name):
-                            (folders if entry.is_dir() else files).append(entry.name)
-            except OSError as error:
-                raise InputError(f"{self._top}/{at}: cannot be read ({error.strerror})") from error
+            for entry in _scanned(f"{self._top}/{at}"):
+                if not left_by_a_system(entry.name):
+                    (folders if entry.is_dir() else files).append(entry.name)
             self._scanned[at] = sorted(folders), sorted(files)
         return self._scanned[at]
+
+
+def _scanned(folder: str) -> Iterator[os.DirEntry[str]]:
+    """What lies in a folder. Raises InputError, naming it, if that can't be read."""
+    try:
+        with os.scandir(folder) as entries:
+            yield from entries
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
 
 
 def _files_under(folder: Path, left: LeftOut) -> list[str]:
@@ -104,21 +109,17 @@ def _files_without_links(top: str, left: list[str]) -> list[str] | None:
     found: list[list[str]] = []
     folders: list[list[str]] = [[]]
     while folders:
-        parts = folders.pop()
-        here = "/".join([top, *parts])
-        try:
-            with os.scandir(here) as entries:
-                for entry in entries:
-                    if left_by_a_system(entry.name):
-                        left.append("/".join([*parts, entry.name]))
-                    elif entry.is_dir():
-                        if entry.is_symlink():
-                            return None
-                        folders.append([*parts, entry.name])
-                    else:
-                        found.append([*parts, entry.name])
-        except OSError as error:
-            raise InputError(f"{here}: cannot be read ({error.strerror})") from error
+        above = folders.pop()
+        for entry in _scanned("/".join([top, *above])):
+            parts = [*above, entry.name]
+            if left_by_a_system(entry.name):
+                left.append("/".join(parts))
+            elif not entry.is_dir():
+                found.append(parts)
+            elif entry.is_symlink():
+                return None
+            else:
+                folders.append(parts)
     return ["/".join(parts) for parts in sorted(found)]
 
 
