@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -162,10 +162,9 @@ def make_outputs(
 def run(work: Work, overwrite: bool, restart: bool, dry_run: bool = False) -> dict[str, Any]:
     """Carry a conversion out, from its start or from where it was interrupted."""
     started = time.perf_counter()
-    first = work.outputs[0].final
     beton = next((output.final for output in work.outputs if not output.packed), None)
     tars = next((output.final for output in work.outputs if output.packed), None)
-    path = journal_path(first)
+    path = journal_path(work.outputs[0].final)
     if restart and not dry_run and path.exists():
         with alone(path):
             _remove(path, work.outputs)
@@ -182,17 +181,31 @@ def run(work: Work, overwrite: bool, restart: bool, dry_run: bool = False) -> di
     if dry_run:
         return {**work.head, **extra, "count": len(work.order)}
 
-    fresh, made = not path.exists(), list[Path]()
-    journal, resumed, manifest = None, 0, None
-    try:
-        made = [folder for output in work.outputs for folder in _make_folders(output.final.parent)]
-        journal = Journal(path, _fingerprint(work))
+    manifest = None
+    with _journal(work, path, started) as journal:
         resumed = journal.count
         if not journal.complete:
             check_targets(beton, tars, overwrite, journaled=False)
             _convert_images(work, journal)
             manifest = _finish(work, journal)
         _publish(work)
+    if manifest is None:  # killed when all but the renaming was done
+        manifest = read_manifest(work.outputs[0].manifest)[0]
+    return {**manifest, "seconds": time.perf_counter() - started, "resumed": resumed, **extra}
+
+
+@contextmanager
+def _journal(work: Work, path: Path, started: float) -> Iterator[Journal]:
+    """The journal of a conversion, which is removed when all is done.
+
+    A conversion that ends early keeps what it has made if that took a while or was resumed, and else leaves
+    nothing behind. What the disk refuses is an InputError then, and Ctrl-C says how much is kept.
+    """
+    fresh, made, journal = not path.exists(), list[Path](), None
+    try:
+        made = [folder for output in work.outputs for folder in _make_folders(output.final.parent)]
+        journal = Journal(path, _fingerprint(work))
+        yield journal
     except BaseException as error:
         slow = time.perf_counter() - started > KEEP_SECONDS
         keep = not isinstance(error, NothingStored) and (not fresh or slow)
@@ -206,15 +219,12 @@ def run(work: Work, overwrite: bool, restart: bool, dry_run: bool = False) -> di
         done = 0 if journal is None else journal.committed
         kept = f"{done:,} of {len(work.order):,} images are kept" if keep and done else ""
         if isinstance(error, OSError):
-            raise InputError(_why(first, error, kept)) from error
+            raise InputError(_why(work.outputs[0].final, error, kept)) from error
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(kept) from error
         raise
     path.unlink(missing_ok=True)
     journal.close()
-    if manifest is None:  # killed when all but the renaming was done
-        manifest = read_manifest(work.outputs[0].manifest)[0]
-    return {**manifest, "seconds": time.perf_counter() - started, "resumed": resumed, **extra}
 
 
 def _why(out: Path, error: OSError, kept: str) -> str:
@@ -229,9 +239,34 @@ def _why(out: Path, error: OSError, kept: str) -> str:
 
 def _convert_images(work: Work, journal: Journal) -> None:
     """Convert what the journal doesn't speak of yet."""
+    _replay(work, journal)
+    with (
+        _Progress(work, journal) as progress,
+        closing(_in_order(work, work.order[journal.count :])) as images,
+    ):
+        for index, stored in images:
+            if isinstance(stored, str):
+                _skip(work, journal, index, stored)
+                progress.skipped += 1
+            else:
+                item = _item(work.source, index)
+                for output in work.outputs:
+                    output.add(item, stored)
+                journal.append(_record(stored))
+                progress.written += len(stored.data)
+            progress.step()
+    if progress.skipped == len(work.order):
+        journal.commit([], wait=True)
+        first = f"{work.source.names[int(work.order[0])]}: {journal.reasons[0]}"
+        raise NothingStored(
+            f"none of the {progress.skipped} files is an image that can be stored; the first, {first}"
+        )
+
+
+def _replay(work: Work, journal: Journal) -> None:
+    """Bring the outputs to where the journal is."""
     for output in work.outputs:
         output.prepare()
-    total, done = len(work.order), journal.count
     for record, index in zip(chain.from_iterable(journal.records(REPLAYED)), work.order):
         if record["how"]:
             for output in work.outputs:
@@ -239,38 +274,45 @@ def _convert_images(work: Work, journal: Journal) -> None:
     for output in work.outputs:
         output.cut()
 
-    refused, written, synced = len(journal.reasons), 0, 0
-    committed = shown = time.perf_counter()
-    bar = Bar(total=total, initial=done, unit="img", smoothing=0.1, disable=None if work.progress else True)
-    with bar, closing(_in_order(work, work.order[done:])) as images:
-        for index, stored in images:
-            if isinstance(stored, str):
-                if work.settings.on_error == "raise":
-                    journal.commit(_synced(work), wait=True)
-                    name = work.source.names[index]
-                    raise InputError(f"{name}: {stored}; fix the file, or skip it with --on-error skip")
-                journal.append((0, 0, 0, 0, 0, 0, _NO_DIGEST, 0, _NO_DIGEST), stored)
-                refused += 1
-            else:
-                item = _item(work.source, index)
-                for output in work.outputs:
-                    output.add(item, stored)
-                journal.append(_record(stored))
-                written += len(stored.data)
-            bar.update()
-            now = time.perf_counter()
-            if now - shown > 0.5:
-                rate = written / 1e6 / max(bar.format_dict["elapsed"], 1e-3)
-                bar.set_postfix_str(f"{rate:,.0f} MB/s" + f", {refused} skipped" * bool(refused))
-                shown = now
-            if now - committed > COMMIT_SECONDS or (written - synced > COMMIT_BYTES and journal.idle()):
-                journal.commit(_synced(work))
-                _check_still_space(work.outputs)
-                committed, synced = now, written
-    if refused == total:
-        journal.commit([], wait=True)
-        first = f"{work.source.names[int(work.order[0])]}: {journal.reasons[0]}"
-        raise NothingStored(f"none of the {total} files is an image that can be stored; the first, {first}")
+
+def _skip(work: Work, journal: Journal, index: int, reason: str) -> None:
+    """Note an image that can't be stored. Raises InputError if such an image is to end the conversion."""
+    if work.settings.on_error == "raise":
+        journal.commit(_synced(work), wait=True)
+        name = work.source.names[index]
+        raise InputError(f"{name}: {reason}; fix the file, or skip it with --on-error skip")
+    journal.append((0, 0, 0, 0, 0, 0, _NO_DIGEST, 0, _NO_DIGEST), reason)
+
+
+class _Progress:
+    """The bar, and when to commit. Attributes: skipped (images), written (bytes of images, from now on)."""
+
+    def __init__(self, work: Work, journal: Journal) -> None:
+        self.work, self.journal = work, journal
+        self.skipped, self.written, self.synced = len(journal.reasons), 0, 0
+        self.committed = self.shown = time.perf_counter()
+        total, done, hidden = len(work.order), journal.count, None if work.progress else True
+        self.bar = Bar(total=total, initial=done, unit="img", smoothing=0.1, disable=hidden)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def step(self) -> None:
+        """One more image is done."""
+        self.bar.update()
+        now = time.perf_counter()
+        if now - self.shown > 0.5:
+            rate = self.written / 1e6 / max(self.bar.format_dict["elapsed"], 1e-3)
+            self.bar.set_postfix_str(f"{rate:,.0f} MB/s" + f", {self.skipped} skipped" * bool(self.skipped))
+            self.shown = now
+        due = now - self.committed > COMMIT_SECONDS
+        if due or (self.written - self.synced > COMMIT_BYTES and self.journal.idle()):
+            self.journal.commit(_synced(self.work))
+            _check_still_space(self.work.outputs)
+            self.committed, self.synced = now, self.written
 
 
 _NO_DIGEST = np.zeros(32, np.uint8)
