@@ -115,7 +115,6 @@ def circles(root: Path) -> set[frozenset[str]]:
 
 # Those that are left, to be dissolved: this list may only become shorter.
 CIRCLES = {
-    frozenset(f"pipelines.sources{name}" for name in ("", ".dali", ".ffcv", ".folder")),
     frozenset({"slurm.dry_run", "slurm.launch"}),
     frozenset({"benchmarks.gpu_stages.machine", "benchmarks.gpu_stages.timing"}),
     frozenset({"benchmarks.gpu_stages.steps", "benchmarks.gpu_stages.today"}),

@@ -16,7 +16,8 @@ from pipelines.convert.beton import JPEG, PAGE_SIZE, BetonFile, open_beton
 from pipelines.convert.imagenet import class_names
 from pipelines.convert.manifest import manifest_path
 from pipelines.convert.source import check_labels
-from pipelines.sources import IN_CACHE, DamagedSample, turbo
+from pipelines.sources import turbo
+from pipelines.sources.source import IN_CACHE, DamagedSample
 
 
 class FFCVSource:

@@ -19,8 +19,9 @@ from pipelines.convert.pixels import as_rgb, decode_other, upright
 from pipelines.convert.readers import open_source as open_images
 from pipelines.convert.source import Source
 from pipelines.errors import InputError, first_line
-from pipelines.sources import IN_CACHE, DamagedSample, turbo
+from pipelines.sources import turbo
 from pipelines.sources.shards import open_shards
+from pipelines.sources.source import IN_CACHE, DamagedSample
 
 PAGE = 64  # files in a block of the quasi-random order: files of a folder are often stored together
 
