@@ -31,13 +31,14 @@ import os
 import re
 import signal
 import sys
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from pipelines.convert.conversion import Settings, convert, part_path
 from pipelines.convert.estimate import size_text
 from pipelines.convert.readers import SPLITS
 from pipelines.convert.store import ON_ERROR
-from pipelines.convert.webdataset import IMAGES_A_TAR
+from pipelines.convert.webdataset import IMAGES_PER_TAR
 from pipelines.errors import InputError
 
 WARNINGS_SHOWN = 20
@@ -98,9 +99,9 @@ def _stored_options(group: argparse._ArgumentGroup) -> None:
     add(
         "--images-per-tar",
         type=int,
-        default=IMAGES_A_TAR,
+        default=IMAGES_PER_TAR,
         metavar="N",
-        help=f"How many images a tar holds (default: {IMAGES_A_TAR}).",
+        help=f"How many images a tar holds (default: {IMAGES_PER_TAR}).",
     )
     add(
         "--max-resolution",
@@ -180,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     user's, 130 after Ctrl-C, 143 after SIGTERM."""
     p = parser()
     args = p.parse_args(argv)
-    asked = args.merge or args.verify or args.inspect
+    asked = any(getattr(args, name) for name in OTHER_TASKS)
     if asked and args.source is not None:
         p.error(f"{args.source}: --merge, --verify and --inspect take one file, and no source")
     if not asked and (args.source is None or (args.out is None and args.webdataset is None)):
@@ -188,6 +189,7 @@ def main(argv: list[str] | None = None) -> int:
         p.error(f"the following arguments are required: {missing}")
     if args.remove_parts and not args.merge:
         p.error("--remove-parts goes with --merge")
+    task = next((run for name, run in OTHER_TASKS.items() if getattr(args, name)), _convert)
     told: list[int] = []  # SIGTERM, which leaves in good order, as Ctrl-C does
 
     def stop(number: int, _: Any) -> NoReturn:
@@ -196,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        return _inspect(args) if args.inspect else _verify(args) if args.verify else _convert(args)
+        return task(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -208,33 +210,19 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def _convert(args: argparse.Namespace) -> int:
-    common = {
-        "webdataset": args.webdataset,
-        "images_a_tar": args.images_per_tar,
-        "workers": args.workers,
-        "overwrite": args.overwrite,
-        "restart": args.restart,
-        "progress": True,
-    }
-    if args.merge:
-        from pipelines.convert.merge import merge
+def _merge(args: argparse.Namespace) -> int:
+    from pipelines.convert.merge import merge
 
-        manifest = merge(args.merge, remove_parts=args.remove_parts, **common)
-        _report(args.merge, manifest)
-        if parts := manifest["parts"]:
-            size = size_text(sum(os.path.getsize(path) for path in parts))
-            print(f"its {len(parts)} parts ({size}) are still there, {parts[0]} ...: see --remove-parts")
-        return 0
-    settings = Settings(
-        max_resolution=args.max_resolution,
-        jpeg_quality=args.jpeg_quality,
-        raw_proportion=args.raw_proportion,
-        subset=args.subset,
-        shuffle_seed=args.shuffle_seed,
-        on_error=args.on_error,
-        white_level=args.white_level,
-    )
+    manifest = merge(args.merge, remove_parts=args.remove_parts, **_common(args))
+    _report(args.merge, manifest)
+    if parts := manifest["parts"]:
+        size = size_text(sum(os.path.getsize(path) for path in parts))
+        print(f"its {len(parts)} parts ({size}) are still there, {parts[0]} ...: see --remove-parts")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     manifest = convert(
         args.source,
         args.out,
@@ -245,11 +233,17 @@ def _convert(args: argparse.Namespace) -> int:
         devkit=args.devkit,
         shard=args.shard,
         dry_run=args.dry_run,
-        **common,
+        **_common(args),
     )
     if not args.dry_run:
         _report(str(part_path(args.out, args.shard) or args.webdataset), manifest)
     return 0
+
+
+def _common(args: argparse.Namespace) -> dict[str, Any]:
+    """What conversions and merges take alike."""
+    names = ("webdataset", "images_per_tar", "workers", "overwrite", "restart")
+    return {name: getattr(args, name) for name in names} | {"progress": True}
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -286,6 +280,9 @@ def _report(out: str, manifest: dict[str, Any]) -> None:
         f"{len(skipped)} skipped, {manifest['bytes'] / 1e6:,.1f} MB in {manifest['seconds']:.1f} s "
         f"({max(rate, 0):,.0f} img/s{earlier}); manifest {where}"
     )
+
+
+OTHER_TASKS = {"merge": _merge, "verify": _verify, "inspect": _inspect}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -33,12 +34,12 @@ from pipelines.convert import jpeg
 from pipelines.convert.beton import LONGEST_SIDE
 from pipelines.convert.estimate import check_space, measure
 from pipelines.convert.journal import Journal, alone
-from pipelines.convert.manifest import Samples, read_manifest, spread, write_manifest
+from pipelines.convert.manifest import Samples, min_median_max, read_manifest, write_manifest
 from pipelines.convert.outputs import BetonOutput, Item, Output, TarOutput
 from pipelines.convert.readers import open_source
-from pipelines.convert.source import Source
-from pipelines.convert.store import HOW, Settings, Stored, area_resize, attempt, select, store
-from pipelines.convert.webdataset import IMAGES_A_TAR
+from pipelines.convert.source import Source, evenly_spaced
+from pipelines.convert.store import HOW, Settings, Stored, area_resize, select, store, store_batch
+from pipelines.convert.webdataset import IMAGES_PER_TAR
 from pipelines.cores import cores
 from pipelines.errors import InputError
 
@@ -89,7 +90,7 @@ def convert(
     settings: Settings = AS_IT_IS,
     *,
     webdataset: str | Path | None = None,
-    images_a_tar: int = IMAGES_A_TAR,
+    images_per_tar: int = IMAGES_PER_TAR,
     split: str | None = None,
     root: str | Path = "data",
     classes: str | Path | None = None,
@@ -115,8 +116,8 @@ def convert(
     settings.check()
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: must be at least 1")
-    if images_a_tar < 1:
-        raise InputError(f"--images-per-tar {images_a_tar}: must be at least 1")
+    if images_per_tar < 1:
+        raise InputError(f"--images-per-tar {images_per_tar}: must be at least 1")
     if shard is not None and (out is None or webdataset is not None):
         raise InputError("--shard: a part is written as a beton; ask for the tars when you --merge")
     beton = part_path(out, shard)
@@ -135,7 +136,7 @@ def convert(
             )
         head["shard"] = [number, of]
         order = order[len(order) * (number - 1) // of : len(order) * number // of]
-    outputs = make_outputs(beton, tars, opened, len(order), images_a_tar)
+    outputs = make_outputs(beton, tars, opened, len(order), images_per_tar)
     work = Work(opened, order, settings, outputs, workers or cores(), progress, head)
     return run(work, overwrite=overwrite, restart=restart, dry_run=dry_run)
 
@@ -149,13 +150,13 @@ def part_path(out: str | Path | None, shard: tuple[int, int] | None) -> Path | N
 
 
 def make_outputs(
-    beton: Path | None, tars: Path | None, source: Source, capacity: int, images_a_tar: int
+    beton: Path | None, tars: Path | None, source: Source, capacity: int, images_per_tar: int
 ) -> list[Output]:
     outputs: list[Output] = []
     if beton is not None:
         outputs.append(BetonOutput(beton, capacity, list(source.targets)))
     if tars is not None:
-        outputs.append(TarOutput(tars, source.split or "images", images_a_tar))
+        outputs.append(TarOutput(tars, source.split or "images", images_per_tar))
     return outputs
 
 
@@ -204,7 +205,9 @@ def _journal(work: Work, path: Path, started: float) -> Iterator[Journal]:
     fresh, made, journal = not path.exists(), list[Path](), None
     try:
         made = [folder for output in work.outputs for folder in _make_folders(output.final.parent)]
-        journal = Journal(path, _fingerprint(work))
+        fingerprint = _fingerprint(work)
+        with _uninterrupted():  # or the file could be there and nobody know that it is ours
+            journal = Journal(path, fingerprint)
         yield journal
     except BaseException as error:
         slow = time.perf_counter() - started > KEEP_SECONDS
@@ -225,6 +228,26 @@ def _journal(work: Work, path: Path, started: float) -> Iterator[Journal]:
         raise
     path.unlink(missing_ok=True)
     journal.close()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM come when the block is over. (No thread but the main one ever meets them.)"""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in before.items() if handler is not None}  # not Python's
+    for number in before:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
 
 
 def _why(out: Path, error: OSError, kept: str) -> str:
@@ -353,7 +376,7 @@ def _in_order(work: Work, order: np.ndarray) -> Generator[tuple[int, Stored | st
 
     def attempts(chunk: np.ndarray) -> list[tuple[int, Stored | str]]:
         indices = [int(index) for index in chunk]
-        return list(zip(indices, attempt(work.source, indices, work.settings, pack)))
+        return list(zip(indices, store_batch(work.source, indices, work.settings, pack)))
 
     pool = ThreadPoolExecutor(work.workers, thread_name_prefix="convert")
     under_way: deque[Future] = deque()
@@ -397,7 +420,7 @@ def _check_written(work: Work, journal: Journal) -> None:
     """Hold what lies on the disk against the journal: all sizes and tables, and the digests of up to CHECKED
     images, evenly spread (`verify` reads all). Raises InputError: another process has written there."""
     count = len(work.order) - len(journal.reasons)
-    chosen = np.unique(np.linspace(0, count - 1, min(count, CHECKED)).astype(int))
+    chosen = evenly_spaced(count, CHECKED)
     for output in work.outputs:
         what, place = output.changed(), 0
         for records, _ in _kept(work, journal, REPLAYED):
@@ -472,8 +495,8 @@ def _figures(work: Work, journal: Journal, output: Output) -> dict[str, Any]:
         "classes": work.source.classes,
         "class_counts": of_class.tolist(),
         "targets": list(work.source.targets),
-        "heights": spread(of_height),
-        "widths": spread(of_width),
+        "heights": min_median_max(of_height),
+        "widths": min_median_max(of_width),
         "stored": {**stored, "turned_upright": turned},
         "source_count": len(work.source.labels),
         "settings": asdict(work.settings),

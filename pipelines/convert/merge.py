@@ -16,7 +16,7 @@ from pipelines.convert.conversion import Work, check_targets, make_outputs, run
 from pipelines.convert.manifest import Samples, manifest_path, read_manifest, rows_path
 from pipelines.convert.source import Source
 from pipelines.convert.store import Settings, Stored
-from pipelines.convert.webdataset import IMAGES_A_TAR
+from pipelines.convert.webdataset import IMAGES_PER_TAR
 from pipelines.cores import cores
 from pipelines.errors import InputError
 
@@ -25,7 +25,7 @@ def merge(
     out: str | Path,
     *,
     webdataset: str | Path | None = None,
-    images_a_tar: int = IMAGES_A_TAR,
+    images_per_tar: int = IMAGES_PER_TAR,
     workers: int | None = None,
     overwrite: bool = False,
     restart: bool = False,
@@ -44,7 +44,7 @@ def merge(
     parts = _read_parts(part_files(out))
     source, first = parts.source(), parts.manifests[0]
     refused = [each for manifest in parts.manifests for each in manifest["refused"]]
-    outputs = make_outputs(out, tars, source, len(source.labels) + len(refused), images_a_tar)
+    outputs = make_outputs(out, tars, source, len(source.labels) + len(refused), images_per_tar)
     known = {key: first[key] for key in ("source_count", "settings", "versions")}
     head = {key: first[key] for key in ("source", "split")}
     settings = Settings(**first["settings"])

@@ -46,6 +46,11 @@ def labelled(
     return Source(names, labels, classes, read, split, libraries=libraries or {}, size_of=size_of)
 
 
+def evenly_spaced(count: int, most: int) -> np.ndarray:
+    """Positions of all of `count` things or of `most` of them, the first and the last among them, int64."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
+
+
 BELIEVED = 25_000  # classes without names, however few images: ImageNet-21k's and more
 
 

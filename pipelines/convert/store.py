@@ -80,7 +80,7 @@ class Stored:
         return replace(self, digest=digest, packed=packed, packed_digest=packed_digest)
 
 
-def attempt(source: Source, indices: Sequence[int], settings: Settings, pack: bool) -> list[Stored | str]:
+def store_batch(source: Source, indices: Sequence[int], settings: Settings, pack: bool) -> list[Stored | str]:
     """Images of a source, each checked, stored and digested, or the reason why it can't be."""
     results: list[Stored | str] = []
     for index in indices:

@@ -99,7 +99,7 @@ class FFCVSource:
         if (header.height, header.width) != (self.heights[index], self.widths[index]):
             entry = f"{self.widths[index]} x {self.heights[index]}"
             raise jpeg.DamagedImage(f"a JPEG of {header.width} x {header.height}, but its entry says {entry}")
-        if header.height * header.width > turbo.PIXELS_A_BYTE * len(stored):
+        if header.height * header.width > turbo.PIXELS_PER_BYTE * len(stored):
             size = f"{header.width} x {header.height}"
             raise jpeg.DamagedImage(f"{len(stored)} bytes are too few for {size} pixels")
         if not header.is_rgb_or_grey:

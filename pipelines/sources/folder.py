@@ -114,7 +114,7 @@ def _header(data: bytes) -> jpeg.JpegHeader:
     header = jpeg.read_header(data)
     if min(header.height, header.width) < 1:  # a file of tables alone has a header, too
         raise jpeg.DamagedImage("no image in it")
-    if header.height * header.width > turbo.PIXELS_A_BYTE * len(data):
+    if header.height * header.width > turbo.PIXELS_PER_BYTE * len(data):
         raise jpeg.DamagedImage(f"{len(data)} bytes are too few for {header.width} x {header.height} pixels")
     return header
 

@@ -41,7 +41,7 @@ _decompress = types.ExternalFunction(
 DECODED, WRONG_SIZE, DAMAGED, WRONG_BOX, TOO_SHORT = 0, 1, 2, 3, 4
 # A JPEG holds at most some 340 pixels a byte (a bit for each block of one colour): a header that promises
 # gigabytes for a few kilobytes is damaged, and isn't believed.
-PIXELS_A_BYTE = 1024
+PIXELS_PER_BYTE = 1024
 
 
 def crop_stored(data, offsets, sizes, modes, heights, widths, boxes, flips, out):
@@ -117,7 +117,7 @@ def _decode(handle, stored, height, width, numbers, pixels):
         return DAMAGED, pixels
     if numbers[0] != width or numbers[1] != height:
         return WRONG_SIZE, pixels
-    if height * width > PIXELS_A_BYTE * len(stored):
+    if height * width > PIXELS_PER_BYTE * len(stored):
         return TOO_SHORT, pixels
     if len(pixels) < height * width * 3:  # only now: a damaged entry may speak of gigabytes
         pixels = np.empty(height * width * 3, np.uint8)

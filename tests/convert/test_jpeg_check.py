@@ -8,7 +8,7 @@ from made_images import SHARED, encoded, pixels
 
 from pipelines import turbojpeg
 from pipelines.convert import jpeg
-from pipelines.convert.store import Settings, attempt
+from pipelines.convert.store import Settings, store_batch
 
 needs_libturbojpeg = pytest.mark.skipif(
     jpeg.library() != "libturbojpeg", reason="libturbojpeg is not installed"
@@ -105,9 +105,9 @@ def test_the_verdict_on_a_file_has_no_influence_on_the_next():
     class Files:
         read = files.__getitem__
 
-    together = attempt(Files, range(len(files)), Settings(), pack=False)
+    together = store_batch(Files, range(len(files)), Settings(), pack=False)
     for index in random.permutation(len(files)):
-        assert attempt(Files, [int(index)], Settings(), pack=False) == [together[index]]
+        assert store_batch(Files, [int(index)], Settings(), pack=False) == [together[index]]
     refused = sum(isinstance(each, str) for each in together)
     assert 300 < refused < 500  # half of the JPEGs are whole, and a quarter of the other files
 

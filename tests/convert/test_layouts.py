@@ -357,7 +357,7 @@ from pipelines.convert.verify import verify
 from pipelines.sources.folder import FolderSource
 import numpy as np
 source, out = sys.argv[1:]
-print(convert(source, None, webdataset=out, images_a_tar=1)["count"])
+print(convert(source, None, webdataset=out, images_per_tar=1)["count"])
 print(len(FolderSource(out)), FolderSource(out)._read(299)[:3].hex(), verify(out))
 opened = FolderSource(out)
 boxes, crops = np.array([[[0, 0, 8, 8]]], np.int32), np.empty((1, 1, 8, 8, 3), np.uint8)

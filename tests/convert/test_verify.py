@@ -25,7 +25,7 @@ def made(tmp_path_factory):
     class_folders(root / "set", files)
     rows = [f"set/{name},{name[1]},{i / 7}" for i, name in enumerate(files)]
     (root / "x.csv").write_text("path,label,age\n" + "\n".join(rows) + "\n")
-    convert(str(root / "x.csv"), root / "x.beton", webdataset=root / "tars", images_a_tar=4)
+    convert(str(root / "x.csv"), root / "x.beton", webdataset=root / "tars", images_per_tar=4)
     return root
 
 
