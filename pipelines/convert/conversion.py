@@ -114,10 +114,7 @@ def convert(
     The rows of the samples are in the file alone. Raises InputError for everything that the user can mend.
     """
     settings.check()
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers {workers}: must be at least 1")
-    if images_per_tar < 1:
-        raise InputError(f"--images-per-tar {images_per_tar}: must be at least 1")
+    check_counts(workers, images_per_tar)
     if shard is not None and (out is None or webdataset is not None):
         raise InputError("--shard: a part is written as a beton; ask for the tars when you --merge")
     beton = part_path(out, shard)
@@ -139,6 +136,13 @@ def convert(
     outputs = make_outputs(beton, tars, opened, len(order), images_per_tar)
     work = Work(opened, order, settings, outputs, workers or cores(), progress, head)
     return run(work, overwrite=overwrite, restart=restart, dry_run=dry_run)
+
+
+def check_counts(workers: int | None, images_per_tar: int = IMAGES_PER_TAR) -> None:
+    """Raises InputError for a number below 1."""
+    for option, number in (("--workers", workers), ("--images-per-tar", images_per_tar)):
+        if number is not None and number < 1:
+            raise InputError(f"{option} {number}: must be at least 1")
 
 
 def part_path(out: str | Path | None, shard: tuple[int, int] | None) -> Path | None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipelines.convert.beton import BetonFile, open_beton
 from pipelines.convert.betons import reader_of
-from pipelines.convert.conversion import Work, check_targets, make_outputs, run
+from pipelines.convert.conversion import Work, check_counts, check_targets, make_outputs, run
 from pipelines.convert.manifest import Samples, manifest_path, read_manifest, rows_path
 from pipelines.convert.source import Source
 from pipelines.convert.store import Settings, Stored
@@ -38,6 +38,7 @@ def merge(
     with "parts", the files that are left; `remove_parts` removes them and their manifests in the end.
     Raises InputError if a part is missing, damaged, or of another conversion than the first.
     """
+    check_counts(workers, images_per_tar)
     out = Path(out)
     tars = None if webdataset is None else Path(webdataset)
     check_targets(out, tars, overwrite)

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipelines.convert import jpeg
 from pipelines.convert.beton import ALLOCATION, HEADER, JPEG, BetonWriter
-from pipelines.convert.conversion import Bar
+from pipelines.convert.conversion import Bar, check_counts
 from pipelines.convert.manifest import Samples, read_manifest
 from pipelines.convert.webdataset import END, TarLayout, targets_of
 from pipelines.cores import cores
@@ -65,6 +65,7 @@ class _Region:
 
 def verify(path: str | Path, workers: int | None = None, progress: bool = False) -> Verdict:
     """Read all of it. Raises InputError if it or its manifest can't be read."""
+    check_counts(workers)
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file")

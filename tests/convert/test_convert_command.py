@@ -136,6 +136,22 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "there.beton").read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("option", ["--workers", "--images-per-tar"])
+def test_merging_and_verifying_check_their_options_too(tmp_path, capsys, option):
+    photos(tmp_path / "set", classes=2, each=2)
+    out = str(tmp_path / "x.beton")
+    for part in ("1/2", "2/2"):
+        assert main([str(tmp_path / "set"), out, "--shard", part]) == 0
+    capsys.readouterr()
+    for number in ("0", "-1"):
+        assert main(["--merge", out, "--webdataset", str(tmp_path / "tars"), option, number]) == 2
+        assert capsys.readouterr().err == f"error: {option} {number}: must be at least 1\n"
+        if option == "--workers":
+            assert main(["--verify", str(tmp_path / "x.part-001-of-002.beton"), option, number]) == 2
+            assert capsys.readouterr().err == f"error: {option} {number}: must be at least 1\n"
+    assert not (tmp_path / "tars").exists() and not Path(out).exists()
+
+
 def test_overwrite_replaces_and_a_failure_keeps_the_old_one(tmp_path, capsys):
     photos(tmp_path / "set", classes=1, each=3)
     out = tmp_path / "x.beton"
