@@ -14,7 +14,7 @@ import pytest
 from made_images import SHARED, class_folders, encoded, image_of, photos, pixels
 
 from pipelines.convert.beton import open_beton
-from pipelines.convert.command import main
+from pipelines.convert.command import main, parser
 from pipelines.convert.conversion import Bar
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -245,6 +245,12 @@ def test_help_teaches(capsys):
         "byte for byte",
     ):
         assert word in text
+
+
+def test_help_is_in_full_sentences():
+    for action in parser()._actions:
+        said = action.help or ""
+        assert action.dest == "help" or (said[:1].isupper() and said.endswith(".")), action.dest
 
 
 def test_real_imagenet_jpegs_keep_their_bytes(tmp_path):
