@@ -20,6 +20,7 @@ import inspect
 import json
 import threading
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -122,7 +123,7 @@ def _parquet(paths: list[Path], split: str | None, notes: list[str]) -> Source:
     import pyarrow.parquet as pq
 
     path, columns, names = paths[0], [], Names()
-    groups: list[tuple[Path, int, str]] = []  # of each row group: file, number there, column of images
+    groups: list[tuple[Path, int, str]] = []
     lengths: list[int] = []
     try:
         for path in paths:
@@ -139,6 +140,17 @@ def _parquet(paths: list[Path], split: str | None, notes: list[str]) -> Source:
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: cannot be read as parquet ({first_line(error)})") from error
     labels, classes = _one_numbering(columns)
+    made = labelled(
+        str(path), names, labels, classes, _row_reader(groups, lengths), split, {"pyarrow": pa.__version__}
+    )
+    return replace(made, notes=[*made.notes, *notes])
+
+
+def _row_reader(groups: list[tuple[Path, int, str]], lengths: list[int]) -> Callable[[int], bytes]:
+    """index -> the image of that row. `groups`: of each row group, its file, number and column of images."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     lock = threading.Lock()  # a ParquetFile is not for two threads at once
 
@@ -163,8 +175,7 @@ def _parquet(paths: list[Path], split: str | None, notes: list[str]) -> Source:
             raise jpeg.DamagedImage("no bytes in this row")
         return data
 
-    made = labelled(str(path), names, labels, classes, read, split, {"pyarrow": pa.__version__})
-    return replace(made, notes=[*made.notes, *notes])
+    return read
 
 
 @dataclass(frozen=True)
