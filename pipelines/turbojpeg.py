@@ -1,4 +1,5 @@
-"""libturbojpeg: where it is, loaded once for both of its users (`convert.jpeg` and `sources.turbo`).
+"""libturbojpeg: where it is and what it is called with, for Python (`convert.jpeg`) and for compiled code
+(`sources.turbo`, which finds its functions by their names).
 
 Looked for in this order; the first that loads is taken:
 
@@ -19,6 +20,7 @@ import ctypes.util
 import os
 import sys
 from collections.abc import Iterator
+from ctypes import POINTER, c_char_p, c_int, c_ulong, c_void_p
 from pathlib import Path
 
 VARIABLE = "LVSSL_TURBOJPEG"
@@ -27,6 +29,12 @@ NEEDED = (
     *("tjInitDecompress", "tjDestroy", "tjGetErrorStr2", "tjDecompressHeader3", "tjDecompress2"),
     *("tjInitCompress", "tjBufSize", "tjCompress2"),
 )
+
+COLOURS = ("RGB", "YCbCr", "grey", "CMYK", "YCCK")  # TJCS_*, from 0
+RGB, GREY = 0, 6  # TJPF_*
+SUBSAMPLING_420 = 2  # TJSAMP_420
+NO_REALLOCATION, ACCURATE_DCT = 1024, 4096  # TJFLAG_*; the fast DCT is less exact
+STOP_AT_500_SCANS = 32768  # TJFLAG_LIMITSCANS: a progressive JPEG of some kilobytes could decode for minutes
 
 
 def candidates() -> Iterator[str]:
@@ -63,6 +71,23 @@ def load() -> tuple[ctypes.CDLL, str] | None:
 
 
 FOUND = load()
+
+
+def typed() -> ctypes.CDLL | None:
+    """The library, whose functions know the types of their arguments; None if there is none."""
+    if FOUND is None:
+        return None
+    turbo, _ = FOUND
+    turbo.tjInitDecompress.restype = c_void_p
+    turbo.tjDestroy.argtypes = [c_void_p]
+    turbo.tjGetErrorStr2.argtypes, turbo.tjGetErrorStr2.restype = [c_void_p], c_char_p
+    turbo.tjDecompressHeader3.argtypes = [c_void_p, c_char_p, c_ulong, *[POINTER(c_int)] * 4]
+    turbo.tjDecompress2.argtypes = [c_void_p, c_char_p, c_ulong, c_void_p, *[c_int] * 5]
+    turbo.tjInitCompress.restype = c_void_p
+    turbo.tjBufSize.argtypes, turbo.tjBufSize.restype = [c_int] * 3, c_ulong
+    pixels = [c_void_p, c_int, c_int, c_int, c_int]  # address, width, bytes a line, height, format
+    turbo.tjCompress2.argtypes = [c_void_p, *pixels, POINTER(c_void_p), POINTER(c_ulong), *[c_int] * 3]  # type: ignore[list-item]
+    return turbo
 
 
 class _Place(ctypes.Structure):  # Dl_info of <dlfcn.h>

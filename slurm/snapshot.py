@@ -7,7 +7,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-PACKAGES = ("lvssl", "pipelines", "slurm", "tools")
+PACKAGES = ("lvssl", "pipelines", "slurm")
 
 
 def snapshot(out: Path) -> Path:

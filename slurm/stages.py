@@ -19,6 +19,7 @@ from slurm.pipeline import FILLED_IN, MEASURING, ClusterSettings, ImageSource, P
 FREE = (*FREE_TO_CHANGE, *FILLED_IN, "shards")
 # Results that have one place in the run's folder, whatever the settings.
 ONE_PLACE = {"evaluate": "evaluation.json", "analyse": "analysis.json"}
+CONVERT = "pipelines.convert.command"  # the module of `convert-beton`
 
 
 @dataclass(frozen=True)
@@ -131,14 +132,12 @@ def data_stages(pipeline: Pipeline) -> tuple[list[Stage], dict[str, tuple[Path, 
         data[name] = (beton, key)
         whole = (beton, Path(f"{beton}.json"))
         if source.shards == 1:
-            parts.append(Task(f"convert-{name}", key, "tools.convert_beton", convert(source, beton), whole))
+            parts.append(Task(f"convert-{name}", key, CONVERT, convert(source, beton), whole))
             continue
         made = [part(name, source, beton, key, k) for k in range(1, source.shards + 1)]
         parts += made
         removes = tuple(task.outputs[0] for task in made)
-        merges.append(
-            Task(f"merge-{name}", key, "tools.convert_beton", ("--merge", str(beton)), whole, removes)
-        )
+        merges.append(Task(f"merge-{name}", key, CONVERT, ("--merge", str(beton)), whole, removes))
     cluster = pipeline.stages["convert"].cluster
     stages = [Stage("convert", (), tuple(parts), cluster, intermediate=True)]
     if merges:
@@ -154,7 +153,7 @@ def part(name: str, source: ImageSource, beton: Path, key: str, k: int) -> Task:
     return Task(
         f"convert-{name}-{k:03d}",
         digest("part", shard, key),
-        "tools.convert_beton",
+        CONVERT,
         arguments,
         (out, Path(f"{out}.json")),
     )

@@ -27,7 +27,7 @@ def test_all_that_is_compiled_loads_and_runs_where_nothing_can_be_kept(tmp_path)
         path for path in tmp_path.rglob("*.py") if re.search(r"^@(compiled|njit)\(", path.read_text(), re.M)
     ]
     modules = [".".join(path.relative_to(tmp_path).with_suffix("").parts) for path in files]
-    assert {"pipelines.augment.cpu", "pipelines.convert.entropy", "lvssl.codes.hamming"} <= set(modules)
+    assert {"pipelines.augment.cpu", "pipelines.convert.area", "lvssl.codes.hamming"} <= set(modules)
     nowhere = {
         "HOME": "/dev/null/home",
         "NUMBA_CACHE_DIR": "/dev/null/cache",

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lvssl.cli import main
-from tools.convert_beton import main as convert_beton
+from pipelines.convert.command import main as convert_beton
 
 NAMES = ["2026-11-26T10:00 {a}=b", "été 北 [x] *?"]
 

@@ -27,8 +27,9 @@ from lvssl.evaluation.embedding import device_of
 from lvssl.training.labels import say_notes
 from lvssl.training.run import Run, load_run
 from pipelines.augment.cpu import statistics
+from pipelines.convert.folders import list_images
 from pipelines.convert.manifest import manifest_path, read_manifest
-from pipelines.convert.readers import decode_rgb, list_images
+from pipelines.convert.pixels import decode_rgb
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
 from pipelines.loader import Decoder, evaluation_crops

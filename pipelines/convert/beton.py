@@ -92,63 +92,85 @@ def open_beton(path: str | Path) -> BetonFile:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """A beton while it is read: what lies in it follows from the sizes that its header gives."""
+
+    path: Path
+    file: IO[bytes]
+    size: int  # bytes of the file
+
+    def read(self, dtype: np.dtype, count: int, what: str) -> np.ndarray:
+        if self.file.tell() + dtype.itemsize * count > self.size:
+            raise InputError(
+                f"{self.path}: truncated in its {what} ({self.size:,} bytes are left); convert it again"
+            )
+        return np.fromfile(self.file, dtype, count)
+
+    def header(self) -> np.void:
+        """The header, whose page size, version and table have been checked."""
+        path, size = self.path, self.size
+        if size < HEADER.itemsize:
+            raise InputError(f"{path}: not a beton ({size} bytes are too few for its header)")
+        header = self.read(HEADER, 1, "header")[0]
+        page_size, table_start = int(header["page_size"]), int(header["alloc_table_ptr"])
+        if header["version"] != VERSION or page_size < PAGE_SIZE or page_size & (page_size - 1):
+            raise InputError(f"{path}: not a beton of FFCV's format version {VERSION}")
+        if table_start == 0:
+            raise InputError(f"{path}: was never finished by its writer; convert it again")
+        if table_start > size:
+            raise InputError(
+                f"{path}: truncated, {size:,} of more than {table_start:,} bytes are left; convert it again"
+            )
+        return header
+
+    def fields(self, count: int) -> dict[str, int]:
+        """The type of each field by its name, in the order of the file."""
+        path, fields = self.path, self.read(FIELD, count, "field list")
+        names = [bytes(field["name"]).split(b"\0")[0].decode("ascii", "replace") for field in fields]
+        types = [int(field["type_id"]) for field in fields]
+        for wanted, type_id, kind in (("image", IMAGE_FIELD, "RGB image"), ("label", INT_FIELD, "integer")):
+            if wanted not in names:
+                raise InputError(f"{path}: has no field '{wanted}' (only {', '.join(names) or 'none'})")
+            if types[names.index(wanted)] != type_id:
+                raise InputError(f"{path}: its field '{wanted}' is not FFCV's {kind} field")
+        for name, type_id in zip(names, types):
+            if type_id not in FIELD_TYPES:
+                raise InputError(f"{path}: its field '{name}' is of an unknown kind (type id {type_id})")
+        return dict(zip(names, types))
+
+    def table(self, start: int, rows: int) -> np.ndarray:
+        """The table of allocations, which is the end of the file."""
+        if self.size - start != rows * ALLOCATION.itemsize:
+            raise InputError(
+                f"{self.path}: truncated or damaged, its table has {self.size - start:,} bytes instead of "
+                f"{rows * ALLOCATION.itemsize:,}; convert it again"
+            )
+        self.file.seek(start)
+        return self.read(ALLOCATION, rows, "table")
+
+
 def _read_layout(path: Path, file: IO[bytes], size: int) -> BetonFile:
-    def read(dtype: np.dtype, count: int, what: str) -> np.ndarray:
-        if file.tell() + dtype.itemsize * count > size:
-            raise InputError(f"{path}: truncated in its {what} ({size:,} bytes are left); convert it again")
-        return np.fromfile(file, dtype, count)
-
-    if size < HEADER.itemsize:
-        raise InputError(f"{path}: not a beton ({size} bytes are too few for its header)")
-    header = read(HEADER, 1, "header")[0]
-    page_size, count = int(header["page_size"]), int(header["num_samples"])
-    if header["version"] != VERSION or page_size < PAGE_SIZE or page_size & (page_size - 1):
-        raise InputError(f"{path}: not a beton of FFCV's format version {VERSION}")
-    table_start = int(header["alloc_table_ptr"])
-    if table_start == 0:
-        raise InputError(f"{path}: was never finished by its writer; convert it again")
-    if table_start > size:
-        raise InputError(
-            f"{path}: truncated, {size:,} of more than {table_start:,} bytes are left; convert it again"
-        )
-
-    fields = read(FIELD, int(header["num_fields"]), "field list")
-    names = [bytes(field["name"]).split(b"\0")[0].decode("ascii", "replace") for field in fields]
-    types = [int(field["type_id"]) for field in fields]
-    for wanted, type_id, kind in (("image", IMAGE_FIELD, "RGB image"), ("label", INT_FIELD, "integer")):
-        if wanted not in names:
-            raise InputError(f"{path}: has no field '{wanted}' (only {', '.join(names) or 'none'})")
-        if types[names.index(wanted)] != type_id:
-            raise InputError(f"{path}: its field '{wanted}' is not FFCV's {kind} field")
-    for name, type_id in zip(names, types):
-        if type_id not in FIELD_TYPES:
-            raise InputError(f"{path}: its field '{name}' is of an unknown kind (type id {type_id})")
-
-    metadata = read(_metadata_dtype(types), count, "metadata")
+    layout = _Layout(path, file, size)
+    header = layout.header()
+    count, table_start = int(header["num_samples"]), int(header["alloc_table_ptr"])
+    types = layout.fields(int(header["num_fields"]))
+    metadata = layout.read(_metadata_dtype(list(types.values())), count, "metadata")
     metadata_end = file.tell()
-    rows = count * sum(FIELD_TYPES[type_id][1] for type_id in types)
-    if size - table_start != rows * ALLOCATION.itemsize:
-        raise InputError(
-            f"{path}: truncated or damaged, its table has {size - table_start:,} bytes instead of "
-            f"{rows * ALLOCATION.itemsize:,}; convert it again"
-        )
-    file.seek(table_start)
-    table = read(ALLOCATION, rows, "table")
-    image, label = metadata[f"f{names.index('image')}"], metadata[f"f{names.index('label')}"]
-    sizes = _image_sizes(path, image, table, metadata_end, table_start)
+    table = layout.table(table_start, count * sum(FIELD_TYPES[type_id][1] for type_id in types.values()))
+    column = {name: metadata[f"f{i}"] for i, name in enumerate(types)}
+    image = column["image"]
     return BetonFile(
         path=path,
         count=count,
         modes=image["mode"].copy(),
         heights=image["height"].astype(np.int64),
         widths=image["width"].astype(np.int64),
-        labels=label.astype(np.int64),
+        labels=column["label"].astype(np.int64),
         offsets=image["data_ptr"].copy(),
-        sizes=sizes,
+        sizes=_image_sizes(path, image, table, metadata_end, table_start),
         targets={
-            name: metadata[f"f{i}"].astype(np.float64)
-            for i, (name, type_id) in enumerate(zip(names, types))
-            if type_id == FLOAT_FIELD
+            name: column[name].astype(np.float64) for name, type_id in types.items() if type_id == FLOAT_FIELD
         },
     )
 

@@ -12,13 +12,14 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -33,17 +34,18 @@ from pipelines.convert import jpeg
 from pipelines.convert.beton import LONGEST_SIDE
 from pipelines.convert.estimate import check_space, measure
 from pipelines.convert.journal import Journal, alone
-from pipelines.convert.manifest import Samples, read_manifest, spread, write_manifest
+from pipelines.convert.manifest import Samples, min_median_max, read_manifest, write_manifest
 from pipelines.convert.outputs import BetonOutput, Item, Output, TarOutput
-from pipelines.convert.readers import Source, open_source
-from pipelines.convert.store import HOW, Settings, Stored, area_resize, attempt, select, store
-from pipelines.convert.webdataset import IMAGES_A_TAR
+from pipelines.convert.readers import open_source
+from pipelines.convert.source import Source, evenly_spaced
+from pipelines.convert.store import HOW, Settings, Stored, area_resize, select, store, store_batch
+from pipelines.convert.webdataset import IMAGES_PER_TAR
 from pipelines.cores import cores
 from pipelines.errors import InputError
 
 __all__ = ["Settings", "area_resize", "convert", "select", "store"]
 
-CHUNK = 16  # images a task: a future costs some 40 us, and the check goes three images at a time
+CHUNK = 16  # images a task: a future costs some 40 us
 COMMIT_SECONDS = 1.0  # what a kill costs at most, and a second of the disk's work
 COMMIT_BYTES = 8 << 20  # sooner if the disk is idle: the less is left to write at the end
 KEEP_SECONDS = 5.0  # of work that is kept when it ends early; less is quicker made again
@@ -88,7 +90,7 @@ def convert(
     settings: Settings = AS_IT_IS,
     *,
     webdataset: str | Path | None = None,
-    images_a_tar: int = IMAGES_A_TAR,
+    images_per_tar: int = IMAGES_PER_TAR,
     split: str | None = None,
     root: str | Path = "data",
     classes: str | Path | None = None,
@@ -112,10 +114,7 @@ def convert(
     The rows of the samples are in the file alone. Raises InputError for everything that the user can mend.
     """
     settings.check()
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers {workers}: must be at least 1")
-    if images_a_tar < 1:
-        raise InputError(f"--images-per-tar {images_a_tar}: must be at least 1")
+    check_counts(workers, images_per_tar)
     if shard is not None and (out is None or webdataset is not None):
         raise InputError("--shard: a part is written as a beton; ask for the tars when you --merge")
     beton = part_path(out, shard)
@@ -134,9 +133,16 @@ def convert(
             )
         head["shard"] = [number, of]
         order = order[len(order) * (number - 1) // of : len(order) * number // of]
-    outputs = make_outputs(beton, tars, opened, len(order), images_a_tar)
+    outputs = make_outputs(beton, tars, opened, len(order), images_per_tar)
     work = Work(opened, order, settings, outputs, workers or cores(), progress, head)
     return run(work, overwrite=overwrite, restart=restart, dry_run=dry_run)
+
+
+def check_counts(workers: int | None, images_per_tar: int = IMAGES_PER_TAR) -> None:
+    """Raises InputError for a number below 1."""
+    for option, number in (("--workers", workers), ("--images-per-tar", images_per_tar)):
+        if number is not None and number < 1:
+            raise InputError(f"{option} {number}: must be at least 1")
 
 
 def part_path(out: str | Path | None, shard: tuple[int, int] | None) -> Path | None:
@@ -148,23 +154,22 @@ def part_path(out: str | Path | None, shard: tuple[int, int] | None) -> Path | N
 
 
 def make_outputs(
-    beton: Path | None, tars: Path | None, source: Source, capacity: int, images_a_tar: int
+    beton: Path | None, tars: Path | None, source: Source, capacity: int, images_per_tar: int
 ) -> list[Output]:
     outputs: list[Output] = []
     if beton is not None:
         outputs.append(BetonOutput(beton, capacity, list(source.targets)))
     if tars is not None:
-        outputs.append(TarOutput(tars, source.split or "images", images_a_tar))
+        outputs.append(TarOutput(tars, source.split or "images", images_per_tar))
     return outputs
 
 
 def run(work: Work, overwrite: bool, restart: bool, dry_run: bool = False) -> dict[str, Any]:
     """Carry a conversion out, from its start or from where it was interrupted."""
     started = time.perf_counter()
-    first = work.outputs[0].final
     beton = next((output.final for output in work.outputs if not output.packed), None)
     tars = next((output.final for output in work.outputs if output.packed), None)
-    path = journal_path(first)
+    path = journal_path(work.outputs[0].final)
     if restart and not dry_run and path.exists():
         with alone(path):
             _remove(path, work.outputs)
@@ -181,17 +186,33 @@ def run(work: Work, overwrite: bool, restart: bool, dry_run: bool = False) -> di
     if dry_run:
         return {**work.head, **extra, "count": len(work.order)}
 
-    fresh, made = not path.exists(), list[Path]()
-    journal, resumed, manifest = None, 0, None
-    try:
-        made = [folder for output in work.outputs for folder in _make_folders(output.final.parent)]
-        journal = Journal(path, _fingerprint(work))
+    manifest = None
+    with _journal(work, path, started) as journal:
         resumed = journal.count
         if not journal.complete:
             check_targets(beton, tars, overwrite, journaled=False)
             _convert_images(work, journal)
             manifest = _finish(work, journal)
         _publish(work)
+    if manifest is None:  # killed when all but the renaming was done
+        manifest = read_manifest(work.outputs[0].manifest)[0]
+    return {**manifest, "seconds": time.perf_counter() - started, "resumed": resumed, **extra}
+
+
+@contextmanager
+def _journal(work: Work, path: Path, started: float) -> Iterator[Journal]:
+    """The journal of a conversion, which is removed when all is done.
+
+    A conversion that ends early keeps what it has made if that took a while or was resumed, and else leaves
+    nothing behind. What the disk refuses is an InputError then, and Ctrl-C says how much is kept.
+    """
+    fresh, made, journal = not path.exists(), list[Path](), None
+    try:
+        made = [folder for output in work.outputs for folder in _make_folders(output.final.parent)]
+        fingerprint = _fingerprint(work)
+        with _uninterrupted():  # or the file could be there and nobody know that it is ours
+            journal = Journal(path, fingerprint)
+        yield journal
     except BaseException as error:
         slow = time.perf_counter() - started > KEEP_SECONDS
         keep = not isinstance(error, NothingStored) and (not fresh or slow)
@@ -205,15 +226,32 @@ def run(work: Work, overwrite: bool, restart: bool, dry_run: bool = False) -> di
         done = 0 if journal is None else journal.committed
         kept = f"{done:,} of {len(work.order):,} images are kept" if keep and done else ""
         if isinstance(error, OSError):
-            raise InputError(_why(first, error, kept)) from error
+            raise InputError(_why(work.outputs[0].final, error, kept)) from error
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(kept) from error
         raise
     path.unlink(missing_ok=True)
     journal.close()
-    if manifest is None:  # killed when all but the renaming was done
-        manifest = read_manifest(work.outputs[0].manifest)[0]
-    return {**manifest, "seconds": time.perf_counter() - started, "resumed": resumed, **extra}
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM come when the block is over. (No thread but the main one ever meets them.)"""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in before.items() if handler is not None}  # not Python's
+    for number in before:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
 
 
 def _why(out: Path, error: OSError, kept: str) -> str:
@@ -228,9 +266,34 @@ def _why(out: Path, error: OSError, kept: str) -> str:
 
 def _convert_images(work: Work, journal: Journal) -> None:
     """Convert what the journal doesn't speak of yet."""
+    _replay(work, journal)
+    with (
+        _Progress(work, journal) as progress,
+        closing(_in_order(work, work.order[journal.count :])) as images,
+    ):
+        for index, stored in images:
+            if isinstance(stored, str):
+                _skip(work, journal, index, stored)
+                progress.skipped += 1
+            else:
+                item = _item(work.source, index)
+                for output in work.outputs:
+                    output.add(item, stored)
+                journal.append(_record(stored))
+                progress.written += len(stored.data)
+            progress.step()
+    if progress.skipped == len(work.order):
+        journal.commit([], wait=True)
+        first = f"{work.source.names[int(work.order[0])]}: {journal.reasons[0]}"
+        raise NothingStored(
+            f"none of the {progress.skipped} files is an image that can be stored; the first, {first}"
+        )
+
+
+def _replay(work: Work, journal: Journal) -> None:
+    """Bring the outputs to where the journal is."""
     for output in work.outputs:
         output.prepare()
-    total, done = len(work.order), journal.count
     for record, index in zip(chain.from_iterable(journal.records(REPLAYED)), work.order):
         if record["how"]:
             for output in work.outputs:
@@ -238,38 +301,45 @@ def _convert_images(work: Work, journal: Journal) -> None:
     for output in work.outputs:
         output.cut()
 
-    refused, written, synced = len(journal.reasons), 0, 0
-    committed = shown = time.perf_counter()
-    bar = Bar(total=total, initial=done, unit="img", smoothing=0.1, disable=None if work.progress else True)
-    with bar, closing(_in_order(work, work.order[done:])) as images:
-        for index, stored in images:
-            if isinstance(stored, str):
-                if work.settings.on_error == "fail":
-                    journal.commit(_synced(work), wait=True)
-                    name = work.source.names[index]
-                    raise InputError(f"{name}: {stored}; mend it, or leave it out by --on-error refuse")
-                journal.append((0, 0, 0, 0, 0, 0, _NO_DIGEST, 0, _NO_DIGEST), stored)
-                refused += 1
-            else:
-                item = _item(work.source, index)
-                for output in work.outputs:
-                    output.add(item, stored)
-                journal.append(_record(stored))
-                written += len(stored.data)
-            bar.update()
-            now = time.perf_counter()
-            if now - shown > 0.5:
-                rate = written / 1e6 / max(bar.format_dict["elapsed"], 1e-3)
-                bar.set_postfix_str(f"{rate:,.0f} MB/s" + f", {refused} refused" * bool(refused))
-                shown = now
-            if now - committed > COMMIT_SECONDS or (written - synced > COMMIT_BYTES and journal.idle()):
-                journal.commit(_synced(work))
-                _check_still_space(work.outputs)
-                committed, synced = now, written
-    if refused == total:
-        journal.commit([], wait=True)
-        first = f"{work.source.names[int(work.order[0])]}: {journal.reasons[0]}"
-        raise NothingStored(f"none of the {total} files is an image that can be stored; the first, {first}")
+
+def _skip(work: Work, journal: Journal, index: int, reason: str) -> None:
+    """Note an image that can't be stored. Raises InputError if such an image is to end the conversion."""
+    if work.settings.on_error == "raise":
+        journal.commit(_synced(work), wait=True)
+        name = work.source.names[index]
+        raise InputError(f"{name}: {reason}; fix the file, or skip it with --on-error skip")
+    journal.append((0, 0, 0, 0, 0, 0, _NO_DIGEST, 0, _NO_DIGEST), reason)
+
+
+class _Progress:
+    """The bar, and when to commit. Attributes: skipped (images), written (bytes of images, from now on)."""
+
+    def __init__(self, work: Work, journal: Journal) -> None:
+        self.work, self.journal = work, journal
+        self.skipped, self.written, self.synced = len(journal.reasons), 0, 0
+        self.committed = self.shown = time.perf_counter()
+        total, done, hidden = len(work.order), journal.count, None if work.progress else True
+        self.bar = Bar(total=total, initial=done, unit="img", smoothing=0.1, disable=hidden)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def step(self) -> None:
+        """One more image is done."""
+        self.bar.update()
+        now = time.perf_counter()
+        if now - self.shown > 0.5:
+            rate = self.written / 1e6 / max(self.bar.format_dict["elapsed"], 1e-3)
+            self.bar.set_postfix_str(f"{rate:,.0f} MB/s" + f", {self.skipped} skipped" * bool(self.skipped))
+            self.shown = now
+        due = now - self.committed > COMMIT_SECONDS
+        if due or (self.written - self.synced > COMMIT_BYTES and self.journal.idle()):
+            self.journal.commit(_synced(self.work))
+            _check_still_space(self.work.outputs)
+            self.committed, self.synced = now, self.written
 
 
 _NO_DIGEST = np.zeros(32, np.uint8)
@@ -310,7 +380,7 @@ def _in_order(work: Work, order: np.ndarray) -> Generator[tuple[int, Stored | st
 
     def attempts(chunk: np.ndarray) -> list[tuple[int, Stored | str]]:
         indices = [int(index) for index in chunk]
-        return list(zip(indices, attempt(work.source, indices, work.settings, pack)))
+        return list(zip(indices, store_batch(work.source, indices, work.settings, pack)))
 
     pool = ThreadPoolExecutor(work.workers, thread_name_prefix="convert")
     under_way: deque[Future] = deque()
@@ -354,7 +424,7 @@ def _check_written(work: Work, journal: Journal) -> None:
     """Hold what lies on the disk against the journal: all sizes and tables, and the digests of up to CHECKED
     images, evenly spread (`verify` reads all). Raises InputError: another process has written there."""
     count = len(work.order) - len(journal.reasons)
-    chosen = np.unique(np.linspace(0, count - 1, min(count, CHECKED)).astype(int))
+    chosen = evenly_spaced(count, CHECKED)
     for output in work.outputs:
         what, place = output.changed(), 0
         for records, _ in _kept(work, journal, REPLAYED):
@@ -429,8 +499,8 @@ def _figures(work: Work, journal: Journal, output: Output) -> dict[str, Any]:
         "classes": work.source.classes,
         "class_counts": of_class.tolist(),
         "targets": list(work.source.targets),
-        "heights": spread(of_height),
-        "widths": spread(of_width),
+        "heights": min_median_max(of_height),
+        "widths": min_median_max(of_width),
         "stored": {**stored, "turned_upright": turned},
         "source_count": len(work.source.labels),
         "settings": asdict(work.settings),

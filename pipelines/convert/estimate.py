@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.convert.readers import Source
-from pipelines.convert.store import Settings, attempt
+from pipelines.convert.source import Source, evenly_spaced
+from pipelines.convert.store import Settings, store_batch
 from pipelines.errors import InputError
 
 FEWEST = 200  # images; fewer are converted before they are estimated
@@ -50,12 +50,12 @@ def measure(
     if len(order) < FEWEST:
         return None
     count = int(np.clip(len(order) // 50, 16, 256))
-    sample = _spread(order, count)
-    attempt(source, sample[:2], settings, pack)  # what is compiled or loaded is so once
+    sample = order[evenly_spaced(len(order), count)].tolist()
+    store_batch(source, sample[:2], settings, pack)  # what is compiled or loaded is so once
     started = time.perf_counter()
 
     def sizes(chunk: list[int]) -> list[tuple[int, int] | None]:  # not the images: 256 are much to keep
-        results = attempt(source, chunk, settings, pack)
+        results = store_batch(source, chunk, settings, pack)
         return [None if isinstance(each, str) else (len(each.data), len(each.packed)) for each in results]
 
     with ThreadPoolExecutor(workers) as pool:
@@ -74,13 +74,10 @@ def _share(source: Source, order: np.ndarray, sample: list[int]) -> float:
         return 1.0
     try:
         sampled = np.mean([source.size_of(index) for index in sample])
-        return float(np.mean([source.size_of(index) for index in _spread(order, SIZES)]) / max(sampled, 1))
+        many = order[evenly_spaced(len(order), SIZES)].tolist()
+        return float(np.mean([source.size_of(index) for index in many]) / max(sampled, 1))
     except OSError:  # a file that can't be asked is refused later, by name
         return 1.0
-
-
-def _spread(order: np.ndarray, count: int) -> list[int]:
-    return order[np.linspace(0, len(order) - 1, min(count, len(order))).astype(int)].tolist()
 
 
 def check_space(beton: Path | None, tars: Path | None, estimate: Estimate | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.convert.readers import Source
+from pipelines.convert.source import Source
 from pipelines.errors import InputError
 
 CLASSES, TRAIN_IMAGES, VALIDATION_IMAGES = 1_000, 1_281_167, 50_000

@@ -9,9 +9,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from pipelines.convert.beton import open_beton
+from pipelines.convert.betons import open_beton_source
 from pipelines.convert.estimate import size_text
-from pipelines.convert.merge import open_beton_source
-from pipelines.convert.readers import Source, decode_rgb, open_source
+from pipelines.convert.pixels import decode_rgb
+from pipelines.convert.readers import open_source
+from pipelines.convert.source import Source, evenly_spaced
 from pipelines.errors import InputError
 
 COLUMNS, ROWS, SIDE, CAPTION = 8, 6, 128, 14  # of the sheet; the sides in pixels
@@ -52,7 +54,7 @@ def inspect(path: str | Path, sheet: str | Path) -> Look:
     else:
         source = open_source(str(path))
         lines.append(f"{path}: {len(source.labels):,} images")
-        sizes = np.array([len(source.read(i)) for i in _spread(len(source.labels), 1000)])
+        sizes = np.array([len(source.read(i)) for i in evenly_spaced(len(source.labels), 1000).tolist()])
         lines += ["", f"bytes an image ({len(sizes)} of them)", *histogram(sizes)]
     counts = np.bincount(source.labels, minlength=len(source.classes))
     lines += ["", *class_lines(source, counts)]
@@ -98,7 +100,7 @@ def contact_sheet(source: Source, path: Path) -> None:
     """48 images, evenly spread, each with its index and class."""
     page = Image.new("RGB", (COLUMNS * SIDE, ROWS * (SIDE + CAPTION)), "white")
     draw = ImageDraw.Draw(page)
-    for place, index in enumerate(_spread(len(source.labels), COLUMNS * ROWS)):
+    for place, index in enumerate(evenly_spaced(len(source.labels), COLUMNS * ROWS).tolist()):
         image = source.read(index)
         pixels = decode_rgb(image, source.names[index]) if isinstance(image, bytes) else image
         thumb = Image.fromarray(pixels)
@@ -111,7 +113,3 @@ def contact_sheet(source: Source, path: Path) -> None:
         page.save(path, "PNG")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-def _spread(count: int, most: int) -> list[int]:
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()

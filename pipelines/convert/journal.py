@@ -84,7 +84,7 @@ class Journal:
         if line != fingerprint.encode() + b"\n":
             raise InputError(
                 f"{self.path}: an unfinished conversion from another source or with other settings; "
-                "repeat its command to finish it, or add --restart to drop it"
+                "repeat its command to finish it, or add --restart to discard it"
             )
         good = self.file.tell()
         for records, reasons, complete in _groups(self.file):

@@ -11,8 +11,7 @@ from __future__ import annotations
 import ctypes
 import io
 import threading
-from collections.abc import Sequence
-from ctypes import POINTER, byref, c_char_p, c_int, c_ulong, c_void_p
+from ctypes import byref, c_int, c_ulong, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +21,6 @@ from PIL import Image, UnidentifiedImageError
 from pipelines import turbojpeg
 from pipelines.errors import first_line
 
-COLOURS = ("RGB", "YCbCr", "grey", "CMYK", "YCCK")  # TJCS_*
-_PIXELS_RGB, _PIXELS_GREY = 0, 6  # TJPF_*
-_SUBSAMPLING_420 = 2  # TJSAMP_420
-_NO_REALLOCATION, _ACCURATE_DCT = 1024, 4096  # TJFLAG_*; the fast DCT is less exact
-_STOP_AT_500_SCANS = 32768  # TJFLAG_LIMITSCANS: a progressive JPEG of some kilobytes could decode for minutes
 _ORIENTATION = 0x0112  # EXIF tag
 
 
@@ -38,7 +32,7 @@ class DamagedImage(Exception):
 class JpegHeader:
     height: int
     width: int
-    colour: str  # one of COLOURS
+    colour: str  # one of turbojpeg.COLOURS
     orientation: int  # EXIF's, 1 to 8; 1 is upright
 
     @property
@@ -63,46 +57,21 @@ def read_header(data: bytes) -> JpegHeader:
     width, height, _, colour_index = numbers = [c_int() for _ in range(4)]
     if _turbo.tjDecompressHeader3(handle, data, len(data), *map(byref, numbers)):
         raise _failed(handle)
-    colour = COLOURS[colour_index.value] if 0 <= colour_index.value < len(COLOURS) else "unknown"
+    known = 0 <= colour_index.value < len(turbojpeg.COLOURS)
+    colour = turbojpeg.COLOURS[colour_index.value] if known else "unknown"
     return JpegHeader(height.value, width.value, colour, turned)
 
 
 def check(data: bytes, header: JpegHeader) -> None:
-    """Decode the whole file and raise DamagedImage at any error or warning.
+    """Decode the whole file and raise DamagedImage at any error or warning of libjpeg-turbo's.
 
-    What `entropy.sound` finds whole is done with. The rest is decoded to grey at an eighth of the size: that
-    reads every coefficient, skips most of the arithmetic, and found the same damage as a full decode in
-    1,000 files with a flipped byte (in 0.6 of the time).
+    It is decoded to grey at an eighth of the size: that reads every coefficient, skips most of the
+    arithmetic, and finds the same damage as a full decode, in 0.6 of the time.
     """
-    from pipelines.convert.entropy import sound  # numba takes a second to load; raw pixels need none
-
-    if not sound([data])[0]:
-        _check_by_decoding(data, header)
-
-
-def check_all(files: Sequence[bytes]) -> list[str | None]:
-    """The same for JPEGs whose headers were read: of each, what is wrong with it."""
-    if not files:
-        return []
-    from pipelines.convert.entropy import sound
-
-    found: list[str | None] = []
-    for data, is_sound in zip(files, sound(files)):
-        reason = None
-        try:
-            if not is_sound:
-                _check_by_decoding(data, read_header(data))
-        except DamagedImage as error:
-            reason = str(error)
-        found.append(reason)
-    return found
-
-
-def _check_by_decoding(data: bytes, header: JpegHeader) -> None:
     if _turbo is None:
         decode(data, header)
     else:
-        _decompress(data, header, _PIXELS_GREY, eighths=1)
+        _decompress(data, header, turbojpeg.GREY, eighths=1)
 
 
 def decode(data: bytes, header: JpegHeader, shortest: tuple[int, int] | None = None) -> np.ndarray:
@@ -119,7 +88,7 @@ def decode(data: bytes, header: JpegHeader, shortest: tuple[int, int] | None = N
         eighths = min(enough, default=8)
     if _turbo is None:
         return np.asarray(open_with_pillow(data, shrink=8 // eighths).convert("RGB"))
-    return _decompress(data, header, _PIXELS_RGB, eighths)
+    return _decompress(data, header, turbojpeg.RGB, eighths)
 
 
 def encode(pixels: np.ndarray, quality: int) -> bytes:
@@ -197,14 +166,14 @@ def _scaled(header: JpegHeader, eighths: int) -> tuple[int, int]:
 
 def _decompress(data: bytes, header: JpegHeader, pixels: int, eighths: int) -> np.ndarray:
     height, width = _scaled(header, eighths)
-    shape = (height, width, 3) if pixels == _PIXELS_RGB else (height, width)
+    shape = (height, width, 3) if pixels == turbojpeg.RGB else (height, width)
     try:
         out = np.empty(shape, np.uint8)
     except MemoryError as error:
         raise DamagedImage(f"{header.width} x {header.height} pixels do not fit into memory") from error
     handle = _handle()
     target = (out.ctypes.data, width, 0, height, pixels)
-    if _turbo.tjDecompress2(handle, data, len(data), *target, _STOP_AT_500_SCANS):
+    if _turbo.tjDecompress2(handle, data, len(data), *target, turbojpeg.STOP_AT_500_SCANS):
         raise _failed(handle)
     return out
 
@@ -212,37 +181,21 @@ def _decompress(data: bytes, header: JpegHeader, pixels: int, eighths: int) -> n
 def _compress(pixels: np.ndarray, quality: int) -> bytes:
     """Into a buffer that each thread keeps, large enough for any content, and copied once from there."""
     height, width = pixels.shape[:2]
-    needed = _turbo.tjBufSize(width, height, _SUBSAMPLING_420)
+    needed = _turbo.tjBufSize(width, height, turbojpeg.SUBSAMPLING_420)
     if getattr(_local, "room", 0) < needed:
         _local.room, _local.buffer = needed, ctypes.create_string_buffer(needed)
     if not hasattr(_local, "compressor"):
         _local.compressor = _Owned(_turbo.tjInitCompress())
     start, size = c_void_p(ctypes.addressof(_local.buffer)), c_ulong(needed)
-    source = (pixels.ctypes.data, width, 0, height, _PIXELS_RGB)
-    how = (_SUBSAMPLING_420, quality, _ACCURATE_DCT | _NO_REALLOCATION)
+    source = (pixels.ctypes.data, width, 0, height, turbojpeg.RGB)
+    how = (turbojpeg.SUBSAMPLING_420, quality, turbojpeg.ACCURATE_DCT | turbojpeg.NO_REALLOCATION)
     handle = _local.compressor.handle
     if _turbo.tjCompress2(handle, *source, byref(start), byref(size), *how):
         raise DamagedImage(_turbo.tjGetErrorStr2(handle).decode("utf-8", "replace"))
     return ctypes.string_at(_local.buffer, size.value)
 
 
-def _load_turbo() -> Any:
-    if turbojpeg.FOUND is None:
-        return None
-    turbo, _ = turbojpeg.FOUND
-    turbo.tjInitDecompress.restype = c_void_p
-    turbo.tjDestroy.argtypes = [c_void_p]
-    turbo.tjGetErrorStr2.argtypes, turbo.tjGetErrorStr2.restype = [c_void_p], c_char_p
-    turbo.tjDecompressHeader3.argtypes = [c_void_p, c_char_p, c_ulong, *[POINTER(c_int)] * 4]
-    turbo.tjDecompress2.argtypes = [c_void_p, c_char_p, c_ulong, c_void_p, *[c_int] * 5]
-    turbo.tjInitCompress.restype = c_void_p
-    turbo.tjBufSize.argtypes, turbo.tjBufSize.restype = [c_int] * 3, c_ulong
-    pixels = [c_void_p, c_int, c_int, c_int, c_int]  # address, width, bytes a line, height, format
-    turbo.tjCompress2.argtypes = [c_void_p, *pixels, POINTER(c_void_p), POINTER(c_ulong), *[c_int] * 3]  # type: ignore[list-item]
-    return turbo
-
-
-_turbo = _load_turbo()
+_turbo: Any = turbojpeg.typed()
 _local = threading.local()
 
 

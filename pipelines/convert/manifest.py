@@ -113,7 +113,7 @@ def _write_parquet(file: IO[bytes], chunks: Iterator[Samples]) -> None:
         writer.close()
 
 
-def spread(counts: np.ndarray) -> dict[str, float]:
+def min_median_max(counts: np.ndarray) -> dict[str, float]:
     """Smallest, median and largest, of how often each number from 0 on occurs."""
     there, total = np.flatnonzero(counts), np.cumsum(counts)
     middle = np.searchsorted(total, [(total[-1] + 1) // 2, total[-1] // 2 + 1])

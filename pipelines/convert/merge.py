@@ -1,51 +1,31 @@
-"""Betons as a source: to be converted to another form, or merged where they are the parts of an array job."""
+"""The parts of an array job, put together."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipelines.convert.beton import JPEG, BetonFile, open_beton
-from pipelines.convert.conversion import Work, check_targets, make_outputs, run
-from pipelines.convert.manifest import manifest_path, read_manifest, rows_path
-from pipelines.convert.readers import Source, labelled
+from pipelines.convert.beton import BetonFile, open_beton
+from pipelines.convert.betons import reader_of
+from pipelines.convert.conversion import Work, check_counts, check_targets, make_outputs, run
+from pipelines.convert.manifest import Samples, manifest_path, read_manifest, rows_path
+from pipelines.convert.source import Source
 from pipelines.convert.store import Settings, Stored
-from pipelines.convert.webdataset import IMAGES_A_TAR
+from pipelines.convert.webdataset import IMAGES_PER_TAR
 from pipelines.cores import cores
 from pipelines.errors import InputError
-from pipelines.openfiles import OpenFiles
-
-
-def open_beton_source(path: Path) -> Source:
-    """A beton's images as they came: JPEG bytes, or pixels. Names and classes as in its manifest."""
-    beton = open_beton(path)
-    bytes_of = _reader([beton])
-    manifest_file = manifest_path(path)
-    classes, split = None, None
-    names = [f"{path.name}:{index}" for index in range(beton.count)]
-    if manifest_file.exists():
-        manifest, samples = read_manifest(manifest_file)
-        classes, split, names = manifest["classes"], manifest["split"], list(samples["name"])
-
-    def read(index: int) -> bytes | np.ndarray:
-        data = bytes_of(0, index)
-        if beton.modes[index] == JPEG:
-            return data
-        return np.frombuffer(data, np.uint8).reshape(int(beton.heights[index]), int(beton.widths[index]), 3)
-
-    return replace(labelled(str(path), names, beton.labels, classes, read, split), targets=beton.targets)
 
 
 def merge(
     out: str | Path,
     *,
     webdataset: str | Path | None = None,
-    images_a_tar: int = IMAGES_A_TAR,
+    images_per_tar: int = IMAGES_PER_TAR,
     workers: int | None = None,
     overwrite: bool = False,
     restart: bool = False,
@@ -58,47 +38,14 @@ def merge(
     with "parts", the files that are left; `remove_parts` removes them and their manifests in the end.
     Raises InputError if a part is missing, damaged, or of another conversion than the first.
     """
+    check_counts(workers, images_per_tar)
     out = Path(out)
     tars = None if webdataset is None else Path(webdataset)
     check_targets(out, tars, overwrite)
-    paths = part_files(out)
-    betons = [open_beton(path) for path in paths]
-    read = [read_manifest(manifest_path(path)) for path in paths]
-    manifests, rows = [each[0] for each in read], [each[1] for each in read]
-    for path, manifest in zip(paths, manifests):
-        for key in ("source", "split", "settings", "versions", "classes", "targets", "source_count"):
-            if manifest[key] != manifests[0][key]:
-                raise InputError(f"{path}: its {key} differs from that of {paths[0].name}; convert it again")
-
-    bytes_of = _reader(betons)
-    place = [(part, index) for part, beton in enumerate(betons) for index in range(beton.count)]
-
-    def stored(at: int) -> Any:
-        part, index = place[at]
-        samples, data = rows[part], bytes_of(part, index)
-        digest = hashlib.sha256(data).digest()
-        if digest.hex() != samples["sha256"][index]:
-            name = samples["name"][index]
-            raise InputError(
-                f"{paths[part]}: image {index} ({name}) isn't what was written; convert this part again"
-            )
-        size = int(samples["height"][index]), int(samples["width"][index])
-        turned = bool(samples["turned"][index])
-        return Stored(int(samples["mode"][index]), *size, data, samples["stored"][index], turned, digest)
-
-    first = manifests[0]
-    source = Source(
-        names=[name for samples in rows for name in samples["name"]],
-        labels=np.concatenate([beton.labels for beton in betons]),
-        classes=first["classes"],
-        read=stored,
-        split=first["split"],
-        targets={
-            name: np.concatenate([beton.targets[name] for beton in betons]) for name in first["targets"]
-        },
-    )
-    refused = [each for manifest in manifests for each in manifest["refused"]]
-    outputs = make_outputs(out, tars, source, len(source.labels) + len(refused), images_a_tar)
+    parts = _read_parts(part_files(out))
+    source, first = parts.source(), parts.manifests[0]
+    refused = [each for manifest in parts.manifests for each in manifest["refused"]]
+    outputs = make_outputs(out, tars, source, len(source.labels) + len(refused), images_per_tar)
     known = {key: first[key] for key in ("source_count", "settings", "versions")}
     head = {key: first[key] for key in ("source", "split")}
     settings = Settings(**first["settings"])
@@ -107,12 +54,64 @@ def merge(
     work = Work(source, order, settings, outputs, workers or cores(), progress, head, known, refused)
     manifest = run(work, overwrite=overwrite, restart=restart)
     if remove_parts:
-        for path in paths:
+        parts.remove()
+    return {**manifest, "parts": [] if remove_parts else [str(path) for path in parts.paths]}
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The parts of one conversion, in order."""
+
+    paths: list[Path]
+    betons: list[BetonFile]
+    manifests: list[dict[str, Any]]
+    rows: list[Samples]
+
+    def source(self) -> Source:
+        """The images of all of them, as they are stored, each held against its digest."""
+        bytes_of = reader_of(self.betons)
+        place = [(part, index) for part, beton in enumerate(self.betons) for index in range(beton.count)]
+        first = self.manifests[0]
+        return Source(
+            names=[name for samples in self.rows for name in samples["name"]],
+            labels=np.concatenate([beton.labels for beton in self.betons]),
+            classes=first["classes"],
+            read=lambda at: self._stored(*place[at], bytes_of(*place[at])),
+            split=first["split"],
+            targets={
+                name: np.concatenate([beton.targets[name] for beton in self.betons])
+                for name in first["targets"]
+            },
+        )
+
+    def _stored(self, part: int, index: int, data: bytes) -> Any:
+        samples, digest = self.rows[part], hashlib.sha256(data).digest()
+        if digest.hex() != samples["sha256"][index]:
+            raise InputError(
+                f"{self.paths[part]}: image {index} ({samples['name'][index]}) isn't what was written; "
+                "convert this part again"
+            )
+        size = int(samples["height"][index]), int(samples["width"][index])
+        turned = bool(samples["turned"][index])
+        return Stored(int(samples["mode"][index]), *size, data, samples["stored"][index], turned, digest)
+
+    def remove(self) -> None:
+        for path in self.paths:
             beside = manifest_path(path)
             for each in (path, beside, rows_path(beside)):
                 each.unlink(missing_ok=True)
-        paths = []
-    return {**manifest, "parts": [str(path) for path in paths]}
+
+
+def _read_parts(paths: list[Path]) -> _Parts:
+    """Raises InputError if one is damaged, or of another conversion than the first."""
+    betons = [open_beton(path) for path in paths]
+    read = [read_manifest(manifest_path(path)) for path in paths]
+    parts = _Parts(paths, betons, [each[0] for each in read], [each[1] for each in read])
+    for path, manifest in zip(paths, parts.manifests):
+        for key in ("source", "split", "settings", "versions", "classes", "targets", "source_count"):
+            if manifest[key] != parts.manifests[0][key]:
+                raise InputError(f"{path}: its {key} differs from that of {paths[0].name}; convert it again")
+    return parts
 
 
 def part_files(out: Path) -> list[Path]:
@@ -134,18 +133,3 @@ def part_files(out: Path) -> list[Path]:
         listed = ", ".join(map(str, missing[:5])) + (" ..." if len(missing) > 5 else "")
         raise InputError(f"{out}: {len(missing)} of {count} parts are missing: {listed}")
     return [present[number] for number in range(1, count + 1)]
-
-
-def _reader(betons: list[BetonFile]) -> Any:
-    """(part, index) -> the bytes of an image, from any thread."""
-    files = OpenFiles()  # an array job can have more parts than a process may open files
-
-    def bytes_of(part: int, index: int) -> bytes:
-        beton = betons[part]
-        size = int(beton.sizes[index])
-        data = files.read(beton.path, size, int(beton.offsets[index]))
-        if len(data) != size:
-            raise InputError(f"{beton.path}: was cut short while it was read")
-        return data
-
-    return bytes_of

@@ -121,17 +121,17 @@ class TarOutput:
 
     packed = True
 
-    def __init__(self, final: Path, prefix: str, images_a_tar: int):
+    def __init__(self, final: Path, prefix: str, images_per_tar: int):
         self.final = final
         self.part = final.with_name(f".{final.name}.part")
         self.manifest = final / "manifest.json"
-        self.prefix, self.images_a_tar = prefix, images_a_tar
-        self.writer = TarWriter(self.part, prefix, images_a_tar)
+        self.prefix, self.images_per_tar = prefix, images_per_tar
+        self.writer = TarWriter(self.part, prefix, images_per_tar)
         self.index: tuple[int, list[str]] = -1, []  # of the tar that `stored` was last asked for
         self.total = 0
 
     def describe(self) -> dict[str, Any]:
-        return {"format": "webdataset", "prefix": self.prefix, "images_per_tar": self.images_a_tar}
+        return {"format": "webdataset", "prefix": self.prefix, "images_per_tar": self.images_per_tar}
 
     def bytes_written(self) -> int:
         return sum(path.stat().st_size for path in self.part.glob(f"{self.prefix}-*.tar"))
@@ -144,7 +144,7 @@ class TarOutput:
 
     def prepare(self) -> None:
         self.part.mkdir(exist_ok=True)
-        self.writer = TarWriter(self.part, self.prefix, self.images_a_tar)
+        self.writer = TarWriter(self.part, self.prefix, self.images_per_tar)
 
     def replay(self, item: Item, record: np.void) -> None:
         self.writer.replay(int(record["mode"]), int(record["packed_size"]), item.label, item.targets)
@@ -178,7 +178,7 @@ class TarOutput:
 
     def stored(self, place: int) -> bytes:
         """The bytes of one image, as they lie in the finished tars."""
-        number, row = divmod(place, self.images_a_tar)
+        number, row = divmod(place, self.images_per_tar)
         path = self.part / self.writer.finished[number][0]
         if self.index[0] != number:  # the images of a tar are asked for one after the other
             self.index = number, path.with_suffix(".idx").read_text().splitlines()[1:]

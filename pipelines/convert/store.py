@@ -1,4 +1,4 @@
-"""What becomes of one image: kept byte for byte, encoded anew, stored as pixels, or refused."""
+"""What becomes of one image: kept byte for byte, encoded anew, stored as pixels, or skipped."""
 
 from __future__ import annotations
 
@@ -14,16 +14,13 @@ from PIL import Image
 
 from pipelines.convert import jpeg
 from pipelines.convert.beton import JPEG, LONGEST_SIDE, RAW
-from pipelines.convert.readers import Source, as_rgb, decode_other, upright
+from pipelines.convert.pixels import as_rgb, decode_other, upright
+from pipelines.convert.source import Source
 from pipelines.errors import InputError, first_line
 
 SMALL = 64 * 64  # pixels; a lossless image of at most so many is stored raw: cheaper to read, hardly larger
-HOW = (
-    "refused",
-    "jpeg_untouched",
-    "reencoded",
-    "raw",
-)  # what can become of an image; their numbers are stored
+HOW = ("refused", "jpeg_untouched", "reencoded", "raw")  # what becomes of an image; these numbers are stored
+ON_ERROR = ("raise", "skip")
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Settings:
     raw_proportion: float = 0.0  # so many of the images as RGB pixels: large, but nothing to decode
     subset: int | None = None  # so many images, balanced over the classes
     shuffle_seed: int | None = None  # None keeps the source's order; the subset is drawn with 0 then
-    on_error: str = "refuse"  # a damaged image: "refuse" leaves it out, by name; "fail" stops
+    on_error: str = "skip"  # one of ON_ERROR: what a damaged image does; one that is skipped is named
     white_level: int | None = None  # of images of more than 8 bits that don't state theirs, see `depth`
 
     def check(self) -> None:
@@ -52,8 +49,8 @@ class Settings:
             raise InputError(f"--shuffle-seed {self.shuffle_seed}: must be within 0 and {2**32 - 1}")
         if self.white_level is not None and not 1 <= self.white_level < 2**32:
             raise InputError(f"--white-level {self.white_level}: must be within 1 and {2**32 - 1}")
-        if self.on_error not in ("refuse", "fail"):
-            raise InputError(f"--on-error {self.on_error}: must be refuse or fail")
+        if self.on_error not in ON_ERROR:
+            raise InputError(f"--on-error {self.on_error}: must be {' or '.join(ON_ERROR)}")
 
 
 @dataclass(frozen=True)
@@ -83,39 +80,29 @@ class Stored:
         return replace(self, digest=digest, packed=packed, packed_digest=packed_digest)
 
 
-def attempt(source: Source, indices: Sequence[int], settings: Settings, pack: bool) -> list[Stored | str]:
-    """Images of a source, each stored and digested, or the reason why it can't be.
-
-    JPEGs that keep their bytes are checked together, which is faster than one by one.
-    """
+def store_batch(source: Source, indices: Sequence[int], settings: Settings, pack: bool) -> list[Stored | str]:
+    """Images of a source, each checked, stored and digested, or the reason why it can't be."""
     results: list[Stored | str] = []
-    unchecked = []
     for index in indices:
         try:
             image: Any = source.read(index)
             # What another conversion stored comes as it is: the parts of an array job, to be merged.
-            if not isinstance(image, Stored):
-                image = store(image, settings, index, check=False)
-                unchecked += [len(results)] * (image.how == "jpeg_untouched")
-            results.append(image)
+            stored = image if isinstance(image, Stored) else store(image, settings, index)
+            results.append(stored.digested(pack))
         except InputError:  # about the set, not the image
             raise
         except OSError as error:
             results.append(f"cannot be read ({error.strerror or error})")
         except Exception as error:  # whatever a decoder raises is about this image alone
             results.append(first_line(error))
-    for place, reason in zip(unchecked, jpeg.check_all([results[place].data for place in unchecked])):  # type: ignore[union-attr, misc]
-        if reason is not None:
-            results[place] = reason
-    return [each if isinstance(each, str) else each.digested(pack) for each in results]
+    return results
 
 
-def store(image: bytes | np.ndarray, settings: Settings, index: int = 0, check: bool = True) -> Stored:
+def store(image: bytes | np.ndarray, settings: Settings, index: int = 0) -> Stored:
     """Check one image (a file's bytes, or pixels) and bring it to the form in which it is stored.
 
     A JPEG that FFCV can read and that is not too large keeps its bytes. `index`, the image's place in its
-    source, decides whether it is among the raw ones. Without `check`, a JPEG that is kept is not checked
-    beyond its header. Raises jpeg.DamagedImage.
+    source, decides whether it is among the raw ones. Raises jpeg.DamagedImage.
     """
     raw = chosen_raw(settings, index)
     if isinstance(image, np.ndarray):
@@ -130,8 +117,7 @@ def store(image: bytes | np.ndarray, settings: Settings, index: int = 0, check: 
     size = _target_size(header.height, header.width, settings.max_resolution)
     same_size = size == (header.height, header.width)
     if header.is_rgb_or_grey and header.orientation == 1 and same_size and not raw:
-        if check:
-            jpeg.check(image, header)
+        jpeg.check(image, header)
         return Stored(JPEG, *size, image, "jpeg_untouched")
     pixels = jpeg.decode(image, header, None if same_size else size)
     if not same_size:

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 
 from pipelines.convert.beton import LONGEST_NAME
+from pipelines.convert.folders import read_regular
 from pipelines.convert.names import Names
-from pipelines.convert.readers import Source, labelled, read_regular
+from pipelines.convert.source import Source, labelled
 from pipelines.errors import InputError
 
 PATHS, LABELS = ("path", "file", "filename", "image"), ("label", "class")

@@ -19,14 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipelines.convert import imagenet, jpeg
+from pipelines.convert.folders import as_laid_out, files_of_split
 from pipelines.convert.layout import layout_of
 from pipelines.convert.names import Names
-from pipelines.convert.readers import (
-    Source,
-    as_laid_out,
-    files_of_split,
-    labelled,
-)
 from pipelines.convert.recognise import (
     EXTENSIONS,
     HEAD,
@@ -36,6 +31,7 @@ from pipelines.convert.recognise import (
     is_image,
     left_by_a_system,
 )
+from pipelines.convert.source import Source, labelled
 from pipelines.errors import InputError
 from pipelines.openfiles import OpenFiles
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipelines.convert import jpeg
 from pipelines.convert.beton import ALLOCATION, HEADER, JPEG, BetonWriter
-from pipelines.convert.conversion import Bar
+from pipelines.convert.conversion import Bar, check_counts
 from pipelines.convert.manifest import Samples, read_manifest
 from pipelines.convert.webdataset import END, TarLayout, targets_of
 from pipelines.cores import cores
@@ -65,6 +65,7 @@ class _Region:
 
 def verify(path: str | Path, workers: int | None = None, progress: bool = False) -> Verdict:
     """Read all of it. Raises InputError if it or its manifest can't be read."""
+    check_counts(workers)
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file")
@@ -79,21 +80,26 @@ def verify(path: str | Path, workers: int | None = None, progress: bool = False)
             if tars
             else _of_beton(path, manifest, rows, verdict, files)
         )
-        with (
-            ThreadPoolExecutor(workers or cores()) as pool,
-            Bar(total=manifest["count"], unit="img", disable=None if progress else True) as bar,
-        ):
-            while some := list(islice(regions, 512)):  # not all at once: a million futures are a gigabyte
-                for region, reason in zip(some, pool.map(lambda region: _check(region, rows, files), some)):
-                    bar.update()
-                    if reason:
-                        verdict.wrong.append((region.index, str(rows["name"][region.index]), reason))
-        verdict.wrong = [
-            next(w for w in verdict.wrong if w[0] == i) for i in sorted({w[0] for w in verdict.wrong})
-        ]
+        with Bar(total=manifest["count"], unit="img", disable=None if progress else True) as bar:
+            for index, reason in _checked(regions, rows, files, workers or cores()):
+                bar.update()
+                if reason:
+                    verdict.wrong.append((index, str(rows["name"][index]), reason))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    first = {each[0]: each for each in reversed(verdict.wrong)}  # of what is wrong with an image
+    verdict.wrong = [first[index] for index in sorted(first)]
     return verdict
+
+
+def _checked(
+    regions: Iterator[_Region], rows: Samples, files: OpenFiles, workers: int
+) -> Iterator[tuple[int, str | None]]:
+    """(index, what is wrong) of each region, in order."""
+    with ThreadPoolExecutor(workers) as pool:
+        while some := list(islice(regions, 512)):  # not all at once: a million futures are a gigabyte
+            reasons = pool.map(lambda region: _check(region, rows, files), some)
+            yield from zip((region.index for region in some), reasons)
 
 
 def _check(region: _Region, rows: Samples, files: OpenFiles) -> str | None:

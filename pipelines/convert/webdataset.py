@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 BLOCK = 512  # bytes; all in a tar is padded to it
-IMAGES_A_TAR = 5_000  # some 550 MB of ImageNet
+IMAGES_PER_TAR = 5_000  # some 550 MB of ImageNet
 END = bytes(2 * BLOCK)
 
 
@@ -45,16 +45,16 @@ def padding(size: int) -> bytes:
 class TarLayout:
     """Where each image lies, and all the bytes around it: they follow from sizes and labels alone."""
 
-    def __init__(self, prefix: str, images_a_tar: int):
+    def __init__(self, prefix: str, images_per_tar: int):
         self.prefix = prefix
-        self.images_a_tar = images_a_tar
+        self.images_per_tar = images_per_tar
         self.count = 0  # images, in all
         self.number = 0  # of the tar that is being filled
         self.position = 0  # in that tar
         self.index: list[str] = []  # of that tar, a line an image
 
     def full(self) -> bool:
-        return len(self.index) == self.images_a_tar
+        return len(self.index) == self.images_per_tar
 
     def next_tar(self) -> None:
         self.number, self.position, self.index = self.number + 1, 0, []
@@ -92,9 +92,9 @@ class TarWriter:
     what that one had written beyond.
     """
 
-    def __init__(self, folder: Path, prefix: str, images_a_tar: int = IMAGES_A_TAR):
+    def __init__(self, folder: Path, prefix: str, images_per_tar: int = IMAGES_PER_TAR):
         self.folder = folder
-        self.layout = TarLayout(prefix, images_a_tar)
+        self.layout = TarLayout(prefix, images_per_tar)
         self.file: IO[bytes] | None = None
         self.finished: list[tuple[str, int]] = []  # name and bytes of each tar that is complete
 

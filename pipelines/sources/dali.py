@@ -17,7 +17,8 @@ import numpy as np
 
 from pipelines.convert import jpeg
 from pipelines.errors import InputError
-from pipelines.sources import DamagedSample, open_source
+from pipelines.sources.files import open_files
+from pipelines.sources.source import DamagedSample
 
 BATCH = 64  # the most that a pipeline is built for; larger calls are cut
 
@@ -64,7 +65,7 @@ class DALISource:
             ) from error
         if device not in ("cpu", "gpu"):
             raise InputError(f"device must be cpu or gpu, got {device!r}")
-        self.base = open_source(path)
+        self.base = open_files(path)
         self.labels, self.classes, self.pages = self.base.labels, self.base.classes, self.base.pages
         self.targets = getattr(self.base, "targets", {})
         self.device, self.threads = device, threads

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.convert import jpeg
-from pipelines.convert.beton import PAGE_SIZE, BetonFile, open_beton
+from pipelines.convert.beton import JPEG, PAGE_SIZE, BetonFile, open_beton
 from pipelines.convert.imagenet import class_names
 from pipelines.convert.manifest import manifest_path
-from pipelines.convert.readers import check_labels
-from pipelines.sources import IN_CACHE, DamagedSample, turbo
+from pipelines.convert.source import check_labels
+from pipelines.sources import turbo
+from pipelines.sources.source import IN_CACHE, DamagedSample
 
 
 class FFCVSource:
@@ -72,7 +73,7 @@ class FFCVSource:
     def stored(self, row: int, index: int) -> bytes | np.ndarray:
         """See `pipelines.sources.Source`."""
         stored = self._data[self._offsets[index] :][: self._sizes[index]]
-        if self.file.modes[index] == turbo.JPEG:
+        if self.file.modes[index] == JPEG:
             return stored.tobytes()
         return stored.reshape(self.heights[index], self.widths[index], 3)
 
@@ -98,7 +99,7 @@ class FFCVSource:
         if (header.height, header.width) != (self.heights[index], self.widths[index]):
             entry = f"{self.widths[index]} x {self.heights[index]}"
             raise jpeg.DamagedImage(f"a JPEG of {header.width} x {header.height}, but its entry says {entry}")
-        if header.height * header.width > turbo.PIXELS_A_BYTE * len(stored):
+        if header.height * header.width > turbo.PIXELS_PER_BYTE * len(stored):
             size = f"{header.width} x {header.height}"
             raise jpeg.DamagedImage(f"{len(stored)} bytes are too few for {size} pixels")
         if not header.is_rgb_or_grey:

@@ -12,10 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.convert import jpeg, readers
+from pipelines.convert import jpeg
+from pipelines.convert.beton import JPEG
+from pipelines.convert.folders import FolderTree, list_images, read_regular
+from pipelines.convert.pixels import as_rgb, decode_other, upright
+from pipelines.convert.readers import open_source as open_images
+from pipelines.convert.source import Source
 from pipelines.errors import InputError, first_line
-from pipelines.sources import IN_CACHE, DamagedSample, turbo
+from pipelines.sources import turbo
 from pipelines.sources.shards import open_shards
+from pipelines.sources.source import IN_CACHE, DamagedSample
 
 PAGE = 64  # files in a block of the quasi-random order: files of a folder are often stored together
 
@@ -33,9 +39,7 @@ class FolderSource:
     def __init__(self, path: str | Path, split: str | None = None):
         """List the images; raises InputError if there are none. Files are read when they are asked for."""
         self.path = Path(path)
-        opened = (
-            open_shards(self.path, split) or _loose_images(self.path) or readers.open_source(str(path), split)
-        )
+        opened = open_shards(self.path, split) or _loose_images(self.path) or open_images(str(path), split)
         self.names, self.labels = opened.names, opened.labels
         self.classes: list[str] | None = list(opened.classes)
         self.targets, self.notes = opened.targets, opened.notes
@@ -88,21 +92,21 @@ class FolderSource:
         return DamagedSample(row, index, f"{self.path}: sample {index}, {name}, can't be decoded ({reason})")
 
 
-def _loose_images(folder: Path) -> readers.Source | None:
+def _loose_images(folder: Path) -> Source | None:
     """A folder of images without class folders, all of label 0; None if it is something else."""
-    if not folder.is_dir() or readers.FolderTree(folder).folders(""):
+    if not folder.is_dir() or FolderTree(folder).folders(""):
         return None
     try:
-        paths, notes = readers.list_images(folder)
+        paths, notes = list_images(folder)
     except InputError:
         return None
     names = [path.name for path in paths]
     labels = np.zeros(len(paths), np.int64)
 
     def read(index: int) -> bytes:
-        return readers.read_regular(str(paths[index]))
+        return read_regular(str(paths[index]))
 
-    return readers.Source(names, labels, [folder.name], read, None, notes=notes)
+    return Source(names, labels, [folder.name], read, None, notes=notes)
 
 
 def _header(data: bytes) -> jpeg.JpegHeader:
@@ -110,7 +114,7 @@ def _header(data: bytes) -> jpeg.JpegHeader:
     header = jpeg.read_header(data)
     if min(header.height, header.width) < 1:  # a file of tables alone has a header, too
         raise jpeg.DamagedImage("no image in it")
-    if header.height * header.width > turbo.PIXELS_A_BYTE * len(data):
+    if header.height * header.width > turbo.PIXELS_PER_BYTE * len(data):
         raise jpeg.DamagedImage(f"{len(data)} bytes are too few for {header.width} x {header.height} pixels")
     return header
 
@@ -130,14 +134,14 @@ def _size(data: bytes | np.ndarray) -> tuple[int, int]:
 def _crop(data: bytes | np.ndarray, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray) -> bool:
     """All views of one image; False if a box isn't within it. Raises DamagedImage."""
     if isinstance(data, np.ndarray):
-        pixels = readers.as_rgb(data)
+        pixels = as_rgb(data)
     elif not jpeg.is_jpeg(data):
         pixels = _other(data)
     else:
         header = _header(data)
         if turbo.AVAILABLE and header.is_rgb_or_grey and header.orientation == 1:
             return _crop_jpeg(data, header, boxes, flips, out)
-        pixels = readers.upright(jpeg.decode(data, header), header.orientation)
+        pixels = upright(jpeg.decode(data, header), header.orientation)
     return turbo.crop_pixels(np.ascontiguousarray(pixels), boxes, flips, out)
 
 
@@ -147,7 +151,7 @@ def _crop_jpeg(
     size = np.array([header.height]), np.array([header.width])
     _, status = turbo.crop_stored(
         np.frombuffer(data, np.uint8), np.zeros(1, np.int64), np.array([len(data)]),
-        np.full(1, turbo.JPEG, np.uint8), *size, boxes[None], flips[None], out[None],
+        np.full(1, JPEG, np.uint8), *size, boxes[None], flips[None], out[None],
     )  # fmt: skip
     if status in (turbo.DAMAGED, turbo.WRONG_SIZE):
         jpeg.decode(data, header)  # says why
@@ -156,4 +160,4 @@ def _crop_jpeg(
 
 
 def _other(data: bytes) -> np.ndarray:
-    return readers.upright(*readers.decode_other(data))
+    return upright(*decode_other(data))

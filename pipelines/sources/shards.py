@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.convert import imagenet, tars
+from pipelines.convert.folders import files_of_split
 from pipelines.convert.manifest import manifest_path, read_manifest
-from pipelines.convert.readers import Source, files_of_split, labelled
 from pipelines.convert.recognise import LeftOut, left_by_a_system, split_of_folder
+from pipelines.convert.source import Source, labelled
 from pipelines.errors import InputError
 from pipelines.openfiles import OpenFiles
 

@@ -11,11 +11,9 @@ from numba import types
 
 from pipelines import turbojpeg
 from pipelines.compiled import compiled
+from pipelines.convert.beton import JPEG
 from pipelines.resize import resize_crop
-
-_RGB = 0  # TJPF_RGB
-_STOP_AT_500_SCANS = 32768  # TJFLAG_LIMITSCANS: a progressive JPEG of some kilobytes could decode for minutes
-
+from pipelines.turbojpeg import RGB, STOP_AT_500_SCANS
 
 AVAILABLE = turbojpeg.FOUND is not None
 if turbojpeg.FOUND is not None:  # compiled code finds symbols by name, not address, so that it can be cached
@@ -40,11 +38,10 @@ _decompress = types.ExternalFunction(
     ),
 )  # fmt: skip
 
-JPEG = 0  # how an image of a beton is stored (ffcv.fields.rgb_image.IMAGE_MODES); anything else: raw pixels
 DECODED, WRONG_SIZE, DAMAGED, WRONG_BOX, TOO_SHORT = 0, 1, 2, 3, 4
 # A JPEG holds at most some 340 pixels a byte (a bit for each block of one colour): a header that promises
 # gigabytes for a few kilobytes is damaged, and isn't believed.
-PIXELS_A_BYTE = 1024
+PIXELS_PER_BYTE = 1024
 
 
 def crop_stored(data, offsets, sizes, modes, heights, widths, boxes, flips, out):
@@ -120,13 +117,13 @@ def _decode(handle, stored, height, width, numbers, pixels):
         return DAMAGED, pixels
     if numbers[0] != width or numbers[1] != height:
         return WRONG_SIZE, pixels
-    if height * width > PIXELS_A_BYTE * len(stored):
+    if height * width > PIXELS_PER_BYTE * len(stored):
         return TOO_SHORT, pixels
     if len(pixels) < height * width * 3:  # only now: a damaged entry may speak of gigabytes
         pixels = np.empty(height * width * 3, np.uint8)
     failed = _decompress(
         handle, stored.ctypes, np.uint64(len(stored)),
         pixels.ctypes, np.int32(width), np.int32(width * 3), np.int32(height),
-        np.int32(_RGB), np.int32(_STOP_AT_500_SCANS),
+        np.int32(RGB), np.int32(STOP_AT_500_SCANS),
     )  # fmt: skip
     return DAMAGED if failed else DECODED, pixels

@@ -28,7 +28,7 @@ def run(source: str, folder: Path) -> dict:
         folder / "x.beton",
         SETTINGS,
         webdataset=folder / "tars",
-        images_a_tar=37,
+        images_per_tar=37,
         workers=2,
     )
 

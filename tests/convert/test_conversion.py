@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from pipelines.convert import jpeg
 from pipelines.convert.beton import JPEG, RAW, open_beton
 from pipelines.convert.conversion import Settings, area_resize, convert, select, store
-from pipelines.convert.readers import decode_rgb
+from pipelines.convert.pixels import decode_rgb
 from pipelines.errors import InputError
 
 AS_IS = Settings()

@@ -14,8 +14,8 @@ import pytest
 from made_images import SHARED, class_folders, encoded, image_of, photos, pixels
 
 from pipelines.convert.beton import open_beton
+from pipelines.convert.command import main, parser
 from pipelines.convert.conversion import Bar
-from tools.convert_beton import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,9 +26,9 @@ def test_the_closing_line_and_the_warnings(tmp_path, capsys):
     out = tmp_path / "x.beton"
     assert main([str(tmp_path / "set"), str(out)]) == 0
     printed = capsys.readouterr()
-    assert printed.out.startswith(f"{out}: 11 images (11 JPEG as they were) in 3 classes, 1 refused, ")
+    assert printed.out.startswith(f"{out}: 11 images (11 JPEG as they were) in 3 classes, 1 skipped, ")
     assert printed.out.strip().endswith(f"manifest {out}.json")
-    assert printed.err == "warning: refused class1/001.jpg: not an image file of a known kind\n"
+    assert printed.err == "warning: skipped class1/001.jpg: not an image file of a known kind\n"
     assert open_beton(out).count == 11
 
 
@@ -42,7 +42,7 @@ def test_the_closing_line_of_a_part_and_of_a_regression_set(tmp_path, capsys):
     assert part.is_file() and Path(f"{part}.json").is_file()
     (tmp_path / "ages.csv").write_text("path,age,score\nset/class0/000.jpg,31,0.5\n")
     assert main([str(tmp_path / "ages.csv"), str(out)]) == 0
-    assert ": 1 images (1 JPEG as they were) with age, score, 0 refused, " in capsys.readouterr().out
+    assert ": 1 images (1 JPEG as they were) with age, score, 0 skipped, " in capsys.readouterr().out
 
 
 def test_every_option_reaches_the_manifest(tmp_path):
@@ -52,7 +52,7 @@ def test_every_option_reaches_the_manifest(tmp_path):
     )
     os.rename(tmp_path / "set", tmp_path / "val")
     (tmp_path / "train").mkdir()
-    options += " --on-error fail --white-level 4095"
+    options += " --on-error raise --white-level 4095"
     assert main([str(tmp_path), str(tmp_path / "x.beton"), *options.split()]) == 0
     manifest = json.loads((tmp_path / "x.beton.json").read_text())
     assert manifest["settings"] == {
@@ -61,7 +61,7 @@ def test_every_option_reaches_the_manifest(tmp_path):
         "raw_proportion": 0.0,
         "subset": 6,
         "shuffle_seed": 4,
-        "on_error": "fail",
+        "on_error": "raise",
         "white_level": 4095,
     }
     assert manifest["count"] == 6 and manifest["class_counts"] == [3, 3] and manifest["split"] == "validation"
@@ -96,7 +96,7 @@ BAD = [
         "texts out.beton",
         "none of the 2 files is an image that can be stored; the first, a/1.jpg: not an image",
     ),
-    ("damaged out.beton --on-error fail", "class0/001.jpg: "),
+    ("damaged out.beton --on-error raise", "class0/001.jpg: "),
     ("file.txt out.beton", "file.txt: a single file must be a .tar, .parquet"),
     ("other.parquet out.beton", "no column 'image' and 'label' (its columns: a)"),
     ("torchvision:Nope out.beton", "torchvision:Nope: no data set"),
@@ -136,13 +136,29 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "there.beton").read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("option", ["--workers", "--images-per-tar"])
+def test_merging_and_verifying_check_their_options_too(tmp_path, capsys, option):
+    photos(tmp_path / "set", classes=2, each=2)
+    out = str(tmp_path / "x.beton")
+    for part in ("1/2", "2/2"):
+        assert main([str(tmp_path / "set"), out, "--shard", part]) == 0
+    capsys.readouterr()
+    for number in ("0", "-1"):
+        assert main(["--merge", out, "--webdataset", str(tmp_path / "tars"), option, number]) == 2
+        assert capsys.readouterr().err == f"error: {option} {number}: must be at least 1\n"
+        if option == "--workers":
+            assert main(["--verify", str(tmp_path / "x.part-001-of-002.beton"), option, number]) == 2
+            assert capsys.readouterr().err == f"error: {option} {number}: must be at least 1\n"
+    assert not (tmp_path / "tars").exists() and not Path(out).exists()
+
+
 def test_overwrite_replaces_and_a_failure_keeps_the_old_one(tmp_path, capsys):
     photos(tmp_path / "set", classes=1, each=3)
     out = tmp_path / "x.beton"
     assert main([str(tmp_path / "set"), str(out)]) == 0
     old = out.read_bytes(), (tmp_path / "x.beton.json").read_bytes()
     (tmp_path / "set/class0/001.jpg").write_bytes(b"")
-    assert main([str(tmp_path / "set"), str(out), "--overwrite", "--on-error", "fail"]) == 2
+    assert main([str(tmp_path / "set"), str(out), "--overwrite", "--on-error", "raise"]) == 2
     assert (out.read_bytes(), (tmp_path / "x.beton.json").read_bytes()) == old
     assert main([str(tmp_path / "set"), str(out), "--overwrite"]) == 0
     assert open_beton(out).count == 2 and json.loads((tmp_path / "x.beton.json").read_text())["count"] == 2
@@ -162,7 +178,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, number, status):
     command = [
         sys.executable,
         "-m",
-        "tools.convert_beton",
+        "pipelines.convert.command",
         "set",
         "out/x.beton",
         "--workers",
@@ -200,7 +216,7 @@ def test_no_space_left(tmp_path):
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
-        "from tools.convert_beton import main; sys.exit(main(['set', 'out.beton']))"
+        "from pipelines.convert.command import main; sys.exit(main(['set', 'out.beton']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -231,6 +247,12 @@ def test_help_teaches(capsys):
         assert word in text
 
 
+def test_help_is_in_full_sentences():
+    for action in parser()._actions:
+        said = action.help or ""
+        assert action.dest == "help" or (said[:1].isupper() and said.endswith(".")), action.dest
+
+
 def test_real_imagenet_jpegs_keep_their_bytes(tmp_path):
     tar = SHARED / "imagenet-sample/imagenet-1k-one-per-class.tar"
     if not tar.is_file():
@@ -241,7 +263,7 @@ def test_real_imagenet_jpegs_keep_their_bytes(tmp_path):
         members = [member for member in archive if member.isfile()][::20]
         files = {member.name: archive.extractfile(member).read() for member in members}
     class_folders(tmp_path / "set", files)
-    assert main([str(tmp_path / "set"), str(tmp_path / "x.beton"), "--on-error", "fail"]) == 0
+    assert main([str(tmp_path / "set"), str(tmp_path / "x.beton"), "--on-error", "raise"]) == 0
     manifest, beton = json.loads((tmp_path / "x.beton.json").read_text()), open_beton(tmp_path / "x.beton")
     assert beton.count == len(files) == 50
     assert all(image_of(beton, i) == files[row[0]] for i, row in enumerate(manifest["samples"]))

@@ -10,13 +10,13 @@ from PIL import Image
 
 from pipelines.convert import jpeg, store
 from pipelines.convert.beton import RAW, open_beton
+from pipelines.convert.command import main
 from pipelines.convert.conversion import Settings, convert
 from pipelines.convert.manifest import read_manifest
-from pipelines.convert.readers import decode_rgb
+from pipelines.convert.pixels import decode_rgb
 from pipelines.errors import InputError
 from pipelines.sources import DamagedSample
 from pipelines.sources.folder import FolderSource
-from tools.convert_beton import main
 
 KINDS = ("PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG")
 SMALL = pixels(40, 50, 1)
@@ -107,10 +107,10 @@ def test_whatever_a_decoder_raises_is_refused_by_name(tmp_path, monkeypatch):
     folder = photos(tmp_path / "set", classes=1, each=3)
     real = store.store
 
-    def fails(image, settings, index=0, check=True):
+    def fails(image, settings, index=0):
         if index == 1:
             raise RecursionError
-        return real(image, settings, index, check)
+        return real(image, settings, index)
 
     monkeypatch.setattr(store, "store", fails)
     manifest = convert(str(folder), tmp_path / "x.beton")
@@ -187,7 +187,7 @@ def test_what_would_come_out_black_is_refused_or_scaled_as_stated(tmp_path, caps
     typed = [str(tmp_path / "set"), str(tmp_path / "x.beton")]
     assert main(typed) == 0
     said = capsys.readouterr().err
-    assert "refused a/x.tif" in said
+    assert "skipped a/x.tif" in said
     if level is None:
         assert "no known range" in said
         return

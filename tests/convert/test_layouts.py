@@ -17,11 +17,12 @@ from made_images import class_folders, encoded, pixels
 from made_sets import tar_of
 from PIL import Image
 
+from pipelines.convert.command import main
 from pipelines.convert.conversion import convert
-from pipelines.convert.readers import list_images, open_source
+from pipelines.convert.folders import list_images
+from pipelines.convert.readers import open_source
 from pipelines.errors import InputError
 from pipelines.sources import open_source as open_crops
-from tools.convert_beton import main
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = encoded(pixels(20, 24, 1))
@@ -356,7 +357,7 @@ from pipelines.convert.verify import verify
 from pipelines.sources.folder import FolderSource
 import numpy as np
 source, out = sys.argv[1:]
-print(convert(source, None, webdataset=out, images_a_tar=1)["count"])
+print(convert(source, None, webdataset=out, images_per_tar=1)["count"])
 print(len(FolderSource(out)), FolderSource(out)._read(299)[:3].hex(), verify(out))
 opened = FolderSource(out)
 boxes, crops = np.array([[[0, 0, 8, 8]]], np.int32), np.empty((1, 1, 8, 8, 3), np.uint8)

@@ -13,9 +13,11 @@ from made_sets import tar_of
 
 from lvssl.demo import fashion_mnist
 from pipelines.convert.beton import BetonWriter
+from pipelines.convert.folders import list_images
 from pipelines.convert.jpeg import DamagedImage
 from pipelines.convert.names import Names
-from pipelines.convert.readers import decode_rgb, list_images, open_source
+from pipelines.convert.pixels import decode_rgb
+from pipelines.convert.readers import open_source
 from pipelines.errors import InputError
 
 
@@ -247,7 +249,7 @@ def test_torchvision_reads_what_lies_in_root(tmp_path):
 def test_torchvision_without_network(tmp_path, monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
-    with pytest.raises(InputError, match="torchvision:CIFAR10: cannot be had in"):
+    with pytest.raises(InputError, match="torchvision:CIFAR10: could not be loaded from or downloaded to"):
         open_source("torchvision:CIFAR10", None, tmp_path)
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from made_images import class_folders, encoded, photos, pixels
 
-from pipelines.convert import conversion
+from pipelines.convert import conversion, journal
+from pipelines.convert.command import main
 from pipelines.convert.conversion import Settings, convert
 from pipelines.convert.journal import RECORD, Journal
 from pipelines.convert.merge import merge
 from pipelines.errors import InputError
-from tools.convert_beton import main
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -158,7 +158,7 @@ LIMITED = (
     "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
     "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
     "from pipelines.convert import conversion; conversion.KEEP_SECONDS = 0; conversion.COMMIT_SECONDS = 0.0;"
-    "from tools.convert_beton import main; sys.exit(main(sys.argv[1:]))"
+    "from pipelines.convert.command import main; sys.exit(main(sys.argv[1:]))"
 )
 
 
@@ -229,10 +229,10 @@ def test_a_disk_too_small_is_known_before(tmp_path, capsys):
 @pytest.mark.parametrize("settings", [Settings(), Settings(shuffle_seed=3, subset=90, max_resolution=60)])
 def test_parts_merge_to_the_same_bytes(tmp_path, settings):
     source = str(many(tmp_path / "set"))
-    convert(source, tmp_path / "one/x.beton", settings, webdataset=tmp_path / "one/tars", images_a_tar=37)
+    convert(source, tmp_path / "one/x.beton", settings, webdataset=tmp_path / "one/tars", images_per_tar=37)
     for number in (2, 3, 1, 4):
         convert(source, tmp_path / "parts/x.beton", settings, shard=(number, 4))
-    merge(tmp_path / "parts/x.beton", webdataset=tmp_path / "parts/tars", images_a_tar=37)
+    merge(tmp_path / "parts/x.beton", webdataset=tmp_path / "parts/tars", images_per_tar=37)
     assert len(list((tmp_path / "parts").glob("x.part-*-of-004.beton"))) == 4
     found = {n: d for n, d in everything(tmp_path / "parts").items() if ".part-" not in n}
     expected = everything(tmp_path / "one")
@@ -293,7 +293,7 @@ def test_interrupted_by_the_keyboard_it_says_how_to_go_on(tmp_path):
     code = (
         "import sys; from pipelines.convert import conversion;"
         "conversion.KEEP_SECONDS = 0; conversion.COMMIT_SECONDS = 0.01;"
-        "from tools.convert_beton import main; sys.exit(main(sys.argv[1:]))"
+        "from pipelines.convert.command import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "set", "out/x.beton", "--max-resolution", "39", "--workers", "1"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -311,7 +311,7 @@ def test_interrupted_by_the_keyboard_it_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130, errors
-    assert "of 613 images are kept; repeat the command to go on" in errors.splitlines()[-1]
+    assert "of 613 images are kept; repeat the command to resume" in errors.splitlines()[-1]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "of them earlier" in done.stdout
 
@@ -321,7 +321,7 @@ def test_interrupted_by_the_keyboard_it_says_how_to_go_on(tmp_path):
 
 def started(source, out, *options):
     """A conversion by another process, stopped in its midst; None if it has ended before."""
-    command = [sys.executable, "-m", "tools.convert_beton", source, out, "--workers", "1", *options]
+    command = [sys.executable, "-m", "pipelines.convert.command", source, out, "--workers", "1", *options]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         list(map(str, command)), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -383,3 +383,25 @@ def test_a_file_that_another_process_has_changed_is_not_published(tmp_path, slow
     error = first.communicate()[1]
     assert first.returncode == 2 and "another process has changed it" in error and "--restart" in error
     assert not out.exists() and not (tmp_path / "tars").exists()
+
+
+@pytest.mark.parametrize("after", ["_open_alone", "Journal"])
+def test_interrupted_while_its_journal_is_opened_it_leaves_nothing(tmp_path, monkeypatch, after):
+    """Ctrl-C when the file is there, and before the conversion knows of it."""
+    photos(tmp_path / "set", classes=1, each=3)
+    (tmp_path / "out").mkdir()
+    module = conversion if after == "Journal" else journal
+    opened = getattr(module, after)
+
+    def interrupted(*arguments):
+        made = opened(*arguments)
+        signal.raise_signal(signal.SIGINT)
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, after, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(str(tmp_path / "set"), tmp_path / "out/x.beton")
+    assert list((tmp_path / "out").iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert convert(str(tmp_path / "set"), tmp_path / "out/x.beton")["count"] == 3

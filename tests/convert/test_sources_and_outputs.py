@@ -254,13 +254,13 @@ def both(tmp_path):
     files["c0/zz.png"] = encoded(pixels(30, 20, 99), "PNG")
     files["c1/zz.jpg"] = b"no image"
     class_folders(tmp_path / "set", files)
-    convert(str(tmp_path / "set"), tmp_path / "x.beton", webdataset=tmp_path / "tars", images_a_tar=10)
+    convert(str(tmp_path / "set"), tmp_path / "x.beton", webdataset=tmp_path / "tars", images_per_tar=10)
     return tmp_path
 
 
 def test_one_pass_is_the_same_as_two(both):
     convert(str(both / "set"), both / "alone.beton")
-    convert(str(both / "set"), None, webdataset=both / "tars-alone", images_a_tar=10)
+    convert(str(both / "set"), None, webdataset=both / "tars-alone", images_per_tar=10)
     assert (both / "alone.beton").read_bytes() == (both / "x.beton").read_bytes()
     names = sorted(path.name for path in (both / "tars").iterdir())
     assert names == sorted(path.name for path in (both / "tars-alone").iterdir())

@@ -10,11 +10,11 @@ from PIL import Image
 
 from pipelines.convert import manifest as manifests
 from pipelines.convert.beton import open_beton
+from pipelines.convert.command import main
 from pipelines.convert.conversion import convert
 from pipelines.convert.inspect import inspect
 from pipelines.convert.verify import verify
 from pipelines.errors import InputError
-from tools.convert_beton import main
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def made(tmp_path_factory):
     class_folders(root / "set", files)
     rows = [f"set/{name},{name[1]},{i / 7}" for i, name in enumerate(files)]
     (root / "x.csv").write_text("path,label,age\n" + "\n".join(rows) + "\n")
-    convert(str(root / "x.csv"), root / "x.beton", webdataset=root / "tars", images_a_tar=4)
+    convert(str(root / "x.csv"), root / "x.beton", webdataset=root / "tars", images_per_tar=4)
     return root
 
 

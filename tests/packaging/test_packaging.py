@@ -14,29 +14,57 @@ from lvssl import demo
 from pipelines import turbojpeg
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = {"lvssl", "pipelines", "tools", "slurm", "benchmarks"}
+PACKAGES = {"lvssl", "pipelines", "slurm"}
 BIN = Path(sys.executable).parent
 
 
-def test_the_wheel_holds_every_tracked_file_of_the_packages_and_nothing_else(tmp_path):
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
     """Built from the tracked files, for a checkout may hold a `build/` that setuptools would take along."""
-    tracked = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split("\0")
-    for name in filter(None, tracked):
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in filter(None, tracked()):
         if (ROOT / name).exists():
-            (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "src" / name).write_bytes((ROOT / name).read_bytes())
+            (folder / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "src" / name).write_bytes((ROOT / name).read_bytes())
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w"]
-    done = subprocess.run([*command, tmp_path, tmp_path / "src"], capture_output=True, text=True)
+    done = subprocess.run([*command, folder, folder / "src"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = tmp_path.glob("lvssl-*-py3-none-any.whl")
+    (built,) = folder.glob("lvssl-*-py3-none-any.whl")
+    return built
+
+
+def tracked() -> list[str]:
+    command = ["git", "ls-files", "-z"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+
+
+def test_the_wheel_holds_every_tracked_file_of_the_packages_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    inside = {name for name in names if name.split("/")[0] in PACKAGES}
-    ours = {name for name in tracked if name.split("/")[0] in PACKAGES and (ROOT / name).exists()}
-    assert inside == {name for name in ours if not name.endswith(".sh")}
+    inside = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
+    ours = {name for name in tracked() if name.split("/")[0] in PACKAGES and (ROOT / name).exists()}
+    assert inside == ours
     assert {name.split("/")[0] for name in inside} == PACKAGES
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_commands_of_an_installed_wheel_start(wheel, tmp_path):
+    """Without the checkout, whose `tools` and `benchmarks` aren't installed."""
+    installed = tmp_path / "installed"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", installed]
+    done = subprocess.run([*command, wheel], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command, there in (("convert-beton", "--webdataset"), ("lvssl", "pretrain")):
+        done = subprocess.run(
+            [sys.executable, "-v", installed / "bin" / command, "--help"],  # -v lists each module's file
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(installed)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0 and there in done.stdout, done.stderr[-2000:]
+        for package in PACKAGES:
+            assert f"{ROOT / package}/" not in done.stderr
+        assert f"{installed}/pipelines/" in done.stderr or f"{installed}/lvssl/" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["lvssl", "convert-beton"])

@@ -27,7 +27,7 @@ def beton(tmp_path_factory) -> Path:
         image.save(target / f"{i:03d}.{'jpg' if i % 4 else 'png'}", quality=92)
     convert(
         str(folder / "pictures"), folder / "set.beton", Settings(),
-        webdataset=folder / "shards", images_a_tar=20,
+        webdataset=folder / "shards", images_per_tar=20,
     )  # fmt: skip
     return folder / "set.beton"
 

@@ -130,7 +130,7 @@ def rare_jpegs(monkeypatch) -> list[bytes]:
     random, found = np.random.default_rng(1), []
     for sampling in (4, 5):  # TJSAMP_440, TJSAMP_411
         with monkeypatch.context() as patch:
-            patch.setattr(jpeg, "_SUBSAMPLING_420", sampling)
+            patch.setattr(turbojpeg, "SUBSAMPLING_420", sampling)
             found += [
                 jpeg.encode(random.integers(0, 256, (h, w, 3), np.uint8), 80) for h, w in ((64, 64), (33, 47))
             ]
@@ -237,7 +237,7 @@ def test_commands_work_without_it_and_say_so_in_one_line(sources, tmp_path):
         "from pipelines.loader import TwoViewLoader\n"
         "from pipelines.sources import open_source\n"
         "from pipelines.views import ViewSettings\n"
-        "from tools.convert_beton import main\n"
+        "from pipelines.convert.command import main\n"
         "pictures, out = sys.argv[1:]\n"
         "for arguments in ([pictures, out, '--max-resolution', '40'], ['--verify', out]):\n"
         "    assert main(arguments) == 0\n"

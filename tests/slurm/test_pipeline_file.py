@@ -13,6 +13,7 @@ from lvssl.cli import chain_starts, main
 from lvssl.config import FREE_TO_CHANGE, PretrainSettings
 from lvssl.stages import FinetuneSettings, KnnSettings, LinearSettings
 from lvssl.training.run import create_run
+from pipelines.convert.command import parser
 from pipelines.errors import InputError
 from slurm.dry_run import folder_size
 from slurm.launch import executor, launch, plan
@@ -21,7 +22,6 @@ from slurm.records import Record, claimed, fingerprints, last_error, read_jobs, 
 from slurm.stages import build_stages, digest
 from slurm.sweep import write_table
 from slurm.values import flat_hints, replaced
-from tools.convert_beton import parser
 
 GOLDEN = Path(__file__).with_name("golden_sbatch.txt")
 FILE = """

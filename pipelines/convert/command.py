@@ -1,0 +1,289 @@
+"""Turn an image data set into a beton (FFCV), into WebDataset tars (DALI, webdataset), or both in one pass.
+
+    convert-beton photos/ photos.beton                                 # photos/CLASS/IMAGE.jpg
+    convert-beton ILSVRC2012_img_train.tar train.beton                 # ImageNet as it is downloaded
+    convert-beton ILSVRC2012_img_val.tar val.beton --devkit ILSVRC2012_devkit_t12.tar.gz
+    convert-beton imagenet/ val.beton --split validation               # imagenet/val/CLASS/IMAGE.JPEG
+    convert-beton imagenet/ train.beton --webdataset train-tars/       # both from one pass
+    convert-beton 'train-{000000..000146}.tar' train.beton             # WebDataset shards
+    convert-beton cifar10-jpeg/ test.beton --split test                # Hugging Face image parquet
+    convert-beton ages.csv ages.beton                                  # path,label or path,age: regression
+    convert-beton /usr/share/datasets/fashion-mnist train.beton        # MNIST's idx files
+    convert-beton torchvision:CIFAR10 train.beton --root data          # downloaded if need be
+    convert-beton sklearn:digits digits.beton                          # always at hand
+
+    convert-beton imagenet/ train.beton --shard 3/8                    # the third job of an array of eight
+    convert-beton --merge train.beton                                  # when all eight are done
+    convert-beton --verify train.beton                                 # every byte and every image again
+    convert-beton --inspect train.beton                                # counts, sizes, a sheet of images
+
+Each JPEG is checked by decoding it and stored byte for byte. Images are encoded anew only where they must
+change: JPEGs that are larger than --max-resolution, that are CMYK or that EXIF says are rotated; and other
+formats (PNG and so on), unless they are so small (64 x 64) that raw pixels serve better. Damaged images are
+skipped and named in OUT.beton.json. An interrupted conversion resumes when the same command is run again, and
+ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import sys
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from pipelines.convert.conversion import Settings, convert, part_path
+from pipelines.convert.estimate import size_text
+from pipelines.convert.readers import SPLITS
+from pipelines.convert.store import ON_ERROR
+from pipelines.convert.webdataset import IMAGES_PER_TAR
+from pipelines.errors import InputError
+
+WARNINGS_SHOWN = 20
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see convert-beton --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = _Parser("convert-beton", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument(
+        "source",
+        metavar="SOURCE",
+        nargs="?",
+        help="The images: a folder, .tar, .parquet, .csv, .jsonl, .beton or torchvision:NAME.",
+    )
+    p.add_argument(
+        "out", metavar="OUT.beton", nargs="?", help="The file to write. Its manifest is OUT.beton.json."
+    )
+    _source_options(p.add_argument_group("what is read"))
+    _stored_options(p.add_argument_group("what is stored"))
+    _run_options(p.add_argument_group("how it runs"))
+    _other_tasks(p.add_argument_group("instead of a conversion"))
+    return p
+
+
+def _source_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--split", choices=SPLITS, help="Which part of the source to read, if it has parts (default: train).")
+    add(
+        "--classes",
+        metavar="FILE",
+        help="Number the classes in the order of this manifest, or of this text file with a name a line.",
+    )
+    add(
+        "--devkit",
+        metavar="FILE",
+        help="ImageNet's development kit, which its validation tar needs (default: the one beside the tar).",
+    )
+    add("--root", default="data", metavar="DIR", help="Where torchvision keeps its files (default: data).")
+    add("--subset", type=int, metavar="N", help="Read only N images, balanced over the classes.")
+    add(
+        "--shuffle-seed",
+        type=int,
+        metavar="S",
+        help="Store the images in an order drawn from this seed (default: in the order of the source).",
+    )
+    add("--shard", type=_shard, metavar="K/N", help="Convert the K-th of N parts, K from 1. See --merge.")
+
+
+def _stored_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--webdataset", metavar="DIR", help="Write tars with wds2idx's indices into this new folder.")
+    add(
+        "--images-per-tar",
+        type=int,
+        default=IMAGES_PER_TAR,
+        metavar="N",
+        help=f"How many images a tar holds (default: {IMAGES_PER_TAR}).",
+    )
+    add(
+        "--max-resolution",
+        type=int,
+        metavar="N",
+        help="Shrink images whose longest side is over N pixels.",
+    )
+    add(
+        "--jpeg-quality",
+        type=int,
+        default=90,
+        metavar="Q",
+        help="Quality of the images that are encoded anew, 1 to 100 (default: 90).",
+    )
+    add(
+        "--raw-proportion",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="Proportion of the images to store as RGB pixels, 0 to 1. These are large, but need no decoding "
+        "(default: 0).",
+    )
+    add(
+        "--white-level",
+        type=int,
+        metavar="N",
+        help="The value of white in images of more than 8 bits that do not state it (4095 for 12 bits).",
+    )
+
+
+def _run_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--on-error",
+        choices=ON_ERROR,
+        default="skip",
+        help="What to do about a damaged image: skip it and name it in the manifest, or raise an error and "
+        "stop (default: skip).",
+    )
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="Number of threads (default: one per core). The result does not depend on it.",
+    )
+    add("--dry-run", action="store_true", help="Open the source, estimate size and time, and stop.")
+    add("--restart", action="store_true", help="Discard the state of an interrupted conversion.")
+    add("--overwrite", action="store_true", help="Replace the outputs if they exist.")
+
+
+def _other_tasks(group: argparse._ArgumentGroup) -> None:
+    does = group.add_mutually_exclusive_group()
+    does.add_argument(
+        "--merge", metavar="OUT.beton", help="Put the parts of OUT.beton together, which --shard has made."
+    )
+    does.add_argument(
+        "--verify",
+        metavar="FILE",
+        help="Check a beton, a tar or a folder of tars. The exit status is 1 if anything is wrong.",
+    )
+    does.add_argument("--inspect", metavar="FILE", help="Describe a beton, and draw a contact sheet.")
+    group.add_argument(
+        "--remove-parts", action="store_true", help="With --merge: remove the parts when all is written."
+    )
+    group.add_argument("--sheet", metavar="PNG", help="The contact sheet to write (default: FILE.png).")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"'{text}' is not K/N, such as 3/8")
+    return int(found.group(1)), int(found.group(2))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status: 0, 1 where --verify finds something, 2 after an error of the
+    user's, 130 after Ctrl-C, 143 after SIGTERM."""
+    p = parser()
+    args = p.parse_args(argv)
+    asked = any(getattr(args, name) for name in OTHER_TASKS)
+    if asked and args.source is not None:
+        p.error(f"{args.source}: --merge, --verify and --inspect take one file, and no source")
+    if not asked and (args.source is None or (args.out is None and args.webdataset is None)):
+        missing = "SOURCE" if args.source is None else "OUT.beton (or --webdataset DIR)"
+        p.error(f"the following arguments are required: {missing}")
+    if args.remove_parts and not args.merge:
+        p.error("--remove-parts goes with --merge")
+    task = next((run for name, run in OTHER_TASKS.items() if getattr(args, name)), _convert)
+    told: list[int] = []  # SIGTERM, which leaves in good order, as Ctrl-C does
+
+    def stop(number: int, _: Any) -> NoReturn:
+        told.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        return task(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        kept = f"{interrupt}; repeat the command to resume" if str(interrupt) else "nothing was written"
+        print(f"{'terminated' if told else 'interrupted'}: {kept}", file=sys.stderr)
+        return 143 if told else 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from pipelines.convert.merge import merge
+
+    manifest = merge(args.merge, remove_parts=args.remove_parts, **_common(args))
+    _report(args.merge, manifest)
+    if parts := manifest["parts"]:
+        size = size_text(sum(os.path.getsize(path) for path in parts))
+        print(f"its {len(parts)} parts ({size}) are still there, {parts[0]} ...: see --remove-parts")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    manifest = convert(
+        args.source,
+        args.out,
+        settings,
+        split=args.split,
+        root=args.root,
+        classes=args.classes,
+        devkit=args.devkit,
+        shard=args.shard,
+        dry_run=args.dry_run,
+        **_common(args),
+    )
+    if not args.dry_run:
+        _report(str(part_path(args.out, args.shard) or args.webdataset), manifest)
+    return 0
+
+
+def _common(args: argparse.Namespace) -> dict[str, Any]:
+    """What conversions and merges take alike."""
+    names = ("webdataset", "images_per_tar", "workers", "overwrite", "restart")
+    return {name: getattr(args, name) for name in names} | {"progress": True}
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from pipelines.convert.verify import verify
+
+    verdict = verify(args.verify, args.workers, progress=True)
+    print(verdict if verdict.sound else f"error: {verdict}", file=sys.stdout if verdict.sound else sys.stderr)
+    return 0 if verdict.sound else 1
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from pipelines.convert.inspect import inspect
+
+    print(inspect(args.inspect, args.sheet or args.inspect.rstrip("/") + ".png").text)
+    return 0
+
+
+def _report(out: str, manifest: dict[str, Any]) -> None:
+    skipped = manifest["refused"]
+    for each in skipped[:WARNINGS_SHOWN]:
+        print(f"warning: skipped {each['name']}: {each['reason']}", file=sys.stderr)
+    if len(skipped) > WARNINGS_SHOWN:
+        more = len(skipped) - WARNINGS_SHOWN
+        print(f"warning: skipped {more} more, which are named in the manifest", file=sys.stderr)
+    words = {"jpeg_untouched": "JPEG as they were", "turned_upright": "turned upright"}
+    stored = [f"{n:,} {words.get(how, how)}" for how, n in manifest["stored"].items() if n]
+    rate = (manifest["count"] - manifest["resumed"]) / manifest["seconds"]
+    earlier = f", {manifest['resumed']:,} of them earlier" if manifest["resumed"] else ""
+    where = f"{out}.json" if manifest["format"] == "beton" else f"{out.rstrip('/')}/manifest.json"
+    targets = manifest["targets"]
+    among = f"with {', '.join(targets)}" if targets else f"in {len(manifest['classes'])} classes"
+    print(
+        f"{out}: {manifest['count']:,} images ({', '.join(stored)}) {among}, "
+        f"{len(skipped)} skipped, {manifest['bytes'] / 1e6:,.1f} MB in {manifest['seconds']:.1f} s "
+        f"({max(rate, 0):,.0f} img/s{earlier}); manifest {where}"
+    )
+
+
+OTHER_TASKS = {"merge": _merge, "verify": _verify, "inspect": _inspect}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
