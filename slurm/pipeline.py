@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines.convert.store import Settings as Conversion
 from pipelines.errors import InputError
 from slurm.values import fields_of, fits, flat_hints, is_path, replaced, words
 
@@ -214,6 +215,11 @@ class _Reader:
             sources[name] = dataclasses.replace(source, source=self.source(name, source.source))
             if source.shards < 1:
                 raise self.wrong(f"[convert.{name}] shards: must be at least 1, got {source.shards}")
+            given = {f.name: getattr(source, f.name, None) for f in dataclasses.fields(Conversion)}
+            try:
+                Conversion(**{key: value for key, value in given.items() if value is not None}).check()
+            except InputError as error:
+                raise self.wrong(f"[convert.{name}] {error}") from error
         return None, sources
 
     def source(self, name: str, text: str) -> str:

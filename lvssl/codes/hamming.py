@@ -10,12 +10,13 @@ All distances would not fit in memory: a query keeps the k nearest seen so far a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
+
+from pipelines.compiled import compiled
 
 TILE = 256  # rows: 64 KB of 2,048-bit codes beside the queries in a 512 KB cache
 ONE, TWO = np.uint64(1), np.uint64(2)
@@ -30,18 +31,6 @@ def ctpop(typing_context: Any, word: Any) -> Any:
         return builder.ctpop(arguments[0])
 
     return types.uint64(types.uint64), generate
-
-
-def compiled() -> Callable[[Callable], Any]:
-    """pipelines.compiled, which this room does without: kept on the disk where there is a place for it."""
-
-    def compile_it(function: Callable) -> Any:
-        try:
-            return njit(nogil=True, cache=True)(function)
-        except RuntimeError:  # "no locator available": no such place
-            return njit(nogil=True)(function)
-
-    return compile_it
 
 
 popcount: Any = intrinsic(ctpop)  # bits that are on in a uint64

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.convert import jpeg
-from pipelines.convert.readers import as_rgb, decode_other
+from pipelines.convert.pixels import as_rgb, decode_other
 from pipelines.sources import DamagedSample, Source
 
 SAMPLED = 256  # images: each is one read of a file

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lvssl.training.progress import shown
 from pipelines.convert.manifest import manifest_path, read_manifest
-from pipelines.convert.readers import by_name
+from pipelines.convert.source import by_name
 from pipelines.errors import InputError
 from pipelines.loader import evaluation_batches
 from pipelines.sources import DamagedSample, Source, open_source

@@ -33,8 +33,6 @@ from pipelines.convert.betons import open_beton_source
 from pipelines.convert.folders import FolderTree, class_folders, files_of_split
 from pipelines.convert.imagenet import in_order_of, remarks
 from pipelines.convert.names import Names
-from pipelines.convert.pixels import as_rgb as as_rgb
-from pipelines.convert.pixels import decode_other as decode_other
 from pipelines.convert.recognise import in_short, left_by_a_system
 from pipelines.convert.source import Source, by_name, check_labels, labelled
 from pipelines.errors import InputError, first_line

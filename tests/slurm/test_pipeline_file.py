@@ -92,6 +92,7 @@ def keys(path: Path) -> dict[str, str]:
         ('"sklearn:digits"\n[convert.test]', '"photos/"\n[convert.test]', "[convert.train] source: photos/: no such file"),
         ("shards = 1", "sahrds = 1", "[convert.test] sahrds: no such key; did you mean 'shards'?"),
         ("shards = 1", "shards = 0", "[convert.test] shards: must be at least 1"),
+        ("shards = 1", 'on_error = "refuse"', "[convert.test] --on-error refuse: must be raise or skip"),
         ("[convert.test]", "[convert.tset]", "[convert] tset: no such key"),
         ("[pretrain]", '[data]\ntrain = "a.beton"\n[pretrain]', "either [convert]"),
         ('out = "out"', 'out = "100%"', "has a character"),
