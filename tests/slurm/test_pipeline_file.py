@@ -162,6 +162,7 @@ def test_what_may_change_is_one_list_for_runs_stages_and_chains(tmp_path):
     create_run(settings, 10, resume=False)
     other = {
         "augmentation": "numba",
+        "graph": "off",
         "source": "ffcv",
         "device": "cpu",
         "preset": "digits",
