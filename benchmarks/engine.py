@@ -11,7 +11,7 @@ same batches. Loops take turns, one step each, and the ratio is that of the medi
 matrix: {BN, SyncBN} x {channels-last, default layout} x {eager, compiled backbone}, on --ranks ranks (on a
 GPU: all that are there), images a second over all of them; the eight take turns. Compilation is untimed.
 
-exchange: gradients sent by buckets during the backward walk, over all of them sent at its end.
+exchange: gradients sent by buckets during the backward pass, over all of them sent at its end.
 
 Batches are noise, made beforehand: a step's time doesn't depend on what is seen. The GPU part is untried.
 """
@@ -271,7 +271,7 @@ def matrix(trainer: Callable[..., Trainer], executions: list[str]) -> dict[str, 
 def exchange(trainer: Callable[..., Trainer]) -> dict[str, Step]:
     late = trainer()
     late.averaging.held = True
-    return {"during the backward walk": engine_step(trainer()), "at its end": engine_step(late)}
+    return {"during the backward pass": engine_step(trainer()), "at its end": engine_step(late)}
 
 
 if __name__ == "__main__":

@@ -73,8 +73,8 @@ class LatentSettings:
     samples: int = 4
     """Samples a step (K)."""
     average: str = "auto"
-    """Where K samples meet: samples (averaged before the projector), projections (averaged after it), or
-    losses (each has a loss of its own). auto: losses for mcinfonce, ceb and hib, else samples."""
+    """How the K samples are reduced: samples (averaged before the projector), projections (averaged after
+    it), or losses (each has a loss of its own). auto: losses for mcinfonce, ceb and hib, else samples."""
     objective: str = "ntxent"
     """ntxent; dcl (without the positive in the denominator); mcinfonce (the mean over K within the
     logarithm); ceb (conditional entropy bottleneck, C-SimCLR); hib (match probabilities). With the rate."""
@@ -241,7 +241,7 @@ class EngineSettings:
     --recompute and fp16. Begins once the weight of the rate is constant, see --beta-warmup."""
     recompute: bool = False
     """Activation checkpointing: keep each block's input alone, compute the block again in the backward
-    walk. A third more time, a fraction of the memory, the same result."""
+    pass. A third more time, a fraction of the memory, the same result."""
     chunk: int = 0
     """Views that the backbone takes at once on each rank, 0: all. Smaller values fit any batch on one card,
     for a third more time: the loss still sees the whole batch (GradCache, Gao et al. 2021). Batch
@@ -254,7 +254,8 @@ class EngineSettings:
     keep: int = 2
     """Checkpoints kept; at least 2, so that there is one to fall back to."""
     non_finite_steps: int = 3
-    """A step whose gradient isn't finite leaves the weights as they are; so many in a row end the run."""
+    """A step whose gradient isn't finite leaves the weights as they are; this many consecutive non-finite
+    steps abort the run."""
     timeout_minutes: float = 10.0
     """Several ranks: how long to wait for another that is alive but late. A dead one is noticed sooner."""
 
@@ -296,9 +297,9 @@ class PretrainSettings:
     batch_size: int = 256
     """Images a step, over all ranks; NT-Xent compares twice as many vectors."""
     temperature: float = 0.1
-    """Of NT-Xent."""
+    """Temperature of NT-Xent."""
     seed: int = 0
-    """Of weights, order, augmentation and latent noise."""
+    """Random seed of weights, order, augmentation and latent noise."""
     model: ModelSettings = field(default_factory=ModelSettings)
     latent: LatentSettings = field(default_factory=LatentSettings)
     optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)

@@ -96,7 +96,7 @@ def check(run: Path | None = None) -> list[Check]:
 
 
 def main(run: Path | None = None) -> int:
-    """Print the checks. Exit status 0 if every required piece works, else 1."""
+    """Print the checks. Exit status 0 if all required dependencies work, else 1."""
     checks = check(run)
     width = max(len(c.name) for c in checks)
     for c in checks:
@@ -107,7 +107,8 @@ def main(run: Path | None = None) -> int:
                 if line:
                     print(" " * (9 + width + 2) + line)
     broken = [c.name for c in checks if c.status == REQUIRED]
-    print(f"\nrequired and not working: {', '.join(broken)}" if broken else "\nevery required piece works")
+    verdict = f"required and not working: {', '.join(broken)}" if broken else "all required dependencies work"
+    print(f"\n{verdict}")
     return 1 if broken else 0
 
 

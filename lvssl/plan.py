@@ -1,7 +1,7 @@
 """`lvssl plan`: what a batch costs in memory on each GPU, and the largest that fits.
 
 Activations are counted, not estimated: the network runs forward once on tensors without contents, and every
-tensor that autograd keeps for the backward walk is added up. What a library takes beside that (workspaces,
+tensor that autograd keeps for the backward pass is added up. What a library takes beside that (workspaces,
 the CUDA context, what the allocator cannot hand out) is the reserve. With `--recompute` a residual block
 keeps its input alone, but for the one that is being computed again; with `--chunk` the backbone keeps what is
 of one chunk. The samples are counted as the composed form keeps them; on a GPU some families do without.
@@ -105,7 +105,7 @@ def of_preset(name: str) -> PlanSettings:
 class Footprint:
     """Bytes a view, and bytes that the batch doesn't change."""
 
-    backbone: float  # kept for the backward walk, a view
+    backbone: float  # kept for the backward pass, a view
     heads: float  # kept for it by all that follows, a view
     casts: float  # kept whatever the batch: 16-bit copies of the weights
     parameters: int  # numbers
@@ -113,7 +113,7 @@ class Footprint:
 
     @property
     def activations(self) -> float:
-        """Kept for the backward walk of the whole network, a view."""
+        """Kept for the backward pass of the whole network, a view."""
         return self.backbone + self.heads
 
 
@@ -125,7 +125,7 @@ def footprint(settings: PlanSettings) -> Footprint:
 
 
 def _kept(settings: PlanSettings, views: int) -> tuple[float, float, int, float]:
-    """Bytes kept for the backward walk with so many views, in the backbone and after it; the network's
+    """Bytes kept for the backward pass with so many views, in the backbone and after it; the network's
     parameters; bytes of its buffers."""
     with FakeTensorMode():
         model = ModelSettings(settings.model, settings.hidden, settings.projection)
@@ -187,7 +187,7 @@ class _Kept:
 
 
 def memory(settings: PlanSettings, of: Footprint) -> dict[str, float]:
-    """Bytes on each GPU while a step is at its peak, the end of the forward walk."""
+    """Bytes on each GPU while a step is at its peak, the end of the forward pass."""
     views = 2 * settings.batch // settings.gpus
     at_once = min(settings.chunk or views, views)
     parts = {

@@ -1,4 +1,4 @@
-"""The presets by name: what each is for, its settings, and what tells two of them apart."""
+"""The presets by name: what each is for, its settings, and the differences between two of them."""
 
 from typing import Any
 

@@ -121,7 +121,7 @@ class FinetuneSettings(TrainingSettings):
     """Train encoder and a linear layer with all or some labels; writes RUN/finetune-LABELS/result.json.
 
     Each pair of --lr and --weight-decay is tried on a held-out part of the labelled training images; the best
-    is trained on all of them and meets the test images once.
+    is retrained on all labels and evaluated once on the test set.
     """
 
     labels: float = 1.0

@@ -1,4 +1,4 @@
-"""The one kind of error that a person can mend: printed as one line, without a traceback, exit status 2."""
+"""User-fixable errors: printed as one line, without a traceback, exit status 2."""
 
 
 class InputError(ValueError):

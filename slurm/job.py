@@ -95,10 +95,10 @@ class Job:
             except scheduler.UnknownQueue as error:
                 self.fail(None, f"{error}; on {record.host} it was at this task")
             if taken:
-                self.fail(None, f"job {record.job} on {record.host} is at this task already")
+                self.fail(None, f"job {record.job} on {record.host} is already running this task")
         if record.job != self.id:
             record.crashes = 0
-        elif record.state == "running":  # this job, killed without a word and queued again by Slurm
+        elif record.state == "running":  # this job, killed without notice and queued again by Slurm
             record.restarts += 1
         record.state, record.job, record.host = "running", self.id, socket.gethostname()
         record.log, record.code, record.error = str(self.log), self.code.name, ""
@@ -217,7 +217,7 @@ class Job:
         self.leave("requeued")
 
     def crashed(self, record: Record, status: int) -> None:
-        """Start again in the same allocation, so many times; bad input is final at once."""
+        """Start again in the same allocation, so many times; bad input is not retried."""
         record.crashes += 1
         error = last_error(self.log) or f"exit status {status}"
         if status == BAD_INPUT or record.crashes > self.cluster.crashes or self.kind == "debug":

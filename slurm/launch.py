@@ -313,7 +313,7 @@ def not_done(out: Path, task: Task) -> int:
     if record is not None and record.state == "stopped":
         print(f"{task.name}: stopped, its state is saved; launch again to go on", file=sys.stderr)
         return 143
-    error = record.error if record is not None and record.error else "it ended without a word"
+    error = record.error if record is not None and record.error else "it exited without an error message"
     log = record.log if record is not None else out / "jobs"
     print(f"error: {task.name}: {error} (log: {log})", file=sys.stderr)
     return 1

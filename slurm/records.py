@@ -109,9 +109,7 @@ def claimed(out: Path) -> Iterator[None]:
         try:
             lock(file, out)
         except BlockingIOError as error:
-            raise InputError(
-                f"{out}: another `lvssl launch` is at work there; wait until it has ended"
-            ) from error
+            raise InputError(f"{out} is locked by another `lvssl launch`; wait until it has ended") from error
         yield
 
 

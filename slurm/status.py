@@ -123,7 +123,7 @@ def standing(
     if record.state == "done":
         return made("not run", "its result was removed or replaced since")
     if record.state == "running":
-        verdict = accounts.get(number) or state or "it ended without a word"
+        verdict = accounts.get(number) or state or "it exited without an error message"
         return made(
             "cancelled" if verdict == "CANCELLED" else "lost", f"{verdict}: {last_error(Path(record.log))}"
         )
@@ -228,7 +228,7 @@ def number_of(job: str) -> tuple[int, int]:
 
 
 def retry(stage: str, file: Path, starts: Starts, cluster: str = "slurm") -> int:
-    """Submit a stage again, and what hangs on it, with the code as it is now; a saved state is gone on from.
+    """Submit a stage again, and what hangs on it, with the code as it is now; it resumes from a saved state.
 
     Raises:
         InputError: no such stage, or nothing of it to do again.

@@ -159,7 +159,7 @@ def test_mistakes_after_training(trained, digits, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "empty"]
     (empty / "something").touch()
     one_line_error(
-        capsys, ["pretrain", "--preset", "digits", "--data", digits["train"], "--out", empty], "is no run"
+        capsys, ["pretrain", "--preset", "digits", "--data", digits["train"], "--out", empty], "is not a run folder"
     )
 
 

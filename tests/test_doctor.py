@@ -61,7 +61,7 @@ def doctor(code: str = "import sys; from lvssl.doctor import main; sys.exit(main
 def test_a_whole_installation():
     status, pieces, out = doctor()
     assert status == 0, out
-    assert "every required piece works" in out
+    assert "all required dependencies work" in out
     assert pieces["torch"].startswith("ok") and torch.__version__.split("+")[0] in pieces["torch"]
     assert ("CPU only" in pieces["torch"]) == (not torch.cuda.is_available())
     if turbojpeg.FOUND is not None:

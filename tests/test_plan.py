@@ -1,4 +1,4 @@
-"""The size calculator against the memory that a real forward walk takes, and against itself."""
+"""The size calculator against the memory that a real forward pass takes, and against itself."""
 
 import dataclasses
 import subprocess

@@ -251,7 +251,7 @@ def decorrelation(setup: Setup, precision: str) -> Row:
     return {"ok": bits.grad is not None, **row, "us_per_view": 1e6 * row["seconds"] / rows}
 
 
-# What follows the backward walk
+# What follows the backward pass
 
 
 def with_gradients(setup: Setup, backbone: str) -> Any:

@@ -1,4 +1,4 @@
-"""What a run's latent gives beyond accuracy: uncertainty, meaning of bits, and what regresses from a code.
+"""What a run's latent gives beyond accuracy: uncertainty, meaning of bits, regression from the code.
 
 Everything stands beside a control: the deterministic run's scores, its features and its sign bits.
 """

@@ -44,7 +44,7 @@ CANDIDATES = 100  # that `--rerank` looks at, at least
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """Write the packed code of every image of a set. Killed, it goes on where it was: type it again."""
+    """Write the packed code of every image of a set. Resumable: rerun the command after an interruption."""
 
     run: Positional[Path]
     """The run whose encoder is used."""

@@ -1,10 +1,10 @@
 """A study: every arm over several seeds, measured alike, and compared pair by pair.
 
 Arms differ in the settings that their names give and in nothing else: data, order, augmentation and steps are
-those of the seed. A run that is finished is not trained again, and its measures lie in its folder, so that a
-study goes on where it was killed and its parts can be an array job (--shard K/N). Run folders are named
-PREFIX-ARM-sSEED; runs that stand there already are taken where their settings are the same (but for threads,
-paths and the like), so a study can share them with other studies and with `python -m benchmarks.latents`.
+those of the seed. A run that is finished is not trained again, and its measures lie in its folder, so that
+an interrupted study resumes when its command is repeated, and its parts can be an array job (--shard K/N).
+Run folders are named PREFIX-ARM-sSEED; runs that are there already are used if their settings are the same
+(but for threads, paths and the like), so a study can share them with other studies.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
     categorical   chances, sums of chances, K one-hot samples                        the same
 
 Noise is a function of (key, row, dimension, sample): Philox4x32-10, four samples a call. Nothing of it is
-stored; the backward walk draws it again where it needs it. `reference` is the same in plain torch.
+stored; the backward pass draws it again where it needs it. `reference` is the same in plain torch.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""The kernels of `fused.py`: a program has one row and walks over its dimensions, so that nothing is added up
+"""The kernels of `fused.py`: a program has one row and loops over its dimensions, so that nothing is added up
 between programs and results are the same from run to run. Tested in Triton's interpreter, compiled ahead of
 time for sm_80 and sm_90, and run on an H100.
 """

@@ -4,12 +4,12 @@ Vectors enter as v_i = a_i x_i with factors a_i = 1 / (|x_i| sqrt(temperature)),
 
     denominator_i = log sum_{j != i} exp(v_i . v_j)        positive_i = v_i . v_i'      (i': i's other view)
 
-The gradient of the denominators, weighted with g, needs nothing but a second walk over the logits:
+The gradient of the denominators, weighted with g, needs nothing but a second pass over the logits:
 
     d/dv_i = sum_j (g_i exp(v_i . v_j - denominator_i) + g_j exp(v_i . v_j - denominator_j)) v_j
 
 where each row reads the denominators of the others instead of sending gradients to them: no atomics, and with
-several ranks no exchange beyond the vectors themselves. The temperature's gradient costs no walk at all: a
+several ranks no exchange beyond the vectors themselves. The temperature's gradient costs no pass at all: a
 denominator is a function of v_i . v_j alone, so d/d(1/temperature) = sum_i v_i . d/dv_i * temperature / 2.
 """
 
@@ -113,7 +113,7 @@ class Anchors(torch.autograd.Function):
 
 
 def engine_of(x: Tensor) -> ModuleType:
-    """The module that walks over the logits: its functions `log_sum_exp` and `gradient`."""
+    """The module that passes over the logits: its functions `log_sum_exp` and `gradient`."""
     short = x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.shape[1] <= LONGEST_ON_TRITON
     if x.is_cuda and short and importlib.util.find_spec("triton"):
         from lvssl.losses import gpu

@@ -23,7 +23,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Weighed(Block):
-    """The same with what the backward walk needs to know of each anchor."""
+    """The same with what the backward pass needs to know of each anchor."""
 
     denominators: Tensor  # [N], over the columns of all ranks
     weights: Tensor  # [N], the loss's gradient with respect to them

@@ -6,7 +6,7 @@ Each rank computes the rows of its own anchors only. What it needs of the others
     ring       each rank hands on the block that it got last, and works on it meanwhile: two foreign blocks
                at a time, whatever the number of ranks; from RING_FROM bytes on
 
-Gradients need no exchange of their own: `anchors.py` says why. The backward walk sends the vectors once more,
+Gradients need no exchange of their own: `anchors.py` says why. The backward pass sends the vectors once more,
 with the denominators and weights of their anchors.
 """
 

@@ -1,6 +1,6 @@
 """The engine in Triton: like flash attention, tiles of logits that never leave the chip.
 
-Each program owns BLOCK_M rows and walks over all columns; nothing is added up between programs, so results
+Each program owns BLOCK_M rows and loops over all columns; nothing is added up between programs, so results
 are the same from run to run. Vectors are read as they were given: their normalisation and the temperature are
 applied to the logits, as a factor for the row and one for the column, so that 16-bit vectors go into the
 tensor cores without a rounding of their own. Sums are kept in fp32.
@@ -164,7 +164,7 @@ def launch_options(d: int, dtype: torch.dtype, backward: bool) -> dict[str, Any]
     """Tile, warps, stages and precision: fixed, chosen for no spills within an A100's shared memory.
 
     Whole vectors are kept on the chip up to 128 numbers. Longer ones are taken CHUNK numbers at a time, and
-    the backward walk computes the logits anew for each; so for tf32x3, which splits operands in registers.
+    the backward pass computes the logits anew for each; so for tf32x3, which splits operands in registers.
     """
     D = max(16, triton.next_power_of_2(d))
     wide = dtype == torch.float32 or (dtype == torch.float16 and backward)

@@ -173,7 +173,7 @@ def leave(heartbeat: "Heartbeat") -> None:
 
 
 def lost(error: RuntimeError) -> bool:
-    """Whether it says that a rank is gone, rather than that something is wrong here."""
+    """Whether it says that a rank died or disconnected, rather than that something is wrong here."""
     words = ("gloo", "connection closed", "timed out", "broken pipe", "connection reset", "nccl")
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
@@ -182,7 +182,8 @@ def gone(world: World, who: str, why: str) -> str:
     where = (
         f"rank {world.rank} of {world.size} on {socket.gethostname()} (meeting at {world.host}:{world.port})"
     )
-    return f"{where}: {who} is gone ({why}). The last checkpoint is whole: start all ranks with --resume"
+    remedy = "The last checkpoint is whole: start all ranks with --resume"
+    return f"{where}: {who} died or disconnected ({why}). {remedy}"
 
 
 class Heartbeat:

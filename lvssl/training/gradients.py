@@ -63,12 +63,12 @@ def backward(
 
 
 class Averaging:
-    """The mean of every gradient over the ranks, on each of them, exchanged while the backward walk goes on.
+    """The mean of every gradient over the ranks, on each of them, exchanged while the backward pass runs.
 
     Parameters lie in buckets, the last layers' first, for their gradients come first. A bucket is sent as
     soon as it and those before it are complete, in the same order on every rank; `finish` sends the rest and
     waits. A parameter without gradient on one rank has one of zeros there. Not DDP: its reducer wants to wrap
-    the forward pass of the whole network, and the cache walks through the backbone alone, again and again.
+    the forward pass of the whole network, and the cache runs through the backbone alone, again and again.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -105,7 +105,7 @@ class Averaging:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """After the step's last backward walk."""
+        """After the step's last backward pass."""
         while len(self.sent) < len(self.buckets):
             self._send()
         for bucket, (flat, work) in zip(self.buckets, self.sent):

@@ -65,7 +65,7 @@ def alarms(row: dict[str, Any], fraction: float) -> dict[str, str]:
     units, active = row.get("units", 0), row.get("active_units", 0)
     if units and active < 0.05 * units:
         found["posterior collapse"] = (
-            f"{active:.0f} of {units:.0f} units say anything ({row.get('rate_bits', 0):.2f} bits an image); "
+            f"{active:.0f} of {units:.0f} units are active ({row.get('rate_bits', 0):.2f} bits an image); "
             "lower --beta, or raise --free-nats or --sharpness"
         )
     if row.get("saturated", 0) > 0.9:
@@ -76,7 +76,7 @@ def alarms(row: dict[str, Any], fraction: float) -> dict[str, str]:
     if fraction >= SETTLED and row.get("spread_variation", math.inf) < 1e-3:
         found["constant spread"] = (
             f"the spread hardly differs between images (by {row['spread_variation']:.1e} in its logarithm): "
-            "it is no uncertainty; lower --beta, or say --spread fixed"
+            "it carries no uncertainty information; lower --beta or use --spread fixed"
         )
     return found
 

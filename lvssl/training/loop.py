@@ -35,7 +35,7 @@ class Pace:
 
     Attributes:
         batch_size: images a step, over all ranks.
-        keep: checkpoints. non_finite_steps: so many in a row end the training.
+        keep: checkpoints. non_finite_steps: this many in a row end the training.
         clip: the norm of all gradients together, 0: as it is.
     """
 

@@ -97,7 +97,7 @@ def encoding_precision(engine: EngineSettings, device: torch.device) -> torch.dt
 
 
 def recompute_blocks(backbone: nn.Module) -> None:
-    """Each residual block keeps its input alone, and is computed again in the backward walk.
+    """Each residual block keeps its input alone, and is computed again in the backward pass.
 
     The second time leaves the running statistics alone: torch's `checkpoint` by itself moves them twice.
     """

@@ -57,7 +57,7 @@ def create_run(
             _check_set(settings, data)
         return
     if not vacant(settings.out):
-        raise InputError(f"{settings.out} exists and is no run: choose another --out")
+        raise InputError(f"{settings.out} exists but is not a run folder; choose another --out")
     settings.out.mkdir(parents=True, exist_ok=True)
     content = {"settings": to_dict(settings), "classes": classes, "data": data, "versions": versions()}
     write_json(config, content, indent=2)

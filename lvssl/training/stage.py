@@ -89,7 +89,8 @@ class Stage(Generic[Settings]):
                 return
             if not self.settings.again:
                 raise InputError(
-                    f"{folder} holds other work ({changed}): --again begins anew, --out elsewhere"
+                    f"{folder} contains an unfinished job with other settings ({changed}); "
+                    "--again discards it, --out writes elsewhere"
                 )
             remove_work(folder)
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -180,7 +181,8 @@ def finished(path: Path, settings: StageSettings, digest: str) -> dict[str, Any]
         return result
     if not settings.again:
         raise InputError(
-            f"{path} stands for something else ({changed}): --again replaces it, --out leaves it alone"
+            f"{path} already holds a result for other settings ({changed}); "
+            "pass --again to overwrite it or --out to write elsewhere"
         )
     return None
 

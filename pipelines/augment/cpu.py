@@ -1,6 +1,6 @@
 """The augmentation in numba: compiled, vectorised, without the GIL, one image at a time in half a megabyte.
 
-Two walks over an image at most, row by row, so that a row stays in the first-level cache while all colour
+Two passes over an image at most, row by row, so that a row stays in the first-level cache while all colour
 operations pass over it: the first, only where there is a contrast, runs what precedes it and sums the luma;
 the second runs the rest, and either normalises into the output or blurs along the row. The blur's column
 pass takes strips so narrow that its taps' rows stay in that cache too. Grey images are blurred as one
@@ -64,7 +64,7 @@ def _augment(memory, stride, table, orders, kernel_size, mean, std, out):
         for c in range(3):
             scale[3 * x + c] = ONE / std[c]
             shift[3 * x + c] = -mean[c] / std[c]
-    planes = np.empty((side, 3, side), np.float32)  # between the walks; row by row, colours apart
+    planes = np.empty((side, 3, side), np.float32)  # between the passes; row by row, colours apart
     lines = np.empty(3 * side * side, np.float32)  # between the blur's passes
     padded = np.empty(3 * (side + 2 * radius), np.float32)
     kernel = np.empty(kernel_size, np.float32)
@@ -77,7 +77,7 @@ def _augment(memory, stride, table, orders, kernel_size, mean, std, out):
         if p[CONTRAST] != 1:
             while order[split] != 1:
                 split += 1
-            mean_luma = _first_walk(image, p, order[:split], padded, planes)
+            mean_luma = _first_pass(image, p, order[:split], padded, planes)
         channels = 1 if p[GREY] != 0 else 3
         solarise = p[SOLARISE] != 0
         blurred = p[SIGMA] > 0 and radius > 0
@@ -101,7 +101,7 @@ def _augment(memory, stride, table, orders, kernel_size, mean, std, out):
 
 
 @compiled()
-def _first_walk(image, p, order, line, planes):
+def _first_pass(image, p, order, line, planes):
     """All that precedes the contrast; the mean luma that contrast is about."""
     side = len(image)
     total = 0

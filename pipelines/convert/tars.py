@@ -1,6 +1,6 @@
 """Images in tars, read in place: ILSVRC2012's own, WebDataset shards, and plain tars of class folders.
 
-The headers are walked once (a tar of tars likewise); an image is then one positioned read, from any thread.
+The headers are read once (a tar of tars likewise); an image is then one positioned read, from any thread.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""WebDataset tars with their indices (`convert-beton --webdataset`, or wds2idx), opened without a walk.
+"""WebDataset tars with their indices (`convert-beton --webdataset`, or wds2idx), opened without headers.
 
 A tar of a million images is a million headers to read, far apart; the index says where each image lies in one
 file of text. Labels come from the manifest beside the tars where there is one, else from each image's `.cls`.
@@ -45,7 +45,7 @@ def open_shards(path: Path, split: str | None = None) -> Source | None:
             left.add(*(member.name for member in others))
             for sample in samples:
                 if any(map(split_of_folder, sample.image.name.split("/")[:-1])):
-                    return None  # several splits in one tar: the walk tells them apart
+                    return None  # several splits in one tar: the headers tell them apart
                 reader.add(which, sample.image)
                 names.append(f"{tar.path.name}:{sample.image.name}")
                 classes_of.append((tar, sample.answers.get("cls")))

@@ -395,7 +395,7 @@ def test_two_launches_at_once_and_a_changed_setting_under_way(chain, digits):
 
 
 def test_without_slurm_the_same_files_and_the_same_weights(chain, digits, tmp_path):
-    """submitit's local executor, and one process; a stop in between is gone on from."""
+    """submitit's local executor, and one process; it resumes after a stop in between."""
     local, debug = (
         chain(HEAD + on(digits) + SHORT.replace("epochs = 1", "epochs = 6") + "[evaluate]\n", name)
         for name in ("local", "debug")

@@ -155,7 +155,7 @@ def test_a_changed_setting_reaches_what_hangs_on_it_and_only_that(tmp_path):
 
 
 def test_what_may_change_is_one_list_for_runs_stages_and_chains(tmp_path):
-    """A step that ran out of memory says "or --recompute": neither `pretrain --resume` nor the chain begins anew."""
+    """A step that ran out of memory says "or --recompute": neither `pretrain --resume` nor the chain starts over."""
     known = {*flat_hints(PretrainSettings), *flat_hints(LinearSettings), *flat_hints(FinetuneSettings)}
     assert set(FREE_TO_CHANGE) - known == {"resume"}
     settings = PretrainSettings(out=tmp_path / "run")
@@ -298,7 +298,7 @@ def test_what_stands_is_not_done_again(tmp_path):
 
 def test_only_one_launch_at_a_time(tmp_path):
     path = write(tmp_path)
-    with claimed(tmp_path / "out"), pytest.raises(InputError, match="another `lvssl launch` is at work"):
+    with claimed(tmp_path / "out"), pytest.raises(InputError, match="is locked by another `lvssl launch`"):
         launch(path, chain_starts(), cluster="local")
 
 

@@ -290,7 +290,7 @@ def test_work_under_other_settings_is_not_gone_on_with(run, monkeypatch):
         with pytest.raises(Interrupted):
             finetune(settings)
     other = dataclasses.replace(settings, epochs=3)
-    with pytest.raises(InputError, match="finetune-0.1 holds other work .epochs: 2 -> 3.: --again"):
+    with pytest.raises(InputError, match="finetune-0.1 contains .* .epochs: 2 -> 3.; --again"):
         finetune(other)
     assert finetune(dataclasses.replace(other, again=True)).done["steps"] == 3
     begun = run / "finetune-0.1"

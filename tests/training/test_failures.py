@@ -245,7 +245,7 @@ def test_a_dead_rank_ends_the_others_with_a_message(digits, tmp_path, dead):
     other = 1 - dead
     assert ranks.ended((other,)) == [1], ranks.said()
     words = ranks.said()[other]
-    assert f"error: rank {other} of 2" in words and "is gone" in words and "--resume" in words
+    assert f"error: rank {other} of 2" in words and "died or disconnected" in words and "--resume" in words
     assert "Traceback" not in words
 
 
@@ -255,7 +255,7 @@ def test_a_rank_that_hangs_is_dead_within_a_minute(digits, tmp_path):
     ranks = Ranks(tmp_path / "run", digits["train"])
     ranks.signal(1, signal.SIGSTOP)
     assert ranks.ended((0,)) == [1]
-    assert "rank 1 is gone (no sign of life for 40 s)" in ranks.said()[0]
+    assert "rank 1 died or disconnected (no sign of life for 40 s)" in ranks.said()[0]
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_a_run_killed_before_its_settings_were_written_begins_again(digits, tmp_
     assert json.loads((tmp_path / "run" / "config.json").read_text())["classes"] == 10
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "letter.txt").write_text("keep me")
-    with pytest.raises(InputError, match="notes exists and is no run"):
+    with pytest.raises(InputError, match="notes exists but is not a run folder"):
         create_run(settings(digits, tmp_path / "notes"), 10, resume=True)
 
 

@@ -137,7 +137,7 @@ def rank_of(rank: int, size: int, port: int, data: Path, folder: Path) -> None:
 
 def averaged(rank: int) -> dict[str, Any]:
     """Gradients in one piece and through the cache, averaged on the way and by hand: which differ; how many
-    buckets there are, and were on their way when the backward walk ended."""
+    buckets there are, and were on their way when the backward pass ended."""
     images = torch.randn(32, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
 
     def of(chunk: int, by_hand: bool) -> tuple[dict[str, Tensor], int, int]:
