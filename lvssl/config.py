@@ -305,8 +305,8 @@ class PretrainSettings:
     optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     view: ViewSettings = field(default_factory=ViewSettings)
-    workers: int = 2
-    """Threads that decode and augment."""
+    workers: int = 0
+    """Threads that decode and augment; 0: each rank's share of the cores less two, 2 to 12."""
     threads: int = 0
     """Threads of torch on a CPU; 0: all cores."""
     device: str = "auto"
@@ -328,7 +328,8 @@ class PretrainSettings:
         choice("source", self.source, SOURCES)
         choice("order", self.order, ORDERS)
         choice("on_error", self.on_error, ON_ERROR)
-        for name in ("epochs", "batch_size", "workers", "log_every"):
+        require(self.workers >= 0, "workers", self.workers, "at least 0")
+        for name in ("epochs", "batch_size", "log_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2, for there to be negatives")
         require(self.temperature > 0, "temperature", self.temperature, "above 0")
@@ -416,7 +417,6 @@ for epochs in (100, 200, 800):
         optimiser=OptimiserSettings(  # AdamW's and SGD's steps don't survive batches of thousands
             optimiser="lars", lr=0.3, lr_rule="linear", weight_decay=1e-6, warmup_epochs=10
         ),
-        workers=12,
     )
 for name in [name for name in PRESETS if name.startswith("simclr-")]:
     PRESETS[name.replace("simclr-", "bernoulli-")] = dataclasses.replace(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pipelines.augment import cpu
+from pipelines.cores import loader_threads
 from pipelines.errors import InputError
 from pipelines.order import ORDERS, epoch_order, step_indices, steps_per_epoch
 from pipelines.parameters import FLIP, P, centre_boxes, crop_boxes, draw_parameters
@@ -74,7 +75,7 @@ class TwoViewLoader:
         view: the augmentation's ranges.
         batch_size: images a step, over all ranks; must be divisible by `ranks`.
         seed: in [0, 2^64).
-        workers: threads. ahead: batches made in advance.
+        workers: threads; 0: see `pipelines.cores.loader_threads`. ahead: batches made in advance.
         rank, ranks: this process's share of each batch.
         pin_memory: batches in page-locked memory, for asynchronous copies to a GPU.
         order: random, quasi-random (for sets larger than memory) or sequential, see `pipelines.order`.
@@ -105,7 +106,7 @@ class TwoViewLoader:
         view: ViewSettings,
         batch_size: int,
         seed: int = 0,
-        workers: int = 2,
+        workers: int = 0,
         ahead: int = 3,
         rank: int = 0,
         ranks: int = 1,
@@ -300,7 +301,7 @@ def evaluation_batches(
     source: Source,
     view: ViewSettings,
     batch_size: int = 256,
-    workers: int = 2,
+    workers: int = 0,
     indices: np.ndarray | None = None,
     on_error: str = "raise",
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
@@ -433,10 +434,10 @@ class Threads:
     """A fixed number of threads that share the rows of a batch."""
 
     def __init__(self, workers: int) -> None:
-        if workers < 1:
-            raise InputError(f"--workers must be at least 1, got {workers}")
-        self.workers = workers
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="views")
+        if workers < 0:
+            raise InputError(f"--workers must be at least 0, got {workers}")
+        self.workers = loader_threads(workers)
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="views")
 
     def run(self, make: Callable[[slice], None], rows: int) -> Callable[[], None]:
         """Start make(part) on equal parts of `rows`; the returned call waits, and raises what they raised."""

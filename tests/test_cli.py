@@ -114,7 +114,7 @@ def test_mistakes_before_training(digits, tmp_path, capsys):
         (["pretrain", "--preset", "digits", "--data", train, "--out", new, "--device", "tpu9"], "tpu9"),
         (["pretrain", "--data", train, "--out", new, "--temperature", 0], "--temperature"),
         (["pretrain", "--data", train, "--out", new, "--lr", "nan"], "--lr"),
-        (["pretrain", "--data", train, "--out", new, "--workers", 0], "--workers"),
+        (["pretrain", "--data", train, "--out", new, "--workers", -1], "--workers"),
         (["pretrain", "--preset", "digits", "--data", Path(__file__), "--out", new], "test_cli.py"),
         (["frobnicate"], "frobnicate", "pretrain"),
     ]
@@ -159,7 +159,9 @@ def test_mistakes_after_training(trained, digits, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "empty"]
     (empty / "something").touch()
     one_line_error(
-        capsys, ["pretrain", "--preset", "digits", "--data", digits["train"], "--out", empty], "is not a run folder"
+        capsys,
+        ["pretrain", "--preset", "digits", "--data", digits["train"], "--out", empty],
+        "is not a run folder",
     )
 
 

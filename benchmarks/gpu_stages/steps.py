@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.gpu_stages import today
 from benchmarks.gpu_stages.case import Case, Row, Setup
+from pipelines.cores import loader_threads
 
 Step = Callable[[Any], Any]  # takes a batch
 CLASSES = 10
@@ -148,13 +149,9 @@ def through_loader(setup: Setup, work: Work) -> Endless:
     device = place(setup)
     dtype = torch.bfloat16 if setup.device == "cuda" else torch.float32
     return Endless(TwoViewLoader(
-        cast(Any, subset), settings_of(setup, work).view, work.batch, workers=workers(),
+        cast(Any, subset), settings_of(setup, work).view, work.batch,
         augmenter=augmenter_for(device, "auto", dtype), device=device,
     ))  # fmt: skip
-
-
-def workers() -> int:
-    return max(2, min(12, (os.cpu_count() or 1) - 2))
 
 
 def endless(batches: list[Any]) -> Iterator[Any]:
@@ -169,7 +166,7 @@ def engine_rows(setup: Setup, work: Work, how: str) -> Iterator[Row]:
     batches = through_loader(setup, work)
     row = measured(setup, work, step, batches)
     batches.close()
-    yield {"name": f"engine, loader, {how}, {work.name}", "workers": workers(), **row}
+    yield {"name": f"engine, loader, {how}, {work.name}", "workers": loader_threads(), **row}
 
 
 def bare(setup: Setup, work: Work) -> Row:

@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 
 from benchmarks.gpu_stages.case import Case, Row, Setup, last_line
-from benchmarks.gpu_stages.steps import now, place, workers
+from benchmarks.gpu_stages.steps import now, place
+from pipelines.cores import loader_threads
 
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {"family": "none"},
@@ -75,7 +76,7 @@ def settings_of(setup: Setup, arm: str, epochs: int, out: Path) -> Any:
         epochs=epochs,
         batch_size=options["batch"],
         seed=options["seed"],
-        workers=workers(),
+        workers=loader_threads(),
         device=setup.device,
         checkpoint_minutes=1e6,
         model=replace(base.model, backbone="tiny" if setup.dry else base.model.backbone),
@@ -174,7 +175,8 @@ def measures(setup: Setup, run: Any, pool: ThreadPoolExecutor) -> dict[str, Call
 
     def neighbours() -> Row:
         train, test = (
-            embed(run.network, open_source(options[split]), view, workers()) for split in ("train", "test")
+            embed(run.network, open_source(options[split]), view, loader_threads())
+            for split in ("train", "test")
         )
         pair = (train.features, train.labels, test.features, test.labels)
         waiting["linear"] = pool.submit(linear_probe, *pair)
@@ -220,14 +222,14 @@ def tuned(setup: Setup, run: Any, share: float) -> float:
         seed=options["seed"],
         checkpoint_minutes=1e6,
         log_every=50,
-        workers=workers(),
+        workers=loader_threads(),
         min_steps=2 if setup.dry else TUNE_STEPS,
     )
     view, folder = run.settings.view, Path(setup.scratch) / f"{options['arm']}-tuned-{share}"
     torch.backends.cudnn.benchmark = True
     model = Classifier(copy.deepcopy(run.network), "features", labelled, frozen=False, seed=options["seed"])
     Supervised(folder, model, labelled, view, recipe, device).run(Stop(), folder.name)
-    return score(*predict(model, test, view, device, workers()))["top1"]
+    return score(*predict(model, test, view, device, loader_threads()))["top1"]
 
 
 def to_knn(setup: Setup) -> Iterator[Row]:
@@ -257,7 +259,7 @@ def to_knn(setup: Setup) -> Iterator[Row]:
             started = now(setup)
             with autocast(settings.engine, device), torch.compiler.set_stance("force_eager"):
                 train, test = (
-                    embed(trainer.network, open_source(options[split]), settings.view, workers())
+                    embed(trainer.network, open_source(options[split]), settings.view, loader_threads())
                     for split in ("train", "test")
                 )
             x, y = (torch.from_numpy(a).to(device) for a in (train.features, test.features))

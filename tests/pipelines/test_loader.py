@@ -16,6 +16,7 @@ from devices import on_cpu_and_gpu
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
+from pipelines import cores
 from pipelines.augment import augmenter_for, reference
 from pipelines.convert.conversion import Settings, convert
 from pipelines.errors import InputError
@@ -444,7 +445,7 @@ def test_bad_input(beton, tmp_path):
     with TwoViewLoader(source, VIEW, 7) as loader, pytest.raises(InputError, match="no step 9"):
         loader.load_state_dict({"epoch": 0, "step": 9})
     with pytest.raises(InputError, match="workers"):
-        TwoViewLoader(source, VIEW, 7, workers=0)
+        TwoViewLoader(source, VIEW, 7, workers=-1)
     with pytest.raises(InputError, match="no such file|doesn't exist"):
         open_source(tmp_path / "none.beton")
     (tmp_path / "short.beton").write_bytes(beton.read_bytes()[:-1000])
@@ -540,3 +541,12 @@ def test_one_stream_a_loader_and_a_host_that_does_not_run_away(beton, monkeypatc
     assert len(streams) == 1
     assert len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(expected, found))
     assert len(most) == len(found) and max(most) == RUN_AHEAD + 1 and len(open_ends) == RUN_AHEAD
+
+
+def test_threads_are_this_process_s_share_of_the_cores(monkeypatch):
+    """torchrun's processes share the machine; two cores are left to the training."""
+    for count, ranks, wanted in ((1, 1, 2), (2, 1, 2), (16, 1, 12), (64, 8, 6), (16, 8, 2)):
+        monkeypatch.setattr(cores, "cores", lambda count=count: count)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert cores.loader_threads() == wanted
+        assert cores.loader_threads(3) == 3
