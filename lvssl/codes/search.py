@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
@@ -24,6 +25,7 @@ SPARE = 64  # places of a buffer beyond 2 k, so that a small k is not sorted out
 NUMPY_ROWS, NUMPY_QUERIES = 8192, 64
 
 ENGINES = ("numba", "faiss", "numpy")
+T = TypeVar("T")
 
 
 def hamming_search(
@@ -120,12 +122,11 @@ def hamming_distances(queries: np.ndarray, database: np.ndarray, threads: int = 
     out, query_words = np.empty((len(queries), len(database)), dtype=np.int32), words(queries)
     for first, chunk in chunks(database):
         block = out[:, first : first + len(chunk)]
-        in_threads(
-            lambda part, chunk=chunk, block=block: hamming.distances_into(
-                query_words[part], chunk, block[part]
-            ),
-            slices(len(queries), thread_count(threads)),
-        )
+
+        def fill(part: slice, chunk: np.ndarray = chunk, block: np.ndarray = block) -> None:
+            hamming.distances_into(query_words[part], chunk, block[part])
+
+        in_threads(fill, slices(len(queries), thread_count(threads)))
     return out
 
 
@@ -148,7 +149,13 @@ def nearest_keys(queries: np.ndarray, database: np.ndarray, k: int, width: int, 
         held = np.zeros((parts, len(block)), np.int64)
         limits = np.full((parts, len(block)), np.iinfo(np.uint64).max)
 
-        def take(task: tuple[int, slice, int, np.ndarray], block=block, keys=keys, held=held, limits=limits):
+        def take(
+            task: tuple[int, slice, int, np.ndarray],
+            block: np.ndarray = block,
+            keys: np.ndarray = keys,
+            held: np.ndarray = held,
+            limits: np.ndarray = limits,
+        ) -> None:
             part, rows, first, chunk = task
             hamming.scan(block[rows], chunk, first, keys[part, rows], held[part, rows], limits[part, rows], k)
 
@@ -257,7 +264,7 @@ def slices(count: int, parts: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(ends) if a < b]
 
 
-def in_threads(call: Callable, tasks: list) -> None:
+def in_threads(call: Callable[[T], None], tasks: list[T]) -> None:
     """call(task) of each, side by side. The kernels release the GIL."""
     if len(tasks) < 2:
         for task in tasks:

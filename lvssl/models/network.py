@@ -14,7 +14,8 @@ import torch.nn as nn
 from torch import Generator, Tensor
 
 from lvssl.config import LatentSettings, ModelSettings
-from lvssl.latents import Posterior, family, fused
+from lvssl.latents import family, fused
+from lvssl.latents.posterior import Posterior
 from lvssl.models.backbone import build_backbone, feature_dim
 from pipelines.errors import InputError
 
