@@ -4,25 +4,21 @@ import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines.convert.estimate import size_text
 from slurm.pipeline import Pipeline
 from slurm.stages import Stage
-
-if TYPE_CHECKING:
-    from slurm.launch import Work
+from slurm.work import Work, executor
 
 CHECKPOINTS = 3  # the last two, and the one that is being written
 NUMBERS_A_PARAMETER = 3  # the weight and an optimiser's two moments
 COUNTED = 200_000  # files of a source folder, after which its size is not added up any further
 
 
-def describe(pipeline: Pipeline, stages: list[Stage], works: "Sequence[Work]", cluster: str,
+def describe(pipeline: Pipeline, stages: list[Stage], works: Sequence[Work], cluster: str,
              parameters: Callable[[Any], int] | None) -> str:  # fmt: skip
     """Graph, scripts (for Slurm), GPU-hours and disk, as text."""
-    from slurm.launch import executor
-
     lines = [f"# {pipeline.name}: {pipeline.file} -> {pipeline.out}", "", *graph(works)]
     if cluster == "slurm":
         code = pipeline.out / "code" / "SNAPSHOT"
@@ -38,11 +34,11 @@ def describe(pipeline: Pipeline, stages: list[Stage], works: "Sequence[Work]", c
     return "\n".join(lines)
 
 
-def tasks_of(works: "Sequence[Work]", name: str) -> bool:
+def tasks_of(works: Sequence[Work], name: str) -> bool:
     return any(work.tasks for work in works if work.stage.name == name)
 
 
-def graph(works: "Sequence[Work]") -> list[str]:
+def graph(works: Sequence[Work]) -> list[str]:
     lines = []
     for work in works:
         stage = work.stage
@@ -57,7 +53,7 @@ def graph(works: "Sequence[Work]") -> list[str]:
     return lines
 
 
-def costs(works: "Sequence[Work]") -> list[str]:
+def costs(works: Sequence[Work]) -> list[str]:
     """From the time limits: what Slurm may charge if every job runs to its end."""
     gpu = cpu = 0.0
     for work in works:
@@ -70,7 +66,7 @@ def costs(works: "Sequence[Work]") -> list[str]:
     ]
 
 
-def disk(pipeline: Pipeline, works: "Sequence[Work]", parameters: Callable[[Any], int] | None) -> list[str]:
+def disk(pipeline: Pipeline, works: Sequence[Work], parameters: Callable[[Any], int] | None) -> list[str]:
     """What will be written to the pipeline's folder, and what is free there."""
     rows = []
     if tasks_of(works, "convert"):

@@ -2,12 +2,10 @@
 
 import contextlib
 import os
-import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +13,16 @@ import submitit
 
 from pipelines.errors import InputError
 from slurm import scheduler
+from slurm.dry_run import describe
 from slurm.job import Job
-from slurm.pipeline import ClusterSettings, Pipeline, Starts, read_pipeline
+from slurm.pipeline import Pipeline, Starts, read_pipeline
 from slurm.records import claimed, read_jobs, read_json, read_record, stands, write_json
 from slurm.snapshot import snapshot
 from slurm.stages import Stage, Task, build_stages
+from slurm.work import Work, executor
 
 CLUSTERS = ("slurm", "local", "debug")
 A_YEAR = 365 * 24 * 60  # minutes; nothing on this machine ends a job but its command
-
-
-@dataclass(frozen=True)
-class Work:
-    """A stage and its tasks that are to be submitted."""
-
-    stage: Stage
-    tasks: tuple[Task, ...]
-    under_way: tuple[str, ...] = ()  # jobs that are at its other tasks
-    why: str = ""
 
 
 def launch(
@@ -61,8 +51,6 @@ def launch(
     pipeline = read_pipeline(file, starts, preset)
     stages = build_stages(pipeline)
     if dry_run:
-        from slurm.dry_run import describe
-
         print(describe(pipeline, stages, plan(pipeline.out, stages), cluster, parameters))
         return 0
     with claimed(pipeline.out):
@@ -120,66 +108,6 @@ def is_busy(job: str, queue: dict[str, tuple[str, str]]) -> bool:
 
 
 # ---- Slurm
-
-
-class ChainExecutor(submitit.SlurmExecutor):
-    """submitit's Slurm executor, which can also write its script where there is no Slurm (--dry-run)."""
-
-    @classmethod
-    def affinity(cls) -> int:
-        return 2
-
-    def script(self, tasks: int) -> str:
-        """The text that is given to sbatch."""
-        array = {"map_count": tasks} if tasks > 1 else {}
-        before = dict(self.parameters)
-        self.parameters.update(array)
-        try:
-            return self._make_submission_file_text(self._submitit_command_str, "")
-        finally:
-            self.parameters = before
-
-
-def executor(pipeline: Pipeline, stage: Stage, code: Path, after: list[str]) -> ChainExecutor:
-    """An executor with all that a stage's job asks of Slurm; `after`: jobs that must have ended well."""
-    cluster = stage.cluster
-    python = shlex.quote(cluster.python or sys.executable)
-    made = ChainExecutor(pipeline.out / "jobs" / stage.name, python=python)
-    options: dict[str, Any] = {"requeue": True, "chdir": str(code), **cluster.options}
-    if after:
-        options |= {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"}
-    if cluster.memory:
-        options["mem"] = cluster.memory.removesuffix("B")
-    named = {
-        name: value
-        for name in ("partition", "account", "qos", "constraint")
-        if (value := getattr(cluster, name))
-    }
-    made.update_parameters(
-        job_name=f"{pipeline.name}-{stage.name}",
-        time=cluster.minutes,
-        nodes=cluster.nodes,
-        ntasks_per_node=cluster.ranks_per_node,
-        **({"cpus_per_task": cluster.cpus} if cluster.cpus else {}),
-        **({"gpus_per_node": cluster.gpus} if cluster.gpus else {}),
-        **named,
-        setup=setup_lines(cluster, code),
-        signal_delay_s=cluster.warning,
-        stderr_to_stdout=True,
-        array_parallelism=cluster.concurrency,
-        additional_parameters=options,
-        use_srun=False,  # the job starts its ranks itself: see slurm/job.py
-    )
-    return made
-
-
-def setup_lines(cluster: ClusterSettings, code: Path) -> list[str]:
-    """What the script does before its command. The frozen code comes before all that is installed, and the
-    working folder, which Python puts first, is that code too."""
-    lines = [f"module load {shlex.quote(module)}" for module in cluster.modules]
-    lines += cluster.setup
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
-    return [*lines, f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"]
 
 
 def submit_chain(pipeline: Pipeline, works: list[Work]) -> int:

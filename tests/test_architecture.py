@@ -1,6 +1,7 @@
 """Imports go one way: the floors of the architecture, held against the import statements of every module."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,14 +114,6 @@ def circles(root: Path) -> set[frozenset[str]]:
     return {frozenset(n for n in reach[name] if name in reach[n]) for name in reach if name in reach[name]}
 
 
-# Those that are left, to be dissolved: this list may only become shorter.
-CIRCLES = {
-    frozenset({"slurm.dry_run", "slurm.launch"}),
-    frozenset({"benchmarks.gpu_stages.machine", "benchmarks.gpu_stages.timing"}),
-    frozenset({"benchmarks.gpu_stages.steps", "benchmarks.gpu_stages.today"}),
-}
-
-
 def violations(root: Path) -> list[str]:
     """One line for each import against the rules among the packages under root, with file and line."""
     wrong = []
@@ -150,7 +143,7 @@ def test_imports_go_one_way():
 
 
 def test_no_files_import_each_other_in_a_circle():
-    assert circles(ROOT) == CIRCLES
+    assert circles(ROOT) == set()
 
 
 def test_a_circle_is_found_through_functions_and_packages(tmp_path):
@@ -220,3 +213,41 @@ def test_allowed_imports_are_not(tmp_path):
         },
     )
     assert violations(tmp_path) == []
+
+
+def idle_modules(root: Path) -> list[str]:
+    """Modules that no other source file imports, names, or runs: tests don't count."""
+    sources = [file for package in OURS for file in sorted((root / package).rglob("*.py"))]
+    texts = {file: file.read_text() for file in sources}
+    configured = (root / "pyproject.toml").read_text() + (root / "Makefile").read_text()
+    idle = []
+    for file in sources:
+        parts = file.relative_to(root).with_suffix("").parts
+        if parts[-1] == "__init__" or parts[0] in ("tools", "benchmarks"):
+            continue
+        name, (package, module) = ".".join(parts), (".".join(parts[:-1]), parts[-1])
+        used = rf"\b{re.escape(name)}\b|from {re.escape(package)} import [^\n]*(\n[^)]*)?\b{module}\b"
+        others = (text for other, text in texts.items() if other != file)
+        if not any(re.search(used, text) for text in (*others, configured)):
+            idle.append(name)
+    return idle
+
+
+def test_every_module_is_used():
+    assert idle_modules(ROOT) == []
+
+
+def test_a_module_that_only_a_test_imports_is_reported(tmp_path):
+    (tmp_path / "Makefile").touch()
+    (tmp_path / "pyproject.toml").write_text('lvssl = "lvssl.cli:main"')
+    plant(
+        tmp_path,
+        {
+            "lvssl/cli.py": "from lvssl.codes import (\n    pack,\n    search,\n)\n",
+            "lvssl/codes/pack.py": "",
+            "lvssl/codes/search.py": "",
+            "lvssl/codes/idle.py": "from lvssl.codes import pack\n",
+            "tests/test_idle.py": "from lvssl.codes import idle\n",
+        },
+    )
+    assert idle_modules(tmp_path) == ["lvssl.codes.idle"]

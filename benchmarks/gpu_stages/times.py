@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_stages.case import Case, Row, Setup
+from benchmarks.gpu_stages.machine import ceilings
 from benchmarks.gpu_stages.timing import (
     against_floor,
-    ceilings,
     peak_memory,
     rotated,
     sets_beyond_cache,

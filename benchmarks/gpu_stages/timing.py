@@ -57,16 +57,6 @@ def peak_memory(setup: Setup, call: Callable[[], Any]) -> Row:
     return {"peak_mib": (torch.cuda.max_memory_allocated() - before) / 2**20}
 
 
-def ceilings(setup: Setup) -> Row:
-    """What this card was measured to do, bytes and operations a second; measured now if it wasn't yet."""
-    found = {row["name"]: row for row in setup.earlier() if row["stage"] == "machine" and row.get("ok")}
-    if "device copy" not in found or "bf16 product" not in found:
-        from benchmarks.gpu_stages import machine
-
-        found = {"device copy": machine.device_copy(setup), "bf16 product": machine.product(setup)}
-    return {"bytes": found["device copy"]["rate"], "operations": found["bf16 product"]["rate"]}
-
-
 def against_floor(row: Row, moved: float, operations: float, best: Row) -> Row:
     """Bytes and operations of the call, the floor that they set, and how near the measured time comes."""
     floor = max(moved / best["bytes"], operations / best["operations"])

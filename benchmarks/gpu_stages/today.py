@@ -2,7 +2,7 @@
 workers, lightly's loss, bf16 autocast, channels-last, the same backbone and projector."""
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -59,13 +59,13 @@ def one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def row(setup: Setup, work: Any) -> Row:
-    """Speed as of the engine's rows."""
-    from benchmarks.gpu_stages.steps import measured, place, settings_of
+def pipeline(
+    setup: Setup, work: Any, settings: Any, device: torch.device
+) -> tuple[Callable[[list[Tensor]], Tensor], Generator[list[Tensor], None, None], Row]:
+    """A step, the batches that it takes (closing them ends the workers), and what a row says of them."""
     from lvssl.models.backbone import build_backbone
     from lvssl.models.network import projector
 
-    settings, device = settings_of(setup, work), place(setup)
     images = np.random.default_rng(setup.seed).integers(0, 256, (1024, work.side, work.side, 3), np.uint8)
     count = 1 if setup.dry else WORKERS
     loader = torch.utils.data.DataLoader(
@@ -90,11 +90,8 @@ def row(setup: Setup, work: Any) -> Row:
         optimiser.step()
         return loss.detach()
 
-    def batches() -> Iterator[list[Tensor]]:
+    def batches() -> Generator[list[Tensor], None, None]:
         while True:
             yield from loader
 
-    source = batches()
-    found = measured(setup, work, step, source)
-    source.close()  # type: ignore[attr-defined]  # ends the workers
-    return {"workers": count, "loss": which, **found}
+    return step, batches(), {"workers": count, "loss": which}

@@ -16,12 +16,13 @@ from lvssl.training.run import create_run
 from pipelines.convert.command import parser
 from pipelines.errors import InputError
 from slurm.dry_run import folder_size
-from slurm.launch import executor, launch, plan
+from slurm.launch import launch, plan
 from slurm.pipeline import MEASURING, ImageSource, minutes_of, read_pipeline
 from slurm.records import Record, claimed, fingerprints, last_error, read_jobs, stands, write_record
 from slurm.stages import build_stages, digest
 from slurm.sweep import write_table
 from slurm.values import flat_hints, replaced
+from slurm.work import executor
 
 GOLDEN = Path(__file__).with_name("golden_sbatch.txt")
 FILE = """

@@ -1,0 +1,82 @@
+"""What is submitted: a stage's tasks, and the Slurm job that they become."""
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from slurm.pipeline import ClusterSettings, Pipeline
+from slurm.stages import Stage, Task
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stage and its tasks that are to be submitted."""
+
+    stage: Stage
+    tasks: tuple[Task, ...]
+    under_way: tuple[str, ...] = ()  # jobs that are at its other tasks
+    why: str = ""
+
+
+class ChainExecutor(submitit.SlurmExecutor):
+    """submitit's Slurm executor, which can also write its script where there is no Slurm (--dry-run)."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+    def script(self, tasks: int) -> str:
+        """The text that is given to sbatch."""
+        array = {"map_count": tasks} if tasks > 1 else {}
+        before = dict(self.parameters)
+        self.parameters.update(array)
+        try:
+            return self._make_submission_file_text(self._submitit_command_str, "")
+        finally:
+            self.parameters = before
+
+
+def executor(pipeline: Pipeline, stage: Stage, code: Path, after: list[str]) -> ChainExecutor:
+    """An executor with all that a stage's job asks of Slurm; `after`: jobs that must have ended well."""
+    cluster = stage.cluster
+    python = shlex.quote(cluster.python or sys.executable)
+    made = ChainExecutor(pipeline.out / "jobs" / stage.name, python=python)
+    options: dict[str, Any] = {"requeue": True, "chdir": str(code), **cluster.options}
+    if after:
+        options |= {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"}
+    if cluster.memory:
+        options["mem"] = cluster.memory.removesuffix("B")
+    named = {
+        name: value
+        for name in ("partition", "account", "qos", "constraint")
+        if (value := getattr(cluster, name))
+    }
+    made.update_parameters(
+        job_name=f"{pipeline.name}-{stage.name}",
+        time=cluster.minutes,
+        nodes=cluster.nodes,
+        ntasks_per_node=cluster.ranks_per_node,
+        **({"cpus_per_task": cluster.cpus} if cluster.cpus else {}),
+        **({"gpus_per_node": cluster.gpus} if cluster.gpus else {}),
+        **named,
+        setup=setup_lines(cluster, code),
+        signal_delay_s=cluster.warning,
+        stderr_to_stdout=True,
+        array_parallelism=cluster.concurrency,
+        additional_parameters=options,
+        use_srun=False,  # the job starts its ranks itself: see slurm/job.py
+    )
+    return made
+
+
+def setup_lines(cluster: ClusterSettings, code: Path) -> list[str]:
+    """What the script does before its command. The frozen code comes before all that is installed, and the
+    working folder, which Python puts first, is that code too."""
+    lines = [f"module load {shlex.quote(module)}" for module in cluster.modules]
+    lines += cluster.setup
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
+    return [*lines, f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"]
