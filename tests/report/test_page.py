@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from lvssl.report.figures import MOST_POINTS, number, thinned, ticks
+from lvssl.report.figures import COLOURS, MOST_POINTS, Line, line_chart, number, thinned, ticks
 from lvssl.report.page import write_report
 from lvssl.report.verdict import Comparison, compare, compare_codes, in_words, sampling_noise, signed
 from pipelines.errors import InputError
@@ -429,6 +429,21 @@ def test_ticks_are_round_and_enclose(low, high):
     found = ticks(low, high, 5)
     assert found[0] <= low + 1e-9 and found[-1] >= high - 1e-9 and 2 <= len(found) <= 8
     assert len({number(t) for t in found}) == len(found)
+
+
+def test_a_chart_takes_colours_and_font_from_the_page_and_shares_no_id_with_another():
+    lines = [Line("a < b", "run", [(0.0, 1.0), (10.0, 2.5)]), Line("c", "control", [(5.0, 1200.0)])]
+    charts = [line_chart(lines, "step", title) for title in ("Loss & more", "Rate")]
+    assert charts[0] == line_chart(lines, "step", "Loss & more")  # the same figures give the same page
+    ids = [set(re.findall(r'id="([^"]+)"', chart)) for chart in charts]
+    assert ids[0] and not ids[0] & ids[1]
+    for chart in charts:
+        assert not re.search(r"#[0-9a-f]{6};|font|https?:|url\(|<style", chart)
+        used = set(re.findall(r"var\(--(\w+)\)", chart))
+        assert used == {"run", "control", "rule", "soft"} < set(COLOURS)
+        assert set(re.findall(r'href="#([^"]+)"', chart)) <= set(re.findall(r'id="([^"]+)"', chart))
+    assert 'aria-label="Loss &amp; more"' in charts[0] and "<title>a &lt; b</title>" in charts[0]
+    assert ">1,000<" in charts[0] and ">step<" in charts[0]
 
 
 def test_long_lines_are_thinned_to_their_means():
