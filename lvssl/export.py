@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tyro.conf import Positional
 
-from lvssl.config import to_dict
 from lvssl.models.backbone import CIFAR_STEM_UP_TO, RESNETS, feature_dim
 from lvssl.models.network import LVNet
+from lvssl.settings import to_dict
 from lvssl.training.run import Run, load_run, versions
 from lvssl.training.stage import in_words
 from pipelines.errors import InputError

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lvssl.config import FREE_TO_CHANGE, beyond_defaults
+from lvssl.settings import beyond_defaults, options
 from slurm.pipeline import FILLED_IN, MEASURING, ClusterSettings, ImageSource, Pipeline
 
-# What is in no digest; of the paths that the chain fills in, what lies there is.
-FREE = (*FREE_TO_CHANGE, *FILLED_IN, "shards")
 # Results that have one place in the run's folder, whatever the settings.
 ONE_PLACE = {"evaluate": "evaluation.json", "analyse": "analysis.json"}
 
@@ -167,23 +165,13 @@ def convert(source: ImageSource, beton: Path) -> tuple[str, ...]:
     return (source.source, str(beton), *options(given))
 
 
-def options(given: dict[str, Any]) -> tuple[str, ...]:
-    """Settings as on a command line."""
-    words: list[str] = []
-    for name, value in given.items():
-        option = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        else:
-            values = value if isinstance(value, list | tuple) else (value,)
-            words += [f"--{option}", *map(str, values)]
-    return tuple(words)
-
-
 def digest(stage: str, settings: Any, *inputs: str) -> str:
-    """SHA-256 of a stage's settings (those that matter, beyond the defaults) and of its inputs' digests."""
+    """SHA-256 of a stage's settings (those that matter, beyond the defaults) and of its inputs' digests.
+
+    Of the paths that the chain fills in, what lies there counts.
+    """
     if dataclasses.is_dataclass(settings):
-        settings = beyond_defaults(settings, FREE)
+        settings = beyond_defaults(settings, FILLED_IN)
     content = [stage, settings, *inputs]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -6,8 +6,7 @@ Everything stands beside a control: the deterministic run's scores, its features
 from __future__ import annotations
 
 import io
-import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from lvssl.evaluation.reading import Certainty, Reading, read, read_pixels, seve
 from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.shapes import FACTORS, make_shapes, regression_targets
 from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
+from lvssl.presets import command
+from lvssl.settings import POSITIONAL
 from lvssl.training.run import Run, load_run
 from pipelines.errors import InputError
 from pipelines.files import write_atomically, write_json
@@ -42,7 +43,7 @@ FEWEST = 40  # test images below which nothing is worth measuring
 class AnalyseSettings:
     """Uncertainty, meaning of bits and regression: a run beside its control. Writes RUN/analysis.json."""
 
-    run: Positional[Path]
+    run: Positional[Path] = field(metadata=POSITIONAL)
     """The run's folder; analysis.json and bits.npz are written there."""
     test: Path | None = None
     """The test images, made by `convert-beton`; left out: test.beton (or val) beside train.beton."""
@@ -106,7 +107,7 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
             result["bits"], pictures = bits(run, own, test_reading, class_names(train))
             write_atomically(run.folder / "bits.npz", pictures)
         work.update()
-    result["command"] = command(settings)
+    result["command"] = command("analyse", settings)
     write_json(run.folder / "analysis.json", result)
     work.update()
     work.close()
@@ -357,20 +358,6 @@ def disentanglement(run: Run, settings: AnalyseSettings) -> dict[str, dict[str, 
 
 
 # What is printed ------------------------------------------------------------------------------------------
-
-
-def command(settings: AnalyseSettings) -> str:
-    parts = ["lvssl", "analyse", str(settings.run), "--test", str(settings.test)]
-    if settings.control:
-        parts += ["--control", str(settings.control)]
-    if settings.alone:
-        parts.append("--alone")
-    for name in ("others", "ood"):
-        if paths := getattr(settings, name):
-            parts += [f"--{name}", *map(str, paths)]
-    parts += ["--images", str(settings.images), "--samples", str(settings.samples)]
-    parts += ["--on-error", "skip"] if settings.on_error == "skip" else []
-    return shlex.join([*parts, "--seed", str(settings.seed)])
 
 
 def print_analysis(result: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,8 @@ from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
 from lvssl.models.backbone import feature_dim
+from lvssl.presets import command
+from lvssl.settings import POSITIONAL, RUNTIME
 from lvssl.training.labels import sound_part
 from lvssl.training.run import Run, load_run, versions
 from pipelines.errors import InputError
@@ -47,7 +48,7 @@ class CompressionSettings:
     """Accuracy against bits stored for each image: the run's code and its prefixes, beside sign, PCA + sign,
     ITQ, LSH, int8 and product codes of the control's features. Writes RUN/compression.json and .csv."""
 
-    run: Positional[Path]
+    run: Positional[Path] = field(metadata=POSITIONAL)
     """The run whose code is measured."""
     control: Path | None = None
     """The deterministic run of whose features the controls are made; left out: `control` beside the run."""
@@ -65,7 +66,7 @@ class CompressionSettings:
     """Of the controls that draw: ITQ, LSH, PQ."""
     on_error: str | None = None
     """An image that can't be decoded: raise, or skip (leave it out); left out: as in the pretraining."""
-    workers: int = 2
+    workers: int = field(default=2, metadata=RUNTIME)
     """Threads that decode."""
 
 
@@ -122,7 +123,7 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
         "skipped": {"train": counts[0] - len(train), "test": counts[1] - len(test)},
         "first": settings.first,
         "control": str(control.folder),
-        "command": command(settings),
+        "command": command("compression", settings),
         "versions": versions(),
     }
     write_json(run.folder / "compression.json", result)
@@ -204,19 +205,6 @@ def as_csv(rows: list[dict[str, Any]]) -> bytes:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
-
-
-def command(settings: CompressionSettings) -> str:
-    """The command that makes these rows."""
-    parts = ["lvssl", "compression", str(settings.run)]
-    for name in ("control", "test", "train", "on_error"):
-        if getattr(settings, name):
-            parts += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
-    if settings.others:
-        parts += ["--others", *map(str, settings.others)]
-    parts += ["--bits", *map(str, settings.bits)]
-    parts += ["--first", str(settings.first), "--seed", str(settings.seed)]
-    return shlex.join(parts)
 
 
 def print_compression(result: dict[str, Any]) -> None:

@@ -2,8 +2,7 @@
 
 import io
 import json
-import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.uncertainty import r_auroc, risk_coverage_area
 from lvssl.models.backbone import feature_dim
 from lvssl.models.network import LVNet
+from lvssl.presets import command
+from lvssl.settings import POSITIONAL, RUNTIME
 from lvssl.training.labels import Subset, beside, open_pair, say_notes, sound_part
 from lvssl.training.run import Run, load_run, require_classes_of, require_same_classes
 from pipelines.convert.manifest import manifest_path
@@ -38,7 +39,7 @@ QUERIES, NEIGHBOURS, EXTREMES = 40, 6, 12  # pictures in the gallery
 class EvaluateSettings:
     """Linear probe and kNN on features and codes: a run, its control, the random encoder and raw pixels."""
 
-    run: Positional[Path]
+    run: Positional[Path] = field(metadata=POSITIONAL)
     """The run's folder; evaluation.json and gallery.npz are written there."""
     test: Path | None = None
     """The test images, made by `convert-beton`; left out: test.beton (or val) beside train.beton."""
@@ -49,7 +50,7 @@ class EvaluateSettings:
     on_error: str | None = None
     """An image that can't be decoded: raise (stop and name it), or skip (leave it out, and say how many);
     left out: as in the pretraining."""
-    workers: int = 2
+    workers: int = field(default=2, metadata=RUNTIME)
     """Threads that decode."""
 
 
@@ -93,7 +94,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         "code_statistics": code_statistics(unpack_bits(sets[1].codes, sets[1].bits), sets[1].bit_means),
         "uncertainty": uncertainty(sets[1], wrong),
         "data": describe_data(run, settings, train, test) | {"skipped": skipped},
-        "command": command(settings),
+        "command": command("evaluate", settings),
     }
     names = class_names(train)
     write_gallery(run.folder / "gallery.npz", *sets, train, test, run.settings.view, names)
@@ -278,15 +279,6 @@ def manifest(data: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def command(settings: EvaluateSettings) -> str:
-    """The command that makes this evaluation."""
-    parts = ["lvssl", "evaluate", str(settings.run), "--test", str(settings.test)]
-    for name in ("control", "train", "on_error"):
-        if getattr(settings, name):
-            parts += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
-    return shlex.join(parts)
 
 
 def write_gallery(

@@ -12,16 +12,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lvssl.config import PRESETS, PretrainSettings, choice, preset, to_dict
+from lvssl.config import PRESETS, PretrainSettings, choice, preset
 from lvssl.evaluation.analyse import AnalyseSettings
 from lvssl.evaluation.measures import FIRST, code_bits, measured
 from lvssl.evaluation.pairs import pairs, summary
+from lvssl.presets import command
+from lvssl.settings import to_dict
 from lvssl.training.labels import open_pair
 from lvssl.training.pretrain import pretrain
 from lvssl.training.run import load_run, versions
@@ -95,7 +96,7 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
     result = {
         "settings": to_dict(settings),
         "versions": versions(),
-        "command": command(settings),
+        "command": command("study", settings),
         "arms": summary(rows),
         "pairs": pairs(rows),
         "rows": rows,
@@ -189,15 +190,3 @@ def numbers(measures: Any) -> Any:
     if isinstance(measures, dict):
         return {name: numbers(value) for name, value in measures.items()}
     return math.nan if measures is None else measures
-
-
-def command(settings: StudySettings) -> str:
-    """The command that makes this study: what differs from the defaults."""
-    parts = ["lvssl", "study"]
-    for setting in dataclasses.fields(settings):
-        value = getattr(settings, setting.name)
-        if value in (setting.default, ()):
-            continue
-        values = value if isinstance(value, tuple) else (value,)
-        parts += [f"--{setting.name.replace('_', '-')}", *map(str, values)]
-    return shlex.join(parts)

@@ -16,9 +16,12 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lvssl.config import PretrainSettings
+from lvssl.presets import command
 from lvssl.report.analysis import disentanglement, regression, uncertainty
 from lvssl.report.compression import compression
 from lvssl.report.curves import curves
@@ -34,6 +37,8 @@ from lvssl.report.verdict import (
     signed,
     uncertainty_in_words,
 )
+from lvssl.settings import flat
+from lvssl.training.run import read_config
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
 
@@ -74,15 +79,12 @@ def write_report(run_dir: Path) -> Path:
         InputError: no such folder, no run, or one of its files can't be read (named).
     """
     run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise InputError(f"{run_dir}: no such run folder")
-    if not (run_dir / "config.json").is_file():
-        raise InputError(f"{run_dir} is no run folder (it has no config.json)")
+    chosen, _ = read_config(run_dir)
     config = read_json(run_dir / "config.json")
-    settings = config.get("settings", config)
+    settings = config["settings"]
     measured = {stage: read_json(run_dir / name) for stage, name in RESULTS.items()}
     evaluation, analysis = measured["evaluate"], measured["analyse"]
-    commands = commands_of(run_dir, settings, measured)
+    commands = commands_of(run_dir, chosen, measured)
     evaluated = commands.get("evaluate")
     sections = {
         "results": results(evaluation, evaluated),
@@ -126,24 +128,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def commands_of(
-    run_dir: Path, settings: dict[str, Any], measured: dict[str, dict[str, Any]]
+    run_dir: Path, settings: PretrainSettings, measured: dict[str, dict[str, Any]]
 ) -> dict[str, str]:
-    """What to type for the stages of this run, as far as the settings that one would type."""
-    pretrain = ["lvssl", "pretrain", "--out", str(run_dir)]
-    latent = settings.get("latent", {}).get("family")
-    for name, value in (
-        ("preset", settings.get("preset")),
-        ("data", settings.get("data")),
-        ("family", latent),
-    ):
-        pretrain += [f"--{name}", str(value)] if value else []
-    for name in ("epochs", "seed"):
-        pretrain += [f"--{name}", str(settings[name])] if name in settings else []
-    stages = {"pretrain": shlex.join(pretrain), "report": shlex.join(["lvssl", "report", str(run_dir)])}
-    for name, content in measured.items():
-        if content.get("command"):
-            stages[name] = str(content["command"])
-    return stages
+    """What to type for the stages of this run."""
+    stages = {
+        "pretrain": command("pretrain", replace(settings, out=run_dir)),
+        "report": shlex.join(["lvssl", "report", str(run_dir)]),
+    }
+    return stages | {name: str(found["command"]) for name, found in measured.items() if found.get("command")}
 
 
 # The first screen -----------------------------------------------------------------------------------------
@@ -295,19 +287,10 @@ def codes(evaluation: dict[str, Any], command: str | None) -> str:
 
 
 def settings_section(config: dict[str, Any], settings: dict[str, Any]) -> str:
-    rows = [*flat(settings), *flat({k: v for k, v in config.items() if k not in ("settings", *settings)})]
+    values = flat(settings) | flat({k: v for k, v in config.items() if k not in ("settings", *settings)})
+    rows = [(name, v if isinstance(v, str) else json.dumps(v)) for name, v in values.items()]
     half = (len(rows) + 1) // 2
     return render("settings.html", halves=(rows[:half], rows[half:]))
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            rows += flat(value, f"{prefix}{name}.")
-        else:
-            rows.append((prefix + name, value if isinstance(value, str) else json.dumps(value)))
-    return rows
 
 
 def missing(run_dir: Path, measured: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:

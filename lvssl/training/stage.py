@@ -15,8 +15,10 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from lvssl.config import FREE_TO_CHANGE, EngineSettings
-from lvssl.stages import StageSettings, command, identity
+from lvssl.config import EngineSettings
+from lvssl.presets import command
+from lvssl.settings import first_change, identity, runtime
+from lvssl.stages import StageSettings
 from lvssl.training.distributed import World, from_first, world_of
 from lvssl.training.identity import describe_set, other_set
 from lvssl.training.labels import Labelled, beside, check_pair, open_labelled, say_notes
@@ -204,11 +206,8 @@ def changes(result: dict[str, Any], settings: StageSettings, digest: str) -> str
     if result.get("checkpoint") != digest:
         return f"checkpoint: {str(result.get('checkpoint'))[:12]} -> {digest[:12]}"
     wanted, defaults = identity(settings), identity(type(settings)(settings.run, on_error="raise"))
-    had = defaults | {k: v for k, v in result.get("settings", {}).items() if k not in FREE_TO_CHANGE}
-    for name in {**had, **wanted}:
-        if had.get(name) != wanted.get(name):
-            return f"{name}: {had.get(name)} -> {wanted.get(name)}"
-    return ""
+    had = defaults | {k: v for k, v in result.get("settings", {}).items() if k not in runtime(settings)}
+    return first_change(had, wanted)
 
 
 def show(stage: Stage[Any]) -> None:
