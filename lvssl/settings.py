@@ -61,8 +61,7 @@ def that_matter(settings: Any, ignore: Collection[str] = ()) -> list[Setting]:
 
 def identity(settings: Any) -> dict[str, Any]:
     """What a result depends on, as plain JSON values; paths in full, so that it holds from any folder."""
-    values = {s.name: s.value for s in that_matter(settings)}
-    return _plain({k: v.resolve() if isinstance(v, Path) else v for k, v in values.items()})
+    return _plain({s.name: _in_full(s.value) for s in that_matter(settings)})
 
 
 def beyond_defaults(settings: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
@@ -144,6 +143,12 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found
+
+
+def _in_full(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_in_full(one) for one in value]
+    return value.resolve() if isinstance(value, Path) else value
 
 
 def _plain(value: Any) -> Any:

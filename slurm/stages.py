@@ -102,7 +102,7 @@ def measuring(pipeline: Pipeline, name: str, run: Path, run_key: str, test: tupl
 def result_of(name: str, run: Path, key: str, swept: bool, on: str) -> tuple[Path, tuple[str, ...]]:
     """Where a measurement (of the representation `on`) has its result, and the options that put it there."""
     if name in ONE_PLACE:
-        return run / ONE_PLACE[name], ()
+        return run / ONE_PLACE[name], ("--again",)
     if name == "finetune":
         result = run / f"finetune-{key[:8]}" / "result.json"
         return result, ("--out", str(result), "--again")

@@ -10,8 +10,6 @@ paths and the like), so a study can share them with other studies and with `pyth
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +23,7 @@ from lvssl.presets import command
 from lvssl.settings import to_dict
 from lvssl.training.labels import open_pair
 from lvssl.training.pretrain import pretrain
+from lvssl.training.result import as_number, read_result
 from lvssl.training.run import load_run, versions
 from pipelines.errors import InputError
 from pipelines.files import write_json
@@ -167,9 +166,9 @@ def row(settings: StudySettings, chosen: PretrainSettings, lengths: tuple[int, .
     protocol = {name: told[name] for name in ("train", "test", "images", "ood")} | {"first": FIRST}
     kept = chosen.out / ROW
     if kept.exists():
-        found = json.loads(kept.read_text())
+        found = read_result(kept, measures=dict, controls=dict, lengths=list)
         same = (found.get("checkpoint"), found.get("protocol")) == (run.digest, protocol)
-        if same and set(lengths) <= set(found["lengths"]):
+        if same and set(lengths) <= set(found.get("lengths") or ()):
             return found | {name: numbers(found[name]) for name in ("measures", "controls")}
     how = AnalyseSettings(chosen.out, test=settings.test, ood=settings.ood, images=settings.images)
     found = {
@@ -189,4 +188,4 @@ def numbers(measures: Any) -> Any:
     """Measures as they were before they were written: null stands for what isn't a number."""
     if isinstance(measures, dict):
         return {name: numbers(value) for name, value in measures.items()}
-    return math.nan if measures is None else measures
+    return as_number(measures)

@@ -38,11 +38,20 @@ from lvssl.report.verdict import (
     uncertainty_in_words,
 )
 from lvssl.settings import flat
+from lvssl.training.result import read_result
 from lvssl.training.run import read_config
-from pipelines.errors import InputError
 from pipelines.files import write_atomically
 
-RESULTS = {"evaluate": "evaluation.json", "compression": "compression.json", "analyse": "analysis.json"}
+PARTS = ("compression", "uncertainty", "code_statistics")  # of an evaluation, what it says of codes
+# By command: its result, and what the page looks into.
+RESULTS: dict[str, tuple[str, dict[str, type]]] = {
+    "evaluate": (
+        "evaluation.json",
+        {"table": list, **dict.fromkeys(("run", "control", "data", *PARTS), dict)},
+    ),
+    "compression": ("compression.json", {"rows": list, "left_out": list}),
+    "analyse": ("analysis.json", {"models": dict, "bits": dict}),
+}
 FAMILIES = {
     "none": "no latent (plain SimCLR)",
     "sign": "no latent, its sign bits decorrelated",
@@ -80,9 +89,12 @@ def write_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     chosen, _ = read_config(run_dir)
-    config = read_json(run_dir / "config.json")
+    config = read_result(run_dir / "config.json")
     settings = config["settings"]
-    measured = {stage: read_json(run_dir / name) for stage, name in RESULTS.items()}
+    measured = {
+        stage: read_result(path, **kinds) if (path := run_dir / name).exists() else {}
+        for stage, (name, kinds) in RESULTS.items()
+    }
     evaluation, analysis = measured["evaluate"], measured["analyse"]
     commands = commands_of(run_dir, chosen, measured)
     evaluated = commands.get("evaluate")
@@ -112,19 +124,6 @@ def write_report(run_dir: Path) -> Path:
 
 
 # What the folder holds ------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is no file. InputError names the file and the place."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: can't be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: an object is expected, not {type(content).__name__}")
-    return content
 
 
 def commands_of(
@@ -277,7 +276,7 @@ def codes(evaluation: dict[str, Any], command: str | None) -> str:
     """What is known of the code and of the uncertainty, three tables; "" without any."""
     tables = {
         part: [(*FIGURES.get(name, (name, "{}")), value) for name, value in figures.items()]
-        for part in ("compression", "uncertainty", "code_statistics")
+        for part in PARTS
         if (figures := evaluation.get(part))
     }
     return render("codes.html", tables=tables, command=command) if tables else ""

@@ -313,7 +313,7 @@ def test_bad_input_is_named_and_the_old_page_stays(tmp_path):
         write_report(tmp_path / "missing")
     with pytest.raises(InputError, match="no run folder"):
         write_report(tmp_path)
-    run = write_run(tmp_path / "run")
+    run = write_compression(write_run(tmp_path / "run"))
     before = write_report(run).read_text()
     good = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(good + '{"step": 330, "nt')  # cut short by a kill
@@ -324,8 +324,10 @@ def test_bad_input_is_named_and_the_old_page_stays(tmp_path):
         ("config.json", "[1]", "config.json: not a run's configuration"),
         ("config.json", '{"settings": {"latent": 3}, "classes": 2}', "config.json.latent: settings by name"),
         ("metrics.jsonl", good.replace("\n", "\n{oops\n", 1), "metrics.jsonl: line 2"),
-        ("evaluation.json", '{"run": ', "evaluation.json: can't be read"),
-        ("evaluation.json", "[1]", "evaluation.json: an object is expected"),
+        ("evaluation.json", '{"run": ', "evaluation.json: not a result (Expecting value"),
+        ("evaluation.json", "[1]", "evaluation.json: not a result (an object is expected, not list"),
+        ("evaluation.json", '{"run": 3}', "evaluation.json: not a result (run: an object"),
+        ("compression.json", '{"rows": {"a": 1}}', "compression.json: not a result (rows: a list"),
         ("gallery.npz", b"PK\x03\x04 cut", "gallery.npz: can't be read"),
         ("gallery.npz", {"query": np.array([120])}, "gallery.npz: query points outside the 120 images"),
         ("gallery.npz", {"images": gallery["images"][..., 0]}, "gallery.npz: images must be"),
@@ -350,7 +352,7 @@ def test_a_damaged_analysis_is_named(tmp_path):
     with pytest.raises(InputError, match=r"bits.npz: can't be read .* run `lvssl analyse` again"):
         write_report(run)
     (run / "analysis.json").write_text("[]")
-    with pytest.raises(InputError, match=r"analysis.json: an object"):
+    with pytest.raises(InputError, match=r"analysis.json: not a result .an object"):
         write_report(run)
 
 
