@@ -38,20 +38,22 @@ class ResultFile:
         """The result, if it stands there already, whole.
 
         Raises:
-            InputError: another result stands there, and --again doesn't allow to replace it.
+            InputError: another result stands there, or a damaged one, and --again isn't given.
         """
         if not self.path.exists():
             return None
-        content = read_result(self.path)
-        changed = self.changes(content)
-        if not changed:
-            return content if all(file.exists() for file in self.files) else None
-        if not self.settings.again:
-            elsewhere = ", --out leaves it alone" if hasattr(self.settings, "out") else ""
-            raise InputError(
-                f"{self.path} stands for something else ({changed}): --again replaces it{elsewhere}"
-            )
-        return None
+        try:
+            content = read_result(self.path)
+            if changed := self.changes(content):
+                elsewhere = ", --out leaves it alone" if hasattr(self.settings, "out") else ""
+                raise InputError(
+                    f"{self.path} stands for something else ({changed}): --again replaces it{elsewhere}"
+                )
+        except InputError:
+            if self.settings.again:
+                return None
+            raise
+        return content if all(file.exists() for file in self.files) else None
 
     def changes(self, content: dict[str, Any]) -> str:
         """The first difference between a result's origin and what is wanted, in words; "" if there is none.

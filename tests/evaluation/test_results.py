@@ -83,6 +83,7 @@ def test_a_result_of_older_checkpoints_or_without_all_of_its_files_is_not_taken(
     assert main(["evaluate", str(run)]) == 2 and "(checkpoint: None -> " in capsys.readouterr().err
     result.write_text("{")
     assert main(["evaluate", str(run)]) == 2 and f"{result}: not a result (" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--again"]) == 0 and "linear" in read_result(result)["run"]
 
 
 def test_figures_that_are_no_numbers_are_shown_alike_when_found(runs, capsys):

@@ -145,6 +145,10 @@ def test_a_changed_setting_reaches_what_hangs_on_it_and_only_that(tmp_path):
     assert changed("[convert.train]", "[convert.train]\nsubset = 9") == everything - {"convert-test"}
     assert changed("[convert]", "[convert]\nmax_resolution = 9") == everything
     assert changed("[evaluate]", '[evaluate]\ncontrol = "x"') == {"evaluate", "report"}
+    stages = {s.name: s for s in build_stages(read_pipeline(write(tmp_path), chain_starts()))}
+    assert (
+        "--again" in stages["evaluate"].tasks[0].arguments
+    )  # the other's result takes the first one's place
     assert changed("shards = 2", "shards = 2\nworkers = 1") == set()
     assert changed("epochs = 3", "epochs = 3\nworkers = 1\nthreads = 1") == set()
     assert changed('"4G"', '"8G"') == set()
