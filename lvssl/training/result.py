@@ -45,9 +45,10 @@ class ResultFile:
         try:
             content = read_result(self.path)
             if changed := self.changes(content):
-                elsewhere = ", --out leaves it alone" if hasattr(self.settings, "out") else ""
+                elsewhere = " or --out to write elsewhere" if hasattr(self.settings, "out") else ""
                 raise InputError(
-                    f"{self.path} stands for something else ({changed}): --again replaces it{elsewhere}"
+                    f"{self.path} already holds a result for other settings ({changed}); "
+                    f"pass --again to overwrite it{elsewhere}"
                 )
         except InputError:
             if self.settings.again:

@@ -59,7 +59,8 @@ def test_a_result_is_found_again_and_no_other_takes_its_place_unasked(command, r
     status, _, said = call(run, *another)
     assert status == 2 and len(said.splitlines()) == 1 and stamps() == made
     name = another[0].removeprefix("--")
-    assert f"{files[0]} stands for something else ({name}: " in said and "--again replaces it" in said
+    assert f"{files[0]} already holds a result for other settings ({name}: " in said
+    assert "pass --again to overwrite it" in said
     assert "--out" not in said  # which these commands don't have
     assert call(run, *another, "--again")[0] == 0 and stamps()[0] > made[0]
     assert str(json.loads(files[0].read_text())["settings"][name]) == another[1]
@@ -75,7 +76,7 @@ def test_a_result_of_older_checkpoints_or_without_all_of_its_files_is_not_taken(
     later(runs["control"])
     capsys.readouterr()
     assert main(["evaluate", str(run)]) == 2
-    assert f"stands for something else (checkpoint of {runs['control']}: " in capsys.readouterr().err
+    assert f"already holds a result for other settings (checkpoint of {runs['control']}: " in capsys.readouterr().err
     assert result.stat().st_mtime_ns == made and main(["evaluate", str(run), "--again"]) == 0
     later(run)
     assert main(["evaluate", str(run)]) == 2 and "(checkpoint: " in capsys.readouterr().err
