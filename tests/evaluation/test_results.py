@@ -76,7 +76,7 @@ def test_a_result_of_older_checkpoints_or_without_all_of_its_files_is_not_taken(
     later(runs["control"])
     capsys.readouterr()
     assert main(["evaluate", str(run)]) == 2
-    assert f"already holds a result for other settings (checkpoint of {runs['control']}: " in capsys.readouterr().err
+    assert f" for other settings (checkpoint of {runs['control']}: " in capsys.readouterr().err
     assert result.stat().st_mtime_ns == made and main(["evaluate", str(run), "--again"]) == 0
     later(run)
     assert main(["evaluate", str(run)]) == 2 and "(checkpoint: " in capsys.readouterr().err
