@@ -16,7 +16,7 @@ from pipelines.errors import InputError
 # called again and a chain that is launched again may have another, and find their results.
 RUNTIME = {"runtime": True}
 POSITIONAL = {"runtime": True, "positional": True}  # typed without the setting's name
-UNTOLD = {"runtime": True, "untold": True}  # of one call, and no part of the command that gives a result
+PER_CALL = {"runtime": True, "per_call": True}  # of one call, and no part of the command that gives a result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Setting:
         return self.name.rpartition(".")[2]
 
 
-def opened(settings: Any, start: Any = None) -> Iterator[Setting]:
+def all_settings(settings: Any, start: Any = None) -> Iterator[Setting]:
     """Every setting, groups opened. `start`: settings whose values stand for the defaults of the class."""
     for field in dataclasses.fields(settings):
         value, default = getattr(settings, field.name), field.default
@@ -43,7 +43,7 @@ def opened(settings: Any, start: Any = None) -> Iterator[Setting]:
         elif field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         if dataclasses.is_dataclass(value):
-            for inner in opened(value, default):
+            for inner in all_settings(value, default):
                 yield dataclasses.replace(inner, name=f"{field.name}.{inner.name}")
         else:
             yield Setting(field.name, value, default, field.metadata)
@@ -51,17 +51,17 @@ def opened(settings: Any, start: Any = None) -> Iterator[Setting]:
 
 def runtime(settings: Any) -> set[str]:
     """Names of the settings that change no result."""
-    return {s.name for s in opened(settings) if s.metadata.get("runtime")}
+    return {s.name for s in all_settings(settings) if s.metadata.get("runtime")}
 
 
-def that_matter(settings: Any, ignore: Collection[str] = ()) -> list[Setting]:
+def relevant(settings: Any, ignore: Collection[str] = ()) -> list[Setting]:
     """The settings that a result depends on, less those whose option is to be ignored."""
-    return [s for s in opened(settings) if not s.metadata.get("runtime") and s.option not in ignore]
+    return [s for s in all_settings(settings) if not s.metadata.get("runtime") and s.option not in ignore]
 
 
 def identity(settings: Any) -> dict[str, Any]:
     """What a result depends on, as plain JSON values; paths in full, so that it holds from any folder."""
-    return _plain({s.name: _in_full(s.value) for s in that_matter(settings)})
+    return _plain({s.name: _in_full(s.value) for s in relevant(settings)})
 
 
 def beyond_defaults(settings: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
@@ -70,12 +70,12 @@ def beyond_defaults(settings: Any, ignore: Collection[str] = ()) -> dict[str, An
     What identifies settings is made of these alone, so that a setting that a later version adds, with a
     default that leaves things as they are, changes the identity of none that exist.
     """
-    return {s.option: _plain(s.value) for s in that_matter(settings, ignore) if s.value != s.default}
+    return {s.option: _plain(s.value) for s in relevant(settings, ignore) if s.value != s.default}
 
 
 def difference(a: Any, b: Any, ignore: Collection[str] = ()) -> str:
     """The first setting that matters and differs between two of a class, "name: x -> y"; "" if none does."""
-    had, wanted = ({s.name: _plain(s.value) for s in that_matter(x, ignore)} for x in (a, b))
+    had, wanted = ({s.name: _plain(s.value) for s in relevant(x, ignore)} for x in (a, b))
     return first_change(had, wanted)
 
 
@@ -89,7 +89,7 @@ def first_change(had: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 def command_line(command: str, settings: Any, start: Any = None) -> str:
     """The command that gives these settings: what differs from the defaults, or from the preset `start`."""
-    found = [s for s in opened(settings, start) if not s.metadata.get("untold")]
+    found = [s for s in all_settings(settings, start) if not s.metadata.get("per_call")]
     words = ["lvssl", command, *(str(s.value) for s in found if s.metadata.get("positional"))]
     given = {"preset": start.preset} if start is not None else {}
     for s in found:

@@ -8,7 +8,7 @@ from tyro import MISSING
 from tyro.conf import Positional
 
 from lvssl.config import ON_ERROR, PRECISIONS, choice, require
-from lvssl.settings import POSITIONAL, RUNTIME, UNTOLD
+from lvssl.settings import PER_CALL, POSITIONAL, RUNTIME
 from pipelines.sources import SOURCES
 
 REPRESENTATIONS = ("features", "latent", "code")
@@ -34,7 +34,7 @@ class StageSettings:
     """Regress this float target of the set (`all`: every one) instead of telling classes apart."""
     out: Path | None = field(default=None, metadata=RUNTIME)
     """Where the result goes, FILE.json or a folder; left out: into the run's folder."""
-    again: bool = field(default=False, metadata=UNTOLD)
+    again: bool = field(default=False, metadata=PER_CALL)
     """Replace a result of other settings, or of an older checkpoint."""
     workers: int = field(default=2, metadata=RUNTIME)
     """Threads that decode and augment."""

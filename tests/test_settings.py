@@ -13,7 +13,16 @@ from lvssl.evaluation.compression import CompressionSettings
 from lvssl.evaluation.evaluate import EvaluateSettings
 from lvssl.evaluation.study import StudySettings
 from lvssl.presets import command
-from lvssl.settings import RUNTIME, beyond_defaults, difference, from_dict, identity, opened, runtime, to_dict
+from lvssl.settings import (
+    RUNTIME,
+    all_settings,
+    beyond_defaults,
+    difference,
+    from_dict,
+    identity,
+    runtime,
+    to_dict,
+)
 from lvssl.stages import FinetuneSettings, KnnSettings, LinearSettings, start_from
 from pipelines.errors import InputError
 
@@ -84,7 +93,7 @@ def test_a_field_says_whether_it_changes_the_result():
 
 def test_no_two_settings_of_a_command_have_one_name_on_the_command_line():
     for settings in CALLS.values():
-        names = [setting.option for setting in opened(settings)]
+        names = [setting.option for setting in all_settings(settings)]
         assert len(names) == len(set(names))
 
 

@@ -24,7 +24,7 @@ from lvssl.evaluation.reading import Certainty, Reading, read, read_pixels, seve
 from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.shapes import FACTORS, make_shapes, regression_targets
 from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
-from lvssl.settings import POSITIONAL, UNTOLD
+from lvssl.settings import PER_CALL, POSITIONAL
 from lvssl.training.result import ResultFile, as_number
 from lvssl.training.run import Run, load_run
 from pipelines.errors import InputError
@@ -65,7 +65,7 @@ class AnalyseSettings:
     on_error: str | None = None
     """An image that can't be decoded: raise, or skip (leave it out; among augmented views the next good one
     takes its place); left out: as in the pretraining."""
-    again: bool = field(default=False, metadata=UNTOLD)
+    again: bool = field(default=False, metadata=PER_CALL)
     """Replace a result of other settings, or of an older checkpoint."""
 
     def validate(self) -> None:

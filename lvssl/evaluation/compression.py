@@ -28,7 +28,7 @@ from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
 from lvssl.models.backbone import feature_dim
-from lvssl.settings import POSITIONAL, RUNTIME, UNTOLD
+from lvssl.settings import PER_CALL, POSITIONAL, RUNTIME
 from lvssl.training.labels import sound_part
 from lvssl.training.result import ResultFile, as_number
 from lvssl.training.run import Run, load_run
@@ -66,7 +66,7 @@ class CompressionSettings:
     """Of the controls that draw: ITQ, LSH, PQ."""
     on_error: str | None = None
     """An image that can't be decoded: raise, or skip (leave it out); left out: as in the pretraining."""
-    again: bool = field(default=False, metadata=UNTOLD)
+    again: bool = field(default=False, metadata=PER_CALL)
     """Replace a result of other settings, or of an older checkpoint."""
     workers: int = field(default=2, metadata=RUNTIME)
     """Threads that decode."""

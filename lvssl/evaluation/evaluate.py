@@ -21,7 +21,7 @@ from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.uncertainty import r_auroc, risk_coverage_area
 from lvssl.models.backbone import feature_dim
 from lvssl.models.network import LVNet
-from lvssl.settings import POSITIONAL, RUNTIME, UNTOLD
+from lvssl.settings import PER_CALL, POSITIONAL, RUNTIME
 from lvssl.training.labels import Subset, beside, open_pair, say_notes, sound_part
 from lvssl.training.result import ResultFile
 from lvssl.training.run import Run, load_run, require_classes_of, require_same_classes
@@ -54,7 +54,7 @@ class EvaluateSettings:
     on_error: str | None = None
     """An image that can't be decoded: raise (stop and name it), or skip (leave it out, and say how many);
     left out: as in the pretraining."""
-    again: bool = field(default=False, metadata=UNTOLD)
+    again: bool = field(default=False, metadata=PER_CALL)
     """Replace a result of other settings, or of an older checkpoint."""
     workers: int = field(default=2, metadata=RUNTIME)
     """Threads that decode."""

@@ -59,6 +59,7 @@ class Stage(Generic[Settings]):
 
     @property
     def result(self) -> ResultFile:
+        """Its result's file, whether that is there or not."""
         return ResultFile(self.path, self.name, self.settings, self.run.digest)
 
     @property
