@@ -1,11 +1,11 @@
 """Every setting of a run: where a setting has its name, and where an impossible one is refused."""
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lvssl.settings import RUNTIME
 from pipelines.errors import InputError
 from pipelines.sources import SOURCES
 from pipelines.views import ViewSettings
@@ -20,13 +20,6 @@ LR_RULES = ("given", "linear", "sqrt")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ORDERS = ("random", "quasi-random", "sequential")  # pipelines.order's, which would load numba for them
 ON_ERROR = ("raise", "skip")
-# Settings that say where and how fast, never what is computed: a run that is resumed, a stage that is called
-# again and a chain that is launched again may have others, and find their results.
-FREE_TO_CHANGE = (
-    "run", "out", "again", "resume", "preset", "source", "workers", "threads", "device", "augmentation",
-    "checkpoint_minutes", "log_every", "channels_last", "compile", "graph", "recompute", "keep",
-    "non_finite_steps", "timeout_minutes",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -231,15 +224,15 @@ class EngineSettings:
     precision: str = "auto"
     """auto (bf16 on a GPU, fp32 on a CPU), fp32, bf16, fp16 (with a loss scale). Posteriors and losses are
     fp32 in any case."""
-    channels_last: bool = True
+    channels_last: bool = field(default=True, metadata=RUNTIME)
     """The layout of images and convolutions; faster on GPUs and on CPUs."""
-    compile: bool = False
+    compile: bool = field(default=False, metadata=RUNTIME)
     """torch.compile the backbone: a minute at the start, faster steps on a GPU."""
-    graph: str = "auto"
+    graph: str = field(default="auto", metadata=RUNTIME)
     """Record a step's launches once, and repeat them with one call (a CUDA graph): faster where network and
     images are so small that a step waits for the host. on; off; auto: on one GPU, without --compile, --chunk,
     --recompute and fp16. Begins once the weight of the rate is constant, see --beta-warmup."""
-    recompute: bool = False
+    recompute: bool = field(default=False, metadata=RUNTIME)
     """Activation checkpointing: keep each block's input alone, compute the block again in the backward
     pass. A third more time, a fraction of the memory, the same result."""
     chunk: int = 0
@@ -251,12 +244,12 @@ class EngineSettings:
     """Several ranks: statistics over all of them, so that the result doesn't depend on their number."""
     ema: float = 0.0
     """Decay of the weights' moving average, say 0.999; what is evaluated is then the average. 0: none."""
-    keep: int = 2
+    keep: int = field(default=2, metadata=RUNTIME)
     """Checkpoints kept; at least 2, so that there is one to fall back to."""
-    non_finite_steps: int = 3
+    non_finite_steps: int = field(default=3, metadata=RUNTIME)
     """A step whose gradient isn't finite leaves the weights as they are; this many consecutive non-finite
     steps abort the run."""
-    timeout_minutes: float = 10.0
+    timeout_minutes: float = field(default=10.0, metadata=RUNTIME)
     """Several ranks: how long to wait for another that is alive but late. A dead one is noticed sooner."""
 
     def validate(self) -> None:
@@ -284,14 +277,14 @@ class PretrainSettings:
     data: Path = Path("train.beton")
     """The training images: a .beton or tars made by `convert-beton`, or a folder of images as it is.
     Labels are used by the online probes alone."""
-    source: str = "auto"
+    source: str = field(default="auto", metadata=RUNTIME)
     """What reads them: auto (ffcv for a .beton, else folder), ffcv, folder (files or tars, never
     converted), dali (decoded and cropped by NVIDIA DALI, on the run's device)."""
     order: str = "random"
     """Of an epoch: random, quasi-random (by pages, for sets larger than memory), sequential."""
     on_error: str = "raise"
     """An image that can't be decoded: raise (stop and name it), skip (take the next good one, count it)."""
-    out: Path = Path("runs/pretrain")
+    out: Path = field(default=Path("runs/pretrain"), metadata=RUNTIME)
     """The run's folder; must not exist, unless with --resume."""
     epochs: int = 100
     batch_size: int = 256
@@ -305,20 +298,20 @@ class PretrainSettings:
     optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     view: ViewSettings = field(default_factory=ViewSettings)
-    workers: int = 0
+    workers: int = field(default=0, metadata=RUNTIME)
     """Threads that decode and augment; 0: each rank's share of the cores less two, 2 to 12."""
-    threads: int = 0
+    threads: int = field(default=0, metadata=RUNTIME)
     """Threads of torch on a CPU; 0: all cores."""
-    device: str = "auto"
+    device: str = field(default="auto", metadata=RUNTIME)
     """auto (a GPU where there is one), cpu, cuda, cuda:1 ..."""
-    augmentation: str = "auto"
+    augmentation: str = field(default="auto", metadata=RUNTIME)
     """auto (triton on a GPU, else numba), reference (plain torch, slow), numba, triton."""
-    checkpoint_minutes: float = 10.0
+    checkpoint_minutes: float = field(default=10.0, metadata=RUNTIME)
     """A checkpoint is written this often, beside the training; and at the end of the first epoch and of the
     run."""
-    log_every: int = 10
+    log_every: int = field(default=10, metadata=RUNTIME)
     """Steps between two lines of metrics.jsonl."""
-    preset: str = ""
+    preset: str = field(default="", metadata=RUNTIME)
     """The preset these settings started from."""
 
     def validate(self) -> None:
@@ -429,62 +422,3 @@ def preset(name: str) -> PretrainSettings:
     """The preset of that name; InputError lists the known ones."""
     choice("preset", name, tuple(PRESETS))
     return PRESETS[name]
-
-
-def to_dict(settings: Any) -> dict[str, Any]:
-    """Settings as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
-
-
-def from_dict(kind: Any, values: dict[str, Any], where: str = "config") -> Any:
-    """Settings from JSON values; an unknown name is refused by name."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise InputError(f"{where}: unknown setting {unknown[0]!r} (written by another version?)")
-    made = {}
-    for name, value in values.items():
-        kind_of = fields[name].type
-        if dataclasses.is_dataclass(kind_of):
-            value = from_dict(kind_of, value, f"{where}.{name}")
-        elif kind_of is Path:
-            value = Path(value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        made[name] = value
-    return kind(**made)
-
-
-def beyond_defaults(settings: Any, ignore: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What differs from the defaults of the settings' class, as JSON values by name, groups flattened.
-
-    What identifies settings is made of these alone, so that a setting that a later version adds, with a
-    default that leaves things as they are, changes the identity of none that exist.
-    """
-    found: dict[str, Any] = {}
-    for each in dataclasses.fields(settings):
-        value = getattr(settings, each.name)
-        if dataclasses.is_dataclass(value):
-            found |= beyond_defaults(value, ignore)
-        elif each.name not in ignore and value != each.default:
-            found[each.name] = json.loads(json.dumps(value, default=str))
-    return found
-
-
-def difference(a: Any, b: Any, ignore: tuple[str, ...] = ()) -> str | None:
-    """The first setting that differs, as "name: x -> y", or None. `ignore`: names without their groups'."""
-    flat_a, flat_b = _flat(to_dict(a)), _flat(to_dict(b))
-    for name in flat_a:
-        if name.rpartition(".")[2] not in ignore and flat_a[name] != flat_b.get(name):
-            return f"{name}: {flat_a[name]} -> {flat_b.get(name)}"
-    return None
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -60,9 +60,10 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
         print(f"\n== pretraining {folder.name} (family {family})", flush=True)
         pretrain(arm(settings, name, family, train, folder), resume=True)
     print("\n== evaluating", flush=True)
-    evaluation = evaluate(EvaluateSettings(run=runs["bernoulli"], test=test, control=runs["none"]))
+    run, control = runs["bernoulli"], runs["none"]
+    evaluation = evaluate(EvaluateSettings(run, test=test, control=control, again=True))
     print("\n== uncertainty, and what single bits see", flush=True)
-    analyse(AnalyseSettings(runs["bernoulli"], test=test, control=runs["none"], images=ANALYSED))
+    analyse(AnalyseSettings(run, test=test, control=control, images=ANALYSED, again=True))
     codes = encode(EncodeSettings(run=runs["bernoulli"], images=pictures(settings.out / "images", test)))
     results = summary(evaluation)
     write_json(settings.out / "results.json", results, indent=2)

@@ -38,6 +38,7 @@ PACKAGES = {
     "safetensors": "safetensors.torch",
     "tensorboard": "torch.utils.tensorboard",
     "matplotlib": "matplotlib",
+    "jinja2": "jinja2",
     "tqdm": "tqdm",
     "tyro": "tyro",
     "submitit": "submitit",

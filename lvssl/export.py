@@ -26,9 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tyro.conf import Positional
 
-from lvssl.config import to_dict
 from lvssl.models.backbone import CIFAR_STEM_UP_TO, RESNETS, feature_dim
 from lvssl.models.network import LVNet
+from lvssl.settings import to_dict
+from lvssl.training.result import read_json
 from lvssl.training.run import Run, load_run, versions
 from lvssl.training.stage import in_words
 from pipelines.errors import InputError
@@ -303,8 +304,8 @@ def figures(run: Run) -> str:
     """A table of all results that belong to this checkpoint, each with its command."""
     rows = []
     for path in sorted([*run.folder.glob("*.json"), *run.folder.glob("finetune-*/result.json")]):
-        result = json.loads(path.read_text())
-        if "stage" in result and result["checkpoint"] == run.digest:
+        result = read_json(path)
+        if isinstance(result, dict) and "stage" in result and result["checkpoint"] == run.digest:
             for representation, found in result["results"].items():
                 share = f", {result['data']['images']:,} labels" if result["stage"] == "finetune" else ""
                 what = f"{result['stage']}, {representation}{share}"

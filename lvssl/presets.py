@@ -1,8 +1,10 @@
 """The presets by name: what each is for, its settings, and the differences between two of them."""
 
+from dataclasses import replace
 from typing import Any
 
-from lvssl.config import PRESETS, choice, to_dict
+from lvssl.config import PRESETS, choice
+from lvssl.settings import command_line, flat, runtime, to_dict
 from lvssl.stages import STAGE_PRESETS
 
 ABOUT = {
@@ -24,12 +26,19 @@ ABOUT = {
 }
 
 
+def command(name: str, settings: Any) -> str:
+    """The command that gives these settings, starting from their preset where that is known."""
+    if "preset" not in runtime(settings):
+        return command_line(name, settings)
+    start = {**PRESETS, **STAGE_PRESETS}.get(settings.preset)
+    return command_line(name, settings if start else replace(settings, preset=""), start)
+
+
 def settings_of(name: str) -> dict[str, Any]:
     """Every setting of a preset, as JSON values. InputError lists the known names."""
     known = {**PRESETS, **STAGE_PRESETS}
     choice("preset", name, tuple(known))
-    values = to_dict(known[name])
-    return {key: value for key, value in values.items() if key != "run"}  # a stage's run is the user's
+    return {key: value for key, value in to_dict(known[name]).items() if key != "run"}  # which is the user's
 
 
 def listing() -> str:
@@ -47,7 +56,7 @@ def listing() -> str:
 
 def difference_of(a: str, b: str) -> str:
     """The settings in which two presets differ, a line each."""
-    first, second = _flat(settings_of(a)), _flat(settings_of(b))
+    first, second = flat(settings_of(a)), flat(settings_of(b))
     names = [name for name in {**first, **second} if name != "preset" and first.get(name) != second.get(name)]
     if not names:
         return f"{a} and {b} are the same"
@@ -58,10 +67,3 @@ def difference_of(a: str, b: str) -> str:
 
 def _text(values: dict[str, Any], name: str) -> str:
     return str(values[name]) if name in values else "-"
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

@@ -1,16 +1,14 @@
 """Settings of the stages after pretraining, linear, knn and finetune, and the presets of their recipes."""
 
-import dataclasses
-import json
-import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tyro import MISSING
 from tyro.conf import Positional
 
-from lvssl.config import FREE_TO_CHANGE, ON_ERROR, PRECISIONS, choice, require
+from lvssl.config import ON_ERROR, PRECISIONS, choice, require
+from lvssl.settings import PER_CALL, POSITIONAL, RUNTIME
 from pipelines.sources import SOURCES
 
 REPRESENTATIONS = ("features", "latent", "code")
@@ -19,13 +17,13 @@ PROBES = ("auto", "sgd", "logistic", "ridge")
 
 @dataclass(frozen=True)
 class StageSettings:
-    run: Positional[Path]
+    run: Positional[Path] = field(metadata=POSITIONAL)
     """The run's folder."""
     train: Path | None = None
     """Labelled training images; left out: those of the pretraining."""
     test: Path | None = None
     """The test images; left out: test.beton (or val) beside the training images."""
-    source: str = "auto"
+    source: str = field(default="auto", metadata=RUNTIME)
     """What reads both: auto (ffcv for a .beton, else folder), ffcv, folder (files, tars or a table, never
     converted), dali (decoded and cropped by NVIDIA DALI)."""
     on_error: str | None = None
@@ -34,15 +32,15 @@ class StageSettings:
     count says so."""
     target: str = ""
     """Regress this float target of the set (`all`: every one) instead of telling classes apart."""
-    out: Path | None = None
+    out: Path | None = field(default=None, metadata=RUNTIME)
     """Where the result goes, FILE.json or a folder; left out: into the run's folder."""
-    again: bool = False
+    again: bool = field(default=False, metadata=PER_CALL)
     """Replace a result of other settings, or of an older checkpoint."""
-    workers: int = 2
+    workers: int = field(default=2, metadata=RUNTIME)
     """Threads that decode and augment."""
-    threads: int = 0
+    threads: int = field(default=0, metadata=RUNTIME)
     """Threads of torch on a CPU; 0: all cores."""
-    device: str = "auto"
+    device: str = field(default="auto", metadata=RUNTIME)
     """auto (a GPU where there is one), cpu, cuda, cuda:1 ..."""
 
     def validate(self) -> None:
@@ -65,9 +63,9 @@ class TrainingSettings(StageSettings):
     """Of subset, held-out split, first weights, order and crops."""
     precision: str = "auto"
     """auto (as the run was trained), fp32, bf16, fp16 (with a loss scale)."""
-    checkpoint_minutes: float = 10.0
+    checkpoint_minutes: float = field(default=10.0, metadata=RUNTIME)
     """A checkpoint is written at least this often, and at the end."""
-    log_every: int = 10
+    log_every: int = field(default=10, metadata=RUNTIME)
     """Steps between two lines of metrics.jsonl."""
 
     def validate(self) -> None:
@@ -91,7 +89,7 @@ class LinearSettings(TrainingSettings):
     """Of sgd."""
     lr: float = 0.1
     """Of sgd, for a batch of 256: the peak is lr * B / 256."""
-    preset: str = ""
+    preset: str = field(default="", metadata=RUNTIME)
     """imagenet-linear"""
 
     def validate(self) -> None:
@@ -138,7 +136,7 @@ class FinetuneSettings(TrainingSettings):
     """Weight decays to choose from; never on biases and normalisation."""
     held_out: float = 0.1
     """Share of the labelled images on which the choice is made."""
-    preset: str = ""
+    preset: str = field(default="", metadata=RUNTIME)
     """imagenet-finetune"""
 
     def validate(self) -> None:
@@ -177,22 +175,3 @@ def start_from(kind: type[Kind], name: str | None) -> Kind:
     known = {key: value for key, value in STAGE_PRESETS.items() if isinstance(value, kind)}
     choice("preset", name, tuple(known))
     return known[name]
-
-
-def identity(settings: StageSettings) -> dict[str, Any]:
-    """What a result depends on, as plain JSON values; paths in full, so that it holds from any folder."""
-    values = {key: value for key, value in vars(settings).items() if key not in FREE_TO_CHANGE}
-    full = {key: value.resolve() if isinstance(value, Path) else value for key, value in values.items()}
-    return json.loads(json.dumps(full, default=str))
-
-
-def command(stage: str, settings: StageSettings) -> str:
-    """The command that gives these settings."""
-    parts = ["lvssl", stage, str(settings.run)]
-    for option in dataclasses.fields(settings)[1:]:
-        value = getattr(settings, option.name)
-        if value == option.default or option.name in ("again", "preset"):
-            continue
-        values = value if isinstance(value, tuple) else (value,)
-        parts += [f"--{option.name.replace('_', '-')}", *map(str, values)]
-    return shlex.join(parts)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lvssl.settings import RUNTIME
 from pipelines.convert.store import Settings as Conversion
 from pipelines.errors import InputError
 from slurm.values import fields_of, fits, flat_hints, is_path, replaced, words
@@ -77,7 +78,7 @@ class LocalSettings:
 class ImageSource:
     """Options of `convert-beton`: of both sets in [convert], of one in [convert.train] and [convert.test]."""
 
-    source: str = ""
+    source: str = field(default="", metadata=RUNTIME)  # what lies there counts
     split: str | None = None
     classes: Path | None = None
     devkit: Path | None = None
@@ -88,8 +89,10 @@ class ImageSource:
     raw_proportion: float | None = None
     on_error: str | None = None
     root: Path | None = None
-    workers: int | None = None
-    shards: int = 1  # jobs of an array that convert a part each; then one merges them
+    workers: int | None = field(default=None, metadata=RUNTIME)
+    shards: int = field(
+        default=1, metadata=RUNTIME
+    )  # jobs of an array that convert a part each; then one merges them
 
 
 @dataclass(frozen=True)

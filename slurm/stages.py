@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lvssl.config import FREE_TO_CHANGE, beyond_defaults
+from lvssl.settings import beyond_defaults, options
 from slurm.pipeline import FILLED_IN, MEASURING, ClusterSettings, ImageSource, Pipeline
 
-# What is in no digest; of the paths that the chain fills in, what lies there is.
-FREE = (*FREE_TO_CHANGE, *FILLED_IN, "shards")
 # Results that have one place in the run's folder, whatever the settings.
 ONE_PLACE = {"evaluate": "evaluation.json", "analyse": "analysis.json"}
 CONVERT = "pipelines.convert.command"  # the module of `convert-beton`
@@ -105,7 +103,7 @@ def measuring(pipeline: Pipeline, name: str, run: Path, run_key: str, test: tupl
 def result_of(name: str, run: Path, key: str, swept: bool, on: str) -> tuple[Path, tuple[str, ...]]:
     """Where a measurement (of the representation `on`) has its result, and the options that put it there."""
     if name in ONE_PLACE:
-        return run / ONE_PLACE[name], ()
+        return run / ONE_PLACE[name], ("--again",)
     if name == "finetune":
         result = run / f"finetune-{key[:8]}" / "result.json"
         return result, ("--out", str(result), "--again")
@@ -166,23 +164,13 @@ def convert(source: ImageSource, beton: Path) -> tuple[str, ...]:
     return (source.source, str(beton), *options(given))
 
 
-def options(given: dict[str, Any]) -> tuple[str, ...]:
-    """Settings as on a command line."""
-    words: list[str] = []
-    for name, value in given.items():
-        option = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        else:
-            values = value if isinstance(value, list | tuple) else (value,)
-            words += [f"--{option}", *map(str, values)]
-    return tuple(words)
-
-
 def digest(stage: str, settings: Any, *inputs: str) -> str:
-    """SHA-256 of a stage's settings (those that matter, beyond the defaults) and of its inputs' digests."""
+    """SHA-256 of a stage's settings (those that matter, beyond the defaults) and of its inputs' digests.
+
+    Of the paths that the chain fills in, what lies there counts.
+    """
     if dataclasses.is_dataclass(settings):
-        settings = beyond_defaults(settings, FREE)
+        settings = beyond_defaults(settings, FILLED_IN)
     content = [stage, settings, *inputs]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -6,8 +6,7 @@ Everything stands beside a control: the deterministic run's scores, its features
 from __future__ import annotations
 
 import io
-import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,26 @@ import torch
 from tqdm import tqdm
 from tyro.conf import Positional
 
+from lvssl.config import require
 from lvssl.evaluation.calibration import calibration
 from lvssl.evaluation.corruptions import CORRUPTIONS, ELSEWHERE, SEVERITIES, corrupt
-from lvssl.evaluation.evaluate import EvaluateSettings, class_names, labelled_pair, with_defaults
+from lvssl.evaluation.evaluate import class_names, labelled_pair, with_defaults
 from lvssl.evaluation.meaning import class_auroc, dci, flip_bits, mig, mutual_information, sparse_probe
 from lvssl.evaluation.reading import Certainty, Reading, read, read_pixels, severity_correlation
 from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.shapes import FACTORS, make_shapes, regression_targets
 from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
+from lvssl.settings import PER_CALL, POSITIONAL
+from lvssl.training.result import ResultFile, as_number
 from lvssl.training.run import Run, load_run
 from pipelines.errors import InputError
-from pipelines.files import write_atomically, write_json
+from pipelines.files import write_atomically
 from pipelines.loader import Decoder, TwoViewLoader, evaluation_crops
 from pipelines.parameters import COLUMNS
 from pipelines.sources import Source, open_source
 from pipelines.views import ViewSettings
 
+BITS = "bits.npz"
 SHOWN_BITS, SHOWN_IMAGES = 48, 8  # in the page's bit explorer
 TREES = 1000  # images at most on which disentanglement is measured
 CORRUPTED = 500  # test images at most that are made worse, 25 times over: each has a correlation of its own
@@ -42,7 +45,7 @@ FEWEST = 40  # test images below which nothing is worth measuring
 class AnalyseSettings:
     """Uncertainty, meaning of bits and regression: a run beside its control. Writes RUN/analysis.json."""
 
-    run: Positional[Path]
+    run: Positional[Path] = field(metadata=POSITIONAL)
     """The run's folder; analysis.json and bits.npz are written there."""
     test: Path | None = None
     """The test images, made by `convert-beton`; left out: test.beton (or val) beside train.beton."""
@@ -62,35 +65,44 @@ class AnalyseSettings:
     on_error: str | None = None
     """An image that can't be decoded: raise, or skip (leave it out; among augmented views the next good one
     takes its place); left out: as in the pretraining."""
+    again: bool = field(default=False, metadata=PER_CALL)
+    """Replace a result of other settings, or of an older checkpoint."""
+
+    def validate(self) -> None:
+        """Raise InputError naming the first impossible value. Touches no file."""
+        wanted = f"0 (all) or at least {FEWEST}: at least {FEWEST} test images are needed to analyse a run"
+        require(self.images == 0 or self.images >= FEWEST, "images", self.images, wanted)
+        require(self.samples >= 1, "samples", self.samples, "at least 1")
 
 
 def analyse(settings: AnalyseSettings) -> dict[str, Any]:
-    """Measure, write analysis.json and bits.npz into the run's folder, and return the former's content.
+    """Measure, write analysis.json and bits.npz into the run's folder, and return the former's content; what
+    is there already is not measured again.
 
     Raises:
-        InputError: no such run or data, or runs without labels.
+        InputError: no such run or data, runs without labels, or another result stands there.
     """
+    settings.validate()
     run = load_run(settings.run)
-    paths = with_defaults(EvaluateSettings(run.folder, settings.test, settings.control), run)
-    assert paths.test is not None
-    settings = replace(
-        settings,
-        test=paths.test,
-        control=None if settings.alone else paths.control,
-        on_error=run.on_error(settings.on_error),
-    )
+    settings = with_defaults(settings, run)
+    if settings.alone:
+        settings = replace(settings, control=None)
+    assert settings.test is not None
     others = [settings.control] if settings.control else []
     models = [run, *(load_run(path) for path in (*others, *settings.others))]
     control = models[1] if settings.control else None
-    train, test = labelled_pair(run, control, None, paths.test)
+    written = ResultFile.of_run("analyse", "analysis.json", settings, models, BITS)
+    if (done := written.found()) is not None:
+        return done
+    train, test = labelled_pair(run, control, None, settings.test)
     if min(train.labels.min(initial=0), test.labels.min(initial=0)) < 0:
-        raise InputError(f"{run.settings.data}, {paths.test}: labels are needed to analyse a run")
-    if len(test) < FEWEST or 0 < settings.images < FEWEST:
-        raise InputError(f"{paths.test}: at least {FEWEST} test images are needed to analyse a run")
+        raise InputError(f"{run.settings.data}, {settings.test}: labels are needed to analyse a run")
+    if len(test) < FEWEST:
+        raise InputError(f"{settings.test}: at least {FEWEST} test images are needed to analyse a run")
     work = tqdm(total=3 * len(models) + 1, desc=f"analyse {run.folder.name}", unit="part", disable=None)
     sets = Sets.of(settings, run, train, test)
     if len(np.unique(sets.test_labels)) < 2:
-        raise InputError(f"{paths.test}: test images of at least two classes are needed to analyse a run")
+        raise InputError(f"{settings.test}: test images of at least two classes are needed to analyse a run")
     images = {"train": len(sets.train), "test": len(sets.test), "skipped": sets.skipped}
     result: dict[str, Any] = {"models": {}, "images": images}
     for role, model in zip(roles(settings, len(models)), models):
@@ -104,10 +116,9 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
         result["models"][role] = described | measured
         if model is run:
             result["bits"], pictures = bits(run, own, test_reading, class_names(train))
-            write_atomically(run.folder / "bits.npz", pictures)
+            write_atomically(run.folder / BITS, pictures)
         work.update()
-    result["command"] = command(settings)
-    write_json(run.folder / "analysis.json", result)
+    result = written.write(result)
     work.update()
     work.close()
     return result
@@ -359,25 +370,11 @@ def disentanglement(run: Run, settings: AnalyseSettings) -> dict[str, dict[str, 
 # What is printed ------------------------------------------------------------------------------------------
 
 
-def command(settings: AnalyseSettings) -> str:
-    parts = ["lvssl", "analyse", str(settings.run), "--test", str(settings.test)]
-    if settings.control:
-        parts += ["--control", str(settings.control)]
-    if settings.alone:
-        parts.append("--alone")
-    for name in ("others", "ood"):
-        if paths := getattr(settings, name):
-            parts += [f"--{name}", *map(str, paths)]
-    parts += ["--images", str(settings.images), "--samples", str(settings.samples)]
-    parts += ["--on-error", "skip"] if settings.on_error == "skip" else []
-    return shlex.join([*parts, "--seed", str(settings.seed)])
-
-
 def print_analysis(result: dict[str, Any]) -> None:
     """The uncertainty scores of all models on a terminal; the page shows the rest."""
     print(f"{'model':12}{'score':12}{'R-AUROC':>9}{'R@1':>7}{'AURC':>7}{'OOD (mean)':>12}")
     for role, model in result["models"].items():
         for name, row in model["scores"].items():
-            ood = np.mean([value for key, value in row.items() if key.startswith("ood ")])
-            figures = f"{row['r_auroc']:9.3f}{row['recall_at_1']:7.3f}{row['aurc']:7.3f}{ood:12.3f}"
-            print(f"{role:12}{name:12}{figures}")
+            ood = np.mean([as_number(value) for key, value in row.items() if key.startswith("ood ")])
+            area, recall, aurc = (as_number(row[key]) for key in ("r_auroc", "recall_at_1", "aurc"))
+            print(f"{role:12}{name:12}{area:9.3f}{recall:7.3f}{aurc:7.3f}{ood:12.3f}")

@@ -22,8 +22,8 @@ from lvssl.codes.file import CodeFile, CodeFileError, open_codes, open_means, re
 from lvssl.codes.pack import pack_bits
 from lvssl.codes.search import hamming_search, rerank, staged_search
 from lvssl.codes.writer import CodeWriter
-from lvssl.config import beyond_defaults
 from lvssl.evaluation.embedding import device_of
+from lvssl.settings import beyond_defaults
 from lvssl.training.labels import say_notes
 from lvssl.training.run import Run, load_run
 from pipelines.augment.cpu import statistics

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,6 @@ from lvssl.codes.pack import pack_bits, unpack_bits
 from lvssl.codes.statistics import compression_ratios
 from lvssl.evaluation.embedding import Embedding
 from lvssl.evaluation.evaluate import (
-    EvaluateSettings,
     channels,
     embed_both,
     jpeg_bytes,
@@ -30,12 +28,15 @@ from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
 from lvssl.models.backbone import feature_dim
+from lvssl.settings import PER_CALL, POSITIONAL, RUNTIME
 from lvssl.training.labels import sound_part
-from lvssl.training.run import Run, load_run, versions
+from lvssl.training.result import ResultFile, as_number
+from lvssl.training.run import Run, load_run
 from pipelines.errors import InputError
-from pipelines.files import write_atomically, write_json
+from pipelines.files import write_atomically
 from pipelines.sources import Source
 
+CSV = "compression.csv"
 COLUMNS = (
     "model", "family", "method", "bits", "compared_by", "linear", "knn", "map_over_hits", "map_over_relevant",
     "raw_pixels", "stored_jpeg", "fp32_feature",
@@ -47,7 +48,7 @@ class CompressionSettings:
     """Accuracy against bits stored for each image: the run's code and its prefixes, beside sign, PCA + sign,
     ITQ, LSH, int8 and product codes of the control's features. Writes RUN/compression.json and .csv."""
 
-    run: Positional[Path]
+    run: Positional[Path] = field(metadata=POSITIONAL)
     """The run whose code is measured."""
     control: Path | None = None
     """The deterministic run of whose features the controls are made; left out: `control` beside the run."""
@@ -65,7 +66,9 @@ class CompressionSettings:
     """Of the controls that draw: ITQ, LSH, PQ."""
     on_error: str | None = None
     """An image that can't be decoded: raise, or skip (leave it out); left out: as in the pretraining."""
-    workers: int = 2
+    again: bool = field(default=False, metadata=PER_CALL)
+    """Replace a result of other settings, or of an older checkpoint."""
+    workers: int = field(default=2, metadata=RUNTIME)
     """Threads that decode."""
 
 
@@ -81,32 +84,36 @@ class Point(NamedTuple):
 
 
 def compression(settings: CompressionSettings) -> dict[str, Any]:
-    """Measure, write RUN/compression.json and RUN/compression.csv, and return the former's content.
+    """Measure, write RUN/compression.json and RUN/compression.csv, and return the former's content; what is
+    there already is not measured again.
 
     Every row has the linear probe's and the kNN's accuracy in percent (of the 20 nearest, by Hamming distance
     for bits, by cosine for what is no bits), mAP@first of the test images among the training images under
     both denominators of `retrieval`, and how many times smaller than raw pixels, stored JPEG and fp32
-    feature. Raises InputError: no such run or data, no deterministic control, an impossible setting.
+    feature. Raises InputError: no such run or data, no deterministic control, an impossible setting,
+    or another result stands there.
     """
     if settings.first < 1 or not settings.bits or min(settings.bits) < 1:
         raise InputError("--first and --bits must be at least 1")
     run = load_run(settings.run)
-    paths = with_defaults(
-        EvaluateSettings(settings.run, settings.test, settings.control, settings.train), run
-    )
-    control = load_run(paths.control) if paths.control else run
+    settings = with_defaults(settings, run)
+    assert settings.test is not None and settings.on_error is not None
+    control = load_run(settings.control) if settings.control else run
     if control.network.family.stochastic:
         raise InputError("equal-bit controls need a run of family none or sign: name it with --control")
-    assert paths.test is not None
-    on_error, train_path = run.on_error(settings.on_error), paths.train or run.settings.data
-    train, test = labelled_pair(run, control, paths.train, paths.test)
+    runs = {run.folder: run} | {path: load_run(path) for path in settings.others} | {control.folder: control}
+    result = ResultFile.of_run("compression", "compression.json", settings, list(runs.values()), CSV)
+    if (done := result.found()) is not None:
+        return done
+    on_error, train_path = settings.on_error, settings.train or run.settings.data
+    train, test = labelled_pair(run, control, settings.train, settings.test)
     counts = len(train), len(test)
     rows, left_out = [], []
-    runs = {run.folder: run} | {path: load_run(path) for path in settings.others} | {control.folder: control}
     bar = tqdm(desc="compression", unit="code", disable=None)
     for other in runs.values():
         sets = embed_both(other, train, test, settings.workers, on_error)
-        train, test = sound_part(train_path, train, sets[0].rows), sound_part(paths.test, test, sets[1].rows)
+        train = sound_part(train_path, train, sets[0].rows)
+        test = sound_part(settings.test, test, sets[1].rows)
         for point in points(settings, other, *sets, controls=other is control):
             if isinstance(point, str):
                 left_out.append(point)
@@ -114,7 +121,7 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
             rows.append(measured(settings, point, train, test) | ratios(other, point.bits, test))
             bar.update()
     bar.close()
-    result = {
+    content = {
         "rows": rows,
         "left_out": left_out,
         "queries": len(test),
@@ -122,12 +129,9 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
         "skipped": {"train": counts[0] - len(train), "test": counts[1] - len(test)},
         "first": settings.first,
         "control": str(control.folder),
-        "command": command(settings),
-        "versions": versions(),
     }
-    write_json(run.folder / "compression.json", result)
-    write_atomically(run.folder / "compression.csv", as_csv(rows))
-    return result
+    write_atomically(run.folder / CSV, as_csv(rows))
+    return result.write(content)
 
 
 def points(
@@ -206,27 +210,15 @@ def as_csv(rows: list[dict[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def command(settings: CompressionSettings) -> str:
-    """The command that makes these rows."""
-    parts = ["lvssl", "compression", str(settings.run)]
-    for name in ("control", "test", "train", "on_error"):
-        if getattr(settings, name):
-            parts += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
-    if settings.others:
-        parts += ["--others", *map(str, settings.others)]
-    parts += ["--bits", *map(str, settings.bits)]
-    parts += ["--first", str(settings.first), "--seed", str(settings.seed)]
-    return shlex.join(parts)
-
-
 def print_compression(result: dict[str, Any]) -> None:
     """The rows on a terminal, by bits."""
     head = f"mAP@{result['first']}, hits"
     print(f"{'model':16}{'method':18}{'bits':>7}{'linear %':>10}{'kNN %':>8}{head:>16}{'relevant':>10}")
     for row in sorted(result["rows"], key=lambda row: (row["bits"], -row["linear"])):
+        hits, relevant = as_number(row["map_over_hits"]), as_number(row["map_over_relevant"])
         print(
             f"{row['model'][:15]:16}{row['method']:18}{row['bits']:>7,}{row['linear']:>10.1f}{row['knn']:>8.1f}"
-            f"{row['map_over_hits']:>16.3f}{row['map_over_relevant']:>10.3f}"
+            f"{hits:>16.3f}{relevant:>10.3f}"
         )
     for reason in result["left_out"]:
         print(f"left out: {reason}")

@@ -2,10 +2,9 @@
 
 import io
 import json
-import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,23 +21,29 @@ from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.uncertainty import r_auroc, risk_coverage_area
 from lvssl.models.backbone import feature_dim
 from lvssl.models.network import LVNet
+from lvssl.settings import PER_CALL, POSITIONAL, RUNTIME
 from lvssl.training.labels import Subset, beside, open_pair, say_notes, sound_part
+from lvssl.training.result import ResultFile
 from lvssl.training.run import Run, load_run, require_classes_of, require_same_classes
 from pipelines.convert.manifest import manifest_path
 from pipelines.errors import InputError
-from pipelines.files import write_atomically, write_json
+from pipelines.files import write_atomically
 from pipelines.loader import evaluation_crops
 from pipelines.sources import Source
 from pipelines.views import ViewSettings
 
+GALLERY = "gallery.npz"
 QUERIES, NEIGHBOURS, EXTREMES = 40, 6, 12  # pictures in the gallery
+
+
+Settings = TypeVar("Settings", bound=Any)
 
 
 @dataclass(frozen=True)
 class EvaluateSettings:
     """Linear probe and kNN on features and codes: a run, its control, the random encoder and raw pixels."""
 
-    run: Positional[Path]
+    run: Positional[Path] = field(metadata=POSITIONAL)
     """The run's folder; evaluation.json and gallery.npz are written there."""
     test: Path | None = None
     """The test images, made by `convert-beton`; left out: test.beton (or val) beside train.beton."""
@@ -49,25 +54,33 @@ class EvaluateSettings:
     on_error: str | None = None
     """An image that can't be decoded: raise (stop and name it), or skip (leave it out, and say how many);
     left out: as in the pretraining."""
-    workers: int = 2
+    again: bool = field(default=False, metadata=PER_CALL)
+    """Replace a result of other settings, or of an older checkpoint."""
+    workers: int = field(default=2, metadata=RUNTIME)
     """Threads that decode."""
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
-    """Measure, write evaluation.json and gallery.npz into the run's folder, and return the former's content.
+    """Measure, write evaluation.json and gallery.npz into the run's folder, and return the former's content;
+    what is there already is not measured again.
 
     Raises:
-        InputError: no such run or data, unfinished runs, or labels that don't match.
+        InputError: no such run or data, unfinished runs, labels that don't match, or another result stands
+            there.
     """
     run = load_run(settings.run)
     settings = with_defaults(settings, run)
-    assert settings.test is not None
+    assert settings.test is not None and settings.on_error is not None
     control = load_run(settings.control) if settings.control else None
     if control and control.network.family.stochastic:
         raise InputError(
             f"{control.folder}: a control has family none or sign, not {control.settings.latent.family}"
         )
-    on_error, train_path = run.on_error(settings.on_error), settings.train or run.settings.data
+    runs = [run, control] if control else [run]
+    result = ResultFile.of_run("evaluate", "evaluation.json", settings, runs, GALLERY)
+    if (done := result.found()) is not None:
+        return done
+    on_error, train_path = settings.on_error, settings.train or run.settings.data
     train, test = labelled_pair(run, control, settings.train, settings.test)
 
     stages = tqdm(total=3 + bool(control), desc=f"evaluate {run.folder.name}", unit="stage", disable=None)
@@ -84,7 +97,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         stages.update()
     floor = floors(run, train, test, settings.workers)
     stages.update()
-    result = {
+    content = {
         "run": describe(run) | figures,
         "control": control_figures,
         "floors": floor,
@@ -93,14 +106,13 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         "code_statistics": code_statistics(unpack_bits(sets[1].codes, sets[1].bits), sets[1].bit_means),
         "uncertainty": uncertainty(sets[1], wrong),
         "data": describe_data(run, settings, train, test) | {"skipped": skipped},
-        "command": command(settings),
     }
     names = class_names(train)
-    write_gallery(run.folder / "gallery.npz", *sets, train, test, run.settings.view, names)
-    write_json(run.folder / "evaluation.json", result, indent=2)
+    write_gallery(run.folder / GALLERY, *sets, train, test, run.settings.view, names)
+    content = result.write(content)
     stages.update()
     stages.close()
-    return result
+    return content
 
 
 def labelled_pair(run: Run, control: Run | None, train: Path | None, test: Path) -> tuple[Source, Source]:
@@ -116,15 +128,16 @@ def labelled_pair(run: Run, control: Run | None, train: Path | None, test: Path)
     return found
 
 
-def with_defaults(settings: EvaluateSettings, run: Run) -> EvaluateSettings:
-    """The test set and the control that lie where one would look for them."""
+def with_defaults(settings: Settings, run: Run) -> Settings:
+    """Settings of a command that measures a run beside a control, with the test set and the control that lie
+    where one would look for them, and with what a damaged image does."""
     test, control = settings.test, settings.control
     if test is None:
         test = beside(run.settings.data)
     neighbour = run.folder.resolve().parent / "control"
     if control is None and neighbour != run.folder.resolve() and (neighbour / "config.json").is_file():
         control = run.folder.parent / "control"
-    return replace(settings, test=test, control=control)
+    return replace(settings, test=test, control=control, on_error=run.on_error(settings.on_error))
 
 
 def embed_both(
@@ -278,15 +291,6 @@ def manifest(data: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def command(settings: EvaluateSettings) -> str:
-    """The command that makes this evaluation."""
-    parts = ["lvssl", "evaluate", str(settings.run), "--test", str(settings.test)]
-    for name in ("control", "train", "on_error"):
-        if getattr(settings, name):
-            parts += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
-    return shlex.join(parts)
 
 
 def write_gallery(

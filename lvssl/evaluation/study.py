@@ -10,20 +10,20 @@ Run folders are named PREFIX-ARM-sSEED; runs that are there already are used if 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lvssl.config import PRESETS, PretrainSettings, choice, preset, to_dict
+from lvssl.config import PRESETS, PretrainSettings, choice, preset
 from lvssl.evaluation.analyse import AnalyseSettings
 from lvssl.evaluation.measures import FIRST, code_bits, measured
 from lvssl.evaluation.pairs import pairs, summary
+from lvssl.presets import command
+from lvssl.settings import to_dict
 from lvssl.training.labels import open_pair
 from lvssl.training.pretrain import pretrain
+from lvssl.training.result import as_number, read_result
 from lvssl.training.run import load_run, versions
 from pipelines.errors import InputError
 from pipelines.files import write_json
@@ -95,7 +95,7 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
     result = {
         "settings": to_dict(settings),
         "versions": versions(),
-        "command": command(settings),
+        "command": command("study", settings),
         "arms": summary(rows),
         "pairs": pairs(rows),
         "rows": rows,
@@ -166,9 +166,9 @@ def row(settings: StudySettings, chosen: PretrainSettings, lengths: tuple[int, .
     protocol = {name: told[name] for name in ("train", "test", "images", "ood")} | {"first": FIRST}
     kept = chosen.out / ROW
     if kept.exists():
-        found = json.loads(kept.read_text())
+        found = read_result(kept, measures=dict, controls=dict, lengths=list)
         same = (found.get("checkpoint"), found.get("protocol")) == (run.digest, protocol)
-        if same and set(lengths) <= set(found["lengths"]):
+        if same and set(lengths) <= set(found.get("lengths") or ()):
             return found | {name: numbers(found[name]) for name in ("measures", "controls")}
     how = AnalyseSettings(chosen.out, test=settings.test, ood=settings.ood, images=settings.images)
     found = {
@@ -188,16 +188,4 @@ def numbers(measures: Any) -> Any:
     """Measures as they were before they were written: null stands for what isn't a number."""
     if isinstance(measures, dict):
         return {name: numbers(value) for name, value in measures.items()}
-    return math.nan if measures is None else measures
-
-
-def command(settings: StudySettings) -> str:
-    """The command that makes this study: what differs from the defaults."""
-    parts = ["lvssl", "study"]
-    for setting in dataclasses.fields(settings):
-        value = getattr(settings, setting.name)
-        if value in (setting.default, ()):
-            continue
-        values = value if isinstance(value, tuple) else (value,)
-        parts += [f"--{setting.name.replace('_', '-')}", *map(str, values)]
-    return shlex.join(parts)
+    return as_number(measures)

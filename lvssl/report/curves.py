@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from lvssl.report.figures import Line, line_chart
-from lvssl.report.tables import below, finite
+from lvssl.report.figures import Line, chart
+from lvssl.report.template import finite, render
 from lvssl.training.progress import read_metrics
 
 
-def curves(
-    run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any], commands: dict[str, str]
-) -> str:
+def curves(run_dir: Path, evaluation: dict[str, Any], command: str) -> str:
+    """The section of metrics.jsonl; "" where there is nothing to draw."""
     rows = read_metrics(run_dir / "metrics.jsonl")
     path = (evaluation.get("control") or {}).get("path")
     control = read_metrics(Path(path) / "metrics.jsonl") if path else []
@@ -47,28 +44,7 @@ def curves(
         # A rate that is 0 throughout is that of a family without a latent: nothing to draw.
         if lines and not (title == "Rate" and all(v == 0 for line in lines for _, v in line.points)):
             figures.append(chart(title, unit, lines))
-    if not figures:
-        return ""
-    return (
-        f'<section id="curves"><h2>Curves</h2><div class="charts">{"".join(figures)}</div>'
-        + below(commands["pretrain"])
-        + "</section>"
-    )
-
-
-def chart(title: str, unit: str, lines: Sequence[Line], x_label: str = "step", last: bool = True) -> str:
-    """A figure with its legend, which gives the last value of each line if `last`."""
-    items = "".join(
-        f'<li><svg viewBox="0 0 26 10"><path class="line {line.style}" d="M1 '
-        f'5H25"/></svg>{escape(line.label)} '
-        + (f"<b>{line.points[-1][1]:,.4g}</b></li>" if last else "</li>")
-        for line in lines
-    )
-    drawing = line_chart(lines, x_label, f"{title}, {unit}", from_zero=title == "Speed")
-    return (
-        f'<figure><h3>{escape(title)} <span class="soft" style="font-weight:400">{escape(unit)}</span></h3>'
-        f'<ul class="legend">{items}</ul>{drawing}</figure>'
-    )
+    return render("curves.html", figures=figures, command=command) if figures else ""
 
 
 def series(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:

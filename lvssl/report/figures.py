@@ -1,15 +1,29 @@
-"""Line charts as inline SVG: colours come from the page's style sheet, so that they follow light and dark."""
+"""Line charts as inline SVG by matplotlib.
+
+Colours and font come from the page's style sheet, so that they follow light and dark.
+"""
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 34
 MOST_POINTS = 240  # a line of more is averaged in buckets: more than one point a pixel isn't seen
+# The style sheet's colours, by the names that they have there; in the light.
+COLOURS = {"run": "#0f6b6f", "code": "#b5530c", "control": "#79818c", "rule": "#d9dde2", "soft": "#5a626d"}
+DASHES = {"run": "-", "code": (0, (3.5, 2)), "control": (0, (1, 2))}  # in widths of the line
 
 
 @dataclass(frozen=True)
@@ -19,59 +33,95 @@ class Line:
     points: list[tuple[float, float]]
 
 
+class Key(NamedTuple):
+    """What the legend says of a line."""
+
+    style: str
+    label: str
+    value: str  # the last one; "" where it isn't told
+
+
+class Figure(NamedTuple):
+    """What the template `chart` draws."""
+
+    title: str
+    unit: str
+    legend: list[Key]
+    drawing: Markup
+
+
+def chart(title: str, unit: str, lines: Sequence[Line], x_label: str = "step", last: bool = True) -> Figure:
+    """A figure with its legend, which gives the last value of each line if `last`."""
+    legend = [Key(line.style, line.label, f"{line.points[-1][1]:,.4g}" if last else "") for line in lines]
+    drawing = line_chart(lines, x_label, f"{title}, {unit}", from_zero=title == "Speed")
+    return Figure(title, unit, legend, drawing)
+
+
 def line_chart(
     lines: Sequence[Line],
     x_label: str,
     title: str,
     from_zero: bool = False,
     x_marks: Sequence[tuple[float, str]] = (),
-) -> str:
+) -> Markup:
     """An SVG figure of the lines over a common x; finite points only. `x_marks`: places and texts of the
     ticks along x, where they aren't round numbers."""
     points = [p for line in lines for p in line.points]
     x_low, x_high = min(p[0] for p in points), max(p[0] for p in points)
     y_ticks = ticks(0.0 if from_zero else min(p[1] for p in points), max(p[1] for p in points), 5)
     x_ticks = x_marks or [(t, number(t)) for t in ticks(x_low, x_high, 5) if x_low <= t <= x_high]
-    y_low, y_high = y_ticks[0], y_ticks[-1]
 
-    def x(value: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (value - x_low) / ((x_high - x_low) or 1)
-
-    def y(value: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - y_low) / ((y_high - y_low) or 1)
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for tick in y_ticks:
-        parts.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(
-            f'<text class="tick" x="{LEFT - 7}" y="{y(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>'
-        )
-    for tick, text in x_ticks:
-        parts.append(
-            f'<text class="tick" x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 17}" '
-            f'text-anchor="middle">{text}</text>'
-        )
-    parts.append(
-        f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{escape(x_label)}</text>'
-    )
-    for line in lines:
-        path = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in thinned(line.points))
-        parts.append(
-            f'<path class="line {line.style}" d="M{path}"><title>{escape(line.label)}</title></path>'
-        )
-        a, b = line.points[-1]
-        parts.append(f'<circle class="end {line.style}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="3.5"/>')
-    return "".join(parts) + "</svg>"
+    canvas = Canvas(figsize=(WIDTH / 72, HEIGHT / 72))
+    width, height = (WIDTH - LEFT - RIGHT) / WIDTH, (HEIGHT - TOP - BOTTOM) / HEIGHT
+    axes = canvas.add_axes((LEFT / WIDTH, BOTTOM / HEIGHT, width, height))
+    axes.set_xlim(x_low, x_high if x_high > x_low else x_low + 1)
+    axes.set_ylim(y_ticks[0], y_ticks[-1])
+    axes.set_xticks([place for place, _ in x_ticks], [text for _, text in x_ticks])
+    axes.set_yticks(y_ticks, [number(tick) for tick in y_ticks])
+    axes.tick_params(length=0, pad=7, labelsize=12, labelcolor=COLOURS["soft"])
+    axes.tick_params(axis="x", pad=8)
+    axes.grid(axis="y", color=COLOURS["rule"], linewidth=1, clip_on=False)
+    for part in (canvas.patch, axes.patch, *axes.spines.values()):
+        part.set_visible(False)
+    canvas.text(1 - RIGHT / WIDTH, 3 / HEIGHT, x_label, ha="right", fontsize=12, color=COLOURS["soft"])
+    for place, line in enumerate(lines):
+        axes.plot(
+            *zip(*thinned(line.points)), gid=f"line-{place}", color=COLOURS[line.style], linewidth=2,
+            linestyle=DASHES[line.style], solid_capstyle="round", dash_capstyle="round", clip_on=False,
+            marker="o", markevery=[-1], markersize=7, markeredgewidth=0,
+        )  # fmt: skip
+    return inline(canvas, title, lines)
 
 
-def strip(values: Sequence[tuple[str, float | None]], low: float, high: float) -> str:
-    """A row's values as marks on a line from `low` to `high`; the style sheet names the marks."""
-    parts = ['<svg class="strip" viewBox="0 0 200 18" role="presentation"><path class="grid" d="M4 9H196"/>']
-    for style, value in values:
-        if value is not None:
-            place = 4 + 192 * (value - low) / ((high - low) or 1)
-            parts.append(f'<circle class="mark {style}" cx="{place:.1f}" cy="9" r="5"/>')
-    return "".join(parts) + "</svg>"
+def inline(canvas: Canvas, title: str, lines: Sequence[Line]) -> Markup:
+    """The SVG that matplotlib writes, as a part of a page: without what a file of its own needs, each line
+    with its class and label, and with the style sheet's colours and font in place of its own."""
+    written = io.StringIO()
+    none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):  # ids of this figure alone
+        canvas.savefig(written, format="svg", metadata=none)
+    root = ElementTree.fromstring(written.getvalue())
+    for parent in list(root.iter()):
+        for part in list(parent):
+            if part.tag.endswith("}metadata") or part.tag.endswith("}style"):
+                parent.remove(part)
+    for part in root.iter():
+        kind = part.tag = part.tag.rpartition("}")[2]
+        part.attrib = {name.rpartition("}")[2]: value for name, value in part.attrib.items()}
+        found = part.attrib.pop("id", "") if kind == "g" else ""
+        if found.startswith("line-"):
+            line = lines[int(found.removeprefix("line-"))]
+            part.set("class", f"line {line.style}")
+            label = ElementTree.Element("title")
+            label.text = line.label
+            part.insert(0, label)
+        if "style" in part.attrib:
+            part.set("style", re.sub(r"font[\w-]*:[^;]*;? *", "", part.attrib["style"]))
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
+    drawn = ElementTree.tostring(root, encoding="unicode")
+    for name, colour in COLOURS.items():
+        drawn = drawn.replace(colour, f"var(--{name})")
+    return Markup(drawn)
 
 
 def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -87,11 +137,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers from at or below `low` to at or above `high`."""
     if low == high:
         low, high = low - abs(low) / 10 - 1e-9, high + abs(high) / 10 + 1e-9
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(first, last + 1)]
+    return [float(tick) for tick in MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
 
 
 def number(value: float) -> str:

@@ -6,14 +6,13 @@ import base64
 import io
 import zipfile
 from collections.abc import Callable
-from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from lvssl.report.tables import below, cell, table
+from lvssl.report.template import render
 from pipelines.errors import InputError
 
 SIDE, SMALL_SIDE = 96, 48  # thumbnails are cut down to this many pixels; in the bit explorer
@@ -21,73 +20,62 @@ MOST_QUERIES, MOST_NEIGHBOURS, MOST_EXTREMES = 60, 10, 24  # keeps the page belo
 MOST_BITS = 48
 
 
-def gallery(run_dir: Path, commands: dict[str, str]) -> list[str]:
-    """The sections of neighbours and of certainty; [] without a gallery."""
+class Picture(NamedTuple):
+    """What the template `picture` shows."""
+
+    source: str  # a data URI
+    alt: str
+    text: str
+    wrong: bool = False
+
+
+def gallery(run_dir: Path, command: str | None) -> dict[str, str]:
+    """The sections of neighbours and of certainty; {} without a gallery."""
     path = run_dir / "gallery.npz"
     if not path.exists():
-        return []
+        return {}
     g = read_gallery(path)
-    labels, names = g["labels"], [str(name) for name in g["class_names"]]
-    made: dict[int, str] = {}
+    sources: dict[int, str] = {}
 
-    def picture(row: int, caption: str = "", wrong: bool = False) -> str:
-        source = made.setdefault(row, data_uri(g["images"][row]))
-        name = names[labels[row]]
-        text = caption or (f"\N{NOT EQUAL TO} {name}" if wrong else name)
-        alt = f"{name} (another class)" if wrong else name
-        return (
-            f'<figure class="pic{" wrong" if wrong else ""}"><img src="{source}" alt="{escape(alt)}" '
-            f'loading="lazy">'
-            f'<figcaption title="{escape(alt)}">{escape(text)}</figcaption></figure>'
-        )
+    def picture(row: int, wrong: bool = False) -> Picture:
+        source = sources.setdefault(row, data_uri(g["images"][row]))
+        name = str(g["class_names"][g["labels"][row]])
+        if wrong:
+            return Picture(source, f"{name} (another class)", f"\N{NOT EQUAL TO} {name}", wrong)
+        return Picture(source, name, name)
 
-    return [neighbours(g, picture, commands), certainty(g, picture, commands)]
+    return {"neighbours": neighbours(g, picture, command), "certainty": certainty(g, picture, command)}
 
 
-def neighbours(g: dict[str, np.ndarray], picture: Callable[..., str], commands: dict[str, str]) -> str:
+def neighbours(g: dict[str, np.ndarray], picture: Callable[..., Picture], command: str | None) -> str:
     labels, query = g["labels"], g["query"][:MOST_QUERIES]
     ways = {"code": g["neighbours_code"], "features": g["neighbours_feature"]}
     ways = {name: rows[: len(query), :MOST_NEIGHBOURS] for name, rows in ways.items()}
-    cards, buttons = [], []
-    for q, row in enumerate(query):
-        lines = "".join(
-            f'<div class="row"><span>by {name}</span><div class="pics">'
-            + "".join(picture(int(n), wrong=bool(labels[n] != labels[row])) for n in found[q])
-            + "</div></div>"
-            for name, found in ways.items()
-        )
-        cards.append(f'<div class="query card">{picture(int(row))}<div class="by">{lines}</div></div>')
-        buttons.append(f'<button class="pick" aria-pressed="false">{picture(int(row))}</button>')
-    shares = " and ".join(
+    queries = [
+        {
+            "picture": picture(int(row)),
+            "found": {
+                name: [picture(int(n), wrong=bool(labels[n] != labels[row])) for n in found[q]]
+                for name, found in ways.items()
+            },
+        }
+        for q, row in enumerate(query)
+    ]
+    shares = [
         f"{100 * (labels[found] == labels[query][:, None]).mean():.0f} % by {name}"
         for name, found in ways.items()
-    )
-    return (
-        '<section id="neighbours"><h2>Nearest neighbours</h2><p class="soft">Test images, and the '
-        "training images nearest to them: by Hamming distance of their codes, and by cosine of "
-        f"their features. A dashed frame and \N{NOT EQUAL TO} mark another class. Of the neighbours shown, "
-        f"{shares} are of the query's class. Choose an image.</p>"
-        f'<div class="explorer"><div class="picks">{"".join(buttons)}</div>{"".join(cards)}</div>'
-        f"{below(commands.get('evaluate'))}</section>"
-    )
+    ]
+    return render("neighbours.html", queries=queries, shares=shares, command=command)
 
 
-def certainty(g: dict[str, np.ndarray], picture: Callable[..., str], commands: dict[str, str]) -> str:
-    names, labels = g["class_names"], g["labels"]
+def certainty(g: dict[str, np.ndarray], picture: Callable[..., Picture], command: str | None) -> str:
     sides = []
-    for title, rows in (("Most certain", g["most_certain"]), ("Least certain", g["least_certain"])):
-        pictures = "".join(picture(int(r), str(names[labels[r]])) for r in rows[:MOST_EXTREMES])
-        scores = g["uncertainty"][rows[:MOST_EXTREMES]]
+    for title, name in (("Most certain", "most_certain"), ("Least certain", "least_certain")):
+        rows = g[name][:MOST_EXTREMES]
+        scores = g["uncertainty"][rows]
         span = f"uncertainty {scores.min():.4g} to {scores.max():.4g}" if len(scores) else ""
-        sides.append(
-            f'<div><h3>{title} <span class="soft" style="font-weight:400">{span}</span></h3>'
-            f'<div class="pics">{pictures}</div></div>'
-        )
-    return (
-        '<section id="certainty"><h2>Most and least certain</h2><p class="soft">The test images at both '
-        "ends of the model's own uncertainty. No label went into it.</p>"
-        f'<div class="certainty">{"".join(sides)}</div>{below(commands.get("evaluate"))}</section>'
-    )
+        sides.append({"title": title, "span": span, "pictures": [picture(int(row)) for row in rows]})
+    return render("certainty.html", sides=sides, command=command)
 
 
 def read_gallery(path: Path) -> dict[str, np.ndarray]:
@@ -123,48 +111,17 @@ def bit_explorer(path: Path, analysis: dict[str, Any]) -> str:
         return ""
     g = read_bits(path)
     rows = {row["bit"]: row for row in bits["table"]}
-    sources = [data_uri(image, SMALL_SIDE) for image in g["images"]]
-    alts = [escape(str(g["class_names"][label])) for label in g["labels"]]
-
-    def pics(chosen: np.ndarray) -> str:
-        return "".join(
-            f'<figure class="pic"><img src="{sources[i]}" alt="{alts[i]}" loading="lazy">'
-            f"<figcaption>{alts[i]}</figcaption></figure>"
-            for i in chosen
-        )
-
-    buttons, cards = [], []
-    for d, on, off in list(zip(g["bits"].tolist(), g["on"], g["off"]))[:MOST_BITS]:
-        row = rows[d]
-        sides = "".join(
-            f'<div class="row"><span>{label}</span><div class="pics">{pics(chosen)}</div></div>'
-            for label, chosen in (("surely on", on), ("surely off", off))
-        )
-        buttons.append(
-            f'<button class="pick bit" aria-pressed="false">bit {d}<br>'
-            f'<span class="soft">{escape(row["class"])} {row["auroc"]:.2f}</span></button>'
-        )
-        cards.append(f'<div class="card bit-card"><p>{escape(in_words(row, bits["flips"]))}</p>{sides}</div>')
-    few = "".join(
-        f"<tr>{cell(name)}{cell(probe['bits_needed'] if probe['bits_needed'] > 0 else None, ',')}"
-        f"{cell(probe['auroc'], '.3f')}{cell(probe['auroc_all'], '.3f')}</tr>"
-        for name, probe in bits["few"].items()
-    )
-    header = (
-        "<tr><th>Class</th><th class=n>Bits needed</th><th class=n>Their AUROC</th>"
-        "<th class=n>All bits</th></tr>"
-    )
-    return (
-        '<section id="bits"><h2>What single bits see</h2><p class="soft">The bits that say most of the '
-        "class, though no label trained them, with the class that each tells best (AUROC; below 0.5 it "
-        "speaks against it). Choose a bit.</p>"
-        f'<div class="explorer"><div class="picks">{"".join(buttons)}</div>{"".join(cards)}</div>'
-        '<p class="soft">How few bits tell a class from the rest nearly as well as all do (within 0.02 of '
-        "AUROC), chosen by orthogonal matching pursuit:</p>"
-        + table("few-bits", header, [few])
-        + below(analysis.get("command"), "few-bits")
-        + "</section>"
-    )
+    names = [str(g["class_names"][label]) for label in g["labels"]]
+    shown = [Picture(data_uri(image, SMALL_SIDE), name, name) for image, name in zip(g["images"], names)]
+    chosen = [
+        {
+            "row": rows[d],
+            "words": in_words(rows[d], bits["flips"]),
+            "sides": {"surely on": [shown[i] for i in on], "surely off": [shown[i] for i in off]},
+        }
+        for d, on, off in list(zip(g["bits"].tolist(), g["on"], g["off"]))[:MOST_BITS]
+    ]
+    return render("bits.html", bits=chosen, few=bits["few"], command=analysis.get("command"))
 
 
 def in_words(row: dict[str, Any], flips: dict[str, dict[str, float]]) -> str:

@@ -16,17 +16,17 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from html import escape
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from lvssl.config import PretrainSettings
+from lvssl.presets import command
 from lvssl.report.analysis import disentanglement, regression, uncertainty
 from lvssl.report.compression import compression
 from lvssl.report.curves import curves
-from lvssl.report.figures import strip
 from lvssl.report.gallery import bit_explorer, gallery
-from lvssl.report.tables import below, cell, dot, figures_table, finite, table
-from lvssl.report.template import PAGE, SCRIPT, STYLE
+from lvssl.report.template import finite, render
 from lvssl.report.verdict import (
     Comparison,
     UncertaintyComparison,
@@ -37,10 +37,21 @@ from lvssl.report.verdict import (
     signed,
     uncertainty_in_words,
 )
-from lvssl.training.progress import read_metrics
-from pipelines.errors import InputError
+from lvssl.settings import flat
+from lvssl.training.result import read_result
+from lvssl.training.run import read_config
 from pipelines.files import write_atomically
 
+PARTS = ("compression", "uncertainty", "code_statistics")  # of an evaluation, what it says of codes
+# By command: its result, and what the page looks into.
+RESULTS: dict[str, tuple[str, dict[str, type]]] = {
+    "evaluate": (
+        "evaluation.json",
+        {"table": list, **dict.fromkeys(("run", "control", "data", *PARTS), dict)},
+    ),
+    "compression": ("compression.json", {"rows": list, "left_out": list}),
+    "analyse": ("analysis.json", {"models": dict, "bits": dict}),
+}
 FAMILIES = {
     "none": "no latent (plain SimCLR)",
     "sign": "no latent, its sign bits decorrelated",
@@ -49,6 +60,24 @@ FAMILIES = {
     "laplace": "a Laplace latent",
     "vmf": "a von Mises-Fisher latent",
     "power_spherical": "a power spherical latent",
+}
+TIMES = "{:,.1f}\N{MULTIPLICATION SIGN}"
+# Figures of the code: what they are called on the page, and how they are written.
+FIGURES = {
+    "raw_pixels": ("smaller than raw pixels", TIMES),
+    "stored_jpeg": ("smaller than the stored JPEG", TIMES),
+    "fp32_feature": ("smaller than the fp32 feature", TIMES),
+    "count": ("codes measured", "{:,}"),
+    "nominal_bits": ("bits stored", "{:,}"),
+    "entropy_bits": ("sum of the bits' entropies", "{:,.1f} bits"),
+    "entropy_per_bit": ("mean entropy of a bit", "{:.3f}"),
+    "information_bound_bits": ("information bound of the sampled code", "{:,.1f} bits"),
+    "dead_bits": ("dead bits (on for < 1 % or > 99 %)", "{:,}"),
+    "mean_absolute_correlation": ("mean |correlation| of two bits", "{:.3f}"),
+    "collisions": ("images that share an earlier image's code", "{:,}"),
+    "r_auroc": ("R-AUROC: the uncertainty tells wrong neighbours from right (0.5: chance)", "{:.3f}"),
+    "recall_at_1": ("R@1: the nearest neighbour is of the same class", "{:.3f}"),
+    "aurc": ("AURC: error rate of the probe averaged over coverage (lower is better)", "{:.3f}"),
 }
 
 
@@ -59,34 +88,37 @@ def write_report(run_dir: Path) -> Path:
         InputError: no such folder, no run, or one of its files can't be read (named).
     """
     run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise InputError(f"{run_dir}: no such run folder")
-    if not (run_dir / "config.json").is_file():
-        raise InputError(f"{run_dir} is no run folder (it has no config.json)")
-    config = read_json(run_dir / "config.json")
-    evaluation = read_json(run_dir / "evaluation.json") or {}
-    settings = config.get("settings", config)
-    analysis = read_json(run_dir / "analysis.json")
-    rates = read_json(run_dir / "compression.json")
-    measured = {"evaluate": evaluation, "compression": rates, "analyse": analysis}
-    commands = commands_of(run_dir, settings, measured)
-    sections = [
-        head(run_dir, settings, measured),
-        results(evaluation, commands),
-        curves(run_dir, settings, evaluation, commands),
-        *gallery(run_dir, commands),
-        codes(evaluation, commands),
-        compression(rates),
-        uncertainty(analysis),
-        bit_explorer(run_dir / "bits.npz", analysis),
-        regression(analysis),
-        disentanglement(analysis),
-        settings_section(config, settings),
-        commands_section(commands, missing(run_dir, measured)),
-    ]
-    title = escape(f"{run_dir.resolve().name}: {settings.get('latent', {}).get('family', 'run')}")
-    body = "\n".join(section for section in sections if section)
-    page = PAGE.substitute(title=title, style=STYLE, script=SCRIPT, body=body)
+    chosen, _ = read_config(run_dir)
+    config = read_result(run_dir / "config.json")
+    settings = config["settings"]
+    measured = {
+        stage: read_result(path, **kinds) if (path := run_dir / name).exists() else {}
+        for stage, (name, kinds) in RESULTS.items()
+    }
+    evaluation, analysis = measured["evaluate"], measured["analyse"]
+    commands = commands_of(run_dir, chosen, measured)
+    evaluated = commands.get("evaluate")
+    sections = {
+        "results": results(evaluation, evaluated),
+        "curves": curves(run_dir, evaluation, commands["pretrain"]),
+        **gallery(run_dir, evaluated),
+        "codes": codes(evaluation, evaluated),
+        "bits-stored": compression(measured["compression"]),
+        "uncertainty": uncertainty(analysis),
+        "bits": bit_explorer(run_dir / "bits.npz", analysis),
+        "regression": regression(analysis),
+        "disentanglement": disentanglement(analysis),
+        "settings": settings_section(config, settings),
+        "commands": commands_section(commands, missing(run_dir, measured)),
+    }
+    page = render(
+        "page.html",
+        title=f"{run_dir.resolve().name}: {settings.get('latent', {}).get('family', 'run')}",
+        headline=headline(run_dir, settings, evaluation),
+        trained=trained(settings, evaluation),
+        **verdicts(measured),
+        sections={name: section for name, section in sections.items() if section},
+    )
     write_atomically(run_dir / "report.html", page.encode())
     return run_dir / "report.html"
 
@@ -94,45 +126,23 @@ def write_report(run_dir: Path) -> Path:
 # What the folder holds ------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is no file. InputError names the file and the place."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: can't be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: an object is expected, not {type(content).__name__}")
-    return content
-
-
 def commands_of(
-    run_dir: Path, settings: dict[str, Any], measured: dict[str, dict[str, Any]]
+    run_dir: Path, settings: PretrainSettings, measured: dict[str, dict[str, Any]]
 ) -> dict[str, str]:
-    """What to type for the stages of this run, as far as the settings that one would type."""
-    pretrain = ["lvssl", "pretrain", "--out", str(run_dir)]
-    latent = settings.get("latent", {}).get("family")
-    for name, value in (
-        ("preset", settings.get("preset")),
-        ("data", settings.get("data")),
-        ("family", latent),
-    ):
-        pretrain += [f"--{name}", str(value)] if value else []
-    for name in ("epochs", "seed"):
-        pretrain += [f"--{name}", str(settings[name])] if name in settings else []
-    stages = {"pretrain": shlex.join(pretrain), "report": shlex.join(["lvssl", "report", str(run_dir)])}
-    for name, content in measured.items():
-        if content.get("command"):
-            stages[name] = str(content["command"])
-    return stages
+    """What to type for the stages of this run."""
+    stages = {
+        "pretrain": command("pretrain", replace(settings, out=run_dir)),
+        "report": shlex.join(["lvssl", "report", str(run_dir)]),
+    }
+    return stages | {name: str(found["command"]) for name, found in measured.items() if found.get("command")}
 
 
 # The first screen -----------------------------------------------------------------------------------------
 
 
-def head(run_dir: Path, settings: dict[str, Any], measured: dict[str, dict[str, Any]]) -> str:
-    evaluation, analysis = measured["evaluate"], measured["analyse"]
+def verdicts(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """`tiles`: the comparisons with controls, in words and in points; `notes`: what they leave open."""
+    evaluation = measured["evaluate"]
     comparisons = compare(evaluation)
     run, control = evaluation.get("run") or {}, evaluation.get("control") or {}
     against = f"the control's sign bits, {run.get('bits', 0):,} bits each,"
@@ -140,9 +150,11 @@ def head(run_dir: Path, settings: dict[str, Any], measured: dict[str, dict[str, 
     if strongest:
         comparisons["code"] = strongest
         against = f"the strongest control of as many bits ({names})"
-    tiles = tile(comparisons["code"], "The code" if "code_linear" in run else "The sign bits", against)
-    tiles += tile(comparisons["features"], "The features", "the control's")
-    tiles += uncertainty_tile(compare_uncertainty(analysis))
+    tiles = [
+        tile(comparisons["code"], "The code" if "code_linear" in run else "The sign bits", against),
+        tile(comparisons["features"], "The features", "the control's"),
+        uncertainty_tile(compare_uncertainty(measured["analyse"])),
+    ]
     notes = []
     noise = [c.noise for rows in comparisons.values() for c in rows if c.noise is not None]
     if noise:
@@ -157,67 +169,46 @@ def head(run_dir: Path, settings: dict[str, Any], measured: dict[str, dict[str, 
         notes.append("Not evaluated yet: lvssl evaluate measures this run and writes the table.")
     elif not control:
         notes.append("No control was evaluated: lvssl evaluate --control RUN puts one beside these figures.")
-    return (
-        f"<header><h1>{escape(headline(run_dir, settings, evaluation))}</h1>"
-        f"<p>{escape(trained(settings, evaluation))}</p>"
-        + (f'<div class="verdicts">{tiles}</div>' if tiles else "")
-        + (f'<p class="soft small">{escape(" ".join(notes))}</p>' if notes else "")
-        + f"<nav>{navigation(run_dir, measured)}</nav></header>"
-    )
+    return {"tiles": [each for each in tiles if each], "notes": notes}
 
 
-def tile(rows: list[Comparison], what: str, against: str) -> str:
-    """The verdict on the code or the features, in words and in points; "" without a comparison."""
+class Difference(NamedTuple):
+    """One measure of a tile."""
+
+    name: str
+    sides: str
+    difference: str
+
+
+class Tile(NamedTuple):
+    """One verdict of the first screen."""
+
+    words: str
+    ahead: bool  # in no measure behind, in one ahead
+    figures: list[Difference]
+
+
+def tile(rows: list[Comparison], what: str, against: str) -> Tile | None:
+    """The verdict on the code or the features; None without a comparison."""
     if not rows:
-        return ""
+        return None
     outcomes = {c.outcome for c in rows}
-    ahead = " ahead" if "ahead" in outcomes and "behind" not in outcomes else ""
-    deltas = "".join(
-        f"<div><dt><b>{escape(c.measure)}</b><br>{c.run:.1f} against {c.control:.1f} %</dt>"
-        f"<dd>{signed(c.difference)}</dd></div>"
-        for c in rows
-    )
-    words = escape(in_words(rows, what, against))
-    return f'<div class="verdict{ahead}"><p>{words}</p><dl class="deltas">{deltas}</dl></div>'
+    figures = [
+        Difference(c.measure, f"{c.run:.1f} against {c.control:.1f} %", signed(c.difference)) for c in rows
+    ]
+    return Tile(in_words(rows, what, against), "ahead" in outcomes and "behind" not in outcomes, figures)
 
 
-def uncertainty_tile(found: UncertaintyComparison | None) -> str:
-    """The verdict on the posterior's uncertainty; "" where it was not analysed beside a control."""
+def uncertainty_tile(found: UncertaintyComparison | None) -> Tile | None:
+    """The verdict on the posterior's uncertainty; None where it was not analysed beside a control."""
     if found is None:
-        return ""
-    ahead = " ahead" if found.outcome == "ahead" else ""
+        return None
     pairs = (("R-AUROC", found.run, found.control), ("R@1", found.recall, found.control_recall))
-    deltas = "".join(
-        f"<div><dt><b>{name}</b><br>{run:.3f} against {control:.3f}</dt>"
-        f"<dd>{signed(run - control, 3)}</dd></div>"
+    figures = [
+        Difference(name, f"{run:.3f} against {control:.3f}", signed(run - control, 3))
         for name, run, control in pairs
-    )
-    words = escape(uncertainty_in_words(found))
-    return f'<div class="verdict{ahead}"><p>{words}</p><dl class="deltas">{deltas}</dl></div>'
-
-
-def navigation(run_dir: Path, measured: dict[str, dict[str, Any]]) -> str:
-    """Links to the sections that are there."""
-    evaluation, analysis = measured["evaluate"], measured["analyse"]
-    pictures = (run_dir / "gallery.npz").exists()
-    present = {
-        "results": bool(evaluation.get("table")),
-        "curves": bool(read_metrics(run_dir / "metrics.jsonl")),
-        "neighbours": pictures,
-        "certainty": pictures,
-        "codes": any(evaluation.get(k) for k in ("compression", "code_statistics", "uncertainty")),
-        "bits-stored": bool(measured["compression"].get("rows")),
-        "uncertainty": bool(analysis.get("models")),
-        "bits": bool(analysis.get("bits")) and (run_dir / "bits.npz").exists(),
-        "regression": bool(analysis.get("models")),
-        "settings": True,
-        "commands": True,
-    }
-    return "".join(
-        f'<a href="#{to}">{to.capitalize().replace("-", " ")}</a>'
-        for to, is_there in present.items()
-        if is_there
-    )
+    ]
+    return Tile(uncertainty_in_words(found), found.outcome == "ahead", figures)
 
 
 def headline(run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any]) -> str:
@@ -255,44 +246,22 @@ def trained(settings: dict[str, Any], evaluation: dict[str, Any]) -> str:
 # Tables ---------------------------------------------------------------------------------------------------
 
 
-def results(evaluation: dict[str, Any], commands: dict[str, str]) -> str:
+def results(evaluation: dict[str, Any], command: str | None) -> str:
+    """Accuracies of every representation; "" where none was evaluated."""
     rows = evaluation.get("table") or []
     if not rows:
         return ""
-    values = [v for row in rows for v in (row.get("linear"), row.get("knn")) if finite(v)]
+    found = {name: [row[name] for row in rows if finite(row.get(name))] for name in ("linear", "knn")}
+    values = found["linear"] + found["knn"]
     low, high = (math.floor(min(values) / 5) * 5, math.ceil(max(values) / 5) * 5) if values else (0, 100)
-    best = {
-        name: max((row[name] for row in rows if finite(row.get(name))), default=None)
-        for name in ("linear", "knn")
-    }
-    ours = evaluation.get("run", {}).get("family")
-    body = []
-    for row in rows:
-        marks = [(name, row.get(name) if finite(row.get(name)) else None) for name in ("knn", "linear")]
-        accuracies = "".join(
-            cell(row.get(name), ".1f", "n best" if finite(row.get(name)) and row[name] == best[name] else "n")
-            for name in ("linear", "knn")
-        )
-        body.append(
-            f"<tr{' class=ours' if row.get('model') == ours else ''}>{cell(model_name(row))}"
-            f"{cell(row.get('representation'))}{cell(row.get('bits'), ',')}{accuracies}"
-            f'<td class="wide">{strip(marks, low, high)}</td></tr>'
-        )
-    wide = (
-        f'<th class="wide"><ul class="legend inline"><li>{low} to {high} %</li><li>{dot("linear")}linear</li>'
-        f"<li>{dot('knn')}kNN</li></ul></th>"
-    )
-    header = (
-        "<tr><th>Model</th><th>Representation</th><th class=n>Bits</th>"
-        f"<th class=n>Linear %</th><th class=n>kNN %</th>{wide}</tr>"
-    )
-    return (
-        '<section id="results"><h2>Results</h2><p class="soft">Test accuracy. Linear: L2 logistic '
-        "regression, its strength chosen on held-out training images. kNN: 20 neighbours, by cosine on "
-        "features, by Hamming distance on codes, ties shared.</p>"
-        + table("results-table", header, body)
-        + below(commands.get("evaluate"), "results-table")
-        + "</section>"
+    ours = (evaluation.get("run") or {}).get("family")
+    return render(
+        "results.html",
+        rows=[row | {"model": model_name(row), "ours": row.get("model") == ours} for row in rows],
+        best={name: max(values, default=None) for name, values in found.items()},
+        low=low,
+        high=high,
+        command=command,
     )
 
 
@@ -303,45 +272,24 @@ def model_name(row: dict[str, Any]) -> str:
     return "no model" if row.get("representation") == "pixels" else "control (none)"
 
 
-def codes(evaluation: dict[str, Any], commands: dict[str, str]) -> str:
-    parts = (
-        ("compression", "Compression"),
-        ("uncertainty", "Uncertainty"),
-        ("code_statistics", "What the bits hold"),
-    )
-    tables = [figures_table(name, title, evaluation.get(name) or {}) for name, title in parts]
-    if not any(tables):
-        return ""
-    compression, uncertainty, statistics = tables
-    return (
-        '<section id="codes"><h2>Codes and uncertainty</h2><div class="columns">'
-        f"<div>{compression}{uncertainty}</div><div>{statistics}</div></div>"
-        f"{below(commands.get('evaluate'))}</section>"
-    )
+def codes(evaluation: dict[str, Any], command: str | None) -> str:
+    """What is known of the code and of the uncertainty, three tables; "" without any."""
+    tables = {
+        part: [(*FIGURES.get(name, (name, "{}")), value) for name, value in figures.items()]
+        for part in PARTS
+        if (figures := evaluation.get(part))
+    }
+    return render("codes.html", tables=tables, command=command) if tables else ""
 
 
 # Settings and commands ------------------------------------------------------------------------------------
 
 
 def settings_section(config: dict[str, Any], settings: dict[str, Any]) -> str:
-    rows = [*flat(settings), *flat({k: v for k, v in config.items() if k not in ("settings", *settings)})]
-    body = [f"<tr>{cell(name)}{cell(text)}</tr>" for name, text in rows]
-    half = (len(body) + 1) // 2
-    tables = "".join(
-        f'<table class="settings" id="settings-{i}"><tbody>{"".join(part)}</tbody></table>'
-        for i, part in enumerate((body[:half], body[half:]))
-    )
-    return f'<section id="settings"><h2>Settings</h2><div class="columns">{tables}</div></section>'
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            rows += flat(value, f"{prefix}{name}.")
-        else:
-            rows.append((prefix + name, value if isinstance(value, str) else json.dumps(value)))
-    return rows
+    values = flat(settings) | flat({k: v for k, v in config.items() if k not in ("settings", *settings)})
+    rows = [(name, v if isinstance(v, str) else json.dumps(v)) for name, v in values.items()]
+    half = (len(rows) + 1) // 2
+    return render("settings.html", halves=(rows[:half], rows[half:]))
 
 
 def missing(run_dir: Path, measured: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
@@ -356,16 +304,5 @@ def missing(run_dir: Path, measured: dict[str, dict[str, Any]]) -> list[tuple[st
 
 
 def commands_section(commands: dict[str, str], absent: list[tuple[str, str]]) -> str:
-    lines = [
-        commands[stage]
-        for stage in ("pretrain", "evaluate", "compression", "analyse", "report")
-        if stage in commands
-    ]
-    more = "".join(f"<li>{escape(what)}: <code>{escape(line)}</code></li>" for what, line in absent)
-    told = "Not measured yet; each command adds its part to the next report:"
-    return (
-        '<section id="commands"><h2>Commands</h2><p class="soft">What makes this page, stage by '
-        f"stage. Settings not named are those above.</p><pre>{escape(chr(10).join(lines))}</pre>"
-        + f'<p class="soft">{told}</p><ul>{more}</ul>' * bool(more)
-        + "</section>"
-    )
+    order = ("pretrain", "evaluate", "compression", "analyse", "report")
+    return render("commands.html", lines=[commands[s] for s in order if s in commands], missing=absent)

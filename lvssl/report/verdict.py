@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from lvssl.report.tables import finite
+from lvssl.report.template import finite
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Fine-tuning a run's encoder with all or some labels.
 
-RUN/finetune-LABELS/config.json      what the folder is for
+RUN/finetune-LABELS/stage.json       what the folder is for
                    /trials.json      the figures of each setting on the held-out images
                    /trial-0 ...      the checkpoints of a trial under way
                    /final            those of the training on all labelled images
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 import shutil
 import sys
@@ -24,10 +23,12 @@ from torch import Tensor
 from lvssl.stages import FinetuneSettings
 from lvssl.training.distributed import connected, from_first
 from lvssl.training.labels import Labelled, labelled_rows, split
+from lvssl.training.result import read_json
 from lvssl.training.score import score
 from lvssl.training.stage import Stage, prepare
 from lvssl.training.stopping import Stop, stop_signals
 from lvssl.training.supervised import Classifier, Recipe, Supervised, largest_batch, predict, scaled_lr
+from pipelines.errors import InputError
 from pipelines.files import write_json
 
 
@@ -85,9 +86,7 @@ def sweep(
             )
         return [pairs[len(pairs) // 2] | {"held_out": None, "seconds": 0.0}]
     record = folder / "trials.json"
-    trials: list[dict[str, Any]] = from_first(
-        stage.world, lambda: json.loads(record.read_text()) if record.exists() else []
-    )
+    trials: list[dict[str, Any]] = from_first(stage.world, lambda: read_trials(record))
     for number, pair in enumerate(pairs[len(trials) :], len(trials)):
         title = f"finetune {folder.name}, trial {number + 1} of {len(pairs)}"
         parts = labelled.only(fitted), labelled.only(held)
@@ -95,6 +94,15 @@ def sweep(
         if stage.world.first:
             write_json(record, trials, indent=2)
             shutil.rmtree(folder / f"trial-{number}", ignore_errors=True)
+    return trials
+
+
+def read_trials(path: Path) -> list[dict[str, Any]]:
+    """The trials that are done already. InputError: the file is damaged."""
+    trials = read_json(path) if path.exists() else []
+    known = {"lr", "weight_decay", "held_out", "seconds"}
+    if not isinstance(trials, list) or not all(isinstance(t, dict) and known <= t.keys() for t in trials):
+        raise InputError(f"{path}: not a record of trials; remove it, and they are done again")
     return trials
 
 

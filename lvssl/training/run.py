@@ -14,8 +14,9 @@ import torch
 import torchvision
 
 import lvssl
-from lvssl.config import FREE_TO_CHANGE, ON_ERROR, PretrainSettings, choice, difference, from_dict, to_dict
+from lvssl.config import ON_ERROR, PretrainSettings, choice
 from lvssl.models.network import LVNet
+from lvssl.settings import difference, from_dict, to_dict
 from lvssl.training import checkpoint
 from lvssl.training.identity import other_set
 from lvssl.training.prepare import DTYPES, claim, encoding_precision
@@ -46,8 +47,8 @@ def create_run(
         # Plain SimCLR has no bits to decorrelate, and no deterministic family a second path: such runs are
         # the controls of any of these weights.
         unread = {"none": ("decorrelation", "clean"), "sign": ("clean",)}.get(settings.latent.family, ())
-        changed = difference(stored, settings, (*FREE_TO_CHANGE, "data", *unread))
-        if changed is None and stored_classes != classes:
+        changed = difference(stored, settings, ("data", *unread))
+        if not changed and stored_classes != classes:
             changed = f"classes: {stored_classes} -> {classes}"
         if changed:
             raise InputError(

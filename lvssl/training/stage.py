@@ -1,11 +1,7 @@
-"""A stage after pretraining: its run, its data, the folder it works in, and the result that it leaves there.
-
-A result names checkpoint and settings, so that the same call finds it done, and another one is refused.
-"""
+"""A stage after pretraining: its run, its data, the folder that it works in, and its result."""
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 from contextlib import suppress
@@ -15,13 +11,15 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from lvssl.config import FREE_TO_CHANGE, EngineSettings
-from lvssl.stages import StageSettings, command, identity
+from lvssl.config import EngineSettings
+from lvssl.settings import identity
+from lvssl.stages import StageSettings
 from lvssl.training.distributed import World, from_first, world_of
 from lvssl.training.identity import describe_set, other_set
 from lvssl.training.labels import Labelled, beside, check_pair, open_labelled, say_notes
 from lvssl.training.prepare import claim, precision
-from lvssl.training.run import Run, load_run, pick_device, require_classes_of, versions
+from lvssl.training.result import ResultFile, read_result
+from lvssl.training.run import Run, load_run, pick_device, require_classes_of
 from pipelines.errors import InputError
 from pipelines.files import write_json
 
@@ -60,6 +58,11 @@ class Stage(Generic[Settings]):
         return train, test
 
     @property
+    def result(self) -> ResultFile:
+        """Its result's file, whether that is there or not."""
+        return ResultFile(self.path, self.name, self.settings, self.run.digest)
+
+    @property
     def engine(self) -> EngineSettings:
         """How it computes: as the run was trained, unless the settings say otherwise; exactly, where it has
         nothing to train."""
@@ -83,8 +86,7 @@ class Stage(Generic[Settings]):
         wanted = identity(self.settings)
         if mark.exists():
             begun = read_result(mark)
-            changed = changes(begun, self.settings, self.run.digest)
-            changed = changed or other_set(begun.get("data", data), data)
+            changed = self.result.changes(begun) or other_set(begun.get("data", data), data)
             if not changed:
                 return
             if not self.settings.again:
@@ -113,21 +115,15 @@ class Stage(Generic[Settings]):
         content = {
             "stage": self.name,
             "results": results,
-            "checkpoint": self.run.digest,
             "step": self.run.step,
-            "settings": identity(self.settings),
             "data": data,
             **more,
             "peak_memory_mib": peak_memory_mib(),
             "device": str(self.device),
             "arithmetic": self.run.arithmetic,
-            "command": command(self.name, self.settings),
-            "versions": versions(),
         }
-        if self.world.first:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, content, indent=2)
-        return replace(self, done=content)
+        finish = self.result.write if self.world.first else self.result.complete
+        return replace(self, done=finish(content))
 
 
 def remove_work(folder: Path) -> None:
@@ -162,55 +158,10 @@ def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
     path = settings.out or settings.run / result
     if path.suffix != ".json":
         path = path / "result.json"
-    stage = Stage(name, settings, run, path, finished(path, settings, run.digest), device, world)
+    stage = Stage(name, settings, run, path, None, device, world)
+    stage = replace(stage, done=stage.result.found())
     claim(device, precision(stage.engine, device))
     return stage
-
-
-def finished(path: Path, settings: StageSettings, digest: str) -> dict[str, Any] | None:
-    """The result at `path`, if it is the one that these settings would give of this checkpoint.
-
-    Raises:
-        InputError: another result stands there, and --again doesn't allow to replace it.
-    """
-    if not path.exists():
-        return None
-    result = read_result(path)
-    changed = changes(result, settings, digest)
-    if not changed:
-        return result
-    if not settings.again:
-        raise InputError(
-            f"{path} already holds a result for other settings ({changed}); "
-            "pass --again to overwrite it or --out to write elsewhere"
-        )
-    return None
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """A file that a stage has written. InputError if it holds something else, or is damaged."""
-    try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("an object is expected")
-    except ValueError as error:
-        raise InputError(f"{path}: not a result ({error}); remove it") from error
-    return content
-
-
-def changes(result: dict[str, Any], settings: StageSettings, digest: str) -> str:
-    """The first difference between a result's origin and what is wanted, in words; empty if there is none.
-
-    A setting that the result's version didn't know yet had its default; a damaged image raised.
-    """
-    if result.get("checkpoint") != digest:
-        return f"checkpoint: {str(result.get('checkpoint'))[:12]} -> {digest[:12]}"
-    wanted, defaults = identity(settings), identity(type(settings)(settings.run, on_error="raise"))
-    had = defaults | {k: v for k, v in result.get("settings", {}).items() if k not in FREE_TO_CHANGE}
-    for name in {**had, **wanted}:
-        if had.get(name) != wanted.get(name):
-            return f"{name}: {had.get(name)} -> {wanted.get(name)}"
-    return ""
 
 
 def show(stage: Stage[Any]) -> None:

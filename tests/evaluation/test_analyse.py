@@ -155,5 +155,5 @@ def test_the_same_twice(analysis, runs, tmp_path):
     shutil.copytree(runs, tmp_path / "runs")  # its file would take the place of the other tests'
     torch.manual_seed(123)
     np.random.seed(5)
-    again = analyse(AnalyseSettings(tmp_path / "runs" / "lv", images=150, samples=3))
+    again = analyse(AnalyseSettings(tmp_path / "runs" / "lv", images=150, samples=3, again=True))
     assert json.dumps(again["models"]["run"]["scores"]) == json.dumps(analysis["models"]["run"]["scores"])

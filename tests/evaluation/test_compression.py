@@ -37,7 +37,7 @@ def test_the_run_and_its_controls_on_one_axis(run, control, digits, capsys):
     with open(run / "compression.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["method"] for row in table] == [row["method"] for row in result["rows"]]
-    assert result["first"] == 100 and f"--control {control}" not in result["command"]
+    assert result["first"] == 100 and f"--control {control}" in result["command"]
 
     train, test = (open_source(digits[split]) for split in ("train", "test"))
     own, other = load_run(run), load_run(control)

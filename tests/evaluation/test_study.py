@@ -58,6 +58,11 @@ def test_a_study_in_parts_is_the_study(settings, digits, capsys):
     figures = settings.out / "figures"
     assert {f.suffix for f in figures.iterdir()} == {".png", ".svg"}
     assert all(f.stat().st_size > 5000 for f in figures.iterdir())
+    row = settings.out / "low-s1" / "study.json"
+    for damaged, said in (("{", "Expecting"), ("[]", "an object"), ('{"lengths": 3}', "lengths: a list")):
+        row.write_text(damaged)
+        assert main(arguments) == 2
+        assert f"{row}: not a result ({said}" in capsys.readouterr().err
 
 
 def made_rows():

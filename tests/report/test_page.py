@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from lvssl.report.figures import MOST_POINTS, number, thinned, ticks
+from lvssl.report.figures import COLOURS, MOST_POINTS, Line, line_chart, number, thinned, ticks
 from lvssl.report.page import write_report
 from lvssl.report.verdict import Comparison, compare, compare_codes, in_words, sampling_noise, signed
 from pipelines.errors import InputError
@@ -313,16 +313,21 @@ def test_bad_input_is_named_and_the_old_page_stays(tmp_path):
         write_report(tmp_path / "missing")
     with pytest.raises(InputError, match="no run folder"):
         write_report(tmp_path)
-    run = write_run(tmp_path / "run")
+    run = write_compression(write_run(tmp_path / "run"))
     before = write_report(run).read_text()
     good = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(good + '{"step": 330, "nt')  # cut short by a kill
     assert write_report(run).read_text() == before
     gallery = dict(np.load(run / "gallery.npz"))
     for name, content, message in [
+        ("config.json", '{"settings": []}', "config.json: settings by name are expected, not list"),
+        ("config.json", "[1]", "config.json: not a run's configuration"),
+        ("config.json", '{"settings": {"latent": 3}, "classes": 2}', "config.json.latent: settings by name"),
         ("metrics.jsonl", good.replace("\n", "\n{oops\n", 1), "metrics.jsonl: line 2"),
-        ("evaluation.json", '{"run": ', "evaluation.json: can't be read"),
-        ("evaluation.json", "[1]", "evaluation.json: an object is expected"),
+        ("evaluation.json", '{"run": ', "evaluation.json: not a result (Expecting value"),
+        ("evaluation.json", "[1]", "evaluation.json: not a result (an object is expected, not list"),
+        ("evaluation.json", '{"run": 3}', "evaluation.json: not a result (run: an object"),
+        ("compression.json", '{"rows": {"a": 1}}', "compression.json: not a result (rows: a list"),
         ("gallery.npz", b"PK\x03\x04 cut", "gallery.npz: can't be read"),
         ("gallery.npz", {"query": np.array([120])}, "gallery.npz: query points outside the 120 images"),
         ("gallery.npz", {"images": gallery["images"][..., 0]}, "gallery.npz: images must be"),
@@ -347,7 +352,7 @@ def test_a_damaged_analysis_is_named(tmp_path):
     with pytest.raises(InputError, match=r"bits.npz: can't be read .* run `lvssl analyse` again"):
         write_report(run)
     (run / "analysis.json").write_text("[]")
-    with pytest.raises(InputError, match=r"analysis.json: an object"):
+    with pytest.raises(InputError, match=r"analysis.json: not a result .an object"):
         write_report(run)
 
 
@@ -429,6 +434,21 @@ def test_ticks_are_round_and_enclose(low, high):
     found = ticks(low, high, 5)
     assert found[0] <= low + 1e-9 and found[-1] >= high - 1e-9 and 2 <= len(found) <= 8
     assert len({number(t) for t in found}) == len(found)
+
+
+def test_a_chart_takes_colours_and_font_from_the_page_and_shares_no_id_with_another():
+    lines = [Line("a < b", "run", [(0.0, 1.0), (10.0, 2.5)]), Line("c", "control", [(5.0, 1200.0)])]
+    charts = [line_chart(lines, "step", title) for title in ("Loss & more", "Rate")]
+    assert charts[0] == line_chart(lines, "step", "Loss & more")  # the same figures give the same page
+    ids = [set(re.findall(r'id="([^"]+)"', chart)) for chart in charts]
+    assert ids[0] and not ids[0] & ids[1]
+    for chart in charts:
+        assert not re.search(r"#[0-9a-f]{6};|font|https?:|url\(|<style", chart)
+        used = set(re.findall(r"var\(--(\w+)\)", chart))
+        assert used == {"run", "control", "rule", "soft"} < set(COLOURS)
+        assert set(re.findall(r'href="#([^"]+)"', chart)) <= set(re.findall(r'id="([^"]+)"', chart))
+    assert 'aria-label="Loss &amp; more"' in charts[0] and "<title>a &lt; b</title>" in charts[0]
+    assert ">1,000<" in charts[0] and ">step<" in charts[0]
 
 
 def test_long_lines_are_thinned_to_their_means():

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from lvssl.cli import chain_starts, main
-from lvssl.config import FREE_TO_CHANGE, PretrainSettings
+from lvssl.config import PretrainSettings
+from lvssl.settings import runtime
 from lvssl.stages import FinetuneSettings, KnnSettings, LinearSettings
 from lvssl.training.run import create_run
 from pipelines.convert.command import parser
@@ -146,6 +147,10 @@ def test_a_changed_setting_reaches_what_hangs_on_it_and_only_that(tmp_path):
     assert changed("[convert.train]", "[convert.train]\nsubset = 9") == everything - {"convert-test"}
     assert changed("[convert]", "[convert]\nmax_resolution = 9") == everything
     assert changed("[evaluate]", '[evaluate]\ncontrol = "x"') == {"evaluate", "report"}
+    stages = {s.name: s for s in build_stages(read_pipeline(write(tmp_path), chain_starts()))}
+    assert (
+        "--again" in stages["evaluate"].tasks[0].arguments
+    )  # the other's result takes the first one's place
     assert changed("shards = 2", "shards = 2\nworkers = 1") == set()
     assert changed("epochs = 3", "epochs = 3\nworkers = 1\nthreads = 1") == set()
     assert changed('"4G"', '"8G"') == set()
@@ -157,9 +162,12 @@ def test_a_changed_setting_reaches_what_hangs_on_it_and_only_that(tmp_path):
 
 def test_what_may_change_is_one_list_for_runs_stages_and_chains(tmp_path):
     """A step that ran out of memory says "or --recompute": neither `pretrain --resume` nor the chain starts over."""
-    known = {*flat_hints(PretrainSettings), *flat_hints(LinearSettings), *flat_hints(FinetuneSettings)}
-    assert set(FREE_TO_CHANGE) - known == {"resume"}
     settings = PretrainSettings(out=tmp_path / "run")
+    free = {name.rpartition(".")[2] for name in runtime(settings)}
+    assert {"out", "preset", "source", "workers", "device", "compile", "recompute", "keep"} < free
+    for stage in (LinearSettings, FinetuneSettings):  # what the two have in common is the same to both
+        named = set(flat_hints(stage)) & set(flat_hints(PretrainSettings))
+        assert runtime(stage(tmp_path)) & named == free & named
     create_run(settings, 10, resume=False)
     other = {
         "augmentation": "numba",
@@ -169,7 +177,7 @@ def test_what_may_change_is_one_list_for_runs_stages_and_chains(tmp_path):
         "preset": "digits",
         "out": settings.out,
     }
-    for name in set(FREE_TO_CHANGE) & set(flat_hints(PretrainSettings)):
+    for name in free:
         value = next(v for k, v in flat(settings).items() if k == name)
         changed = not value if isinstance(value, bool) else other.get(name) or value + 1
         with_it = replaced(settings, {name: changed})

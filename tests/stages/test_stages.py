@@ -289,6 +289,16 @@ def test_work_under_other_settings_is_not_gone_on_with(run, monkeypatch):
         interrupt_after(patch, 1)
         with pytest.raises(Interrupted):
             finetune(settings)
+    two, record = dataclasses.replace(settings, lr=(0.05, 0.1), out=run / "two"), run / "two" / "trials.json"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(Interrupted):
+            finetune(two)
+    for damaged in ("[{", "{}", '[{"lr": 0.05}]', "[3]"):
+        record.write_text(damaged)
+        with pytest.raises(InputError, match=r"two/trials.json: not a (result|record)") as error:
+            finetune(two)
+        assert "remove it" in str(error.value) and "\n" not in str(error.value)
     other = dataclasses.replace(settings, epochs=3)
     with pytest.raises(InputError, match="finetune-0.1 contains .* .epochs: 2 -> 3.; --again"):
         finetune(other)

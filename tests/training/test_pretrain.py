@@ -15,7 +15,8 @@ import pytest
 import torch
 from devices import on_cpu_and_gpu
 
-from lvssl.config import PRESETS, PretrainSettings, from_dict, to_dict
+from lvssl.config import PRESETS, PretrainSettings
+from lvssl.settings import from_dict, to_dict
 from lvssl.training import checkpoint
 from lvssl.training.pretrain import Interrupted, Stop, Trainer, pretrain
 from lvssl.training.progress import read_metrics

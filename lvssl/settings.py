@@ -1,0 +1,155 @@
+"""What all settings have in common: a field itself says whether it changes the result, and how it is typed.
+
+From that come what identifies a result, what differs between two, and the command line that gives settings.
+"""
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import InputError
+
+# Of a setting that says where and how fast, never what is computed: a run that is resumed, a stage that is
+# called again and a chain that is launched again may have another, and find their results.
+RUNTIME = {"runtime": True}
+POSITIONAL = {"runtime": True, "positional": True}  # typed without the setting's name
+PER_CALL = {"runtime": True, "per_call": True}  # of one call, and no part of the command that gives a result
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One setting of some settings."""
+
+    name: str  # "group.name" within a group
+    value: Any
+    default: Any  # dataclasses.MISSING where it has to be given
+    metadata: Mapping[str, bool]
+
+    @property
+    def option(self) -> str:
+        """Its name on the command line, which knows no groups."""
+        return self.name.rpartition(".")[2]
+
+
+def all_settings(settings: Any, start: Any = None) -> Iterator[Setting]:
+    """Every setting, groups opened. `start`: settings whose values stand for the defaults of the class."""
+    for field in dataclasses.fields(settings):
+        value, default = getattr(settings, field.name), field.default
+        if start is not None:
+            default = getattr(start, field.name)
+        elif field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if dataclasses.is_dataclass(value):
+            for inner in all_settings(value, default):
+                yield dataclasses.replace(inner, name=f"{field.name}.{inner.name}")
+        else:
+            yield Setting(field.name, value, default, field.metadata)
+
+
+def runtime(settings: Any) -> set[str]:
+    """Names of the settings that change no result."""
+    return {s.name for s in all_settings(settings) if s.metadata.get("runtime")}
+
+
+def relevant(settings: Any, ignore: Collection[str] = ()) -> list[Setting]:
+    """The settings that a result depends on, less those whose option is to be ignored."""
+    return [s for s in all_settings(settings) if not s.metadata.get("runtime") and s.option not in ignore]
+
+
+def identity(settings: Any) -> dict[str, Any]:
+    """What a result depends on, as plain JSON values; paths in full, so that it holds from any folder."""
+    return _plain({s.name: _in_full(s.value) for s in relevant(settings)})
+
+
+def beyond_defaults(settings: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
+    """What a result depends on and is not as by default, as JSON values by option.
+
+    What identifies settings is made of these alone, so that a setting that a later version adds, with a
+    default that leaves things as they are, changes the identity of none that exist.
+    """
+    return {s.option: _plain(s.value) for s in relevant(settings, ignore) if s.value != s.default}
+
+
+def difference(a: Any, b: Any, ignore: Collection[str] = ()) -> str:
+    """The first setting that matters and differs between two of a class, "name: x -> y"; "" if none does."""
+    had, wanted = ({s.name: _plain(s.value) for s in relevant(x, ignore)} for x in (a, b))
+    return first_change(had, wanted)
+
+
+def first_change(had: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first name whose values differ, as "name: x -> y"; "" if none does."""
+    for name in {**had, **wanted}:
+        if had.get(name) != wanted.get(name):
+            return f"{name}: {had.get(name)} -> {wanted.get(name)}"
+    return ""
+
+
+def command_line(command: str, settings: Any, start: Any = None) -> str:
+    """The command that gives these settings: what differs from the defaults, or from the preset `start`."""
+    found = [s for s in all_settings(settings, start) if not s.metadata.get("per_call")]
+    words = ["lvssl", command, *(str(s.value) for s in found if s.metadata.get("positional"))]
+    given = {"preset": start.preset} if start is not None else {}
+    for s in found:
+        if not s.metadata.get("positional") and s.value != s.default:
+            given[s.option] = s.value
+    return shlex.join([*words, *options(given)])
+
+
+def options(given: Mapping[str, Any]) -> list[str]:
+    """Settings as words of a command line."""
+    words: list[str] = []
+    for name, value in given.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            values = value if isinstance(value, list | tuple) else (value,)
+            words += [f"--{option}", *map(str, values)]
+    return words
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Settings as plain JSON values."""
+    return _plain(dataclasses.asdict(settings))
+
+
+def from_dict(kind: Any, values: Any, where: str = "config") -> Any:
+    """Settings from JSON values. InputError: they are no object, or an unknown name, which is named."""
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: settings by name are expected, not {type(values).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise InputError(f"{where}: unknown setting {unknown[0]!r} (written by another version?)")
+    made = {}
+    for name, value in values.items():
+        kind_of = fields[name].type
+        if dataclasses.is_dataclass(kind_of):
+            value = from_dict(kind_of, value, f"{where}.{name}")
+        elif kind_of is Path:
+            value = Path(value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        made[name] = value
+    return kind(**made)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested objects by "name.name"."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def _in_full(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_in_full(one) for one in value]
+    return value.resolve() if isinstance(value, Path) else value
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))

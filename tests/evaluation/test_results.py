@@ -1,0 +1,124 @@
+"""A measuring command's result says what it was made from: it is found again, and others don't replace it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lvssl.cli import main
+from lvssl.training import checkpoint
+from lvssl.training.result import read_result
+from pipelines.errors import InputError
+
+# By command: quick options, its files, and another setting.
+COMMANDS = {
+    "evaluate": ([], ("evaluation.json", "gallery.npz"), ["--control", "{other}"]),
+    "analyse": (["--images", "40", "--samples", "1"], ("analysis.json", "bits.npz"), ["--seed", "1"]),
+    "compression": (["--bits", "16"], ("compression.json", "compression.csv"), ["--first", "9"]),
+}
+
+
+@pytest.fixture
+def runs(run, control, tmp_path) -> dict[str, Path]:
+    return {
+        name: Path(shutil.copytree(folder, tmp_path / name))
+        for name, folder in (("run", run), ("control", control), ("other", control))
+    }
+
+
+def later(run: Path) -> None:
+    """One more step, with the same weights."""
+    state = checkpoint.load_latest(run / "checkpoints")[1]
+    checkpoint.save(run / "checkpoints", state["step"] + 1, state | {"step": state["step"] + 1})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_result_is_found_again_and_no_other_takes_its_place_unasked(command, runs, capsys, monkeypatch):
+    options, names, another = COMMANDS[command]
+    run, files = runs["run"], [runs["run"] / name for name in names]
+    another = [word.format(**runs) for word in another]
+
+    def call(*words: object) -> tuple[int, str, str]:
+        status = main([command, *map(str, (*words, *options))])
+        return status, *capsys.readouterr()
+
+    def stamps() -> list[int]:
+        return [file.stat().st_mtime_ns for file in files]
+
+    status, printed, _ = call(run)
+    assert status == 0
+    result, made = json.loads(files[0].read_text()), stamps()
+    digest = checkpoint.digest(checkpoint.paths(run / "checkpoints")[-1])
+    assert result["checkpoint"] == digest and set(result["beside"]) == {str(runs["control"])}
+    assert "again" not in result["settings"] and result["settings"]["test"].endswith("test.beton")
+    assert result["command"].startswith(f"lvssl {command} {run} --") and result["versions"]["torch"]
+    monkeypatch.chdir(run.parent)
+    assert call("run")[:2] == (0, printed.replace(str(run), "run")) and stamps() == made  # from any folder
+
+    status, _, said = call(run, *another)
+    assert status == 2 and len(said.splitlines()) == 1 and stamps() == made
+    name = another[0].removeprefix("--")
+    assert f"{files[0]} already holds a result for other settings ({name}: " in said
+    assert "pass --again to overwrite it" in said
+    assert "--out" not in said  # which these commands don't have
+    assert call(run, *another, "--again")[0] == 0 and stamps()[0] > made[0]
+    assert str(json.loads(files[0].read_text())["settings"][name]) == another[1]
+
+
+def test_a_result_of_older_checkpoints_or_without_all_of_its_files_is_not_taken(runs, capsys):
+    run, result = runs["run"], runs["run"] / "evaluation.json"
+    assert main(["evaluate", str(run)]) == 0
+    made = result.stat().st_mtime_ns
+    (run / "gallery.npz").unlink()
+    assert main(["evaluate", str(run)]) == 0 and (run / "gallery.npz").exists()
+    assert (made := result.stat().st_mtime_ns) > made - 1
+    later(runs["control"])
+    capsys.readouterr()
+    assert main(["evaluate", str(run)]) == 2
+    assert f" for other settings (checkpoint of {runs['control']}: " in capsys.readouterr().err
+    assert result.stat().st_mtime_ns == made and main(["evaluate", str(run), "--again"]) == 0
+    later(run)
+    assert main(["evaluate", str(run)]) == 2 and "(checkpoint: " in capsys.readouterr().err
+    result.write_text(json.dumps({"run": {"linear": 1.0}}))  # of a version that named no checkpoint there
+    assert main(["evaluate", str(run)]) == 2 and "(checkpoint: None -> " in capsys.readouterr().err
+    result.write_text("{")
+    assert main(["evaluate", str(run)]) == 2 and f"{result}: not a result (" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--again"]) == 0 and "linear" in read_result(result)["run"]
+
+
+def test_figures_that_are_no_numbers_are_shown_alike_when_found(runs, capsys):
+    """JSON has no NaN: what was one when it was printed is null when it is found."""
+    run = runs["run"]
+    for command in ("analyse", "compression"):
+        options, names, _ = COMMANDS[command]
+        assert main([command, str(run), *options]) == 0
+        path = run / names[0]
+        result = json.loads(path.read_text())
+        scores = [each for model in result.get("models", {}).values() for each in model["scores"].values()]
+        for row in (*scores, *result.get("rows", [])):
+            row |= {"r_auroc": None, "ood noise": None} if command == "analyse" else {"map_over_hits": None}
+        path.write_text(json.dumps(result))
+        capsys.readouterr()
+        assert main([command, str(run), *options]) == 0
+        assert "nan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "Expecting value"),
+        ("[]", "an object is expected, not list"),
+        ('{"settings": 3}', "settings: an object is expected, not int"),
+        ('{"rows": {}}', "rows: a list is expected, not dict"),
+        ("\xff", "codec can't decode"),
+    ],
+)
+def test_what_is_no_result_is_refused_in_one_line(tmp_path, content, said):
+    path = tmp_path / "x.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError) as error:
+        read_result(path, rows=list)
+    assert str(error.value).startswith(f"{path}: not a result (") and said in str(error.value)
+    path.write_text('{"rows": null, "beside": {}}')
+    assert read_result(path, rows=list, beside=dict) == {"rows": None, "beside": {}}

@@ -1,0 +1,104 @@
+"""What a field says of itself gives identity, difference and the command line, alike for every command."""
+
+import shlex
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from lvssl.cli import parse
+from lvssl.config import PRESETS, LatentSettings, PretrainSettings, preset
+from lvssl.evaluation.analyse import AnalyseSettings
+from lvssl.evaluation.compression import CompressionSettings
+from lvssl.evaluation.evaluate import EvaluateSettings
+from lvssl.evaluation.study import StudySettings
+from lvssl.presets import command
+from lvssl.settings import (
+    RUNTIME,
+    all_settings,
+    beyond_defaults,
+    difference,
+    from_dict,
+    identity,
+    runtime,
+    to_dict,
+)
+from lvssl.stages import FinetuneSettings, KnnSettings, LinearSettings, start_from
+from pipelines.errors import InputError
+
+RUN = Path("runs/a run")
+CALLS = {
+    "pretrain": PretrainSettings(
+        data=Path("it's.beton"), epochs=3, latent=LatentSettings(beta=0.5, sharpness_start=1.0)
+    ),
+    "pretrain digits": replace(
+        preset("digits"), out=RUN, engine=replace(preset("digits").engine, compile=True)
+    ),
+    "evaluate": EvaluateSettings(RUN, test=Path("t.beton"), control=Path("c"), on_error="skip", workers=7),
+    "analyse": AnalyseSettings(RUN, alone=True, others=(Path("a"), Path("b")), ood=(Path("c"),), samples=3),
+    "compression": CompressionSettings(RUN, bits=(8, 24), first=50, seed=3),
+    "study": StudySettings(Path("t"), Path("u"), preset="digits", arms=("none", "a:dim=4"), seeds=(4,)),
+    "linear": LinearSettings(RUN, probe="sgd", precision="bf16", device="cpu"),
+    "linear imagenet-linear": replace(start_from(LinearSettings, "imagenet-linear"), run=RUN, batch_size=256),
+    "knn": KnnSettings(RUN, target="angle", k=7),
+    "finetune": FinetuneSettings(RUN, labels=0.1, lr=(0.3,), weight_decay=(0.0,), out=Path("x.json")),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_command_gives_the_settings_that_it_was_made_from(name):
+    settings = CALLS[name]
+    words = shlex.split(command(name.partition(" ")[0], settings))
+    assert words[:2] == ["lvssl", name.partition(" ")[0]]
+    start = None
+    if "--preset" in words and type(settings) is not StudySettings:
+        chosen = words[words.index("--preset") + 1]
+        start = preset(chosen) if chosen in PRESETS else start_from(type(settings), chosen)
+    assert parse(type(settings), words[2:], name, start) == settings
+
+
+def test_what_is_as_by_default_and_what_belongs_to_a_call_is_not_told():
+    assert command("knn", KnnSettings(Path("r"), again=True)) == "lvssl knn r"
+    assert command("pretrain", preset("digits")) == "lvssl pretrain --preset digits"
+    gone = replace(PretrainSettings(epochs=7), preset="of another version")
+    assert command("pretrain", gone) == "lvssl pretrain --epochs 7"
+    assert command(
+        "pretrain", replace(PretrainSettings(), engine=replace(gone.engine, channels_last=False))
+    ) == ("lvssl pretrain --no-channels-last")
+
+
+@dataclass(frozen=True)
+class Group:
+    depth: int = 1
+    speed: int = field(default=1, metadata=RUNTIME)
+
+
+@dataclass(frozen=True)
+class Whole:
+    size: int = 1
+    threads: int = field(default=1, metadata=RUNTIME)
+    group: Group = field(default_factory=Group)
+
+
+def test_a_field_says_whether_it_changes_the_result():
+    fast = Whole(threads=4, group=Group(speed=9))
+    assert runtime(fast) == {"threads", "group.speed"}
+    assert identity(fast) == identity(Whole()) == {"size": 1, "group.depth": 1}
+    assert beyond_defaults(fast) == {} == beyond_defaults(Whole(size=2), ["size"])
+    assert beyond_defaults(Whole(2, group=Group(3))) == {"size": 2, "depth": 3}
+    assert difference(Whole(), fast) == "" == difference(Whole(), Whole(group=Group(2)), ["depth"])
+    assert difference(Whole(), Whole(2, group=Group(2))) == "size: 1 -> 2"
+    assert difference(Whole(), Whole(group=Group(2))) == "group.depth: 1 -> 2"
+
+
+def test_no_two_settings_of_a_command_have_one_name_on_the_command_line():
+    for settings in CALLS.values():
+        names = [setting.option for setting in all_settings(settings)]
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("values", [3, None, ["latent"], {"latent": 3}, {"latent": [1]}])
+def test_stored_settings_that_are_no_object_are_refused(values):
+    with pytest.raises(InputError, match=r"^c\.json(\.latent)?: settings by name are expected, not \w+$"):
+        from_dict(PretrainSettings, values, "c.json")
+    assert from_dict(PretrainSettings, to_dict(PretrainSettings())) == PretrainSettings()
