@@ -67,7 +67,7 @@ COMPANIONS = {
     "lightly": ("lightly_utils",),
     "kornia": ("kornia_rs",),
 }
-TORCHS_OWN = ("torch", "torchvision", "numpy")
+TORCHS_OWN = ("torch", "torchvision", "numpy", "jinja2")
 
 # 8 x 8 pixels, all of level 200.
 GREY = base64.b64decode(
