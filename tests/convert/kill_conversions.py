@@ -3,7 +3,10 @@
     python kill_conversions.py SOURCE FOLDER KILLS SEED
 
 Each trial is one to three kills in a row and a run to the end; a child is forked, so that it starts at once.
-Prints a JSON object: kills, trials, how many of the last runs went on from a journal, and the seconds.
+One half of the kills comes at a moment of time, wherever the conversion then is; the other half once the
+journal holds a drawn number of images, so that there is something to go on from however fast machine and
+disk are. Prints a JSON object: kills, trials, in how many of them the conversion ended by going on from a
+journal, and the seconds.
 """
 
 import hashlib
@@ -18,6 +21,7 @@ from pathlib import Path
 
 from pipelines.convert import conversion
 from pipelines.convert.conversion import Settings, convert
+from pipelines.convert.journal import Journal, _groups
 
 SETTINGS = Settings(max_resolution=60, shuffle_seed=5)
 
@@ -33,10 +37,27 @@ def run(source: str, folder: Path) -> dict:
     )
 
 
-def start(source: str, folder: Path) -> int:
+def die_when_safe(images: int) -> None:
+    """This process kills itself as soon as its journal, read from the disk, holds that many images."""
+    write = Journal._write
+
+    def write_and_die(journal: Journal, files: list[int], group: bytes) -> None:
+        write(journal, files, group)
+        with open(journal.path, "rb") as file:
+            file.readline()
+            if sum(len(records) for records, *_ in _groups(file)) >= images:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    Journal._write = write_and_die
+
+
+def start(source: str, folder: Path, images: int | None = None) -> int:
+    """A conversion in a child; with `images`, it dies once that many are safe."""
     child = os.fork()
     if child == 0:
         try:
+            if images is not None:
+                die_when_safe(images)
             manifest = run(source, folder)
             (folder / "resumed").write_text(str(manifest["resumed"]))
             os._exit(0)
@@ -60,12 +81,24 @@ def finished(folder: Path) -> bool:
     return (folder / "x.beton.json").exists() and not any(path.name[0] == "." for path in folder.iterdir())
 
 
+def killed(source: str, folder: Path, seconds: float | None, images: int) -> bool:
+    """Start a conversion and kill it, after so many seconds or once so many images are safe: whether that
+    came in time."""
+    child = start(source, folder, images if seconds is None else None)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or status == 0
+    return os.WIFSIGNALED(status)
+
+
 def main(source: str, root: Path, kills: int, seed: int) -> None:
     conversion.COMMIT_SECONDS = 0.01
     draw = random.Random(seed)
     reference = root / "reference"
     reference.mkdir()
-    run(source, reference)  # here, so that each child has the compiled code from its start
+    total = run(source, reference)["source_count"]  # here: each child has the compiled code from its start
     shutil.rmtree(reference)
     reference.mkdir()
     began = time.monotonic()
@@ -75,16 +108,26 @@ def main(source: str, root: Path, kills: int, seed: int) -> None:
 
     began, done, trials, resumed = time.monotonic(), 0, 0, 0
     while done < kills:
-        folder = root / "killed"
+        folder, safe = root / "killed", 0
         folder.mkdir()
-        for _ in range(draw.randint(1, 3)):
-            child = start(source, folder)
-            time.sleep(draw.random() * whole)
-            os.kill(child, signal.SIGKILL)
-            done += os.WIFSIGNALED(os.waitpid(child, 0)[1])  # it may have ended before
+        moments = [
+            (draw.choice([None, draw.random() * whole]), draw.randint(1, total))
+            for _ in range(draw.randint(1, 3))
+        ]
+        for seconds, images in moments:
+            in_time = killed(source, folder, seconds, images)
+            done += in_time
+            if in_time and seconds is None:
+                safe = max(safe, images)
+            if finished(folder):
+                break
         if not finished(folder):
+            in_time = False
             assert os.waitpid(start(source, folder), 0)[1] == 0
-            resumed += int((folder / "resumed").read_text()) > 0
+        if not in_time:  # it said what it began with
+            went_on = int((folder / "resumed").read_text())
+            assert went_on >= safe, f"trial {trials} of seed {seed}: {went_on} images kept of {safe}"
+            resumed += went_on > 0
         assert digest(folder) == expected, f"trial {trials} of seed {seed}, kept in {folder}"
         trials += 1
         shutil.rmtree(folder)
