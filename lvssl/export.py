@@ -32,6 +32,7 @@ from lvssl.models.network import LVNet
 from lvssl.training.run import Run, load_run, versions
 from lvssl.training.stage import in_words
 from pipelines.errors import InputError
+from pipelines.normalise import normalise
 from pipelines.views import ViewSettings
 
 OPSET = 18
@@ -174,21 +175,16 @@ def backbone(pretrained: bool = True) -> nn.Module:
 class CodeOf(nn.Module):
     """Crops uint8 [N, R, R, 3] -> packed code uint8 [N, ceil(bits / 8)], least significant bit first."""
 
-    mean: Tensor
-    std: Tensor
     weights: Tensor
 
     def __init__(self, network: LVNet, view: ViewSettings) -> None:
         super().__init__()
-        self.network = network.eval()
+        self.network, self.view = network.eval(), view
         self.padding = -network.family.code_bits(network.dim) % 8
-        self.register_buffer("mean", torch.tensor(view.mean))
-        self.register_buffer("std", torch.tensor(view.std))
         self.register_buffer("weights", 2 ** torch.arange(8, dtype=torch.int32))
 
     def forward(self, crops: Tensor) -> Tensor:
-        images = ((crops.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
-        _, posterior = self.network.encode(images)
+        _, posterior = self.network.encode(normalise(crops, self.view))
         bits = nn.functional.pad(posterior.code().to(torch.int32), (0, self.padding))
         return (bits.unflatten(1, (-1, 8)) * self.weights).sum(dim=2).to(torch.uint8)
 

@@ -30,12 +30,13 @@ class FolderSource:
 
     chunk = IN_CACHE
 
-    def __init__(self, path: str | Path, split: str | None = None):
-        """List the images; raises InputError if there are none. Files are read when they are asked for."""
+    def __init__(self, path: str | Path, split: str | None = None, labelled: bool = True):
+        """List the images; raises InputError if there are none. Files are read when they are asked for.
+
+        `labelled`: False takes every image below a folder, under its path there, whatever its folders mean.
+        """
         self.path = Path(path)
-        opened = (
-            open_shards(self.path, split) or _loose_images(self.path) or readers.open_source(str(path), split)
-        )
+        opened = _labelled(self.path, split) if labelled else _images_below(self.path)
         self.names, self.labels = opened.names, opened.labels
         self.classes: list[str] | None = list(opened.classes)
         self.targets, self.notes = opened.targets, opened.notes
@@ -88,15 +89,22 @@ class FolderSource:
         return DamagedSample(row, index, f"{self.path}: sample {index}, {name}, can't be decoded ({reason})")
 
 
-def _loose_images(folder: Path) -> readers.Source | None:
-    """A folder of images without class folders, all of label 0; None if it is something else."""
-    if not folder.is_dir() or readers.FolderTree(folder).folders(""):
-        return None
-    try:
-        paths, notes = readers.list_images(folder)
-    except InputError:
-        return None
-    names = [path.name for path in paths]
+def _labelled(path: Path, split: str | None) -> readers.Source:
+    """Images with their classes; or those of a folder without class folders, all of label 0."""
+    if (shards := open_shards(path, split)) is not None:
+        return shards
+    if path.is_dir() and not readers.FolderTree(path).folders(""):
+        try:
+            return _images_below(path)
+        except InputError:
+            pass
+    return readers.open_source(str(path), split)
+
+
+def _images_below(folder: Path) -> readers.Source:
+    """Every image below a folder, in the order of their paths. Raises InputError if there is none."""
+    paths, notes = readers.list_images(folder)
+    names = [str(path.relative_to(folder)) for path in paths]
     labels = np.zeros(len(paths), np.int64)
 
     def read(index: int) -> bytes:

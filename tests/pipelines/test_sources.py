@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as tv
 from lvssl import config
 from pipelines.convert import readers
 from pipelines.errors import InputError
-from pipelines.loader import TwoViewLoader, evaluation_batches
+from pipelines.loader import Decoder, TwoViewLoader, evaluation_batches
 from pipelines.order import ORDERS
 from pipelines.parameters import crop_boxes, draw_parameters
 from pipelines.sources import open_source, shards
@@ -161,7 +161,8 @@ def test_a_file_that_is_no_image_is_named_or_skipped(sources, tmp_path):
         assert set(loader.damaged) == {4, 9, 20} and loader.skipped == 3
         assert any(files[4].name in why for why in loader.damaged.values())
     assert not {4, 9, 20} & set(batch.indices.tolist())
-    found = [indices for _, indices in evaluation_batches(open_source(folder), VIEW, on_error="skip")]
+    source = open_source(folder)
+    found = [indices for _, indices in evaluation_batches(source, VIEW, decoder=Decoder(source, "skip"))]
     expected = np.arange(53)
     expected[[4, 9, 20]] += 1
     assert np.array_equal(np.concatenate(found), expected)
