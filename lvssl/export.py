@@ -175,9 +175,9 @@ def backbone(pretrained: bool = True) -> nn.Module:
 class CodeOf(nn.Module):
     """Crops uint8 [N, R, R, 3] -> packed code uint8 [N, ceil(bits / 8)], least significant bit first.
 
-    Images are normalised to the bits of `lvssl encode`. Another runtime may round the network's sums otherwise,
-    and a bit whose logit is within fp32's rounding of 0 may differ; of a tiny ResNet whose logits have a
-    deviation of 13 that is 0.0024, or one bit in 10,000 (tests/evaluation/test_one_inference.py derives it).
+    Images are normalised to the bits of `lvssl encode`. Another runtime may round the network's sums
+    otherwise, and a bit whose logit is within fp32's rounding of 0 may differ; of a tiny ResNet whose logits
+    have a deviation of 13 that is 0.0024, or one bit in 10,000: see tests/evaluation/test_one_inference.py.
     """
 
     weights: Tensor

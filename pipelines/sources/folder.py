@@ -8,6 +8,7 @@ decoded in full, so this is slower than a .beton of smaller images: about the ra
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from pipelines.errors import InputError, first_line
 from pipelines.sources import IN_CACHE, DamagedSample, turbo
 from pipelines.sources.shards import open_shards
 
+RECENT = 64 << 20  # bytes that a thread keeps between asking for sizes and for crops
 PAGE = 64  # files in a block of the quasi-random order: files of a folder are often stored together
 
 
@@ -41,7 +43,7 @@ class FolderSource:
         self.classes: list[str] | None = list(opened.classes)
         self.targets, self.notes = opened.targets, opened.notes
         self.pages = np.arange(len(self.labels)) // PAGE
-        self._read = opened.read
+        self._read, self._recent = opened.read, _Recent()
         self._heights = np.zeros(len(self.labels), np.int64)  # 0: not looked at yet
         self._widths = np.zeros(len(self.labels), np.int64)
 
@@ -50,15 +52,17 @@ class FolderSource:
 
     def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """True heights and widths (upright), int64 [B] each; headers are read once. Raises DamagedSample."""
+        self._recent.forget()
         for row in np.flatnonzero(self._heights[indices] == 0):
             index = int(indices[row])
             data = self.stored(int(row), index)
             try:
-                height, width = _size(data)
+                height, width, data = _size(data)
             except Exception as error:  # whatever a decoder raises is about this image alone
                 raise self._damaged(int(row), index, error) from error
             self._widths[index] = width
             self._heights[index] = height  # last: another thread may look
+            self._recent.keep(index, data)
         return self._heights[indices], self._widths[indices]
 
     def crops(
@@ -67,7 +71,8 @@ class FolderSource:
         """See `pipelines.sources.Source`. Holds the GIL to open files, not to decode them."""
         flips = np.zeros(boxes.shape[:2], bool) if flips is None else flips
         for row, index in enumerate(indices.tolist()):
-            data = self.stored(row, index)
+            data = self._recent.images.pop(index, None)
+            data = self.stored(row, index) if data is None else data
             try:
                 fits = _crop(data, boxes[row], flips[row], out[row])
             except Exception as error:
@@ -87,6 +92,23 @@ class FolderSource:
     def _damaged(self, row: int, index: int, error: Exception) -> DamagedSample:
         name, reason = self.names[index], getattr(error, "strerror", None) or first_line(error)
         return DamagedSample(row, index, f"{self.path}: sample {index}, {name}, can't be decoded ({reason})")
+
+
+class _Recent(threading.local):
+    """What a thread has read to know images' sizes: it asks for their crops next."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self.images: dict[int, bytes | np.ndarray] = {}
+        self.room = RECENT
+
+    def keep(self, index: int, image: bytes | np.ndarray) -> None:
+        size = len(image) if isinstance(image, bytes) else image.nbytes
+        if size <= self.room:
+            self.images[index] = image
+            self.room -= size
 
 
 def _labelled(path: Path, split: str | None) -> readers.Source:
@@ -123,16 +145,16 @@ def _header(data: bytes) -> jpeg.JpegHeader:
     return header
 
 
-def _size(data: bytes | np.ndarray) -> tuple[int, int]:
-    """Height and width of an image, upright."""
+def _size(data: bytes | np.ndarray) -> tuple[int, int, bytes | np.ndarray]:
+    """Height and width, upright, of an image; and this as it is, or its pixels if it had to be decoded."""
+    if isinstance(data, bytes) and not jpeg.is_jpeg(data):
+        data = _other(data)
     if isinstance(data, np.ndarray):
-        return data.shape[0], data.shape[1]
-    if not jpeg.is_jpeg(data):
-        height, width = _other(data).shape[:2]
-        return height, width
+        return data.shape[0], data.shape[1], data
     header = _header(data)
     turned = header.orientation >= 5
-    return (header.width, header.height) if turned else (header.height, header.width)
+    height, width = (header.width, header.height) if turned else (header.height, header.width)
+    return height, width, data
 
 
 def _crop(data: bytes | np.ndarray, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray) -> bool:
