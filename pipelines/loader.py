@@ -319,8 +319,8 @@ def evaluation_batches(
         crops = np.empty((len(chosen), side, side, 3), np.uint8)
 
         def make(part: slice) -> None:
-            for start in range(part.start, part.stop, chunk):
-                rows = slice(start, min(start + chunk, part.stop))
+            for row in range(part.start, part.stop, chunk):
+                rows = slice(row, min(row + chunk, part.stop))
                 crops[rows] = evaluation_crops(source, view, chosen[rows], decoder)
 
         wait = threads.run(make, len(chosen))
