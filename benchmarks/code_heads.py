@@ -48,10 +48,11 @@ from lvssl.codes.controls import fit_itq, fit_lsh, fit_pca, fit_sign, principal_
 from lvssl.codes.pack import unpack_bits
 from lvssl.codes.statistics import code_statistics
 from lvssl.config import ModelSettings
-from lvssl.evaluation.embedding import device_of, embed
+from lvssl.evaluation.embedding import embed
 from lvssl.latents.bernoulli import Bernoulli
 from lvssl.losses.ntxent import ntxent
 from lvssl.losses.objective import decorrelation
+from lvssl.models.inference import device_of
 from lvssl.models.network import projector
 from lvssl.training.labels import open_pair
 from lvssl.training.run import Run, load_run, versions

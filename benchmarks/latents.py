@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from lvssl.cli import guarded
 from lvssl.codes.controls import fit_itq, fit_lsh, fit_pca, fit_sign
@@ -41,6 +42,7 @@ from lvssl.evaluation.embedding import Embedding, embed
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.models.backbone import feature_dim
+from lvssl.models.inference import device_of
 from lvssl.training.labels import open_pair
 from lvssl.training.pretrain import pretrain
 from lvssl.training.run import load_run, versions
@@ -138,7 +140,7 @@ def figures(options: argparse.Namespace, job: Job) -> dict[str, Any]:
     row["checkpoint"], row["train"], row["test"] = run.digest, len(sets[0].labels), len(sets[1].labels)
     row["width"] = sets[0].features.shape[1]
     labels = sets[0].labels, sets[1].labels
-    row["features"] = accuracies(tuple(s.features for s in sets), *labels)
+    row["features"] = accuracies(tuple(s.features for s in sets), *labels, device_of(run.network))
     for bits in missing:
         made = own_code(*sets) if job.bits else controls(int(bits), *sets)
         row["codes"][bits] = {name: accuracies(pair, *labels) for name, pair in made.items()}
@@ -189,7 +191,9 @@ def controls(bits: int, train: Embedding, test: Embedding) -> dict[str, tuple[np
     }
 
 
-def accuracies(pair: tuple[np.ndarray, ...], train_y: np.ndarray, test_y: np.ndarray) -> dict[str, float]:
+def accuracies(
+    pair: tuple[np.ndarray, ...], train_y: np.ndarray, test_y: np.ndarray, device: torch.device | None = None
+) -> dict[str, float]:
     """probe: linear; knn: cosine on float32 features, Hamming on bits, bool or uint8 [N, b]."""
     train_x, test_x = pair
     if train_x.dtype != np.float32:
@@ -197,7 +201,7 @@ def accuracies(pair: tuple[np.ndarray, ...], train_y: np.ndarray, test_y: np.nda
         knn = hamming_knn(packed[0], train_y, packed[1], test_y, train_x.shape[1])
         train_x, test_x = train_x.astype(np.float32), test_x.astype(np.float32)
     else:
-        knn = weighted_knn(train_x, train_y, test_x, test_y)
+        knn = weighted_knn(train_x, train_y, test_x, test_y, device=device)
     return {"probe": linear_probe(train_x, train_y, test_x, test_y).accuracy, "knn": knn}
 
 

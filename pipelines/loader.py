@@ -303,32 +303,32 @@ def evaluation_batches(
     batch_size: int = 256,
     workers: int = 0,
     indices: np.ndarray | None = None,
-    on_error: str = "raise",
+    decoder: "Decoder | None" = None,
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Every image once, in order, as its centre crop without augmentation.
 
     Yields:
-        images float32 [B, 3, R, R] (normalised, channels-last), indices int64 [B]; the last may be smaller.
-        With on_error="skip" a damaged image is another, in its indices too (see `TwoViewLoader`).
+        crops uint8 [B, R, R, 3] (`pipelines.normalise` makes images of them), indices int64 [B]; the last may
+        be smaller. With a decoder that skips, a damaged image is another, in its indices too (see `Decoder`).
     """
     everything = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
-    mean, std = cpu.statistics(view)
-    decoder = Decoder(source, on_error)
+    decoder, side = decoder or Decoder(source), view.resolution
+    chunk = max(source.chunk, CACHED // (3 * side * side))  # after a damaged one so many are decoded anew
 
     def start(first: int) -> Callable[[], tuple[Tensor, np.ndarray]]:
         chosen = everything[first : first + batch_size].copy()
-        images = np.empty((len(chosen), view.resolution, view.resolution, 3), np.float32)
+        crops = np.empty((len(chosen), side, side, 3), np.uint8)
 
         def make(part: slice) -> None:
-            crops = evaluation_crops(source, view, chosen[part], decoder)
-            np.multiply(crops, 1 / (255 * std), out=images[part])
-            images[part] -= mean / std
+            for row in range(part.start, part.stop, chunk):
+                rows = slice(row, min(row + chunk, part.stop))
+                crops[rows] = evaluation_crops(source, view, chosen[rows], decoder)
 
         wait = threads.run(make, len(chosen))
 
         def finish() -> tuple[Tensor, np.ndarray]:
             wait()
-            return torch.from_numpy(images).permute(0, 3, 1, 2), chosen
+            return torch.from_numpy(crops), chosen
 
         return finish
 

@@ -20,7 +20,7 @@ from lvssl.evaluation.calibration import calibration
 from lvssl.evaluation.corruptions import CORRUPTIONS, ELSEWHERE, SEVERITIES, corrupt
 from lvssl.evaluation.evaluate import class_names, labelled_pair, with_defaults
 from lvssl.evaluation.meaning import class_auroc, dci, flip_bits, mig, mutual_information, sparse_probe
-from lvssl.evaluation.reading import Certainty, Reading, read, read_pixels, severity_correlation
+from lvssl.evaluation.reading import Certainty, Reading, read, severity_correlation
 from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.shapes import FACTORS, make_shapes, regression_targets
 from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
@@ -190,7 +190,7 @@ def uncertainty(run: Run, sets: Sets, settings: AnalyseSettings) -> tuple[dict[s
     network, view = run.network, run.settings.view
 
     def reading(pixels: np.ndarray) -> Reading:
-        return read_pixels(network, pixels, view, settings.samples, settings.seed)
+        return read(network, pixels, view, settings.samples, settings.seed)
 
     certainty = Certainty(network.family.stochastic, reading(sets.train), sets.train_labels)
     test = reading(sets.test)
@@ -344,19 +344,20 @@ def augmented(
         "crop y": (table["top"] + table["height"] / 2) / heights,
     }
     names = ("flip", "brightness", "contrast", "saturation", "hue", "grey", "sigma")
-    return read(run.network, torch.cat(views)[:count]), targets | {name: table[name] for name in names}
+    reading = read(run.network, torch.cat(views)[:count], run.settings.view)
+    return reading, targets | {name: table[name] for name in names}
 
 
 def shape_reading(run: Run, count: int, seed: int) -> tuple[Reading, dict[str, np.ndarray]]:
     made = make_shapes(count, run.settings.view.resolution, seed)
-    return read_pixels(run.network, made.images, run.settings.view), regression_targets(made.factors)
+    return read(run.network, made.images, run.settings.view), regression_targets(made.factors)
 
 
 def disentanglement(run: Run, settings: AnalyseSettings) -> dict[str, dict[str, float]]:
     """DCI and MIG of features and code on the procedural shapes."""
     count = min(TREES, 2 * (settings.images or TREES))
     made = [make_shapes(count, run.settings.view.resolution, settings.seed + i) for i in range(2)]
-    readings = [representations(read_pixels(run.network, m.images, run.settings.view)) for m in made]
+    readings = [representations(read(run.network, m.images, run.settings.view)) for m in made]
     categorical = (FACTORS.index("shape"),)
     return {
         name: dci(

@@ -5,11 +5,8 @@ import hashlib
 import io
 import json
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,25 +16,22 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from lvssl.codes.file import CodeFile, CodeFileError, open_codes, open_means, require_checkpoint
-from lvssl.codes.pack import pack_bits
 from lvssl.codes.search import hamming_search, rerank, staged_search
 from lvssl.codes.writer import CodeWriter
-from lvssl.evaluation.embedding import device_of
+from lvssl.models import inference
+from lvssl.models.inference import Batches, in_batches
 from lvssl.settings import beyond_defaults
-from lvssl.training.labels import say_notes
+from lvssl.training.labels import readable, say_notes
 from lvssl.training.run import Run, load_run
-from pipelines.augment.cpu import statistics
-from pipelines.convert.folders import list_images
 from pipelines.convert.manifest import manifest_path, read_manifest
 from pipelines.convert.pixels import decode_rgb
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
-from pipelines.loader import Decoder, evaluation_crops
 from pipelines.parameters import centre_boxes
 from pipelines.resize import resize_crop
-from pipelines.sources import Source, open_source
+from pipelines.sources import DamagedSample, Source, open_source
+from pipelines.sources.folder import FolderSource
 
-BATCH = 64
 QUERIES = 1024  # searched together
 CANDIDATES = 100  # that `--rerank` looks at, at least
 
@@ -89,14 +83,6 @@ class Neighbour(NamedTuple):
     similarity: float | None = None  # cosine of the posteriors' means, where reranked
 
 
-class Batch(NamedTuple):
-    """Some images, centre-cropped."""
-
-    names: list[str]
-    crops: np.ndarray  # uint8 [n, R, R, 3]
-    positions: list[int]  # in their set, rising
-
-
 def code_path(run: Path, given: Path | None) -> Path:
     return given or run / "codes.lvcodes"
 
@@ -112,7 +98,7 @@ def encode(settings: EncodeSettings) -> Path:
         raise InputError(f"--workers must be at least 1, got {settings.workers}")
     run = load_run(settings.run)
     skip = run.on_error(settings.on_error) == "skip"
-    names, batch = image_set(run, settings.images, skip)
+    source, names = image_set(settings.images)
     out = code_path(settings.run, settings.out)
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: no such folder to write the codes to")
@@ -125,18 +111,16 @@ def encode(settings: EncodeSettings) -> Path:
         means=width_of_means(run) if settings.means else 0,
         source=identity(run, settings, names, skip),
     )
-    with writer, ThreadPoolExecutor(settings.workers) as pool:
+    with writer:
         first = writer.position
         if first:
             tqdm.write(f"going on after {first:,} images", file=sys.stderr)
-        starts = range(first, len(names), BATCH)
-        jobs = (partial(batch, start, min(start + BATCH, len(names))) for start in starts)
+        batches = crops_of(run, source, skip, settings.workers, np.arange(first, len(names)))
         with tqdm(total=len(names), initial=first, desc="encode", unit="img", disable=None) as bar:
-            for part in ahead(jobs, pool, 2 * settings.workers):
-                if part.names:
-                    codes, means = codes_of(run, part.crops)
-                    writer.append(codes, part.names, means if settings.means else None, part.positions)
-                bar.update(BATCH)
+            for rows, codes, means in coded(run, batches):
+                found = [names[row] for row in rows]
+                writer.append(codes, found, means if settings.means else None, rows.tolist())
+                bar.update(int(rows[-1]) + 1 - bar.n)
     return out
 
 
@@ -233,13 +217,9 @@ def holds_many(path: Path) -> bool:
 
 
 def encoded(run: Run, path: Path, skip: bool) -> Iterator[Queries]:
-    names, batch = image_set(run, path, skip)
-    with ThreadPoolExecutor(2) as pool:
-        starts = range(0, len(names), BATCH)
-        jobs = (partial(batch, start, min(start + BATCH, len(names))) for start in starts)
-        for part in ahead(jobs, pool, 4):
-            if part.names:
-                yield Queries(part.names, *codes_of(run, part.crops))
+    source, names = image_set(path)
+    for rows, codes, means in coded(run, crops_of(run, source, skip)):
+        yield Queries([names[row] for row in rows], codes, means)
 
 
 def joined(parts: list[Queries]) -> Queries:
@@ -258,60 +238,39 @@ def queries_of(codes: CodeFile, run: Run, with_means: bool) -> Iterator[Queries]
 # ---------------------------------------------------------------------------------------- images
 
 
-def image_set(run: Run, path: Path, skip: bool) -> tuple[list[str], Callable[[int, int], Batch]]:
-    """The names of a set's images, and what crops those from one position to another.
-
-    Every image below a folder, in the order of their paths; else, and of a folder that has tars or parquet
-    files instead, what `pipelines.sources` reads.
-    """
-    if path.is_dir():
-        try:
-            files, notes = list_images(path)
-        except InputError:
-            if not any(any(path.glob(f"*{end}")) for end in (".tar", ".parquet")):
-                raise
-        else:
-            for note in notes:
-                tqdm.write(f"note: {note}", file=sys.stderr)
-            names = [str(file.relative_to(path)) for file in files]
-            return names, partial(batch_of_files, run, files, names, skip)
-    source = open_source(path)
+def image_set(path: Path) -> tuple[Source, list[str]]:
+    """A set of images and their names. Every image below a folder, in the order of their paths; else, and of
+    a folder that has tars or parquet files instead, what `pipelines.sources` reads."""
+    source = every_image(path) or open_source(path)
     say_notes(source)
-    names = names_of(source, path)
-    return names, partial(batch_of_source, run, source, names, skip)
+    return source, names_of(source, path)
 
 
-def batch_of_files(run: Run, files: list[Path], names: list[str], skip: bool, first: int, end: int) -> Batch:
-    crops, kept = [], []
-    for i in range(first, end):
-        try:
-            crops.append(centre_crop(run, decode_rgb(files[i])))
-            kept.append(i)
-        except InputError as error:
-            left_out(error, skip)
-    side = run.settings.view.resolution
-    return Batch([names[i] for i in kept], np.array(crops, np.uint8).reshape(-1, side, side, 3), kept)
-
-
-def batch_of_source(run: Run, source: Source, names: list[str], skip: bool, first: int, end: int) -> Batch:
-    indices = np.arange(first, end)
-    decoder = Decoder(source, "skip" if skip else "raise")
+def every_image(path: Path) -> Source | None:
+    """Those below a folder; None if there is none, but tars or parquet files, or if it is no folder."""
+    if not path.is_dir():
+        return None
     try:
-        crops = evaluation_crops(source, run.settings.view, indices, decoder)
-    except InputError as error:
-        if skip:  # none of them all can be decoded
-            raise
-        left_out(error, skip)
-    for index, reason in decoder.damaged.items():
-        if first <= index < end:
-            left_out(reason, skip)
-    kept = np.flatnonzero(indices == np.arange(first, end))  # in a damaged one's place there is another
-    return Batch([names[first + i] for i in kept], crops[kept], (first + kept).tolist())
+        return FolderSource(path, labelled=False)
+    except InputError:
+        if any(any(path.glob(f"*{end}")) for end in (".tar", ".parquet")):
+            return None
+        raise
 
 
-def left_out(reason: object, skip: bool) -> None:
-    if not skip:
-        raise InputError(f"{reason}; --on-error skip leaves such images out") from None
+def crops_of(
+    run: Run, source: Source, skip: bool, workers: int = 2, rows: np.ndarray | None = None
+) -> Batches:
+    """Centre crops of those of the images (or of `rows`) that can be decoded, with a warning for each other
+    one; or InputError, which names it."""
+    on_error = "skip" if skip else "raise"
+    try:
+        yield from readable(source, run.settings.view, workers, on_error, rows, left_out=say_left_out)
+    except DamagedSample as sample:
+        raise InputError(f"{sample}; --on-error skip leaves such images out") from None
+
+
+def say_left_out(reason: str) -> None:
     tqdm.write(f"warning: left out: {reason}", file=sys.stderr)
 
 
@@ -342,21 +301,6 @@ def identity(run: Run, settings: EncodeSettings, names: list[str], skip: bool) -
     return digest.hexdigest()
 
 
-def ahead(jobs: Iterable[Callable[[], Batch]], pool: ThreadPoolExecutor, count: int) -> Iterator[Batch]:
-    """The jobs' results in their order, `count` of them under way."""
-    waiting: deque = deque()
-    try:
-        for job in jobs:
-            waiting.append(pool.submit(job))
-            if len(waiting) > count:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for job in waiting:
-            job.cancel()
-
-
 def centre_crop(run: Run, image: np.ndarray) -> np.ndarray:
     """The evaluation's crop of uint8 [H, W, 3], as from a beton: uint8 [R, R, 3]."""
     view = run.settings.view
@@ -367,15 +311,17 @@ def centre_crop(run: Run, image: np.ndarray) -> np.ndarray:
     return out
 
 
-@torch.no_grad()
+def coded(run: Run, batches: Batches) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Positions int64 [B], packed codes uint8 [B, bytes] and the posteriors' means float32 [B, D] of each
+    batch."""
+    for part in inference.encode(run.network, batches, run.settings.view):
+        yield part.rows, part.codes(), part.posterior.mean().float().cpu().numpy()
+
+
 def codes_of(run: Run, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(packed codes uint8 [N, bytes], the posteriors' means float32 [N, D]) of crops uint8 [N, R, R, 3]."""
-    view = run.settings.view
-    mean, std = statistics(view)
-    images = (crops.astype(np.float32) / 255 - mean) / std
-    batch = torch.from_numpy(images).permute(0, 3, 1, 2).to(device_of(run.network))
-    _, posterior = run.network.encode(batch)
-    return pack_bits(posterior.code()), posterior.mean().float().cpu().numpy()
+    _, codes, means = zip(*coded(run, in_batches(torch.from_numpy(crops))))
+    return np.concatenate(codes), np.concatenate(means)
 
 
 def width_of_means(run: Run) -> int:

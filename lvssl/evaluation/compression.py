@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from tqdm import tqdm
 from tyro.conf import Positional
 
@@ -28,6 +29,7 @@ from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
 from lvssl.models.backbone import feature_dim
+from lvssl.models.inference import device_of
 from lvssl.settings import PER_CALL, POSITIONAL, RUNTIME
 from lvssl.training.labels import sound_part
 from lvssl.training.result import ResultFile, as_number
@@ -118,7 +120,8 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
             if isinstance(point, str):
                 left_out.append(point)
                 continue
-            rows.append(measured(settings, point, train, test) | ratios(other, point.bits, test))
+            figures = measured(settings, point, train, test, device_of(other.network))
+            rows.append(figures | ratios(other, point.bits, test))
             bar.update()
     bar.close()
     content = {
@@ -170,14 +173,16 @@ def control_point(
     return Point(name, family, method, coder.bits, codes if coder.hamming else None, vectors)
 
 
-def measured(settings: CompressionSettings, point: Point, train: Source, test: Source) -> dict[str, Any]:
+def measured(
+    settings: CompressionSettings, point: Point, train: Source, test: Source, device: torch.device
+) -> dict[str, Any]:
     labels = train.labels, test.labels
     probe = linear_probe(point.vectors[0], labels[0], point.vectors[1], labels[1])
     if point.codes is not None:
         knn = hamming_knn(point.codes[0], labels[0], point.codes[1], labels[1], point.bits)
         score = retrieval_map(point.codes[1], labels[1], point.codes[0], labels[0], settings.first)
     else:
-        knn = weighted_knn(point.vectors[0], labels[0], point.vectors[1], labels[1])
+        knn = weighted_knn(point.vectors[0], labels[0], point.vectors[1], labels[1], device=device)
         score = similarity_map(point.vectors[1], labels[1], point.vectors[0], labels[0], settings.first)
     return {
         "model": point.model,

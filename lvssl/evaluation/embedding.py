@@ -7,11 +7,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lvssl.codes.pack import pack_bits
 from lvssl.latents.bernoulli import Bernoulli
+from lvssl.models.inference import device_of, encode, on_device
 from lvssl.models.network import LVNet
 from lvssl.training.labels import readable
-from pipelines.loader import evaluation_batches, sent
+from pipelines.loader import evaluation_batches
 from pipelines.sources import Source
 from pipelines.views import ViewSettings
 
@@ -30,7 +30,6 @@ class Embedding:
     bit_means: np.ndarray | None  # float32 [N, bits], P(bit = 1), where the code is drawn bit by bit
 
 
-@torch.no_grad()
 def embed(
     network: LVNet,
     source: Source,
@@ -43,15 +42,14 @@ def embed(
 
     `on_error`, `title`: as `readable`'s.
     """
-    network = network.eval()
     parts: dict[str, list[np.ndarray]] = {
         name: [] for name in ("rows", "features", "codes", "uncertainty", "kl", "means")
     }
-    for images, rows in readable(source, view, workers, on_error, title=title):
-        parts["rows"].append(rows)
-        features, posterior = network.encode(sent(images, device_of(network)))
-        parts["features"].append(features.float().cpu().numpy())
-        parts["codes"].append(pack_bits(posterior.code()))
+    for part in encode(network, readable(source, view, workers, on_error, title=title), view):
+        posterior = part.posterior
+        parts["rows"].append(part.rows)
+        parts["features"].append(part.features.float().cpu().numpy())
+        parts["codes"].append(part.codes())
         parts["uncertainty"].append(posterior.uncertainty().cpu().numpy())
         parts["kl"].append(posterior.kl().cpu().numpy())
         if isinstance(posterior, Bernoulli):
@@ -80,21 +78,15 @@ def calibrate_batch_statistics(network: LVNet, source: Source, view: ViewSetting
         layer.reset_running_stats()
         layer.momentum = None  # a cumulative average
     network.train()
-    for images, _ in evaluation_batches(source, view, workers=workers):
-        network.backbone(sent(images, device_of(network)))
+    for images, _ in on_device(evaluation_batches(source, view, workers=workers), view, device_of(network)):
+        network.backbone(images)
     network.eval()
-
-
-def device_of(network: nn.Module) -> torch.device:
-    return next(network.parameters()).device
 
 
 def pixels(source: Source, view: ViewSettings, workers: int = 2, side: int = 32) -> np.ndarray:
     """Evaluation crops as vectors, at most 32 px a side, float32 [N, D]; one channel if all are grey."""
-    batches = [shrink(images, side) for images, _ in evaluation_batches(source, view, workers=workers)]
-    stacked = torch.cat(batches)
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (view.mean, view.std))
-    values = stacked * std + mean
+    batches = evaluation_batches(source, view, workers=workers)
+    values = torch.cat([shrink(crops.permute(0, 3, 1, 2) / 255, side) for crops, _ in batches])
     if bool((values - values[:, :1]).abs().max() < 1e-5):
         values = values[:, :1]
     return values.flatten(1).numpy()

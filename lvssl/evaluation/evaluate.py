@@ -15,11 +15,12 @@ from lvssl.codes.controls import sign_bits
 from lvssl.codes.pack import pack_bits, unpack_bits
 from lvssl.codes.search import hamming_search
 from lvssl.codes.statistics import code_statistics, compression_ratios
-from lvssl.evaluation.embedding import Embedding, calibrate_batch_statistics, device_of, embed, pixels
+from lvssl.evaluation.embedding import Embedding, calibrate_batch_statistics, embed, pixels
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.uncertainty import r_auroc, risk_coverage_area
 from lvssl.models.backbone import feature_dim
+from lvssl.models.inference import device_of
 from lvssl.models.network import LVNet
 from lvssl.settings import PER_CALL, POSITIONAL, RUNTIME
 from lvssl.training.labels import Subset, beside, open_pair, say_notes, sound_part
@@ -88,12 +89,12 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     skipped = {"train": len(train) - len(sets[0].rows), "test": len(test) - len(sets[1].rows)}
     train = sound_part(train_path, train, sets[0].rows)
     test = sound_part(settings.test, test, sets[1].rows)
-    figures, wrong = measure(*sets, run.network.family.stochastic)
+    figures, wrong = measure(*sets, run.network)
     stages.update()
     control_figures: dict[str, Any] | None = None
     if control:
         control_sets = embed_both(control, train, test, settings.workers)
-        control_figures = describe(control) | measure(*control_sets, stochastic=False)[0]
+        control_figures = describe(control) | measure(*control_sets, control.network)[0]
         stages.update()
     floor = floors(run, train, test, settings.workers)
     stages.update()
@@ -149,13 +150,14 @@ def embed_both(
     )
 
 
-def measure(train: Embedding, test: Embedding, stochastic: bool) -> tuple[dict[str, Any], np.ndarray]:
-    """Accuracies in percent, on features and on the code; and the feature probe's mistakes, bool [test]."""
-    labels = train.labels, test.labels
+def measure(train: Embedding, test: Embedding, network: LVNet) -> tuple[dict[str, Any], np.ndarray]:
+    """Accuracies in percent, on features and on the code of the network that made them, computed where it
+    lies; and the feature probe's mistakes, bool [test]."""
+    labels, stochastic, device = (train.labels, test.labels), network.family.stochastic, device_of(network)
     probe = linear_probe(train.features, labels[0], test.features, labels[1])
     figures: dict[str, Any] = {
         "linear": probe.accuracy,
-        "knn": weighted_knn(train.features, labels[0], test.features, labels[1]),
+        "knn": weighted_knn(train.features, labels[0], test.features, labels[1], device=device),
     }
     mean = train.features.mean(axis=0)
     code = {"sign": tuple(pack_bits(sign_bits(s.features, mean)) for s in (train, test))}

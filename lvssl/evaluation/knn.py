@@ -20,16 +20,22 @@ QUERIES = 512  # test images a chunk: [512, N] similarities at a time
 
 
 def weighted_knn(
-    train_x: Any, train_y: Any, test_x: Any, test_y: Any, k: int = 20, temperature: float = 0.07
+    train_x: Any,
+    train_y: Any,
+    test_x: Any,
+    test_y: Any,
+    k: int = 20,
+    temperature: float = 0.07,
+    device: torch.device | None = None,
 ) -> float:
     """Accuracy in percent of cosine kNN on features [N, D], labels [N] in 0..C-1. k is cut to N.
 
-    Equal sums of votes go to the lower class. Computed on a GPU where there is one. Raises ValueError for
-    shapes that don't match.
+    Equal sums of votes go to the lower class. Computed on `device`; left out: where train_x lies. Raises
+    ValueError for shapes that don't match.
     """
     train_y, test_y = (torch.as_tensor(as_array(y)).long() for y in (train_y, test_y))
     check(train_x.shape, train_y, test_x.shape, test_y, k)
-    train_x = torch.as_tensor(train_x).to("cuda" if torch.cuda.is_available() else "cpu")
+    train_x = torch.as_tensor(train_x).to(device)
     votes = weighted_votes(train_x, train_y, test_x, k, temperature)
     return round(100 * float((votes.argmax(dim=1) == test_y).float().mean()), 4)
 

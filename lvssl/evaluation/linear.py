@@ -11,6 +11,7 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from lvssl.evaluation.probe import linear_probe, standardise
+from lvssl.models.inference import infer
 from lvssl.models.network import LVNet
 from lvssl.stages import LinearSettings
 from lvssl.training.distributed import connected
@@ -28,7 +29,6 @@ from lvssl.training.supervised import (
     scaled_lr,
 )
 from pipelines.errors import InputError
-from pipelines.loader import sent
 from pipelines.views import ViewSettings
 
 SGD_FROM = 200_000  # training images from which on the exact probe would take too much memory and time
@@ -99,7 +99,7 @@ def exactly(
     held-out images."""
     settings, view, network = stage.settings, stage.run.settings.view, stage.run.network.to(stage.device)
     (x, train), (test_x, test) = (
-        encode(network, data, settings.on, view, settings.workers) for data in (train, test)
+        represented(network, data, settings.on, view, settings.workers) for data in (train, test)
     )
     if train.targets:
         predictions, strength = ridge_probe(x, train, test_x, settings.seed)
@@ -112,14 +112,13 @@ def exactly(
     return torch.from_numpy(scores), test.answers, {"regularisation": found.regularisation}
 
 
-@torch.no_grad()
-def encode(
+def represented(
     network: LVNet, data: Labelled, on: str, view: ViewSettings, workers: int
 ) -> tuple[np.ndarray, Labelled]:
     """A representation of each centre crop, float32 [N, W], and these images: all but those skipped."""
-    network, device = network.eval(), next(network.parameters()).device
     batches = readable(data.source, view, workers, data.on_error, title=f"linear: {data.path.name}")
-    parts = [(represent(network, sent(images, device), on).cpu(), rows) for images, rows in batches]
+    found = infer(network, batches, view, lambda images: represent(network, images, on))
+    parts = [(x.cpu(), rows) for x, rows in found]
     rows = np.concatenate([rows for _, rows in parts])
     say_left_out(data.path, len(data), rows)
     return torch.cat([x for x, _ in parts]).numpy(), data if len(rows) == len(data) else data.only(rows)

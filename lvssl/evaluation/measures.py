@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from lvssl.codes.controls import CONTROLS, Coder
 from lvssl.codes.pack import pack_bits, unpack_bits
@@ -23,6 +24,7 @@ from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
 from lvssl.latents import family
+from lvssl.models.inference import device_of
 from lvssl.models.network import latent_dim
 from lvssl.training.labels import sound_part
 from lvssl.training.run import Run
@@ -89,7 +91,7 @@ def measured(
     bits = embedded[1].bits
     sets = Sets.of(settings, run, train, test)
     seen = Seen(*embedded, known_factors(run, sets, settings))
-    of_features = accuracies_of_features(*embedded)
+    of_features = accuracies_of_features(*embedded, device_of(run.network))
     controls, of_code = {}, {}
     if not run.network.family.stochastic:
         controls = {str(length): equal_bit(seen, length) for length in lengths}
@@ -110,12 +112,12 @@ def measured(
     }
 
 
-def accuracies_of_features(train: Embedding, test: Embedding) -> dict[str, Ways]:
+def accuracies_of_features(train: Embedding, test: Embedding, device: torch.device) -> dict[str, Ways]:
     both = train.features, train.labels, test.features, test.labels
     score = similarity_map(test.features, test.labels, train.features, train.labels, FIRST)
     return {
         "features_linear": {"": linear_probe(*both).accuracy},
-        "features_knn": {"": weighted_knn(*both)},
+        "features_knn": {"": weighted_knn(*both, device=device)},
         "features_map": {"": score.over_hits},
         "features_map_relevant": {"": score.over_relevant},
     }

@@ -9,15 +9,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lvssl.codes.pack import pack_bits, unpack_bits
+from lvssl.codes.pack import unpack_bits
 from lvssl.evaluation.calibration import predictive_entropy
-from lvssl.evaluation.embedding import device_of
 from lvssl.evaluation.probe import fit_probe
+from lvssl.models.inference import device_of, encode, in_batches
 from lvssl.models.network import LVNet
-from pipelines.augment.cpu import statistics
 from pipelines.views import ViewSettings
 
-BATCH = 256
 NEIGHBOURS = 20  # of the distance score
 
 
@@ -33,38 +31,25 @@ class Reading:
     samples: np.ndarray  # float32 [K, N, D]; K = 0 where none were asked for
 
 
-@torch.no_grad()
-def read(network: LVNet, images: torch.Tensor, samples: int = 0, seed: int = 0) -> Reading:
-    """The reading of normalised images float32 [N, 3, R, R], in eval mode, in batches."""
-    network, device = network.eval(), device_of(network)
-    generator = torch.Generator(device=device).manual_seed(seed)
+def read(
+    network: LVNet, images: torch.Tensor | np.ndarray, view: ViewSettings, samples: int = 0, seed: int = 0
+) -> Reading:
+    """The reading of crops uint8 [N, R, R, 3], or of views that are normalised already, float32
+    [N, 3, R, R]."""
+    generator = torch.Generator(device=device_of(network)).manual_seed(seed)
     count = samples if network.family.stochastic else 0
     parts = []
-    for batch in images.split(BATCH):
-        features, posterior = network.encode(batch.to(device))
-        bits = unpack_bits(pack_bits(posterior.code()), network.family.code_bits(network.dim))
+    for part in encode(network, in_batches(torch.as_tensor(images)), view):
+        posterior = part.posterior
+        bits = unpack_bits(part.codes(), network.family.code_bits(network.dim))
         drawn = posterior.mean()[None, :, :0]
         if count:
             drawn = posterior.sample(count, generator, network.latent.relaxation)
-        values = (features, posterior.mean(), posterior.uncertainty(), posterior.kl(), drawn)
+        values = (part.features, posterior.mean(), posterior.uncertainty(), posterior.kl(), drawn)
         parts.append((bits, *(value.float().cpu().numpy() for value in values)))
     code, h, mean, spread, rate = (np.concatenate(column) for column in list(zip(*parts))[:5])
-    noisy = np.concatenate([part[5] for part in parts], axis=1)[:count]
+    noisy = np.concatenate([values[5] for values in parts], axis=1)[:count]
     return Reading(h, code.astype(bool), mean, spread, rate, noisy)
-
-
-def read_pixels(
-    network: LVNet, pixels: np.ndarray, view: ViewSettings, samples: int = 0, seed: int = 0
-) -> Reading:
-    """The reading of crops uint8 [N, R, R, 3]."""
-    mean, std = statistics(view)
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
-    return read(
-        network,
-        images.div_(255).sub_(torch.from_numpy(mean).view(3, 1, 1)).div_(torch.from_numpy(std).view(3, 1, 1)),
-        samples,
-        seed,
-    )
 
 
 class Certainty:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from lvssl.training.progress import shown
 from pipelines.convert.manifest import manifest_path, read_manifest
 from pipelines.convert.source import by_name
 from pipelines.errors import InputError
-from pipelines.loader import evaluation_batches
+from pipelines.loader import Decoder, evaluation_batches
 from pipelines.sources import DamagedSample, Source, open_source
 from pipelines.views import ViewSettings
 
@@ -87,18 +87,26 @@ def readable(
     on_error: str = "raise",
     rows: np.ndarray | None = None,
     title: str = "",
+    left_out: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Centre crops [B, 3, R, R] and their positions int64 [B], of all images or of `rows`, in order.
+    """Centre crops uint8 [B, R, R, 3] and their positions int64 [B], of all images or of `rows`, in order.
 
-    With on_error="skip" those that can't be decoded are left out: nothing can stand for them in a figure.
-    `title`: of the progress shown where it takes more than moments; empty: none.
+    With on_error="skip" those that can't be decoded are left out: nothing can stand for them in a figure;
+    `left_out` is called with the reason, for each. `title`: of the progress shown where it takes more than
+    moments; empty: none.
     """
-    rows = np.arange(len(source)) if rows is None else rows
-    batches, done = evaluation_batches(source, view, workers=workers, indices=rows, on_error=on_error), 0
-    for images, found in shown(batches, title, len(rows), lambda batch: len(batch[1])):
-        sound = found == rows[done : done + len(found)]
-        done += len(found)
-        yield (images, found) if sound.all() else (images[torch.from_numpy(sound)], found[sound])
+    rows, decoder = np.arange(len(source)) if rows is None else rows, Decoder(source, on_error)
+    batches, done = evaluation_batches(source, view, workers=workers, indices=rows, decoder=decoder), 0
+    for crops, found in shown(batches, title, len(rows), lambda batch: len(batch[1])):
+        asked, done = rows[done : done + len(found)], done + len(found)
+        sound = found == asked
+        if left_out is not None:
+            for row in asked[~sound].tolist():
+                left_out(decoder.damaged[row])
+        if sound.all():
+            yield crops, found
+        elif sound.any():
+            yield crops[torch.from_numpy(sound)], found[sound]
 
 
 def sound_part(path: Path, source: Source, rows: np.ndarray) -> Source:

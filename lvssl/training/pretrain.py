@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lvssl.config import PretrainSettings
+from lvssl.models.inference import infer
 from lvssl.training.distributed import World, connected, from_first, world_of
 from lvssl.training.identity import describe_set
 from lvssl.training.labels import numbered_as, say_notes
@@ -18,7 +19,7 @@ from lvssl.training.run import alone, create_run, pick_device, read_set
 from lvssl.training.stopping import Interrupted, Stop, stop_signals
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for, backend_for
-from pipelines.loader import TwoViewLoader, evaluation_batches, sent
+from pipelines.loader import Decoder, TwoViewLoader, evaluation_batches
 from pipelines.sources import Source, open_source
 
 __all__ = ["Interrupted", "Stop", "Trainer", "pretrain", "stop_signals"]
@@ -86,18 +87,18 @@ def run(settings: PretrainSettings, resume: bool, world: World, device: torch.de
             print(loader.describe_skipped(), file=sys.stderr, flush=True)
 
 
-@torch.no_grad()
 def calibrate(trainer: Trainer, source: Source) -> None:
     """Exact statistics for the code's thresholds, from the training images without augmentation."""
     settings, world = trainer.settings, trainer.world
     count = min(len(source), CALIBRATION_IMAGES) // world.size * world.size
     chosen = np.linspace(0, len(source) - 1, count).astype(np.int64)[world.rank :: world.size]
     for network in [trainer.network, trainer.ema.module] if trainer.ema else [trainer.network]:
-        network.eval()
         network.precision = encoding_precision(settings.engine, trainer.device)
-        batches = evaluation_batches(source, settings.view, 256, settings.workers, chosen, settings.on_error)
+        decoder = Decoder(source, settings.on_error)  # each rank needs as many images as the others
+        batches = evaluation_batches(source, settings.view, 256, settings.workers, chosen, decoder)
+        found = infer(network, batches, settings.view, network.features)
         with torch.compiler.set_stance("force_eager"):  # as it will be loaded; compiling takes longer
-            own = torch.cat([network.features(sent(images, trainer.device)).float() for images, _ in batches])
+            own = torch.cat([features.float() for features, _ in found])
         everyone = [own]
         if world.size > 1:
             everyone = [torch.empty_like(own) for _ in range(world.size)]

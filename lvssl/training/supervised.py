@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from lvssl.config import EngineSettings
+from lvssl.models.inference import infer
 from lvssl.models.network import LVNet
 from lvssl.training.batchnorm import synchronised
 from lvssl.training.distributed import World, broadcast_state
@@ -30,7 +31,7 @@ from lvssl.training.optimiser import build_sgd, groups, restore_optimiser
 from lvssl.training.prepare import autocast, precision
 from lvssl.training.stopping import Stop
 from pipelines.augment import augmenter_for
-from pipelines.loader import TwoViewLoader, ViewBatch, sent
+from pipelines.loader import TwoViewLoader, ViewBatch
 from pipelines.views import ViewSettings
 
 MOMENTUM = 0.9
@@ -267,7 +268,6 @@ def sgd(model: nn.Module, recipe: Recipe, fused: bool) -> torch.optim.SGD:
     return build_sgd(parameters, fused, lr=recipe.lr, momentum=MOMENTUM, nesterov=True)
 
 
-@torch.no_grad()
 def predict(
     model: Classifier,
     data: Labelled,
@@ -283,16 +283,18 @@ def predict(
     In the set's order, less the images that are skipped. Each rank reads its part of the images, each image
     once; every rank gets all predictions.
     """
-    model.eval()
     own = np.arange(world.rank, len(data), world.size)
     predictions = torch.zeros(len(data), model.linear.out_features)
     seen = torch.zeros(len(data))
-    title = title if world.first else ""
-    for images, indices in readable(data.source, view, workers, data.on_error, own, title):
+
+    def answered(images: Tensor) -> Tensor:
         with autocast(engine, device):
-            outputs = model(sent(images, device))
+            return model.in_units(model(images))
+
+    batches = readable(data.source, view, workers, data.on_error, own, title if world.first else "")
+    for outputs, indices in infer(model, batches, view, answered):
         rows = torch.from_numpy(indices)
-        predictions[rows], seen[rows] = model.in_units(outputs).cpu(), 1.0
+        predictions[rows], seen[rows] = outputs.cpu(), 1.0
     if world.size > 1:
         for mine in (predictions, seen):
             dist.all_reduce(mine)  # all others' rows are 0

@@ -17,12 +17,12 @@ import numpy as np
 from pipelines.augment.reference import GREY_WEIGHTS, ORDERS
 from pipelines.compiled import compiled
 from pipelines.elementary import exp
+from pipelines.normalise import LEVEL, scale_and_shift
 from pipelines.parameters import BRIGHTNESS, CONTRAST, FLIP, GREY, HUE, ORDER, SATURATION, SIGMA, SOLARISE
 from pipelines.views import ViewSettings
 
 ZERO, ONE, TWO, THREE, FOUR, SIX = (np.float32(value) for value in (0, 1, 2, 3, 4, 6))
 LUMA = tuple(np.float32(weight) for weight in GREY_WEIGHTS)
-LEVEL = np.float32(1 / 255)
 THRESHOLD = np.float32(128 / 255)
 UNITS, HALF = np.float32(65536), np.float32(0.5)  # sums of lumas are of whole numbers of 2^-16
 STRIP = 336  # floats of a row in the column pass: with 23 taps 31 kB of rows at a time
@@ -46,24 +46,19 @@ def augment_into(crops: np.ndarray, table: np.ndarray, view: ViewSettings, out: 
     span = (len(crops) - 1) * stride + 3 * side * side
     memory = np.lib.stride_tricks.as_strided(crops, (span,), (1,), writeable=False)
     rows = np.ascontiguousarray(table)
-    _augment(memory, stride, rows, ORDERS, view.kernel_size, *statistics(view), out)
-
-
-def statistics(view: ViewSettings) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of the normalisation, float32 [3] each."""
-    return np.asarray(view.mean, np.float32), np.asarray(view.std, np.float32)
+    _augment(memory, stride, rows, ORDERS, view.kernel_size, *scale_and_shift(view), out)
 
 
 @compiled()
-def _augment(memory, stride, table, orders, kernel_size, mean, std, out):
+def _augment(memory, stride, table, orders, kernel_size, factors, offsets, out):
     side = out.shape[1]
     radius = kernel_size // 2
     scale = np.empty(3 * side, np.float32)  # the normalisation, laid out like a row of the output
     shift = np.empty(3 * side, np.float32)
     for x in range(side):
         for c in range(3):
-            scale[3 * x + c] = ONE / std[c]
-            shift[3 * x + c] = -mean[c] / std[c]
+            scale[3 * x + c] = factors[c]
+            shift[3 * x + c] = offsets[c]
     planes = np.empty((side, 3, side), np.float32)  # between the passes; row by row, colours apart
     lines = np.empty(3 * side * side, np.float32)  # between the blur's passes
     padded = np.empty(3 * (side + 2 * radius), np.float32)

@@ -8,6 +8,7 @@ decoded in full, so this is slower than a .beton of smaller images: about the ra
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from pipelines.sources import turbo
 from pipelines.sources.shards import open_shards
 from pipelines.sources.source import IN_CACHE, DamagedSample
 
+RECENT = 64 << 20  # bytes that a thread keeps between asking for sizes and for crops
 PAGE = 64  # files in a block of the quasi-random order: files of a folder are often stored together
 
 
@@ -36,15 +38,18 @@ class FolderSource:
 
     chunk = IN_CACHE
 
-    def __init__(self, path: str | Path, split: str | None = None):
-        """List the images; raises InputError if there are none. Files are read when they are asked for."""
+    def __init__(self, path: str | Path, split: str | None = None, labelled: bool = True):
+        """List the images; raises InputError if there are none. Files are read when they are asked for.
+
+        `labelled`: False takes every image below a folder, under its path there, whatever its folders mean.
+        """
         self.path = Path(path)
-        opened = open_shards(self.path, split) or _loose_images(self.path) or open_images(str(path), split)
+        opened = _labelled(self.path, split) if labelled else _images_below(self.path)
         self.names, self.labels = opened.names, opened.labels
         self.classes: list[str] | None = list(opened.classes)
         self.targets, self.notes = opened.targets, opened.notes
         self.pages = np.arange(len(self.labels)) // PAGE
-        self._read = opened.read
+        self._read, self._recent = opened.read, _Recent()
         self._heights = np.zeros(len(self.labels), np.int64)  # 0: not looked at yet
         self._widths = np.zeros(len(self.labels), np.int64)
 
@@ -53,15 +58,17 @@ class FolderSource:
 
     def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """True heights and widths (upright), int64 [B] each; headers are read once. Raises DamagedSample."""
+        self._recent.forget()
         for row in np.flatnonzero(self._heights[indices] == 0):
             index = int(indices[row])
             data = self.stored(int(row), index)
             try:
-                height, width = _size(data)
+                height, width, data = _size(data)
             except Exception as error:  # whatever a decoder raises is about this image alone
                 raise self._damaged(int(row), index, error) from error
             self._widths[index] = width
             self._heights[index] = height  # last: another thread may look
+            self._recent.keep(index, data)
         return self._heights[indices], self._widths[indices]
 
     def crops(
@@ -70,7 +77,8 @@ class FolderSource:
         """See `pipelines.sources.Source`. Holds the GIL to open files, not to decode them."""
         flips = np.zeros(boxes.shape[:2], bool) if flips is None else flips
         for row, index in enumerate(indices.tolist()):
-            data = self.stored(row, index)
+            data = self._recent.images.pop(index, None)
+            data = self.stored(row, index) if data is None else data
             try:
                 fits = _crop(data, boxes[row], flips[row], out[row])
             except Exception as error:
@@ -92,15 +100,39 @@ class FolderSource:
         return DamagedSample(row, index, f"{self.path}: sample {index}, {name}, can't be decoded ({reason})")
 
 
-def _loose_images(folder: Path) -> Source | None:
-    """A folder of images without class folders, all of label 0; None if it is something else."""
-    if not folder.is_dir() or FolderTree(folder).folders(""):
-        return None
-    try:
-        paths, notes = list_images(folder)
-    except InputError:
-        return None
-    names = [path.name for path in paths]
+class _Recent(threading.local):
+    """What a thread has read to know images' sizes: it asks for their crops next."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self.images: dict[int, bytes | np.ndarray] = {}
+        self.room = RECENT
+
+    def keep(self, index: int, image: bytes | np.ndarray) -> None:
+        size = len(image) if isinstance(image, bytes) else image.nbytes
+        if size <= self.room:
+            self.images[index] = image
+            self.room -= size
+
+
+def _labelled(path: Path, split: str | None) -> Source:
+    """Images with their classes; or those of a folder without class folders, all of label 0."""
+    if (shards := open_shards(path, split)) is not None:
+        return shards
+    if path.is_dir() and not FolderTree(path).folders(""):
+        try:
+            return _images_below(path)
+        except InputError:
+            pass
+    return open_images(str(path), split)
+
+
+def _images_below(folder: Path) -> Source:
+    """Every image below a folder, in the order of their paths. Raises InputError if there is none."""
+    paths, notes = list_images(folder)
+    names = [str(path.relative_to(folder)) for path in paths]
     labels = np.zeros(len(paths), np.int64)
 
     def read(index: int) -> bytes:
@@ -119,16 +151,16 @@ def _header(data: bytes) -> jpeg.JpegHeader:
     return header
 
 
-def _size(data: bytes | np.ndarray) -> tuple[int, int]:
-    """Height and width of an image, upright."""
+def _size(data: bytes | np.ndarray) -> tuple[int, int, bytes | np.ndarray]:
+    """Height and width, upright, of an image; and this as it is, or its pixels if it had to be decoded."""
+    if isinstance(data, bytes) and not jpeg.is_jpeg(data):
+        data = _other(data)
     if isinstance(data, np.ndarray):
-        return data.shape[0], data.shape[1]
-    if not jpeg.is_jpeg(data):
-        height, width = _other(data).shape[:2]
-        return height, width
+        return data.shape[0], data.shape[1], data
     header = _header(data)
     turned = header.orientation >= 5
-    return (header.width, header.height) if turned else (header.height, header.width)
+    height, width = (header.width, header.height) if turned else (header.height, header.width)
+    return height, width, data
 
 
 def _crop(data: bytes | np.ndarray, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray) -> bool:

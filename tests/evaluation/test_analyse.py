@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from lvssl.config import preset
 from lvssl.evaluation.analyse import AnalyseSettings, analyse, augmented, spread
 from lvssl.evaluation.embedding import embed
-from lvssl.evaluation.reading import Certainty, read_pixels, severity_correlation
+from lvssl.evaluation.reading import Certainty, read, severity_correlation
 from lvssl.evaluation.regression import ridge
 from lvssl.evaluation.uncertainty import r_auroc
 from lvssl.report.page import write_report
@@ -61,7 +61,7 @@ def test_figures_agree_with_the_embedding(analysis, runs, digits):
     run, test = load_run(runs / "lv"), open_source(digits["test"])
     whole = embed(run.network, test, run.settings.view)
     chosen = spread(len(test), 150)
-    reading = read_pixels(run.network, evaluation_crops(test, run.settings.view, chosen), run.settings.view)
+    reading = read(run.network, evaluation_crops(test, run.settings.view, chosen), run.settings.view)
     assert np.allclose(reading.features, whole.features[chosen], atol=1e-4)
     assert np.allclose(reading.spread, whole.uncertainty[chosen], rtol=1e-4)
     assert (np.packbits(reading.bits, axis=1, bitorder="little") == whole.codes[chosen]).mean() > 0.999
@@ -77,22 +77,20 @@ def test_samples_are_averaged_as_probabilities(runs, digits):
     run, train = load_run(runs / "lv"), open_source(digits["train"])
     view, chosen = run.settings.view, spread(len(train), 200)
     pixels = evaluation_crops(train, view, chosen)
-    first = read_pixels(run.network, pixels, view, samples=4, seed=3)
+    first = read(run.network, pixels, view, samples=4, seed=3)
     assert first.samples.shape == (4, 200, 64) and set(np.unique(first.samples)) == {-1, 1}
-    again = read_pixels(run.network, pixels, view, samples=4, seed=3)
+    again = read(run.network, pixels, view, samples=4, seed=3)
     assert (first.samples == again.samples).all()
     certainty = Certainty(True, first, train.labels[chosen])
     expected = sum(certainty.latent_probe.probabilities(first.samples[k]) for k in range(4)) / 4
     assert np.allclose(certainty.predictions(first)["latent samples"], expected)
     control = load_run(runs / "control")
-    assert read_pixels(control.network, pixels, view, samples=4).samples.shape[0] == 0
+    assert read(control.network, pixels, view, samples=4).samples.shape[0] == 0
 
 
 def test_distance_is_the_mean_cosine_distance_of_the_nearest(runs, digits):
     run, train = load_run(runs / "control"), open_source(digits["train"])
-    reading = read_pixels(
-        run.network, evaluation_crops(train, run.settings.view, np.arange(60)), run.settings.view
-    )
+    reading = read(run.network, evaluation_crops(train, run.settings.view, np.arange(60)), run.settings.view)
     certainty = Certainty(False, reading, train.labels[:60])
     h = reading.features / np.linalg.norm(reading.features, axis=1, keepdims=True)
     expected = 1 - np.sort(h @ h.T, axis=1)[:, -20:].mean(axis=1)

@@ -10,7 +10,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from lvssl.codes.pack import pack_bits
-from lvssl.evaluation.knn import hamming_knn, weighted_knn
+from lvssl.evaluation.knn import hamming_knn, weighted_knn, weighted_votes
 from lvssl.evaluation.probe import held_out, linear_probe, standardise
 from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
 
@@ -112,6 +112,20 @@ def test_probe_is_quick_enough_for_the_demo():
 
 
 # --- nearest neighbours ---------------------------------------------------------------------------
+
+
+def test_neighbours_are_sought_on_the_device_that_is_named_or_where_they_lie(digits, monkeypatch):
+    """Not on a GPU that is there and that nobody asked for."""
+    places = []
+
+    def votes(train_x: torch.Tensor, *rest):
+        places.append(train_x.device.type)
+        return weighted_votes(train_x, *rest)
+
+    monkeypatch.setattr("lvssl.evaluation.knn.weighted_votes", votes)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert weighted_knn(*digits) == weighted_knn(*digits, device=torch.device("cpu"))
+    assert places == ["cpu", "cpu"]
 
 
 def test_weighted_knn_agrees_with_sklearn(digits):

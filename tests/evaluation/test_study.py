@@ -139,7 +139,7 @@ def test_arms_of_an_objective_and_runs_of_others(settings):
     chosen.validate()
     assert chosen.latent.objective == "mcinfonce" and code_bits(chosen) == 8
     elsewhere = dataclasses.replace(settings, runs=settings.out, prefix="digits", epochs=0)
-    options = parsed(["--out", str(settings.out), "--threads", "1", "--workers", "2"])
+    options = parsed(["--out", str(settings.out), "--threads", "1", "--workers", "0"])
     for arm, job in (
         ("none", Job("digits", "none", None, 1)),
         ("bernoulli16:family=bernoulli,dim=16", Job("digits", "bernoulli", 16, 1)),

@@ -13,10 +13,12 @@ from torchvision.transforms.v2 import functional as tv
 from lvssl import config
 from pipelines.convert import readers
 from pipelines.errors import InputError
-from pipelines.loader import TwoViewLoader, evaluation_batches
+from pipelines.loader import Decoder, TwoViewLoader, evaluation_batches
 from pipelines.order import ORDERS
 from pipelines.parameters import crop_boxes, draw_parameters
+from pipelines.sources import folder as folder_source
 from pipelines.sources import open_source, shards
+from pipelines.sources.folder import FolderSource
 from pipelines.views import ViewSettings
 
 VIEW = ViewSettings(resolution=24)
@@ -161,7 +163,8 @@ def test_a_file_that_is_no_image_is_named_or_skipped(sources, tmp_path):
         assert set(loader.damaged) == {4, 9, 20} and loader.skipped == 3
         assert any(files[4].name in why for why in loader.damaged.values())
     assert not {4, 9, 20} & set(batch.indices.tolist())
-    found = [indices for _, indices in evaluation_batches(open_source(folder), VIEW, on_error="skip")]
+    source = open_source(folder)
+    found = [indices for _, indices in evaluation_batches(source, VIEW, decoder=Decoder(source, "skip"))]
     expected = np.arange(53)
     expected[[4, 9, 20]] += 1
     assert np.array_equal(np.concatenate(found), expected)
@@ -231,3 +234,18 @@ def test_settings_of_the_loader_are_refused_by_name(sources):
         open_source(sources["beton"], "folder")
     with pytest.raises(InputError, match="is a folder, not a beton"):
         open_source(sources["folder"], "ffcv")
+
+
+@pytest.mark.parametrize("room", [None, 0])
+def test_a_folders_images_are_read_once_for_their_sizes_and_crops(sources, room, monkeypatch):
+    """Where they fit into the memory for that, and to the same pixels where they don't."""
+    if room is not None:
+        monkeypatch.setattr(folder_source, "RECENT", room)
+    source, read = FolderSource(sources["folder"], labelled=False), []
+    stored = source._read
+    source._read = lambda index: read.append(index) or stored(index)
+    found = torch.cat([crops for crops, _ in evaluation_batches(source, VIEW, workers=2)])
+    everything = list(range(len(source)))
+    assert sorted(read) == (everything if room is None else sorted(2 * everything))
+    known = torch.cat([crops for crops, _ in evaluation_batches(FolderSource(sources["folder"]), VIEW)])
+    assert torch.equal(found, known)

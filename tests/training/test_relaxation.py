@@ -7,6 +7,9 @@ from lvssl.config import LatentSettings, ModelSettings
 from lvssl.evaluation.reading import read
 from lvssl.models.network import LVNet
 from lvssl.training.supervised import represent
+from pipelines.views import ViewSettings
+
+VIEW = ViewSettings(resolution=16)
 
 
 @pytest.mark.parametrize("family", ["bernoulli", "categorical"])
@@ -24,4 +27,4 @@ def test_stages_and_analyses_draw_at_the_runs_temperature(family, relaxation):
         found = represent(network, images, "latent", True, torch.Generator().manual_seed(5))
     assert not torch.allclose(wanted, default)
     assert torch.allclose(found, wanted.mean(0))
-    assert torch.allclose(torch.from_numpy(read(network, images, samples=3, seed=5).samples), wanted)
+    assert torch.allclose(torch.from_numpy(read(network, images, VIEW, samples=3, seed=5).samples), wanted)
