@@ -36,8 +36,8 @@ class StageSettings:
     """Where the result goes, FILE.json or a folder; left out: into the run's folder."""
     again: bool = field(default=False, metadata=PER_CALL)
     """Replace a result of other settings, or of an older checkpoint."""
-    workers: int = field(default=2, metadata=RUNTIME)
-    """Threads that decode and augment."""
+    workers: int = field(default=0, metadata=RUNTIME)
+    """Threads that decode and augment; 0: each rank's share of the cores less two, 2 to 12."""
     threads: int = field(default=0, metadata=RUNTIME)
     """Threads of torch on a CPU; 0: all cores."""
     device: str = field(default="auto", metadata=RUNTIME)
@@ -47,7 +47,7 @@ class StageSettings:
         """Raise InputError naming the first impossible value. Touches no file."""
         choice("source", self.source, SOURCES)
         choice("on_error", self.on_error or "raise", ON_ERROR)
-        require(self.workers >= 1, "workers", self.workers, "at least 1")
+        require(self.workers >= 0, "workers", self.workers, "at least 0")
         require(self.threads >= 0, "threads", self.threads, "at least 0")
 
 

@@ -51,8 +51,8 @@ class EncodeSettings:
     on_error: str | None = None
     """An image that can't be decoded: raise (stop and name it), or skip (leave it out, with a warning); left
     out: as in the pretraining."""
-    workers: int = 2
-    """Threads that decode."""
+    workers: int = 0
+    """Threads that decode; 0: the cores less two, 2 to 12."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def encode(settings: EncodeSettings) -> Path:
         InputError: no run, no images, or a damaged image (named).
         CodeFileError: another process writes the same file.
     """
-    if settings.workers < 1:
-        raise InputError(f"--workers must be at least 1, got {settings.workers}")
+    if settings.workers < 0:
+        raise InputError(f"--workers must be at least 0, got {settings.workers}")
     run = load_run(settings.run)
     skip = run.on_error(settings.on_error) == "skip"
     source, names = image_set(settings.images)
@@ -259,7 +259,7 @@ def every_image(path: Path) -> Source | None:
 
 
 def crops_of(
-    run: Run, source: Source, skip: bool, workers: int = 2, rows: np.ndarray | None = None
+    run: Run, source: Source, skip: bool, workers: int = 0, rows: np.ndarray | None = None
 ) -> Batches:
     """Centre crops of those of the images (or of `rows`) that can be decoded, with a warning for each other
     one; or InputError, which names it."""

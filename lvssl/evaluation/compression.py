@@ -70,8 +70,8 @@ class CompressionSettings:
     """An image that can't be decoded: raise, or skip (leave it out); left out: as in the pretraining."""
     again: bool = field(default=False, metadata=PER_CALL)
     """Replace a result of other settings, or of an older checkpoint."""
-    workers: int = field(default=2, metadata=RUNTIME)
-    """Threads that decode."""
+    workers: int = field(default=0, metadata=RUNTIME)
+    """Threads that decode; 0: the cores less two, 2 to 12."""
 
 
 class Point(NamedTuple):

@@ -34,7 +34,7 @@ def embed(
     network: LVNet,
     source: Source,
     view: ViewSettings,
-    workers: int = 2,
+    workers: int = 0,
     on_error: str = "raise",
     title: str = "",
 ) -> Embedding:
@@ -68,7 +68,7 @@ def embed(
 
 
 @torch.no_grad()
-def calibrate_batch_statistics(network: LVNet, source: Source, view: ViewSettings, workers: int = 2) -> None:
+def calibrate_batch_statistics(network: LVNet, source: Source, view: ViewSettings, workers: int = 0) -> None:
     """Replace every batch normalisation's running statistics by their averages over the source.
 
     For the random encoder: untrained running statistics would make it worse than it is.
@@ -83,7 +83,7 @@ def calibrate_batch_statistics(network: LVNet, source: Source, view: ViewSetting
     network.eval()
 
 
-def pixels(source: Source, view: ViewSettings, workers: int = 2, side: int = 32) -> np.ndarray:
+def pixels(source: Source, view: ViewSettings, workers: int = 0, side: int = 32) -> np.ndarray:
     """Evaluation crops as vectors, at most 32 px a side, float32 [N, D]; one channel if all are grey."""
     batches = evaluation_batches(source, view, workers=workers)
     values = torch.cat([shrink(crops.permute(0, 3, 1, 2) / 255, side) for crops, _ in batches])

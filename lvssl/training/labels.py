@@ -83,7 +83,7 @@ def _positions_of(indices: np.ndarray) -> Iterator[None]:
 def readable(
     source: Source,
     view: ViewSettings,
-    workers: int = 2,
+    workers: int = 0,
     on_error: str = "raise",
     rows: np.ndarray | None = None,
     title: str = "",
