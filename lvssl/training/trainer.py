@@ -94,6 +94,7 @@ class Trainer(Loop):
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
         restore_optimiser(self.optimiser, state["optimiser"])
+        self.recorded = self.recording()  # torch has put copies in the place of its groups, and of the rate
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
         self.calibrated = state["calibrated"]

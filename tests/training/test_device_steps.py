@@ -386,6 +386,30 @@ def test_a_recorded_training_is_the_same(digits, tmp_path, monkeypatch, device, 
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("optimiser", list(RATES))
+def test_a_recorded_training_is_resumed(digits, tmp_path, monkeypatch, device, optimiser):
+    """From a checkpoint's state, to the weights of the undisturbed one."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    latent = LatentSettings("bernoulli", beta_schedule="constant")
+    more = {"epochs": 1, "log_every": 4, "latent": latent, "engine": EngineSettings(graph="on")}
+    chosen = settings(digits["train"], tmp_path, optimiser, **more)
+    whole, batches = trainer_and_batches(chosen, device, 10)
+    for number, batch in enumerate(batches):
+        if number == 5:
+            state = copy.deepcopy(whole.state())
+        step(whole, batch)
+    resumed, batches = trainer_and_batches(chosen, device, 10)
+    resumed.load_state(state)
+    resumed.step = state["step"]
+    for batch in batches[5:]:
+        step(resumed, batch)
+    assert resumed.step == 10 and float(resumed.optimiser.param_groups[0]["lr"]) > 0
+    first, second = everything(whole), everything(resumed)
+    close = (0, 0) if device == "cpu" else (1e-2, 1e-3)
+    assert [name for name, value in first.items() if not torch.allclose(value, second[name], *close)] == []
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize(("on", "frozen"), [("features", True), ("features", False), ("latent", False)])
 def test_no_step_with_labels_waits(digits, tmp_path, device, on, frozen):
     """Of the linear evaluation and of fine-tuning."""
