@@ -29,6 +29,7 @@ from lvssl.evaluation.evaluate import (
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
+from lvssl.latents import WITHOUT_LATENT
 from lvssl.models.backbone import feature_dim
 from lvssl.training.labels import sound_part
 from lvssl.training.run import Run, load_run, versions
@@ -96,7 +97,7 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
     )
     control = load_run(paths.control) if paths.control else run
     if control.network.family.stochastic:
-        raise InputError("equal-bit controls need a run of family none or sign: name it with --control")
+        raise InputError(f"equal-bit controls need a run of family {WITHOUT_LATENT}: name it with --control")
     assert paths.test is not None
     on_error, train_path = run.on_error(settings.on_error), paths.train or run.settings.data
     train, test = labelled_pair(run, control, paths.train, paths.test)
@@ -138,7 +139,7 @@ def points(
     name, family = run.folder.name, run.settings.latent.family
     features = train.features, test.features
     yield Point(name, family, "features", 32 * features[0].shape[1], None, features)
-    if run.network.family.stochastic or family == "sign":
+    if run.network.family.own_code:
         whole = unpack_bits(train.codes, train.bits), unpack_bits(test.codes, test.bits)
         for bits in sorted({b for b in settings.bits if b < train.bits} | {train.bits}):
             cut = whole[0][:, :bits], whole[1][:, :bits]

@@ -8,7 +8,6 @@ import torch.nn as nn
 from torch import Tensor
 
 from lvssl.codes.pack import pack_bits
-from lvssl.latents.bernoulli import Bernoulli
 from lvssl.models.network import LVNet
 from lvssl.training.labels import readable
 from pipelines.loader import evaluation_batches, sent
@@ -54,8 +53,8 @@ def embed(
         parts["codes"].append(pack_bits(posterior.code()))
         parts["uncertainty"].append(posterior.uncertainty().cpu().numpy())
         parts["kl"].append(posterior.kl().cpu().numpy())
-        if isinstance(posterior, Bernoulli):
-            parts["means"].append(posterior.logits.sigmoid().cpu().numpy())
+        if (means := posterior.bit_means()) is not None:
+            parts["means"].append(means.cpu().numpy())
     joined = {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
     return Embedding(
         joined["features"],

@@ -20,6 +20,7 @@ from lvssl.evaluation.embedding import Embedding, calibrate_batch_statistics, de
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.uncertainty import r_auroc, risk_coverage_area
+from lvssl.latents import WITHOUT_LATENT
 from lvssl.models.backbone import feature_dim
 from lvssl.models.network import LVNet
 from lvssl.training.labels import Subset, beside, open_pair, say_notes, sound_part
@@ -65,7 +66,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     control = load_run(settings.control) if settings.control else None
     if control and control.network.family.stochastic:
         raise InputError(
-            f"{control.folder}: a control has family none or sign, not {control.settings.latent.family}"
+            f"{control.folder}: a control has family {WITHOUT_LATENT}, not {control.settings.latent.family}"
         )
     on_error, train_path = run.on_error(settings.on_error), settings.train or run.settings.data
     train, test = labelled_pair(run, control, settings.train, settings.test)

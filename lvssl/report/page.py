@@ -20,6 +20,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from lvssl.latents import described
 from lvssl.report.analysis import disentanglement, regression, uncertainty
 from lvssl.report.compression import compression
 from lvssl.report.curves import curves
@@ -40,16 +41,6 @@ from lvssl.report.verdict import (
 from lvssl.training.progress import read_metrics
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
-
-FAMILIES = {
-    "none": "no latent (plain SimCLR)",
-    "sign": "no latent, its sign bits decorrelated",
-    "gaussian": "a Gaussian latent",
-    "bernoulli": "a Bernoulli latent",
-    "laplace": "a Laplace latent",
-    "vmf": "a von Mises-Fisher latent",
-    "power_spherical": "a power spherical latent",
-}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -243,7 +234,7 @@ def trained(settings: dict[str, Any], evaluation: dict[str, Any]) -> str:
     backbone = settings.get("model", {}).get("backbone")
     family = str(latent.get("family", ""))
     parts = [f"A {backbone} encoder" if backbone else "An encoder"]
-    parts.append(f"with {FAMILIES.get(family, f'a {family} latent')}" if family else "")
+    parts.append(f"with {described(family)}" if family else "")
     parts.append("was trained without labels")
     parts.append(f"on {data['train']:,} images" if data.get("train") else "")
     parts.append(f"at {data['resolution']} px" if data.get("resolution") else "")
