@@ -96,7 +96,7 @@ class LatentSettings:
     free_nats: float = 0.0
     """KL up to which an image's rate costs nothing."""
     decorrelation: float | None = None
-    """Weight of the hard bits' squared covariances (bernoulli, sign); left out: 0.1, for sign 0.02. The bits
+    """Weight of the hard bits' squared covariances (sign, bernoulli); left out: 0.1, for sign 0.02. The bits
     of a code longer than h can't all be uncorrelated: there it falls on h's sign bits, left out: 0.02."""
     clean: float = 0.7
     """Share of NT-Xent that is computed on h through a projector of its own, beside the sampled path."""

@@ -44,7 +44,7 @@ class EvaluateSettings:
     test: Path | None = None
     """The test images, made by `convert-beton`; left out: test.beton (or val) beside train.beton."""
     control: Path | None = None
-    """The run of family `none` to compare with; left out: the run `control` beside this one."""
+    """The run of family `none` or `sign` to compare with; left out: the run `control` beside this one."""
     train: Path | None = None
     """Labelled training images of the probes and neighbours; left out: those of the pretraining."""
     on_error: str | None = None

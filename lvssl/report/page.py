@@ -20,7 +20,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lvssl.latents import described
+from lvssl.latents import described, has_code
 from lvssl.report.analysis import disentanglement, regression, uncertainty
 from lvssl.report.compression import compression
 from lvssl.report.curves import curves
@@ -288,10 +288,11 @@ def results(evaluation: dict[str, Any], commands: dict[str, str]) -> str:
 
 
 def model_name(row: dict[str, Any]) -> str:
-    """Family `none` is the control, except in the row of the raw pixels, where there is no model at all."""
-    if row.get("model") != "none":
-        return str(row.get("model", ""))
-    return "no model" if row.get("representation") == "pixels" else "control (none)"
+    """Plain SimCLR is the control, except in the row of the raw pixels, where there is no model at all."""
+    model = str(row.get("model", ""))
+    if has_code(model):
+        return model
+    return "no model" if row.get("representation") == "pixels" else f"control ({model})"
 
 
 def codes(evaluation: dict[str, Any], commands: dict[str, str]) -> str:
