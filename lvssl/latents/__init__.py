@@ -71,8 +71,5 @@ def described(name: str) -> str:
 
 
 def has_code(name: str) -> bool:
-    """Whether a model of that family has a code of its own, as `Family.own_code`; likewise."""
-    try:
-        return family(name).own_code
-    except ValueError:
-        return True
+    """Whether a model of that family has a code of its own, as `Family.own_code`; an unknown one has."""
+    return name not in FAMILIES or FAMILIES[name].own_code
