@@ -49,7 +49,7 @@ from lvssl.codes.pack import unpack_bits
 from lvssl.codes.statistics import code_statistics
 from lvssl.config import ModelSettings
 from lvssl.evaluation.embedding import embed
-from lvssl.latents.bernoulli import Bernoulli
+from lvssl.latents.bernoulli import Bernoulli, BernoulliPosterior
 from lvssl.losses.ntxent import ntxent
 from lvssl.losses.objective import decorrelation
 from lvssl.models.inference import device_of
@@ -112,17 +112,17 @@ def rows(seeds: list[int]) -> list[Row]:
     return [*table, Row(term, seeds[0], "orthogonal", 0.1, term=term, term_weight=0.5)]
 
 
-def self_information(posterior: Bernoulli, noise: torch.Generator, _: nn.Module) -> Tensor:
+def self_information(posterior: BernoulliPosterior, noise: torch.Generator, _: nn.Module) -> Tensor:
     first, second = posterior.sample(2, noise)
     views = zip(first.chunk(2), second.chunk(2), strict=True)
     return 0.5 * torch.stack([ntxent(torch.cat(pair), 0.1) for pair in views]).sum()
 
 
-def each_sample(posterior: Bernoulli, noise: torch.Generator, _: nn.Module) -> Tensor:
+def each_sample(posterior: BernoulliPosterior, noise: torch.Generator, _: nn.Module) -> Tensor:
     return torch.stack([ntxent(z, TAU) for z in posterior.sample(SAMPLES, noise)]).mean()
 
 
-def expected_similarity(posterior: Bernoulli, *_: Any) -> Tensor:
+def expected_similarity(posterior: BernoulliPosterior, *_: Any) -> Tensor:
     """NT-Xent with E[z.z']/D of independent samples; not normalised, for a mean's length is its certainty."""
     m = posterior.mean()
     logits = (m @ m.T / m.shape[1] / TAU).fill_diagonal_(float("-inf"))
@@ -138,7 +138,7 @@ def barlow(bits: Tensor, off_diagonal: float = 0.005) -> Tensor:
     return ((1 - diagonal).square().sum() + off_diagonal * off) / bits.shape[1]
 
 
-TERMS: dict[str, Callable[[Bernoulli, torch.Generator, nn.Module], Tensor]] = {
+TERMS: dict[str, Callable[[BernoulliPosterior, torch.Generator, nn.Module], Tensor]] = {
     "self-information": self_information,
     "code, hard": lambda p, g, _: ntxent(p.straight_through_bits(), TAU),
     "code, each": each_sample,
@@ -149,7 +149,7 @@ TERMS: dict[str, Callable[[Bernoulli, torch.Generator, nn.Module], Tensor]] = {
 }
 
 
-def objective(row: Row, posterior: Bernoulli, noise: torch.Generator, project: nn.Module) -> Tensor:
+def objective(row: Row, posterior: BernoulliPosterior, noise: torch.Generator, project: nn.Module) -> Tensor:
     bits = posterior.straight_through_bits() if row.of == "hard" else posterior.sample(1, noise)[0]
     loss = row.weight * decorrelation(bits)
     return loss + row.term_weight * TERMS[row.term](posterior, noise, project) if row.term else loss
@@ -291,7 +291,7 @@ def head_bits(row: Row, data: Features, options: argparse.Namespace) -> tuple[np
         optimiser.param_groups[0]["lr"] = options.rate * warm * left
         views = torch.from_numpy(data.views[order[step % len(order)]])
         noise.manual_seed(row.seed * 1_000_003 + step)
-        loss = objective(row, Bernoulli(SHARPNESS * head(views)), noise, project)
+        loss = objective(row, Bernoulli().posterior(SHARPNESS * head(views)), noise, project)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -3,15 +3,17 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lvssl.settings import RUNTIME
 from pipelines.errors import InputError
 from pipelines.sources import SOURCES
 from pipelines.views import ViewSettings
 
+if TYPE_CHECKING:
+    from lvssl.latents import Family
+
 BACKBONES = ("tiny", "small", "resnet18", "resnet50")
-DISCRETE = ("none", "sign", "bernoulli", "categorical")  # keep their noise without a rate
 OBJECTIVES = ("ntxent", "dcl", "mcinfonce", "ceb", "hib")
 EACH_SAMPLE = ("mcinfonce", "ceb", "hib")  # objectives of samples, not of their mean
 AUGMENTATIONS = ("auto", "reference", "numba", "triton")
@@ -48,7 +50,7 @@ class LatentSettings:
     components: int = 4
     """Gaussians of `mixture`: a power of two."""
     depth: int = 1
-    """Bits of the code for each dimension of gaussian, beta and mixture: their quantised means."""
+    """Bits of the code for each dimension of gaussian, beta, mixture and laplace: their quantised means."""
     sharpness: float = 4.0
     """How far the posterior starts from its prior: spread of the logits, 1 / s of a Gaussian, kappa / D."""
     sharpness_start: float | None = None
@@ -87,7 +89,7 @@ class LatentSettings:
     free_nats: float = 0.0
     """KL up to which an image's rate costs nothing."""
     decorrelation: float | None = None
-    """Weight of the hard bits' squared covariances (bernoulli, sign); left out: 0.1, for sign 0.02. The bits
+    """Weight of the hard bits' squared covariances (sign, bernoulli); left out: 0.1, for sign 0.02. The bits
     of a code longer than h can't all be uncorrelated: there it falls on h's sign bits, left out: 0.02."""
     clean: float = 0.7
     """Share of NT-Xent that is computed on h through a projector of its own, beside the sampled path."""
@@ -97,15 +99,16 @@ class LatentSettings:
         """The weight of the rate at the end of its warm-up."""
         if self.beta is not None:
             return self.beta
-        without = set(self.family.split("+")) <= set(DISCRETE) or self.objective in ("mcinfonce", "ceb")
-        return 0.0 if without else 1e-3
+        return 0.0 if self.objective in ("mcinfonce", "ceb") else self.law.default_beta
 
     def decorrelation_weight(self, of_features: bool = False) -> float:
         """As set, or what made the best code on small images (docs/latent-recipes.md): on the code's bits, or
         on those of h."""
         if self.decorrelation is not None:
             return self.decorrelation
-        return 0.02 if of_features or self.family == "sign" else 0.1
+        from lvssl.latents.sign import DECORRELATION  # here, for it brings torch
+
+        return DECORRELATION if of_features else self.law.default_decorrelation
 
     @property
     def meeting_place(self) -> str:
@@ -115,24 +118,22 @@ class LatentSettings:
         return "losses" if self.objective in EACH_SAMPLE else "samples"
 
     @property
-    def options(self) -> dict[str, Any]:
-        """The family's options, as `lvssl.latents.family` takes them."""
-        relaxed = self.estimator == "relaxed"
-        return {
-            "categories": self.categories,
-            "components": self.components,
-            "depth": self.depth,
-            "relaxed": relaxed,
-        }
+    def law(self) -> "Family":
+        """The family with its options: the settings that have an option's name, and the estimator.
 
-    def validate(self) -> None:
-        """Raise InputError naming the first impossible value."""
+        Raises:
+            InputError: an unknown family; it lists the known ones.
+        """
         from lvssl.latents import family  # here, for it brings torch
 
         try:
-            kind = family(self.family, **self.options)
+            return family(self.family, relaxed=self.estimator == "relaxed", **vars(self))
         except ValueError as error:
             raise InputError(f"--family: {error}") from None
+
+    def validate(self) -> None:
+        """Raise InputError naming the first impossible value."""
+        law = self.law
         choice("site", self.site, ("repr", "proj"))
         choice("estimator", self.estimator, ("straight-through", "relaxed"))
         choice("spread", self.spread, ("learnt", "fixed"))
@@ -140,13 +141,13 @@ class LatentSettings:
         choice("objective", self.objective, OBJECTIVES)
         choice("beta_schedule", self.beta_schedule, ("constant", "warmup", "cyclical"))
         require(self.dim >= 0, "dim", self.dim, "at least 0")
-        if not kind.stochastic:
+        if not law.stochastic:
             require(self.dim == 0, "dim", self.dim, f"0 for family {self.family}, which has no latent")
             require(self.site == "repr", "site", self.site, f"repr for family {self.family}")
         for name in ("categories", "components"):
             value = getattr(self, name)
             require(2 <= value <= 256 and value & (value - 1) == 0, name, value, "a power of two in [2, 256]")
-        if self.dim and (wanted := kind.complaint(self.dim)):
+        if self.dim and (wanted := law.complaint(self.dim)):
             require(False, "dim", self.dim, wanted)
         require(1 <= self.depth <= 8, "depth", self.depth, "in [1, 8]")
         self._validate_schedules()
@@ -156,12 +157,12 @@ class LatentSettings:
         for name in ("sharpness", "sharpness_start", "relaxation", "relaxation_start"):
             value = getattr(self, name)
             require(value is None or 0 < value < float("inf"), name, value, "above 0")
-        discrete = {"bernoulli", "categorical"} & set(self.family.split("+"))
+        discrete = self.law.discrete
         if self.sharpness_start is not None:
             wanted = f"left out for {self.family}, which has no logits"
-            require(bool(discrete), "sharpness_start", self.sharpness_start, wanted)
+            require(discrete, "sharpness_start", self.sharpness_start, wanted)
         if self.estimator == "relaxed":
-            require(bool(discrete), "estimator", self.estimator, f"straight-through for {self.family}")
+            require(discrete, "estimator", self.estimator, f"straight-through for {self.family}")
         require(0 < self.anneal <= 1, "anneal", self.anneal, "in (0, 1]")
         require(self.final_beta >= 0, "beta", self.beta, "at least 0")
         require(0 <= self.beta_warmup <= 1, "beta_warmup", self.beta_warmup, "in [0, 1]")
@@ -178,7 +179,7 @@ class LatentSettings:
             wanted = f"losses with --objective {self.objective}, which wants each sample"
             require(self.meeting_place == "losses", "average", self.average, wanted)
         if self.objective == "ceb":
-            spherical = self.family in ("vmf", "power_spherical") and self.site == "proj"
+            spherical = self.law.on_sphere and self.site == "proj"
             where = f"{self.family} at {self.site}"
             require(spherical, "objective", where, "of a law on the sphere at --site proj for ceb")
 

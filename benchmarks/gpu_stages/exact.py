@@ -320,7 +320,6 @@ def head(setup: Setup, kind: str, rows: int, dim: int, count: int) -> Row:
     """Sample, KL, entropy, gradient and packed bits. A discrete sample whose uniform lies within rounding of
     its chance may fall on either side: such are counted, and must be one in 10,000 at most."""
     from lvssl.latents import family, fused
-    from lvssl.latents.gaussian import Gaussian
 
     generator, seed = seeded(setup, f"{kind} {rows} {dim} {count}")
     width = dim // 4 * 4 if kind == "categorical" else dim
@@ -344,7 +343,7 @@ def head(setup: Setup, kind: str, rows: int, dim: int, count: int) -> Row:
             found = run(fused.draw, x)
         naive, exact = run(fused.reference, x), run(fused.reference, x.double())
     flips = torch.zeros(())
-    if not issubclass(law, Gaussian):
+    if law.discrete:
         apart = (found[0].double() - exact[0]).abs() > 0.1 / count
         flips = apart.double().mean()
         for k in (found, naive):
@@ -393,7 +392,7 @@ def kernel_calls(setup: Setup, smallest: bool = False) -> dict[str, Callable[[],
         key, places = torch.tensor([7], device=setup.device), torch.arange(rows, device=setup.device)
 
         def head_call(
-            law: type = law, given: Tensor = given, key: Tensor = key, at: Tensor = places
+            law: Any = law, given: Tensor = given, key: Tensor = key, at: Tensor = places
         ) -> list[Tensor]:
             leaf = given.clone().requires_grad_()
             drawn = fused.draw(law, leaf, 4, key, at)

@@ -203,6 +203,7 @@ def loss(setup: Setup, count: int, form: str) -> Row:
 def head(setup: Setup, kind: str, form: str) -> Row:
     """Mean of K samples, KL, entropy and bits, and the gradient; by one kernel each way, or composed."""
     from lvssl.latents import family, fused
+    from lvssl.latents.bits import pack
 
     rows, dim, samples = (4, 16, 4) if setup.dry else (8192, 2048, 4)
     law = family(kind, categories=16)
@@ -210,12 +211,12 @@ def head(setup: Setup, kind: str, form: str) -> Row:
     key, places = torch.tensor([3], device=setup.device), torch.arange(rows, device=setup.device)
 
     def composed() -> list[Tensor]:
-        posterior = law(x)
+        posterior = law.posterior(x)
         return [
             posterior.sample(samples).mean(dim=0),
             posterior.kl(),
             posterior.entropy(),
-            posterior.packed(),
+            pack(posterior.code()),
         ]
 
     def call() -> None:

@@ -28,6 +28,7 @@ from lvssl.evaluation.evaluate import (
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
+from lvssl.latents import WITHOUT_LATENT
 from lvssl.models.backbone import feature_dim
 from lvssl.models.inference import device_of
 from lvssl.settings import PER_CALL, POSITIONAL, RUNTIME
@@ -102,7 +103,7 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
     assert settings.test is not None and settings.on_error is not None
     control = load_run(settings.control) if settings.control else run
     if control.network.family.stochastic:
-        raise InputError("equal-bit controls need a run of family none or sign: name it with --control")
+        raise InputError(f"equal-bit controls need a run of family {WITHOUT_LATENT}: name it with --control")
     runs = {run.folder: run} | {path: load_run(path) for path in settings.others} | {control.folder: control}
     result = ResultFile.of_run("compression", "compression.json", settings, list(runs.values()), CSV)
     if (done := result.found()) is not None:
@@ -145,7 +146,7 @@ def points(
     name, family = run.folder.name, run.settings.latent.family
     features = train.features, test.features
     yield Point(name, family, "features", 32 * features[0].shape[1], None, features)
-    if run.network.family.stochastic or family == "sign":
+    if run.network.family.own_code:
         whole = unpack_bits(train.codes, train.bits), unpack_bits(test.codes, test.bits)
         for bits in sorted({b for b in settings.bits if b < train.bits} | {train.bits}):
             cut = whole[0][:, :bits], whole[1][:, :bits]

@@ -7,7 +7,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lvssl.latents.bernoulli import Bernoulli
 from lvssl.models.inference import device_of, encode, on_device
 from lvssl.models.network import LVNet
 from lvssl.training.labels import readable
@@ -52,8 +51,8 @@ def embed(
         parts["codes"].append(part.codes())
         parts["uncertainty"].append(posterior.uncertainty().cpu().numpy())
         parts["kl"].append(posterior.kl().cpu().numpy())
-        if isinstance(posterior, Bernoulli):
-            parts["means"].append(posterior.logits.sigmoid().cpu().numpy())
+        if (means := posterior.bit_means()) is not None:
+            parts["means"].append(means.cpu().numpy())
     joined = {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
     return Embedding(
         joined["features"],

@@ -19,6 +19,7 @@ from lvssl.evaluation.embedding import Embedding, calibrate_batch_statistics, em
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.uncertainty import r_auroc, risk_coverage_area
+from lvssl.latents import WITHOUT_LATENT
 from lvssl.models.backbone import feature_dim
 from lvssl.models.inference import device_of
 from lvssl.models.network import LVNet
@@ -49,7 +50,7 @@ class EvaluateSettings:
     test: Path | None = None
     """The test images, made by `convert-beton`; left out: test.beton (or val) beside train.beton."""
     control: Path | None = None
-    """The run of family `none` to compare with; left out: the run `control` beside this one."""
+    """The run of family `none` or `sign` to compare with; left out: the run `control` beside this one."""
     train: Path | None = None
     """Labelled training images of the probes and neighbours; left out: those of the pretraining."""
     on_error: str | None = None
@@ -75,7 +76,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     control = load_run(settings.control) if settings.control else None
     if control and control.network.family.stochastic:
         raise InputError(
-            f"{control.folder}: a control has family none or sign, not {control.settings.latent.family}"
+            f"{control.folder}: a control has family {WITHOUT_LATENT}, not {control.settings.latent.family}"
         )
     runs = [run, control] if control else [run]
     result = ResultFile.of_run("evaluate", "evaluation.json", settings, runs, GALLERY)

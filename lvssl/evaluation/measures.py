@@ -23,7 +23,6 @@ from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
-from lvssl.latents import family
 from lvssl.models.inference import device_of
 from lvssl.models.network import latent_dim
 from lvssl.training.labels import sound_part
@@ -72,7 +71,7 @@ Ways = dict[str, float]  # way -> value
 def code_bits(settings: PretrainSettings) -> int:
     """The bits of the code that such a run gives."""
     latent = settings.latent
-    return family(latent.family, **latent.options).code_bits(latent_dim(settings.model, latent))
+    return latent.law.code_bits(latent_dim(settings.model, latent))
 
 
 def measured(
@@ -96,7 +95,7 @@ def measured(
     if not run.network.family.stochastic:
         controls = {str(length): equal_bit(seen, length) for length in lengths}
         of_code = controls.get(str(bits)) or equal_bit(seen, bits)
-    if run.settings.latent.family != "none":
+    if run.network.family.own_code:
         own = of_one_code(seen, lambda features, code: code, bits)
         of_code = {name: of_code.get(name, {}) | {"code": own[name]} for name in OF_CODE}
     analysed, _ = uncertainty(run, sets, settings)

@@ -1,9 +1,10 @@
 """Posteriors over the latent code: one file a family, chosen by name.
 
-A posterior holds the parameters of one factorised distribution per image, in fp32 whatever the autocast.
-A new family is one file and one line in FAMILIES.
+A family is what is known before there is an image, its options included; of the numbers that a network gives
+for B images it makes their posterior. A new family is one file and one line in FAMILIES.
 """
 
+import dataclasses
 from typing import Any
 
 from lvssl.latents.bernoulli import Bernoulli
@@ -14,12 +15,14 @@ from lvssl.latents.deterministic import Deterministic
 from lvssl.latents.gaussian import Gaussian
 from lvssl.latents.laplace import Laplace
 from lvssl.latents.mixture import Mixture
-from lvssl.latents.posterior import Posterior
+from lvssl.latents.posterior import Family, Posterior
 from lvssl.latents.power_spherical import PowerSpherical
 from lvssl.latents.sign import Sign
 from lvssl.latents.vmf import VonMisesFisher
 
-FAMILIES: dict[str, type[Posterior]] = {
+__all__ = ["FAMILIES", "WITHOUT_LATENT", "Family", "Posterior", "described", "family", "has_code"]
+
+FAMILIES: dict[str, type[Family]] = {
     "none": Deterministic,
     "sign": Sign,
     "gaussian": Gaussian,
@@ -33,12 +36,16 @@ FAMILIES: dict[str, type[Posterior]] = {
 }
 
 
-def family(name: str, **options: Any) -> type[Posterior]:
+# The families whose runs are the controls of those with a latent, as messages name them.
+WITHOUT_LATENT = " or ".join(name for name, kind in FAMILIES.items() if not kind.stochastic)
+
+
+def family(name: str, **options: Any) -> Family:
     """The family of that name, or two side by side: `gaussian+bernoulli`.
 
     Args:
-        options: class attributes of the family, such as `categories`, `components`, `depth` (bits a dimension
-            of the code), `relaxed`; those that a family doesn't have are left out.
+        options: fields of the family, such as `categories`, `components`, `depth` (bits a dimension of the
+            code), `relaxed`; those that a family doesn't have are left out.
 
     Raises:
         ValueError: an unknown name; it lists the known ones.
@@ -47,13 +54,22 @@ def family(name: str, **options: Any) -> type[Posterior]:
         parts = tuple(family(part, **options) for part in name.split("+"))
         if len(parts) != 2 or not all(part.stochastic for part in parts):
             raise ValueError(f"{name!r}: two families with a latent can stand side by side")
-        return configured(Concat, parts=parts)
+        return Concat(parts)
     if name not in FAMILIES:
         raise ValueError(f"unknown family {name!r}; known: {', '.join(FAMILIES)}, or two of them joined by +")
-    return configured(FAMILIES[name], **options)
+    kind = FAMILIES[name]
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{option: value for option, value in options.items() if option in known})
 
 
-def configured(kind: type[Posterior], **options: Any) -> type[Posterior]:
-    """A subclass with these class attributes."""
-    chosen = {name: value for name, value in options.items() if hasattr(kind, name)}
-    return type(kind.__name__, (kind,), chosen)
+def described(name: str) -> str:
+    """What a model of that family has, as `Family.about`; the name itself where another version wrote it."""
+    try:
+        return family(name).about
+    except ValueError:
+        return f"a {name} latent"
+
+
+def has_code(name: str) -> bool:
+    """Whether a model of that family has a code of its own, as `Family.own_code`; an unknown one has."""
+    return name not in FAMILIES or FAMILIES[name].own_code

@@ -1,37 +1,52 @@
 """Family `bernoulli`: independent bits z ~ Bern(p), p = sigmoid(logit), prior Bern(1/2)."""
 
 import math
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 
-from lvssl.latents.posterior import BatchMean, Posterior, constant, rows_mean, uniform
+from lvssl.latents.noise import Noise, uniform
+from lvssl.latents.posterior import BatchMean, Family, Posterior, constant, rows_mean
 
 
-class Bernoulli(Posterior):
+@dataclass(frozen=True)
+class Bernoulli(Family):
     """`parameters` is the logits, [B, D].
 
     Not relaxed: hard bits with the straight-through gradient, that of p. Relaxed: the binary concrete law
     (Maddison et al. 2017, Jang et al. 2017), of which the hard bit is the sign. `kl` is the discrete law's in
-    both cases; that of the relaxed law, which is larger, is `relaxed_kl`.
+    both cases; that of the relaxed law is larger.
     """
 
-    relaxed: ClassVar[bool] = False
+    relaxed: bool = False
 
-    def __init__(self, parameters: Tensor) -> None:
-        super().__init__(parameters)
-        self.logits = self.parameters
+    about = "a Bernoulli latent"
+    signs = True
+    discrete = True
+    default_beta = 0.0
 
-    @classmethod
-    def start(cls, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
+    @property
+    def fused(self) -> bool:
+        return not self.relaxed
+
+    def start(self, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
         return constant(dim, sharpness), constant(0, 0.0)
 
-    def sample(self, count: int = 1, generator: Generator | None = None, temperature: float = 0.5) -> Tensor:
+    def posterior(self, parameters: Tensor) -> "BernoulliPosterior":
+        return BernoulliPosterior(parameters, self.relaxed)
+
+
+class BernoulliPosterior(Posterior):
+    def __init__(self, parameters: Tensor, relaxed: bool) -> None:
+        super().__init__(parameters)
+        self.logits, self.relaxed = self.parameters, relaxed
+
+    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
         """2z - 1: in {-1, +1}, with z = b + p - stop_grad(p); relaxed, in (-1, 1)."""
         p, logits = self.logits.sigmoid(), self.logits
-        drawn = uniform((count, *p.shape), p, generator)
+        drawn = uniform((count, *p.shape), p, noise)
         if self.relaxed:
             logistic = drawn.clamp(min=2**-25, max=1 - 2**-24).logit()
             return (0.5 / temperature * (logits + logistic)).tanh()
@@ -57,26 +72,15 @@ class Bernoulli(Posterior):
     def entropy(self) -> Tensor:
         return self.unit_entropy().sum(dim=1)
 
-    def relaxed_kl(self) -> Tensor:
-        """KL of the binary concrete laws in nats, [B]: sum_d l * coth(l / 2) - 2, whatever the temperature.
-
-        A concrete sample is a one-to-one function of l + logistic noise, so this is the KL between two
-        logistic laws l apart. Thresholding loses information: it is above `kl`.
-        """
-        size = self.logits.abs()
-        series = size.square() / 6  # what is left near 0, where the quotient cancels
-        whole = size / (0.5 * size.clamp(min=1e-2)).tanh() - 2
-        return torch.where(size < 1e-2, series, whole).sum(dim=1)
-
     def saturated(self) -> Tensor:
         """Logits beyond +-7, where the gradient of p is below a thousandth."""
         return (self.logits.abs() > 7).float().mean()
 
-    def symbols(self) -> Tensor:
-        return self.code().long()
-
     def code(self) -> Tensor:
         return self.logits > 0
+
+    def bit_means(self) -> Tensor:
+        return self.logits.sigmoid()
 
     def straight_through_bits(self, batch_mean: BatchMean = rows_mean) -> Tensor:
         """The hard bits as +-1 with the gradient of 2p - 1: [B, D]."""

@@ -1,7 +1,8 @@
 """Family `beta`: z ~ Beta(a, b) in every dimension, prior Beta(1.1, 1.1)."""
 
 import math
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -9,47 +10,45 @@ from torch.autograd.function import once_differentiable
 from torch.distributions import Beta as TorchBeta
 from torch.distributions import kl_divergence
 
-from lvssl.latents.bits import gray_digits, quantise
-from lvssl.latents.posterior import Posterior, constant
+from lvssl.latents.noise import Keyed, Noise
+from lvssl.latents.posterior import constant
+from lvssl.latents.quantised import Quantised, QuantisedPosterior
 
 PRIOR = 1.1
 FLOOR = 1e-2  # torch's Beta samples wrongly below
 LOG_TOTAL_BOUND = 10.0
 
 
-class Beta(Posterior):
+@dataclass(frozen=True)
+class Beta(Quantised):
     """`parameters` is [B, 2D]: the mean's logit, then ln(a + b), which is bounded to [-10, 10].
 
     a and b are floored at 0.01. KL and entropy are torch's closed forms in fp64: in fp32 their log-gammas
-    cancel to 0.01 nats a dimension. The code is the mean, uniformly quantised to `depth` bits.
+    cancel to 0.01 nats a dimension. The code is the mean, quantised.
     """
 
-    depth: ClassVar[int] = 1
+    about = "a beta latent"
 
-    def __init__(self, parameters: Tensor) -> None:
-        super().__init__(parameters)
+    def start(self, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
+        """Means of spread 0.6 in (-1, 1); at 0 a deviation of 1 / sqrt(1 + sharpness^2)."""
+        return constant(dim, 2.0), constant(dim, 2 * math.log(sharpness))
+
+    def posterior(self, parameters: Tensor) -> "BetaPosterior":
+        return BetaPosterior(parameters, self.depth)
+
+
+class BetaPosterior(QuantisedPosterior):
+    def __init__(self, parameters: Tensor, depth: int) -> None:
+        super().__init__(parameters, depth)
         self.logits, log_total = self.parameters.chunk(2, dim=1)
         total = log_total.clamp(-LOG_TOTAL_BOUND, LOG_TOTAL_BOUND).exp()
         self.a = (total * self.logits.sigmoid()).clamp(min=FLOOR)
         self.b = (total * (-self.logits).sigmoid()).clamp(min=FLOOR)
 
-    @classmethod
-    def spread_count(cls, dim: int) -> int:
-        return dim
-
-    @classmethod
-    def code_bits(cls, dim: int) -> int:
-        return cls.depth * dim
-
-    @classmethod
-    def start(cls, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
-        """Means of spread 0.6 in (-1, 1); at 0 a deviation of 1 / sqrt(1 + sharpness^2)."""
-        return constant(dim, 2.0), constant(dim, 2 * math.log(sharpness))
-
-    def sample(self, count: int = 1, generator: Generator | None = None, temperature: float = 0.5) -> Tensor:
+    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
         """2z - 1, in [-1, 1]; the gradient is that of torch's rsample."""
         both = torch.stack([self.a, self.b], dim=2).expand(count, *self.a.shape, 2)
-        drawn = draw_dirichlet(both, generator)
+        drawn = draw_dirichlet(both, noise)
         return drawn[..., 0] - drawn[..., 1]
 
     def mean(self) -> Tensor:
@@ -78,19 +77,18 @@ class Beta(Posterior):
         """Dimensions with a concentration at the floor."""
         return ((self.a <= FLOOR) | (self.b <= FLOOR)).float().mean()
 
-    def symbols(self) -> Tensor:
-        return quantise(self.mean(), -1.0, 1.0, self.depth)
-
-    def code(self) -> Tensor:
-        return gray_digits(self.symbols(), self.depth)
+    def bound(self) -> float:
+        return 1.0
 
 
-def draw_dirichlet(concentration: Tensor, generator: Generator | None) -> Tensor:
+def draw_dirichlet(concentration: Tensor, noise: Noise) -> Tensor:
     """Dirichlet samples over the last dimension, with implicit gradients (Figurnov et al. 2018).
 
     `torch.distributions` has the same, but draws from the global generator alone.
     """
-    return _Dirichlet.apply(concentration, generator)
+    if isinstance(noise, Keyed):
+        raise TypeError("a Dirichlet law is drawn from a generator, not from keyed noise")
+    return _Dirichlet.apply(concentration, noise)
 
 
 class _Dirichlet(torch.autograd.Function):

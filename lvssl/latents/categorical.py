@@ -1,18 +1,20 @@
 """Family `categorical`: groups of K exclusive categories, prior uniform (Jang et al. 2017)."""
 
 import math
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from lvssl.latents.bits import binary_digits
-from lvssl.latents.posterior import Posterior, constant, uniform
+from lvssl.latents.noise import Noise, uniform
+from lvssl.latents.posterior import Family, Posterior, constant
 
 UNIFORM_SHARE = 0.01  # of every category's chance: no category is ever out of reach (Hafner et al. 2023)
 
 
-class Categorical(Posterior):
+@dataclass(frozen=True)
+class Categorical(Family):
     """`parameters` is the logits, [B, D]: D / K groups of K = `categories`.
 
     The law is 0.99 softmax(logits) + 0.01 / K, in sample, KL and entropy alike. Not relaxed: one-hot samples
@@ -20,38 +22,49 @@ class Categorical(Posterior):
     one-hot sample is the argmax; `kl` stays the discrete law's, a lower bound on the relaxed law's.
     """
 
-    relaxed: ClassVar[bool] = False
-    categories: ClassVar[int] = 16
+    relaxed: bool = False
+    categories: int = 16
 
-    def __init__(self, parameters: Tensor) -> None:
-        super().__init__(parameters)
-        self.logits = self.parameters.unflatten(1, (-1, self.categories))  # [B, groups, K]
+    about = "a categorical latent"
+    discrete = True
+    default_beta = 0.0
 
-    @classmethod
-    def complaint(cls, dim: int) -> str:
-        return f"a multiple of the {cls.categories} categories" if dim % cls.categories else ""
+    @property
+    def fused(self) -> bool:
+        return not self.relaxed
 
-    @classmethod
-    def code_bits(cls, dim: int) -> int:
-        return dim // cls.categories * math.ceil(math.log2(cls.categories))
+    def complaint(self, dim: int) -> str:
+        return f"a multiple of the {self.categories} categories" if dim % self.categories else ""
 
-    @classmethod
-    def start(cls, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
+    def code_bits(self, dim: int) -> int:
+        return dim // self.categories * math.ceil(math.log2(self.categories))
+
+    def start(self, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
         return constant(dim, sharpness), constant(0, 0.0)
+
+    def posterior(self, parameters: Tensor) -> "CategoricalPosterior":
+        return CategoricalPosterior(parameters, self.categories, self.relaxed)
+
+
+class CategoricalPosterior(Posterior):
+    def __init__(self, parameters: Tensor, categories: int, relaxed: bool) -> None:
+        super().__init__(parameters)
+        self.categories, self.relaxed = categories, relaxed
+        self.logits = self.parameters.unflatten(1, (-1, categories))  # [B, groups, K]
 
     def probabilities(self) -> Tensor:
         """[B, groups, K]"""
         return (1 - UNIFORM_SHARE) * self.logits.softmax(dim=2) + UNIFORM_SHARE / self.categories
 
-    def sample(self, count: int = 1, generator: Generator | None = None, temperature: float = 0.5) -> Tensor:
+    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
         """One-hot vectors side by side, [count, B, groups * K]; relaxed, points of their simplices."""
         p = self.probabilities()
         if self.relaxed:
-            drawn = uniform((count, *p.shape), p, generator).clamp(min=2**-25, max=1 - 2**-24)
+            drawn = uniform((count, *p.shape), p, noise).clamp(min=2**-25, max=1 - 2**-24)
             gumbel = -(-drawn.log()).log()
             return ((p.log() + gumbel) / temperature).softmax(dim=3).flatten(2)
         # One uniform a group, held against the sums of the chances, costs less than a Gumbel a category.
-        drawn = uniform((count, *p.shape[:2], 1), p, generator)
+        drawn = uniform((count, *p.shape[:2], 1), p, noise)
         chosen = (drawn >= p.detach().cumsum(dim=2)).sum(dim=3).clamp(max=self.categories - 1)
         hard = torch.zeros_like(p).expand(count, *p.shape).scatter(3, chosen[..., None], 1.0)
         return (hard + (p - p.detach())).flatten(2)
@@ -73,6 +86,7 @@ class Categorical(Posterior):
         return (self.logits.softmax(dim=2).amax(dim=2) > 0.999).float().mean()
 
     def symbols(self) -> Tensor:
+        """Each group's likeliest category, int64 [B, groups]."""
         return self.logits.argmax(dim=2)
 
     def code(self) -> Tensor:

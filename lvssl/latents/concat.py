@@ -1,62 +1,85 @@
 """Two families side by side, as in `gaussian+bernoulli`: each has half of the dimensions."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import TypeVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from lvssl.latents.posterior import BatchMean, Posterior, rows_mean
+from lvssl.latents.noise import Noise
+from lvssl.latents.posterior import BatchMean, Family, Posterior, rows_mean
+
+Said = TypeVar("Said")
 
 
-class Concat(Posterior):
+@dataclass(frozen=True)
+class Concat(Family):
     """`parameters` is the locations of both, then the spreads of both. KL, entropy and bits are sums."""
 
-    parts: ClassVar[tuple[type[Posterior], ...]] = ()
+    parts: tuple[Family, ...]
 
-    def __init__(self, parameters: Tensor) -> None:
-        super().__init__(parameters)
-        dims = halves(dim_of(type(self), self.parameters.shape[1]))
-        counts = [part.location_count(d) for part, d in zip(self.parts, dims)]
-        counts += [part.spread_count(d) for part, d in zip(self.parts, dims)]
-        pieces = self.parameters.split(counts, dim=1)
-        both = zip(pieces[: len(dims)], pieces[len(dims) :])
-        self.posteriors = [part(torch.cat(piece, dim=1)) for part, piece in zip(self.parts, both)]
+    @property
+    def about(self) -> str:
+        return " and ".join(part.about for part in self.parts)
 
-    @classmethod
-    def each(cls, method: str, dim: int, *arguments: Any) -> list[Any]:
-        """What each part's class method says of its share of the dimensions."""
-        return [getattr(part, method)(d, *arguments) for part, d in zip(cls.parts, halves(dim))]
+    @property
+    def discrete(self) -> bool:
+        return any(part.discrete for part in self.parts)
 
-    @classmethod
-    def location_count(cls, dim: int) -> int:
-        return sum(cls.each("location_count", dim))
+    @property
+    def default_beta(self) -> float:
+        return max(part.default_beta for part in self.parts)
 
-    @classmethod
-    def spread_count(cls, dim: int) -> int:
-        return sum(cls.each("spread_count", dim))
+    @property
+    def exact_kl(self) -> bool:
+        return all(part.exact_kl for part in self.parts)
 
-    @classmethod
-    def code_bits(cls, dim: int) -> int:
-        return sum(cls.each("code_bits", dim))
+    def each(self, ask: Callable[[Family, int], Said], dim: int) -> list[Said]:
+        """What each part says of its share of the dimensions."""
+        return [ask(part, d) for part, d in zip(self.parts, halves(dim))]
 
-    @classmethod
-    def complaint(cls, dim: int) -> str:
-        return "; ".join(f"half of it {said}" for said in cls.each("complaint", dim) if said)
+    def location_count(self, dim: int) -> int:
+        return sum(self.each(lambda part, d: part.location_count(d), dim))
 
-    @classmethod
-    def start(cls, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
-        scales, offsets = zip(*cls.each("start", dim, sharpness))
+    def spread_count(self, dim: int) -> int:
+        return sum(self.each(lambda part, d: part.spread_count(d), dim))
+
+    def code_bits(self, dim: int) -> int:
+        return sum(self.each(lambda part, d: part.code_bits(d), dim))
+
+    def complaint(self, dim: int) -> str:
+        said = self.each(lambda part, d: part.complaint(d), dim)
+        return "; ".join(f"half of it {complaint}" for complaint in said if complaint)
+
+    def start(self, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
+        scales, offsets = zip(*self.each(lambda part, d: part.start(d, sharpness), dim))
         return torch.cat(scales), torch.cat(offsets)
 
-    def sample(self, count: int = 1, generator: Generator | None = None, temperature: float = 0.5) -> Tensor:
-        return torch.cat([p.sample(count, generator, temperature) for p in self.posteriors], dim=2)
+    def posterior(self, parameters: Tensor) -> "ConcatPosterior":
+        dim = dim_of(self, parameters.shape[1])
+        counts = self.each(lambda part, d: part.location_count(d), dim)
+        counts += self.each(lambda part, d: part.spread_count(d), dim)
+        pieces = parameters.split(counts, dim=1)
+        both = zip(pieces[: len(self.parts)], pieces[len(self.parts) :])
+        posteriors = [part.posterior(torch.cat(piece, dim=1)) for part, piece in zip(self.parts, both)]
+        return ConcatPosterior(parameters, posteriors)
+
+
+class ConcatPosterior(Posterior):
+    def __init__(self, parameters: Tensor, posteriors: list[Posterior]) -> None:
+        super().__init__(parameters)
+        self.posteriors = posteriors
+
+    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
+        return torch.cat([p.sample(count, noise, temperature) for p in self.posteriors], dim=2)
 
     def mean(self) -> Tensor:
-        return self.joined("mean")
+        return torch.cat([p.mean() for p in self.posteriors], dim=1)
 
     def unit_kl(self) -> Tensor:
-        return self.joined("unit_kl")
+        return torch.cat([p.unit_kl() for p in self.posteriors], dim=1)
 
     def entropy(self) -> Tensor:
         return torch.stack([p.entropy() for p in self.posteriors]).sum(dim=0)
@@ -65,19 +88,13 @@ class Concat(Posterior):
         """The worse of the two."""
         return torch.stack([p.saturated() for p in self.posteriors]).max()
 
-    def symbols(self) -> Tensor:
-        return self.joined("symbols")
-
     def code(self) -> Tensor:
-        return self.joined("code")
+        return torch.cat([p.code() for p in self.posteriors], dim=1)
 
     def straight_through_bits(self, batch_mean: BatchMean = rows_mean) -> Tensor | None:
         """Those of the parts that have any."""
         bits = [b for p in self.posteriors if (b := p.straight_through_bits(batch_mean)) is not None]
         return torch.cat(bits, dim=1) if bits else None
-
-    def joined(self, method: str) -> Tensor:
-        return torch.cat([getattr(p, method)() for p in self.posteriors], dim=1)
 
 
 def halves(dim: int) -> tuple[int, int]:
@@ -85,6 +102,6 @@ def halves(dim: int) -> tuple[int, int]:
 
 
 @lru_cache
-def dim_of(family: type[Posterior], parameters: int) -> int:
+def dim_of(family: Family, parameters: int) -> int:
     """The dimensions that take so many parameters."""
     return next(d for d in range(parameters + 1) if family.parameter_count(d) == parameters)

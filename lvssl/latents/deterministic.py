@@ -1,30 +1,41 @@
 """Family `none`: no latent. Plain SimCLR, the control that every latent-variable result is paired with."""
 
+from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Generator, Tensor
+from torch import Tensor
 
-from lvssl.latents.posterior import Posterior, constant
+from lvssl.latents.noise import Noise
+from lvssl.latents.posterior import Family, Posterior, constant
 
 
-class Deterministic(Posterior):
+@dataclass(frozen=True)
+class Deterministic(Family):
     """A point mass at h; `parameters` is [B, 2D]: h, then its sign bits' thresholds (h's running mean)."""
 
-    stochastic: ClassVar[bool] = False
+    about = "no latent (plain SimCLR)"
+    stochastic = False
+    own_code = False
+    # There are no bits to decorrelate, and there is no second path.
+    unread: ClassVar[tuple[str, ...]] = ("decorrelation", "clean")
+    default_beta = 0.0
 
+    def spread_count(self, dim: int) -> int:
+        return dim
+
+    def start(self, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
+        return constant(dim, 1.0), constant(dim, 0.0)
+
+    def posterior(self, parameters: Tensor) -> "DeterministicPosterior":
+        return DeterministicPosterior(parameters)
+
+
+class DeterministicPosterior(Posterior):
     def __init__(self, parameters: Tensor) -> None:
         super().__init__(parameters)
         self.features, self.thresholds = self.parameters.chunk(2, dim=1)
 
-    @classmethod
-    def spread_count(cls, dim: int) -> int:
-        return dim
-
-    @classmethod
-    def start(cls, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
-        return constant(dim, 1.0), constant(dim, 0.0)
-
-    def sample(self, count: int = 1, generator: Generator | None = None, temperature: float = 0.5) -> Tensor:
+    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
         return self.features[None]  # samples would all be equal, so one is enough: [1, B, D]
 
     def mean(self) -> Tensor:
@@ -35,9 +46,6 @@ class Deterministic(Posterior):
 
     def entropy(self) -> Tensor:
         return self.features.new_zeros(len(self.features))
-
-    def symbols(self) -> Tensor:
-        return self.code().long()
 
     def code(self) -> Tensor:
         return self.features > self.thresholds

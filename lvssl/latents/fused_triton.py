@@ -14,7 +14,7 @@ from torch import Tensor
 from lvssl.latents.bernoulli import Bernoulli
 from lvssl.latents.categorical import UNIFORM_SHARE, Categorical
 from lvssl.latents.gaussian import LOG_VARIANCE_BOUND, Gaussian
-from lvssl.latents.posterior import Posterior
+from lvssl.latents.posterior import Family
 
 LN2 = tl.constexpr(math.log(2))
 TAU = tl.constexpr(2 * math.pi)
@@ -26,7 +26,7 @@ BLOCK = 1024  # dimensions that a program takes at a time
 
 @triton.jit
 def _uniforms(key, row, d, call):
-    """Four uniforms of each dimension: `fused.uniforms`."""
+    """Four uniforms of each dimension: `noise.uniforms`."""
     zero = (d * 0).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(key, zero + row.to(tl.uint32), d.to(tl.uint32), zero + call, zero, n_rounds=10)
     unit: tl.constexpr = 1.0 / 16777216.0
@@ -230,33 +230,31 @@ def categorical_backward_kernel(
         tl.store(out + place, slope, mask=(g < G)[:, None])
 
 
-def forward(
-    family: type[Posterior], parameters: Tensor, key: Tensor, rows: Tensor, count: int
-) -> tuple[Tensor, ...]:
+def forward(family: Family, parameters: Tensor, key: Tensor, rows: Tensor, count: int) -> tuple[Tensor, ...]:
     """`fused.Draw`'s tensors."""
     n = len(parameters)
-    width = parameters.shape[1] // (2 if issubclass(family, Gaussian) else 1)
+    width = parameters.shape[1] // family.parameter_count(1)
     sample = parameters.new_empty(n, width)
     kl, entropy = parameters.new_empty(n), parameters.new_empty(n)
-    bits = (width + 7) // 8 if issubclass(family, Bernoulli) else 0
+    bits = (width + 7) // 8 if family.signs else 0
     packed = torch.empty(n, bits, dtype=torch.uint8, device=parameters.device)
     if not n:
         return sample, kl, entropy, packed
     given, found = (parameters, key, rows), (sample, kl, entropy)
     with torch.cuda.device_of(parameters):  # Triton launches on the current device, which may be another
-        if issubclass(family, Bernoulli):
+        if isinstance(family, Bernoulli):
             bernoulli_kernel[(n,)](*given, *found, packed, width, bits, COUNT=count, **options(family, width))
-        elif issubclass(family, Gaussian):
+        elif isinstance(family, Gaussian):
             gaussian_kernel[(n,)](*given, *found, width, COUNT=count, **options(family, width))
         else:
-            assert issubclass(family, Categorical)
+            assert isinstance(family, Categorical)
             groups = width // family.categories
             categorical_kernel[(n,)](*given, *found, groups, COUNT=count, **options(family, width))
     return sample, kl, entropy, packed
 
 
 def backward(
-    family: type[Posterior], parameters: Tensor, key: Tensor, rows: Tensor, count: int, *slopes: Tensor
+    family: Family, parameters: Tensor, key: Tensor, rows: Tensor, count: int, *slopes: Tensor
 ) -> Tensor:
     """The parameters' gradient from those of sample [N, D], KL [N] and entropy [N]."""
     out = torch.empty_like(parameters)
@@ -264,22 +262,22 @@ def backward(
     if not n:
         return out
     with torch.cuda.device_of(parameters):
-        if issubclass(family, Bernoulli):
+        if isinstance(family, Bernoulli):
             bernoulli_backward_kernel[(n,)](parameters, *slopes, out, width, **options(family, width))
-        elif issubclass(family, Gaussian):
+        elif isinstance(family, Gaussian):
             gaussian_backward_kernel[(n,)](
                 parameters, key, rows, *slopes, out, width, COUNT=count, **options(family, width)
             )
         else:
-            assert issubclass(family, Categorical)
+            assert isinstance(family, Categorical)
             groups = width // family.categories
             categorical_backward_kernel[(n,)](parameters, *slopes, out, groups, **options(family, width))
     return out
 
 
-def options(family: type[Posterior], width: int) -> dict[str, Any]:
+def options(family: Family, width: int) -> dict[str, Any]:
     """Block, warps, and the categories where there are any; no configuration spills (tests/latents)."""
-    if issubclass(family, Categorical):
+    if isinstance(family, Categorical):
         k = family.categories
         block = max(1, min(triton.next_power_of_2(width // k), BLOCK // 2 // k))
         return {"K": k, "BLOCK": block, "num_warps": 8}

@@ -1,50 +1,41 @@
 """Family `gaussian`: z ~ N(mu, s^2), prior N(0, 1) in every dimension (Kingma & Welling 2014)."""
 
 import math
-from typing import ClassVar
+from dataclasses import dataclass
 
-from torch import Generator, Tensor
+from torch import Tensor
 
-from lvssl.latents.bits import gray_digits, quantise
-from lvssl.latents.posterior import Posterior, constant, normal
+from lvssl.latents.noise import Noise, normal
+from lvssl.latents.posterior import constant
+from lvssl.latents.quantised import Quantised, QuantisedPosterior
 
 LOG_VARIANCE_BOUND = 10.0
 
 
-def loading(depth: int) -> float:
-    """Range of the quantiser of N(0, 1): +- this. Within 25 % of the best uniform steps (Max 1960)."""
-    return 1 + 0.5 * depth
+@dataclass(frozen=True)
+class Gaussian(Quantised):
+    """`parameters` is [B, 2D]: mu, then ln s^2, which is bounded to [-10, 10]. The code is mu, quantised."""
 
+    about = "a Gaussian latent"
+    fused = True
 
-class Gaussian(Posterior):
-    """`parameters` is [B, 2D]: mu, then ln s^2, which is bounded to [-10, 10].
-
-    The code is mu, uniformly quantised to `depth` bits (one: its sign), in Gray digits.
-    """
-
-    depth: ClassVar[int] = 1
-
-    def __init__(self, parameters: Tensor) -> None:
-        super().__init__(parameters)
-        self.mu, log_variance = self.parameters.chunk(2, dim=1)
-        self.log_variance = log_variance.clamp(-LOG_VARIANCE_BOUND, LOG_VARIANCE_BOUND)
-
-    @classmethod
-    def spread_count(cls, dim: int) -> int:
-        return dim
-
-    @classmethod
-    def code_bits(cls, dim: int) -> int:
-        return cls.depth * dim
-
-    @classmethod
-    def start(cls, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
+    def start(self, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
         """s = 1 / sharpness beside means of unit spread."""
         return constant(dim, 1.0), constant(dim, -2 * math.log(sharpness))
 
-    def sample(self, count: int = 1, generator: Generator | None = None, temperature: float = 0.5) -> Tensor:
-        noise = normal((count, *self.mu.shape), self.mu, generator)
-        return self.mu + (0.5 * self.log_variance).exp() * noise
+    def posterior(self, parameters: Tensor) -> "GaussianPosterior":
+        return GaussianPosterior(parameters, self.depth)
+
+
+class GaussianPosterior(QuantisedPosterior):
+    def __init__(self, parameters: Tensor, depth: int) -> None:
+        super().__init__(parameters, depth)
+        self.mu, log_variance = self.parameters.chunk(2, dim=1)
+        self.log_variance = log_variance.clamp(-LOG_VARIANCE_BOUND, LOG_VARIANCE_BOUND)
+
+    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
+        drawn = normal((count, *self.mu.shape), self.mu, noise)
+        return self.mu + (0.5 * self.log_variance).exp() * drawn
 
     def mean(self) -> Tensor:
         return self.mu
@@ -59,12 +50,6 @@ class Gaussian(Posterior):
     def saturated(self) -> Tensor:
         """Variances at their bounds."""
         return (self.log_variance.abs() >= LOG_VARIANCE_BOUND).float().mean()
-
-    def symbols(self) -> Tensor:
-        return quantise(self.mu, -loading(self.depth), loading(self.depth), self.depth)
-
-    def code(self) -> Tensor:
-        return gray_digits(self.symbols(), self.depth)
 
     def uncertainty(self) -> Tensor:
         """Sum of ln s^2, twice the entropy up to a constant."""

@@ -1,64 +1,71 @@
 """Family `mixture`: z ~ sum_k pi_k N(mu_k, s_k^2), one component for the whole code, prior N(0, 1)."""
 
 import math
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from lvssl.latents.bits import binary_digits, gray_digits, quantise
-from lvssl.latents.gaussian import LOG_VARIANCE_BOUND, loading
-from lvssl.latents.posterior import Posterior, constant, normal, uniform
+from lvssl.latents.gaussian import LOG_VARIANCE_BOUND
+from lvssl.latents.noise import Keyed, Noise, normal, uniform
+from lvssl.latents.posterior import Family, Posterior, constant
+from lvssl.latents.quantised import loading
 
 
-class Mixture(Posterior):
+@dataclass(frozen=True)
+class Mixture(Family):
     """`parameters` is [B, K * D + K + K * D]: mu_k, logits of pi, ln s_k^2 (bounded to [-10, 10]).
 
     `kl` is that of component and z together against a uniform component and N(0, 1): an upper bound on the
-    KL of z alone, by at most ln K nats; `monte_carlo_kl` estimates the latter. Likewise
-    `entropy` is that of component and z together. The code is the likeliest component and its mean,
-    uniformly quantised to `depth` bits.
+    KL of z alone, by at most ln K nats. Likewise `entropy` is that of component and z together. The code is
+    the likeliest component and its mean, uniformly quantised to `depth` bits.
     """
 
-    components: ClassVar[int] = 4
-    depth: ClassVar[int] = 1
-    exact_kl: ClassVar[bool] = False
+    components: int = 4
+    depth: int = 1
 
-    def __init__(self, parameters: Tensor) -> None:
-        super().__init__(parameters)
+    about = "a mixture-of-Gaussians latent"
+    exact_kl = False
+
+    def location_count(self, dim: int) -> int:
+        return self.components * (dim + 1)
+
+    def spread_count(self, dim: int) -> int:
+        return self.components * dim
+
+    def code_bits(self, dim: int) -> int:
+        return math.ceil(math.log2(self.components)) + self.depth * dim
+
+    def start(self, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
         k = self.components
+        scale = torch.cat([constant(k * dim, 1.0), constant(k, sharpness)])
+        return scale, constant(k * dim, -2 * math.log(sharpness))
+
+    def posterior(self, parameters: Tensor) -> "MixturePosterior":
+        return MixturePosterior(parameters, self.components, self.depth)
+
+
+class MixturePosterior(Posterior):
+    def __init__(self, parameters: Tensor, components: int, depth: int) -> None:
+        super().__init__(parameters)
+        self.components, self.depth, k = components, depth, components
         size = (self.parameters.shape[1] - k) // 2
         means, logits, log_variances = self.parameters.split([size, k, size], dim=1)
         self.mu, log_variances = means.unflatten(1, (k, -1)), log_variances.unflatten(1, (k, -1))
         self.log_variance = log_variances.clamp(-LOG_VARIANCE_BOUND, LOG_VARIANCE_BOUND)  # [B, K, D]
         self.log_shares = logits.log_softmax(dim=1)
 
-    @classmethod
-    def location_count(cls, dim: int) -> int:
-        return cls.components * (dim + 1)
-
-    @classmethod
-    def spread_count(cls, dim: int) -> int:
-        return cls.components * dim
-
-    @classmethod
-    def code_bits(cls, dim: int) -> int:
-        return math.ceil(math.log2(cls.components)) + cls.depth * dim
-
-    @classmethod
-    def start(cls, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
-        k = cls.components
-        scale = torch.cat([constant(k * dim, 1.0), constant(k, sharpness)])
-        return scale, constant(k * dim, -2 * math.log(sharpness))
-
-    def sample(self, count: int = 1, generator: Generator | None = None, temperature: float = 0.5) -> Tensor:
+    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
         """A component, straight-through (the gradient is that of its share), then its Gaussian."""
+        if isinstance(noise, Keyed):
+            raise TypeError("a component and its Gaussian are two draws, and keyed noise has one a sample")
         shares = self.log_shares.exp()
-        drawn = uniform((count, len(shares), 1), shares, generator)
+        drawn = uniform((count, len(shares), 1), shares, noise)
         chosen = (drawn >= shares.detach().cumsum(dim=1)).sum(dim=2).clamp(max=self.components - 1)
         hard = torch.nn.functional.one_hot(chosen, self.components).to(shares.dtype)
-        noise = normal((count, len(shares), 1, self.mu.shape[2]), shares, generator)
-        each = self.mu + (0.5 * self.log_variance).exp() * noise  # [count, B, K, D]
+        normals = normal((count, len(shares), 1, self.mu.shape[2]), shares, noise)
+        each = self.mu + (0.5 * self.log_variance).exp() * normals  # [count, B, K, D]
         return ((hard + (shares - shares.detach()))[..., None] * each).sum(dim=2)
 
     def mean(self) -> Tensor:
@@ -71,14 +78,6 @@ class Mixture(Posterior):
         per_dim = (shares[..., None] * gaussians).sum(dim=1)
         component = (shares * self.log_shares).sum(dim=1, keepdim=True) + math.log(self.components)
         return torch.cat([per_dim, component], dim=1)
-
-    def monte_carlo_kl(self, count: int, generator: Generator | None = None) -> Tensor:
-        """KL of z alone, [B], as the mean of `count` log-ratios; unbiased, not differentiable."""
-        with torch.no_grad():
-            z = self.sample(count, generator)[:, :, None]  # [count, B, 1, D]
-            squares = (z - self.mu).square() / self.log_variance.exp()
-            densities = self.log_shares - 0.5 * (squares + self.log_variance).sum(dim=3)
-            return (densities.logsumexp(dim=2) + 0.5 * z[:, :, 0].square().sum(dim=2)).mean(dim=0)
 
     def entropy(self) -> Tensor:
         shares = self.log_shares.exp()

@@ -1,13 +1,15 @@
-"""What every family has in common: a posterior over the latent code of each of B images."""
+"""What all families have in common: a family with its options, and its posterior over the latent code of
+each of B images."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from lvssl.latents.bits import pack
+from lvssl.latents.noise import Noise
 
 BatchMean = Callable[[Tensor], Tensor]
 
@@ -19,49 +21,15 @@ def rows_mean(x: Tensor) -> Tensor:
 class Posterior(ABC):
     """q(z | x) for B images, in fp32 whatever the autocast (fp64 for fp64 parameters).
 
-    `parameters` [B, parameter_count(D)] are `location_count(D)` locations, which the head normalises over the
-    batch, then `spread_count(D)` numbers of the spread, which it learns as they are.
-
-    Class attributes are the family's options; `lvssl.latents.family` sets them.
+    `parameters` [B, parameter_count(D)] are the family's `location_count(D)` locations, which the head
+    normalises over the batch, then `spread_count(D)` numbers of the spread, which it learns as they are.
     """
-
-    stochastic: ClassVar[bool] = True  # False: sample() is always the same and kl() is 0
-    exact_kl: ClassVar[bool] = True  # False: kl() is an upper bound; the family's file says of what
 
     def __init__(self, parameters: Tensor) -> None:
         self.parameters = parameters if parameters.dtype == torch.float64 else parameters.float()
 
-    @classmethod
-    def location_count(cls, dim: int) -> int:
-        return dim
-
-    @classmethod
-    def spread_count(cls, dim: int) -> int:
-        return 0
-
-    @classmethod
-    def parameter_count(cls, dim: int) -> int:
-        """Numbers that the head must give for `dim` latent dimensions."""
-        return cls.location_count(dim) + cls.spread_count(dim)
-
-    @classmethod
-    def code_bits(cls, dim: int) -> int:
-        """Nominal bits of a deployed code."""
-        return dim
-
-    @classmethod
-    def complaint(cls, dim: int) -> str:
-        """Why there can't be `dim` latent dimensions; empty if there can."""
-        return ""
-
-    @classmethod
     @abstractmethod
-    def start(cls, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
-        """Factors of the normalised locations and first values of the spread, that start the posterior
-        `sharpness` times as narrow as its prior."""
-
-    @abstractmethod
-    def sample(self, count: int = 1, generator: Generator | None = None, temperature: float = 0.5) -> Tensor:
+    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
         """`count` differentiable samples, as the projector takes them: [count, B, D].
 
         `temperature` is the relaxation's, where the family is relaxed.
@@ -92,16 +60,12 @@ class Posterior(ABC):
         return self.parameters.new_zeros(())
 
     @abstractmethod
-    def symbols(self) -> Tensor:
-        """The deployed code as integers, int64 [B, symbols]: the same for the same image at every call."""
-
-    @abstractmethod
     def code(self) -> Tensor:
-        """The same as bits, bool [B, code_bits(D)]."""
+        """The deployed code, bool [B, code_bits(D)]: the same for the same image at every call."""
 
-    def packed(self) -> Tensor:
-        """The same, eight bits a byte: uint8 [B, ceil(code_bits(D) / 8)], as `lvssl.codes.pack`."""
-        return pack(self.code())
+    def bit_means(self) -> Tensor | None:
+        """P(bit = 1), [B, bits], where the code is drawn bit by bit; None where it isn't."""
+        return None
 
     def straight_through_bits(self, batch_mean: BatchMean = rows_mean) -> Tensor | None:
         """The code's bits as +-1 with a gradient, [B, bits], for decorrelation; None where there are none.
@@ -111,14 +75,78 @@ class Posterior(ABC):
         return None
 
 
+@dataclass(frozen=True)
+class Family(ABC):
+    """A law of the latent with its options, which are the fields: all that is known of it before an image.
+
+    The rest of the project asks a family for what it needs to know, and never for its name.
+    """
+
+    # False: there is no latent; samples are all the same, and the KL is 0.
+    stochastic: ClassVar[bool] = True
+    # False: its bits are the signs of features that nothing made for a code, the weakest of controls.
+    own_code: ClassVar[bool] = True
+    # Whether the code's bits are the parameters' signs.
+    signs: ClassVar[bool] = False
+    # Whether it is a law on the sphere, as the objective `ceb` wants.
+    on_sphere: ClassVar[bool] = False
+    # The weight of the squared covariances of the code's bits, unless it is set.
+    default_decorrelation: ClassVar[float] = 0.1
+    # Settings of the latent that the result of such a run doesn't depend on.
+    unread: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    @abstractmethod
+    def about(self) -> str:
+        """What such a model has, as it stands behind "an encoder with": `a Gaussian latent`."""
+
+    @property
+    def discrete(self) -> bool:
+        """Whether there are logits: their sharpness can be annealed, and samples of them relaxed."""
+        return False
+
+    @property
+    def default_beta(self) -> float:
+        """The weight of the rate, unless it is set: above 0 where the noise would vanish without."""
+        return 1e-3
+
+    @property
+    def exact_kl(self) -> bool:
+        """Whether `kl` is that to the prior, and no upper bound on it; the family's file says of what."""
+        return True
+
+    @property
+    def fused(self) -> bool:
+        """Whether `lvssl.latents.fused` has a kernel of its samples."""
+        return False
+
+    @abstractmethod
+    def posterior(self, parameters: Tensor) -> Posterior:
+        """That of B images, of their parameters [B, parameter_count(D)]."""
+
+    def location_count(self, dim: int) -> int:
+        return dim
+
+    def spread_count(self, dim: int) -> int:
+        return 0
+
+    def parameter_count(self, dim: int) -> int:
+        """Numbers that the head must give for `dim` latent dimensions."""
+        return self.location_count(dim) + self.spread_count(dim)
+
+    def code_bits(self, dim: int) -> int:
+        """Nominal bits of a deployed code."""
+        return dim
+
+    def complaint(self, dim: int) -> str:
+        """Why there can't be `dim` latent dimensions; empty if there can."""
+        return ""
+
+    @abstractmethod
+    def start(self, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
+        """Factors of the normalised locations and first values of the spread, that start the posterior
+        `sharpness` times as narrow as its prior."""
+
+
 def constant(count: int, value: float) -> Tensor:
     return torch.full((count,), value)
-
-
-def uniform(shape: tuple[int, ...], like: Tensor, generator: Generator | None) -> Tensor:
-    """In [0, 1), of the type and on the device of `like`."""
-    return torch.rand(shape, generator=generator, device=like.device, dtype=like.dtype)
-
-
-def normal(shape: tuple[int, ...], like: Tensor, generator: Generator | None) -> Tensor:
-    return torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)

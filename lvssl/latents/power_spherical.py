@@ -1,21 +1,31 @@
 """Family `power_spherical`: (1 + mu . z)^kappa on the sphere (De Cao & Aziz 2020), prior uniform."""
 
 import math
+from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from lvssl.latents.beta import draw_dirichlet
-from lvssl.latents.sphere import Spherical
+from lvssl.latents.noise import Noise
+from lvssl.latents.sphere import Spherical, SphericalPosterior
 
 
+@dataclass(frozen=True)
 class PowerSpherical(Spherical):
     """(w + 1) / 2 ~ Beta((D - 1) / 2 + kappa, (D - 1) / 2): no rejection, entropy and KL in closed form."""
 
-    def cosines(self, count: int, generator: Generator | None) -> Tensor:
+    about = "a power spherical latent"
+
+    def posterior(self, parameters: Tensor) -> "PowerSphericalPosterior":
+        return PowerSphericalPosterior(parameters)
+
+
+class PowerSphericalPosterior(SphericalPosterior):
+    def cosines(self, count: int, noise: Noise) -> Tensor:
         half = (self.dim - 1) / 2
         both = torch.stack([self.kappa + half, torch.full_like(self.kappa, half)], dim=1)
-        drawn = draw_dirichlet(both.expand(count, *both.shape), generator)
+        drawn = draw_dirichlet(both.expand(count, *both.shape), noise)
         return drawn[..., 0] - drawn[..., 1]
 
     def mean_cosine(self) -> Tensor:

@@ -1,12 +1,15 @@
 """Family `sign`: no latent, but h's sign bits are decorrelated. The fair control of every binary code."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from lvssl.latents.deterministic import Deterministic
+from lvssl.latents.deterministic import Deterministic, DeterministicPosterior
 from lvssl.latents.posterior import BatchMean, rows_mean
 
 SHARPNESS = 4.0  # of the surrogate gradient, as Bernoulli's default
+DECORRELATION = 0.02  # the weight of h's sign bits' squared covariances, unless it is set
 
 
 def straight_through_signs(features: Tensor, batch_mean: BatchMean = rows_mean) -> Tensor:
@@ -20,8 +23,19 @@ def straight_through_signs(features: Tensor, batch_mean: BatchMean = rows_mean) 
     return torch.where(centred > 0, 1.0, -1.0) + (soft - soft.detach())
 
 
+@dataclass(frozen=True)
 class Sign(Deterministic):
     """As `none`, with bits that the decorrelation penalty can shape."""
 
+    about = "no latent, its sign bits decorrelated"
+    own_code = True
+    unread = ("clean",)
+    default_decorrelation = DECORRELATION
+
+    def posterior(self, parameters: Tensor) -> "SignPosterior":
+        return SignPosterior(parameters)
+
+
+class SignPosterior(DeterministicPosterior):
     def straight_through_bits(self, batch_mean: BatchMean = rows_mean) -> Tensor:
         return straight_through_signs(self.features, batch_mean)

@@ -1,22 +1,42 @@
 """What laws on the sphere S^(D-1) about a mean direction have in common: `vmf` and `power_spherical`."""
 
 import math
+from abc import abstractmethod
+from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from lvssl.latents.posterior import Posterior, constant, normal
+from lvssl.latents.noise import Noise, normal
+from lvssl.latents.posterior import Family, Posterior, constant
 
 LOG_CONCENTRATION = (-10.0, 12.0)  # bounds of ln kappa
 
 
-class Spherical(Posterior):
+@dataclass(frozen=True)
+class Spherical(Family):
     """`parameters` is [B, D + 1]: the mean direction at any length (a zero vector: the first axis), ln kappa.
 
     z = w mu + sqrt(1 - w^2) v, with v uniform among the unit vectors orthogonal to mu, and the law of the
     cosine w that of the family; samples are unit vectors. Prior: uniform on the sphere. Whatever depends on
     kappa alone is computed in fp64: one number an image. The code is the sign bits of mu.
     """
+
+    on_sphere = True
+
+    def spread_count(self, dim: int) -> int:
+        return 1
+
+    def complaint(self, dim: int) -> str:
+        return "at least 2 for a law on a sphere" if dim < 2 else ""
+
+    def start(self, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
+        """kappa = sharpness * D: the mean resultant length then hardly depends on D."""
+        return constant(dim, 1.0), constant(1, math.log(sharpness * dim))
+
+
+class SphericalPosterior(Posterior):
+    """Of any law of the cosine w."""
 
     def __init__(self, parameters: Tensor) -> None:
         super().__init__(parameters)
@@ -25,39 +45,26 @@ class Spherical(Posterior):
         self.direction = unit(location)
         self.kappa = log_kappa.double().clamp(*LOG_CONCENTRATION).exp()  # [B]
 
-    @classmethod
-    def spread_count(cls, dim: int) -> int:
-        return 1
-
-    @classmethod
-    def complaint(cls, dim: int) -> str:
-        return "at least 2 for a law on a sphere" if dim < 2 else ""
-
-    @classmethod
-    def start(cls, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
-        """kappa = sharpness * D: the mean resultant length then hardly depends on D."""
-        return constant(dim, 1.0), constant(1, math.log(sharpness * dim))
-
-    def cosines(self, count: int, generator: Generator | None) -> Tensor:
+    @abstractmethod
+    def cosines(self, count: int, noise: Noise) -> Tensor:
         """w, differentiable, fp64 [count, B]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mean_cosine(self) -> Tensor:
         """E[w], fp64 [B]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def exact_entropy(self) -> Tensor:
         """fp64 [B]"""
-        raise NotImplementedError
 
-    def sample(self, count: int = 1, generator: Generator | None = None, temperature: float = 0.5) -> Tensor:
-        w = self.cosines(count, generator)[..., None]
+    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
+        w = self.cosines(count, noise)[..., None]
         sine = (1 - w.square()).clamp(min=1e-24).sqrt()
         mu = self.direction
-        noise = normal((count, *mu.shape), mu, generator)
-        tangent = noise - (noise * mu).sum(dim=2, keepdim=True) * mu
+        drawn = normal((count, *mu.shape), mu, noise)
+        tangent = drawn - (drawn * mu).sum(dim=2, keepdim=True) * mu
         tangent = torch.nn.functional.normalize(tangent, dim=2)
-        if self.dim < 8:  # noise may lie along mu, and what is left of it be rounding
+        if self.dim < 8:  # it may lie along mu, and what is left of it be rounding
             tangent = tangent - (tangent * mu).sum(dim=2, keepdim=True) * mu
             tangent = torch.nn.functional.normalize(tangent, dim=2)
         return w.to(mu.dtype) * mu + sine.to(mu.dtype) * tangent
@@ -78,9 +85,6 @@ class Spherical(Posterior):
         low, high = LOG_CONCENTRATION
         log_kappa = self.parameters[:, -1]
         return ((log_kappa <= low) | (log_kappa >= high)).float().mean()
-
-    def symbols(self) -> Tensor:
-        return self.code().long()
 
     def code(self) -> Tensor:
         return self.parameters[:, :-1] > 0

@@ -1,17 +1,18 @@
 """Family `vmf`: von Mises-Fisher, density ~ exp(kappa mu . z) on the sphere, prior uniform."""
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lvssl.latents.beta import draw_dirichlet
-from lvssl.latents.posterior import uniform
-from lvssl.latents.sphere import Spherical, log_surface
+from lvssl.latents.noise import Noise, uniform
+from lvssl.latents.sphere import Spherical, SphericalPosterior, log_surface
 
 PROPOSALS = 24  # each is accepted with a chance of 0.66 or more: all are refused once in 10^11
 DEVIATIONS = 12.0  # beyond so many the angle's density is below fp64's resolution
@@ -19,6 +20,7 @@ NODES = 128
 TAIL_NODES = 48  # of a gradient, one for each drawn number: single precision will do
 
 
+@dataclass(frozen=True)
 class VonMisesFisher(Spherical):
     """The angle t = arccos(w) has the density ~ exp(kappa cos t) sin^(D-2) t.
 
@@ -28,8 +30,15 @@ class VonMisesFisher(Spherical):
     gradients by implicit reparameterisation (Figurnov et al. 2018), without Davidson's bias.
     """
 
-    def cosines(self, count: int, generator: Generator | None) -> Tensor:
-        return _Implicit.apply(self.kappa, wood(self.kappa.detach(), self.dim, count, generator), self.dim)
+    about = "a von Mises-Fisher latent"
+
+    def posterior(self, parameters: Tensor) -> "VonMisesFisherPosterior":
+        return VonMisesFisherPosterior(parameters)
+
+
+class VonMisesFisherPosterior(SphericalPosterior):
+    def cosines(self, count: int, noise: Noise) -> Tensor:
+        return _Implicit.apply(self.kappa, wood(self.kappa.detach(), self.dim, count, noise), self.dim)
 
     def mean_cosine(self) -> Tensor:
         return _Moments.apply(self.kappa, self.dim)[1]
@@ -46,18 +55,18 @@ def log_normaliser(kappa: float, dim: int) -> float:
     return _Moments.apply(torch.tensor([kappa], dtype=torch.float64), dim)[0].item()
 
 
-def wood(kappa: Tensor, dim: int, count: int, generator: Generator | None) -> Tensor:
+def wood(kappa: Tensor, dim: int, count: int, noise: Noise) -> Tensor:
     """Cosines w of `count` draws a concentration [B]: the first accepted proposal of each, [count, B]."""
     size = dim - 1
     b = size / (2 * kappa + (4 * kappa.square() + size**2).sqrt())
     x = (1 - b) / (1 + b)
     shape = (PROPOSALS, count, len(kappa))
     symmetric = kappa.new_full((*shape, 2), size / 2)
-    e = draw_dirichlet(symmetric, generator)[..., 0]
+    e = draw_dirichlet(symmetric, noise)[..., 0]
     w = (1 - (1 + b) * e) / (1 - (1 - b) * e)
     # 1 - x w and 1 - x^2 without subtracting what is nearly 1: b is small where kappa is large.
     log_ratio = kappa * (w - x) + size * (torch.log1p(-x * w) - torch.log1p(-x * x))
-    accepted = uniform(shape, kappa, generator).log() <= log_ratio
+    accepted = uniform(shape, kappa, noise).log() <= log_ratio
     first = accepted.to(torch.uint8).argmax(dim=0, keepdim=True)
     return w.gather(0, first)[0]
 

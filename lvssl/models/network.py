@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch import Generator, Tensor
 
 from lvssl.config import LatentSettings, ModelSettings
-from lvssl.latents import family, fused
+from lvssl.latents import Family, fused
 from lvssl.latents.posterior import Posterior
 from lvssl.models.backbone import build_backbone, feature_dim
 from pipelines.errors import InputError
@@ -28,13 +28,13 @@ class Outputs:
     parameters: Tensor  # of the N posteriors, [N, family.parameter_count(D)], fp32
     projections: Tensor  # u of the sampled path, [N, P]; [K, N, P] where each sample has a loss
     clean_projections: Tensor | None  # u of the clean path beside it, if there is one
-    family: type[Posterior]
+    family: Family
     match: Tensor | None = None  # [2], the numbers that the objective `hib` learns
     kl: Tensor | None = None  # of the posteriors in nats, [N], where drawing has given it already
 
     @cached_property
     def posterior(self) -> Posterior:
-        return self.family(self.parameters)
+        return self.family.posterior(self.parameters)
 
 
 class LVNet(nn.Module):
@@ -52,7 +52,7 @@ class LVNet(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone, features = build_backbone(model.backbone, resolution)
-        self.family = family(latent.family, **latent.options)
+        self.family = latent.law
         self.latent, self.samples = latent, latent.samples
         self.dim = latent_dim(model, latent)
         if complaint := self.family.complaint(self.dim):
@@ -81,7 +81,7 @@ class LVNet(nn.Module):
         """Features h [N, F] (the precision's type) and the posterior (fp32)."""
         features = self.features(images)
         with self.computing(images.device):
-            return features, self.family(self.posterior_parameters(features))
+            return features, self.family.posterior(self.posterior_parameters(features))
 
     def features(self, images: Tensor) -> Tensor:
         """h alone, [N, F], in the precision's type."""
@@ -158,11 +158,11 @@ class LVNet(nn.Module):
         start, end = self.latent.relaxation_start or self.latent.relaxation, self.latent.relaxation
         options = self.samples, generator, geometric(start, end, progress)
         if ranks == 1:
-            return self.family(parameters).sample(*options)
+            return self.family.posterior(parameters).sample(*options)
         views = parameters.unflatten(0, (2, -1))
         everyone = [views.detach()] * ranks  # what stands in the other ranks' rows must only be valid
         everyone[rank] = views
-        drawn = self.family(torch.cat(everyone, dim=1).flatten(0, 1)).sample(*options)
+        drawn = self.family.posterior(torch.cat(everyone, dim=1).flatten(0, 1)).sample(*options)
         return drawn.unflatten(1, (2, ranks, -1))[:, :, rank].flatten(1, 2)
 
     def draw_fused(
@@ -199,7 +199,7 @@ class Head(nn.Module):
 
     def __init__(
         self,
-        family: type[Posterior],
+        family: Family,
         features: int,
         dim: int,
         sharpness: float,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lvssl.config import PretrainSettings
+from lvssl.latents import described, has_code
 from lvssl.presets import command
 from lvssl.report.analysis import disentanglement, regression, uncertainty
 from lvssl.report.compression import compression
@@ -51,15 +52,6 @@ RESULTS: dict[str, tuple[str, dict[str, type]]] = {
     ),
     "compression": ("compression.json", {"rows": list, "left_out": list}),
     "analyse": ("analysis.json", {"models": dict, "bits": dict}),
-}
-FAMILIES = {
-    "none": "no latent (plain SimCLR)",
-    "sign": "no latent, its sign bits decorrelated",
-    "gaussian": "a Gaussian latent",
-    "bernoulli": "a Bernoulli latent",
-    "laplace": "a Laplace latent",
-    "vmf": "a von Mises-Fisher latent",
-    "power_spherical": "a power spherical latent",
 }
 TIMES = "{:,.1f}\N{MULTIPLICATION SIGN}"
 # Figures of the code: what they are called on the page, and how they are written.
@@ -234,7 +226,7 @@ def trained(settings: dict[str, Any], evaluation: dict[str, Any]) -> str:
     backbone = settings.get("model", {}).get("backbone")
     family = str(latent.get("family", ""))
     parts = [f"A {backbone} encoder" if backbone else "An encoder"]
-    parts.append(f"with {FAMILIES.get(family, f'a {family} latent')}" if family else "")
+    parts.append(f"with {described(family)}" if family else "")
     parts.append("was trained without labels")
     parts.append(f"on {data['train']:,} images" if data.get("train") else "")
     parts.append(f"at {data['resolution']} px" if data.get("resolution") else "")
@@ -266,10 +258,11 @@ def results(evaluation: dict[str, Any], command: str | None) -> str:
 
 
 def model_name(row: dict[str, Any]) -> str:
-    """Family `none` is the control, except in the row of the raw pixels, where there is no model at all."""
-    if row.get("model") != "none":
-        return str(row.get("model", ""))
-    return "no model" if row.get("representation") == "pixels" else "control (none)"
+    """Plain SimCLR is the control, except in the row of the raw pixels, where there is no model at all."""
+    model = str(row.get("model", ""))
+    if has_code(model):
+        return model
+    return "no model" if row.get("representation") == "pixels" else f"control ({model})"
 
 
 def codes(evaluation: dict[str, Any], command: str | None) -> str:

@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from lvssl.latents import has_code
 from pipelines.files import write_atomically
 
 COLOURS = {"better": "#0f6b6f", "level": "#79818c", "worse": "#a3162a", "one seed": "#b5b9bf"}
@@ -187,7 +188,7 @@ def accuracy(result: dict[str, Any]) -> Any:
                 label = f"codes of {name}'s features" if (bits, method) == (arm["bits"], "sign") else None
                 axis.plot(bits * 1.04**number, statistics.mean(values), "x", color=colour, ms=5, label=label)
             points = [("s", 32 * arm["features"], arm["measures"][f"features_{kind}"], f"{name}, features")]
-            if arm["family"] != "none":
+            if has_code(arm["family"]):
                 points.append(("o", arm["bits"], arm["measures"][f"code_{kind}"], f"{name}, code"))
             for marker, bits, found, label in points:
                 values = found["values"]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lvssl.config import PretrainSettings
 from lvssl.latents.sign import straight_through_signs
-from lvssl.latents.sphere import Spherical, log_surface
+from lvssl.latents.sphere import SphericalPosterior, log_surface
 from lvssl.latents.vmf import log_normaliser
 from lvssl.losses.ntxent import ntxent
 from lvssl.losses.objective import batch_mean, beta_at, decorrelation, rate
@@ -88,7 +88,7 @@ def bottleneck(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor, Fi
     in closed form where the paper draws samples.
     """
     posterior, kappa = outputs.posterior, settings.latent.ceb_kappa
-    assert isinstance(posterior, Spherical)
+    assert isinstance(posterior, SphericalPosterior)
     towards = posterior.direction.roll(len(posterior.direction) // 2, dims=0)
     constant = log_surface(posterior.dim - 1) + log_normaliser(kappa, posterior.dim)
     agreement = (posterior.mean() * towards).sum(dim=1)

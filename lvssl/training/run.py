@@ -44,9 +44,8 @@ def create_run(
         if not resume:
             raise InputError(f"{settings.out} exists: add --resume to go on with it, or choose another --out")
         stored, stored_classes = read_config(settings.out)
-        # Plain SimCLR has no bits to decorrelate, and no deterministic family a second path: such runs are
-        # the controls of any of these weights.
-        unread = {"none": ("decorrelation", "clean"), "sign": ("clean",)}.get(settings.latent.family, ())
+        # What a run without a latent doesn't depend on: it is the control of any of these weights.
+        unread = settings.latent.law.unread
         changed = difference(stored, settings, ("data", *unread))
         if not changed and stored_classes != classes:
             changed = f"classes: {stored_classes} -> {classes}"

@@ -61,7 +61,7 @@ def test_every_term_trains_the_logits():
         if row.start:
             logits = views.clone().requires_grad_()
             noise, project = torch.Generator().manual_seed(1), torch.nn.Linear(16, 4)
-            loss = objective(row, Bernoulli(logits), noise, project)
+            loss = objective(row, Bernoulli().posterior(logits), noise, project)
             (slope,) = torch.autograd.grad(loss, logits)
             assert loss > 0 and bool((slope.abs().sum(dim=1) > 0).all()), row
     assert {row.term for row in rows([0])} == {"", *TERMS}
@@ -69,13 +69,12 @@ def test_every_term_trains_the_logits():
 
 def test_expected_similarity_is_that_of_samples():
     logits = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
-    first, second = (
-        Bernoulli(logits).sample(40_000, torch.Generator().manual_seed(s)).double() for s in (1, 2)
-    )
+    posterior = Bernoulli().posterior(logits)
+    first, second = (posterior.sample(40_000, torch.Generator().manual_seed(s)).double() for s in (1, 2))
     similarity = torch.einsum("knd,kmd->nm", first, second) / 40_000 / 12
     similarity = similarity.fill_diagonal_(-torch.inf) / 0.2
     losses = [-similarity[i].log_softmax(0)[(i + 4) % 8] for i in range(8)]
-    assert float(expected_similarity(Bernoulli(logits))) == pytest.approx(float(sum(losses)) / 8, abs=0.01)
+    assert float(expected_similarity(posterior)) == pytest.approx(float(sum(losses)) / 8, abs=0.01)
 
 
 def test_barlow_is_the_correlation_of_the_views():

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton_kernels
 
-from lvssl.latents import family, fused
+from lvssl.latents import family, fused, noise
 
 triton_there = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="torch's CUDA builds bring triton"
@@ -18,21 +18,21 @@ triton_there = pytest.mark.skipif(
 def test_philox_gives_the_published_words():
     """Known answers of Random123 (kat_vectors, philox4x32 10), those whose fourth counter is 0."""
     zero = torch.zeros(1, dtype=torch.int64)
-    words = [int(word) for word in fused.philox(zero, zero, zero, zero)]
+    words = [int(word) for word in noise.philox(zero, zero, zero, zero)]
     assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
 def test_its_noise_is_uniform_and_normal_and_differs_between_rows_dimensions_samples_and_keys():
     rows = torch.arange(200)
-    u = fused.uniforms(torch.tensor([7]), rows, 50, 6)
+    u = noise.uniforms(torch.tensor([7]), rows, 50, 6)
     assert u.shape == (6, 200, 50) and u.min() >= 0 and u.max() < 1
     assert u.mean().item() == pytest.approx(0.5, abs=5 / math.sqrt(12 * u.numel()))
     assert len(u.unique()) > 0.99 * u.numel()
-    assert not torch.equal(u, fused.uniforms(torch.tensor([8]), rows, 50, 6))
-    assert torch.equal(u[:, 100:], fused.uniforms(torch.tensor([7]), rows[100:], 50, 6)), (
+    assert not torch.equal(u, noise.uniforms(torch.tensor([8]), rows, 50, 6))
+    assert torch.equal(u[:, 100:], noise.uniforms(torch.tensor([7]), rows[100:], 50, 6)), (
         "by place, not by rank"
     )
-    z = fused.normals(torch.tensor([7]), rows, 50, 6)
+    z = noise.normals(torch.tensor([7]), rows, 50, 6)
     assert z.mean().abs() < 5 / math.sqrt(z.numel()) and z.var().item() == pytest.approx(1, abs=0.03)
     assert (z.flatten(1) @ z.flatten(1).T / 10_000 - torch.eye(6)).abs().max() < 0.05
 
@@ -42,7 +42,7 @@ def test_the_reference_draws_from_the_posterior(name):
     kind = family(name, categories=4)
     x = torch.randn(1, kind.parameter_count(8), generator=torch.Generator().manual_seed(0))
     drawn = fused.reference(kind, x, 4000, torch.tensor([3]), torch.tensor([5]))
-    posterior = kind(x)
+    posterior = kind.posterior(x)
     deviation = posterior.sample(4000, torch.Generator().manual_seed(1)).std(0)
     assert ((drawn.sample - posterior.mean()).abs() < 5 * deviation / math.sqrt(4000) + 1e-6).all()
     assert torch.equal(drawn.kl, posterior.kl()) and torch.equal(drawn.entropy, posterior.entropy())

@@ -7,7 +7,7 @@ import torchvision
 
 from lvssl.config import BACKBONES as NAMES
 from lvssl.config import LatentSettings, ModelSettings
-from lvssl.latents import FAMILIES
+from lvssl.latents import FAMILIES, family
 from lvssl.latents.gaussian import Gaussian
 from lvssl.models.backbone import BACKBONES, build_backbone, feature_dim
 from lvssl.models.network import Head, LVNet
@@ -91,7 +91,7 @@ def test_logits_start_at_the_set_sharpness():
 
 
 def test_calibration_puts_the_thresholds_at_the_exact_mean():
-    head = Head(FAMILIES["bernoulli"], 5, 5, 4.0)
+    head = Head(family("bernoulli"), 5, 5, 4.0)
     features = torch.randn(1000, 5) * 3 + 7
     head.calibrate(features)
     head.eval()
