@@ -74,7 +74,8 @@ class LatentSettings:
     """ntxent; dcl (without the positive in the denominator); mcinfonce (the mean over K within the
     logarithm); ceb (conditional entropy bottleneck, C-SimCLR); hib (match probabilities). With the rate."""
     ceb_kappa: float = 10.0
-    """Concentration of the backward encoder of `ceb`, a von Mises-Fisher law about the other view."""
+    """Concentration of the backward encoder of `ceb`, a von Mises-Fisher distribution about the
+    other view."""
     ceb_weight: float = 1.0
     """Weight of the residual information of `ceb`."""
     beta: float | None = None
@@ -181,7 +182,7 @@ class LatentSettings:
         if self.objective == "ceb":
             spherical = self.law.on_sphere and self.site == "proj"
             where = f"{self.family} at {self.site}"
-            require(spherical, "objective", where, "of a law on the sphere at --site proj for ceb")
+            require(spherical, "objective", where, "of a distribution on the sphere at --site proj for ceb")
 
 
 @dataclass(frozen=True)

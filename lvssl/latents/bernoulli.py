@@ -15,9 +15,9 @@ from lvssl.latents.posterior import BatchMean, Family, Posterior, constant, rows
 class Bernoulli(Family):
     """`parameters` is the logits, [B, D].
 
-    Not relaxed: hard bits with the straight-through gradient, that of p. Relaxed: the binary concrete law
-    (Maddison et al. 2017, Jang et al. 2017), of which the hard bit is the sign. `kl` is the discrete law's in
-    both cases; that of the relaxed law is larger.
+    Not relaxed: hard bits with the straight-through gradient, that of p. Relaxed: the binary concrete
+    distribution (Maddison et al. 2017, Jang et al. 2017), of which the hard bit is the sign. `kl` is that of
+    the discrete distribution in both cases; that of the relaxed one is larger.
     """
 
     relaxed: bool = False

@@ -87,7 +87,7 @@ def draw_dirichlet(concentration: Tensor, noise: Noise) -> Tensor:
     `torch.distributions` has the same, but draws from the global generator alone.
     """
     if isinstance(noise, Keyed):
-        raise TypeError("a Dirichlet law is drawn from a generator, not from keyed noise")
+        raise TypeError("a Dirichlet distribution is drawn from a generator, not from keyed noise")
     return _Dirichlet.apply(concentration, noise)
 
 

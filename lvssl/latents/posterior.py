@@ -37,7 +37,7 @@ class Posterior(ABC):
 
     @abstractmethod
     def mean(self) -> Tensor:
-        """The sample's expectation, [B, D] (of the discrete law, where the sample is relaxed)."""
+        """The sample's expectation, [B, D] (of the discrete distribution, where the sample is relaxed)."""
 
     @abstractmethod
     def unit_kl(self) -> Tensor:
@@ -77,7 +77,7 @@ class Posterior(ABC):
 
 @dataclass(frozen=True)
 class Family(ABC):
-    """A law of the latent with its options, which are the fields: all that is known of it before an image.
+    """A distribution of the latent; its options are the fields. All that is known of it before an image.
 
     The rest of the project asks a family for what it needs to know, and never for its name.
     """
@@ -88,7 +88,7 @@ class Family(ABC):
     own_code: ClassVar[bool] = True
     # Whether the code's bits are the parameters' signs.
     signs: ClassVar[bool] = False
-    # Whether it is a law on the sphere, as the objective `ceb` wants.
+    # Whether it is a distribution on the sphere, as the objective `ceb` wants.
     on_sphere: ClassVar[bool] = False
     # The weight of the squared covariances of the code's bits, unless it is set.
     default_decorrelation: ClassVar[float] = 0.1

@@ -1,4 +1,4 @@
-"""What laws on the sphere S^(D-1) about a mean direction have in common: `vmf` and `power_spherical`."""
+"""Distributions on the sphere S^(D-1) about a mean direction, in common: `vmf` and `power_spherical`."""
 
 import math
 from abc import abstractmethod
@@ -17,8 +17,8 @@ LOG_CONCENTRATION = (-10.0, 12.0)  # bounds of ln kappa
 class Spherical(Family):
     """`parameters` is [B, D + 1]: the mean direction at any length (a zero vector: the first axis), ln kappa.
 
-    z = w mu + sqrt(1 - w^2) v, with v uniform among the unit vectors orthogonal to mu, and the law of the
-    cosine w that of the family; samples are unit vectors. Prior: uniform on the sphere. Whatever depends on
+    z = w mu + sqrt(1 - w^2) v, with v uniform among the unit vectors orthogonal to mu, and the cosine w
+    of the family's distribution; samples are unit vectors. Prior: uniform on the sphere. Whatever depends on
     kappa alone is computed in fp64: one number an image. The code is the sign bits of mu.
     """
 
@@ -28,7 +28,7 @@ class Spherical(Family):
         return 1
 
     def complaint(self, dim: int) -> str:
-        return "at least 2 for a law on a sphere" if dim < 2 else ""
+        return "at least 2 for a distribution on a sphere" if dim < 2 else ""
 
     def start(self, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
         """kappa = sharpness * D: the mean resultant length then hardly depends on D."""
@@ -36,7 +36,7 @@ class Spherical(Family):
 
 
 class SphericalPosterior(Posterior):
-    """Of any law of the cosine w."""
+    """Of any distribution of the cosine w."""
 
     def __init__(self, parameters: Tensor) -> None:
         super().__init__(parameters)

@@ -126,7 +126,7 @@ class _Moments(torch.autograd.Function):
 
 
 class _Implicit(torch.autograd.Function):
-    """The drawn cosines [count, B], with dw / dkappa = sin t * (dF / dkappa) / f, F and f the angle's law."""
+    """The drawn cosines [count, B], with dw / dkappa = sin t * (dF / dkappa) / f, F and f of the angle."""
 
     @staticmethod
     def forward(ctx: Any, kappa: Tensor, cosines: Tensor, dim: int) -> Tensor:
