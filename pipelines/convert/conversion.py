@@ -187,7 +187,7 @@ def run(work: Work, overwrite: bool, restart: bool, dry_run: bool = False) -> di
         return {**work.head, **extra, "count": len(work.order)}
 
     manifest = None
-    with _journal(work, path, started) as journal:
+    with _journal(work, path) as journal:
         resumed = journal.count
         if not journal.complete:
             check_targets(beton, tars, overwrite, journaled=False)
@@ -200,13 +200,14 @@ def run(work: Work, overwrite: bool, restart: bool, dry_run: bool = False) -> di
 
 
 @contextmanager
-def _journal(work: Work, path: Path, started: float) -> Iterator[Journal]:
+def _journal(work: Work, path: Path) -> Iterator[Journal]:
     """The journal of a conversion, which is removed when all is done.
 
     A conversion that ends early keeps what it has made if that took a while or was resumed, and else leaves
     nothing behind. What the disk refuses is an InputError then, and Ctrl-C says how much is kept.
     """
     fresh, made, journal = not path.exists(), list[Path](), None
+    started = time.perf_counter()  # here, for what an estimate takes is no work to be kept
     try:
         made = [folder for output in work.outputs for folder in _make_folders(output.final.parent)]
         fingerprint = _fingerprint(work)

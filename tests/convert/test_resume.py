@@ -99,6 +99,24 @@ def test_stopped_at_the_end_it_is_finished_later(tmp_path, monkeypatch, step):
     assert everything(tmp_path / "out") == expected
 
 
+def test_what_the_estimate_takes_is_no_work_to_be_kept(tmp_path, monkeypatch):
+    photos(tmp_path / "set")
+    clock, estimates = time.perf_counter, []
+
+    def measure(*arguments, **options):
+        estimates.append(real(*arguments, **options))
+        monkeypatch.setattr(time, "perf_counter", lambda: clock() + 2 * conversion.KEEP_SECONDS)
+        return estimates[0]
+
+    real = conversion.measure
+    monkeypatch.setattr(conversion, "measure", measure)
+    monkeypatch.setattr(conversion, "KEEP_SECONDS", 60.0)
+    monkeypatch.setattr(conversion, "_convert_images", lambda *_: (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop):
+        convert(str(tmp_path / "set"), tmp_path / "out/x.beton")
+    assert estimates and [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
 def test_an_unfinished_conversion_of_something_else_is_not_touched(tmp_path, monkeypatch, capsys):
     photos(tmp_path / "set")
     monkeypatch.setattr(conversion, "KEEP_SECONDS", 0)
