@@ -84,8 +84,8 @@ def bottleneck(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor, Fi
     """C-SimCLR's conditional-entropy bottleneck (Lee et al. 2021): weight * I(x; z | y) - I(y; z), bounded.
 
     With e(z | x) the posterior and b(z | y) a von Mises-Fisher distribution of concentration kappa_b about
-    the other view's mean direction, the residual information is KL(e || b) = -H(e) - kappa_b E[z] . mu_y - ln C,
-    in closed form where the paper draws samples.
+    the other view's mean direction, the residual information is
+    KL(e || b) = -H(e) - kappa_b E[z] . mu_y - ln C, in closed form where the paper draws samples.
     """
     posterior, kappa = outputs.posterior, settings.latent.ceb_kappa
     assert isinstance(posterior, SphericalPosterior)
