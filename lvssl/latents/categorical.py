@@ -18,8 +18,8 @@ class Categorical(Family):
     """`parameters` is the logits, [B, D]: D / K groups of K = `categories`.
 
     The probabilities are 0.99 softmax(logits) + 0.01 / K, in sample, KL and entropy. Not relaxed: one-hot
-    samples with the straight-through gradient, that of the probabilities. Relaxed: Gumbel-softmax, of which the
-    one-hot sample is the argmax; `kl` stays that of the discrete one, a lower bound on the relaxed one's.
+    samples with the straight-through gradient, that of the probabilities. Relaxed: Gumbel-softmax, of which
+    the one-hot sample is the argmax; `kl` stays that of the discrete one, a lower bound on the relaxed one's.
     """
 
     relaxed: bool = False
