@@ -404,6 +404,15 @@ def test_a_file_that_another_process_has_changed_is_not_published(tmp_path, slow
     assert not out.exists() and not (tmp_path / "tars").exists()
 
 
+@pytest.fixture
+def interruptible():
+    """A process that a shell has started in the background ignores Ctrl-C, and pytest with it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("after", ["_open_alone", "Journal"])
 def test_interrupted_while_its_journal_is_opened_it_leaves_nothing(tmp_path, monkeypatch, after):
     """Ctrl-C when the file is there, and before the conversion knows of it."""
