@@ -177,9 +177,11 @@ class Loop(ABC):
         if scaled:
             self.scaler.unscale_(self.optimiser)
         norm = guard(self.parameters, self.pace.clip)
-        # With a loss scale, gradients that overflow are a part of its search and no failure.
-        finite = (loss if scaled else norm).detach().isfinite()
+        finite = norm.isfinite()
         if scaled:
+            # Gradients that overflow are a part of the search for a scale, down to 1, and no failure.
+            searching = self.scaler.scale(torch.ones_like(norm)) > 1
+            finite = loss.detach().isfinite() & (finite | searching)
             self.scaler.step(self.optimiser)
             self.scaler.update()
         elif not self.host_reads:
