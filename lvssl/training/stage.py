@@ -26,7 +26,7 @@ from pipelines.files import write_json
 # What a stage leaves in its folder, and in the folders of its trainings there.
 OWN = (
     "stage.json", "result.json", "trials.json", "metrics.jsonl", "checkpoints/step-*.pt",
-    "tensorboard/events.out.tfevents.*",
+    "tensorboard/events.out.tfevents.*", "non_finite_batch*.npy",
 )  # fmt: skip
 Settings = TypeVar("Settings", bound=StageSettings)
 
