@@ -51,7 +51,8 @@ class Loop(ABC):
     """One resumable training in a folder, on one of `world`'s ranks.
 
     Attributes:
-        operations: of the backbone for an image, forward and backward. peak: of one GPU, a second, if known.
+        operations: of the backbone for an image, forward and backward; 0: not counted. peak: of one GPU, a
+            second, if known.
         step, steps: optimiser steps done, and wanted. seconds: of training, over all its interruptions.
         host_reads: whether the host may look at what a step computed before the next begins: on a CPU alone,
             for elsewhere it would wait for the device.
@@ -162,9 +163,9 @@ class Loop(ABC):
             self.between_steps(stop)
 
     def speed(self, window: Window) -> dict[str, float]:
-        """`Window.speed`, and percent of the GPUs' peak, where that is known."""
+        """`Window.speed`, and percent of the GPUs' peak, where that and the operations are known."""
         found = window.speed()
-        if self.peak:
+        if self.peak and self.operations:
             share = found["images_per_second"] * self.operations / (self.peak * self.world.size)
             found["mfu_percent"] = 100 * share
         return found
@@ -176,9 +177,11 @@ class Loop(ABC):
         if scaled:
             self.scaler.unscale_(self.optimiser)
         norm = guard(self.parameters, self.pace.clip)
-        # With a loss scale, gradients that overflow are a part of its search and no failure.
-        finite = (loss if scaled else norm).detach().isfinite()
+        finite = norm.isfinite()
         if scaled:
+            # Gradients that overflow are a part of the search for a scale, down to 1, and no failure.
+            searching = self.scaler.scale(torch.ones_like(norm)) > 1
+            finite = loss.detach().isfinite() & (finite | searching)
             self.scaler.step(self.optimiser)
             self.scaler.update()
         elif not self.host_reads:

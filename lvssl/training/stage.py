@@ -13,11 +13,11 @@ import torch
 
 from lvssl.config import EngineSettings
 from lvssl.settings import identity
-from lvssl.stages import StageSettings
+from lvssl.stages import StageSettings, TrainingSettings
 from lvssl.training.distributed import World, from_first, world_of
 from lvssl.training.identity import describe_set, other_set
 from lvssl.training.labels import Labelled, beside, check_pair, open_labelled, say_notes
-from lvssl.training.prepare import claim, precision
+from lvssl.training.prepare import claim, encoding_precision, precision
 from lvssl.training.result import ResultFile, read_result
 from lvssl.training.run import Run, load_run, pick_device, require_classes_of
 from pipelines.errors import InputError
@@ -26,7 +26,7 @@ from pipelines.files import write_json
 # What a stage leaves in its folder, and in the folders of its trainings there.
 OWN = (
     "stage.json", "result.json", "trials.json", "metrics.jsonl", "checkpoints/step-*.pt",
-    "tensorboard/events.out.tfevents.*",
+    "tensorboard/events.out.tfevents.*", "non_finite_batch*.npy",
 )  # fmt: skip
 Settings = TypeVar("Settings", bound=StageSettings)
 
@@ -159,6 +159,8 @@ def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
     if path.suffix != ".json":
         path = path / "result.json"
     stage = Stage(name, settings, run, path, None, device, world)
+    if isinstance(settings, TrainingSettings):  # else the encoder would read in the run's own precision
+        run.network.precision = encoding_precision(stage.engine, device)
     stage = replace(stage, done=stage.result.found())
     claim(device, precision(stage.engine, device))
     return stage

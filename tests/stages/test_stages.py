@@ -325,6 +325,16 @@ def test_work_under_other_settings_is_not_gone_on_with(run, monkeypatch):
     assert (run / "mine" / "thesis.tex").exists()
 
 
+def test_a_training_that_diverged_leaves_nothing_that_stays_in_the_way(run):
+    out = run / "diverged"
+    settings = FinetuneSettings(run, min_steps=0, labels=0.2, epochs=4, lr=(1e20,), weight_decay=(0.0,))
+    with pytest.raises(FloatingPointError, match="non_finite_batch.npy"):
+        finetune(dataclasses.replace(settings, out=out))
+    assert (out / "final" / "non_finite_batch.npy").exists()
+    remove_work(out)  # as --again does
+    assert not out.exists()
+
+
 def test_a_diverging_trial_is_not_chosen_and_too_few_labels_take_the_middle(run, capsys):
     settings = FinetuneSettings(run, min_steps=0, labels=0.2, epochs=4, lr=(1e20, 0.05), weight_decay=(0.0,))
     result = finetune(settings).done

@@ -130,6 +130,23 @@ def test_a_step_that_is_not_finite_changes_nothing(digits, tmp_path, device, opt
         assert trainer.finite.in_a_row() == bad
 
 
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_gradients_that_no_loss_scale_makes_finite_end_a_run(digits, tmp_path, device):
+    """In fp16 those that overflow are a part of the search for a scale, and no failure; but it has an end."""
+    engine = EngineSettings(precision="fp16")
+    trainer, (batch,) = trainer_and_batches(settings(digits["train"], tmp_path, engine=engine), device, 1)
+    trainer.parameters[0].register_hook(lambda slope: slope * float("inf"))
+    trainer.scaler = torch.amp.GradScaler(device, init_scale=4.0)
+    with pytest.raises(FloatingPointError, match="the last of 3 in a row: the gradient is not finite"):
+        for number in range(8):
+            step(trainer, batch)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            assert trainer.finite.in_a_row() == max(0, number - 1)
+            trainer.between_steps(Stop())
+    assert trainer.step == 5
+
+
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd", "lars"])
 def test_both_ways_are_one_training(digits, tmp_path, monkeypatch, optimiser):
     """With the host looking and without: the same weights, in fp64, where roundings stay small."""

@@ -15,9 +15,9 @@ from lvssl.config import PRESETS, EngineSettings
 from lvssl.stages import FinetuneSettings, KnnSettings, LinearSettings
 from lvssl.training import prepare, stage
 from lvssl.training import pretrain as pretraining
-from lvssl.training.prepare import claim
+from lvssl.training.prepare import autocast, claim
 from lvssl.training.run import load_run
-from lvssl.training.supervised import Recipe, sgd
+from lvssl.training.supervised import Classifier, Recipe, sgd
 from pipelines.errors import InputError
 from pipelines.sources import dali, open_source
 
@@ -198,6 +198,25 @@ def test_a_stage_computes_as_its_run_unless_told_otherwise(run, digits):
     assert engine(LinearSettings(run, device="cpu")).precision == "bf16"
     assert engine(FinetuneSettings(run, precision="fp16", device="cpu")).precision == "fp16"
     assert engine(KnnSettings(run, device="cpu")).precision == "fp32", "it trains nothing, and must be exact"
+
+
+def test_the_encoder_of_a_stage_reads_in_the_precision_asked_for(run, digits, monkeypatch):
+    """On a GPU a run is loaded to read in its own, whatever surrounds it."""
+    load_run = stage.load_run
+
+    def loaded(*arguments: Any) -> Any:
+        found = load_run(*arguments)
+        found.network.precision = torch.bfloat16
+        return found
+
+    monkeypatch.setattr(stage, "load_run", loaded)
+    for kind in (LinearSettings, FinetuneSettings):
+        asked = kind(run, test=digits["test"], device="cpu", precision="fp32")
+        found = stage.prepare("x", asked, "x.json")
+        model = Classifier(found.run.network, "features", found.sets()[0], frozen=True, seed=0)
+        with autocast(found.engine, found.device):
+            assert model.network.features(torch.zeros(2, 3, 8, 8)).dtype == torch.float32
+        assert found.run.arithmetic == "cpu fp32"
 
 
 def test_the_optimiser_of_fine_tuning_is_fused_where_asked():

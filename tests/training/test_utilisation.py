@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from lvssl.training import utilisation
+from lvssl.training.distributed import World
+from lvssl.training.loop import Loop
 
 
 # Multiplications of a forward pass, in 10^9, by torchvision's documentation of its weights.
@@ -22,3 +24,18 @@ def test_what_a_card_can_do_at_best_is_found_by_its_name(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert utilisation.peak_flops(cuda) == flops
     assert utilisation.peak_flops(torch.device("cpu")) is None
+
+
+def test_no_share_of_a_peak_is_said_where_operations_were_not_counted():
+    """Those of linear evaluation and fine-tuning: a share of 0 % would be a figure that nothing measured."""
+
+    class Uncounted:
+        operations, peak, world = 0.0, 989e12, World()
+
+    class Window:
+        def speed(self) -> dict[str, float]:
+            return {"images_per_second": 1000.0}
+
+    assert Loop.speed(Uncounted(), Window()) == {"images_per_second": 1000.0}
+    Uncounted.operations = 989e9
+    assert Loop.speed(Uncounted(), Window())["mfu_percent"] == pytest.approx(100)
