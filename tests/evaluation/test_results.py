@@ -33,7 +33,9 @@ def later(run: Path) -> None:
     checkpoint.save(run / "checkpoints", state["step"] + 1, state | {"step": state["step"] + 1})
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, marks=pytest.mark.slow) if c == "analyse" else c for c in COMMANDS]
+)
 def test_a_result_is_found_again_and_no_other_takes_its_place_unasked(command, runs, capsys, monkeypatch):
     options, names, another = COMMANDS[command]
     run, files = runs["run"], [runs["run"] / name for name in names]
