@@ -2,11 +2,12 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lvssl.settings import RUNTIME
-from pipelines.errors import InputError
+from pipelines.errors import ON_ERROR, InputError
 from pipelines.sources import SOURCES
 from pipelines.views import ViewSettings
 
@@ -21,7 +22,6 @@ OPTIMISERS = ("adamw", "sgd", "lars")
 LR_RULES = ("given", "linear", "sqrt")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ORDERS = ("random", "quasi-random", "sequential")  # pipelines.order's, which would load numba for them
-ON_ERROR = ("raise", "skip")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class LatentSettings:
             return self.average
         return "losses" if self.objective in EACH_SAMPLE else "samples"
 
-    @property
+    @cached_property
     def law(self) -> "Family":
         """The family with its options: the settings that have an option's name, and the estimator.
 

@@ -7,8 +7,9 @@ from typing import TypeVar
 from tyro import MISSING
 from tyro.conf import Positional
 
-from lvssl.config import ON_ERROR, PRECISIONS, choice, require
+from lvssl.config import PRECISIONS, choice, require
 from lvssl.settings import PER_CALL, POSITIONAL, RUNTIME
+from pipelines.errors import ON_ERROR
 from pipelines.sources import SOURCES
 
 REPRESENTATIONS = ("features", "latent", "code")

@@ -1,5 +1,7 @@
 """User-fixable errors: printed as one line, without a traceback, exit status 2."""
 
+ON_ERROR = ("raise", "skip")  # what a command does with an image that can't be decoded
+
 
 class InputError(ValueError):
     """Bad input or settings. The message names the file, field or index, and says what to do."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipelines.augment import cpu
 from pipelines.cores import loader_threads
-from pipelines.errors import InputError
+from pipelines.errors import ON_ERROR, InputError
 from pipelines.order import ORDERS, epoch_order, step_indices, steps_per_epoch
 from pipelines.parameters import FLIP, P, centre_boxes, crop_boxes, draw_parameters
 from pipelines.sources import DamagedSample, Source
@@ -362,8 +362,8 @@ class Decoder:
     """
 
     def __init__(self, source: Source, on_error: str = "raise") -> None:
-        if on_error not in ("raise", "skip"):
-            raise InputError(f"on_error must be raise or skip, got {on_error!r}")
+        if on_error not in ON_ERROR:
+            raise InputError(f"on_error must be {' or '.join(ON_ERROR)}, got {on_error!r}")
         self.source, self.skip = source, on_error == "skip"
         self.damaged: dict[int, str] = {}
         self.skipped = 0

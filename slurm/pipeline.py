@@ -90,9 +90,8 @@ class ImageSource:
     on_error: str | None = None
     root: Path | None = None
     workers: int | None = field(default=None, metadata=RUNTIME)
-    shards: int = field(
-        default=1, metadata=RUNTIME
-    )  # jobs of an array that convert a part each; then one merges them
+    # Jobs of an array that convert a part each; then one merges them.
+    shards: int = field(default=1, metadata=RUNTIME)
 
 
 @dataclass(frozen=True)

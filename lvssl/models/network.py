@@ -113,7 +113,7 @@ class LVNet(nn.Module):
             fraction: of the training that is done, in [0, 1]; what is annealed depends on it.
             rank, ranks: which of equal parts of the batch these N views are.
         """
-        progress = min(1.0, fraction / self.latent.anneal)
+        progress = self.progress(fraction)
         parameters = self.posterior_parameters(features, progress)
         kl = None
         if self.latent.meeting_place == "samples" and fused.usable(self.family, parameters):
@@ -123,6 +123,10 @@ class LVNet(nn.Module):
         projections = self.project(samples)
         clean = self.clean_projector(features) if self.clean_projector is not None else None
         return Outputs(features, parameters, projections, clean, self.family, self.match, kl)
+
+    def progress(self, fraction: float) -> float:
+        """Of the annealing, in [0, 1], when `fraction` of the training is done."""
+        return min(1.0, fraction / self.latent.anneal)
 
     def posterior_parameters(self, features: Tensor, progress: float = 1.0) -> Tensor:
         """The head on features h [N, F], `progress` of the annealing; never below fp32."""

@@ -54,8 +54,8 @@ class Loop(ABC):
         operations: of the backbone for an image, forward and backward; 0: not counted. peak: of one GPU, a
             second, if known.
         step, steps: optimiser steps done, and wanted. seconds: of training, over all its interruptions.
-        host_reads: whether the host may look at what a step computed before the next begins: on a CPU alone,
-            for elsewhere it would wait for the device.
+        host_reads: whether the host may look at what a step computed before the next begins; None: on a CPU
+            alone, for elsewhere it would wait for the device. False on a CPU takes the way of a GPU.
     """
 
     title: str
@@ -69,10 +69,10 @@ class Loop(ABC):
         device: torch.device,
         world: World,
         pace: Pace,
-        host_reads: bool,
+        host_reads: bool | None,
     ) -> None:
         self.folder, self.loader, self.device, self.world, self.pace = folder, loader, device, world, pace
-        self.host_reads = host_reads
+        self.host_reads = device.type == "cpu" if host_reads is None else host_reads
         self.step = self.steps = 0
         self.operations, self.peak = 0.0, peak_flops(device)
         self.seconds = 0.0
@@ -161,6 +161,10 @@ class Loop(ABC):
                 if log:
                     log.write(row)
             self.between_steps(stop)
+
+    def draw_from(self, seed: int) -> None:
+        """Key the noise by (seed, step): a resumed or repeated step draws the same, whatever was drawn."""
+        self.noise.manual_seed((seed * 1_000_003 + self.step) % 2**63)
 
     def speed(self, window: Window) -> dict[str, float]:
         """`Window.speed`, and percent of the GPUs' peak, where that and the operations are known."""

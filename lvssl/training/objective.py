@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lvssl.config import PretrainSettings
+from lvssl.config import LatentSettings, PretrainSettings
 from lvssl.latents.sign import straight_through_signs
 from lvssl.latents.sphere import SphericalPosterior, log_surface
 from lvssl.latents.vmf import log_normaliser
@@ -40,13 +40,17 @@ def objective(outputs: Outputs, settings: PretrainSettings, fraction: float) -> 
         figures["ntxent_clean"] = clean
     kl = outputs.posterior.kl() if outputs.kl is None else outputs.kl
     nats = rate(kl, latent.free_nats)
-    beta = beta_at(fraction, latent.final_beta, latent.beta_warmup, latent.beta_schedule, latent.beta_cycles)
-    loss = loss + beta * nats
+    loss = loss + rate_weight(latent, fraction) * nats
     bits, weight = penalised_bits(outputs, settings)
     if bits is not None:
         figures["decorrelation"] = decorrelation(bits)
         loss = loss + weight * figures["decorrelation"]
     return {"loss": loss, "distortion": sampled, "rate_bits": nats / math.log(2), **figures}
+
+
+def rate_weight(latent: LatentSettings, fraction: float) -> float:
+    """beta(t), when `fraction` of the training is done."""
+    return beta_at(fraction, latent.final_beta, latent.beta_warmup, latent.beta_schedule, latent.beta_cycles)
 
 
 def penalised_bits(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor | None, float]:

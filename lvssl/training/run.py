@@ -14,14 +14,14 @@ import torch
 import torchvision
 
 import lvssl
-from lvssl.config import ON_ERROR, PretrainSettings, choice
+from lvssl.config import PretrainSettings, choice
 from lvssl.models.network import LVNet
 from lvssl.settings import difference, from_dict, to_dict
 from lvssl.training import checkpoint
 from lvssl.training.identity import other_set
 from lvssl.training.prepare import DTYPES, claim, encoding_precision
 from pipelines.convert.recognise import in_short
-from pipelines.errors import InputError
+from pipelines.errors import ON_ERROR, InputError
 from pipelines.files import is_aside, write_json
 from pipelines.lock import lock
 from pipelines.sources import Source

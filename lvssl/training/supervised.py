@@ -148,7 +148,7 @@ def plain(view: ViewSettings) -> ViewSettings:
 
 
 class Supervised(Loop):
-    """Training with labels: model, images and what a step does. `host_reads` as of `Trainer`."""
+    """Training with labels: model, images and what a step does. `host_reads` as of `Loop`."""
 
     def __init__(
         self,
@@ -175,7 +175,6 @@ class Supervised(Loop):
             views=1,
         )
         pace = Pace(recipe.batch_size, recipe.log_every, recipe.checkpoint_minutes)
-        host_reads = device.type == "cpu" if host_reads is None else host_reads
         super().__init__(folder, loader, device, world, pace, host_reads)
         self.recipe = recipe
         self.model = model.to(device).to(memory_format=torch.channels_last)
@@ -207,7 +206,7 @@ class Supervised(Loop):
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.lr * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
         self.model.train()
-        self.noise.manual_seed((self.recipe.seed * 1_000_003 + self.step) % 2**63)
+        self.draw_from(self.recipe.seed)
         self.finite.keep()
         with autocast(self.recipe.engine, self.device):
             outputs = self.model(batch.views[0], self.noise)

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from lvssl.config import PretrainSettings
 from lvssl.losses.distributed import equal_parts
-from lvssl.losses.objective import beta_at
 from lvssl.models.network import LVNet
 from lvssl.training.average import Average
 from lvssl.training.distributed import World, broadcast_state
 from lvssl.training.gradients import backward
 from lvssl.training.health import health, warn
 from lvssl.training.loop import Figures, Loop, Pace
-from lvssl.training.objective import objective
+from lvssl.training.objective import objective, rate_weight
 from lvssl.training.optimiser import build_optimiser, capturable, learning_rate, restore_optimiser
 from lvssl.training.prepare import accelerate, autocast, layout, precision, prepared
 from lvssl.training.recorded import Recorded
@@ -29,12 +28,7 @@ from pipelines.loader import TwoViewLoader, ViewBatch
 
 
 class Trainer(Loop):
-    """Pretraining: network, loss and what a step does.
-
-    Args:
-        host_reads: whether the host may look at what a step computed before the next begins; None: on a CPU
-            alone, for elsewhere it would wait for the device. False on a CPU takes the way of a GPU.
-    """
+    """Pretraining: network, loss and what a step does. `host_reads` as of `Loop`."""
 
     title = "pretrain"
     remedy = "Lower --lr, set --clip 1, or raise --temperature"
@@ -54,7 +48,6 @@ class Trainer(Loop):
             settings.batch_size, settings.log_every, settings.checkpoint_minutes, engine.keep,
             engine.non_finite_steps, settings.optimiser.clip,
         )  # fmt: skip
-        host_reads = device.type == "cpu" if host_reads is None else host_reads
         super().__init__(settings.out, loader, device, world, pace, host_reads)
         self.settings = settings
         torch.manual_seed(settings.seed)
@@ -63,7 +56,7 @@ class Trainer(Loop):
         broadcast_state(self.network)
         self.ema = Average(self.network, engine.ema) if engine.ema else None
         accelerate(self.network.backbone, engine)
-        optimiser = build_optimiser(self.network, settings.optimiser, fused=not host_reads)
+        optimiser = build_optimiser(self.network, settings.optimiser, fused=not self.host_reads)
         self.trains(self.network, optimiser, precision(engine, device) == torch.float16)
         self.lr = torch.zeros((), device=device)
         self.recorded = self.recording()
@@ -77,15 +70,13 @@ class Trainer(Loop):
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs. The noise needs nothing, for it is keyed by (seed, step)."""
-        epoch, step = divmod(self.step, len(self.loader))  # an end of an epoch is the next one's beginning
         return {
             "network": self.network.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "loader": {"epoch": epoch, "step": step},
             "random": torch.get_rng_state(),
-            "step": self.step,  # of the schedule and of the metrics, too
+            "step": self.step,  # of the schedule, the loader and the metrics, too
             "calibrated": self.calibrated,
         }
 
@@ -110,8 +101,7 @@ class Trainer(Loop):
         """See `Loop.train_step`."""
         settings = self.settings
         lr = learning_rate(self.step, self.steps, len(self.loader), settings.optimiser, settings.batch_size)
-        # Noise keyed by (seed, step): a resumed or repeated step draws the same, whatever was drawn before.
-        self.noise.manual_seed((settings.seed * 1_000_003 + self.step) % 2**63)
+        self.draw_from(settings.seed)
         logged = (self.step + 1) % settings.log_every == 0 or self.step + 1 == self.steps
         if self.recorded is not None:
             self.lr.fill_(lr)
@@ -162,10 +152,8 @@ class Trainer(Loop):
     def constants(self) -> tuple[float, float]:
         """The host's numbers that a step's launches depend on: the weight of the rate, and the annealing."""
         latent, fraction = self.settings.latent, self.step / self.steps
-        schedule = latent.beta_warmup, latent.beta_schedule, latent.beta_cycles
-        beta = beta_at(fraction, latent.final_beta, *schedule)
         annealed = latent.sharpness_start is not None or latent.estimator == "relaxed"
-        return beta, min(1.0, fraction / latent.anneal) if annealed else 1.0
+        return rate_weight(latent, fraction), self.network.progress(fraction) if annealed else 1.0
 
     def loss(self, features: Tensor, labels: Tensor, logged: bool = False) -> tuple[Tensor, Figures]:
         """What is minimised, and the figures, from h [2B, F] and the labels [B] of this rank."""

@@ -37,9 +37,8 @@ from typing import Any, NoReturn
 from pipelines.convert.conversion import Settings, convert, part_path
 from pipelines.convert.estimate import size_text
 from pipelines.convert.readers import SPLITS
-from pipelines.convert.store import ON_ERROR
 from pipelines.convert.webdataset import IMAGES_PER_TAR
-from pipelines.errors import InputError
+from pipelines.errors import ON_ERROR, InputError
 
 WARNINGS_SHOWN = 20
 

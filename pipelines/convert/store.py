@@ -16,11 +16,10 @@ from pipelines.convert import jpeg
 from pipelines.convert.beton import JPEG, LONGEST_SIDE, RAW
 from pipelines.convert.pixels import as_rgb, decode_other, upright
 from pipelines.convert.source import Source
-from pipelines.errors import InputError, first_line
+from pipelines.errors import ON_ERROR, InputError, first_line
 
 SMALL = 64 * 64  # pixels; a lossless image of at most so many is stored raw: cheaper to read, hardly larger
 HOW = ("refused", "jpeg_untouched", "reencoded", "raw")  # what becomes of an image; these numbers are stored
-ON_ERROR = ("raise", "skip")
 
 
 @dataclass(frozen=True)
