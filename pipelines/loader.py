@@ -208,9 +208,7 @@ class TwoViewLoader:
             views = self._buffers.take((count, each, side, side, 3), torch.uint8)
         pixels = views.numpy()
         parameters = np.empty((count, each, P), np.float32)
-        # Many small crops at a time: each call holds the GIL for some microseconds, in which a training loop
-        # launches nothing.
-        chunk = max(self.source.chunk, CACHED // (each * side * side * 3))
+        chunk = images_a_call(self.source, side, each)
 
         def make(part: slice) -> None:
             for first in range(part.start, part.stop, chunk):
@@ -313,7 +311,7 @@ def evaluation_batches(
     """
     everything = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
     decoder, side = decoder or Decoder(source), view.resolution
-    chunk = max(source.chunk, CACHED // (3 * side * side))  # after a damaged one so many are decoded anew
+    chunk = images_a_call(source, side)
 
     def start(first: int) -> Callable[[], tuple[Tensor, np.ndarray]]:
         chosen = everything[first : first + batch_size].copy()
@@ -334,6 +332,15 @@ def evaluation_batches(
 
     with Threads(workers) as threads:
         yield from _ahead(start, range(0, len(everything), batch_size), 3)
+
+
+def images_a_call(source: Source, side: int, views: int = 1) -> int:
+    """How many images are cropped at once, into `views` of `side` pixels each.
+
+    Many small ones: each call holds the GIL for some microseconds, in which a training loop launches nothing.
+    No more, for after a damaged image all of a call's are decoded anew.
+    """
+    return max(source.chunk, CACHED // (views * side * side * 3))
 
 
 def sent(images: Tensor, device: torch.device) -> Tensor:
