@@ -15,7 +15,10 @@ CPUS ?=
 BENCH ?= $(filter-out study gpu gpu_study peers,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
 
 # The tests' models are so small that a thread a core of a large machine would slow them down.
-test test-slow test-slurm test-ffcv test-oldest: export OMP_NUM_THREADS ?= 2
+test test-slow test-slurm test-ffcv test-oldest: export OMP_NUM_THREADS ?= 1
+
+# Tests run in a process a core, four at most, a file at a time.
+WORKERS ?= -n logical --maxprocesses 4 --dist loadfile
 
 BIN := .venv/bin
 
@@ -34,7 +37,7 @@ demo: install  ## Fashion-MNIST: convert, pretrain control and Bernoulli model, 
 	@$(BIN)/lvssl demo --out runs/demo
 
 test: install  ## the tests that need no device and no patience
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu and not slurm and not ffcv" $(PYTEST)
+	@$(BIN)/python -m pytest -q $(WORKERS) -m "not slow and not gpu and not slurm and not ffcv" $(PYTEST)
 
 test-slow: install  ## the slow tests
 	@$(BIN)/python -m pytest -q -m "slow and not gpu and not slurm and not ffcv" $(PYTEST)
@@ -53,7 +56,7 @@ test-cpus: install  ## what depends on a processor, as eleven machines would run
 	@tools/test_cpus.sh $(CPUS)
 
 test-oldest: install .venv-oldest/installed  ## `make test` with each package at its lower bound, in .venv-oldest
-	@.venv-oldest/bin/python -m pytest -q -m "not slow and not gpu and not slurm and not ffcv" $(PYTEST)
+	@.venv-oldest/bin/python -m pytest -q $(WORKERS) -m "not slow and not gpu and not slurm and not ffcv" $(PYTEST)
 
 # The same Python as .venv's, for an old torch has no wheel for the newest one.
 .venv-oldest/installed: pyproject.toml tools/lower_bounds.py

@@ -4,6 +4,7 @@
 # Without --whole: what depends on a processor (pixels, latents, losses, networks, training, codes). With it: the whole default
 # suite. NAME picks environments, all by default. Prints one row each as a Markdown table; logs lie in .cache/cpus/.
 # PYTHON   the interpreter, default .venv/bin/python
+# WORKERS  options of pytest-xdist, as in the Makefile; the random order is in one process
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,11 +18,12 @@ ENVIRONMENTS=(  # name|variables|options of pytest
     "onednn-avx2|ONEDNN_MAX_CPU_ISA=AVX2|"
     "one-thread|OMP_NUM_THREADS=1|"
     "two-threads|OMP_NUM_THREADS=2|"
-    "random-order||--random-order --random-order-bucket=module"
+    "random-order||-n 0 --random-order --random-order-bucket=module"
     "unraisable||-W error::pytest.PytestUnraisableExceptionWarning"
 )
 TESTS="tests/pipelines tests/latents tests/losses tests/models tests/training tests/codes"
 PYTHON=${PYTHON:-$PWD/.venv/bin/python}
+WORKERS=${WORKERS:--n logical --maxprocesses 4 --dist loadfile}
 LOGS=.cache/cpus
 
 whole=
@@ -37,7 +39,7 @@ for line in "${ENVIRONMENTS[@]}"; do
     start=$SECONDS
     # shellcheck disable=SC2086
     env $variables "$PYTHON" -m pytest -q -p no:cacheprovider -m "not slow and not gpu and not slurm and not ffcv" \
-        $options $TESTS >"$LOGS/$name.log" 2>&1 </dev/null || failed=1
+        $WORKERS $options $TESTS >"$LOGS/$name.log" 2>&1 </dev/null || failed=1
     result=$(tail -n 1 "$LOGS/$name.log" | sed 's/ in [0-9.]*s.*//; s/=//g; s/^ *//; s/ *$//')
     printf '| %s | `%s` | %s | %d |\n' "$name" "$(echo $variables $options)" "$result" $((SECONDS - start))
 done

@@ -77,13 +77,15 @@ def start(files: list[str], options: list[str], rows: Path) -> tuple[subprocess.
         sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", __name__,
         "--continue-on-collection-errors", *options, *files,
     ]  # fmt: skip
+    # A suite started by a worker of another is not that other's worker.
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     with open(rows.with_suffix(".out"), "wb") as out:
         process = subprocess.Popen(
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env=os.environ | {VARIABLE: str(rows), "OMP_NUM_THREADS": "2"},
+            env=outside | {VARIABLE: str(rows), "OMP_NUM_THREADS": "2"},
         )
     return process, rows
 
