@@ -41,12 +41,12 @@ import torchvision.transforms.v2.functional as tv
 
 from benchmarks.peers import kornia_chain, torchvision_chain
 from lvssl.cli import guarded
-from lvssl.training.run import versions
+from lvssl.runs.run import versions
 from pipelines import parameters as columns
 from pipelines.augment import augment, cpu, reference
+from pipelines.decode.resize import resize_crop
 from pipelines.files import write_json
 from pipelines.parameters import P, draw_parameters
-from pipelines.resize import resize_crop
 from pipelines.views import ViewSettings
 
 VIEW = ViewSettings()
@@ -274,7 +274,7 @@ PATH_BATCH = 64
 
 def write_jpegs(beton: Path, folder: Path) -> None:
     """The beton's own JPEGs as files, all in one class folder."""
-    from pipelines.convert.beton import open_beton
+    from pipelines.formats.beton import open_beton
 
     (folder / "all").mkdir(parents=True)
     file, stored = open_beton(beton), np.memmap(beton, np.uint8, mode="r")
@@ -284,10 +284,10 @@ def write_jpegs(beton: Path, folder: Path) -> None:
 
 
 def our_path(beton: Path, workers: int) -> Callable[[], float]:
+    from pipelines.decode import open_reader
     from pipelines.loader import TwoViewLoader
-    from pipelines.sources import open_source
 
-    source = open_source(beton)
+    source = open_reader(beton)
     loader = TwoViewLoader(source, VIEW, PATH_BATCH, workers=workers)
     return lambda: timed(loader, lambda batch: batch.views.shape[:2] == (2, PATH_BATCH))
 

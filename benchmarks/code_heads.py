@@ -45,19 +45,19 @@ from torch import Tensor
 from benchmarks.latents import accuracies
 from lvssl.cli import guarded
 from lvssl.codes.controls import fit_itq, fit_lsh, fit_pca, fit_sign, principal_directions
-from lvssl.codes.pack import unpack_bits
 from lvssl.codes.statistics import code_statistics
-from lvssl.config import ModelSettings
 from lvssl.evaluation.embedding import embed
 from lvssl.latents.bernoulli import Bernoulli, BernoulliPosterior
 from lvssl.losses.ntxent import ntxent
 from lvssl.losses.objective import decorrelation
 from lvssl.models.inference import device_of
 from lvssl.models.network import projector
-from lvssl.training.labels import open_pair
-from lvssl.training.run import Run, load_run, versions
+from lvssl.runs.labels import open_pair
+from lvssl.runs.run import Run, load_run, versions
+from lvssl.settings.pretrain import ModelSettings
 from pipelines.errors import InputError
 from pipelines.files import write_json
+from pipelines.kernels.pack import unpack_bits
 from pipelines.loader import TwoViewLoader
 
 CONTROLS = {"sign": fit_sign, "PCA-sign": fit_pca, "ITQ": fit_itq, "LSH": fit_lsh}

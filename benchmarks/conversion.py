@@ -72,8 +72,8 @@ def ours(
     folder: Path, out: Path, workers: int, check: bool = True, tars: bool = False, **settings: Any
 ) -> float:
     """Seconds of one conversion, after one of a few images that loads and compiles everything."""
-    from pipelines.convert import jpeg
     from pipelines.convert.conversion import Settings, convert
+    from pipelines.formats import jpeg
 
     if not check:
         jpeg.check = lambda data, header: None

@@ -36,13 +36,14 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from lvssl.cli import guarded
-from lvssl.config import EngineSettings, PretrainSettings, preset
+from lvssl.models.device import autocast, pick_device
 from lvssl.models.network import LVNet
+from lvssl.runs.run import versions
+from lvssl.settings.pretrain import EngineSettings, PretrainSettings, preset
 from lvssl.training.distributed import World, connected
 from lvssl.training.objective import objective
 from lvssl.training.optimiser import build_optimiser, learning_rate
-from lvssl.training.prepare import autocast, prepared
-from lvssl.training.run import pick_device, versions
+from lvssl.training.prepare import prepared
 from lvssl.training.stopping import Stop
 from lvssl.training.trainer import Trainer
 from pipelines.files import write_json

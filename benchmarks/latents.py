@@ -35,21 +35,21 @@ import torch
 
 from lvssl.cli import guarded
 from lvssl.codes.controls import fit_itq, fit_lsh, fit_pca, fit_sign
-from lvssl.codes.pack import pack_bits, unpack_bits
-from lvssl.config import PretrainSettings, preset
 from lvssl.demo import fashion_mnist
 from lvssl.evaluation.embedding import Embedding, embed
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.models.backbone import feature_dim
 from lvssl.models.inference import device_of
-from lvssl.training.labels import open_pair
+from lvssl.runs.labels import open_pair
+from lvssl.runs.run import load_run, versions
+from lvssl.settings.pretrain import PretrainSettings, preset
 from lvssl.training.pretrain import pretrain
-from lvssl.training.run import load_run, versions
 from pipelines.convert.conversion import Settings as ConvertSettings
 from pipelines.convert.conversion import convert
 from pipelines.errors import InputError
 from pipelines.files import write_json
+from pipelines.kernels.pack import pack_bits, unpack_bits
 
 DATA = {
     "fashion-mnist": "fashion-mnist",

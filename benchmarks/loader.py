@@ -41,15 +41,15 @@ import numpy as np
 import torch
 
 from lvssl.cli import guarded
-from lvssl.training.run import versions
-from pipelines import turbojpeg
+from lvssl.runs.run import versions
 from pipelines.convert.conversion import Settings, convert
+from pipelines.decode import turbo
+from pipelines.decode.beton import BetonReader
+from pipelines.decode.images import ImageReader
 from pipelines.errors import InputError
 from pipelines.files import write_atomically, write_json
+from pipelines.formats import turbojpeg
 from pipelines.loader import TwoViewLoader
-from pipelines.sources import turbo
-from pipelines.sources.ffcv import FFCVSource
-from pipelines.sources.folder import FolderSource
 from pipelines.views import ViewSettings
 
 SIDE = 224
@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> None:
     contenders, absent = prepare(options, beton, files)
     for name, epoch in contenders.items():
         images = epoch()  # compiles, starts workers, fills the page cache
-        assert images == len(FFCVSource(beton)), f"{name} gave {images} images"
+        assert images == len(BetonReader(beton)), f"{name} gave {images} images"
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     cpu: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(options.rounds):
@@ -94,7 +94,7 @@ def main(arguments: list[str]) -> None:
         "ratios": ratios(seconds),
         "cpu_ratios": ratios({name: each for name, each in cpu.items() if name != "torchvision"}),
         "first_batch": {name: first_batch(name, beton) for name in ("augmented", "ffcv_one_view")},
-        "profile_ms": profile(FFCVSource(beton)),
+        "profile_ms": profile(BetonReader(beton)),
     }
     show(result)
     if options.json:
@@ -115,7 +115,7 @@ def same_bytes(tar: Path, cache: Path) -> tuple[Path, Path]:
         with tarfile.open(tar) as archive:
             archive.extractall(cache / "originals", filter="data")
         convert(str(cache / "originals"), beton, Settings(max_resolution=400))
-    source = FFCVSource(beton)
+    source = BetonReader(beton)
     assert (source.file.modes == turbo.JPEG).all()
     for index in range(len(source)):
         path = files / f"{source.labels[index]:04d}" / f"{index:04d}.jpg"
@@ -125,7 +125,7 @@ def same_bytes(tar: Path, cache: Path) -> tuple[Path, Path]:
     return beton, files
 
 
-def stored_bytes(source: FFCVSource, index: int) -> bytes:
+def stored_bytes(source: BetonReader, index: int) -> bytes:
     start = int(source.file.offsets[index])
     with open(source.file.path, "rb") as file:
         file.seek(start)
@@ -139,10 +139,10 @@ def prepare(options: argparse.Namespace, beton: Path, files: Path) -> tuple[dict
     """Name -> epoch of each contender that is wanted; and why others are absent."""
     workers, batch = options.workers, options.batch_size
     makers: dict[str, Callable[[], Epoch]] = {
-        "two_views": lambda: ours(FFCVSource(beton), workers, batch, crops_only=True),
-        "two_views_folder": lambda: ours(FolderSource(files), workers, batch, crops_only=True),
-        "augmented": lambda: ours(FFCVSource(beton), workers, batch),
-        "decode_only": lambda: decode_only(FFCVSource(beton), workers),
+        "two_views": lambda: ours(BetonReader(beton), workers, batch, crops_only=True),
+        "two_views_folder": lambda: ours(ImageReader(files), workers, batch, crops_only=True),
+        "augmented": lambda: ours(BetonReader(beton), workers, batch),
+        "decode_only": lambda: decode_only(BetonReader(beton), workers),
         "ffcv_one_view": lambda: stock_ffcv(beton, workers, batch, 1),
         "ffcv_two_view": lambda: stock_ffcv(beton, workers, batch, 2),
         "dali_two_decodes": lambda: dali(files, workers, batch, decode_twice=True),
@@ -170,7 +170,7 @@ def count(sizes: Iterator[int]) -> int:
     return sum(sizes)
 
 
-def decode_only(source: FFCVSource, workers: int) -> Epoch:
+def decode_only(source: BetonReader, workers: int) -> Epoch:
     """One-pixel crops: decoding, and next to nothing else."""
     from pipelines.loader import Threads
 
@@ -293,7 +293,7 @@ def row(name: str, seconds: list[float], cpu: list[float], workers: int) -> dict
 FIRST_BATCH = """if True:
     import sys, time
     from pathlib import Path
-    from benchmarks.loader import SIDE, FFCVSource, TwoViewLoader, ViewSettings, ffcv_loader
+    from benchmarks.loader import SIDE, BetonReader, TwoViewLoader, ViewSettings, ffcv_loader
     name, beton = sys.argv[1], Path(sys.argv[2])
     if name == "ffcv_one_view":
         import ffcv.fields.decoders, ffcv.loader, ffcv.transforms
@@ -301,7 +301,7 @@ FIRST_BATCH = """if True:
     if name == "ffcv_one_view":
         next(iter(ffcv_loader(beton, 2, 50, 1)))
     else:
-        next(iter(TwoViewLoader(FFCVSource(beton), ViewSettings(resolution=SIDE), 50)))
+        next(iter(TwoViewLoader(BetonReader(beton), ViewSettings(resolution=SIDE), 50)))
     print(time.perf_counter() - started, time.process_time() - spent, flush=True)
     import os
     os._exit(0)
@@ -340,7 +340,7 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def profile(source: FFCVSource, rounds: int = 5) -> dict[str, float]:
+def profile(source: BetonReader, rounds: int = 5) -> dict[str, float]:
     """Milliseconds an image on one thread: where the time of two views goes.
 
     Differences of libjpeg-turbo's own modes split the decoder: at 1/8 of the size in grey it does little but

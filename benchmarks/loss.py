@@ -32,7 +32,7 @@ from torch import Tensor
 from lvssl.cli import guarded
 from lvssl.losses import ntxent as module
 from lvssl.losses.ntxent import ntxent, reference
-from lvssl.training.run import versions
+from lvssl.runs.run import versions
 from lvssl.training.utilisation import peak_flops
 from pipelines.errors import InputError
 from pipelines.files import write_json

@@ -30,12 +30,12 @@ from typing import Any
 import numpy as np
 
 from lvssl.cli import guarded
-from lvssl.codes.pack import pack_bits
 from lvssl.codes.search import hamming_distances, hamming_search, staged_search
-from lvssl.training.run import versions
+from lvssl.runs.run import versions
 from pipelines.cores import cores
 from pipelines.errors import InputError
 from pipelines.files import write_json
+from pipelines.kernels.pack import pack_bits
 
 RANK, CLUSTER, WITHIN, NOISE = 64, 20, 0.6, 0.5
 CHUNK = 10_000

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from lvssl.cli import guarded
-from lvssl.config import preset
+from lvssl.evaluation.finetune import finetune
 from lvssl.evaluation.linear import linear
 from lvssl.evaluation.nearest import knn
-from lvssl.stages import FinetuneSettings, KnnSettings, LinearSettings
-from lvssl.training.finetune import finetune
+from lvssl.evaluation.stage import Stage, in_words
+from lvssl.runs.run import versions
+from lvssl.settings.pretrain import preset
+from lvssl.settings.stages import FinetuneSettings, KnnSettings, LinearSettings
 from lvssl.training.pretrain import pretrain
-from lvssl.training.run import versions
-from lvssl.training.stage import Stage, in_words
 from pipelines.files import write_json
 
 

@@ -81,8 +81,8 @@ def parse(
 
 
 def pretrain(arguments: list[str]) -> int:
-    from lvssl.config import PRESETS, PretrainSettings, preset
-    from lvssl.training.run import read_config
+    from lvssl.runs.run import read_config
+    from lvssl.settings.pretrain import PRESETS, PretrainSettings, preset
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
@@ -123,8 +123,8 @@ def stage(kind: str, name: str) -> Callable[[list[str]], int]:
     """The command of a stage after pretraining; `kind` names its settings, "module:function" what it does."""
 
     def run(arguments: list[str]) -> int:
-        from lvssl import stages
-        from lvssl.training.stage import show
+        from lvssl.evaluation.stage import show
+        from lvssl.settings import stages
         from lvssl.training.stopping import Interrupted
 
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -227,7 +227,7 @@ def report(arguments: list[str]) -> None:
 def presets(arguments: list[str]) -> None:
     import json
 
-    from lvssl.presets import difference_of, listing, settings_of
+    from lvssl.settings.presets import difference_of, listing, settings_of
 
     if len(arguments) == 2:
         print(difference_of(*arguments))
@@ -286,8 +286,8 @@ def plan(arguments: list[str]) -> None:
 
 def chain_starts() -> dict[str, Callable[[str | None], Any]]:
     """Stages of a chain that have settings: a preset's name, or None -> the settings to start from."""
-    from lvssl import stages
-    from lvssl.config import PretrainSettings, preset
+    from lvssl.settings import stages
+    from lvssl.settings.pretrain import PretrainSettings, preset
 
     def evaluation(_: str | None) -> Any:
         from lvssl.evaluation.evaluate import EvaluateSettings  # imports torch
@@ -397,7 +397,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     ),
     "finetune": (
         "train the encoder with all or some labels",
-        stage("FinetuneSettings", "lvssl.training.finetune:finetune"),
+        stage("FinetuneSettings", "lvssl.evaluation.finetune:finetune"),
     ),
     "evaluate": ("linear probe and kNN on features and codes, with a control run and baselines", evaluate),
     "analyse": ("uncertainty, meaning of bits, regression: a run beside its control", analyse),

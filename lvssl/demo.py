@@ -11,18 +11,18 @@ import numpy as np
 from PIL import Image
 
 from lvssl.codes.file import open_codes
-from lvssl.config import PretrainSettings, preset
 from lvssl.evaluation.analyse import AnalyseSettings, analyse
 from lvssl.evaluation.codes import EncodeSettings, encode
 from lvssl.evaluation.evaluate import EvaluateSettings, evaluate, print_table
 from lvssl.report.page import write_report
+from lvssl.settings.pretrain import PretrainSettings, preset
 from lvssl.training.pretrain import pretrain
 from pipelines.convert.conversion import Settings as ConvertSettings
 from pipelines.convert.conversion import convert
+from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.files import write_json
 from pipelines.loader import evaluation_crops
-from pipelines.sources import open_source
 
 # Debian's package dataset-fashion-mnist, installed, or unpacked into the checkout by tools/install.sh.
 FASHION_MNIST = (
@@ -150,7 +150,7 @@ def arm(settings: DemoSettings, name: str, family: str, data: Path, folder: Path
 def pictures(folder: Path, test: Path) -> Path:
     """Some test images as PNG files, named by their position and class."""
     folder.mkdir(exist_ok=True)
-    source = open_source(test)
+    source = open_reader(test)
     for index in np.arange(min(PICTURES, len(source))):
         side = int(source.sizes(np.array([index]))[0][0])
         view = dataclasses.replace(preset("fashion-mnist").view, resolution=side)

@@ -207,7 +207,7 @@ def check_torch() -> Check:
 
 def check_libjpeg_turbo() -> Check:
     """The library that JPEGs are decoded by: where it was found, and that it decodes one as Pillow does."""
-    from pipelines import turbojpeg
+    from pipelines.formats import turbojpeg
 
     if turbojpeg.FOUND is None:
         chosen = os.environ.get(turbojpeg.VARIABLE)
@@ -235,7 +235,7 @@ def wrongly_decoded() -> str:
     import numpy as np
     from PIL import Image
 
-    from pipelines.convert import jpeg
+    from pipelines.formats import jpeg
 
     file = io.BytesIO()
     Image.new("RGB", (16, 16), (200, 100, 50)).save(file, "JPEG", quality=95)

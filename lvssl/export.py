@@ -26,12 +26,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tyro.conf import Positional
 
+from lvssl.evaluation.stage import in_words
 from lvssl.models.backbone import CIFAR_STEM_UP_TO, RESNETS, feature_dim
 from lvssl.models.network import LVNet
-from lvssl.settings import to_dict
-from lvssl.training.result import read_json
-from lvssl.training.run import Run, load_run, versions
-from lvssl.training.stage import in_words
+from lvssl.runs.result import read_json
+from lvssl.runs.run import Run, load_run, versions
+from lvssl.settings.fields import to_dict
 from pipelines.errors import InputError
 from pipelines.normalise import normalise
 from pipelines.views import ViewSettings

@@ -16,10 +16,10 @@ import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lvssl.config import OPTIMISERS, LatentSettings, ModelSettings, choice, preset, require
 from lvssl.losses.distributed import RING_FROM
 from lvssl.models.backbone import BACKBONES, BLOCKS
 from lvssl.models.network import LVNet
+from lvssl.settings.pretrain import OPTIMISERS, LatentSettings, ModelSettings, choice, preset, require
 
 GIB = 2**30
 CONTEXT = 1.0 * GIB  # CUDA context, cuDNN and NCCL

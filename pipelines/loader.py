@@ -21,10 +21,10 @@ from torch import Tensor
 
 from pipelines.augment import cpu
 from pipelines.cores import loader_threads
+from pipelines.decode import DamagedSample, Reader
 from pipelines.errors import ON_ERROR, InputError
 from pipelines.order import ORDERS, epoch_order, step_indices, steps_per_epoch
 from pipelines.parameters import FLIP, P, centre_boxes, crop_boxes, draw_parameters
-from pipelines.sources import DamagedSample, Source
 from pipelines.views import ViewSettings
 
 Augmenter = Callable[[Tensor, Tensor, ViewSettings], Tensor]
@@ -102,7 +102,7 @@ class TwoViewLoader:
 
     def __init__(
         self,
-        source: Source,
+        source: Reader,
         view: ViewSettings,
         batch_size: int,
         seed: int = 0,
@@ -296,7 +296,7 @@ class _OnDevice:
 
 
 def evaluation_batches(
-    source: Source,
+    source: Reader,
     view: ViewSettings,
     batch_size: int = 256,
     workers: int = 0,
@@ -334,7 +334,7 @@ def evaluation_batches(
         yield from _ahead(start, range(0, len(everything), batch_size), 3)
 
 
-def images_a_call(source: Source, side: int, views: int = 1) -> int:
+def images_a_call(source: Reader, side: int, views: int = 1) -> int:
     """How many images are cropped at once, into `views` of `side` pixels each.
 
     Many small ones: each call holds the GIL for some microseconds, in which a training loop launches nothing.
@@ -349,7 +349,7 @@ def sent(images: Tensor, device: torch.device) -> Tensor:
 
 
 def evaluation_crops(
-    source: Source, view: ViewSettings, indices: np.ndarray, decoder: "Decoder | None" = None
+    source: Reader, view: ViewSettings, indices: np.ndarray, decoder: "Decoder | None" = None
 ) -> np.ndarray:
     """The centre crops of some samples: uint8 [B, R, R, 3]."""
     crops = np.empty((len(indices), 1, view.resolution, view.resolution, 3), np.uint8)
@@ -368,7 +368,7 @@ class Decoder:
     whatever the workers.
     """
 
-    def __init__(self, source: Source, on_error: str = "raise") -> None:
+    def __init__(self, source: Reader, on_error: str = "raise") -> None:
         if on_error not in ON_ERROR:
             raise InputError(f"on_error must be {' or '.join(ON_ERROR)}, got {on_error!r}")
         self.source, self.skip = source, on_error == "skip"

@@ -8,8 +8,8 @@ and to resume in mid-epoch is to know one number.
 import numpy as np
 from numba import uint64
 
-from pipelines.compiled import compiled
-from pipelines.elementary import exp, log
+from pipelines.kernels.compiled import compiled
+from pipelines.kernels.elementary import exp, log
 from pipelines.views import ViewSettings
 
 COLUMNS = (

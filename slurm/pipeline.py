@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lvssl.settings import RUNTIME
+from lvssl.settings.fields import RUNTIME
 from pipelines.convert.store import Settings as Conversion
 from pipelines.errors import InputError
 from slurm.values import fields_of, fits, flat_hints, is_path, replaced, words

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lvssl.settings import beyond_defaults, options
+from lvssl.settings.fields import beyond_defaults, options
 from slurm.pipeline import FILLED_IN, MEASURING, ClusterSettings, ImageSource, Pipeline
 
 # Results that have one place in the run's folder, whatever the settings.

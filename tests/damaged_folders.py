@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipelines.sources import open_source
+from pipelines.decode import open_reader
 
 DAMAGED = {"train": [3, 4, 77], "test": [0, 9]}  # of 200 and 60, in the order of their paths
 
@@ -13,7 +13,7 @@ DAMAGED = {"train": [3, 4, 77], "test": [0, 9]}  # of 200 and 60, in the order o
 def make_folders(digits: dict[str, Path], root: Path) -> dict[str, Path]:
     """PNG files in class folders: `train`, `test` with damaged ones, and `sound` of each without."""
     for split, count in (("train", 200), ("test", 60)):
-        source = open_source(digits[split])
+        source = open_reader(digits[split])
         for i in range(count):
             path = root / split / str(source.labels[i]) / f"{i:03}.png"
             path.parent.mkdir(parents=True, exist_ok=True)

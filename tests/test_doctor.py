@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from lvssl import doctor as doctor_module
 from lvssl.doctor import PACKAGES
-from pipelines import turbojpeg
+from pipelines.formats import turbojpeg
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -16,7 +16,7 @@ def test_activations_are_what_a_process_grows_by():
     """200 views of 32 px through the small network, in a fresh process; only what is kept is still there."""
     script = (
         "import os, torch\n"
-        "from lvssl.config import LatentSettings, ModelSettings\n"
+        "from lvssl.settings.pretrain import LatentSettings, ModelSettings\n"
         "from lvssl.models.network import LVNet\n"
         "torch.set_num_threads(1)\n"
         "resident = lambda: int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')\n"

@@ -7,11 +7,11 @@ import torch
 import torch.nn as nn
 
 from lvssl.cli import main
-from lvssl.config import PRESETS
 from lvssl.models.backbone import feature_dim
 from lvssl.models.network import LVNet
-from lvssl.presets import ABOUT, difference_of, settings_of
-from lvssl.stages import STAGE_PRESETS, FinetuneSettings, LinearSettings, start_from
+from lvssl.settings.presets import ABOUT, difference_of, settings_of
+from lvssl.settings.pretrain import PRESETS
+from lvssl.settings.stages import STAGE_PRESETS, FinetuneSettings, LinearSettings, start_from
 from lvssl.training.optimiser import peak_lr
 from lvssl.training.supervised import scaled_lr
 from pipelines.errors import InputError

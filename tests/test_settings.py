@@ -7,13 +7,11 @@ from pathlib import Path
 import pytest
 
 from lvssl.cli import parse
-from lvssl.config import PRESETS, LatentSettings, PretrainSettings, preset
 from lvssl.evaluation.analyse import AnalyseSettings
 from lvssl.evaluation.compression import CompressionSettings
 from lvssl.evaluation.evaluate import EvaluateSettings
 from lvssl.evaluation.study import StudySettings
-from lvssl.presets import command
-from lvssl.settings import (
+from lvssl.settings.fields import (
     RUNTIME,
     all_settings,
     beyond_defaults,
@@ -23,7 +21,9 @@ from lvssl.settings import (
     runtime,
     to_dict,
 )
-from lvssl.stages import FinetuneSettings, KnnSettings, LinearSettings, start_from
+from lvssl.settings.presets import command
+from lvssl.settings.pretrain import PRESETS, LatentSettings, PretrainSettings, preset
+from lvssl.settings.stages import FinetuneSettings, KnnSettings, LinearSettings, start_from
 from pipelines.errors import InputError
 
 RUN = Path("runs/a run")

@@ -119,7 +119,7 @@ unpacked() {  # folder, names: the files of the first of these packages that can
 
 turbojpeg() {  # libturbojpeg into .venv, where it isn't found; without it Pillow decodes, more slowly
     local files=.cache/turbojpeg
-    if .venv/bin/python -c 'from pipelines import turbojpeg as t; raise SystemExit(t.FOUND is None)'; then return; fi
+    if .venv/bin/python -c 'from pipelines.formats import turbojpeg as t; raise SystemExit(t.FOUND is None)'; then return; fi
     # Debian's name, then Ubuntu's.
     if unpacked "$files" libturbojpeg0 libturbojpeg &&
         cp -L "$files"/usr/lib/*/libturbojpeg.so.0 .venv/lib/libturbojpeg.so.0.part &&

@@ -50,7 +50,7 @@ def versions() -> Row:
 
 def turbojpeg() -> Row:
     """Without it no .beton and no JPEG can be read at speed."""
-    from pipelines.sources.turbo import AVAILABLE
+    from pipelines.decode.turbo import AVAILABLE
 
     return {"ok": None} if AVAILABLE else {"ok": None, "failed": "missing: libturbojpeg"}
 

@@ -65,7 +65,7 @@ def cases(setup: Setup) -> Iterator[Case]:
 
 def settings_of(setup: Setup, work: Work, how: str = "eager") -> Any:
     from benchmarks.engine import LOG_EVERY
-    from lvssl.config import EngineSettings, preset
+    from lvssl.settings.pretrain import EngineSettings, preset
 
     base = preset(work.preset)
     return replace(
@@ -135,14 +135,14 @@ class Endless:
 def through_loader(setup: Setup, work: Work) -> Endless:
     """Batches from a few hundred images, repeated, through the project's own path."""
     from benchmarks.gpu_stages import images
-    from lvssl.training.labels import Subset
+    from lvssl.runs.labels import Subset
     from pipelines.augment import augmenter_for
+    from pipelines.decode import open_reader
     from pipelines.loader import TwoViewLoader
-    from pipelines.sources import open_source
 
     given = setup.images if work.side > 64 else ""
     path = given or images.beton(Path(setup.scratch) / "images", 32 if setup.dry else 384, work.side)
-    source = open_source(path)
+    source = open_reader(path)
     subset = Subset(source, np.resize(np.arange(len(source)), 200 * work.batch))
     subset.labels = subset.labels % CLASSES  # what the network is made for
     device = place(setup)

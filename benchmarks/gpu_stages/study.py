@@ -45,9 +45,9 @@ def data(setup: Setup) -> Row:
                 convert(options["data"], options[split], split=split)
     else:
         made_sets(setup)
-    from pipelines.sources import open_source
+    from pipelines.decode import open_reader
 
-    counts = {f"{split}_images": len(open_source(options[split])) for split in ("train", "test")}
+    counts = {f"{split}_images": len(open_reader(options[split])) for split in ("train", "test")}
     return {"ok": True, **counts, "seconds": time.monotonic() - started}
 
 
@@ -66,7 +66,7 @@ def made_sets(setup: Setup) -> None:
 
 def settings_of(setup: Setup, arm: str, epochs: int, out: Path) -> Any:
     """ResNet-18 with the small images' stem; everything but the latent is the same in all arms."""
-    from lvssl.config import EngineSettings, LatentSettings, preset
+    from lvssl.settings.pretrain import EngineSettings, LatentSettings, preset
 
     options, base = setup.options, preset("cifar10-r18")
     return replace(
@@ -88,13 +88,13 @@ def settings_of(setup: Setup, arm: str, epochs: int, out: Path) -> Any:
 
 def trainer_of(settings: Any, device: torch.device) -> tuple[Any, Any]:
     """A trainer and its loader, as `lvssl pretrain` makes them."""
-    from lvssl.training.prepare import precision
+    from lvssl.models.device import precision
     from lvssl.training.trainer import Trainer
     from pipelines.augment import augmenter_for
+    from pipelines.decode import open_reader
     from pipelines.loader import TwoViewLoader
-    from pipelines.sources import open_source
 
-    source = open_source(settings.data)
+    source = open_reader(settings.data)
     augmenter = augmenter_for(device, settings.augmentation, precision(settings.engine, device))
     loader = TwoViewLoader(
         source, settings.view, settings.batch_size, settings.seed, settings.workers,
@@ -136,9 +136,9 @@ def speed(setup: Setup) -> Row:
 
 def arm(setup: Setup) -> Iterator[Row]:
     """One arm: a row, to which each measure adds what it finds."""
+    from lvssl.runs.progress import read_metrics
+    from lvssl.runs.run import load_run
     from lvssl.training.pretrain import pretrain
-    from lvssl.training.progress import read_metrics
-    from lvssl.training.run import load_run
 
     options = setup.options
     settings = settings_of(setup, options["arm"], options["epochs"], Path(setup.scratch) / options["arm"])
@@ -169,13 +169,13 @@ def measures(setup: Setup, run: Any, pool: ThreadPoolExecutor) -> dict[str, Call
     from lvssl.evaluation.embedding import embed
     from lvssl.evaluation.knn import hamming_knn, weighted_knn
     from lvssl.evaluation.probe import linear_probe
-    from pipelines.sources import open_source
+    from pipelines.decode import open_reader
 
     options, view, waiting = setup.options, run.settings.view, {}
 
     def neighbours() -> Row:
         train, test = (
-            embed(run.network, open_source(options[split]), view, loader_threads())
+            embed(run.network, open_reader(options[split]), view, loader_threads())
             for split in ("train", "test")
         )
         pair = (train.features, train.labels, test.features, test.labels)
@@ -198,8 +198,8 @@ def measures(setup: Setup, run: Any, pool: ThreadPoolExecutor) -> dict[str, Call
 
 def tuned(setup: Setup, run: Any, share: float) -> float:
     """Top-1 after fine-tuning encoder and a linear layer with a share of the labels, at a fixed rate."""
-    from lvssl.training.labels import labelled_rows, open_labelled
-    from lvssl.training.score import score
+    from lvssl.evaluation.score import score
+    from lvssl.runs.labels import labelled_rows, open_labelled
     from lvssl.training.stopping import Stop
     from lvssl.training.supervised import (
         Classifier,
@@ -236,8 +236,8 @@ def to_knn(setup: Setup) -> Iterator[Row]:
     """Seconds of training until kNN reaches the target; looks at it aren't counted, their time is given."""
     from lvssl.evaluation.embedding import embed
     from lvssl.evaluation.knn import weighted_knn
-    from lvssl.training.prepare import autocast
-    from pipelines.sources import open_source
+    from lvssl.models.device import autocast
+    from pipelines.decode import open_reader
 
     options, device = setup.options, place(setup)
     settings = settings_of(setup, options["arm"], options["epochs"], Path(setup.scratch) / "to-knn")
@@ -259,7 +259,7 @@ def to_knn(setup: Setup) -> Iterator[Row]:
             started = now(setup)
             with autocast(settings.engine, device), torch.compiler.set_stance("force_eager"):
                 train, test = (
-                    embed(trainer.network, open_source(options[split]), settings.view, loader_threads())
+                    embed(trainer.network, open_reader(options[split]), settings.view, loader_threads())
                     for split in ("train", "test")
                 )
             x, y = (torch.from_numpy(a).to(device) for a in (train.features, test.features))

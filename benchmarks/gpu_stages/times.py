@@ -256,8 +256,8 @@ def decorrelation(setup: Setup, precision: str) -> Row:
 
 
 def with_gradients(setup: Setup, backbone: str) -> Any:
-    from lvssl.config import LatentSettings, ModelSettings
     from lvssl.models.network import LVNet
+    from lvssl.settings.pretrain import LatentSettings, ModelSettings
 
     network = LVNet(ModelSettings(backbone=backbone), LatentSettings(), 32, 10).to(setup.device)
     for parameter in network.parameters():
@@ -277,7 +277,7 @@ def guard(setup: Setup, backbone: str) -> Row:
 
 def built(kind: str) -> Callable[[Any], torch.optim.Optimizer]:
     def build(network: Any) -> torch.optim.Optimizer:
-        from lvssl.config import OptimiserSettings
+        from lvssl.settings.pretrain import OptimiserSettings
         from lvssl.training.optimiser import build_optimiser
 
         on_gpu = next(network.parameters()).is_cuda

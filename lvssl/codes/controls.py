@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from lvssl.codes.pack import as_array, pack_bits, unpack_bits
+from pipelines.kernels.pack import as_array, pack_bits, unpack_bits
 
 
 class Coder(Protocol):

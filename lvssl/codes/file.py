@@ -27,7 +27,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from lvssl.codes.pack import packed_bytes
+from pipelines.kernels.pack import packed_bytes
 
 MAGIC = b"LVCODES\n"
 MEANS_MAGIC = b"LVMEANS\n"

@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-from pipelines.compiled import compiled
+from pipelines.kernels.compiled import compiled
 
 TILE = 256  # rows: 64 KB of 2,048-bit codes beside the queries in a 512 KB cache
 ONE, TWO = np.uint64(1), np.uint64(2)

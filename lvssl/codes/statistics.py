@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lvssl.codes.pack import as_array, pack_bits
+from pipelines.kernels.pack import as_array, pack_bits
 
 DEAD_BELOW = 0.01  # a bit that is on for fewer images than this, or off for fewer, says next to nothing
 

@@ -26,7 +26,7 @@ from lvssl.codes.file import (
     header_block,
     means_path,
 )
-from lvssl.codes.pack import packed_bytes
+from pipelines.kernels.pack import packed_bytes
 from pipelines.lock import lock
 
 RECORD = struct.Struct("<QI")  # before each name in the names' part

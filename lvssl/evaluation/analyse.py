@@ -15,7 +15,6 @@ import torch
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from lvssl.config import require
 from lvssl.evaluation.calibration import calibration
 from lvssl.evaluation.corruptions import CORRUPTIONS, ELSEWHERE, SEVERITIES, corrupt
 from lvssl.evaluation.evaluate import class_names, labelled_pair, with_defaults
@@ -24,14 +23,15 @@ from lvssl.evaluation.reading import Certainty, Reading, read, severity_correlat
 from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.shapes import FACTORS, make_shapes, regression_targets
 from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
-from lvssl.settings import PER_CALL, POSITIONAL
-from lvssl.training.result import ResultFile, as_number
-from lvssl.training.run import Run, load_run
+from lvssl.runs.result import ResultFile, as_number
+from lvssl.runs.run import Run, load_run
+from lvssl.settings.fields import PER_CALL, POSITIONAL
+from lvssl.settings.pretrain import require
+from pipelines.decode import Reader, open_reader
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
 from pipelines.loader import Decoder, TwoViewLoader, evaluation_crops
 from pipelines.parameters import COLUMNS
-from pipelines.sources import Source, open_source
 from pipelines.views import ViewSettings
 
 BITS = "bits.npz"
@@ -139,15 +139,15 @@ class Sets:
     test: np.ndarray
     test_labels: np.ndarray
     elsewhere: dict[str, np.ndarray]
-    sources: tuple[Source, Source]
+    sources: tuple[Reader, Reader]
     skipped: dict[str, int]  # set -> images that were chosen and couldn't be decoded
 
     @classmethod
-    def of(cls, settings: AnalyseSettings, run: Run, train: Source, test: Source) -> Sets:
+    def of(cls, settings: AnalyseSettings, run: Run, train: Reader, test: Reader) -> Sets:
         view, side = run.settings.view, run.settings.view.resolution
         on_error, skipped = run.on_error(settings.on_error), {}
 
-        def read_some(name: str, source: Source, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+        def read_some(name: str, source: Reader, wanted: int) -> tuple[np.ndarray, np.ndarray]:
             chosen = spread(len(source), wanted)
             crops, rows = sound_crops(source, view, chosen, on_error)
             skipped[name] = len(chosen) - len(rows)
@@ -160,7 +160,7 @@ class Sets:
         count = len(test_crops)
         elsewhere = {name: make(count, side, settings.seed) for name, make in ELSEWHERE.items()}
         for path in settings.ood:
-            elsewhere[path.stem], _ = read_some(path.stem, open_source(path), count)
+            elsewhere[path.stem], _ = read_some(path.stem, open_reader(path), count)
         return cls(train_crops, train_labels, test_crops, test_labels, elsewhere, (train, test), skipped)
 
 
@@ -170,7 +170,7 @@ def spread(available: int, wanted: int) -> np.ndarray:
 
 
 def sound_crops(
-    source: Source, view: ViewSettings, chosen: np.ndarray, on_error: str
+    source: Reader, view: ViewSettings, chosen: np.ndarray, on_error: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Centre crops uint8 [M, R, R, 3] of those of the positions int64 [N] that can be decoded, and these.
 
@@ -322,7 +322,7 @@ def known_factors(run: Run, sets: Sets, settings: AnalyseSettings) -> dict[str, 
 
 
 def augmented(
-    run: Run, source: Source, count: int, seed: int, on_error: str = "raise"
+    run: Run, source: Reader, count: int, seed: int, on_error: str = "raise"
 ) -> tuple[Reading, dict[str, np.ndarray]]:
     """`count` augmented views, read, and their parameters as regression targets."""
     batch_size = min(250, len(source))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lvssl.codes.pack import as_array
+from pipelines.kernels.pack import as_array
 
 BINS = 15
 

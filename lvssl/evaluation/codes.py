@@ -20,17 +20,17 @@ from lvssl.codes.search import hamming_search, rerank, staged_search
 from lvssl.codes.writer import CodeWriter
 from lvssl.models import inference
 from lvssl.models.inference import Batches, in_batches
-from lvssl.settings import beyond_defaults
-from lvssl.training.labels import readable, say_notes
-from lvssl.training.run import Run, load_run
-from pipelines.convert.manifest import manifest_path, read_manifest
-from pipelines.convert.pixels import decode_rgb
+from lvssl.runs.labels import readable, say_notes
+from lvssl.runs.run import Run, load_run
+from lvssl.settings.fields import beyond_defaults
+from pipelines.decode import DamagedSample, Reader, open_reader
+from pipelines.decode.images import ImageReader
+from pipelines.decode.pixels import decode_rgb
+from pipelines.decode.resize import resize_crop
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
+from pipelines.formats.manifest import manifest_path, read_manifest
 from pipelines.parameters import centre_boxes
-from pipelines.resize import resize_crop
-from pipelines.sources import DamagedSample, Source, open_source
-from pipelines.sources.folder import FolderSource
 
 QUERIES = 1024  # searched together
 CANDIDATES = 100  # that `--rerank` looks at, at least
@@ -238,20 +238,20 @@ def queries_of(codes: CodeFile, run: Run, with_means: bool) -> Iterator[Queries]
 # ---------------------------------------------------------------------------------------- images
 
 
-def image_set(path: Path) -> tuple[Source, list[str]]:
+def image_set(path: Path) -> tuple[Reader, list[str]]:
     """A set of images and their names. Every image below a folder, in the order of their paths; else, and of
-    a folder that has tars or parquet files instead, what `pipelines.sources` reads."""
-    source = every_image(path) or open_source(path)
+    a folder that has tars or parquet files instead, what `pipelines.decode` reads."""
+    source = every_image(path) or open_reader(path)
     say_notes(source)
     return source, names_of(source, path)
 
 
-def every_image(path: Path) -> Source | None:
+def every_image(path: Path) -> Reader | None:
     """Those below a folder; None if there is none, but tars or parquet files, or if it is no folder."""
     if not path.is_dir():
         return None
     try:
-        return FolderSource(path, labelled=False)
+        return ImageReader(path, labelled=False)
     except InputError:
         if any(any(path.glob(f"*{end}")) for end in (".tar", ".parquet")):
             return None
@@ -259,7 +259,7 @@ def every_image(path: Path) -> Source | None:
 
 
 def crops_of(
-    run: Run, source: Source, skip: bool, workers: int = 0, rows: np.ndarray | None = None
+    run: Run, source: Reader, skip: bool, workers: int = 0, rows: np.ndarray | None = None
 ) -> Batches:
     """Centre crops of those of the images (or of `rows`) that can be decoded, with a warning for each other
     one; or InputError, which names it."""
@@ -274,7 +274,7 @@ def say_left_out(reason: str) -> None:
     tqdm.write(f"warning: left out: {reason}", file=sys.stderr)
 
 
-def names_of(source: Source, path: Path) -> list[str]:
+def names_of(source: Reader, path: Path) -> list[str]:
     """From the source or its manifest; positions where neither has any."""
     if hasattr(source, "names"):
         return list(source.names)

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from lvssl.codes.controls import CONTROLS, Coder, LinearHash
-from lvssl.codes.pack import pack_bits, unpack_bits
 from lvssl.codes.statistics import compression_ratios
 from lvssl.evaluation.embedding import Embedding
 from lvssl.evaluation.evaluate import (
@@ -31,13 +30,14 @@ from lvssl.evaluation.retrieval import retrieval_map, similarity_map
 from lvssl.latents import WITHOUT_LATENT
 from lvssl.models.backbone import feature_dim
 from lvssl.models.inference import device_of
-from lvssl.settings import PER_CALL, POSITIONAL, RUNTIME
-from lvssl.training.labels import sound_part
-from lvssl.training.result import ResultFile, as_number
-from lvssl.training.run import Run, load_run
+from lvssl.runs.labels import sound_part
+from lvssl.runs.result import ResultFile, as_number
+from lvssl.runs.run import Run, load_run
+from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME
+from pipelines.decode import Reader
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
-from pipelines.sources import Source
+from pipelines.kernels.pack import pack_bits, unpack_bits
 
 CSV = "compression.csv"
 COLUMNS = (
@@ -175,7 +175,7 @@ def control_point(
 
 
 def measured(
-    settings: CompressionSettings, point: Point, train: Source, test: Source, device: torch.device
+    settings: CompressionSettings, point: Point, train: Reader, test: Reader, device: torch.device
 ) -> dict[str, Any]:
     labels = train.labels, test.labels
     probe = linear_probe(point.vectors[0], labels[0], point.vectors[1], labels[1])
@@ -198,7 +198,7 @@ def measured(
     }
 
 
-def ratios(run: Run, bits: int, test: Source) -> dict[str, float]:
+def ratios(run: Run, bits: int, test: Reader) -> dict[str, float]:
     return compression_ratios(
         bits,
         run.settings.view.resolution,

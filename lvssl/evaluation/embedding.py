@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lvssl.models.inference import device_of, encode, on_device
 from lvssl.models.network import LVNet
-from lvssl.training.labels import readable
+from lvssl.runs.labels import readable
+from pipelines.decode import Reader
 from pipelines.loader import evaluation_batches
-from pipelines.sources import Source
 from pipelines.views import ViewSettings
 
 
@@ -31,7 +31,7 @@ class Embedding:
 
 def embed(
     network: LVNet,
-    source: Source,
+    source: Reader,
     view: ViewSettings,
     workers: int = 0,
     on_error: str = "raise",
@@ -67,7 +67,7 @@ def embed(
 
 
 @torch.no_grad()
-def calibrate_batch_statistics(network: LVNet, source: Source, view: ViewSettings, workers: int = 0) -> None:
+def calibrate_batch_statistics(network: LVNet, source: Reader, view: ViewSettings, workers: int = 0) -> None:
     """Replace every batch normalisation's running statistics by their averages over the source.
 
     For the random encoder: untrained running statistics would make it worse than it is.
@@ -82,7 +82,7 @@ def calibrate_batch_statistics(network: LVNet, source: Source, view: ViewSetting
     network.eval()
 
 
-def pixels(source: Source, view: ViewSettings, workers: int = 0, side: int = 32) -> np.ndarray:
+def pixels(source: Reader, view: ViewSettings, workers: int = 0, side: int = 32) -> np.ndarray:
     """Evaluation crops as vectors, at most 32 px a side, float32 [N, D]; one channel if all are grey."""
     batches = evaluation_batches(source, view, workers=workers)
     values = torch.cat([shrink(crops.permute(0, 3, 1, 2) / 255, side) for crops, _ in batches])

@@ -12,7 +12,6 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from lvssl.codes.controls import sign_bits
-from lvssl.codes.pack import pack_bits, unpack_bits
 from lvssl.codes.search import hamming_search
 from lvssl.codes.statistics import code_statistics, compression_ratios
 from lvssl.evaluation.embedding import Embedding, calibrate_batch_statistics, embed, pixels
@@ -23,15 +22,16 @@ from lvssl.latents import WITHOUT_LATENT
 from lvssl.models.backbone import feature_dim
 from lvssl.models.inference import device_of
 from lvssl.models.network import LVNet
-from lvssl.settings import PER_CALL, POSITIONAL, RUNTIME
-from lvssl.training.labels import Subset, beside, open_pair, say_notes, sound_part
-from lvssl.training.result import ResultFile
-from lvssl.training.run import Run, load_run, require_classes_of, require_same_classes
-from pipelines.convert.manifest import manifest_path
+from lvssl.runs.labels import Subset, beside, open_pair, say_notes, sound_part
+from lvssl.runs.result import ResultFile
+from lvssl.runs.run import Run, load_run, require_classes_of, require_same_classes
+from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME
+from pipelines.decode import Reader
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
+from pipelines.formats.manifest import manifest_path
+from pipelines.kernels.pack import pack_bits, unpack_bits
 from pipelines.loader import evaluation_crops
-from pipelines.sources import Source
 from pipelines.views import ViewSettings
 
 GALLERY = "gallery.npz"
@@ -117,7 +117,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     return content
 
 
-def labelled_pair(run: Run, control: Run | None, train: Path | None, test: Path) -> tuple[Source, Source]:
+def labelled_pair(run: Run, control: Run | None, train: Path | None, test: Path) -> tuple[Reader, Reader]:
     """Training images (those of the pretraining, unless named) and test images, with the same numbers for the
     same classes. Raises InputError as `open_pair` does, and if run and control were trained on others."""
     if control is not None:
@@ -143,7 +143,7 @@ def with_defaults(settings: Settings, run: Run) -> Settings:
 
 
 def embed_both(
-    run: Run, train: Source, test: Source, workers: int, on_error: str = "raise"
+    run: Run, train: Reader, test: Reader, workers: int, on_error: str = "raise"
 ) -> tuple[Embedding, Embedding]:
     return (
         embed(run.network, train, run.settings.view, workers, on_error),
@@ -186,7 +186,7 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
-def floors(run: Run, train: Source, test: Source, workers: int) -> dict[str, float]:
+def floors(run: Run, train: Reader, test: Reader, workers: int) -> dict[str, float]:
     """The probe on what needs no training: the same network untrained, and the pixels."""
     settings = run.settings
     torch.manual_seed(settings.seed)
@@ -232,7 +232,7 @@ def table(
     return made
 
 
-def compression(run: Run, test: Source) -> dict[str, float]:
+def compression(run: Run, test: Reader) -> dict[str, float]:
     """How many times smaller the code is, against what is named."""
     return compression_ratios(
         run.network.family.code_bits(run.network.dim),
@@ -243,7 +243,7 @@ def compression(run: Run, test: Source) -> dict[str, float]:
     )
 
 
-def describe_data(run: Run, settings: EvaluateSettings, train: Source, test: Source) -> dict[str, Any]:
+def describe_data(run: Run, settings: EvaluateSettings, train: Reader, test: Reader) -> dict[str, Any]:
     assert settings.test is not None
     source = manifest(settings.test).get("source", settings.test.stem)
     return {
@@ -267,7 +267,7 @@ def uncertainty(test: Embedding, wrong: np.ndarray) -> dict[str, float]:
     }
 
 
-def jpeg_bytes(source: Source) -> float | None:
+def jpeg_bytes(source: Reader) -> float | None:
     """Mean size of the stored JPEGs; None where any image is stored as pixels."""
     if isinstance(source, Subset):  # a few damaged ones change no mean that is worth a word
         source = source.source
@@ -275,14 +275,14 @@ def jpeg_bytes(source: Source) -> float | None:
     return float(file.sizes.mean()) if file is not None and not file.modes.any() else None
 
 
-def channels(source: Source) -> int:
+def channels(source: Reader) -> int:
     """1 if the first images are grey, else 3: a grey image that is stored as RGB isn't larger for it."""
     view = ViewSettings(resolution=8)
     crops = evaluation_crops(source, view, np.arange(min(256, len(source))))
     return 1 if (crops == crops[..., :1]).all() else 3
 
 
-def class_names(source: Source) -> list[str]:
+def class_names(source: Reader) -> list[str]:
     """Of a set's labels; numbers where they have no names."""
     return source.classes or [str(number) for number in range(int(source.labels.max()) + 1)]
 
@@ -300,8 +300,8 @@ def write_gallery(
     path: Path,
     train: Embedding,
     test: Embedding,
-    train_source: Source,
-    test_source: Source,
+    train_source: Reader,
+    test_source: Reader,
     view: ViewSettings,
     names: list[str],
 ) -> None:

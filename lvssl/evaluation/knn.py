@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvssl.codes.pack import as_array
 from lvssl.codes.search import hamming_distances
-from lvssl.training.progress import shown
-from pipelines.compiled import compiled
+from lvssl.runs.progress import shown
+from pipelines.kernels.compiled import compiled
+from pipelines.kernels.pack import as_array
 
 QUERIES = 512  # test images a chunk: [512, N] similarities at a time
 

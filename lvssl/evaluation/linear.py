@@ -11,13 +11,13 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from lvssl.evaluation.probe import linear_probe, standardise
+from lvssl.evaluation.score import score
+from lvssl.evaluation.stage import Stage, prepare
 from lvssl.models.inference import infer
 from lvssl.models.network import LVNet
-from lvssl.stages import LinearSettings
+from lvssl.runs.labels import Labelled, readable, say_left_out, split
+from lvssl.settings.stages import LinearSettings
 from lvssl.training.distributed import connected
-from lvssl.training.labels import Labelled, readable, say_left_out, split
-from lvssl.training.score import score
-from lvssl.training.stage import Stage, prepare
 from lvssl.training.stopping import Stop, stop_signals
 from lvssl.training.supervised import (
     Classifier,

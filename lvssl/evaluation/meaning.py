@@ -10,10 +10,10 @@ from scipy.stats import rankdata
 from sklearn.ensemble import ExtraTreesClassifier, ExtraTreesRegressor
 from sklearn.linear_model import OrthogonalMatchingPursuit, Ridge
 
-from lvssl.codes.pack import as_array, pack_bits
 from lvssl.codes.search import hamming_search
 from lvssl.codes.statistics import binary_entropy
 from lvssl.evaluation.uncertainty import auroc
+from pipelines.kernels.pack import as_array, pack_bits
 
 FACTOR_BINS = 20  # a continuous factor or feature is cut into bins of equal counts
 ENOUGH = 0.02  # AUROC below that of all bits at which a few bits are enough

@@ -15,8 +15,6 @@ import numpy as np
 import torch
 
 from lvssl.codes.controls import CONTROLS, Coder
-from lvssl.codes.pack import pack_bits, unpack_bits
-from lvssl.config import PretrainSettings
 from lvssl.evaluation.analyse import AnalyseSettings, Factors, Sets, known_factors, uncertainty
 from lvssl.evaluation.embedding import Embedding, embed
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
@@ -25,9 +23,11 @@ from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
 from lvssl.models.inference import device_of
 from lvssl.models.network import latent_dim
-from lvssl.training.labels import sound_part
-from lvssl.training.run import Run
-from pipelines.sources import Source
+from lvssl.runs.labels import sound_part
+from lvssl.runs.run import Run
+from lvssl.settings.pretrain import PretrainSettings
+from pipelines.decode import Reader
+from pipelines.kernels.pack import pack_bits, unpack_bits
 
 FIRST = 1000  # n of mAP@n
 HASHES = ("sign", "PCA + sign", "ITQ", "LSH")  # of lvssl.codes.controls, compared by Hamming distance
@@ -75,7 +75,7 @@ def code_bits(settings: PretrainSettings) -> int:
 
 
 def measured(
-    run: Run, train: Source, test: Source, lengths: tuple[int, ...], settings: AnalyseSettings
+    run: Run, train: Reader, test: Reader, lengths: tuple[int, ...], settings: AnalyseSettings
 ) -> dict[str, Any]:
     """`measures`: name -> Ways. `controls`, of a deterministic run: bits -> name of OF_CODE -> Ways, for each
     of `lengths`."""

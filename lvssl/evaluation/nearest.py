@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lvssl.evaluation.embedding import Embedding, embed
 from lvssl.evaluation.knn import hamming_votes, weighted_votes
-from lvssl.stages import KnnSettings
-from lvssl.training.labels import say_left_out
-from lvssl.training.score import score
-from lvssl.training.stage import Stage, prepare
+from lvssl.evaluation.score import score
+from lvssl.evaluation.stage import Stage, prepare
+from lvssl.runs.labels import say_left_out
+from lvssl.settings.stages import KnnSettings
 
 LARGE_FROM = (
     200_000  # training images from which on k = 200 and T = 0.1 are the custom, instead of 20 and 0.07

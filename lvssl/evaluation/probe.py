@@ -11,9 +11,9 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from lvssl.codes.pack import as_array
-from lvssl.training.progress import shown
+from lvssl.runs.progress import shown
 from pipelines.errors import InputError
+from pipelines.kernels.pack import as_array
 
 HELD_OUT = 0.15  # share of the training set on which the regularisation is chosen
 # L-BFGS steps a fit; the fits start from one another. On CIFAR-10 images (N = 10,000, D = 256 features) 200

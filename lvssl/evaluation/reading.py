@@ -9,11 +9,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lvssl.codes.pack import unpack_bits
 from lvssl.evaluation.calibration import predictive_entropy
 from lvssl.evaluation.probe import fit_probe
 from lvssl.models.inference import device_of, encode, in_batches
 from lvssl.models.network import LVNet
+from pipelines.kernels.pack import unpack_bits
 from pipelines.views import ViewSettings
 
 NEIGHBOURS = 20  # of the distance score

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lvssl.codes.pack import as_array
 from lvssl.evaluation.probe import standardise
+from pipelines.kernels.pack import as_array
 
 STRENGTHS = tuple(float(a) for a in np.logspace(-1, 5, 13))
 

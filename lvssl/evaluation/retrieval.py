@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from lvssl.codes import hamming
-from lvssl.codes.pack import as_array
 from lvssl.codes.search import check_packed, chunks, in_threads, slices, thread_count, words
-from pipelines.compiled import compiled
+from pipelines.kernels.compiled import compiled
+from pipelines.kernels.pack import as_array
 
 QUERIES = 1024  # at a time: two tables of counts [Q, distances + 1]
 

@@ -15,19 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lvssl.config import PRESETS, PretrainSettings, choice, preset
 from lvssl.evaluation.analyse import AnalyseSettings
 from lvssl.evaluation.measures import FIRST, code_bits, measured
 from lvssl.evaluation.pairs import pairs, summary
-from lvssl.presets import command
-from lvssl.settings import to_dict
-from lvssl.training.labels import open_pair
+from lvssl.runs.labels import open_pair
+from lvssl.runs.result import as_number, read_result
+from lvssl.runs.run import load_run, versions
+from lvssl.settings.fields import to_dict
+from lvssl.settings.presets import command
+from lvssl.settings.pretrain import PRESETS, PretrainSettings, choice, preset
 from lvssl.training.pretrain import pretrain
-from lvssl.training.result import as_number, read_result
-from lvssl.training.run import load_run, versions
+from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.files import write_json
-from pipelines.sources import open_source
 
 ROW = "study.json"  # in each run's folder
 
@@ -83,7 +83,7 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
         chosen.validate()
     open_pair(settings.train, settings.test)
     for path in settings.ood:
-        open_source(path)
+        open_reader(path)
     lengths = tuple(sorted({code_bits(chosen) for chosen in plans}))
     first, step = shard(settings.shard)
     rows = []

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lvssl.codes.pack import as_array
+from pipelines.kernels.pack import as_array
 
 
 class RAuroc(NamedTuple):

@@ -13,9 +13,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lvssl.codes.pack import pack_bits
 from lvssl.latents.posterior import Posterior
 from lvssl.models.network import LVNet
+from pipelines.kernels.pack import pack_bits
 from pipelines.loader import sent
 from pipelines.normalise import normalise
 from pipelines.views import ViewSettings

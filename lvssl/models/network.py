@@ -13,10 +13,10 @@ import torch
 import torch.nn as nn
 from torch import Generator, Tensor
 
-from lvssl.config import LatentSettings, ModelSettings
 from lvssl.latents import Family, fused
 from lvssl.latents.posterior import Posterior
 from lvssl.models.backbone import build_backbone, feature_dim
+from lvssl.settings.pretrain import LatentSettings, ModelSettings
 from pipelines.errors import InputError
 
 

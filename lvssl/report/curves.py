@@ -7,7 +7,7 @@ from typing import Any
 
 from lvssl.report.figures import Line, chart
 from lvssl.report.template import finite, render
-from lvssl.training.progress import read_metrics
+from lvssl.runs.progress import read_metrics
 
 
 def curves(run_dir: Path, evaluation: dict[str, Any], command: str) -> str:

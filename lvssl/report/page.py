@@ -20,9 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lvssl.config import PretrainSettings
 from lvssl.latents import described, has_code
-from lvssl.presets import command
 from lvssl.report.analysis import disentanglement, regression, uncertainty
 from lvssl.report.compression import compression
 from lvssl.report.curves import curves
@@ -38,9 +36,11 @@ from lvssl.report.verdict import (
     signed,
     uncertainty_in_words,
 )
-from lvssl.settings import flat
-from lvssl.training.result import read_result
-from lvssl.training.run import read_config
+from lvssl.runs.result import read_result
+from lvssl.runs.run import read_config
+from lvssl.settings.fields import flat
+from lvssl.settings.presets import command
+from lvssl.settings.pretrain import PretrainSettings
 from pipelines.files import write_atomically
 
 PARTS = ("compression", "uncertainty", "code_statistics")  # of an evaluation, what it says of codes

@@ -22,8 +22,8 @@ from torch import Tensor
 from lvssl.codes.statistics import DEAD_BELOW
 from lvssl.losses.objective import batch_mean
 from lvssl.models.network import LVNet, Outputs
-from lvssl.training.progress import read_metrics
-from lvssl.training.run import read_config
+from lvssl.runs.progress import read_metrics
+from lvssl.runs.run import read_config
 
 ACTIVE_NATS = 0.01
 SETTLED = 0.2  # share of the training after which a spread that doesn't vary is an alarm

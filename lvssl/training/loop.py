@@ -18,10 +18,10 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lvssl.training import checkpoint
+from lvssl.runs import checkpoint
+from lvssl.runs.progress import Metrics, Progress, Window
 from lvssl.training.distributed import World, from_first, highest, mean_over_ranks
 from lvssl.training.gradients import Averaging, guard
-from lvssl.training.progress import Metrics, Progress, Window
 from lvssl.training.stopping import Interrupted, Stop
 from lvssl.training.utilisation import peak_flops
 from pipelines.loader import TwoViewLoader, ViewBatch

@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from lvssl.config import LatentSettings, PretrainSettings
 from lvssl.latents.sign import straight_through_signs
 from lvssl.latents.sphere import SphericalPosterior, log_surface
 from lvssl.latents.vmf import log_normaliser
@@ -14,6 +13,7 @@ from lvssl.losses.objective import batch_mean, beta_at, decorrelation, rate
 from lvssl.losses.stochastic import match_loss, sample_infonce
 from lvssl.losses.variants import decoupled_ntxent, mc_infonce
 from lvssl.models.network import Outputs
+from lvssl.settings.pretrain import LatentSettings, PretrainSettings
 
 Figures = dict[str, Tensor]
 

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lvssl.config import OptimiserSettings
+from lvssl.settings.pretrain import OptimiserSettings
 
 # Modules whose `weight` decays, and is what LARS adapts the step to.
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -8,19 +8,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lvssl.config import PretrainSettings
+from lvssl.models.device import claim, encoding_precision, pick_device, precision
 from lvssl.models.inference import infer
+from lvssl.runs.identity import describe_set
+from lvssl.runs.labels import numbered_as, say_notes
+from lvssl.runs.run import alone, create_run, read_set
+from lvssl.settings.pretrain import PretrainSettings
 from lvssl.training.distributed import World, connected, from_first, world_of
-from lvssl.training.identity import describe_set
-from lvssl.training.labels import numbered_as, say_notes
 from lvssl.training.optimiser import describe_groups
-from lvssl.training.prepare import claim, encoding_precision, precision
-from lvssl.training.run import alone, create_run, pick_device, read_set
 from lvssl.training.stopping import Interrupted, Stop, stop_signals
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for, backend_for
+from pipelines.decode import Reader, open_reader
 from pipelines.loader import Decoder, TwoViewLoader, evaluation_batches
-from pipelines.sources import Source, open_source
 
 __all__ = ["Interrupted", "Stop", "Trainer", "pretrain", "stop_signals"]
 
@@ -50,7 +50,7 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
 
 def run(settings: PretrainSettings, resume: bool, world: World, device: torch.device, stop: Stop) -> None:
     """`pretrain`, once it is known who we are."""
-    source = open_source(settings.data, settings.source, str(device))
+    source = open_reader(settings.data, settings.source, str(device))
     if world.first:
         say_notes(source)
     if resume and (settings.out / "config.json").is_file() and (begun := read_set(settings.out)):
@@ -87,7 +87,7 @@ def run(settings: PretrainSettings, resume: bool, world: World, device: torch.de
             print(loader.describe_skipped(), file=sys.stderr, flush=True)
 
 
-def calibrate(trainer: Trainer, source: Source) -> None:
+def calibrate(trainer: Trainer, source: Reader) -> None:
     """Exact statistics for the code's thresholds, from the training images without augmentation."""
     settings, world = trainer.settings, trainer.world
     count = min(len(source), CALIBRATION_IMAGES) // world.size * world.size

@@ -20,15 +20,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from lvssl.config import EngineSettings
+from lvssl.models.device import autocast, precision
 from lvssl.models.inference import infer
 from lvssl.models.network import LVNet
+from lvssl.runs.labels import Labelled, readable, say_left_out
+from lvssl.settings.pretrain import EngineSettings
 from lvssl.training.batchnorm import synchronised
 from lvssl.training.distributed import World, broadcast_state
-from lvssl.training.labels import Labelled, readable, say_left_out
 from lvssl.training.loop import Figures, Loop, Pace
 from lvssl.training.optimiser import build_sgd, groups, restore_optimiser
-from lvssl.training.prepare import autocast, precision
 from lvssl.training.stopping import Stop
 from pipelines.augment import augmenter_for
 from pipelines.loader import TwoViewLoader, ViewBatch

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lvssl.config import PretrainSettings
 from lvssl.losses.distributed import equal_parts
+from lvssl.models.device import autocast, layout, precision
 from lvssl.models.network import LVNet
+from lvssl.settings.pretrain import PretrainSettings
 from lvssl.training.average import Average
 from lvssl.training.distributed import World, broadcast_state
 from lvssl.training.gradients import backward
@@ -20,7 +21,7 @@ from lvssl.training.health import health, warn
 from lvssl.training.loop import Figures, Loop, Pace
 from lvssl.training.objective import objective, rate_weight
 from lvssl.training.optimiser import build_optimiser, capturable, learning_rate, restore_optimiser
-from lvssl.training.prepare import accelerate, autocast, layout, precision, prepared
+from lvssl.training.prepare import accelerate, prepared
 from lvssl.training.recorded import Recorded
 from lvssl.training.stopping import Stop
 from lvssl.training.utilisation import operations

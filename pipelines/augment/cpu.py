@@ -15,8 +15,8 @@ Parallelism is over images: whoever calls gives each of its threads a part of th
 import numpy as np
 
 from pipelines.augment.reference import GREY_WEIGHTS, ORDERS
-from pipelines.compiled import compiled
-from pipelines.elementary import exp
+from pipelines.kernels.compiled import compiled
+from pipelines.kernels.elementary import exp
 from pipelines.normalise import LEVEL, scale_and_shift
 from pipelines.parameters import BRIGHTNESS, CONTRAST, FLIP, GREY, HUE, ORDER, SATURATION, SIGMA, SOLARISE
 from pipelines.views import ViewSettings

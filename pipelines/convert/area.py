@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipelines.compiled import compiled
+from pipelines.kernels.compiled import compiled
 
 
 @compiled()

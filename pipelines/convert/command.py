@@ -36,9 +36,9 @@ from typing import Any, NoReturn
 
 from pipelines.convert.conversion import Settings, convert, part_path
 from pipelines.convert.estimate import size_text
-from pipelines.convert.readers import SPLITS
-from pipelines.convert.webdataset import IMAGES_PER_TAR
+from pipelines.datasets.opening import SPLITS
 from pipelines.errors import ON_ERROR, InputError
+from pipelines.formats.webdataset import IMAGES_PER_TAR
 
 WARNINGS_SHOWN = 20
 

@@ -1,4 +1,4 @@
-"""Source -> beton, WebDataset tars or both, and their manifests: each image decoded once and checked.
+"""Dataset -> beton, WebDataset tars or both, and their manifests: each image decoded once and checked.
 
 A conversion can be killed at any moment. What it writes lies aside until all is done (`.OUT.part`), and a
 journal says how much of it is safe (`.OUT.journal`); the same command goes on from there, and ends with the
@@ -30,18 +30,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pipelines.convert import jpeg
-from pipelines.convert.beton import LONGEST_SIDE
 from pipelines.convert.estimate import check_space, measure
 from pipelines.convert.journal import Journal, alone
-from pipelines.convert.manifest import Samples, min_median_max, read_manifest, write_manifest
 from pipelines.convert.outputs import BetonOutput, Item, Output, TarOutput
-from pipelines.convert.readers import open_source
-from pipelines.convert.source import Source, evenly_spaced
 from pipelines.convert.store import HOW, Settings, Stored, area_resize, select, store, store_batch
-from pipelines.convert.webdataset import IMAGES_PER_TAR
 from pipelines.cores import cores
+from pipelines.datasets.dataset import Dataset, evenly_spaced
+from pipelines.datasets.opening import open_dataset
 from pipelines.errors import InputError
+from pipelines.formats import jpeg
+from pipelines.formats.beton import LONGEST_SIDE
+from pipelines.formats.manifest import Samples, min_median_max, read_manifest, write_manifest
+from pipelines.formats.webdataset import IMAGES_PER_TAR
 
 __all__ = ["Settings", "area_resize", "convert", "select", "store"]
 
@@ -73,7 +73,7 @@ class NothingStored(InputError):
 class Work:
     """A conversion that is ready to start."""
 
-    source: Source
+    source: Dataset
     order: np.ndarray  # int64 [n], positions in the source
     settings: Settings
     outputs: list[Output]
@@ -122,7 +122,7 @@ def convert(
     if beton is None and tars is None:
         raise InputError("no output: name OUT.beton, --webdataset DIR, or both")
     check_targets(beton, tars, overwrite)
-    opened = open_source(source, split, root, classes=classes, devkit=devkit)
+    opened = open_dataset(source, split, root, classes=classes, devkit=devkit)
     order = select(opened.labels, settings.subset, settings.shuffle_seed)
     head: dict[str, Any] = {"source": source, "split": opened.split}
     if shard is not None:
@@ -154,7 +154,7 @@ def part_path(out: str | Path | None, shard: tuple[int, int] | None) -> Path | N
 
 
 def make_outputs(
-    beton: Path | None, tars: Path | None, source: Source, capacity: int, images_per_tar: int
+    beton: Path | None, tars: Path | None, source: Dataset, capacity: int, images_per_tar: int
 ) -> list[Output]:
     outputs: list[Output] = []
     if beton is not None:
@@ -354,7 +354,7 @@ def _record(stored: Stored) -> tuple:
     )  # fmt: skip
 
 
-def _item(source: Source, index: int) -> Item:
+def _item(source: Dataset, index: int) -> Item:
     return Item(
         int(source.labels[index]), {name: float(column[index]) for name, column in source.targets.items()}
     )
@@ -596,7 +596,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(number)
 
 
-def _versions(source: Source) -> dict[str, str]:
+def _versions(source: Dataset) -> dict[str, str]:
     return {**_own_versions(), **source.libraries}
 
 

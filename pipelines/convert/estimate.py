@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.convert.source import Source, evenly_spaced
 from pipelines.convert.store import Settings, store_batch
+from pipelines.datasets.dataset import Dataset, evenly_spaced
 from pipelines.errors import InputError
 
 FEWEST = 200  # images; fewer are converted before they are estimated
@@ -40,7 +40,7 @@ class Estimate:
 
 
 def measure(
-    source: Source, order: np.ndarray, settings: Settings, workers: int, pack: bool
+    source: Dataset, order: np.ndarray, settings: Settings, workers: int, pack: bool
 ) -> Estimate | None:
     """Convert 2 % of the images, 16 to 256 of them, evenly spread, and throw the result away.
 
@@ -68,7 +68,7 @@ def measure(
     return Estimate(len(order), seconds, int(beton), int(tar), count, count - len(stored))
 
 
-def _share(source: Source, order: np.ndarray, sample: list[int]) -> float:
+def _share(source: Dataset, order: np.ndarray, sample: list[int]) -> float:
     """How large the files are on average, over how large those of the sample are; 1 if it isn't known."""
     if source.size_of is None:
         return 1.0

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pipelines.convert.beton import open_beton
-from pipelines.convert.betons import open_beton_source
 from pipelines.convert.estimate import size_text
-from pipelines.convert.pixels import decode_rgb
-from pipelines.convert.readers import open_source
-from pipelines.convert.source import Source, evenly_spaced
+from pipelines.datasets.beton import open_beton_source
+from pipelines.datasets.dataset import Dataset, evenly_spaced
+from pipelines.datasets.opening import open_dataset
+from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
+from pipelines.formats.beton import open_beton
 
 COLUMNS, ROWS, SIDE, CAPTION = 8, 6, 128, 14  # of the sheet; the sides in pixels
 BAR = 40  # characters
@@ -52,7 +52,7 @@ def inspect(path: str | Path, sheet: str | Path) -> Look:
             *histogram(beton.sizes),
         ]
     else:
-        source = open_source(str(path))
+        source = open_dataset(str(path))
         lines.append(f"{path}: {len(source.labels):,} images")
         sizes = np.array([len(source.read(i)) for i in evenly_spaced(len(source.labels), 1000).tolist()])
         lines += ["", f"bytes an image ({len(sizes)} of them)", *histogram(sizes)]
@@ -63,7 +63,7 @@ def inspect(path: str | Path, sheet: str | Path) -> Look:
     return Look(len(source.labels), counts, sides, "\n".join(lines))
 
 
-def class_lines(source: Source, counts: np.ndarray) -> list[str]:
+def class_lines(source: Dataset, counts: np.ndarray) -> list[str]:
     lines = [
         f"{len(counts):,} classes of {counts.min():,} to {counts.max():,} images, "
         f"{np.median(counts):,.0f} at the median"
@@ -96,7 +96,7 @@ def histogram(values: np.ndarray) -> list[str]:
     ]
 
 
-def contact_sheet(source: Source, path: Path) -> None:
+def contact_sheet(source: Dataset, path: Path) -> None:
     """48 images, evenly spread, each with its index and class."""
     page = Image.new("RGB", (COLUMNS * SIDE, ROWS * (SIDE + CAPTION)), "white")
     draw = ImageDraw.Draw(page)

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.convert.beton import BetonFile, open_beton
-from pipelines.convert.betons import reader_of
 from pipelines.convert.conversion import Work, check_counts, check_targets, make_outputs, run
-from pipelines.convert.manifest import Samples, manifest_path, read_manifest, rows_path
-from pipelines.convert.source import Source
 from pipelines.convert.store import Settings, Stored
-from pipelines.convert.webdataset import IMAGES_PER_TAR
 from pipelines.cores import cores
+from pipelines.datasets.beton import reader_of
+from pipelines.datasets.dataset import Dataset
 from pipelines.errors import InputError
+from pipelines.formats.beton import BetonFile, open_beton
+from pipelines.formats.manifest import Samples, manifest_path, read_manifest, rows_path
+from pipelines.formats.webdataset import IMAGES_PER_TAR
 
 
 def merge(
@@ -67,12 +67,12 @@ class _Parts:
     manifests: list[dict[str, Any]]
     rows: list[Samples]
 
-    def source(self) -> Source:
+    def source(self) -> Dataset:
         """The images of all of them, as they are stored, each held against its digest."""
         bytes_of = reader_of(self.betons)
         place = [(part, index) for part, beton in enumerate(self.betons) for index in range(beton.count)]
         first = self.manifests[0]
-        return Source(
+        return Dataset(
             names=[name for samples in self.rows for name in samples["name"]],
             labels=np.concatenate([beton.labels for beton in self.betons]),
             classes=first["classes"],

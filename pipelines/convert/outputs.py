@@ -16,10 +16,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from pipelines.convert.beton import VERSION, BetonWriter
-from pipelines.convert.manifest import rows_path
 from pipelines.convert.store import Stored
-from pipelines.convert.webdataset import TarWriter
+from pipelines.formats.beton import VERSION, BetonWriter
+from pipelines.formats.manifest import rows_path
+from pipelines.formats.webdataset import TarWriter
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipelines.convert import jpeg
-from pipelines.convert.beton import JPEG, LONGEST_SIDE, RAW
-from pipelines.convert.pixels import as_rgb, decode_other, upright
-from pipelines.convert.source import Source
+from pipelines.datasets.dataset import Dataset
+from pipelines.decode.pixels import as_rgb, decode_other, upright
 from pipelines.errors import ON_ERROR, InputError, first_line
+from pipelines.formats import jpeg
+from pipelines.formats.beton import JPEG, LONGEST_SIDE, RAW
 
 SMALL = 64 * 64  # pixels; a lossless image of at most so many is stored raw: cheaper to read, hardly larger
 HOW = ("refused", "jpeg_untouched", "reencoded", "raw")  # what becomes of an image; these numbers are stored
@@ -79,7 +79,9 @@ class Stored:
         return replace(self, digest=digest, packed=packed, packed_digest=packed_digest)
 
 
-def store_batch(source: Source, indices: Sequence[int], settings: Settings, pack: bool) -> list[Stored | str]:
+def store_batch(
+    source: Dataset, indices: Sequence[int], settings: Settings, pack: bool
+) -> list[Stored | str]:
     """Images of a source, each checked, stored and digested, or the reason why it can't be."""
     results: list[Stored | str] = []
     for index in indices:

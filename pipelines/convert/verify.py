@@ -14,14 +14,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipelines.convert import jpeg
-from pipelines.convert.beton import ALLOCATION, HEADER, JPEG, BetonWriter
 from pipelines.convert.conversion import Bar, check_counts
-from pipelines.convert.manifest import Samples, read_manifest
-from pipelines.convert.webdataset import END, TarLayout, targets_of
 from pipelines.cores import cores
 from pipelines.errors import InputError
-from pipelines.openfiles import OpenFiles
+from pipelines.formats import jpeg
+from pipelines.formats.beton import ALLOCATION, HEADER, JPEG, BetonWriter
+from pipelines.formats.manifest import Samples, read_manifest
+from pipelines.formats.openfiles import OpenFiles
+from pipelines.formats.webdataset import END, TarLayout, targets_of
 
 ENTRY = ("mode", "height", "width", "bytes", "label")  # columns of the manifest that a beton's tables hold
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks.code_heads import TERMS, barlow, expected_similarity, main, objective, rows
-from lvssl.config import preset
 from lvssl.latents.bernoulli import Bernoulli
+from lvssl.settings.pretrain import preset
 from lvssl.training.pretrain import pretrain
 from pipelines.errors import InputError
 

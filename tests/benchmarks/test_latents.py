@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from benchmarks.latents import accuracies, compared, controls, difference, finished, main
-from lvssl.codes.pack import pack_bits
 from lvssl.evaluation.embedding import Embedding
 from lvssl.evaluation.knn import hamming_knn
 from pipelines.errors import InputError
+from pipelines.kernels.pack import pack_bits
 
 
 def row(arm, seed, features, codes, bits=None):

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from lvssl.codes.controls import sign_bits
 from lvssl.codes.file import ROWS_AT, CodeFileError, open_codes, require_checkpoint
-from lvssl.codes.pack import pack_bits, unpack_bits
 from lvssl.codes.search import hamming_search
 from lvssl.codes.statistics import binary_entropy, code_statistics, compression_ratios
 from lvssl.codes.writer import CodeWriter
+from pipelines.kernels.pack import pack_bits, unpack_bits
 
 DIGEST = "ab" * 32
 

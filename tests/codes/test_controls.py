@@ -4,7 +4,7 @@ from sklearn.decomposition import PCA
 
 from lvssl.codes import controls
 from lvssl.codes.controls import CONTROLS, fit_int8, fit_itq, fit_lsh, fit_pca, fit_pq, fit_sign, itq_rotation
-from lvssl.codes.pack import packed_bytes, unpack_bits
+from pipelines.kernels.pack import packed_bytes, unpack_bits
 
 
 def features(n=600, d=16, seed=0):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from lvssl.codes import search
 from lvssl.codes.hamming import TILE, keep_nearest
-from lvssl.codes.pack import pack_bits
 from lvssl.codes.search import hamming_distances, hamming_search, staged_search
+from pipelines.kernels.pack import pack_bits
 
 has_faiss = importlib.util.find_spec("faiss") is not None
 ENGINES = [

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from lvssl.codes.file import MEANS_MAGIC, ROWS_AT, CodeFileError, header_block, open_codes, open_means
-from lvssl.codes.pack import pack_bits
 from lvssl.codes.search import hamming_search, rerank
 from lvssl.codes.writer import CodeWriter
+from pipelines.kernels.pack import pack_bits
 
 BITS, DIM, N = 13, 5, 40
 

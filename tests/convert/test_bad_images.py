@@ -7,9 +7,9 @@ import pytest
 from made_images import class_folders, decoded, encoded, image_of, pixels, with_orientation
 from PIL import Image, ImageOps
 
-from pipelines.convert.beton import JPEG, open_beton
 from pipelines.convert.conversion import convert
-from pipelines.convert.manifest import read_manifest
+from pipelines.formats.beton import JPEG, open_beton
+from pipelines.formats.manifest import read_manifest
 
 
 def sixteen_bit():

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_images import decoded, image_of, pixels
 
-from pipelines.convert import beton as format
-from pipelines.convert.beton import JPEG, RAW, BetonWriter, open_beton
+from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.files import written_aside
-from pipelines.sources import open_source
+from pipelines.formats import beton as format
+from pipelines.formats.beton import JPEG, RAW, BetonWriter, open_beton
 
 
 def write(path, images, capacity=None):
@@ -57,7 +57,7 @@ def test_reads_what_ffcv_has_written(stock):
 
 def test_every_pixel_that_ffcv_has_written_is_cropped(stock):
     """Through the source that trains; its compiled decoder and Pillow agree within rounding."""
-    source, beton = open_source(stock), open_beton(stock)
+    source, beton = open_reader(stock), open_beton(stock)
     for i in range(len(source)):
         height, width = int(beton.heights[i]), int(beton.widths[i])
         out = np.empty((1, 1, 16, 16, 3), np.uint8)

@@ -9,11 +9,11 @@ import pytest
 from made_images import class_folders, decoded, encoded, image_of, photos, pixels, with_orientation
 from PIL import Image, ImageOps
 
-from pipelines.convert import jpeg
-from pipelines.convert.beton import JPEG, RAW, open_beton
 from pipelines.convert.conversion import Settings, area_resize, convert, select, store
-from pipelines.convert.pixels import decode_rgb
+from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
+from pipelines.formats import jpeg
+from pipelines.formats.beton import JPEG, RAW, open_beton
 
 AS_IS = Settings()
 

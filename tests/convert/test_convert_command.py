@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from made_images import SHARED, class_folders, encoded, image_of, photos, pixels
 
-from pipelines.convert.beton import open_beton
 from pipelines.convert.command import main, parser
 from pipelines.convert.conversion import Bar
+from pipelines.formats.beton import open_beton
 
 ROOT = Path(__file__).resolve().parents[2]
 

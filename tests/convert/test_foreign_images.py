@@ -8,15 +8,16 @@ import pytest
 from made_images import class_folders, decoded, encoded, image_of, photos, pixels
 from PIL import Image
 
-from pipelines.convert import jpeg, store
-from pipelines.convert.beton import RAW, open_beton
+from pipelines.convert import store
 from pipelines.convert.command import main
 from pipelines.convert.conversion import Settings, convert
-from pipelines.convert.manifest import read_manifest
-from pipelines.convert.pixels import decode_rgb
+from pipelines.decode import DamagedSample
+from pipelines.decode.images import ImageReader
+from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
-from pipelines.sources import DamagedSample
-from pipelines.sources.folder import FolderSource
+from pipelines.formats import jpeg
+from pipelines.formats.beton import RAW, open_beton
+from pipelines.formats.manifest import read_manifest
 
 KINDS = ("PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG")
 SMALL = pixels(40, 50, 1)
@@ -69,7 +70,7 @@ def test_broken_metadata_leaves_the_pixels_alone(tmp_path):
         found = np.frombuffer(data, np.uint8).reshape(40, 50, 3) if raw else decoded(data)
         assert np.abs(found.astype(int) - SMALL).max() <= (0 if raw else 12), name
         assert np.abs(decode_rgb(files / name).astype(int) - SMALL).max() <= (0 if raw else 12), name
-    source = FolderSource(files)
+    source = ImageReader(files)
     assert {tuple(map(int, size)) for size in zip(*source.sizes(np.arange(12)))} == {(40, 50)}
 
 
@@ -90,7 +91,7 @@ def test_a_damaged_header_is_a_refusal_of_that_image_by_name(tmp_path, kind):
     refused = {each["name"]: each["reason"] for each in manifest["refused"]}
     assert manifest["count"] + len(refused) == 151 and "a/whole." + kind.lower() not in refused
     assert len(refused) > 20 and all(why and "\n" not in why for why in refused.values())
-    source, out = FolderSource(folder), np.empty((1, 1, 8, 8, 3), np.uint8)
+    source, out = ImageReader(folder), np.empty((1, 1, 8, 8, 3), np.uint8)
     for i, name in enumerate(source.names):
         try:
             decode_rgb(folder / name)

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from made_images import SHARED, encoded, pixels
 
-from pipelines import turbojpeg
-from pipelines.convert import jpeg
 from pipelines.convert.store import Settings, store_batch
+from pipelines.formats import jpeg, turbojpeg
 
 needs_libturbojpeg = pytest.mark.skipif(
     jpeg.library() != "libturbojpeg", reason="libturbojpeg is not installed"

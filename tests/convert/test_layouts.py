@@ -19,10 +19,10 @@ from PIL import Image
 
 from pipelines.convert.command import main
 from pipelines.convert.conversion import convert
-from pipelines.convert.folders import list_images
-from pipelines.convert.readers import open_source
+from pipelines.datasets.folders import list_images
+from pipelines.datasets.opening import open_dataset
+from pipelines.decode import open_reader
 from pipelines.errors import InputError
-from pipelines.sources import open_source as open_crops
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = encoded(pixels(20, 24, 1))
@@ -78,7 +78,7 @@ def test_splits_are_found_whatever_their_case_and_neighbours(tmp_path, name):
     if name == "one and texts":
         files["notes/about.txt"] = b"text"
     for source in both_ways(tmp_path, {**files, **dict.fromkeys(RUBBISH, b"x")}):
-        opened = open_source(source)
+        opened = open_dataset(source)
         assert contents(opened) == [
             (path.removeprefix(f"{train}/").split("/")[0], data)
             for path, data in sorted(files.items())
@@ -87,7 +87,7 @@ def test_splits_are_found_whatever_their_case_and_neighbours(tmp_path, name):
         assert opened.split == "train" and opened.classes == ["a", "b"]
         if test is None:
             continue
-        opened = open_source(source, "test")
+        opened = open_dataset(source, "test")
         assert opened.split == "test" and opened.classes == ["a", "b"]  # numbered as the training images are
         assert [data for _, data in contents(opened)] == [
             data for path, data in sorted(files.items()) if path.startswith(f"{test}/")
@@ -97,7 +97,7 @@ def test_splits_are_found_whatever_their_case_and_neighbours(tmp_path, name):
 def test_what_lies_beside_the_splits_is_named(tmp_path):
     files = tree("train/a", "train/b", "test/a", "unlabeled/x", "extra/c") | {"README.txt": b"", "a.jpg": b""}
     for source in both_ways(tmp_path, files):
-        assert open_source(source).notes == [
+        assert open_dataset(source).notes == [
             "left out, folders beside the splits (2): extra, unlabeled",
             "left out, files in no class folder (2): README.txt, a.jpg",
         ]
@@ -105,29 +105,29 @@ def test_what_lies_beside_the_splits_is_named(tmp_path):
 
 def test_a_class_named_as_a_split_remains_one(tmp_path):
     for source in both_ways(tmp_path, tree("bus", "car", "train")):
-        assert open_source(source).classes == ["bus", "car", "train"]
+        assert open_dataset(source).classes == ["bus", "car", "train"]
         with pytest.raises(InputError, match="no split 'test' in it, only train"):
-            open_source(source, "test")
+            open_dataset(source, "test")
 
 
 def test_two_folders_of_one_split_are_refused(tmp_path):
     for source in both_ways(tmp_path, tree("Train/a", "train/b", "test/a")):
         with pytest.raises(InputError, match="Train and train are the same split"):
-            open_source(source)
+            open_dataset(source)
 
 
 def test_what_a_system_has_made_is_neither_class_nor_image(tmp_path):
     files = tree("a", "b")
     made = [*RUBBISH, "a/.DS_Store", "a/._0.jpg", "b/Thumbs.db", "b/desktop.ini", "a/@eaDir/0.jpg"]
     for source in both_ways(tmp_path, {**files, **dict.fromkeys(made, b"x")}):
-        opened = open_source(source)
+        opened = open_dataset(source)
         assert opened.classes == ["a", "b"] and [data for _, data in contents(opened)] == list(files.values())
         assert any("hidden and system files" in note for note in opened.notes)
     (tmp_path / "wds").mkdir()
     tar_of(tmp_path / "wds/._x.tar", {"x": b""})
     members = {"._0.jpg": b"x", "0.jpg": b"0", "0.cls": b"1", "._1.jpg": b"x", "1.jpg": b"1", "1.cls": b"0"}
     tar_of(tmp_path / "wds/x.tar", members)
-    opened = open_source(str(tmp_path / "wds"))
+    opened = open_dataset(str(tmp_path / "wds"))
     assert contents(opened) == [("1", b"0"), ("0", b"1")]
     assert opened.notes == ["left out, hidden and system files (2): ._0.jpg, ._1.jpg"]
 
@@ -135,22 +135,22 @@ def test_what_a_system_has_made_is_neither_class_nor_image(tmp_path):
 def test_splits_by_the_names_of_tars(tmp_path):
     for name in ("imagenet-train-00", "imagenet-train-01", "imagenet-Validation-00", "words"):
         tar_of(tmp_path / f"set/{name}.tar", {f"{name}.jpg": name.encode(), f"{name}.cls": b"0"})
-    opened = open_source(str(tmp_path / "set"))
+    opened = open_dataset(str(tmp_path / "set"))
     assert [data for _, data in contents(opened)] == [b"imagenet-train-00", b"imagenet-train-01"]
     assert opened.split == "train" and opened.notes == ["left out, files of no split (1): words.tar"]
     for split in ("validation", "test"):
-        opened = open_source(str(tmp_path / "set"), split)
+        opened = open_dataset(str(tmp_path / "set"), split)
         assert [data for _, data in contents(opened)] == [b"imagenet-Validation-00"]
     tar = str(tmp_path / "set/words.tar")
     with pytest.raises(InputError, match="has no splits; leave --split out"):
-        open_source(tar, "test")
+        open_dataset(tar, "test")
 
 
 def test_splits_apply_inside_webdataset(tmp_path):
     files = tree("set/train/a", "set/train/b", "set/test/a")
     path = tar_of(tmp_path / "x.tar", webdataset_of(files, ["a", "b"]))
     for split, folder in ((None, "set/train/"), ("train", "set/train/"), ("test", "set/test/")):
-        opened = open_source(str(path), split)
+        opened = open_dataset(str(path), split)
         expected = [data for name, data in files.items() if name.startswith(folder)]
         assert [data for _, data in contents(opened)] == expected and opened.split == (split or "train")
 
@@ -167,7 +167,7 @@ PATHS = st.builds(lambda folders, file: "/".join([*folders, file]), st.lists(NAM
 
 def read_or_refused(source: str, split: str | None):
     try:
-        opened = open_source(source, split)
+        opened = open_dataset(source, split)
     except InputError:
         return "refused"
     return list(opened.classes), opened.split, list(opened.names), contents(opened)
@@ -199,7 +199,7 @@ def test_a_tree_reads_alike_as_a_folder_and_as_a_tar(tmp_path_factory, paths, sp
         if path.endswith((".jpg", ".JPG", ".png")):
             label = classes.index(chosen[path]) if path in chosen else 0
             members[path.rpartition(".")[0] + ".cls"] = str(label).encode()
-    paired = open_source(str(tar_of(root / "wds.tar", members)), split)
+    paired = open_dataset(str(tar_of(root / "wds.tar", members)), split)
     found = {
         data.decode(): classes[label]
         for label, data in zip(paired.labels, map(paired.read, range(len(paired.names))))
@@ -245,7 +245,7 @@ def test_links_within_a_tar_are_followed(tmp_path):
             ("./b/pipe.jpg", "", tarfile.FIFOTYPE),
         ],
     )
-    opened = open_source(str(path))
+    opened = open_dataset(str(path))
     assert (
         list(zip(opened.names, [data for _, data in contents(opened)]))
         == [
@@ -263,7 +263,7 @@ def test_hard_links_as_gnu_tar_makes_them(tmp_path):
     for i in range(2, 8):
         os.link(tmp_path / "set/a/0.jpg", tmp_path / f"set/b/{i}.jpg")
     subprocess.run(["tar", "cf", tmp_path / "x.tar", "-C", tmp_path, "set"], check=True)
-    folder, tar = open_source(str(tmp_path / "set")), open_source(str(tmp_path / "x.tar"))
+    folder, tar = open_dataset(str(tmp_path / "set")), open_dataset(str(tmp_path / "x.tar"))
     assert contents(tar) == contents(folder) and len(tar.names) == 8
 
 
@@ -277,7 +277,7 @@ def test_links_in_webdataset(tmp_path):
             ("1.cls", "0.cls", tarfile.SYMTYPE),
         ],
     )
-    assert contents(open_source(str(path))) == [("4", b"zero"), ("4", b"zero")]
+    assert contents(open_dataset(str(path))) == [("4", b"zero"), ("4", b"zero")]
 
 
 # ------------------------------------------------------------------------- names
@@ -288,7 +288,7 @@ def test_keys_with_dots(tmp_path):
     for i in range(7):
         members[f"img.{i:04}.jpg"] = str(i).encode()
         members[f"img.{i:04}.cls"] = str(i % 3).encode()
-    opened = open_source(str(tar_of(tmp_path / "x.tar", members)))
+    opened = open_dataset(str(tar_of(tmp_path / "x.tar", members)))
     assert [data for _, data in contents(opened)] == [str(i).encode() for i in range(7)]
     assert opened.labels.tolist() == [i % 3 for i in range(7)] and opened.notes == []
 
@@ -296,7 +296,7 @@ def test_keys_with_dots(tmp_path):
 def test_samples_of_several_images_name_what_is_left_out(tmp_path):
     members = {"0.input.jpg": b"in", "0.mask.png": b"mask", "0.cls": b"1", "0.txt": b"words"}
     members |= {"1.jpg": b"one", "1.cls": b"0", "1.seg.png": b"mask"}
-    opened = open_source(str(tar_of(tmp_path / "x.tar", members)))
+    opened = open_dataset(str(tar_of(tmp_path / "x.tar", members)))
     assert contents(opened) == [("1", b"in"), ("0", b"one")]
     assert opened.notes == [
         "left out, neither images with a class, nor classes of images (3): 0.mask.png, 0.txt, 1.seg.png"
@@ -331,7 +331,7 @@ def test_images_are_recognised_by_their_content(tmp_path, kinds):
     class_folders(tmp_path / "set", kinds)
     images, notes = list_images(tmp_path / "set")
     assert len(images) == len(KINDS) and notes == ["left out, no images (2): list.json, words.dat"]
-    loose = open_crops(tmp_path / "set")
+    loose = open_reader(tmp_path / "set")
     assert len(loose) == len(KINDS) and loose.notes == notes
     class_folders(tmp_path / "folder", {f"a/{name}": data for name, data in kinds.items()})
     manifest = convert(str(tmp_path / "folder"), tmp_path / "x.beton")
@@ -341,7 +341,7 @@ def test_images_are_recognised_by_their_content(tmp_path, kinds):
     for name, data in kinds.items():
         key, _, end = name.partition(".")
         members |= {f"{key}.{end}" if end else key: data, f"{key}.cls": b"1"}
-    paired = open_source(str(tar_of(tmp_path / "x.tar", members)))
+    paired = open_dataset(str(tar_of(tmp_path / "x.tar", members)))
     assert len(paired.names) == len(KINDS)
     assert paired.notes and "words.dat" in paired.notes[0]
 
@@ -354,12 +354,12 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 from pipelines.convert.conversion import convert
 from pipelines.convert.verify import verify
-from pipelines.sources.folder import FolderSource
+from pipelines.decode.images import ImageReader
 import numpy as np
 source, out = sys.argv[1:]
 print(convert(source, None, webdataset=out, images_per_tar=1)["count"])
-print(len(FolderSource(out)), FolderSource(out)._read(299)[:3].hex(), verify(out))
-opened = FolderSource(out)
+print(len(ImageReader(out)), ImageReader(out)._read(299)[:3].hex(), verify(out))
+opened = ImageReader(out)
 boxes, crops = np.array([[[0, 0, 8, 8]]], np.int32), np.empty((1, 1, 8, 8, 3), np.uint8)
 for index in np.random.default_rng(0).permutation(300):
     opened.crops(np.array([index]), boxes, crops)
@@ -390,10 +390,10 @@ def test_more_files_than_a_process_may_open(tmp_path, kind):
 
 
 def test_a_tar_that_was_replaced_is_not_read_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipelines.openfiles.most_open", lambda: 1)
+    monkeypatch.setattr("pipelines.formats.openfiles.most_open", lambda: 1)
     for i in range(2):
         tar_of(tmp_path / f"set/{i}.tar", {f"{i}.jpg": IMAGE, f"{i}.cls": b"1"})
-    opened = open_source(str(tmp_path / "set"))
+    opened = open_dataset(str(tmp_path / "set"))
     assert opened.read(0) == IMAGE
     tar_of(tmp_path / "set/1.tar", {"1.jpg": IMAGE + bytes(20_000), "1.cls": b"1"})
     with pytest.raises(InputError, match=r"1\.tar: was changed while it was read"):

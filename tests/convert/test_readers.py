@@ -12,13 +12,13 @@ from made_images import SHARED, class_folders, decoded, encoded, photos, pixels
 from made_sets import tar_of
 
 from lvssl.demo import fashion_mnist
-from pipelines.convert.beton import BetonWriter
-from pipelines.convert.folders import list_images
-from pipelines.convert.jpeg import DamagedImage
-from pipelines.convert.names import Names
-from pipelines.convert.pixels import decode_rgb
-from pipelines.convert.readers import open_source
+from pipelines.datasets.folders import list_images
+from pipelines.datasets.names import Names
+from pipelines.datasets.opening import open_dataset
+from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
+from pipelines.formats.beton import BetonWriter
+from pipelines.formats.jpeg import DamagedImage
 
 
 def parquet(path, images, labels, classes=None, image="image", label="label", **options):
@@ -53,7 +53,7 @@ def idx_files(folder, count=12, end=".gz"):
 
 
 def test_class_folders(tmp_path):
-    source = open_source(str(photos(tmp_path, classes=3, each=2)))
+    source = open_dataset(str(photos(tmp_path, classes=3, each=2)))
     assert source.classes == ["class0", "class1", "class2"] and source.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert source.names[3] == "class1/001.jpg" and source.split is None
     assert source.read(3) == (tmp_path / "class1/001.jpg").read_bytes()
@@ -62,7 +62,7 @@ def test_class_folders(tmp_path):
 def test_an_empty_class_keeps_its_number_and_is_mentioned(tmp_path):
     photos(tmp_path, classes=2, each=1)
     (tmp_path / "class00").mkdir()
-    source = open_source(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     assert source.classes == ["class0", "class00", "class1"] and source.labels.tolist() == [0, 2]
     assert source.notes == ["class folder class00 is empty"]
 
@@ -73,7 +73,7 @@ def test_an_empty_class_keeps_its_number_and_is_mentioned(tmp_path):
 def test_folders_of_splits(tmp_path, split, expected):
     photos(tmp_path / "train", classes=2, each=3)
     photos(tmp_path / "val", classes=2, each=1)
-    source = open_source(str(tmp_path), split)
+    source = open_dataset(str(tmp_path), split)
     assert len(source.names) == {"train": 6, "val": 2}[expected] and source.classes == ["class0", "class1"]
     assert source.split == (split or "train")
 
@@ -92,7 +92,7 @@ def test_linked_folders_are_followed_and_circles_are_not(tmp_path):
     (tmp_path / "set").mkdir()
     os.symlink(tmp_path / "real/class0", tmp_path / "set/linked")
     os.symlink(tmp_path / "set", tmp_path / "real/class0/circle")
-    source = open_source(str(tmp_path / "set"))
+    source = open_dataset(str(tmp_path / "set"))
     assert [name for name in source.names if name.count("/") == 1] == ["linked/000.jpg", "linked/001.jpg"]
     assert len(source.names) == 2
 
@@ -100,7 +100,7 @@ def test_linked_folders_are_followed_and_circles_are_not(tmp_path):
 def test_a_named_pipe_is_not_waited_for(tmp_path):
     photos(tmp_path, classes=1, each=1)
     os.mkfifo(tmp_path / "class0/pipe.jpg")
-    source = open_source(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     with pytest.raises(DamagedImage, match="no regular file"):
         source.read(source.names.index("class0/pipe.jpg"))
 
@@ -137,7 +137,7 @@ def test_parquet(tmp_path):
     path = parquet(
         tmp_path / "x.parquet", images, [i % 3 for i in range(25)], ["ant", "bee", "cow"], row_group_size=4
     )
-    source = open_source(str(path))
+    source = open_dataset(str(path))
     assert source.classes == ["ant", "bee", "cow"] and source.labels.tolist() == [i % 3 for i in range(25)]
     order = np.random.default_rng(0).permutation(25)
     assert [source.read(i) for i in order] == [images[i] for i in order]
@@ -149,26 +149,26 @@ def test_a_folder_of_parquets_is_read_by_split(tmp_path):
     parquet(tmp_path / "data/train-00001-of-00002.parquet", images[2:4], [0, 1])
     parquet(tmp_path / "data/train-00000-of-00002.parquet", images[:2], [2, 0])
     parquet(tmp_path / "data/validation-00000-of-00001.parquet", images[4:], [1, 1])
-    source = open_source(str(tmp_path))
+    source = open_dataset(str(tmp_path))
     assert [source.read(i) for i in range(4)] == images[:4] and source.labels.tolist() == [2, 0, 0, 1]
     assert source.classes == ["0", "1", "2"] and source.split == "train"
     for split in ("test", "validation"):
-        assert [open_source(str(tmp_path), split).read(i) for i in range(2)] == images[4:]
-    one = open_source(str(tmp_path / "data/validation-00000-of-00001.parquet"))
+        assert [open_dataset(str(tmp_path), split).read(i) for i in range(2)] == images[4:]
+    one = open_dataset(str(tmp_path / "data/validation-00000-of-00001.parquet"))
     assert one.split == "validation" and one.read(0) == images[4]
 
 
 def test_other_spellings_of_columns(tmp_path):
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"img": [b"abc", b"def"], "fine_label": [1, 0]}), path)
-    source = open_source(str(path))
+    source = open_dataset(str(path))
     assert source.read(1) == b"def" and source.labels.tolist() == [1, 0]
 
 
 def test_a_row_without_bytes_is_damaged(tmp_path):
     path = parquet(tmp_path / "x.parquet", [encoded(pixels(8, 8)), None], [0, 0])
     with pytest.raises(DamagedImage, match="no bytes"):
-        open_source(str(path)).read(1)
+        open_dataset(str(path)).read(1)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_row_without_bytes_is_damaged(tmp_path):
 def test_a_parquet_of_other_columns_is_refused(tmp_path, table, message):
     pq.write_table(pa.table(table), tmp_path / "x.parquet")
     with pytest.raises(InputError) as error:
-        open_source(str(tmp_path / "x.parquet"))
+        open_dataset(str(tmp_path / "x.parquet"))
     assert message in str(error.value) and "x.parquet" in str(error.value)
 
 
@@ -195,16 +195,16 @@ def test_a_damaged_parquet_is_named(tmp_path):
     for length in (0, 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(InputError, match=r"train-0\.parquet: cannot be read as parquet"):
-            open_source(str(tmp_path))
+            open_dataset(str(tmp_path))
     path.write_bytes(whole[:4] + b"\xff" * 200 + whole[204:])  # its footer is sound, its pages are not
     with pytest.raises((DamagedImage, InputError)):
-        open_source(str(path)).read(0)
+        open_dataset(str(path)).read(0)
 
 
 def test_classes_fewer_than_labels(tmp_path):
     path = parquet(tmp_path / "x.parquet", [b"x"] * 3, [0, 1, 2], ["ant", "bee"])
     with pytest.raises(InputError, match=r"x\.parquet:2 has label 2, but 2 classes are named"):
-        open_source(str(path))
+        open_dataset(str(path))
 
 
 # ------------------------------------------------- idx, torchvision, sklearn
@@ -214,7 +214,7 @@ def test_classes_fewer_than_labels(tmp_path):
 def test_idx_files(tmp_path, end):
     images = idx_files(tmp_path / "fashion-mnist", end=end)
     for split, expected in ((None, images), ("train", images), ("test", 255 - images)):
-        source = open_source(str(tmp_path / "fashion-mnist"), split)
+        source = open_dataset(str(tmp_path / "fashion-mnist"), split)
         assert np.array_equal(np.stack([source.read(i) for i in range(12)]), expected)
         assert source.labels.tolist() == [i % 10 for i in range(12)] and source.split == (split or "train")
         assert source.classes[9] == "Ankle boot" and len(source.classes) == 10
@@ -222,25 +222,25 @@ def test_idx_files(tmp_path, end):
 
 def test_damaged_idx_files_are_named(tmp_path):
     idx_files(tmp_path)
-    assert open_source(str(tmp_path)).classes[9] == "9"  # no "fashion" in the path: digits
+    assert open_dataset(str(tmp_path)).classes[9] == "9"  # no "fashion" in the path: digits
     path = tmp_path / "train-images-idx3-ubyte.gz"
     whole = path.read_bytes()
     for data in (b"", whole[:-100], whole[:2000] + b"x" * 50 + whole[2050:], gzip.compress(b"another file")):
         path.write_bytes(data)
         with pytest.raises(InputError, match=r"train-images-idx3-ubyte\.gz: cannot be read"):
-            open_source(str(tmp_path))
+            open_dataset(str(tmp_path))
     path.write_bytes(whole)
     (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(InputError, match=r"no file train-labels-idx1-ubyte\.gz"):
-        open_source(str(tmp_path))
+        open_dataset(str(tmp_path))
     with pytest.raises(InputError, match="has no split 'validation'"):
-        open_source(str(tmp_path), "validation")
+        open_dataset(str(tmp_path), "validation")
 
 
 def test_torchvision_reads_what_lies_in_root(tmp_path):
     images = idx_files(tmp_path / "FashionMNIST/raw", end="")
     for split, expected in ((None, images), ("test", 255 - images)):
-        source = open_source("torchvision:FashionMNIST", split, tmp_path)
+        source = open_dataset("torchvision:FashionMNIST", split, tmp_path)
         assert np.array_equal(np.stack([source.read(i)[..., 1] for i in range(12)]), expected)
         assert source.labels.tolist() == [i % 10 for i in range(12)]
         assert source.classes[0] == "T-shirt/top" and "torchvision" in source.libraries
@@ -250,7 +250,7 @@ def test_torchvision_without_network(tmp_path, monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(InputError, match="torchvision:CIFAR10: could not be loaded from or downloaded to"):
-        open_source("torchvision:CIFAR10", None, tmp_path)
+        open_dataset("torchvision:CIFAR10", None, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -258,11 +258,11 @@ def test_torchvision_without_network(tmp_path, monkeypatch):
 )
 def test_unknown_data_sets(name, tmp_path):
     with pytest.raises(InputError, match=name):
-        open_source(name, None, tmp_path)
+        open_dataset(name, None, tmp_path)
 
 
 def test_digits_are_split_for_ever():
-    train, test = open_source("sklearn:digits"), open_source("sklearn:digits", "test")
+    train, test = open_dataset("sklearn:digits"), open_dataset("sklearn:digits", "test")
     assert (len(train.names), len(test.names)) == (1297, 500)
     assert set(train.names).isdisjoint(test.names)
     assert train.names[:3] == ["digits:1081", "digits:1707", "digits:927"], "the split must not change"
@@ -279,7 +279,7 @@ def test_cifar10_parquet():
     folder = SHARED / "cifar10-jpeg"
     if not folder.is_dir():
         pytest.skip(f"no {folder}")
-    source = open_source(str(folder), "test")
+    source = open_dataset(str(folder), "test")
     assert source.classes[:3] == ["airplane", "automobile", "bird"]
     assert np.bincount(source.labels).tolist() == [1000] * 10
     assert decode_rgb(source.read(9_999)).shape == (32, 32, 3)
@@ -289,7 +289,7 @@ def test_debians_fashion_mnist():
     folder = fashion_mnist()
     if not os.path.isdir(folder):
         pytest.skip("no Fashion-MNIST here (tools/install.sh fashion-mnist)")
-    source = open_source(folder)
+    source = open_dataset(folder)
     assert np.bincount(source.labels).tolist() == [6000] * 10 and source.read(0).shape == (28, 28)
     assert source.classes[source.labels[0]] == "Ankle boot"
 
@@ -325,7 +325,7 @@ def test_absurd_labels_are_refused_by_file_and_row(tmp_path, form, label):
         tar_of(path, members)
         named = "x.tar:2.jpg has label" if label < 2**63 else "x.tar: 2 has no .cls"
     with pytest.raises(InputError) as error:
-        open_source(str(path))
+        open_dataset(str(path))
     assert named in str(error.value) and "\n" not in str(error.value)
     if label < 2**63:
         assert "more than 25,000 classes are only accepted if" in str(error.value)
@@ -335,14 +335,14 @@ def test_labels_of_large_sets_are_believed(tmp_path):
     """A few images of ImageNet-21k, without names; and any number where the names are given."""
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"image": [b"x"] * 3, "label": [7, 21_840, 7]}), path)
-    assert len(open_source(str(path)).classes) == 21_841
+    assert len(open_dataset(str(path)).classes) == 21_841
     names = [f"class {i}" for i in range(40_000)]
-    source = open_source(str(parquet(path, [b"x"] * 3, [7, 39_999, 7], names)))
+    source = open_dataset(str(parquet(path, [b"x"] * 3, [7, 39_999, 7], names)))
     assert source.classes == names and source.labels.tolist() == [7, 39_999, 7]
 
 
 def test_an_absurd_label_in_a_beton_is_refused(tmp_path):
-    from pipelines.sources import open_source as open_crops
+    from pipelines.decode import open_reader
 
     path = tmp_path / "x.beton"
     with open(path, "w+b") as file:
@@ -351,4 +351,4 @@ def test_an_absurd_label_in_a_beton_is_refused(tmp_path):
             writer.add(1, 2, 2, bytes(12), label)
         writer.finish()
     with pytest.raises(InputError, match=r"x\.beton: image 1 has label 1099511627776, which makes"):
-        open_crops(path)
+        open_reader(path)

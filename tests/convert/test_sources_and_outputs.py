@@ -11,11 +11,11 @@ import pytest
 from made_images import SHARED, class_folders, decoded, encoded, image_of, photos, pixels
 from made_sets import every_form, tar_of, train_tar, validation_tar
 
-from pipelines.convert.beton import open_beton
 from pipelines.convert.conversion import Settings, convert
-from pipelines.convert.manifest import read_manifest
-from pipelines.convert.readers import open_source
+from pipelines.datasets.opening import open_dataset
 from pipelines.errors import InputError
+from pipelines.formats.beton import open_beton
+from pipelines.formats.manifest import read_manifest
 
 
 def made_files(classes=5, each=4):
@@ -61,7 +61,7 @@ def test_every_form_gives_the_same_1000_real_images(tmp_path):
     with tarfile.open(tar) as archive:
         found = {m.name.removeprefix("./"): archive.extractfile(m).read() for m in archive if m.isfile()}
     files = {name: found[name] for name in sorted(found)}
-    from pipelines.convert import jpeg
+    from pipelines.formats import jpeg
 
     # One is turned by EXIF and encoded anew, which is the same in every form, but not its own bytes.
     same_through_every_form(
@@ -99,7 +99,7 @@ def test_regression_targets_reach_ffcv(tmp_path):
     assert age.ravel().tolist() == [i * 1.5 for i in order]
     assert np.allclose(offset.ravel(), [-i / 3 for i in order], atol=1e-6)
     assert np.abs(np.asarray(images)[2].astype(int) - decoded(files[f"{order[2]}.jpg"])).mean() < 1
-    again = open_source(str(tmp_path / "tars"))
+    again = open_dataset(str(tmp_path / "tars"))
     assert again.targets["age"].tolist() == [i * 1.5 for i in order]
 
 
@@ -126,7 +126,7 @@ def test_regression_targets_reach_ffcv(tmp_path):
 def test_a_table_that_cannot_be_meant_is_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError) as error:
-        open_source(str(tmp_path / name))
+        open_dataset(str(tmp_path / name))
     assert message in str(error.value) and name in str(error.value)
 
 
@@ -155,11 +155,11 @@ def test_a_tar_cut_short_is_named(tmp_path):
         for length in (0, 100, 512, 700, len(whole) // 2, len(whole.rstrip(b"\0")) - 1):
             path.write_bytes(whole[:length])
             with pytest.raises(InputError, match="cut short|no file in this tar"):
-                open_source(str(path))
+                open_dataset(str(path))
         for place in (10, 130):  # in a header: its checksum says so
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
             with pytest.raises(InputError, match="not a tar, or damaged at byte 0"):
-                open_source(str(path))
+                open_dataset(str(path))
 
 
 def test_long_names_in_tars(tmp_path):
@@ -169,7 +169,7 @@ def test_long_names_in_tars(tmp_path):
         class_folders(tmp_path / "set", files)
         with tarfile.open(path, "w", format=form) as archive:
             archive.add(tmp_path / "set", "")
-        source = open_source(str(path))
+        source = open_dataset(str(path))
         assert list(source.names) == list(files) and source.read(1) == files[list(files)[1]]
 
 
@@ -179,18 +179,18 @@ def test_the_validation_tar_needs_its_devkit(tmp_path):
     kit = tmp_path / "a/ILSVRC2012_devkit_t12.tar.gz"
     kit.rename(tmp_path / "kit.tar.gz")
     with pytest.raises(InputError, match="needs the devkit for its labels"):
-        open_source(str(tar))
-    source = open_source(str(tar), devkit=tmp_path / "kit.tar.gz")
+        open_dataset(str(tar))
+    source = open_dataset(str(tar), devkit=tmp_path / "kit.tar.gz")
     assert source.classes == sorted({name.partition("/")[0] for name in files})
     (tmp_path / "kit.tar.gz").write_bytes(b"not a tar at all")
     with pytest.raises(InputError, match="cannot be read as ImageNet's devkit"):
-        open_source(str(tar), devkit=tmp_path / "kit.tar.gz")
+        open_dataset(str(tar), devkit=tmp_path / "kit.tar.gz")
 
 
 def test_shards_without_labels_are_refused(tmp_path):
     path = tar_of(tmp_path / "x.tar", {"1.jpg": encoded(pixels(9, 9)), "1.txt": b"a caption"})
     with pytest.raises(InputError, match=r"1 has no \.cls, and no \.json with an integer 'label'"):
-        open_source(str(path))
+        open_dataset(str(path))
 
 
 # ------------------------------------------------------------- what looks wrong
@@ -200,7 +200,7 @@ def test_imagenets_counts_are_reported(tmp_path):
     photos(tmp_path / "set", classes=2, each=2)
     (tmp_path / "set/class0").rename(tmp_path / "set/n00000000")
     (tmp_path / "set/class1").rename(tmp_path / "set/n00000001")
-    assert open_source(str(tmp_path / "set")).notes == [
+    assert open_dataset(str(tmp_path / "set")).notes == [
         "looks like ImageNet, but has 2 classes instead of 1,000",
         "looks like ImageNet, but has 4 images instead of 1,281,167 (train) or 50,000 (validation)",
     ]
@@ -213,7 +213,7 @@ def test_a_flat_validation_folder_is_reported(tmp_path):
     with pytest.raises(
         InputError, match="validation images without their classes; convert ILSVRC2012_img_val"
     ):
-        open_source(str(tmp_path), "validation")
+        open_dataset(str(tmp_path), "validation")
 
 
 def test_validation_classes_are_numbered_as_in_training(tmp_path):
@@ -222,12 +222,12 @@ def test_validation_classes_are_numbered_as_in_training(tmp_path):
     import shutil
 
     shutil.rmtree(tmp_path / "val/class1")
-    source = open_source(str(tmp_path), "validation")
+    source = open_dataset(str(tmp_path), "validation")
     assert source.labels.tolist() == [0, 2] and source.classes == ["class0", "class1", "class2"]
     assert "1 of 3 classes" in source.notes[0]
     (tmp_path / "val/class2").rename(tmp_path / "val/class3")
     with pytest.raises(InputError, match="class class3 .* is not among the 3 of .*train"):
-        open_source(str(tmp_path), "validation")
+        open_dataset(str(tmp_path), "validation")
 
 
 def test_classes_are_taken_from_a_manifest_or_a_list(tmp_path):
@@ -237,11 +237,11 @@ def test_classes_are_taken_from_a_manifest_or_a_list(tmp_path):
     assert (
         read_manifest(tmp_path / "a.beton.json")[1]["label"] == [1, 0] and manifest["classes"][2] == "class7"
     )
-    source = open_source(str(tmp_path / "set"), classes=tmp_path / "a.beton.json")
+    source = open_dataset(str(tmp_path / "set"), classes=tmp_path / "a.beton.json")
     assert source.labels.tolist() == [1, 0]
     (tmp_path / "names.txt").write_text("class1\n")
     with pytest.raises(InputError, match="class class0 .* is not among the 1"):
-        open_source(str(tmp_path / "set"), classes=tmp_path / "names.txt")
+        open_dataset(str(tmp_path / "set"), classes=tmp_path / "names.txt")
 
 
 # ------------------------------------------------------------------ tars, out

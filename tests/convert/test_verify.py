@@ -8,13 +8,13 @@ import pytest
 from made_images import class_folders, encoded, photos, pixels
 from PIL import Image
 
-from pipelines.convert import manifest as manifests
-from pipelines.convert.beton import open_beton
 from pipelines.convert.command import main
 from pipelines.convert.conversion import convert
 from pipelines.convert.inspect import inspect
 from pipelines.convert.verify import verify
 from pipelines.errors import InputError
+from pipelines.formats import manifest as manifests
+from pipelines.formats.beton import open_beton
 
 
 @pytest.fixture(scope="module")

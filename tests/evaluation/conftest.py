@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from lvssl.config import preset
 from lvssl.models.network import LVNet
-from lvssl.training import checkpoint
-from lvssl.training.run import create_run
+from lvssl.runs import checkpoint
+from lvssl.runs.run import create_run
+from lvssl.settings.pretrain import preset
+from pipelines.decode import open_reader
 from pipelines.loader import evaluation_crops
-from pipelines.sources import open_source
 
 
 def untrained(folder: Path, train: Path, family: str) -> Path:
@@ -22,7 +22,7 @@ def untrained(folder: Path, train: Path, family: str) -> Path:
     create_run(settings, 10, resume=False)
     torch.manual_seed(0)
     network = LVNet(settings.model, settings.latent, settings.view.resolution, 10)
-    crops = evaluation_crops(open_source(train), settings.view, np.arange(500))
+    crops = evaluation_crops(open_reader(train), settings.view, np.arange(500))
     images = torch.from_numpy(crops).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
         network.train()(images)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from lvssl.config import preset
 from lvssl.evaluation.analyse import AnalyseSettings, analyse, augmented, spread
 from lvssl.evaluation.embedding import embed
 from lvssl.evaluation.reading import Certainty, read, severity_correlation
@@ -17,11 +16,12 @@ from lvssl.evaluation.regression import ridge
 from lvssl.evaluation.uncertainty import r_auroc
 from lvssl.report.page import write_report
 from lvssl.report.verdict import auroc_error
+from lvssl.runs.run import load_run
+from lvssl.settings.pretrain import preset
 from lvssl.training.pretrain import pretrain
-from lvssl.training.run import load_run
+from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.loader import evaluation_crops
-from pipelines.sources import open_source
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_every_score_of_every_model_is_there(analysis, runs):
 
 
 def test_figures_agree_with_the_embedding(analysis, runs, digits):
-    run, test = load_run(runs / "lv"), open_source(digits["test"])
+    run, test = load_run(runs / "lv"), open_reader(digits["test"])
     whole = embed(run.network, test, run.settings.view)
     chosen = spread(len(test), 150)
     reading = read(run.network, evaluation_crops(test, run.settings.view, chosen), run.settings.view)
@@ -74,7 +74,7 @@ def test_figures_agree_with_the_embedding(analysis, runs, digits):
 
 
 def test_samples_are_averaged_as_probabilities(runs, digits):
-    run, train = load_run(runs / "lv"), open_source(digits["train"])
+    run, train = load_run(runs / "lv"), open_reader(digits["train"])
     view, chosen = run.settings.view, spread(len(train), 200)
     pixels = evaluation_crops(train, view, chosen)
     first = read(run.network, pixels, view, samples=4, seed=3)
@@ -89,7 +89,7 @@ def test_samples_are_averaged_as_probabilities(runs, digits):
 
 
 def test_distance_is_the_mean_cosine_distance_of_the_nearest(runs, digits):
-    run, train = load_run(runs / "control"), open_source(digits["train"])
+    run, train = load_run(runs / "control"), open_reader(digits["train"])
     reading = read(run.network, evaluation_crops(train, run.settings.view, np.arange(60)), run.settings.view)
     certainty = Certainty(False, reading, train.labels[:60])
     h = reading.features / np.linalg.norm(reading.features, axis=1, keepdims=True)
@@ -98,7 +98,7 @@ def test_distance_is_the_mean_cosine_distance_of_the_nearest(runs, digits):
 
 
 def test_augmentation_targets_belong_to_their_views(runs, digits):
-    run, train = load_run(runs / "lv"), open_source(digits["train"])
+    run, train = load_run(runs / "lv"), open_reader(digits["train"])
     reading, targets = augmented(run, train, 300, seed=0)
     assert len(reading.features) == 300 and all(len(column) == 300 for column in targets.values())
     low, high = run.settings.view.scale

@@ -10,8 +10,8 @@ from lvssl.cli import main
 from lvssl.evaluation.embedding import embed
 from lvssl.evaluation.knn import hamming_knn
 from lvssl.evaluation.retrieval import similarity_map
-from lvssl.training.run import load_run
-from pipelines.sources import open_source
+from lvssl.runs.run import load_run
+from pipelines.decode import open_reader
 
 
 def test_the_run_and_its_controls_on_one_axis(run, control, digits, capsys):
@@ -39,7 +39,7 @@ def test_the_run_and_its_controls_on_one_axis(run, control, digits, capsys):
     assert [row["method"] for row in table] == [row["method"] for row in result["rows"]]
     assert result["first"] == 100 and f"--control {control}" in result["command"]
 
-    train, test = (open_source(digits[split]) for split in ("train", "test"))
+    train, test = (open_reader(digits[split]) for split in ("train", "test"))
     own, other = load_run(run), load_run(control)
     sets = [embed(own.network, source, own.settings.view) for source in (train, test)]
     knn = hamming_knn(sets[0].codes, train.labels, sets[1].codes, test.labels, 64)

@@ -20,9 +20,9 @@ from lvssl.codes.search import hamming_distances
 from lvssl.evaluation.codes import SearchSettings, codes_of, search
 from lvssl.evaluation.embedding import embed
 from lvssl.evaluation.knn import weighted_knn
-from lvssl.training.run import Run, load_run
+from lvssl.runs.run import Run, load_run
+from pipelines.decode import open_reader
 from pipelines.loader import evaluation_crops
-from pipelines.sources import open_source
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def lvssl(*arguments: object) -> int:
 def test_a_beton_gives_the_codes_of_its_images_under_their_names(run, digits, tmp_path):
     out = tmp_path / "digits.lvcodes"
     assert lvssl("encode", run, "--images", digits["test"], "--out", out, "--means") == 0
-    codes, source, loaded = open_codes(out), open_source(digits["test"]), load_run(run)
+    codes, source, loaded = open_codes(out), open_reader(digits["test"]), load_run(run)
     crops = evaluation_crops(source, loaded.settings.view, np.arange(len(source)))
     expected, means = codes_of(loaded, crops)
     assert codes.count == len(source) and len(set(codes.names)) == codes.count
@@ -79,7 +79,7 @@ def test_codes_of_another_arithmetic_are_not_compared(run, digits, tmp_path, mon
 @on_cpu_and_gpu
 def test_a_set_in_bf16_is_nearly_that_in_fp32(run, digits, device):
     """As a GPU embeds it: features to bf16's rounding, hardly a bit of the code, the same neighbours."""
-    source, exact = open_source(digits["test"]), load_run(run, torch.device("cpu"))
+    source, exact = open_reader(digits["test"]), load_run(run, torch.device("cpu"))
     fast = load_run(run, torch.device(device))
     assert exact.arithmetic == "cpu fp32" and (device == "cpu" or fast.arithmetic == "cuda bf16")
     fast.network.precision = torch.bfloat16

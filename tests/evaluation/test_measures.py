@@ -9,10 +9,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from lvssl.codes.pack import pack_bits
 from lvssl.evaluation.knn import hamming_knn, weighted_knn, weighted_votes
 from lvssl.evaluation.probe import held_out, linear_probe, standardise
 from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
+from pipelines.kernels.pack import pack_bits
 
 
 @pytest.fixture(scope="module")

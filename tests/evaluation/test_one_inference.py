@@ -17,8 +17,6 @@ from torch import Tensor
 
 from lvssl.cli import main
 from lvssl.codes.file import open_codes, open_means
-from lvssl.codes.pack import pack_bits, unpack_bits
-from lvssl.config import PRESETS
 from lvssl.evaluation.codes import codes_of
 from lvssl.evaluation.embedding import Embedding, embed
 from lvssl.evaluation.linear import represented
@@ -26,14 +24,16 @@ from lvssl.evaluation.reading import read
 from lvssl.models.backbone import BLOCKS
 from lvssl.models.inference import encode, in_batches
 from lvssl.models.network import LVNet
-from lvssl.training.labels import Labelled, open_labelled
+from lvssl.runs.labels import Labelled, open_labelled
+from lvssl.runs.run import Run, load_run
+from lvssl.settings.pretrain import PRESETS
 from lvssl.training.pretrain import calibrate
-from lvssl.training.run import Run, load_run
 from lvssl.training.supervised import Classifier, predict
 from lvssl.training.trainer import Trainer
+from pipelines.decode import open_reader
+from pipelines.kernels.pack import pack_bits, unpack_bits
 from pipelines.loader import TwoViewLoader, evaluation_crops
 from pipelines.normalise import normalise
-from pipelines.sources import open_source
 
 CPU = torch.device("cpu")
 UNIT = 2.0**-24  # fp32 rounds by at most this share
@@ -103,7 +103,7 @@ def test_code_files_hold_what_evaluations_embed(kind, run, digits, test_set, kno
 
 def test_calibration_sees_what_evaluations_embed(digits, tmp_path):
     settings = dataclasses.replace(PRESETS["digits"], data=digits["train"], out=tmp_path, workers=2)
-    source = open_source(digits["train"])
+    source = open_reader(digits["train"])
     with TwoViewLoader(source, settings.view, settings.batch_size, workers=1) as loader:
         trainer = Trainer(settings, 10, loader, CPU)
         trainer.network.eval()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lvssl.cli import main
-from lvssl.training import checkpoint
-from lvssl.training.result import read_result
+from lvssl.runs import checkpoint
+from lvssl.runs.result import read_result
 from pipelines.errors import InputError
 
 # By command: quick options, its files, and another setting.

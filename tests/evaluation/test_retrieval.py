@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from lvssl.codes.pack import pack_bits
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
+from pipelines.kernels.pack import pack_bits
 
 
 def plain(ranked, first):

@@ -12,7 +12,7 @@ from lvssl.evaluation.measures import HASHES, MEASURES, OF_CODE, code_bits
 from lvssl.evaluation.pairs import interval, pairs, strongest, summary
 from lvssl.evaluation.study import StudySettings, plan, shard, study
 from lvssl.report.study import write_study
-from lvssl.training.run import create_run
+from lvssl.runs.run import create_run
 from pipelines.errors import InputError
 
 

@@ -9,9 +9,9 @@ import sys
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from lvssl.config import LatentSettings, ModelSettings, PretrainSettings
 from lvssl.latents import family, fused, fused_triton
 from lvssl.models.network import LVNet
+from lvssl.settings.pretrain import LatentSettings, ModelSettings, PretrainSettings
 from lvssl.training.objective import objective
 
 # Rows; dimensions: one, below a byte, around a byte, several, around a block of 1,024, two blocks.

@@ -10,7 +10,6 @@ from torch.distributions import Beta as TorchBeta
 from torch.distributions import Categorical as TorchCategorical
 from torch.distributions import Laplace, MixtureSameFamily, Normal, kl_divergence
 
-from lvssl.codes.pack import pack_bits
 from lvssl.latents import FAMILIES, family
 from lvssl.latents.bernoulli import Bernoulli
 from lvssl.latents.beta import FLOOR
@@ -21,6 +20,7 @@ from lvssl.latents.mixture import Mixture
 from lvssl.latents.sign import Sign
 from lvssl.latents.sphere import log_surface
 from lvssl.latents.vmf import VonMisesFisher
+from pipelines.kernels.pack import pack_bits
 
 DIM = 8
 PAIRS = ("gaussian+bernoulli", "categorical+vmf")

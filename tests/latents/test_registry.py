@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lvssl import config, plan
+from lvssl import plan
 from lvssl.codes.file import open_codes
-from lvssl.config import PRESETS, LatentSettings
 from lvssl.evaluation import analyse, evaluate
 from lvssl.evaluation.codes import EncodeSettings, encode
 from lvssl.evaluation.embedding import embed
@@ -23,11 +22,13 @@ from lvssl.latents import FAMILIES, described, family, has_code
 from lvssl.latents.noise import Noise, normal
 from lvssl.latents.posterior import Family, Posterior, constant
 from lvssl.report.page import write_report
+from lvssl.runs.progress import read_metrics
+from lvssl.runs.run import load_run
+from lvssl.settings import pretrain as config
+from lvssl.settings.pretrain import PRESETS, LatentSettings
 from lvssl.training.pretrain import pretrain
-from lvssl.training.progress import read_metrics
-from lvssl.training.run import load_run
+from pipelines.decode import open_reader
 from pipelines.errors import InputError
-from pipelines.sources import open_source
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,7 +104,7 @@ def test_a_new_family_is_validated_and_planned():
 @pytest.mark.usefixtures("planted")
 def test_a_new_family_is_trained_encoded_exported_and_reported(digits, tmp_path):
     base, out = PRESETS["digits"], tmp_path / "run"
-    count = len(open_source(digits["train"]))
+    count = len(open_reader(digits["train"]))
     latent = dataclasses.replace(base.latent, family="narrow", components=2)
     settings = dataclasses.replace(
         base, data=digits["train"], out=out, latent=latent, epochs=1, batch_size=count // 2, log_every=1
@@ -111,7 +112,7 @@ def test_a_new_family_is_trained_encoded_exported_and_reported(digits, tmp_path)
     pretrain(settings)
     rows = read_metrics(out / "metrics.jsonl")
     assert rows[-1]["step"] == 2 and all(math.isfinite(row["loss"]) for row in rows)
-    run, test = load_run(out), open_source(digits["test"])
+    run, test = load_run(out), open_reader(digits["test"])
     bits = 2 * run.network.dim
     embedded = embed(run.network, test, settings.view)
     assert embedded.bits == bits and embedded.bit_means is None

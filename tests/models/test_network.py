@@ -5,12 +5,12 @@ import torch
 import torch.nn as nn
 import torchvision
 
-from lvssl.config import BACKBONES as NAMES
-from lvssl.config import LatentSettings, ModelSettings
 from lvssl.latents import FAMILIES, family
 from lvssl.latents.gaussian import Gaussian
 from lvssl.models.backbone import BACKBONES, build_backbone, feature_dim
 from lvssl.models.network import Head, LVNet
+from lvssl.settings.pretrain import BACKBONES as NAMES
+from lvssl.settings.pretrain import LatentSettings, ModelSettings
 from pipelines.errors import InputError
 
 MODEL = ModelSettings(backbone="tiny", hidden=32, projection=16)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import turbojpeg
+from pipelines.formats import turbojpeg
 from tools import bundle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,7 @@ def test_a_whole_bundle_is_unpacked_and_its_exports_work(made):
     assert "ok       tinyone 1.2" in lines and "ok       tinytwo 3.0" in lines
     assert f"data: {made / 'data'}" in lines
     code = (
-        "import tinyone.inner, tinytwo\nfrom pipelines import turbojpeg as t\n"
+        "import tinyone.inner, tinytwo\nfrom pipelines.formats import turbojpeg as t\n"
         "print(tinyone.inner.word, tinytwo.word, t.file())"
     )
     done = subprocess.run(

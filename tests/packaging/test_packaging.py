@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lvssl import demo
-from pipelines import turbojpeg
+from pipelines.formats import turbojpeg
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"lvssl", "pipelines", "slurm"}
@@ -115,7 +115,7 @@ def test_each_target_does_its_own_set_up_first(target):
 
 def test_what_the_targets_run():
     assert ".venv/bin/lvssl demo --out runs/demo" in dry_run("demo")
-    assert 'pytest -q -m "not slow and not gpu and not slurm and not ffcv"' in dry_run("test")
+    assert '-m "not slow and not gpu and not slurm and not ffcv"' in dry_run("test")
     assert "tools/slurm_cluster.sh run .venv/bin/python -m pytest -q -m slurm" in dry_run("test-slurm")
     assert "mypy" in dry_run("lint") and "ruff format --check" in dry_run("lint")
     assert "EXTRAS='ffcv,dev,bench'" in dry_run("bench")
@@ -304,9 +304,16 @@ def test_libturbojpeg_comes_without_root(packages, tmp_path, name):
     done = packages("turbojpeg", **absent)
     assert done.returncode == 0 and "unpacked into .venv/lib" in done.stdout, done.stdout + done.stderr
     found = subprocess.run(
-        [tmp_path / ".venv/bin/python", "-c", "from pipelines import turbojpeg as t; print(t.file())"],
-        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)},
-    )  # fmt: skip
+        [
+            tmp_path / ".venv/bin/python",
+            "-c",
+            "from pipelines.formats import turbojpeg; print(turbojpeg.file())",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
     assert found.stdout == f"{tmp_path}/.venv/lib/libturbojpeg.so.0\n", found.stderr
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from lvssl.config import PRESETS
 from lvssl.evaluation.embedding import embed
 from lvssl.evaluation.probe import linear_probe
+from lvssl.runs.run import load_run
+from lvssl.settings.pretrain import PRESETS
 from lvssl.training.pretrain import pretrain
-from lvssl.training.run import load_run
-from pipelines.sources import open_source
+from pipelines.decode import open_reader
 
 SEEDS = (0, 1, 2)
 
@@ -27,7 +27,7 @@ def test_both_forms_learn_the_same(digits, tmp_path):
             pretrain(dataclasses.replace(base, out=out, seed=seed, augmentation=form))
             network = load_run(out).network
             train, test = (
-                embed(network, open_source(digits[split]), base.view) for split in ("train", "test")
+                embed(network, open_reader(digits[split]), base.view) for split in ("train", "test")
             )
             accuracy = linear_probe(train.features, train.labels, test.features, test.labels).accuracy
             accuracies.append(accuracy)

@@ -17,13 +17,13 @@ CHILD = """if True:
     from pathlib import Path
     import numpy as np
     from PIL import Image
-    from pipelines.convert import jpeg
+    from pipelines.formats import jpeg
     from pipelines.convert.conversion import Settings, convert
     from pipelines.errors import InputError
     from pipelines.loader import TwoViewLoader
     from pipelines.parameters import crop_boxes
-    from pipelines.sources import open_source
-    from pipelines.sources.turbo import crop_pixels
+    from pipelines.decode import open_reader
+    from pipelines.decode.turbo import crop_pixels
     from pipelines.views import ViewSettings
 
     first, count = int(sys.argv[1]), int(sys.argv[2])
@@ -112,7 +112,7 @@ CHILD = """if True:
         path = make(number)
         print(json.dumps({"mutant": number}), flush=True)
         try:
-            source = open_source(path)
+            source = open_reader(path)
             with TwoViewLoader(
                 source, view, len(source), workers=1, on_error="skip", crops_only=True, order="sequential"
             ) as loader:

@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pipelines.convert import jpeg
-from pipelines.sources import turbo
+from pipelines.decode import turbo
+from pipelines.formats import jpeg
 
 needs_turbo = pytest.mark.skipif(jpeg._turbo is None, reason="no libjpeg-turbo on this machine")
 

@@ -19,12 +19,12 @@ from torchvision.transforms.v2 import functional as tv
 from pipelines import cores
 from pipelines.augment import augmenter_for, reference
 from pipelines.convert.conversion import Settings, convert
+from pipelines.decode import open_reader
+from pipelines.decode.beton import BetonReader
 from pipelines.errors import InputError
 from pipelines.loader import RUN_AHEAD, TwoViewLoader, ViewBatch, _OnDevice, evaluation_batches
 from pipelines.order import epoch_order, step_indices
 from pipelines.parameters import FLIP, crop_boxes
-from pipelines.sources import open_source
-from pipelines.sources.ffcv import FFCVSource
 from pipelines.views import ViewSettings
 
 VIEW = ViewSettings(resolution=24)
@@ -43,13 +43,13 @@ def pixels_of(batches: list[ViewBatch]) -> dict[int, str]:
 
 
 def epoch(path, batch_size=7, epoch=0, step=0, kind="auto", **options) -> dict[int, str]:
-    with TwoViewLoader(open_source(path, kind), VIEW, batch_size, **options) as loader:
+    with TwoViewLoader(open_reader(path, kind), VIEW, batch_size, **options) as loader:
         loader.set_position(epoch, step)
         return pixels_of(list(loader))
 
 
 def test_a_batch_is_what_it_says(beton):
-    source = open_source(beton)
+    source = open_reader(beton)
     with TwoViewLoader(source, VIEW, 10) as loader:
         batch = next(iter(loader))
         assert len(loader) == 5
@@ -93,7 +93,7 @@ def test_ranks_see_disjoint_parts_of_the_same_epoch(sources, kind, order):
 
 def test_files_and_beton_give_the_same_boxes_and_pixels(sources):
     """The converter keeps JPEGs' bytes, and small PNGs' pixels: not one bit differs."""
-    files, beton = open_source(sources["folder"]), open_source(sources["beton"])
+    files, beton = open_reader(sources["folder"]), open_reader(sources["beton"])
     assert np.array_equal(files.labels, beton.labels)
     assert epoch(sources["folder"]) == epoch(sources["beton"])
 
@@ -108,10 +108,10 @@ def test_resumed_at_every_step_it_goes_on_as_if_nothing_had_happened(beton):
     def batches(loader):
         return [hashlib.sha256(b.views.numpy().tobytes()).hexdigest() for b in loader]
 
-    with TwoViewLoader(open_source(beton), VIEW, 8, seed=3, workers=2) as loader:
+    with TwoViewLoader(open_reader(beton), VIEW, 8, seed=3, workers=2) as loader:
         expected = batches(loader) + batches(loader)  # two epochs: iterating again goes on to the next
     for stop in range(len(expected)):
-        with TwoViewLoader(open_source(beton), VIEW, 8, seed=3, workers=2) as loader:
+        with TwoViewLoader(open_reader(beton), VIEW, 8, seed=3, workers=2) as loader:
             iterator, seen = iter(loader), 0
             while seen < stop:
                 if next(iterator, None) is None:
@@ -119,7 +119,7 @@ def test_resumed_at_every_step_it_goes_on_as_if_nothing_had_happened(beton):
                 else:
                     seen += 1
             state = loader.state_dict()
-        with TwoViewLoader(open_source(beton), VIEW, 8, seed=3, workers=1) as loader:
+        with TwoViewLoader(open_reader(beton), VIEW, 8, seed=3, workers=1) as loader:
             loader.load_state_dict(state)
             rest = batches(loader)
             while len(rest) < len(expected) - stop:
@@ -156,12 +156,12 @@ def test_every_worker_rank_and_batch_resumed_at_every_step_sees_the_same_pixels(
         how = {"rank": rank, "ranks": ranks}
         mine = [step_indices(order, step, batch_size, rank, ranks).tolist() for step in range(steps)]
         states = []
-        with TwoViewLoader(open_source(larger), VIEW, batch_size, workers=workers, **how) as loader:
+        with TwoViewLoader(open_reader(larger), VIEW, batch_size, workers=workers, **how) as loader:
             loader.set_epoch(2)
             for _ in loader:
                 states.append(loader.state_dict())
         for stop, state in enumerate([{"epoch": 2, "step": 0}, *states[:-1]]):
-            with TwoViewLoader(open_source(larger), VIEW, batch_size, workers=5 - workers, **how) as loader:
+            with TwoViewLoader(open_reader(larger), VIEW, batch_size, workers=5 - workers, **how) as loader:
                 loader.load_state_dict(state)
                 batches = list(loader)
             assert [batch.indices.tolist() for batch in batches] == mine[stop:]
@@ -170,7 +170,7 @@ def test_every_worker_rank_and_batch_resumed_at_every_step_sees_the_same_pixels(
 
 def test_crops_are_torchvisions(beton):
     """One decode, then torchvision's antialiased resized_crop of the same box: within rounding."""
-    source = open_source(beton)
+    source = open_reader(beton)
     indices = np.arange(len(source))
     random = np.random.default_rng(1)
     boxes = np.empty((len(source), 2, 4), np.int32)
@@ -210,7 +210,7 @@ def decoded(source, index: int) -> torch.Tensor:
 
 
 def test_evaluation_takes_every_image_once_in_order(beton):
-    source = open_source(beton)
+    source = open_reader(beton)
     batches = list(evaluation_batches(source, VIEW, batch_size=10, workers=2))
     assert np.array_equal(np.concatenate([indices for _, indices in batches]), np.arange(COUNT))
     again = list(evaluation_batches(source, VIEW, batch_size=7, workers=1))
@@ -220,26 +220,26 @@ def test_evaluation_takes_every_image_once_in_order(beton):
 def test_threads_end_with_the_loader(beton):
     before = threading.active_count()
     for _ in range(3):
-        with TwoViewLoader(open_source(beton), VIEW, 8, workers=3) as loader:
+        with TwoViewLoader(open_reader(beton), VIEW, 8, workers=3) as loader:
             next(iter(loader))
     assert threading.active_count() == before
 
 
 def test_a_damaged_image_is_named_not_returned(beton, tmp_path):
-    source = open_source(beton)
+    source = open_reader(beton)
     victim = int(np.flatnonzero(source.file.modes == 0)[3])
     content = bytearray(beton.read_bytes())
     start, size = int(source.file.offsets[victim]), int(source.file.sizes[victim])
     content[start + size // 3 : start + size] = bytes(size - size // 3)
     (tmp_path / "damaged.beton").write_bytes(content)
-    with TwoViewLoader(open_source(tmp_path / "damaged.beton"), VIEW, COUNT, workers=2) as loader:
+    with TwoViewLoader(open_reader(tmp_path / "damaged.beton"), VIEW, COUNT, workers=2) as loader:
         with pytest.raises(InputError, match=rf"damaged\.beton: sample {victim} can't be decoded"):
             list(loader)
 
 
 def damage(beton, target, victims: list[int], share: float = 1 / 3) -> None:
     """A copy in which some images are zeros from `share` of their bytes on."""
-    source, content = open_source(beton), bytearray(beton.read_bytes())
+    source, content = open_reader(beton), bytearray(beton.read_bytes())
     for victim in victims:
         start, size = int(source.file.offsets[victim]), int(source.file.sizes[victim])
         content[start + int(size * share) : start + size] = bytes(size - int(size * share))
@@ -248,7 +248,7 @@ def damage(beton, target, victims: list[int], share: float = 1 / 3) -> None:
 
 @pytest.mark.parametrize("share", [0, 0.002, 1 / 3])  # no header; half a header; a header and half an image
 def test_skipped_samples_are_replaced_by_the_next_good_one(beton, tmp_path, share):
-    source = open_source(beton)
+    source = open_reader(beton)
     jpegs = np.flatnonzero(source.file.modes == 0)
     first = next(int(i) for i in jpegs[2:] if i + 1 in jpegs)
     bad = [first, first + 1, int(jpegs[-1])]  # two in a row, and one near the end of the set
@@ -257,7 +257,7 @@ def test_skipped_samples_are_replaced_by_the_next_good_one(beton, tmp_path, shar
     digests, seen = [], []
     for workers in (1, 2, 4):
         with TwoViewLoader(
-            open_source(tmp_path / "damaged.beton"), VIEW, COUNT, workers=workers, on_error="skip"
+            open_reader(tmp_path / "damaged.beton"), VIEW, COUNT, workers=workers, on_error="skip"
         ) as loader:
             (batch,) = list(loader)
             assert loader.skipped == len(bad) and set(loader.damaged) == set(bad)
@@ -277,12 +277,12 @@ def test_skipped_samples_are_replaced_by_the_next_good_one(beton, tmp_path, shar
 
 
 def test_a_set_of_nothing_but_damage_ends_with_an_error(beton, tmp_path):
-    source = open_source(beton)
+    source = open_reader(beton)
     content = bytearray(beton.read_bytes())
     for start, size in zip(source.file.offsets.tolist(), source.file.sizes.tolist()):
         content[start : start + size] = bytes(size)
     (tmp_path / "damaged.beton").write_bytes(content)
-    only_jpegs = open_source(tmp_path / "damaged.beton")
+    only_jpegs = open_reader(tmp_path / "damaged.beton")
     only_jpegs.file.modes[:] = 0
     with TwoViewLoader(only_jpegs, VIEW, 8, on_error="skip") as loader:
         with pytest.raises(InputError, match="none of 53 samples can be decoded"):
@@ -291,7 +291,7 @@ def test_a_set_of_nothing_but_damage_ends_with_an_error(beton, tmp_path):
 
 def test_an_entry_of_another_size_is_named_not_returned(beton, tmp_path):
     """A JPEG that is whole, but not of the size that the table says: FFCV's decoder gives garbage here."""
-    source = open_source(beton)
+    source = open_reader(beton)
     victim = int(np.flatnonzero(source.file.modes == 0)[0])
     source.heights[victim] -= 9
     out = np.empty((1, 1, 8, 8, 3), np.uint8)
@@ -304,14 +304,14 @@ def test_an_entry_of_another_size_is_named_not_returned(beton, tmp_path):
 def test_a_box_outside_of_the_image_is_refused(sources, kind, box):
     out = np.empty((1, 1, 8, 8, 3), np.uint8)
     with pytest.raises(ValueError, match="do not lie within"):
-        open_source(sources[kind]).crops(np.array([0]), np.array([[box]], np.int32), out)
+        open_reader(sources[kind]).crops(np.array([0]), np.array([[box]], np.int32), out)
 
 
 def test_flips_mirror_the_crops(sources):
     for path in sources.values():
         out = np.empty((2, 1, 9, 9, 3), np.uint8)
         box = np.array([[[1, 2, 25, 20]]], np.int32)
-        source = open_source(path)
+        source = open_reader(path)
         source.crops(np.array([1]), box, out[:1])
         source.crops(np.array([1]), box, out[1:], np.array([[True]]))
         assert np.array_equal(out[0], out[1, :, :, ::-1])
@@ -319,7 +319,7 @@ def test_flips_mirror_the_crops(sources):
 
 def test_crops_alone_and_an_augmenter_of_ones_own(beton):
     """uint8 crops mirrored as the table says; and the reference, called with what the loader hands over."""
-    source = open_source(beton)
+    source = open_reader(beton)
     with TwoViewLoader(source, VIEW, 16, crops_only=True) as loader:
         crops = next(iter(loader))
     with TwoViewLoader(source, VIEW, 16, augmenter=reference.augment) as loader:
@@ -341,9 +341,9 @@ def test_crops_alone_and_an_augmenter_of_ones_own(beton):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_views_come_in_the_dtype_of_the_training(beton, dtype):
     augmenter = augmenter_for(torch.device("cpu"), "reference", dtype)
-    with TwoViewLoader(open_source(beton), VIEW, 8, augmenter=augmenter) as loader:
+    with TwoViewLoader(open_reader(beton), VIEW, 8, augmenter=augmenter) as loader:
         batch = next(iter(loader))
-    with TwoViewLoader(open_source(beton), VIEW, 8, augmenter=reference.augment) as loader:
+    with TwoViewLoader(open_reader(beton), VIEW, 8, augmenter=reference.augment) as loader:
         exact = next(iter(loader))
     assert batch.views.dtype == dtype
     assert all(view.is_contiguous(memory_format=torch.channels_last) for view in batch.views)
@@ -352,7 +352,7 @@ def test_views_come_in_the_dtype_of_the_training(beton, dtype):
 
 def test_a_batch_that_is_kept_isnt_overwritten(beton):
     """Memory comes back to the loader only when nobody has it any more, be it a slice of it."""
-    with TwoViewLoader(open_source(beton), VIEW, 8) as loader:
+    with TwoViewLoader(open_reader(beton), VIEW, 8) as loader:
         kept = [(batch.views[1, 3:5], batch.views[1, 3:5].clone()) for batch in loader]
         list(loader)
         assert all(torch.equal(view, copy) for view, copy in kept)
@@ -362,7 +362,7 @@ def test_a_batch_that_is_kept_isnt_overwritten(beton):
 
 
 def test_a_failure_in_a_worker_arrives_at_once(beton):
-    class Broken(FFCVSource):
+    class Broken(BetonReader):
         def crops(self, *_):
             raise RuntimeError("a worker broke")
 
@@ -378,10 +378,10 @@ def test_the_first_batch_of_a_second_process_is_there_within_two_seconds(beton):
     script = """if True:
         import sys, time
         from pipelines.loader import TwoViewLoader
-        from pipelines.sources import open_source
+        from pipelines.decode import open_reader
         from pipelines.views import ViewSettings
         started = time.process_time()
-        with TwoViewLoader(open_source(sys.argv[1]), ViewSettings(resolution=24), 8) as loader:
+        with TwoViewLoader(open_reader(sys.argv[1]), ViewSettings(resolution=24), 8) as loader:
             next(iter(loader))
         print(time.process_time() - started)
     """
@@ -396,7 +396,7 @@ def test_the_first_batch_of_a_second_process_is_there_within_two_seconds(beton):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_on_a_gpu_batches_are_those_of_the_cpu(beton):
-    source = open_source(beton)
+    source = open_reader(beton)
     with TwoViewLoader(source, VIEW, 8, augmenter=reference.augment) as loader:
         expected = list(loader)
     with TwoViewLoader(source, VIEW, 8, augmenter=reference.augment, device="cuda") as loader:
@@ -412,9 +412,9 @@ def test_on_a_gpu_batches_are_those_of_the_cpu(beton):
 def test_on_a_gpu_batches_stay_right_while_the_host_runs_ahead(beton):
     """The device is kept busy, so that memory given back too early would be overwritten. No hidden wait."""
     augmenter = augmenter_for(torch.device("cuda"), dtype=torch.bfloat16)
-    with TwoViewLoader(open_source(beton), VIEW, 4, augmenter=reference.augment) as loader:
+    with TwoViewLoader(open_reader(beton), VIEW, 4, augmenter=reference.augment) as loader:
         expected = [batch.views for batch in loader]
-    with TwoViewLoader(open_source(beton), VIEW, 4, augmenter=augmenter, device="cuda") as loader:
+    with TwoViewLoader(open_reader(beton), VIEW, 4, augmenter=augmenter, device="cuda") as loader:
         list(loader)  # kernels compiled, constants copied
         loader.set_epoch(0)
         kept = []
@@ -431,7 +431,7 @@ def test_on_a_gpu_batches_stay_right_while_the_host_runs_ahead(beton):
 
 
 def test_bad_input(beton, tmp_path):
-    source = open_source(beton)
+    source = open_reader(beton)
     with pytest.raises(InputError, match="larger than the data set of 53"):
         TwoViewLoader(source, VIEW, 54)
     with pytest.raises(InputError, match="multiple of the 2 rank"):
@@ -447,10 +447,10 @@ def test_bad_input(beton, tmp_path):
     with pytest.raises(InputError, match="workers"):
         TwoViewLoader(source, VIEW, 7, workers=-1)
     with pytest.raises(InputError, match="no such file|doesn't exist"):
-        open_source(tmp_path / "none.beton")
+        open_reader(tmp_path / "none.beton")
     (tmp_path / "short.beton").write_bytes(beton.read_bytes()[:-1000])
     with pytest.raises(InputError, match="short.beton"):
-        open_source(tmp_path / "short.beton")
+        open_reader(tmp_path / "short.beton")
 
 
 def resident() -> int:
@@ -462,7 +462,7 @@ def resident() -> int:
 def test_memory_is_flat_over_fifty_epochs(sources, kind):
     """At 96 px a batch has 3.5 MB: one kept each epoch would be seen. Threads are back after close()."""
     threads = threading.active_count()
-    with TwoViewLoader(open_source(sources[kind]), ViewSettings(resolution=96), 16, workers=2) as loader:
+    with TwoViewLoader(open_reader(sources[kind]), ViewSettings(resolution=96), 16, workers=2) as loader:
         for number in range(50):
             assert sum(1 for _ in loader) == 3
             if number == 9:  # everything compiled, all buffers there
@@ -474,7 +474,7 @@ def test_memory_is_flat_over_fifty_epochs(sources, kind):
 
 def test_an_iteration_that_is_left_early_leaves_nothing_behind(beton):
     threads = threading.active_count()
-    with TwoViewLoader(open_source(beton), VIEW, 8, workers=3) as loader:
+    with TwoViewLoader(open_reader(beton), VIEW, 8, workers=3) as loader:
         for number in range(30):
             loader.set_epoch(number)
             for _ in loader:
@@ -490,7 +490,7 @@ def test_an_iteration_that_is_left_early_leaves_nothing_behind(beton):
 def test_one_stream_a_loader_and_a_host_that_does_not_run_away(beton, monkeypatch, device):
     """Two epochs on one side stream, with a bound on the batches that are launched and not over; the batches
     are those of a CPU. On a CPU torch.cuda's streams and events do nothing but count."""
-    view, plain = ViewSettings(resolution=32), FFCVSource(beton)
+    view, plain = ViewSettings(resolution=32), BetonReader(beton)
     with TwoViewLoader(plain, view, 8, workers=1) as loader:
         expected = [batch.indices for _ in range(2) for batch in loader]
     streams, open_ends, most = [], [], []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lvssl.codes.writer import CodeWriter
-from lvssl.training.run import alone
+from lvssl.runs.run import alone
 from pipelines.convert.journal import Journal
 from pipelines.lock import lock
 from slurm.records import claimed

@@ -15,10 +15,10 @@ import pytest
 
 from pipelines.augment import cpu
 from pipelines.convert.area import shrink
-from pipelines.elementary import exp, log
+from pipelines.decode.resize import resize_crop
+from pipelines.kernels.elementary import exp, log
 from pipelines.order import epoch_order
 from pipelines.parameters import draw_parameters, order_keys
-from pipelines.resize import resize_crop
 from pipelines.views import ViewSettings
 
 GOLDEN = Path(__file__).with_name("golden_pixels.json")

@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
-from lvssl import config
-from pipelines.convert import readers
+from lvssl.settings import pretrain as config
+from pipelines.datasets import opening, shards
+from pipelines.decode import images as folder_source
+from pipelines.decode import open_reader
+from pipelines.decode.images import ImageReader
 from pipelines.errors import InputError
 from pipelines.loader import Decoder, TwoViewLoader, evaluation_batches
 from pipelines.order import ORDERS
 from pipelines.parameters import crop_boxes, draw_parameters
-from pipelines.sources import folder as folder_source
-from pipelines.sources import open_source, shards
-from pipelines.sources.folder import FolderSource
 from pipelines.views import ViewSettings
 
 VIEW = ViewSettings(resolution=24)
@@ -38,10 +38,10 @@ def some_crops(source, side: int) -> np.ndarray:
 def test_dali_gives_the_same_crops(sources, kind, side):
     """Equal within rounding, but for two pixels at the border of a shrunken crop, which DALI repeats."""
     pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed")
-    from pipelines.sources.dali import DALISource
+    from pipelines.decode.dali import DALIReader
 
-    ours = some_crops(open_source(sources[kind]), side).astype(int)
-    theirs = some_crops(DALISource(sources[kind]), side)
+    ours = some_crops(open_reader(sources[kind]), side).astype(int)
+    theirs = some_crops(DALIReader(sources[kind]), side)
     error = np.abs(ours - theirs)
     assert error.mean() < 0.2
     assert np.quantile(error[:, :, 2:-2, 2:-2], 0.999) <= 2 and error.max() <= 30
@@ -49,11 +49,11 @@ def test_dali_gives_the_same_crops(sources, kind, side):
 
 def test_dali_sees_the_same_epoch_and_names_damage(sources, tmp_path):
     pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed")
-    from pipelines.sources.dali import DALISource
+    from pipelines.decode.dali import DALIReader
 
-    with TwoViewLoader(open_source(sources["folder"]), VIEW, 8) as loader:
+    with TwoViewLoader(open_reader(sources["folder"]), VIEW, 8) as loader:
         expected = list(loader)
-    with TwoViewLoader(DALISource(sources["folder"]), VIEW, 8, workers=2) as loader:
+    with TwoViewLoader(DALIReader(sources["folder"]), VIEW, 8, workers=2) as loader:
         found = list(loader)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours.indices, theirs.indices) and torch.equal(ours.labels, theirs.labels)
@@ -65,23 +65,23 @@ def test_dali_sees_the_same_epoch_and_names_damage(sources, tmp_path):
     victim.write_bytes(content[: len(content) // 2])
     other = sorted(copy.glob("class2/*.png"))[2]  # read by the base source
     other.write_bytes(other.read_bytes()[:99])
-    with TwoViewLoader(DALISource(copy), VIEW, 53, on_error="skip") as loader:
+    with TwoViewLoader(DALIReader(copy), VIEW, 53, on_error="skip") as loader:
         batch = next(iter(loader))
         assert loader.skipped == 2 and len(loader.damaged) == 2
         assert all(victim.name in why or other.name in why for why in loader.damaged.values())
         assert not set(loader.damaged) & set(batch.indices.tolist())
     with (
-        TwoViewLoader(DALISource(copy), VIEW, 53) as loader,
+        TwoViewLoader(DALIReader(copy), VIEW, 53) as loader,
         pytest.raises(InputError, match="can't be decoded"),
     ):
         next(iter(loader))
     with pytest.raises(InputError, match="cpu or gpu"):
-        DALISource(copy, device="tpu")
+        DALIReader(copy, device="tpu")
 
 
 def test_tars_are_opened_by_their_indices(sources, tmp_path):
     """The same images as a walk through the tars finds, and the same pixels as from the beton of them."""
-    indexed, walked = shards.open_shards(sources["shards"]), readers.open_source(str(sources["shards"]))
+    indexed, walked = shards.open_shards(sources["shards"]), opening.open_dataset(str(sources["shards"]))
     assert len(indexed.names) == 53 and list(indexed.names) == list(walked.names)
     assert np.array_equal(indexed.labels, walked.labels) and indexed.classes == walked.classes
     assert all(indexed.read(i) == walked.read(i) for i in range(53))
@@ -93,10 +93,10 @@ def test_tars_are_opened_by_their_indices(sources, tmp_path):
     assert list(second.names) == list(walked.names[20:40])
     braces = shards.open_shards(Path(f"{copy}/images-{{000001..000002}}.tar"))
     assert list(braces.names) == list(walked.names[20:])
-    crops = [some_crops(open_source(sources[kind]), 24) for kind in ("shards", "beton")]
+    crops = [some_crops(open_reader(sources[kind]), 24) for kind in ("shards", "beton")]
     assert np.array_equal(*crops)
     (copy / "images-000001.idx").unlink()
-    assert shards.open_shards(copy) is None and len(open_source(copy)) == 53  # a walk it is
+    assert shards.open_shards(copy) is None and len(open_reader(copy)) == 53  # a walk it is
 
 
 def test_an_index_that_is_not_its_tars_is_refused(sources, tmp_path):
@@ -108,7 +108,7 @@ def test_an_index_that_is_not_its_tars_is_refused(sources, tmp_path):
         (copy / name).unlink()
         (copy / name).write_bytes(content)
         with pytest.raises(InputError) as raised:
-            open_source(copy)
+            open_reader(copy)
         return str(raised.value)
 
     tar, index = (sources["shards"] / f"images-000000.{end}" for end in ("tar", "idx"))
@@ -134,7 +134,7 @@ def test_files_of_every_kind_are_read_upright(tmp_path):
     Image.fromarray(pixels).convert("CMYK").save(tmp_path / "1-cmyk.jpg", quality=100, subsampling=0)
     Image.fromarray(pixels).save(tmp_path / "2-plain.png")
     Image.fromarray(pixels).save(tmp_path / "3-progressive.jpg", quality=100, subsampling=0, progressive=True)
-    source = open_source(tmp_path)
+    source = open_reader(tmp_path)
     assert len(source) == 4 and (source.labels == 0).all()
     indices = np.arange(4)
     assert [size.tolist() for size in source.sizes(indices)] == [[40] * 4, [50] * 4]
@@ -155,15 +155,15 @@ def test_a_file_that_is_no_image_is_named_or_skipped(sources, tmp_path):
     files[9].write_bytes(b"")
     files[20].unlink()
     files[20].symlink_to("gone")
-    with TwoViewLoader(open_source(folder), VIEW, 50) as loader, pytest.raises(InputError) as raised:
+    with TwoViewLoader(open_reader(folder), VIEW, 50) as loader, pytest.raises(InputError) as raised:
         list(loader)
     assert "pictures: sample" in str(raised.value) and "can't be decoded" in str(raised.value)
-    with TwoViewLoader(open_source(folder), VIEW, 53, on_error="skip", workers=2) as loader:
+    with TwoViewLoader(open_reader(folder), VIEW, 53, on_error="skip", workers=2) as loader:
         (batch,) = list(loader)
         assert set(loader.damaged) == {4, 9, 20} and loader.skipped == 3
         assert any(files[4].name in why for why in loader.damaged.values())
     assert not {4, 9, 20} & set(batch.indices.tolist())
-    source = open_source(folder)
+    source = open_reader(folder)
     found = [indices for _, indices in evaluation_batches(source, VIEW, decoder=Decoder(source, "skip"))]
     expected = np.arange(53)
     expected[[4, 9, 20]] += 1
@@ -177,7 +177,7 @@ def test_a_beton_without_a_field_is_refused_by_its_name(beton, tmp_path, missing
         content.replace(missing.encode() + b"\0", b"x" * len(missing) + b"\0", 1)
     )
     with pytest.raises(InputError, match=f"no field '{missing}'"):
-        open_source(tmp_path / "other.beton")
+        open_reader(tmp_path / "other.beton")
 
 
 def test_labels_that_are_no_integers_are_refused(beton, tmp_path):
@@ -185,25 +185,25 @@ def test_labels_that_are_no_integers_are_refused(beton, tmp_path):
     content[24 + 1041] = 0  # the second field's type: FFCV's float
     (tmp_path / "other.beton").write_bytes(content)
     with pytest.raises(InputError, match="'label' is not FFCV's integer field"):
-        open_source(tmp_path / "other.beton")
+        open_reader(tmp_path / "other.beton")
 
 
 def test_another_version_and_a_cut_beton_are_refused(beton, tmp_path):
     content = beton.read_bytes()
     (tmp_path / "old.beton").write_bytes(b"\x01" + content[1:])
     with pytest.raises(InputError, match="version 2"):
-        open_source(tmp_path / "old.beton")
+        open_reader(tmp_path / "old.beton")
     for length in (0, 10, 100, 5000, len(content) // 2, len(content) - 1):
         (tmp_path / "cut.beton").write_bytes(content[:length])
         with pytest.raises(InputError, match="cut.beton"):
-            open_source(tmp_path / "cut.beton")
+            open_reader(tmp_path / "cut.beton")
 
 
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match="no image in it"):
-        open_source(tmp_path)
+        open_reader(tmp_path)
     with pytest.raises(InputError, match="no such file"):
-        open_source(tmp_path / "none")
+        open_reader(tmp_path / "none")
 
 
 def test_a_folder_of_images_trains(sources, tmp_path, lvssl):
@@ -229,11 +229,11 @@ def test_settings_of_the_loader_are_refused_by_name(sources):
         with pytest.raises(InputError, match=f"unknown {name} 'other'"):
             config.PretrainSettings(**{name: "other"}).validate()
     with pytest.raises(InputError, match="unknown source 'other'"):
-        open_source(sources["beton"], "other")
-    with pytest.raises(InputError, match="--source ffcv"):
-        open_source(sources["beton"], "folder")
+        open_reader(sources["beton"], "other")
+    with pytest.raises(InputError, match="--source beton"):
+        open_reader(sources["beton"], "folder")
     with pytest.raises(InputError, match="is a folder, not a beton"):
-        open_source(sources["folder"], "ffcv")
+        open_reader(sources["folder"], "beton")
 
 
 @pytest.mark.parametrize("room", [None, 0])
@@ -241,11 +241,11 @@ def test_a_folders_images_are_read_once_for_their_sizes_and_crops(sources, room,
     """Where they fit into the memory for that, and to the same pixels where they don't."""
     if room is not None:
         monkeypatch.setattr(folder_source, "RECENT", room)
-    source, read = FolderSource(sources["folder"], labelled=False), []
+    source, read = ImageReader(sources["folder"], labelled=False), []
     stored = source._read
     source._read = lambda index: read.append(index) or stored(index)
     found = torch.cat([crops for crops, _ in evaluation_batches(source, VIEW, workers=2)])
     everything = list(range(len(source)))
     assert sorted(read) == (everything if room is None else sorted(2 * everything))
-    known = torch.cat([crops for crops, _ in evaluation_batches(FolderSource(sources["folder"]), VIEW)])
+    known = torch.cat([crops for crops, _ in evaluation_batches(ImageReader(sources["folder"]), VIEW)])
     assert torch.equal(found, known)

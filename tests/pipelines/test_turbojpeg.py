@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from pipelines import turbojpeg
-from pipelines.convert import jpeg
 from pipelines.convert.store import Settings, store
+from pipelines.decode import open_reader, turbo
 from pipelines.errors import InputError
+from pipelines.formats import jpeg, turbojpeg
 from pipelines.loader import TwoViewLoader
-from pipelines.sources import open_source, turbo
 from pipelines.views import ViewSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +48,7 @@ def elsewhere(monkeypatch, tmp_path):
     monkeypatch.delenv("LVSSL_TURBOJPEG", raising=False)
     monkeypatch.delenv("CONDA_PREFIX", raising=False)
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
-    monkeypatch.setattr(turbojpeg, "__file__", str(tmp_path / "tree/pipelines/turbojpeg.py"))
+    monkeypatch.setattr(turbojpeg, "__file__", str(tmp_path / "tree/pipelines/formats/turbojpeg.py"))
     copy = tmp_path / "elsewhere" / "libturbojpeg.so.0"
     copy.parent.mkdir()
     shutil.copyfile(turbojpeg.file(), copy)
@@ -171,7 +170,7 @@ def test_pillow_stores_the_same_bytes(pillow_alone):
 
 def digests(path: Path, **options) -> tuple[list[str], dict[int, str]]:
     """Of the batches of an epoch, and what was damaged."""
-    with TwoViewLoader(open_source(path), ViewSettings(resolution=24), 7, workers=2, **options) as loader:
+    with TwoViewLoader(open_reader(path), ViewSettings(resolution=24), 7, workers=2, **options) as loader:
         found = [hashlib.sha256(batch.views.numpy().tobytes()).hexdigest() for batch in loader]
         return found, loader.damaged
 
@@ -187,7 +186,7 @@ def test_the_views_are_the_same_without_it(sources, pillow_alone, kind):
 @needs_library
 def test_the_same_damage_is_named_without_it(beton, tmp_path, pillow_alone):
     """Cut in its header, cut behind it, another size than its entry, too few bytes, CMYK."""
-    content, source = bytearray(beton.read_bytes()), open_source(beton)
+    content, source = bytearray(beton.read_bytes()), open_reader(beton)
     victims = [int(i) for i in np.flatnonzero(source.file.modes == turbo.JPEG)[:5]]
     stored = [source.stored(0, victim) for victim in victims]
     cmyk = io.BytesIO()
@@ -208,7 +207,7 @@ def test_the_same_damage_is_named_without_it(beton, tmp_path, pillow_alone):
     path.write_bytes(content)
 
     def reasons() -> list[str]:
-        source, found = open_source(path), []
+        source, found = open_reader(path), []
         source.heights[victims[2]] += 1
         source.heights[victims[3]] = source.widths[victims[3]] = 8000
         for victim in victims:
@@ -223,7 +222,7 @@ def test_the_same_damage_is_named_without_it(beton, tmp_path, pillow_alone):
     found = reasons()
     assert found[2:4] == expected[2:4] and "but its entry says" in found[2] and "too few" in found[3]
     with pytest.raises(ValueError, match="do not lie within"):
-        open_source(path).crops(
+        open_reader(path).crops(
             np.array([0]), np.array([[[0, 0, 999, 5]]]), np.empty((1, 1, 8, 8, 3), np.uint8)
         )
 
@@ -235,13 +234,13 @@ def test_commands_work_without_it_and_say_so_in_one_line(sources, tmp_path):
     script.write_text(
         "import sys\n"
         "from pipelines.loader import TwoViewLoader\n"
-        "from pipelines.sources import open_source\n"
+        "from pipelines.decode import open_reader\n"
         "from pipelines.views import ViewSettings\n"
         "from pipelines.convert.command import main\n"
         "pictures, out = sys.argv[1:]\n"
         "for arguments in ([pictures, out, '--max-resolution', '40'], ['--verify', out]):\n"
         "    assert main(arguments) == 0\n"
-        "with TwoViewLoader(open_source(out), ViewSettings(resolution=24), 8) as loader:\n"
+        "with TwoViewLoader(open_reader(out), ViewSettings(resolution=24), 8) as loader:\n"
         "    assert len(list(loader)) == len(loader)\n"
     )
     written = []

@@ -15,7 +15,7 @@ import pytest
 import torch
 from chains import Chain, until  # type: ignore[import-not-found]
 
-from lvssl.training import checkpoint
+from lvssl.runs import checkpoint
 from slurm.records import read_jobs
 from slurm.snapshot import PACKAGES
 

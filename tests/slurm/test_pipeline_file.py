@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from lvssl.cli import chain_starts, main
-from lvssl.config import PretrainSettings
-from lvssl.settings import runtime
-from lvssl.stages import FinetuneSettings, KnnSettings, LinearSettings
-from lvssl.training.run import create_run
+from lvssl.runs.run import create_run
+from lvssl.settings.fields import runtime
+from lvssl.settings.pretrain import PretrainSettings
+from lvssl.settings.stages import FinetuneSettings, KnnSettings, LinearSettings
 from pipelines.convert.command import parser
 from pipelines.errors import InputError
 from slurm.dry_run import folder_size
@@ -156,7 +156,7 @@ def test_a_changed_setting_reaches_what_hangs_on_it_and_only_that(tmp_path):
     assert changed('"4G"', '"8G"') == set()
     assert changed("epochs = 3", "epochs = 3\nseed = 0") == set()  # the default, spelt out
     elsewhere = "compile = true\nkeep = 3\nchannels_last = false\nnon_finite_steps = 9"
-    assert changed("epochs = 3", f'epochs = 3\n{elsewhere}\nsource = "ffcv"\ntimeout_minutes = 1') == set()
+    assert changed("epochs = 3", f'epochs = 3\n{elsewhere}\nsource = "beton"\ntimeout_minutes = 1') == set()
     assert train < everything
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lvssl.config import PRESETS
+from lvssl.settings.pretrain import PRESETS
 from lvssl.training.pretrain import pretrain
 
 

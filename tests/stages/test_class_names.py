@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 
 from lvssl.cli import main
-from lvssl.config import PRESETS
-from lvssl.training.labels import numbered_as, open_pair
+from lvssl.runs.labels import numbered_as, open_pair
+from lvssl.runs.run import load_run, read_set
+from lvssl.settings.pretrain import PRESETS
 from lvssl.training.pretrain import pretrain
-from lvssl.training.run import load_run, read_set
 from pipelines.convert.conversion import convert
-from pipelines.convert.readers import open_source as open_images
+from pipelines.datasets.opening import open_dataset
+from pipelines.decode import open_reader
 from pipelines.errors import InputError
-from pipelines.sources import open_source
 
 COLOURS = {"apple": (200, 30, 30), "bear": (30, 30, 200), "crow": (30, 200, 30)}
 
@@ -69,7 +69,7 @@ def run(trained, tmp_path) -> Path:
 
 def test_a_run_knows_its_classes(run, sets):
     assert load_run(run).classes == ["apple", "bear"]
-    assert open_source(sets["train"]).classes == ["apple", "bear"]
+    assert open_reader(sets["train"]).classes == ["apple", "bear"]
 
 
 @pytest.mark.parametrize("test", ["bear", "bear-folder", "turned", "both-folder"])
@@ -240,7 +240,7 @@ def test_class_folders_that_are_numbers_are_names(tmp_path):
     assert open_pair(train, some)[1].labels.tolist() == [2, 2]
     with pytest.raises(InputError, match="lacks"):
         open_pair(train, other)
-    same = open_source(some)
+    same = open_reader(some)
     assert numbered_as(same, some, same.classes, "itself") is same
 
 
@@ -259,14 +259,14 @@ def test_parquets_that_number_their_classes_differently(tmp_path):
 
     write(0, ["cat", "dog"])
     write(1, ["dog", "cat"])
-    opened = open_images(str(tmp_path))
+    opened = open_dataset(str(tmp_path))
     assert [opened.classes[label] for label in opened.labels] == ["cat", "dog", "dog", "cat"]
     write(1, ["dog", "eel"])
     with pytest.raises(InputError, match=r"train-1\.parquet.*lacks \(1\): eel; it has cat, dog"):
-        open_images(str(tmp_path))
+        open_dataset(str(tmp_path))
     write(1, None)
     with pytest.raises(InputError, match=r"train-1\.parquet: its labels have no names"):
-        open_images(str(tmp_path))
+        open_dataset(str(tmp_path))
 
 
 # ------------------------------------------------------------ resuming on other data

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lvssl.cli import main
-from lvssl.config import PRESETS, ModelSettings
 from lvssl.evaluation.codes import codes_of
 from lvssl.models.network import LVNet
-from lvssl.training import checkpoint
-from lvssl.training.run import create_run, load_run
+from lvssl.runs import checkpoint
+from lvssl.runs.run import create_run, load_run
+from lvssl.settings.pretrain import PRESETS, ModelSettings
 
 needs_onnx = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnxscript") is None,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lvssl.training.labels import (
+from lvssl.runs.labels import (
     Labelled,
     balanced,
     check_pair,
@@ -15,8 +15,8 @@ from lvssl.training.labels import (
     rows_by_name,
     split,
 )
-from pipelines.convert.manifest import manifest_path, read_manifest
 from pipelines.errors import InputError
+from pipelines.formats.manifest import manifest_path, read_manifest
 
 
 def of_classes(classes: np.ndarray) -> Labelled:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lvssl.training import checkpoint
+from lvssl.runs import checkpoint
 from pipelines.convert.conversion import Settings, convert
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"  # beside the checkout

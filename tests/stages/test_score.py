@@ -6,7 +6,7 @@ import torch
 from scipy.stats import binomtest
 from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score, top_k_accuracy_score
 
-from lvssl.training.score import classification, rank_of_label, score, wilson
+from lvssl.evaluation.score import classification, rank_of_label, score, wilson
 
 
 def test_top_1_and_top_5_are_numpys_and_sklearns():

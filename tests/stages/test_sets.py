@@ -10,16 +10,16 @@ from damaged_folders import make_folders, sound
 from PIL import Image
 
 from lvssl.cli import main
-from lvssl.config import PRESETS
+from lvssl.evaluation.finetune import finetune
 from lvssl.evaluation.linear import linear
 from lvssl.evaluation.nearest import knn
-from lvssl.stages import FinetuneSettings, KnnSettings, LinearSettings
-from lvssl.training.finetune import finetune
-from lvssl.training.labels import open_labelled, readable
+from lvssl.runs.labels import open_labelled, readable
+from lvssl.settings.pretrain import PRESETS
+from lvssl.settings.stages import FinetuneSettings, KnnSettings, LinearSettings
 from pipelines.convert.conversion import convert
+from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.loader import TwoViewLoader
-from pipelines.sources import open_source
 
 SHORT = ["--epochs", "1", "--min-steps", "0", "--lr", "0.1", "--weight-decay", "0"]
 
@@ -92,7 +92,7 @@ def tables(digits, tmp_path_factory) -> dict[str, Path]:
     """The mean grey level of images' upper halves, in a table of paths."""
     root, found = tmp_path_factory.mktemp("tables"), {}
     for split, count in (("train", 300), ("test", 100)):
-        source, rows = open_source(digits[split]), []
+        source, rows = open_reader(digits[split]), []
         (root / split).mkdir()
         for i in range(count):
             pixels = source.stored(0, i)
@@ -121,18 +121,18 @@ def test_a_tables_numbers_are_regressed_without_conversion(run, tables, tmp_path
 
 def test_a_source_that_cannot_read_the_set_is_refused(run, folders, digits, capsys):
     assert main(["knn", str(run), "--source", "folder"]) == 2
-    assert ".beton is what --source ffcv reads" in capsys.readouterr().err
+    assert ".beton is what --source beton reads" in capsys.readouterr().err
     assert main(["knn", str(run), "--source", "zip"]) == 2
     assert "unknown source 'zip'; known: auto" in capsys.readouterr().err
     assert main(["linear", str(run), "--on-error", "ignore"]) == 2
     assert "unknown on_error 'ignore'" in capsys.readouterr().err
     sets = ["--train", str(digits["train"]), "--test", str(digits["test"])]
-    assert main(["knn", str(run), "--source", "ffcv", *sets]) == 0
+    assert main(["knn", str(run), "--source", "beton", *sets]) == 0
     assert main(["knn", str(run), *sets]) == 0, "another reader is no other work"
 
 
 def test_what_takes_long_says_how_far_it_is(run, monkeypatch, capsys):
-    monkeypatch.setattr("lvssl.training.progress.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("lvssl.runs.progress.SECONDS_BETWEEN_LINES", 0.0)
     knn(KnnSettings(run))
     said = capsys.readouterr().err
     assert "knn: train.beton: image 1297/1297" in said and "knn: votes by features: image 500/500" in said

@@ -18,19 +18,20 @@ from PIL import Image
 
 from lvssl.cli import main
 from lvssl.evaluation.embedding import embed
+from lvssl.evaluation.finetune import finetune
 from lvssl.evaluation.knn import weighted_knn
 from lvssl.evaluation.linear import linear
 from lvssl.evaluation.nearest import knn
-from lvssl.stages import FinetuneSettings, KnnSettings, LinearSettings
-from lvssl.training import checkpoint, supervised
-from lvssl.training.finetune import finetune
-from lvssl.training.run import load_run
-from lvssl.training.stage import remove_work
+from lvssl.evaluation.stage import remove_work
+from lvssl.runs import checkpoint
+from lvssl.runs.run import load_run
+from lvssl.settings.stages import FinetuneSettings, KnnSettings, LinearSettings
+from lvssl.training import supervised
 from lvssl.training.stopping import Interrupted
 from pipelines.convert.conversion import convert
+from pipelines.decode import open_reader
+from pipelines.decode.beton import BetonReader
 from pipelines.errors import InputError
-from pipelines.sources import open_source
-from pipelines.sources.ffcv import FFCVSource
 
 
 def test_linear_knn_and_finetune_leave_results_that_can_be_trusted(run, digits, capsys):
@@ -46,7 +47,7 @@ def test_linear_knn_and_finetune_leave_results_that_can_be_trusted(run, digits, 
             assert 50 < low < figures["top1"] < high < 100 and figures["top5"] > figures["top1"]
         assert result["seconds"] > 0 and result["versions"]["torch"] and str(run) in result["command"]
     known, asked = (
-        embed(load_run(run).network, open_source(digits[s]), load_run(run).settings.view)
+        embed(load_run(run).network, open_reader(digits[s]), load_run(run).settings.view)
         for s in ("train", "test")
     )
     expected = weighted_knn(known.features, known.labels, asked.features, asked.labels, k=5)
@@ -114,13 +115,13 @@ def test_the_views_of_a_stage_are_crops_and_flips_alone(run, monkeypatch):
 
 def test_finetuning_chooses_on_held_out_images_and_reads_the_test_once(run, digits, monkeypatch):
     reads: dict[str, Counter] = {}
-    crops = FFCVSource.crops
+    crops = BetonReader.crops
 
     def counted(self, indices, *arguments):
         reads.setdefault(self.file.path.name, Counter()).update(indices.tolist())
         return crops(self, indices, *arguments)
 
-    monkeypatch.setattr(FFCVSource, "crops", counted)
+    monkeypatch.setattr(BetonReader, "crops", counted)
     settings = FinetuneSettings(
         run, min_steps=0, labels=0.1, epochs=3, lr=(1e-6, 0.1), weight_decay=(0.0, 1e-4)
     )
@@ -351,7 +352,7 @@ def test_numbers_are_regressed(run, digits, tmp_path):
     """An image's mean grey level, from a table of paths and numbers: every stage must find some of it."""
     sets = {}
     for split in ("train", "test"):
-        source, rows = open_source(digits[split]), []
+        source, rows = open_reader(digits[split]), []
         (tmp_path / split).mkdir()
         for i in range(300 if split == "train" else 100):
             pixels = source.stored(0, i)

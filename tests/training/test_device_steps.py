@@ -14,7 +14,11 @@ from devices import GPU
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lvssl.config import (
+from lvssl.latents import FAMILIES
+from lvssl.losses import anchors, ntxent, variants
+from lvssl.models.network import LVNet
+from lvssl.runs.labels import open_labelled
+from lvssl.settings.pretrain import (
     PRESETS,
     EngineSettings,
     LatentSettings,
@@ -22,20 +26,16 @@ from lvssl.config import (
     OptimiserSettings,
     PretrainSettings,
 )
-from lvssl.latents import FAMILIES
-from lvssl.losses import anchors, ntxent, variants
-from lvssl.models.network import LVNet
 from lvssl.training import trainer as trainer_module
 from lvssl.training.distributed import World
-from lvssl.training.labels import open_labelled
 from lvssl.training.optimiser import build_optimiser, learning_rate, restore_optimiser
 from lvssl.training.pretrain import calibrate
 from lvssl.training.stopping import Stop
 from lvssl.training.supervised import Classifier, Recipe, Supervised
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for
+from pipelines.decode import open_reader
 from pipelines.loader import TwoViewLoader, ViewBatch
-from pipelines.sources import open_source
 
 RATES = {"adamw": 2e-3, "sgd": 0.1, "lars": 1.0}
 
@@ -67,7 +67,7 @@ def trainer_and_batches(chosen: PretrainSettings, device: str, count: int) -> tu
     """A trainer that goes the way of a GPU, and its first batches."""
     kind = torch.device(device)
     with TwoViewLoader(
-        open_source(chosen.data),
+        open_reader(chosen.data),
         chosen.view,
         chosen.batch_size,
         workers=1,
@@ -226,7 +226,7 @@ def test_a_compiled_backbone_calibrates_as_it_is_loaded(digits, tmp_path):
     trainer, _ = trainer_and_batches(settings(digits["train"], tmp_path), "cpu", 0)
     compiled = []
     trainer.network.backbone.compile(backend=lambda graph, _: compiled.append(graph) or graph.forward)
-    calibrate(trainer, open_source(digits["train"]))
+    calibrate(trainer, open_reader(digits["train"]))
     assert trainer.calibrated and not compiled
     trainer.network.features(torch.zeros(2, 3, 8, 8))
     assert compiled

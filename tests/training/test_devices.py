@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from lvssl.config import PRESETS, EngineSettings
-from lvssl.stages import FinetuneSettings, KnnSettings, LinearSettings
-from lvssl.training import prepare, stage
+from lvssl.evaluation import stage
+from lvssl.models import device as devices
+from lvssl.models.device import autocast, claim
+from lvssl.runs.run import load_run
+from lvssl.settings.pretrain import PRESETS, EngineSettings
+from lvssl.settings.stages import FinetuneSettings, KnnSettings, LinearSettings
 from lvssl.training import pretrain as pretraining
-from lvssl.training.prepare import autocast, claim
-from lvssl.training.run import load_run
 from lvssl.training.supervised import Classifier, Recipe, sgd
+from pipelines.decode import dali, open_reader
 from pipelines.errors import InputError
-from pipelines.sources import dali, open_source
 
 gpu = pytest.mark.gpu
 several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -42,7 +43,7 @@ def two_gpus(monkeypatch) -> list[Any]:
     chosen: list[Any] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(prepare, "OLDEST_TRITON", (0, 0))  # nothing is compiled here
+    monkeypatch.setattr(devices, "OLDEST_TRITON", (0, 0))  # nothing is compiled here
 
     def set_device(device: torch.device) -> None:
         assert device.index is not None, "torch raises ValueError"
@@ -87,7 +88,7 @@ def test_a_rank_opens_its_data_on_its_own_gpu(digits, tmp_path, monkeypatch, two
         opened.append((kind, device))
         raise Stopped
 
-    monkeypatch.setattr(pretraining, "open_source", opener)
+    monkeypatch.setattr(pretraining, "open_reader", opener)
     monkeypatch.setattr(pretraining, "world_of", lambda _: pretraining.World(local_rank=1))
     chosen = dataclasses.replace(PRESETS["digits"], data=digits["train"], out=tmp_path / "x", source="dali")
     with pytest.raises(Stopped):
@@ -110,8 +111,8 @@ def test_dali_decodes_on_the_gpu_that_it_is_told(digits, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", fake)
     monkeypatch.setattr(sys.modules["nvidia"], "dali", fake, raising=False)
     for device, expected in (("cuda:3", 3), ("cuda", 0), ("cpu", None)):
-        source = open_source(digits["train"], "dali", device)
-        assert isinstance(source, dali.DALISource)
+        source = open_reader(digits["train"], "dali", device)
+        assert isinstance(source, dali.DALIReader)
         with pytest.raises(Stopped):
             source._run([], torch.zeros(1, 2, 4, dtype=torch.int32).numpy(), None, 8)
         assert made.pop() == expected
@@ -165,7 +166,7 @@ def test_a_gpu_without_a_number_is_the_current_one(two_gpus):
 @pytest.mark.parametrize("version", ["3.2.0", "3.5.1", None])
 def test_a_triton_that_cannot_compile_the_kernels_is_refused_before_work(monkeypatch, two_gpus, version):
     """Triton 3.2, which torch 2.6 brings, aborts the process while it compiles some of them."""
-    monkeypatch.setattr(prepare, "OLDEST_TRITON", (3, 6))
+    monkeypatch.setattr(devices, "OLDEST_TRITON", (3, 6))
     triton = ModuleType("triton")
     triton.__version__ = version
     monkeypatch.setitem(sys.modules, "triton", triton if version else None)

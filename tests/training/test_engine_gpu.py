@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lvssl.config import PRESETS, EngineSettings, OptimiserSettings
+from lvssl.runs.progress import read_metrics
+from lvssl.settings.pretrain import PRESETS, EngineSettings, OptimiserSettings
 from lvssl.training.distributed import World
 from lvssl.training.pretrain import pretrain
-from lvssl.training.progress import read_metrics
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for
+from pipelines.decode import open_reader
 from pipelines.loader import TwoViewLoader
-from pipelines.sources import open_source
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,7 +35,7 @@ def test_no_step_waits_for_the_device(digits, tmp_path, optimiser, chunk):
     device = torch.device("cuda")
     augmenter = augmenter_for(device, "auto")
     with TwoViewLoader(
-        open_source(chosen.data), chosen.view, chosen.batch_size, augmenter=augmenter, device=device
+        open_reader(chosen.data), chosen.view, chosen.batch_size, augmenter=augmenter, device=device
     ) as loader:
         trainer = Trainer(chosen, 10, loader, device, World())
         trainer.network.train()

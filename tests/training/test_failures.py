@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from lvssl import cli
-from lvssl.config import PRESETS, EngineSettings, ModelSettings, PretrainSettings
-from lvssl.training import checkpoint
+from lvssl.runs import checkpoint
+from lvssl.settings.pretrain import PRESETS, EngineSettings, ModelSettings, PretrainSettings
 from lvssl.training.pretrain import pretrain
 from lvssl.training.trainer import Trainer
 

@@ -7,12 +7,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lvssl.config import EngineSettings, LatentSettings, ModelSettings
 from lvssl.losses.ntxent import ntxent
+from lvssl.models.device import autocast, precision
 from lvssl.models.network import LVNet
+from lvssl.settings.pretrain import EngineSettings, LatentSettings, ModelSettings
 from lvssl.training.batchnorm import frozen_running_statistics
 from lvssl.training.gradients import backward, guard
-from lvssl.training.prepare import accelerate, autocast, precision, prepared
+from lvssl.training.prepare import accelerate, prepared
 from pipelines.errors import InputError
 
 CPU = torch.device("cpu")

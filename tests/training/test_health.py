@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from lvssl.cli import main
-from lvssl.config import PRESETS, LatentSettings, ModelSettings
 from lvssl.latents import FAMILIES
 from lvssl.models.network import LVNet
+from lvssl.runs.progress import read_metrics
+from lvssl.settings.pretrain import PRESETS, LatentSettings, ModelSettings
 from lvssl.training.health import FIGURES, alarms, health
 from lvssl.training.pretrain import pretrain
-from lvssl.training.progress import read_metrics
 
 
 def figures(family: str, change=None) -> dict[str, float]:

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from lvssl.config import PRESETS, EngineSettings, OptimiserSettings, PretrainSettings
-from lvssl.training import checkpoint
+from lvssl.runs import checkpoint
+from lvssl.runs.progress import read_metrics
+from lvssl.settings.pretrain import PRESETS, EngineSettings, OptimiserSettings, PretrainSettings
 from lvssl.training.pretrain import pretrain
-from lvssl.training.progress import read_metrics
 from lvssl.training.trainer import Trainer
 
 TIMEOUT = 300
@@ -31,7 +31,7 @@ CASES = {
     "fp16": (OptimiserSettings(), EngineSettings(precision="fp16", ema=0.9)),
 }
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["lvssl.training.pretrain", "lvssl.config", "pipelines.loader"])
+processes.set_forkserver_preload(["lvssl.training.pretrain", "lvssl.settings.pretrain", "pipelines.loader"])
 
 
 def settings(data: Path, out: Path, case: str, **changes) -> PretrainSettings:
@@ -128,7 +128,7 @@ def test_a_run_of_two_ranks_goes_on_with_one(digits, tmp_path):
 
 def test_the_average_is_what_its_formula_says(digits, tmp_path):
     """e <- d e + (1 - d) w from the initial weights on, running statistics too; and it is what is loaded."""
-    from lvssl.training.run import load_run
+    from lvssl.runs.run import load_run
 
     chosen = settings(digits["train"], tmp_path / "run", "sgd", epochs=1)
     steps, seen = Trainer.train_step, []

@@ -8,22 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from lvssl.config import PRESETS
 from lvssl.evaluation.embedding import calibrate_batch_statistics, embed
 from lvssl.evaluation.probe import linear_probe
 from lvssl.latents import FAMILIES
 from lvssl.models.network import LVNet
+from lvssl.runs.progress import read_metrics
+from lvssl.runs.run import load_run
+from lvssl.settings.pretrain import PRESETS
 from lvssl.training.pretrain import pretrain
-from lvssl.training.progress import read_metrics
-from lvssl.training.run import load_run
-from pipelines.sources import open_source
+from pipelines.decode import open_reader
 
 LABELS_A_CLASS = 10
 
 
 def accuracy(network: LVNet, digits: dict[str, Path]) -> float:
     view = PRESETS["digits"].view
-    train, test = (embed(network, open_source(digits[split]), view) for split in ("train", "test"))
+    train, test = (embed(network, open_reader(digits[split]), view) for split in ("train", "test"))
     labelled = np.concatenate([np.flatnonzero(train.labels == c)[:LABELS_A_CLASS] for c in range(10)])
     return linear_probe(train.features[labelled], train.labels[labelled], test.features, test.labels).accuracy
 
@@ -55,7 +55,7 @@ def test_pretraining_runs_with_every_family_and_objective(digits, tmp_path, late
     row = read_metrics(settings.out / "metrics.jsonl")[-1]
     assert all(math.isfinite(value) for value in row.values())
     run = load_run(settings.out)
-    found = embed(run.network, open_source(digits["test"]), settings.view)
+    found = embed(run.network, open_reader(digits["test"]), settings.view)
     assert found.bits == run.network.family.code_bits(run.network.dim)
     assert (
         found.codes.shape == (len(found.labels), -(-found.bits // 8)) and np.isfinite(found.uncertainty).all()
@@ -77,7 +77,7 @@ def test_pretraining_beats_the_random_encoder_by_ten_points(digits, tmp_path, la
     )
     torch.manual_seed(settings.seed)
     random = LVNet(settings.model, settings.latent, settings.view.resolution)
-    calibrate_batch_statistics(random, open_source(digits["train"]), settings.view)
+    calibrate_batch_statistics(random, open_reader(digits["train"]), settings.view)
     floor = accuracy(random, digits)
     pretrain(settings)
     reached = accuracy(load_run(settings.out).network, digits)

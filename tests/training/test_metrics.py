@@ -5,8 +5,8 @@ import math
 
 import pytest
 
+from lvssl.runs.progress import Metrics, read_metrics
 from lvssl.training.health import alarms
-from lvssl.training.progress import Metrics, read_metrics
 
 
 @pytest.fixture

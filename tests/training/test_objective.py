@@ -7,8 +7,8 @@ import pytest
 import scipy.special
 import torch
 
-from lvssl.config import LatentSettings, ModelSettings, PretrainSettings
 from lvssl.models.network import LVNet, Outputs
+from lvssl.settings.pretrain import LatentSettings, ModelSettings, PretrainSettings
 from lvssl.training.objective import objective
 
 MODEL = ModelSettings(backbone="tiny", hidden=16, projection=8)

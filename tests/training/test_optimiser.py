@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from lvssl.config import PRESETS, OptimiserSettings
 from lvssl.models.backbone import build_backbone
+from lvssl.settings.pretrain import PRESETS, OptimiserSettings
 from lvssl.training.optimiser import build_optimiser, describe_groups, groups, learning_rate, peak_lr
 from pipelines.errors import InputError
 

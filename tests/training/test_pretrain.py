@@ -15,15 +15,15 @@ import pytest
 import torch
 from devices import on_cpu_and_gpu
 
-from lvssl.config import PRESETS, PretrainSettings
-from lvssl.settings import from_dict, to_dict
-from lvssl.training import checkpoint
+from lvssl.runs import checkpoint
+from lvssl.runs.progress import read_metrics
+from lvssl.runs.run import alone, create_run, load_run
+from lvssl.settings.fields import from_dict, to_dict
+from lvssl.settings.pretrain import PRESETS, PretrainSettings
 from lvssl.training.pretrain import Interrupted, Stop, Trainer, pretrain
-from lvssl.training.progress import read_metrics
-from lvssl.training.run import alone, create_run, load_run
+from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.loader import TwoViewLoader
-from pipelines.sources import open_source
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_stopped_by_a_signal_and_resumed_it_is_the_undisturbed_run(digits, tmp_p
 
 def interrupted_after(chosen: PretrainSettings, steps: int) -> None:
     """Trains some steps more, then is told to stop as by SIGTERM."""
-    source = open_source(chosen.data)
+    source = open_reader(chosen.data)
     create_run(chosen, 10, resume=True)
     with TwoViewLoader(source, chosen.view, chosen.batch_size, chosen.seed, 1) as loader:
         trainer = Trainer(chosen, 10, loader, torch.device("cpu"))

@@ -13,7 +13,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from lvssl.config import (
+from lvssl.losses.ntxent import ntxent
+from lvssl.models import device as devices
+from lvssl.models.backbone import build_backbone
+from lvssl.models.network import LVNet
+from lvssl.settings.pretrain import (
     PRESETS,
     EngineSettings,
     LatentSettings,
@@ -21,17 +25,14 @@ from lvssl.config import (
     OptimiserSettings,
     PretrainSettings,
 )
-from lvssl.losses.ntxent import ntxent
-from lvssl.models.backbone import build_backbone
-from lvssl.models.network import LVNet
-from lvssl.training import gradients, prepare
+from lvssl.training import gradients
 from lvssl.training.batchnorm import SyncedBatchNorm, frozen_running_statistics, synchronised
 from lvssl.training.distributed import DEAD_AFTER, Heartbeat, World, connected, first_host, world_of
 from lvssl.training.prepare import prepared
 from lvssl.training.trainer import Trainer
+from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.loader import TwoViewLoader
-from pipelines.sources import open_source
 
 TIMEOUT = 400  # seconds, on a machine with other work; a hang is a failure
 FAMILIES = ("none", "sign", "gaussian", "bernoulli")
@@ -86,7 +87,7 @@ def trained(
     """Weights and figures after five steps; in fp64 roundings stay too small to grow."""
     chosen = settings(data, **run)
     place = {"rank": world.rank, "ranks": world.size}
-    with TwoViewLoader(open_source(data), chosen.view, chosen.batch_size, workers=1, **place) as loader:
+    with TwoViewLoader(open_reader(data), chosen.view, chosen.batch_size, workers=1, **place) as loader:
         trainer = Trainer(chosen, 10, loader, torch.device("cpu"), world)
         trainer.network.to(dtype).train()
         if trainer.ema:
@@ -298,7 +299,7 @@ def test_a_gpu_gets_the_same_synchronised_normalisation(monkeypatch, kind):
     """Not torch's, whose mask over the ranks' counts makes the host wait at each layer."""
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_, **__: module)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    monkeypatch.setattr(prepare, "OLDEST_TRITON", (0, 0))  # nothing is compiled here
+    monkeypatch.setattr(devices, "OLDEST_TRITON", (0, 0))  # nothing is compiled here
     before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
     network = prepared(build_backbone("resnet18", 32)[0], EngineSettings(), torch.device(kind), ranks=2)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before

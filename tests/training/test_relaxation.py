@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lvssl.config import LatentSettings, ModelSettings
 from lvssl.evaluation.reading import read
 from lvssl.models.network import LVNet
+from lvssl.settings.pretrain import LatentSettings, ModelSettings
 from lvssl.training.supervised import represent
 from pipelines.views import ViewSettings
 

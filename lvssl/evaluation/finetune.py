@@ -1,0 +1,170 @@
+"""Fine-tuning a run's encoder with all or some labels.
+
+RUN/finetune-LABELS/stage.json       what the folder is for
+                   /trials.json      the figures of each setting on the held-out images
+                   /trial-0 ...      the checkpoints of a trial under way
+                   /final            those of the training on all labelled images
+                   /result.json      on the test images, which are read once, at the very end
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lvssl.evaluation.score import score
+from lvssl.evaluation.stage import Stage, prepare
+from lvssl.runs.labels import Labelled, labelled_rows, split
+from lvssl.runs.result import read_json
+from lvssl.settings.stages import FinetuneSettings
+from lvssl.training.distributed import connected, from_first
+from lvssl.training.stopping import Stop, stop_signals
+from lvssl.training.supervised import Classifier, Recipe, Supervised, largest_batch, predict, scaled_lr
+from pipelines.errors import InputError
+from pipelines.files import write_json
+
+
+def finetune(settings: FinetuneSettings) -> Stage[FinetuneSettings]:
+    """Choose, train, test once, write result.json; the stage returned is `done`.
+
+    Raises:
+        InputError: impossible settings, no such run, data or list, or another result stands there.
+        Interrupted: SIGTERM or SIGUSR2 came; the state is saved.
+        FloatingPointError: the last training diverged. A trial that diverges is merely not chosen.
+    """
+    stage = prepare("finetune", settings, f"{folder_name(settings)}/result.json")
+    if stage.done is not None:
+        return stage
+    train, test = stage.sets()
+    labelled = train.only(labelled_rows(train, settings.labels, settings.subset_list, settings.seed))
+    with stop_signals() as stop, connected(stage.world, stage.device):
+        folder = stage.claim(train)
+        trials = sweep(stage, labelled, folder, stop)
+        chosen = best(trials)
+        model, training = fit(stage, labelled, chosen, folder / "final", stop, f"finetune {folder.name}")
+        figures = {settings.on: score(*predictions(stage, model, test), train.targets)}
+        more = training.describe() | {"seconds_sweep": round(sum(trial["seconds"] for trial in trials), 3)}
+        return stage.finish((labelled, test), figures, chosen=chosen, trials=trials, **more)
+
+
+def predictions(stage: Stage[FinetuneSettings], model: Classifier, data: Labelled) -> tuple[Tensor, Tensor]:
+    """What `predict` gives."""
+    view, workers, title = stage.run.settings.view, stage.settings.workers, f"finetune: {data.path.name}"
+    return predict(model, data, view, stage.device, workers, stage.world, title, stage.engine)
+
+
+def folder_name(settings: FinetuneSettings) -> str:
+    """finetune-0.1; finetune-latent-0.1; with a list and no --labels, the list's name."""
+    share = settings.labels
+    what = settings.subset_list.stem if settings.subset_list and share == 1 else str(share)
+    return "-".join(["finetune", *(["latent"] if settings.on == "latent" else []), what])
+
+
+def grid(settings: FinetuneSettings) -> list[dict[str, float]]:
+    pairs = itertools.product(settings.lr, settings.weight_decay)
+    return [{"lr": lr, "weight_decay": decay} for lr, decay in pairs]
+
+
+def sweep(
+    stage: Stage[FinetuneSettings], labelled: Labelled, folder: Path, stop: Stop
+) -> list[dict[str, Any]]:
+    """Each pair of the grid with its figures on held-out images; those in trials.json aren't done again."""
+    pairs = grid(stage.settings)
+    fitted, held = split(labelled, stage.settings.held_out, stage.settings.seed)
+    if len(pairs) == 1 or not len(held) or not len(fitted):
+        if len(pairs) > 1:
+            print(
+                f"too few labels to choose on: the middle of {len(pairs)} settings is taken", file=sys.stderr
+            )
+        return [pairs[len(pairs) // 2] | {"held_out": None, "seconds": 0.0}]
+    record = folder / "trials.json"
+    trials: list[dict[str, Any]] = from_first(stage.world, lambda: read_trials(record))
+    for number, pair in enumerate(pairs[len(trials) :], len(trials)):
+        title = f"finetune {folder.name}, trial {number + 1} of {len(pairs)}"
+        parts = labelled.only(fitted), labelled.only(held)
+        trials.append(pair | trial(stage, parts, pair, folder / f"trial-{number}", stop, title))
+        if stage.world.first:
+            write_json(record, trials, indent=2)
+            shutil.rmtree(folder / f"trial-{number}", ignore_errors=True)
+    return trials
+
+
+def read_trials(path: Path) -> list[dict[str, Any]]:
+    """The trials that are done already. InputError: the file is damaged."""
+    trials = read_json(path) if path.exists() else []
+    known = {"lr", "weight_decay", "held_out", "seconds"}
+    if not isinstance(trials, list) or not all(isinstance(t, dict) and known <= t.keys() for t in trials):
+        raise InputError(f"{path}: not a record of trials; remove it, and they are done again")
+    return trials
+
+
+def trial(
+    stage: Stage[FinetuneSettings],
+    parts: tuple[Labelled, Labelled],
+    pair: dict[str, float],
+    folder: Path,
+    stop: Stop,
+    title: str,
+) -> dict[str, Any]:
+    """Train on the one part, measure on the other."""
+    fitted, held = parts
+    try:
+        model, training = fit(stage, fitted, pair, folder, stop, title)
+        found, answers = predictions(stage, model, held)
+        figures = score(found, answers, held.targets)
+    except FloatingPointError as error:
+        return {"held_out": None, "diverged": str(error), "seconds": 0.0}
+    if not held.targets:
+        figures["cross_entropy"] = float(F.cross_entropy(found, answers))
+    return {"held_out": figures, "seconds": training.seconds}
+
+
+def finite_or(otherwise: float, value: float | None) -> float:
+    """A figure as it is, or `otherwise` where it isn't finite, which a file holds as null."""
+    return value if value is not None and math.isfinite(value) else otherwise
+
+
+def best(trials: list[dict[str, Any]]) -> dict[str, float]:
+    """The pair with the best held-out accuracy (of equal ones the lower cross entropy), or R^2."""
+
+    def merit(trial: dict[str, Any]) -> tuple[float, float]:
+        figures = trial["held_out"]
+        if figures is None:
+            return (-math.inf, 0.0)
+        if "top1" in figures:
+            return (figures["top1"], -finite_or(math.inf, figures["cross_entropy"]))
+        return (finite_or(-math.inf, figures["r2"]), 0.0)
+
+    chosen = max(trials, key=merit)
+    if "diverged" in chosen:
+        raise FloatingPointError(f"every trial diverged ({chosen['diverged']}); give smaller values of --lr")
+    return {name: chosen[name] for name in ("lr", "weight_decay")}
+
+
+def fit(
+    stage: Stage[FinetuneSettings],
+    data: Labelled,
+    pair: dict[str, float],
+    folder: Path,
+    stop: Stop,
+    title: str,
+) -> tuple[Classifier, Supervised]:
+    """One training from the run's weights, or from where it was interrupted."""
+    settings = stage.settings
+    batch = largest_batch(settings.batch_size, len(data), stage.world.size)
+    recipe = Recipe(
+        settings.epochs, batch, scaled_lr(pair["lr"], batch), pair["weight_decay"], settings.seed,
+        settings.checkpoint_minutes, settings.log_every, settings.workers, settings.min_steps, stage.engine,
+    )  # fmt: skip
+    model = Classifier(copy.deepcopy(stage.run.network), settings.on, data, frozen=False, seed=settings.seed)
+    training = Supervised(folder, model, data, stage.run.settings.view, recipe, stage.device, stage.world)
+    training.run(stop, title)
+    return model, training

@@ -1,0 +1,194 @@
+"""A stage after pretraining: its run, its data, the folder that it works in, and its result."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from lvssl.models.device import claim, encoding_precision, pick_device, precision
+from lvssl.runs.identity import describe_set, other_set
+from lvssl.runs.labels import Labelled, beside, check_pair, open_labelled, say_notes
+from lvssl.runs.result import ResultFile, read_result
+from lvssl.runs.run import Run, load_run, require_classes_of
+from lvssl.settings.fields import identity
+from lvssl.settings.pretrain import EngineSettings
+from lvssl.settings.stages import StageSettings, TrainingSettings
+from lvssl.training.distributed import World, from_first, world_of
+from pipelines.errors import InputError
+from pipelines.files import write_json
+
+# What a stage leaves in its folder, and in the folders of its trainings there.
+OWN = (
+    "stage.json", "result.json", "trials.json", "metrics.jsonl", "checkpoints/step-*.pt",
+    "tensorboard/events.out.tfevents.*", "non_finite_batch*.npy",
+)  # fmt: skip
+Settings = TypeVar("Settings", bound=StageSettings)
+
+
+@dataclass(frozen=True)
+class Stage(Generic[Settings]):
+    """A call of a stage, ready to work."""
+
+    name: str
+    settings: Settings  # with train and test filled in
+    run: Run
+    path: Path  # of its result
+    done: dict[str, Any] | None  # the result, if it stands there already
+    device: torch.device
+    world: World
+
+    def sets(self) -> tuple[Labelled, Labelled]:
+        """Training and test set. Raises InputError if they don't match."""
+        settings = self.settings
+        assert settings.train is not None and settings.test is not None
+        given = settings.target, settings.source, self.run.on_error(settings.on_error), str(self.device)
+        train = open_labelled(settings.train, *given)
+        if settings.train == self.run.settings.data:
+            require_classes_of(self.run, train.source, settings.train)
+        test = open_labelled(settings.test, *given, train=train)
+        check_pair(train, test)
+        for each in (train, test) if self.world.first else ():
+            say_notes(each.source)
+        return train, test
+
+    @property
+    def result(self) -> ResultFile:
+        """Its result's file, whether that is there or not."""
+        return ResultFile(self.path, self.name, self.settings, self.run.digest)
+
+    @property
+    def engine(self) -> EngineSettings:
+        """How it computes: as the run was trained, unless the settings say otherwise; exactly, where it has
+        nothing to train."""
+        given, asked = self.run.settings.engine, getattr(self.settings, "precision", "fp32")
+        return given if asked == "auto" else replace(given, precision=asked)
+
+    @property
+    def folder(self) -> Path:
+        """Where checkpoints and metrics of the work lie: X for X/result.json and for X.json."""
+        return self.path.parent if self.path.name == "result.json" else self.path.with_suffix("")
+
+    def claim(self, train: Labelled) -> Path:
+        """The folder, marked as this work's own by rank 0; InputError if something else has begun there, or
+        the same on other training images."""
+        from_first(self.world, lambda: self._claim(describe_set(train.source)))
+        return self.folder
+
+    def _claim(self, data: dict[str, Any]) -> None:
+        folder = self.folder
+        mark = folder / "stage.json"
+        wanted = identity(self.settings)
+        if mark.exists():
+            begun = read_result(mark)
+            changed = self.result.changes(begun) or other_set(begun.get("data", data), data)
+            if not changed:
+                return
+            if not self.settings.again:
+                raise InputError(
+                    f"{folder} contains an unfinished job with other settings ({changed}); "
+                    "--again discards it, --out writes elsewhere"
+                )
+            remove_work(folder)
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} exists and is no stage's folder: choose another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"settings": wanted, "checkpoint": self.run.digest, "data": data}
+        write_json(mark, content, indent=2)
+
+    def finish(
+        self, sets: tuple[Labelled, Labelled], results: dict[str, dict[str, Any]], **more: Any
+    ) -> Stage[Settings]:
+        """Write `results` (representation -> figures of `score`) with all that says where they come from."""
+        train, test = sets
+        data = {
+            "train": str(train.path),
+            "images": len(train),
+            "test": str(test.path),
+            "test_images": len(test),
+        }
+        content = {
+            "stage": self.name,
+            "results": results,
+            "step": self.run.step,
+            "data": data,
+            **more,
+            "peak_memory_mib": peak_memory_mib(),
+            "device": str(self.device),
+            "arithmetic": self.run.arithmetic,
+        }
+        finish = self.result.write if self.world.first else self.result.complete
+        return replace(self, done=finish(content))
+
+
+def remove_work(folder: Path) -> None:
+    """Remove what stages leave in a folder of theirs, and nothing that somebody has put beside it."""
+    for part in (folder / "final", *folder.glob("trial-*"), folder):
+        for pattern in OWN:
+            for path in part.glob(pattern):
+                path.unlink()
+        for emptied in (part / "checkpoints", part / "tensorboard", part):
+            with suppress(OSError):  # there is more in it, or there is none
+                emptied.rmdir()
+
+
+def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
+    """Check everything that can be checked before work. `result`: its path in the run's folder.
+
+    Raises InputError: impossible settings, no such run or data, or another result stands there.
+    """
+    settings.validate()
+    world = world_of()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device = pick_device(settings.device, world.local_rank)
+    run = load_run(settings.run, device)
+    train = settings.train or run.settings.data
+    settings = replace(
+        settings,
+        train=train,
+        test=settings.test or beside(train),
+        on_error=run.on_error(settings.on_error),
+    )
+    path = settings.out or settings.run / result
+    if path.suffix != ".json":
+        path = path / "result.json"
+    stage = Stage(name, settings, run, path, None, device, world)
+    if isinstance(settings, TrainingSettings):  # else the encoder would read in the run's own precision
+        run.network.precision = encoding_precision(stage.engine, device)
+    stage = replace(stage, done=stage.result.found())
+    claim(device, precision(stage.engine, device))
+    return stage
+
+
+def show(stage: Stage[Any]) -> None:
+    """A finished stage on a terminal; ranks but the first have nothing to say."""
+    if stage.done is None or not stage.world.first:
+        return
+    for representation, figures in stage.done["results"].items():
+        print(f"{stage.name} on {representation}: {in_words(figures)}")
+    print(f"written: {stage.path}")
+
+
+def in_words(figures: dict[str, Any]) -> str:
+    if "top1" not in figures:
+        targets = figures["targets"].items()
+        return " · ".join(
+            f"{n}: R2 {f['r2']:.3f}, MSE {f['mse']:.4g}, MAE {f['mae']:.4g}" for n, f in targets
+        )
+    low, high = figures["top1_interval"]
+    top5 = f" · top-5 {figures['top5']:.2f} %" if "top5" in figures else ""
+    return f"top-1 {figures['top1']:.2f} % [{low:.2f}, {high:.2f}]{top5}"
+
+
+def peak_memory_mib() -> float:
+    """Most memory so far: of the GPU where one is in use, else of this process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)

@@ -1,0 +1,84 @@
+"""Where a network computes and how exactly: the device, its precision, and the layout of its memory."""
+
+import importlib
+import re
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from lvssl.settings.pretrain import EngineSettings
+from pipelines.errors import InputError
+
+OLDEST_TRITON = (3, 6)  # torch 2.11's; the compiler of 3.2 aborts the process on some shapes of our kernels
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of that name; `auto` is a GPU where there is one, and `cuda` the rank's own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():  # where Slurm shows each rank its own GPU, that is 0
+        name = f"cuda:{local_rank % torch.cuda.device_count()}"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:0 ...") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: no GPU is usable here; leave --device out to train on the CPU")
+    return device
+
+
+def claim(device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    """Make a GPU this process's own, before anything is put there, and say how exactly it computes.
+
+    What is launched without naming a device then goes there, and not to the first. Convolutions take the
+    fastest algorithm for their shape, of which a run has one. Products of fp32 numbers are of TF32, which
+    keeps 11 bits of each, unless fp32 is what the run asks for; it keeps 24 bits, in convolutions too.
+
+    Raises InputError where Triton is absent or too old for the kernels.
+    """
+    if device.type != "cuda":
+        return
+    require_triton()
+    if device.index is not None:  # "cuda" is the current one, and torch refuses to set it
+        torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = dtype != torch.float32
+    torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
+
+
+def require_triton() -> None:
+    """Raise InputError unless the Triton that comes with torch can compile the kernels of a GPU."""
+    try:
+        found = importlib.import_module("triton").__version__
+    except ImportError:
+        found = "none"
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST_TRITON:
+        needed = ".".join(map(str, OLDEST_TRITON))
+        raise InputError(
+            f"a GPU needs Triton {needed} or newer, found {found}: install torch 2.11 or newer, or give "
+            "--device cpu"
+        )
+
+
+def layout(engine: EngineSettings) -> torch.memory_format:
+    return torch.channels_last if engine.channels_last else torch.contiguous_format
+
+
+def autocast(engine: EngineSettings, device: torch.device) -> AbstractContextManager[Any]:
+    """The context of a forward pass; bf16 on a GPU and fp32 on a CPU, unless the settings say otherwise."""
+    dtype = precision(engine, device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def precision(engine: EngineSettings, device: torch.device) -> torch.dtype:
+    if engine.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[engine.precision]
+
+
+def encoding_precision(engine: EngineSettings, device: torch.device) -> torch.dtype:
+    """What a trained network reads images in: the training's own on a GPU; fp32 on a CPU, which gains nothing
+    by less."""
+    return precision(engine, device) if device.type == "cuda" else torch.float32

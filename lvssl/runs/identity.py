@@ -1,0 +1,49 @@
+"""What a data set is, in a few lines of a run's config.json: so that a run isn't resumed on another one.
+
+Count, names of the classes, and a digest of the labels and of up to SAMPLED images, evenly spread. A set may
+be moved, and a beton and the tars made in the same pass are the same set: neither path nor format counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from pipelines.decode import DamagedSample, Reader
+from pipelines.decode.pixels import as_rgb, decode_other
+from pipelines.formats import jpeg
+
+SAMPLED = 256  # images: each is one read of a file
+
+
+def describe_set(source: Reader) -> dict[str, Any]:
+    """{"images", "classes" (names, or None), "digest"} of a set, as plain JSON values."""
+    digest = hashlib.sha256(np.ascontiguousarray(source.labels, np.int64).tobytes())
+    for index in np.unique(np.linspace(0, len(source) - 1, min(SAMPLED, len(source))).astype(np.int64)):
+        digest.update(_content(source, int(index)))
+    return {"images": len(source), "classes": source.classes, "digest": digest.hexdigest()}
+
+
+def other_set(stored: dict[str, Any], found: dict[str, Any]) -> str:
+    """What tells the set of `found` from that of `stored`, in words; empty if they are the same."""
+    if stored["images"] != found["images"]:
+        return f"it has {found['images']:,} images, not {stored['images']:,}"
+    ours, theirs = stored["classes"], found["classes"]
+    if ours is not None and theirs is not None and ours != theirs:
+        strange = sorted(set(theirs) ^ set(ours))
+        return f"its classes are others{', such as ' + ', '.join(strange[:3]) if strange else ''}"
+    return "" if stored["digest"] == found["digest"] else "its images or labels are others"
+
+
+def _content(source: Reader, index: int) -> bytes:
+    """A JPEG's bytes; of anything else size and pixels, which are the same in every format."""
+    try:
+        stored = source.stored(0, index)
+        if isinstance(stored, bytes) and jpeg.is_jpeg(stored):
+            return stored
+        pixels = as_rgb(stored) if isinstance(stored, np.ndarray) else decode_other(stored)[0]
+    except (DamagedSample, jpeg.DamagedImage):
+        return b"damaged"
+    return str(pixels.shape).encode() + pixels.tobytes()

@@ -1,0 +1,326 @@
+"""What a labelled set asks to be predicted, and which of its images may be learnt from.
+
+Subsets are exact: `share` of N images are floor(share * N), spread over the classes as evenly as they allow,
+the odd ones on classes drawn at random. Of ImageNet's 1,281,167 that is 12,811 for 1 %, 12 or 13 a class, as
+SimCLR's public list has them; taking 1 % of each class and rounding gives another number.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lvssl.runs.progress import shown
+from pipelines.datasets.dataset import by_name
+from pipelines.decode import DamagedSample, Reader, open_reader
+from pipelines.errors import InputError
+from pipelines.formats.manifest import manifest_path, read_manifest
+from pipelines.loader import Decoder, evaluation_batches
+from pipelines.views import ViewSettings
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """N images and what is to be predicted of each."""
+
+    path: Path
+    source: Reader
+    answers: Tensor  # int64 [N], classes; or float32 [N, T], targets in their own units
+    outputs: int  # classes of the whole set, however few of them a part of it has, or T
+    targets: tuple[str, ...] = ()  # their names; none: classes
+    on_error: str = "raise"  # or skip: what an image that can't be decoded does
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def only(self, rows: np.ndarray) -> Labelled:
+        """Some of the images, in the order of `rows`."""
+        return replace(self, source=Subset(self.source, rows), answers=self.answers[torch.from_numpy(rows)])
+
+
+class Subset:
+    """Some images of a source, as a source; position i is rows[i] of the other."""
+
+    def __init__(self, source: Reader, rows: np.ndarray) -> None:
+        self.source, self.rows = source, np.asarray(rows, np.int64)
+        self.labels, self.pages = source.labels[self.rows], source.pages[self.rows]
+        self.classes, self.chunk = source.classes, source.chunk
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with _positions_of(indices):
+            return self.source.sizes(self.rows[indices])
+
+    def stored(self, row: int, index: int) -> bytes | np.ndarray:
+        return self.source.stored(row, int(self.rows[index]))
+
+    def crops(
+        self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: np.ndarray | None = None
+    ) -> None:
+        with _positions_of(indices):
+            self.source.crops(self.rows[indices], boxes, out, flips)
+
+
+@contextmanager
+def _positions_of(indices: np.ndarray) -> Iterator[None]:
+    """A damaged sample by its position among these: whoever puts another in its place knows no other."""
+    try:
+        yield
+    except DamagedSample as sample:
+        raise DamagedSample(sample.row, int(indices[sample.row]), str(sample)) from sample
+
+
+def readable(
+    source: Reader,
+    view: ViewSettings,
+    workers: int = 0,
+    on_error: str = "raise",
+    rows: np.ndarray | None = None,
+    title: str = "",
+    left_out: Callable[[str], None] | None = None,
+) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Centre crops uint8 [B, R, R, 3] and their positions int64 [B], of all images or of `rows`, in order.
+
+    With on_error="skip" those that can't be decoded are left out: nothing can stand for them in a figure;
+    `left_out` is called with the reason, for each. `title`: of the progress shown where it takes more than
+    moments; empty: none.
+    """
+    rows, decoder = np.arange(len(source)) if rows is None else rows, Decoder(source, on_error)
+    batches, done = evaluation_batches(source, view, workers=workers, indices=rows, decoder=decoder), 0
+    for crops, found in shown(batches, title, len(rows), lambda batch: len(batch[1])):
+        asked, done = rows[done : done + len(found)], done + len(found)
+        sound = found == asked
+        if left_out is not None:
+            for row in asked[~sound].tolist():
+                left_out(decoder.damaged[row])
+        if sound.all():
+            yield crops, found
+        elif sound.any():
+            yield crops[torch.from_numpy(sound)], found[sound]
+
+
+def sound_part(path: Path, source: Reader, rows: np.ndarray) -> Reader:
+    """The images `rows`, int64 [M], ascending, of the set at `path`: those that can be decoded. Says so if
+    there are others."""
+    say_left_out(path, len(source), rows)
+    return source if len(rows) == len(source) else Subset(source, rows)
+
+
+def say_left_out(path: Path, count: int, rows: np.ndarray) -> None:
+    """One line on stderr if only `rows`, int64 [M], ascending, of a set's `count` images could be decoded."""
+    if len(rows) < count:
+        first = int(np.setdiff1d(np.arange(count), rows)[0])
+        said = f"{count - len(rows):,} of {count:,} images can't be decoded and are left out"
+        print(f"warning: {path}: {said}; the first is sample {first}", file=sys.stderr, flush=True)
+
+
+def say_notes(source: Reader) -> None:
+    """What a set leaves out, or what else the user should know of it, on stderr."""
+    for note in getattr(source, "notes", ()):
+        print(f"note: {note}", file=sys.stderr, flush=True)
+
+
+def open_labelled(
+    path: Path,
+    target: str = "",
+    kind: str = "auto",
+    on_error: str = "raise",
+    device: str = "cpu",
+    train: Labelled | None = None,
+) -> Labelled:
+    """The images at `path` with their classes, or with the float target(s) named.
+
+    Args:
+        train: the training set of a test set, whose numbers of the classes it gets, by their names.
+
+    Raises:
+        InputError: no such data; no such target; classes asked of a training set that has but one; a class
+            that the training set doesn't name.
+    """
+    source = open_reader(path, kind, device)
+    if train is not None and not target:
+        source = numbered_as(source, path, train.source.classes, str(train.path))
+    known: dict[str, np.ndarray] = getattr(source, "targets", {})
+    if not target:
+        if source.labels.min() < 0 or (train is None and _of_one_class(source)):
+            one_of = f"; its float targets: {', '.join(known)}: name one with --target" if known else ""
+            raise InputError(f"{path}: needs labels of at least two classes{one_of}")
+        answers = torch.from_numpy(source.labels.astype(np.int64))
+        return Labelled(path, source, answers, int(answers.max()) + 1, (), on_error)
+    names = tuple(known) if target == "all" else (target,)
+    if not names or any(name not in known for name in names):
+        raise InputError(f"{path}: has no float target {target!r}; its targets: {', '.join(known) or 'none'}")
+    answers = torch.from_numpy(np.stack([known[name] for name in names], axis=1)).float()
+    return Labelled(path, source, answers, len(names), names, on_error)
+
+
+def numbered_as(source: Reader, path: Path, classes: list[str] | None, where: str) -> Reader:
+    """A set whose labels are the numbers of the same names in `classes`, those of `where`.
+
+    Where one of the two has numbers alone, they are taken to mean the same, and a warning says so if the
+    other's names aren't numbers. Raises InputError, with the list, for a class that isn't in `classes`.
+    """
+    own = source.classes
+    if own == classes or (_numbers_alone(own) and _numbers_alone(classes)):
+        return source
+    known = own is not None and classes is not None
+    used = {own[label] for label in np.unique(source.labels)} if known and own is not None else set()
+    if not known or (not used <= set(classes or ()) and _without_names(own) != _without_names(classes)):
+        one, other = (str(path), where) if _numbers_alone(own) else (where, str(path))
+        said = f"{one} has no names of its classes: its numbers are taken as those of {other}"
+        print(f"warning: {said}", file=sys.stderr, flush=True)
+        return source
+    assert own is not None and classes is not None
+    renumbered = copy.copy(source)
+    renumbered.labels = by_name(source.labels, own, classes, str(path), where)
+    renumbered.classes = classes
+    return renumbered
+
+
+def _numbers_alone(classes: list[str] | None) -> bool:
+    """Whether these are no names: 0, 1, 2 ..., as a conversion writes them where it knows none."""
+    return classes is None or all(name == str(number) for number, name in enumerate(classes))
+
+
+def _without_names(classes: list[str] | None) -> bool:
+    return classes is None or all(name.isdecimal() for name in classes)
+
+
+def _of_one_class(source: Reader) -> bool:
+    return len(np.unique(source.labels)) < 2
+
+
+def open_pair(train: Path, test: Path) -> tuple[Reader, Reader]:
+    """A training set, and a test set whose labels are the training set's numbers, by the classes' names.
+
+    Raises:
+        InputError: no such data, training images of one class alone, or a class of the test set isn't among
+            the training images.
+    """
+    first = open_reader(train)
+    if _of_one_class(first):
+        raise InputError(f"{train}: needs labels of at least two classes")
+    second = numbered_as(open_reader(test), test, first.classes, str(train))
+    check_seen(first, second, train, test)
+    return first, second
+
+
+def check_seen(train: Reader, test: Reader, train_path: Path, test_path: Path) -> None:
+    """Raise InputError if a class of the test set has no image in the training set."""
+    unseen = sorted(set(np.unique(test.labels).tolist()) - set(np.unique(train.labels).tolist()))
+    if unseen:
+        names = test.classes if test.classes and unseen[0] >= 0 else None
+        name = f" ({names[unseen[0]]})" if names and not _numbers_alone(names) else ""
+        raise InputError(f"{test_path}: label {unseen[0]}{name} doesn't occur in {train_path}")
+
+
+def check_pair(train: Labelled, test: Labelled) -> None:
+    """Raise InputError if the test set asks for what the training set doesn't have."""
+    if not train.targets:
+        check_seen(train.source, test.source, train.path, test.path)
+
+
+def beside(train: Path) -> Path:
+    """The test set beside a training set: train.beton -> test.beton, or val. InputError if there is none."""
+    for name in ("test", "val", "validation"):
+        path = train.with_name(train.name.replace("train", name))
+        if path != train and path.exists():
+            return path
+    raise InputError(f"no test images beside {train}: name them with --test")
+
+
+def labelled_rows(train: Labelled, share: float, names: Path | None, seed: int) -> np.ndarray:
+    """Positions of the images to learn from, in ascending order: of a list of names, or drawn by `seed`."""
+    if names is not None:
+        return rows_of_names(train, names)
+    if share == 1:
+        return np.arange(len(train))
+    classes = np.zeros(len(train), np.int64) if train.targets else train.answers.numpy()
+    count = int(share * len(train) + 1e-9)  # 0.1 * 30 is 3, whatever its last bit says
+    if count < len(np.unique(classes)):
+        raise InputError(
+            f"--labels {share}: {count} of {len(train)} images are fewer than one of each of "
+            f"{len(np.unique(classes))} classes; raise it"
+        )
+    return balanced(classes, count, seed)
+
+
+def balanced(classes: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """`count` positions of classes [N], as evenly spread over the classes as these allow; ascending.
+
+    A class that has too few gives all; what it lacks is shared among the others. Which classes give one more,
+    and which images, is drawn from `seed`.
+    """
+    generator = np.random.default_rng(seed)
+    drawn = generator.permutation(len(classes))
+    turn = np.empty(len(classes), np.int64)  # of each image among its class, in the order drawn
+    by_class = drawn[np.argsort(classes[drawn], kind="stable")]
+    found, first, sizes = np.unique(classes[by_class], return_index=True, return_counts=True)
+    turn[by_class] = np.arange(len(classes)) - np.repeat(first, sizes)
+    lot = generator.permutation(len(found))[np.searchsorted(found, classes)]  # who goes first in a turn
+    return np.sort(np.lexsort((lot, turn))[:count])
+
+
+def split(train: Labelled, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions to fit on and positions to choose on: `share` of the images, balanced as `balanced` does.
+
+    A class never loses its last image to the choice, which may therefore be smaller, or empty.
+    """
+    classes = np.zeros(len(train), np.int64) if train.targets else train.answers.numpy()
+    chosen = balanced(classes, round(share * len(train)), seed + 1)
+    taken, there = (np.bincount(c, minlength=classes.max() + 1) for c in (classes[chosen], classes))
+    for label in np.flatnonzero((taken == there) & (there > 0)):
+        chosen = np.delete(chosen, np.argmax(classes[chosen] == label))
+    return np.setdiff1d(np.arange(len(train)), chosen), chosen
+
+
+def rows_of_names(train: Labelled, path: Path) -> np.ndarray:
+    """Positions of the images that a list names, one a line, by full name or by the name after the last "/".
+
+    Raises:
+        InputError: no list, no names in the set, or a name that is unknown, double or ambiguous.
+    """
+    try:
+        wanted = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: no list of file names can be read ({error})") from error
+    known = rows_by_name(names_of(train))
+    unknown = [name for name in wanted if name not in known]
+    if unknown or not wanted:
+        example = f", the first {unknown[0]!r}" if unknown else ""
+        raise InputError(
+            f"{path}: {len(unknown)} of its {len(wanted)} names are not in {train.path}{example}"
+        )
+    rows = np.array([known[name] for name in wanted], np.int64)
+    if (rows < 0).any():
+        raise InputError(f"{path}: {wanted[int(rows.argmin())]!r} names several images of {train.path}")
+    if len(np.unique(rows)) < len(rows):
+        raise InputError(f"{path}: names an image twice ({len(rows)} names, {len(np.unique(rows))} images)")
+    return np.sort(rows)
+
+
+def rows_by_name(names: list[str]) -> dict[str, int]:
+    """Full and last names -> position; -1 where two images share a last name."""
+    known: dict[str, int] = {}
+    for row, name in enumerate(names):
+        last = name.rpartition("/")[2]
+        known[last] = -1 if last in known else row
+    return known | {name: row for row, name in enumerate(names)}
+
+
+def names_of(train: Labelled) -> list[str]:
+    """The source names of a set's images, from its manifest, or from the folder itself."""
+    names = getattr(train.source, "names", None)
+    if names is None:
+        names = read_manifest(manifest_path(train.path))[1]["name"]
+    return list(names)

@@ -1,0 +1,121 @@
+"""A result: a file that says what it was made from, so that the same call finds it, another is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lvssl.runs.run import Run, versions
+from lvssl.settings.fields import first_change, identity, runtime
+from lvssl.settings.presets import command
+from pipelines.errors import InputError
+from pipelines.files import write_json
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """Where a command leaves what it measured of a run, with these settings."""
+
+    path: Path
+    name: str  # the command's
+    settings: Any  # its settings, with what was left out filled in
+    checkpoint: str  # digest of the run's
+    beside: Mapping[str, str] = field(default_factory=dict)  # folder of each other run -> its checkpoint
+    files: tuple[Path, ...] = ()  # what else belongs to the result, written before it
+
+    @classmethod
+    def of_run(cls, name: str, file: str, settings: Any, runs: list[Run], also: str) -> ResultFile:
+        """RUN/FILE, and the file `also` there: a result of the first run, which others stand beside."""
+        run, *others = runs
+        beside = {str(other.folder.resolve()): other.digest for other in others}
+        return cls(run.folder / file, name, settings, run.digest, beside, (run.folder / also,))
+
+    def found(self) -> dict[str, Any] | None:
+        """The result, if it stands there already, whole.
+
+        Raises:
+            InputError: another result stands there, or a damaged one, and --again isn't given.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            content = read_result(self.path)
+            if changed := self.changes(content):
+                elsewhere = " or --out to write elsewhere" if hasattr(self.settings, "out") else ""
+                raise InputError(
+                    f"{self.path} already holds a result for other settings ({changed}); "
+                    f"pass --again to overwrite it{elsewhere}"
+                )
+        except InputError:
+            if self.settings.again:
+                return None
+            raise
+        return content if all(file.exists() for file in self.files) else None
+
+    def changes(self, content: dict[str, Any]) -> str:
+        """The first difference between a result's origin and what is wanted, in words; "" if there is none.
+
+        A setting that the result's version didn't know yet had its default; a damaged image raised.
+        """
+        if content.get("checkpoint") != self.checkpoint:
+            return f"checkpoint: {str(content.get('checkpoint'))[:12]} -> {self.checkpoint[:12]}"
+        had = identity(type(self.settings)(self.settings.run, on_error="raise"))
+        had |= {k: v for k, v in (content.get("settings") or {}).items() if k not in runtime(self.settings)}
+        beside = [
+            {f"checkpoint of {run}": str(digest)[:12] for run, digest in found.items()}
+            for found in (content.get("beside") or {}, self.beside)
+        ]
+        return first_change(had, identity(self.settings)) or first_change(*beside)
+
+    def complete(self, content: dict[str, Any]) -> dict[str, Any]:
+        """What was measured, with all that says where it comes from."""
+        origin: dict[str, Any] = {"checkpoint": self.checkpoint}
+        if self.beside:
+            origin["beside"] = dict(self.beside)
+        origin["settings"] = identity(self.settings)
+        origin["command"] = command(self.name, self.settings)
+        return content | origin | {"versions": versions()}
+
+    def write(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Write what was measured, complete; returns what is written."""
+        content = self.complete(content)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, content, indent=2)
+        return content
+
+
+def read_result(path: Path, **kinds: type) -> dict[str, Any]:
+    """A file that a command has written: an object whose entries, where they are there and not null, are of
+    the `kinds` dict and list. InputError if it holds something else, or is damaged."""
+    content = read_json(path)
+    wrong = wrong_kind("", content, dict)
+    for name, kind in ({"settings": dict, "beside": dict} | kinds).items() if not wrong else ():
+        if content.get(name) is not None:
+            wrong = wrong or wrong_kind(f"{name}: ", content[name], kind)
+    if wrong:
+        raise InputError(f"{path}: not a result ({wrong}); remove it")
+    return content
+
+
+def read_json(path: Path) -> Any:
+    """What stands in a file that a command has written. InputError if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not a result ({error}); remove it") from error
+
+
+def wrong_kind(name: str, value: Any, kind: type) -> str:
+    """What is wrong with a value that should be of that kind; "" if nothing is."""
+    if isinstance(value, kind):
+        return ""
+    return f"{name}{'an object' if kind is dict else 'a list'} is expected, not {type(value).__name__}"
+
+
+def as_number(value: float | None) -> float:
+    """A figure as it was before it was written: null stands for what isn't a number."""
+    return math.nan if value is None else value

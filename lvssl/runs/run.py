@@ -1,0 +1,208 @@
+"""A run is a folder: config.json, checkpoints/, metrics.jsonl, and what later stages add."""
+
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+
+import lvssl
+from lvssl.models.device import DTYPES, claim, encoding_precision, pick_device
+from lvssl.models.network import LVNet
+from lvssl.runs import checkpoint
+from lvssl.runs.identity import other_set
+from lvssl.settings.fields import difference, from_dict, to_dict
+from lvssl.settings.pretrain import PretrainSettings, choice
+from pipelines.datasets.recognise import in_short
+from pipelines.decode import Reader
+from pipelines.errors import ON_ERROR, InputError
+from pipelines.files import is_aside, write_json
+from pipelines.lock import lock
+
+LOCK = ".lock"
+
+
+def create_run(
+    settings: PretrainSettings, classes: int, resume: bool, data: dict[str, Any] | None = None
+) -> None:
+    """Make the folder with its config.json, or, to resume, check that it holds a run of the same settings.
+
+    `data`: what `describe_set` says of the training images.
+
+    Raises:
+        InputError: the folder exists (and not resume), or is a run of other settings, or on another set.
+    """
+    config = settings.out / "config.json"
+    if config.exists():
+        if not resume:
+            raise InputError(f"{settings.out} exists: add --resume to go on with it, or choose another --out")
+        stored, stored_classes = read_config(settings.out)
+        # What a run without a latent doesn't depend on: it is the control of any of these weights.
+        unread = settings.latent.law.unread
+        changed = difference(stored, settings, ("data", *unread))
+        if not changed and stored_classes != classes:
+            changed = f"classes: {stored_classes} -> {classes}"
+        if changed:
+            raise InputError(
+                f"{settings.out} is a run of another configuration ({changed}); choose another --out"
+            )
+        if data is not None:
+            _check_set(settings, data)
+        return
+    if not vacant(settings.out):
+        raise InputError(f"{settings.out} exists but is not a run folder; choose another --out")
+    settings.out.mkdir(parents=True, exist_ok=True)
+    content = {"settings": to_dict(settings), "classes": classes, "data": data, "versions": versions()}
+    write_json(config, content, indent=2)
+
+
+def _check_set(settings: PretrainSettings, data: dict[str, Any]) -> None:
+    """Raise InputError unless a run that is resumed was begun on these images."""
+    begun = read_set(settings.out)
+    if begun is None:
+        said = f"{settings.out} is an older run, which doesn't say what images it was begun on"
+        print(f"note: {said}; whether {settings.data} has them isn't checked", file=sys.stderr, flush=True)
+    elif differs := other_set(begun, data):
+        raise InputError(
+            f"{settings.data} isn't the set that {settings.out} was begun on ({differs}): give that one as "
+            "--data, wherever it lies now, or choose another --out"
+        )
+
+
+def read_set(folder: Path) -> dict[str, Any] | None:
+    """What a run's config.json says of its training images; None in older runs. InputError: damaged."""
+    path = folder / "config.json"
+    try:
+        data = json.loads(path.read_text()).get("data")
+        return None if data is None else {name: data[name] for name in ("images", "classes", "digest")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a run's configuration ({error!r})") from error
+
+
+def vacant(folder: Path) -> bool:
+    """Whether a run can begin there: there is nothing, or no more than a run killed at its birth leaves."""
+    if not folder.is_dir():
+        return not folder.exists()
+    config = folder / "config.json"
+    return all(p.is_dir() or p.name == LOCK or is_aside(p.name, config) for p in folder.rglob("*"))
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While it lasts, no other process trains in `folder`; the system takes the lock from a killed process.
+
+    Raises:
+        InputError: another process does already.
+    """
+    with open(folder / LOCK, "ab") as file:
+        try:
+            lock(file, folder)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another process is training in {folder}: wait for its end, or choose another --out"
+            ) from error
+        yield
+
+
+def versions() -> dict[str, str]:
+    """Versions of all that a result depends on."""
+    return {
+        "lvssl": lvssl.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def read_config(folder: Path) -> tuple[PretrainSettings, int]:
+    """A run's settings and its count of classes; InputError if the folder is no run."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such run folder")
+    if not path.is_file():
+        raise InputError(f"{folder} is no run folder (it has no config.json)")
+    try:
+        content = json.loads(path.read_text())
+        return from_dict(PretrainSettings, content["settings"], str(path)), content["classes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a run's configuration ({error!r})") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained network and where it came from."""
+
+    folder: Path
+    settings: PretrainSettings
+    network: LVNet  # the weights' moving average, if there is one; in eval mode
+    step: int
+    digest: str  # of its checkpoint
+    classes: list[str] | None = None  # names of the classes of its training images, where they are known
+
+    def on_error(self, given: str | None) -> str:
+        """What a damaged image does, raise or skip: as given, or else as in the pretraining."""
+        chosen = given or self.settings.on_error
+        choice("on_error", chosen, ON_ERROR)
+        return chosen
+
+    @property
+    def arithmetic(self) -> str:
+        """Where and how exactly it reads images, "cuda bf16": the last bits of features depend on it, and a
+        few bits of codes with them."""
+        device = next(self.network.parameters()).device
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        return f"{device.type} {names[self.network.precision]}"
+
+
+def require_classes_of(run: Run, source: Reader, path: Path) -> None:
+    """Raise InputError if the set at `path`, where a run's training images lay, has other classes by now;
+    their order is free, as it is when the run is resumed."""
+    if run.classes is not None and source.classes is not None and set(run.classes) != set(source.classes):
+        what = in_short("differing", sorted(set(source.classes) ^ set(run.classes)))
+        raise InputError(
+            f"{path} isn't the set that {run.folder} was trained on: its classes are others ({what}); name "
+            "a training set with --train"
+        )
+
+
+def require_same_classes(run: Run, control: Run) -> None:
+    """Raise InputError if a control was trained on other classes than the run: they can't be compared."""
+    if run.classes is not None and control.classes is not None and set(run.classes) != set(control.classes):
+        strange = sorted(set(run.classes) ^ set(control.classes))
+        what = in_short("differing", strange)
+        raise InputError(
+            f"{control.folder} was trained on other classes than {run.folder} ({what}): name one of the "
+            "same training images with --control"
+        )
+
+
+def load_run(folder: Path, device: torch.device | None = None) -> Run:
+    """The newest checkpoint of a run, ready to encode on `device`; left out: on a GPU where there is one.
+
+    Raises:
+        InputError: no run, or a run without a checkpoint.
+    """
+    settings, classes = read_config(folder)
+    found = checkpoint.load_latest(folder / "checkpoints")
+    if found is None:
+        raise InputError(
+            f"{folder} has no checkpoint yet: let `lvssl pretrain` finish, or reach its first epoch"
+        )
+    path, state = found
+    network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
+    network.load_state_dict(state.get("ema") or state["network"])
+    if device is None:
+        device = pick_device("auto")
+        claim(device)
+    network = network.to(device).to(memory_format=torch.channels_last)
+    network.precision = encoding_precision(settings.engine, device)
+    named = (read_set(folder) or {}).get("classes")
+    return Run(folder, settings, network.eval(), state["step"], checkpoint.digest(path), named)

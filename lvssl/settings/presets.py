@@ -1,0 +1,69 @@
+"""The presets by name: what each is for, its settings, and the differences between two of them."""
+
+from dataclasses import replace
+from typing import Any
+
+from lvssl.settings.fields import command_line, flat, runtime, to_dict
+from lvssl.settings.pretrain import PRESETS, choice
+from lvssl.settings.stages import STAGE_PRESETS
+
+ABOUT = {
+    "digits": "scikit-learn's 8 px digits: seconds, for tests and trials",
+    "fashion-mnist": "28 px greys on two CPU cores: minutes",
+    "cifar10-small": "CIFAR-10 with a network for two CPU cores",
+    "cifar10-r18": "CIFAR-10, ResNet-18 with the small images' stem",
+    "folder-r50": "any folder of photographs: 224 px, batches for one GPU",
+    "simclr-cifar10-r50": "SimCLR itself, without a latent, on CIFAR-10 (Chen et al. 2020, B.9)",
+    "simclr-imagenet-r50-100ep": "SimCLR itself on ImageNet: batch 4,096, LARS (Chen et al. 2020)",
+    "simclr-imagenet-r50-200ep": "the same, longer",
+    "simclr-imagenet-r50-800ep": "the same, as long as the published results",
+    "bernoulli-cifar10-r50": "SimCLR's recipe on CIFAR-10 with the Bernoulli latent in it",
+    "bernoulli-imagenet-r50-100ep": "SimCLR's recipe on ImageNet with the Bernoulli latent in it",
+    "bernoulli-imagenet-r50-200ep": "the same, longer",
+    "bernoulli-imagenet-r50-800ep": "the same, as long as SimCLR's published results",
+    "imagenet-linear": "linear evaluation, 90 epochs (Chen et al. 2020, B.6)",
+    "imagenet-finetune": "1 %, 10 % or all labels, nothing to choose (Chen et al. 2020, B.5)",
+}
+
+
+def command(name: str, settings: Any) -> str:
+    """The command that gives these settings, starting from their preset where that is known."""
+    if "preset" not in runtime(settings):
+        return command_line(name, settings)
+    start = {**PRESETS, **STAGE_PRESETS}.get(settings.preset)
+    return command_line(name, settings if start else replace(settings, preset=""), start)
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """Every setting of a preset, as JSON values. InputError lists the known names."""
+    known = {**PRESETS, **STAGE_PRESETS}
+    choice("preset", name, tuple(known))
+    return {key: value for key, value in to_dict(known[name]).items() if key != "run"}  # which is the user's
+
+
+def listing() -> str:
+    """A line for each preset."""
+    lines, width = [], max(map(len, ABOUT))
+    for name, preset in PRESETS.items():
+        size = f"{preset.model.backbone}, {preset.view.resolution} px, {preset.epochs} epochs"
+        lines.append(f"{name:{width}} pretrain  {size:34} {ABOUT[name]}")
+    for name, stage in STAGE_PRESETS.items():
+        epochs = f"{vars(stage)['epochs']} epochs"
+        kind = type(stage).__name__.removesuffix("Settings").lower()
+        lines.append(f"{name:{width}} {kind:9} {epochs:34} {ABOUT[name]}")
+    return "\n".join(lines)
+
+
+def difference_of(a: str, b: str) -> str:
+    """The settings in which two presets differ, a line each."""
+    first, second = flat(settings_of(a)), flat(settings_of(b))
+    names = [name for name in {**first, **second} if name != "preset" and first.get(name) != second.get(name)]
+    if not names:
+        return f"{a} and {b} are the same"
+    rows = [("", a, b), *((name, _text(first, name), _text(second, name)) for name in names)]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(f"{n:{widths[0]}}  {x:{widths[1]}}  {y}".rstrip() for n, x, y in rows)
+
+
+def _text(values: dict[str, Any], name: str) -> str:
+    return str(values[name]) if name in values else "-"

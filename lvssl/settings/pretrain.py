@@ -1,0 +1,426 @@
+"""Every setting of a run: where a setting has its name, and where an impossible one is refused."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lvssl.settings.fields import RUNTIME
+from pipelines.decode import SOURCES
+from pipelines.errors import ON_ERROR, InputError
+from pipelines.views import ViewSettings
+
+if TYPE_CHECKING:
+    from lvssl.latents import Family
+
+BACKBONES = ("tiny", "small", "resnet18", "resnet50")
+OBJECTIVES = ("ntxent", "dcl", "mcinfonce", "ceb", "hib")
+EACH_SAMPLE = ("mcinfonce", "ceb", "hib")  # objectives of samples, not of their mean
+AUGMENTATIONS = ("auto", "reference", "numba", "triton")
+OPTIMISERS = ("adamw", "sgd", "lars")
+LR_RULES = ("given", "linear", "sqrt")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+ORDERS = ("random", "quasi-random", "sequential")  # pipelines.order's, which would load numba for them
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    backbone: str = "resnet50"
+    """tiny (78 k parameters), small (1.2 M, for two CPU cores), resnet18, resnet50."""
+    hidden: int = 1024
+    """Width of the projector's hidden layer."""
+    projection: int = 128
+    """Length of the vectors that NT-Xent compares."""
+    projector_norm: bool = False
+    """Batch normalisation of the projector's output too, scaled and not shifted, as in SimCLR's own code."""
+
+
+@dataclass(frozen=True)
+class LatentSettings:
+    family: str = "bernoulli"
+    """none (plain SimCLR, the control), sign (the same with decorrelated sign bits), gaussian, bernoulli,
+    categorical, beta, mixture, power_spherical, vmf, laplace; or two side by side: gaussian+bernoulli."""
+    site: str = "repr"
+    """Where the latent stands: repr (between backbone and projector) or proj (at the projector's output)."""
+    dim: int = 0
+    """Latent dimensions, for `bernoulli` the bits of the code; 0: one for each number that the site gives."""
+    categories: int = 16
+    """Categories of each group of `categorical`: a power of two."""
+    components: int = 4
+    """Gaussians of `mixture`: a power of two."""
+    depth: int = 1
+    """Bits of the code for each dimension of gaussian, beta, mixture and laplace: their quantised means."""
+    sharpness: float = 4.0
+    """How far the posterior starts from its prior: spread of the logits, 1 / s of a Gaussian, kappa / D."""
+    sharpness_start: float | None = None
+    """Anneal the sharpness of logits (bernoulli, categorical) from here; left out: it is constant."""
+    estimator: str = "straight-through"
+    """Of discrete samples: straight-through, or relaxed (binary concrete, Gumbel-softmax)."""
+    relaxation: float = 0.5
+    """Temperature of the relaxed samples."""
+    relaxation_start: float | None = None
+    """Anneal that temperature from here; left out: it is constant."""
+    anneal: float = 0.5
+    """Share of the steps over which sharpness and relaxation go, geometrically, to their final values."""
+    spread: str = "learnt"
+    """Where a family has a spread (s, kappa, a + b): learnt, one for each image, or fixed where it starts."""
+    samples: int = 4
+    """Samples a step (K)."""
+    average: str = "auto"
+    """How the K samples are reduced: samples (averaged before the projector), projections (averaged after
+    it), or losses (each has a loss of its own). auto: losses for mcinfonce, ceb and hib, else samples."""
+    objective: str = "ntxent"
+    """ntxent; dcl (without the positive in the denominator); mcinfonce (the mean over K within the
+    logarithm); ceb (conditional entropy bottleneck, C-SimCLR); hib (match probabilities). With the rate."""
+    ceb_kappa: float = 10.0
+    """Concentration of the backward encoder of `ceb`, a von Mises-Fisher distribution about the
+    other view."""
+    ceb_weight: float = 1.0
+    """Weight of the residual information of `ceb`."""
+    beta: float | None = None
+    """Weight of the rate (KL in nats); left out: 0.001 where noise would vanish without it (gaussian, beta,
+    mixture, power_spherical, vmf, laplace; not with mcinfonce and ceb), or 0."""
+    beta_schedule: str = "warmup"
+    """constant, warmup (linear from 0), or cyclical (linear from 0 in the first half of each cycle)."""
+    beta_warmup: float = 0.1
+    """Share of the steps over which beta climbs linearly from 0."""
+    beta_cycles: int = 4
+    """Cycles of the cyclical schedule."""
+    free_nats: float = 0.0
+    """KL up to which an image's rate costs nothing."""
+    decorrelation: float | None = None
+    """Weight of the hard bits' squared covariances (sign, bernoulli); left out: 0.1, for sign 0.02. The bits
+    of a code longer than h can't all be uncorrelated: there it falls on h's sign bits, left out: 0.02."""
+    clean: float = 0.7
+    """Share of NT-Xent that is computed on h through a projector of its own, beside the sampled path."""
+
+    @property
+    def final_beta(self) -> float:
+        """The weight of the rate at the end of its warm-up."""
+        if self.beta is not None:
+            return self.beta
+        return 0.0 if self.objective in ("mcinfonce", "ceb") else self.law.default_beta
+
+    def decorrelation_weight(self, of_features: bool = False) -> float:
+        """As set, or what made the best code on small images (docs/latent-recipes.md): on the code's bits, or
+        on those of h."""
+        if self.decorrelation is not None:
+            return self.decorrelation
+        from lvssl.latents.sign import DECORRELATION  # here, for it brings torch
+
+        return DECORRELATION if of_features else self.law.default_decorrelation
+
+    @property
+    def meeting_place(self) -> str:
+        """Where the samples meet, once `auto` is resolved."""
+        if self.average != "auto":
+            return self.average
+        return "losses" if self.objective in EACH_SAMPLE else "samples"
+
+    @cached_property
+    def law(self) -> "Family":
+        """The family with its options: the settings that have an option's name, and the estimator.
+
+        Raises:
+            InputError: an unknown family; it lists the known ones.
+        """
+        from lvssl.latents import family  # here, for it brings torch
+
+        try:
+            return family(self.family, relaxed=self.estimator == "relaxed", **vars(self))
+        except ValueError as error:
+            raise InputError(f"--family: {error}") from None
+
+    def validate(self) -> None:
+        """Raise InputError naming the first impossible value."""
+        law = self.law
+        choice("site", self.site, ("repr", "proj"))
+        choice("estimator", self.estimator, ("straight-through", "relaxed"))
+        choice("spread", self.spread, ("learnt", "fixed"))
+        choice("average", self.average, ("auto", "samples", "projections", "losses"))
+        choice("objective", self.objective, OBJECTIVES)
+        choice("beta_schedule", self.beta_schedule, ("constant", "warmup", "cyclical"))
+        require(self.dim >= 0, "dim", self.dim, "at least 0")
+        if not law.stochastic:
+            require(self.dim == 0, "dim", self.dim, f"0 for family {self.family}, which has no latent")
+            require(self.site == "repr", "site", self.site, f"repr for family {self.family}")
+        for name in ("categories", "components"):
+            value = getattr(self, name)
+            require(2 <= value <= 256 and value & (value - 1) == 0, name, value, "a power of two in [2, 256]")
+        if self.dim and (wanted := law.complaint(self.dim)):
+            require(False, "dim", self.dim, wanted)
+        require(1 <= self.depth <= 8, "depth", self.depth, "in [1, 8]")
+        self._validate_schedules()
+        self._validate_objective()
+
+    def _validate_schedules(self) -> None:
+        for name in ("sharpness", "sharpness_start", "relaxation", "relaxation_start"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < float("inf"), name, value, "above 0")
+        discrete = self.law.discrete
+        if self.sharpness_start is not None:
+            wanted = f"left out for {self.family}, which has no logits"
+            require(discrete, "sharpness_start", self.sharpness_start, wanted)
+        if self.estimator == "relaxed":
+            require(discrete, "estimator", self.estimator, f"straight-through for {self.family}")
+        require(0 < self.anneal <= 1, "anneal", self.anneal, "in (0, 1]")
+        require(self.final_beta >= 0, "beta", self.beta, "at least 0")
+        require(0 <= self.beta_warmup <= 1, "beta_warmup", self.beta_warmup, "in [0, 1]")
+        require(self.beta_cycles >= 1, "beta_cycles", self.beta_cycles, "at least 1")
+        require(self.free_nats >= 0, "free_nats", self.free_nats, "at least 0")
+        require((self.decorrelation or 0.0) >= 0, "decorrelation", self.decorrelation, "at least 0")
+
+    def _validate_objective(self) -> None:
+        require(self.samples >= 1, "samples", self.samples, "at least 1")
+        require(0 <= self.clean < 1, "clean", self.clean, "in [0, 1)")
+        require(self.ceb_kappa > 0, "ceb_kappa", self.ceb_kappa, "above 0")
+        require(self.ceb_weight >= 0, "ceb_weight", self.ceb_weight, "at least 0")
+        if self.objective in EACH_SAMPLE:
+            wanted = f"losses with --objective {self.objective}, which wants each sample"
+            require(self.meeting_place == "losses", "average", self.average, wanted)
+        if self.objective == "ceb":
+            spherical = self.law.on_sphere and self.site == "proj"
+            where = f"{self.family} at {self.site}"
+            require(spherical, "objective", where, "of a distribution on the sphere at --site proj for ceb")
+
+
+@dataclass(frozen=True)
+class OptimiserSettings:
+    optimiser: str = "adamw"
+    """adamw, sgd, or lars (You et al. 2017), for batches of thousands."""
+    lr: float = 2e-3
+    """Peak learning rate, see --lr-rule; linear warm-up, then cosine to 0."""
+    lr_rule: str = "given"
+    """given: the peak is --lr; linear: --lr * batch / 256 (SimCLR with LARS: 0.3); sqrt: --lr * sqrt(batch)
+    (0.075, better for batches below 1,024)."""
+    weight_decay: float = 1e-4
+    """On weights of linear and convolutional layers alone, never on biases and normalisation."""
+    warmup_epochs: float = 1.0
+    momentum: float = 0.9
+    """Of sgd and lars."""
+    nesterov: bool = False
+    """Of sgd and lars."""
+    trust: float = 1e-3
+    """LARS's trust coefficient: a layer's step is this share of its weights' norm, times the rate."""
+    clip: float = 0.0
+    """Largest norm of all gradients together; 0: not clipped."""
+
+    def validate(self) -> None:
+        """Raise InputError naming the first impossible value."""
+        choice("optimiser", self.optimiser, OPTIMISERS)
+        choice("lr_rule", self.lr_rule, LR_RULES)
+        for name in ("lr", "trust"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("weight_decay", "warmup_epochs", "clip"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        if self.nesterov:
+            require(self.momentum > 0, "momentum", self.momentum, "above 0 with --nesterov")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How a step is computed, not what: speed, memory, several ranks, and what a failure costs."""
+
+    precision: str = "auto"
+    """auto (bf16 on a GPU, fp32 on a CPU), fp32, bf16, fp16 (with a loss scale). Posteriors and losses are
+    fp32 in any case."""
+    channels_last: bool = field(default=True, metadata=RUNTIME)
+    """The layout of images and convolutions; faster on GPUs and on CPUs."""
+    compile: bool = field(default=False, metadata=RUNTIME)
+    """torch.compile the backbone: a minute at the start, faster steps on a GPU."""
+    graph: str = field(default="auto", metadata=RUNTIME)
+    """Record a step's launches once, and repeat them with one call (a CUDA graph): faster where network and
+    images are so small that a step waits for the host. on; off; auto: on one GPU, without --compile, --chunk,
+    --recompute and fp16. Begins once the weight of the rate is constant, see --beta-warmup."""
+    recompute: bool = field(default=False, metadata=RUNTIME)
+    """Activation checkpointing: keep each block's input alone, compute the block again in the backward
+    pass. A third more time, a fraction of the memory, the same result."""
+    chunk: int = 0
+    """Views that the backbone takes at once on each rank, 0: all. Smaller values fit any batch on one card,
+    for a third more time: the loss still sees the whole batch (GradCache, Gao et al. 2021). Batch
+    normalisation inside the backbone then has the statistics of a chunk, not of the batch, so the result
+    differs from that of --chunk 0 as a smaller batch's does: use chunks of 256 views or more."""
+    sync_batch_norm: bool = True
+    """Several ranks: statistics over all of them, so that the result doesn't depend on their number."""
+    ema: float = 0.0
+    """Decay of the weights' moving average, say 0.999; what is evaluated is then the average. 0: none."""
+    keep: int = field(default=2, metadata=RUNTIME)
+    """Checkpoints kept; at least 2, so that there is one to fall back to."""
+    non_finite_steps: int = field(default=3, metadata=RUNTIME)
+    """A step whose gradient isn't finite leaves the weights as they are; this many consecutive non-finite
+    steps abort the run."""
+    timeout_minutes: float = field(default=10.0, metadata=RUNTIME)
+    """Several ranks: how long to wait for another that is alive but late. A dead one is noticed sooner."""
+
+    def validate(self) -> None:
+        """Raise InputError naming the first impossible value."""
+        choice("precision", self.precision, PRECISIONS)
+        require(self.chunk >= 0, "chunk", self.chunk, "at least 0")
+        require(self.chunk != 1, "chunk", self.chunk, "at least 2: one view has no batch statistics")
+        if self.compile and self.recompute:  # torch compiles no checkpoint whose second time is another
+            raise InputError("--compile and --recompute don't go together: leave one out, or take --chunk")
+        choice("graph", self.graph, ("auto", "on", "off"))
+        if self.graph == "on" and (self.recompute or self.chunk or self.precision == "fp16"):
+            raise InputError(
+                "--graph on doesn't go with --recompute, --chunk or --precision fp16: leave it out"
+            )
+        require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
+        require(self.keep >= 2, "keep", self.keep, "at least 2")
+        require(self.non_finite_steps >= 1, "non_finite_steps", self.non_finite_steps, "at least 1")
+        require(self.timeout_minutes > 0, "timeout_minutes", self.timeout_minutes, "above 0")
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """Pretrain an encoder on a converted data set."""
+
+    data: Path = Path("train.beton")
+    """The training images: a .beton or tars made by `convert-beton`, or a folder of images as it is.
+    Labels are used by the online probes alone."""
+    source: str = field(default="auto", metadata=RUNTIME)
+    """What reads them: auto (beton for a .beton, else folder), beton, folder (files or tars, never
+    converted), dali (decoded and cropped by NVIDIA DALI, on the run's device)."""
+    order: str = "random"
+    """Of an epoch: random, quasi-random (by pages, for sets larger than memory), sequential."""
+    on_error: str = "raise"
+    """An image that can't be decoded: raise (stop and name it), skip (take the next good one, count it)."""
+    out: Path = field(default=Path("runs/pretrain"), metadata=RUNTIME)
+    """The run's folder; must not exist, unless with --resume."""
+    epochs: int = 100
+    batch_size: int = 256
+    """Images a step, over all ranks; NT-Xent compares twice as many vectors."""
+    temperature: float = 0.1
+    """Temperature of NT-Xent."""
+    seed: int = 0
+    """Random seed of weights, order, augmentation and latent noise."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    latent: LatentSettings = field(default_factory=LatentSettings)
+    optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    view: ViewSettings = field(default_factory=ViewSettings)
+    workers: int = field(default=0, metadata=RUNTIME)
+    """Threads that decode and augment; 0: each rank's share of the cores less two, 2 to 12."""
+    threads: int = field(default=0, metadata=RUNTIME)
+    """Threads of torch on a CPU; 0: all cores."""
+    device: str = field(default="auto", metadata=RUNTIME)
+    """auto (a GPU where there is one), cpu, cuda, cuda:1 ..."""
+    augmentation: str = field(default="auto", metadata=RUNTIME)
+    """auto (triton on a GPU, else numba), reference (plain torch, slow), numba, triton."""
+    checkpoint_minutes: float = field(default=10.0, metadata=RUNTIME)
+    """A checkpoint is written this often, beside the training; and at the end of the first epoch and of the
+    run."""
+    log_every: int = field(default=10, metadata=RUNTIME)
+    """Steps between two lines of metrics.jsonl."""
+    preset: str = field(default="", metadata=RUNTIME)
+    """The preset these settings started from."""
+
+    def validate(self) -> None:
+        """Raise InputError naming the first impossible value. Touches no file."""
+        choice("backbone", self.model.backbone, BACKBONES)
+        choice("augmentation", self.augmentation, AUGMENTATIONS)
+        choice("source", self.source, SOURCES)
+        choice("order", self.order, ORDERS)
+        choice("on_error", self.on_error, ON_ERROR)
+        require(self.workers >= 0, "workers", self.workers, "at least 0")
+        for name in ("epochs", "batch_size", "log_every"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2, for there to be negatives")
+        require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
+        require(self.threads >= 0, "threads", self.threads, "at least 0")
+        require(self.checkpoint_minutes > 0, "checkpoint_minutes", self.checkpoint_minutes, "above 0")
+        model, latent = self.model, self.latent
+        require(model.hidden >= 1, "hidden", model.hidden, "at least 1")
+        require(model.projection >= 2, "projection", model.projection, "at least 2")
+        latent.validate()
+        self.optimiser.validate()
+        self.engine.validate()
+        self.view.validate()
+
+
+def require(ok: bool, name: str, value: object, wanted: str) -> None:
+    """Raise InputError unless `ok` (NaN never is)."""
+    if not ok:
+        raise InputError(f"--{name.replace('_', '-')} must be {wanted}, got {value}")
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"unknown {name} {value!r}; known: {', '.join(allowed)}")
+
+
+SMALL_VIEW = ViewSettings(resolution=32, scale=(0.2, 1.0), blur=0.0, evaluation_crop=1.0)
+
+PRESETS: dict[str, PretrainSettings] = {
+    # 8x8 greyscale: no colour to jitter beyond brightness and contrast, and a mirrored digit is no digit.
+    "digits": PretrainSettings(
+        epochs=40,
+        batch_size=128,
+        temperature=0.2,
+        model=ModelSettings(backbone="tiny", hidden=64, projection=64),
+        view=ViewSettings(
+            resolution=8, scale=(0.4, 1.0), flip=0.0, brightness=0.4, contrast=0.4, saturation=0.0, hue=0.0,
+            grey=0.0, blur=0.0, mean=(0.3, 0.3, 0.3), std=(0.37, 0.37, 0.37), evaluation_crop=1.0,
+        ),
+    ),
+    "fashion-mnist": PretrainSettings(
+        epochs=8,
+        temperature=0.2,
+        model=ModelSettings(backbone="small", hidden=256),
+        view=dataclasses.replace(
+            SMALL_VIEW, resolution=28, brightness=0.4, contrast=0.4, saturation=0.0, hue=0.0, grey=0.0,
+            mean=(0.286, 0.286, 0.286), std=(0.353, 0.353, 0.353),
+        ),
+    ),
+    "cifar10-small": PretrainSettings(
+        epochs=8,
+        temperature=0.2,
+        model=ModelSettings(backbone="small", hidden=256),
+        view=dataclasses.replace(
+            SMALL_VIEW, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1,
+            mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262),
+        ),
+    ),
+}  # fmt: skip
+PRESETS["cifar10-r18"] = dataclasses.replace(
+    PRESETS["cifar10-small"], epochs=200, model=ModelSettings(backbone="resnet18", hidden=512)
+)
+PRESETS["folder-r50"] = PretrainSettings()  # 224 px, the published augmentation
+
+# A paper's recipe, named after the family that it trains: SimCLR's own has no latent, the other has one.
+SIMCLR_MODEL = ModelSettings(backbone="resnet50", hidden=2048, projection=128, projector_norm=True)
+PRESETS["simclr-cifar10-r50"] = dataclasses.replace(
+    PRESETS["cifar10-r18"],
+    epochs=1000,
+    batch_size=1024,
+    temperature=0.5,  # the best of 0.1, 0.5 and 1 at all batch sizes
+    model=SIMCLR_MODEL,
+    latent=LatentSettings(family="none"),
+    optimiser=OptimiserSettings(
+        optimiser="lars", lr=1.0, lr_rule="linear", weight_decay=1e-6, warmup_epochs=10
+    ),
+    view=dataclasses.replace(PRESETS["cifar10-r18"].view, scale=(0.08, 1.0)),
+)
+for epochs in (100, 200, 800):
+    PRESETS[f"simclr-imagenet-r50-{epochs}ep"] = PretrainSettings(
+        epochs=epochs,
+        batch_size=4096,  # 512 a GPU on eight; --chunk fits it on fewer
+        model=SIMCLR_MODEL,
+        latent=LatentSettings(family="none"),
+        optimiser=OptimiserSettings(  # AdamW's and SGD's steps don't survive batches of thousands
+            optimiser="lars", lr=0.3, lr_rule="linear", weight_decay=1e-6, warmup_epochs=10
+        ),
+    )
+for name in [name for name in PRESETS if name.startswith("simclr-")]:
+    PRESETS[name.replace("simclr-", "bernoulli-")] = dataclasses.replace(
+        PRESETS[name], latent=LatentSettings(family="bernoulli")
+    )
+PRESETS = {name: dataclasses.replace(settings, preset=name) for name, settings in PRESETS.items()}
+
+
+def preset(name: str) -> PretrainSettings:
+    """The preset of that name; InputError lists the known ones."""
+    choice("preset", name, tuple(PRESETS))
+    return PRESETS[name]

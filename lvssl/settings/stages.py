@@ -1,0 +1,178 @@
+"""Settings of the stages after pretraining, linear, knn and finetune, and the presets of their recipes."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from tyro import MISSING
+from tyro.conf import Positional
+
+from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME
+from lvssl.settings.pretrain import PRECISIONS, choice, require
+from pipelines.decode import SOURCES
+from pipelines.errors import ON_ERROR
+
+REPRESENTATIONS = ("features", "latent", "code")
+PROBES = ("auto", "sgd", "logistic", "ridge")
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    run: Positional[Path] = field(metadata=POSITIONAL)
+    """The run's folder."""
+    train: Path | None = None
+    """Labelled training images; left out: those of the pretraining."""
+    test: Path | None = None
+    """The test images; left out: test.beton (or val) beside the training images."""
+    source: str = field(default="auto", metadata=RUNTIME)
+    """What reads both: auto (beton for a .beton, else folder), beton, folder (files, tars or a table, never
+    converted), dali (decoded and cropped by NVIDIA DALI)."""
+    on_error: str | None = None
+    """An image that can't be decoded: raise (stop and name it), or skip; left out: as in the pretraining.
+    In a training step the next good one takes its place; in an evaluation it is left out, and the figures'
+    count says so."""
+    target: str = ""
+    """Regress this float target of the set (`all`: every one) instead of telling classes apart."""
+    out: Path | None = field(default=None, metadata=RUNTIME)
+    """Where the result goes, FILE.json or a folder; left out: into the run's folder."""
+    again: bool = field(default=False, metadata=PER_CALL)
+    """Replace a result of other settings, or of an older checkpoint."""
+    workers: int = field(default=0, metadata=RUNTIME)
+    """Threads that decode and augment; 0: each rank's share of the cores less two, 2 to 12."""
+    threads: int = field(default=0, metadata=RUNTIME)
+    """Threads of torch on a CPU; 0: all cores."""
+    device: str = field(default="auto", metadata=RUNTIME)
+    """auto (a GPU where there is one), cpu, cuda, cuda:1 ..."""
+
+    def validate(self) -> None:
+        """Raise InputError naming the first impossible value. Touches no file."""
+        choice("source", self.source, SOURCES)
+        choice("on_error", self.on_error or "raise", ON_ERROR)
+        require(self.workers >= 0, "workers", self.workers, "at least 0")
+        require(self.threads >= 0, "threads", self.threads, "at least 0")
+
+
+@dataclass(frozen=True)
+class TrainingSettings(StageSettings):
+    """What `linear` and `finetune` share: SGD with Nesterov momentum 0.9, cosine to 0, crop and flip."""
+
+    on: str = "features"
+    """features (h), latent (the posterior: samples in training, its mean in the test), code (its bits)."""
+    batch_size: int = 256
+    """Images a step, over all ranks; at most as many as there are labels."""
+    seed: int = 0
+    """Of subset, held-out split, first weights, order and crops."""
+    precision: str = "auto"
+    """auto (as the run was trained), fp32, bf16, fp16 (with a loss scale)."""
+    checkpoint_minutes: float = field(default=10.0, metadata=RUNTIME)
+    """A checkpoint is written at least this often, and at the end."""
+    log_every: int = field(default=10, metadata=RUNTIME)
+    """Steps between two lines of metrics.jsonl."""
+
+    def validate(self) -> None:
+        super().validate()
+        choice("representation", self.on, REPRESENTATIONS)
+        choice("precision", self.precision, PRECISIONS)
+        for name in ("batch_size", "log_every"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
+        require(self.checkpoint_minutes > 0, "checkpoint_minutes", self.checkpoint_minutes, "above 0")
+
+
+@dataclass(frozen=True)
+class LinearSettings(TrainingSettings):
+    """A linear classifier (or regression) on the frozen encoder; writes RUN/linear.json."""
+
+    probe: str = "auto"
+    """sgd (the published protocol, with crops and flips), logistic (L2, on the centre crops' features: exact
+    and fast on small sets), ridge (its like for --target), auto (sgd from 200,000 training images on)."""
+    epochs: int = 90
+    """Of sgd."""
+    lr: float = 0.1
+    """Of sgd, for a batch of 256: the peak is lr * B / 256."""
+    preset: str = field(default="", metadata=RUNTIME)
+    """imagenet-linear"""
+
+    def validate(self) -> None:
+        super().validate()
+        choice("probe", self.probe, PROBES)
+        require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        require(self.lr > 0, "lr", self.lr, "above 0")
+
+
+@dataclass(frozen=True)
+class KnnSettings(StageSettings):
+    """Weighted nearest neighbours, by cosine on features, by Hamming on codes; writes RUN/knn.json."""
+
+    k: int = 0
+    """Neighbours that vote; 0: 20, or 200 from 200,000 training images on (ImageNet's custom)."""
+    temperature: float = 0.0
+    """Of the votes exp(similarity / T); 0: 0.07, or 0.1 where k is 200 by default."""
+
+    def validate(self) -> None:
+        super().validate()
+        require(self.k >= 0, "k", self.k, "at least 0")
+        require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
+
+
+@dataclass(frozen=True)
+class FinetuneSettings(TrainingSettings):
+    """Train encoder and a linear layer with all or some labels; writes RUN/finetune-LABELS/result.json.
+
+    Each pair of --lr and --weight-decay is tried on a held-out part of the labelled training images; the best
+    is retrained on all labels and evaluated once on the test set.
+    """
+
+    labels: float = 1.0
+    """Share of the training images whose labels are used: class-balanced, drawn by --seed."""
+    subset_list: Path | None = None
+    """Use these images instead: one file name a line, as SimCLR's public 1 % and 10 % lists."""
+    epochs: int = 30
+    """Of each training."""
+    min_steps: int = 500
+    """Steps of each training at least, for few labels make few steps an epoch."""
+    lr: tuple[float, ...] = (0.01, 0.05, 0.25)
+    """Learning rates to choose from, for a batch of 256: the peak is lr * B / 256."""
+    weight_decay: tuple[float, ...] = (0.0, 1e-4)
+    """Weight decays to choose from; never on biases and normalisation."""
+    held_out: float = 0.1
+    """Share of the labelled images on which the choice is made."""
+    preset: str = field(default="", metadata=RUNTIME)
+    """imagenet-finetune"""
+
+    def validate(self) -> None:
+        super().validate()
+        require(self.on != "code", "on", self.on, "features or latent: a code has no gradient")
+        require(0 < self.labels <= 1, "labels", self.labels, "in (0, 1]")
+        require(self.min_steps >= 0, "min_steps", self.min_steps, "at least 0")
+        require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        for name, smallest in (("lr", 1e-12), ("weight_decay", 0.0)):
+            values = getattr(self, name)
+            require(
+                len(values) > 0 and all(value >= smallest for value in values),
+                name,
+                values,
+                "one or more numbers, none negative",
+            )
+            require(len(set(values)) == len(values), name, values, "different numbers")
+        require(0 < self.held_out < 1, "held_out", self.held_out, "in (0, 1)")
+
+
+# SimCLR's recipes (Chen et al. 2020, B.6 and B.5): large batches, nothing to choose.
+STAGE_PRESETS: dict[str, StageSettings] = {
+    "imagenet-linear": LinearSettings(MISSING, probe="sgd", batch_size=4096, preset="imagenet-linear"),
+    "imagenet-finetune": FinetuneSettings(  # with 1 % of the labels: --epochs 60
+        MISSING, batch_size=4096, min_steps=0, lr=(0.05,), weight_decay=(0.0,), preset="imagenet-finetune"
+    ),
+}
+
+Kind = TypeVar("Kind", bound=StageSettings)
+
+
+def start_from(kind: type[Kind], name: str | None) -> Kind:
+    """Settings to start from: the preset of that name, or the defaults. InputError lists the known names."""
+    if not name:
+        return kind(MISSING)
+    known = {key: value for key, value in STAGE_PRESETS.items() if isinstance(value, kind)}
+    choice("preset", name, tuple(known))
+    return known[name]

@@ -1,0 +1,89 @@
+"""`Dataset`: the form that each kind of image set is brought to, and the checks of its labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pipelines.datasets.recognise import in_short
+from pipelines.errors import InputError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images, not yet read, with their labels. `read` may be called from several threads at once."""
+
+    names: Sequence[str]  # where each image comes from, for messages and the manifest
+    labels: np.ndarray  # int64 [N], 0 <= label < len(classes)
+    classes: list[str]
+    read: Callable[[int], bytes | np.ndarray]  # an image file's bytes, or uint8 [H, W] or [H, W, 3]
+    split: str | None  # None where the source has none
+    targets: dict[str, np.ndarray] = field(default_factory=dict)  # float64 [N] each, to be regressed
+    libraries: dict[str, str] = field(default_factory=dict)  # versions of what was needed beyond Pillow
+    notes: list[str] = field(default_factory=list)  # what the user should know: an empty class folder
+    size_of: Callable[[int], int] | None = (
+        None  # bytes of an image file, where that is known without reading it
+    )
+
+
+def labelled(
+    source: str,
+    names: Sequence[str],
+    labels: np.ndarray,
+    classes: list[str] | None,
+    read: Callable[[int], bytes | np.ndarray],
+    split: str | None,
+    libraries: dict[str, str] | None = None,
+) -> Dataset:
+    """A Dataset whose labels are checked against its classes; classes without names are numbered."""
+    if len(labels) == 0:
+        raise InputError(f"{source}: no image in it")
+    check_labels(source, labels, classes, names.__getitem__)
+    classes = classes or [str(number) for number in range(int(labels.max()) + 1)]
+    size_of = getattr(read, "size_of", None)  # a tar's reader knows it
+    return Dataset(names, labels, classes, read, split, libraries=libraries or {}, size_of=size_of)
+
+
+def evenly_spaced(count: int, most: int) -> np.ndarray:
+    """Positions of all of `count` things or of `most` of them, the first and the last among them, int64."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
+
+
+BELIEVED = 25_000  # classes without names, however few images: ImageNet-21k's and more
+
+
+def check_labels(
+    source: str, labels: np.ndarray, classes: Sequence[str] | None, name_of: Callable[[int], str]
+) -> None:
+    """Raise InputError, naming the image, for a negative label, one without a class name where there are
+    names, or one that makes more classes than can be meant: over BELIEVED, and more than there are images."""
+    if labels.min() < 0:
+        where = name_of(int(labels.argmin()))
+        raise InputError(f"{source}: {where} has label {labels.min()}; is this split unlabelled?")
+    highest, first = int(labels.max()), int(labels.argmax())
+    if classes:
+        if highest >= len(classes):
+            raise InputError(
+                f"{source}: {name_of(first)} has label {highest}, but {len(classes)} classes are named"
+            )
+    elif highest >= max(BELIEVED, len(labels)):
+        raise InputError(
+            f"{source}: {name_of(first)} has label {highest}, which makes {highest + 1:,} classes of "
+            f"{len(labels):,} images; without names, more than {BELIEVED:,} classes are only accepted if "
+            "there are as many images: number them from 0, or give their names"
+        )
+
+
+def by_name(
+    labels: np.ndarray, classes: Sequence[str], wanted: Sequence[str], source: str, where: str
+) -> np.ndarray:
+    """Labels int64 [N] of `classes` as numbers of the same names in `wanted`. Raises InputError, with the
+    list, if a class that has images isn't among these."""
+    number = {name: i for i, name in enumerate(wanted)}
+    strange = [classes[label] for label in np.unique(labels) if classes[label] not in number]
+    if strange:
+        known = ", ".join(wanted[:10]) + (" ..." if len(wanted) > 10 else "")
+        raise InputError(f"{source}: {in_short(f'classes that {where} lacks', strange)}; it has {known}")
+    return np.array([number.get(name, -1) for name in classes], np.int64)[labels]

@@ -1,0 +1,225 @@
+"""Folders of image files: listed, told apart into splits and classes, and read."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.datasets import imagenet
+from pipelines.datasets.dataset import Dataset
+from pipelines.datasets.layout import Layout, choose_split, layout_of
+from pipelines.datasets.names import Names
+from pipelines.datasets.recognise import (
+    EXTENSIONS,
+    HEAD,
+    UNLABELLED,
+    LeftOut,
+    by_a_system,
+    has_image_name,
+    in_short,
+    is_image,
+    left_by_a_system,
+    split_of_file,
+)
+from pipelines.errors import InputError
+from pipelines.formats import jpeg
+
+
+def list_images(folder: str | Path) -> tuple[list[Path], list[str]]:
+    """(every image file under a folder, sorted by path; a note of what is left out, if anything).
+
+    Known by their extensions, in any case, or else by their first bytes. Raises InputError if there is no
+    such folder or no image in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    images, others, system = [], LeftOut("no images"), by_a_system()
+    for name in _files_under(folder, system):
+        if has_image_name(name) or _begins_as_image(folder / name):
+            images.append(folder / name)
+        else:
+            others.add(name)
+    if not images:
+        raise InputError(f"{folder}: no image in it (looked for {', '.join(EXTENSIONS)})")
+    return images, others.notes() + system.notes()
+
+
+def _begins_as_image(path: Path) -> bool:
+    try:
+        return is_image(read_regular(str(path), HEAD))
+    except (OSError, jpeg.DamagedImage):
+        return False
+
+
+class FolderTree:
+    """A folder on disk for `layout_of`."""
+
+    def __init__(self, top: str | Path):
+        self._top = str(top)
+        self._scanned: dict[str, tuple[list[str], list[str]]] = {}
+
+    def folders(self, at: str) -> list[str]:
+        return self._scan(at)[0]
+
+    def files(self, at: str) -> list[str]:
+        return self._scan(at)[1]
+
+    def has_images(self, at: str) -> bool:
+        return any(map(has_image_name, self.files(at)))
+
+    def _scan(self, at: str) -> tuple[list[str], list[str]]:
+        if at not in self._scanned:
+            folders: list[str] = []
+            files: list[str] = []
+            for entry in _scanned(f"{self._top}/{at}"):
+                if not left_by_a_system(entry.name):
+                    (folders if entry.is_dir() else files).append(entry.name)
+            self._scanned[at] = sorted(folders), sorted(files)
+        return self._scanned[at]
+
+
+def _scanned(folder: str) -> Iterator[os.DirEntry[str]]:
+    """What lies in a folder. Raises InputError, naming it, if that can't be read."""
+    try:
+        with os.scandir(folder) as entries:
+            yield from entries
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
+
+
+def _files_under(folder: Path, left: LeftOut) -> list[str]:
+    """Paths, relative to it, of the files below a folder, sorted by their parts; links are followed, but
+    never in a circle. What systems have left there is added to `left` instead."""
+    dropped: list[str] = []
+    found = _files_without_links(str(folder), dropped)
+    if found is None:
+        dropped.clear()
+        found = _files_with_links(str(folder), dropped)
+    left.add(*dropped)
+    return found
+
+
+def _files_without_links(top: str, left: list[str]) -> list[str] | None:
+    """The same, without asking for more than the names of each folder; None if there is a linked folder."""
+    found: list[list[str]] = []
+    folders: list[list[str]] = [[]]
+    while folders:
+        above = folders.pop()
+        for entry in _scanned("/".join([top, *above])):
+            parts = [*above, entry.name]
+            if left_by_a_system(entry.name):
+                left.append("/".join(parts))
+            elif not entry.is_dir():
+                found.append(parts)
+            elif entry.is_symlink():
+                return None
+            else:
+                folders.append(parts)
+    return ["/".join(parts) for parts in sorted(found)]
+
+
+def _files_with_links(top: str, left: list[str]) -> list[str]:
+    found: list[list[str]] = []
+    seen: set[tuple[int, int]] = set()
+
+    def unreadable(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    for here, folders, files in os.walk(top, onerror=unreadable, followlinks=True):
+        status = os.stat(here)
+        known = (status.st_dev, status.st_ino) in seen
+        seen.add((status.st_dev, status.st_ino))
+        parts = [part for part in here[len(top) :].split(os.sep) if part]
+        if known:
+            folders[:], files[:] = [], []
+        left += ["/".join([*parts, name]) for name in (*folders, *files) if left_by_a_system(name)]
+        folders[:] = [name for name in folders if not left_by_a_system(name)]
+        found += [[*parts, name] for name in files if not left_by_a_system(name)]
+    return ["/".join(parts) for parts in sorted(found)]
+
+
+def read_regular(path: str, most: int | None = None) -> bytes:
+    """The bytes of a file, or the first of them; a named pipe, which might never give any, is refused."""
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        status = os.fstat(number)
+        if not stat.S_ISREG(status.st_mode):
+            raise jpeg.DamagedImage("no regular file")
+        size = status.st_size if most is None else min(most, status.st_size)
+        data = os.read(number, size)
+        while len(data) < size and (more := os.read(number, size - len(data))):
+            data += more  # a network's file system may give less than what was asked for
+        return data
+    finally:
+        os.close(number)
+
+
+def class_folders(folder: Path, split: str | None) -> Dataset:
+    """torchvision's ImageFolder layout, see `layout`. Every file in a class folder counts as an image: one
+    that is none is refused by name later, not skipped in silence."""
+    layout = layout_of(FolderTree(folder), str(folder), split)
+    top = folder / layout.base
+    if not layout.classes:
+        files = FolderTree(top).files("")
+        if any(name.startswith("ILSVRC2012_val_") for name in files):
+            raise InputError(
+                f"{top}: ImageNet's validation images without their classes; convert "
+                "ILSVRC2012_img_val.tar and its devkit instead, or put the images in one folder per class"
+            )
+        what = "its images lie in no class folder" if any(map(has_image_name, files)) else "no image in it"
+        raise InputError(f"{top}: {what}; put the images in one folder per class: {top}/CLASS/1.jpg")
+
+    paths, counts, left = Names(), [], by_a_system()
+    for name in layout.classes:
+        files = _files_under(top / name, left)
+        counts.append(len(files))
+        for file in files:
+            paths.append(f"{name}/{file}")
+    if not paths:
+        raise InputError(f"{top}: no image in any of its {len(layout.classes)} class folders")
+    opened = Dataset(
+        names=paths,
+        labels=np.repeat(np.arange(len(counts)), counts),
+        classes=layout.classes,
+        read=lambda index: read_regular(f"{top}/{paths[index]}"),
+        split=layout.split,
+        size_of=lambda index: os.stat(f"{top}/{paths[index]}").st_size,
+    )
+    return as_laid_out(opened, layout, counts, left.notes(), str(folder))
+
+
+def as_laid_out(
+    opened: Dataset, layout: Layout, counts: Sequence[int], left: list[str], where: str
+) -> Dataset:
+    """A source of class folders with its notes, numbered as the training images are. `counts`: of each class;
+    `left`: notes of what else is left out."""
+    empty = [f"class folder {name} is empty" for name, count in zip(layout.classes, counts) if not count]
+    opened = replace(opened, notes=[*empty, *layout.notes, *left])
+    if layout.train is None:
+        return opened
+    return imagenet.renumbered(opened, layout.train, f"{where}/{layout.train_base}".rstrip("/"))
+
+
+def files_of_split(
+    source: str | Path, files: list[Path], split: str | None, strict: bool = True
+) -> tuple[list[Path], str | None, list[str]]:
+    """Files of one split, by their names (train-00000-of-00002.parquet); the split, None where no name says
+    one; and a note of what is left out. `strict` refuses a split that no name says."""
+    of_split: dict[str, list[Path]] = {}
+    for path in files:
+        of_split.setdefault(split_of_file(path.name) or "", []).append(path)
+    others = of_split.pop("", [])
+    if not of_split:
+        if strict and split is not None:
+            raise InputError(f"{source}: no split '{split}' in it, only unnamed files")
+        return files, None, []
+    names = {each: [path.name for path in paths] for each, paths in of_split.items()}
+    key, split = choose_split(str(source), names, split)
+    left = [path.name for path in others + of_split.get(UNLABELLED, [])]
+    return of_split[key], split, [in_short("left out, files of no split", left)] if left else []

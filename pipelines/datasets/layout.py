@@ -1,0 +1,131 @@
+"""Which folders of a tree are classes, splits, or neither: one reading for folders on disk and those in tars.
+
+CLASS/IMAGE.jpg, SPLIT/CLASS/IMAGE.jpg, or either below a folder that is alone at the top. Whatever lies
+deeper in a class folder belongs to that class. Splits are found in any case (Train, TESTING, val, unlabeled)
+where at least two of them stand beside each other, where there is nothing else, or where the one has class
+folders in it and its neighbours have no images: so a class of the name `train` remains one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pipelines.datasets.recognise import UNLABELLED, in_short, split_of_folder
+from pipelines.errors import InputError
+
+DEEPEST = 8  # folders that lie in each other alone, above the classes
+
+
+class Tree(Protocol):
+    """Folders by their paths, which end with a slash; the top is "". What systems leave isn't in it."""
+
+    def folders(self, at: str) -> list[str]:
+        """Names of the folders right in this one, sorted."""
+
+    def files(self, at: str) -> list[str]:
+        """Names of the files right in this one, sorted."""
+
+    def has_images(self, at: str) -> bool:
+        """Whether images, by their names, lie right in it."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the classes are."""
+
+    base: str  # the folder that holds the class folders
+    classes: list[str]  # their names, sorted
+    split: str | None
+    has_splits: bool = False  # the base is a split's folder
+    train: list[str] | None = None  # the classes of the training images, where these are of another split
+    train_base: str = ""
+    notes: list[str] = field(default_factory=list)  # what is left out
+
+
+def layout_of(tree: Tree, where: str, asked: str | None, named: str | None = None) -> Layout:
+    """Find classes and split. `asked` is what the user wants; `named`, what the name of a tar says.
+
+    Raises InputError: no such split; two folders for the same.
+    """
+    base = _below_lone_folders(tree)
+    names = tree.folders(base)
+    splits = _splits(tree, base, names, asked)
+    if not splits:
+        if asked is not None and named is None:
+            raise InputError(f"{where}: has no splits; leave --split out")
+        return Layout(base, names, asked or named, notes=_loose(tree, base))
+    wanted = asked or (named if named in splits else None)
+    key, split = choose_split(where, splits, wanted)
+    chosen = splits[key]
+    if len(chosen) > 1:
+        raise InputError(f"{where}: {' and '.join(chosen)} are the same split; remove or rename one of them")
+    beside = [name for name in names if split_of_folder(name) in (None, UNLABELLED)]
+    notes = [in_short("left out, folders beside the splits", beside)] if beside else []
+    inner = _inner(tree, f"{base}{chosen[0]}/")
+    notes += _loose(tree, base) + _loose(tree, inner)
+    train, train_base = None, ""
+    if key != "train" and "train" in splits:
+        train_base = _inner(tree, f"{base}{splits['train'][0]}/")
+        train = tree.folders(train_base) or None
+    return Layout(inner, tree.folders(inner), split, True, train, train_base, notes)
+
+
+def choose_split(where: str, present: Mapping[str, Sequence[str]], split: str | None) -> tuple[str, str]:
+    """The key under which a split lies in {split: names}, and the split; left out: train, or the only one.
+
+    Validation images serve as test images where there are no others. Raises InputError: none such.
+    """
+    known = [name for name in present if name != UNLABELLED]
+    if split is None:
+        split = known[0] if len(known) == 1 else "train"
+    for name in (split, "validation") if split == "test" else (split,):
+        if name in present:
+            return name, split
+    there = ", ".join(names[0] for names in present.values())
+    raise InputError(f"{where}: no split '{split}' in it, only {there}")
+
+
+def _below_lone_folders(tree: Tree) -> str:
+    """The folder to look for classes or splits in: a tar of `set/` has them below that one."""
+    base = here = ""
+    for _ in range(DEEPEST):
+        folders = tree.folders(here)
+        if len(folders) != 1 or split_of_folder(folders[0]) or tree.has_images(here):
+            break
+        here = f"{here}{folders[0]}/"
+        if tree.has_images(here):  # a class
+            break
+        below = tree.folders(here)
+        if len(below) > 1 or (below and split_of_folder(below[0])):
+            base = here
+    return base
+
+
+def _splits(tree: Tree, base: str, names: list[str], asked: str | None) -> dict[str, list[str]]:
+    """{split: the folders of its name}; empty if these are classes."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if split := split_of_folder(name):
+            found.setdefault(split, []).append(name)
+    labelled = [split for split in found if split != UNLABELLED]
+    others = [f"{base}{name}/" for name in names if split_of_folder(name) is None]
+    if not labelled:
+        return {}
+    if len(labelled) > 1 or not others or asked is not None:
+        return found
+    own = [f"{base}{name}/" for name in found[labelled[0]]]
+    holds_classes = all(len(tree.folders(at)) > 1 and not tree.has_images(at) for at in own)
+    return found if holds_classes and not any(map(tree.has_images, others)) else {}
+
+
+def _inner(tree: Tree, at: str) -> str:
+    """train/train/CLASS, as some archives unpack: the inner one."""
+    folders = tree.folders(at)
+    return f"{at}{folders[0]}/" if len(folders) == 1 and split_of_folder(folders[0]) else at
+
+
+def _loose(tree: Tree, at: str) -> list[str]:
+    files = tree.files(at)
+    return [in_short("left out, files in no class folder", files)] if files else []

@@ -1,0 +1,116 @@
+"""WebDataset tars with their indices (`convert-beton --webdataset`, or wds2idx), opened without headers.
+
+A tar of a million images is a million headers to read, far apart; the index says where each image lies in one
+file of text. Labels come from the manifest beside the tars where there is one, else from each image's `.cls`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.datasets import imagenet, tars
+from pipelines.datasets.dataset import Dataset, labelled
+from pipelines.datasets.folders import files_of_split
+from pipelines.datasets.recognise import LeftOut, left_by_a_system, split_of_folder
+from pipelines.errors import InputError
+from pipelines.formats.manifest import manifest_path, read_manifest
+from pipelines.formats.openfiles import OpenFiles
+
+
+def open_shards(path: Path, split: str | None = None) -> Dataset | None:
+    """A tar, a folder of tars or train-{000000..000146}.tar as images; None unless every tar has its index.
+
+    Raises:
+        InputError: an index that can't be read or isn't its tar's, a tar cut short, an image without a class.
+    """
+    shards = sorted(path.glob("*.tar")) if path.is_dir() else tars.expanded(str(path)) or [path]
+    shards = [shard for shard in shards if not left_by_a_system(shard.name)]
+    notes: list[str] = []
+    if path.is_dir() and shards:
+        shards, split, notes = files_of_split(path, shards, split)
+    if not shards or not all(s.suffix == ".tar" and s.with_suffix(".idx").is_file() for s in shards):
+        return None
+    files = OpenFiles()
+    opened = [tars.Tar(shard, files) for shard in shards]
+    reader, names, classes_of = tars.Reader(opened), [], []
+    left = LeftOut("neither images with a class, nor classes of images")
+    for which, tar in enumerate(opened):
+        for group in _groups(tar, tar.path.with_suffix(".idx")):
+            samples, others = tars.samples_of(group, tar)
+            left.add(*(member.name for member in others))
+            for sample in samples:
+                if any(map(split_of_folder, sample.image.name.split("/")[:-1])):
+                    return None  # several splits in one tar: the headers tell them apart
+                reader.add(which, sample.image)
+                names.append(f"{tar.path.name}:{sample.image.name}")
+                classes_of.append((tar, sample.answers.get("cls")))
+    manifest = manifest_path(path if path.is_dir() else path.parent)
+    labels, targets = _answers_of(manifest, len(names))
+    if labels is None:
+        labels = np.array([_class(*each) for each in classes_of], np.int64)
+    source = labelled(str(path), names, labels, imagenet.class_names(manifest), reader, split)
+    return replace(source, targets=targets, notes=[*notes, *left.notes()])
+
+
+def _groups(tar: tars.Tar, index: Path) -> Iterator[list[tars.Member]]:
+    """The members of each image, as the index has them; the first and last are looked at."""
+    try:
+        head, *lines = index.read_text().splitlines()
+        version, count = head.split()
+        if version != "v1.2" or int(count) != len(lines):
+            raise ValueError(f"it promises {count} images in {version} and has {len(lines)}")
+        samples = [_members(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{index}: not an index of DALI's version 1.2, or damaged ({error})") from error
+    for member in (member for sample in samples for member in sample):
+        if member.offset + member.size > tar.end:
+            raise InputError(f"{tar.name}: cut short, {member.name} ends behind its end; convert it again")
+    for member in (member for sample in samples[:1] + samples[-1:] for member in sample):
+        _check(tar, member, index)
+    return iter(samples)
+
+
+def _members(line: str) -> list[tars.Member]:
+    """A line of an index, "extension offset size name" again and again. Raises ValueError."""
+    fields = line.split(" ")
+    if len(fields) % 4:
+        raise ValueError(f"a line says {line[:60]!r}")
+    members = [
+        tars.Member(name, int(at), int(size)) for _, at, size, name in zip(*(fields[i::4] for i in range(4)))
+    ]
+    if any(member.offset < tars.BLOCK or member.size < 0 for member in members):
+        raise ValueError(f"a line says {line[:60]!r}")
+    return members
+
+
+def _check(tar: tars.Tar, member: tars.Member, index: Path) -> None:
+    """Raise InputError unless the tar has this member where the index says."""
+    head = tar.read(tars.BLOCK, member.offset - tars.BLOCK)
+    if os.fsencode(member.name)[:100] != head[:100].rstrip(b"\0"):
+        raise InputError(f"{index}: isn't the index of {tar.name} ({member.name} isn't where it says)")
+
+
+def _answers_of(manifest: Path, count: int) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
+    """Labels int64 [N] and targets float64 [N] of a manifest of so many images; None, {} if there is none."""
+    if not manifest.is_file():
+        return None, {}
+    head, rows = read_manifest(manifest)
+    if len(rows.get("label", ())) != count:
+        return None, {}
+    targets = {name: np.array(rows[name], np.float64) for name in head.get("targets", ())}
+    return np.array(rows["label"], np.int64), targets
+
+
+def _class(tar: tars.Tar, member: tars.Member | None) -> int:
+    if member is None:
+        raise InputError(f"{tar.name}: its index has an image without .cls, which holds the class")
+    text = tar.read(min(member.size, 32), member.offset)
+    try:
+        return int(np.int64(int(text)))
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"{tar.name}: {member.name} holds {text!r}, no class number") from error

@@ -1,0 +1,586 @@
+"""Images in tars, read in place: ILSVRC2012's own, WebDataset shards, and plain tars of class folders.
+
+The headers are read once (a tar of tars likewise); an image is then one positioned read, from any thread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import re
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, takewhile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipelines.datasets import imagenet
+from pipelines.datasets.dataset import Dataset, labelled
+from pipelines.datasets.folders import as_laid_out, files_of_split
+from pipelines.datasets.layout import layout_of
+from pipelines.datasets.names import Names
+from pipelines.datasets.recognise import (
+    EXTENSIONS,
+    HEAD,
+    LeftOut,
+    by_a_system,
+    has_image_name,
+    is_image,
+    left_by_a_system,
+)
+from pipelines.errors import InputError
+from pipelines.formats import jpeg
+from pipelines.formats.openfiles import OpenFiles
+
+BLOCK = 512
+LOOKED_AT = 1_000  # members that tell WebDataset's pairs from class folders
+ANSWERS = ("cls", "json")  # extensions of what says a class
+LABELS = ("label", "cls", "class_id")  # fields of a .json that hold the class
+_REGULAR, _HARD, _SYMBOLIC, _FOLDER = (b"0", b"\0", b"7"), b"1", b"2", b"5"
+
+
+class Member(NamedTuple):
+    """A file in a tar."""
+
+    name: str
+    offset: int  # of its content, in the tar
+    size: int
+
+
+class Entry(NamedTuple):
+    """A header of a tar."""
+
+    kind: bytes
+    member: Member
+    link: str  # what a link leads to, as it is written
+
+
+def open_tars(source: str, paths: list[Path], split: str | None, devkit: Path | None) -> Dataset:
+    """Tars of any of the kinds above, told apart by what is in them. Raises InputError."""
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: no such tar")
+    paths, named, notes = files_of_split(source, paths, split, strict=False)
+    files = OpenFiles()
+    tars = [Tar(path, files) for path in paths]
+    first = next((member for member in tars[0].members() if not _of_a_system(member.name)), None)
+    if first is None:
+        raise InputError(f"{paths[0]}: no file in this tar")
+    if first.name.endswith(".tar"):
+        opened = _tar_of_tars(source, tars, named or split or "train")
+    elif imagenet.is_validation_name(first.name):
+        opened = _validation(source, tars[0], devkit)
+    elif _in_class_folders(tars[0]):
+        opened = _class_folders(source, tars, split, named)
+    else:
+        opened = _webdataset(source, tars, split, named)
+    left = LeftOut("no files, or links to what isn't in the tar")
+    for tar in tars:
+        left.add(*(f"{tar.path.name}:{name}" for name in tar.left_out))
+    return replace(opened, notes=[*opened.notes, *notes, *left.notes()])
+
+
+def _in_class_folders(tar: Tar) -> bool:
+    """Whether images lie in folders, and have no labels beside them as WebDataset's do: KEY.cls, or KEY.json
+    with a label."""
+    folders = False
+    for member in islice(tar.members(), LOOKED_AT):
+        if _of_a_system(member.name):
+            continue
+        folders = folders or "/" in member.name
+        extension = posixpath.splitext(member.name)[1].lower()
+        if extension == ".cls":
+            return False
+        if extension == ".json" and any(name in _fields(tar.content(member)) for name in LABELS):
+            return False
+    return folders
+
+
+def _of_a_system(name: str) -> bool:
+    return any(map(left_by_a_system, name.split("/")))
+
+
+def _own(members: Iterable[Member], system: LeftOut, where: str = "") -> Iterator[Member]:
+    """Those that no system has left; the others are added to `system`."""
+    for member in members:
+        if _of_a_system(member.name):
+            system.add(where + member.name)
+        else:
+            yield member
+
+
+def _above_a_systems(path: str) -> str:
+    """The folders of a path, down to the first that a system has made: a/b/@eaDir/0.jpg -> a/b/"""
+    folders = path.split("/")[:-1]
+    return "".join(f"{name}/" for name in takewhile(lambda name: not left_by_a_system(name), folders))
+
+
+def expanded(pattern: str) -> list[Path]:
+    """train-{000000..000146}.tar -> those paths; empty if there is no such range in it."""
+    found = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", pattern)
+    if found is None:
+        return []
+    before, first, last, after = found.groups()
+    return [Path(f"{before}{n:0{len(first)}d}{after}") for n in range(int(first), int(last) + 1)]
+
+
+def of_imagenet(folder: Path, split: str | None) -> list[Path]:
+    """The tar of a split in a folder of ILSVRC2012's downloads; empty if this is no such folder."""
+    name = {None: "train", "validation": "val", "test": "val"}.get(split, split)
+    path = folder / f"ILSVRC2012_img_{name}.tar"
+    if not path.is_file() and split is None:
+        path = folder / "ILSVRC2012_img_val.tar"
+    return [path] if path.is_file() else []
+
+
+class Tar:
+    """A tar on disk (or within another one), read in place.
+
+    Attributes: folders, that have a header of their own; left_out, what can't be given: devices, links to
+    what isn't there. Both by name, as the last walk has met them.
+    """
+
+    def __init__(self, path: Path, files: OpenFiles, start: int = 0, end: int | None = None, name: str = ""):
+        self.path, self.files, self.name = path, files, name or str(path)
+        self.folders: list[str] = []
+        self.left_out: list[str] = []
+        self.start = start
+        try:
+            self.end = files.size(path) if end is None else end
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        self._files: dict[str, Member] = {}  # by name; these two are made where a link needs them
+        self._links: dict[str, str] = {}  # name -> path that it leads to
+
+    def read(self, size: int, offset: int) -> bytes:
+        return self.files.read(self.path, size, offset)
+
+    def content(self, member: Member) -> bytes:
+        return self.read(member.size, member.offset)
+
+    def members(self) -> Iterator[Member]:
+        """Its files, in order, "./" taken from their names; links within it are followed.
+
+        Raises InputError if it is no tar, damaged, or cut short.
+        """
+        self.left_out, self.folders = [], []
+        for kind, member, link in self.entries():
+            if kind in _REGULAR:
+                yield member
+            elif kind in (_HARD, _SYMBOLIC):
+                found = self._linked(kind, member.name, link)
+                yield from found
+                if not found:
+                    self.left_out.append(member.name)
+            elif kind == _FOLDER:
+                self.folders.append(member.name)
+            else:
+                self.left_out.append(member.name)
+
+    def _linked(self, kind: bytes, name: str, link: str) -> list[Member]:
+        """The files that a link stands for: one, or those of a linked folder; none if it leads nowhere."""
+        if not self._files:
+            for other, member, target in self.entries():
+                if other in _REGULAR:
+                    self._files[member.name] = member
+                elif other in (_HARD, _SYMBOLIC):
+                    self._links[member.name] = _target(other, member.name, target)
+        path = _target(kind, name, link)
+        for _ in range(40):  # as Linux allows
+            if path in self._files:
+                return [self._files[path]._replace(name=name)]
+            if path not in self._links:
+                break
+            path = self._links[path]
+        below = [member for other, member in self._files.items() if path and other.startswith(f"{path}/")]
+        return [member._replace(name=name + member.name[len(path) :]) for member in below]
+
+    def entries(self) -> Iterator[Entry]:
+        """Its headers, in order. Raises InputError as `members` does."""
+        at, long_name, long_link, long_size = self.start, "", "", -1
+        while True:
+            head = self.read(BLOCK, at) if at < self.end else b""
+            if len(head) < BLOCK:  # every tar ends with blocks of zeros; WebDataset's, too
+                raise InputError(
+                    f"{self.name}: cut short after {at - self.start:,} bytes, without a tar's end"
+                )
+            if not head.strip(b"\0"):
+                return
+            kind = head[156:157]
+            try:
+                if int(head[148:156].strip(b"\0 "), 8) != sum(head) - sum(head[148:156]) + 8 * ord(" "):
+                    raise ValueError
+                size = _number(head[124:136])
+                if kind not in (b"x", b"g", b"L", b"K") and long_size >= 0:
+                    size = long_size
+            except ValueError as error:
+                raise InputError(f"{self.name}: not a tar, or damaged at byte {at - self.start:,}") from error
+            if kind in (_HARD, _SYMBOLIC, _FOLDER, b"3", b"4", b"6"):
+                size = 0  # whatever it says
+            name = head[:100].split(b"\0")[0]
+            if head[257:263] == b"ustar\0" and head[345]:
+                name = head[345:500].split(b"\0")[0] + b"/" + name
+            at += BLOCK
+            if at + size > self.end:
+                missing = at + size - self.end
+                raise InputError(
+                    f"{self.name}: cut short, {missing:,} bytes of {os.fsdecode(name)} are missing"
+                )
+            if kind == b"L":
+                long_name = os.fsdecode(self.read(size, at).rstrip(b"\0"))
+            elif kind == b"K":
+                long_link = os.fsdecode(self.read(size, at).rstrip(b"\0"))
+            elif kind == b"x":
+                fields = self._pax(size, at)
+                long_name = fields.get(b"path", long_name)
+                long_link = fields.get(b"linkpath", long_link)
+                long_size = int(fields.get(b"size", long_size))
+            elif kind != b"g":
+                link = long_link or os.fsdecode(head[157:257].split(b"\0")[0])
+                yield Entry(kind, Member(_plain(long_name or os.fsdecode(name)), at, size), link)
+                long_name, long_link, long_size = "", "", -1
+            at += size + -size % BLOCK
+
+    def _pax(self, size: int, at: int) -> dict[bytes, str]:
+        try:
+            return _pax_fields(self.read(size, at))
+        except (ValueError, IndexError) as error:
+            raise InputError(f"{self.name}: damaged at byte {at - self.start:,}") from error
+
+    def inner(self, member: Member) -> Tar:
+        """A tar that is a member of this one."""
+        name = f"{self.name}: {member.name}"
+        return Tar(self.path, self.files, member.offset, member.offset + member.size, name)
+
+
+def _plain(name: str) -> str:
+    """./a//b -> a/b"""
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def _target(kind: bytes, name: str, link: str) -> str:
+    """The path in the tar that a link leads to; a symbolic one's is written from where it stands."""
+    if kind == _HARD:
+        return _plain(link)
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(name), link))
+    return "" if path.startswith(("/", "..")) else _plain(path)
+
+
+def _number(text: bytes) -> int:
+    if text[0] & 0x80:  # GNU's form for what eleven octal digits can't hold
+        return int.from_bytes(text[1:], "big")
+    return int(text.strip(b"\0 ") or b"0", 8)
+
+
+def _pax_fields(content: bytes) -> dict[bytes, str]:
+    fields = {}
+    while content:
+        length = int(content.split(b" ", 1)[0])
+        key, _, value = content[:length].split(b" ", 1)[1].partition(b"=")
+        fields[key] = os.fsdecode(value.removesuffix(b"\n"))
+        if length < 1:
+            raise ValueError("a record of no length")
+        content = content[length:]
+    return fields
+
+
+class Reader:
+    """Where each image lies, as compact as it can be for millions; called with an index, it reads one."""
+
+    def __init__(self, tars: list[Tar]):
+        self.tars = tars
+        self.which, self.offsets, self.sizes = array("H"), array("Q"), array("Q")
+
+    def add(self, which: int, member: Member) -> None:
+        self.which.append(which)
+        self.offsets.append(member.offset)
+        self.sizes.append(member.size)
+
+    def size_of(self, index: int) -> int:
+        return self.sizes[index]
+
+    def only(self, rows: Sequence[int]) -> Reader:
+        """Some of the images, in the order of `rows`."""
+        chosen = Reader(self.tars)
+        for row in rows:
+            chosen.which.append(self.which[row])
+            chosen.offsets.append(self.offsets[row])
+            chosen.sizes.append(self.sizes[row])
+        return chosen
+
+    def __call__(self, index: int) -> bytes:
+        size = self.sizes[index]
+        data = self.tars[self.which[index]].read(size, self.offsets[index])
+        if len(data) != size:
+            raise jpeg.DamagedImage("the tar ends within it")
+        return data
+
+
+class TarTree:
+    """The folders of tars for `layout_of`; what systems leave behind must not be added."""
+
+    def __init__(self, names: Callable[[], Iterable[str]]):
+        """`names`: the paths of all files, for the few folders whose files are asked for."""
+        self._names = names
+        self._folders: dict[str, set[str]] = {"": set()}
+        self._with_images: set[str] = set()
+
+    def add_folder(self, path: str) -> None:
+        """With its parents; `path` ends with a slash."""
+        if path in self._folders:
+            return
+        self._folders[path] = set()
+        above, name = _parted(path[:-1])
+        self.add_folder(above)
+        self._folders[above].add(name)
+
+    def add_file(self, path: str) -> None:
+        folder, name = _parted(path)
+        self.add_folder(folder)
+        if has_image_name(name):
+            self._with_images.add(folder)
+
+    def folders(self, at: str) -> list[str]:
+        return sorted(self._folders.get(at, ()))
+
+    def files(self, at: str) -> list[str]:
+        return sorted({name for folder, name in map(_parted, self._names()) if folder == at})
+
+    def has_images(self, at: str) -> bool:
+        return at in self._with_images
+
+
+def _parted(path: str) -> tuple[str, str]:
+    """a/b/c -> (a/b/, c)"""
+    folder, slash, name = path.rpartition("/")
+    return folder + slash, name
+
+
+def _tar_of_tars(source: str, tars: list[Tar], split: str) -> Dataset:
+    """ILSVRC2012_img_train.tar: nXXXXXXXX.tar, in each of them nXXXXXXXX_NUMBER.JPEG. By class, then name."""
+    classes, found = [], []
+    system, others = by_a_system(), LeftOut("no tars")
+    for which, tar in enumerate(tars):
+        for member in _own(tar.members(), system):
+            if member.name.endswith(".tar"):
+                classes.append(Path(member.name).stem)
+                inner = sorted(tar.inner(member).members())
+                found.append((classes[-1], which, list(_own(inner, system, f"{member.name}:"))))
+            else:
+                others.add(member.name)
+    found.sort(key=lambda each: each[0])
+    reader, names, counts = Reader(tars), Names(), []
+    for name, which, members in found:
+        counts.append(len(members))
+        for member in members:
+            names.append(f"{name}/{member.name}")
+            reader.add(which, member)
+    labels = np.repeat(np.arange(len(found)), counts)
+    opened = labelled(source, names, labels, sorted(classes), reader, split)
+    return replace(opened, notes=system.notes() + others.notes())
+
+
+def _validation(source: str, tar: Tar, devkit: Path | None) -> Dataset:
+    """ILSVRC2012_img_val.tar: flat; the devkit's ground truth says the class of each image by its number."""
+    system = by_a_system()
+    members = sorted(_own(tar.members(), system), key=lambda member: Path(member.name).name)
+    classes, truth = imagenet.ground_truth(tar.path, devkit)
+    reader, names, labels = Reader([tar]), Names(), []
+    for member in members:
+        number = imagenet.validation_number(member.name)
+        if not 1 <= number <= len(truth):
+            raise InputError(
+                f"{tar.name}: {member.name} is not among the {len(truth):,} images of the ground truth"
+            )
+        reader.add(0, member)
+        names.append(Path(member.name).name)
+        labels.append(truth[number - 1])
+    opened = labelled(source, names, np.array(labels, np.int64), classes, reader, "validation")
+    return replace(opened, notes=system.notes())
+
+
+def _class_folders(source: str, tars: list[Tar], asked: str | None, named: str | None) -> Dataset:
+    """CLASS/IMAGE.jpg in one or several tars, see `layout`; as if they had been unpacked."""
+    found: dict[tuple[str, int], Member] = {}
+    tree = TarTree(lambda: (name for name, _ in found))
+    system, again = by_a_system(), LeftOut("replaced by a later file of that name")
+    for which, tar in enumerate(tars):
+        for member in tar.members():
+            if _of_a_system(member.name):
+                system.add(member.name)
+                tree.add_folder(_above_a_systems(member.name))
+                continue
+            if (member.name, which) in found:
+                again.add(member.name)
+            found[member.name, which] = member
+            tree.add_file(member.name)
+        for folder in tar.folders:
+            tree.add_folder(_above_a_systems(f"{folder}/" if folder else ""))
+    layout = layout_of(tree, source, asked, named)
+    number = {name: i for i, name in enumerate(layout.classes)}
+    chosen = []
+    for (name, which), member in found.items():
+        label, slash, rest = name.removeprefix(layout.base).partition("/")
+        if name.startswith(layout.base) and slash and label in number:
+            chosen.append((number[label], rest.split("/"), which, member))
+    if not chosen:
+        raise InputError(f"{source}: no image lies in a class folder ({layout.base}CLASS/1.jpg)")
+    chosen.sort(key=lambda each: each[:3])
+    reader, names = Reader(tars), Names()
+    for class_number, parts, which, member in chosen:
+        reader.add(which, member)
+        names.append("/".join([layout.classes[class_number], *parts]))
+    labels = np.array([label for label, *_ in chosen], np.int64)
+    opened = labelled(source, names, labels, layout.classes, reader, layout.split)
+    counts = np.bincount(labels, minlength=len(number)).tolist()
+    return as_laid_out(opened, layout, counts, system.notes() + again.notes(), source)
+
+
+# ------------------------------------------------------------------- WebDataset
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image with what says its class."""
+
+    image: Member
+    answers: dict[str, Member]  # "cls", "json", where it has them
+
+
+def samples_of(group: Sequence[Member], tar: Tar) -> tuple[list[Sample], list[Member]]:
+    """The samples among members whose names are the same up to the first dot, and the members of no sample.
+
+    That is one sample by WebDataset's rule (`7.jpg`, `7.cls`, or `7.input.jpg`, `7.cls`). Where a name has
+    dots of its own (`img.0001.jpg`, `img.0001.cls`) each of them that has an answer is one.
+    """
+    by_stem: dict[str, dict[str, Member]] = {}
+    images: list[Member] = []
+    for member in {each.name: each for each in group}.values():
+        stem, extension = posixpath.splitext(member.name)
+        extension = extension[1:].lower()
+        if _is_image(tar, member, extension):
+            images.append(member)
+            by_stem.setdefault(stem, {}).setdefault("image", member)
+        elif extension in ANSWERS:
+            by_stem.setdefault(stem, {})[extension] = member
+    whole = [found for found in by_stem.values() if "image" in found and len(found) > 1]
+    if whole:
+        samples = [Sample(f["image"], {e: m for e, m in f.items() if e in ANSWERS}) for f in whole]
+    elif images:
+        shared = {e: m for found in by_stem.values() for e, m in found.items() if e in ANSWERS}
+        samples = [Sample(images[0], shared)]
+    else:
+        samples = []
+    used = {member.name for sample in samples for member in (sample.image, *sample.answers.values())}
+    return samples, [member for member in group if member.name not in used]
+
+
+def _is_image(tar: Tar, member: Member, extension: str) -> bool:
+    if f".{extension}" in EXTENSIONS:
+        return True
+    return extension not in ANSWERS and is_image(tar.read(min(HEAD, member.size), member.offset))
+
+
+def _webdataset(source: str, tars: list[Tar], asked: str | None, named: str | None) -> Dataset:
+    """KEY.jpg with KEY.cls, or KEY.json with "label" (and numbers as regression targets), side by side."""
+    reader, paths, labels, targets = Reader(tars), Names(), [], []
+    tree = TarTree(lambda: paths)
+    system, others = by_a_system(), LeftOut("neither images with a class, nor classes of images")
+    for which, tar in enumerate(tars):
+        for group in _groups(tar, system, tree):
+            samples, left = samples_of(group, tar)
+            others.add(*(member.name for member in left))
+            for sample in samples:
+                label, values = _label_of(tar, sample)
+                reader.add(which, sample.image)
+                paths.append(sample.image.name)
+                labels.append(label)
+                targets.append(values)
+        for folder in tar.folders:
+            tree.add_folder(_above_a_systems(f"{folder}/" if folder else ""))
+    if not paths:
+        raise InputError(f"{source}: no image in these tars")
+    layout = layout_of(tree, source, asked, named)
+    rows: Sequence[int] = range(len(labels))
+    if layout.has_splits:
+        rows = [row for row in rows if paths[row].startswith(layout.base)]
+        reader = reader.only(rows)
+    names = Names(f"{tars[w].path.name}:{paths[row]}" for w, row in zip(reader.which, rows))
+    columns = list(targets[rows[0]]) if rows else []
+    for name, row in zip(names, rows):
+        if list(targets[row]) != columns:
+            raise InputError(
+                f"{source}: {name} has the targets {list(targets[row])}, those before it {columns}"
+            )
+    classes = imagenet.class_names(tars[0].path.parent / "manifest.json")
+    numbers = np.array([labels[row] for row in rows], np.int64)
+    opened = labelled(source, names, numbers, classes, reader, layout.split)
+    return replace(
+        opened,
+        targets={c: np.array([targets[row][c] for row in rows], np.float64) for c in columns},
+        notes=[*(layout.notes if layout.has_splits else []), *others.notes(), *system.notes()],
+    )
+
+
+def _groups(tar: Tar, system: LeftOut, tree: TarTree) -> Iterator[list[Member]]:
+    """Members that stand beside each other, with names that are the same up to the file name's first dot."""
+    key, members = "", list[Member]()
+    for member in tar.members():
+        if _of_a_system(member.name):
+            system.add(member.name)
+            tree.add_folder(_above_a_systems(member.name))
+            continue
+        tree.add_file(member.name)
+        stem, _ = _stem(member.name)
+        if stem != key and members:
+            yield members
+            members = []
+        key = stem
+        members.append(member)
+    if members:
+        yield members
+
+
+def _label_of(tar: Tar, sample: Sample) -> tuple[int, dict[str, float]]:
+    values: dict[str, float] = {}
+    label: object = None
+    key = _stem(sample.image.name)[0]
+    try:
+        if "json" in sample.answers:
+            fields = _fields(tar.content(sample.answers["json"]))
+            label = next((fields[name] for name in LABELS if name in fields), None)
+            numbers = {name: value for name, value in fields.items() if type(value) in (int, float)}
+            values = {name: float(v) for name, v in numbers.items() if name not in LABELS}
+        if "cls" in sample.answers:
+            label = int(tar.content(sample.answers["cls"]))
+        if label is None and values:
+            label = 0
+        if type(label) is not int:
+            raise ValueError("no class number")
+        if not -(2**63) <= label < 2**63:
+            raise ValueError(f"{str(label)[:20]} ... is no class number")
+    except (ValueError, OverflowError) as error:
+        raise InputError(
+            f"{tar.name}: {key} has no .cls, and no .json with an integer 'label' ({error})"
+        ) from error
+    return label, values
+
+
+def _fields(content: bytes) -> dict[str, Any]:
+    """What a .json holds; nothing, if it holds no object."""
+    try:
+        fields = json.loads(content)
+    except ValueError:
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _stem(name: str) -> tuple[str, str]:
+    """a/b.c.jpg -> (a/b, .c.jpg), in lower case: WebDataset's rule."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, extension = file.partition(".")
+    return folder + slash + stem, (dot + extension).lower()

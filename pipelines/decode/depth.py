@@ -1,0 +1,153 @@
+"""Images of more than 8 bits a sample: which of their values is black, and which is white.
+
+The file says so: TIFF by SMinSampleValue and SMaxSampleValue or by a BitsPerSample below 16, PNG by its sBIT
+chunk, PPM and JPEG 2000 by their headers. Where it doesn't, one white level holds for the whole set. Else 16
+bits are taken to reach up to 65,535, unless the image would come out nearly black: that one is refused, as is
+what has no known range at all. No image is brightened by what is in it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipelines.formats.jpeg import DamagedImage
+
+FULL = 65_535
+DARK = 16_384  # 16-bit values all below it use neither of the two upper bits: 14 bits or fewer, most likely
+_BITS_PER_SAMPLE, _SMIN, _SMAX = 258, 340, 341  # TIFF tags
+_ALPHA = {4: 1, 6: 1}  # PNG colour types with an alpha channel
+_UPPER_BITS = ("L", "LA", "RGB", "RGBA")  # modes in which Pillow keeps 8 of 16 bits
+_SCALED_BY_PILLOW = ("PPM", "JPEG2000")  # to 16 bits, from what their headers say
+
+
+def is_deep(image: Image.Image, data: bytes) -> bool:
+    """Whether an image, opened by Pillow from `data`, has samples of more than 8 bits."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return True
+    return image.mode in _UPPER_BITS and (_deep_png(image, data) or _deep_tiff(image))
+
+
+def to_8_bits(image: Image.Image, data: bytes, white_level: int | None = None) -> np.ndarray:
+    """Samples 0 to 255, uint8 [H, W] or [H, W, 3], of an image that `is_deep`.
+
+    `white_level`: the value that is white, 0 being black, in images that don't say it. Raises DamagedImage if
+    that isn't known, or if the image has values beyond it.
+    """
+    range_ = _stated(image, data) or (None if white_level is None else (0, white_level))
+    if image.mode in _UPPER_BITS:
+        upper = np.asarray(image)[..., : 1 if image.mode in ("L", "LA") else 3]
+        if range_ == (0, FULL) or (range_ is None and upper.max() >= DARK >> 8):
+            return upper if upper.shape[2] == 3 else upper[..., 0]
+        if range_ is None:
+            raise _unknown(f"16-bit values end below {DARK:,}", FULL >> 4)
+        if not _deep_png(image, data):
+            raise DamagedImage(
+                "16-bit colours can only be read with a white level of 65535; save it as PNG, or with 8 bits"
+            )
+    values = _png_samples(data) if _deep_png(image, data) else np.asarray(image)
+    if range_ is None:
+        range_ = _assumed(image, data, values)
+    black, white = range_
+    lowest, highest = values.min(), values.max()
+    if not (black <= lowest and highest <= white):
+        said = f"{lowest:,} to {highest:,}, beyond {black:,} to {white:,}"
+        raise DamagedImage(f"its values reach from {said}, the range that it or --white-level states")
+    if values.dtype.kind == "f":
+        return np.rint((values - black) * (255 / (white - black))).astype(np.uint8)
+    span = int(white) - int(black)
+    return ((255 * (values.astype(np.int64) - int(black)) + span // 2) // span).astype(np.uint8)
+
+
+def _assumed(image: Image.Image, data: bytes, values: np.ndarray) -> tuple[float, float]:
+    """The range of an image for which neither its file nor the user says any."""
+    if image.mode == "F":
+        raise DamagedImage("floating-point pixels have no known range; save it with 8 or 16 bits")
+    highest = int(values.max())
+    if not (image.mode.startswith("I;16") or _deep_png(image, data)):
+        raise _unknown(f"32-bit integers (here up to {highest:,}) have no known range", highest)
+    if 0 < highest < DARK:
+        raise _unknown(f"16-bit values end at {highest:,}", highest)
+    return 0, FULL
+
+
+def _unknown(what: str, highest: int) -> DamagedImage:
+    likely = max(255, 2 ** int(highest).bit_length() - 1)
+    other = FULL if likely < FULL else 2**32 - 1
+    return DamagedImage(
+        f"{what}, and the file doesn't say which value is white: convert the set with --white-level {likely} "
+        f"or {other} (if it really is that dark), or save it with 8 bits"
+    )
+
+
+def _stated(image: Image.Image, data: bytes) -> tuple[float, float] | None:
+    """(black, white) as the file has them; None if it doesn't say."""
+    if image.format in _SCALED_BY_PILLOW:
+        return 0, FULL
+    if _deep_png(image, data):
+        return _png_range(data)
+    if image.format != "TIFF":
+        return None
+    tags: Any = image.tag_v2  # type: ignore[attr-defined]
+    if _SMAX in tags:
+        black, white = (np.ravel(tags.get(tag, 0))[0].item() for tag in (_SMIN, _SMAX))
+        if black < white:
+            return black, white
+    bits = np.ravel(tags.get(_BITS_PER_SAMPLE, 1)).max()
+    return (0, 2 ** int(bits) - 1) if 8 < bits < 16 else None
+
+
+# ------------------------------------------------------------------------- PNG
+
+
+def _deep_png(image: Image.Image, data: bytes) -> bool:
+    return image.format == "PNG" and data[24:25] == b"\x10"  # IHDR, which comes first: its bit depth
+
+
+def _deep_tiff(image: Image.Image) -> bool:
+    if image.format != "TIFF":
+        return False
+    tags: Any = image.tag_v2  # type: ignore[attr-defined]
+    return bool(np.ravel(tags.get(_BITS_PER_SAMPLE, 1)).max() > 8)
+
+
+def _png_range(data: bytes) -> tuple[int, int] | None:
+    """What the chunk sBIT says. A writer that keeps to the standard has moved so many bits to the top of the
+    16, and filled the rest with zeros or with the upper bits again; many leave them at the bottom."""
+    bits = _significant_bits(data)
+    if bits is None:
+        return None
+    if bits < 16:
+        values = _png_samples(data).astype(np.int64)
+        below = (1 << (16 - bits)) - 1  # the bits under the significant ones, in a file by the standard
+        low = values & below
+        if values.max() < 1 << bits and ((low != 0) & (low != (values >> bits) & below)).any():
+            return 0, (1 << bits) - 1
+    return 0, FULL
+
+
+def _significant_bits(data: bytes) -> int | None:
+    """The most bits of a colour in a PNG's sBIT chunk; None where it has none."""
+    at = 8
+    while at + 8 <= len(data):
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        if kind == b"sBIT" and length:
+            colours = data[at + 8 : at + 8 + length]
+            bits = max(colours[: length - _ALPHA.get(data[25], 0)], default=0)
+            return bits if 1 <= bits <= 16 else None
+        if kind == b"IDAT":
+            return None
+        at += 12 + length
+    return None
+
+
+def _png_samples(data: bytes) -> np.ndarray:
+    """uint16 [H, W] or [H, W, 3]: all 16 bits, which Pillow gives of grey images alone; without alpha."""
+    import torch  # some seconds to load, and few files need it
+    from torchvision.io import ImageReadMode, decode_png
+
+    read = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+    samples = read.permute(1, 2, 0).numpy()
+    return samples[..., 0] if data[25] in (0, 4) else samples[..., :3]

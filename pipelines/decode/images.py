@@ -1,0 +1,195 @@
+"""Crops from plain image files: no conversion, no FFCV and no DALI; libjpeg-turbo where it is installed.
+
+Any source of `pipelines.datasets.opening` will do (class folders, tars, parquet), and so will a folder of
+loose images, which have no labels. JPEGs take the same compiled way as those of a .beton, and give the same
+pixels; what libjpeg-turbo can't read (PNG, CMYK, turned by EXIF) goes through Pillow. Each original is
+decoded in full, so this is slower than a .beton of smaller images: about the ratio of their pixels.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.datasets.dataset import Dataset
+from pipelines.datasets.folders import FolderTree, list_images, read_regular
+from pipelines.datasets.opening import open_dataset as open_images
+from pipelines.datasets.shards import open_shards
+from pipelines.decode import turbo
+from pipelines.decode.pixels import as_rgb, decode_other, upright
+from pipelines.decode.reader import IN_CACHE, DamagedSample
+from pipelines.errors import InputError, first_line
+from pipelines.formats import jpeg
+from pipelines.formats.beton import JPEG
+
+RECENT = 64 << 20  # bytes that a thread keeps between asking for sizes and for crops
+PAGE = 64  # files in a block of the quasi-random order: files of a folder are often stored together
+
+
+class ImageReader:
+    """Image files as a source of crops.
+
+    Attributes:
+        labels: int64 [N], all 0 for loose images. targets: float64 [N] each, by name. names: of the files.
+        pages: int64 [N]. classes: their names, by label. notes: what the user should know: what is left out.
+    """
+
+    chunk = IN_CACHE
+
+    def __init__(self, path: str | Path, split: str | None = None, labelled: bool = True):
+        """List the images; raises InputError if there are none. Files are read when they are asked for.
+
+        `labelled`: False takes every image below a folder, under its path there, whatever its folders mean.
+        """
+        self.path = Path(path)
+        opened = _labelled(self.path, split) if labelled else _images_below(self.path)
+        self.names, self.labels = opened.names, opened.labels
+        self.classes: list[str] | None = list(opened.classes)
+        self.targets, self.notes = opened.targets, opened.notes
+        self.pages = np.arange(len(self.labels)) // PAGE
+        self._read, self._recent = opened.read, _Recent()
+        self._heights = np.zeros(len(self.labels), np.int64)  # 0: not looked at yet
+        self._widths = np.zeros(len(self.labels), np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """True heights and widths (upright), int64 [B] each; headers are read once. Raises DamagedSample."""
+        self._recent.forget()
+        for row in np.flatnonzero(self._heights[indices] == 0):
+            index = int(indices[row])
+            data = self.stored(int(row), index)
+            try:
+                height, width, data = _size(data)
+            except Exception as error:  # whatever a decoder raises is about this image alone
+                raise self._damaged(int(row), index, error) from error
+            self._widths[index] = width
+            self._heights[index] = height  # last: another thread may look
+            self._recent.keep(index, data)
+        return self._heights[indices], self._widths[indices]
+
+    def crops(
+        self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: np.ndarray | None = None
+    ) -> None:
+        """See `pipelines.decode.Reader`. Holds the GIL to open files, not to decode them."""
+        flips = np.zeros(boxes.shape[:2], bool) if flips is None else flips
+        for row, index in enumerate(indices.tolist()):
+            data = self._recent.images.pop(index, None)
+            data = self.stored(row, index) if data is None else data
+            try:
+                fits = _crop(data, boxes[row], flips[row], out[row])
+            except Exception as error:
+                raise self._damaged(row, index, error) from error
+            if not fits:
+                raise ValueError(f"boxes {boxes[row].tolist()} do not lie within {self.names[index]}")
+
+    def stored(self, row: int, index: int) -> bytes | np.ndarray:
+        """See `pipelines.decode.Reader`."""
+        try:
+            return self._read(index)
+        except InputError:  # about the set, not the image
+            raise
+        except Exception as error:
+            raise self._damaged(row, index, error) from error
+
+    def _damaged(self, row: int, index: int, error: Exception) -> DamagedSample:
+        name, reason = self.names[index], getattr(error, "strerror", None) or first_line(error)
+        return DamagedSample(row, index, f"{self.path}: sample {index}, {name}, can't be decoded ({reason})")
+
+
+class _Recent(threading.local):
+    """What a thread has read to know images' sizes: it asks for their crops next."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self.images: dict[int, bytes | np.ndarray] = {}
+        self.room = RECENT
+
+    def keep(self, index: int, image: bytes | np.ndarray) -> None:
+        size = len(image) if isinstance(image, bytes) else image.nbytes
+        if size <= self.room:
+            self.images[index] = image
+            self.room -= size
+
+
+def _labelled(path: Path, split: str | None) -> Dataset:
+    """Images with their classes; or those of a folder without class folders, all of label 0."""
+    if (shards := open_shards(path, split)) is not None:
+        return shards
+    if path.is_dir() and not FolderTree(path).folders(""):
+        try:
+            return _images_below(path)
+        except InputError:
+            pass
+    return open_images(str(path), split)
+
+
+def _images_below(folder: Path) -> Dataset:
+    """Every image below a folder, in the order of their paths. Raises InputError if there is none."""
+    paths, notes = list_images(folder)
+    names = [str(path.relative_to(folder)) for path in paths]
+    labels = np.zeros(len(paths), np.int64)
+
+    def read(index: int) -> bytes:
+        return read_regular(str(paths[index]))
+
+    return Dataset(names, labels, [folder.name], read, None, notes=notes)
+
+
+def _header(data: bytes) -> jpeg.JpegHeader:
+    """A header that may be believed. Raises DamagedImage."""
+    header = jpeg.read_header(data)
+    if min(header.height, header.width) < 1:  # a file of tables alone has a header, too
+        raise jpeg.DamagedImage("no image in it")
+    if header.height * header.width > turbo.PIXELS_PER_BYTE * len(data):
+        raise jpeg.DamagedImage(f"{len(data)} bytes are too few for {header.width} x {header.height} pixels")
+    return header
+
+
+def _size(data: bytes | np.ndarray) -> tuple[int, int, bytes | np.ndarray]:
+    """Height and width, upright, of an image; and this as it is, or its pixels if it had to be decoded."""
+    if isinstance(data, bytes) and not jpeg.is_jpeg(data):
+        data = _other(data)
+    if isinstance(data, np.ndarray):
+        return data.shape[0], data.shape[1], data
+    header = _header(data)
+    turned = header.orientation >= 5
+    height, width = (header.width, header.height) if turned else (header.height, header.width)
+    return height, width, data
+
+
+def _crop(data: bytes | np.ndarray, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray) -> bool:
+    """All views of one image; False if a box isn't within it. Raises DamagedImage."""
+    if isinstance(data, np.ndarray):
+        pixels = as_rgb(data)
+    elif not jpeg.is_jpeg(data):
+        pixels = _other(data)
+    else:
+        header = _header(data)
+        if turbo.AVAILABLE and header.is_rgb_or_grey and header.orientation == 1:
+            return _crop_jpeg(data, header, boxes, flips, out)
+        pixels = upright(jpeg.decode(data, header), header.orientation)
+    return turbo.crop_pixels(np.ascontiguousarray(pixels), boxes, flips, out)
+
+
+def _crop_jpeg(
+    data: bytes, header: jpeg.JpegHeader, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray
+) -> bool:
+    size = np.array([header.height]), np.array([header.width])
+    _, status = turbo.crop_stored(
+        np.frombuffer(data, np.uint8), np.zeros(1, np.int64), np.array([len(data)]),
+        np.full(1, JPEG, np.uint8), *size, boxes[None], flips[None], out[None],
+    )  # fmt: skip
+    if status in (turbo.DAMAGED, turbo.WRONG_SIZE):
+        jpeg.decode(data, header)  # says why
+        raise jpeg.DamagedImage("damaged")
+    return status == turbo.DECODED
+
+
+def _other(data: bytes) -> np.ndarray:
+    return upright(*decode_other(data))

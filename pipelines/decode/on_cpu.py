@@ -1,0 +1,28 @@
+"""The source that decodes here what lies at a path: a beton, or images as they are."""
+
+from pathlib import Path
+
+from pipelines.decode.reader import Reader
+from pipelines.errors import InputError
+
+
+def open_files(path: str | Path, kind: str = "auto") -> Reader:
+    """`kind`: beton for a .beton, folder for images as they are, auto for either. Raises InputError."""
+    if kind == "auto":
+        kind = "folder" if _holds_images(Path(path)) else "beton"
+    if kind == "folder":
+        if Path(path).suffix == ".beton":
+            raise InputError(f"{path}: a .beton is what --source beton reads, or auto")
+        from pipelines.decode.images import ImageReader
+
+        return ImageReader(path)
+    from pipelines.decode.beton import BetonReader  # here: numba takes a second to load
+
+    return BetonReader(path)
+
+
+def _holds_images(path: Path) -> bool:
+    """Whether these are images as they are: a folder, tars, a table of them, or torchvision:NAME."""
+    if path.is_dir() or path.suffix == ".beton":
+        return path.is_dir()
+    return path.suffix in (".tar", ".parquet", ".csv", ".jsonl") or bool({"{", ":"} & {*str(path)})

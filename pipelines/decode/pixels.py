@@ -1,0 +1,67 @@
+"""Pixels of image files: RGB, 8 bits, turned upright."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.datasets.folders import read_regular
+from pipelines.decode import depth
+from pipelines.errors import InputError, first_line
+from pipelines.formats import jpeg
+
+
+def decode_rgb(image: bytes | str | Path, name: str | None = None) -> np.ndarray:
+    """RGB pixels of an image file (a path, or its bytes), uint8 [H, W, 3], turned upright as EXIF says.
+
+    Raises InputError, naming the file (or `name`), if it can't be read or is damaged.
+    """
+    name = name or (f"image of {len(image)} bytes" if isinstance(image, bytes) else str(image))
+    try:
+        data = image if isinstance(image, bytes) else read_regular(os.fspath(image))
+        if jpeg.is_jpeg(data):
+            header = jpeg.read_header(data)
+            return upright(jpeg.decode(data, header), header.orientation)
+        return upright(*decode_other(data))
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read ({error.strerror})") from error
+    except Exception as error:  # whatever a decoder raises is about this image alone
+        raise InputError(f"{name}: no image, or damaged ({first_line(error)})") from error
+
+
+def decode_other(data: bytes, white_level: int | None = None) -> tuple[np.ndarray, int]:
+    """PNG, WebP, GIF (its first frame) and what else Pillow reads: uint8 [H, W, 3] and EXIF's orientation.
+
+    Transparency is dropped and 16 bits become 8; `white_level`: see `depth`. Raises jpeg.DamagedImage.
+    """
+    try:
+        image = jpeg.open_with_pillow(data)
+        if depth.is_deep(image, data):
+            pixels = as_rgb(depth.to_8_bits(image, data, white_level))
+        else:
+            pixels = np.asarray(image.convert("RGB"))
+        return pixels, jpeg.orientation_of(image)
+    except jpeg.DamagedImage:
+        raise
+    except Exception as error:  # whatever a decoder raises is about this image alone
+        raise jpeg.DamagedImage(first_line(error)) from error
+
+
+def as_rgb(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [H, W], [H, W, 1] or [H, W, 3] -> [H, W, 3]."""
+    if pixels.ndim == 3 and pixels.shape[2] == 3:
+        return pixels
+    return np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, axis=2)
+
+
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an EXIF orientation (1 to 8) of pixels [H, W, 3]."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)

@@ -1,0 +1,129 @@
+"""libjpeg-turbo for compiled code: one decompressor a call, so that no error outlives its image.
+
+FFCV's own decoder (`imdecode` in libffcv) calls the same library and is left alone for two reasons: it keeps
+its decompressors for ever, though one that has failed in a header (libjpeg-turbo 2.1) misreads the next good
+file; and it doesn't compare the JPEG's size with the one it was told, so that a wrong entry gives garbage.
+"""
+
+import llvmlite.binding
+import numpy as np
+from numba import types
+
+from pipelines.decode.resize import resize_crop
+from pipelines.formats import turbojpeg
+from pipelines.formats.beton import JPEG
+from pipelines.formats.turbojpeg import RGB, STOP_AT_500_SCANS
+from pipelines.kernels.compiled import compiled
+
+AVAILABLE = turbojpeg.FOUND is not None
+if turbojpeg.FOUND is not None:  # compiled code finds symbols by name, not address, so that it can be cached
+    llvmlite.binding.load_library_permanently(turbojpeg.FOUND[1])
+
+_handle = types.uintp
+_init = types.ExternalFunction("tjInitDecompress", _handle())
+_destroy = types.ExternalFunction("tjDestroy", types.int32(_handle))
+_read_header = types.ExternalFunction(
+    "tjDecompressHeader3",
+    types.int32(
+        _handle, types.voidptr, types.ulong,  # the JPEG's bytes and their count
+        types.voidptr, types.voidptr, types.voidptr, types.voidptr,  # out: width, height, sampling, colours
+    ),
+)  # fmt: skip
+_decompress = types.ExternalFunction(
+    "tjDecompress2",
+    types.int32(
+        _handle, types.voidptr, types.ulong,
+        types.voidptr, types.int32, types.int32, types.int32,  # out: pixels; width, bytes a line, height
+        types.int32, types.int32,  # pixel format, flags
+    ),
+)  # fmt: skip
+
+DECODED, WRONG_SIZE, DAMAGED, WRONG_BOX, TOO_SHORT = 0, 1, 2, 3, 4
+# A JPEG holds at most some 340 pixels a byte (a bit for each block of one colour): a header that promises
+# gigabytes for a few kilobytes is damaged, and isn't believed.
+PIXELS_PER_BYTE = 1024
+
+
+def crop_stored(data, offsets, sizes, modes, heights, widths, boxes, flips, out):
+    """Decode each sample once and crop all its views; stops at the first that can't be decoded.
+
+    Args:
+        data: uint8 [n], in which sample i lies at offsets[i] with sizes[i] bytes (int64 [B]).
+        modes: uint8 [B], JPEG or not. heights, widths: int64 [B], in pixels.
+        boxes: int32 [B, V, 4]. flips: bool [B, V].
+        out: uint8 [B, V, R, R, 3], filled.
+
+    Returns:
+        (row, why) of the sample that failed, or (B, DECODED).
+    """
+    handle = _begin()
+    try:
+        return _crop_stored(handle, data, offsets, sizes, modes, heights, widths, boxes, flips, out)
+    finally:  # an entry that lies about its size, or no memory for it, raises; numba itself can't `finally`
+        _end(handle)
+
+
+@compiled()
+def _begin():
+    return _init()
+
+
+@compiled()
+def _end(handle):
+    _destroy(handle)
+
+
+@compiled()
+def _crop_stored(handle, data, offsets, sizes, modes, heights, widths, boxes, flips, out):
+    numbers = np.empty(4, np.int32)
+    pixels = np.empty(0, np.uint8)
+    status = DECODED
+    for row in range(len(offsets)):
+        height, width = heights[row], widths[row]
+        stored = data[offsets[row] : offsets[row] + sizes[row]]
+        if modes[row] == JPEG:
+            status, pixels = _decode(handle, stored, height, width, numbers, pixels)
+            if status != DECODED:
+                break
+            image = pixels[: height * width * 3].reshape(height, width, 3)
+        else:
+            image = stored[: height * width * 3].reshape(height, width, 3)
+        if not crop_pixels(image, boxes[row], flips[row], out[row]):
+            status = WRONG_BOX
+            break
+    return row if status != DECODED else len(offsets), status
+
+
+@compiled()
+def crop_pixels(image, boxes, flips, out):
+    """All views of one image uint8 [H, W, 3]; False if a box lies outside, unseen by the rest."""
+    for view in range(len(boxes)):
+        top, left, height, width = boxes[view]
+        inside = top + height <= image.shape[0] and left + width <= image.shape[1]
+        if min(top, left) < 0 or min(height, width) < 1 or not inside:
+            return False
+        resize_crop(image, boxes[view], out[view], flips[view])
+    return True
+
+
+@compiled()
+def _decode(handle, stored, height, width, numbers, pixels):
+    """Decode a JPEG of a known size into `pixels`, which may be replaced by a larger buffer."""
+    numbers[:] = 0
+    if _read_header(
+        handle, stored.ctypes, np.uint64(len(stored)),
+        numbers[0:].ctypes, numbers[1:].ctypes, numbers[2:].ctypes, numbers[3:].ctypes,
+    ):  # fmt: skip
+        return DAMAGED, pixels
+    if numbers[0] != width or numbers[1] != height:
+        return WRONG_SIZE, pixels
+    if height * width > PIXELS_PER_BYTE * len(stored):
+        return TOO_SHORT, pixels
+    if len(pixels) < height * width * 3:  # only now: a damaged entry may speak of gigabytes
+        pixels = np.empty(height * width * 3, np.uint8)
+    failed = _decompress(
+        handle, stored.ctypes, np.uint64(len(stored)),
+        pixels.ctypes, np.int32(width), np.int32(width * 3), np.int32(height),
+        np.int32(RGB), np.int32(STOP_AT_500_SCANS),
+    )  # fmt: skip
+    return DAMAGED if failed else DECODED, pixels

@@ -1,0 +1,132 @@
+"""libturbojpeg: where it is and what it is called with, for Python (`formats.jpeg`) and for compiled code
+(`sources.turbo`, which finds its functions by their names).
+
+Looked for in this order; the first that loads is taken:
+
+    $LVSSL_TURBOJPEG     a file, or the folder that holds it; if this is set, nowhere else
+    sys.prefix/lib       where `make install` puts it
+    $CONDA_PREFIX/lib
+    lib/                 beside this package, where an offline bundle may put it
+    the system           by its usual names, then as the linker's cache or a compiler finds it
+
+Without it Pillow decodes, which bundles the same code: the same pixels of a whole file, but it holds Python's
+lock in between, and it doesn't report damage that a decoder can paint over.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+import sys
+from collections.abc import Iterator
+from ctypes import POINTER, c_char_p, c_int, c_ulong, c_void_p
+from pathlib import Path
+
+VARIABLE = "LVSSL_TURBOJPEG"
+NAMES = ("libturbojpeg.so.0", "libturbojpeg.0.dylib", "libturbojpeg.so", "libturbojpeg.dylib")
+NEEDED = (
+    *("tjInitDecompress", "tjDestroy", "tjGetErrorStr2", "tjDecompressHeader3", "tjDecompress2"),
+    *("tjInitCompress", "tjBufSize", "tjCompress2"),
+)
+
+COLOURS = ("RGB", "YCbCr", "grey", "CMYK", "YCCK")  # TJCS_*, from 0
+RGB, GREY = 0, 6  # TJPF_*
+SUBSAMPLING_420 = 2  # TJSAMP_420
+NO_REALLOCATION, ACCURATE_DCT = 1024, 4096  # TJFLAG_*; the fast DCT is less exact
+STOP_AT_500_SCANS = 32768  # TJFLAG_LIMITSCANS: a progressive JPEG of some kilobytes could decode for minutes
+
+
+def candidates() -> Iterator[str]:
+    """Files and names to load, in order."""
+    chosen = os.environ.get(VARIABLE)
+    if chosen:
+        yield from _within(Path(chosen)) if os.path.isdir(chosen) else [chosen]
+        return
+    prefixes = [sys.prefix, os.environ.get("CONDA_PREFIX"), Path(__file__).parents[2]]
+    for prefix in prefixes:
+        if prefix:
+            yield from _within(Path(prefix) / "lib")
+    yield from NAMES
+    found = ctypes.util.find_library("turbojpeg")
+    if found:
+        yield found
+
+
+def _within(folder: Path) -> list[str]:
+    return [str(folder / name) for name in NAMES if (folder / name).is_file()]
+
+
+def load() -> tuple[ctypes.CDLL, str] | None:
+    """The library and the name that it was loaded by, or None."""
+    for name in candidates():
+        try:
+            library = ctypes.CDLL(name)
+            for function in NEEDED:
+                getattr(library, function)
+        except (OSError, AttributeError):  # absent, no library, or one of another kind
+            continue
+        return library, name
+    return None
+
+
+FOUND = load()
+
+
+def typed() -> ctypes.CDLL | None:
+    """The library, whose functions know the types of their arguments; None if there is none."""
+    if FOUND is None:
+        return None
+    turbo, _ = FOUND
+    turbo.tjInitDecompress.restype = c_void_p
+    turbo.tjDestroy.argtypes = [c_void_p]
+    turbo.tjGetErrorStr2.argtypes, turbo.tjGetErrorStr2.restype = [c_void_p], c_char_p
+    turbo.tjDecompressHeader3.argtypes = [c_void_p, c_char_p, c_ulong, *[POINTER(c_int)] * 4]
+    turbo.tjDecompress2.argtypes = [c_void_p, c_char_p, c_ulong, c_void_p, *[c_int] * 5]
+    turbo.tjInitCompress.restype = c_void_p
+    turbo.tjBufSize.argtypes, turbo.tjBufSize.restype = [c_int] * 3, c_ulong
+    pixels = [c_void_p, c_int, c_int, c_int, c_int]  # address, width, bytes a line, height, format
+    turbo.tjCompress2.argtypes = [c_void_p, *pixels, POINTER(c_void_p), POINTER(c_ulong), *[c_int] * 3]  # type: ignore[list-item]
+    return turbo
+
+
+class _Place(ctypes.Structure):  # Dl_info of <dlfcn.h>
+    _fields_ = [("file", ctypes.c_char_p), ("base", ctypes.c_void_p)]
+    _fields_ += [("symbol", ctypes.c_char_p), ("address", ctypes.c_void_p)]
+
+
+def file() -> str:
+    """The file that was loaded; its name where the linker doesn't say more; empty if there is none."""
+    if FOUND is None:
+        return ""
+    library, name = FOUND
+    place = _Place()
+    try:
+        known = ctypes.CDLL(None).dladdr(
+            ctypes.cast(library.tjInitDecompress, ctypes.c_void_p), ctypes.byref(place)
+        )
+    except (OSError, AttributeError):
+        return name
+    return os.fsdecode(place.file) if known and place.file else name
+
+
+def absence() -> str:
+    """What to say where there is none, in one line."""
+    chosen = os.environ.get(VARIABLE)
+    none = f"{VARIABLE}={chosen} is no libturbojpeg that loads" if chosen else "libturbojpeg isn't installed"
+    return (
+        f"{none}: Pillow decodes JPEGs in its place, more slowly; `make install` fetches it, "
+        f"or set {VARIABLE} to its file"
+    )
+
+
+_said = False
+
+
+def say_absence() -> None:
+    """`absence` on stderr, once a process and by the first rank alone."""
+    global _said
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if not _said and rank == "0":
+        print(absence(), file=sys.stderr, flush=True)
+    _said = True
