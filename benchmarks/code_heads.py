@@ -179,7 +179,7 @@ def main(arguments: list[str]) -> None:
         "train": options.train.name,
         "test": options.test.name,
         **shared,
-        "sharpness": SHARPNESS,
+        "init_scale": SHARPNESS,
         "samples": SAMPLES,
         "tau": TAU,
     }

@@ -87,7 +87,7 @@ def plan(options: argparse.Namespace) -> list[tuple[dict[str, Any], Callable[[],
         def tune(run: Path, share: float = share, epochs: int = epochs) -> list[dict[str, Any]]:
             settings = FinetuneSettings(
                 run,
-                labels=share,
+                label_fraction=share,
                 epochs=epochs,
                 min_steps=options.min_steps,
                 lr=tuple(options.lr),

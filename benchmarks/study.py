@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
             seeds=tuple(options.seeds),
             epochs=options.epochs,
             threads=options.threads,
-            images=options.measured,
+            max_images=options.measured,
             ood=tuple(other["test"] for key, other in data.items() if key != name),
             shard=options.shard,
         )

@@ -14,7 +14,7 @@ HELP = """lvssl: latent-variable contrastive learning of image encoders
     lvssl pretrain --preset cifar10-small --data train.beton --out runs/lv
     lvssl pretrain --preset cifar10-small --data train.beton --out runs/control --family none
     lvssl evaluate runs/lv --test test.beton --control runs/control
-    lvssl linear runs/lv --test test.beton             also knn, finetune --labels 0.1
+    lvssl linear runs/lv --test test.beton             also knn, finetune --label-fraction 0.1
     lvssl report runs/lv                               one HTML page
     lvssl encode runs/lv --images DIR                  a packed code for each image
     lvssl search runs/lv --query IMAGE                 the nearest images by Hamming distance

@@ -39,7 +39,7 @@ class DemoSettings:
 
     out: Path = Path("runs/demo")
     """Where everything goes. What is finished there is not done again."""
-    images: int = 10_000
+    max_images: int = 10_000
     """Training images."""
     epochs: int = 0
     """Of each pretraining; 0: the preset's."""
@@ -61,9 +61,9 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
         pretrain(arm(settings, name, family, train, folder), resume=True)
     print("\n== evaluating", flush=True)
     run, control = runs["bernoulli"], runs["none"]
-    evaluation = evaluate(EvaluateSettings(run, test=test, control=control, again=True))
+    evaluation = evaluate(EvaluateSettings(run, test=test, control=control, overwrite=True))
     print("\n== uncertainty, and what single bits see", flush=True)
-    analyse(AnalyseSettings(run, test=test, control=control, images=ANALYSED, again=True))
+    analyse(AnalyseSettings(run, test=test, control=control, max_images=ANALYSED, overwrite=True))
     codes = encode(EncodeSettings(run=runs["bernoulli"], images=pictures(settings.out / "images", test)))
     results = summary(evaluation)
     write_json(settings.out / "results.json", results, indent=2)
@@ -117,7 +117,7 @@ def convert_split(settings: DemoSettings, name: str, split: str, out: Path) -> P
         source, subset = "sklearn:digits", None
     else:
         source = fashion_mnist()
-        subset = settings.images if split == "train" else None
+        subset = settings.max_images if split == "train" else None
     print(f"== converting {source} ({split})", flush=True)
     convert(
         source,

@@ -31,10 +31,10 @@ MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}  # numbers that it keeps for each we
 class PlanSettings:
     """Memory of a batch on each GPU: activations, loss, optimiser; and the largest batch that fits a card."""
 
-    batch: int = 4096
+    batch_size: int = 4096
     """Images a step, over all GPUs."""
     gpus: int = 8
-    model: str = "resnet50"
+    backbone: str = "resnet50"
     """tiny, small, resnet18, resnet50."""
     memory: float = 80.0
     """Memory of one GPU, GiB."""
@@ -63,12 +63,22 @@ class PlanSettings:
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value."""
-        choice("model", self.model, BACKBONES)
+        choice("backbone", self.backbone, BACKBONES)
         choice("precision", self.precision, ("bf16", "fp32"))
         LatentSettings(self.family).validate()
         require(self.gpus >= 1, "gpus", self.gpus, "at least 1")
-        require(self.batch >= self.gpus, "batch", self.batch, "at least one image for each of --gpus")
-        require(self.batch % self.gpus == 0, "batch", self.batch, f"a multiple of --gpus ({self.gpus})")
+        require(
+            self.batch_size >= self.gpus,
+            "batch_size",
+            self.batch_size,
+            "at least one image for each of --gpus",
+        )
+        require(
+            self.batch_size % self.gpus == 0,
+            "batch_size",
+            self.batch_size,
+            f"a multiple of --gpus ({self.gpus})",
+        )
         require(0 < self.memory < 10_000, "memory", self.memory, "GiB above 0")
         require(8 <= self.resolution <= 4096, "resolution", self.resolution, "pixels in [8, 4096]")
         require(self.hidden >= 1, "hidden", self.hidden, "at least 1")
@@ -84,9 +94,9 @@ def of_preset(name: str) -> PlanSettings:
     chosen = preset(name)
     model, engine = chosen.model, chosen.engine
     return PlanSettings(
-        batch=chosen.batch_size,
+        batch_size=chosen.batch_size,
         gpus=1 if chosen.batch_size % 8 else 8,
-        model=model.backbone,
+        backbone=model.backbone,
         resolution=chosen.view.resolution,
         precision="fp32" if engine.precision == "fp32" else "bf16",
         family=chosen.latent.family,
@@ -128,7 +138,7 @@ def _kept(settings: PlanSettings, views: int) -> tuple[float, float, int, float]
     """Bytes kept for the backward pass with so many views, in the backbone and after it; the network's
     parameters; bytes of its buffers."""
     with FakeTensorMode():
-        model = ModelSettings(settings.model, settings.hidden, settings.projection)
+        model = ModelSettings(settings.backbone, settings.hidden, settings.projection)
         latent = LatentSettings(settings.family, samples=settings.samples)
         network = LVNet(model, latent, settings.resolution)
         own = {p.untyped_storage()._cdata for p in network.parameters()}
@@ -188,7 +198,7 @@ class _Kept:
 
 def memory(settings: PlanSettings, of: Footprint) -> dict[str, float]:
     """Bytes on each GPU while a step is at its peak, the end of the forward pass."""
-    views = 2 * settings.batch // settings.gpus
+    views = 2 * settings.batch_size // settings.gpus
     at_once = min(settings.chunk or views, views)
     parts = {
         "weights": 4.0 * of.parameters + of.buffers,
@@ -204,10 +214,10 @@ def memory(settings: PlanSettings, of: Footprint) -> dict[str, float]:
 
 def loss_memory(settings: PlanSettings) -> float:
     """Bytes of our NT-Xent on one GPU: vectors, their gradient in fp32, and other ranks' blocks."""
-    views, d = 2 * settings.batch // settings.gpus, settings.projection
+    views, d = 2 * settings.batch_size // settings.gpus, settings.projection
     vector = d * (2 if settings.precision == "bf16" else 4) + 12  # with factor, denominator and weight
     own = views * (vector + 2 * 4 * d)
-    everyone = 2 * settings.batch * vector
+    everyone = 2 * settings.batch_size * vector
     if settings.gpus == 1:
         return own
     return own + (2 * views * vector if everyone >= RING_FROM else everyone)
@@ -215,14 +225,14 @@ def loss_memory(settings: PlanSettings) -> float:
 
 def matrix_memory(settings: PlanSettings) -> float:
     """Bytes of the usual NT-Xent on one GPU: logits, masked, softmax; own rows by all columns."""
-    return 3.0 * 4 * (2 * settings.batch // settings.gpus) * (2 * settings.batch)
+    return 3.0 * 4 * (2 * settings.batch_size // settings.gpus) * (2 * settings.batch_size)
 
 
 def largest_batch(settings: PlanSettings, of: Footprint) -> int:
     """Images a step over all GPUs, a multiple of their number, that just fit; 0 where not even one does."""
 
     def fits(each: int) -> bool:
-        parts = memory(dataclasses.replace(settings, batch=each * settings.gpus), of)
+        parts = memory(dataclasses.replace(settings, batch_size=each * settings.gpus), of)
         return sum(parts.values()) <= settings.memory * GIB
 
     low, high = 0, 1
@@ -244,11 +254,11 @@ def plan(settings: PlanSettings) -> str:
     of = footprint(settings)
     parts = memory(settings, of)
     total = sum(parts.values())
-    each, most = settings.batch // settings.gpus, largest_batch(settings, of)
+    each, most = settings.batch_size // settings.gpus, largest_batch(settings, of)
     rows = [
-        f"{settings.model} at {settings.resolution} px, {settings.precision}, family {settings.family}: "
+        f"{settings.backbone} at {settings.resolution} px, {settings.precision}, family {settings.family}: "
         f"{of.parameters / 1e6:.1f} M parameters, {settings.optimiser}",
-        f"{settings.batch:,} images a step on {settings.gpus} GPU{'s' * (settings.gpus > 1)}: "
+        f"{settings.batch_size:,} images a step on {settings.gpus} GPU{'s' * (settings.gpus > 1)}: "
         f"{each:,} images, {2 * each:,} views each",
         "",
         *(f"  {name:12}{size / GIB:9.2f} GiB" for name, size in parts.items()),

@@ -26,7 +26,7 @@ MEASURING = ("evaluate", "analyse", "linear", "knn", "finetune")
 SPREAD = ("pretrain", "linear", "finetune")  # trained by several processes
 STAGES = ("convert", "pretrain", *MEASURING, "report")
 # Settings that the chain itself fills in.
-FILLED_IN = ("run", "out", "data", "train", "test", "resume", "again")
+FILLED_IN = ("run", "out", "data", "train", "test", "resume", "overwrite")
 
 # By stage: the name of a preset (or None) -> the settings of its command to start from.
 Starts = Mapping[str, Callable[[str | None], Any]]

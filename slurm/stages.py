@@ -93,7 +93,9 @@ def measuring(pipeline: Pipeline, name: str, run: Path, run_key: str, test: tupl
     tasks = []
     for number, point in enumerate(table.points):
         key = digest(name, point.settings, run_key, test[1])
-        result, extra = result_of(name, run, key, table.swept, getattr(point.settings, "on", "features"))
+        result, extra = result_of(
+            name, run, key, table.swept, getattr(point.settings, "representation", "features")
+        )
         arguments = (name, str(run), "--test", str(test[0]), *options(point.given), *extra)
         title = f"{name}-{number + 1:02d}" if table.swept else name
         tasks.append(Task(title, key, "lvssl.cli", arguments, (result,), run=run, label=point.label))
@@ -103,15 +105,15 @@ def measuring(pipeline: Pipeline, name: str, run: Path, run_key: str, test: tupl
 def result_of(name: str, run: Path, key: str, swept: bool, on: str) -> tuple[Path, tuple[str, ...]]:
     """Where a measurement (of the representation `on`) has its result, and the options that put it there."""
     if name in ONE_PLACE:
-        return run / ONE_PLACE[name], ("--again",)
+        return run / ONE_PLACE[name], ("--overwrite",)
     if name == "finetune":
         result = run / f"finetune-{key[:8]}" / "result.json"
-        return result, ("--out", str(result), "--again")
+        return result, ("--out", str(result), "--overwrite")
     if swept:
         result = run / f"{name}-{key[:8]}.json"
-        return result, ("--out", str(result), "--again")
+        return result, ("--out", str(result), "--overwrite")
     suffix = "" if on == "features" else f"-{on}"
-    return run / f"{name}{suffix}.json", ("--again",)  # replaces the result of other settings
+    return run / f"{name}{suffix}.json", ("--overwrite",)  # replaces the result of other settings
 
 
 def data_stages(pipeline: Pipeline) -> tuple[list[Stage], dict[str, tuple[Path, str]]]:

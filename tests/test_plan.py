@@ -30,14 +30,14 @@ def test_activations_are_what_a_process_grows_by():
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
     )
-    settings = PlanSettings(model="small", resolution=32, precision="fp32", family="none", hidden=256)
+    settings = PlanSettings(backbone="small", resolution=32, precision="fp32", family="none", hidden=256)
     assert 200 * footprint(settings).activations == pytest.approx(int(done.stdout), rel=0.1)
 
 
 def test_the_projector_by_hand():
     """Only the projector differs: 4 bytes for each hidden number before and after its normalisation."""
     narrow, wide = (
-        footprint(PlanSettings(model="tiny", resolution=8, precision="fp32", family="none", hidden=hidden))
+        footprint(PlanSettings(backbone="tiny", resolution=8, precision="fp32", family="none", hidden=hidden))
         for hidden in (100, 200)
     )
     # Linear keeps its input (ReLU's output), batch norm its input; ReLU works in place.
@@ -47,11 +47,13 @@ def test_the_projector_by_hand():
 
 
 def test_the_largest_batch_just_fits():
-    settings = PlanSettings(model="resnet18", resolution=96, gpus=4, batch=4, memory=24)
+    settings = PlanSettings(backbone="resnet18", resolution=96, gpus=4, batch_size=4, memory=24)
     of = footprint(settings)
     most = largest_batch(settings, of)
     for batch, fits in ((most, True), (most + 4, False)):
-        total = sum(memory(PlanSettings(model="resnet18", resolution=96, gpus=4, batch=batch), of).values())
+        total = sum(
+            memory(PlanSettings(backbone="resnet18", resolution=96, gpus=4, batch_size=batch), of).values()
+        )
         assert (total <= 24 * 2**30) is fits
     assert most % 4 == 0 and most > 100
 
@@ -63,22 +65,22 @@ def test_bf16_needs_less():
 
 
 def test_the_loss_grows_with_the_batch_not_with_its_square():
-    of = footprint(PlanSettings(model="tiny", resolution=8))
-    sizes = [memory(PlanSettings(model="tiny", batch=b, gpus=8), of)["loss"] for b in (2**17, 2**18)]
+    of = footprint(PlanSettings(backbone="tiny", resolution=8))
+    sizes = [memory(PlanSettings(backbone="tiny", batch_size=b, gpus=8), of)["loss"] for b in (2**17, 2**18)]
     assert sizes[1] == 2 * sizes[0] < 500 * MIB
 
 
 def test_a_preset_brings_its_own_optimiser(lvssl):
     """LARS has one moment for each weight, AdamW two: 100 MB of a ResNet-50."""
     chosen = of_preset("simclr-imagenet-r50-100ep")
-    assert (chosen.optimiser, chosen.batch, chosen.gpus, chosen.samples) == ("lars", 4096, 8, 4)
-    small = dataclasses.replace(chosen, resolution=32, batch=64)
+    assert (chosen.optimiser, chosen.batch_size, chosen.gpus, chosen.samples) == ("lars", 4096, 8, 4)
+    small = dataclasses.replace(chosen, resolution=32, batch_size=64)
     of = footprint(small)
     lars, adamw = (
         memory(dataclasses.replace(small, optimiser=name), of)["optimiser"] for name in ("lars", "adamw")
     )
     assert adamw == 2 * lars and 100e6 < lars < 140e6
-    done = lvssl("plan", "--preset", "cifar10-r18", "--batch", 64)
+    done = lvssl("plan", "--preset", "cifar10-r18", "--batch-size", 64)
     assert done.returncode == 0 and "resnet18 at 32 px" in done.stdout and "64 images a step" in done.stdout
     with pytest.raises(InputError, match="unknown preset 'none-such'"):
         of_preset("none-such")
@@ -86,7 +88,7 @@ def test_a_preset_brings_its_own_optimiser(lvssl):
 
 def test_a_chunk_bounds_what_the_backbone_keeps():
     """The heads and the loss still see the whole batch."""
-    settings = PlanSettings(model="tiny", resolution=8, batch=512, gpus=1, family="none")
+    settings = PlanSettings(backbone="tiny", resolution=8, batch_size=512, gpus=1, family="none")
     of = footprint(settings)
     sizes = {
         chunk: memory(dataclasses.replace(settings, chunk=chunk), of)["activations"]
@@ -100,14 +102,14 @@ def test_a_chunk_bounds_what_the_backbone_keeps():
 def test_recomputation_keeps_inputs_and_one_block():
     """Of a ResNet-18's eight blocks the first are the largest; what follows the backbone keeps as much."""
     plain, less = (
-        footprint(PlanSettings(model="resnet18", resolution=64, precision="fp32", recompute=recompute))
+        footprint(PlanSettings(backbone="resnet18", resolution=64, precision="fp32", recompute=recompute))
         for recompute in (False, True)
     )
     assert 0.3 * plain.backbone < less.backbone < 0.65 * plain.backbone and less.heads == plain.heads
 
 
 def test_an_average_is_a_second_network():
-    settings = PlanSettings(model="tiny", resolution=8)
+    settings = PlanSettings(backbone="tiny", resolution=8)
     of = footprint(settings)
     parts = memory(dataclasses.replace(settings, ema=True), of)
     assert parts["average"] == parts["weights"] and "average" not in memory(settings, of)
@@ -115,14 +117,16 @@ def test_an_average_is_a_second_network():
 
 def test_more_samples_keep_more_where_each_is_kept():
     one, four = (
-        footprint(PlanSettings(model="tiny", resolution=8, family="gaussian", samples=k)) for k in (1, 4)
+        footprint(PlanSettings(backbone="tiny", resolution=8, family="gaussian", samples=k)) for k in (1, 4)
     )
     assert four.heads > one.heads and four.backbone == one.backbone
 
 
 @pytest.mark.parametrize("options, culprit", [
-    ({"batch": 100}, "--batch must be a multiple"), ({"gpus": 0}, "--gpus"), ({"batch": 2}, "--batch"),
-    ({"memory": float("nan")}, "--memory"), ({"model": "vgg"}, "unknown model"), ({"resolution": 7}, "--res"),
+    ({"batch_size": 100}, "--batch-size must be a multiple"), ({"gpus": 0}, "--gpus"),
+    ({"batch_size": 2}, "--batch-size"),
+    ({"memory": float("nan")}, "--memory"), ({"backbone": "vgg"}, "unknown backbone"),
+    ({"resolution": 7}, "--res"),
     ({"optimiser": "adam"}, "unknown optimiser"), ({"samples": 0}, "--samples"), ({"chunk": 1}, "--chunk"),
     ({"precision": "fp8"}, "unknown prec"), ({"projection": 1}, "--projection"), ({"hidden": 0}, "--hidden"),
 ])  # fmt: skip
@@ -132,7 +136,7 @@ def test_impossible_settings_are_named(options, culprit):
 
 
 def test_the_command(lvssl):
-    done = lvssl("plan", "--batch", 64, "--gpus", 1, "--model", "tiny", "--resolution", 32)
+    done = lvssl("plan", "--batch-size", 64, "--gpus", 1, "--backbone", "tiny", "--resolution", 32)
     assert done.returncode == 0 and "Largest batch that fits" in done.stdout, done.stderr
-    bad = lvssl("plan", "--batch", 7, "--gpus", 2)
-    assert bad.returncode == 2 and "error: --batch must be a multiple of --gpus (2), got 7" in bad.stderr
+    bad = lvssl("plan", "--batch-size", 7, "--gpus", 2)
+    assert bad.returncode == 2 and "error: --batch-size must be a multiple of --gpus (2), got 7" in bad.stderr

@@ -29,19 +29,19 @@ from pipelines.errors import InputError
 RUN = Path("runs/a run")
 CALLS = {
     "pretrain": PretrainSettings(
-        data=Path("it's.beton"), epochs=3, latent=LatentSettings(beta=0.5, sharpness_start=1.0)
+        data=Path("it's.beton"), epochs=3, latent=LatentSettings(beta=0.5, init_scale_start=1.0)
     ),
     "pretrain digits": replace(
         preset("digits"), out=RUN, engine=replace(preset("digits").engine, compile=True)
     ),
     "evaluate": EvaluateSettings(RUN, test=Path("t.beton"), control=Path("c"), on_error="skip", workers=7),
     "analyse": AnalyseSettings(RUN, alone=True, others=(Path("a"), Path("b")), ood=(Path("c"),), samples=3),
-    "compression": CompressionSettings(RUN, bits=(8, 24), first=50, seed=3),
+    "compression": CompressionSettings(RUN, bits=(8, 24), top_n=50, seed=3),
     "study": StudySettings(Path("t"), Path("u"), preset="digits", arms=("none", "a:dim=4"), seeds=(4,)),
     "linear": LinearSettings(RUN, probe="sgd", precision="bf16", device="cpu"),
     "linear imagenet-linear": replace(start_from(LinearSettings, "imagenet-linear"), run=RUN, batch_size=256),
     "knn": KnnSettings(RUN, target="angle", k=7),
-    "finetune": FinetuneSettings(RUN, labels=0.1, lr=(0.3,), weight_decay=(0.0,), out=Path("x.json")),
+    "finetune": FinetuneSettings(RUN, label_fraction=0.1, lr=(0.3,), weight_decay=(0.0,), out=Path("x.json")),
 }
 
 
@@ -58,7 +58,7 @@ def test_the_command_gives_the_settings_that_it_was_made_from(name):
 
 
 def test_what_is_as_by_default_and_what_belongs_to_a_call_is_not_told():
-    assert command("knn", KnnSettings(Path("r"), again=True)) == "lvssl knn r"
+    assert command("knn", KnnSettings(Path("r"), overwrite=True)) == "lvssl knn r"
     assert command("pretrain", preset("digits")) == "lvssl pretrain --preset digits"
     gone = replace(PretrainSettings(epochs=7), preset="of another version")
     assert command("pretrain", gone) == "lvssl pretrain --epochs 7"

@@ -57,7 +57,7 @@ class AnalyseSettings:
     """More runs whose uncertainty is measured beside (an MCInfoNCE run, say)."""
     ood: tuple[Path, ...] = ()
     """Betons of other data; an uncertainty should tell them apart. Noise, textures and digits always are."""
-    images: int = 2000
+    max_images: int = 2000
     """Test images (and twice as many training images) that are measured; 0: all."""
     samples: int = 8
     """Samples of the latent averaged in a prediction (K)."""
@@ -65,13 +65,13 @@ class AnalyseSettings:
     on_error: str | None = None
     """An image that can't be decoded: raise, or skip (leave it out; among augmented views the next good one
     takes its place); left out: as in the pretraining."""
-    again: bool = field(default=False, metadata=PER_CALL)
+    overwrite: bool = field(default=False, metadata=PER_CALL)
     """Replace a result of other settings, or of an older checkpoint."""
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value. Touches no file."""
         wanted = f"0 (all) or at least {FEWEST}: at least {FEWEST} test images are needed to analyse a run"
-        require(self.images == 0 or self.images >= FEWEST, "images", self.images, wanted)
+        require(self.max_images == 0 or self.max_images >= FEWEST, "max_images", self.max_images, wanted)
         require(self.samples >= 1, "samples", self.samples, "at least 1")
 
 
@@ -154,8 +154,8 @@ class Sets:
             return crops, source.labels[rows]
 
         (train_crops, train_labels), (test_crops, test_labels) = (
-            read_some("train", train, 2 * settings.images),
-            read_some("test", test, settings.images),
+            read_some("train", train, 2 * settings.max_images),
+            read_some("test", test, settings.max_images),
         )
         count = len(test_crops)
         elsewhere = {name: make(count, side, settings.seed) for name, make in ELSEWHERE.items()}
@@ -306,7 +306,7 @@ Factors = tuple[Reading, dict[str, np.ndarray]]  # a reading, and what is known 
 def known_factors(run: Run, sets: Sets, settings: AnalyseSettings) -> dict[str, tuple[Factors, Factors]]:
     """Augmented views and procedural shapes, of each a training and a test part. Factors that never change,
     those of an augmentation that is switched off, are left out."""
-    count = settings.images or 2000
+    count = settings.max_images or 2000
     on_error = run.on_error(settings.on_error)
     views = [
         augmented(run, source, n, settings.seed, on_error)
@@ -355,7 +355,7 @@ def shape_reading(run: Run, count: int, seed: int) -> tuple[Reading, dict[str, n
 
 def disentanglement(run: Run, settings: AnalyseSettings) -> dict[str, dict[str, float]]:
     """DCI and MIG of features and code on the procedural shapes."""
-    count = min(TREES, 2 * (settings.images or TREES))
+    count = min(TREES, 2 * (settings.max_images or TREES))
     made = [make_shapes(count, run.settings.view.resolution, settings.seed + i) for i in range(2)]
     readings = [representations(read(run.network, m.images, run.settings.view)) for m in made]
     categorical = (FACTORS.index("shape"),)

@@ -63,13 +63,13 @@ class CompressionSettings:
     """Labelled training images: probes are fitted on them, and they are searched; left out: the run's."""
     bits: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048)
     """Lengths at which the controls are made and codes cut off."""
-    first: int = 1000
+    top_n: int = 1000
     """n of mAP@n."""
     seed: int = 0
     """Of the controls that draw: ITQ, LSH, PQ."""
     on_error: str | None = None
     """An image that can't be decoded: raise, or skip (leave it out); left out: as in the pretraining."""
-    again: bool = field(default=False, metadata=PER_CALL)
+    overwrite: bool = field(default=False, metadata=PER_CALL)
     """Replace a result of other settings, or of an older checkpoint."""
     workers: int = field(default=0, metadata=RUNTIME)
     """Threads that decode; 0: the cores less two, 2 to 12."""
@@ -91,13 +91,13 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
     there already is not measured again.
 
     Every row has the linear probe's and the kNN's accuracy in percent (of the 20 nearest, by Hamming distance
-    for bits, by cosine for what is no bits), mAP@first of the test images among the training images under
+    for bits, by cosine for what is no bits), mAP@top_n of the test images among the training images under
     both denominators of `retrieval`, and how many times smaller than raw pixels, stored JPEG and fp32
     feature. Raises InputError: no such run or data, no deterministic control, an impossible setting,
     or another result stands there.
     """
-    if settings.first < 1 or not settings.bits or min(settings.bits) < 1:
-        raise InputError("--first and --bits must be at least 1")
+    if settings.top_n < 1 or not settings.bits or min(settings.bits) < 1:
+        raise InputError("--top-n and --bits must be at least 1")
     run = load_run(settings.run)
     settings = with_defaults(settings, run)
     assert settings.test is not None and settings.on_error is not None
@@ -131,7 +131,7 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
         "queries": len(test),
         "database": len(train),
         "skipped": {"train": counts[0] - len(train), "test": counts[1] - len(test)},
-        "first": settings.first,
+        "top_n": settings.top_n,
         "control": str(control.folder),
     }
     write_atomically(run.folder / CSV, as_csv(rows))
@@ -181,10 +181,10 @@ def measured(
     probe = linear_probe(point.vectors[0], labels[0], point.vectors[1], labels[1])
     if point.codes is not None:
         knn = hamming_knn(point.codes[0], labels[0], point.codes[1], labels[1], point.bits)
-        score = retrieval_map(point.codes[1], labels[1], point.codes[0], labels[0], settings.first)
+        score = retrieval_map(point.codes[1], labels[1], point.codes[0], labels[0], settings.top_n)
     else:
         knn = weighted_knn(point.vectors[0], labels[0], point.vectors[1], labels[1], device=device)
-        score = similarity_map(point.vectors[1], labels[1], point.vectors[0], labels[0], settings.first)
+        score = similarity_map(point.vectors[1], labels[1], point.vectors[0], labels[0], settings.top_n)
     return {
         "model": point.model,
         "family": point.family,
@@ -218,7 +218,7 @@ def as_csv(rows: list[dict[str, Any]]) -> bytes:
 
 def print_compression(result: dict[str, Any]) -> None:
     """The rows on a terminal, by bits."""
-    head = f"mAP@{result['first']}, hits"
+    head = f"mAP@{result['top_n']}, hits"
     print(f"{'model':16}{'method':18}{'bits':>7}{'linear %':>10}{'kNN %':>8}{head:>16}{'relevant':>10}")
     for row in sorted(result["rows"], key=lambda row: (row["bits"], -row["linear"])):
         hits, relevant = as_number(row["map_over_hits"]), as_number(row["map_over_relevant"])

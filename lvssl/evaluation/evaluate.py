@@ -56,7 +56,7 @@ class EvaluateSettings:
     on_error: str | None = None
     """An image that can't be decoded: raise (stop and name it), or skip (leave it out, and say how many);
     left out: as in the pretraining."""
-    again: bool = field(default=False, metadata=PER_CALL)
+    overwrite: bool = field(default=False, metadata=PER_CALL)
     """Replace a result of other settings, or of an older checkpoint."""
     workers: int = field(default=0, metadata=RUNTIME)
     """Threads that decode; 0: the cores less two, 2 to 12."""

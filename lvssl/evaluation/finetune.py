@@ -44,13 +44,13 @@ def finetune(settings: FinetuneSettings) -> Stage[FinetuneSettings]:
     if stage.done is not None:
         return stage
     train, test = stage.sets()
-    labelled = train.only(labelled_rows(train, settings.labels, settings.subset_list, settings.seed))
+    labelled = train.only(labelled_rows(train, settings.label_fraction, settings.subset_list, settings.seed))
     with stop_signals() as stop, connected(stage.world, stage.device):
         folder = stage.claim(train)
         trials = sweep(stage, labelled, folder, stop)
         chosen = best(trials)
         model, training = fit(stage, labelled, chosen, folder / "final", stop, f"finetune {folder.name}")
-        figures = {settings.on: score(*predictions(stage, model, test), train.targets)}
+        figures = {settings.representation: score(*predictions(stage, model, test), train.targets)}
         more = training.describe() | {"seconds_sweep": round(sum(trial["seconds"] for trial in trials), 3)}
         return stage.finish((labelled, test), figures, chosen=chosen, trials=trials, **more)
 
@@ -63,9 +63,9 @@ def predictions(stage: Stage[FinetuneSettings], model: Classifier, data: Labelle
 
 def folder_name(settings: FinetuneSettings) -> str:
     """finetune-0.1; finetune-latent-0.1; with a list and no --labels, the list's name."""
-    share = settings.labels
+    share = settings.label_fraction
     what = settings.subset_list.stem if settings.subset_list and share == 1 else str(share)
-    return "-".join(["finetune", *(["latent"] if settings.on == "latent" else []), what])
+    return "-".join(["finetune", *(["latent"] if settings.representation == "latent" else []), what])
 
 
 def grid(settings: FinetuneSettings) -> list[dict[str, float]]:
@@ -78,7 +78,7 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Each pair of the grid with its figures on held-out images; those in trials.json aren't done again."""
     pairs = grid(stage.settings)
-    fitted, held = split(labelled, stage.settings.held_out, stage.settings.seed)
+    fitted, held = split(labelled, stage.settings.validation_fraction, stage.settings.seed)
     if len(pairs) == 1 or not len(held) or not len(fitted):
         if len(pairs) > 1:
             print(
@@ -164,7 +164,9 @@ def fit(
         settings.epochs, batch, scaled_lr(pair["lr"], batch), pair["weight_decay"], settings.seed,
         settings.checkpoint_minutes, settings.log_every, settings.workers, settings.min_steps, stage.engine,
     )  # fmt: skip
-    model = Classifier(copy.deepcopy(stage.run.network), settings.on, data, frozen=False, seed=settings.seed)
+    model = Classifier(
+        copy.deepcopy(stage.run.network), settings.representation, data, frozen=False, seed=settings.seed
+    )
     training = Supervised(folder, model, data, stage.run.settings.view, recipe, stage.device, stage.world)
     training.run(stop, title)
     return model, training

@@ -42,7 +42,7 @@ def linear(settings: LinearSettings) -> Stage[LinearSettings]:
         InputError: impossible settings, no such run or data, or another result stands there.
         Interrupted: SIGTERM or SIGUSR2 came; the state is saved.
     """
-    suffix = "" if settings.on == "features" else f"-{settings.on}"
+    suffix = "" if settings.representation == "features" else f"-{settings.representation}"
     stage = prepare("linear", settings, f"linear{suffix}.json")
     if stage.done is not None:
         return stage
@@ -51,13 +51,13 @@ def linear(settings: LinearSettings) -> Stage[LinearSettings]:
     if probe == "sgd":
         with stop_signals() as stop, connected(stage.world, stage.device):
             predictions, answers, more = by_sgd(stage, train, test, stop)
-            figures = {settings.on: score(predictions, answers, train.targets)}
+            figures = {settings.representation: score(predictions, answers, train.targets)}
             return stage.finish((train, test), figures, probe=probe, **more)
     if not stage.world.first:  # one process is enough
         return stage
     started = time.monotonic()
     predictions, answers, more = exactly(stage, train, test)
-    figures = {settings.on: score(predictions, answers, train.targets)}
+    figures = {settings.representation: score(predictions, answers, train.targets)}
     seconds = round(time.monotonic() - started, 3)
     return stage.finish((train, test), figures, probe=probe, seconds=seconds, **more)
 
@@ -83,7 +83,7 @@ def by_sgd(
         settings.epochs, batch, scaled_lr(settings.lr, batch), 0.0, settings.seed,
         settings.checkpoint_minutes, settings.log_every, settings.workers, engine=stage.engine,
     )  # fmt: skip
-    model = Classifier(run.network, settings.on, train, frozen=True, seed=settings.seed)
+    model = Classifier(run.network, settings.representation, train, frozen=True, seed=settings.seed)
     view = run.settings.view
     training = Supervised(stage.claim(train), model, train, view, recipe, stage.device, world)
     training.run(stop, f"linear {run.folder.name}")
@@ -99,7 +99,7 @@ def exactly(
     held-out images."""
     settings, view, network = stage.settings, stage.run.settings.view, stage.run.network.to(stage.device)
     (x, train), (test_x, test) = (
-        represented(network, data, settings.on, view, settings.workers) for data in (train, test)
+        represented(network, data, settings.representation, view, settings.workers) for data in (train, test)
     )
     if train.targets:
         predictions, strength = ridge_probe(x, train, test_x, settings.seed)

@@ -71,7 +71,7 @@ Ways = dict[str, float]  # way -> value
 def code_bits(settings: PretrainSettings) -> int:
     """The bits of the code that such a run gives."""
     latent = settings.latent
-    return latent.law.code_bits(latent_dim(settings.model, latent))
+    return latent.distribution.code_bits(latent_dim(settings.model, latent))
 
 
 def measured(

@@ -37,7 +37,7 @@ class RetrievalScore:
 
     over_hits: float
     over_relevant: float
-    first: int  # n
+    top_n: int  # n
     queries: int
     database: int
 
@@ -47,14 +47,14 @@ def retrieval_map(
     query_labels: Any,
     database: np.ndarray,
     labels: Any,
-    first: int = 1000,
+    top_n: int = 1000,
     threads: int = 0,
 ) -> RetrievalScore:
-    """mAP@`first` of packed codes, uint8 [Q, bytes] against [N, bytes]; relevant is what has the query's
-    label. Ties by expectation. Raises ValueError for shapes that don't match, no query or no row, first < 1.
+    """mAP@`top_n` of packed codes, uint8 [Q, bytes] against [N, bytes]; relevant is what has the query's
+    label. Ties by expectation. Raises ValueError for shapes that don't match, no query or no row, top_n < 1.
     """
     check_packed(queries, database)
-    query_labels, labels = checked(queries, query_labels, database, labels, first)
+    query_labels, labels = checked(queries, query_labels, database, labels, top_n)
     query_words = words(queries)
     scores = np.empty((len(queries), 2))
     levels = 64 * query_words.shape[1] + 1
@@ -67,46 +67,46 @@ def retrieval_map(
             for row, chunk in chunks(database):
                 those = labels[row : row + len(chunk)]
                 hamming.count_distances(mine[0], chunk, mine[1], those, counts[0, part], counts[1, part])
-            average_precisions(counts[0, part], counts[1, part], first, scores[block][part])
+            average_precisions(counts[0, part], counts[1, part], top_n, scores[block][part])
 
         in_threads(count, slices(counts.shape[1], thread_count(threads)))
-    return summary(scores, first, len(database))
+    return summary(scores, top_n, len(database))
 
 
 def similarity_map(
-    queries: Any, query_labels: Any, database: Any, labels: Any, first: int = 1000
+    queries: Any, query_labels: Any, database: Any, labels: Any, top_n: int = 1000
 ) -> RetrievalScore:
     """As `retrieval_map`, for vectors [Q, D] against [N, D] by cosine similarity in float32, where equal
     ones tie. For the features, and for codes that are no bits."""
     import torch
 
     vectors = [torch.nn.functional.normalize(torch.as_tensor(x).float(), dim=1) for x in (queries, database)]
-    query_labels, labels = checked(vectors[0], query_labels, vectors[1], labels, first)
+    query_labels, labels = checked(vectors[0], query_labels, vectors[1], labels, top_n)
     scores = np.empty((len(vectors[0]), 2))
     for start in range(0, len(scores), QUERIES):
         similarity = (vectors[0][start : start + QUERIES] @ vectors[1].T).numpy()
         for i, row in enumerate(similarity, start):
             same = labels == query_labels[i]
-            near = row >= np.partition(row, max(len(row) - first, 0))[max(len(row) - first, 0)]
+            near = row >= np.partition(row, max(len(row) - top_n, 0))[max(len(row) - top_n, 0)]
             _, level = np.unique(-row[near], return_inverse=True)
             counts, relevant = np.bincount(level), np.bincount(level, weights=same[near])
             counts, relevant = np.append(counts, (~near).sum()), np.append(relevant, same[~near].sum())
             both = [a.astype(np.int32)[None] for a in (counts, relevant)]
-            average_precisions(both[0], both[1], first, scores[i : i + 1])
-    return summary(scores, first, len(labels))
+            average_precisions(both[0], both[1], top_n, scores[i : i + 1])
+    return summary(scores, top_n, len(labels))
 
 
 @compiled()
-def average_precisions(counts, relevant, first, scores):
+def average_precisions(counts, relevant, top_n, scores):
     """scores [Q, 2] = (over hits, over relevant) from counts and relevant int32 [Q, L]: images, and relevant
     ones, at each distance, nearest first."""
     for i in range(counts.shape[0]):
         seen, hits, total, by_hits = 0, 0, 0.0, 0.0
         for level in range(counts.shape[1]):
             n, r = counts[i, level], relevant[i, level]
-            if n == 0 or seen >= first:
+            if n == 0 or seen >= top_n:
                 continue
-            here = min(n, first - seen)
+            here = min(n, top_n - seen)
             places, gaps = 0.0, 0.0  # sum over positions t of 1 / (s + t), and of (t - 1) / (s + t)
             for t in range(1, here + 1):
                 places += 1.0 / (seen + t)
@@ -121,7 +121,7 @@ def average_precisions(counts, relevant, first, scores):
             hits += r
         everything = relevant[i].sum()
         scores[i, 0] = by_hits
-        scores[i, 1] = total / min(first, everything) if everything else 0.0
+        scores[i, 1] = total / min(top_n, everything) if everything else 0.0
 
 
 @compiled()
@@ -135,8 +135,8 @@ def tie_precision(n, r, hits, places, gaps):
 
 @compiled()
 def cut_tie(n, r, here, hits, total, places, gaps):
-    """Expected precision over hits where only `here` of the tie's n images come within the first: the count h
-    of relevant ones among them is hypergeometric, and given h every order is again as likely."""
+    """Expected precision over hits where only `here` of the tie's n images come within the first n: the count
+    h of relevant ones among them is hypergeometric, and given h every order is again as likely."""
     expected = 0.0
     for h in range(max(0, here - (n - r)), min(r, here) + 1):
         log_p = log_choose(r, h) + log_choose(n - r, here - h) - log_choose(n, here)
@@ -150,17 +150,17 @@ def log_choose(n, k):
     return lgamma(n + 1.0) - lgamma(k + 1.0) - lgamma(n - k + 1.0)
 
 
-def summary(scores: np.ndarray, first: int, database: int) -> RetrievalScore:
+def summary(scores: np.ndarray, top_n: int, database: int) -> RetrievalScore:
     by_hits, by_relevant = (float(x) for x in scores.mean(axis=0))
-    return RetrievalScore(by_hits, by_relevant, first, len(scores), database)
+    return RetrievalScore(by_hits, by_relevant, top_n, len(scores), database)
 
 
-def checked(queries: Any, query_labels: Any, database: Any, labels: Any, first: int) -> tuple[Any, Any]:
+def checked(queries: Any, query_labels: Any, database: Any, labels: Any, top_n: int) -> tuple[Any, Any]:
     query_labels, labels = as_array(query_labels), as_array(labels)
     if query_labels.shape != (len(queries),) or labels.shape != (len(database),):
         raise ValueError("one label is needed for each query and for each row of the database")
     if not len(queries) or not len(database):
         raise ValueError("mAP needs at least one query and one image in the database")
-    if first < 1:
-        raise ValueError(f"first must be at least 1, not {first}")
+    if top_n < 1:
+        raise ValueError(f"top_n must be at least 1, not {top_n}")
     return query_labels.astype(np.int64), labels.astype(np.int64)

@@ -89,10 +89,10 @@ class Stage(Generic[Settings]):
             changed = self.result.changes(begun) or other_set(begun.get("data", data), data)
             if not changed:
                 return
-            if not self.settings.again:
+            if not self.settings.overwrite:
                 raise InputError(
                     f"{folder} contains an unfinished job with other settings ({changed}); "
-                    "--again discards it, --out writes elsewhere"
+                    "--overwrite discards it, --out writes elsewhere"
                 )
             remove_work(folder)
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -59,7 +59,7 @@ class StudySettings:
     """An image that can't be decoded, in training and measuring: raise, or skip."""
     threads: int = 0
     """Threads of torch on a CPU; 0: all cores."""
-    images: int = 2000
+    max_images: int = 2000
     """Test images on which uncertainty and meaning are measured; accuracy and mAP take all."""
     ood: tuple[Path, ...] = field(default=())
     """Betons of other data, as for `lvssl analyse`; noise, textures and digits are always taken."""
@@ -163,14 +163,14 @@ def row(settings: StudySettings, chosen: PretrainSettings, lengths: tuple[int, .
     pretrain(chosen, resume=True)
     run = load_run(chosen.out)
     told = to_dict(settings)
-    protocol = {name: told[name] for name in ("train", "test", "images", "ood")} | {"first": FIRST}
+    protocol = {name: told[name] for name in ("train", "test", "max_images", "ood")} | {"top_n": FIRST}
     kept = chosen.out / ROW
     if kept.exists():
         found = read_result(kept, measures=dict, controls=dict, lengths=list)
         same = (found.get("checkpoint"), found.get("protocol")) == (run.digest, protocol)
         if same and set(lengths) <= set(found.get("lengths") or ()):
             return found | {name: numbers(found[name]) for name in ("measures", "controls")}
-    how = AnalyseSettings(chosen.out, test=settings.test, ood=settings.ood, images=settings.images)
+    how = AnalyseSettings(chosen.out, test=settings.test, ood=settings.ood, max_images=settings.max_images)
     found = {
         "arm": chosen.out.name.removeprefix(start_of(settings)).rpartition("-s")[0],
         "seed": chosen.seed,

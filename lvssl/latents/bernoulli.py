@@ -31,8 +31,8 @@ class Bernoulli(Family):
     def fused(self) -> bool:
         return not self.relaxed
 
-    def start(self, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
-        return constant(dim, sharpness), constant(0, 0.0)
+    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
+        return constant(dim, init_scale), constant(0, 0.0)
 
     def posterior(self, parameters: Tensor) -> "BernoulliPosterior":
         return BernoulliPosterior(parameters, self.relaxed)

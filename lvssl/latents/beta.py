@@ -29,9 +29,9 @@ class Beta(Quantised):
 
     about = "a beta latent"
 
-    def start(self, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
-        """Means of spread 0.6 in (-1, 1); at 0 a deviation of 1 / sqrt(1 + sharpness^2)."""
-        return constant(dim, 2.0), constant(dim, 2 * math.log(sharpness))
+    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
+        """Means of spread 0.6 in (-1, 1); at 0 a deviation of 1 / sqrt(1 + init_scale^2)."""
+        return constant(dim, 2.0), constant(dim, 2 * math.log(init_scale))
 
     def posterior(self, parameters: Tensor) -> "BetaPosterior":
         return BetaPosterior(parameters, self.depth)

@@ -39,8 +39,8 @@ class Categorical(Family):
     def code_bits(self, dim: int) -> int:
         return dim // self.categories * math.ceil(math.log2(self.categories))
 
-    def start(self, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
-        return constant(dim, sharpness), constant(0, 0.0)
+    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
+        return constant(dim, init_scale), constant(0, 0.0)
 
     def posterior(self, parameters: Tensor) -> "CategoricalPosterior":
         return CategoricalPosterior(parameters, self.categories, self.relaxed)

@@ -53,8 +53,8 @@ class Concat(Family):
         said = self.each(lambda part, d: part.complaint(d), dim)
         return "; ".join(f"half of it {complaint}" for complaint in said if complaint)
 
-    def start(self, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
-        scales, offsets = zip(*self.each(lambda part, d: part.start(d, sharpness), dim))
+    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
+        scales, offsets = zip(*self.each(lambda part, d: part.start(d, init_scale), dim))
         return torch.cat(scales), torch.cat(offsets)
 
     def posterior(self, parameters: Tensor) -> "ConcatPosterior":

@@ -17,13 +17,13 @@ class Deterministic(Family):
     stochastic = False
     own_code = False
     # There are no bits to decorrelate, and there is no second path.
-    unread: ClassVar[tuple[str, ...]] = ("decorrelation", "clean")
+    unread: ClassVar[tuple[str, ...]] = ("decorrelation", "clean_path_weight")
     default_beta = 0.0
 
     def spread_count(self, dim: int) -> int:
         return dim
 
-    def start(self, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
+    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
         return constant(dim, 1.0), constant(dim, 0.0)
 
     def posterior(self, parameters: Tensor) -> "DeterministicPosterior":

@@ -19,9 +19,9 @@ class Gaussian(Quantised):
     about = "a Gaussian latent"
     fused = True
 
-    def start(self, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
-        """s = 1 / sharpness beside means of unit spread."""
-        return constant(dim, 1.0), constant(dim, -2 * math.log(sharpness))
+    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
+        """s = 1 / init_scale beside means of unit spread."""
+        return constant(dim, 1.0), constant(dim, -2 * math.log(init_scale))
 
     def posterior(self, parameters: Tensor) -> "GaussianPosterior":
         return GaussianPosterior(parameters, self.depth)

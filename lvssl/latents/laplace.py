@@ -18,8 +18,8 @@ class Laplace(Quantised):
 
     about = "a Laplace latent"
 
-    def start(self, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
-        return constant(dim, 1.0), constant(dim, -math.log(sharpness))
+    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
+        return constant(dim, 1.0), constant(dim, -math.log(init_scale))
 
     def posterior(self, parameters: Tensor) -> "LaplacePosterior":
         return LaplacePosterior(parameters, self.depth)

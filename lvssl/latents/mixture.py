@@ -37,10 +37,10 @@ class Mixture(Family):
     def code_bits(self, dim: int) -> int:
         return math.ceil(math.log2(self.components)) + self.depth * dim
 
-    def start(self, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
+    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
         k = self.components
-        scale = torch.cat([constant(k * dim, 1.0), constant(k, sharpness)])
-        return scale, constant(k * dim, -2 * math.log(sharpness))
+        scale = torch.cat([constant(k * dim, 1.0), constant(k, init_scale)])
+        return scale, constant(k * dim, -2 * math.log(init_scale))
 
     def posterior(self, parameters: Tensor) -> "MixturePosterior":
         return MixturePosterior(parameters, self.components, self.depth)

@@ -102,7 +102,7 @@ class Family(ABC):
 
     @property
     def discrete(self) -> bool:
-        """Whether there are logits: their sharpness can be annealed, and samples of them relaxed."""
+        """Whether there are logits: their init_scale can be annealed, and samples of them relaxed."""
         return False
 
     @property
@@ -143,9 +143,9 @@ class Family(ABC):
         return ""
 
     @abstractmethod
-    def start(self, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
+    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
         """Factors of the normalised locations and first values of the spread, that start the posterior
-        `sharpness` times as narrow as its prior."""
+        `init_scale` times as narrow as its prior."""
 
 
 def constant(count: int, value: float) -> Tensor:

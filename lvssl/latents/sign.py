@@ -13,7 +13,7 @@ DECORRELATION = 0.02  # the weight of h's sign bits' squared covariances, unless
 
 
 def straight_through_signs(features: Tensor, batch_mean: BatchMean = rows_mean) -> Tensor:
-    """Sign bits of h [N, D] about its batch mean, as +-1, with the gradient of tanh(sharpness / 2 * z-score).
+    """Sign bits of h [N, D] about its batch mean, as +-1, with the gradient of tanh(sharpness / 2 * z).
 
     `batch_mean`: [N, D] -> [D]; across ranks, one over all of them.
     """
@@ -29,7 +29,7 @@ class Sign(Deterministic):
 
     about = "no latent, its sign bits decorrelated"
     own_code = True
-    unread = ("clean",)
+    unread = ("clean_path_weight",)
     default_decorrelation = DECORRELATION
 
     def posterior(self, parameters: Tensor) -> "SignPosterior":

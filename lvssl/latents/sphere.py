@@ -30,9 +30,9 @@ class Spherical(Family):
     def complaint(self, dim: int) -> str:
         return "at least 2 for a distribution on a sphere" if dim < 2 else ""
 
-    def start(self, dim: int, sharpness: float) -> tuple[Tensor, Tensor]:
-        """kappa = sharpness * D: the mean resultant length then hardly depends on D."""
-        return constant(dim, 1.0), constant(1, math.log(sharpness * dim))
+    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
+        """kappa = init_scale * D: the mean resultant length then hardly depends on D."""
+        return constant(dim, 1.0), constant(1, math.log(init_scale * dim))
 
 
 class SphericalPosterior(Posterior):

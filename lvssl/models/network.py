@@ -52,7 +52,7 @@ class LVNet(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone, features = build_backbone(model.backbone, resolution)
-        self.family = latent.law
+        self.family = latent.distribution
         self.latent, self.samples = latent, latent.samples
         self.dim = latent_dim(model, latent)
         if complaint := self.family.complaint(self.dim):
@@ -62,12 +62,12 @@ class LVNet(nn.Module):
             self.family,
             model.projection if at_projection else features,
             self.dim,
-            latent.sharpness,
-            latent.sharpness_start,
-            latent.spread == "learnt",
+            latent.init_scale,
+            latent.init_scale_start,
+            latent.posterior_scale == "learnt",
         )
         self.projector = projector(features if at_projection else self.dim, model)
-        has_clean = latent.clean > 0 and self.family.stochastic
+        has_clean = latent.clean_path_weight > 0 and self.family.stochastic
         self.clean_projector = projector(features, model) if has_clean else None
         self.match = nn.Parameter(torch.zeros(2)) if latent.objective == "hib" else None
         code_bits = self.family.code_bits(self.dim)
@@ -116,7 +116,7 @@ class LVNet(nn.Module):
         progress = self.progress(fraction)
         parameters = self.posterior_parameters(features, progress)
         kl = None
-        if self.latent.meeting_place == "samples" and fused.usable(self.family, parameters):
+        if self.latent.reduction == "samples" and fused.usable(self.family, parameters):
             samples, kl = self.draw_fused(parameters, generator, rank, ranks)
         else:
             samples = self.draw(parameters, generator, progress, rank, ranks)
@@ -139,7 +139,7 @@ class LVNet(nn.Module):
 
     def project(self, samples: Tensor) -> Tensor:
         """Samples [K, N, D] as the objective compares them: [N, P], or [K, N, P] where each has a loss."""
-        average = self.latent.meeting_place
+        average = self.latent.reduction
         if self.latent.site == "proj":
             return samples if average == "losses" else samples.mean(dim=0)
         if average == "samples":
@@ -195,7 +195,7 @@ class LVNet(nn.Module):
 class Head(nn.Module):
     """h -> the posterior's parameters, in units of the batch.
 
-    The locations (logits, means) are batch-normalised, without learnt scale, and times the sharpness: one
+    The locations (logits, means) are batch-normalised, without learnt scale, and times the init_scale: one
     location a feature needs no layer between; another number of them takes a linear layer first. The spread,
     where a family has one, starts constant and is learnt, or stays. Without normalisation logits start near
     0, the noise drowns the gradient and few bits are ever used.
@@ -206,15 +206,15 @@ class Head(nn.Module):
         family: Family,
         features: int,
         dim: int,
-        sharpness: float,
-        sharpness_start: float | None = None,
+        init_scale: float,
+        init_scale_start: float | None = None,
         learn_spread: bool = True,
     ) -> None:
         super().__init__()
         self.family = family
         locations, spreads = family.location_count(dim), family.spread_count(dim)
-        scale, offset = family.start(dim, sharpness)
-        first = family.start(dim, sharpness_start)[0] if sharpness_start else None
+        scale, offset = family.start(dim, init_scale)
+        first = family.start(dim, init_scale_start)[0] if init_scale_start else None
         # Settings, not state: a checkpoint doesn't hold them.
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("first_scale", first, persistent=False)

@@ -24,7 +24,7 @@ def compression(measured: dict[str, Any]) -> str:
         figures=[figure for figure in charts if figure],
         left_out=measured.get("left_out") or [],
         command=measured.get("command"),
-        **{name: measured.get(name, 0) for name in ("queries", "database", "first")},
+        **{name: measured.get(name, 0) for name in ("queries", "database", "top_n")},
     )
 
 

@@ -83,7 +83,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def markdown(result: dict[str, Any], measures: dict[str, tuple[str, bool]]) -> str:
     settings, rows, pairs = result["settings"], result["rows"], result["pairs"]
     seeds = ", ".join(map(str, settings["seeds"]))
-    told = {"images": min(settings["images"] or rows[0]["queries"], rows[0]["queries"])}
+    told = {"images": min(settings["max_images"] or rows[0]["queries"], rows[0]["queries"])}
     parts = [
         [f"# Study: {settings['preset']}, seeds {seeds}"],
         [f"```\n{result['command']}\n```"],

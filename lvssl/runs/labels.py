@@ -249,7 +249,7 @@ def labelled_rows(train: Labelled, share: float, names: Path | None, seed: int) 
     count = int(share * len(train) + 1e-9)  # 0.1 * 30 is 3, whatever its last bit says
     if count < len(np.unique(classes)):
         raise InputError(
-            f"--labels {share}: {count} of {len(train)} images are fewer than one of each of "
+            f"--label-fraction {share}: {count} of {len(train)} images are fewer than one of each of "
             f"{len(np.unique(classes))} classes; raise it"
         )
     return balanced(classes, count, seed)

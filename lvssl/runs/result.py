@@ -38,7 +38,7 @@ class ResultFile:
         """The result, if it stands there already, whole.
 
         Raises:
-            InputError: another result stands there, or a damaged one, and --again isn't given.
+            InputError: another result stands there, or a damaged one, and --overwrite isn't given.
         """
         if not self.path.exists():
             return None
@@ -48,10 +48,10 @@ class ResultFile:
                 elsewhere = " or --out to write elsewhere" if hasattr(self.settings, "out") else ""
                 raise InputError(
                     f"{self.path} already holds a result for other settings ({changed}); "
-                    f"pass --again to overwrite it{elsewhere}"
+                    f"pass --overwrite to overwrite it{elsewhere}"
                 )
         except InputError:
-            if self.settings.again:
+            if self.settings.overwrite:
                 return None
             raise
         return content if all(file.exists() for file in self.files) else None

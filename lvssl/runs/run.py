@@ -45,7 +45,7 @@ def create_run(
             raise InputError(f"{settings.out} exists: add --resume to go on with it, or choose another --out")
         stored, stored_classes = read_config(settings.out)
         # What a run without a latent doesn't depend on: it is the control of any of these weights.
-        unread = settings.latent.law.unread
+        unread = settings.latent.distribution.unread
         changed = difference(stored, settings, ("data", *unread))
         if not changed and stored_classes != classes:
             changed = f"classes: {stored_classes} -> {classes}"

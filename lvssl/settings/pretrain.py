@@ -51,10 +51,11 @@ class LatentSettings:
     """Gaussians of `mixture`: a power of two."""
     depth: int = 1
     """Bits of the code for each dimension of gaussian, beta, mixture and laplace: their quantised means."""
-    sharpness: float = 4.0
+    init_scale: float = 4.0
     """How far the posterior starts from its prior: spread of the logits, 1 / s of a Gaussian, kappa / D."""
-    sharpness_start: float | None = None
-    """Anneal the sharpness of logits (bernoulli, categorical) from here; left out: it is constant."""
+    init_scale_start: float | None = None
+    """Anneal the scale of the logits (bernoulli, categorical) from here to --init-scale; left out: it is
+    constant."""
     estimator: str = "straight-through"
     """Of discrete samples: straight-through, or relaxed (binary concrete, Gumbel-softmax)."""
     relaxation: float = 0.5
@@ -62,12 +63,12 @@ class LatentSettings:
     relaxation_start: float | None = None
     """Anneal that temperature from here; left out: it is constant."""
     anneal: float = 0.5
-    """Share of the steps over which sharpness and relaxation go, geometrically, to their final values."""
-    spread: str = "learnt"
+    """Share of the steps over which logit scale and relaxation go, geometrically, to their final values."""
+    posterior_scale: str = "learnt"
     """Where a family has a spread (s, kappa, a + b): learnt, one for each image, or fixed where it starts."""
     samples: int = 4
     """Samples a step (K)."""
-    average: str = "auto"
+    sample_reduction: str = "auto"
     """How the K samples are reduced: samples (averaged before the projector), projections (averaged after
     it), or losses (each has a loss of its own). auto: losses for mcinfonce, ceb and hib, else samples."""
     objective: str = "ntxent"
@@ -92,7 +93,7 @@ class LatentSettings:
     decorrelation: float | None = None
     """Weight of the hard bits' squared covariances (sign, bernoulli); left out: 0.1, for sign 0.02. The bits
     of a code longer than h can't all be uncorrelated: there it falls on h's sign bits, left out: 0.02."""
-    clean: float = 0.7
+    clean_path_weight: float = 0.7
     """Share of NT-Xent that is computed on h through a projector of its own, beside the sampled path."""
 
     @property
@@ -100,7 +101,7 @@ class LatentSettings:
         """The weight of the rate at the end of its warm-up."""
         if self.beta is not None:
             return self.beta
-        return 0.0 if self.objective in ("mcinfonce", "ceb") else self.law.default_beta
+        return 0.0 if self.objective in ("mcinfonce", "ceb") else self.distribution.default_beta
 
     def decorrelation_weight(self, of_features: bool = False) -> float:
         """As set, or what made the best code on small images (docs/latent-recipes.md): on the code's bits, or
@@ -109,17 +110,17 @@ class LatentSettings:
             return self.decorrelation
         from lvssl.latents.sign import DECORRELATION  # here, for it brings torch
 
-        return DECORRELATION if of_features else self.law.default_decorrelation
+        return DECORRELATION if of_features else self.distribution.default_decorrelation
 
     @property
-    def meeting_place(self) -> str:
+    def reduction(self) -> str:
         """Where the samples meet, once `auto` is resolved."""
-        if self.average != "auto":
-            return self.average
+        if self.sample_reduction != "auto":
+            return self.sample_reduction
         return "losses" if self.objective in EACH_SAMPLE else "samples"
 
     @cached_property
-    def law(self) -> "Family":
+    def distribution(self) -> "Family":
         """The family with its options: the settings that have an option's name, and the estimator.
 
         Raises:
@@ -134,34 +135,34 @@ class LatentSettings:
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value."""
-        law = self.law
+        family = self.distribution
         choice("site", self.site, ("repr", "proj"))
         choice("estimator", self.estimator, ("straight-through", "relaxed"))
-        choice("spread", self.spread, ("learnt", "fixed"))
-        choice("average", self.average, ("auto", "samples", "projections", "losses"))
+        choice("posterior_scale", self.posterior_scale, ("learnt", "fixed"))
+        choice("sample_reduction", self.sample_reduction, ("auto", "samples", "projections", "losses"))
         choice("objective", self.objective, OBJECTIVES)
         choice("beta_schedule", self.beta_schedule, ("constant", "warmup", "cyclical"))
         require(self.dim >= 0, "dim", self.dim, "at least 0")
-        if not law.stochastic:
+        if not family.stochastic:
             require(self.dim == 0, "dim", self.dim, f"0 for family {self.family}, which has no latent")
             require(self.site == "repr", "site", self.site, f"repr for family {self.family}")
         for name in ("categories", "components"):
             value = getattr(self, name)
             require(2 <= value <= 256 and value & (value - 1) == 0, name, value, "a power of two in [2, 256]")
-        if self.dim and (wanted := law.complaint(self.dim)):
+        if self.dim and (wanted := family.complaint(self.dim)):
             require(False, "dim", self.dim, wanted)
         require(1 <= self.depth <= 8, "depth", self.depth, "in [1, 8]")
         self._validate_schedules()
         self._validate_objective()
 
     def _validate_schedules(self) -> None:
-        for name in ("sharpness", "sharpness_start", "relaxation", "relaxation_start"):
+        for name in ("init_scale", "init_scale_start", "relaxation", "relaxation_start"):
             value = getattr(self, name)
             require(value is None or 0 < value < float("inf"), name, value, "above 0")
-        discrete = self.law.discrete
-        if self.sharpness_start is not None:
+        discrete = self.distribution.discrete
+        if self.init_scale_start is not None:
             wanted = f"left out for {self.family}, which has no logits"
-            require(discrete, "sharpness_start", self.sharpness_start, wanted)
+            require(discrete, "init_scale_start", self.init_scale_start, wanted)
         if self.estimator == "relaxed":
             require(discrete, "estimator", self.estimator, f"straight-through for {self.family}")
         require(0 < self.anneal <= 1, "anneal", self.anneal, "in (0, 1]")
@@ -173,14 +174,14 @@ class LatentSettings:
 
     def _validate_objective(self) -> None:
         require(self.samples >= 1, "samples", self.samples, "at least 1")
-        require(0 <= self.clean < 1, "clean", self.clean, "in [0, 1)")
+        require(0 <= self.clean_path_weight < 1, "clean_path_weight", self.clean_path_weight, "in [0, 1)")
         require(self.ceb_kappa > 0, "ceb_kappa", self.ceb_kappa, "above 0")
         require(self.ceb_weight >= 0, "ceb_weight", self.ceb_weight, "at least 0")
         if self.objective in EACH_SAMPLE:
             wanted = f"losses with --objective {self.objective}, which wants each sample"
-            require(self.meeting_place == "losses", "average", self.average, wanted)
+            require(self.reduction == "losses", "sample_reduction", self.sample_reduction, wanted)
         if self.objective == "ceb":
-            spherical = self.law.on_sphere and self.site == "proj"
+            spherical = self.distribution.on_sphere and self.site == "proj"
             where = f"{self.family} at {self.site}"
             require(spherical, "objective", where, "of a distribution on the sphere at --site proj for ceb")
 

@@ -35,7 +35,7 @@ class StageSettings:
     """Regress this float target of the set (`all`: every one) instead of telling classes apart."""
     out: Path | None = field(default=None, metadata=RUNTIME)
     """Where the result goes, FILE.json or a folder; left out: into the run's folder."""
-    again: bool = field(default=False, metadata=PER_CALL)
+    overwrite: bool = field(default=False, metadata=PER_CALL)
     """Replace a result of other settings, or of an older checkpoint."""
     workers: int = field(default=0, metadata=RUNTIME)
     """Threads that decode and augment; 0: each rank's share of the cores less two, 2 to 12."""
@@ -56,7 +56,7 @@ class StageSettings:
 class TrainingSettings(StageSettings):
     """What `linear` and `finetune` share: SGD with Nesterov momentum 0.9, cosine to 0, crop and flip."""
 
-    on: str = "features"
+    representation: str = "features"
     """features (h), latent (the posterior: samples in training, its mean in the test), code (its bits)."""
     batch_size: int = 256
     """Images a step, over all ranks; at most as many as there are labels."""
@@ -71,7 +71,7 @@ class TrainingSettings(StageSettings):
 
     def validate(self) -> None:
         super().validate()
-        choice("representation", self.on, REPRESENTATIONS)
+        choice("representation", self.representation, REPRESENTATIONS)
         choice("precision", self.precision, PRECISIONS)
         for name in ("batch_size", "log_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
@@ -123,7 +123,7 @@ class FinetuneSettings(TrainingSettings):
     is retrained on all labels and evaluated once on the test set.
     """
 
-    labels: float = 1.0
+    label_fraction: float = 1.0
     """Share of the training images whose labels are used: class-balanced, drawn by --seed."""
     subset_list: Path | None = None
     """Use these images instead: one file name a line, as SimCLR's public 1 % and 10 % lists."""
@@ -135,15 +135,20 @@ class FinetuneSettings(TrainingSettings):
     """Learning rates to choose from, for a batch of 256: the peak is lr * B / 256."""
     weight_decay: tuple[float, ...] = (0.0, 1e-4)
     """Weight decays to choose from; never on biases and normalisation."""
-    held_out: float = 0.1
+    validation_fraction: float = 0.1
     """Share of the labelled images on which the choice is made."""
     preset: str = field(default="", metadata=RUNTIME)
     """imagenet-finetune"""
 
     def validate(self) -> None:
         super().validate()
-        require(self.on != "code", "on", self.on, "features or latent: a code has no gradient")
-        require(0 < self.labels <= 1, "labels", self.labels, "in (0, 1]")
+        require(
+            self.representation != "code",
+            "representation",
+            self.representation,
+            "features or latent: a code has no gradient",
+        )
+        require(0 < self.label_fraction <= 1, "label_fraction", self.label_fraction, "in (0, 1]")
         require(self.min_steps >= 0, "min_steps", self.min_steps, "at least 0")
         require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         for name, smallest in (("lr", 1e-12), ("weight_decay", 0.0)):
@@ -155,7 +160,9 @@ class FinetuneSettings(TrainingSettings):
                 "one or more numbers, none negative",
             )
             require(len(set(values)) == len(values), name, values, "different numbers")
-        require(0 < self.held_out < 1, "held_out", self.held_out, "in (0, 1)")
+        require(
+            0 < self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "in (0, 1)"
+        )
 
 
 # SimCLR's recipes (Chen et al. 2020, B.6 and B.5): large batches, nothing to choose.

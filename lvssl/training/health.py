@@ -3,7 +3,7 @@
     active_units     parts of the code (bits, dimensions, groups) whose KL is above 0.01 nats on average
     units            how many there are
     dead_bits        bits of the code that are on for under 1 %, or over 99 %, of the batch
-    bits_per_unit    KL of a unit, bits: for a Bernoulli the sharpness, 1 - entropy
+    bits_per_unit    KL of a unit, bits: for a Bernoulli the init_scale, 1 - entropy
     saturated        share of logits whose gradient has vanished, or of spreads at their bounds
     logit_spread     deviation of the locations (logits, means) over the batch, mean over dimensions
     spread_variation deviation of the spread's numbers (ln s^2, ln kappa ...) over the batch, likewise
@@ -66,17 +66,17 @@ def alarms(row: dict[str, Any], fraction: float) -> dict[str, str]:
     if units and active < 0.05 * units:
         found["posterior collapse"] = (
             f"{active:.0f} of {units:.0f} units are active ({row.get('rate_bits', 0):.2f} bits an image); "
-            "lower --beta, or raise --free-nats or --sharpness"
+            "lower --beta, or raise --free-nats or --init-scale"
         )
     if row.get("saturated", 0) > 0.9:
         share = 100 * row["saturated"]
         found["saturation"] = (
-            f"{share:.0f} % of the posteriors are at their bounds and learn nothing; lower --sharpness"
+            f"{share:.0f} % of the posteriors are at their bounds and learn nothing; lower --init-scale"
         )
     if fraction >= SETTLED and row.get("spread_variation", math.inf) < 1e-3:
         found["constant spread"] = (
             f"the spread hardly differs between images (by {row['spread_variation']:.1e} in its logarithm): "
-            "it carries no uncertainty information; lower --beta or use --spread fixed"
+            "it carries no uncertainty information; lower --beta or use --posterior-scale fixed"
         )
     return found
 

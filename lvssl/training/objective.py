@@ -36,7 +36,7 @@ def objective(outputs: Outputs, settings: PretrainSettings, fraction: float) -> 
     if outputs.clean_projections is not None:
         base = decoupled_ntxent if latent.objective == "dcl" else ntxent
         clean = base(outputs.clean_projections, settings.temperature)
-        loss = (1 - latent.clean) * sampled + latent.clean * clean
+        loss = (1 - latent.clean_path_weight) * sampled + latent.clean_path_weight * clean
         figures["ntxent_clean"] = clean
     kl = outputs.posterior.kl() if outputs.kl is None else outputs.kl
     nats = rate(kl, latent.free_nats)

@@ -153,7 +153,7 @@ class Trainer(Loop):
     def constants(self) -> tuple[float, float]:
         """The host's numbers that a step's launches depend on: the weight of the rate, and the annealing."""
         latent, fraction = self.settings.latent, self.step / self.steps
-        annealed = latent.sharpness_start is not None or latent.estimator == "relaxed"
+        annealed = latent.init_scale_start is not None or latent.estimator == "relaxed"
         return rate_weight(latent, fraction), self.network.progress(fraction) if annealed else 1.0
 
     def loss(self, features: Tensor, labels: Tensor, logged: bool = False) -> tuple[Tensor, Figures]:

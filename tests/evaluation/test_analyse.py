@@ -36,7 +36,7 @@ def runs(digits, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def analysis(runs):
-    return analyse(AnalyseSettings(runs / "lv", images=150, samples=3))
+    return analyse(AnalyseSettings(runs / "lv", max_images=150, samples=3))
 
 
 def test_every_score_of_every_model_is_there(analysis, runs):
@@ -142,7 +142,7 @@ def test_the_page_shows_it(analysis, runs):
 
 def test_bad_calls_are_named(runs, digits, tmp_path):
     with pytest.raises(InputError, match="at least 40 test images"):
-        analyse(AnalyseSettings(runs / "lv", images=10))
+        analyse(AnalyseSettings(runs / "lv", max_images=10))
     with pytest.raises(InputError, match="no such run"):
         analyse(AnalyseSettings(tmp_path / "nothing"))
     with pytest.raises(InputError, match="nothing"):
@@ -153,5 +153,5 @@ def test_the_same_twice(analysis, runs, tmp_path):
     shutil.copytree(runs, tmp_path / "runs")  # its file would take the place of the other tests'
     torch.manual_seed(123)
     np.random.seed(5)
-    again = analyse(AnalyseSettings(tmp_path / "runs" / "lv", images=150, samples=3, again=True))
+    again = analyse(AnalyseSettings(tmp_path / "runs" / "lv", max_images=150, samples=3, overwrite=True))
     assert json.dumps(again["models"]["run"]["scores"]) == json.dumps(analysis["models"]["run"]["scores"])

@@ -16,7 +16,7 @@ from pipelines.decode import open_reader
 
 def test_the_run_and_its_controls_on_one_axis(run, control, digits, capsys):
     pytest.importorskip("faiss", reason="the extra `faiss` isn't installed")
-    arguments = ["compression", str(run), "--bits", "16", "256", "--first", "100"]
+    arguments = ["compression", str(run), "--bits", "16", "256", "--top-n", "100"]
     assert main(arguments) == 0  # test.beton beside train.beton, the control beside the run
     printed = capsys.readouterr().out
     result = json.loads((run / "compression.json").read_text())
@@ -37,7 +37,7 @@ def test_the_run_and_its_controls_on_one_axis(run, control, digits, capsys):
     with open(run / "compression.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["method"] for row in table] == [row["method"] for row in result["rows"]]
-    assert result["first"] == 100 and f"--control {control}" in result["command"]
+    assert result["top_n"] == 100 and f"--control {control}" in result["command"]
 
     train, test = (open_reader(digits[split]) for split in ("train", "test"))
     own, other = load_run(run), load_run(control)
@@ -53,7 +53,7 @@ def test_mistakes_are_told_before_any_work(run, control, digits, tmp_path, capsy
     for arguments, message in [
         ([run, "--control", run], "--control"),
         ([run, "--bits", "0"], "--bits"),
-        ([run, "--first", "0"], "--first"),
+        ([run, "--top-n", "0"], "--top-n"),
         ([tmp_path / "none"], "no such run"),
         ([run, "--test", tmp_path / "no.beton"], "no.beton"),
     ]:

@@ -11,8 +11,8 @@ from lvssl.cli import main
 
 QUICK = {
     "evaluate": ([], "evaluation.json"),
-    "analyse": (["--images", "0", "--samples", "2"], "analysis.json"),
-    "compression": (["--bits", "16", "--first", "20"], "compression.json"),
+    "analyse": (["--max-images", "0", "--samples", "2"], "analysis.json"),
+    "compression": (["--bits", "16", "--top-n", "20"], "compression.json"),
 }
 
 
@@ -106,7 +106,7 @@ def test_a_stage_has_the_runs_setting_and_an_older_result_stands(run, folders, t
 def test_a_study_skips_in_training_and_measuring(folders, tmp_path, capsys):
     study = ["study", "--preset", "digits", "--train", str(folders["train"]), "--test", str(folders["test"])]
     study += ["--out", str(tmp_path / "study"), "--arms", "none", "--seeds", "0", "--epochs", "1"]
-    study += ["--images", "50", "--threads", "1"]
+    study += ["--max-images", "50", "--threads", "1"]
     assert main([*study]) == 2
     assert "can't be decoded" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "study")

@@ -14,8 +14,8 @@ from pipelines.errors import InputError
 # By command: quick options, its files, and another setting.
 COMMANDS = {
     "evaluate": ([], ("evaluation.json", "gallery.npz"), ["--control", "{other}"]),
-    "analyse": (["--images", "40", "--samples", "1"], ("analysis.json", "bits.npz"), ["--seed", "1"]),
-    "compression": (["--bits", "16"], ("compression.json", "compression.csv"), ["--first", "9"]),
+    "analyse": (["--max-images", "40", "--samples", "1"], ("analysis.json", "bits.npz"), ["--seed", "1"]),
+    "compression": (["--bits", "16"], ("compression.json", "compression.csv"), ["--top-n", "9"]),
 }
 
 
@@ -53,18 +53,18 @@ def test_a_result_is_found_again_and_no_other_takes_its_place_unasked(command, r
     result, made = json.loads(files[0].read_text()), stamps()
     digest = checkpoint.digest(checkpoint.paths(run / "checkpoints")[-1])
     assert result["checkpoint"] == digest and set(result["beside"]) == {str(runs["control"])}
-    assert "again" not in result["settings"] and result["settings"]["test"].endswith("test.beton")
+    assert "overwrite" not in result["settings"] and result["settings"]["test"].endswith("test.beton")
     assert result["command"].startswith(f"lvssl {command} {run} --") and result["versions"]["torch"]
     monkeypatch.chdir(run.parent)
     assert call("run")[:2] == (0, printed.replace(str(run), "run")) and stamps() == made  # from any folder
 
     status, _, said = call(run, *another)
     assert status == 2 and len(said.splitlines()) == 1 and stamps() == made
-    name = another[0].removeprefix("--")
+    name = another[0].removeprefix("--").replace("-", "_")
     assert f"{files[0]} already holds a result for other settings ({name}: " in said
-    assert "pass --again to overwrite it" in said
+    assert "pass --overwrite to overwrite it" in said
     assert "--out" not in said  # which these commands don't have
-    assert call(run, *another, "--again")[0] == 0 and stamps()[0] > made[0]
+    assert call(run, *another, "--overwrite")[0] == 0 and stamps()[0] > made[0]
     assert str(json.loads(files[0].read_text())["settings"][name]) == another[1]
 
 
@@ -79,14 +79,14 @@ def test_a_result_of_older_checkpoints_or_without_all_of_its_files_is_not_taken(
     capsys.readouterr()
     assert main(["evaluate", str(run)]) == 2
     assert f" for other settings (checkpoint of {runs['control']}: " in capsys.readouterr().err
-    assert result.stat().st_mtime_ns == made and main(["evaluate", str(run), "--again"]) == 0
+    assert result.stat().st_mtime_ns == made and main(["evaluate", str(run), "--overwrite"]) == 0
     later(run)
     assert main(["evaluate", str(run)]) == 2 and "(checkpoint: " in capsys.readouterr().err
     result.write_text(json.dumps({"run": {"linear": 1.0}}))  # of a version that named no checkpoint there
     assert main(["evaluate", str(run)]) == 2 and "(checkpoint: None -> " in capsys.readouterr().err
     result.write_text("{")
     assert main(["evaluate", str(run)]) == 2 and f"{result}: not a result (" in capsys.readouterr().err
-    assert main(["evaluate", str(run), "--again"]) == 0 and "linear" in read_result(result)["run"]
+    assert main(["evaluate", str(run), "--overwrite"]) == 0 and "linear" in read_result(result)["run"]
 
 
 def test_figures_that_are_no_numbers_are_shown_alike_when_found(runs, capsys):

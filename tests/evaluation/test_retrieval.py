@@ -68,10 +68,10 @@ def test_without_ties_it_is_scikit_learns_average_precision():
         average_precision_score(labels == label, similarity)
         for label, similarity in zip(query_labels, unit[0] @ unit[1].T)
     ]
-    score = similarity_map(queries, query_labels, database, labels, first=300)
+    score = similarity_map(queries, query_labels, database, labels, top_n=300)
     assert score.over_hits == pytest.approx(np.mean(truth), abs=1e-6)
     assert score.over_relevant == pytest.approx(np.mean(truth), abs=1e-6)
-    assert (score.first, score.queries, score.database) == (300, 20, 300)
+    assert (score.top_n, score.queries, score.database) == (300, 20, 300)
 
 
 @pytest.mark.parametrize("first", [1, 37, 1000, 5000])
@@ -111,7 +111,7 @@ def test_what_does_not_match_is_refused():
         ((query, [1], codes, [1]), "one label"),
         ((query[:0], [], codes, [1, 0]), "at least one"),
         ((query, [1], codes[:0], []), "at least one"),
-        ((query, [1], codes, [1, 0], 0), "first"),
+        ((query, [1], codes, [1, 0], 0), "top_n"),
     ]:
         with pytest.raises(ValueError, match=message):
             retrieval_map(*arguments)

@@ -20,14 +20,14 @@ from pipelines.errors import InputError
 def settings(digits, tmp_path):
     return StudySettings(
         digits["train"], digits["test"], "digits", tmp_path / "study",
-        arms=("none", "low:family=bernoulli,dim=16"), seeds=(0, 1), epochs=1, threads=1, images=60,
+        arms=("none", "low:family=bernoulli,dim=16"), seeds=(0, 1), epochs=1, threads=1, max_images=60,
     )  # fmt: skip
 
 
 def test_a_study_in_parts_is_the_study(settings, digits, capsys):
     """Its halves as an array job, then one call that collects, through the command line."""
     arguments = ["study", "--preset", "digits", "--train", digits["train"], "--test", digits["test"], "--out"]
-    arguments += [settings.out, "--arms", *settings.arms, "--seeds", 0, 1, "--epochs", 1, "--images", 60]
+    arguments += [settings.out, "--arms", *settings.arms, "--seeds", 0, 1, "--epochs", 1, "--max-images", 60]
     arguments = [*map(str, arguments), "--threads", "1"]
     for part in ("1/2", "2/2"):
         assert main([*arguments, "--shard", part]) == 0
@@ -123,7 +123,7 @@ def test_one_seed_decides_nothing(tmp_path):
     }  # fmt: skip
     assert interval([1.0, 1.0, 1.0], False)["verdict"] == "worse"
     rows = [row for row in made_rows() if row["seed"] == 0]
-    result = {"settings": {"preset": "p", "seeds": [0], "images": 0}, "command": "lvssl study"}
+    result = {"settings": {"preset": "p", "seeds": [0], "max_images": 0}, "command": "lvssl study"}
     result |= {"rows": rows, "pairs": pairs(rows), "arms": summary(rows)}
     write_study(tmp_path, result, MEASURES)
     assert "Not decided by one seed." in (tmp_path / "study.md").read_text()

@@ -49,8 +49,8 @@ class Narrow(Family):
     def complaint(self, dim: int) -> str:
         return "an even number" if dim % 2 else ""
 
-    def start(self, dim: int, sharpness: float) -> tuple[torch.Tensor, torch.Tensor]:
-        return constant(dim, sharpness), constant(0, 0.0)
+    def start(self, dim: int, init_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return constant(dim, init_scale), constant(0, 0.0)
 
     def posterior(self, parameters: torch.Tensor) -> "NarrowPosterior":
         return NarrowPosterior(parameters, self.components)
@@ -86,12 +86,12 @@ def planted(monkeypatch) -> None:
 def test_a_new_family_is_validated_and_planned():
     latent = LatentSettings("narrow", components=2, dim=6)
     latent.validate()
-    assert latent.law == Narrow(components=2) and latent.final_beta == 1e-3
+    assert latent.distribution == Narrow(components=2) and latent.final_beta == 1e-3
     LatentSettings("narrow+bernoulli", estimator="relaxed").validate()
     for changes, said in (
         ({"dim": 5}, "an even number"),
         ({"estimator": "relaxed"}, "straight-through for narrow"),
-        ({"sharpness_start": 1.0}, "no logits"),
+        ({"init_scale_start": 1.0}, "no logits"),
         ({"objective": "ceb", "site": "proj"}, "on the sphere"),
     ):
         with pytest.raises(InputError, match=said):
@@ -150,7 +150,7 @@ def test_what_a_family_says_of_itself_is_what_its_posterior_does(name):
     assert law.signs == torch.equal(posterior.code(), posterior.parameters > 0)
     assert law.stochastic == bool((posterior.kl() > 0).any())
     unread = law.unread
-    assert ("clean" in unread) == (not law.stochastic)
+    assert ("clean_path_weight" in unread) == (not law.stochastic)
     if not law.stochastic:
         assert ("decorrelation" in unread) == (posterior.straight_through_bits() is None)
         assert law.own_code == (posterior.straight_through_bits() is not None)
@@ -255,7 +255,7 @@ def has_option(name: str):
         (config, "LatentSettings.depth", has_option("depth")),
         (config, "LatentSettings.categories", has_option("categories")),
         (config, "LatentSettings.components", has_option("components")),
-        (config, "LatentSettings.sharpness_start", lambda law: law.discrete),
+        (config, "LatentSettings.init_scale_start", lambda law: law.discrete),
         (config, "LatentSettings.decorrelation", has_bits),
         (evaluate, "EvaluateSettings.control", lambda law: not law.stochastic),
         (analyse, "AnalyseSettings.control", lambda law: not law.stochastic),

@@ -84,7 +84,7 @@ def test_an_images_code_does_not_depend_on_its_batch(family):
 
 
 def test_logits_start_at_the_set_sharpness():
-    net = network("bernoulli", sharpness=4.0)
+    net = network("bernoulli", init_scale=4.0)
     logits = net(torch.randn(64, 3, 16, 16)).posterior.logits
     assert logits.std(0).mean().item() == pytest.approx(4.0, rel=0.05)
     assert logits.mean(0).abs().max() < 1e-3
@@ -100,7 +100,7 @@ def test_calibration_puts_the_thresholds_at_the_exact_mean():
 
 
 def test_k_samples_narrow_the_projectors_input():
-    one, many = (network("bernoulli", samples=k, sharpness=1.0) for k in (1, 64))
+    one, many = (network("bernoulli", samples=k, init_scale=1.0) for k in (1, 64))
     images = torch.randn(16, 3, 16, 16)
     spread = []
     for net in (one, many):
@@ -122,7 +122,7 @@ def test_family_none_is_plain_simclr():
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].stochastic])
 def test_at_the_projectors_output_the_samples_are_what_is_compared(family):
-    net = network(family, site="proj", average="losses", samples=3)
+    net = network(family, site="proj", sample_reduction="losses", samples=3)
     images, noise = torch.randn(8, 3, 16, 16), torch.Generator().manual_seed(0)
     outputs = net(images, noise)
     assert outputs.projections.shape == (3, 8, 16) and net.dim == 16
@@ -135,7 +135,7 @@ def test_where_samples_meet():
     images = torch.randn(8, 3, 16, 16)
     found = {}
     for average in ("samples", "projections", "losses"):
-        net = network("bernoulli", average=average)
+        net = network("bernoulli", sample_reduction=average)
         outputs = net(images, torch.Generator().manual_seed(0))
         samples = outputs.posterior.sample(4, torch.Generator().manual_seed(0))
         each = net.projector(samples.flatten(0, 1)).unflatten(0, (4, 8))
@@ -146,13 +146,13 @@ def test_where_samples_meet():
 
 
 def test_sharpness_and_relaxation_are_annealed_and_final_at_evaluation():
-    net = network("bernoulli", sharpness=4.0, sharpness_start=1.0, anneal=0.5)
+    net = network("bernoulli", init_scale=4.0, init_scale_start=1.0, anneal=0.5)
     images = torch.randn(64, 3, 16, 16)
     spreads = [net(images, None, f).posterior.logits.std(0).mean().item() for f in (0.0, 0.25, 0.5, 1.0)]
     assert spreads == pytest.approx([1.0, 2.0, 4.0, 4.0], rel=0.05)
     assert net.encode(images)[1].logits.std(0).mean().item() == pytest.approx(4.0, rel=0.05)
 
-    net = network("bernoulli", estimator="relaxed", relaxation=0.1, relaxation_start=10.0, sharpness=0.1,
+    net = network("bernoulli", estimator="relaxed", relaxation=0.1, relaxation_start=10.0, init_scale=0.1,
                   samples=1, site="proj")  # fmt: skip
     hardness = [
         net(images, torch.Generator().manual_seed(0), f).projections.abs().mean() for f in (0.0, 0.25, 0.5)
@@ -180,7 +180,7 @@ def test_images_are_read_in_the_precision_that_is_set(site):
 
 
 def test_a_fixed_spread_stays():
-    net = network("gaussian", spread="fixed", sharpness=2.0)
+    net = network("gaussian", posterior_scale="fixed", init_scale=2.0)
     posterior = net(torch.randn(8, 3, 16, 16)).posterior
     assert posterior.log_variance.unique().item() == pytest.approx(-2 * 0.6931472)
     assert not any("spread" in name for name, _ in net.named_parameters())
@@ -195,9 +195,9 @@ def test_impossible_latents_are_refused():
         ({"family": "categorical", "dim": 24}, "16"),
         ({"family": "none", "site": "proj"}, "repr"),
         ({"family": "gaussian", "estimator": "relaxed"}, "straight"),
-        ({"family": "gaussian", "sharpness_start": 1.0}, "no logits"),
+        ({"family": "gaussian", "init_scale_start": 1.0}, "no logits"),
         ({"objective": "ceb"}, "on the sphere"),
-        ({"objective": "hib", "average": "samples"}, "losses"),
+        ({"objective": "hib", "sample_reduction": "samples"}, "losses"),
         ({"anneal": 0.0}, "anneal"),
         ({"depth": 9}, "depth"),
         ({"relaxation": 0.0}, "relaxation"),

@@ -62,7 +62,8 @@ CONFIG = {
         "data": "data/fashion-mnist-train.beton", "epochs": 8, "batch_size": 256, "temperature": 0.2,
         "seed": 0,
         "preset": "fashion-mnist", "model": {"backbone": "small", "hidden": 256},
-        "latent": {"family": "bernoulli", "sharpness": 4.0, "samples": 4, "beta": 0.0, "decorrelation": 0.02},
+        "latent": {"family": "bernoulli", "init_scale": 4.0, "samples": 4, "beta": 0.0,
+                   "decorrelation": 0.02},
         "view": {"resolution": 28, "scale": [0.2, 1.0], "mean": [0.286, 0.286, 0.286]},
     },
     "classes": 10,
@@ -163,7 +164,7 @@ def write_compression(folder):
         for bits in ((64, 256) if method != "features" else (8192,))
     ]  # fmt: skip
     content = {"rows": rows, "left_out": ["PQ, 2 bits: <too short>"], "queries": 2000, "database": 10_000}
-    content |= {"first": 1000, "command": "lvssl compression runs/demo"}
+    content |= {"top_n": 1000, "command": "lvssl compression runs/demo"}
     (folder / "compression.json").write_text(json.dumps(content))
     return folder
 

@@ -264,7 +264,7 @@ lr = [0.05]
 weight_decay = [0.0]
 threads = 1
 [finetune.sweep]
-grid = { labels = [0.2, 1.0] }
+grid = { label_fraction = [0.2, 1.0] }
 """
 
 
@@ -273,10 +273,12 @@ def test_measures_and_a_sweep_follow_the_pretraining(chain, digits):
     mine.launch()
     mine.wait("report", "done")
     table = (mine.out / "finetune-sweep.md").read_text()
-    assert len(table.splitlines()) == 4 and "labels=0.2" in table and " - " not in table, table
+    assert len(table.splitlines()) == 4 and "label_fraction=0.2" in table and " - " not in table, table
     assert all(task.outputs[0].exists() for stage in mine.stages.values() for task in stage.tasks)
     jobs = read_jobs(mine.out)
-    mine.file.write_text(mine.file.read_text().replace("labels = [0.2, 1.0]", "labels = [0.2, 1.0, 0.5]"))
+    mine.file.write_text(
+        mine.file.read_text().replace("label_fraction = [0.2, 1.0]", "label_fraction = [0.2, 1.0, 0.5]")
+    )
     assert "2 tasks stand" in mine.launch()  # one point more is one job more, and another report
     mine.wait("report", "done")
     again = read_jobs(mine.out)

@@ -77,7 +77,7 @@ def keys(path: Path) -> dict[str, str]:
         ("[evaluate]", "[knn]\nsweep = {grid = {workers = 1}}", "[knn.sweep.grid] workers: must be a list"),
         ("[evaluate]", "[knn]\nsweep = {}", "takes either `grid` or `list`"),
         ("[evaluate]", "[evaluate]\nsweep.grid = {workers = [1]}", "[evaluate.sweep]: its result has one place"),
-        ("[evaluate]", "[finetune]\nsweep.grid = {labels = [0.1, 2.0]}", "[finetune.sweep] --labels must be in (0, 1], got 2.0"),
+        ("[evaluate]", "[finetune]\nsweep.grid = {label_fraction = [0.1, 2.0]}", "[finetune.sweep] --label-fraction must be in (0, 1], got 2.0"),
         ("[evaluate]", '[linear]\npreset = "imagenet-finetune"', "[linear] unknown preset 'imagenet-finetune'; known: imagenet-linear"),
         ("[evaluate]", "[linear]\nruns = 1", "[linear] runs: no such key"),
         ("[evaluate]", "[evaluate.cluster]\nnodes = 2", "[evaluate.cluster] nodes: only pretrain, linear, finetune spread"),
@@ -149,7 +149,7 @@ def test_a_changed_setting_reaches_what_hangs_on_it_and_only_that(tmp_path):
     assert changed("[evaluate]", '[evaluate]\ncontrol = "x"') == {"evaluate", "report"}
     stages = {s.name: s for s in build_stages(read_pipeline(write(tmp_path), chain_starts()))}
     assert (
-        "--again" in stages["evaluate"].tasks[0].arguments
+        "--overwrite" in stages["evaluate"].tasks[0].arguments
     )  # the other's result takes the first one's place
     assert changed("shards = 2", "shards = 2\nworkers = 1") == set()
     assert changed("epochs = 3", "epochs = 3\nworkers = 1\nthreads = 1") == set()
@@ -221,22 +221,22 @@ def test_a_source_that_changes_changes_the_digest(tmp_path):
     )
 
 
-SWEEP = "[finetune]\nepochs = 2\n[finetune.sweep]\ngrid = { labels = [0.1, 1.0], lr = [[0.1], [0.2, 0.3]] }\n"
+SWEEP = "[finetune]\nepochs = 2\n[finetune.sweep]\ngrid = { label_fraction = [0.1, 1.0], lr = [[0.1], [0.2, 0.3]] }\n"
 
 
 def test_a_sweep_is_an_array_whose_points_stand_alone(tmp_path):
     path = write(tmp_path, FILE + SWEEP)
     (stage,) = (s for s in build_stages(read_pipeline(path, chain_starts())) if s.name == "finetune")
     assert [task.label for task in stage.tasks] == [
-        "labels=0.1, lr=[0.1]", "labels=0.1, lr=[0.2, 0.3]", "labels=1.0, lr=[0.1]", "labels=1.0, lr=[0.2, 0.3]",
+        "label_fraction=0.1, lr=[0.1]", "label_fraction=0.1, lr=[0.2, 0.3]", "label_fraction=1.0, lr=[0.1]", "label_fraction=1.0, lr=[0.2, 0.3]",
     ]  # fmt: skip
     arguments = " ".join(stage.tasks[1].arguments)
-    assert "--epochs 2 --labels 0.1 --lr 0.2 0.3 --out" in arguments and "--test" in arguments
+    assert "--epochs 2 --label-fraction 0.1 --lr 0.2 0.3 --out" in arguments and "--test" in arguments
     assert len({task.outputs for task in stage.tasks}) == 4
     before = keys(path)
     after = keys(write(tmp_path, FILE + SWEEP.replace("1.0", "0.5")))
     assert {n for n in before if before[n] != after[n]} == {"finetune-03", "finetune-04", "report"}
-    listed = SWEEP[: SWEEP.index("grid")] + "list = [{ labels = 0.1, lr = [0.1] }, { seed = 1 }]\n"
+    listed = SWEEP[: SWEEP.index("grid")] + "list = [{ label_fraction = 0.1, lr = [0.1] }, { seed = 1 }]\n"
     assert keys(write(tmp_path, FILE + listed))["finetune-01"] == before["finetune-01"]  # the same point
     (latent,) = (
         task.outputs[0].name
@@ -246,7 +246,7 @@ def test_a_sweep_is_an_array_whose_points_stand_alone(tmp_path):
         for task in stage.tasks
         if task.name == "linear"
     )
-    assert latent == "linear-latent.json"  # where `lvssl linear --on latent` writes
+    assert latent == "linear-latent.json"  # where `lvssl linear --representation latent` writes
     with_preset = FILE + '[linear]\npreset = "imagenet-linear"\nbatch_size = 4096\nprobe = "sgd"\n'
     plain = with_preset.replace('preset = "imagenet-linear"\n', "")
     assert keys(write(tmp_path, with_preset))["linear"] == keys(write(tmp_path, plain))["linear"]
@@ -261,10 +261,10 @@ def test_the_table_of_a_sweep_grows_as_its_points_end(tmp_path):
     assert write_table(tmp_path, stage.tasks).read_text().splitlines() == [
         "| point | settings | features top1 | features n |",
         "| --- | --- | --- | --- |",
-        "| finetune-01 | labels=0.1, lr=[0.1] | - | - |",
-        "| finetune-02 | labels=0.1, lr=[0.2, 0.3] | - | - |",
-        "| finetune-03 | labels=1.0, lr=[0.1] | 61.25 | 3 |",
-        "| finetune-04 | labels=1.0, lr=[0.2, 0.3] | - | - |",
+        "| finetune-01 | label_fraction=0.1, lr=[0.1] | - | - |",
+        "| finetune-02 | label_fraction=0.1, lr=[0.2, 0.3] | - | - |",
+        "| finetune-03 | label_fraction=1.0, lr=[0.1] | 61.25 | 3 |",
+        "| finetune-04 | label_fraction=1.0, lr=[0.2, 0.3] | - | - |",
     ]
 
 

@@ -116,7 +116,7 @@ def made_control(run: Path, sets) -> Path:
 def test_evaluate_gives_the_figures_of_the_set_in_its_own_order(run, sets):
     figures = []
     for test in ("both", "turned"):
-        assert main(["evaluate", str(run), "--test", str(sets[test]), "--again"]) == 0
+        assert main(["evaluate", str(run), "--test", str(sets[test]), "--overwrite"]) == 0
         figures.append(json.loads((run / "evaluation.json").read_text())["run"])
     assert figures[0]["linear"] == figures[1]["linear"] == figures[0]["knn"] == 100.0
     gallery = np.load(run / "gallery.npz")
@@ -311,4 +311,4 @@ def test_a_stage_goes_on_with_its_own_set_alone(run, sets, tmp_path):
     for suffix in ("", ".json"):  # another set under the same name
         shutil.copy(f"{sets['both']}{suffix}", f"{tmp_path / 'train.beton'}{suffix}")
     assert main(typed) == 2
-    assert main([*typed, "--again"]) == 0
+    assert main([*typed, "--overwrite"]) == 0

@@ -43,7 +43,7 @@ def test_two_ranks_give_what_one_gives(run, tmp_path, lvssl):
         "finetune": [
             "finetune",
             run,
-            "--labels",
+            "--label-fraction",
             0.2,
             "--epochs",
             1,

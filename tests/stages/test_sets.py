@@ -34,7 +34,7 @@ def test_a_damaged_image_stops_every_stage_unless_it_is_to_be_skipped(run, folde
         arguments = [*stage[:1], str(run), *stage[1:], "--train", str(folders["train"]), "--test"]
         assert main([*arguments, str(folders["test"])]) == 2
         assert "can't be decoded" in (said := capsys.readouterr().err) and "Traceback" not in said
-        assert main([*arguments, str(folders["test"]), "--on-error", "skip", "--again"]) == 0, stage
+        assert main([*arguments, str(folders["test"]), "--on-error", "skip", "--overwrite"]) == 0, stage
         said = capsys.readouterr().err
         where = f"{folders['test']}: 2 of 60 images can't be decoded and are left out; the first is sample 0"
         assert where in said, stage
@@ -139,5 +139,5 @@ def test_what_takes_long_says_how_far_it_is(run, monkeypatch, capsys):
     linear(LinearSettings(run))
     said = capsys.readouterr().err
     assert "linear: test.beton: image 500/500" in said and "linear: fits of the probe: image" in said
-    finetune(FinetuneSettings(run, labels=0.1, epochs=1, min_steps=0, lr=(0.1,), weight_decay=(0.0,)))
+    finetune(FinetuneSettings(run, label_fraction=0.1, epochs=1, min_steps=0, lr=(0.1,), weight_decay=(0.0,)))
     assert "finetune: test.beton: image 500/500" in capsys.readouterr().err

@@ -62,10 +62,10 @@ def test_a_finished_stage_prints_its_result_and_others_are_refused(run, capsys):
     assert main(["linear", str(run), "--workers", "1"]) == 0
     assert capsys.readouterr().out == first and (run / "linear.json").stat().st_mtime_ns == stamp
     assert main(["linear", str(run), "--seed", "1"]) == 2
-    assert "seed: 0 -> 1" in (error := capsys.readouterr().err) and "--again" in error
+    assert "seed: 0 -> 1" in (error := capsys.readouterr().err) and "--overwrite" in error
     assert (run / "linear.json").stat().st_mtime_ns == stamp
     assert main(["linear", str(run), "--seed", "1", "--out", str(run / "other.json")]) == 0
-    assert main(["linear", str(run), "--seed", "1", "--again"]) == 0
+    assert main(["linear", str(run), "--seed", "1", "--overwrite"]) == 0
     assert json.loads((run / "linear.json").read_text())["settings"]["seed"] == 1
     state = checkpoint.load_latest(run / "checkpoints")[1]
     checkpoint.save(run / "checkpoints", state["step"] + 1, state | {"step": state["step"] + 1})
@@ -123,7 +123,7 @@ def test_finetuning_chooses_on_held_out_images_and_reads_the_test_once(run, digi
 
     monkeypatch.setattr(BetonReader, "crops", counted)
     settings = FinetuneSettings(
-        run, min_steps=0, labels=0.1, epochs=3, lr=(1e-6, 0.1), weight_decay=(0.0, 1e-4)
+        run, min_steps=0, label_fraction=0.1, epochs=3, lr=(1e-6, 0.1), weight_decay=(0.0, 1e-4)
     )
     stage = finetune(settings)
     assert stage.path == run / "finetune-0.1" / "result.json"
@@ -139,7 +139,13 @@ def test_finetuning_chooses_on_held_out_images_and_reads_the_test_once(run, digi
 def test_through_the_latent_the_head_is_trained_too(run):
     before = load_run(run).network.state_dict()
     settings = FinetuneSettings(
-        run, min_steps=0, labels=0.1, on="latent", epochs=2, lr=(0.05,), weight_decay=(0.0,)
+        run,
+        min_steps=0,
+        label_fraction=0.1,
+        representation="latent",
+        epochs=2,
+        lr=(0.05,),
+        weight_decay=(0.0,),
     )
     stage = finetune(settings)
     assert stage.path.parent.name == "finetune-latent-0.1"
@@ -164,7 +170,7 @@ def test_finetuning_computes_in_the_precision_asked_for_and_goes_on_in_it(run, m
 
     monkeypatch.setattr(supervised, "represent", noted)
     options = {
-        "labels": 0.1,
+        "label_fraction": 0.1,
         "min_steps": 0,
         "epochs": 4,
         "batch_size": 64,
@@ -209,7 +215,14 @@ def assert_same(a: Path, b: Path) -> None:
 @pytest.mark.parametrize("on", ["features", "latent"])
 def test_interrupted_and_resumed_a_stage_is_the_undisturbed_one(run, tmp_path, monkeypatch, on):
     whole = FinetuneSettings(
-        run, min_steps=0, labels=0.5, on=on, epochs=2, lr=(0.01, 0.1), weight_decay=(1e-4,), batch_size=64
+        run,
+        min_steps=0,
+        label_fraction=0.5,
+        representation=on,
+        epochs=2,
+        lr=(0.01, 0.1),
+        weight_decay=(1e-4,),
+        batch_size=64,
     )
     parts = dataclasses.replace(whole, out=tmp_path / "parts")
     expected = finetune(whole)
@@ -275,7 +288,9 @@ def test_sigterm_saves_and_exits_with_143(run):
 
 
 def test_few_labels_still_make_as_many_steps_as_are_asked_for(run):
-    settings = FinetuneSettings(run, labels=0.1, epochs=1, min_steps=25, lr=(0.1,), weight_decay=(0.0,))
+    settings = FinetuneSettings(
+        run, label_fraction=0.1, epochs=1, min_steps=25, lr=(0.1,), weight_decay=(0.0,)
+    )
     result = finetune(settings).done
     assert result["steps"] == 25 and result["batch_size"] == 129
     final = run / "finetune-0.1" / "final"
@@ -285,7 +300,9 @@ def test_few_labels_still_make_as_many_steps_as_are_asked_for(run):
 
 
 def test_work_under_other_settings_is_not_gone_on_with(run, monkeypatch):
-    settings = FinetuneSettings(run, min_steps=0, labels=0.1, epochs=2, lr=(0.05,), weight_decay=(0.0,))
+    settings = FinetuneSettings(
+        run, min_steps=0, label_fraction=0.1, epochs=2, lr=(0.05,), weight_decay=(0.0,)
+    )
     with monkeypatch.context() as patch:
         interrupt_after(patch, 1)
         with pytest.raises(Interrupted):
@@ -301,9 +318,9 @@ def test_work_under_other_settings_is_not_gone_on_with(run, monkeypatch):
             finetune(two)
         assert "remove it" in str(error.value) and "\n" not in str(error.value)
     other = dataclasses.replace(settings, epochs=3)
-    with pytest.raises(InputError, match="finetune-0.1 contains .* .epochs: 2 -> 3.; --again"):
+    with pytest.raises(InputError, match="finetune-0.1 contains .* .epochs: 2 -> 3.; --overwrite"):
         finetune(other)
-    assert finetune(dataclasses.replace(other, again=True)).done["steps"] == 3
+    assert finetune(dataclasses.replace(other, overwrite=True)).done["steps"] == 3
     begun = run / "finetune-0.1"
     kept = [
         begun / "thesis.tex",
@@ -314,7 +331,7 @@ def test_work_under_other_settings_is_not_gone_on_with(run, monkeypatch):
     for path in kept:
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    later = dataclasses.replace(other, epochs=1, again=True)
+    later = dataclasses.replace(other, epochs=1, overwrite=True)
     assert finetune(later).done["steps"] == 1 and all(path.exists() for path in kept)
     assert [p.name for p in checkpoint.paths(begun / "final" / "checkpoints")] == ["step-000000001.pt"]
     remove_work(begun)  # all but those
@@ -322,27 +339,37 @@ def test_work_under_other_settings_is_not_gone_on_with(run, monkeypatch):
     (run / "mine").mkdir()
     (run / "mine" / "thesis.tex").touch()
     with pytest.raises(InputError, match="mine exists and is no stage's folder"):
-        finetune(dataclasses.replace(settings, out=run / "mine", again=True))
+        finetune(dataclasses.replace(settings, out=run / "mine", overwrite=True))
     assert (run / "mine" / "thesis.tex").exists()
 
 
 def test_a_training_that_diverged_leaves_nothing_that_stays_in_the_way(run):
     out = run / "diverged"
-    settings = FinetuneSettings(run, min_steps=0, labels=0.2, epochs=4, lr=(1e20,), weight_decay=(0.0,))
+    settings = FinetuneSettings(
+        run, min_steps=0, label_fraction=0.2, epochs=4, lr=(1e20,), weight_decay=(0.0,)
+    )
     with pytest.raises(FloatingPointError, match="non_finite_batch.npy"):
         finetune(dataclasses.replace(settings, out=out))
     assert (out / "final" / "non_finite_batch.npy").exists()
-    remove_work(out)  # as --again does
+    remove_work(out)  # as --overwrite does
     assert not out.exists()
 
 
 def test_a_diverging_trial_is_not_chosen_and_too_few_labels_take_the_middle(run, capsys):
-    settings = FinetuneSettings(run, min_steps=0, labels=0.2, epochs=4, lr=(1e20, 0.05), weight_decay=(0.0,))
+    settings = FinetuneSettings(
+        run, min_steps=0, label_fraction=0.2, epochs=4, lr=(1e20, 0.05), weight_decay=(0.0,)
+    )
     result = finetune(settings).done
     assert "not finite" in result["trials"][0]["diverged"]
     assert result["chosen"]["lr"] == 0.05
     few = FinetuneSettings(
-        run, min_steps=0, labels=0.01, epochs=1, lr=(0.01, 0.05, 0.25), weight_decay=(0.0,), held_out=0.01
+        run,
+        min_steps=0,
+        label_fraction=0.01,
+        epochs=1,
+        lr=(0.01, 0.05, 0.25),
+        weight_decay=(0.0,),
+        validation_fraction=0.01,
     )
     assert finetune(few).done["chosen"]["lr"] == 0.05
     assert "too few labels to choose on" in capsys.readouterr().err
@@ -390,9 +417,9 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         (["linear", run, "--test", tmp_path / "no.beton"], "no.beton"),
         (["linear", run, "--probe", "svm"], "unknown probe 'svm'; known: auto"),
         (["linear", run, "--preset", "imagenet-finetune"], "unknown preset 'imagenet-finetune'"),
-        (["linear", run, "--on", "dreams"], "unknown representation 'dreams'"),
-        (["finetune", run, "--on", "code"], "a code has no gradient"),
-        (["finetune", run, "--labels", 1.5], "--labels must be in (0, 1]"),
+        (["linear", run, "--representation", "dreams"], "unknown representation 'dreams'"),
+        (["finetune", run, "--representation", "code"], "a code has no gradient"),
+        (["finetune", run, "--label-fraction", 1.5], "--label-fraction must be in (0, 1]"),
         (["finetune", run, "--lr", 0.1, "nan"], "--lr"),
         (["finetune", run, "--weight-decay", -1], "--weight-decay"),
         (["knn", run, "--temperature", -1], "--temperature"),

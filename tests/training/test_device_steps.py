@@ -321,12 +321,12 @@ CASES |= {
     f"{family}, {name}": {"latent": LatentSettings(family, objective=name, **more)}
     for name, family, more in (
         ("dcl", "bernoulli", {}),
-        ("mcinfonce", "gaussian", {"average": "losses"}),
+        ("mcinfonce", "gaussian", {"sample_reduction": "losses"}),
         ("hib", "gaussian", {}),
         ("ceb", "vmf", {"site": "proj"}),
         ("ceb", "power_spherical", {"site": "proj"}),
-        ("ntxent", "bernoulli", {"average": "losses", "estimator": "relaxed"}),
-        ("ntxent", "categorical", {"average": "projections", "sharpness_start": 1.0}),
+        ("ntxent", "bernoulli", {"sample_reduction": "losses", "estimator": "relaxed"}),
+        ("ntxent", "categorical", {"sample_reduction": "projections", "init_scale_start": 1.0}),
     )
 }
 CASES |= {
@@ -390,7 +390,7 @@ def test_a_recorded_training_is_the_same(digits, tmp_path, monkeypatch, device, 
             step(trainer, batch)
         assert (trainer.recorded is not None) is (graph == "on")
         if trainer.recorded is not None:
-            annealed = latent.sharpness_start is not None or latent.estimator == "relaxed"
+            annealed = latent.init_scale_start is not None or latent.estimator == "relaxed"
             assert annealed or set(trainer.recorded.replays) == {False, True}
         runs.append(everything(trainer))
     differing = [

@@ -39,7 +39,7 @@ def losses_of(data: Path, family: str) -> list[float]:
     """The first six losses."""
     base = PRESETS["digits"]
     # The weights are named, so that the defaults may change.
-    latent = dataclasses.replace(base.latent, family=family, decorrelation=0.02, clean=0.5)
+    latent = dataclasses.replace(base.latent, family=family, decorrelation=0.02, clean_path_weight=0.5)
     chosen = dataclasses.replace(base, data=data, epochs=1, batch_size=64, latent=latent)
     with TwoViewLoader(open_reader(data), chosen.view, chosen.batch_size, chosen.seed, 1) as loader:
         trainer = Trainer(chosen, 10, loader, torch.device("cpu"))

@@ -66,8 +66,8 @@ def test_alarms_are_named():
 
 
 @pytest.mark.parametrize("latent, ill", [
-    ({"family": "bernoulli", "sharpness": 0.1}, "posterior collapse"),
-    ({"family": "bernoulli", "sharpness": 300.0}, "saturation"),
+    ({"family": "bernoulli", "init_scale": 0.1}, "posterior collapse"),
+    ({"family": "bernoulli", "init_scale": 300.0}, "saturation"),
     ({"family": "bernoulli"}, ""),
 ])  # fmt: skip
 def test_a_run_says_how_its_latent_is(digits, tmp_path, capsys, latent, ill):

@@ -34,7 +34,9 @@ def info_nce(u: torch.Tensor, decoupled: bool = False) -> torch.Tensor:
 
 
 def test_ntxent_with_rate_clean_path_and_decorrelation():
-    out, settings = outputs(beta=0.1, free_nats=20.0, decorrelation=0.3, clean=0.25, beta_schedule="constant")
+    out, settings = outputs(
+        beta=0.1, free_nats=20.0, decorrelation=0.3, clean_path_weight=0.25, beta_schedule="constant"
+    )
     logits = out.parameters.double()
     kl = (logits.sigmoid() * logits - torch.nn.functional.softplus(logits) + math.log(2)).sum(1)
     bits = torch.where(logits > 0, 1.0, -1.0)
@@ -53,7 +55,7 @@ def test_the_bits_of_h_are_decorrelated_where_the_code_is_longer():
         (8, 0.3, 0.3),
         (300, 0.0, 0.0),
     ):
-        out, settings = outputs(dim=dim, decorrelation=given, clean=0.0, beta=0.0)
+        out, settings = outputs(dim=dim, decorrelation=given, clean_path_weight=0.0, beta=0.0)
         longer = dim > out.features.shape[1]
         values = out.features.double() - out.features.double().mean(0) if longer else out.parameters.double()
         covariance = torch.cov(torch.where(values > 0, 1.0, -1.0).T, correction=0)
@@ -68,7 +70,7 @@ def test_the_bits_of_h_are_decorrelated_where_the_code_is_longer():
 
 @pytest.mark.parametrize("average", ["samples", "projections", "losses"])
 def test_ntxent_on_the_mean_and_on_each(average):
-    out, settings = outputs(average=average)
+    out, settings = outputs(sample_reduction=average)
     each = [out.projections] if out.projections.ndim == 2 else list(out.projections)
     assert len(each) == (4 if average == "losses" else 1)
     expected = torch.stack([info_nce(u).mean() for u in each]).mean()
@@ -127,7 +129,7 @@ def test_the_conditional_entropy_bottleneck(family):
     assert found["ceb_contrast"].item() == pytest.approx(contrast.item(), rel=1e-5)
     expected = 0.5 * found["residual_nats"] + found["ceb_contrast"]
     assert found["distortion"].item() == pytest.approx(expected.item(), rel=1e-6)
-    share = settings.latent.clean
+    share = settings.latent.clean_path_weight
     assert found["loss"].item() == pytest.approx(
         ((1 - share) * expected + share * found["ntxent_clean"]).item(), rel=1e-5
     )
@@ -135,7 +137,7 @@ def test_the_conditional_entropy_bottleneck(family):
 
 @pytest.mark.parametrize("latent", [
     {}, {"family": "gaussian"}, {"family": "vmf", "site": "proj", "objective": "ceb"},
-    {"family": "gaussian", "objective": "hib"}, {"family": "categorical", "average": "losses"},
+    {"family": "gaussian", "objective": "hib"}, {"family": "categorical", "sample_reduction": "losses"},
 ])  # fmt: skip
 def test_it_can_be_evaluated_on_detached_tensors(latent):
     """As an engine with gradient caching does: leaves in, gradients out, the same as through the network."""
