@@ -241,7 +241,7 @@ def test_a_sweep_is_an_array_whose_points_stand_alone(tmp_path):
     (latent,) = (
         task.outputs[0].name
         for stage in build_stages(
-            read_pipeline(write(tmp_path, FILE + '[linear]\non = "latent"\n'), chain_starts())
+            read_pipeline(write(tmp_path, FILE + '[linear]\nrepresentation = "latent"\n'), chain_starts())
         )
         for task in stage.tasks
         if task.name == "linear"
