@@ -9,6 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -258,3 +260,21 @@ def test_commands_work_without_it_and_say_so_in_one_line(sources, tmp_path):
     assert "`make install` fetches it" in said[0] and f"LVSSL_TURBOJPEG={tmp_path / 'nowhere'}" in said[0]
     if features.check_feature("libjpeg_turbo"):
         assert written[0] == written[1]
+
+
+def test_threads_that_find_out_together_say_it_once(monkeypatch, capsys):
+    monkeypatch.setattr(turbojpeg, "_said", threading.Lock())
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+
+    def slowly() -> str:
+        time.sleep(0.1)
+        return "no library"
+
+    monkeypatch.setattr(turbojpeg, "absence", slowly)
+    threads = [threading.Thread(target=turbojpeg.say_absence) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert capsys.readouterr().err == "no library\n"
