@@ -185,7 +185,7 @@ def what_people_have(setup: Setup, work: Work) -> Row:
 
 def measured(setup: Setup, work: Work, step: Step, batches: Iterator[Any]) -> Row:
     """Speed over two stretches of steps, and what the profiler says of three more."""
-    from lvssl.training.utilisation import operations, peak_flops
+    from lvssl.models.utilisation import operations, peak_flops
 
     numbers = 2 * work.batch * operations(work.backbone, work.side)
     for _ in range(2 if setup.dry else WARM_UP):
