@@ -230,7 +230,7 @@ class EngineSettings:
     channels_last: bool = field(default=True, metadata=RUNTIME)
     """The layout of images and convolutions; faster on GPUs and on CPUs."""
     compile: bool = field(default=False, metadata=RUNTIME)
-    """torch.compile the backbone: a minute at the start, faster steps on a GPU."""
+    """torch.compile the backbone: a minute at the start, which a resumed run saves (RUN/compiled)."""
     graph: str = field(default="auto", metadata=RUNTIME)
     """Record a step's launches once, and repeat them with one call (a CUDA graph): faster where network and
     images are so small that a step waits for the host. on; off; auto: on one GPU, without --compile, --chunk,
@@ -243,6 +243,9 @@ class EngineSettings:
     for a third more time: the loss still sees the whole batch (GradCache, Gao et al. 2021). Batch
     normalisation inside the backbone then has the statistics of a chunk, not of the batch, so the result
     differs from that of --chunk 0 as a smaller batch's does: use chunks of 256 views or more."""
+    deterministic: bool = field(default=False, metadata=RUNTIME)
+    """The same bits from the same GPU each time; slower, for convolutions aren't tuned. A CPU gives the same
+    bits in any case."""
     sync_batch_norm: bool = True
     """Several ranks: statistics over all of them, so that the result doesn't depend on their number."""
     ema: float = 0.0

@@ -270,6 +270,15 @@ def highest(*values: int) -> list[int]:
     return shared.tolist()
 
 
+def everywhere(verdict: torch.Tensor) -> torch.Tensor:
+    """Whether a bool on the device is true on every rank; the host doesn't wait."""
+    if not dist.is_initialized():
+        return verdict
+    shared = verdict.to(torch.int32)
+    dist.all_reduce(shared, dist.ReduceOp.MIN)
+    return shared.bool()
+
+
 def mean_over_ranks(figures: torch.Tensor) -> torch.Tensor:
     """The mean of each figure over the ranks, on each of them."""
     if dist.is_initialized():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,10 +71,14 @@ class Averaging:
     soon as it and those before it are complete, in the same order on every rank; `finish` sends the rest and
     waits. A parameter without gradient on one rank has one of zeros there. Not DDP: its reducer wants to wrap
     the forward pass of the whole network, and the cache runs through the backbone alone, again and again.
+    Buckets have a communicator of their own: they don't queue behind what the loss and SyncBatchNorm send.
+
+    timeout_minutes: how long to wait for another rank. All ranks make theirs at the same time.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], timeout_minutes: float = 10.0) -> None:
         self.buckets: list[list[nn.Parameter]] = []
+        self.group: Any = dist.new_group(timeout=timedelta(minutes=timeout_minutes)) if ranks() > 1 else None
         self.held = False  # True: the gradients that come are not the step's last
         room = 0
         for parameter in reversed([p for p in parameters if p.requires_grad] if ranks() > 1 else []):
@@ -101,7 +107,7 @@ class Averaging:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         flat = torch.cat([p.grad.flatten() for p in bucket if p.grad is not None])
-        self.sent.append((flat, dist.all_reduce(flat, async_op=True)))
+        self.sent.append((flat, dist.all_reduce(flat, group=self.group, async_op=True)))
 
     @torch.no_grad()
     def finish(self) -> None:

@@ -18,12 +18,12 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lvssl.models.utilisation import peak_flops
 from lvssl.runs import checkpoint
 from lvssl.runs.progress import Metrics, Progress, Window
-from lvssl.training.distributed import World, from_first, highest, mean_over_ranks
+from lvssl.training.distributed import World, everywhere, from_first, highest, mean_over_ranks
 from lvssl.training.gradients import Averaging, guard
 from lvssl.training.stopping import Interrupted, Stop
-from lvssl.training.utilisation import peak_flops
 from pipelines.loader import TwoViewLoader, ViewBatch
 
 Figures = dict[str, Tensor]
@@ -37,6 +37,7 @@ class Pace:
         batch_size: images a step, over all ranks.
         keep: checkpoints. non_finite_steps: this many in a row end the training.
         clip: the norm of all gradients together, 0: as it is.
+        timeout_minutes: how long a rank waits for another's gradients.
     """
 
     batch_size: int
@@ -45,6 +46,7 @@ class Pace:
     keep: int = 2
     non_finite_steps: int = 3
     clip: float = 0.0
+    timeout_minutes: float = 10.0
 
 
 class Loop(ABC):
@@ -83,7 +85,7 @@ class Loop(ABC):
     def trains(self, network: nn.Module, optimiser: torch.optim.Optimizer, fp16: bool) -> None:
         """Say what is trained; before the first step."""
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.optimiser, self.averaging = optimiser, Averaging(self.parameters)
+        self.optimiser, self.averaging = optimiser, Averaging(self.parameters, self.pace.timeout_minutes)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.finite = Finite(network, self.host_reads)
 
@@ -185,7 +187,7 @@ class Loop(ABC):
         if scaled:
             # Gradients that overflow are a part of the search for a scale, down to 1, and no failure.
             searching = self.scaler.scale(torch.ones_like(norm)) > 1
-            finite = loss.detach().isfinite() & (finite | searching)
+            finite = everywhere(loss.detach().isfinite()) & (finite | searching)
             self.scaler.step(self.optimiser)
             self.scaler.update()
         elif not self.host_reads:
@@ -235,9 +237,14 @@ class Loop(ABC):
         )
 
 
-def out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether this error says so, or one that it came of: a recording that fails ends with an error of its
+    own."""
+    if error is None:
+        return False
     words = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in str(error) for w in words)
+    here = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in str(error) for w in words)
+    return here or out_of_memory(error.__cause__ or error.__context__)
 
 
 class Finite:

@@ -21,7 +21,7 @@ def prepared(network: N, engine: EngineSettings, device: torch.device, ranks: in
 
     Names in its state_dict stay what they are.
     """
-    claim(device, precision(engine, device))
+    claim(device, precision(engine, device), engine.deterministic)
     network = network.to(device)
     network = network.to(memory_format=layout(engine))
     if ranks > 1 and engine.sync_batch_norm:

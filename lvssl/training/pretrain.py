@@ -20,6 +20,7 @@ from lvssl.training.stopping import Interrupted, Stop, stop_signals
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for, backend_for
 from pipelines.decode import Reader, open_reader
+from pipelines.errors import InputError
 from pipelines.loader import Decoder, TwoViewLoader, evaluation_batches
 
 __all__ = ["Interrupted", "Stop", "Trainer", "pretrain", "stop_signals"]
@@ -43,13 +44,17 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device, world.local_rank)
-    claim(device, precision(settings.engine, device))
+    claim(device, precision(settings.engine, device), settings.engine.deterministic)
     with stop_signals() as stop, connected(world, device, settings.engine.timeout_minutes):
         run(settings, resume, world, device, stop)
 
 
 def run(settings: PretrainSettings, resume: bool, world: World, device: torch.device, stop: Stop) -> None:
     """`pretrain`, once it is known who we are."""
+    if settings.engine.graph == "on" and world.size > 1:
+        raise InputError(f"--graph on is for one rank, and there are {world.size}: leave it out")
+    if settings.engine.compile:  # beside the run, so that it is compiled once for all of its jobs
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.out.absolute() / "compiled"))
     source = open_reader(settings.data, settings.source, str(device))
     if world.first:
         say_notes(source)

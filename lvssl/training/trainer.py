@@ -13,6 +13,7 @@ from torch import Tensor
 from lvssl.losses.distributed import equal_parts
 from lvssl.models.device import autocast, layout, precision
 from lvssl.models.network import LVNet
+from lvssl.models.utilisation import operations
 from lvssl.settings.pretrain import PretrainSettings
 from lvssl.training.average import Average
 from lvssl.training.distributed import World, broadcast_state
@@ -24,7 +25,6 @@ from lvssl.training.optimiser import build_optimiser, capturable, learning_rate,
 from lvssl.training.prepare import accelerate, prepared
 from lvssl.training.recorded import Recorded
 from lvssl.training.stopping import Stop
-from lvssl.training.utilisation import operations
 from pipelines.loader import TwoViewLoader, ViewBatch
 
 
@@ -47,7 +47,7 @@ class Trainer(Loop):
         engine = settings.engine
         pace = Pace(
             settings.batch_size, settings.log_every, settings.checkpoint_minutes, engine.keep,
-            engine.non_finite_steps, settings.optimiser.clip,
+            engine.non_finite_steps, settings.optimiser.clip, engine.timeout_minutes,
         )  # fmt: skip
         super().__init__(settings.out, loader, device, world, pace, host_reads)
         self.settings = settings

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lvssl.training import utilisation
+from lvssl.models import utilisation
 from lvssl.training.distributed import World
 from lvssl.training.loop import Loop
 
