@@ -254,7 +254,7 @@ def doctor(arguments: list[str]) -> int:
     @dataclass(frozen=True)
     class Doctor:
         """Say what is installed, what is missing, and the command that installs it; or, of a run, whether its
-        latent is alive: status 1 on posterior collapse, saturation, or a spread that is constant."""
+        latent is alive: status 1 on posterior collapse, saturation, or a scale that is constant."""
 
         run: tyro.conf.Positional[Path | None] = None
         """A run's folder; left out: the installation."""

@@ -22,7 +22,7 @@ from lvssl.latents import WITHOUT_LATENT
 from lvssl.models.backbone import feature_dim
 from lvssl.models.inference import device_of
 from lvssl.models.network import LVNet
-from lvssl.runs.labels import Subset, beside, open_pair, say_notes, sound_part
+from lvssl.runs.labels import Subset, open_pair, say_notes, sibling_test_set, sound_part
 from lvssl.runs.result import ResultFile
 from lvssl.runs.run import Run, load_run, require_classes_of, require_same_classes
 from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME
@@ -135,7 +135,7 @@ def with_defaults(settings: Settings, run: Run) -> Settings:
     where one would look for them, and with what a damaged image does."""
     test, control = settings.test, settings.control
     if test is None:
-        test = beside(run.settings.data)
+        test = sibling_test_set(run.settings.data)
     neighbour = run.folder.resolve().parent / "control"
     if control is None and neighbour != run.folder.resolve() and (neighbour / "config.json").is_file():
         control = run.folder.parent / "control"
@@ -258,7 +258,7 @@ def describe_data(run: Run, settings: EvaluateSettings, train: Reader, test: Rea
 
 
 def uncertainty(test: Embedding, wrong: np.ndarray) -> dict[str, float]:
-    """Does the posterior's spread say where features and probe fail? In [0, 1]."""
+    """Does the posterior's scale say where features and probe fail? In [0, 1]."""
     score = r_auroc(test.features, test.labels, test.uncertainty)
     return {
         "r_auroc": score.r_auroc,

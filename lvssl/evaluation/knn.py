@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lvssl.codes.search import hamming_distances
-from lvssl.runs.progress import shown
+from lvssl.runs.progress import with_progress
 from pipelines.kernels.compiled import compiled
 from pipelines.kernels.pack import as_array
 
@@ -51,7 +51,7 @@ def weighted_votes(
     train_x, test_x = (torch.nn.functional.normalize(x, dim=1) for x in (train_x, test_x.to(train_x.device)))
     answers, votes = answers.to(train_x.device), []
     width = answers.shape[1] if answers.is_floating_point() else int(answers.max()) + 1
-    for queries in shown(test_x.split(QUERIES), title, len(test_x), len):
+    for queries in with_progress(test_x.split(QUERIES), title, len(test_x), len):
         similarity, nearest = (queries @ train_x.T).topk(min(k, len(train_x)), dim=1)
         # exp((s - 1) / T) instead of exp(s / T): the same ranking, and it stays within (0, 1].
         weights = torch.exp((similarity - 1) / temperature)
@@ -101,7 +101,7 @@ def hamming_votes(
     table = answers if answers.is_floating_point() else torch.nn.functional.one_hot(answers)
     weights = torch.exp(-2 * torch.arange(bits + 1) / bits / temperature).numpy()
     parts, votes = [test_codes[start : start + QUERIES] for start in range(0, len(test_codes), QUERIES)], []
-    for queries in shown(parts, title, len(test_codes), len):
+    for queries in with_progress(parts, title, len(test_codes), len):
         votes.append(np.zeros((len(queries), table.shape[1]), np.float32))
         distances = hamming_distances(queries, train_codes)
         count_votes(distances, table.float().numpy(), weights, k, votes[-1])

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvssl.runs.progress import shown
+from lvssl.runs.progress import with_progress
 from pipelines.datasets.dataset import by_name
 from pipelines.decode import DamagedSample, Reader, open_reader
 from pipelines.errors import InputError
@@ -97,7 +97,7 @@ def readable(
     """
     rows, decoder = np.arange(len(source)) if rows is None else rows, Decoder(source, on_error)
     batches, done = evaluation_batches(source, view, workers=workers, indices=rows, decoder=decoder), 0
-    for crops, found in shown(batches, title, len(rows), lambda batch: len(batch[1])):
+    for crops, found in with_progress(batches, title, len(rows), lambda batch: len(batch[1])):
         asked, done = rows[done : done + len(found)], done + len(found)
         sound = found == asked
         if left_out is not None:
@@ -230,7 +230,7 @@ def check_pair(train: Labelled, test: Labelled) -> None:
         check_seen(train.source, test.source, train.path, test.path)
 
 
-def beside(train: Path) -> Path:
+def sibling_test_set(train: Path) -> Path:
     """The test set beside a training set: train.beton -> test.beton, or val. InputError if there is none."""
     for name in ("test", "val", "validation"):
         path = train.with_name(train.name.replace("train", name))

@@ -27,6 +27,12 @@ from pipelines.files import is_aside, write_json
 from pipelines.lock import lock
 
 LOCK = ".lock"
+# Parameters by the names that earlier versions' checkpoints have for them.
+RENAMED = {
+    "match": "match_parameters",
+    "head.spread.weight": "head.scale.weight",
+    "head.spread.bias": "head.scale.bias",
+}
 
 
 def create_run(
@@ -56,7 +62,7 @@ def create_run(
         if data is not None:
             _check_set(settings, data)
         return
-    if not vacant(settings.out):
+    if not is_empty_run(settings.out):
         raise InputError(f"{settings.out} exists but is not a run folder; choose another --out")
     settings.out.mkdir(parents=True, exist_ok=True)
     content = {"settings": to_dict(settings), "classes": classes, "data": data, "versions": versions()}
@@ -86,7 +92,7 @@ def read_set(folder: Path) -> dict[str, Any] | None:
         raise InputError(f"{path}: not a run's configuration ({error!r})") from error
 
 
-def vacant(folder: Path) -> bool:
+def is_empty_run(folder: Path) -> bool:
     """Whether a run can begin there: there is nothing, or no more than a run killed at its birth leaves."""
     if not folder.is_dir():
         return not folder.exists()
@@ -95,7 +101,7 @@ def vacant(folder: Path) -> bool:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """While it lasts, no other process trains in `folder`; the system takes the lock from a killed process.
 
     Raises:
@@ -198,7 +204,8 @@ def load_run(folder: Path, device: torch.device | None = None) -> Run:
         )
     path, state = found
     network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
-    network.load_state_dict(state.get("ema") or state["network"])
+    weights = state.get("ema") or state["network"]
+    network.load_state_dict({RENAMED.get(name, name): value for name, value in weights.items()})
     if device is None:
         device = pick_device("auto")
         claim(device)

@@ -52,7 +52,7 @@ class LatentSettings:
     depth: int = 1
     """Bits of the code for each dimension of gaussian, beta, mixture and laplace: their quantised means."""
     init_scale: float = 4.0
-    """How far the posterior starts from its prior: spread of the logits, 1 / s of a Gaussian, kappa / D."""
+    """How far the posterior starts from its prior: the logits' deviation, 1 / s of a Gaussian, kappa / D."""
     init_scale_start: float | None = None
     """Anneal the scale of the logits (bernoulli, categorical) from here to --init-scale; left out: it is
     constant."""
@@ -65,7 +65,7 @@ class LatentSettings:
     anneal: float = 0.5
     """Share of the steps over which logit scale and relaxation go, geometrically, to their final values."""
     posterior_scale: str = "learnt"
-    """Where a family has a spread (s, kappa, a + b): learnt, one for each image, or fixed where it starts."""
+    """Where a family has a scale (s, kappa, a + b): learnt, one for each image, or fixed where it starts."""
     samples: int = 4
     """Samples a step (K)."""
     sample_reduction: str = "auto"
@@ -149,7 +149,7 @@ class LatentSettings:
         for name in ("categories", "components"):
             value = getattr(self, name)
             require(2 <= value <= 256 and value & (value - 1) == 0, name, value, "a power of two in [2, 256]")
-        if self.dim and (wanted := family.complaint(self.dim)):
+        if self.dim and (wanted := family.validation_error(self.dim)):
             require(False, "dim", self.dim, wanted)
         require(1 <= self.depth <= 8, "depth", self.depth, "in [1, 8]")
         self._validate_schedules()

@@ -261,7 +261,7 @@ def from_first(world: World, make: Callable[[], T]) -> T:
     return said[0]
 
 
-def highest(*values: int) -> list[int]:
+def all_reduce_max(*values: int) -> list[int]:
     """The largest of all ranks' values, each; the hosts exchange them, no device is waited for."""
     if not dist.is_initialized():
         return list(values)

@@ -28,7 +28,7 @@ def backward(
     autocast: Context,
     chunk: int = 0,
     scaled: Callable[[Tensor], Tensor] = lambda loss: loss,
-    averaging: Averaging | None = None,
+    averaging: GradientAllReducer | None = None,
 ) -> None:
     """Gradients of loss_of(backbone(images)) in all parameters, added to what is there.
 
@@ -56,15 +56,15 @@ def backward(
     scaled(loss_of(features)).backward()
     assert features.grad is not None
     with frozen_running_statistics(backbone):
-        for part, slope in zip(parts, features.grad.tensor_split(len(parts))):
+        for part, grad in zip(parts, features.grad.tensor_split(len(parts))):
             with autocast():
                 again = backbone(part)
             if averaging:
                 averaging.held = part is not parts[-1]
-            again.backward(slope)
+            again.backward(grad)
 
 
-class Averaging:
+class GradientAllReducer:
     """The mean of every gradient over the ranks, on each of them, exchanged while the backward pass runs.
 
     Parameters lie in buckets, the last layers' first, for their gradients come first. A bucket is sent as
@@ -123,7 +123,7 @@ class Averaging:
 
 
 @torch.no_grad()
-def guard(parameters: Iterable[nn.Parameter], clip: float = 0.0) -> Tensor:
+def clip_gradients(parameters: Iterable[nn.Parameter], clip: float = 0.0) -> Tensor:
     """Clip the norm of all gradients together, to `clip` where that is above 0.
 
     Returns:

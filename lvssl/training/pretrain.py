@@ -12,7 +12,7 @@ from lvssl.models.device import claim, encoding_precision, pick_device, precisio
 from lvssl.models.inference import infer
 from lvssl.runs.identity import describe_set
 from lvssl.runs.labels import numbered_as, say_notes
-from lvssl.runs.run import alone, create_run, read_set
+from lvssl.runs.run import create_run, read_set, run_lock
 from lvssl.settings.pretrain import PretrainSettings
 from lvssl.training.distributed import World, connected, from_first, world_of
 from lvssl.training.optimiser import describe_groups
@@ -77,7 +77,7 @@ def run(settings: PretrainSettings, resume: bool, world: World, device: torch.de
     )
     with loader, ExitStack() as held:
         from_first(world, lambda: create_run(settings, classes, resume, describe_set(source)))
-        from_first(world, lambda: held.enter_context(alone(settings.out)))
+        from_first(world, lambda: held.enter_context(run_lock(settings.out)))
         trainer = Trainer(settings, classes, loader, device, world)
         if world.first:
             form = backend_for(device, settings.augmentation) if augmenter else "numba"

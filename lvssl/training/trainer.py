@@ -22,7 +22,7 @@ from lvssl.training.health import health, warn
 from lvssl.training.loop import Figures, Loop, Pace
 from lvssl.training.objective import objective, rate_weight
 from lvssl.training.optimiser import build_optimiser, capturable, learning_rate, restore_optimiser
-from lvssl.training.prepare import accelerate, prepared
+from lvssl.training.prepare import apply_recompute_and_compile, prepared
 from lvssl.training.recorded import Recorded
 from lvssl.training.stopping import Stop
 from pipelines.loader import TwoViewLoader, ViewBatch
@@ -56,7 +56,7 @@ class Trainer(Loop):
         self.network = prepared(network, engine, device, world.size)
         broadcast_state(self.network)
         self.ema = Average(self.network, engine.ema) if engine.ema else None
-        accelerate(self.network.backbone, engine)
+        apply_recompute_and_compile(self.network.backbone, engine)
         optimiser = build_optimiser(self.network, settings.optimiser, fused=not self.host_reads)
         self.trains(self.network, optimiser, precision(engine, device) == torch.float16)
         self.lr = torch.zeros((), device=device)

@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipelines.convert.estimate import check_space, measure
-from pipelines.convert.journal import Journal, alone
+from pipelines.convert.journal import Journal, conversion_lock
 from pipelines.convert.outputs import BetonOutput, Item, Output, TarOutput
 from pipelines.convert.store import HOW, Settings, Stored, area_resize, select, store, store_batch
 from pipelines.cores import cores
@@ -171,7 +171,7 @@ def run(work: Work, overwrite: bool, restart: bool, dry_run: bool = False) -> di
     tars = next((output.final for output in work.outputs if output.packed), None)
     path = journal_path(work.outputs[0].final)
     if restart and not dry_run and path.exists():
-        with alone(path):
+        with conversion_lock(path):
             _remove(path, work.outputs)
     check_targets(beton, tars, overwrite, journaled=not restart)
     for note in work.source.notes if work.progress else ():

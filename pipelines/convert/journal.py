@@ -158,7 +158,7 @@ class Journal:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
+def conversion_lock(path: Path) -> Iterator[None]:
     """While it lasts, no other process can begin or go on with the conversion of this journal.
 
     Raises InputError if one has it open.

@@ -152,7 +152,7 @@ def averaged(rank: int) -> dict[str, Any]:
     def of(chunk: int, by_hand: bool) -> tuple[dict[str, Tensor], int, int]:
         torch.manual_seed(0)
         net = LVNet(ModelSettings("tiny", 32, 16), LatentSettings("none"), 8).double()
-        averaging = gradients.Averaging([] if by_hand else net.parameters())
+        averaging = gradients.GradientAllReducer([] if by_hand else net.parameters())
         gradients.backward(
             net.backbone,
             images,
@@ -178,7 +178,7 @@ def averaged(rank: int) -> dict[str, Any]:
 def late(rank: int) -> list[float]:
     """A parameter that rank 1 alone uses, beside one that both use, and one that nobody uses: their means."""
     parameters = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
-    averaging = gradients.Averaging(parameters)
+    averaging = gradients.GradientAllReducer(parameters)
     for _ in range(2):  # and again, from the beginning
         for parameter in parameters:
             parameter.grad = None
