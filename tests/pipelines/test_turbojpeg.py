@@ -188,7 +188,7 @@ def test_the_same_damage_is_named_without_it(beton, tmp_path, pillow_alone):
     """Cut in its header, cut behind it, another size than its entry, too few bytes, CMYK."""
     content, source = bytearray(beton.read_bytes()), open_reader(beton)
     victims = [int(i) for i in np.flatnonzero(source.file.modes == turbo.JPEG)[:5]]
-    stored = [source.stored(0, victim) for victim in victims]
+    stored = [source.encoded(0, victim) for victim in victims]
     cmyk = io.BytesIO()
     height, width = int(source.heights[victims[4]]), int(source.widths[victims[4]])
     Image.new("CMYK", (width, height)).save(cmyk, "JPEG", quality=1)
