@@ -9,7 +9,7 @@ ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57
 KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85
 
 
-def philox(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]  # numbers or tensors
+def philox(c0, c1, c2, c3, k0, k1):
     """Four counter words and two key words -> four uniform words, all of them in [0, 2^32).
 
     Each is an int, or an int64 number or tensor; tensors broadcast. Products of more than 63 bits wrap, and

@@ -165,7 +165,11 @@ def test_pillow_stores_the_same_bytes(pillow_alone):
     expected = [store(image, each) for image in images for each in settings]
     pillow_alone()
     found = [store(image, each) for image in images for each in settings]
-    assert found == expected and {each.how for each in found} == {"jpeg_untouched", "reencoded", "raw"}
+    assert found == expected and {each.storage_kind for each in found} == {
+        "jpeg_untouched",
+        "reencoded",
+        "raw",
+    }
 
 
 def digests(path: Path, **options) -> tuple[list[str], dict[int, str]]:
