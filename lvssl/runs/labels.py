@@ -61,8 +61,8 @@ class Subset:
         with _positions_of(indices):
             return self.source.sizes(self.rows[indices])
 
-    def stored(self, row: int, index: int) -> bytes | np.ndarray:
-        return self.source.stored(row, int(self.rows[index]))
+    def encoded(self, row: int, index: int) -> bytes | np.ndarray:
+        return self.source.encoded(row, int(self.rows[index]))
 
     def crops(
         self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: np.ndarray | None = None

@@ -167,7 +167,11 @@ def test_pillow_stores_the_same_bytes(pillow_alone):
     expected = [store(image, each) for image in images for each in settings]
     pillow_alone()
     found = [store(image, each) for image in images for each in settings]
-    assert found == expected and {each.how for each in found} == {"jpeg_untouched", "reencoded", "raw"}
+    assert found == expected and {each.storage_kind for each in found} == {
+        "jpeg_untouched",
+        "reencoded",
+        "raw",
+    }
 
 
 def digests(path: Path, **options) -> tuple[list[str], dict[int, str]]:
@@ -190,7 +194,7 @@ def test_the_same_damage_is_named_without_it(beton, tmp_path, pillow_alone):
     """Cut in its header, cut behind it, another size than its entry, too few bytes, CMYK."""
     content, source = bytearray(beton.read_bytes()), open_reader(beton)
     victims = [int(i) for i in np.flatnonzero(source.file.modes == turbo.JPEG)[:5]]
-    stored = [source.stored(0, victim) for victim in victims]
+    stored = [source.encoded(0, victim) for victim in victims]
     cmyk = io.BytesIO()
     height, width = int(source.heights[victims[4]]), int(source.widths[victims[4]])
     Image.new("CMYK", (width, height)).save(cmyk, "JPEG", quality=1)

@@ -384,7 +384,7 @@ def test_numbers_are_regressed(run, digits, tmp_path):
         source, rows = open_reader(digits[split]), []
         (tmp_path / split).mkdir()
         for i in range(300 if split == "train" else 100):
-            pixels = source.stored(0, i)
+            pixels = source.encoded(0, i)
             Image.fromarray(pixels).save(tmp_path / split / f"{i}.png")
             rows.append(f"{split}/{i}.png,{pixels.mean():.4f},{pixels[:4].mean():.4f}")
         table = tmp_path / f"{split}.csv"
