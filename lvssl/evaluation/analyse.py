@@ -15,11 +15,11 @@ import torch
 from tqdm import tqdm
 from tyro.conf import Positional
 
+from lvssl.evaluation.bit_analysis import class_auroc, dci, flip_bits, mig, mutual_information, sparse_probe
 from lvssl.evaluation.calibration import calibration
-from lvssl.evaluation.corruptions import CORRUPTIONS, ELSEWHERE, SEVERITIES, corrupt
+from lvssl.evaluation.corruptions import CORRUPTIONS, OUT_OF_DISTRIBUTION, SEVERITIES, corrupt
 from lvssl.evaluation.evaluate import class_names, labelled_pair, with_defaults
-from lvssl.evaluation.meaning import class_auroc, dci, flip_bits, mig, mutual_information, sparse_probe
-from lvssl.evaluation.reading import Certainty, Reading, read, severity_correlation
+from lvssl.evaluation.outputs import NetworkOutputs, UncertaintyScorer, network_outputs, severity_correlation
 from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.shapes import FACTORS, make_shapes, regression_targets
 from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
@@ -37,7 +37,7 @@ from pipelines.views import ViewSettings
 BITS = "bits.npz"
 SHOWN_BITS, SHOWN_IMAGES = 48, 8  # in the page's bit explorer
 TREES = 1000  # images at most on which disentanglement is measured
-CORRUPTED = 500  # test images at most that are made worse, 25 times over: each has a correlation of its own
+CORRUPTED = 500  # test images at most that are corrupted, 25 times over: each has a correlation of its own
 FEWEST = 40  # test images below which nothing is worth measuring
 
 
@@ -107,7 +107,7 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
     result: dict[str, Any] = {"models": {}, "images": images}
     for role, model in zip(roles(settings, len(models)), models):
         own = sets if model.settings.view == run.settings.view else Sets.of(settings, model, train, test)
-        measured, test_reading = uncertainty(model, own, settings)
+        measured, test_outputs = uncertainty(model, own, settings)
         work.update()
         measured["regression"] = regression(model, own, settings)
         work.update()
@@ -115,7 +115,7 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
         described = {"path": str(model.folder), "family": model.settings.latent.family}
         result["models"][role] = described | measured
         if model is run:
-            result["bits"], pictures = bits(run, own, test_reading, class_names(train))
+            result["bits"], pictures = bits(run, own, test_outputs, class_names(train))
             write_atomically(run.folder / BITS, pictures)
         work.update()
     result = written.write(result)
@@ -138,7 +138,7 @@ class Sets:
     train_labels: np.ndarray
     test: np.ndarray
     test_labels: np.ndarray
-    elsewhere: dict[str, np.ndarray]
+    out_of_distribution: dict[str, np.ndarray]
     sources: tuple[Reader, Reader]
     skipped: dict[str, int]  # set -> images that were chosen and couldn't be decoded
 
@@ -148,7 +148,7 @@ class Sets:
         on_error, skipped = run.on_error(settings.on_error), {}
 
         def read_some(name: str, source: Reader, wanted: int) -> tuple[np.ndarray, np.ndarray]:
-            chosen = spread(len(source), wanted)
+            chosen = evenly_spaced(len(source), wanted)
             crops, rows = sound_crops(source, view, chosen, on_error)
             skipped[name] = len(chosen) - len(rows)
             return crops, source.labels[rows]
@@ -158,13 +158,17 @@ class Sets:
             read_some("test", test, settings.max_images),
         )
         count = len(test_crops)
-        elsewhere = {name: make(count, side, settings.seed) for name, make in ELSEWHERE.items()}
+        out_of_distribution = {
+            name: make(count, side, settings.seed) for name, make in OUT_OF_DISTRIBUTION.items()
+        }
         for path in settings.ood:
-            elsewhere[path.stem], _ = read_some(path.stem, open_reader(path), count)
-        return cls(train_crops, train_labels, test_crops, test_labels, elsewhere, (train, test), skipped)
+            out_of_distribution[path.stem], _ = read_some(path.stem, open_reader(path), count)
+        return cls(
+            train_crops, train_labels, test_crops, test_labels, out_of_distribution, (train, test), skipped
+        )
 
 
-def spread(available: int, wanted: int) -> np.ndarray:
+def evenly_spaced(available: int, wanted: int) -> np.ndarray:
     """`wanted` positions (0: all) spread evenly over a set."""
     return np.linspace(0, available - 1, min(wanted or available, available)).astype(np.int64)
 
@@ -185,30 +189,30 @@ def sound_crops(
 # Uncertainty ----------------------------------------------------------------------------------------------
 
 
-def uncertainty(run: Run, sets: Sets, settings: AnalyseSettings) -> tuple[dict[str, Any], Reading]:
-    """Every score of METHOD's "uncertainty" row, the probes' calibration; and the reading of the test set."""
+def uncertainty(run: Run, sets: Sets, settings: AnalyseSettings) -> tuple[dict[str, Any], NetworkOutputs]:
+    """Every score of uncertainty and the calibration of the probes; and the outputs of the test set."""
     network, view = run.network, run.settings.view
 
-    def reading(pixels: np.ndarray) -> Reading:
-        return read(network, pixels, view, settings.samples, settings.seed)
+    def outputs(pixels: np.ndarray) -> NetworkOutputs:
+        return network_outputs(network, pixels, view, settings.samples, settings.seed)
 
-    certainty = Certainty(network.family.stochastic, reading(sets.train), sets.train_labels)
-    test = reading(sets.test)
-    predictions, scores = certainty.predictions(test), certainty.scores(test)
-    wrong = certainty.classes[predictions["features"].argmax(axis=1)] != sets.test_labels
+    scorer = UncertaintyScorer(network.family.stochastic, outputs(sets.train), sets.train_labels)
+    test = outputs(sets.test)
+    predictions, scores = scorer.predictions(test), scorer.scores(test)
+    wrong = scorer.classes[predictions["features"].argmax(axis=1)] != sets.test_labels
     rows = {}
     for name, score in scores.items():
         neighbours = r_auroc(test.features, sets.test_labels, score)
         rows[name] = neighbours._asdict() | {"aurc": risk_coverage_area(wrong, score)}
-    for name, pixels in sets.elsewhere.items():
-        far = certainty.scores(reading(pixels))
+    for name, pixels in sets.out_of_distribution.items():
+        far = scorer.scores(outputs(pixels))
         for key, row in rows.items():
             both = np.concatenate([scores[key], far[key]])
             row[f"ood {name}"] = auroc(np.arange(len(both)) >= len(sets.test), both)
-    worse = spread(len(sets.test), min(CORRUPTED, len(sets.test)))
+    corrupted = evenly_spaced(len(sets.test), min(CORRUPTED, len(sets.test)))
     for kind in CORRUPTIONS:
-        steps = [{name: score[worse] for name, score in scores.items()}] + [
-            certainty.scores(reading(corrupt(sets.test[worse], kind, severity, settings.seed)))
+        steps = [{name: score[corrupted] for name, score in scores.items()}] + [
+            scorer.scores(outputs(corrupt(sets.test[corrupted], kind, severity, settings.seed)))
             for severity in SEVERITIES
         ]
         for key, row in rows.items():
@@ -217,7 +221,7 @@ def uncertainty(run: Run, sets: Sets, settings: AnalyseSettings) -> tuple[dict[s
             if kind == "crop":  # for crops the share is preferred to the rank correlation
                 row["crops less certain"] = float((values[1:] > values[0]).mean())
     calibrated = {
-        name: calibration(p, sets.test_labels, certainty.classes)._asdict() for name, p in predictions.items()
+        name: calibration(p, sets.test_labels, scorer.classes)._asdict() for name, p in predictions.items()
     }
     return {"scores": rows, "probes": calibrated}, test
 
@@ -225,7 +229,7 @@ def uncertainty(run: Run, sets: Sets, settings: AnalyseSettings) -> tuple[dict[s
 # Meaning --------------------------------------------------------------------------------------------------
 
 
-def bits(run: Run, sets: Sets, test: Reading, names: list[str]) -> tuple[dict[str, Any], bytes]:
+def bits(run: Run, sets: Sets, test: NetworkOutputs, names: list[str]) -> tuple[dict[str, Any], bytes]:
     """What single bits of the code say of the classes; and bits.npz, pictures of the most telling ones."""
     labels, classes = sets.test_labels, np.unique(sets.test_labels)
     values = test.mean if test.mean.shape == test.bits.shape else test.bits
@@ -235,7 +239,7 @@ def bits(run: Run, sets: Sets, test: Reading, names: list[str]) -> tuple[dict[st
     half = len(labels) // 2
     few = sparse_probe(test.bits[:half], labels[:half], test.bits[half:], labels[half:])
     shown = order[:SHOWN_BITS]
-    queries = spread(len(labels), min(200, len(labels) // 4))
+    queries = evenly_spaced(len(labels), min(200, len(labels) // 4))
     others = np.setdiff1d(np.arange(len(labels)), queries)
     flips = flip_bits(
         test.bits[queries], labels[queries], test.bits[others], labels[others], bits=list(shown[:16])
@@ -285,8 +289,8 @@ def pictures(
 # Known factors --------------------------------------------------------------------------------------------
 
 
-def representations(reading: Reading) -> dict[str, np.ndarray]:
-    return {"features": reading.features, "code": 2 * reading.bits.astype(np.float32) - 1}
+def representations(outputs: NetworkOutputs) -> dict[str, np.ndarray]:
+    return {"features": outputs.features, "code": 2 * outputs.bits.astype(np.float32) - 1}
 
 
 def regression(run: Run, sets: Sets, settings: AnalyseSettings) -> list[dict[str, Any]]:
@@ -300,7 +304,7 @@ def regression(run: Run, sets: Sets, settings: AnalyseSettings) -> list[dict[str
     return rows
 
 
-Factors = tuple[Reading, dict[str, np.ndarray]]  # a reading, and what is known of its images: [N] or [N, T]
+Factors = tuple[NetworkOutputs, dict[str, np.ndarray]]  # and what is known of the images: [N] or [N, T]
 
 
 def known_factors(run: Run, sets: Sets, settings: AnalyseSettings) -> dict[str, tuple[Factors, Factors]]:
@@ -312,18 +316,18 @@ def known_factors(run: Run, sets: Sets, settings: AnalyseSettings) -> dict[str, 
         augmented(run, source, n, settings.seed, on_error)
         for source, n in zip(sets.sources, (2 * count, count))
     ]
-    shapes = [shape_reading(run, n, settings.seed + i) for i, n in enumerate((2 * count, count))]
+    shapes = [shape_outputs(run, n, settings.seed + i) for i, n in enumerate((2 * count, count))]
     found = {}
     for kind, (train, test) in {"augmentation": views, "shapes": shapes}.items():
         varied = [name for name, values in train[1].items() if values.std() >= 1e-9]
-        parts = [(reading, {name: targets[name] for name in varied}) for reading, targets in (train, test)]
+        parts = [(outputs, {name: targets[name] for name in varied}) for outputs, targets in (train, test)]
         found[kind] = parts[0], parts[1]
     return found
 
 
 def augmented(
     run: Run, source: Reader, count: int, seed: int, on_error: str = "raise"
-) -> tuple[Reading, dict[str, np.ndarray]]:
+) -> tuple[NetworkOutputs, dict[str, np.ndarray]]:
     """`count` augmented views, read, and their parameters as regression targets."""
     batch_size = min(250, len(source))
     views: list[torch.Tensor] = []
@@ -344,27 +348,25 @@ def augmented(
         "crop y": (table["top"] + table["height"] / 2) / heights,
     }
     names = ("flip", "brightness", "contrast", "saturation", "hue", "grey", "sigma")
-    reading = read(run.network, torch.cat(views)[:count], run.settings.view)
-    return reading, targets | {name: table[name] for name in names}
+    outputs = network_outputs(run.network, torch.cat(views)[:count], run.settings.view)
+    return outputs, targets | {name: table[name] for name in names}
 
 
-def shape_reading(run: Run, count: int, seed: int) -> tuple[Reading, dict[str, np.ndarray]]:
+def shape_outputs(run: Run, count: int, seed: int) -> tuple[NetworkOutputs, dict[str, np.ndarray]]:
     made = make_shapes(count, run.settings.view.resolution, seed)
-    return read(run.network, made.images, run.settings.view), regression_targets(made.factors)
+    return network_outputs(run.network, made.images, run.settings.view), regression_targets(made.factors)
 
 
 def disentanglement(run: Run, settings: AnalyseSettings) -> dict[str, dict[str, float]]:
     """DCI and MIG of features and code on the procedural shapes."""
     count = min(TREES, 2 * (settings.max_images or TREES))
     made = [make_shapes(count, run.settings.view.resolution, settings.seed + i) for i in range(2)]
-    readings = [representations(read(run.network, m.images, run.settings.view)) for m in made]
+    outputs = [representations(network_outputs(run.network, m.images, run.settings.view)) for m in made]
     categorical = (FACTORS.index("shape"),)
     return {
-        name: dci(
-            readings[0][name], made[0].factors, readings[1][name], made[1].factors, categorical
-        )._asdict()
-        | {"mig": float(mig(readings[0][name], made[0].factors, categorical).mean())}
-        for name in readings[0]
+        name: dci(outputs[0][name], made[0].factors, outputs[1][name], made[1].factors, categorical)._asdict()
+        | {"mig": float(mig(outputs[0][name], made[0].factors, categorical).mean())}
+        for name in outputs[0]
     }
 
 

@@ -1,4 +1,4 @@
-"""What a run is worth: probes and nearest neighbours for the run, its control, and the floors under both."""
+"""What a run is worth: probes and nearest neighbours for the run, its control, and the baselines of both."""
 
 import io
 import json
@@ -97,13 +97,13 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         control_sets = embed_both(control, train, test, settings.workers)
         control_figures = describe(control) | measure(*control_sets, control.network)[0]
         stages.update()
-    floor = floors(run, train, test, settings.workers)
+    baseline = baselines(run, train, test, settings.workers)
     stages.update()
     content = {
         "run": describe(run) | figures,
         "control": control_figures,
-        "floors": floor,
-        "table": table(run, control, figures, control_figures, floor),
+        "baselines": baseline,
+        "table": table(run, control, figures, control_figures, baseline),
         "compression": compression(run, test),
         "code_statistics": code_statistics(unpack_bits(sets[1].codes, sets[1].bits), sets[1].bit_means),
         "uncertainty": uncertainty(sets[1], wrong),
@@ -186,7 +186,7 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
-def floors(run: Run, train: Reader, test: Reader, workers: int) -> dict[str, float]:
+def baselines(run: Run, train: Reader, test: Reader, workers: int) -> dict[str, float]:
     """The probe on what needs no training: the same network untrained, and the pixels."""
     settings = run.settings
     torch.manual_seed(settings.seed)
@@ -206,7 +206,7 @@ def table(
     control: Run | None,
     figures: dict[str, Any],
     control_figures: dict[str, Any] | None,
-    floor: dict[str, float],
+    baseline: dict[str, float],
 ) -> list[dict[str, Any]]:
     """Rows of the result: model, representation, bits, linear, knn (percent, or None)."""
 
@@ -227,8 +227,8 @@ def table(
     made = rows(run, figures)
     if control and control_figures:
         made += rows(control, control_figures)
-    made.append(row("random encoder", "features", None, floor["random"], None))
-    made.append(row("no encoder", "pixels", None, floor["pixels"], None))
+    made.append(row("random encoder", "features", None, baseline["random"], None))
+    made.append(row("no encoder", "pixels", None, baseline["pixels"], None))
     return made
 
 

@@ -1,7 +1,8 @@
 """What a study measures of one run, and the equal-bit controls that are made of a deterministic one.
 
-A measure has a value for each *way* it can be had: a code's accuracy for each code, an uncertainty's R-AUROC
-for each score. Which way is the strongest is decided over seeds (`lvssl.evaluation.pairs`), not run by run.
+A measure has a value for each *method* by which it is obtained: a code's accuracy for each code, an
+uncertainty's R-AUROC for each score. Which one is the strongest is decided over seeds
+(`lvssl.evaluation.pairs`), not run by run.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ MEASURES: dict[str, tuple[str, bool]] = {
     "recall_at_1": ("R@1", True),
     "r_auroc": ("R-AUROC, best label-free score", True),
     "aurc": ("AURC, best label-free score", False),
-    "ood": ("AUROC against images from elsewhere, best label-free score", True),
+    "ood": ("AUROC against out-of-distribution images, best label-free score", True),
     "corruption": ("rank correlation with severity, best label-free score", True),
     "crop": ("share of crops less certain than the whole, best label-free score", True),
     "latent_r_auroc": ("R-AUROC, latent's own score", True),
     "latent_aurc": ("AURC, latent's own score", False),
-    "latent_ood": ("AUROC against images from elsewhere, latent's own score", True),
+    "latent_ood": ("AUROC against out-of-distribution images, latent's own score", True),
     "latent_corruption": ("rank correlation with severity, latent's own score", True),
     "latent_crop": ("share of crops less certain than the whole, latent's own score", True),
     "nll": ("NLL of the probe (of the latent's samples, if any)", False),
@@ -65,7 +66,7 @@ OF_CODE = tuple(name for name in MEASURES if name.startswith("code_"))
 OF_UNCERTAINTY = tuple(MEASURES)[tuple(MEASURES).index("r_auroc") :]  # and of the probe's confidence
 OF_SCORES = ("r_auroc", "aurc", "ood", "corruption", "crop")
 
-Ways = dict[str, float]  # way -> value
+ByMethod = dict[str, float]  # method -> value
 
 
 def code_bits(settings: PretrainSettings) -> int:
@@ -77,8 +78,8 @@ def code_bits(settings: PretrainSettings) -> int:
 def measured(
     run: Run, train: Reader, test: Reader, lengths: tuple[int, ...], settings: AnalyseSettings
 ) -> dict[str, Any]:
-    """`measures`: name -> Ways. `controls`, of a deterministic run: bits -> name of OF_CODE -> Ways, for each
-    of `lengths`."""
+    """`measures`: name -> ByMethod. `controls`, of a deterministic run: bits -> name of OF_CODE -> ByMethod,
+    for each of `lengths`."""
     view = run.settings.view
     counts, on_error = (len(train), len(test)), run.on_error(settings.on_error)
     embedded = (
@@ -89,14 +90,14 @@ def measured(
     test = sound_part(settings.test or Path("test"), test, embedded[1].rows)
     bits = embedded[1].bits
     sets = Sets.of(settings, run, train, test)
-    seen = Seen(*embedded, known_factors(run, sets, settings))
+    data = CodeEvaluationData(*embedded, known_factors(run, sets, settings))
     of_features = accuracies_of_features(*embedded, device_of(run.network))
     controls, of_code = {}, {}
     if not run.network.family.stochastic:
-        controls = {str(length): equal_bit(seen, length) for length in lengths}
-        of_code = controls.get(str(bits)) or equal_bit(seen, bits)
+        controls = {str(length): equal_bit(data, length) for length in lengths}
+        of_code = controls.get(str(bits)) or equal_bit(data, bits)
     if run.network.family.own_code:
-        own = of_one_code(seen, lambda features, code: code, bits)
+        own = of_one_code(data, lambda features, code: code, bits)
         of_code = {name: of_code.get(name, {}) | {"code": own[name]} for name in OF_CODE}
     analysed, _ = uncertainty(run, sets, settings)
     return {
@@ -111,7 +112,7 @@ def measured(
     }
 
 
-def accuracies_of_features(train: Embedding, test: Embedding, device: torch.device) -> dict[str, Ways]:
+def accuracies_of_features(train: Embedding, test: Embedding, device: torch.device) -> dict[str, ByMethod]:
     both = train.features, train.labels, test.features, test.labels
     score = similarity_map(test.features, test.labels, train.features, train.labels, FIRST)
     return {
@@ -125,7 +126,7 @@ def accuracies_of_features(train: Embedding, test: Embedding, device: torch.devi
 # Codes ----------------------------------------------------------------------------------------------------
 
 
-class Seen(NamedTuple):
+class CodeEvaluationData(NamedTuple):
     """All that a code is judged on."""
 
     train: Embedding
@@ -138,16 +139,16 @@ Coding = Callable[
 ]  # (features [N, F], the run's own code) -> packed bits
 
 
-def equal_bit(seen: Seen, bits: int) -> dict[str, Ways]:
+def equal_bit(data: CodeEvaluationData, bits: int) -> dict[str, ByMethod]:
     """The measures of the code for each of HASHES, fitted on the training features; empty if none has so many
     bits."""
-    found: dict[str, Ways] = {}
+    found: dict[str, ByMethod] = {}
     for method in HASHES:
         try:
-            coder = CONTROLS[method](seen.train.features, bits, 0)
+            coder = CONTROLS[method](data.train.features, bits, 0)
         except ValueError:  # more bits than features
             continue
-        for name, value in of_one_code(seen, partial(encoded_by, coder), bits).items():
+        for name, value in of_one_code(data, partial(encoded_by, coder), bits).items():
             found.setdefault(name, {})[method] = value
     return found
 
@@ -156,10 +157,10 @@ def encoded_by(coder: Coder, features: np.ndarray, own: np.ndarray) -> np.ndarra
     return coder.encode(features)
 
 
-def of_one_code(seen: Seen, coding: Coding, bits: int) -> dict[str, float]:
+def of_one_code(data: CodeEvaluationData, coding: Coding, bits: int) -> dict[str, float]:
     """OF_CODE of one code."""
-    packed = [coding(s.features, s.codes) for s in (seen.train, seen.test)]
-    labels = seen.train.labels, seen.test.labels
+    packed = [coding(s.features, s.codes) for s in (data.train, data.test)]
+    labels = data.train.labels, data.test.labels
     x = [signs(p, bits) for p in packed]
     score = retrieval_map(packed[1], labels[1], packed[0], labels[0], FIRST)
     found = {
@@ -168,8 +169,8 @@ def of_one_code(seen: Seen, coding: Coding, bits: int) -> dict[str, float]:
         "code_map": score.over_hits,
         "code_map_relevant": score.over_relevant,
     }
-    for kind, parts in seen.factors.items():
-        x = [signs(coding(reading.features, pack_bits(reading.bits)), bits) for reading, _ in parts]
+    for kind, parts in data.factors.items():
+        x = [signs(coding(outputs.features, pack_bits(outputs.bits)), bits) for outputs, _ in parts]
         regressed = ridge_each(x[0], parts[0][1], x[1], parts[1][1])
         found[f"code_{kind}_r2"] = float(np.nanmean([r.r2 for r in regressed.values()]))
     return found
@@ -182,13 +183,13 @@ def signs(packed: np.ndarray, bits: int) -> np.ndarray:
 # Uncertainty ----------------------------------------------------------------------------------------------
 
 
-def of_scores(analysed: dict[str, Any]) -> dict[str, Ways]:
+def of_scores(analysed: dict[str, Any]) -> dict[str, ByMethod]:
     """The uncertainty's measures and the probe's, from `analyse.uncertainty`. A deterministic run has, in the
     place of a latent's own score, its strongest label-free one."""
     scores = {name: of_one_score(s) for name, s in analysed["scores"].items() if name in LABEL_FREE}
     own = {name: s for name, s in scores.items() if name in OF_LATENT} or scores
-    found = {name: {way: s[name] for way, s in scores.items()} for name in OF_SCORES}
-    found |= {f"latent_{name}": {way: s[name] for way, s in own.items()} for name in OF_SCORES}
+    found = {name: {method: s[name] for method, s in scores.items()} for name in OF_SCORES}
+    found |= {f"latent_{name}": {method: s[name] for method, s in own.items()} for name in OF_SCORES}
     found["recall_at_1"] = {"": next(iter(analysed["scores"].values()))["recall_at_1"]}
     probe = "latent samples" if "latent samples" in analysed["probes"] else "features"
     return found | {name: {probe: analysed["probes"][probe][name]} for name in ("nll", "brier", "ece")}

@@ -1,7 +1,7 @@
 """Arms compared seed by seed: what a study concludes from.
 
-Where a measure can be had in several ways (`lvssl.evaluation.measures`), each side has its strongest: the one
-of the best mean over the shared seeds. The best of each seed would be chosen on the test set's noise.
+Where a measure is obtained by several methods (`lvssl.evaluation.measures`), each side has its strongest:
+the one of the best mean over the shared seeds. The best of each seed would be chosen on the test set's noise.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t as student
 
-from lvssl.evaluation.measures import MEASURES, OF_CODE, OF_UNCERTAINTY, Ways
+from lvssl.evaluation.measures import MEASURES, OF_CODE, OF_UNCERTAINTY, ByMethod
 
 # Arms that others are compared with, and in what; each with those before it, too.
 CONTROLS = {"none": tuple(MEASURES), "sign": tuple(MEASURES), "mcinfonce": OF_UNCERTAINTY}
@@ -21,14 +21,14 @@ Row = dict[str, Any]
 
 
 class Strongest(NamedTuple):
-    way: str
+    method: str
     values: list[float]  # by seed
 
 
-def strongest(ways: list[Ways], higher_is_better: bool) -> Strongest:
-    """Of the ways that all seeds have, the one of the best mean; a mean that isn't a number is the worst."""
-    shared = [way for way in ways[0] if all(way in of_seed for of_seed in ways)]
-    found = [Strongest(way, [of_seed[way] for of_seed in ways]) for way in shared]
+def strongest(methods: list[ByMethod], higher_is_better: bool) -> Strongest:
+    """Of the methods that all seeds have, that of the best mean; a mean that isn't a number is the worst."""
+    shared = [method for method in methods[0] if all(method in of_seed for of_seed in methods)]
+    found = [Strongest(method, [of_seed[method] for of_seed in methods]) for method in shared]
 
     def merit(one: Strongest) -> float:
         mean = statistics.fmean(one.values)
@@ -38,7 +38,7 @@ def strongest(ways: list[Ways], higher_is_better: bool) -> Strongest:
 
 
 def summary(rows: list[Row]) -> list[dict[str, Any]]:
-    """Each arm with its strongest way of each measure, and that way's values by seed."""
+    """Each arm with its strongest method of each measure, and that method's values by seed."""
     found = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
         those = [row for row in rows if row["arm"] == arm]
@@ -54,7 +54,7 @@ def summary(rows: list[Row]) -> list[dict[str, Any]]:
 def pairs(rows: list[Row]) -> list[dict[str, Any]]:
     """Every arm minus each control, seed by seed: mean, standard error, 95 % interval, verdict.
 
-    `of`, `against`: the ways that were compared. An arm's code is compared with the strongest code of the
+    `of`, `against`: the methods that were compared. An arm's code is compared with the strongest code of the
     *same number of bits* that is made from the control's features.
     """
     arms = list(dict.fromkeys(row["arm"] for row in rows))
@@ -74,17 +74,17 @@ def pairs(rows: list[Row]) -> list[dict[str, Any]]:
 
 def difference(mine: list[Row], theirs: list[Row], name: str) -> dict[str, Any] | None:
     """One measure of an arm and a control, row by row; None where the control has nothing to compare with."""
-    other = [ways_against(row, name, mine[0]["bits"]) for row in theirs]
+    other = [methods_against(row, name, mine[0]["bits"]) for row in theirs]
     if not all(other):
         return None
     higher = MEASURES[name][1]
     ours, best = strongest([row["measures"][name] for row in mine], higher), strongest(other, higher)
     each = [a - b for a, b in zip(ours.values, best.values)]
-    return {"of": ours.way, "against": best.way, "each": each} | interval(each, higher)
+    return {"of": ours.method, "against": best.method, "each": each} | interval(each, higher)
 
 
-def ways_against(control: Row, name: str, bits: int) -> Ways:
-    """A control's ways; those of a code at the other's number of bits."""
+def methods_against(control: Row, name: str, bits: int) -> ByMethod:
+    """A control's methods; those of a code at the other's number of bits."""
     if name not in OF_CODE:
         return control["measures"][name]
     equal = control["controls"].get(str(bits), {}).get(name, {})

@@ -33,10 +33,10 @@ denominator of the hashing literature), *over relevant* by min(1,000, relevant i
 lowers, too. Codes by Hamming distance, features by cosine.
 
 **Controls of equal bits**: sign bits (the first ones where the code is shorter), PCA + sign, ITQ and LSH of
-a control's features, fitted on the training images. In a comparison each side has its strongest way (in
+a control's features, fitted on the training images. In a comparison each side has its strongest method (in
 brackets): of a code the method, of an uncertainty the score without labels (the latent's: posterior, rate;
 anybody's: feature norm, distance to the nearest training images), the one of the best mean over the seeds.
-That choice is made on the test images and favours whoever has more ways.
+That choice is made on the test images and favours whoever has more methods.
 
 **Paired differences**: arm minus control, seed by seed; their mean and its 95 % interval (Student). An
 interval without 0 is called better or worse: of 20 measures that don't differ at all, one will be."""
@@ -65,18 +65,18 @@ def write_study(out: Path, result: dict[str, Any], measures: dict[str, tuple[str
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Every number that was measured: one line for each run, measure, way and length of code."""
+    """Every number that was measured: one line for each run, measure, method and length of code."""
     buffer = io.StringIO()
     writer = csv.writer(buffer)
-    writer.writerow(["arm", "seed", "family", "bits", "measure", "way", "value"])
+    writer.writerow(["arm", "seed", "family", "bits", "measure", "method", "value"])
     for row in rows:
         head = [row["arm"], row["seed"], row["family"]]
         sets = {row["bits"]: row["measures"]} | {
             int(bits): made for bits, made in row["controls"].items() if int(bits) != row["bits"]
         }
         for bits, made in sets.items():
-            for name, ways in made.items():
-                writer.writerows([*head, bits, name, way, value] for way, value in ways.items())
+            for name, methods in made.items():
+                writer.writerows([*head, bits, name, method, value] for method, value in methods.items())
     return buffer.getvalue()
 
 
@@ -104,10 +104,12 @@ def means(arms: list[dict[str, Any]], measures: dict[str, tuple[str, bool]]) -> 
     return lines
 
 
-def mean_cell(values: list[float], way: str = "") -> str:
+def mean_cell(values: list[float], method: str = "") -> str:
     digits = 1 if abs(statistics.mean(values)) >= 10 else 3  # percent, or a share
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}" + (f" ({way})" if way and way != "code" else "")
+    return f"{statistics.mean(values):.{digits}f}{spread}" + (
+        f" ({method})" if method and method != "code" else ""
+    )
 
 
 def codes(rows: list[dict[str, Any]]) -> list[str]:
@@ -118,14 +120,14 @@ def codes(rows: list[dict[str, Any]]) -> list[str]:
         sets.setdefault(row["bits"], {})
         for bits, made in sets.items():
             made = {name: {**made.get(name, {}), **own_code(row, bits, name)} for name in OF_CODE}
-            for way in made["code_linear"]:
-                value = {name: made[name][way] for name in OF_CODE}
-                found.setdefault((bits, row["arm"], way), []).append(value)
+            for method in made["code_linear"]:
+                value = {name: made[name][method] for name in OF_CODE}
+                found.setdefault((bits, row["arm"], method), []).append(value)
     lines = ["| bits | arm | code | " + " | ".join(OF_CODE.values()) + " |", "| --- " * 7 + "|"]
-    for (bits, arm, way), values in sorted(found.items()):
+    for (bits, arm, method), values in sorted(found.items()):
         cells = [mean_cell([v[name] for v in values]) for name in OF_CODE]
         lines.append(
-            f"| {bits:,} | {arm} | {'its own' if way == 'code' else way} | " + " | ".join(cells) + " |"
+            f"| {bits:,} | {arm} | {'its own' if method == 'code' else method} | " + " | ".join(cells) + " |"
         )
     return lines
 
@@ -141,8 +143,8 @@ def differences_table(pairs: list[dict[str, Any]], measures: dict[str, tuple[str
         digits = digits_of(pair, measures)
         span = " to ".join(f"{v:+.{digits}f}" for v in pair["interval"] or [])
         sides = [
-            f"{pair[name]} ({pair[way]})" if pair[way] not in ("", "code") else pair[name]
-            for name, way in (("arm", "of"), ("control", "against"))
+            f"{pair[name]} ({pair[method]})" if pair[method] not in ("", "code") else pair[name]
+            for name, method in (("arm", "of"), ("control", "against"))
         ]
         lines.append(
             f"| {measures[pair['measure']][0]} | {sides[0]} | {sides[1]} | {pair['mean']:+.{digits}f} | "

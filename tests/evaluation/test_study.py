@@ -42,7 +42,7 @@ def test_a_study_in_parts_is_the_study(settings, digits, capsys):
     assert [row["bits"] for row in result["rows"]] == [64, 16, 64, 16]
     for row in result["rows"]:
         assert set(row["measures"]) == set(MEASURES)
-        assert all(np.isfinite(list(ways.values())).all() for ways in row["measures"].values())
+        assert all(np.isfinite(list(methods.values())).all() for methods in row["measures"].values())
     controls = result["rows"][0]["controls"]
     assert set(controls) == {"16", "64"} and all(set(made) == set(OF_CODE) for made in controls.values())
     assert controls["64"]["code_map"] == result["rows"][0]["measures"]["code_map"]
@@ -50,11 +50,11 @@ def test_a_study_in_parts_is_the_study(settings, digits, capsys):
     assert len(result["pairs"]) == len(MEASURES) and "**low** against none" in printed
     table = list(csv.DictReader((settings.out / "study.csv").open()))
     found = [
-        (r["bits"], r["way"])
+        (r["bits"], r["method"])
         for r in table
         if r["measure"] == "code_knn" and (r["arm"], r["seed"]) == ("none", "0")
     ]
-    assert sorted(found) == sorted((bits, way) for bits in ("16", "64") for way in HASHES)
+    assert sorted(found) == sorted((bits, method) for bits in ("16", "64") for method in HASHES)
     figures = settings.out / "figures"
     assert {f.suffix for f in figures.iterdir()} == {".png", ".svg"}
     assert all(f.stat().st_size > 5000 for f in figures.iterdir())
@@ -94,10 +94,10 @@ def test_pairs_against_scipy():
             assert (pair["verdict"] == "better") == ((pair["mean"] > 0) == MEASURES[pair["measure"]][1])
 
 
-def test_the_strongest_way_is_that_of_the_best_mean():
-    ways = [{"a": 3.0, "b": 2.0, "c": 9.0}, {"a": 0.0, "b": 2.5}]  # c is not there for every seed
-    assert strongest(ways, True) == ("b", [2.0, 2.5]) and strongest(ways, False) == ("a", [3.0, 0.0])
-    assert strongest([{"a": float("nan"), "b": -1.0}], False).way == "b"
+def test_the_strongest_method_is_that_of_the_best_mean():
+    methods = [{"a": 3.0, "b": 2.0, "c": 9.0}, {"a": 0.0, "b": 2.5}]  # c is not there for every seed
+    assert strongest(methods, True) == ("b", [2.0, 2.5]) and strongest(methods, False) == ("a", [3.0, 0.0])
+    assert strongest([{"a": float("nan"), "b": -1.0}], False).method == "b"
 
 
 def test_a_code_is_compared_with_the_strongest_control_of_its_length():
@@ -114,7 +114,7 @@ def test_a_code_is_compared_with_the_strongest_control_of_its_length():
     pair = next(p for p in pairs(rows) if p["measure"] == "code_knn")
     assert (pair["of"], pair["against"], pair["each"]) == ("code", "ITQ", [2.0, 2.0])
     assert not [p for p in pairs(rows) if p["measure"] == "code_map"]  # no control of 16 bits has it
-    assert summary(rows)[0]["measures"]["code_knn"] == {"way": "ITQ", "values": [90.0, 90.0]}
+    assert summary(rows)[0]["measures"]["code_knn"] == {"method": "ITQ", "values": [90.0, 90.0]}
 
 
 def test_one_seed_decides_nothing(tmp_path):

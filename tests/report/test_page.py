@@ -37,7 +37,7 @@ EVALUATION = {
             "hamming_knn": 82.4, "bits": 256, "rate_bits": 138.2},
     "control": {"path": None, "family": "none", "linear": 84.5, "knn": 84.1, "sign_linear": 80.05,
                 "sign_hamming_knn": 80.9, "bits": 256},
-    "floors": {"random": 78.55, "pixels": 83.4},
+    "baselines": {"random": 78.55, "pixels": 83.4},
     "table": [
         {"model": "bernoulli", "representation": "features", "bits": 8192, "linear": 84.75, "knn": 83.9},
         {"model": "bernoulli", "representation": "code", "bits": 256, "linear": 83.15, "knn": 82.4},
@@ -305,7 +305,7 @@ def test_missing_values_show_as_a_dash_and_large_pictures_shrink(tmp_path):
     html = write_report(run).read_text()
     assert (
         html.count('<td class="n" data-csv="">–</td>') == 2 + 2 + 2
-    )  # bits, kNN of the floors; the two above
+    )  # bits, kNN of the baselines; the two above
     assert "nan" not in "".join(Page(html).text) and len(html) < 3e6
 
 

@@ -1,4 +1,4 @@
-"""A network's reading of pixels, and the scores of its (un)certainty: the posterior's own, and the
+"""What a network computes of images, and scores of its uncertainty: the posterior's own, and the
 deterministic ones that it has to beat."""
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ NEIGHBOURS = 20  # of the distance score
 
 
 @dataclass(frozen=True)
-class Reading:
-    """N images as a network reads them; everything but `samples` is the same at every call."""
+class NetworkOutputs:
+    """What a network computes of N images; everything but `samples` is the same at every call."""
 
     features: np.ndarray  # float32 [N, F]
     bits: np.ndarray  # bool [N, bits], the deployed code
     mean: np.ndarray  # float32 [N, D], of the latent
-    spread: np.ndarray  # float32 [N], the family's uncertainty
+    uncertainty: np.ndarray  # float32 [N], the family's uncertainty
     rate: np.ndarray  # float32 [N], KL to the prior in nats
     samples: np.ndarray  # float32 [K, N, D]; K = 0 where none were asked for
 
 
-def read(
+def network_outputs(
     network: LVNet, images: torch.Tensor | np.ndarray, view: ViewSettings, samples: int = 0, seed: int = 0
-) -> Reading:
-    """The reading of crops uint8 [N, R, R, 3], or of views that are normalised already, float32
+) -> NetworkOutputs:
+    """The outputs for crops uint8 [N, R, R, 3], or of views that are normalised already, float32
     [N, 3, R, R]."""
     generator = torch.Generator(device=device_of(network)).manual_seed(seed)
     count = samples if network.family.stochastic else 0
@@ -47,33 +47,32 @@ def read(
             drawn = posterior.sample(count, generator, network.latent.relaxation)
         values = (part.features, posterior.mean(), posterior.uncertainty(), posterior.kl(), drawn)
         parts.append((bits, *(value.float().cpu().numpy() for value in values)))
-    code, h, mean, spread, rate = (np.concatenate(column) for column in list(zip(*parts))[:5])
+    code, h, mean, uncertainty, rate = (np.concatenate(column) for column in list(zip(*parts))[:5])
     noisy = np.concatenate([values[5] for values in parts], axis=1)[:count]
-    return Reading(h, code.astype(bool), mean, spread, rate, noisy)
+    return NetworkOutputs(h, code.astype(bool), mean, uncertainty, rate, noisy)
 
 
-class Certainty:
+class UncertaintyScorer:
     """Predictions and uncertainty scores of one network, fitted on labelled training images."""
 
-    def __init__(self, stochastic: bool, train: Reading, labels: np.ndarray) -> None:
+    def __init__(self, stochastic: bool, train: NetworkOutputs, labels: np.ndarray) -> None:
         self.stochastic = stochastic
         self.probe = fit_probe(train.features, labels)
         self.latent_probe = fit_probe(train.mean, labels) if stochastic else None
         self.classes = self.probe.classes
         self.train = F.normalize(torch.from_numpy(train.features), dim=1)
 
-    def predictions(self, reading: Reading) -> dict[str, np.ndarray]:
-        """Class probabilities [N, C]: from h; from the latent's mean; averaged over its K samples (METHOD,
-        "classification")."""
-        found = {"features": self.probe.probabilities(reading.features)}
+    def predictions(self, outputs: NetworkOutputs) -> dict[str, np.ndarray]:
+        """Class probabilities [N, C]: from h; from the latent's mean; averaged over its K samples"""
+        found = {"features": self.probe.probabilities(outputs.features)}
         if self.latent_probe is not None:
-            found["latent mean"] = self.latent_probe.probabilities(reading.mean)
-            if len(reading.samples):
-                drawn = [self.latent_probe.probabilities(sample) for sample in reading.samples]
+            found["latent mean"] = self.latent_probe.probabilities(outputs.mean)
+            if len(outputs.samples):
+                drawn = [self.latent_probe.probabilities(sample) for sample in outputs.samples]
                 found["latent samples"] = np.mean(drawn, axis=0)
         return found
 
-    def scores(self, reading: Reading) -> dict[str, np.ndarray]:
+    def scores(self, outputs: NetworkOutputs) -> dict[str, np.ndarray]:
         """Uncertainty [N] by name; higher means less certain.
 
         posterior: the family's own (entropy, or summed log-variance). rate: minus the KL. samples: entropy of
@@ -81,14 +80,14 @@ class Certainty:
         the 20 nearest training images. probe: entropy of the feature probe's prediction, which, unlike the
         others, has seen labels; so has `samples`.
         """
-        predictions = self.predictions(reading)
+        predictions = self.predictions(outputs)
         found = {}
         if self.stochastic:
-            found = {"posterior": reading.spread, "rate": -reading.rate}
+            found = {"posterior": outputs.uncertainty, "rate": -outputs.rate}
             if "latent samples" in predictions:
                 found["samples"] = predictive_entropy(predictions["latent samples"])
-        found["norm"] = -np.linalg.norm(reading.features, axis=1)
-        found["distance"] = self.distance(reading.features)
+        found["norm"] = -np.linalg.norm(outputs.features, axis=1)
+        found["distance"] = self.distance(outputs.features)
         found["probe"] = predictive_entropy(predictions["features"])
         return {name: np.asarray(score, np.float64) for name, score in found.items()}
 
