@@ -17,16 +17,10 @@ from tyro.conf import Positional
 from lvssl.codes.controls import CONTROLS, Coder, LinearHash
 from lvssl.codes.statistics import compression_ratios
 from lvssl.evaluation.embedding import Embedding
-from lvssl.evaluation.evaluate import (
-    channels,
-    embed_both,
-    jpeg_bytes,
-    labelled_pair,
-    with_defaults,
-)
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
+from lvssl.evaluation.sets import channels, embed_both, jpeg_bytes, labelled_pair, with_defaults
 from lvssl.latents import WITHOUT_LATENT
 from lvssl.models.backbone import feature_dim
 from lvssl.models.inference import device_of

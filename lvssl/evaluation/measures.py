@@ -16,12 +16,14 @@ import numpy as np
 import torch
 
 from lvssl.codes.controls import CONTROLS, Coder
-from lvssl.evaluation.analyse import AnalyseSettings, Factors, Sets, known_factors, uncertainty
-from lvssl.evaluation.embedding import Embedding, embed
+from lvssl.evaluation.embedding import Embedding
+from lvssl.evaluation.factors import Factors, known_factors
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
+from lvssl.evaluation.scorer import uncertainty
+from lvssl.evaluation.sets import Sampling, Sets, embed_both
 from lvssl.models.inference import device_of
 from lvssl.models.network import latent_dim
 from lvssl.runs.labels import sound_part
@@ -76,21 +78,17 @@ def code_bits(settings: PretrainSettings) -> int:
 
 
 def measured(
-    run: Run, train: Reader, test: Reader, lengths: tuple[int, ...], settings: AnalyseSettings
+    run: Run, train: Reader, test: Reader, test_path: Path, lengths: tuple[int, ...], sampling: Sampling
 ) -> dict[str, Any]:
     """`measures`: name -> ByMethod. `controls`, of a deterministic run: bits -> name of OF_CODE -> ByMethod,
     for each of `lengths`."""
-    view = run.settings.view
-    counts, on_error = (len(train), len(test)), run.on_error(settings.on_error)
-    embedded = (
-        embed(run.network, train, view, on_error=on_error),
-        embed(run.network, test, view, on_error=on_error),
-    )
+    counts, on_error = (len(train), len(test)), run.on_error(sampling.on_error)
+    embedded = embed_both(run, train, test, 0, on_error)
     train = sound_part(run.settings.data, train, embedded[0].rows)
-    test = sound_part(settings.test or Path("test"), test, embedded[1].rows)
+    test = sound_part(test_path, test, embedded[1].rows)
     bits = embedded[1].bits
-    sets = Sets.of(settings, run, train, test)
-    data = CodeEvaluationData(*embedded, known_factors(run, sets, settings))
+    sets = Sets.of(sampling, run, train, test)
+    data = CodeEvaluationData(*embedded, known_factors(run, sets, sampling))
     of_features = accuracies_of_features(*embedded, device_of(run.network))
     controls, of_code = {}, {}
     if not run.network.family.stochastic:
@@ -99,7 +97,7 @@ def measured(
     if run.network.family.own_code:
         own = of_one_code(data, lambda features, code: code, bits)
         of_code = {name: of_code.get(name, {}) | {"code": own[name]} for name in OF_CODE}
-    analysed, _ = uncertainty(run, sets, settings)
+    analysed, _ = uncertainty(run, sets, sampling)
     return {
         "bits": bits,
         "features": embedded[1].features.shape[1],
@@ -184,7 +182,7 @@ def signs(packed: np.ndarray, bits: int) -> np.ndarray:
 
 
 def of_scores(analysed: dict[str, Any]) -> dict[str, ByMethod]:
-    """The uncertainty's measures and the probe's, from `analyse.uncertainty`. A deterministic run has, in the
+    """The uncertainty's measures and the probe's, from `scorer.uncertainty`. A deterministic run has, in the
     place of a latent's own score, its strongest label-free one."""
     scores = {name: of_one_score(s) for name, s in analysed["scores"].items() if name in LABEL_FREE}
     own = {name: s for name, s in scores.items() if name in OF_LATENT} or scores

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lvssl.evaluation.analyse import AnalyseSettings
 from lvssl.evaluation.measures import FIRST, code_bits, measured
 from lvssl.evaluation.pairs import pairs, summary
+from lvssl.evaluation.sets import Sampling
 from lvssl.runs.labels import open_pair
 from lvssl.runs.result import as_number, read_result
 from lvssl.runs.run import load_run, versions
@@ -170,7 +170,8 @@ def row(settings: StudySettings, chosen: PretrainSettings, lengths: tuple[int, .
         same = (found.get("checkpoint"), found.get("protocol")) == (run.digest, protocol)
         if same and set(lengths) <= set(found.get("lengths") or ()):
             return found | {name: numbers(found[name]) for name in ("measures", "controls")}
-    how = AnalyseSettings(chosen.out, test=settings.test, ood=settings.ood, max_images=settings.max_images)
+    sampling = Sampling(settings.max_images, ood=settings.ood)
+    sets = open_pair(settings.train, settings.test)
     found = {
         "arm": chosen.out.name.removeprefix(start_of(settings)).rpartition("-s")[0],
         "seed": chosen.seed,
@@ -179,7 +180,7 @@ def row(settings: StudySettings, chosen: PretrainSettings, lengths: tuple[int, .
         "arithmetic": run.arithmetic,
         "protocol": protocol,
         "lengths": lengths,
-    } | measured(run, *open_pair(settings.train, settings.test), lengths, how)
+    } | measured(run, *sets, settings.test, lengths, sampling)
     write_json(kept, found)
     return found
 

@@ -9,10 +9,13 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from lvssl.evaluation.analyse import AnalyseSettings, analyse, augmented, evenly_spaced
+from lvssl.evaluation.analyse import AnalyseSettings, analyse
 from lvssl.evaluation.embedding import embed
-from lvssl.evaluation.outputs import UncertaintyScorer, network_outputs, severity_correlation
+from lvssl.evaluation.factors import augmented
+from lvssl.evaluation.outputs import network_outputs
 from lvssl.evaluation.regression import ridge
+from lvssl.evaluation.scorer import UncertaintyScorer, severity_correlation
+from lvssl.evaluation.sets import evenly_spaced
 from lvssl.evaluation.uncertainty import r_auroc
 from lvssl.report.page import write_report
 from lvssl.report.verdict import auroc_error

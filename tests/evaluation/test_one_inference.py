@@ -62,10 +62,10 @@ def known(loaded, test_set) -> Embedding:
 
 
 def test_analyses_read_what_evaluations_embed(loaded, crops, known):
-    reading = network_outputs(loaded.network, crops, loaded.settings.view)
-    assert np.array_equal(reading.features, known.features)
-    assert np.array_equal(pack_bits(reading.bits), known.codes)
-    assert np.array_equal(reading.spread, known.uncertainty)
+    outputs = network_outputs(loaded.network, crops, loaded.settings.view)
+    assert np.array_equal(outputs.features, known.features)
+    assert np.array_equal(pack_bits(outputs.bits), known.codes)
+    assert np.array_equal(outputs.uncertainty, known.uncertainty)
 
 
 def test_probes_learn_from_what_evaluations_embed(loaded, test_set, known):
