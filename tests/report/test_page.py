@@ -16,6 +16,7 @@ import pytest
 from lvssl.report.figures import COLOURS, MOST_POINTS, Line, line_chart, number, thinned, ticks
 from lvssl.report.page import write_report
 from lvssl.report.verdict import Comparison, compare, compare_codes, in_words, sampling_noise, signed
+from lvssl.runs.rows import rows_of
 from pipelines.errors import InputError
 
 CLASSES = [
@@ -158,10 +159,15 @@ def write_analysis(folder, generator, side=28):
 def write_compression(folder):
     """compression.json as `lvssl compression` leaves it."""
     rows = [
-        {"model": "bernoulli", "method": method, "bits": bits, "linear": 60 + bits / 64 + i, "knn": 61.5 + i,
-         "map_over_hits": 0.4 + i / 100, "raw_pixels": 6272 / bits}
-        for i, method in enumerate(("code, first bits", "code", "features", "LSH", "ITQ"))
-        for bits in ((64, 256) if method != "features" else (8192,))
+        row
+        for i, method in enumerate(("code, first bits", "code", "", "LSH", "ITQ"))
+        for bits in ((64, 256) if method else (8192,))
+        for row in rows_of(
+            {"linear": 60 + bits / 64 + i, "knn": 61.5 + i, "map_over_hits": 0.4 + i / 100,
+             "raw_pixels": 6272 / bits},
+            run="bernoulli", representation="code" if method else "features", method=method, bits=bits,
+            seed=0,
+        )
     ]  # fmt: skip
     content = {"rows": rows, "left_out": ["PQ, 2 bits: <too short>"], "queries": 2000, "database": 10_000}
     content |= {"top_n": 1000, "command": "lvssl compression runs/demo"}
@@ -392,10 +398,10 @@ def test_verdict_by_hand():
     noise = sampling_noise(80, 80, 2000)
     assert noise == pytest.approx(2 * math.sqrt(2 * 0.8 * 0.2 / 2000) * 100)  # 2.53 points
     assert [Comparison("m", 80 + d, 80, 2.53).outcome for d in (2.6, 2.5, -2.5, -2.6)] == [
-        "ahead",
+        "better",
         "level",
         "level",
-        "behind",
+        "worse",
     ]
     rows = [Comparison("kNN", 83, 80, 2.5), Comparison("probe", 79.9, 80, 2.5)]
     assert in_words(rows, "The code", "the sign bits") == (
@@ -406,16 +412,20 @@ def test_verdict_by_hand():
 
 def test_the_strongest_control_of_as_many_bits_is_the_one_compared():
     def row(method, bits, knn, linear):
-        return {"method": method, "bits": bits, "knn": knn, "linear": linear}
+        kind = "code" if method else "features"
+        return rows_of(
+            {"knn": knn, "linear": linear}, run="r", representation=kind, method=method, bits=bits, seed=0
+        )
 
-    rows = [row("code", 256, 80.0, 80.0), row("code, first bits", 64, 99, 99), row("features", 8192, 99, 99)]
-    rows += [row("sign", 256, 70, 79), row("ITQ", 256, 81, 70), row("PCA + sign", 512, 99, 99)]
-    found, names = compare_codes({"rows": rows, "queries": 10_000})
+    code = row("code", 256, 80.0, 80.0)
+    rows = row("code, first bits", 64, 99, 99) + row("", 8192, 99, 99) + row("sign", 256, 70, 79)
+    rows += row("ITQ", 256, 81, 70) + row("PCA + sign", 512, 99, 99)
+    found, names = compare_codes({"rows": code + rows, "queries": 10_000})
     assert names == "ITQ and sign"
     assert [(c.measure, c.control, c.outcome) for c in found] == [
         ("Hamming kNN", 81, "level"), ("linear probe", 79, "level"),
     ]  # fmt: skip
-    assert compare_codes({"rows": rows[1:], "queries": 1}) == ([], "") == compare_codes({})
+    assert compare_codes({"rows": rows, "queries": 1}) == ([], "") == compare_codes({})
 
 
 def test_codes_of_different_length_are_not_compared():
