@@ -108,9 +108,9 @@ def test_figures_that_are_no_numbers_are_shown_alike_when_found(runs, capsys):
         assert "nan" in capsys.readouterr().out
 
 
-def test_an_older_rate_curve_is_measured_again(runs, tmp_path):
+def test_an_older_rate_curve_is_measured_again(runs):
     """Its rows had all metrics of a point side by side."""
-    run = shutil.copytree(runs["run"], tmp_path / "run")
+    run = runs["run"]
     typed = ["compression", str(run), "--control", str(runs["control"]), *COMMANDS["compression"][0]]
     assert main(typed) == 0
     path = run / "compression.json"

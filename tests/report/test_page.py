@@ -3,20 +3,30 @@
 The run folder below is input for the renderer, shaped like a real one; its figures mean nothing.
 """
 
+import html
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
+from lvssl.cli import main, parse
+from lvssl.evaluation.analyse import AnalyseSettings
+from lvssl.evaluation.compression import CompressionSettings
+from lvssl.evaluation.evaluate import EvaluateSettings
 from lvssl.report.figures import COLOURS, MOST_POINTS, Line, line_chart, number, thinned, ticks
 from lvssl.report.page import write_report
 from lvssl.report.verdict import Comparison, compare, compare_codes, in_words, sampling_noise, signed
 from lvssl.runs.rows import rows_of
+from lvssl.runs.run import create_run
+from lvssl.settings.presets import command
+from lvssl.settings.pretrain import PretrainSettings, preset
 from pipelines.errors import InputError
 
 CLASSES = [
@@ -389,6 +399,31 @@ def test_rate_and_accuracy_are_drawn(tmp_path):
     assert 'data-csv="24.5"' in html and "lvssl compression runs/demo" in html
     text = " ".join(" ".join(parsed.text).split())
     assert "The code is level with the strongest control of as many bits (ITQ) in Hamming kNN (−3.0)" in text
+
+
+def test_every_command_on_the_page_parses_to_what_it_was_made_from(tmp_path):
+    """The settings of a run that is far from its preset, and those of the commands that are still to come."""
+    settings = replace(
+        preset("folder-r50"),
+        data=tmp_path / "it's here",
+        out=tmp_path / "a run",
+        model=replace(preset("folder-r50").model, backbone="small"),
+        view=replace(preset("folder-r50").view, resolution=64, scale=(0.3, 1.0)),
+        latent=replace(preset("folder-r50").latent, family="gaussian", beta=0.5),
+    )
+    create_run(settings, 2, resume=False)
+    made = AnalyseSettings(settings.out, test=tmp_path / "t.beton", alone=True, samples=3, on_error="skip")
+    (settings.out / "analysis.json").write_text(json.dumps({"command": command("analyse", made)}))
+    page = write_report(settings.out).read_text()
+    texts = re.findall(r"<(?:code|pre)[^>]*>(.*?)</(?:code|pre)>", page, re.S)
+    lines = {html.unescape(line) for text in texts for line in text.splitlines() if line.startswith("lvssl ")}
+    found = {shlex.split(line)[1]: shlex.split(line)[2:] for line in lines}
+    assert len(lines) == len(found) == 5
+    assert parse(PretrainSettings, found["pretrain"], "", preset("folder-r50")) == settings
+    assert parse(AnalyseSettings, found["analyse"], "") == made
+    for name, kind in (("evaluate", EvaluateSettings), ("compression", CompressionSettings)):
+        assert parse(kind, found[name], "") == kind(settings.out)
+    assert main(["report", *found["report"]]) == 0
 
 
 # The verdict and the charts -------------------------------------------------------------------------------
