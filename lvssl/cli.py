@@ -162,7 +162,6 @@ def analyse(arguments: list[str]) -> None:
 
 
 def study(arguments: list[str]) -> None:
-    from lvssl.evaluation.measures import MEASURES
     from lvssl.evaluation.study import StudySettings
     from lvssl.evaluation.study import study as run
     from lvssl.report.study import write_study
@@ -170,7 +169,7 @@ def study(arguments: list[str]) -> None:
     settings = parse(StudySettings, arguments, "study")
     result = run(settings)
     if result is not None:
-        written = write_study(settings.out, result, MEASURES)
+        written = write_study(settings.out, result)
         print((settings.out / "study.md").read_text())
         print(f"written: {settings.out / 'study.json'}, {', '.join(path.name for path in written)}")
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lvssl.evaluation.score import score
 from lvssl.evaluation.stage import Stage, prepare
-from lvssl.runs.labels import Labelled, labelled_rows, split
+from lvssl.runs.labels import LabelledDataset, labelled_rows, split
 from lvssl.runs.result import read_json
 from lvssl.settings.stages import FinetuneSettings
 from lvssl.training.distributed import connected, from_first
@@ -55,7 +55,9 @@ def finetune(settings: FinetuneSettings) -> Stage[FinetuneSettings]:
         return stage.finish((labelled, test), figures, chosen=chosen, trials=trials, **more)
 
 
-def predictions(stage: Stage[FinetuneSettings], model: Classifier, data: Labelled) -> tuple[Tensor, Tensor]:
+def predictions(
+    stage: Stage[FinetuneSettings], model: Classifier, data: LabelledDataset
+) -> tuple[Tensor, Tensor]:
     """What `predict` gives."""
     view, workers, title = stage.run.settings.view, stage.settings.workers, f"finetune: {data.path.name}"
     return predict(model, data, view, stage.device, workers, stage.world, title, stage.engine)
@@ -74,7 +76,7 @@ def grid(settings: FinetuneSettings) -> list[dict[str, float]]:
 
 
 def sweep(
-    stage: Stage[FinetuneSettings], labelled: Labelled, folder: Path, stop: Stop
+    stage: Stage[FinetuneSettings], labelled: LabelledDataset, folder: Path, stop: Stop
 ) -> list[dict[str, Any]]:
     """Each pair of the grid with its figures on held-out images; those in trials.json aren't done again."""
     pairs = grid(stage.settings)
@@ -108,7 +110,7 @@ def read_trials(path: Path) -> list[dict[str, Any]]:
 
 def trial(
     stage: Stage[FinetuneSettings],
-    parts: tuple[Labelled, Labelled],
+    parts: tuple[LabelledDataset, LabelledDataset],
     pair: dict[str, float],
     folder: Path,
     stop: Stop,
@@ -151,7 +153,7 @@ def best(trials: list[dict[str, Any]]) -> dict[str, float]:
 
 def fit(
     stage: Stage[FinetuneSettings],
-    data: Labelled,
+    data: LabelledDataset,
     pair: dict[str, float],
     folder: Path,
     stop: Stop,

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lvssl.evaluation.corruptions import CORRUPTIONS, ELSEWHERE, SEVERITIES, corrupt, texture_images
+from lvssl.evaluation.corruptions import CORRUPTIONS, OUT_OF_DISTRIBUTION, SEVERITIES, corrupt, texture_images
 from lvssl.evaluation.shapes import make_shapes
 
 
@@ -51,9 +51,11 @@ def test_bad_calls_are_named(images):
     assert corrupt(images[:0], "crop", 2).shape == (0, 48, 48, 3)
 
 
-@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize("name", OUT_OF_DISTRIBUTION)
 def test_images_from_elsewhere(name):
-    made = ELSEWHERE[name](9, 28, 3)
+    made = OUT_OF_DISTRIBUTION[name](9, 28, 3)
     assert made.shape == (9, 28, 28, 3) and made.dtype == np.uint8
-    assert (made == ELSEWHERE[name](9, 28, 3)).all() and (made != ELSEWHERE[name](9, 28, 4)).any()
+    assert (made == OUT_OF_DISTRIBUTION[name](9, 28, 3)).all() and (
+        made != OUT_OF_DISTRIBUTION[name](9, 28, 4)
+    ).any()
     assert len(np.unique(made.reshape(9, -1), axis=0)) > 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lvssl.runs.labels import (
-    Labelled,
+    LabelledDataset,
     balanced,
     check_pair,
     labelled_rows,
@@ -19,9 +19,9 @@ from pipelines.errors import InputError
 from pipelines.formats.manifest import manifest_path, read_manifest
 
 
-def of_classes(classes: np.ndarray) -> Labelled:
+def of_classes(classes: np.ndarray) -> LabelledDataset:
     answers = torch.from_numpy(classes)
-    return Labelled(Path("train.beton"), None, answers, int(answers.max()) + 1)
+    return LabelledDataset(Path("train.beton"), None, answers, int(answers.max()) + 1)
 
 
 @pytest.fixture(scope="module")
