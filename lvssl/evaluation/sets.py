@@ -33,7 +33,7 @@ def labelled_pair(run: Run, control: Run | None, train: Path | None, test: Path)
 
 
 def with_defaults(settings: Settings, run: Run) -> Settings:
-    """Settings of a command that measures a run sibling_test_set a control, with the test set and the control that lie
+    """Settings of a command that measures a run beside a control, with the test set and the control that lie
     where one would look for them, and with what a damaged image does."""
     test, control = settings.test, settings.control
     if test is None:

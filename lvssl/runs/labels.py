@@ -22,7 +22,7 @@ from lvssl.runs.progress import with_progress
 from pipelines.datasets.dataset import by_name
 from pipelines.decode import DamagedSample, Reader, open_reader
 from pipelines.errors import InputError
-from pipelines.formats.manifest import manifest_path, read_manifest
+from pipelines.formats.manifest import manifest_path, read_columns
 from pipelines.loader import Decoder, evaluation_batches
 from pipelines.views import ViewSettings
 
@@ -322,5 +322,5 @@ def names_of(train: LabelledDataset) -> list[str]:
     """The source names of a set's images, from its manifest, or from the folder itself."""
     names = getattr(train.source, "names", None)
     if names is None:
-        names = read_manifest(manifest_path(train.path))[1]["name"]
+        names = read_columns(manifest_path(train.path), ("name",))[1]["name"]
     return list(names)
