@@ -87,7 +87,7 @@ def nearest_by_cosine(
     rows int64 [M, k]), on the CPU, most similar first, equals by the lower row (on a GPU: in any order).
 
     Tensors, or arrays and memmaps of any float type, on the CPU. `device`: where it is computed; left out:
-    where train_x lies. `title`: of the progress with_progress; empty: none. Raises FloatingPointError for features
+    where train_x lies. `title`: of the progress shown; empty: none. FloatingPointError: features
     that are not finite.
     """
     if device is None:

@@ -105,7 +105,7 @@ def examine(folder: Path) -> int:
     for name in ("rate_bits", "distortion", *FIGURES):
         if name in row:
             print(f"  {name:18}{row[name]:10.3f}")
-    found = alarms(row, row["epoch"] / settings.epochs)
+    found = alarms(row, row.get("epoch", 0) / settings.epochs)
     for name, what in found.items():
         print(f"ALARM {name}: {what}")
     if not found:

@@ -14,6 +14,7 @@ from lvssl.losses.distributed import equal_parts
 from lvssl.models.device import autocast, layout, precision
 from lvssl.models.network import LVNet
 from lvssl.models.utilisation import operations
+from lvssl.runs.run import require_weights_of
 from lvssl.settings.pretrain import PretrainSettings
 from lvssl.training.average import Average
 from lvssl.training.distributed import World, broadcast_state
@@ -82,6 +83,8 @@ class Trainer(Loop):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
+        where = self.settings.out
+        require_weights_of(self.network, state["network"], where / "checkpoints", where)
         self.network.load_state_dict(state["network"])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
