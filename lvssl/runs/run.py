@@ -27,12 +27,6 @@ from pipelines.files import is_aside, write_json
 from pipelines.lock import lock
 
 LOCK = ".lock"
-# Parameters by the names that earlier versions' checkpoints have for them.
-RENAMED = {
-    "match": "match_parameters",
-    "head.spread.weight": "head.scale.weight",
-    "head.spread.bias": "head.scale.bias",
-}
 MOST_CLASSES = 10_000_000
 
 
@@ -241,7 +235,7 @@ def load_run(folder: Path, device: torch.device | None = None) -> Run:
     require_weights_of(planned, weights, path, folder)
     network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
     weights = state.get("ema") or state["network"]
-    network.load_state_dict({RENAMED.get(name, name): value for name, value in weights.items()})
+    network.load_state_dict(weights)
     network.load_state_dict(weights)
     if device is None:
         device = pick_device("auto")
