@@ -234,8 +234,6 @@ def load_run(folder: Path, device: torch.device | None = None) -> Run:
         planned = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
     require_weights_of(planned, weights, path, folder)
     network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
-    weights = state.get("ema") or state["network"]
-    network.load_state_dict(weights)
     network.load_state_dict(weights)
     if device is None:
         device = pick_device("auto")
