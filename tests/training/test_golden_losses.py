@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from old_order import old_order
 
 from lvssl.settings.pretrain import PRESETS, PretrainSettings
 from lvssl.training.trainer import Trainer
@@ -62,6 +63,15 @@ def test_the_loss_of_each_family_stays_what_it_was(digits, double, family):
         GOLDEN.write_text(json.dumps(golden | {family: found}, indent=1) + "\n")
         return
     assert found == pytest.approx(golden[family], rel=TOLERANCE)
+
+
+def test_in_the_first_order_of_epochs_the_losses_are_the_first_ones(digits, double, monkeypatch):
+    """Of the results that every run had before, the order is all that has changed."""
+    monkeypatch.setattr(
+        "pipelines.loader.epoch_order", lambda count, seed, epoch, *_: old_order(count, seed, epoch).take
+    )
+    golden = json.loads(GOLDEN.read_text())["bernoulli, in the first order of epochs"]
+    assert losses_of(digits["train"], "bernoulli") == pytest.approx(golden, rel=TOLERANCE)
 
 
 def test_a_change_of_the_loss_by_a_hundred_thousandth_is_seen(digits, double, monkeypatch):
