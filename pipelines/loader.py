@@ -177,7 +177,7 @@ class TwoViewLoader:
 
     def __iter__(self) -> Iterator[ViewBatch]:
         epoch = self.epoch
-        order = epoch_order(len(self.source), self.seed, epoch, self.order, self.source.pages)
+        order = epoch_order(len(self.source), self.seed, epoch, self.order, self.source.storage_blocks)
 
         def start(step: int) -> Callable[[], ViewBatch]:
             return self._start(step_indices(order, step, self.batch_size, self.rank, self.ranks), epoch)

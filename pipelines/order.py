@@ -1,36 +1,120 @@
-"""The order of an epoch: an exact permutation that depends on (seed, epoch) alone, whatever the ranks."""
+"""The order of an epoch: a permutation that depends on (seed, epoch) alone, whatever the ranks.
+
+The image at any place of an epoch is computed in constant time and without a table, so that a rank computes
+its own batches and no more. A Feistel network whose round functions are Philox permutes a square of at least
+as many cells as there are images, the two halves of a number being its row and column (Black and Rogaway
+2002, "Ciphers with arbitrary finite domains"). What lands beyond the last image is permuted again until it
+doesn't ("cycle walking").
+"""
+
+from collections.abc import Callable
 
 import numpy as np
+from numba import int64
 
 from pipelines.errors import InputError
-from pipelines.parameters import PAGE_STREAM, order_keys
+from pipelines.kernels.compiled import compiled
+from pipelines.kernels.philox import LOW
+from pipelines.parameters import philox_compiled
 
 ORDERS = ("random", "quasi-random", "sequential")
-WINDOW = 64  # pages that are open at once in quasi-random order: 128 MB of a beton
+WINDOW = 64  # storage blocks that are open at once in quasi-random order: 128 MB of a beton
+ROUNDS = 8  # four leave a pattern in small sets that a chi-squared test finds
+IMAGES, BLOCKS = 0xFFFF, 0xFFFE  # streams of Philox, beyond the numbers of views in `pipelines.parameters`
+LARGEST = 1 << 60  # images; a half of a number must fit into a word of Philox's counter
+
+Order = Callable[[np.ndarray], np.ndarray]  # places in the epoch -> positions in the data set, int64 each
 
 
 def epoch_order(
-    count: int, seed: int, epoch: int, kind: str = "random", pages: np.ndarray | None = None
-) -> np.ndarray:
-    """A permutation of range(count), int64 [count]; the same on every rank, for any worker count.
+    count: int,
+    seed: int,
+    epoch: int,
+    kind: str = "random",
+    storage_blocks: Callable[[], np.ndarray] | None = None,
+) -> Order:
+    """A permutation of range(count) as a function; the same on every rank, for any worker count.
 
     Args:
-        kind: `random`; `quasi-random`, for sets larger than memory: pages in random order, and samples
-            shuffled among the pages of a window; or `sequential`.
-        pages: int64 [count], the page of each sample, for quasi-random.
+        seed: 0 <= seed < 2^64. epoch: 0 <= epoch < 2^32.
+        kind: `random`; `quasi-random`, for sets larger than memory: storage blocks in random order, and
+            samples shuffled among the blocks of a window; or `sequential`. Quasi-random alone takes memory:
+            24 bytes a block, and 8 an image where the blocks aren't in the order of the images.
+        storage_blocks: gives int64 [count], the block of each sample, for quasi-random.
+
+    Raises:
+        InputError: no such kind, or too many images.
     """
     if kind not in ORDERS:
         raise InputError(f"unknown order {kind!r}; one of {', '.join(ORDERS)}")
+    if count > LARGEST:
+        raise InputError(f"{count:,} images: an epoch has at most 2^60")
     if kind == "sequential":
-        return np.arange(count)
-    keys = order_keys(seed, epoch, count)
+        return lambda places: places
     if kind == "random":
-        return np.argsort(keys, kind="stable")
-    assert pages is not None
-    found, page = np.unique(pages, return_inverse=True)
-    place = np.empty(len(found), np.int64)  # of each page in the epoch
-    place[np.argsort(order_keys(seed, epoch, len(found), PAGE_STREAM), kind="stable")] = np.arange(len(found))
-    return np.lexsort((keys, place[page] // WINDOW))
+        return lambda places: permuted(places, count, seed, epoch)
+    assert storage_blocks is not None
+    return _by_blocks(storage_blocks(), seed, epoch)
+
+
+def permuted(
+    places: np.ndarray, count: int, seed: int, epoch: int, stream: int = IMAGES, windows: np.ndarray | int = 0
+) -> np.ndarray:
+    """A keyed permutation of range(count) at some places, int64 [n]: 0 <= place < count.
+
+    `windows` names the permutation, too, below 2^28; where it is an array, `count` is one as well.
+    """
+    shape = np.shape(places)
+    out = np.empty(shape, np.int64)
+    sides = np.sqrt(np.asarray(count, np.float64)).astype(np.int64)  # of the square, rounded up below
+    sides += sides * sides < count
+    sides += sides & 1  # an odd one would leave half of a small set's permutations out
+    numbers = (np.broadcast_to(np.asarray(each, np.int64), shape) for each in (places, count, sides, windows))
+    _permute(*numbers, np.uint64(seed), np.uint64(epoch), np.uint64(stream), out)
+    return out
+
+
+@compiled()
+def _permute(places, counts, sides, windows, seed, epoch, stream, out):
+    seed = int64(seed)
+    k0, k1 = seed & LOW, (seed >> 32) & LOW
+    for n in range(len(places)):
+        side, count, at = sides[n], counts[n], places[n]
+        while True:
+            row, column = at // side, at % side
+            for each in range(ROUNDS):
+                words = philox_compiled(
+                    column, windows[n] << 4 | each, int64(epoch), int64(stream) << 16, k0, k1
+                )
+                row, column = column, (row + (words[0] * side >> 32)) % side
+            at = row * side + column
+            if at < count:
+                break
+        out[n] = at
+
+
+def _by_blocks(block_of: np.ndarray, seed: int, epoch: int) -> Order:
+    """Blocks in random order, and the samples of each WINDOW of them shuffled."""
+    in_order = bool((block_of[1:] >= block_of[:-1]).all())
+    samples = None if in_order else np.argsort(block_of, kind="stable")
+    first = np.flatnonzero(np.diff(block_of if samples is None else block_of[samples], prepend=-1))
+    sizes = np.diff(first, append=len(block_of))
+    drawn = permuted(np.arange(len(first)), len(first), seed, epoch, BLOCKS)
+    ends = np.cumsum(sizes[drawn])  # of the blocks in the epoch
+    starts = first[drawn]
+    window_ends = np.append(ends[WINDOW - 1 : -1 : WINDOW], ends[-1:])
+    window_starts = np.append(0, window_ends[:-1])
+
+    def order(places: np.ndarray) -> np.ndarray:
+        window = np.searchsorted(window_ends, places, side="right")
+        begins = window_starts[window]
+        count = window_ends[window] - begins
+        places = begins + permuted(places - begins, count, seed, epoch, IMAGES, window)
+        block = np.searchsorted(ends, places, side="right")
+        found = starts[block] + places - (ends[block] - sizes[drawn[block]])
+        return found if samples is None else samples[found]
+
+    return order
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
@@ -46,12 +130,12 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
     return count // batch_size
 
 
-def step_indices(order: np.ndarray, step: int, batch_size: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
+def step_indices(order: Order, step: int, batch_size: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
     """The rank's part of global batch `step`: disjoint parts, together the same for any number of ranks.
 
     Args:
-        order: int64 [count], see `epoch_order`. batch_size: of all ranks together, divisible by `ranks`.
+        order: see `epoch_order`. batch_size: of all ranks together, divisible by `ranks`.
     """
     share = batch_size // ranks
     start = step * batch_size + rank * share
-    return order[start : start + share]
+    return order(np.arange(start, start + share))

@@ -6,11 +6,11 @@ and to resume in mid-epoch is to know one number.
 """
 
 import numpy as np
-from numba import uint64
+from numba import int64
 
 from pipelines.kernels.compiled import compiled
 from pipelines.kernels.elementary import exp, log
-from pipelines.kernels.philox import philox
+from pipelines.kernels.philox import LOW, philox
 from pipelines.views import ViewSettings
 
 COLUMNS = (
@@ -35,24 +35,25 @@ P = len(COLUMNS)
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 CROP_BLOCK = 16  # the tries' Philox blocks start here; blocks below are the other parameters'
-ORDER_STREAM, PAGE_STREAM = 0xFFFF, 0xFFFE  # "view" numbers of the streams that make the epoch's order
+
+
+philox_compiled = compiled(inline="always")(philox)
 
 
 @compiled(inline="always")
 def uniforms(seed, epoch, index, view, block):
     """Four uniforms in [0, 1), multiples of 2^-24 (exact in fp32 too)."""
-    seed, index = uint64(seed), uint64(index)
-    w0, w1, w2, w3 = philox(
-        index,
-        index >> uint64(32),
-        uint64(epoch),
-        (uint64(view) << uint64(16)) | uint64(block),
-        seed,
-        seed >> uint64(32),
+    seed, index = int64(seed), int64(index)
+    words = philox_compiled(
+        index & LOW,
+        (index >> 32) & LOW,
+        int64(epoch),
+        int64(view) << 16 | int64(block),
+        seed & LOW,
+        (seed >> 32) & LOW,
     )
     unit = 1.0 / 16777216.0
-    eight = uint64(8)
-    return (w0 >> eight) * unit, (w1 >> eight) * unit, (w2 >> eight) * unit, (w3 >> eight) * unit
+    return (words[0] >> 8) * unit, (words[1] >> 8) * unit, (words[2] >> 8) * unit, (words[3] >> 8) * unit
 
 
 @compiled()
@@ -150,24 +151,3 @@ def centre_boxes(heights: np.ndarray, widths: np.ndarray, fraction: float) -> np
     side = np.maximum(1, np.rint(np.minimum(heights, widths) * fraction)).astype(np.int32)
     box = np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=-1)
     return box[:, None].astype(np.int32)
-
-
-@compiled()
-def _order_keys(seed, epoch, stream, keys):
-    for index in range(len(keys)):
-        w0, w1, _, _ = philox(
-            uint64(index),
-            uint64(index) >> uint64(32),
-            uint64(epoch),
-            uint64(stream) << uint64(16),
-            uint64(seed),
-            uint64(seed) >> uint64(32),
-        )
-        keys[index] = (w0 << uint64(32)) | w1
-
-
-def order_keys(seed: int, epoch: int, count: int, stream: int = ORDER_STREAM) -> np.ndarray:
-    """One uniform uint64 for each sample (or page); sorting by them gives the epoch's order."""
-    keys = np.empty(count, np.uint64)
-    _order_keys(np.uint64(seed), np.uint64(epoch), np.uint64(stream), keys)
-    return keys

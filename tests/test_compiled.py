@@ -10,9 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CHECK = """
 import numpy as np
-from pipelines.parameters import order_keys
+from pipelines.order import permuted
 from lvssl.codes.hamming import full_add, popcount, compiled
-assert len(set(order_keys(1, 2, 100).tolist())) == 100
+assert len(set(permuted(np.arange(100), 100, 1, 2).tolist())) == 100
 assert compiled()(lambda x: popcount(x))(np.uint64(7)) == 3
 """
 

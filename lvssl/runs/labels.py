@@ -51,11 +51,14 @@ class Subset:
 
     def __init__(self, source: Reader, rows: np.ndarray) -> None:
         self.source, self.rows = source, np.asarray(rows, np.int64)
-        self.labels, self.pages = source.labels[self.rows], source.pages[self.rows]
+        self.labels = source.labels[self.rows]
         self.classes, self.chunk = source.classes, source.chunk
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def storage_blocks(self) -> np.ndarray:
+        return self.source.storage_blocks()[self.rows]
 
     def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with _positions_of(indices):

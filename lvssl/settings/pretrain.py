@@ -287,7 +287,7 @@ class PretrainSettings:
     """What reads them: auto (beton for a .beton, else folder), beton, folder (files or tars, never
     converted), dali (decoded and cropped by NVIDIA DALI, on the run's device)."""
     order: str = "random"
-    """Of an epoch: random, quasi-random (by pages, for sets larger than memory), sequential."""
+    """Of an epoch: random, quasi-random (by storage blocks, for sets larger than memory), sequential."""
     on_error: str = "raise"
     """An image that can't be decoded: raise (stop and name it), skip (take the next good one, count it)."""
     out: Path = field(default=Path("runs/pretrain"), metadata=RUNTIME)

@@ -25,7 +25,6 @@ class BetonReader:
 
     Attributes:
         labels, heights, widths: int64 [N]. targets: float64 [N] each, by name. classes: from the manifest.
-        pages: int64 [N], the block of 2 MB in which each image begins.
     """
 
     chunk = IN_CACHE
@@ -37,7 +36,6 @@ class BetonReader:
         self.heights = self.file.heights
         self.widths = self.file.widths
         self._offsets, self._sizes = self.file.offsets.astype(np.int64), self.file.sizes.astype(np.int64)
-        self.pages = self._offsets // PAGE_SIZE
         self._data = np.memmap(path, np.uint8, mode="r")
         self.classes = class_names(manifest_path(Path(path)))
         if len(self.labels) and self.labels.min() >= 0:
@@ -45,6 +43,10 @@ class BetonReader:
 
     def __len__(self) -> int:
         return self.file.count
+
+    def storage_blocks(self) -> np.ndarray:
+        """int64 [N], the page of 2 MB in which each image begins."""
+        return self._offsets // PAGE_SIZE
 
     def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """True heights and widths in pixels, int64 [B] each."""

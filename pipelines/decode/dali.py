@@ -32,7 +32,7 @@ class DALIReader:
     nvJPEG's may differ by more: not measured.
 
     Attributes:
-        base: the source of the bytes. labels, pages: int64 [N]. targets: float64 [N] each, by name.
+        base: the source of the bytes. labels: int64 [N]. targets: float64 [N] each, by name.
         classes: names of the labels, or None.
     """
 
@@ -66,7 +66,7 @@ class DALIReader:
         if device not in ("cpu", "gpu"):
             raise InputError(f"device must be cpu or gpu, got {device!r}")
         self.base = open_files(path)
-        self.labels, self.classes, self.pages = self.base.labels, self.base.classes, self.base.pages
+        self.labels, self.classes = self.base.labels, self.base.classes
         self.targets = getattr(self.base, "targets", {})
         self.device, self.threads = device, threads
         self.device_id = device_id if device == "gpu" else None
@@ -75,6 +75,10 @@ class DALIReader:
 
     def __len__(self) -> int:
         return len(self.base)
+
+    def storage_blocks(self) -> np.ndarray:
+        """int64 [N], see `pipelines.decode.Reader`."""
+        return self.base.storage_blocks()
 
     def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """True heights and widths in pixels, int64 [B] each. Raises DamagedSample."""

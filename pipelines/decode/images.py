@@ -25,7 +25,7 @@ from pipelines.formats import jpeg
 from pipelines.formats.beton import JPEG
 
 RECENT = 64 << 20  # bytes that a thread keeps between asking for sizes and for crops
-PAGE = 64  # files in a block of the quasi-random order: files of a folder are often stored together
+BLOCK = 64  # files in a storage block of the quasi-random order: files of a folder are often stored together
 
 
 class ImageReader:
@@ -33,7 +33,7 @@ class ImageReader:
 
     Attributes:
         labels: int64 [N], all 0 for loose images. targets: float64 [N] each, by name. names: of the files.
-        pages: int64 [N]. classes: their names, by label. notes: what the user should know: what is left out.
+        classes: their names, by label. notes: what the user should know: what is left out.
     """
 
     chunk = IN_CACHE
@@ -48,13 +48,16 @@ class ImageReader:
         self.names, self.labels = opened.names, opened.labels
         self.classes: list[str] | None = list(opened.classes)
         self.targets, self.notes = opened.targets, opened.notes
-        self.pages = np.arange(len(self.labels)) // PAGE
         self._read, self._recent = opened.read, _Recent()
         self._heights = np.zeros(len(self.labels), np.int64)  # 0: not looked at yet
         self._widths = np.zeros(len(self.labels), np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def storage_blocks(self) -> np.ndarray:
+        """int64 [N], see `pipelines.decode.Reader`."""
+        return np.arange(len(self)) // BLOCK
 
     def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """True heights and widths (upright), int64 [B] each; headers are read once. Raises DamagedSample."""

@@ -12,10 +12,12 @@ class Reader(Protocol):
 
     labels: np.ndarray  # int64 [N]
     classes: list[str] | None  # the names of the labels; None where they aren't known
-    pages: np.ndarray  # int64 [N], samples that are stored beside each other have the same number
     chunk: int  # images that a call of crops takes best
 
     def __len__(self) -> int: ...
+
+    def storage_blocks(self) -> np.ndarray:
+        """int64 [N]: samples that are stored beside each other have the same number."""
 
     def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """True heights and widths in pixels, int64 [B] each. Raises DamagedSample."""

@@ -8,8 +8,7 @@ from torchvision.transforms import v2
 
 from pipelines.errors import InputError
 from pipelines.kernels.philox import philox
-from pipelines.order import epoch_order, step_indices, steps_per_epoch
-from pipelines.parameters import COLUMNS, centre_boxes, crop_boxes, draw_parameters
+from pipelines.parameters import COLUMNS, centre_boxes, crop_boxes, draw_parameters, philox_compiled
 from pipelines.views import ViewSettings
 
 N = 4000
@@ -34,7 +33,10 @@ def table(view: ViewSettings, count: int = N, height: int = 375, width: int = 50
     ],
 )
 def test_philox_gives_the_known_answers(counter, key, expected):
-    assert tuple(int(w) for w in philox(*counter, *key)) == expected
+    assert philox(*counter, *key) == expected
+    assert philox_compiled(*map(np.int64, (*counter, *key))) == expected
+    for tensors in (lambda word: np.array([word]), lambda word: torch.tensor([word])):
+        assert tuple(words.item() for words in philox(*map(tensors, (*counter, *key)))) == expected
 
 
 def test_a_row_depends_on_seed_epoch_index_and_view_alone():
@@ -117,52 +119,3 @@ def test_centre_boxes():
 def test_impossible_settings_are_refused_by_name(setting):
     with pytest.raises(InputError, match=next(iter(setting))):
         ViewSettings(**setting).validate()
-
-
-def test_an_epochs_order_is_a_permutation_of_its_own():
-    orders = [epoch_order(1000, seed, epoch) for seed, epoch in [(0, 0), (0, 1), (1, 0)]]
-    for order in orders:
-        assert np.array_equal(np.sort(order), np.arange(1000))
-    assert (orders[0] == orders[1]).mean() < 0.02 and (orders[0] == orders[2]).mean() < 0.02
-    assert np.array_equal(orders[0], epoch_order(1000, 0, 0))
-    assert abs(np.corrcoef(orders[0], np.arange(1000))[0, 1]) < 0.15
-
-
-@pytest.mark.parametrize("kind", ["random", "quasi-random", "sequential"])
-def test_every_order_is_the_same_permutation_for_all_ranks(kind):
-    count, pages = 10_000, np.arange(10_000) // 65
-    whole = epoch_order(count, 3, 1, kind, pages)
-    assert np.array_equal(np.sort(whole), np.arange(count))
-    seen = [
-        step_indices(epoch_order(count, 3, 1, kind, pages), step, 64, rank, 4)
-        for step in range(steps_per_epoch(count, 64))
-        for rank in range(4)
-    ]
-    assert np.array_equal(np.concatenate(seen), whole[: count // 64 * 64])
-    changed = not np.array_equal(whole, epoch_order(count, 3, 2, kind, pages))
-    assert changed == (kind != "sequential")
-
-
-def test_quasi_random_opens_a_window_of_pages_at_a_time():
-    pages = np.arange(50_000) // 65
-    order = epoch_order(50_000, 0, 0, "quasi-random", pages)
-    opened = [len(np.unique(pages[order[start : start + 4160]])) for start in range(0, 50_000, 4160)]
-    assert max(opened) <= 2 * 64  # at most two windows' pages; a random order opens all 770
-    first = order[: 64 * 65]
-    assert abs(np.corrcoef(first, np.arange(len(first)))[0, 1]) < 0.1  # and shuffles within
-    with pytest.raises(InputError, match="unknown order 'page'"):
-        epoch_order(10, 0, 0, "page")
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_ranks_share_the_same_global_batches(ranks):
-    order = epoch_order(103, 5, 2)
-    for step in range(steps_per_epoch(103, 20)):
-        parts = [step_indices(order, step, 20, rank, ranks) for rank in range(ranks)]
-        assert np.array_equal(np.concatenate(parts), order[step * 20 : step * 20 + 20])
-
-
-def test_a_batch_larger_than_the_data_is_refused():
-    assert steps_per_epoch(20, 20) == 1
-    with pytest.raises(InputError, match="larger than the data set of 19"):
-        steps_per_epoch(19, 20)

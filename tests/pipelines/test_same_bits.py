@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from old_order import order_keys
 
 from pipelines.augment import cpu
 from pipelines.convert.area import shrink
 from pipelines.decode.resize import resize_crop
 from pipelines.kernels.elementary import exp, log
 from pipelines.order import epoch_order
-from pipelines.parameters import draw_parameters, order_keys
+from pipelines.parameters import draw_parameters
 from pipelines.views import ViewSettings
 
 GOLDEN = Path(__file__).with_name("golden_pixels.json")
@@ -62,7 +63,7 @@ MADE = {
     "views, 33 px": lambda: views(33, 20),
     "views, 224 px": lambda: views(224, 8),
     "shrunk images": lambda: np.stack([shrink(image(600, 401, seed), 397, 265) for seed in range(3)]),
-    "order of an epoch": lambda: epoch_order(10_000, 5, 2),
+    "order of an epoch": lambda: epoch_order(10_000, 5, 2)(np.arange(10_000)),
 }
 
 

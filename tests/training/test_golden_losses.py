@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from old_order import old_order
 
 from lvssl.latents import bernoulli, gaussian
-from lvssl.latents.noise import DOMAIN, MASK
+from lvssl.latents.noise import DOMAIN
 from lvssl.settings.pretrain import PRESETS, PretrainSettings
 from lvssl.training.trainer import Trainer
 from pipelines.decode import open_reader
+from pipelines.kernels.philox import LOW
 from pipelines.loader import TwoViewLoader
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -67,17 +69,22 @@ def test_the_loss_of_each_family_stays_what_it_was(digits, double, family):
     assert found == pytest.approx(golden[family], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", ["gaussian", "bernoulli"])
-def test_the_losses_of_results_version_1_were_those_of_its_noise(digits, double, family, monkeypatch):
-    """With what version 1 drew, from torch's generators, the losses are those that it had."""
+@pytest.mark.parametrize("family", ["none", "sign", "gaussian", "bernoulli"])
+def test_the_losses_of_results_version_1_were_those_of_its_noise_and_order(
+    digits, double, family, monkeypatch
+):
+    """With what version 1 drew, from torch's generators, in its order, the losses are those that it had."""
 
     def drawn(draw, shape, like, noise):
-        step, seed = noise.key.item() & MASK, (noise.key.item() >> 32) - DOMAIN
+        step, seed = noise.key.item() & LOW, (noise.key.item() >> 32) - DOMAIN
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         return draw(shape, generator=generator, dtype=like.dtype)
 
     monkeypatch.setattr(bernoulli, "uniform", partial(drawn, torch.rand))
     monkeypatch.setattr(gaussian, "normal", partial(drawn, torch.randn))
+    monkeypatch.setattr(
+        "pipelines.loader.epoch_order", lambda count, seed, epoch, *_: old_order(count, seed, epoch).take
+    )
     golden = json.loads(GOLDEN.with_name("golden_losses_version_1.json").read_text())
     assert losses_of(digits["train"], family) == pytest.approx(golden[family], rel=TOLERANCE)
 
