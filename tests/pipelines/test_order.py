@@ -5,11 +5,11 @@ import itertools
 
 import numpy as np
 import pytest
+from old_order import old_order
 from scipy.stats import chisquare, kstest
 
 from pipelines.errors import InputError
 from pipelines.order import LARGEST, epoch_order, permuted, step_indices, steps_per_epoch
-from old_order import old_order
 
 
 def whole_order(count: int, *key: int | str, blocks: np.ndarray | None = None) -> np.ndarray:

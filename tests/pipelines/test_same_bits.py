@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from old_order import order_keys
 
 from pipelines.augment import cpu
 from pipelines.convert.area import shrink
@@ -20,7 +21,6 @@ from pipelines.kernels.elementary import exp, log
 from pipelines.order import epoch_order
 from pipelines.parameters import draw_parameters
 from pipelines.views import ViewSettings
-from old_order import order_keys
 
 GOLDEN = Path(__file__).with_name("golden_pixels.json")
 SIZES = [(40, 64), (256, 200), (600, 401), (33, 90)]  # of images, height and width
