@@ -285,10 +285,10 @@ def write_jpegs(beton: Path, folder: Path) -> None:
 
 def our_path(beton: Path, workers: int) -> Callable[[], float]:
     from pipelines.decode import open_reader
-    from pipelines.loader import TwoViewLoader
+    from pipelines.loader import LoaderSettings, TwoViewLoader
 
     source = open_reader(beton)
-    loader = TwoViewLoader(source, VIEW, PATH_BATCH, workers=workers)
+    loader = TwoViewLoader(source, VIEW, LoaderSettings(PATH_BATCH, workers=workers))
     return lambda: timed(loader, lambda batch: batch.views.shape[:2] == (2, PATH_BATCH))
 
 

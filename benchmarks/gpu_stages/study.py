@@ -92,14 +92,14 @@ def trainer_of(settings: Any, device: torch.device) -> tuple[Any, Any]:
     from lvssl.training.trainer import Trainer
     from pipelines.augment import augmenter_for
     from pipelines.decode import open_reader
-    from pipelines.loader import TwoViewLoader
+    from pipelines.loader import LoaderSettings, TwoViewLoader
 
     source = open_reader(settings.data)
     augmenter = augmenter_for(device, settings.augmentation, precision(settings.engine, device))
     loader = TwoViewLoader(
-        source, settings.view, settings.batch_size, settings.seed, settings.workers,
+        source, settings.view, LoaderSettings(settings.batch_size, settings.seed, settings.workers,
         augmenter=augmenter, device=device,
-    )  # fmt: skip
+    ))  # fmt: skip
     settings.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(settings, int(source.labels.max()) + 1, loader, device)
     trainer.network.train()

@@ -30,7 +30,7 @@ from lvssl.settings.pretrain import require
 from pipelines.decode import Reader, open_reader
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
-from pipelines.loader import Decoder, TwoViewLoader, evaluation_crops
+from pipelines.loader import LoaderSettings, Replacements, TwoViewLoader, evaluation_crops
 from pipelines.parameters import COLUMNS
 from pipelines.views import ViewSettings
 
@@ -177,7 +177,7 @@ def sound_crops(
     Raises InputError, which names the first that can't be, with on_error="raise".
     """
     rows = chosen.copy()
-    crops = evaluation_crops(source, view, rows, Decoder(source, on_error))
+    crops = evaluation_crops(source, view, rows, Replacements(source, on_error))
     sound = rows == chosen  # in a damaged one's place there is another
     return crops[sound], chosen[sound]
 
@@ -328,7 +328,9 @@ def augmented(
     batch_size = min(250, len(source))
     views: list[torch.Tensor] = []
     parameters, indices = [], []
-    with TwoViewLoader(source, run.settings.view, batch_size, seed + 1, on_error=on_error) as loader:
+    with TwoViewLoader(
+        source, run.settings.view, LoaderSettings(batch_size, seed + 1, on_error=on_error)
+    ) as loader:
         while len(views) * batch_size < count:
             for batch in loader:
                 views.append(batch.views[0].clone())
