@@ -45,8 +45,8 @@ from lvssl.runs.labels import open_pair
 from lvssl.runs.run import load_run, versions
 from lvssl.settings.pretrain import PretrainSettings, preset
 from lvssl.training.pretrain import pretrain
+from pipelines.convert.conversion import ConvertOptions, convert
 from pipelines.convert.conversion import Settings as ConvertSettings
-from pipelines.convert.conversion import convert
 from pipelines.errors import InputError
 from pipelines.files import write_json
 from pipelines.kernels.pack import pack_bits, unpack_bits
@@ -172,7 +172,12 @@ def converted(options: argparse.Namespace, data: str, split: str) -> Path:
     if not out.exists():
         source = {"cifar10-jpeg": options.cifar10, "digits": "sklearn:digits"}.get(data) or fashion_mnist()
         subset = options.images if split == "train" and data != "digits" else None
-        convert(source, out, ConvertSettings(subset=subset), split=split, root=options.out / "downloads")
+        convert(
+            source,
+            out,
+            ConvertSettings(subset=subset),
+            options=ConvertOptions(split=split, root=options.out / "downloads"),
+        )
     return out
 
 

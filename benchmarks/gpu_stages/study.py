@@ -36,13 +36,13 @@ def cases(setup: Setup) -> Iterator[Case]:
 
 def data(setup: Setup) -> Row:
     """The betons of both splits, converted unless they are given."""
-    from pipelines.convert.conversion import convert
+    from pipelines.convert.conversion import ConvertOptions, convert
 
     options, started = setup.options, time.monotonic()
     if options["data"]:
         for split in ("train", "test"):
             if not Path(options[split]).exists():
-                convert(options["data"], options[split], split=split)
+                convert(options["data"], options[split], options=ConvertOptions(split=split))
     else:
         made_sets(setup)
     from pipelines.decode import open_reader
