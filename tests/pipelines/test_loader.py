@@ -396,7 +396,8 @@ def test_the_first_batch_of_a_second_process_is_there_within_two_seconds(beton):
         from pipelines.decode import open_reader
         from pipelines.views import ViewSettings
         started = time.process_time()
-        with TwoViewLoader(open_reader(sys.argv[1]), ViewSettings(resolution=24), LoaderSettings(8)) as loader:
+        source, view = open_reader(sys.argv[1]), ViewSettings(resolution=24)
+        with TwoViewLoader(source, view, LoaderSettings(8)) as loader:
             next(iter(loader))
         print(time.process_time() - started)
     """
