@@ -250,11 +250,11 @@ FORMS: dict[str, Callable[[np.ndarray], Form]] = {
 
 def path_speeds(data: str, workers: int, epochs: int) -> list[dict[str, Any]]:
     """Images (two views each) a second over whole epochs, from files in the page cache; forms alternate."""
-    from pipelines.convert.conversion import Settings, convert
+    from pipelines.convert.conversion import ConvertOptions, Settings, convert
 
     with tempfile.TemporaryDirectory() as folder:
         beton, files = Path(folder) / "images.beton", Path(folder) / "files"
-        convert(data, beton, Settings(max_resolution=400), workers=workers)
+        convert(data, beton, Settings(max_resolution=400), options=ConvertOptions(workers=workers))
         write_jpegs(beton, files)
         paths = {"ours": our_path(beton, workers), "torchvision": torchvision_path(files, workers)}
         found: dict[str, list[float]] = {name: [] for name in paths}
@@ -285,10 +285,10 @@ def write_jpegs(beton: Path, folder: Path) -> None:
 
 def our_path(beton: Path, workers: int) -> Callable[[], float]:
     from pipelines.decode import open_reader
-    from pipelines.loader import TwoViewLoader
+    from pipelines.loader import LoaderSettings, TwoViewLoader
 
     source = open_reader(beton)
-    loader = TwoViewLoader(source, VIEW, PATH_BATCH, workers=workers)
+    loader = TwoViewLoader(source, VIEW, LoaderSettings(PATH_BATCH, workers=workers))
     return lambda: timed(loader, lambda batch: batch.views.shape[:2] == (2, PATH_BATCH))
 
 

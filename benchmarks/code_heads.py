@@ -60,7 +60,7 @@ from lvssl.settings.pretrain import ModelSettings
 from pipelines.errors import InputError
 from pipelines.files import write_json
 from pipelines.kernels.pack import pack_bits, unpack_bits
-from pipelines.loader import TwoViewLoader
+from pipelines.loader import LoaderSettings, TwoViewLoader
 
 CONTROLS = {"sign": fit_sign, "PCA-sign": fit_pca, "ITQ": fit_itq, "LSH": fit_lsh}
 INIT_SCALE, SAMPLES, TAU = 4.0, 4, 0.2
@@ -244,7 +244,9 @@ def embedded(run: Run, options: argparse.Namespace) -> Features:
         network, view = run.network.eval(), run.settings.view
         clean, unseen = (embed(network, source, view, options.workers) for source in (train, test))
         views: list[np.ndarray] = []
-        with TwoViewLoader(train, view, options.batch, run.settings.seed, options.workers) as loader:
+        with TwoViewLoader(
+            train, view, LoaderSettings(options.batch, run.settings.seed, options.workers)
+        ) as loader:
             for epoch in range(options.epochs):
                 loader.set_epoch(epoch)
                 for batch in loader:

@@ -72,15 +72,25 @@ def ours(
     folder: Path, out: Path, workers: int, check: bool = True, tars: bool = False, **settings: Any
 ) -> float:
     """Seconds of one conversion, after one of a few images that loads and compiles everything."""
-    from pipelines.convert.conversion import Settings, convert
+    from pipelines.convert.conversion import ConvertOptions, Settings, convert
     from pipelines.formats import jpeg
 
     if not check:
         jpeg.check = lambda data, header: None
-    convert(str(folder), out / "warm.beton", Settings(subset=8, **settings), workers=workers)
+    convert(
+        str(folder),
+        out / "warm.beton",
+        Settings(subset=8, **settings),
+        options=ConvertOptions(workers=workers),
+    )
     beside = out / "tars" if tars else None
     started = time.perf_counter()
-    manifest = convert(str(folder), out / "x.beton", Settings(**settings), workers=workers, webdataset=beside)
+    manifest = convert(
+        str(folder),
+        out / "x.beton",
+        Settings(**settings),
+        options=ConvertOptions(workers=workers, webdataset=beside),
+    )
     seconds = time.perf_counter() - started
     assert not manifest["refused"]
     return seconds
@@ -100,12 +110,12 @@ def theirs(folder: Path, out: Path, workers: int, max_resolution: int | None) ->
 
 def peak_of(folder: Path, out: Path, workers: int, count: int) -> int:
     """Bytes at the peak of converting `count` images: a table that names those of the folder in turn."""
-    from pipelines.convert.conversion import convert
+    from pipelines.convert.conversion import ConvertOptions, convert
 
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     table = out / "x.csv"
     table.write_text("path,label\n" + "".join(f"{files[i % len(files)]},0\n" for i in range(count)))
-    convert(str(table), out / "x.beton", workers=workers)
+    convert(str(table), out / "x.beton", options=ConvertOptions(workers=workers))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

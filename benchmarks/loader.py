@@ -49,7 +49,7 @@ from pipelines.decode.images import ImageReader
 from pipelines.errors import InputError
 from pipelines.files import write_atomically, write_json
 from pipelines.formats import turbojpeg
-from pipelines.loader import TwoViewLoader
+from pipelines.loader import LoaderSettings, TwoViewLoader
 from pipelines.views import ViewSettings
 
 SIDE = 224
@@ -162,7 +162,9 @@ def prepare(options: argparse.Namespace, beton: Path, files: Path) -> tuple[dict
 
 
 def ours(source: Any, workers: int, batch: int, **how: Any) -> Epoch:
-    loader = TwoViewLoader(source, ViewSettings(resolution=SIDE), batch, workers=workers, **how)
+    loader = TwoViewLoader(
+        source, ViewSettings(resolution=SIDE), LoaderSettings(batch, workers=workers, **how)
+    )
     return lambda: count(batch.views.shape[1] for batch in loader)
 
 
@@ -185,7 +187,7 @@ def decode_only(source: BetonReader, workers: int) -> Epoch:
         )
 
     def epoch() -> int:
-        threads.run(make, len(source))()
+        threads.run(make, len(source), len(source))()
         return len(source)
 
     return epoch
@@ -293,7 +295,7 @@ def row(name: str, seconds: list[float], cpu: list[float], workers: int) -> dict
 FIRST_BATCH = """if True:
     import sys, time
     from pathlib import Path
-    from benchmarks.loader import SIDE, BetonReader, TwoViewLoader, ViewSettings, ffcv_loader
+    from benchmarks.loader import SIDE, BetonReader, LoaderSettings, TwoViewLoader, ViewSettings, ffcv_loader
     name, beton = sys.argv[1], Path(sys.argv[2])
     if name == "ffcv_one_view":
         import ffcv.fields.decoders, ffcv.loader, ffcv.transforms
@@ -301,7 +303,7 @@ FIRST_BATCH = """if True:
     if name == "ffcv_one_view":
         next(iter(ffcv_loader(beton, 2, 50, 1)))
     else:
-        next(iter(TwoViewLoader(BetonReader(beton), ViewSettings(resolution=SIDE), 50)))
+        next(iter(TwoViewLoader(BetonReader(beton), ViewSettings(resolution=SIDE), LoaderSettings(50))))
     print(time.perf_counter() - started, time.process_time() - spent, flush=True)
     import os
     os._exit(0)

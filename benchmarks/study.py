@@ -36,8 +36,8 @@ from lvssl.demo import fashion_mnist
 from lvssl.evaluation.pairs import BEST
 from lvssl.evaluation.study import StudySettings, study
 from lvssl.report.study import markdown, write_study
+from pipelines.convert.conversion import ConvertOptions, convert
 from pipelines.convert.conversion import Settings as ConvertSettings
-from pipelines.convert.conversion import convert
 from pipelines.files import write_atomically, write_json
 
 ARMS = {
@@ -122,7 +122,8 @@ def converted(options: argparse.Namespace, data: str, split: str) -> Path:
     if not out.exists():
         source = {"cifar10-jpeg": options.cifar10, "digits": "sklearn:digits"}.get(data) or fashion_mnist()
         subset = options.images if split == "train" and data != "digits" else None
-        convert(source, out, ConvertSettings(subset=subset), split=split, root=options.out / "downloads")
+        how = ConvertOptions(split=split, root=options.out / "downloads")
+        convert(source, out, ConvertSettings(subset=subset), how)
     return out
 
 

@@ -22,7 +22,7 @@ from lvssl.training.trainer import Trainer
 from pipelines.convert.conversion import convert
 from pipelines.decode import open_reader
 from pipelines.files import write_atomically
-from pipelines.loader import TwoViewLoader
+from pipelines.loader import LoaderSettings, TwoViewLoader
 
 ROOT = Path(__file__).resolve().parents[1]
 Call = tuple[str, str, str]  # room, file, function
@@ -59,12 +59,12 @@ def step() -> Calls:
         beton = Path(folder) / "digits.beton"
         convert("sklearn:digits", beton)
         settings = replace(preset("digits"), data=beton, out=Path(folder) / "run", workers=1, threads=1)
-        reader = open_reader(beton)
-        with TwoViewLoader(reader, settings.view, settings.batch_size, workers=1) as loader:
+        reader, how = open_reader(beton), LoaderSettings(settings.batch_size, workers=1)
+        with TwoViewLoader(reader, settings.view, how) as loader:
             trainer = Trainer(settings, 10, loader, torch.device("cpu"), World())
             trainer.network.train()
             trainer.train_step(next(iter(loader)))
-        with Calls() as calls, TwoViewLoader(reader, settings.view, settings.batch_size, workers=1) as loader:
+        with Calls() as calls, TwoViewLoader(reader, settings.view, how) as loader:
             trainer.train_step(next(iter(loader)))
     return calls
 

@@ -17,8 +17,8 @@ from lvssl.evaluation.evaluate import EvaluateSettings, evaluate, print_table
 from lvssl.report.page import write_report
 from lvssl.settings.pretrain import PretrainSettings, preset
 from lvssl.training.pretrain import pretrain
+from pipelines.convert.conversion import ConvertOptions, convert
 from pipelines.convert.conversion import Settings as ConvertSettings
-from pipelines.convert.conversion import convert
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.files import write_json
@@ -123,9 +123,11 @@ def convert_split(settings: DemoSettings, name: str, split: str, out: Path) -> P
         source,
         out,
         ConvertSettings(subset=subset),
-        split=split,
-        root=settings.out / "downloads",
-        progress=True,
+        options=ConvertOptions(
+            split=split,
+            root=settings.out / "downloads",
+            progress=True,
+        ),
     )
     return out
 

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,12 +23,12 @@ from pipelines.augment import cpu
 from pipelines.cores import loader_threads
 from pipelines.decode import DamagedSample, Reader
 from pipelines.errors import ON_ERROR, InputError
+from pipelines.in_order import in_order
 from pipelines.order import ORDERS, epoch_order, step_indices, steps_per_epoch
 from pipelines.parameters import FLIP, P, centre_boxes, crop_boxes, draw_parameters
 from pipelines.views import ViewSettings
 
 Augmenter = Callable[[Tensor, Tensor, ViewSettings], Tensor]
-Boxes = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 CACHED = 1 << 20  # bytes of crops that are made at once: augmented before they leave the second-level cache
 RUN_AHEAD = 2  # batches whose use has been launched and isn't over: each keeps its memory until then
 
@@ -64,35 +64,67 @@ class ViewBatch:
         )
 
 
+@dataclass(frozen=True)
+class LoaderSettings:
+    """Which batches are made, and how."""
+
+    batch_size: int
+    """Images a step, over all ranks; must be divisible by `ranks`."""
+    seed: int = 0
+    """In [0, 2^64)."""
+    workers: int = 0
+    """Threads; 0: see `pipelines.cores.loader_threads`."""
+    ahead: int = 3
+    """Batches made in advance."""
+    rank: int = 0
+    """Which of the `ranks` shares of each batch this process makes."""
+    ranks: int = 1
+    pin_memory: bool = False
+    """Batches in page-locked memory, for asynchronous copies to a GPU."""
+    order: str = "random"
+    """random, quasi-random (for sets larger than memory) or sequential, see `pipelines.order`."""
+    on_error: str = "raise"
+    """A sample that can't be decoded: `raise` InputError, or `skip` it: the next good one of the set takes
+    its place, in `indices` too, and `skipped` counts it."""
+    crops_only: bool = False
+    """Views are uint8 crops, mirrored as their parameters say, for an augmentation of one's own; the two
+    views of an image lie side by side in memory."""
+    augmenter: Augmenter | None = None
+    """None augments in the workers, on the CPU. Otherwise it is called with crops uint8 [2B, R, R, 3],
+    parameters [2B, P] and the view where the batch is to be used, and gives [2B, 3, R, R], in the dtype of
+    the training (see `pipelines.augment.augmenter_for`)."""
+    device: torch.device | str = "cpu"
+    """Where batches come out. On a GPU they are copied, and augmented, on a stream of their own, one ahead of
+    the batch in use; the device never waits for the host, and the host for the device only where it is
+    RUN_AHEAD batches before it."""
+    views: int = 2
+    """Of each image; 1, for training with labels, gives the first of the two."""
+
+    def validate(self) -> None:
+        """Raise InputError naming the first impossible value."""
+        if self.batch_size < 1 or self.batch_size % self.ranks:
+            raise InputError(
+                f"--batch-size must be a positive multiple of the {self.ranks} rank(s), got {self.batch_size}"
+            )
+        if not 0 <= self.rank < self.ranks:
+            raise InputError(f"rank must be in [0, {self.ranks}), got {self.rank}")
+        if self.order not in ORDERS:
+            raise InputError(f"unknown order {self.order!r}; one of {', '.join(ORDERS)}")
+
+    @property
+    def augments(self) -> bool:
+        """Whether the workers make views of the crops."""
+        return self.augmenter is None and not self.crops_only
+
+
 class TwoViewLoader:
     """Iterates over the `ViewBatch`es of one epoch, from the position it was given to the epoch's end.
 
     Every pixel is a function of (seed, epoch, index, view): the count of workers, the batch size and the
     number of ranks change nothing. Use as a context manager, or call `close()`.
 
-    Args:
-        source: the images.
-        view: the augmentation's ranges.
-        batch_size: images a step, over all ranks; must be divisible by `ranks`.
-        seed: in [0, 2^64).
-        workers: threads; 0: see `pipelines.cores.loader_threads`. ahead: batches made in advance.
-        rank, ranks: this process's share of each batch.
-        pin_memory: batches in page-locked memory, for asynchronous copies to a GPU.
-        order: random, quasi-random (for sets larger than memory) or sequential, see `pipelines.order`.
-        on_error: a sample that can't be decoded: `raise` InputError, or `skip` it: the next good one of the
-            set takes its place, in `indices` too, and `skipped` counts it.
-        crops_only: views are uint8 crops, mirrored as their parameters say, for an augmentation of one's own;
-            the two views of an image lie side by side in memory.
-        augmenter: None augments in the workers, on the CPU. Otherwise it is called with crops uint8
-            [2B, R, R, 3], parameters [2B, P] and `view` where the batch is to be used, and gives
-            [2B, 3, R, R], in the dtype of the training (see `pipelines.augment.augmenter_for`).
-        views: of each image; 1, for training with labels, gives the first of the two.
-        device: where batches come out. On a GPU they are copied, and augmented, on a stream of their own, one
-            ahead of the batch in use; the device never waits for the host, and the host for the device only
-            where it is RUN_AHEAD batches before it.
-
     Raises:
-        InputError: the batch is larger than the data, or not divisible by the ranks; unknown order.
+        InputError: an impossible setting, or the batch is larger than the data.
 
     Attributes:
         skipped: how many samples were replaced so far, ahead of the batch in use too.
@@ -100,44 +132,18 @@ class TwoViewLoader:
         waited: seconds for which a batch was asked for before the threads had made it.
     """
 
-    def __init__(
-        self,
-        source: Reader,
-        view: ViewSettings,
-        batch_size: int,
-        seed: int = 0,
-        workers: int = 0,
-        ahead: int = 3,
-        rank: int = 0,
-        ranks: int = 1,
-        pin_memory: bool = False,
-        order: str = "random",
-        on_error: str = "raise",
-        crops_only: bool = False,
-        augmenter: Augmenter | None = None,
-        device: torch.device | str = "cpu",
-        views: int = 2,
-    ) -> None:
+    def __init__(self, source: Reader, view: ViewSettings, settings: LoaderSettings) -> None:
         view.validate()
-        if batch_size < 1 or batch_size % ranks:
-            raise InputError(
-                f"--batch-size must be a positive multiple of the {ranks} rank(s), got {batch_size}"
-            )
-        if not 0 <= rank < ranks:
-            raise InputError(f"rank must be in [0, {ranks}), got {rank}")
-        if order not in ORDERS:
-            raise InputError(f"unknown order {order!r}; one of {', '.join(ORDERS)}")
-        self.source, self.view, self.batch_size, self.seed = source, view, batch_size, seed
-        self.rank, self.ranks, self.ahead, self.order = rank, ranks, ahead, order
-        self.views = views
-        self.device, self.augmenter, self.crops_only = torch.device(device), augmenter, crops_only
-        self.steps = steps_per_epoch(len(source), batch_size)
+        settings.validate()
+        self.source, self.view, self.settings = source, view, settings
+        self.steps = steps_per_epoch(len(source), settings.batch_size)
         self.epoch = self.step = 0
         self.waited = 0.0
-        self._decoder = Decoder(source, on_error)
-        self._buffers = Buffers(pin_memory or self.device.type == "cuda")
-        self._threads = Threads(workers)
-        self._on_device = _OnDevice(self.device) if self.device.type == "cuda" else None
+        self._replacements = Replacements(source, settings.on_error)
+        device = torch.device(settings.device)
+        self._buffers = Buffers(settings.pin_memory or device.type == "cuda")
+        self._threads = Threads(settings.workers)
+        self._on_device = _OnDevice(device) if device.type == "cuda" else None
 
     def __len__(self) -> int:
         """Steps in an epoch: equal for all epochs and ranks."""
@@ -145,11 +151,11 @@ class TwoViewLoader:
 
     @property
     def skipped(self) -> int:
-        return self._decoder.skipped
+        return self._replacements.count
 
     @property
     def damaged(self) -> dict[int, str]:
-        return dict(self._decoder.damaged)
+        return dict(self._replacements.damaged)
 
     def describe_skipped(self) -> str:
         """One line for a log, with the first of the damaged samples."""
@@ -177,12 +183,15 @@ class TwoViewLoader:
 
     def __iter__(self) -> Iterator[ViewBatch]:
         epoch = self.epoch
-        order = epoch_order(len(self.source), self.seed, epoch, self.order, self.source.storage_blocks)
+        chosen = self.settings
+        blocks = self.source.storage_blocks
+        order = epoch_order(len(self.source), chosen.seed, epoch, chosen.order, blocks)
 
         def start(step: int) -> Callable[[], ViewBatch]:
-            return self._start(step_indices(order, step, self.batch_size, self.rank, self.ranks), epoch)
+            indices = step_indices(order, step, chosen.batch_size, chosen.rank, chosen.ranks)
+            return self._start(indices.copy(), epoch)
 
-        batches = _ahead(start, range(self.step, self.steps), self.ahead)
+        batches = in_order(start, range(self.step, self.steps), chosen.ahead)
         if self._on_device is not None:
             batches = self._on_device.each(batches, self._augmented)
         for batch in batches:
@@ -192,42 +201,23 @@ class TwoViewLoader:
 
     def _augmented(self, batch: ViewBatch) -> ViewBatch:
         """The batch after the augmenter, where that isn't the workers' task."""
-        if self.augmenter is None or self.crops_only:
+        augmenter = self.settings.augmenter
+        if augmenter is None or self.settings.crops_only:
             return batch
         crops = batch.views.permute(0, 1, 3, 4, 2).flatten(0, 1)
-        views = self.augmenter(crops, batch.parameters.transpose(0, 1).flatten(0, 1), self.view)
-        return replace(batch, views=views.unflatten(0, (self.views, -1)))
+        views = augmenter(crops, batch.parameters.transpose(0, 1).flatten(0, 1), self.view)
+        return replace(batch, views=views.unflatten(0, (self.settings.views, -1)))
 
     def _start(self, indices: np.ndarray, epoch: int) -> Callable[[], ViewBatch]:
-        indices, side = indices.copy(), self.view.resolution
-        here = self.augmenter is None and not self.crops_only  # augmented by the workers
-        count, each = len(indices), self.views
+        side, count, each = self.view.resolution, len(indices), self.settings.views
+        here = self.settings.augments
         if here:
             views = self._buffers.take((each, count, side, side, 3), torch.float32)
         else:  # as the source fills them, so that nothing is copied
             views = self._buffers.take((count, each, side, side, 3), torch.uint8)
-        pixels = views.numpy()
         parameters = np.empty((count, each, P), np.float32)
-        chunk = images_a_call(self.source, side, each)
-
-        def make(part: slice) -> None:
-            for first in range(part.start, part.stop, chunk):
-                rows = slice(first, min(first + chunk, part.stop))
-                table = parameters[rows]
-                crops = np.empty((len(table), each, side, side, 3), np.uint8) if here else pixels[rows]
-
-                def boxes(chosen: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-                    table[:] = draw_parameters(self.view, self.seed, epoch, chosen, heights, widths, each)  # noqa: B023
-                    return crop_boxes(table)  # noqa: B023
-
-                def flips() -> np.ndarray | None:
-                    return table[..., FLIP] != 0 if self.crops_only else None  # noqa: B023
-
-                self._decoder.crops(indices[rows], boxes, crops, flips)
-                for v in range(each * here):
-                    cpu.augment_into(crops[:, v], table[:, v], self.view, pixels[v, rows])
-
-        wait = self._threads.run(make, len(indices))
+        make = partial(self._make, epoch, indices, parameters, views.numpy())
+        wait = self._threads.run(make, count, images_a_call(self.source, side, each))
 
         def finish() -> ViewBatch:
             started = time.perf_counter()
@@ -241,6 +231,27 @@ class TwoViewLoader:
             )
 
         return finish
+
+    def _make(
+        self, epoch: int, indices: np.ndarray, parameters: np.ndarray, pixels: np.ndarray, rows: slice
+    ) -> None:
+        """Some rows of a batch: sizes -> parameters -> crops -> views; anew where a sample was replaced."""
+        indices, table, side = indices[rows], parameters[rows], self.view.resolution
+        asked, here = indices.copy(), self.settings.augments
+        crops = np.empty((*table.shape[:2], side, side, 3), np.uint8) if here else pixels[rows]
+        while True:
+            try:
+                sizes = self.source.sizes(indices)
+                table[:] = draw_parameters(
+                    self.view, self.settings.seed, epoch, indices, *sizes, table.shape[1]
+                )
+                flips = table[..., FLIP] != 0 if self.settings.crops_only else None
+                self.source.crops(indices, crop_boxes(table), crops, flips)
+                break
+            except DamagedSample as sample:
+                self._replacements.replace(sample, indices, asked)
+        for v in range(len(pixels) * here):
+            cpu.augment_into(crops[:, v], table[:, v], self.view, pixels[v, rows])
 
     def close(self) -> None:
         """Stop the threads and wait for them."""
@@ -301,28 +312,25 @@ def evaluation_batches(
     batch_size: int = 256,
     workers: int = 0,
     indices: np.ndarray | None = None,
-    decoder: "Decoder | None" = None,
+    replacements: "Replacements | None" = None,
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Every image once, in order, as its centre crop without augmentation.
 
     Yields:
         crops uint8 [B, R, R, 3] (`pipelines.normalise` makes images of them), indices int64 [B]; the last may
-        be smaller. With a decoder that skips, a damaged image is another, in its indices too (see `Decoder`).
+        be smaller. With `replacements` that skip, a damaged image is another, in its indices too.
     """
     everything = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
-    decoder, side = decoder or Decoder(source), view.resolution
-    chunk = images_a_call(source, side)
+    replacements, side = replacements or Replacements(source), view.resolution
 
     def start(first: int) -> Callable[[], tuple[Tensor, np.ndarray]]:
         chosen = everything[first : first + batch_size].copy()
         crops = np.empty((len(chosen), side, side, 3), np.uint8)
 
-        def make(part: slice) -> None:
-            for row in range(part.start, part.stop, chunk):
-                rows = slice(row, min(row + chunk, part.stop))
-                crops[rows] = evaluation_crops(source, view, chosen[rows], decoder)
+        def make(rows: slice) -> None:
+            crops[rows] = evaluation_crops(source, view, chosen[rows], replacements)
 
-        wait = threads.run(make, len(chosen))
+        wait = threads.run(make, len(chosen), images_a_call(source, side))
 
         def finish() -> tuple[Tensor, np.ndarray]:
             wait()
@@ -331,7 +339,7 @@ def evaluation_batches(
         return finish
 
     with Threads(workers) as threads:
-        yield from _ahead(start, range(0, len(everything), batch_size), 3)
+        yield from in_order(start, range(0, len(everything), batch_size), 3)
 
 
 def images_a_call(source: Reader, side: int, views: int = 1) -> int:
@@ -349,68 +357,49 @@ def sent(images: Tensor, device: torch.device) -> Tensor:
 
 
 def evaluation_crops(
-    source: Reader, view: ViewSettings, indices: np.ndarray, decoder: "Decoder | None" = None
+    source: Reader, view: ViewSettings, indices: np.ndarray, replacements: "Replacements | None" = None
 ) -> np.ndarray:
-    """The centre crops of some samples: uint8 [B, R, R, 3]."""
+    """The centre crops of some samples: uint8 [B, R, R, 3]. Replaces damaged samples in `indices`."""
     crops = np.empty((len(indices), 1, view.resolution, view.resolution, 3), np.uint8)
+    replacements, asked = replacements or Replacements(source), indices.copy()
+    while True:
+        try:
+            boxes = centre_boxes(*source.sizes(indices), view.evaluation_crop)
+            source.crops(indices, boxes, crops)
+            return crops[:, 0]
+        except DamagedSample as sample:
+            replacements.replace(sample, indices, asked)
 
-    def boxes(_: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-        return centre_boxes(heights, widths, view.evaluation_crop)
 
-    (decoder or Decoder(source)).crops(indices, boxes, crops)
-    return crops[:, 0]
+class Replacements:
+    """What stands in a damaged sample's place: the next good one in the set's own order, so that it is the
+    same in every epoch, on every rank, whatever the workers. Or nothing: with on_error="raise".
 
-
-class Decoder:
-    """Crops of a source, with a damaged sample replaced by the next good one or raised.
-
-    The next one in the set's own order: so the same sample takes the place in every epoch, on every rank,
-    whatever the workers.
+    Attributes:
+        damaged: index -> why, of each that was met. count: places in which a sample was replaced.
     """
 
     def __init__(self, source: Reader, on_error: str = "raise") -> None:
         if on_error not in ON_ERROR:
             raise InputError(f"on_error must be {' or '.join(ON_ERROR)}, got {on_error!r}")
-        self.source, self.skip = source, on_error == "skip"
+        self.samples, self.skip = len(source), on_error == "skip"
         self.damaged: dict[int, str] = {}
-        self.skipped = 0
+        self.count = 0
         self._lock = threading.Lock()
 
-    def crops(
-        self,
-        indices: np.ndarray,
-        boxes: Boxes,
-        out: np.ndarray,
-        flips: Callable[[], np.ndarray | None] = lambda: None,
-    ) -> None:
-        """Fill out uint8 [B, V, R, R, 3] with crops in boxes(indices, heights, widths), int32 [B, V, 4].
-
-        Those that flips(), bool [B, V], names are mirrored; it is called after boxes(). Replaces damaged
-        samples in `indices`, then asks for boxes anew. Raises DamagedSample.
-        """
-        replaced = set()
-        while True:
-            try:
-                drawn = boxes(indices, *self.source.sizes(indices))
-                self.source.crops(indices, drawn, out, flips())
-                break
-            except DamagedSample as sample:
-                if not self.skip:
-                    raise
-                replaced.add(sample.row)
-                indices[sample.row] = self._after(sample)
-        with self._lock:
-            self.skipped += len(replaced)
-
-    def _after(self, sample: DamagedSample) -> int:
-        """The next sample that isn't known to be damaged."""
-        count = len(self.source)
+    def replace(self, sample: DamagedSample, indices: np.ndarray, asked: np.ndarray) -> None:
+        """Put another into `indices`, which were `asked` at first. Raises the sample where none may stand for
+        it, InputError where none can."""
+        if not self.skip:
+            raise sample
         with self._lock:
             self.damaged[sample.index] = str(sample)
-            for step in range(1, count):
-                if (index := (sample.index + step) % count) not in self.damaged:
-                    return index
-        raise InputError(f"none of {count} samples can be decoded; the last: {sample}")
+            after = ((sample.index + step) % self.samples for step in range(1, self.samples))
+            index = next((index for index in after if index not in self.damaged), None)
+            if index is None:
+                raise InputError(f"none of {self.samples} samples can be decoded; the last: {sample}")
+            self.count += int(indices[sample.row] == asked[sample.row])
+            indices[sample.row] = index
 
 
 class Buffers:
@@ -446,11 +435,19 @@ class Threads:
         self.workers = loader_threads(workers)
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="views")
 
-    def run(self, make: Callable[[slice], None], rows: int) -> Callable[[], None]:
-        """Start make(part) on equal parts of `rows`; the returned call waits, and raises what they raised."""
+    def run(self, make: Callable[[slice], None], rows: int, chunk: int) -> Callable[[], None]:
+        """Start make(part) on equal shares of `rows`, `chunk` of them a call; the returned call waits, and
+        raises what they raised."""
         share = max(1, -(-rows // self.workers))
-        parts = [slice(first, min(first + share, rows)) for first in range(0, rows, share)]
-        futures: list[Future[None]] = [self._pool.submit(make, part) for part in parts]
+
+        def make_share(first: int) -> None:
+            last = min(first + share, rows)
+            for start in range(first, last, chunk):
+                make(slice(start, min(start + chunk, last)))
+
+        futures: list[Future[None]] = [
+            self._pool.submit(make_share, first) for first in range(0, rows, share)
+        ]
 
         def wait() -> None:
             for future in futures:
@@ -466,14 +463,3 @@ class Threads:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _ahead(start: Callable[[int], Callable[[], Any]], items: range, count: int) -> Iterator[Any]:
-    """start(item)() for each item, with `count` of them under way."""
-    waiting: deque[Callable[[], Any]] = deque()
-    for item in items:
-        waiting.append(start(item))
-        if len(waiting) > count:
-            yield waiting.popleft()()
-    while waiting:
-        yield waiting.popleft()()

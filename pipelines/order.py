@@ -69,8 +69,8 @@ def permuted(
     sides = np.sqrt(np.asarray(count, np.float64)).astype(np.int64)  # of the square, rounded up below
     sides += sides * sides < count
     sides += sides & 1  # an odd one would leave half of a small set's permutations out
-    numbers = (np.broadcast_to(np.asarray(each, np.int64), shape) for each in (places, count, sides, windows))
-    _permute(*numbers, np.uint64(seed), np.uint64(epoch), np.uint64(stream), out)
+    each = [np.array(np.broadcast_to(np.int64(n), shape)) for n in (places, count, sides, windows)]
+    _permute(*each, np.uint64(seed), np.uint64(epoch), np.uint64(stream), out)
     return out
 
 
@@ -97,7 +97,8 @@ def _by_blocks(block_of: np.ndarray, seed: int, epoch: int) -> Order:
     """Blocks in random order, and the samples of each WINDOW of them shuffled."""
     in_order = bool((block_of[1:] >= block_of[:-1]).all())
     samples = None if in_order else np.argsort(block_of, kind="stable")
-    first = np.flatnonzero(np.diff(block_of if samples is None else block_of[samples], prepend=-1))
+    block_of = block_of if samples is None else block_of[samples]
+    first = np.append(0, 1 + np.flatnonzero(block_of[1:] != block_of[:-1]))
     sizes = np.diff(first, append=len(block_of))
     drawn = permuted(np.arange(len(first)), len(first), seed, epoch, BLOCKS)
     ends = np.cumsum(sizes[drawn])  # of the blocks in the epoch

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.convert.conversion import convert
+from pipelines.convert.conversion import ConvertOptions, convert
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +16,7 @@ def digits(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("digits")
     paths = {split: folder / f"{split}.beton" for split in ("train", "test")}
     for split, path in paths.items():
-        convert("sklearn:digits", path, split=split)
+        convert("sklearn:digits", path, options=ConvertOptions(split=split))
     return paths
 
 

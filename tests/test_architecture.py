@@ -274,3 +274,39 @@ def test_a_module_that_only_a_test_imports_is_reported(tmp_path):
         },
     )
     assert idle_modules(tmp_path) == ["lvssl.codes.idle"]
+
+
+PARAMETERS = 8
+KERNELS_BY = ("compiled", "triton.jit", "njit")  # a kernel takes its arrays and numbers one by one
+
+
+def long_parameter_lists(root: Path) -> list[str]:
+    """Functions of more than PARAMETERS names, self aside, that are no kernels."""
+    found = []
+    for package in OURS[:-1]:
+        for file in sorted((root / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text(), filename=str(file))):
+                if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    continue
+                if any(ast.unparse(each).partition("(")[0] in KERNELS_BY for each in node.decorator_list):
+                    continue
+                given = node.args
+                names = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+                count = len(names) - (names[:1] in (["self"], ["cls"], ["ctx"]))
+                count += (given.vararg is not None) + (given.kwarg is not None)
+                if count > PARAMETERS:
+                    found.append(f"{file.relative_to(root)}: {node.name} takes {count}")
+    return found
+
+
+def test_no_function_takes_more_than_eight_parameters():
+    assert long_parameter_lists(ROOT) == []
+
+
+def test_a_long_parameter_list_is_found_unless_it_is_a_kernels(tmp_path):
+    nine = ", ".join("abcdefghi")
+    text = f"def long({nine}): ...\n@compiled()\ndef kernel({nine}): ...\n"
+    text += f"class A:\n    def fits(self, {nine[:-3]}): ...\n"
+    text += f"    def no(self, {nine[:-6]}, *b, h=1, **c): ...\n"
+    plant(tmp_path, {"pipelines/a.py": text})
+    assert long_parameter_lists(tmp_path) == ["pipelines/a.py: long takes 9", "pipelines/a.py: no takes 10"]

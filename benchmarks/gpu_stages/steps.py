@@ -142,7 +142,7 @@ def through_loader(setup: Setup, work: Work) -> Endless:
     from lvssl.runs.labels import Subset
     from pipelines.augment import augmenter_for
     from pipelines.decode import open_reader
-    from pipelines.loader import TwoViewLoader
+    from pipelines.loader import LoaderSettings, TwoViewLoader
 
     given = setup.images if work.side > 64 else ""
     path = given or images.beton(Path(setup.scratch) / "images", 32 if setup.dry else 384, work.side)
@@ -152,9 +152,9 @@ def through_loader(setup: Setup, work: Work) -> Endless:
     device = place(setup)
     dtype = torch.bfloat16 if setup.device == "cuda" else torch.float32
     return Endless(TwoViewLoader(
-        cast(Any, subset), settings_of(setup, work).view, work.batch,
+        cast(Any, subset), settings_of(setup, work).view, LoaderSettings(work.batch,
         augmenter=augmenter_for(device, "auto", dtype), device=device,
-    ))  # fmt: skip
+    )))  # fmt: skip
 
 
 def endless(batches: list[Any]) -> Iterator[Any]:

@@ -36,13 +36,13 @@ def cases(setup: Setup) -> Iterator[Case]:
 
 def data(setup: Setup) -> Row:
     """The betons of both splits, converted unless they are given."""
-    from pipelines.convert.conversion import convert
+    from pipelines.convert.conversion import ConvertOptions, convert
 
     options, started = setup.options, time.monotonic()
     if options["data"]:
         for split in ("train", "test"):
             if not Path(options[split]).exists():
-                convert(options["data"], options[split], split=split)
+                convert(options["data"], options[split], options=ConvertOptions(split=split))
     else:
         made_sets(setup)
     from pipelines.decode import open_reader
@@ -92,14 +92,14 @@ def trainer_of(settings: Any, device: torch.device) -> tuple[Any, Any]:
     from lvssl.training.trainer import Trainer
     from pipelines.augment import augmenter_for
     from pipelines.decode import open_reader
-    from pipelines.loader import TwoViewLoader
+    from pipelines.loader import LoaderSettings, TwoViewLoader
 
     source = open_reader(settings.data)
     augmenter = augmenter_for(device, settings.augmentation, precision(settings.engine, device))
     loader = TwoViewLoader(
-        source, settings.view, settings.batch_size, settings.seed, settings.workers,
+        source, settings.view, LoaderSettings(settings.batch_size, settings.seed, settings.workers,
         augmenter=augmenter, device=device,
-    )  # fmt: skip
+    ))  # fmt: skip
     settings.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(settings, int(source.labels.max()) + 1, loader, device)
     trainer.network.train()

@@ -10,7 +10,7 @@ from lvssl.evaluation.sets import Sampling, Sets
 from lvssl.evaluation.shapes import make_shapes, regression_targets
 from lvssl.runs.run import Run
 from pipelines.decode import Reader
-from pipelines.loader import TwoViewLoader
+from pipelines.loader import LoaderSettings, TwoViewLoader
 from pipelines.parameters import COLUMNS
 
 
@@ -46,7 +46,8 @@ def augmented(
     batch_size = min(250, len(source))
     views: list[torch.Tensor] = []
     parameters, indices = [], []
-    with TwoViewLoader(source, run.settings.view, batch_size, seed + 1, on_error=on_error) as loader:
+    settings = LoaderSettings(batch_size, seed + 1, on_error=on_error)
+    with TwoViewLoader(source, run.settings.view, settings) as loader:
         while len(views) * batch_size < count:
             for batch in loader:
                 views.append(batch.views[0].clone())

@@ -13,7 +13,7 @@ from lvssl.evaluation.embedding import Embedding, embed
 from lvssl.runs.labels import Subset, open_pair, say_notes, sibling_test_set
 from lvssl.runs.run import Run, require_classes_of, require_same_classes
 from pipelines.decode import Reader, open_reader
-from pipelines.loader import Decoder, evaluation_crops
+from pipelines.loader import Replacements, evaluation_crops
 from pipelines.views import ViewSettings
 
 Settings = TypeVar("Settings", bound=Any)
@@ -135,6 +135,6 @@ def sound_crops(
     Raises InputError, which names the first that can't be, with on_error="raise".
     """
     rows = chosen.copy()
-    crops = evaluation_crops(source, view, rows, Decoder(source, on_error))
+    crops = evaluation_crops(source, view, rows, Replacements(source, on_error))
     sound = rows == chosen  # in a damaged one's place there is another
     return crops[sound], chosen[sound]

@@ -23,7 +23,7 @@ from pipelines.datasets.dataset import by_name
 from pipelines.decode import DamagedSample, Reader, open_reader
 from pipelines.errors import InputError
 from pipelines.formats.manifest import manifest_path, read_columns
-from pipelines.loader import Decoder, evaluation_batches
+from pipelines.loader import Replacements, evaluation_batches
 from pipelines.views import ViewSettings
 
 
@@ -98,14 +98,14 @@ def readable(
     `left_out` is called with the reason, for each. `title`: of the progress shown where it takes more than
     moments; empty: none.
     """
-    rows, decoder = np.arange(len(source)) if rows is None else rows, Decoder(source, on_error)
-    batches, done = evaluation_batches(source, view, workers=workers, indices=rows, decoder=decoder), 0
+    rows, replacements = np.arange(len(source)) if rows is None else rows, Replacements(source, on_error)
+    batches, done = evaluation_batches(source, view, 256, workers, rows, replacements), 0
     for crops, found in with_progress(batches, title, len(rows), lambda batch: len(batch[1])):
         asked, done = rows[done : done + len(found)], done + len(found)
         sound = found == asked
         if left_out is not None:
             for row in asked[~sound].tolist():
-                left_out(decoder.damaged[row])
+                left_out(replacements.damaged[row])
         if sound.all():
             yield crops, found
         elif sound.any():

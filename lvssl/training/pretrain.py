@@ -21,7 +21,7 @@ from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for, backend_for
 from pipelines.decode import Reader, open_reader
 from pipelines.errors import InputError
-from pipelines.loader import Decoder, TwoViewLoader, evaluation_batches
+from pipelines.loader import LoaderSettings, Replacements, TwoViewLoader, evaluation_batches
 
 __all__ = ["Interrupted", "Stop", "Trainer", "pretrain", "stop_signals"]
 
@@ -65,15 +65,17 @@ def run(settings: PretrainSettings, resume: bool, world: World, device: torch.de
     loader = TwoViewLoader(
         source,
         settings.view,
-        settings.batch_size,
-        settings.seed,
-        settings.workers,
-        rank=world.rank,
-        ranks=world.size,
-        order=settings.order,
-        on_error=settings.on_error,
-        augmenter=augmenter,
-        device=device,
+        LoaderSettings(
+            settings.batch_size,
+            settings.seed,
+            settings.workers,
+            rank=world.rank,
+            ranks=world.size,
+            order=settings.order,
+            on_error=settings.on_error,
+            augmenter=augmenter,
+            device=device,
+        ),
     )
     with loader, ExitStack() as held:
         from_first(world, lambda: create_run(settings, classes, resume, describe_set(source)))
@@ -99,8 +101,8 @@ def calibrate(trainer: Trainer, source: Reader) -> None:
     chosen = np.linspace(0, len(source) - 1, count).astype(np.int64)[world.rank :: world.size]
     for network in [trainer.network, trainer.ema.module] if trainer.ema else [trainer.network]:
         network.precision = encoding_precision(settings.engine, trainer.device)
-        decoder = Decoder(source, settings.on_error)  # each rank needs as many images as the others
-        batches = evaluation_batches(source, settings.view, 256, settings.workers, chosen, decoder)
+        replacements = Replacements(source, settings.on_error)  # each rank needs as many images as the others
+        batches = evaluation_batches(source, settings.view, 256, settings.workers, chosen, replacements)
         found = infer(network, batches, settings.view, network.features)
         with torch.compiler.set_stance("force_eager"):  # as it will be loaded; compiling takes longer
             own = torch.cat([features.float() for features, _ in found])

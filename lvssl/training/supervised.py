@@ -32,7 +32,7 @@ from lvssl.training.loop import Figures, Loop, Pace
 from lvssl.training.optimiser import build_sgd, groups, restore_optimiser
 from lvssl.training.stopping import Stop
 from pipelines.augment import augmenter_for
-from pipelines.loader import TwoViewLoader, ViewBatch
+from pipelines.loader import LoaderSettings, TwoViewLoader, ViewBatch
 from pipelines.views import ViewSettings
 
 MOMENTUM = 0.9
@@ -163,15 +163,17 @@ class SupervisedTrainer(Loop):
         loader = TwoViewLoader(
             train.source,
             plain(view),
-            recipe.batch_size,
-            recipe.seed,
-            recipe.workers,
-            rank=world.rank,
-            ranks=world.size,
-            on_error=train.on_error,
-            augmenter=augmenter_for(device),
-            device=device,
-            views=1,
+            LoaderSettings(
+                recipe.batch_size,
+                recipe.seed,
+                recipe.workers,
+                rank=world.rank,
+                ranks=world.size,
+                on_error=train.on_error,
+                augmenter=augmenter_for(device),
+                device=device,
+                views=1,
+            ),
         )
         pace = Pace(recipe.batch_size, recipe.log_every, recipe.checkpoint_minutes)
         super().__init__(folder, loader, device, world, pace, host_reads)

@@ -32,15 +32,16 @@ import re
 import signal
 import sys
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-from pipelines.convert.conversion import Settings, convert, part_path
+from pipelines.convert.conversion import ConvertOptions, OutputOptions, Settings, convert, part_path
 from pipelines.convert.estimate import size_text
 from pipelines.datasets.opening import SPLITS
 from pipelines.errors import ON_ERROR, InputError
 from pipelines.formats.webdataset import IMAGES_PER_TAR
 
 WARNINGS_SHOWN = 20
+Options = TypeVar("Options", bound=OutputOptions)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -212,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
 def _merge(args: argparse.Namespace) -> int:
     from pipelines.convert.merge import merge
 
-    manifest = merge(args.merge, remove_parts=args.remove_parts, **_common(args))
+    manifest = merge(args.merge, _options(args, OutputOptions), args.remove_parts)
     _report(args.merge, manifest)
     if parts := manifest["parts"]:
         size = size_text(sum(os.path.getsize(path) for path in parts))
@@ -222,27 +223,16 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    manifest = convert(
-        args.source,
-        args.out,
-        settings,
-        split=args.split,
-        root=args.root,
-        classes=args.classes,
-        devkit=args.devkit,
-        shard=args.shard,
-        dry_run=args.dry_run,
-        **_common(args),
-    )
+    manifest = convert(args.source, args.out, settings, _options(args, ConvertOptions))
     if not args.dry_run:
         _report(str(part_path(args.out, args.shard) or args.webdataset), manifest)
     return 0
 
 
-def _common(args: argparse.Namespace) -> dict[str, Any]:
-    """What conversions and merges take alike."""
-    names = ("webdataset", "images_per_tar", "workers", "overwrite", "restart")
-    return {name: getattr(args, name) for name in names} | {"progress": True}
+def _options(args: argparse.Namespace, kind: type[Options]) -> Options:
+    """Those of a conversion or a merge."""
+    chosen = {each.name: getattr(args, each.name) for each in fields(kind) if each.name != "progress"}
+    return kind(**chosen, progress=True)
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -16,9 +16,8 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -42,8 +41,9 @@ from pipelines.formats import jpeg
 from pipelines.formats.beton import LONGEST_SIDE
 from pipelines.formats.manifest import Samples, min_median_max, read_manifest, write_manifest
 from pipelines.formats.webdataset import IMAGES_PER_TAR
+from pipelines.in_order import in_order
 
-__all__ = ["Settings", "area_resize", "convert", "select", "store"]
+__all__ = ["ConvertOptions", "OutputOptions", "Settings", "area_resize", "convert", "select", "store"]
 
 CHUNK = 16  # images a task: a future costs some 40 us
 COMMIT_SECONDS = 1.0  # what a kill costs at most, and a second of the disk's work
@@ -77,52 +77,77 @@ class Work:
     order: np.ndarray  # int64 [n], positions in the source
     settings: Settings
     outputs: list[Output]
-    workers: int
-    progress: bool
+    options: OutputOptions
     head: dict[str, Any]  # what the manifest begins with
     known: dict[str, Any] = field(default_factory=dict)  # what it says instead of what is found here
     refused_before: list[dict[str, str]] = field(default_factory=list)  # by the conversions of the parts
+
+    @property
+    def workers(self) -> int:
+        return self.options.workers or cores()
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is written besides a beton, and how: the images are the same whatever these say."""
+
+    webdataset: str | Path | None = None  # a new folder for tars
+    images_per_tar: int = IMAGES_PER_TAR
+    workers: int | None = None  # threads; None: one a core
+    overwrite: bool = False  # what is at the outputs' places
+    restart: bool = False  # drop what an interrupted conversion has left
+    progress: bool = False  # show notes, estimate and a bar on stderr
+
+    def validate(self) -> None:
+        """Raises InputError for a number below 1."""
+        for option, number in (("--workers", self.workers), ("--images-per-tar", self.images_per_tar)):
+            if number is not None and number < 1:
+                raise InputError(f"{option} {number}: must be at least 1")
+
+    @property
+    def tars(self) -> Path | None:
+        return None if self.webdataset is None else Path(self.webdataset)
+
+
+@dataclass(frozen=True)
+class ConvertOptions(OutputOptions):
+    """Also which part of a source is read, and how."""
+
+    split: str | None = None
+    root: str | Path = "data"  # where torchvision keeps its files
+    classes: str | Path | None = None  # a manifest, or a text file with a name a line: the classes' order
+    devkit: str | Path | None = None  # ImageNet's, for the validation tar
+    shard: tuple[int, int] | None = None  # (K, N): the K-th of N parts, a beton of its own, for `merge`
+    dry_run: bool = False  # end after notes and estimate
+
+    def validate(self) -> None:
+        """Raises InputError for a number below 1, and for tars of a part."""
+        super().validate()
+        if self.shard is not None and self.webdataset is not None:
+            raise InputError("--shard: a part is written as a beton; ask for the tars when you --merge")
 
 
 def convert(
     source: str,
     out: str | Path | None,
     settings: Settings = AS_IT_IS,
-    *,
-    webdataset: str | Path | None = None,
-    images_per_tar: int = IMAGES_PER_TAR,
-    split: str | None = None,
-    root: str | Path = "data",
-    classes: str | Path | None = None,
-    devkit: str | Path | None = None,
-    shard: tuple[int, int] | None = None,
-    workers: int | None = None,
-    overwrite: bool = False,
-    restart: bool = False,
-    progress: bool = False,
-    dry_run: bool = False,
+    options: ConvertOptions = ConvertOptions(),
 ) -> dict[str, Any]:
-    """Write the beton `out`, the tars `webdataset`, or both, and return the manifest (of the first).
+    """Write the beton `out`, tars, or both, and return the manifest (of the first).
 
-    All appear complete or not at all, and hold the same bytes whatever `workers` (threads; None: one a
-    core) is, and however often the conversion was killed and repeated; `restart` drops what an earlier one
-    has left. `shard` = (K, N) converts the K-th of N parts into a beton of its own, for `merge`. `classes`
-    (a manifest, or a text file with a name a line) sets the order of the classes; `devkit` is ImageNet's,
-    for the validation tar. `progress` shows notes, estimate and a bar on stderr; `dry_run` ends after them.
+    All appear complete or not at all, and hold the same bytes whatever the workers, and however often the
+    conversion was killed and repeated.
 
     The manifest that is returned, not the file, has "seconds", "notes", "estimate" and "resumed", too.
     The rows of the samples are in the file alone. Raises InputError for everything that the user can mend.
     """
     settings.check()
-    check_counts(workers, images_per_tar)
-    if shard is not None and (out is None or webdataset is not None):
-        raise InputError("--shard: a part is written as a beton; ask for the tars when you --merge")
-    beton = part_path(out, shard)
-    tars = None if webdataset is None else Path(webdataset)
-    if beton is None and tars is None:
+    options.validate()
+    shard, beton = options.shard, part_path(out, options.shard)
+    if beton is None and options.tars is None:
         raise InputError("no output: name OUT.beton, --webdataset DIR, or both")
-    check_targets(beton, tars, overwrite)
-    opened = open_dataset(source, split, root, classes=classes, devkit=devkit)
+    check_targets(beton, options.tars, options.overwrite)
+    opened = open_dataset(source, options.split, options.root, classes=options.classes, devkit=options.devkit)
     order = select(opened.labels, settings.subset, settings.shuffle_seed)
     head: dict[str, Any] = {"source": source, "split": opened.split}
     if shard is not None:
@@ -133,16 +158,9 @@ def convert(
             )
         head["shard"] = [number, of]
         order = order[len(order) * (number - 1) // of : len(order) * number // of]
-    outputs = make_outputs(beton, tars, opened, len(order), images_per_tar)
-    work = Work(opened, order, settings, outputs, workers or cores(), progress, head)
-    return run(work, overwrite=overwrite, restart=restart, dry_run=dry_run)
-
-
-def check_counts(workers: int | None, images_per_tar: int = IMAGES_PER_TAR) -> None:
-    """Raises InputError for a number below 1."""
-    for option, number in (("--workers", workers), ("--images-per-tar", images_per_tar)):
-        if number is not None and number < 1:
-            raise InputError(f"{option} {number}: must be at least 1")
+    outputs = make_outputs(beton, options, opened, len(order))
+    work = Work(opened, order, settings, outputs, options, head)
+    return run(work, dry_run=options.dry_run)
 
 
 def part_path(out: str | Path | None, shard: tuple[int, int] | None) -> Path | None:
@@ -153,20 +171,19 @@ def part_path(out: str | Path | None, shard: tuple[int, int] | None) -> Path | N
     return out.with_name(f"{out.stem}.part-{shard[0]:03d}-of-{shard[1]:03d}{out.suffix}")
 
 
-def make_outputs(
-    beton: Path | None, tars: Path | None, source: Dataset, capacity: int, images_per_tar: int
-) -> list[Output]:
+def make_outputs(beton: Path | None, options: OutputOptions, source: Dataset, capacity: int) -> list[Output]:
     outputs: list[Output] = []
     if beton is not None:
         outputs.append(BetonOutput(beton, capacity, list(source.targets)))
-    if tars is not None:
-        outputs.append(TarOutput(tars, source.split or "images", images_per_tar))
+    if options.tars is not None:
+        outputs.append(TarOutput(options.tars, source.split or "images", options.images_per_tar))
     return outputs
 
 
-def run(work: Work, overwrite: bool, restart: bool, dry_run: bool = False) -> dict[str, Any]:
+def run(work: Work, dry_run: bool = False) -> dict[str, Any]:
     """Carry a conversion out, from its start or from where it was interrupted."""
     started = time.perf_counter()
+    restart, overwrite, progress = work.options.restart, work.options.overwrite, work.options.progress
     beton = next((output.final for output in work.outputs if not output.as_png), None)
     tars = next((output.final for output in work.outputs if output.as_png), None)
     path = journal_path(work.outputs[0].final)
@@ -174,12 +191,12 @@ def run(work: Work, overwrite: bool, restart: bool, dry_run: bool = False) -> di
         with conversion_lock(path):
             _remove(path, work.outputs)
     check_targets(beton, tars, overwrite, journaled=not restart)
-    for note in work.source.notes if work.progress else ():
+    for note in work.source.notes if progress else ():
         Bar.write(f"note: {note}", file=sys.stderr)
     estimate = None
     if restart or not path.exists():
         estimate = measure(work.source, work.order, work.settings, work.workers, as_png=_as_png(work))
-        if work.progress and estimate is not None:
+        if progress and estimate is not None:
             Bar.write(f"estimate: {estimate}", file=sys.stderr)
         check_space(beton, tars, estimate)
     extra = {"notes": work.source.notes, "estimate": asdict(estimate) if estimate else None}
@@ -270,7 +287,7 @@ def _convert_images(work: Work, journal: Journal) -> None:
     _replay(work, journal)
     with (
         _Progress(work, journal) as progress,
-        closing(_in_order(work, work.order[journal.count :])) as images,
+        closing(_images(work, work.order[journal.count :])) as images,
     ):
         for index, stored in images:
             if isinstance(stored, str):
@@ -319,7 +336,7 @@ class _Progress:
         self.work, self.journal = work, journal
         self.skipped, self.written, self.synced = len(journal.reasons), 0, 0
         self.committed = self.shown = time.perf_counter()
-        total, done, hidden = len(work.order), journal.count, None if work.progress else True
+        total, done, hidden = len(work.order), journal.count, None if work.options.progress else True
         self.bar = Bar(total=total, initial=done, unit="img", smoothing=0.1, disable=hidden)
 
     def __enter__(self) -> _Progress:
@@ -369,7 +386,7 @@ def _as_png(work: Work) -> bool:
     return any(output.as_png for output in work.outputs)
 
 
-def _in_order(work: Work, order: np.ndarray) -> Generator[tuple[int, Stored | str], None, None]:
+def _images(work: Work, order: np.ndarray) -> Generator[tuple[int, Stored | str], None, None]:
     """(position in the source, image or the reason why it is none), in the order given.
 
     Threads are enough: file reading, JPEG, PNG, digest and resize all leave Python's lock, and no image is
@@ -384,14 +401,11 @@ def _in_order(work: Work, order: np.ndarray) -> Generator[tuple[int, Stored | st
         return list(zip(indices, store_batch(work.source, indices, work.settings, as_png)))
 
     pool = ThreadPoolExecutor(work.workers, thread_name_prefix="convert")
-    under_way: deque[Future] = deque()
+    chunks = (order[start : start + CHUNK] for start in range(0, len(order), CHUNK))
     try:
-        for start in range(0, len(order), CHUNK):
-            under_way.append(pool.submit(attempts, order[start : start + CHUNK]))
-            if len(under_way) > 2 * work.workers:
-                yield from under_way.popleft().result()
-        while under_way:
-            yield from under_way.popleft().result()
+        yield from chain.from_iterable(
+            in_order(lambda chunk: pool.submit(attempts, chunk).result, chunks, 2 * work.workers)
+        )
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

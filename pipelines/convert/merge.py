@@ -10,26 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.convert.conversion import Work, check_counts, check_targets, make_outputs, run
+from pipelines.convert.conversion import OutputOptions, Work, check_targets, make_outputs, run
 from pipelines.convert.store import Settings, Stored
-from pipelines.cores import cores
 from pipelines.datasets.beton import reader_of
 from pipelines.datasets.dataset import Dataset
 from pipelines.errors import InputError
 from pipelines.formats.beton import BetonFile, open_beton
 from pipelines.formats.manifest import Samples, manifest_path, read_manifest, rows_path
-from pipelines.formats.webdataset import IMAGES_PER_TAR
 
 
 def merge(
     out: str | Path,
-    *,
-    webdataset: str | Path | None = None,
-    images_per_tar: int = IMAGES_PER_TAR,
-    workers: int | None = None,
-    overwrite: bool = False,
-    restart: bool = False,
-    progress: bool = False,
+    options: OutputOptions = OutputOptions(),  # noqa: B008 (frozen)
     remove_parts: bool = False,
 ) -> dict[str, Any]:
     """Put the parts of `out` (convert with `shard`) together: the same bytes as one conversion of everything.
@@ -38,21 +30,19 @@ def merge(
     with "parts", the files that are left; `remove_parts` removes them and their manifests in the end.
     Raises InputError if a part is missing, damaged, or of another conversion than the first.
     """
-    check_counts(workers, images_per_tar)
+    options.validate()
     out = Path(out)
-    tars = None if webdataset is None else Path(webdataset)
-    check_targets(out, tars, overwrite)
+    check_targets(out, options.tars, options.overwrite)
     parts = _read_parts(part_files(out))
     source, first = parts.source(), parts.manifests[0]
     refused = [each for manifest in parts.manifests for each in manifest["refused"]]
-    outputs = make_outputs(out, tars, source, len(source.labels) + len(refused), images_per_tar)
+    outputs = make_outputs(out, options, source, len(source.labels) + len(refused))
     known = {key: first[key] for key in ("source_count", "settings", "versions")}
     head = {key: first[key] for key in ("source", "split")}
     settings = Settings(**first["settings"])
     assert asdict(settings) | first["settings"] == asdict(settings)  # older parts lack the newer settings
     order = np.arange(len(source.labels))
-    work = Work(source, order, settings, outputs, workers or cores(), progress, head, known, refused)
-    manifest = run(work, overwrite=overwrite, restart=restart)
+    manifest = run(Work(source, order, settings, outputs, options, head, known, refused))
     if remove_parts:
         parts.remove()
     return {**manifest, "parts": [] if remove_parts else [str(path) for path in parts.paths]}

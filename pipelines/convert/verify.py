@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipelines.convert.conversion import Bar, check_counts
+from pipelines.convert.conversion import Bar, OutputOptions
 from pipelines.cores import cores
 from pipelines.errors import InputError
 from pipelines.formats import jpeg
@@ -65,7 +65,7 @@ class _Region:
 
 def verify(path: str | Path, workers: int | None = None, progress: bool = False) -> Verdict:
     """Read all of it. Raises InputError if it or its manifest can't be read."""
-    check_counts(workers)
+    OutputOptions(workers=workers).validate()
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file")

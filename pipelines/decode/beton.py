@@ -60,9 +60,14 @@ class BetonReader:
         flips = np.zeros(boxes.shape[:2], bool) if flips is None else flips
         if turbo.AVAILABLE:
             row, status = turbo.crop_stored(
-                self._data, self._offsets[indices], self._sizes[indices], file.modes[indices],
-                self.heights[indices], self.widths[indices], boxes, flips, out,
-            )  # fmt: skip
+                self._data,
+                turbo.Samples(
+                    self._offsets[indices], self._sizes[indices], file.modes[indices], *self.sizes(indices)
+                ),
+                boxes,
+                flips,
+                out,
+            )
         else:
             row, status = self._crop_with_pillow(indices, boxes, flips, out)
         if status == turbo.WRONG_BOX:

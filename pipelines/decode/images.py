@@ -183,11 +183,10 @@ def _crop(data: bytes | np.ndarray, boxes: np.ndarray, flips: np.ndarray, out: n
 def _crop_jpeg(
     data: bytes, header: jpeg.JpegHeader, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray
 ) -> bool:
-    size = np.array([header.height]), np.array([header.width])
-    _, status = turbo.crop_stored(
-        np.frombuffer(data, np.uint8), np.zeros(1, np.int64), np.array([len(data)]),
-        np.full(1, JPEG, np.uint8), *size, boxes[None], flips[None], out[None],
-    )  # fmt: skip
+    mode, size = np.full(1, JPEG, np.uint8), (np.array([header.height]), np.array([header.width]))
+    sample = turbo.Samples(np.zeros(1, np.int64), np.array([len(data)]), mode, *size)
+    bytes_of = np.frombuffer(data, np.uint8)
+    _, status = turbo.crop_stored(bytes_of, sample, boxes[None], flips[None], out[None])
     if status in (turbo.DAMAGED, turbo.WRONG_SIZE):
         jpeg.decode(data, header)  # says why
         raise jpeg.DamagedImage("damaged")

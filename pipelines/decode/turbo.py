@@ -5,6 +5,8 @@ its decompressors for ever, though one that has failed in a header (libjpeg-turb
 file; and it doesn't compare the JPEG's size with the one it was told, so that a wrong entry gives garbage.
 """
 
+from typing import NamedTuple
+
 import llvmlite.binding
 import numpy as np
 from numba import types
@@ -44,12 +46,23 @@ DECODED, WRONG_SIZE, DAMAGED, WRONG_BOX, TOO_SHORT = 0, 1, 2, 3, 4
 PIXELS_PER_BYTE = 1024
 
 
-def crop_stored(data, offsets, sizes, modes, heights, widths, boxes, flips, out):
+class Samples(NamedTuple):
+    """Where some images lie, and what is known of them."""
+
+    offsets: np.ndarray  # int64 [B], of each in the bytes
+    sizes: np.ndarray  # int64 [B], in bytes
+    modes: np.ndarray  # uint8 [B], JPEG or not
+    heights: np.ndarray  # int64 [B], in pixels
+    widths: np.ndarray
+
+
+def crop_stored(
+    data: np.ndarray, samples: Samples, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray
+) -> tuple[int, int]:
     """Decode each sample once and crop all its views; stops at the first that can't be decoded.
 
     Args:
-        data: uint8 [n], in which sample i lies at offsets[i] with sizes[i] bytes (int64 [B]).
-        modes: uint8 [B], JPEG or not. heights, widths: int64 [B], in pixels.
+        data: uint8 [n], in which sample i lies at offsets[i] with sizes[i] bytes.
         boxes: int32 [B, V, 4]. flips: bool [B, V].
         out: uint8 [B, V, R, R, 3], filled.
 
@@ -58,7 +71,7 @@ def crop_stored(data, offsets, sizes, modes, heights, widths, boxes, flips, out)
     """
     handle = _begin()
     try:
-        return _crop_stored(handle, data, offsets, sizes, modes, heights, widths, boxes, flips, out)
+        return _crop_stored(handle, data, *samples, boxes, flips, out)
     finally:  # an entry that lies about its size, or no memory for it, raises; numba itself can't `finally`
         _end(handle)
 

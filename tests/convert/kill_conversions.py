@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from pipelines.convert import conversion
-from pipelines.convert.conversion import Settings, convert
+from pipelines.convert.conversion import ConvertOptions, Settings, convert
 from pipelines.convert.journal import Journal, _groups
 
 SETTINGS = Settings(max_resolution=60, shuffle_seed=5)
@@ -31,9 +31,11 @@ def run(source: str, folder: Path) -> dict:
         source,
         folder / "x.beton",
         SETTINGS,
-        webdataset=folder / "tars",
-        images_per_tar=37,
-        workers=2,
+        options=ConvertOptions(
+            webdataset=folder / "tars",
+            images_per_tar=37,
+            workers=2,
+        ),
     )
 
 

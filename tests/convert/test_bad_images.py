@@ -7,7 +7,7 @@ import pytest
 from made_images import class_folders, decoded, encoded, image_of, pixels, with_orientation
 from PIL import Image, ImageOps
 
-from pipelines.convert.conversion import convert
+from pipelines.convert.conversion import ConvertOptions, convert
 from pipelines.formats.beton import JPEG, open_beton
 from pipelines.formats.manifest import read_manifest
 
@@ -45,7 +45,7 @@ def test_each_is_stored_right_or_refused_by_name(tmp_path, options):
         flipped[f"flipped {i}.jpg"] = bytes(data)
     files = {f"c/{name}": data for name, data in {**GOOD, **BAD, **cut, **flipped}.items()}
     class_folders(tmp_path / "set", files)
-    manifest = convert(str(tmp_path / "set"), tmp_path / "x.beton", workers=2)
+    manifest = convert(str(tmp_path / "set"), tmp_path / "x.beton", options=ConvertOptions(workers=2))
     beton = open_beton(tmp_path / "x.beton")
     refused = {each["name"]: each["reason"] for each in manifest["refused"]}
     stored = dict(zip(read_manifest(tmp_path / "x.beton.json")[1]["name"], range(beton.count)))

@@ -9,7 +9,7 @@ import pytest
 from made_images import class_folders, decoded, encoded, image_of, photos, pixels, with_orientation
 from PIL import Image, ImageOps
 
-from pipelines.convert.conversion import Settings, area_resize, convert, select, store
+from pipelines.convert.conversion import ConvertOptions, Settings, area_resize, convert, select, store
 from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
 from pipelines.formats import jpeg
@@ -315,7 +315,12 @@ def test_the_same_bytes_whatever_the_workers(tmp_path, settings):
         path.write_bytes(path.read_bytes()[: 30 + 20 * i])
     digests = set()
     for workers in (1, 2, 5):
-        convert(str(tmp_path / "set"), tmp_path / f"{workers}.beton", settings, workers=workers)
+        convert(
+            str(tmp_path / "set"),
+            tmp_path / f"{workers}.beton",
+            settings,
+            options=ConvertOptions(workers=workers),
+        )
         digests.add((tmp_path / f"{workers}.beton").read_bytes())
         digests.add((tmp_path / f"{workers}.beton.json").read_bytes())
     assert len(digests) == 2
@@ -389,7 +394,9 @@ def test_the_estimate_of_files_whose_sizes_scatter(tmp_path):
         f"c/{i:03}.jpg": encoded(random.integers(0, 256, (s, s, 3), np.uint8)) for i, s in enumerate(sides)
     }
     class_folders(tmp_path / "set", files)
-    estimate = convert(str(tmp_path / "set"), tmp_path / "x.beton", dry_run=True)["estimate"]
+    estimate = convert(str(tmp_path / "set"), tmp_path / "x.beton", options=ConvertOptions(dry_run=True))[
+        "estimate"
+    ]
     assert estimate["sampled"] == 16
     convert(str(tmp_path / "set"), tmp_path / "x.beton")
     assert estimate["beton_bytes"] == pytest.approx((tmp_path / "x.beton").stat().st_size, rel=0.02)

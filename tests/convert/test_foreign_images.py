@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipelines.convert import store
 from pipelines.convert.command import main
-from pipelines.convert.conversion import Settings, convert
+from pipelines.convert.conversion import ConvertOptions, Settings, convert
 from pipelines.decode import DamagedSample
 from pipelines.decode.images import ImageReader
 from pipelines.decode.pixels import decode_rgb
@@ -87,7 +87,7 @@ def test_a_damaged_header_is_a_refusal_of_that_image_by_name(tmp_path, kind):
         files[f"a/{i:03}.{kind.lower()}"] = bytes(data[: random.integers(4, 300)] if i % 5 == 0 else data)
     files["a/whole." + kind.lower()] = whole
     folder = class_folders(tmp_path / "set", files)
-    manifest = convert(str(folder), tmp_path / "x.beton", workers=1)
+    manifest = convert(str(folder), tmp_path / "x.beton", options=ConvertOptions(workers=1))
     refused = {each["name"]: each["reason"] for each in manifest["refused"]}
     assert manifest["count"] + len(refused) == 151 and "a/whole." + kind.lower() not in refused
     assert len(refused) > 20 and all(why and "\n" not in why for why in refused.values())

@@ -352,12 +352,12 @@ def test_images_are_recognised_by_their_content(tmp_path, kinds):
 MANY = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-from pipelines.convert.conversion import convert
+from pipelines.convert.conversion import ConvertOptions, convert
 from pipelines.convert.verify import verify
 from pipelines.decode.images import ImageReader
 import numpy as np
 source, out = sys.argv[1:]
-print(convert(source, None, webdataset=out, images_per_tar=1)["count"])
+print(convert(source, None, options=ConvertOptions(webdataset=out, images_per_tar=1))["count"])
 print(len(ImageReader(out)), ImageReader(out)._read(299)[:3].hex(), verify(out))
 opened = ImageReader(out)
 boxes, crops = np.array([[[0, 0, 8, 8]]], np.int32), np.empty((1, 1, 8, 8, 3), np.uint8)

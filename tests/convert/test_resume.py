@@ -15,7 +15,7 @@ from made_images import class_folders, encoded, photos, pixels
 
 from pipelines.convert import conversion, journal
 from pipelines.convert.command import main
-from pipelines.convert.conversion import Settings, convert
+from pipelines.convert.conversion import ConvertOptions, OutputOptions, Settings, convert
 from pipelines.convert.journal import RECORD, Journal
 from pipelines.convert.merge import merge
 from pipelines.errors import InputError
@@ -72,8 +72,8 @@ class Stop(Exception):
 def test_stopped_at_the_end_it_is_finished_later(tmp_path, monkeypatch, step):
     """Between the last image and the last rename: nothing is lost, and nothing is asked to be overwritten."""
     photos(tmp_path / "set")
-    arguments = {"webdataset": tmp_path / "out/tars"}
-    convert(str(tmp_path / "set"), tmp_path / "out/x.beton", **arguments)
+    options = ConvertOptions(webdataset=tmp_path / "out/tars")
+    convert(str(tmp_path / "set"), tmp_path / "out/x.beton", options=options)
     expected = everything(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     monkeypatch.setattr(conversion, "KEEP_SECONDS", 0)
@@ -92,10 +92,10 @@ def test_stopped_at_the_end_it_is_finished_later(tmp_path, monkeypatch, step):
         real = getattr(conversion, f"_{step}")
         monkeypatch.setattr(conversion, f"_{step}", stop)
     with pytest.raises(Stop):
-        convert(str(tmp_path / "set"), tmp_path / "out/x.beton", **arguments)
+        convert(str(tmp_path / "set"), tmp_path / "out/x.beton", options=options)
     monkeypatch.undo()
     assert everything(tmp_path / "out") != expected
-    convert(str(tmp_path / "set"), tmp_path / "out/x.beton", **arguments)
+    convert(str(tmp_path / "set"), tmp_path / "out/x.beton", options=options)
     assert everything(tmp_path / "out") == expected
 
 
@@ -248,10 +248,18 @@ def test_a_disk_too_small_is_known_before(tmp_path, capsys):
 @pytest.mark.parametrize("settings", [Settings(), Settings(shuffle_seed=3, subset=90, max_resolution=60)])
 def test_parts_merge_to_the_same_bytes(tmp_path, settings):
     source = str(many(tmp_path / "set"))
-    convert(source, tmp_path / "one/x.beton", settings, webdataset=tmp_path / "one/tars", images_per_tar=37)
+    convert(
+        source,
+        tmp_path / "one/x.beton",
+        settings,
+        options=ConvertOptions(webdataset=tmp_path / "one/tars", images_per_tar=37),
+    )
     for number in (2, 3, 1, 4):
-        convert(source, tmp_path / "parts/x.beton", settings, shard=(number, 4))
-    merge(tmp_path / "parts/x.beton", webdataset=tmp_path / "parts/tars", images_per_tar=37)
+        convert(source, tmp_path / "parts/x.beton", settings, options=ConvertOptions(shard=(number, 4)))
+    merge(
+        tmp_path / "parts/x.beton",
+        options=OutputOptions(webdataset=tmp_path / "parts/tars", images_per_tar=37),
+    )
     assert len(list((tmp_path / "parts").glob("x.part-*-of-004.beton"))) == 4
     found = {n: d for n, d in everything(tmp_path / "parts").items() if ".part-" not in n}
     expected = everything(tmp_path / "one")
@@ -262,7 +270,7 @@ def test_parts_merge_to_the_same_bytes(tmp_path, settings):
 def test_the_command_says_that_parts_are_left_or_removes_them(tmp_path, capsys):
     source, out = str(photos(tmp_path / "set")), str(tmp_path / "x.beton")
     for number in (1, 2):
-        convert(source, out, shard=(number, 2))
+        convert(source, out, options=ConvertOptions(shard=(number, 2)))
     assert main(["--merge", out]) == 0
     assert "its 2 parts (" in (printed := capsys.readouterr().out) and "--remove-parts" in printed
     assert main(["--merge", out, "--overwrite", "--remove-parts"]) == 0
@@ -277,14 +285,14 @@ def test_parts_that_do_not_belong_together(tmp_path, capsys):
     out = tmp_path / "x.beton"
     with pytest.raises(InputError, match="no parts beside it"):
         merge(out)
-    convert(source, out, shard=(1, 3))
-    convert(source, out, shard=(3, 3))
+    convert(source, out, options=ConvertOptions(shard=(1, 3)))
+    convert(source, out, options=ConvertOptions(shard=(3, 3)))
     with pytest.raises(InputError, match="1 of 3 parts are missing: 2"):
         merge(out)
-    convert(source, out, Settings(shuffle_seed=1), shard=(2, 3))
+    convert(source, out, Settings(shuffle_seed=1), options=ConvertOptions(shard=(2, 3)))
     with pytest.raises(InputError, match="part-002-of-003.beton: its settings differs"):
         merge(out)
-    convert(source, out, shard=(2, 3), overwrite=True)
+    convert(source, out, options=ConvertOptions(shard=(2, 3), overwrite=True))
     path = tmp_path / "x.part-002-of-003.beton"
     data = bytearray(path.read_bytes())
     data[-200] ^= 1
@@ -292,8 +300,8 @@ def test_parts_that_do_not_belong_together(tmp_path, capsys):
     with pytest.raises(InputError, match=r"image \d \(class1/\d+.jpg\) isn't what was written"):
         merge(out)
     assert not out.exists()
-    convert(source, out, shard=(2, 3), overwrite=True)
-    convert(source, out, shard=(1, 2))
+    convert(source, out, options=ConvertOptions(shard=(2, 3), overwrite=True))
+    convert(source, out, options=ConvertOptions(shard=(1, 2)))
     with pytest.raises(InputError, match="its parts are of 2 and 3"):
         merge(out)
     for shard, message in (
@@ -303,7 +311,7 @@ def test_parts_that_do_not_belong_together(tmp_path, capsys):
     ):
         with pytest.raises(SystemExit) if shard == "x" else pytest.raises(InputError, match=message):
             main([source, str(out), "--shard", shard]) if shard == "x" else convert(
-                source, out, shard=tuple(map(int, shard.split("/")))
+                source, out, options=ConvertOptions(shard=tuple(map(int, shard.split("/"))))
             )
 
 

@@ -11,7 +11,7 @@ import pytest
 from made_images import SHARED, class_folders, decoded, encoded, image_of, photos, pixels
 from made_sets import every_form, tar_of, train_tar, validation_tar
 
-from pipelines.convert.conversion import Settings, convert
+from pipelines.convert.conversion import ConvertOptions, Settings, convert
 from pipelines.datasets.opening import open_dataset
 from pipelines.errors import InputError
 from pipelines.formats.beton import open_beton
@@ -40,10 +40,10 @@ def same_through_every_form(tmp_path, files):
     ]
     for form, (source, split) in every_form(tmp_path, files).items():
         out = tmp_path / "out.beton"
-        manifest = convert(source, out, split=split, overwrite=True)
+        manifest = convert(source, out, options=ConvertOptions(split=split, overwrite=True))
         assert contents(out) == expected, form
         assert manifest["class_counts"] == np.bincount([label for _, label in expected]).tolist(), form
-    tars = convert(str(out), None, webdataset=tmp_path / "tars-of-beton")
+    tars = convert(str(out), None, options=ConvertOptions(webdataset=tmp_path / "tars-of-beton"))
     assert tars["count"] == len(files)
     convert(str(tmp_path / "tars-of-beton"), tmp_path / "back.beton")
     assert contents(tmp_path / "back.beton") == expected
@@ -85,7 +85,10 @@ def test_regression_targets_reach_ffcv(tmp_path):
     (tmp_path / "ages.csv").write_text("path,age,offset,camera\n" + "\n".join(rows) + "\n")
     out = tmp_path / "ages.beton"
     manifest = convert(
-        str(tmp_path / "ages.csv"), out, Settings(shuffle_seed=1), webdataset=tmp_path / "tars"
+        str(tmp_path / "ages.csv"),
+        out,
+        Settings(shuffle_seed=1),
+        options=ConvertOptions(webdataset=tmp_path / "tars"),
     )
     assert manifest["targets"] == ["age", "offset"]
     assert manifest["notes"] == ["column camera is left out: no finite number in line 2"]
@@ -233,7 +236,9 @@ def test_validation_classes_are_numbered_as_in_training(tmp_path):
 def test_classes_are_taken_from_a_manifest_or_a_list(tmp_path):
     photos(tmp_path / "set", classes=2, each=1)
     (tmp_path / "names.txt").write_text("class1\nclass0\nclass7\n")
-    manifest = convert(str(tmp_path / "set"), tmp_path / "a.beton", classes=tmp_path / "names.txt")
+    manifest = convert(
+        str(tmp_path / "set"), tmp_path / "a.beton", options=ConvertOptions(classes=tmp_path / "names.txt")
+    )
     assert (
         read_manifest(tmp_path / "a.beton.json")[1]["label"] == [1, 0] and manifest["classes"][2] == "class7"
     )
@@ -254,13 +259,19 @@ def both(tmp_path):
     files["c0/zz.png"] = encoded(pixels(30, 20, 99), "PNG")
     files["c1/zz.jpg"] = b"no image"
     class_folders(tmp_path / "set", files)
-    convert(str(tmp_path / "set"), tmp_path / "x.beton", webdataset=tmp_path / "tars", images_per_tar=10)
+    convert(
+        str(tmp_path / "set"),
+        tmp_path / "x.beton",
+        options=ConvertOptions(webdataset=tmp_path / "tars", images_per_tar=10),
+    )
     return tmp_path
 
 
 def test_one_pass_is_the_same_as_two(both):
     convert(str(both / "set"), both / "alone.beton")
-    convert(str(both / "set"), None, webdataset=both / "tars-alone", images_per_tar=10)
+    convert(
+        str(both / "set"), None, options=ConvertOptions(webdataset=both / "tars-alone", images_per_tar=10)
+    )
     assert (both / "alone.beton").read_bytes() == (both / "x.beton").read_bytes()
     names = sorted(path.name for path in (both / "tars").iterdir())
     assert names == sorted(path.name for path in (both / "tars-alone").iterdir())

@@ -9,7 +9,7 @@ from made_images import class_folders, encoded, photos, pixels
 from PIL import Image
 
 from pipelines.convert.command import main
-from pipelines.convert.conversion import convert
+from pipelines.convert.conversion import ConvertOptions, convert
 from pipelines.convert.inspect import inspect
 from pipelines.convert.verify import verify
 from pipelines.errors import InputError
@@ -25,7 +25,11 @@ def made(tmp_path_factory):
     class_folders(root / "set", files)
     rows = [f"set/{name},{name[1]},{i / 7}" for i, name in enumerate(files)]
     (root / "x.csv").write_text("path,label,age\n" + "\n".join(rows) + "\n")
-    convert(str(root / "x.csv"), root / "x.beton", webdataset=root / "tars", images_per_tar=4)
+    convert(
+        str(root / "x.csv"),
+        root / "x.beton",
+        options=ConvertOptions(webdataset=root / "tars", images_per_tar=4),
+    )
     return root
 
 
@@ -112,7 +116,11 @@ def test_without_a_manifest_it_cannot_be_verified(made, tmp_path):
 def test_rows_of_many_images_are_a_parquet_file(tmp_path, monkeypatch):
     monkeypatch.setattr(manifests, "ROWS_IN_JSON", 5)
     photos(tmp_path / "set")
-    convert(str(tmp_path / "set"), tmp_path / "out/x.beton", webdataset=tmp_path / "out/tars")
+    convert(
+        str(tmp_path / "set"),
+        tmp_path / "out/x.beton",
+        options=ConvertOptions(webdataset=tmp_path / "out/tars"),
+    )
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "tars",
         "x.beton",

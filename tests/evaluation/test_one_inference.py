@@ -32,7 +32,7 @@ from lvssl.training.supervised import Classifier, predict
 from lvssl.training.trainer import Trainer
 from pipelines.decode import open_reader
 from pipelines.kernels.pack import pack_bits, unpack_bits
-from pipelines.loader import TwoViewLoader, evaluation_crops
+from pipelines.loader import LoaderSettings, TwoViewLoader, evaluation_crops
 from pipelines.normalise import normalise
 
 CPU = torch.device("cpu")
@@ -104,7 +104,7 @@ def test_code_files_hold_what_evaluations_embed(kind, run, digits, test_set, kno
 def test_calibration_sees_what_evaluations_embed(digits, tmp_path):
     settings = dataclasses.replace(PRESETS["digits"], data=digits["train"], out=tmp_path, workers=2)
     source = open_reader(digits["train"])
-    with TwoViewLoader(source, settings.view, settings.batch_size, workers=1) as loader:
+    with TwoViewLoader(source, settings.view, LoaderSettings(settings.batch_size, workers=1)) as loader:
         trainer = Trainer(settings, 10, loader, CPU)
         trainer.network.eval()
         features = embed(trainer.network, source, settings.view).features

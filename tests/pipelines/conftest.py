@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.convert.conversion import Settings, convert
+from pipelines.convert.conversion import ConvertOptions, Settings, convert
 
 COUNT = 53
 
@@ -27,8 +27,8 @@ def beton(tmp_path_factory) -> Path:
         image.save(target / f"{i:03d}.{'jpg' if i % 4 else 'png'}", quality=92)
     convert(
         str(folder / "pictures"), folder / "set.beton", Settings(),
-        webdataset=folder / "shards", images_per_tar=20,
-    )  # fmt: skip
+        options=ConvertOptions(webdataset=folder / "shards", images_per_tar=20,
+    ))  # fmt: skip
     return folder / "set.beton"
 
 

@@ -18,9 +18,9 @@ CHILD = """if True:
     import numpy as np
     from PIL import Image
     from pipelines.formats import jpeg
-    from pipelines.convert.conversion import Settings, convert
+    from pipelines.convert.conversion import ConvertOptions, Settings, convert
     from pipelines.errors import InputError
-    from pipelines.loader import TwoViewLoader
+    from pipelines.loader import LoaderSettings, TwoViewLoader
     from pipelines.parameters import crop_boxes
     from pipelines.decode import open_reader
     from pipelines.decode.turbo import crop_pixels
@@ -40,7 +40,8 @@ CHILD = """if True:
             image.save(folder / "good" / "a" / f"{i}.jpg", quality=int(random.integers(60, 99)), **how)
         else:
             image.save(folder / "good" / "a" / f"{i}.png")
-    convert(str(folder / "good"), folder / "good.beton", Settings(), webdataset=folder / "tars")
+    options = ConvertOptions(webdataset=folder / "tars")
+    convert(str(folder / "good"), folder / "good.beton", Settings(), options)
     beton = (folder / "good.beton").read_bytes()
     files = {path.name: path.read_bytes() for path in sorted((folder / "good" / "a").iterdir())}
 
@@ -113,9 +114,8 @@ CHILD = """if True:
         print(json.dumps({"mutant": number}), flush=True)
         try:
             source = open_reader(path)
-            with TwoViewLoader(
-                source, view, len(source), workers=1, on_error="skip", crops_only=True, order="sequential"
-            ) as loader:
+            chosen = {"on_error": "skip", "crops_only": True, "order": "sequential"}
+            with TwoViewLoader(source, view, LoaderSettings(len(source), workers=1, **chosen)) as loader:
                 (batch,) = list(loader)
         except InputError:
             outcomes["refused"] += 1

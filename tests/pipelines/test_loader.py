@@ -22,7 +22,14 @@ from pipelines.convert.conversion import Settings, convert
 from pipelines.decode import open_reader
 from pipelines.decode.beton import BetonReader
 from pipelines.errors import InputError
-from pipelines.loader import RUN_AHEAD, TwoViewLoader, ViewBatch, _OnDevice, evaluation_batches
+from pipelines.loader import (
+    RUN_AHEAD,
+    LoaderSettings,
+    TwoViewLoader,
+    ViewBatch,
+    _OnDevice,
+    evaluation_batches,
+)
 from pipelines.order import epoch_order, step_indices
 from pipelines.parameters import FLIP, crop_boxes
 from pipelines.views import ViewSettings
@@ -43,14 +50,14 @@ def pixels_of(batches: list[ViewBatch]) -> dict[int, str]:
 
 
 def epoch(path, batch_size=7, epoch=0, step=0, kind="auto", **options) -> dict[int, str]:
-    with TwoViewLoader(open_reader(path, kind), VIEW, batch_size, **options) as loader:
+    with TwoViewLoader(open_reader(path, kind), VIEW, LoaderSettings(batch_size, **options)) as loader:
         loader.set_position(epoch, step)
         return pixels_of(list(loader))
 
 
 def test_a_batch_is_what_it_says(beton):
     source = open_reader(beton)
-    with TwoViewLoader(source, VIEW, 10) as loader:
+    with TwoViewLoader(source, VIEW, LoaderSettings(10)) as loader:
         batch = next(iter(loader))
         assert len(loader) == 5
     assert batch.views.shape == (2, 10, 3, 24, 24) and batch.views.dtype == torch.float32
@@ -108,10 +115,10 @@ def test_resumed_at_every_step_it_goes_on_as_if_nothing_had_happened(beton):
     def batches(loader):
         return [hashlib.sha256(b.views.numpy().tobytes()).hexdigest() for b in loader]
 
-    with TwoViewLoader(open_reader(beton), VIEW, 8, seed=3, workers=2) as loader:
+    with TwoViewLoader(open_reader(beton), VIEW, LoaderSettings(8, seed=3, workers=2)) as loader:
         expected = batches(loader) + batches(loader)  # two epochs: iterating again goes on to the next
     for stop in range(len(expected)):
-        with TwoViewLoader(open_reader(beton), VIEW, 8, seed=3, workers=2) as loader:
+        with TwoViewLoader(open_reader(beton), VIEW, LoaderSettings(8, seed=3, workers=2)) as loader:
             iterator, seen = iter(loader), 0
             while seen < stop:
                 if next(iterator, None) is None:
@@ -119,7 +126,7 @@ def test_resumed_at_every_step_it_goes_on_as_if_nothing_had_happened(beton):
                 else:
                     seen += 1
             state = loader.state_dict()
-        with TwoViewLoader(open_reader(beton), VIEW, 8, seed=3, workers=1) as loader:
+        with TwoViewLoader(open_reader(beton), VIEW, LoaderSettings(8, seed=3, workers=1)) as loader:
             loader.load_state_dict(state)
             rest = batches(loader)
             while len(rest) < len(expected) - stop:
@@ -156,12 +163,16 @@ def test_every_worker_rank_and_batch_resumed_at_every_step_sees_the_same_pixels(
         how = {"rank": rank, "ranks": ranks}
         mine = [step_indices(order, step, batch_size, rank, ranks).tolist() for step in range(steps)]
         states = []
-        with TwoViewLoader(open_reader(larger), VIEW, batch_size, workers=workers, **how) as loader:
+        with TwoViewLoader(
+            open_reader(larger), VIEW, LoaderSettings(batch_size, workers=workers, **how)
+        ) as loader:
             loader.set_epoch(2)
             for _ in loader:
                 states.append(loader.state_dict())
         for stop, state in enumerate([{"epoch": 2, "step": 0}, *states[:-1]]):
-            with TwoViewLoader(open_reader(larger), VIEW, batch_size, workers=5 - workers, **how) as loader:
+            with TwoViewLoader(
+                open_reader(larger), VIEW, LoaderSettings(batch_size, workers=5 - workers, **how)
+            ) as loader:
                 loader.load_state_dict(state)
                 batches = list(loader)
             assert [batch.indices.tolist() for batch in batches] == mine[stop:]
@@ -220,7 +231,7 @@ def test_evaluation_takes_every_image_once_in_order(beton):
 def test_threads_end_with_the_loader(beton):
     before = threading.active_count()
     for _ in range(3):
-        with TwoViewLoader(open_reader(beton), VIEW, 8, workers=3) as loader:
+        with TwoViewLoader(open_reader(beton), VIEW, LoaderSettings(8, workers=3)) as loader:
             next(iter(loader))
     assert threading.active_count() == before
 
@@ -232,7 +243,9 @@ def test_a_damaged_image_is_named_not_returned(beton, tmp_path):
     start, size = int(source.file.offsets[victim]), int(source.file.sizes[victim])
     content[start + size // 3 : start + size] = bytes(size - size // 3)
     (tmp_path / "damaged.beton").write_bytes(content)
-    with TwoViewLoader(open_reader(tmp_path / "damaged.beton"), VIEW, COUNT, workers=2) as loader:
+    with TwoViewLoader(
+        open_reader(tmp_path / "damaged.beton"), VIEW, LoaderSettings(COUNT, workers=2)
+    ) as loader:
         with pytest.raises(InputError, match=rf"damaged\.beton: sample {victim} can't be decoded"):
             list(loader)
 
@@ -257,7 +270,9 @@ def test_skipped_samples_are_replaced_by_the_next_good_one(beton, tmp_path, shar
     digests, seen = [], []
     for workers in (1, 2, 4):
         with TwoViewLoader(
-            open_reader(tmp_path / "damaged.beton"), VIEW, COUNT, workers=workers, on_error="skip"
+            open_reader(tmp_path / "damaged.beton"),
+            VIEW,
+            LoaderSettings(COUNT, workers=workers, on_error="skip"),
         ) as loader:
             (batch,) = list(loader)
             assert loader.skipped == len(bad) and set(loader.damaged) == set(bad)
@@ -284,7 +299,7 @@ def test_a_set_of_nothing_but_damage_ends_with_an_error(beton, tmp_path):
     (tmp_path / "damaged.beton").write_bytes(content)
     only_jpegs = open_reader(tmp_path / "damaged.beton")
     only_jpegs.file.modes[:] = 0
-    with TwoViewLoader(only_jpegs, VIEW, 8, on_error="skip") as loader:
+    with TwoViewLoader(only_jpegs, VIEW, LoaderSettings(8, on_error="skip")) as loader:
         with pytest.raises(InputError, match="none of 53 samples can be decoded"):
             list(loader)
 
@@ -320,11 +335,11 @@ def test_flips_mirror_the_crops(sources):
 def test_crops_alone_and_an_augmenter_of_ones_own(beton):
     """uint8 crops mirrored as the table says; and the reference, called with what the loader hands over."""
     source = open_reader(beton)
-    with TwoViewLoader(source, VIEW, 16, crops_only=True) as loader:
+    with TwoViewLoader(source, VIEW, LoaderSettings(16, crops_only=True)) as loader:
         crops = next(iter(loader))
-    with TwoViewLoader(source, VIEW, 16, augmenter=reference.augment) as loader:
+    with TwoViewLoader(source, VIEW, LoaderSettings(16, augmenter=reference.augment)) as loader:
         slow = next(iter(loader))
-    with TwoViewLoader(source, VIEW, 16) as loader:
+    with TwoViewLoader(source, VIEW, LoaderSettings(16)) as loader:
         fast = next(iter(loader))
     assert crops.views.dtype == torch.uint8 and crops.views.shape == (2, 16, 3, 24, 24)
     plain = np.empty((16, 2, 24, 24, 3), np.uint8)
@@ -341,9 +356,9 @@ def test_crops_alone_and_an_augmenter_of_ones_own(beton):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_views_come_in_the_dtype_of_the_training(beton, dtype):
     augmenter = augmenter_for(torch.device("cpu"), "reference", dtype)
-    with TwoViewLoader(open_reader(beton), VIEW, 8, augmenter=augmenter) as loader:
+    with TwoViewLoader(open_reader(beton), VIEW, LoaderSettings(8, augmenter=augmenter)) as loader:
         batch = next(iter(loader))
-    with TwoViewLoader(open_reader(beton), VIEW, 8, augmenter=reference.augment) as loader:
+    with TwoViewLoader(open_reader(beton), VIEW, LoaderSettings(8, augmenter=reference.augment)) as loader:
         exact = next(iter(loader))
     assert batch.views.dtype == dtype
     assert all(view.is_contiguous(memory_format=torch.channels_last) for view in batch.views)
@@ -352,13 +367,13 @@ def test_views_come_in_the_dtype_of_the_training(beton, dtype):
 
 def test_a_batch_that_is_kept_isnt_overwritten(beton):
     """Memory comes back to the loader only when nobody has it any more, be it a slice of it."""
-    with TwoViewLoader(open_reader(beton), VIEW, 8) as loader:
+    with TwoViewLoader(open_reader(beton), VIEW, LoaderSettings(8)) as loader:
         kept = [(batch.views[1, 3:5], batch.views[1, 3:5].clone()) for batch in loader]
         list(loader)
         assert all(torch.equal(view, copy) for view, copy in kept)
         del kept
         places = {batch.views.data_ptr() for _ in range(4) for batch in loader}
-    assert len(places) <= 6 + loader.ahead + 2  # 24 batches
+    assert len(places) <= 6 + loader.settings.ahead + 2  # 24 batches
 
 
 def test_a_failure_in_a_worker_arrives_at_once(beton):
@@ -366,7 +381,7 @@ def test_a_failure_in_a_worker_arrives_at_once(beton):
         def crops(self, *_):
             raise RuntimeError("a worker broke")
 
-    with TwoViewLoader(Broken(beton), VIEW, 8, workers=3) as loader:
+    with TwoViewLoader(Broken(beton), VIEW, LoaderSettings(8, workers=3)) as loader:
         started = time.monotonic()
         with pytest.raises(RuntimeError, match="a worker broke"):
             next(iter(loader))
@@ -377,11 +392,12 @@ def test_the_first_batch_of_a_second_process_is_there_within_two_seconds(beton):
     """Compiled code comes from the disk. Imports aren't counted: torch's alone take as long."""
     script = """if True:
         import sys, time
-        from pipelines.loader import TwoViewLoader
+        from pipelines.loader import LoaderSettings, TwoViewLoader
         from pipelines.decode import open_reader
         from pipelines.views import ViewSettings
         started = time.process_time()
-        with TwoViewLoader(open_reader(sys.argv[1]), ViewSettings(resolution=24), 8) as loader:
+        source, view = open_reader(sys.argv[1]), ViewSettings(resolution=24)
+        with TwoViewLoader(source, view, LoaderSettings(8)) as loader:
             next(iter(loader))
         print(time.process_time() - started)
     """
@@ -397,9 +413,9 @@ def test_the_first_batch_of_a_second_process_is_there_within_two_seconds(beton):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_on_a_gpu_batches_are_those_of_the_cpu(beton):
     source = open_reader(beton)
-    with TwoViewLoader(source, VIEW, 8, augmenter=reference.augment) as loader:
+    with TwoViewLoader(source, VIEW, LoaderSettings(8, augmenter=reference.augment)) as loader:
         expected = list(loader)
-    with TwoViewLoader(source, VIEW, 8, augmenter=reference.augment, device="cuda") as loader:
+    with TwoViewLoader(source, VIEW, LoaderSettings(8, augmenter=reference.augment, device="cuda")) as loader:
         found = list(loader)
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected):
@@ -412,9 +428,11 @@ def test_on_a_gpu_batches_are_those_of_the_cpu(beton):
 def test_on_a_gpu_batches_stay_right_while_the_host_runs_ahead(beton):
     """The device is kept busy, so that memory given back too early would be overwritten. No hidden wait."""
     augmenter = augmenter_for(torch.device("cuda"), dtype=torch.bfloat16)
-    with TwoViewLoader(open_reader(beton), VIEW, 4, augmenter=reference.augment) as loader:
+    with TwoViewLoader(open_reader(beton), VIEW, LoaderSettings(4, augmenter=reference.augment)) as loader:
         expected = [batch.views for batch in loader]
-    with TwoViewLoader(open_reader(beton), VIEW, 4, augmenter=augmenter, device="cuda") as loader:
+    with TwoViewLoader(
+        open_reader(beton), VIEW, LoaderSettings(4, augmenter=augmenter, device="cuda")
+    ) as loader:
         list(loader)  # kernels compiled, constants copied
         loader.set_epoch(0)
         kept = []
@@ -433,19 +451,22 @@ def test_on_a_gpu_batches_stay_right_while_the_host_runs_ahead(beton):
 def test_bad_input(beton, tmp_path):
     source = open_reader(beton)
     with pytest.raises(InputError, match="larger than the data set of 53"):
-        TwoViewLoader(source, VIEW, 54)
+        TwoViewLoader(source, VIEW, LoaderSettings(54))
     with pytest.raises(InputError, match="multiple of the 2 rank"):
-        TwoViewLoader(source, VIEW, 7, ranks=2)
+        TwoViewLoader(source, VIEW, LoaderSettings(7, ranks=2))
     with pytest.raises(InputError, match="unknown order 'shuffled'"):
-        TwoViewLoader(source, VIEW, 7, order="shuffled")
+        TwoViewLoader(source, VIEW, LoaderSettings(7, order="shuffled"))
     with pytest.raises(InputError, match="raise or skip"):
-        TwoViewLoader(source, VIEW, 7, on_error="ignore")
+        TwoViewLoader(source, VIEW, LoaderSettings(7, on_error="ignore"))
     with pytest.raises(InputError, match="rank must be in"):
-        TwoViewLoader(source, VIEW, 8, rank=2, ranks=2)
-    with TwoViewLoader(source, VIEW, 7) as loader, pytest.raises(InputError, match="no step 9"):
+        TwoViewLoader(source, VIEW, LoaderSettings(8, rank=2, ranks=2))
+    with (
+        TwoViewLoader(source, VIEW, LoaderSettings(7)) as loader,
+        pytest.raises(InputError, match="no step 9"),
+    ):
         loader.load_state_dict({"epoch": 0, "step": 9})
     with pytest.raises(InputError, match="workers"):
-        TwoViewLoader(source, VIEW, 7, workers=-1)
+        TwoViewLoader(source, VIEW, LoaderSettings(7, workers=-1))
     with pytest.raises(InputError, match="no such file|doesn't exist"):
         open_reader(tmp_path / "none.beton")
     (tmp_path / "short.beton").write_bytes(beton.read_bytes()[:-1000])
@@ -462,7 +483,9 @@ def resident() -> int:
 def test_memory_is_flat_over_fifty_epochs(sources, kind):
     """At 96 px a batch has 3.5 MB: one kept each epoch would be seen. Threads are back after close()."""
     threads = threading.active_count()
-    with TwoViewLoader(open_reader(sources[kind]), ViewSettings(resolution=96), 16, workers=2) as loader:
+    with TwoViewLoader(
+        open_reader(sources[kind]), ViewSettings(resolution=96), LoaderSettings(16, workers=2)
+    ) as loader:
         for number in range(50):
             assert sum(1 for _ in loader) == 3
             if number == 9:  # everything compiled, all buffers there
@@ -474,7 +497,7 @@ def test_memory_is_flat_over_fifty_epochs(sources, kind):
 
 def test_an_iteration_that_is_left_early_leaves_nothing_behind(beton):
     threads = threading.active_count()
-    with TwoViewLoader(open_reader(beton), VIEW, 8, workers=3) as loader:
+    with TwoViewLoader(open_reader(beton), VIEW, LoaderSettings(8, workers=3)) as loader:
         for number in range(30):
             loader.set_epoch(number)
             for _ in loader:
@@ -491,7 +514,7 @@ def test_one_stream_a_loader_and_a_host_that_does_not_run_away(beton, monkeypatc
     """Two epochs on one side stream, with a bound on the batches that are launched and not over; the batches
     are those of a CPU. On a CPU torch.cuda's streams and events do nothing but count."""
     view, plain = ViewSettings(resolution=32), BetonReader(beton)
-    with TwoViewLoader(plain, view, 8, workers=1) as loader:
+    with TwoViewLoader(plain, view, LoaderSettings(8, workers=1)) as loader:
         expected = [batch.indices for _ in range(2) for batch in loader]
     streams, open_ends, most = [], [], []
     made = torch.cuda.Stream, torch.cuda.Event
@@ -534,7 +557,7 @@ def test_one_stream_a_loader_and_a_host_that_does_not_run_away(beton, monkeypatc
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-    with TwoViewLoader(plain, view, 8, workers=1, device=device) as loader:
+    with TwoViewLoader(plain, view, LoaderSettings(8, workers=1, device=device)) as loader:
         if not on_gpu:
             loader._on_device = _OnDevice(torch.device(device))
         found = [batch.indices.cpu() for _ in range(2) for batch in loader]

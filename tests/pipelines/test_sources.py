@@ -16,7 +16,7 @@ from pipelines.decode import images as folder_source
 from pipelines.decode import open_reader
 from pipelines.decode.images import ImageReader
 from pipelines.errors import InputError
-from pipelines.loader import Decoder, TwoViewLoader, evaluation_batches
+from pipelines.loader import LoaderSettings, Replacements, TwoViewLoader, evaluation_batches
 from pipelines.order import ORDERS
 from pipelines.parameters import crop_boxes, draw_parameters
 from pipelines.views import ViewSettings
@@ -51,9 +51,9 @@ def test_dali_sees_the_same_epoch_and_names_damage(sources, tmp_path):
     pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed")
     from pipelines.decode.dali import DALIReader
 
-    with TwoViewLoader(open_reader(sources["folder"]), VIEW, 8) as loader:
+    with TwoViewLoader(open_reader(sources["folder"]), VIEW, LoaderSettings(8)) as loader:
         expected = list(loader)
-    with TwoViewLoader(DALIReader(sources["folder"]), VIEW, 8, workers=2) as loader:
+    with TwoViewLoader(DALIReader(sources["folder"]), VIEW, LoaderSettings(8, workers=2)) as loader:
         found = list(loader)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours.indices, theirs.indices) and torch.equal(ours.labels, theirs.labels)
@@ -65,13 +65,13 @@ def test_dali_sees_the_same_epoch_and_names_damage(sources, tmp_path):
     victim.write_bytes(content[: len(content) // 2])
     other = sorted(copy.glob("class2/*.png"))[2]  # read by the base source
     other.write_bytes(other.read_bytes()[:99])
-    with TwoViewLoader(DALIReader(copy), VIEW, 53, on_error="skip") as loader:
+    with TwoViewLoader(DALIReader(copy), VIEW, LoaderSettings(53, on_error="skip")) as loader:
         batch = next(iter(loader))
         assert loader.skipped == 2 and len(loader.damaged) == 2
         assert all(victim.name in why or other.name in why for why in loader.damaged.values())
         assert not set(loader.damaged) & set(batch.indices.tolist())
     with (
-        TwoViewLoader(DALIReader(copy), VIEW, 53) as loader,
+        TwoViewLoader(DALIReader(copy), VIEW, LoaderSettings(53)) as loader,
         pytest.raises(InputError, match="can't be decoded"),
     ):
         next(iter(loader))
@@ -155,16 +155,21 @@ def test_a_file_that_is_no_image_is_named_or_skipped(sources, tmp_path):
     files[9].write_bytes(b"")
     files[20].unlink()
     files[20].symlink_to("gone")
-    with TwoViewLoader(open_reader(folder), VIEW, 50) as loader, pytest.raises(InputError) as raised:
+    with (
+        TwoViewLoader(open_reader(folder), VIEW, LoaderSettings(50)) as loader,
+        pytest.raises(InputError) as raised,
+    ):
         list(loader)
     assert "pictures: sample" in str(raised.value) and "can't be decoded" in str(raised.value)
-    with TwoViewLoader(open_reader(folder), VIEW, 53, on_error="skip", workers=2) as loader:
+    with TwoViewLoader(open_reader(folder), VIEW, LoaderSettings(53, on_error="skip", workers=2)) as loader:
         (batch,) = list(loader)
         assert set(loader.damaged) == {4, 9, 20} and loader.skipped == 3
         assert any(files[4].name in why for why in loader.damaged.values())
     assert not {4, 9, 20} & set(batch.indices.tolist())
     source = open_reader(folder)
-    found = [indices for _, indices in evaluation_batches(source, VIEW, decoder=Decoder(source, "skip"))]
+    found = [
+        indices for _, indices in evaluation_batches(source, VIEW, replacements=Replacements(source, "skip"))
+    ]
     expected = np.arange(53)
     expected[[4, 9, 20]] += 1
     assert np.array_equal(np.concatenate(found), expected)

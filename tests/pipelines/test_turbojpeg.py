@@ -21,7 +21,7 @@ from pipelines.convert.store import Settings, store
 from pipelines.decode import open_reader, turbo
 from pipelines.errors import InputError
 from pipelines.formats import jpeg, turbojpeg
-from pipelines.loader import TwoViewLoader
+from pipelines.loader import LoaderSettings, TwoViewLoader
 from pipelines.views import ViewSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,7 +176,9 @@ def test_pillow_stores_the_same_bytes(pillow_alone):
 
 def digests(path: Path, **options) -> tuple[list[str], dict[int, str]]:
     """Of the batches of an epoch, and what was damaged."""
-    with TwoViewLoader(open_reader(path), ViewSettings(resolution=24), 7, workers=2, **options) as loader:
+    with TwoViewLoader(
+        open_reader(path), ViewSettings(resolution=24), LoaderSettings(7, workers=2, **options)
+    ) as loader:
         found = [hashlib.sha256(batch.views.numpy().tobytes()).hexdigest() for batch in loader]
         return found, loader.damaged
 
@@ -239,14 +241,14 @@ def test_commands_work_without_it_and_say_so_in_one_line(sources, tmp_path):
     script = tmp_path / "commands.py"
     script.write_text(
         "import sys\n"
-        "from pipelines.loader import TwoViewLoader\n"
+        "from pipelines.loader import LoaderSettings, TwoViewLoader\n"
         "from pipelines.decode import open_reader\n"
         "from pipelines.views import ViewSettings\n"
         "from pipelines.convert.command import main\n"
         "pictures, out = sys.argv[1:]\n"
         "for arguments in ([pictures, out, '--max-resolution', '40'], ['--verify', out]):\n"
         "    assert main(arguments) == 0\n"
-        "with TwoViewLoader(open_reader(out), ViewSettings(resolution=24), 8) as loader:\n"
+        "with TwoViewLoader(open_reader(out), ViewSettings(resolution=24), LoaderSettings(8)) as loader:\n"
         "    assert len(list(loader)) == len(loader)\n"
     )
     written = []

@@ -15,7 +15,7 @@ from lvssl.runs.labels import numbered_as, open_pair
 from lvssl.runs.run import load_run, read_set
 from lvssl.settings.pretrain import PRESETS
 from lvssl.training.pretrain import pretrain
-from pipelines.convert.conversion import convert
+from pipelines.convert.conversion import ConvertOptions, convert
 from pipelines.datasets.opening import open_dataset
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
@@ -50,7 +50,7 @@ def sets(tmp_path_factory) -> dict[str, Path]:
         made[name] = top / name / f"{name}.beton"
         convert(str(made[f"{name}-folder"]), made[name])
     made["turned"] = top / "turned.beton"  # the classes in another order
-    convert(str(made["both-folder"]), made["turned"], classes=top / "order.txt")
+    convert(str(made["both-folder"]), made["turned"], options=ConvertOptions(classes=top / "order.txt"))
     return made
 
 
@@ -195,7 +195,7 @@ def test_evaluate_reads_the_manifest_of_images_with_odd_names(run, sets, tmp_pat
 
 
 def test_a_folder_of_tars_is_encoded_as_other_commands_read_it(run, sets, tmp_path, capsys):
-    convert(str(sets["both-folder"]), None, webdataset=tmp_path / "tars")
+    convert(str(sets["both-folder"]), None, options=ConvertOptions(webdataset=tmp_path / "tars"))
     pattern = tmp_path / "tars" / "images-{000000..000000}.tar"
     for images in (tmp_path / "tars", pattern):
         assert main(["encode", str(run), "--images", str(images)]) == 0

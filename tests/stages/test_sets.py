@@ -16,10 +16,10 @@ from lvssl.evaluation.nearest import knn
 from lvssl.runs.labels import open_labelled, readable
 from lvssl.settings.pretrain import PRESETS
 from lvssl.settings.stages import FinetuneSettings, KnnSettings, LinearSettings
-from pipelines.convert.conversion import convert
+from pipelines.convert.conversion import ConvertOptions, convert
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
-from pipelines.loader import TwoViewLoader
+from pipelines.loader import LoaderSettings, TwoViewLoader
 
 SHORT = ["--epochs", "1", "--min-steps", "0", "--lr", "0.1", "--weight-decay", "0"]
 
@@ -77,7 +77,7 @@ def test_a_subset_names_damaged_images_by_its_own_positions(folders):
     """The loader puts the next image of the part in its place; by the whole set's position it never would."""
     data = open_labelled(folders["train"], on_error="skip").only(np.array([70, 3, 4, 77, 90]))
     view = PRESETS["digits"].view
-    with TwoViewLoader(data.source, view, 5, workers=1, on_error="skip", views=1) as loader:
+    with TwoViewLoader(data.source, view, LoaderSettings(5, workers=1, on_error="skip", views=1)) as loader:
         (batch,) = loader
     assert set(batch.indices.tolist()) == {0, 4} and loader.skipped == 3
     found = [rows.tolist() for _, rows in readable(data.source, view, on_error="skip")]
@@ -111,7 +111,7 @@ def test_a_tables_numbers_are_regressed_without_conversion(run, tables, tmp_path
     betons, tars = {}, {}
     for split, table in tables.items():
         betons[split], tars[split] = tmp_path / f"{split}.beton", tmp_path / split
-        convert(str(table), betons[split], webdataset=tars[split])
+        convert(str(table), betons[split], options=ConvertOptions(webdataset=tars[split]))
     for name, sets in (("beton", betons), ("tars", tars)):
         other = linear(LinearSettings(run, **sets, **given, out=run / f"{name}.json")).done
         assert other["results"] == straight["results"], name

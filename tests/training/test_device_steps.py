@@ -35,7 +35,7 @@ from lvssl.training.supervised import Classifier, Recipe, SupervisedTrainer
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for
 from pipelines.decode import open_reader
-from pipelines.loader import TwoViewLoader, ViewBatch
+from pipelines.loader import LoaderSettings, TwoViewLoader, ViewBatch
 
 RATES = {"adamw": 2e-3, "sgd": 0.1, "lars": 1.0}
 
@@ -69,10 +69,12 @@ def trainer_and_batches(chosen: PretrainSettings, device: str, count: int) -> tu
     with TwoViewLoader(
         open_reader(chosen.data),
         chosen.view,
-        chosen.batch_size,
-        workers=1,
-        augmenter=augmenter_for(kind),
-        device=kind,
+        LoaderSettings(
+            chosen.batch_size,
+            workers=1,
+            augmenter=augmenter_for(kind),
+            device=kind,
+        ),
     ) as loader:
         trainer = Trainer(chosen, 10, loader, kind, World(), host_reads=False)
         trainer.network.train()

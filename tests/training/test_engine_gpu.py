@@ -13,7 +13,7 @@ from lvssl.training.pretrain import pretrain
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for
 from pipelines.decode import open_reader
-from pipelines.loader import TwoViewLoader
+from pipelines.loader import LoaderSettings, TwoViewLoader
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,7 +35,9 @@ def test_no_step_waits_for_the_device(digits, tmp_path, optimiser, chunk):
     device = torch.device("cuda")
     augmenter = augmenter_for(device, "auto")
     with TwoViewLoader(
-        open_reader(chosen.data), chosen.view, chosen.batch_size, augmenter=augmenter, device=device
+        open_reader(chosen.data),
+        chosen.view,
+        LoaderSettings(chosen.batch_size, augmenter=augmenter, device=device),
     ) as loader:
         trainer = Trainer(chosen, 10, loader, device, World())
         trainer.network.train()

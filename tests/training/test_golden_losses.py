@@ -23,7 +23,7 @@ from lvssl.settings.pretrain import PRESETS, PretrainSettings
 from lvssl.training.trainer import Trainer
 from pipelines.decode import open_reader
 from pipelines.kernels.philox import LOW
-from pipelines.loader import TwoViewLoader
+from pipelines.loader import LoaderSettings, TwoViewLoader
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 STEPS = 6
@@ -46,7 +46,9 @@ def losses_of(data: Path, family: str) -> list[float]:
     # The weights are named, so that the defaults may change.
     latent = dataclasses.replace(base.latent, family=family, decorrelation=0.02, clean_path_weight=0.5)
     chosen = dataclasses.replace(base, data=data, epochs=1, batch_size=64, latent=latent)
-    with TwoViewLoader(open_reader(data), chosen.view, chosen.batch_size, chosen.seed, 1) as loader:
+    with TwoViewLoader(
+        open_reader(data), chosen.view, LoaderSettings(chosen.batch_size, chosen.seed, 1)
+    ) as loader:
         trainer = Trainer(chosen, 10, loader, torch.device("cpu"))
         trainer.network.double().train()
         return [step_loss(trainer, chosen, batch) for batch in islice(loader, STEPS)]

@@ -23,7 +23,7 @@ from lvssl.settings.pretrain import PRESETS, PretrainSettings
 from lvssl.training.pretrain import Interrupted, Stop, Trainer, pretrain
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
-from pipelines.loader import TwoViewLoader
+from pipelines.loader import LoaderSettings, TwoViewLoader
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def interrupted_after(chosen: PretrainSettings, steps: int) -> None:
     """Trains some steps more, then is told to stop as by SIGTERM."""
     source = open_reader(chosen.data)
     create_run(chosen, 10, resume=True)
-    with TwoViewLoader(source, chosen.view, chosen.batch_size, chosen.seed, 1) as loader:
+    with TwoViewLoader(source, chosen.view, LoaderSettings(chosen.batch_size, chosen.seed, 1)) as loader:
         trainer = Trainer(chosen, 10, loader, torch.device("cpu"))
         trainer.restore()
         stop, step_of = Stop(), trainer.train_step

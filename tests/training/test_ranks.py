@@ -41,7 +41,7 @@ from lvssl.training.prepare import prepared
 from lvssl.training.trainer import Trainer
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
-from pipelines.loader import TwoViewLoader
+from pipelines.loader import LoaderSettings, TwoViewLoader
 
 TIMEOUT = 400  # seconds, on a machine with other work; a hang is a failure
 FAMILIES = ("none", "sign", "gaussian", "bernoulli")
@@ -96,7 +96,9 @@ def trained(
     """Weights and figures after five steps; in fp64 roundings stay too small to grow."""
     chosen = settings(data, **run)
     place = {"rank": world.rank, "ranks": world.size}
-    with TwoViewLoader(open_reader(data), chosen.view, chosen.batch_size, workers=1, **place) as loader:
+    with TwoViewLoader(
+        open_reader(data), chosen.view, LoaderSettings(chosen.batch_size, workers=1, **place)
+    ) as loader:
         trainer = Trainer(chosen, 10, loader, torch.device("cpu"), world)
         trainer.network.to(dtype).train()
         if trainer.ema:
