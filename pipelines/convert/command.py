@@ -7,7 +7,9 @@
     convert-beton imagenet/ train.beton --webdataset train-tars/       # both from one pass
     convert-beton 'train-{000000..000146}.tar' train.beton             # WebDataset shards
     convert-beton cifar10-jpeg/ test.beton --split test                # Hugging Face image parquet
-    convert-beton ages.csv ages.beton                                  # path,label or path,age: regression
+    convert-beton photos/ photos.beton                                 # loose images: no labels, to pretrain
+    convert-beton table.csv out.beton                                  # columns path and label
+    convert-beton ages.csv ages.beton --targets age                    # path,age: regression
     convert-beton /usr/share/datasets/fashion-mnist train.beton        # MNIST's idx files
     convert-beton torchvision:CIFAR10 train.beton --root data          # downloaded if need be
     convert-beton sklearn:digits digits.beton                          # always at hand
@@ -31,7 +33,7 @@ import os
 import re
 import signal
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, NoReturn
 
 from pipelines.convert.conversion import Settings, convert, part_path
@@ -80,6 +82,25 @@ def _source_options(group: argparse._ArgumentGroup) -> None:
         "--devkit",
         metavar="FILE",
         help="ImageNet's development kit, which its validation tar needs (default: the one beside the tar).",
+    )
+    add(
+        *("--image-column", "--image-key"),
+        metavar="NAME",
+        help="The column of the images or of their paths, where it has no usual name; in a tar of several "
+        "images a sample, what comes after its key (left.jpg).",
+    )
+    add(
+        *("--label-column", "--label-key"),
+        metavar="NAME",
+        help="The column of the classes, where it has no usual name; in a tar an extension or a field of the "
+        ".json. With `none`, labels are not read.",
+    )
+    add(
+        "--targets",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="Columns of numbers, in a tar fields of the .json, to store as regression targets.",
     )
     add("--root", default="data", metavar="DIR", help="Where torchvision keeps its files (default: data).")
     add("--subset", type=int, metavar="N", help="Read only N images, balanced over the classes.")
@@ -222,6 +243,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    settings = replace(settings, targets=tuple(settings.targets))
     manifest = convert(
         args.source,
         args.out,
@@ -273,7 +295,8 @@ def _report(out: str, manifest: dict[str, Any]) -> None:
     earlier = f", {manifest['resumed']:,} of them earlier" if manifest["resumed"] else ""
     where = f"{out}.json" if manifest["format"] == "beton" else f"{out.rstrip('/')}/manifest.json"
     targets = manifest["targets"]
-    among = f"with {', '.join(targets)}" if targets else f"in {len(manifest['classes'])} classes"
+    among = f"in {len(manifest['classes'])} classes" if manifest["classes"] else "without labels"
+    among = f"with {', '.join(targets)}" if targets else among
     print(
         f"{out}: {manifest['count']:,} images ({', '.join(stored)}) {among}, "
         f"{len(skipped)} skipped, {manifest['bytes'] / 1e6:,.1f} MB in {manifest['seconds']:.1f} s "

@@ -33,6 +33,9 @@ class Settings:
     shuffle_seed: int | None = None  # None keeps the source's order; the subset is drawn with 0 then
     on_error: str = "skip"  # one of ON_ERROR: what a damaged image does; one that is skipped is named
     white_level: int | None = None  # of images of more than 8 bits that don't state theirs, see `depth`
+    image_column: str | None = None  # of a table or a tar's samples, where it has no usual name
+    label_column: str | None = None  # likewise; "none" leaves the labels out
+    targets: tuple[str, ...] = ()  # columns of numbers to store
 
     def check(self) -> None:
         """Raises InputError for a value out of range."""
