@@ -32,8 +32,8 @@ class ImageReader:
     """Image files as a source of crops.
 
     Attributes:
-        labels: int64 [N], all NO_LABEL for images without labels. targets: float64 [N] each, by name. names: of the files.
-        pages: int64 [N]. classes: their names, by label. notes: what the user should know: what is left out.
+        labels: int64 [N], all NO_LABEL if there are none. targets: float64 [N] each, by name. names: of the
+        files. pages: int64 [N]. classes: their names, by label. notes: what the user should know: what is left out.
     """
 
     chunk = IN_CACHE

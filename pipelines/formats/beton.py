@@ -201,8 +201,8 @@ class BetonWriter:
     """Writes images one after the other; its bytes depend on what is added, and on nothing else.
 
     `capacity` is the most images that may be added: their metadata comes before the images, so its room
-    has to be set aside. `targets` are names of regression targets, each an FFCV FloatField (`field_names`). The file is valid
-    after `finish`, and not before.
+    has to be set aside. `targets` are names of regression targets, each an FFCV FloatField, see
+    `field_names`. The file is valid after `finish`, and not before.
     """
 
     def __init__(self, file: IO[bytes] | None, capacity: int, targets: Sequence[str] = ()):
