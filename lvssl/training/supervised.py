@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 from lvssl.models.device import autocast, precision
 from lvssl.models.inference import infer
 from lvssl.models.network import LVNet
-from lvssl.runs.labels import Labelled, readable, say_left_out
+from lvssl.runs.labels import LabelledDataset, readable, say_left_out
 from lvssl.settings.pretrain import EngineSettings
 from lvssl.training.batchnorm import synchronised
 from lvssl.training.distributed import World, broadcast_state
@@ -72,7 +72,7 @@ class Classifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: LVNet, on: str, train: Labelled, frozen: bool, seed: int) -> None:
+    def __init__(self, network: LVNet, on: str, train: LabelledDataset, frozen: bool, seed: int) -> None:
         super().__init__()
         self.network, self.on, self.frozen = network, on, frozen
         used = {id(p) for part in trained_parts(network, on) for p in part.parameters()}
@@ -147,14 +147,14 @@ def plain(view: ViewSettings) -> ViewSettings:
     return replace(view, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0)
 
 
-class Supervised(Loop):
+class SupervisedTrainer(Loop):
     """Training with labels: model, images and what a step does. `host_reads` as of `Loop`."""
 
     def __init__(
         self,
         folder: Path,
         model: Classifier,
-        train: Labelled,
+        train: LabelledDataset,
         view: ViewSettings,
         recipe: Recipe,
         device: torch.device,
@@ -269,7 +269,7 @@ def sgd(model: nn.Module, recipe: Recipe, fused: bool) -> torch.optim.SGD:
 
 def predict(
     model: Classifier,
-    data: Labelled,
+    data: LabelledDataset,
     view: ViewSettings,
     device: torch.device,
     workers: int,

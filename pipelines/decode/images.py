@@ -33,7 +33,8 @@ class ImageReader:
 
     Attributes:
         labels: int64 [N], all NO_LABEL if there are none. targets: float64 [N] each, by name. names: of the
-        files. pages: int64 [N]. classes: their names, by label. notes: what the user should know: what is left out.
+        files. pages: int64 [N]. classes: their names, by label. notes: what the user should know, such as
+        what is left out.
     """
 
     chunk = IN_CACHE
@@ -61,7 +62,7 @@ class ImageReader:
         self._recent.forget()
         for row in np.flatnonzero(self._heights[indices] == 0):
             index = int(indices[row])
-            data = self.stored(int(row), index)
+            data = self.encoded(int(row), index)
             try:
                 height, width, data = _size(data)
             except Exception as error:  # whatever a decoder raises is about this image alone
@@ -78,7 +79,7 @@ class ImageReader:
         flips = np.zeros(boxes.shape[:2], bool) if flips is None else flips
         for row, index in enumerate(indices.tolist()):
             data = self._recent.images.pop(index, None)
-            data = self.stored(row, index) if data is None else data
+            data = self.encoded(row, index) if data is None else data
             try:
                 fits = _crop(data, boxes[row], flips[row], out[row])
             except Exception as error:
@@ -86,7 +87,7 @@ class ImageReader:
             if not fits:
                 raise ValueError(f"boxes {boxes[row].tolist()} do not lie within {self.names[index]}")
 
-    def stored(self, row: int, index: int) -> bytes | np.ndarray:
+    def encoded(self, row: int, index: int) -> bytes | np.ndarray:
         """See `pipelines.decode.Reader`."""
         try:
             return self._read(index)

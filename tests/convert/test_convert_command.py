@@ -63,6 +63,9 @@ def test_every_option_reaches_the_manifest(tmp_path):
         "shuffle_seed": 4,
         "on_error": "raise",
         "white_level": 4095,
+        "image_column": "img",
+        "label_column": "cls",
+        "targets": [],
     }
     assert manifest["count"] == 6 and manifest["class_counts"] == [3, 3] and manifest["split"] == "validation"
     assert manifest["stored"]["reencoded"] == 6 and open_beton(tmp_path / "x.beton").widths.max() == 25

@@ -68,7 +68,7 @@ UNLABELLED = {
     "hidden": lambda folder: table(folder / "x.parquet", {"image": IMAGES, "label": [-1] * 6}, ["a", "b"]),
     "csv": lambda folder: in_a_table(folder, "x.csv", "path\n" + "".join(f"{i}.jpg\n" for i in range(6))),
     "jsonl": lambda folder: in_a_table(
-        folder, "x.jsonl", "".join(json.dumps({"file_name": f"{i}.jpg", "text": "x"}) + "\n" for i in range(6))
+        folder, "x.jsonl", "".join(f'{{"file_name": "{i}.jpg", "text": "x"}}\n' for i in range(6))
     ),
 }  # fmt: skip
 
@@ -78,7 +78,7 @@ def test_unlabelled_images_convert_and_are_read_directly(tmp_path, kind):
     source = UNLABELLED[kind](tmp_path / "set")
     reader = open_reader(source)
     assert reader.labels.tolist() == [-1] * 6 and reader.classes == []
-    assert [reader.stored(0, i) for i in range(6)] == IMAGES
+    assert [reader.encoded(0, i) for i in range(6)] == IMAGES
     tars = tmp_path / "tars"
     manifest = convert(str(source), tmp_path / "x.beton", webdataset=tars)
     assert (manifest["count"], manifest["classes"], manifest["class_counts"]) == (6, [], [])
@@ -298,9 +298,7 @@ def test_layouts_of_the_hub(tmp_path, file):
 def test_several_sets_in_a_folder_are_refused(tmp_path):
     for name in ("cropped", "full"):
         table(tmp_path / name / "train-0.parquet", {"image": IMAGES[:1]})
-    with pytest.raises(
-        InputError, match=r"holds several data sets \(cropped, full\); name one of them: .*cropped"
-    ):
+    with pytest.raises(InputError, match=r"several data sets \(cropped, full\); name one of them: .*cropped"):
         open_dataset(str(tmp_path))
 
 
@@ -330,9 +328,7 @@ def test_the_pointer_of_a_large_file_is_named(tmp_path, name):
     if name == "a/1.jpg":
         assert main([str(tmp_path / "set"), str(tmp_path / "x.beton")]) == 2
         return
-    with pytest.raises(
-        InputError, match=r"is a Git LFS pointer, not the file itself; fetch that with `git lfs"
-    ):
+    with pytest.raises(InputError, match="is a Git LFS pointer, not the file itself; fetch that with"):
         open_dataset(str(tmp_path / "set"))
 
 

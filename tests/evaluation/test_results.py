@@ -63,7 +63,7 @@ def test_a_result_is_found_again_and_no_other_takes_its_place_unasked(command, r
     name = another[0].removeprefix("--").replace("-", "_")
     assert f"{files[0]} already holds a result for other settings ({name}: " in said
     assert "pass --overwrite to overwrite it" in said
-    assert "--out" not in said  # which these commands don't have
+    assert "--out to write elsewhere" in said
     assert call(run, *another, "--overwrite")[0] == 0 and stamps()[0] > made[0]
     assert str(json.loads(files[0].read_text())["settings"][name]) == another[1]
 
@@ -98,12 +98,26 @@ def test_figures_that_are_no_numbers_are_shown_alike_when_found(runs, capsys):
         path = run / names[0]
         result = json.loads(path.read_text())
         scores = [each for model in result.get("models", {}).values() for each in model["scores"].values()]
-        for row in (*scores, *result.get("rows", [])):
-            row |= {"r_auroc": None, "ood noise": None} if command == "analyse" else {"map_over_hits": None}
+        for row in scores:
+            row |= {"r_auroc": None, "ood noise": None}
+        for row in result.get("rows", []):
+            row["value"] = None if row["metric"] == "map_over_hits" else row["value"]
         path.write_text(json.dumps(result))
         capsys.readouterr()
         assert main([command, str(run), *options]) == 0
         assert "nan" in capsys.readouterr().out
+
+
+def test_an_older_rate_curve_is_measured_again(runs):
+    """Its rows had all metrics of a point side by side."""
+    run = runs["run"]
+    typed = ["compression", str(run), "--control", str(runs["control"]), *COMMANDS["compression"][0]]
+    assert main(typed) == 0
+    path = run / "compression.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"rows": [{"model": "run", "method": "code", "bits": 64}]}))
+    assert main(["report", str(run)]) == 0 and 'id="bits-stored"' not in (run / "report.html").read_text()
+    assert main(typed) == 0 and json.loads(path.read_text())["rows"] == result["rows"]
 
 
 @pytest.mark.parametrize(

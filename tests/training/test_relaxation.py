@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lvssl.evaluation.reading import read
+from lvssl.evaluation.outputs import network_outputs
 from lvssl.models.network import LVNet
 from lvssl.settings.pretrain import LatentSettings, ModelSettings
 from lvssl.training.supervised import represent
@@ -27,4 +27,6 @@ def test_stages_and_analyses_draw_at_the_runs_temperature(family, relaxation):
         found = represent(network, images, "latent", True, torch.Generator().manual_seed(5))
     assert not torch.allclose(wanted, default)
     assert torch.allclose(found, wanted.mean(0))
-    assert torch.allclose(torch.from_numpy(read(network, images, VIEW, samples=3, seed=5).samples), wanted)
+    assert torch.allclose(
+        torch.from_numpy(network_outputs(network, images, VIEW, samples=3, seed=5).samples), wanted
+    )
