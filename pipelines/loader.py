@@ -22,6 +22,8 @@ from torch import Tensor
 from pipelines.augment import cpu
 from pipelines.cores import loader_threads
 from pipelines.decode import DamagedSample, Reader
+from pipelines.decode.pixels import decode_damaged
+from pipelines.decode.turbo import crop_pixels
 from pipelines.errors import ON_ERROR, InputError
 from pipelines.order import ORDERS, epoch_order, step_indices, steps_per_epoch
 from pipelines.parameters import FLIP, P, centre_boxes, crop_boxes, draw_parameters
@@ -371,7 +373,7 @@ class Decoder:
     def __init__(self, source: Reader, on_error: str = "raise") -> None:
         if on_error not in ON_ERROR:
             raise InputError(f"on_error must be {' or '.join(ON_ERROR)}, got {on_error!r}")
-        self.source, self.skip = source, on_error == "skip"
+        self.source, self.skip, self.keep = source, on_error != "raise", on_error == "keep"
         self.damaged: dict[int, str] = {}
         self.skipped = 0
         self._lock = threading.Lock()
@@ -392,7 +394,7 @@ class Decoder:
         while True:
             try:
                 drawn = boxes(indices, *self.source.sizes(indices))
-                self.source.crops(indices, drawn, out, flips())
+                self._crop(indices, drawn, out, flips())
                 break
             except DamagedSample as sample:
                 if not self.skip:
@@ -401,6 +403,30 @@ class Decoder:
                 indices[sample.row] = self._after(sample)
         with self._lock:
             self.skipped += len(replaced)
+
+    def _crop(
+        self, indices: np.ndarray, drawn: np.ndarray, out: np.ndarray, flips: np.ndarray | None
+    ) -> None:
+        """What `Reader.crops` does; with `keep`, what Pillow makes of a damaged JPEG is cropped."""
+        try:
+            self.source.crops(indices, drawn, out, flips)
+        except DamagedSample:
+            if not self.keep:
+                raise
+            flips = np.zeros(drawn.shape[:2], bool) if flips is None else flips
+            for row in range(len(indices)):
+                self._crop_or_keep(row, indices, drawn, out, flips)
+
+    def _crop_or_keep(
+        self, row: int, indices: np.ndarray, drawn: np.ndarray, out: np.ndarray, flips: np.ndarray
+    ) -> None:
+        part = slice(row, row + 1)
+        try:
+            self.source.crops(indices[part], drawn[part], out[part], flips[part])
+        except DamagedSample as sample:
+            pixels = decode_damaged(self.source.encoded(row, sample.index))
+            if pixels is None or not crop_pixels(pixels, drawn[row], flips[row], out[row]):
+                raise DamagedSample(row, sample.index, str(sample)) from None
 
     def _after(self, sample: DamagedSample) -> int:
         """The next sample that isn't known to be damaged."""

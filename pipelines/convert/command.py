@@ -40,6 +40,7 @@ from pipelines.convert.conversion import Settings, convert, part_path
 from pipelines.convert.estimate import size_text
 from pipelines.datasets.opening import SPLITS
 from pipelines.errors import ON_ERROR, InputError
+from pipelines.formats import jpeg
 from pipelines.formats.webdataset import IMAGES_PER_TAR
 
 WARNINGS_SHOWN = 20
@@ -130,6 +131,13 @@ def _stored_options(group: argparse._ArgumentGroup) -> None:
         help="Shrink images whose longest side is over N pixels.",
     )
     add(
+        "--max-pixels",
+        type=int,
+        default=jpeg.MAX_PIXELS,
+        metavar="N",
+        help=f"Skip images of more than N pixels (default: {jpeg.MAX_PIXELS}).",
+    )
+    add(
         "--jpeg-quality",
         type=int,
         default=90,
@@ -158,8 +166,8 @@ def _run_options(group: argparse._ArgumentGroup) -> None:
         "--on-error",
         choices=ON_ERROR,
         default="skip",
-        help="What to do about a damaged image: skip it and name it in the manifest, or raise an error and "
-        "stop (default: skip).",
+        help="What to do about a damaged image: skip it and name it in the manifest, raise an error and "
+        "stop, or keep what Pillow makes of a JPEG in which libjpeg-turbo finds damage (default: skip).",
     )
     add(
         "--workers",

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.datasets.dataset import Dataset
-from pipelines.decode.pixels import as_rgb, decode_other, upright
+from pipelines.decode.pixels import as_rgb, decode_damaged, decode_other, upright
 from pipelines.errors import ON_ERROR, InputError, first_line
 from pipelines.formats import jpeg
 from pipelines.formats.beton import JPEG, LONGEST_SIDE, RAW
@@ -41,6 +41,7 @@ class Settings:
     image_column: str | None = None  # of a table or a tar's samples, where it has no usual name
     label_column: str | None = None  # likewise; "none" leaves the labels out
     targets: tuple[str, ...] = ()  # columns of numbers to store
+    max_pixels: int = jpeg.MAX_PIXELS  # larger images can't be stored
 
     def check(self) -> None:
         """Raises InputError for a value out of range."""
@@ -56,6 +57,8 @@ class Settings:
             raise InputError(f"--shuffle-seed {self.shuffle_seed}: must be within 0 and {2**32 - 1}")
         if self.white_level is not None and not 1 <= self.white_level < 2**32:
             raise InputError(f"--white-level {self.white_level}: must be within 1 and {2**32 - 1}")
+        if self.max_pixels < 1:
+            raise InputError(f"--max-pixels {self.max_pixels}: must be at least 1")
         if self.on_error not in ON_ERROR:
             raise InputError(f"--on-error {self.on_error}: must be {' or '.join(ON_ERROR)}")
 
@@ -119,10 +122,20 @@ def store(image: bytes | np.ndarray, settings: Settings, index: int = 0) -> Stor
     if not image:
         raise jpeg.DamagedImage("the file is empty")
     if not jpeg.is_jpeg(image):
-        pixels, orientation = decode_other(image, settings.white_level)
+        pixels, orientation = decode_other(image, settings.white_level, settings.max_pixels)
         pixels = upright(pixels, orientation)
         return _store_pixels(pixels, settings, raw, small_is_raw=True, exif_rotated=orientation != 1)
-    header = jpeg.read_header(image)
+    try:
+        return _store_jpeg(image, settings, raw)
+    except jpeg.DamagedImage:
+        kept = decode_damaged(image, settings.max_pixels) if settings.on_error == "keep" else None
+        if kept is None:
+            raise
+        return _store_pixels(kept, settings, raw, small_is_raw=False)
+
+
+def _store_jpeg(image: bytes, settings: Settings, raw: bool) -> Stored:
+    header = jpeg.read_header(image, settings.max_pixels)
     size = _target_size(header.height, header.width, settings.max_resolution)
     same_size = size == (header.height, header.width)
     if header.is_rgb_or_grey and header.orientation == 1 and same_size and not raw:

@@ -29,9 +29,10 @@ from pipelines.datasets.folders import FolderTree, class_folders
 from pipelines.datasets.idx import is_idx, open_idx
 from pipelines.datasets.imagenet import in_order_of, remarks
 from pipelines.datasets.named import open_sklearn, open_torchvision
-from pipelines.datasets.recognise import LFS, LFS_HINT, UNLABELLED, in_short, left_by_a_system
+from pipelines.datasets.recognise import UNLABELLED, in_short, left_by_a_system
 from pipelines.errors import InputError
 from pipelines.formats.beton import NO_LABEL
+from pipelines.formats.jpeg import LFS, LFS_HINT
 
 SPLITS = ("train", "validation", "test", UNLABELLED)
 

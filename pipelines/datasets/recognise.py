@@ -69,10 +69,6 @@ def missing_shards(names: Sequence[str]) -> list[str]:
     return [in_short("missing, files of a numbered series", missing)] if missing else []
 
 
-LFS = b"version https://git-lfs"
-LFS_HINT = "a Git LFS pointer, not the file itself; fetch that with `git lfs pull`"
-
-
 class LeftOut:
     """Counts what isn't used and keeps the first names, for a note. `what` it is: "no images"."""
 

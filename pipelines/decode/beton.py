@@ -97,7 +97,7 @@ class BetonReader:
         stored = self.encoded(0, index)
         if isinstance(stored, np.ndarray):
             return stored
-        header = jpeg.read_header(stored)
+        header = jpeg.read_header(stored, jpeg.ANY_SIZE)
         if (header.height, header.width) != (self.heights[index], self.widths[index]):
             entry = f"{self.widths[index]} x {self.heights[index]}"
             raise jpeg.DamagedImage(f"a JPEG of {header.width} x {header.height}, but its entry says {entry}")

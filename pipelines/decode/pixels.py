@@ -31,13 +31,15 @@ def decode_rgb(image: bytes | str | Path, name: str | None = None) -> np.ndarray
         raise InputError(f"{name}: no image, or damaged ({first_line(error)})") from error
 
 
-def decode_other(data: bytes, white_level: int | None = None) -> tuple[np.ndarray, int]:
+def decode_other(
+    data: bytes, white_level: int | None = None, most: int = jpeg.MAX_PIXELS
+) -> tuple[np.ndarray, int]:
     """PNG, WebP, GIF (its first frame) and what else Pillow reads: uint8 [H, W, 3] and EXIF's orientation.
 
     Transparency is dropped and 16 bits become 8; `white_level`: see `depth`. Raises jpeg.DamagedImage.
     """
     try:
-        image = jpeg.open_with_pillow(data)
+        image = jpeg.open_with_pillow(data, most=most)
         if depth.is_deep(image, data):
             pixels = as_rgb(depth.to_8_bits(image, data, white_level))
         else:
@@ -47,6 +49,18 @@ def decode_other(data: bytes, white_level: int | None = None) -> tuple[np.ndarra
         raise
     except Exception as error:  # whatever a decoder raises is about this image alone
         raise jpeg.DamagedImage(first_line(error)) from error
+
+
+def decode_damaged(image: bytes | np.ndarray, most: int = jpeg.MAX_PIXELS) -> np.ndarray | None:
+    """What Pillow makes of a JPEG in which libjpeg-turbo finds damage, uint8 [H, W, 3], upright; None where
+    that is no image, or no JPEG. Part of it may be wrong: with extraneous bytes at its end nothing is."""
+    if isinstance(image, np.ndarray) or not jpeg.is_jpeg(image):
+        return None
+    try:
+        opened = jpeg.open_with_pillow(image, most=most)
+        return upright(np.asarray(opened.convert("RGB")), jpeg.orientation_of(opened))
+    except Exception:  # whatever a decoder raises is about this image alone
+        return None
 
 
 def as_rgb(pixels: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from made_images import SHARED, class_folders, encoded, image_of, photos, pixels
+from made_images import SHARED, class_folders, image_of, photos
 
 from pipelines.convert.command import main, parser
 from pipelines.convert.conversion import Bar
@@ -66,6 +66,7 @@ def test_every_option_reaches_the_manifest(tmp_path):
         "image_column": "img",
         "label_column": "cls",
         "targets": [],
+        "max_pixels": 1 << 28,
     }
     assert manifest["count"] == 6 and manifest["class_counts"] == [3, 3] and manifest["split"] == "validation"
     assert manifest["stored"]["reencoded"] == 6 and open_beton(tmp_path / "x.beton").widths.max() == 25

@@ -323,7 +323,7 @@ def test_absurd_labels_are_refused_by_file_and_row(tmp_path, form, label):
             members[f"{i}.jpg"] = b"x"
             members[f"{i}.{form}"] = (str(each) if form == "cls" else json.dumps({"label": each})).encode()
         tar_of(path, members)
-        named = "x.tar:2.jpg has label" if label < 2**63 else "x.tar:2.jpg has label"
+        named = "x.tar:2.jpg has label"
     with pytest.raises(InputError) as error:
         open_dataset(str(path))
     assert named in str(error.value) and "\n" not in str(error.value)
