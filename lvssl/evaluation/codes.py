@@ -191,7 +191,8 @@ def queries(run: Run, settings: SearchSettings) -> Iterator[Queries]:
         if waiting:
             yield joined(waiting)
     else:
-        yield Queries([str(path)], *codes_of(run, centre_crop(run, decode_rgb(path))[None]))
+        image = decode_rgb(path, keep=run.on_error(settings.on_error) == "keep")
+        yield Queries([str(path)], *codes_of(run, centre_crop(run, image)[None]))
 
 
 def created_by(run: Run) -> str:

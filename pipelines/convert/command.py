@@ -21,9 +21,9 @@
 
 Each JPEG is checked by decoding it and stored byte for byte. Images are encoded anew only where they must
 change: JPEGs that are larger than --max-resolution, that are CMYK or that EXIF says are rotated; and other
-formats (PNG and so on), unless they are so small (64 x 64) that raw pixels serve better. Damaged images are
-skipped and named in OUT.beton.json. An interrupted conversion resumes when the same command is run again, and
-ends with the same bytes.
+formats (PNG and so on), unless they are so small (64 x 64), or so much smaller without loss (line art), that
+raw pixels serve better. Damaged images are skipped and named in OUT.beton.json. An interrupted conversion
+resumes when the same command is run again, and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ from typing import Any, NoReturn
 
 from pipelines.convert.conversion import Settings, convert, part_path
 from pipelines.convert.estimate import size_text
+from pipelines.convert.store import LINE_ART
 from pipelines.datasets.opening import SPLITS
 from pipelines.errors import ON_ERROR, InputError
-from pipelines.formats import jpeg
+from pipelines.formats import jpeg, turbojpeg
 from pipelines.formats.webdataset import IMAGES_PER_TAR
 
 WARNINGS_SHOWN = 20
@@ -143,6 +144,20 @@ def _stored_options(group: argparse._ArgumentGroup) -> None:
         default=90,
         metavar="Q",
         help="Quality of the images that are encoded anew, 1 to 100 (default: 90).",
+    )
+    add(
+        "--jpeg-sampling",
+        choices=list(turbojpeg.SAMPLINGS),
+        default="4:2:0",
+        help="Colour resolution of the images that are encoded anew: 4:4:4 keeps thin coloured lines better, "
+        "takes half as much room again and decodes more slowly (default: 4:2:0).",
+    )
+    add(
+        "--line-art",
+        choices=LINE_ART,
+        default="raw",
+        help="Images whose PNG, GIF or lossless WebP file is smaller than a JPEG of them: store RGB pixels, "
+        "which is exact and large, or that JPEG (default: raw).",
     )
     add(
         "--raw-proportion",

@@ -13,22 +13,33 @@ from pipelines.errors import InputError, first_line
 from pipelines.formats import jpeg
 
 
-def decode_rgb(image: bytes | str | Path, name: str | None = None) -> np.ndarray:
+def decode_rgb(image: bytes | str | Path, name: str | None = None, keep: bool = False) -> np.ndarray:
     """RGB pixels of an image file (a path, or its bytes), uint8 [H, W, 3], turned upright as EXIF says.
 
-    Raises InputError, naming the file (or `name`), if it can't be read or is damaged.
+    `keep`: use what `decode_damaged` makes of a damaged JPEG. Raises InputError, naming the file (or `name`),
+    if it can't be read or is damaged.
     """
     name = name or (f"image of {len(image)} bytes" if isinstance(image, bytes) else str(image))
     try:
         data = image if isinstance(image, bytes) else read_regular(os.fspath(image))
         if jpeg.is_jpeg(data):
-            header = jpeg.read_header(data)
-            return upright(jpeg.decode(data, header), header.orientation)
+            return _decode_jpeg(data, keep)
         return upright(*decode_other(data))
     except OSError as error:
         raise InputError(f"{name}: cannot be read ({error.strerror})") from error
     except Exception as error:  # whatever a decoder raises is about this image alone
         raise InputError(f"{name}: no image, or damaged ({first_line(error)})") from error
+
+
+def _decode_jpeg(data: bytes, keep: bool) -> np.ndarray:
+    try:
+        header = jpeg.read_header(data)
+        return upright(jpeg.decode(data, header), header.orientation)
+    except jpeg.DamagedImage:
+        kept = decode_damaged(data) if keep else None
+        if kept is None:
+            raise
+        return kept
 
 
 def decode_other(

@@ -116,12 +116,12 @@ def decode(data: bytes, header: JpegHeader, shortest: tuple[int, int] | None = N
     return _decompress(data, header, turbojpeg.RGB, eighths)
 
 
-def encode(pixels: np.ndarray, quality: int) -> bytes:
-    """A baseline JPEG, 4:2:0, of uint8 [H, W, 3]; quality 1 to 100."""
+def encode(pixels: np.ndarray, quality: int, sampling: str = "4:2:0") -> bytes:
+    """A baseline JPEG of uint8 [H, W, 3]; quality 1 to 100, `sampling` one of turbojpeg.SAMPLINGS."""
     if _turbo is not None:
-        return _compress(np.ascontiguousarray(pixels), quality)
+        return _compress(np.ascontiguousarray(pixels), quality, turbojpeg.SAMPLINGS[sampling])
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "JPEG", quality=quality, subsampling="4:2:0")
+    Image.fromarray(pixels).save(out, "JPEG", quality=quality, subsampling=sampling)
     return out.getvalue()
 
 
@@ -232,17 +232,17 @@ def _decompress(data: bytes, header: JpegHeader, pixels: int, eighths: int) -> n
     return out
 
 
-def _compress(pixels: np.ndarray, quality: int) -> bytes:
+def _compress(pixels: np.ndarray, quality: int, sampling: int) -> bytes:
     """Into a buffer that each thread keeps, large enough for any content, and copied once from there."""
     height, width = pixels.shape[:2]
-    needed = _turbo.tjBufSize(width, height, turbojpeg.SUBSAMPLING_420)
+    needed = _turbo.tjBufSize(width, height, sampling)
     if getattr(_local, "room", 0) < needed:
         _local.room, _local.buffer = needed, ctypes.create_string_buffer(needed)
     if not hasattr(_local, "compressor"):
         _local.compressor = _Owned(_turbo.tjInitCompress())
     start, size = c_void_p(ctypes.addressof(_local.buffer)), c_ulong(needed)
     source = (pixels.ctypes.data, width, 0, height, turbojpeg.RGB)
-    how = (turbojpeg.SUBSAMPLING_420, quality, turbojpeg.ACCURATE_DCT | turbojpeg.NO_REALLOCATION)
+    how = (sampling, quality, turbojpeg.ACCURATE_DCT | turbojpeg.NO_REALLOCATION)
     handle = _local.compressor.handle
     if _turbo.tjCompress2(handle, *source, byref(start), byref(size), *how):
         raise DamagedImage(_turbo.tjGetErrorStr2(handle).decode("utf-8", "replace"))

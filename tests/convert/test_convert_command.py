@@ -53,6 +53,7 @@ def test_every_option_reaches_the_manifest(tmp_path):
     os.rename(tmp_path / "set", tmp_path / "val")
     (tmp_path / "train").mkdir()
     options += " --on-error raise --white-level 4095 --image-column img --label-column cls"
+    options += " --jpeg-sampling 4:4:4 --line-art jpeg"
     assert main([str(tmp_path), str(tmp_path / "x.beton"), *options.split()]) == 0
     manifest = json.loads((tmp_path / "x.beton.json").read_text())
     assert manifest["settings"] == {
@@ -67,6 +68,8 @@ def test_every_option_reaches_the_manifest(tmp_path):
         "label_column": "cls",
         "targets": [],
         "max_pixels": 1 << 28,
+        "jpeg_sampling": "4:4:4",
+        "line_art": "jpeg",
     }
     assert manifest["count"] == 6 and manifest["class_counts"] == [3, 3] and manifest["split"] == "validation"
     assert manifest["stored"]["reencoded"] == 6 and open_beton(tmp_path / "x.beton").widths.max() == 25

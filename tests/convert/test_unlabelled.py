@@ -115,7 +115,18 @@ def test_the_split_without_labels(tmp_path):
 def test_pretraining_without_labels_and_what_needs_them(tmp_path, capsys):
     """Loose images pretrain and encode; whatever needs labels says so in one line, before any work."""
     photos, run = loose(tmp_path / "photos"), str(tmp_path / "run")
-    options = ["--epochs", "1", "--batch-size", "6", "--backbone", "tiny", "--resolution", "16"]
+    options = [
+        "--family",
+        "none",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "6",
+        "--backbone",
+        "tiny",
+        "--resolution",
+        "16",
+    ]
     assert lvssl(["pretrain", "--data", str(photos), "--out", run, "--device", "cpu", *options]) == 0
     assert lvssl(["encode", run, "--images", str(photos), "--out", str(tmp_path / "x.codes")]) == 0
     labelled = class_folders(tmp_path / "labelled", {f"{c}/0.jpg": IMAGES[i] for i, c in enumerate("ab")})
@@ -197,6 +208,7 @@ def test_columns_by_other_names(tmp_path, capsys):
     made = open_dataset(str(tmp_path / "x.beton"))
     assert made.classes == ["a", "b"] and [made.read(i) for i in range(2)] == IMAGES[2:4]
     assert read_manifest(tmp_path / "x.beton.json")[0]["settings"]["image_column"] == "right"
+    capsys.readouterr()
     for option, wrong in (("--image-column", "kind"), ("--image-column", "top"), ("--label-column", "top")):
         given = {"--image-column": "left", option: wrong}
         assert (
