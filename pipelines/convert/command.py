@@ -100,7 +100,7 @@ def _source_options(group: argparse._ArgumentGroup) -> None:
     add(
         "--targets",
         nargs="+",
-        default=(),
+        default=[],
         metavar="NAME",
         help="Columns of numbers, in a tar fields of the .json, to store as regression targets.",
     )
@@ -266,7 +266,6 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    settings = replace(settings, targets=tuple(settings.targets))
     manifest = convert(
         args.source,
         args.out,

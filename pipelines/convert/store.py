@@ -6,7 +6,7 @@ import hashlib
 import io
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ class Settings:
     white_level: int | None = None  # of images of more than 8 bits that don't state theirs, see `depth`
     image_column: str | None = None  # of a table or a tar's samples, where it has no usual name
     label_column: str | None = None  # likewise; "none" leaves the labels out
-    targets: tuple[str, ...] = ()  # columns of numbers to store
+    targets: list[str] = field(default_factory=list)  # columns of numbers to store
     max_pixels: int = jpeg.MAX_PIXELS  # larger images can't be stored
     jpeg_sampling: str = "4:2:0"  # of what has to be encoded, one of turbojpeg.SAMPLINGS
     line_art: str = "raw"  # one of LINE_ART: images whose lossless file is smaller than a JPEG of them

@@ -406,7 +406,7 @@ def line_art(side: int = 120) -> np.ndarray:
 
 @pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("GIF", {}), ("WEBP", {"lossless": True})])
 def test_line_art_is_stored_without_loss(kind, options):
-    """Of which a JPEG takes more bytes than its own file; photographs, and lossy files, are stored as JPEGs."""
+    """Of which a JPEG takes more bytes than its file; photographs and lossy files are stored as JPEGs."""
     data = encoded(line_art(), kind, **options)
     expected = decoded(data)
     stored = store(data, Settings())

@@ -23,7 +23,7 @@ from pipelines.views import ViewSettings
 
 VIEW = ViewSettings(resolution=16)
 WHOLE = encoded(pixels(40, 48, 1), quality=90)
-EXTRANEOUS = WHOLE[:-2] + b"\x12\x34\x56" + WHOLE[-2:]  # behind the last block, before the end
+EXTRANEOUS = WHOLE[:-2] + b"\x12" * 64 + WHOLE[-2:]  # behind the last block, before the end
 warned = pytest.mark.skipif(turbojpeg.FOUND is None, reason="Pillow says nothing of extraneous bytes")
 
 

@@ -84,7 +84,7 @@ def test_regression_targets_reach_ffcv(tmp_path):
     rows = [f"{i}.jpg,{i * 1.5},{-i / 3:.6f},cam{i}" for i in range(6)]
     (tmp_path / "ages.csv").write_text("path,age,offset,camera\n" + "\n".join(rows) + "\n")
     out = tmp_path / "ages.beton"
-    settings = Settings(shuffle_seed=1, targets=("age", "offset"))
+    settings = Settings(shuffle_seed=1, targets=["age", "offset"])
     manifest = convert(str(tmp_path / "ages.csv"), out, settings, webdataset=tmp_path / "tars")
     assert manifest["targets"] == ["age", "offset"]
     assert manifest["notes"] == ["left out, columns; numbers can be stored by --targets (1): camera"]

@@ -216,7 +216,7 @@ def test_columns_by_other_names(tmp_path, capsys):
             == 2
         )
         error = capsys.readouterr().err
-        assert wrong in error and "left" in error and error.count("\n") == 1
+        assert wrong in error and "right" in error and error.count("\n") == 1
     table(tmp_path / "lists.parquet", {"image": IMAGES[:2], "label": [[0], [0, 1]]})
     opened = open_dataset(str(tmp_path / "lists.parquet"))
     assert opened.classes == [] and opened.notes == ["left out, column 'label' holds no single class"]
@@ -254,7 +254,7 @@ def test_metadata_is_a_target_only_where_it_is_asked_for(tmp_path, capsys):
     for source in (tar, tmp_path / "x.parquet", tmp_path / "x.csv"):
         manifest = convert(str(source), out, overwrite=True)
         assert manifest["targets"] == [] and any("width" in note for note in manifest["notes"]), source
-        manifest = convert(str(source), out, Settings(targets=("similarity",)), overwrite=True)
+        manifest = convert(str(source), out, Settings(targets=["similarity"]), overwrite=True)
         assert manifest["targets"] == ["similarity"]
         assert open_reader(out).targets["similarity"].tolist() == [i / 2 for i in range(6)]
     for name, said in (
@@ -271,7 +271,7 @@ def test_targets_have_names_of_any_length(tmp_path):
     source = table(
         tmp_path / "x.parquet", {"image": IMAGES, name: [i / 3 for i in range(6)], "größe": [1.5] * 6}
     )
-    settings = Settings(targets=(name, "größe"))
+    settings = Settings(targets=[name, "größe"])
     convert(str(source), tmp_path / "x.beton", settings, webdataset=tmp_path / "tars")
     parts = tmp_path / "parts.beton"
     for number in (1, 2):
