@@ -1,6 +1,8 @@
 """User-fixable errors: printed as one line, without a traceback, exit status 2."""
 
-ON_ERROR = ("raise", "skip")  # what a command does with an image that can't be decoded
+# What a command does with an image that can't be decoded. keep: skip it, unless it is a JPEG of which Pillow
+# makes an image where libjpeg-turbo warns of damage (extraneous bytes, for one); that image is used.
+ON_ERROR = ("raise", "skip", "keep")
 
 
 class InputError(ValueError):

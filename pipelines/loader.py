@@ -22,12 +22,15 @@ from torch import Tensor
 from pipelines.augment import cpu
 from pipelines.cores import loader_threads
 from pipelines.decode import DamagedSample, Reader
+from pipelines.decode.pixels import decode_damaged
+from pipelines.decode.turbo import crop_pixels
 from pipelines.errors import ON_ERROR, InputError
 from pipelines.in_order import in_order
 from pipelines.order import ORDERS, epoch_order, step_indices, steps_per_epoch
 from pipelines.parameters import FLIP, P, centre_boxes, crop_boxes, draw_parameters
 from pipelines.views import ViewSettings
 
+Flips = np.ndarray | None
 Augmenter = Callable[[Tensor, Tensor, ViewSettings], Tensor]
 CACHED = 1 << 20  # bytes of crops that are made at once: augmented before they leave the second-level cache
 RUN_AHEAD = 2  # batches whose use has been launched and isn't over: each keeps its memory until then
@@ -246,7 +249,7 @@ class TwoViewLoader:
                     self.view, self.settings.seed, epoch, indices, *sizes, table.shape[1]
                 )
                 flips = table[..., FLIP] != 0 if self.settings.crops_only else None
-                self.source.crops(indices, crop_boxes(table), crops, flips)
+                self._replacements.crops(indices, crop_boxes(table), crops, flips)
                 break
             except DamagedSample as sample:
                 self._replacements.replace(sample, indices, asked)
@@ -365,7 +368,7 @@ def evaluation_crops(
     while True:
         try:
             boxes = centre_boxes(*source.sizes(indices), view.evaluation_crop)
-            source.crops(indices, boxes, crops)
+            replacements.crops(indices, boxes, crops)
             return crops[:, 0]
         except DamagedSample as sample:
             replacements.replace(sample, indices, asked)
@@ -382,10 +385,32 @@ class Replacements:
     def __init__(self, source: Reader, on_error: str = "raise") -> None:
         if on_error not in ON_ERROR:
             raise InputError(f"on_error must be {' or '.join(ON_ERROR)}, got {on_error!r}")
-        self.samples, self.skip = len(source), on_error == "skip"
+        self.source, self.skip, self.keep = source, on_error != "raise", on_error == "keep"
         self.damaged: dict[int, str] = {}
         self.count = 0
         self._lock = threading.Lock()
+
+    def crops(self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: Flips = None) -> None:
+        """What `Reader.crops` does; with on_error="keep", of what Pillow makes of a damaged JPEG."""
+        try:
+            self.source.crops(indices, boxes, out, flips)
+        except DamagedSample:
+            if not self.keep:
+                raise
+            flips = np.zeros(boxes.shape[:2], bool) if flips is None else flips
+            for row in range(len(indices)):
+                self._crop_or_keep(row, indices, boxes, out, flips)
+
+    def _crop_or_keep(
+        self, row: int, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: np.ndarray
+    ) -> None:
+        part = slice(row, row + 1)
+        try:
+            self.source.crops(indices[part], boxes[part], out[part], flips[part])
+        except DamagedSample as sample:
+            pixels = decode_damaged(self.source.encoded(row, sample.index))
+            if pixels is None or not crop_pixels(pixels, boxes[row], flips[row], out[row]):
+                raise DamagedSample(row, sample.index, str(sample)) from None
 
     def replace(self, sample: DamagedSample, indices: np.ndarray, asked: np.ndarray) -> None:
         """Put another into `indices`, which were `asked` at first. Raises the sample where none may stand for
@@ -394,10 +419,10 @@ class Replacements:
             raise sample
         with self._lock:
             self.damaged[sample.index] = str(sample)
-            after = ((sample.index + step) % self.samples for step in range(1, self.samples))
+            after = ((sample.index + step) % len(self.source) for step in range(1, len(self.source)))
             index = next((index for index in after if index not in self.damaged), None)
             if index is None:
-                raise InputError(f"none of {self.samples} samples can be decoded; the last: {sample}")
+                raise InputError(f"none of {len(self.source)} samples can be decoded; the last: {sample}")
             self.count += int(indices[sample.row] == asked[sample.row])
             indices[sample.row] = index
 

@@ -93,8 +93,6 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
     if (done := written.found()) is not None:
         return done
     train, test = labelled_pair(run, control, None, settings.test)
-    if min(train.labels.min(initial=0), test.labels.min(initial=0)) < 0:
-        raise InputError(f"{run.settings.data}, {settings.test}: labels are needed to analyse a run")
     if len(test) < FEWEST:
         raise InputError(f"{settings.test}: at least {FEWEST} test images are needed to analyse a run")
     sampling = settings.sampling()

@@ -97,7 +97,7 @@ def encode(settings: EncodeSettings) -> Path:
     if settings.workers < 0:
         raise InputError(f"--workers must be at least 0, got {settings.workers}")
     run = load_run(settings.run)
-    skip = run.on_error(settings.on_error) == "skip"
+    on_error = run.on_error(settings.on_error)
     source, names = image_set(settings.images)
     out = code_path(settings.run, settings.out)
     if not out.parent.is_dir():
@@ -109,13 +109,13 @@ def encode(settings: EncodeSettings) -> Path:
         checkpoint=run.digest,
         created_by=created_by(run),
         means=width_of_means(run) if settings.means else 0,
-        source=identity(run, settings, names, skip),
+        source=identity(run, settings, names, on_error),
     )
     with writer:
         first = writer.position
         if first:
             tqdm.write(f"going on after {first:,} images", file=sys.stderr)
-        batches = crops_of(run, source, skip, settings.workers, np.arange(first, len(names)))
+        batches = crops_of(run, source, on_error, settings.workers, np.arange(first, len(names)))
         with tqdm(total=len(names), initial=first, desc="encode", unit="img", disable=None) as bar:
             for rows, codes, means in coded(run, batches):
                 found = [names[row] for row in rows]
@@ -183,7 +183,7 @@ def queries(run: Run, settings: SearchSettings) -> Iterator[Queries]:
         yield from queries_of(open_codes(path), run, settings.rerank)
     elif holds_many(path):
         waiting: list[Queries] = []
-        for part in encoded(run, path, run.on_error(settings.on_error) == "skip"):
+        for part in encoded(run, path, run.on_error(settings.on_error)):
             waiting.append(part)
             if sum(len(some.names) for some in waiting) >= QUERIES:
                 yield joined(waiting)
@@ -191,7 +191,8 @@ def queries(run: Run, settings: SearchSettings) -> Iterator[Queries]:
         if waiting:
             yield joined(waiting)
     else:
-        yield Queries([str(path)], *codes_of(run, centre_crop(run, decode_rgb(path))[None]))
+        image = decode_rgb(path, keep=run.on_error(settings.on_error) == "keep")
+        yield Queries([str(path)], *codes_of(run, centre_crop(run, image)[None]))
 
 
 def created_by(run: Run) -> str:
@@ -216,9 +217,9 @@ def holds_many(path: Path) -> bool:
     return path.is_dir() or path.suffix in (".lvcodes", ".beton", ".tar", ".parquet", ".csv", ".jsonl")
 
 
-def encoded(run: Run, path: Path, skip: bool) -> Iterator[Queries]:
+def encoded(run: Run, path: Path, on_error: str) -> Iterator[Queries]:
     source, names = image_set(path)
-    for rows, codes, means in coded(run, crops_of(run, source, skip)):
+    for rows, codes, means in coded(run, crops_of(run, source, on_error)):
         yield Queries([names[row] for row in rows], codes, means)
 
 
@@ -259,11 +260,10 @@ def every_image(path: Path) -> Reader | None:
 
 
 def crops_of(
-    run: Run, source: Reader, skip: bool, workers: int = 0, rows: np.ndarray | None = None
+    run: Run, source: Reader, on_error: str, workers: int = 0, rows: np.ndarray | None = None
 ) -> Batches:
     """Centre crops of those of the images (or of `rows`) that can be decoded, with a warning for each other
     one; or InputError, which names it."""
-    on_error = "skip" if skip else "raise"
     try:
         yield from readable(source, run.settings.view, workers, on_error, rows, left_out=say_left_out)
     except DamagedSample as sample:
@@ -286,7 +286,7 @@ def names_of(source: Reader, path: Path) -> list[str]:
     return [str(i) for i in range(len(source))]
 
 
-def identity(run: Run, settings: EncodeSettings, names: list[str], skip: bool) -> str:
+def identity(run: Run, settings: EncodeSettings, names: list[str], on_error: str) -> str:
     """Another one wherever the same position may mean another code."""
     digest = hashlib.sha256()
     view = beyond_defaults(run.settings.view)
@@ -294,7 +294,7 @@ def identity(run: Run, settings: EncodeSettings, names: list[str], skip: bool) -
     if settings.images.is_file():
         stat = settings.images.stat()
         file = [stat.st_size, stat.st_mtime_ns]
-    told = [str(settings.images.resolve()), view, skip, file, run.arithmetic]
+    told = [str(settings.images.resolve()), view, on_error, file, run.arithmetic]
     digest.update(json.dumps(told, sort_keys=True).encode())
     for name in names:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")

@@ -155,8 +155,9 @@ def open_labelled(
         source = numbered_as(source, path, train.source.classes, str(train.path))
     known: dict[str, np.ndarray] = getattr(source, "targets", {})
     if not target:
-        if source.labels.min() < 0 or (train is None and _of_one_class(source)):
-            one_of = f"; its float targets: {', '.join(known)}: name one with --target" if known else ""
+        one_of = f"; its float targets: {', '.join(known)}: name one with --target" if known else ""
+        require_labels(source, path, one_of)
+        if train is None and _of_one_class(source):
             raise InputError(f"{path}: needs labels of at least two classes{one_of}")
         answers = torch.from_numpy(source.labels.astype(np.int64))
         return LabelledDataset(path, source, answers, int(answers.max()) + 1, (), on_error)
@@ -174,7 +175,7 @@ def numbered_as(source: Reader, path: Path, classes: list[str] | None, where: st
     other's names aren't numbers. Raises InputError, with the list, for a class that isn't in `classes`.
     """
     own = source.classes
-    if own == classes or (_numbers_alone(own) and _numbers_alone(classes)):
+    if source.labels.min() < 0 or own == classes or (_numbers_alone(own) and _numbers_alone(classes)):
         return source
     known = own is not None and classes is not None
     used = {own[label] for label in np.unique(source.labels)} if known and own is not None else set()
@@ -188,6 +189,15 @@ def numbered_as(source: Reader, path: Path, classes: list[str] | None, where: st
     renumbered.labels = by_name(source.labels, own, classes, str(path), where)
     renumbered.classes = classes
     return renumbered
+
+
+def require_labels(source: Reader, path: Path, besides: str = "") -> None:
+    """Raise InputError if the images at `path` have no labels. `besides`: what they have instead."""
+    if source.labels.min() < 0:
+        raise InputError(
+            f"{path}: its images have no labels, and this command needs them of training and test images; "
+            f"name labelled ones with --train and --test{besides}"
+        )
 
 
 def _numbers_alone(classes: list[str] | None) -> bool:
@@ -211,9 +221,12 @@ def open_pair(train: Path, test: Path) -> tuple[Reader, Reader]:
             the training images.
     """
     first = open_reader(train)
+    require_labels(first, train)
     if _of_one_class(first):
         raise InputError(f"{train}: needs labels of at least two classes")
-    second = numbered_as(open_reader(test), test, first.classes, str(train))
+    second = open_reader(test)
+    require_labels(second, test)
+    second = numbered_as(second, test, first.classes, str(train))
     check_seen(first, second, train, test)
     return first, second
 

@@ -289,7 +289,8 @@ class PretrainSettings:
     order: str = "random"
     """Of an epoch: random, quasi-random (by storage blocks, for sets larger than memory), sequential."""
     on_error: str = "raise"
-    """An image that can't be decoded: raise (stop and name it), skip (take the next good one, count it)."""
+    """An image that can't be decoded: raise (stop and name it), skip (take the next good one, count it), or
+    keep (skip, but use what Pillow makes of a damaged JPEG, such as one with extraneous bytes)."""
     out: Path = field(default=Path("runs/pretrain"), metadata=RUNTIME)
     """The run's folder; must not exist, unless with --resume."""
     epochs: int = 100

@@ -28,7 +28,8 @@ class StageSettings:
     """What reads both: auto (beton for a .beton, else folder), beton, folder (files, tars or a table, never
     converted), dali (decoded and cropped by NVIDIA DALI)."""
     on_error: str | None = None
-    """An image that can't be decoded: raise (stop and name it), or skip; left out: as in the pretraining.
+    """An image that can't be decoded: raise (stop and name it), skip, or keep (skip, but use what Pillow
+    makes of a damaged JPEG, such as one with extraneous bytes); left out: as in the pretraining.
     In a training step the next good one takes its place; in an evaluation it is left out, and the figures'
     count says so."""
     target: str = ""

@@ -194,7 +194,7 @@ class Trainer(Loop):
 
     def row(self, figures: Figures) -> dict[str, Any]:
         """See `Loop.row`."""
-        skipped = {"skipped": self.loader.skipped} if self.settings.on_error == "skip" else {}
+        skipped = {"skipped": self.loader.skipped} if self.settings.on_error != "raise" else {}
         return super().row(figures) | skipped
 
     def note(self, row: dict[str, Any]) -> str:

@@ -7,7 +7,9 @@
     convert-beton imagenet/ train.beton --webdataset train-tars/       # both from one pass
     convert-beton 'train-{000000..000146}.tar' train.beton             # WebDataset shards
     convert-beton cifar10-jpeg/ test.beton --split test                # Hugging Face image parquet
-    convert-beton ages.csv ages.beton                                  # path,label or path,age: regression
+    convert-beton photos/ photos.beton                                 # loose images: no labels, to pretrain
+    convert-beton table.csv out.beton                                  # columns path and label
+    convert-beton ages.csv ages.beton --targets age                    # path,age: regression
     convert-beton /usr/share/datasets/fashion-mnist train.beton        # MNIST's idx files
     convert-beton torchvision:CIFAR10 train.beton --root data          # downloaded if need be
     convert-beton sklearn:digits digits.beton                          # always at hand
@@ -19,9 +21,9 @@
 
 Each JPEG is checked by decoding it and stored byte for byte. Images are encoded anew only where they must
 change: JPEGs that are larger than --max-resolution, that are CMYK or that EXIF says are rotated; and other
-formats (PNG and so on), unless they are so small (64 x 64) that raw pixels serve better. Damaged images are
-skipped and named in OUT.beton.json. An interrupted conversion resumes when the same command is run again, and
-ends with the same bytes.
+formats (PNG and so on), unless they are so small (64 x 64), or so much smaller without loss (line art), that
+raw pixels serve better. Damaged images are skipped and named in OUT.beton.json. An interrupted conversion
+resumes when the same command is run again, and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -36,8 +38,10 @@ from typing import Any, NoReturn, TypeVar
 
 from pipelines.convert.conversion import ConvertOptions, OutputOptions, Settings, convert, part_path
 from pipelines.convert.estimate import size_text
+from pipelines.convert.store import LINE_ART
 from pipelines.datasets.opening import SPLITS
 from pipelines.errors import ON_ERROR, InputError
+from pipelines.formats import jpeg, turbojpeg
 from pipelines.formats.webdataset import IMAGES_PER_TAR
 
 WARNINGS_SHOWN = 20
@@ -82,6 +86,25 @@ def _source_options(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         help="ImageNet's development kit, which its validation tar needs (default: the one beside the tar).",
     )
+    add(
+        *("--image-column", "--image-key"),
+        metavar="NAME",
+        help="The column of the images or of their paths, where it has no usual name; in a tar of several "
+        "images a sample, what comes after its key (left.jpg).",
+    )
+    add(
+        *("--label-column", "--label-key"),
+        metavar="NAME",
+        help="The column of the classes, where it has no usual name; in a tar an extension or a field of the "
+        ".json. With `none`, labels are not read.",
+    )
+    add(
+        "--targets",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="Columns of numbers, in a tar fields of the .json, to store as regression targets.",
+    )
     add("--root", default="data", metavar="DIR", help="Where torchvision keeps its files (default: data).")
     add("--subset", type=int, metavar="N", help="Read only N images, balanced over the classes.")
     add(
@@ -110,11 +133,32 @@ def _stored_options(group: argparse._ArgumentGroup) -> None:
         help="Shrink images whose longest side is over N pixels.",
     )
     add(
+        "--max-pixels",
+        type=int,
+        default=jpeg.MAX_PIXELS,
+        metavar="N",
+        help=f"Skip images of more than N pixels (default: {jpeg.MAX_PIXELS}).",
+    )
+    add(
         "--jpeg-quality",
         type=int,
         default=90,
         metavar="Q",
         help="Quality of the images that are encoded anew, 1 to 100 (default: 90).",
+    )
+    add(
+        "--jpeg-sampling",
+        choices=list(turbojpeg.SAMPLINGS),
+        default="4:2:0",
+        help="Colour resolution of the images that are encoded anew: 4:4:4 keeps thin coloured lines better, "
+        "takes half as much room again and decodes more slowly (default: 4:2:0).",
+    )
+    add(
+        "--line-art",
+        choices=LINE_ART,
+        default="raw",
+        help="Images whose PNG, GIF or lossless WebP file is smaller than a JPEG of them: store RGB pixels, "
+        "which is exact and large, or that JPEG (default: raw).",
     )
     add(
         "--raw-proportion",
@@ -138,8 +182,8 @@ def _run_options(group: argparse._ArgumentGroup) -> None:
         "--on-error",
         choices=ON_ERROR,
         default="skip",
-        help="What to do about a damaged image: skip it and name it in the manifest, or raise an error and "
-        "stop (default: skip).",
+        help="What to do about a damaged image: skip it and name it in the manifest, raise an error and "
+        "stop, or keep what Pillow makes of a JPEG in which libjpeg-turbo finds damage (default: skip).",
     )
     add(
         "--workers",
@@ -263,7 +307,8 @@ def _report(out: str, manifest: dict[str, Any]) -> None:
     earlier = f", {manifest['resumed']:,} of them earlier" if manifest["resumed"] else ""
     where = f"{out}.json" if manifest["format"] == "beton" else f"{out.rstrip('/')}/manifest.json"
     targets = manifest["targets"]
-    among = f"with {', '.join(targets)}" if targets else f"in {len(manifest['classes'])} classes"
+    among = f"in {len(manifest['classes'])} classes" if manifest["classes"] else "without labels"
+    among = f"with {', '.join(targets)}" if targets else among
     print(
         f"{out}: {manifest['count']:,} images ({', '.join(stored)}) {among}, "
         f"{len(skipped)} skipped, {manifest['bytes'] / 1e6:,.1f} MB in {manifest['seconds']:.1f} s "

@@ -34,7 +34,8 @@ from pipelines.convert.journal import Journal, conversion_lock
 from pipelines.convert.outputs import BetonOutput, Item, Output, TarOutput
 from pipelines.convert.store import STORAGE_KINDS, Settings, Stored, area_resize, select, store, store_batch
 from pipelines.cores import cores
-from pipelines.datasets.dataset import Dataset, evenly_spaced
+from pipelines.datasets.columns import Columns
+from pipelines.datasets.dataset import Dataset, class_counts, evenly_spaced
 from pipelines.datasets.opening import open_dataset
 from pipelines.errors import InputError
 from pipelines.formats import jpeg
@@ -147,7 +148,15 @@ def convert(
     if beton is None and options.tars is None:
         raise InputError("no output: name OUT.beton, --webdataset DIR, or both")
     check_targets(beton, options.tars, options.overwrite)
-    opened = open_dataset(source, options.split, options.root, classes=options.classes, devkit=options.devkit)
+    columns = Columns(settings.image_column, settings.label_column, tuple(settings.targets))
+    opened = open_dataset(
+        source,
+        options.split,
+        options.root,
+        classes=options.classes,
+        devkit=options.devkit,
+        columns=columns,
+    )
     order = select(opened.labels, settings.subset, settings.shuffle_seed)
     head: dict[str, Any] = {"source": source, "split": opened.split}
     if shard is not None:
@@ -501,7 +510,7 @@ def _figures(work: Work, journal: Journal, output: Output) -> dict[str, Any]:
     of_class, of_kind, rotated = np.zeros(classes, np.int64), np.zeros(len(STORAGE_KINDS), np.int64), 0
     of_height, of_width = np.zeros((2, LONGEST_SIDE + 1), np.int64)
     for rows, indices in _kept(work, journal, REPLAYED):
-        of_class += np.bincount(work.source.labels[indices], minlength=classes)
+        of_class += class_counts(work.source.labels[indices], classes)
         of_kind += np.bincount(rows["storage_kind"], minlength=len(STORAGE_KINDS))
         of_height += np.bincount(rows["height"], minlength=len(of_height))
         of_width += np.bincount(rows["width"], minlength=len(of_width))
@@ -509,7 +518,7 @@ def _figures(work: Work, journal: Journal, output: Output) -> dict[str, Any]:
     stored = {kind: int(of_kind[number]) for number, kind in enumerate(STORAGE_KINDS) if number}
     return {
         **output.describe(),
-        "count": int(of_class.sum()),
+        "count": int(of_kind.sum()),
         "bytes": output.bytes_written(),
         "classes": work.source.classes,
         "class_counts": of_class.tolist(),

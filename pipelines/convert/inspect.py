@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from pipelines.convert.estimate import size_text
 from pipelines.datasets.beton import open_beton_source
-from pipelines.datasets.dataset import Dataset, evenly_spaced
+from pipelines.datasets.dataset import Dataset, class_counts, evenly_spaced
 from pipelines.datasets.opening import open_dataset
 from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
@@ -56,7 +56,7 @@ def inspect(path: str | Path, sheet: str | Path) -> Look:
         lines.append(f"{path}: {len(source.labels):,} images")
         sizes = np.array([len(source.read(i)) for i in evenly_spaced(len(source.labels), 1000).tolist()])
         lines += ["", f"bytes an image ({len(sizes)} of them)", *histogram(sizes)]
-    counts = np.bincount(source.labels, minlength=len(source.classes))
+    counts = class_counts(source.labels, len(source.classes))
     lines += ["", *class_lines(source, counts)]
     contact_sheet(source, sheet)
     lines += ["", f"contact sheet: {sheet}"]
@@ -64,10 +64,10 @@ def inspect(path: str | Path, sheet: str | Path) -> Look:
 
 
 def class_lines(source: Dataset, counts: np.ndarray) -> list[str]:
-    lines = [
-        f"{len(counts):,} classes of {counts.min():,} to {counts.max():,} images, "
-        f"{np.median(counts):,.0f} at the median"
-    ]
+    lines = ["without labels"]
+    if len(counts):
+        spread = f"{counts.min():,} to {counts.max():,} images, {np.median(counts):,.0f} at the median"
+        lines = [f"{len(counts):,} classes of {spread}"]
     shown = (
         range(len(counts)) if len(counts) <= 20 else [*range(10), -1, *range(len(counts) - 10, len(counts))]
     )
@@ -107,7 +107,8 @@ def contact_sheet(source: Dataset, path: Path) -> None:
         thumb.thumbnail((SIDE - 4, SIDE - 4), Image.Resampling.LANCZOS)
         x, y = place % COLUMNS * SIDE, place // COLUMNS * (SIDE + CAPTION)
         page.paste(thumb, (x + (SIDE - thumb.width) // 2, y + (SIDE - thumb.height) // 2))
-        caption = f"{index} {source.classes[source.labels[index]]}".encode("ascii", "replace").decode()
+        name = source.classes[source.labels[index]] if source.classes else ""
+        caption = f"{index} {name}".encode("ascii", "replace").decode()
         draw.text((x + 4, y + SIDE - 1), caption[:20], "black")
     try:
         page.save(path, "PNG")

@@ -15,7 +15,7 @@ from pipelines.convert.store import Settings, Stored
 from pipelines.datasets.beton import reader_of
 from pipelines.datasets.dataset import Dataset
 from pipelines.errors import InputError
-from pipelines.formats.beton import BetonFile, open_beton
+from pipelines.formats.beton import BetonFile, named_targets, open_beton
 from pipelines.formats.manifest import Samples, manifest_path, read_manifest, rows_path
 
 
@@ -62,6 +62,7 @@ class _Parts:
         bytes_of = reader_of(self.betons)
         place = [(part, index) for part, beton in enumerate(self.betons) for index in range(beton.count)]
         first = self.manifests[0]
+        targets = [named_targets(beton, first["targets"]) for beton in self.betons]
         return Dataset(
             names=[name for samples in self.rows for name in samples["name"]],
             labels=np.concatenate([beton.labels for beton in self.betons]),
@@ -69,8 +70,7 @@ class _Parts:
             read=lambda at: self._stored(*place[at], bytes_of(*place[at])),
             split=first["split"],
             targets={
-                name: np.concatenate([beton.targets[name] for beton in self.betons])
-                for name in first["targets"]
+                name: np.concatenate([of_part[name] for of_part in targets]) for name in first["targets"]
             },
         )
 

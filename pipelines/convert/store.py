@@ -6,18 +6,19 @@ import hashlib
 import io
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from pipelines.datasets.dataset import Dataset
-from pipelines.decode.pixels import as_rgb, decode_other, upright
+from pipelines.decode.pixels import as_rgb, decode_damaged, decode_other, upright
 from pipelines.errors import ON_ERROR, InputError, first_line
-from pipelines.formats import jpeg
+from pipelines.formats import jpeg, turbojpeg
 from pipelines.formats.beton import JPEG, LONGEST_SIDE, RAW
 
+LINE_ART = ("raw", "jpeg")
 SMALL = 64 * 64  # pixels; a lossless image of at most so many is stored raw: cheaper to read, hardly larger
 STORAGE_KINDS = (
     "refused",
@@ -38,6 +39,12 @@ class Settings:
     shuffle_seed: int | None = None  # None keeps the source's order; the subset is drawn with 0 then
     on_error: str = "skip"  # one of ON_ERROR: what a damaged image does; one that is skipped is named
     white_level: int | None = None  # of images of more than 8 bits that don't state theirs, see `depth`
+    image_column: str | None = None  # of a table or a tar's samples, where it has no usual name
+    label_column: str | None = None  # likewise; "none" leaves the labels out
+    targets: list[str] = field(default_factory=list)  # columns of numbers to store
+    max_pixels: int = jpeg.MAX_PIXELS  # larger images can't be stored
+    jpeg_sampling: str = "4:2:0"  # of what has to be encoded, one of turbojpeg.SAMPLINGS
+    line_art: str = "raw"  # one of LINE_ART: images whose lossless file is smaller than a JPEG of them
 
     def check(self) -> None:
         """Raises InputError for a value out of range."""
@@ -53,6 +60,12 @@ class Settings:
             raise InputError(f"--shuffle-seed {self.shuffle_seed}: must be within 0 and {2**32 - 1}")
         if self.white_level is not None and not 1 <= self.white_level < 2**32:
             raise InputError(f"--white-level {self.white_level}: must be within 1 and {2**32 - 1}")
+        if self.jpeg_sampling not in turbojpeg.SAMPLINGS:
+            raise InputError(f"--jpeg-sampling {self.jpeg_sampling}: must be 4:2:0 or 4:4:4")
+        if self.line_art not in LINE_ART:
+            raise InputError(f"--line-art {self.line_art}: must be {' or '.join(LINE_ART)}")
+        if self.max_pixels < 1:
+            raise InputError(f"--max-pixels {self.max_pixels}: must be at least 1")
         if self.on_error not in ON_ERROR:
             raise InputError(f"--on-error {self.on_error}: must be {' or '.join(ON_ERROR)}")
 
@@ -116,10 +129,20 @@ def store(image: bytes | np.ndarray, settings: Settings, index: int = 0) -> Stor
     if not image:
         raise jpeg.DamagedImage("the file is empty")
     if not jpeg.is_jpeg(image):
-        pixels, orientation = decode_other(image, settings.white_level)
-        pixels = upright(pixels, orientation)
-        return _store_pixels(pixels, settings, raw, small_is_raw=True, exif_rotated=orientation != 1)
-    header = jpeg.read_header(image)
+        pixels, orientation = decode_other(image, settings.white_level, settings.max_pixels)
+        pixels, lossless = upright(pixels, orientation), len(image) if _is_lossless(image) else None
+        return _store_pixels(pixels, settings, raw, True, orientation != 1, lossless)
+    try:
+        return _store_jpeg(image, settings, raw)
+    except jpeg.DamagedImage:
+        kept = decode_damaged(image, settings.max_pixels) if settings.on_error == "keep" else None
+        if kept is None:
+            raise
+        return _store_pixels(kept, settings, raw, small_is_raw=False)
+
+
+def _store_jpeg(image: bytes, settings: Settings, raw: bool) -> Stored:
+    header = jpeg.read_header(image, settings.max_pixels)
     size = _target_size(header.height, header.width, settings.max_resolution)
     same_size = size == (header.height, header.width)
     if header.is_rgb_or_grey and header.orientation == 1 and same_size and not raw:
@@ -142,15 +165,31 @@ def chosen_raw(settings: Settings, index: int) -> bool:
 
 
 def _store_pixels(
-    pixels: np.ndarray, settings: Settings, raw: bool, small_is_raw: bool, exif_rotated: bool = False
+    pixels: np.ndarray,
+    settings: Settings,
+    raw: bool,
+    small_is_raw: bool,
+    exif_rotated: bool = False,
+    lossless: int | None = None,
 ) -> Stored:
+    """`lossless`: bytes of the file, if it is compressed without loss. Where a JPEG takes more bytes a pixel,
+    the image is line art or the like: a JPEG would blur it by tens of levels, so its pixels are stored."""
     height, width = pixels.shape[:2]
     size = _target_size(height, width, settings.max_resolution)
     if size != (height, width):
         pixels = area_resize(pixels, *size)
     if raw or (small_is_raw and size[0] * size[1] <= SMALL):
         return Stored(RAW, *size, np.ascontiguousarray(pixels).tobytes(), "raw", exif_rotated)
-    return Stored(JPEG, *size, jpeg.encode(pixels, settings.jpeg_quality), "reencoded", exif_rotated)
+    data = jpeg.encode(pixels, settings.jpeg_quality, settings.jpeg_sampling)
+    is_art = lossless is not None and lossless * size[0] * size[1] < len(data) * height * width
+    if is_art and settings.line_art == "raw":
+        return Stored(RAW, *size, np.ascontiguousarray(pixels).tobytes(), "raw", exif_rotated)
+    return Stored(JPEG, *size, data, "reencoded", exif_rotated)
+
+
+def _is_lossless(data: bytes) -> bool:
+    """Whether this is a PNG, a GIF, or a WebP without loss."""
+    return data.startswith((b"\x89PNG", b"GIF8")) or (data[8:12] == b"WEBP" and b"VP8L" in data[12:64])
 
 
 def _target_size(height: int, width: int, max_resolution: int | None) -> tuple[int, int]:

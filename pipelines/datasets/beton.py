@@ -10,7 +10,7 @@ import numpy as np
 
 from pipelines.datasets.dataset import Dataset, labelled
 from pipelines.errors import InputError
-from pipelines.formats.beton import JPEG, BetonFile, open_beton
+from pipelines.formats.beton import JPEG, BetonFile, named_targets, open_beton
 from pipelines.formats.manifest import manifest_path, read_columns
 from pipelines.formats.openfiles import OpenFiles
 
@@ -20,11 +20,12 @@ def open_beton_source(path: Path) -> Dataset:
     beton = open_beton(path)
     bytes_of = reader_of([beton])
     manifest_file = manifest_path(path)
-    classes, split = None, None
+    classes, split, targets = None, None, beton.targets
     names = [f"{path.name}:{index}" for index in range(beton.count)]
     if manifest_file.exists():
         manifest, columns = read_columns(manifest_file, ("name",))
         classes, split, names = manifest["classes"], manifest["split"], columns["name"].tolist()
+        targets = named_targets(beton, manifest["targets"])
 
     def read(index: int) -> bytes | np.ndarray:
         data = bytes_of(0, index)
@@ -32,7 +33,7 @@ def open_beton_source(path: Path) -> Dataset:
             return data
         return np.frombuffer(data, np.uint8).reshape(int(beton.heights[index]), int(beton.widths[index]), 3)
 
-    return replace(labelled(str(path), names, beton.labels, classes, read, split), targets=beton.targets)
+    return replace(labelled(str(path), names, beton.labels, classes, read, split), targets=targets)
 
 
 def reader_of(betons: list[BetonFile]) -> Any:

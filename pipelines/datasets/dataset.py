@@ -9,6 +9,7 @@ import numpy as np
 
 from pipelines.datasets.recognise import in_short
 from pipelines.errors import InputError
+from pipelines.formats.beton import NO_LABEL
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class Dataset:
     """Images, not yet read, with their labels. `read` may be called from several threads at once."""
 
     names: Sequence[str]  # where each image comes from, for messages and the manifest
-    labels: np.ndarray  # int64 [N], 0 <= label < len(classes)
-    classes: list[str]
+    labels: np.ndarray  # int64 [N], 0 <= label < len(classes); all NO_LABEL in a set without labels
+    classes: list[str]  # none in a set without labels
     read: Callable[[int], bytes | np.ndarray]  # an image file's bytes, or uint8 [H, W] or [H, W, 3]
     split: str | None  # None where the source has none
     targets: dict[str, np.ndarray] = field(default_factory=dict)  # float64 [N] each, to be regressed
@@ -37,13 +38,22 @@ def labelled(
     split: str | None,
     libraries: dict[str, str] | None = None,
 ) -> Dataset:
-    """A Dataset whose labels are checked against its classes; classes without names are numbered."""
+    """A Dataset whose labels are checked against its classes; classes without names are numbered, and
+    there are none where all labels are NO_LABEL."""
     if len(labels) == 0:
         raise InputError(f"{source}: no image in it")
-    check_labels(source, labels, classes, names.__getitem__)
-    classes = classes or [str(number) for number in range(int(labels.max()) + 1)]
+    if (labels == NO_LABEL).all():
+        classes = []
+    else:
+        check_labels(source, labels, classes, names.__getitem__)
+        classes = classes or [str(number) for number in range(int(labels.max()) + 1)]
     size_of = getattr(read, "size_of", None)  # a tar's reader knows it
     return Dataset(names, labels, classes, read, split, libraries=libraries or {}, size_of=size_of)
+
+
+def class_counts(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Images of each class, int64 [classes]; images without a label are of none."""
+    return np.bincount(labels[labels != NO_LABEL], minlength=classes)
 
 
 def evenly_spaced(count: int, most: int) -> np.ndarray:
@@ -61,7 +71,7 @@ def check_labels(
     names, or one that makes more classes than can be meant: over BELIEVED, and more than there are images."""
     if labels.min() < 0:
         where = name_of(int(labels.argmin()))
-        raise InputError(f"{source}: {where} has label {labels.min()}; is this split unlabelled?")
+        raise InputError(f"{source}: {where} has label {labels.min()}; labels are numbers from 0")
     highest, first = int(labels.max()), int(labels.argmax())
     if classes:
         if highest >= len(classes):

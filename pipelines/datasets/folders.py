@@ -24,10 +24,12 @@ from pipelines.datasets.recognise import (
     in_short,
     is_image,
     left_by_a_system,
+    missing_shards,
     split_of_file,
 )
 from pipelines.errors import InputError
 from pipelines.formats import jpeg
+from pipelines.formats.beton import NO_LABEL
 
 
 def list_images(folder: str | Path) -> tuple[list[Path], list[str]]:
@@ -36,18 +38,31 @@ def list_images(folder: str | Path) -> tuple[list[Path], list[str]]:
     Known by their extensions, in any case, or else by their first bytes. Raises InputError if there is no
     such folder or no image in it.
     """
-    folder = Path(folder)
+    images = unlabelled_images(Path(folder))
+    return [Path(folder) / name for name in images.names], images.notes
+
+
+def unlabelled_images(folder: Path) -> Dataset:
+    """Those of `list_images`, named by their paths below the folder."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    images, others, system = [], LeftOut("no images"), by_a_system()
+    names, others, system = Names(), LeftOut("no images"), by_a_system()
     for name in _files_under(folder, system):
         if has_image_name(name) or _begins_as_image(folder / name):
-            images.append(folder / name)
+            names.append(name)
         else:
             others.add(name)
-    if not images:
+    if not names:
         raise InputError(f"{folder}: no image in it (looked for {', '.join(EXTENSIONS)})")
-    return images, others.notes() + system.notes()
+    return Dataset(
+        names=names,
+        labels=np.full(len(names), NO_LABEL, np.int64),
+        classes=[],
+        read=lambda index: read_regular(f"{folder}/{names[index]}"),
+        split=None,
+        notes=others.notes() + system.notes(),
+        size_of=lambda index: os.stat(f"{folder}/{names[index]}").st_size,
+    )
 
 
 def _begins_as_image(path: Path) -> bool:
@@ -161,20 +176,18 @@ def read_regular(path: str, most: int | None = None) -> bytes:
 
 
 def class_folders(folder: Path, split: str | None) -> Dataset:
-    """torchvision's ImageFolder layout, see `layout`. Every file in a class folder counts as an image: one
-    that is none is refused by name later, not skipped in silence."""
+    """torchvision's ImageFolder layout, see `layout`, or images without labels. Every file in a class folder
+    counts as an image: one that is none is refused by name later, not skipped in silence."""
     layout = layout_of(FolderTree(folder), str(folder), split)
     top = folder / layout.base
     if not layout.classes:
-        files = FolderTree(top).files("")
-        if any(name.startswith("ILSVRC2012_val_") for name in files):
+        if any(name.startswith("ILSVRC2012_val_") for name in FolderTree(top).files("")):
             raise InputError(
                 f"{top}: ImageNet's validation images without their classes; convert "
                 "ILSVRC2012_img_val.tar and its devkit instead, or put the images in one folder per class"
             )
-        what = "its images lie in no class folder" if any(map(has_image_name, files)) else "no image in it"
-        raise InputError(f"{top}: {what}; put the images in one folder per class: {top}/CLASS/1.jpg")
-
+        loose = unlabelled_images(top)
+        return replace(loose, split=layout.split, notes=[*layout.notes, *loose.notes])
     paths, counts, left = Names(), [], by_a_system()
     for name in layout.classes:
         files = _files_under(top / name, left)
@@ -207,19 +220,22 @@ def as_laid_out(
 
 
 def files_of_split(
-    source: str | Path, files: list[Path], split: str | None, strict: bool = True
+    source: str | Path, files: list[Path], split: str | None, strict: bool = True, top: Path | None = None
 ) -> tuple[list[Path], str | None, list[str]]:
-    """Files of one split, by their names (train-00000-of-00002.parquet); the split, None where no name says
-    one; and a note of what is left out. `strict` refuses a split that no name says."""
+    """Files of one split, by their names (train-00000-of-00002.parquet), or by their paths below `top`
+    (train/0000.parquet); the split, None where no name says one; and notes of what is left out or missing.
+    `strict` refuses a split that no name says."""
+    name_of = {path: path.name if top is None else path.relative_to(top).as_posix() for path in files}
     of_split: dict[str, list[Path]] = {}
     for path in files:
-        of_split.setdefault(split_of_file(path.name) or "", []).append(path)
+        of_split.setdefault(split_of_file(name_of[path]) or "", []).append(path)
     others = of_split.pop("", [])
     if not of_split:
         if strict and split is not None:
             raise InputError(f"{source}: no split '{split}' in it, only unnamed files")
-        return files, None, []
-    names = {each: [path.name for path in paths] for each, paths in of_split.items()}
+        return files, None, missing_shards([name_of[path] for path in files])
+    names = {each: [name_of[path] for path in paths] for each, paths in of_split.items()}
     key, split = choose_split(str(source), names, split)
-    left = [path.name for path in others + of_split.get(UNLABELLED, [])]
-    return of_split[key], split, [in_short("left out, files of no split", left)] if left else []
+    left = [name_of[path] for path in others] + names.get(UNLABELLED, []) * (key != UNLABELLED)
+    notes = [in_short("left out, files of no split", left)] if left else []
+    return of_split[key], split, notes + missing_shards(names[key])

@@ -65,7 +65,12 @@ def renumbered(source: Dataset, classes: Sequence[str], where: str | Path) -> Da
 
 
 def class_names(manifest: Path) -> list[str] | None:
-    """The classes that a manifest names; None where there is none, or where it names none.
+    """The classes that a manifest names; see `names_in`."""
+    return names_in(manifest, "classes")
+
+
+def names_in(manifest: Path, entry: str) -> list[str] | None:
+    """An entry of a manifest that is a list of names; None where there is none.
 
     Raises InputError if it can't be read: names would be lost in silence.
     """
@@ -77,7 +82,7 @@ def class_names(manifest: Path) -> list[str] | None:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{manifest}: not a manifest, or damaged ({reason})") from error
     try:
-        return [str(name) for name in content["classes"]]
+        return [str(name) for name in content[entry]]
     except (KeyError, TypeError):
         return None
 

@@ -36,7 +36,7 @@ class Layout:
     """Where the classes are."""
 
     base: str  # the folder that holds the class folders
-    classes: list[str]  # their names, sorted
+    classes: list[str]  # their names, sorted; none: the images below `base` have no labels
     split: str | None
     has_splits: bool = False  # the base is a split's folder
     train: list[str] | None = None  # the classes of the training images, where these are of another split
@@ -55,7 +55,7 @@ def layout_of(tree: Tree, where: str, asked: str | None, named: str | None = Non
     if not splits:
         if asked is not None and named is None:
             raise InputError(f"{where}: has no splits; leave --split out")
-        return Layout(base, names, asked or named, notes=_loose(tree, base))
+        return Layout(base, names, asked or named, notes=_loose(tree, base) if names else [])
     wanted = asked or (named if named in splits else None)
     key, split = choose_split(where, splits, wanted)
     chosen = splits[key]
@@ -64,7 +64,10 @@ def layout_of(tree: Tree, where: str, asked: str | None, named: str | None = Non
     beside = [name for name in names if split_of_folder(name) in (None, UNLABELLED)]
     notes = [in_short("left out, folders beside the splits", beside)] if beside else []
     inner = _inner(tree, f"{base}{chosen[0]}/")
-    notes += _loose(tree, base) + _loose(tree, inner)
+    notes += _loose(tree, base)
+    if key == UNLABELLED or not tree.folders(inner):
+        return Layout(inner, [], split, True, notes=notes)
+    notes += _loose(tree, inner)
     train, train_base = None, ""
     if key != "train" and "train" in splits:
         train_base = _inner(tree, f"{base}{splits['train'][0]}/")
@@ -79,7 +82,7 @@ def choose_split(where: str, present: Mapping[str, Sequence[str]], split: str | 
     """
     known = [name for name in present if name != UNLABELLED]
     if split is None:
-        split = known[0] if len(known) == 1 else "train"
+        split = known[0] if len(known) == 1 else "train" if known else UNLABELLED
     for name in (split, "validation") if split == "test" else (split,):
         if name in present:
             return name, split
@@ -112,7 +115,7 @@ def _splits(tree: Tree, base: str, names: list[str], asked: str | None) -> dict[
     labelled = [split for split in found if split != UNLABELLED]
     others = [f"{base}{name}/" for name in names if split_of_folder(name) is None]
     if not labelled:
-        return {}
+        return found if asked == UNLABELLED or not others else {}
     if len(labelled) > 1 or not others or asked is not None:
         return found
     own = [f"{base}{name}/" for name in found[labelled[0]]]

@@ -54,6 +54,21 @@ def split_of_file(name: str) -> str | None:
     return found[-1] if found else None
 
 
+def missing_shards(names: Sequence[str]) -> list[str]:
+    """A note of the files that a numbered series lacks: train-00001-of-00003.tar; 001.tar of 000 to 009."""
+    series: dict[tuple[str, str, int, int], set[int]] = {}  # by what stands around the number, and its digits
+    for name in names:
+        if found := re.fullmatch(r"(.*?)(\d+)(-of-(\d+)\D*|\.\w+)", name, re.DOTALL):
+            before, number, after, of = found.groups()
+            series.setdefault((before, after, len(number), int(of or 0)), set()).add(int(number))
+    missing = []
+    for (before, after, digits, of), there in series.items():
+        wanted = range(of) if of else range(min(there), max(there))
+        if len(wanted) - len(there) < 100_000:  # else no series, but dates and such
+            missing += [f"{before}{n:0{digits}}{after}" for n in wanted if n not in there]
+    return [in_short("missing, files of a numbered series", missing)] if missing else []
+
+
 class LeftOut:
     """Counts what isn't used and keeps the first names, for a note. `what` it is: "no images"."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.datasets import imagenet, tars
+from pipelines.datasets.columns import numbered
 from pipelines.datasets.dataset import Dataset, labelled
 from pipelines.datasets.folders import files_of_split
 from pipelines.datasets.recognise import LeftOut, left_by_a_system, split_of_folder
@@ -52,7 +53,7 @@ def open_shards(path: Path, split: str | None = None) -> Dataset | None:
     manifest = manifest_path(path if path.is_dir() else path.parent)
     labels, targets = _answers_of(manifest, len(names))
     if labels is None:
-        labels = np.array([_class(*each) for each in classes_of], np.int64)
+        labels = _classes(str(path), names, classes_of)
     source = labelled(str(path), names, labels, imagenet.class_names(manifest), reader, split)
     return replace(source, targets=targets, notes=[*notes, *left.notes()])
 
@@ -107,11 +108,12 @@ def _answers_of(manifest: Path, count: int) -> tuple[np.ndarray | None, dict[str
     return columns["label"].astype(np.int64), {name: columns[name].astype(np.float64) for name in targets}
 
 
-def _class(tar: tars.Tar, member: tars.Member | None) -> int:
-    if member is None:
-        raise InputError(f"{tar.name}: its index has an image without .cls, which holds the class")
-    text = tar.read(min(member.size, 32), member.offset)
-    try:
-        return int(np.int64(int(text)))
-    except (ValueError, OverflowError) as error:
-        raise InputError(f"{tar.name}: {member.name} holds {text!r}, no class number") from error
+def _classes(source: str, names: list[str], members: list[tuple[tars.Tar, tars.Member | None]]) -> np.ndarray:
+    """The numbers in the .cls files, int64 [N]; NO_LABEL everywhere if there are none."""
+    texts = [
+        "" if cls is None else tar.content(cls).decode("ascii", "replace").strip() for tar, cls in members
+    ]
+    labels, classes = numbered(texts, source, names.__getitem__, mixed=False)
+    if classes is not None:
+        raise InputError(f"{source}: {names[0]} has the class {texts[0]!r}, which is no number")
+    return labels

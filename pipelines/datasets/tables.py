@@ -1,18 +1,17 @@
-"""A CSV or JSONL of paths: with class labels, with regression targets, or with both.
+"""A CSV or JSONL of paths: with class labels, with regression targets, with both, or with neither.
 
     path,label                  path,age,height            {"path": "a.jpg", "label": 3, "age": 41.5}
     cats/1.jpg,cat              1.jpg,41.5,1.78            {"path": "b.jpg", "label": 0, "age": 29}
 
-The path column is `path`, `file`, `filename` or `image`, relative to the table; the class column is `label`
-or `class`: numbers from 0, or names, which are sorted and numbered. Every other column with a number in every
-row is a regression target, and FFCV's FloatField in the beton.
+Columns are found by their usual names (`columns`), in any case. Paths are relative to the table. Classes are
+numbers from 0, or names, which are sorted and numbered. A column that is asked for as a target, a number in
+every row, is FFCV's FloatField in the beton.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import math
 import os
 from array import array
 from collections.abc import Iterator
@@ -23,52 +22,60 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.datasets.columns import (
+    PATHS,
+    RESERVED,
+    USUAL,
+    Columns,
+    as_text,
+    finite,
+    listed,
+    numbered,
+    unused,
+)
 from pipelines.datasets.dataset import Dataset, labelled
 from pipelines.datasets.folders import read_regular
 from pipelines.datasets.names import Names
 from pipelines.errors import InputError
-from pipelines.formats.beton import LONGEST_NAME
-
-PATHS, LABELS = ("path", "file", "filename", "image"), ("label", "class")
 
 
-def open_table(path: Path) -> Dataset:
-    """Raises InputError, naming the line, if a row has no path, no label, or a label of another kind."""
+def open_table(path: Path, columns: Columns = USUAL) -> Dataset:
+    """Raises InputError, naming the row, if one has no path, no label though others have one, or no number
+    for a target that is asked for."""
     rows = _rows(path)
     first = next(rows, None)
     if first is None:
         raise InputError(f"{path}: no image in it")
-    columns = list(first)
-    path_column = next((name for name in PATHS if name in columns), None)
-    label_column = next((name for name in LABELS if name in columns), None)
+    path_column = columns.image_among(first, PATHS, str(path))
     if path_column is None:
-        raise InputError(f"{path}: no column {' or '.join(PATHS)} (its columns: {', '.join(columns)})")
-    names, labels, notes = Names(), Names(), []
-    values = {name: array("d") for name in columns if name not in (path_column, label_column)}
+        raise InputError(
+            f"{path}: no column of paths by a usual name ({listed(PATHS)}); choose one of its columns with "
+            f"--image-column: {listed(first)}"
+        )
+    label_column = columns.label_among((name for name in first if name != path_column), str(path))
+    names, texts, notes = Names(), Names(), list[str]()
+    values = {name: array("d") for name in _target_columns(path, first, columns, (path_column, label_column))}
+    if columns.targets is not None:
+        notes += unused(name for name in first if name not in (path_column, label_column, *values))
     for number, row in enumerate(chain([first], rows)):
         names.append(_path(path, number, row, path_column))
-        if label_column is not None:
-            labels.append(_label(path, number, row, label_column))
+        texts.append("" if label_column is None else _class(path, number, row, label_column))
         for name in list(values):
-            value = _float(row.get(name))
-            if value is None:
-                line = number + (2 if path.suffix == ".csv" else 1)
-                notes.append(f"column {name} is left out: no finite number in line {line}")
+            value = finite(row.get(name))
+            if value is not None:
+                values[name].append(value)
+            elif columns.targets is None:
+                notes.append(f"column {name} is left out: no finite number in row {number + 1}")
                 del values[name]
             else:
-                values[name].append(value)
-    for name in values:
-        if len(name.encode()) > LONGEST_NAME or name == "image":
-            raise InputError(f"{path}: column {name}: a target's name has at most {LONGEST_NAME} bytes")
-    if label_column is None and not values:
-        raise InputError(f"{path}: no column {' or '.join(LABELS)}, and no numbers to regress")
-    numbers, classes = _numbered(path, labels, label_column, len(names))
+                raise InputError(f"{path}: row {number + 1}: no finite number in column {name} (--targets)")
+    labels, classes = numbered(texts, str(path), lambda row: f"row {row + 1}")
     folder = str(path.parent)
 
     def read(index: int) -> bytes:
         return read_regular(os.path.join(folder, names[index]))
 
-    opened = labelled(str(path), names, numbers, classes, read, None)
+    opened = labelled(str(path), names, labels, classes, read, None)
     return replace(
         opened,
         targets={name: np.array(column, np.float64) for name, column in values.items()},
@@ -77,12 +84,26 @@ def open_table(path: Path) -> Dataset:
     )
 
 
+def _target_columns(
+    path: Path, row: dict[str, Any], columns: Columns, others: tuple[str | None, ...]
+) -> list[str]:
+    """Those asked for; else all that may be. An unnamed column is the index that pandas writes."""
+    if columns.targets is None:
+        return [name for name in row if name and name not in (*others, *RESERVED)]
+    for name in columns.targets:
+        if name not in row:
+            raise InputError(f"{path}: no column '{name}' (--targets); its columns: {listed(row)}")
+    return list(columns.targets)
+
+
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """One after the other: all at once, they would take more memory than all else in a conversion."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             if path.suffix == ".csv":
-                yield from csv.DictReader(file)
+                table = csv.DictReader(file, skipinitialspace=True)
+                table.fieldnames = [name.strip() for name in table.fieldnames or ()]
+                yield from table
                 return
             for line in file:
                 if not line.strip():
@@ -106,36 +127,8 @@ def _path(table: Path, number: int, row: dict[str, Any], column: str) -> str:
     return name
 
 
-def _label(table: Path, number: int, row: dict[str, Any], column: str) -> str:
-    value = row.get(column)
-    if value is None or value == "" or isinstance(value, (bool, float, dict, list)):
-        raise InputError(f"{table}: row {number + 1} has no class in its column {column}, but {value!r}")
-    return str(value)
-
-
-def _numbered(
-    table: Path, labels: Names, column: str | None, count: int
-) -> tuple[np.ndarray, list[str] | None]:
-    """Labels as numbers, int64 [N]; and the classes, where they are names."""
-    if column is None:
-        return np.zeros(count, np.int64), None
+def _class(table: Path, number: int, row: dict[str, Any], column: str) -> str:
     try:
-        return np.fromiter((int(label) for label in labels), np.int64, count), None
-    except OverflowError as error:
-        row = next(row for row, label in enumerate(labels) if not -(2**63) <= int(label) < 2**63)
-        raise InputError(f"{table}: row {row + 1} has label {labels[row]}, over 64 bits") from error
-    except ValueError:
-        pass
-    classes = sorted(set(labels))
-    if len(classes) > 2 and all(_float(name) is not None for name in classes):
-        raise InputError(f"{table}: its column {column} holds fractions; call it otherwise to regress them")
-    number_of = {name: i for i, name in enumerate(classes)}
-    return np.fromiter((number_of[label] for label in labels), np.int64, count), classes
-
-
-def _float(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
+        return as_text(row.get(column))
+    except ValueError as error:
+        raise InputError(f"{table}: row {number + 1}: no class in its column {column} ({error})") from error

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipelines.datasets import imagenet
+from pipelines.datasets.columns import LABELS, NONE, USUAL, Columns, as_text, finite, numbered, unused
 from pipelines.datasets.dataset import Dataset, labelled
 from pipelines.datasets.folders import as_laid_out, files_of_split
-from pipelines.datasets.layout import layout_of
+from pipelines.datasets.layout import Layout, layout_of
 from pipelines.datasets.names import Names
 from pipelines.datasets.recognise import (
     EXTENSIONS,
@@ -34,12 +35,12 @@ from pipelines.datasets.recognise import (
 )
 from pipelines.errors import InputError
 from pipelines.formats import jpeg
+from pipelines.formats.beton import NO_LABEL
 from pipelines.formats.openfiles import OpenFiles
 
 BLOCK = 512
 LOOKED_AT = 1_000  # members that tell WebDataset's pairs from class folders
 ANSWERS = ("cls", "json")  # extensions of what says a class
-LABELS = ("label", "cls", "class_id")  # fields of a .json that hold the class
 _REGULAR, _HARD, _SYMBOLIC, _FOLDER = (b"0", b"\0", b"7"), b"1", b"2", b"5"
 
 
@@ -59,7 +60,9 @@ class Entry(NamedTuple):
     link: str  # what a link leads to, as it is written
 
 
-def open_tars(source: str, paths: list[Path], split: str | None, devkit: Path | None) -> Dataset:
+def open_tars(
+    source: str, paths: list[Path], split: str | None, devkit: Path | None, columns: Columns = USUAL
+) -> Dataset:
     """Tars of any of the kinds above, told apart by what is in them. Raises InputError."""
     for path in paths:
         if not path.is_file():
@@ -74,30 +77,34 @@ def open_tars(source: str, paths: list[Path], split: str | None, devkit: Path | 
         opened = _tar_of_tars(source, tars, named or split or "train")
     elif imagenet.is_validation_name(first.name):
         opened = _validation(source, tars[0], devkit)
-    elif _in_class_folders(tars[0]):
-        opened = _class_folders(source, tars, split, named)
+    elif _is_webdataset(tars[0], columns):
+        opened = _webdataset(source, tars, split, named, columns)
     else:
-        opened = _webdataset(source, tars, split, named)
+        opened = _as_unpacked(source, tars, split, named)
     left = LeftOut("no files, or links to what isn't in the tar")
     for tar in tars:
         left.add(*(f"{tar.path.name}:{name}" for name in tar.left_out))
     return replace(opened, notes=[*opened.notes, *notes, *left.notes()])
 
 
-def _in_class_folders(tar: Tar) -> bool:
-    """Whether images lie in folders, and have no labels beside them as WebDataset's do: KEY.cls, or KEY.json
-    with a label."""
-    folders = False
+def _is_webdataset(tar: Tar, columns: Columns) -> bool:
+    """Whether images have fields of their own beside them, as WebDataset's do: KEY.cls, a KEY.json with a
+    label, or any KEY.json in no folder. Else a tar is read as if it had been unpacked."""
+    if columns.image is not None or columns.label not in (None, NONE):
+        return True
+    folders = described = False
     for member in islice(tar.members(), LOOKED_AT):
         if _of_a_system(member.name):
             continue
         folders = folders or "/" in member.name
         extension = posixpath.splitext(member.name)[1].lower()
         if extension == ".cls":
-            return False
-        if extension == ".json" and any(name in _fields(tar.content(member)) for name in LABELS):
-            return False
-    return folders
+            return True
+        if extension == ".json":
+            described = True
+            if columns.label_among(_fields(tar.content(member)), tar.name):
+                return True
+    return described and not folders
 
 
 def _of_a_system(name: str) -> bool:
@@ -403,8 +410,8 @@ def _validation(source: str, tar: Tar, devkit: Path | None) -> Dataset:
     return replace(opened, notes=system.notes())
 
 
-def _class_folders(source: str, tars: list[Tar], asked: str | None, named: str | None) -> Dataset:
-    """CLASS/IMAGE.jpg in one or several tars, see `layout`; as if they had been unpacked."""
+def _as_unpacked(source: str, tars: list[Tar], asked: str | None, named: str | None) -> Dataset:
+    """CLASS/IMAGE.jpg or images without labels in one or several tars, see `layout`."""
     found: dict[tuple[str, int], Member] = {}
     tree = TarTree(lambda: (name for name, _ in found))
     system, again = by_a_system(), LeftOut("replaced by a later file of that name")
@@ -427,6 +434,8 @@ def _class_folders(source: str, tars: list[Tar], asked: str | None, named: str |
         label, slash, rest = name.removeprefix(layout.base).partition("/")
         if name.startswith(layout.base) and slash and label in number:
             chosen.append((number[label], rest.split("/"), which, member))
+    if not layout.classes:
+        return _unlabelled(source, tars, layout, found, system.notes() + again.notes())
     if not chosen:
         raise InputError(f"{source}: no image lies in a class folder ({layout.base}CLASS/1.jpg)")
     chosen.sort(key=lambda each: each[:3])
@@ -440,6 +449,25 @@ def _class_folders(source: str, tars: list[Tar], asked: str | None, named: str |
     return as_laid_out(opened, layout, counts, system.notes() + again.notes(), source)
 
 
+def _unlabelled(
+    source: str, tars: list[Tar], layout: Layout, found: dict[tuple[str, int], Member], notes: list[str]
+) -> Dataset:
+    """Every image below the layout's base, in the order of the paths."""
+    reader, names, others = Reader(tars), Names(), LeftOut("no images")
+    below = [(name, which) for name, which in found if name.startswith(layout.base)]
+    for parts, which in sorted((name.removeprefix(layout.base).split("/"), which) for name, which in below):
+        name = "/".join(parts)
+        member = found[layout.base + name, which]
+        if is_image_member(tars[which], member):
+            reader.add(which, member)
+            names.append(name)
+        else:
+            others.add(name)
+    labels = np.full(len(names), NO_LABEL, np.int64)
+    opened = labelled(source, names, labels, None, reader, layout.split)
+    return replace(opened, notes=[*layout.notes, *others.notes(), *notes])
+
+
 # ------------------------------------------------------------------- WebDataset
 
 
@@ -448,30 +476,39 @@ class Sample:
     """An image with what says its class."""
 
     image: Member
-    answers: dict[str, Member]  # "cls", "json", where it has them
+    answers: dict[str, Member]  # "cls", "json" and the extension that is asked for, where it has them
 
 
-def samples_of(group: Sequence[Member], tar: Tar) -> tuple[list[Sample], list[Member]]:
+def samples_of(
+    group: Sequence[Member], tar: Tar, columns: Columns = USUAL
+) -> tuple[list[Sample], list[Member]]:
     """The samples among members whose names are the same up to the first dot, and the members of no sample.
 
     That is one sample by WebDataset's rule (`7.jpg`, `7.cls`, or `7.input.jpg`, `7.cls`). Where a name has
     dots of its own (`img.0001.jpg`, `img.0001.cls`) each of them that has an answer is one.
     """
+    answers = (*ANSWERS, *([columns.label.lower()] if columns.label else ()))
     by_stem: dict[str, dict[str, Member]] = {}
     images: list[Member] = []
     for member in {each.name: each for each in group}.values():
         stem, extension = posixpath.splitext(member.name)
         extension = extension[1:].lower()
-        if _is_image(tar, member, extension):
+        key, dotted = _stem(member.name)
+        if dotted[1:] in answers:
+            by_stem.setdefault(key, {})[dotted[1:]] = member
+        elif extension in answers:
+            by_stem.setdefault(stem, {})[extension] = member
+        elif columns.image is not None:
+            if columns.image.lower() in (dotted[1:], dotted[1:].rpartition(".")[0]):
+                images.append(member)
+        elif is_image_member(tar, member):
             images.append(member)
             by_stem.setdefault(stem, {}).setdefault("image", member)
-        elif extension in ANSWERS:
-            by_stem.setdefault(stem, {})[extension] = member
     whole = [found for found in by_stem.values() if "image" in found and len(found) > 1]
     if whole:
-        samples = [Sample(f["image"], {e: m for e, m in f.items() if e in ANSWERS}) for f in whole]
+        samples = [Sample(f["image"], {e: m for e, m in f.items() if e in answers}) for f in whole]
     elif images:
-        shared = {e: m for found in by_stem.values() for e, m in found.items() if e in ANSWERS}
+        shared = {e: m for found in by_stem.values() for e, m in found.items() if e in answers}
         samples = [Sample(images[0], shared)]
     else:
         samples = []
@@ -479,51 +516,102 @@ def samples_of(group: Sequence[Member], tar: Tar) -> tuple[list[Sample], list[Me
     return samples, [member for member in group if member.name not in used]
 
 
-def _is_image(tar: Tar, member: Member, extension: str) -> bool:
-    if f".{extension}" in EXTENSIONS:
+def is_image_member(tar: Tar, member: Member) -> bool:
+    """By its name, else by its first bytes."""
+    extension = posixpath.splitext(member.name)[1].lower()
+    if extension in EXTENSIONS:
         return True
-    return extension not in ANSWERS and is_image(tar.read(min(HEAD, member.size), member.offset))
+    return extension[1:] not in ANSWERS and is_image(tar.read(min(HEAD, member.size), member.offset))
 
 
-def _webdataset(source: str, tars: list[Tar], asked: str | None, named: str | None) -> Dataset:
-    """KEY.jpg with KEY.cls, or KEY.json with "label" (and numbers as regression targets), side by side."""
-    reader, paths, labels, targets = Reader(tars), Names(), [], []
+def _webdataset(
+    source: str, tars: list[Tar], asked: str | None, named: str | None, columns: Columns
+) -> Dataset:
+    """KEY.jpg with KEY.cls, or with KEY.json, whose fields may be class and targets; or with neither."""
+    manifest = tars[0].path.parent / "manifest.json"
+    columns = replace(columns, targets=columns.targets or _stored_targets(manifest, columns))
+    reader, paths, texts = Reader(tars), Names(), Names()
+    targets = _Targets(columns)
     tree = TarTree(lambda: paths)
     system, others = by_a_system(), LeftOut("neither images with a class, nor classes of images")
     for which, tar in enumerate(tars):
         for group in _groups(tar, system, tree):
-            samples, left = samples_of(group, tar)
+            samples, left = samples_of(group, tar, columns)
             others.add(*(member.name for member in left))
             for sample in samples:
-                label, values = _label_of(tar, sample)
+                fields = _fields(tar.content(sample.answers["json"])) if "json" in sample.answers else {}
                 reader.add(which, sample.image)
                 paths.append(sample.image.name)
-                labels.append(label)
-                targets.append(values)
+                texts.append(_class_of(tar, sample, fields, columns))
+                targets.add(fields, f"{tar.path.name}:{sample.image.name}")
         for folder in tar.folders:
             tree.add_folder(_above_a_systems(f"{folder}/" if folder else ""))
     if not paths:
-        raise InputError(f"{source}: no image in these tars")
+        wanted = f" by the name {columns.image} (--image-key)" if columns.image else ""
+        raise InputError(f"{source}: no image{wanted} in these tars")
     layout = layout_of(tree, source, asked, named)
-    rows: Sequence[int] = range(len(labels))
+    rows: Sequence[int] = range(len(paths))
     if layout.has_splits:
         rows = [row for row in rows if paths[row].startswith(layout.base)]
         reader = reader.only(rows)
     names = Names(f"{tars[w].path.name}:{paths[row]}" for w, row in zip(reader.which, rows))
-    columns = list(targets[rows[0]]) if rows else []
-    for name, row in zip(names, rows):
-        if list(targets[row]) != columns:
-            raise InputError(
-                f"{source}: {name} has the targets {list(targets[row])}, those before it {columns}"
-            )
-    classes = imagenet.class_names(tars[0].path.parent / "manifest.json")
-    numbers = np.array([labels[row] for row in rows], np.int64)
+    chosen = texts if len(rows) == len(texts) else [texts[row] for row in rows]
+    numbers, classes = numbered(chosen, source, names.__getitem__, mixed=False)
+    classes = classes or imagenet.class_names(manifest)
     opened = labelled(source, names, numbers, classes, reader, layout.split)
     return replace(
         opened,
-        targets={c: np.array([targets[row][c] for row in rows], np.float64) for c in columns},
-        notes=[*(layout.notes if layout.has_splits else []), *others.notes(), *system.notes()],
+        targets=targets.of(rows),
+        notes=[
+            *(layout.notes if layout.has_splits else []),
+            *others.notes(),
+            *system.notes(),
+            *targets.notes(),
+        ],
     )
+
+
+def _stored_targets(manifest: Path, columns: Columns) -> tuple[str, ...] | None:
+    """Those of our own tars were asked for when they were made."""
+    stored = imagenet.names_in(manifest, "targets")
+    return columns.targets if stored is None else tuple(stored)
+
+
+class _Targets:
+    """Numbers in the .json files: those asked for, else those that are in every one."""
+
+    def __init__(self, columns: Columns):
+        self._wanted, self._label = columns.targets, columns.label
+        self._values: dict[str, array] | None = None
+        self._seen: list[str] = []  # fields of the first
+
+    def add(self, fields: dict[str, Any], name: str) -> None:
+        numbers = {
+            field: number
+            for field, value in fields.items()
+            if (self._wanted is None or field in self._wanted)
+            and type(value) in (int, float)
+            and (number := finite(value)) is not None
+        }
+        for field in self._wanted or ():
+            if field not in numbers:
+                raise InputError(f"{name}: its .json has no number '{field}' (--targets)")
+        if self._values is None:
+            usual = () if self._wanted is not None else (*LABELS, self._label)
+            self._seen = [field for field in fields if field not in (*LABELS, self._label)]
+            self._values = {field: array("d") for field in numbers if field not in usual}
+        for field in list(self._values):
+            if field in numbers:
+                self._values[field].append(numbers[field])
+            else:
+                del self._values[field]
+
+    def notes(self) -> list[str]:
+        return [] if self._wanted is None else unused(name for name in self._seen if name not in self._wanted)
+
+    def of(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """float64 [len(rows)] each."""
+        return {name: np.array(values, np.float64)[rows] for name, values in (self._values or {}).items()}
 
 
 def _groups(tar: Tar, system: LeftOut, tree: TarTree) -> Iterator[list[Member]]:
@@ -545,29 +633,20 @@ def _groups(tar: Tar, system: LeftOut, tree: TarTree) -> Iterator[list[Member]]:
         yield members
 
 
-def _label_of(tar: Tar, sample: Sample) -> tuple[int, dict[str, float]]:
-    values: dict[str, float] = {}
-    label: object = None
-    key = _stem(sample.image.name)[0]
+def _class_of(tar: Tar, sample: Sample, fields: dict[str, Any], columns: Columns) -> str:
+    """The class of a sample as it is written, "" for none."""
     try:
-        if "json" in sample.answers:
-            fields = _fields(tar.content(sample.answers["json"]))
-            label = next((fields[name] for name in LABELS if name in fields), None)
-            numbers = {name: value for name, value in fields.items() if type(value) in (int, float)}
-            values = {name: float(v) for name, v in numbers.items() if name not in LABELS}
-        if "cls" in sample.answers:
-            label = int(tar.content(sample.answers["cls"]))
-        if label is None and values:
-            label = 0
-        if type(label) is not int:
-            raise ValueError("no class number")
-        if not -(2**63) <= label < 2**63:
-            raise ValueError(f"{str(label)[:20]} ... is no class number")
-    except (ValueError, OverflowError) as error:
-        raise InputError(
-            f"{tar.name}: {key} has no .cls, and no .json with an integer 'label' ({error})"
-        ) from error
-    return label, values
+        if columns.label is not None and columns.label.lower() in sample.answers:
+            return as_text(tar.content(sample.answers[columns.label.lower()]).decode())
+        if columns.label is None and "cls" in sample.answers:
+            return as_text(tar.content(sample.answers["cls"]).decode())
+        if columns.label is not None:
+            return as_text(fields.get(columns.label))
+        usual = (name for name in LABELS if name not in (columns.targets or ()))
+        single = (fields[name] for name in usual if not isinstance(fields.get(name, []), (list, dict)))
+        return next(map(as_text, single), "")
+    except ValueError as error:
+        raise InputError(f"{tar.name}: {sample.image.name}: its class can't be read ({error})") from error
 
 
 def _fields(content: bytes) -> dict[str, Any]:

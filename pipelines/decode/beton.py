@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.datasets.dataset import check_labels
-from pipelines.datasets.imagenet import class_names
+from pipelines.datasets.imagenet import class_names, names_in
 from pipelines.decode import turbo
 from pipelines.decode.reader import IN_CACHE, DamagedSample
 from pipelines.formats import jpeg
-from pipelines.formats.beton import JPEG, PAGE_SIZE, BetonFile, open_beton
+from pipelines.formats.beton import JPEG, PAGE_SIZE, BetonFile, named_targets, open_beton
 from pipelines.formats.manifest import manifest_path
 
 
@@ -32,12 +32,14 @@ class BetonReader:
     def __init__(self, path: str | Path):
         """Open and check the file; raises InputError if it is missing, cut short or no beton."""
         self.file: BetonFile = open_beton(Path(path))
-        self.labels, self.targets = self.file.labels, self.file.targets
+        self.labels = self.file.labels
         self.heights = self.file.heights
         self.widths = self.file.widths
         self._offsets, self._sizes = self.file.offsets.astype(np.int64), self.file.sizes.astype(np.int64)
         self._data = np.memmap(path, np.uint8, mode="r")
-        self.classes = class_names(manifest_path(Path(path)))
+        manifest = manifest_path(Path(path))
+        self.classes = class_names(manifest)
+        self.targets = named_targets(self.file, names_in(manifest, "targets") or [])
         if len(self.labels) and self.labels.min() >= 0:
             check_labels(str(path), self.labels, self.classes, "image {}".format)
 
@@ -102,7 +104,7 @@ class BetonReader:
         stored = self.encoded(0, index)
         if isinstance(stored, np.ndarray):
             return stored
-        header = jpeg.read_header(stored)
+        header = jpeg.read_header(stored, jpeg.ANY_SIZE)
         if (header.height, header.width) != (self.heights[index], self.widths[index]):
             entry = f"{self.widths[index]} x {self.heights[index]}"
             raise jpeg.DamagedImage(f"a JPEG of {header.width} x {header.height}, but its entry says {entry}")

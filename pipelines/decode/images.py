@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.datasets.dataset import Dataset
-from pipelines.datasets.folders import FolderTree, list_images, read_regular
+from pipelines.datasets.folders import unlabelled_images
 from pipelines.datasets.opening import open_dataset as open_images
 from pipelines.datasets.shards import open_shards
 from pipelines.decode import turbo
@@ -32,8 +32,9 @@ class ImageReader:
     """Image files as a source of crops.
 
     Attributes:
-        labels: int64 [N], all 0 for loose images. targets: float64 [N] each, by name. names: of the files.
-        classes: their names, by label. notes: what the user should know: what is left out.
+        labels: int64 [N], all NO_LABEL if there are none. targets: float64 [N] each, by name. names: of the
+        files. classes: their names, by label. notes: what the user should know, such as
+        what is left out.
     """
 
     chunk = IN_CACHE
@@ -44,7 +45,7 @@ class ImageReader:
         `labelled`: False takes every image below a folder, under its path there, whatever its folders mean.
         """
         self.path = Path(path)
-        opened = _labelled(self.path, split) if labelled else _images_below(self.path)
+        opened = _labelled(self.path, split) if labelled else unlabelled_images(self.path)
         self.names, self.labels = opened.names, opened.labels
         self.classes: list[str] | None = list(opened.classes)
         self.targets, self.notes = opened.targets, opened.notes
@@ -121,27 +122,10 @@ class _Recent(threading.local):
 
 
 def _labelled(path: Path, split: str | None) -> Dataset:
-    """Images with their classes; or those of a folder without class folders, all of label 0."""
+    """Images with their classes, where they have some."""
     if (shards := open_shards(path, split)) is not None:
         return shards
-    if path.is_dir() and not FolderTree(path).folders(""):
-        try:
-            return _images_below(path)
-        except InputError:
-            pass
     return open_images(str(path), split)
-
-
-def _images_below(folder: Path) -> Dataset:
-    """Every image below a folder, in the order of their paths. Raises InputError if there is none."""
-    paths, notes = list_images(folder)
-    names = [str(path.relative_to(folder)) for path in paths]
-    labels = np.zeros(len(paths), np.int64)
-
-    def read(index: int) -> bytes:
-        return read_regular(str(paths[index]))
-
-    return Dataset(names, labels, [folder.name], read, None, notes=notes)
 
 
 def _header(data: bytes) -> jpeg.JpegHeader:

@@ -13,17 +13,17 @@ from pipelines.errors import InputError, first_line
 from pipelines.formats import jpeg
 
 
-def decode_rgb(image: bytes | str | Path, name: str | None = None) -> np.ndarray:
+def decode_rgb(image: bytes | str | Path, name: str | None = None, keep: bool = False) -> np.ndarray:
     """RGB pixels of an image file (a path, or its bytes), uint8 [H, W, 3], turned upright as EXIF says.
 
-    Raises InputError, naming the file (or `name`), if it can't be read or is damaged.
+    `keep`: use what `decode_damaged` makes of a damaged JPEG. Raises InputError, naming the file (or `name`),
+    if it can't be read or is damaged.
     """
     name = name or (f"image of {len(image)} bytes" if isinstance(image, bytes) else str(image))
     try:
         data = image if isinstance(image, bytes) else read_regular(os.fspath(image))
         if jpeg.is_jpeg(data):
-            header = jpeg.read_header(data)
-            return upright(jpeg.decode(data, header), header.orientation)
+            return _decode_jpeg(data, keep)
         return upright(*decode_other(data))
     except OSError as error:
         raise InputError(f"{name}: cannot be read ({error.strerror})") from error
@@ -31,13 +31,26 @@ def decode_rgb(image: bytes | str | Path, name: str | None = None) -> np.ndarray
         raise InputError(f"{name}: no image, or damaged ({first_line(error)})") from error
 
 
-def decode_other(data: bytes, white_level: int | None = None) -> tuple[np.ndarray, int]:
+def _decode_jpeg(data: bytes, keep: bool) -> np.ndarray:
+    try:
+        header = jpeg.read_header(data)
+        return upright(jpeg.decode(data, header), header.orientation)
+    except jpeg.DamagedImage:
+        kept = decode_damaged(data) if keep else None
+        if kept is None:
+            raise
+        return kept
+
+
+def decode_other(
+    data: bytes, white_level: int | None = None, most: int = jpeg.MAX_PIXELS
+) -> tuple[np.ndarray, int]:
     """PNG, WebP, GIF (its first frame) and what else Pillow reads: uint8 [H, W, 3] and EXIF's orientation.
 
     Transparency is dropped and 16 bits become 8; `white_level`: see `depth`. Raises jpeg.DamagedImage.
     """
     try:
-        image = jpeg.open_with_pillow(data)
+        image = jpeg.open_with_pillow(data, most=most)
         if depth.is_deep(image, data):
             pixels = as_rgb(depth.to_8_bits(image, data, white_level))
         else:
@@ -47,6 +60,18 @@ def decode_other(data: bytes, white_level: int | None = None) -> tuple[np.ndarra
         raise
     except Exception as error:  # whatever a decoder raises is about this image alone
         raise jpeg.DamagedImage(first_line(error)) from error
+
+
+def decode_damaged(image: bytes | np.ndarray, most: int = jpeg.MAX_PIXELS) -> np.ndarray | None:
+    """What Pillow makes of a JPEG in which libjpeg-turbo finds damage, uint8 [H, W, 3], upright; None where
+    that is no image, or no JPEG. Part of it may be wrong: with extraneous bytes at its end nothing is."""
+    if isinstance(image, np.ndarray) or not jpeg.is_jpeg(image):
+        return None
+    try:
+        opened = jpeg.open_with_pillow(image, most=most)
+        return upright(np.asarray(opened.convert("RGB")), jpeg.orientation_of(opened))
+    except Exception:  # whatever a decoder raises is about this image alone
+        return None
 
 
 def as_rgb(pixels: np.ndarray) -> np.ndarray:

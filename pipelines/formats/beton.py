@@ -31,6 +31,7 @@ LARGEST_PAGE_SIZE = 1 << 31  # the header holds it as u4
 GATHERED, MOST_GATHERED = 1 << 20, 512  # bytes and images of one call to the operating system
 ROWS = 65_536  # of the table that are made at a time
 LONGEST_SIDE = 65_535  # width and height are u2
+NO_LABEL = -1  # of every image of a set without labels
 
 HEADER = np.dtype(
     [
@@ -200,15 +201,15 @@ class BetonWriter:
     """Writes images one after the other; its bytes depend on what is added, and on nothing else.
 
     `capacity` is the most images that may be added: their metadata comes before the images, so its room
-    has to be set aside. `targets` are names of regression targets, each an FFCV FloatField. The file is valid
-    after `finish`, and not before.
+    has to be set aside. `targets` are names of regression targets, each an FFCV FloatField, see
+    `field_names`. The file is valid after `finish`, and not before.
     """
 
     def __init__(self, file: IO[bytes] | None, capacity: int, targets: Sequence[str] = ()):
         self.file = file
         self.count = 0
         self.page_size = PAGE_SIZE
-        names = [b"image", b"label", *(name.encode() for name in targets)]
+        names = [b"image", b"label", *field_names(targets)]
         types = [IMAGE_FIELD, INT_FIELD, *[FLOAT_FIELD] * len(targets)]
         self.fields = np.zeros(len(names), FIELD)
         for row, name, type_id in zip(self.fields, names, types):
@@ -307,6 +308,19 @@ class BetonWriter:
             written = 0
             while written < len(data):
                 written += os.pwrite(self.file.fileno(), data[written:], address + written)
+
+
+def field_names(targets: Sequence[str]) -> list[bytes]:
+    """Names of the fields of targets; one that is too long, or not in ASCII, has its number in its name."""
+    fit = [name.encode() if name.isascii() and len(name) <= LONGEST_NAME else b"" for name in targets]
+    return [name or b"target_%d" % number for number, name in enumerate(fit)]
+
+
+def named_targets(beton: BetonFile, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The targets of a file by the names that its manifest gives them, in the same order."""
+    if len(names) != len(beton.targets):
+        return beton.targets
+    return dict(zip(names, beton.targets.values()))
 
 
 def _bytes_of(rows: np.ndarray) -> memoryview:

@@ -22,6 +22,10 @@ from pipelines.errors import first_line
 from pipelines.formats import turbojpeg
 
 _ORIENTATION = 0x0112  # EXIF tag
+MAX_PIXELS = 1 << 28  # of an image: 0.8 GB when it is decoded; larger ones are most likely not meant
+ANY_SIZE = 1 << 62
+LFS = b"version https://git-lfs"  # how the pointer begins that Git leaves in place of a large file
+LFS_HINT = "a Git LFS pointer, not the file itself; fetch that with `git lfs pull`"
 
 
 class DamagedImage(Exception):
@@ -34,32 +38,53 @@ class JpegHeader:
     width: int
     colour: str  # one of turbojpeg.COLOURS
     orientation: int  # EXIF's, 1 to 8; 1 is upright
+    sampling_is_usual: bool = True  # 4:4:4, 4:2:2, 4:2:0, 4:4:0 or 4:1:1; others libjpeg-turbo 2.1 can't read
 
     @property
     def is_rgb_or_grey(self) -> bool:
-        """Whether a decoder that knows only RGB output, such as FFCV's, can read it."""
-        return self.colour in ("RGB", "YCbCr", "grey")
+        """Whether a decoder that knows only RGB output and usual sampling, such as FFCV's, can read it."""
+        return self.colour in ("RGB", "YCbCr", "grey") and self.sampling_is_usual
 
 
 def is_jpeg(data: bytes) -> bool:
     return data[:3] == b"\xff\xd8\xff"
 
 
-def read_header(data: bytes) -> JpegHeader:
-    """Size, colour space and orientation. Raises DamagedImage if there is no JPEG header to read."""
+def check_size(height: int, width: int, most: int = MAX_PIXELS) -> None:
+    """Raises DamagedImage for an image of more than `most` pixels, whatever its format."""
+    if height * width > most:
+        raise DamagedImage(
+            f"{width} x {height} are more than {most:,} pixels; convert-beton --max-pixels allows them"
+        )
+
+
+def read_header(data: bytes, most: int = MAX_PIXELS) -> JpegHeader:
+    """Size, colour space and orientation. Raises DamagedImage if there is no JPEG header to read, or for
+    more than `most` pixels."""
+    header = _header(data)
+    check_size(header.height, header.width, most)
+    return header
+
+
+def _header(data: bytes) -> JpegHeader:
     turned = _orientation_in(data)
     if _turbo is None:
         turbojpeg.say_absence()
-        image = open_with_pillow(data, load=False)
+        image = open_with_pillow(data, load=False, most=ANY_SIZE)
         colour = {"RGB": "YCbCr", "L": "grey"}.get(image.mode, image.mode)
         return JpegHeader(image.height, image.width, colour, turned)
     handle = _handle()
-    width, height, _, colour_index = numbers = [c_int() for _ in range(4)]
+    width, height, sampling, colour_index = numbers = [c_int() for _ in range(4)]
     if _turbo.tjDecompressHeader3(handle, data, len(data), *map(byref, numbers)):
-        raise _failed(handle)
+        failed = _failed(handle)
+        if "subsampling" not in str(failed):
+            raise failed
+        image = open_with_pillow(data, load=False, most=ANY_SIZE)
+        return JpegHeader(image.height, image.width, "unknown", turned, False)
     known = 0 <= colour_index.value < len(turbojpeg.COLOURS)
     colour = turbojpeg.COLOURS[colour_index.value] if known else "unknown"
-    return JpegHeader(height.value, width.value, colour, turned)
+    usual = 0 <= sampling.value < turbojpeg.USUAL_SAMPLINGS
+    return JpegHeader(height.value, width.value, colour, turned, usual)
 
 
 def check(data: bytes, header: JpegHeader) -> None:
@@ -81,22 +106,22 @@ def decode(data: bytes, header: JpegHeader, shortest: tuple[int, int] | None = N
     size: cheaper than decoding everything when the image is to shrink anyway.
     """
     if not header.is_rgb_or_grey:
-        return np.asarray(open_with_pillow(data).convert("RGB"))
+        return np.asarray(open_with_pillow(data, most=ANY_SIZE).convert("RGB"))
     eighths = 8
     if shortest is not None:  # only the scales that libjpeg-turbo has vector code for
         enough = [n for n in (1, 2, 4) if np.all(np.greater_equal(_scaled(header, n), shortest))]
         eighths = min(enough, default=8)
     if _turbo is None:
-        return np.asarray(open_with_pillow(data, shrink=8 // eighths).convert("RGB"))
+        return np.asarray(open_with_pillow(data, shrink=8 // eighths, most=ANY_SIZE).convert("RGB"))
     return _decompress(data, header, turbojpeg.RGB, eighths)
 
 
-def encode(pixels: np.ndarray, quality: int) -> bytes:
-    """A baseline JPEG, 4:2:0, of uint8 [H, W, 3]; quality 1 to 100."""
+def encode(pixels: np.ndarray, quality: int, sampling: str = "4:2:0") -> bytes:
+    """A baseline JPEG of uint8 [H, W, 3]; quality 1 to 100, `sampling` one of turbojpeg.SAMPLINGS."""
     if _turbo is not None:
-        return _compress(np.ascontiguousarray(pixels), quality)
+        return _compress(np.ascontiguousarray(pixels), quality, turbojpeg.SAMPLINGS[sampling])
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "JPEG", quality=quality, subsampling="4:2:0")
+    Image.fromarray(pixels).save(out, "JPEG", quality=quality, subsampling=sampling)
     return out.getvalue()
 
 
@@ -142,20 +167,49 @@ def _exif_orientation(block: bytes) -> int:
         return 1
 
 
-def open_with_pillow(data: bytes, shrink: int = 1, load: bool = True) -> Image.Image:
-    """An image of any format, loaded, or its header alone. Raises DamagedImage.
+class _AnySize:
+    """Within it Pillow opens images of any size, in every thread; and says nothing on stderr about them."""
+
+    def __init__(self) -> None:
+        self._lock, self._within, self._most = threading.Lock(), 0, Image.MAX_IMAGE_PIXELS
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._within == 0:
+                self._most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self._within += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._within -= 1
+            if self._within == 0:
+                Image.MAX_IMAGE_PIXELS = self._most
+
+
+_any_size = _AnySize()
+
+
+def open_with_pillow(data: bytes, shrink: int = 1, load: bool = True, most: int = MAX_PIXELS) -> Image.Image:
+    """An image of any format, loaded, or its header alone. Raises DamagedImage, also for more than `most`
+    pixels.
 
     `shrink` (1, 2, 4 or 8) has the decoder make a JPEG so many times smaller, sides rounded up.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        with _any_size:
+            image = Image.open(io.BytesIO(data))
+        check_size(image.height, image.width, most)
         if shrink > 1:  # not rounded: Pillow divides the size by this, and looks for the largest scale below
             image.draft(None, (image.width / shrink, image.height / shrink))  # type: ignore[arg-type]
         if load:
             image.load()
         return image
     except UnidentifiedImageError as error:  # its own message holds an address, different in each run
+        if data.startswith(LFS):
+            raise DamagedImage(LFS_HINT) from error
         raise DamagedImage("not an image file of a known kind") from error
+    except DamagedImage:
+        raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others
         raise DamagedImage(first_line(error)) from error
 
@@ -178,17 +232,17 @@ def _decompress(data: bytes, header: JpegHeader, pixels: int, eighths: int) -> n
     return out
 
 
-def _compress(pixels: np.ndarray, quality: int) -> bytes:
+def _compress(pixels: np.ndarray, quality: int, sampling: int) -> bytes:
     """Into a buffer that each thread keeps, large enough for any content, and copied once from there."""
     height, width = pixels.shape[:2]
-    needed = _turbo.tjBufSize(width, height, turbojpeg.SUBSAMPLING_420)
+    needed = _turbo.tjBufSize(width, height, sampling)
     if getattr(_local, "room", 0) < needed:
         _local.room, _local.buffer = needed, ctypes.create_string_buffer(needed)
     if not hasattr(_local, "compressor"):
         _local.compressor = _Owned(_turbo.tjInitCompress())
     start, size = c_void_p(ctypes.addressof(_local.buffer)), c_ulong(needed)
     source = (pixels.ctypes.data, width, 0, height, turbojpeg.RGB)
-    how = (turbojpeg.SUBSAMPLING_420, quality, turbojpeg.ACCURATE_DCT | turbojpeg.NO_REALLOCATION)
+    how = (sampling, quality, turbojpeg.ACCURATE_DCT | turbojpeg.NO_REALLOCATION)
     handle = _local.compressor.handle
     if _turbo.tjCompress2(handle, *source, byref(start), byref(size), *how):
         raise DamagedImage(_turbo.tjGetErrorStr2(handle).decode("utf-8", "replace"))

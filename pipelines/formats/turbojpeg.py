@@ -33,7 +33,8 @@ NEEDED = (
 
 COLOURS = ("RGB", "YCbCr", "grey", "CMYK", "YCCK")  # TJCS_*, from 0
 RGB, GREY = 0, 6  # TJPF_*
-SUBSAMPLING_420 = 2  # TJSAMP_420
+SAMPLINGS = {"4:4:4": 0, "4:2:0": 2}  # TJSAMP_*, to encode with
+USUAL_SAMPLINGS = 6  # TJSAMP_444, 422, 420, GRAY, 440 and 411, from 0; 441 came with version 3
 NO_REALLOCATION, ACCURATE_DCT = 1024, 4096  # TJFLAG_*; the fast DCT is less exact
 STOP_AT_500_SCANS = 32768  # TJFLAG_LIMITSCANS: a progressive JPEG of some kilobytes could decode for minutes
 

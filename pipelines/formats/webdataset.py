@@ -2,7 +2,7 @@
 
 A shard is a plain tar (ustar) of pairs, key first, images in order:
 
-    00000000.jpg  00000000.cls     the image file, and its class as a decimal number
+    00000000.jpg  00000000.cls     the image file, and its class as a decimal number, if it has one
     00000001.png  00000001.cls     pixels that a beton holds raw are PNG here
     ...           00000001.json    {"target": value, ...}, only where there are regression targets
 
@@ -17,6 +17,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
+
+from pipelines.formats.beton import NO_LABEL
 
 BLOCK = 512  # bytes; all in a tar is padded to it
 IMAGES_PER_TAR = 5_000  # some 550 MB of ImageNet
@@ -63,7 +65,9 @@ class TarLayout:
         """Enter one image at `position`; returns the bytes before and after it."""
         key = f"{self.count:08d}"
         extension = ("jpg", "png")[mode]
-        members: list[tuple[str, int | bytes]] = [(extension, size), ("cls", str(label).encode())]
+        members: list[tuple[str, int | bytes]] = [(extension, size)]
+        if label != NO_LABEL:
+            members.append(("cls", str(label).encode()))
         if targets:
             members.append(("json", json.dumps(targets).encode()))
         parts, line, at = [], [], self.position

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from made_images import class_folders, decoded, encoded, image_of, photos, pixels, with_orientation
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from pipelines.convert.conversion import ConvertOptions, Settings, area_resize, convert, select, store
 from pipelines.decode.pixels import decode_rgb
@@ -400,3 +400,31 @@ def test_the_estimate_of_files_whose_sizes_scatter(tmp_path):
     assert estimate["sampled"] == 16
     convert(str(tmp_path / "set"), tmp_path / "x.beton")
     assert estimate["beton_bytes"] == pytest.approx((tmp_path / "x.beton").stat().st_size, rel=0.02)
+
+
+def line_art(side: int = 120) -> np.ndarray:
+    """Thin coloured lines on white, uint8 [side, side, 3]."""
+    image = Image.new("RGB", (side, side), "white")
+    draw = ImageDraw.Draw(image)
+    for i, colour in enumerate(["red", "blue", "green", "black", "magenta"] * 4):
+        draw.line((6 * i, 0, side - 1, side - 5 * i), fill=colour)
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("GIF", {}), ("WEBP", {"lossless": True})])
+def test_line_art_is_stored_without_loss(kind, options):
+    """Of which a JPEG takes more bytes than its file; photographs and lossy files are stored as JPEGs."""
+    data = encoded(line_art(), kind, **options)
+    expected = decoded(data)
+    stored = store(data, Settings())
+    assert stored.storage_kind == "raw" and bytes(stored.data) == expected.tobytes()
+    errors = {}
+    for sampling in ("4:2:0", "4:4:4"):
+        stored = store(data, Settings(line_art="jpeg", jpeg_sampling=sampling))
+        assert stored.storage_kind == "reencoded" and len(stored.data) > len(data)
+        errors[sampling] = np.abs(decoded(bytes(stored.data)).astype(int) - expected).mean()
+    assert errors["4:2:0"] > 2 * errors["4:4:4"] > 1
+    noise = np.random.default_rng(0).integers(0, 60, (120, 120, 3), np.uint8)
+    photograph = encoded(pixels(120, 120) // 2 + noise, kind, **options)
+    assert store(photograph, Settings()).storage_kind == "reencoded"
+    assert store(encoded(line_art(), "WEBP", quality=80), Settings()).storage_kind == "reencoded"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from made_images import SHARED, class_folders, encoded, image_of, photos, pixels
+from made_images import SHARED, class_folders, image_of, photos
 
 from pipelines.convert.command import main, parser
 from pipelines.convert.conversion import Bar
@@ -41,7 +41,7 @@ def test_the_closing_line_of_a_part_and_of_a_regression_set(tmp_path, capsys):
     assert printed.startswith(f"{part}: 4 images") and printed.strip().endswith(f"manifest {part}.json")
     assert part.is_file() and Path(f"{part}.json").is_file()
     (tmp_path / "ages.csv").write_text("path,age,score\nset/class0/000.jpg,31,0.5\n")
-    assert main([str(tmp_path / "ages.csv"), str(out)]) == 0
+    assert main([str(tmp_path / "ages.csv"), str(out), "--targets", "age", "score"]) == 0
     assert ": 1 images (1 JPEG as they were) with age, score, 0 skipped, " in capsys.readouterr().out
 
 
@@ -52,7 +52,8 @@ def test_every_option_reaches_the_manifest(tmp_path):
     )
     os.rename(tmp_path / "set", tmp_path / "val")
     (tmp_path / "train").mkdir()
-    options += " --on-error raise --white-level 4095"
+    options += " --on-error raise --white-level 4095 --image-column img --label-column cls"
+    options += " --jpeg-sampling 4:4:4 --line-art jpeg"
     assert main([str(tmp_path), str(tmp_path / "x.beton"), *options.split()]) == 0
     manifest = json.loads((tmp_path / "x.beton.json").read_text())
     assert manifest["settings"] == {
@@ -63,6 +64,12 @@ def test_every_option_reaches_the_manifest(tmp_path):
         "shuffle_seed": 4,
         "on_error": "raise",
         "white_level": 4095,
+        "image_column": "img",
+        "label_column": "cls",
+        "targets": [],
+        "max_pixels": 1 << 28,
+        "jpeg_sampling": "4:4:4",
+        "line_art": "jpeg",
     }
     assert manifest["count"] == 6 and manifest["class_counts"] == [3, 3] and manifest["split"] == "validation"
     assert manifest["stored"]["reencoded"] == 6 and open_beton(tmp_path / "x.beton").widths.max() == 25
@@ -77,7 +84,6 @@ def make_bad_sources(root):
         {
             "texts/a/1.jpg": b"one",
             "texts/b/2.jpg": b"two",
-            "flat/1.jpg": encoded(pixels(9, 9)),
             "file.txt": b"x",
         },
     )
@@ -89,16 +95,15 @@ def make_bad_sources(root):
 
 BAD = [
     ("gone out.beton", "gone: no such folder or file"),
-    ("empty out.beton", "empty: no image in it; put the images in one folder per class"),
+    ("empty out.beton", "empty: no image in it (looked for .jpg, "),
     ("hollow out.beton", "hollow: no image in any of its 1 class folders"),
-    ("flat out.beton", "flat: its images lie in no class folder; put the images in one folder per class"),
     (
         "texts out.beton",
         "none of the 2 files is an image that can be stored; the first, a/1.jpg: not an image",
     ),
     ("damaged out.beton --on-error raise", "class0/001.jpg: "),
     ("file.txt out.beton", "file.txt: a single file must be a .tar, .parquet"),
-    ("other.parquet out.beton", "no column 'image' and 'label' (its columns: a)"),
+    ("other.parquet out.beton", "choose one of its columns with --image-column: a"),
     ("torchvision:Nope out.beton", "torchvision:Nope: no data set"),
     ("sklearn:faces out.beton", "sklearn:faces: unknown"),
     ("good there.beton", "there.beton: exists; remove it, or replace it by --overwrite"),

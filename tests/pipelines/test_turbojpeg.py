@@ -131,7 +131,7 @@ def rare_jpegs(monkeypatch) -> list[bytes]:
     random, found = np.random.default_rng(1), []
     for sampling in (4, 5):  # TJSAMP_440, TJSAMP_411
         with monkeypatch.context() as patch:
-            patch.setattr(turbojpeg, "SUBSAMPLING_420", sampling)
+            patch.setitem(turbojpeg.SAMPLINGS, "4:2:0", sampling)
             found += [
                 jpeg.encode(random.integers(0, 256, (h, w, 3), np.uint8), 80) for h, w in ((64, 64), (33, 47))
             ]

@@ -1,0 +1,142 @@
+"""What columns of a table (or fields of a tar's samples) are called, and how classes are written in them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipelines.datasets.recognise import in_short
+from pipelines.errors import InputError
+from pipelines.formats.beton import NO_LABEL
+
+IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "pixel_values")
+PATHS = ("path", "file", "filename", "file_name", "image", "image_path", "filepath", "file_path", "img_path")
+LABELS = ("label", "labels", "target", "class", "cls", "class_id", "fine_label")
+RESERVED = ("image", "label")  # the names of a beton's other fields
+NONE = "none"  # as --label-column: no labels
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names that the user gives; None: the usual ones."""
+
+    image: str | None = None
+    label: str | None = None
+    targets: tuple[str, ...] | None = None  # None: every column that has a number in each row
+
+    def check(self) -> None:
+        """Raises InputError for a target that can't have its name."""
+        for name in self.targets or ():
+            if not name or name in RESERVED:
+                raise InputError(f"--targets {name}: a target can't have this name; rename the column")
+
+    def image_among(self, names: Iterable[str], usual: Sequence[str], where: str) -> str | None:
+        """The column of the images or paths. Raises InputError if there is none of the name given."""
+        return _find(list(names), usual, self.image, "--image-column", where)
+
+    def label_among(self, names: Iterable[str], where: str) -> str | None:
+        """The column of the classes; None: there is none. Raises InputError as `image_among`."""
+        names = list(names)
+        if self.label == NONE:
+            return None
+        usual = [name for name in LABELS if name not in (self.targets or ())]
+        return _find(names, usual, self.label, "--label-column", where)
+
+
+USUAL = Columns()
+
+
+def unused(names: Iterable[str]) -> list[str]:
+    """A note of columns that aren't read."""
+    names = [name for name in names if name]
+    return [in_short("left out, columns; numbers can be stored by --targets", names)] if names else []
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def _find(names: list[str], usual: Sequence[str], given: str | None, option: str, where: str) -> str | None:
+    if given is not None:
+        if given not in names:
+            raise InputError(f"{where}: no column '{given}' ({option}); its columns: {listed(names)}")
+        return given
+    known = {name.strip().lower(): name for name in reversed(names)}
+    return next((known[name] for name in usual if name in known), None)
+
+
+def as_text(value: Any) -> str:
+    """A class as it is written, "" for none; whole floats as integers. Raises ValueError for a list."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if not isinstance(value, (str, int, float)):
+        raise ValueError(f"{str(value)[:30]} is no single class")
+    return str(value).strip()
+
+
+def numbered(
+    texts: Sequence[str], where: str, name_of: Callable[[int], str], mixed: bool = True
+) -> tuple[np.ndarray, list[str] | None]:
+    """Classes as they are written -> numbers, int64 [N], and names, sorted, where they aren't numbers.
+
+    NO_LABEL everywhere if all are empty. `mixed`: numbers beside names are names, too. Raises InputError,
+    naming the row: no class, though others have one; over 64 bits; fractions; a name among numbers.
+    """
+    count = len(texts)
+    empty = next((row for row, text in enumerate(texts) if not text), None)
+    if empty is not None:
+        if any(texts):
+            raise InputError(
+                f"{where}: {name_of(empty)} has no class, others have one; add it, or leave the classes out "
+                f"(convert-beton --label-column {NONE})"
+            )
+        return np.full(count, NO_LABEL, np.int64), None
+    try:
+        return np.fromiter(map(_whole, texts), np.int64, count), None
+    except OverflowError as error:
+        row = next(row for row, text in enumerate(texts) if not -(2**63) <= _whole(text) < 2**63)
+        raise InputError(f"{where}: {name_of(row)} has label {texts[row]}, over 64 bits") from error
+    except ValueError:
+        pass
+    classes = sorted(set(texts))
+    strange = [name for name in classes if not _is_number(name)]
+    if not strange:
+        raise InputError(
+            f"{where}: its labels are fractions, such as {classes[0]}; they can be targets (convert-beton "
+            "--targets), but no classes"
+        )
+    if not mixed and len(strange) < len(classes):
+        row = next(row for row, text in enumerate(texts) if text == strange[0])
+        raise InputError(f"{where}: {name_of(row)} has the class {strange[0][:30]!r}, others have numbers")
+    number_of = {name: number for number, name in enumerate(classes)}
+    return np.fromiter((number_of[text] for text in texts), np.int64, count), classes
+
+
+def _whole(text: str) -> int:
+    """12 or 12.0 -> 12. Raises ValueError."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():
+            raise ValueError(text) from None
+        return int(number)
+
+
+def _is_number(text: str) -> bool:
+    return finite(text) is not None
+
+
+def finite(value: Any) -> float | None:
+    """A number, or text that is one, as a float; None where it isn't, or isn't finite."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,72 @@
+"""Data sets that go by a name: torchvision's, and the one that scikit-learn ships."""
+
+from __future__ import annotations
+
+import inspect
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.datasets.dataset import Dataset, labelled
+from pipelines.errors import InputError, first_line
+
+DIGITS_TEST = 500  # of 1,797
+
+
+def open_torchvision(name: str, split: str | None, root: Path) -> Dataset:
+    """Any torchvision class that tells train from test by `train=` or `split=`, downloaded if need be."""
+    import torchvision
+
+    cls: Any = getattr(torchvision.datasets, name, None)
+    parameters = set(inspect.signature(cls).parameters if inspect.isclass(cls) else ())
+    if "download" not in parameters or not parameters & {"train", "split"}:
+        raise InputError(
+            f"torchvision:{name}: no data set with train and test, such as FashionMNIST, CIFAR10, SVHN"
+        )
+    if split == "validation":
+        raise InputError(f"torchvision:{name}: splits are train and test")
+    which = {"train": split != "test"} if "train" in parameters else {"split": split or "train"}
+    try:
+        try:
+            images = cls(root, download=False, **which)
+        except RuntimeError:  # torchvision's way to say that it isn't there yet
+            images = cls(root, download=True, **which)
+    except Exception as error:  # whatever the network, the archive or the class itself raises
+        raise InputError(
+            f"torchvision:{name}: could not be loaded from or downloaded to {root} ({first_line(error)})"
+        ) from error
+    labels = getattr(images, "targets", getattr(images, "labels", None))
+    if labels is None:
+        labels = [images[index][1] for index in range(len(images))]
+    classes = getattr(images, "classes", None)
+    names = [f"{name}:{split or 'train'}:{row}" for row in range(len(images))]
+    return labelled(
+        f"torchvision:{name}",
+        names,
+        np.asarray(labels).astype(np.int64),
+        [str(each) for each in classes] if classes else None,
+        lambda index: np.asarray(images[index][0].convert("RGB")),
+        split or "train",
+        {"torchvision": torchvision.__version__},
+    )
+
+
+def open_sklearn(name: str, split: str | None) -> Dataset:
+    """scikit-learn's digits: 0..16 -> 0..255; the split is the same everywhere and for ever."""
+    if name != "digits":
+        raise InputError(f"sklearn:{name}: unknown; the one that scikit-learn ships is sklearn:digits")
+    if split == "validation":
+        raise InputError("sklearn:digits: splits are train and test")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    # RandomState is frozen; NumPy may change what a Generator draws from one release to the next.
+    order = np.random.RandomState(0).permutation(len(digits.target))
+    rows = order[-DIGITS_TEST:] if split == "test" else order[:-DIGITS_TEST]
+    images = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)
+    names = [f"digits:{row}" for row in rows]
+    libraries = {"scikit-learn": version("scikit-learn")}
+    labels = digits.target[rows].astype(np.int64)
+    return labelled("sklearn:digits", names, labels, None, images.__getitem__, split or "train", libraries)

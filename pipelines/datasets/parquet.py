@@ -1,0 +1,310 @@
+"""Tables with an image in each row: parquet files as on the Hugging Face Hub, and Arrow files as its library
+`datasets` saves them (`save_to_disk`).
+
+Where a folder holds them deeper down, the folders' names are splits: data/train-0.parquet, train/0.parquet,
+default/train/0.parquet. The images are in the column of a usual name, else in the only one that holds bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipelines.datasets.columns import IMAGES, LABELS, Columns, as_text, finite, listed, numbered, unused
+from pipelines.datasets.dataset import Dataset, by_name, check_labels, labelled
+from pipelines.datasets.folders import files_of_split
+from pipelines.datasets.names import Names
+from pipelines.datasets.recognise import left_by_a_system, split_of_file
+from pipelines.errors import InputError, first_line
+from pipelines.formats import jpeg
+
+ENDS = (".parquet", ".arrow")
+DEEPEST = 3  # folders between the one that is named and its tables
+ENTRIES = 100  # of a folder that are looked at: one of images may have millions
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The tables of a folder, or of those in it; empty if there are none. Raises InputError if they are
+    several data sets."""
+    if own := _tables(folder):
+        return own
+    below = {each.name: files for each in _folders(folder) if (files := _below(each, DEEPEST))}
+    sets = [name for name in below if split_of_file(name) is None]
+    if len(sets) > 1 or (sets and len(below) > len(sets)):
+        raise InputError(
+            f"{folder}: holds several data sets ({listed(below)}); name one of them: {folder / sets[0]}"
+        )
+    return sorted(path for files in below.values() for path in files)
+
+
+def _below(folder: Path, depth: int) -> list[Path]:
+    own = _tables(folder)
+    if own or depth == 1:
+        return own
+    return [path for each in _folders(folder) for path in _below(each, depth - 1)]
+
+
+def _tables(folder: Path) -> list[Path]:
+    """`datasets` keeps what it has computed in cache-*.arrow."""
+    with os.scandir(folder) as entries:
+        if not any(each.name.endswith(ENDS) for each in islice(entries, ENTRIES)):
+            return []
+    return sorted(
+        path
+        for end in ENDS
+        for path in folder.glob(f"*{end}")
+        if not left_by_a_system(path.name) and not path.name.startswith("cache-")
+    )
+
+
+def _folders(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        found = [each.name for each in islice(entries, ENTRIES) if each.is_dir()]
+    return sorted(folder / name for name in found if not left_by_a_system(name))
+
+
+def open_tables(
+    source: Path, files: list[Path], split: str | None, columns: Columns, top: Path | None = None
+) -> Dataset:
+    """The rows of the tables of a split. `top`: the folder whose folders may be splits. Raises InputError."""
+    import pyarrow as pa
+
+    files, split, notes = files_of_split(source, files, split, top=top)
+    tables, names, path = [], Names(), files[0]
+    try:
+        for path in files:
+            table = _Table.read(path, columns, path.name if top is None else str(path.relative_to(top)))
+            tables.append(table)
+            for row in range(sum(table.lengths)):
+                names.append(f"{table.name}:{row}")
+    except (pa.ArrowException, OSError) as error:
+        kind = path.suffix.removeprefix(".")
+        raise InputError(f"{path}: cannot be read as {kind} ({first_line(error)})") from error
+    labels, classes = _one_numbering(tables)
+    opened = labelled(
+        str(path), names, labels, classes, _row_reader(tables), split, {"pyarrow": pa.__version__}
+    )
+    targets = {
+        name: np.concatenate([table.targets[name] for table in tables])
+        for name in tables[0].targets
+        if all(name in table.targets for table in tables)
+    }
+    return replace(opened, targets=targets, notes=[*notes, *tables[0].notes])
+
+
+def _opened(path: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(path) if path.suffix == ".parquet" else _Arrow(pa, path)
+
+
+class _Arrow:
+    """An Arrow file with those methods of a ParquetFile that are needed here; all is one row group."""
+
+    num_row_groups = 1
+
+    def __init__(self, pa: Any, path: Path):
+        data = pa.memory_map(str(path))
+        try:
+            self._table = pa.ipc.open_stream(data).read_all()
+        except pa.ArrowInvalid:
+            self._table = pa.ipc.open_file(data).read_all()
+        self.schema_arrow = self._table.schema
+
+    def read(self, columns: list[str]) -> Any:
+        return self._table.select(columns)
+
+    def read_row_group(self, _: int, columns: list[str]) -> Any:
+        return self.read(columns)
+
+    def rows(self) -> list[int]:
+        return [self._table.num_rows]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What is read of a table at once."""
+
+    path: Path
+    name: str
+    image: str  # the column of the images
+    label: str | None
+    values: Any  # a pyarrow ChunkedArray, of the labels
+    classes: list[str] | None  # their names, where the file has them
+    lengths: list[int]  # rows of each row group
+    targets: dict[str, np.ndarray]
+    notes: list[str]
+
+    @staticmethod
+    def read(path: Path, columns: Columns, name: str) -> _Table:
+        import pyarrow as pa
+
+        file = _opened(path)
+        schema = file.schema_arrow
+        image = _image_column(path, schema, columns)
+        others = [each for each in schema.names if each != image]
+        nested = [each for each in others if pa.types.is_nested(schema.field(each).type)]
+        label = columns.label_among((e for e in others if e == columns.label or e not in nested), str(path))
+        if isinstance(file, _Arrow):
+            lengths = file.rows()
+        else:
+            lengths = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+        values = None if label is None else file.read([label])[label]
+        others = [each for each in others if each != label]
+        targets = _targets(path, file, others, columns)
+        notes = [] if columns.targets is None else unused(each for each in others if each not in targets)
+        if nested and columns.targets is None and label is None and columns.label is None:
+            notes += [f"left out, column '{e}' holds no single class" for e in nested if e.lower() in LABELS]
+        return _Table(path, name, image, label, values, _class_names(schema, label), lengths, targets, notes)
+
+    def has_integers(self) -> bool:
+        import pyarrow as pa
+
+        return self.label is not None and pa.types.is_integer(self.values.type) and not self.values.null_count
+
+    def texts(self) -> list[str]:
+        """The labels as they are written, "" for none. Raises InputError, naming the row."""
+        if self.label is None:
+            return [""] * sum(self.lengths)
+        texts: list[str] = []
+        try:
+            for value in self.values.to_pylist():
+                texts.append(as_text(value))
+        except ValueError as error:
+            raise InputError(
+                f"{self.name}:{len(texts)}: its column '{self.label}' must hold a class ({error}); choose "
+                "another with convert-beton --label-column, or none"
+            ) from error
+        return texts
+
+    def numbers(self) -> np.ndarray:
+        """int64 [n], of a column of integers. Raises InputError, naming the row, if one doesn't fit."""
+        numbers = self.values.to_numpy()
+        if len(numbers) and numbers.max() > np.iinfo(np.int64).max:
+            raise InputError(f"{self.path}:{int(numbers.argmax())} has label {numbers.max()}, over 2^63")
+        return numbers.astype(np.int64)
+
+
+def _image_column(path: Path, schema: Any, columns: Columns) -> str:
+    """Raises InputError, with the list of the columns, if there is none, or one that holds no bytes."""
+    name = columns.image_among(schema.names, IMAGES, str(path))
+    holding = [each for each in schema.names if _holds_bytes(schema.field(each).type)]
+    if name is None and len(holding) == 1:
+        return holding[0]
+    if name is None:
+        raise InputError(
+            f"{path}: no column of images by a usual name ({listed(IMAGES)}); choose one of its columns with "
+            f"--image-column: {listed(schema.names)}"
+        )
+    if name not in holding:
+        raise InputError(
+            f"{path}: its column '{name}' holds no image files ({schema.field(name).type}); columns that do: "
+            f"{listed(holding) or 'none'}"
+        )
+    return name
+
+
+def _holds_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _targets(path: Path, file: Any, names: list[str], columns: Columns) -> dict[str, np.ndarray]:
+    """Columns of numbers, float64 [n]: those asked for, else all that have one in each row."""
+    found = {}
+    for name in names if columns.targets is None else columns.targets:
+        if name not in names:
+            raise InputError(f"{path}: no column '{name}' (--targets); its columns: {listed(names)}")
+        if columns.targets is None and not _is_numeric(file.schema_arrow.field(name).type):
+            continue
+        numbers = [finite(value) for value in file.read([name])[name].to_pylist()]
+        if None in numbers and columns.targets is not None:
+            row = numbers.index(None)
+            raise InputError(f"{path}:{row}: no finite number in column '{name}' (--targets)")
+        if None not in numbers:
+            found[name] = np.array(numbers, np.float64)
+    return found
+
+
+def _is_numeric(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def _class_names(schema: Any, label: str | None) -> list[str] | None:
+    """As `datasets` writes them into the schema."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return [str(name) for name in features[label]["names"]]
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _one_numbering(tables: list[_Table]) -> tuple[np.ndarray, list[str] | None]:
+    """Labels int64 [N] of all tables and their classes: in the order of the first table's, where it names
+    them. Raises InputError if another names a class that the first doesn't, or if some have names and others
+    none."""
+    if not all(table.has_integers() for table in tables):
+        texts = [text for table in tables for text in table.texts()]
+        rows = [f"{table.name}:{row}" for table in tables for row in range(sum(table.lengths))]
+        return numbered(texts, str(tables[0].path), rows.__getitem__)
+    first, parts = tables[0], []
+    for table in tables:
+        numbers = table.numbers()
+        if (table.classes is None) != (first.classes is None):
+            named, unnamed = (table, first) if first.classes is None else (first, table)
+            raise InputError(f"{unnamed.path}: its labels have no names, those of {named.path.name} have")
+        if table.classes != first.classes and len(numbers):
+            assert table.classes is not None and first.classes is not None
+            rows = [f"{table.name}:{row}" for row in range(len(numbers))]
+            check_labels(str(table.path), numbers, table.classes, rows.__getitem__)
+            numbers = by_name(numbers, table.classes, first.classes, str(table.path), str(first.path))
+        parts.append(numbers)
+    return np.concatenate(parts), first.classes
+
+
+def _row_reader(tables: list[_Table]) -> Callable[[int], bytes]:
+    """index -> the image of that row."""
+    import pyarrow as pa
+
+    groups = [(table, number) for table in tables for number in range(len(table.lengths))]
+    lengths = [length for table in tables for length in table.lengths]
+    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    lock = threading.Lock()  # a ParquetFile is not for two threads at once
+
+    opened = functools.lru_cache(maxsize=8)(_opened)
+
+    @functools.lru_cache(maxsize=8)  # a row group is read once for all its images
+    def images_of(group: int) -> Any:
+        table, number = groups[group]
+        return opened(table.path).read_row_group(number, [table.image])[table.image]
+
+    def read(index: int) -> bytes:
+        group = int(np.searchsorted(starts, index, side="right")) - 1
+        with lock:
+            try:
+                cell = images_of(group)[index - int(starts[group])].as_py()
+            except (pa.ArrowException, OSError) as error:
+                kind = groups[group][0].path.suffix.removeprefix(".")
+                raise jpeg.DamagedImage(f"the {kind} is damaged: {first_line(error)}") from error
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if not data:
+            path = cell.get("path") if isinstance(cell, dict) else None
+            raise jpeg.DamagedImage("no bytes in this row" + (f", only the path {path}" if path else ""))
+        return data
+
+    return read
