@@ -399,7 +399,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
         stage("FinetuneSettings", "lvssl.evaluation.finetune:finetune"),
     ),
     "evaluate": ("linear probe and kNN on features and codes, with a control run and baselines", evaluate),
-    "analyse": ("uncertainty, meaning of bits, regression: a run beside its control", analyse),
+    "analyse": ("uncertainty, what single bits say, regression: a run beside its control", analyse),
     "study": ("several configurations over several seeds, compared in pairs", study),
     "compression": ("accuracy against bits stored, beside equal-bit controls", compression),
     "encode": ("write packed codes of a folder or beton", encode),

@@ -61,7 +61,7 @@ class StudySettings:
     threads: int = 0
     """Threads of torch on a CPU; 0: all cores."""
     max_images: int = 2000
-    """Test images on which uncertainty and meaning are measured; accuracy and mAP take all."""
+    """Test images on which uncertainty and regression are measured; accuracy and mAP take all."""
     ood: tuple[Path, ...] = field(default=())
     """Betons of other data, as for `lvssl analyse`; noise, textures and digits are always taken."""
     shard: str = ""
