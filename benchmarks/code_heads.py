@@ -62,7 +62,7 @@ from pipelines.kernels.pack import pack_bits, unpack_bits
 from pipelines.loader import TwoViewLoader
 
 CONTROLS = {"sign": fit_sign, "PCA-sign": fit_pca, "ITQ": fit_itq, "LSH": fit_lsh}
-SHARPNESS, SAMPLES, TAU = 4.0, 4, 0.2
+INIT_SCALE, SAMPLES, TAU = 4.0, 4, 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +180,7 @@ def main(arguments: list[str]) -> None:
         "train": options.train.name,
         "test": options.test.name,
         **shared,
-        "init_scale": SHARPNESS,
+        "init_scale": INIT_SCALE,
         "samples": SAMPLES,
         "tau": TAU,
     }
@@ -303,7 +303,7 @@ def head_bits(row: Row, data: Features, options: argparse.Namespace) -> tuple[np
         optimiser.param_groups[0]["lr"] = options.rate * warm * left
         views = torch.from_numpy(data.views[order[step % len(order)]])
         noise.manual_seed(row.seed * 1_000_003 + step)
-        loss = objective(row, Bernoulli().posterior(SHARPNESS * head(views)), noise, project)
+        loss = objective(row, Bernoulli().posterior(INIT_SCALE * head(views)), noise, project)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

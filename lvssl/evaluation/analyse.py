@@ -23,7 +23,7 @@ from lvssl.evaluation.sets import Sampling, Sets, class_names, evenly_spaced, la
 from lvssl.evaluation.shapes import FACTORS, make_shapes
 from lvssl.runs.result import ResultFile, as_number
 from lvssl.runs.run import Run, load_run
-from lvssl.settings.fields import PER_CALL, POSITIONAL
+from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME
 from lvssl.settings.pretrain import require
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
@@ -39,7 +39,7 @@ class AnalyseSettings:
     """Uncertainty, what single bits say, regression: a run beside its control. Writes RUN/analysis.json."""
 
     run: Positional[Path] = field(metadata=POSITIONAL)
-    """The run's folder; analysis.json and bits.npz are written there."""
+    """The run's folder; analysis.json and bits.npz are written there, unless --out is given."""
     test: Path | None = None
     """The test images, made by `convert-beton`; left out: test.beton (or val) beside train.beton."""
     control: Path | None = None
@@ -58,6 +58,8 @@ class AnalyseSettings:
     on_error: str | None = None
     """An image that can't be decoded: raise, or skip (leave it out; among augmented views the next good one
     takes its place); left out: as in the pretraining."""
+    out: Path | None = field(default=None, metadata=RUNTIME)
+    """The folder that the result goes into; left out: the run's."""
     overwrite: bool = field(default=False, metadata=PER_CALL)
     """Replace a result of other settings, or of an older checkpoint."""
 
@@ -72,8 +74,8 @@ class AnalyseSettings:
 
 
 def analyse(settings: AnalyseSettings) -> dict[str, Any]:
-    """Measure, write analysis.json and bits.npz into the run's folder, and return the former's content; what
-    is there already is not measured again.
+    """Measure, write analysis.json and bits.npz into the folder --out, or the run's, and return the former's
+    content; what is there already is not measured again.
 
     Raises:
         InputError: no such run or data, runs without labels, or another result stands there.
@@ -113,7 +115,7 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
         result["models"][role] = described | measured
         if model is run:
             result["bits"], pictures = bits(run, own, test_outputs, class_names(train))
-            write_atomically(run.folder / BITS, pictures)
+            write_atomically(written.file_beside(), pictures)
         work.update()
     result = written.write(result)
     work.update()

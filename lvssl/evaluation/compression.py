@@ -58,6 +58,8 @@ class CompressionSettings:
     """Of the controls that draw: ITQ, LSH, PQ."""
     on_error: str | None = None
     """An image that can't be decoded: raise, or skip (leave it out); left out: as in the pretraining."""
+    out: Path | None = field(default=None, metadata=RUNTIME)
+    """The folder that the result goes into; left out: the run's."""
     overwrite: bool = field(default=False, metadata=PER_CALL)
     """Replace a result of other settings, or of an older checkpoint."""
     workers: int = field(default=0, metadata=RUNTIME)
@@ -75,7 +77,8 @@ class Point(NamedTuple):
 
 
 def compression(settings: CompressionSettings) -> dict[str, Any]:
-    """Measure, write RUN/compression.json and RUN/compression.csv, and return the former's content; what is
+    """Measure, write compression.json and compression.csv into the folder --out, or the run's, and return the
+    former's content; what is
     there already is not measured again.
 
     The rows (`lvssl.runs.rows`) have the linear probe's and the kNN's accuracy in percent (of the 20 nearest,
@@ -126,7 +129,7 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
         "top_n": settings.top_n,
         "control": str(control.folder),
     }
-    write_atomically(run.folder / CSV, as_csv(rows).encode())
+    write_atomically(result.file_beside(), as_csv(rows).encode())
     return result.write(content)
 
 

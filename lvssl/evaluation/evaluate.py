@@ -51,7 +51,7 @@ class EvaluateSettings:
     """Linear probe and kNN on features and codes: a run, its control, the random encoder and raw pixels."""
 
     run: Positional[Path] = field(metadata=POSITIONAL)
-    """The run's folder; evaluation.json and gallery.npz are written there."""
+    """The run's folder; evaluation.json and gallery.npz are written there, unless --out is given."""
     test: Path | None = None
     """The test images, made by `convert-beton`; left out: test.beton (or val) beside train.beton."""
     control: Path | None = None
@@ -61,6 +61,8 @@ class EvaluateSettings:
     on_error: str | None = None
     """An image that can't be decoded: raise (stop and name it), or skip (leave it out, and say how many);
     left out: as in the pretraining."""
+    out: Path | None = field(default=None, metadata=RUNTIME)
+    """The folder that the result goes into; left out: the run's."""
     overwrite: bool = field(default=False, metadata=PER_CALL)
     """Replace a result of other settings, or of an older checkpoint."""
     workers: int = field(default=0, metadata=RUNTIME)
@@ -68,8 +70,8 @@ class EvaluateSettings:
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
-    """Measure, write evaluation.json and gallery.npz into the run's folder, and return the former's content;
-    what is there already is not measured again.
+    """Measure, write evaluation.json and gallery.npz into the folder --out, or the run's, and return the
+    former's content; what is there already is not measured again.
 
     Raises:
         InputError: no such run or data, unfinished runs, labels that don't match, or another result stands
@@ -115,7 +117,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         "data": describe_data(run, settings, train, test) | {"skipped": skipped},
     }
     names = class_names(train)
-    write_gallery(run.folder / GALLERY, *sets, train, test, run.settings.view, names)
+    write_gallery(result.file_beside(), *sets, train, test, run.settings.view, names)
     content = result.write(content)
     stages.update()
     stages.close()
@@ -229,7 +231,7 @@ def describe_data(run: Run, settings: EvaluateSettings, train: Reader, test: Rea
 
 
 def uncertainty(test: Embedding, wrong: np.ndarray) -> dict[str, float]:
-    """Does the posterior's spread say where features and probe fail? In [0, 1]."""
+    """Does the posterior's scale say where features and probe fail? In [0, 1]."""
     score = r_auroc(test.features, test.labels, test.uncertainty)
     return {
         "r_auroc": score.r_auroc,

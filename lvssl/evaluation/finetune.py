@@ -27,7 +27,7 @@ from lvssl.runs.result import read_json
 from lvssl.settings.stages import FinetuneSettings
 from lvssl.training.distributed import connected, from_first
 from lvssl.training.stopping import Stop, stop_signals
-from lvssl.training.supervised import Classifier, Recipe, Supervised, largest_batch, predict, scaled_lr
+from lvssl.training.supervised import Classifier, Recipe, SupervisedTrainer, largest_batch, predict, scaled_lr
 from pipelines.errors import InputError
 from pipelines.files import write_json
 
@@ -158,7 +158,7 @@ def fit(
     folder: Path,
     stop: Stop,
     title: str,
-) -> tuple[Classifier, Supervised]:
+) -> tuple[Classifier, SupervisedTrainer]:
     """One training from the run's weights, or from where it was interrupted."""
     settings = stage.settings
     batch = largest_batch(settings.batch_size, len(data), stage.world.size)
@@ -169,6 +169,8 @@ def fit(
     model = Classifier(
         copy.deepcopy(stage.run.network), settings.representation, data, frozen=False, seed=settings.seed
     )
-    training = Supervised(folder, model, data, stage.run.settings.view, recipe, stage.device, stage.world)
+    training = SupervisedTrainer(
+        folder, model, data, stage.run.settings.view, recipe, stage.device, stage.world
+    )
     training.run(stop, title)
     return model, training

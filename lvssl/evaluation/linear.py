@@ -22,7 +22,7 @@ from lvssl.training.stopping import Stop, stop_signals
 from lvssl.training.supervised import (
     Classifier,
     Recipe,
-    Supervised,
+    SupervisedTrainer,
     largest_batch,
     predict,
     represent,
@@ -85,7 +85,7 @@ def by_sgd(
     )  # fmt: skip
     model = Classifier(run.network, settings.representation, train, frozen=True, seed=settings.seed)
     view = run.settings.view
-    training = Supervised(stage.claim(train), model, train, view, recipe, stage.device, world)
+    training = SupervisedTrainer(stage.claim(train), model, train, view, recipe, stage.device, world)
     training.run(stop, f"linear {run.folder.name}")
     title = f"linear: {test.path.name}"
     found = predict(model, test, view, stage.device, settings.workers, world, title, stage.engine)

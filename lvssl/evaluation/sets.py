@@ -10,7 +10,7 @@ import numpy as np
 
 from lvssl.evaluation.corruptions import OUT_OF_DISTRIBUTION
 from lvssl.evaluation.embedding import Embedding, embed
-from lvssl.runs.labels import Subset, beside, open_pair, say_notes
+from lvssl.runs.labels import Subset, open_pair, say_notes, sibling_test_set
 from lvssl.runs.run import Run, require_classes_of, require_same_classes
 from pipelines.decode import Reader, open_reader
 from pipelines.loader import Decoder, evaluation_crops
@@ -37,7 +37,7 @@ def with_defaults(settings: Settings, run: Run) -> Settings:
     where one would look for them, and with what a damaged image does."""
     test, control = settings.test, settings.control
     if test is None:
-        test = beside(run.settings.data)
+        test = sibling_test_set(run.settings.data)
     neighbour = run.folder.resolve().parent / "control"
     if control is None and neighbour != run.folder.resolve() and (neighbour / "config.json").is_file():
         control = run.folder.parent / "control"

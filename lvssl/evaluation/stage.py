@@ -13,7 +13,7 @@ import torch
 
 from lvssl.models.device import claim, encoding_precision, pick_device, precision
 from lvssl.runs.identity import describe_set, other_set
-from lvssl.runs.labels import LabelledDataset, beside, check_pair, open_labelled, say_notes
+from lvssl.runs.labels import LabelledDataset, check_pair, open_labelled, say_notes, sibling_test_set
 from lvssl.runs.result import ResultFile, read_result
 from lvssl.runs.run import Run, load_run, require_classes_of
 from lvssl.settings.fields import identity
@@ -152,7 +152,7 @@ def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
     settings = replace(
         settings,
         train=train,
-        test=settings.test or beside(train),
+        test=settings.test or sibling_test_set(train),
         on_error=run.on_error(settings.on_error),
     )
     path = settings.out or settings.run / result

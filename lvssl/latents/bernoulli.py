@@ -31,7 +31,7 @@ class Bernoulli(Family):
     def fused(self) -> bool:
         return not self.relaxed
 
-    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
+    def initial_head(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
         return constant(dim, init_scale), constant(0, 0.0)
 
     def posterior(self, parameters: Tensor) -> "BernoulliPosterior":

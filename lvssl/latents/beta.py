@@ -29,8 +29,8 @@ class Beta(Quantised):
 
     about = "a beta latent"
 
-    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
-        """Means of spread 0.6 in (-1, 1); at 0 a deviation of 1 / sqrt(1 + init_scale^2)."""
+    def initial_head(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
+        """Means of deviation 0.6 in (-1, 1); at 0 a deviation of 1 / sqrt(1 + init_scale^2)."""
         return constant(dim, 2.0), constant(dim, 2 * math.log(init_scale))
 
     def posterior(self, parameters: Tensor) -> "BetaPosterior":
@@ -100,8 +100,8 @@ class _Dirichlet(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         drawn, concentration = ctx.saved_tensors
         total = concentration.sum(-1, keepdim=True).expand_as(concentration)
-        grad = torch._dirichlet_grad(drawn, concentration, total)
-        return grad * (slope - (drawn * slope).sum(-1, keepdim=True)), None
+        jacobian = torch._dirichlet_grad(drawn, concentration, total)
+        return jacobian * (grad - (drawn * grad).sum(-1, keepdim=True)), None

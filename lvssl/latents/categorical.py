@@ -33,13 +33,13 @@ class Categorical(Family):
     def fused(self) -> bool:
         return not self.relaxed
 
-    def complaint(self, dim: int) -> str:
+    def validation_error(self, dim: int) -> str:
         return f"a multiple of the {self.categories} categories" if dim % self.categories else ""
 
     def code_bits(self, dim: int) -> int:
         return dim // self.categories * math.ceil(math.log2(self.categories))
 
-    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
+    def initial_head(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
         return constant(dim, init_scale), constant(0, 0.0)
 
     def posterior(self, parameters: Tensor) -> "CategoricalPosterior":

@@ -20,10 +20,10 @@ class Deterministic(Family):
     unread: ClassVar[tuple[str, ...]] = ("decorrelation", "clean_path_weight")
     default_beta = 0.0
 
-    def spread_count(self, dim: int) -> int:
+    def scale_count(self, dim: int) -> int:
         return dim
 
-    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
+    def initial_head(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
         return constant(dim, 1.0), constant(dim, 0.0)
 
     def posterior(self, parameters: Tensor) -> "DeterministicPosterior":

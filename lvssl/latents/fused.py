@@ -71,10 +71,10 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from lvssl.latents import fused_triton
 
-        of_sample, of_kl, of_entropy = (slope.contiguous() for slope in slopes[:3])
+        of_sample, of_kl, of_entropy = (grad.contiguous() for grad in grads[:3])
         parameters, key, rows = ctx.saved_tensors
         grad = fused_triton.backward(
             ctx.family, parameters, key, rows, ctx.count, of_sample, of_kl, of_entropy

@@ -19,8 +19,8 @@ class Gaussian(Quantised):
     about = "a Gaussian latent"
     fused = True
 
-    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
-        """s = 1 / init_scale beside means of unit spread."""
+    def initial_head(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
+        """s = 1 / init_scale beside means of unit deviation."""
         return constant(dim, 1.0), constant(dim, -2 * math.log(init_scale))
 
     def posterior(self, parameters: Tensor) -> "GaussianPosterior":

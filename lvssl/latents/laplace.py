@@ -18,7 +18,7 @@ class Laplace(Quantised):
 
     about = "a Laplace latent"
 
-    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
+    def initial_head(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
         return constant(dim, 1.0), constant(dim, -math.log(init_scale))
 
     def posterior(self, parameters: Tensor) -> "LaplacePosterior":

@@ -31,13 +31,13 @@ class Mixture(Family):
     def location_count(self, dim: int) -> int:
         return self.components * (dim + 1)
 
-    def spread_count(self, dim: int) -> int:
+    def scale_count(self, dim: int) -> int:
         return self.components * dim
 
     def code_bits(self, dim: int) -> int:
         return math.ceil(math.log2(self.components)) + self.depth * dim
 
-    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
+    def initial_head(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
         k = self.components
         scale = torch.cat([constant(k * dim, 1.0), constant(k, init_scale)])
         return scale, constant(k * dim, -2 * math.log(init_scale))

@@ -24,13 +24,13 @@ class Spherical(Family):
 
     on_sphere = True
 
-    def spread_count(self, dim: int) -> int:
+    def scale_count(self, dim: int) -> int:
         return 1
 
-    def complaint(self, dim: int) -> str:
+    def validation_error(self, dim: int) -> str:
         return "at least 2 for a distribution on a sphere" if dim < 2 else ""
 
-    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
+    def initial_head(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
         """kappa = init_scale * D: the mean resultant length then hardly depends on D."""
         return constant(dim, 1.0), constant(1, math.log(init_scale * dim))
 

@@ -136,7 +136,7 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         kappa, cosines = ctx.saved_tensors
         dim = ctx.dim
         mean = _Moments.apply(kappa, dim)[1]
@@ -149,4 +149,4 @@ class _Implicit(torch.autograd.Function):
         ratio = (log_density(nodes, kappa, dim) - log_density(angle, kappa, dim)).exp()
         tail = (weights * (nodes.cos() - mean) * ratio).sum(dim=0)
         change = angle.sin() * torch.where(below, tail, -tail)
-        return (slope * change).sum(dim=0), None, None
+        return (grad * change).sum(dim=0), None, None

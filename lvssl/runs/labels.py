@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvssl.runs.progress import shown
+from lvssl.runs.progress import with_progress
 from pipelines.datasets.dataset import by_name
 from pipelines.decode import DamagedSample, Reader, open_reader
 from pipelines.errors import InputError
-from pipelines.formats.manifest import manifest_path, read_manifest
+from pipelines.formats.manifest import manifest_path, read_columns
 from pipelines.loader import Decoder, evaluation_batches
 from pipelines.views import ViewSettings
 
@@ -61,8 +61,8 @@ class Subset:
         with _positions_of(indices):
             return self.source.sizes(self.rows[indices])
 
-    def stored(self, row: int, index: int) -> bytes | np.ndarray:
-        return self.source.stored(row, int(self.rows[index]))
+    def encoded(self, row: int, index: int) -> bytes | np.ndarray:
+        return self.source.encoded(row, int(self.rows[index]))
 
     def crops(
         self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: np.ndarray | None = None
@@ -97,7 +97,7 @@ def readable(
     """
     rows, decoder = np.arange(len(source)) if rows is None else rows, Decoder(source, on_error)
     batches, done = evaluation_batches(source, view, workers=workers, indices=rows, decoder=decoder), 0
-    for crops, found in shown(batches, title, len(rows), lambda batch: len(batch[1])):
+    for crops, found in with_progress(batches, title, len(rows), lambda batch: len(batch[1])):
         asked, done = rows[done : done + len(found)], done + len(found)
         sound = found == asked
         if left_out is not None:
@@ -230,7 +230,7 @@ def check_pair(train: LabelledDataset, test: LabelledDataset) -> None:
         check_seen(train.source, test.source, train.path, test.path)
 
 
-def beside(train: Path) -> Path:
+def sibling_test_set(train: Path) -> Path:
     """The test set beside a training set: train.beton -> test.beton, or val. InputError if there is none."""
     for name in ("test", "val", "validation"):
         path = train.with_name(train.name.replace("train", name))
@@ -322,5 +322,5 @@ def names_of(train: LabelledDataset) -> list[str]:
     """The source names of a set's images, from its manifest, or from the folder itself."""
     names = getattr(train.source, "names", None)
     if names is None:
-        names = read_manifest(manifest_path(train.path))[1]["name"]
+        names = read_columns(manifest_path(train.path), ("name",))[1]["name"]
     return list(names)

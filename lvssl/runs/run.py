@@ -18,15 +18,16 @@ from lvssl.models.device import DTYPES, claim, encoding_precision, pick_device
 from lvssl.models.network import LVNet
 from lvssl.runs import checkpoint
 from lvssl.runs.identity import other_set
-from lvssl.settings.fields import difference, from_dict, to_dict
+from lvssl.settings.fields import difference, first_change, from_dict, to_dict
 from lvssl.settings.pretrain import PretrainSettings, choice
 from pipelines.datasets.recognise import in_short
 from pipelines.decode import Reader
-from pipelines.errors import ON_ERROR, InputError
+from pipelines.errors import ON_ERROR, InputError, first_line
 from pipelines.files import is_aside, write_json
 from pipelines.lock import lock
 
 LOCK = ".lock"
+MOST_CLASSES = 10_000_000
 
 
 def create_run(
@@ -56,7 +57,7 @@ def create_run(
         if data is not None:
             _check_set(settings, data)
         return
-    if not vacant(settings.out):
+    if not is_empty_run(settings.out):
         raise InputError(f"{settings.out} exists but is not a run folder; choose another --out")
     settings.out.mkdir(parents=True, exist_ok=True)
     content = {"settings": to_dict(settings), "classes": classes, "data": data, "versions": versions()}
@@ -79,14 +80,27 @@ def _check_set(settings: PretrainSettings, data: dict[str, Any]) -> None:
 def read_set(folder: Path) -> dict[str, Any] | None:
     """What a run's config.json says of its training images; None in older runs. InputError: damaged."""
     path = folder / "config.json"
+    data = _config(path).get("data")
+    if data is None:
+        return None
+    kinds = {"images": int, "classes": list | None, "digest": str}
+    if not isinstance(data, dict) or any(not isinstance(data.get(n, 0), kind) for n, kind in kinds.items()):
+        raise InputError(f"{path}: not a run's configuration (its `data` doesn't describe a set)")
+    return {name: data[name] for name in kinds}
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """What a run's config.json holds. InputError: no object, or damaged."""
     try:
-        data = json.loads(path.read_text()).get("data")
-        return None if data is None else {name: data[name] for name in ("images", "classes", "digest")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a run's configuration ({error!r})") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a run's configuration ({first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a run's configuration (an object is expected)")
+    return content
 
 
-def vacant(folder: Path) -> bool:
+def is_empty_run(folder: Path) -> bool:
     """Whether a run can begin there: there is nothing, or no more than a run killed at its birth leaves."""
     if not folder.is_dir():
         return not folder.exists()
@@ -95,7 +109,7 @@ def vacant(folder: Path) -> bool:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """While it lasts, no other process trains in `folder`; the system takes the lock from a killed process.
 
     Raises:
@@ -123,17 +137,24 @@ def versions() -> dict[str, str]:
 
 
 def read_config(folder: Path) -> tuple[PretrainSettings, int]:
-    """A run's settings and its count of classes; InputError if the folder is no run."""
+    """A run's settings and its count of classes; InputError if the folder is no run, or its config.json
+    holds an impossible value, which is named."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run folder")
     if not path.is_file():
         raise InputError(f"{folder} is no run folder (it has no config.json)")
+    content = _config(path)
+    if missing := [name for name in ("settings", "classes") if name not in content]:
+        raise InputError(f"{path}: not a run's configuration (it has no {missing[0]!r})")
+    settings, classes = from_dict(PretrainSettings, content["settings"], str(path)), content["classes"]
+    if not isinstance(classes, int) or not 0 <= classes <= MOST_CLASSES:
+        raise InputError(f"{path}: classes should be a count of at most {MOST_CLASSES:,}, not {classes!r}")
     try:
-        content = json.loads(path.read_text())
-        return from_dict(PretrainSettings, content["settings"], str(path)), content["classes"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a run's configuration ({error!r})") from error
+        settings.validate()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return settings, classes
 
 
 @dataclass(frozen=True)
@@ -184,11 +205,22 @@ def require_same_classes(run: Run, control: Run) -> None:
         )
 
 
+def require_weights_of(network: LVNet, weights: dict[str, torch.Tensor], path: Path, folder: Path) -> None:
+    """Raise InputError unless a checkpoint's weights are of the network that a run's settings describe."""
+    had = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    if changed := first_change(had, wanted):
+        raise InputError(
+            f"{path} is of another network than {folder / 'config.json'} describes ({changed}): one of "
+            "the two belongs to another run, or was changed"
+        )
+
+
 def load_run(folder: Path, device: torch.device | None = None) -> Run:
     """The newest checkpoint of a run, ready to encode on `device`; left out: on a GPU where there is one.
 
     Raises:
-        InputError: no run, or a run without a checkpoint.
+        InputError: no run, a run without a checkpoint, or one whose weights don't fit its settings.
     """
     settings, classes = read_config(folder)
     found = checkpoint.load_latest(folder / "checkpoints")
@@ -197,8 +229,12 @@ def load_run(folder: Path, device: torch.device | None = None) -> Run:
             f"{folder} has no checkpoint yet: let `lvssl pretrain` finish, or reach its first epoch"
         )
     path, state = found
+    weights = state.get("ema") or state["network"]
+    with torch.device("meta"):  # takes no memory, whatever the settings say
+        planned = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
+    require_weights_of(planned, weights, path, folder)
     network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
-    network.load_state_dict(state.get("ema") or state["network"])
+    network.load_state_dict(weights)
     if device is None:
         device = pick_device("auto")
         claim(device)

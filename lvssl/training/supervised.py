@@ -147,7 +147,7 @@ def plain(view: ViewSettings) -> ViewSettings:
     return replace(view, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0)
 
 
-class Supervised(Loop):
+class SupervisedTrainer(Loop):
     """Training with labels: model, images and what a step does. `host_reads` as of `Loop`."""
 
     def __init__(

@@ -35,7 +35,7 @@ def test_what_the_severities_say(images):
     assert corrupt(flat, "noise", 2).astype(float).std() == pytest.approx(255 * 0.08, rel=0.02)
     edge = np.zeros((1, side, side, 3), np.uint8)
     edge[:, :, side // 2 :] = 255
-    profile = corrupt(edge, "blur", 5)[0, 0, :, 0].astype(float)  # a normal law's distribution function
+    profile = corrupt(edge, "blur", 5)[0, 0, :, 0].astype(float)  # a normal distribution function
     x = np.arange(side) - side / 2 + 0.5
     spread = np.sqrt((np.gradient(profile / 255) * x**2).sum())
     assert spread == pytest.approx(0.08 * side, rel=0.1)

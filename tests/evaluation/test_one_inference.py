@@ -94,7 +94,7 @@ def test_code_files_hold_what_evaluations_embed(kind, run, digits, test_set, kno
         images = tmp_path / "images"
         (images / "deep").mkdir(parents=True)
         for i in range(len(test_set)):
-            Image.fromarray(test_set.source.stored(0, i)).save(images / "deep" / f"{i:04d}.png")
+            Image.fromarray(test_set.source.encoded(0, i)).save(images / "deep" / f"{i:04d}.png")
     assert main(["encode", str(run), "--images", str(images), "--out", str(out), "--means"]) == 0
     found = open_codes(out)
     assert np.array_equal(found.rows, known.codes)

@@ -63,7 +63,7 @@ def test_a_result_is_found_again_and_no_other_takes_its_place_unasked(command, r
     name = another[0].removeprefix("--").replace("-", "_")
     assert f"{files[0]} already holds a result for other settings ({name}: " in said
     assert "pass --overwrite to overwrite it" in said
-    assert "--out" not in said  # which these commands don't have
+    assert "--out to write elsewhere" in said
     assert call(run, *another, "--overwrite")[0] == 0 and stamps()[0] > made[0]
     assert str(json.loads(files[0].read_text())["settings"][name]) == another[1]
 

@@ -230,8 +230,8 @@ def test_directions_are_unit_vectors_whose_cosines_have_the_right_law(name, dim,
     kappa, grid = posterior.kappa.item(), torch.linspace(1e-9, math.pi, 400_001, dtype=torch.float64)
     logs = (dim - 2) * grid.sin().clamp(min=1e-300).log()
     logs += kappa * (grid.cos() if name == "vmf" else torch.log1p(grid.cos().clamp(min=-1 + 1e-15)))
-    law = (logs - logs.max()).exp().cumsum(0)
-    expected = (law / law[-1])[torch.bucketize(angle, grid).clamp(max=400_000)]
+    distribution = (logs - logs.max()).exp().cumsum(0)
+    expected = (distribution / distribution[-1])[torch.bucketize(angle, grid).clamp(max=400_000)]
     empirical = torch.arange(1, 4001) / 4000
     assert (expected - empirical).abs().max() < 1.95 / math.sqrt(4000)  # one run in 1,000 would fail
 
@@ -269,20 +269,20 @@ def test_von_mises_fishers_implicit_gradient_is_that_of_its_quantile(dim, kappa)
     cosines = VonMisesFisher().posterior(leaf).cosines(5, generator(0))[:, 0]
     grid = torch.linspace(1e-9, math.pi, 2_000_001, dtype=torch.float64)
 
-    def law(k: float) -> torch.Tensor:
+    def distribution(k: float) -> torch.Tensor:
         logs = (dim - 2) * grid.sin().clamp(min=1e-300).log() + k * grid.cos()
         mass = (logs - logs.max()).exp()
         summed = torch.cat([mass.new_zeros(1), ((mass[1:] + mass[:-1]) / 2).cumsum(0)])
         return summed / summed[-1]
 
-    middle, laws = law(kappa), [law(kappa * (1 + s)) for s in (-1e-3, 1e-3)]
+    middle, distributions = distribution(kappa), [distribution(kappa * (1 + s)) for s in (-1e-3, 1e-3)]
     for w in cosines:
         (found,) = torch.autograd.grad(w, leaf, retain_graph=True)
         place = ((w.detach().acos() - grid[0]) / (grid[1] - grid[0])).item()
         at = int(place)
         quantile = middle[at] + (place - at) * (middle[at + 1] - middle[at])
         angles = []
-        for one in laws:
+        for one in distributions:
             right = int(torch.searchsorted(one, quantile))
             share = (quantile - one[right - 1]) / (one[right] - one[right - 1])
             angles.append(grid[right - 1] + share * (grid[1] - grid[0]))
@@ -334,7 +334,8 @@ def test_relaxed_samples_harden_to_the_discrete_law(name):
         chosen = torch.nn.functional.one_hot(groups.argmax(3), 4).float().flatten(2)
         assert torch.allclose(groups.sum(3), torch.ones(()), atol=1e-5)
     error = 5 * chosen.std(0) / math.sqrt(20_000) + 1e-6
-    assert ((chosen.mean(0) - posterior.mean()).abs() < error).all()  # its sign or argmax is the discrete law
+    # Its sign or argmax has the discrete distribution.
+    assert ((chosen.mean(0) - posterior.mean()).abs() < error).all()
     assert (hard - chosen).abs().mean() < 2e-3
 
 
@@ -427,7 +428,7 @@ def test_narrow_and_wide_posteriors_stay_finite(name, spread):
     """s from 1e-4 to 1e4 (and beyond their bounds), concentrations likewise, beside ordinary locations."""
     kind = family(name, **OPTIONS)
     locations = parameters(name, rows=4)[:, : kind.location_count(DIM)]
-    x = torch.cat([locations, torch.full((4, kind.spread_count(DIM)), spread)], dim=1).requires_grad_()
+    x = torch.cat([locations, torch.full((4, kind.scale_count(DIM)), spread)], dim=1).requires_grad_()
     posterior = kind.posterior(x)
     everything = posterior.kl().sum() + posterior.sample(3, generator(0)).sum() + posterior.entropy().sum()
     assert everything.isfinite() and torch.autograd.grad(everything, x)[0].isfinite().all()

@@ -179,11 +179,11 @@ def test_images_are_read_in_the_precision_that_is_set(site):
     net.calibrate(features)
 
 
-def test_a_fixed_spread_stays():
+def test_a_fixed_scale_stays():
     net = network("gaussian", posterior_scale="fixed", init_scale=2.0)
     posterior = net(torch.randn(8, 3, 16, 16)).posterior
     assert posterior.log_variance.unique().item() == pytest.approx(-2 * 0.6931472)
-    assert not any("spread" in name for name, _ in net.named_parameters())
+    assert not any("head.scale" in name for name, _ in net.named_parameters())
 
 
 def test_impossible_latents_are_refused():

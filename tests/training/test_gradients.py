@@ -12,8 +12,8 @@ from lvssl.models.device import autocast, precision
 from lvssl.models.network import LVNet
 from lvssl.settings.pretrain import EngineSettings, LatentSettings, ModelSettings
 from lvssl.training.batchnorm import frozen_running_statistics
-from lvssl.training.gradients import backward, guard
-from lvssl.training.prepare import accelerate, prepared
+from lvssl.training.gradients import backward, clip_gradients
+from lvssl.training.prepare import apply_recompute_and_compile, prepared
 from pipelines.errors import InputError
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def network(**engine) -> LVNet:
     made = LVNet(ModelSettings("tiny", 32, 16), LatentSettings("bernoulli"), 8)
     settings = EngineSettings(**engine)
     made = prepared(made, settings, CPU)
-    accelerate(made.backbone, settings)
+    apply_recompute_and_compile(made.backbone, settings)
     return made.train()
 
 
@@ -120,13 +120,13 @@ def test_frozen_statistics_still_normalise_by_the_batch():
 def test_clipping_is_torchs():
     net, same = network(), network()
     gradients(net), gradients(same)
-    norm = guard(net.parameters(), clip=0.01)
+    norm = clip_gradients(net.parameters(), clip=0.01)
     wanted = nn.utils.clip_grad_norm_(same.parameters(), 0.01)
     torch.testing.assert_close(norm, wanted)
     for found, expected in zip(net.parameters(), same.parameters()):
         torch.testing.assert_close(found.grad, expected.grad)
     before = [p.grad.clone() for p in net.parameters()]
-    guard(net.parameters(), clip=1e9)
+    clip_gradients(net.parameters(), clip=1e9)
     assert all(torch.equal(a, p.grad) for a, p in zip(before, net.parameters()))
 
 
@@ -135,7 +135,7 @@ def test_one_gradient_that_is_not_finite_is_seen(value):
     net = network()
     gradients(net)
     next(net.parameters()).grad[0, 0, 0, 0] = value
-    assert not guard(net.parameters(), clip=1.0).isfinite()
+    assert not clip_gradients(net.parameters(), clip=1.0).isfinite()
 
 
 def test_a_compiled_backbone_is_not_recomputed():

@@ -63,8 +63,8 @@ def test_the_bits_of_h_are_decorrelated_where_the_code_is_longer():
         expected = info_nce(out.projections).mean() + weight * off / len(covariance)
         found = objective(out, settings, 0.5)
         assert found["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
-        (slope,) = torch.autograd.grad(found["loss"], [out.features])
-        assert slope.isfinite().all() and slope.abs().sum() > 0
+        (grad,) = torch.autograd.grad(found["loss"], [out.features])
+        assert grad.isfinite().all() and grad.abs().sum() > 0
     assert "decorrelation" not in found
 
 
@@ -95,7 +95,7 @@ def test_hib_learns_its_scale():
     out, settings = outputs(family="gaussian", site="proj", objective="hib")
     found = objective(out, settings, 0.5)
     found["loss"].backward()
-    assert found["distortion"].isfinite() and out.match is not None
+    assert found["distortion"].isfinite() and out.match_parameters is not None
 
 
 @pytest.mark.parametrize("family", ["vmf", "power_spherical"])

@@ -17,7 +17,7 @@ from devices import on_cpu_and_gpu
 
 from lvssl.runs import checkpoint
 from lvssl.runs.progress import read_metrics
-from lvssl.runs.run import alone, create_run, load_run
+from lvssl.runs.run import create_run, load_run, run_lock
 from lvssl.settings.fields import from_dict, to_dict
 from lvssl.settings.pretrain import PRESETS, PretrainSettings
 from lvssl.training.pretrain import Interrupted, Stop, Trainer, pretrain
@@ -102,7 +102,7 @@ def wait_for_a_step(run: Path, process: subprocess.Popen) -> None:
 def test_two_processes_never_train_in_one_folder(digits, tmp_path):
     chosen = settings(digits, tmp_path / "run", epochs=1)
     create_run(chosen, 10, resume=False)
-    with alone(chosen.out), pytest.raises(InputError, match="another process is training in .*run"):
+    with run_lock(chosen.out), pytest.raises(InputError, match="another process is training in .*run"):
         pretrain(chosen, resume=True)
     pretrain(chosen, resume=True)  # the lock ends with its holder
     assert load_run(chosen.out).step == 10
