@@ -24,22 +24,17 @@ class Regression(NamedTuple):
     strength: float
 
 
-def ridge(train_x: Any, train_t: Any, test_x: Any, test_t: Any) -> Regression:
-    """Ridge from features x [N, D] to targets t [N] or [N, T], its strength by leave-one-out on the training
-    set alone (of STRENGTHS); R^2 and mean absolute error on the test set.
+def ridge_each(
+    train_x: Any, train_t: Mapping[str, Any], test_x: Any, test_t: Mapping[str, Any]
+) -> dict[str, Regression]:
+    """Ridge from features x [N, D] to targets t [N] or [N, T] by name, the strength of each (of STRENGTHS) by
+    leave-one-out on the training set alone; R^2 and mean absolute error on the test set. The targets of one
+    column cost one decomposition together.
 
     Features are standardised by the training set. R^2 is against the test targets' own mean, as
     scikit-learn's r2_score; a column that is constant on the test set is left out of it (nan where all are).
     Raises ValueError for shapes that don't match or values that aren't finite.
     """
-    return ridge_each(train_x, {"": train_t}, test_x, {"": test_t})[""]
-
-
-def ridge_each(
-    train_x: Any, train_t: Mapping[str, Any], test_x: Any, test_t: Mapping[str, Any]
-) -> dict[str, Regression]:
-    """`ridge` to several targets, each with a strength of its own; those of one column for the price of one
-    decomposition."""
     x = [as_array(a).astype(np.float32) for a in (train_x, test_x)]
     targets = [
         {name: as_array(t).astype(np.float64).reshape(len(t), -1) for name, t in these.items()}
