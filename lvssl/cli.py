@@ -123,7 +123,8 @@ def pretrain(arguments: list[str]) -> int:
         return 143
     if not world_of().first:
         return 0
-    print(f"{chosen.settings.out}: done; next: lvssl evaluate {chosen.settings.out} --test TEST.beton")
+    then = shlex.join(["lvssl", "evaluate", str(chosen.settings.out), "--test", "TEST.beton"])
+    print(f"{chosen.settings.out}: done; next: {then}")
     return 0
 
 
