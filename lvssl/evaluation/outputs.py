@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lvssl.latents.noise import keyed
 from lvssl.models.inference import device_of, encode, in_batches
 from lvssl.models.network import LVNet
 from pipelines.kernels.pack import unpack_bits
@@ -30,7 +31,6 @@ def network_outputs(
 ) -> NetworkOutputs:
     """The outputs for crops uint8 [N, R, R, 3], or of views that are normalised already, float32
     [N, 3, R, R]."""
-    generator = torch.Generator(device=device_of(network)).manual_seed(seed)
     count = samples if network.family.stochastic else 0
     parts = []
     for part in encode(network, in_batches(torch.as_tensor(images)), view):
@@ -38,7 +38,8 @@ def network_outputs(
         bits = unpack_bits(part.codes(), network.family.code_bits(network.dim))
         drawn = posterior.mean()[None, :, :0]
         if count:
-            drawn = posterior.sample(count, generator, network.latent.relaxation)
+            noise = keyed(seed, torch.from_numpy(part.rows), device_of(network))
+            drawn = posterior.sample(count, noise, network.latent.relaxation)
         values = (part.features, posterior.mean(), posterior.uncertainty(), posterior.kl(), drawn)
         parts.append((bits, *(value.float().cpu().numpy() for value in values)))
     code, h, mean, uncertainty, rate = (np.concatenate(column) for column in list(zip(*parts))[:5])
