@@ -123,7 +123,8 @@ def pretrain(arguments: list[str]) -> int:
         return 143
     if not world_of().first:
         return 0
-    print(f"{chosen.settings.out}: done; next: lvssl evaluate {chosen.settings.out} --test TEST.beton")
+    then = shlex.join(["lvssl", "evaluate", str(chosen.settings.out), "--test", "TEST.beton"])
+    print(f"{chosen.settings.out}: done; next: {then}")
     return 0
 
 
@@ -423,7 +424,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
         stage("FinetuneSettings", "lvssl.evaluation.finetune:finetune"),
     ),
     "evaluate": ("linear probe and kNN on features and codes, with a control run and baselines", evaluate),
-    "analyse": ("uncertainty, meaning of bits, regression: a run beside its control", analyse),
+    "analyse": ("uncertainty, what single bits say, regression: a run beside its control", analyse),
     "study": ("several configurations over several seeds, compared in pairs", study),
     "compression": ("accuracy against bits stored, beside equal-bit controls", compression),
     "encode": ("write packed codes of a folder or beton", encode),

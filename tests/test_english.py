@@ -43,6 +43,9 @@ PHRASES = (
     "that a person can mend",
     "backward walk",
     "forward walk",
+    "images from elsewhere",
+    "made worse in steps",
+    "meaning of bits",
 )
 
 

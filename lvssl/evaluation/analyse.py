@@ -1,4 +1,4 @@
-"""What a run's latent gives beyond accuracy: uncertainty, meaning of bits, regression from the code.
+"""What a run's latent gives beyond accuracy: uncertainty, what single bits say, regression from the code.
 
 Everything stands beside a control: the deterministic run's scores, its features and its sign bits.
 """
@@ -36,7 +36,7 @@ FEWEST = 40  # test images below which nothing is worth measuring
 
 @dataclass(frozen=True)
 class AnalyseSettings:
-    """Uncertainty, meaning of bits and regression: a run beside its control. Writes RUN/analysis.json."""
+    """Uncertainty, what single bits say, regression: a run beside its control. Writes RUN/analysis.json."""
 
     run: Positional[Path] = field(metadata=POSITIONAL)
     """The run's folder; analysis.json and bits.npz are written there, unless --out is given."""

@@ -24,7 +24,8 @@ def calibration(probabilities: Any, labels: Any, classes: Any = None, bins: int 
 
     The expected calibration error (Naeini et al. 2015; Guo et al. 2017) sorts images into `bins` equal
     intervals (low, high] of the highest probability and averages |accuracy - mean confidence| weighted by
-    their counts. `classes` [C]: the label of each column; left out: 0..C-1. Raises ValueError for shapes that
+    their counts; scikit-learn has no such error, and its Brier score takes several classes from 1.7 only.
+    `classes` [C]: the label of each column; left out: 0..C-1. Raises ValueError for shapes that
     don't match, rows that are no distribution, or a label without a column.
     """
     p_NC, labels = as_array(probabilities).astype(np.float64), as_array(labels)

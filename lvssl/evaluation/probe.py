@@ -131,7 +131,10 @@ def fit(
 
 
 def held_out(y: np.ndarray, seed: int) -> np.ndarray:
-    """A mask [N] over HELD_OUT of every class, drawn from `seed`; one image of each class is left."""
+    """A mask [N] over HELD_OUT of every class, drawn from `seed`; one image of each class is left.
+
+    scikit-learn's StratifiedShuffleSplit refuses a class of one image.
+    """
     generator = np.random.default_rng(seed)
     mask = np.zeros(len(y), dtype=bool)
     for label in np.unique(y):

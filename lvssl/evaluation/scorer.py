@@ -107,7 +107,10 @@ def uncertainty(run: Run, sets: Sets, sampling: Sampling) -> tuple[dict[str, Any
 
 def severity_correlation(scores: np.ndarray) -> float:
     """Mean over images of Spearman's correlation of score and severity, for scores [S, N] at severities
-    0..S-1; an image whose score never changes counts as 0."""
+    0..S-1; an image whose score never changes counts as 0.
+
+    All images at once from their ranks: scipy's spearmanr takes 400 times as long (67 ms for 500 images), for
+    it correlates every image with every other."""
     from scipy.stats import rankdata
 
     rank_SN = rankdata(scores, axis=0)

@@ -52,7 +52,7 @@ class StudySettings:
     arms: tuple[str, ...] = ("none", "sign", "bernoulli", "gaussian")
     """A family, or NAME:setting=value,... with the latent's settings, such as low:family=bernoulli,dim=64, or
     mcinfonce:family=vmf,site=proj,objective=mcinfonce. All are compared with those of the names none, sign
-    and mcinfonce."""
+    and mcinfonce, and those with a latent with the best of all that have none."""
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 0
     """Of each run; 0: the preset's."""
@@ -61,7 +61,7 @@ class StudySettings:
     threads: int = 0
     """Threads of torch on a CPU; 0: all cores."""
     max_images: int = 2000
-    """Test images on which uncertainty and meaning are measured; accuracy and mAP take all."""
+    """Test images on which uncertainty and regression are measured; accuracy and mAP take all."""
     ood: tuple[Path, ...] = field(default=())
     """Betons of other data, as for `lvssl analyse`; noise, textures and digits are always taken."""
     shard: str = ""

@@ -4,7 +4,7 @@
     metrics.jsonl     curves; the control's, where evaluation.json names its folder, on the same axes
     evaluation.json   verdict, tables, code figures, commands
     gallery.npz       neighbours, most and least certain images
-    analysis.json     uncertainty, regression, meaning of bits
+    analysis.json     uncertainty, regression, what single bits say
     bits.npz          the images where a bit is on, and off
     compression.json  accuracy against bits stored
 

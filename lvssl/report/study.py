@@ -36,6 +36,7 @@ lowers, too. Codes by Hamming distance, features by cosine.
 a control's features, fitted on the training images. In a comparison each side has its strongest method (in
 brackets): of a code the method, of an uncertainty the score without labels (the latent's: posterior, rate;
 anybody's: feature norm, distance to the nearest training images), the one of the best mean over the seeds.
+*The best control* is the strongest that any arm without a latent gives.
 That choice is made on the test images and favours whoever has more methods.
 
 **Paired differences**: arm minus control, seed by seed; their mean and its 95 % interval (Student). An

@@ -11,18 +11,13 @@ from lvssl.runs.differences import interval, strongest
 from lvssl.runs.rows import by_point
 
 
-def verdict(difference: float, error: float) -> str:
-    """better, worse, or level: within two standard errors, those that the test set's size gives."""
-    return str(interval([difference], sampling_error=error)["verdict"])
-
-
 @dataclass(frozen=True)
 class Comparison:
-    """One measure of the run minus that of its control, in points of accuracy."""
+    """One measure of the run minus that of its control: percent, unless it says otherwise."""
 
     measure: str
-    run: float  # percent
-    control: float  # percent
+    run: float
+    control: float
     noise: float | None  # two standard errors of the difference, points; None: test set of unknown size
 
     @property
@@ -31,7 +26,9 @@ class Comparison:
 
     @property
     def outcome(self) -> str:
-        return verdict(self.difference, (0.05 if self.noise is None else self.noise) / 2)
+        """better, worse, or level: within the sampling error of the test set."""
+        error = (0.05 if self.noise is None else self.noise) / 2
+        return str(interval([self.difference], sampling_error=error)["verdict"])
 
 
 def sampling_noise(run: float, control: float, images: int) -> float:
@@ -69,23 +66,12 @@ def compare(evaluation: dict[str, Any]) -> dict[str, list[Comparison]]:
 
 
 @dataclass(frozen=True)
-class UncertaintyComparison:
-    """R-AUROC of the posterior's own uncertainty against the best label-free score of the control."""
+class UncertaintyComparison(Comparison):
+    """R-AUROC (0..1) of the posterior's own uncertainty against the control's best label-free score, which
+    `measure` names."""
 
-    run: float
-    control: float
-    score: str  # which of the control's
     recall: float
     control_recall: float
-    noise: float  # two standard errors of the difference
-
-    @property
-    def difference(self) -> float:
-        return self.run - self.control
-
-    @property
-    def outcome(self) -> str:
-        return verdict(self.difference, self.noise / 2)
 
 
 LABEL_FREE = {"norm": "feature norm", "distance": "distance to its neighbours"}
@@ -105,12 +91,12 @@ def compare_uncertainty(analysis: dict[str, Any]) -> UncertaintyComparison | Non
     images = analysis["images"]["test"]
     errors = [auroc_error(row["r_auroc"], row["recall_at_1"], images) for row in (run, control[best])]
     return UncertaintyComparison(
+        best,
         run["r_auroc"],
         control[best]["r_auroc"],
-        best,
+        2 * math.hypot(*errors),
         run["recall_at_1"],
         control[best]["recall_at_1"],
-        2 * math.hypot(*errors),
     )
 
 
@@ -127,7 +113,7 @@ def uncertainty_in_words(found: UncertaintyComparison) -> str:
     where = WORDS[found.outcome]
     return (
         f"The posterior's uncertainty is {where} the control's best label-free score, its "
-        f"{LABEL_FREE[found.score]}, in telling wrong neighbours from right."
+        f"{LABEL_FREE[found.measure]}, in telling wrong neighbours from right."
     )
 
 

@@ -3,8 +3,13 @@ import pytest
 from sklearn.linear_model import LinearRegression, RidgeCV
 from sklearn.metrics import mean_absolute_error, r2_score
 
-from lvssl.evaluation.regression import STRENGTHS, ridge, ridge_each
+from lvssl.evaluation.regression import STRENGTHS, ridge_each
 from lvssl.evaluation.shapes import BACKGROUND, FACTORS, draw, make_shapes, regression_targets
+
+
+def ridge(train_x, train_t, test_x, test_t):
+    """To one target."""
+    return ridge_each(train_x, {"": train_t}, test_x, {"": test_t})[""]
 
 
 def shifted(row, **by):

@@ -337,7 +337,7 @@ def test_bad_input_is_named_and_the_old_page_stays(tmp_path):
     assert write_report(run).read_text() == before
     gallery = dict(np.load(run / "gallery.npz"))
     for name, content, message in [
-        ("config.json", '{"settings": []}', "config.json: settings by name are expected, not list"),
+        ("config.json", '{"settings": [], "classes": 2}', "config.json: settings by name are expected"),
         ("config.json", "[1]", "config.json: not a run's configuration"),
         ("config.json", '{"settings": {"latent": 3}, "classes": 2}', "config.json.latent: settings by name"),
         ("metrics.jsonl", good.replace("\n", "\n{oops\n", 1), "metrics.jsonl: line 2"),

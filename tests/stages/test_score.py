@@ -1,12 +1,14 @@
 """Every figure against NumPy or scikit-learn."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest
 from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score, top_k_accuracy_score
 
-from lvssl.evaluation.score import classification, rank_of_label, score, wilson
+from lvssl.evaluation.score import RESAMPLES, classification, one_target, rank_of_label, score, wilson
 
 
 def test_top_1_and_top_5_are_numpys_and_sklearns():
@@ -49,6 +51,22 @@ def test_regression_figures_are_sklearns_and_the_interval_covers():
         assert found["r2_interval"][0] < found["r2"] < found["r2_interval"][1]
     true_r2 = 1 - 1 / 4
     assert figures["targets"]["age"]["r2_interval"][0] < true_r2 < figures["targets"]["age"]["r2_interval"][1]
+
+
+def test_the_bootstrap_draws_one_resample_at_a_time():
+    """A thousand at once are 8 kB an image; the resamples are those that one draw of all would give."""
+    generator = np.random.default_rng(1)
+    answers = generator.normal(size=20_000)
+    predictions = answers + generator.normal(size=20_000)
+    tracemalloc.start()
+    found = one_target(predictions, answers)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200 * len(answers)
+    rows = np.random.default_rng(0).integers(0, 300, (RESAMPLES, 300))
+    each = [r2_score(answers[:300][r], predictions[:300][r]) for r in rows]
+    found = one_target(predictions[:300], answers[:300])
+    assert found["r2_interval"] == pytest.approx(np.percentile(each, [2.5, 97.5]), abs=1e-12)
 
 
 def test_predictions_that_are_not_finite_are_no_result():
