@@ -18,14 +18,16 @@ from lvssl.runs.progress import shown
 from pipelines.errors import InputError
 from pipelines.kernels.pack import unpack_bits
 
-EPOCHS, BATCH, LR = 10, 1024, 1e-2  # of Adam, whose rate falls to 0 along a cosine
+EPOCHS, STEPS = 10, 5000  # the least of both; of a million images the epochs are more
+BATCH, LR = 1024, 1e-2  # of Adam, whose rate falls to 0 along a cosine
 STRENGTHS = (1e-1, 1e-2, 1e-3)  # as of the exact probe
 PAGE = 16  # rows that are read together: of 2,048 features 128 KB
 HELD_OUT, MOST_HELD_OUT = 0.15, 50_000  # share of the pages, and rows, on which the strength is chosen
 CHUNK = 8192  # rows at a time where all are read
 PROTOCOL = (
-    f"sgd: Adam, {EPOCHS} epochs in batches of {BATCH:,}, learning rate {LR} along a cosine; L2 strength "
-    f"chosen on {HELD_OUT:.0%} of the training images, {MOST_HELD_OUT:,} at most, which are not learnt from"
+    f"sgd: Adam, {EPOCHS} epochs in batches of {BATCH:,}, {STEPS:,} steps at least, learning rate {LR} along "
+    f"a cosine; L2 strength chosen on {HELD_OUT:.0%} of the training images, {MOST_HELD_OUT:,} at most, "
+    "which are not learnt from"
 )
 
 
@@ -54,7 +56,7 @@ def streamed_probe(
     test_x: Rows,
     test_y: np.ndarray,
     *,
-    epochs: int = EPOCHS,
+    epochs: int = 0,
     batch: int = BATCH,
     seed: int = 0,
     device: torch.device | None = None,
@@ -62,7 +64,8 @@ def streamed_probe(
 ) -> ProbeResult:
     """As `linear_probe`, of train_x [N, D] and labels int64 [N], in memory that N doesn't change.
 
-    Pages of rows are drawn in an order of each epoch's own, by `seed`. `device`: where it is computed; left
+    Pages of rows are drawn in an order of each epoch's own, by `seed`. `epochs`: 0: EPOCHS, or what STEPS
+    take. `device`: where it is computed; left
     out: the CPU. `title`: of the progress shown; empty: none. Raises ValueError for values that are not
     finite, InputError for labels of one class.
     """
@@ -81,7 +84,9 @@ def streamed_probe(
         return (values @ weight.flatten(1)).unflatten(1, bias.shape) + bias
 
     optimiser = torch.optim.Adam([weight, bias], lr=LR)
-    steps = epochs * -(-len(learnt) // (batch // PAGE))
+    in_an_epoch = -(-len(learnt) // (batch // PAGE))
+    epochs = epochs or max(EPOCHS, -(-STEPS // in_an_epoch))
+    steps = epochs * in_an_epoch
     batches = shown(drawn(learnt, len(y), epochs, batch, seed), title, epochs * len(y), len)
     for step, rows in enumerate(batches):
         for group in optimiser.param_groups:

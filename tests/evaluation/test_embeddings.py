@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from lvssl.cli import main
-from lvssl.evaluation import foreign
+from lvssl.evaluation import foreign, streamed
 from lvssl.evaluation.knn import weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.runs import features
@@ -77,6 +77,7 @@ def test_a_result_is_found_again_and_other_embeddings_are_told_apart(made, tmp_p
 
 def test_many_embeddings_are_probed_as_they_stream(made, tmp_path, monkeypatch):
     monkeypatch.setattr(foreign, "LARGE_SET", 900)
+    monkeypatch.setattr(streamed, "STEPS", 50)
     for split, (x, y) in made.items():
         write("npy", tmp_path, split, x, y)
     assert main(["linear", str(tmp_path)]) == 0

@@ -54,7 +54,7 @@ def test_a_large_set_is_evaluated_by_the_streamed_probe(runs, large, monkeypatch
 
 
 def small_batches(*arguments, **options):
-    return streamed.streamed_probe(*arguments, **options, batch=64)
+    return streamed.streamed_probe(*arguments, **options, batch=64, epochs=20)
 
 
 def kept(run: Path) -> dict[int, list[str]]:
