@@ -144,8 +144,8 @@ def main(arguments: list[str]) -> None:
             row = {"row": name, "images": options.images, "command": " ".join(words)}
             rows.append(row | {"seconds": round(seconds, 2), "mib": round(mib), "within": mib <= BOUND_MIB})
             print(f"{name:24}{options.images:>12,}{seconds:10.1f} s{mib:10,.0f} MiB", flush=True)
-        if options.json:
-            keep(options.json, rows, arguments)
+            if options.json:
+                keep(options.json, rows[-1:], arguments)
     finally:
         if not options.scratch:
             shutil.rmtree(folder, ignore_errors=True)
