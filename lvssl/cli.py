@@ -132,7 +132,9 @@ def stage(kind: str, name: str) -> Callable[[list[str]], int]:
     """The command of a stage after pretraining; `kind` names its settings, "module:function" what it does."""
 
     def run(arguments: list[str]) -> int:
+        from lvssl.evaluation.foreign import measure_embeddings
         from lvssl.evaluation.stage import show
+        from lvssl.runs.embeddings import is_embeddings
         from lvssl.settings import stages
         from lvssl.training.stopping import Interrupted
 
@@ -141,6 +143,9 @@ def stage(kind: str, name: str) -> Callable[[list[str]], int]:
         start = stages.start_from(getattr(stages, kind), first.parse_known_args(arguments)[0].preset)
         module, _, function = name.partition(":")
         settings = parse(type(start), arguments, function, start)
+        if not isinstance(settings, stages.FinetuneSettings) and is_embeddings(settings.run):
+            show(measure_embeddings(function, settings))
+            return 0
         try:
             done = getattr(importlib.import_module(module), function)(settings)
         except Interrupted as stopped:

@@ -1,23 +1,34 @@
 """A network over a data set: features, codes and uncertainties of every image, without augmentation."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lvssl.models.inference import device_of, encode, on_device
+from lvssl.models.inference import Batches, device_of, encode, on_device
 from lvssl.models.network import LVNet
+from lvssl.runs.features import PART, Arrays, Compute, Store
+from lvssl.runs.identity import describe_set
 from lvssl.runs.labels import readable
+from lvssl.runs.run import Run
 from pipelines.decode import Reader
+from pipelines.decode.dali import DALIReader
 from pipelines.loader import evaluation_batches
 from pipelines.views import ViewSettings
+
+LARGE_SET = 200_000  # images from which on what is exact would take too much memory and time
+
+SIDE = 32  # pixels to which images are shrunk that stand for themselves
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """N images as a network sees them."""
+    """N images as a network sees them; the arrays may be mapped files."""
 
     features: np.ndarray  # float32 [N, F]
     codes: np.ndarray  # uint8 [N, ceil(bits / 8)], packed
@@ -27,6 +38,20 @@ class Embedding:
     labels: np.ndarray  # int64 [N]
     rows: np.ndarray  # int64 [N], positions in the set: all, unless damaged images are skipped
     bit_means: np.ndarray | None  # float32 [N, bits], P(bit = 1), where the code is drawn bit by bit
+
+    @classmethod
+    def of(cls, network: LVNet, arrays: Arrays, labels: np.ndarray) -> Embedding:
+        """Of what `batches_of` gave, joined, and the labels of the whole set."""
+        return cls(
+            arrays["features"],
+            arrays["codes"],
+            network.family.code_bits(network.dim),
+            arrays["uncertainty"],
+            float(arrays["kl"].mean() / np.log(2)),
+            labels[arrays["rows"]],
+            arrays["rows"],
+            arrays.get("bit_means"),
+        )
 
 
 def embed(
@@ -39,31 +64,69 @@ def embed(
 ) -> Embedding:
     """Every image of the source, in its order, in eval mode: the same image gives the same row in any set.
 
-    `on_error`, `title`: as `readable`'s.
+    `on_error`, `title`: as `readable`'s. In memory, and computed anew: see `embedded`.
     """
-    parts: dict[str, list[np.ndarray]] = {
-        name: [] for name in ("rows", "features", "codes", "uncertainty", "kl", "means")
+    batches = list(batches_of(network, readable(source, view, workers, on_error, title=title), view))
+    joined = {name: np.concatenate([arrays[name] for _, arrays in batches]) for name in batches[0][1]}
+    joined["rows"] = np.concatenate([rows for rows, _ in batches])
+    return Embedding.of(network, joined, source.labels)
+
+
+def embedded(
+    run: Run, source: Reader, workers: int = 0, on_error: str = "raise", title: str = ""
+) -> Embedding:
+    """As `embed` with the run's network, from the run's store of features, RUN/features, which is filled
+    first where it doesn't hold them: on from where a kill left it, and together with other processes.
+
+    From LARGE_SET images on without bit_means.
+    """
+    store, compute = store_of(run, source, workers, on_error, title)
+    store.fill(compute)
+    arrays = store.open()
+    left_out = np.setdiff1d(np.arange(len(source)), arrays["rows"])
+    if len(left_out) and on_error == "raise":
+        list(compute(left_out))  # which names the first of them
+    return Embedding.of(run.network, arrays, source.labels)
+
+
+def help_to_embed(run: Run, source: Reader, workers: int = 0, on_error: str = "raise") -> None:
+    """Compute those parts of what `embedded` needs that no other process computes: a rank but the first."""
+    store, compute = store_of(run, source, workers, on_error, "")
+    store.fill(compute, to_the_end=False)
+
+
+def store_of(run: Run, source: Reader, workers: int, on_error: str, title: str) -> tuple[Store, Compute]:
+    """Where a run keeps its features of a set, and what computes them."""
+    view, means = run.settings.view, len(source) < LARGE_SET
+    key = {
+        "checkpoint": run.digest,
+        "set": describe_set(source),
+        "view": asdict(view),
+        "arithmetic": run.arithmetic,
+        "decoder": "dali" if isinstance(getattr(source, "source", source), DALIReader) else "",
     }
-    for part in encode(network, readable(source, view, workers, on_error, title=title), view):
+
+    def compute(rows: np.ndarray) -> Iterator[tuple[np.ndarray, Arrays]]:
+        part = f"{title}, from {rows[0]:,} of {len(source):,}" if title and len(source) > PART else title
+        return batches_of(run.network, readable(source, view, workers, on_error, rows, part), view, means)
+
+    return Store.beside(run.folder / "features", key, len(source)), compute
+
+
+def batches_of(
+    network: LVNet, batches: Batches, view: ViewSettings, means: bool = True
+) -> Iterator[tuple[np.ndarray, Arrays]]:
+    """Of each batch of crops: positions, and the arrays that an Embedding is made of."""
+    for part in encode(network, batches, view):
         posterior = part.posterior
-        parts["rows"].append(part.rows)
-        parts["features"].append(part.features.float().cpu().numpy())
-        parts["codes"].append(part.codes())
-        parts["uncertainty"].append(posterior.uncertainty().cpu().numpy())
-        parts["kl"].append(posterior.kl().cpu().numpy())
-        if (means := posterior.bit_means()) is not None:
-            parts["means"].append(means.cpu().numpy())
-    joined = {name: np.concatenate(arrays) for name, arrays in parts.items() if arrays}
-    return Embedding(
-        joined["features"],
-        joined["codes"],
-        network.family.code_bits(network.dim),
-        joined["uncertainty"],
-        float(joined["kl"].mean() / np.log(2)),
-        source.labels[joined["rows"]],
-        joined["rows"],
-        joined.get("means"),
-    )
+        arrays = {
+            "features": part.features.float(),
+            "uncertainty": posterior.uncertainty(),
+            "kl": posterior.kl(),
+        }
+        if means and (of_bits := posterior.bit_means()) is not None:
+            arrays["bit_means"] = of_bits
+        yield part.rows, {name: a.cpu().numpy() for name, a in arrays.items()} | {"codes": part.codes()}
 
 
 @torch.no_grad()
@@ -82,8 +145,8 @@ def calibrate_batch_statistics(network: LVNet, source: Reader, view: ViewSetting
     network.eval()
 
 
-def pixels(source: Reader, view: ViewSettings, workers: int = 0, side: int = 32) -> np.ndarray:
-    """Evaluation crops as vectors, at most 32 px a side, float32 [N, D]; one channel if all are grey."""
+def pixels(source: Reader, view: ViewSettings, workers: int = 0, side: int = SIDE) -> np.ndarray:
+    """Evaluation crops as vectors, at most `side` px a side, float32 [N, D]; one channel if all are grey."""
     batches = evaluation_batches(source, view, workers=workers)
     values = torch.cat([shrink(crops.permute(0, 3, 1, 2) / 255, side) for crops, _ in batches])
     if bool((values - values[:, :1]).abs().max() < 1e-5):

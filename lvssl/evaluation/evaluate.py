@@ -2,6 +2,9 @@
 
 import io
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,17 @@ from tyro.conf import Positional
 from lvssl.codes.controls import sign_bits
 from lvssl.codes.search import hamming_search
 from lvssl.codes.statistics import code_statistics, compression_ratios
-from lvssl.evaluation.embedding import Embedding, calibrate_batch_statistics, embed, pixels
-from lvssl.evaluation.knn import hamming_knn, weighted_knn
-from lvssl.evaluation.probe import linear_probe
+from lvssl.evaluation.embedding import (
+    LARGE_SET,
+    SIDE,
+    Embedding,
+    calibrate_batch_statistics,
+    embed,
+    pixels,
+    shrink,
+)
+from lvssl.evaluation.knn import OF_LARGE, OF_SMALL, hamming_knn, nearest_by_cosine, weighted_knn
+from lvssl.evaluation.probe import ProbeResult, linear_probe
 from lvssl.evaluation.sets import (
     channels,
     class_names,
@@ -25,15 +36,19 @@ from lvssl.evaluation.sets import (
     labelled_pair,
     with_defaults,
 )
+from lvssl.evaluation.streamed import PROTOCOL, Bits, Rows, streamed_probe
 from lvssl.evaluation.uncertainty import r_auroc, risk_coverage_area
 from lvssl.latents import WITHOUT_LATENT
 from lvssl.models.backbone import feature_dim
-from lvssl.models.inference import device_of
+from lvssl.models.inference import device_of, infer
 from lvssl.models.network import LVNet
-from lvssl.runs.labels import sound_part
+from lvssl.runs.features import Store
+from lvssl.runs.identity import describe_set
+from lvssl.runs.labels import Subset, readable, sound_part
 from lvssl.runs.result import ResultFile
 from lvssl.runs.run import Run, load_run
 from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME
+from pipelines.datasets.dataset import evenly_spaced
 from pipelines.decode import Reader
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
@@ -44,6 +59,7 @@ from pipelines.views import ViewSettings
 
 GALLERY = "gallery.npz"
 QUERIES, NEIGHBOURS, EXTREMES = 40, 6, 12  # pictures in the gallery
+CALIBRATED = 50_000  # images of a large set on which the random encoder's running statistics are taken
 
 
 @dataclass(frozen=True)
@@ -110,6 +126,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         "run": describe(run) | figures,
         "control": control_figures,
         "baselines": baseline,
+        "protocol": protocol(train),
         "table": table(run, control, figures, control_figures, baseline),
         "compression": compression(run, test),
         "code_statistics": code_statistics(unpack_bits(sets[1].codes, sets[1].bits), sets[1].bit_means),
@@ -124,29 +141,53 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     return content
 
 
+def linear(
+    train: Rows, train_y: np.ndarray, test: Rows, test_y: np.ndarray, device: torch.device
+) -> ProbeResult:
+    """The exact linear probe; of LARGE_SET training images and more the streamed one, on the device."""
+    if len(train_y) < LARGE_SET:
+        return linear_probe(train[:], train_y, test[:], test_y)
+    title = "evaluate: linear probe"
+    return streamed_probe(train, train_y, test, test_y, device=device, title=title)
+
+
+def protocol(train: Reader) -> dict[str, Any]:
+    """How `measure` and `baselines` measure on so many training images."""
+    k, temperature = OF_LARGE if len(train) >= LARGE_SET else OF_SMALL
+    probe = PROTOCOL if len(train) >= LARGE_SET else "logistic regression by L-BFGS, all images in memory"
+    return {"linear": probe, "knn": {"k": k, "temperature": temperature}}
+
+
 def measure(train: Embedding, test: Embedding, network: LVNet) -> tuple[dict[str, Any], np.ndarray]:
     """Accuracies in percent, on features and on the code of the network that made them, computed where it
     lies; and the feature probe's mistakes, bool [test]."""
     labels, stochastic, device = (train.labels, test.labels), network.family.stochastic, device_of(network)
-    probe = linear_probe(train.features, labels[0], test.features, labels[1])
+    k, temperature = OF_LARGE if len(labels[0]) >= LARGE_SET else OF_SMALL
+    probe = linear(train.features, labels[0], test.features, labels[1], device)
     figures: dict[str, Any] = {
         "linear": probe.accuracy,
-        "knn": weighted_knn(train.features, labels[0], test.features, labels[1], device=device),
+        "knn": weighted_knn(train.features, labels[0], test.features, labels[1], k, temperature, device),
     }
     mean = train.features.mean(axis=0)
-    code = {"sign": tuple(pack_bits(sign_bits(s.features, mean)) for s in (train, test))}
+    code = {"sign": tuple(packed_signs(s.features, mean) for s in (train, test))}
     if stochastic:
         code = {"code": (train.codes, test.codes)}
     for name, (train_code, test_code) in code.items():
         bits = test.bits if stochastic else test.features.shape[1]
-        spread = [unpack_bits(c, bits).astype(np.float32) for c in (train_code, test_code)]
-        figures[f"{name}_linear"] = linear_probe(spread[0], labels[0], spread[1], labels[1]).accuracy
-        knn = hamming_knn(train_code, labels[0], test_code, labels[1], bits)
+        rows = [Bits(c, bits) for c in (train_code, test_code)]
+        figures[f"{name}_linear"] = linear(rows[0], labels[0], rows[1], labels[1], device).accuracy
+        knn = hamming_knn(train_code, labels[0], test_code, labels[1], bits, k, temperature)
         figures["hamming_knn" if stochastic else "sign_hamming_knn"] = knn
         figures["bits"] = bits
     if stochastic:
         figures["rate_bits"] = test.rate_bits
     return figures, probe.predictions != labels[1]
+
+
+def packed_signs(features: np.ndarray, mean: np.ndarray, rows: int = 8192) -> np.ndarray:
+    """`sign_bits`, packed, `rows` at a time."""
+    parts = [features[start : start + rows] for start in range(0, len(features), rows)]
+    return np.concatenate([pack_bits(sign_bits(part, mean)) for part in parts])
 
 
 def describe(run: Run) -> dict[str, Any]:
@@ -164,14 +205,55 @@ def baselines(run: Run, train: Reader, test: Reader, workers: int) -> dict[str, 
     settings = run.settings
     torch.manual_seed(settings.seed)
     random = LVNet(settings.model, settings.latent, settings.view.resolution)
-    random = random.to(device_of(run.network))
-    calibrate_batch_statistics(random, train, settings.view, workers)
-    sets = [embed(random, source, settings.view, workers).features for source in (train, test)]
-    raw = [pixels(source, settings.view, workers) for source in (train, test)]
-    return {
-        "random": linear_probe(sets[0], train.labels, sets[1], test.labels).accuracy,
-        "pixels": linear_probe(raw[0], train.labels, raw[1], test.labels).accuracy,
-    }
+    device = device_of(run.network)
+    random = random.to(device)
+    large = len(train) >= LARGE_SET
+    seen = Subset(train, evenly_spaced(len(train), CALIBRATED)) if large else train
+    calibrate_batch_statistics(random, seen, settings.view, workers)
+
+    def accuracy(rows: list[Rows]) -> float:
+        return linear(rows[0], train.labels, rows[1], test.labels, device).accuracy
+
+    if not large:
+        sets: list[Rows] = [
+            embed(random, source, settings.view, workers).features for source in (train, test)
+        ]
+        raw: list[Rows] = [pixels(source, settings.view, workers) for source in (train, test)]
+        return {"random": accuracy(sets), "pixels": accuracy(raw)}
+    found = {}
+    for name, network in (("random", random), ("pixels", None)):
+        with ExitStack() as stores:
+            rows: list[Rows] = [
+                stores.enter_context(kept_for_now(run, name, network, source, workers))
+                for source in (train, test)
+            ]
+            found[name] = accuracy(rows)
+    return found
+
+
+@contextmanager
+def kept_for_now(
+    run: Run, name: str, network: LVNet | None, source: Reader, workers: int
+) -> Iterator[np.ndarray]:
+    """Features of a network that isn't trained, or pixels where there is none, mapped, [N, F]; their files
+    lie in RUN/features until they have been used, and are gone on with after a kill."""
+    view = run.settings.view
+
+    def compute(at: np.ndarray) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        crops = readable(source, view, workers, rows=at, title=f"evaluate: {name}")
+        if network is not None:
+            for x, rows in infer(network, crops, view, network.features):
+                yield rows, {"x": x.float().cpu().numpy()}
+        else:
+            for images, rows in crops:
+                small = shrink(images.permute(0, 3, 1, 2) / 255, SIDE)
+                yield rows, {"x": small.flatten(1).half().numpy()}
+
+    key = {"floor": name, "seed": run.settings.seed, "checkpoint": run.digest, "set": describe_set(source)}
+    store = Store.beside(run.folder / "features", key, len(source))
+    store.fill(compute)
+    yield store.open()["x"]
+    shutil.rmtree(store.folder, ignore_errors=True)
 
 
 def table(
@@ -264,8 +346,8 @@ def write_gallery(
     """
     queries = spread_over_classes(test.labels, QUERIES)
     by_code, _ = hamming_search(test.codes[queries], train.codes, NEIGHBOURS)
-    unit = [torch.nn.functional.normalize(torch.from_numpy(s.features), dim=1) for s in (train, test)]
-    by_feature = (unit[1][queries] @ unit[0].T).topk(min(NEIGHBOURS, len(unit[0])), dim=1).indices.numpy()
+    most = min(NEIGHBOURS, len(train.features))
+    by_feature = nearest_by_cosine(train.features, test.features[queries], most)[1].numpy()
     ranking = np.argsort(test.uncertainty, kind="stable")
     certain, uncertain = ranking[:EXTREMES], ranking[::-1][:EXTREMES]
 

@@ -19,6 +19,7 @@ from lvssl.runs.progress import with_progress
 from pipelines.kernels.compiled import compiled
 from pipelines.kernels.pack import as_array
 
+OF_SMALL, OF_LARGE = (20, 0.07), (200, 0.1)  # the customary k and temperature, of small sets and large ones
 QUERIES = 8192  # test images for which the training images are read once
 BLOCK = 512  # of these at a time; with TILE: 8 MB of cosines
 TILE, DEVICE_TILE = 4096, 65_536  # training images at a time, on a CPU and elsewhere
@@ -261,7 +262,8 @@ def shares_of_tied(
 ) -> np.ndarray:
     """Of the training images at distance [Q] from each query: the share of each class, float64 [Q, C], or
     their mean targets, [Q, T]."""
-    labels, table = answers.numpy(), np.zeros((0, int(answers.max()) + 1), np.float32)
+    labels: np.ndarray = answers.numpy()
+    table: np.ndarray = np.zeros((0, int(answers.max()) + 1), np.float32)
     if answers.is_floating_point():
         labels, table = np.zeros(0, np.int64), labels
     sums, counts = np.zeros((len(queries), table.shape[1])), np.zeros(len(queries), np.int64)

@@ -10,12 +10,14 @@ import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from lvssl.evaluation.probe import linear_probe, standardise
+from lvssl.evaluation.embedding import LARGE_SET, embedded, help_to_embed
+from lvssl.evaluation.probe import ProbeResult, linear_probe, standardise
 from lvssl.evaluation.score import score
 from lvssl.evaluation.stage import Stage, prepare
+from lvssl.evaluation.streamed import PROTOCOL, Bits, Rows, streamed_probe
 from lvssl.models.inference import infer
-from lvssl.models.network import LVNet
 from lvssl.runs.labels import LabelledDataset, readable, say_left_out, split
+from lvssl.runs.run import Run
 from lvssl.settings.stages import LinearSettings
 from lvssl.training.distributed import connected
 from lvssl.training.stopping import Stop, stop_signals
@@ -29,9 +31,7 @@ from lvssl.training.supervised import (
     scaled_lr,
 )
 from pipelines.errors import InputError
-from pipelines.views import ViewSettings
 
-SGD_FROM = 200_000  # training images from which on the exact probe would take too much memory and time
 RIDGES = np.logspace(-6, 2, 9)  # strengths, per image
 
 
@@ -53,10 +53,13 @@ def linear(settings: LinearSettings) -> Stage[LinearSettings]:
             predictions, answers, more = by_sgd(stage, train, test, stop)
             figures = {settings.representation: score(predictions, answers, train.targets)}
             return stage.finish((train, test), figures, probe=probe, **more)
-    if not stage.world.first:  # one process is enough
+    if not stage.world.first:  # of the rest, one process is enough
+        if settings.representation != "latent":
+            for data in (train, test):
+                help_to_embed(stage.run, data.source, settings.workers, data.on_error)
         return stage
     started = time.monotonic()
-    predictions, answers, more = exactly(stage, train, test)
+    predictions, answers, more = exactly(stage, train, test, probe)
     figures = {settings.representation: score(predictions, answers, train.targets)}
     seconds = round(time.monotonic() - started, 3)
     return stage.finish((train, test), figures, probe=probe, seconds=seconds, **more)
@@ -66,8 +69,8 @@ def pick_probe(wanted: str, train: LabelledDataset) -> str:
     """The probe that `auto` stands for. Raises InputError for one that can't do what the set asks."""
     exact = "ridge" if train.targets else "logistic"
     if wanted == "auto":
-        return "sgd" if len(train) >= SGD_FROM else exact
-    if wanted not in ("sgd", exact):
+        return "sgd" if len(train) >= LARGE_SET else exact
+    if wanted not in ("sgd", exact) and (wanted != "streamed" or train.targets):
         asked = "numbers" if train.targets else "classes"
         raise InputError(f"--probe {wanted} can't predict {asked}; use {exact}, sgd or auto")
     return wanted
@@ -93,41 +96,60 @@ def by_sgd(
 
 
 def exactly(
-    stage: Stage[LinearSettings], train: LabelledDataset, test: LabelledDataset
+    stage: Stage[LinearSettings], train: LabelledDataset, test: LabelledDataset, probe: str
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """As `by_sgd`, an L2-regularised probe on the centre crops' representations, its strength chosen on
     held-out images."""
-    settings, view, network = stage.settings, stage.run.settings.view, stage.run.network.to(stage.device)
+    settings = stage.settings
     (x, train), (test_x, test) = (
-        represented(network, data, settings.representation, view, settings.workers) for data in (train, test)
+        represented(stage.run, data, settings.representation, settings.workers) for data in (train, test)
     )
     if train.targets:
         predictions, strength = ridge_probe(x, train, test_x, settings.seed)
         return predictions, test.answers, {"regularisation": strength}
-    found = linear_probe(
-        x, train.answers, test_x, test.answers, seed=settings.seed, title="linear: fits of the probe"
+    found, how = probed(
+        probe, x, train.answers.numpy(), test_x, test.answers.numpy(), settings.seed, stage.device
     )
     scores = np.zeros((len(test), train.outputs), np.float32)  # a class that doesn't occur keeps 0
     scores[:, found.classes] = found.probabilities
-    return torch.from_numpy(scores), test.answers, {"regularisation": found.regularisation}
+    return torch.from_numpy(scores), test.answers, how
 
 
-def represented(
-    network: LVNet, data: LabelledDataset, on: str, view: ViewSettings, workers: int
-) -> tuple[np.ndarray, LabelledDataset]:
-    """A representation of each centre crop, float32 [N, W], and these images: all but those skipped."""
-    batches = readable(data.source, view, workers, data.on_error, title=f"linear: {data.path.name}")
-    found = infer(network, batches, view, lambda images: represent(network, images, on))
-    parts = [(x.cpu(), rows) for x, rows in found]
-    rows = np.concatenate([rows for _, rows in parts])
+def probed(
+    probe: str, x: Rows, y: np.ndarray, test_x: Rows, test_y: np.ndarray, seed: int, device: torch.device
+) -> tuple[ProbeResult, dict[str, Any]]:
+    """The probe `streamed`, on the device, or `logistic`; and what a result says of it."""
+    if probe == "streamed":
+        found = streamed_probe(x, y, test_x, test_y, seed=seed, device=device, title="linear: streamed probe")
+        return found, {"regularisation": found.regularisation, "protocol": PROTOCOL}
+    found = linear_probe(x[:], y, test_x[:], test_y, seed=seed, title="linear: fits of the probe")
+    return found, {"regularisation": found.regularisation}
+
+
+def represented(run: Run, data: LabelledDataset, on: str, workers: int) -> tuple[Rows, LabelledDataset]:
+    """A representation of each centre crop, [N, W], and these images: all but those skipped."""
+    title = f"linear: {data.path.name}"
+    x: Rows
+    if on == "latent":  # of which the store has no means
+        batches = readable(data.source, run.settings.view, workers, data.on_error, title=title)
+        network = run.network
+        found = list(
+            infer(network, batches, run.settings.view, lambda images: represent(network, images, on))
+        )
+        x, rows = (np.concatenate(parts) for parts in zip(*((x.cpu().numpy(), rows) for x, rows in found)))
+    else:
+        seen = embedded(run, data.source, workers, data.on_error, title)
+        x, rows = seen.features, seen.rows
+        if on == "code":
+            x = Bits(seen.codes, seen.bits, off=-1.0)
     say_left_out(data.path, len(data), rows)
-    return torch.cat([x for x, _ in parts]).numpy(), data if len(rows) == len(data) else data.only(rows)
+    return x, data if len(rows) == len(data) else data.only(rows)
 
 
-def ridge_probe(x: np.ndarray, train: LabelledDataset, test_x: np.ndarray, seed: int) -> tuple[Tensor, float]:
+def ridge_probe(x: Rows, train: LabelledDataset, test_x: Rows, seed: int) -> tuple[Tensor, float]:
     """Ridge regression on standardised features: min |y - xW - b|^2 + N * strength * |W|^2; and that
     strength."""
-    x, test_x = standardise(x, test_x)
+    x, test_x = standardise(x[:].astype(np.float32), test_x[:].astype(np.float32))
     answers = train.answers.numpy()
     mean, deviation = answers.mean(0), np.maximum(answers.std(0), 1e-12)
     y = (answers - mean) / deviation

@@ -7,16 +7,12 @@ import time
 import torch
 from torch import Tensor
 
-from lvssl.evaluation.embedding import Embedding, embed
-from lvssl.evaluation.knn import hamming_votes, weighted_votes
+from lvssl.evaluation.embedding import LARGE_SET, Embedding, embedded, help_to_embed
+from lvssl.evaluation.knn import OF_LARGE, OF_SMALL, hamming_votes, weighted_votes
 from lvssl.evaluation.score import score
 from lvssl.evaluation.stage import Stage, prepare
 from lvssl.runs.labels import say_left_out
 from lvssl.settings.stages import KnnSettings
-
-LARGE_FROM = (
-    200_000  # training images from which on k = 200 and T = 0.1 are the custom, instead of 20 and 0.07
-)
 
 
 def knn(settings: KnnSettings) -> Stage[KnnSettings]:
@@ -25,15 +21,18 @@ def knn(settings: KnnSettings) -> Stage[KnnSettings]:
     Raises InputError: impossible settings, no such run or data, or another result stands there.
     """
     stage = prepare("knn", settings, "knn.json")
-    if stage.done is not None or not stage.world.first:  # one process is enough
+    if stage.done is not None:
         return stage
     train, test = stage.sets()
+    if not stage.world.first:  # of the rest, one process is enough
+        for data in (train, test):
+            help_to_embed(stage.run, data.source, settings.workers, data.on_error)
+        return stage
     started = time.monotonic()
-    large = len(train) >= LARGE_FROM
-    k, temperature = settings.k or (200 if large else 20), settings.temperature or (0.1 if large else 0.07)
-    network, view = stage.run.network.to(stage.device), stage.run.settings.view
+    k, temperature = OF_LARGE if len(train) >= LARGE_SET else OF_SMALL
+    k, temperature = settings.k or k, settings.temperature or temperature
     known, asked = (
-        embed(network, data.source, view, settings.workers, data.on_error, f"knn: {data.path.name}")
+        embedded(stage.run, data.source, settings.workers, data.on_error, f"knn: {data.path.name}")
         for data in (train, test)
     )
     for data, seen in ((train, known), (test, asked)):

@@ -57,7 +57,7 @@ def regression(predictions: Tensor, answers: Tensor, names: tuple[str, ...]) -> 
 def one_target(predicted: np.ndarray, answers: np.ndarray) -> dict[str, Any]:
     p, a = predicted.astype(np.float64), answers.astype(np.float64)
     generator = np.random.default_rng(0)
-    drawn = (generator.integers(0, len(a), len(a)) for _ in range(RESAMPLES))  # one at a time, for memory
+    drawn = (generator.integers(0, len(a), len(a)) for _ in range(RESAMPLES))  # all at once are 8 N kB
     low, high = np.percentile([r2(p[rows], a[rows]) for rows in drawn], [2.5, 97.5])
     return {
         "mse": float(((p - a) ** 2).mean()),

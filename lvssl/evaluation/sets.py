@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lvssl.evaluation.corruptions import OUT_OF_DISTRIBUTION
-from lvssl.evaluation.embedding import Embedding, embed
+from lvssl.evaluation.embedding import Embedding, embedded
 from lvssl.runs.labels import Subset, open_pair, say_notes, sibling_test_set
 from lvssl.runs.run import Run, require_classes_of, require_same_classes
 from pipelines.decode import Reader, open_reader
@@ -47,10 +47,8 @@ def with_defaults(settings: Settings, run: Run) -> Settings:
 def embed_both(
     run: Run, train: Reader, test: Reader, workers: int, on_error: str = "raise"
 ) -> tuple[Embedding, Embedding]:
-    return (
-        embed(run.network, train, run.settings.view, workers, on_error),
-        embed(run.network, test, run.settings.view, workers, on_error),
-    )
+    """The networks' outputs for both sets, from the store of features where they lie there."""
+    return embedded(run, train, workers, on_error), embedded(run, test, workers, on_error)
 
 
 def jpeg_bytes(source: Reader) -> float | None:

@@ -166,7 +166,17 @@ def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
     return stage
 
 
-def show(stage: Stage[Any]) -> None:
+@dataclass(frozen=True)
+class Measured:
+    """A result of embeddings, which no run has made."""
+
+    name: str
+    path: Path
+    done: dict[str, Any]
+    world: World = World()  # noqa: RUF009 (frozen)
+
+
+def show(stage: Stage[Any] | Measured) -> None:
     """A finished stage on a terminal; ranks but the first have nothing to say."""
     if stage.done is None or not stage.world.first:
         return

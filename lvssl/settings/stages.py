@@ -13,13 +13,14 @@ from pipelines.decode import SOURCES
 from pipelines.errors import ON_ERROR
 
 REPRESENTATIONS = ("features", "latent", "code")
-PROBES = ("auto", "sgd", "logistic", "ridge")
+PROBES = ("auto", "sgd", "logistic", "streamed", "ridge")
 
 
 @dataclass(frozen=True)
 class StageSettings:
     run: Positional[Path] = field(metadata=POSITIONAL)
-    """The run's folder."""
+    """The run's folder. `knn` and `linear` take embeddings, too: a folder with train and test as .npy (and
+    -labels.npy), .safetensors or .parquet."""
     train: Path | None = None
     """Labelled training images; left out: those of the pretraining."""
     test: Path | None = None
@@ -86,7 +87,8 @@ class LinearSettings(TrainingSettings):
 
     probe: str = "auto"
     """sgd (the published protocol, with crops and flips), logistic (L2, on the centre crops' features: exact
-    and fast on small sets), ridge (its like for --target), auto (sgd from 200,000 training images on)."""
+    and fast on small sets), streamed (the same by stochastic gradients, in memory that the images' count
+    doesn't change), ridge (for --target), auto (sgd from 200,000 training images on)."""
     epochs: int = 90
     """Of sgd."""
     lr: float = 0.1

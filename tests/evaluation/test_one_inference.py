@@ -73,8 +73,8 @@ def test_probes_learn_from_what_evaluations_embed(loaded, test_set, known):
         "features": known.features,
         "code": 2 * unpack_bits(known.codes, known.bits).astype(np.float32) - 1,
     }.items():
-        found, kept = represented(loaded.network, test_set, on, loaded.settings.view, workers=1)
-        assert kept is test_set and np.array_equal(found, expected)
+        found, kept = represented(loaded, test_set, on, workers=1)
+        assert kept is test_set and np.array_equal(found[:], expected)
 
 
 def test_predictions_are_of_the_features_that_evaluations_embed(loaded, test_set, known):

@@ -8,6 +8,7 @@ import torch
 from scipy.stats import binomtest
 from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score, top_k_accuracy_score
 
+from lvssl.evaluation import score as score_module
 from lvssl.evaluation.score import RESAMPLES, classification, one_target, rank_of_label, score, wilson
 
 
@@ -72,3 +73,16 @@ def test_the_bootstrap_draws_one_resample_at_a_time():
 def test_predictions_that_are_not_finite_are_no_result():
     with pytest.raises(FloatingPointError, match="diverged"):
         score(torch.tensor([[0.0, float("nan")]]), torch.tensor([1]))
+
+
+def test_the_bootstrap_draws_one_resample_at_a_time_and_the_same_as_all_at_once(monkeypatch):
+    generator = np.random.default_rng(1)
+    a = generator.normal(size=20_000)
+    p = a + generator.normal(size=20_000)
+    monkeypatch.setattr(score_module, "RESAMPLES", 50)
+    tracemalloc.start()
+    low, high = score_module.one_target(p, a)["r2_interval"]
+    assert tracemalloc.get_traced_memory()[1] < 4e6, "half of what all indices at once take"
+    tracemalloc.stop()
+    drawn = np.random.default_rng(0).integers(0, 20_000, (50, 20_000))
+    assert [low, high] == list(np.percentile([score_module.r2(p[i], a[i]) for i in drawn], [2.5, 97.5]))

@@ -1,6 +1,7 @@
 """Stages on sets that aren't a sound .beton: damaged images, tables with numbers, files as they are."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,7 @@ def test_what_takes_long_says_how_far_it_is(run, monkeypatch, capsys):
     knn(KnnSettings(run))
     said = capsys.readouterr().err
     assert "knn: train.beton: image 1297/1297" in said and "knn: votes by features: image 500/500" in said
+    shutil.rmtree(run / "features")
     linear(LinearSettings(run))
     said = capsys.readouterr().err
     assert "linear: test.beton: image 500/500" in said and "linear: fits of the probe: image" in said

@@ -1,0 +1,333 @@
+"""Does every command work at ImageNet's size? A made one, through the commands, in child processes.
+
+    python -m benchmarks.scale --json docs/scale.json       1,281,167 training images: hours on two cores
+    python -m benchmarks.scale --images 20000               all of it in some minutes
+    python -m benchmarks.scale --only convert verify --scratch DIR     some of it; DIR is kept for the next
+    python -m benchmarks.scale --faiss                      kNN beside faiss's IndexFlatIP, exact both
+
+Images are 32 px JPEGs of 1,000 classes in parquet files, in the order of their classes, each with a comment
+of its own, so that no two are the same bytes. Embeddings stand for those of a ResNet-50, 2,048 numbers of
+fp32 for an image: a place of its class in 32 dimensions, mixed into 2,048, and noise; they enter as anybody's
+do, as train.npy and test.npy. `pretrain` is stopped by SIGTERM after 10 steps, `resume` after 10 more, both
+in mid-epoch; the network is the smallest that there is, for what is asked is what grows with images.
+
+Seconds are those of the whole process. Memory is anonymous: RssAnon of the process and all its children from
+/proc, looked at 20 times a second, so mapped files don't count; a page that two of them share counts twice.
+A row is within its bound below 4 GiB of it. 10 GB of embeddings, 1.2 GB of images twice: 16 GB of disk.
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from lvssl.cli import guarded
+from lvssl.evaluation.knn import nearest_by_cosine
+from lvssl.runs.run import versions
+from pipelines.cores import cores
+from pipelines.errors import InputError
+from pipelines.files import write_json
+
+IMAGES, TEST_IMAGES, CLASSES, WIDTH, RANK = 1_281_167, 50_000, 1000, 2048, 32
+QUERIES = 1000  # of knn on embeddings
+BOUND_MIB = 4096
+IN_A_FILE, CHUNK = 50_000, 8192
+STEPS = 10  # of pretraining before each interruption
+
+# What a user's own script does, by name.
+OPEN = "from pipelines.decode import open_reader; r = open_reader('{train}'); print(len(r), r.labels.max())"
+LABELS = (
+    "from pathlib import Path; from pipelines.formats.manifest import manifest_path, read_columns;"
+    "print(len(read_columns(manifest_path(Path('{train}')), ('label', 'name'))[1]['label']))"
+)
+
+
+def rows_of(folder: Path, images: int) -> dict[str, list[str]]:
+    """The command lines by the row's name, in an order in which each finds what it needs."""
+    lvssl, convert, python = [
+        [sys.executable, *words]
+        for words in (["-m", "lvssl.cli"], ["-m", "pipelines.convert.command"], ["-c"])
+    ]
+    train, test, run, control = (folder / n for n in ("train.beton", "test.beton", "run", "control"))
+    trained = [
+        "--preset",
+        "digits",
+        "--data",
+        train,
+        "--batch-size",
+        min(4096, images // 40),
+        "--log-every",
+        1,
+    ]
+    rows: dict[str, list[Any]] = {
+        "convert": [*convert, folder / "images" / "train", train],
+        "convert test": [*convert, folder / "images" / "test", test],
+        "verify": [*convert, "--verify", train],
+        "inspect": [*convert, "--inspect", train],
+        "open": [*python, OPEN.format(train=train)],
+        "labels and names": [*python, LABELS.format(train=train)],
+        "pretrain": [*lvssl, "pretrain", *trained, "--out", run],
+        "resume": [*lvssl, "pretrain", "--out", run, "--resume"],
+        "pretrain control": [*lvssl, "pretrain", *trained, "--family", "none", "--out", control],
+        "encode": [*lvssl, "encode", run, "--images", train],
+        "search": [*lvssl, "search", run, "--query", test, "--csv", folder / "search.csv"],
+        "search --staged": [
+            *lvssl,
+            "search",
+            run,
+            "--query",
+            test,
+            "--staged",
+            "--csv",
+            folder / "staged.csv",
+        ],
+        "knn": [*lvssl, "knn", run],
+        "linear --probe streamed": [*lvssl, "linear", run, "--probe", "streamed"],
+        "evaluate": [*lvssl, "evaluate", run],
+        "analyse": [*lvssl, "analyse", run],
+        "compression": [*lvssl, "compression", run, "--bits", 16, 64],
+        "report": [*lvssl, "report", run],
+        "export": [*lvssl, "export", run, "--out", folder / "export"],
+        "knn of embeddings": [*lvssl, "knn", folder / "embeddings", "--k", 20],
+        "linear of embeddings": [*lvssl, "linear", folder / "embeddings", "--probe", "streamed"],
+    }
+    return {name: [str(word) for word in words] for name, words in rows.items()}
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=IMAGES, help="of training; test images in proportion")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="these rows alone")
+    parser.add_argument("--faiss", action="store_true", help="200,000 x 512, 2,000 queries, and no more")
+    parser.add_argument(
+        "--scratch", type=Path, help="keep images and runs there; left out: a temporary folder"
+    )
+    parser.add_argument(
+        "--json", type=Path, help="where the table goes; rows that it has of other sizes stay"
+    )
+    options = parser.parse_args(arguments)
+    if options.images < CLASSES:
+        raise InputError(f"--images must be at least {CLASSES:,}, one of each class")
+    if options.faiss:
+        return beside_faiss(options.json)
+    folder = options.scratch or Path(tempfile.mkdtemp(prefix="lvssl-scale-"))
+    try:
+        commands = rows_of(folder, options.images)
+        if unknown := set(options.only) - set(commands):
+            raise InputError(f"no row {', '.join(sorted(unknown))}; known: {', '.join(commands)}")
+        chosen = [name for name in commands if not options.only or name in options.only]
+        make_images(folder / "images", options.images)
+        if any("embeddings" in name for name in chosen):
+            make_embeddings(folder / "embeddings", options.images)
+        rows = []
+        for name in chosen:
+            stop = stopper(folder / ("control" if "control" in name else "run"), name)
+            seconds, mib = measured(name, commands[name], folder / "log", stop)
+            words = [word.replace(str(folder), "SCRATCH") for word in commands[name][1:]]
+            row = {"row": name, "images": options.images, "command": " ".join(words)}
+            rows.append(row | {"seconds": round(seconds, 2), "mib": round(mib), "within": mib <= BOUND_MIB})
+            print(f"{name:24}{options.images:>12,}{seconds:10.1f} s{mib:10,.0f} MiB", flush=True)
+            if options.json:
+                keep(options.json, rows[-1:], arguments)
+    finally:
+        if not options.scratch:
+            shutil.rmtree(folder, ignore_errors=True)
+    if beyond := [row["row"] for row in rows if not row["within"]]:
+        raise MemoryError(f"above {BOUND_MIB:,} MiB: {', '.join(beyond)}")
+
+
+def keep(path: Path, rows: list[dict[str, Any]], arguments: list[str]) -> None:
+    """The rows, and those of other rows and sizes that stand there."""
+    there = json.loads(path.read_text())["rows"] if path.exists() else []
+    new = {(row["row"], row["images"]) for row in rows}
+    rows = [row for row in there if (row["row"], row["images"]) not in new] + rows
+    command = "python -m benchmarks.scale " + " ".join(arguments)
+    write_json(path, {"command": command, "versions": versions(), "cores": cores(), "rows": rows})
+
+
+# ------------------------------------------------------------------------------------- what is measured
+
+
+def measured(
+    name: str, command: list[str], log: Path, stop: Callable[[], bool] | None
+) -> tuple[float, float]:
+    """Seconds of a command, and the most MiB of anonymous memory that it and its children had at once.
+
+    `stop`: when it says so, the command gets SIGTERM. Raises InputError, with the command's last words, where
+    it fails.
+    """
+    log.mkdir(exist_ok=True)
+    said, started, most = log / f"{name.replace(' ', '-')}.txt", time.monotonic(), 0
+    with (
+        open(said, "wb") as file,
+        subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process,
+    ):
+        while process.poll() is None:
+            most = max(most, sum(anonymous(pid) for pid in family(process.pid)))
+            if stop is not None and stop():
+                process.send_signal(signal.SIGTERM)
+                stop = None
+            time.sleep(0.05)
+    expected = 143 if stop is None and name in ("pretrain", "resume", "pretrain control") else 0
+    if process.returncode not in (0, expected):
+        last = said.read_text(errors="replace")[-2000:]
+        raise InputError(f"{name} ended with status {process.returncode}: {' '.join(command)}\n{last}")
+    return time.monotonic() - started, most / 1024
+
+
+def family(pid: int) -> Iterator[int]:
+    """A process and all that descend from it."""
+    yield pid
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                yield from family(int(child))
+
+
+def anonymous(pid: int) -> int:
+    """KiB."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1])
+    return 0
+
+
+def stopper(run: Path, name: str) -> Callable[[], bool] | None:
+    """Of a pretraining: whether it has done its steps."""
+    if name not in ("pretrain", "resume", "pretrain control"):
+        return None
+    steps = 2 * STEPS if name == "resume" else STEPS
+
+    def stop() -> bool:
+        with suppress(OSError):
+            return (run / "metrics.jsonl").read_bytes().count(b"\n") >= steps
+        return False
+
+    return stop
+
+
+def beside_faiss(path: Path | None, count: int = 200_000, width: int = 512, k: int = 20) -> None:
+    """Exact cosine neighbours of 2,000 queries, by turns, with as many threads as there are cores each."""
+    import faiss
+
+    torch.set_num_threads(cores())
+    faiss.omp_set_num_threads(cores())
+    generator = np.random.default_rng(0)
+    train = generator.standard_normal((count, width), np.float32)
+    test = generator.standard_normal((2000, width), np.float32)
+    for x in (train, test):
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+    index = faiss.IndexFlatIP(width)
+    index.add(train)
+    forms: dict[str, Callable[[], Any]] = {
+        "lvssl": lambda: nearest_by_cosine(train, test, k)[1].numpy(),
+        "faiss IndexFlatIP": lambda: index.search(test, k)[1],
+    }
+    nearest_by_cosine(train[:CHUNK], test[:1], k)  # compiles
+    found: dict[str, Any] = {}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
+    for _ in range(5):
+        for name, form in forms.items():
+            start = time.perf_counter(), time.process_time()
+            found[name] = form()
+            times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    made = []
+    for name, taken in times.items():
+        wall, processor = np.median(taken, axis=0).round(3).tolist()
+        made.append(
+            {"row": f"kNN by {name}", "images": count, "seconds": wall, "processor_seconds": processor}
+        )
+        print(f"{made[-1]['row']:24}{wall:10.2f} s{processor:10.2f} s of processors")
+    print(f"{(found['lvssl'] == found['faiss IndexFlatIP']).mean():.4%} of the neighbours are the same")
+    if path:
+        keep(path, made, ["--faiss"])
+
+
+# ----------------------------------------------------------------------------------------- what is made
+
+
+def make_images(folder: Path, count: int) -> None:
+    """folder/train and folder/test, parquet files of JPEGs in the order of their classes."""
+    for split, images in (("train", count), ("test", test_images(count))):
+        if (folder / split).is_dir():
+            continue
+        aside = folder / f".{split}"
+        aside.mkdir(parents=True, exist_ok=True)
+        jpegs = [[jpeg(label, turn) for turn in range(2)] for label in range(CLASSES)]
+        files = -(-images // IN_A_FILE)
+        for file, start in enumerate(range(0, images, IN_A_FILE)):
+            rows = np.arange(start, min(start + IN_A_FILE, images))
+            labels = rows * CLASSES // images
+            cells = [
+                {"bytes": commented(jpegs[label][row % 2], row), "path": f"{row}.jpg"}
+                for label, row in zip(labels.tolist(), rows.tolist())
+            ]
+            table = pa.table({"image": cells, "label": labels})
+            path = aside / f"{split}-{file:05d}-of-{files:05d}.parquet"
+            pq.write_table(table, path, row_group_size=5000)
+        aside.rename(folder / split)
+
+
+def test_images(count: int) -> int:
+    return max(CLASSES, round(count * TEST_IMAGES / IMAGES))
+
+
+def jpeg(label: int, turn: int) -> bytes:
+    """A grid of 4 x 4 colours of the class, with noise."""
+    colours = np.random.default_rng(label).integers(0, 256, (4, 4, 3))
+    noise = np.random.default_rng((label, turn)).integers(-30, 31, (32, 32, 3))
+    pixels = np.clip(colours.repeat(8, 0).repeat(8, 1) + noise, 0, 255).astype(np.uint8)
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def commented(data: bytes, number: int) -> bytes:
+    """The JPEG with a comment behind its first marker."""
+    return data[:2] + b"\xff\xfe\x00\x0a" + number.to_bytes(8, "big") + data[2:]
+
+
+def make_embeddings(folder: Path, count: int) -> None:
+    """folder/train.npy and folder/test.npy, float32 [N, WIDTH], with their labels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = np.random.default_rng(0)
+    centres = model.standard_normal((CLASSES, RANK), np.float32)
+    mixing = model.standard_normal((RANK, WIDTH), np.float32)
+    for stream, (split, images) in enumerate((("train", count), ("test", QUERIES))):
+        path = folder / f"{split}.npy"
+        if path.exists():
+            continue
+        labels = np.arange(images) * CLASSES // images
+        aside = folder / f".{split}.npy"
+        array = np.lib.format.open_memmap(aside, "w+", np.float32, (images, WIDTH))
+        for start in range(0, images, CHUNK):
+            part = slice(start, min(start + CHUNK, images))
+            generator = np.random.default_rng((stream, start))
+            place = centres[labels[part]]
+            place += 1.2 * generator.standard_normal(place.shape, np.float32)
+            array[part] = place @ mixing + generator.standard_normal((len(place), WIDTH), np.float32)
+        array.flush()
+        np.save(folder / f"{split}-labels.npy", labels)
+        aside.rename(path)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))

@@ -1,0 +1,91 @@
+"""`lvssl knn` and `lvssl linear` on embeddings that another model has made, in the place of a run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lvssl.evaluation.embedding import LARGE_SET
+from lvssl.evaluation.knn import OF_LARGE, OF_SMALL, weighted_votes
+from lvssl.evaluation.linear import probed
+from lvssl.evaluation.score import score
+from lvssl.evaluation.stage import Measured, peak_memory_mib
+from lvssl.models.device import claim, pick_device
+from lvssl.runs.embeddings import Embeddings, open_pair_of_embeddings
+from lvssl.runs.result import ResultFile
+from lvssl.settings.stages import KnnSettings, LinearSettings
+from pipelines.errors import InputError
+
+
+def measure_embeddings(name: str, settings: KnnSettings | LinearSettings) -> Measured:
+    """Measure, write NAME.json beside the embeddings, or to --out; what is there already is found.
+
+    Raises InputError: impossible settings, no such embeddings, or another result stands there.
+    """
+    settings.validate()
+    if settings.target:
+        raise InputError("--target needs a set of images: embeddings have classes alone")
+    train, test = open_pair_of_embeddings(settings.run, settings.train, settings.test)
+    settings = replace(settings, train=train.path, test=test.path, on_error="raise")
+    folder = settings.run if settings.run.is_dir() else settings.run.parent
+    path = settings.out or folder / f"{name}.json"
+    if path.suffix != ".json":
+        path = path / "result.json"
+    result = ResultFile(path, name, settings, f"{train.digest[:32]}{test.digest[:32]}")
+    if (done := result.found()) is not None:
+        return Measured(name, path, done)
+    device, started = pick_device(settings.device), time.monotonic()
+    claim(device)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    if isinstance(settings, KnnSettings):
+        votes, how = by_knn(settings, train, test, device)
+    else:
+        votes, how = by_probe(settings, train, test, device)
+    content = {
+        "stage": name,
+        "results": {"features": score(votes, torch.from_numpy(test.labels))},
+        "data": {
+            "train": str(train.path),
+            "images": len(train.labels),
+            "test": str(test.path),
+            "test_images": len(test.labels),
+        },
+        **how,
+        "seconds": round(time.monotonic() - started, 3),
+        "peak_memory_mib": peak_memory_mib(),
+        "device": str(device),
+    }
+    return Measured(name, path, result.write(content))
+
+
+def by_knn(
+    settings: KnnSettings, train: Embeddings, test: Embeddings, device: torch.device
+) -> tuple[Tensor, dict[str, Any]]:
+    """Votes [M, C], and how they were counted."""
+    k, temperature = OF_LARGE if len(train.labels) >= LARGE_SET else OF_SMALL
+    k, temperature = settings.k or k, settings.temperature or temperature
+    given = test.features, k, temperature, device, "knn: votes by features"
+    votes = weighted_votes(train.features, torch.from_numpy(train.labels), *given)
+    return votes, {"k": k, "temperature": temperature}
+
+
+def by_probe(
+    settings: LinearSettings, train: Embeddings, test: Embeddings, device: torch.device
+) -> tuple[Tensor, dict[str, Any]]:
+    """Probabilities [M, C], and how the probe was fitted."""
+    if settings.probe in ("sgd", "ridge") or settings.representation != "features":
+        raise InputError("embeddings have no images and no code: use --probe logistic, streamed or auto")
+    probe = settings.probe
+    if probe == "auto":
+        probe = "streamed" if len(train.labels) >= LARGE_SET else "logistic"
+    given = train.features, train.labels, test.features, test.labels
+    found, how = probed(probe, *given, settings.seed, device)
+    scores = np.zeros((len(test.labels), int(train.labels.max()) + 1), np.float32)
+    scores[:, found.classes] = found.probabilities
+    return torch.from_numpy(scores), {"probe": probe} | how

@@ -1,0 +1,151 @@
+"""The linear probe of sets that don't fit in memory: by stochastic gradients, over rows as they are read.
+
+The objective is that of `lvssl.evaluation.probe`: mean cross entropy + strength / 2 * |W|^2 on standardised
+features. All strengths are learnt at once, from the same rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lvssl.evaluation.probe import ProbeResult
+from lvssl.runs.progress import with_progress
+from pipelines.errors import InputError
+from pipelines.kernels.pack import unpack_bits
+
+EPOCHS, STEPS = 10, 5000  # the least of both; of a million images the epochs are more
+BATCH, LR = 1024, 1e-2  # of Adam, whose rate falls to 0 along a cosine
+STRENGTHS = (1e-1, 1e-2, 1e-3)  # as of the exact probe
+PAGE = 16  # rows that are read together: of 2,048 features 128 KB
+HELD_OUT, MOST_HELD_OUT = 0.15, 50_000  # share of the pages, and rows, on which the strength is chosen
+CHUNK = 8192  # rows at a time where all are read
+PROTOCOL = (
+    f"sgd: Adam, {EPOCHS} epochs in batches of {BATCH:,}, {STEPS:,} steps at least, learning rate {LR} along "
+    f"a cosine; L2 strength chosen on {HELD_OUT:.0%} of the training images, {MOST_HELD_OUT:,} at most, "
+    "which are not learnt from"
+)
+
+
+class Rows(Protocol):
+    """Features of N images, of which some rows are read at a time: an array, a mapped file, `Bits`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: Any, /) -> np.ndarray: ...
+
+
+class Bits:
+    """Packed codes as features, float32: 1 for a bit that is on, `off` for one that isn't."""
+
+    def __init__(self, packed: np.ndarray, bits: int, off: float = 0.0) -> None:
+        self.packed, self.shape, self.off = packed, (len(packed), bits), off
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return unpack_bits(self.packed[rows], self.shape[1]).astype(np.float32) * (1 - self.off) + self.off
+
+
+def streamed_probe(
+    train_x: Rows,
+    train_y: np.ndarray,
+    test_x: Rows,
+    test_y: np.ndarray,
+    *,
+    epochs: int = 0,
+    batch: int = BATCH,
+    seed: int = 0,
+    device: torch.device | None = None,
+    title: str = "",
+) -> ProbeResult:
+    """As `linear_probe`, of train_x [N, D] and labels int64 [N], in memory that N doesn't change.
+
+    Pages of rows are drawn in an order of each epoch's own, by `seed`. `epochs`: 0: EPOCHS, or what STEPS
+    take. `device`: where it is computed; left
+    out: the CPU. `title`: of the progress shown; empty: none. Raises ValueError for values that are not
+    finite, InputError for labels of one class.
+    """
+    device = device or torch.device("cpu")
+    classes, y = np.unique(train_y, return_inverse=True)
+    if len(classes) < 2:
+        raise InputError("a probe needs training labels of at least two classes")
+    mean, scale = (part.to(device) for part in standardisation(train_x))
+    learnt, held = pages(len(y), seed)
+    weight = torch.zeros(train_x.shape[1], len(STRENGTHS), len(classes), device=device, requires_grad=True)
+    bias = torch.zeros(len(STRENGTHS), len(classes), device=device, requires_grad=True)
+    strengths = torch.tensor(STRENGTHS, device=device)
+
+    def logits(x: Rows, rows: Any) -> Tensor:
+        values = (torch.from_numpy(np.asarray(x[rows], np.float32)).to(device) - mean) * scale
+        return (values @ weight.flatten(1)).unflatten(1, bias.shape) + bias
+
+    optimiser = torch.optim.Adam([weight, bias], lr=LR)
+    in_an_epoch = -(-len(learnt) // (batch // PAGE))
+    epochs = epochs or max(EPOCHS, -(-STEPS // in_an_epoch))
+    steps = epochs * in_an_epoch
+    batches = with_progress(drawn(learnt, len(y), epochs, batch, seed), title, epochs * len(y), len)
+    for step, rows in enumerate(batches):
+        for group in optimiser.param_groups:
+            group["lr"] = LR * 0.5 * (1 + math.cos(math.pi * step / steps))
+        answers = torch.from_numpy(y[rows]).to(device)[:, None].expand(-1, len(STRENGTHS))
+        entropies = torch.nn.functional.cross_entropy(
+            logits(train_x, rows).transpose(1, 2), answers, reduction="none"
+        )
+        loss = entropies.mean(dim=0).sum() + (strengths / 2 * weight.square().sum(dim=(0, 2))).sum()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+    with torch.no_grad():
+        right = torch.zeros(len(STRENGTHS), device=device)
+        for rows in drawn(held, len(y), 1, CHUNK, seed):
+            right += (logits(train_x, rows).argmax(2) == torch.from_numpy(y[rows]).to(device)[:, None]).sum(0)
+        best = int(right.argmax())  # the stronger one where equal
+        parts = [
+            logits(test_x, slice(start, start + CHUNK))[:, best].softmax(1).cpu()
+            for start in range(0, test_x.shape[0], CHUNK)
+        ]
+    probabilities = torch.cat(parts).numpy()
+    predictions = classes[probabilities.argmax(axis=1)]
+    accuracy = round(100 * float((predictions == test_y).mean()), 4)
+    return ProbeResult(accuracy, STRENGTHS[best], classes, predictions, probabilities)
+
+
+def standardisation(x: Rows) -> tuple[Tensor, Tensor]:
+    """(mean, scale) float32 [D]: (x - mean) * scale has deviation 1; a constant column becomes 0. ValueError,
+    which names the row, where a value isn't finite."""
+    count, width = x.shape
+    shift = np.asarray(x[:CHUNK], np.float64).mean(axis=0)  # near the mean, so that squares don't cancel
+    total, squares = np.zeros(width), np.zeros(width)
+    for start in range(0, count, CHUNK):
+        part = np.asarray(x[start : start + CHUNK], np.float64)
+        if not (sound := np.isfinite(part).all(axis=1)).all():
+            raise ValueError(f"train: row {start + int(sound.argmin())} holds a value that isn't finite")
+        part -= shift
+        total += part.sum(axis=0)
+        squares += np.einsum("nd,nd->d", part, part)
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    mean += shift
+    constant = deviation <= 1e-6 * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
+    scale = np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, deviation))
+    return torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(scale.astype(np.float32))
+
+
+def pages(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the pages to learn from, and of those to choose the strength on, drawn by `seed`."""
+    everything = np.random.default_rng(seed).permutation(-(-count // PAGE))
+    held = max(1, min(round(HELD_OUT * len(everything)), MOST_HELD_OUT // PAGE))
+    return np.sort(everything[held:]), np.sort(everything[:held])
+
+
+def drawn(which: np.ndarray, count: int, epochs: int, batch: int, seed: int) -> Any:
+    """Batches of rows int64 [<= batch]: those of the pages `which`, in another order in each epoch."""
+    for epoch in range(epochs):
+        order = np.random.default_rng((seed, epoch)).permutation(which)
+        for start in range(0, len(order), batch // PAGE):
+            rows = (order[start : start + batch // PAGE, None] * PAGE + np.arange(PAGE)).ravel()
+            yield rows[rows < count]

@@ -1,0 +1,181 @@
+"""Embeddings that somebody else has computed: features and labels from the files that people keep them in.
+
+    X.npy         features [N, D] of any float type, mapped; the labels in X-labels.npy beside it
+    X/            features.npy and labels.npy in a folder
+    X.safetensors tensors `features` and `labels`
+    X.parquet     columns `features` (or `embedding`), lists of one length, and `label` (or `labels`)
+
+The last two are brought to .npy files first, in a store in the folder `features` beside them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lvssl.runs.features import Arrays, Store, mapped
+from lvssl.runs.labels import sibling_test_set
+from pipelines.datasets.dataset import evenly_spaced
+from pipelines.errors import InputError, first_line
+
+ENDS = (".npy", ".safetensors", ".parquet")
+FEATURES, LABELS = ("features", "embedding", "embeddings"), ("labels", "label")
+READ = 4096  # rows of a safetensors file at a time
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """N features with labels."""
+
+    path: Path
+    features: np.ndarray  # of any float type [N, D], mapped
+    labels: np.ndarray  # int64 [N]
+
+    @property
+    def digest(self) -> str:
+        """Of the labels, and of up to 256 rows, evenly spread."""
+        rows = self.features[evenly_spaced(len(self.labels), 256)]
+        told = [str(self.features.shape).encode(), self.labels.tobytes(), rows.tobytes()]
+        return hashlib.sha256(b"".join(told)).hexdigest()
+
+
+def is_embeddings(path: Path) -> bool:
+    """Whether a path given in the place of a run is a file of embeddings, or a folder with those of training
+    images."""
+    return path.suffix in ENDS or (
+        path.is_dir() and not (path / "config.json").exists() and bool(_train(path))
+    )
+
+
+def open_pair_of_embeddings(
+    given: Path, train: Path | None, test: Path | None
+) -> tuple[Embeddings, Embeddings]:
+    """Training and test set: `given` is the training file, or the folder that both lie in, as train.npy and
+    test.npy, say; `train` and `test` name others. InputError: missing, damaged, or they don't match."""
+    path = train or (given if given.suffix in ENDS else _train(given))
+    if path is None:
+        raise InputError(f"{given}: no embeddings of training images in it: name them with --train")
+    known, asked = open_embeddings(path), open_embeddings(test or sibling_test_set(path))
+    if known.features.shape[1] != asked.features.shape[1]:
+        widths = known.features.shape[1], asked.features.shape[1]
+        raise InputError(f"{asked.path}: features are {widths[1]} wide, those of {known.path} {widths[0]}")
+    unseen = np.setdiff1d(asked.labels, known.labels)
+    if len(unseen):
+        raise InputError(f"{asked.path}: label {unseen[0]} doesn't occur in {known.path}")
+    return known, asked
+
+
+def _train(folder: Path) -> Path | None:
+    named = [folder / f"train{end}" for end in ENDS] + [folder / "train"]
+    return next((path for path in named if path.exists()), None)
+
+
+def open_embeddings(path: Path) -> Embeddings:
+    """Those of one file or folder (see above). InputError: missing, damaged, no features, no labels, or
+    numbers of the two that differ."""
+    try:
+        if path.suffix in (".safetensors", ".parquet"):
+            features, labels = _converted(path)
+        elif path.is_dir():
+            features, labels = mapped(path / "features.npy"), mapped(path / "labels.npy")
+        else:
+            features, labels = mapped(path), mapped(path.with_name(f"{path.stem}-labels.npy"))
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: no such file of embeddings or of their labels") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: can't be read as embeddings ({first_line(error)})") from error
+    if features.ndim != 2 or features.dtype.kind != "f" or not features.size:
+        raise InputError(f"{path}: features are floats [N, D], not {features.dtype} {list(features.shape)}")
+    if labels.shape != features.shape[:1] or labels.dtype.kind not in "iu":
+        said = f"{labels.dtype} {list(labels.shape)}"
+        raise InputError(f"{path}: {len(features):,} features need as many integers as labels, not {said}")
+    if labels.min() < 0:
+        raise InputError(f"{path}: label {labels.min()} of row {labels.argmin()}: they count from 0")
+    return Embeddings(path, features, labels.astype(np.int64))
+
+
+def _converted(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    if not path.is_file():
+        raise FileNotFoundError(2, "no such file", str(path))
+    count, read = (_safetensors if path.suffix == ".safetensors" else _parquet)(path)
+    stat = path.stat()
+    key = {"file": path.name, "bytes": stat.st_size, "changed": stat.st_mtime_ns}
+    store = Store.sibling_test_set(path.parent / "features", key, count)
+    store.fill(read)
+    arrays = store.open()
+    return arrays["features"], arrays["labels"]
+
+
+Read = Callable[[np.ndarray], Iterator[tuple[np.ndarray, Arrays]]]
+
+
+def _safetensors(path: Path) -> tuple[int, Read]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, framework="pt")
+        features, labels = (
+            file.get_slice(_named(path, list(file.keys()), names)) for names in (FEATURES, LABELS)
+        )
+    except SafetensorError as error:
+        raise InputError(f"{path}: can't be read as safetensors ({first_line(error)})") from error
+
+    def read(rows: np.ndarray) -> Iterator[tuple[np.ndarray, Arrays]]:
+        for start in range(int(rows[0]), int(rows[-1]) + 1, READ):
+            part = slice(start, min(start + READ, int(rows[-1]) + 1))
+            arrays = {"features": features[part].float().numpy(), "labels": labels[part].numpy()}
+            yield np.arange(part.start, part.stop), arrays
+
+    return features.get_shape()[0], read
+
+
+def _parquet(path: Path) -> tuple[int, Read]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowException as error:
+        raise InputError(f"{path}: can't be read as parquet ({first_line(error)})") from error
+    x, y = (_named(path, file.schema_arrow.names, names) for names in (FEATURES, LABELS))
+    groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    starts = np.concatenate([[0], np.cumsum(groups)])
+
+    @lru_cache(maxsize=1)  # a row group may reach over several parts
+    def group(number: int) -> Arrays:
+        table = file.read_row_group(number, [x, y])
+        lists = table[x].combine_chunks()
+        flat, count = lists.flatten().to_numpy(zero_copy_only=False), table.num_rows
+        if lists.null_count or len(flat) % count or len(set(np.diff(_offsets(lists)))) > 1:
+            raise InputError(f"{path}: column {x} must hold lists of one length")
+        return {"features": flat.reshape(count, -1), "labels": table[y].to_numpy()}
+
+    def read(rows: np.ndarray) -> Iterator[tuple[np.ndarray, Arrays]]:
+        for number in np.unique(np.searchsorted(starts, rows, side="right") - 1):
+            first = max(int(starts[number]), int(rows[0]))
+            last = min(int(starts[number + 1]), int(rows[-1]) + 1)
+            part = slice(first - int(starts[number]), last - int(starts[number]))
+            arrays = {name: values[part] for name, values in group(int(number)).items()}
+            yield np.arange(first, last), arrays
+
+    return file.metadata.num_rows, read
+
+
+def _offsets(lists: Any) -> np.ndarray:
+    """Where each list of a column begins and ends; of lists of a fixed size none is needed."""
+    return lists.offsets.to_numpy() if hasattr(lists, "offsets") else np.zeros(0)
+
+
+def _named(path: Path, there: list[str], wanted: tuple[str, ...]) -> str:
+    found = next((name for name in wanted if name in there), None)
+    if found is None:
+        raise InputError(
+            f"{path}: has none named {' or '.join(wanted)}, only {', '.join(there) or 'nothing'}"
+        )
+    return found

@@ -1,0 +1,215 @@
+"""What a network says of a set of images, computed once and kept in files that are mapped, not read.
+
+    FOLDER/KEY/features.npy ...   a row an image, plain .npy files: np.load(path, mmap_mode="r")
+               rows.npy           positions of these images in the set: all, unless damaged ones are left out
+               store.json         the key, and the arrays; written last, so what has it is whole
+               parts/             while it is computed: which parts are done, and who computes one
+
+The key says all that the numbers depend on: another checkpoint, set, view or arithmetic is another folder.
+Any number of processes, ranks or commands, may fill a store together: each takes a part that nobody has,
+under a lock that the system takes from a killed process. Parts begin on pages of the file, so that machines
+which share it over a network never write the same page; what was done before a kill is kept.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from pipelines.errors import InputError
+from pipelines.files import write_atomically, write_json, written_aside
+from pipelines.lock import lock
+
+PART = 8192  # images that are computed, or lost to a kill, together; whole batches, and pages of any array
+HEAD = 4096  # bytes before the numbers of an array: a page
+WAIT = 1.0  # seconds between two looks at what other processes compute
+
+Arrays = dict[str, np.ndarray]  # by name, as long as there are images
+# Positions int64 [n], ascending -> batches: the positions of those that can be read, and their arrays.
+Compute = Callable[[np.ndarray], Iterator[tuple[np.ndarray, Arrays]]]
+
+
+@dataclass(frozen=True)
+class Store:
+    """The arrays of `count` images, there or to be computed."""
+
+    folder: Path
+    key: dict[str, Any]
+    count: int
+
+    @classmethod
+    def beside(cls, folder: Path, key: dict[str, Any], count: int) -> Store:
+        """FOLDER/KEY; where no file can be made there, a folder of this process alone, which a line names."""
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        try:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder / name).close()
+        except OSError as error:
+            if (folder / name / "store.json").is_file():
+                return cls(folder / name, key, count)
+            own = Path(tempfile.mkdtemp(prefix="lvssl-features-"))
+            atexit.register(shutil.rmtree, own, ignore_errors=True)
+            said = f"can't be written ({error.strerror}): features lie in {own} until this command ends"
+            print(f"note: {folder} {said}", file=sys.stderr, flush=True)
+            return cls(own, key, count)
+        return cls(folder / name, key, count)
+
+    @property
+    def whole(self) -> bool:
+        return (self.folder / "store.json").is_file()
+
+    def open(self) -> Arrays:
+        """All arrays, mapped. InputError: damaged."""
+        path = self.folder / "store.json"
+        try:
+            head = json.loads(path.read_text())
+            found = {name: mapped(self.folder / f"{name}.npy") for name in head["arrays"]}
+            wrong = [name for name, shape in head["arrays"].items() if list(found[name].shape) != shape]
+            if head["key"] != json.loads(json.dumps(self.key)) or wrong:
+                raise ValueError(f"its header says otherwise of {', '.join(wrong) or 'its key'}")
+            return found
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{self.folder}: damaged ({error}); remove this folder") from error
+
+    def fill(self, compute: Compute, to_the_end: bool = True) -> None:
+        """Compute every part that isn't there and that no other process computes.
+
+        `to_the_end`: wait for those of the others, and take theirs if they die; so the store is whole then.
+        InputError: no room for it.
+        """
+        waited = False
+        while not self.whole:
+            busy = [part for part in range(-(-self.count // PART)) if not self._take(part, compute)]
+            if not busy:
+                with self._lock("finish") as mine:
+                    if mine and not self.whole:
+                        self._finish()
+            elif not to_the_end:
+                return
+            if not self.whole:
+                if not waited:
+                    said = "another process computes features there, this one waits for it"
+                    print(f"note: {self.folder}: {said}", file=sys.stderr, flush=True)
+                waited = True
+                time.sleep(WAIT)
+
+    def _take(self, part: int, compute: Compute) -> bool:
+        """Whether that part is done, by this process if nobody else is at it."""
+        done = self.folder / "parts" / f"{part}.npy"
+        if done.exists() or self.whole:
+            return True
+        with self._lock(str(part)) as mine:
+            if not mine:
+                return done.exists() or self.whole
+            if done.exists() or self.whole:
+                return True
+            rows = np.arange(part * PART, min((part + 1) * PART, self.count))
+            batches = list(compute(rows))
+            found = np.concatenate([np.zeros(0, np.int64), *(at for at, _ in batches)])
+            for name in batches[0][1] if batches else ():
+                values = np.concatenate([arrays[name] for _, arrays in batches])
+                placed = np.zeros((len(rows), *values.shape[1:]), values.dtype)
+                placed[found - rows[0]] = values
+                self._write(name, int(rows[0]), placed)
+            write_atomically(done, npy(found))
+            return True
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[bool]:
+        """Whether the lock of that name is this process's, while it lasts."""
+        path = self.folder / "parts" / f"{name}.lock"
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "ab") as file:
+            try:
+                lock(file, path)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+    def _write(self, name: str, first: int, values: np.ndarray) -> None:
+        """The rows from number `first` on, in the file of that array, which is made for all rows at once."""
+        path = self.folder / f"{name}.npy"
+        head = npy_head(values.dtype, (self.count, *values.shape[1:]))
+        size = HEAD + self.count * values[0].nbytes
+        if not path.exists() and (free := shutil.disk_usage(self.folder).free) < size:
+            raise InputError(
+                f"{path}: no room, {size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make "
+                f"room, or link {self.folder.parent} to another disk"
+            )
+        with open(path, "ab"):
+            pass
+        with open(path, "r+b", buffering=0) as file:
+            write_at(file, 0, head)
+            write_at(file, HEAD + first * values[0].nbytes, values)
+            if file.seek(0, 2) < size:
+                file.truncate(size)
+            os.fsync(file.fileno())
+
+    def _finish(self) -> None:
+        """Close the gaps of images that were left out, and write the header."""
+        parts = range(-(-self.count // PART))
+        rows = np.concatenate([np.load(self.folder / "parts" / f"{part}.npy") for part in parts])
+        if not len(rows):
+            raise InputError("not one of the images can be decoded")
+        arrays = {}
+        for path in sorted(self.folder.glob("*.npy")):
+            if path.name != "rows.npy":
+                arrays[path.stem] = list(self._closed(path, rows).shape)
+        write_atomically(self.folder / "rows.npy", npy(rows))
+        arrays["rows"] = [len(rows)]
+        write_json(self.folder / "store.json", {"key": self.key, "images": self.count, "arrays": arrays})
+        shutil.rmtree(self.folder / "parts", ignore_errors=True)
+
+    def _closed(self, path: Path, rows: np.ndarray) -> np.ndarray:
+        """The array in a file, with the rows of `rows` alone."""
+        all_of = mapped(path)
+        if len(all_of) == len(rows):
+            return all_of
+        with written_aside(path) as file:
+            file.write(npy_head(all_of.dtype, (len(rows), *all_of.shape[1:])))
+            for start in range(0, len(rows), PART):
+                file.write(np.ascontiguousarray(all_of[rows[start : start + PART]]).data)
+        return mapped(path)
+
+
+def mapped(path: Path) -> np.ndarray:
+    """A .npy file's array, mapped; to write into it changes this process's copy alone."""
+    return np.asarray(np.load(path, mmap_mode="c", allow_pickle=False))
+
+
+def npy(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    return buffer.getvalue()
+
+
+def npy_head(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """The first HEAD bytes of a .npy of version 1.0."""
+    text = repr({"descr": dtype.str, "fortran_order": False, "shape": shape})
+    return b"\x93NUMPY\x01\x00" + (HEAD - 10).to_bytes(2, "little") + text.ljust(HEAD - 11).encode() + b"\n"
+
+
+def write_at(file: IO[bytes], offset: int, data: Any) -> None:
+    """Bytes or an array, from that byte of an unbuffered file on."""
+    flat = (
+        np.frombuffer(data, np.uint8) if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1)
+    )
+    view = flat.view(np.uint8).data
+    file.seek(offset)
+    while len(view):
+        view = view[file.write(view) :]

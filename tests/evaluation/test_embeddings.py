@@ -1,0 +1,120 @@
+"""knn and linear on embeddings from other models' files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lvssl.cli import main
+from lvssl.evaluation import foreign, streamed
+from lvssl.evaluation.knn import weighted_knn
+from lvssl.evaluation.probe import linear_probe
+from lvssl.runs import features
+from lvssl.runs.embeddings import open_embeddings
+
+
+@pytest.fixture(scope="module")
+def made():
+    generator = np.random.default_rng(0)
+    centres, sets = generator.normal(size=(10, 16)), {}
+    for split, count in (("train", 900), ("test", 300)):
+        y = generator.integers(0, 10, count)
+        sets[split] = (centres[y] + 1.2 * generator.normal(size=(count, 16))).astype(np.float32), y
+    return sets
+
+
+def write(kind: str, folder: Path, split: str, x: np.ndarray, y: np.ndarray) -> Path:
+    path = folder / f"{split}.{kind}"
+    if kind == "npy":
+        np.save(path, x)
+        np.save(folder / f"{split}-labels.npy", y.astype(np.int32))
+    elif kind == "safetensors":
+        save_file({"features": torch.from_numpy(x), "labels": torch.from_numpy(y)}, path)
+    elif kind == "parquet":
+        table = pa.table({"image_id": [str(i) for i in range(len(y))], "embedding": list(x), "label": y})
+        pq.write_table(table, path, row_group_size=130)
+    else:
+        path = folder / split
+        path.mkdir()
+        np.save(path / "features.npy", x)
+        np.save(path / "labels.npy", y)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["npy", "folder", "safetensors", "parquet"])
+def test_a_folder_of_embeddings_stands_in_a_runs_place(kind, made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(features, "PART", 256)
+    for split, (x, y) in made.items():
+        read = open_embeddings(write(kind, tmp_path, split, x, y))
+        assert np.array_equal(read.features, x) and np.array_equal(read.labels, y)
+    assert main(["knn", str(tmp_path), "--k", "7"]) == main(["linear", str(tmp_path)]) == 0
+    given = *made["train"], *made["test"]
+    knn, linear = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("knn", "linear"))
+    assert knn["results"]["features"]["top1"] == weighted_knn(*given, k=7) > 70
+    assert linear["results"]["features"]["top1"] == linear_probe(*given).accuracy > 70
+    assert linear["probe"] == "logistic" and knn["data"]["images"] == 900
+    printed = capsys.readouterr().out
+    assert "knn on features: top-1" in printed and f"written: {tmp_path / 'linear.json'}" in printed
+
+
+def test_a_result_is_found_again_and_other_embeddings_are_told_apart(made, tmp_path, capsys):
+    for split, (x, y) in made.items():
+        write("npy", tmp_path, split, x, y)
+    files = [tmp_path / name for name in ("train.npy", "test.npy", "knn.json")]
+    assert main(["knn", *map(str, files[:1]), "--test", str(files[1])]) == 0
+    stamp = files[2].stat().st_mtime_ns
+    assert main(["knn", *map(str, files[:1]), "--test", str(files[1])]) == 0
+    assert files[2].stat().st_mtime_ns == stamp
+    np.save(files[0], made["train"][0] + 1)
+    assert main(["knn", str(files[0]), "--test", str(files[1])]) == 2
+    assert "already holds a result for other settings (checkpoint: " in capsys.readouterr().err
+
+
+def test_many_embeddings_are_probed_as_they_stream(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(foreign, "LARGE_SET", 900)
+    monkeypatch.setattr(streamed, "STEPS", 50)
+    for split, (x, y) in made.items():
+        write("npy", tmp_path, split, x, y)
+    assert main(["linear", str(tmp_path)]) == 0
+    content = json.loads((tmp_path / "linear.json").read_text())
+    assert content["probe"] == "streamed" and "Adam" in content["protocol"]
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda f: (f / "train-labels.npy").unlink(), "train-labels.npy: no such file"),
+        (lambda f: np.save(f / "train-labels.npy", np.arange(3)), "900 features need as many integers"),
+        (lambda f: np.save(f / "train.npy", np.zeros((900, 15), np.float32)), "16 wide, those of"),
+        (lambda f: np.save(f / "train.npy", np.zeros(900)), "features are floats [N, D], not"),
+        (lambda f: np.save(f / "train-labels.npy", np.full(900, -1)), "label -1 of row 0"),
+        (lambda f: np.save(f / "test-labels.npy", np.full(300, 77)), "label 77 doesn't occur in"),
+        (lambda f: (f / "train.npy").write_bytes(b"no array"), "train.npy: can't be read as embeddings"),
+        (lambda f: np.save(f / "train.npy", np.array([None]), allow_pickle=True), "can't be read"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_embeddings_is_said_in_a_line(spoil, said, made, tmp_path, capsys):
+    for split, (x, y) in made.items():
+        write("npy", tmp_path, split, x, y)
+    spoil(tmp_path)
+    assert main(["knn", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_columns_and_probes_that_are_missing_are_named(made, tmp_path, capsys):
+    x, y = made["train"]
+    save_file({"x": torch.from_numpy(x)}, tmp_path / "train.safetensors")
+    pq.write_table(pa.table({"embedding": [[1.0], [2.0, 3.0]], "label": [0, 1]}), tmp_path / "train.parquet")
+    for file, said in (("train.safetensors", "features or embedding"), ("train.parquet", "of one length")):
+        assert main(["knn", str(tmp_path / file), "--test", str(tmp_path / file)]) == 2
+        assert said in capsys.readouterr().err
+    write("npy", tmp_path, "test", x, y)
+    test = str(tmp_path / "test.npy")
+    assert main(["linear", test, "--test", test, "--probe", "sgd"]) == 2
+    assert "use --probe logistic" in capsys.readouterr().err

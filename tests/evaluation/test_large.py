@@ -1,0 +1,69 @@
+"""`evaluate` and `knn` of sets above LARGE_SET: nothing exact that wouldn't fit, and the result says so."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lvssl.cli import main
+from lvssl.evaluation import embedding, evaluate, linear, nearest, streamed
+from lvssl.runs import features
+
+
+@pytest.fixture
+def runs(run, control, tmp_path) -> dict[str, Path]:
+    return {
+        name: Path(shutil.copytree(folder, tmp_path / name))
+        for name, folder in (("run", run), ("control", control))
+    }
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """The training images of the digits count as many."""
+    for module in (embedding, evaluate, linear, nearest):
+        monkeypatch.setattr(module, "LARGE_SET", 1000)
+    monkeypatch.setattr(features, "PART", 512)
+    monkeypatch.setattr(streamed, "PAGE", 1)
+
+
+def table(folder: Path) -> dict[tuple[str, str], tuple[float, float]]:
+    rows = json.loads((folder / "evaluation.json").read_text())["table"]
+    return {(row["model"], row["representation"]): (row["linear"], row["knn"]) for row in rows}
+
+
+def test_a_large_set_is_evaluated_by_the_streamed_probe(runs, large, monkeypatch):
+    def exact(*_, **__):
+        raise AssertionError("an exact probe of a large set")
+
+    monkeypatch.setattr(evaluate, "linear_probe", exact)
+    monkeypatch.setattr(evaluate, "streamed_probe", small_batches)
+    assert main(["evaluate", str(runs["run"]), "--workers", "1"]) == 0
+    content = json.loads((runs["run"] / "evaluation.json").read_text())
+    assert content["protocol"] == {"linear": streamed.PROTOCOL, "knn": {"k": 200, "temperature": 0.1}}
+    assert "Adam" in streamed.PROTOCOL and "bit_means" not in kept(runs["run"])[1297]
+    assert sorted(kept(runs["run"])) == sorted(kept(runs["control"])) == [500, 1297], "floors are left over"
+    found = table(runs["run"])
+    monkeypatch.undo()
+    assert main(["evaluate", str(runs["run"]), "--workers", "1", "--overwrite"]) == 0
+    exactly = table(runs["run"])
+    assert found.keys() == exactly.keys()
+    for row, (probe, _) in exactly.items():
+        assert found[row][0] == pytest.approx(probe, abs=6.0), row
+
+
+def small_batches(*arguments, **options):
+    return streamed.streamed_probe(*arguments, **options, batch=64, epochs=20)
+
+
+def kept(run: Path) -> dict[int, list[str]]:
+    """By count of images, the arrays of each store."""
+    heads = [json.loads(path.read_text()) for path in (run / "features").glob("*/store.json")]
+    return {head["images"]: list(head["arrays"]) for head in heads}
+
+
+def test_knn_of_a_large_set_takes_200_neighbours(runs, large):
+    assert main(["knn", str(runs["run"]), "--workers", "1"]) == 0
+    content = json.loads((runs["run"] / "knn.json").read_text())
+    assert (content["k"], content["temperature"]) == (200, 0.1)

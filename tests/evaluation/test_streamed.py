@@ -1,0 +1,93 @@
+"""The probe that reads rows as it needs them, against the exact one."""
+
+import numpy as np
+import pytest
+import torch
+
+from lvssl.evaluation import streamed
+from lvssl.evaluation.probe import linear_probe
+from lvssl.evaluation.probe import standardisation as exactly
+from lvssl.evaluation.streamed import Bits, drawn, pages, standardisation, streamed_probe
+from pipelines.errors import InputError
+from pipelines.kernels.pack import pack_bits
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Ten classes, by class in order, so that only a shuffled order learns anything; features correlated."""
+    generator = np.random.default_rng(0)
+    centres, mixing = generator.normal(size=(10, 8)), generator.normal(size=(8, 32))
+    sets = []
+    for count in (4000, 1000):
+        y = np.sort(generator.integers(0, 10, count))
+        z = centres[y] + 0.7 * generator.normal(size=(count, 8))
+        sets += [(3 + z @ mixing + 0.3 * generator.normal(size=(count, 32))).astype(np.float32), y]
+    return sets
+
+
+def test_it_reaches_what_the_exact_probe_reaches(made, monkeypatch):
+    monkeypatch.setattr(streamed, "PAGE", 1)  # as many classes in a batch as a large one has
+    x, y, test_x, test_y = made
+    found, learnt = streamed_probe(*made, batch=64, epochs=40), pages(len(y), seed=0)[0]
+    strength = (found.regularisation,)
+    exact = linear_probe(x[learnt], y[learnt], test_x, test_y, regularisation=strength)
+    assert 80 < exact.accuracy < 99 and found.accuracy == pytest.approx(exact.accuracy, abs=0.5)
+    assert (found.predictions == exact.predictions).mean() > 0.98
+    assert np.abs(found.probabilities - exact.probabilities).mean() < 0.01
+    assert found.probabilities.shape == (1000, 10) and found.probabilities.dtype == np.float32
+
+
+def test_a_mapped_file_and_bits_are_read_a_batch_at_a_time(made, tmp_path):
+    x, y, test_x, test_y = made
+    np.save(tmp_path / "x.npy", x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    given = {"batch": 256, "epochs": 2}
+    assert (
+        streamed_probe(mapped, y, test_x, test_y, **given).accuracy == streamed_probe(*made, **given).accuracy
+    )
+    bits = [part > part.mean(axis=0) for part in (x, test_x)]
+    packed = [Bits(pack_bits(part), 32) for part in bits]
+    read, most = Bits.__getitem__, 0
+
+    class Watched(Bits):
+        def __getitem__(self, rows):
+            nonlocal most
+            found = read(self, rows)
+            most = max(most, len(found))
+            return found
+
+    watched = Watched(packed[0].packed, 32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streamed, "CHUNK", 300)
+        found = streamed_probe(watched, y, packed[1], test_y, **given)
+        floats = [part.astype(np.float32) for part in bits]
+        assert found.accuracy == streamed_probe(floats[0], y, floats[1], test_y, **given).accuracy
+    assert most <= 304
+
+
+def test_standardisation_is_that_of_the_exact_probe(made, monkeypatch):
+    monkeypatch.setattr(streamed, "CHUNK", 77)
+    x = np.concatenate([made[0], np.full((4000, 1), 1e4, np.float32)], axis=1)
+    for found, wanted in zip(standardisation(x), exactly(x)):
+        np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-4)
+    assert standardisation(x)[1][-1] == 0
+
+
+def test_each_row_is_learnt_from_once_an_epoch_or_held_out():
+    learnt, held = pages(1003, seed=1)
+    epochs = [list(drawn(learnt, 1003, 1, 64, seed)) for seed in (0, 1)]
+    rows = [np.concatenate(epoch) for epoch in epochs]
+    chosen = np.concatenate(list(drawn(held, 1003, 1, 64, 0)))
+    assert np.array_equal(np.sort(np.concatenate([rows[0], chosen])), np.arange(1003))
+    assert np.array_equal(np.sort(rows[0]), np.sort(rows[1])) and not np.array_equal(*rows)
+    assert 0.1 < len(chosen) / 1003 < 0.2
+
+
+def test_what_cannot_be_learnt_is_named(made):
+    x, y, test_x, test_y = made
+    broken = x.copy()
+    broken[3210, 5] = np.inf
+    with pytest.raises(ValueError, match="row 3210 holds a value that isn't finite"):
+        streamed_probe(broken, y, test_x, test_y)
+    with pytest.raises(InputError, match="at least two classes"):
+        streamed_probe(x, np.zeros_like(y), test_x, test_y, device=torch.device("cpu"))
