@@ -26,7 +26,11 @@ def fitted(code: str, bits=16) -> Quantiser:
 def test_looked_up_distances_are_those_to_the_decoded_codes(code):
     quantiser, train, queries = fitted(code), features(), features(7, seed=1)
     codes = quantiser.encode(train)
-    assert codes.dtype == np.uint8 and codes.shape == (600, packed_bytes(quantiser.bits)) and quantiser.bits == 16
+    assert (
+        codes.dtype == np.uint8
+        and codes.shape == (600, packed_bytes(quantiser.bits))
+        and quantiser.bits == 16
+    )
     projected = quantiser.project(queries)
     exact = np.square(projected[:, None] - quantiser.decode(codes)[None]).sum(axis=2)
     for threads in (1, 3, 16):  # queries shared out; rows shared out
