@@ -211,27 +211,23 @@ def compression(arguments: list[str]) -> None:
 
 def encode(arguments: list[str]) -> None:
     from lvssl.codes.file import open_codes
-    from lvssl.evaluation.codes import EncodeSettings
+    from lvssl.evaluation.codes import EncodeSettings, in_words
     from lvssl.evaluation.codes import encode as run
 
     path = run(parse(EncodeSettings, arguments, "encode"))
     codes = open_codes(path)
-    print(f"{path}: {codes.count:,} codes of {codes.bits:,} bits, {path.stat().st_size:,} bytes")
+    print(f"{path}: {codes.count:,} codes of {in_words(codes)}, {path.stat().st_size:,} bytes")
 
 
 def search(arguments: list[str]) -> None:
-    from lvssl.evaluation.codes import SearchSettings, holds_many, write_csv
+    from lvssl.evaluation.codes import SearchSettings, print_found, write_csv
     from lvssl.evaluation.codes import search as run
 
     settings = parse(SearchSettings, arguments, "search")
     if settings.csv:
         print(f"{settings.csv}: neighbours of {write_csv(settings.csv, run(settings)):,} queries")
         return
-    for query, neighbours in run(settings):
-        if holds_many(settings.query):
-            print(query)
-        for name, distance, similarity in neighbours:
-            print("" if similarity is None else f"{similarity:8.4f}", f"{distance:6d}  {name}", sep="")
+    print_found(run(settings))
 
 
 def report(arguments: list[str]) -> None:
@@ -432,8 +428,8 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "analyse": ("uncertainty, what single bits say, regression: a run beside its control", analyse),
     "study": ("several configurations over several seeds, compared in pairs", study),
     "compression": ("accuracy against bits stored, beside equal-bit controls", compression),
-    "encode": ("write packed codes of a folder or beton", encode),
-    "search": ("find the nearest images of queries by Hamming distance", search),
+    "encode": ("packed codes and an uncertainty of every image of a set", encode),
+    "search": ("find the nearest images of queries by their codes", search),
     "report": ("one HTML page of a run", report),
     "export": ("the encoder for torchvision, timm, torch.hub and ONNX", export),
     "presets": ("list the presets, print one, or compare two", presets),

@@ -8,6 +8,8 @@ stay in the cache while the codes stream by, chunk by chunk, so that a mapped fi
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from lvssl.codes.search import CHUNK_BYTES, check_k, in_threads, slices, thread_count
@@ -52,7 +54,7 @@ def table_search(
 
 
 @compiled()
-def scan(tables, database, first, sums, rows):
+def scan(tables: Any, database: Any, first: int, sums: Any, rows: Any) -> None:
     """Take the rows of `database`, of which row 0 is number `first`, into the k best of each query, sums and
     rows [Q, k], which are in order. Rows come in rising order over the calls, so ties keep the lower row."""
     k = sums.shape[1]

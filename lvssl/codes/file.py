@@ -8,13 +8,15 @@
               name offsets: uint64 [count + 1], little-endian, into the names
               names: utf-8, one after another
 
-The header: {version, family, bits, count, checkpoint, created_by, names_bytes, rows_sha256}. Later fields may
-be added; a reader ignores those it doesn't know. What changes the layout raises the version. Every number is
+The header: {version, family, bits, count, checkpoint, created_by, names_bytes, rows_sha256, quantiser}, the
+last one, {code, sha256}, where a quantiser compares real-valued queries with the codes. Later fields may be
+added; a reader ignores those it doesn't know. What changes the layout raises the version. Every number is
 little-endian and bit d of a row is bit d % 8 of its byte d // 8, so a file opens on any machine.
 
-Beside it may lie the means of the posteriors, FILE.means: magic b"LVMEANS\\n", a header {version, dim, count,
-rows_sha256} likewise, and at byte 4,096 float16 [count, dim], little-endian. Its rows_sha256 names the codes
-it belongs to. `lvssl.codes.writer` writes both.
+Beside it may lie tables with a row for each code: the means of the posteriors, FILE.means (magic
+b"LVMEANS\\n", float16), and an uncertainty, FILE.uncertainty (b"LVSCORE\\n", float32, dim 1). Each has a
+header {version, dim, count, rows_sha256} likewise and at byte 4,096 its numbers [count, dim], little-endian;
+rows_sha256 names the codes it belongs to. `lvssl.codes.writer` writes them all.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -31,6 +33,7 @@ from pipelines.kernels.pack import packed_bytes
 
 MAGIC = b"LVCODES\n"
 MEANS_MAGIC = b"LVMEANS\n"
+SCORE_MAGIC = b"LVSCORE\n"
 VERSION = 1
 ROWS_AT = 4096  # a page: rows are mapped aligned, and the header can be rewritten once the count is known
 
@@ -52,6 +55,20 @@ class CodeFile:
     rows: np.ndarray  # uint8 [count, ceil(bits / 8)]
     names: Sequence[str]  # one a row
     rows_sha256: str = ""  # of the rows; empty in files of the first releases
+    quantiser: dict[str, str] | None = None  # {code, sha256}; None: Hamming distance alone
+
+
+class Table(NamedTuple):
+    """A kind of table beside a code file."""
+
+    ending: str
+    magic: bytes
+    dtype: str
+    made_by: str
+
+
+MEANS = Table("means", MEANS_MAGIC, "<f2", "`lvssl encode --means`")
+UNCERTAINTY = Table("uncertainty", SCORE_MAGIC, "<f4", "`lvssl encode` (without --no-fit)")
 
 
 def open_codes(path: Path | str) -> CodeFile:
@@ -73,30 +90,44 @@ def open_codes(path: Path | str) -> CodeFile:
     if offsets[0] != 0 or offsets[-1] != header["names_bytes"]:
         raise CodeFileError(f"{path}: damaged: the table of names at byte {names_at} doesn't fit the header")
     fields = {name: header[name] for name in ("family", "bits", "count", "checkpoint", "created_by")}
-    digest = str(header.get("rows_sha256", ""))
-    return CodeFile(path=path, rows=rows, names=Names(path, offsets, text_at), rows_sha256=digest, **fields)
+    digest, quantiser = str(header.get("rows_sha256", "")), header.get("quantiser")
+    names = Names(path, offsets, text_at)
+    return CodeFile(path=path, rows=rows, names=names, rows_sha256=digest, quantiser=quantiser, **fields)
 
 
 def open_means(codes: CodeFile) -> np.ndarray:
-    """The posteriors' means that were stored beside the codes, float16 [count, dim], mapped. Raises
-    CodeFileError: none there, truncated, damaged, or those of other codes."""
-    path = means_path(codes.path)
+    """The posteriors' means that were stored beside the codes, float16 [count, dim], as `open_table`."""
+    return open_table(codes, MEANS)
+
+
+def open_uncertainty(codes: CodeFile) -> np.ndarray:
+    """The uncertainties that were stored beside the codes, float32 [count], as `open_table`."""
+    return open_table(codes, UNCERTAINTY)[:, 0]
+
+
+def open_table(codes: CodeFile, table: Table) -> np.ndarray:
+    """What lies beside the codes, [count, dim], mapped. Raises CodeFileError: none there, truncated, damaged,
+    or that of other codes."""
+    path, dtype = table_path(codes.path, table), np.dtype(table.dtype)
     if not path.exists():
-        raise CodeFileError(f"{path}: no such file; `lvssl encode --means` writes it beside the codes")
-    header = read_block(path, MEANS_MAGIC, "file of means")
+        raise CodeFileError(f"{path}: no such file; {table.made_by} writes it beside the codes")
+    header = read_block(path, table.magic, f"file of {table.ending}")
     dim, count = header.get("dim"), header.get("count")
     if not all(type(n) is int and n >= 0 for n in (dim, count)) or not dim:
         raise CodeFileError(f"{path}: damaged: the header has no valid dim and count")
     if count != codes.count or header.get("rows_sha256") != codes.rows_sha256:
-        raise CodeFileError(f"{path}: these are the means of other codes than {codes.path}; encode again")
-    require_size(path, ROWS_AT + 2 * count * dim, f"{count} means of {dim} dimensions")
+        raise CodeFileError(
+            f"{path}: these are the {table.ending} of other codes than {codes.path}; encode again"
+        )
+    size = ROWS_AT + dtype.itemsize * count * dim
+    require_size(path, size, f"{count} {table.ending} of {dim} dimensions")
     if not count:
-        return np.empty((0, dim), "<f2")
-    return np.memmap(path, dtype="<f2", mode="r", offset=ROWS_AT, shape=(count, dim))
+        return np.empty((0, dim), dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=ROWS_AT, shape=(count, dim))
 
 
-def means_path(codes: Path) -> Path:
-    return codes.with_name(codes.name + ".means")
+def table_path(codes: Path, table: Table) -> Path:
+    return codes.with_name(f"{codes.name}.{table.ending}")
 
 
 def require_checkpoint(codes: CodeFile, digest: str) -> None:
@@ -161,6 +192,10 @@ def read_header(path: Path) -> dict[str, Any]:
         raise CodeFileError(f"{path}: damaged: the header has no valid bits, count and names_bytes")
     if not all(isinstance(text, str) for text in texts):
         raise CodeFileError(f"{path}: damaged: the header has no valid family, checkpoint and created_by")
+    if (quantiser := header.get("quantiser")) is not None:
+        known = isinstance(quantiser, dict) and {"code", "sha256"} <= set(quantiser)
+        if not known or not all(isinstance(text, str) for text in quantiser.values()):
+            raise CodeFileError(f"{path}: damaged: the header has no valid quantiser")
     return header
 
 

@@ -76,7 +76,7 @@ class Quantiser:
 
     def squares(self, projected: np.ndarray) -> np.ndarray:
         """Squared distances float32 [N, P, words] of projected features [N, E] to the words of each part."""
-        parts, words, width = self.words.shape
+        parts, _, width = self.words.shape
         x = projected.reshape(len(projected), parts, width)
         if width == 1:
             return np.square(x - self.words[None, :, :, 0])
@@ -148,12 +148,12 @@ def fit_opq(train: Any, bits: int, seed: int = 0, iterations: int = 20) -> Quant
     x, mean, scale = standardised(h)
     parts, width = bits // 8, h.shape[1]
     kept = width - width % parts  # numbers after the rotation: as many for each part
+    quantiser = faiss.ProductQuantizer(kept, parts, 8)
+    quantiser.cp.seed, quantiser.cp.min_points_per_centroid = seed + 1, 1  # fewer than 39 are no warning
     turn = faiss.OPQMatrix(width, parts, kept)
-    turn.niter = iterations
+    turn.pq, turn.niter, turn.max_train_points = quantiser, iterations, 20_000
     x = np.ascontiguousarray(x)
     turn.train(x)
-    quantiser = faiss.ProductQuantizer(kept, parts, 8)
-    quantiser.cp.seed, quantiser.cp.min_points_per_centroid = seed + 1, 1
     quantiser.train(turn.apply(x))
     rotation = faiss.vector_to_array(turn.A).reshape(kept, width).T
     words = faiss.vector_to_array(quantiser.centroids).reshape(parts, 256, kept // parts)

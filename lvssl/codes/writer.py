@@ -2,7 +2,8 @@
 
 While it is written, a file `codes.lvcodes` is hidden ones beside it, which a killed encoder leaves behind and
 the next one goes on with: `.codes.lvcodes.part` (header and rows), `.codes.lvcodes.names.part` (for each row
-the source's position after it, the length of its name, its name), `.codes.lvcodes.means.part` (fp16).
+the source's position after it, the length of its name, its name), and a part of each table beside it, such as
+`.codes.lvcodes.means.part`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import numpy as np
 
 from lvssl.codes.file import (
     MAGIC,
-    MEANS_MAGIC,
+    MEANS,
     ROWS_AT,
+    UNCERTAINTY,
     VERSION,
     CodeFileError,
     encode_name,
     header_block,
-    means_path,
+    table_path,
 )
 from pipelines.kernels.pack import packed_bytes
 from pipelines.lock import lock
@@ -39,8 +41,9 @@ class CodeWriter:
     The file appears under its name, complete, when the block ends. `source`: what is encoded, in a word that
     changes with it; with it, rows that were written before a kill or an interrupt of the same work are kept,
     and `position` says where in the source to go on. Without it, or where the block raises an error before
-    the first row, nothing is left. `means`: dimensions of the posteriors' means, which lie beside it as fp16.
-    Raises CodeFileError where another process is writing the same file.
+    the first row, nothing is left. `means`: dimensions of the posteriors' means, which lie beside it as fp16;
+    `uncertainty`: whether one of each image does. `quantiser`: {code, sha256} of what made the codes. Raises
+    CodeFileError where another process is writing the same file.
     """
 
     def __init__(
@@ -52,11 +55,15 @@ class CodeWriter:
         checkpoint: str,
         created_by: str,
         means: int = 0,
+        uncertainty: bool = False,
+        quantiser: dict[str, str] | None = None,
         source: str | None = None,
     ) -> None:
         if bits < 1:
             raise ValueError(f"a code has at least one bit, not {bits}")
-        self.path, self.source, self.means, self.count, self.position = Path(path), source, means, 0, 0
+        self.path, self.source, self.count, self.position = Path(path), source, 0, 0
+        dims = {MEANS: means, UNCERTAINTY: int(uncertainty)}
+        self.tables = {table: dim for table, dim in dims.items() if dim}  # in the order of their files
         self.header: dict[str, Any] = {
             "version": VERSION,
             "family": family,
@@ -64,12 +71,15 @@ class CodeWriter:
             "checkpoint": checkpoint,
             "created_by": created_by,
         }
+        if quantiser is not None:
+            self.header["quantiser"] = quantiser
         self.width = packed_bytes(bits)
-        kinds = ("", ".names", ".means") if means else ("", ".names")
+        kinds = ("", ".names", *(f".{table.ending}" for table in self.tables))
         self.parts = [self.path.with_name(f".{self.path.name}{kind}.part") for kind in kinds]
 
     def __enter__(self) -> CodeWriter:
-        begun = header_block(MAGIC, self.header | {"source": self.source, "means": self.means})
+        beside = {table.ending: dim for table, dim in self.tables.items()}
+        begun = header_block(MAGIC, self.header | {"source": self.source, "beside": beside})
         self.files: list[BinaryIO] = []
         try:
             for part in self.parts:
@@ -85,8 +95,8 @@ class CodeWriter:
                     file.truncate(0)
                 self.files[0].seek(0)
                 self.files[0].write(begun)
-                if self.means:
-                    self.files[2].write(bytes(ROWS_AT))  # its header is known last
+                for file in self.files[2:]:
+                    file.write(bytes(ROWS_AT))  # its header is known last
             self.go_on()
         except BaseException as failure:
             self.close(keep=isinstance(failure, CodeFileError))
@@ -94,18 +104,17 @@ class CodeWriter:
         return self
 
     def go_on(self) -> None:
-        """Keep the rows of which row, name and means are whole, and stand behind them."""
-        rows = max(0, self.files[0].seek(0, os.SEEK_END) - ROWS_AT) // self.width
-        if self.means:
-            held = max(0, self.files[2].seek(0, os.SEEK_END) - ROWS_AT)
-            rows = min(rows, held // (2 * self.means))
+        """Keep the rows of which row, name and tables are whole, and stand behind them."""
+        widths = [np.dtype(table.dtype).itemsize * dim for table, dim in self.tables.items()]
+        sized = [(self.files[0], self.width), *zip(self.files[2:], widths)]
+        rows = min(max(0, file.seek(0, os.SEEK_END) - ROWS_AT) // width for file, width in sized)
         end = 0
         for position, name in records(self.files[1]):
             if self.count == rows:
                 break
             self.count, self.position = self.count + 1, position
             end += RECORD.size + len(name)
-        ends = [ROWS_AT + self.count * self.width, end, ROWS_AT + self.count * 2 * self.means]
+        ends = [ROWS_AT + self.count * self.width, end, *(ROWS_AT + self.count * width for width in widths)]
         for file, last in zip(self.files, ends):
             file.truncate(last)
             file.seek(last)
@@ -116,18 +125,21 @@ class CodeWriter:
         names: Iterable[str],
         means: np.ndarray | None = None,
         positions: Iterable[int] | None = None,
+        uncertainty: np.ndarray | None = None,
     ) -> None:
-        """Add packed rows uint8 [n, ceil(bits / 8)], their n names, and means [n, D] where it has any.
+        """Add packed rows uint8 [n, ceil(bits / 8)], their n names, and means [n, D] and uncertainty [n]
+        where it has any.
 
         `positions` of the n in the source, rising; left out: they follow on. ValueError unless they fit.
         """
         names = list(names)
         n = len(names)
         check("names need rows uint8", n, rows, (n, self.width), np.uint8)
-        if self.means:
-            means = np.asarray(means, dtype="<f2")
-            check("names need means", n, means, (n, self.means), np.dtype("<f2"))
-            self.files[2].write(np.ascontiguousarray(means).data)
+        given = {MEANS: means, UNCERTAINTY: None if uncertainty is None else np.reshape(uncertainty, (-1, 1))}
+        for (table, dim), file in zip(self.tables.items(), self.files[2:]):
+            values = np.asarray(given[table], dtype=table.dtype)
+            check(f"names need {table.ending}", n, values, (n, dim), np.dtype(table.dtype))
+            file.write(np.ascontiguousarray(values).data)
         self.files[0].write(np.ascontiguousarray(rows).data)
         following = range(self.position, self.position + n) if positions is None else positions
         for name, position in zip(names, following, strict=True):
@@ -163,11 +175,11 @@ class CodeWriter:
         self.header |= {"count": self.count, "names_bytes": end, "rows_sha256": digest}
         codes.seek(0)
         codes.write(header_block(MAGIC, self.header))
-        if self.means:
-            fields = {"version": VERSION, "dim": self.means, "count": self.count, "rows_sha256": digest}
-            self.files[2].seek(0)
-            self.files[2].write(header_block(MEANS_MAGIC, fields))
-        finals = [self.path, None, means_path(self.path)]
+        for (table, dim), file in zip(self.tables.items(), self.files[2:]):
+            fields = {"version": VERSION, "dim": dim, "count": self.count, "rows_sha256": digest}
+            file.seek(0)
+            file.write(header_block(table.magic, fields))
+        finals = [self.path, None, *(table_path(self.path, table) for table in self.tables)]
         for part, file, final in reversed(list(zip(self.parts, self.files, finals))):  # the codes last
             file.flush()
             os.fsync(file.fileno())

@@ -12,6 +12,7 @@ SSD, Sehwag et al. 2021).
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from lvssl.evaluation.fitted import keep, kept, training_sample
 from lvssl.runs.run import Run
 from pipelines.errors import InputError
 
+FILE = "density.safetensors"
 CHUNK = 8192  # images at a time
 
 
@@ -35,6 +37,11 @@ class Density:
     whitening: np.ndarray  # float32 [L, L]: (z - mean) @ whitening has the covariance 1 within a cluster
     centres: np.ndarray  # float32 [K, L], there
     log_weights: np.ndarray  # float64 [K], with the normalisation of the Gaussians, in nats
+
+    @property
+    def digest(self) -> str:
+        """sha256, hex."""
+        return hashlib.sha256(b"".join(array.tobytes() for array in asdict(self).values())).hexdigest()
 
     def __call__(self, locations: np.ndarray) -> np.ndarray:
         """Minus the log-density in nats, float32 [N], of locations [N, L]; higher is less certain. Raises
@@ -80,7 +87,7 @@ def fit_density(sample: np.ndarray, clusters: int = 1, seed: int = 0) -> Density
 
 
 def density_of(
-    run: Run, train: Path | None = None, clusters: int = 1, workers: int = 0, skip: bool = False
+    run: Run, train: Path | None = None, clusters: int = 1, workers: int = 0, on_error: str = "raise"
 ) -> Density:
     """The run's density as RUN/density.safetensors has it; fitted and written there if it isn't there yet, or
     is of another checkpoint, of other images or of another number of clusters.
@@ -89,13 +96,20 @@ def density_of(
     """
     if clusters < 1:
         raise InputError(f"--clusters must be at least 1, got {clusters}")
-    path = run.folder / "density.safetensors"
+    path = run.folder / FILE
     about = {"train": (train or run.settings.data).resolve(), "clusters": clusters}
     if arrays := kept(path, run, about):
         return Density(**arrays)
-    (sample,) = training_sample(run, train, workers=workers, skip=skip)
+    (sample,) = training_sample(run, train, workers=workers, on_error=on_error)
     if len(sample) < clusters:
         raise InputError(f"--clusters {clusters} needs as many training images; there are {len(sample)}")
     density = fit_density(sample, clusters)
     keep(path, asdict(density), run, about)
     return density
+
+
+def stored_density(run: Run) -> Density | None:
+    """The density that stands in the run's folder, of whatever images; None if there is none of this
+    checkpoint. Raises InputError for a damaged file."""
+    arrays = kept(run.folder / FILE, run, {})
+    return Density(**arrays) if arrays else None

@@ -34,13 +34,13 @@ def training_sample(
     kinds: Sequence[str] = ("locations",),
     *,
     workers: int = 0,
-    skip: bool = False,
+    on_error: str = "raise",
     limit: int = SAMPLE,
 ) -> list[np.ndarray]:
     """For each of `kinds`, "locations" or "features", float32 [M, L] of M <= `limit` training images, which
     lie evenly over the set: it may be sorted by class. Read batch by batch.
 
-    Raises InputError: no such images, a damaged one (and not `skip`), or fewer than two.
+    Raises InputError: no such images, a damaged one, with on_error="raise", or fewer than two.
     """
     path = train or run.settings.data
     try:
@@ -51,7 +51,7 @@ def training_sample(
     say_notes(source)
     rows = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(np.int64))
     parts: list[list[np.ndarray]] = [[] for _ in kinds]
-    view, on_error = run.settings.view, "skip" if skip else "raise"
+    view = run.settings.view
     batches = readable(source, view, workers, on_error, rows, title="fit on the training images")
     try:
         for part in encode(run.network, batches, view):

@@ -106,7 +106,7 @@ def _converted(path: Path) -> tuple[np.ndarray, np.ndarray]:
     count, read = (_safetensors if path.suffix == ".safetensors" else _parquet)(path)
     stat = path.stat()
     key = {"file": path.name, "bytes": stat.st_size, "changed": stat.st_mtime_ns}
-    store = Store.sibling_test_set(path.parent / "features", key, count)
+    store = Store.beside(path.parent / "features", key, count)
     store.fill(read)
     arrays = store.open()
     return arrays["features"], arrays["labels"]

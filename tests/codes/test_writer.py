@@ -44,7 +44,7 @@ def write(path, interrupt_after=None, **options):
             if interrupt_after is not None and i >= interrupt_after:
                 raise KeyboardInterrupt
             part = slice(i, i + 3)
-            open_writer.append(rows[part], names[part], means[part] if open_writer.means else None)
+            open_writer.append(rows[part], names[part], means[part] if open_writer.tables else None)
     return first
 
 

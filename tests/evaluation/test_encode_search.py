@@ -1,6 +1,7 @@
 """`lvssl encode` and `lvssl search` with an untrained network: folders, betons, batches, reranking, kills."""
 
 import csv
+import dataclasses
 import os
 import signal
 import subprocess
@@ -13,15 +14,19 @@ import pytest
 import torch
 from devices import on_cpu_and_gpu
 from PIL import Image
+from sklearn.covariance import LedoitWolf
 
 from lvssl.cli import main
-from lvssl.codes.file import CodeFileError, open_codes, open_means
+from lvssl.codes.file import CodeFileError, open_codes, open_means, open_uncertainty
 from lvssl.codes.search import hamming_distances
-from lvssl.evaluation.codes import SearchSettings, codes_of, search
-from lvssl.evaluation.embedding import embed
+from lvssl.evaluation.codes import Searcher, SearchSettings, codes_of, search
+from lvssl.evaluation.embedding import Embedding, embed
+from lvssl.evaluation.fitted import training_sample
 from lvssl.evaluation.knn import weighted_knn
+from lvssl.evaluation.quantisers import stored_quantiser
 from lvssl.runs.run import Run, load_run
 from pipelines.decode import open_reader
+from pipelines.decode.images import ImageReader
 from pipelines.loader import evaluation_crops
 
 
@@ -69,11 +74,11 @@ def test_codes_of_another_arithmetic_are_not_compared(run, digits, tmp_path, mon
         CodeFileError, match=r"a.lvcodes: its codes were computed by cpu fp32, .* by cpu bf16"
     ):
         next(search(SearchSettings(run, digits["test"], codes=out)))
-    assert next(search(SearchSettings(run, out, codes=out)))[0], "codes of the same making may be compared"
+    assert next(search(SearchSettings(run, out, codes=out)))[1], "codes of the same making may be compared"
     other = tmp_path / "b.lvcodes"
     assert lvssl("encode", run, "--images", digits["test"], "--out", other) == 0
     assert open_codes(other).created_by == "lvssl encode, cpu bf16"
-    assert next(search(SearchSettings(run, digits["test"], codes=other)))[0]
+    assert next(search(SearchSettings(run, digits["test"], codes=other)))[1]
 
 
 @on_cpu_and_gpu
@@ -99,7 +104,7 @@ def test_many_queries_from_everywhere_find_themselves(run, pictures, tmp_path, c
     codes = open_codes(out)
     assert list(codes.names) == sorted(str(p.relative_to(pictures)) for p in pictures.rglob("*.png"))
     capsys.readouterr()
-    for query, options in [(pictures, []), (out, ["--staged"]), (out, ["--rerank"])]:
+    for query, options in [(pictures, ["--symmetric"]), (out, ["--staged"]), (out, ["--rerank"])]:
         table = tmp_path / "found.csv"
         arguments = ["--query", query, "--codes", out, "--k", 4, "--csv", table, *options]
         assert lvssl("search", run, *arguments) == 0
@@ -111,6 +116,7 @@ def test_many_queries_from_everywhere_find_themselves(run, pictures, tmp_path, c
         assert all(r["distance"] == "0" for r in first)
         assert all(bool(r["similarity"]) == ("--rerank" in options) for r in rows)
         assert {r["query"] for r in rows} == set(codes.names)
+        assert all(r["uncertainty"] == r["query_uncertainty"] for r in first)
 
 
 def test_reranked_neighbours_keep_their_distances(run, pictures, tmp_path):
@@ -122,9 +128,9 @@ def test_reranked_neighbours_keep_their_distances(run, pictures, tmp_path):
     place = {name: i for i, name in enumerate(codes.names)}
     for query, found in search(SearchSettings(run=run, query=out, codes=out, k=150, rerank=True)):
         at = [place[n.name] for n in found]
-        assert [n.distance for n in found] == truth[place[query], at].tolist()
+        assert [n.distance for n in found] == truth[place[query.name], at].tolist()
         similarity = np.array([n.similarity for n in found])
-        assert np.allclose(similarity, unit[at] @ unit[place[query]], atol=1e-4)
+        assert np.allclose(similarity, unit[at] @ unit[place[query.name]], atol=1e-4)
         assert (np.diff(similarity) <= 1e-6).all()
 
 
@@ -160,6 +166,138 @@ def test_a_truncated_index_and_a_query_file_of_another_run_are_errors(run, pictu
     assert "truncated at byte 5000" in capsys.readouterr().err
 
 
+# --- uncertainty, codes of a chosen length -----------------------------------------------------------
+
+
+def in_memory(run: Path, source) -> Embedding:
+    loaded = load_run(run)
+    return embed(loaded.network, source, loaded.settings.view)
+
+
+@pytest.mark.parametrize("which", ["run", "control"])
+def test_every_image_gets_its_uncertainty_without_labels(which, request, pictures, tmp_path, capsys):
+    folder, out, table = request.getfixturevalue(which), tmp_path / "a.lvcodes", tmp_path / "a.csv"
+    assert lvssl("encode", folder, "--images", pictures, "--out", out, "--csv", table) == 0
+    loaded, codes = load_run(folder), open_codes(out)
+    embedded = in_memory(folder, ImageReader(pictures, labelled=False))
+    mean, scale = (f(training_sample(loaded, kinds=("features",))[0], axis=0) for f in (np.mean, np.std))
+    covariance = (
+        LedoitWolf().fit((training_sample(loaded, kinds=("features",))[0] - mean) / scale).covariance_
+    )
+    x = (embedded.features - mean) / scale
+    distance = np.einsum("nd,de,ne->n", x, np.linalg.inv(covariance), x)
+    found = np.asarray(open_uncertainty(codes))
+    assert np.isfinite(found).all() and np.corrcoef(found, distance)[0, 1] > 0.999
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == list(codes.names)
+    assert np.allclose([float(row["uncertainty"]) for row in rows], found, rtol=1e-5)
+    capsys.readouterr()
+    assert lvssl("search", folder, "--query", pictures / codes.names[7], "--codes", out, "--k", 3) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert f"(uncertainty {found[7]:.4g})" in printed[0] and "uncertainty" in printed[1]
+    assert f"{found[7]:.4g}" in printed[2] and printed[2].endswith(codes.names[7]) and len(printed) == 5
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--bits", 9, "--code", "bits"], ["--bits", 12, "--code", "itq"], ["--bits", 16]]
+)
+def test_real_valued_queries_find_the_nearest_of_what_codes_stand_for(options, run, pictures, tmp_path):
+    if options == ["--bits", 16]:
+        pytest.importorskip("faiss", reason="the extra `faiss` isn't installed")
+    out = tmp_path / "a.lvcodes"
+    assert lvssl("encode", run, "--images", pictures, "--out", out, *options) == 0
+    codes, loaded = open_codes(out), load_run(run)
+    quantiser = stored_quantiser(loaded, codes)
+    kind = "features" if codes.quantiser["code"] != "bits" else "locations"
+    assert codes.bits == (options[1] if options else codes_bits(loaded))
+    source = ImageReader(pictures, labelled=False)
+    (values,) = training_sample(replaced(loaded, pictures), kinds=(kind,))
+    exact = np.square(quantiser.project(values)[:, None] - quantiser.decode(codes.rows)[None]).sum(axis=2)
+    for i, (query, found) in enumerate(search(SearchSettings(run, pictures, codes=out, k=5))):
+        assert query.name == source.names[i]
+        assert np.allclose([n.distance for n in found], np.sort(exact[i])[:5], rtol=1e-3, atol=1e-3)
+    symmetric = [found for _, found in search(SearchSettings(run, pictures, codes=out, k=5, symmetric=True))]
+    of_codes = [found for _, found in search(SearchSettings(run, out, codes=out, k=5))]
+    assert symmetric == of_codes and max(found[0].distance for found in of_codes) < 1e-3
+
+
+def codes_bits(loaded: Run) -> int:
+    return loaded.network.family.code_bits(loaded.network.dim)
+
+
+def replaced(loaded: Run, data: Path) -> Run:
+    """The same run, trained on other images: so that these are what `training_sample` reads."""
+    return dataclasses.replace(loaded, settings=dataclasses.replace(loaded.settings, data=data))
+
+
+def test_without_the_training_images_there_is_one_line_and_a_way_on(run, pictures, tmp_path, capsys):
+    out, gone = tmp_path / "a.lvcodes", tmp_path / "gone.beton"
+    arguments = ["encode", run, "--images", pictures, "--out", out]
+    assert lvssl(*arguments, "--train", gone) == 2
+    assert "gone.beton" in (said := capsys.readouterr().err) and "--no-fit" in said and not out.exists()
+    assert lvssl(*arguments, "--train", gone, "--no-fit") == 0
+    assert open_codes(out).quantiser is None and not (tmp_path / "a.lvcodes.uncertainty").exists()
+    _, found = next(search(SearchSettings(run, pictures, codes=out, k=2)))
+    assert isinstance(found[0].distance, int) and found[0].distance == 0 and found[0].uncertainty is None
+
+
+def test_impossible_codes_are_refused_before_any_work(run, pictures, tmp_path, capsys, monkeypatch):
+    own = codes_bits(load_run(run))
+    for options, message in [
+        (["--bits", -1], "--bits must be at least 0"),
+        (["--code", "itq"], "--code itq needs --bits"),
+        (["--code", "lsh"], "code"),
+        (["--bits", own + 1, "--code", "bits"], f"at most {own:,} bits"),
+        (["--bits", 9, "--code", "opq"], "--bits 16 rather than 9"),
+        (["--bits", 8, "--code", "pca", "--no-fit"], "leave --no-fit out"),
+        (["--clusters", 0], "--clusters must be at least 1"),
+        (["--csv", tmp_path / "no" / "a.csv"], "no such folder to write a.csv to"),
+    ]:
+        assert lvssl("encode", run, "--images", pictures, "--out", tmp_path / "a.lvcodes", *options) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr("lvssl.evaluation.quantisers.has_faiss", lambda: False)
+    arguments = ["encode", run, "--images", pictures, "--out", tmp_path / "a.lvcodes", "--bits", 8]
+    assert lvssl(*arguments, "--faiss", tmp_path / "a.faiss") == 2 and lvssl(*arguments, "--code", "opq") == 2
+    assert "pip install 'lvssl[faiss]'" in capsys.readouterr().err
+    assert lvssl(*arguments) == 0
+    assert "note: itq in place of opq" in capsys.readouterr().err
+    assert open_codes(tmp_path / "a.lvcodes").quantiser["code"] == "itq"
+
+
+def test_codes_of_another_quantiser_are_not_compared(run, pictures, tmp_path):
+    a, b = tmp_path / "a.lvcodes", tmp_path / "b.lvcodes"
+    for out, bits in ((a, 8), (b, 16)):
+        assert lvssl("encode", run, "--images", pictures, "--out", out, "--bits", bits, "--code", "pca") == 0
+    with pytest.raises(CodeFileError, match=r"b.lvcodes has 16 bits by pca .*: encode both alike"):
+        next(search(SearchSettings(run, b, codes=a)))
+    assert lvssl("encode", run, "--images", pictures, "--out", b, "--bits", 8, "--code", "pca",
+                 "--train", pictures) == 0  # fmt: skip
+    with pytest.raises(CodeFileError, match="a.lvcodes: its quantiser isn't"):
+        next(search(SearchSettings(run, pictures, codes=a)))
+
+
+def test_a_loaded_searcher_answers_again(run, pictures, tmp_path):
+    out = tmp_path / "a.lvcodes"
+    assert lvssl("encode", run, "--images", pictures, "--out", out) == 0
+    wanted = {query.name: found for query, found in search(SearchSettings(run, pictures, codes=out, k=2))}
+    searcher, names = Searcher(load_run(run), out), list(wanted)
+    for some in (names[:3], names[3:5]):
+        found = searcher.images([pictures / name for name in some], k=2)
+        assert [[n.name for n in near] for near in found] == [[n.name for n in wanted[name]] for name in some]
+
+
+def test_faiss_reads_what_encode_writes(run, pictures, tmp_path):
+    faiss = pytest.importorskip("faiss", reason="the extra `faiss` isn't installed")
+    out, index = tmp_path / "a.lvcodes", tmp_path / "a.faiss"
+    assert lvssl("encode", run, "--images", pictures, "--out", out, "--bits", 16, "--faiss", index) == 0
+    read = faiss.read_index(str(index))
+    features = in_memory(run, ImageReader(pictures, labelled=False)).features
+    distances, _ = read.search(features, 5)
+    found = [[n.distance for n in near] for _, near in search(SearchSettings(run, pictures, codes=out, k=5))]
+    assert np.allclose(distances, found, rtol=1e-2, atol=1e-2)
+
+
 KILLED = """
 import sys, time
 from lvssl.codes.writer import CodeWriter
@@ -193,5 +331,5 @@ def test_kill_9_in_mid_encode_and_the_same_command_again(run, digits, tmp_path, 
     # Threads of the killed process may differ, and with them the rounding of a logit near 0.
     assert np.bitwise_count(open_codes(out).rows ^ open_codes(whole).rows).sum() <= 2
     assert {p.name for p in tmp_path.iterdir()} == {
-        "whole.lvcodes", "whole.lvcodes.means", "a.lvcodes", "a.lvcodes.means"
+        f"{name}.lvcodes{end}" for name in ("whole", "a") for end in ("", ".means", ".uncertainty")
     }  # fmt: skip

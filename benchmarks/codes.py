@@ -1,0 +1,176 @@
+"""Which code for which budget? Every quantiser at every length, on a run's real features.
+
+    python -m benchmarks.codes RUN --test TEST --json FILE     quality, of the run's own training images
+    python -m benchmarks.codes --count 1000000 --json FILE     time and memory of made codes
+
+Quality: the first QUERIES test images against at most 50,000 training images, which the quantisers are fitted
+on, too: accuracy of the vote of the 20 nearest, mAP@1000 over the hits, and the share of the 10 nearest by
+standardised features (`features`, not quantised) among a code's 10 nearest. `real`: queries real-valued;
+`code`: queries quantised, too (Hamming distance for bits). Rows of equal distance come in the order of the
+training images.
+"""
+
+import argparse
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lvssl.cli import guarded
+from lvssl.codes.index import Index, nearest_rows
+from lvssl.codes.quantiser import FITS, Quantiser, standardised
+from lvssl.evaluation.density import fit_density
+from lvssl.evaluation.fitted import SAMPLE, training_sample
+from lvssl.evaluation.quantisers import own_bits
+from lvssl.runs.run import load_run, versions
+from pipelines.cores import cores
+from pipelines.decode import open_reader
+from pipelines.errors import InputError
+from pipelines.files import write_json
+
+QUERIES, VOTE, TOP = 2000, 20, 1000
+LENGTHS = (16, 32, 64, 128, 256, 512)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, nargs="?")
+    parser.add_argument("--test", type=Path)
+    parser.add_argument("--count", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    if bool(options.count) == bool(options.run and options.test):
+        raise InputError("name a run and --test, or --count")
+    rows = made(options.count) if options.count else measured(options.run, options.test)
+    if options.json:
+        about = {"command": "python -m benchmarks.codes " + " ".join(arguments), "cores": cores()}
+        write_json(options.json, about | {"versions": versions(), "rows": rows})
+
+
+def measured(folder: Path, test: Path) -> list[dict[str, Any]]:
+    run = load_run(folder, torch.device("cpu"))
+    kinds = ("features", "locations")
+    train = dict(zip(kinds, training_sample(run, kinds=kinds)))
+    source = open_reader(run.settings.data)
+    labels = source.labels[np.unique(np.linspace(0, len(source) - 1, min(SAMPLE, len(source))).astype(int))]
+    queries = dict(zip(kinds, training_sample(run, test, kinds, limit=QUERIES)))
+    tests = open_reader(test)
+    answers = tests.labels[np.unique(np.linspace(0, len(tests) - 1, len(queries["features"])).astype(int))]
+    x, mean, scale = standardised(train["features"])
+    exact = floats(x, (queries["features"] - mean) / scale)
+    rows = [report("features", 32 * x.shape[1], "", exact, exact, labels, answers, 0.0)]
+    for code, fit in FITS.items():
+        kind = "locations" if code == "bits" else "features"
+        for bits in LENGTHS:
+            most = own_bits(run) if code == "bits" else x.shape[1] * (8 if code == "opq" else 1)
+            if bits > most:
+                continue
+            began = time.perf_counter()
+            quantiser = fit(train[kind], bits)
+            seconds = time.perf_counter() - began
+            codes = quantiser.encode(train[kind])
+            asked = {"real": queries[kind], "code": quantiser.encode(queries[kind])}
+            for way, some in asked.items():
+                found, _ = nearest_rows(some, codes, TOP, quantiser)
+                rows.append(report(code, bits, way, found, exact, labels, answers, seconds))
+    return rows
+
+
+def floats(train: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """The TOP nearest rows by Euclidean distance, int64 [Q, TOP]."""
+    own, found = np.square(train).sum(axis=1), []
+    for part in np.array_split(queries, max(1, len(queries) // 100)):
+        distances = own - 2 * part @ train.T
+        near = np.argpartition(distances, TOP, axis=1)[:, :TOP]
+        order = np.take_along_axis(distances, near, axis=1).argsort(axis=1)
+        found.append(np.take_along_axis(near, order, axis=1))
+    return np.concatenate(found)
+
+
+def report(
+    code: str,
+    bits: int,
+    way: str,
+    found: np.ndarray,
+    exact: np.ndarray,
+    labels: np.ndarray,
+    answers: np.ndarray,
+    seconds: float,
+) -> dict[str, Any]:
+    near = labels[found]
+    votes = np.stack([(near[:, :VOTE] == label).sum(axis=1) for label in range(labels.max() + 1)], axis=1)
+    hits = near == answers[:, None]
+    precision = hits.cumsum(axis=1) / np.arange(1, TOP + 1)
+    average = (precision * hits).sum(axis=1) / np.maximum(hits.sum(axis=1), 1)
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found[:, :10], exact[:, :10])])
+    row = {
+        "code": code,
+        "bits": bits,
+        "queries": way,
+        "knn": round(100 * float((votes.argmax(axis=1) == answers).mean()), 2),
+        "map": round(float(average.mean()), 4),
+        "recall_at_10": round(float(recall), 3),
+        "fit_seconds": round(seconds, 1),
+    }
+    print(" ".join(f"{value!s:>9}" for value in row.values()), flush=True)
+    return row
+
+
+def made(count: int) -> list[dict[str, Any]]:
+    """Seconds and MiB at the peak so far of `count` made codes; queries are batches of 100, 10 neighbours."""
+    generator, rows = np.random.default_rng(0), []
+    width, queries = 256, 100
+    sample = generator.standard_normal((SAMPLE, width), np.float32)
+    began = time.perf_counter()
+    density = fit_density(sample)
+    rows.append(timing("density: fitted on 50,000 of 256 numbers", began))
+    began = time.perf_counter()
+    for _ in range(count // SAMPLE):
+        density(sample)
+    rows.append(timing(f"density: {count // SAMPLE * SAMPLE:,} images scored", began))
+    for bits, words in ((64, 256), (256, 256), (256, 2), (2048, 2)):
+        parts = bits // 8 if words == 256 else bits
+        per_part = width // parts if words == 256 else 1
+        book = generator.standard_normal((parts, words, per_part), np.float32)
+        numbers = parts * per_part
+        quantiser = Quantiser(
+            np.zeros(numbers, np.float32),
+            np.ones(numbers, np.float32),
+            np.empty((numbers, 0), np.float32),
+            book,
+        )
+        codes = generator.integers(0, 256, (count, bits // 8), dtype=np.uint8)
+        asked = generator.standard_normal((queries, numbers), np.float32)
+        nearest_rows(asked[:1], codes[:1000], 10, quantiser)  # compiles
+        name = f"{bits} bits, {'product' if words == 256 else 'binary'} code"
+        began = time.perf_counter()
+        nearest_rows(asked, codes, 10, quantiser)
+        rows.append(timing(f"{name}: {queries} real-valued queries", began))
+        if words == 2:
+            began = time.perf_counter()
+            nearest_rows(codes[:queries], codes, 10)
+            rows.append(timing(f"{name}: {queries} queries by Hamming distance", began))
+        if bits == 64:
+            index = Index(codes, range(count), quantiser)
+            began = time.perf_counter()
+            index.delete(range(0, count, 100))
+            rows.append(timing(f"{name}: {len(range(0, count, 100)):,} deleted", began))
+    return rows
+
+
+def timing(what: str, began: float) -> dict[str, Any]:
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    row = {"what": what, "seconds": round(time.perf_counter() - began, 2), "peak_mib": round(memory)}
+    print(row, flush=True)
+    return row
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(guarded(main, sys.argv[1:]))

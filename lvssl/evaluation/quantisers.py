@@ -1,0 +1,112 @@
+"""A run's quantisers: RUN/quantisers/CODE-BITS.safetensors, fitted on its training images when first used."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from lvssl.codes.file import CodeFile, CodeFileError
+from lvssl.codes.quantiser import FITS, Quantiser
+from lvssl.evaluation.fitted import keep, kept, training_sample
+from lvssl.models.backbone import feature_dim
+from lvssl.runs.run import Run
+from lvssl.settings.pretrain import choice
+from pipelines.errors import InputError
+
+CODES = ("auto", *FITS)
+
+
+def own_bits(run: Run) -> int:
+    """Length of the run's own code."""
+    return run.network.family.code_bits(run.network.dim)
+
+
+def chosen_code(run: Run, bits: int, code: str) -> str:
+    """The code that `--bits` and `--code` mean, one of FITS. Raises InputError, before any work, where the
+    run can't have it."""
+    choice("code", code, CODES)
+    features, own = feature_dim(run.settings.model.backbone), own_bits(run)
+    if bits < 0:
+        raise InputError(f"--bits must be at least 0, got {bits}")
+    if not bits:
+        if code not in ("auto", "bits"):
+            raise InputError(f"--code {code} needs --bits, the length of its codes")
+        return "bits"
+    most = {"bits": own, "opq": 8 * features, "itq": features, "pca": features}
+    if code == "auto":
+        code = best_code(bits, most)
+    if bits > most[code]:
+        raise InputError(f"--code {code}: this run gives at most {most[code]:,} bits, not {bits:,}")
+    if code == "opq":
+        if bits % 8:
+            raise InputError(f"--code opq takes whole bytes: --bits {bits + -bits % 8} rather than {bits}")
+        require_faiss("--code opq")
+    return code
+
+
+def best_code(bits: int, most: dict[str, int]) -> str:
+    """What docs/codes.md measures as best at a length; says what is missed without faiss."""
+    if bits % 8 == 0 and bits <= most["opq"]:
+        if has_faiss():
+            return "opq"
+        if bits <= most["itq"]:
+            said = "note: itq in place of opq, which is the better code (docs/codes.md) and needs faiss"
+            print(f"{said}: pip install 'lvssl[faiss]'", file=sys.stderr, flush=True)
+    return "itq" if bits <= most["itq"] else "bits"
+
+
+def has_faiss() -> bool:
+    return importlib.util.find_spec("faiss") is not None
+
+
+def require_faiss(option: str) -> None:
+    if not has_faiss():
+        raise InputError(f"{option} needs faiss: pip install 'lvssl[faiss]'")
+
+
+def quantiser_of(
+    run: Run, code: str, bits: int, train: Path | None = None, workers: int = 0, on_error: str = "raise"
+) -> Quantiser | None:
+    """The run's quantiser as it stands in its folder; fitted and written there if it isn't there yet, or is
+    of another checkpoint or of other images. None for a run's own code whose bits are no signs.
+
+    Raises InputError: training images that can't be read, or too few of them.
+    """
+    family = run.network.family
+    if code == "bits" and (
+        not (family.signs or not family.stochastic) or own_bits(run) != family.location_count(run.network.dim)
+    ):
+        return None
+    path = quantiser_path(run, code, bits)
+    about = {"code": code, "bits": bits, "train": (train or run.settings.data).resolve()}
+    if arrays := kept(path, run, about):
+        return Quantiser(**arrays)
+    kind = "locations" if code == "bits" else "features"
+    (sample,) = training_sample(run, train, (kind,), workers=workers, on_error=on_error)
+    try:
+        quantiser = FITS[code](sample, bits)
+    except ValueError as error:
+        raise InputError(f"--code {code} --bits {bits}: {error}") from error
+    keep(path, asdict(quantiser), run, about)
+    return quantiser
+
+
+def stored_quantiser(run: Run, codes: CodeFile) -> Quantiser | None:
+    """The quantiser that made the codes; None where they have none. Raises CodeFileError if it isn't in the
+    run's folder any more."""
+    if codes.quantiser is None:
+        return None
+    path = quantiser_path(run, codes.quantiser["code"], codes.bits)
+    arrays = kept(path, run, {"bits": codes.bits})
+    quantiser = Quantiser(**arrays) if arrays else None
+    if quantiser is None or quantiser.digest != codes.quantiser["sha256"]:
+        raise CodeFileError(
+            f"{codes.path}: its quantiser isn't {path} any more; encode the images again, or bring that back"
+        )
+    return quantiser
+
+
+def quantiser_path(run: Run, code: str, bits: int) -> Path:
+    return run.folder / "quantisers" / f"{code}-{bits}.safetensors"

@@ -1,0 +1,81 @@
+"""Codes as an index: the caller's ids, additions and deletions, a filter, and faiss's files."""
+
+import numpy as np
+import pytest
+
+from lvssl.codes.index import Index, nearest_rows
+from lvssl.codes.quantiser import FITS
+from lvssl.codes.search import hamming_search
+
+
+def features(n=500, d=16, seed=0):
+    mixing = np.random.default_rng(9).normal(size=(d, d)) * np.arange(1, d + 1)[::-1, None] ** 0.7
+    return (np.random.default_rng(seed).normal(size=(n, d)) @ mixing + 3).astype(np.float32)
+
+
+def names(n):
+    return [f"image {i}" for i in range(n)]
+
+
+def test_it_answers_again_and_again_while_codes_come_and_go():
+    quantiser = FITS["itq"](features(), 16)
+    index, codes = Index(quantiser=quantiser), quantiser.encode(features())
+    index.add(codes[:200], names(200))
+    index.add(codes[200:], names(500)[200:])
+    queries = features(5, seed=1)
+    rows, distances = nearest_rows(queries, codes, 7, quantiser)
+    found, same = index.search(queries, 7)
+    assert found == [[f"image {row}" for row in of_query] for of_query in rows] and np.array_equal(
+        same, distances
+    )
+    gone = {one for of_query in found for one in of_query}
+    index.delete(gone)
+    assert len(index) == 500 - len(gone)
+    left = [i for i in range(500) if f"image {i}" not in gone]
+    rows, _ = nearest_rows(queries, codes[left], 7, quantiser)
+    assert index.search(queries, 7)[0] == [[f"image {left[row]}" for row in of_query] for of_query in rows]
+    index.add(codes[[int(one.split()[1]) for one in sorted(gone)]], sorted(gone))
+    assert sorted(index.search(queries[:1], 7)[0][0]) == sorted(found[0])
+
+
+def test_a_filter_is_the_search_of_those_alone_and_codes_are_queries_too():
+    quantiser = FITS["pca"](features(), 12)
+    codes = quantiser.encode(features())
+    index, only = Index(codes, list(range(500)), quantiser), list(range(3, 500, 7))
+    found, distances = index.search(codes[:4], 5, only=only)
+    rows, wanted = hamming_search(codes[:4], codes[only], 5)
+    assert found == [[only[row] for row in of_query] for of_query in rows.tolist()]
+    assert np.array_equal(distances, wanted)
+
+
+def test_mistakes_are_said_and_change_nothing():
+    index = Index(np.zeros((3, 2), np.uint8), ["a", "b", "c"])
+    with pytest.raises(ValueError, match="'b' is in the index already"):
+        index.add(np.ones((2, 2), np.uint8), ["d", "b"])
+    with pytest.raises(ValueError, match=r"codes uint8 \[1, 2\]"):
+        index.add(np.ones((1, 3), np.uint8), ["d"])
+    with pytest.raises(KeyError, match="x"):
+        index.delete(["a", "x"])
+    with pytest.raises(ValueError, match="need the quantiser"):
+        index.search(np.zeros((1, 4), np.float32), 1)
+    with pytest.raises(ValueError, match="same id"):
+        Index(np.zeros((2, 2), np.uint8), ["a", "a"]).delete(["a"])
+    assert list(index.ids) == ["a", "b", "c"] and len(index) == 3
+
+
+@pytest.mark.parametrize("code", ["opq", "itq"])
+def test_faiss_reads_the_index_and_finds_the_same(code, tmp_path):
+    faiss = pytest.importorskip("faiss", reason="the extra `faiss` isn't installed")
+    quantiser, queries = FITS[code](features(), 16), features(20, seed=1)
+    index = Index(quantiser.encode(features()), names(500), quantiser)
+    index.write_faiss(tmp_path / "index.faiss")
+    if code == "itq":
+        read = faiss.read_index_binary(str(tmp_path / "index.faiss"))
+        wanted = nearest_rows(quantiser.encode(queries), index.rows, 5, quantiser)[1]
+        found, _ = read.search(quantiser.encode(queries), 5)
+        assert np.array_equal(found, wanted)
+    else:
+        read = faiss.read_index(str(tmp_path / "index.faiss"))
+        found, _ = read.search(queries, 5)
+        assert np.allclose(found, nearest_rows(queries, index.rows, 5, quantiser)[1], rtol=1e-3, atol=1e-3)
+    assert read.ntotal == 500
