@@ -24,7 +24,7 @@ from lvssl.models.inference import device_of
 from lvssl.models.network import LVNet
 from lvssl.runs.labels import Subset, beside, open_pair, say_notes, sound_part
 from lvssl.runs.result import ResultFile
-from lvssl.runs.run import Run, load_run, require_classes_of, require_same_classes
+from lvssl.runs.run import Run, load_run, require_classes_of, require_same_classes, training_set
 from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME
 from pipelines.decode import Reader
 from pipelines.errors import InputError
@@ -86,6 +86,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         return done
     on_error, train_path = settings.on_error, settings.train or run.settings.data
     train, test = labelled_pair(run, control, settings.train, settings.test)
+    if len(test) < 2:
+        raise InputError(f"{settings.test}: at least two test images are needed to evaluate a run")
 
     stages = tqdm(total=3 + bool(control), desc=f"evaluate {run.folder.name}", unit="stage", disable=None)
     sets = embed_both(run, train, test, settings.workers, on_error)
@@ -135,9 +137,9 @@ def labelled_pair(run: Run, control: Run | None, train: Path | None, test: Path)
 def with_defaults(settings: Settings, run: Run) -> Settings:
     """Settings of a command that measures a run beside a control, with the test set and the control that lie
     where one would look for them, and with what a damaged image does."""
-    test, control = settings.test, settings.control
+    test, control, train = settings.test, settings.control, training_set(run, settings.train)
     if test is None:
-        test = beside(run.settings.data)
+        test = beside(train)
     neighbour = run.folder.resolve().parent / "control"
     if control is None and neighbour != run.folder.resolve() and (neighbour / "config.json").is_file():
         control = run.folder.parent / "control"
@@ -180,7 +182,7 @@ def measure(train: Embedding, test: Embedding, network: LVNet) -> tuple[dict[str
 
 def describe(run: Run) -> dict[str, Any]:
     return {
-        "path": str(run.folder),
+        "path": str(run.folder.absolute()),
         "family": run.settings.latent.family,
         "checkpoint": run.digest,
         "arithmetic": run.arithmetic,
@@ -312,7 +314,7 @@ def write_gallery(
     Queries are spread over the classes, and drawn by position, not by how well they do.
     """
     queries = spread_over_classes(test.labels, QUERIES)
-    by_code, _ = hamming_search(test.codes[queries], train.codes, NEIGHBOURS)
+    by_code, _ = hamming_search(test.codes[queries], train.codes, min(NEIGHBOURS, len(train.codes)))
     unit = [torch.nn.functional.normalize(torch.from_numpy(s.features), dim=1) for s in (train, test)]
     by_feature = (unit[1][queries] @ unit[0].T).topk(min(NEIGHBOURS, len(unit[0])), dim=1).indices.numpy()
     ranking = np.argsort(test.uncertainty, kind="stable")

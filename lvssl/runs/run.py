@@ -5,7 +5,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ def create_run(
     if not vacant(settings.out):
         raise InputError(f"{settings.out} exists but is not a run folder; choose another --out")
     settings.out.mkdir(parents=True, exist_ok=True)
+    settings = replace(settings, data=settings.data.absolute())  # it may be read from another folder
     content = {"settings": to_dict(settings), "classes": classes, "data": data, "versions": versions()}
     write_json(config, content, indent=2)
 
@@ -181,6 +182,16 @@ class Run:
         device = next(self.network.parameters()).device
         names = {dtype: name for name, dtype in DTYPES.items()}
         return f"{device.type} {names[self.network.precision]}"
+
+
+def training_set(run: Run, given: Path | None) -> Path:
+    """The training images: as given, or else those of the pretraining. InputError: these aren't there."""
+    if given is None and not run.settings.data.exists():
+        raise InputError(
+            f"{run.settings.data}: the training images of {run.folder} aren't there (any more): name them "
+            "with --train, wherever they lie now"
+        )
+    return given or run.settings.data
 
 
 def require_classes_of(run: Run, source: Reader, path: Path) -> None:

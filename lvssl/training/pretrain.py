@@ -20,6 +20,7 @@ from lvssl.training.stopping import Interrupted, Stop, stop_signals
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for, backend_for
 from pipelines.decode import Reader, open_reader
+from pipelines.errors import InputError
 from pipelines.loader import Decoder, TwoViewLoader, evaluation_batches
 
 __all__ = ["Interrupted", "Stop", "Trainer", "pretrain", "stop_signals"]
@@ -50,6 +51,11 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
 
 def run(settings: PretrainSettings, resume: bool, world: World, device: torch.device, stop: Stop) -> None:
     """`pretrain`, once it is known who we are."""
+    if resume and (settings.out / "config.json").is_file() and not settings.data.exists():
+        raise InputError(
+            f"{settings.data}: the images that {settings.out} was begun on aren't there (any more): name "
+            "them with --data, wherever they lie now"
+        )
     source = open_reader(settings.data, settings.source, str(device))
     if world.first:
         say_notes(source)
