@@ -45,10 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) -> int:
     """A user's mistake is one line without a traceback; everything unexpected keeps its traceback."""
     from lvssl.codes.file import CodeFileError
+    from pipelines.decode.reader import DamagedSample
     from pipelines.errors import InputError
 
     try:
         return command(arguments) or 0
+    except DamagedSample as error:
+        return fail(f"{error}; --on-error skip goes on without such images")
     except (InputError, CodeFileError) as error:
         return fail(str(error))
     except OSError as error:  # disk full, no permission: the system's words name the file
@@ -112,10 +115,12 @@ def pretrain(arguments: list[str]) -> int:
             "check --out, or --data"
         )
 
+    from lvssl.plan import require_memory
     from lvssl.training.distributed import world_of
     from lvssl.training.pretrain import pretrain as run
     from lvssl.training.stopping import Interrupted
 
+    require_memory(chosen.settings, world_of().size)
     try:
         run(chosen.settings, chosen.resume)
     except Interrupted as stopped:
@@ -123,7 +128,10 @@ def pretrain(arguments: list[str]) -> int:
         return 143
     if not world_of().first:
         return 0
-    print(f"{chosen.settings.out}: done; next: lvssl evaluate {chosen.settings.out} --test TEST.beton")
+    name = shlex.quote(str(out))
+    labels = read_config(out)[1] > 0
+    following = f"evaluate {name} --test TEST.beton" if labels else f"encode {name} --images {data}"
+    print(f"{out}: done; next: lvssl {following}")
     return 0
 
 

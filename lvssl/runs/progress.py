@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tqdm import tqdm
 
 from pipelines.errors import InputError
-from pipelines.files import json_text
+from pipelines.files import json_text, naming
 
 if TYPE_CHECKING:  # whoever reads a run's figures alone does without
     import torch
@@ -110,7 +110,8 @@ class Metrics:
     def write(self, row: dict[str, Any]) -> None:
         """A row with "step" and figures; what isn't finite becomes null."""
         short = {k: float(f"{v:.{DIGITS}g}") if isinstance(v, float) else v for k, v in row.items()}
-        self.file.write(json_text(short) + "\n")
+        with naming(self.path):
+            self.file.write(json_text(short) + "\n")
         for name, value in row.items():
             if name not in ("step", "epoch"):
                 self.board.add_scalar(name, value, row["step"])

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from lvssl.training.stopping import Interrupted
 from pipelines.errors import InputError
 
+SAID_AFTER = 5.0  # seconds without the others, after which a line says who is awaited
 BEAT, DEAD_AFTER = 5.0, 40.0  # seconds between two signs of life; without one for so long, a rank is dead
 T = TypeVar("T")
 
@@ -147,22 +149,63 @@ def meet(world: World, timeout_minutes: float) -> dist.Store:
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself keeps the store
     wait = timedelta(minutes=timeout_minutes)
     where = f"rank {world.rank} of {world.size}, on {socket.gethostname()}: {{}} {world.host}:{world.port}"
+    listens = world.first and not agent
+
+    def connect() -> dist.TCPStore:
+        return dist.TCPStore(world.host, world.port, None, listens, wait, wait_for_workers=False)
+
     try:
-        tcp = dist.TCPStore(
-            world.host, world.port, None, world.first and not agent, wait, wait_for_workers=False
+        tcp = _interruptible(
+            connect, lambda: print(_awaiting(world, "rank 0", wait), file=sys.stderr, flush=True)
         )
     except RuntimeError as error:
         verb = "can't listen at" if world.first and not agent else f"nobody answered within {wait} at"
         raise InputError(f"{where.format(verb)} ({str(error).splitlines()[0][:200]})") from error
     store = dist.PrefixStore(f"lvssl/{restart}", tcp)
     store.set(f"here/{world.rank}", "")
-    end = time.monotonic() + wait.total_seconds()
-    for rank in range(world.size):
-        try:
-            store.wait([f"here/{rank}"], timedelta(seconds=max(0.01, end - time.monotonic())))
-        except RuntimeError as error:
-            raise InputError(f"{where.format(f'rank {rank} did not come within {wait} to')}") from error
+    begun, told = time.monotonic(), False
+    while missing := [rank for rank in range(world.size) if not store.check([f"here/{rank}"])]:
+        waited = time.monotonic() - begun
+        if waited > wait.total_seconds():
+            raise InputError(where.format(f"rank {missing[0]} did not come within {wait} to"))
+        if waited > SAID_AFTER and not told:
+            names = ", ".join(map(str, missing[:8])) + ", ..." * (len(missing) > 8)
+            print(_awaiting(world, f"rank {names}", wait), file=sys.stderr, flush=True)
+            told = True
+        time.sleep(0.05)  # in Python, where Ctrl-C arrives
     return store
+
+
+def _awaiting(world: World, whom: str, wait: timedelta) -> str:
+    """One line that says why nothing happens."""
+    by_slurm = "RANK" not in os.environ
+    alone = (
+        f"; Slurm's variables say {world.size} processes: start them by srun, or unset SLURM_NTASKS for one"
+    )
+    return (
+        f"rank {world.rank} of {world.size}: waiting up to {wait} for {whom} at {world.host}:{world.port} "
+        f"(Ctrl-C ends it){alone if by_slurm else ''}"
+    )
+
+
+def _interruptible(work: Callable[[], T], say: Callable[[], None]) -> T:
+    """What `work` gives, which may wait where no Ctrl-C arrives; `say` is called if it takes long."""
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="meeting", daemon=True).start()
+    try:
+        return done.result(SAID_AFTER)
+    except TimeoutError:
+        if done.done():
+            raise
+    say()
+    return done.result()
 
 
 def leave(heartbeat: "Heartbeat") -> None:

@@ -26,7 +26,7 @@ import numpy as np
 from pipelines.datasets.dataset import Dataset, labelled
 from pipelines.datasets.folders import read_regular
 from pipelines.datasets.names import Names
-from pipelines.errors import InputError
+from pipelines.errors import InputError, first_line
 from pipelines.formats.beton import LONGEST_NAME
 
 PATHS, LABELS = ("path", "file", "filename", "image"), ("label", "class")
@@ -84,13 +84,17 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             if path.suffix == ".csv":
                 yield from csv.DictReader(file)
                 return
-            for line in file:
+            for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
-                row = json.loads(line)
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    why = getattr(error, "msg", None) or first_line(error)
+                    raise InputError(f"{path}: line {number} is no JSON ({why})") from error
                 if not isinstance(row, dict):
                     raise InputError(
-                        f'{path}: every line must be an object, such as {{"path": "1.jpg", "label": 0}}'
+                        f'{path}: line {number} must be an object, such as {{"path": "1.jpg", "label": 0}}'
                     )
                 yield row
     except InputError:

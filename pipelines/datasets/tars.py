@@ -36,6 +36,13 @@ from pipelines.errors import InputError
 from pipelines.formats import jpeg
 from pipelines.formats.openfiles import OpenFiles
 
+PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+}
 BLOCK = 512
 LOOKED_AT = 1_000  # members that tell WebDataset's pairs from class folders
 ANSWERS = ("cls", "json")  # extensions of what says a class
@@ -218,6 +225,10 @@ class Tar:
                 if kind not in (b"x", b"g", b"L", b"K") and long_size >= 0:
                     size = long_size
             except ValueError as error:
+                packed = next((name for start, name in PACKED.items() if head.startswith(start)), "")
+                if packed and at == self.start:
+                    said = f"is compressed by {packed}, whatever its name says: unpack it"
+                    raise InputError(f"{self.name}: {said}") from error
                 raise InputError(f"{self.name}: not a tar, or damaged at byte {at - self.start:,}") from error
             if kind in (_HARD, _SYMBOLIC, _FOLDER, b"3", b"4", b"6"):
                 size = 0  # whatever it says
