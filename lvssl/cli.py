@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ commands:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text: it is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP + "\n".join(f"    {name:10} {about}" for name, (about, _) in COMMANDS.items()))
         print("\n`lvssl COMMAND --help` lists a command's settings.")
@@ -120,16 +123,15 @@ def pretrain(arguments: list[str]) -> int:
     from lvssl.training.pretrain import pretrain as run
     from lvssl.training.stopping import Interrupted
 
-    require_memory(chosen.settings, world_of().size)
     try:
-        run(chosen.settings, chosen.resume)
+        run(chosen.settings, chosen.resume, lambda: require_memory(chosen.settings, world_of().size))
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 143
     if not world_of().first:
         return 0
     name = shlex.quote(str(out))
-    labels = read_config(out)[1] > 0
+    labels = read_config(out)[1] > 1
     following = f"evaluate {name} --test TEST.beton" if labels else f"encode {name} --images {data}"
     print(f"{out}: done; next: lvssl {following}")
     return 0

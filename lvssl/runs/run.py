@@ -146,9 +146,8 @@ def read_config(folder: Path) -> tuple[PretrainSettings, int]:
     if not path.is_file():
         raise InputError(f"{folder} is no run folder (it has no config.json)")
     content = _config(path)
-    if missing := [name for name in ("settings", "classes") if name not in content]:
-        raise InputError(f"{path}: not a run's configuration (it has no {missing[0]!r})")
-    settings, classes = from_dict(PretrainSettings, content["settings"], str(path)), content["classes"]
+    settings = from_dict(PretrainSettings, content.get("settings"), str(path))
+    classes = content.get("classes")
     if not isinstance(classes, int) or not 0 <= classes <= MOST_CLASSES:
         raise InputError(f"{path}: classes should be a count of at most {MOST_CLASSES:,}, not {classes!r}")
     try:
