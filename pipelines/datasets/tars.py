@@ -255,7 +255,7 @@ class Tar:
             at += size + -size % BLOCK
 
     def _require_unpacked(self, head: bytes, at: int) -> None:
-        """Raise InputError, which says so, where what isn't a header is the beginning of a compressed file."""
+        """Raise InputError where the beginning isn't a header, but that of a compressed file."""
         packed = next((name for start, name in PACKED.items() if head.startswith(start)), "")
         if packed and at == self.start:
             raise InputError(f"{self.name}: is compressed by {packed}, whatever its name says: unpack it")
