@@ -192,7 +192,6 @@ def analyse(arguments: list[str]) -> None:
 
 
 def study(arguments: list[str]) -> None:
-    from lvssl.evaluation.measures import MEASURES
     from lvssl.evaluation.study import StudySettings
     from lvssl.evaluation.study import study as run
     from lvssl.report.study import write_study
@@ -200,7 +199,7 @@ def study(arguments: list[str]) -> None:
     settings = parse(StudySettings, arguments, "study")
     result = run(settings)
     if result is not None:
-        written = write_study(settings.out, result, MEASURES)
+        written = write_study(settings.out, result)
         print((settings.out / "study.md").read_text())
         print(f"written: {settings.out / 'study.json'}, {', '.join(path.name for path in written)}")
 
@@ -288,7 +287,7 @@ def doctor(arguments: list[str]) -> int:
     @dataclass(frozen=True)
     class Doctor:
         """Say what is installed, what is missing, and the command that installs it; or, of a run, whether its
-        latent is alive: status 1 on posterior collapse, saturation, or a spread that is constant."""
+        latent is alive: status 1 on posterior collapse, saturation, or a scale that is constant."""
 
         run: tyro.conf.Positional[Path | None] = None
         """A run's folder; left out: the installation."""

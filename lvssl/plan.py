@@ -1,4 +1,4 @@
-"""`lvssl plan`: what a batch costs in memory on each GPU, and the largest that fits.
+"""`lvssl plan`: what a batch costs in memory on each GPU, the largest that fits, and how long a run takes.
 
 Activations are counted, not estimated: the network runs forward once on tensors without contents, and every
 tensor that autograd keeps for the backward pass is added up. What a library takes beside that (workspaces,
@@ -21,10 +21,12 @@ import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lvssl.latents.noise import keyed
 from lvssl.losses.distributed import RING_FROM
 from lvssl.models.backbone import BACKBONES, BLOCKS
 from lvssl.models.device import pick_device
 from lvssl.models.network import LVNet
+from lvssl.models.utilisation import PEAK_FLOPS, operations
 from lvssl.settings.pretrain import (
     OPTIMISERS,
     LatentSettings,
@@ -42,6 +44,9 @@ SLACK = 0.08  # of the rest: workspaces and fragmentation
 # Bytes that a pixel of a view keeps at most, fp32: of the stem for small images, which halves nothing.
 MOST_A_PIXEL = {"tiny": 8_000, "small": 8_000, "resnet18": 30_000, "resnet50": 60_000}
 CHANGES = ("chunk", "batch_size", "backbone", "resolution")  # what may be smaller where memory is
+# Share of an H100's peak in bf16 that a step reaches (docs/gpu.md): MEASURED ones, and guesses.
+REACHED = {"tiny": 0.01, "small": 0.05, "resnet18": 0.19, "resnet50": 0.10}
+MEASURED = ("resnet18", "resnet50")
 MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}  # numbers that it keeps for each weight
 
 
@@ -76,6 +81,11 @@ class PlanSettings:
     """Keep each residual block's input alone, and compute the block again."""
     ema: bool = False
     """Whether there is a moving average of the weights."""
+    images: int = 1_281_167
+    """Training images, for the time; ImageNet's."""
+    epochs: int = 100
+    gpu: str = "H100"
+    """The card, for the time: A100, H100, H200, L4."""
     preset: str = ""
     """Start from a preset of `lvssl pretrain`; a setting beside it wins."""
 
@@ -103,6 +113,9 @@ class PlanSettings:
         require(self.projection >= 2, "projection", self.projection, "at least 2")
         choice("optimiser", self.optimiser, OPTIMISERS)
         require(self.samples >= 1, "samples", self.samples, "at least 1")
+        choice("gpu", self.gpu, tuple(PEAK_FLOPS))
+        for name in ("images", "epochs"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.chunk >= 0 and self.chunk != 1, "chunk", self.chunk, "0, or at least 2")
 
 
@@ -125,6 +138,7 @@ def of_preset(name: str) -> PlanSettings:
         chunk=engine.chunk,
         recompute=engine.recompute,
         ema=engine.ema > 0,
+        epochs=chosen.epochs,
         preset=name,
     )
 
@@ -184,7 +198,7 @@ def _kept(settings: PlanSettings, views: int) -> tuple[float, float, int, float]
             with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
                 features = network.backbone(images)
                 in_backbone = list(kept)
-                outputs = network.heads(features)
+                outputs = network.heads(features, keyed(0, views))
         everything = _sizes((holder.tensor for holder in kept), own)
         whole = _sizes((holder.tensor for holder in in_backbone), own)
         after = sum(size for address, size in everything.items() if address not in whole)
@@ -274,9 +288,10 @@ def require_memory(settings: PretrainSettings, ranks: int = 1) -> None:
     if pick_device(settings.device).type != "cpu" or size < free:  # an upper bound: to count takes seconds
         return
     plan = PlanSettings(
-        max(settings.batch_size // ranks, 1), 1, model.backbone, total / GIB, view.resolution, "fp32",
-        settings.latent.family, model.hidden, model.projection, settings.optimiser.optimiser,
-        settings.latent.samples, settings.engine.chunk, settings.engine.recompute, settings.engine.ema > 0,
+        batch_size=max(settings.batch_size // ranks, 1), gpus=1, backbone=model.backbone,
+        resolution=view.resolution, precision="fp32", family=settings.latent.family, hidden=model.hidden,
+        projection=model.projection, optimiser=settings.optimiser.optimiser, samples=settings.latent.samples,
+        chunk=settings.engine.chunk, recompute=settings.engine.recompute, ema=settings.engine.ema > 0,
     )  # fmt: skip
     needed = host_need(plan)
     if needed < free:
@@ -322,6 +337,27 @@ def host_memory() -> tuple[float, float]:
     return total, free
 
 
+def hours(settings: PlanSettings) -> float:
+    """Of training on all GPUs, from operations and the share of the peak that was measured: views are decoded
+    in time, ranks don't wait for each other. fp32 is taken to be half as fast, and the backbone's second pass
+    over a chunk or a recomputed block a third more."""
+    work = 2.0 * settings.images * settings.epochs * operations(settings.backbone, settings.resolution)
+    work *= 4 / 3 if settings.chunk or settings.recompute else 1.0
+    speed = PEAK_FLOPS[settings.gpu] * REACHED[settings.backbone] * settings.gpus
+    return work / speed / 3600 * (2 if settings.precision == "fp32" else 1)
+
+
+def time_of(settings: PlanSettings) -> str:
+    took = hours(settings)
+    shown = f"{took:,.1f} hours" if took >= 1 else f"{60 * took:,.0f} minutes"
+    known = settings.gpu == "H100" and settings.backbone in MEASURED and settings.gpus == 1
+    basis = "measured on this card" if known else "extrapolated from one H100"
+    return (
+        f"{settings.epochs:,} epochs of {settings.images:,} images: about {shown} on {settings.gpus} "
+        f"{settings.gpu} ({basis}), where the loader keeps up."
+    )
+
+
 def plan(settings: PlanSettings) -> str:
     """The table that `lvssl plan` prints.
 
@@ -345,5 +381,6 @@ def plan(settings: PlanSettings) -> str:
         "",
         f"The loss with its whole matrix would take {matrix_memory(settings) / GIB:.2f} GiB.",
         f"Largest batch that fits: {most:,} images ({most // settings.gpus:,} a GPU).",
+        time_of(settings),
     ]
     return "\n".join(rows)

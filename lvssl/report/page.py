@@ -37,6 +37,7 @@ from lvssl.report.verdict import (
     uncertainty_in_words,
 )
 from lvssl.runs.result import read_result
+from lvssl.runs.rows import are_rows
 from lvssl.runs.run import read_config
 from lvssl.settings.fields import flat, options
 from lvssl.settings.presets import command
@@ -89,6 +90,8 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         stage: read_result(path, **kinds) if (path := of_results(folder, run_dir, name)).exists() else {}
         for stage, (name, kinds) in RESULTS.items()
     }
+    if not are_rows(measured["compression"].get("rows") or []):
+        measured["compression"] = {}  # of an older version: to be measured again
     evaluation, analysis = measured["evaluate"], measured["analyse"]
     commands = commands_of(run_dir, out, chosen, measured)
     evaluated = commands.get("evaluate")
@@ -196,7 +199,7 @@ def tile(rows: list[Comparison], what: str, against: str) -> Tile | None:
     figures = [
         Difference(c.measure, f"{c.run:.1f} against {c.control:.1f} %", signed(c.difference)) for c in rows
     ]
-    return Tile(in_words(rows, what, against), "ahead" in outcomes and "behind" not in outcomes, figures)
+    return Tile(in_words(rows, what, against), "better" in outcomes and "worse" not in outcomes, figures)
 
 
 def uncertainty_tile(found: UncertaintyComparison | None) -> Tile | None:
@@ -208,7 +211,7 @@ def uncertainty_tile(found: UncertaintyComparison | None) -> Tile | None:
         Difference(name, f"{run:.3f} against {control:.3f}", signed(run - control, 3))
         for name, run, control in pairs
     ]
-    return Tile(uncertainty_in_words(found), found.outcome == "ahead", figures)
+    return Tile(uncertainty_in_words(found), found.outcome == "better", figures)
 
 
 def headline(run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any]) -> str:

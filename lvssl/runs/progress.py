@@ -78,7 +78,7 @@ class Progress:
             self.bar.close()
 
 
-def shown(parts: Iterable[T], title: str, total: int, size: Callable[[T], int]) -> Iterator[T]:
+def with_progress(parts: Iterable[T], title: str, total: int, size: Callable[[T], int]) -> Iterator[T]:
     """The parts of `total` images, `size(part)` in each, with their progress if there is a title."""
     if not title:
         yield from parts
@@ -157,7 +157,7 @@ def keep_until(path: Path, step: int) -> None:
         os.truncate(path, kept)
 
 
-class Window:
+class ThroughputMeter:
     """Speed, wait for data and memory since they were last asked for: is loader or model the bottleneck?"""
 
     def __init__(self, images_per_step: int, device: torch.device, loader: TwoViewLoader) -> None:

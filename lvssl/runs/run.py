@@ -3,7 +3,7 @@
 import json
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,10 @@ from pipelines.lock import lock
 
 LOCK = ".lock"
 MOST_CLASSES = 10_000_000
+# Of what settings, images and seed lead to; higher by one where stochastic results change in their numbers.
+# 1 (no file says it): noise from torch's generators, an epoch's order by sorting. 2: noise keyed by (seed,
+# step, row) on every device, order by a keyed bijection.
+RESULTS_VERSION = 2
 
 
 def create_run(
@@ -45,6 +49,11 @@ def create_run(
         if not resume:
             raise InputError(f"{settings.out} exists: add --resume to go on with it, or choose another --out")
         stored, stored_classes = read_config(settings.out)
+        if (begun := results_version(json.loads(config.read_text()))) != RESULTS_VERSION:
+            raise InputError(
+                f"{settings.out} is a run of results version {begun}, and this lvssl gives version "
+                f"{RESULTS_VERSION}: it can be read and measured, but not resumed; choose another --out"
+            )
         # What a run without a latent doesn't depend on: it is the control of any of these weights.
         unread = settings.latent.distribution.unread
         changed = difference(stored, settings, ("data", *unread))
@@ -57,7 +66,7 @@ def create_run(
         if data is not None:
             _check_set(settings, data)
         return
-    if not vacant(settings.out):
+    if not is_empty_run(settings.out):
         raise InputError(f"{settings.out} exists but is not a run folder; choose another --out")
     settings.out.mkdir(parents=True, exist_ok=True)
     settings = replace(settings, data=settings.data.absolute())  # it may be read from another folder
@@ -101,7 +110,7 @@ def _config(path: Path) -> dict[str, Any]:
     return content
 
 
-def vacant(folder: Path) -> bool:
+def is_empty_run(folder: Path) -> bool:
     """Whether a run can begin there: there is nothing, or no more than a run killed at its birth leaves."""
     if not folder.is_dir():
         return not folder.exists()
@@ -110,7 +119,7 @@ def vacant(folder: Path) -> bool:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """While it lasts, no other process trains in `folder`; the system takes the lock from a killed process.
 
     Raises:
@@ -126,9 +135,15 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def versions() -> dict[str, str]:
+def results_version(content: Mapping[str, Any]) -> int:
+    """The results version that a config.json or a result says it is of."""
+    return int((content.get("versions") or {}).get("results", 1))
+
+
+def versions() -> dict[str, Any]:
     """Versions of all that a result depends on."""
     return {
+        "results": RESULTS_VERSION,
         "lvssl": lvssl.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,

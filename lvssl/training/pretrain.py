@@ -13,7 +13,7 @@ from lvssl.models.device import claim, encoding_precision, pick_device, precisio
 from lvssl.models.inference import infer
 from lvssl.runs.identity import describe_set
 from lvssl.runs.labels import numbered_as, say_notes
-from lvssl.runs.run import alone, create_run, read_set
+from lvssl.runs.run import create_run, read_set, run_lock
 from lvssl.settings.pretrain import PretrainSettings
 from lvssl.training.distributed import World, connected, from_first, world_of
 from lvssl.training.optimiser import describe_groups
@@ -48,7 +48,7 @@ def pretrain(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device, world.local_rank)
-    claim(device, precision(settings.engine, device))
+    claim(device, precision(settings.engine, device), settings.engine.deterministic)
     with stop_signals() as stop, connected(world, device, settings.engine.timeout_minutes):
         run(settings, resume, world, device, stop, check)
 
@@ -62,6 +62,10 @@ def run(
     check: Callable[[], None],
 ) -> None:
     """`pretrain`, once it is known who we are."""
+    if settings.engine.graph == "on" and world.size > 1:
+        raise InputError(f"--graph on is for one rank, and there are {world.size}: leave it out")
+    if settings.engine.compile:  # beside the run, so that it is compiled once for all of its jobs
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.out.absolute() / "compiled"))
     if resume and (settings.out / "config.json").is_file() and not settings.data.exists():
         raise InputError(
             f"{settings.data}: the images that {settings.out} was begun on aren't there (any more): name "
@@ -90,7 +94,7 @@ def run(
     with loader, ExitStack() as held:
         check()
         from_first(world, lambda: create_run(settings, classes, resume, describe_set(source)))
-        from_first(world, lambda: held.enter_context(alone(settings.out)))
+        from_first(world, lambda: held.enter_context(run_lock(settings.out)))
         trainer = Trainer(settings, classes, loader, device, world)
         if world.first:
             form = backend_for(device, settings.augmentation) if augmenter else "numba"
