@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -149,30 +148,32 @@ def meet(world: World, timeout_minutes: float) -> dist.Store:
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself keeps the store
     wait = timedelta(minutes=timeout_minutes)
     where = f"rank {world.rank} of {world.size}, on {socket.gethostname()}: {{}} {world.host}:{world.port}"
-    listens = world.first and not agent
+    listens, begun, told = world.first and not agent, time.monotonic(), False
 
-    def connect() -> dist.TCPStore:
-        return dist.TCPStore(world.host, world.port, None, listens, wait, wait_for_workers=False)
+    def wait_on(whom: str) -> bool:
+        """Wait a moment, in Python, where Ctrl-C arrives; False once it has been too long."""
+        nonlocal told
+        waited = time.monotonic() - begun
+        if waited > SAID_AFTER and not told:
+            print(_awaiting(world, whom, wait), file=sys.stderr, flush=True)
+            told = True
+        time.sleep(0.05)
+        return waited < wait.total_seconds()
 
+    while not listens and not _answers(world):
+        if not wait_on("rank 0"):
+            raise InputError(where.format(f"nobody answered within {wait} at"))
     try:
-        tcp = _interruptible(
-            connect, lambda: print(_awaiting(world, "rank 0", wait), file=sys.stderr, flush=True)
-        )
+        tcp = dist.TCPStore(world.host, world.port, None, listens, wait, wait_for_workers=False)
     except RuntimeError as error:
         verb = "can't listen at" if world.first and not agent else f"nobody answered within {wait} at"
         raise InputError(f"{where.format(verb)} ({str(error).splitlines()[0][:200]})") from error
     store = dist.PrefixStore(f"lvssl/{restart}", tcp)
     store.set(f"here/{world.rank}", "")
-    begun, told = time.monotonic(), False
-    while missing := [rank for rank in range(world.size) if not store.check([f"here/{rank}"])]:
-        waited = time.monotonic() - begun
-        if waited > wait.total_seconds():
-            raise InputError(where.format(f"rank {missing[0]} did not come within {wait} to"))
-        if waited > SAID_AFTER and not told:
-            names = ", ".join(map(str, missing[:8])) + ", ..." * (len(missing) > 8)
-            print(_awaiting(world, f"rank {names}", wait), file=sys.stderr, flush=True)
-            told = True
-        time.sleep(0.05)  # in Python, where Ctrl-C arrives
+    for rank in range(world.size):
+        while not store.check([f"here/{rank}"]):
+            if not wait_on(f"rank {rank}"):
+                raise InputError(where.format(f"rank {rank} did not come within {wait} to"))
     return store
 
 
@@ -188,24 +189,13 @@ def _awaiting(world: World, whom: str, wait: timedelta) -> str:
     )
 
 
-def _interruptible(work: Callable[[], T], say: Callable[[], None]) -> T:
-    """What `work` gives, which may wait where no Ctrl-C arrives; `say` is called if it takes long."""
-    done: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, name="meeting", daemon=True).start()
+def _answers(world: World) -> bool:
+    """Whether anybody listens where rank 0 should; torch's own waiting can't be broken off."""
     try:
-        return done.result(SAID_AFTER)
-    except TimeoutError:
-        if done.done():
-            raise
-    say()
-    return done.result()
+        socket.create_connection((world.host, world.port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def leave(heartbeat: "Heartbeat") -> None:
