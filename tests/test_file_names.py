@@ -66,6 +66,10 @@ def test_no_command_minds_names_that_are_no_text(name, sets, tmp_path, capsys):
         assert main(arguments_of("evaluate", run, sets["train"], sets["test"], out)) == 0
         out = out / "evaluate"
     arguments = [*arguments_of(name, run, sets["train"], sets["test"], out), *QUICK.get(name, [])]
+    if name == "finetune":  # its figures go to TensorBoard
+        assert call(arguments_of(name, run, sets["train"], sets["test"], out), capsys)[0] == 2
+        out = tmp_path
+        arguments = arguments_of(name, run, sets["train"], sets["test"], out)
     if name == "pretrain":
         arguments = ["pretrain", "--out", str(run), "--resume"]
     status, said = call(arguments, capsys)

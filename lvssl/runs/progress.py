@@ -100,6 +100,12 @@ class Metrics:
     def __init__(self, folder: Path, resumed_at: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
+        try:
+            str(folder).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{folder}: TensorBoard needs a folder's name in UTF-8: choose another"
+            ) from error
         self.path = folder / "metrics.jsonl"
         keep_until(self.path, resumed_at)
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close)
