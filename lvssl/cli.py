@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ commands:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text: it is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP + "\n".join(f"    {name:10} {about}" for name, (about, _) in COMMANDS.items()))
         print("\n`lvssl COMMAND --help` lists a command's settings.")
@@ -45,10 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) -> int:
     """A user's mistake is one line without a traceback; everything unexpected keeps its traceback."""
     from lvssl.codes.file import CodeFileError
+    from pipelines.decode.reader import DamagedSample
     from pipelines.errors import InputError
 
     try:
         return command(arguments) or 0
+    except DamagedSample as error:
+        return fail(f"{error}; --on-error skip goes on without such images")
     except (InputError, CodeFileError) as error:
         return fail(str(error))
     except OSError as error:  # disk full, no permission: the system's words name the file
@@ -112,19 +118,22 @@ def pretrain(arguments: list[str]) -> int:
             "check --out, or --data"
         )
 
+    from lvssl.plan import require_memory
     from lvssl.training.distributed import world_of
     from lvssl.training.pretrain import pretrain as run
     from lvssl.training.stopping import Interrupted
 
     try:
-        run(chosen.settings, chosen.resume)
+        run(chosen.settings, chosen.resume, lambda: require_memory(chosen.settings, world_of().size))
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 143
     if not world_of().first:
         return 0
-    then = shlex.join(["lvssl", "evaluate", str(chosen.settings.out), "--test", "TEST.beton"])
-    print(f"{chosen.settings.out}: done; next: {then}")
+    name = shlex.quote(str(out))
+    labels = read_config(out)[1] > 1
+    following = f"evaluate {name} --test TEST.beton" if labels else f"encode {name} --images {data}"
+    print(f"{out}: done; next: lvssl {following}")
     return 0
 
 

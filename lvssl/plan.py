@@ -8,9 +8,14 @@ of one chunk. The samples are counted as the composed form keeps them; on a GPU 
 """
 
 import dataclasses
+import math
+import sys
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -19,13 +24,26 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lvssl.latents.noise import keyed
 from lvssl.losses.distributed import RING_FROM
 from lvssl.models.backbone import BACKBONES, BLOCKS
+from lvssl.models.device import pick_device
 from lvssl.models.network import LVNet
 from lvssl.models.utilisation import PEAK_FLOPS, operations
-from lvssl.settings.pretrain import OPTIMISERS, LatentSettings, ModelSettings, choice, preset, require
+from lvssl.settings.pretrain import (
+    OPTIMISERS,
+    LatentSettings,
+    ModelSettings,
+    PretrainSettings,
+    choice,
+    preset,
+    require,
+)
+from pipelines.errors import InputError
 
 GIB = 2**30
 CONTEXT = 1.0 * GIB  # CUDA context, cuDNN and NCCL
 SLACK = 0.08  # of the rest: workspaces and fragmentation
+# Bytes that a pixel of a view keeps at most, fp32: of the stem for small images, which halves nothing.
+MOST_A_PIXEL = {"tiny": 8_000, "small": 8_000, "resnet18": 30_000, "resnet50": 60_000}
+CHANGES = ("chunk", "batch_size", "backbone", "resolution")  # what may be smaller where memory is
 # Share of an H100's peak in bf16 that a step reaches (docs/gpu.md): MEASURED ones, and guesses.
 REACHED = {"tiny": 0.01, "small": 0.05, "resnet18": 0.19, "resnet50": 0.10}
 MEASURED = ("resnet18", "resnet50")
@@ -256,6 +274,67 @@ def largest_batch(settings: PlanSettings, of: Footprint) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low * settings.gpus
+
+
+def require_memory(settings: PretrainSettings, ranks: int = 1) -> None:
+    """Before a pretraining on a CPU: raise InputError, with settings that would fit, if a step needs more
+    memory than the machine has; say so on stderr if it needs more than is free. On a GPU the driver tells."""
+    settings.validate()
+    view, model = settings.view, settings.model
+    views = 2 * settings.batch_size // ranks
+    size: float = views * view.resolution**2 * MOST_A_PIXEL[model.backbone]
+    size += 16.0 * model.hidden * (2048 + model.projection)
+    total, free = host_memory()
+    if pick_device(settings.device).type != "cpu" or size < free:  # an upper bound: to count takes seconds
+        return
+    plan = PlanSettings(
+        batch_size=max(settings.batch_size // ranks, 1), gpus=1, backbone=model.backbone,
+        resolution=view.resolution, precision="fp32", family=settings.latent.family, hidden=model.hidden,
+        projection=model.projection, optimiser=settings.optimiser.optimiser, samples=settings.latent.samples,
+        chunk=settings.engine.chunk, recompute=settings.engine.recompute, ema=settings.engine.ema > 0,
+    )  # fmt: skip
+    needed = host_need(plan)
+    if needed < free:
+        return
+    smaller: list[dict[str, Any]] = [{"chunk": 64}, {"batch_size": 64}, {"batch_size": 16}]
+    tried = [dataclasses.replace(plan, **new) for new in smaller if max(new.values()) < plan.batch_size]
+    tried.append(dataclasses.replace(plan, backbone="small", resolution=min(64, plan.resolution)))
+    fitting = [other for other in tried if host_need(other) < free]
+    options = [
+        " ".join(
+            f"--{n.replace('_', '-')} {getattr(o, n)}" for n in CHANGES if getattr(o, n) != getattr(plan, n)
+        )
+        for o in fitting
+    ]
+    said = (
+        f"{settings.out}: a step of {settings.batch_size:,} images at {view.resolution} px needs about "
+        f"{needed / GIB:,.1f} GiB, and this machine has {total / GIB:.1f}, of which {free / GIB:.1f} are free"
+        + (f": try {', or '.join(options)}" if options else "")
+    )
+    if needed > total:
+        raise InputError(said)
+    print(f"warning: {said}", file=sys.stderr, flush=True)
+
+
+def host_need(settings: PlanSettings) -> float:
+    """Bytes of a step on a CPU, where there is no context of a GPU."""
+    return sum(memory(settings, footprint(settings)).values()) - CONTEXT
+
+
+def host_memory() -> tuple[float, float]:
+    """Bytes of main memory, all and free; infinite where the system doesn't say (no Linux). The limit of a
+    container or job counts, where there is one."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf, math.inf
+    kib = {name: float(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    total, free = 1024 * kib["MemTotal"], 1024 * kib["MemAvailable"]
+    with suppress(OSError, ValueError):  # "max": no limit
+        limit = float(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        used = float(Path("/sys/fs/cgroup/memory.current").read_text())
+        total, free = min(total, limit), min(free, limit - used)
+    return total, free
 
 
 def hours(settings: PlanSettings) -> float:

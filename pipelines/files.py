@@ -30,21 +30,31 @@ def written_aside(path: Path) -> Iterator[IO[bytes]]:
     _tidy(path.parent)
     aside = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{next(_attempts)}.partial")
     try:
-        with open(aside, "w+b", buffering=1 << 20) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException as error:
+        with naming(path):
+            with open(aside, "w+b", buffering=1 << 20) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+    except BaseException:
         aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a full disk doesn't say which
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the rename too must survive a power cut
     finally:
         os.close(folder)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError in the block names the file: a full disk doesn't say which."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def is_aside(name: str, path: Path) -> bool:

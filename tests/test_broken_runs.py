@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from every_command import arguments_of, call, check
+from PIL import Image
 
 from lvssl.cli import COMMANDS, main
 
@@ -111,3 +113,68 @@ def test_no_command_ends_in_a_traceback_on_a_damaged_or_foreign_run(broken, soun
         arguments = arguments_of(name, run, digits["train"], tmp_path / "nowhere.beton", out)
         status, said = call(arguments, capsys)
         check(status, said, f"{broken}: {name}", str(tmp_path), "run")
+
+
+def images(folder: Path, counts: dict[str, int], mode: str = "L") -> Path:
+    """So many 8 x 8 images of noise in each class folder; of the class "" in the folder itself."""
+    random = np.random.default_rng(len(counts))
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = random.integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).convert(mode).save(folder / name / f"{i}.png")
+    return folder
+
+
+def damaged(folder: Path) -> Path:
+    images(folder, {"0": 60, "1": 60})
+    (folder / "0" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n, and nothing of the kind")
+    return folder
+
+
+def no_beton(folder: Path) -> Path:
+    folder.parent.mkdir()
+    file("train.beton", b"no beton")(folder.parent)
+    return folder.parent / "train.beton"
+
+
+ODD: dict[str, Callable[[Path], Path]] = {
+    "three images": lambda folder: images(folder, {"0": 2, "1": 1}),
+    "one image": lambda folder: images(folder, {"0": 1}),
+    "one class": lambda folder: images(folder, {"0": 50}),
+    "foreign classes": lambda folder: images(folder, {"apple": 25, "bear": 25}),
+    "no labels": lambda folder: images(folder, {"": 50}),
+    "an empty folder": lambda folder: images(folder, {"": 0}),
+    "a damaged image": damaged,
+    "no beton": no_beton,
+}
+
+
+QUICK = ("three images", "one image", "no labels")
+
+
+@pytest.mark.parametrize("odd", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ODD])
+def test_no_command_ends_in_a_traceback_on_an_odd_set(odd, sound, digits, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    out.mkdir()
+    shutil.copytree(sound, run)
+    (out / "pipeline.toml").write_text("[stages\n")
+    tiny = images(tmp_path / "digits" / "train", {str(i): 5 for i in range(10)})
+    given = ODD[odd](tmp_path / "sets" / "train")
+    for train, test in ((tiny, given), (given, tiny)):
+        for name in COMMANDS:
+            arguments = arguments_of(name, run, train, test, out)
+            if name == "pretrain":
+                arguments = [
+                    "pretrain",
+                    "--preset",
+                    "digits",
+                    "--data",
+                    str(train),
+                    "--out",
+                    str(out / "new"),
+                ]
+                arguments += ["--epochs", "1", "--batch-size", "2" if odd in QUICK[:2] else "20"]
+            status, said = call(arguments, capsys)
+            check(status, said, f"{odd}: {name}", str(tmp_path), "run", "--")
+            shutil.rmtree(out / "new", ignore_errors=True)

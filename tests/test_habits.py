@@ -1,5 +1,6 @@
 """What people do with runs: read those of others, move them, call from elsewhere, name files as they like."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -61,3 +62,32 @@ def test_a_page_shows_what_was_measured_elsewhere(runs, tmp_path, capsys):
     )
     said = capsys.readouterr().err
     assert f"error: {tmp_path / 'file'}: nothing can be written there: name another folder with --out" in said
+
+
+def test_a_run_is_used_from_another_folder_and_after_a_move(digits, tmp_path, monkeypatch, capsys):
+    """Its training images are known by their full path; where they aren't any more, the option is named."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    for split, path in digits.items():
+        for file in (path, path.with_name(path.name + ".json")):
+            shutil.copy(file, tmp_path / "here" / file.name.replace(path.stem, split))
+    monkeypatch.chdir(tmp_path / "here")
+    options = ["--preset", "digits", "--data", "train.beton", "--out", "run", "--epochs", "1"]
+    assert main(["pretrain", *options]) == 0
+    monkeypatch.chdir(tmp_path / "there")
+    assert main(["knn", "../here/run", "--out", "knn.json"]) == 0
+    assert main(["pretrain", "--out", "../here/run", "--resume"]) == 0
+    shutil.move(tmp_path / "here" / "train.beton", "train.beton")
+    shutil.copytree(tmp_path / "here" / "run", "run")
+    capsys.readouterr()
+    gone = tmp_path / "here" / "train.beton"
+    for name in ("linear", "knn", "finetune", "evaluate", "analyse", "compression", "pretrain"):
+        where = ["--out", "run", "--resume"] if name == "pretrain" else ["run"]
+        assert main([name, *where]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        option = "--data" if name == "pretrain" else "--train"
+        assert len(lines) == 1 and lines[0].startswith(f"error: {gone}: the ") and f" {option}, " in lines[0]
+    test = str(tmp_path / "here" / "test.beton")
+    assert main(["knn", "run", "--train", "train.beton", "--test", test]) == 0
+    assert main(["pretrain", "--out", "run", "--resume", "--data", "train.beton"]) == 0
+    assert json.loads(Path("run/config.json").read_text())["settings"]["data"] == str(gone)

@@ -162,7 +162,8 @@ def read_block(path: Path, magic: bytes, kind: str) -> dict[str, Any]:
         with open(path, "rb") as file:
             start = file.read(ROWS_AT)
     except OSError as error:
-        raise CodeFileError(f"{path}: {error.strerror}") from error
+        hint = "; `lvssl encode` writes it" if isinstance(error, FileNotFoundError) else ""
+        raise CodeFileError(f"{path}: {error.strerror}{hint}") from error
     if len(start) < len(magic) and magic.startswith(start) and start:
         raise CodeFileError(f"{path}: truncated at byte {len(start)}, within the header")
     if not start.startswith(magic):

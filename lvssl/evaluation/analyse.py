@@ -44,6 +44,8 @@ class AnalyseSettings:
     """The test images, made by `convert-beton`; left out: test.beton (or val) beside train.beton."""
     control: Path | None = None
     """The run of family `none` or `sign` to compare with; left out: the run `control` beside this one."""
+    train: Path | None = None
+    """Labelled training images of the probes; left out: those of the pretraining."""
     alone: bool = False
     """Without a control, also where one lies beside the run."""
     others: tuple[Path, ...] = ()
@@ -92,7 +94,11 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
     written = ResultFile.of_run("analyse", "analysis.json", settings, models, BITS)
     if (done := written.found()) is not None:
         return done
-    train, test = labelled_pair(run, control, None, settings.test)
+    train, test = labelled_pair(run, control, settings.train, settings.test)
+    if min(train.labels.min(initial=0), test.labels.min(initial=0)) < 0:
+        raise InputError(
+            f"{settings.train or run.settings.data}, {settings.test}: labels are needed to analyse a run"
+        )
     if len(test) < FEWEST:
         raise InputError(f"{settings.test}: at least {FEWEST} test images are needed to analyse a run")
     sampling = settings.sampling()

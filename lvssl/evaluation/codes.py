@@ -54,6 +54,7 @@ from pipelines.kernels.pack import pack_bits
 from pipelines.parameters import centre_boxes
 
 QUERIES = 1024  # searched together
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 CANDIDATES = 100  # that `--rerank` looks at, at least
 
 
@@ -466,6 +467,10 @@ def in_words(codes: CodeFile) -> str:
 def image_set(path: Path) -> tuple[Reader, list[str]]:
     """A set of images and their names. Every image below a folder, in the order of their paths; else, and of
     a folder that has tars or parquet files instead, what `pipelines.decode` reads."""
+    if path.is_file() and path.suffix.lower() in IMAGE_ENDINGS:
+        raise InputError(
+            f"{path}: a single image; give the folder that it is in, or `search` it with --query"
+        )
     source = every_image(path) or open_reader(path)
     say_notes(source)
     return source, names_of(source, path)

@@ -107,6 +107,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         return done
     on_error, train_path = settings.on_error, settings.train or run.settings.data
     train, test = labelled_pair(run, control, settings.train, settings.test)
+    if len(test) < 2:
+        raise InputError(f"{settings.test}: at least two test images are needed to evaluate a run")
 
     stages = tqdm(total=3 + bool(control), desc=f"evaluate {run.folder.name}", unit="stage", disable=None)
     sets = embed_both(run, train, test, settings.workers, on_error)
@@ -192,7 +194,7 @@ def packed_signs(features: np.ndarray, mean: np.ndarray, rows: int = 8192) -> np
 
 def describe(run: Run) -> dict[str, Any]:
     return {
-        "path": str(run.folder),
+        "path": str(run.folder.absolute()),
         "family": run.settings.latent.family,
         "checkpoint": run.digest,
         "arithmetic": run.arithmetic,
@@ -345,7 +347,7 @@ def write_gallery(
     Queries are spread over the classes, and drawn by position, not by how well they do.
     """
     queries = spread_over_classes(test.labels, QUERIES)
-    by_code, _ = hamming_search(test.codes[queries], train.codes, NEIGHBOURS)
+    by_code, _ = hamming_search(test.codes[queries], train.codes, min(NEIGHBOURS, len(train.codes)))
     most = min(NEIGHBOURS, len(train.features))
     by_feature = nearest_by_cosine(train.features, test.features[queries], most)[1].numpy()
     ranking = np.argsort(test.uncertainty, kind="stable")

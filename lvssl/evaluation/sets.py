@@ -11,7 +11,7 @@ import numpy as np
 from lvssl.evaluation.corruptions import OUT_OF_DISTRIBUTION
 from lvssl.evaluation.embedding import Embedding, embedded
 from lvssl.runs.labels import Subset, open_pair, say_notes, sibling_test_set
-from lvssl.runs.run import Run, require_classes_of, require_same_classes
+from lvssl.runs.run import Run, require_classes_of, require_same_classes, training_set
 from pipelines.decode import Reader, open_reader
 from pipelines.loader import Replacements, evaluation_crops
 from pipelines.views import ViewSettings
@@ -35,9 +35,9 @@ def labelled_pair(run: Run, control: Run | None, train: Path | None, test: Path)
 def with_defaults(settings: Settings, run: Run) -> Settings:
     """Settings of a command that measures a run beside a control, with the test set and the control that lie
     where one would look for them, and with what a damaged image does."""
-    test, control = settings.test, settings.control
+    test, control, train = settings.test, settings.control, training_set(run, settings.train)
     if test is None:
-        test = sibling_test_set(run.settings.data)
+        test = sibling_test_set(train)
     neighbour = run.folder.resolve().parent / "control"
     if control is None and neighbour != run.folder.resolve() and (neighbour / "config.json").is_file():
         control = run.folder.parent / "control"

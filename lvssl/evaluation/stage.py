@@ -15,7 +15,7 @@ from lvssl.models.device import claim, encoding_precision, pick_device, precisio
 from lvssl.runs.identity import describe_set, other_set
 from lvssl.runs.labels import LabelledDataset, check_pair, open_labelled, say_notes, sibling_test_set
 from lvssl.runs.result import ResultFile, read_result
-from lvssl.runs.run import Run, load_run, require_classes_of, versions
+from lvssl.runs.run import Run, load_run, require_classes_of, training_set, versions
 from lvssl.settings.fields import identity
 from lvssl.settings.pretrain import EngineSettings
 from lvssl.settings.stages import StageSettings, TrainingSettings
@@ -148,7 +148,7 @@ def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device, world.local_rank)
     run = load_run(settings.run, device)
-    train = settings.train or run.settings.data
+    train = training_set(run, settings.train)
     settings = replace(
         settings,
         train=train,

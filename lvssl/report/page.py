@@ -117,7 +117,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         sections={name: section for name, section in sections.items() if section},
     )
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "report.html", page.encode())
+    write_atomically(folder / "report.html", page.encode("utf-8", "backslashreplace"))
     return folder / "report.html"
 
 

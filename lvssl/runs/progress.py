@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tqdm import tqdm
 
 from pipelines.errors import InputError
-from pipelines.files import json_text
+from pipelines.files import json_text, naming
 
 if TYPE_CHECKING:  # whoever reads a run's figures alone does without
     import torch
@@ -100,6 +100,12 @@ class Metrics:
     def __init__(self, folder: Path, resumed_at: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
+        try:
+            str(folder).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{folder}: TensorBoard needs a folder's name in UTF-8: choose another"
+            ) from error
         self.path = folder / "metrics.jsonl"
         keep_until(self.path, resumed_at)
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close)
@@ -110,7 +116,8 @@ class Metrics:
     def write(self, row: dict[str, Any]) -> None:
         """A row with "step" and figures; what isn't finite becomes null."""
         short = {k: float(f"{v:.{DIGITS}g}") if isinstance(v, float) else v for k, v in row.items()}
-        self.file.write(json_text(short) + "\n")
+        with naming(self.path):
+            self.file.write(json_text(short) + "\n")
         for name, value in row.items():
             if name not in ("step", "epoch"):
                 self.board.add_scalar(name, value, row["step"])

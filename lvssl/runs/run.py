@@ -5,7 +5,7 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ def create_run(
     if not is_empty_run(settings.out):
         raise InputError(f"{settings.out} exists but is not a run folder; choose another --out")
     settings.out.mkdir(parents=True, exist_ok=True)
+    settings = replace(settings, data=settings.data.absolute())  # it may be read from another folder
     content = {"settings": to_dict(settings), "classes": classes, "data": data, "versions": versions()}
     write_json(config, content, indent=2)
 
@@ -160,9 +161,8 @@ def read_config(folder: Path) -> tuple[PretrainSettings, int]:
     if not path.is_file():
         raise InputError(f"{folder} is no run folder (it has no config.json)")
     content = _config(path)
-    if missing := [name for name in ("settings", "classes") if name not in content]:
-        raise InputError(f"{path}: not a run's configuration (it has no {missing[0]!r})")
-    settings, classes = from_dict(PretrainSettings, content["settings"], str(path)), content["classes"]
+    settings = from_dict(PretrainSettings, content.get("settings"), str(path))
+    classes = content.get("classes")
     if not isinstance(classes, int) or not 0 <= classes <= MOST_CLASSES:
         raise InputError(f"{path}: classes should be a count of at most {MOST_CLASSES:,}, not {classes!r}")
     try:
@@ -196,6 +196,16 @@ class Run:
         device = next(self.network.parameters()).device
         names = {dtype: name for name, dtype in DTYPES.items()}
         return f"{device.type} {names[self.network.precision]}"
+
+
+def training_set(run: Run, given: Path | None) -> Path:
+    """The training images: as given, or else those of the pretraining. InputError: these aren't there."""
+    if given is None and not run.settings.data.exists():
+        raise InputError(
+            f"{run.settings.data}: the training images of {run.folder} aren't there (any more): name them "
+            "with --train, wherever they lie now"
+        )
+    return given or run.settings.data
 
 
 def require_classes_of(run: Run, source: Reader, path: Path) -> None:

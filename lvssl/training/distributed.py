@@ -21,6 +21,7 @@ import torch.distributed as dist
 from lvssl.training.stopping import Interrupted
 from pipelines.errors import InputError
 
+SAID_AFTER = 5.0  # seconds without the others, after which a line says who is awaited
 BEAT, DEAD_AFTER = 5.0, 40.0  # seconds between two signs of life; without one for so long, a rank is dead
 T = TypeVar("T")
 
@@ -147,22 +148,54 @@ def meet(world: World, timeout_minutes: float) -> dist.Store:
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself keeps the store
     wait = timedelta(minutes=timeout_minutes)
     where = f"rank {world.rank} of {world.size}, on {socket.gethostname()}: {{}} {world.host}:{world.port}"
+    listens, begun, told = world.first and not agent, time.monotonic(), False
+
+    def wait_on(whom: str) -> bool:
+        """Wait a moment, in Python, where Ctrl-C arrives; False once it has been too long."""
+        nonlocal told
+        waited = time.monotonic() - begun
+        if waited > SAID_AFTER and not told:
+            print(_awaiting(world, whom, wait), file=sys.stderr, flush=True)
+            told = True
+        time.sleep(0.05)
+        return waited < wait.total_seconds()
+
+    while not listens and not _answers(world):
+        if not wait_on("rank 0"):
+            raise InputError(where.format(f"nobody answered within {wait} at"))
     try:
-        tcp = dist.TCPStore(
-            world.host, world.port, None, world.first and not agent, wait, wait_for_workers=False
-        )
+        tcp = dist.TCPStore(world.host, world.port, None, listens, wait, wait_for_workers=False)
     except RuntimeError as error:
         verb = "can't listen at" if world.first and not agent else f"nobody answered within {wait} at"
         raise InputError(f"{where.format(verb)} ({str(error).splitlines()[0][:200]})") from error
     store = dist.PrefixStore(f"lvssl/{restart}", tcp)
     store.set(f"here/{world.rank}", "")
-    end = time.monotonic() + wait.total_seconds()
     for rank in range(world.size):
-        try:
-            store.wait([f"here/{rank}"], timedelta(seconds=max(0.01, end - time.monotonic())))
-        except RuntimeError as error:
-            raise InputError(f"{where.format(f'rank {rank} did not come within {wait} to')}") from error
+        while not store.check([f"here/{rank}"]):
+            if not wait_on(f"rank {rank}"):
+                raise InputError(where.format(f"rank {rank} did not come within {wait} to"))
     return store
+
+
+def _awaiting(world: World, whom: str, wait: timedelta) -> str:
+    """One line that says why nothing happens."""
+    by_slurm = "RANK" not in os.environ
+    alone = (
+        f"; Slurm's variables say {world.size} processes: start them by srun, or unset SLURM_NTASKS for one"
+    )
+    return (
+        f"rank {world.rank} of {world.size}: waiting up to {wait} for {whom} at {world.host}:{world.port} "
+        f"(Ctrl-C ends it){alone if by_slurm else ''}"
+    )
+
+
+def _answers(world: World) -> bool:
+    """Whether anybody listens where rank 0 should; torch's own waiting can't be broken off."""
+    try:
+        socket.create_connection((world.host, world.port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def leave(heartbeat: "Heartbeat") -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import numpy as np
@@ -28,10 +29,13 @@ __all__ = ["Interrupted", "Stop", "Trainer", "pretrain", "stop_signals"]
 CALIBRATION_IMAGES = 50_000
 
 
-def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
+def pretrain(
+    settings: PretrainSettings, resume: bool = False, check: Callable[[], None] = lambda: None
+) -> None:
     """Train from scratch, or go on from the newest checkpoint, until the last epoch's end.
 
     Under torchrun or Slurm every process calls it, and is a rank of the same run; rank 0 alone writes.
+    `check` is called once the images are there and before the network is: it may refuse.
 
     Raises:
         InputError: impossible settings or data (nothing has been written), or another process trains there.
@@ -46,15 +50,27 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
     device = pick_device(settings.device, world.local_rank)
     claim(device, precision(settings.engine, device), settings.engine.deterministic)
     with stop_signals() as stop, connected(world, device, settings.engine.timeout_minutes):
-        run(settings, resume, world, device, stop)
+        run(settings, resume, world, device, stop, check)
 
 
-def run(settings: PretrainSettings, resume: bool, world: World, device: torch.device, stop: Stop) -> None:
+def run(
+    settings: PretrainSettings,
+    resume: bool,
+    world: World,
+    device: torch.device,
+    stop: Stop,
+    check: Callable[[], None],
+) -> None:
     """`pretrain`, once it is known who we are."""
     if settings.engine.graph == "on" and world.size > 1:
         raise InputError(f"--graph on is for one rank, and there are {world.size}: leave it out")
     if settings.engine.compile:  # beside the run, so that it is compiled once for all of its jobs
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.out.absolute() / "compiled"))
+    if resume and (settings.out / "config.json").is_file() and not settings.data.exists():
+        raise InputError(
+            f"{settings.data}: the images that {settings.out} was begun on aren't there (any more): name "
+            "them with --data, wherever they lie now"
+        )
     source = open_reader(settings.data, settings.source, str(device))
     if world.first:
         say_notes(source)
@@ -78,6 +94,7 @@ def run(settings: PretrainSettings, resume: bool, world: World, device: torch.de
         ),
     )
     with loader, ExitStack() as held:
+        check()
         from_first(world, lambda: create_run(settings, classes, resume, describe_set(source)))
         from_first(world, lambda: held.enter_context(run_lock(settings.out)))
         trainer = Trainer(settings, classes, loader, device, world)

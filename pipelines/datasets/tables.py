@@ -36,7 +36,7 @@ from pipelines.datasets.columns import (
 from pipelines.datasets.dataset import Dataset, labelled
 from pipelines.datasets.folders import read_regular
 from pipelines.datasets.names import Names
-from pipelines.errors import InputError
+from pipelines.errors import InputError, first_line
 
 
 def open_table(path: Path, columns: Columns = USUAL) -> Dataset:
@@ -105,13 +105,17 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 table.fieldnames = [name.strip() for name in table.fieldnames or ()]
                 yield from table
                 return
-            for line in file:
+            for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
-                row = json.loads(line)
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    why = getattr(error, "msg", None) or first_line(error)
+                    raise InputError(f"{path}: line {number} is no JSON ({why})") from error
                 if not isinstance(row, dict):
                     raise InputError(
-                        f'{path}: every line must be an object, such as {{"path": "1.jpg", "label": 0}}'
+                        f'{path}: line {number} must be an object, such as {{"path": "1.jpg", "label": 0}}'
                     )
                 yield row
     except InputError:

@@ -38,6 +38,13 @@ from pipelines.formats import jpeg
 from pipelines.formats.beton import NO_LABEL
 from pipelines.formats.openfiles import OpenFiles
 
+PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+}
 BLOCK = 512
 LOOKED_AT = 1_000  # members that tell WebDataset's pairs from class folders
 ANSWERS = ("cls", "json")  # extensions of what says a class
@@ -212,6 +219,7 @@ class Tar:
         while True:
             head = self.read(BLOCK, at) if at < self.end else b""
             if len(head) < BLOCK:  # every tar ends with blocks of zeros; WebDataset's, too
+                self._require_unpacked(head, at)
                 raise InputError(
                     f"{self.name}: cut short after {at - self.start:,} bytes, without a tar's end"
                 )
@@ -225,6 +233,7 @@ class Tar:
                 if kind not in (b"x", b"g", b"L", b"K") and long_size >= 0:
                     size = long_size
             except ValueError as error:
+                self._require_unpacked(head, at)
                 raise InputError(f"{self.name}: not a tar, or damaged at byte {at - self.start:,}") from error
             if kind in (_HARD, _SYMBOLIC, _FOLDER, b"3", b"4", b"6"):
                 size = 0  # whatever it says
@@ -251,6 +260,12 @@ class Tar:
                 yield Entry(kind, Member(_plain(long_name or os.fsdecode(name)), at, size), link)
                 long_name, long_link, long_size = "", "", -1
             at += size + -size % BLOCK
+
+    def _require_unpacked(self, head: bytes, at: int) -> None:
+        """Raise InputError where the beginning isn't a header, but that of a compressed file."""
+        packed = next((name for start, name in PACKED.items() if head.startswith(start)), "")
+        if packed and at == self.start:
+            raise InputError(f"{self.name}: is compressed by {packed}, whatever its name says: unpack it")
 
     def _pax(self, size: int, at: int) -> dict[bytes, str]:
         try:

@@ -7,6 +7,7 @@ the decoder's verdict, and crops and resizes every view of the decoded image. Th
 and where there is no libturbojpeg, Pillow decodes: the same pixels, more slowly.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from pipelines.datasets.dataset import check_labels
 from pipelines.datasets.imagenet import class_names, names_in
 from pipelines.decode import turbo
 from pipelines.decode.reader import IN_CACHE, DamagedSample
+from pipelines.errors import InputError
 from pipelines.formats import jpeg
 from pipelines.formats.beton import JPEG, PAGE_SIZE, BetonFile, named_targets, open_beton
 from pipelines.formats.manifest import manifest_path
@@ -36,6 +38,7 @@ class BetonReader:
         self.heights = self.file.heights
         self.widths = self.file.widths
         self._offsets, self._sizes = self.file.offsets.astype(np.int64), self.file.sizes.astype(np.int64)
+        self._inode = os.stat(path).st_ino
         self._data = np.memmap(path, np.uint8, mode="r")
         manifest = manifest_path(Path(path))
         self.classes = class_names(manifest)
@@ -59,6 +62,7 @@ class BetonReader:
     ) -> None:
         """See `pipelines.decode.Reader`. Releases the GIL; with Pillow, while it decodes and crops."""
         file = self.file
+        self._require_whole()
         flips = np.zeros(boxes.shape[:2], bool) if flips is None else flips
         if turbo.AVAILABLE:
             row, status = turbo.crop_stored(
@@ -81,10 +85,24 @@ class BetonReader:
 
     def encoded(self, row: int, index: int) -> bytes | np.ndarray:
         """See `pipelines.decode.Reader`."""
+        self._require_whole()
         stored = self._data[self._offsets[index] :][: self._sizes[index]]
         if self.file.modes[index] == JPEG:
             return stored.tobytes()
         return stored.reshape(self.heights[index], self.widths[index], 3)
+
+    def _require_whole(self) -> None:
+        """Raise InputError if the file has shrunk since it was opened: what is mapped and gone would end the
+        process with a bus error. A file that was replaced or removed is still there for who has it open."""
+        try:
+            found = os.stat(self.file.path)
+        except OSError:
+            return
+        if found.st_ino == self._inode and found.st_size < len(self._data):
+            raise InputError(
+                f"{self.file.path}: was cut from {len(self._data):,} to {found.st_size:,} bytes while it was "
+                "read: restore it, or convert the set again"
+            )
 
     def _crop_with_pillow(
         self, indices: np.ndarray, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray

@@ -57,15 +57,19 @@ def write_manifest(
         return manifest
     with open(aside(path), "wb") as file:
         text, between = json.dumps(manifest, indent=1, ensure_ascii=False), "\n"
-        file.write(f'{text[:-2]},\n "samples": ['.encode("utf-8", "surrogatepass"))
+        file.write(_utf8(f'{text[:-2]},\n "samples": ['))
         for some in samples(JSON_ROWS):
             for row in zip(*some.values()):
-                line = between + json.dumps(row, ensure_ascii=False)
-                file.write(line.encode("utf-8", "surrogatepass"))
+                file.write(_utf8(between + json.dumps(row, ensure_ascii=False)))
                 between = ",\n"
         file.write(b"\n ]\n}\n")
         _sync(file)
     return manifest
+
+
+def _utf8(text: str) -> bytes:
+    """JSON text; what a file name has that is no text, as JSON's own escapes (such as \\udcff)."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _sync(file: IO[bytes]) -> None:
@@ -130,7 +134,9 @@ def _write_parquet(file: IO[bytes], chunks: Iterator[Samples]) -> None:
     writer = None
     for samples in chunks:
         digests = [bytes.fromhex(digest) for digest in samples["sha256"]]
-        arrays = {name: pa.array(values) for name, values in samples.items() if name != "sha256"}
+        names = [name.encode("utf-8", "backslashreplace").decode() for name in samples["name"]]
+        columns = samples | {"name": names}  # Parquet's text is text: what a name has beyond that is escaped
+        arrays = {name: pa.array(values) for name, values in columns.items() if name != "sha256"}
         table = pa.table({name: arrays.get(name, pa.array(digests, pa.binary(32))) for name in samples})
         if writer is None:
             writer = pq.ParquetWriter(file, table.schema, compression="zstd")
