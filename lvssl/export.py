@@ -109,7 +109,8 @@ def config(run: Run) -> dict[str, Any]:
     ours = {
         "model": to_dict(settings.model),
         "latent": to_dict(settings.latent),
-        "resolution": view.resolution,
+        "view": to_dict(view),
+        "precision": settings.engine.precision,
         "code_bits": bits,
         "checkpoint": run.digest,
         "step": run.step,

@@ -21,7 +21,7 @@ from lvssl.codes.writer import CodeWriter
 from lvssl.models import inference
 from lvssl.models.inference import Batches, in_batches
 from lvssl.runs.labels import readable, say_notes
-from lvssl.runs.run import Run, load_run
+from lvssl.runs.run import Run, load_encoder
 from lvssl.settings.fields import beyond_defaults
 from pipelines.decode import DamagedSample, Reader, open_reader
 from pipelines.decode.images import ImageReader
@@ -96,7 +96,7 @@ def encode(settings: EncodeSettings) -> Path:
     """
     if settings.workers < 0:
         raise InputError(f"--workers must be at least 0, got {settings.workers}")
-    run = load_run(settings.run)
+    run = load_encoder(settings.run)
     skip = run.on_error(settings.on_error) == "skip"
     source, names = image_set(settings.images)
     out = code_path(settings.run, settings.out)
@@ -134,7 +134,7 @@ def search(settings: SearchSettings) -> Iterator[tuple[str, list[Neighbour]]]:
     """
     if settings.k < 1:
         raise InputError(f"--k must be at least 1, got {settings.k}")
-    run = load_run(settings.run)
+    run = load_encoder(settings.run)
     index = open_codes(code_path(settings.run, settings.codes))
     require_checkpoint(index, run.digest)
     if settings.query.suffix != ".lvcodes":
