@@ -72,8 +72,8 @@ class Encoding:
     code: np.ndarray
     """uint8 [N, ceil(bits / 8)], packed: bit d is bit d % 8 of byte d // 8."""
     uncertainty: np.ndarray
-    """float32 [N], grows with the posterior's spread: its entropy in nats for most families, minus the norm of
-    the feature where there is no latent. Comparable within a model alone."""
+    """float32 [N], grows with the posterior's spread: its entropy in nats for most families, minus the norm
+    of the feature where there is no latent. Comparable within a model alone."""
     bits: int
     """Length of a code."""
     checkpoint: str
@@ -107,7 +107,7 @@ class Model:
 
     @property
     def torch_module(self) -> nn.Module:
-        """The backbone alone, in eval mode: normalised images [N, 3, R, R] -> features [N, F]. See `preprocess`.
+        """The backbone alone, in eval mode: images [N, 3, R, R], as from `preprocess`, -> features [N, F].
 
         >>> model = lvssl.load("run")
         >>> classifier = torch.nn.Sequential(model.torch_module, torch.nn.Linear(64, 10))
@@ -212,8 +212,9 @@ class Model:
         ]
 
     def crops(self, images: Images) -> np.ndarray:
-        """What the network is given before normalisation: the centre square of each image, resized to R pixels,
-        uint8 [N, R, R, 3]. The input of the `encoder.onnx` that `lvssl export` writes.
+        """The centre square of each image, resized to R pixels, before normalisation: uint8 [N, R, R, 3].
+
+        That is the input of the `encoder.onnx` that `lvssl export` writes.
 
         >>> lvssl.load("run").crops("photos").shape
         (12, 8, 8, 3)
@@ -285,7 +286,7 @@ def preset(name: str = "", **options: Any) -> PretrainSettings:
     for option, value in options.items():
         choice("option", option, tuple(known))
         group, _, field = known[option].name.rpartition(".")
-        holder = getattr(settings, group) if group else settings
+        holder: Any = getattr(settings, group) if group else settings
         kind = next(f.type for f in fields(holder) if f.name == field)
         holder = replace(holder, **{field: Path(value) if kind is Path else value})
         settings = replace(settings, **{group: holder}) if group else holder

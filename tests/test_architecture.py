@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "pipelines.augment": (*KERNELS, "pipelines"),
     "pipelines.convert": PIPELINES,
     "tools": PIPELINES,
+    "tools.reference": (*PIPELINES, "lvssl.api", "lvssl.cli"),
     "lvssl.latents": KERNELS,
     "lvssl.losses": KERNELS,
     "lvssl.codes": (*KERNELS, "pipelines"),

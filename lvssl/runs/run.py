@@ -208,8 +208,11 @@ def load_run(folder: Path, device: torch.device | None = None) -> Run:
 
 
 def load_encoder(folder: Path, device: torch.device | None = None) -> Run:
-    """As `load_run`, of a run or of a folder that `lvssl export` has written, which is enough to encode images:
-    it names no training images and can't be evaluated. Raises InputError: no run, or a damaged export."""
+    """As `load_run`, of a run or of a folder that `lvssl export` has written.
+
+    An export is enough to encode images and to search; it names no training images and can't be evaluated.
+    Raises InputError: no run, or a damaged export.
+    """
     if not is_exported(folder):
         return load_run(folder, device)
     settings, network, step, digest = read_exported(folder)
