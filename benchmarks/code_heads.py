@@ -1,10 +1,10 @@
 """Which objective makes a good code? Linear layers of b bits on the frozen features of one pretrained run.
 
-    python -m benchmarks.code_heads --run runs/latents/fashion-mnist-none-s0 \\
-        --train runs/latents/data/fashion-mnist-train10000.beton \\
-        --test runs/latents/data/fashion-mnist-test.beton --json docs/code-heads.json
+    python -m benchmarks.code_heads --run runs/study/fashion-mnist-none-s0 \\
+        --train runs/study/data/fashion-mnist-train10000.beton \\
+        --test runs/study/data/fashion-mnist-test.beton --json docs/code-heads.json
 
-(The run and its data are made by `python -m benchmarks.latents --data fashion-mnist --arms none --seeds 0`.)
+(The run and its data are made by `python -m benchmarks.study --data fashion-mnist --arms none --seeds 0`.)
 
 The features of the clean images and of --epochs epochs of two augmented views are made once and kept below
 --out. On those of the views every head is trained alone: batch normalisation, a linear layer, batch
@@ -30,7 +30,6 @@ import argparse
 import dataclasses
 import json
 import math
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,26 +41,29 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.latents import accuracies
 from lvssl.cli import guarded
 from lvssl.codes.controls import fit_itq, fit_lsh, fit_pca, fit_sign, principal_directions
 from lvssl.codes.statistics import code_statistics
 from lvssl.evaluation.embedding import embed
+from lvssl.evaluation.knn import hamming_knn, weighted_knn
+from lvssl.evaluation.probe import linear_probe
 from lvssl.latents.bernoulli import Bernoulli, BernoulliPosterior
+from lvssl.latents.noise import Noise, key_of
 from lvssl.losses.ntxent import ntxent
 from lvssl.losses.objective import decorrelation
 from lvssl.models.inference import device_of
 from lvssl.models.network import projector
+from lvssl.runs.differences import interval
 from lvssl.runs.labels import open_pair
 from lvssl.runs.run import Run, load_run, versions
 from lvssl.settings.pretrain import ModelSettings
 from pipelines.errors import InputError
 from pipelines.files import write_json
-from pipelines.kernels.pack import unpack_bits
+from pipelines.kernels.pack import pack_bits, unpack_bits
 from pipelines.loader import TwoViewLoader
 
 CONTROLS = {"sign": fit_sign, "PCA-sign": fit_pca, "ITQ": fit_itq, "LSH": fit_lsh}
-SHARPNESS, SAMPLES, TAU = 4.0, 4, 0.2
+INIT_SCALE, SAMPLES, TAU = 4.0, 4, 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +114,13 @@ def rows(seeds: list[int]) -> list[Row]:
     return [*table, Row(term, seeds[0], "orthogonal", 0.1, term=term, term_weight=0.5)]
 
 
-def self_information(posterior: BernoulliPosterior, noise: torch.Generator, _: nn.Module) -> Tensor:
+def self_information(posterior: BernoulliPosterior, noise: Noise, _: nn.Module) -> Tensor:
     first, second = posterior.sample(2, noise)
     views = zip(first.chunk(2), second.chunk(2), strict=True)
     return 0.5 * torch.stack([ntxent(torch.cat(pair), 0.1) for pair in views]).sum()
 
 
-def each_sample(posterior: BernoulliPosterior, noise: torch.Generator, _: nn.Module) -> Tensor:
+def each_sample(posterior: BernoulliPosterior, noise: Noise, _: nn.Module) -> Tensor:
     return torch.stack([ntxent(z, TAU) for z in posterior.sample(SAMPLES, noise)]).mean()
 
 
@@ -138,7 +140,7 @@ def barlow(bits: Tensor, off_diagonal: float = 0.005) -> Tensor:
     return ((1 - diagonal).square().sum() + off_diagonal * off) / bits.shape[1]
 
 
-TERMS: dict[str, Callable[[BernoulliPosterior, torch.Generator, nn.Module], Tensor]] = {
+TERMS: dict[str, Callable[[BernoulliPosterior, Noise, nn.Module], Tensor]] = {
     "self-information": self_information,
     "code, hard": lambda p, g, _: ntxent(p.straight_through_bits(), TAU),
     "code, each": each_sample,
@@ -149,7 +151,7 @@ TERMS: dict[str, Callable[[BernoulliPosterior, torch.Generator, nn.Module], Tens
 }
 
 
-def objective(row: Row, posterior: BernoulliPosterior, noise: torch.Generator, project: nn.Module) -> Tensor:
+def objective(row: Row, posterior: BernoulliPosterior, noise: Noise, project: nn.Module) -> Tensor:
     bits = posterior.straight_through_bits() if row.of == "hard" else posterior.sample(1, noise)[0]
     loss = row.weight * decorrelation(bits)
     return loss + row.term_weight * TERMS[row.term](posterior, noise, project) if row.term else loss
@@ -179,7 +181,7 @@ def main(arguments: list[str]) -> None:
         "train": options.train.name,
         "test": options.test.name,
         **shared,
-        "init_scale": SHARPNESS,
+        "init_scale": INIT_SCALE,
         "samples": SAMPLES,
         "tau": TAU,
     }
@@ -249,9 +251,9 @@ def embedded(run: Run, options: argparse.Namespace) -> Features:
                     images = batch.views.flatten(0, 1).to(device_of(network))
                     views.append(network.backbone(images).cpu().numpy())
         found = Features(clean.features, clean.labels, unseen.features, unseen.labels, np.stack(views))
-        beside = kept.with_name("unfinished.npz")
-        np.savez(beside, allow_pickle=False, **vars(found))
-        beside.replace(kept)
+        unfinished = kept.with_name("unfinished.npz")
+        np.savez(unfinished, allow_pickle=False, **vars(found))
+        unfinished.replace(kept)
     with np.load(kept) as arrays:
         return Features(**{name: arrays[name] for name in Features.__dataclass_fields__})
 
@@ -266,7 +268,7 @@ def measured(options: argparse.Namespace, row: Row, data: Features) -> dict[str,
         elif row.name != "features":
             coder = CONTROLS[row.name](data.features, options.bits, row.seed)
             pair = tuple(unpack_bits(coder.encode(x), options.bits) for x in pair)
-        found: dict[str, Any] = dict(accuracies(pair, data.labels, data.test_labels))
+        found: dict[str, Any] = accuracies(pair, data.labels, data.test_labels)
         if row.name != "features":
             found["correlation"] = code_statistics(pair[0])["mean_absolute_correlation"]
         print(f"{row.file}: {found}", file=sys.stderr, flush=True)
@@ -274,10 +276,21 @@ def measured(options: argparse.Namespace, row: Row, data: Features) -> dict[str,
     return json.loads(kept.read_text())
 
 
+def accuracies(pair: tuple[np.ndarray, ...], train_y: np.ndarray, test_y: np.ndarray) -> dict[str, Any]:
+    """probe: linear; knn: cosine on float32 features, Hamming on bits, bool [N, b]. Percent."""
+    train_x, test_x = pair
+    if train_x.dtype == np.float32:
+        knn = weighted_knn(train_x, train_y, test_x, test_y)
+    else:
+        knn = hamming_knn(pack_bits(train_x), train_y, pack_bits(test_x), test_y, train_x.shape[1])
+    probe = linear_probe(train_x.astype(np.float32), train_y, test_x.astype(np.float32), test_y)
+    return {"probe": probe.accuracy, "knn": knn}
+
+
 def head_bits(row: Row, data: Features, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     """Train the head; the bits of the clean images, bool [N, b], of train and test."""
     torch.manual_seed(row.seed)
-    width, noise = data.features.shape[1], torch.Generator()
+    width = data.features.shape[1]
     layer = nn.Linear(width, options.bits, bias=False)
     started(layer.weight, row.start, data)
     normalised = nn.BatchNorm1d(width, affine=False)
@@ -290,8 +303,8 @@ def head_bits(row: Row, data: Features, options: argparse.Namespace) -> tuple[np
         warm, left = min(1.0, (step + 1) / 20), 0.5 * (1 + math.cos(math.pi * step / options.steps))
         optimiser.param_groups[0]["lr"] = options.rate * warm * left
         views = torch.from_numpy(data.views[order[step % len(order)]])
-        noise.manual_seed(row.seed * 1_000_003 + step)
-        loss = objective(row, Bernoulli().posterior(SHARPNESS * head(views)), noise, project)
+        noise = Noise(torch.tensor([key_of(row.seed, step)]), torch.arange(len(views)))
+        loss = objective(row, Bernoulli().posterior(INIT_SCALE * head(views)), noise, project)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -314,7 +327,7 @@ def started(weight: Tensor, start: str, data: Features) -> None:
 
 
 def paired(made: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples minus hard bits, in points, mean and standard error over the seeds."""
+    """Samples minus hard bits, in points, paired by seed."""
     trained = {((m["name"], m["of"]), m["seed"]): m for m in made if m["start"] == "orthogonal"}
     pairs = {
         "decorrelation": (("decorrelation", "sample"), ("decorrelation", "hard")),
@@ -325,9 +338,7 @@ def paired(made: list[dict[str, Any]]) -> dict[str, Any]:
         seeds = sorted({seed for kind, seed in trained if kind == hard and (samples, seed) in trained})
         for what in ("probe", "knn") if seeds else ():
             each = [round(trained[samples, s][what] - trained[hard, s][what], 4) for s in seeds]
-            error = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else None
-            mean = statistics.mean(each)
-            found[f"{name}_{what}"] = {"mean": mean, "standard_error": error, "seeds": seeds, "each": each}
+            found[f"{name}_{what}"] = interval(each) | {"seeds": seeds, "each": each}
     return found
 
 
@@ -338,8 +349,8 @@ def show(made: list[dict[str, Any]]) -> None:
         correlation = f"{m['correlation']:8.3f}" if "correlation" in m else ""
         print(f"{m['name']:22}{trained}{m['seed']:5}{m['probe']:8.2f}{m['knn']:8.2f}{correlation}")
     for name, d in paired(made).items():
-        spread = f" +- {d['standard_error']:.2f}" if d["standard_error"] is not None else ""
-        print(f"samples minus hard bits, {name}: {d['mean']:+.2f}{spread}, seeds {d['seeds']}")
+        error = f" +- {d['standard_error']:.2f}" if d["standard_error"] is not None else ""
+        print(f"samples minus hard bits, {name}: {d['mean']:+.2f}{error}, seeds {d['seeds']}")
 
 
 if __name__ == "__main__":

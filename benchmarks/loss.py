@@ -32,8 +32,8 @@ from torch import Tensor
 from lvssl.cli import guarded
 from lvssl.losses import ntxent as module
 from lvssl.losses.ntxent import ntxent, reference
+from lvssl.models.utilisation import peak_flops
 from lvssl.runs.run import versions
-from lvssl.training.utilisation import peak_flops
 from pipelines.errors import InputError
 from pipelines.files import write_json
 

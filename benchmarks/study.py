@@ -1,44 +1,73 @@
-"""The study on real images, both data sets, as its tables stand in docs/.
+"""Studies on real images, on both data sets, as their tables stand in docs/.
 
     python -m benchmarks.study --cifar10 cifar10-jpeg     all arms and seeds: under 2 hours on two cores
     python -m benchmarks.study --shard 1/2 --threads 1    half of the runs; beside it 2/2; then collect
+    python -m benchmarks.study --question codes           is the latent's code worth its bits?
+    python -m benchmarks.study --print                    the tables of docs/results.md, from the files in --docs
 
-Five arms of the same settings, steps, order and augmentation, over three seeds, with the settings of the
-presets `fashion-mnist` and `cifar10-small`, 10,000 training images each:
+Arms of the same settings, steps, order and augmentation, over three seeds, with the settings of the presets
+`fashion-mnist` and `cifar10-small`, 10,000 training images each. Of the question `uncertainty`:
 
     none, sign       the controls: plain SimCLR, and the same with its sign bits decorrelated; no latent
     bernoulli256     a bit for each feature
     gaussian         means and variances; its code: the means' signs
     mcinfonce        von Mises-Fisher at the projection by MCInfoNCE (Kirchhof et al. 2023): an uncertainty
 
-Runs and data are those of `python -m benchmarks.latents --out DIR`: what either has trained, the other takes.
-Each data set is the other's out-of-distribution set. Writes docs/study-NAME.md, .csv, .json and .png.
+and of the question `codes`:
+
+    none, sign       as above
+    sign01           `sign` with the latent's weight of the decorrelation, 0.1, instead of its own, 0.02
+    bernoulli64, bernoulli256, bernoulli2048    codes of so many bits
+
+The questions share their runs. Each data set is the other's out-of-distribution set. Writes
+docs/study-NAME.md, .csv, .json and .png, or docs/codes-NAME.* for the question `codes`.
 """
 
 import argparse
+import json
 import shutil
+import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
-from benchmarks.latents import DATA, converted
 from lvssl.cli import guarded
-from lvssl.evaluation.measures import MEASURES
+from lvssl.demo import fashion_mnist
+from lvssl.evaluation.pairs import BEST
 from lvssl.evaluation.study import StudySettings, study
-from lvssl.report.study import write_study
+from lvssl.report.study import markdown, write_study
+from pipelines.convert.conversion import Settings as ConvertSettings
+from pipelines.convert.conversion import convert
 from pipelines.files import write_atomically, write_json
 
-ARMS = (
-    "none",
-    "sign",
-    "bernoulli256:family=bernoulli",
-    "gaussian",
-    "mcinfonce:family=vmf,site=proj,objective=mcinfonce",
-)
+ARMS = {
+    "uncertainty": (
+        "none",
+        "sign",
+        "bernoulli256:family=bernoulli",
+        "gaussian",
+        "mcinfonce:family=vmf,site=proj,objective=mcinfonce",
+    ),
+    "codes": (
+        "none",
+        "sign",
+        "sign01:family=sign,decorrelation=0.1",
+        "bernoulli64:family=bernoulli,dim=64",
+        "bernoulli256:family=bernoulli",
+        "bernoulli2048:family=bernoulli,dim=2048",
+    ),
+}
+FILES = {"uncertainty": "study", "codes": "codes"}  # of each question, in docs/
+PRESETS = {"fashion-mnist": "fashion-mnist", "cifar10-jpeg": "cifar10-small", "digits": "digits"}
 NAMES = {"fashion-mnist": "fashion-mnist", "cifar10-jpeg": "cifar10"}  # in docs/
+TITLES = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10 (JPEG)"}
 
 
 def main(arguments: list[str]) -> None:
     options = parsed(arguments)
+    if options.print:
+        print("\n".join([*codes_table(options.docs), "", *uncertainty_table(options.docs)]))
+        return
     data = {
         name: {split: converted(options, name, split) for split in ("train", "test")} for name in options.data
     }
@@ -46,11 +75,11 @@ def main(arguments: list[str]) -> None:
         settings = StudySettings(
             train=splits["train"],
             test=splits["test"],
-            preset=DATA[name],
-            out=options.out / f"study-{name}",
+            preset=PRESETS[name],
+            out=options.out / f"{FILES[options.question]}-{name}",
             runs=options.out,
             prefix=name,
-            arms=tuple(options.arms),
+            arms=tuple(options.arms or ARMS[options.question]),
             seeds=tuple(options.seeds),
             epochs=options.epochs,
             threads=options.threads,
@@ -61,41 +90,134 @@ def main(arguments: list[str]) -> None:
         result = study(settings)
         if result is not None:
             result["command"] = "python -m benchmarks.study " + " ".join(arguments)
-            write_study(settings.out, result, MEASURES)
-            into_docs(settings.out, options.docs, NAMES.get(name, name), result)
+            write_study(settings.out, result)
+            into_docs(
+                settings.out, options.docs, f"{FILES[options.question]}-{NAMES.get(name, name)}", result
+            )
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", nargs="+", choices=list(DATA), default=list(NAMES))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="as of `lvssl study`")
+    parser.add_argument("--question", choices=list(ARMS), default="uncertainty", help="which arms")
+    parser.add_argument("--data", nargs="+", choices=list(PRESETS), default=list(NAMES))
+    parser.add_argument("--arms", nargs="+", help="others, as of `lvssl study`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=10_000, help="training images")
     parser.add_argument("--measured", type=int, default=2000, help="test images for the uncertainty; 0: all")
     parser.add_argument("--epochs", type=int, default=0, help="of each run; 0: the preset's")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: all cores")
     parser.add_argument("--shard", default="", help="K/N, as of `lvssl study`")
-    parser.add_argument("--cifar10", default="../shared/data/cifar10-jpeg", help="what convert-beton takes")
-    parser.add_argument("--out", type=Path, default=Path("runs/latents"), help="where the runs go")
+    parser.add_argument("--cifar10", default="torchvision:CIFAR10", help="what convert-beton takes")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="where the runs go")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the tables go")
+    parser.add_argument("--print", action="store_true", help="the tables of docs/results.md, and nothing else")
     return parser.parse_args(arguments)
 
 
-def into_docs(found: Path, docs: Path, name: str, result: dict) -> None:
+def converted(options: argparse.Namespace, data: str, split: str) -> Path:
+    """The beton of a split, converted unless that is done."""
+    out: Path = options.out / "data" / f"{data}-{split}{options.images if split == 'train' else ''}.beton"
+    if not out.exists():
+        source = {"cifar10-jpeg": options.cifar10, "digits": "sklearn:digits"}.get(data) or fashion_mnist()
+        subset = options.images if split == "train" and data != "digits" else None
+        convert(source, out, ConvertSettings(subset=subset), split=split, root=options.out / "downloads")
+    return out
+
+
+def into_docs(found: Path, docs: Path, name: str, result: dict[str, Any]) -> None:
     """The tables and the picture of one data set, and every row behind them."""
     docs.mkdir(parents=True, exist_ok=True)
-    picture = f"\n![Accuracy against bits stored](study-{name}.png)\n"
-    text = (
-        (found / "study.md")
-        .read_text()
-        .replace("\n## Codes of equal length\n", f"\n## Codes of equal length\n{picture}")
-    )
-    write_atomically(docs / f"study-{name}.md", text.encode())
-    write_json(docs / f"study-{name}.json", result)
-    shutil.copyfile(found / "study.csv", docs / f"study-{name}.csv")
-    shutil.copyfile(found / "figures" / "accuracy.png", docs / f"study-{name}.png")
+    write_atomically(docs / f"{name}.md", page(name, result).encode())
+    write_json(docs / f"{name}.json", result)
+    shutil.copyfile(found / "study.csv", docs / f"{name}.csv")
+    shutil.copyfile(found / "figures" / "accuracy.png", docs / f"{name}.png")
+
+
+def page(name: str, result: dict[str, Any]) -> str:
+    """The study's Markdown with its picture, as it stands in docs/."""
+    head = "\n## Codes of equal length\n"
+    return markdown(result).replace(head, f"{head}\n![Accuracy against bits stored]({name}.png)\n")
+
+
+# The tables of docs/results.md ----------------------------------------------------------------------------
+
+
+def kept(docs: Path, question: str) -> dict[str, dict[str, Any]]:
+    """The results of a question by their data set's title."""
+    return {
+        title: json.loads((docs / f"{FILES[question]}-{name}.json").read_text())
+        for name, title in TITLES.items()
+    }
+
+
+def codes_table(docs: Path) -> list[str]:
+    """Each latent minus the best control, paired by seed, ± standard error, for features and codes.
+
+    Features are compared where the code has a bit for each: no layer stands between them and the latent.
+    """
+    lines: dict[tuple[int, str], list[str]] = {}
+    for title, result in kept(docs, "codes").items():
+        bits = {arm["arm"]: (arm["bits"], arm["features"]) for arm in result["arms"]}
+        for pair in result["pairs"]:
+            length, width = bits[pair["arm"]]
+            what, _, metric = pair["measure"].partition("_")
+            if pair["control"] != BEST or metric not in ("linear", "knn"):
+                continue
+            if what == "features" and (length, metric) != (width, "linear"):
+                continue
+            says = f"{'features' if what == 'features' else f'code of {length:,} bits'}, "
+            says += {"linear": "linear probe", "knn": "Hamming kNN"}[metric]
+            arm, _, method = pair["against"].partition(", ")
+            cells = f"{pair['mean']:+.2f} ± {pair['standard_error']:.2f}", seed_by_seed(pair["each"])
+            control = f"{method} of `{arm}`" if method else f"features of `{arm}`"
+            row = f"| {says} | {title} | {cells[0]} | {cells[1]} | {control} |"
+            lines.setdefault((0 if what == "features" else length, metric), []).append(row)
+    head = "| measure | data | latent minus the best control | seed by seed | the best control |"
+    ordered = sorted(lines, key=lambda key: (key[0], key[1] != "linear"))
+    return [head, "| --- " * 5 + "|", *(line for key in ordered for line in lines[key])]
+
+
+def seed_by_seed(each: list[float]) -> str:
+    return ", ".join(f"{value:+.2f}" for value in each)
+
+
+UNCERTAINTY = (  # (title, measure, score; none: the strongest, named if it is a control's)
+    ("R-AUROC by the posterior's own score; controls: distance", "latent_r_auroc", None),
+    ("R-AUROC by the distance to the nearest training images", "r_auroc", "distance"),
+    (
+        "AUROC against out-of-distribution images, posterior's own score; controls: distance",
+        "latent_ood",
+        None,
+    ),
+    ("the same by distance", "ood", "distance"),
+    ("mAP@1000 over hits of the code, controls: their best", "code_map", None),
+)
+
+
+def uncertainty_table(docs: Path) -> list[str]:
+    """What the posteriors' scores, the distance to the nearest training images, and the codes are worth."""
+    results = kept(docs, "uncertainty")
+    arms = [arm["arm"] for arm in next(iter(results.values()))["arms"]]
+    lines = ["| measure | data | " + " | ".join(arms) + " |", "| --- " * (2 + len(arms)) + "|"]
+    for says, name, score in UNCERTAINTY:
+        for title, result in results.items():
+            cells = [cell(result, arm, name, score) for arm in result["arms"]]
+            lines.append(f"| {says} | {title} | " + " | ".join(cells) + " |")
+            says = ""
+    return lines
+
+
+def cell(result: dict[str, Any], arm: dict[str, Any], name: str, score: str | None) -> str:
+    """A measure's mean over seeds; of one score, or of the arm's strongest, which is named for a code."""
+    found = arm["measures"][name]
+    metric = result["measures"][name]["metric"]
+    if score is not None:
+        rows = [row for row in result["rows"] if (row["run"], row["method"]) == (arm["arm"], score)]
+        return f"{statistics.mean(row['value'] for row in rows if row['metric'] == metric):.3f}"
+    named = f" ({found['method']})" if name == "code_map" and found["method"] != "code" else ""
+    return f"{statistics.mean(found['values']):.3f}{named}"
 
 
 if __name__ == "__main__":

@@ -197,8 +197,8 @@ class Model:
         >>> model = lvssl.load("run")
         >>> photos = model.encode("photos")
         >>> nearest = model.search("photos/a/0.png", photos, k=3)[0]
-        >>> nearest[0]
-        Neighbour(name='a/0.png', distance=0, similarity=None)
+        >>> nearest[0].name, nearest[0].distance
+        ('a/0.png', 0)
         """
         if k < 1:
             raise InputError(f"k must be at least 1, got {k}")

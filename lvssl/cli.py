@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -83,6 +84,7 @@ def parse(
 def pretrain(arguments: list[str]) -> int:
     from lvssl.runs.run import read_config
     from lvssl.settings.pretrain import PRESETS, PretrainSettings, preset
+    from pipelines.errors import InputError
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
@@ -103,6 +105,12 @@ def pretrain(arguments: list[str]) -> int:
 
     about = f"{PretrainSettings.__doc__} Presets: {', '.join(PRESETS)}. A setting beside --preset wins."
     chosen = parse(Pretrain, arguments, "pretrain", about=about)
+    out, data = chosen.settings.out, chosen.settings.data
+    if chosen.resume and not (out / "config.json").exists() and not data.exists():
+        raise InputError(
+            f"{out}: there is no run to resume (no {out / 'config.json'}), and no {data} to begin one with: "
+            "check --out, or --data"
+        )
 
     from lvssl.training.distributed import world_of
     from lvssl.training.pretrain import pretrain as run
@@ -149,7 +157,19 @@ def evaluate(arguments: list[str]) -> None:
 
     settings = parse(EvaluateSettings, arguments, "evaluate")
     print_table(run(settings)["table"])
-    print(f"written: {settings.run / 'evaluation.json'}; next: lvssl report {settings.run}")
+    say_written(settings, "evaluation.json")
+
+
+def say_written(settings: Any, name: str) -> None:
+    """Where a result lies that a run was measured for, and the command that shows it."""
+    from lvssl.runs.result import result_folder
+    from lvssl.settings.fields import options
+
+    elsewhere = options({"out": settings.out} if settings.out else {})
+    print(
+        f"written: {result_folder(settings) / name}; next:",
+        shlex.join(["lvssl", "report", str(settings.run), *elsewhere]),
+    )
 
 
 def analyse(arguments: list[str]) -> None:
@@ -158,11 +178,10 @@ def analyse(arguments: list[str]) -> None:
 
     settings = parse(AnalyseSettings, arguments, "analyse")
     print_analysis(run(settings))
-    print(f"written: {settings.run / 'analysis.json'}; next: lvssl report {settings.run}")
+    say_written(settings, "analysis.json")
 
 
 def study(arguments: list[str]) -> None:
-    from lvssl.evaluation.measures import MEASURES
     from lvssl.evaluation.study import StudySettings
     from lvssl.evaluation.study import study as run
     from lvssl.report.study import write_study
@@ -170,7 +189,7 @@ def study(arguments: list[str]) -> None:
     settings = parse(StudySettings, arguments, "study")
     result = run(settings)
     if result is not None:
-        written = write_study(settings.out, result, MEASURES)
+        written = write_study(settings.out, result)
         print((settings.out / "study.md").read_text())
         print(f"written: {settings.out / 'study.json'}, {', '.join(path.name for path in written)}")
 
@@ -181,7 +200,7 @@ def compression(arguments: list[str]) -> None:
 
     settings = parse(CompressionSettings, arguments, "compression")
     print_compression(run(settings))
-    print(f"written: {settings.run / 'compression.json'} and .csv")
+    say_written(settings, "compression.json")
 
 
 def encode(arguments: list[str]) -> None:
@@ -216,12 +235,16 @@ def report(arguments: list[str]) -> None:
 
     @dataclass(frozen=True)
     class Report:
-        """Write RUN/report.html, one page without outside resources, from what the run's folder holds."""
+        """Write report.html, one page without outside resources, from what the run's folder holds."""
 
         run: tyro.conf.Positional[Path]
         """The run's folder."""
+        out: Path | None = None
+        """The folder that the page goes into; results in it, of commands with the same --out, are shown. Left
+        out: the run's folder."""
 
-    print(write_report(parse(Report, arguments, "report").run))
+    chosen = parse(Report, arguments, "report")
+    print(write_report(chosen.run, chosen.out))
 
 
 def presets(arguments: list[str]) -> None:
@@ -254,7 +277,7 @@ def doctor(arguments: list[str]) -> int:
     @dataclass(frozen=True)
     class Doctor:
         """Say what is installed, what is missing, and the command that installs it; or, of a run, whether its
-        latent is alive: status 1 on posterior collapse, saturation, or a spread that is constant."""
+        latent is alive: status 1 on posterior collapse, saturation, or a scale that is constant."""
 
         run: tyro.conf.Positional[Path | None] = None
         """A run's folder; left out: the installation."""

@@ -166,5 +166,5 @@ def summary(evaluation: dict[str, Any]) -> dict[str, Any]:
         "control": {name: control[name] for name in ("linear", "knn", "sign_linear", "sign_hamming_knn")},
         "bernoulli": {name: run[name] for name in ("linear", "knn", "code_linear", "hamming_knn", "bits")}
         | {"compression": evaluation["compression"]},
-        "floors": evaluation["floors"],
+        "baselines": evaluation["baselines"],
     }

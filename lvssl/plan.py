@@ -1,4 +1,4 @@
-"""`lvssl plan`: what a batch costs in memory on each GPU, and the largest that fits.
+"""`lvssl plan`: what a batch costs in memory on each GPU, the largest that fits, and how long a run takes.
 
 Activations are counted, not estimated: the network runs forward once on tensors without contents, and every
 tensor that autograd keeps for the backward pass is added up. What a library takes beside that (workspaces,
@@ -16,14 +16,19 @@ import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lvssl.latents.noise import keyed
 from lvssl.losses.distributed import RING_FROM
 from lvssl.models.backbone import BACKBONES, BLOCKS
 from lvssl.models.network import LVNet
+from lvssl.models.utilisation import PEAK_FLOPS, operations
 from lvssl.settings.pretrain import OPTIMISERS, LatentSettings, ModelSettings, choice, preset, require
 
 GIB = 2**30
 CONTEXT = 1.0 * GIB  # CUDA context, cuDNN and NCCL
 SLACK = 0.08  # of the rest: workspaces and fragmentation
+# Share of an H100's peak in bf16 that a step reaches (docs/gpu.md): MEASURED ones, and guesses.
+REACHED = {"tiny": 0.01, "small": 0.05, "resnet18": 0.19, "resnet50": 0.10}
+MEASURED = ("resnet18", "resnet50")
 MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}  # numbers that it keeps for each weight
 
 
@@ -58,6 +63,11 @@ class PlanSettings:
     """Keep each residual block's input alone, and compute the block again."""
     ema: bool = False
     """Whether there is a moving average of the weights."""
+    images: int = 1_281_167
+    """Training images, for the time; ImageNet's."""
+    epochs: int = 100
+    gpu: str = "H100"
+    """The card, for the time: A100, H100, H200, L4."""
     preset: str = ""
     """Start from a preset of `lvssl pretrain`; a setting beside it wins."""
 
@@ -85,6 +95,9 @@ class PlanSettings:
         require(self.projection >= 2, "projection", self.projection, "at least 2")
         choice("optimiser", self.optimiser, OPTIMISERS)
         require(self.samples >= 1, "samples", self.samples, "at least 1")
+        choice("gpu", self.gpu, tuple(PEAK_FLOPS))
+        for name in ("images", "epochs"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.chunk >= 0 and self.chunk != 1, "chunk", self.chunk, "0, or at least 2")
 
 
@@ -107,6 +120,7 @@ def of_preset(name: str) -> PlanSettings:
         chunk=engine.chunk,
         recompute=engine.recompute,
         ema=engine.ema > 0,
+        epochs=chosen.epochs,
         preset=name,
     )
 
@@ -166,7 +180,7 @@ def _kept(settings: PlanSettings, views: int) -> tuple[float, float, int, float]
             with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
                 features = network.backbone(images)
                 in_backbone = list(kept)
-                outputs = network.heads(features)
+                outputs = network.heads(features, keyed(0, views))
         everything = _sizes((holder.tensor for holder in kept), own)
         whole = _sizes((holder.tensor for holder in in_backbone), own)
         after = sum(size for address, size in everything.items() if address not in whole)
@@ -244,6 +258,27 @@ def largest_batch(settings: PlanSettings, of: Footprint) -> int:
     return low * settings.gpus
 
 
+def hours(settings: PlanSettings) -> float:
+    """Of training on all GPUs, from operations and the share of the peak that was measured: views are decoded
+    in time, ranks don't wait for each other. fp32 is taken to be half as fast, and the backbone's second pass
+    over a chunk or a recomputed block a third more."""
+    work = 2.0 * settings.images * settings.epochs * operations(settings.backbone, settings.resolution)
+    work *= 4 / 3 if settings.chunk or settings.recompute else 1.0
+    speed = PEAK_FLOPS[settings.gpu] * REACHED[settings.backbone] * settings.gpus
+    return work / speed / 3600 * (2 if settings.precision == "fp32" else 1)
+
+
+def time_of(settings: PlanSettings) -> str:
+    took = hours(settings)
+    shown = f"{took:,.1f} hours" if took >= 1 else f"{60 * took:,.0f} minutes"
+    known = settings.gpu == "H100" and settings.backbone in MEASURED and settings.gpus == 1
+    basis = "measured on this card" if known else "extrapolated from one H100"
+    return (
+        f"{settings.epochs:,} epochs of {settings.images:,} images: about {shown} on {settings.gpus} "
+        f"{settings.gpu} ({basis}), where the loader keeps up."
+    )
+
+
 def plan(settings: PlanSettings) -> str:
     """The table that `lvssl plan` prints.
 
@@ -267,5 +302,6 @@ def plan(settings: PlanSettings) -> str:
         "",
         f"The loss with its whole matrix would take {matrix_memory(settings) / GIB:.2f} GiB.",
         f"Largest batch that fits: {most:,} images ({most // settings.gpus:,} a GPU).",
+        time_of(settings),
     ]
     return "\n".join(rows)

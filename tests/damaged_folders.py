@@ -17,7 +17,7 @@ def make_folders(digits: dict[str, Path], root: Path) -> dict[str, Path]:
         for i in range(count):
             path = root / split / str(source.labels[i]) / f"{i:03}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(source.stored(0, i)).save(path)
+            Image.fromarray(source.encoded(0, i)).save(path)
         shutil.copytree(root / split, root / "sound" / split)
         files = sorted(path.relative_to(root) for path in (root / split).glob("*/*.png"))
         for row in DAMAGED[split]:

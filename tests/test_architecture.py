@@ -154,6 +154,17 @@ def test_imports_go_one_way():
     assert violations(ROOT) == []
 
 
+def test_a_command_imports_what_measures_and_no_other_command():
+    """Of `lvssl.evaluation`: a command's module is one that the command line names."""
+    named = re.findall(r"lvssl\.evaluation\.(\w+)(?: import|:)", (ROOT / "lvssl/cli.py").read_text())
+    shared = ("measures", "stage")  # what a study's tables and three commands share
+    commands = {f"lvssl.evaluation.{name}" for name in named if name not in shared}
+    known = modules(ROOT)
+    inside = [name for name in known if name.startswith("lvssl.evaluation.")]
+    wrong = {name: imported_files(name, known[name], known) & commands for name in inside}
+    assert len(commands) > 5 and {name: which for name, which in wrong.items() if which} == {}
+
+
 def test_no_files_import_each_other_in_a_circle():
     assert circles(ROOT) == set()
 

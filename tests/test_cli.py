@@ -196,10 +196,10 @@ def test_the_demo_runs_on_digits_and_leaves_what_it_promises(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert set(results) == {"control", "bernoulli", "floors"}
+    assert set(results) == {"control", "bernoulli", "baselines"}
     assert set(results["control"]) == {"linear", "knn", "sign_linear", "sign_hamming_knn"}
     assert set(results["bernoulli"]) == {"linear", "knn", "code_linear", "hamming_knn", "bits", "compression"}
-    assert set(results["floors"]) == {"random", "pixels"}
+    assert set(results["baselines"]) == {"random", "pixels"}
     page = (tmp_path / "demo" / "report.html").read_text()
     assert 'id="neighbours"' in page and 'id="bits"' in page and "lvssl compression demo/bernoulli" in page
     assert open_codes(tmp_path / "demo" / "bernoulli" / "codes.lvcodes").count == 200

@@ -260,7 +260,7 @@ def loss(setup: Setup, count: int, d: int, dtype: torch.dtype, decoupled: bool) 
     budget = ULP * (8 + 1 / temperature)
     if dtype != torch.float32:
         budget += 2**-23 * d / 16 / temperature
-    # The temperature's slope: shares (2 in all) times logits (at most 1 / temperature) over 2 temperature.
+    # The temperature's gradient: shares (2 in all) times logits (at most 1 / temperature) over 2 temperature.
     of_shares = SHARES[dtype] / temperature**2
     scale = 1 + float(exact[0].abs())
     allowances = (
@@ -323,16 +323,16 @@ def head(setup: Setup, kind: str, rows: int, dim: int, count: int) -> Row:
 
     generator, seed = seeded(setup, f"{kind} {rows} {dim} {count}")
     width = dim // 4 * 4 if kind == "categorical" else dim
-    law = family(kind, categories=4)
-    x = 2 * torch.randn(rows, law.parameter_count(width), generator=generator)
-    slope = torch.randn(rows, width, generator=generator)
+    distribution = family(kind, categories=4)
+    x = 2 * torch.randn(rows, distribution.parameter_count(width), generator=generator)
+    grad = torch.randn(rows, width, generator=generator)
     key, places = torch.tensor([seed + 2**40]), torch.arange(rows) * 1_000_003 + 2**31 - 1
-    x, slope, key, places = (t.to(setup.device) for t in (x, slope, key, places))
+    x, grad, key, places = (t.to(setup.device) for t in (x, grad, key, places))
 
     def run(form: Callable[..., fused.Draw], given: Tensor) -> list[Tensor]:
         leaf = given.clone().requires_grad_()
-        drawn = form(law, leaf, count, key, places)
-        wide = slope.to(given.dtype)
+        drawn = form(distribution, leaf, count, key, places)
+        wide = grad.to(given.dtype)
         total = (drawn.sample * wide).sum() + 0.3 * drawn.kl.sum() - 0.7 * drawn.entropy.square().sum()
         total.backward()
         assert leaf.grad is not None
@@ -343,7 +343,7 @@ def head(setup: Setup, kind: str, rows: int, dim: int, count: int) -> Row:
             found = run(fused.draw, x)
         naive, exact = run(fused.reference, x), run(fused.reference, x.double())
     flips = torch.zeros(())
-    if law.discrete:
+    if distribution.discrete:
         apart = (found[0].double() - exact[0]).abs() > 0.1 / count
         flips = apart.double().mean()
         for k in (found, naive):
@@ -386,16 +386,16 @@ def kernel_calls(setup: Setup, smallest: bool = False) -> dict[str, Callable[[],
 
         calls[f"NT-Xent {name(dtype)}"] = loss_call
     for kind in FAMILIES:
-        law = family(kind, categories=4)
+        distribution = family(kind, categories=4)
         rows, width = (2, 8) if tiny else (256, 2048)
-        given = torch.randn(rows, law.parameter_count(width), generator=generator).to(setup.device)
+        given = torch.randn(rows, distribution.parameter_count(width), generator=generator).to(setup.device)
         key, places = torch.tensor([7], device=setup.device), torch.arange(rows, device=setup.device)
 
         def head_call(
-            law: Any = law, given: Tensor = given, key: Tensor = key, at: Tensor = places
+            distribution: Any = distribution, given: Tensor = given, key: Tensor = key, at: Tensor = places
         ) -> list[Tensor]:
             leaf = given.clone().requires_grad_()
-            drawn = fused.draw(law, leaf, 4, key, at)
+            drawn = fused.draw(distribution, leaf, 4, key, at)
             (drawn.sample.square().sum() + drawn.kl.sum() + drawn.entropy.sum()).backward()
             assert leaf.grad is not None
             return [*(t.detach() for t in drawn), leaf.grad]

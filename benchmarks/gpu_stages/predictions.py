@@ -95,6 +95,16 @@ PREDICTIONS = (
         ),
     ),
     Prediction(
+        "--deterministic, ResNet-50, over eager",
+        "times",
+        "0.80-0.95",
+        lambda rows: ratio(
+            rows,
+            (f"engine, synthetic, deterministic, {R50}", "images_per_second"),
+            (f"engine, synthetic, eager, {R50}", "images_per_second"),
+        ),
+    ),
+    Prediction(
         "CUDA graph, ResNet-50, over eager",
         "times",
         "1.01",

@@ -58,7 +58,7 @@ def cases(setup: Setup) -> Iterator[Case]:
         yield Case(f"bare loop, {work.name}", partial(bare, setup, work))
     small = works(setup)[-1]
     yield Case(f"what people have today, {small.name}", partial(what_people_have, setup, small))
-    for how in ("compiled", "compiled and recorded"):
+    for how in ("compiled", "compiled and recorded", "deterministic"):  # this one for good, in its process
         for work in reversed(works(setup)):
             yield Case(f"engine, {how}, {work.name}", partial(engine_rows, setup, work, how), seconds=120)
 
@@ -78,7 +78,11 @@ def settings_of(setup: Setup, work: Work, how: str = "eager") -> Any:
         latent=replace(base.latent, beta_schedule="constant"),  # as after its warm-up
         model=replace(base.model, backbone=work.backbone),
         view=replace(base.view, resolution=work.side),
-        engine=EngineSettings(compile="compiled" in how, graph="on" if "recorded" in how else "off"),
+        engine=EngineSettings(
+            compile="compiled" in how,
+            graph="on" if "recorded" in how else "off",
+            deterministic=how == "deterministic",
+        ),
     )
 
 
@@ -185,7 +189,7 @@ def what_people_have(setup: Setup, work: Work) -> Row:
 
 def measured(setup: Setup, work: Work, step: Step, batches: Iterator[Any]) -> Row:
     """Speed over two stretches of steps, and what the profiler says of three more."""
-    from lvssl.training.utilisation import operations, peak_flops
+    from lvssl.models.utilisation import operations, peak_flops
 
     numbers = 2 * work.batch * operations(work.backbone, work.side)
     for _ in range(2 if setup.dry else WARM_UP):

@@ -204,7 +204,7 @@ def tuned(setup: Setup, run: Any, share: float) -> float:
     from lvssl.training.supervised import (
         Classifier,
         Recipe,
-        Supervised,
+        SupervisedTrainer,
         largest_batch,
         predict,
         scaled_lr,
@@ -228,7 +228,7 @@ def tuned(setup: Setup, run: Any, share: float) -> float:
     view, folder = run.settings.view, Path(setup.scratch) / f"{options['arm']}-tuned-{share}"
     torch.backends.cudnn.benchmark = True
     model = Classifier(copy.deepcopy(run.network), "features", labelled, frozen=False, seed=options["seed"])
-    Supervised(folder, model, labelled, view, recipe, device).run(Stop(), folder.name)
+    SupervisedTrainer(folder, model, labelled, view, recipe, device).run(Stop(), folder.name)
     return score(*predict(model, test, view, device, loader_threads()))["top1"]
 
 

@@ -204,16 +204,17 @@ def head(setup: Setup, kind: str, form: str) -> Row:
     """Mean of K samples, KL, entropy and bits, and the gradient; by one kernel each way, or composed."""
     from lvssl.latents import family, fused
     from lvssl.latents.bits import pack
+    from lvssl.latents.noise import Noise
 
     rows, dim, samples = (4, 16, 4) if setup.dry else (8192, 2048, 4)
-    law = family(kind, categories=16)
-    x = torch.randn(rows, law.parameter_count(dim), device=setup.device, requires_grad=True)
+    distribution = family(kind, categories=16)
+    x = torch.randn(rows, distribution.parameter_count(dim), device=setup.device, requires_grad=True)
     key, places = torch.tensor([3], device=setup.device), torch.arange(rows, device=setup.device)
 
     def composed() -> list[Tensor]:
-        posterior = law.posterior(x)
+        posterior = distribution.posterior(x)
         return [
-            posterior.sample(samples).mean(dim=0),
+            posterior.sample(samples, Noise(key, places)).mean(dim=0),
             posterior.kl(),
             posterior.entropy(),
             pack(posterior.code()),
@@ -221,7 +222,7 @@ def head(setup: Setup, kind: str, form: str) -> Row:
 
     def call() -> None:
         x.grad = None
-        drawn = list(fused.draw(law, x, samples, key, places)) if form == "fused" else composed()
+        drawn = list(fused.draw(distribution, x, samples, key, places)) if form == "fused" else composed()
         torch.autograd.backward([t.sum() for t in drawn[:3]])
 
     row = timed(setup, call)
@@ -267,10 +268,10 @@ def with_gradients(setup: Setup, backbone: str) -> Any:
 
 def guard(setup: Setup, backbone: str) -> Row:
     """The gradients' norm, and clipping."""
-    from lvssl.training.gradients import guard as guarded
+    from lvssl.training.gradients import clip_gradients
 
     parameters = list(with_gradients(setup, backbone).parameters())
-    row = timed(setup, lambda: guarded(parameters, clip=1.0))
+    row = timed(setup, lambda: clip_gradients(parameters, clip=1.0))
     moved = sum(p.nbytes for p in parameters)
     return {"ok": True, **against_floor(row, 3 * moved, 0, ceilings(setup)), "tensors": len(parameters)}
 

@@ -11,33 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from lvssl.evaluation.calibration import calibration
-from lvssl.evaluation.corruptions import CORRUPTIONS, ELSEWHERE, SEVERITIES, corrupt
-from lvssl.evaluation.evaluate import class_names, labelled_pair, with_defaults
-from lvssl.evaluation.meaning import class_auroc, dci, flip_bits, mig, mutual_information, sparse_probe
-from lvssl.evaluation.reading import Certainty, Reading, read, severity_correlation
+from lvssl.evaluation.bit_analysis import class_auroc, dci, flip_bits, mig, mutual_information, sparse_probe
+from lvssl.evaluation.factors import known_factors, representations
+from lvssl.evaluation.outputs import NetworkOutputs, network_outputs
 from lvssl.evaluation.regression import ridge_each
-from lvssl.evaluation.shapes import FACTORS, make_shapes, regression_targets
-from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
+from lvssl.evaluation.scorer import uncertainty
+from lvssl.evaluation.sets import Sampling, Sets, class_names, evenly_spaced, labelled_pair, with_defaults
+from lvssl.evaluation.shapes import FACTORS, make_shapes
 from lvssl.runs.result import ResultFile, as_number
 from lvssl.runs.run import Run, load_run
-from lvssl.settings.fields import PER_CALL, POSITIONAL
+from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME
 from lvssl.settings.pretrain import require
-from pipelines.decode import Reader, open_reader
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
-from pipelines.loader import Decoder, TwoViewLoader, evaluation_crops
-from pipelines.parameters import COLUMNS
-from pipelines.views import ViewSettings
 
 BITS = "bits.npz"
 SHOWN_BITS, SHOWN_IMAGES = 48, 8  # in the page's bit explorer
 TREES = 1000  # images at most on which disentanglement is measured
-CORRUPTED = 500  # test images at most that are made worse, 25 times over: each has a correlation of its own
 FEWEST = 40  # test images below which nothing is worth measuring
 
 
@@ -46,7 +39,7 @@ class AnalyseSettings:
     """Uncertainty, meaning of bits and regression: a run beside its control. Writes RUN/analysis.json."""
 
     run: Positional[Path] = field(metadata=POSITIONAL)
-    """The run's folder; analysis.json and bits.npz are written there."""
+    """The run's folder; analysis.json and bits.npz are written there, unless --out is given."""
     test: Path | None = None
     """The test images, made by `convert-beton`; left out: test.beton (or val) beside train.beton."""
     control: Path | None = None
@@ -65,6 +58,8 @@ class AnalyseSettings:
     on_error: str | None = None
     """An image that can't be decoded: raise, or skip (leave it out; among augmented views the next good one
     takes its place); left out: as in the pretraining."""
+    out: Path | None = field(default=None, metadata=RUNTIME)
+    """The folder that the result goes into; left out: the run's."""
     overwrite: bool = field(default=False, metadata=PER_CALL)
     """Replace a result of other settings, or of an older checkpoint."""
 
@@ -74,10 +69,13 @@ class AnalyseSettings:
         require(self.max_images == 0 or self.max_images >= FEWEST, "max_images", self.max_images, wanted)
         require(self.samples >= 1, "samples", self.samples, "at least 1")
 
+    def sampling(self) -> Sampling:
+        return Sampling(self.max_images, self.samples, self.seed, self.ood, self.on_error)
+
 
 def analyse(settings: AnalyseSettings) -> dict[str, Any]:
-    """Measure, write analysis.json and bits.npz into the run's folder, and return the former's content; what
-    is there already is not measured again.
+    """Measure, write analysis.json and bits.npz into the folder --out, or the run's, and return the former's
+    content; what is there already is not measured again.
 
     Raises:
         InputError: no such run or data, runs without labels, or another result stands there.
@@ -99,24 +97,25 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
         raise InputError(f"{run.settings.data}, {settings.test}: labels are needed to analyse a run")
     if len(test) < FEWEST:
         raise InputError(f"{settings.test}: at least {FEWEST} test images are needed to analyse a run")
+    sampling = settings.sampling()
     work = tqdm(total=3 * len(models) + 1, desc=f"analyse {run.folder.name}", unit="part", disable=None)
-    sets = Sets.of(settings, run, train, test)
+    sets = Sets.of(sampling, run, train, test)
     if len(np.unique(sets.test_labels)) < 2:
         raise InputError(f"{settings.test}: test images of at least two classes are needed to analyse a run")
     images = {"train": len(sets.train), "test": len(sets.test), "skipped": sets.skipped}
     result: dict[str, Any] = {"models": {}, "images": images}
     for role, model in zip(roles(settings, len(models)), models):
-        own = sets if model.settings.view == run.settings.view else Sets.of(settings, model, train, test)
-        measured, test_reading = uncertainty(model, own, settings)
+        own = sets if model.settings.view == run.settings.view else Sets.of(sampling, model, train, test)
+        measured, test_outputs = uncertainty(model, own, sampling)
         work.update()
-        measured["regression"] = regression(model, own, settings)
+        measured["regression"] = regression(model, own, sampling)
         work.update()
         measured["disentanglement"] = disentanglement(model, settings)
         described = {"path": str(model.folder), "family": model.settings.latent.family}
         result["models"][role] = described | measured
         if model is run:
-            result["bits"], pictures = bits(run, own, test_reading, class_names(train))
-            write_atomically(run.folder / BITS, pictures)
+            result["bits"], pictures = bits(run, own, test_outputs, class_names(train))
+            write_atomically(written.file_beside(), pictures)
         work.update()
     result = written.write(result)
     work.update()
@@ -130,102 +129,10 @@ def roles(settings: AnalyseSettings, count: int) -> list[str]:
     return names + [path.name for path in settings.others][: count - len(names)]
 
 
-@dataclass(frozen=True)
-class Sets:
-    """The pixels that everything is measured on, uint8 [N, R, R, 3]."""
-
-    train: np.ndarray
-    train_labels: np.ndarray
-    test: np.ndarray
-    test_labels: np.ndarray
-    elsewhere: dict[str, np.ndarray]
-    sources: tuple[Reader, Reader]
-    skipped: dict[str, int]  # set -> images that were chosen and couldn't be decoded
-
-    @classmethod
-    def of(cls, settings: AnalyseSettings, run: Run, train: Reader, test: Reader) -> Sets:
-        view, side = run.settings.view, run.settings.view.resolution
-        on_error, skipped = run.on_error(settings.on_error), {}
-
-        def read_some(name: str, source: Reader, wanted: int) -> tuple[np.ndarray, np.ndarray]:
-            chosen = spread(len(source), wanted)
-            crops, rows = sound_crops(source, view, chosen, on_error)
-            skipped[name] = len(chosen) - len(rows)
-            return crops, source.labels[rows]
-
-        (train_crops, train_labels), (test_crops, test_labels) = (
-            read_some("train", train, 2 * settings.max_images),
-            read_some("test", test, settings.max_images),
-        )
-        count = len(test_crops)
-        elsewhere = {name: make(count, side, settings.seed) for name, make in ELSEWHERE.items()}
-        for path in settings.ood:
-            elsewhere[path.stem], _ = read_some(path.stem, open_reader(path), count)
-        return cls(train_crops, train_labels, test_crops, test_labels, elsewhere, (train, test), skipped)
+# Bits -----------------------------------------------------------------------------------------------------
 
 
-def spread(available: int, wanted: int) -> np.ndarray:
-    """`wanted` positions (0: all) spread evenly over a set."""
-    return np.linspace(0, available - 1, min(wanted or available, available)).astype(np.int64)
-
-
-def sound_crops(
-    source: Reader, view: ViewSettings, chosen: np.ndarray, on_error: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Centre crops uint8 [M, R, R, 3] of those of the positions int64 [N] that can be decoded, and these.
-
-    Raises InputError, which names the first that can't be, with on_error="raise".
-    """
-    rows = chosen.copy()
-    crops = evaluation_crops(source, view, rows, Decoder(source, on_error))
-    sound = rows == chosen  # in a damaged one's place there is another
-    return crops[sound], chosen[sound]
-
-
-# Uncertainty ----------------------------------------------------------------------------------------------
-
-
-def uncertainty(run: Run, sets: Sets, settings: AnalyseSettings) -> tuple[dict[str, Any], Reading]:
-    """Every score of METHOD's "uncertainty" row, the probes' calibration; and the reading of the test set."""
-    network, view = run.network, run.settings.view
-
-    def reading(pixels: np.ndarray) -> Reading:
-        return read(network, pixels, view, settings.samples, settings.seed)
-
-    certainty = Certainty(network.family.stochastic, reading(sets.train), sets.train_labels)
-    test = reading(sets.test)
-    predictions, scores = certainty.predictions(test), certainty.scores(test)
-    wrong = certainty.classes[predictions["features"].argmax(axis=1)] != sets.test_labels
-    rows = {}
-    for name, score in scores.items():
-        neighbours = r_auroc(test.features, sets.test_labels, score)
-        rows[name] = neighbours._asdict() | {"aurc": risk_coverage_area(wrong, score)}
-    for name, pixels in sets.elsewhere.items():
-        far = certainty.scores(reading(pixels))
-        for key, row in rows.items():
-            both = np.concatenate([scores[key], far[key]])
-            row[f"ood {name}"] = auroc(np.arange(len(both)) >= len(sets.test), both)
-    worse = spread(len(sets.test), min(CORRUPTED, len(sets.test)))
-    for kind in CORRUPTIONS:
-        steps = [{name: score[worse] for name, score in scores.items()}] + [
-            certainty.scores(reading(corrupt(sets.test[worse], kind, severity, settings.seed)))
-            for severity in SEVERITIES
-        ]
-        for key, row in rows.items():
-            values = np.stack([step[key] for step in steps])
-            row[f"rank {kind}"] = severity_correlation(values)
-            if kind == "crop":  # for crops the share is preferred to the rank correlation
-                row["crops less certain"] = float((values[1:] > values[0]).mean())
-    calibrated = {
-        name: calibration(p, sets.test_labels, certainty.classes)._asdict() for name, p in predictions.items()
-    }
-    return {"scores": rows, "probes": calibrated}, test
-
-
-# Meaning --------------------------------------------------------------------------------------------------
-
-
-def bits(run: Run, sets: Sets, test: Reading, names: list[str]) -> tuple[dict[str, Any], bytes]:
+def bits(run: Run, sets: Sets, test: NetworkOutputs, names: list[str]) -> tuple[dict[str, Any], bytes]:
     """What single bits of the code say of the classes; and bits.npz, pictures of the most telling ones."""
     labels, classes = sets.test_labels, np.unique(sets.test_labels)
     values = test.mean if test.mean.shape == test.bits.shape else test.bits
@@ -235,7 +142,7 @@ def bits(run: Run, sets: Sets, test: Reading, names: list[str]) -> tuple[dict[st
     half = len(labels) // 2
     few = sparse_probe(test.bits[:half], labels[:half], test.bits[half:], labels[half:])
     shown = order[:SHOWN_BITS]
-    queries = spread(len(labels), min(200, len(labels) // 4))
+    queries = evenly_spaced(len(labels), min(200, len(labels) // 4))
     others = np.setdiff1d(np.arange(len(labels)), queries)
     flips = flip_bits(
         test.bits[queries], labels[queries], test.bits[others], labels[others], bits=list(shown[:16])
@@ -285,14 +192,10 @@ def pictures(
 # Known factors --------------------------------------------------------------------------------------------
 
 
-def representations(reading: Reading) -> dict[str, np.ndarray]:
-    return {"features": reading.features, "code": 2 * reading.bits.astype(np.float32) - 1}
-
-
-def regression(run: Run, sets: Sets, settings: AnalyseSettings) -> list[dict[str, Any]]:
+def regression(run: Run, sets: Sets, sampling: Sampling) -> list[dict[str, Any]]:
     """R^2 and MAE of ridge from features and code to augmentation parameters and to the shapes' factors."""
     rows = []
-    for kind, (train, test) in known_factors(run, sets, settings).items():
+    for kind, (train, test) in known_factors(run, sets, sampling).items():
         known = representations(test[0])
         for name, x in representations(train[0]).items():
             found = ridge_each(x, train[1], known[name], test[1])
@@ -300,71 +203,16 @@ def regression(run: Run, sets: Sets, settings: AnalyseSettings) -> list[dict[str
     return rows
 
 
-Factors = tuple[Reading, dict[str, np.ndarray]]  # a reading, and what is known of its images: [N] or [N, T]
-
-
-def known_factors(run: Run, sets: Sets, settings: AnalyseSettings) -> dict[str, tuple[Factors, Factors]]:
-    """Augmented views and procedural shapes, of each a training and a test part. Factors that never change,
-    those of an augmentation that is switched off, are left out."""
-    count = settings.max_images or 2000
-    on_error = run.on_error(settings.on_error)
-    views = [
-        augmented(run, source, n, settings.seed, on_error)
-        for source, n in zip(sets.sources, (2 * count, count))
-    ]
-    shapes = [shape_reading(run, n, settings.seed + i) for i, n in enumerate((2 * count, count))]
-    found = {}
-    for kind, (train, test) in {"augmentation": views, "shapes": shapes}.items():
-        varied = [name for name, values in train[1].items() if values.std() >= 1e-9]
-        parts = [(reading, {name: targets[name] for name in varied}) for reading, targets in (train, test)]
-        found[kind] = parts[0], parts[1]
-    return found
-
-
-def augmented(
-    run: Run, source: Reader, count: int, seed: int, on_error: str = "raise"
-) -> tuple[Reading, dict[str, np.ndarray]]:
-    """`count` augmented views, read, and their parameters as regression targets."""
-    batch_size = min(250, len(source))
-    views: list[torch.Tensor] = []
-    parameters, indices = [], []
-    with TwoViewLoader(source, run.settings.view, batch_size, seed + 1, on_error=on_error) as loader:
-        while len(views) * batch_size < count:
-            for batch in loader:
-                views.append(batch.views[0].clone())
-                parameters.append(batch.parameters[:, 0].numpy())
-                indices.append(batch.indices.numpy())
-                if len(views) * batch_size >= count:
-                    break
-    table = dict(zip(COLUMNS, np.concatenate(parameters)[:count].T.astype(np.float64)))
-    heights, widths = source.sizes(np.concatenate(indices)[:count])
-    targets = {
-        "crop area": table["height"] * table["width"] / (heights * widths),
-        "crop x": (table["left"] + table["width"] / 2) / widths,
-        "crop y": (table["top"] + table["height"] / 2) / heights,
-    }
-    names = ("flip", "brightness", "contrast", "saturation", "hue", "grey", "sigma")
-    reading = read(run.network, torch.cat(views)[:count], run.settings.view)
-    return reading, targets | {name: table[name] for name in names}
-
-
-def shape_reading(run: Run, count: int, seed: int) -> tuple[Reading, dict[str, np.ndarray]]:
-    made = make_shapes(count, run.settings.view.resolution, seed)
-    return read(run.network, made.images, run.settings.view), regression_targets(made.factors)
-
-
 def disentanglement(run: Run, settings: AnalyseSettings) -> dict[str, dict[str, float]]:
     """DCI and MIG of features and code on the procedural shapes."""
     count = min(TREES, 2 * (settings.max_images or TREES))
     made = [make_shapes(count, run.settings.view.resolution, settings.seed + i) for i in range(2)]
-    readings = [representations(read(run.network, m.images, run.settings.view)) for m in made]
+    outputs = [representations(network_outputs(run.network, m.images, run.settings.view)) for m in made]
     categorical = (FACTORS.index("shape"),)
     return {
-        name: dci(
-            readings[0][name], made[0].factors, readings[1][name], made[1].factors, categorical
-        )._asdict()
-        | {"mig": float(mig(readings[0][name], made[0].factors, categorical).mean())}
-        for name in readings[0]
+        name: dci(outputs[0][name], made[0].factors, outputs[1][name], made[1].factors, categorical)._asdict()
+        | {"mig": float(mig(outputs[0][name], made[0].factors, categorical).mean())}
+        for name in outputs[0]
     }
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,21 +15,16 @@ from tyro.conf import Positional
 from lvssl.codes.controls import CONTROLS, Coder, LinearHash
 from lvssl.codes.statistics import compression_ratios
 from lvssl.evaluation.embedding import Embedding
-from lvssl.evaluation.evaluate import (
-    channels,
-    embed_both,
-    jpeg_bytes,
-    labelled_pair,
-    with_defaults,
-)
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
+from lvssl.evaluation.sets import channels, embed_both, jpeg_bytes, labelled_pair, with_defaults
 from lvssl.latents import WITHOUT_LATENT
 from lvssl.models.backbone import feature_dim
 from lvssl.models.inference import device_of
 from lvssl.runs.labels import sound_part
 from lvssl.runs.result import ResultFile, as_number
+from lvssl.runs.rows import Row, are_rows, as_csv, by_point, rows_of
 from lvssl.runs.run import Run, load_run
 from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME
 from pipelines.decode import Reader
@@ -40,10 +33,6 @@ from pipelines.files import write_atomically
 from pipelines.kernels.pack import pack_bits, unpack_bits
 
 CSV = "compression.csv"
-COLUMNS = (
-    "model", "family", "method", "bits", "compared_by", "linear", "knn", "map_over_hits", "map_over_relevant",
-    "raw_pixels", "stored_jpeg", "fp32_feature",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,6 +58,8 @@ class CompressionSettings:
     """Of the controls that draw: ITQ, LSH, PQ."""
     on_error: str | None = None
     """An image that can't be decoded: raise, or skip (leave it out); left out: as in the pretraining."""
+    out: Path | None = field(default=None, metadata=RUNTIME)
+    """The folder that the result goes into; left out: the run's."""
     overwrite: bool = field(default=False, metadata=PER_CALL)
     """Replace a result of other settings, or of an older checkpoint."""
     workers: int = field(default=0, metadata=RUNTIME)
@@ -78,8 +69,7 @@ class CompressionSettings:
 class Point(NamedTuple):
     """One way to store the images at one length."""
 
-    model: str
-    family: str
+    representation: str  # features or code
     method: str
     bits: int
     codes: tuple[np.ndarray, np.ndarray] | None  # packed, of train and test, where Hamming distance compares
@@ -87,14 +77,15 @@ class Point(NamedTuple):
 
 
 def compression(settings: CompressionSettings) -> dict[str, Any]:
-    """Measure, write RUN/compression.json and RUN/compression.csv, and return the former's content; what is
+    """Measure, write compression.json and compression.csv into the folder --out, or the run's, and return the
+    former's content; what is
     there already is not measured again.
 
-    Every row has the linear probe's and the kNN's accuracy in percent (of the 20 nearest, by Hamming distance
-    for bits, by cosine for what is no bits), mAP@top_n of the test images among the training images under
-    both denominators of `retrieval`, and how many times smaller than raw pixels, stored JPEG and fp32
-    feature. Raises InputError: no such run or data, no deterministic control, an impossible setting,
-    or another result stands there.
+    The rows (`lvssl.runs.rows`) have the linear probe's and the kNN's accuracy in percent (of the 20 nearest,
+    by Hamming distance for bits, by cosine for what is no bits), mAP@top_n of the test images among the
+    training images under both denominators of `retrieval`, and how many times smaller than raw pixels, stored
+    JPEG and fp32 feature. Raises InputError: no such run or data, no deterministic control, an impossible
+    setting, or another result stands there.
     """
     if settings.top_n < 1 or not settings.bits or min(settings.bits) < 1:
         raise InputError("--top-n and --bits must be at least 1")
@@ -106,12 +97,13 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
         raise InputError(f"equal-bit controls need a run of family {WITHOUT_LATENT}: name it with --control")
     runs = {run.folder: run} | {path: load_run(path) for path in settings.others} | {control.folder: control}
     result = ResultFile.of_run("compression", "compression.json", settings, list(runs.values()), CSV)
-    if (done := result.found()) is not None:
+    if (done := result.found()) is not None and are_rows(done.get("rows")):
         return done
     on_error, train_path = settings.on_error, settings.train or run.settings.data
     train, test = labelled_pair(run, control, settings.train, settings.test)
     counts = len(train), len(test)
-    rows, left_out = [], []
+    rows: list[Row] = []
+    left_out: list[str] = []
     bar = tqdm(desc="compression", unit="code", disable=None)
     for other in runs.values():
         sets = embed_both(other, train, test, settings.workers, on_error)
@@ -122,10 +114,13 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
                 left_out.append(point)
                 continue
             figures = measured(settings, point, train, test, device_of(other.network))
-            rows.append(figures | ratios(other, point.bits, test))
+            place = {"run": other.folder.name, "seed": other.settings.seed, "bits": point.bits}
+            named = {"representation": point.representation, "method": point.method}
+            rows += rows_of(figures | ratios(other, point.bits, test), **place, **named)
             bar.update()
     bar.close()
     content = {
+        "families": {other.folder.name: other.settings.latent.family for other in runs.values()},
         "rows": rows,
         "left_out": left_out,
         "queries": len(test),
@@ -134,7 +129,7 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
         "top_n": settings.top_n,
         "control": str(control.folder),
     }
-    write_atomically(run.folder / CSV, as_csv(rows))
+    write_atomically(result.file_beside(), as_csv(rows).encode())
     return result.write(content)
 
 
@@ -143,9 +138,8 @@ def points(
 ) -> Iterator[Point | str]:
     """What is measured of a run: its features, its code and the code's prefixes, and the controls of its
     features; a line of reason in place of a control that there can't be."""
-    name, family = run.folder.name, run.settings.latent.family
     features = train.features, test.features
-    yield Point(name, family, "features", 32 * features[0].shape[1], None, features)
+    yield Point("features", "", 32 * features[0].shape[1], None, features)
     if run.network.family.own_code:
         whole = unpack_bits(train.codes, train.bits), unpack_bits(test.codes, test.bits)
         for bits in sorted({b for b in settings.bits if b < train.bits} | {train.bits}):
@@ -153,7 +147,7 @@ def points(
             codes = pack_bits(cut[0]), pack_bits(cut[1])
             method = "code" if bits == train.bits else "code, first bits"
             vectors = cut[0].astype(np.float32), cut[1].astype(np.float32)
-            yield Point(name, family, method, bits, codes, vectors)
+            yield Point("code", method, bits, codes, vectors)
     for method, fit in CONTROLS.items() if controls else ():
         for bits in settings.bits:
             try:
@@ -161,22 +155,20 @@ def points(
             except (ValueError, ImportError) as reason:
                 yield f"{method}, {bits} bits: {reason}"
                 continue
-            yield control_point(name, family, method, coder, features)
+            yield control_point(method, coder, features)
 
 
-def control_point(
-    name: str, family: str, method: str, coder: Coder, features: tuple[np.ndarray, np.ndarray]
-) -> Point:
+def control_point(method: str, coder: Coder, features: tuple[np.ndarray, np.ndarray]) -> Point:
     codes = coder.encode(features[0]), coder.encode(features[1])
     vectors = coder.decode(codes[0]), coder.decode(codes[1])
     if method == "sign" and isinstance(coder, LinearHash) and coder.directions is not None:
         method = "sign, first bits"
-    return Point(name, family, method, coder.bits, codes if coder.hamming else None, vectors)
+    return Point("code", method, coder.bits, codes if coder.hamming else None, vectors)
 
 
 def measured(
     settings: CompressionSettings, point: Point, train: Reader, test: Reader, device: torch.device
-) -> dict[str, Any]:
+) -> dict[str, float]:
     labels = train.labels, test.labels
     probe = linear_probe(point.vectors[0], labels[0], point.vectors[1], labels[1])
     if point.codes is not None:
@@ -186,11 +178,6 @@ def measured(
         knn = weighted_knn(point.vectors[0], labels[0], point.vectors[1], labels[1], device=device)
         score = similarity_map(point.vectors[1], labels[1], point.vectors[0], labels[0], settings.top_n)
     return {
-        "model": point.model,
-        "family": point.family,
-        "method": point.method,
-        "bits": point.bits,
-        "compared_by": "cosine" if point.codes is None else "Hamming",
         "linear": probe.accuracy,
         "knn": knn,
         "map_over_hits": score.over_hits,
@@ -208,23 +195,13 @@ def ratios(run: Run, bits: int, test: Reader) -> dict[str, float]:
     )
 
 
-def as_csv(rows: list[dict[str, Any]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
 def print_compression(result: dict[str, Any]) -> None:
     """The rows on a terminal, by bits."""
     head = f"mAP@{result['top_n']}, hits"
-    print(f"{'model':16}{'method':18}{'bits':>7}{'linear %':>10}{'kNN %':>8}{head:>16}{'relevant':>10}")
-    for row in sorted(result["rows"], key=lambda row: (row["bits"], -row["linear"])):
+    print(f"{'run':16}{'method':18}{'bits':>7}{'linear %':>10}{'kNN %':>8}{head:>16}{'relevant':>10}")
+    for row in sorted(by_point(result["rows"]), key=lambda row: (row["bits"], -row["linear"])):
         hits, relevant = as_number(row["map_over_hits"]), as_number(row["map_over_relevant"])
-        print(
-            f"{row['model'][:15]:16}{row['method']:18}{row['bits']:>7,}{row['linear']:>10.1f}{row['knn']:>8.1f}"
-            f"{hits:>16.3f}{relevant:>10.3f}"
-        )
+        start = f"{row['run'][:15]:16}{row['method'] or 'features':18}{row['bits']:>7,}"
+        print(f"{start}{row['linear']:>10.1f}{row['knn']:>8.1f}{hits:>16.3f}{relevant:>10.3f}")
     for reason in result["left_out"]:
         print(f"left out: {reason}")

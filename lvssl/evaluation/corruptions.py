@@ -1,4 +1,4 @@
-"""Images made worse in steps, and images from elsewhere: what an honest uncertainty has to notice.
+"""Corruptions by severity, and out-of-distribution images: what an honest uncertainty has to notice.
 
 All are functions of pixels and a seed: uint8 [N, R, R, 3] in and out.
 """
@@ -22,7 +22,7 @@ KEPT = (0.8, 0.6, 0.4, 0.25, 0.12)  # share of the area that a crop keeps
 
 
 def corrupt(images: np.ndarray, kind: str, severity: int, seed: int = 0) -> np.ndarray:
-    """`images` made worse by one of CORRUPTIONS, severity 1 to 5; 0 gives them back.
+    """`images` with one of CORRUPTIONS, severity 1 to 5; 0 gives them back.
 
     Raises ValueError for an unknown kind or severity, or images that aren't uint8 [N, R, R, 3].
     """
@@ -94,7 +94,7 @@ def as_bytes(values: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
-# Images from elsewhere ------------------------------------------------------------------------------------
+# Out-of-distribution images --------------------------------------------------------------------------------
 
 
 def noise_images(count: int, side: int, seed: int = 0) -> np.ndarray:
@@ -124,7 +124,7 @@ def digit_images(count: int, side: int, seed: int = 0) -> np.ndarray:
     return np.stack(resized)[..., None].repeat(3, axis=3)
 
 
-ELSEWHERE: dict[str, Callable[[int, int, int], np.ndarray]] = {
+OUT_OF_DISTRIBUTION: dict[str, Callable[[int, int, int], np.ndarray]] = {
     "noise": noise_images,
     "textures": texture_images,
     "digits": digit_images,

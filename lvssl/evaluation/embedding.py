@@ -22,7 +22,7 @@ class Embedding:
     features: np.ndarray  # float32 [N, F]
     codes: np.ndarray  # uint8 [N, ceil(bits / 8)], packed
     bits: int
-    uncertainty: np.ndarray  # float32 [N], grows with the posterior's spread
+    uncertainty: np.ndarray  # float32 [N], grows with the posterior's scale
     rate_bits: float  # mean KL to the prior
     labels: np.ndarray  # int64 [N]
     rows: np.ndarray  # int64 [N], positions in the set: all, unless damaged images are skipped

@@ -1,10 +1,10 @@
-"""What a run is worth: probes and nearest neighbours for the run, its control, and the floors under both."""
+"""What a run is worth: probes and nearest neighbours for the run, its control, and the baselines of both."""
 
 import io
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +17,22 @@ from lvssl.codes.statistics import code_statistics, compression_ratios
 from lvssl.evaluation.embedding import Embedding, calibrate_batch_statistics, embed, pixels
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
+from lvssl.evaluation.sets import (
+    channels,
+    class_names,
+    embed_both,
+    jpeg_bytes,
+    labelled_pair,
+    with_defaults,
+)
 from lvssl.evaluation.uncertainty import r_auroc, risk_coverage_area
 from lvssl.latents import WITHOUT_LATENT
 from lvssl.models.backbone import feature_dim
 from lvssl.models.inference import device_of
 from lvssl.models.network import LVNet
-from lvssl.runs.labels import Subset, beside, open_pair, say_notes, sound_part
+from lvssl.runs.labels import sound_part
 from lvssl.runs.result import ResultFile
-from lvssl.runs.run import Run, load_run, require_classes_of, require_same_classes
+from lvssl.runs.run import Run, load_run
 from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME
 from pipelines.decode import Reader
 from pipelines.errors import InputError
@@ -38,15 +46,12 @@ GALLERY = "gallery.npz"
 QUERIES, NEIGHBOURS, EXTREMES = 40, 6, 12  # pictures in the gallery
 
 
-Settings = TypeVar("Settings", bound=Any)
-
-
 @dataclass(frozen=True)
 class EvaluateSettings:
     """Linear probe and kNN on features and codes: a run, its control, the random encoder and raw pixels."""
 
     run: Positional[Path] = field(metadata=POSITIONAL)
-    """The run's folder; evaluation.json and gallery.npz are written there."""
+    """The run's folder; evaluation.json and gallery.npz are written there, unless --out is given."""
     test: Path | None = None
     """The test images, made by `convert-beton`; left out: test.beton (or val) beside train.beton."""
     control: Path | None = None
@@ -56,6 +61,8 @@ class EvaluateSettings:
     on_error: str | None = None
     """An image that can't be decoded: raise (stop and name it), or skip (leave it out, and say how many);
     left out: as in the pretraining."""
+    out: Path | None = field(default=None, metadata=RUNTIME)
+    """The folder that the result goes into; left out: the run's."""
     overwrite: bool = field(default=False, metadata=PER_CALL)
     """Replace a result of other settings, or of an older checkpoint."""
     workers: int = field(default=0, metadata=RUNTIME)
@@ -63,8 +70,8 @@ class EvaluateSettings:
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
-    """Measure, write evaluation.json and gallery.npz into the run's folder, and return the former's content;
-    what is there already is not measured again.
+    """Measure, write evaluation.json and gallery.npz into the folder --out, or the run's, and return the
+    former's content; what is there already is not measured again.
 
     Raises:
         InputError: no such run or data, unfinished runs, labels that don't match, or another result stands
@@ -97,58 +104,24 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         control_sets = embed_both(control, train, test, settings.workers)
         control_figures = describe(control) | measure(*control_sets, control.network)[0]
         stages.update()
-    floor = floors(run, train, test, settings.workers)
+    baseline = baselines(run, train, test, settings.workers)
     stages.update()
     content = {
         "run": describe(run) | figures,
         "control": control_figures,
-        "floors": floor,
-        "table": table(run, control, figures, control_figures, floor),
+        "baselines": baseline,
+        "table": table(run, control, figures, control_figures, baseline),
         "compression": compression(run, test),
         "code_statistics": code_statistics(unpack_bits(sets[1].codes, sets[1].bits), sets[1].bit_means),
         "uncertainty": uncertainty(sets[1], wrong),
         "data": describe_data(run, settings, train, test) | {"skipped": skipped},
     }
     names = class_names(train)
-    write_gallery(run.folder / GALLERY, *sets, train, test, run.settings.view, names)
+    write_gallery(result.file_beside(), *sets, train, test, run.settings.view, names)
     content = result.write(content)
     stages.update()
     stages.close()
     return content
-
-
-def labelled_pair(run: Run, control: Run | None, train: Path | None, test: Path) -> tuple[Reader, Reader]:
-    """Training images (those of the pretraining, unless named) and test images, with the same numbers for the
-    same classes. Raises InputError as `open_pair` does, and if run and control were trained on others."""
-    if control is not None:
-        require_same_classes(run, control)
-    found = open_pair(train or run.settings.data, test)
-    if train is None:
-        require_classes_of(run, found[0], run.settings.data)
-    for each in found:
-        say_notes(each)
-    return found
-
-
-def with_defaults(settings: Settings, run: Run) -> Settings:
-    """Settings of a command that measures a run beside a control, with the test set and the control that lie
-    where one would look for them, and with what a damaged image does."""
-    test, control = settings.test, settings.control
-    if test is None:
-        test = beside(run.settings.data)
-    neighbour = run.folder.resolve().parent / "control"
-    if control is None and neighbour != run.folder.resolve() and (neighbour / "config.json").is_file():
-        control = run.folder.parent / "control"
-    return replace(settings, test=test, control=control, on_error=run.on_error(settings.on_error))
-
-
-def embed_both(
-    run: Run, train: Reader, test: Reader, workers: int, on_error: str = "raise"
-) -> tuple[Embedding, Embedding]:
-    return (
-        embed(run.network, train, run.settings.view, workers, on_error),
-        embed(run.network, test, run.settings.view, workers, on_error),
-    )
 
 
 def measure(train: Embedding, test: Embedding, network: LVNet) -> tuple[dict[str, Any], np.ndarray]:
@@ -186,7 +159,7 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
-def floors(run: Run, train: Reader, test: Reader, workers: int) -> dict[str, float]:
+def baselines(run: Run, train: Reader, test: Reader, workers: int) -> dict[str, float]:
     """The probe on what needs no training: the same network untrained, and the pixels."""
     settings = run.settings
     torch.manual_seed(settings.seed)
@@ -206,7 +179,7 @@ def table(
     control: Run | None,
     figures: dict[str, Any],
     control_figures: dict[str, Any] | None,
-    floor: dict[str, float],
+    baseline: dict[str, float],
 ) -> list[dict[str, Any]]:
     """Rows of the result: model, representation, bits, linear, knn (percent, or None)."""
 
@@ -227,8 +200,8 @@ def table(
     made = rows(run, figures)
     if control and control_figures:
         made += rows(control, control_figures)
-    made.append(row("random encoder", "features", None, floor["random"], None))
-    made.append(row("no encoder", "pixels", None, floor["pixels"], None))
+    made.append(row("random encoder", "features", None, baseline["random"], None))
+    made.append(row("no encoder", "pixels", None, baseline["pixels"], None))
     return made
 
 
@@ -258,33 +231,13 @@ def describe_data(run: Run, settings: EvaluateSettings, train: Reader, test: Rea
 
 
 def uncertainty(test: Embedding, wrong: np.ndarray) -> dict[str, float]:
-    """Does the posterior's spread say where features and probe fail? In [0, 1]."""
+    """Does the posterior's scale say where features and probe fail? In [0, 1]."""
     score = r_auroc(test.features, test.labels, test.uncertainty)
     return {
         "r_auroc": score.r_auroc,
         "recall_at_1": score.recall_at_1,
         "aurc": risk_coverage_area(wrong, test.uncertainty),
     }
-
-
-def jpeg_bytes(source: Reader) -> float | None:
-    """Mean size of the stored JPEGs; None where any image is stored as pixels."""
-    if isinstance(source, Subset):  # a few damaged ones change no mean that is worth a word
-        source = source.source
-    file = getattr(source, "file", None)
-    return float(file.sizes.mean()) if file is not None and not file.modes.any() else None
-
-
-def channels(source: Reader) -> int:
-    """1 if the first images are grey, else 3: a grey image that is stored as RGB isn't larger for it."""
-    view = ViewSettings(resolution=8)
-    crops = evaluation_crops(source, view, np.arange(min(256, len(source))))
-    return 1 if (crops == crops[..., :1]).all() else 3
-
-
-def class_names(source: Reader) -> list[str]:
-    """Of a set's labels; numbers where they have no names."""
-    return source.classes or [str(number) for number in range(int(source.labels.max()) + 1)]
 
 
 def manifest(data: Path) -> dict[str, Any]:

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from lvssl.evaluation.score import score
 from lvssl.evaluation.stage import Stage, prepare
-from lvssl.runs.labels import Labelled, labelled_rows, split
+from lvssl.runs.labels import LabelledDataset, labelled_rows, split
 from lvssl.runs.result import read_json
 from lvssl.settings.stages import FinetuneSettings
 from lvssl.training.distributed import connected, from_first
 from lvssl.training.stopping import Stop, stop_signals
-from lvssl.training.supervised import Classifier, Recipe, Supervised, largest_batch, predict, scaled_lr
+from lvssl.training.supervised import Classifier, Recipe, SupervisedTrainer, largest_batch, predict, scaled_lr
 from pipelines.errors import InputError
 from pipelines.files import write_json
 
@@ -55,7 +55,9 @@ def finetune(settings: FinetuneSettings) -> Stage[FinetuneSettings]:
         return stage.finish((labelled, test), figures, chosen=chosen, trials=trials, **more)
 
 
-def predictions(stage: Stage[FinetuneSettings], model: Classifier, data: Labelled) -> tuple[Tensor, Tensor]:
+def predictions(
+    stage: Stage[FinetuneSettings], model: Classifier, data: LabelledDataset
+) -> tuple[Tensor, Tensor]:
     """What `predict` gives."""
     view, workers, title = stage.run.settings.view, stage.settings.workers, f"finetune: {data.path.name}"
     return predict(model, data, view, stage.device, workers, stage.world, title, stage.engine)
@@ -74,7 +76,7 @@ def grid(settings: FinetuneSettings) -> list[dict[str, float]]:
 
 
 def sweep(
-    stage: Stage[FinetuneSettings], labelled: Labelled, folder: Path, stop: Stop
+    stage: Stage[FinetuneSettings], labelled: LabelledDataset, folder: Path, stop: Stop
 ) -> list[dict[str, Any]]:
     """Each pair of the grid with its figures on held-out images; those in trials.json aren't done again."""
     pairs = grid(stage.settings)
@@ -108,7 +110,7 @@ def read_trials(path: Path) -> list[dict[str, Any]]:
 
 def trial(
     stage: Stage[FinetuneSettings],
-    parts: tuple[Labelled, Labelled],
+    parts: tuple[LabelledDataset, LabelledDataset],
     pair: dict[str, float],
     folder: Path,
     stop: Stop,
@@ -151,12 +153,12 @@ def best(trials: list[dict[str, Any]]) -> dict[str, float]:
 
 def fit(
     stage: Stage[FinetuneSettings],
-    data: Labelled,
+    data: LabelledDataset,
     pair: dict[str, float],
     folder: Path,
     stop: Stop,
     title: str,
-) -> tuple[Classifier, Supervised]:
+) -> tuple[Classifier, SupervisedTrainer]:
     """One training from the run's weights, or from where it was interrupted."""
     settings = stage.settings
     batch = largest_batch(settings.batch_size, len(data), stage.world.size)
@@ -167,6 +169,8 @@ def fit(
     model = Classifier(
         copy.deepcopy(stage.run.network), settings.representation, data, frozen=False, seed=settings.seed
     )
-    training = Supervised(folder, model, data, stage.run.settings.view, recipe, stage.device, stage.world)
+    training = SupervisedTrainer(
+        folder, model, data, stage.run.settings.view, recipe, stage.device, stage.world
+    )
     training.run(stop, title)
     return model, training

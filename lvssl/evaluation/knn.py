@@ -1,22 +1,29 @@
 """Weighted nearest-neighbour classification (Wu et al. 2018), on features and on packed codes.
 
-Each of the k nearest training images votes for its class with weight exp(similarity / temperature).
+Each of the k nearest training images votes for its class with weight exp(similarity / temperature). Training
+images come in tiles, so that memory doesn't grow with their count: features may be a memmap larger than it.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lvssl.codes.search import hamming_distances
-from lvssl.runs.progress import shown
+from lvssl.codes import hamming
+from lvssl.codes.search import chunks, in_threads, nearest_keys, slices, thread_count, words
+from lvssl.runs.progress import with_progress
 from pipelines.kernels.compiled import compiled
 from pipelines.kernels.pack import as_array
 
-QUERIES = 512  # test images a chunk: [512, N] similarities at a time
+QUERIES = 8192  # test images for which the training images are read once
+BLOCK = 512  # of these at a time; with TILE: 8 MB of cosines
+TILE, DEVICE_TILE = 4096, 65_536  # training images at a time, on a CPU and elsewhere
+SPARE = 64  # places of a buffer beyond 2 k, so that a small k is not sorted out all the time
+HAMMING_QUERIES = 1024  # whose sums of tied votes [.., C] are held in fp64
 
 
 def weighted_knn(
@@ -35,33 +42,155 @@ def weighted_knn(
     """
     train_y, test_y = (torch.as_tensor(as_array(y)).long() for y in (train_y, test_y))
     check(train_x.shape, train_y, test_x.shape, test_y, k)
-    train_x = torch.as_tensor(train_x).to(device)
-    votes = weighted_votes(train_x, train_y, test_x, k, temperature)
-    return round(100 * float((votes.argmax(dim=1) == test_y).float().mean()), 4)
+    votes = weighted_votes(train_x, train_y, test_x, k, temperature, device)
+    return accuracy(votes, test_y)
+
+
+def accuracy(votes: Tensor, labels: Tensor) -> float:
+    return round(100 * float((votes.argmax(dim=1) == labels).float().mean()), 4)
 
 
 def weighted_votes(
-    train_x: Any, answers: Tensor, test_x: Any, k: int, temperature: float, title: str = ""
+    train_x: Any,
+    answers: Tensor,
+    test_x: Any,
+    k: int,
+    temperature: float,
+    device: torch.device | None = None,
+    title: str = "",
 ) -> Tensor:
-    """Sums of the k nearest training images' weights exp((cosine - 1) / T), on the CPU; works where train_x
-    lies. For `answers` int64 [N] (classes) by class, [M, C]; for float [N, T] (targets) times these, [M, T].
-    `title`: of the progress shown; empty: none.
+    """Sums of the k nearest training images' weights exp((cosine - 1) / T), on the CPU: `sums_of_votes` of
+    what `nearest_by_cosine` finds, whose arguments these are."""
+    cosines, rows = nearest_by_cosine(train_x, test_x, min(k, len(train_x)), device, title)
+    return sums_of_votes(rows, cosine_weights(cosines, temperature), answers)
+
+
+def cosine_weights(cosines: Tensor, temperature: float) -> Tensor:
+    # exp((s - 1) / T) instead of exp(s / T): the same ranking, and it stays within (0, 1].
+    return torch.exp((cosines - 1) / temperature)
+
+
+def sums_of_votes(rows: Tensor, weights: Tensor, answers: Tensor) -> Tensor:
+    """For neighbours int64 [M, k] with weights [M, k]: of `answers` int64 [N] (classes) sums of weights by
+    class, [M, C]; of float [N, T] (targets) weighted sums of these, [M, T]."""
+    if answers.is_floating_point():
+        parts = zip(rows.split(BLOCK), weights.split(BLOCK))
+        return torch.cat([(part[:, :, None] * answers[near]).sum(dim=1) for near, part in parts])
+    sums = torch.zeros(len(rows), int(answers.max()) + 1, dtype=weights.dtype)
+    return sums.scatter_add_(1, answers[rows], weights)
+
+
+def nearest_by_cosine(
+    train_x: Any, test_x: Any, k: int, device: torch.device | None = None, title: str = ""
+) -> tuple[Tensor, Tensor]:
+    """The k rows of train_x [N, D] that are most similar to each of test_x [M, D]: (cosines float32 [M, k],
+    rows int64 [M, k]), on the CPU, most similar first, equals by the lower row (on a GPU: in any order).
+
+    Tensors, or arrays and memmaps of any float type, on the CPU. `device`: where it is computed; left out:
+    where train_x lies. `title`: of the progress shown; empty: none. FloatingPointError: features
+    that are not finite.
     """
-    train_x, test_x = (torch.as_tensor(x).float() for x in (train_x, test_x))
-    train_x, test_x = (torch.nn.functional.normalize(x, dim=1) for x in (train_x, test_x.to(train_x.device)))
-    answers, votes = answers.to(train_x.device), []
-    width = answers.shape[1] if answers.is_floating_point() else int(answers.max()) + 1
-    for queries in shown(test_x.split(QUERIES), title, len(test_x), len):
-        similarity, nearest = (queries @ train_x.T).topk(min(k, len(train_x)), dim=1)
-        # exp((s - 1) / T) instead of exp(s / T): the same ranking, and it stays within (0, 1].
-        weights = torch.exp((similarity - 1) / temperature)
-        sums = torch.zeros(len(queries), width, device=train_x.device)
-        if answers.is_floating_point():
-            sums = (weights[:, :, None] * answers[nearest]).sum(dim=1)
-        else:
-            sums.scatter_add_(1, answers[nearest], weights)
-        votes.append(sums.cpu())
-    return torch.cat(votes)
+    if device is None:
+        device = train_x.device if isinstance(train_x, Tensor) else torch.device("cpu")
+    starts = range(0, len(test_x), QUERIES)
+    found = []
+    for start in with_progress(starts, title, len(test_x), lambda start: min(QUERIES, len(test_x) - start)):
+        queries = unit_on(device, test_x[start : start + QUERIES])
+        near = nearest_on_cpu if device.type == "cpu" else nearest_on_device
+        found.append(near(train_x, queries, k))
+    return torch.cat([c for c, _ in found]), torch.cat([rows for _, rows in found])
+
+
+def unit(x: Any, out: Tensor) -> Tensor:
+    """Features [n, D] in the first rows of `out`, float32, of length 1. FloatingPointError: not finite."""
+    made = out[: len(x)]
+    made.copy_(x) if isinstance(x, Tensor) else np.copyto(made.numpy(), x, casting="unsafe")
+    lengths = torch.linalg.vector_norm(made, dim=1, keepdim=True)
+    if not bool(lengths.isfinite().all()):
+        raise FloatingPointError("features are not finite: the training diverged; lower --lr")
+    return made.div_(lengths.clamp_min_(1e-12))
+
+
+def unit_on(device: torch.device, x: Any) -> Tensor:
+    """The same, in memory of its own on the device."""
+    there = x if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
+    there = there.to(device)
+    return unit(there, torch.empty(there.shape, device=device))
+
+
+def nearest_on_device(train_x: Any, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    cosines = torch.empty(len(queries), 0, device=queries.device)
+    rows = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for first in range(0, len(train_x), DEVICE_TILE):
+        tile = unit_on(queries.device, train_x[first : first + DEVICE_TILE])
+        parts = []
+        for block, had, at in zip(queries.split(BLOCK), cosines.split(BLOCK), rows.split(BLOCK)):
+            near, column = (block @ tile.T).topk(min(k, len(tile)), dim=1)
+            best, place = torch.cat([had, near], 1).topk(min(k, first + len(tile)), dim=1)
+            parts.append((best, torch.cat([at, column + first], 1).gather(1, place)))
+        cosines, rows = (torch.cat(each) for each in zip(*parts))
+    return cosines.cpu(), rows.cpu()
+
+
+def nearest_on_cpu(train_x: Any, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    keys = np.full((len(queries), 2 * k + SPARE), np.iinfo(np.int64).max)
+    held, limits = np.zeros(len(queries), np.int64), np.full(len(queries), -np.inf, np.float32)
+    out, tiles = torch.empty(min(BLOCK, len(queries)), TILE), torch.empty(TILE, queries.shape[1])
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for first in range(0, len(train_x), TILE):
+            tile = unit(train_x[first : first + TILE], tiles)
+            for start in range(0, len(queries), BLOCK):
+                block = queries[start : start + BLOCK]
+                cosines = out.flatten()[: len(block) * len(tile)].view(len(block), len(tile))
+                torch.mm(block, tile.T, out=cosines)
+                tasks = [
+                    pool.submit(
+                        take_nearest,
+                        cosines.numpy()[part],
+                        first,
+                        keys[start : start + BLOCK][part],
+                        held[start : start + BLOCK][part],
+                        limits[start : start + BLOCK][part],
+                        k,
+                    )
+                    for part in slices(len(block), torch.get_num_threads())
+                ]
+                for task in tasks:
+                    task.result()
+    keys[np.arange(keys.shape[1]) >= held[:, None]] = np.iinfo(np.int64).max
+    keys = np.sort(keys, axis=1)[:, :k]
+    ordered = -(keys >> 32).astype(np.int32)
+    bits = np.where(ordered < 0, ordered ^ np.int32(0x7FFFFFFF), ordered)
+    return torch.from_numpy(bits.view(np.float32).copy()), torch.from_numpy(keys & 0xFFFFFFFF)
+
+
+@compiled()
+def take_nearest(cosines, first, keys, held, limits, k):
+    """Take the training images of a tile into the k most similar of each query.
+
+    cosines float32 [Q, n] to images number `first` and on; keys int64 [Q, > k] the buffers, held int64 [Q]
+    how much of each is in use, limits float32 [Q] the cosine up to which an image comes too late. A key's
+    order is "more similar first, then the lower row": the negative of the cosine's bits, as an integer of the
+    same order, above 32 bits of the row.
+    """
+    bits = cosines.view(np.int32)
+    for q in range(cosines.shape[0]):
+        limit, used = limits[q], held[q]
+        for n in range(cosines.shape[1]):
+            if cosines[q, n] > limit:
+                order = np.int64(bits[q, n])
+                if order < 0:
+                    order ^= 0x7FFFFFFF
+                keys[q, used] = (-order << 32) | (first + n)
+                used += 1
+                if used == keys.shape[1]:
+                    keys[q].sort()
+                    used = k
+                    order = -(keys[q, k - 1] >> 32)
+                    if order < 0:
+                        order ^= 0x7FFFFFFF
+                    limit = np.int32(order).view(np.float32)
+        limits[q], held[q] = limit, used
 
 
 def hamming_knn(
@@ -83,8 +212,7 @@ def hamming_knn(
     """
     train_y, test_y = (torch.as_tensor(as_array(y)).long() for y in (train_y, test_y))
     check(train_codes.shape, train_y, test_codes.shape, test_y, k)
-    votes = hamming_votes(train_codes, train_y, test_codes, bits, k, temperature)
-    return round(100 * float((votes.argmax(dim=1) == test_y).float().mean()), 4)
+    return accuracy(hamming_votes(train_codes, train_y, test_codes, bits, k, temperature), test_y)
 
 
 def hamming_votes(
@@ -96,38 +224,79 @@ def hamming_votes(
     temperature: float,
     title: str = "",
 ) -> Tensor:
-    """As `weighted_votes`, on packed codes: [M, C] for classes, [M, T] for targets."""
+    """As `weighted_votes`, on packed codes: [M, C] for classes, [M, T] for targets.
+
+    Of the k + 1 nearest, all nearer than the k-th vote whole. The database is read again for those queries
+    of which the (k + 1)-th is as far as the k-th: all at that distance share the places left.
+    """
     k = min(k, len(answers))
-    table = answers if answers.is_floating_point() else torch.nn.functional.one_hot(answers)
-    weights = torch.exp(-2 * torch.arange(bits + 1) / bits / temperature).numpy()
-    parts, votes = [test_codes[start : start + QUERIES] for start in range(0, len(test_codes), QUERIES)], []
-    for queries in shown(parts, title, len(test_codes), len):
-        votes.append(np.zeros((len(queries), table.shape[1]), np.float32))
-        distances = hamming_distances(queries, train_codes)
-        count_votes(distances, table.float().numpy(), weights, k, votes[-1])
-    return torch.from_numpy(np.concatenate(votes))
+    weights = torch.exp(-2 * torch.arange(bits + 1) / bits / temperature)
+    starts = range(0, len(test_codes), HAMMING_QUERIES)
+    parts, votes = [test_codes[start : start + HAMMING_QUERIES] for start in starts], []
+    for queries in with_progress(parts, title, len(test_codes), len):
+        keys = nearest_keys(queries, train_codes, min(k + 1, len(train_codes)), queries.shape[1], 0)
+        distances, rows = (
+            keys >> hamming.ROW_BITS,
+            torch.from_numpy(keys[:, :k] & ((1 << hamming.ROW_BITS) - 1)),
+        )
+        last = distances[:, k - 1]
+        tied = np.flatnonzero(distances[:, -1] == last) if keys.shape[1] > k else np.zeros(0, np.int64)
+        whole = weights[torch.from_numpy(distances[:, :k]).long()].double()
+        nearer = torch.from_numpy(distances[:, :k] < last[:, None])
+        untied = torch.ones(len(queries), 1, dtype=torch.bool)
+        untied[torch.from_numpy(tied)] = False
+        sums = sums_of_votes(rows, whole * (nearer | untied), answers)
+        if len(tied):
+            found = torch.from_numpy(shares_of_tied(queries[tied], last[tied], train_codes, answers))
+            left = (k - nearer.sum(dim=1)[torch.from_numpy(tied)]) * weights[
+                torch.from_numpy(last[tied]).long()
+            ]
+            sums[torch.from_numpy(tied)] += left.double()[:, None] * found
+        votes.append(sums.float())
+    return torch.cat(votes)
+
+
+def shares_of_tied(
+    queries: np.ndarray, distance: np.ndarray, train_codes: np.ndarray, answers: Tensor
+) -> np.ndarray:
+    """Of the training images at distance [Q] from each query: the share of each class, float64 [Q, C], or
+    their mean targets, [Q, T]."""
+    labels, table = answers.numpy(), np.zeros((0, int(answers.max()) + 1), np.float32)
+    if answers.is_floating_point():
+        labels, table = np.zeros(0, np.int64), labels
+    sums, counts = np.zeros((len(queries), table.shape[1])), np.zeros(len(queries), np.int64)
+    query_words, limits = words(queries), distance.astype(np.uint64)
+    for first, chunk in chunks(train_codes):
+        last = first + len(chunk)
+
+        def add(part: slice, chunk: np.ndarray = chunk, first: int = first, last: int = last) -> None:
+            given = query_words[part], limits[part], chunk, labels[first:last], table[first:last]
+            add_tied(*given, sums[part], counts[part])
+
+        in_threads(add, slices(len(queries), thread_count(0)))
+    return sums / counts[:, None]
 
 
 @compiled()
-def count_votes(distances, table, weights, k, votes):
-    """Adds to votes float32 [Q, T] for distances int32 [Q, N], answers table float32 [N, T] and the weight of
-    each distance: images nearer than the k-th count whole, those as far by their share of the places left.
-    """
-    for q in range(distances.shape[0]):
-        counts = np.zeros(len(weights), np.int64)
-        for n in range(distances.shape[1]):
-            counts[distances[q, n]] += 1
-        last, nearer = 0, 0
-        while nearer + counts[last] < k:
-            nearer += counts[last]
-            last += 1
-        share = (k - nearer) / counts[last]
-        for n in range(distances.shape[1]):
-            d = distances[q, n]
-            if d <= last:
-                weight = weights[d] if d < last else weights[d] * share
-                for t in range(table.shape[1]):
-                    votes[q, t] += weight * table[n, t]
+def add_tied(queries, distance, database, labels, table, sums, counts):
+    """Add to sums float64 [Q, T] the answers of the rows of database uint64 [N, W] that lie at `distance`
+    uint64 [Q] from queries uint64 [Q, W], and to counts int64 [Q] how many there are. Answers are 1 for the
+    class in labels int64 [N], or, where there is a table float32 [N, T], its rows."""
+    tile = np.empty((queries.shape[1], hamming.TILE), np.uint64)
+    distances = np.empty(hamming.TILE, np.uint64)
+    for start in range(0, database.shape[0], hamming.TILE):
+        rows = database[start : start + hamming.TILE]
+        hamming.transpose(rows, tile)
+        for q in range(queries.shape[0]):
+            hamming.tile_distances(queries[q], tile, distances)
+            for r in range(rows.shape[0]):
+                if distances[r] == distance[q]:
+                    counts[q] += 1
+                    if table.shape[0]:
+                        for t in range(table.shape[1]):
+                            sums[q, t] += table[start + r, t]
+                    else:
+                        sums[q, labels[start + r]] += 1.0
 
 
 def check(train_shape: Any, train_y: Any, test_shape: Any, test_y: Any, k: int) -> None:

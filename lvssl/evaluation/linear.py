@@ -15,14 +15,14 @@ from lvssl.evaluation.score import score
 from lvssl.evaluation.stage import Stage, prepare
 from lvssl.models.inference import infer
 from lvssl.models.network import LVNet
-from lvssl.runs.labels import Labelled, readable, say_left_out, split
+from lvssl.runs.labels import LabelledDataset, readable, say_left_out, split
 from lvssl.settings.stages import LinearSettings
 from lvssl.training.distributed import connected
 from lvssl.training.stopping import Stop, stop_signals
 from lvssl.training.supervised import (
     Classifier,
     Recipe,
-    Supervised,
+    SupervisedTrainer,
     largest_batch,
     predict,
     represent,
@@ -62,7 +62,7 @@ def linear(settings: LinearSettings) -> Stage[LinearSettings]:
     return stage.finish((train, test), figures, probe=probe, seconds=seconds, **more)
 
 
-def pick_probe(wanted: str, train: Labelled) -> str:
+def pick_probe(wanted: str, train: LabelledDataset) -> str:
     """The probe that `auto` stands for. Raises InputError for one that can't do what the set asks."""
     exact = "ridge" if train.targets else "logistic"
     if wanted == "auto":
@@ -74,7 +74,7 @@ def pick_probe(wanted: str, train: Labelled) -> str:
 
 
 def by_sgd(
-    stage: Stage[LinearSettings], train: Labelled, test: Labelled, stop: Stop
+    stage: Stage[LinearSettings], train: LabelledDataset, test: LabelledDataset, stop: Stop
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """The published protocol: predictions of the test set, its answers, and what to say of the training."""
     settings, run, world = stage.settings, stage.run, stage.world
@@ -85,7 +85,7 @@ def by_sgd(
     )  # fmt: skip
     model = Classifier(run.network, settings.representation, train, frozen=True, seed=settings.seed)
     view = run.settings.view
-    training = Supervised(stage.claim(train), model, train, view, recipe, stage.device, world)
+    training = SupervisedTrainer(stage.claim(train), model, train, view, recipe, stage.device, world)
     training.run(stop, f"linear {run.folder.name}")
     title = f"linear: {test.path.name}"
     found = predict(model, test, view, stage.device, settings.workers, world, title, stage.engine)
@@ -93,7 +93,7 @@ def by_sgd(
 
 
 def exactly(
-    stage: Stage[LinearSettings], train: Labelled, test: Labelled
+    stage: Stage[LinearSettings], train: LabelledDataset, test: LabelledDataset
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """As `by_sgd`, an L2-regularised probe on the centre crops' representations, its strength chosen on
     held-out images."""
@@ -113,8 +113,8 @@ def exactly(
 
 
 def represented(
-    network: LVNet, data: Labelled, on: str, view: ViewSettings, workers: int
-) -> tuple[np.ndarray, Labelled]:
+    network: LVNet, data: LabelledDataset, on: str, view: ViewSettings, workers: int
+) -> tuple[np.ndarray, LabelledDataset]:
     """A representation of each centre crop, float32 [N, W], and these images: all but those skipped."""
     batches = readable(data.source, view, workers, data.on_error, title=f"linear: {data.path.name}")
     found = infer(network, batches, view, lambda images: represent(network, images, on))
@@ -124,7 +124,7 @@ def represented(
     return torch.cat([x for x, _ in parts]).numpy(), data if len(rows) == len(data) else data.only(rows)
 
 
-def ridge_probe(x: np.ndarray, train: Labelled, test_x: np.ndarray, seed: int) -> tuple[Tensor, float]:
+def ridge_probe(x: np.ndarray, train: LabelledDataset, test_x: np.ndarray, seed: int) -> tuple[Tensor, float]:
     """Ridge regression on standardised features: min |y - xW - b|^2 + N * strength * |W|^2; and that
     strength."""
     x, test_x = standardise(x, test_x)

@@ -1,7 +1,8 @@
 """What a study measures of one run, and the equal-bit controls that are made of a deterministic one.
 
-A measure has a value for each *way* it can be had: a code's accuracy for each code, an uncertainty's R-AUROC
-for each score. Which way is the strongest is decided over seeds (`lvssl.evaluation.pairs`), not run by run.
+What is measured are rows (`lvssl.runs.rows`); a measure is what arms are compared in, with a value for each
+*method* by which it is obtained: a code's accuracy for each code, an uncertainty's R-AUROC for each score.
+Which one is the strongest is decided over seeds (`lvssl.evaluation.pairs`), not run by run.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ import numpy as np
 import torch
 
 from lvssl.codes.controls import CONTROLS, Coder
-from lvssl.evaluation.analyse import AnalyseSettings, Factors, Sets, known_factors, uncertainty
-from lvssl.evaluation.embedding import Embedding, embed
+from lvssl.evaluation.embedding import Embedding
+from lvssl.evaluation.factors import Factors, known_factors
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
+from lvssl.evaluation.scorer import uncertainty
+from lvssl.evaluation.sets import Sampling, Sets, embed_both
 from lvssl.models.inference import device_of
 from lvssl.models.network import latent_dim
 from lvssl.runs.labels import sound_part
+from lvssl.runs.rows import Row, rows_of
 from lvssl.runs.run import Run
 from lvssl.settings.pretrain import PretrainSettings
 from pipelines.decode import Reader
@@ -34,38 +38,56 @@ HASHES = ("sign", "PCA + sign", "ITQ", "LSH")  # of lvssl.codes.controls, compar
 LABEL_FREE = ("posterior", "rate", "norm", "distance")  # scores of uncertainty that have seen no label
 OF_LATENT = ("posterior", "rate")
 
-# Measures of a run: name -> (what it says, whether higher is better).
-MEASURES: dict[str, tuple[str, bool]] = {
-    "features_linear": ("features, linear probe, %", True),
-    "features_knn": ("features, kNN, %", True),
-    "features_map": ("features, mAP@1000 over hits", True),
-    "features_map_relevant": ("features, mAP@1000 over relevant", True),
-    "code_linear": ("code, linear probe, %", True),
-    "code_knn": ("code, Hamming kNN, %", True),
-    "code_map": ("code, mAP@1000 over hits", True),
-    "code_map_relevant": ("code, mAP@1000 over relevant", True),
-    "code_shapes_r2": ("shapes' factors from the code, R²", True),
-    "code_augmentation_r2": ("augmentation parameters from the code, R²", True),
-    "recall_at_1": ("R@1", True),
-    "r_auroc": ("R-AUROC, best label-free score", True),
-    "aurc": ("AURC, best label-free score", False),
-    "ood": ("AUROC against images from elsewhere, best label-free score", True),
-    "corruption": ("rank correlation with severity, best label-free score", True),
-    "crop": ("share of crops less certain than the whole, best label-free score", True),
-    "latent_r_auroc": ("R-AUROC, latent's own score", True),
-    "latent_aurc": ("AURC, latent's own score", False),
-    "latent_ood": ("AUROC against images from elsewhere, latent's own score", True),
-    "latent_corruption": ("rank correlation with severity, latent's own score", True),
-    "latent_crop": ("share of crops less certain than the whole, latent's own score", True),
-    "nll": ("NLL of the probe (of the latent's samples, if any)", False),
-    "brier": ("Brier score of that probe", False),
-    "ece": ("ECE of that probe", False),
-}
-OF_CODE = tuple(name for name in MEASURES if name.startswith("code_"))
-OF_UNCERTAINTY = tuple(MEASURES)[tuple(MEASURES).index("r_auroc") :]  # and of the probe's confidence
-OF_SCORES = ("r_auroc", "aurc", "ood", "corruption", "crop")
 
-Ways = dict[str, float]  # way -> value
+class Measure(NamedTuple):
+    """What is compared between arms: the rows of a representation and a metric."""
+
+    says: str
+    higher: bool  # is better
+    representation: str
+    metric: str
+    own_score: bool = False  # of an uncertainty: by the latent's own scores alone
+
+
+def of_uncertainty(own_score: bool) -> dict[str, Measure]:
+    by = "latent's own score" if own_score else "best label-free score"
+    says = {
+        "r_auroc": ("R-AUROC", True),
+        "aurc": ("AURC", False),
+        "ood": ("AUROC against out-of-distribution images", True),
+        "corruption": ("rank correlation with severity", True),
+        "crop": ("share of crops less certain than the whole", True),
+    }
+    prefix = "latent_" if own_score else ""
+    return {
+        f"{prefix}{metric}": Measure(f"{what}, {by}", higher, "uncertainty", metric, own_score)
+        for metric, (what, higher) in says.items()
+    }
+
+
+MEASURES: dict[str, Measure] = {
+    "features_linear": Measure("features, linear probe, %", True, "features", "linear"),
+    "features_knn": Measure("features, kNN, %", True, "features", "knn"),
+    "features_map": Measure("features, mAP@1000 over hits", True, "features", "map_over_hits"),
+    "features_map_relevant": Measure(
+        "features, mAP@1000 over relevant", True, "features", "map_over_relevant"
+    ),
+    "code_linear": Measure("code, linear probe, %", True, "code", "linear"),
+    "code_knn": Measure("code, Hamming kNN, %", True, "code", "knn"),
+    "code_map": Measure("code, mAP@1000 over hits", True, "code", "map_over_hits"),
+    "code_map_relevant": Measure("code, mAP@1000 over relevant", True, "code", "map_over_relevant"),
+    "code_shapes_r2": Measure("shapes' factors from the code, R²", True, "code", "shapes_r2"),
+    "code_augmentation_r2": Measure(
+        "augmentation parameters from the code, R²", True, "code", "augmentation_r2"
+    ),
+    "recall_at_1": Measure("R@1", True, "features", "recall_at_1"),
+    **of_uncertainty(own_score=False),
+    **of_uncertainty(own_score=True),
+    "nll": Measure("NLL of the probe (of the latent's samples, if any)", False, "probe", "nll"),
+    "brier": Measure("Brier score of that probe", False, "probe", "brier"),
+    "ece": Measure("ECE of that probe", False, "probe", "ece"),
+}
+OF_UNCERTAINTY = tuple(MEASURES)[tuple(MEASURES).index("r_auroc") :]  # and of the probe's confidence
 
 
 def code_bits(settings: PretrainSettings) -> int:
@@ -75,57 +97,60 @@ def code_bits(settings: PretrainSettings) -> int:
 
 
 def measured(
-    run: Run, train: Reader, test: Reader, lengths: tuple[int, ...], settings: AnalyseSettings
-) -> dict[str, Any]:
-    """`measures`: name -> Ways. `controls`, of a deterministic run: bits -> name of OF_CODE -> Ways, for each
-    of `lengths`."""
-    view = run.settings.view
-    counts, on_error = (len(train), len(test)), run.on_error(settings.on_error)
-    embedded = (
-        embed(run.network, train, view, on_error=on_error),
-        embed(run.network, test, view, on_error=on_error),
-    )
+    run: Run, train: Reader, test: Reader, test_path: Path, lengths: tuple[int, ...], sampling: Sampling
+) -> tuple[dict[str, Any], list[Row]]:
+    """What describes the run, and its measurements; of a deterministic one also those of codes of each of
+    `lengths`. The rows' `run` is the run folder's name."""
+    counts, on_error = (len(train), len(test)), run.on_error(sampling.on_error)
+    embedded = embed_both(run, train, test, 0, on_error)
     train = sound_part(run.settings.data, train, embedded[0].rows)
-    test = sound_part(settings.test or Path("test"), test, embedded[1].rows)
-    bits = embedded[1].bits
-    sets = Sets.of(settings, run, train, test)
-    seen = Seen(*embedded, known_factors(run, sets, settings))
-    of_features = accuracies_of_features(*embedded, device_of(run.network))
-    controls, of_code = {}, {}
-    if not run.network.family.stochastic:
-        controls = {str(length): equal_bit(seen, length) for length in lengths}
-        of_code = controls.get(str(bits)) or equal_bit(seen, bits)
+    test = sound_part(test_path, test, embedded[1].rows)
+    bits, width = embedded[1].bits, embedded[1].features.shape[1]
+    sets = Sets.of(sampling, run, train, test)
+    data = CodeEvaluationData(*embedded, known_factors(run, sets, sampling))
+    analysed, _ = uncertainty(run, sets, sampling)
+    recall = next(iter(analysed["scores"].values()))["recall_at_1"]
+    of_features = accuracies_of_features(*embedded, device_of(run.network)) | {"recall_at_1": recall}
+    points = [("features", "", 32 * width, of_features), *of_scores(analysed)]
     if run.network.family.own_code:
-        own = of_one_code(seen, lambda features, code: code, bits)
-        of_code = {name: of_code.get(name, {}) | {"code": own[name]} for name in OF_CODE}
-    analysed, _ = uncertainty(run, sets, settings)
-    return {
+        points.append(("code", "code", bits, of_one_code(data, lambda features, code: code, bits)))
+    if not run.network.family.stochastic:
+        points += [point for length in sorted({*lengths, bits}) for point in equal_bit(data, length)]
+    described = {
+        "deterministic": not run.network.family.stochastic,
         "bits": bits,
-        "features": embedded[1].features.shape[1],
+        "features": width,
         "rate_bits": embedded[1].rate_bits,
         "database": len(train),
         "queries": len(test),
         "skipped": {"train": counts[0] - len(train), "test": counts[1] - len(test)},
-        "measures": of_features | of_code | of_scores(analysed),
-        "controls": controls,
     }
+    place = {"run": run.folder.name, "seed": run.settings.seed}
+    return described, [
+        row
+        for representation, method, length, metrics in points
+        for row in rows_of(metrics, representation=representation, method=method, bits=length, **place)
+    ]
 
 
-def accuracies_of_features(train: Embedding, test: Embedding, device: torch.device) -> dict[str, Ways]:
+def accuracies_of_features(train: Embedding, test: Embedding, device: torch.device) -> dict[str, float]:
     both = train.features, train.labels, test.features, test.labels
     score = similarity_map(test.features, test.labels, train.features, train.labels, FIRST)
     return {
-        "features_linear": {"": linear_probe(*both).accuracy},
-        "features_knn": {"": weighted_knn(*both, device=device)},
-        "features_map": {"": score.over_hits},
-        "features_map_relevant": {"": score.over_relevant},
+        "linear": linear_probe(*both).accuracy,
+        "knn": weighted_knn(*both, device=device),
+        "map_over_hits": score.over_hits,
+        "map_over_relevant": score.over_relevant,
     }
 
 
 # Codes ----------------------------------------------------------------------------------------------------
 
 
-class Seen(NamedTuple):
+Point = tuple[str, str, int | None, dict[str, float]]  # representation, method, bits, metrics
+
+
+class CodeEvaluationData(NamedTuple):
     """All that a code is judged on."""
 
     train: Embedding
@@ -138,17 +163,15 @@ Coding = Callable[
 ]  # (features [N, F], the run's own code) -> packed bits
 
 
-def equal_bit(seen: Seen, bits: int) -> dict[str, Ways]:
-    """The measures of the code for each of HASHES, fitted on the training features; empty if none has so many
-    bits."""
-    found: dict[str, Ways] = {}
+def equal_bit(data: CodeEvaluationData, bits: int) -> list[Point]:
+    """The code of each of HASHES, fitted on the training features; none of more bits than it can have."""
+    found: list[Point] = []
     for method in HASHES:
         try:
-            coder = CONTROLS[method](seen.train.features, bits, 0)
+            coder = CONTROLS[method](data.train.features, bits, 0)
         except ValueError:  # more bits than features
             continue
-        for name, value in of_one_code(seen, partial(encoded_by, coder), bits).items():
-            found.setdefault(name, {})[method] = value
+        found.append(("code", method, bits, of_one_code(data, partial(encoded_by, coder), bits)))
     return found
 
 
@@ -156,22 +179,22 @@ def encoded_by(coder: Coder, features: np.ndarray, own: np.ndarray) -> np.ndarra
     return coder.encode(features)
 
 
-def of_one_code(seen: Seen, coding: Coding, bits: int) -> dict[str, float]:
-    """OF_CODE of one code."""
-    packed = [coding(s.features, s.codes) for s in (seen.train, seen.test)]
-    labels = seen.train.labels, seen.test.labels
+def of_one_code(data: CodeEvaluationData, coding: Coding, bits: int) -> dict[str, float]:
+    """The metrics of one code."""
+    packed = [coding(s.features, s.codes) for s in (data.train, data.test)]
+    labels = data.train.labels, data.test.labels
     x = [signs(p, bits) for p in packed]
     score = retrieval_map(packed[1], labels[1], packed[0], labels[0], FIRST)
     found = {
-        "code_linear": linear_probe(x[0], labels[0], x[1], labels[1]).accuracy,
-        "code_knn": hamming_knn(packed[0], labels[0], packed[1], labels[1], bits),
-        "code_map": score.over_hits,
-        "code_map_relevant": score.over_relevant,
+        "linear": linear_probe(x[0], labels[0], x[1], labels[1]).accuracy,
+        "knn": hamming_knn(packed[0], labels[0], packed[1], labels[1], bits),
+        "map_over_hits": score.over_hits,
+        "map_over_relevant": score.over_relevant,
     }
-    for kind, parts in seen.factors.items():
-        x = [signs(coding(reading.features, pack_bits(reading.bits)), bits) for reading, _ in parts]
+    for kind, parts in data.factors.items():
+        x = [signs(coding(outputs.features, pack_bits(outputs.bits)), bits) for outputs, _ in parts]
         regressed = ridge_each(x[0], parts[0][1], x[1], parts[1][1])
-        found[f"code_{kind}_r2"] = float(np.nanmean([r.r2 for r in regressed.values()]))
+        found[f"{kind}_r2"] = float(np.nanmean([r.r2 for r in regressed.values()]))
     return found
 
 
@@ -182,16 +205,15 @@ def signs(packed: np.ndarray, bits: int) -> np.ndarray:
 # Uncertainty ----------------------------------------------------------------------------------------------
 
 
-def of_scores(analysed: dict[str, Any]) -> dict[str, Ways]:
-    """The uncertainty's measures and the probe's, from `analyse.uncertainty`. A deterministic run has, in the
-    place of a latent's own score, its strongest label-free one."""
-    scores = {name: of_one_score(s) for name, s in analysed["scores"].items() if name in LABEL_FREE}
-    own = {name: s for name, s in scores.items() if name in OF_LATENT} or scores
-    found = {name: {way: s[name] for way, s in scores.items()} for name in OF_SCORES}
-    found |= {f"latent_{name}": {way: s[name] for way, s in own.items()} for name in OF_SCORES}
-    found["recall_at_1"] = {"": next(iter(analysed["scores"].values()))["recall_at_1"]}
+def of_scores(analysed: dict[str, Any]) -> list[Point]:
+    """The uncertainty's metrics by score, and the probe's, from `scorer.uncertainty`."""
+    scores = {name: score for name, score in analysed["scores"].items() if name in LABEL_FREE}
+    found: list[Point] = [("uncertainty", name, None, of_one_score(s)) for name, s in scores.items()]
     probe = "latent samples" if "latent samples" in analysed["probes"] else "features"
-    return found | {name: {probe: analysed["probes"][probe][name]} for name in ("nll", "brier", "ece")}
+    return [
+        *found,
+        ("probe", probe, None, {n: analysed["probes"][probe][n] for n in ("nll", "brier", "ece")}),
+    ]
 
 
 def of_one_score(score: dict[str, float]) -> dict[str, float]:

@@ -49,16 +49,14 @@ def vote(
     train: Embedding, test: Embedding, answers: Tensor, k: int, temperature: float, device: torch.device
 ) -> dict[str, Tensor]:
     """Votes by class [M, C], or weighted means of the targets [M, T], by features and by code."""
-    x = torch.from_numpy(train.features).to(device)
-
-    def by_features(of: Tensor) -> Tensor:
-        return weighted_votes(x, of, test.features, k, temperature, "knn: votes by features")
-
-    def by_code(of: Tensor) -> Tensor:
-        return hamming_votes(train.codes, of, test.codes, test.bits, k, temperature, "knn: votes by code")
-
-    ways = {"features": by_features, "code": by_code}
+    wide = answers
+    if answers.is_floating_point():  # the sum of the weights, too
+        wide = torch.cat([answers, torch.ones(len(answers), 1)], dim=1)
+    given = wide, test.features, k, temperature, device, "knn: votes by features"
+    found = {
+        "features": weighted_votes(train.features, *given),
+        "code": hamming_votes(train.codes, wide, test.codes, test.bits, k, temperature, "knn: votes by code"),
+    }
     if not answers.is_floating_point():
-        return {name: way(answers) for name, way in ways.items()}
-    total = torch.ones(len(answers), 1)
-    return {name: way(answers) / way(total) for name, way in ways.items()}
+        return found
+    return {name: sums[:, :-1] / sums[:, -1:] for name, sums in found.items()}

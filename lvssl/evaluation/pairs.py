@@ -1,106 +1,120 @@
 """Arms compared seed by seed: what a study concludes from.
 
-Where a measure can be had in several ways (`lvssl.evaluation.measures`), each side has its strongest: the one
-of the best mean over the shared seeds. The best of each seed would be chosen on the test set's noise.
+Where a measure is obtained by several methods (`lvssl.evaluation.measures`), each side has its strongest:
+the one of the best mean over the shared seeds.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
-from typing import Any, NamedTuple
+from typing import Any
 
-from scipy.stats import t as student
-
-from lvssl.evaluation.measures import MEASURES, OF_CODE, OF_UNCERTAINTY, Ways
+from lvssl.evaluation.measures import MEASURES, OF_LATENT, OF_UNCERTAINTY
+from lvssl.runs.differences import interval, strongest
+from lvssl.runs.rows import Row
 
 # Arms that others are compared with, and in what; each with those before it, too.
 CONTROLS = {"none": tuple(MEASURES), "sign": tuple(MEASURES), "mcinfonce": OF_UNCERTAINTY}
+BEST = "the best control"  # of all deterministic arms, in features and codes
+OF_BEST = tuple(name for name in MEASURES if name not in OF_UNCERTAINTY)
 
-Row = dict[str, Any]
-
-
-class Strongest(NamedTuple):
-    way: str
-    values: list[float]  # by seed
+Runs = list[dict[str, Any]]
+ByMethod = dict[str, float]  # method -> value
 
 
-def strongest(ways: list[Ways], higher_is_better: bool) -> Strongest:
-    """Of the ways that all seeds have, the one of the best mean; a mean that isn't a number is the worst."""
-    shared = [way for way in ways[0] if all(way in of_seed for of_seed in ways)]
-    found = [Strongest(way, [of_seed[way] for of_seed in ways]) for way in shared]
+class Measured:
+    """The rows of a study by arm and seed."""
 
-    def merit(one: Strongest) -> float:
-        mean = statistics.fmean(one.values)
-        return -math.inf if math.isnan(mean) else mean if higher_is_better else -mean
+    def __init__(self, runs: Runs, rows: list[Row]) -> None:
+        self.runs = {(run["arm"], run["seed"]): run for run in runs}
+        self.arms = list(dict.fromkeys(run["arm"] for run in runs))
+        self.deterministic = [arm for arm in self.arms if self.first(arm)["deterministic"]]
+        self.found: dict[tuple[Any, ...], ByMethod] = {}
+        for row in rows:
+            bits = row["bits"] if row["representation"] == "code" else None
+            key = row["run"], row["seed"], row["representation"], row["metric"], bits
+            self.found.setdefault(key, {})[row["method"]] = row["value"]
 
-    return max(found, key=merit)
+    def first(self, arm: str) -> dict[str, Any]:
+        return next(run for (name, _), run in self.runs.items() if name == arm)
+
+    def seeds(self, *arms: str) -> list[int]:
+        """The seeds that all of the arms have."""
+        return [
+            seed for arm, seed in self.runs if arm == arms[0] and all((a, seed) in self.runs for a in arms)
+        ]
+
+    def of(self, arm: str, seed: int, name: str, bits: int) -> ByMethod:
+        """One of MEASURES; of a code that of so many bits; empty where there is none.
+
+        A deterministic run has, in the place of a latent's own score, all its scores.
+        """
+        measure = MEASURES[name]
+        length = bits if measure.representation == "code" else None
+        values = self.found.get((arm, seed, measure.representation, measure.metric, length), {})
+        own = {method: value for method, value in values.items() if method in OF_LATENT}
+        return own or values if measure.own_score else values
 
 
-def summary(rows: list[Row]) -> list[dict[str, Any]]:
-    """Each arm with its strongest way of each measure, and that way's values by seed."""
-    found = []
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        those = [row for row in rows if row["arm"] == arm]
+def summary(runs: Runs, rows: list[Row]) -> list[dict[str, Any]]:
+    """Each arm with its strongest method of each measure, and that method's values by seed."""
+    measured, found = Measured(runs, rows), []
+    for arm in measured.arms:
+        first, seeds = measured.first(arm), measured.seeds(arm)
+        all_of = {name: [measured.of(arm, s, name, first["bits"]) for s in seeds] for name in MEASURES}
         measures = {
-            name: strongest([row["measures"][name] for row in those], higher)._asdict()
-            for name, (_, higher) in MEASURES.items()
+            name: strongest(methods, MEASURES[name].higher)._asdict()
+            for name, methods in all_of.items()
+            if all(methods)
         }
-        same = {name: those[0][name] for name in ("arm", "family", "bits", "features")}
-        found.append(same | {"seeds": [row["seed"] for row in those], "measures": measures})
+        same = {name: first[name] for name in ("arm", "family", "bits", "features")}
+        found.append(same | {"seeds": seeds, "measures": measures})
     return found
 
 
-def pairs(rows: list[Row]) -> list[dict[str, Any]]:
+def pairs(runs: Runs, rows: list[Row]) -> list[dict[str, Any]]:
     """Every arm minus each control, seed by seed: mean, standard error, 95 % interval, verdict.
 
-    `of`, `against`: the ways that were compared. An arm's code is compared with the strongest code of the
-    *same number of bits* that is made from the control's features.
+    `of`, `against`: the methods that were compared. An arm's code is compared with the strongest code of the
+    *same number of bits* that is made from the control's features; against BEST, with the strongest that
+    any deterministic arm gives, named "ARM, METHOD".
     """
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    of = {(row["arm"], row["seed"]): row for row in rows}
-    found = []
+    measured, found = Measured(runs, rows), []
     for place, (control, compared) in enumerate(CONTROLS.items()):
-        for arm in arms:
-            seeds = [seed for name, seed in of if name == arm and (control, seed) in of]
-            if arm in list(CONTROLS)[: place + 1] or not seeds:
-                continue
-            for name in compared:
-                sides = [of[arm, s] for s in seeds], [of[control, s] for s in seeds]
-                if pair := difference(*sides, name):
-                    found.append({"arm": arm, "control": control, "measure": name, "seeds": seeds} | pair)
+        for arm in measured.arms:
+            if control in measured.arms and arm not in list(CONTROLS)[: place + 1]:
+                found += differences(measured, arm, control, [control], compared)
+    if len(measured.deterministic) > 1:
+        for arm in measured.arms:
+            if arm not in measured.deterministic:
+                found += differences(measured, arm, BEST, measured.deterministic, OF_BEST)
     return found
 
 
-def difference(mine: list[Row], theirs: list[Row], name: str) -> dict[str, Any] | None:
-    """One measure of an arm and a control, row by row; None where the control has nothing to compare with."""
-    other = [ways_against(row, name, mine[0]["bits"]) for row in theirs]
-    if not all(other):
-        return None
-    higher = MEASURES[name][1]
-    ours, best = strongest([row["measures"][name] for row in mine], higher), strongest(other, higher)
-    each = [a - b for a, b in zip(ours.values, best.values)]
-    return {"of": ours.way, "against": best.way, "each": each} | interval(each, higher)
+def differences(
+    measured: Measured, arm: str, name: str, controls: list[str], compared: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """An arm's measures minus those of the strongest of the controls; what one side lacks is left out."""
+    seeds, bits, found = measured.seeds(arm, *controls), measured.first(arm)["bits"], []
+    for measure in compared if seeds else ():
+        mine = [measured.of(arm, seed, measure, bits) for seed in seeds]
+        theirs = [against(measured, controls, seed, measure, bits) for seed in seeds]
+        if not (all(mine) and all(theirs)):
+            continue
+        higher = MEASURES[measure].higher
+        ours, best = strongest(mine, higher), strongest(theirs, higher)
+        each = [a - b for a, b in zip(ours.values, best.values)]
+        sides = {"of": ours.method, "against": best.method, "each": each}
+        start = {"arm": arm, "control": name, "measure": measure, "seeds": seeds}
+        found.append(start | sides | interval(each, higher))
+    return found
 
 
-def ways_against(control: Row, name: str, bits: int) -> Ways:
-    """A control's ways; those of a code at the other's number of bits."""
-    if name not in OF_CODE:
-        return control["measures"][name]
-    equal = control["controls"].get(str(bits), {}).get(name, {})
-    return equal | (control["measures"][name] if control["bits"] == bits else {})
-
-
-def interval(each: list[float], higher_is_better: bool) -> dict[str, Any]:
-    """Mean, its standard error and Student's 95 % interval; the verdict is `level` unless 0 is outside."""
-    mean = statistics.mean(each)
-    if len(each) < 2:
-        return {"mean": mean, "standard_error": None, "interval": None, "verdict": "one seed"}
-    error = statistics.stdev(each) / math.sqrt(len(each))
-    half = float(student.ppf(0.975, len(each) - 1)) * error
-    low, high = mean - half, mean + half
-    if low <= 0 <= high:
-        verdict = "level"
-    else:
-        verdict = "better" if (mean > 0) == higher_is_better else "worse"
-    return {"mean": mean, "standard_error": error, "interval": [low, high], "verdict": verdict}
+def against(measured: Measured, controls: list[str], seed: int, measure: str, bits: int) -> ByMethod:
+    """What the controls have; of several the methods say whose they are."""
+    if len(controls) == 1:
+        return measured.of(controls[0], seed, measure, bits)
+    found: ByMethod = {}
+    for control in controls:
+        methods = measured.of(control, seed, measure, bits)
+        found |= {f"{control}, {method}" if method else control: v for method, v in methods.items()}
+    return found

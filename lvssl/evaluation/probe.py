@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from lvssl.runs.progress import shown
+from lvssl.runs.progress import with_progress
 from pipelines.errors import InputError
 from pipelines.kernels.pack import as_array
 
@@ -108,7 +108,7 @@ def choose_regularisation(
     models: dict[float, LogisticRegression] = {}
     fitted = int((~held).sum())
     # From strong to weak: each solution is a good start for the next.
-    for strength in shown(strengths, title, len(strengths) * fitted, lambda _: fitted):
+    for strength in with_progress(strengths, title, len(strengths) * fitted, lambda _: fitted):
         model = models[strength] = fit(x[~held], y[~held], strength, model)
         scores.append(float((model.predict(x[held]) == y[held]).mean()))
     best = strengths[int(np.argmax(scores))]

@@ -13,9 +13,9 @@ import torch
 
 from lvssl.models.device import claim, encoding_precision, pick_device, precision
 from lvssl.runs.identity import describe_set, other_set
-from lvssl.runs.labels import Labelled, beside, check_pair, open_labelled, say_notes
+from lvssl.runs.labels import LabelledDataset, check_pair, open_labelled, say_notes, sibling_test_set
 from lvssl.runs.result import ResultFile, read_result
-from lvssl.runs.run import Run, load_run, require_classes_of
+from lvssl.runs.run import Run, load_run, require_classes_of, versions
 from lvssl.settings.fields import identity
 from lvssl.settings.pretrain import EngineSettings
 from lvssl.settings.stages import StageSettings, TrainingSettings
@@ -43,7 +43,7 @@ class Stage(Generic[Settings]):
     device: torch.device
     world: World
 
-    def sets(self) -> tuple[Labelled, Labelled]:
+    def sets(self) -> tuple[LabelledDataset, LabelledDataset]:
         """Training and test set. Raises InputError if they don't match."""
         settings = self.settings
         assert settings.train is not None and settings.test is not None
@@ -74,7 +74,7 @@ class Stage(Generic[Settings]):
         """Where checkpoints and metrics of the work lie: X for X/result.json and for X.json."""
         return self.path.parent if self.path.name == "result.json" else self.path.with_suffix("")
 
-    def claim(self, train: Labelled) -> Path:
+    def claim(self, train: LabelledDataset) -> Path:
         """The folder, marked as this work's own by rank 0; InputError if something else has begun there, or
         the same on other training images."""
         from_first(self.world, lambda: self._claim(describe_set(train.source)))
@@ -98,11 +98,11 @@ class Stage(Generic[Settings]):
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} exists and is no stage's folder: choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"settings": wanted, "checkpoint": self.run.digest, "data": data}
+        content = {"settings": wanted, "checkpoint": self.run.digest, "data": data, "versions": versions()}
         write_json(mark, content, indent=2)
 
     def finish(
-        self, sets: tuple[Labelled, Labelled], results: dict[str, dict[str, Any]], **more: Any
+        self, sets: tuple[LabelledDataset, LabelledDataset], results: dict[str, dict[str, Any]], **more: Any
     ) -> Stage[Settings]:
         """Write `results` (representation -> figures of `score`) with all that says where they come from."""
         train, test = sets
@@ -152,7 +152,7 @@ def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
     settings = replace(
         settings,
         train=train,
-        test=settings.test or beside(train),
+        test=settings.test or sibling_test_set(train),
         on_error=run.on_error(settings.on_error),
     )
     path = settings.out or settings.run / result

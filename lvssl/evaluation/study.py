@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lvssl.evaluation.analyse import AnalyseSettings
-from lvssl.evaluation.measures import FIRST, code_bits, measured
+from lvssl.evaluation.measures import FIRST, MEASURES, code_bits, measured
 from lvssl.evaluation.pairs import pairs, summary
+from lvssl.evaluation.sets import Sampling
 from lvssl.runs.labels import open_pair
 from lvssl.runs.result import as_number, read_result
+from lvssl.runs.rows import Row
 from lvssl.runs.run import load_run, versions
 from lvssl.settings.fields import to_dict
 from lvssl.settings.presets import command
@@ -29,7 +30,7 @@ from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.files import write_json
 
-ROW = "study.json"  # in each run's folder
+KEPT = "study.json"  # in each run's folder
 
 
 @dataclass(frozen=True)
@@ -86,18 +87,22 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
         open_reader(path)
     lengths = tuple(sorted({code_bits(chosen) for chosen in plans}))
     first, step = shard(settings.shard)
-    rows = []
+    runs, rows = [], []
     for number, chosen in enumerate(plans[first::step], 1):
         print(f"== {chosen.out.name} ({number} of {len(plans[first::step])})", file=sys.stderr, flush=True)
-        rows.append(row(settings, chosen, lengths))
+        described, found = of_run(settings, chosen, lengths)
+        runs.append(described)
+        rows += found
     if settings.shard:
         return None
     result = {
         "settings": to_dict(settings),
         "versions": versions(),
         "command": command("study", settings),
-        "arms": summary(rows),
-        "pairs": pairs(rows),
+        "measures": {name: measure._asdict() for name, measure in MEASURES.items()},
+        "arms": summary(runs, rows),
+        "pairs": pairs(runs, rows),
+        "runs": runs,
         "rows": rows,
     }
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -158,34 +163,25 @@ def latent_values(arm: str, changes: dict[str, str]) -> dict[str, Any]:
     return made
 
 
-def row(settings: StudySettings, chosen: PretrainSettings, lengths: tuple[int, ...]) -> dict[str, Any]:
-    """The measures of one run, which is trained and measured unless that is done."""
+def of_run(
+    settings: StudySettings, chosen: PretrainSettings, lengths: tuple[int, ...]
+) -> tuple[dict[str, Any], list[Row]]:
+    """What describes one run, and its measurements; it is trained and measured unless that is done."""
     pretrain(chosen, resume=True)
     run = load_run(chosen.out)
     told = to_dict(settings)
     protocol = {name: told[name] for name in ("train", "test", "max_images", "ood")} | {"top_n": FIRST}
-    kept = chosen.out / ROW
-    if kept.exists():
-        found = read_result(kept, measures=dict, controls=dict, lengths=list)
-        same = (found.get("checkpoint"), found.get("protocol")) == (run.digest, protocol)
-        if same and set(lengths) <= set(found.get("lengths") or ()):
-            return found | {name: numbers(found[name]) for name in ("measures", "controls")}
-    how = AnalyseSettings(chosen.out, test=settings.test, ood=settings.ood, max_images=settings.max_images)
-    found = {
-        "arm": chosen.out.name.removeprefix(start_of(settings)).rpartition("-s")[0],
-        "seed": chosen.seed,
-        "family": chosen.latent.family,
-        "checkpoint": run.digest,
-        "arithmetic": run.arithmetic,
-        "protocol": protocol,
-        "lengths": lengths,
-    } | measured(run, *open_pair(settings.train, settings.test), lengths, how)
-    write_json(kept, found)
-    return found
-
-
-def numbers(measures: Any) -> Any:
-    """Measures as they were before they were written: null stands for what isn't a number."""
-    if isinstance(measures, dict):
-        return {name: numbers(value) for name, value in measures.items()}
-    return as_number(measures)
+    kept = chosen.out / KEPT
+    found = read_result(kept, rows=list, lengths=list) if kept.exists() else {}
+    same = (found.get("checkpoint"), found.get("protocol")) == (run.digest, protocol)
+    if not (same and set(lengths) <= set(found.get("lengths") or ()) and found.get("rows")):
+        sampling = Sampling(settings.max_images, ood=settings.ood)
+        sets = open_pair(settings.train, settings.test)
+        described, rows = measured(run, *sets, settings.test, lengths, sampling)
+        origin = {"checkpoint": run.digest, "arithmetic": run.arithmetic, "protocol": protocol}
+        found = origin | {"lengths": lengths, **described, "rows": rows}
+        write_json(kept, found)
+    arm = chosen.out.name.removeprefix(start_of(settings)).rpartition("-s")[0]
+    rows = [row | {"run": arm, "value": as_number(row["value"])} for row in found["rows"]]
+    named = {"arm": arm, "seed": chosen.seed, "family": chosen.latent.family}
+    return named | {name: value for name, value in found.items() if name != "rows"}, rows

@@ -33,13 +33,13 @@ class Categorical(Family):
     def fused(self) -> bool:
         return not self.relaxed
 
-    def complaint(self, dim: int) -> str:
+    def validation_error(self, dim: int) -> str:
         return f"a multiple of the {self.categories} categories" if dim % self.categories else ""
 
     def code_bits(self, dim: int) -> int:
         return dim // self.categories * math.ceil(math.log2(self.categories))
 
-    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
+    def initial_head(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
         return constant(dim, init_scale), constant(0, 0.0)
 
     def posterior(self, parameters: Tensor) -> "CategoricalPosterior":
@@ -56,7 +56,7 @@ class CategoricalPosterior(Posterior):
         """[B, groups, K]"""
         return (1 - UNIFORM_SHARE) * self.logits.softmax(dim=2) + UNIFORM_SHARE / self.categories
 
-    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
+    def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
         """One-hot vectors side by side, [count, B, groups * K]; relaxed, points of their simplices."""
         p = self.probabilities()
         if self.relaxed:

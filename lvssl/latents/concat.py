@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lvssl.latents.noise import Noise
+from lvssl.latents.noise import STREAMS, Noise
 from lvssl.latents.posterior import BatchMean, Family, Posterior, rows_mean
 
 Said = TypeVar("Said")
@@ -16,7 +16,7 @@ Said = TypeVar("Said")
 
 @dataclass(frozen=True)
 class Concat(Family):
-    """`parameters` is the locations of both, then the spreads of both. KL, entropy and bits are sums."""
+    """`parameters` is the locations of both, then the scales of both. KL, entropy and bits are sums."""
 
     parts: tuple[Family, ...]
 
@@ -43,24 +43,24 @@ class Concat(Family):
     def location_count(self, dim: int) -> int:
         return sum(self.each(lambda part, d: part.location_count(d), dim))
 
-    def spread_count(self, dim: int) -> int:
-        return sum(self.each(lambda part, d: part.spread_count(d), dim))
+    def scale_count(self, dim: int) -> int:
+        return sum(self.each(lambda part, d: part.scale_count(d), dim))
 
     def code_bits(self, dim: int) -> int:
         return sum(self.each(lambda part, d: part.code_bits(d), dim))
 
-    def complaint(self, dim: int) -> str:
-        said = self.each(lambda part, d: part.complaint(d), dim)
-        return "; ".join(f"half of it {complaint}" for complaint in said if complaint)
+    def validation_error(self, dim: int) -> str:
+        said = self.each(lambda part, d: part.validation_error(d), dim)
+        return "; ".join(f"half of it {error}" for error in said if error)
 
-    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
-        scales, offsets = zip(*self.each(lambda part, d: part.start(d, init_scale), dim))
+    def initial_head(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
+        scales, offsets = zip(*self.each(lambda part, d: part.initial_head(d, init_scale), dim))
         return torch.cat(scales), torch.cat(offsets)
 
     def posterior(self, parameters: Tensor) -> "ConcatPosterior":
         dim = dim_of(self, parameters.shape[1])
         counts = self.each(lambda part, d: part.location_count(d), dim)
-        counts += self.each(lambda part, d: part.spread_count(d), dim)
+        counts += self.each(lambda part, d: part.scale_count(d), dim)
         pieces = parameters.split(counts, dim=1)
         both = zip(pieces[: len(self.parts)], pieces[len(self.parts) :])
         posteriors = [part.posterior(torch.cat(piece, dim=1)) for part, piece in zip(self.parts, both)]
@@ -72,8 +72,9 @@ class ConcatPosterior(Posterior):
         super().__init__(parameters)
         self.posteriors = posteriors
 
-    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
-        return torch.cat([p.sample(count, noise, temperature) for p in self.posteriors], dim=2)
+    def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
+        streams = (noise.shifted(STREAMS * i) for i in range(len(self.posteriors)))
+        return torch.cat([p.sample(count, n, temperature) for p, n in zip(self.posteriors, streams)], dim=2)
 
     def mean(self) -> Tensor:
         return torch.cat([p.mean() for p in self.posteriors], dim=1)

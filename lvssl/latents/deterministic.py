@@ -20,10 +20,10 @@ class Deterministic(Family):
     unread: ClassVar[tuple[str, ...]] = ("decorrelation", "clean_path_weight")
     default_beta = 0.0
 
-    def spread_count(self, dim: int) -> int:
+    def scale_count(self, dim: int) -> int:
         return dim
 
-    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
+    def initial_head(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
         return constant(dim, 1.0), constant(dim, 0.0)
 
     def posterior(self, parameters: Tensor) -> "DeterministicPosterior":
@@ -35,7 +35,7 @@ class DeterministicPosterior(Posterior):
         super().__init__(parameters)
         self.features, self.thresholds = self.parameters.chunk(2, dim=1)
 
-    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
+    def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
         return self.features[None]  # samples would all be equal, so one is enough: [1, B, D]
 
     def mean(self) -> Tensor:

@@ -94,7 +94,7 @@ def bernoulli_kernel(
 ):
     n = tl.program_id(0).to(tl.int64)
     key, row = tl.load(keys), tl.load(rows + n)
-    nats, spread = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    nats, h_sum = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
         inside = d < D
@@ -106,13 +106,13 @@ def bernoulli_kernel(
         h = tl.where(small > 1e-3, tl.log(1 + small), small * (1 - 0.5 * small + small * small / 3))
         h += size * small / (1 + small)
         nats += tl.where(inside, LN2 - h, 0.0)
-        spread += tl.where(inside, h, 0.0)
+        h_sum += tl.where(inside, h, 0.0)
         bits = tl.reshape(((l > 0) & inside).to(tl.int32), (BLOCK // 8, 8))
         values = tl.sum(bits << tl.arange(0, 8)[None, :], 1)
         byte = start // 8 + tl.arange(0, BLOCK // 8)
         tl.store(packed + n * width + byte, values.to(tl.uint8), mask=byte < width)
     tl.store(kl + n, tl.sum(nats, 0))
-    tl.store(entropy + n, tl.sum(spread, 0))
+    tl.store(entropy + n, tl.sum(h_sum, 0))
 
 
 @triton.jit
@@ -124,17 +124,17 @@ def bernoulli_backward_kernel(logits, of_sample, of_kl, of_entropy, out, D, BLOC
         d = start + tl.arange(0, BLOCK)
         inside = d < D
         l = tl.load(logits + n * D + d, mask=inside, other=0.0)
-        slope = tl.load(of_sample + n * D + d, mask=inside, other=0.0)
+        grad = tl.load(of_sample + n * D + d, mask=inside, other=0.0)
         small = tl.exp(-tl.abs(l))
         variance = small / ((1 + small) * (1 + small))
-        tl.store(out + n * D + d, variance * (2 * slope + of_rate * l), mask=inside)
+        tl.store(out + n * D + d, variance * (2 * grad + of_rate * l), mask=inside)
 
 
 @triton.jit
 def gaussian_kernel(parameters, keys, rows, sample, kl, entropy, D, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     key, row = tl.load(keys), tl.load(rows + n)
-    nats, spread = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    nats, h_sum = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
         inside = d < D
@@ -143,9 +143,9 @@ def gaussian_kernel(parameters, keys, rows, sample, kl, entropy, D, COUNT: tl.co
         v = tl.minimum(tl.maximum(v, -BOUND), BOUND)
         tl.store(sample + n * D + d, mu + tl.exp(0.5 * v) * _mean_normal(key, row, d, COUNT), mask=inside)
         nats += tl.where(inside, 0.5 * (mu * mu + tl.exp(v) - 1 - v), 0.0)
-        spread += tl.where(inside, 0.5 * (v + LOG_2PIE), 0.0)
+        h_sum += tl.where(inside, 0.5 * (v + LOG_2PIE), 0.0)
     tl.store(kl + n, tl.sum(nats, 0))
-    tl.store(entropy + n, tl.sum(spread, 0))
+    tl.store(entropy + n, tl.sum(h_sum, 0))
 
 
 @triton.jit
@@ -154,17 +154,17 @@ def gaussian_backward_kernel(
 ):
     n = tl.program_id(0).to(tl.int64)
     key, row = tl.load(keys), tl.load(rows + n)
-    of_rate, of_spread = tl.load(of_kl + n), tl.load(of_entropy + n)
+    of_rate, of_h = tl.load(of_kl + n), tl.load(of_entropy + n)
     for start in range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
         inside = d < D
         mu = tl.load(parameters + n * 2 * D + d, mask=inside, other=0.0)
         given = tl.load(parameters + n * 2 * D + D + d, mask=inside, other=0.0)
         v = tl.minimum(tl.maximum(given, -BOUND), BOUND)
-        slope = tl.load(of_sample + n * D + d, mask=inside, other=0.0)
+        grad = tl.load(of_sample + n * D + d, mask=inside, other=0.0)
         noise = _mean_normal(key, row, d, COUNT)
-        of_v = 0.5 * (slope * tl.exp(0.5 * v) * noise + of_rate * (tl.exp(v) - 1) + of_spread)
-        tl.store(out + n * 2 * D + d, slope + of_rate * mu, mask=inside)
+        of_v = 0.5 * (grad * tl.exp(0.5 * v) * noise + of_rate * (tl.exp(v) - 1) + of_h)
+        tl.store(out + n * 2 * D + d, grad + of_rate * mu, mask=inside)
         tl.store(out + n * 2 * D + D + d, tl.where(v == given, of_v, 0.0), mask=inside)
 
 
@@ -192,7 +192,7 @@ def categorical_kernel(
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     key, row = tl.load(keys), tl.load(rows + n)
-    spread = tl.zeros((BLOCK,), tl.float32)
+    h_sum = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, G, BLOCK):
         g = start + tl.arange(0, BLOCK)
         soft, place = _chances(logits, n, g, G, K)
@@ -209,8 +209,8 @@ def categorical_kernel(
             if 4 * call + 3 < COUNT:
                 total += _picked(u3, upto, K)
         tl.store(sample + place, total / COUNT, mask=(g < G)[:, None])
-        spread += tl.where(g < G, -tl.sum(p * tl.log(p), 1), 0.0)
-    h = tl.sum(spread, 0)
+        h_sum += tl.where(g < G, -tl.sum(p * tl.log(p), 1), 0.0)
+    h = tl.sum(h_sum, 0)
     tl.store(entropy + n, h)
     tl.store(kl + n, G * tl.log(K * 1.0) - h)
 
@@ -224,10 +224,10 @@ def categorical_backward_kernel(
     for start in range(0, G, BLOCK):
         g = start + tl.arange(0, BLOCK)
         soft, place = _chances(logits, n, g, G, K)
-        slope = tl.load(of_sample + place, mask=(g < G)[:, None], other=0.0)
-        slope += of_rate * (tl.log(soft * (1 - SHARE) + SHARE / K) + 1)
-        slope = soft * (1 - SHARE) * (slope - tl.sum(soft * slope, 1)[:, None])
-        tl.store(out + place, slope, mask=(g < G)[:, None])
+        grad = tl.load(of_sample + place, mask=(g < G)[:, None], other=0.0)
+        grad += of_rate * (tl.log(soft * (1 - SHARE) + SHARE / K) + 1)
+        grad = soft * (1 - SHARE) * (grad - tl.sum(soft * grad, 1)[:, None])
+        tl.store(out + place, grad, mask=(g < G)[:, None])
 
 
 def forward(family: Family, parameters: Tensor, key: Tensor, rows: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -254,24 +254,24 @@ def forward(family: Family, parameters: Tensor, key: Tensor, rows: Tensor, count
 
 
 def backward(
-    family: Family, parameters: Tensor, key: Tensor, rows: Tensor, count: int, *slopes: Tensor
+    family: Family, parameters: Tensor, key: Tensor, rows: Tensor, count: int, *grads: Tensor
 ) -> Tensor:
     """The parameters' gradient from those of sample [N, D], KL [N] and entropy [N]."""
     out = torch.empty_like(parameters)
-    n, width = slopes[0].shape
+    n, width = grads[0].shape
     if not n:
         return out
     with torch.cuda.device_of(parameters):
         if isinstance(family, Bernoulli):
-            bernoulli_backward_kernel[(n,)](parameters, *slopes, out, width, **options(family, width))
+            bernoulli_backward_kernel[(n,)](parameters, *grads, out, width, **options(family, width))
         elif isinstance(family, Gaussian):
             gaussian_backward_kernel[(n,)](
-                parameters, key, rows, *slopes, out, width, COUNT=count, **options(family, width)
+                parameters, key, rows, *grads, out, width, COUNT=count, **options(family, width)
             )
         else:
             assert isinstance(family, Categorical)
             groups = width // family.categories
-            categorical_backward_kernel[(n,)](parameters, *slopes, out, groups, **options(family, width))
+            categorical_backward_kernel[(n,)](parameters, *grads, out, groups, **options(family, width))
     return out
 
 

@@ -19,8 +19,8 @@ class Gaussian(Quantised):
     about = "a Gaussian latent"
     fused = True
 
-    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
-        """s = 1 / init_scale beside means of unit spread."""
+    def initial_head(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
+        """s = 1 / init_scale beside means of unit deviation."""
         return constant(dim, 1.0), constant(dim, -2 * math.log(init_scale))
 
     def posterior(self, parameters: Tensor) -> "GaussianPosterior":
@@ -33,7 +33,7 @@ class GaussianPosterior(QuantisedPosterior):
         self.mu, log_variance = self.parameters.chunk(2, dim=1)
         self.log_variance = log_variance.clamp(-LOG_VARIANCE_BOUND, LOG_VARIANCE_BOUND)
 
-    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
+    def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
         drawn = normal((count, *self.mu.shape), self.mu, noise)
         return self.mu + (0.5 * self.log_variance).exp() * drawn
 

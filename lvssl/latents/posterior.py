@@ -22,17 +22,18 @@ class Posterior(ABC):
     """q(z | x) for B images, in fp32 whatever the autocast (fp64 for fp64 parameters).
 
     `parameters` [B, parameter_count(D)] are the family's `location_count(D)` locations, which the head
-    normalises over the batch, then `spread_count(D)` numbers of the spread, which it learns as they are.
+    normalises over the batch, then `scale_count(D)` numbers of the scale, which it learns as they are.
     """
 
     def __init__(self, parameters: Tensor) -> None:
         self.parameters = parameters if parameters.dtype == torch.float64 else parameters.float()
 
     @abstractmethod
-    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
+    def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
         """`count` differentiable samples, as the projector takes them: [count, B, D].
 
-        `temperature` is the relaxation's, where the family is relaxed.
+        A sample depends on the noise at its image's row, and on no other image. `temperature` is the
+        relaxation's, where the family is relaxed.
         """
 
     @abstractmethod
@@ -52,7 +53,7 @@ class Posterior(ABC):
         """Entropy of q in nats, [B]; differential for continuous families."""
 
     def uncertainty(self) -> Tensor:
-        """A score that grows with the posterior's spread: [B]."""
+        """A score that grows with the posterior's scale: [B]."""
         return self.entropy()
 
     def saturated(self) -> Tensor:
@@ -127,24 +128,24 @@ class Family(ABC):
     def location_count(self, dim: int) -> int:
         return dim
 
-    def spread_count(self, dim: int) -> int:
+    def scale_count(self, dim: int) -> int:
         return 0
 
     def parameter_count(self, dim: int) -> int:
         """Numbers that the head must give for `dim` latent dimensions."""
-        return self.location_count(dim) + self.spread_count(dim)
+        return self.location_count(dim) + self.scale_count(dim)
 
     def code_bits(self, dim: int) -> int:
         """Nominal bits of a deployed code."""
         return dim
 
-    def complaint(self, dim: int) -> str:
+    def validation_error(self, dim: int) -> str:
         """Why there can't be `dim` latent dimensions; empty if there can."""
         return ""
 
     @abstractmethod
-    def start(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
-        """Factors of the normalised locations and first values of the spread, that start the posterior
+    def initial_head(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
+        """Factors of the normalised locations and first values of the scale, that start the posterior
         `init_scale` times as narrow as its prior."""
 
 

@@ -1,4 +1,4 @@
-"""What families of a location and a spread a dimension have in common: the code is the quantised mean."""
+"""Families of a location and a scale for each dimension: the code is the quantised mean."""
 
 from dataclasses import dataclass
 
@@ -15,11 +15,11 @@ def loading(depth: int) -> float:
 
 @dataclass(frozen=True)
 class Quantised(Family):
-    """Parameters [B, 2D]: D locations, then D numbers of the spread. `depth`: the code's bits a dimension."""
+    """Parameters [B, 2D]: D locations, then D numbers of the scale. `depth`: the code's bits a dimension."""
 
     depth: int = 1
 
-    def spread_count(self, dim: int) -> int:
+    def scale_count(self, dim: int) -> int:
         return dim
 
     def code_bits(self, dim: int) -> int:

@@ -8,18 +8,18 @@ from torch import Tensor
 from lvssl.latents.deterministic import Deterministic, DeterministicPosterior
 from lvssl.latents.posterior import BatchMean, rows_mean
 
-SHARPNESS = 4.0  # of the surrogate gradient, as Bernoulli's default
+INIT_SCALE = 4.0  # of the surrogate gradient, as Bernoulli's default
 DECORRELATION = 0.02  # the weight of h's sign bits' squared covariances, unless it is set
 
 
 def straight_through_signs(features: Tensor, batch_mean: BatchMean = rows_mean) -> Tensor:
-    """Sign bits of h [N, D] about its batch mean, as +-1, with the gradient of tanh(sharpness / 2 * z).
+    """Sign bits of h [N, D] about its batch mean, as +-1, with the gradient of tanh(init_scale / 2 * z).
 
     `batch_mean`: [N, D] -> [D]; across ranks, one over all of them.
     """
     centred = features - batch_mean(features)
     deviation = batch_mean(centred.square()).sqrt()
-    soft = (0.5 * SHARPNESS * centred / (deviation + 1e-6)).tanh()
+    soft = (0.5 * INIT_SCALE * centred / (deviation + 1e-6)).tanh()
     return torch.where(centred > 0, 1.0, -1.0) + (soft - soft.detach())
 
 

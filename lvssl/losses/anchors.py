@@ -72,9 +72,9 @@ class Anchors(torch.autograd.Function):
         half = len(x) // 2
         excluded = (0, half, -half) if decoupled else (0,)
         bound = logit_bound(temperature)
-        others = distributed.others(block, counts)
+        remote = distributed.remote_blocks(block, counts)
         denominators = engine.log_sum_exp(block, block, excluded, bound)
-        for other in others:
+        for other in remote:
             denominators = torch.logaddexp(denominators, engine.log_sum_exp(block, other, (), bound))
         v = block.vectors()
         positives = torch.linalg.vecdot(v[:half], v[half:]).repeat(2)
@@ -90,26 +90,26 @@ class Anchors(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             block = Weighed(x, factors, denominators, weights.contiguous())
             engine = engine_of(x)
-            others = distributed.others(block, ctx.counts)
-            slope = engine.gradient(block, block, ctx.excluded, ctx.bound)  # d/dv, [2B, d]
-            for other in others:
-                slope += engine.gradient(block, other, (), ctx.bound)
+            remote = distributed.remote_blocks(block, ctx.counts)
+            grad = engine.gradient(block, block, ctx.excluded, ctx.bound)  # d/dv, [2B, d]
+            for other in remote:
+                grad += engine.gradient(block, other, (), ctx.bound)
 
             v = block.vectors()
             half = len(x) // 2
             pairs = (positive_weights[:half] + positive_weights[half:])[:, None]
-            slope[:half].addcmul_(pairs, v[half:])
-            slope[half:].addcmul_(pairs, v[:half])
+            grad[:half].addcmul_(pairs, v[half:])
+            grad[half:].addcmul_(pairs, v[:half])
 
             # v depends on x through its direction alone: what lies along v falls away, and is temperature's.
-            along = torch.linalg.vecdot(v, slope)
+            along = torch.linalg.vecdot(v, grad)
             of_temperature = None
             if ctx.needs_input_grad[1]:
                 of_temperature = (-along.sum() / (2 * temperature)).to(temperature).reshape(temperature.shape)
-            slope.addcmul_(
+            grad.addcmul_(
                 v, (along * temperature.reshape(()).to(v))[:, None], value=-1
             )  # |v|^2 = 1 / temperature
-            return slope.mul_(factors[:, None]).to(x.dtype), of_temperature, None, None
+            return grad.mul_(factors[:, None]).to(x.dtype), of_temperature, None, None
 
 
 def engine_of(x: Tensor) -> ModuleType:

@@ -49,23 +49,23 @@ def gradient(rows: Weighed, columns: Weighed, excluded: tuple[int, ...], bound: 
     g are the blocks' weights, the denominators those over all columns of all ranks.
     """
     v, u = rows.vectors(), columns.vectors()
-    slope = torch.zeros_like(v)
+    grad = torch.zeros_like(v)
     if bound > BOUND:
         for i, j, logits in _tiles(v, u, False):
             _clear(logits, i, j, excluded, float("-inf"))
             shares = (logits - rows.denominators[i, None]).exp_().mul_(rows.weights[i, None])
             logits.sub_(columns.denominators[j]).exp_().mul_(columns.weights[j])
-            slope[i].addmm_(shares.add_(logits), u[j])
-        return slope
+            grad[i].addmm_(shares.add_(logits), u[j])
+        return grad
     of_row, of_column = (b.weights * (-b.denominators).exp() for b in (rows, columns))
     for i, j, exponentials in _tiles(v, u, rows is columns):
         exponentials.exp_()
         _clear(exponentials, i, j, excluded, 0.0)
         exponentials.mul_(of_row[i, None] + of_column[j])
-        slope[i].addmm_(exponentials, u[j])
+        grad[i].addmm_(exponentials, u[j])
         if rows is columns and i != j:
-            slope[j].addmm_(exponentials.T, v[i])
-    return slope
+            grad[j].addmm_(exponentials.T, v[i])
+    return grad
 
 
 def _shifted_log_sum_exp(v: Tensor, u: Tensor, excluded: tuple[int, ...]) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from lvssl.losses.block import Block
 
 RING_FROM = 32 * 2**20  # bytes of all ranks' vectors
-MESSAGE = 512  # bytes of a complaint that the other ranks get to read
+MESSAGE = 512  # bytes of an error message that the other ranks get to read
 B = TypeVar("B", bound=Block)
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -32,7 +32,9 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def agree(vectors: Tensor, temperature: float | None, name: str, problem: str) -> list[int]:
+def check_arguments_across_ranks(
+    vectors: Tensor, temperature: float | None, name: str, problem: str
+) -> list[int]:
     """How many vectors each rank has, once all have agreed that their arguments fit together.
 
     One small exchange between the hosts, before anything that could wait for ever for a rank that has left
@@ -99,7 +101,7 @@ def _host_group() -> Any:
 _host_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def others(block: B, counts: list[int]) -> Iterator[B]:
+def remote_blocks(block: B, counts: list[int]) -> Iterator[B]:
     """The blocks of all other ranks. The exchange starts now: the own block may be worked on meanwhile.
 
     Args:
@@ -169,7 +171,7 @@ def _unpacked(buffer: Tensor, like: B) -> B:
     return type(like)(x, *numbers.T.contiguous())
 
 
-def total(part: Tensor) -> Tensor:
+def all_reduce_sum(part: Tensor) -> Tensor:
     """The sum over ranks, on each of them; its gradient is the sum over ranks of theirs."""
     return _Total.apply(part) if ranks() > 1 else part
 
@@ -182,7 +184,7 @@ class _Total(torch.autograd.Function):
         return part
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Tensor:
-        slope = slope.clone()
-        dist.all_reduce(slope)
-        return slope
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad

@@ -105,7 +105,7 @@ def gradient_kernel(
     row_denominator = tl.load(row_denominators + i, mask=i < M, other=0.0) * LOG2E
     row_weight = tl.load(row_weights + i, mask=i < M, other=0.0)
     k = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    slope = tl.zeros((BLOCK_M, CHUNK), tl.float32)
+    grad = tl.zeros((BLOCK_M, CHUNK), tl.float32)
     for start in range(0, N, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         of_column = tl.load(of_columns + j, mask=j < N, other=0.0)
@@ -119,11 +119,11 @@ def gradient_kernel(
         shares *= of_column[None, :]
         columns = _load(y, j, N, k, d, UPCAST)
         if columns.dtype == tl.float16:  # shares of a large batch are below its smallest number
-            slope = tl.dot(shares, columns.to(tl.float32), slope, input_precision=PRECISION)
+            grad = tl.dot(shares, columns.to(tl.float32), grad, input_precision=PRECISION)
         else:
-            slope = tl.dot(shares.to(columns.dtype), columns, slope, input_precision=PRECISION)
+            grad = tl.dot(shares.to(columns.dtype), columns, grad, input_precision=PRECISION)
     inside = (i < M)[:, None] & (k < d)[None, :]
-    tl.store(out + i.to(tl.int64)[:, None] * d + k[None, :], slope, mask=inside)
+    tl.store(out + i.to(tl.int64)[:, None] * d + k[None, :], grad, mask=inside)
 
 
 def log_sum_exp(rows: Block, columns: Block, excluded: tuple[int, ...], bound: float) -> Tensor:

@@ -49,7 +49,7 @@ def ntxent(projections: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
         loss = reference(projections, temperature)
     else:
         denominators, positives = anchors(projections, temperature, counts)
-        loss = distributed.total((denominators - positives).sum()) / sum(counts)
+        loss = distributed.all_reduce_sum((denominators - positives).sum()) / sum(counts)
     return finite(loss, projections)
 
 
@@ -75,15 +75,15 @@ def fast(projections: Tensor) -> bool:
 def checked(projections: Tensor, temperature: float | Tensor, name: str = "projections") -> list[int]:
     """How many anchors each rank has; ValueError, on every rank, where one rank's arguments are wrong."""
     several = distributed.ranks() > 1
-    problem = complaint(projections, temperature, name, several)
+    problem = validation_error(projections, temperature, name, several)
     if several:
-        return distributed.agree(projections, known(temperature), name, problem)
+        return distributed.check_arguments_across_ranks(projections, known(temperature), name, problem)
     if problem:
         raise ValueError(problem)
     return [len(projections)]
 
 
-def complaint(projections: Tensor, temperature: float | Tensor, name: str, may_be_empty: bool) -> str:
+def validation_error(projections: Tensor, temperature: float | Tensor, name: str, may_be_empty: bool) -> str:
     """What is wrong with the arguments, or nothing."""
     shape = tuple(projections.shape)
     if projections.ndim != 2 or shape[0] % 2 or shape[1] < 1 or (shape[0] == 0 and not may_be_empty):

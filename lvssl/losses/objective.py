@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lvssl.losses.distributed import ranks, total
+from lvssl.losses.distributed import all_reduce_sum, ranks
 
 
 def rate(kl: Tensor, free_nats: float = 0.0) -> Tensor:
@@ -34,7 +34,7 @@ def beta_at(
 
 def batch_mean(x: Tensor) -> Tensor:
     """Mean over the batch of all ranks, [N, D] -> [D], N on each; the gradient is made for DDP's mean."""
-    return total(x.sum(dim=0)) / (len(x) * ranks())
+    return all_reduce_sum(x.sum(dim=0)) / (len(x) * ranks())
 
 
 def decorrelation(bits: Tensor) -> Tensor:
@@ -44,6 +44,6 @@ def decorrelation(bits: Tensor) -> Tensor:
     """
     bits = bits.to(torch.promote_types(bits.dtype, torch.float32))
     centred = bits - batch_mean(bits)
-    covariance = total(centred.T @ centred) / (len(bits) * ranks())
+    covariance = all_reduce_sum(centred.T @ centred) / (len(bits) * ranks())
     diagonal = covariance.diagonal()
     return (covariance.square().sum() - diagonal.square().sum()) / bits.shape[1]

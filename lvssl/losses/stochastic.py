@@ -9,7 +9,7 @@ from torch import Tensor
 from lvssl.losses import distributed
 
 
-def match_loss(samples: Tensor, match: Tensor) -> Tensor:
+def match_loss(samples: Tensor, match_parameters: Tensor) -> Tensor:
     """Soft contrastive loss of hedged instance embeddings (Oh et al. 2019, eq. 2-5).
 
     p(match | x_i, x_j) = 1/K^2 sum_kl sigmoid(b - a |z_ik - z_jl|), and -log p for the two views of an image,
@@ -18,7 +18,7 @@ def match_loss(samples: Tensor, match: Tensor) -> Tensor:
 
     Args:
         samples: [K, 2B, d], K draws from each vector's posterior: first views, then second. B >= 2.
-        match: [2]; a = softplus(match[0]) > 0 and b = match[1], learnt.
+        match_parameters: [2]; a = softplus(match_parameters[0]) > 0 and b = match_parameters[1], learnt.
 
     Returns:
         Scalar in nats.
@@ -29,14 +29,15 @@ def match_loss(samples: Tensor, match: Tensor) -> Tensor:
     with torch.autocast(samples.device.type, enabled=False):
         z = samples.float().flatten(0, 1)
         distances = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
-        logits = (match[1] - F.softplus(match[0]) * distances).view(k, n, k, n).transpose(1, 2).flatten(0, 1)
+        a, b = F.softplus(match_parameters[0]), match_parameters[1]
+        logits = (b - a * distances).view(k, n, k, n).transpose(1, 2).flatten(0, 1)
         # log p and log(1 - p), each a mean over K^2 inside the logarithm: [N, N].
         alike, unlike = (F.logsigmoid(sign * logits).logsumexp(dim=0) - 2 * math.log(k) for sign in (1, -1))
     first = torch.arange(n // 2, device=z.device)
-    return -alike[first, first + n // 2].mean() - unlike.gather(1, others(n, z.device)).mean()
+    return -alike[first, first + n // 2].mean() - unlike.gather(1, other_images(n, z.device)).mean()
 
 
-def others(n: int, device: torch.device) -> Tensor:
+def other_images(n: int, device: torch.device) -> Tensor:
     """For each of n = 2B views those of the other images, ascending: int64 [n, n - 2]. A mask would do, but
     how many numbers it picks only the device knows, and the host would wait for it."""
     view = torch.arange(n, device=device)[:, None]
@@ -68,16 +69,17 @@ def sample_infonce(samples: Tensor, directions: Tensor, kappa: float) -> Tensor:
     losses = F.cross_entropy(
         logits.masked_fill(itself, float("-inf")).flatten(0, 1), partner.repeat(len(samples)), reduction="sum"
     )
-    return distributed.total(losses) / (len(samples) * len(candidates))
+    return distributed.all_reduce_sum(losses) / (len(samples) * len(candidates))
 
 
 def gathered(vectors: Tensor) -> tuple[Tensor, int]:
     """The vectors of all ranks, with gradient, and where this rank's begin."""
     if distributed.ranks() == 1:
         return vectors, 0
-    sizes = distributed.agree(vectors, None, "directions", "")  # between the hosts: no device is waited for
+    # Between the hosts: no device is waited for.
+    sizes = distributed.check_arguments_across_ranks(vectors, None, "directions", "")
     start = sum(sizes[: torch.distributed.get_rank()])
-    return distributed.total(F.pad(vectors, (0, 0, start, sum(sizes) - start - len(vectors)))), start
+    return distributed.all_reduce_sum(F.pad(vectors, (0, 0, start, sum(sizes) - start - len(vectors)))), start
 
 
 def checked(samples: Tensor) -> tuple[int, int]:

@@ -19,7 +19,7 @@ def decoupled_ntxent(projections: Tensor, temperature: float | Tensor = 0.1) -> 
     if sum(counts) < 4:
         raise ValueError(f"projections must hold two images at least, got {sum(counts) // 2}: no negatives")
     denominators, positives = anchors(projections, temperature, counts, decoupled=True)
-    return finite(distributed.total((denominators - positives).sum()) / sum(counts), projections)
+    return finite(distributed.all_reduce_sum((denominators - positives).sum()) / sum(counts), projections)
 
 
 def mc_infonce(samples: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
@@ -41,4 +41,4 @@ def mc_infonce(samples: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
         denominators, positives = anchors(drawn, temperature, counts)
         agreement.append(positives - denominators)
     likelihood = torch.stack(agreement).logsumexp(0) - math.log(len(samples))
-    return finite(distributed.total(-likelihood.sum()) / sum(counts), samples.flatten(0, 1))
+    return finite(distributed.all_reduce_sum(-likelihood.sum()) / sum(counts), samples.flatten(0, 1))

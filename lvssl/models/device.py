@@ -1,6 +1,7 @@
 """Where a network computes and how exactly: the device, its precision, and the layout of its memory."""
 
 import importlib
+import os
 import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -26,24 +27,35 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         raise InputError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:0 ...") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {name}: no GPU is usable here; leave --device out to train on the CPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise InputError(f"--device {name}: this machine has {count} GPUs, numbered from 0")
     return device
 
 
-def claim(device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+def claim(device: torch.device, dtype: torch.dtype = torch.float32, deterministic: bool = False) -> None:
     """Make a GPU this process's own, before anything is put there, and say how exactly it computes.
 
     What is launched without naming a device then goes there, and not to the first. Convolutions take the
     fastest algorithm for their shape, of which a run has one. Products of fp32 numbers are of TF32, which
     keeps 11 bits of each, unless fp32 is what the run asks for; it keeps 24 bits, in convolutions too.
 
+    deterministic: torch takes algorithms that give the same bits each time, and refuses operations that have
+    none; convolutions are then not tuned. Our own kernels do so in any case.
+
     Raises InputError where Triton is absent or too old for the kernels.
     """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a device first multiplies
+        torch.use_deterministic_algorithms(True)
+        switches: Any = torch.utils.deterministic
+        switches.fill_uninitialized_memory = False  # it is for finding faults, and costs launches
     if device.type != "cuda":
         return
     require_triton()
     if device.index is not None:  # "cuda" is the current one, and torch refuses to set it
         torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
 

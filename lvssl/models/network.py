@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch import Generator, Tensor
+from torch import Tensor
 
 from lvssl.latents import Family, fused
+from lvssl.latents.noise import Noise
 from lvssl.latents.posterior import Posterior
 from lvssl.models.backbone import build_backbone, feature_dim
 from lvssl.settings.pretrain import LatentSettings, ModelSettings
@@ -29,7 +30,7 @@ class Outputs:
     projections: Tensor  # u of the sampled path, [N, P]; [K, N, P] where each sample has a loss
     clean_projections: Tensor | None  # u of the clean path beside it, if there is one
     family: Family
-    match: Tensor | None = None  # [2], the numbers that the objective `hib` learns
+    match_parameters: Tensor | None = None  # [2], the numbers that the objective `hib` learns
     kl: Tensor | None = None  # of the posteriors in nats, [N], where drawing has given it already
 
     @cached_property
@@ -55,8 +56,8 @@ class LVNet(nn.Module):
         self.family = latent.distribution
         self.latent, self.samples = latent, latent.samples
         self.dim = latent_dim(model, latent)
-        if complaint := self.family.complaint(self.dim):
-            raise InputError(f"--dim must be {complaint}, got {self.dim}")
+        if error := self.family.validation_error(self.dim):
+            raise InputError(f"--dim must be {error}, got {self.dim}")
         at_projection = latent.site == "proj"
         self.head = Head(
             self.family,
@@ -69,7 +70,7 @@ class LVNet(nn.Module):
         self.projector = projector(features if at_projection else self.dim, model)
         has_clean = latent.clean_path_weight > 0 and self.family.stochastic
         self.clean_projector = projector(features, model) if has_clean else None
-        self.match = nn.Parameter(torch.zeros(2)) if latent.objective == "hib" else None
+        self.match_parameters = nn.Parameter(torch.zeros(2)) if latent.objective == "hib" else None
         code_bits = self.family.code_bits(self.dim)
         self.probes = (
             nn.ModuleDict({"features": nn.Linear(features, classes), "code": nn.Linear(code_bits, classes)})
@@ -93,36 +94,31 @@ class LVNet(nn.Module):
         exact = self.precision == torch.float32
         return nullcontext() if exact else torch.autocast(device.type, self.precision)
 
-    def forward(self, images: Tensor, generator: Generator | None = None, fraction: float = 1.0) -> Outputs:
+    def forward(self, images: Tensor, noise: Noise, fraction: float = 1.0) -> Outputs:
         """What `objective` needs, of images [N, 3, R, R]; arguments as of `heads`."""
-        return self.heads(self.backbone(images), generator, fraction)
+        return self.heads(self.backbone(images), noise, fraction)
 
-    def heads(
-        self,
-        features: Tensor,
-        generator: Generator | None = None,
-        fraction: float = 1.0,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> Outputs:
+    def heads(self, features: Tensor, noise: Noise, fraction: float = 1.0) -> Outputs:
         """All that follows the backbone.
 
         Args:
             features: h [N, F], first views then second.
-            generator: source of the latent's noise, on the features' device.
+            noise: the latent's, on the features' device, for these N views.
             fraction: of the training that is done, in [0, 1]; what is annealed depends on it.
-            rank, ranks: which of equal parts of the batch these N views are.
         """
         progress = self.progress(fraction)
         parameters = self.posterior_parameters(features, progress)
         kl = None
         if self.latent.reduction == "samples" and fused.usable(self.family, parameters):
-            samples, kl = self.draw_fused(parameters, generator, rank, ranks)
+            drawn = fused.draw(self.family, parameters, self.samples, noise.key, noise.rows)
+            samples, kl = drawn.sample[None], drawn.kl
         else:
-            samples = self.draw(parameters, generator, progress, rank, ranks)
+            start, end = self.latent.relaxation_start or self.latent.relaxation, self.latent.relaxation
+            posterior = self.family.posterior(parameters)
+            samples = posterior.sample(self.samples, noise, geometric(start, end, progress))
         projections = self.project(samples)
         clean = self.clean_projector(features) if self.clean_projector is not None else None
-        return Outputs(features, parameters, projections, clean, self.family, self.match, kl)
+        return Outputs(features, parameters, projections, clean, self.family, self.match_parameters, kl)
 
     def progress(self, fraction: float) -> float:
         """Of the annealing, in [0, 1], when `fraction` of the training is done."""
@@ -154,32 +150,6 @@ class LVNet(nn.Module):
             inputs = self.head_input(features)
         self.head.calibrate(inputs)
 
-    def draw(
-        self, parameters: Tensor, generator: Generator | None, progress: float, rank: int, ranks: int
-    ) -> Tensor:
-        """K samples, [K, N, D]. Every rank draws for the whole batch, with the same noise, and keeps its own
-        part, so that an image's noise depends on its place in the batch and not on the ranks."""
-        start, end = self.latent.relaxation_start or self.latent.relaxation, self.latent.relaxation
-        options = self.samples, generator, geometric(start, end, progress)
-        if ranks == 1:
-            return self.family.posterior(parameters).sample(*options)
-        views = parameters.unflatten(0, (2, -1))
-        everyone = [views.detach()] * ranks  # what stands in the other ranks' rows must only be valid
-        everyone[rank] = views
-        drawn = self.family.posterior(torch.cat(everyone, dim=1).flatten(0, 1)).sample(*options)
-        return drawn.unflatten(1, (2, ranks, -1))[:, :, rank].flatten(1, 2)
-
-    def draw_fused(
-        self, parameters: Tensor, generator: Generator | None, rank: int, ranks: int
-    ) -> tuple[Tensor, Tensor]:
-        """The mean of K samples, [1, N, D], and the KL, [N], by one kernel; noise as of `draw`."""
-        device, part = parameters.device, len(parameters) // 2
-        key = torch.randint(2**62, (1,), generator=generator, device=device)
-        first = torch.arange(part, device=device) + rank * part
-        rows = torch.cat([first, first + ranks * part])
-        drawn = fused.draw(self.family, parameters, self.samples, key, rows)
-        return drawn.sample[None], drawn.kl
-
     def probe_logits(self, outputs: Outputs) -> dict[str, Tensor]:
         """Class logits of the online probes, on detached features and codes."""
         if self.probes is None:
@@ -196,7 +166,7 @@ class Head(nn.Module):
     """h -> the posterior's parameters, in units of the batch.
 
     The locations (logits, means) are batch-normalised, without learnt scale, and times the init_scale: one
-    location a feature needs no layer between; another number of them takes a linear layer first. The spread,
+    location a feature needs no layer between; another number of them takes a linear layer first. The scale,
     where a family has one, starts constant and is learnt, or stays. Without normalisation logits start near
     0, the noise drowns the gradient and few bits are ever used.
     """
@@ -208,39 +178,39 @@ class Head(nn.Module):
         dim: int,
         init_scale: float,
         init_scale_start: float | None = None,
-        learn_spread: bool = True,
+        learn_scale: bool = True,
     ) -> None:
         super().__init__()
         self.family = family
-        locations, spreads = family.location_count(dim), family.spread_count(dim)
-        scale, offset = family.start(dim, init_scale)
-        first = family.start(dim, init_scale_start)[0] if init_scale_start else None
+        locations, scales = family.location_count(dim), family.scale_count(dim)
+        factor, offset = family.initial_head(dim, init_scale)
+        first = family.initial_head(dim, init_scale_start)[0] if init_scale_start else None
         # Settings, not state: a checkpoint doesn't hold them.
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("first_scale", first, persistent=False)
+        self.register_buffer("factor", factor, persistent=False)
+        self.register_buffer("first_factor", first, persistent=False)
         self.register_buffer("offset", offset, persistent=False)
         self.linear = nn.Linear(features, locations, bias=False) if locations != features else nn.Identity()
         self.normalise = nn.BatchNorm1d(locations, affine=False)
-        self.spread = None
-        if family.stochastic and spreads and learn_spread:
-            self.spread = nn.Linear(features, spreads)
-            nn.init.zeros_(self.spread.weight)
+        self.scale = None
+        if family.stochastic and scales and learn_scale:
+            self.scale = nn.Linear(features, scales)
+            nn.init.zeros_(self.scale.weight)
             with torch.no_grad():
-                self.spread.bias.copy_(offset)
+                self.scale.bias.copy_(offset)
 
     def forward(self, features: Tensor, progress: float = 1.0) -> Tensor:
-        """`progress`: of the sharpness from its first to its final value, in [0, 1]."""
+        """`progress`: of the init_scale from its first to its final value, in [0, 1]."""
         location = self.linear(features)
         normalised = self.normalise(location)
         if not self.family.stochastic:  # h itself goes on; the running mean is the threshold of its sign bits
             return torch.cat([location, self.running("mean").expand_as(location)], dim=1)
-        scale, first = self.get_buffer("scale"), self._buffers["first_scale"]
+        factor, first = self.get_buffer("factor"), self._buffers["first_factor"]
         if first is not None and progress < 1:
-            scale = first ** (1 - progress) * scale**progress
+            factor = first ** (1 - progress) * factor**progress
         rows = features.shape[0]  # not len(): an export would take the example's for good
         offset = self.get_buffer("offset").expand(rows, -1)
-        spread = self.spread(features) if self.spread is not None else offset
-        return torch.cat([normalised * scale, spread], dim=1)
+        scale = self.scale(features) if self.scale is not None else offset
+        return torch.cat([normalised * factor, scale], dim=1)
 
     @torch.no_grad()
     def calibrate(self, features: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lvssl.report.figures import Figure, Line, line_chart
 from lvssl.report.template import finite, render
+from lvssl.runs.rows import by_point
 
 MEASURES = {"linear": "linear probe, %", "knn": "kNN, %", "map_over_hits": "mAP, over the hits found"}
 STYLES = {"code": "code", "features": "run", "control": "control"}
@@ -14,7 +15,7 @@ STYLES = {"code": "code", "features": "run", "control": "control"}
 
 def compression(measured: dict[str, Any]) -> str:
     """The section of compression.json; "" without one."""
-    rows = measured.get("rows") or []
+    rows = by_point(measured.get("rows") or [])
     if not rows:
         return ""
     charts = [rate_chart(rows, name, unit) for name, unit in MEASURES.items()]
@@ -29,17 +30,17 @@ def compression(measured: dict[str, Any]) -> str:
 
 
 def rate_chart(rows: list[dict[str, Any]], name: str, unit: str) -> Figure | None:
-    """One measure over the logarithm of the bits; a line for each model and method."""
+    """One measure over the logarithm of the bits; a line for each run and method."""
     groups: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in rows:
         if finite(row.get(name)):
-            method = "code" if row["method"].startswith("code") else row["method"]
-            groups.setdefault((row["model"], method), []).append((math.log2(row["bits"]), row[name]))
+            method = "code" if row["method"].startswith("code") else row["method"] or "features"
+            groups.setdefault((row["run"], method), []).append((math.log2(row["bits"]), row[name]))
     if not groups:
         return None
     lines = [
-        Line(f"{model}: {method}", STYLES.get(method, "control"), sorted(points))
-        for (model, method), points in sorted(groups.items(), key=lambda item: item[0][1] == "code")
+        Line(f"{run}: {method}", STYLES.get(method, "control"), sorted(points))
+        for (run, method), points in sorted(groups.items(), key=lambda item: item[0][1] == "code")
     ]
     places = sorted({x for points in groups.values() for x, _ in points})
     marks = [(x, f"{2**x:,.0f}") for x in places if x == int(x) and int(x) % 2 == 0]

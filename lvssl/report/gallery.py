@@ -29,9 +29,8 @@ class Picture(NamedTuple):
     wrong: bool = False
 
 
-def gallery(run_dir: Path, command: str | None) -> dict[str, str]:
+def gallery(path: Path, command: str | None) -> dict[str, str]:
     """The sections of neighbours and of certainty; {} without a gallery."""
-    path = run_dir / "gallery.npz"
     if not path.exists():
         return {}
     g = read_gallery(path)

@@ -37,8 +37,9 @@ from lvssl.report.verdict import (
     uncertainty_in_words,
 )
 from lvssl.runs.result import read_result
+from lvssl.runs.rows import are_rows
 from lvssl.runs.run import read_config
-from lvssl.settings.fields import flat
+from lvssl.settings.fields import flat, options
 from lvssl.settings.presets import command
 from lvssl.settings.pretrain import PretrainSettings
 from pipelines.files import write_atomically
@@ -73,35 +74,39 @@ FIGURES = {
 }
 
 
-def write_report(run_dir: Path) -> Path:
-    """Writes run_dir/report.html and returns its path; an older page is replaced, at once and whole.
+def write_report(run_dir: Path, out: Path | None = None) -> Path:
+    """Writes report.html into the folder `out`, left out: run_dir, and returns its path; an older page is
+    replaced, at once and whole. Results that lie in `out` are shown instead of the run's own.
 
     Raises:
         InputError: no such folder, no run, or one of its files can't be read (named).
     """
     run_dir = Path(run_dir)
+    folder = out or run_dir
     chosen, _ = read_config(run_dir)
     config = read_result(run_dir / "config.json")
     settings = config["settings"]
     measured = {
-        stage: read_result(path, **kinds) if (path := run_dir / name).exists() else {}
+        stage: read_result(path, **kinds) if (path := of_results(folder, run_dir, name)).exists() else {}
         for stage, (name, kinds) in RESULTS.items()
     }
+    if not are_rows(measured["compression"].get("rows") or []):
+        measured["compression"] = {}  # of an older version: to be measured again
     evaluation, analysis = measured["evaluate"], measured["analyse"]
-    commands = commands_of(run_dir, chosen, measured)
+    commands = commands_of(run_dir, out, chosen, measured)
     evaluated = commands.get("evaluate")
     sections = {
         "results": results(evaluation, evaluated),
         "curves": curves(run_dir, evaluation, commands["pretrain"]),
-        **gallery(run_dir, evaluated),
+        **gallery(of_results(folder, run_dir, "gallery.npz"), evaluated),
         "codes": codes(evaluation, evaluated),
         "bits-stored": compression(measured["compression"]),
         "uncertainty": uncertainty(analysis),
-        "bits": bit_explorer(run_dir / "bits.npz", analysis),
+        "bits": bit_explorer(of_results(folder, run_dir, "bits.npz"), analysis),
         "regression": regression(analysis),
         "disentanglement": disentanglement(analysis),
         "settings": settings_section(config, settings),
-        "commands": commands_section(commands, missing(run_dir, measured)),
+        "commands": commands_section(commands, missing(run_dir, out, measured)),
     }
     page = render(
         "page.html",
@@ -111,20 +116,26 @@ def write_report(run_dir: Path) -> Path:
         **verdicts(measured),
         sections={name: section for name, section in sections.items() if section},
     )
-    write_atomically(run_dir / "report.html", page.encode())
-    return run_dir / "report.html"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "report.html", page.encode())
+    return folder / "report.html"
 
 
 # What the folder holds ------------------------------------------------------------------------------------
 
 
+def of_results(folder: Path, run_dir: Path, name: str) -> Path:
+    """A result's file: where results were written with --out, or else in the run's folder."""
+    return path if (path := folder / name).exists() else run_dir / name
+
+
 def commands_of(
-    run_dir: Path, settings: PretrainSettings, measured: dict[str, dict[str, Any]]
+    run_dir: Path, out: Path | None, settings: PretrainSettings, measured: dict[str, dict[str, Any]]
 ) -> dict[str, str]:
     """What to type for the stages of this run."""
     stages = {
         "pretrain": command("pretrain", replace(settings, out=run_dir)),
-        "report": shlex.join(["lvssl", "report", str(run_dir)]),
+        "report": shlex.join(["lvssl", "report", str(run_dir), *options({"out": out} if out else {})]),
     }
     return stages | {name: str(found["command"]) for name, found in measured.items() if found.get("command")}
 
@@ -188,7 +199,7 @@ def tile(rows: list[Comparison], what: str, against: str) -> Tile | None:
     figures = [
         Difference(c.measure, f"{c.run:.1f} against {c.control:.1f} %", signed(c.difference)) for c in rows
     ]
-    return Tile(in_words(rows, what, against), "ahead" in outcomes and "behind" not in outcomes, figures)
+    return Tile(in_words(rows, what, against), "better" in outcomes and "worse" not in outcomes, figures)
 
 
 def uncertainty_tile(found: UncertaintyComparison | None) -> Tile | None:
@@ -200,7 +211,7 @@ def uncertainty_tile(found: UncertaintyComparison | None) -> Tile | None:
         Difference(name, f"{run:.3f} against {control:.3f}", signed(run - control, 3))
         for name, run, control in pairs
     ]
-    return Tile(uncertainty_in_words(found), found.outcome == "ahead", figures)
+    return Tile(uncertainty_in_words(found), found.outcome == "better", figures)
 
 
 def headline(run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any]) -> str:
@@ -285,7 +296,7 @@ def settings_section(config: dict[str, Any], settings: dict[str, Any]) -> str:
     return render("settings.html", halves=(rows[:half], rows[half:]))
 
 
-def missing(run_dir: Path, measured: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+def missing(run_dir: Path, out: Path | None, measured: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     """What the page doesn't show yet, as (what, the command that measures it)."""
     parts = {
         "evaluate": "results, neighbours, the most and least certain images",
@@ -293,7 +304,8 @@ def missing(run_dir: Path, measured: dict[str, dict[str, Any]]) -> list[tuple[st
         "analyse": "uncertainty, calibration, what single bits see, what can be read from a code",
     }
     absent = [stage for stage in parts if not measured[stage]]
-    return [(parts[stage], shlex.join(["lvssl", stage, str(run_dir)])) for stage in absent]
+    elsewhere = options({"out": out} if out else {})
+    return [(parts[stage], shlex.join(["lvssl", stage, str(run_dir), *elsewhere])) for stage in absent]
 
 
 def commands_section(commands: dict[str, str], absent: list[tuple[str, str]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import statistics
 from pathlib import Path
@@ -13,16 +12,17 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from lvssl.latents import has_code
+from lvssl.runs.rows import Row, as_csv, by_point
 from pipelines.files import write_atomically
 
 COLOURS = {"better": "#0f6b6f", "level": "#79818c", "worse": "#a3162a", "one seed": "#b5b9bf"}
 OF_CODE = {  # the columns of the table of codes
-    "code_linear": "linear, %",
-    "code_knn": "Hamming kNN, %",
-    "code_map": "mAP@1000 over hits",
-    "code_map_relevant": "over relevant",
+    "linear": "linear, %",
+    "knn": "Hamming kNN, %",
+    "map_over_hits": "mAP@1000 over hits",
+    "map_over_relevant": "over relevant",
 }
+Measures = dict[str, dict[str, Any]]  # as a result's "measures"
 PROTOCOL = """Every measure is of the run's last checkpoint. Probes and neighbours are fitted on the
 {database:,} training images and judged on all {queries:,} test images; uncertainty on {images:,} of these.
 
@@ -33,26 +33,23 @@ denominator of the hashing literature), *over relevant* by min(1,000, relevant i
 lowers, too. Codes by Hamming distance, features by cosine.
 
 **Controls of equal bits**: sign bits (the first ones where the code is shorter), PCA + sign, ITQ and LSH of
-a control's features, fitted on the training images. In a comparison each side has its strongest way (in
+a control's features, fitted on the training images. In a comparison each side has its strongest method (in
 brackets): of a code the method, of an uncertainty the score without labels (the latent's: posterior, rate;
 anybody's: feature norm, distance to the nearest training images), the one of the best mean over the seeds.
-That choice is made on the test images and favours whoever has more ways.
+That choice is made on the test images and favours whoever has more methods.
 
 **Paired differences**: arm minus control, seed by seed; their mean and its 95 % interval (Student). An
 interval without 0 is called better or worse: of 20 measures that don't differ at all, one will be."""
 
 
-def write_study(out: Path, result: dict[str, Any], measures: dict[str, tuple[str, bool]]) -> list[Path]:
-    """study.csv, study.md and figures/ beside study.json; returns their paths.
-
-    `measures`: name -> (what it says, whether higher is better), as `lvssl.evaluation.measures.MEASURES`.
-    """
-    files = {"study.csv": table(result["rows"]), "study.md": markdown(result, measures)}
+def write_study(out: Path, result: dict[str, Any]) -> list[Path]:
+    """study.csv, study.md and figures/ beside study.json; returns their paths."""
+    files = {"study.csv": as_csv(result["rows"]), "study.md": markdown(result)}
     for name, text in files.items():
         write_atomically(out / name, text.encode())
     figures = out / "figures"
     figures.mkdir(exist_ok=True)
-    drawn = {"accuracy": accuracy(result), "differences": differences(result["pairs"], measures)}
+    drawn = {"accuracy": accuracy(result), "differences": differences(result["pairs"], result["measures"])}
     paths = [out / name for name in files]
     for name, figure in drawn.items():
         for kind in ("png", "svg"):
@@ -64,94 +61,72 @@ def write_study(out: Path, result: dict[str, Any], measures: dict[str, tuple[str
     return paths
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Every number that was measured: one line for each run, measure, way and length of code."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer)
-    writer.writerow(["arm", "seed", "family", "bits", "measure", "way", "value"])
-    for row in rows:
-        head = [row["arm"], row["seed"], row["family"]]
-        sets = {row["bits"]: row["measures"]} | {
-            int(bits): made for bits, made in row["controls"].items() if int(bits) != row["bits"]
-        }
-        for bits, made in sets.items():
-            for name, ways in made.items():
-                writer.writerows([*head, bits, name, way, value] for way, value in ways.items())
-    return buffer.getvalue()
-
-
-def markdown(result: dict[str, Any], measures: dict[str, tuple[str, bool]]) -> str:
-    settings, rows, pairs = result["settings"], result["rows"], result["pairs"]
+def markdown(result: dict[str, Any]) -> str:
+    settings, runs, pairs, measures = (result[name] for name in ("settings", "runs", "pairs", "measures"))
     seeds = ", ".join(map(str, settings["seeds"]))
-    told = {"images": min(settings["max_images"] or rows[0]["queries"], rows[0]["queries"])}
+    told = {"images": min(settings["max_images"] or runs[0]["queries"], runs[0]["queries"])}
     parts = [
         [f"# Study: {settings['preset']}, seeds {seeds}"],
         [f"```\n{result['command']}\n```"],
         ["## Conclusions", "", *(conclusions(pairs, measures) or ["No control was among the arms."])],
-        ["## Protocol", "", PROTOCOL.format(**rows[0] | told)],
+        ["## Protocol", "", PROTOCOL.format(**runs[0] | told)],
         ["## Means over seeds (± standard deviation)", "", *means(result["arms"], measures)],
-        ["## Codes of equal length", "", *codes(rows)],
+        ["## Codes of equal length", "", *codes(result["rows"])],
         ["## Paired differences", "", *differences_table(pairs, measures)],
     ]
     return "\n".join("\n".join([*part, ""]) for part in parts)
 
 
-def means(arms: list[dict[str, Any]], measures: dict[str, tuple[str, bool]]) -> list[str]:
+def means(arms: list[dict[str, Any]], measures: Measures) -> list[str]:
     lines = ["| measure | " + " | ".join(arm["arm"] for arm in arms) + " |", "| --- |" + " --- |" * len(arms)]
-    for name, (what, higher) in measures.items():
-        cells = [mean_cell(**arm["measures"][name]) for arm in arms]
-        lines.append(f"| {what}{'' if higher else ' (lower is better)'} | " + " | ".join(cells) + " |")
+    for name, measure in measures.items():
+        cells = [mean_cell(**arm["measures"][name]) if name in arm["measures"] else "" for arm in arms]
+        what = measure["says"] + ("" if measure["higher"] else " (lower is better)")
+        if any(cells):
+            lines.append(f"| {what} | " + " | ".join(cells) + " |")
     return lines
 
 
-def mean_cell(values: list[float], way: str = "") -> str:
+def mean_cell(values: list[float], method: str = "") -> str:
     digits = 1 if abs(statistics.mean(values)) >= 10 else 3  # percent, or a share
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}" + (f" ({way})" if way and way != "code" else "")
+    return f"{statistics.mean(values):.{digits}f}{spread}" + (
+        f" ({method})" if method and method != "code" else ""
+    )
 
 
-def codes(rows: list[dict[str, Any]]) -> list[str]:
+def codes(rows: list[Row]) -> list[str]:
     """Every code that was made, sorted by length: the arms' own, and the controls'."""
-    found: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        sets = {int(bits): made for bits, made in row["controls"].items()}
-        sets.setdefault(row["bits"], {})
-        for bits, made in sets.items():
-            made = {name: {**made.get(name, {}), **own_code(row, bits, name)} for name in OF_CODE}
-            for way in made["code_linear"]:
-                value = {name: made[name][way] for name in OF_CODE}
-                found.setdefault((bits, row["arm"], way), []).append(value)
-    lines = ["| bits | arm | code | " + " | ".join(OF_CODE.values()) + " |", "| --- " * 7 + "|"]
-    for (bits, arm, way), values in sorted(found.items()):
-        cells = [mean_cell([v[name] for v in values]) for name in OF_CODE]
-        lines.append(
-            f"| {bits:,} | {arm} | {'its own' if way == 'code' else way} | " + " | ".join(cells) + " |"
-        )
+    found: dict[tuple[int, str, str], list[Row]] = {}
+    for point in by_point(row for row in rows if row["representation"] == "code"):
+        found.setdefault((point["bits"], point["run"], point["method"]), []).append(point)
+    columns = {name: head for name, head in OF_CODE.items() if any(row["metric"] == name for row in rows)}
+    lines = ["| bits | arm | code | " + " | ".join(columns.values()) + " |"]
+    lines.append("| --- " * (3 + len(columns)) + "|")
+    for (bits, arm, method), points in sorted(found.items()):
+        cells = [mean_cell([point[name] for point in points]) for name in columns]
+        code = "its own" if method == "code" else method
+        lines.append(f"| {bits:,} | {arm} | {code} | " + " | ".join(cells) + " |")
     return lines
 
 
-def own_code(row: dict[str, Any], bits: int, name: str) -> dict[str, float]:
-    own = row["measures"][name].get("code") if bits == row["bits"] else None
-    return {} if own is None else {"code": own}
-
-
-def differences_table(pairs: list[dict[str, Any]], measures: dict[str, tuple[str, bool]]) -> list[str]:
+def differences_table(pairs: list[dict[str, Any]], measures: Measures) -> list[str]:
     lines = ["| measure | arm | control | difference | 95 % | verdict |", "| --- " * 6 + "|"]
     for pair in pairs:
         digits = digits_of(pair, measures)
         span = " to ".join(f"{v:+.{digits}f}" for v in pair["interval"] or [])
         sides = [
-            f"{pair[name]} ({pair[way]})" if pair[way] not in ("", "code") else pair[name]
-            for name, way in (("arm", "of"), ("control", "against"))
+            f"{pair[name]} ({pair[method]})" if pair[method] not in ("", "code") else pair[name]
+            for name, method in (("arm", "of"), ("control", "against"))
         ]
         lines.append(
-            f"| {measures[pair['measure']][0]} | {sides[0]} | {sides[1]} | {pair['mean']:+.{digits}f} | "
+            f"| {measures[pair['measure']]['says']} | {sides[0]} | {sides[1]} | {pair['mean']:+.{digits}f} | "
             f"{span} | {pair['verdict']} |"
         )
     return lines
 
 
-def conclusions(pairs: list[dict[str, Any]], measures: dict[str, tuple[str, bool]]) -> list[str]:
+def conclusions(pairs: list[dict[str, Any]], measures: Measures) -> list[str]:
     """A line for each arm and control: what differs, by how much, and in how many measures nothing does."""
     found = []
     for arm, control in dict.fromkeys((pair["arm"], pair["control"]) for pair in pairs):
@@ -169,29 +144,33 @@ def conclusions(pairs: list[dict[str, Any]], measures: dict[str, tuple[str, bool
     return found
 
 
-def told(pair: dict[str, Any], measures: dict[str, tuple[str, bool]]) -> str:
-    return f"{measures[pair['measure']][0]} ({pair['mean']:+.{digits_of(pair, measures)}f})"
+def told(pair: dict[str, Any], measures: Measures) -> str:
+    return f"{measures[pair['measure']]['says']} ({pair['mean']:+.{digits_of(pair, measures)}f})"
 
 
-def digits_of(pair: dict[str, Any], measures: dict[str, tuple[str, bool]]) -> int:
-    return 2 if measures[pair["measure"]][0].endswith("%") else 3
+def digits_of(pair: dict[str, Any], measures: Measures) -> int:
+    return 2 if measures[pair["measure"]]["says"].endswith("%") else 3
 
 
 def accuracy(result: dict[str, Any]) -> Any:
     """Accuracy and mAP against bits stored: the arms' codes, the equal-bit controls, the features."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
-    titles = {"linear": "linear probe, %", "knn": "20 nearest neighbours, %", "map": "mAP@1000 over hits"}
+    titles = {
+        "linear": "linear probe, %",
+        "knn": "20 nearest neighbours, %",
+        "map_over_hits": "mAP@1000 over hits",
+    }
     for axis, (kind, title) in zip(axes, titles.items()):
         for number, arm in enumerate(result["arms"]):
             name, colour = arm["arm"], f"C{number}"
-            for bits, method, values in controls_of(result["rows"], name, f"code_{kind}"):
+            for bits, method, values in controls_of(result["rows"], name, kind):
                 label = f"codes of {name}'s features" if (bits, method) == (arm["bits"], "sign") else None
                 axis.plot(bits * 1.04**number, statistics.mean(values), "x", color=colour, ms=5, label=label)
-            points = [("s", 32 * arm["features"], arm["measures"][f"features_{kind}"], f"{name}, features")]
-            if has_code(arm["family"]):
-                points.append(("o", arm["bits"], arm["measures"][f"code_{kind}"], f"{name}, code"))
-            for marker, bits, found, label in points:
-                values = found["values"]
+            points = [("s", *values_of(result["rows"], name, "features", "", kind), f"{name}, features")]
+            points.append(("o", *values_of(result["rows"], name, "code", "code", kind), f"{name}, code"))
+            for marker, bits, values, label in points:
+                if not values:
+                    continue
                 error = statistics.stdev(values) if len(values) > 1 else 0
                 axis.errorbar(
                     bits * 1.04**number,
@@ -214,28 +193,35 @@ def accuracy(result: dict[str, Any]) -> Any:
     return figure
 
 
-def controls_of(rows: list[dict[str, Any]], arm: str, name: str) -> list[tuple[int, str, list[float]]]:
+def controls_of(rows: list[Row], arm: str, metric: str) -> list[tuple[int, str, list[float]]]:
     """(bits, method, values by seed) of every equal-bit control of an arm."""
     found: dict[tuple[int, str], list[float]] = {}
-    for row in (row for row in rows if row["arm"] == arm):
-        for bits, made in row["controls"].items():
-            for method, value in made.get(name, {}).items():
-                found.setdefault((int(bits), method), []).append(value)
-    return [(bits, method, values) for (bits, method), values in found.items()]
+    for row in rows:
+        if (row["run"], row["representation"], row["metric"]) == (arm, "code", metric):
+            found.setdefault((row["bits"], row["method"]), []).append(row["value"])
+    return [(bits, method, values) for (bits, method), values in found.items() if method != "code"]
 
 
-def differences(pairs: list[dict[str, Any]], measures: dict[str, tuple[str, bool]]) -> Any:
+def values_of(
+    rows: list[Row], arm: str, representation: str, method: str, metric: str
+) -> tuple[int, list[float]]:
+    """(bits, values by seed) of what has one length: features, or an arm's own code. (0, []) of neither."""
+    wanted = (arm, representation, method, metric)
+    found = [r for r in rows if (r["run"], r["representation"], r["method"], r["metric"]) == wanted]
+    return (found[0]["bits"] if found else 0), [row["value"] for row in found]
+
+
+def differences(pairs: list[dict[str, Any]], measures: Measures) -> Any:
     """Each arm's paired differences and their 95 % intervals, each measure scaled to its largest difference
     and turned so that right is better."""
     keys = list(dict.fromkeys((pair["arm"], pair["control"]) for pair in pairs))
-    figure, axes = plt.subplots(
-        1, max(1, len(keys)), figsize=(1.9 * max(1, len(keys)) + 4, 0.32 * len(measures) + 1), sharey=True
-    )
-    names = list(measures)
+    names = [name for name in measures if any(pair["measure"] == name for pair in pairs)]
+    size = 1.9 * max(1, len(keys)) + 4, 0.32 * len(names) + 1
+    figure, axes = plt.subplots(1, max(1, len(keys)), figsize=size, sharey=True)
     for axis, (arm, control) in zip([axes] if len(keys) <= 1 else axes, keys):
         for pair in (p for p in pairs if (p["arm"], p["control"]) == (arm, control)):
             place = -names.index(pair["measure"])
-            scale = max(map(abs, [*pair["each"], 1e-12])) * (1 if measures[pair["measure"]][1] else -1)
+            scale = max(map(abs, [*pair["each"], 1e-12])) * (1 if measures[pair["measure"]]["higher"] else -1)
             low, high = (v / scale for v in (pair["interval"] or [pair["mean"]] * 2))
             colour = COLOURS[pair["verdict"]]
             axis.plot([low, high], [place, place], color=colour, lw=2)
@@ -246,5 +232,7 @@ def differences(pairs: list[dict[str, Any]], measures: dict[str, tuple[str, bool
         axis.set_xticks([])
         axis.set_xlabel("worse  |  better", fontsize=9)
         axis.set_title(f"{arm} - {control}", fontsize=10)
-        axis.set_yticks([-i for i in range(len(names))], [measures[name][0] for name in names], fontsize=8)
+        axis.set_yticks(
+            [-i for i in range(len(names))], [measures[name]["says"] for name in names], fontsize=8
+        )
     return figure

@@ -7,6 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lvssl.report.template import finite
+from lvssl.runs.differences import interval, strongest
+from lvssl.runs.rows import by_point
+
+
+def verdict(difference: float, error: float) -> str:
+    """better, worse, or level: within two standard errors, those that the test set's size gives."""
+    return str(interval([difference], sampling_error=error)["verdict"])
 
 
 @dataclass(frozen=True)
@@ -16,9 +23,7 @@ class Comparison:
     measure: str
     run: float  # percent
     control: float  # percent
-    noise: (
-        float | None
-    )  # two standard errors of the difference, points; None where the test set's size is unknown
+    noise: float | None  # two standard errors of the difference, points; None: test set of unknown size
 
     @property
     def difference(self) -> float:
@@ -26,10 +31,7 @@ class Comparison:
 
     @property
     def outcome(self) -> str:
-        """ahead, behind, or level: within the sampling error of the test set."""
-        if abs(self.difference) <= (self.noise if self.noise is not None else 0.05):
-            return "level"
-        return "ahead" if self.difference > 0 else "behind"
+        return verdict(self.difference, (0.05 if self.noise is None else self.noise) / 2)
 
 
 def sampling_noise(run: float, control: float, images: int) -> float:
@@ -83,9 +85,7 @@ class UncertaintyComparison:
 
     @property
     def outcome(self) -> str:
-        if abs(self.difference) <= self.noise:
-            return "level"
-        return "ahead" if self.difference > 0 else "behind"
+        return verdict(self.difference, self.noise / 2)
 
 
 LABEL_FREE = {"norm": "feature norm", "distance": "distance to its neighbours"}
@@ -124,7 +124,7 @@ def auroc_error(area: float, positive_share: float, count: int) -> float:
 
 
 def uncertainty_in_words(found: UncertaintyComparison) -> str:
-    where = {"ahead": "ahead of", "level": "level with", "behind": "behind"}[found.outcome]
+    where = WORDS[found.outcome]
     return (
         f"The posterior's uncertainty is {where} the control's best label-free score, its "
         f"{LABEL_FREE[found.score]}, in telling wrong neighbours from right."
@@ -137,27 +137,27 @@ def compare_codes(rates: dict[str, Any]) -> tuple[list[Comparison], str]:
 
     The best control is chosen on the test images, which favours the controls.
     """
-    rows = rates.get("rows") or []
+    rows = by_point(rates.get("rows") or [])
     code = next((row for row in rows if row["method"] == "code"), None)
     if code is None:
         return [], ""
     controls = [
         row
         for row in rows
-        if row["bits"] == code["bits"]
-        and row["method"] != "features"
+        if (row["representation"], row["bits"]) == ("code", code["bits"])
         and not row["method"].startswith("code")
     ]
     found, names = [], []
     for measure, key in (("Hamming kNN", "knn"), ("linear probe", "linear")):
         if controls:
-            best = max(controls, key=lambda row: row[key])
-            noise = sampling_noise(code[key], best[key], rates["queries"])
-            found.append(Comparison(measure, code[key], best[key], noise))
-            names.append(best["method"])
+            best = strongest([{row["method"]: row[key] for row in controls}], higher_is_better=True)
+            noise = sampling_noise(code[key], best.values[0], rates["queries"])
+            found.append(Comparison(measure, code[key], best.values[0], noise))
+            names.append(best.method)
     return found, " and ".join(dict.fromkeys(names))
 
 
+WORDS = {"better": "ahead of", "level": "level with", "worse": "behind"}
 NAMES = {"linear probe": "the linear probe"}  # within a sentence
 
 
@@ -167,7 +167,7 @@ def in_words(comparisons: list[Comparison], what: str, against: str) -> str:
     if not comparisons:
         return ""
     parts: list[str] = []
-    for outcome, verb in (("ahead", "ahead of"), ("level", "level with"), ("behind", "behind")):
+    for outcome, verb in WORDS.items():
         those = [c for c in comparisons if c.outcome == outcome]
         if those:
             measures = " and ".join(

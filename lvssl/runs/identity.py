@@ -40,7 +40,7 @@ def other_set(stored: dict[str, Any], found: dict[str, Any]) -> str:
 def _content(source: Reader, index: int) -> bytes:
     """A JPEG's bytes; of anything else size and pixels, which are the same in every format."""
     try:
-        stored = source.stored(0, index)
+        stored = source.encoded(0, index)
         if isinstance(stored, bytes) and jpeg.is_jpeg(stored):
             return stored
         pixels = as_rgb(stored) if isinstance(stored, np.ndarray) else decode_other(stored)[0]

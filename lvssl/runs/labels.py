@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from lvssl.models.inference import BATCH
-from lvssl.runs.progress import shown
+from lvssl.runs.progress import with_progress
 from pipelines.datasets.dataset import by_name
 from pipelines.decode import DamagedSample, Reader, open_reader
 from pipelines.errors import InputError
-from pipelines.formats.manifest import manifest_path, read_manifest
+from pipelines.formats.manifest import manifest_path, read_columns
 from pipelines.loader import Decoder, evaluation_batches
 from pipelines.views import ViewSettings
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledDataset:
     """N images and what is to be predicted of each."""
 
     path: Path
@@ -42,7 +42,7 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.answers)
 
-    def only(self, rows: np.ndarray) -> Labelled:
+    def only(self, rows: np.ndarray) -> LabelledDataset:
         """Some of the images, in the order of `rows`."""
         return replace(self, source=Subset(self.source, rows), answers=self.answers[torch.from_numpy(rows)])
 
@@ -62,8 +62,8 @@ class Subset:
         with _positions_of(indices):
             return self.source.sizes(self.rows[indices])
 
-    def stored(self, row: int, index: int) -> bytes | np.ndarray:
-        return self.source.stored(row, int(self.rows[index]))
+    def encoded(self, row: int, index: int) -> bytes | np.ndarray:
+        return self.source.encoded(row, int(self.rows[index]))
 
     def crops(
         self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: np.ndarray | None = None
@@ -99,7 +99,7 @@ def readable(
     """
     rows, decoder = np.arange(len(source)) if rows is None else rows, Decoder(source, on_error)
     batches, done = evaluation_batches(source, view, batch_size, workers, rows, decoder), 0
-    for crops, found in shown(batches, title, len(rows), lambda batch: len(batch[1])):
+    for crops, found in with_progress(batches, title, len(rows), lambda batch: len(batch[1])):
         asked, done = rows[done : done + len(found)], done + len(found)
         sound = found == asked
         if left_out is not None:
@@ -138,8 +138,8 @@ def open_labelled(
     kind: str = "auto",
     on_error: str = "raise",
     device: str = "cpu",
-    train: Labelled | None = None,
-) -> Labelled:
+    train: LabelledDataset | None = None,
+) -> LabelledDataset:
     """The images at `path` with their classes, or with the float target(s) named.
 
     Args:
@@ -158,12 +158,12 @@ def open_labelled(
             one_of = f"; its float targets: {', '.join(known)}: name one with --target" if known else ""
             raise InputError(f"{path}: needs labels of at least two classes{one_of}")
         answers = torch.from_numpy(source.labels.astype(np.int64))
-        return Labelled(path, source, answers, int(answers.max()) + 1, (), on_error)
+        return LabelledDataset(path, source, answers, int(answers.max()) + 1, (), on_error)
     names = tuple(known) if target == "all" else (target,)
     if not names or any(name not in known for name in names):
         raise InputError(f"{path}: has no float target {target!r}; its targets: {', '.join(known) or 'none'}")
     answers = torch.from_numpy(np.stack([known[name] for name in names], axis=1)).float()
-    return Labelled(path, source, answers, len(names), names, on_error)
+    return LabelledDataset(path, source, answers, len(names), names, on_error)
 
 
 def numbered_as(source: Reader, path: Path, classes: list[str] | None, where: str) -> Reader:
@@ -226,13 +226,13 @@ def check_seen(train: Reader, test: Reader, train_path: Path, test_path: Path) -
         raise InputError(f"{test_path}: label {unseen[0]}{name} doesn't occur in {train_path}")
 
 
-def check_pair(train: Labelled, test: Labelled) -> None:
+def check_pair(train: LabelledDataset, test: LabelledDataset) -> None:
     """Raise InputError if the test set asks for what the training set doesn't have."""
     if not train.targets:
         check_seen(train.source, test.source, train.path, test.path)
 
 
-def beside(train: Path) -> Path:
+def sibling_test_set(train: Path) -> Path:
     """The test set beside a training set: train.beton -> test.beton, or val. InputError if there is none."""
     for name in ("test", "val", "validation"):
         path = train.with_name(train.name.replace("train", name))
@@ -241,7 +241,7 @@ def beside(train: Path) -> Path:
     raise InputError(f"no test images beside {train}: name them with --test")
 
 
-def labelled_rows(train: Labelled, share: float, names: Path | None, seed: int) -> np.ndarray:
+def labelled_rows(train: LabelledDataset, share: float, names: Path | None, seed: int) -> np.ndarray:
     """Positions of the images to learn from, in ascending order: of a list of names, or drawn by `seed`."""
     if names is not None:
         return rows_of_names(train, names)
@@ -273,7 +273,7 @@ def balanced(classes: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(np.lexsort((lot, turn))[:count])
 
 
-def split(train: Labelled, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split(train: LabelledDataset, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions to fit on and positions to choose on: `share` of the images, balanced as `balanced` does.
 
     A class never loses its last image to the choice, which may therefore be smaller, or empty.
@@ -286,7 +286,7 @@ def split(train: Labelled, share: float, seed: int) -> tuple[np.ndarray, np.ndar
     return np.setdiff1d(np.arange(len(train)), chosen), chosen
 
 
-def rows_of_names(train: Labelled, path: Path) -> np.ndarray:
+def rows_of_names(train: LabelledDataset, path: Path) -> np.ndarray:
     """Positions of the images that a list names, one a line, by full name or by the name after the last "/".
 
     Raises:
@@ -320,9 +320,9 @@ def rows_by_name(names: list[str]) -> dict[str, int]:
     return known | {name: row for row, name in enumerate(names)}
 
 
-def names_of(train: Labelled) -> list[str]:
+def names_of(train: LabelledDataset) -> list[str]:
     """The source names of a set's images, from its manifest, or from the folder itself."""
     names = getattr(train.source, "names", None)
     if names is None:
-        names = read_manifest(manifest_path(train.path))[1]["name"]
+        names = read_columns(manifest_path(train.path), ("name",))[1]["name"]
     return list(names)

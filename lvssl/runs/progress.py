@@ -78,7 +78,7 @@ class Progress:
             self.bar.close()
 
 
-def shown(parts: Iterable[T], title: str, total: int, size: Callable[[T], int]) -> Iterator[T]:
+def with_progress(parts: Iterable[T], title: str, total: int, size: Callable[[T], int]) -> Iterator[T]:
     """The parts of `total` images, `size(part)` in each, with their progress if there is a title."""
     if not title:
         yield from parts
@@ -126,38 +126,37 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Figures that weren't finite are left out.
 
     Raises:
-        InputError: another line that is no JSON object.
+        InputError: another line that is no row.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    rows: list[dict[str, Any]] = []
+    return [row for row, _ in _rows(path)]
+
+
+def _rows(path: Path) -> Iterator[tuple[dict[str, float], bytes]]:
+    """The rows of a metrics.jsonl, and each one's line. Errors of `read_metrics`."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict):
-            rows.append({name: value for name, value in row.items() if value is not None})
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield {name: value for name, value in row.items() if isinstance(value, int | float)}, line
         elif number < len(lines):
-            raise InputError(f"{path}: line {number} is no JSON object")
-    return rows
+            raise InputError(f"{path}: line {number} is no JSON object with a step: remove the line")
 
 
 def keep_until(path: Path, step: int) -> None:
     """Cut off the rows after `step`, and a last line that a kill cut short."""
-    if not path.exists():
-        return
     kept = 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-        except json.JSONDecodeError:
+    for row, line in _rows(path):
+        if row["step"] > step or not line.endswith(b"\n"):
             break
         kept += len(line)
-    os.truncate(path, kept)
+    if path.exists():
+        os.truncate(path, kept)
 
 
-class Window:
+class ThroughputMeter:
     """Speed, wait for data and memory since they were last asked for: is loader or model the bottleneck?"""
 
     def __init__(self, images_per_step: int, device: torch.device, loader: TwoViewLoader) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lvssl.runs.run import Run, versions
+from lvssl.runs.run import RESULTS_VERSION, Run, results_version, versions
 from lvssl.settings.fields import first_change, identity, runtime
 from lvssl.settings.presets import command
 from pipelines.errors import InputError
@@ -29,29 +30,33 @@ class ResultFile:
 
     @classmethod
     def of_run(cls, name: str, file: str, settings: Any, runs: list[Run], also: str) -> ResultFile:
-        """RUN/FILE, and the file `also` there: a result of the first run, which others stand beside."""
+        """FILE in the folder --out or the run's own, and the file `also` there: a result of the first run,
+        which others stand beside."""
         run, *others = runs
         beside = {str(other.folder.resolve()): other.digest for other in others}
-        return cls(run.folder / file, name, settings, run.digest, beside, (run.folder / also,))
+        folder = result_folder(settings)
+        return cls(folder / file, name, settings, run.digest, beside, (folder / also,))
 
     def found(self) -> dict[str, Any] | None:
         """The result, if it stands there already, whole.
 
         Raises:
-            InputError: another result stands there, or a damaged one, and --overwrite isn't given.
+            InputError: another result stands there, or a damaged one, and --overwrite isn't given; or nothing
+                can be written there.
         """
         if not self.path.exists():
+            require_writable(self.path.parent)
             return None
         try:
             content = read_result(self.path)
             if changed := self.changes(content):
-                elsewhere = " or --out to write elsewhere" if hasattr(self.settings, "out") else ""
                 raise InputError(
                     f"{self.path} already holds a result for other settings ({changed}); "
-                    f"pass --overwrite to overwrite it{elsewhere}"
+                    "pass --overwrite to overwrite it or --out to write elsewhere"
                 )
         except InputError:
             if self.settings.overwrite:
+                require_writable(self.path.parent)
                 return None
             raise
         return content if all(file.exists() for file in self.files) else None
@@ -63,6 +68,8 @@ class ResultFile:
         """
         if content.get("checkpoint") != self.checkpoint:
             return f"checkpoint: {str(content.get('checkpoint'))[:12]} -> {self.checkpoint[:12]}"
+        if (version := results_version(content)) != RESULTS_VERSION:
+            return f"results version: {version} -> {RESULTS_VERSION}"
         had = identity(type(self.settings)(self.settings.run, on_error="raise"))
         had |= {k: v for k, v in (content.get("settings") or {}).items() if k not in runtime(self.settings)}
         beside = [
@@ -80,12 +87,29 @@ class ResultFile:
         origin["command"] = command(self.name, self.settings)
         return content | origin | {"versions": versions()}
 
+    def file_beside(self) -> Path:
+        """Where the file goes that belongs to the result; its folder is there by now."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.files[0]
+
     def write(self, content: dict[str, Any]) -> dict[str, Any]:
         """Write what was measured, complete; returns what is written."""
         content = self.complete(content)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, content, indent=2)
         return content
+
+
+def result_folder(settings: Any) -> Path:
+    """Where a command that measures a run writes: the folder --out, or else the run's own."""
+    return settings.out or settings.run
+
+
+def require_writable(folder: Path) -> None:
+    """Raise InputError, before any work, if no file can be made in a folder, or the folder can't be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{there}: nothing can be written there: name another folder with --out")
 
 
 def read_result(path: Path, **kinds: type) -> dict[str, Any]:
@@ -105,7 +129,7 @@ def read_json(path: Path) -> Any:
     """What stands in a file that a command has written. InputError if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a result ({error}); remove it") from error
 
 

@@ -3,7 +3,7 @@
 import json
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +19,20 @@ from lvssl.models.network import LVNet
 from lvssl.runs import checkpoint
 from lvssl.runs.exported import is_exported, read_exported
 from lvssl.runs.identity import other_set
-from lvssl.settings.fields import difference, from_dict, to_dict
+from lvssl.settings.fields import difference, first_change, from_dict, to_dict
 from lvssl.settings.pretrain import PretrainSettings, choice
 from pipelines.datasets.recognise import in_short
 from pipelines.decode import Reader
-from pipelines.errors import ON_ERROR, InputError
+from pipelines.errors import ON_ERROR, InputError, first_line
 from pipelines.files import is_aside, write_json
 from pipelines.lock import lock
 
 LOCK = ".lock"
+MOST_CLASSES = 10_000_000
+# Of what settings, images and seed lead to; higher by one where stochastic results change in their numbers.
+# 1 (no file says it): noise from torch's generators, an epoch's order by sorting. 2: noise keyed by (seed,
+# step, row) on every device, order by a keyed bijection.
+RESULTS_VERSION = 2
 
 
 def create_run(
@@ -45,6 +50,11 @@ def create_run(
         if not resume:
             raise InputError(f"{settings.out} exists: add --resume to go on with it, or choose another --out")
         stored, stored_classes = read_config(settings.out)
+        if (begun := results_version(json.loads(config.read_text()))) != RESULTS_VERSION:
+            raise InputError(
+                f"{settings.out} is a run of results version {begun}, and this lvssl gives version "
+                f"{RESULTS_VERSION}: it can be read and measured, but not resumed; choose another --out"
+            )
         # What a run without a latent doesn't depend on: it is the control of any of these weights.
         unread = settings.latent.distribution.unread
         changed = difference(stored, settings, ("data", *unread))
@@ -57,7 +67,7 @@ def create_run(
         if data is not None:
             _check_set(settings, data)
         return
-    if not vacant(settings.out):
+    if not is_empty_run(settings.out):
         raise InputError(f"{settings.out} exists but is not a run folder; choose another --out")
     settings.out.mkdir(parents=True, exist_ok=True)
     content = {"settings": to_dict(settings), "classes": classes, "data": data, "versions": versions()}
@@ -80,14 +90,27 @@ def _check_set(settings: PretrainSettings, data: dict[str, Any]) -> None:
 def read_set(folder: Path) -> dict[str, Any] | None:
     """What a run's config.json says of its training images; None in older runs. InputError: damaged."""
     path = folder / "config.json"
+    data = _config(path).get("data")
+    if data is None:
+        return None
+    kinds = {"images": int, "classes": list | None, "digest": str}
+    if not isinstance(data, dict) or any(not isinstance(data.get(n, 0), kind) for n, kind in kinds.items()):
+        raise InputError(f"{path}: not a run's configuration (its `data` doesn't describe a set)")
+    return {name: data[name] for name in kinds}
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """What a run's config.json holds. InputError: no object, or damaged."""
     try:
-        data = json.loads(path.read_text()).get("data")
-        return None if data is None else {name: data[name] for name in ("images", "classes", "digest")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a run's configuration ({error!r})") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a run's configuration ({first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a run's configuration (an object is expected)")
+    return content
 
 
-def vacant(folder: Path) -> bool:
+def is_empty_run(folder: Path) -> bool:
     """Whether a run can begin there: there is nothing, or no more than a run killed at its birth leaves."""
     if not folder.is_dir():
         return not folder.exists()
@@ -96,7 +119,7 @@ def vacant(folder: Path) -> bool:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """While it lasts, no other process trains in `folder`; the system takes the lock from a killed process.
 
     Raises:
@@ -112,9 +135,15 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def versions() -> dict[str, str]:
+def results_version(content: Mapping[str, Any]) -> int:
+    """The results version that a config.json or a result says it is of."""
+    return int((content.get("versions") or {}).get("results", 1))
+
+
+def versions() -> dict[str, Any]:
     """Versions of all that a result depends on."""
     return {
+        "results": RESULTS_VERSION,
         "lvssl": lvssl.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -124,7 +153,8 @@ def versions() -> dict[str, str]:
 
 
 def read_config(folder: Path) -> tuple[PretrainSettings, int]:
-    """A run's settings and its count of classes; InputError if the folder is no run."""
+    """A run's settings and its count of classes; InputError if the folder is no run, or its config.json
+    holds an impossible value, which is named."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run folder")
@@ -132,11 +162,17 @@ def read_config(folder: Path) -> tuple[PretrainSettings, int]:
         raise InputError(f"{folder} is no run folder (it has no config.json)")
     if is_exported(folder):
         raise InputError(f"{folder} is an exported encoder, not a run: it can encode and search, no more")
+    content = _config(path)
+    if missing := [name for name in ("settings", "classes") if name not in content]:
+        raise InputError(f"{path}: not a run's configuration (it has no {missing[0]!r})")
+    settings, classes = from_dict(PretrainSettings, content["settings"], str(path)), content["classes"]
+    if not isinstance(classes, int) or not 0 <= classes <= MOST_CLASSES:
+        raise InputError(f"{path}: classes should be a count of at most {MOST_CLASSES:,}, not {classes!r}")
     try:
-        content = json.loads(path.read_text())
-        return from_dict(PretrainSettings, content["settings"], str(path)), content["classes"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a run's configuration ({error!r})") from error
+        settings.validate()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return settings, classes
 
 
 @dataclass(frozen=True)
@@ -187,11 +223,22 @@ def require_same_classes(run: Run, control: Run) -> None:
         )
 
 
+def require_weights_of(network: LVNet, weights: dict[str, torch.Tensor], path: Path, folder: Path) -> None:
+    """Raise InputError unless a checkpoint's weights are of the network that a run's settings describe."""
+    had = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    if changed := first_change(had, wanted):
+        raise InputError(
+            f"{path} is of another network than {folder / 'config.json'} describes ({changed}): one of "
+            "the two belongs to another run, or was changed"
+        )
+
+
 def load_run(folder: Path, device: torch.device | None = None) -> Run:
     """The newest checkpoint of a run, ready to encode on `device`; left out: on a GPU where there is one.
 
     Raises:
-        InputError: no run, or a run without a checkpoint.
+        InputError: no run, a run without a checkpoint, or one whose weights don't fit its settings.
     """
     settings, classes = read_config(folder)
     found = checkpoint.load_latest(folder / "checkpoints")
@@ -200,8 +247,12 @@ def load_run(folder: Path, device: torch.device | None = None) -> Run:
             f"{folder} has no checkpoint yet: let `lvssl pretrain` finish, or reach its first epoch"
         )
     path, state = found
+    weights = state.get("ema") or state["network"]
+    with torch.device("meta"):  # takes no memory, whatever the settings say
+        planned = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
+    require_weights_of(planned, weights, path, folder)
     network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
-    network.load_state_dict(state.get("ema") or state["network"])
+    network.load_state_dict(weights)
     named = (read_set(folder) or {}).get("classes")
     network = ready(network, settings, device)
     return Run(folder, settings, network, state["step"], checkpoint.digest(path), named)

@@ -8,7 +8,7 @@ import json
 import shlex
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pipelines.errors import InputError
 
@@ -117,7 +117,8 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: Any, values: Any, where: str = "config") -> Any:
-    """Settings from JSON values. InputError: they are no object, or an unknown name, which is named."""
+    """Settings from JSON values. InputError: they are no object, an unknown name, or a value of a wrong type,
+    which is named."""
     if not isinstance(values, dict):
         raise InputError(f"{where}: settings by name are expected, not {type(values).__name__}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
@@ -128,13 +129,33 @@ def from_dict(kind: Any, values: Any, where: str = "config") -> Any:
     for name, value in values.items():
         kind_of = fields[name].type
         if dataclasses.is_dataclass(kind_of):
-            value = from_dict(kind_of, value, f"{where}.{name}")
-        elif kind_of is Path:
-            value = Path(value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        made[name] = value
+            made[name] = from_dict(kind_of, value, f"{where}.{name}")
+            continue
+        made[name] = _typed(value, kind_of)
+        if made[name] is _WRONG:
+            wanted = getattr(kind_of, "__name__", str(kind_of)) if not get_args(kind_of) else str(kind_of)
+            raise InputError(f"{where}: {name} should be of type {wanted}, not {str(value)[:40]!r}")
     return kind(**made)
+
+
+_WRONG = object()
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """A JSON value as a setting of that type; _WRONG if it isn't of it."""
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        if not isinstance(value, list) or (kinds[-1] is not Ellipsis and len(value) != len(kinds)):
+            return _WRONG
+        made = tuple(_typed(one, kinds[0]) for one in value)  # all are of one type
+        return _WRONG if _WRONG in made else made
+    if get_args(kind):  # a union
+        return next((made for one in get_args(kind) if (made := _typed(value, one)) is not _WRONG), _WRONG)
+    if kind is Path:
+        return Path(value) if isinstance(value, str) else _WRONG
+    accepted = (int, float) if kind is float else kind
+    sound = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    return value if sound else _WRONG
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -52,7 +52,7 @@ class LatentSettings:
     depth: int = 1
     """Bits of the code for each dimension of gaussian, beta, mixture and laplace: their quantised means."""
     init_scale: float = 4.0
-    """How far the posterior starts from its prior: spread of the logits, 1 / s of a Gaussian, kappa / D."""
+    """How far the posterior starts from its prior: the logits' deviation, 1 / s of a Gaussian, kappa / D."""
     init_scale_start: float | None = None
     """Anneal the scale of the logits (bernoulli, categorical) from here to --init-scale; left out: it is
     constant."""
@@ -65,7 +65,7 @@ class LatentSettings:
     anneal: float = 0.5
     """Share of the steps over which logit scale and relaxation go, geometrically, to their final values."""
     posterior_scale: str = "learnt"
-    """Where a family has a spread (s, kappa, a + b): learnt, one for each image, or fixed where it starts."""
+    """Where a family has a scale (s, kappa, a + b): learnt, one for each image, or fixed where it starts."""
     samples: int = 4
     """Samples a step (K)."""
     sample_reduction: str = "auto"
@@ -149,7 +149,7 @@ class LatentSettings:
         for name in ("categories", "components"):
             value = getattr(self, name)
             require(2 <= value <= 256 and value & (value - 1) == 0, name, value, "a power of two in [2, 256]")
-        if self.dim and (wanted := family.complaint(self.dim)):
+        if self.dim and (wanted := family.validation_error(self.dim)):
             require(False, "dim", self.dim, wanted)
         require(1 <= self.depth <= 8, "depth", self.depth, "in [1, 8]")
         self._validate_schedules()
@@ -230,7 +230,7 @@ class EngineSettings:
     channels_last: bool = field(default=True, metadata=RUNTIME)
     """The layout of images and convolutions; faster on GPUs and on CPUs."""
     compile: bool = field(default=False, metadata=RUNTIME)
-    """torch.compile the backbone: a minute at the start, faster steps on a GPU."""
+    """torch.compile the backbone: a minute at the start, which a resumed run saves (RUN/compiled)."""
     graph: str = field(default="auto", metadata=RUNTIME)
     """Record a step's launches once, and repeat them with one call (a CUDA graph): faster where network and
     images are so small that a step waits for the host. on; off; auto: on one GPU, without --compile, --chunk,
@@ -243,6 +243,9 @@ class EngineSettings:
     for a third more time: the loss still sees the whole batch (GradCache, Gao et al. 2021). Batch
     normalisation inside the backbone then has the statistics of a chunk, not of the batch, so the result
     differs from that of --chunk 0 as a smaller batch's does: use chunks of 256 views or more."""
+    deterministic: bool = field(default=False, metadata=RUNTIME)
+    """The same bits from the same GPU each time; slower, for convolutions aren't tuned. A CPU gives the same
+    bits in any case."""
     sync_batch_norm: bool = True
     """Several ranks: statistics over all of them, so that the result doesn't depend on their number."""
     ema: float = 0.0

@@ -76,16 +76,16 @@ class _Normalise(torch.autograd.Function):
         return F.batch_norm(x, mean, variance, weight, bias, False, 0, eps), mean, variance, ctx.count
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale = ctx.saved_tensors
         shape = [1, -1] + [1] * (x.dim() - 2)
         normalised = (_wide(x) - mean.view(shape)) * scale.view(shape)
-        slope = _wide(slope)
-        sums = torch.stack([slope.sum(ctx.axes), (slope * normalised).sum(ctx.axes)])
+        grad = _wide(grad)
+        sums = torch.stack([grad.sum(ctx.axes), (grad * normalised).sum(ctx.axes)])
         own_bias, own_weight = sums.clone()
         dist.all_reduce(sums)  # what every rank's images make of the shared statistics
         by_mean, by_scale = (sums / ctx.count).unbind(0)
-        pulled = slope - by_mean.view(shape) - normalised * by_scale.view(shape)
+        pulled = grad - by_mean.view(shape) - normalised * by_scale.view(shape)
         x_slope = pulled * (scale * weight).view(shape)
         return x_slope.to(x.dtype), own_weight, own_bias, None
 

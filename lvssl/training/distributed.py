@@ -261,13 +261,22 @@ def from_first(world: World, make: Callable[[], T]) -> T:
     return said[0]
 
 
-def highest(*values: int) -> list[int]:
+def all_reduce_max(*values: int) -> list[int]:
     """The largest of all ranks' values, each; the hosts exchange them, no device is waited for."""
     if not dist.is_initialized():
         return list(values)
     shared = torch.tensor(values)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return shared.tolist()
+
+
+def everywhere(verdict: torch.Tensor) -> torch.Tensor:
+    """Whether a bool on the device is true on every rank; the host doesn't wait."""
+    if not dist.is_initialized():
+        return verdict
+    shared = verdict.to(torch.int32)
+    dist.all_reduce(shared, dist.ReduceOp.MIN)
+    return shared.bool()
 
 
 def mean_over_ranks(figures: torch.Tensor) -> torch.Tensor:

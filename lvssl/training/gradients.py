@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +28,7 @@ def backward(
     autocast: Context,
     chunk: int = 0,
     scaled: Callable[[Tensor], Tensor] = lambda loss: loss,
-    averaging: Averaging | None = None,
+    averaging: GradientAllReducer | None = None,
 ) -> None:
     """Gradients of loss_of(backbone(images)) in all parameters, added to what is there.
 
@@ -54,25 +56,29 @@ def backward(
     scaled(loss_of(features)).backward()
     assert features.grad is not None
     with frozen_running_statistics(backbone):
-        for part, slope in zip(parts, features.grad.tensor_split(len(parts))):
+        for part, grad in zip(parts, features.grad.tensor_split(len(parts))):
             with autocast():
                 again = backbone(part)
             if averaging:
                 averaging.held = part is not parts[-1]
-            again.backward(slope)
+            again.backward(grad)
 
 
-class Averaging:
+class GradientAllReducer:
     """The mean of every gradient over the ranks, on each of them, exchanged while the backward pass runs.
 
     Parameters lie in buckets, the last layers' first, for their gradients come first. A bucket is sent as
     soon as it and those before it are complete, in the same order on every rank; `finish` sends the rest and
     waits. A parameter without gradient on one rank has one of zeros there. Not DDP: its reducer wants to wrap
     the forward pass of the whole network, and the cache runs through the backbone alone, again and again.
+    Buckets have a communicator of their own: they don't queue behind what the loss and SyncBatchNorm send.
+
+    timeout_minutes: how long to wait for another rank. All ranks make theirs at the same time.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], timeout_minutes: float = 10.0) -> None:
         self.buckets: list[list[nn.Parameter]] = []
+        self.group: Any = dist.new_group(timeout=timedelta(minutes=timeout_minutes)) if ranks() > 1 else None
         self.held = False  # True: the gradients that come are not the step's last
         room = 0
         for parameter in reversed([p for p in parameters if p.requires_grad] if ranks() > 1 else []):
@@ -101,7 +107,7 @@ class Averaging:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         flat = torch.cat([p.grad.flatten() for p in bucket if p.grad is not None])
-        self.sent.append((flat, dist.all_reduce(flat, async_op=True)))
+        self.sent.append((flat, dist.all_reduce(flat, group=self.group, async_op=True)))
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -117,7 +123,7 @@ class Averaging:
 
 
 @torch.no_grad()
-def guard(parameters: Iterable[nn.Parameter], clip: float = 0.0) -> Tensor:
+def clip_gradients(parameters: Iterable[nn.Parameter], clip: float = 0.0) -> Tensor:
     """Clip the norm of all gradients together, to `clip` where that is above 0.
 
     Returns:

@@ -4,9 +4,9 @@
     units            how many there are
     dead_bits        bits of the code that are on for under 1 %, or over 99 %, of the batch
     bits_per_unit    KL of a unit, bits: for a Bernoulli the init_scale, 1 - entropy
-    saturated        share of logits whose gradient has vanished, or of spreads at their bounds
-    logit_spread     deviation of the locations (logits, means) over the batch, mean over dimensions
-    spread_variation deviation of the spread's numbers (ln s^2, ln kappa ...) over the batch, likewise
+    saturated        share of logits whose gradient has vanished, or of scales at their bounds
+    logit_scale      deviation of the locations (logits, means) over the batch, mean over dimensions
+    scale_variation  deviation of the scale's numbers (ln s^2, ln kappa ...) over the batch, likewise
 
 Rate and distortion are the objective's own figures.
 """
@@ -26,9 +26,9 @@ from lvssl.runs.progress import read_metrics
 from lvssl.runs.run import read_config
 
 ACTIVE_NATS = 0.01
-SETTLED = 0.2  # share of the training after which a spread that doesn't vary is an alarm
+SETTLED = 0.2  # share of the training after which a scale that doesn't vary is an alarm
 FIGURES = (
-    "active_units", "units", "dead_bits", "bits_per_unit", "saturated", "logit_spread", "spread_variation",
+    "active_units", "units", "dead_bits", "bits_per_unit", "saturated", "logit_scale", "scale_variation",
 )  # fmt: skip
 
 
@@ -40,17 +40,17 @@ def health(network: LVNet, outputs: Outputs) -> dict[str, Tensor]:
         return {}
     unit_kl = batch_mean(posterior.unit_kl())  # over all ranks: a share of the whole batch has to be small
     on = batch_mean(posterior.code().float())
-    locations, spreads = outputs.parameters.float().tensor_split([family.location_count(network.dim)], dim=1)
+    locations, scales = outputs.parameters.float().tensor_split([family.location_count(network.dim)], dim=1)
     figures = {
         "active_units": (unit_kl > ACTIVE_NATS).sum(),
         "units": torch.full((), len(unit_kl), device=unit_kl.device),  # a copy would wait
         "dead_bits": ((on < DEAD_BELOW) | (on > 1 - DEAD_BELOW)).sum(),
         "bits_per_unit": unit_kl.mean() / math.log(2),
         "saturated": posterior.saturated(),
-        "logit_spread": deviation(locations).mean(),
+        "logit_scale": deviation(locations).mean(),
     }
-    if network.head.spread is not None:
-        figures["spread_variation"] = deviation(spreads).mean()
+    if network.head.scale is not None:
+        figures["scale_variation"] = deviation(scales).mean()
     return {name: figure.float() for name, figure in figures.items()}
 
 
@@ -73,9 +73,9 @@ def alarms(row: dict[str, Any], fraction: float) -> dict[str, str]:
         found["saturation"] = (
             f"{share:.0f} % of the posteriors are at their bounds and learn nothing; lower --init-scale"
         )
-    if fraction >= SETTLED and row.get("spread_variation", math.inf) < 1e-3:
-        found["constant spread"] = (
-            f"the spread hardly differs between images (by {row['spread_variation']:.1e} in its logarithm): "
+    if fraction >= SETTLED and row.get("scale_variation", math.inf) < 1e-3:
+        found["constant scale"] = (
+            f"the scale hardly differs between images (by {row['scale_variation']:.1e} in its logarithm): "
             "it carries no uncertainty information; lower --beta or use --posterior-scale fixed"
         )
     return found
@@ -105,7 +105,7 @@ def examine(folder: Path) -> int:
     for name in ("rate_bits", "distortion", *FIGURES):
         if name in row:
             print(f"  {name:18}{row[name]:10.3f}")
-    found = alarms(row, row["epoch"] / settings.epochs)
+    found = alarms(row, row.get("epoch", 0) / settings.epochs)
     for name, what in found.items():
         print(f"ALARM {name}: {what}")
     if not found:

@@ -18,12 +18,13 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lvssl.latents.noise import Noise, key_of, rows_of
+from lvssl.models.utilisation import peak_flops
 from lvssl.runs import checkpoint
-from lvssl.runs.progress import Metrics, Progress, Window
-from lvssl.training.distributed import World, from_first, highest, mean_over_ranks
-from lvssl.training.gradients import Averaging, guard
+from lvssl.runs.progress import Metrics, Progress, ThroughputMeter
+from lvssl.training.distributed import World, all_reduce_max, everywhere, from_first, mean_over_ranks
+from lvssl.training.gradients import GradientAllReducer, clip_gradients
 from lvssl.training.stopping import Interrupted, Stop
-from lvssl.training.utilisation import peak_flops
 from pipelines.loader import TwoViewLoader, ViewBatch
 
 Figures = dict[str, Tensor]
@@ -37,6 +38,7 @@ class Pace:
         batch_size: images a step, over all ranks.
         keep: checkpoints. non_finite_steps: this many in a row end the training.
         clip: the norm of all gradients together, 0: as it is.
+        timeout_minutes: how long a rank waits for another's gradients.
     """
 
     batch_size: int
@@ -45,6 +47,7 @@ class Pace:
     keep: int = 2
     non_finite_steps: int = 3
     clip: float = 0.0
+    timeout_minutes: float = 10.0
 
 
 class Loop(ABC):
@@ -78,14 +81,17 @@ class Loop(ABC):
         self.seconds = 0.0
         self.saved = self.started = time.monotonic()
         self.writer = checkpoint.Writer()
-        self.noise = torch.Generator(device=device)
+        self.key = torch.zeros(1, dtype=torch.int64, device=device)  # of the step's noise
 
     def trains(self, network: nn.Module, optimiser: torch.optim.Optimizer, fp16: bool) -> None:
         """Say what is trained; before the first step."""
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.optimiser, self.averaging = optimiser, Averaging(self.parameters)
+        self.optimiser, self.averaging = (
+            optimiser,
+            GradientAllReducer(self.parameters, self.pace.timeout_minutes),
+        )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
-        self.finite = Finite(network, self.host_reads)
+        self.finite = NonFiniteMonitor(network, self.host_reads)
 
     @abstractmethod
     def train_step(self, batch: ViewBatch) -> Figures:
@@ -134,7 +140,7 @@ class Loop(ABC):
             FloatingPointError: too many non-finite steps in a row. MemoryError: names the setting to change.
         """
         log = Log(self) if self.world.first else None
-        window = Window(self.pace.batch_size, self.device, self.loader)
+        window = ThroughputMeter(self.pace.batch_size, self.device, self.loader)
         self.saved = self.started = time.monotonic()
         try:
             with self.writer:
@@ -150,7 +156,7 @@ class Loop(ABC):
             if log:
                 log.close()
 
-    def epoch(self, window: Window, log: Log | None, stop: Stop) -> None:
+    def epoch(self, window: ThroughputMeter, log: Log | None, stop: Stop) -> None:
         """The steps that are left of an epoch, each with its row in the log where one is due."""
         batches = iter(self.loader)
         while self.step < self.steps and (batch := window.next_batch(batches)) is not None:
@@ -163,11 +169,15 @@ class Loop(ABC):
             self.between_steps(stop)
 
     def draw_from(self, seed: int) -> None:
-        """Key the noise by (seed, step): a resumed or repeated step draws the same, whatever was drawn."""
-        self.noise.manual_seed((seed * 1_000_003 + self.step) % 2**63)
+        """Key the noise by (seed, step): a resumed or repeated step draws the same."""
+        self.key.fill_(key_of(seed, self.step))
 
-    def speed(self, window: Window) -> dict[str, float]:
-        """`Window.speed`, and percent of the GPUs' peak, where that and the operations are known."""
+    def noise(self, count: int, views: int) -> Noise:
+        """This step's, for `count` images of this rank, equal parts of each of `views` views."""
+        return Noise(self.key, rows_of(count, views, self.world.rank, self.world.size, self.device))
+
+    def speed(self, window: ThroughputMeter) -> dict[str, float]:
+        """`ThroughputMeter.speed`, and percent of the GPUs' peak, where that and the operations are known."""
         found = window.speed()
         if self.peak and self.operations:
             share = found["images_per_second"] * self.operations / (self.peak * self.world.size)
@@ -180,12 +190,12 @@ class Loop(ABC):
         scaled = self.scaler.is_enabled()
         if scaled:
             self.scaler.unscale_(self.optimiser)
-        norm = guard(self.parameters, self.pace.clip)
+        norm = clip_gradients(self.parameters, self.pace.clip)
         finite = norm.isfinite()
         if scaled:
             # Gradients that overflow are a part of the search for a scale, down to 1, and no failure.
             searching = self.scaler.scale(torch.ones_like(norm)) > 1
-            finite = loss.detach().isfinite() & (finite | searching)
+            finite = everywhere(loss.detach().isfinite()) & (finite | searching)
             self.scaler.step(self.optimiser)
             self.scaler.update()
         elif not self.host_reads:
@@ -198,7 +208,7 @@ class Loop(ABC):
     def between_steps(self, stop: Stop) -> None:
         """All ranks agree whether to go on; rank 0 saves when it is time, and at the end of the first epoch,
         so that there is something soon, and of the last."""
-        asked, bad = highest(stop.signal, self.finite.in_a_row())
+        asked, bad = all_reduce_max(stop.signal, self.finite.in_a_row())
         if bad >= self.pace.non_finite_steps:
             raise self.diverged()
         now = time.monotonic()
@@ -235,12 +245,17 @@ class Loop(ABC):
         )
 
 
-def out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether this error says so, or one that it came of: a recording that fails ends with an error of its
+    own."""
+    if error is None:
+        return False
     words = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in str(error) for w in words)
+    here = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in str(error) for w in words)
+    return here or out_of_memory(error.__cause__ or error.__context__)
 
 
-class Finite:
+class NonFiniteMonitor:
     """Non-finite steps in a row, counted without waiting for the device; their batch statistics undone.
 
     Statistics are kept and put back all together: what that launches doesn't grow with their number.

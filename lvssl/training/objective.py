@@ -79,8 +79,8 @@ def distortion(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor, Fi
     if name == "mcinfonce":
         return mc_infonce(u, temperature), {}
     if name == "hib":
-        assert outputs.match is not None
-        return match_loss(u, outputs.match), {}
+        assert outputs.match_parameters is not None
+        return match_loss(u, outputs.match_parameters), {}
     return bottleneck(outputs, settings)
 
 

@@ -21,7 +21,7 @@ def prepared(network: N, engine: EngineSettings, device: torch.device, ranks: in
 
     Names in its state_dict stay what they are.
     """
-    claim(device, precision(engine, device))
+    claim(device, precision(engine, device), engine.deterministic)
     network = network.to(device)
     network = network.to(memory_format=layout(engine))
     if ranks > 1 and engine.sync_batch_norm:
@@ -29,7 +29,7 @@ def prepared(network: N, engine: EngineSettings, device: torch.device, ranks: in
     return network
 
 
-def accelerate(backbone: nn.Module, engine: EngineSettings) -> None:
+def apply_recompute_and_compile(backbone: nn.Module, engine: EngineSettings) -> None:
     """Recomputation and compilation, in place; after copies (EMA) have been made, which do without."""
     if engine.recompute:
         recompute_blocks(backbone)

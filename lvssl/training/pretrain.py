@@ -12,7 +12,7 @@ from lvssl.models.device import claim, encoding_precision, pick_device, precisio
 from lvssl.models.inference import infer
 from lvssl.runs.identity import describe_set
 from lvssl.runs.labels import numbered_as, say_notes
-from lvssl.runs.run import alone, create_run, read_set
+from lvssl.runs.run import create_run, read_set, run_lock
 from lvssl.settings.pretrain import PretrainSettings
 from lvssl.training.distributed import World, connected, from_first, world_of
 from lvssl.training.optimiser import describe_groups
@@ -20,6 +20,7 @@ from lvssl.training.stopping import Interrupted, Stop, stop_signals
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for, backend_for
 from pipelines.decode import Reader, open_reader
+from pipelines.errors import InputError
 from pipelines.loader import Decoder, TwoViewLoader, evaluation_batches
 
 __all__ = ["Interrupted", "Stop", "Trainer", "pretrain", "stop_signals"]
@@ -43,13 +44,17 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device, world.local_rank)
-    claim(device, precision(settings.engine, device))
+    claim(device, precision(settings.engine, device), settings.engine.deterministic)
     with stop_signals() as stop, connected(world, device, settings.engine.timeout_minutes):
         run(settings, resume, world, device, stop)
 
 
 def run(settings: PretrainSettings, resume: bool, world: World, device: torch.device, stop: Stop) -> None:
     """`pretrain`, once it is known who we are."""
+    if settings.engine.graph == "on" and world.size > 1:
+        raise InputError(f"--graph on is for one rank, and there are {world.size}: leave it out")
+    if settings.engine.compile:  # beside the run, so that it is compiled once for all of its jobs
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.out.absolute() / "compiled"))
     source = open_reader(settings.data, settings.source, str(device))
     if world.first:
         say_notes(source)
@@ -72,7 +77,7 @@ def run(settings: PretrainSettings, resume: bool, world: World, device: torch.de
     )
     with loader, ExitStack() as held:
         from_first(world, lambda: create_run(settings, classes, resume, describe_set(source)))
-        from_first(world, lambda: held.enter_context(alone(settings.out)))
+        from_first(world, lambda: held.enter_context(run_lock(settings.out)))
         trainer = Trainer(settings, classes, loader, device, world)
         if world.first:
             form = backend_for(device, settings.augmentation) if augmenter else "numba"

@@ -13,6 +13,8 @@ from torch import Tensor
 from lvssl.losses.distributed import equal_parts
 from lvssl.models.device import autocast, layout, precision
 from lvssl.models.network import LVNet
+from lvssl.models.utilisation import operations
+from lvssl.runs.run import require_weights_of
 from lvssl.settings.pretrain import PretrainSettings
 from lvssl.training.average import Average
 from lvssl.training.distributed import World, broadcast_state
@@ -21,10 +23,9 @@ from lvssl.training.health import health, warn
 from lvssl.training.loop import Figures, Loop, Pace
 from lvssl.training.objective import objective, rate_weight
 from lvssl.training.optimiser import build_optimiser, capturable, learning_rate, restore_optimiser
-from lvssl.training.prepare import accelerate, prepared
+from lvssl.training.prepare import apply_recompute_and_compile, prepared
 from lvssl.training.recorded import Recorded
 from lvssl.training.stopping import Stop
-from lvssl.training.utilisation import operations
 from pipelines.loader import TwoViewLoader, ViewBatch
 
 
@@ -47,7 +48,7 @@ class Trainer(Loop):
         engine = settings.engine
         pace = Pace(
             settings.batch_size, settings.log_every, settings.checkpoint_minutes, engine.keep,
-            engine.non_finite_steps, settings.optimiser.clip,
+            engine.non_finite_steps, settings.optimiser.clip, engine.timeout_minutes,
         )  # fmt: skip
         super().__init__(settings.out, loader, device, world, pace, host_reads)
         self.settings = settings
@@ -56,7 +57,7 @@ class Trainer(Loop):
         self.network = prepared(network, engine, device, world.size)
         broadcast_state(self.network)
         self.ema = Average(self.network, engine.ema) if engine.ema else None
-        accelerate(self.network.backbone, engine)
+        apply_recompute_and_compile(self.network.backbone, engine)
         optimiser = build_optimiser(self.network, settings.optimiser, fused=not self.host_reads)
         self.trains(self.network, optimiser, precision(engine, device) == torch.float16)
         self.lr = torch.zeros((), device=device)
@@ -82,6 +83,8 @@ class Trainer(Loop):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
+        where = self.settings.out
+        require_weights_of(self.network, state["network"], where / "checkpoints", where)
         self.network.load_state_dict(state["network"])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
@@ -148,7 +151,7 @@ class Trainer(Loop):
             return None
         for group in self.optimiser.param_groups:
             group["lr"] = self.lr
-        return Recorded(self.launch, self.device, self.noise, partial(capturable, self.optimiser))
+        return Recorded(self.launch, self.device, partial(capturable, self.optimiser))
 
     def constants(self) -> tuple[float, float]:
         """The host's numbers that a step's launches depend on: the weight of the rate, and the annealing."""
@@ -160,8 +163,7 @@ class Trainer(Loop):
         """What is minimised, and the figures, from h [2B, F] and the labels [B] of this rank."""
         fraction = self.step / self.steps
         with autocast(self.settings.engine, self.device):
-            place = self.world.rank, self.world.size
-            outputs = self.network.heads(features, self.noise, fraction, *place)
+            outputs = self.network.heads(features, self.noise(len(features), 2), fraction)
             probes = self.network.probe_logits(outputs)
         figures = objective(outputs, self.settings, fraction)
         if logged:

@@ -268,7 +268,7 @@ def _report(out: str, manifest: dict[str, Any]) -> None:
         more = len(skipped) - WARNINGS_SHOWN
         print(f"warning: skipped {more} more, which are named in the manifest", file=sys.stderr)
     words = {"jpeg_untouched": "JPEG as they were", "turned_upright": "turned upright"}
-    stored = [f"{n:,} {words.get(how, how)}" for how, n in manifest["stored"].items() if n]
+    stored = [f"{n:,} {words.get(kind, kind)}" for kind, n in manifest["stored"].items() if n]
     rate = (manifest["count"] - manifest["resumed"]) / manifest["seconds"]
     earlier = f", {manifest['resumed']:,} of them earlier" if manifest["resumed"] else ""
     where = f"{out}.json" if manifest["format"] == "beton" else f"{out.rstrip('/')}/manifest.json"

@@ -31,9 +31,9 @@ import numpy as np
 from tqdm import tqdm
 
 from pipelines.convert.estimate import check_space, measure
-from pipelines.convert.journal import Journal, alone
+from pipelines.convert.journal import Journal, conversion_lock
 from pipelines.convert.outputs import BetonOutput, Item, Output, TarOutput
-from pipelines.convert.store import HOW, Settings, Stored, area_resize, select, store, store_batch
+from pipelines.convert.store import STORAGE_KINDS, Settings, Stored, area_resize, select, store, store_batch
 from pipelines.cores import cores
 from pipelines.datasets.dataset import Dataset, evenly_spaced
 from pipelines.datasets.opening import open_dataset
@@ -167,18 +167,18 @@ def make_outputs(
 def run(work: Work, overwrite: bool, restart: bool, dry_run: bool = False) -> dict[str, Any]:
     """Carry a conversion out, from its start or from where it was interrupted."""
     started = time.perf_counter()
-    beton = next((output.final for output in work.outputs if not output.packed), None)
-    tars = next((output.final for output in work.outputs if output.packed), None)
+    beton = next((output.final for output in work.outputs if not output.as_png), None)
+    tars = next((output.final for output in work.outputs if output.as_png), None)
     path = journal_path(work.outputs[0].final)
     if restart and not dry_run and path.exists():
-        with alone(path):
+        with conversion_lock(path):
             _remove(path, work.outputs)
     check_targets(beton, tars, overwrite, journaled=not restart)
     for note in work.source.notes if work.progress else ():
         Bar.write(f"note: {note}", file=sys.stderr)
     estimate = None
     if restart or not path.exists():
-        estimate = measure(work.source, work.order, work.settings, work.workers, pack=_packs(work))
+        estimate = measure(work.source, work.order, work.settings, work.workers, as_png=_as_png(work))
         if work.progress and estimate is not None:
             Bar.write(f"estimate: {estimate}", file=sys.stderr)
         check_space(beton, tars, estimate)
@@ -296,7 +296,7 @@ def _replay(work: Work, journal: Journal) -> None:
     for output in work.outputs:
         output.prepare()
     for record, index in zip(chain.from_iterable(journal.records(REPLAYED)), work.order):
-        if record["how"]:
+        if record["storage_kind"]:
             for output in work.outputs:
                 output.replay(_item(work.source, int(index)), record)
     for output in work.outputs:
@@ -348,9 +348,9 @@ _NO_DIGEST = np.zeros(32, np.uint8)
 
 def _record(stored: Stored) -> tuple:
     return (
-        HOW.index(stored.how), stored.turned, stored.mode, stored.height, stored.width,
-        len(stored.data), np.frombuffer(stored.digest, np.uint8),
-        len(stored.packed), np.frombuffer(stored.packed_digest, np.uint8),
+        STORAGE_KINDS.index(stored.storage_kind), stored.exif_rotated,
+        stored.mode, stored.height, stored.width, len(stored.data), np.frombuffer(stored.digest, np.uint8),
+        len(stored.file), np.frombuffer(stored.file_digest, np.uint8),
     )  # fmt: skip
 
 
@@ -365,8 +365,8 @@ def _synced(work: Work) -> list[int]:
     return [number for output in work.outputs for number in output.flushed()]
 
 
-def _packs(work: Work) -> bool:
-    return any(output.packed for output in work.outputs)
+def _as_png(work: Work) -> bool:
+    return any(output.as_png for output in work.outputs)
 
 
 def _in_order(work: Work, order: np.ndarray) -> Generator[tuple[int, Stored | str], None, None]:
@@ -377,11 +377,11 @@ def _in_order(work: Work, order: np.ndarray) -> Generator[tuple[int, Stored | st
     grow with the data.
     """
 
-    pack = _packs(work)
+    as_png = _as_png(work)
 
     def attempts(chunk: np.ndarray) -> list[tuple[int, Stored | str]]:
         indices = [int(index) for index in chunk]
-        return list(zip(indices, store_batch(work.source, indices, work.settings, pack)))
+        return list(zip(indices, store_batch(work.source, indices, work.settings, as_png)))
 
     pool = ThreadPoolExecutor(work.workers, thread_name_prefix="convert")
     under_way: deque[Future] = deque()
@@ -429,7 +429,7 @@ def _check_written(work: Work, journal: Journal) -> None:
     for output in work.outputs:
         what, place = output.changed(), 0
         for records, _ in _kept(work, journal, REPLAYED):
-            digests = records["packed_digest" if output.packed else "digest"]
+            digests = records["file_digest" if output.as_png else "digest"]
             rows = chosen[(chosen >= place) & (chosen < place + len(records))] - place
             for row in [] if what else rows.tolist():
                 if hashlib.sha256(output.stored(place + row)).digest() != digests[row].tobytes():
@@ -459,7 +459,7 @@ def _kept(work: Work, journal: Journal, size: int) -> Iterator[tuple[np.ndarray,
     for records in journal.records(size):
         indices = work.order[start : start + len(records)]
         start += len(records)
-        kept = np.flatnonzero(records["how"])
+        kept = np.flatnonzero(records["storage_kind"])
         if len(kept):
             yield records[kept], indices[kept]
 
@@ -467,16 +467,16 @@ def _kept(work: Work, journal: Journal, size: int) -> Iterator[tuple[np.ndarray,
 def _samples(work: Work, journal: Journal, output: Output, size: int) -> Iterator[Samples]:
     """The manifest's rows, those of `size` images at a time."""
     for rows, indices in _kept(work, journal, size):
-        digests = rows["packed_digest" if output.packed else "digest"]
+        digests = rows["file_digest" if output.as_png else "digest"]
         samples: Samples = {
             "name": [work.source.names[index] for index in indices],
             "label": work.source.labels[indices].tolist(),
             "mode": rows["mode"].tolist(),
             "height": rows["height"].tolist(),
             "width": rows["width"].tolist(),
-            "bytes": rows["packed_size" if output.packed else "size"].tolist(),
-            "stored": [HOW[how] for how in rows["how"]],
-            "turned": rows["turned"].tolist(),
+            "bytes": rows["file_size" if output.as_png else "size"].tolist(),
+            "stored": [STORAGE_KINDS[kind] for kind in rows["storage_kind"]],
+            "turned": rows["exif_rotated"].tolist(),
             "sha256": [digest.tobytes().hex() for digest in digests],
         }
         yield samples | {name: column[indices].tolist() for name, column in work.source.targets.items()}
@@ -484,15 +484,15 @@ def _samples(work: Work, journal: Journal, output: Output, size: int) -> Iterato
 
 def _figures(work: Work, journal: Journal, output: Output) -> dict[str, Any]:
     names, classes = work.source.names, len(work.source.classes)
-    of_class, of_way, turned = np.zeros(classes, np.int64), np.zeros(len(HOW), np.int64), 0
+    of_class, of_kind, rotated = np.zeros(classes, np.int64), np.zeros(len(STORAGE_KINDS), np.int64), 0
     of_height, of_width = np.zeros((2, LONGEST_SIDE + 1), np.int64)
     for rows, indices in _kept(work, journal, REPLAYED):
         of_class += np.bincount(work.source.labels[indices], minlength=classes)
-        of_way += np.bincount(rows["how"], minlength=len(HOW))
+        of_kind += np.bincount(rows["storage_kind"], minlength=len(STORAGE_KINDS))
         of_height += np.bincount(rows["height"], minlength=len(of_height))
         of_width += np.bincount(rows["width"], minlength=len(of_width))
-        turned += int(rows["turned"].sum())
-    stored = {how: int(of_way[number]) for number, how in enumerate(HOW) if number}
+        rotated += int(rows["exif_rotated"].sum())
+    stored = {kind: int(of_kind[number]) for number, kind in enumerate(STORAGE_KINDS) if number}
     return {
         **output.describe(),
         "count": int(of_class.sum()),
@@ -502,7 +502,7 @@ def _figures(work: Work, journal: Journal, output: Output) -> dict[str, Any]:
         "targets": list(work.source.targets),
         "heights": min_median_max(of_height),
         "widths": min_median_max(of_width),
-        "stored": {**stored, "turned_upright": turned},
+        "stored": {**stored, "turned_upright": rotated},
         "source_count": len(work.source.labels),
         "settings": asdict(work.settings),
         "versions": _versions(work.source),

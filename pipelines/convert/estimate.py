@@ -40,7 +40,7 @@ class Estimate:
 
 
 def measure(
-    source: Dataset, order: np.ndarray, settings: Settings, workers: int, pack: bool
+    source: Dataset, order: np.ndarray, settings: Settings, workers: int, as_png: bool
 ) -> Estimate | None:
     """Convert 2 % of the images, 16 to 256 of them, evenly spread, and throw the result away.
 
@@ -51,12 +51,12 @@ def measure(
         return None
     count = int(np.clip(len(order) // 50, 16, 256))
     sample = order[evenly_spaced(len(order), count)].tolist()
-    store_batch(source, sample[:2], settings, pack)  # what is compiled or loaded is so once
+    store_batch(source, sample[:2], settings, as_png)  # what is compiled or loaded is so once
     started = time.perf_counter()
 
     def sizes(chunk: list[int]) -> list[tuple[int, int] | None]:  # not the images: 256 are much to keep
-        results = store_batch(source, chunk, settings, pack)
-        return [None if isinstance(each, str) else (len(each.data), len(each.packed)) for each in results]
+        results = store_batch(source, chunk, settings, as_png)
+        return [None if isinstance(each, str) else (len(each.data), len(each.file)) for each in results]
 
     with ThreadPoolExecutor(workers) as pool:
         found = list(chain(*pool.map(sizes, [sample[i : i + 8] for i in range(0, count, 8)])))
@@ -64,7 +64,7 @@ def measure(
     seconds = (time.perf_counter() - started) * images
     stored = [each for each in found if each is not None]
     beton = sum(data for data, _ in stored) * images + TABLES * len(order)
-    tar = sum(packed for _, packed in stored) * images + HEADERS * len(order)
+    tar = sum(file for _, file in stored) * images + HEADERS * len(order)
     return Estimate(len(order), seconds, int(beton), int(tar), count, count - len(stored))
 
 

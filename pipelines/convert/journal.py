@@ -26,15 +26,15 @@ from pipelines.lock import lock
 
 RECORD = np.dtype(
     [
-        ("how", "u1"),  # index into store.HOW; 0 is refused
-        ("turned", "u1"),
+        ("storage_kind", "u1"),  # index into store.STORAGE_KINDS; 0 is refused
+        ("exif_rotated", "u1"),
         ("mode", "u1"),
         ("height", "<u2"),
         ("width", "<u2"),
         ("size", "<u4"),
         ("digest", "u1", (32,)),
-        ("packed_size", "<u4"),
-        ("packed_digest", "u1", (32,)),
+        ("file_size", "<u4"),
+        ("file_digest", "u1", (32,)),
     ]
 )
 _GROUP = struct.Struct(
@@ -158,7 +158,7 @@ class Journal:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
+def conversion_lock(path: Path) -> Iterator[None]:
     """While it lasts, no other process can begin or go on with the conversion of this journal.
 
     Raises InputError if one has it open.

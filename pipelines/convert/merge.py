@@ -92,8 +92,10 @@ class _Parts:
                 "convert this part again"
             )
         size = int(samples["height"][index]), int(samples["width"][index])
-        turned = bool(samples["turned"][index])
-        return Stored(int(samples["mode"][index]), *size, data, samples["stored"][index], turned, digest)
+        exif_rotated = bool(samples["turned"][index])
+        return Stored(
+            int(samples["mode"][index]), *size, data, samples["stored"][index], exif_rotated, digest
+        )
 
     def remove(self) -> None:
         for path in self.paths:

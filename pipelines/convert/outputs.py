@@ -33,7 +33,7 @@ class Item:
 class BetonOutput:
     """One file, and its manifest OUT.beton.json beside it."""
 
-    packed = False  # it stores pixels as pixels
+    as_png = False  # it stores pixels as pixels
 
     def __init__(self, final: Path, capacity: int, targets: Sequence[str] = ()):
         self.final = final
@@ -119,7 +119,7 @@ class BetonOutput:
 class TarOutput:
     """A folder with tars, an index for each, and manifest.json; written in a folder beside it."""
 
-    packed = True
+    as_png = True
 
     def __init__(self, final: Path, prefix: str, images_per_tar: int):
         self.final = final
@@ -147,7 +147,7 @@ class TarOutput:
         self.writer = TarWriter(self.part, self.prefix, self.images_per_tar)
 
     def replay(self, item: Item, record: np.void) -> None:
-        self.writer.replay(int(record["mode"]), int(record["packed_size"]), item.label, item.targets)
+        self.writer.replay(int(record["mode"]), int(record["file_size"]), item.label, item.targets)
 
     def cut(self) -> None:
         """Tars that were begun beyond what the journal knows; the last that it knows is cut by the writer."""
@@ -157,7 +157,7 @@ class TarOutput:
                 path.unlink()
 
     def add(self, item: Item, stored: Stored) -> None:
-        self.writer.add(stored.mode, stored.packed, item.label, item.targets)
+        self.writer.add(stored.mode, stored.file, item.label, item.targets)
 
     def flushed(self) -> list[int]:
         if self.writer.file is None:  # those before it were synced when they were full

@@ -19,7 +19,12 @@ from pipelines.formats import jpeg
 from pipelines.formats.beton import JPEG, LONGEST_SIDE, RAW
 
 SMALL = 64 * 64  # pixels; a lossless image of at most so many is stored raw: cheaper to read, hardly larger
-HOW = ("refused", "jpeg_untouched", "reencoded", "raw")  # what becomes of an image; these numbers are stored
+STORAGE_KINDS = (
+    "refused",
+    "jpeg_untouched",
+    "reencoded",
+    "raw",
+)  # what becomes of an image; these numbers are stored
 
 
 @dataclass(frozen=True)
@@ -60,27 +65,27 @@ class Stored:
     height: int
     width: int
     data: bytes | memoryview
-    how: str  # one of HOW
-    turned: bool = False  # EXIF's orientation was applied
+    storage_kind: str  # one of STORAGE_KINDS
+    exif_rotated: bool = False  # EXIF's orientation was applied
     digest: bytes = b""  # SHA-256 of data
-    packed: bytes | memoryview = b""  # the image as a file, for a tar: JPEG bytes as they are, pixels as PNG
-    packed_digest: bytes = b""
+    file: bytes | memoryview = b""  # the image as a file, for a tar: JPEG bytes as they are, pixels as PNG
+    file_digest: bytes = b""
 
-    def digested(self, pack: bool) -> Stored:
-        """The same with its digests, and packed if asked."""
+    def digested(self, as_png: bool) -> Stored:
+        """The same with its digests, and as a file if asked."""
         digest = hashlib.sha256(self.data).digest()
-        if not pack or self.mode == JPEG:
-            return replace(self, digest=digest, packed=self.data, packed_digest=digest)
+        if not as_png or self.mode == JPEG:
+            return replace(self, digest=digest, file=self.data, file_digest=digest)
         out = io.BytesIO()
         pixels = np.frombuffer(self.data, np.uint8).reshape(self.height, self.width, 3)
         Image.fromarray(pixels).save(out, "PNG")
-        packed = out.getvalue()
-        packed_digest = hashlib.sha256(packed).digest()
-        return replace(self, digest=digest, packed=packed, packed_digest=packed_digest)
+        file = out.getvalue()
+        file_digest = hashlib.sha256(file).digest()
+        return replace(self, digest=digest, file=file, file_digest=file_digest)
 
 
 def store_batch(
-    source: Dataset, indices: Sequence[int], settings: Settings, pack: bool
+    source: Dataset, indices: Sequence[int], settings: Settings, as_png: bool
 ) -> list[Stored | str]:
     """Images of a source, each checked, stored and digested, or the reason why it can't be."""
     results: list[Stored | str] = []
@@ -89,7 +94,7 @@ def store_batch(
             image: Any = source.read(index)
             # What another conversion stored comes as it is: the parts of an array job, to be merged.
             stored = image if isinstance(image, Stored) else store(image, settings, index)
-            results.append(stored.digested(pack))
+            results.append(stored.digested(as_png))
         except InputError:  # about the set, not the image
             raise
         except OSError as error:
@@ -113,7 +118,7 @@ def store(image: bytes | np.ndarray, settings: Settings, index: int = 0) -> Stor
     if not jpeg.is_jpeg(image):
         pixels, orientation = decode_other(image, settings.white_level)
         pixels = upright(pixels, orientation)
-        return _store_pixels(pixels, settings, raw, small_is_raw=True, turned=orientation != 1)
+        return _store_pixels(pixels, settings, raw, small_is_raw=True, exif_rotated=orientation != 1)
     header = jpeg.read_header(image)
     size = _target_size(header.height, header.width, settings.max_resolution)
     same_size = size == (header.height, header.width)
@@ -123,9 +128,9 @@ def store(image: bytes | np.ndarray, settings: Settings, index: int = 0) -> Stor
     pixels = jpeg.decode(image, header, None if same_size else size)
     if not same_size:
         pixels = area_resize(pixels, *size)
-    turned = header.orientation != 1
+    exif_rotated = header.orientation != 1
     pixels = upright(pixels, header.orientation)
-    return _store_pixels(pixels, settings, raw, small_is_raw=False, turned=turned)
+    return _store_pixels(pixels, settings, raw, small_is_raw=False, exif_rotated=exif_rotated)
 
 
 def chosen_raw(settings: Settings, index: int) -> bool:
@@ -137,15 +142,15 @@ def chosen_raw(settings: Settings, index: int) -> bool:
 
 
 def _store_pixels(
-    pixels: np.ndarray, settings: Settings, raw: bool, small_is_raw: bool, turned: bool = False
+    pixels: np.ndarray, settings: Settings, raw: bool, small_is_raw: bool, exif_rotated: bool = False
 ) -> Stored:
     height, width = pixels.shape[:2]
     size = _target_size(height, width, settings.max_resolution)
     if size != (height, width):
         pixels = area_resize(pixels, *size)
     if raw or (small_is_raw and size[0] * size[1] <= SMALL):
-        return Stored(RAW, *size, np.ascontiguousarray(pixels).tobytes(), "raw", turned)
-    return Stored(JPEG, *size, jpeg.encode(pixels, settings.jpeg_quality), "reencoded", turned)
+        return Stored(RAW, *size, np.ascontiguousarray(pixels).tobytes(), "raw", exif_rotated)
+    return Stored(JPEG, *size, jpeg.encode(pixels, settings.jpeg_quality), "reencoded", exif_rotated)
 
 
 def _target_size(height: int, width: int, max_resolution: int | None) -> tuple[int, int]:

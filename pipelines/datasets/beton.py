@@ -11,7 +11,7 @@ import numpy as np
 from pipelines.datasets.dataset import Dataset, labelled
 from pipelines.errors import InputError
 from pipelines.formats.beton import JPEG, BetonFile, open_beton
-from pipelines.formats.manifest import manifest_path, read_manifest
+from pipelines.formats.manifest import manifest_path, read_columns
 from pipelines.formats.openfiles import OpenFiles
 
 
@@ -23,8 +23,8 @@ def open_beton_source(path: Path) -> Dataset:
     classes, split = None, None
     names = [f"{path.name}:{index}" for index in range(beton.count)]
     if manifest_file.exists():
-        manifest, samples = read_manifest(manifest_file)
-        classes, split, names = manifest["classes"], manifest["split"], list(samples["name"])
+        manifest, columns = read_columns(manifest_file, ("name",))
+        classes, split, names = manifest["classes"], manifest["split"], columns["name"].tolist()
 
     def read(index: int) -> bytes | np.ndarray:
         data = bytes_of(0, index)

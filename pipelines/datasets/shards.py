@@ -18,7 +18,7 @@ from pipelines.datasets.dataset import Dataset, labelled
 from pipelines.datasets.folders import files_of_split
 from pipelines.datasets.recognise import LeftOut, left_by_a_system, split_of_folder
 from pipelines.errors import InputError
-from pipelines.formats.manifest import manifest_path, read_manifest
+from pipelines.formats.manifest import manifest_path, read_columns
 from pipelines.formats.openfiles import OpenFiles
 
 
@@ -99,11 +99,12 @@ def _answers_of(manifest: Path, count: int) -> tuple[np.ndarray | None, dict[str
     """Labels int64 [N] and targets float64 [N] of a manifest of so many images; None, {} if there is none."""
     if not manifest.is_file():
         return None, {}
-    head, rows = read_manifest(manifest)
-    if len(rows.get("label", ())) != count:
+    head = read_columns(manifest, ())[0]
+    targets = head.get("targets", ())
+    columns = read_columns(manifest, ("label", *targets))[1]
+    if len(columns.get("label", ())) != count:
         return None, {}
-    targets = {name: np.array(rows[name], np.float64) for name in head.get("targets", ())}
-    return np.array(rows["label"], np.int64), targets
+    return columns["label"].astype(np.int64), {name: columns[name].astype(np.float64) for name in targets}
 
 
 def _class(tar: tars.Tar, member: tars.Member | None) -> int:

@@ -141,7 +141,7 @@ class Tar:
     """A tar on disk (or within another one), read in place.
 
     Attributes: folders, that have a header of their own; left_out, what can't be given: devices, links to
-    what isn't there. Both by name, as the last walk has met them.
+    what isn't there. Both by name, as the last pass has met them.
     """
 
     def __init__(self, path: Path, files: OpenFiles, start: int = 0, end: int | None = None, name: str = ""):

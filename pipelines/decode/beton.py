@@ -70,7 +70,7 @@ class BetonReader:
             why = f"can't be decoded ({self._reason(index)}); convert the set again"
             raise DamagedSample(row, index, f"{file.path}: sample {index} {why}")
 
-    def stored(self, row: int, index: int) -> bytes | np.ndarray:
+    def encoded(self, row: int, index: int) -> bytes | np.ndarray:
         """See `pipelines.decode.Reader`."""
         stored = self._data[self._offsets[index] :][: self._sizes[index]]
         if self.file.modes[index] == JPEG:
@@ -92,7 +92,7 @@ class BetonReader:
 
     def _pixels(self, index: int) -> np.ndarray:
         """One image, uint8 [H, W, 3]. Raises DamagedImage."""
-        stored = self.stored(0, index)
+        stored = self.encoded(0, index)
         if isinstance(stored, np.ndarray):
             return stored
         header = jpeg.read_header(stored)

@@ -80,9 +80,9 @@ class DALIReader:
         """True heights and widths in pixels, int64 [B] each. Raises DamagedSample."""
         return self.base.sizes(indices)
 
-    def stored(self, row: int, index: int) -> bytes | np.ndarray:
+    def encoded(self, row: int, index: int) -> bytes | np.ndarray:
         """See `pipelines.decode.Reader`."""
-        return self.base.stored(row, index)
+        return self.base.encoded(row, index)
 
     def crops(
         self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: np.ndarray | None = None
@@ -95,7 +95,7 @@ class DALIReader:
             raise ValueError("boxes do not lie within their images")
         rows, files = [], []
         for row, index in enumerate(indices.tolist()):
-            data = self.stored(row, index)
+            data = self.encoded(row, index)
             if self._is_plain(index, data, sizes[row]):
                 rows.append(row)
                 files.append(np.frombuffer(data, np.uint8))

@@ -61,7 +61,7 @@ class ImageReader:
         self._recent.forget()
         for row in np.flatnonzero(self._heights[indices] == 0):
             index = int(indices[row])
-            data = self.stored(int(row), index)
+            data = self.encoded(int(row), index)
             try:
                 height, width, data = _size(data)
             except Exception as error:  # whatever a decoder raises is about this image alone
@@ -78,7 +78,7 @@ class ImageReader:
         flips = np.zeros(boxes.shape[:2], bool) if flips is None else flips
         for row, index in enumerate(indices.tolist()):
             data = self._recent.images.pop(index, None)
-            data = self.stored(row, index) if data is None else data
+            data = self.encoded(row, index) if data is None else data
             try:
                 fits = _crop(data, boxes[row], flips[row], out[row])
             except Exception as error:
@@ -86,7 +86,7 @@ class ImageReader:
             if not fits:
                 raise ValueError(f"boxes {boxes[row].tolist()} do not lie within {self.names[index]}")
 
-    def stored(self, row: int, index: int) -> bytes | np.ndarray:
+    def encoded(self, row: int, index: int) -> bytes | np.ndarray:
         """See `pipelines.decode.Reader`."""
         try:
             return self._read(index)

@@ -20,7 +20,7 @@ class Reader(Protocol):
     def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """True heights and widths in pixels, int64 [B] each. Raises DamagedSample."""
 
-    def stored(self, row: int, index: int) -> bytes | np.ndarray:
+    def encoded(self, row: int, index: int) -> bytes | np.ndarray:
         """One image as it is stored: a file's bytes, or pixels uint8. Raises DamagedSample with `row`."""
 
     def crops(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -75,20 +75,46 @@ def _sync(file: IO[bytes]) -> None:
 
 def read_manifest(path: Path) -> tuple[dict[str, Any], Samples]:
     """The manifest without its rows, and the rows by column. Raises InputError if it can't be read."""
+    manifest, columns = _read(path, None)
+    samples: Samples = {}
+    for name in list(columns):
+        column = columns.pop(name)  # one column at a time is there twice
+        samples[name] = column if isinstance(column, list) else column.to_pylist()
+        if name == "sha256" and not isinstance(column, list):
+            samples[name] = [digest.hex() for digest in samples[name]]
+    return manifest, samples
+
+
+def read_columns(path: Path, wanted: Collection[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The manifest without its rows, and of the columns named those that it has, as arrays [N]: of numbers,
+    or of str objects. Of a million images and more no other column is read. InputError as `read_manifest`."""
+    manifest, columns = _read(path, wanted)
+    return manifest, {
+        name: np.array(column) if isinstance(column, list) else column.to_numpy()
+        for name, column in columns.items()
+    }
+
+
+def _read(path: Path, wanted: Collection[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The manifest without its rows, and columns (all, or those wanted): lists, or Arrow's from a Parquet
+    file."""
     try:
         manifest = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
         rows, columns = manifest.pop("samples"), manifest["sample_columns"]
+        chosen = [name for name in columns if wanted is None or name in wanted]
+        found: dict[str, Any]
         if isinstance(rows, str):
             import pyarrow.parquet as pq
 
-            table = pq.read_table(path.with_name(rows))
-            samples: Samples = {name: table[name].to_pylist() for name in columns}
-            samples["sha256"] = [digest.hex() for digest in samples["sha256"]]
+            table = pq.read_table(path.with_name(rows), columns=chosen)
+            found, count = {name: table[name] for name in chosen}, table.num_rows
         else:
-            samples = dict(zip(columns, map(list, zip(*rows)))) if rows else {name: [] for name in columns}
-        if any(len(column) != manifest["count"] for column in samples.values()):
+            found, count = {name: [row[columns.index(name)] for row in rows] for name in chosen}, len(rows)
+            if any(len(row) != len(columns) for row in rows):
+                raise ValueError("a row of it has another number of values than there are columns")
+        if count != manifest["count"]:
             raise ValueError("it has another number of rows than images")
-        return manifest, samples
+        return manifest, found
     except OSError as error:
         raise InputError(f"{path}: the manifest cannot be read ({error.strerror or error})") from error
     except Exception as error:  # not JSON, not ours, or a damaged Parquet file

@@ -19,6 +19,7 @@ import ctypes
 import ctypes.util
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_int, c_ulong, c_void_p
 from pathlib import Path
@@ -120,13 +121,11 @@ def absence() -> str:
     )
 
 
-_said = False
+_said = threading.Lock()  # held from the first time on: threads may find out at the same moment
 
 
 def say_absence() -> None:
     """`absence` on stderr, once a process and by the first rank alone."""
-    global _said
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    if not _said and rank == "0":
+    if _said.acquire(blocking=False) and rank == "0":
         print(absence(), file=sys.stderr, flush=True)
-    _said = True

@@ -62,8 +62,8 @@ def test_every_term_trains_the_logits():
             logits = views.clone().requires_grad_()
             noise, project = torch.Generator().manual_seed(1), torch.nn.Linear(16, 4)
             loss = objective(row, Bernoulli().posterior(logits), noise, project)
-            (slope,) = torch.autograd.grad(loss, logits)
-            assert loss > 0 and bool((slope.abs().sum(dim=1) > 0).all()), row
+            (grad,) = torch.autograd.grad(loss, logits)
+            assert loss > 0 and bool((grad.abs().sum(dim=1) > 0).all()), row
     assert {row.term for row in rows([0])} == {"", *TERMS}
 
 

@@ -178,7 +178,7 @@ def test_the_proof_goes_through_every_stage_on_a_cpu(tmp_path):
     assert {row["stage"] for row in rows} == {stage.name for stage in gpu.STAGES}
     assert not [row for row in rows if row["ok"] is False]
     named = {row["name"]: row for row in rows}
-    for how in ("eager", "recorded", "compiled", "compiled and recorded"):
+    for how in ("eager", "recorded", "compiled", "compiled and recorded", "deterministic"):
         for source in ("synthetic", "loader"):
             assert named[f"engine, {source}, {how}, tiny, 16 px, 16 images"]["images_per_second"] > 0
     assert named["what people have today, tiny, 16 px, 16 images"]["images_per_second"] > 0

@@ -1,22 +1,68 @@
-"""The study's tables for docs/, from runs that the comparison of codes has trained."""
+"""The study's tables for docs/, and the rows that they are made of."""
 
 import csv
 import json
+import statistics
+from pathlib import Path
 
 import pytest
 
-from benchmarks import latents, study
+from benchmarks import study
+from lvssl.runs.rows import COLUMNS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_tables_that_stand_in_the_documents_are_those_of_the_kept_rows(capsys):
+    study.main(["--print", "--docs", str(ROOT / "docs")])
+    codes, uncertainty = capsys.readouterr().out.strip().split("\n\n")
+    results = (ROOT / "docs/results.md").read_text()
+    assert codes in results and uncertainty in results
+    assert codes in (ROOT / "docs" / "latent-recipes.md").read_text()
+    assert codes.count("\n") == 15 and uncertainty.count("\n") == 11
+
+
+@pytest.mark.parametrize("name", ["study-cifar10", "study-fashion-mnist"])
+def test_the_pages_in_docs_are_made_of_the_kept_rows(name):
+    result = json.loads((ROOT / "docs" / f"{name}.json").read_text())
+    assert study.page(name, result) == (ROOT / "docs" / f"{name}.md").read_text()
+    table = list(csv.DictReader((ROOT / "docs" / f"{name}.csv").open()))
+    assert list(table[0]) == list(COLUMNS)
+    assert [float(row["value"]) for row in table] == [row["value"] for row in result["rows"]]
+
+
+def test_a_cell_is_the_mean_of_its_rows():
+    """A difference of the first table of docs/results.md, in plain lines from the rows."""
+    result = json.loads((ROOT / "docs" / "codes-cifar10.json").read_text())
+
+    def of(run: str, method: str) -> list[float]:
+        wanted = {"run": run, "method": method, "bits": 64, "metric": "knn", "representation": "code"}
+        return [r["value"] for r in result["rows"] if wanted.items() <= r.items()]
+
+    controls = {(run, m): of(run, m) for run in ("none", "sign", "sign01") for m in ("sign", "ITQ", "LSH")}
+    best = max(controls, key=lambda key: statistics.mean(controls[key]))
+    each = [a - b for a, b in zip(of("bernoulli64", "code"), controls[best], strict=True)]
+    error = statistics.stdev(each) / 3**0.5
+    line = f"| {statistics.mean(each):+.2f} ± {error:.2f} | {', '.join(f'{v:+.2f}' for v in each)} |"
+    assert best == ("sign", "ITQ")
+    assert f"| code of 64 bits, Hamming kNN | CIFAR-10 (JPEG) {line} ITQ of `sign` |" in study.codes_table(
+        ROOT / "docs"
+    )
 
 
 @pytest.mark.slow
 def test_the_whole_study_on_digits(tmp_path):
+    """The questions share their runs, and what one of them has trained isn't trained again."""
     runs, docs = tmp_path / "runs", tmp_path / "docs"
     common = ["--data", "digits", "--seeds", "0", "1", "--epochs", "1", "--threads", "1", "--out", str(runs)]
-    latents.main([*common, "--arms", "none", "sign", "--bits", "64"])
+    common += ["--measured", "60", "--docs", str(docs)]
+    arms = ["none", "sign", "bernoulli16:family=bernoulli,dim=16"]
+    study.main([*common, "--question", "codes", "--arms", *arms])
     trained = {path: path.read_bytes() for path in runs.glob("*/metrics.jsonl")}
-    assert len(trained) == 4
-    study.main([*common, "--measured", "60", "--docs", str(docs)])
-    assert all(path.read_bytes() == content for path, content in trained.items())  # not trained again
+    codes = json.loads((docs / "codes-digits.json").read_text())
+    assert len(trained) == 6 and any(p["control"] == study.BEST for p in codes["pairs"])
+    study.main(common)
+    assert all(path.read_bytes() == content for path, content in trained.items())
     result = json.loads((docs / "study-digits.json").read_text())
     arms = [arm["arm"] for arm in result["arms"]]
     assert arms == ["none", "sign", "bernoulli256", "gaussian", "mcinfonce"]
@@ -25,4 +71,4 @@ def test_the_whole_study_on_digits(tmp_path):
     text = (docs / "study-digits.md").read_text()
     assert "mAP@1000" in text and "study-digits.png" in text and "python -m benchmarks.study --data" in text
     assert (docs / "study-digits.png").stat().st_size > 5000
-    assert {row["arm"] for row in csv.DictReader((docs / "study-digits.csv").open())} == set(arms)
+    assert {row["run"] for row in csv.DictReader((docs / "study-digits.csv").open())} == set(arms)

@@ -43,7 +43,7 @@ def apart(a, b) -> float:
 def test_a_jpeg_keeps_its_bytes(mode, options, size):
     data = encoded(pixels(*size), mode=mode, **options)
     stored = store(data, Settings(max_resolution=100))
-    assert (stored.mode, stored.data, stored.how) == (JPEG, data, "jpeg_untouched")
+    assert (stored.mode, stored.data, stored.storage_kind) == (JPEG, data, "jpeg_untouched")
     assert (stored.height, stored.width) == size
 
 
@@ -55,7 +55,7 @@ def test_a_jpeg_with_exif_and_bytes_behind_its_end_keeps_them():
 def test_cmyk_is_stored_as_rgb():
     data = encoded(pixels(50, 60), mode="CMYK", quality=95)
     stored = store(data, AS_IS)
-    assert (stored.mode, stored.how, stored.height, stored.width) == (JPEG, "reencoded", 50, 60)
+    assert (stored.mode, stored.storage_kind, stored.height, stored.width) == (JPEG, "reencoded", 50, 60)
     assert jpeg.read_header(data).colour in ("CMYK", "YCCK")
     assert jpeg.read_header(stored.data).colour == "YCbCr"
     assert apart(decoded(stored.data), decoded(data)) < 3
@@ -112,14 +112,16 @@ MODES |= {"TIFF": "RGB L RGBA P 1", "PPM": "RGB L"}
 def test_small_lossless_images_become_raw_pixels(kind, mode):
     data = encoded(pixels(12, 9), kind, mode, **({"lossless": True} if kind == "WEBP" else {}))
     stored = store(data, AS_IS)
-    assert (stored.mode, stored.how, stored.height, stored.width) == (RAW, "raw", 12, 9)
+    assert (stored.mode, stored.storage_kind, stored.height, stored.width) == (RAW, "raw", 12, 9)
     assert np.array_equal(np.frombuffer(stored.data, np.uint8).reshape(12, 9, 3), decoded(data))
 
 
 def test_large_lossless_images_become_jpegs_unless_raw_is_asked_for():
     image = pixels(65, 64)
     stored = store(encoded(image, "PNG"), Settings(jpeg_quality=95))
-    assert (stored.mode, stored.how) == (JPEG, "reencoded") and apart(decoded(stored.data), image) < 2
+    assert (stored.mode, stored.storage_kind) == (JPEG, "reencoded") and apart(
+        decoded(stored.data), image
+    ) < 2
     stored = store(encoded(image, "PNG"), Settings(raw_proportion=1))
     assert stored.mode == RAW and stored.data == image.tobytes()
     assert store(encoded(pixels(64, 64), "PNG"), AS_IS).mode == RAW
@@ -147,11 +149,11 @@ def test_exif_is_applied(orientation, kind):
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     assert apart(decode_rgb(data), upright) < 1
     stored = store(data, Settings(jpeg_quality=95))
-    assert stored.turned == (orientation != 1)
+    assert stored.exif_rotated == (orientation != 1)
     assert (stored.height, stored.width) == upright.shape[:2]
     assert apart(decoded(stored.data), upright) < 3
     if kind == "JPEG":
-        assert stored.how == ("jpeg_untouched" if orientation == 1 else "reencoded")
+        assert stored.storage_kind == ("jpeg_untouched" if orientation == 1 else "reencoded")
 
 
 def test_arrays_are_stored_as_they_are():
@@ -169,7 +171,7 @@ def test_sides_beyond_the_format_are_refused_and_shrunk_on_request():
         store(data, Settings(max_resolution=50)).width,
     ) == (1, 50)
     long = store(encoded(pixels(10, 20_000)), AS_IS)
-    assert (long.how, long.height, long.width) == ("jpeg_untouched", 10, 20_000)
+    assert (long.storage_kind, long.height, long.width) == ("jpeg_untouched", 10, 20_000)
 
 
 # --------------------------------------------------------------------- damage
@@ -187,7 +189,7 @@ def test_a_broken_exif_block_says_nothing_about_the_pixels():
     data = with_orientation(pixels(20, 30), 6)
     place = data.index(b"Exif\0\0") + 6
     data = data[:place] + b"\xff" * 12 + data[place + 12 :]
-    assert store(data, AS_IS).how == "jpeg_untouched"
+    assert store(data, AS_IS).storage_kind == "jpeg_untouched"
 
 
 def test_pillow_does_the_work_where_libturbojpeg_is_missing(monkeypatch):
@@ -199,7 +201,7 @@ def test_pillow_does_the_work_where_libturbojpeg_is_missing(monkeypatch):
         for length in range(3, len(data) - 2, len(data) // 50):
             with pytest.raises(jpeg.DamagedImage):
                 store(data[:length], AS_IS)
-    assert store(encoded(pixels(40, 60), mode="CMYK"), AS_IS).how == "reencoded"
+    assert store(encoded(pixels(40, 60), mode="CMYK"), AS_IS).storage_kind == "reencoded"
     assert store(with_orientation(pixels(40, 60), 6), AS_IS).height == 60
 
 
@@ -231,7 +233,7 @@ def test_a_flipped_byte_is_refused_or_changes_what_is_stored_alone():
         damaged[place] ^= int(random.integers(1, 256))
         try:
             stored = store(bytes(damaged), AS_IS)
-            assert stored.how == "reencoded" or stored.data == bytes(damaged)
+            assert stored.storage_kind == "reencoded" or stored.data == bytes(damaged)
         except jpeg.DamagedImage as error:
             assert "\n" not in str(error)
             refused += 1

@@ -104,9 +104,9 @@ def test_the_verdict_on_a_file_has_no_influence_on_the_next():
     class Files:
         read = files.__getitem__
 
-    together = store_batch(Files, range(len(files)), Settings(), pack=False)
+    together = store_batch(Files, range(len(files)), Settings(), as_png=False)
     for index in random.permutation(len(files)):
-        assert store_batch(Files, [int(index)], Settings(), pack=False) == [together[index]]
+        assert store_batch(Files, [int(index)], Settings(), as_png=False) == [together[index]]
     refused = sum(isinstance(each, str) for each in together)
     assert 300 < refused < 500  # half of the JPEGs are whole, and a quarter of the other files
 

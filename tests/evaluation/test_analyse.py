@@ -9,10 +9,13 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from lvssl.evaluation.analyse import AnalyseSettings, analyse, augmented, spread
+from lvssl.evaluation.analyse import AnalyseSettings, analyse
 from lvssl.evaluation.embedding import embed
-from lvssl.evaluation.reading import Certainty, read, severity_correlation
+from lvssl.evaluation.factors import augmented
+from lvssl.evaluation.outputs import network_outputs
 from lvssl.evaluation.regression import ridge
+from lvssl.evaluation.scorer import UncertaintyScorer, severity_correlation
+from lvssl.evaluation.sets import evenly_spaced
 from lvssl.evaluation.uncertainty import r_auroc
 from lvssl.report.page import write_report
 from lvssl.report.verdict import auroc_error
@@ -60,51 +63,55 @@ def test_every_score_of_every_model_is_there(analysis, runs):
 def test_figures_agree_with_the_embedding(analysis, runs, digits):
     run, test = load_run(runs / "lv"), open_reader(digits["test"])
     whole = embed(run.network, test, run.settings.view)
-    chosen = spread(len(test), 150)
-    reading = read(run.network, evaluation_crops(test, run.settings.view, chosen), run.settings.view)
-    assert np.allclose(reading.features, whole.features[chosen], atol=1e-4)
-    assert np.allclose(reading.spread, whole.uncertainty[chosen], rtol=1e-4)
-    assert (np.packbits(reading.bits, axis=1, bitorder="little") == whole.codes[chosen]).mean() > 0.999
-    expected = r_auroc(reading.features, test.labels[chosen], reading.spread)
+    chosen = evenly_spaced(len(test), 150)
+    outputs = network_outputs(
+        run.network, evaluation_crops(test, run.settings.view, chosen), run.settings.view
+    )
+    assert np.allclose(outputs.features, whole.features[chosen], atol=1e-4)
+    assert np.allclose(outputs.uncertainty, whole.uncertainty[chosen], rtol=1e-4)
+    assert (np.packbits(outputs.bits, axis=1, bitorder="little") == whole.codes[chosen]).mean() > 0.999
+    expected = r_auroc(outputs.features, test.labels[chosen], outputs.uncertainty)
     assert analysis["models"]["run"]["scores"]["posterior"]["r_auroc"] == pytest.approx(expected.r_auroc)
     table = {row["bit"]: row for row in analysis["bits"]["table"]}
-    assert [table[d]["on"] for d in range(64)] == pytest.approx(reading.bits.mean(axis=0))
+    assert [table[d]["on"] for d in range(64)] == pytest.approx(outputs.bits.mean(axis=0))
     information = [row["information_bits"] for row in analysis["bits"]["table"]]
     assert information == sorted(information, reverse=True)
 
 
 def test_samples_are_averaged_as_probabilities(runs, digits):
     run, train = load_run(runs / "lv"), open_reader(digits["train"])
-    view, chosen = run.settings.view, spread(len(train), 200)
+    view, chosen = run.settings.view, evenly_spaced(len(train), 200)
     pixels = evaluation_crops(train, view, chosen)
-    first = read(run.network, pixels, view, samples=4, seed=3)
+    first = network_outputs(run.network, pixels, view, samples=4, seed=3)
     assert first.samples.shape == (4, 200, 64) and set(np.unique(first.samples)) == {-1, 1}
-    again = read(run.network, pixels, view, samples=4, seed=3)
+    again = network_outputs(run.network, pixels, view, samples=4, seed=3)
     assert (first.samples == again.samples).all()
-    certainty = Certainty(True, first, train.labels[chosen])
-    expected = sum(certainty.latent_probe.probabilities(first.samples[k]) for k in range(4)) / 4
-    assert np.allclose(certainty.predictions(first)["latent samples"], expected)
+    scorer = UncertaintyScorer(True, first, train.labels[chosen])
+    expected = sum(scorer.latent_probe.probabilities(first.samples[k]) for k in range(4)) / 4
+    assert np.allclose(scorer.predictions(first)["latent samples"], expected)
     control = load_run(runs / "control")
-    assert read(control.network, pixels, view, samples=4).samples.shape[0] == 0
+    assert network_outputs(control.network, pixels, view, samples=4).samples.shape[0] == 0
 
 
 def test_distance_is_the_mean_cosine_distance_of_the_nearest(runs, digits):
     run, train = load_run(runs / "control"), open_reader(digits["train"])
-    reading = read(run.network, evaluation_crops(train, run.settings.view, np.arange(60)), run.settings.view)
-    certainty = Certainty(False, reading, train.labels[:60])
-    h = reading.features / np.linalg.norm(reading.features, axis=1, keepdims=True)
+    outputs = network_outputs(
+        run.network, evaluation_crops(train, run.settings.view, np.arange(60)), run.settings.view
+    )
+    scorer = UncertaintyScorer(False, outputs, train.labels[:60])
+    h = outputs.features / np.linalg.norm(outputs.features, axis=1, keepdims=True)
     expected = 1 - np.sort(h @ h.T, axis=1)[:, -20:].mean(axis=1)
-    assert certainty.distance(reading.features) == pytest.approx(expected, abs=1e-5)
+    assert scorer.distance(outputs.features) == pytest.approx(expected, abs=1e-5)
 
 
 def test_augmentation_targets_belong_to_their_views(runs, digits):
     run, train = load_run(runs / "lv"), open_reader(digits["train"])
-    reading, targets = augmented(run, train, 300, seed=0)
-    assert len(reading.features) == 300 and all(len(column) == 300 for column in targets.values())
+    outputs, targets = augmented(run, train, 300, seed=0)
+    assert len(outputs.features) == 300 and all(len(column) == 300 for column in targets.values())
     low, high = run.settings.view.scale
     assert low * 0.8 <= targets["crop area"].min() and targets["crop area"].max() <= high
     # A brighter view is brighter: its parameter must be found in the pixels' features, out of sample.
-    h, true = reading.features, targets["brightness"]
+    h, true = outputs.features, targets["brightness"]
     found = ridge(h[:200], true[:200], h[200:], true[200:])
     shuffled = np.random.default_rng(0).permutation(true)
     chance = ridge(h[:200], shuffled[:200], h[200:], shuffled[200:])

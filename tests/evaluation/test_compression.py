@@ -10,6 +10,7 @@ from lvssl.cli import main
 from lvssl.evaluation.embedding import embed
 from lvssl.evaluation.knn import hamming_knn
 from lvssl.evaluation.retrieval import similarity_map
+from lvssl.runs.rows import COLUMNS, by_point
 from lvssl.runs.run import load_run
 from pipelines.decode import open_reader
 
@@ -20,10 +21,10 @@ def test_the_run_and_its_controls_on_one_axis(run, control, digits, capsys):
     assert main(arguments) == 0  # test.beton beside train.beton, the control beside the run
     printed = capsys.readouterr().out
     result = json.loads((run / "compression.json").read_text())
-    rows = {(row["model"], row["method"], row["bits"]): row for row in result["rows"]}
+    rows = {(row["run"], row["method"], row["bits"]): row for row in by_point(result["rows"])}
     assert set(rows) == {
-        ("untrained", "features", 2048), ("untrained", "code", 64), ("untrained", "code, first bits", 16),
-        ("control", "features", 2048), ("control", "sign, first bits", 16),
+        ("untrained", "", 2048), ("untrained", "code", 64), ("untrained", "code, first bits", 16),
+        ("control", "", 2048), ("control", "sign, first bits", 16),
         ("control", "PCA + sign", 16), ("control", "ITQ", 16),
         *(("control", method, bits) for method in ("LSH", "int8", "PQ") for bits in (16, 256)),
     }  # fmt: skip
@@ -36,7 +37,11 @@ def test_the_run_and_its_controls_on_one_axis(run, control, digits, capsys):
         assert f"{row['linear']:.1f}" in printed
     with open(run / "compression.csv", newline="") as file:
         table = list(csv.DictReader(file))
-    assert [row["method"] for row in table] == [row["method"] for row in result["rows"]]
+    assert [float(row["value"]) for row in table] == [row["value"] for row in result["rows"]]
+    assert list(table[0]) == list(COLUMNS) and result["families"] == {
+        "untrained": "bernoulli",
+        "control": "none",
+    }
     assert result["top_n"] == 100 and f"--control {control}" in result["command"]
 
     train, test = (open_reader(digits[split]) for split in ("train", "test"))
@@ -46,7 +51,7 @@ def test_the_run_and_its_controls_on_one_axis(run, control, digits, capsys):
     assert rows["untrained", "code", 64]["knn"] == pytest.approx(knn, abs=0.5)
     sets = [embed(other.network, source, other.settings.view).features for source in (train, test)]
     score = similarity_map(sets[1], test.labels, sets[0], train.labels, 100)
-    assert np.isclose(rows["control", "features", 2048]["map_over_hits"], score.over_hits, atol=1e-3)
+    assert np.isclose(rows["control", "", 2048]["map_over_hits"], score.over_hits, atol=1e-3)
 
 
 def test_mistakes_are_told_before_any_work(run, control, digits, tmp_path, capsys):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lvssl.evaluation.corruptions import CORRUPTIONS, ELSEWHERE, SEVERITIES, corrupt, texture_images
+from lvssl.evaluation.corruptions import CORRUPTIONS, OUT_OF_DISTRIBUTION, SEVERITIES, corrupt, texture_images
 from lvssl.evaluation.shapes import make_shapes
 
 
@@ -35,7 +35,7 @@ def test_what_the_severities_say(images):
     assert corrupt(flat, "noise", 2).astype(float).std() == pytest.approx(255 * 0.08, rel=0.02)
     edge = np.zeros((1, side, side, 3), np.uint8)
     edge[:, :, side // 2 :] = 255
-    profile = corrupt(edge, "blur", 5)[0, 0, :, 0].astype(float)  # a normal law's distribution function
+    profile = corrupt(edge, "blur", 5)[0, 0, :, 0].astype(float)  # a normal distribution function
     x = np.arange(side) - side / 2 + 0.5
     spread = np.sqrt((np.gradient(profile / 255) * x**2).sum())
     assert spread == pytest.approx(0.08 * side, rel=0.1)
@@ -51,9 +51,11 @@ def test_bad_calls_are_named(images):
     assert corrupt(images[:0], "crop", 2).shape == (0, 48, 48, 3)
 
 
-@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize("name", OUT_OF_DISTRIBUTION)
 def test_images_from_elsewhere(name):
-    made = ELSEWHERE[name](9, 28, 3)
+    made = OUT_OF_DISTRIBUTION[name](9, 28, 3)
     assert made.shape == (9, 28, 28, 3) and made.dtype == np.uint8
-    assert (made == ELSEWHERE[name](9, 28, 3)).all() and (made != ELSEWHERE[name](9, 28, 4)).any()
+    assert (made == OUT_OF_DISTRIBUTION[name](9, 28, 3)).all() and (
+        made != OUT_OF_DISTRIBUTION[name](9, 28, 4)
+    ).any()
     assert len(np.unique(made.reshape(9, -1), axis=0)) > 1

@@ -27,7 +27,11 @@ def counts(result: dict) -> tuple[dict, object]:
             found["probes"],
             result["bits"],
         )
-    rows = [{k: v for k, v in row.items() if k not in ("model", "raw_pixels")} for row in result["rows"]]
+    rows = [
+        {k: v for k, v in row.items() if k != "run"}
+        for row in result["rows"]
+        if row["metric"] != "raw_pixels"
+    ]
     return result["skipped"], (rows, result["queries"], result["database"])
 
 
@@ -112,5 +116,5 @@ def test_a_study_skips_in_training_and_measuring(folders, tmp_path, capsys):
     shutil.rmtree(tmp_path / "study")
     assert main([*study, "--on-error", "skip"]) == 0
     result = json.loads((tmp_path / "study" / "study.json").read_text())
-    assert result["rows"][0]["skipped"] == {"train": 3, "test": 2} and result["rows"][0]["queries"] == 58
+    assert result["runs"][0]["skipped"] == {"train": 3, "test": 2} and result["runs"][0]["queries"] == 58
     assert "--on-error skip" in result["command"]

@@ -9,7 +9,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from lvssl.evaluation.knn import hamming_knn, weighted_knn, weighted_votes
+from lvssl.evaluation import knn
+from lvssl.evaluation.knn import hamming_knn, hamming_votes, nearest_by_cosine, weighted_knn
 from lvssl.evaluation.probe import held_out, linear_probe, standardise
 from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
 from pipelines.kernels.pack import pack_bits
@@ -118,14 +119,16 @@ def test_neighbours_are_sought_on_the_device_that_is_named_or_where_they_lie(dig
     """Not on a GPU that is there and that nobody asked for."""
     places = []
 
-    def votes(train_x: torch.Tensor, *rest):
-        places.append(train_x.device.type)
-        return weighted_votes(train_x, *rest)
+    def nearest(train_x, test_x, k, device, title):
+        places.append(device or train_x.device)
+        return nearest_by_cosine(train_x, test_x, k, device, title)
 
-    monkeypatch.setattr("lvssl.evaluation.knn.weighted_votes", votes)
+    monkeypatch.setattr("lvssl.evaluation.knn.nearest_by_cosine", nearest)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert weighted_knn(*digits) == weighted_knn(*digits, device=torch.device("cpu"))
-    assert places == ["cpu", "cpu"]
+    cpu = torch.device("cpu")
+    x, y, test_x, test_y = digits
+    assert weighted_knn(torch.as_tensor(x), y, test_x, test_y) == weighted_knn(*digits, device=cpu)
+    assert places == [cpu, cpu]
 
 
 def test_weighted_knn_agrees_with_sklearn(digits):
@@ -180,6 +183,63 @@ def test_hamming_knn_equals_cosine_knn_of_signs_where_nothing_ties():
         signs = [2.0 * bits - 1 for bits in (train, test)]
         cosine = weighted_knn(signs[0], y, signs[1], np.array([label]), k=9)
         assert hamming_knn(pack_bits(train), y, pack_bits(test), np.array([label]), bits=64, k=9) == cosine
+
+
+def by_brute_force(train, test):
+    """Cosines and rows, nearest first: all cosines at once, equals by the lower row."""
+    unit = [torch.nn.functional.normalize(torch.as_tensor(x).double(), dim=1) for x in (train, test)]
+    return (unit[1] @ unit[0].T).sort(dim=1, descending=True, stable=True)
+
+
+@pytest.mark.parametrize("near", ["nearest_on_cpu", "nearest_on_device"])
+@pytest.mark.parametrize("k", [1, 20, 1000])
+def test_neighbours_in_tiles_are_those_of_all_cosines_at_once(monkeypatch, near, k):
+    monkeypatch.setattr(knn, "TILE", 96), monkeypatch.setattr(knn, "DEVICE_TILE", 96)
+    monkeypatch.setattr(knn, "BLOCK", 7), monkeypatch.setattr(knn, "QUERIES", 20)
+    monkeypatch.setattr(knn, "nearest_on_cpu", getattr(knn, near))
+    generator = np.random.default_rng(0)
+    train, test = generator.normal(size=(1000, 5)), generator.normal(size=(53, 5))
+    cosines, rows = nearest_by_cosine(train.astype(np.float16), test, k)
+    wanted, order = by_brute_force(train.astype(np.float16), test.astype(np.float32))
+    assert torch.allclose(cosines.double(), wanted[:, :k], atol=1e-6)
+    assert (rows == order[:, :k]).float().mean() > 0.995  # fp32 may exchange two that are almost as near
+    assert rows.dtype == torch.int64 and cosines.dtype == torch.float32
+
+
+def test_equally_near_images_come_in_their_order_whatever_the_tiles(monkeypatch):
+    monkeypatch.setattr(knn, "TILE", 16)
+    train = np.tile(np.float32([[-1, 0], [1, 0], [0, -2]]), (100, 1))  # cosines -1, 1 and 0, a hundred each
+    cosines, rows = nearest_by_cosine(train, np.float32([[3, 0]]), 250)
+    assert rows[0].tolist() == [*range(1, 300, 3), *range(2, 300, 3), *range(0, 150, 3)]
+    assert cosines[0].tolist() == [1.0] * 100 + [0.0] * 100 + [-1.0] * 50
+
+
+def test_votes_of_codes_are_those_of_all_distances_at_once(monkeypatch):
+    """Against the definition: nearer images whole, those as far as the k-th by their share."""
+    monkeypatch.setattr(knn, "HAMMING_QUERIES", 10)
+    monkeypatch.setattr("lvssl.codes.search.CHUNK_BYTES", 64 * 2)
+    generator = np.random.default_rng(0)
+    train, test = generator.random((300, 12)) > 0.5, generator.random((23, 12)) > 0.5
+    y, targets = generator.integers(0, 7, 300), generator.normal(size=(300, 2)).astype(np.float32)
+    distances = (test[:, None] != train[None]).sum(2)
+    for k in (1, 5, 299, 300):
+        kth = np.sort(distances, axis=1)[:, k - 1 : k]
+        share = (k - (distances < kth).sum(1)) / (distances == kth).sum(1)
+        weights = np.exp(-2 * distances / 12 / 0.5) * np.where(
+            distances == kth, share[:, None], distances < kth
+        )
+        for answers, table in ((y, np.eye(7)[y]), (targets, targets)):
+            votes = hamming_votes(pack_bits(train), torch.from_numpy(answers), pack_bits(test), 12, k, 0.5)
+            np.testing.assert_allclose(votes.numpy(), weights @ table, rtol=1e-5, atol=1e-6)
+
+
+def test_knn_says_that_features_are_not_finite():
+    x, y = np.eye(3), np.arange(3)
+    broken = x.copy()
+    broken[1, 1] = np.nan
+    for sets in ((broken, y, x, y), (x, y, broken, y)):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            weighted_knn(*sets)
 
 
 def test_knn_refuses_shapes_that_do_not_match():

@@ -20,11 +20,11 @@ from lvssl.codes.file import open_codes, open_means
 from lvssl.evaluation.codes import codes_of
 from lvssl.evaluation.embedding import Embedding, embed
 from lvssl.evaluation.linear import represented
-from lvssl.evaluation.reading import read
+from lvssl.evaluation.outputs import network_outputs
 from lvssl.models.backbone import BLOCKS
 from lvssl.models.inference import encode, in_batches
 from lvssl.models.network import LVNet
-from lvssl.runs.labels import Labelled, open_labelled
+from lvssl.runs.labels import LabelledDataset, open_labelled
 from lvssl.runs.run import Run, load_run
 from lvssl.settings.pretrain import PRESETS
 from lvssl.training.pretrain import calibrate
@@ -46,7 +46,7 @@ def loaded(run) -> Run:
 
 
 @pytest.fixture(scope="module")
-def test_set(digits) -> Labelled:
+def test_set(digits) -> LabelledDataset:
     return open_labelled(digits["test"])
 
 
@@ -62,10 +62,10 @@ def known(loaded, test_set) -> Embedding:
 
 
 def test_analyses_read_what_evaluations_embed(loaded, crops, known):
-    reading = read(loaded.network, crops, loaded.settings.view)
-    assert np.array_equal(reading.features, known.features)
-    assert np.array_equal(pack_bits(reading.bits), known.codes)
-    assert np.array_equal(reading.spread, known.uncertainty)
+    outputs = network_outputs(loaded.network, crops, loaded.settings.view)
+    assert np.array_equal(outputs.features, known.features)
+    assert np.array_equal(pack_bits(outputs.bits), known.codes)
+    assert np.array_equal(outputs.uncertainty, known.uncertainty)
 
 
 def test_probes_learn_from_what_evaluations_embed(loaded, test_set, known):
@@ -94,7 +94,7 @@ def test_code_files_hold_what_evaluations_embed(kind, run, digits, test_set, kno
         images = tmp_path / "images"
         (images / "deep").mkdir(parents=True)
         for i in range(len(test_set)):
-            Image.fromarray(test_set.source.stored(0, i)).save(images / "deep" / f"{i:04d}.png")
+            Image.fromarray(test_set.source.encoded(0, i)).save(images / "deep" / f"{i:04d}.png")
     assert main(["encode", str(run), "--images", str(images), "--out", str(out), "--means"]) == 0
     found = open_codes(out)
     assert np.array_equal(found.rows, known.codes)

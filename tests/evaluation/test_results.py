@@ -27,6 +27,10 @@ def runs(run, control, tmp_path) -> dict[str, Path]:
     }
 
 
+def read_digest(run: Path) -> str:
+    return checkpoint.digest(checkpoint.paths(run / "checkpoints")[-1])
+
+
 def later(run: Path) -> None:
     """One more step, with the same weights."""
     state = checkpoint.load_latest(run / "checkpoints")[1]
@@ -51,8 +55,7 @@ def test_a_result_is_found_again_and_no_other_takes_its_place_unasked(command, r
     status, printed, _ = call(run)
     assert status == 0
     result, made = json.loads(files[0].read_text()), stamps()
-    digest = checkpoint.digest(checkpoint.paths(run / "checkpoints")[-1])
-    assert result["checkpoint"] == digest and set(result["beside"]) == {str(runs["control"])}
+    assert result["checkpoint"] == read_digest(run) and set(result["beside"]) == {str(runs["control"])}
     assert "overwrite" not in result["settings"] and result["settings"]["test"].endswith("test.beton")
     assert result["command"].startswith(f"lvssl {command} {run} --") and result["versions"]["torch"]
     monkeypatch.chdir(run.parent)
@@ -63,7 +66,7 @@ def test_a_result_is_found_again_and_no_other_takes_its_place_unasked(command, r
     name = another[0].removeprefix("--").replace("-", "_")
     assert f"{files[0]} already holds a result for other settings ({name}: " in said
     assert "pass --overwrite to overwrite it" in said
-    assert "--out" not in said  # which these commands don't have
+    assert "--out to write elsewhere" in said
     assert call(run, *another, "--overwrite")[0] == 0 and stamps()[0] > made[0]
     assert str(json.loads(files[0].read_text())["settings"][name]) == another[1]
 
@@ -82,6 +85,10 @@ def test_a_result_of_older_checkpoints_or_without_all_of_its_files_is_not_taken(
     assert result.stat().st_mtime_ns == made and main(["evaluate", str(run), "--overwrite"]) == 0
     later(run)
     assert main(["evaluate", str(run)]) == 2 and "(checkpoint: " in capsys.readouterr().err
+    older = json.loads(result.read_text())
+    older["versions"]["results"] -= 1
+    result.write_text(json.dumps(older | {"checkpoint": read_digest(run)}))
+    assert main(["evaluate", str(run)]) == 2 and "(results version: 1 -> 2)" in capsys.readouterr().err
     result.write_text(json.dumps({"run": {"linear": 1.0}}))  # of a version that named no checkpoint there
     assert main(["evaluate", str(run)]) == 2 and "(checkpoint: None -> " in capsys.readouterr().err
     result.write_text("{")
@@ -98,12 +105,26 @@ def test_figures_that_are_no_numbers_are_shown_alike_when_found(runs, capsys):
         path = run / names[0]
         result = json.loads(path.read_text())
         scores = [each for model in result.get("models", {}).values() for each in model["scores"].values()]
-        for row in (*scores, *result.get("rows", [])):
-            row |= {"r_auroc": None, "ood noise": None} if command == "analyse" else {"map_over_hits": None}
+        for row in scores:
+            row |= {"r_auroc": None, "ood noise": None}
+        for row in result.get("rows", []):
+            row["value"] = None if row["metric"] == "map_over_hits" else row["value"]
         path.write_text(json.dumps(result))
         capsys.readouterr()
         assert main([command, str(run), *options]) == 0
         assert "nan" in capsys.readouterr().out
+
+
+def test_an_older_rate_curve_is_measured_again(runs):
+    """Its rows had all metrics of a point side by side."""
+    run = runs["run"]
+    typed = ["compression", str(run), "--control", str(runs["control"]), *COMMANDS["compression"][0]]
+    assert main(typed) == 0
+    path = run / "compression.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"rows": [{"model": "run", "method": "code", "bits": 64}]}))
+    assert main(["report", str(run)]) == 0 and 'id="bits-stored"' not in (run / "report.html").read_text()
+    assert main(typed) == 0 and json.loads(path.read_text())["rows"] == result["rows"]
 
 
 @pytest.mark.parametrize(

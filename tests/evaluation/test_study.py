@@ -8,12 +8,16 @@ import pytest
 from scipy.stats import ttest_rel
 
 from lvssl.cli import main
-from lvssl.evaluation.measures import HASHES, MEASURES, OF_CODE, code_bits
-from lvssl.evaluation.pairs import interval, pairs, strongest, summary
+from lvssl.evaluation.measures import HASHES, MEASURES, code_bits
+from lvssl.evaluation.pairs import BEST, pairs, summary
 from lvssl.evaluation.study import StudySettings, plan, shard, study
 from lvssl.report.study import write_study
+from lvssl.runs.differences import interval, strongest
+from lvssl.runs.rows import COLUMNS, as_csv, by_point, rows_of
 from lvssl.runs.run import create_run
 from pipelines.errors import InputError
+
+KEY = ("run", "representation", "metric", "seed")
 
 
 @pytest.fixture
@@ -39,22 +43,16 @@ def test_a_study_in_parts_is_the_study(settings, digits, capsys):
     assert rows == {path.parent.name: path.stat().st_mtime_ns for path in settings.out.glob("*/study.json")}
     printed = capsys.readouterr().out
     result = json.loads((settings.out / "study.json").read_text())
-    assert [row["bits"] for row in result["rows"]] == [64, 16, 64, 16]
-    for row in result["rows"]:
-        assert set(row["measures"]) == set(MEASURES)
-        assert all(np.isfinite(list(ways.values())).all() for ways in row["measures"].values())
-    controls = result["rows"][0]["controls"]
-    assert set(controls) == {"16", "64"} and all(set(made) == set(OF_CODE) for made in controls.values())
-    assert controls["64"]["code_map"] == result["rows"][0]["measures"]["code_map"]
+    assert [run["bits"] for run in result["runs"]] == [64, 16, 64, 16]
+    assert all(np.isfinite(row["value"]) for row in result["rows"])
+    assert [set(arm["measures"]) for arm in result["arms"]] == [set(MEASURES)] * 2
     assert {(p["arm"], p["control"]) for p in result["pairs"]} == {("low", "none")}
     assert len(result["pairs"]) == len(MEASURES) and "**low** against none" in printed
     table = list(csv.DictReader((settings.out / "study.csv").open()))
-    found = [
-        (r["bits"], r["way"])
-        for r in table
-        if r["measure"] == "code_knn" and (r["arm"], r["seed"]) == ("none", "0")
-    ]
-    assert sorted(found) == sorted((bits, way) for bits in ("16", "64") for way in HASHES)
+    assert list(table[0]) == list(COLUMNS) and len(table) == len(result["rows"])
+    wanted = ("none", "code", "knn", "0")
+    found = [(r["bits"], r["method"]) for r in table if tuple(r[n] for n in KEY) == wanted]
+    assert sorted(found) == sorted((bits, method) for bits in ("16", "64") for method in HASHES)
     figures = settings.out / "figures"
     assert {f.suffix for f in figures.iterdir()} == {".png", ".svg"}
     assert all(f.stat().st_size > 5000 for f in figures.iterdir())
@@ -65,88 +63,107 @@ def test_a_study_in_parts_is_the_study(settings, digits, capsys):
         assert f"{row}: not a result ({said}" in capsys.readouterr().err
 
 
-def made_rows():
-    generator = np.random.default_rng(0)
-
-    def row(arm, seed):
-        value = {name: float(generator.normal() + 3 * (arm == "lv")) for name in MEASURES}
-        return {
-            "arm": arm, "seed": seed, "family": arm, "bits": 64, "features": 64, "controls": {}, "queries": 9,
-            "database": 9, "measures": {name: {"": value[name]} for name in MEASURES},
-        }  # fmt: skip
-
-    return [row(arm, seed) for seed in range(4) for arm in ("none", "sign", "lv")]
+def made():
+    """Runs of three arms over four seeds, and a value for each measure; of 64 bits."""
+    generator, runs, rows = np.random.default_rng(0), [], []
+    for seed in range(4):
+        for arm in ("none", "sign", "lv"):
+            runs.append({"arm": arm, "seed": seed, "family": arm, "bits": 64, "features": 64, "queries": 9})
+            runs[-1] |= {"database": 9, "deterministic": arm != "lv"}
+            measured = {(m.representation, m.metric) for m in MEASURES.values()}
+            for representation, metric in sorted(measured):
+                value = {metric: float(generator.normal() + 3 * (arm == "lv"))}
+                rows += rows_of(value, run=arm, representation=representation, method="", bits=64, seed=seed)
+    return runs, rows
 
 
 def test_pairs_against_scipy():
-    rows = made_rows()
-    found = pairs(rows)
+    runs, rows = made()
+    found = [pair for pair in pairs(runs, rows) if pair["control"] != BEST]
     assert {(p["arm"], p["control"]) for p in found} == {("sign", "none"), ("lv", "none"), ("lv", "sign")}
     for pair in found:
+        measure = MEASURES[pair["measure"]]
+        wanted = (measure.representation, measure.metric)
         a, b = (
-            [row["measures"][pair["measure"]][""] for row in rows if row["arm"] == name]
+            [r["value"] for r in rows if (r["run"], r["representation"], r["metric"]) == (name, *wanted)]
             for name in (pair["arm"], pair["control"])
         )
         test = ttest_rel(a, b)
         assert pair["interval"] == pytest.approx(list(test.confidence_interval(0.95)))
         assert (pair["verdict"] == "level") == (test.pvalue >= 0.05)
         if pair["verdict"] != "level":
-            assert (pair["verdict"] == "better") == ((pair["mean"] > 0) == MEASURES[pair["measure"]][1])
+            assert (pair["verdict"] == "better") == ((pair["mean"] > 0) == measure.higher)
 
 
-def test_the_strongest_way_is_that_of_the_best_mean():
-    ways = [{"a": 3.0, "b": 2.0, "c": 9.0}, {"a": 0.0, "b": 2.5}]  # c is not there for every seed
-    assert strongest(ways, True) == ("b", [2.0, 2.5]) and strongest(ways, False) == ("a", [3.0, 0.0])
-    assert strongest([{"a": float("nan"), "b": -1.0}], False).way == "b"
+def test_the_strongest_method_is_that_of_the_best_mean():
+    methods = [{"a": 3.0, "b": 2.0, "c": 9.0}, {"a": 0.0, "b": 2.5}]  # c is not there for every seed
+    assert strongest(methods, True) == ("b", [2.0, 2.5]) and strongest(methods, False) == ("a", [3.0, 0.0])
+    assert strongest([{"a": float("nan"), "b": -1.0}], False).method == "b"
+
+
+def codes(values):
+    """Rows of a code's kNN: (arm, bits, method) -> values by seed."""
+    return [
+        row
+        for (arm, bits, method), each in values.items()
+        for seed, value in enumerate(each)
+        for row in rows_of(
+            {"knn": value}, run=arm, representation="code", method=method, bits=bits, seed=seed
+        )
+    ]
 
 
 def test_a_code_is_compared_with_the_strongest_control_of_its_length():
-    rows = [row for row in made_rows() if row["seed"] < 2 and row["arm"] != "sign"]
-    for row in rows:
-        if row["arm"] == "lv":
-            row["bits"] = 16
-            row["measures"]["code_knn"] = {"code": 50.0 + row["seed"]}
-        else:
-            row["controls"] = {
-                "16": {"code_knn": {"ITQ": 48.0 + row["seed"], "LSH": 40.0 + 12 * row["seed"]}}
-            }
-            row["measures"]["code_knn"] = {"ITQ": 90.0}  # of 64 bits
-    pair = next(p for p in pairs(rows) if p["measure"] == "code_knn")
-    assert (pair["of"], pair["against"], pair["each"]) == ("code", "ITQ", [2.0, 2.0])
-    assert not [p for p in pairs(rows) if p["measure"] == "code_map"]  # no control of 16 bits has it
-    assert summary(rows)[0]["measures"]["code_knn"] == {"way": "ITQ", "values": [90.0, 90.0]}
+    runs = [run | {"bits": 16 if run["arm"] == "lv" else 64} for run in made()[0] if run["seed"] < 2]
+    rows = codes(
+        {
+            ("lv", 16, "code"): (50.0, 51.0),
+            ("none", 16, "ITQ"): (48.0, 49.0),
+            ("none", 16, "LSH"): (40.0, 52.0),  # above ITQ on a seed, below in the mean
+            ("none", 64, "ITQ"): (90.0, 90.0),
+            ("sign", 16, "code"): (49.0, 49.5),
+        },
+    )
+    found = {p["control"]: p for p in pairs(runs, rows) if p["arm"] == "lv"}
+    assert [found["none"][name] for name in ("of", "against", "each")] == ["code", "ITQ", [2.0, 2.0]]
+    assert found[BEST]["against"] == "sign, code" and found[BEST]["each"] == [1.0, 1.5]
+    assert {p["measure"] for p in found.values()} == {"code_knn"}  # no control of 16 bits has another
+    assert summary(runs, rows)[0]["measures"]["code_knn"] == {"method": "ITQ", "values": [90.0, 90.0]}
 
 
-def test_one_seed_decides_nothing(tmp_path):
+def test_one_seed_decides_nothing_unless_its_sampling_error_is_known(tmp_path):
     assert interval([1.0], True) == {
         "mean": 1.0, "standard_error": None, "interval": None, "verdict": "one seed",
     }  # fmt: skip
     assert interval([1.0, 1.0, 1.0], False)["verdict"] == "worse"
-    rows = [row for row in made_rows() if row["seed"] == 0]
+    assert interval([1.0], True, 0.6)["verdict"] == "level"
+    assert interval([1.0], True, 0.4) == {
+        "mean": 1.0, "standard_error": 0.4, "interval": [pytest.approx(0.2), 1.8], "verdict": "better",
+    }  # fmt: skip
+    runs, rows = ([each for each in some if each["seed"] == 0] for some in made())
     result = {"settings": {"preset": "p", "seeds": [0], "max_images": 0}, "command": "lvssl study"}
-    result |= {"rows": rows, "pairs": pairs(rows), "arms": summary(rows)}
-    write_study(tmp_path, result, MEASURES)
+    result |= {"runs": runs, "rows": rows, "pairs": pairs(runs, rows), "arms": summary(runs, rows)}
+    write_study(tmp_path, result | {"measures": {name: m._asdict() for name, m in MEASURES.items()}})
     assert "Not decided by one seed." in (tmp_path / "study.md").read_text()
 
 
-def test_arms_of_an_objective_and_runs_of_others(settings):
-    """MCInfoNCE is an arm, and folders are those that `benchmarks.latents` makes."""
-    from benchmarks.latents import Job, parsed, settings_of
+def test_rows_of_a_point_are_joined():
+    point = {"run": "a", "representation": "code", "method": "ITQ", "bits": 16, "seed": 3}
+    rows = rows_of({"linear": 1.0, "knn": 2.0}, **point) + rows_of({"knn": 4.0}, **point | {"seed": 4})
+    assert by_point(rows) == [point | {"linear": 1.0, "knn": 2.0}, point | {"seed": 4, "knn": 4.0}]
+    assert as_csv(rows).splitlines()[1] == "a,code,ITQ,16,linear,1.0,3"
 
+
+def test_arms_of_an_objective_and_of_a_length(settings):
     chosen = plan(
         dataclasses.replace(settings, epochs=0), "mcinfonce:family=gaussian,objective=mcinfonce,dim=8", 1
     )
     chosen.validate()
     assert chosen.latent.objective == "mcinfonce" and code_bits(chosen) == 8
-    elsewhere = dataclasses.replace(settings, runs=settings.out, prefix="digits", epochs=0)
-    options = parsed(["--out", str(settings.out), "--threads", "1", "--workers", "0"])
-    for arm, job in (
-        ("none", Job("digits", "none", None, 1)),
-        ("bernoulli16:family=bernoulli,dim=16", Job("digits", "bernoulli", 16, 1)),
-        ("bernoulli64:family=bernoulli", Job("digits", "bernoulli", 64, 1)),  # a bit for each feature
-    ):
-        folder = settings.out / job.name
-        assert plan(elsewhere, arm, 1) == settings_of(options, job, settings.train, folder)
+    shared = dataclasses.replace(settings, runs=settings.out, prefix="digits", epochs=0)
+    short = plan(shared, "bernoulli16:family=bernoulli,dim=16", 1)
+    assert short.out == settings.out / "digits-bernoulli16-s1" and code_bits(short) == 16
+    assert code_bits(plan(shared, "bernoulli64:family=bernoulli", 1)) == 64  # a bit for each feature
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from lvssl.evaluation.codes import EncodeSettings, encode
 from lvssl.evaluation.embedding import embed
 from lvssl.export import ExportSettings, export
 from lvssl.latents import FAMILIES, described, family, has_code
-from lvssl.latents.noise import Noise, normal
+from lvssl.latents.noise import Noise, keyed, normal
 from lvssl.latents.posterior import Family, Posterior, constant
 from lvssl.report.page import write_report
 from lvssl.runs.progress import read_metrics
@@ -46,10 +46,10 @@ class Narrow(Family):
     def code_bits(self, dim: int) -> int:
         return self.components * dim
 
-    def complaint(self, dim: int) -> str:
+    def validation_error(self, dim: int) -> str:
         return "an even number" if dim % 2 else ""
 
-    def start(self, dim: int, init_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def initial_head(self, dim: int, init_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         return constant(dim, init_scale), constant(0, 0.0)
 
     def posterior(self, parameters: torch.Tensor) -> "NarrowPosterior":
@@ -61,7 +61,7 @@ class NarrowPosterior(Posterior):
         super().__init__(parameters)
         self.copies = copies
 
-    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> torch.Tensor:
+    def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> torch.Tensor:
         return self.parameters + 0.5 * normal((count, *self.parameters.shape), self.parameters, noise)
 
     def mean(self) -> torch.Tensor:
@@ -128,8 +128,10 @@ def test_a_new_family_is_trained_encoded_exported_and_reported(digits, tmp_path)
 # ---- what a family is
 
 
-def made(law: Family) -> Posterior:
-    return law.posterior(torch.randn(3, law.parameter_count(16), generator=torch.Generator().manual_seed(0)))
+def made(distribution: Family) -> Posterior:
+    return distribution.posterior(
+        torch.randn(3, distribution.parameter_count(16), generator=torch.Generator().manual_seed(0))
+    )
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "gaussian+categorical"])
@@ -140,23 +142,23 @@ def test_a_family_is_a_value(name):
     assert pickle.loads(pickle.dumps(one)) == one
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.depth = 3
-    assert one.about and one.parameter_count(8) == one.location_count(8) + one.spread_count(8)
+    assert one.about and one.parameter_count(8) == one.location_count(8) + one.scale_count(8)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_a_family_says_of_itself_is_what_its_posterior_does(name):
-    law = family(name)
-    posterior = made(law)
-    assert law.signs == torch.equal(posterior.code(), posterior.parameters > 0)
-    assert law.stochastic == bool((posterior.kl() > 0).any())
-    unread = law.unread
-    assert ("clean_path_weight" in unread) == (not law.stochastic)
-    if not law.stochastic:
+    distribution = family(name)
+    posterior = made(distribution)
+    assert distribution.signs == torch.equal(posterior.code(), posterior.parameters > 0)
+    assert distribution.stochastic == bool((posterior.kl() > 0).any())
+    unread = distribution.unread
+    assert ("clean_path_weight" in unread) == (not distribution.stochastic)
+    if not distribution.stochastic:
         assert ("decorrelation" in unread) == (posterior.straight_through_bits() is None)
-        assert law.own_code == (posterior.straight_through_bits() is not None)
-    assert law.discrete == ("relaxed" in {field.name for field in dataclasses.fields(law)})
-    if law.on_sphere:
-        assert torch.allclose(posterior.sample().norm(dim=2), torch.ones(1, 3))
+        assert distribution.own_code == (posterior.straight_through_bits() is not None)
+    assert distribution.discrete == ("relaxed" in {field.name for field in dataclasses.fields(distribution)})
+    if distribution.on_sphere:
+        assert torch.allclose(posterior.sample(1, keyed(0, 3)).norm(dim=2), torch.ones(1, 3))
 
 
 def test_what_is_relaxed_has_no_kernel():
@@ -238,27 +240,27 @@ def helps(module) -> dict[str, str]:
     return found
 
 
-def has_bits(law: Family) -> bool:
-    return made(law).straight_through_bits() is not None
+def has_bits(distribution: Family) -> bool:
+    return made(distribution).straight_through_bits() is not None
 
 
 def has_option(name: str):
-    return lambda law: name in {field.name for field in dataclasses.fields(law)}
+    return lambda distribution: name in {field.name for field in dataclasses.fields(distribution)}
 
 
 @pytest.mark.parametrize(
     "module, setting, concerned",
     [
-        (config, "LatentSettings.family", lambda law: True),
-        (plan, "PlanSettings.family", lambda law: True),
-        (config, "LatentSettings.beta", lambda law: law.default_beta > 0),
+        (config, "LatentSettings.family", lambda distribution: True),
+        (plan, "PlanSettings.family", lambda distribution: True),
+        (config, "LatentSettings.beta", lambda distribution: distribution.default_beta > 0),
         (config, "LatentSettings.depth", has_option("depth")),
         (config, "LatentSettings.categories", has_option("categories")),
         (config, "LatentSettings.components", has_option("components")),
-        (config, "LatentSettings.init_scale_start", lambda law: law.discrete),
+        (config, "LatentSettings.init_scale_start", lambda distribution: distribution.discrete),
         (config, "LatentSettings.decorrelation", has_bits),
-        (evaluate, "EvaluateSettings.control", lambda law: not law.stochastic),
-        (analyse, "AnalyseSettings.control", lambda law: not law.stochastic),
+        (evaluate, "EvaluateSettings.control", lambda distribution: not distribution.stochastic),
+        (analyse, "AnalyseSettings.control", lambda distribution: not distribution.stochastic),
     ],
 )
 def test_the_help_of_a_setting_names_the_families_that_it_concerns(module, setting, concerned):

@@ -6,7 +6,7 @@ from torch import Tensor
 from lvssl.losses.ntxent import reference
 
 # Units in the last place of a logit, which is up to 1 / tau, beside some roundings of sums; relative to 1 +
-# the loss, and to the largest slope an anchor can have in a batch of 2B, 1 / (2B tau |x|).
+# the loss, and to the largest gradient an anchor can have in a batch of 2B, 1 / (2B tau |x|).
 ULP = {torch.float64: 2**-52, torch.float32: 2**-23, torch.bfloat16: 2**-23, torch.float16: 2**-23}
 # The gradient is given back in the input's type: one rounding of it.
 ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}

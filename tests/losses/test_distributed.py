@@ -85,8 +85,8 @@ class _Gather(torch.autograd.Function):
         return tuple(everyone)
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> Tensor:
-        summed = torch.stack(slopes)
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        summed = torch.stack(grads)
         dist.all_reduce(summed)
         return summed[dist.get_rank()]
 
@@ -148,16 +148,16 @@ def complaint_of(vectors: Tensor) -> str:
 
 def with_bug(bug: str, step: Callable) -> Any:
     """The step with one line of our own code put wrong."""
-    kept = distributed.others, distributed._Total.backward, anchors.chunked.log_sum_exp
+    kept = distributed.remote_blocks, distributed._Total.backward, anchors.chunked.log_sum_exp
     if bug == "gradient not gathered":  # what the other ranks' anchors make of our vectors is lost
 
-        def others(block, counts):
+        def remote_blocks(block, counts):
             for other in kept[0](block, counts):
                 yield replace(other, weights=0 * other.weights) if hasattr(other, "weights") else other
 
-        distributed.others = others
+        distributed.remote_blocks = remote_blocks
     elif bug == "factor of world size":
-        distributed._Total.backward = staticmethod(lambda ctx, slope: slope)
+        distributed._Total.backward = staticmethod(lambda ctx, grad: grad)
     else:  # the anchor itself is looked for in another rank's place
 
         def log_sum_exp(rows, columns, excluded, bound):
@@ -167,7 +167,7 @@ def with_bug(bug: str, step: Callable) -> Any:
     try:
         return step()
     finally:
-        distributed.others, distributed._Total.backward, anchors.chunked.log_sum_exp = kept
+        distributed.remote_blocks, distributed._Total.backward, anchors.chunked.log_sum_exp = kept
 
 
 def errors(rank: int, size: int) -> dict[str, str]:

@@ -73,7 +73,7 @@ def test_autocast_changes_nothing():
 
 
 def test_compiled():
-    """Dynamo steps around the walk over the tiles: the graph is broken there, not the result."""
+    """Dynamo steps around the pass over the tiles: the graph is broken there, not the result."""
     x = torch.randn(128, 32)
     compiled = torch.compile(lambda x, tau: ntxent(2 * x, tau) + x.square().mean(), backend="eager")
     plain = value_and_slopes(lambda x, tau: ntxent(2 * x, tau) + x.square().mean(), x, 0.1)
@@ -192,5 +192,5 @@ def test_anchors_are_log_sum_exps():
     weights = torch.randn(2, 130, dtype=torch.float64)
     for found, wanted, weight in zip((denominators, positives), expected, weights):
         torch.testing.assert_close(found, wanted)
-        slopes = (torch.autograd.grad((v * weight).sum(), x, retain_graph=True)[0] for v in (found, wanted))
-        torch.testing.assert_close(*slopes)
+        grads = (torch.autograd.grad((v * weight).sum(), x, retain_graph=True)[0] for v in (found, wanted))
+        torch.testing.assert_close(*grads)

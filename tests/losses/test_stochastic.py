@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lvssl.losses.objective import beta_at
-from lvssl.losses.stochastic import match_loss, others, sample_infonce
+from lvssl.losses.stochastic import match_loss, other_images, sample_infonce
 
 
 def test_match_loss_is_the_papers_formula():
@@ -37,7 +37,7 @@ def test_others_are_those_of_the_other_images_in_their_order(n):
     first = torch.arange(n // 2)
     mask[first, first + n // 2] = mask[first + n // 2, first] = False
     x = torch.randn(n, n)
-    assert torch.equal(x.gather(1, others(n, x.device)).flatten(), x[mask])
+    assert torch.equal(x.gather(1, other_images(n, x.device)).flatten(), x[mask])
 
 
 def test_match_loss_stays_finite_where_samples_coincide_or_are_far():

@@ -96,7 +96,7 @@ CHILD = """if True:
         return folder / "bad.beton"
 
     def truth(source, index):
-        stored = source.stored(0, index)
+        stored = source.encoded(0, index)
         if isinstance(stored, bytes) and jpeg.is_jpeg(stored):
             jpeg._local.__dict__.clear()  # a fresh decompressor
             pixels = jpeg.decode(stored, jpeg.read_header(stored))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lvssl.codes.writer import CodeWriter
-from lvssl.runs.run import alone
+from lvssl.runs.run import run_lock
 from pipelines.convert.journal import Journal
 from pipelines.lock import lock
 from slurm.records import claimed
@@ -54,7 +54,7 @@ def writer(folder: Path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK], ids=errno.errorcode.get)
-@pytest.mark.parametrize("guarded", [alone, claimed, journal, writer])
+@pytest.mark.parametrize("guarded", [run_lock, claimed, journal, writer])
 def test_a_file_system_without_locks_is_worked_on_with_a_notice(tmp_path, monkeypatch, capsys, guarded, code):
     def no_locks(*_):
         raise OSError(code, "not supported here")

@@ -80,7 +80,7 @@ def test_dali_sees_the_same_epoch_and_names_damage(sources, tmp_path):
 
 
 def test_tars_are_opened_by_their_indices(sources, tmp_path):
-    """The same images as a walk through the tars finds, and the same pixels as from the beton of them."""
+    """The same images as a pass through the tars finds, and the same pixels as from the beton of them."""
     indexed, walked = shards.open_shards(sources["shards"]), opening.open_dataset(str(sources["shards"]))
     assert len(indexed.names) == 53 and list(indexed.names) == list(walked.names)
     assert np.array_equal(indexed.labels, walked.labels) and indexed.classes == walked.classes
@@ -96,7 +96,7 @@ def test_tars_are_opened_by_their_indices(sources, tmp_path):
     crops = [some_crops(open_reader(sources[kind]), 24) for kind in ("shards", "beton")]
     assert np.array_equal(*crops)
     (copy / "images-000001.idx").unlink()
-    assert shards.open_shards(copy) is None and len(open_reader(copy)) == 53  # a walk it is
+    assert shards.open_shards(copy) is None and len(open_reader(copy)) == 53  # a pass through them it is
 
 
 def test_an_index_that_is_not_its_tars_is_refused(sources, tmp_path):

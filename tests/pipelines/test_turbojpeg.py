@@ -9,6 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +167,11 @@ def test_pillow_stores_the_same_bytes(pillow_alone):
     expected = [store(image, each) for image in images for each in settings]
     pillow_alone()
     found = [store(image, each) for image in images for each in settings]
-    assert found == expected and {each.how for each in found} == {"jpeg_untouched", "reencoded", "raw"}
+    assert found == expected and {each.storage_kind for each in found} == {
+        "jpeg_untouched",
+        "reencoded",
+        "raw",
+    }
 
 
 def digests(path: Path, **options) -> tuple[list[str], dict[int, str]]:
@@ -188,7 +194,7 @@ def test_the_same_damage_is_named_without_it(beton, tmp_path, pillow_alone):
     """Cut in its header, cut behind it, another size than its entry, too few bytes, CMYK."""
     content, source = bytearray(beton.read_bytes()), open_reader(beton)
     victims = [int(i) for i in np.flatnonzero(source.file.modes == turbo.JPEG)[:5]]
-    stored = [source.stored(0, victim) for victim in victims]
+    stored = [source.encoded(0, victim) for victim in victims]
     cmyk = io.BytesIO()
     height, width = int(source.heights[victims[4]]), int(source.widths[victims[4]])
     Image.new("CMYK", (width, height)).save(cmyk, "JPEG", quality=1)
@@ -258,3 +264,21 @@ def test_commands_work_without_it_and_say_so_in_one_line(sources, tmp_path):
     assert "`make install` fetches it" in said[0] and f"LVSSL_TURBOJPEG={tmp_path / 'nowhere'}" in said[0]
     if features.check_feature("libjpeg_turbo"):
         assert written[0] == written[1]
+
+
+def test_threads_that_find_out_together_say_it_once(monkeypatch, capsys):
+    monkeypatch.setattr(turbojpeg, "_said", threading.Lock())
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+
+    def slowly() -> str:
+        time.sleep(0.1)
+        return "no library"
+
+    monkeypatch.setattr(turbojpeg, "absence", slowly)
+    threads = [threading.Thread(target=turbojpeg.say_absence) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert capsys.readouterr().err == "no library\n"

@@ -3,19 +3,30 @@
 The run folder below is input for the renderer, shaped like a real one; its figures mean nothing.
 """
 
+import html
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
+from lvssl.cli import main, parse
+from lvssl.evaluation.analyse import AnalyseSettings
+from lvssl.evaluation.compression import CompressionSettings
+from lvssl.evaluation.evaluate import EvaluateSettings
 from lvssl.report.figures import COLOURS, MOST_POINTS, Line, line_chart, number, thinned, ticks
 from lvssl.report.page import write_report
 from lvssl.report.verdict import Comparison, compare, compare_codes, in_words, sampling_noise, signed
+from lvssl.runs.rows import rows_of
+from lvssl.runs.run import create_run
+from lvssl.settings.presets import command
+from lvssl.settings.pretrain import PretrainSettings, preset
 from pipelines.errors import InputError
 
 CLASSES = [
@@ -37,7 +48,7 @@ EVALUATION = {
             "hamming_knn": 82.4, "bits": 256, "rate_bits": 138.2},
     "control": {"path": None, "family": "none", "linear": 84.5, "knn": 84.1, "sign_linear": 80.05,
                 "sign_hamming_knn": 80.9, "bits": 256},
-    "floors": {"random": 78.55, "pixels": 83.4},
+    "baselines": {"random": 78.55, "pixels": 83.4},
     "table": [
         {"model": "bernoulli", "representation": "features", "bits": 8192, "linear": 84.75, "knn": 83.9},
         {"model": "bernoulli", "representation": "code", "bits": 256, "linear": 83.15, "knn": 82.4},
@@ -158,10 +169,15 @@ def write_analysis(folder, generator, side=28):
 def write_compression(folder):
     """compression.json as `lvssl compression` leaves it."""
     rows = [
-        {"model": "bernoulli", "method": method, "bits": bits, "linear": 60 + bits / 64 + i, "knn": 61.5 + i,
-         "map_over_hits": 0.4 + i / 100, "raw_pixels": 6272 / bits}
-        for i, method in enumerate(("code, first bits", "code", "features", "LSH", "ITQ"))
-        for bits in ((64, 256) if method != "features" else (8192,))
+        row
+        for i, method in enumerate(("code, first bits", "code", "", "LSH", "ITQ"))
+        for bits in ((64, 256) if method else (8192,))
+        for row in rows_of(
+            {"linear": 60 + bits / 64 + i, "knn": 61.5 + i, "map_over_hits": 0.4 + i / 100,
+             "raw_pixels": 6272 / bits},
+            run="bernoulli", representation="code" if method else "features", method=method, bits=bits,
+            seed=0,
+        )
     ]  # fmt: skip
     content = {"rows": rows, "left_out": ["PQ, 2 bits: <too short>"], "queries": 2000, "database": 10_000}
     content |= {"top_n": 1000, "command": "lvssl compression runs/demo"}
@@ -305,7 +321,7 @@ def test_missing_values_show_as_a_dash_and_large_pictures_shrink(tmp_path):
     html = write_report(run).read_text()
     assert (
         html.count('<td class="n" data-csv="">–</td>') == 2 + 2 + 2
-    )  # bits, kNN of the floors; the two above
+    )  # bits, kNN of the baselines; the two above
     assert "nan" not in "".join(Page(html).text) and len(html) < 3e6
 
 
@@ -385,6 +401,31 @@ def test_rate_and_accuracy_are_drawn(tmp_path):
     assert "The code is level with the strongest control of as many bits (ITQ) in Hamming kNN (−3.0)" in text
 
 
+def test_every_command_on_the_page_parses_to_what_it_was_made_from(tmp_path):
+    """The settings of a run that is far from its preset, and those of the commands that are still to come."""
+    settings = replace(
+        preset("folder-r50"),
+        data=tmp_path / "it's here",
+        out=tmp_path / "a run",
+        model=replace(preset("folder-r50").model, backbone="small"),
+        view=replace(preset("folder-r50").view, resolution=64, scale=(0.3, 1.0)),
+        latent=replace(preset("folder-r50").latent, family="gaussian", beta=0.5),
+    )
+    create_run(settings, 2, resume=False)
+    made = AnalyseSettings(settings.out, test=tmp_path / "t.beton", alone=True, samples=3, on_error="skip")
+    (settings.out / "analysis.json").write_text(json.dumps({"command": command("analyse", made)}))
+    page = write_report(settings.out).read_text()
+    texts = re.findall(r"<(?:code|pre)[^>]*>(.*?)</(?:code|pre)>", page, re.S)
+    lines = {html.unescape(line) for text in texts for line in text.splitlines() if line.startswith("lvssl ")}
+    found = {shlex.split(line)[1]: shlex.split(line)[2:] for line in lines}
+    assert len(lines) == len(found) == 5
+    assert parse(PretrainSettings, found["pretrain"], "", preset("folder-r50")) == settings
+    assert parse(AnalyseSettings, found["analyse"], "") == made
+    for name, kind in (("evaluate", EvaluateSettings), ("compression", CompressionSettings)):
+        assert parse(kind, found[name], "") == kind(settings.out)
+    assert main(["report", *found["report"]]) == 0
+
+
 # The verdict and the charts -------------------------------------------------------------------------------
 
 
@@ -392,10 +433,10 @@ def test_verdict_by_hand():
     noise = sampling_noise(80, 80, 2000)
     assert noise == pytest.approx(2 * math.sqrt(2 * 0.8 * 0.2 / 2000) * 100)  # 2.53 points
     assert [Comparison("m", 80 + d, 80, 2.53).outcome for d in (2.6, 2.5, -2.5, -2.6)] == [
-        "ahead",
+        "better",
         "level",
         "level",
-        "behind",
+        "worse",
     ]
     rows = [Comparison("kNN", 83, 80, 2.5), Comparison("probe", 79.9, 80, 2.5)]
     assert in_words(rows, "The code", "the sign bits") == (
@@ -406,16 +447,20 @@ def test_verdict_by_hand():
 
 def test_the_strongest_control_of_as_many_bits_is_the_one_compared():
     def row(method, bits, knn, linear):
-        return {"method": method, "bits": bits, "knn": knn, "linear": linear}
+        kind = "code" if method else "features"
+        return rows_of(
+            {"knn": knn, "linear": linear}, run="r", representation=kind, method=method, bits=bits, seed=0
+        )
 
-    rows = [row("code", 256, 80.0, 80.0), row("code, first bits", 64, 99, 99), row("features", 8192, 99, 99)]
-    rows += [row("sign", 256, 70, 79), row("ITQ", 256, 81, 70), row("PCA + sign", 512, 99, 99)]
-    found, names = compare_codes({"rows": rows, "queries": 10_000})
+    code = row("code", 256, 80.0, 80.0)
+    rows = row("code, first bits", 64, 99, 99) + row("", 8192, 99, 99) + row("sign", 256, 70, 79)
+    rows += row("ITQ", 256, 81, 70) + row("PCA + sign", 512, 99, 99)
+    found, names = compare_codes({"rows": code + rows, "queries": 10_000})
     assert names == "ITQ and sign"
     assert [(c.measure, c.control, c.outcome) for c in found] == [
         ("Hamming kNN", 81, "level"), ("linear probe", 79, "level"),
     ]  # fmt: skip
-    assert compare_codes({"rows": rows[1:], "queries": 1}) == ([], "") == compare_codes({})
+    assert compare_codes({"rows": rows, "queries": 1}) == ([], "") == compare_codes({})
 
 
 def test_codes_of_different_length_are_not_compared():

@@ -28,7 +28,7 @@ def photos(digits, tmp_path) -> Path:
     """Twelve images of two folders, PNGs and JPEGs of several sizes, one of them turned by EXIF."""
     folder, source = tmp_path / "photos", open_reader(digits["test"])
     for i in range(12):
-        image = PIL.Image.fromarray(source.stored(0, i))
+        image = PIL.Image.fromarray(source.encoded(0, i))
         image = image.resize((8 + 7 * i, 30), PIL.Image.Resampling.BICUBIC) if i > 5 else image
         path = folder / ("ab"[i // 6]) / f"{i}.{'jpg' if i % 3 == 2 else 'png'}"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lvssl.runs.labels import (
-    Labelled,
+    LabelledDataset,
     balanced,
     check_pair,
     labelled_rows,
@@ -19,9 +19,9 @@ from pipelines.errors import InputError
 from pipelines.formats.manifest import manifest_path, read_manifest
 
 
-def of_classes(classes: np.ndarray) -> Labelled:
+def of_classes(classes: np.ndarray) -> LabelledDataset:
     answers = torch.from_numpy(classes)
-    return Labelled(Path("train.beton"), None, answers, int(answers.max()) + 1)
+    return LabelledDataset(Path("train.beton"), None, answers, int(answers.max()) + 1)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_a_part_keeps_the_outputs_of_the_whole_and_its_own_pixels(digits):
     part.source.crops(np.array([4, 0]), boxes, out[0])
     train.source.crops(rows[[4, 0]], boxes, out[1])
     assert np.array_equal(*out) and out[0].any()
-    assert part.source.stored(0, 1) is not None and part.source.sizes(np.array([0]))[0].tolist() == [8]
+    assert part.source.encoded(0, 1) is not None and part.source.sizes(np.array([0]))[0].tolist() == [8]
 
 
 def test_what_a_set_does_not_have_is_refused(digits, tmp_path):

@@ -95,7 +95,7 @@ def tables(digits, tmp_path_factory) -> dict[str, Path]:
         source, rows = open_reader(digits[split]), []
         (root / split).mkdir()
         for i in range(count):
-            pixels = source.stored(0, i)
+            pixels = source.encoded(0, i)
             Image.fromarray(pixels).save(root / split / f"{i}.png")
             rows.append(f"{split}/{i}.png,{pixels[:4].mean():.4f}")
         found[split] = root / f"{split}.csv"

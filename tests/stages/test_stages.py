@@ -101,9 +101,11 @@ def test_the_published_protocol_leaves_the_encoder_alone_and_learns(run):
 
 def test_the_views_of_a_stage_are_crops_and_flips_alone(run, monkeypatch):
     seen = []
-    step = supervised.Supervised.train_step
+    step = supervised.SupervisedTrainer.train_step
     monkeypatch.setattr(
-        supervised.Supervised, "train_step", lambda self, batch: (seen.append(batch), step(self, batch))[1]
+        supervised.SupervisedTrainer,
+        "train_step",
+        lambda self, batch: (seen.append(batch), step(self, batch))[1],
     )
     linear(LinearSettings(run, probe="sgd", epochs=1))
     batch = seen[0]
@@ -192,7 +194,7 @@ def test_finetuning_computes_in_the_precision_asked_for_and_goes_on_in_it(run, m
 
 def interrupt_after(monkeypatch, steps: int) -> None:
     """SIGTERM arrives in the middle of the training step that is the `steps`-th from now."""
-    left, step = [steps], supervised.Supervised.train_step
+    left, step = [steps], supervised.SupervisedTrainer.train_step
 
     def counted(self, batch):
         left[0] -= 1
@@ -200,7 +202,7 @@ def interrupt_after(monkeypatch, steps: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batch)
 
-    monkeypatch.setattr(supervised.Supervised, "train_step", counted)
+    monkeypatch.setattr(supervised.SupervisedTrainer, "train_step", counted)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -382,7 +384,7 @@ def test_numbers_are_regressed(run, digits, tmp_path):
         source, rows = open_reader(digits[split]), []
         (tmp_path / split).mkdir()
         for i in range(300 if split == "train" else 100):
-            pixels = source.stored(0, i)
+            pixels = source.encoded(0, i)
             Image.fromarray(pixels).save(tmp_path / split / f"{i}.png")
             rows.append(f"{split}/{i}.png,{pixels.mean():.4f},{pixels[:4].mean():.4f}")
         table = tmp_path / f"{split}.csv"

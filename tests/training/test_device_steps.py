@@ -31,7 +31,7 @@ from lvssl.training.distributed import World
 from lvssl.training.optimiser import build_optimiser, learning_rate, restore_optimiser
 from lvssl.training.pretrain import calibrate
 from lvssl.training.stopping import Stop
-from lvssl.training.supervised import Classifier, Recipe, Supervised
+from lvssl.training.supervised import Classifier, Recipe, SupervisedTrainer
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for
 from pipelines.decode import open_reader
@@ -135,7 +135,7 @@ def test_gradients_that_no_loss_scale_makes_finite_end_a_run(digits, tmp_path, d
     """In fp16 those that overflow are a part of the search for a scale, and no failure; but it has an end."""
     engine = EngineSettings(precision="fp16")
     trainer, (batch,) = trainer_and_batches(settings(digits["train"], tmp_path, engine=engine), device, 1)
-    trainer.parameters[0].register_hook(lambda slope: slope * float("inf"))
+    trainer.parameters[0].register_hook(lambda grad: grad * float("inf"))
     trainer.scaler = torch.amp.GradScaler(device, init_scale=4.0)
     with pytest.raises(FloatingPointError, match="the last of 3 in a row: the gradient is not finite"):
         for number in range(8):
@@ -435,7 +435,9 @@ def test_no_step_with_labels_waits(digits, tmp_path, device, on, frozen):
     network = LVNet(PRESETS["digits"].model, LatentSettings("gaussian"), 8).to(kind)
     model = Classifier(network, on, train, frozen, seed=0)
     recipe = Recipe(1, 128, 0.1, 1e-4, 0, 10.0, 1, 1)
-    training = Supervised(tmp_path, model, train, PRESETS["digits"].view, recipe, kind, host_reads=False)
+    training = SupervisedTrainer(
+        tmp_path, model, train, PRESETS["digits"].view, recipe, kind, host_reads=False
+    )
     with training.loader as loader:
         batches = iter(loader)
         for number, batch in enumerate(next(batches) for _ in range(4)):
@@ -463,7 +465,7 @@ def test_a_step_with_labels_that_is_not_finite_changes_nothing(digits, tmp_path,
     recipe = Recipe(1, 128, 0.1, 1e-4, 0, 10.0, 1, 1)
     host_reads = host_reads and device == "cpu"
     view = PRESETS["digits"].view
-    training = Supervised(tmp_path, model, train, view, recipe, kind, host_reads=host_reads)
+    training = SupervisedTrainer(tmp_path, model, train, view, recipe, kind, host_reads=host_reads)
     with training.loader as loader:
         batches = iter(loader)
         for number in range(5):

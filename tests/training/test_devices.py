@@ -1,6 +1,7 @@
 """Which GPU a command takes, and how exactly that computes; with spies on torch.cuda where there is none."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,10 +15,13 @@ import torch
 from lvssl.evaluation import stage
 from lvssl.models import device as devices
 from lvssl.models.device import autocast, claim
+from lvssl.runs import checkpoint
 from lvssl.runs.run import load_run
-from lvssl.settings.pretrain import PRESETS, EngineSettings
+from lvssl.settings.pretrain import PRESETS, EngineSettings, LatentSettings
 from lvssl.settings.stages import FinetuneSettings, KnnSettings, LinearSettings
 from lvssl.training import pretrain as pretraining
+from lvssl.training.distributed import World
+from lvssl.training.stopping import Stop
 from lvssl.training.supervised import Classifier, Recipe, sgd
 from pipelines.decode import dali, open_reader
 from pipelines.errors import InputError
@@ -58,8 +62,11 @@ def exactness():
     """As it was, after each test."""
     cudnn, matmul = torch.backends.cudnn, torch.get_float32_matmul_precision()
     before = cudnn.benchmark, cudnn.allow_tf32
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     yield
     cudnn.benchmark, cudnn.allow_tf32 = before
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.set_float32_matmul_precision(matmul)
 
 
@@ -307,3 +314,54 @@ def test_nothing_is_put_on_the_first_gpu(digits, tmp_path):
         dataclasses.replace(PRESETS["digits"], data=digits["train"], out=out, epochs=1, device="cuda:1")
     )
     assert torch.cuda.max_memory_allocated(1) and not torch.cuda.max_memory_allocated(0)
+
+
+def test_a_gpu_that_is_not_there_is_refused_by_its_number(two_gpus):
+    assert devices.pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(InputError, match="--device cuda:2: this machine has 2 GPUs, numbered from 0"):
+        devices.pick_device("cuda:2")
+
+
+def test_deterministic_means_algorithms_that_are(monkeypatch, two_gpus):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    claim(torch.device("cuda:1"), torch.bfloat16, deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    with pytest.raises(RuntimeError, match="deterministic"):
+        torch.nn.functional.max_unpool1d(torch.ones(1, 1, 1), torch.zeros(1, 1, 1, dtype=torch.long), 2)
+
+
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("family", ["none", "bernoulli", "gaussian", "vmf"])
+def test_a_deterministic_run_repeats_its_bits(digits, tmp_path, device, family):
+    """And no step of it needs an operation that has no deterministic form."""
+    states = []
+    for out in (tmp_path / "a", tmp_path / "b"):
+        pretraining.pretrain(
+            dataclasses.replace(
+                PRESETS["digits"],
+                data=digits["train"],
+                out=out,
+                epochs=1,
+                batch_size=512,
+                device=device,
+                threads=1,
+                latent=LatentSettings(family),
+                engine=EngineSettings(deterministic=True),
+                workers=1,
+            )
+        )
+        states.append(checkpoint.load(checkpoint.latest(out / "checkpoints"))["network"])
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
+
+
+def test_a_graph_is_of_one_rank(digits, tmp_path):
+    chosen = dataclasses.replace(
+        PRESETS["digits"], data=digits["train"], out=tmp_path / "x", engine=EngineSettings(graph="on")
+    )
+    with pytest.raises(InputError, match="--graph on is for one rank, and there are 2"):
+        pretraining.run(chosen, False, World(0, 2), torch.device("cpu"), Stop())
+    assert not (tmp_path / "x").exists()

@@ -20,6 +20,7 @@ import torch
 from lvssl import cli
 from lvssl.runs import checkpoint
 from lvssl.settings.pretrain import PRESETS, EngineSettings, ModelSettings, PretrainSettings
+from lvssl.training.loop import out_of_memory
 from lvssl.training.pretrain import pretrain
 from lvssl.training.trainer import Trainer
 
@@ -178,6 +179,22 @@ def test_out_of_memory_names_the_setting_that_helps_and_it_helps(digits, tmp_pat
     process.join(300)
     for words in said:
         assert words in (tmp_path / f"said{chunk}").read_text()
+
+
+def test_what_an_error_came_of_says_whether_memory_was_short():
+    """A recording that runs out of memory ends with an error about the recording."""
+
+    def recording(cause: BaseException) -> BaseException:
+        try:
+            try:
+                raise cause
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
+        except RuntimeError as error:
+            return error
+
+    assert out_of_memory(recording(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")))
+    assert not out_of_memory(recording(ValueError("shapes"))) and not out_of_memory(RuntimeError("shapes"))
 
 
 # -- several ranks --------------------------------------------------------------------------------

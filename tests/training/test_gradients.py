@@ -7,13 +7,14 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lvssl.latents.noise import keyed
 from lvssl.losses.ntxent import ntxent
 from lvssl.models.device import autocast, precision
 from lvssl.models.network import LVNet
 from lvssl.settings.pretrain import EngineSettings, LatentSettings, ModelSettings
 from lvssl.training.batchnorm import frozen_running_statistics
-from lvssl.training.gradients import backward, guard
-from lvssl.training.prepare import accelerate, prepared
+from lvssl.training.gradients import backward, clip_gradients
+from lvssl.training.prepare import apply_recompute_and_compile, prepared
 from pipelines.errors import InputError
 
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ def network(**engine) -> LVNet:
     made = LVNet(ModelSettings("tiny", 32, 16), LatentSettings("bernoulli"), 8)
     settings = EngineSettings(**engine)
     made = prepared(made, settings, CPU)
-    accelerate(made.backbone, settings)
+    apply_recompute_and_compile(made.backbone, settings)
     return made.train()
 
 
@@ -37,7 +38,7 @@ def gradients(net: LVNet, chunk: int = 0, x: Tensor | None = None) -> dict[str, 
     """Of NT-Xent on both paths, with the latent's noise the same at every call."""
 
     def loss_of(features: Tensor) -> Tensor:
-        outputs = net.heads(features, torch.Generator().manual_seed(5))
+        outputs = net.heads(features, keyed(5, len(features)))
         return ntxent(outputs.projections) + ntxent(outputs.clean_projections)
 
     net.zero_grad()
@@ -120,13 +121,13 @@ def test_frozen_statistics_still_normalise_by_the_batch():
 def test_clipping_is_torchs():
     net, same = network(), network()
     gradients(net), gradients(same)
-    norm = guard(net.parameters(), clip=0.01)
+    norm = clip_gradients(net.parameters(), clip=0.01)
     wanted = nn.utils.clip_grad_norm_(same.parameters(), 0.01)
     torch.testing.assert_close(norm, wanted)
     for found, expected in zip(net.parameters(), same.parameters()):
         torch.testing.assert_close(found.grad, expected.grad)
     before = [p.grad.clone() for p in net.parameters()]
-    guard(net.parameters(), clip=1e9)
+    clip_gradients(net.parameters(), clip=1e9)
     assert all(torch.equal(a, p.grad) for a, p in zip(before, net.parameters()))
 
 
@@ -135,7 +136,7 @@ def test_one_gradient_that_is_not_finite_is_seen(value):
     net = network()
     gradients(net)
     next(net.parameters()).grad[0, 0, 0, 0] = value
-    assert not guard(net.parameters(), clip=1.0).isfinite()
+    assert not clip_gradients(net.parameters(), clip=1.0).isfinite()
 
 
 def test_a_compiled_backbone_is_not_recomputed():
@@ -153,7 +154,7 @@ def test_precision_follows_the_device():
             features = network().backbone(images())
         assert features.dtype == dtype
     with autocast(EngineSettings(precision="bf16"), CPU):
-        outputs = network().heads(features.bfloat16(), torch.Generator())
+        outputs = network().heads(features.bfloat16(), keyed(0, len(features)))
     assert outputs.parameters.dtype == torch.float32
 
 

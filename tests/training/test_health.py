@@ -9,6 +9,7 @@ import torch
 
 from lvssl.cli import main
 from lvssl.latents import FAMILIES
+from lvssl.latents.noise import keyed
 from lvssl.models.network import LVNet
 from lvssl.runs.progress import read_metrics
 from lvssl.settings.pretrain import PRESETS, LatentSettings, ModelSettings
@@ -19,7 +20,7 @@ from lvssl.training.pretrain import pretrain
 def figures(family: str, change=None) -> dict[str, float]:
     torch.manual_seed(0)
     network = LVNet(ModelSettings("tiny", 16, 8), LatentSettings(family=family), 8)
-    outputs = network(torch.randn(200, 3, 8, 8))
+    outputs = network(torch.randn(200, 3, 8, 8), keyed(0, 200))
     if change is not None:
         outputs = dataclasses.replace(outputs, parameters=change(outputs.parameters.detach()))
     return {name: value.item() for name, value in health(network, outputs).items()}
@@ -36,14 +37,14 @@ def test_figures_are_counts():
     found = figures("bernoulli", three_dead)
     assert found["units"] == 64 and found["active_units"] == 63 and found["dead_bits"] == 4
     assert found["saturated"] == pytest.approx(4 / 64)
-    assert found["logit_spread"] > 3
+    assert found["logit_scale"] > 3
 
 
 def test_bits_per_unit_of_a_bernoulli_is_its_sharpness():
     found = figures("bernoulli", lambda logits: torch.full_like(logits, 2.0))
     q = 1 / (1 + math.exp(-2.0))
     entropy = -q * math.log2(q) - (1 - q) * math.log2(1 - q)
-    assert found["bits_per_unit"] == pytest.approx(1 - entropy, rel=1e-5) and found["logit_spread"] == 0
+    assert found["bits_per_unit"] == pytest.approx(1 - entropy, rel=1e-5) and found["logit_scale"] == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -52,17 +53,17 @@ def test_every_family_has_them(family):
     if not FAMILIES[family].stochastic:
         assert found == {}
         return
-    assert set(found) >= set(FIGURES) - {"spread_variation"} and all(map(math.isfinite, found.values()))
+    assert set(found) >= set(FIGURES) - {"scale_variation"} and all(map(math.isfinite, found.values()))
     assert alarms(found | {"rate_bits": 1.0}, 0.0) == {}
 
 
 def test_alarms_are_named():
-    healthy = {"units": 100, "active_units": 60, "saturated": 0.1, "spread_variation": 0.2, "rate_bits": 9.0}
+    healthy = {"units": 100, "active_units": 60, "saturated": 0.1, "scale_variation": 0.2, "rate_bits": 9.0}
     assert alarms(healthy, 1.0) == {}
     assert list(alarms(healthy | {"active_units": 4}, 0.5)) == ["posterior collapse"]
     assert list(alarms(healthy | {"saturated": 0.95}, 0.5)) == ["saturation"]
-    assert list(alarms(healthy | {"spread_variation": 1e-4}, 0.5)) == ["constant spread"]
-    assert alarms(healthy | {"spread_variation": 0.0}, 0.1) == {}, "it starts constant"
+    assert list(alarms(healthy | {"scale_variation": 1e-4}, 0.5)) == ["constant scale"]
+    assert alarms(healthy | {"scale_variation": 0.0}, 0.1) == {}, "it starts constant"
 
 
 @pytest.mark.parametrize("latent, ill", [
@@ -94,7 +95,7 @@ def test_a_run_whose_spread_is_constant(digits, tmp_path, capsys):
     ))  # fmt: skip
     path = tmp_path / "run" / "metrics.jsonl"
     row = read_metrics(path)[-1]
-    assert row["spread_variation"] > 1e-3
-    path.write_text(json.dumps(row | {"spread_variation": 1e-5}) + "\n")
+    assert row["scale_variation"] > 1e-3
+    path.write_text(json.dumps(row | {"scale_variation": 1e-5}) + "\n")
     assert main(["doctor", str(tmp_path / "run")]) == 1
-    assert "ALARM constant spread" in capsys.readouterr().out
+    assert "ALARM constant scale" in capsys.readouterr().out

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from lvssl.latents.noise import keyed
 from lvssl.losses.ntxent import ntxent
 from lvssl.models import device as devices
 from lvssl.models.backbone import build_backbone
@@ -27,7 +28,15 @@ from lvssl.settings.pretrain import (
 )
 from lvssl.training import gradients
 from lvssl.training.batchnorm import SyncedBatchNorm, frozen_running_statistics, synchronised
-from lvssl.training.distributed import DEAD_AFTER, Heartbeat, World, connected, first_host, world_of
+from lvssl.training.distributed import (
+    DEAD_AFTER,
+    Heartbeat,
+    World,
+    connected,
+    everywhere,
+    first_host,
+    world_of,
+)
 from lvssl.training.prepare import prepared
 from lvssl.training.trainer import Trainer
 from pipelines.decode import open_reader
@@ -131,7 +140,7 @@ def rank_of(rank: int, size: int, port: int, data: Path, folder: Path) -> None:
         torch.Tensor.float = torch.Tensor.double  # what casts to fp32 by itself: heads, losses
         found |= {name: trained(world, data, run) for name, run in RUNS.items()}
         if size > 1:
-            found |= {"averaged": averaged(rank), "late": late(rank)}
+            found |= {"averaged": averaged(rank), "late": late(rank), "verdicts": verdicts(rank)}
         normalisations = [normalised(rank, size), normalised(rank, size, frozen=True)]
         torch.save((found, *normalisations, half), folder / f"{rank}-of-{size}.pt")
 
@@ -144,11 +153,11 @@ def averaged(rank: int) -> dict[str, Any]:
     def of(chunk: int, by_hand: bool) -> tuple[dict[str, Tensor], int, int]:
         torch.manual_seed(0)
         net = LVNet(ModelSettings("tiny", 32, 16), LatentSettings("none"), 8).double()
-        averaging = gradients.Averaging([] if by_hand else net.parameters())
+        averaging = gradients.GradientAllReducer([] if by_hand else net.parameters())
         gradients.backward(
             net.backbone,
             images,
-            lambda h: ntxent(net.heads(h).projections),
+            lambda h: ntxent(net.heads(h, keyed(0, len(h))).projections),
             nullcontext,
             chunk,
             averaging=averaging,
@@ -170,13 +179,19 @@ def averaged(rank: int) -> dict[str, Any]:
 def late(rank: int) -> list[float]:
     """A parameter that rank 1 alone uses, beside one that both use, and one that nobody uses: their means."""
     parameters = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
-    averaging = gradients.Averaging(parameters)
+    averaging = gradients.GradientAllReducer(parameters)
     for _ in range(2):  # and again, from the beginning
         for parameter in parameters:
             parameter.grad = None
         (parameters[0] * (rank + 1) + (parameters[1] * 8 if rank else 0)).sum().backward()
         averaging.finish()
     return [parameter.grad.item() for parameter in parameters]
+
+
+def verdicts(rank: int) -> list[bool]:
+    """What all ranks say, of what each found: both, neither, and either alone."""
+    own = (True, False, rank == 0, rank == 1)
+    return [bool(everywhere(torch.tensor(verdict))) for verdict in own]
 
 
 def normalised(
@@ -267,6 +282,10 @@ def test_gradients_are_averaged_while_the_backward_walk_goes_on(found, chunk):
 
 def test_a_gradient_that_a_rank_does_not_have_is_zero_there(found):
     assert found[0, 2][0]["late"] == found[1, 2][0]["late"] == [1.5, 4.0, 0.0]
+
+
+def test_a_verdict_is_of_all_ranks(found):
+    assert found[0, 2][0]["verdicts"] == found[1, 2][0]["verdicts"] == [True, False, False, False]
 
 
 def test_normalisation_over_unequal_ranks_is_that_of_the_whole_batch(found):

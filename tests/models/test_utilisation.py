@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lvssl.training import utilisation
+from lvssl.models import utilisation
 from lvssl.training.distributed import World
 from lvssl.training.loop import Loop
 
@@ -32,10 +32,10 @@ def test_no_share_of_a_peak_is_said_where_operations_were_not_counted():
     class Uncounted:
         operations, peak, world = 0.0, 989e12, World()
 
-    class Window:
+    class ThroughputMeter:
         def speed(self) -> dict[str, float]:
             return {"images_per_second": 1000.0}
 
-    assert Loop.speed(Uncounted(), Window()) == {"images_per_second": 1000.0}
+    assert Loop.speed(Uncounted(), ThroughputMeter()) == {"images_per_second": 1000.0}
     Uncounted.operations = 989e9
-    assert Loop.speed(Uncounted(), Window())["mfu_percent"] == pytest.approx(100)
+    assert Loop.speed(Uncounted(), ThroughputMeter())["mfu_percent"] == pytest.approx(100)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import mutual_info_score, roc_auc_score
 
-from lvssl.evaluation.meaning import (
+from lvssl.evaluation.bit_analysis import (
     class_auroc,
     counted_information,
     dci,

@@ -1,0 +1,168 @@
+"""Codes of a chosen length, and the distance of a real-valued query to them.
+
+    N  images   D  numbers of a feature   E  numbers after the projection   P  parts   B  bytes of a code
+
+A quantiser standardises a feature by the training set, projects it, and stores of each of P parts which word
+of the part's codebook stands for it: one of two, a bit (`bits`, `pca`, `itq`), or one of 256, a byte (`opq`:
+Ge et al. 2013, "Optimized Product Quantization"). Its distance to a query that is not quantised itself is the
+squared Euclidean one to the words: of a product code that of Jegou et al. (2011), of bits, whose words are
+the training set's means on either side, the expectation of Gordo et al. (2014), "Asymmetric Distances for
+Binary Embeddings".
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lvssl.codes.controls import checked, fit_itq, fit_pca
+from pipelines.kernels.pack import pack_bits, packed_bytes, unpack_bits
+
+CHUNK = 4096  # images at a time
+
+
+@dataclass(frozen=True)
+class Quantiser:
+    """A fitted code; features are float32 [N, D] throughout, codes uint8 [N, B]."""
+
+    mean: np.ndarray  # float32 [D], of the training set
+    scale: np.ndarray  # float32 [D], likewise
+    projection: np.ndarray  # float32 [D, E]; [D, 0]: there is none
+    words: np.ndarray  # float32 [P, 2 or 256, E / P]
+
+    @property
+    def hamming(self) -> bool:
+        """Whether Hamming distance compares two codes, too."""
+        return self.words.shape[1] == 2
+
+    @property
+    def bits(self) -> int:
+        return len(self.words) * (1 if self.hamming else 8)
+
+    @property
+    def digest(self) -> str:
+        """sha256, hex: codes of two quantisers can't be compared."""
+        digest = hashlib.sha256()
+        for array in (self.mean, self.scale, self.projection, self.words):
+            digest.update(str(array.shape).encode() + np.ascontiguousarray(array, "<f4").tobytes())
+        return digest.hexdigest()
+
+    def project(self, features: np.ndarray) -> np.ndarray:
+        """float32 [N, E]."""
+        if features.ndim != 2 or features.shape[1] != len(self.mean):
+            raise ValueError(f"features [N, {len(self.mean)}] are needed, not {list(features.shape)}")
+        x = (features.astype(np.float32) - self.mean) / self.scale
+        return x @ self.projection if self.projection.size else x[:, : self.words.shape[0]]
+
+    def encode(self, features: np.ndarray) -> np.ndarray:
+        """Codes; of a bit the side of 0, of a byte the nearest word, of equally near ones the first."""
+        x = self.project(features)
+        if self.hamming:
+            return pack_bits(x > 0)
+        codes = np.empty((len(x), len(self.words)), np.uint8)
+        for start in range(0, len(x), CHUNK):
+            part = slice(start, start + CHUNK)
+            codes[part] = self.squares(x[part]).argmin(axis=2)
+        return codes
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """The words of each part, float32 [N, E]."""
+        rows = unpack_bits(codes, self.bits) if self.hamming else codes
+        return self.words[np.arange(len(self.words)), rows].reshape(len(codes), -1)
+
+    def squares(self, projected: np.ndarray) -> np.ndarray:
+        """Squared distances float32 [N, P, words] of projected features [N, E] to the words of each part."""
+        parts, words, width = self.words.shape
+        x = projected.reshape(len(projected), parts, width)
+        if width == 1:
+            return np.square(x - self.words[None, :, :, 0])
+        inner = np.matmul(x.transpose(1, 0, 2), self.words.transpose(0, 2, 1)).transpose(1, 0, 2)
+        own = np.square(x).sum(axis=2)[:, :, None] + np.square(self.words).sum(axis=2)
+        return np.maximum(own - 2 * inner, 0)
+
+    def tables(self, projected: np.ndarray) -> np.ndarray:
+        """What each value of each byte of a code adds to the squared distance, float32 [N, B, 256]."""
+        squares = self.squares(projected)
+        if not self.hamming:
+            return np.ascontiguousarray(squares, np.float32)
+        squares = np.pad(squares, ((0, 0), (0, -len(self.words) % 8), (0, 0)))
+        on = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")  # [256, 8]
+        each = squares.reshape(len(squares), packed_bytes(self.bits), 8, 2).astype(np.float32)
+        return np.ascontiguousarray(each[..., 1] @ on.T.astype(np.float32) + each[..., 0] @ (1 - on.T))
+
+
+def standardised(train: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(features [N, D] less their mean by their deviation, mean [D], deviation [D], where it is 0: 1)."""
+    mean = train.mean(axis=0, dtype=np.float64).astype(np.float32)
+    scale = train.std(axis=0, dtype=np.float64).astype(np.float32)
+    scale[scale < 1e-6 * max(float(scale.max()), 1e-30)] = 1
+    return (train - mean) / scale, mean, scale
+
+
+def sides(x: np.ndarray) -> np.ndarray:
+    """The means of numbers [N, P] below and above 0, float32 [P, 2, 1]; 0 where there are none."""
+    above = x > 0
+    means = [np.where(side, x, 0).sum(axis=0) / np.maximum(side.sum(axis=0), 1) for side in (~above, above)]
+    return np.stack(means, axis=1).astype(np.float32)[:, :, None]
+
+
+def fit_bits(train: Any, bits: int, seed: int = 0) -> Quantiser:
+    """The signs of the first `bits` numbers: of a latent's locations, the run's own code."""
+    h = checked(train, bits, most=train.shape[1])
+    x, mean, scale = standardised(h)
+    return Quantiser(mean, scale, np.empty((h.shape[1], 0), np.float32), sides(x[:, :bits]))
+
+
+def fit_projected(train: Any, bits: int, seed: int, fit: Callable[..., Any]) -> Quantiser:
+    h = checked(train, bits, most=train.shape[1])
+    x, mean, scale = standardised(h)
+    directions = fit(x, bits, seed).directions
+    return Quantiser(mean, scale, directions.astype(np.float32), sides(x @ directions))
+
+
+def fit_pca_bits(train: Any, bits: int, seed: int = 0) -> Quantiser:
+    """Signs of the first principal components."""
+    return fit_projected(train, bits, seed, fit_pca)
+
+
+def fit_itq_bits(train: Any, bits: int, seed: int = 0) -> Quantiser:
+    """Signs of the principal components after iterative quantisation's rotation."""
+    return fit_projected(train, bits, seed, fit_itq)
+
+
+def fit_opq(train: Any, bits: int, seed: int = 0, iterations: int = 20) -> Quantiser:
+    """Optimised product quantisation by faiss: a rotation, then 256 words for each of bits / 8 parts.
+
+    Raises ValueError unless bits / 8 is a whole number of at most D and there are 256 images; ImportError
+    without faiss.
+    """
+    import faiss
+
+    h = checked(train, bits, most=8 * train.shape[1], whole_bytes=True)
+    if len(h) < 256:
+        raise ValueError(f"a product quantiser needs 256 training images for its words, not {len(h)}")
+    x, mean, scale = standardised(h)
+    parts, width = bits // 8, h.shape[1]
+    kept = width - width % parts  # numbers after the rotation: as many for each part
+    turn = faiss.OPQMatrix(width, parts, kept)
+    turn.niter = iterations
+    x = np.ascontiguousarray(x)
+    turn.train(x)
+    quantiser = faiss.ProductQuantizer(kept, parts, 8)
+    quantiser.cp.seed, quantiser.cp.min_points_per_centroid = seed + 1, 1
+    quantiser.train(turn.apply(x))
+    rotation = faiss.vector_to_array(turn.A).reshape(kept, width).T
+    words = faiss.vector_to_array(quantiser.centroids).reshape(parts, 256, kept // parts)
+    return Quantiser(mean, scale, np.ascontiguousarray(rotation), words)
+
+
+FITS: dict[str, Callable[..., Quantiser]] = {
+    "bits": fit_bits,
+    "opq": fit_opq,
+    "itq": fit_itq_bits,
+    "pca": fit_pca_bits,
+}

@@ -1,0 +1,94 @@
+"""What is fitted once on a run's training images and kept with the run: the density, the quantisers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import Tensor
+
+from lvssl.models.inference import Encoded, encode
+from lvssl.runs.labels import readable, say_notes
+from lvssl.runs.run import Run, versions
+from pipelines.decode import DamagedSample, open_reader
+from pipelines.errors import InputError
+from pipelines.files import write_atomically
+
+VERSION = 1
+SAMPLE = 50_000  # training images at most
+
+
+def locations(run: Run, part: Encoded) -> Tensor:
+    """The posteriors' locations [B, L]: the family's normalised parameters without those of the spread
+    (logits, means); the features of a run without a latent."""
+    return part.posterior.parameters[:, : run.network.family.location_count(run.network.dim)]
+
+
+def training_sample(
+    run: Run,
+    train: Path | None = None,
+    kinds: Sequence[str] = ("locations",),
+    *,
+    workers: int = 0,
+    skip: bool = False,
+    limit: int = SAMPLE,
+) -> list[np.ndarray]:
+    """For each of `kinds`, "locations" or "features", float32 [M, L] of M <= `limit` training images, which
+    lie evenly over the set: it may be sorted by class. Read batch by batch.
+
+    Raises InputError: no such images, a damaged one (and not `skip`), or fewer than two.
+    """
+    path = train or run.settings.data
+    try:
+        source = open_reader(path)
+    except InputError as error:
+        raise InputError(f"{error} (the density and the quantiser are fitted on the training images: "
+                         "name them with --train, or pass --no-fit)") from error  # fmt: skip
+    say_notes(source)
+    rows = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(np.int64))
+    parts: list[list[np.ndarray]] = [[] for _ in kinds]
+    view, on_error = run.settings.view, "skip" if skip else "raise"
+    batches = readable(source, view, workers, on_error, rows, title="fit on the training images")
+    try:
+        for part in encode(run.network, batches, view):
+            found = {"features": part.features, "locations": locations(run, part)}
+            for kind, of_kind in zip(kinds, parts):
+                of_kind.append(found[kind].float().cpu().numpy())
+    except DamagedSample as sample:
+        raise InputError(f"{path}: {sample}; --on-error skip leaves such images out") from None
+    if sum(len(part) for part in parts[0]) < 2:
+        raise InputError(f"{path}: at least two training images are needed to fit on")
+    return [np.concatenate(of_kind) for of_kind in parts]
+
+
+def keep(path: Path, arrays: dict[str, np.ndarray], run: Run, about: dict[str, Any]) -> None:
+    """Write arrays and what they belong to, as safetensors, beside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    origin = {"device": run.arithmetic, "lvssl": versions()["lvssl"]}
+    write_atomically(path, save(arrays, _texts(run, about) | origin))
+
+
+def kept(path: Path, run: Run, about: dict[str, Any]) -> dict[str, np.ndarray] | None:
+    """The arrays that stand there; None if there are none, or those of another checkpoint or other settings.
+    Raises InputError where the file is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "np") as file:
+            found = file.metadata() or {}
+            wanted = _texts(run, about)
+            if {name: found.get(name) for name in wanted} != wanted:
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: can't be read ({error}); remove it, and it is fitted again") from error
+
+
+def _texts(run: Run, about: dict[str, Any]) -> dict[str, str]:
+    """safetensors keeps texts alone."""
+    fields = {"version": VERSION, "checkpoint": run.digest} | about
+    return {name: str(value) for name, value in fields.items()}

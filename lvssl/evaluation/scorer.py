@@ -1,0 +1,118 @@
+"""Scores of a network's uncertainty, the posterior's own and the deterministic ones that it has to beat, and
+what they are worth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lvssl.evaluation.calibration import calibration, predictive_entropy
+from lvssl.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from lvssl.evaluation.outputs import NetworkOutputs, network_outputs
+from lvssl.evaluation.probe import fit_probe
+from lvssl.evaluation.sets import Sampling, Sets, evenly_spaced
+from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
+from lvssl.runs.run import Run
+
+NEIGHBOURS = 20  # of the distance score
+
+CORRUPTED = 500  # test images at most that are corrupted, 25 times over: each has a correlation of its own
+
+
+class UncertaintyScorer:
+    """Predictions and uncertainty scores of one network, fitted on labelled training images."""
+
+    def __init__(self, stochastic: bool, train: NetworkOutputs, labels: np.ndarray) -> None:
+        self.stochastic = stochastic
+        self.probe = fit_probe(train.features, labels)
+        self.latent_probe = fit_probe(train.mean, labels) if stochastic else None
+        self.classes = self.probe.classes
+        self.train = F.normalize(torch.from_numpy(train.features), dim=1)
+
+    def predictions(self, outputs: NetworkOutputs) -> dict[str, np.ndarray]:
+        """Class probabilities [N, C]: from h; from the latent's mean; averaged over its K samples"""
+        found = {"features": self.probe.probabilities(outputs.features)}
+        if self.latent_probe is not None:
+            found["latent mean"] = self.latent_probe.probabilities(outputs.mean)
+            if len(outputs.samples):
+                drawn = [self.latent_probe.probabilities(sample) for sample in outputs.samples]
+                found["latent samples"] = np.mean(drawn, axis=0)
+        return found
+
+    def scores(self, outputs: NetworkOutputs) -> dict[str, np.ndarray]:
+        """Uncertainty [N] by name; higher means less certain.
+
+        posterior: the family's own (entropy, or summed log-variance). rate: minus the KL. samples: entropy of
+        the prediction averaged over K samples. norm: minus the feature's norm. distance: 1 - mean cosine to
+        the 20 nearest training images. probe: entropy of the feature probe's prediction, which, unlike the
+        others, has seen labels; so has `samples`.
+        """
+        predictions = self.predictions(outputs)
+        found = {}
+        if self.stochastic:
+            found = {"posterior": outputs.uncertainty, "rate": -outputs.rate}
+            if "latent samples" in predictions:
+                found["samples"] = predictive_entropy(predictions["latent samples"])
+        found["norm"] = -np.linalg.norm(outputs.features, axis=1)
+        found["distance"] = self.distance(outputs.features)
+        found["probe"] = predictive_entropy(predictions["features"])
+        return {name: np.asarray(score, np.float64) for name, score in found.items()}
+
+    def distance(self, features: np.ndarray) -> np.ndarray:
+        h = F.normalize(torch.from_numpy(features), dim=1)
+        k = min(NEIGHBOURS, len(self.train))
+        near = [(part @ self.train.T).topk(k, dim=1).values.mean(dim=1) for part in h.split(512)]
+        return (1 - torch.cat(near)).numpy()
+
+
+def uncertainty(run: Run, sets: Sets, sampling: Sampling) -> tuple[dict[str, Any], NetworkOutputs]:
+    """Every score of uncertainty and the calibration of the probes; and the outputs of the test set."""
+    network, view = run.network, run.settings.view
+
+    def outputs(pixels: np.ndarray) -> NetworkOutputs:
+        return network_outputs(network, pixels, view, sampling.samples, sampling.seed)
+
+    scorer = UncertaintyScorer(network.family.stochastic, outputs(sets.train), sets.train_labels)
+    test = outputs(sets.test)
+    predictions, scores = scorer.predictions(test), scorer.scores(test)
+    wrong = scorer.classes[predictions["features"].argmax(axis=1)] != sets.test_labels
+    rows = {}
+    for name, score in scores.items():
+        neighbours = r_auroc(test.features, sets.test_labels, score)
+        rows[name] = neighbours._asdict() | {"aurc": risk_coverage_area(wrong, score)}
+    for name, pixels in sets.out_of_distribution.items():
+        far = scorer.scores(outputs(pixels))
+        for key, row in rows.items():
+            both = np.concatenate([scores[key], far[key]])
+            row[f"ood {name}"] = auroc(np.arange(len(both)) >= len(sets.test), both)
+    corrupted = evenly_spaced(len(sets.test), min(CORRUPTED, len(sets.test)))
+    for kind in CORRUPTIONS:
+        steps = [{name: score[corrupted] for name, score in scores.items()}] + [
+            scorer.scores(outputs(corrupt(sets.test[corrupted], kind, severity, sampling.seed)))
+            for severity in SEVERITIES
+        ]
+        for key, row in rows.items():
+            values = np.stack([step[key] for step in steps])
+            row[f"rank {kind}"] = severity_correlation(values)
+            if kind == "crop":  # for crops the share is preferred to the rank correlation
+                row["crops less certain"] = float((values[1:] > values[0]).mean())
+    calibrated = {
+        name: calibration(p, sets.test_labels, scorer.classes)._asdict() for name, p in predictions.items()
+    }
+    return {"scores": rows, "probes": calibrated}, test
+
+
+def severity_correlation(scores: np.ndarray) -> float:
+    """Mean over images of Spearman's correlation of score and severity, for scores [S, N] at severities
+    0..S-1; an image whose score never changes counts as 0."""
+    from scipy.stats import rankdata
+
+    rank_SN = rankdata(scores, axis=0)
+    rank_SN -= rank_SN.mean(axis=0)
+    severity = np.arange(len(scores)) - (len(scores) - 1) / 2
+    scale = np.sqrt((rank_SN**2).sum(axis=0) * (severity**2).sum())
+    rho = np.where(scale > 0, (severity @ rank_SN) / np.where(scale > 0, scale, 1), 0.0)
+    return float(rho.mean())

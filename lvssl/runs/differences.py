@@ -1,0 +1,54 @@
+"""Paired differences: the values of one side minus those of the other, seed by seed, and what they decide."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any, NamedTuple
+
+from scipy.stats import t as student
+
+
+class Strongest(NamedTuple):
+    method: str
+    values: list[float]  # by seed
+
+
+def strongest(methods: list[dict[str, float]], higher_is_better: bool) -> Strongest:
+    """Of the methods that all seeds have, that of the best mean; a mean that isn't a number is the worst.
+
+    The best of each seed would be chosen on the test set's noise.
+    """
+    shared = [method for method in methods[0] if all(method in of_seed for of_seed in methods)]
+    found = [Strongest(method, [of_seed[method] for of_seed in methods]) for method in shared]
+
+    def merit(one: Strongest) -> float:
+        mean = statistics.fmean(one.values)
+        return -math.inf if math.isnan(mean) else mean if higher_is_better else -mean
+
+    return max(found, key=merit)
+
+
+def interval(
+    each: list[float], higher_is_better: bool = True, sampling_error: float | None = None
+) -> dict[str, Any]:
+    """Mean, its standard error, a 95 % interval, and the verdict, which is `level` unless 0 is outside.
+
+    Of several seeds, Student's interval. Of one seed, two standard errors that `sampling_error` gives, those
+    of the test set; where it isn't known either, there is no interval, and the verdict is `one seed`.
+    """
+    mean = statistics.mean(each)
+    if len(each) < 2 and sampling_error is None:
+        return {"mean": mean, "standard_error": None, "interval": None, "verdict": "one seed"}
+    if len(each) < 2:
+        assert sampling_error is not None
+        error, half = sampling_error, 2 * sampling_error
+    else:
+        error = statistics.stdev(each) / math.sqrt(len(each))
+        half = float(student.ppf(0.975, len(each) - 1)) * error
+    low, high = mean - half, mean + half
+    if low <= 0 <= high:
+        verdict = "level"
+    else:
+        verdict = "better" if (mean > 0) == higher_is_better else "worse"
+    return {"mean": mean, "standard_error": error, "interval": [low, high], "verdict": verdict}

@@ -1,0 +1,94 @@
+"""The score `density` against scipy's and scikit-learn's, and what is kept of it with the run."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import logsumexp
+from scipy.stats import multivariate_normal
+from sklearn.covariance import LedoitWolf
+
+from lvssl.evaluation.density import Density, density_of, fit_density
+from lvssl.evaluation.fitted import training_sample
+from lvssl.runs.run import load_run
+from pipelines.errors import InputError
+
+
+def made(n=400, width=6, seed=0):
+    generator = np.random.default_rng(seed)
+    mixing = np.random.default_rng(5).normal(size=(width, width))
+    return (generator.normal(size=(n, width)) @ mixing * 3 + np.arange(width)).astype(np.float32)
+
+
+def test_one_gaussian_is_scipys_with_the_covariance_of_scikit_learn():
+    train, test = made().astype(np.float64), made(50, seed=1)
+    scale = train.std(axis=0)
+    covariance = LedoitWolf().fit((train - train.mean(axis=0)) / scale).covariance_ * np.outer(scale, scale)
+    wanted = -multivariate_normal(train.mean(axis=0), covariance).logpdf(test)
+    assert np.allclose(fit_density(train.astype(np.float32))(test), wanted, rtol=1e-4)
+
+
+def test_clusters_are_a_mixture_of_gaussians():
+    """Two clusters that nothing could mistake: the mixture is written out."""
+    far = np.repeat([[0.0], [100.0]], [300, 100], axis=0)
+    train = made() + far.astype(np.float32)
+    centred = train - np.repeat([train[:300].mean(axis=0), train[300:].mean(axis=0)], [300, 100], axis=0)
+    scale = train.std(axis=0)
+    shrunk = LedoitWolf(assume_centered=True).fit(centred / scale).covariance_ * np.outer(scale, scale)
+    test = np.concatenate([made(20, seed=1), made(20, seed=2) + 100, made(20, seed=3) + 50])
+    parts = [
+        np.log(share) + multivariate_normal(train[part].mean(axis=0), shrunk).logpdf(test)
+        for share, part in ((0.75, slice(300)), (0.25, slice(300, None)))
+    ]
+    density = fit_density(train, clusters=2)
+    assert np.allclose(density(test), -logsumexp(parts, axis=0), rtol=1e-3)
+    assert density(test)[40:].min() > density(test)[:40].max()  # between the clusters there is nothing
+
+
+def test_a_constant_number_and_fewer_images_than_numbers_leave_it_finite():
+    train = made(5, 12)
+    train[:, 3] = 7
+    density = fit_density(train)
+    assert np.isfinite(density(made(30, 12, seed=1))).all()
+    assert density(train[:0]).shape == (0,)
+    with pytest.raises(ValueError, match=r"locations \[N, 12\]"):
+        density(train[:, :3])
+    with pytest.raises(ValueError, match="3 clusters"):
+        fit_density(train[:2], clusters=3)
+
+
+@pytest.mark.parametrize("which", ["run", "control"])
+def test_it_is_fitted_on_the_training_images_once_and_kept_with_the_run(which, request, digits):
+    folder = request.getfixturevalue(which)
+    run, path = load_run(folder, torch.device("cpu")), folder / "density.safetensors"
+    path.unlink(missing_ok=True)
+    (sample,) = training_sample(run)
+    first = density_of(run)
+    assert np.array_equal(first(sample), fit_density(sample)(sample))
+    written = path.read_bytes()
+    again = density_of(load_run(folder, torch.device("cpu")))
+    assert path.read_bytes() == written and np.array_equal(again(sample), first(sample))
+    foreign = np.random.default_rng(0).permuted(sample, axis=0)  # each number as usual, their company not
+    assert first(foreign).mean() > first(sample).mean() + 5
+    density_of(run, clusters=3)
+    assert path.read_bytes() != written
+    path.write_bytes(written[:100])
+    with pytest.raises(InputError, match=r"density.safetensors: can't be read .* remove it"):
+        density_of(run)
+    path.unlink()
+
+
+def test_training_images_that_are_not_there_are_one_line(run, tmp_path):
+    loaded = load_run(run, torch.device("cpu"))
+    with pytest.raises(InputError, match=r"gone.beton.*--train.*--no-fit"):
+        density_of(loaded, tmp_path / "gone.beton")
+    with pytest.raises(InputError, match="--clusters must be at least 1"):
+        density_of(loaded, clusters=0)
+
+
+def test_a_sample_read_in_batches_is_the_whole_one_and_lies_evenly_over_the_set(run):
+    loaded = load_run(run, torch.device("cpu"))
+    whole, features = training_sample(loaded, kinds=("locations", "features"))
+    (few,) = training_sample(loaded, limit=100)
+    rows = np.linspace(0, len(whole) - 1, 100).astype(int)
+    assert len(features) == len(whole) and np.allclose(few, whole[rows], rtol=1e-4, atol=1e-4)
+    assert isinstance(fit_density(few), Density)

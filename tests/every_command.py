@@ -1,0 +1,60 @@
+"""Every command of the command line, as one would type it for a run and two sets."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lvssl.cli import main
+
+SHORT = {"linear": ["--probe", "logistic"], "finetune": ["--epochs", 1, "--min-steps", 1, "--lr", 0.1]}
+NO_RUN = ("launch", "status", "cancel", "retry")  # of a chain, which its own file describes
+
+
+def arguments_of(name: str, run: Path, train: Path, test: Path, out: Path) -> list[str]:
+    """A command as one would type it for this run and these sets; a command that is not named here, such as
+    a new one, is called with the run alone."""
+    sets, chain = ["--train", train, "--test", test], out / "pipeline.toml"
+    special: dict[str, list[Any]] = {
+        "pretrain": ["--out", run, "--resume", "--epochs", 1],
+        "linear": [run, *sets, "--out", out / "linear.json"],
+        "knn": [run, *sets, "--out", out / "knn.json"],
+        "finetune": [run, *sets, "--out", out / "finetune"],
+        "evaluate": [run, *sets, "--out", out / "evaluate"],
+        "analyse": [run, "--test", test, "--samples", 2, "--out", out / "analyse"],
+        "compression": [run, *sets, "--bits", 16, "--out", out / "compression"],
+        "study": [
+            *sets, "--runs", run.parent, "--prefix", run.name, "--arms", "bernoulli", "--seeds", 0, 1,
+            "--preset", "digits", "--epochs", 1, "--out", out / "study",
+        ],
+        "encode": [run, "--images", train, "--out", out / "codes.lvcodes"],
+        "search": [run, "--query", test, "--codes", out / "codes.lvcodes"],
+        "report": [run, "--out", out],
+        "export": [run, "--no-onnx", "--out", out / "export"],
+        "presets": [run],
+        "plan": ["--preset", run],
+        "demo": ["--data", run, "--out", out / "demo"],
+        **{command: [chain] for command in NO_RUN},
+        "retry": ["pretrain", chain],
+    }  # fmt: skip
+    return [name, *map(str, [*special.get(name, [run]), *SHORT.get(name, [])])]
+
+
+def call(arguments: list[str], capsys) -> tuple[int, str]:
+    """Status and errors of a command, which may stop but never by an unexpected exception."""
+    try:
+        status = main(arguments)
+    except SystemExit as stopped:  # of the parser
+        status = stopped.code
+    except Exception as error:
+        pytest.fail(f"{' '.join(arguments)}: {type(error).__name__}: {error}")
+    return status, capsys.readouterr().err
+
+
+def check(status: int, said: str, what: str, *names: str) -> None:
+    """Success; or one line of an error, which names what is wrong."""
+    assert status in (0, 1, 2), what
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in said and len(errors) == (status != 0), f"{what}: {said}"
+    if status:
+        assert any(name in errors[0] for name in names), f"{what}: {errors[0]}"
