@@ -76,11 +76,10 @@ def options(text: str) -> set[str]:
 
 
 def test_the_command_line_reference_has_every_command_and_option():
-    pages = {}
-    for text in (reference.command_line(), (ROOT / "docs/cli.md").read_text()):
-        sections = re.split(r"^## ", text, flags=re.M)[1:]
-        pages[text] = {section.partition("\n")[0]: options(section) for section in sections}
-    now, written = pages.values()
+    now, written = (
+        {head.partition("\n")[0]: options(head) for head in re.split(r"^## ", text, flags=re.M)[1:]}
+        for text in (reference.command_line(), (ROOT / "docs/cli.md").read_text())
+    )
     assert set(now) == {"convert-beton", *(f"lvssl {name}" for name in COMMANDS)}
     assert now == written, "options have changed: run `make reference`"
 
