@@ -24,7 +24,7 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-gpu test-slurm test-ffcv test-cpus test-oldest study bench bundle
-.PHONY: lint format clean
+.PHONY: docs reference lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -77,6 +77,14 @@ bench: install  ## every script of benchmarks/, or BENCH="name name"
 
 bundle: install  ## what a machine without network needs beside its torch: OUT=DIR, see tools/bundle.py
 	@$(BIN)/python tools/bundle.py gather '$(OUT)' --python '$(TARGET)' $(if $(DATA),--data '$(DATA)') $(foreach name,$(WITH),--with $(name))
+
+docs: EXTRAS := dev,docs
+docs: reference  ## the documentation as a site: build/site/index.html
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo "written: build/site/index.html"
+
+reference: install  ## docs/cli.md and docs/python-api.md, from the help and the docstrings
+	@$(BIN)/python -m tools.reference
 
 lint: install  ## ruff (rules and format) and mypy
 	@$(BIN)/ruff check .

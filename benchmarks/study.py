@@ -1,9 +1,9 @@
-"""Studies on real images, on both data sets, as their tables stand in docs/ and the README.
+"""Studies on real images, on both data sets, as their tables stand in docs/.
 
     python -m benchmarks.study --cifar10 cifar10-jpeg     all arms and seeds: under 2 hours on two cores
     python -m benchmarks.study --shard 1/2 --threads 1    half of the runs; beside it 2/2; then collect
     python -m benchmarks.study --question codes           is the latent's code worth its bits?
-    python -m benchmarks.study --print                    the README's tables, from the files in --docs
+    python -m benchmarks.study --print                    docs/results.md's tables, from the files in --docs
 
 Arms of the same settings, steps, order and augmentation, over three seeds, with the settings of the presets
 `fashion-mnist` and `cifar10-small`, 10,000 training images each. Of the question `uncertainty`:
@@ -112,7 +112,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--cifar10", default="torchvision:CIFAR10", help="what convert-beton takes")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="where the runs go")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the tables go")
-    parser.add_argument("--print", action="store_true", help="the README's tables, and nothing else")
+    parser.add_argument("--print", action="store_true", help="docs/results.md's tables, and nothing else")
     return parser.parse_args(arguments)
 
 
@@ -142,7 +142,7 @@ def page(name: str, result: dict[str, Any]) -> str:
     return markdown(result).replace(head, f"{head}\n![Accuracy against bits stored]({name}.png)\n")
 
 
-# The README's tables --------------------------------------------------------------------------------------
+# The tables of docs/results.md ----------------------------------------------------------------------------
 
 
 def kept(docs: Path, question: str) -> dict[str, dict[str, Any]]:

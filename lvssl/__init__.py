@@ -1,3 +1,22 @@
-"""Latent-variable contrastive learning of image encoders."""
+"""Latent-variable contrastive learning of image encoders.
+
+The names below are those of `lvssl.api`, which is imported when the first of them is asked for: importing one
+room of the package loads no other.
+"""
+
+from typing import Any
 
 __version__ = "0.1.0"
+__all__ = ["Encoding", "Model", "Neighbour", "load", "preset", "pretrain"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module("lvssl.api"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -3,7 +3,7 @@
 DIR/model.safetensors   the backbone, under torchvision's names
     head.safetensors    the posterior's head: h -> the latent's parameters
     encoder.onnx        crops uint8 [N, R, R, 3] -> packed codes uint8 [N, bytes], those of `lvssl encode`
-    config.json         timm's form (where timm has the architecture), and what lvssl needs beside it
+    config.json         timm's form (where timm has the architecture), and what `lvssl.load` needs beside it
     hubconf.py          for torch.hub.load(DIR, "backbone", source="local")
     README.md           the model card, with the figures that the run's result files hold
 """
@@ -30,10 +30,11 @@ from lvssl.evaluation.stage import in_words
 from lvssl.models.backbone import CIFAR_STEM_UP_TO, RESNETS, feature_dim
 from lvssl.models.network import LVNet
 from lvssl.runs.result import read_json
-from lvssl.runs.run import Run, load_run, versions
+from lvssl.runs.run import Run, load_run, read_set, versions
 from lvssl.settings.fields import to_dict
 from pipelines.errors import InputError
 from pipelines.normalise import normalise
+from pipelines.order import steps_per_epoch
 from pipelines.views import ViewSettings
 
 OPSET = 18
@@ -109,7 +110,8 @@ def config(run: Run) -> dict[str, Any]:
     ours = {
         "model": to_dict(settings.model),
         "latent": to_dict(settings.latent),
-        "resolution": view.resolution,
+        "view": to_dict(view),
+        "precision": settings.engine.precision,
         "code_bits": bits,
         "checkpoint": run.digest,
         "step": run.step,
@@ -231,12 +233,13 @@ def card(run: Run, settings: ExportSettings) -> str:
     bits = run.network.family.code_bits(run.network.dim)
     return CARD.format(
         name=run.folder.resolve().name,
+        library="timm" if has_torchvisions_stem(run) else "lvssl",
         backbone=model.backbone,
         family=latent.family,
         features=feature_dim(model.backbone),
         bits=bits,
         data=run.settings.data.name,
-        epochs=run.settings.epochs,
+        trained=trained(run),
         batch=run.settings.batch_size,
         seed=run.settings.seed,
         digest=run.digest,
@@ -251,7 +254,7 @@ def card(run: Run, settings: ExportSettings) -> str:
 
 
 CARD = """---
-library_name: timm
+library_name: {library}
 tags: [self-supervised, contrastive-learning, image-feature-extraction]
 ---
 
@@ -261,7 +264,7 @@ An image encoder trained without labels by latent-variable contrastive learning 
 Contrastive Learning*, arXiv 2110.00552): {backbone}, {features} features, latent family `{family}`, codes of
 {bits} bits.
 
-- Training: `{data}`, {epochs} epochs, batch {batch}, seed {seed}; checkpoint {digest}.
+- Training: `{data}`, {trained}, batch {batch}, seed {seed}; checkpoint {digest}.
 - Input: RGB, the centre square of {crop:g} of the shorter side, resized to {side} x {side} (bilinear,
   anti-aliased), values in [0, 1] less {mean}, divided by {std}.
 - Versions: {versions}.
@@ -276,10 +279,26 @@ Contrastive Learning*, arXiv 2110.00552): {backbone}, {features} features, laten
 """
 
 
+def trained(run: Run) -> str:
+    """How far the training of the checkpoint has come: "8 epochs", or where it was interrupted."""
+    epochs, images = run.settings.epochs, (read_set(run.folder) or {}).get("images")
+    if not images:  # older runs don't say
+        return f"step {run.step:,} of a training of {epochs} epochs"
+    per_epoch = steps_per_epoch(images, run.settings.batch_size)
+    if run.step >= epochs * per_epoch:
+        return f"{epochs} epochs"
+    done = run.step / per_epoch
+    return f"interrupted at step {run.step:,} of {epochs * per_epoch:,}, {done:.1f} of {epochs} epochs"
+
+
 def loading(run: Run, onnx: bool) -> str:
     """Code for each way that works for this backbone."""
     name = run.settings.model.backbone
-    lines = ["```python", 'net = torch.hub.load(DIR, "backbone", source="local")']
+    lines = [
+        "```python",
+        "found = lvssl.load(DIR).encode(images)  # .features, .code, .uncertainty",
+        'net = torch.hub.load(DIR, "backbone", source="local")',
+    ]
     if has_torchvisions_stem(run):
         lines += [
             'net = timm.create_model("local-dir:" + DIR, pretrained=True)',
@@ -287,6 +306,7 @@ def loading(run: Run, onnx: bool) -> str:
             'net.load_state_dict(safetensors.torch.load_file(DIR + "/model.safetensors"))',
         ]
     if onnx:
+        lines.append("crops = lvssl.load(DIR).crops(images)")
         lines.append(
             'codes = onnxruntime.InferenceSession(DIR + "/encoder.onnx").run(None, {"crops": crops})[0]'
         )
@@ -294,7 +314,8 @@ def loading(run: Run, onnx: bool) -> str:
     if onnx:
         lines += [
             "",
-            "`crops` are uint8 [N, R, R, 3], not normalised; `codes` uint8, bit d in byte d // 8 at d % 8.",
+            "`crops` are uint8 [N, R, R, 3], not normalised; `codes` uint8, bit d in byte d // 8 at d % 8. "
+            "Crops that another library resizes differ by a level here and there, and codes in a few bits.",
         ]
     if name in RESNETS and not has_torchvisions_stem(run):
         lines += ["", "The stem is that for small images (3x3, no max-pool), which timm doesn't have."]

@@ -41,7 +41,7 @@ from lvssl.evaluation.quantisers import (
 from lvssl.models import inference
 from lvssl.models.inference import Batches, in_batches
 from lvssl.runs.labels import readable, say_notes
-from lvssl.runs.run import Run, load_run
+from lvssl.runs.run import Run, load_encoder
 from lvssl.settings.fields import beyond_defaults
 from pipelines.decode import DamagedSample, Reader, open_reader
 from pipelines.decode.images import ImageReader
@@ -190,7 +190,7 @@ def encode(settings: EncodeSettings) -> Path:
         require_faiss("--faiss")
     if settings.csv and not settings.fit:
         raise InputError("--csv writes uncertainties, which --no-fit leaves out")
-    run = load_run(settings.run)
+    run = load_encoder(settings.run)
     on_error = run.on_error(settings.on_error)
     code = chosen_code(run, settings.bits, settings.code)
     source, names = image_set(settings.images)
@@ -265,7 +265,7 @@ def search(settings: SearchSettings) -> Iterator[tuple[Query, list[Neighbour]]]:
     if settings.k < 1:
         raise InputError(f"--k must be at least 1, got {settings.k}")
     searcher = Searcher(
-        load_run(settings.run),
+        load_encoder(settings.run),
         code_path(settings.run, settings.codes),
         settings.symmetric,
         settings.staged,

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lvssl.models.inference import BATCH
 from lvssl.runs.progress import with_progress
 from pipelines.datasets.dataset import by_name
 from pipelines.decode import DamagedSample, Reader, open_reader
@@ -91,6 +92,7 @@ def readable(
     rows: np.ndarray | None = None,
     title: str = "",
     left_out: Callable[[str], None] | None = None,
+    batch_size: int = BATCH,
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Centre crops uint8 [B, R, R, 3] and their positions int64 [B], of all images or of `rows`, in order.
 
@@ -99,7 +101,7 @@ def readable(
     moments; empty: none.
     """
     rows, replacements = np.arange(len(source)) if rows is None else rows, Replacements(source, on_error)
-    batches, done = evaluation_batches(source, view, 256, workers, rows, replacements), 0
+    batches, done = evaluation_batches(source, view, batch_size, workers, rows, replacements), 0
     for crops, found in with_progress(batches, title, len(rows), lambda batch: len(batch[1])):
         asked, done = rows[done : done + len(found)], done + len(found)
         sound = found == asked

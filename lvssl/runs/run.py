@@ -17,6 +17,7 @@ import lvssl
 from lvssl.models.device import DTYPES, claim, encoding_precision, pick_device
 from lvssl.models.network import LVNet
 from lvssl.runs import checkpoint
+from lvssl.runs.exported import is_exported, read_exported
 from lvssl.runs.identity import other_set
 from lvssl.settings.fields import difference, first_change, from_dict, to_dict
 from lvssl.settings.pretrain import PretrainSettings, choice
@@ -160,6 +161,8 @@ def read_config(folder: Path) -> tuple[PretrainSettings, int]:
         raise InputError(f"{folder}: no such run folder")
     if not path.is_file():
         raise InputError(f"{folder} is no run folder (it has no config.json)")
+    if is_exported(folder):
+        raise InputError(f"{folder} is an exported encoder, not a run: it can encode and search, no more")
     content = _config(path)
     settings = from_dict(PretrainSettings, content.get("settings"), str(path))
     classes = content.get("classes")
@@ -260,10 +263,28 @@ def load_run(folder: Path, device: torch.device | None = None) -> Run:
     require_weights_of(planned, weights, path, folder)
     network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
     network.load_state_dict(weights)
+    named = (read_set(folder) or {}).get("classes")
+    network = ready(network, settings, device)
+    return Run(folder, settings, network, state["step"], checkpoint.digest(path), named)
+
+
+def load_encoder(folder: Path, device: torch.device | None = None) -> Run:
+    """As `load_run`, of a run or of a folder that `lvssl export` has written.
+
+    An export is enough to encode images and to search; it names no training images and can't be evaluated.
+    Raises InputError: no run, or a damaged export.
+    """
+    if not is_exported(folder):
+        return load_run(folder, device)
+    settings, network, step, digest = read_exported(folder)
+    return Run(folder, settings, ready(network, settings, device), step, digest)
+
+
+def ready(network: LVNet, settings: PretrainSettings, device: torch.device | None) -> LVNet:
+    """The network on the device, in eval mode, and in the precision in which it reads images there."""
     if device is None:
         device = pick_device("auto")
         claim(device)
     network = network.to(device).to(memory_format=torch.channels_last)
     network.precision = encoding_precision(settings.engine, device)
-    named = (read_set(folder) or {}).get("classes")
-    return Run(folder, settings, network.eval(), state["step"], checkpoint.digest(path), named)
+    return network.eval()

@@ -1,4 +1,4 @@
-"""The study's tables for docs/ and the README, and the rows that they are made of."""
+"""The study's tables for docs/, and the rows that they are made of."""
 
 import csv
 import json
@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_tables_that_stand_in_the_documents_are_those_of_the_kept_rows(capsys):
     study.main(["--print", "--docs", str(ROOT / "docs")])
     codes, uncertainty = capsys.readouterr().out.strip().split("\n\n")
-    readme = (ROOT / "README.md").read_text()
-    assert codes in readme and uncertainty in readme
+    results = (ROOT / "docs/results.md").read_text()
+    assert codes in results and uncertainty in results
     assert codes in (ROOT / "docs" / "latent-recipes.md").read_text()
     assert codes.count("\n") == 15 and uncertainty.count("\n") == 11
 
@@ -32,7 +32,7 @@ def test_the_pages_in_docs_are_made_of_the_kept_rows(name):
 
 
 def test_a_cell_is_the_mean_of_its_rows():
-    """A difference of the README's first table, in plain lines from the rows."""
+    """A difference of the first table of docs/results.md, in plain lines from the rows."""
     result = json.loads((ROOT / "docs" / "codes-cifar10.json").read_text())
 
     def of(run: str, method: str) -> list[float]:

@@ -69,7 +69,7 @@ def test_codes_of_another_arithmetic_are_not_compared(run, digits, tmp_path, mon
         loaded.network.precision = torch.bfloat16
         return loaded
 
-    monkeypatch.setattr("lvssl.evaluation.codes.load_run", in_bf16)
+    monkeypatch.setattr("lvssl.evaluation.codes.load_encoder", in_bf16)
     with pytest.raises(
         CodeFileError, match=r"a.lvcodes: its codes were computed by cpu fp32, .* by cpu bf16"
     ):

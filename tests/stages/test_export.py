@@ -174,6 +174,28 @@ def test_the_head_and_the_card_with_the_runs_figures(run, tmp_path):
     assert "None was measured on this checkpoint" in (tmp_path / "again" / "README.md").read_text()
 
 
+def card_of(run: Path, out: Path) -> str:
+    assert main(["export", str(run), "--out", str(out), "--no-onnx"]) == 0
+    return (out / "README.md").read_text()
+
+
+def test_a_card_says_how_far_an_interrupted_training_came(run, tmp_path):
+    assert "`train.beton`, 6 epochs, batch 128" in card_of(run, tmp_path / "whole")
+    state = checkpoint.load_latest(run / "checkpoints")[1]
+    config = json.loads((run / "config.json").read_text())
+    steps = config["data"]["images"] // 128
+    checkpoint.save(run / "checkpoints", 6 * steps + 1, state | {"step": 3 * steps})
+    said = f"interrupted at step {3 * steps} of {6 * steps}, 3.0 of 6 epochs"
+    assert said in card_of(run, tmp_path / "half")
+    (run / "config.json").write_text(json.dumps(config | {"data": None}))
+    assert f"step {3 * steps} of a training of 6 epochs" in card_of(run, tmp_path / "older")
+
+
+def test_a_card_names_the_library_that_loads_the_encoder(run, photographs, tmp_path):
+    assert "library_name: timm\n" in (photographs[1] / "README.md").read_text()
+    assert "library_name: lvssl\n" in card_of(run, tmp_path / "out")
+
+
 def test_nothing_is_overwritten_and_nothing_half_written_is_left(run, tmp_path, capsys, monkeypatch):
     (tmp_path / "there").mkdir()
     assert main(["export", str(run), "--out", str(tmp_path / "there")]) == 2

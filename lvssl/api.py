@@ -1,0 +1,389 @@
+"""The library from Python: load a trained encoder, encode images, search among them, pretrain.
+
+Every function goes the way of the command of its name, so that both give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn as nn
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lvssl.codes.file import CodeFile, open_codes, require_checkpoint
+from lvssl.codes.search import hamming_search
+from lvssl.evaluation.codes import (
+    Neighbour,
+    centre_crop,
+    code_path,
+    holds_many,
+    image_set,
+    require_arithmetic,
+    say_left_out,
+)
+from lvssl.models import inference
+from lvssl.models.inference import BATCH, Batches, device_of
+from lvssl.models.network import LVNet
+from lvssl.runs.labels import readable
+from lvssl.runs.run import Run, load_encoder
+from lvssl.settings.fields import all_settings
+from lvssl.settings.pretrain import PretrainSettings, choice
+from lvssl.settings.pretrain import preset as named
+from lvssl.training.pretrain import pretrain as train
+from pipelines.cores import loader_threads
+from pipelines.decode.pixels import as_rgb, decode_rgb
+from pipelines.errors import ON_ERROR, InputError
+from pipelines.normalise import normalise
+from pipelines.views import ViewSettings
+
+__all__ = ["Encoding", "Model", "Neighbour", "load", "preset", "pretrain"]
+
+Picture: TypeAlias = "str | Path | Image.Image | np.ndarray"
+# A path of an image, or of a set of images: a folder, a .beton, tars, a parquet file; a PIL image; an array
+# uint8 [H, W], [H, W, 1], [H, W, 3] or [N, H, W, 1 or 3]; or several images, each a path, PIL image or array.
+Images: TypeAlias = "Picture | Iterable[Picture]"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """N images as an encoder sees them.
+
+    >>> encoding = lvssl.load("run").encode("photos")
+    >>> encoding.features.shape, encoding.code.shape, encoding.bits
+    ((12, 64), (12, 8), 64)
+    >>> bits = np.unpackbits(encoding.code, axis=1, count=encoding.bits, bitorder="little")
+    >>> bits.shape
+    (12, 64)
+    """
+
+    names: list[str]
+    """Paths below the folder, or as given; positions for arrays and PIL images."""
+    features: np.ndarray
+    """float32 [N, F]."""
+    code: np.ndarray
+    """uint8 [N, ceil(bits / 8)], packed: bit d is bit d % 8 of byte d // 8."""
+    uncertainty: np.ndarray
+    """float32 [N], grows with the posterior's spread: its entropy in nats for most families, minus the norm
+    of the feature where there is no latent. Comparable within a model alone."""
+    bits: int
+    """Length of a code."""
+    checkpoint: str
+    """Digest of the weights: codes of two models can't be compared."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained encoder, as `lvssl.load` gives it.
+
+    >>> model = lvssl.load("run")
+    >>> model.bits, model.resolution
+    (64, 8)
+    """
+
+    run: Run
+
+    @property
+    def network(self) -> LVNet:
+        """Backbone and posterior head, in eval mode: `network.encode(images)` gives features and posterior.
+
+        >>> model = lvssl.load("run")
+        >>> features, posterior = model.network.encode(model.preprocess("photos"))
+        >>> posterior.entropy().shape
+        torch.Size([12])
+        """
+        return self.run.network
+
+    @property
+    def torch_module(self) -> nn.Module:
+        """The backbone alone, in eval mode: images [N, 3, R, R], as from `preprocess`, -> features [N, F].
+
+        >>> model = lvssl.load("run")
+        >>> classifier = torch.nn.Sequential(model.torch_module, torch.nn.Linear(64, 10))
+        >>> classifier(model.preprocess("photos")).shape
+        torch.Size([12, 10])
+        """
+        return self.network.backbone
+
+    @property
+    def view(self) -> ViewSettings:
+        """How images are cropped, resized and normalised: `evaluation_crop`, `resolution`, `mean`, `std`."""
+        return self.run.settings.view
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images that the network reads, in pixels."""
+        return self.view.resolution
+
+    @property
+    def bits(self) -> int:
+        """Length of a code."""
+        return self.network.family.code_bits(self.network.dim)
+
+    def encode(
+        self, images: Images, batch_size: int = BATCH, workers: int = 0, on_error: str = "raise"
+    ) -> Encoding:
+        """Features, packed codes and uncertainties of images, without augmentation.
+
+        Shows a progress bar on a terminal and in a notebook. In batches of 256, the default, features and
+        codes have the bits of `lvssl encode`; in batches of another size a sum may be rounded otherwise.
+
+        Args:
+            images: a path of an image or of a set (a folder, searched recursively; a .beton, tars, a parquet
+                file), a PIL image, an array uint8 [H, W, 3] or [N, H, W, 3], or several paths, PIL images and
+                arrays, also from a generator.
+            batch_size: images that the network reads at once, at least 1.
+            workers: threads that decode; 0: the cores less two, 2 to 12.
+            on_error: an image that can't be decoded: raise, or skip (leave it out, with a warning).
+
+        Raises:
+            InputError: no images, a damaged one (it is named), or an array of another shape or type.
+
+        >>> model = lvssl.load("run")
+        >>> model.encode("photos").names[:2]
+        ['a/0.png', 'a/1.png']
+        >>> len(model.encode([PIL.Image.open("photos/a/0.png"), np.zeros((9, 7, 3), np.uint8)]))
+        2
+        """
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        choice("on_error", on_error, ON_ERROR)
+        given = opened(self.run, images, batch_size, workers, on_error)
+        features, codes, uncertainty, rows = [], [], [], []
+        with tqdm(total=given.total, desc="encode", unit="img", disable=None, leave=False) as bar:
+            for part in inference.encode(self.network, given.batches, self.view):
+                features.append(part.features.float().cpu().numpy())
+                codes.append(part.codes())
+                uncertainty.append(part.posterior.uncertainty().float().cpu().numpy())
+                rows += part.rows.tolist()
+                bar.update(len(part.rows))
+        if not rows:
+            raise InputError("there are no images to encode")
+        return Encoding(
+            [given.names[row] for row in rows],
+            np.concatenate(features),
+            np.concatenate(codes),
+            np.concatenate(uncertainty),
+            self.bits,
+            self.run.digest,
+        )
+
+    def search(
+        self, queries: Images | Encoding, codes: Encoding | str | Path | None = None, k: int = 10
+    ) -> list[list[Neighbour]]:
+        """The k images whose codes are nearest to each query's, by Hamming distance, nearest first.
+
+        Args:
+            queries: images, as `encode` takes them, or what it returned.
+            codes: where to search: what `encode` returned, or a code file of `lvssl encode`; left out:
+                codes.lvcodes in the run's folder.
+            k: neighbours a query; all where there are fewer.
+
+        Raises:
+            InputError: no such images, k below 1, or codes of another model.
+            CodeFileError: no code file, a damaged one, or one of another model or device.
+
+        >>> model = lvssl.load("run")
+        >>> photos = model.encode("photos")
+        >>> nearest = model.search("photos/a/0.png", photos, k=3)[0]
+        >>> nearest[0].name, nearest[0].distance
+        ('a/0.png', 0)
+        """
+        if k < 1:
+            raise InputError(f"k must be at least 1, got {k}")
+        rows, names = self._where(codes, encoded=isinstance(queries, Encoding))
+        asked = queries if isinstance(queries, Encoding) else self.encode(queries)
+        self._require_own(asked)
+        found, distances = hamming_search(asked.code, rows, min(k, len(rows)))
+        return [
+            [Neighbour(names[row], distance) for row, distance in zip(*pair)]
+            for pair in zip(found.tolist(), distances.tolist())
+        ]
+
+    def crops(self, images: Images) -> np.ndarray:
+        """The centre square of each image, resized to R pixels, before normalisation: uint8 [N, R, R, 3].
+
+        That is the input of the `encoder.onnx` that `lvssl export` writes.
+
+        >>> lvssl.load("run").crops("photos").shape
+        (12, 8, 8, 3)
+        """
+        parts = [crops.numpy() for crops, _ in opened(self.run, images).batches]
+        if not parts:
+            raise InputError("there are no images to crop")
+        return np.concatenate(parts)
+
+    def preprocess(self, images: Images) -> Tensor:
+        """Normalised images for `torch_module`, float32 [N, 3, R, R], on the model's device.
+
+        >>> lvssl.load("run").preprocess(PIL.Image.open("photos/a/0.png")).shape
+        torch.Size([1, 3, 8, 8])
+        """
+        crops = torch.from_numpy(self.crops(images)).to(device_of(self.network))
+        return normalise(crops, self.view)
+
+    def _where(self, codes: Encoding | str | Path | None, encoded: bool) -> tuple[np.ndarray, Sequence[str]]:
+        """Packed codes to search among and the names of their images."""
+        if isinstance(codes, Encoding):
+            self._require_own(codes)
+            return codes.code, codes.names
+        index: CodeFile = open_codes(code_path(self.run.folder, None if codes is None else Path(codes)))
+        require_checkpoint(index, self.run.digest)
+        if not encoded:
+            require_arithmetic(index, self.run)
+        if not index.count:
+            raise InputError(f"{index.path}: there are no codes in it to search")
+        return index.rows, index.names
+
+    def _require_own(self, encoding: Encoding) -> None:
+        if encoding.checkpoint != self.run.digest:
+            raise InputError(
+                f"these codes are of checkpoint {encoding.checkpoint[:12]}, not of {self.run.digest[:12]}: "
+                "encode the images with this model"
+            )
+
+
+def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
+    """The encoder of a run's newest checkpoint, or of a folder that `lvssl export` has written.
+
+    Args:
+        device: cpu, cuda, cuda:1 ...; left out: a GPU where there is one.
+
+    Raises:
+        InputError: no such folder, no checkpoint in it, or a damaged export.
+
+    >>> lvssl.load("run", device="cpu").bits
+    64
+    >>> lvssl.load("export").bits
+    64
+    """
+    return Model(load_encoder(Path(folder), None if device is None else torch.device(device)))
+
+
+def preset(name: str = "", **options: Any) -> PretrainSettings:
+    """Settings of a pretraining: a preset's (`lvssl presets` lists them), and in them the options that
+    `lvssl pretrain` has, by name.
+
+    Raises InputError: an unknown preset or option.
+
+    >>> settings = lvssl.preset("digits", data="train.beton", out="new", epochs=1, backbone="tiny")
+    >>> settings.model.backbone, settings.epochs, settings.batch_size
+    ('tiny', 1, 128)
+    """
+    settings = named(name) if name else PretrainSettings()
+    known = {setting.option: setting for setting in all_settings(settings)}
+    for option, value in options.items():
+        choice("option", option, tuple(known))
+        group, _, field = known[option].name.rpartition(".")
+        holder: Any = getattr(settings, group) if group else settings
+        kind = next(f.type for f in fields(holder) if f.name == field)
+        holder = replace(holder, **{field: Path(value) if kind is Path else value})
+        settings = replace(settings, **{group: holder}) if group else holder
+    return settings
+
+
+def pretrain(settings: PretrainSettings, resume: bool = False) -> Model:
+    """Train an encoder without labels, as `lvssl pretrain` does, and load it.
+
+    `resume`: go on with the run in `settings.out` from its newest checkpoint.
+
+    Raises:
+        InputError: impossible settings or data; nothing has been written.
+        FloatingPointError: the loss stayed non-finite. MemoryError: names the setting to change.
+
+    >>> settings = lvssl.preset("digits", data="train.beton", out="new", epochs=1, workers=1)
+    >>> lvssl.pretrain(settings).bits
+    64
+    """
+    train(settings, resume)
+    return load(settings.out)
+
+
+# ---------------------------------------------------------------------------------------- images
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Images as batches of crops, and their names by position; where the images come one by one, the names
+    come with them."""
+
+    batches: Batches
+    names: list[str]
+    total: int | None  # images, where their number is known
+
+
+def opened(
+    run: Run, images: Images, batch_size: int = BATCH, workers: int = 0, on_error: str = "raise"
+) -> Opened:
+    """Any images that `Model.encode` takes. Raises InputError, also while the batches are read."""
+    if isinstance(images, str | Path) and holds_many(Path(images)):
+        if Path(images).suffix == ".lvcodes":
+            raise InputError(f"{images}: holds codes, not images")
+        source, names = image_set(Path(images))
+        view = run.settings.view
+        batches = readable(source, view, workers, on_error, left_out=say_left_out, batch_size=batch_size)
+        return Opened(batches, names, len(names))
+    if isinstance(images, np.ndarray):
+        images = list(images) if images.ndim == 4 else [images]
+    elif isinstance(images, str | Path | Image.Image):
+        images = [images]
+    names = []
+    total = len(images) if isinstance(images, Sequence) else None
+    return Opened(in_turn(run, images, names, batch_size, workers, on_error == "skip"), names, total)
+
+
+def in_turn(
+    run: Run, images: Iterable[Picture], names: list[str], batch_size: int, workers: int, skip: bool
+) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Centre crops uint8 [B, R, R, 3] and positions int64 [B] of images that come one by one; their names are
+    added to `names`."""
+
+    def crop(position: int, image: Picture) -> np.ndarray | InputError:
+        try:
+            return centre_crop(run, pixels_of(image, f"image {position}"))
+        except InputError as error:
+            if not skip:
+                raise
+            return error
+
+    numbered = enumerate(images)
+    with ThreadPoolExecutor(loader_threads(workers)) as pool:
+        while chunk := list(islice(numbered, batch_size)):
+            names += [str(image if isinstance(image, str | Path) else i) for i, image in chunk]
+            found = list(pool.map(crop, *zip(*chunk)))
+            for error in (one for one in found if isinstance(one, InputError)):
+                say_left_out(str(error))
+            good = [(one, i) for one, (i, _) in zip(found, chunk) if isinstance(one, np.ndarray)]
+            if good:
+                crops, rows = zip(*good)
+                yield torch.from_numpy(np.stack(crops)), np.array(rows)
+
+
+def pixels_of(image: Picture, name: str) -> np.ndarray:
+    """RGB pixels of one image, uint8 [H, W, 3], upright. Raises InputError, with the file or `name`."""
+    if isinstance(image, str | Path):
+        return decode_rgb(Path(image))
+    if isinstance(image, Image.Image):
+        if image.mode.startswith(("I", "F")):
+            raise InputError(f"{name}: PIL mode {image.mode} has no 8 bits: convert it, or give its path")
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    if not isinstance(image, np.ndarray):
+        raise InputError(f"{name}: a path, a PIL image or an array is expected, not {type(image).__name__}")
+    grey = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 1)
+    if image.dtype != np.uint8 or image.size == 0 or not (grey or (image.ndim == 3 and image.shape[2] == 3)):
+        raise InputError(
+            f"{name}: an array uint8 [H, W], [H, W, 1] or [H, W, 3] is expected (several: [N, H, W, 3]), "
+            f"not {image.dtype} {list(image.shape)}"
+        )
+    return as_rgb(image)

@@ -1,0 +1,234 @@
+"""The library from Python: the numbers are the commands', whatever form the images come in."""
+
+import doctest
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import lvssl
+from lvssl import api
+from lvssl.cli import main
+from lvssl.codes.file import CodeFileError, open_codes
+from lvssl.evaluation.embedding import embed
+from lvssl.runs.run import load_run
+from pipelines.decode import open_reader
+from pipelines.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def photos(digits, tmp_path) -> Path:
+    """Twelve images of two folders, PNGs and JPEGs of several sizes, one of them turned by EXIF."""
+    folder, source = tmp_path / "photos", open_reader(digits["test"])
+    for i in range(12):
+        image = PIL.Image.fromarray(source.encoded(0, i))
+        image = image.resize((8 + 7 * i, 30), PIL.Image.Resampling.BICUBIC) if i > 5 else image
+        path = folder / ("ab"[i // 6]) / f"{i}.{'jpg' if i % 3 == 2 else 'png'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        exif = PIL.Image.Exif()
+        exif[0x0112] = 6 if i == 8 else 1
+        image.save(path, exif=exif)
+    return folder
+
+
+def paths_of(photos: Path) -> list[Path]:
+    return sorted(path for path in photos.rglob("*") if path.is_file())
+
+
+def same(one: lvssl.Encoding, other: lvssl.Encoding) -> bool:
+    return all(
+        np.array_equal(getattr(one, n), getattr(other, n)) for n in ("features", "code", "uncertainty")
+    )
+
+
+def test_encode_gives_the_bits_of_the_command(run, digits, tmp_path):
+    model = lvssl.load(run, device="cpu")
+    found = model.encode(digits["test"])
+    assert (
+        main(["encode", str(run), "--images", str(digits["test"]), "--out", str(tmp_path / "x.lvcodes")]) == 0
+    )
+    file = open_codes(tmp_path / "x.lvcodes")
+    assert np.array_equal(found.code, file.rows) and found.names == list(file.names)
+    assert (found.bits, found.checkpoint) == (file.bits, file.checkpoint)
+    loaded = load_run(run)
+    known = embed(loaded.network, open_reader(digits["test"]), loaded.settings.view)
+    assert np.array_equal(found.features, known.features)
+    assert np.array_equal(found.uncertainty, known.uncertainty)
+    assert found.features.dtype == found.uncertainty.dtype == np.float32 and found.code.dtype == np.uint8
+
+
+def test_every_form_of_the_same_images_gives_the_same_bits(run, photos):
+    model = lvssl.load(str(run))
+    folder = model.encode(photos)
+    paths = paths_of(photos)
+    assert folder.names == [str(path.relative_to(photos)) for path in paths]
+    opened = [PIL.Image.open(path) for path in paths]
+    arrays = [np.asarray(PIL.ImageOps.exif_transpose(image)) for image in opened]
+    for images in (paths, [str(path) for path in paths], iter(paths), opened, arrays, (i for i in arrays)):
+        assert same(model.encode(images), folder)
+    assert model.encode(paths).names == [str(path) for path in paths]
+    assert model.encode(opened).names == [str(i) for i in range(12)]
+    stack = np.stack([a for a in arrays if a.shape == (8, 8, 3)])
+    assert same(model.encode(stack), model.encode(list(stack)))
+    assert same(model.encode(stack[..., :1]), model.encode([one[..., 0] for one in stack]))
+    assert len(model.encode(paths[0])) == len(model.encode(opened[0])) == len(model.encode(arrays[0])) == 1
+
+
+def test_batches_of_any_size_find_every_image_in_order(run, photos):
+    model = lvssl.load(run)
+    whole = model.encode(photos)
+    for images in (photos, paths_of(photos)):
+        for size in (1, 5, 12):
+            part = model.encode(images, batch_size=size, workers=1)
+            assert np.allclose(part.features, whole.features, atol=1e-4) and len(part) == 12
+
+
+def test_a_damaged_image_is_named_or_left_out(run, photos, capsys):
+    model = lvssl.load(run)
+    (photos / "a/1.png").write_bytes(b"no image")
+    for images in (photos, paths_of(photos)):
+        with pytest.raises(InputError, match=r"a/1\.png"):
+            model.encode(images)
+        found = model.encode(images, on_error="skip")
+        assert len(found) == 11 and not any(name.endswith("a/1.png") for name in found.names)
+        assert "a/1.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "images, named",
+    [
+        (np.zeros((8, 8, 3), np.float32), "float32"),
+        (np.zeros((8, 8, 4), np.uint8), r"\[8, 8, 4\]"),
+        (np.zeros((5, 8, 8), np.uint8), r"\[N, H, W, 3\]"),
+        ([torch.zeros(3, 8, 8)], "not Tensor"),
+        ([], "no images"),
+        (PIL.Image.new("I;16", (8, 8)), "I;16"),
+        ("codes.lvcodes", "holds codes"),
+        ("nothing.png", "nothing.png"),
+    ],
+)
+def test_what_is_no_image_is_refused(run, images, named):
+    with pytest.raises(InputError, match=named):
+        lvssl.load(run).encode(images)
+
+
+def test_search_finds_what_the_command_finds(run, photos, capsys):
+    model = lvssl.load(run)
+    assert main(["encode", str(run), "--images", str(photos)]) == 0
+    capsys.readouterr()
+    assert main(["search", str(run), "--query", str(photos / "b/8.jpg"), "--k", "4"]) == 0
+    lines = re.findall(r"(\d+)  (\S+)", capsys.readouterr().out)
+    photographs = model.encode(photos)
+    for codes in (None, run / "codes.lvcodes", photographs):
+        for query in (
+            photos / "b/8.jpg",
+            PIL.Image.open(photos / "b/8.jpg"),
+            model.encode(photos / "b/8.jpg"),
+        ):
+            (found,) = model.search(query, codes, k=4)
+            assert [(str(one.distance), one.name) for one in found] == lines[-4:]
+    assert len(model.search(photos, k=99)) == len(model.search(photos, k=99)[0]) == 12
+
+
+def test_codes_of_another_model_are_refused(run, photos, tmp_path):
+    model = lvssl.load(run)
+    other = lvssl.pretrain(
+        lvssl.preset("digits", data=photos, out=tmp_path / "other", epochs=1, batch_size=6)
+    )
+    with pytest.raises(InputError, match="encode the images with this model"):
+        model.search(other.encode(photos), model.encode(photos))
+    with pytest.raises(InputError, match="encode the images with this model"):
+        model.search(photos, other.encode(photos))
+    main(["encode", str(other.run.folder), "--images", str(photos)])
+    with pytest.raises(CodeFileError, match="encode the images again"):
+        model.search(photos, other.run.folder / "codes.lvcodes")
+
+
+@pytest.mark.parametrize("site", ["repr", "proj"])
+def test_an_export_gives_the_bits_of_its_run(site, photos, tmp_path):
+    settings = lvssl.preset("digits", data=photos, out=tmp_path / "run", epochs=1, batch_size=6, site=site)
+    model = lvssl.pretrain(settings)
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "export"), "--no-onnx"]) == 0
+    exported = lvssl.load(tmp_path / "export")
+    assert same(exported.encode(photos), model.encode(photos))
+    assert main(["encode", str(tmp_path / "export"), "--images", str(photos)]) == 0
+    assert model.search(photos, tmp_path / "export/codes.lvcodes") == exported.search(photos)
+
+
+def test_an_export_is_no_run_and_a_damaged_one_is_named(run, tmp_path, capsys):
+    out = tmp_path / "export"
+    assert main(["export", str(run), "--out", str(out), "--no-onnx"]) == 0
+    assert main(["linear", str(out)]) == 2 and "exported encoder" in capsys.readouterr().err
+    assert main(["export", str(out), "--out", str(tmp_path / "two")]) == 2
+    weights = (out / "head.safetensors").read_bytes()
+    (out / "head.safetensors").write_bytes(weights[:-9])
+    with pytest.raises(InputError, match="not a whole export"):
+        lvssl.load(out)
+
+
+def test_a_setting_is_found_by_its_option():
+    settings = lvssl.preset("digits", lr=0.1, data="x.beton", backbone="small", family="none")
+    assert settings.optimiser.lr == 0.1 and settings.data == Path("x.beton")
+    assert settings.model.backbone == "small" and settings.latent.family == "none"
+    with pytest.raises(InputError, match="unknown option 'epoch'"):
+        lvssl.preset("digits", epoch=1)
+    with pytest.raises(InputError, match="unknown preset"):
+        lvssl.preset("digit")
+
+
+def test_importing_the_package_loads_no_room_of_it():
+    code = (
+        "import sys, lvssl; assert 'load' in dir(lvssl); names = ('torch', 'numpy', 'pipelines')\n"
+        "print([m for m in sys.modules if m.split('.')[0] in names or 'lvssl.' in m])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "[]\n", done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        lvssl.nothing  # noqa: B018
+
+
+def test_the_names_that_type_checkers_see_are_the_lazy_ones():
+    stub = (ROOT / "lvssl/__init__.pyi").read_text()
+    assert sorted(re.findall(r"import (\w+) as", stub)) == sorted(lvssl.__all__) == sorted(api.__all__)
+    assert all(getattr(lvssl, name) is getattr(api, name) for name in lvssl.__all__)
+
+
+def public() -> list[str]:
+    """Every public name of the interface: functions, classes, and their methods."""
+    names = [name for name in api.__all__ if name != "Neighbour"]
+    return names + [
+        f"Model.{n}"
+        for n in vars(api.Model)
+        if not n.startswith("_") and n not in ("run", "view", "bits", "resolution")
+    ]
+
+
+@pytest.mark.parametrize("name", public())
+def test_the_example_of_each_public_name_gives_what_it_says(name, run, digits, photos, tmp_path, monkeypatch):
+    found: object = api
+    for part in name.split("."):
+        found = getattr(found, part)
+    if name in ("load",):
+        assert main(["export", str(run), "--out", str(tmp_path / "export"), "--no-onnx"]) == 0
+    (tmp_path / "train.beton").symlink_to(digits["train"])
+    Path(f"{tmp_path}/train.beton.json").symlink_to(f"{digits['train']}.json")
+    for i, path in enumerate(paths_of(photos)):  # one name for the examples, whatever the format
+        PIL.Image.open(path).convert("L").save(photos / ("ab"[i // 6]) / f"{i % 6}.png")
+        if path.name != f"{i % 6}.png":
+            path.unlink()
+    monkeypatch.chdir(tmp_path)
+    text = (found.fget if isinstance(found, property) else found).__doc__ or ""
+    test = doctest.DocTestParser().get_doctest(
+        text, {"lvssl": lvssl, "np": np, "torch": torch, "PIL": PIL}, name, None, 0
+    )
+    assert test.examples, f"{name} has no example"
+    said: list[str] = []
+    doctest.DocTestRunner(verbose=False).run(test, out=said.append)
+    assert not said, "".join(said)
