@@ -295,9 +295,7 @@ def test_no_function_takes_more_than_eight_parameters():
 def test_a_long_parameter_list_is_found_unless_it_is_a_kernels(tmp_path):
     nine = ", ".join("abcdefghi")
     text = f"def long({nine}): ...\n@compiled()\ndef kernel({nine}): ...\n"
-    text += (
-        f"class A:\n    def fits(self, {nine[:-3]}): ...\n"
+    text += f"class A:\n    def fits(self, {nine[:-3]}): ...\n"
     text += f"    def no(self, {nine[:-6]}, *b, h=1, **c): ...\n"
-    )
     plant(tmp_path, {"pipelines/a.py": text})
     assert long_parameter_lists(tmp_path) == ["pipelines/a.py: long takes 9", "pipelines/a.py: no takes 10"]
