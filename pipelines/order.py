@@ -19,7 +19,7 @@ from pipelines.parameters import philox_compiled
 
 ORDERS = ("random", "quasi-random", "sequential")
 WINDOW = 64  # storage blocks that are open at once in quasi-random order: 128 MB of a beton
-ROUNDS = 8  # four leave a pattern in small sets that a chi-squared test finds
+ROUNDS = 8  # after four, a chi-squared test finds a pattern in sets of 30 images
 IMAGES, BLOCKS = 0xFFFF, 0xFFFE  # streams of Philox, beyond the numbers of views in `pipelines.parameters`
 LARGEST = 1 << 60  # images; a half of a number must fit into a word of Philox's counter
 

@@ -75,7 +75,7 @@ def uniforms(noise: Noise, dim: int, count: int) -> Tensor:
     from lvssl.latents.noise_compiled import fill_uniforms
 
     out = torch.empty(count, len(noise.rows), dim, dtype=torch.float32)
-    fill_uniforms(noise.key.item(), noise.rows.numpy(), noise.stream, out.numpy())
+    fill_uniforms(noise.key.numpy(), noise.rows.numpy(), noise.stream, out.numpy())
     return out
 
 
@@ -116,7 +116,7 @@ def log_gammas(shapes: Tensor, count: int, noise: Noise) -> Tensor:
     given = shapes.detach().double().contiguous().numpy()
     out = torch.empty(count, *shapes.shape, dtype=torch.float64)
     places = noise.rows.numpy()
-    fill_log_gammas(noise.key.item(), places, noise.stream, GAMMA_PROPOSALS, given, out.numpy())
+    fill_log_gammas(noise.key.numpy(), places, noise.stream, GAMMA_PROPOSALS, given, out.numpy())
     return out
 
 

@@ -12,9 +12,9 @@ philox_compiled = compiled(inline="always")(philox)
 
 
 @compiled()
-def fill_uniforms(key: int, rows: np.ndarray, stream: int, out: np.ndarray) -> None:
+def fill_uniforms(key: np.ndarray, rows: np.ndarray, stream: int, out: np.ndarray) -> None:
     """`noise.plain_uniforms` into `out`, float32 [count, N, D]."""
-    k0, k1 = key & LOW, (key >> 32) & LOW
+    k0, k1 = key[0] & LOW, (key[0] >> 32) & LOW
     unit = np.float32(UNIT)
     count, _, dim = out.shape
     for first in range(0, count, 4):
@@ -32,10 +32,10 @@ def fill_uniforms(key: int, rows: np.ndarray, stream: int, out: np.ndarray) -> N
 
 @compiled()
 def fill_log_gammas(
-    key: int, rows: np.ndarray, stream: int, proposals: int, shapes: np.ndarray, out: np.ndarray
+    key: np.ndarray, rows: np.ndarray, stream: int, proposals: int, shapes: np.ndarray, out: np.ndarray
 ) -> None:
     """`noise.plain_log_gammas` of shapes, float64 [N, D], into `out`, float64 [count, N, D]."""
-    k0, k1 = key & LOW, (key >> 32) & LOW
+    k0, k1 = key[0] & LOW, (key[0] >> 32) & LOW
     count, _, dim = out.shape
     for sample in range(count):
         for n in range(len(rows)):
