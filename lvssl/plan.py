@@ -307,8 +307,8 @@ def require_memory(settings: PretrainSettings, ranks: int = 1) -> None:
         for o in fitting
     ]
     said = (
-        f"{settings.out}: a step of {settings.batch_size:,} images at {view.resolution} px needs about {needed / GIB:,.1f} "
-        f"GiB, and this machine has {total / GIB:.1f}, of which {free / GIB:.1f} are free"
+        f"{settings.out}: a step of {settings.batch_size:,} images at {view.resolution} px needs about "
+        f"{needed / GIB:,.1f} GiB, and this machine has {total / GIB:.1f}, of which {free / GIB:.1f} are free"
         + (f": try {', or '.join(options)}" if options else "")
     )
     if needed > total:
