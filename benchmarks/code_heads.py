@@ -48,6 +48,7 @@ from lvssl.codes.controls import fit_itq, fit_lsh, fit_pca, fit_sign, principal_
 from lvssl.codes.statistics import code_statistics
 from lvssl.evaluation.embedding import embed
 from lvssl.latents.bernoulli import Bernoulli, BernoulliPosterior
+from lvssl.latents.noise import Noise, key_of
 from lvssl.losses.ntxent import ntxent
 from lvssl.losses.objective import decorrelation
 from lvssl.models.inference import device_of
@@ -112,13 +113,13 @@ def rows(seeds: list[int]) -> list[Row]:
     return [*table, Row(term, seeds[0], "orthogonal", 0.1, term=term, term_weight=0.5)]
 
 
-def self_information(posterior: BernoulliPosterior, noise: torch.Generator, _: nn.Module) -> Tensor:
+def self_information(posterior: BernoulliPosterior, noise: Noise, _: nn.Module) -> Tensor:
     first, second = posterior.sample(2, noise)
     views = zip(first.chunk(2), second.chunk(2), strict=True)
     return 0.5 * torch.stack([ntxent(torch.cat(pair), 0.1) for pair in views]).sum()
 
 
-def each_sample(posterior: BernoulliPosterior, noise: torch.Generator, _: nn.Module) -> Tensor:
+def each_sample(posterior: BernoulliPosterior, noise: Noise, _: nn.Module) -> Tensor:
     return torch.stack([ntxent(z, TAU) for z in posterior.sample(SAMPLES, noise)]).mean()
 
 
@@ -138,7 +139,7 @@ def barlow(bits: Tensor, off_diagonal: float = 0.005) -> Tensor:
     return ((1 - diagonal).square().sum() + off_diagonal * off) / bits.shape[1]
 
 
-TERMS: dict[str, Callable[[BernoulliPosterior, torch.Generator, nn.Module], Tensor]] = {
+TERMS: dict[str, Callable[[BernoulliPosterior, Noise, nn.Module], Tensor]] = {
     "self-information": self_information,
     "code, hard": lambda p, g, _: ntxent(p.straight_through_bits(), TAU),
     "code, each": each_sample,
@@ -149,7 +150,7 @@ TERMS: dict[str, Callable[[BernoulliPosterior, torch.Generator, nn.Module], Tens
 }
 
 
-def objective(row: Row, posterior: BernoulliPosterior, noise: torch.Generator, project: nn.Module) -> Tensor:
+def objective(row: Row, posterior: BernoulliPosterior, noise: Noise, project: nn.Module) -> Tensor:
     bits = posterior.straight_through_bits() if row.of == "hard" else posterior.sample(1, noise)[0]
     loss = row.weight * decorrelation(bits)
     return loss + row.term_weight * TERMS[row.term](posterior, noise, project) if row.term else loss
@@ -277,7 +278,7 @@ def measured(options: argparse.Namespace, row: Row, data: Features) -> dict[str,
 def head_bits(row: Row, data: Features, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     """Train the head; the bits of the clean images, bool [N, b], of train and test."""
     torch.manual_seed(row.seed)
-    width, noise = data.features.shape[1], torch.Generator()
+    width = data.features.shape[1]
     layer = nn.Linear(width, options.bits, bias=False)
     started(layer.weight, row.start, data)
     normalised = nn.BatchNorm1d(width, affine=False)
@@ -290,7 +291,7 @@ def head_bits(row: Row, data: Features, options: argparse.Namespace) -> tuple[np
         warm, left = min(1.0, (step + 1) / 20), 0.5 * (1 + math.cos(math.pi * step / options.steps))
         optimiser.param_groups[0]["lr"] = options.rate * warm * left
         views = torch.from_numpy(data.views[order[step % len(order)]])
-        noise.manual_seed(row.seed * 1_000_003 + step)
+        noise = Noise(torch.tensor([key_of(row.seed, step)]), torch.arange(len(views)))
         loss = objective(row, Bernoulli().posterior(INIT_SCALE * head(views)), noise, project)
         optimiser.zero_grad()
         loss.backward()

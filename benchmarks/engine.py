@@ -36,6 +36,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from lvssl.cli import guarded
+from lvssl.latents.noise import keyed
 from lvssl.models.device import autocast, pick_device
 from lvssl.models.network import LVNet
 from lvssl.runs.run import versions
@@ -148,7 +149,6 @@ def bare_step(settings: PretrainSettings, device: torch.device) -> Step:
     network = LVNet(settings.model, settings.latent, settings.view.resolution, CLASSES)
     network = prepared(network, settings.engine, device).train()
     optimiser = build_optimiser(network, settings.optimiser)
-    noise = torch.Generator(device=device)
     done = 0
 
     def step(batch: ViewBatch) -> None:
@@ -156,7 +156,8 @@ def bare_step(settings: PretrainSettings, device: torch.device) -> Step:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(done, 10**6, 10**6, settings.optimiser)
         with autocast(settings.engine, device):
-            outputs = network(batch.views.flatten(0, 1), noise)
+            images = batch.views.flatten(0, 1)
+            outputs = network(images, keyed(done, len(images), device))
             probes = network.probe_logits(outputs)
         loss = objective(outputs, settings, 0.0)["loss"]
         for logits in probes.values():

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lvssl.latents.noise import keyed
 from lvssl.losses.distributed import RING_FROM
 from lvssl.models.backbone import BACKBONES, BLOCKS
 from lvssl.models.network import LVNet
@@ -166,7 +167,7 @@ def _kept(settings: PlanSettings, views: int) -> tuple[float, float, int, float]
             with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
                 features = network.backbone(images)
                 in_backbone = list(kept)
-                outputs = network.heads(features)
+                outputs = network.heads(features, keyed(0, views))
         everything = _sizes((holder.tensor for holder in kept), own)
         whole = _sizes((holder.tensor for holder in in_backbone), own)
         after = sum(size for address, size in everything.items() if address not in whole)

@@ -17,13 +17,14 @@ def test_activations_are_what_a_process_grows_by():
     script = (
         "import os, torch\n"
         "from lvssl.settings.pretrain import LatentSettings, ModelSettings\n"
+        "from lvssl.latents.noise import keyed\n"
         "from lvssl.models.network import LVNet\n"
         "torch.set_num_threads(1)\n"
         "resident = lambda: int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')\n"
         "network = LVNet(ModelSettings('small', 256, 128), LatentSettings('none'), 32)\n"
-        "network(torch.randn(8, 3, 32, 32))\n"
-        "images = torch.randn(200, 3, 32, 32)\n"
-        "before = resident(); kept = network(images); print(resident() - before)\n"
+        "network(torch.randn(8, 3, 32, 32), keyed(0, 8))\n"
+        "images, noise = torch.randn(200, 3, 32, 32), keyed(0, 200)\n"
+        "before = resident(); kept = network(images, noise); print(resident() - before)\n"
     )
     # Every block of memory is given back to the system at once, so that what is resident is what is held.
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "PATH": "/usr/bin:/bin"}

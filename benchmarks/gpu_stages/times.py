@@ -204,6 +204,7 @@ def head(setup: Setup, kind: str, form: str) -> Row:
     """Mean of K samples, KL, entropy and bits, and the gradient; by one kernel each way, or composed."""
     from lvssl.latents import family, fused
     from lvssl.latents.bits import pack
+    from lvssl.latents.noise import Noise
 
     rows, dim, samples = (4, 16, 4) if setup.dry else (8192, 2048, 4)
     distribution = family(kind, categories=16)
@@ -213,7 +214,7 @@ def head(setup: Setup, kind: str, form: str) -> Row:
     def composed() -> list[Tensor]:
         posterior = distribution.posterior(x)
         return [
-            posterior.sample(samples).mean(dim=0),
+            posterior.sample(samples, Noise(key, places)).mean(dim=0),
             posterior.kl(),
             posterior.entropy(),
             pack(posterior.code()),

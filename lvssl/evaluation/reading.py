@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from lvssl.evaluation.calibration import predictive_entropy
 from lvssl.evaluation.probe import fit_probe
+from lvssl.latents.noise import keyed
 from lvssl.models.inference import device_of, encode, in_batches
 from lvssl.models.network import LVNet
 from pipelines.kernels.pack import unpack_bits
@@ -36,7 +37,6 @@ def read(
 ) -> Reading:
     """The reading of crops uint8 [N, R, R, 3], or of views that are normalised already, float32
     [N, 3, R, R]."""
-    generator = torch.Generator(device=device_of(network)).manual_seed(seed)
     count = samples if network.family.stochastic else 0
     parts = []
     for part in encode(network, in_batches(torch.as_tensor(images)), view):
@@ -44,7 +44,8 @@ def read(
         bits = unpack_bits(part.codes(), network.family.code_bits(network.dim))
         drawn = posterior.mean()[None, :, :0]
         if count:
-            drawn = posterior.sample(count, generator, network.latent.relaxation)
+            noise = keyed(seed, torch.from_numpy(part.rows), device_of(network))
+            drawn = posterior.sample(count, noise, network.latent.relaxation)
         values = (part.features, posterior.mean(), posterior.uncertainty(), posterior.kl(), drawn)
         parts.append((bits, *(value.float().cpu().numpy() for value in values)))
     code, h, mean, spread, rate = (np.concatenate(column) for column in list(zip(*parts))[:5])

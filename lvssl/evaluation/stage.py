@@ -15,7 +15,7 @@ from lvssl.models.device import claim, encoding_precision, pick_device, precisio
 from lvssl.runs.identity import describe_set, other_set
 from lvssl.runs.labels import Labelled, check_pair, open_labelled, say_notes, sibling_test_set
 from lvssl.runs.result import ResultFile, read_result
-from lvssl.runs.run import Run, load_run, require_classes_of
+from lvssl.runs.run import Run, load_run, require_classes_of, versions
 from lvssl.settings.fields import identity
 from lvssl.settings.pretrain import EngineSettings
 from lvssl.settings.stages import StageSettings, TrainingSettings
@@ -98,7 +98,7 @@ class Stage(Generic[Settings]):
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} exists and is no stage's folder: choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"settings": wanted, "checkpoint": self.run.digest, "data": data}
+        content = {"settings": wanted, "checkpoint": self.run.digest, "data": data, "versions": versions()}
         write_json(mark, content, indent=2)
 
     def finish(

@@ -43,7 +43,7 @@ class BernoulliPosterior(Posterior):
         super().__init__(parameters)
         self.logits, self.relaxed = self.parameters, relaxed
 
-    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
+    def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
         """2z - 1: in {-1, +1}, with z = b + p - stop_grad(p); relaxed, in (-1, 1)."""
         p, logits = self.logits.sigmoid(), self.logits
         drawn = uniform((count, *p.shape), p, noise)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributions import Beta as TorchBeta
 from torch.distributions import kl_divergence
 
-from lvssl.latents.noise import Keyed, Noise
+from lvssl.latents.noise import Noise, log_gammas
 from lvssl.latents.posterior import constant
 from lvssl.latents.quantised import Quantised, QuantisedPosterior
 
@@ -45,10 +45,9 @@ class BetaPosterior(QuantisedPosterior):
         self.a = (total * self.logits.sigmoid()).clamp(min=FLOOR)
         self.b = (total * (-self.logits).sigmoid()).clamp(min=FLOOR)
 
-    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
+    def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
         """2z - 1, in [-1, 1]; the gradient is that of torch's rsample."""
-        both = torch.stack([self.a, self.b], dim=2).expand(count, *self.a.shape, 2)
-        drawn = draw_dirichlet(both, noise)
+        drawn = beta_variates(self.a, self.b, count, noise)
         return drawn[..., 0] - drawn[..., 1]
 
     def mean(self) -> Tensor:
@@ -81,27 +80,30 @@ class BetaPosterior(QuantisedPosterior):
         return 1.0
 
 
-def draw_dirichlet(concentration: Tensor, noise: Noise) -> Tensor:
-    """Dirichlet samples over the last dimension, with implicit gradients (Figurnov et al. 2018).
+def beta_variates(a: Tensor, b: Tensor, count: int, noise: Noise) -> Tensor:
+    """z ~ Beta(a, b) and 1 - z, [count, N, D, 2], for a and b [N, D], of two streams of the noise.
 
-    `torch.distributions` has the same, but draws from the global generator alone.
+    The gradients are implicit (Figurnov et al. 2018), by the derivative that torch has for its own samples.
     """
-    if isinstance(noise, Keyed):
-        raise TypeError("a Dirichlet distribution is drawn from a generator, not from keyed noise")
-    return _Dirichlet.apply(concentration, noise)
+    difference = log_gammas(a, count, noise) - log_gammas(b, count, noise.shifted(1))
+    drawn = torch.stack([difference.sigmoid(), (-difference).sigmoid()], dim=3).to(a.dtype)
+    number = torch.finfo(a.dtype)
+    drawn = drawn.clamp(min=number.tiny, max=1 - number.eps / 2)  # where the derivative is finite
+    return _Reparameterised.apply(torch.stack([a, b], dim=2).expand(drawn.shape), drawn)
 
 
-class _Dirichlet(torch.autograd.Function):
+class _Reparameterised(torch.autograd.Function):
+    """Dirichlet samples over the last dimension, as a function of their concentrations."""
+
     @staticmethod
-    def forward(ctx: Any, concentration: Tensor, generator: Generator | None) -> Tensor:
-        drawn = torch._sample_dirichlet(concentration.contiguous(), generator=generator)
-        ctx.save_for_backward(drawn, concentration)
-        return drawn
+    def forward(ctx: Any, concentration: Tensor, drawn: Tensor) -> Tensor:
+        ctx.save_for_backward(concentration, drawn)
+        return drawn.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        drawn, concentration = ctx.saved_tensors
+        concentration, drawn = ctx.saved_tensors
         total = concentration.sum(-1, keepdim=True).expand_as(concentration)
-        jacobian = torch._dirichlet_grad(drawn, concentration, total)
+        jacobian = torch._dirichlet_grad(drawn, concentration.contiguous(), total.contiguous())
         return jacobian * (grad - (drawn * grad).sum(-1, keepdim=True)), None

@@ -56,7 +56,7 @@ class CategoricalPosterior(Posterior):
         """[B, groups, K]"""
         return (1 - UNIFORM_SHARE) * self.logits.softmax(dim=2) + UNIFORM_SHARE / self.categories
 
-    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
+    def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
         """One-hot vectors side by side, [count, B, groups * K]; relaxed, points of their simplices."""
         p = self.probabilities()
         if self.relaxed:

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lvssl.latents.noise import Noise
+from lvssl.latents.noise import STREAMS, Noise
 from lvssl.latents.posterior import BatchMean, Family, Posterior, rows_mean
 
 Said = TypeVar("Said")
@@ -72,8 +72,9 @@ class ConcatPosterior(Posterior):
         super().__init__(parameters)
         self.posteriors = posteriors
 
-    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
-        return torch.cat([p.sample(count, noise, temperature) for p in self.posteriors], dim=2)
+    def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
+        streams = (noise.shifted(STREAMS * i) for i in range(len(self.posteriors)))
+        return torch.cat([p.sample(count, n, temperature) for p, n in zip(self.posteriors, streams)], dim=2)
 
     def mean(self) -> Tensor:
         return torch.cat([p.mean() for p in self.posteriors], dim=1)

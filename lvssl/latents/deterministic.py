@@ -35,7 +35,7 @@ class DeterministicPosterior(Posterior):
         super().__init__(parameters)
         self.features, self.thresholds = self.parameters.chunk(2, dim=1)
 
-    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
+    def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
         return self.features[None]  # samples would all be equal, so one is enough: [1, B, D]
 
     def mean(self) -> Tensor:

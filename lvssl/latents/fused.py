@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lvssl.latents.bits import pack
-from lvssl.latents.noise import Keyed
+from lvssl.latents.noise import Noise
 from lvssl.latents.posterior import Family
 
 
@@ -41,7 +41,7 @@ def draw(family: Family, parameters: Tensor, count: int, key: Tensor, rows: Tens
     Args:
         parameters: fp32 [N, parameter_count(D)], on a GPU with Triton.
         count: samples, of which the mean is wanted.
-        key: int64 [1], drawn from the step's generator, on the device: the host never waits for it.
+        key: int64 [1], the step's, on the device: the host never waits for it.
         rows: int64 [N] below 2^32, places in the whole batch: noise depends on them and not on the rank.
     """
     return Draw(*_Fused.apply(parameters, key, rows, family, count))
@@ -50,7 +50,7 @@ def draw(family: Family, parameters: Tensor, count: int, key: Tensor, rows: Tens
 def reference(family: Family, parameters: Tensor, count: int, key: Tensor, rows: Tensor) -> Draw:
     """The same by the posterior's own sampler, on the same noise."""
     posterior = family.posterior(parameters)
-    sample = posterior.sample(count, Keyed(key, rows)).mean(dim=0)
+    sample = posterior.sample(count, Noise(key, rows)).mean(dim=0)
     packed = pack(posterior.code() if family.signs else posterior.code()[:, :0])
     return Draw(sample, posterior.kl(), posterior.entropy(), packed)
 

@@ -33,7 +33,7 @@ class GaussianPosterior(QuantisedPosterior):
         self.mu, log_variance = self.parameters.chunk(2, dim=1)
         self.log_variance = log_variance.clamp(-LOG_VARIANCE_BOUND, LOG_VARIANCE_BOUND)
 
-    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
+    def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
         drawn = normal((count, *self.mu.shape), self.mu, noise)
         return self.mu + (0.5 * self.log_variance).exp() * drawn
 

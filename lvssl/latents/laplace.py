@@ -31,7 +31,7 @@ class LaplacePosterior(QuantisedPosterior):
         self.mu, log_scale = self.parameters.chunk(2, dim=1)
         self.log_scale = log_scale.clamp(-LOG_SCALE_BOUND, LOG_SCALE_BOUND)
 
-    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
+    def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
         """mu + s * noise, the noise by inversion."""
         centred = uniform((count, *self.mu.shape), self.mu, noise).clamp(min=2**-25) - 0.5
         drawn = -centred.sign() * (1 - 2 * centred.abs()).log()

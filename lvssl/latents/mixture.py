@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lvssl.latents.bits import binary_digits, gray_digits, quantise
 from lvssl.latents.gaussian import LOG_VARIANCE_BOUND
-from lvssl.latents.noise import Keyed, Noise, normal, uniform
+from lvssl.latents.noise import Noise, normal, uniform
 from lvssl.latents.posterior import Family, Posterior, constant
 from lvssl.latents.quantised import loading
 
@@ -56,15 +56,13 @@ class MixturePosterior(Posterior):
         self.log_variance = log_variances.clamp(-LOG_VARIANCE_BOUND, LOG_VARIANCE_BOUND)  # [B, K, D]
         self.log_shares = logits.log_softmax(dim=1)
 
-    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
+    def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
         """A component, straight-through (the gradient is that of its share), then its Gaussian."""
-        if isinstance(noise, Keyed):
-            raise TypeError("a component and its Gaussian are two draws, and keyed noise has one a sample")
         shares = self.log_shares.exp()
         drawn = uniform((count, len(shares), 1), shares, noise)
         chosen = (drawn >= shares.detach().cumsum(dim=1)).sum(dim=2).clamp(max=self.components - 1)
         hard = torch.nn.functional.one_hot(chosen, self.components).to(shares.dtype)
-        normals = normal((count, len(shares), 1, self.mu.shape[2]), shares, noise)
+        normals = normal((count, len(shares), 1, self.mu.shape[2]), shares, noise.shifted(1))
         each = self.mu + (0.5 * self.log_variance).exp() * normals  # [count, B, K, D]
         return ((hard + (shares - shares.detach()))[..., None] * each).sum(dim=2)
 

@@ -1,68 +1,154 @@
-"""Noise for samples: from a torch generator, or as a function of (key, row, dimension, sample)."""
+"""Noise for samples: a function of (key, row, dimension, sample, stream), the same on every device.
+
+The words are those of Philox4x32-10 (Salmon et al. 2011), a counter-based generator, so that a rank draws the
+numbers of its own rows alone, and a step's noise is that of (seed, step, row), whoever draws it and where.
+Uniforms are multiples of 2^-24, the same bits everywhere; what is computed of them agrees to its rounding.
+"""
 
 import math
 from typing import NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 MASK = 0xFFFFFFFF
 ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57
 KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85
+UNIT = 2.0**-24
+# Keeps the keys apart from those of the augmentation, whose second word is the seed's upper half.
+DOMAIN = 0x6E6F6973
+STREAMS = 4  # independent draws that a family may make for one sample
+# A proposal for a gamma variate is accepted with a probability of 0.951 or more: all are refused, and the
+# mode is taken, once in 10^15.
+GAMMA_PROPOSALS = 12
 
 
-class Keyed(NamedTuple):
-    """What stands in a generator's place where noise depends on an image's place in the batch alone.
+class Noise(NamedTuple):
+    """Where a batch's noise comes from."""
 
-    For families that draw once a sample; the numbers are fp32, whatever the parameters.
-    """
+    key: Tensor  # int64 [1], of the step
+    rows: Tensor  # int64 [N] below 2^32, the images' places in the whole batch
+    stream: int = 0  # below 256; tells draws for the same sample apart
 
-    key: Tensor  # int64 [1]
-    rows: Tensor  # int64 [N] below 2^32, places in the whole batch
+    def shifted(self, streams: int) -> "Noise":
+        """The same, `streams` further: independent of what is drawn here."""
+        return self._replace(stream=self.stream + streams)
 
 
-Noise = Generator | Keyed | None  # None: torch's global generator
+def keyed(seed: int, rows: int | Tensor, device: torch.device | str = "cpu") -> Noise:
+    """Noise of a seed, for the first `rows` rows or for those given, [N]."""
+    places = torch.arange(rows) if isinstance(rows, int) else rows
+    return Noise(torch.tensor([key_of(seed)], device=device), places.to(device))
+
+
+def key_of(seed: int, step: int = 0) -> int:
+    """The key of a step as an int64: another one for each seed and step below 2^32."""
+    key = (step & MASK) | ((seed + DOMAIN) & MASK) << 32
+    return key - 2**64 if key >= 2**63 else key
+
+
+def rows_of(count: int, views: int, rank: int, ranks: int, device: torch.device) -> Tensor:
+    """Places in the whole batch, int64 [count], of a rank's images: equal parts of each of `views` views."""
+    part = count // views
+    first = torch.arange(part, device=device) + rank * part
+    return torch.cat([first + view * ranks * part for view in range(views)])
 
 
 def uniform(shape: tuple[int, ...], like: Tensor, noise: Noise) -> Tensor:
-    """In [0, 1), of the type and on the device of `like`; `shape` is [samples, N, ...]."""
-    if isinstance(noise, Keyed):
-        return uniforms(*noise, math.prod(shape[2:]), shape[0]).view(shape)
-    return torch.rand(shape, generator=noise, device=like.device, dtype=like.dtype)
+    """In [0, 1), of the type of `like`; `shape` is [samples, N, ...]."""
+    return uniforms(noise, math.prod(shape[2:]), shape[0]).view(shape).to(like.dtype)
 
 
 def normal(shape: tuple[int, ...], like: Tensor, noise: Noise) -> Tensor:
     """N(0, 1), likewise."""
-    if isinstance(noise, Keyed):
-        return normals(*noise, math.prod(shape[2:]), shape[0]).view(shape)
-    return torch.randn(shape, generator=noise, device=like.device, dtype=like.dtype)
+    return normals(noise, math.prod(shape[2:]), shape[0], like.dtype).view(shape)
 
 
-def philox(key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words of 32 bits for each counter (c0, c1, c2, 0) (Salmon et al. 2011); int64 in, int64 out."""
+def uniforms(noise: Noise, dim: int, count: int) -> Tensor:
+    """fp32 [count, N, dim] in [0, 1). Sample k is word k % 4 of call k // 4."""
+    if not on_cpu(noise.rows):
+        return plain_uniforms(noise, dim, count)
+    from lvssl.latents.noise_compiled import fill_uniforms
+
+    out = torch.empty(count, len(noise.rows), dim, dtype=torch.float32)
+    fill_uniforms(noise.key.numpy(), noise.rows.numpy(), noise.stream, out.numpy())
+    return out
+
+
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether numba's loops can draw; those in plain torch are for GPUs, and for a tensor without contents.
+
+    The loops are imported where they are needed: numba takes a while to load, and no GPU needs it.
+    """
+    return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
+
+
+def plain_uniforms(noise: Noise, dim: int, count: int) -> Tensor:
+    """`uniforms` in plain torch."""
+    dims = torch.arange(dim, device=noise.rows.device)
+    calls = torch.arange((count + 3) // 4, device=noise.rows.device)
+    words = philox(noise.key, noise.rows[None, :, None], dims, calls[:, None, None], noise.stream)
+    return (torch.stack(words, dim=1).flatten(0, 1)[:count] >> 8).float() * UNIT
+
+
+def normals(noise: Noise, dim: int, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """N(0, 1), [count, N, dim]: Box and Muller on the pairs of each call's words; none beyond 5.8."""
+    u = uniforms(noise, dim, 4 * ((count + 3) // 4)).to(dtype).unflatten(0, (-1, 2, 2))
+    radius, angle = (-2 * (1 - u[:, :, 0]).log()).sqrt(), 2 * math.pi * u[:, :, 1]
+    z = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=2).flatten(0, 2)
+    return z[:count].clone() if count % 4 else z  # a view would keep all four in memory
+
+
+def log_gammas(shapes: Tensor, count: int, noise: Noise) -> Tensor:
+    """Logarithms of Gamma(shape, 1) variates, fp64 [count, N, D], for shapes [N, D] above 0.
+
+    By rejection (Marsaglia & Tsang 2000); below a shape of 1 one of shape + 1, times u^(1 / shape). The first
+    of GAMMA_PROPOSALS proposals that is accepted: proposal p of sample k is call k of the stream + 256 p.
+    """
+    if not on_cpu(shapes):
+        return plain_log_gammas(shapes, count, noise)
+    from lvssl.latents.noise_compiled import fill_log_gammas
+
+    given = shapes.detach().double().contiguous().numpy()
+    out = torch.empty(count, *shapes.shape, dtype=torch.float64)
+    places = noise.rows.numpy()
+    fill_log_gammas(noise.key.numpy(), places, noise.stream, GAMMA_PROPOSALS, given, out.numpy())
+    return out
+
+
+def plain_log_gammas(shapes: Tensor, count: int, noise: Noise) -> Tensor:
+    """`log_gammas` in plain torch: all proposals for all variates, for asking would wait for the device."""
+    alpha = shapes.detach().double()
+    d = torch.where(alpha < 1, alpha + 1, alpha) - 1 / 3
+    dims = torch.arange(shapes.shape[1], device=shapes.device)
+    samples = torch.arange(count, device=shapes.device)[:, None, None]
+    scale = (9 * d).rsqrt()
+    found, boost, done = torch.zeros_like(d), torch.zeros_like(d), torch.zeros_like(d, dtype=torch.bool)
+    for proposal in range(GAMMA_PROPOSALS):
+        stream = noise.stream + 256 * proposal
+        words = philox(noise.key, noise.rows[None, :, None], dims, samples, stream)
+        u0, u1, u2, u3 = (1 - (word >> 8).double() * UNIT for word in words)  # in (0, 1]
+        x = (-2 * u0.log()).sqrt() * (2 * math.pi * (1 - u1)).cos()
+        v = (1 + scale * x) ** 3
+        log_v = v.clamp(min=1e-300).log()
+        accepted = (v > 0) & (u2.log() < 0.5 * x * x + d * (1 - v + log_v))
+        found = torch.where(accepted & ~done, log_v, found)
+        done = done | accepted
+        if not proposal:
+            boost = torch.where(alpha < 1, u3.log() / alpha, 0.0)
+    return d.log() + found + boost
+
+
+def philox(key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: int = 0) -> tuple[Tensor, ...]:
+    """Four words of 32 bits for each counter (c0, c1, c2, c3); int64 in, int64 out."""
     k0, k1 = key & MASK, (key >> 32) & MASK
     c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
-    c3 = torch.zeros_like(c0)
+    fourth = torch.full_like(c0, c3)
     for _ in range(10):
         # The low 64 bits of a signed product are those of the unsigned one.
         a, b = c0 * ROUND_A, c2 * ROUND_B
         high_a, high_b = (a >> 32) & MASK, (b >> 32) & MASK
-        c0, c1, c2, c3 = high_b ^ c1 ^ k0, b & MASK, high_a ^ c3 ^ k1, a & MASK
+        c0, c1, c2, fourth = high_b ^ c1 ^ k0, b & MASK, high_a ^ fourth ^ k1, a & MASK
         k0, k1 = (k0 + KEY_A) & MASK, (k1 + KEY_B) & MASK
-    return c0, c1, c2, c3
-
-
-def uniforms(key: Tensor, rows: Tensor, dim: int, count: int) -> Tensor:
-    """Multiples of 2^-24 in [0, 1): fp32 [count, N, dim]. Sample k is word k % 4 of call k // 4."""
-    dims = torch.arange(dim, device=rows.device)
-    calls = torch.arange((count + 3) // 4, device=rows.device)
-    words = philox(key, rows[None, :, None], dims[None, None], calls[:, None, None])
-    stacked = torch.stack(words, dim=1).flatten(0, 1)[:count]
-    return (stacked >> 8).float() * 2.0**-24
-
-
-def normals(key: Tensor, rows: Tensor, dim: int, count: int) -> Tensor:
-    """N(0, 1), fp32 [count, N, dim]: Box and Muller on the pairs of each call's words."""
-    u = uniforms(key, rows, dim, 4 * ((count + 3) // 4)).unflatten(0, (-1, 2, 2))
-    radius, angle = (-2 * (1 - u[:, :, 0]).log()).sqrt(), 2 * math.pi * u[:, :, 1]
-    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=2).flatten(0, 2)[:count]
+    return c0, c1, c2, fourth

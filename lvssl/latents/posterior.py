@@ -29,10 +29,11 @@ class Posterior(ABC):
         self.parameters = parameters if parameters.dtype == torch.float64 else parameters.float()
 
     @abstractmethod
-    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
+    def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
         """`count` differentiable samples, as the projector takes them: [count, B, D].
 
-        `temperature` is the relaxation's, where the family is relaxed.
+        A sample depends on the noise at its image's row, and on no other image. `temperature` is the
+        relaxation's, where the family is relaxed.
         """
 
     @abstractmethod

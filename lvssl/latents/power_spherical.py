@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lvssl.latents.beta import draw_dirichlet
+from lvssl.latents.beta import beta_variates
 from lvssl.latents.noise import Noise
 from lvssl.latents.sphere import Spherical, SphericalPosterior
 
@@ -23,9 +23,8 @@ class PowerSpherical(Spherical):
 
 class PowerSphericalPosterior(SphericalPosterior):
     def cosines(self, count: int, noise: Noise) -> Tensor:
-        half = (self.dim - 1) / 2
-        both = torch.stack([self.kappa + half, torch.full_like(self.kappa, half)], dim=1)
-        drawn = draw_dirichlet(both.expand(count, *both.shape), noise)
+        b = torch.full_like(self.kappa, (self.dim - 1) / 2)[:, None]
+        drawn = beta_variates(self.kappa[:, None] + b, b, count, noise)[:, :, 0]
         return drawn[..., 0] - drawn[..., 1]
 
     def mean_cosine(self) -> Tensor:

@@ -47,7 +47,7 @@ class SphericalPosterior(Posterior):
 
     @abstractmethod
     def cosines(self, count: int, noise: Noise) -> Tensor:
-        """w, differentiable, fp64 [count, B]."""
+        """w, differentiable, fp64 [count, B], of up to three streams of the noise."""
 
     @abstractmethod
     def mean_cosine(self) -> Tensor:
@@ -57,8 +57,8 @@ class SphericalPosterior(Posterior):
     def exact_entropy(self) -> Tensor:
         """fp64 [B]"""
 
-    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> Tensor:
-        w = self.cosines(count, noise)[..., None]
+    def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
+        w = self.cosines(count, noise.shifted(1))[..., None]
         sine = (1 - w.square()).clamp(min=1e-24).sqrt()
         mu = self.direction
         drawn = normal((count, *mu.shape), mu, noise)

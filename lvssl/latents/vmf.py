@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lvssl.latents.beta import draw_dirichlet
+from lvssl.latents.beta import beta_variates
 from lvssl.latents.noise import Noise, uniform
 from lvssl.latents.sphere import Spherical, SphericalPosterior, log_surface
 
-PROPOSALS = 24  # each is accepted with a chance of 0.66 or more: all are refused once in 10^11
+PROPOSALS = 27  # each is accepted with a probability of 0.66 or more: all are refused once in 10^12
 DEVIATIONS = 12.0  # beyond so many the angle's density is below fp64's resolution
 NODES = 128
 TAIL_NODES = 48  # of a gradient, one for each drawn number: single precision will do
@@ -60,15 +60,15 @@ def wood(kappa: Tensor, dim: int, count: int, noise: Noise) -> Tensor:
     size = dim - 1
     b = size / (2 * kappa + (4 * kappa.square() + size**2).sqrt())
     x = (1 - b) / (1 + b)
-    shape = (PROPOSALS, count, len(kappa))
-    symmetric = kappa.new_full((*shape, 2), size / 2)
-    e = draw_dirichlet(symmetric, noise)[..., 0]
+    x, b = x[:, None], b[:, None]
+    symmetric = kappa.new_full((len(kappa), PROPOSALS), size / 2)
+    e = beta_variates(symmetric, symmetric, count, noise)[..., 0]
     w = (1 - (1 + b) * e) / (1 - (1 - b) * e)
     # 1 - x w and 1 - x^2 without subtracting what is nearly 1: b is small where kappa is large.
-    log_ratio = kappa * (w - x) + size * (torch.log1p(-x * w) - torch.log1p(-x * x))
-    accepted = uniform(shape, kappa, noise).log() <= log_ratio
-    first = accepted.to(torch.uint8).argmax(dim=0, keepdim=True)
-    return w.gather(0, first)[0]
+    log_ratio = kappa[:, None] * (w - x) + size * (torch.log1p(-x * w) - torch.log1p(-x * x))
+    accepted = uniform(w.shape, kappa, noise.shifted(2)).log() <= log_ratio
+    first = accepted.to(torch.uint8).argmax(dim=2, keepdim=True)
+    return w.gather(2, first)[..., 0]
 
 
 def log_density(angle: Tensor, kappa: Tensor, dim: int) -> Tensor:

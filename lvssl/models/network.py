@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch import Generator, Tensor
+from torch import Tensor
 
 from lvssl.latents import Family, fused
+from lvssl.latents.noise import Noise
 from lvssl.latents.posterior import Posterior
 from lvssl.models.backbone import build_backbone, feature_dim
 from lvssl.settings.pretrain import LatentSettings, ModelSettings
@@ -93,33 +94,28 @@ class LVNet(nn.Module):
         exact = self.precision == torch.float32
         return nullcontext() if exact else torch.autocast(device.type, self.precision)
 
-    def forward(self, images: Tensor, generator: Generator | None = None, fraction: float = 1.0) -> Outputs:
+    def forward(self, images: Tensor, noise: Noise, fraction: float = 1.0) -> Outputs:
         """What `objective` needs, of images [N, 3, R, R]; arguments as of `heads`."""
-        return self.heads(self.backbone(images), generator, fraction)
+        return self.heads(self.backbone(images), noise, fraction)
 
-    def heads(
-        self,
-        features: Tensor,
-        generator: Generator | None = None,
-        fraction: float = 1.0,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> Outputs:
+    def heads(self, features: Tensor, noise: Noise, fraction: float = 1.0) -> Outputs:
         """All that follows the backbone.
 
         Args:
             features: h [N, F], first views then second.
-            generator: source of the latent's noise, on the features' device.
+            noise: the latent's, on the features' device, for these N views.
             fraction: of the training that is done, in [0, 1]; what is annealed depends on it.
-            rank, ranks: which of equal parts of the batch these N views are.
         """
         progress = self.progress(fraction)
         parameters = self.posterior_parameters(features, progress)
         kl = None
         if self.latent.reduction == "samples" and fused.usable(self.family, parameters):
-            samples, kl = self.draw_fused(parameters, generator, rank, ranks)
+            drawn = fused.draw(self.family, parameters, self.samples, noise.key, noise.rows)
+            samples, kl = drawn.sample[None], drawn.kl
         else:
-            samples = self.draw(parameters, generator, progress, rank, ranks)
+            start, end = self.latent.relaxation_start or self.latent.relaxation, self.latent.relaxation
+            posterior = self.family.posterior(parameters)
+            samples = posterior.sample(self.samples, noise, geometric(start, end, progress))
         projections = self.project(samples)
         clean = self.clean_projector(features) if self.clean_projector is not None else None
         return Outputs(features, parameters, projections, clean, self.family, self.match_parameters, kl)
@@ -153,32 +149,6 @@ class LVNet(nn.Module):
         with self.computing(features.device):
             inputs = self.head_input(features)
         self.head.calibrate(inputs)
-
-    def draw(
-        self, parameters: Tensor, generator: Generator | None, progress: float, rank: int, ranks: int
-    ) -> Tensor:
-        """K samples, [K, N, D]. Every rank draws for the whole batch, with the same noise, and keeps its own
-        part, so that an image's noise depends on its place in the batch and not on the ranks."""
-        start, end = self.latent.relaxation_start or self.latent.relaxation, self.latent.relaxation
-        options = self.samples, generator, geometric(start, end, progress)
-        if ranks == 1:
-            return self.family.posterior(parameters).sample(*options)
-        views = parameters.unflatten(0, (2, -1))
-        everyone = [views.detach()] * ranks  # what stands in the other ranks' rows must only be valid
-        everyone[rank] = views
-        drawn = self.family.posterior(torch.cat(everyone, dim=1).flatten(0, 1)).sample(*options)
-        return drawn.unflatten(1, (2, ranks, -1))[:, :, rank].flatten(1, 2)
-
-    def draw_fused(
-        self, parameters: Tensor, generator: Generator | None, rank: int, ranks: int
-    ) -> tuple[Tensor, Tensor]:
-        """The mean of K samples, [1, N, D], and the KL, [N], by one kernel; noise as of `draw`."""
-        device, part = parameters.device, len(parameters) // 2
-        key = torch.randint(2**62, (1,), generator=generator, device=device)
-        first = torch.arange(part, device=device) + rank * part
-        rows = torch.cat([first, first + ranks * part])
-        drawn = fused.draw(self.family, parameters, self.samples, key, rows)
-        return drawn.sample[None], drawn.kl
 
     def probe_logits(self, outputs: Outputs) -> dict[str, Tensor]:
         """Class logits of the online probes, on detached features and codes."""

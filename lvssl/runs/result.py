@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lvssl.runs.run import Run, versions
+from lvssl.runs.run import RESULTS_VERSION, Run, results_version, versions
 from lvssl.settings.fields import first_change, identity, runtime
 from lvssl.settings.presets import command
 from pipelines.errors import InputError
@@ -63,6 +63,8 @@ class ResultFile:
         """
         if content.get("checkpoint") != self.checkpoint:
             return f"checkpoint: {str(content.get('checkpoint'))[:12]} -> {self.checkpoint[:12]}"
+        if (version := results_version(content)) != RESULTS_VERSION:
+            return f"results version: {version} -> {RESULTS_VERSION}"
         had = identity(type(self.settings)(self.settings.run, on_error="raise"))
         had |= {k: v for k, v in (content.get("settings") or {}).items() if k not in runtime(self.settings)}
         beside = [

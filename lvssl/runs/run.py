@@ -3,7 +3,7 @@
 import json
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,9 @@ from pipelines.files import is_aside, write_json
 from pipelines.lock import lock
 
 LOCK = ".lock"
+# Of what settings, images and seed lead to; higher by one where stochastic results change in their numbers.
+# 1 (no file says it): noise from torch's generators. 2: noise keyed by (seed, step, row) on every device.
+RESULTS_VERSION = 2
 # Parameters by the names that earlier versions' checkpoints have for them.
 RENAMED = {
     "match": "match_parameters",
@@ -50,6 +53,11 @@ def create_run(
         if not resume:
             raise InputError(f"{settings.out} exists: add --resume to go on with it, or choose another --out")
         stored, stored_classes = read_config(settings.out)
+        if (begun := results_version(json.loads(config.read_text()))) != RESULTS_VERSION:
+            raise InputError(
+                f"{settings.out} is a run of results version {begun}, and this lvssl gives version "
+                f"{RESULTS_VERSION}: it can be read and measured, but not resumed; choose another --out"
+            )
         # What a run without a latent doesn't depend on: it is the control of any of these weights.
         unread = settings.latent.distribution.unread
         changed = difference(stored, settings, ("data", *unread))
@@ -117,9 +125,15 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def versions() -> dict[str, str]:
+def results_version(content: Mapping[str, Any]) -> int:
+    """The results version that a config.json or a result says it is of."""
+    return int((content.get("versions") or {}).get("results", 1))
+
+
+def versions() -> dict[str, Any]:
     """Versions of all that a result depends on."""
     return {
+        "results": RESULTS_VERSION,
         "lvssl": lvssl.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -18,6 +18,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lvssl.latents.noise import Noise, key_of, rows_of
 from lvssl.runs import checkpoint
 from lvssl.runs.progress import Metrics, Progress, ThroughputMeter
 from lvssl.training.distributed import World, all_reduce_max, from_first, mean_over_ranks
@@ -78,7 +79,7 @@ class Loop(ABC):
         self.seconds = 0.0
         self.saved = self.started = time.monotonic()
         self.writer = checkpoint.Writer()
-        self.noise = torch.Generator(device=device)
+        self.key = torch.zeros(1, dtype=torch.int64, device=device)  # of the step's noise
 
     def trains(self, network: nn.Module, optimiser: torch.optim.Optimizer, fp16: bool) -> None:
         """Say what is trained; before the first step."""
@@ -163,8 +164,12 @@ class Loop(ABC):
             self.between_steps(stop)
 
     def draw_from(self, seed: int) -> None:
-        """Key the noise by (seed, step): a resumed or repeated step draws the same, whatever was drawn."""
-        self.noise.manual_seed((seed * 1_000_003 + self.step) % 2**63)
+        """Key the noise by (seed, step): a resumed or repeated step draws the same."""
+        self.key.fill_(key_of(seed, self.step))
+
+    def noise(self, count: int, views: int) -> Noise:
+        """This step's, for `count` images of this rank, equal parts of each of `views` views."""
+        return Noise(self.key, rows_of(count, views, self.world.rank, self.world.size, self.device))
 
     def speed(self, window: ThroughputMeter) -> dict[str, float]:
         """`ThroughputMeter.speed`, and percent of the GPUs' peak, where that and the operations are known."""

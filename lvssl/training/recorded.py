@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 T = TypeVar("T")
 WARM = 3  # calls before the recording: what a first call compiles, tunes and allocates stays out of it
@@ -21,7 +21,6 @@ class Recorded(Generic[T]):
 
     Args:
         launch: `full` says whether figures are wanted that most steps do without.
-        generator: the noise of `launch`, which may be seeded anew before each call.
         context: what surrounds a recording.
     """
 
@@ -29,10 +28,9 @@ class Recorded(Generic[T]):
         self,
         launch: Callable[..., T],
         device: torch.device,
-        generator: Generator,
         context: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        self.launch, self.device, self.generator, self.context = launch, device, generator, context
+        self.launch, self.device, self.context = launch, device, context
         self.known: Hashable = None
         self.forget()
 
@@ -63,7 +61,6 @@ class Recorded(Generic[T]):
         if self.device.type != "cuda":
             return partial(self.launch, full, *self.inputs)
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
         # Other threads go on meanwhile: a loader's, and the one that writes checkpoints.
         with self.context(), torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
             outputs = self.launch(full, *self.inputs)

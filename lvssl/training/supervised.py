@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 
+from lvssl.latents.noise import Noise
 from lvssl.models.device import autocast, precision
 from lvssl.models.inference import infer
 from lvssl.models.network import LVNet
@@ -79,7 +80,7 @@ class Classifier(nn.Module):
         for parameter in network.parameters():
             parameter.requires_grad_(not frozen and id(parameter) in used)
         self.linear = nn.Linear(width(network, on), train.outputs)
-        nn.init.normal_(self.linear.weight, std=0.01, generator=Generator().manual_seed(seed))
+        nn.init.normal_(self.linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
         nn.init.zeros_(self.linear.bias)
         shape = len(train.targets) or 1
         mean, std = torch.zeros(shape), torch.ones(shape)
@@ -94,10 +95,10 @@ class Classifier(nn.Module):
             self.network.eval()
         return self
 
-    def forward(self, images: Tensor, generator: Generator | None = None) -> Tensor:
-        """`generator`: source of the latent's noise in training."""
+    def forward(self, images: Tensor, noise: Noise | None = None) -> Tensor:
+        """`noise`: the latent's, in training."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            representation = represent(self.network, images, self.on, self.training, generator)
+            representation = represent(self.network, images, self.on, noise)
         return self.linear(representation)
 
     def loss(self, outputs: Tensor, answers: Tensor) -> Tensor:
@@ -118,18 +119,16 @@ def trained_parts(network: LVNet, on: str) -> list[nn.Module]:
     return [network.backbone, *between, network.head]
 
 
-def represent(
-    network: LVNet, images: Tensor, on: str, training: bool = False, generator: Generator | None = None
-) -> Tensor:
-    """float32 [N, W]: features h; latent: the mean of K samples in training, else the posterior's mean;
-    code: its bits as +-1."""
+def represent(network: LVNet, images: Tensor, on: str, noise: Noise | None = None) -> Tensor:
+    """float32 [N, W]: features h; latent: the mean of K samples with this noise, or without any the
+    posterior's mean; code: its bits as +-1."""
     if on == "features":
         return network.features(images).float()
     _, posterior = network.encode(images)
     if on == "code":
         return posterior.code().float() * 2 - 1
-    if training:
-        return posterior.sample(network.samples, generator, network.latent.relaxation).mean(dim=0).float()
+    if noise is not None:
+        return posterior.sample(network.samples, noise, network.latent.relaxation).mean(dim=0).float()
     return posterior.mean().float()
 
 
@@ -209,7 +208,7 @@ class SupervisedTrainer(Loop):
         self.draw_from(self.recipe.seed)
         self.finite.keep()
         with autocast(self.recipe.engine, self.device):
-            outputs = self.model(batch.views[0], self.noise)
+            outputs = self.model(batch.views[0], self.noise(len(batch.views[0]), 1))
         loss = self.model.loss(outputs, self.answers[batch.indices])
         self.optimiser.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()

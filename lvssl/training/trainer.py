@@ -148,7 +148,7 @@ class Trainer(Loop):
             return None
         for group in self.optimiser.param_groups:
             group["lr"] = self.lr
-        return Recorded(self.launch, self.device, self.noise, partial(capturable, self.optimiser))
+        return Recorded(self.launch, self.device, partial(capturable, self.optimiser))
 
     def constants(self) -> tuple[float, float]:
         """The host's numbers that a step's launches depend on: the weight of the rate, and the annealing."""
@@ -160,8 +160,7 @@ class Trainer(Loop):
         """What is minimised, and the figures, from h [2B, F] and the labels [B] of this rank."""
         fraction = self.step / self.steps
         with autocast(self.settings.engine, self.device):
-            place = self.world.rank, self.world.size
-            outputs = self.network.heads(features, self.noise, fraction, *place)
+            outputs = self.network.heads(features, self.noise(len(features), 2), fraction)
             probes = self.network.probe_logits(outputs)
         figures = objective(outputs, self.settings, fraction)
         if logged:

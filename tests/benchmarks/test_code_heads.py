@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.code_heads import TERMS, barlow, expected_similarity, main, objective, rows
 from lvssl.latents.bernoulli import Bernoulli
+from lvssl.latents.noise import keyed
 from lvssl.settings.pretrain import preset
 from lvssl.training.pretrain import pretrain
 from pipelines.errors import InputError
@@ -60,7 +61,7 @@ def test_every_term_trains_the_logits():
     for row in rows([0]):
         if row.start:
             logits = views.clone().requires_grad_()
-            noise, project = torch.Generator().manual_seed(1), torch.nn.Linear(16, 4)
+            noise, project = keyed(1, 24), torch.nn.Linear(16, 4)
             loss = objective(row, Bernoulli().posterior(logits), noise, project)
             (grad,) = torch.autograd.grad(loss, logits)
             assert loss > 0 and bool((grad.abs().sum(dim=1) > 0).all()), row
@@ -70,7 +71,7 @@ def test_every_term_trains_the_logits():
 def test_expected_similarity_is_that_of_samples():
     logits = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
     posterior = Bernoulli().posterior(logits)
-    first, second = (posterior.sample(40_000, torch.Generator().manual_seed(s)).double() for s in (1, 2))
+    first, second = (posterior.sample(40_000, keyed(s, 8)).double() for s in (1, 2))
     similarity = torch.einsum("knd,kmd->nm", first, second) / 40_000 / 12
     similarity = similarity.fill_diagonal_(-torch.inf) / 0.2
     losses = [-similarity[i].log_softmax(0)[(i + 4) % 8] for i in range(8)]

@@ -27,6 +27,10 @@ def runs(run, control, tmp_path) -> dict[str, Path]:
     }
 
 
+def read_digest(run: Path) -> str:
+    return checkpoint.digest(checkpoint.paths(run / "checkpoints")[-1])
+
+
 def later(run: Path) -> None:
     """One more step, with the same weights."""
     state = checkpoint.load_latest(run / "checkpoints")[1]
@@ -51,8 +55,7 @@ def test_a_result_is_found_again_and_no_other_takes_its_place_unasked(command, r
     status, printed, _ = call(run)
     assert status == 0
     result, made = json.loads(files[0].read_text()), stamps()
-    digest = checkpoint.digest(checkpoint.paths(run / "checkpoints")[-1])
-    assert result["checkpoint"] == digest and set(result["beside"]) == {str(runs["control"])}
+    assert result["checkpoint"] == read_digest(run) and set(result["beside"]) == {str(runs["control"])}
     assert "overwrite" not in result["settings"] and result["settings"]["test"].endswith("test.beton")
     assert result["command"].startswith(f"lvssl {command} {run} --") and result["versions"]["torch"]
     monkeypatch.chdir(run.parent)
@@ -82,6 +85,10 @@ def test_a_result_of_older_checkpoints_or_without_all_of_its_files_is_not_taken(
     assert result.stat().st_mtime_ns == made and main(["evaluate", str(run), "--overwrite"]) == 0
     later(run)
     assert main(["evaluate", str(run)]) == 2 and "(checkpoint: " in capsys.readouterr().err
+    older = json.loads(result.read_text())
+    older["versions"]["results"] -= 1
+    result.write_text(json.dumps(older | {"checkpoint": read_digest(run)}))
+    assert main(["evaluate", str(run)]) == 2 and "(results version: 1 -> 2)" in capsys.readouterr().err
     result.write_text(json.dumps({"run": {"linear": 1.0}}))  # of a version that named no checkpoint there
     assert main(["evaluate", str(run)]) == 2 and "(checkpoint: None -> " in capsys.readouterr().err
     result.write_text("{")

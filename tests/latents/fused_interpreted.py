@@ -10,6 +10,7 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from lvssl.latents import family, fused, fused_triton
+from lvssl.latents.noise import keyed, rows_of
 from lvssl.models.network import LVNet
 from lvssl.settings.pretrain import LatentSettings, ModelSettings, PretrainSettings
 from lvssl.training.objective import objective
@@ -56,7 +57,7 @@ def whole_step(name: str) -> None:
         torch.manual_seed(0)
         network = LVNet(settings.model, settings.latent, 8)
         features = network.backbone(torch.randn(8, 3, 8, 8))
-        outputs = network.heads(features, torch.Generator().manual_seed(1), 0.5, rank=1, ranks=2)
+        outputs = network.heads(features, keyed(1, rows_of(8, 2, 1, 2, features.device)), 0.5)
         assert outputs.kl is not None
         loss = objective(outputs, settings, 0.5)["loss"]
         loss.backward()

@@ -17,6 +17,7 @@ from lvssl.latents.bits import pack
 from lvssl.latents.categorical import Categorical
 from lvssl.latents.gaussian import Gaussian
 from lvssl.latents.mixture import Mixture
+from lvssl.latents.noise import keyed
 from lvssl.latents.sign import Sign
 from lvssl.latents.sphere import log_surface
 from lvssl.latents.vmf import VonMisesFisher
@@ -40,6 +41,11 @@ def parameters(name: str, rows: int = 5, scale: float = 2.0, seed: int = 0, dim:
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def drawn(posterior, count: int, seed: int = 0, *temperature: float) -> torch.Tensor:
+    """Samples, with the noise of a seed."""
+    return posterior.sample(count, keyed(seed, len(posterior.parameters)), *temperature)
 
 
 # ---- KL
@@ -74,10 +80,10 @@ def mixture_density(posterior):
     return MixtureSameFamily(TorchCategorical(logits=posterior.log_shares), parts).log_prob
 
 
-def monte_carlo_kl(posterior, count: int, noise: torch.Generator) -> torch.Tensor:
+def monte_carlo_kl(posterior, count: int, seed: int) -> torch.Tensor:
     """A mixture's KL of z alone, [B], as the mean of `count` log-ratios in its own formula."""
     with torch.no_grad():
-        z = posterior.sample(count, noise)[:, :, None]  # [count, B, 1, D]
+        z = drawn(posterior, count, seed)[:, :, None]  # [count, B, 1, D]
         squares = (z - posterior.mu).square() / posterior.log_variance.exp()
         densities = posterior.log_shares - 0.5 * (squares + posterior.log_variance).sum(dim=3)
         return (densities.logsumexp(dim=2) + 0.5 * z[:, :, 0].square().sum(dim=2)).mean(dim=0)
@@ -99,10 +105,10 @@ def assert_kl_is_monte_carlo(name: str, count: int) -> None:
         x[:, DIM:] += 3  # at the very ends of (-1, 1) the sample has lost what its density needs
     posterior = of(name, x)
     with torch.no_grad():
-        ratios = log_ratio(name, posterior, posterior.sample(count, generator(3)))
+        ratios = log_ratio(name, posterior, drawn(posterior, count, 3))
     error = 5 * ratios.std(0) / math.sqrt(count) + 1e-9
     exact = family(name).exact_kl
-    expected = posterior.kl() if exact else monte_carlo_kl(posterior, count, generator(4))
+    expected = posterior.kl() if exact else monte_carlo_kl(posterior, count, 4)
     error = error * (1 if exact else math.sqrt(2))
     assert ((expected - ratios.mean(0)).abs() < error).all(), (expected, ratios.mean(0), error)
 
@@ -186,7 +192,7 @@ def test_the_joint_bound_of_a_mixture_is_above_its_kl_by_at_most_the_components_
     apart = torch.cat([torch.full((1, 4), 3.0), torch.full((1, 4), -3.0), torch.zeros(1, 2 + 8)], dim=1)
     for x, gap in ((apart, math.log(2)), (torch.zeros_like(apart), 0.0)):
         posterior = of("mixture", x.double())
-        estimates = torch.stack([monte_carlo_kl(posterior, 5000, generator(s)) for s in range(20)])
+        estimates = torch.stack([monte_carlo_kl(posterior, 5000, s) for s in range(20)])
         error = 5 * estimates.std() / math.sqrt(20) + 1e-6
         assert abs(posterior.kl() - estimates.mean() - gap) < error
 
@@ -197,7 +203,7 @@ def test_the_joint_bound_of_a_mixture_is_above_its_kl_by_at_most_the_components_
 @pytest.mark.parametrize("name", ALL)
 def test_samples_have_the_posteriors_mean(name):
     posterior = of(name, parameters(name, scale=1.0))
-    samples = posterior.sample(20_000, generator(1)).detach()
+    samples = drawn(posterior, 20_000, 1).detach()
     assert samples.shape[1:] == posterior.mean().shape and samples.dtype == torch.float32
     error = 5 * samples.std(0) / math.sqrt(20_000) if len(samples) > 1 else torch.tensor(1e-6)
     assert ((samples.mean(0) - posterior.mean()).abs() <= error + 1e-5).all()
@@ -205,14 +211,14 @@ def test_samples_have_the_posteriors_mean(name):
 
 def test_samples_have_the_posteriors_variance():
     posterior = Gaussian().posterior(parameters("gaussian", scale=1.0))
-    samples = posterior.sample(50_000, generator(2))
+    samples = drawn(posterior, 50_000, 2)
     assert torch.allclose(samples.var(0).log(), posterior.log_variance, atol=0.05)
     posterior = of("beta", parameters("beta", scale=1.0))
-    samples = posterior.sample(50_000, generator(2))
+    samples = drawn(posterior, 50_000, 2)
     expected = 4 * TorchBeta(posterior.a, posterior.b).variance
     assert torch.allclose(samples.var(0), expected, rtol=0.08)
     posterior = of("mixture", parameters("mixture", scale=1.0))
-    samples = posterior.sample(50_000, generator(2)).detach()
+    samples = drawn(posterior, 50_000, 2).detach()
     parts = Normal(posterior.mu.mT, (posterior.log_variance / 2).exp().mT)
     shares = TorchCategorical(logits=posterior.log_shares[:, None].expand(-1, DIM, -1))
     assert torch.allclose(samples.var(0), MixtureSameFamily(shares, parts).variance, rtol=0.06)
@@ -224,9 +230,9 @@ def test_directions_are_unit_vectors_whose_cosines_have_the_right_law(name, dim,
     """Against the cosine's cumulated density, integrated numerically: a Kolmogorov-Smirnov test."""
     location = torch.randn(1, dim, generator=generator(0))
     posterior = of(name, torch.cat([location, torch.full((1, 1), log_kappa)], dim=1))
-    samples = posterior.sample(4000, generator(1))
+    samples = drawn(posterior, 4000, 1)
     assert torch.allclose(samples.norm(dim=2), torch.ones(4000, 1), atol=1e-5)
-    angle = (posterior.cosines(4000, generator(1))[:, 0]).clamp(-1, 1).acos().sort().values
+    angle = (posterior.cosines(4000, keyed(1, 1))[:, 0]).clamp(-1, 1).acos().sort().values
     kappa, grid = posterior.kappa.item(), torch.linspace(1e-9, math.pi, 400_001, dtype=torch.float64)
     logs = (dim - 2) * grid.sin().clamp(min=1e-300).log()
     logs += kappa * (grid.cos() if name == "vmf" else torch.log1p(grid.cos().clamp(min=-1 + 1e-15)))
@@ -247,13 +253,13 @@ def test_the_samplers_gradient_is_that_of_the_expectation(name):
 
     count = 10_000 if name == "vmf" else 60_000  # of 24 proposals each
     leaf = x.clone().requires_grad_()
-    each = f(of(name, leaf).sample(count, generator(5)))
+    each = f(drawn(of(name, leaf), count, 5))
     (found,) = torch.autograd.grad(each.mean(), leaf)
     numeric, step = torch.zeros_like(x), 0.1
     for i in range(x.numel()):
         change = torch.zeros_like(x)
         change.view(-1)[i] = step
-        high, low = (f(of(name, x + s * change).sample(count, generator(7))) for s in (1, -1))
+        high, low = (f(drawn(of(name, x + s * change), count, 7)) for s in (1, -1))
         numeric.view(-1)[i] = (high.mean() - low.mean()) / (2 * step)
     # Where rejection draws differ on both sides nothing cancels: five deviations of the difference.
     error = 5 * each.detach().std() * math.sqrt(2 / count) / (2 * step) + 0.01
@@ -266,7 +272,7 @@ def test_von_mises_fishers_implicit_gradient_is_that_of_its_quantile(dim, kappa)
     x = torch.zeros(1, dim + 1, dtype=torch.float64)
     x[0, -1] = math.log(kappa)
     leaf = x.requires_grad_()
-    cosines = VonMisesFisher().posterior(leaf).cosines(5, generator(0))[:, 0]
+    cosines = VonMisesFisher().posterior(leaf).cosines(5, keyed(0, 1))[:, 0]
     grid = torch.linspace(1e-9, math.pi, 2_000_001, dtype=torch.float64)
 
     def distribution(k: float) -> torch.Tensor:
@@ -294,7 +300,7 @@ def test_beta_is_right_at_its_floor_where_torch_below_is_not():
     """Moments at a = b = 0.01, where nearly all mass is at the ends; far below, torch's are wrong."""
     posterior = of("beta", torch.cat([torch.zeros(1, 2), torch.full((1, 2), -50.0)], dim=1))
     assert posterior.a.unique().item() == posterior.b.unique().item() == pytest.approx(FLOOR)
-    z = posterior.sample(200_000, generator(0))
+    z = drawn(posterior, 200_000, 0)
     assert z.mean().abs() < 5 / math.sqrt(400_000)
     assert z.var().item() == pytest.approx(4 * TorchBeta(FLOOR, FLOOR).variance.item(), rel=0.01)
 
@@ -302,7 +308,7 @@ def test_beta_is_right_at_its_floor_where_torch_below_is_not():
 def test_bernoulli_samples_are_signs_with_the_gradient_of_the_mean():
     logits = parameters("bernoulli").requires_grad_()
     posterior = Bernoulli().posterior(logits)
-    sample = posterior.sample(1, generator(0))
+    sample = drawn(posterior, 1, 0)
     assert set(sample.detach().unique().tolist()) == {-1.0, 1.0}
     weights = torch.randn_like(sample)
     (sample * weights).sum().backward()
@@ -314,7 +320,7 @@ def test_bernoulli_samples_are_signs_with_the_gradient_of_the_mean():
 def test_categorical_samples_are_one_hot_with_the_gradient_of_the_chances():
     logits = parameters("categorical").requires_grad_()
     posterior = of("categorical", logits)
-    sample = posterior.sample(3, generator(0))
+    sample = drawn(posterior, 3, 0)
     groups = sample.detach().unflatten(2, (-1, 4))
     assert torch.equal(groups.sum(3), torch.ones(3, 5, 2)) and set(groups.unique().tolist()) == {0.0, 1.0}
     weights = torch.randn_like(sample)
@@ -326,7 +332,7 @@ def test_categorical_samples_are_one_hot_with_the_gradient_of_the_chances():
 @pytest.mark.parametrize("name", ["bernoulli", "categorical"])
 def test_relaxed_samples_harden_to_the_discrete_law(name):
     posterior = of(name, parameters(name, scale=1.0), relaxed=True)
-    soft, hard = (posterior.sample(20_000, generator(1), temperature=t).detach() for t in (1.0, 1e-3))
+    soft, hard = (drawn(posterior, 20_000, 1, t).detach() for t in (1.0, 1e-3))
     if name == "bernoulli":
         chosen = (soft > 0).float() * 2 - 1
     else:
@@ -355,7 +361,7 @@ def straight_through_bias(name: str, f, logits: torch.Tensor, outcomes: torch.Te
     """Largest error of the mean straight-through gradient of E[f], relative to the exact one's norm."""
     leaf = logits.clone().requires_grad_()
     exact = torch.autograd.grad((chance(leaf) * f(outcomes)).sum(), leaf)[0]
-    samples = of(name, leaf).sample(400_000, generator(3))
+    samples = drawn(of(name, leaf), 400_000, 3)
     estimate = torch.autograd.grad(f(samples[:, 0]).mean(), leaf)[0]
     return ((estimate - exact).abs().max() / exact.norm()).item()
 
@@ -391,12 +397,12 @@ def test_the_straight_through_gradient_is_exact_for_linear_functions_and_biased_
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_same_generator_gives_the_same_sample(name):
+def test_the_same_noise_gives_the_same_sample(name):
     posterior = of(name, parameters(name))
     torch.manual_seed(1)
-    a = posterior.sample(3, generator(9))
+    a = drawn(posterior, 3, 9)
     torch.manual_seed(2)
-    assert torch.equal(a, posterior.sample(3, generator(9)))
+    assert torch.equal(a, drawn(posterior, 3, 9))
 
 
 # ---- extremes
@@ -413,7 +419,7 @@ def test_extremes_stay_finite(name, value, relaxed):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             posterior = of(name, x if not enabled else x.bfloat16(), relaxed=relaxed)
             figures = (
-                posterior.kl(), posterior.sample(2), posterior.uncertainty(), posterior.entropy(),
+                posterior.kl(), drawn(posterior, 2), posterior.uncertainty(), posterior.entropy(),
                 posterior.mean(),
             )  # fmt: skip
             everything = sum(figure.sum() for figure in figures)
@@ -430,7 +436,7 @@ def test_narrow_and_wide_posteriors_stay_finite(name, spread):
     locations = parameters(name, rows=4)[:, : kind.location_count(DIM)]
     x = torch.cat([locations, torch.full((4, kind.scale_count(DIM)), spread)], dim=1).requires_grad_()
     posterior = kind.posterior(x)
-    everything = posterior.kl().sum() + posterior.sample(3, generator(0)).sum() + posterior.entropy().sum()
+    everything = posterior.kl().sum() + drawn(posterior, 3, 0).sum() + posterior.entropy().sum()
     assert everything.isfinite() and torch.autograd.grad(everything, x)[0].isfinite().all()
     assert (posterior.kl() >= -1e-5).all()
 
@@ -438,7 +444,7 @@ def test_narrow_and_wide_posteriors_stay_finite(name, spread):
 @pytest.mark.parametrize("name", ALL)
 def test_no_image_is_no_error(name):
     posterior = of(name, parameters(name, rows=0))
-    assert posterior.kl().shape == (0,) and posterior.sample(2).shape == (
+    assert posterior.kl().shape == (0,) and drawn(posterior, 2).shape == (
         2 if family(name).stochastic else 1,
         0,
         DIM,

@@ -24,15 +24,13 @@ def test_philox_gives_the_published_words():
 
 def test_its_noise_is_uniform_and_normal_and_differs_between_rows_dimensions_samples_and_keys():
     rows = torch.arange(200)
-    u = noise.uniforms(torch.tensor([7]), rows, 50, 6)
+    u = noise.uniforms(noise.keyed(7, rows), 50, 6)
     assert u.shape == (6, 200, 50) and u.min() >= 0 and u.max() < 1
     assert u.mean().item() == pytest.approx(0.5, abs=5 / math.sqrt(12 * u.numel()))
     assert len(u.unique()) > 0.99 * u.numel()
-    assert not torch.equal(u, noise.uniforms(torch.tensor([8]), rows, 50, 6))
-    assert torch.equal(u[:, 100:], noise.uniforms(torch.tensor([7]), rows[100:], 50, 6)), (
-        "by place, not by rank"
-    )
-    z = noise.normals(torch.tensor([7]), rows, 50, 6)
+    assert not torch.equal(u, noise.uniforms(noise.keyed(8, rows), 50, 6))
+    assert torch.equal(u[:, 100:], noise.uniforms(noise.keyed(7, rows[100:]), 50, 6)), "by place, not by rank"
+    z = noise.normals(noise.keyed(7, rows), 50, 6)
     assert z.mean().abs() < 5 / math.sqrt(z.numel()) and z.var().item() == pytest.approx(1, abs=0.03)
     assert (z.flatten(1) @ z.flatten(1).T / 10_000 - torch.eye(6)).abs().max() < 0.05
 
@@ -43,7 +41,7 @@ def test_the_reference_draws_from_the_posterior(name):
     x = torch.randn(1, kind.parameter_count(8), generator=torch.Generator().manual_seed(0))
     drawn = fused.reference(kind, x, 4000, torch.tensor([3]), torch.tensor([5]))
     posterior = kind.posterior(x)
-    deviation = posterior.sample(4000, torch.Generator().manual_seed(1)).std(0)
+    deviation = posterior.sample(4000, noise.keyed(1, 1)).std(0)
     assert ((drawn.sample - posterior.mean()).abs() < 5 * deviation / math.sqrt(4000) + 1e-6).all()
     assert torch.equal(drawn.kl, posterior.kl()) and torch.equal(drawn.entropy, posterior.entropy())
 

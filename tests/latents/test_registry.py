@@ -19,7 +19,7 @@ from lvssl.evaluation.codes import EncodeSettings, encode
 from lvssl.evaluation.embedding import embed
 from lvssl.export import ExportSettings, export
 from lvssl.latents import FAMILIES, described, family, has_code
-from lvssl.latents.noise import Noise, normal
+from lvssl.latents.noise import Noise, keyed, normal
 from lvssl.latents.posterior import Family, Posterior, constant
 from lvssl.report.page import write_report
 from lvssl.runs.progress import read_metrics
@@ -61,7 +61,7 @@ class NarrowPosterior(Posterior):
         super().__init__(parameters)
         self.copies = copies
 
-    def sample(self, count: int = 1, noise: Noise = None, temperature: float = 0.5) -> torch.Tensor:
+    def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> torch.Tensor:
         return self.parameters + 0.5 * normal((count, *self.parameters.shape), self.parameters, noise)
 
     def mean(self) -> torch.Tensor:
@@ -158,7 +158,7 @@ def test_what_a_family_says_of_itself_is_what_its_posterior_does(name):
         assert distribution.own_code == (posterior.straight_through_bits() is not None)
     assert distribution.discrete == ("relaxed" in {field.name for field in dataclasses.fields(distribution)})
     if distribution.on_sphere:
-        assert torch.allclose(posterior.sample().norm(dim=2), torch.ones(1, 3))
+        assert torch.allclose(posterior.sample(1, keyed(0, 3)).norm(dim=2), torch.ones(1, 3))
 
 
 def test_what_is_relaxed_has_no_kernel():

@@ -7,6 +7,7 @@ import torchvision
 
 from lvssl.latents import FAMILIES, family
 from lvssl.latents.gaussian import Gaussian
+from lvssl.latents.noise import keyed
 from lvssl.models.backbone import BACKBONES, build_backbone, feature_dim
 from lvssl.models.network import Head, LVNet
 from lvssl.settings.pretrain import BACKBONES as NAMES
@@ -53,7 +54,7 @@ def test_a_step_reaches_every_parameter(family, dim):
     if dim and family in ("none", "sign"):
         return
     net = network(family, dim=dim)
-    outputs = net(torch.randn(8, 3, 16, 16))
+    outputs = net(torch.randn(8, 3, 16, 16), keyed(0, 8))
     loss = outputs.projections.square().sum() + outputs.posterior.kl().mean()
     if outputs.clean_projections is not None:
         loss = loss + outputs.clean_projections.square().sum()
@@ -65,7 +66,7 @@ def test_a_step_reaches_every_parameter(family, dim):
 
 def test_probes_teach_the_encoder_nothing():
     net = network("bernoulli")
-    outputs = net(torch.randn(8, 3, 16, 16))
+    outputs = net(torch.randn(8, 3, 16, 16), keyed(0, 8))
     sum(logits.square().sum() for logits in net.probe_logits(outputs).values()).backward()
     assert all(p.grad is None for n, p in net.named_parameters() if not n.startswith("probes"))
 
@@ -74,7 +75,7 @@ def test_probes_teach_the_encoder_nothing():
 def test_an_images_code_does_not_depend_on_its_batch(family):
     for site in ("repr", "proj") if FAMILIES.get(family, Gaussian).stochastic else ("repr",):
         net = network(family, site=site)
-        net(torch.randn(32, 3, 16, 16))  # some running statistics
+        net(torch.randn(32, 3, 16, 16), keyed(0, 32))  # some running statistics
         net.eval()
         images = torch.randn(9, 3, 16, 16)
         with torch.no_grad():
@@ -85,7 +86,7 @@ def test_an_images_code_does_not_depend_on_its_batch(family):
 
 def test_logits_start_at_the_set_sharpness():
     net = network("bernoulli", init_scale=4.0)
-    logits = net(torch.randn(64, 3, 16, 16)).posterior.logits
+    logits = net(torch.randn(64, 3, 16, 16), keyed(0, 64)).posterior.logits
     assert logits.std(0).mean().item() == pytest.approx(4.0, rel=0.05)
     assert logits.mean(0).abs().max() < 1e-3
 
@@ -104,10 +105,8 @@ def test_k_samples_narrow_the_projectors_input():
     images = torch.randn(16, 3, 16, 16)
     spread = []
     for net in (one, many):
-        posterior = net(images).posterior
-        draws = [
-            posterior.sample(net.latent.samples, torch.Generator().manual_seed(s)).mean(0) for s in range(20)
-        ]
+        posterior = net(images, keyed(0, len(images))).posterior
+        draws = [posterior.sample(net.latent.samples, keyed(s, 16)).mean(0) for s in range(20)]
         spread.append(torch.stack(draws).std(0).mean().item())
     assert spread[1] == pytest.approx(spread[0] / 8, rel=0.2)
 
@@ -115,18 +114,18 @@ def test_k_samples_narrow_the_projectors_input():
 def test_family_none_is_plain_simclr():
     net = network("none")
     images = torch.randn(8, 3, 16, 16)
-    outputs = net(images)
+    outputs = net(images, keyed(0, len(images)))
     assert outputs.clean_projections is None
-    assert torch.equal(outputs.posterior.sample()[0], outputs.features)
+    assert torch.equal(outputs.posterior.sample(1, keyed(0, 8))[0], outputs.features)
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].stochastic])
 def test_at_the_projectors_output_the_samples_are_what_is_compared(family):
     net = network(family, site="proj", sample_reduction="losses", samples=3)
-    images, noise = torch.randn(8, 3, 16, 16), torch.Generator().manual_seed(0)
+    images, noise = torch.randn(8, 3, 16, 16), keyed(0, 8)
     outputs = net(images, noise)
     assert outputs.projections.shape == (3, 8, 16) and net.dim == 16
-    expected = outputs.posterior.sample(3, torch.Generator().manual_seed(0))
+    expected = outputs.posterior.sample(3, keyed(0, 8))
     assert torch.equal(outputs.projections, expected)
 
 
@@ -136,8 +135,8 @@ def test_where_samples_meet():
     found = {}
     for average in ("samples", "projections", "losses"):
         net = network("bernoulli", sample_reduction=average)
-        outputs = net(images, torch.Generator().manual_seed(0))
-        samples = outputs.posterior.sample(4, torch.Generator().manual_seed(0))
+        outputs = net(images, keyed(0, 8))
+        samples = outputs.posterior.sample(4, keyed(0, 8))
         each = net.projector(samples.flatten(0, 1)).unflatten(0, (4, 8))
         expected = {"samples": net.projector(samples.mean(0)), "projections": each.mean(0), "losses": each}
         assert torch.allclose(outputs.projections, expected[average], atol=1e-5)
@@ -148,15 +147,14 @@ def test_where_samples_meet():
 def test_sharpness_and_relaxation_are_annealed_and_final_at_evaluation():
     net = network("bernoulli", init_scale=4.0, init_scale_start=1.0, anneal=0.5)
     images = torch.randn(64, 3, 16, 16)
-    spreads = [net(images, None, f).posterior.logits.std(0).mean().item() for f in (0.0, 0.25, 0.5, 1.0)]
-    assert spreads == pytest.approx([1.0, 2.0, 4.0, 4.0], rel=0.05)
+    noise = keyed(0, 64)
+    scales = [net(images, noise, f).posterior.logits.std(0).mean().item() for f in (0.0, 0.25, 0.5, 1.0)]
+    assert scales == pytest.approx([1.0, 2.0, 4.0, 4.0], rel=0.05)
     assert net.encode(images)[1].logits.std(0).mean().item() == pytest.approx(4.0, rel=0.05)
 
     net = network("bernoulli", estimator="relaxed", relaxation=0.1, relaxation_start=10.0, init_scale=0.1,
                   samples=1, site="proj")  # fmt: skip
-    hardness = [
-        net(images, torch.Generator().manual_seed(0), f).projections.abs().mean() for f in (0.0, 0.25, 0.5)
-    ]
+    hardness = [net(images, keyed(0, 64), f).projections.abs().mean() for f in (0.0, 0.25, 0.5)]
     assert hardness[0] < 0.15 < hardness[1] < 0.8 < hardness[2]
 
 
@@ -175,13 +173,13 @@ def test_images_are_read_in_the_precision_that_is_set(site):
     assert posterior.parameters.dtype == torch.float32
     assert (posterior.code() == exact.code()).float().mean() > 0.97
     assert not torch.equal(posterior.parameters, exact.parameters)
-    assert net(images).features.dtype == torch.float32, "the training has its own"
+    assert net(images, keyed(0, len(images))).features.dtype == torch.float32, "the training has its own"
     net.calibrate(features)
 
 
 def test_a_fixed_scale_stays():
     net = network("gaussian", posterior_scale="fixed", init_scale=2.0)
-    posterior = net(torch.randn(8, 3, 16, 16)).posterior
+    posterior = net(torch.randn(8, 3, 16, 16), keyed(0, 8)).posterior
     assert posterior.log_variance.unique().item() == pytest.approx(-2 * 0.6931472)
     assert not any("head.scale" in name for name, _ in net.named_parameters())
 

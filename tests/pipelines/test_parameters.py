@@ -7,8 +7,9 @@ from scipy.stats import ks_2samp, kstest
 from torchvision.transforms import v2
 
 from pipelines.errors import InputError
+from pipelines.kernels.philox import philox
 from pipelines.order import epoch_order, step_indices, steps_per_epoch
-from pipelines.parameters import COLUMNS, centre_boxes, crop_boxes, draw_parameters, philox
+from pipelines.parameters import COLUMNS, centre_boxes, crop_boxes, draw_parameters
 from pipelines.views import ViewSettings
 
 N = 4000

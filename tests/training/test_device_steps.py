@@ -14,7 +14,7 @@ from devices import GPU
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lvssl.latents import FAMILIES
+from lvssl.latents import FAMILIES, noise
 from lvssl.losses import anchors, ntxent, variants
 from lvssl.models.network import LVNet
 from lvssl.runs.labels import open_labelled
@@ -342,9 +342,10 @@ CASES |= {
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if "fp16" in name else name for name in CASES]
 )
-def test_no_step_waits_for_the_device(digits, tmp_path, device, name):
+def test_no_step_waits_for_the_device(digits, tmp_path, monkeypatch, device, name):
     """On a GPU, torch makes any synchronisation an error; on a CPU, what would synchronise is forbidden by
     name. Every family, objective and precision; in a step whose figures are logged, and in one without."""
+    monkeypatch.setattr(noise, "on_cpu", lambda tensor: False)  # draw as on a GPU
     trainer, batches = trainer_and_batches(settings(digits["train"], tmp_path, **CASES[name]), device, 5)
     for number, batch in enumerate(batches):
         if number < 2:  # once it is warm: kernels compiled, constants on the device

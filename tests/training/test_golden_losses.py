@@ -9,12 +9,15 @@ After a wanted change: LVSSL_RENEW_GOLDEN=1 python -m pytest tests/training/test
 import dataclasses
 import json
 import os
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
+from lvssl.latents import bernoulli, gaussian
+from lvssl.latents.noise import DOMAIN, MASK
 from lvssl.settings.pretrain import PRESETS, PretrainSettings
 from lvssl.training.trainer import Trainer
 from pipelines.decode import open_reader
@@ -62,6 +65,21 @@ def test_the_loss_of_each_family_stays_what_it_was(digits, double, family):
         GOLDEN.write_text(json.dumps(golden | {family: found}, indent=1) + "\n")
         return
     assert found == pytest.approx(golden[family], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["gaussian", "bernoulli"])
+def test_the_losses_of_results_version_1_were_those_of_its_noise(digits, double, family, monkeypatch):
+    """With what version 1 drew, from torch's generators, the losses are those that it had."""
+
+    def drawn(draw, shape, like, noise):
+        step, seed = noise.key.item() & MASK, (noise.key.item() >> 32) - DOMAIN
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        return draw(shape, generator=generator, dtype=like.dtype)
+
+    monkeypatch.setattr(bernoulli, "uniform", partial(drawn, torch.rand))
+    monkeypatch.setattr(gaussian, "normal", partial(drawn, torch.randn))
+    golden = json.loads(GOLDEN.with_name("golden_losses_version_1.json").read_text())
+    assert losses_of(digits["train"], family) == pytest.approx(golden[family], rel=TOLERANCE)
 
 
 def test_a_change_of_the_loss_by_a_hundred_thousandth_is_seen(digits, double, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from lvssl.latents.noise import keyed
 from lvssl.losses.ntxent import ntxent
 from lvssl.models.device import autocast, precision
 from lvssl.models.network import LVNet
@@ -37,7 +38,7 @@ def gradients(net: LVNet, chunk: int = 0, x: Tensor | None = None) -> dict[str, 
     """Of NT-Xent on both paths, with the latent's noise the same at every call."""
 
     def loss_of(features: Tensor) -> Tensor:
-        outputs = net.heads(features, torch.Generator().manual_seed(5))
+        outputs = net.heads(features, keyed(5, len(features)))
         return ntxent(outputs.projections) + ntxent(outputs.clean_projections)
 
     net.zero_grad()
@@ -153,7 +154,7 @@ def test_precision_follows_the_device():
             features = network().backbone(images())
         assert features.dtype == dtype
     with autocast(EngineSettings(precision="bf16"), CPU):
-        outputs = network().heads(features.bfloat16(), torch.Generator())
+        outputs = network().heads(features.bfloat16(), keyed(0, len(features)))
     assert outputs.parameters.dtype == torch.float32
 
 

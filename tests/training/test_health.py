@@ -9,6 +9,7 @@ import torch
 
 from lvssl.cli import main
 from lvssl.latents import FAMILIES
+from lvssl.latents.noise import keyed
 from lvssl.models.network import LVNet
 from lvssl.runs.progress import read_metrics
 from lvssl.settings.pretrain import PRESETS, LatentSettings, ModelSettings
@@ -19,7 +20,7 @@ from lvssl.training.pretrain import pretrain
 def figures(family: str, change=None) -> dict[str, float]:
     torch.manual_seed(0)
     network = LVNet(ModelSettings("tiny", 16, 8), LatentSettings(family=family), 8)
-    outputs = network(torch.randn(200, 3, 8, 8))
+    outputs = network(torch.randn(200, 3, 8, 8), keyed(0, 200))
     if change is not None:
         outputs = dataclasses.replace(outputs, parameters=change(outputs.parameters.detach()))
     return {name: value.item() for name, value in health(network, outputs).items()}

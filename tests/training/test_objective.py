@@ -7,6 +7,7 @@ import pytest
 import scipy.special
 import torch
 
+from lvssl.latents.noise import keyed
 from lvssl.models.network import LVNet, Outputs
 from lvssl.settings.pretrain import LatentSettings, ModelSettings, PretrainSettings
 from lvssl.training.objective import objective
@@ -19,7 +20,7 @@ def outputs(**latent) -> tuple[Outputs, PretrainSettings]:
     settings.validate()
     torch.manual_seed(0)
     network = LVNet(MODEL, settings.latent, 8)
-    return network(torch.randn(12, 3, 8, 8), torch.Generator().manual_seed(1), 0.5), settings
+    return network(torch.randn(12, 3, 8, 8), keyed(1, 12), 0.5), settings
 
 
 def info_nce(u: torch.Tensor, decoupled: bool = False) -> torch.Tensor:
@@ -109,7 +110,7 @@ def test_the_conditional_entropy_bottleneck(family):
         (d / 2 - 1) * math.log(x) - d / 2 * math.log(2 * math.pi) - math.log(b) - x
         for x, b in zip([k, *posterior.kappa.tolist()], bessel)
     ]
-    z = posterior.sample(20_000, torch.Generator().manual_seed(2)).detach().double()
+    z = posterior.sample(20_000, keyed(2, 12)).detach().double()
     cosine = (z * mu).sum(2)
     if family == "vmf":
         log_e = torch.tensor(log_c[1:]).double() + posterior.kappa.detach() * cosine

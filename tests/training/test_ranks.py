@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from lvssl.latents.noise import keyed
 from lvssl.losses.ntxent import ntxent
 from lvssl.models import device as devices
 from lvssl.models.backbone import build_backbone
@@ -148,7 +149,7 @@ def averaged(rank: int) -> dict[str, Any]:
         gradients.backward(
             net.backbone,
             images,
-            lambda h: ntxent(net.heads(h).projections),
+            lambda h: ntxent(net.heads(h, keyed(0, len(h))).projections),
             nullcontext,
             chunk,
             averaging=averaging,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lvssl.evaluation.reading import read
+from lvssl.latents.noise import keyed
 from lvssl.models.network import LVNet
 from lvssl.settings.pretrain import LatentSettings, ModelSettings
 from lvssl.training.supervised import represent
@@ -21,10 +22,8 @@ def test_stages_and_analyses_draw_at_the_runs_temperature(family, relaxation):
     images = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
         _, posterior = network.encode(images)
-        wanted, default = (
-            posterior.sample(3, torch.Generator().manual_seed(5), *t) for t in ((relaxation,), ())
-        )
-        found = represent(network, images, "latent", True, torch.Generator().manual_seed(5))
+        wanted, default = (posterior.sample(3, keyed(5, 4), *t) for t in ((relaxation,), ()))
+        found = represent(network, images, "latent", keyed(5, 4))
     assert not torch.allclose(wanted, default)
     assert torch.allclose(found, wanted.mean(0))
     assert torch.allclose(torch.from_numpy(read(network, images, VIEW, samples=3, seed=5).samples), wanted)
