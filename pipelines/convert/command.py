@@ -33,7 +33,7 @@ import os
 import re
 import signal
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from pipelines.convert.conversion import Settings, convert, part_path
