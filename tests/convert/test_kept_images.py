@@ -69,7 +69,7 @@ def test_it_is_kept_in_training_and_evaluation(folder):
 def test_commands_take_the_option(folder, tmp_path, capsys):
     (folder / "b/2.jpg").unlink()
     run, codes = str(tmp_path / "run"), str(tmp_path / "x.codes")
-    options = "--epochs 1 --batch-size 3 --backbone tiny --resolution 16 --device cpu".split()
+    options = ["--epochs", "1", "--batch-size", "3", "--backbone", "tiny", "--resolution", "16"]
     assert lvssl(["pretrain", "--data", str(folder), "--out", str(tmp_path / "strict"), *options]) == 2
     assert "a/0.jpg, can't be decoded" in capsys.readouterr().err
     assert lvssl(["pretrain", "--data", str(folder), "--out", run, "--on-error", "keep", *options]) == 0
