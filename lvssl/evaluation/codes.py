@@ -208,7 +208,7 @@ def encode(settings: EncodeSettings) -> Path:
         means=width_of_means(run) if settings.means else 0,
         uncertainty=encoder.density is not None,
         quantiser={"code": encoder.code, "sha256": quantiser.digest} if quantiser else None,
-        source=identity(encoder, settings, names, skip),
+        source=identity(encoder, settings.images, names, skip),
     )
     with writer:
         first = writer.position
@@ -510,16 +510,16 @@ def names_of(source: Reader, path: Path) -> list[str]:
     return [str(i) for i in range(len(source))]
 
 
-def identity(encoder: Encoder, settings: EncodeSettings, names: list[str], skip: bool) -> str:
+def identity(encoder: Encoder, images: Path, names: list[str], skip: bool) -> str:
     """Another one wherever the same position may mean another code or another uncertainty."""
     digest, run = hashlib.sha256(), encoder.run
     view = beyond_defaults(run.settings.view)
     file = None
-    if settings.images.is_file():
-        stat = settings.images.stat()
+    if images.is_file():
+        stat = images.stat()
         file = [stat.st_size, stat.st_mtime_ns]
     fitted = [part and part.digest for part in (encoder.quantiser, encoder.density)]
-    told = [str(settings.images.resolve()), view, skip, file, run.arithmetic, encoder.bits, fitted]
+    told = [str(images.resolve()), view, skip, file, run.arithmetic, encoder.bits, fitted]
     digest.update(json.dumps(told, sort_keys=True).encode())
     for name in names:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
