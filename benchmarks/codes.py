@@ -23,7 +23,7 @@ from lvssl.cli import guarded
 from lvssl.codes.index import Index, nearest_rows
 from lvssl.codes.quantiser import FITS, Quantiser, standardised
 from lvssl.evaluation.density import fit_density
-from lvssl.evaluation.fitted import SAMPLE, training_sample
+from lvssl.evaluation.fitted import SAMPLE, TrainingImages
 from lvssl.evaluation.quantisers import own_bits
 from lvssl.runs.run import load_run, versions
 from pipelines.cores import cores
@@ -56,10 +56,12 @@ def main(arguments: list[str]) -> None:
 def measured(folder: Path, test: Path, limit: int) -> list[dict[str, Any]]:
     run = load_run(folder, torch.device("cpu"))
     kinds = ("features", "locations")
-    train = dict(zip(kinds, training_sample(run, kinds=kinds, limit=limit)))
+    images = TrainingImages(run, limit=limit)
+    train = {kind: images.sample(kind) for kind in kinds}
     source = open_reader(run.settings.data)
     labels = source.labels[np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int))]
-    queries = dict(zip(kinds, training_sample(run, test, kinds, limit=QUERIES)))
+    images = TrainingImages(run, test, limit=QUERIES)
+    queries = {kind: images.sample(kind) for kind in kinds}
     tests = open_reader(test)
     answers = tests.labels[np.unique(np.linspace(0, len(tests) - 1, len(queries["features"])).astype(int))]
     x, mean, scale = standardised(train["features"])

@@ -30,7 +30,7 @@ from lvssl.codes.quantiser import Quantiser
 from lvssl.codes.search import rerank
 from lvssl.codes.writer import CodeWriter
 from lvssl.evaluation.density import Density, density_of, stored_density
-from lvssl.evaluation.fitted import locations
+from lvssl.evaluation.fitted import TrainingImages, locations
 from lvssl.evaluation.quantisers import (
     chosen_code,
     own_bits,
@@ -238,9 +238,9 @@ def fitted_encoder(run: Run, settings: EncodeSettings, code: str, skip: bool) ->
         if code != "bits":
             raise InputError(f"--code {code} is fitted on the training images: leave --no-fit out")
         return Encoder(run, bits)
-    train, workers = settings.train, settings.workers
-    density = density_of(run, train, settings.clusters, workers, skip)
-    return Encoder(run, bits, code, quantiser_of(run, code, bits, train, workers, skip), density)
+    images = TrainingImages(run, settings.train, settings.workers, skip)
+    density = density_of(images, settings.clusters)
+    return Encoder(run, bits, code, quantiser_of(images, code, bits), density)
 
 
 def write_uncertainties(path: Path, codes: CodeFile) -> None:

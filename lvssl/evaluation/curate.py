@@ -27,7 +27,7 @@ from lvssl.codes.search import hamming_distances, hamming_search, staged_search
 from lvssl.codes.writer import CodeWriter
 from lvssl.evaluation.codes import Encoder, created_by, crops_of, every_image, identity, names_of
 from lvssl.evaluation.density import density_of
-from lvssl.evaluation.fitted import locations
+from lvssl.evaluation.fitted import TrainingImages, locations
 from lvssl.evaluation.quantisers import own_bits
 from lvssl.models.backbone import feature_dim
 from lvssl.models.inference import encode
@@ -178,7 +178,7 @@ def embedded(
     """The set's embedding as it stands in `out`, made where it isn't there yet."""
     names, file = names_of(source, path), out / f"{title}.lvcodes"
     skip = run.on_error(settings.on_error) == "skip"
-    density = density_of(run, workers=settings.workers, skip=skip)
+    density = density_of(TrainingImages(run, workers=settings.workers, skip=skip))
     encoder = Encoder(run, own_bits(run), density=density)
     if settings.overwrite or not stands(file, run, names, skip):
         writer = CodeWriter(
