@@ -3,11 +3,11 @@
     python -m benchmarks.codes RUN --test TEST --json FILE     quality, of the run's own training images
     python -m benchmarks.codes --count 1000000 --json FILE     time and memory of made codes
 
-Quality: the first QUERIES test images against at most 50,000 training images, which the quantisers are fitted
-on, too: accuracy of the vote of the 20 nearest, mAP@1000 over the hits, and the share of the 10 nearest by
-standardised features (`features`, not quantised) among a code's 10 nearest. `real`: queries real-valued;
-`code`: queries quantised, too (Hamming distance for bits). Rows of equal distance come in the order of the
-training images.
+Quality: 2,000 test images against --limit training images, which the quantisers are fitted on, too, both
+evenly spread over their sets: accuracy of the vote of the 20 nearest, mAP@1000 over the hits, and the share
+of the 10 nearest by standardised features (`features`, not quantised) among a code's 10 nearest. `real`:
+queries real-valued; `code`: queries quantised, too (Hamming distance for bits). Rows of equal distance come
+in the order of the training images.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from lvssl.cli import guarded
 from lvssl.codes.index import Index, nearest_rows
 from lvssl.codes.quantiser import FITS, Quantiser, standardised
 from lvssl.evaluation.density import fit_density
-from lvssl.evaluation.fitted import SAMPLE, training_sample
+from lvssl.evaluation.fitted import SAMPLE, TrainingImages
 from lvssl.evaluation.quantisers import own_bits
 from lvssl.runs.run import load_run, versions
 from pipelines.cores import cores
@@ -41,24 +41,27 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("--test", type=Path)
-    parser.add_argument("--count", type=int, default=0)
+    parser.add_argument("--limit", type=int, default=10_000, help="training images")
+    parser.add_argument("--count", type=int, default=0, help="made codes instead")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     if bool(options.count) == bool(options.run and options.test):
         raise InputError("name a run and --test, or --count")
-    rows = made(options.count) if options.count else measured(options.run, options.test)
+    rows = made(options.count) if options.count else measured(options.run, options.test, options.limit)
     if options.json:
         about = {"command": "python -m benchmarks.codes " + " ".join(arguments), "cores": cores()}
         write_json(options.json, about | {"versions": versions(), "rows": rows})
 
 
-def measured(folder: Path, test: Path) -> list[dict[str, Any]]:
+def measured(folder: Path, test: Path, limit: int) -> list[dict[str, Any]]:
     run = load_run(folder, torch.device("cpu"))
     kinds = ("features", "locations")
-    train = dict(zip(kinds, training_sample(run, kinds=kinds)))
+    images = TrainingImages(run, limit=limit)
+    train = {kind: images.sample(kind) for kind in kinds}
     source = open_reader(run.settings.data)
-    labels = source.labels[np.unique(np.linspace(0, len(source) - 1, min(SAMPLE, len(source))).astype(int))]
-    queries = dict(zip(kinds, training_sample(run, test, kinds, limit=QUERIES)))
+    labels = source.labels[np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int))]
+    images = TrainingImages(run, test, limit=QUERIES)
+    queries = {kind: images.sample(kind) for kind in kinds}
     tests = open_reader(test)
     answers = tests.labels[np.unique(np.linspace(0, len(tests) - 1, len(queries["features"])).astype(int))]
     x, mean, scale = standardised(train["features"])

@@ -240,6 +240,19 @@ def search(arguments: list[str]) -> None:
     print_found(run(settings))
 
 
+def curate(arguments: list[str]) -> None:
+    from lvssl.evaluation.curate import CurateSettings
+    from lvssl.evaluation.curate import curate as run
+    from lvssl.report.curate import write_curation
+
+    settings = parse(CurateSettings, arguments, "curate")
+    found, out = run(settings), settings.out or settings.run / "curate"
+    for name, (_, lines) in found.tables.items():
+        print(f"{out / name}.csv: {len(lines):,} rows")
+    title = f"{(settings.train or found.run.settings.data).name} by {settings.run.resolve().name}"
+    print(write_curation(out / "curate.html", title, found.tables, found.shown, found.picture))
+
+
 def report(arguments: list[str]) -> None:
     import tyro
 
@@ -440,6 +453,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "compression": ("accuracy against bits stored, beside equal-bit controls", compression),
     "encode": ("packed codes and an uncertainty of every image of a set", encode),
     "search": ("find the nearest images of queries by their codes", search),
+    "curate": ("near-duplicates, outliers, doubtful labels and a diverse subset of a set", curate),
     "report": ("one HTML page of a run", report),
     "export": ("the encoder for torchvision, timm, torch.hub and ONNX", export),
     "presets": ("list the presets, print one, or compare two", presets),

@@ -87,7 +87,7 @@ def test_codes_are_written_found_again_and_tied_to_their_checkpoint(trained, tmp
     arguments = ["search", str(lv), "--query", str(query), "--codes", str(out), "--k", "3"]
     assert main(arguments) == 0
     found = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert len(found) == 3 and found[0] == ["0", "sub/01.png"]
+    assert len(found) == 5 and found[0][1] == "(uncertainty" and found[2][-1] == "sub/01.png"
     one_line_error(
         capsys, ["search", control, "--query", query, "--codes", out], "codes.lvcodes", "checkpoint"
     )

@@ -35,7 +35,7 @@ def test_a_chain_of_commands(name, tmp_path, capsys):
     assert "48 codes" in done("encode", run, "--images", train)
     assert "12 queries" in done("search", run, "--query", test, "--csv", here / "found.csv")
     picture = next((here / "set" / "test").rglob("*.png"))
-    assert len(done("search", run, "--query", picture, "--k", "3").splitlines()) == 3
+    assert len(done("search", run, "--query", picture, "--k", "3").splitlines()) == 5
     page = Path(done("report", run).strip())
     assert page == run / "report.html" and name.split()[0] in page.read_text()
 

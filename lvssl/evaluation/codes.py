@@ -30,7 +30,7 @@ from lvssl.codes.quantiser import Quantiser
 from lvssl.codes.search import rerank
 from lvssl.codes.writer import CodeWriter
 from lvssl.evaluation.density import Density, density_of, stored_density
-from lvssl.evaluation.fitted import locations
+from lvssl.evaluation.fitted import TrainingImages, locations
 from lvssl.evaluation.quantisers import (
     chosen_code,
     own_bits,
@@ -209,7 +209,7 @@ def encode(settings: EncodeSettings) -> Path:
         means=width_of_means(run) if settings.means else 0,
         uncertainty=encoder.density is not None,
         quantiser={"code": encoder.code, "sha256": quantiser.digest} if quantiser else None,
-        source=identity(encoder, settings, names, on_error),
+        source=identity(encoder, settings.images, names, on_error),
     )
     with writer:
         first = writer.position
@@ -239,9 +239,9 @@ def fitted_encoder(run: Run, settings: EncodeSettings, code: str, on_error: str)
         if code != "bits":
             raise InputError(f"--code {code} is fitted on the training images: leave --no-fit out")
         return Encoder(run, bits)
-    train, workers = settings.train, settings.workers
-    density = density_of(run, train, settings.clusters, workers, on_error)
-    return Encoder(run, bits, code, quantiser_of(run, code, bits, train, workers, on_error), density)
+    images = TrainingImages(run, settings.train, settings.workers, on_error)
+    density = density_of(images, settings.clusters)
+    return Encoder(run, bits, code, quantiser_of(images, code, bits), density)
 
 
 def write_uncertainties(path: Path, codes: CodeFile) -> None:
@@ -515,16 +515,16 @@ def names_of(source: Reader, path: Path) -> list[str]:
     return [str(i) for i in range(len(source))]
 
 
-def identity(encoder: Encoder, settings: EncodeSettings, names: list[str], on_error: str) -> str:
+def identity(encoder: Encoder, images: Path, names: list[str], on_error: str) -> str:
     """Another one wherever the same position may mean another code or another uncertainty."""
     digest, run = hashlib.sha256(), encoder.run
     view = beyond_defaults(run.settings.view)
     file = None
-    if settings.images.is_file():
-        stat = settings.images.stat()
+    if images.is_file():
+        stat = images.stat()
         file = [stat.st_size, stat.st_mtime_ns]
     fitted = [part and part.digest for part in (encoder.quantiser, encoder.density)]
-    told = [str(settings.images.resolve()), view, on_error, file, run.arithmetic, encoder.bits, fitted]
+    told = [str(images.resolve()), view, on_error, file, run.arithmetic, encoder.bits, fitted]
     digest.update(json.dumps(told, sort_keys=True).encode())
     for name in names:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")

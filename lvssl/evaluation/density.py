@@ -15,12 +15,11 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 from scipy.special import logsumexp
 
-from lvssl.evaluation.fitted import keep, kept, training_sample
+from lvssl.evaluation.fitted import TrainingImages, keep, kept
 from lvssl.runs.run import Run
 from pipelines.errors import InputError
 
@@ -86,9 +85,7 @@ def fit_density(sample: np.ndarray, clusters: int = 1, seed: int = 0) -> Density
     )
 
 
-def density_of(
-    run: Run, train: Path | None = None, clusters: int = 1, workers: int = 0, on_error: str = "raise"
-) -> Density:
+def density_of(images: TrainingImages, clusters: int = 1) -> Density:
     """The run's density as RUN/density.safetensors has it; fitted and written there if it isn't there yet, or
     is of another checkpoint, of other images or of another number of clusters.
 
@@ -96,11 +93,12 @@ def density_of(
     """
     if clusters < 1:
         raise InputError(f"--clusters must be at least 1, got {clusters}")
+    run = images.run
     path = run.folder / FILE
-    about = {"train": (train or run.settings.data).resolve(), "clusters": clusters}
+    about = {"train": images.path.resolve(), "clusters": clusters}
     if arrays := kept(path, run, about):
         return Density(**arrays)
-    (sample,) = training_sample(run, train, workers=workers, on_error=on_error)
+    sample = images.sample("locations")
     if len(sample) < clusters:
         raise InputError(f"--clusters {clusters} needs as many training images; there are {len(sample)}")
     density = fit_density(sample, clusters)

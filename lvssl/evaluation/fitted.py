@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,41 +29,54 @@ def locations(run: Run, part: Encoded) -> Tensor:
     return part.posterior.parameters[:, : run.network.family.location_count(run.network.dim)]
 
 
-def training_sample(
-    run: Run,
-    train: Path | None = None,
-    kinds: Sequence[str] = ("locations",),
-    *,
-    workers: int = 0,
-    on_error: str = "raise",
-    limit: int = SAMPLE,
-) -> list[np.ndarray]:
-    """For each of `kinds`, "locations" or "features", float32 [M, L] of M <= `limit` training images, which
-    lie evenly over the set: it may be sorted by class. Read batch by batch.
+@dataclass(frozen=True)
+class TrainingImages:
+    """A run's training images, or others in their place, as what is fitted reads them: once."""
 
-    Raises InputError: no such images, a damaged one, with on_error="raise", or fewer than two.
-    """
-    path = train or run.settings.data
-    try:
-        source = open_reader(path)
-    except InputError as error:
-        raise InputError(f"{error} (the density and the quantiser are fitted on the training images: "
-                         "name them with --train, or pass --no-fit)") from error  # fmt: skip
-    say_notes(source)
-    rows = np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(np.int64))
-    parts: list[list[np.ndarray]] = [[] for _ in kinds]
-    view = run.settings.view
-    batches = readable(source, view, workers, on_error, rows, title="fit on the training images")
-    try:
-        for part in encode(run.network, batches, view):
-            found = {"features": part.features, "locations": locations(run, part)}
-            for kind, of_kind in zip(kinds, parts):
-                of_kind.append(found[kind].float().cpu().numpy())
-    except DamagedSample as sample:
-        raise InputError(f"{path}: {sample}; --on-error skip leaves such images out") from None
-    if sum(len(part) for part in parts[0]) < 2:
-        raise InputError(f"{path}: at least two training images are needed to fit on")
-    return [np.concatenate(of_kind) for of_kind in parts]
+    run: Run
+    train: Path | None = None
+    workers: int = 0
+    on_error: str = "raise"  # of an image that can't be decoded
+    limit: int = SAMPLE
+
+    @property
+    def path(self) -> Path:
+        return self.train or self.run.settings.data
+
+    def sample(self, kind: str) -> np.ndarray:
+        """Of M <= `limit` images the `kind`, "locations" or "features", float32 [M, L]. They lie evenly over
+        the set, which may be sorted by class.
+
+        Raises InputError: no such images, a damaged one, with on_error="raise", or fewer than two.
+        """
+        return self._read[kind]
+
+    @cached_property
+    def _read(self) -> dict[str, np.ndarray]:
+        run = self.run
+        try:
+            source = open_reader(self.path)
+        except InputError as error:
+            raise InputError(
+                f"{error} (density and quantiser are fitted on the training images: name them with --train, "
+                "or pass --no-fit)"
+            ) from error
+        say_notes(source)
+        rows = np.unique(np.linspace(0, len(source) - 1, min(self.limit, len(source))).astype(np.int64))
+        view = run.settings.view
+        batches = readable(
+            source, view, self.workers, self.on_error, rows, title="fit on the training images"
+        )
+        features, where = [], []
+        try:
+            for part in encode(run.network, batches, view):
+                features.append(part.features.float().cpu().numpy())
+                where.append(locations(run, part).float().cpu().numpy())
+        except DamagedSample as sample:
+            raise InputError(f"{self.path}: {sample}; --on-error skip leaves such images out") from None
+        if sum(map(len, features)) < 2:
+            raise InputError(f"{self.path}: at least two training images are needed to fit on")
+        return {"features": np.concatenate(features), "locations": np.concatenate(where)}
 
 
 def keep(path: Path, arrays: dict[str, np.ndarray], run: Run, about: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lvssl.codes.file import CodeFile, CodeFileError
 from lvssl.codes.quantiser import FITS, Quantiser
-from lvssl.evaluation.fitted import keep, kept, training_sample
+from lvssl.evaluation.fitted import TrainingImages, keep, kept
 from lvssl.models.backbone import feature_dim
 from lvssl.runs.run import Run
 from lvssl.settings.pretrain import choice
@@ -66,25 +66,23 @@ def require_faiss(option: str) -> None:
         raise InputError(f"{option} needs faiss: pip install 'lvssl[faiss]'")
 
 
-def quantiser_of(
-    run: Run, code: str, bits: int, train: Path | None = None, workers: int = 0, on_error: str = "raise"
-) -> Quantiser | None:
+def quantiser_of(images: TrainingImages, code: str, bits: int) -> Quantiser | None:
     """The run's quantiser as it stands in its folder; fitted and written there if it isn't there yet, or is
     of another checkpoint or of other images. None for a run's own code whose bits are no signs.
 
     Raises InputError: training images that can't be read, or too few of them.
     """
+    run = images.run
     family = run.network.family
     if code == "bits" and (
         not (family.signs or not family.stochastic) or own_bits(run) != family.location_count(run.network.dim)
     ):
         return None
     path = quantiser_path(run, code, bits)
-    about = {"code": code, "bits": bits, "train": (train or run.settings.data).resolve()}
+    about = {"code": code, "bits": bits, "train": images.path.resolve()}
     if arrays := kept(path, run, about):
         return Quantiser(**arrays)
-    kind = "locations" if code == "bits" else "features"
-    (sample,) = training_sample(run, train, (kind,), workers=workers, on_error=on_error)
+    sample = images.sample("locations" if code == "bits" else "features")
     try:
         quantiser = FITS[code](sample, bits)
     except ValueError as error:

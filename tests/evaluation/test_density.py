@@ -8,7 +8,7 @@ from scipy.stats import multivariate_normal
 from sklearn.covariance import LedoitWolf
 
 from lvssl.evaluation.density import Density, density_of, fit_density
-from lvssl.evaluation.fitted import training_sample
+from lvssl.evaluation.fitted import TrainingImages
 from lvssl.runs.run import load_run
 from pipelines.errors import InputError
 
@@ -61,34 +61,34 @@ def test_it_is_fitted_on_the_training_images_once_and_kept_with_the_run(which, r
     folder = request.getfixturevalue(which)
     run, path = load_run(folder, torch.device("cpu")), folder / "density.safetensors"
     path.unlink(missing_ok=True)
-    (sample,) = training_sample(run)
-    first = density_of(run)
+    sample = TrainingImages(run).sample("locations")
+    first = density_of(TrainingImages(run))
     assert np.array_equal(first(sample), fit_density(sample)(sample))
     written = path.read_bytes()
-    again = density_of(load_run(folder, torch.device("cpu")))
+    again = density_of(TrainingImages(load_run(folder, torch.device("cpu"))))
     assert path.read_bytes() == written and np.array_equal(again(sample), first(sample))
     foreign = np.random.default_rng(0).permuted(sample, axis=0)  # each number as usual, their company not
     assert first(foreign).mean() > first(sample).mean() + 5
-    density_of(run, clusters=3)
+    density_of(TrainingImages(run), clusters=3)
     assert path.read_bytes() != written
     path.write_bytes(written[:100])
     with pytest.raises(InputError, match=r"density.safetensors: can't be read .* remove it"):
-        density_of(run)
+        density_of(TrainingImages(run))
     path.unlink()
 
 
 def test_training_images_that_are_not_there_are_one_line(run, tmp_path):
     loaded = load_run(run, torch.device("cpu"))
     with pytest.raises(InputError, match=r"gone.beton.*--train.*--no-fit"):
-        density_of(loaded, tmp_path / "gone.beton")
+        density_of(TrainingImages(loaded, tmp_path / "gone.beton"))
     with pytest.raises(InputError, match="--clusters must be at least 1"):
-        density_of(loaded, clusters=0)
+        density_of(TrainingImages(loaded), clusters=0)
 
 
 def test_a_sample_read_in_batches_is_the_whole_one_and_lies_evenly_over_the_set(run):
     loaded = load_run(run, torch.device("cpu"))
-    whole, features = training_sample(loaded, kinds=("locations", "features"))
-    (few,) = training_sample(loaded, limit=100)
+    whole, features = (TrainingImages(loaded).sample(kind) for kind in ("locations", "features"))
+    few = TrainingImages(loaded, limit=100).sample("locations")
     rows = np.linspace(0, len(whole) - 1, 100).astype(int)
     assert len(features) == len(whole) and np.allclose(few, whole[rows], rtol=1e-4, atol=1e-4)
     assert isinstance(fit_density(few), Density)

@@ -1,7 +1,6 @@
 """`lvssl encode` and `lvssl search` with an untrained network: folders, betons, batches, reranking, kills."""
 
 import csv
-import dataclasses
 import os
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from lvssl.codes.file import CodeFileError, open_codes, open_means, open_uncerta
 from lvssl.codes.search import hamming_distances
 from lvssl.evaluation.codes import Searcher, SearchSettings, codes_of, search
 from lvssl.evaluation.embedding import Embedding, embed
-from lvssl.evaluation.fitted import training_sample
+from lvssl.evaluation.fitted import TrainingImages
 from lvssl.evaluation.knn import weighted_knn
 from lvssl.evaluation.quantisers import stored_quantiser
 from lvssl.runs.run import Run, load_run
@@ -180,10 +179,9 @@ def test_every_image_gets_its_uncertainty_without_labels(which, request, picture
     assert lvssl("encode", folder, "--images", pictures, "--out", out, "--csv", table) == 0
     loaded, codes = load_run(folder), open_codes(out)
     embedded = in_memory(folder, ImageReader(pictures, labelled=False))
-    mean, scale = (f(training_sample(loaded, kinds=("features",))[0], axis=0) for f in (np.mean, np.std))
-    covariance = (
-        LedoitWolf().fit((training_sample(loaded, kinds=("features",))[0] - mean) / scale).covariance_
-    )
+    train = TrainingImages(loaded).sample("features")
+    mean, scale = train.mean(axis=0), train.std(axis=0)
+    covariance = LedoitWolf().fit((train - mean) / scale).covariance_
     x = (embedded.features - mean) / scale
     distance = np.einsum("nd,de,ne->n", x, np.linalg.inv(covariance), x)
     found = np.asarray(open_uncertainty(codes))
@@ -212,7 +210,7 @@ def test_real_valued_queries_find_the_nearest_of_what_codes_stand_for(options, r
     kind = "features" if codes.quantiser["code"] != "bits" else "locations"
     assert codes.bits == (options[1] if options else codes_bits(loaded))
     source = ImageReader(pictures, labelled=False)
-    (values,) = training_sample(replaced(loaded, pictures), kinds=(kind,))
+    values = TrainingImages(loaded, pictures).sample(kind)
     exact = np.square(quantiser.project(values)[:, None] - quantiser.decode(codes.rows)[None]).sum(axis=2)
     for i, (query, found) in enumerate(search(SearchSettings(run, pictures, codes=out, k=5))):
         assert query.name == source.names[i]
@@ -224,11 +222,6 @@ def test_real_valued_queries_find_the_nearest_of_what_codes_stand_for(options, r
 
 def codes_bits(loaded: Run) -> int:
     return loaded.network.family.code_bits(loaded.network.dim)
-
-
-def replaced(loaded: Run, data: Path) -> Run:
-    """The same run, trained on other images: so that these are what `training_sample` reads."""
-    return dataclasses.replace(loaded, settings=dataclasses.replace(loaded.settings, data=data))
 
 
 def test_without_the_training_images_there_is_one_line_and_a_way_on(run, pictures, tmp_path, capsys):

@@ -1,0 +1,143 @@
+"""`lvssl curate`: planted duplicates, foreign images and swapped labels are found; kills, bad input."""
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from lvssl.cli import main
+from lvssl.codes.search import hamming_distances
+from lvssl.evaluation.curate import diverse
+
+CIFAR = Path("/work/shared/data/cifar10-jpeg/train-00000-of-00001.parquet")
+
+
+def lvssl(*arguments: object) -> int:
+    return main([str(a) for a in arguments])
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def save(folder: Path, name: str, image: np.ndarray) -> str:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+    return name
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> tuple[Path, Path]:
+    """Training images of two classes, with an exact and a mirrored copy, and noise; test images of which one
+    is a training image."""
+    folder, random = tmp_path_factory.mktemp("planted"), np.random.default_rng(0)
+    images = random.integers(0, 256, (60, 4, 4, 3), dtype=np.uint8)
+    images = [np.asarray(Image.fromarray(image).resize((16, 16))) for image in images]
+    for i, image in enumerate(images[:50]):
+        save(folder, f"train/{i % 2}/{i:02d}.png", image)
+    save(folder, "train/0/exact.png", images[6])
+    save(folder, "train/1/mirrored.png", np.ascontiguousarray(images[9][:, ::-1]))
+    for i, image in enumerate(images[50:]):
+        save(folder, f"test/{i % 2}/{i}.png", image)
+    save(folder, "test/0/leak.png", np.ascontiguousarray(images[20][:, ::-1]))
+    return folder / "train", folder / "test"
+
+
+def test_planted_copies_are_found_within_and_between_sets(run, planted, tmp_path, capsys):
+    train, test = planted
+    arguments = ["curate", run, "--train", train, "--test", test, "--out", tmp_path / "c", "--cosine", 0.999]
+    assert lvssl(*arguments, "--subset", 5) == 0
+    pairs = {
+        (r["set"], r["name"], r["other_set"], r["other_name"]) for r in read(tmp_path / "c/duplicates.csv")
+    }
+    assert pairs == {
+        ("train", "0/06.png", "train", "0/exact.png"),
+        ("train", "1/09.png", "train", "1/mirrored.png"),
+        ("test", "0/leak.png", "train", "0/20.png"),
+    }
+    scores = [float(row["uncertainty"]) for row in read(tmp_path / "c/outliers.csv")]
+    assert len(scores) == 63 and scores == sorted(scores, reverse=True)
+    assert len({row["name"] for row in read(tmp_path / "c/subset.csv")}) == 5
+    labels = read(tmp_path / "c/labels.csv")
+    assert labels and all(row["class"] != row["neighbours_class"] for row in labels)
+    page = (tmp_path / "c/curate.html").read_text()
+    assert page.count("data:image/png") > 100 and "leak.png" in page and "://" not in page
+    before = (tmp_path / "c/train.lvcodes").stat().st_mtime_ns
+    assert lvssl(*arguments) == 0  # what is embedded isn't embedded again
+    assert (tmp_path / "c/train.lvcodes").stat().st_mtime_ns == before
+    assert lvssl(*arguments, "--overwrite") == 0
+    assert (tmp_path / "c/train.lvcodes").stat().st_mtime_ns != before
+
+
+def test_a_folder_without_classes_and_with_a_damaged_image(run, planted, tmp_path, capsys):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted(planted[0].rglob("*.png"))[:12]):
+        (flat / f"{i}.png").write_bytes(path.read_bytes() if i != 3 else b"\x89PNG broken")
+    arguments = ["curate", run, "--train", flat, "--out", tmp_path / "c"]
+    assert lvssl(*arguments) == 2 and "3.png" in capsys.readouterr().err
+    assert lvssl(*arguments, "--on-error", "skip") == 0
+    assert not (tmp_path / "c/labels.csv").exists()
+    assert len(read(tmp_path / "c/subset.csv")) == 11
+
+
+def test_bad_settings_are_one_line(run, planted, tmp_path, capsys):
+    for options, message in [
+        (["--cosine", 0], "--cosine must be in (0, 1], got 0"),
+        (["--subset", -1], "--subset must be at least 0, got -1"),
+        (["--train", tmp_path / "gone"], "gone"),
+        (["--out", tmp_path / "no" / "c"], "no such folder to make c in"),
+    ]:
+        assert lvssl("curate", run, "--train", planted[0], *options) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_diverse_subset_is_farthest_first():
+    codes = np.random.default_rng(0).integers(0, 256, (200, 4), dtype=np.uint8)
+    chosen, distances = diverse(codes, 20), hamming_distances(codes, codes)
+    assert chosen[0] == 0
+    for n in range(1, 20):
+        nearest = distances[:, chosen[:n]].min(axis=1)
+        assert nearest[chosen[n]] == nearest.max()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CIFAR.exists(), reason="CIFAR-10's JPEG copy isn't there")
+def test_re_encoded_and_mirrored_copies_of_photographs(tmp_path, capsys):
+    """5,000 images, 100 of them again at JPEG quality 50, 100 mirrored and re-encoded; 100 labels swapped."""
+    table = pq.read_table(CIFAR).slice(0, 5000).to_pydict()
+    random, truth = np.random.default_rng(0), set()
+    chosen = random.permutation(5000)
+    swapped = set(chosen[200:300].tolist())
+    for i, (image, label) in enumerate(zip(table["image"], table["label"])):
+        where = (label + 1 + i % 9) % 10 if i in swapped else label
+        path = tmp_path / "set" / str(where) / f"{i:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image["bytes"])
+        if i in set(chosen[:200].tolist()):
+            pixels = np.asarray(Image.open(io.BytesIO(image["bytes"])).convert("RGB"))
+            mirrored = i in set(chosen[100:200].tolist())
+            again = Image.fromarray(np.ascontiguousarray(pixels[:, ::-1]) if mirrored else pixels)
+            again.save(path.with_name(f"{i:05d}-copy.jpg"), quality=50)
+            truth.add(f"{where}/{i:05d}")
+    run = tmp_path / "run"
+    assert lvssl("pretrain", "--preset", "cifar10-small", "--data", tmp_path / "set", "--source", "folder",
+                 "--epochs", 1, "--family", "none", "--out", run) == 0  # fmt: skip
+    assert lvssl("curate", run) == 0
+    pairs = read(run / "curate/duplicates.csv")
+    found = {r["name"].removesuffix(".jpg").removesuffix("-copy") for r in pairs
+             if r["name"].removesuffix(".jpg") + "-copy.jpg" == r["other_name"]
+             or r["other_name"].removesuffix(".jpg") + "-copy.jpg" == r["name"]}  # fmt: skip
+    recall, precision = len(found & truth) / len(truth), len(found) / len(pairs)
+    labels = [row["name"] for row in read(run / "curate/labels.csv")][:500]
+    hits = sum(int(Path(name).stem.split("-")[0]) in swapped for name in labels)
+    with capsys.disabled():
+        print(f"recall {recall:.3f}, precision {precision:.3f}, swapped labels among the first 500: {hits}")
+    assert recall >= 0.95 and precision >= 0.95
+    assert hits > 2 * 500 * len(swapped) / 5200  # twice what chance would give
