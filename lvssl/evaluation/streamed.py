@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvssl.evaluation.probe import ProbeResult
+from lvssl.evaluation.probe import ProbeResult, linear_probe
 from lvssl.runs.progress import with_progress
 from pipelines.errors import InputError
 from pipelines.kernels.pack import unpack_bits
@@ -112,6 +112,17 @@ def streamed_probe(
     predictions = classes[probabilities.argmax(axis=1)]
     accuracy = round(100 * float((predictions == test_y).mean()), 4)
     return ProbeResult(accuracy, STRENGTHS[best], classes, predictions, probabilities)
+
+
+def probed(
+    probe: str, x: Rows, y: np.ndarray, test_x: Rows, test_y: np.ndarray, seed: int, device: torch.device
+) -> tuple[ProbeResult, dict[str, Any]]:
+    """The probe `streamed`, on the device, or `logistic`; and what a result says of it."""
+    if probe == "streamed":
+        found = streamed_probe(x, y, test_x, test_y, seed=seed, device=device, title="linear: streamed probe")
+        return found, {"regularisation": found.regularisation, "protocol": PROTOCOL}
+    found = linear_probe(x[:], y, test_x[:], test_y, seed=seed, title="linear: fits of the probe")
+    return found, {"regularisation": found.regularisation}
 
 
 def standardisation(x: Rows) -> tuple[Tensor, Tensor]:
