@@ -91,11 +91,11 @@ def streamed_probe(
     for step, rows in enumerate(batches):
         for group in optimiser.param_groups:
             group["lr"] = LR * 0.5 * (1 + math.cos(math.pi * step / steps))
-        answers = torch.from_numpy(y[rows]).to(device)[:, None].expand(-1, len(STRENGTHS))
-        entropies = torch.nn.functional.cross_entropy(
-            logits(train_x, rows).transpose(1, 2), answers, reduction="none"
+        answers = torch.from_numpy(y[rows]).to(device).repeat_interleave(len(STRENGTHS))
+        entropy = torch.nn.functional.cross_entropy(
+            logits(train_x, rows).flatten(0, 1), answers, reduction="sum"
         )
-        loss = entropies.mean(dim=0).sum() + (strengths / 2 * weight.square().sum(dim=(0, 2))).sum()
+        loss = entropy / len(rows) + (strengths / 2 * weight.square().sum(dim=(0, 2))).sum()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
