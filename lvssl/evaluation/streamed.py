@@ -60,13 +60,11 @@ def streamed_probe(
     batch: int = BATCH,
     seed: int = 0,
     device: torch.device | None = None,
-    title: str = "",
 ) -> ProbeResult:
     """As `linear_probe`, of train_x [N, D] and labels int64 [N], in memory that N doesn't change.
 
     Pages of rows are drawn in an order of each epoch's own, by `seed`. `epochs`: 0: EPOCHS, or what STEPS
-    take. `device`: where it is computed; left
-    out: the CPU. `title`: of the progress shown; empty: none. Raises ValueError for values that are not
+    take. `device`: where it is computed; left out: the CPU. Raises ValueError for values that are not
     finite, InputError for labels of one class.
     """
     device = device or torch.device("cpu")
@@ -87,7 +85,7 @@ def streamed_probe(
     in_an_epoch = -(-len(learnt) // (batch // PAGE))
     epochs = epochs or max(EPOCHS, -(-STEPS // in_an_epoch))
     steps = epochs * in_an_epoch
-    batches = with_progress(drawn(learnt, len(y), epochs, batch, seed), title, epochs * len(y), len)
+    batches = with_progress(drawn(learnt, len(y), epochs, batch, seed), "linear probe", epochs * len(y), len)
     for step, rows in enumerate(batches):
         for group in optimiser.param_groups:
             group["lr"] = LR * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -119,7 +117,7 @@ def probed(
 ) -> tuple[ProbeResult, dict[str, Any]]:
     """The probe `streamed`, on the device, or `logistic`; and what a result says of it."""
     if probe == "streamed":
-        found = streamed_probe(x, y, test_x, test_y, seed=seed, device=device, title="linear: streamed probe")
+        found = streamed_probe(x, y, test_x, test_y, seed=seed, device=device)
         return found, {"regularisation": found.regularisation, "protocol": PROTOCOL}
     found = linear_probe(x[:], y, test_x[:], test_y, seed=seed, title="linear: fits of the probe")
     return found, {"regularisation": found.regularisation}
