@@ -149,8 +149,7 @@ def linear(
     """The exact linear probe; of LARGE_SET training images and more the streamed one, on the device."""
     if len(train_y) < LARGE_SET:
         return linear_probe(train[:], train_y, test[:], test_y)
-    title = "evaluate: linear probe"
-    return streamed_probe(train, train_y, test, test_y, device=device, title=title)
+    return streamed_probe(train, train_y, test, test_y, device=device)
 
 
 def protocol(train: Reader) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lvssl.evaluation.embedding import LARGE_SET
 from lvssl.evaluation.knn import OF_LARGE, OF_SMALL, weighted_votes
-from lvssl.evaluation.linear import probed
 from lvssl.evaluation.score import score
 from lvssl.evaluation.stage import Measured, peak_memory_mib
+from lvssl.evaluation.streamed import probed
 from lvssl.models.device import claim, pick_device
 from lvssl.runs.embeddings import Embeddings, open_pair_of_embeddings
 from lvssl.runs.result import ResultFile

@@ -11,10 +11,10 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from lvssl.evaluation.embedding import LARGE_SET, embedded, help_to_embed
-from lvssl.evaluation.probe import ProbeResult, linear_probe, standardise
+from lvssl.evaluation.probe import standardise
 from lvssl.evaluation.score import score
 from lvssl.evaluation.stage import Stage, prepare
-from lvssl.evaluation.streamed import PROTOCOL, Bits, Rows, streamed_probe
+from lvssl.evaluation.streamed import Bits, Rows, probed
 from lvssl.models.inference import infer
 from lvssl.runs.labels import LabelledDataset, readable, say_left_out, split
 from lvssl.runs.run import Run
@@ -113,17 +113,6 @@ def exactly(
     scores = np.zeros((len(test), train.outputs), np.float32)  # a class that doesn't occur keeps 0
     scores[:, found.classes] = found.probabilities
     return torch.from_numpy(scores), test.answers, how
-
-
-def probed(
-    probe: str, x: Rows, y: np.ndarray, test_x: Rows, test_y: np.ndarray, seed: int, device: torch.device
-) -> tuple[ProbeResult, dict[str, Any]]:
-    """The probe `streamed`, on the device, or `logistic`; and what a result says of it."""
-    if probe == "streamed":
-        found = streamed_probe(x, y, test_x, test_y, seed=seed, device=device, title="linear: streamed probe")
-        return found, {"regularisation": found.regularisation, "protocol": PROTOCOL}
-    found = linear_probe(x[:], y, test_x[:], test_y, seed=seed, title="linear: fits of the probe")
-    return found, {"regularisation": found.regularisation}
 
 
 def represented(run: Run, data: LabelledDataset, on: str, workers: int) -> tuple[Rows, LabelledDataset]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvssl.evaluation.probe import ProbeResult
+from lvssl.evaluation.probe import ProbeResult, linear_probe
 from lvssl.runs.progress import with_progress
 from pipelines.errors import InputError
 from pipelines.kernels.pack import unpack_bits
@@ -60,13 +60,11 @@ def streamed_probe(
     batch: int = BATCH,
     seed: int = 0,
     device: torch.device | None = None,
-    title: str = "",
 ) -> ProbeResult:
     """As `linear_probe`, of train_x [N, D] and labels int64 [N], in memory that N doesn't change.
 
     Pages of rows are drawn in an order of each epoch's own, by `seed`. `epochs`: 0: EPOCHS, or what STEPS
-    take. `device`: where it is computed; left
-    out: the CPU. `title`: of the progress shown; empty: none. Raises ValueError for values that are not
+    take. `device`: where it is computed; left out: the CPU. Raises ValueError for values that are not
     finite, InputError for labels of one class.
     """
     device = device or torch.device("cpu")
@@ -87,15 +85,15 @@ def streamed_probe(
     in_an_epoch = -(-len(learnt) // (batch // PAGE))
     epochs = epochs or max(EPOCHS, -(-STEPS // in_an_epoch))
     steps = epochs * in_an_epoch
-    batches = with_progress(drawn(learnt, len(y), epochs, batch, seed), title, epochs * len(y), len)
+    batches = with_progress(drawn(learnt, len(y), epochs, batch, seed), "linear probe", epochs * len(y), len)
     for step, rows in enumerate(batches):
         for group in optimiser.param_groups:
             group["lr"] = LR * 0.5 * (1 + math.cos(math.pi * step / steps))
-        answers = torch.from_numpy(y[rows]).to(device)[:, None].expand(-1, len(STRENGTHS))
-        entropies = torch.nn.functional.cross_entropy(
-            logits(train_x, rows).transpose(1, 2), answers, reduction="none"
+        answers = torch.from_numpy(y[rows]).to(device).repeat_interleave(len(STRENGTHS))
+        entropy = torch.nn.functional.cross_entropy(
+            logits(train_x, rows).flatten(0, 1), answers, reduction="sum"
         )
-        loss = entropies.mean(dim=0).sum() + (strengths / 2 * weight.square().sum(dim=(0, 2))).sum()
+        loss = entropy / len(rows) + (strengths / 2 * weight.square().sum(dim=(0, 2))).sum()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -112,6 +110,17 @@ def streamed_probe(
     predictions = classes[probabilities.argmax(axis=1)]
     accuracy = round(100 * float((predictions == test_y).mean()), 4)
     return ProbeResult(accuracy, STRENGTHS[best], classes, predictions, probabilities)
+
+
+def probed(
+    probe: str, x: Rows, y: np.ndarray, test_x: Rows, test_y: np.ndarray, seed: int, device: torch.device
+) -> tuple[ProbeResult, dict[str, Any]]:
+    """The probe `streamed`, on the device, or `logistic`; and what a result says of it."""
+    if probe == "streamed":
+        found = streamed_probe(x, y, test_x, test_y, seed=seed, device=device)
+        return found, {"regularisation": found.regularisation, "protocol": PROTOCOL}
+    found = linear_probe(x[:], y, test_x[:], test_y, seed=seed, title="linear: fits of the probe")
+    return found, {"regularisation": found.regularisation}
 
 
 def standardisation(x: Rows) -> tuple[Tensor, Tensor]:
