@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from lvssl.latents.noise import keyed
 from lvssl.models.network import LVNet
 from lvssl.runs import checkpoint
 from lvssl.runs.run import create_run
@@ -25,7 +26,7 @@ def untrained(folder: Path, train: Path, family: str) -> Path:
     crops = evaluation_crops(open_reader(train), settings.view, np.arange(500))
     images = torch.from_numpy(crops).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
-        network.train()(images)
+        network.train()(images, keyed(0, len(images)))
         network.eval()
         network.head.calibrate(network.backbone(images))
     checkpoint.save(folder / "checkpoints", 1, {"network": network.state_dict(), "step": 1})
