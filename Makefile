@@ -80,7 +80,7 @@ bundle: install  ## what a machine without network needs beside its torch: OUT=D
 
 docs: EXTRAS := dev,docs
 docs: reference  ## the documentation as a site: build/site/index.html
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "written: build/site/index.html"
 
 reference: install  ## docs/cli.md and docs/python-api.md, from the help and the docstrings

@@ -19,10 +19,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lvssl.codes.file import CodeFile, open_codes, require_checkpoint
 from lvssl.codes.search import hamming_search
 from lvssl.evaluation.codes import (
     Neighbour,
+    Queries,
+    Searcher,
     centre_crop,
     code_path,
     holds_many,
@@ -30,6 +31,8 @@ from lvssl.evaluation.codes import (
     require_arithmetic,
     say_left_out,
 )
+from lvssl.evaluation.density import density_of, stored_density
+from lvssl.evaluation.fitted import locations
 from lvssl.models import inference
 from lvssl.models.inference import BATCH, Batches, device_of
 from lvssl.models.network import LVNet
@@ -72,8 +75,9 @@ class Encoding:
     code: np.ndarray
     """uint8 [N, ceil(bits / 8)], packed: bit d is bit d % 8 of byte d // 8."""
     uncertainty: np.ndarray
-    """float32 [N], grows with the posterior's spread: its entropy in nats for most families, minus the norm
-    of the feature where there is no latent. Comparable within a model alone."""
+    """float32 [N], higher is less certain: minus the log-density in nats that `lvssl encode` or
+    `Model.fit_density` has fitted to the training images; else the posterior's own score, for most families
+    its entropy in nats, minus the norm of the feature where there is no latent."""
     bits: int
     """Length of a code."""
     checkpoint: str
@@ -159,13 +163,16 @@ class Model:
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         choice("on_error", on_error, ON_ERROR)
-        given = opened(self.run, images, batch_size, workers, on_error)
+        given, density = opened(self.run, images, batch_size, workers, on_error), stored_density(self.run)
         features, codes, uncertainty, rows = [], [], [], []
         with tqdm(total=given.total, desc="encode", unit="img", disable=None, leave=False) as bar:
             for part in inference.encode(self.network, given.batches, self.view):
                 features.append(part.features.float().cpu().numpy())
                 codes.append(part.codes())
-                uncertainty.append(part.posterior.uncertainty().float().cpu().numpy())
+                if density is None:
+                    uncertainty.append(part.posterior.uncertainty().float().cpu().numpy())
+                else:
+                    uncertainty.append(density(locations(self.run, part).float().cpu().numpy()))
                 rows += part.rows.tolist()
                 bar.update(len(part.rows))
         if not rows:
@@ -179,16 +186,38 @@ class Model:
             self.run.digest,
         )
 
+    def fit_density(self, train: str | Path | None = None, clusters: int = 1) -> None:
+        """Fit what `encode` takes as uncertainty, as `lvssl encode` does, and keep it with the run.
+
+        Args:
+            train: training images, at most 50,000 of which are used; left out: those of the pretraining.
+            clusters: Gaussians of the density: 1, or a mixture of so many.
+
+        Raises InputError: training images that can't be read, or fewer than clusters.
+
+        >>> model = lvssl.load("run")
+        >>> model.fit_density("photos")
+        >>> model.encode("photos").uncertainty.shape
+        (12,)
+        """
+        density_of(self.run, None if train is None else Path(train), clusters)
+
     def search(
-        self, queries: Images | Encoding, codes: Encoding | str | Path | None = None, k: int = 10
+        self,
+        queries: Images | Encoding,
+        codes: Encoding | str | Path | None = None,
+        k: int = 10,
+        symmetric: bool = False,
     ) -> list[list[Neighbour]]:
-        """The k images whose codes are nearest to each query's, by Hamming distance, nearest first.
+        """The k images whose codes are nearest to each query, nearest first, as `lvssl search` finds them.
 
         Args:
             queries: images, as `encode` takes them, or what it returned.
             codes: where to search: what `encode` returned, or a code file of `lvssl encode`; left out:
                 codes.lvcodes in the run's folder.
             k: neighbours a query; all where there are fewer.
+            symmetric: compare codes with codes, by Hamming distance. Else queries that are images stay
+                real-valued in a code file that allows it, and distances are squared Euclidean ones.
 
         Raises:
             InputError: no such images, k below 1, or codes of another model.
@@ -202,14 +231,22 @@ class Model:
         """
         if k < 1:
             raise InputError(f"k must be at least 1, got {k}")
-        rows, names = self._where(codes, encoded=isinstance(queries, Encoding))
-        asked = queries if isinstance(queries, Encoding) else self.encode(queries)
-        self._require_own(asked)
-        found, distances = hamming_search(asked.code, rows, min(k, len(rows)))
-        return [
-            [Neighbour(names[row], distance) for row, distance in zip(*pair)]
-            for pair in zip(found.tolist(), distances.tolist())
-        ]
+        if isinstance(queries, Encoding):
+            self._require_own(queries)
+        if isinstance(codes, Encoding):
+            self._require_own(codes)
+            asked = queries if isinstance(queries, Encoding) else self.encode(queries)
+            rows, distances = hamming_search(asked.code, codes.code, min(k, len(codes)))
+            pairs = (zip(*pair) for pair in zip(rows.tolist(), distances.tolist()))
+            return [[Neighbour(codes.names[row], distance) for row, distance in pair] for pair in pairs]
+        path = code_path(self.run.folder, None if codes is None else Path(codes))
+        searcher = Searcher(self.run, path, symmetric)
+        if isinstance(queries, Encoding):
+            return searcher.nearest(as_queries(queries), k)
+        require_arithmetic(searcher.codes, self.run)
+        given = opened(self.run, queries)
+        parts = searcher.queries(given.names, given.batches)
+        return [found for part in parts for found in searcher.nearest(part, k)]
 
     def crops(self, images: Images) -> np.ndarray:
         """The centre square of each image, resized to R pixels, before normalisation: uint8 [N, R, R, 3].
@@ -232,19 +269,6 @@ class Model:
         """
         crops = torch.from_numpy(self.crops(images)).to(device_of(self.network))
         return normalise(crops, self.view)
-
-    def _where(self, codes: Encoding | str | Path | None, encoded: bool) -> tuple[np.ndarray, Sequence[str]]:
-        """Packed codes to search among and the names of their images."""
-        if isinstance(codes, Encoding):
-            self._require_own(codes)
-            return codes.code, codes.names
-        index: CodeFile = open_codes(code_path(self.run.folder, None if codes is None else Path(codes)))
-        require_checkpoint(index, self.run.digest)
-        if not encoded:
-            require_arithmetic(index, self.run)
-        if not index.count:
-            raise InputError(f"{index.path}: there are no codes in it to search")
-        return index.rows, index.names
 
     def _require_own(self, encoding: Encoding) -> None:
         if encoding.checkpoint != self.run.digest:
@@ -308,6 +332,12 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> Model:
     """
     train(settings, resume)
     return load(settings.out)
+
+
+def as_queries(encoding: Encoding) -> Queries:
+    """Codes alone, without what only an image has."""
+    nothing = np.empty((len(encoding), 0), np.float32)
+    return Queries(encoding.names, encoding.code, nothing, nothing, encoding.uncertainty.tolist())
 
 
 # ---------------------------------------------------------------------------------------- images

@@ -4,6 +4,7 @@ DIR/model.safetensors   the backbone, under torchvision's names
     head.safetensors    the posterior's head: h -> the latent's parameters
     encoder.onnx        crops uint8 [N, R, R, 3] -> packed codes uint8 [N, bytes], those of `lvssl encode`
     config.json         timm's form (where timm has the architecture), and what `lvssl.load` needs beside it
+    density.safetensors what an uncertainty is computed from, where `lvssl encode` has fitted it
     hubconf.py          for torch.hub.load(DIR, "backbone", source="local")
     README.md           the model card, with the figures that the run's result files hold
 """
@@ -26,6 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tyro.conf import Positional
 
+from lvssl.evaluation.density import FILE as DENSITY
+from lvssl.evaluation.density import stored_density
 from lvssl.evaluation.stage import in_words
 from lvssl.models.backbone import CIFAR_STEM_UP_TO, RESNETS, feature_dim
 from lvssl.models.network import LVNet
@@ -73,6 +76,8 @@ def export(settings: ExportSettings) -> Path:
             save_file(head, aside / "head.safetensors", about)
         (aside / "config.json").write_text(json.dumps(config(run), indent=2) + "\n")
         (aside / "hubconf.py").write_text(hubconf(run))
+        if stored_density(run) is not None:
+            shutil.copyfile(run.folder / DENSITY, aside / DENSITY)
         if settings.onnx:
             write_onnx(network, run.settings.view, aside / "encoder.onnx")
         (aside / "README.md").write_text(card(run, settings))

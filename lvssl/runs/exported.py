@@ -35,6 +35,7 @@ def read_exported(folder: Path) -> Exported:
     try:
         ours = json.loads(path.read_text())["lvssl"]
         settings = PretrainSettings(
+            data=folder / "training-images",  # which an export neither has nor names
             model=from_dict(ModelSettings, ours["model"], f"{path}: model"),
             latent=from_dict(LatentSettings, ours["latent"], f"{path}: latent"),
             view=from_dict(ViewSettings, ours["view"], f"{path}: view"),

@@ -1,5 +1,6 @@
 """The library from Python: the numbers are the commands', whatever form the images come in."""
 
+import csv
 import doctest
 import re
 import subprocess
@@ -14,7 +15,7 @@ import torch
 import lvssl
 from lvssl import api
 from lvssl.cli import main
-from lvssl.codes.file import CodeFileError, open_codes
+from lvssl.codes.file import CodeFileError, open_codes, open_uncertainty
 from lvssl.evaluation.embedding import embed
 from lvssl.runs.run import load_run
 from pipelines.decode import open_reader
@@ -119,21 +120,30 @@ def test_what_is_no_image_is_refused(run, images, named):
         lvssl.load(run).encode(images)
 
 
-def test_search_finds_what_the_command_finds(run, photos, capsys):
-    model = lvssl.load(run)
+def found_by_command(run: Path, query: Path, table: Path, *more: str) -> list[tuple[str, float]]:
+    """(name, distance) of the four nearest."""
+    assert main(["search", str(run), "--query", str(query), "--k", "4", "--csv", str(table), *more]) == 0
+    with open(table, newline="") as file:
+        return [(row["name"], float(row["distance"])) for row in csv.DictReader(file)]
+
+
+def test_search_finds_what_the_command_finds(run, photos, tmp_path):
+    model, query, file = lvssl.load(run), photos / "b/8.jpg", run / "codes.lvcodes"
     assert main(["encode", str(run), "--images", str(photos)]) == 0
-    capsys.readouterr()
-    assert main(["search", str(run), "--query", str(photos / "b/8.jpg"), "--k", "4"]) == 0
-    lines = re.findall(r"(\d+)  (\S+)", capsys.readouterr().out)
-    photographs = model.encode(photos)
-    for codes in (None, run / "codes.lvcodes", photographs):
-        for query in (
-            photos / "b/8.jpg",
-            PIL.Image.open(photos / "b/8.jpg"),
-            model.encode(photos / "b/8.jpg"),
-        ):
-            (found,) = model.search(query, codes, k=4)
-            assert [(str(one.distance), one.name) for one in found] == lines[-4:]
+    assert np.array_equal(model.encode(photos).uncertainty, open_uncertainty(open_codes(file)))
+    real = found_by_command(run, query, tmp_path / "real.csv")
+    hamming = found_by_command(run, query, tmp_path / "hamming.csv", "--symmetric")
+    image, codes, encoded = PIL.Image.open(query), model.encode(query), model.encode(photos)
+
+    def short(found: list[list[lvssl.Neighbour]]) -> list[tuple[str, float]]:
+        return [(one.name, pytest.approx(one.distance, rel=1e-4, abs=1e-4)) for one in found[0]]
+
+    for given in (query, image):
+        assert short(model.search(given, k=4)) == short(model.search(given, file, k=4)) == real
+        assert short(model.search(given, k=4, symmetric=True)) == hamming
+        assert short(model.search(given, encoded, k=4)) == hamming
+    assert short(model.search(codes, k=4)) == short(model.search(codes, encoded, k=4)) == hamming
+    assert real != hamming
     assert len(model.search(photos, k=99)) == len(model.search(photos, k=99)[0]) == 12
 
 
@@ -146,19 +156,25 @@ def test_codes_of_another_model_are_refused(run, photos, tmp_path):
         model.search(other.encode(photos), model.encode(photos))
     with pytest.raises(InputError, match="encode the images with this model"):
         model.search(photos, other.encode(photos))
-    main(["encode", str(other.run.folder), "--images", str(photos)])
+    assert main(["encode", str(other.run.folder), "--images", str(photos)]) == 0
     with pytest.raises(CodeFileError, match="encode the images again"):
         model.search(photos, other.run.folder / "codes.lvcodes")
 
 
 @pytest.mark.parametrize("site", ["repr", "proj"])
-def test_an_export_gives_the_bits_of_its_run(site, photos, tmp_path):
+def test_an_export_gives_the_bits_of_its_run(site, photos, tmp_path, capsys):
     settings = lvssl.preset("digits", data=photos, out=tmp_path / "run", epochs=1, batch_size=6, site=site)
     model = lvssl.pretrain(settings)
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "export"), "--no-onnx"]) == 0
     exported = lvssl.load(tmp_path / "export")
     assert same(exported.encode(photos), model.encode(photos))
-    assert main(["encode", str(tmp_path / "export"), "--images", str(photos)]) == 0
+    model.fit_density()
+    assert not same(exported.encode(photos), model.encode(photos))  # other uncertainties, now
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "again"), "--no-onnx"]) == 0
+    assert same(lvssl.load(tmp_path / "again").encode(photos), model.encode(photos))
+    assert main(["encode", str(tmp_path / "export"), "--images", str(photos)]) == 2
+    assert "--train" in capsys.readouterr().err
+    assert main(["encode", str(tmp_path / "export"), "--images", str(photos), "--no-fit"]) == 0
     assert model.search(photos, tmp_path / "export/codes.lvcodes") == exported.search(photos)
 
 
