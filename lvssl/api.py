@@ -32,7 +32,7 @@ from lvssl.evaluation.codes import (
     say_left_out,
 )
 from lvssl.evaluation.density import density_of, stored_density
-from lvssl.evaluation.fitted import locations
+from lvssl.evaluation.fitted import TrainingImages, locations
 from lvssl.models import inference
 from lvssl.models.inference import BATCH, Batches, device_of
 from lvssl.models.network import LVNet
@@ -200,7 +200,7 @@ class Model:
         >>> model.encode("photos").uncertainty.shape
         (12,)
         """
-        density_of(self.run, None if train is None else Path(train), clusters)
+        density_of(TrainingImages(self.run, None if train is None else Path(train)), clusters)
 
     def search(
         self,
