@@ -75,7 +75,7 @@ class EncodeSettings:
     bits: int = 0
     """Length of the codes; 0: the run's own code."""
     code: str = "auto"
-    """With --bits: auto (what docs/codes.md measures as best at that length), bits (the first of the run's
+    """With --bits: auto (docs/codes.md says which at which length), bits (the first of the run's
     own), opq (product quantisation, needs the extra `faiss`), itq, pca; fitted on the training images by the
     first call and kept in RUN/quantisers."""
     clusters: int = 1

@@ -47,12 +47,12 @@ def chosen_code(run: Run, bits: int, code: str) -> str:
 
 
 def best_code(bits: int, most: dict[str, int]) -> str:
-    """What docs/codes.md measures as best at a length; says what is missed without faiss."""
+    """What docs/codes.md names for a length; says what is missed without faiss."""
     if bits % 8 == 0 and bits <= most["opq"]:
         if has_faiss():
             return "opq"
         if bits <= most["itq"]:
-            said = "note: itq in place of opq, which is the better code (docs/codes.md) and needs faiss"
+            said = "note: itq in place of opq, which needs faiss (docs/codes.md)"
             print(f"{said}: pip install 'lvssl[faiss]'", file=sys.stderr, flush=True)
     return "itq" if bits <= most["itq"] else "bits"
 
