@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,10 +81,14 @@ class TrainingImages:
 
 
 def keep(path: Path, arrays: dict[str, np.ndarray], run: Run, about: dict[str, Any]) -> None:
-    """Write arrays and what they belong to, as safetensors, beside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write arrays and what they belong to, as safetensors, beside and renamed; or say that a run which
+    can't be written to doesn't keep them."""
     origin = {"device": run.arithmetic, "lvssl": versions()["lvssl"]}
-    write_atomically(path, save(arrays, _texts(run, about) | origin))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, save(arrays, _texts(run, about) | origin))
+    except OSError as error:
+        print(f"note: {path} isn't kept ({error.strerror}): the next call fits it again", file=sys.stderr)
 
 
 def kept(path: Path, run: Run, about: dict[str, Any]) -> dict[str, np.ndarray] | None:
@@ -103,6 +108,6 @@ def kept(path: Path, run: Run, about: dict[str, Any]) -> dict[str, np.ndarray] |
 
 
 def _texts(run: Run, about: dict[str, Any]) -> dict[str, str]:
-    """safetensors keeps texts alone."""
+    """safetensors keeps texts alone, of UTF-8."""
     fields = {"version": VERSION, "checkpoint": run.digest} | about
-    return {name: str(value) for name, value in fields.items()}
+    return {name: str(value).encode("utf-8", "backslashreplace").decode() for name, value in fields.items()}

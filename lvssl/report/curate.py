@@ -38,5 +38,6 @@ def write_curation(
             words = "; ".join(f"{column} {value}" for column, value in zip(head, line) if value != "")
             rows.append([Picture(data_uri(picture(*image)), words, words) for image in images])
         sections.append({"id": name, "about": ABOUT[name], "count": len(lines), "rows": rows})
-    write_atomically(path, render("curate.html", title=title, sections=sections).encode())
+    text = render("curate.html", title=title, sections=sections)
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))
     return path
