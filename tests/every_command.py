@@ -47,7 +47,8 @@ def call(arguments: list[str], capsys) -> tuple[int, str]:
     except SystemExit as stopped:  # of the parser
         status = stopped.code
     except Exception as error:
-        pytest.fail(f"{' '.join(arguments)}: {type(error).__name__}: {error}")
+        said = f"{' '.join(arguments)}: {type(error).__name__}: {error}"
+        pytest.fail(said.encode("ascii", "backslashreplace").decode())  # any reporter can write it
     return status, capsys.readouterr().err
 
 
