@@ -20,7 +20,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lvssl.codes.search import hamming_search
-from lvssl.evaluation.codes import (
+from lvssl.evaluation.density import density_of, stored_density
+from lvssl.evaluation.encoder import (
     Neighbour,
     Queries,
     Searcher,
@@ -31,7 +32,6 @@ from lvssl.evaluation.codes import (
     require_arithmetic,
     say_left_out,
 )
-from lvssl.evaluation.density import density_of, stored_density
 from lvssl.evaluation.fitted import TrainingImages, locations
 from lvssl.models import inference
 from lvssl.models.inference import BATCH, Batches, device_of

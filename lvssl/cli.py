@@ -221,8 +221,9 @@ def compression(arguments: list[str]) -> None:
 
 def encode(arguments: list[str]) -> None:
     from lvssl.codes.file import open_codes
-    from lvssl.evaluation.codes import EncodeSettings, in_words
+    from lvssl.evaluation.codes import EncodeSettings
     from lvssl.evaluation.codes import encode as run
+    from lvssl.evaluation.encoder import in_words
 
     path = run(parse(EncodeSettings, arguments, "encode"))
     codes = open_codes(path)

@@ -27,6 +27,7 @@ def arguments_of(name: str, run: Path, train: Path, test: Path, out: Path) -> li
             *sets, "--runs", run.parent, "--prefix", run.name, "--arms", "bernoulli", "--seeds", 0, 1,
             "--preset", "digits", "--epochs", 1, "--out", out / "study",
         ],
+        "curate": [run, "--test", test, "--out", out / "curate"],
         "encode": [run, "--images", train, "--out", out / "codes.lvcodes"],
         "search": [run, "--query", test, "--codes", out / "codes.lvcodes"],
         "report": [run, "--out", out],

@@ -24,6 +24,7 @@ from lvssl.codes.file import (
     UNCERTAINTY,
     VERSION,
     CodeFileError,
+    Table,
     encode_name,
     header_block,
     table_path,
@@ -41,8 +42,8 @@ class CodeWriter:
     The file appears under its name, complete, when the block ends. `source`: what is encoded, in a word that
     changes with it; with it, rows that were written before a kill or an interrupt of the same work are kept,
     and `position` says where in the source to go on. Without it, or where the block raises an error before
-    the first row, nothing is left. `means`: dimensions of the posteriors' means, which lie beside it as fp16;
-    `uncertainty`: whether one of each image does. `quantiser`: {code, sha256} of what made the codes. Raises
+    the first row, nothing is left. `beside`: tables that lie beside it, and their numbers an image: MEANS of
+    the posteriors, as fp16, and UNCERTAINTY, 1. `quantiser`: {code, sha256} of what made the codes. Raises
     CodeFileError where another process is writing the same file.
     """
 
@@ -54,15 +55,14 @@ class CodeWriter:
         bits: int,
         checkpoint: str,
         created_by: str,
-        means: int = 0,
-        uncertainty: bool = False,
+        beside: dict[Table, int] | None = None,
         quantiser: dict[str, str] | None = None,
         source: str | None = None,
     ) -> None:
         if bits < 1:
             raise ValueError(f"a code has at least one bit, not {bits}")
         self.path, self.source, self.count, self.position = Path(path), source, 0, 0
-        dims = {MEANS: means, UNCERTAINTY: int(uncertainty)}
+        dims = {table: (beside or {}).get(table, 0) for table in (MEANS, UNCERTAINTY)}
         self.tables = {table: dim for table, dim in dims.items() if dim}  # in the order of their files
         self.header: dict[str, Any] = {
             "version": VERSION,

@@ -1,14 +1,11 @@
 """Codes of a set of images, and the nearest images of queries."""
 
 import csv
-import hashlib
 import io
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,42 +13,46 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from lvssl.codes.file import (
+    MEANS,
     UNCERTAINTY,
     CodeFile,
-    CodeFileError,
     open_codes,
-    open_means,
     open_uncertainty,
-    require_checkpoint,
     table_path,
 )
-from lvssl.codes.index import nearest_rows, write_faiss
-from lvssl.codes.quantiser import Quantiser
-from lvssl.codes.search import rerank
+from lvssl.codes.index import write_faiss
 from lvssl.codes.writer import CodeWriter
-from lvssl.evaluation.density import Density, density_of, stored_density
-from lvssl.evaluation.fitted import TrainingImages, locations
+from lvssl.evaluation.density import density_of
+from lvssl.evaluation.encoder import (
+    Encoder,
+    Neighbour,
+    Queries,
+    Query,
+    Searcher,
+    centre_crop,
+    code_path,
+    created_by,
+    crops_of,
+    holds_many,
+    identity,
+    image_set,
+    joined,
+    queries_of,
+    require_arithmetic,
+    width_of_means,
+)
+from lvssl.evaluation.fitted import TrainingImages
 from lvssl.evaluation.quantisers import (
     chosen_code,
     own_bits,
     quantiser_of,
     require_faiss,
-    stored_quantiser,
 )
-from lvssl.models import inference
-from lvssl.models.inference import Batches, in_batches
-from lvssl.runs.labels import readable, say_notes
+from lvssl.models.inference import in_batches
 from lvssl.runs.run import Run, load_encoder
-from lvssl.settings.fields import beyond_defaults
-from pipelines.decode import DamagedSample, Reader, open_reader
-from pipelines.decode.images import ImageReader
 from pipelines.decode.pixels import decode_rgb
-from pipelines.decode.resize import resize_crop
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
-from pipelines.formats.manifest import manifest_path, read_manifest
-from pipelines.kernels.pack import pack_bits
-from pipelines.parameters import centre_boxes
 
 QUERIES = 1024  # searched together
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
@@ -126,57 +127,6 @@ class SearchSettings:
     uncertainties of neighbour and query."""
 
 
-class Neighbour(NamedTuple):
-    name: str
-    distance: float  # an int, where it is Hamming's
-    similarity: float | None = None  # cosine of the posteriors' means, where reranked
-    uncertainty: float | None = None  # in nats, where it was stored with the codes
-
-
-class Query(NamedTuple):
-    name: str
-    uncertainty: float | None  # in nats, where the run has a density
-
-
-class Coded(NamedTuple):
-    """B images, encoded."""
-
-    rows: np.ndarray  # int64 [B], positions in the set
-    codes: np.ndarray  # packed, uint8 [B, bytes]
-    means: np.ndarray  # of the posteriors, float32 [B, D]
-    values: np.ndarray  # what the quantiser encodes, float32 [B, L]; L = 0 without one
-    uncertainty: np.ndarray | None  # float32 [B]
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """A run with what was fitted for it: all that leads from images to codes."""
-
-    run: Run
-    bits: int
-    code: str = "bits"
-    quantiser: Quantiser | None = None
-    density: Density | None = None
-
-    def coded(self, batches: Batches) -> Iterator[Coded]:
-        run = self.run
-        for part in inference.encode(run.network, batches, run.settings.view):
-            where = locations(run, part).float().cpu().numpy()
-            values = np.empty((len(where), 0), np.float32)
-            if self.quantiser is not None:
-                values = where if self.code == "bits" else part.features.float().cpu().numpy()
-            if self.code == "bits" or self.quantiser is None:
-                codes = pack_bits(part.posterior.code()[:, : self.bits])
-            else:
-                codes = self.quantiser.encode(values)
-            means = part.posterior.mean().float().cpu().numpy()
-            yield Coded(part.rows, codes, means, values, self.density(where) if self.density else None)
-
-
-def code_path(run: Path, given: Path | None) -> Path:
-    return given or run / "codes.lvcodes"
-
-
 def encode(settings: EncodeSettings) -> Path:
     """Write the code file and return its path. Memory doesn't grow with the count of images.
 
@@ -206,8 +156,10 @@ def encode(settings: EncodeSettings) -> Path:
         bits=encoder.bits,
         checkpoint=run.digest,
         created_by=created_by(run),
-        means=width_of_means(run) if settings.means else 0,
-        uncertainty=encoder.density is not None,
+        beside={
+            MEANS: width_of_means(run) if settings.means else 0,
+            UNCERTAINTY: int(encoder.density is not None),
+        },
         quantiser={"code": encoder.code, "sha256": quantiser.digest} if quantiser else None,
         source=identity(encoder, settings.images, names, on_error),
     )
@@ -279,74 +231,6 @@ def search(settings: SearchSettings) -> Iterator[tuple[Query, list[Neighbour]]]:
         )
 
 
-class Queries(NamedTuple):
-    names: list[str]
-    codes: np.ndarray  # packed, uint8 [Q, bytes]
-    means: np.ndarray  # of the posteriors, [Q, D]; D = 0 where they aren't asked for
-    values: np.ndarray  # what the quantiser encodes, [Q, L]; L = 0 where there are codes alone
-    uncertainty: list[float | None]
-
-
-class Searcher:
-    """A run and its codes, loaded once and searched again and again.
-
-    `symmetric`, `staged`, `rerank`: as in SearchSettings. Raises CodeFileError: no code file, a damaged or
-    empty one, of another checkpoint or quantiser, without means to rerank by; InputError: --staged or
-    --rerank for a product code.
-    """
-
-    def __init__(
-        self, run: Run, path: Path, symmetric: bool = False, staged: bool = False, again: bool = False
-    ) -> None:
-        self.run, self.codes = run, open_codes(path)
-        require_checkpoint(self.codes, run.digest)
-        if not self.codes.count:
-            raise InputError(f"{path}: there are no codes in it to search")
-        quantiser = stored_quantiser(run, self.codes)
-        code = self.codes.quantiser["code"] if self.codes.quantiser else "bits"
-        if (staged or again) and quantiser is not None and not quantiser.hamming:
-            raise InputError("--staged and --rerank compare bits; these are product codes: leave them out")
-        self.encoder = Encoder(run, self.codes.bits, code, quantiser, stored_density(run))
-        self.symmetric, self.staged = symmetric or staged or again, staged
-        self.means = open_means(self.codes) if again else None
-        beside = table_path(path, UNCERTAINTY).exists()
-        self.uncertainty = open_uncertainty(self.codes) if beside else None
-
-    def queries(self, names: list[str], batches: Batches) -> Iterator[Queries]:
-        """Images as queries, batch by batch; a batch's positions are those of its names."""
-        for part in self.encoder.coded(batches):
-            scores = [None] * len(part.rows) if part.uncertainty is None else part.uncertainty.tolist()
-            yield Queries([names[row] for row in part.rows], part.codes, part.means, part.values, scores)
-
-    def images(self, paths: list[Path], k: int) -> list[list[Neighbour]]:
-        """The k nearest of each image file. Raises InputError for one that can't be read."""
-        found = []
-        for path in paths:
-            crop = torch.from_numpy(centre_crop(self.run, decode_rgb(path))[None])
-            for some in self.queries([str(path)], in_batches(crop)):
-                found += self.nearest(some, k)
-        return found
-
-    def nearest(self, some: Queries, k: int) -> list[list[Neighbour]]:
-        index = self.codes
-        k = min(k, index.count)
-        asked = min(max(10 * k, CANDIDATES), index.count) if self.means is not None else k
-        real = some.values.shape[1] > 0 and not self.symmetric
-        asking = some.values if real else some.codes
-        rows, distances = nearest_rows(asking, index.rows, asked, self.encoder.quantiser, self.staged)
-        cosines: np.ndarray | None = None
-        if self.means is not None:
-            rows, cosines = rerank(some.means, self.means, rows, k)
-            distances = np.bitwise_count(some.codes[:, None] ^ index.rows[rows]).sum(axis=2, dtype=np.int32)
-        found = []
-        for i, of_query in enumerate(rows.tolist()):
-            similarity = [None] * k if cosines is None else cosines[i].tolist()
-            scores = [None] * k if self.uncertainty is None else self.uncertainty[rows[i]].tolist()
-            columns = zip(of_query, distances[i].tolist(), similarity, scores)
-            found.append([Neighbour(index.names[row], *rest) for row, *rest in columns])
-        return found
-
-
 def write_csv(path: Path, found: Iterable[tuple[Query, list[Neighbour]]]) -> int:
     """A row for each neighbour of each query; returns the number of queries."""
     text, count = io.StringIO(), 0
@@ -404,150 +288,3 @@ def queries(searcher: Searcher, settings: SearchSettings) -> Iterator[Queries]:
         image = decode_rgb(path, keep=run.on_error(settings.on_error) == "keep")
         crop = torch.from_numpy(centre_crop(run, image)[None])
         yield from searcher.queries([str(path)], in_batches(crop))
-
-
-def created_by(run: Run) -> str:
-    """What a code file says of its making."""
-    return f"lvssl encode, {run.arithmetic}"
-
-
-def require_arithmetic(index: CodeFile, run: Run) -> None:
-    """Raise CodeFileError if queries encoded here may differ in a few bits from codes of the same images.
-    Files of the first releases don't say what made them."""
-    if index.created_by.startswith("lvssl encode, ") and index.created_by != created_by(run):
-        made = index.created_by.removeprefix("lvssl encode, ")
-        raise CodeFileError(
-            f"{index.path}: its codes were computed by {made}, queries would be by {run.arithmetic} here, "
-            "and a few of their bits may differ: encode the images again here, or give queries encoded there "
-            "(a .lvcodes)"
-        )
-
-
-def holds_many(path: Path) -> bool:
-    """Whether a query is a set of images, or their codes, rather than an image."""
-    return path.is_dir() or path.suffix in (".lvcodes", ".beton", ".tar", ".parquet", ".csv", ".jsonl")
-
-
-def joined(parts: list[Queries]) -> Queries:
-    return Queries(
-        [name for part in parts for name in part.names],
-        np.concatenate([part.codes for part in parts]),
-        np.concatenate([part.means for part in parts]),
-        np.concatenate([part.values for part in parts]),
-        [score for part in parts for score in part.uncertainty],
-    )
-
-
-def queries_of(codes: CodeFile, searcher: Searcher) -> Iterator[Queries]:
-    require_checkpoint(codes, searcher.run.digest)
-    index = searcher.codes
-    if (codes.bits, codes.quantiser) != (index.bits, index.quantiser):
-        raise CodeFileError(
-            f"{codes.path} has {in_words(codes)}, {index.path} {in_words(index)}: encode both alike"
-        )
-    none = np.empty((codes.count, 0), np.float32)
-    means = open_means(codes) if searcher.means is not None else none
-    beside = table_path(codes.path, UNCERTAINTY).exists()
-    scores = open_uncertainty(codes) if beside else None
-    for start in range(0, codes.count, QUERIES):
-        part = slice(start, start + QUERIES)
-        rows = np.asarray(codes.rows[part])
-        of_part = [None] * len(rows) if scores is None else scores[part].tolist()
-        yield Queries(list(codes.names[part]), rows, np.asarray(means[part]), none[part], of_part)
-
-
-def in_words(codes: CodeFile) -> str:
-    made = codes.quantiser
-    return f"{codes.bits} bits" + (f" by {made['code']} {made['sha256'][:12]}" if made else "")
-
-
-# ---------------------------------------------------------------------------------------- images
-
-
-def image_set(path: Path) -> tuple[Reader, list[str]]:
-    """A set of images and their names. Every image below a folder, in the order of their paths; else, and of
-    a folder that has tars or parquet files instead, what `pipelines.decode` reads."""
-    if path.is_file() and path.suffix.lower() in IMAGE_ENDINGS:
-        raise InputError(
-            f"{path}: a single image; give the folder that it is in, or `search` it with --query"
-        )
-    source = every_image(path) or open_reader(path)
-    say_notes(source)
-    return source, names_of(source, path)
-
-
-def every_image(path: Path) -> Reader | None:
-    """Those below a folder; None if there is none, but tars or parquet files, or if it is no folder."""
-    if not path.is_dir():
-        return None
-    try:
-        return ImageReader(path, labelled=False)
-    except InputError:
-        if any(any(path.glob(f"*{end}")) for end in (".tar", ".parquet")):
-            return None
-        raise
-
-
-def crops_of(
-    run: Run, source: Reader, on_error: str, workers: int = 0, rows: np.ndarray | None = None
-) -> Batches:
-    """Centre crops of those of the images (or of `rows`) that can be decoded, with a warning for each other
-    one; or InputError, which names it."""
-    try:
-        yield from readable(source, run.settings.view, workers, on_error, rows, left_out=say_left_out)
-    except DamagedSample as sample:
-        raise InputError(f"{sample}; --on-error skip leaves such images out") from None
-
-
-def say_left_out(reason: str) -> None:
-    tqdm.write(f"warning: left out: {reason}", file=sys.stderr)
-
-
-def names_of(source: Reader, path: Path) -> list[str]:
-    """From the source or its manifest; positions where neither has any."""
-    if hasattr(source, "names"):
-        return list(source.names)
-    manifest = manifest_path(path)
-    if manifest.is_file():
-        names = read_manifest(manifest)[1].get("name", [])
-        if len(names) == len(source):
-            return names
-    return [str(i) for i in range(len(source))]
-
-
-def identity(encoder: Encoder, images: Path, names: list[str], on_error: str) -> str:
-    """Another one wherever the same position may mean another code or another uncertainty."""
-    digest, run = hashlib.sha256(), encoder.run
-    view = beyond_defaults(run.settings.view)
-    file = None
-    if images.is_file():
-        stat = images.stat()
-        file = [stat.st_size, stat.st_mtime_ns]
-    fitted = [part and part.digest for part in (encoder.quantiser, encoder.density)]
-    told = [str(images.resolve()), view, on_error, file, run.arithmetic, encoder.bits, fitted]
-    digest.update(json.dumps(told, sort_keys=True).encode())
-    for name in names:
-        digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
-    return digest.hexdigest()
-
-
-def centre_crop(run: Run, image: np.ndarray) -> np.ndarray:
-    """The evaluation's crop of uint8 [H, W, 3], as from a beton: uint8 [R, R, 3]."""
-    view = run.settings.view
-    height, width = image.shape[:2]
-    box = centre_boxes(np.array([height]), np.array([width]), view.evaluation_crop)[0, 0]
-    out = np.empty((view.resolution, view.resolution, 3), np.uint8)
-    resize_crop(np.ascontiguousarray(image), box, out)
-    return out
-
-
-def codes_of(run: Run, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(the run's own codes, packed, uint8 [N, bytes], the posteriors' means float32 [N, D]) of crops uint8
-    [N, R, R, 3]."""
-    parts = list(Encoder(run, own_bits(run)).coded(in_batches(torch.from_numpy(crops))))
-    return np.concatenate([part.codes for part in parts]), np.concatenate([part.means for part in parts])
-
-
-def width_of_means(run: Run) -> int:
-    side = run.settings.view.resolution
-    return codes_of(run, np.zeros((1, side, side, 3), np.uint8))[1].shape[1]

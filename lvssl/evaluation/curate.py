@@ -22,11 +22,19 @@ import numpy as np
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from lvssl.codes.file import CodeFile, CodeFileError, open_codes, open_means, open_uncertainty
+from lvssl.codes.file import (
+    MEANS,
+    UNCERTAINTY,
+    CodeFile,
+    CodeFileError,
+    open_codes,
+    open_means,
+    open_uncertainty,
+)
 from lvssl.codes.search import hamming_distances, hamming_search, staged_search
 from lvssl.codes.writer import CodeWriter
-from lvssl.evaluation.codes import Encoder, created_by, crops_of, every_image, identity, names_of
 from lvssl.evaluation.density import density_of
+from lvssl.evaluation.encoder import Encoder, created_by, crops_of, every_image, identity, names_of
 from lvssl.evaluation.fitted import TrainingImages, locations
 from lvssl.evaluation.quantisers import own_bits
 from lvssl.models.backbone import feature_dim
@@ -187,8 +195,7 @@ def embedded(
             bits=encoder.bits,
             checkpoint=run.digest,
             created_by=created_by(run),
-            means=feature_dim(run.settings.model.backbone),
-            uncertainty=True,
+            beside={MEANS: feature_dim(run.settings.model.backbone), UNCERTAINTY: 1},
             source=identity(encoder, path, names, on_error),
         )
         with writer:

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from lvssl.codes.file import MEANS_MAGIC, ROWS_AT, CodeFileError, header_block, open_codes, open_means
+from lvssl.codes.file import MEANS, MEANS_MAGIC, ROWS_AT, CodeFileError, header_block, open_codes, open_means
 from lvssl.codes.search import hamming_search, rerank
 from lvssl.codes.writer import CodeWriter
 from pipelines.kernels.pack import pack_bits
@@ -31,7 +31,13 @@ def content(n=N):
 
 def writer(path, means=DIM, source="set 1", checkpoint="ab"):
     return CodeWriter(
-        path, family="x", bits=BITS, checkpoint=checkpoint, created_by="test", means=means, source=source
+        path,
+        family="x",
+        bits=BITS,
+        checkpoint=checkpoint,
+        created_by="test",
+        beside={MEANS: means},
+        source=source,
     )
 
 

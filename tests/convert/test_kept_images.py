@@ -12,13 +12,13 @@ from PIL import Image
 
 from lvssl.cli import main as lvssl
 from pipelines.convert.command import main
-from pipelines.convert.conversion import Settings, convert
+from pipelines.convert.conversion import ConvertOptions, Settings, convert
 from pipelines.convert.store import store
 from pipelines.datasets.opening import open_dataset
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.formats import jpeg, turbojpeg
-from pipelines.loader import Decoder, TwoViewLoader, evaluation_batches
+from pipelines.loader import LoaderSettings, Replacements, TwoViewLoader, evaluation_batches
 from pipelines.views import ViewSettings
 
 VIEW = ViewSettings(resolution=16)
@@ -39,7 +39,7 @@ def test_a_jpeg_with_extraneous_bytes_is_kept_where_asked(folder, tmp_path, caps
     out = tmp_path / "x.beton"
     assert main([str(folder), str(out)]) == 0
     assert "skipped a/0.jpg: " in (error := capsys.readouterr().err) and "extraneous bytes" in error
-    manifest = convert(str(folder), out, Settings(on_error="keep"), overwrite=True)
+    manifest = convert(str(folder), out, Settings(on_error="keep"), ConvertOptions(overwrite=True))
     assert [each["name"] for each in manifest["refused"]] == ["b/2.jpg"] and manifest["count"] == 3
     stored = open_dataset(str(out)).read(0)
     jpeg.check(stored, jpeg.read_header(stored))  # any reader takes it
@@ -51,18 +51,18 @@ def test_a_jpeg_with_extraneous_bytes_is_kept_where_asked(folder, tmp_path, caps
 @warned
 def test_it_is_kept_in_training_and_evaluation(folder):
     source = open_reader(folder)
-    decoder = Decoder(source, "keep")
+    kept_ones = Replacements(source, "keep")
     crops = torch.cat(
-        [crops for crops, _ in evaluation_batches(source, VIEW, indices=np.arange(4), decoder=decoder)]
+        [crops for crops, _ in evaluation_batches(source, VIEW, indices=np.arange(4), replacements=kept_ones)]
     )
-    assert torch.equal(crops[0], crops[1]) and list(decoder.damaged) == [2]
-    with TwoViewLoader(source, VIEW, 4, on_error="keep") as kept:
+    assert torch.equal(crops[0], crops[1]) and list(kept_ones.damaged) == [2]
+    with TwoViewLoader(source, VIEW, LoaderSettings(4, on_error="keep")) as kept:
         batch = next(iter(kept))
         assert set(batch.indices.tolist()) == {0, 1, 3} and kept.skipped == 1
-    with TwoViewLoader(source, VIEW, 4, on_error="skip") as skipping:
+    with TwoViewLoader(source, VIEW, LoaderSettings(4, on_error="skip")) as skipping:
         assert 0 not in next(iter(skipping)).indices.tolist()
     with pytest.raises(InputError, match="on_error must be raise or skip or keep"):
-        Decoder(source, "never")
+        Replacements(source, "never")
 
 
 @warned

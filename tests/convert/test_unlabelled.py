@@ -12,7 +12,7 @@ from made_sets import tar_of
 
 from lvssl.cli import main as lvssl
 from pipelines.convert.command import main
-from pipelines.convert.conversion import Settings, convert
+from pipelines.convert.conversion import ConvertOptions, Settings, convert
 from pipelines.convert.inspect import inspect
 from pipelines.convert.verify import verify
 from pipelines.datasets.columns import Columns
@@ -80,7 +80,7 @@ def test_unlabelled_images_convert_and_are_read_directly(tmp_path, kind):
     assert reader.labels.tolist() == [-1] * 6 and reader.classes == []
     assert [reader.encoded(0, i) for i in range(6)] == IMAGES
     tars = tmp_path / "tars"
-    manifest = convert(str(source), tmp_path / "x.beton", webdataset=tars)
+    manifest = convert(str(source), tmp_path / "x.beton", options=ConvertOptions(webdataset=tars))
     assert (manifest["count"], manifest["classes"], manifest["class_counts"]) == (6, [], [])
     for made in (tmp_path / "x.beton", tars):
         opened, reader = open_dataset(str(made)), open_reader(made)
@@ -252,9 +252,9 @@ def test_metadata_is_a_target_only_where_it_is_asked_for(tmp_path, capsys):
     rows = "".join(f"{i}.jpg,24,{i / 2}\n" for i in range(6))
     in_a_table(tmp_path, "x.csv", "path,width,similarity\n" + rows)
     for source in (tar, tmp_path / "x.parquet", tmp_path / "x.csv"):
-        manifest = convert(str(source), out, overwrite=True)
+        manifest = convert(str(source), out, options=ConvertOptions(overwrite=True))
         assert manifest["targets"] == [] and any("width" in note for note in manifest["notes"]), source
-        manifest = convert(str(source), out, Settings(targets=["similarity"]), overwrite=True)
+        manifest = convert(str(source), out, Settings(targets=["similarity"]), ConvertOptions(overwrite=True))
         assert manifest["targets"] == ["similarity"]
         assert open_reader(out).targets["similarity"].tolist() == [i / 2 for i in range(6)]
     for name, said in (
@@ -272,10 +272,10 @@ def test_targets_have_names_of_any_length(tmp_path):
         tmp_path / "x.parquet", {"image": IMAGES, name: [i / 3 for i in range(6)], "größe": [1.5] * 6}
     )
     settings = Settings(targets=[name, "größe"])
-    convert(str(source), tmp_path / "x.beton", settings, webdataset=tmp_path / "tars")
+    convert(str(source), tmp_path / "x.beton", settings, ConvertOptions(webdataset=tmp_path / "tars"))
     parts = tmp_path / "parts.beton"
     for number in (1, 2):
-        convert(str(source), parts, settings, shard=(number, 2))
+        convert(str(source), parts, settings, ConvertOptions(shard=(number, 2)))
     assert main(["--merge", str(parts)]) == 0 and main(["--verify", str(parts)]) == 0
     convert(str(tmp_path / "tars"), tmp_path / "again.beton")
     for made in (tmp_path / "x.beton", parts, tmp_path / "again.beton"):

@@ -9,7 +9,7 @@ from made_images import class_folders, encoded, photos, pixels
 from PIL import Image
 
 from pipelines.convert.command import main
-from pipelines.convert.conversion import ConvertOptions, convert
+from pipelines.convert.conversion import ConvertOptions, Settings, convert
 from pipelines.convert.inspect import inspect
 from pipelines.convert.verify import verify
 from pipelines.errors import InputError
@@ -28,7 +28,8 @@ def made(tmp_path_factory):
     convert(
         str(root / "x.csv"),
         root / "x.beton",
-        options=ConvertOptions(webdataset=root / "tars", images_per_tar=4),
+        Settings(targets=["age"]),
+        ConvertOptions(webdataset=root / "tars", images_per_tar=4),
     )
     return root
 

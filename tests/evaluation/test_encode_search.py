@@ -18,8 +18,9 @@ from sklearn.covariance import LedoitWolf
 from lvssl.cli import main
 from lvssl.codes.file import CodeFileError, open_codes, open_means, open_uncertainty
 from lvssl.codes.search import hamming_distances
-from lvssl.evaluation.codes import Searcher, SearchSettings, codes_of, search
+from lvssl.evaluation.codes import SearchSettings, search
 from lvssl.evaluation.embedding import Embedding, embed
+from lvssl.evaluation.encoder import Searcher, codes_of
 from lvssl.evaluation.fitted import TrainingImages
 from lvssl.evaluation.knn import weighted_knn
 from lvssl.evaluation.quantisers import stored_quantiser

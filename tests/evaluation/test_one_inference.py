@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lvssl.cli import main
 from lvssl.codes.file import open_codes, open_means
-from lvssl.evaluation.codes import codes_of
 from lvssl.evaluation.embedding import Embedding, embed
+from lvssl.evaluation.encoder import codes_of
 from lvssl.evaluation.linear import represented
 from lvssl.evaluation.outputs import network_outputs
 from lvssl.models.backbone import BLOCKS

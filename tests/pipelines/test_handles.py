@@ -60,11 +60,12 @@ def test_a_call_that_raises_destroys_its_handle():
     out, flips = np.zeros((1, 1, 2, 2, 3), np.uint8), np.zeros((1, 1), bool)
     numbers = [np.array([n], np.int64) for n in (0, 10)]
     sides = [np.array([n], np.int64) for n in (4, 4)]
+    samples = turbo.Samples(*numbers, np.array([1], np.uint8), *sides)
 
     def fail(times: int) -> int:
         for _ in range(times):
             with pytest.raises(ValueError):
-                turbo.crop_stored(data, *numbers, np.array([1], np.uint8), *sides, box, flips, out)
+                turbo.crop_stored(data, samples, box, flips, out)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     before = fail(200)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lvssl.cli import main
-from lvssl.evaluation.codes import codes_of
+from lvssl.evaluation.encoder import codes_of
 from lvssl.models.network import LVNet
 from lvssl.runs import checkpoint
 from lvssl.runs.run import create_run, load_run

@@ -17,7 +17,7 @@ from lvssl.evaluation.nearest import knn
 from lvssl.runs.labels import open_labelled, readable
 from lvssl.settings.pretrain import PRESETS
 from lvssl.settings.stages import FinetuneSettings, KnnSettings, LinearSettings
-from pipelines.convert.conversion import ConvertOptions, convert
+from pipelines.convert.conversion import ConvertOptions, Settings, convert
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.loader import LoaderSettings, TwoViewLoader
@@ -112,7 +112,7 @@ def test_a_tables_numbers_are_regressed_without_conversion(run, tables, tmp_path
     betons, tars = {}, {}
     for split, table in tables.items():
         betons[split], tars[split] = tmp_path / f"{split}.beton", tmp_path / split
-        convert(str(table), betons[split], options=ConvertOptions(webdataset=tars[split]))
+        convert(str(table), betons[split], Settings(targets=["top"]), ConvertOptions(webdataset=tars[split]))
     for name, sets in (("beton", betons), ("tars", tars)):
         other = linear(LinearSettings(run, **sets, **given, out=run / f"{name}.json")).done
         assert other["results"] == straight["results"], name
