@@ -25,7 +25,7 @@ def is_exported(folder: Path) -> bool:
     """Whether a folder is one of `lvssl export`, and not a run."""
     try:
         return "lvssl" in json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
