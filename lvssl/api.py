@@ -32,7 +32,7 @@ from lvssl.evaluation.encoder import (
     require_arithmetic,
     say_left_out,
 )
-from lvssl.evaluation.fitted import TrainingImages, locations
+from lvssl.evaluation.fitted import TrainingImages
 from lvssl.models import inference
 from lvssl.models.inference import BATCH, Batches, device_of
 from lvssl.models.network import LVNet
@@ -172,7 +172,7 @@ class Model:
                 if density is None:
                     uncertainty.append(part.posterior.uncertainty().float().cpu().numpy())
                 else:
-                    uncertainty.append(density(locations(self.run, part).float().cpu().numpy()))
+                    uncertainty.append(density(inference.locations(self.network, part).float().cpu().numpy()))
                 rows += part.rows.tolist()
                 bar.update(len(part.rows))
         if not rows:

@@ -35,10 +35,10 @@ from lvssl.codes.search import hamming_distances, hamming_search, staged_search
 from lvssl.codes.writer import CodeWriter
 from lvssl.evaluation.density import density_of
 from lvssl.evaluation.encoder import Encoder, created_by, crops_of, every_image, identity, names_of
-from lvssl.evaluation.fitted import TrainingImages, locations
+from lvssl.evaluation.fitted import TrainingImages
 from lvssl.evaluation.quantisers import own_bits
 from lvssl.models.backbone import feature_dim
-from lvssl.models.inference import encode
+from lvssl.models.inference import encode, locations
 from lvssl.runs.labels import numbered_as, say_notes
 from lvssl.runs.run import Run, load_run
 from pipelines.decode import Reader, open_reader
@@ -208,7 +208,7 @@ def embedded(
                         for both in (crops, crops.flip(2))
                     )
                     mean = ((part.features.float() + mirrored.features.float()) / 2).cpu().numpy()
-                    scores = density(locations(run, part).float().cpu().numpy())
+                    scores = density(locations(run.network, part).float().cpu().numpy())
                     writer.append(part.codes(), [names[r] for r in rows], mean, rows.tolist(), scores)
                     bar.update(int(rows[-1]) + 1 - bar.n)
     codes = open_codes(file)

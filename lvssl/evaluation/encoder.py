@@ -28,7 +28,6 @@ from lvssl.codes.index import nearest_rows
 from lvssl.codes.quantiser import Quantiser
 from lvssl.codes.search import rerank
 from lvssl.evaluation.density import Density, stored_density
-from lvssl.evaluation.fitted import locations
 from lvssl.evaluation.quantisers import (
     own_bits,
     stored_quantiser,
@@ -87,7 +86,7 @@ class Encoder:
     def coded(self, batches: Batches) -> Iterator[Coded]:
         run = self.run
         for part in inference.encode(run.network, batches, run.settings.view):
-            where = locations(run, part).float().cpu().numpy()
+            where = inference.locations(run.network, part).float().cpu().numpy()
             values = np.empty((len(where), 0), np.float32)
             if self.quantiser is not None:
                 values = where if self.code == "bits" else part.features.float().cpu().numpy()

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from torch import Tensor
 
-from lvssl.models.inference import Encoded, encode
+from lvssl.models.inference import encode, locations
 from lvssl.runs.labels import readable, say_notes
 from lvssl.runs.run import Run, versions
 from pipelines.decode import DamagedSample, open_reader
@@ -22,12 +21,6 @@ from pipelines.files import write_atomically
 
 VERSION = 1
 SAMPLE = 50_000  # training images at most
-
-
-def locations(run: Run, part: Encoded) -> Tensor:
-    """The posteriors' locations [B, L]: the family's normalised parameters without those of the spread
-    (logits, means); the features of a run without a latent."""
-    return part.posterior.parameters[:, : run.network.family.location_count(run.network.dim)]
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ class TrainingImages:
         try:
             for part in encode(run.network, batches, view):
                 features.append(part.features.float().cpu().numpy())
-                where.append(locations(run, part).float().cpu().numpy())
+                where.append(locations(run.network, part).float().cpu().numpy())
         except DamagedSample as sample:
             raise InputError(f"{self.path}: {sample}; --on-error skip leaves such images out") from None
         if sum(map(len, features)) < 2:

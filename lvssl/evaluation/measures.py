@@ -35,7 +35,13 @@ from pipelines.kernels.pack import pack_bits, unpack_bits
 
 FIRST = 1000  # n of mAP@n
 HASHES = ("sign", "PCA + sign", "ITQ", "LSH")  # of lvssl.codes.controls, compared by Hamming distance
-LABEL_FREE = ("posterior", "rate", "norm", "distance")  # scores of uncertainty that have seen no label
+LABEL_FREE = (
+    "posterior",
+    "rate",
+    "norm",
+    "distance",
+    "density",
+)  # scores of uncertainty that have seen no label
 OF_LATENT = ("posterior", "rate")
 
 

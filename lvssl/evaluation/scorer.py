@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from lvssl.evaluation.calibration import calibration, predictive_entropy
 from lvssl.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from lvssl.evaluation.density import fit_density
 from lvssl.evaluation.outputs import NetworkOutputs, network_outputs
 from lvssl.evaluation.probe import fit_probe
 from lvssl.evaluation.sets import Sampling, Sets, evenly_spaced
@@ -31,6 +32,7 @@ class UncertaintyScorer:
         self.latent_probe = fit_probe(train.mean, labels) if stochastic else None
         self.classes = self.probe.classes
         self.train = F.normalize(torch.from_numpy(train.features), dim=1)
+        self.density = fit_density(train.location)
 
     def predictions(self, outputs: NetworkOutputs) -> dict[str, np.ndarray]:
         """Class probabilities [N, C]: from h; from the latent's mean; averaged over its K samples"""
@@ -47,7 +49,8 @@ class UncertaintyScorer:
 
         posterior: the family's own (entropy, or summed log-variance). rate: minus the KL. samples: entropy of
         the prediction averaged over K samples. norm: minus the feature's norm. distance: 1 - mean cosine to
-        the 20 nearest training images. probe: entropy of the feature probe's prediction, which, unlike the
+        the 20 nearest training images. density: minus the log-density of the training images' locations (of
+        features, without a latent). probe: entropy of the feature probe's prediction, which, unlike the
         others, has seen labels; so has `samples`.
         """
         predictions = self.predictions(outputs)
@@ -58,6 +61,7 @@ class UncertaintyScorer:
                 found["samples"] = predictive_entropy(predictions["latent samples"])
         found["norm"] = -np.linalg.norm(outputs.features, axis=1)
         found["distance"] = self.distance(outputs.features)
+        found["density"] = self.density(outputs.location)
         found["probe"] = predictive_entropy(predictions["features"])
         return {name: np.asarray(score, np.float64) for name, score in found.items()}
 

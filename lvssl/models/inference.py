@@ -45,6 +45,12 @@ def encode(network: LVNet, batches: Batches, view: ViewSettings) -> Iterator[Enc
         yield Encoded(rows, features, posterior)
 
 
+def locations(network: LVNet, part: Encoded) -> Tensor:
+    """The posteriors' locations [B, L]: the family's normalised parameters without those of the scale
+    (logits, means); the features of a network without a latent."""
+    return part.posterior.parameters[:, : network.family.location_count(network.dim)]
+
+
 def infer(
     model: nn.Module, batches: Batches, view: ViewSettings, function: Callable[[Tensor], T]
 ) -> Iterator[tuple[T, np.ndarray]]:

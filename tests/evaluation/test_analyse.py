@@ -46,7 +46,7 @@ def test_every_score_of_every_model_is_there(analysis, runs):
     assert json.loads((runs / "lv" / "analysis.json").read_text()) == json.loads(json.dumps(analysis))
     models = analysis["models"]
     assert set(models) == {"run", "control"}
-    deterministic = {"norm", "distance", "probe"}
+    deterministic = {"norm", "distance", "density", "probe"}
     assert set(models["control"]["scores"]) == deterministic
     assert set(models["run"]["scores"]) == deterministic | {"posterior", "rate", "samples"}
     columns = {"r_auroc", "recall_at_1", "aurc", "crops less certain"}
