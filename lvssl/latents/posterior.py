@@ -91,8 +91,6 @@ class Family(ABC):
     signs: ClassVar[bool] = False
     # Whether it is a distribution on the sphere, as the objective `ceb` wants.
     on_sphere: ClassVar[bool] = False
-    # The weight of the squared covariances of the code's bits, unless it is set.
-    default_decorrelation: ClassVar[float] = 0.1
     # Settings of the latent that the result of such a run doesn't depend on.
     unread: ClassVar[tuple[str, ...]] = ()
 

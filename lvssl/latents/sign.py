@@ -9,7 +9,6 @@ from lvssl.latents.deterministic import Deterministic, DeterministicPosterior
 from lvssl.latents.posterior import BatchMean, rows_mean
 
 INIT_SCALE = 4.0  # of the surrogate gradient, as Bernoulli's default
-DECORRELATION = 0.02  # the weight of h's sign bits' squared covariances, unless it is set
 
 
 def straight_through_signs(features: Tensor, batch_mean: BatchMean = rows_mean) -> Tensor:
@@ -30,7 +29,6 @@ class Sign(Deterministic):
     about = "no latent, its sign bits decorrelated"
     own_code = True
     unread = ("clean_path_weight",)
-    default_decorrelation = DECORRELATION
 
     def posterior(self, parameters: Tensor) -> "SignPosterior":
         return SignPosterior(parameters)

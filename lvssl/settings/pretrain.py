@@ -90,9 +90,9 @@ class LatentSettings:
     """Cycles of the cyclical schedule."""
     free_nats: float = 0.0
     """KL up to which an image's rate costs nothing."""
-    decorrelation: float | None = None
-    """Weight of the hard bits' squared covariances (sign, bernoulli); left out: 0.1, for sign 0.02. The bits
-    of a code longer than h can't all be uncorrelated: there it falls on h's sign bits, left out: 0.02."""
+    decorrelation: float = 0.02
+    """Weight of the hard bits' squared covariances (sign, bernoulli). The bits of a code longer than h can't
+    all be uncorrelated: there it falls on h's sign bits."""
     clean_path_weight: float = 0.7
     """Share of NT-Xent that is computed on h through a projector of its own, beside the sampled path."""
 
@@ -102,15 +102,6 @@ class LatentSettings:
         if self.beta is not None:
             return self.beta
         return 0.0 if self.objective in ("mcinfonce", "ceb") else self.distribution.default_beta
-
-    def decorrelation_weight(self, of_features: bool = False) -> float:
-        """As set, or what made the best code on small images (docs/latent-recipes.md): on the code's bits, or
-        on those of h."""
-        if self.decorrelation is not None:
-            return self.decorrelation
-        from lvssl.latents.sign import DECORRELATION  # here, for it brings torch
-
-        return DECORRELATION if of_features else self.distribution.default_decorrelation
 
     @property
     def reduction(self) -> str:
@@ -170,7 +161,7 @@ class LatentSettings:
         require(0 <= self.beta_warmup <= 1, "beta_warmup", self.beta_warmup, "in [0, 1]")
         require(self.beta_cycles >= 1, "beta_cycles", self.beta_cycles, "at least 1")
         require(self.free_nats >= 0, "free_nats", self.free_nats, "at least 0")
-        require((self.decorrelation or 0.0) >= 0, "decorrelation", self.decorrelation, "at least 0")
+        require(self.decorrelation >= 0, "decorrelation", self.decorrelation, "at least 0")
 
     def _validate_objective(self) -> None:
         require(self.samples >= 1, "samples", self.samples, "at least 1")

@@ -65,8 +65,8 @@ def penalised_bits(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor
         return None, 0.0
     bits = outputs.posterior.straight_through_bits(batch_mean)
     if bits is None or bits.shape[1] <= features.shape[1]:
-        return bits, latent.decorrelation_weight()
-    return straight_through_signs(features, batch_mean), latent.decorrelation_weight(of_features=True)
+        return bits, latent.decorrelation
+    return straight_through_signs(features, batch_mean), latent.decorrelation
 
 
 def distortion(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor, Figures]:

@@ -104,11 +104,11 @@ def capturable(optimiser: Optimizer) -> Iterator[None]:
 
 
 def restore_optimiser(optimiser: Optimizer, state: dict[str, Any]) -> None:
-    """Load a state, of a fused optimiser or not, on another device or the same: moments and counters are the
-    state's, options and the layout in memory are the optimiser's own. Fused kernels want moments to lie as
-    the weights do."""
+    """Load a state, of a fused optimiser or not, on another device or the same: moments, counters and the
+    current rate are the state's, options and the layout in memory are the optimiser's own. Fused kernels want
+    moments to lie as the weights do."""
     groups = [
-        {**{name: value for name, value in own.items() if name != "params"}, "params": saved["params"]}
+        own | {"params": saved["params"], "lr": float(saved["lr"])}
         for own, saved in zip(optimiser.param_groups, state["param_groups"], strict=True)
     ]
     optimiser.load_state_dict({**state, "param_groups": groups})
