@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import GPU
 
 from lvssl.evaluation import stage
 from lvssl.models import device as devices
@@ -329,9 +330,6 @@ def test_deterministic_means_algorithms_that_are(monkeypatch, two_gpus):
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     with pytest.raises(RuntimeError, match="deterministic"):
         torch.nn.functional.max_unpool1d(torch.ones(1, 1, 1), torch.zeros(1, 1, 1, dtype=torch.long), 2)
-
-
-GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
