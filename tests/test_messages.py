@@ -34,8 +34,16 @@ def line_of(capsys, arguments: list[object]) -> str:
     return lines[0]
 
 
+@pytest.fixture
+def ctrl_c():
+    """Heard, also where a shell has started all this deaf to it, as it does in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_that_do_not_come_are_named_and_ctrl_c_ends_the_wait(rank, monkeypatch, capfd):
+def test_ranks_that_do_not_come_are_named_and_ctrl_c_ends_the_wait(rank, monkeypatch, capfd, ctrl_c):
     """An interactive Slurm shell has variables of four processes, and one is started."""
     monkeypatch.setattr(distributed, "SAID_AFTER", 0.2)
     monkeypatch.delenv("RANK", raising=False)
