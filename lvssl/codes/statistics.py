@@ -1,4 +1,4 @@
-"""What a set of codes holds, and how small it is: the figures of METHOD.md's "Compressed codes"."""
+"""What a set of codes holds, and how small it is."""
 
 from __future__ import annotations
 

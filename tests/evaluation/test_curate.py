@@ -13,7 +13,8 @@ from lvssl.cli import main
 from lvssl.codes.search import hamming_distances
 from lvssl.evaluation.curate import diverse
 
-CIFAR = Path("/work/shared/data/cifar10-jpeg/train-00000-of-00001.parquet")
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+CIFAR = SHARED / "cifar10-jpeg/train-00000-of-00001.parquet"
 
 
 def lvssl(*arguments: object) -> int:
