@@ -33,6 +33,7 @@ from lvssl.evaluation.encoder import (
     say_left_out,
 )
 from lvssl.evaluation.fitted import TrainingImages
+from lvssl.evaluation.quantisers import own_bits
 from lvssl.models import inference
 from lvssl.models.inference import BATCH, Batches, device_of
 from lvssl.models.network import LVNet
@@ -133,7 +134,7 @@ class Model:
     @property
     def bits(self) -> int:
         """Length of a code."""
-        return self.network.family.code_bits(self.network.dim)
+        return own_bits(self.run)
 
     def encode(
         self, images: Images, batch_size: int = BATCH, workers: int = 0, on_error: str = "raise"

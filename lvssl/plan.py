@@ -123,23 +123,27 @@ def of_preset(name: str) -> PlanSettings:
     """What a preset's pretraining is, as far as memory depends on it; on one GPU where eight can't share its
     batch. InputError lists the known names."""
     chosen = preset(name)
-    model, engine = chosen.model, chosen.engine
+    return dataclasses.replace(of_pretraining(chosen), gpus=1 if chosen.batch_size % 8 else 8, preset=name)
+
+
+def of_pretraining(settings: PretrainSettings) -> PlanSettings:
+    """As far as memory and time depend on it, on one GPU."""
+    model, engine = settings.model, settings.engine
     return PlanSettings(
-        batch_size=chosen.batch_size,
-        gpus=1 if chosen.batch_size % 8 else 8,
+        batch_size=settings.batch_size,
+        gpus=1,
         backbone=model.backbone,
-        resolution=chosen.view.resolution,
+        resolution=settings.view.resolution,
         precision="fp32" if engine.precision == "fp32" else "bf16",
-        family=chosen.latent.family,
+        family=settings.latent.family,
         hidden=model.hidden,
         projection=model.projection,
-        optimiser=chosen.optimiser.optimiser,
-        samples=chosen.latent.samples,
+        optimiser=settings.optimiser.optimiser,
+        samples=settings.latent.samples,
         chunk=engine.chunk,
         recompute=engine.recompute,
         ema=engine.ema > 0,
-        epochs=chosen.epochs,
-        preset=name,
+        epochs=settings.epochs,
     )
 
 
@@ -287,12 +291,8 @@ def require_memory(settings: PretrainSettings, ranks: int = 1) -> None:
     total, free = host_memory()
     if pick_device(settings.device).type != "cpu" or size < free:  # an upper bound: to count takes seconds
         return
-    plan = PlanSettings(
-        batch_size=max(settings.batch_size // ranks, 1), gpus=1, backbone=model.backbone,
-        resolution=view.resolution, precision="fp32", family=settings.latent.family, hidden=model.hidden,
-        projection=model.projection, optimiser=settings.optimiser.optimiser, samples=settings.latent.samples,
-        chunk=settings.engine.chunk, recompute=settings.engine.recompute, ema=settings.engine.ema > 0,
-    )  # fmt: skip
+    each = max(settings.batch_size // ranks, 1)
+    plan = dataclasses.replace(of_pretraining(settings), batch_size=each, precision="fp32")
     needed = host_need(plan)
     if needed < free:
         return

@@ -1,5 +1,7 @@
 """Files that appear whole or not at all: written beside, synced, renamed."""
 
+import csv
+import io
 import itertools
 import json
 import math
@@ -94,6 +96,18 @@ def write_atomically(path: Path, *parts: Any) -> None:
     with written_aside(path) as file:
         for part in parts:
             file.write(part)
+
+
+@contextmanager
+def written_csv(path: Path) -> Iterator[Any]:
+    """A `csv.writer` whose file appears as `written_aside` does. Names of files that are no UTF-8 keep their
+    bytes."""
+    with written_aside(path) as file:
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        try:
+            yield csv.writer(text)
+        finally:
+            text.detach()  # with what it still held written, and the file left open
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:

@@ -88,7 +88,8 @@ class LoaderSettings:
     """random, quasi-random (for sets larger than memory) or sequential, see `pipelines.order`."""
     on_error: str = "raise"
     """A sample that can't be decoded: `raise` InputError, or `skip` it: the next good one of the set takes
-    its place, in `indices` too, and `skipped` counts it."""
+    its place, in `indices` too, and `skipped` counts it; `keep`: `skip`, but what Pillow makes of a damaged
+    JPEG stays."""
     crops_only: bool = False
     """Views are uint8 crops, mirrored as their parameters say, for an augmentation of one's own; the two
     views of an image lie side by side in memory."""

@@ -105,6 +105,11 @@ def open_uncertainty(codes: CodeFile) -> np.ndarray:
     return open_table(codes, UNCERTAINTY)[:, 0]
 
 
+def stored_uncertainty(codes: CodeFile) -> np.ndarray | None:
+    """As `open_uncertainty`; None where no uncertainties lie beside the codes."""
+    return open_uncertainty(codes) if table_path(codes.path, UNCERTAINTY).exists() else None
+
+
 def open_table(codes: CodeFile, table: Table) -> np.ndarray:
     """What lies beside the codes, [count, dim], mapped. Raises CodeFileError: none there, truncated, damaged,
     or that of other codes."""

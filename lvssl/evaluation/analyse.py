@@ -19,12 +19,13 @@ from lvssl.evaluation.factors import known_factors, representations
 from lvssl.evaluation.outputs import NetworkOutputs, network_outputs
 from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.scorer import uncertainty
-from lvssl.evaluation.sets import Sampling, Sets, class_names, evenly_spaced, labelled_pair, with_defaults
+from lvssl.evaluation.sets import Sampling, Sets, class_names, labelled_pair, with_defaults
 from lvssl.evaluation.shapes import FACTORS, make_shapes
 from lvssl.runs.result import ResultFile, as_number
 from lvssl.runs.run import Run, load_run
 from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME
 from lvssl.settings.pretrain import require
+from pipelines.datasets.dataset import evenly_spaced
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
 

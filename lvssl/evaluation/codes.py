@@ -1,19 +1,15 @@
 """Codes of a set of images, and the nearest images of queries."""
 
-import csv
-import io
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 from tyro.conf import Positional
 
 from lvssl.codes.file import (
-    MEANS,
     UNCERTAINTY,
     CodeFile,
     open_codes,
@@ -21,17 +17,16 @@ from lvssl.codes.file import (
     table_path,
 )
 from lvssl.codes.index import write_faiss
-from lvssl.codes.writer import CodeWriter
 from lvssl.evaluation.density import density_of
 from lvssl.evaluation.encoder import (
+    QUERIES,
     Encoder,
     Neighbour,
     Queries,
     Query,
     Searcher,
-    centre_crop,
     code_path,
-    created_by,
+    code_writer,
     crops_of,
     holds_many,
     identity,
@@ -40,6 +35,7 @@ from lvssl.evaluation.encoder import (
     queries_of,
     require_arithmetic,
     width_of_means,
+    write_coded,
 )
 from lvssl.evaluation.fitted import TrainingImages
 from lvssl.evaluation.quantisers import (
@@ -48,15 +44,9 @@ from lvssl.evaluation.quantisers import (
     quantiser_of,
     require_faiss,
 )
-from lvssl.models.inference import in_batches
 from lvssl.runs.run import Run, load_encoder
-from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
-
-QUERIES = 1024  # searched together
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
-CANDIDATES = 100  # that `--rerank` looks at, at least
+from pipelines.files import written_csv
 
 
 @dataclass(frozen=True)
@@ -149,38 +139,20 @@ def encode(settings: EncodeSettings) -> Path:
         if not path.parent.is_dir():
             raise InputError(f"{path.parent}: no such folder to write {path.name} to")
     encoder = fitted_encoder(run, settings, code, on_error)
-    quantiser = encoder.quantiser
-    writer = CodeWriter(
-        out,
-        family=run.settings.latent.family,
-        bits=encoder.bits,
-        checkpoint=run.digest,
-        created_by=created_by(run),
-        beside={
-            MEANS: width_of_means(run) if settings.means else 0,
-            UNCERTAINTY: int(encoder.density is not None),
-        },
-        quantiser={"code": encoder.code, "sha256": quantiser.digest} if quantiser else None,
-        source=identity(encoder, settings.images, names, on_error),
-    )
-    with writer:
+    means = width_of_means(run) if settings.means else 0
+    with code_writer(encoder, out, means, identity(encoder, settings.images, names, on_error)) as writer:
         first = writer.position
         if first:
             tqdm.write(f"going on after {first:,} images", file=sys.stderr)
         batches = crops_of(run, source, on_error, settings.workers, np.arange(first, len(names)))
-        with tqdm(total=len(names), initial=first, desc="encode", unit="img", disable=None) as bar:
-            for part in encoder.coded(batches):
-                found = [names[row] for row in part.rows]
-                means = part.means if settings.means else None
-                writer.append(part.codes, found, means, part.rows.tolist(), part.uncertainty)
-                bar.update(int(part.rows[-1]) + 1 - bar.n)
+        write_coded(writer, encoder.coded(batches), names, "encode")
     if encoder.density is None:  # what an earlier call left there needn't be of these images
         table_path(out, UNCERTAINTY).unlink(missing_ok=True)
     codes = open_codes(out)
     if settings.csv:
         write_uncertainties(settings.csv, codes)
     if settings.faiss:
-        write_faiss(settings.faiss, codes.rows, quantiser)
+        write_faiss(settings.faiss, codes.rows, encoder.quantiser)
     return out
 
 
@@ -198,12 +170,10 @@ def fitted_encoder(run: Run, settings: EncodeSettings, code: str, on_error: str)
 
 def write_uncertainties(path: Path, codes: CodeFile) -> None:
     """A row for each image: name, uncertainty."""
-    text = io.StringIO()
-    rows = csv.writer(text)
-    rows.writerow(["name", "uncertainty"])
-    for name, value in zip(codes.names, open_uncertainty(codes).tolist()):
-        rows.writerow([name, f"{value:.6g}"])
-    write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    with written_csv(path) as table:
+        table.writerow(["name", "uncertainty"])
+        for name, value in zip(codes.names, open_uncertainty(codes).tolist()):
+            table.writerow([name, f"{value:.6g}"])
 
 
 def search(settings: SearchSettings) -> Iterator[tuple[Query, list[Neighbour]]]:
@@ -233,17 +203,18 @@ def search(settings: SearchSettings) -> Iterator[tuple[Query, list[Neighbour]]]:
 
 def write_csv(path: Path, found: Iterable[tuple[Query, list[Neighbour]]]) -> int:
     """A row for each neighbour of each query; returns the number of queries."""
-    text, count = io.StringIO(), 0
-    writer = csv.writer(text)
-    writer.writerow(["query", "rank", "name", "distance", "similarity", "uncertainty", "query_uncertainty"])
-    for query, neighbours in found:
-        count += 1
-        for rank, near in enumerate(neighbours, 1):
-            similarity = as_text(near.similarity, ".6f")
-            scores = as_text(near.uncertainty, ".6g"), as_text(query.uncertainty, ".6g")
-            distance = as_text(near.distance, "" if isinstance(near.distance, int) else ".6g")
-            writer.writerow([query.name, rank, near.name, distance, similarity, *scores])
-    write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    count = 0
+    with written_csv(path) as table:
+        table.writerow(
+            ["query", "rank", "name", "distance", "similarity", "uncertainty", "query_uncertainty"]
+        )
+        for query, neighbours in found:
+            count += 1
+            for rank, near in enumerate(neighbours, 1):
+                similarity = as_text(near.similarity, ".6f")
+                scores = as_text(near.uncertainty, ".6g"), as_text(query.uncertainty, ".6g")
+                distance = as_text(near.distance, "" if isinstance(near.distance, int) else ".6g")
+                table.writerow([query.name, rank, near.name, distance, similarity, *scores])
     return count
 
 
@@ -285,6 +256,4 @@ def queries(searcher: Searcher, settings: SearchSettings) -> Iterator[Queries]:
         if waiting:
             yield joined(waiting)
     else:
-        image = decode_rgb(path, keep=run.on_error(settings.on_error) == "keep")
-        crop = torch.from_numpy(centre_crop(run, image)[None])
-        yield from searcher.queries([str(path)], in_batches(crop))
+        yield searcher.image(path, keep=run.on_error(settings.on_error) == "keep")

@@ -10,10 +10,8 @@ mapped from the disk, so memory doesn't grow with F times N.
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,6 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from lvssl.codes.file import (
-    MEANS,
-    UNCERTAINTY,
     CodeFile,
     CodeFileError,
     open_codes,
@@ -32,18 +28,27 @@ from lvssl.codes.file import (
     open_uncertainty,
 )
 from lvssl.codes.search import hamming_distances, hamming_search, staged_search
-from lvssl.codes.writer import CodeWriter
 from lvssl.evaluation.density import density_of
-from lvssl.evaluation.encoder import Encoder, created_by, crops_of, every_image, identity, names_of
+from lvssl.evaluation.encoder import (
+    Coded,
+    Encoder,
+    code_writer,
+    created_by,
+    crops_of,
+    every_image,
+    identity,
+    names_of,
+    write_coded,
+)
 from lvssl.evaluation.fitted import TrainingImages
 from lvssl.evaluation.quantisers import own_bits
 from lvssl.models.backbone import feature_dim
-from lvssl.models.inference import encode, locations
+from lvssl.models.inference import Batches, encode, locations
 from lvssl.runs.labels import numbered_as, say_notes
 from lvssl.runs.run import Run, load_run
 from pipelines.decode import Reader, open_reader
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
+from pipelines.files import written_csv
 from pipelines.kernels.pack import pack_bits
 from pipelines.loader import evaluation_crops
 
@@ -99,7 +104,7 @@ class Embedded:
         return np.asarray(self.source.labels)[self.positions]
 
     def class_of(self, row: int) -> str:
-        label, classes = int(self.labels[row]), self.source.classes
+        label, classes = int(self.source.labels[self.positions[row]]), self.source.classes
         return "" if label < 0 else classes[label] if classes else str(label)
 
 
@@ -140,7 +145,10 @@ def curate(settings: CurateSettings) -> Curation:
         if test.labels.min() >= 0 and train.labels.min() >= 0:
             sources["test"] = path, numbered_as(test, path, train.classes, str(first))
     out.mkdir(exist_ok=True)
-    sets = [embedded(run, settings, out, title, *of_set) for title, of_set in sources.items()]
+    on_error = run.on_error(settings.on_error)
+    density = density_of(TrainingImages(run, workers=settings.workers, on_error=on_error))
+    encoder = Encoder(run, own_bits(run), density=density)
+    sets = [embedded(encoder, settings, out, title, *of_set) for title, of_set in sources.items()]
     found = Curation(run, sets)
     z = standardisation(sets[0])
     bits = [signs(each, z) for each in sets]
@@ -160,7 +168,8 @@ def curate(settings: CurateSettings) -> Curation:
     table(found, "subset", ["name", "class"], [[(0, row)] for row in chosen],
           [[sets[0].codes.names[row], sets[0].class_of(row)] for row in chosen])  # fmt: skip
     for name, (head, lines) in found.tables.items():
-        write_table(out / f"{name}.csv", head, lines)
+        with written_csv(out / f"{name}.csv") as rows_of:
+            rows_of.writerows([head, *lines])
     return found
 
 
@@ -181,42 +190,37 @@ def opened(path: Path) -> Reader:
 
 
 def embedded(
-    run: Run, settings: CurateSettings, out: Path, title: str, path: Path, source: Reader
+    encoder: Encoder, settings: CurateSettings, out: Path, title: str, path: Path, source: Reader
 ) -> Embedded:
     """The set's embedding as it stands in `out`, made where it isn't there yet."""
-    names, file = names_of(source, path), out / f"{title}.lvcodes"
+    run, names, file = encoder.run, names_of(source, path), out / f"{title}.lvcodes"
     on_error = run.on_error(settings.on_error)
-    density = density_of(TrainingImages(run, workers=settings.workers, on_error=on_error))
-    encoder = Encoder(run, own_bits(run), density=density)
     if settings.overwrite or not stands(file, run, names, on_error):
-        writer = CodeWriter(
-            file,
-            family=run.settings.latent.family,
-            bits=encoder.bits,
-            checkpoint=run.digest,
-            created_by=created_by(run),
-            beside={MEANS: feature_dim(run.settings.model.backbone), UNCERTAINTY: 1},
-            source=identity(encoder, path, names, on_error),
-        )
-        with writer:
-            first = writer.position
-            batches = crops_of(run, source, on_error, settings.workers, np.arange(first, len(names)))
-            with tqdm(total=len(names), initial=first, desc=title, unit="img", disable=None) as bar:
-                for crops, rows in batches:
-                    part, mirrored = (
-                        next(iter(encode(run.network, [(both, rows)], run.settings.view)))
-                        for both in (crops, crops.flip(2))
-                    )
-                    mean = ((part.features.float() + mirrored.features.float()) / 2).cpu().numpy()
-                    scores = density(locations(run.network, part).float().cpu().numpy())
-                    writer.append(part.codes(), [names[r] for r in rows], mean, rows.tolist(), scores)
-                    bar.update(int(rows[-1]) + 1 - bar.n)
+        width = feature_dim(run.settings.model.backbone)
+        with code_writer(encoder, file, width, identity(encoder, path, names, on_error)) as writer:
+            rows = np.arange(writer.position, len(names))
+            batches = crops_of(run, source, on_error, settings.workers, rows)
+            write_coded(writer, with_mirror_images(encoder, batches), names, title)
     codes = open_codes(file)
     if codes.count < 2:
         raise InputError(f"{path}: at least two images are needed")
     place = {name: position for position, name in enumerate(names)}
     positions = list(range(len(names))) if codes.count == len(names) else [place[n] for n in codes.names]
     return Embedded(title, source, positions, codes, open_means(codes), open_uncertainty(codes))
+
+
+def with_mirror_images(encoder: Encoder, batches: Batches) -> Iterator[Coded]:
+    """As `Encoder.coded`, but for the means: those of the features of image and mirror image."""
+    run = encoder.run
+    for crops, rows in batches:
+        part, mirrored = (
+            next(iter(encode(run.network, [(both, rows)], run.settings.view)))
+            for both in (crops, crops.flip(2))
+        )
+        means = ((part.features.float() + mirrored.features.float()) / 2).cpu().numpy()
+        where = locations(run.network, part).float().cpu().numpy()
+        scores = encoder.density(where) if encoder.density else None
+        yield Coded(rows, part.codes(), means, np.empty((len(rows), 0), np.float32), scores)
 
 
 def stands(file: Path, run: Run, names: Sequence[str], on_error: str) -> bool:
@@ -371,9 +375,3 @@ def diverse(bits: np.ndarray, count: int) -> list[int]:
 def largest(scores: np.ndarray, count: int) -> list[int]:
     """Rows of the largest, in falling order, ties by the lower row."""
     return np.argsort(-scores, kind="stable")[:count].tolist()
-
-
-def write_table(path: Path, head: list[str], lines: list[list[Any]]) -> None:
-    text = io.StringIO()
-    csv.writer(text).writerows([head, *lines])
-    write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))

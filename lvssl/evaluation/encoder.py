@@ -5,7 +5,7 @@ the Python interface share.
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,18 +15,19 @@ import torch
 from tqdm import tqdm
 
 from lvssl.codes.file import (
+    MEANS,
     UNCERTAINTY,
     CodeFile,
     CodeFileError,
     open_codes,
     open_means,
-    open_uncertainty,
     require_checkpoint,
-    table_path,
+    stored_uncertainty,
 )
 from lvssl.codes.index import nearest_rows
 from lvssl.codes.quantiser import Quantiser
 from lvssl.codes.search import rerank
+from lvssl.codes.writer import CodeWriter
 from lvssl.evaluation.density import Density, stored_density
 from lvssl.evaluation.quantisers import (
     own_bits,
@@ -132,8 +133,7 @@ class Searcher:
         self.encoder = Encoder(run, self.codes.bits, code, quantiser, stored_density(run))
         self.symmetric, self.staged = symmetric or staged or again, staged
         self.means = open_means(self.codes) if again else None
-        beside = table_path(path, UNCERTAINTY).exists()
-        self.uncertainty = open_uncertainty(self.codes) if beside else None
+        self.uncertainty = stored_uncertainty(self.codes)
 
     def queries(self, names: list[str], batches: Batches) -> Iterator[Queries]:
         """Images as queries, batch by batch; a batch's positions are those of its names."""
@@ -141,14 +141,14 @@ class Searcher:
             scores = [None] * len(part.rows) if part.uncertainty is None else part.uncertainty.tolist()
             yield Queries([names[row] for row in part.rows], part.codes, part.means, part.values, scores)
 
+    def image(self, path: Path, keep: bool = False) -> Queries:
+        """An image file as a query. Raises InputError for one that can't be read; `keep`: as `decode_rgb`."""
+        crop = torch.from_numpy(centre_crop(self.run, decode_rgb(path, keep=keep))[None])
+        return next(self.queries([str(path)], in_batches(crop)))
+
     def images(self, paths: list[Path], k: int) -> list[list[Neighbour]]:
         """The k nearest of each image file. Raises InputError for one that can't be read."""
-        found = []
-        for path in paths:
-            crop = torch.from_numpy(centre_crop(self.run, decode_rgb(path))[None])
-            for some in self.queries([str(path)], in_batches(crop)):
-                found += self.nearest(some, k)
-        return found
+        return [near for path in paths for near in self.nearest(self.image(path), k)]
 
     def nearest(self, some: Queries, k: int) -> list[list[Neighbour]]:
         index = self.codes
@@ -168,6 +168,32 @@ class Searcher:
             columns = zip(of_query, distances[i].tolist(), similarity, scores)
             found.append([Neighbour(index.names[row], *rest) for row, *rest in columns])
         return found
+
+
+def code_writer(encoder: Encoder, path: Path, means: int, source: str) -> CodeWriter:
+    """The writer of these codes, with the uncertainty where there is a density; `means`: numbers of a mean
+    that lies beside a code, or 0; `source`: what `identity` gives."""
+    run, quantiser = encoder.run, encoder.quantiser
+    return CodeWriter(
+        path,
+        family=run.settings.latent.family,
+        bits=encoder.bits,
+        checkpoint=run.digest,
+        created_by=created_by(run),
+        beside={MEANS: means, UNCERTAINTY: int(encoder.density is not None)},
+        quantiser={"code": encoder.code, "sha256": quantiser.digest} if quantiser else None,
+        source=source,
+    )
+
+
+def write_coded(writer: CodeWriter, parts: Iterable[Coded], names: list[str], title: str) -> None:
+    """Append them as they come, from `writer.position` of the images on, with progress."""
+    with tqdm(total=len(names), initial=writer.position, desc=title, unit="img", disable=None) as bar:
+        for part in parts:
+            means = part.means if MEANS in writer.tables else None
+            found = [names[row] for row in part.rows]
+            writer.append(part.codes, found, means, part.rows.tolist(), part.uncertainty)
+            bar.update(int(part.rows[-1]) + 1 - bar.n)
 
 
 def created_by(run: Run) -> str:
@@ -211,8 +237,7 @@ def queries_of(codes: CodeFile, searcher: Searcher) -> Iterator[Queries]:
         )
     none = np.empty((codes.count, 0), np.float32)
     means = open_means(codes) if searcher.means is not None else none
-    beside = table_path(codes.path, UNCERTAINTY).exists()
-    scores = open_uncertainty(codes) if beside else None
+    scores = stored_uncertainty(codes)
     for start in range(0, codes.count, QUERIES):
         part = slice(start, start + QUERIES)
         rows = np.asarray(codes.rows[part])

@@ -15,6 +15,7 @@ from safetensors.numpy import save
 from lvssl.models.inference import encode, locations
 from lvssl.runs.labels import readable, say_notes
 from lvssl.runs.run import Run, versions
+from pipelines.datasets.dataset import evenly_spaced
 from pipelines.decode import DamagedSample, open_reader
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
@@ -56,7 +57,7 @@ class TrainingImages:
                 "or pass --no-fit)"
             ) from error
         say_notes(source)
-        rows = np.unique(np.linspace(0, len(source) - 1, min(self.limit, len(source))).astype(np.int64))
+        rows = evenly_spaced(len(source), self.limit)
         view = run.settings.view
         batches = readable(
             source, view, self.workers, self.on_error, rows, title="fit on the training images"

@@ -6,7 +6,6 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,6 +85,4 @@ def by_probe(
         probe = "streamed" if len(train.labels) >= LARGE_SET else "logistic"
     given = train.features, train.labels, test.features, test.labels
     found, how = probed(probe, *given, settings.seed, device)
-    scores = np.zeros((len(test.labels), int(train.labels.max()) + 1), np.float32)
-    scores[:, found.classes] = found.probabilities
-    return torch.from_numpy(scores), {"probe": probe} | how
+    return torch.from_numpy(found.scores(int(train.labels.max()) + 1)), {"probe": probe} | how

@@ -110,9 +110,7 @@ def exactly(
     found, how = probed(
         probe, x, train.answers.numpy(), test_x, test.answers.numpy(), settings.seed, stage.device
     )
-    scores = np.zeros((len(test), train.outputs), np.float32)  # a class that doesn't occur keeps 0
-    scores[:, found.classes] = found.probabilities
-    return torch.from_numpy(scores), test.answers, how
+    return torch.from_numpy(found.scores(train.outputs)), test.answers, how
 
 
 def represented(run: Run, data: LabelledDataset, on: str, workers: int) -> tuple[Rows, LabelledDataset]:

@@ -30,6 +30,12 @@ class ProbeResult:
     predictions: np.ndarray  # [test], labels
     probabilities: np.ndarray  # [test, C] float32
 
+    def scores(self, classes: int) -> np.ndarray:
+        """Probabilities by label, float32 [test, classes]: 0 for a class that training doesn't have."""
+        scores = np.zeros((len(self.probabilities), classes), np.float32)
+        scores[:, self.classes] = self.probabilities
+        return scores
+
 
 @dataclass(frozen=True)
 class Probe:

@@ -14,9 +14,10 @@ from lvssl.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from lvssl.evaluation.density import fit_density
 from lvssl.evaluation.outputs import NetworkOutputs, network_outputs
 from lvssl.evaluation.probe import fit_probe
-from lvssl.evaluation.sets import Sampling, Sets, evenly_spaced
+from lvssl.evaluation.sets import Sampling, Sets
 from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
 from lvssl.runs.run import Run
+from pipelines.datasets.dataset import evenly_spaced
 
 NEIGHBOURS = 20  # of the distance score
 
@@ -92,7 +93,7 @@ def uncertainty(run: Run, sets: Sets, sampling: Sampling) -> tuple[dict[str, Any
         for key, row in rows.items():
             both = np.concatenate([scores[key], far[key]])
             row[f"ood {name}"] = auroc(np.arange(len(both)) >= len(sets.test), both)
-    corrupted = evenly_spaced(len(sets.test), min(CORRUPTED, len(sets.test)))
+    corrupted = evenly_spaced(len(sets.test), CORRUPTED)
     for kind in CORRUPTIONS:
         steps = [{name: score[corrupted] for name, score in scores.items()}] + [
             scorer.scores(outputs(corrupt(sets.test[corrupted], kind, severity, sampling.seed)))

@@ -12,6 +12,7 @@ from lvssl.evaluation.corruptions import OUT_OF_DISTRIBUTION
 from lvssl.evaluation.embedding import Embedding, embedded
 from lvssl.runs.labels import Subset, open_pair, say_notes, sibling_test_set
 from lvssl.runs.run import Run, require_classes_of, require_same_classes, training_set
+from pipelines.datasets.dataset import evenly_spaced
 from pipelines.decode import Reader, open_reader
 from pipelines.loader import Replacements, evaluation_crops
 from pipelines.views import ViewSettings
@@ -100,7 +101,7 @@ class Sets:
         on_error, skipped = run.on_error(sampling.on_error), {}
 
         def read_some(name: str, source: Reader, wanted: int) -> tuple[np.ndarray, np.ndarray]:
-            chosen = evenly_spaced(len(source), wanted)
+            chosen = evenly_spaced(len(source), wanted or len(source))
             crops, rows = sound_crops(source, view, chosen, on_error)
             skipped[name] = len(chosen) - len(rows)
             return crops, source.labels[rows]
@@ -118,11 +119,6 @@ class Sets:
         return cls(
             train_crops, train_labels, test_crops, test_labels, out_of_distribution, (train, test), skipped
         )
-
-
-def evenly_spaced(available: int, wanted: int) -> np.ndarray:
-    """`wanted` positions (0: all) spread evenly over a set."""
-    return np.linspace(0, available - 1, min(wanted or available, available)).astype(np.int64)
 
 
 def sound_crops(

@@ -11,7 +11,7 @@ The last two are brought to .npy files first, in a store in the folder `features
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lvssl.runs.features import Arrays, Store, mapped
+from lvssl.runs.features import Arrays, Compute, Store, mapped
 from lvssl.runs.labels import sibling_test_set
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.errors import InputError, first_line
@@ -112,10 +112,7 @@ def _converted(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return arrays["features"], arrays["labels"]
 
 
-Read = Callable[[np.ndarray], Iterator[tuple[np.ndarray, Arrays]]]
-
-
-def _safetensors(path: Path) -> tuple[int, Read]:
+def _safetensors(path: Path) -> tuple[int, Compute]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -135,7 +132,7 @@ def _safetensors(path: Path) -> tuple[int, Read]:
     return features.get_shape()[0], read
 
 
-def _parquet(path: Path) -> tuple[int, Read]:
+def _parquet(path: Path) -> tuple[int, Compute]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

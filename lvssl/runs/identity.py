@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.datasets.dataset import evenly_spaced
 from pipelines.decode import DamagedSample, Reader
 from pipelines.decode.pixels import as_rgb, decode_other
 from pipelines.formats import jpeg
@@ -21,8 +22,8 @@ SAMPLED = 256  # images: each is one read of a file
 def describe_set(source: Reader) -> dict[str, Any]:
     """{"images", "classes" (names, or None), "digest"} of a set, as plain JSON values."""
     digest = hashlib.sha256(np.ascontiguousarray(source.labels, np.int64).tobytes())
-    for index in np.unique(np.linspace(0, len(source) - 1, min(SAMPLED, len(source))).astype(np.int64)):
-        digest.update(_content(source, int(index)))
+    for index in evenly_spaced(len(source), SAMPLED).tolist():
+        digest.update(_content(source, index))
     return {"images": len(source), "classes": source.classes, "digest": digest.hexdigest()}
 
 

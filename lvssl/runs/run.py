@@ -50,7 +50,7 @@ def create_run(
         if not resume:
             raise InputError(f"{settings.out} exists: add --resume to go on with it, or choose another --out")
         stored, stored_classes = read_config(settings.out)
-        if (begun := results_version(json.loads(config.read_text()))) != RESULTS_VERSION:
+        if (begun := results_version(_config(config))) != RESULTS_VERSION:
             raise InputError(
                 f"{settings.out} is a run of results version {begun}, and this lvssl gives version "
                 f"{RESULTS_VERSION}: it can be read and measured, but not resumed; choose another --out"
@@ -161,9 +161,9 @@ def read_config(folder: Path) -> tuple[PretrainSettings, int]:
         raise InputError(f"{folder}: no such run folder")
     if not path.is_file():
         raise InputError(f"{folder} is no run folder (it has no config.json)")
-    if is_exported(folder):
-        raise InputError(f"{folder} is an exported encoder, not a run: it can encode and search, no more")
     content = _config(path)
+    if "lvssl" in content:  # as `is_exported` says
+        raise InputError(f"{folder} is an exported encoder, not a run: it can encode and search, no more")
     settings = from_dict(PretrainSettings, content.get("settings"), str(path))
     classes = content.get("classes")
     if not isinstance(classes, int) or not 0 <= classes <= MOST_CLASSES:

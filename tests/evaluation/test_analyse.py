@@ -15,13 +15,13 @@ from lvssl.evaluation.factors import augmented
 from lvssl.evaluation.outputs import network_outputs
 from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.scorer import UncertaintyScorer, severity_correlation
-from lvssl.evaluation.sets import evenly_spaced
 from lvssl.evaluation.uncertainty import r_auroc
 from lvssl.report.page import write_report
 from lvssl.report.verdict import auroc_error
 from lvssl.runs.run import load_run
 from lvssl.settings.pretrain import preset
 from lvssl.training.pretrain import pretrain
+from pipelines.datasets.dataset import evenly_spaced
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.loader import evaluation_crops
