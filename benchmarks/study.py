@@ -9,14 +9,14 @@ Arms of the same settings, steps, order and augmentation, over three seeds, with
 `fashion-mnist` and `cifar10-small`, 10,000 training images each. Of the question `uncertainty`:
 
     none, sign       the controls: plain SimCLR, and the same with its sign bits decorrelated; no latent
-    bernoulli256     a bit for each feature, decorrelation 0.1
+    bernoulli256     a bit for each feature
     gaussian         means and variances; its code: the means' signs
     mcinfonce        von Mises-Fisher at the projection by MCInfoNCE (Kirchhof et al. 2023): an uncertainty
 
 and of the question `codes`:
 
     none, sign       as above
-    sign01           `sign` with these latents' weight of the decorrelation, 0.1, instead of the default, 0.02
+    sign01           `sign` with five times the default weight of the decorrelation
     bernoulli64, bernoulli256, bernoulli2048    codes of so many bits
 
 The questions share their runs. Each data set is the other's out-of-distribution set. Writes
@@ -44,7 +44,7 @@ ARMS = {
     "uncertainty": (
         "none",
         "sign",
-        "bernoulli256:family=bernoulli,decorrelation=0.1",
+        "bernoulli256:family=bernoulli",
         "gaussian",
         "mcinfonce:family=vmf,site=proj,objective=mcinfonce",
     ),
@@ -52,8 +52,8 @@ ARMS = {
         "none",
         "sign",
         "sign01:family=sign,decorrelation=0.1",
-        "bernoulli64:family=bernoulli,dim=64,decorrelation=0.1",
-        "bernoulli256:family=bernoulli,decorrelation=0.1",
+        "bernoulli64:family=bernoulli,dim=64",
+        "bernoulli256:family=bernoulli",
         "bernoulli2048:family=bernoulli,dim=2048",
     ),
 }
