@@ -165,7 +165,9 @@ class Job:
         return Outcome()
 
     def command(self) -> list[str]:
-        return [sys.executable, "-m", self.task.module, *self.task.arguments]
+        """Of one rank. The supervisor stays outside a container: srun and submitit are the host's."""
+        start = [*self.cluster.container, "python3"] if self.cluster.container else [sys.executable]
+        return [*start, "-m", self.task.module, *self.task.arguments]
 
     def asked_to_stop(self) -> list[int]:
         return [number for number in self.signals if number in (signal.SIGTERM, signal.SIGUSR2)]

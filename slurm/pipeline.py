@@ -50,6 +50,9 @@ class ClusterSettings:
     setup: tuple[str, ...] = ()  # shell lines before the command
     environment: Mapping[str, str] = field(default_factory=dict)
     python: str = ""  # interpreter on the nodes; empty: the one that submits
+    # Words before each process's command, such as ("apptainer", "exec", "--nv", "lvssl.sif"); python3 is the
+    # container's own.
+    container: tuple[str, ...] = ()
     options: Mapping[str, str | int | bool] = field(
         default_factory=dict
     )  # more of sbatch, by their long names

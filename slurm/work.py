@@ -45,7 +45,9 @@ def executor(pipeline: Pipeline, stage: Stage, code: Path, after: list[str]) -> 
     cluster = stage.cluster
     python = shlex.quote(cluster.python or sys.executable)
     made = ChainExecutor(pipeline.out / "jobs" / stage.name, python=python)
-    options: dict[str, Any] = {"requeue": True, "chdir": str(code), **cluster.options}
+    # Named as submitit names its own, so that theirs are the last word: gpus-per-node = "a100:4".
+    more = {name.replace("-", "_"): value for name, value in cluster.options.items()}
+    options: dict[str, Any] = {"requeue": True, "chdir": str(code), **more}
     if after:
         options |= {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"}
     if cluster.memory:

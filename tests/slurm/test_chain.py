@@ -325,6 +325,41 @@ def kill_rank(rank: int, job: str) -> None:
             os.kill(int(process.name), signal.SIGKILL)
 
 
+BOX = r"mount -t tmpfs box /mnt && touch /mnt/box && exec \"$@\""
+CONTAINED = f"""
+[pretrain.cluster]
+container = ["unshare", "--mount", "sh", "-c", "{BOX}", "--"]
+[pretrain.cluster.environment]
+PATH = "{Path(sys.executable).parent}:/usr/bin:/bin:/usr/sbin:/sbin"
+"""
+
+
+def test_ranks_in_a_container_save_and_go_on_as_others(chain, digits, reference):
+    """A mount namespace of each rank's own, which the job's supervisor is outside of."""
+    if os.geteuid() != 0:
+        pytest.skip("a mount namespace needs root")
+    mine = chain(HEAD + on(digits) + TRAINED + CONTAINED, "contained")
+    mine.launch()
+    until(lambda: mine.step() >= 20, mine.status)
+    inside = [p for p in Path("/proc").glob("[0-9]*") if is_rank(p, mine.job("pretrain"))]
+    assert inside and all((p / "root/mnt/box").exists() for p in inside) and not Path("/mnt/box").exists()
+    send("USR2", mine.job("pretrain"))
+    until(lambda: mine.record("pretrain").restarts == 1, mine.status)
+    mine.wait("report", "done")
+    assert_same_weights(mine, reference)
+
+
+def is_rank(process: Path, job: str) -> bool:
+    """Whether a process of this machine is the command of a rank of a job."""
+    try:
+        words = (process / "cmdline").read_bytes()
+        return b"lvssl.cli" in words.split(b"\0")[:3] and f"SLURM_JOB_ID={job}".encode() in (
+            process / "environ"
+        ).read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
 def test_a_queued_job_has_the_code_of_its_submission(chain, digits, tmp_path):
     tree = tmp_path / "tree"
     for package in PACKAGES:

@@ -321,7 +321,10 @@ def test_golden_sbatch(tmp_path):
     """After a wanted change: LVSSL_RENEW_GOLDEN=1 python -m pytest tests/slurm -k golden"""
     odd = tmp_path / """it's "odd"; echo foo"""
     odd.mkdir()
-    text = FILE.replace("[pretrain]", "[pretrain.cluster]\nnodes = 2\ngpus = 8\n[pretrain]").replace(
+    text = FILE.replace(
+        "[pretrain]",
+        "[pretrain.cluster]\nnodes = 2\ngpus = 8\noptions = { gpus-per-node = 'a100:8' }\n[pretrain]",
+    ).replace(
         "[cluster]",
         '[cluster]\npartition = "gpu"\naccount = "lab"\nconstraint = "a100&nvlink"\ncpus = 12\nmodules = ["cuda/13"]\n'
         'setup = ["ulimit -n 65536"]\nenvironment = { NCCL_SOCKET_IFNAME = "ib0", TITLE = "it\'s" }\n'
