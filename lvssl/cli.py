@@ -91,6 +91,7 @@ def parse(
 def pretrain(arguments: list[str]) -> int:
     from lvssl.runs.run import read_config
     from lvssl.settings.pretrain import PRESETS, PretrainSettings, preset
+    from pipelines.datasets.parts import are_there
     from pipelines.errors import InputError
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -113,7 +114,7 @@ def pretrain(arguments: list[str]) -> int:
     about = f"{PretrainSettings.__doc__} Presets: {', '.join(PRESETS)}. A setting beside --preset wins."
     chosen = parse(Pretrain, arguments, "pretrain", about=about)
     out, data = chosen.settings.out, chosen.settings.data
-    if chosen.resume and not (out / "config.json").exists() and not data.exists():
+    if chosen.resume and not (out / "config.json").exists() and not are_there(data):
         raise InputError(
             f"{out}: there is no run to resume (no {out / 'config.json'}), and no {data} to begin one with: "
             "check --out, or --data"

@@ -38,12 +38,13 @@ from lvssl.models.inference import Batches, in_batches
 from lvssl.runs.labels import readable, say_notes
 from lvssl.runs.run import Run
 from lvssl.settings.fields import beyond_defaults
+from pipelines.datasets.beton import stored_names
+from pipelines.datasets.parts import files_of
 from pipelines.decode import DamagedSample, Reader, open_reader
 from pipelines.decode.images import ImageReader
 from pipelines.decode.pixels import decode_rgb
 from pipelines.decode.resize import resize_crop
 from pipelines.errors import InputError
-from pipelines.formats.manifest import manifest_path, read_manifest
 from pipelines.kernels.pack import pack_bits
 from pipelines.parameters import centre_boxes
 
@@ -215,7 +216,8 @@ def require_arithmetic(index: CodeFile, run: Run) -> None:
 
 def holds_many(path: Path) -> bool:
     """Whether a query is a set of images, or their codes, rather than an image."""
-    return path.is_dir() or path.suffix in (".lvcodes", ".beton", ".tar", ".parquet", ".csv", ".jsonl")
+    ends = (".lvcodes", ".beton", ".tar", ".parquet", ".csv", ".jsonl", ".txt")
+    return path.is_dir() or path.suffix in ends
 
 
 def joined(parts: list[Queries]) -> Queries:
@@ -293,11 +295,9 @@ def names_of(source: Reader, path: Path) -> list[str]:
     """From the source or its manifest; positions where neither has any."""
     if hasattr(source, "names"):
         return list(source.names)
-    manifest = manifest_path(path)
-    if manifest.is_file():
-        names = read_manifest(manifest)[1].get("name", [])
-        if len(names) == len(source):
-            return names
+    names = stored_names(path)
+    if names is not None and len(names) == len(source):
+        return names
     return [str(i) for i in range(len(source))]
 
 
@@ -305,10 +305,8 @@ def identity(encoder: Encoder, images: Path, names: list[str], on_error: str) ->
     """Another one wherever the same position may mean another code or another uncertainty."""
     digest, run = hashlib.sha256(), encoder.run
     view = beyond_defaults(run.settings.view)
-    file = None
-    if images.is_file():
-        stat = images.stat()
-        file = [stat.st_size, stat.st_mtime_ns]
+    stats = [file.stat() for file in files_of(images) if file.is_file()]
+    file = [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)] or None
     fitted = [part and part.digest for part in (encoder.quantiser, encoder.density)]
     told = [str(images.resolve()), view, on_error, file, run.arithmetic, encoder.bits, fitted]
     digest.update(json.dumps(told, sort_keys=True).encode())

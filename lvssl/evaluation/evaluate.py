@@ -49,6 +49,7 @@ from lvssl.runs.result import ResultFile
 from lvssl.runs.run import Run, load_run
 from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME
 from pipelines.datasets.dataset import evenly_spaced
+from pipelines.datasets.parts import files_of
 from pipelines.decode import Reader
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
@@ -324,9 +325,9 @@ def uncertainty(test: Embedding, wrong: np.ndarray) -> dict[str, float]:
 
 
 def manifest(data: Path) -> dict[str, Any]:
-    """What the conversion wrote beside a beton or tars; empty where there is nothing of that kind."""
+    """What the conversion wrote beside a beton (the first of several) or tars; empty if it didn't."""
     try:
-        content = json.loads(manifest_path(data).read_bytes().decode("utf-8", "surrogatepass"))
+        content = json.loads(manifest_path(files_of(data)[0]).read_bytes().decode("utf-8", "surrogatepass"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

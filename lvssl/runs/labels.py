@@ -20,10 +20,11 @@ from torch import Tensor
 
 from lvssl.models.inference import BATCH
 from lvssl.runs.progress import with_progress
-from pipelines.datasets.dataset import by_name
+from pipelines.datasets.beton import stored_names
+from pipelines.datasets.dataset import by_name, numbers_alone
+from pipelines.datasets.parts import are_there, files_of
 from pipelines.decode import DamagedSample, Reader, open_reader
 from pipelines.errors import InputError
-from pipelines.formats.manifest import manifest_path, read_columns
 from pipelines.loader import Replacements, evaluation_batches
 from pipelines.views import ViewSettings
 
@@ -177,12 +178,12 @@ def numbered_as(source: Reader, path: Path, classes: list[str] | None, where: st
     other's names aren't numbers. Raises InputError, with the list, for a class that isn't in `classes`.
     """
     own = source.classes
-    if source.labels.min() < 0 or own == classes or (_numbers_alone(own) and _numbers_alone(classes)):
+    if source.labels.min() < 0 or own == classes or (numbers_alone(own) and numbers_alone(classes)):
         return source
     known = own is not None and classes is not None
     used = {own[label] for label in np.unique(source.labels)} if known and own is not None else set()
     if not known or (not used <= set(classes or ()) and _without_names(own) != _without_names(classes)):
-        one, other = (str(path), where) if _numbers_alone(own) else (where, str(path))
+        one, other = (str(path), where) if numbers_alone(own) else (where, str(path))
         said = f"{one} has no names of its classes: its numbers are taken as those of {other}"
         print(f"warning: {said}", file=sys.stderr, flush=True)
         return source
@@ -200,11 +201,6 @@ def require_labels(source: Reader, path: Path, besides: str = "") -> None:
             f"{path}: its images have no labels, and this command needs them of training and test images; "
             f"name labelled ones with --train and --test{besides}"
         )
-
-
-def _numbers_alone(classes: list[str] | None) -> bool:
-    """Whether these are no names: 0, 1, 2 ..., as a conversion writes them where it knows none."""
-    return classes is None or all(name == str(number) for number, name in enumerate(classes))
 
 
 def _without_names(classes: list[str] | None) -> bool:
@@ -238,7 +234,7 @@ def check_seen(train: Reader, test: Reader, train_path: Path, test_path: Path) -
     unseen = sorted(set(np.unique(test.labels).tolist()) - set(np.unique(train.labels).tolist()))
     if unseen:
         names = test.classes if test.classes and unseen[0] >= 0 else None
-        name = f" ({names[unseen[0]]})" if names and not _numbers_alone(names) else ""
+        name = f" ({names[unseen[0]]})" if names and not numbers_alone(names) else ""
         raise InputError(f"{test_path}: label {unseen[0]}{name} doesn't occur in {train_path}")
 
 
@@ -249,11 +245,14 @@ def check_pair(train: LabelledDataset, test: LabelledDataset) -> None:
 
 
 def sibling_test_set(train: Path) -> Path:
-    """The test set beside a training set: train.beton -> test.beton, or val. InputError if there is none."""
+    """The test set beside a training set: train.beton -> test.beton, or val; of a training set in many files,
+    test.beton, too. InputError if there is none."""
+    whole = [] if files_of(train) == [train] else [train.suffix]
     for name in ("test", "val", "validation"):
-        path = train.with_name(train.name.replace("train", name))
-        if path != train and path.exists():
-            return path
+        for beside in (train.name.replace("train", name), *(name + end for end in whole)):
+            path = train.with_name(beside)
+            if path != train and are_there(path):
+                return path
     raise InputError(f"no test images beside {train}: name them with --test")
 
 
@@ -338,7 +337,7 @@ def rows_by_name(names: list[str]) -> dict[str, int]:
 
 def names_of(train: LabelledDataset) -> list[str]:
     """The source names of a set's images, from its manifest, or from the folder itself."""
-    names = getattr(train.source, "names", None)
+    names = getattr(train.source, "names", None) or stored_names(train.path)
     if names is None:
-        names = read_columns(manifest_path(train.path), ("name",))[1]["name"]
+        raise InputError(f"{train.path}: no manifest beside it names its images")
     return list(names)

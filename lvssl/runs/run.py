@@ -21,6 +21,7 @@ from lvssl.runs.exported import is_exported, read_exported
 from lvssl.runs.identity import other_set
 from lvssl.settings.fields import difference, first_change, from_dict, to_dict
 from lvssl.settings.pretrain import PretrainSettings, choice
+from pipelines.datasets.parts import are_there
 from pipelines.datasets.recognise import in_short
 from pipelines.decode import Reader
 from pipelines.errors import ON_ERROR, InputError, first_line
@@ -203,7 +204,7 @@ class Run:
 
 def training_set(run: Run, given: Path | None) -> Path:
     """The training images: as given, or else those of the pretraining. InputError: these aren't there."""
-    if given is None and not run.settings.data.exists():
+    if given is None and not are_there(run.settings.data):
         raise InputError(
             f"{run.settings.data}: the training images of {run.folder} aren't there (any more): name them "
             "with --train, wherever they lie now"

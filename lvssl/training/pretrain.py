@@ -20,6 +20,7 @@ from lvssl.training.optimiser import describe_groups
 from lvssl.training.stopping import Interrupted, Stop, stop_signals
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for, backend_for
+from pipelines.datasets.parts import are_there
 from pipelines.decode import Reader, open_reader
 from pipelines.errors import InputError
 from pipelines.loader import LoaderSettings, Replacements, TwoViewLoader, evaluation_batches
@@ -66,7 +67,7 @@ def run(
         raise InputError(f"--graph on is for one rank, and there are {world.size}: leave it out")
     if settings.engine.compile:  # beside the run, so that it is compiled once for all of its jobs
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.out.absolute() / "compiled"))
-    if resume and (settings.out / "config.json").is_file() and not settings.data.exists():
+    if resume and (settings.out / "config.json").is_file() and not are_there(settings.data):
         raise InputError(
             f"{settings.data}: the images that {settings.out} was begun on aren't there (any more): name "
             "them with --data, wherever they lie now"

@@ -1,4 +1,4 @@
-"""A beton as a set of images, to be converted to another form, and the bytes in the parts of one."""
+"""Betons, one or many, as one set of images: their layout, their names, and the bytes in them."""
 
 from __future__ import annotations
 
@@ -8,32 +8,95 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.datasets.dataset import Dataset, labelled
+from pipelines.datasets.columns import listed
+from pipelines.datasets.dataset import Dataset, labelled, numbers_alone
+from pipelines.datasets.imagenet import content_of, names_among
+from pipelines.datasets.parts import files_of, parts_of
+from pipelines.datasets.recognise import in_short
 from pipelines.errors import InputError
 from pipelines.formats.beton import JPEG, BetonFile, named_targets, open_beton
 from pipelines.formats.manifest import manifest_path, read_columns
 from pipelines.formats.openfiles import OpenFiles
 
 
-def open_beton_source(path: Path) -> Dataset:
-    """A beton's images as they came: JPEG bytes, or pixels. Names and classes as in its manifest."""
-    beton = open_beton(path)
-    bytes_of = reader_of([beton])
-    manifest_file = manifest_path(path)
-    classes, split, targets = None, None, beton.targets
-    names = [f"{path.name}:{index}" for index in range(beton.count)]
-    if manifest_file.exists():
-        manifest, columns = read_columns(manifest_file, ("name",))
-        classes, split, names = manifest["classes"], manifest["split"], columns["name"].tolist()
-        targets = named_targets(beton, manifest["targets"])
+def open_betons(path: str | Path) -> tuple[list[BetonFile], dict[str, Any]]:
+    """The betons that a path means, in order, targets under the names of their manifests; and the manifest of
+    the first, empty where there is none. "classes" is that of all parts.
+
+    Raises:
+        InputError: one is missing, damaged, or of another conversion than the first; it is named.
+    """
+    betons, heads = [], []
+    for file in parts_of(path):
+        beton, head = open_beton(file), content_of(manifest_path(file))
+        betons.append(replace(beton, targets=named_targets(beton, names_among(head, "targets") or [])))
+        known = ("classes", "targets", "settings", "split")
+        heads.append({key: value for key, value in head.items() if key in known})
+        if what := _other(heads[0], heads[-1]) or _other_content(betons[0], betons[-1]):
+            first = betons[0].path.name
+            raise InputError(
+                f"{file}: isn't of one set with {first}: {what}; convert it alike, or leave it out"
+            )
+        if len(heads[-1].get("classes", ())) > len(heads[0].get("classes", ())):
+            heads[0]["classes"] = heads[-1]["classes"]
+    return betons, heads[0]
+
+
+def _other(first: dict[str, Any], head: dict[str, Any]) -> str:
+    """What tells a part of another conversion from the first; empty where nothing does."""
+    if not first or not head:
+        return "" if not first and not head else f"{'it' if first else 'that'} has no manifest"
+    ours, theirs = ([str(name) for name in each.get("classes", ())] for each in (first, head))
+    if ours != theirs and not (ours and theirs and numbers_alone(ours) and numbers_alone(theirs)):
+        strange = sorted({*ours} ^ {*theirs}) or ["in another order"]
+        return in_short("its classes are others", strange)
+    wanted, found = first.get("settings", {}), head.get("settings", {})
+    for key in wanted:
+        if key in found and found[key] != wanted[key]:
+            return f"its {key} is {found[key]}, not {wanted[key]}"
+    return ""
+
+
+def _other_content(first: BetonFile, beton: BetonFile) -> str:
+    if list(first.targets) != list(beton.targets):
+        return f"its targets are {listed(beton.targets) or 'none'}, not {listed(first.targets) or 'none'}"
+    if (first.labels[0] < 0) != (beton.labels[0] < 0):
+        return f"its images have {'no ' if beton.labels[0] < 0 else ''}labels"
+    return ""
+
+
+def stored_names(path: str | Path) -> list[str] | None:
+    """Where each image of a converted set came from, by the manifests; None where one lacks it."""
+    names: list[str] = []
+    for file in files_of(path):
+        if not manifest_path(file).is_file():
+            return None
+        names += read_columns(manifest_path(file), ("name",))[1]["name"].tolist()
+    return names
+
+
+def open_beton_source(path: str | Path) -> Dataset:
+    """Betons' images as they came: JPEG bytes, or pixels. Names and classes as in their manifests."""
+    betons, manifest = open_betons(path)
+    bytes_of, ends = reader_of(betons), np.cumsum([beton.count for beton in betons])
+    names = stored_names(path) or [f"{b.path.name}:{index}" for b in betons for index in range(b.count)]
+    labels = np.concatenate([beton.labels for beton in betons])
 
     def read(index: int) -> bytes | np.ndarray:
-        data = bytes_of(0, index)
-        if beton.modes[index] == JPEG:
+        part = int(np.searchsorted(ends, index, side="right"))
+        beton, at = betons[part], index - int(ends[part]) + betons[part].count
+        data = bytes_of(part, at)
+        if beton.modes[at] == JPEG:
             return data
-        return np.frombuffer(data, np.uint8).reshape(int(beton.heights[index]), int(beton.widths[index]), 3)
+        return np.frombuffer(data, np.uint8).reshape(int(beton.heights[at]), int(beton.widths[at]), 3)
 
-    return replace(labelled(str(path), names, beton.labels, classes, read, split), targets=targets)
+    opened = labelled(str(path), names, labels, manifest.get("classes"), read, manifest.get("split"))
+    return replace(
+        opened,
+        targets={
+            name: np.concatenate([beton.targets[name] for beton in betons]) for name in betons[0].targets
+        },
+    )
 
 
 def reader_of(betons: list[BetonFile]) -> Any:

@@ -97,3 +97,8 @@ def by_name(
         known = ", ".join(wanted[:10]) + (" ..." if len(wanted) > 10 else "")
         raise InputError(f"{source}: {in_short(f'classes that {where} lacks', strange)}; it has {known}")
     return np.array([number.get(name, -1) for name in classes], np.int64)[labels]
+
+
+def numbers_alone(classes: list[str] | None) -> bool:
+    """Whether these are no names: 0, 1, 2 ..., as a conversion writes them where it knows none."""
+    return classes is None or all(name == str(number) for number, name in enumerate(classes))

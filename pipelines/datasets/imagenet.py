@@ -70,17 +70,27 @@ def class_names(manifest: Path) -> list[str] | None:
 
 
 def names_in(manifest: Path, entry: str) -> list[str] | None:
-    """An entry of a manifest that is a list of names; None where there is none.
+    """An entry of a manifest that is a list of names; None where there is none. Raises as `content_of`."""
+    return names_among(content_of(manifest), entry)
+
+
+def content_of(manifest: Path) -> dict[str, Any]:
+    """A manifest; empty where there is none, or one that is no table of entries.
 
     Raises InputError if it can't be read: names would be lost in silence.
     """
     if not manifest.is_file():
-        return None
+        return {}
     try:
         content = json.loads(manifest.read_bytes().decode("utf-8", "surrogatepass"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{manifest}: not a manifest, or damaged ({reason})") from error
+    return content if isinstance(content, dict) else {}
+
+
+def names_among(content: dict[str, Any], entry: str) -> list[str] | None:
+    """An entry that is a list of names; None where there is none."""
     try:
         return [str(name) for name in content[entry]]
     except (KeyError, TypeError):

@@ -2,7 +2,7 @@
 
 a folder of class folders     photos/cat/1.jpg, photos/dog/2.png ... (or photos/Train/cat/1.jpg), see `layout`
 ILSVRC2012's own tars         ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, or the folder that holds them
-WebDataset shards             a .tar, a folder of them, or train-{000000..000146}.tar
+WebDataset shards             a .tar, a folder of them, or train-{000000..000146}.tar, see `parts`
 images without labels         loose in a folder or in tars, or the split `unlabeled`
 a tar of class folders        cat/1.jpg, dog/2.png ... in tars: read as if they had been unpacked
 another beton                 to make tars of it, or smaller images
@@ -29,6 +29,7 @@ from pipelines.datasets.folders import FolderTree, class_folders
 from pipelines.datasets.idx import is_idx, open_idx
 from pipelines.datasets.imagenet import in_order_of, remarks
 from pipelines.datasets.named import open_sklearn, open_torchvision
+from pipelines.datasets.parts import parts_of
 from pipelines.datasets.recognise import UNLABELLED, in_short, left_by_a_system
 from pipelines.errors import InputError
 from pipelines.formats.beton import NO_LABEL
@@ -74,11 +75,9 @@ def _open(source: str, split: str | None, root: Path, devkit: Path | None, colum
         return open_torchvision(source.removeprefix("torchvision:"), split, root)
     if source.startswith("sklearn:"):
         return open_sklearn(source.removeprefix("sklearn:"), split)
-    path = Path(source)
-    if path.is_file():
-        return _open_file(source, path, split, devkit, columns)
-    if "{" in source and (shards := tars.expanded(source)):
-        return tars.open_tars(source, shards, split, devkit, columns)
+    path, files = Path(source), parts_of(source)
+    if files != [path] or path.is_file():
+        return _open_files(source, files, split, devkit, columns)
     if not path.is_dir():
         hint = "; data sets by name are torchvision:NAME and sklearn:digits" if "/" not in source else ""
         raise InputError(f"{source}: no such folder or file{hint}")
@@ -92,18 +91,26 @@ def _open(source: str, split: str | None, root: Path, devkit: Path | None, colum
     return class_folders(path, split)
 
 
-def _open_file(source: str, path: Path, split: str | None, devkit: Path | None, columns: Columns) -> Dataset:
-    _fetched([path])
-    if path.suffix in parquet.ENDS:
-        return parquet.open_tables(path, [path], split, columns)
-    if path.suffix in (".csv", ".jsonl"):
+def _open_files(
+    source: str, files: list[Path], split: str | None, devkit: Path | None, columns: Columns
+) -> Dataset:
+    """One file, or several of a kind as one set."""
+    ends, path = {file.suffix for file in files}, files[0]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: no such file")
+    _fetched(files)
+    if ends == {".beton"}:
+        return open_beton_source(source)
+    if ends == {".tar"}:
+        return tars.open_tars(source, files, split, devkit, columns)
+    if len(ends) == 1 and ends <= {*parquet.ENDS}:
+        return parquet.open_tables(path, files, split, columns)
+    if len(files) == 1 and ends <= {".csv", ".jsonl"}:
         return tables.open_table(path, columns)
-    if path.suffix == ".beton":
-        return open_beton_source(path)
-    if path.suffix == ".tar":
-        return tars.open_tars(source, [path], split, devkit, columns)
     raise InputError(
-        f"{source}: a single file must be a .tar, .parquet, .arrow, .csv, .jsonl or .beton; or give a folder"
+        f"{source}: must be a .tar, .parquet, .arrow or .beton, or several of one kind; a .csv or .jsonl; "
+        "or a folder"
     )
 
 

@@ -17,6 +17,7 @@ from pipelines.datasets import imagenet, tars
 from pipelines.datasets.columns import numbered
 from pipelines.datasets.dataset import Dataset, labelled
 from pipelines.datasets.folders import files_of_split
+from pipelines.datasets.parts import parts_of
 from pipelines.datasets.recognise import LeftOut, left_by_a_system, split_of_folder
 from pipelines.errors import InputError
 from pipelines.formats.manifest import manifest_path, read_columns
@@ -24,12 +25,12 @@ from pipelines.formats.openfiles import OpenFiles
 
 
 def open_shards(path: Path, split: str | None = None) -> Dataset | None:
-    """A tar, a folder of tars or train-{000000..000146}.tar as images; None unless every tar has its index.
+    """A tar, a folder of tars or several, see `parts`, as images; None unless each tar has its index.
 
     Raises:
         InputError: an index that can't be read or isn't its tar's, a tar cut short, an image without a class.
     """
-    shards = sorted(path.glob("*.tar")) if path.is_dir() else tars.expanded(str(path)) or [path]
+    shards = sorted(path.glob("*.tar")) if path.is_dir() else parts_of(path)
     shards = [shard for shard in shards if not left_by_a_system(shard.name)]
     notes: list[str] = []
     if path.is_dir() and shards:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import posixpath
-import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -131,15 +130,6 @@ def _above_a_systems(path: str) -> str:
     """The folders of a path, down to the first that a system has made: a/b/@eaDir/0.jpg -> a/b/"""
     folders = path.split("/")[:-1]
     return "".join(f"{name}/" for name in takewhile(lambda name: not left_by_a_system(name), folders))
-
-
-def expanded(pattern: str) -> list[Path]:
-    """train-{000000..000146}.tar -> those paths; empty if there is no such range in it."""
-    found = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", pattern)
-    if found is None:
-        return []
-    before, first, last, after = found.groups()
-    return [Path(f"{before}{n:0{len(first)}d}{after}") for n in range(int(first), int(last) + 1)]
 
 
 def of_imagenet(folder: Path, split: str | None) -> list[Path]:

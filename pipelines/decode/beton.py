@@ -12,39 +12,43 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.datasets.beton import open_betons
 from pipelines.datasets.dataset import check_labels
-from pipelines.datasets.imagenet import class_names, names_in
+from pipelines.datasets.imagenet import names_among
 from pipelines.decode import turbo
 from pipelines.decode.reader import IN_CACHE, DamagedSample
 from pipelines.errors import InputError
 from pipelines.formats import jpeg
-from pipelines.formats.beton import JPEG, PAGE_SIZE, BetonFile, named_targets, open_beton
-from pipelines.formats.manifest import manifest_path
+from pipelines.formats.beton import JPEG, PAGE_SIZE, BetonFile, joined
+from pipelines.formats.mapped import mapped
 
 
 class BetonReader:
-    """A .beton as a source of crops.
+    """A .beton, or several as one set, as a source of crops.
 
     Attributes:
-        labels, heights, widths: int64 [N]. targets: float64 [N] each, by name. classes: from the manifest.
+        labels, heights, widths: int64 [N]. targets: float64 [N] each, by name. classes: from the manifests.
     """
 
     chunk = IN_CACHE
 
     def __init__(self, path: str | Path):
-        """Open and check the file; raises InputError if it is missing, cut short or no beton."""
-        self.file: BetonFile = open_beton(Path(path))
-        self.labels = self.file.labels
-        self.heights = self.file.heights
-        self.widths = self.file.widths
+        """Open and check the files; raises InputError if one is missing, cut short, no beton, or of another
+        conversion than the first."""
+        parts, manifest = open_betons(path)
+        self.classes = names_among(manifest, "classes")
+        self._files = [part.path for part in parts]
+        self._ends = np.cumsum([part.count for part in parts])
+        stats = [os.stat(file) for file in self._files]
+        self._states = [(stat.st_ino, stat.st_size) for stat in stats]
+        sizes = [stat.st_size for stat in stats]
+        self._data, starts = mapped(self._files, sizes, PAGE_SIZE)
+        self.file: BetonFile = joined(Path(path), parts, starts.tolist())
+        self.labels, self.heights, self.widths = self.file.labels, self.file.heights, self.file.widths
+        self.targets = self.file.targets
         self._offsets, self._sizes = self.file.offsets.astype(np.int64), self.file.sizes.astype(np.int64)
-        self._inode = os.stat(path).st_ino
-        self._data = np.memmap(path, np.uint8, mode="r")
-        manifest = manifest_path(Path(path))
-        self.classes = class_names(manifest)
-        self.targets = named_targets(self.file, names_in(manifest, "targets") or [])
         if len(self.labels) and self.labels.min() >= 0:
-            check_labels(str(path), self.labels, self.classes, "image {}".format)
+            check_labels(str(path), self.labels, self.classes, self._name)
 
     def __len__(self) -> int:
         return self.file.count
@@ -62,7 +66,7 @@ class BetonReader:
     ) -> None:
         """See `pipelines.decode.Reader`. Releases the GIL; with Pillow, while it decodes and crops."""
         file = self.file
-        self._require_whole()
+        self._require_whole(indices)
         flips = np.zeros(boxes.shape[:2], bool) if flips is None else flips
         if turbo.AVAILABLE:
             row, status = turbo.crop_stored(
@@ -81,28 +85,32 @@ class BetonReader:
         if status != turbo.DECODED:
             index = int(indices[row])
             why = f"can't be decoded ({self._reason(index)}); convert the set again"
-            raise DamagedSample(row, index, f"{file.path}: sample {index} {why}")
+            raise DamagedSample(row, index, f"{self._name(index)} {why}")
 
     def encoded(self, row: int, index: int) -> bytes | np.ndarray:
         """See `pipelines.decode.Reader`."""
-        self._require_whole()
+        self._require_whole(np.array([index]))
         stored = self._data[self._offsets[index] :][: self._sizes[index]]
         if self.file.modes[index] == JPEG:
             return stored.tobytes()
         return stored.reshape(self.heights[index], self.widths[index], 3)
 
-    def _require_whole(self) -> None:
-        """Raise InputError if the file has shrunk since it was opened: what is mapped and gone would end the
+    def _name(self, index: int) -> str:
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return f"{self._files[part]}: sample {index - int(np.append(0, self._ends)[part])}"
+
+    def _require_whole(self, indices: np.ndarray) -> None:
+        """Raise InputError if a file has shrunk since it was opened: what is mapped and gone would end the
         process with a bus error. A file that was replaced or removed is still there for who has it open."""
-        try:
-            found = os.stat(self.file.path)
-        except OSError:
-            return
-        if found.st_ino == self._inode and found.st_size < len(self._data):
-            raise InputError(
-                f"{self.file.path}: was cut from {len(self._data):,} to {found.st_size:,} bytes while it was "
-                "read: restore it, or convert the set again"
-            )
+        for part in {*np.searchsorted(self._ends, indices, side="right").tolist()}:
+            file, (inode, size) = self._files[part], self._states[part]
+            try:
+                found = os.stat(file)
+            except OSError:
+                continue
+            if found.st_ino == inode and found.st_size < size:
+                was = f"was cut from {size:,} to {found.st_size:,} bytes while it was read"
+                raise InputError(f"{file}: {was}: restore it, or convert the set again")
 
     def _crop_with_pillow(
         self, indices: np.ndarray, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+from pipelines.datasets.parts import files_of
 from pipelines.decode.reader import Reader
 from pipelines.errors import InputError
 
 
 def open_files(path: str | Path, kind: str = "auto") -> Reader:
-    """`kind`: beton for a .beton, folder for images as they are, auto for either. Raises InputError."""
+    """`kind`: beton for .betons, folder for images as they are, auto for either. Raises InputError."""
     if kind == "auto":
         kind = "folder" if _holds_images(Path(path)) else "beton"
     if kind == "folder":
@@ -25,4 +26,6 @@ def _holds_images(path: Path) -> bool:
     """Whether these are images as they are: a folder, tars, a table of them, or torchvision:NAME."""
     if path.is_dir() or path.suffix == ".beton":
         return path.is_dir()
-    return path.suffix in (".tar", ".parquet", ".csv", ".jsonl") or bool({"{", ":"} & {*str(path)})
+    if path.suffix == ".txt":
+        return any(file.suffix != ".beton" for file in files_of(path))
+    return path.suffix in (".tar", ".parquet", ".csv", ".jsonl") or ":" in str(path)

@@ -323,5 +323,24 @@ def named_targets(beton: BetonFile, names: Sequence[str]) -> dict[str, np.ndarra
     return dict(zip(names, beton.targets.values()))
 
 
+def joined(path: Path, parts: Sequence[BetonFile], starts: Sequence[int]) -> BetonFile:
+    """Parts as one, at `path`, in bytes where they begin at `starts`; its targets are those of the first."""
+
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    return BetonFile(
+        path,
+        sum(part.count for part in parts),
+        column("modes"),
+        column("heights"),
+        column("widths"),
+        column("labels"),
+        offsets=np.concatenate([part.offsets + np.uint64(start) for part, start in zip(parts, starts)]),
+        sizes=column("sizes"),
+        targets={name: np.concatenate([p.targets[name] for p in parts]) for name in parts[0].targets},
+    )
+
+
 def _bytes_of(rows: np.ndarray) -> memoryview:
     return rows.view(np.uint8).data if len(rows) else memoryview(b"")

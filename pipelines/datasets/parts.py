@@ -1,0 +1,100 @@
+"""One set in many files: which files a path means, and what a series of them lacks.
+
+train-*.beton                a pattern: its files by the numbers in their names, of which none may be missing
+train-{000000..000146}.tar   all numbers of a range; {a,b}: all names of a list
+parts.txt                    paths, one a line, relative to this file's folder
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from pathlib import Path
+
+from pipelines.errors import InputError
+
+_PART = re.compile(r"\.part-[0-9]+-of-[0-9]+(?=\.)")  # in the name of what `convert-beton --shard` writes
+_NUMBER = re.compile(r"(?<![0-9])(?<!-of-)([0-9]+)")  # in a name; not the count of the parts
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """The files that a path means, in the order of the set: itself, there or not, where it is no pattern and
+    no list; none where a pattern fits none."""
+    text, path = str(path), Path(path)
+    if path.suffix == ".txt" and path.is_file():
+        try:
+            lines = [line.strip() for line in path.read_text().splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: can't be read as a list of files ({error})") from error
+        return [path.parent / line for line in lines if line]
+    if path.exists() or ":" in text:  # torchvision:NAME is no file
+        return [path]
+    files = [Path(each) for each in _expanded(text)]
+    if glob.has_magic(text):
+        found = [Path(each) for file in files for each in glob.glob(str(file))]
+        return sorted(found, key=lambda file: [_number(each) for each in re.split("([0-9]+)", str(file))])
+    return files
+
+
+def are_there(path: str | Path) -> bool:
+    """Whether there is something at a path, and all that a list or range names."""
+    files = files_of(path)
+    return bool(files) and all(file.exists() for file in files)
+
+
+def parts_of(path: str | Path) -> list[Path]:
+    """`files_of`. Raises InputError if a pattern fits no file, or fits a series that isn't whole."""
+    files = files_of(path)
+    if not files:
+        raise InputError(f"{path}: no such file: no name there fits")
+    if len({*files}) < len(files):
+        raise InputError(f"{path}: names {next(f for f in files if files.count(f) > 1)} twice")
+    if glob.has_magic(str(path)) and files != [Path(path)]:
+        _require_whole(str(path), files)
+    return files
+
+
+def _require_whole(path: str, files: list[Path]) -> None:
+    """Raise InputError if the names of `files` are numbered and one is missing, or is there twice."""
+    names = {file.name for file in files}
+    for name in sorted(names):
+        if (whole := _PART.sub("", name)) != name and whole in names:
+            raise InputError(f"{path}: fits {whole} and a part of it, {name}: name the one or the others")
+    counts = {found for name in names for found in re.findall("-of-([0-9]+)", name)}
+    if len(counts) > 1:
+        raise InputError(f"{path}: its parts are of {' and '.join(sorted(counts))}: remove the wrong ones")
+    split = [_NUMBER.split(file.name) for file in files]
+    first, places = split[0], range(1, len(split[0]), 2)
+    if len({(file.parent, *pieces[::2]) for file, pieces in zip(files, split)}) > 1 or not places:
+        return  # not one series
+    varies = [k for k in places if len({pieces[k] for pieces in split}) > 1] or [places[-1]]
+    there = {int(pieces[varies[0]]) for pieces in split}
+    start, end = min(there), max(there) + 1
+    for count in map(int, counts):
+        start = 1 if count in there or _PART.search(files[0].name) else 0
+        end = start + count
+    missing = [number for number in range(start, end) if number not in there]
+    if len(varies) > 1 or not missing or (not counts and len(missing) > len(there)):  # dates are no series
+        return
+    digits = min(len(pieces[varies[0]]) for pieces in split)
+    before, after = "".join(first[: varies[0]]), "".join(first[varies[0] + 1 :])
+    named = [f"{before}{number:0{digits}d}{after}" for number in missing[:3]]
+    shown = ", ".join(named) + (" ..." if len(missing) > 3 else "")
+    raise InputError(f"{path}: {len(missing)} of {end - start} parts are missing: {shown}")
+
+
+def _expanded(text: str) -> list[str]:
+    """a-{08..10}.tar -> a-08.tar, a-09.tar, a-10.tar; {a,b}.tar -> a.tar, b.tar; any other text: itself."""
+    found = re.fullmatch(r"([^{}]*)\{([^{}]+)\}(.*)", text, re.DOTALL)
+    if found is None:
+        return [text]
+    before, inside, after = found.groups()
+    each = inside.split(",")
+    if numbers := re.fullmatch(r"([0-9]+)\.\.([0-9]+)", inside):
+        first, last = numbers.groups()
+        each = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    return [f"{before}{one}{rest}" for one in each for rest in _expanded(after)]
+
+
+def _number(text: str) -> tuple[int, str]:
+    return (int(text), "") if text.isdecimal() else (0, text)

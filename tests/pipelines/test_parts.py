@@ -1,0 +1,264 @@
+"""A set in many files is the set of one: the same batches, names and codes; and gaps are refused."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lvssl.codes.file import open_codes
+from pipelines.convert.conversion import ConvertOptions, Settings, convert
+from pipelines.convert.merge import merge
+from pipelines.datasets.beton import stored_names
+from pipelines.datasets.opening import open_dataset
+from pipelines.datasets.parts import are_there, files_of, parts_of
+from pipelines.decode import open_reader
+from pipelines.errors import InputError
+from pipelines.formats.beton import JPEG
+from pipelines.formats.mapped import mapped
+from pipelines.loader import LoaderSettings, TwoViewLoader
+from pipelines.views import ViewSettings
+
+PARTS = 11  # more than nine, so that the order of numbers isn't that of letters once the noughts are gone
+
+
+@pytest.fixture(scope="module")
+def cut(beton, tmp_path_factory) -> tuple[Path, Path]:
+    """The images of `beton`, merged, and the pattern of the parts that it was merged from."""
+    folder = tmp_path_factory.mktemp("parts")
+    for k in range(1, PARTS + 1):
+        options = ConvertOptions(shard=(k, PARTS))
+        convert(str(beton.parent / "pictures"), folder / "set.beton", Settings(), options=options)
+    merge(folder / "set.beton")
+    return folder / "set.beton", folder / f"set.part-*-of-{PARTS:03d}.beton"
+
+
+def batches(path: Path, **options) -> list[tuple]:
+    with TwoViewLoader(
+        open_reader(path), ViewSettings(resolution=24), LoaderSettings(8, **options)
+    ) as loader:
+        return [(b.views.numpy().tobytes(), b.labels.tolist(), b.indices.tolist()) for b in loader]
+
+
+@pytest.mark.parametrize("order", ["random", "sequential"])
+def test_parts_give_the_batches_of_the_merged_file(cut, order):
+    whole, parts = cut
+    assert batches(parts, seed=3, workers=3, order=order) == batches(whole, seed=3, workers=1, order=order)
+
+
+def test_parts_are_the_merged_set_in_all_that_is_known_of_it(cut):
+    whole, parts = map(open_reader, cut)
+    for name in ("labels", "heights", "widths"):
+        np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name), name)
+    assert parts.classes == whole.classes and stored_names(cut[1]) == stored_names(cut[0])
+    for one, other in zip(map(open_dataset, map(str, cut)), (whole, parts)):
+        assert list(one.names) == stored_names(cut[0]) and one.classes == whole.classes
+        for index in range(len(whole)):
+            stored = one.read(index)
+            assert np.array_equal(stored, other.encoded(0, index)) or stored == other.encoded(0, index)
+
+
+def test_blocks_of_the_quasi_random_order_lie_within_a_part(cut):
+    parts, counts = open_reader(cut[1]), [len(open_reader(path)) for path in parts_of(cut[1])]
+    assert len({*parts.storage_blocks().tolist()}) == PARTS  # of less than 2 MB each
+    assert np.bincount(parts.storage_blocks()).tolist() == counts
+    seen = [index for _, _, indices in batches(cut[1], order="quasi-random") for index in indices]
+    assert len({*seen}) == len(seen) == len(parts) // 8 * 8
+
+
+def test_a_list_and_a_range_name_parts_too(cut, tmp_path):
+    whole, parts = cut
+    paths = parts_of(parts)
+    (tmp_path / "parts.txt").write_text("".join(f"{path}\n\n" for path in paths[:2]))
+    some = [
+        tmp_path / "parts.txt",
+        whole.with_name("set.part-{001..002}-of-011.beton"),
+        whole.with_name("{set.part-001,set.part-002}-of-011.beton"),
+    ]
+    for path in some:
+        assert files_of(path) == paths[:2] and are_there(path)
+        np.testing.assert_array_equal(open_reader(path).labels, open_reader(whole).labels[: 53 * 2 // 11])
+    with pytest.raises(InputError, match=r"set\.part-012-of-011\.beton: no such file"):
+        open_reader(whole.with_name("set.part-{010..012}-of-011.beton"))
+
+
+def test_a_pattern_follows_numbers_and_names_a_gap(tmp_path):
+    def made(*names: str) -> Path:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+        return folder
+
+    folder = made("a-9.beton", "a-10.beton", "a-11.beton", "b.beton")
+    assert [path.name for path in parts_of(folder / "a-*.beton")] == ["a-9.beton", "a-10.beton", "a-11.beton"]
+    assert len(parts_of(folder / "*.beton")) == 4  # no series
+    for names, pattern, missing in (
+        (["a-00.tar", "a-01.tar", "a-04.tar"], "*.tar", "2 of 5 parts are missing: a-02.tar, a-03.tar"),
+        (["x.part-001-of-003.beton", "x.part-002-of-003.beton"], "*", "1 of 3 .*: x.part-003-of-003.beton"),
+        (["x.part-002-of-003.beton"], "*", "2 of 3 .*: x.part-001-of-003.beton, x.part-003-of-003.beton"),
+        (["t-00000-of-00003.parquet", "t-00001-of-00003.parquet"], "*", "t-00002-of-00003.parquet"),
+        (["x.part-001-of-003.beton", "x.part-002-of-002.beton"], "*", "its parts are of 002 and 003"),
+        (["x.part-001-of-001.beton", "x.beton"], "*", "fits x.beton and a part of it"),
+        (["x.beton"], "y*.beton", "no name there fits"),
+    ):
+        with pytest.raises(InputError, match=missing):
+            parts_of(made(*names) / pattern)
+    assert len(parts_of(made("t-20240101.tar", "t-20240215.tar") / "*.tar")) == 2  # dates are no series
+    with pytest.raises(InputError, match="twice"):
+        parts_of(folder / "{b,b}.beton")
+
+
+def test_a_part_of_another_conversion_is_named(cut, beton, tmp_path):
+    parts = cut[1]
+    for path in parts_of(parts):
+        shutil.copy(path, tmp_path), shutil.copy(f"{path}.json", tmp_path)
+    victim = tmp_path / "set.part-004-of-011.beton"
+    pattern = tmp_path / parts.name
+    pictures = tmp_path / "pictures"
+    shutil.copytree(beton.parent / "pictures", pictures)
+
+    def refused(what: str, **settings) -> None:
+        options = ConvertOptions(overwrite=True)
+        convert(str(pictures), victim, Settings(**settings), options=options)
+        with pytest.raises(InputError, match=rf"{victim.name}: isn't of one set with .*: {what}"):
+            open_reader(pattern)
+
+    refused("its max_resolution is 20, not None", max_resolution=20)
+    (pictures / "class0").rename(pictures / "other")
+    refused(r"its classes are others \(2\): class0, other")
+    victim.with_name(f"{victim.name}.json").unlink()
+    with pytest.raises(InputError, match=f"{victim.name}: .*it has no manifest"):
+        open_reader(pattern)
+    victim.unlink()
+    with pytest.raises(InputError, match=f"1 of 11 parts are missing: {victim.name}"):
+        open_reader(pattern)
+
+
+def test_a_damaged_image_is_named_by_its_part(cut, tmp_path):
+    parts = parts_of(cut[1])
+    for path in parts:
+        shutil.copy(path, tmp_path), shutil.copy(f"{path}.json", tmp_path)
+    reader = open_reader(tmp_path / cut[1].name)
+    inside = open_reader(parts[6])
+    at = int(np.flatnonzero(inside.file.modes == JPEG)[-1])
+    index = at + sum(len(open_reader(path)) for path in parts[:6])
+    with open(tmp_path / parts[6].name, "r+b") as file:
+        file.seek(int(inside.file.offsets[at]))
+        file.write(b"\0" * int(inside.file.sizes[at]))
+    box, out = np.array([[[0, 0, 8, 8]]], np.int32), np.empty((1, 1, 8, 8, 3), np.uint8)
+    with pytest.raises(InputError, match=f"{parts[6].name}: sample {at} can't be decoded") as caught:
+        reader.crops(np.array([index]), box, out)
+    assert caught.value.index == index
+    os.truncate(tmp_path / parts[6].name, 5000)
+    with pytest.raises(InputError, match=f"{parts[6].name}: was cut from"):
+        reader.crops(np.array([index]), box, out)
+    reader.crops(np.array([0]), box, out)  # another part's
+
+
+MANY = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+import numpy as np
+from pipelines.datasets.opening import open_dataset
+from pipelines.decode import open_reader
+from pipelines.loader import evaluation_batches
+from pipelines.views import ViewSettings
+source, view = open_reader(sys.argv[1]), ViewSettings(resolution=8)
+found = [crops.numpy().sum() for crops, _ in evaluation_batches(source, view, workers=2)]
+again = open_dataset(sys.argv[1])
+print(len(source), sum(found), len({again.read(i) for i in range(len(again.labels))}))
+"""
+
+
+@pytest.mark.parametrize("kind", ["beton", "tar"])
+def test_more_parts_than_files_may_be_open(beton, kind, tmp_path):
+    """1,200 files, of which a process may have 256 open."""
+    first = next((beton.parent / "pictures" / "class1").glob("*.jpg"))
+    for name in ("class0", "class1"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        shutil.copy(first, tmp_path / "pictures" / name / "0.jpg")
+    options = ConvertOptions(webdataset=tmp_path / "shards", images_per_tar=2)
+    convert(str(tmp_path / "pictures"), tmp_path / "x.beton", Settings(), options=options)
+    (tmp_path / "many").mkdir()
+    for k in range(1200):
+        if kind == "beton":
+            os.link(tmp_path / "x.beton", tmp_path / "many" / f"{k:04d}.beton")
+            os.link(tmp_path / "x.beton.json", tmp_path / "many" / f"{k:04d}.beton.json")
+        else:
+            for end in ("tar", "idx"):
+                (one,) = (tmp_path / "shards").glob(f"*.{end}")
+                os.link(one, tmp_path / "many" / f"{k:04d}.{end}")
+    path = tmp_path / "many" / f"*.{kind}"
+    run = [sys.executable, "-c", MANY, str(path)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == "2400" and done.stdout.split()[2] == "1"
+
+
+def test_files_are_mapped_side_by_side_without_descriptors(tmp_path):
+    page = resource.getpagesize()
+    sizes = [1, page, page + 1, 3 * page - 1]
+    paths = [tmp_path / str(k) for k in range(len(sizes))]
+    contents = [np.random.default_rng(k).integers(1, 256, n, np.uint8) for k, n in enumerate(sizes)]
+    for path, content in zip(paths, contents):
+        path.write_bytes(content.tobytes())
+    before = len(os.listdir("/proc/self/fd"))
+    data, starts = mapped(paths, sizes, 4 * page)
+    assert len(os.listdir("/proc/self/fd")) == before and not data.flags.writeable
+    assert starts.tolist() == [0, 4 * page, 8 * page, 12 * page] and len(data) == 12 * page + sizes[-1]
+    for content, start in zip(contents, starts):
+        np.testing.assert_array_equal(data[start : start + len(content)], content)
+        assert not data[start + len(content) : start + 4 * page].any()
+    held = data[5:9]
+    del data
+    assert held.tolist() == [0] * 4  # the mapping lives as long as any part of it
+    assert str(paths[2]) in Path("/proc/self/maps").read_text()
+    del held
+    assert str(paths[2]) not in Path("/proc/self/maps").read_text()
+    with pytest.raises(InputError, match="was changed while it was opened"):
+        mapped(paths, [1, 2, 3, 4], page)
+
+
+@pytest.mark.slow
+def test_commands_take_parts_for_the_merged_file(lvssl, digits, tmp_path):
+    """Training, codes, kNN and resuming: whether a set is one file or three makes no difference."""
+    for k in (1, 2, 3):
+        convert("sklearn:digits", tmp_path / "train.beton", options=ConvertOptions(shard=(k, 3)))
+    merge(tmp_path / "train.beton")
+    for end in ("", ".json"):
+        shutil.copy(f"{digits['test']}{end}", tmp_path / f"test.beton{end}")
+
+    def run(*arguments: object, status: int = 0) -> str:
+        done = lvssl(*arguments, cwd=tmp_path)
+        assert done.returncode == status, done.stderr
+        return done.stdout + done.stderr
+
+    sets = {"whole": "train.beton", "parts": "train.part-*.beton"}
+    for name, data in sets.items():
+        run("pretrain", "--preset", "digits", "--epochs", 1, "--data", data, "--out", name)
+        run("encode", "whole", "--images", data, "--out", f"{name}.lvcodes", "--no-fit")
+        run("knn", name)
+    figures = [json.loads((tmp_path / name / "knn.json").read_text()) for name in sets]
+    assert figures[0]["results"] == figures[1]["results"]
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in sets
+    ]
+    assert losses[0] == losses[1]
+    one, other = (open_codes(tmp_path / f"{name}.lvcodes") for name in sets)
+    np.testing.assert_array_equal(one.rows, other.rows)
+    assert list(one.names) == list(other.names)
+    run("pretrain", "--resume", "--out", "parts", "--data", "train.beton", "--epochs", 2)  # the same set
+    (tmp_path / "train.part-002-of-003.beton").unlink()
+    said = run("pretrain", "--resume", "--out", "parts", "--epochs", 3, "--data", sets["parts"], status=2)
+    assert "train.part-002-of-003.beton" in said and "missing" in said
+    said = run(
+        "pretrain", "--resume", "--out", "parts", "--data", "train.part-{001,003}-of-003.beton", status=2
+    )
+    assert "images, not" in said
