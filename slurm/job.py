@@ -20,6 +20,8 @@ from typing import NoReturn
 
 import submitit
 
+from pipelines.datasets.parts import files_of
+from pipelines.staging import stage
 from slurm import scheduler
 from slurm.pipeline import ClusterSettings
 from slurm.rank import STOPPED, STOPPED_EARLY
@@ -113,8 +115,16 @@ class Job:
         return start(record)
 
     def with_srun(self, record: Record) -> Outcome:
+        if self.staging() and self.cluster.nodes > 1:  # until all have copied: ranks wait minutes for others
+            outcome = self.step(record, 1, [*self.staging(), "true"], subprocess.DEVNULL)
+            if outcome.stopped:
+                return outcome  # else the ranks try again, and say what hinders
+        return self.step(record, self.cluster.ranks_per_node, self.command())
+
+    def step(self, record: Record, each: int, command: list[str], errors: int | None = None) -> Outcome:
+        """A command as `each` processes of every node."""
         cluster = self.cluster
-        ranks = cluster.nodes * cluster.ranks_per_node
+        ranks = cluster.nodes * each
         mark = self.log.with_name(f".stopped-{self.id}-{record.restarts}-{record.crashes}")
         for left_by_a_killed_start in mark.parent.glob(f"{mark.name}-*"):
             left_by_a_killed_start.unlink()
@@ -126,10 +136,10 @@ class Job:
             f"--nodes={cluster.nodes}",
             f"--ntasks={ranks}",
         ]
-        srun += [f"--ntasks-per-node={cluster.ranks_per_node}"]
+        srun += [f"--ntasks-per-node={each}"]
         srun += [f"--cpus-per-task={cluster.cpus}"] if cluster.cpus else []  # srun doesn't take sbatch's
         rank = [sys.executable, "-m", "slurm.rank", str(mark), host, str(port)]
-        status = subprocess.Popen([*srun, *rank, *self.command()], cwd=self.code).wait()
+        status = subprocess.Popen([*srun, *rank, *command], cwd=self.code, stderr=errors).wait()
         marks = list(mark.parent.glob(f"{mark.name}-*"))
         saved = bool(marks) and all(each.read_text() == "saved" for each in marks)
         for each in marks:
@@ -154,6 +164,8 @@ class Job:
     def in_process(self, record: Record) -> Outcome:
         """In this very process, for a debugger."""
         before = sys.argv
+        if self.cluster.stage_to:
+            stage(self.cluster.stage_to, (file for path in self.task.reads for file in files_of(path)))
         sys.argv = [self.task.module, *self.task.arguments]
         try:
             runpy.run_module(self.task.module, run_name="__main__", alter_sys=True)
@@ -167,7 +179,14 @@ class Job:
     def command(self) -> list[str]:
         """Of one rank. The supervisor stays outside a container: srun and submitit are the host's."""
         start = [*self.cluster.container, "python3"] if self.cluster.container else [sys.executable]
-        return [*start, "-m", self.task.module, *self.task.arguments]
+        return [*self.staging(), *start, "-m", self.task.module, *self.task.arguments]
+
+    def staging(self) -> list[str]:
+        """What comes before a command that reads images, where they are to be copied to its node; the host's."""
+        if not self.cluster.stage_to or not self.task.reads:
+            return []
+        sets = map(str, self.task.reads)
+        return [sys.executable, "-m", "pipelines.staging", self.cluster.stage_to, *sets, "--"]
 
     def asked_to_stop(self) -> list[int]:
         return [number for number in self.signals if number in (signal.SIGTERM, signal.SIGUSR2)]

@@ -13,6 +13,7 @@ from typing import Any
 
 from lvssl.settings.fields import RUNTIME
 from pipelines.convert.store import Settings as Conversion
+from pipelines.datasets.parts import parts_of
 from pipelines.errors import InputError
 from slurm.values import fields_of, fits, flat_hints, is_path, replaced, words
 
@@ -49,6 +50,7 @@ class ClusterSettings:
     modules: tuple[str, ...] = ()  # `module load` each
     setup: tuple[str, ...] = ()  # shell lines before the command
     environment: Mapping[str, str] = field(default_factory=dict)
+    stage_to: str = ""  # a folder of the node's own, such as $TMPDIR, to copy the images to before it starts
     python: str = ""  # interpreter on the nodes; empty: the one that submits
     # Words before each process's command, such as ("apptainer", "exec", "--nv", "lvssl.sif"); python3 is the
     # container's own.
@@ -99,7 +101,7 @@ class ImageSource:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Betons that exist already: [data] instead of [convert]."""
+    """Betons that exist already, each set one or several: [data] instead of [convert]."""
 
     train: Path = Path()
     test: Path = Path()
@@ -204,8 +206,12 @@ class _Reader:
         if "data" in content:
             data = self.instance("data", DataSettings, content["data"])
             for name, path in (("train", data.train), ("test", data.test)):
-                if not path.is_file():
-                    raise self.wrong(f"[data] {name}: {path}: no such file")
+                try:
+                    absent = [file for file in parts_of(path) if not file.is_file()]
+                except InputError as error:
+                    raise self.wrong(f"[data] {name}: {error}") from error
+                if absent:
+                    raise self.wrong(f"[data] {name}: {absent[0]}: no such file")
             return data, {}
         table = dict(content["convert"])
         table.pop("cluster", None)
@@ -339,6 +345,8 @@ class _Reader:
             raise self.wrong(f"[{where}] nodes: only {', '.join(SPREAD)} spread over nodes")
         if made.memory and not re.fullmatch(r"\d+(\.\d+)?[KMGT]?B?", made.memory):
             raise self.wrong(f'[{where}] memory: {made.memory!r} is not a size such as "64G"')
+        if made.stage_to and not re.match(r"[/$]", made.stage_to):
+            raise self.wrong(f'[{where}] stage_to: {made.stage_to!r} is no path from / on, such as "$TMPDIR"')
         for name in made.environment:
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
                 raise self.wrong(f"[{where}] environment: {name!r} can't be the name of a variable")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lvssl.settings.fields import beyond_defaults, options
+from pipelines.datasets.parts import files_of
 from slurm.pipeline import FILLED_IN, MEASURING, ClusterSettings, ImageSource, Pipeline
 
 # Results that have one place in the run's folder, whatever the settings.
@@ -32,6 +33,7 @@ class Task:
     removes: tuple[Path, ...] = ()  # betons of no use once it is done
     run: Path | None = None  # the run's folder
     label: str = ""  # in a sweep: what is special about it
+    reads: tuple[Path, ...] = ()  # the sets of images it goes through
 
     @property
     def key(self) -> str:
@@ -66,12 +68,14 @@ def build_stages(pipeline: Pipeline) -> list[Stage]:
         *options(point.given),
         "--resume",
     )
-    pretrain = Task("pretrain", key, "lvssl.cli", arguments, (run / "checkpoints",), run=run)
+    pretrain = Task(
+        "pretrain", key, "lvssl.cli", arguments, (run / "checkpoints",), run=run, reads=data["train"][:1]
+    )
     stages.append(Stage("pretrain", behind, (pretrain,), table.cluster))
     measured = []
     for name in MEASURING:
         if name in pipeline.stages:
-            measured.append(measuring(pipeline, name, run, key, data["test"]))
+            measured.append(measuring(pipeline, name, run, key, data))
     stages += measured
     keys = [task.digest for stage in measured for task in stage.tasks]
     after = tuple(stage.name for stage in measured) or ("pretrain",)
@@ -87,10 +91,13 @@ def build_stages(pipeline: Pipeline) -> list[Stage]:
     return stages
 
 
-def measuring(pipeline: Pipeline, name: str, run: Path, run_key: str, test: tuple[Path, str]) -> Stage:
+def measuring(
+    pipeline: Pipeline, name: str, run: Path, run_key: str, data: dict[str, tuple[Path, str]]
+) -> Stage:
     """A stage that measures a pretrained run: one task, or one for each point of its sweep."""
     table = pipeline.stages[name]
-    tasks = []
+    tasks, test = [], data["test"]
+    reads = (data["train"][0], test[0])
     for number, point in enumerate(table.points):
         key = digest(name, point.settings, run_key, test[1])
         result, extra = result_of(
@@ -98,7 +105,7 @@ def measuring(pipeline: Pipeline, name: str, run: Path, run_key: str, test: tupl
         )
         arguments = (name, str(run), "--test", str(test[0]), *options(point.given), *extra)
         title = f"{name}-{number + 1:02d}" if table.swept else name
-        tasks.append(Task(title, key, "lvssl.cli", arguments, (result,), run=run, label=point.label))
+        tasks.append(Task(title, key, "lvssl.cli", arguments, (result,), (), run, point.label, reads))
     return Stage(name, ("pretrain",), tuple(tasks), table.cluster, swept=table.swept)
 
 
@@ -120,7 +127,7 @@ def data_stages(pipeline: Pipeline) -> tuple[list[Stage], dict[str, tuple[Path, 
     """The stages that make the betons, and each beton with its digest."""
     if pipeline.data is not None:
         return [], {
-            name: (path, identity(path))
+            name: (path, "".join(map(identity, files_of(path))))
             for name, path in (("train", pipeline.data.train), ("test", pipeline.data.test))
         }
     parts: list[Task] = []

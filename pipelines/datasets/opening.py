@@ -98,7 +98,7 @@ def _open_files(
     ends, path = {file.suffix for file in files}, files[0]
     for file in files:
         if not file.is_file():
-            raise InputError(f"{file}: no such file")
+            raise InputError(f"{source}: names {file}, and there is no such file")
     _fetched(files)
     if ends == {".beton"}:
         return open_beton_source(source)

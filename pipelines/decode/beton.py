@@ -21,6 +21,7 @@ from pipelines.errors import InputError
 from pipelines.formats import jpeg
 from pipelines.formats.beton import JPEG, PAGE_SIZE, BetonFile, joined
 from pipelines.formats.mapped import mapped
+from pipelines.staging import near
 
 
 class BetonReader:
@@ -39,16 +40,18 @@ class BetonReader:
         self.classes = names_among(manifest, "classes")
         self._files = [part.path for part in parts]
         self._ends = np.cumsum([part.count for part in parts])
-        stats = [os.stat(file) for file in self._files]
+        copies = self._copies = [near(file) for file in self._files]  # or the files themselves
+        stats = [os.stat(file) for file in copies]
         self._states = [(stat.st_ino, stat.st_size) for stat in stats]
         sizes = [stat.st_size for stat in stats]
-        self._data, starts = mapped(self._files, sizes, PAGE_SIZE)
+        self._data, starts = mapped(copies, sizes, PAGE_SIZE)
         self.file: BetonFile = joined(Path(path), parts, starts.tolist())
         self.labels, self.heights, self.widths = self.file.labels, self.file.heights, self.file.widths
         self.targets = self.file.targets
         self._offsets, self._sizes = self.file.offsets.astype(np.int64), self.file.sizes.astype(np.int64)
         if len(self.labels) and self.labels.min() >= 0:
-            check_labels(str(path), self.labels, self.classes, self._name)
+            name_of = "image {}".format if len(parts) == 1 else self._name
+            check_labels(str(path), self.labels, self.classes, name_of)
 
     def __len__(self) -> int:
         return self.file.count
@@ -105,7 +108,7 @@ class BetonReader:
         for part in {*np.searchsorted(self._ends, indices, side="right").tolist()}:
             file, (inode, size) = self._files[part], self._states[part]
             try:
-                found = os.stat(file)
+                found = os.stat(self._copies[part])
             except OSError:
                 continue
             if found.st_ino == inode and found.st_size < size:

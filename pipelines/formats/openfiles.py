@@ -9,6 +9,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 from pipelines.errors import InputError
+from pipelines.staging import near
 
 
 def most_open() -> int:
@@ -50,7 +51,7 @@ class OpenFiles:
                 return found
             while len(self._open) >= self._most:
                 self._open.popitem(last=False)  # closed when nobody reads from it any more
-            opened = _Descriptor(path)
+            opened = _Descriptor(near(path))
             status = os.fstat(opened.number)
             seen = status.st_size, status.st_mtime_ns
             if self._first_seen.setdefault(path, seen) != seen:

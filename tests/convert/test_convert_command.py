@@ -102,7 +102,7 @@ BAD = [
         "none of the 2 files is an image that can be stored; the first, a/1.jpg: not an image",
     ),
     ("damaged out.beton --on-error raise", "class0/001.jpg: "),
-    ("file.txt out.beton", "file.txt: a single file must be a .tar, .parquet"),
+    ("file.txt out.beton", "file.txt: names x, and there is no such file"),
     ("other.parquet out.beton", "choose one of its columns with --image-column: a"),
     ("torchvision:Nope out.beton", "torchvision:Nope: no data set"),
     ("sklearn:faces out.beton", "sklearn:faces: unknown"),
