@@ -121,10 +121,10 @@ class Job:
                 return outcome  # else the ranks try again, and say what hinders
         return self.step(record, self.cluster.ranks_per_node, self.command())
 
-    def step(self, record: Record, each: int, command: list[str], errors: int | None = None) -> Outcome:
-        """A command as `each` processes of every node."""
+    def step(self, record: Record, per_node: int, command: list[str], errors: int | None = None) -> Outcome:
+        """A command as so many processes of every node."""
         cluster = self.cluster
-        ranks = cluster.nodes * each
+        ranks = cluster.nodes * per_node
         mark = self.log.with_name(f".stopped-{self.id}-{record.restarts}-{record.crashes}")
         for left_by_a_killed_start in mark.parent.glob(f"{mark.name}-*"):
             left_by_a_killed_start.unlink()
@@ -136,7 +136,7 @@ class Job:
             f"--nodes={cluster.nodes}",
             f"--ntasks={ranks}",
         ]
-        srun += [f"--ntasks-per-node={each}"]
+        srun += [f"--ntasks-per-node={per_node}"]
         srun += [f"--cpus-per-task={cluster.cpus}"] if cluster.cpus else []  # srun doesn't take sbatch's
         rank = [sys.executable, "-m", "slurm.rank", str(mark), host, str(port)]
         status = subprocess.Popen([*srun, *rank, *command], cwd=self.code, stderr=errors).wait()

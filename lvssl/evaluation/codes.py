@@ -60,7 +60,8 @@ class EncodeSettings:
     run: Positional[Path]
     """The run whose encoder is used."""
     images: Path
-    """A folder of images, searched recursively, no labels needed; or a .beton, tars, a parquet ..."""
+    """A folder of images, searched recursively, no labels needed; or a .beton, tars, a parquet ..., or many
+    of these ('train-*.beton')."""
     out: Path | None = None
     """The code file; left out: RUN/codes.lvcodes."""
     bits: int = 0

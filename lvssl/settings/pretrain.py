@@ -272,7 +272,8 @@ class PretrainSettings:
     """Pretrain an encoder on a converted data set."""
 
     data: Path = Path("train.beton")
-    """The training images: a .beton or tars made by `convert-beton`, or a folder of images as it is.
+    """The training images: a .beton or tars made by `convert-beton`, many of these as one set
+    ('train-*.beton' in quotes, or a .txt with a path a line), or a folder of images as it is.
     Labels are used by the online probes alone."""
     source: str = field(default="auto", metadata=RUNTIME)
     """What reads them: auto (beton for a .beton, else folder), beton, folder (files or tars, never

@@ -22,7 +22,7 @@ class StageSettings:
     """The run's folder. `knn` and `linear` take embeddings, too: a folder with train and test as .npy (and
     -labels.npy), .safetensors or .parquet."""
     train: Path | None = None
-    """Labelled training images; left out: those of the pretraining."""
+    """Labelled training images, in one file or many ('train-*.beton'); left out: those of the pretraining."""
     test: Path | None = None
     """The test images; left out: test.beton (or val) beside the training images."""
     source: str = field(default="auto", metadata=RUNTIME)
