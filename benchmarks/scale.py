@@ -40,17 +40,22 @@ from lvssl.cli import guarded
 from lvssl.evaluation.knn import nearest_by_cosine
 from lvssl.runs.run import versions
 from pipelines.cores import cores
+from pipelines.decode.beton import BetonReader
 from pipelines.errors import InputError
 from pipelines.files import write_json
+from pipelines.formats.beton import BetonWriter
 
 IMAGES, TEST_IMAGES, CLASSES, WIDTH, RANK = 1_281_167, 50_000, 1000, 2048, 32
 QUERIES = 1000  # of knn on embeddings
 BOUND_MIB = 4096
 IN_A_FILE, CHUNK = 50_000, 8192
+PARTS = 1200  # betons of one set
 STEPS = 10  # of pretraining before each interruption
 
 # What a user's own script does, by name.
 OPEN = "from pipelines.decode import open_reader; r = open_reader('{train}'); print(len(r), r.labels.max())"
+# The same with as many files open as a process may have at the least.
+OPEN_PARTS = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)); " + OPEN
 LABELS = (
     "from pathlib import Path; from pipelines.formats.manifest import manifest_path, read_columns;"
     "print(len(read_columns(manifest_path(Path('{train}')), ('label', 'name'))[1]['label']))"
@@ -80,6 +85,7 @@ def rows_of(folder: Path, images: int) -> dict[str, list[str]]:
         "verify": [*convert, "--verify", train],
         "inspect": [*convert, "--inspect", train],
         "open": [*python, OPEN.format(train=train)],
+        "open parts": [*python, OPEN_PARTS.format(train=folder / "parts" / "*.beton")],
         "labels and names": [*python, LABELS.format(train=train)],
         "pretrain": [*lvssl, "pretrain", *trained, "--out", run],
         "resume": [*lvssl, "pretrain", "--out", run, "--resume"],
@@ -138,6 +144,8 @@ def main(arguments: list[str]) -> None:
             make_embeddings(folder / "embeddings", options.images)
         rows = []
         for name in chosen:
+            if "parts" in name:
+                cut(folder / "train.beton", folder / "parts")
             stop = stopper(folder / ("control" if "control" in name else "run"), name)
             seconds, mib = measured(name, commands[name], folder / "log", stop)
             words = [word.replace(str(folder), "SCRATCH") for word in commands[name][1:]]
@@ -151,6 +159,23 @@ def main(arguments: list[str]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
     if beyond := [row["row"] for row in rows if not row["within"]]:
         raise MemoryError(f"above {BOUND_MIB:,} MiB: {', '.join(beyond)}")
+
+
+def cut(whole: Path, folder: Path) -> None:
+    """A beton's images in PARTS betons, as they are stored."""
+    if (folder / f"{PARTS - 1:04d}.beton").exists():
+        return
+    folder.mkdir(exist_ok=True)
+    source = BetonReader(whole)
+    for part, rows in enumerate(np.array_split(np.arange(len(source)), PARTS)):
+        with open(folder / f"{part:04d}.beton", "wb") as file:
+            writer = BetonWriter(file, len(rows))
+            for row in rows.tolist():
+                size = int(source.heights[row]), int(source.widths[row])
+                data = source.encoded(0, row)  # JPEGs, all of them
+                assert isinstance(data, bytes)
+                writer.add(int(source.file.modes[row]), *size, data, int(source.labels[row]))
+            writer.finish()
 
 
 def keep(path: Path, rows: list[dict[str, Any]], arguments: list[str]) -> None:

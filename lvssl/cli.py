@@ -386,8 +386,18 @@ def launch(arguments: list[str]) -> int:
             network = LVNet(settings.model, settings.latent, settings.view.resolution)
         return sum(parameter.numel() for parameter in network.parameters())
 
+    def gpu_hours(settings: Any, images: int) -> tuple[float, str]:
+        from lvssl.plan import MEASURED, hours, of_pretraining
+
+        one = replace(of_pretraining(settings), images=images)
+        rate = "rate measured on one" if one.backbone in MEASURED else "guessed rate"
+        return hours(
+            one
+        ), f"{one.epochs:,} epochs, on H100s at the {rate} (docs/gpu.md), if the loader keeps up"
+
     chosen = parse(Launch, arguments, "launch")
-    return run(chosen.file, chain_starts(), chosen.preset, chosen.cluster, chosen.dry_run, parameters)
+    how = chosen.preset, chosen.cluster, chosen.dry_run
+    return run(chosen.file, chain_starts(), *how, parameters, gpu_hours)
 
 
 def chain_file(arguments: list[str], command: str, about: str) -> Path:

@@ -3,21 +3,29 @@
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipelines.convert.estimate import size_text
+from pipelines.convert.estimate import size_text, time_text
+from pipelines.datasets.imagenet import TRAIN_IMAGES
+from pipelines.datasets.parts import parts_of
+from pipelines.errors import InputError
+from pipelines.formats.beton import count_in
 from slurm.pipeline import Pipeline
+from slurm.records import last_row, remaining
 from slurm.stages import Stage
 from slurm.work import Work, executor
 
 CHECKPOINTS = 3  # the last two, and the one that is being written
 NUMBERS_A_PARAMETER = 3  # the weight and an optimiser's two moments
+# Pretraining's settings and a count of images -> GPU-hours, and what they were measured on.
+GpuHours = Callable[[Any, int], tuple[float, str]]
 COUNTED = 200_000  # files of a source folder, after which its size is not added up any further
 
 
 def describe(pipeline: Pipeline, stages: list[Stage], works: Sequence[Work], cluster: str,
-             parameters: Callable[[Any], int] | None) -> str:  # fmt: skip
+             parameters: Callable[[Any], int] | None, gpu_hours: GpuHours | None) -> str:  # fmt: skip
     """Graph, scripts (for Slurm), GPU-hours and disk, as text."""
     lines = [f"# {pipeline.name}: {pipeline.file} -> {pipeline.out}", "", *graph(works)]
     if cluster == "slurm":
@@ -30,7 +38,7 @@ def describe(pipeline: Pipeline, stages: list[Stage], works: Sequence[Work], clu
                 lines += [
                     f"#   {shlex.join(('python', '-m', task.module, *task.arguments))}" for task in work.tasks
                 ]
-    lines += ["", *costs(works), *disk(pipeline, works, parameters)]
+    lines += ["", *costs(works), *expected(pipeline, works, gpu_hours), *disk(pipeline, works, parameters)]
     return "\n".join(lines)
 
 
@@ -64,6 +72,36 @@ def costs(works: Sequence[Work]) -> list[str]:
     return [
         f"GPU-hours: at most {gpu:,.1f} (CPU-hours: {cpu:,.1f}), by the time limits, without requeued time"
     ]
+
+
+def expected(pipeline: Pipeline, works: Sequence[Work], gpu_hours: GpuHours | None) -> list[str]:
+    """How long the pretraining takes, by the rate of its own last steps where it was begun, else by the rate
+    that was measured for its backbone."""
+    (work,) = (work for work in works if work.stage.name == "pretrain")
+    task, gpus = work.stage.tasks[0], work.stage.cluster.nodes * work.stage.cluster.gpus
+    if not work.tasks:
+        return []
+    settings = pipeline.stages["pretrain"].points[0].settings
+    assert task.run is not None
+    if row := last_row(task.run / "metrics.jsonl"):
+        _, speed, seconds = remaining(row, settings)
+        if seconds > 0:
+            charged = f", {gpus * seconds / 3600:,.1f} GPU-hours" if gpus else ""
+            return [f"pretrain: {time_text(seconds)} left{charged}, at its own {speed:,.0f} img/s so far"]
+    images = images_in(pipeline, task.reads[0])
+    if not gpus or gpu_hours is None or images is None:
+        return []
+    hours, basis = gpu_hours(settings, images)
+    return [f"pretrain: about {hours:,.1f} GPU-hours for {images:,} images, {basis}"]
+
+
+def images_in(pipeline: Pipeline, train: Path) -> int | None:
+    """Of the training set; None where it isn't there and its source doesn't say."""
+    with suppress(OSError, InputError):
+        return sum(map(count_in, parts_of(train)))
+    source = pipeline.convert["train"]
+    whole = TRAIN_IMAGES if Path(source.source).name == "ILSVRC2012_img_train.tar" else None
+    return source.subset or whole
 
 
 def disk(pipeline: Pipeline, works: Sequence[Work], parameters: Callable[[Any], int] | None) -> list[str]:

@@ -13,7 +13,7 @@ import submitit
 
 from pipelines.errors import InputError
 from slurm import scheduler
-from slurm.dry_run import describe
+from slurm.dry_run import GpuHours, describe
 from slurm.job import Job
 from slurm.pipeline import Pipeline, Starts, read_pipeline
 from slurm.records import claimed, read_jobs, read_json, read_record, stands, write_json
@@ -32,6 +32,7 @@ def launch(
     cluster: str = "slurm",
     dry_run: bool = False,
     parameters: Callable[[Any], int] | None = None,
+    gpu_hours: GpuHours | None = None,
 ) -> int:
     """Submit a pipeline, or run it here; returns the exit status.
 
@@ -42,6 +43,7 @@ def launch(
         cluster: slurm; local (processes of this machine, by submitit), debug (in this process).
         dry_run: print what would be submitted.
         parameters: pretraining's settings -> parameters of the network, for the disk it will need.
+        gpu_hours: the same, and a count of images -> GPU-hours, and what they were measured on.
 
     Raises:
         InputError: before anything is submitted.
@@ -51,7 +53,7 @@ def launch(
     pipeline = read_pipeline(file, starts, preset)
     stages = build_stages(pipeline)
     if dry_run:
-        print(describe(pipeline, stages, plan(pipeline.out, stages), cluster, parameters))
+        print(describe(pipeline, stages, plan(pipeline.out, stages), cluster, parameters, gpu_hours))
         return 0
     with claimed(pipeline.out):
         write_json(pipeline.out / "launch.json", {"preset": preset})

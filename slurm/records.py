@@ -127,3 +127,22 @@ def last_error(log: Path) -> str:
             if re.match(pattern, line):
                 return line
     return lines[-1] if lines else ""
+
+
+def last_row(metrics: Path) -> dict[str, Any]:
+    """The last whole line of a metrics.jsonl."""
+    if not metrics.exists():
+        return {}
+    for line in reversed(metrics.read_text().splitlines()[-2:]):
+        try:
+            return {name: value for name, value in json.loads(line).items() if value is not None}
+        except ValueError:  # cut short: it is being written
+            continue
+    return {}
+
+
+def remaining(row: dict[str, Any], settings: Any) -> tuple[int, float, float]:
+    """By a row of a pretraining's metrics.jsonl: its steps in all, img/s, and the seconds left at that."""
+    total = round(row["step"] / row["epoch"] * settings.epochs) if row.get("epoch") else 0
+    speed = row.get("images_per_second", 0.0)
+    return total, speed, (total - row["step"]) * settings.batch_size / speed if speed else 0.0

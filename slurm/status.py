@@ -1,18 +1,16 @@
 """`lvssl status`, `cancel`, `retry`: how the chain stands; to end what runs, to take up what doesn't."""
 
-import json
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipelines.convert.estimate import time_text
 from pipelines.errors import InputError
 from slurm import scheduler
 from slurm.launch import as_launched, is_busy, launch, queue_of
 from slurm.pipeline import Pipeline, Starts, read_pipeline
-from slurm.records import claimed, last_error, read_jobs, read_record, stands
+from slurm.records import claimed, last_error, last_row, read_jobs, read_record, remaining, stands
 from slurm.stages import Stage, Task, build_stages
 
 FAILED = ("failed", "lost", "cancelled")
@@ -169,24 +167,9 @@ def progress(pipeline: Pipeline, each: Standing) -> tuple[str, str, str, str]:
     row = last_row(each.task.run / "metrics.jsonl")
     if not row:
         return "", "", "", ""
-    settings = pipeline.stages["pretrain"].points[0].settings
-    total = round(row["step"] / row["epoch"] * settings.epochs) if row.get("epoch") else 0
-    speed = row.get("images_per_second", 0.0)
-    seconds = (total - row["step"]) * settings.batch_size / speed if speed else 0.0
-    left = time_text(seconds) if each.state == "running" and speed and total > row["step"] else ""
+    total, speed, seconds = remaining(row, pipeline.stages["pretrain"].points[0].settings)
+    left = time_text(seconds) if each.state == "running" and seconds > 0 else ""
     return f"{row['step']}/{total}", f"{speed:.0f}", left, f"loss {row['loss']:.3f}" if "loss" in row else ""
-
-
-def last_row(metrics: Path) -> dict[str, Any]:
-    """The last whole line of a metrics.jsonl."""
-    if not metrics.exists():
-        return {}
-    for line in reversed(metrics.read_text().splitlines()[-2:]):
-        try:
-            return {name: value for name, value in json.loads(line).items() if value is not None}
-        except ValueError:  # cut short: it is being written
-            continue
-    return {}
 
 
 def cancel(file: Path, starts: Starts) -> str:

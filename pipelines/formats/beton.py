@@ -93,6 +93,12 @@ def open_beton(path: str | Path) -> BetonFile:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def count_in(path: Path) -> int:
+    """How many images a beton has, by its header alone. Raises as `open_beton`, and OSError."""
+    with open(path, "rb") as file:
+        return int(_Layout(path, file, os.fstat(file.fileno()).st_size).header()["num_samples"])
+
+
 @dataclass(frozen=True)
 class _Layout:
     """A beton while it is read: what lies in it follows from the sizes that its header gives."""

@@ -2,6 +2,7 @@
 # ruff: noqa: E501 (rows of a table)
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -355,6 +356,31 @@ def test_dry_run_shows_graph_scripts_and_costs_and_writes_nothing(tmp_path, caps
     parameters = int(re.search(r"checkpoints of ([\d,]+) parameters", text).group(1).replace(",", ""))
     assert 90_000 < parameters < 100_000  # the tiny network of preset digits
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_dry_run_expects_gpu_hours_from_measured_rates(tmp_path, digits, capsys):
+    (tmp_path / "ILSVRC2012_img_train.tar").touch()
+    made = FILE.replace("sklearn:digits", "ILSVRC2012_img_train.tar", 1).replace('"digits"', '"PRESET"')
+    made = made.replace("epochs = 3", "epochs = 100").replace("PRESET", "bernoulli-imagenet-r50-100ep")
+    there = f'out = "out"\n[data]\ntrain = "{digits["train"]}"\ntest = "{digits["test"]}"\n'
+    for text, said in (
+        (made, r"about 17.5 GPU-hours for 1,281,167 images, 100 epochs, on H100s at the rate measured"),
+        (there + '[pretrain]\npreset = "digits"\n', "GPU-hours for 1,297 images, .* at the guessed rate"),
+    ):
+        path = write(tmp_path, text + "[pretrain.cluster]\ngpus = 2\n")
+        assert main(["launch", str(path), "--dry-run"]) == 0
+        assert re.search(f"pretrain: .*{said}", capsys.readouterr().out)
+    pipeline = read_pipeline(path, chain_starts())
+    settings = pipeline.stages["pretrain"].points[0].settings
+    (run,) = (
+        task.run for stage in build_stages(pipeline) for task in stage.tasks if stage.name == "pretrain"
+    )
+    run.mkdir(parents=True)
+    row = {"step": 50, "epoch": settings.epochs / 2, "images_per_second": 50 * settings.batch_size / 1800}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(["launch", str(path), "--dry-run"]) == 0
+    said = f"pretrain: 30 min left, 1.0 GPU-hours, at its own {row['images_per_second']:,.0f} img/s so far"
+    assert said in capsys.readouterr().out
 
 
 def test_the_example_in_the_docs(tmp_path, capsys):
