@@ -391,9 +391,8 @@ def launch(arguments: list[str]) -> int:
 
         one = replace(of_pretraining(settings), images=images)
         rate = "rate measured on one" if one.backbone in MEASURED else "guessed rate"
-        return hours(
-            one
-        ), f"{one.epochs:,} epochs, on H100s at the {rate} (docs/gpu.md), if the loader keeps up"
+        basis = f"{one.epochs:,} epochs, on H100s at the {rate} (docs/gpu.md)"
+        return hours(one), f"{basis}, where the loader keeps up"
 
     chosen = parse(Launch, arguments, "launch")
     how = chosen.preset, chosen.cluster, chosen.dry_run
