@@ -182,7 +182,7 @@ class Job:
         return [*self.staging(), *start, "-m", self.task.module, *self.task.arguments]
 
     def staging(self) -> list[str]:
-        """What comes before a command that reads images, where they are to be copied to its node; the host's."""
+        """What comes before a command, outside a container, where its images are to be copied to the node."""
         if not self.cluster.stage_to or not self.task.reads:
             return []
         sets = map(str, self.task.reads)

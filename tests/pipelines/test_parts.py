@@ -15,11 +15,13 @@ from lvssl.codes.file import open_codes
 from pipelines.convert.conversion import ConvertOptions, Settings, convert
 from pipelines.convert.merge import merge
 from pipelines.datasets.beton import stored_names
+from pipelines.datasets.imagenet import content_of
 from pipelines.datasets.opening import open_dataset
 from pipelines.datasets.parts import are_there, files_of, parts_of
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.formats.beton import JPEG
+from pipelines.formats.manifest import manifest_path
 from pipelines.formats.mapped import mapped
 from pipelines.loader import LoaderSettings, TwoViewLoader
 from pipelines.views import ViewSettings
@@ -56,6 +58,9 @@ def test_parts_are_the_merged_set_in_all_that_is_known_of_it(cut):
     for name in ("labels", "heights", "widths"):
         np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name), name)
     assert parts.classes == whole.classes and stored_names(cut[1]) == stored_names(cut[0])
+    manifest = manifest_path(cut[0])  # is read without parsing its rows
+    head = json.loads(manifest.read_text())
+    assert len(head.pop("samples")) == len(whole) and content_of(manifest) == head
     for one, other in zip(map(open_dataset, map(str, cut)), (whole, parts)):
         assert list(one.names) == stored_names(cut[0]) and one.classes == whole.classes
         for index in range(len(whole)):
