@@ -22,6 +22,7 @@ from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for, backend_for
 from pipelines.decode import Reader, open_reader
 from pipelines.errors import InputError
+from pipelines.formats import jpeg
 from pipelines.loader import LoaderSettings, Replacements, TwoViewLoader, evaluation_batches
 
 __all__ = ["Interrupted", "Stop", "Trainer", "pretrain", "stop_signals"]
@@ -44,6 +45,7 @@ def pretrain(
         ConnectionError: another rank died.
     """
     settings.validate()
+    jpeg.read_up_to(settings.max_pixels)
     world = world_of(os.environ)
     if settings.threads:
         torch.set_num_threads(settings.threads)
