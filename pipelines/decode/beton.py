@@ -38,8 +38,8 @@ class BetonReader:
         self.heights = self.file.heights
         self.widths = self.file.widths
         self._offsets, self._sizes = self.file.offsets.astype(np.int64), self.file.sizes.astype(np.int64)
-        self._inode = os.stat(path).st_ino
-        self._data = np.memmap(path, np.uint8, mode="r")
+        self._open = open(path, "rb", buffering=0)  # noqa: SIM115
+        self._length = os.fstat(self._open.fileno()).st_size
         manifest = manifest_path(Path(path))
         self.classes = class_names(manifest)
         self.targets = named_targets(self.file, names_in(manifest, "targets") or [])
@@ -62,11 +62,10 @@ class BetonReader:
     ) -> None:
         """See `pipelines.decode.Reader`. Releases the GIL; with Pillow, while it decodes and crops."""
         file = self.file
-        self._require_whole()
         flips = np.zeros(boxes.shape[:2], bool) if flips is None else flips
         if turbo.AVAILABLE:
             row, status = turbo.crop_stored(
-                self._data,
+                self._open.fileno(),
                 turbo.Samples(
                     self._offsets[indices], self._sizes[indices], file.modes[indices], *self.sizes(indices)
                 ),
@@ -76,6 +75,9 @@ class BetonReader:
             )
         else:
             row, status = self._crop_with_pillow(indices, boxes, flips, out)
+        if status == turbo.UNREAD:
+            self._stored(int(indices[row]))  # says why; or it is there again
+            return self.crops(indices, boxes, out, flips)
         if status == turbo.WRONG_BOX:
             raise ValueError(f"boxes {boxes[row].tolist()} do not lie within image {indices[row]}")
         if status != turbo.DECODED:
@@ -85,24 +87,31 @@ class BetonReader:
 
     def encoded(self, row: int, index: int) -> bytes | np.ndarray:
         """See `pipelines.decode.Reader`."""
-        self._require_whole()
-        stored = self._data[self._offsets[index] :][: self._sizes[index]]
+        stored = self._stored(index)
         if self.file.modes[index] == JPEG:
-            return stored.tobytes()
-        return stored.reshape(self.heights[index], self.widths[index], 3)
+            return stored
+        return np.frombuffer(stored, np.uint8).reshape(self.heights[index], self.widths[index], 3)
 
-    def _require_whole(self) -> None:
-        """Raise InputError if the file has shrunk since it was opened: what is mapped and gone would end the
-        process with a bus error. A file that was replaced or removed is still there for who has it open."""
+    def _stored(self, index: int) -> bytes:
+        """The bytes of one image. Raises InputError if they can't be read, or the file has been cut short
+        since it was opened; one that was replaced or removed is still there for who has it open."""
+        path, number = self.file.path, self._open.fileno()
+        start, size = int(self._offsets[index]), int(self._sizes[index])
         try:
-            found = os.stat(self.file.path)
-        except OSError:
-            return
-        if found.st_ino == self._inode and found.st_size < len(self._data):
+            stored = os.pread(number, size, start)
+            while 0 < len(stored) < size and (
+                more := os.pread(number, size - len(stored), start + len(stored))
+            ):
+                stored += more
+            found = os.fstat(number).st_size
+        except OSError as error:
+            raise InputError(f"{path}: sample {index} cannot be read ({error.strerror})") from error
+        if len(stored) < size:
             raise InputError(
-                f"{self.file.path}: was cut from {len(self._data):,} to {found.st_size:,} bytes while it was "
-                "read: restore it, or convert the set again"
+                f"{path}: was cut from {self._length:,} to {found:,} bytes while it was read: restore it, or "
+                "convert the set again"
             )
+        return stored
 
     def _crop_with_pillow(
         self, indices: np.ndarray, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray
