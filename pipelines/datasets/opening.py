@@ -94,13 +94,14 @@ def _open(source: str, split: str | None, root: Path, devkit: Path | None, colum
 
 def _open_file(source: str, path: Path, split: str | None, devkit: Path | None, columns: Columns) -> Dataset:
     _fetched([path])
-    if path.suffix in parquet.ENDS:
+    kind = path.suffix.lower()
+    if kind in parquet.ENDS:
         return parquet.open_tables(path, [path], split, columns)
-    if path.suffix in (".csv", ".jsonl"):
+    if kind in (".csv", ".jsonl"):
         return tables.open_table(path, columns)
-    if path.suffix == ".beton":
+    if kind == ".beton":
         return open_beton_source(path)
-    if path.suffix == ".tar":
+    if kind == ".tar":
         return tars.open_tars(source, [path], split, devkit, columns)
     raise InputError(
         f"{source}: a single file must be a .tar, .parquet, .arrow, .csv, .jsonl or .beton; or give a folder"

@@ -25,4 +25,6 @@ def _holds_images(path: Path) -> bool:
     """Whether these are images as they are: a folder, tars, a table of them, or torchvision:NAME."""
     if path.is_dir() or path.suffix == ".beton":
         return path.is_dir()
-    return path.suffix in (".tar", ".parquet", ".csv", ".jsonl") or bool({"{", ":"} & {*str(path)})
+    return path.suffix.lower() in (".tar", ".parquet", ".arrow", ".csv", ".jsonl") or bool(
+        {"{", ":"} & {*str(path)}
+    )
