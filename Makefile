@@ -12,7 +12,7 @@ DATA ?=
 WITH ?=
 # of `make test-cpus`:
 CPUS ?=
-BENCH ?= $(filter-out study gpu gpu_study peers,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
+BENCH ?= $(filter-out study gpu gpu_study peers real_images,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
 
 # The tests' models are so small that a thread a core of a large machine would slow them down.
 test test-slow test-slurm test-ffcv test-oldest: export OMP_NUM_THREADS ?= 1
@@ -23,7 +23,7 @@ WORKERS ?= -n logical --maxprocesses 4 --dist loadfile
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu test-slurm test-ffcv test-cpus test-oldest study bench bundle
+.PHONY: help install demo test test-slow test-gpu test-slurm test-ffcv test-cpus test-oldest test-images study bench bundle
 .PHONY: docs reference lint format clean
 
 help:  ## list the targets
@@ -57,6 +57,9 @@ test-cpus: install  ## what depends on a processor, as eleven machines would run
 
 test-oldest: install .venv-oldest/installed  ## `make test` with each package at its lower bound, in .venv-oldest
 	@.venv-oldest/bin/python -m pytest -q $(WORKERS) -m "not slow and not gpu and not slurm and not ffcv" $(PYTEST)
+
+test-images: install  ## some 4,400 images of Debian's and Pillow's, held against Pillow; writes docs/real-images.md
+	@$(BIN)/python -m benchmarks.real_images --out docs/real-images.md
 
 # The same Python as .venv's, for an old torch has no wheel for the newest one.
 .venv-oldest/installed: pyproject.toml tools/lower_bounds.py

@@ -46,6 +46,7 @@ from lvssl.training.pretrain import pretrain as train
 from pipelines.cores import loader_threads
 from pipelines.decode.pixels import as_rgb, decode_rgb
 from pipelines.errors import ON_ERROR, InputError
+from pipelines.formats import jpeg
 from pipelines.normalise import normalise
 from pipelines.views import ViewSettings
 
@@ -293,7 +294,9 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
     >>> lvssl.load("export").bits
     64
     """
-    return Model(load_encoder(Path(folder), None if device is None else torch.device(device)))
+    run = load_encoder(Path(folder), None if device is None else torch.device(device))
+    jpeg.read_up_to(run.settings.max_pixels)
+    return Model(run)
 
 
 def preset(name: str = "", **options: Any) -> PretrainSettings:

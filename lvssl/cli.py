@@ -50,8 +50,9 @@ def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) ->
     """A user's mistake is one line without a traceback; everything unexpected keeps its traceback."""
     from lvssl.codes.file import CodeFileError
     from pipelines.decode.reader import DamagedSample
-    from pipelines.errors import InputError
+    from pipelines.errors import InputError, hide_decoders_warnings
 
+    hide_decoders_warnings()
     try:
         return command(arguments) or 0
     except DamagedSample as error:

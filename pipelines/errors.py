@@ -1,5 +1,7 @@
 """User-fixable errors: printed as one line, without a traceback, exit status 2."""
 
+import warnings
+
 # What a command does with an image that can't be decoded. keep: skip it, unless it is a JPEG of which Pillow
 # makes an image where libjpeg-turbo warns of damage (extraneous bytes, for one); that image is used.
 ON_ERROR = ("raise", "skip", "keep")
@@ -12,3 +14,9 @@ class InputError(ValueError):
 def first_line(error: BaseException) -> str:
     """What an error says, in one line that is never empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def hide_decoders_warnings() -> None:
+    """For a command: what an image is like that can't be decoded is said once, with the image's name."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision")

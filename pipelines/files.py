@@ -1,6 +1,7 @@
 """Files that appear whole or not at all: written beside, synced, renamed."""
 
 import csv
+import errno
 import io
 import itertools
 import json
@@ -57,6 +58,14 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
+
+
+def why_unwritten(path: Path, error: OSError, kept: str) -> str:
+    """What to tell the user of a file that can't be written on. `kept`: what a second call goes on from."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        then = f"{kept}: free some, and repeat the command" if kept else "nothing was written"
+        return f"{path}: no space left on the disk; {then}"
+    return f"{path}: cannot be written ({error.strerror or error})" + (f"; {kept}" if kept else "")
 
 
 def is_aside(name: str, path: Path) -> bool:

@@ -90,6 +90,7 @@ class ImageSource:
     subset: int | None = None
     shuffle_seed: int | None = None
     max_resolution: int | None = None
+    max_pixels: int | None = None
     jpeg_quality: int | None = None
     raw_proportion: float | None = None
     on_error: str | None = None

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,33 @@ def lvssl():
         )
 
     return run
+
+
+@pytest.fixture
+def small_disk(tmp_path, request) -> Iterator[Path]:
+    """A file system of 8 MiB, or of so many as an indirect parameter says."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', 8)}m", "none", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no `mount` here")
+    if done.returncode:
+        pytest.skip(f"mounting isn't permitted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def fill(small_disk) -> Callable[[], Path]:
+    """Fills the small disk to the last byte with a file, and returns it."""
+
+    def to_the_last_byte() -> Path:
+        ballast = small_disk / "ballast"
+        with open(ballast, "wb", buffering=0) as file, suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+        return ballast
+
+    return to_the_last_byte

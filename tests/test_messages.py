@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -24,6 +26,7 @@ from lvssl.training.distributed import World, connected
 from pipelines.datasets.opening import open_dataset
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
+from pipelines.loader import LoaderSettings, TwoViewLoader
 
 
 def line_of(capsys, arguments: list[object]) -> str:
@@ -88,6 +91,44 @@ def test_a_beton_that_shrinks_while_it_is_read_is_refused_and_one_that_is_replac
     (tmp_path / "new").write_bytes(b"another file")
     os.replace(tmp_path / "new", tmp_path / "other.beton")
     other.crops(last, boxes, out)
+
+
+def test_a_beton_that_is_cut_in_the_middle_of_a_read_is_an_error_not_a_bus_error(digits, tmp_path):
+    """In a process of its own, which a bus error would end; the file is cut while it decodes."""
+    path = shutil.copy(digits["train"], tmp_path / "train.beton")
+    program = """if True:
+        import os, sys, threading
+        import numpy as np
+        from pipelines.decode import open_reader
+        from pipelines.errors import InputError
+        reader = open_reader(sys.argv[1])
+        indices = np.tile(np.arange(len(reader)), 100)
+        boxes = np.tile(np.array([[[0, 0, 8, 8]]], np.int32), (len(indices), 1, 1))
+        out = np.empty((len(indices), 1, 8, 8, 3), np.uint8)
+        reader.crops(indices[:9], boxes[:9], out[:9])  # compiles
+        reading = threading.Event()
+        threading.Thread(target=lambda: (reading.wait(), os.truncate(sys.argv[1], 4096))).start()
+        try:
+            while True:
+                reading.set()
+                reader.crops(indices, boxes, out)
+        except InputError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done
+    assert "train.beton: was cut from" in done.stdout and "to 4,096 bytes" in done.stdout
+
+
+def test_a_beton_that_is_cut_while_an_epoch_runs_ends_it_with_that_line(digits, tmp_path):
+    path = tmp_path / "train.beton"
+    shutil.copy(digits["train"], path)
+    settings = LoaderSettings(16, order="sequential", ahead=1)
+    view = preset("digits").view
+    with TwoViewLoader(open_reader(path), view, settings) as loader, pytest.raises(InputError) as raised:
+        for _ in loader:
+            os.truncate(path, path.stat().st_size // 2)
+    assert "train.beton: was cut from" in str(raised.value)
 
 
 def test_a_run_to_resume_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):

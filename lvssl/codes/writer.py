@@ -12,6 +12,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +30,7 @@ from lvssl.codes.file import (
     header_block,
     table_path,
 )
+from pipelines.files import why_unwritten
 from pipelines.kernels.pack import packed_bytes
 from pipelines.lock import lock
 
@@ -44,7 +46,7 @@ class CodeWriter:
     and `position` says where in the source to go on. Without it, or where the block raises an error before
     the first row, nothing is left. `beside`: tables that lie beside it, and their numbers an image: MEANS of
     the posteriors, as fp16, and UNCERTAINTY, 1. `quantiser`: {code, sha256} of what made the codes. Raises
-    CodeFileError where another process is writing the same file.
+    CodeFileError where another process is writing the same file, or the disk is full.
     """
 
     def __init__(
@@ -100,8 +102,15 @@ class CodeWriter:
             self.go_on()
         except BaseException as failure:
             self.close(keep=isinstance(failure, CodeFileError))
+            if isinstance(failure, OSError):
+                raise self.unwritten(failure) from failure
             raise
         return self
+
+    def unwritten(self, error: OSError) -> CodeFileError:
+        """What the disk refuses, in words."""
+        kept = f"{self.count:,} codes are kept" if self.source is not None and self.count else ""
+        return CodeFileError(why_unwritten(self.path, error, kept))
 
     def go_on(self) -> None:
         """Keep the rows of which row, name and tables are whole, and stand behind them."""
@@ -146,18 +155,22 @@ class CodeWriter:
             text = encode_name(name)
             self.position = int(position) + 1
             self.files[1].write(RECORD.pack(self.position, len(text)) + text)
-        self.count += n
         for file in self.files:
             file.flush()  # from here on a kill of the process loses nothing of it
+        self.count += n
 
-    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, _: object, failure: BaseException | None, __: object) -> None:
         done = False
         try:
             if failure is None:
                 self.finish()
                 done = True
+        except OSError as error:
+            failure = error
         finally:
             self.close(keep=not done and self.source is not None and self.count > 0)
+        if isinstance(failure, OSError):  # the block's own: who reads images names them
+            raise self.unwritten(failure) from failure
 
     def finish(self) -> None:
         """Names behind the rows, the headers, and all of it to the disk and under its name."""
@@ -203,7 +216,8 @@ class CodeWriter:
             if not keep:
                 part.unlink(missing_ok=True)
         for file in self.files:
-            file.close()
+            with suppress(OSError):  # on a full disk: what its buffer holds is not counted
+                file.close()
 
 
 def records(file: BinaryIO) -> Iterator[tuple[int, bytes]]:

@@ -23,7 +23,7 @@ from lvssl.evaluation.sets import Sampling, Sets, class_names, labelled_pair, wi
 from lvssl.evaluation.shapes import FACTORS, make_shapes
 from lvssl.runs.result import ResultFile, as_number
 from lvssl.runs.run import Run, load_run
-from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME
+from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME, ReadsImages
 from lvssl.settings.pretrain import require
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.errors import InputError
@@ -36,7 +36,7 @@ FEWEST = 40  # test images below which nothing is worth measuring
 
 
 @dataclass(frozen=True)
-class AnalyseSettings:
+class AnalyseSettings(ReadsImages):
     """Uncertainty, what single bits say, regression: a run beside its control. Writes RUN/analysis.json."""
 
     run: Positional[Path] = field(metadata=POSITIONAL)

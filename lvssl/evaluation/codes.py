@@ -45,12 +45,13 @@ from lvssl.evaluation.quantisers import (
     require_faiss,
 )
 from lvssl.runs.run import Run, load_encoder
+from lvssl.settings.fields import ReadsImages
 from pipelines.errors import InputError
 from pipelines.files import written_csv
 
 
 @dataclass(frozen=True)
-class EncodeSettings:
+class EncodeSettings(ReadsImages):
     """Write the packed code and the uncertainty of every image of a set, no labels needed. Resumable: rerun
     the command after an interruption.
 
@@ -90,7 +91,7 @@ class EncodeSettings:
 
 
 @dataclass(frozen=True)
-class SearchSettings:
+class SearchSettings(ReadsImages):
     """Find the images whose codes are nearest to one query or to many.
 
     Queries that are images stay real-valued: the distance is the squared Euclidean one to what a code stands
@@ -132,7 +133,7 @@ def encode(settings: EncodeSettings) -> Path:
     if settings.csv and not settings.fit:
         raise InputError("--csv writes uncertainties, which --no-fit leaves out")
     run = load_encoder(settings.run)
-    on_error = run.on_error(settings.on_error)
+    on_error = run.reading(settings)
     code = chosen_code(run, settings.bits, settings.code)
     source, names = image_set(settings.images)
     out = code_path(settings.run, settings.out)
@@ -247,7 +248,7 @@ def queries(searcher: Searcher, settings: SearchSettings) -> Iterator[Queries]:
         yield from queries_of(open_codes(path), searcher)
     elif holds_many(path):
         source, names = image_set(path)
-        batches = crops_of(run, source, run.on_error(settings.on_error))
+        batches = crops_of(run, source, run.reading(settings))
         waiting: list[Queries] = []
         for part in searcher.queries(names, batches):
             waiting.append(part)
@@ -257,4 +258,4 @@ def queries(searcher: Searcher, settings: SearchSettings) -> Iterator[Queries]:
         if waiting:
             yield joined(waiting)
     else:
-        yield searcher.image(path, keep=run.on_error(settings.on_error) == "keep")
+        yield searcher.image(path, keep=run.reading(settings) == "keep")

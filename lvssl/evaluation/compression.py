@@ -26,7 +26,7 @@ from lvssl.runs.labels import sound_part
 from lvssl.runs.result import ResultFile, as_number
 from lvssl.runs.rows import Row, are_rows, as_csv, by_point, rows_of
 from lvssl.runs.run import Run, load_run
-from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME
+from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME, ReadsImages
 from pipelines.decode import Reader
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
@@ -36,7 +36,7 @@ CSV = "compression.csv"
 
 
 @dataclass(frozen=True)
-class CompressionSettings:
+class CompressionSettings(ReadsImages):
     """Accuracy against bits stored for each image: the run's code and its prefixes, beside sign, PCA + sign,
     ITQ, LSH, int8 and product codes of the control's features. Writes RUN/compression.json and .csv."""
 

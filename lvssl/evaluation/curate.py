@@ -46,6 +46,7 @@ from lvssl.models.backbone import feature_dim
 from lvssl.models.inference import Batches, encode, locations
 from lvssl.runs.labels import numbered_as, say_notes
 from lvssl.runs.run import Run, load_run
+from lvssl.settings.fields import ReadsImages
 from pipelines.decode import Reader, open_reader
 from pipelines.errors import InputError
 from pipelines.files import written_csv
@@ -57,7 +58,7 @@ CHUNK = 8192  # images at a time
 
 
 @dataclass(frozen=True)
-class CurateSettings:
+class CurateSettings(ReadsImages):
     """Look after a data set: near-duplicates within and between training and test images, outliers, labels
     that the neighbours contradict, a diverse subset. Writes tables (.csv) and a page with pictures.
     Resumable: rerun the command after an interruption."""
@@ -145,7 +146,7 @@ def curate(settings: CurateSettings) -> Curation:
         if test.labels.min() >= 0 and train.labels.min() >= 0:
             sources["test"] = path, numbered_as(test, path, train.classes, str(first))
     out.mkdir(exist_ok=True)
-    on_error = run.on_error(settings.on_error)
+    on_error = run.reading(settings)
     density = density_of(TrainingImages(run, workers=settings.workers, on_error=on_error))
     encoder = Encoder(run, own_bits(run), density=density)
     sets = [embedded(encoder, settings, out, title, *of_set) for title, of_set in sources.items()]

@@ -65,7 +65,7 @@ def fit_density(sample: np.ndarray, clusters: int = 1, seed: int = 0) -> Density
         raise ValueError(f"{clusters} clusters need as many locations [M, L], not {list(sample.shape)}")
     mean = sample.mean(axis=0, dtype=np.float64)
     scale = sample.std(axis=0, dtype=np.float64)
-    scale = np.where(scale > 1e-6 * max(scale.max(), 1e-30), scale, max(scale.max(), 1e-30))  # constants stay
+    scale = np.where(scale > 1e-6 * scale.max(), scale, scale.max() or 1.0)  # constants stay
     z = ((sample - mean) / scale).astype(np.float32)
     member, centres = np.zeros(len(z), np.int64), np.zeros((1, z.shape[1]), np.float32)
     if clusters > 1:
@@ -73,7 +73,7 @@ def fit_density(sample: np.ndarray, clusters: int = 1, seed: int = 0) -> Density
         member, centres = found.labels_, found.cluster_centers_
     covariance, _ = ledoit_wolf(z - centres[member], assume_centered=True)
     values, vectors = np.linalg.eigh(covariance.astype(np.float64))
-    values = np.maximum(values, np.finfo(np.float32).eps * values.max())
+    values = np.maximum(values, np.finfo(np.float32).eps * (values.max() or 1.0))
     turn = vectors / np.sqrt(values)
     constant = 0.5 * (len(mean) * math.log(2 * math.pi) + np.log(values).sum()) + np.log(scale).sum()
     weights = np.bincount(member, minlength=len(centres)) / len(z)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from lvssl.runs.labels import readable
 from lvssl.runs.run import Run
 from pipelines.decode import Reader
 from pipelines.decode.dali import DALIReader
+from pipelines.formats import jpeg
 from pipelines.loader import evaluation_batches
 from pipelines.views import ViewSettings
 
@@ -98,13 +100,17 @@ def help_to_embed(run: Run, source: Reader, workers: int = 0, on_error: str = "r
 def store_of(run: Run, source: Reader, workers: int, on_error: str, title: str) -> tuple[Store, Compute]:
     """Where a run keeps its features of a set, and what computes them."""
     view, means = run.settings.view, len(source) < LARGE_SET
-    key = {
+    key: dict[str, Any] = {
         "checkpoint": run.digest,
         "set": describe_set(source),
         "view": asdict(view),
         "arithmetic": run.arithmetic,
         "decoder": "dali" if isinstance(getattr(source, "source", source), DALIReader) else "",
     }
+    if on_error == "keep":  # which images are read
+        key["on_error"] = on_error
+    if jpeg.most_pixels != jpeg.MAX_PIXELS:
+        key["max_pixels"] = jpeg.most_pixels
 
     def compute(rows: np.ndarray) -> Iterator[tuple[np.ndarray, Arrays]]:
         part = f"{title}, from {rows[0]:,} of {len(source):,}" if title and len(source) > PART else title

@@ -45,6 +45,7 @@ from pipelines.decode.images import ImageReader
 from pipelines.decode.pixels import decode_rgb
 from pipelines.decode.resize import resize_crop
 from pipelines.errors import InputError
+from pipelines.formats import jpeg
 from pipelines.kernels.pack import pack_bits
 from pipelines.parameters import centre_boxes
 
@@ -309,6 +310,7 @@ def identity(encoder: Encoder, images: Path, names: list[str], on_error: str) ->
     file = [number for stat in stats for number in (stat.st_size, stat.st_mtime_ns)] or None
     fitted = [part and part.digest for part in (encoder.quantiser, encoder.density)]
     told = [str(images.resolve()), view, on_error, file, run.arithmetic, encoder.bits, fitted]
+    told += [jpeg.most_pixels] * (jpeg.most_pixels != jpeg.MAX_PIXELS)
     digest.update(json.dumps(told, sort_keys=True).encode())
     for name in names:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")

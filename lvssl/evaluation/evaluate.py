@@ -47,7 +47,7 @@ from lvssl.runs.identity import describe_set
 from lvssl.runs.labels import Subset, readable, sound_part
 from lvssl.runs.result import ResultFile
 from lvssl.runs.run import Run, load_run
-from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME
+from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME, ReadsImages
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.datasets.parts import files_of
 from pipelines.decode import Reader
@@ -64,7 +64,7 @@ CALIBRATED = 50_000  # images of a large set on which the random encoder's runni
 
 
 @dataclass(frozen=True)
-class EvaluateSettings:
+class EvaluateSettings(ReadsImages):
     """Linear probe and kNN on features and codes: a run, its control, the random encoder and raw pixels."""
 
     run: Positional[Path] = field(metadata=POSITIONAL)

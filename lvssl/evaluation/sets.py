@@ -42,7 +42,7 @@ def with_defaults(settings: Settings, run: Run) -> Settings:
     neighbour = run.folder.resolve().parent / "control"
     if control is None and neighbour != run.folder.resolve() and (neighbour / "config.json").is_file():
         control = run.folder.parent / "control"
-    return replace(settings, test=test, control=control, on_error=run.on_error(settings.on_error))
+    return replace(settings, test=test, control=control, on_error=run.reading(settings))
 
 
 def embed_both(

@@ -153,7 +153,7 @@ def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
         settings,
         train=train,
         test=settings.test or sibling_test_set(train),
-        on_error=run.on_error(settings.on_error),
+        on_error=run.reading(settings),
     )
     path = settings.out or settings.run / result
     if path.suffix != ".json":

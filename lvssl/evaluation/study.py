@@ -22,19 +22,20 @@ from lvssl.runs.labels import open_pair
 from lvssl.runs.result import as_number, read_result
 from lvssl.runs.rows import Row
 from lvssl.runs.run import load_run, versions
-from lvssl.settings.fields import to_dict
+from lvssl.settings.fields import ReadsImages, to_dict
 from lvssl.settings.presets import command
 from lvssl.settings.pretrain import PRESETS, PretrainSettings, choice, preset
 from lvssl.training.pretrain import pretrain
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.files import write_json
+from pipelines.formats import jpeg
 
 KEPT = "study.json"  # in each run's folder
 
 
 @dataclass(frozen=True)
-class StudySettings:
+class StudySettings(ReadsImages):
     """Pretrain every arm over several seeds, measure all alike, compare in pairs; tables and figures."""
 
     train: Path
@@ -82,6 +83,7 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
         raise InputError("--arms, --seeds: two arms of one name, or a seed twice")
     for chosen in plans:
         chosen.validate()
+    jpeg.read_up_to(settings.max_pixels)
     open_pair(settings.train, settings.test)
     for path in settings.ood:
         open_reader(path)
@@ -131,6 +133,7 @@ def plan(settings: StudySettings, arm: str, seed: int) -> PretrainSettings:
         seed=seed,
         threads=settings.threads,
         on_error=settings.on_error,
+        max_pixels=settings.max_pixels,
         epochs=settings.epochs or base.epochs,
         latent=dataclasses.replace(base.latent, **latent_values(arm, changes)),
     )

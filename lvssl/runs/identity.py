@@ -44,7 +44,10 @@ def _content(source: Reader, index: int) -> bytes:
         stored = source.encoded(0, index)
         if isinstance(stored, bytes) and jpeg.is_jpeg(stored):
             return stored
-        pixels = as_rgb(stored) if isinstance(stored, np.ndarray) else decode_other(stored)[0]
+        if isinstance(stored, np.ndarray):
+            pixels = as_rgb(stored)
+        else:  # whatever --max-pixels says: it may be raised later
+            pixels = decode_other(stored, most=jpeg.MAX_PIXELS)[0]
     except (DamagedSample, jpeg.DamagedImage):
         return b"damaged"
     return str(pixels.shape).encode() + pixels.tobytes()

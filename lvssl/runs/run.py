@@ -19,13 +19,14 @@ from lvssl.models.network import LVNet
 from lvssl.runs import checkpoint
 from lvssl.runs.exported import is_exported, read_exported
 from lvssl.runs.identity import other_set
-from lvssl.settings.fields import difference, first_change, from_dict, to_dict
+from lvssl.settings.fields import ReadsImages, difference, first_change, from_dict, to_dict
 from lvssl.settings.pretrain import PretrainSettings, choice
 from pipelines.datasets.parts import are_there
 from pipelines.datasets.recognise import in_short
 from pipelines.decode import Reader
 from pipelines.errors import ON_ERROR, InputError, first_line
 from pipelines.files import is_aside, write_json
+from pipelines.formats import jpeg
 from pipelines.lock import lock
 
 LOCK = ".lock"
@@ -58,7 +59,9 @@ def create_run(
             )
         # What a run without a latent doesn't depend on: it is the control of any of these weights.
         unread = settings.latent.distribution.unread
-        changed = difference(stored, settings, ("data", *unread))
+        # Until now every image was read; what is to become of those that can't be is free.
+        free = ("on_error", "max_pixels") if stored.on_error == "raise" else ()
+        changed = difference(stored, settings, ("data", *free, *unread))
         if not changed and stored_classes != classes:
             changed = f"classes: {stored_classes} -> {classes}"
         if changed:
@@ -67,6 +70,11 @@ def create_run(
             )
         if data is not None:
             _check_set(settings, data)
+        if chosen := {
+            name: value for name in free if (value := getattr(settings, name)) != getattr(stored, name)
+        }:
+            content = _config(config)
+            write_json(config, content | {"settings": content["settings"] | chosen}, indent=2)
         return
     if not is_empty_run(settings.out):
         raise InputError(f"{settings.out} exists but is not a run folder; choose another --out")
@@ -192,6 +200,13 @@ class Run:
         chosen = given or self.settings.on_error
         choice("on_error", chosen, ON_ERROR)
         return chosen
+
+    def reading(self, settings: ReadsImages) -> str:
+        """The same, as the settings of a command say, whose --max-pixels (or the pretraining's) holds from
+        here on."""
+        most = settings.max_pixels
+        jpeg.read_up_to(self.settings.max_pixels if most is None else most)
+        return self.on_error(getattr(settings, "on_error", None))
 
     @property
     def arithmetic(self) -> str:

@@ -19,6 +19,15 @@ POSITIONAL = {"runtime": True, "positional": True}  # typed without the setting'
 PER_CALL = {"runtime": True, "per_call": True}  # of one call, and no part of the command that gives a result
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadsImages:
+    """What every command has that reads images."""
+
+    max_pixels: int | None = None
+    """Read images of up to so many pixels; larger ones can't be decoded, see --on-error. Left out: as in the
+    pretraining; 2^28 there. A .beton has the limit of its conversion."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """One setting of some settings."""

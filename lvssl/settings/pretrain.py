@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lvssl.settings.fields import RUNTIME
+from lvssl.settings.fields import RUNTIME, ReadsImages
 from pipelines.decode import SOURCES
 from pipelines.errors import ON_ERROR, InputError
 from pipelines.views import ViewSettings
@@ -268,7 +268,7 @@ class EngineSettings:
 
 
 @dataclass(frozen=True)
-class PretrainSettings:
+class PretrainSettings(ReadsImages):
     """Pretrain an encoder on a converted data set."""
 
     data: Path = Path("train.beton")

@@ -7,7 +7,7 @@ from typing import TypeVar
 from tyro import MISSING
 from tyro.conf import Positional
 
-from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME
+from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME, ReadsImages
 from lvssl.settings.pretrain import PRECISIONS, choice, require
 from pipelines.decode import SOURCES
 from pipelines.errors import ON_ERROR
@@ -17,7 +17,7 @@ PROBES = ("auto", "sgd", "logistic", "streamed", "ridge")
 
 
 @dataclass(frozen=True)
-class StageSettings:
+class StageSettings(ReadsImages):
     run: Positional[Path] = field(metadata=POSITIONAL)
     """The run's folder. `knn` and `linear` take embeddings, too: a folder with train and test as .npy (and
     -labels.npy), .safetensors or .parquet."""

@@ -23,6 +23,7 @@ from pipelines.augment import augmenter_for, backend_for
 from pipelines.datasets.parts import are_there
 from pipelines.decode import Reader, open_reader
 from pipelines.errors import InputError
+from pipelines.formats import jpeg
 from pipelines.loader import LoaderSettings, Replacements, TwoViewLoader, evaluation_batches
 
 __all__ = ["Interrupted", "Stop", "Trainer", "pretrain", "stop_signals"]
@@ -45,6 +46,7 @@ def pretrain(
         ConnectionError: another rank died.
     """
     settings.validate()
+    jpeg.read_up_to(settings.max_pixels)
     world = world_of(os.environ)
     if settings.threads:
         torch.set_num_threads(settings.threads)

@@ -40,7 +40,7 @@ from pipelines.convert.conversion import ConvertOptions, OutputOptions, Settings
 from pipelines.convert.estimate import size_text
 from pipelines.convert.store import LINE_ART
 from pipelines.datasets.opening import SPLITS
-from pipelines.errors import ON_ERROR, InputError
+from pipelines.errors import ON_ERROR, InputError, hide_decoders_warnings
 from pipelines.formats import jpeg, turbojpeg
 from pipelines.formats.webdataset import IMAGES_PER_TAR
 
@@ -157,8 +157,8 @@ def _stored_options(group: argparse._ArgumentGroup) -> None:
         "--line-art",
         choices=LINE_ART,
         default="raw",
-        help="Images whose PNG, GIF or lossless WebP file is smaller than a JPEG of them: store RGB pixels, "
-        "which is exact and large, or that JPEG (default: raw).",
+        help="Images whose PNG, GIF, BMP or lossless WebP file is smaller than a JPEG of them: store RGB "
+        "pixels, which is exact and large, or that JPEG (default: raw).",
     )
     add(
         "--raw-proportion",
@@ -233,6 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         p.error(f"the following arguments are required: {missing}")
     if args.remove_parts and not args.merge:
         p.error("--remove-parts goes with --merge")
+    hide_decoders_warnings()
     task = next((run for name, run in OTHER_TASKS.items() if getattr(args, name)), _convert)
     told: list[int] = []  # SIGTERM, which leaves in good order, as Ctrl-C does
 
@@ -289,6 +290,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     from pipelines.convert.inspect import inspect
+
+    jpeg.read_up_to(jpeg.ANY_SIZE)  # what was stored was allowed
 
     print(inspect(args.inspect, args.sheet or args.inspect.rstrip("/") + ".png").text)
     return 0

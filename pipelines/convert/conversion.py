@@ -38,6 +38,7 @@ from pipelines.datasets.columns import Columns
 from pipelines.datasets.dataset import Dataset, class_counts, evenly_spaced
 from pipelines.datasets.opening import open_dataset
 from pipelines.errors import InputError
+from pipelines.files import why_unwritten
 from pipelines.formats import jpeg
 from pipelines.formats.beton import LONGEST_SIDE
 from pipelines.formats.manifest import Samples, min_median_max, read_manifest, write_manifest
@@ -253,7 +254,7 @@ def _journal(work: Work, path: Path) -> Iterator[Journal]:
         done = 0 if journal is None else journal.committed
         kept = f"{done:,} of {len(work.order):,} images are kept" if keep and done else ""
         if isinstance(error, OSError):
-            raise InputError(_why(work.outputs[0].final, error, kept)) from error
+            raise InputError(why_unwritten(work.outputs[0].final, error, kept)) from error
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(kept) from error
         raise
@@ -279,13 +280,6 @@ def _uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
         for late in came:
             signal.raise_signal(late)
-
-
-def _why(out: Path, error: OSError, kept: str) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        then = f"{kept}: free some, and repeat the command" if kept else "nothing was written"
-        return f"{out}: no space left on the disk; {then}"
-    return f"{out}: cannot be written ({error.strerror or error})" + (f"; {kept}" if kept else "")
 
 
 # ------------------------------------------------------------------- the images

@@ -106,8 +106,13 @@ class Journal:
 
         It happens in a thread: the conversion goes on meanwhile. Raises what an earlier commit met with.
         """
-        if self._writing is not None:
-            self._writing.result()
+        try:
+            if self._writing is not None:
+                self._writing.result()
+        except BaseException:
+            for file in files:
+                os.close(file)
+            raise
         records = np.array(self._pending, RECORD)
         reasons, self._pending, self._pending_reasons = self._pending_reasons, [], {}
         self._last, self.committed = records, self.committed + len(records)

@@ -188,8 +188,8 @@ def _store_pixels(
 
 
 def _is_lossless(data: bytes) -> bool:
-    """Whether this is a PNG, a GIF, or a WebP without loss."""
-    return data.startswith((b"\x89PNG", b"GIF8")) or (data[8:12] == b"WEBP" and b"VP8L" in data[12:64])
+    """Whether this is a PNG, a GIF, a BMP, or a WebP without loss."""
+    return data.startswith((b"\x89PNG", b"GIF8", b"BM")) or (data[8:12] == b"WEBP" and b"VP8L" in data[12:64])
 
 
 def _target_size(height: int, width: int, max_resolution: int | None) -> tuple[int, int]:

@@ -95,7 +95,7 @@ def _open_files(
     source: str, files: list[Path], split: str | None, devkit: Path | None, columns: Columns
 ) -> Dataset:
     """One file, or several of a kind as one set."""
-    ends, path = {file.suffix for file in files}, files[0]
+    ends, path = {file.suffix.lower() for file in files}, files[0]
     for file in files:
         if not file.is_file():
             raise InputError(f"{source}: names {file}, and there is no such file")

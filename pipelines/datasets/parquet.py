@@ -105,7 +105,7 @@ def _opened(path: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(path) if path.suffix == ".parquet" else _Arrow(pa, path)
+    return pq.ParquetFile(path) if path.suffix.lower() == ".parquet" else _Arrow(pa, path)
 
 
 class _Arrow:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
-    *(".avif", ".jp2", ".j2k", ".heic"),
+    *(".avif", ".jp2", ".j2k", ".heic", ".tga", ".pcx"),
 )
 UNLABELLED = "unlabeled"
 _SPLIT_OF = {

@@ -100,7 +100,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """One after the other: all at once, they would take more memory than all else in a conversion."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            if path.suffix == ".csv":
+            if path.suffix.lower() == ".csv":
                 table = csv.DictReader(file, skipinitialspace=True)
                 table.fieldnames = [name.strip() for name in table.fieldnames or ()]
                 yield from table

@@ -7,7 +7,7 @@ the decoder's verdict, and crops and resizes every view of the decoded image. Th
 and where there is no libturbojpeg, Pillow decodes: the same pixels, more slowly.
 """
 
-import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,7 @@ from pipelines.decode.reader import IN_CACHE, DamagedSample
 from pipelines.errors import InputError
 from pipelines.formats import jpeg
 from pipelines.formats.beton import JPEG, PAGE_SIZE, BetonFile, joined
-from pipelines.formats.mapped import mapped
-from pipelines.staging import near
+from pipelines.formats.openfiles import OpenFiles, most_open
 
 
 class BetonReader:
@@ -38,17 +37,14 @@ class BetonReader:
         conversion than the first."""
         parts, manifest = open_betons(path)
         self.classes = names_among(manifest, "classes")
-        self._files = [part.path for part in parts]
-        self._ends = np.cumsum([part.count for part in parts])
-        copies = self._copies = [near(file) for file in self._files]  # or the files themselves
-        stats = [os.stat(file) for file in copies]
-        self._states = [(stat.st_ino, stat.st_size) for stat in stats]
-        sizes = [stat.st_size for stat in stats]
-        self._data, starts = mapped(copies, sizes, PAGE_SIZE)
-        self.file: BetonFile = joined(Path(path), parts, starts.tolist())
+        self.file: BetonFile = joined(Path(path), parts)
         self.labels, self.heights, self.widths = self.file.labels, self.file.heights, self.file.widths
         self.targets = self.file.targets
         self._offsets, self._sizes = self.file.offsets.astype(np.int64), self.file.sizes.astype(np.int64)
+        self._files, self._open = [part.path for part in parts], OpenFiles()
+        self._lengths = [self._open.size(file) for file in self._files]
+        self._counts = np.array([part.count for part in parts])
+        self._ends = np.cumsum(self._counts)
         if len(self.labels) and self.labels.min() >= 0:
             name_of = "image {}".format if len(parts) == 1 else self._name
             check_labels(str(path), self.labels, self.classes, name_of)
@@ -58,7 +54,8 @@ class BetonReader:
 
     def storage_blocks(self) -> np.ndarray:
         """int64 [N], the page of 2 MB in which each image begins."""
-        return self._offsets // PAGE_SIZE
+        pages = np.array([-(-length // PAGE_SIZE) for length in self._lengths])
+        return self._offsets // PAGE_SIZE + np.repeat(np.cumsum(pages) - pages, self._counts)
 
     def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """True heights and widths in pixels, int64 [B] each."""
@@ -68,55 +65,75 @@ class BetonReader:
         self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: np.ndarray | None = None
     ) -> None:
         """See `pipelines.decode.Reader`. Releases the GIL; with Pillow, while it decodes and crops."""
-        file = self.file
-        self._require_whole(indices)
         flips = np.zeros(boxes.shape[:2], bool) if flips is None else flips
-        if turbo.AVAILABLE:
-            row, status = turbo.crop_stored(
-                self._data,
-                turbo.Samples(
-                    self._offsets[indices], self._sizes[indices], file.modes[indices], *self.sizes(indices)
-                ),
-                boxes,
-                flips,
-                out,
-            )
-        else:
-            row, status = self._crop_with_pillow(indices, boxes, flips, out)
-        if status == turbo.WRONG_BOX:
-            raise ValueError(f"boxes {boxes[row].tolist()} do not lie within image {indices[row]}")
-        if status != turbo.DECODED:
-            index = int(indices[row])
-            why = f"can't be decoded ({self._reason(index)}); convert the set again"
-            raise DamagedSample(row, index, f"{self._name(index)} {why}")
+        parts = self._part_of(indices)
+        for rows in self._together(parts):
+            given = indices[rows], parts[rows], boxes[rows], flips[rows], out[rows]
+            row, status = self._crops(*given) if turbo.AVAILABLE else self._crop_with_pillow(*given)
+            if status == turbo.UNREAD:
+                self._stored(int(indices[rows.start + row]))  # says why; or it is there again
+                row, status = self._crops(*given)
+            row += rows.start
+            if status == turbo.WRONG_BOX:
+                raise ValueError(f"boxes {boxes[row].tolist()} do not lie within image {indices[row]}")
+            if status != turbo.DECODED:
+                index = int(indices[row])
+                why = f"can't be decoded ({self._reason(index)}); convert the set again"
+                raise DamagedSample(row, index, f"{self._name(index)} {why}")
+
+    def _together(self, parts: np.ndarray) -> Iterator[slice]:
+        """Rows one after the other that lie in few files: each thread keeps those open while it reads."""
+        most, start, seen = max(1, most_open() // 8), 0, set[int]()
+        for row, part in enumerate(parts.tolist() if len(self._files) > most else ()):
+            if part not in seen and len(seen) == most:
+                yield slice(start, row)
+                start, seen = row, set()
+            seen.add(part)
+        yield slice(start, len(parts))
+
+    def _crops(
+        self, indices: np.ndarray, parts: np.ndarray, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray
+    ) -> tuple[int, int]:
+        """See `turbo.crop_stored`."""
+        held = {part: self._open.held(self._files[part]) for part in {*parts.tolist()}}
+        numbers = np.array([held[part].number for part in parts.tolist()], np.int32)
+        where = self._offsets[indices], self._sizes[indices], self.file.modes[indices]
+        return turbo.crop_stored(numbers, turbo.Samples(*where, *self.sizes(indices)), boxes, flips, out)
 
     def encoded(self, row: int, index: int) -> bytes | np.ndarray:
         """See `pipelines.decode.Reader`."""
-        self._require_whole(np.array([index]))
-        stored = self._data[self._offsets[index] :][: self._sizes[index]]
+        stored = self._stored(index)
         if self.file.modes[index] == JPEG:
-            return stored.tobytes()
-        return stored.reshape(self.heights[index], self.widths[index], 3)
+            return stored
+        return np.frombuffer(stored, np.uint8).reshape(self.heights[index], self.widths[index], 3)
+
+    def _part_of(self, indices: np.ndarray) -> np.ndarray:
+        """In which of the files each image lies, int64 [B]."""
+        return np.searchsorted(self._ends, indices, side="right")
 
     def _name(self, index: int) -> str:
         part = int(np.searchsorted(self._ends, index, side="right"))
-        return f"{self._files[part]}: sample {index - int(np.append(0, self._ends)[part])}"
+        return f"{self._files[part]}: sample {index - int(self._ends[part] - self._counts[part])}"
 
-    def _require_whole(self, indices: np.ndarray) -> None:
-        """Raise InputError if a file has shrunk since it was opened: what is mapped and gone would end the
-        process with a bus error. A file that was replaced or removed is still there for who has it open."""
-        for part in {*np.searchsorted(self._ends, indices, side="right").tolist()}:
-            file, (inode, size) = self._files[part], self._states[part]
-            try:
-                found = os.stat(self._copies[part])
-            except OSError:
-                continue
-            if found.st_ino == inode and found.st_size < size:
-                was = f"was cut from {size:,} to {found.st_size:,} bytes while it was read"
-                raise InputError(f"{file}: {was}: restore it, or convert the set again")
+    def _stored(self, index: int) -> bytes:
+        """The bytes of one image. Raises InputError if they can't be read, or the file has been cut short
+        since it was opened; one that was replaced or removed is still there for who has it open."""
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        file, size = self._files[part], int(self._sizes[index])
+        try:
+            stored = self._open.read(file, size, int(self._offsets[index]))
+            found = self._open.size(file)
+        except OSError as error:
+            raise InputError(f"{self._name(index)} cannot be read ({error.strerror})") from error
+        if len(stored) < size:
+            raise InputError(
+                f"{file}: was cut from {self._lengths[part]:,} to {found:,} bytes while it was read: restore "
+                "it, or convert the set again"
+            )
+        return stored
 
     def _crop_with_pillow(
-        self, indices: np.ndarray, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray
+        self, indices: np.ndarray, _: np.ndarray, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray
     ) -> tuple[int, int]:
         """What `turbo.crop_stored` does and returns."""
         for row, index in enumerate(indices.tolist()):

@@ -28,4 +28,4 @@ def _holds_images(path: Path) -> bool:
         return path.is_dir()
     if path.suffix == ".txt":
         return any(file.suffix != ".beton" for file in files_of(path))
-    return path.suffix in (".tar", ".parquet", ".csv", ".jsonl") or ":" in str(path)
+    return path.suffix.lower() in (".tar", ".parquet", ".arrow", ".csv", ".jsonl") or ":" in str(path)

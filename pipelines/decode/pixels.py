@@ -43,7 +43,7 @@ def _decode_jpeg(data: bytes, keep: bool) -> np.ndarray:
 
 
 def decode_other(
-    data: bytes, white_level: int | None = None, most: int = jpeg.MAX_PIXELS
+    data: bytes, white_level: int | None = None, most: int | None = None
 ) -> tuple[np.ndarray, int]:
     """PNG, WebP, GIF (its first frame) and what else Pillow reads: uint8 [H, W, 3] and EXIF's orientation.
 
@@ -62,7 +62,7 @@ def decode_other(
         raise jpeg.DamagedImage(first_line(error)) from error
 
 
-def decode_damaged(image: bytes | np.ndarray, most: int = jpeg.MAX_PIXELS) -> np.ndarray | None:
+def decode_damaged(image: bytes | np.ndarray, most: int | None = None) -> np.ndarray | None:
     """What Pillow makes of a JPEG in which libjpeg-turbo finds damage, uint8 [H, W, 3], upright; None where
     that is no image, or no JPEG. Part of it may be wrong: with extraneous bytes at its end nothing is."""
     if isinstance(image, np.ndarray) or not jpeg.is_jpeg(image):

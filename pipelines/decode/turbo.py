@@ -5,7 +5,7 @@ its decompressors for ever, though one that has failed in a header (libjpeg-turb
 file; and it doesn't compare the JPEG's size with the one it was told, so that a wrong entry gives garbage.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import llvmlite.binding
 import numpy as np
@@ -40,7 +40,12 @@ _decompress = types.ExternalFunction(
     ),
 )  # fmt: skip
 
-DECODED, WRONG_SIZE, DAMAGED, WRONG_BOX, TOO_SHORT = 0, 1, 2, 3, 4
+_pread: Any = types.ExternalFunction(
+    "pread",
+    types.intp(types.int32, types.voidptr, types.uintp, types.int64),  # a descriptor; out: bytes, count; from
+)
+
+DECODED, WRONG_SIZE, DAMAGED, WRONG_BOX, TOO_SHORT, UNREAD = 0, 1, 2, 3, 4, 5
 # A JPEG holds at most some 340 pixels a byte (a bit for each block of one colour): a header that promises
 # gigabytes for a few kilobytes is damaged, and isn't believed.
 PIXELS_PER_BYTE = 1024
@@ -62,7 +67,8 @@ def crop_stored(
     """Decode each sample once and crop all its views; stops at the first that can't be decoded.
 
     Args:
-        data: uint8 [n], in which sample i lies at offsets[i] with sizes[i] bytes.
+        data: uint8 [n], in which sample i lies at offsets[i] with sizes[i] bytes; or int32 [B], descriptors
+            of each one's file, which is read: a map would end the process once the file is cut short.
         boxes: int32 [B, V, 4]. flips: bool [B, V].
         out: uint8 [B, V, R, R, 3], filled.
 
@@ -70,10 +76,14 @@ def crop_stored(
         (row, why) of the sample that failed, or (B, DECODED).
     """
     handle = _begin()
+    files, data = (_NOWHERE, data) if data.dtype == np.uint8 else (data, _NOTHING)
     try:
-        return _crop_stored(handle, data, *samples, boxes, flips, out)
+        return _crop_stored(handle, files, data, *samples, boxes, flips, out)
     finally:  # an entry that lies about its size, or no memory for it, raises; numba itself can't `finally`
         _end(handle)
+
+
+_NOTHING, _NOWHERE = np.empty(0, np.uint8), np.empty(0, np.int32)
 
 
 @compiled()
@@ -87,13 +97,22 @@ def _end(handle):
 
 
 @compiled()
-def _crop_stored(handle, data, offsets, sizes, modes, heights, widths, boxes, flips, out):
+def _crop_stored(handle, files, data, offsets, sizes, modes, heights, widths, boxes, flips, out):
     numbers = np.empty(4, np.int32)
     pixels = np.empty(0, np.uint8)
+    room = np.empty(0, np.uint8)
     status = DECODED
     for row in range(len(offsets)):
         height, width = heights[row], widths[row]
-        stored = data[offsets[row] : offsets[row] + sizes[row]]
+        if len(files) == 0:
+            stored = data[offsets[row] : offsets[row] + sizes[row]]
+        else:
+            if len(room) < sizes[row]:
+                room = np.empty(sizes[row], np.uint8)
+            stored = room[: sizes[row]]
+            if not _read(files[row], offsets[row], stored):
+                status = UNREAD
+                break
         if modes[row] == JPEG:
             status, pixels = _decode(handle, stored, height, width, numbers, pixels)
             if status != DECODED:
@@ -105,6 +124,18 @@ def _crop_stored(handle, data, offsets, sizes, modes, heights, widths, boxes, fl
             status = WRONG_BOX
             break
     return row if status != DECODED else len(offsets), status
+
+
+@compiled()
+def _read(file, start, out):
+    """Fill `out` with what lies from `start` on; False if the file ends before, or can't be read."""
+    done = 0
+    while done < len(out):
+        read = _pread(file, out[done:].ctypes, np.uint64(len(out) - done), np.int64(start + done))
+        if read <= 0:
+            return False
+        done += read
+    return True
 
 
 @compiled()

@@ -329,8 +329,8 @@ def named_targets(beton: BetonFile, names: Sequence[str]) -> dict[str, np.ndarra
     return dict(zip(names, beton.targets.values()))
 
 
-def joined(path: Path, parts: Sequence[BetonFile], starts: Sequence[int]) -> BetonFile:
-    """Parts as one, at `path`, in bytes where they begin at `starts`; its targets are those of the first."""
+def joined(path: Path, parts: Sequence[BetonFile]) -> BetonFile:
+    """Parts as one, named `path`; offsets are those in each one's file, targets are named as in the first."""
 
     def column(name: str) -> np.ndarray:
         return np.concatenate([getattr(part, name) for part in parts])
@@ -342,7 +342,7 @@ def joined(path: Path, parts: Sequence[BetonFile], starts: Sequence[int]) -> Bet
         column("heights"),
         column("widths"),
         column("labels"),
-        offsets=np.concatenate([part.offsets + np.uint64(start) for part, start in zip(parts, starts)]),
+        offsets=column("offsets"),
         sizes=column("sizes"),
         targets={name: np.concatenate([p.targets[name] for p in parts]) for name in parts[0].targets},
     )

@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.errors import first_line
+from pipelines.errors import InputError, first_line
 from pipelines.formats import turbojpeg
 
 _ORIENTATION = 0x0112  # EXIF tag
 MAX_PIXELS = 1 << 28  # of an image: 0.8 GB when it is decoded; larger ones are most likely not meant
-ANY_SIZE = 1 << 62
+most_pixels = MAX_PIXELS  # that are read in this process, see read_up_to
+ANY_SIZE = 65_535**2  # the most that a JPEG's header can say
+COMMON = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")  # Pillow's names of what is tried first
 LFS = b"version https://git-lfs"  # how the pointer begins that Git leaves in place of a large file
 LFS_HINT = "a Git LFS pointer, not the file itself; fetch that with `git lfs pull`"
 
@@ -50,17 +52,27 @@ def is_jpeg(data: bytes) -> bool:
     return data[:3] == b"\xff\xd8\xff"
 
 
-def check_size(height: int, width: int, most: int = MAX_PIXELS) -> None:
-    """Raises DamagedImage for an image of more than `most` pixels, whatever its format."""
+def read_up_to(pixels: int | None) -> None:
+    """From here on, images of up to so many pixels are read in this process; None: MAX_PIXELS. Raises
+    InputError below 1."""
+    global most_pixels
+    if pixels is not None and pixels < 1:
+        raise InputError(f"--max-pixels {pixels}: must be at least 1")
+    most_pixels = MAX_PIXELS if pixels is None else pixels
+
+
+def check_size(height: int, width: int, most: int | None = None) -> None:
+    """Raises DamagedImage for an image of more than `most` pixels, whatever its format; None: as
+    `read_up_to` said, or else MAX_PIXELS."""
+    most = most_pixels if most is None else most
     if height * width > most:
-        raise DamagedImage(
-            f"{width} x {height} are more than {most:,} pixels; convert-beton --max-pixels allows them"
-        )
+        allows = f"--max-pixels {height * width} allows them"
+        raise DamagedImage(f"{width} x {height} are more than {most:,} pixels; {allows}")
 
 
-def read_header(data: bytes, most: int = MAX_PIXELS) -> JpegHeader:
+def read_header(data: bytes, most: int | None = None) -> JpegHeader:
     """Size, colour space and orientation. Raises DamagedImage if there is no JPEG header to read, or for
-    more than `most` pixels."""
+    more than `most` pixels, see `check_size`."""
     header = _header(data)
     check_size(header.height, header.width, most)
     return header
@@ -168,36 +180,38 @@ def _exif_orientation(block: bytes) -> int:
 
 
 class _AnySize:
-    """Within it Pillow opens images of any size, in every thread; and says nothing on stderr about them."""
+    """Within it Pillow opens images of up to ANY_SIZE, in every thread; and says nothing about them."""
 
     def __init__(self) -> None:
-        self._lock, self._within, self._most = threading.Lock(), 0, Image.MAX_IMAGE_PIXELS
+        self._lock, self._within, self._before = threading.Lock(), 0, Image.MAX_IMAGE_PIXELS
 
     def __enter__(self) -> None:
         with self._lock:
             if self._within == 0:
-                self._most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+                self._before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, ANY_SIZE
             self._within += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._within -= 1
             if self._within == 0:
-                Image.MAX_IMAGE_PIXELS = self._most
+                Image.MAX_IMAGE_PIXELS = self._before
 
 
 _any_size = _AnySize()
 
 
-def open_with_pillow(data: bytes, shrink: int = 1, load: bool = True, most: int = MAX_PIXELS) -> Image.Image:
+def open_with_pillow(data: bytes, shrink: int = 1, load: bool = True, most: int | None = None) -> Image.Image:
     """An image of any format, loaded, or its header alone. Raises DamagedImage, also for more than `most`
-    pixels.
+    pixels, see `check_size`.
 
     `shrink` (1, 2, 4 or 8) has the decoder make a JPEG so many times smaller, sides rounded up.
     """
     try:
         with _any_size:
-            image = Image.open(io.BytesIO(data))
+            image = _opened(io.BytesIO(data))
+        if image.format == "EPS":
+            raise DamagedImage("EPS is drawn by a program, Ghostscript, which isn't run here; save it as PNG")
         check_size(image.height, image.width, most)
         if shrink > 1:  # not rounded: Pillow divides the size by this, and looks for the largest scale below
             image.draft(None, (image.width / shrink, image.height / shrink))  # type: ignore[arg-type]
@@ -210,8 +224,21 @@ def open_with_pillow(data: bytes, shrink: int = 1, load: bool = True, most: int 
         raise DamagedImage("not an image file of a known kind") from error
     except DamagedImage:
         raise
+    except Image.DecompressionBombError as error:
+        raise DamagedImage("more pixels than any image has that is meant as one") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others
         raise DamagedImage(first_line(error)) from error
+
+
+def _opened(file: io.BytesIO) -> Image.Image:
+    """An image's header, its formats tried in the same order whatever was opened before. TGA comes last: it
+    has no signature, and takes an ICO for its own."""
+    try:
+        return Image.open(file, formats=COMMON)
+    except UnidentifiedImageError:
+        Image.init()
+        others = sorted(set(Image.ID) - {*COMMON}, key=lambda name: (name == "TGA", name))
+        return Image.open(file, formats=others)
 
 
 def _scaled(header: JpegHeader, eighths: int) -> tuple[int, int]:

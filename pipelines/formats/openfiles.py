@@ -26,7 +26,7 @@ class OpenFiles:
 
     def __init__(self) -> None:
         self._most = most_open()
-        self._open: OrderedDict[Path, _Descriptor] = OrderedDict()
+        self._open: OrderedDict[Path, Descriptor] = OrderedDict()
         self._first_seen: dict[Path, tuple[int, int]] = {}  # size and time of change
         self._lock = threading.Lock()
 
@@ -35,15 +35,16 @@ class OpenFiles:
 
         Raises OSError: it can't be read. InputError: it is another file than the one that was read before.
         """
-        descriptor = self._descriptor(path)  # held until the read is over: no other thread closes it
+        descriptor = self.held(path)  # held until the read is over: no other thread closes it
         return os.pread(descriptor.number, size, offset)
 
     def size(self, path: Path) -> int:
         """Bytes of the file. Raises as `read` does."""
-        descriptor = self._descriptor(path)
+        descriptor = self.held(path)
         return os.fstat(descriptor.number).st_size
 
-    def _descriptor(self, path: Path) -> _Descriptor:
+    def held(self, path: Path) -> Descriptor:
+        """The open file; it isn't closed while this is kept. Raises as `read` does."""
         with self._lock:
             found = self._open.get(path)
             if found is not None:
@@ -51,7 +52,7 @@ class OpenFiles:
                 return found
             while len(self._open) >= self._most:
                 self._open.popitem(last=False)  # closed when nobody reads from it any more
-            opened = _Descriptor(near(path))
+            opened = Descriptor(near(path))
             status = os.fstat(opened.number)
             seen = status.st_size, status.st_mtime_ns
             if self._first_seen.setdefault(path, seen) != seen:
@@ -60,7 +61,9 @@ class OpenFiles:
             return opened
 
 
-class _Descriptor:
+class Descriptor:
+    """An open file, by the system's `number`; closed with its last reference."""
+
     def __init__(self, path: Path) -> None:
         self.number = -1
         self.number = os.open(path, os.O_RDONLY)

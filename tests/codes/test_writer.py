@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -118,7 +119,7 @@ def test_skipped_positions_are_remembered(tmp_path):
 
 def test_errors_keep_what_was_written_and_nothing_where_nothing_was(tmp_path):
     rows, names, means = content()
-    with pytest.raises(OSError), writer(tmp_path / "a.lvcodes"):
+    with pytest.raises(CodeFileError, match="a.lvcodes: .*disk full"), writer(tmp_path / "a.lvcodes"):
         raise OSError("disk full")
     assert not list(tmp_path.iterdir())
     with (
@@ -237,3 +238,42 @@ def test_reranking_refuses_what_does_not_match():
             rerank(*arguments)
     best, cosine = rerank(np.zeros((2, 3)), means, rows, 2)  # a mean of zeros is like nothing, and no nan
     assert not cosine.any() and np.array_equal(best, rows)
+
+
+@pytest.mark.parametrize("filled_at", [0, 1, 260, 500], ids=["open", "first", "middle", "finish"])
+def test_a_full_disk_is_named_and_once_there_is_room_it_goes_on(tmp_path, small_disk, fill, filled_at):
+    generator = np.random.default_rng(0)
+    rows, names = generator.integers(0, 256, (500, 256), np.uint8), [f"image {i}" for i in range(500)]
+    means = generator.normal(size=(500, 64)).astype(np.float16)
+
+    def encode(path, full_at=None):
+        how = {"family": "x", "bits": 2048, "checkpoint": "ab", "created_by": "test", "beside": {MEANS: 64}}
+        if full_at == 0:
+            fill()
+        with CodeWriter(path, **how, source="set 1") as open_writer:
+            first = open_writer.position
+            for i in range(first, 500, 20):
+                if full_at is not None and 0 < full_at <= i + 1:
+                    fill()
+                part = slice(i, i + 20)
+                open_writer.append(rows[part], names[part], means[part])
+            if full_at == 500:
+                fill()
+        return first
+
+    path = small_disk / "x.lvcodes"
+    with pytest.raises(CodeFileError) as raised:
+        encode(path, filled_at)
+    said = str(raised.value)
+    assert said.startswith(f"{path}: no space left on the disk; ")
+    found = re.search(r"; (\d+) codes are kept: free some, and repeat the command$", said)
+    kept = int(found.group(1)) if found else 0
+    assert found or said.endswith("nothing was written")
+    assert kept == (0 if filled_at < 20 else filled_at // 20 * 20)
+    left = [p.name for p in small_disk.iterdir() if p.name != "ballast"]
+    assert bool(left) == bool(kept) and path.name not in left
+    (small_disk / "ballast").unlink()
+    assert kept <= encode(path) < kept + 20  # the last page may have had room for some more
+    encode(tmp_path / "whole.lvcodes")
+    for end in ("", ".means"):
+        assert path.with_name(path.name + end).read_bytes() == (tmp_path / f"whole.lvcodes{end}").read_bytes()

@@ -1,6 +1,9 @@
 """Images as other programs leave them: broken metadata, damaged headers, samples of more than 8 bits."""
 
+import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -116,6 +119,55 @@ def test_whatever_a_decoder_raises_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "store", fails)
     manifest = convert(str(folder), tmp_path / "x.beton")
     assert manifest["refused"] == [{"name": "class0/001.jpg", "reason": "RecursionError"}]
+
+
+def test_what_was_opened_before_does_not_decide_what_an_image_is(monkeypatch):
+    """Pillow tries the formats in the order in which they were loaded, and TGA, which has no signature, takes
+    this icon for its own."""
+    noise = np.random.default_rng(0).integers(0, 256, (170, 170, 3), np.uint8)
+    icon = encoded(noise, "ICO", sizes=[(170, 170)])
+    Image.init()
+    monkeypatch.setattr(Image, "ID", ["TGA", *(name for name in Image.ID if name != "TGA")])
+    assert Image.open(io.BytesIO(icon)).format == "TGA"
+    assert np.array_equal(decode_rgb(icon), noise)
+    assert np.array_equal(decode_rgb(encoded(noise, "TGA")), noise)
+
+
+def test_no_other_program_is_run_for_an_image():
+    with pytest.raises(InputError, match="EPS is drawn by a program, Ghostscript.*save it as PNG"):
+        decode_rgb(encoded(SMALL, "EPS"))
+
+
+def test_decoders_say_nothing_raw(tmp_path):
+    """In a process of its own, for pytest catches warnings itself."""
+    apng = png_with(encoded(SMALL, "PNG"), *[chunk(b"acTL", struct.pack(">II", 1, 0))] * 2)
+    files = {"a/apng.png": apng, "a/deep.png": deep_png(COLOUR12, chunk(b"sBIT", b"\x0c" * 3))}
+    files["a/tags.tif"] = encoded(SMALL, "TIFF").replace(
+        struct.pack("<HHI", 256, 4, 1), struct.pack("<HHI", 999, 2, 9999), 1
+    )
+    folder = class_folders(tmp_path / "set", files)
+    command = [
+        sys.executable,
+        "-W",
+        "always",
+        "-m",
+        "tools.convert_beton",
+        str(folder),
+        f"{tmp_path}/x.beton",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    with pytest.warns(UserWarning, match="Invalid APNG"):
+        Image.open(io.BytesIO(apng))
+
+
+def test_bitmaps_of_few_colours_are_line_art(tmp_path):
+    drawing = np.where(np.random.default_rng(0).random((90, 100)) < 0.5, 0, 255).astype(np.uint8)
+    for data in (encoded(drawing, "BMP", mode="1"), encoded(drawing, "PNG", mode="1")):
+        stored = store.store(data, Settings())
+        assert stored.storage_kind == "raw"
+        assert np.array_equal(np.frombuffer(stored.data, np.uint8).reshape(90, 100, 3)[..., 0], drawing)
+    assert store.store(encoded(pixels(90, 100, 1), "BMP"), Settings()).storage_kind == "reencoded"
 
 
 # ------------------------------------------------------------------- more than 8 bits

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from every_command import arguments_of, call
 from made_images import class_folders, decoded, encoded, pixels
 from PIL import Image
 
@@ -139,7 +140,7 @@ def test_one_limit_of_pixels_for_every_format(tmp_path, monkeypatch, capsys, kin
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert main([str(folder), out, "--max-pixels", "2999"]) == 2
-        said = "60 x 50 are more than 2,999 pixels; convert-beton --max-pixels allows them"
+        said = "60 x 50 are more than 2,999 pixels; --max-pixels 3000 allows them"
         assert said in capsys.readouterr().err
         assert main([str(folder), out, "--max-pixels", "3000", "--on-error", "raise"]) == 0
         assert next(iter(evaluation_batches(open_reader(folder), VIEW)))[0].shape == (1, 16, 16, 3)
@@ -150,3 +151,43 @@ def test_one_limit_of_pixels_for_every_format(tmp_path, monkeypatch, capsys, kin
     folder = class_folders(tmp_path / "huge", {"a/0.png": huge.getvalue()})
     with pytest.raises(InputError, match="32768 x 8193 are more than 268,435,456 pixels"):
         next(iter(evaluation_batches(open_reader(folder), VIEW)))
+
+
+@pytest.fixture
+def any_size():
+    """What a command has allowed ends with the test."""
+    yield
+    jpeg.read_up_to(None)
+
+
+READING = ("linear", "knn", "finetune", "evaluate", "analyse", "compression", "curate", "encode", "search")
+
+
+@pytest.mark.usefixtures("any_size")
+def test_every_command_that_reads_images_has_the_same_limit(tmp_path, capsys):
+    """Here a low one. A run's own holds for what is done with it; a converted image was allowed once."""
+    files = {f"{'ab'[i % 2]}/{i:02}.jpg": encoded(pixels(48, 60, i)) for i in range(40)}
+    folder = class_folders(tmp_path / "set", files | {"b/99.png": encoded(pixels(60, 60, 99), "PNG")})
+    run, out = tmp_path / "run", tmp_path / "out"
+    out.mkdir()
+    pretraining = ["pretrain", "--data", folder, "--out", run, "--epochs", 1, "--batch-size", 8]
+    pretraining = [*map(str, pretraining), "--preset", "digits", "--family", "sign", "--max-pixels"]
+    status, said = call([*pretraining, "0"], capsys)
+    assert (status, said) == (2, "error: --max-pixels 0: must be at least 1\n")
+    refusal = "b/99.png, can't be decoded (60 x 60 are more than 3,000 pixels; --max-pixels 3600 allows them)"
+    status, said = call([*pretraining, "3000"], capsys)
+    assert status == 2 and refusal in said
+    assert call([*pretraining, "3600", "--resume"], capsys)[0] == 0  # as that message says
+    for name in READING:
+        arguments = arguments_of(name, run, folder, folder, out)
+        arguments += ["--control", str(run)] if name == "compression" else []
+        if name == "search":  # by the run's own limit: these may be encoded
+            assert call(arguments_of("encode", run, folder, folder, out), capsys)[0] == 0
+        status, said = call([*arguments, "--max-pixels", "3000"], capsys)
+        assert status == 2 and refusal in said, f"{name}: {said}"
+    beton, look = str(tmp_path / "x.beton"), ["--sheet", str(tmp_path / "sheet.png")]
+    assert main([str(folder), beton, "--max-pixels", "3600", "--on-error", "raise"]) == 0
+    jpeg.read_up_to(3000)
+    assert main(["--inspect", beton, *look]) == 0
+    knn = [*arguments_of("knn", run, beton, beton, out), "--max-pixels", "3000"]
+    assert call(knn, capsys)[0] == 0

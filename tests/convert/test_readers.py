@@ -15,6 +15,7 @@ from lvssl.demo import fashion_mnist
 from pipelines.datasets.folders import list_images
 from pipelines.datasets.names import Names
 from pipelines.datasets.opening import open_dataset
+from pipelines.decode import open_reader
 from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
 from pipelines.formats.beton import BetonWriter
@@ -352,3 +353,19 @@ def test_an_absurd_label_in_a_beton_is_refused(tmp_path):
         writer.finish()
     with pytest.raises(InputError, match=r"x\.beton: image 1 has label 1099511627776, which makes"):
         open_reader(path)
+
+
+def test_names_of_files_may_be_in_capitals(tmp_path):
+    data = encoded(pixels(40, 48))
+    class_folders(tmp_path, {"a/0.jpg": data})
+    (tmp_path / "SET.CSV").write_text("path,label\na/0.jpg,x\n")
+    (tmp_path / "SET.JSONL").write_text('{"path": "a/0.jpg", "label": "x"}\n')
+    parquet(tmp_path / "SET.PARQUET", [data], ["x"])
+    with pa.OSFile(str(tmp_path / "SET.ARROW"), "wb") as file:
+        table = pa.table({"image": [data], "label": ["x"]})
+        with pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    tar_of(tmp_path / "SET.TAR", {"x/0.jpg": data})
+    for kind in ("CSV", "JSONL", "PARQUET", "ARROW", "TAR"):
+        path = tmp_path / f"SET.{kind}"
+        assert open_dataset(str(path)).read(0) == open_reader(path).encoded(0, 0) == data, kind

@@ -197,20 +197,7 @@ def test_a_write_that_fails_keeps_what_was_done(tmp_path):
     assert sorted(path.name for path in out.parent.iterdir()) == ["x.beton", "x.beton.json"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 40 MB, 8 MB more than what a conversion leaves free."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(place)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("no permission to mount a small file system")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", [40], indirect=True)  # 8 MB more than a conversion leaves free
 def test_no_space_left_before_and_during(tmp_path, small_disk, capsys, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
     data = encoded(noise, quality=95)
@@ -228,6 +215,44 @@ def test_no_space_left_before_and_during(tmp_path, small_disk, capsys, monkeypat
     assert main([str(tmp_path / "x.csv"), str(small_disk / "x.beton")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "no space left on the disk; " in error and "are kept: free some, and repeat the command" in error
+
+
+@pytest.mark.parametrize("tars", [False, True], ids=["beton", "tars"])
+@pytest.mark.parametrize("filled_at", [0, 1, 3, -1])
+def test_a_disk_that_is_full_when_the_journal_is_written(
+    tmp_path, small_disk, fill, capsys, monkeypatch, filled_at, tars
+):
+    """Before its first line, at a commit, at the last. Once there is room, it ends with the same bytes."""
+    source, out, real = str(many(tmp_path / "set")), small_disk / ("x" if tars else "x.beton"), Journal._write
+    for name, value in (("KEEP_SECONDS", 0), ("COMMIT_SECONDS", 0), ("RESERVE", 0)):
+        monkeypatch.setattr(conversion, name, value)
+    monkeypatch.setattr(conversion, "check_space", lambda *_: None)
+    calls = []
+
+    def write(journal, files, group):
+        calls.append(group)
+        complete = group[12]  # of its head
+        if not (small_disk / "ballast").exists() and (complete if filled_at < 0 else len(calls) == filled_at):
+            fill()
+            group += bytes(8192)  # beyond what its last page has room for
+        real(journal, files, group)
+
+    monkeypatch.setattr(Journal, "_write", write)
+    if filled_at == 0:
+        fill()
+    typed = [source, *(["--webdataset"] if tars else []), str(out), "--workers", "1"]
+    assert main(typed) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {out}: no space left on the disk; ")
+    kept = "are kept: free some, and repeat the command"
+    assert error.endswith("nothing was written" if filled_at == 0 else kept)
+    (small_disk / "ballast").unlink()
+    monkeypatch.setattr(Journal, "_write", real)
+    assert main(typed) == 0
+    reference = tmp_path / "reference" / out.name
+    assert main([*typed[:-3], str(reference), *typed[-2:]]) == 0
+    files = [sorted(each.glob("*.tar")) if tars else [each] for each in (out, reference)]
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
 
 
 def test_a_disk_too_small_is_known_before(tmp_path, capsys):

@@ -50,6 +50,7 @@ def test_a_constant_number_and_fewer_images_than_numbers_leave_it_finite():
     density = fit_density(train)
     assert np.isfinite(density(made(30, 12, seed=1))).all()
     assert density(train[:0]).shape == (0,)
+    assert np.isfinite(fit_density(np.ones((3, 12), np.float32))(train)).all()  # images that are all the same
     with pytest.raises(ValueError, match=r"locations \[N, 12\]"):
         density(train[:, :3])
     with pytest.raises(ValueError, match="3 clusters"):

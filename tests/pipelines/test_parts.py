@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.formats.beton import JPEG
 from pipelines.formats.manifest import manifest_path
-from pipelines.formats.mapped import mapped
 from pipelines.loader import LoaderSettings, TwoViewLoader
 from pipelines.views import ViewSettings
 
@@ -176,6 +174,12 @@ from pipelines.loader import evaluation_batches
 from pipelines.views import ViewSettings
 source, view = open_reader(sys.argv[1]), ViewSettings(resolution=8)
 found = [crops.numpy().sum() for crops, _ in evaluation_batches(source, view, workers=2)]
+boxes = np.tile(np.array([0, 0, 8, 8], np.int32), (len(source), 1, 1))
+out = np.empty((2, len(source), 1, 8, 8, 3), np.uint8)
+order = np.random.default_rng(0).permutation(len(source))
+source.crops(np.arange(2400), boxes, out[0])
+source.crops(order, boxes, out[1])  # each image in another file than the last
+assert (out[0][order] == out[1]).all()
 again = open_dataset(sys.argv[1])
 print(len(source), sum(found), len({again.read(i) for i in range(len(again.labels))}))
 """
@@ -204,30 +208,6 @@ def test_more_parts_than_files_may_be_open(beton, kind, tmp_path):
     done = subprocess.run(run, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == "2400" and done.stdout.split()[2] == "1"
-
-
-def test_files_are_mapped_side_by_side_without_descriptors(tmp_path):
-    page = resource.getpagesize()
-    sizes = [1, page, page + 1, 3 * page - 1]
-    paths = [tmp_path / str(k) for k in range(len(sizes))]
-    contents = [np.random.default_rng(k).integers(1, 256, n, np.uint8) for k, n in enumerate(sizes)]
-    for path, content in zip(paths, contents):
-        path.write_bytes(content.tobytes())
-    before = len(os.listdir("/proc/self/fd"))
-    data, starts = mapped(paths, sizes, 4 * page)
-    assert len(os.listdir("/proc/self/fd")) == before and not data.flags.writeable
-    assert starts.tolist() == [0, 4 * page, 8 * page, 12 * page] and len(data) == 12 * page + sizes[-1]
-    for content, start in zip(contents, starts):
-        np.testing.assert_array_equal(data[start : start + len(content)], content)
-        assert not data[start + len(content) : start + 4 * page].any()
-    held = data[5:9]
-    del data
-    assert held.tolist() == [0] * 4  # the mapping lives as long as any part of it
-    assert str(paths[2]) in Path("/proc/self/maps").read_text()
-    del held
-    assert str(paths[2]) not in Path("/proc/self/maps").read_text()
-    with pytest.raises(InputError, match="was changed while it was opened"):
-        mapped(paths, [1, 2, 3, 4], page)
 
 
 @pytest.mark.slow

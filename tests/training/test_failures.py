@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +35,6 @@ def settings(data: Path, out: Path, **changes) -> PretrainSettings:
 # -- the disk is full -----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 8 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("there is no `mount` here")
-    if done.returncode:
-        pytest.skip(f"mounting isn't permitted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_full_disk_keeps_the_checkpoint_before(small_disk):
     state = {"weights": torch.randn(1_250_000)}  # 5 MB
     first = checkpoint.save(small_disk, 1, state)
@@ -62,19 +45,13 @@ def test_a_full_disk_keeps_the_checkpoint_before(small_disk):
     assert path == first and torch.equal(found["weights"], state["weights"])
 
 
-def test_a_run_on_a_full_disk_ends_and_goes_on_once_there_is_room(digits, small_disk):
+def test_a_run_on_a_full_disk_ends_and_goes_on_once_there_is_room(digits, small_disk, fill):
     chosen = settings(digits["train"], small_disk / "run", epochs=4, checkpoint_minutes=1e-9)
-    ballast = small_disk / "ballast"
     save = checkpoint.save
 
     def fill_then_save(folder: Path, step: int, *rest: Any) -> Path:
         if step == 20:
-            with open(ballast, "wb", buffering=0) as file:
-                try:
-                    while file.write(bytes(4096)):
-                        pass
-                except OSError:
-                    pass
+            fill()
         return save(folder, step, *rest)
 
     checkpoint.save = fill_then_save
@@ -84,7 +61,7 @@ def test_a_run_on_a_full_disk_ends_and_goes_on_once_there_is_room(digits, small_
     finally:
         checkpoint.save = save
     assert checkpoint.load_latest(chosen.out / "checkpoints")[1]["step"] == 19
-    ballast.unlink()
+    (small_disk / "ballast").unlink()
     pretrain(chosen, resume=True)
     assert checkpoint.load_latest(chosen.out / "checkpoints")[1]["step"] == 40
 

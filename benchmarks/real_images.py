@@ -1,0 +1,367 @@
+"""Are other people's images read as Pillow reads them? Some 4,400 files go through converter and loader.
+
+    make test-images                                  # python -m benchmarks.real_images
+
+Pillow's own test images (its source package: every format, and files that once crashed a decoder), Debian's
+opencv-doc and tuxpaint are fetched into --folder once, some 310 MB, unpacked, and put into one tree, a class
+for each. What Pillow identifies counts, and what has an image's name or first bytes; doubles are left out.
+
+`convert-beton` runs over the tree, then the loader over the tree and over the beton. Status 1, with the
+files' names, unless
+
+- neither ends early, says anything raw of a library's, or refuses what the other takes;
+- whatever Pillow reads and we refuse is refused by one of RULES;
+- of what is stored as it was (JPEG) or without loss, pixels differ from Pillow's by a level at most, in the
+  mean of an image. Pillow clips samples of more than 8 bits: ours are held against a straight line through
+  its own.
+
+The page --out, docs/real-images.md, is what it prints.
+"""
+
+import argparse
+import hashlib
+import io
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL
+from PIL import Image, ImageOps
+
+from lvssl.cli import guarded
+from pipelines.datasets.recognise import HEAD, has_image_name, is_image
+from pipelines.decode import Reader, open_reader
+from pipelines.decode.images import ImageReader
+from pipelines.decode.pixels import decode_rgb
+from pipelines.errors import InputError
+from pipelines.files import write_atomically
+from pipelines.formats.beton import JPEG, open_beton
+from pipelines.formats.manifest import read_manifest
+from pipelines.loader import LoaderSettings, Replacements, TwoViewLoader, evaluation_batches
+from pipelines.views import ViewSettings
+
+PILLOW = "12.3.0"
+# A collection: what is unpacked, and the folder of its images in it.
+SOURCES = {
+    "Pillow's tests": ([f"pillow-{PILLOW}"], f"pillow-{PILLOW}/Tests/images"),
+    "opencv-doc": (["opencv-doc"], "usr/share/doc/opencv-doc"),
+    "tuxpaint": (["tuxpaint", "tuxpaint-data", "tuxpaint-stamps-default"], "usr/share/tuxpaint"),
+}
+# What may be refused though Pillow reads it: how the reason begins or what it holds, and the rule.
+RULES = {
+    "white unknown": (
+        "doesn't say which value is white|no known range",
+        "more than 8 bits a sample, and the file doesn't say which value is white: `--white-level N`",
+    ),
+    "damaged JPEG": (
+        "^Corrupt JPEG data|^Premature end of JPEG|^Unsupported marker|^Invalid SOS",
+        "libjpeg-turbo warns of damage, such as extraneous bytes: `--on-error keep`",
+    ),
+    "too large": ("--max-pixels", "more than 268,435,456 pixels: `--max-pixels N`"),
+}
+LARGEST_DIFFERENCE = 1.0  # levels of 255, in the mean of an image
+MEMORY = 14 << 30  # bytes that converter and loader may reserve
+VIEW = ViewSettings(resolution=32, blur=0.0)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=Path("data/real-images"), help="where they are kept")
+    parser.add_argument("--out", type=Path, help="the page to write")
+    options = parser.parse_args(arguments)
+    tree = gather(options.folder)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    beton = options.folder / "images.beton"
+    faults = convert(tree, beton)
+    files = compared(tree, beton)
+    faults += [f"{file.name}: {fault}" for file in files if (fault := file.fault())]
+    faults += loaded(tree, beton, {file.name for file in files if file.refused})
+    text = page(files, recognised(tree))
+    print(text)
+    if options.out:
+        write_atomically(options.out, text.encode())
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    return 1 if faults else 0
+
+
+# ------------------------------------------------------------------- the images
+
+
+def gather(folder: Path) -> Path:
+    """The tree of images, fetched and made if it isn't there: a folder for each collection."""
+    tree = folder / "images"
+    if tree.is_dir():
+        return tree
+    making = folder / "images.part"
+    shutil.rmtree(making, ignore_errors=True)
+    seen: set[bytes] = set()
+    for name, (packages, below) in SOURCES.items():
+        unpacked = folder / "unpacked" / name
+        for package in packages:
+            unpack(package, unpacked, folder)
+        for path in sorted(path for path in (unpacked / below).rglob("*") if is_meant(path)):
+            digest = hashlib.sha256(path.read_bytes()).digest()
+            if digest not in seen:
+                to = making / name / path.relative_to(unpacked / below)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                os.link(path, to)
+            seen.add(digest)
+    making.rename(tree)
+    return tree
+
+
+def unpack(package: str, to: Path, folder: Path) -> None:
+    """Fetch a package, if it isn't there, and unpack it. Raises InputError."""
+    to.mkdir(parents=True, exist_ok=True)
+    is_debian = not package.startswith("pillow")
+    pattern = f"{package}_*.deb" if is_debian else f"{package}.tar.gz"
+    if not list(folder.glob(pattern)):
+        print(f"fetching {package}", file=sys.stderr)
+        fetch = ["apt-get", "download", package]
+        if not is_debian:
+            pip = "-m pip download --quiet --no-deps --no-binary :all:"
+            fetch = [sys.executable, *pip.split(), package.replace("-", "==")]
+        done = subprocess.run(fetch, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            why = " ".join(done.stderr.strip().splitlines()[-1:])
+            raise InputError(f"{package}: cannot be fetched ({why}); this needs Debian and a network")
+    file = next(folder.glob(pattern))
+    if is_debian:
+        subprocess.run(["dpkg-deb", "-x", str(file), str(to)], check=True)
+    else:
+        with tarfile.open(file) as archive:
+            archive.extractall(to, filter="data")
+
+
+def is_meant(path: Path) -> bool:
+    """Whether it is an image: by Pillow, or by its name or first bytes."""
+    if not path.is_file() or path.is_symlink():
+        return False
+    with open(path, "rb") as file:
+        if has_image_name(path.name) or is_image(file.read(HEAD)):
+            return True
+    try:
+        Image.open(io.BytesIO(path.read_bytes()))
+        return True
+    except Exception:
+        return False
+
+
+# -------------------------------------------------------------- converter, loader
+
+
+def convert(tree: Path, beton: Path) -> list[str]:
+    """Run the converter; faults."""
+    command = [sys.executable, "-m", "tools.convert_beton", str(tree), str(beton), "--overwrite"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise InputError(f"convert-beton ended with status {done.returncode}: {done.stderr[-2000:]}")
+    print(done.stdout.strip().replace(f"{tree.parent}/", ""), file=sys.stderr)
+    known = ("warning: skipped ", "note: ", "estimate: ")
+    lines = [line for line in re.split("[\r\n]", done.stderr) if line.strip() and "img/s]" not in line]
+    raw = [line for line in lines if not line.startswith(known) and "Warning" in line]
+    return [f"convert-beton says: {line}" for line in raw]
+
+
+def loaded(tree: Path, beton: Path, refused: set[str]) -> list[str]:
+    """Read every image with the loader, from the tree and from the beton; what it refuses and the converter
+    takes, or the reverse."""
+    faults = []
+    for path in (tree, beton):
+        source = open_reader(path)
+        replacements = Replacements(source, "skip")
+        count = sum(len(rows) for _, rows in evaluation_batches(source, VIEW, replacements=replacements))
+        names = names_of(source)
+        found = {names[index] for index in replacements.damaged}
+        wanted = refused if path == tree else set()
+        faults += [f"{name}: the loader refuses it, the converter doesn't" for name in found - wanted]
+        faults += [f"{name}: the converter refuses it, the loader doesn't" for name in wanted - found]
+        with TwoViewLoader(source, VIEW, LoaderSettings(64, on_error="skip")) as loader:
+            views = sum(len(batch.views[0]) for batch in loader)
+        print(f"loader: {count:,} images of {path.name}, {views:,} in two views", file=sys.stderr)
+    return faults
+
+
+def names_of(source: Reader) -> list[str]:
+    if isinstance(source, ImageReader):
+        return list(source.names)
+    return [str(i) for i in range(len(source))]
+
+
+def recognised(tree: Path) -> Counter[str]:
+    """Of each collection, how many files a folder without classes leaves out: neither name nor first bytes
+    are an image's."""
+    source = ImageReader(tree, labelled=False)
+    found = set(source.names)
+    everything = [path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()]
+    return Counter(name.partition("/")[0] for name in everything if name not in found)
+
+
+# ---------------------------------------------------------------------- compared
+
+
+@dataclass
+class File:
+    """One image: what Pillow, the converter and we make of it."""
+
+    name: str
+    pillow: bool  # whether Pillow reads it
+    refused: str = ""  # the converter's reason
+    stored: str = ""  # as the manifest has it
+    difference: float = 0.0  # from Pillow, levels, of the file's pixels or of the stored ones: the larger
+
+    @property
+    def collection(self) -> str:
+        return self.name.partition("/")[0]
+
+    @property
+    def rule(self) -> str:
+        return next((rule for rule, (text, _) in RULES.items() if re.search(text, self.refused)), "")
+
+    @property
+    def lossless(self) -> bool:
+        return self.stored in ("jpeg_untouched", "raw")
+
+    def fault(self) -> str:
+        """What is wrong with it, if anything."""
+        if self.refused:
+            return f"refused by no rule ({self.refused})" if self.pillow and not self.rule else ""
+        if self.pillow and self.lossless and not self.difference <= LARGEST_DIFFERENCE:
+            return f"differs from Pillow by {self.difference:.2f} levels ({self.stored})"
+        return ""
+
+
+def compared(tree: Path, beton: Path) -> list[File]:
+    """Every file of the tree."""
+    manifest, rows = read_manifest(beton.with_name(beton.name + ".json"))
+    refused = {each["name"]: each["reason"] for each in manifest["refused"]}
+    files = [File(name, by_pillow(tree / name) is not None, reason) for name, reason in refused.items()]
+    layout, data = open_beton(beton), np.memmap(beton, np.uint8, mode="r")
+    for index, name in enumerate(rows["name"]):
+        stored = bytes(data[int(layout.offsets[index]) :][: int(layout.sizes[index])])
+        if layout.modes[index] == JPEG:
+            pixels = decode_rgb(stored)
+        else:
+            pixels = np.frombuffer(stored, np.uint8).reshape(layout.heights[index], layout.widths[index], 3)
+        wanted = by_pillow(tree / name)
+        file = File(name, wanted is not None, stored=rows["stored"][index])
+        if wanted is not None:
+            file.difference = max(difference(wanted, p) for p in (pixels, decode_rgb(tree / name)))
+        files.append(file)
+    return files
+
+
+def by_pillow(path: Path) -> np.ndarray | None:
+    """What Pillow alone makes of a file, upright: [H, W, 3], or samples of more than 8 bits [H, W]; None
+    where it can't, or won't."""
+    try:
+        image: Image.Image = Image.open(io.BytesIO(path.read_bytes()))  # by name, others would be tried first
+        image.load()
+        deep = image.mode.startswith("I") or image.mode == "F"
+        image = image if deep else image.convert("RGB")
+    except Exception:
+        return None
+    with suppress(Exception):  # a broken EXIF block
+        image = ImageOps.exif_transpose(image)
+    return np.asarray(image)
+
+
+def difference(pillow: np.ndarray, ours: np.ndarray) -> float:
+    """Mean absolute difference in levels; infinite for another size. Of deep samples, from the line through
+    both that fits best."""
+    if pillow.shape[:2] != ours.shape[:2]:
+        return float("inf")
+    if pillow.ndim == 3:
+        return float(np.abs(pillow.astype(np.int16) - ours).mean())
+    samples, grey = pillow.astype(np.float64).ravel(), ours[..., 0].astype(np.float64).ravel()
+    spread = samples.std()
+    slope = np.mean((samples - samples.mean()) * (grey - grey.mean())) / spread**2 if spread else 0.0
+    return float(np.abs(grey - grey.mean() - slope * (samples - samples.mean())).mean())
+
+
+# ------------------------------------------------------------------------- page
+
+PAGE = """\
+# Other people's images
+
+`make test-images` runs the converter and the loader over images that others have made: the test images of
+Pillow {version} (every format, and files that once crashed a decoder), Debian's `opencv-doc` and `tuxpaint`.
+It wrote this page, with Pillow {here}.
+
+| | {heads} | together |
+| --- | {rules}---: |
+{table}
+
+A *kept* JPEG is stored byte for byte, *raw* pixels without loss; *encoded anew*, at quality 90, is what is in
+another format or turned by EXIF. Differences are means over an image, of 255 levels.
+
+What Pillow reads is refused by these rules alone, each with the option that takes it:
+
+{listed}
+
+In a folder without class folders a file is an image by its name or its first bytes. {left} of these files, in
+formats that hardly anybody has, are known by neither; `convert-beton` counts and names what it leaves out.
+"""
+
+
+def page(files: list[File], left: Counter[str]) -> str:
+    columns = [[file for file in files if file.collection == name] for name in SOURCES] + [files]
+
+    def row(title: str, cell) -> str:
+        return f"| {title} | {' | '.join(str(cell(column)) for column in columns)} |"
+
+    def count(title: str, chosen) -> str:
+        return row(title, lambda column: f"{sum(1 for file in column if chosen(file)):,}")
+
+    def differences(title: str, kind: str) -> str:
+        def cell(column: list[File]) -> str:
+            found = [file.difference for file in column if file.pillow and file.stored == kind]
+            return f"{np.median(found):.2f}; {max(found):.2f}" if found else ""
+
+        return row(title, cell)
+
+    table = [
+        count("files", lambda f: True),
+        count("read by Pillow", lambda f: f.pillow),
+        count("converted", lambda f: not f.refused),
+        count("of these, JPEGs kept", lambda f: f.stored == "jpeg_untouched"),
+        count("of these, raw", lambda f: f.stored == "raw"),
+        count("of these, encoded anew", lambda f: f.stored == "reencoded"),
+        count("read here, not by Pillow", lambda f: not f.refused and not f.pillow),
+        count("refused, by Pillow too", lambda f: f.refused and not f.pillow),
+        *(
+            count(f"refused, read by Pillow: {rule}", lambda f, r=rule: f.pillow and f.rule == r)
+            for rule in RULES
+        ),
+        count(
+            "refused, read by Pillow: another reason", lambda f: f.pillow and bool(f.refused) and not f.rule
+        ),
+        differences("difference of kept JPEGs: median; largest", "jpeg_untouched"),
+        differences("difference of raw pixels: median; largest", "raw"),
+        differences("difference of those encoded anew: median; largest", "reencoded"),
+    ]
+    return PAGE.format(
+        version=PILLOW,
+        here=PIL.__version__,
+        heads=" | ".join(SOURCES),
+        rules="---: | " * len(SOURCES),
+        table="\n".join(table),
+        listed="\n".join(f"- *{rule}*: {text}" for rule, (_, text) in RULES.items()),
+        left=f"{left.total():,}",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))
