@@ -25,8 +25,9 @@ import numpy as np
 import torch
 
 from lvssl.cli import guarded
+from lvssl.codes.controls import standardised
 from lvssl.codes.index import Index, nearest_rows
-from lvssl.codes.quantiser import FITS, Quantiser, standardised
+from lvssl.codes.quantiser import FITS, Quantiser
 from lvssl.evaluation.density import fit_density
 from lvssl.evaluation.fitted import SAMPLE, TrainingImages
 from lvssl.evaluation.probe import linear_probe

@@ -128,7 +128,7 @@ def figures(pairs: list[dict[str, Any]], truth: dict[Pair, str], least: float = 
     """Recall and precision of the pairs from a cosine on, and the shares found of each kind."""
     chosen = [pair for pair in pairs if pair["cosine"] >= least]
     kinds = [
-        truth.get((max(pair["name"], pair["other_name"]), min(pair["name"], pair["other_name"])))
+        truth.get((min(pair["name"], pair["other_name"]), max(pair["name"], pair["other_name"])))
         for pair in chosen
     ]
     shares = {kind: kinds.count(kind) / EACH for kind in KINDS}
