@@ -152,8 +152,7 @@ def curate(settings: CurateSettings) -> Curation:
             raise InputError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(settings, name)}")
     given = settings.run
     foreign = is_embeddings(given)
-    beside = given.with_name(f"{given.stem}-curate") if given.is_file() else given / "curate"
-    out = settings.out or beside
+    out = settings.out or (given.with_name(f"{given.stem}-curate") if given.is_file() else given / "curate")
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: no such folder to make {out.name} in")
     run = None if foreign else load_run(given)

@@ -81,7 +81,7 @@ MEASURES: dict[str, Measure] = {
         "features, mAP@1000 over relevant", True, "features", "map_over_relevant"
     ),
     "code_linear": Measure("code, linear probe, %", True, "code", "linear"),
-    "code_knn": Measure("code, kNN, %", True, "code", "knn"),
+    "code_knn": Measure("code, Hamming kNN, %", True, "code", "knn"),
     "code_map": Measure("code, mAP@1000 over hits", True, "code", "map_over_hits"),
     "code_map_relevant": Measure("code, mAP@1000 over relevant", True, "code", "map_over_relevant"),
     "code_shapes_r2": Measure("shapes' factors from the code, R²", True, "code", "shapes_r2"),

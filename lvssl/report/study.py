@@ -18,7 +18,7 @@ from pipelines.files import write_atomically
 COLOURS = {"better": "#0f6b6f", "level": "#79818c", "worse": "#a3162a", "one seed": "#b5b9bf"}
 OF_CODE = {  # the columns of the table of codes
     "linear": "linear, %",
-    "knn": "kNN, %",
+    "knn": "Hamming kNN, %",
     "map_over_hits": "mAP@1000 over hits",
     "map_over_relevant": "over relevant",
 }
@@ -30,10 +30,10 @@ PROTOCOL = """Every measure is of the run's last checkpoint. Probes and neighbou
 has its label. The precisions at the hits within the first 1,000 are averaged; images at the same distance
 count with the expected value over all their orders. *Over hits* divides by the number of hits found (the
 denominator of the hashing literature), *over relevant* by min(1,000, relevant images), which a missing hit
-lowers, too. Codes by Hamming distance, features and what OPQ's codes stand for by cosine.
+lowers, too. Codes by Hamming distance, features by cosine.
 
-**Controls of equal bits**: sign bits (the first ones where the code is shorter), PCA + sign, ITQ, LSH and OPQ
-of a control's features, fitted on the training images. In a comparison each side has its strongest method (in
+**Controls of equal bits**: sign bits (the first ones where the code is shorter), PCA + sign, ITQ {last} of
+a control's features, fitted on the training images. In a comparison each side has its strongest method (in
 brackets): of a code the method, of an uncertainty the score without labels (the latent's: posterior, rate;
 anybody's: feature norm, distance to the nearest training images), the one of the best mean over the seeds.
 *The best control* is the strongest that any arm without a latent gives.
@@ -65,7 +65,12 @@ def write_study(out: Path, result: dict[str, Any]) -> list[Path]:
 def markdown(result: dict[str, Any]) -> str:
     settings, runs, pairs, measures = (result[name] for name in ("settings", "runs", "pairs", "measures"))
     seeds = ", ".join(map(str, settings["seeds"]))
-    told = {"images": min(settings["max_images"] or runs[0]["queries"], runs[0]["queries"])}
+    told = {
+        "images": min(settings["max_images"] or runs[0]["queries"], runs[0]["queries"]),
+        "last": "and LSH",
+    }
+    if any(row["method"] == "OPQ" for row in result["rows"]):
+        told["last"] = "LSH and OPQ (by the cosine of what its codes stand for, in the place of Hamming's)"
     parts = [
         [f"# Study: {settings['preset']}, seeds {seeds}"],
         [f"```\n{result['command']}\n```"],

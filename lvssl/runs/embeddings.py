@@ -35,7 +35,13 @@ class Embeddings:
 
     path: Path
     features: np.ndarray  # of any float type [N, D], mapped
-    labels: np.ndarray  # int64 [N]
+    labels: np.ndarray  # int64 [N]; -1: none
+    arithmetic = "another model"  # what has computed them
+
+    @property
+    def folder(self) -> Path:
+        """What is made of them goes there."""
+        return self.path if self.path.is_dir() else self.path.with_name(f"{self.path.stem}-lvssl")
 
     @property
     def digest(self) -> str:
