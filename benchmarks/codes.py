@@ -2,12 +2,17 @@
 
     python -m benchmarks.codes RUN ... --test TEST --json FILE     quality, of the runs' own training images
     python -m benchmarks.codes --count 1000000 --json FILE         time and memory of made codes
+    python -m benchmarks.codes --embeddings 1000000 --json FILE    `encode` of made embeddings, killed
 
 Quality: 2,000 test images against --limit training images, which the quantisers are fitted on, too, both
 evenly spread over their sets: accuracy of the vote of the 20 nearest, mAP@1000 over the hits, the share of
 the 10 nearest by standardised features (`features`, not quantised) among a code's 10 nearest, and accuracy of
 a linear probe on what the stored codes stand for. `real`: queries real-valued; `code`: queries quantised, too
 (Hamming distance for bits). Rows of equal distance come in the order of the training images.
+
+Embeddings are 256 numbers of fp16, coded at 64 bits (OPQ) through the command in processes of its own: once
+undisturbed; once killed by SIGKILL when half of the codes are on the disk, and resumed, to the same bytes or
+this fails. MiB are anonymous memory at the peak (`benchmarks.scale`).
 
 Runs that differ in their seed alone are told apart by the folder's name less its end -sSEED, and `arms` has
 their means: at each length what each code loses against the features with real-valued queries, and the least
@@ -17,6 +22,9 @@ length of OPQ that has the kNN, and the recall, of the run's own whole code.
 import argparse
 import re
 import resource
+import signal
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.scale import measured as measured_process
 from lvssl.cli import guarded
 from lvssl.codes.controls import standardised
 from lvssl.codes.index import Index, nearest_rows
@@ -51,13 +60,17 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--test", type=Path)
     parser.add_argument("--limit", type=int, default=10_000, help="training images")
     parser.add_argument("--count", type=int, default=0, help="made codes instead")
+    parser.add_argument("--embeddings", type=int, default=0, help="made embeddings instead")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    if bool(options.count) == bool(options.runs and options.test):
-        raise InputError("name runs and --test, or --count")
+    if sum(map(bool, (options.count, options.embeddings, options.runs and options.test))) != 1:
+        raise InputError("name runs and --test, or --count, or --embeddings")
     found: dict[str, Any] = {}
     if options.count:
         found["rows"] = made(options.count)
+    elif options.embeddings:
+        with tempfile.TemporaryDirectory() as folder:
+            found["rows"] = encoded(Path(folder), options.embeddings)
     else:
         found["rows"] = [row for run in options.runs for row in measured(run, options.test, options.limit)]
         found["arms"] = arms(found["rows"])
@@ -209,6 +222,39 @@ def made(count: int) -> list[dict[str, Any]]:
     return rows
 
 
+def encoded(folder: Path, count: int, width: int = 256) -> list[dict[str, Any]]:
+    random = np.random.default_rng(0)
+    mixing = random.standard_normal((32, width), np.float32)
+    features = np.lib.format.open_memmap(folder / "train.npy", "w+", np.float16, (count, width))
+    for start in range(0, count, SAMPLE):
+        part = features[start : start + SAMPLE]
+        noise = random.standard_normal(part.shape, np.float32)
+        part[:] = random.standard_normal((len(part), 32), np.float32) @ mixing + noise
+    features.flush()
+    command = [sys.executable, "-m", "lvssl.cli", "encode", str(folder / "train.npy"), "--images"]
+    command += [str(folder / "train.npy"), "--bits", "64", "--code", "opq", "--out"]
+    parts, rows = folder / ".killed.lvcodes.part", []
+
+    def half() -> bool:
+        return parts.exists() and parts.stat().st_size > 4 * count
+
+    for name, out, stop in (
+        ("quantiser and density fitted, encoded", "whole", None),
+        ("encoded", "again", None),
+        ("encoded, killed at half", "killed", half),
+        ("resumed", "killed", None),
+    ):
+        asked = [*command, str(folder / f"{out}.lvcodes")]
+        seconds, mib = measured_process(name, asked, folder / "log", stop, signal.SIGKILL)
+        rows.append({"what": f"{count:,} x {width}: {name}", "seconds": round(seconds, 1), "mib": round(mib)})
+        print(rows[-1], flush=True)
+    for end in ("", ".uncertainty"):
+        ways = {(folder / f"{out}.lvcodes{end}").read_bytes() for out in ("whole", "again", "killed")}
+        if len(ways) > 1:
+            raise InputError(f"resumed codes differ: .lvcodes{end}")
+    return rows
+
+
 def timing(what: str, began: float) -> dict[str, Any]:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     row = {"what": what, "seconds": round(time.perf_counter() - began, 2), "peak_mib": round(memory)}
@@ -217,6 +263,4 @@ def timing(what: str, began: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    import sys
-
     sys.exit(guarded(main, sys.argv[1:]))
