@@ -19,7 +19,7 @@ HELP = """lvssl: latent-variable contrastive learning of image encoders
     lvssl linear runs/lv --test test.beton             also knn, finetune --label-fraction 0.1
     lvssl report runs/lv                               one HTML page
     lvssl encode runs/lv --images DIR                  a packed code for each image
-    lvssl search runs/lv --query IMAGE                 the nearest images by Hamming distance
+    lvssl search runs/lv --query IMAGE                 the nearest images by their codes
     lvssl launch pipeline.toml                         all of it as jobs of a Slurm cluster
 
 commands:
