@@ -413,15 +413,20 @@ def contradicted(found: Curation, rows: np.ndarray, cosines: np.ndarray, count: 
     """Labels by how much more of the neighbours' votes, weighted by cosine, another class has."""
     one = found.sets[0]
     labels = one.labels
-    votes = np.zeros((len(one), int(labels.max()) + 1), np.float32)
-    weights = np.maximum(cosines, 0)
-    for place in range(rows.shape[1]):
-        votes[np.arange(len(one)), labels[rows[:, place]]] += weights[:, place]
-    votes /= np.maximum(votes.sum(axis=1, keepdims=True), 1e-12)
-    own = votes[np.arange(len(one)), labels].copy()
-    votes[np.arange(len(one)), labels] = -1
-    other = votes.argmax(axis=1)
-    lead = votes.max(axis=1) - own
+    own, best = np.empty(len(one), np.float32), np.empty(len(one), np.float32)
+    other = np.empty(len(one), np.int64)
+    for start in range(0, len(one), CHUNK):  # votes of all images at once would take N times the classes
+        part = slice(start, start + CHUNK)
+        turn = np.arange(len(labels[part]))
+        votes = np.zeros((len(turn), int(labels.max()) + 1), np.float32)
+        weights = np.maximum(cosines[part], 0)
+        for place in range(rows.shape[1]):
+            votes[turn, labels[rows[part, place]]] += weights[:, place]
+        votes /= np.maximum(votes.sum(axis=1, keepdims=True), 1e-12)
+        own[part] = votes[turn, labels[part]]
+        votes[turn, labels[part]] = -1
+        other[part], best[part] = votes.argmax(axis=1), votes.max(axis=1)
+    lead = best - own
     first = [row for row in largest(lead, count) if lead[row] > 0]
     lines = [
         [*one.about(row)[1:], one.classes[other[row]] if one.classes else str(other[row]),
