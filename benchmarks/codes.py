@@ -1,17 +1,30 @@
 """Which code for which budget? Every quantiser at every length, on a run's real features.
 
-    python -m benchmarks.codes RUN --test TEST --json FILE     quality, of the run's own training images
-    python -m benchmarks.codes --count 1000000 --json FILE     time and memory of made codes
+    python -m benchmarks.codes RUN ... --test TEST --json FILE     quality, of the runs' own training images
+    python -m benchmarks.codes --count 1000000 --json FILE         time and memory of made codes
+    python -m benchmarks.codes --embeddings 1000000 --json FILE    `encode` of made embeddings, killed
 
 Quality: 2,000 test images against --limit training images, which the quantisers are fitted on, too, both
-evenly spread over their sets: accuracy of the vote of the 20 nearest, mAP@1000 over the hits, and the share
-of the 10 nearest by standardised features (`features`, not quantised) among a code's 10 nearest. `real`:
-queries real-valued; `code`: queries quantised, too (Hamming distance for bits). Rows of equal distance come
-in the order of the training images.
+evenly spread over their sets: accuracy of the vote of the 20 nearest, mAP@1000 over the hits, the share of
+the 10 nearest by standardised features (`features`, not quantised) among a code's 10 nearest, and accuracy of
+a linear probe on what the stored codes stand for. `real`: queries real-valued; `code`: queries quantised, too
+(Hamming distance for bits). Rows of equal distance come in the order of the training images.
+
+Embeddings are 256 numbers of fp16, coded at 64 bits (OPQ) through the command in processes of its own: once
+undisturbed; once killed by SIGKILL when half of the codes are on the disk, and resumed, to the same bytes or
+this fails. MiB are anonymous memory at the peak (`benchmarks.scale`).
+
+Runs that differ in their seed alone are told apart by the folder's name less its end -sSEED, and `arms` has
+their means: at each length what each code loses against the features with real-valued queries, and the least
+length of OPQ that has the kNN, and the recall, of the run's own whole code.
 """
 
 import argparse
+import re
 import resource
+import signal
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,11 +32,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.scale import measured as measured_process
 from lvssl.cli import guarded
+from lvssl.codes.controls import standardised
 from lvssl.codes.index import Index, nearest_rows
-from lvssl.codes.quantiser import FITS, Quantiser, standardised
+from lvssl.codes.quantiser import FITS, Quantiser
 from lvssl.evaluation.density import fit_density
 from lvssl.evaluation.fitted import SAMPLE, TrainingImages
+from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.quantisers import own_bits
 from lvssl.runs.run import load_run, versions
 from pipelines.cores import cores
@@ -32,25 +48,35 @@ from pipelines.errors import InputError
 from pipelines.files import write_json
 
 QUERIES, VOTE, TOP = 2000, 20, 1000
-LENGTHS = (16, 32, 64, 128, 256, 512)
+METRICS = ("knn", "map", "probe", "recall_at_10")
+LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, nargs="?")
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN")
     parser.add_argument("--test", type=Path)
     parser.add_argument("--limit", type=int, default=10_000, help="training images")
     parser.add_argument("--count", type=int, default=0, help="made codes instead")
+    parser.add_argument("--embeddings", type=int, default=0, help="made embeddings instead")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    if bool(options.count) == bool(options.run and options.test):
-        raise InputError("name a run and --test, or --count")
-    rows = made(options.count) if options.count else measured(options.run, options.test, options.limit)
+    if sum(map(bool, (options.count, options.embeddings, options.runs and options.test))) != 1:
+        raise InputError("name runs and --test, or --count, or --embeddings")
+    found: dict[str, Any] = {}
+    if options.count:
+        found["rows"] = made(options.count)
+    elif options.embeddings:
+        with tempfile.TemporaryDirectory() as folder:
+            found["rows"] = encoded(Path(folder), options.embeddings)
+    else:
+        found["rows"] = [row for run in options.runs for row in measured(run, options.test, options.limit)]
+        found["arms"] = arms(found["rows"])
     if options.json:
         about = {"command": "python -m benchmarks.codes " + " ".join(arguments), "cores": cores()}
-        write_json(options.json, about | {"versions": versions(), "rows": rows})
+        write_json(options.json, about | {"versions": versions()} | found)
 
 
 def measured(folder: Path, test: Path, limit: int) -> list[dict[str, Any]]:
@@ -65,23 +91,29 @@ def measured(folder: Path, test: Path, limit: int) -> list[dict[str, Any]]:
     tests = open_reader(test)
     answers = tests.labels[np.unique(np.linspace(0, len(tests) - 1, len(queries["features"])).astype(int))]
     x, mean, scale = standardised(train["features"])
-    exact = floats(x, (queries["features"] - mean) / scale)
-    rows = [report("features", 32 * x.shape[1], "", exact, exact, labels, answers, 0.0)]
+    asked = (queries["features"] - mean) / scale
+    exact = floats(x, asked)
+    print(folder.name, flush=True)
+    rows = [figures("features", 32 * x.shape[1], "", exact, exact, (labels, answers))]
+    rows[0]["probe"] = probe(x, asked, labels, answers)
     for code, fit in FITS.items():
         kind = "locations" if code == "bits" else "features"
-        for bits in LENGTHS:
-            most = own_bits(run) if code == "bits" else x.shape[1] * (8 if code == "opq" else 1)
+        most = own_bits(run) if code == "bits" else x.shape[1] * (8 if code == "opq" else 1)
+        for bits in sorted({*LENGTHS, most} if code == "bits" else LENGTHS):
             if bits > most:
                 continue
-            began = time.perf_counter()
             quantiser = fit(train[kind], bits)
-            seconds = time.perf_counter() - began
-            codes = quantiser.encode(train[kind])
-            asked = {"real": queries[kind], "code": quantiser.encode(queries[kind])}
-            for way, some in asked.items():
+            codes, coded = quantiser.encode(train[kind]), quantiser.encode(queries[kind])
+            share = probe(quantiser.decode(codes), quantiser.decode(coded), labels, answers)
+            for way, some in (("real", queries[kind]), ("code", coded)):
                 found, _ = nearest_rows(some, codes, TOP, quantiser)
-                rows.append(report(code, bits, way, found, exact, labels, answers, seconds))
-    return rows
+                rows.append(figures(code, bits, way, found, exact, (labels, answers)) | {"probe": share})
+                print(" ".join(f"{value!s:>9}" for value in rows[-1].values()), flush=True)
+    return [{"run": folder.name, "own_bits": own_bits(run)} | row for row in rows]
+
+
+def probe(train: np.ndarray, test: np.ndarray, labels: np.ndarray, answers: np.ndarray) -> float:
+    return round(linear_probe(train, labels, test, answers).accuracy, 2)
 
 
 def floats(train: np.ndarray, queries: np.ndarray) -> np.ndarray:
@@ -95,33 +127,57 @@ def floats(train: np.ndarray, queries: np.ndarray) -> np.ndarray:
     return np.concatenate(found)
 
 
-def report(
+def figures(
     code: str,
     bits: int,
     way: str,
     found: np.ndarray,
     exact: np.ndarray,
-    labels: np.ndarray,
-    answers: np.ndarray,
-    seconds: float,
+    labels: tuple[np.ndarray, np.ndarray],
 ) -> dict[str, Any]:
-    near = labels[found]
-    votes = np.stack([(near[:, :VOTE] == label).sum(axis=1) for label in range(labels.max() + 1)], axis=1)
+    near, answers = labels[0][found], labels[1]
+    votes = np.stack([(near[:, :VOTE] == label).sum(axis=1) for label in range(near.max() + 1)], axis=1)
     hits = near == answers[:, None]
     precision = hits.cumsum(axis=1) / np.arange(1, TOP + 1)
     average = (precision * hits).sum(axis=1) / np.maximum(hits.sum(axis=1), 1)
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found[:, :10], exact[:, :10])])
-    row = {
+    return {
         "code": code,
         "bits": bits,
         "queries": way,
         "knn": round(100 * float((votes.argmax(axis=1) == answers).mean()), 2),
         "map": round(float(average.mean()), 4),
         "recall_at_10": round(float(recall), 3),
-        "fit_seconds": round(seconds, 1),
     }
-    print(" ".join(f"{value!s:>9}" for value in row.values()), flush=True)
-    return row
+
+
+def arms(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The means over the seeds of each arm, as losses against its features, and OPQ's matching lengths."""
+    found = []
+    names = {row["run"]: re.sub(r"-s\d+$", "", row["run"]) for row in rows}
+    for arm in dict.fromkeys(names.values()):
+        mine = [row for row in rows if names[row["run"]] == arm and row["queries"] != "code"]
+        means: dict[tuple[str, int], dict[str, float]] = {}
+        for key in dict.fromkeys((row["code"], row["bits"]) for row in mine):
+            some = [row for row in mine if (row["code"], row["bits"]) == key]
+            means[key] = {name: float(np.mean([row[name] for row in some])) for name in METRICS}
+        floats_of = next(values for (code, _), values in means.items() if code == "features")
+        own = means["bits", mine[0]["own_bits"]]
+        matching = {
+            name: min(
+                (b for (code, b), v in means.items() if code == "opq" and v[name] >= own[name]), default=None
+            )
+            for name in ("knn", "recall_at_10")
+        }
+        losses: list[dict[str, Any]] = [
+            {"code": code, "bits": bits} | {n: round(floats_of[n] - v, 4) for n, v in values.items()}
+            for (code, bits), values in means.items()
+            if code != "features"
+        ]
+        seeds = len({row["run"] for row in mine})
+        about = {"arm": arm, "seeds": seeds, "own_bits": mine[0]["own_bits"], "opq_matching_own": matching}
+        found.append(about | {"features": floats_of, "losses": sorted(losses, key=lambda one: one["bits"])})
+    return found
 
 
 def made(count: int) -> list[dict[str, Any]]:
@@ -166,6 +222,39 @@ def made(count: int) -> list[dict[str, Any]]:
     return rows
 
 
+def encoded(folder: Path, count: int, width: int = 256) -> list[dict[str, Any]]:
+    random = np.random.default_rng(0)
+    mixing = random.standard_normal((32, width), np.float32)
+    features = np.lib.format.open_memmap(folder / "train.npy", "w+", np.float16, (count, width))
+    for start in range(0, count, SAMPLE):
+        part = features[start : start + SAMPLE]
+        noise = random.standard_normal(part.shape, np.float32)
+        part[:] = random.standard_normal((len(part), 32), np.float32) @ mixing + noise
+    features.flush()
+    command = [sys.executable, "-m", "lvssl.cli", "encode", str(folder / "train.npy"), "--images"]
+    command += [str(folder / "train.npy"), "--bits", "64", "--code", "opq", "--out"]
+    parts, rows = folder / ".killed.lvcodes.part", []
+
+    def half() -> bool:
+        return parts.exists() and parts.stat().st_size > 4 * count
+
+    for name, out, stop in (
+        ("quantiser and density fitted, encoded", "whole", None),
+        ("encoded", "again", None),
+        ("encoded, killed at half", "killed", half),
+        ("resumed", "killed", None),
+    ):
+        asked = [*command, str(folder / f"{out}.lvcodes")]
+        seconds, mib = measured_process(name, asked, folder / "log", stop, signal.SIGKILL)
+        rows.append({"what": f"{count:,} x {width}: {name}", "seconds": round(seconds, 1), "mib": round(mib)})
+        print(rows[-1], flush=True)
+    for end in ("", ".uncertainty"):
+        ways = {(folder / f"{out}.lvcodes{end}").read_bytes() for out in ("whole", "again", "killed")}
+        if len(ways) > 1:
+            raise InputError(f"resumed codes differ: .lvcodes{end}")
+    return rows
+
+
 def timing(what: str, began: float) -> dict[str, Any]:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     row = {"what": what, "seconds": round(time.perf_counter() - began, 2), "peak_mib": round(memory)}
@@ -174,6 +263,4 @@ def timing(what: str, began: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    import sys
-
     sys.exit(guarded(main, sys.argv[1:]))

@@ -191,15 +191,19 @@ def keep(path: Path, rows: list[dict[str, Any]], arguments: list[str]) -> None:
 
 
 def measured(
-    name: str, command: list[str], log: Path, stop: Callable[[], bool] | None
+    name: str,
+    command: list[str],
+    log: Path,
+    stop: Callable[[], bool] | None,
+    by: signal.Signals = signal.SIGTERM,
 ) -> tuple[float, float]:
     """Seconds of a command, and the most MiB of anonymous memory that it and its children had at once.
 
-    `stop`: when it says so, the command gets SIGTERM. Raises InputError, with the command's last words, where
-    it fails.
+    `stop`: when it says so, the command gets the signal `by`. Raises InputError, with the command's last
+    words, where it fails.
     """
     log.mkdir(exist_ok=True)
-    said, started, most = log / f"{name.replace(' ', '-')}.txt", time.monotonic(), 0
+    said, started, most, stopped = log / f"{name.replace(' ', '-')}.txt", time.monotonic(), 0, False
     with (
         open(said, "wb") as file,
         subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process,
@@ -207,10 +211,12 @@ def measured(
         while process.poll() is None:
             most = max(most, sum(anonymous(pid) for pid in family(process.pid)))
             if stop is not None and stop():
-                process.send_signal(signal.SIGTERM)
-                stop = None
+                process.send_signal(by)
+                stop, stopped = None, True
             time.sleep(0.05)
-    expected = 143 if stop is None and name in ("pretrain", "resume", "pretrain control") else 0
+    expected = 0
+    if stopped:
+        expected = 143 if by == signal.SIGTERM else -by
     if process.returncode not in (0, expected):
         last = said.read_text(errors="replace")[-2000:]
         raise InputError(f"{name} ended with status {process.returncode}: {' '.join(command)}\n{last}")

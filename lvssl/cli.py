@@ -19,7 +19,7 @@ HELP = """lvssl: latent-variable contrastive learning of image encoders
     lvssl linear runs/lv --test test.beton             also knn, finetune --label-fraction 0.1
     lvssl report runs/lv                               one HTML page
     lvssl encode runs/lv --images DIR                  a packed code for each image
-    lvssl search runs/lv --query IMAGE                 the nearest images by Hamming distance
+    lvssl search runs/lv --query IMAGE                 the nearest images by their codes
     lvssl launch pipeline.toml                         all of it as jobs of a Slurm cluster
 
 commands:
@@ -249,11 +249,13 @@ def curate(arguments: list[str]) -> None:
     from lvssl.report.curate import write_curation
 
     settings = parse(CurateSettings, arguments, "curate")
-    found, out = run(settings), settings.out or settings.run / "curate"
+    found = run(settings)
     for name, (_, lines) in found.tables.items():
-        print(f"{out / name}.csv: {len(lines):,} rows")
+        print(f"{found.out / name}.csv: {len(lines):,} rows")
+    if found.run is None:
+        return
     title = f"{(settings.train or found.run.settings.data).name} by {settings.run.resolve().name}"
-    print(write_curation(out / "curate.html", title, found.tables, found.shown, found.picture))
+    print(write_curation(found.out / "curate.html", title, found.tables, found.shown, found.picture))
 
 
 def report(arguments: list[str]) -> None:

@@ -14,7 +14,8 @@ added; a reader ignores those it doesn't know. What changes the layout raises th
 little-endian and bit d of a row is bit d % 8 of its byte d // 8, so a file opens on any machine.
 
 Beside it may lie tables with a row for each code: the means of the posteriors, FILE.means (magic
-b"LVMEANS\\n", float16), and an uncertainty, FILE.uncertainty (b"LVSCORE\\n", float32, dim 1). Each has a
+b"LVMEANS\\n", float16), an uncertainty, FILE.uncertainty (b"LVSCORE\\n", float32, dim 1), and, of `lvssl
+curate`, grey square FILE.thumbnails (b"LVTHUMB\\n", uint8). Each has a
 header {version, dim, count, rows_sha256} likewise and at byte 4,096 its numbers [count, dim], little-endian;
 rows_sha256 names the codes it belongs to. `lvssl.codes.writer` writes them all.
 """
@@ -34,6 +35,7 @@ from pipelines.kernels.pack import packed_bytes
 MAGIC = b"LVCODES\n"
 MEANS_MAGIC = b"LVMEANS\n"
 SCORE_MAGIC = b"LVSCORE\n"
+THUMBNAIL_MAGIC = b"LVTHUMB\n"
 VERSION = 1
 ROWS_AT = 4096  # a page: rows are mapped aligned, and the header can be rewritten once the count is known
 
@@ -68,6 +70,7 @@ class Table(NamedTuple):
 
 
 MEANS = Table("means", MEANS_MAGIC, "<f2", "`lvssl encode --means`")
+THUMBNAILS = Table("thumbnails", THUMBNAIL_MAGIC, "u1", "`lvssl curate`")
 UNCERTAINTY = Table("uncertainty", SCORE_MAGIC, "<f4", "`lvssl encode` (without --no-fit)")
 
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from lvssl.codes.controls import checked, fit_itq, fit_pca
+from lvssl.codes import controls
+from lvssl.codes.controls import checked, fit_itq, fit_pca, standardised
 from pipelines.kernels.pack import pack_bits, packed_bytes, unpack_bits
 
 CHUNK = 4096  # images at a time
@@ -95,14 +96,6 @@ class Quantiser:
         return np.ascontiguousarray(each[..., 1] @ on.T.astype(np.float32) + each[..., 0] @ (1 - on.T))
 
 
-def standardised(train: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(features [N, D] less their mean by their deviation, mean [D], deviation [D], where it is 0: 1)."""
-    mean = train.mean(axis=0, dtype=np.float64).astype(np.float32)
-    scale = train.std(axis=0, dtype=np.float64).astype(np.float32)
-    scale[scale < 1e-6 * max(float(scale.max()), 1e-30)] = 1
-    return (train - mean) / scale, mean, scale
-
-
 def sides(x: np.ndarray) -> np.ndarray:
     """The means of numbers [N, P] below and above 0, float32 [P, 2, 1]; 0 where there are none."""
     above = x > 0
@@ -134,30 +127,14 @@ def fit_itq_bits(train: Any, bits: int, seed: int = 0) -> Quantiser:
     return fit_projected(train, bits, seed, fit_itq)
 
 
-def fit_opq(train: Any, bits: int, seed: int = 0, iterations: int = 20) -> Quantiser:
-    """Optimised product quantisation by faiss: a rotation, then 256 words for each of bits / 8 parts.
-
-    Raises ValueError unless bits / 8 is a whole number of at most D and there are 256 images; ImportError
-    without faiss.
-    """
+def fit_opq(train: Any, bits: int, seed: int = 0) -> Quantiser:
+    """Optimised product quantisation, as `controls.fit_opq`, whose errors it raises."""
     import faiss
 
-    h = checked(train, bits, most=8 * train.shape[1], whole_bytes=True)
-    if len(h) < 256:
-        raise ValueError(f"a product quantiser needs 256 training images for its words, not {len(h)}")
-    x, mean, scale = standardised(h)
-    parts, width = bits // 8, h.shape[1]
-    kept = width - width % parts  # numbers after the rotation: as many for each part
-    quantiser = faiss.ProductQuantizer(kept, parts, 8)
-    quantiser.cp.seed, quantiser.cp.min_points_per_centroid = seed + 1, 1  # fewer than 39 are no warning
-    turn = faiss.OPQMatrix(width, parts, kept)
-    turn.pq, turn.niter, turn.max_train_points = quantiser, iterations, 20_000
-    x = np.ascontiguousarray(x)
-    turn.train(x)
-    quantiser.train(turn.apply(x))
-    rotation = faiss.vector_to_array(turn.A).reshape(kept, width).T
-    words = faiss.vector_to_array(quantiser.centroids).reshape(parts, 256, kept // parts)
-    return Quantiser(mean, scale, np.ascontiguousarray(rotation), words)
+    found = controls.fit_opq(train, bits, seed)
+    assert found.rotation is not None
+    words = faiss.vector_to_array(found.quantiser.centroids).reshape(bits // 8, 256, -1)
+    return Quantiser(np.asarray(found.mean), np.asarray(found.scale), found.rotation, words)
 
 
 FITS: dict[str, Callable[..., Quantiser]] = {

@@ -22,6 +22,7 @@ from lvssl.codes.file import (
     MAGIC,
     MEANS,
     ROWS_AT,
+    THUMBNAILS,
     UNCERTAINTY,
     VERSION,
     CodeFileError,
@@ -45,8 +46,8 @@ class CodeWriter:
     changes with it; with it, rows that were written before a kill or an interrupt of the same work are kept,
     and `position` says where in the source to go on. Without it, or where the block raises an error before
     the first row, nothing is left. `beside`: tables that lie beside it, and their numbers an image: MEANS of
-    the posteriors, as fp16, and UNCERTAINTY, 1. `quantiser`: {code, sha256} of what made the codes. Raises
-    CodeFileError where another process is writing the same file, or the disk is full.
+    the posteriors, as fp16, UNCERTAINTY, 1, and THUMBNAILS. `quantiser`: {code, sha256} of what made the
+    codes. Raises CodeFileError where another process is writing the same file, or the disk is full.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class CodeWriter:
         if bits < 1:
             raise ValueError(f"a code has at least one bit, not {bits}")
         self.path, self.source, self.count, self.position = Path(path), source, 0, 0
-        dims = {table: (beside or {}).get(table, 0) for table in (MEANS, UNCERTAINTY)}
+        dims = {table: (beside or {}).get(table, 0) for table in (MEANS, UNCERTAINTY, THUMBNAILS)}
         self.tables = {table: dim for table, dim in dims.items() if dim}  # in the order of their files
         self.header: dict[str, Any] = {
             "version": VERSION,
@@ -135,16 +136,18 @@ class CodeWriter:
         means: np.ndarray | None = None,
         positions: Iterable[int] | None = None,
         uncertainty: np.ndarray | None = None,
+        thumbnails: np.ndarray | None = None,
     ) -> None:
-        """Add packed rows uint8 [n, ceil(bits / 8)], their n names, and means [n, D] and uncertainty [n]
-        where it has any.
+        """Add packed rows uint8 [n, ceil(bits / 8)], their n names, and means [n, D], uncertainty [n] and
+        thumbnails [n, P] where it has any.
 
         `positions` of the n in the source, rising; left out: they follow on. ValueError unless they fit.
         """
         names = list(names)
         n = len(names)
         check("names need rows uint8", n, rows, (n, self.width), np.uint8)
-        given = {MEANS: means, UNCERTAINTY: None if uncertainty is None else np.reshape(uncertainty, (-1, 1))}
+        scores = None if uncertainty is None else np.reshape(uncertainty, (-1, 1))
+        given = {MEANS: means, UNCERTAINTY: scores, THUMBNAILS: thumbnails}
         for (table, dim), file in zip(self.tables.items(), self.files[2:]):
             values = np.asarray(given[table], dtype=table.dtype)
             check(f"names need {table.ending}", n, values, (n, dim), np.dtype(table.dtype))

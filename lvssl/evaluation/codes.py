@@ -18,6 +18,7 @@ from lvssl.codes.file import (
 )
 from lvssl.codes.index import write_faiss
 from lvssl.evaluation.density import density_of
+from lvssl.evaluation.embedding_codes import EmbeddingEncoder
 from lvssl.evaluation.encoder import (
     QUERIES,
     Encoder,
@@ -37,13 +38,15 @@ from lvssl.evaluation.encoder import (
     width_of_means,
     write_coded,
 )
-from lvssl.evaluation.fitted import TrainingImages
+from lvssl.evaluation.fitted import TrainingEmbeddings, TrainingImages
 from lvssl.evaluation.quantisers import (
     chosen_code,
+    code_of_length,
     own_bits,
     quantiser_of,
     require_faiss,
 )
+from lvssl.runs.embeddings import is_embeddings, open_embeddings, training_file
 from lvssl.runs.run import Run, load_encoder
 from lvssl.settings.fields import ReadsImages
 from pipelines.errors import InputError
@@ -59,7 +62,8 @@ class EncodeSettings(ReadsImages):
     posteriors: RUN/density.safetensors, fitted by the first call, which needs the training images."""
 
     run: Positional[Path]
-    """The run whose encoder is used."""
+    """The run whose encoder is used; or embeddings, as `lvssl knn` takes them, on which the quantiser is
+    fitted: then --images are embeddings, too, and --bits is needed."""
     images: Path
     """A folder of images, searched recursively, no labels needed; or a .beton, tars, a parquet ..., or many
     of these ('train-*.beton')."""
@@ -132,22 +136,14 @@ def encode(settings: EncodeSettings) -> Path:
         require_faiss("--faiss")
     if settings.csv and not settings.fit:
         raise InputError("--csv writes uncertainties, which --no-fit leaves out")
-    run = load_encoder(settings.run)
-    on_error = run.reading(settings)
-    code = chosen_code(run, settings.bits, settings.code)
-    source, names = image_set(settings.images)
     out = code_path(settings.run, settings.out)
+    foreign = is_embeddings(settings.run)
+    if foreign and settings.run.is_file():
+        out = settings.out or settings.run.with_suffix(".lvcodes")
     for path in filter(None, (out, settings.csv, settings.faiss)):
         if not path.parent.is_dir():
             raise InputError(f"{path.parent}: no such folder to write {path.name} to")
-    encoder = fitted_encoder(run, settings, code, on_error)
-    means = width_of_means(run) if settings.means else 0
-    with code_writer(encoder, out, means, identity(encoder, settings.images, names, on_error)) as writer:
-        first = writer.position
-        if first:
-            tqdm.write(f"going on after {first:,} images", file=sys.stderr)
-        batches = crops_of(run, source, on_error, settings.workers, np.arange(first, len(names)))
-        write_coded(writer, encoder.coded(batches), names, "encode")
+    encoder = of_embeddings(settings, out) if foreign else of_images(settings, out)
     if encoder.density is None:  # what an earlier call left there needn't be of these images
         table_path(out, UNCERTAINTY).unlink(missing_ok=True)
     codes = open_codes(out)
@@ -156,6 +152,43 @@ def encode(settings: EncodeSettings) -> Path:
     if settings.faiss:
         write_faiss(settings.faiss, codes.rows, encoder.quantiser)
     return out
+
+
+def of_embeddings(settings: EncodeSettings, out: Path) -> EmbeddingEncoder:
+    """Codes of embeddings, under their row numbers; `out` is there afterwards."""
+    if settings.means or not settings.fit or not settings.bits:
+        raise InputError(
+            "embeddings have no code and no posterior: --bits is needed, no --means, no --no-fit"
+        )
+    known = open_embeddings(settings.train or training_file(settings.run), labelled=False)
+    asked = open_embeddings(settings.images, labelled=False)
+    code = code_of_length(settings.bits, settings.code, known.features.shape[1], 0)
+    if asked.features.shape[1] != known.features.shape[1]:
+        widths = asked.features.shape[1], known.features.shape[1]
+        raise InputError(f"{asked.path}: features are {widths[0]} wide, those of {known.path} {widths[1]}")
+    train = TrainingEmbeddings(known)
+    quantiser = quantiser_of(train, code, settings.bits)
+    assert quantiser is not None
+    encoder = EmbeddingEncoder(known, code, quantiser, density_of(train, settings.clusters))
+    encoder.write(out, asked)
+    return encoder
+
+
+def of_images(settings: EncodeSettings, out: Path) -> Encoder:
+    """The codes by a run's encoder; `out` is there afterwards."""
+    run = load_encoder(settings.run)
+    on_error = run.reading(settings)
+    code = chosen_code(run, settings.bits, settings.code)
+    source, names = image_set(settings.images)
+    encoder = fitted_encoder(run, settings, code, on_error)
+    means = width_of_means(run) if settings.means else 0
+    with code_writer(encoder, out, means, identity(encoder, settings.images, names, on_error)) as writer:
+        first = writer.position
+        if first:
+            tqdm.write(f"going on after {first:,} images", file=sys.stderr)
+        batches = crops_of(run, source, on_error, settings.workers, np.arange(first, len(names)))
+        write_coded(writer, encoder.coded(batches), names, "encode")
+    return encoder
 
 
 def fitted_encoder(run: Run, settings: EncodeSettings, code: str, on_error: str) -> Encoder:

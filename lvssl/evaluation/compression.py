@@ -55,7 +55,7 @@ class CompressionSettings(ReadsImages):
     top_n: int = 1000
     """n of mAP@n."""
     seed: int = 0
-    """Of the controls that draw: ITQ, LSH, PQ."""
+    """Of the controls that draw: ITQ, LSH, PQ, OPQ."""
     on_error: str | None = None
     """An image that can't be decoded: raise, or skip (leave it out); left out: as in the pretraining."""
     out: Path | None = field(default=None, metadata=RUNTIME)
@@ -153,7 +153,8 @@ def points(
             try:
                 coder = fit(features[0], bits, settings.seed)
             except (ValueError, ImportError) as reason:
-                yield f"{method}, {bits} bits: {reason}"
+                missing = "needs faiss: pip install 'lvssl[faiss]'"
+                yield f"{method}, {bits} bits: {missing if isinstance(reason, ImportError) else reason}"
                 continue
             yield control_point(method, coder, features)
 

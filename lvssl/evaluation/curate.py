@@ -1,34 +1,36 @@
 """`lvssl curate`: what a data set has twice, its outliers, labels that neighbours contradict, a diverse part.
 
-    N  images   F  numbers of a feature
+    N  images   F  numbers of a feature   P  pixels of a thumbnail
 
 Every image is embedded as the mean of its features and of those of its mirror image, so that a mirrored copy
-is where the original is. Candidates for neighbours are the nearest in Hamming distance between the signs of
-standardised features; the cosine of these features then decides. Embeddings are written as they come and
-mapped from the disk, so memory doesn't grow with F times N.
+is where the original is. Neighbours are the nearest by the cosine of standardised features. A mere look-alike
+may be as near as a copy: so a pair counts as duplicate if its thumbnails agree, too, in what isn't common to
+the whole set (`Agreement`). Embeddings and thumbnails are written as they come and mapped from the disk.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+import torch
 from tyro.conf import Positional
 
 from lvssl.codes.file import (
-    CodeFile,
+    THUMBNAILS,
     CodeFileError,
     open_codes,
     open_means,
+    open_table,
     open_uncertainty,
 )
-from lvssl.codes.search import hamming_distances, hamming_search, staged_search
-from lvssl.evaluation.density import density_of
+from lvssl.codes.search import hamming_distances
+from lvssl.evaluation.density import density_of, fit_density
+from lvssl.evaluation.embedding import shrink
 from lvssl.evaluation.encoder import (
     Coded,
     Encoder,
@@ -40,21 +42,27 @@ from lvssl.evaluation.encoder import (
     names_of,
     write_coded,
 )
-from lvssl.evaluation.fitted import TrainingImages
+from lvssl.evaluation.fitted import SAMPLE, TrainingImages
+from lvssl.evaluation.neighbours import nearest_in_cells
 from lvssl.evaluation.quantisers import own_bits
 from lvssl.models.backbone import feature_dim
 from lvssl.models.inference import Batches, encode, locations
+from lvssl.runs.embeddings import is_embeddings, open_embeddings, training_file
 from lvssl.runs.labels import numbered_as, say_notes
 from lvssl.runs.run import Run, load_run
 from lvssl.settings.fields import ReadsImages
+from pipelines.datasets.dataset import evenly_spaced
 from pipelines.decode import Reader, open_reader
 from pipelines.errors import InputError
 from pipelines.files import written_csv
 from pipelines.kernels.pack import pack_bits
 from pipelines.loader import evaluation_crops
 
-COARSE, CANDIDATES, NEIGHBOURS = 256, 64, 20  # bits compared with all; rows compared whole; that vote
+NEIGHBOURS = 20  # candidates for a duplicate; their labels vote
 CHUNK = 8192  # images at a time
+SIDE = 16  # of a thumbnail
+CONFIRMED, ALONE = 0.9, 0.98  # the least cosine of duplicates: of pixels, too, and by features alone
+NOISE = 25.0  # variance of a thumbnail's pixel, in grey levels squared, that says nothing
 
 
 @dataclass(frozen=True)
@@ -64,15 +72,18 @@ class CurateSettings(ReadsImages):
     Resumable: rerun the command after an interruption."""
 
     run: Positional[Path]
-    """The run whose encoder is used."""
+    """The run whose encoder is used; or embeddings, as `lvssl knn` takes them: then without pictures."""
     train: Path | None = None
-    """The images to look after; left out: the run's training images."""
+    """The images (or embeddings) to look after; left out: the run's training images."""
     test: Path | None = None
     """Images that must not be among them; left out: none."""
     out: Path | None = None
-    """A folder; left out: RUN/curate."""
-    cosine: float = 0.98
-    """From this cosine on two images are near-duplicates, in (0, 1]."""
+    """A folder; left out: RUN/curate, of a file of embeddings FILE-curate."""
+    pixels: float = 0.89
+    """From this agreement of their pixels on two neighbours are duplicates, in (0, 1]; 0: by features alone,
+    as always for embeddings, which have no pixels."""
+    cosine: float | None = None
+    """The least cosine of the features of duplicates, in (0, 1]; left out: 0.9, by features alone 0.98."""
     top_n: int = 1000
     """Rows at most in the tables of outliers and of labels."""
     subset: int = 100
@@ -87,33 +98,35 @@ class CurateSettings(ReadsImages):
 
 @dataclass(frozen=True)
 class Embedded:
-    """A set of images on the disk, and what it is called in the tables."""
+    """A set of images or of embeddings, and what it is called in the tables."""
 
     title: str
-    source: Reader
-    positions: list[int]  # in the source, of each row: without those that couldn't be decoded
-    codes: CodeFile
-    features: np.ndarray  # float16 [N, F], mapped: means of image and mirror image
+    names: Sequence[str]
+    labels: np.ndarray  # int64 [N], -1: none
+    classes: Sequence[str]  # their names, where they have any
+    features: np.ndarray  # floats [N, F], mapped: means of image and mirror image
     uncertainty: np.ndarray  # float32 [N], in nats
+    thumbnails: np.ndarray | None = None  # uint8 [N, P], mapped
+    source: Reader | None = None
+    positions: Sequence[int] = ()  # in the source, of each row: without those that couldn't be decoded
 
     def __len__(self) -> int:
-        return self.codes.count
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int64 [N]."""
-        return np.asarray(self.source.labels)[self.positions]
+        return len(self.features)
 
     def class_of(self, row: int) -> str:
-        label, classes = int(self.source.labels[self.positions[row]]), self.source.classes
-        return "" if label < 0 else classes[label] if classes else str(label)
+        label = int(self.labels[row])
+        return "" if label < 0 else self.classes[label] if self.classes else str(label)
+
+    def about(self, row: int) -> list[str]:
+        return [self.title, self.names[row], self.class_of(row)]
 
 
 @dataclass(frozen=True)
 class Curation:
     """What was found: tables by name, heads and rows; beside each row the images that it is about."""
 
-    run: Run
+    out: Path
+    run: Run | None  # None: embeddings
     sets: list[Embedded]
     tables: dict[str, tuple[list[str], list[list[Any]]]] = field(default_factory=dict)
     shown: dict[str, list[list[tuple[int, int]]]] = field(default_factory=dict)  # (set, row)
@@ -121,6 +134,7 @@ class Curation:
     def picture(self, which: int, row: int) -> np.ndarray:
         """uint8 [R, R, 3], as the network sees it."""
         chosen = self.sets[which]
+        assert self.run is not None and chosen.source is not None
         index = np.array([chosen.positions[row]])
         return np.asarray(evaluation_crops(chosen.source, self.run.settings.view, index))[0]
 
@@ -128,17 +142,59 @@ class Curation:
 def curate(settings: CurateSettings) -> Curation:
     """Find it, and write the tables into `out`.
 
-    Raises InputError: no such run or images, impossible settings, or a damaged image (named).
+    Raises InputError: no such run, images or embeddings, impossible settings, or a damaged image (named).
     """
-    if not 0 < settings.cosine <= 1:
+    if settings.cosine is not None and not 0 < settings.cosine <= 1:
         raise InputError(f"--cosine must be in (0, 1], got {settings.cosine}")
+    if not 0 <= settings.pixels <= 1:
+        raise InputError(f"--pixels must be in [0, 1], got {settings.pixels}")
     for name in ("top_n", "subset", "workers"):
         if getattr(settings, name) < 0:
             raise InputError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(settings, name)}")
-    run = load_run(settings.run)
-    out = settings.out or settings.run / "curate"
+    given = settings.run
+    foreign = is_embeddings(given)
+    out = settings.out or (given.with_name(f"{given.stem}-curate") if given.is_file() else given / "curate")
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: no such folder to make {out.name} in")
+    run = None if foreign else load_run(given)
+    sets = of_embeddings(settings) if run is None else of_images(run, settings, out)
+    found = Curation(out, run, sets)
+    z = standardisation(sets[0])
+    agreement = None
+    if settings.pixels and sets[0].thumbnails is not None:
+        agreement = Agreement.of(sets[0].thumbnails)
+    elif settings.pixels:
+        print("note: no pixels to confirm duplicates by: by their features alone", file=sys.stderr)
+    cosine = settings.cosine or (CONFIRMED if agreement else ALONE)
+    pairs: dict[tuple[int, int, int, int], tuple[float, float | None]] = {}
+    for s, t in [(0, 0), (1, 0), (1, 1)] if len(sets) > 1 else [(0, 0)]:
+        rows, cosines = nearest_in_cells(sets[s].features, sets[t].features, z, NEIGHBOURS, same=s == t)
+        if (s, t) == (0, 0):
+            voters = rows, cosines
+        a, place = np.nonzero(cosines >= cosine)
+        b, agreed = rows[a, place], None
+        if agreement is not None:
+            agreed = agreement(thumbnails(sets[s]), a, thumbnails(sets[t]), b)
+        for i in range(len(a)) if agreed is None else np.flatnonzero(agreed >= settings.pixels).tolist():
+            one, other = (int(a[i]), int(b[i])) if s != t else sorted((int(a[i]), int(b[i])))
+            likeness = None if agreed is None else float(agreed[i])
+            pairs[s, one, t, other] = float(cosines[a[i], place[i]]), likeness
+    duplicates(found, pairs)
+    outliers(found, settings.top_n)
+    if len(np.unique(sets[0].labels)) > 1 and sets[0].labels.min() >= 0:
+        contradicted(found, *voters, settings.top_n)
+    chosen = diverse(signs(sets[0], z), min(settings.subset, len(sets[0])))
+    table(found, "subset", ["name", "class"], [[(0, row)] for row in chosen],
+          [sets[0].about(row)[1:] for row in chosen])  # fmt: skip
+    out.mkdir(exist_ok=True)
+    for name, (head, lines) in found.tables.items():
+        with written_csv(out / f"{name}.csv") as rows_of:
+            rows_of.writerows([head, *lines])
+    return found
+
+
+def of_images(run: Run, settings: CurateSettings, out: Path) -> list[Embedded]:
+    """Training and test images, embedded in `out` where they aren't yet."""
     paths = {"train": settings.train or run.settings.data, "test": settings.test}
     sources = {title: (path, opened(path)) for title, path in paths.items() if path is not None}
     if "test" in sources:
@@ -149,29 +205,30 @@ def curate(settings: CurateSettings) -> Curation:
     on_error = run.reading(settings)
     density = density_of(TrainingImages(run, workers=settings.workers, on_error=on_error))
     encoder = Encoder(run, own_bits(run), density=density)
-    sets = [embedded(encoder, settings, out, title, *of_set) for title, of_set in sources.items()]
-    found = Curation(run, sets)
-    z = standardisation(sets[0])
-    bits = [signs(each, z) for each in sets]
-    pairs: dict[tuple[int, int, int, int], float] = {}
-    for s, t in [(0, 0), (1, 0), (1, 1)] if len(sets) > 1 else [(0, 0)]:
-        near = neighbours(sets[s], bits[s], sets[t], bits[t], z, NEIGHBOURS, same=s == t)
-        if (s, t) == (0, 0):
-            rows, cosines = near
-        for a, b, cosine in close(*near, settings.cosine):
-            pair = (s, min(a, b), t, max(a, b)) if s == t else (s, a, t, b)
-            pairs[pair] = cosine
-    duplicates(found, pairs)
-    outliers(found, settings.top_n)
-    if len(np.unique(sets[0].labels)) > 1 and sets[0].labels.min() >= 0:
-        contradicted(found, rows, cosines, settings.top_n)
-    chosen = diverse(bits[0], min(settings.subset, len(sets[0])))
-    table(found, "subset", ["name", "class"], [[(0, row)] for row in chosen],
-          [[sets[0].codes.names[row], sets[0].class_of(row)] for row in chosen])  # fmt: skip
-    for name, (head, lines) in found.tables.items():
-        with written_csv(out / f"{name}.csv") as rows_of:
-            rows_of.writerows([head, *lines])
-    return found
+    return [embedded(encoder, settings, out, title, *of_set) for title, of_set in sources.items()]
+
+
+def of_embeddings(settings: CurateSettings) -> list[Embedded]:
+    """Somebody's embeddings, under their row numbers; labels where they have any."""
+    train = settings.train or training_file(settings.run)
+    found = {"train": open_embeddings(train, labelled=False)}
+    if settings.test:
+        found["test"] = open_embeddings(settings.test, labelled=False)
+        widths = [one.features.shape[1] for one in found.values()]
+        if widths[0] != widths[1]:
+            raise InputError(f"{settings.test}: features are {widths[1]} wide, those of {train} {widths[0]}")
+    for one in found.values():
+        if len(one.features) < 2:
+            raise InputError(f"{one.path}: at least two embeddings are needed")
+    features = found["train"].features
+    density = fit_density(features[evenly_spaced(len(features), SAMPLE)].astype(np.float32))
+    sets = []
+    for title, one in found.items():
+        starts = range(0, len(one.features), CHUNK)
+        scores = np.concatenate([density(one.features[s : s + CHUNK]) for s in starts])
+        names = [str(row) for row in range(len(one.features))]
+        sets.append(Embedded(title, names, one.labels, (), one.features, scores))
+    return sets
 
 
 def opened(path: Path) -> Reader:
@@ -197,8 +254,9 @@ def embedded(
     run, names, file = encoder.run, names_of(source, path), out / f"{title}.lvcodes"
     on_error = run.on_error(settings.on_error)
     if settings.overwrite or not stands(file, run, names, on_error):
-        width = feature_dim(run.settings.model.backbone)
-        with code_writer(encoder, file, width, identity(encoder, path, names, on_error)) as writer:
+        width, side = feature_dim(run.settings.model.backbone), min(SIDE, run.settings.view.resolution)
+        origin = identity(encoder, path, names, on_error)
+        with code_writer(encoder, file, width, origin, {THUMBNAILS: side**2}) as writer:
             rows = np.arange(writer.position, len(names))
             batches = crops_of(run, source, on_error, settings.workers, rows)
             write_coded(writer, with_mirror_images(encoder, batches), names, title)
@@ -207,11 +265,22 @@ def embedded(
         raise InputError(f"{path}: at least two images are needed")
     place = {name: position for position, name in enumerate(names)}
     positions = list(range(len(names))) if codes.count == len(names) else [place[n] for n in codes.names]
-    return Embedded(title, source, positions, codes, open_means(codes), open_uncertainty(codes))
+    return Embedded(
+        title,
+        codes.names,
+        np.asarray(source.labels)[positions],
+        source.classes or (),
+        open_means(codes),
+        open_uncertainty(codes),
+        open_table(codes, THUMBNAILS),
+        source,
+        positions,
+    )
 
 
 def with_mirror_images(encoder: Encoder, batches: Batches) -> Iterator[Coded]:
-    """As `Encoder.coded`, but for the means: those of the features of image and mirror image."""
+    """As `Encoder.coded`, but for the means, those of the features of image and mirror image, and with
+    thumbnails: grey, SIDE x SIDE or as large as the images."""
     run = encoder.run
     for crops, rows in batches:
         part, mirrored = (
@@ -221,14 +290,16 @@ def with_mirror_images(encoder: Encoder, batches: Batches) -> Iterator[Coded]:
         means = ((part.features.float() + mirrored.features.float()) / 2).cpu().numpy()
         where = locations(run.network, part).float().cpu().numpy()
         scores = encoder.density(where) if encoder.density else None
-        yield Coded(rows, part.codes(), means, np.empty((len(rows), 0), np.float32), scores)
+        grey = crops.float().mean(dim=3)[:, None].cpu()
+        small = shrink(grey, SIDE).flatten(1).round().to(torch.uint8).numpy()
+        yield Coded(rows, part.codes(), means, np.empty((len(rows), 0), np.float32), scores, small)
 
 
 def stands(file: Path, run: Run, names: Sequence[str], on_error: str) -> bool:
     """Whether these images, by their names, are embedded there already, by this checkpoint."""
     try:
         codes = open_codes(file)
-        open_means(codes), open_uncertainty(codes)
+        open_means(codes), open_uncertainty(codes), open_table(codes, THUMBNAILS)
     except CodeFileError:
         return False
     if codes.checkpoint != run.digest or codes.created_by != created_by(run):
@@ -250,12 +321,6 @@ def standardisation(one: Embedded) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), scale.astype(np.float32)
 
 
-def unit(features: np.ndarray, z: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Standardised, of length 1: float32 [n, F]."""
-    x = (features.astype(np.float32) - z[0]) / z[1]
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
 def signs(one: Embedded, z: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """Packed, uint8 [N, ceil(F / 8)]."""
     starts = range(0, len(one), CHUNK)
@@ -265,42 +330,53 @@ def signs(one: Embedded, z: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- what is found
 
 
-def neighbours(
-    queries: Embedded,
-    query_bits: np.ndarray,
-    database: Embedded,
-    bits: np.ndarray,
-    z: tuple[np.ndarray, np.ndarray],
-    k: int,
-    same: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(rows int64 [Q, k], cosines float32 [Q, k]) of the nearest of each image, nearest first; `same`: the
-    sets are one, and an image isn't its own neighbour."""
-    count = len(database) - same
-    k, asked = min(k, count), min(CANDIDATES + same, len(database))
-    rows, cosines = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
-    with tqdm(total=len(queries), desc="neighbours", unit="img", disable=None, file=sys.stderr) as bar:
-        for start in range(0, len(queries), CHUNK):
+@dataclass(frozen=True)
+class Agreement:
+    """How far two images agree in their pixels, either way round: the cosine of their thumbnails, less each
+    one's mean, after whitening by the set's covariance: what all of its images share counts little."""
+
+    mean: np.ndarray  # float32 [P]
+    whitening: np.ndarray  # float32 [P, P]
+
+    @classmethod
+    def of(cls, some: np.ndarray) -> Agreement:
+        """Fitted on at most SAMPLE of the thumbnails uint8 [N, P] and their mirror images."""
+        x = levelled(some[evenly_spaced(len(some), SAMPLE)])
+        x = np.concatenate([x, mirrored(x)])
+        values, vectors = np.linalg.eigh(np.cov(x, rowvar=False, dtype=np.float64))
+        turn = vectors / np.sqrt(np.maximum(values, 0) + NOISE)
+        return cls(x.mean(axis=0), turn.astype(np.float32))
+
+    def __call__(self, some: np.ndarray, a: np.ndarray, others: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Of thumbnails a of `some` with b of `others`, rows int64 [n] each: float32 [n], in [-1, 1]."""
+        found = np.empty(len(a), np.float32)
+        for start in range(0, len(a), CHUNK):
             part = slice(start, start + CHUNK)
-            if 8 * bits.shape[1] > COARSE:
-                found, _ = staged_search(query_bits[part], bits, asked, coarse_bits=COARSE)
-            else:
-                found, _ = hamming_search(query_bits[part], bits, asked)
-            of_part = unit(queries.features[part], z)
-            for i, candidates in enumerate(found):
-                likeness = unit(database.features[candidates], z) @ of_part[i]
-                if same:
-                    likeness[candidates == start + i] = -np.inf
-                order = np.argsort(-likeness, kind="stable")[:k]
-                rows[start + i], cosines[start + i] = candidates[order], likeness[order]
-            bar.update(len(found))
-    return rows, cosines
+            x, y = levelled(some[a[part]]), levelled(others[b[part]])
+            first = self.white(x)
+            found[part] = np.maximum(*[(first * self.white(way)).sum(axis=1) for way in (y, mirrored(y))])
+        return found
+
+    def white(self, x: np.ndarray) -> np.ndarray:
+        x = (x - self.mean) @ self.whitening
+        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def close(rows: np.ndarray, cosines: np.ndarray, least: float) -> Iterable[tuple[int, int, float]]:
-    """(row, its neighbour, cosine) of every pair of at least that cosine; within a set once or twice."""
-    for a, place in zip(*(each.tolist() for each in np.nonzero(cosines >= least))):
-        yield a, int(rows[a, place]), float(cosines[a, place])
+def levelled(some: np.ndarray) -> np.ndarray:
+    """Thumbnails less the mean of each, float32 [n, P]."""
+    x = some.astype(np.float32)
+    return x - x.mean(axis=1, keepdims=True)
+
+
+def mirrored(x: np.ndarray) -> np.ndarray:
+    """Thumbnails [n, P], left to right."""
+    side = round(x.shape[1] ** 0.5)
+    return x.reshape(-1, side, side)[:, :, ::-1].reshape(x.shape)
+
+
+def thumbnails(one: Embedded) -> np.ndarray:
+    assert one.thumbnails is not None
+    return one.thumbnails
 
 
 def table(
@@ -309,52 +385,52 @@ def table(
     found.tables[name], found.shown[name] = (head, lines), shown
 
 
-def duplicates(found: Curation, pairs: dict[tuple[int, int, int, int], float]) -> None:
-    """`pairs`: (set, row, other set, other row) -> cosine."""
-    first_to_last = sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0]))
-    lines = []
-    for (s, a, t, b), cosine in first_to_last:
-        first, second = found.sets[s], found.sets[t]
-        each = [
-            [one.title, one.codes.names[row], one.class_of(row)] for one, row in ((first, a), (second, b))
-        ]
-        lines.append([*each[0], *each[1], round(cosine, 5)])
-    head = ["set", "name", "class", "other_set", "other_name", "other_class", "cosine"]
+def duplicates(found: Curation, pairs: dict[tuple[int, int, int, int], tuple[float, float | None]]) -> None:
+    """`pairs`: (set, row, other set, other row) -> cosine of the features, agreement of the pixels."""
+    first_to_last = sorted(pairs.items(), key=lambda pair: (-(pair[1][1] or pair[1][0]), pair[0]))
+    lines = [
+        [*found.sets[s].about(a), *found.sets[t].about(b), round(cosine, 5),
+         "" if agreed is None else round(agreed, 4)]
+        for (s, a, t, b), (cosine, agreed) in first_to_last
+    ]  # fmt: skip
+    head = ["set", "name", "class", "other_set", "other_name", "other_class", "cosine", "pixels"]
     table(found, "duplicates", head, [[(s, a), (t, b)] for (s, a, t, b), _ in first_to_last], lines)
 
 
 def outliers(found: Curation, count: int) -> None:
     every = [
-        (float(score), s, row)
+        (float(one.uncertainty[row]), s, row)
         for s, one in enumerate(found.sets)
-        for row, score in zip(largest(one.uncertainty, count), np.sort(one.uncertainty)[::-1])
+        for row in largest(one.uncertainty, count)
     ]
     first = sorted(every, key=lambda one: -one[0])[:count]
-    lines = []
-    for score, s, row in first:
-        one = found.sets[s]
-        lines.append([one.title, one.codes.names[row], one.class_of(row), round(score, 4)])
-    head = ["set", "name", "class", "uncertainty"]
-    table(found, "outliers", head, [[(s, row)] for _, s, row in first], lines)
+    lines = [[*found.sets[s].about(row), round(score, 4)] for score, s, row in first]
+    table(
+        found, "outliers", ["set", "name", "class", "uncertainty"], [[(s, row)] for _, s, row in first], lines
+    )
 
 
 def contradicted(found: Curation, rows: np.ndarray, cosines: np.ndarray, count: int) -> None:
     """Labels by how much more of the neighbours' votes, weighted by cosine, another class has."""
     one = found.sets[0]
     labels = one.labels
-    votes = np.zeros((len(one), int(labels.max()) + 1), np.float32)
-    weights = np.maximum(cosines, 0)
-    for place in range(rows.shape[1]):
-        votes[np.arange(len(one)), labels[rows[:, place]]] += weights[:, place]
-    votes /= np.maximum(votes.sum(axis=1, keepdims=True), 1e-12)
-    own = votes[np.arange(len(one)), labels].copy()
-    votes[np.arange(len(one)), labels] = -1
-    other = votes.argmax(axis=1)
-    lead = votes.max(axis=1) - own
+    own, best = np.empty(len(one), np.float32), np.empty(len(one), np.float32)
+    other = np.empty(len(one), np.int64)
+    for start in range(0, len(one), CHUNK):  # votes of all images at once would take N times the classes
+        part = slice(start, start + CHUNK)
+        turn = np.arange(len(labels[part]))
+        votes = np.zeros((len(turn), int(labels.max()) + 1), np.float32)
+        weights = np.maximum(cosines[part], 0)
+        for place in range(rows.shape[1]):
+            votes[turn, labels[rows[part, place]]] += weights[:, place]
+        votes /= np.maximum(votes.sum(axis=1, keepdims=True), 1e-12)
+        own[part] = votes[turn, labels[part]]
+        votes[turn, labels[part]] = -1
+        other[part], best[part] = votes.argmax(axis=1), votes.max(axis=1)
+    lead = best - own
     first = [row for row in largest(lead, count) if lead[row] > 0]
-    names = one.source.classes
     lines = [
-        [one.codes.names[row], one.class_of(row), names[other[row]] if names else str(other[row]),
+        [*one.about(row)[1:], one.classes[other[row]] if one.classes else str(other[row]),
          round(float(own[row]), 4), round(float(lead[row] + own[row]), 4)]
         for row in first
     ]  # fmt: skip

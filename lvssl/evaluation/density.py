@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from scipy.special import logsumexp
 
-from lvssl.evaluation.fitted import TrainingImages, keep, kept
+from lvssl.evaluation.fitted import FittedOn, keep, kept
 from lvssl.runs.run import Run
 from pipelines.errors import InputError
 
@@ -85,7 +85,7 @@ def fit_density(sample: np.ndarray, clusters: int = 1, seed: int = 0) -> Density
     )
 
 
-def density_of(images: TrainingImages, clusters: int = 1) -> Density:
+def density_of(images: FittedOn, clusters: int = 1) -> Density:
     """The run's density as RUN/density.safetensors has it; fitted and written there if it isn't there yet, or
     is of another checkpoint, of other images or of another number of clusters.
 

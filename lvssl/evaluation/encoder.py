@@ -19,6 +19,7 @@ from lvssl.codes.file import (
     UNCERTAINTY,
     CodeFile,
     CodeFileError,
+    Table,
     open_codes,
     open_means,
     require_checkpoint,
@@ -74,6 +75,7 @@ class Coded(NamedTuple):
     means: np.ndarray  # of the posteriors, float32 [B, D]
     values: np.ndarray  # what the quantiser encodes, float32 [B, L]; L = 0 without one
     uncertainty: np.ndarray | None  # float32 [B]
+    thumbnails: np.ndarray | None = None  # uint8 [B, P], of `lvssl curate`
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,11 @@ class Searcher:
         return found
 
 
-def code_writer(encoder: Encoder, path: Path, means: int, source: str) -> CodeWriter:
+def code_writer(
+    encoder: Encoder, path: Path, means: int, source: str, beside: dict[Table, int] | None = None
+) -> CodeWriter:
     """The writer of these codes, with the uncertainty where there is a density; `means`: numbers of a mean
-    that lies beside a code, or 0; `source`: what `identity` gives."""
+    that lies beside a code, or 0; `source`: what `identity` gives; `beside`: what else lies there."""
     run, quantiser = encoder.run, encoder.quantiser
     return CodeWriter(
         path,
@@ -182,7 +186,7 @@ def code_writer(encoder: Encoder, path: Path, means: int, source: str) -> CodeWr
         bits=encoder.bits,
         checkpoint=run.digest,
         created_by=created_by(run),
-        beside={MEANS: means, UNCERTAINTY: int(encoder.density is not None)},
+        beside={MEANS: means, UNCERTAINTY: int(encoder.density is not None)} | (beside or {}),
         quantiser={"code": encoder.code, "sha256": quantiser.digest} if quantiser else None,
         source=source,
     )
@@ -194,7 +198,7 @@ def write_coded(writer: CodeWriter, parts: Iterable[Coded], names: list[str], ti
         for part in parts:
             means = part.means if MEANS in writer.tables else None
             found = [names[row] for row in part.rows]
-            writer.append(part.codes, found, means, part.rows.tolist(), part.uncertainty)
+            writer.append(part.codes, found, means, part.rows.tolist(), part.uncertainty, part.thumbnails)
             bar.update(int(part.rows[-1]) + 1 - bar.n)
 
 

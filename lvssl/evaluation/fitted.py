@@ -6,13 +6,14 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from lvssl.models.inference import encode, locations
+from lvssl.runs.embeddings import Embeddings
 from lvssl.runs.labels import readable, say_notes
 from lvssl.runs.run import Run, versions
 from pipelines.datasets.dataset import evenly_spaced
@@ -22,6 +23,47 @@ from pipelines.files import write_atomically
 
 VERSION = 1
 SAMPLE = 50_000  # training images at most
+
+
+class Origin(Protocol):
+    """What is fitted on: a run's training images, or embeddings."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def arithmetic(self) -> str: ...
+
+
+class FittedOn(Protocol):
+    """The images, or embeddings, that density and quantisers are fitted on."""
+
+    @property
+    def run(self) -> Origin: ...
+
+    @property
+    def path(self) -> Path: ...
+
+    def sample(self, kind: str) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class TrainingEmbeddings:
+    """Embeddings as what is fitted reads them."""
+
+    run: Embeddings
+
+    @property
+    def path(self) -> Path:
+        return self.run.path
+
+    def sample(self, kind: str) -> np.ndarray:
+        """float32 [M, D] of M <= SAMPLE of them, evenly spread, of whatever kind."""
+        features = self.run.features
+        return np.asarray(features[evenly_spaced(len(features), SAMPLE)], np.float32)
 
 
 @dataclass(frozen=True)
@@ -74,7 +116,7 @@ class TrainingImages:
         return {"features": np.concatenate(features), "locations": np.concatenate(where)}
 
 
-def keep(path: Path, arrays: dict[str, np.ndarray], run: Run, about: dict[str, Any]) -> None:
+def keep(path: Path, arrays: dict[str, np.ndarray], run: Origin, about: dict[str, Any]) -> None:
     """Write arrays and what they belong to, as safetensors, beside and renamed; or say that a run which
     can't be written to doesn't keep them."""
     origin = {"device": run.arithmetic, "lvssl": versions()["lvssl"]}
@@ -85,7 +127,7 @@ def keep(path: Path, arrays: dict[str, np.ndarray], run: Run, about: dict[str, A
         print(f"note: {path} isn't kept ({error.strerror}): the next call fits it again", file=sys.stderr)
 
 
-def kept(path: Path, run: Run, about: dict[str, Any]) -> dict[str, np.ndarray] | None:
+def kept(path: Path, run: Origin, about: dict[str, Any]) -> dict[str, np.ndarray] | None:
     """The arrays that stand there; None if there are none, or those of another checkpoint or other settings.
     Raises InputError where the file is damaged."""
     if not path.exists():
@@ -101,7 +143,7 @@ def kept(path: Path, run: Run, about: dict[str, Any]) -> dict[str, np.ndarray] |
         raise InputError(f"{path}: can't be read ({error}); remove it, and it is fitted again") from error
 
 
-def _texts(run: Run, about: dict[str, Any]) -> dict[str, str]:
+def _texts(run: Origin, about: dict[str, Any]) -> dict[str, str]:
     """safetensors keeps texts alone, of UTF-8."""
     fields = {"version": VERSION, "checkpoint": run.digest} | about
     return {name: str(value).encode("utf-8", "backslashreplace").decode() for name, value in fields.items()}

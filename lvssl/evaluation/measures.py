@@ -7,7 +7,7 @@ Which one is the strongest is decided over seeds (`lvssl.evaluation.pairs`), not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from lvssl.evaluation.embedding import Embedding
 from lvssl.evaluation.factors import Factors, known_factors
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
+from lvssl.evaluation.quantisers import has_faiss
 from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
 from lvssl.evaluation.scorer import uncertainty
@@ -35,6 +36,7 @@ from pipelines.kernels.pack import pack_bits, unpack_bits
 
 FIRST = 1000  # n of mAP@n
 HASHES = ("sign", "PCA + sign", "ITQ", "LSH")  # of lvssl.codes.controls, compared by Hamming distance
+EQUAL_BIT = (*HASHES, "OPQ")  # the last needs faiss
 LABEL_FREE = (
     "posterior",
     "rate",
@@ -103,10 +105,17 @@ def code_bits(settings: PretrainSettings) -> int:
 
 
 def measured(
-    run: Run, train: Reader, test: Reader, test_path: Path, lengths: tuple[int, ...], sampling: Sampling
+    run: Run,
+    train: Reader,
+    test: Reader,
+    test_path: Path,
+    codes: Iterable[tuple[str, int]],
+    sampling: Sampling,
+    codes_alone: bool = False,
 ) -> tuple[dict[str, Any], list[Row]]:
-    """What describes the run, and its measurements; of a deterministic one also those of codes of each of
-    `lengths`. The rows' `run` is the run folder's name."""
+    """What describes the run, and its measurements; of a deterministic one also those of the equal-bit
+    `codes`, each a method of EQUAL_BIT and its bits. The rows' `run` is the run folder's name.
+    `codes_alone`: nothing but these is measured."""
     counts, on_error = (len(train), len(test)), run.on_error(sampling.on_error)
     embedded = embed_both(run, train, test, 0, on_error)
     train = sound_part(run.settings.data, train, embedded[0].rows)
@@ -114,14 +123,16 @@ def measured(
     bits, width = embedded[1].bits, embedded[1].features.shape[1]
     sets = Sets.of(sampling, run, train, test)
     data = CodeEvaluationData(*embedded, known_factors(run, sets, sampling))
-    analysed, _ = uncertainty(run, sets, sampling)
-    recall = next(iter(analysed["scores"].values()))["recall_at_1"]
-    of_features = accuracies_of_features(*embedded, device_of(run.network)) | {"recall_at_1": recall}
-    points = [("features", "", 32 * width, of_features), *of_scores(analysed)]
-    if run.network.family.own_code:
-        points.append(("code", "code", bits, of_one_code(data, lambda features, code: code, bits)))
+    points: list[Point] = []
+    if not codes_alone:
+        analysed, _ = uncertainty(run, sets, sampling)
+        recall = next(iter(analysed["scores"].values()))["recall_at_1"]
+        of_features = accuracies_of_features(*embedded, device_of(run.network)) | {"recall_at_1": recall}
+        points = [("features", "", 32 * width, of_features), *of_scores(analysed)]
+        if run.network.family.own_code:
+            points.append(("code", "code", bits, of_one_code(data, lambda features, code: code, bits)))
     if not run.network.family.stochastic:
-        points += [point for length in sorted({*lengths, bits}) for point in equal_bit(data, length)]
+        points += equal_bit(data, codes)
     described = {
         "deterministic": not run.network.family.stochastic,
         "bits": bits,
@@ -169,15 +180,25 @@ Coding = Callable[
 ]  # (features [N, F], the run's own code) -> packed bits
 
 
-def equal_bit(data: CodeEvaluationData, bits: int) -> list[Point]:
-    """The code of each of HASHES, fitted on the training features; none of more bits than it can have."""
+def equal_bit_codes(lengths: Iterable[int]) -> list[tuple[str, int]]:
+    """Each of EQUAL_BIT at each length: OPQ at whole bytes, and where faiss is there."""
+    return [
+        (method, bits)
+        for bits in sorted(lengths)
+        for method in EQUAL_BIT
+        if method != "OPQ" or (bits % 8 == 0 and has_faiss())
+    ]
+
+
+def equal_bit(data: CodeEvaluationData, codes: Iterable[tuple[str, int]]) -> list[Point]:
+    """The codes, fitted on the training features; none of more bits, or of fewer images, than it can have."""
     found: list[Point] = []
-    for method in HASHES:
+    for method, bits in codes:
         try:
             coder = CONTROLS[method](data.train.features, bits, 0)
-        except ValueError:  # more bits than features
+        except ValueError:
             continue
-        found.append(("code", method, bits, of_one_code(data, partial(encoded_by, coder), bits)))
+        found.append(("code", method, bits, of_one_code(data, partial(encoded_by, coder), bits, coder)))
     return found
 
 
@@ -185,20 +206,32 @@ def encoded_by(coder: Coder, features: np.ndarray, own: np.ndarray) -> np.ndarra
     return coder.encode(features)
 
 
-def of_one_code(data: CodeEvaluationData, coding: Coding, bits: int) -> dict[str, float]:
-    """The metrics of one code."""
+def of_one_code(
+    data: CodeEvaluationData, coding: Coding, bits: int, coder: Coder | None = None
+) -> dict[str, float]:
+    """The metrics of one code; `coder`: what made it, of a run's own code None."""
+    hamming = coder is None or coder.hamming
+
+    def vectors(packed: np.ndarray) -> np.ndarray:
+        return signs(packed, bits) if coder is None else coder.decode(packed)
+
     packed = [coding(s.features, s.codes) for s in (data.train, data.test)]
     labels = data.train.labels, data.test.labels
-    x = [signs(p, bits) for p in packed]
-    score = retrieval_map(packed[1], labels[1], packed[0], labels[0], FIRST)
+    x = [vectors(p) for p in packed]
+    if hamming:
+        knn = hamming_knn(packed[0], labels[0], packed[1], labels[1], bits)
+        score = retrieval_map(packed[1], labels[1], packed[0], labels[0], FIRST)
+    else:
+        knn = weighted_knn(x[0], labels[0], x[1], labels[1])
+        score = similarity_map(x[1], labels[1], x[0], labels[0], FIRST)
     found = {
         "linear": linear_probe(x[0], labels[0], x[1], labels[1]).accuracy,
-        "knn": hamming_knn(packed[0], labels[0], packed[1], labels[1], bits),
+        "knn": knn,
         "map_over_hits": score.over_hits,
         "map_over_relevant": score.over_relevant,
     }
     for kind, parts in data.factors.items():
-        x = [signs(coding(outputs.features, pack_bits(outputs.bits)), bits) for outputs, _ in parts]
+        x = [vectors(coding(outputs.features, pack_bits(outputs.bits))) for outputs, _ in parts]
         regressed = ridge_each(x[0], parts[0][1], x[1], parts[1][1])
         found[f"{kind}_r2"] = float(np.nanmean([r.r2 for r in regressed.values()]))
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lvssl.codes.file import CodeFile, CodeFileError
 from lvssl.codes.quantiser import FITS, Quantiser
-from lvssl.evaluation.fitted import TrainingImages, keep, kept
+from lvssl.evaluation.fitted import FittedOn, Origin, keep, kept
 from lvssl.models.backbone import feature_dim
 from lvssl.runs.run import Run
 from lvssl.settings.pretrain import choice
@@ -27,18 +27,23 @@ def chosen_code(run: Run, bits: int, code: str) -> str:
     """The code that `--bits` and `--code` mean, one of FITS. Raises InputError, before any work, where the
     run can't have it."""
     choice("code", code, CODES)
-    features, own = feature_dim(run.settings.model.backbone), own_bits(run)
-    if bits < 0:
-        raise InputError(f"--bits must be at least 0, got {bits}")
     if not bits:
         if code not in ("auto", "bits"):
             raise InputError(f"--code {code} needs --bits, the length of its codes")
         return "bits"
+    return code_of_length(bits, code, feature_dim(run.settings.model.backbone), own_bits(run))
+
+
+def code_of_length(bits: int, code: str, features: int, own: int) -> str:
+    """As `chosen_code`, of so many features and bits of one's own."""
+    choice("code", code, CODES)
+    if bits < 0:
+        raise InputError(f"--bits must be at least 0, got {bits}")
     most = {"bits": own, "opq": 8 * features, "itq": features, "pca": features}
     if code == "auto":
         code = best_code(bits, most)
     if bits > most[code]:
-        raise InputError(f"--code {code}: this run gives at most {most[code]:,} bits, not {bits:,}")
+        raise InputError(f"--code {code}: there are at most {most[code]:,} bits, not {bits:,}")
     if code == "opq":
         if bits % 8:
             raise InputError(f"--code opq takes whole bytes: --bits {bits + -bits % 8} rather than {bits}")
@@ -66,18 +71,18 @@ def require_faiss(option: str) -> None:
         raise InputError(f"{option} needs faiss: pip install 'lvssl[faiss]'")
 
 
-def quantiser_of(images: TrainingImages, code: str, bits: int) -> Quantiser | None:
+def quantiser_of(images: FittedOn, code: str, bits: int) -> Quantiser | None:
     """The run's quantiser as it stands in its folder; fitted and written there if it isn't there yet, or is
     of another checkpoint or of other images. None for a run's own code whose bits are no signs.
 
     Raises InputError: training images that can't be read, or too few of them.
     """
     run = images.run
-    family = run.network.family
-    if code == "bits" and (
-        not (family.signs or not family.stochastic) or own_bits(run) != family.location_count(run.network.dim)
-    ):
-        return None
+    if code == "bits" and isinstance(run, Run):
+        family = run.network.family
+        signs = family.signs or not family.stochastic
+        if not signs or own_bits(run) != family.location_count(run.network.dim):
+            return None
     path = quantiser_path(run, code, bits)
     about = {"code": code, "bits": bits, "train": images.path.resolve()}
     if arrays := kept(path, run, about):
@@ -91,7 +96,7 @@ def quantiser_of(images: TrainingImages, code: str, bits: int) -> Quantiser | No
     return quantiser
 
 
-def stored_quantiser(run: Run, codes: CodeFile) -> Quantiser | None:
+def stored_quantiser(run: Origin, codes: CodeFile) -> Quantiser | None:
     """The quantiser that made the codes; None where they have none. Raises CodeFileError if it isn't in the
     run's folder any more."""
     if codes.quantiser is None:
@@ -106,5 +111,5 @@ def stored_quantiser(run: Run, codes: CodeFile) -> Quantiser | None:
     return quantiser
 
 
-def quantiser_path(run: Run, code: str, bits: int) -> Path:
+def quantiser_path(run: Origin, code: str, bits: int) -> Path:
     return run.folder / "quantisers" / f"{code}-{bits}.safetensors"

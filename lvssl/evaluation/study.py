@@ -15,8 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lvssl.evaluation.measures import FIRST, MEASURES, code_bits, measured
+from lvssl.evaluation.measures import (
+    FIRST,
+    HASHES,
+    MEASURES,
+    code_bits,
+    equal_bit_codes,
+    measured,
+)
 from lvssl.evaluation.pairs import pairs, summary
+from lvssl.evaluation.quantisers import has_faiss, own_bits
 from lvssl.evaluation.sets import Sampling
 from lvssl.runs.labels import open_pair
 from lvssl.runs.result import as_number, read_result
@@ -88,6 +96,9 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
     for path in settings.ood:
         open_reader(path)
     lengths = tuple(sorted({code_bits(chosen) for chosen in plans}))
+    if not has_faiss():
+        said = "note: the controls' OPQ, which may be a code's strongest control, needs faiss"
+        print(f"{said}: pip install 'lvssl[faiss]'", file=sys.stderr, flush=True)
     first, step = shard(settings.shard)
     runs, rows = [], []
     for number, chosen in enumerate(plans[first::step], 1):
@@ -104,6 +115,7 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
         "measures": {name: measure._asdict() for name, measure in MEASURES.items()},
         "arms": summary(runs, rows),
         "pairs": pairs(runs, rows),
+        "left_out": [] if has_faiss() else ["OPQ of the controls: it needs faiss"],
         "runs": runs,
         "rows": rows,
     }
@@ -175,14 +187,20 @@ def of_run(
     told = to_dict(settings)
     protocol = {name: told[name] for name in ("train", "test", "max_images", "ood")} | {"top_n": FIRST}
     kept = chosen.out / KEPT
-    found = read_result(kept, rows=list, lengths=list) if kept.exists() else {}
-    same = (found.get("checkpoint"), found.get("protocol")) == (run.digest, protocol)
-    if not (same and set(lengths) <= set(found.get("lengths") or ()) and found.get("rows")):
+    found = read_result(kept, rows=list, lengths=list, codes=list) if kept.exists() else {}
+    same = (found.get("checkpoint"), found.get("protocol")) == (run.digest, protocol) and found.get("rows")
+    codes = [] if run.network.family.stochastic else equal_bit_codes({*lengths, own_bits(run)})
+    # What is tried already; the first files have HASHES alone, and don't say so.
+    old = [(method, bits) for method in HASHES for bits in found.get("lengths") or ()]
+    tried = {(method, bits) for method, bits in found.get("codes") or old} if same else set()
+    if not same or set(codes) - tried:
         sampling = Sampling(settings.max_images, ood=settings.ood)
         sets = open_pair(settings.train, settings.test)
-        described, rows = measured(run, *sets, settings.test, lengths, sampling)
+        missing = [code for code in codes if code not in tried]
+        described, rows = measured(run, *sets, settings.test, missing, sampling, codes_alone=bool(same))
         origin = {"checkpoint": run.digest, "arithmetic": run.arithmetic, "protocol": protocol}
-        found = origin | {"lengths": lengths, **described, "rows": rows}
+        rows = [*found["rows"], *rows] if same else rows
+        found = origin | {"codes": sorted(tried | set(codes)), **described, "rows": rows}
         write_json(kept, found)
     arm = chosen.out.name.removeprefix(start_of(settings)).rpartition("-s")[0]
     rows = [row | {"run": arm, "value": as_number(row["value"])} for row in found["rows"]]

@@ -35,7 +35,13 @@ class Embeddings:
 
     path: Path
     features: np.ndarray  # of any float type [N, D], mapped
-    labels: np.ndarray  # int64 [N]
+    labels: np.ndarray  # int64 [N]; -1: none
+    arithmetic = "another model"  # what has computed them
+
+    @property
+    def folder(self) -> Path:
+        """What is made of them goes there."""
+        return self.path if self.path.is_dir() else self.path.with_name(f"{self.path.stem}-lvssl")
 
     @property
     def digest(self) -> str:
@@ -58,9 +64,7 @@ def open_pair_of_embeddings(
 ) -> tuple[Embeddings, Embeddings]:
     """Training and test set: `given` is the training file, or the folder that both lie in, as train.npy and
     test.npy, say; `train` and `test` name others. InputError: missing, damaged, or they don't match."""
-    path = train or (given if given.suffix in ENDS else _train(given))
-    if path is None:
-        raise InputError(f"{given}: no embeddings of training images in it: name them with --train")
+    path = train or training_file(given)
     known, asked = open_embeddings(path), open_embeddings(test or sibling_test_set(path))
     if known.features.shape[1] != asked.features.shape[1]:
         widths = known.features.shape[1], asked.features.shape[1]
@@ -71,21 +75,31 @@ def open_pair_of_embeddings(
     return known, asked
 
 
+def training_file(given: Path) -> Path:
+    """`given`, or what lies in the folder as train.npy, say. InputError: nothing."""
+    path = given if given.suffix in ENDS else _train(given)
+    if path is None:
+        raise InputError(f"{given}: no embeddings of training images in it: name them with --train")
+    return path
+
+
 def _train(folder: Path) -> Path | None:
     named = [folder / f"train{end}" for end in ENDS] + [folder / "train"]
     return next((path for path in named if path.exists()), None)
 
 
-def open_embeddings(path: Path) -> Embeddings:
-    """Those of one file or folder (see above). InputError: missing, damaged, no features, no labels, or
-    numbers of the two that differ."""
+def open_embeddings(path: Path, labelled: bool = True) -> Embeddings:
+    """Those of one file or folder (see above). Unless `labelled`, a .npy file or a folder needs no labels:
+    they are -1 then. InputError: missing, damaged, no features, no labels, or numbers of the two that
+    differ."""
+    beside = path / "labels.npy" if path.is_dir() else path.with_name(f"{path.stem}-labels.npy")
     try:
         if path.suffix in (".safetensors", ".parquet"):
             features, labels = _converted(path)
-        elif path.is_dir():
-            features, labels = mapped(path / "features.npy"), mapped(path / "labels.npy")
         else:
-            features, labels = mapped(path), mapped(path.with_name(f"{path.stem}-labels.npy"))
+            features = mapped(path / "features.npy" if path.is_dir() else path)
+            absent = not labelled and not beside.exists()
+            labels = np.full(features.shape[:1], -1) if absent else mapped(beside)
     except FileNotFoundError as error:
         raise InputError(f"{error.filename}: no such file of embeddings or of their labels") from error
     except (OSError, ValueError) as error:
@@ -95,7 +109,7 @@ def open_embeddings(path: Path) -> Embeddings:
     if labels.shape != features.shape[:1] or labels.dtype.kind not in "iu":
         said = f"{labels.dtype} {list(labels.shape)}"
         raise InputError(f"{path}: {len(features):,} features need as many integers as labels, not {said}")
-    if labels.min() < 0:
+    if labels.min() < (0 if labelled else -1):
         raise InputError(f"{path}: label {labels.min()} of row {labels.argmin()}: they count from 0")
     return Embeddings(path, features, labels.astype(np.int64))
 

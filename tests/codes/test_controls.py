@@ -3,7 +3,18 @@ import pytest
 from sklearn.decomposition import PCA
 
 from lvssl.codes import controls
-from lvssl.codes.controls import CONTROLS, fit_int8, fit_itq, fit_lsh, fit_pca, fit_pq, fit_sign, itq_rotation
+from lvssl.codes import quantiser as quantisers
+from lvssl.codes.controls import (
+    CONTROLS,
+    fit_int8,
+    fit_itq,
+    fit_lsh,
+    fit_opq,
+    fit_pca,
+    fit_pq,
+    fit_sign,
+    itq_rotation,
+)
 from pipelines.kernels.pack import packed_bytes, unpack_bits
 
 
@@ -15,7 +26,7 @@ def features(n=600, d=16, seed=0):
 
 
 def needs(name):
-    if name == "PQ":
+    if name in ("PQ", "OPQ"):
         pytest.importorskip("faiss", reason="the extra `faiss` isn't installed")
 
 
@@ -115,6 +126,17 @@ def test_pq_picks_the_nearest_centroid_of_each_part():
     codes = coder.encode(train)
     assert codes.shape == (600, 4) and (codes == truth).mean() > 0.999
     assert np.allclose(coder.decode(codes).reshape(-1, 4, 4), centroids[np.arange(4), codes], atol=1e-5)
+
+
+def test_opq_is_the_quantiser_that_encode_fits():
+    """The same codes, and what they stand for, as `lvssl.codes.quantiser`."""
+    pytest.importorskip("faiss", reason="the extra `faiss` isn't installed")
+    train = features()
+    coder, quantiser = fit_opq(train, 32, seed=3), quantisers.fit_opq(train, 32, seed=3)
+    codes = coder.encode(train)
+    assert (codes == quantiser.encode(train)).mean() > 0.999  # as near to two words but for rounding
+    assert np.allclose(coder.decode(codes), quantiser.decode(codes), atol=1e-5)
+    assert np.allclose(coder.rotation.T @ coder.rotation, np.eye(16), atol=1e-4)
 
 
 def test_impossible_codes_are_refused():

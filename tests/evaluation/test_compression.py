@@ -26,7 +26,7 @@ def test_the_run_and_its_controls_on_one_axis(run, control, digits, capsys):
         ("untrained", "", 2048), ("untrained", "code", 64), ("untrained", "code, first bits", 16),
         ("control", "", 2048), ("control", "sign, first bits", 16),
         ("control", "PCA + sign", 16), ("control", "ITQ", 16),
-        *(("control", method, bits) for method in ("LSH", "int8", "PQ") for bits in (16, 256)),
+        *(("control", method, bits) for method in ("LSH", "int8", "PQ", "OPQ") for bits in (16, 256)),
     }  # fmt: skip
     assert len(result["left_out"]) == 3 and "ITQ, 256 bits: 64 features" in result["left_out"][2]
     for row in rows.values():

@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from lvssl.cli import main
-from lvssl.evaluation.measures import HASHES, MEASURES, code_bits
+from lvssl.evaluation.measures import HASHES, MEASURES, code_bits, equal_bit_codes
 from lvssl.evaluation.pairs import BEST, pairs, summary
 from lvssl.evaluation.study import StudySettings, plan, shard, study
 from lvssl.report.study import write_study
@@ -52,12 +52,24 @@ def test_a_study_in_parts_is_the_study(settings, digits, capsys):
     assert list(table[0]) == list(COLUMNS) and len(table) == len(result["rows"])
     wanted = ("none", "code", "knn", "0")
     found = [(r["bits"], r["method"]) for r in table if tuple(r[n] for n in KEY) == wanted]
-    assert sorted(found) == sorted((bits, method) for bits in ("16", "64") for method in HASHES)
+    assert sorted(found) == sorted((str(bits), method) for method, bits in equal_bit_codes((16, 64)))
     figures = settings.out / "figures"
     assert {f.suffix for f in figures.iterdir()} == {".png", ".svg"}
     assert all(f.stat().st_size > 5000 for f in figures.iterdir())
+    kept = settings.out / "none-s0" / "study.json"  # as before OPQ was measured: it alone is measured now
+    content = json.loads(kept.read_text())
+    content["rows"] = [row for row in content["rows"] if row["method"] != "OPQ"]
+    content["rows"][0]["value"] += 1
+    before = {key: content[key] for key in content if key != "codes"} | {"lengths": [16, 64]}
+    kept.write_text(json.dumps(before))
+    assert main(arguments) == 0
+    after = json.loads(kept.read_text())["rows"]
+    assert after[: len(before["rows"])] == before["rows"]
+    assert {(r["method"], r["bits"]) for r in after[len(before["rows"]) :]} == set(
+        equal_bit_codes((16, 64))
+    ) - {(method, bits) for method in HASHES for bits in (16, 64)}
     row = settings.out / "low-s1" / "study.json"
-    for damaged, said in (("{", "Expecting"), ("[]", "an object"), ('{"lengths": 3}', "lengths: a list")):
+    for damaged, said in (("{", "Expecting"), ("[]", "an object"), ('{"codes": 3}', "codes: a list")):
         row.write_text(damaged)
         assert main(arguments) == 2
         assert f"{row}: not a result ({said}" in capsys.readouterr().err

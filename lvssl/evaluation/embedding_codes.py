@@ -1,0 +1,58 @@
+"""Codes of embeddings that another model has made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from lvssl.codes.file import UNCERTAINTY
+from lvssl.codes.quantiser import Quantiser
+from lvssl.codes.writer import CodeWriter
+from lvssl.evaluation.density import Density
+from lvssl.runs.embeddings import Embeddings
+
+CHUNK = 8192  # embeddings at a time
+
+
+@dataclass(frozen=True)
+class EmbeddingEncoder:
+    """What is fitted on embeddings, and leads from others of the same model to codes."""
+
+    known: Embeddings
+    code: str
+    quantiser: Quantiser
+    density: Density
+
+    def write(self, path: Path, asked: Embeddings) -> None:
+        """The code file with the uncertainties. A call that was killed is resumed, to the same bytes: a chunk is
+        computed whole, whichever rows of it are written already. Names are row numbers."""
+        stat, fitted = asked.path.stat(), [self.quantiser.digest, self.density.digest]
+        told = [str(asked.path.resolve()), asked.digest, stat.st_size, stat.st_mtime_ns, fitted]
+        count = len(asked.features)
+        with CodeWriter(
+            path,
+            family="embeddings",
+            bits=self.quantiser.bits,
+            checkpoint=self.known.digest,
+            created_by="lvssl encode, embeddings",
+            beside={UNCERTAINTY: 1},
+            quantiser={"code": self.code, "sha256": self.quantiser.digest},
+            source=hashlib.sha256(json.dumps(told).encode()).hexdigest(),
+        ) as writer:
+            done = writer.position
+            if done:
+                tqdm.write(f"going on after {done:,} embeddings", file=sys.stderr)
+            with tqdm(total=count, initial=done, desc="encode", disable=None) as bar:
+                for start in range(done - done % CHUNK, count, CHUNK):
+                    x = np.asarray(asked.features[start : start + CHUNK], np.float32)
+                    first = max(done - start, 0)
+                    names = map(str, range(start + first, start + len(x)))
+                    codes, scores = self.quantiser.encode(x), self.density(x)
+                    writer.append(codes[first:], names, uncertainty=scores[first:])
+                    bar.update(len(x) - first)
