@@ -97,10 +97,17 @@ def pretrain(arguments: list[str]) -> int:
     first.add_argument("--preset")
     first.add_argument("--out", type=Path)
     first.add_argument("--resume", action="store_true")
-    known, _ = first.parse_known_args(arguments)
-    settings = PretrainSettings()
+    first.add_argument("--data", type=Path)
+    first.add_argument("--source", default="auto")
+    first.add_argument("--device", default="auto")
+    known, others = first.parse_known_args(arguments)
+    settings, what = PretrainSettings(), ""
     if known.resume and known.out and (known.out / "config.json").exists():
         settings = replace(read_config(known.out)[0], out=known.out)
+    elif known.preset is None and known.data and known.data.exists() and not {"-h", "--help"} & {*others}:
+        from lvssl.suggest import suggest
+
+        settings, what = suggest(known.data, known.source, known.device)
     if known.preset is not None:
         settings = preset(known.preset)
 
@@ -111,6 +118,9 @@ def pretrain(arguments: list[str]) -> int:
         """Go on with the run in --out from its newest checkpoint; its settings need not be repeated."""
 
     about = f"{PretrainSettings.__doc__} Presets: {', '.join(PRESETS)}. A setting beside --preset wins."
+    about += (
+        " Without --preset one is chosen, with resolution, batch and epochs, for the images and the device."
+    )
     chosen = parse(Pretrain, arguments, "pretrain", about=about)
     out, data = chosen.settings.out, chosen.settings.data
     if chosen.resume and not (out / "config.json").exists() and not data.exists():
@@ -124,6 +134,11 @@ def pretrain(arguments: list[str]) -> int:
     from lvssl.training.pretrain import pretrain as run
     from lvssl.training.stopping import Interrupted
 
+    chosen.settings.validate()
+    if what and world_of().first:
+        from lvssl.suggest import in_words
+
+        print(in_words(chosen.settings, what), file=sys.stderr, flush=True)
     try:
         run(chosen.settings, chosen.resume, lambda: require_memory(chosen.settings, world_of().size))
     except Interrupted as stopped:
@@ -224,10 +239,14 @@ def encode(arguments: list[str]) -> None:
     from lvssl.evaluation.codes import EncodeSettings
     from lvssl.evaluation.codes import encode as run
     from lvssl.evaluation.encoder import in_words
+    from lvssl.settings.fields import options
 
-    path = run(parse(EncodeSettings, arguments, "encode"))
+    settings = parse(EncodeSettings, arguments, "encode")
+    path = run(settings)
     codes = open_codes(path)
-    print(f"{path}: {codes.count:,} codes of {in_words(codes)}, {path.stat().st_size:,} bytes")
+    print(f"{path}: {codes.count:,} codes of {in_words(codes)}, {path.stat().st_size:,} bytes", end="")
+    elsewhere = options({"codes": settings.out} if settings.out else {})
+    print("; next:", shlex.join(["lvssl", "search", str(settings.run), *elsewhere, "--query"]), "IMAGE")
 
 
 def search(arguments: list[str]) -> None:
