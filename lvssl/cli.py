@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import io
+import itertools
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -118,9 +119,7 @@ def pretrain(arguments: list[str]) -> int:
         """Go on with the run in --out from its newest checkpoint; its settings need not be repeated."""
 
     about = f"{PretrainSettings.__doc__} Presets: {', '.join(PRESETS)}. A setting beside --preset wins."
-    about += (
-        " Without --preset one is chosen, with resolution, batch and epochs, for the images and the device."
-    )
+    about += " Without --preset one is chosen, with resolution, batch and epochs, for images and device."
     chosen = parse(Pretrain, arguments, "pretrain", about=about)
     out, data = chosen.settings.out, chosen.settings.data
     if chosen.resume and not (out / "config.json").exists() and not data.exists():
@@ -250,20 +249,28 @@ def encode(arguments: list[str]) -> None:
 
 
 def search(arguments: list[str]) -> None:
-    from lvssl.evaluation.codes import SearchSettings, print_found, write_csv
+    from lvssl.evaluation.codes import SearchSettings, pictured, print_found, write_csv
     from lvssl.evaluation.codes import search as run
 
     settings = parse(SearchSettings, arguments, "search")
     if settings.csv:
         print(f"{settings.csv}: neighbours of {write_csv(settings.csv, run(settings)):,} queries")
         return
-    print_found(run(settings))
+    found = run(settings)
+    if settings.page:
+        from lvssl.report.pictures import MOST, write_neighbours
+
+        first = list(itertools.islice(found, MOST))
+        title = f"Neighbours of {settings.query.name}"
+        print(write_neighbours(settings.page, title, pictured(settings, first)))
+        return
+    print_found(found)
 
 
 def curate(arguments: list[str]) -> None:
     from lvssl.evaluation.curate import CurateSettings
     from lvssl.evaluation.curate import curate as run
-    from lvssl.report.curate import write_curation
+    from lvssl.report.pictures import write_curation
 
     settings = parse(CurateSettings, arguments, "curate")
     found, out = run(settings), settings.out or settings.run / "curate"
