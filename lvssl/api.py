@@ -37,6 +37,7 @@ from lvssl.evaluation.quantisers import own_bits
 from lvssl.models import inference
 from lvssl.models.inference import BATCH, Batches, device_of
 from lvssl.models.network import LVNet
+from lvssl.runs.hub import PREFIX, local_folder
 from lvssl.runs.labels import readable
 from lvssl.runs.run import Run, load_encoder
 from lvssl.settings.fields import all_settings
@@ -99,6 +100,15 @@ class Model:
     """
 
     run: Run
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, device: str | torch.device | None = None) -> Model:
+        """`lvssl.load`, under the name that Hugging Face's libraries have for it: a folder, or user/name.
+
+        >>> lvssl.Model.from_pretrained("export").bits
+        64
+        """
+        return load(name if Path(name).exists() else f"{PREFIX}{name}", device)
 
     @property
     def network(self) -> LVNet:
@@ -284,17 +294,19 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
     """The encoder of a run's newest checkpoint, or of a folder that `lvssl export` has written.
 
     Args:
+        folder: its path; or hf://user/name (or hf://user/name@revision), an export on the Hugging Face Hub,
+            which is fetched by huggingface_hub, once.
         device: cpu, cuda, cuda:1 ...; left out: a GPU where there is one.
 
     Raises:
-        InputError: no such folder, no checkpoint in it, or a damaged export.
+        InputError: no such folder, no checkpoint in it, a damaged export, or a Hub that can't be reached.
 
     >>> lvssl.load("run", device="cpu").bits
     64
     >>> lvssl.load("export").bits
     64
     """
-    run = load_encoder(Path(folder), None if device is None else torch.device(device))
+    run = load_encoder(local_folder(folder), None if device is None else torch.device(device))
     jpeg.read_up_to(run.settings.max_pixels)
     return Model(run)
 

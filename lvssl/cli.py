@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import io
+import itertools
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -99,10 +100,17 @@ def pretrain(arguments: list[str]) -> int:
     first.add_argument("--preset")
     first.add_argument("--out", type=Path)
     first.add_argument("--resume", action="store_true")
-    known, _ = first.parse_known_args(arguments)
-    settings = PretrainSettings()
+    first.add_argument("--data", type=Path)
+    first.add_argument("--source", default="auto")
+    first.add_argument("--device", default="auto")
+    known, others = first.parse_known_args(arguments)
+    settings, what = PretrainSettings(), ""
     if known.resume and known.out and (known.out / "config.json").exists():
         settings = replace(read_config(known.out)[0], out=known.out)
+    elif known.preset is None and known.data and known.data.exists() and not {"-h", "--help"} & {*others}:
+        from lvssl.suggest import suggest
+
+        settings, what = suggest(known.data, known.source, known.device)
     if known.preset is not None:
         settings = preset(known.preset)
 
@@ -113,6 +121,7 @@ def pretrain(arguments: list[str]) -> int:
         """Go on with the run in --out from its newest checkpoint; its settings need not be repeated."""
 
     about = f"{PretrainSettings.__doc__} Presets: {', '.join(PRESETS)}. A setting beside --preset wins."
+    about += " Without --preset one is chosen, with resolution, batch and epochs, for images and device."
     chosen = parse(Pretrain, arguments, "pretrain", about=about)
     out, data = chosen.settings.out, chosen.settings.data
     if chosen.resume and not (out / "config.json").exists() and not are_there(data):
@@ -126,6 +135,11 @@ def pretrain(arguments: list[str]) -> int:
     from lvssl.training.pretrain import pretrain as run
     from lvssl.training.stopping import Interrupted
 
+    chosen.settings.validate()
+    if what and world_of().first:
+        from lvssl.suggest import in_words
+
+        print(in_words(chosen.settings, what), file=sys.stderr, flush=True)
     try:
         run(chosen.settings, chosen.resume, lambda: require_memory(chosen.settings, world_of().size))
     except Interrupted as stopped:
@@ -226,27 +240,39 @@ def encode(arguments: list[str]) -> None:
     from lvssl.evaluation.codes import EncodeSettings
     from lvssl.evaluation.codes import encode as run
     from lvssl.evaluation.encoder import in_words
+    from lvssl.settings.fields import options
 
-    path = run(parse(EncodeSettings, arguments, "encode"))
+    settings = parse(EncodeSettings, arguments, "encode")
+    path = run(settings)
     codes = open_codes(path)
-    print(f"{path}: {codes.count:,} codes of {in_words(codes)}, {path.stat().st_size:,} bytes")
+    print(f"{path}: {codes.count:,} codes of {in_words(codes)}, {path.stat().st_size:,} bytes", end="")
+    elsewhere = options({"codes": settings.out} if settings.out else {})
+    print("; next:", shlex.join(["lvssl", "search", str(settings.run), *elsewhere, "--query"]), "IMAGE")
 
 
 def search(arguments: list[str]) -> None:
-    from lvssl.evaluation.codes import SearchSettings, print_found, write_csv
+    from lvssl.evaluation.codes import SearchSettings, pictured, print_found, write_csv
     from lvssl.evaluation.codes import search as run
 
     settings = parse(SearchSettings, arguments, "search")
     if settings.csv:
         print(f"{settings.csv}: neighbours of {write_csv(settings.csv, run(settings)):,} queries")
         return
-    print_found(run(settings))
+    found = run(settings)
+    if settings.page:
+        from lvssl.report.pictures import MOST, write_neighbours
+
+        first = list(itertools.islice(found, MOST))
+        title = f"Neighbours of {settings.query.name}"
+        print(write_neighbours(settings.page, title, pictured(settings, first)))
+        return
+    print_found(found)
 
 
 def curate(arguments: list[str]) -> None:
     from lvssl.evaluation.curate import CurateSettings
     from lvssl.evaluation.curate import curate as run
-    from lvssl.report.curate import write_curation
+    from lvssl.report.pictures import write_curation
 
     settings = parse(CurateSettings, arguments, "curate")
     found = run(settings)

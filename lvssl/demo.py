@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +76,11 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     query = sorted((settings.out / "images").iterdir())[0]
     size = results["bernoulli"]["bits"] // 8
     print(f"\ncodes    {codes}: {open_codes(codes).count} images, {size} bytes each")
-    print(f"search   .venv/bin/lvssl search {runs['bernoulli']} --query {query}")
+    lvssl = "lvssl" if shutil.which("lvssl") else Path(sys.executable).with_name("lvssl")
+    print(f"search   {lvssl} search {runs['bernoulli']} --query {query}")
     print(f"results  {settings.out / 'results.json'}")
     print(f"page     {page.resolve()}")
-    more = [f".venv/bin/lvssl {stage} {runs['bernoulli']}" for stage in ("compression", "report")]
+    more = [f"{lvssl} {stage} {runs['bernoulli']}" for stage in ("compression", "report")]
     print(f"more     {'; '.join(more)}")
     print(f"({time.monotonic() - started:.0f} s)")
     return results

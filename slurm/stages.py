@@ -65,7 +65,7 @@ def build_stages(pipeline: Pipeline) -> list[Stage]:
         str(data["train"][0]),
         "--out",
         str(run),
-        *options(point.given),
+        *options({"preset": "folder-r50"} | point.given),  # whose settings are the defaults
         "--resume",
     )
     pretrain = Task(

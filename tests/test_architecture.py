@@ -18,7 +18,7 @@ FLOOR_2 = (*FLOOR_1, "lvssl.settings")
 FLOOR_3 = (*FLOOR_2, "lvssl.models")
 FLOOR_4 = (*FLOOR_3, "lvssl.runs")
 TRAINING = (*FLOOR_4, "lvssl.training")
-FLOOR_5 = (*TRAINING, "lvssl.evaluation", "lvssl.report", "lvssl.export", "lvssl.plan")
+FLOOR_5 = (*TRAINING, "lvssl.evaluation", "lvssl.report", "lvssl.export", "lvssl.plan", "lvssl.suggest")
 
 # Each room and the rooms it may rest on. A room that is not named here is refused: give it a floor first.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "slurm": FLOOR_2,
     "lvssl.runs": FLOOR_3,
     "lvssl.plan": FLOOR_3,
+    "lvssl.suggest": (*FLOOR_3, "lvssl.plan"),
     "lvssl.training": FLOOR_4,
     "lvssl.evaluation": TRAINING,
     "lvssl.report": TRAINING,

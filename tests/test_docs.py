@@ -132,10 +132,10 @@ def run_blocks(page: Path, folder: Path) -> int:
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """A flat folder of 300 small pictures."""
+    """A flat folder of 100 small pictures."""
     folder, rng = tmp_path / "photos", np.random.default_rng(0)
     folder.mkdir()
-    for i in range(300):
+    for i in range(100):
         coarse = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((50, 40), Image.Resampling.BICUBIC).save(folder / f"{i:03d}.jpg")
     return tmp_path

@@ -28,8 +28,8 @@ from pipelines.errors import InputError
 
 RUN = Path("runs/a run")
 CALLS = {
-    "pretrain": PretrainSettings(
-        data=Path("it's.beton"), epochs=3, latent=LatentSettings(beta=0.5, init_scale_start=1.0)
+    "pretrain": replace(  # the preset of the defaults: without one, the command would choose
+        preset("folder-r50"), data=Path("it's.beton"), latent=LatentSettings(beta=0.5, init_scale_start=1.0)
     ),
     "pretrain digits": replace(
         preset("digits"), out=RUN, engine=replace(preset("digits").engine, compile=True)
@@ -106,10 +106,10 @@ def test_what_is_as_by_default_and_what_belongs_to_a_call_is_not_told():
     assert command("knn", KnnSettings(Path("r"), overwrite=True)) == "lvssl knn r"
     assert command("pretrain", preset("digits")) == "lvssl pretrain --preset digits"
     gone = replace(PretrainSettings(epochs=7), preset="of another version")
-    assert command("pretrain", gone) == "lvssl pretrain --epochs 7"
+    assert command("pretrain", gone) == "lvssl pretrain --preset folder-r50 --epochs 7"
     assert command(
         "pretrain", replace(PretrainSettings(), engine=replace(gone.engine, channels_last=False))
-    ) == ("lvssl pretrain --no-channels-last")
+    ) == ("lvssl pretrain --preset folder-r50 --no-channels-last")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from lvssl.evaluation.encoder import (
     Queries,
     Query,
     Searcher,
+    centre_crop,
     code_path,
     code_writer,
     crops_of,
@@ -49,8 +50,10 @@ from lvssl.evaluation.quantisers import (
 from lvssl.runs.embeddings import is_embeddings, open_embeddings, training_file
 from lvssl.runs.run import Run, load_encoder
 from lvssl.settings.fields import ReadsImages
+from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
 from pipelines.files import written_csv
+from pipelines.loader import evaluation_crops
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,10 @@ class SearchSettings(ReadsImages):
     csv: Path | None = None
     """Write the neighbours there instead: query, rank, name, distance, similarity with --rerank, and the
     uncertainties of neighbour and query."""
+    page: Path | None = None
+    """Write a page there instead, with the pictures of the first 60 queries and of their neighbours."""
+    images: Path | None = None
+    """With --page: the images that were encoded; left out: the run's training images."""
 
 
 def encode(settings: EncodeSettings) -> Path:
@@ -251,6 +258,39 @@ def write_csv(path: Path, found: Iterable[tuple[Query, list[Neighbour]]]) -> int
                 distance = as_text(near.distance, "" if isinstance(near.distance, int) else ".6g")
                 table.writerow([query.name, rank, near.name, distance, similarity, *scores])
     return count
+
+
+def pictured(
+    settings: SearchSettings, found: list[tuple[Query, list[Neighbour]]]
+) -> Iterator[tuple[str, np.ndarray, list[tuple[str, float, np.ndarray]]]]:
+    """Name and picture of each query, and name, distance and picture of its neighbours, as the network sees
+    them: uint8 [R, R, 3].
+
+    Raises InputError: the images of the codes, or of queries that are codes, can't be read.
+    """
+    run = load_encoder(settings.run)
+    database = Pictures(run, settings.images or run.settings.data)
+    of_set = settings.query.suffix != ".lvcodes" and holds_many(settings.query)
+    asked = Pictures(run, settings.query) if of_set else database
+    for query, neighbours in found:
+        single = not of_set and settings.query.suffix != ".lvcodes"
+        image = centre_crop(run, decode_rgb(settings.query)) if single else asked[query.name]
+        yield query.name, image, [(near.name, near.distance, database[near.name]) for near in neighbours]
+
+
+class Pictures:
+    """Pictures of a set by their names."""
+
+    def __init__(self, run: Run, path: Path) -> None:
+        self.run, self.path = run, path
+        self.source, names = image_set(path)
+        self.position = {name: position for position, name in enumerate(names)}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.position:
+            raise InputError(f"{self.path}: has no {name}: name the images that were encoded with --images")
+        index = np.array([self.position[name]])
+        return np.asarray(evaluation_crops(self.source, self.run.settings.view, index))[0]
 
 
 def as_text(value: float | None, form: str) -> str:

@@ -106,14 +106,14 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         "regression": regression(analysis),
         "disentanglement": disentanglement(analysis),
         "settings": settings_section(config, settings),
-        "commands": commands_section(commands, missing(run_dir, out, measured)),
+        "commands": commands_section(commands, missing(run_dir, out, measured, config), labelled(config)),
     }
     page = render(
         "page.html",
         title=f"{run_dir.resolve().name}: {settings.get('latent', {}).get('family', 'run')}",
         headline=headline(run_dir, settings, evaluation),
         trained=trained(settings, evaluation),
-        **verdicts(measured),
+        **verdicts(measured, labelled(config)),
         sections={name: section for name, section in sections.items() if section},
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,12 @@ def commands_of(
 # The first screen -----------------------------------------------------------------------------------------
 
 
-def verdicts(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def labelled(config: dict[str, Any]) -> bool:
+    """Whether the training images have classes; older runs don't say."""
+    return config.get("classes", 2) > 1
+
+
+def verdicts(measured: dict[str, dict[str, Any]], labels: bool = True) -> dict[str, Any]:
     """`tiles`: the comparisons with controls, in words and in points; `notes`: what they leave open."""
     evaluation = measured["evaluate"]
     comparisons = compare(evaluation)
@@ -168,7 +173,9 @@ def verdicts(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
         )
     if control and run.get("bits") != control.get("bits"):
         notes.append("The code and the control's sign bits differ in length and are not compared.")
-    if not evaluation:
+    if not evaluation and not labels:
+        notes.append("There are no labels to measure accuracies with; the commands at the end need none.")
+    elif not evaluation:
         notes.append("Not evaluated yet: lvssl evaluate measures this run and writes the table.")
     elif not control:
         notes.append("No control was evaluated: lvssl evaluate --control RUN puts one beside these figures.")
@@ -296,8 +303,21 @@ def settings_section(config: dict[str, Any], settings: dict[str, Any]) -> str:
     return render("settings.html", halves=(rows[:half], rows[half:]))
 
 
-def missing(run_dir: Path, out: Path | None, measured: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
-    """What the page doesn't show yet, as (what, the command that measures it)."""
+def missing(
+    run_dir: Path, out: Path | None, measured: dict[str, dict[str, Any]], config: dict[str, Any]
+) -> list[tuple[str, str]]:
+    """What the page doesn't show yet, as (what, the command that measures it); without labels what else the
+    run is good for."""
+    if not labelled(config):
+        data = str(config["settings"]["data"])
+        uses = {
+            "a code and an uncertainty of each image": ["encode", "--images", data],
+            "the images nearest to one": ["search", "--query", "IMAGE", "--page", "search.html"],
+            "near-duplicates, outliers, a diverse subset": ["curate"],
+        }
+        return [
+            (what, shlex.join(["lvssl", name, str(run_dir), *rest])) for what, (name, *rest) in uses.items()
+        ]
     parts = {
         "evaluate": "results, neighbours, the most and least certain images",
         "compression": "accuracy against bits stored, beside controls of equal length",
@@ -308,6 +328,7 @@ def missing(run_dir: Path, out: Path | None, measured: dict[str, dict[str, Any]]
     return [(parts[stage], shlex.join(["lvssl", stage, str(run_dir), *elsewhere])) for stage in absent]
 
 
-def commands_section(commands: dict[str, str], absent: list[tuple[str, str]]) -> str:
+def commands_section(commands: dict[str, str], absent: list[tuple[str, str]], labels: bool) -> str:
     order = ("pretrain", "evaluate", "compression", "analyse", "report")
-    return render("commands.html", lines=[commands[s] for s in order if s in commands], missing=absent)
+    lines = [commands[s] for s in order if s in commands]
+    return render("commands.html", lines=lines, missing=absent, labels=labels)

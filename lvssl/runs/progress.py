@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # whoever reads a run's figures alone does without
 
     from pipelines.loader import TwoViewLoader
 
-SECONDS_BETWEEN_LINES = 30.0
+SECONDS_BETWEEN_LINES, FIRST_LINE_AFTER = 30.0, 5.0  # the first says early how long it will take
 DIGITS = 8  # significant ones of a figure in metrics.jsonl: more than fp32 has
 T = TypeVar("T")
 
@@ -42,7 +42,8 @@ class Progress:
         self.title, self.steps, self.start_step, self.images = title, steps, done, unit_scale
         self.unit, self.delay = unit, delay
         self.step = done
-        self.started = self.last_line = time.monotonic()
+        self.started = time.monotonic()
+        self.last_line = self.started + FIRST_LINE_AFTER - SECONDS_BETWEEN_LINES
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(
@@ -64,9 +65,9 @@ class Progress:
             self.bar.update(0)
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
-            left = (self.steps - step) * self.images / max(self.images_per_second(), 1e-9)
+            left = in_words((self.steps - step) * self.images / max(self.images_per_second(), 1e-9))
             print(
-                f"{self.title}: {self.unit} {step}/{self.steps} · {text} · {left:.0f} s left",
+                f"{self.title}: {self.unit} {step}/{self.steps} · {text} · {left} left",
                 file=sys.stderr,
                 flush=True,
             )
@@ -76,6 +77,13 @@ class Progress:
             if not self.delay:
                 self.bar.refresh()
             self.bar.close()
+
+
+def in_words(seconds: float) -> str:
+    """ "45 s", "12 min", "3.4 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def with_progress(parts: Iterable[T], title: str, total: int, size: Callable[[T], int]) -> Iterator[T]:

@@ -30,8 +30,9 @@ def command(name: str, settings: Any) -> str:
     """The command that gives these settings, starting from their preset where that is known."""
     if "preset" not in runtime(settings):
         return command_line(name, settings)
-    start = {**PRESETS, **STAGE_PRESETS}.get(settings.preset)
-    return command_line(name, settings if start else replace(settings, preset=""), start)
+    default = PRESETS["folder-r50"] if name == "pretrain" else None  # without a preset it would choose one
+    start: Any = {**PRESETS, **STAGE_PRESETS}.get(settings.preset, default)
+    return command_line(name, replace(settings, preset=start.preset if start else ""), start)
 
 
 def settings_of(name: str) -> dict[str, Any]:

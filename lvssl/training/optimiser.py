@@ -134,16 +134,15 @@ def groups(network: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Pa
 
 
 def describe_groups(network: nn.Module, settings: OptimiserSettings) -> str:
-    """What the groups are, for the log."""
-    decayed, others = groups(network)
-    lines = [f"{settings.optimiser}, weight decay {settings.weight_decay:g} on"]
-    adapted = " and adapted" if settings.optimiser == "lars" else ""
-    for title, group in ((f"decayed{adapted}", decayed), ("neither", others)):
-        numbers = sum(parameter.numel() for parameter in group.values())
-        names = list(group)
-        some = ", ".join(names if len(names) < 4 else [names[0], names[1], "...", names[-1]])
-        lines.append(f"  {title}: {len(group)} tensors, {numbers:,} numbers ({some})")
-    return "\n".join(lines)
+    """What the groups are, for the log, in one line."""
+    decayed, others = (
+        f"{sum(p.numel() for p in group.values()):,} parameters in {len(group)}" for group in groups(network)
+    )
+    adapted = " and layer-wise adaptation" if settings.optimiser == "lars" else ""
+    return (
+        f"{settings.optimiser}: weight decay {settings.weight_decay:g}{adapted} on {decayed} weight tensors, "
+        f"not on {others} of biases and normalisation"
+    )
 
 
 def peak_lr(settings: OptimiserSettings, batch_size: int) -> float:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -327,3 +328,22 @@ def test_kill_9_in_mid_encode_and_the_same_command_again(run, digits, tmp_path, 
     assert {p.name for p in tmp_path.iterdir()} == {
         f"{name}.lvcodes{end}" for name in ("whole", "a") for end in ("", ".means", ".uncertainty")
     }  # fmt: skip
+
+
+def test_the_page_of_a_search_shows_queries_and_neighbours(run, pictures, tmp_path, capsys):
+    out, page = tmp_path / "a.lvcodes", tmp_path / "found.html"
+    assert lvssl("encode", run, "--images", pictures, "--out", out) == 0
+    assert f"next: lvssl search {run} --codes {out} --query IMAGE" in capsys.readouterr().out
+    one = next(pictures.rglob("*.png"))
+    for query, count in ((one, 1), (pictures, 60), (out, 60)):
+        options = ["--query", query, "--codes", out, "--k", 3, "--page", page, "--images", pictures]
+        assert lvssl("search", run, *options) == 0
+        assert capsys.readouterr().out == f"{page}\n"
+        text = page.read_text()
+        assert text.count("<details") == count and text.count("<img") == 4 * count
+        found = re.findall(r'<img src="([^"]+)" alt="(?:Query ([^"]+)|([^"]+) at distance [^"]+)"', text)
+        named = {(asked or near, source) for source, asked, near in found}
+        assert len(found) == 4 * count and len(named) == len({name for name, _ in named})
+        assert count == 1 or {asked for _, asked, _ in found} & {near for _, _, near in found} - {""}
+    assert lvssl("search", run, "--query", one, "--codes", out, "--page", page) == 2
+    assert "name the images that were encoded with --images" in capsys.readouterr().err

@@ -26,8 +26,12 @@ def wheel(tmp_path_factory):
         if (ROOT / name).exists():
             (folder / "src" / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / "src" / name).write_bytes((ROOT / name).read_bytes())
+    return wheel_of(folder / "src", folder)
+
+
+def wheel_of(source, folder):
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w"]
-    done = subprocess.run([*command, folder, folder / "src"], capture_output=True, text=True)
+    done = subprocess.run([*command, folder, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = folder.glob("lvssl-*-py3-none-any.whl")
     return built
@@ -47,12 +51,47 @@ def test_the_wheel_holds_every_tracked_file_of_the_packages_and_nothing_else(whe
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_the_commands_of_an_installed_wheel_start(wheel, tmp_path):
-    """Without the checkout, whose `tools` and `benchmarks` aren't installed."""
+def test_an_sdist_makes_the_same_wheel(wheel, tmp_path):
+    source, build = wheel.parent / "src", "import setuptools.build_meta as b, sys; b.build_sdist(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", build, tmp_path], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("lvssl-*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path / "unpacked")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    assert (unpacked / "CHANGELOG.md").is_file() and not (unpacked / "tests").exists()
+    found, expected = (
+        {name: file.read(name) for name in file.namelist() if not name.endswith("RECORD")}
+        for file in map(zipfile.ZipFile, (wheel_of(unpacked, tmp_path), wheel))
+    )
+    assert found == expected
+
+
+def installed_from(wheel, tmp_path):
+    """A folder with the wheel's packages and commands; what they depend on is there already."""
     installed = tmp_path / "installed"
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", installed]
     done = subprocess.run([*command, wheel], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return installed
+
+
+@pytest.mark.slow
+def test_the_demo_of_an_installed_wheel_runs_to_its_end(wheel, tmp_path):
+    installed, elsewhere = installed_from(wheel, tmp_path), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    code = "import lvssl, pipelines, slurm; print(lvssl.__file__, pipelines.__file__, slurm.__file__)"
+    for command in ([sys.executable, "-c", code],
+                    [installed / "bin/lvssl", "demo", "--data", "digits", "--epochs", "2"]):  # fmt: skip
+        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert str(ROOT) not in done.stdout + done.stderr
+    assert (elsewhere / "runs/demo/report.html").is_file()
+
+
+def test_the_commands_of_an_installed_wheel_start(wheel, tmp_path):
+    """Without the checkout, whose `tools` and `benchmarks` aren't installed."""
+    installed = installed_from(wheel, tmp_path)
     for command, there in (("convert-beton", "--webdataset"), ("lvssl", "pretrain")):
         done = subprocess.run(
             [sys.executable, "-v", installed / "bin" / command, "--help"],  # -v lists each module's file

@@ -580,3 +580,13 @@ def test_in_chromium(page, tmp_path, width):
     assert len(found["texts"]) == 11 and "Compression,value\r\nsmaller than raw pixels,73.5\r\n" in "".join(
         found["texts"]
     )
+
+
+def test_the_page_of_a_run_without_labels_names_what_needs_none(tmp_path):
+    write_run(tmp_path / "run")
+    (tmp_path / "run/evaluation.json").unlink()
+    for classes, named in ((10, "lvssl evaluate "), (0, "lvssl curate ")):
+        (tmp_path / "run/config.json").write_text(json.dumps(CONFIG | {"classes": classes}))
+        text = html.unescape(write_report(tmp_path / "run").read_text())
+        assert named in text and ("lvssl evaluate" in text) == (classes > 1)
+        assert ("What the run is good for" in text) == (classes == 0)

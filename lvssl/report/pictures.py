@@ -1,0 +1,72 @@
+"""Pages of pictures: what `lvssl curate` has found, and the neighbours that `lvssl search --page` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+from lvssl.report.gallery import Picture, data_uri
+from lvssl.report.template import render
+from pipelines.files import write_atomically
+
+MOST = 60  # rows of a table, or queries, that are shown
+
+ABOUT = {
+    "duplicates": "Near-duplicates: re-encoded, mirrored or hardly changed copies, the nearest first.",
+    "outliers": "Outliers: the images of the least density among the training images.",
+    "labels": "Labels that the nearest training images contradict: the image, then its five nearest.",
+    "subset": "A diverse subset: each image is the farthest from all before it.",
+}
+
+
+def write_curation(
+    path: Path,
+    title: str,
+    tables: dict[str, tuple[list[str], list[list[Any]]]],
+    shown: dict[str, list[list[tuple[int, int]]]],
+    picture: Callable[[int, int], np.ndarray],
+) -> Path:
+    """Write the page. `shown`: of each row of a table the images (set, row) that it is about, which
+    `picture` gives as uint8 [H, W, 3]."""
+    sections = []
+    for name, (head, lines) in tables.items():
+        names = [column for column, title in enumerate(head) if title.endswith("name")]
+        rows = []
+        for line, images in list(zip(lines, shown[name]))[:MOST]:
+            words = "; ".join(f"{column} {value}" for column, value in zip(head, line) if value != "")
+            captions = [PurePath(str(line[column])).name for column in names] + len(images) * [""]
+            rows.append(
+                [Picture(data_uri(picture(*image)), words, text) for image, text in zip(images, captions)]
+            )
+        some = f", the first {len(rows)} here" if len(rows) < len(lines) else ""
+        about = f"{ABOUT[name]} {len(lines):,} in {name}.csv{some}. A picture opens its names and figures."
+        sections.append({"id": name, "about": about, "rows": rows})
+    return write_page(path, title, sections)
+
+
+def write_neighbours(
+    path: Path, title: str, found: Iterable[tuple[str, np.ndarray, list[tuple[str, float, np.ndarray]]]]
+) -> Path:
+    """Write the page. `found`: of each query its name and picture, uint8 [H, W, 3], and the name, distance
+    and picture of each neighbour."""
+    rows = [
+        [
+            Picture(data_uri(image), f"Query {name}", "query"),
+            *(
+                Picture(data_uri(near), f"{other} at distance {distance:.4g}", f"{distance:.4g}")
+                for other, distance, near in neighbours
+            ),
+        ]
+        for name, image, neighbours in found
+    ]
+    about = "Each query, then its neighbours by distance, the nearest first. A row opens its names."
+    return write_page(path, title, [{"id": "neighbours", "about": about, "rows": rows}])
+
+
+def write_page(path: Path, title: str, sections: list[dict[str, Any]]) -> Path:
+    text = render("pictures.html", title=title, sections=sections)
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))
+    return path

@@ -1,0 +1,95 @@
+"""What `lvssl pretrain` starts from where no preset is named: chosen from the images and the device.
+
+    images (median of the shorter sides)   on a CPU                     on a GPU
+    up to 64 px                            cifar10-small, up to 32 px   cifar10-r18, 32 or 64 px
+    larger                                 cifar10-small, 32 px         folder-r50, 224 px
+
+Batches are the preset's, halved down to 64 while an epoch has fewer than 16 steps, and as far as the images
+or a GPU's memory want. A CPU trains for some 300 steps, the count of docs/results.md; a GPU as long as the
+preset.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lvssl.models.device import pick_device, precision
+from lvssl.plan import GIB, footprint, largest_batch, of_pretraining
+from lvssl.settings.fields import options
+from lvssl.settings.pretrain import PretrainSettings, preset
+from pipelines.cores import cores, loader_threads
+from pipelines.decode import DamagedSample, Reader, open_reader
+
+SMALL = 64  # pixels up to which ResNets have the small images' stem
+LOOKED_AT = 256  # images whose sizes are read
+STEPS, MOST_EPOCHS, LEAST_EPOCHS = 300, 100, 5  # of a training on a CPU
+STEPS_AN_EPOCH, LEAST_BATCH = 16, 64
+
+
+def suggest(data: Path, source: str = "auto", device: str = "auto") -> tuple[PretrainSettings, str]:
+    """Settings to start from, and what they were chosen for, in words.
+
+    Raises:
+        InputError: no images there, or no such device.
+    """
+    chosen = pick_device(device)
+    memory = torch.cuda.get_device_properties(chosen).total_memory if chosen.type == "cuda" else 0
+    images = open_reader(data, source, str(chosen))
+    side = median_side(images)
+    where = f"{cores()} CPU cores" if not memory else f"a GPU of {memory / GIB:.0f} GiB"
+    return suited(len(images), side, memory), f"{len(images):,} images of {side} px on {where}"
+
+
+def median_side(images: Reader) -> int:
+    """Of the shorter sides of up to 256 images, in pixels, without those that can't be read."""
+    sides = []
+    for index in np.unique(np.linspace(0, len(images) - 1, LOOKED_AT).astype(np.int64)):
+        try:
+            sides.append(min(int(size[0]) for size in images.sizes(np.array([index]))))
+        except DamagedSample:  # the training says so, or leaves it out
+            continue
+    return int(np.median(sides)) if sides else SMALL
+
+
+def suited(count: int, side: int, memory: int) -> PretrainSettings:
+    """The settings for `count` images whose shorter sides are `side` pixels. `memory`: bytes of the GPU; 0: a
+    CPU."""
+    small = side <= SMALL
+    settings = preset("cifar10-small" if not memory else "cifar10-r18" if small else "folder-r50")
+    resolution = settings.view.resolution
+    if not memory:
+        resolution = min(resolution, max(8, side - side % 4))
+    elif small and side > 48:
+        resolution = SMALL
+    settings = replace(settings, view=replace(settings.view, resolution=resolution))
+    batch = settings.batch_size
+    while batch > LEAST_BATCH and count < STEPS_AN_EPOCH * batch:
+        batch //= 2
+    while batch > max(count, 2):
+        batch //= 2
+    if memory:
+        plan = replace(of_pretraining(settings), memory=memory / GIB)
+        most = largest_batch(plan, footprint(plan))
+        while batch > max(most, 2):
+            batch //= 2
+    epochs = settings.epochs
+    if not memory:
+        wanted = -(-STEPS // max(count // batch, 1))
+        epochs = min(max(wanted, LEAST_EPOCHS), MOST_EPOCHS)
+    return replace(settings, batch_size=batch, epochs=epochs)
+
+
+def in_words(settings: PretrainSettings, what: str) -> str:
+    """One line: what was chosen, as the options that would change it."""
+    kind = str(precision(settings.engine, pick_device(settings.device))).removeprefix("torch.")
+    flags = {
+        "preset": settings.preset,
+        "resolution": settings.view.resolution,
+        "batch_size": settings.batch_size,
+        "epochs": settings.epochs,
+        "workers": loader_threads(settings.workers),
+        "precision": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[kind],
+    }
+    return f"for {what}: {' '.join(options(flags))} (each can be given)"

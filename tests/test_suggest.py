@@ -1,0 +1,66 @@
+"""`lvssl pretrain` without a preset: what is chosen for images and device, and that it is said and kept."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lvssl.cli import main
+from lvssl.plan import GIB
+from lvssl.runs.run import read_config
+from lvssl.settings.presets import command
+from lvssl.suggest import suited
+
+
+@pytest.mark.parametrize(
+    ("count", "side", "memory", "expected"),
+    [
+        (2150, 32, 0, ("cifar10-small", 32, 128, 19)),  # 16 steps an epoch, some 300 in all
+        (1604, 480, 0, ("cifar10-small", 32, 64, 12)),
+        (60_000, 28, 0, ("cifar10-small", 28, 256, 5)),
+        (300, 375, 0, ("cifar10-small", 32, 64, 75)),
+        (10, 375, 0, ("cifar10-small", 32, 8, 100)),
+        (1, 4, 0, ("cifar10-small", 8, 2, 100)),  # refused later, for there are no two images
+        (50_000, 32, 80 * GIB, ("cifar10-r18", 32, 256, 200)),
+        (50_000, 64, 80 * GIB, ("cifar10-r18", 64, 256, 200)),
+        (50_000, 375, 80 * GIB, ("folder-r50", 224, 256, 100)),
+        (50_000, 375, 16 * GIB, ("folder-r50", 224, 128, 100)),
+    ],
+)
+def test_what_is_chosen(count, side, memory, expected):
+    chosen = suited(count, side, memory)
+    assert (chosen.preset, chosen.view.resolution, chosen.batch_size, chosen.epochs) == expected
+    chosen.validate()
+
+
+def test_a_run_without_a_preset_says_what_was_chosen_and_is_made_again_by_its_command(tmp_path, capsys):
+    photos, rng = tmp_path / "photos", np.random.default_rng(0)
+    photos.mkdir()
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(photos / f"{i}.png")
+    (photos / "0.png").write_bytes((photos / "0.png").read_bytes()[:20])  # has no size to be read
+    options = ["--data", str(photos), "--out", str(tmp_path / "run"), "--device", "cpu", "--workers", "2"]
+    small = ["--backbone", "tiny", "--hidden", "16", "--epochs", "1", "--on-error", "skip"]
+    assert main(["pretrain", *options, *small]) == 0
+    said = capsys.readouterr().err
+    assert "for 8 images of 20 px on " in said
+    flags = "--preset cifar10-small --resolution 20 --batch-size 8 --epochs 1 --workers 2 --precision fp32"
+    assert flags in said
+    settings, _ = read_config(tmp_path / "run")
+    assert settings.preset == "cifar10-small" and settings.view.resolution == 20
+    typed = command("pretrain", settings)
+    assert "--preset cifar10-small" in typed and "--resolution 20" in typed and "--batch-size 8" in typed
+    before = json.loads((tmp_path / "run/config.json").read_text())
+    assert main(["pretrain", "--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert "for 8 images" not in capsys.readouterr().err  # a run goes on with what it was begun with
+    assert json.loads((tmp_path / "run/config.json").read_text()) == before
+
+
+def test_the_help_looks_at_no_images(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        main(["pretrain", "--data", str(tmp_path / "empty"), "--help"])
+    assert ended.value.code == 0 and "Without --preset one is chosen" in " ".join(
+        capsys.readouterr().out.split()
+    )
