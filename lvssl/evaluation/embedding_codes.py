@@ -30,8 +30,8 @@ class EmbeddingEncoder:
     density: Density
 
     def write(self, path: Path, asked: Embeddings) -> None:
-        """The code file with the uncertainties. A call that was killed is resumed, to the same bytes: a chunk
-        is computed whole, whichever rows of it are written already. Names are row numbers."""
+        """The code file with the uncertainties. A killed call is resumed, to the same bytes: a chunk is
+        computed whole, whichever rows of it are written already. Names are row numbers."""
         stat, fitted = asked.path.stat(), [self.quantiser.digest, self.density.digest]
         told = [str(asked.path.resolve()), asked.digest, stat.st_size, stat.st_mtime_ns, fitted]
         count = len(asked.features)
