@@ -43,6 +43,9 @@ class BetonReader:
         self._offsets, self._sizes = self.file.offsets.astype(np.int64), self.file.sizes.astype(np.int64)
         self._files, self._open = [part.path for part in parts], OpenFiles()
         self._lengths = [self._open.size(file) for file in self._files]
+        few = len(parts) <= most_open()  # enough to keep all of them open
+        self._kept = [self._open.held(file) for file in self._files] if few else []
+        self._numbers = np.array([file.number for file in self._kept], np.int32)
         self._counts = np.array([part.count for part in parts])
         self._ends = np.cumsum(self._counts)
         if len(self.labels) and self.labels.min() >= 0:
@@ -83,20 +86,25 @@ class BetonReader:
 
     def _together(self, parts: np.ndarray) -> Iterator[slice]:
         """Rows one after the other that lie in few files: each thread keeps those open while it reads."""
-        most, start, seen = max(1, most_open() // 8), 0, set[int]()
-        for row, part in enumerate(parts.tolist() if len(self._files) > most else ()):
-            if part not in seen and len(seen) == most:
-                yield slice(start, row)
-                start, seen = row, set()
-            seen.add(part)
+        start, seen = 0, set[int]()
+        if not self._kept:
+            most = max(1, most_open() // 8)
+            for row, part in enumerate(parts.tolist()):
+                if part not in seen and len(seen) == most:
+                    yield slice(start, row)
+                    start, seen = row, set()
+                seen.add(part)
         yield slice(start, len(parts))
 
     def _crops(
         self, indices: np.ndarray, parts: np.ndarray, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray
     ) -> tuple[int, int]:
         """See `turbo.crop_stored`."""
-        held = {part: self._open.held(self._files[part]) for part in {*parts.tolist()}}
-        numbers = np.array([held[part].number for part in parts.tolist()], np.int32)
+        if self._kept:
+            numbers = self._numbers[parts]
+        else:
+            held = {part: self._open.held(self._files[part]) for part in {*parts.tolist()}}
+            numbers = np.array([held[part].number for part in parts.tolist()], np.int32)
         where = self._offsets[indices], self._sizes[indices], self.file.modes[indices]
         return turbo.crop_stored(numbers, turbo.Samples(*where, *self.sizes(indices)), boxes, flips, out)
 

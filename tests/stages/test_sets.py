@@ -134,6 +134,7 @@ def test_a_source_that_cannot_read_the_set_is_refused(run, folders, digits, caps
 
 def test_what_takes_long_says_how_far_it_is(run, monkeypatch, capsys):
     monkeypatch.setattr("lvssl.runs.progress.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("lvssl.runs.progress.FIRST_LINE_AFTER", 0.0)
     knn(KnnSettings(run))
     said = capsys.readouterr().err
     assert "knn: train.beton: image 1297/1297" in said and "knn: votes by features: image 500/500" in said
