@@ -79,21 +79,28 @@ def parse(
     """Command-line arguments as a dataclass of settings."""
     import tyro
 
+    from pipelines.datasets.parts import unquoted
+
     options = {} if default is None else {"default": default}
-    return tyro.cli(
-        kind,
-        args=arguments,
-        prog=f"lvssl {command}",
-        description=about or (kind.__doc__ or ""),
-        config=(tyro.conf.OmitArgPrefixes,),
-        **options,
-    )
+    try:
+        return tyro.cli(
+            kind,
+            args=arguments,
+            prog=f"lvssl {command}",
+            description=about or (kind.__doc__ or ""),
+            config=(tyro.conf.OmitArgPrefixes,),
+            **options,
+        )
+    except SystemExit as ended:
+        if ended.code and (hint := unquoted(arguments)):
+            print(f"error: {hint}", file=sys.stderr)
+        raise
 
 
 def pretrain(arguments: list[str]) -> int:
     from lvssl.runs.run import read_config
     from lvssl.settings.pretrain import PRESETS, PretrainSettings, preset
-    from pipelines.datasets.parts import are_there
+    from pipelines.datasets.parts import are_there, is_by_name
     from pipelines.errors import InputError
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -107,10 +114,11 @@ def pretrain(arguments: list[str]) -> int:
     settings, what = PretrainSettings(), ""
     if known.resume and known.out and (known.out / "config.json").exists():
         settings = replace(read_config(known.out)[0], out=known.out)
-    elif known.preset is None and known.data and known.data.exists() and not {"-h", "--help"} & {*others}:
+    elif known.preset is None and known.data and not {"-h", "--help"} & {*others}:
         from lvssl.suggest import suggest
 
-        settings, what = suggest(known.data, known.source, known.device)
+        if is_by_name(known.data) or are_there(known.data):
+            settings, what = suggest(known.data, known.source, known.device)
     if known.preset is not None:
         settings = preset(known.preset)
 
@@ -149,7 +157,9 @@ def pretrain(arguments: list[str]) -> int:
         return 0
     name = shlex.quote(str(out))
     labels = read_config(out)[1] > 1
-    following = f"evaluate {name} --test TEST.beton" if labels else f"encode {name} --images {data}"
+    following = (
+        f"evaluate {name} --test TEST.beton" if labels else f"encode {name} --images {shlex.quote(str(data))}"
+    )
     print(f"{out}: done; next: lvssl {following}")
     return 0
 

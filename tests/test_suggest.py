@@ -1,6 +1,7 @@
 """`lvssl pretrain` without a preset: what is chosen for images and device, and that it is said and kept."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from lvssl.plan import GIB
 from lvssl.runs.run import read_config
 from lvssl.settings.presets import command
 from lvssl.suggest import suited
+from pipelines.convert.conversion import ConvertOptions, Settings, convert
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,16 @@ def test_a_run_without_a_preset_says_what_was_chosen_and_is_made_again_by_its_co
     assert main(["pretrain", "--out", str(tmp_path / "run"), "--resume"]) == 0
     assert "for 8 images" not in capsys.readouterr().err  # a run goes on with what it was begun with
     assert json.loads((tmp_path / "run/config.json").read_text()) == before
+
+
+def test_a_set_of_many_files_or_by_name_is_looked_at_too(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for k in (1, 2):
+        convert("sklearn:digits", Path("d.beton"), Settings(subset=40), options=ConvertOptions(shard=(k, 2)))
+    for data in ("d.part-*.beton", "sklearn:digits"):
+        options = ["--device", "cpu", "--batch-size", "2000"]  # refused, before any work
+        assert main(["pretrain", "--data", data, "--out", "run", *options]) == 2
+        assert "--preset cifar10-small --resolution 8" in capsys.readouterr().err
 
 
 def test_the_help_looks_at_no_images(tmp_path, capsys):

@@ -111,6 +111,10 @@ def open_embeddings(path: Path, labelled: bool = True) -> Embeddings:
         raise InputError(f"{path}: {len(features):,} features need as many integers as labels, not {said}")
     if labels.min() < (0 if labelled else -1):
         raise InputError(f"{path}: label {labels.min()} of row {labels.argmin()}: they count from 0")
+    for start in range(0, len(features), READ):
+        good = np.isfinite(features[start : start + READ]).all(1)
+        if not good.all():
+            raise InputError(f"{path}: row {start + good.argmin()} has a value that isn't a finite number")
     return Embeddings(path, features, labels.astype(np.int64))
 
 

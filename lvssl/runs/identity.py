@@ -19,12 +19,17 @@ from pipelines.formats import jpeg
 SAMPLED = 256  # images: each is one read of a file
 
 
-def describe_set(source: Reader) -> dict[str, Any]:
-    """{"images", "classes" (names, or None), "digest"} of a set, as plain JSON values."""
+def describe_set(source: Reader, order: str = "random") -> dict[str, Any]:
+    """{"images", "classes" (names, or None), "digest"} of a set, as plain JSON values; with `order`
+    quasi-random, which goes by the storage blocks, "blocks", their digest."""
     digest = hashlib.sha256(np.ascontiguousarray(source.labels, np.int64).tobytes())
     for index in evenly_spaced(len(source), SAMPLED).tolist():
         digest.update(_content(source, index))
-    return {"images": len(source), "classes": source.classes, "digest": digest.hexdigest()}
+    told = {"images": len(source), "classes": source.classes, "digest": digest.hexdigest()}
+    if order == "quasi-random":
+        blocks = np.ascontiguousarray(source.storage_blocks(), np.int64)
+        told["blocks"] = hashlib.sha256(blocks.tobytes()).hexdigest()
+    return told
 
 
 def other_set(stored: dict[str, Any], found: dict[str, Any]) -> str:
@@ -35,7 +40,11 @@ def other_set(stored: dict[str, Any], found: dict[str, Any]) -> str:
     if ours is not None and theirs is not None and ours != theirs:
         strange = sorted(set(theirs) ^ set(ours))
         return f"its classes are others{', such as ' + ', '.join(strange[:3]) if strange else ''}"
-    return "" if stored["digest"] == found["digest"] else "its images or labels are others"
+    if stored["digest"] != found["digest"]:
+        return "its images or labels are others"
+    if stored.get("blocks") and found.get("blocks") and stored["blocks"] != found["blocks"]:
+        return "its files are cut otherwise, and the order quasi-random goes by them"
+    return ""
 
 
 def _content(source: Reader, index: int) -> bytes:

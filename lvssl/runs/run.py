@@ -103,10 +103,12 @@ def read_set(folder: Path) -> dict[str, Any] | None:
     data = _config(path).get("data")
     if data is None:
         return None
-    kinds = {"images": int, "classes": list | None, "digest": str}
-    if not isinstance(data, dict) or any(not isinstance(data.get(n, 0), kind) for n, kind in kinds.items()):
+    kinds = {"images": int, "classes": list | None, "digest": str, "blocks": str}
+    if not isinstance(data, dict) or any(
+        not isinstance(data.get(n, "" if n == "blocks" else 0), kind) for n, kind in kinds.items()
+    ):
         raise InputError(f"{path}: not a run's configuration (its `data` doesn't describe a set)")
-    return {name: data[name] for name in kinds}
+    return {name: data[name] for name in kinds if name in data}
 
 
 def _config(path: Path) -> dict[str, Any]:

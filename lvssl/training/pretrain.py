@@ -98,7 +98,7 @@ def run(
     )
     with loader, ExitStack() as held:
         check()
-        from_first(world, lambda: create_run(settings, classes, resume, describe_set(source)))
+        from_first(world, lambda: create_run(settings, classes, resume, describe_set(source, settings.order)))
         from_first(world, lambda: held.enter_context(run_lock(settings.out)))
         trainer = Trainer(settings, classes, loader, device, world)
         if world.first:

@@ -40,6 +40,7 @@ from pipelines.convert.conversion import ConvertOptions, OutputOptions, Settings
 from pipelines.convert.estimate import size_text
 from pipelines.convert.store import LINE_ART
 from pipelines.datasets.opening import SPLITS
+from pipelines.datasets.parts import unquoted
 from pipelines.errors import ON_ERROR, InputError, hide_decoders_warnings
 from pipelines.formats import jpeg, turbojpeg
 from pipelines.formats.webdataset import IMAGES_PER_TAR
@@ -224,7 +225,10 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status: 0, 1 where --verify finds something, 2 after an error of the
     user's, 130 after Ctrl-C, 143 after SIGTERM."""
     p = parser()
-    args = p.parse_args(argv)
+    args, unknown = p.parse_known_args(argv)
+    if unknown:
+        hint = unquoted(sys.argv[1:] if argv is None else argv)
+        p.error(hint or f"unrecognized arguments: {' '.join(unknown)}")
     asked = any(getattr(args, name) for name in OTHER_TASKS)
     if asked and args.source is not None:
         p.error(f"{args.source}: --merge, --verify and --inspect take one file, and no source")

@@ -63,6 +63,10 @@ def layout_of(tree: Tree, where: str, asked: str | None, named: str | None = Non
         raise InputError(f"{where}: {' and '.join(chosen)} are the same split; remove or rename one of them")
     beside = [name for name in names if split_of_folder(name) in (None, UNLABELLED)]
     notes = [in_short("left out, folders beside the splits", beside)] if beside else []
+    others = [] if wanted else [name for each in splits if each != key for name in splits[each]]
+    others = [name for name in others if name not in beside]
+    if others:
+        notes.append(in_short(f"{chosen[0]} is read; left out, which convert-beton --split takes", others))
     inner = _inner(tree, f"{base}{chosen[0]}/")
     notes += _loose(tree, base)
     if key == UNLABELLED or not tree.folders(inner):

@@ -98,7 +98,8 @@ def _open_files(
     ends, path = {file.suffix.lower() for file in files}, files[0]
     for file in files:
         if not file.is_file():
-            raise InputError(f"{source}: names {file}, and there is no such file")
+            what = "a folder, not a file" if file.is_dir() else "and there is no such file"
+            raise InputError(f"{source}: names {file}, {what}")
     _fetched(files)
     if ends == {".beton"}:
         return open_beton_source(source)
@@ -106,7 +107,7 @@ def _open_files(
         return tars.open_tars(source, files, split, devkit, columns)
     if len(ends) == 1 and ends <= {*parquet.ENDS}:
         return parquet.open_tables(path, files, split, columns)
-    if len(files) == 1 and ends <= {".csv", ".jsonl"}:
+    if len(files) == 1 and ends <= {".csv", ".tsv", ".jsonl"}:
         return tables.open_table(path, columns)
     raise InputError(
         f"{source}: must be a .tar, .parquet, .arrow or .beton, or several of one kind; a .csv or .jsonl; "

@@ -8,9 +8,12 @@ parts.txt                    paths, one a line, relative to this file's folder
 from __future__ import annotations
 
 import glob
+import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from pipelines.datasets.recognise import has_image_name
 from pipelines.errors import InputError
 
 _PART = re.compile(r"\.part-[0-9]+-of-[0-9]+(?=\.)")  # in the name of what `convert-beton --shard` writes
@@ -23,17 +26,33 @@ def files_of(path: str | Path) -> list[Path]:
     text, path = str(path), Path(path)
     if path.suffix == ".txt" and path.is_file():
         try:
-            lines = [line.strip() for line in path.read_text().splitlines()]
+            lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: can't be read as a list of files ({error})") from error
         return [path.parent / line for line in lines if line]
-    if path.exists() or ":" in text:  # torchvision:NAME is no file
+    if path.exists() or is_by_name(path):
         return [path]
     files = [Path(each) for each in _expanded(text)]
     if glob.has_magic(text):
         found = [Path(each) for file in files for each in glob.glob(str(file))]
         return sorted(found, key=lambda file: [_number(each) for each in re.split("([0-9]+)", str(file))])
     return files
+
+
+def is_by_name(path: str | Path) -> bool:
+    """Whether this is no path but the name of a set that torchvision or scikit-learn know."""
+    return str(path).startswith(("torchvision:", "sklearn:"))
+
+
+def unquoted(arguments: Sequence[str]) -> str:
+    """What to say of arguments among which a shell has put a pattern's files; empty where it hasn't."""
+    for end, each in itertools.groupby(arguments, lambda argument: Path(argument).suffix):
+        files = [argument for argument in each if Path(argument).is_file()]
+        if end in (".beton", ".tar", ".parquet", ".arrow") and len(files) > 1:
+            same = itertools.takewhile(lambda letters: len({*letters}) == 1, zip(*files))
+            pattern = "'" + "".join(letters[0] for letters in same).rstrip("0123456789") + f"*{end}'"
+            return f"{len(files)} files where one set is named: put the pattern in quotes, such as {pattern}"
+    return ""
 
 
 def are_there(path: str | Path) -> bool:
@@ -46,7 +65,10 @@ def parts_of(path: str | Path) -> list[Path]:
     """`files_of`. Raises InputError if a pattern fits no file, or fits a series that isn't whole."""
     files = files_of(path)
     if not files:
-        raise InputError(f"{path}: no such file: no name there fits")
+        why = "names no files" if Path(path).is_file() else "no such file: no name there fits"
+        raise InputError(f"{path}: {why}")
+    if any(has_image_name(file.name) and file.is_file() for file in files):
+        raise InputError(f"{path}: is no set but images themselves: name their folder")
     if len({*files}) < len(files):
         raise InputError(f"{path}: names {next(f for f in files if files.count(f) > 1)} twice")
     if glob.has_magic(str(path)) and files != [Path(path)]:

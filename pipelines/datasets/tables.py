@@ -11,8 +11,10 @@ every row, is FFCV's FloatField in the beton.
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
+import re
 from array import array
 from collections.abc import Iterator
 from dataclasses import replace
@@ -47,6 +49,10 @@ def open_table(path: Path, columns: Columns = USUAL) -> Dataset:
     if first is None:
         raise InputError(f"{path}: no image in it")
     path_column = columns.image_among(first, PATHS, str(path))
+    if path_column is None and len(first) == 1 and re.search("[;\t]", next(iter(first))):
+        raise InputError(
+            f"{path}: its columns are separated by semicolons or tabs: save it as a .csv with commas"
+        )
     if path_column is None:
         raise InputError(
             f"{path}: no column of paths by a usual name ({listed(PATHS)}); choose one of its columns with "
@@ -73,7 +79,13 @@ def open_table(path: Path, columns: Columns = USUAL) -> Dataset:
     folder = str(path.parent)
 
     def read(index: int) -> bytes:
-        return read_regular(os.path.join(folder, names[index]))
+        try:
+            return read_regular(os.path.join(folder, names[index]))
+        except FileNotFoundError as error:
+            if os.path.isabs(names[index]):
+                raise
+            why = f"no such file in {folder}, the table's folder"
+            raise FileNotFoundError(errno.ENOENT, why, names[index]) from error
 
     opened = labelled(str(path), names, labels, classes, read, None)
     return replace(
@@ -100,7 +112,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """One after the other: all at once, they would take more memory than all else in a conversion."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            if path.suffix.lower() == ".csv":
+            if path.suffix.lower() in (".csv", ".tsv"):
                 table = csv.DictReader(file, skipinitialspace=True)
                 table.fieldnames = [name.strip() for name in table.fieldnames or ()]
                 yield from table
@@ -120,6 +132,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
     except InputError:
         raise
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is no text in UTF-8 ({error.reason}): save it as UTF-8") from error
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
 

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from pipelines.datasets.parts import files_of
+from pipelines.datasets.parts import files_of, is_by_name
 from pipelines.decode.reader import Reader
 from pipelines.errors import InputError
+
+TABLES_AND_TARS = (".tar", ".parquet", ".arrow", ".csv", ".tsv", ".jsonl")
 
 
 def open_files(path: str | Path, kind: str = "auto") -> Reader:
@@ -28,4 +30,4 @@ def _holds_images(path: Path) -> bool:
         return path.is_dir()
     if path.suffix == ".txt":
         return any(file.suffix != ".beton" for file in files_of(path))
-    return path.suffix.lower() in (".tar", ".parquet", ".arrow", ".csv", ".jsonl") or ":" in str(path)
+    return path.suffix.lower() in TABLES_AND_TARS or is_by_name(path)

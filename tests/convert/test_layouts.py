@@ -100,6 +100,7 @@ def test_what_lies_beside_the_splits_is_named(tmp_path):
     for source in both_ways(tmp_path, files):
         assert open_dataset(source).notes == [
             "left out, folders beside the splits (2): extra, unlabeled",
+            "train is read; left out, which convert-beton --split takes (1): test",
             "left out, files in no class folder (2): README.txt, a.jpg",
         ]
 

@@ -130,6 +130,29 @@ def test_list_images_and_decode(tmp_path):
         decode_rgb(tmp_path / "gone.jpg")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", b"path;label\n1.png;x\n", "with commas"),
+        ("a.tsv", b"path\tlabel\n1.png\tx\n", "with commas"),
+        ("a.csv", b"path,label\n1.png,ca\xf1a\n", "save it as UTF-8"),
+    ],
+)
+def test_tables_of_another_form_say_what_to_do(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        open_reader(tmp_path / name)
+
+
+def test_a_path_that_a_table_lacks_is_looked_up_beside_it(tmp_path):
+    (tmp_path / "a.csv").write_text("path\n1.png\n/nowhere/2.png\n")
+    opened = open_dataset(str(tmp_path / "a.csv"))
+    with pytest.raises(FileNotFoundError, match=f"no such file in {tmp_path}, the table's folder"):
+        opened.read(0)
+    with pytest.raises(FileNotFoundError, match="No such file or directory: '/nowhere"):
+        opened.read(1)
+
+
 # -------------------------------------------------------------------- parquet
 
 

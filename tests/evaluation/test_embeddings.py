@@ -92,6 +92,7 @@ def test_many_embeddings_are_probed_as_they_stream(made, tmp_path, monkeypatch):
         (lambda f: np.save(f / "train-labels.npy", np.arange(3)), "900 features need as many integers"),
         (lambda f: np.save(f / "train.npy", np.zeros((900, 15), np.float32)), "16 wide, those of"),
         (lambda f: np.save(f / "train.npy", np.zeros(900)), "features are floats [N, D], not"),
+        (lambda f: np.save(f / "train.npy", np.full((900, 16), np.nan)), "row 0 has a value that isn't"),
         (lambda f: np.save(f / "train-labels.npy", np.full(900, -1)), "label -1 of row 0"),
         (lambda f: np.save(f / "test-labels.npy", np.full(300, 77)), "label 77 doesn't occur in"),
         (lambda f: (f / "train.npy").write_bytes(b"no array"), "train.npy: can't be read as embeddings"),

@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lvssl.cli import main
 from lvssl.codes.file import open_codes
+from pipelines.convert.command import main as convert_beton
 from pipelines.convert.conversion import ConvertOptions, Settings, convert
 from pipelines.convert.merge import merge
 from pipelines.datasets.beton import stored_names
 from pipelines.datasets.imagenet import content_of
 from pipelines.datasets.opening import open_dataset
-from pipelines.datasets.parts import are_there, files_of, parts_of
+from pipelines.datasets.parts import are_there, files_of, parts_of, unquoted
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.formats.beton import JPEG
@@ -72,6 +74,54 @@ def test_blocks_of_the_quasi_random_order_lie_within_a_part(cut):
     assert np.bincount(parts.storage_blocks()).tolist() == counts
     seen = [index for _, _, indices in batches(cut[1], order="quasi-random") for index in indices]
     assert len({*seen}) == len(seen) == len(parts) // 8 * 8
+
+
+def test_a_run_in_quasi_random_order_is_not_resumed_on_files_cut_otherwise(cut, tmp_path, capsys):
+    small = ["--preset", "digits", "--backbone", "tiny", "--epochs", "1", "--batch-size", "8"]
+    small += ["--resolution", "16", "--device", "cpu", "--out"]
+    for order, status in (("random", 0), ("quasi-random", 2)):
+        out = str(tmp_path / order)
+        assert main(["pretrain", "--data", str(cut[1]), "--order", order, *small, out]) == 0
+        assert main(["pretrain", "--resume", "--data", str(cut[0]), "--out", out]) == status
+        assert main(["pretrain", "--resume", "--data", str(cut[1]), "--out", out]) == 0
+        assert ("its files are cut otherwise" in capsys.readouterr().err) == (status == 2)
+
+
+def test_a_pattern_without_quotes_is_named(cut, tmp_path, capsys):
+    files = [*map(str, parts_of(cut[1]))]
+    assert unquoted(["--data", files[0], "--out", files[1]]) == ""
+    for command in (lambda: main(["pretrain", "--data", *files]), lambda: convert_beton([*files, "x.beton"])):
+        with pytest.raises(SystemExit) as ended:
+            command()
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and f"in quotes, such as '{cut[0].parent}/set.part-*.beton'" in said
+
+
+def test_paths_with_a_colon_and_lists_from_windows_are_read(cut, tmp_path):
+    (tmp_path / "a:b").symlink_to(cut[0].parent)
+    pattern = tmp_path / "a:b" / cut[1].name
+    assert len(parts_of(pattern)) == PARTS and len(open_reader(pattern)) == len(open_reader(cut[0]))
+    listed = tmp_path / "parts.txt"
+    listed.write_bytes(f"\ufeffa:b/{parts_of(cut[1])[0].name}\r\n".encode())
+    assert len(open_reader(listed)) > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("empty.txt", "names no files"),
+        ("folders.txt", "a folder, not a file"),
+        ("0.jpg", "name their folder"),
+        ("*.jpg", "name their folder"),
+    ],
+)
+def test_what_is_no_set_is_said(tmp_path, path, said):
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "folders.txt").write_text("../\n")
+    for name in ("0.jpg", "2.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match=said):
+        open_reader(tmp_path / path)
 
 
 def test_a_list_and_a_range_name_parts_too(cut, tmp_path):
