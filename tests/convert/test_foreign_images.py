@@ -150,6 +150,8 @@ def test_decoders_say_nothing_raw(tmp_path):
         sys.executable,
         "-W",
         "always",
+        "-W",
+        "ignore::ResourceWarning",
         "-m",
         "tools.convert_beton",
         str(folder),

@@ -195,6 +195,7 @@ def test_a_query_has_the_code_of_its_image(loaded, crops, logits_and_bound):
     importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnxscript") is None,
     reason="onnx isn't installed: pip install 'lvssl[export]'",
 )
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 can't write it as ONNX (docs/versions.md)")
 def test_onnx_differs_in_no_other_bit(run, crops, known, logits_and_bound, tmp_path: Path):
     import onnxruntime
 

@@ -52,7 +52,9 @@ def compiled(kernel, capability: int, side: int, dtype: torch.dtype) -> dict:
 def coalesced(ttgir: str) -> bool:
     """Whether the threads of a warp move what lies side by side, in all reads and writes of tensors."""
     lanes = dict(
-        re.findall(r"^(#\w+) = #ttg.blocked<\{.*?threadsPerWarp = \[([\d, ]+)\]", ttgir, re.MULTILINE)
+        re.findall(
+            r"^(#\w+) = #(?:ttg|triton_gpu)\.blocked<\{.*?threadsPerWarp = \[([\d, ]+)\]", ttgir, re.MULTILINE
+        )
     )
     moved = re.findall(r"tt\.(?:load|store).*?tensor<(?:\d+x)+!tt.ptr<(?:i8|bf16|f16|f32)>, (#\w+)>", ttgir)
     return bool(moved) and all(lanes[layout].split(", ")[-1] == "32" for layout in moved)

@@ -63,6 +63,7 @@ class Normalised(nn.Module):
     importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnxscript") is None,
     reason="onnx isn't installed: pip install 'lvssl[export]'",
 )
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 can't write it as ONNX (docs/versions.md)")
 def test_onnxruntime_gives_the_same_bits(tmp_path: Path):
     import onnxruntime
 
