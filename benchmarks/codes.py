@@ -43,6 +43,7 @@ from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.quantisers import own_bits
 from lvssl.runs.run import load_run, versions
 from pipelines.cores import cores
+from pipelines.datasets.dataset import evenly_spaced
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.files import write_json
@@ -85,11 +86,11 @@ def measured(folder: Path, test: Path, limit: int) -> list[dict[str, Any]]:
     images = TrainingImages(run, limit=limit)
     train = {kind: images.sample(kind) for kind in kinds}
     source = open_reader(run.settings.data)
-    labels = source.labels[np.unique(np.linspace(0, len(source) - 1, min(limit, len(source))).astype(int))]
+    labels = source.labels[evenly_spaced(len(source), limit)]
     images = TrainingImages(run, test, limit=QUERIES)
     queries = {kind: images.sample(kind) for kind in kinds}
     tests = open_reader(test)
-    answers = tests.labels[np.unique(np.linspace(0, len(tests) - 1, len(queries["features"])).astype(int))]
+    answers = tests.labels[evenly_spaced(len(tests), len(queries["features"]))]
     x, mean, scale = standardised(train["features"])
     asked = (queries["features"] - mean) / scale
     exact = floats(x, asked)

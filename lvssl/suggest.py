@@ -18,8 +18,9 @@ import torch
 from lvssl.models.device import pick_device, precision
 from lvssl.plan import GIB, footprint, largest_batch, of_pretraining
 from lvssl.settings.fields import options
-from lvssl.settings.pretrain import PretrainSettings, preset
+from lvssl.settings.pretrain import DEFAULTS, PretrainSettings, preset
 from pipelines.cores import cores, loader_threads
+from pipelines.datasets.dataset import evenly_spaced
 from pipelines.decode import DamagedSample, Reader, open_reader
 
 SMALL = 64  # pixels up to which ResNets have the small images' stem
@@ -45,7 +46,7 @@ def suggest(data: Path, source: str = "auto", device: str = "auto") -> tuple[Pre
 def median_side(images: Reader) -> int:
     """Of the shorter sides of up to 256 images, in pixels, without those that can't be read."""
     sides = []
-    for index in np.unique(np.linspace(0, len(images) - 1, LOOKED_AT).astype(np.int64)):
+    for index in evenly_spaced(len(images), LOOKED_AT):
         try:
             sides.append(min(int(size[0]) for size in images.sizes(np.array([index]))))
         except DamagedSample:  # the training says so, or leaves it out
@@ -57,7 +58,7 @@ def suited(count: int, side: int, memory: int) -> PretrainSettings:
     """The settings for `count` images whose shorter sides are `side` pixels. `memory`: bytes of the GPU; 0: a
     CPU."""
     small = side <= SMALL
-    settings = preset("cifar10-small" if not memory else "cifar10-r18" if small else "folder-r50")
+    settings = preset("cifar10-small" if not memory else "cifar10-r18" if small else DEFAULTS)
     resolution = settings.view.resolution
     if not memory:
         resolution = min(resolution, max(8, side - side % 4))

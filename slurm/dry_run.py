@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipelines.convert.estimate import size_text, time_text
+from pipelines.amounts import size_text, time_text
 from pipelines.datasets.imagenet import TRAIN_IMAGES
 from pipelines.datasets.parts import parts_of
 from pipelines.errors import InputError
@@ -87,7 +87,8 @@ def expected(pipeline: Pipeline, works: Sequence[Work], gpu_hours: GpuHours | No
         _, speed, seconds = remaining(row, settings)
         if seconds > 0:
             charged = f", {gpus * seconds / 3600:,.1f} GPU-hours" if gpus else ""
-            return [f"pretrain: {time_text(seconds)} left{charged}, at its own {speed:,.0f} img/s so far"]
+            left = time_text(max(seconds, 1))
+            return [f"pretrain: {left} left{charged}, at its own {speed:,.0f} img/s so far"]
     images = images_in(pipeline, task.reads[0])
     if not gpus or gpu_hours is None or images is None:
         return []

@@ -13,7 +13,7 @@ from typing import Any
 
 from lvssl.settings.fields import RUNTIME
 from pipelines.convert.store import Settings as Conversion
-from pipelines.datasets.parts import parts_of
+from pipelines.datasets.parts import is_by_name, parts_of
 from pipelines.errors import InputError
 from slurm.values import fields_of, fits, flat_hints, is_path, replaced, words
 
@@ -236,7 +236,7 @@ class _Reader:
 
     def source(self, name: str, text: str) -> str:
         """A source's absolute path; `torchvision:NAME`, `sklearn:digits` and patterns stay as they are."""
-        if re.match(r"(torchvision|sklearn):", text):
+        if is_by_name(text):
             return text
         path = self.path(text) if text else None
         if path is None or (not path.exists() and not any(c in text for c in "*?{[")):

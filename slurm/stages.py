@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lvssl.settings.fields import beyond_defaults, options
+from lvssl.settings.pretrain import DEFAULTS
 from pipelines.datasets.parts import files_of
 from slurm.pipeline import FILLED_IN, MEASURING, ClusterSettings, ImageSource, Pipeline
 
@@ -65,7 +66,7 @@ def build_stages(pipeline: Pipeline) -> list[Stage]:
         str(data["train"][0]),
         "--out",
         str(run),
-        *options({"preset": "folder-r50"} | point.given),  # whose settings are the defaults
+        *options({"preset": DEFAULTS} | point.given),
         "--resume",
     )
     pretrain = Task(

@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.convert.estimate import time_text
+from pipelines.amounts import time_text
 from pipelines.errors import InputError
 from slurm import scheduler
 from slurm.launch import as_launched, is_busy, launch, queue_of
@@ -168,7 +168,7 @@ def progress(pipeline: Pipeline, each: Standing) -> tuple[str, str, str, str]:
     if not row:
         return "", "", "", ""
     total, speed, seconds = remaining(row, pipeline.stages["pretrain"].points[0].settings)
-    left = time_text(seconds) if each.state == "running" and seconds > 0 else ""
+    left = time_text(max(seconds, 1)) if each.state == "running" and seconds > 0 else ""
     return f"{row['step']}/{total}", f"{speed:.0f}", left, f"loss {row['loss']:.3f}" if "loss" in row else ""
 
 

@@ -42,7 +42,7 @@ from lvssl.evaluation.encoder import (
     names_of,
     write_coded,
 )
-from lvssl.evaluation.fitted import SAMPLE, TrainingImages
+from lvssl.evaluation.fitted import SAMPLE, TrainingEmbeddings, TrainingImages
 from lvssl.evaluation.neighbours import nearest_in_cells
 from lvssl.evaluation.quantisers import own_bits
 from lvssl.models.backbone import feature_dim
@@ -220,8 +220,7 @@ def of_embeddings(settings: CurateSettings) -> list[Embedded]:
     for one in found.values():
         if len(one.features) < 2:
             raise InputError(f"{one.path}: at least two embeddings are needed")
-    features = found["train"].features
-    density = fit_density(features[evenly_spaced(len(features), SAMPLE)].astype(np.float32))
+    density = fit_density(TrainingEmbeddings(found["train"]).sample("features"))
     sets = []
     for title, one in found.items():
         starts = range(0, len(one.features), CHUNK)

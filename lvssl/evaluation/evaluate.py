@@ -1,7 +1,6 @@
 """What a run is worth: probes and nearest neighbours for the run, its control, and the baselines of both."""
 
 import io
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -53,7 +52,7 @@ from pipelines.datasets.parts import files_of
 from pipelines.decode import Reader
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
-from pipelines.formats.manifest import manifest_path
+from pipelines.formats.manifest import content_of, manifest_path
 from pipelines.kernels.pack import pack_bits, unpack_bits
 from pipelines.loader import evaluation_crops
 from pipelines.views import ViewSettings
@@ -327,10 +326,9 @@ def uncertainty(test: Embedding, wrong: np.ndarray) -> dict[str, float]:
 def manifest(data: Path) -> dict[str, Any]:
     """What the conversion wrote beside a beton (the first of several) or tars; empty if it didn't."""
     try:
-        content = json.loads(manifest_path(files_of(data)[0]).read_bytes().decode("utf-8", "surrogatepass"))
-    except (OSError, ValueError):
+        return content_of(manifest_path(files_of(data)[0]))
+    except InputError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def write_gallery(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
+from pipelines.amounts import time_text
 from pipelines.errors import InputError
 from pipelines.files import json_text, naming
 
@@ -65,7 +66,7 @@ class Progress:
             self.bar.update(0)
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
-            left = in_words((self.steps - step) * self.images / max(self.images_per_second(), 1e-9))
+            left = time_text((self.steps - step) * self.images / max(self.images_per_second(), 1e-9))
             print(
                 f"{self.title}: {self.unit} {step}/{self.steps} · {text} · {left} left",
                 file=sys.stderr,
@@ -77,13 +78,6 @@ class Progress:
             if not self.delay:
                 self.bar.refresh()
             self.bar.close()
-
-
-def in_words(seconds: float) -> str:
-    """ "45 s", "12 min", "3.4 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def with_progress(parts: Iterable[T], title: str, total: int, size: Callable[[T], int]) -> Iterator[T]:

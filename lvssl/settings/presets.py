@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from lvssl.settings.fields import command_line, flat, runtime, to_dict
-from lvssl.settings.pretrain import PRESETS, choice
+from lvssl.settings.pretrain import DEFAULTS, PRESETS, choice
 from lvssl.settings.stages import STAGE_PRESETS
 
 ABOUT = {
@@ -30,7 +30,7 @@ def command(name: str, settings: Any) -> str:
     """The command that gives these settings, starting from their preset where that is known."""
     if "preset" not in runtime(settings):
         return command_line(name, settings)
-    default = PRESETS["folder-r50"] if name == "pretrain" else None  # without a preset it would choose one
+    default = PRESETS[DEFAULTS] if name == "pretrain" else None  # without a preset it would choose one
     start: Any = {**PRESETS, **STAGE_PRESETS}.get(settings.preset, default)
     return command_line(name, replace(settings, preset=start.preset if start else ""), start)
 

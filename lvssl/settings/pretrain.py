@@ -350,6 +350,7 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 SMALL_VIEW = ViewSettings(resolution=32, scale=(0.2, 1.0), blur=0.0, evaluation_crop=1.0)
 
+DEFAULTS = "folder-r50"  # the preset whose settings are the defaults
 PRESETS: dict[str, PretrainSettings] = {
     # 8x8 greyscale: no colour to jitter beyond brightness and contrast, and a mirrored digit is no digit.
     "digits": PretrainSettings(
@@ -384,7 +385,7 @@ PRESETS: dict[str, PretrainSettings] = {
 PRESETS["cifar10-r18"] = dataclasses.replace(
     PRESETS["cifar10-small"], epochs=200, model=ModelSettings(backbone="resnet18", hidden=512)
 )
-PRESETS["folder-r50"] = PretrainSettings()  # 224 px, the published augmentation
+PRESETS[DEFAULTS] = PretrainSettings()  # 224 px, the published augmentation
 
 # A paper's recipe, named after the family that it trains: SimCLR's own has no latent, the other has one.
 SIMCLR_MODEL = ModelSettings(backbone="resnet50", hidden=2048, projection=128, projector_norm=True)

@@ -36,8 +36,8 @@ import sys
 from dataclasses import fields
 from typing import Any, NoReturn, TypeVar
 
+from pipelines.amounts import size_text
 from pipelines.convert.conversion import ConvertOptions, OutputOptions, Settings, convert, part_path
-from pipelines.convert.estimate import size_text
 from pipelines.convert.store import LINE_ART
 from pipelines.datasets.opening import SPLITS
 from pipelines.datasets.parts import unquoted

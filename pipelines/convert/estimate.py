@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.amounts import size_text, time_text
 from pipelines.convert.store import Settings, store_batch
 from pipelines.datasets.dataset import Dataset, evenly_spaced
 from pipelines.errors import InputError
@@ -34,7 +35,7 @@ class Estimate:
     def __str__(self) -> str:
         bad = f", {self.refused} of them damaged" if self.refused else ""
         return (
-            f"{self.images:,} images, {size_text(self.beton_bytes)}, {time_text(self.seconds)} "
+            f"{self.images:,} images, {size_text(self.beton_bytes)}, {time_text(max(self.seconds, 1))} "
             f"(from {self.sampled} of them{bad})"
         )
 
@@ -100,17 +101,3 @@ def check_space(beton: Path | None, tars: Path | None, estimate: Estimate | None
                 f"{folder}: about {size_text(needed[device])} are needed, {size_text(free)} are free; "
                 "convert to another disk, or smaller images (--max-resolution, --subset)"
             )
-
-
-def size_text(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def time_text(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pipelines.convert.estimate import size_text
+from pipelines.amounts import size_text
 from pipelines.datasets.beton import open_beton_source
 from pipelines.datasets.dataset import Dataset, class_counts, evenly_spaced
 from pipelines.datasets.opening import open_dataset

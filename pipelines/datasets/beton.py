@@ -10,12 +10,12 @@ import numpy as np
 
 from pipelines.datasets.columns import listed
 from pipelines.datasets.dataset import Dataset, labelled, numbers_alone
-from pipelines.datasets.imagenet import content_of, names_among
+from pipelines.datasets.imagenet import names_among
 from pipelines.datasets.parts import files_of, parts_of
 from pipelines.datasets.recognise import in_short
 from pipelines.errors import InputError
 from pipelines.formats.beton import JPEG, BetonFile, named_targets, open_beton
-from pipelines.formats.manifest import manifest_path, read_columns
+from pipelines.formats.manifest import content_of, manifest_path, read_columns
 from pipelines.formats.openfiles import OpenFiles
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import tarfile
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import numpy as np
 
 from pipelines.datasets.dataset import Dataset
 from pipelines.errors import InputError
+from pipelines.formats.manifest import content_of
 
 CLASSES, TRAIN_IMAGES, VALIDATION_IMAGES = 1_000, 1_281_167, 50_000
 _WNID = re.compile(r"n\d{8}")
@@ -72,25 +72,6 @@ def class_names(manifest: Path) -> list[str] | None:
 def names_in(manifest: Path, entry: str) -> list[str] | None:
     """An entry of a manifest that is a list of names; None where there is none. Raises as `content_of`."""
     return names_among(content_of(manifest), entry)
-
-
-def content_of(manifest: Path) -> dict[str, Any]:
-    """A manifest without its rows, where they are as `write_manifest` writes them; empty where there is none,
-    or one that is no table of entries.
-
-    Raises InputError if it can't be read: names would be lost in silence.
-    """
-    if not manifest.is_file():
-        return {}
-    try:
-        text = manifest.read_bytes()
-        head, _, rows = text.partition(b',\n "samples": [\n')  # of which a set of many files has millions
-        whole = rows.endswith(b"]\n ]\n}\n")
-        content = json.loads((head + b"}" if whole else text).decode("utf-8", "surrogatepass"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{manifest}: not a manifest, or damaged ({reason})") from error
-    return content if isinstance(content, dict) else {}
 
 
 def names_among(content: dict[str, Any], entry: str) -> list[str] | None:

@@ -115,18 +115,18 @@ class BetonReader:
             return stored
         return np.frombuffer(stored, np.uint8).reshape(self.heights[index], self.widths[index], 3)
 
-    def _part_of(self, indices: np.ndarray) -> np.ndarray:
+    def _part_of(self, indices: np.ndarray | int) -> np.ndarray:
         """In which of the files each image lies, int64 [B]."""
         return np.searchsorted(self._ends, indices, side="right")
 
     def _name(self, index: int) -> str:
-        part = int(np.searchsorted(self._ends, index, side="right"))
+        part = int(self._part_of(index))
         return f"{self._files[part]}: sample {index - int(self._ends[part] - self._counts[part])}"
 
     def _stored(self, index: int) -> bytes:
         """The bytes of one image. Raises InputError if they can't be read, or the file has been cut short
         since it was opened; one that was replaced or removed is still there for who has it open."""
-        part = int(np.searchsorted(self._ends, index, side="right"))
+        part = int(self._part_of(index))
         file, size = self._files[part], int(self._sizes[index])
         try:
             stored = self._open.read(file, size, int(self._offsets[index]))

@@ -16,13 +16,12 @@ from pipelines.convert.command import main as convert_beton
 from pipelines.convert.conversion import ConvertOptions, Settings, convert
 from pipelines.convert.merge import merge
 from pipelines.datasets.beton import stored_names
-from pipelines.datasets.imagenet import content_of
 from pipelines.datasets.opening import open_dataset
 from pipelines.datasets.parts import are_there, files_of, parts_of, unquoted
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.formats.beton import JPEG
-from pipelines.formats.manifest import manifest_path
+from pipelines.formats.manifest import content_of, manifest_path
 from pipelines.loader import LoaderSettings, TwoViewLoader
 from pipelines.views import ViewSettings
 
