@@ -3,6 +3,7 @@
     python -m benchmarks.study --cifar10 cifar10-jpeg     all arms and seeds: under 2 hours on two cores
     python -m benchmarks.study --shard 1/2 --threads 1    half of the runs; beside it 2/2; then collect
     python -m benchmarks.study --question codes           is the latent's code worth its bits?
+    python -m benchmarks.study --data cifar10-jpeg --images 50000 --epochs 4      as many steps, more images
     python -m benchmarks.study --print                    docs/results.md's tables, from the files in --docs
 
 Arms of the same settings, steps, order and augmentation, over three seeds, with the settings of the presets
@@ -20,7 +21,8 @@ and of the question `codes`:
     bernoulli64, bernoulli256, bernoulli2048    codes of so many bits
 
 The questions share their runs. Each data set is the other's out-of-distribution set. Writes
-docs/study-NAME.md, .csv, .json and .png, or docs/codes-NAME.* for the question `codes`.
+docs/study-NAME.md, .csv, .json and .png, or docs/codes-NAME.* for the question `codes`; NAME ends with the
+number of training images unless that is 10,000.
 """
 
 import argparse
@@ -57,6 +59,7 @@ ARMS = {
         "bernoulli2048:family=bernoulli,dim=2048",
     ),
 }
+IMAGES = 10_000  # training images
 FILES = {"uncertainty": "study", "codes": "codes"}  # of each question, in docs/
 PRESETS = {"fashion-mnist": "fashion-mnist", "cifar10-jpeg": "cifar10-small", "digits": "digits"}
 NAMES = {"fashion-mnist": "fashion-mnist", "cifar10-jpeg": "cifar10"}  # in docs/
@@ -68,32 +71,31 @@ def main(arguments: list[str]) -> None:
     if options.print:
         print("\n".join([*codes_table(options.docs), "", *uncertainty_table(options.docs)]))
         return
-    data = {
-        name: {split: converted(options, name, split) for split in ("train", "test")} for name in options.data
-    }
-    for name, splits in data.items():
+    others = [name for name in NAMES if name not in options.data] if NAMES.keys() & options.data else []
+    tests = {name: converted(options, name, "test") for name in [*options.data, *others]}
+    size = "" if options.images == IMAGES else f"-{options.images}"
+    for name in options.data:
         settings = StudySettings(
-            train=splits["train"],
-            test=splits["test"],
+            train=converted(options, name, "train"),
+            test=tests[name],
             preset=PRESETS[name],
-            out=options.out / f"{FILES[options.question]}-{name}",
+            out=options.out / f"{FILES[options.question]}-{name}{size}",
             runs=options.out,
-            prefix=name,
+            prefix=name + size,
             arms=tuple(options.arms or ARMS[options.question]),
             seeds=tuple(options.seeds),
             epochs=options.epochs,
             threads=options.threads,
             max_images=options.measured,
-            ood=tuple(other["test"] for key, other in data.items() if key != name),
+            ood=tuple(test for key, test in tests.items() if key != name),
             shard=options.shard,
         )
         result = study(settings)
         if result is not None:
             result["command"] = "python -m benchmarks.study " + " ".join(arguments)
             write_study(settings.out, result)
-            into_docs(
-                settings.out, options.docs, f"{FILES[options.question]}-{NAMES.get(name, name)}", result
-            )
+            named = f"{FILES[options.question]}-{NAMES.get(name, name)}{size}"
+            into_docs(settings.out, options.docs, named, result)
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -104,7 +106,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", choices=list(PRESETS), default=list(NAMES))
     parser.add_argument("--arms", nargs="+", help="others, as of `lvssl study`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=10_000, help="training images")
+    parser.add_argument("--images", type=int, default=IMAGES, help="training images")
     parser.add_argument("--measured", type=int, default=2000, help="test images for the uncertainty; 0: all")
     parser.add_argument("--epochs", type=int, default=0, help="of each run; 0: the preset's")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: all cores")
