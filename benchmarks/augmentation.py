@@ -40,7 +40,7 @@ import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as tv
 
 from benchmarks.peers import kornia_chain, torchvision_chain
-from lvssl.cli import guarded
+from lvssl.commands.main import guarded
 from lvssl.runs.run import versions
 from pipelines import parameters as columns
 from pipelines.augment import augment, cpu, reference

@@ -41,9 +41,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lvssl.cli import guarded
 from lvssl.codes.controls import fit_itq, fit_lsh, fit_pca, fit_sign, principal_directions
 from lvssl.codes.statistics import code_statistics
+from lvssl.commands.main import guarded
 from lvssl.evaluation.embedding import embed
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe

@@ -33,10 +33,10 @@ import numpy as np
 import torch
 
 from benchmarks.scale import measured as measured_process
-from lvssl.cli import guarded
 from lvssl.codes.controls import standardised
 from lvssl.codes.index import Index, nearest_rows
 from lvssl.codes.quantiser import FITS, Quantiser
+from lvssl.commands.main import guarded
 from lvssl.evaluation.density import fit_density
 from lvssl.evaluation.fitted import SAMPLE, TrainingImages
 from lvssl.evaluation.probe import linear_probe
@@ -232,7 +232,7 @@ def encoded(folder: Path, count: int, width: int = 256) -> list[dict[str, Any]]:
         noise = random.standard_normal(part.shape, np.float32)
         part[:] = random.standard_normal((len(part), 32), np.float32) @ mixing + noise
     features.flush()
-    command = [sys.executable, "-m", "lvssl.cli", "encode", str(folder / "train.npy"), "--images"]
+    command = [sys.executable, "-m", "lvssl", "encode", str(folder / "train.npy"), "--images"]
     command += [str(folder / "train.npy"), "--bits", "64", "--code", "opq", "--out"]
     parts, rows = folder / ".killed.lvcodes.part", []
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lvssl.cli import guarded
+from lvssl.commands.main import guarded
 from lvssl.evaluation.curate import CurateSettings, curate
 from lvssl.evaluation.embedding import shrink
 from lvssl.evaluation.encoder import image_set

@@ -35,7 +35,7 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from lvssl.cli import guarded
+from lvssl.commands.main import guarded
 from lvssl.latents.noise import keyed
 from lvssl.models.device import autocast, pick_device
 from lvssl.models.network import LVNet

@@ -37,7 +37,7 @@ from typing import Any
 from benchmarks.gpu_stages import predictions
 from benchmarks.gpu_stages.case import Row, Setup
 from benchmarks.gpu_stages.run import ROOT, Report, Stage, identify, run_stages
-from lvssl.cli import guarded
+from lvssl.commands.main import guarded
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
 

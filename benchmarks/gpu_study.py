@@ -33,7 +33,7 @@ from benchmarks.gpu_stages.case import Row, Setup
 from benchmarks.gpu_stages.predictions import plain
 from benchmarks.gpu_stages.run import Report, Stage, identify, run_stages
 from lvssl import __version__
-from lvssl.cli import guarded
+from lvssl.commands.main import guarded
 from pipelines.errors import InputError
 
 MODULE = "benchmarks.gpu_stages.study"

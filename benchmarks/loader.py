@@ -40,7 +40,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from lvssl.cli import guarded
+from lvssl.commands.main import guarded
 from lvssl.runs.run import versions
 from pipelines.convert.conversion import Settings, convert
 from pipelines.decode import turbo

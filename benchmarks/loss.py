@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvssl.cli import guarded
+from lvssl.commands.main import guarded
 from lvssl.losses import ntxent as module
 from lvssl.losses.ntxent import ntxent, reference
 from lvssl.models.utilisation import peak_flops

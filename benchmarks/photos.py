@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from lvssl.cli import guarded
+from lvssl.commands.main import guarded
 from lvssl.evaluation.codes import SearchSettings, search
 from pipelines.errors import InputError
 from pipelines.files import write_json

@@ -37,7 +37,7 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps
 
-from lvssl.cli import guarded
+from lvssl.commands.main import guarded
 from pipelines.datasets.recognise import HEAD, has_image_name, is_image
 from pipelines.decode import Reader, open_reader
 from pipelines.decode.images import ImageReader

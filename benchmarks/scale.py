@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from lvssl.cli import guarded
+from lvssl.commands.main import guarded
 from lvssl.evaluation.knn import nearest_by_cosine
 from lvssl.runs.run import versions
 from pipelines.cores import cores
@@ -65,8 +65,7 @@ LABELS = (
 def rows_of(folder: Path, images: int) -> dict[str, list[str]]:
     """The command lines by the row's name, in an order in which each finds what it needs."""
     lvssl, convert, python = [
-        [sys.executable, *words]
-        for words in (["-m", "lvssl.cli"], ["-m", "pipelines.convert.command"], ["-c"])
+        [sys.executable, *words] for words in (["-m", "lvssl"], ["-m", "pipelines.convert.command"], ["-c"])
     ]
     train, test, run, control = (folder / n for n in ("train.beton", "test.beton", "run", "control"))
     trained = [

@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from lvssl.cli import guarded
 from lvssl.codes.search import hamming_distances, hamming_search, staged_search
+from lvssl.commands.main import guarded
 from lvssl.runs.run import versions
 from pipelines.cores import cores
 from pipelines.errors import InputError

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lvssl.cli import guarded
+from lvssl.commands.main import guarded
 from lvssl.evaluation.finetune import finetune
 from lvssl.evaluation.linear import linear
 from lvssl.evaluation.nearest import knn

@@ -33,8 +33,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lvssl.cli import guarded
-from lvssl.demo import fashion_mnist
+from lvssl.commands.demo import fashion_mnist
+from lvssl.commands.main import guarded
 from lvssl.evaluation.pairs import BEST
 from lvssl.evaluation.study import StudySettings, study
 from lvssl.report.study import markdown, write_study

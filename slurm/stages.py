@@ -70,7 +70,7 @@ def build_stages(pipeline: Pipeline) -> list[Stage]:
         "--resume",
     )
     pretrain = Task(
-        "pretrain", key, "lvssl.cli", arguments, (run / "checkpoints",), run=run, reads=data["train"][:1]
+        "pretrain", key, "lvssl", arguments, (run / "checkpoints",), run=run, reads=data["train"][:1]
     )
     stages.append(Stage("pretrain", behind, (pretrain,), table.cluster))
     measured = []
@@ -83,7 +83,7 @@ def build_stages(pipeline: Pipeline) -> list[Stage]:
     page = Task(
         "report",
         digest("report", None, key, *keys),
-        "lvssl.cli",
+        "lvssl",
         ("report", str(run)),
         (run / "report.html",),
         run=run,
@@ -106,7 +106,7 @@ def measuring(
         )
         arguments = (name, str(run), "--test", str(test[0]), *options(point.given), *extra)
         title = f"{name}-{number + 1:02d}" if table.swept else name
-        tasks.append(Task(title, key, "lvssl.cli", arguments, (result,), (), run, point.label, reads))
+        tasks.append(Task(title, key, "lvssl", arguments, (result,), (), run, point.label, reads))
     return Stage(name, ("pretrain",), tuple(tasks), table.cluster, swept=table.swept)
 
 

@@ -28,7 +28,7 @@ def lvssl():
 
     def run(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "lvssl.cli", *map(str, arguments)],
+            [sys.executable, "-m", "lvssl", *map(str, arguments)],
             capture_output=True,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},

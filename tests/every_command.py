@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lvssl.cli import main
+from lvssl.commands.main import main
 
 SHORT = {"linear": ["--probe", "logistic"], "finetune": ["--epochs", 1, "--min-steps", 1, "--lr", 0.1]}
 NO_RUN = ("launch", "status", "cancel", "retry")  # of a chain, which its own file describes

@@ -18,7 +18,7 @@ FLOOR_2 = (*FLOOR_1, "lvssl.settings")
 FLOOR_3 = (*FLOOR_2, "lvssl.models")
 FLOOR_4 = (*FLOOR_3, "lvssl.runs")
 TRAINING = (*FLOOR_4, "lvssl.training")
-FLOOR_5 = (*TRAINING, "lvssl.evaluation", "lvssl.report", "lvssl.export", "lvssl.plan", "lvssl.suggest")
+FLOOR_5 = (*TRAINING, "lvssl.evaluation", "lvssl.report", "lvssl.export", "lvssl.plan")
 
 # Each room and the rooms it may rest on. A room that is not named here is refused: give it a floor first.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "pipelines.augment": (*KERNELS, "pipelines"),
     "pipelines.convert": PIPELINES,
     "tools": PIPELINES,
-    "tools.reference": (*PIPELINES, "lvssl.api", "lvssl.cli"),
+    "tools.reference": (*PIPELINES, "lvssl.api", "lvssl.commands"),
     "lvssl.latents": KERNELS,
     "lvssl.losses": KERNELS,
     "lvssl.codes": (*KERNELS, "pipelines"),
@@ -40,15 +40,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "slurm": FLOOR_2,
     "lvssl.runs": FLOOR_3,
     "lvssl.plan": FLOOR_3,
-    "lvssl.suggest": (*FLOOR_3, "lvssl.plan"),
     "lvssl.training": FLOOR_4,
     "lvssl.evaluation": TRAINING,
     "lvssl.report": TRAINING,
     "lvssl.export": (*TRAINING, "lvssl.evaluation"),
     "lvssl.api": (*TRAINING, "lvssl.evaluation"),
-    "lvssl.demo": FLOOR_5,
-    "lvssl.doctor": FLOOR_5,
-    "lvssl.cli": (*FLOOR_5, "lvssl.demo", "lvssl.doctor", "slurm"),
+    "lvssl.commands": (*FLOOR_5, "slurm"),
 }
 # `benchmarks` may import everything, and nothing may import it.
 OURS = ("pipelines", "lvssl", "tools", "slurm", "benchmarks")
@@ -57,6 +54,8 @@ OURS = ("pipelines", "lvssl", "tools", "slurm", "benchmarks")
 def room(module: str) -> str:
     """lvssl.models.resnet -> lvssl.models; pipelines.decode.turbo -> pipelines.decode; pipelines.loader ->
     pipelines; lvssl.__version__ -> lvssl."""
+    if module == "lvssl.__main__":
+        return "lvssl.commands"
     top, _, rest = module.partition(".")
     name = rest.partition(".")[0]
     if top == "lvssl":
@@ -94,8 +93,8 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imported_files(name: str, file: Path, known: dict[str, Path]) -> set[str]:
-    """The modules of ours that a file imports, also inside functions: `from lvssl import cli` means
-    lvssl.cli, `from lvssl.cli import main` likewise."""
+    """The modules of ours that a file imports, also inside functions: `from lvssl import api`
+    means lvssl.api, `from lvssl.api import load` likewise."""
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     found = set()
     for node in ast.walk(ast.parse(file.read_text(), filename=str(file))):
@@ -157,7 +156,8 @@ def test_imports_go_one_way():
 
 def test_a_command_imports_what_measures_and_no_other_command():
     """Of `lvssl.evaluation`: a command's module is one that the command line names."""
-    named = re.findall(r"lvssl\.evaluation\.(\w+)(?: import|:)", (ROOT / "lvssl/cli.py").read_text())
+    texts = "".join(file.read_text() for file in (ROOT / "lvssl/commands").glob("*.py"))
+    named = re.findall(r"lvssl\.evaluation\.(\w+)(?: import|:)", texts)
     shared = ("measures", "stage", "encoder")  # what several commands share
     commands = {f"lvssl.evaluation.{name}" for name in named if name not in shared}
     known = modules(ROOT)
@@ -204,7 +204,7 @@ def test_forbidden_imports_are_reported(tmp_path):
             "lvssl/models/net.py": "from lvssl import training, latents\n",
             "lvssl/report/page.py": "import lvssl.evaluation.probe as probe\n",
             "lvssl/training/pretrain.py": "from slurm.stages import submit\n",
-            "slurm/stages.py": "import lvssl.cli\n",
+            "slurm/stages.py": "import lvssl.commands.main\n",
             "pipelines/formats/tar.py": "from pipelines.datasets import tars\n",
             "lvssl/oddments.py": "",
             "tools/convert.py": "import benchmarks.loader\nfrom lvssl import __version__\n",
@@ -219,7 +219,7 @@ def test_forbidden_imports_are_reported(tmp_path):
         "lvssl/training/pretrain.py:1: lvssl.training imports slurm",
         "pipelines/formats/tar.py:1: pipelines.formats imports pipelines.datasets",
         "pipelines/loader.py:2: pipelines imports lvssl.settings",
-        "slurm/stages.py:1: slurm imports lvssl.cli",
+        "slurm/stages.py:1: slurm imports lvssl.commands",
         "tools/convert.py:1: tools imports benchmarks",
         "tools/convert.py:2: tools imports lvssl",
     ]
@@ -230,12 +230,13 @@ def test_allowed_imports_are_not(tmp_path):
         tmp_path,
         {
             "lvssl/__init__.py": '__version__ = "0"\n',
-            "lvssl/cli.py": "import slurm.stages\nfrom . import demo\nfrom .training import pretrain\n",
+            "lvssl/commands/main.py": "import slurm.stages\nfrom . import demo\nfrom ..runs import run\n",
+            "lvssl/__main__.py": "from lvssl.commands.main import main\n",
             "lvssl/latents/__init__.py": "from .gaussian import Gaussian\nimport lvssl.latents.bernoulli\n",
             "lvssl/settings/pretrain.py": "from pipelines.views import View\n",
             "lvssl/training/pretrain.py": "from lvssl import __version__\nfrom ..losses import ntxent\n",
             "slurm/stages.py": "from lvssl.settings.pretrain import Settings\n",
-            "benchmarks/loader.py": "import lvssl.cli, tools, slurm\n",
+            "benchmarks/loader.py": "import lvssl.commands.main, tools, slurm\n",
         },
     )
     assert violations(tmp_path) == []
@@ -249,7 +250,7 @@ def idle_modules(root: Path) -> list[str]:
     idle = []
     for file in sources:
         parts = file.relative_to(root).with_suffix("").parts
-        if parts[-1] == "__init__" or parts[0] in ("tools", "benchmarks"):
+        if parts[-1] in ("__init__", "__main__") or parts[0] in ("tools", "benchmarks"):
             continue
         name, (package, module) = ".".join(parts), (".".join(parts[:-1]), parts[-1])
         used = rf"\b{re.escape(name)}\b|from {re.escape(package)} import [^\n]*(\n[^)]*)?\b{module}\b"
@@ -265,11 +266,11 @@ def test_every_module_is_used():
 
 def test_a_module_that_only_a_test_imports_is_reported(tmp_path):
     (tmp_path / "Makefile").touch()
-    (tmp_path / "pyproject.toml").write_text('lvssl = "lvssl.cli:main"')
+    (tmp_path / "pyproject.toml").write_text('lvssl = "lvssl.commands.main:main"')
     plant(
         tmp_path,
         {
-            "lvssl/cli.py": "from lvssl.codes import (\n    pack,\n    search,\n)\n",
+            "lvssl/commands/main.py": "from lvssl.codes import (\n    pack,\n    search,\n)\n",
             "lvssl/codes/pack.py": "",
             "lvssl/codes/search.py": "",
             "lvssl/codes/idle.py": "from lvssl.codes import pack\n",

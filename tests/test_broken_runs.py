@@ -11,7 +11,7 @@ import pytest
 from every_command import arguments_of, call, check
 from PIL import Image
 
-from lvssl.cli import COMMANDS, main
+from lvssl.commands.main import COMMANDS, main
 
 
 @pytest.fixture(scope="module")

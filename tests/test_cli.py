@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvssl.cli import COMMANDS, main
 from lvssl.codes.file import open_codes
+from lvssl.commands.main import COMMANDS, main
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_help_is_there_for_every_command(lvssl):
     assert all(name in lvssl("--help").stdout for name in COMMANDS)
     text = lvssl("pretrain", "--help").stdout
     assert "--family" in text and "cifar10-small" in text
-    code = "import sys, lvssl.cli; lvssl.cli.main(['--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys, lvssl.commands.main as m; m.main(['--help']); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)  # it answers at once
 
 
@@ -177,7 +177,7 @@ def test_the_demo_runs_on_digits_and_leaves_what_it_promises(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "lvssl.cli",
+        "lvssl",
         "demo",
         "--data",
         "digits",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvssl.cli import COMMANDS
+from lvssl.commands.main import COMMANDS
 from pipelines.decode.resize import resize_crop
 from pipelines.parameters import centre_boxes
 from tools import reference

@@ -11,8 +11,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from lvssl import doctor as doctor_module
-from lvssl.doctor import PACKAGES
+from lvssl.commands import doctor as doctor_module
+from lvssl.commands.doctor import PACKAGES
 from pipelines.formats import turbojpeg
 
 if sys.version_info >= (3, 11):
@@ -29,7 +29,7 @@ class Block(importlib.abc.MetaPathFinder):
         if name in {names!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Block())
-from lvssl.doctor import main
+from lvssl.commands.doctor import main
 sys.exit(main())
 """
 
@@ -37,7 +37,7 @@ sys.exit(main())
 LATE = {"sklearn", "nvidia.dali", "faiss", "torch", "torchvision"}
 
 
-def doctor(code: str = "import sys; from lvssl.doctor import main; sys.exit(main())", **env: str):
+def doctor(code: str = "import sys; from lvssl.commands.doctor import main; sys.exit(main())", **env: str):
     """(exit status, {piece: its lines}) of a doctor run in a fresh interpreter."""
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -155,8 +155,8 @@ def test_without_torch_the_others_are_still_reported(tmp_path):
 def test_dali_is_optional_and_its_extra_follows_torchs_cuda():
     code = BLOCK.format(names={"nvidia.dali"}).replace(
         "sys.exit(main())",
-        "import torch, lvssl.doctor\n"
-        "for torch.version.cuda in ('12.8', '13.2', None):\n    print(lvssl.doctor.check_dali())",
+        "import torch, lvssl.commands.doctor\n"
+        "for torch.version.cuda in ('12.8', '13.2', None):\n    print(lvssl.commands.doctor.check_dali())",
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
     lines = done.stdout.splitlines()

@@ -11,7 +11,7 @@ import pytest
 from every_command import NO_RUN, arguments_of, call
 from PIL import Image
 
-from lvssl.cli import COMMANDS, main
+from lvssl.commands.main import COMMANDS, main
 from pipelines.convert.conversion import convert
 from pipelines.decode import open_reader
 from pipelines.formats.manifest import read_manifest
@@ -84,7 +84,7 @@ def test_a_strict_terminal_shows_such_names(sets, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "lvssl.cli",
+        "lvssl",
         "search",
         str(sets["run"]),
         "--codes",

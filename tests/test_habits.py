@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from every_command import NO_RUN, arguments_of, call
 
-from lvssl.cli import COMMANDS, main
+from lvssl.commands.main import COMMANDS, main
 
 QUICK = {"analyse": ["--max-images", "40", "--samples", "1"]}
 NOT_OF_A_RUN = ("pretrain", "presets", "plan", "demo", "study", *NO_RUN)  # they have no run that is there

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lvssl.cli import main
+from lvssl.commands.main import main
 from lvssl.plan import require_memory
 from lvssl.runs.progress import Metrics
 from lvssl.settings.pretrain import preset

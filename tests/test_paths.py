@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvssl.cli import main
+from lvssl.commands.main import main
 from pipelines.convert.command import main as convert_beton
 
 NAMES = ["2026-11-26T10:00 {a}=b", "été 北 [x] *?"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from lvssl.cli import main
+from lvssl.commands.main import main
 from lvssl.models.backbone import feature_dim
 from lvssl.models.network import LVNet
 from lvssl.settings.presets import ABOUT, difference_of, settings_of

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lvssl.cli import parse
+from lvssl.commands.arguments import parse
 from lvssl.evaluation.analyse import AnalyseSettings
 from lvssl.evaluation.compression import CompressionSettings
 from lvssl.evaluation.evaluate import EvaluateSettings

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvssl.cli import main
+from lvssl.commands.main import main
+from lvssl.commands.suggest import suited
 from lvssl.plan import GIB
 from lvssl.runs.run import read_config
 from lvssl.settings.presets import command
-from lvssl.suggest import suited
 from pipelines.convert.conversion import ConvertOptions, Settings, convert
 
 

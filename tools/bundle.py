@@ -13,7 +13,7 @@ asked for, under the Python that runs this, and libturbojpeg decodes. What to ex
 to stderr, so this works:
 
     exports=$(python DIR/bundle.py unpack FOLDER --source CHECKOUT) && eval "$exports"
-    python -m lvssl.cli doctor
+    python -m lvssl doctor
 
 Exit status: 0 if all is there; 1 if a piece is missing, a line for each; 2 for a bundle that isn't whole.
 """
@@ -107,7 +107,7 @@ def gather(out: Path, python: str, extra: list[str], data: Path | None) -> None:
 
 def dependencies(python: str) -> tuple[dict[str, str], dict[str, str]]:
     """Distribution -> module, and distribution -> requirement (`timm>=1.0.31,<2`), of this project."""
-    code = "import json, lvssl.doctor as d; print(json.dumps([d.PACKAGES, d.dependencies()]))"
+    code = "import json, lvssl.commands.doctor as d; print(json.dumps([d.PACKAGES, d.dependencies()]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     modules, asked = json.loads(done.stdout)
     modules |= {"torch": "torch"} | ({"tomli": "tomli"} if python == "3.10" else {})

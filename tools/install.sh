@@ -199,7 +199,7 @@ install_packages() {
     logged .venv/bin/python -m pip install "pip>=24" "setuptools>=77" wheel ||
         die "pip failed (see $LOG)"
     logged .venv/bin/python -m pip install -e ".[$extras]" || die "pip failed (see $LOG)"
-    works || die "installed, but a piece doesn't load: .venv/bin/python -m lvssl.doctor says which"
+    works || die "installed, but a piece doesn't load: .venv/bin/python -m lvssl.commands.doctor says which"
     printf '%s\n%s\n' "$(state)" "$extras" >"$STAMP.part"
     mv "$STAMP.part" "$STAMP"
 }

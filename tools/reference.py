@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lvssl import api
-from lvssl.cli import COMMANDS, main
+from lvssl.commands.main import COMMANDS, main
 from pipelines.convert.command import main as convert_beton
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -11,7 +11,7 @@ from every_command import arguments_of, call
 from made_images import class_folders, decoded, encoded, pixels
 from PIL import Image
 
-from lvssl.cli import main as lvssl
+from lvssl.commands.main import main as lvssl
 from pipelines.convert.command import main
 from pipelines.convert.conversion import ConvertOptions, Settings, convert
 from pipelines.convert.store import store

@@ -11,7 +11,7 @@ import pytest
 from made_images import SHARED, class_folders, decoded, encoded, photos, pixels
 from made_sets import tar_of
 
-from lvssl.demo import fashion_mnist
+from lvssl.commands.demo import fashion_mnist
 from pipelines.datasets.folders import list_images
 from pipelines.datasets.names import Names
 from pipelines.datasets.opening import open_dataset

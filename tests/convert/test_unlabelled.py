@@ -10,7 +10,7 @@ import pytest
 from made_images import class_folders, encoded, pixels
 from made_sets import tar_of
 
-from lvssl.cli import main as lvssl
+from lvssl.commands.main import main as lvssl
 from pipelines.convert.command import main
 from pipelines.convert.conversion import ConvertOptions, Settings, convert
 from pipelines.convert.inspect import inspect

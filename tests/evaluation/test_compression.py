@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from lvssl.cli import main
+from lvssl.commands.main import main
 from lvssl.evaluation.embedding import embed
 from lvssl.evaluation.knn import hamming_knn
 from lvssl.evaluation.retrieval import similarity_map

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from lvssl.cli import main
 from lvssl.codes.search import hamming_distances
+from lvssl.commands.main import main
 from lvssl.evaluation.curate import NOISE, Agreement, diverse
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

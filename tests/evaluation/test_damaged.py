@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from damaged_folders import make_folders, sound
 
-from lvssl.cli import main
+from lvssl.commands.main import main
 
 QUICK = {
     "evaluate": ([], "evaluation.json"),

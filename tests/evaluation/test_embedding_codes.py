@@ -5,10 +5,10 @@ import csv
 import numpy as np
 import pytest
 
-from lvssl.cli import main
 from lvssl.codes.file import open_codes
 from lvssl.codes.index import Index
 from lvssl.codes.writer import CodeWriter
+from lvssl.commands.main import main
 from lvssl.evaluation import embedding_codes
 from lvssl.evaluation.neighbours import nearest_in_cells
 from lvssl.evaluation.quantisers import stored_quantiser

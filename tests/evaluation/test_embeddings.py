@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lvssl.cli import main
+from lvssl.commands.main import main
 from lvssl.evaluation import foreign, streamed
 from lvssl.evaluation.knn import weighted_knn
 from lvssl.evaluation.probe import linear_probe

@@ -16,9 +16,9 @@ from devices import on_cpu_and_gpu
 from PIL import Image
 from sklearn.covariance import LedoitWolf
 
-from lvssl.cli import main
 from lvssl.codes.file import CodeFileError, open_codes, open_means, open_uncertainty
 from lvssl.codes.search import hamming_distances
+from lvssl.commands.main import main
 from lvssl.evaluation.codes import SearchSettings, search
 from lvssl.evaluation.embedding import Embedding, embed
 from lvssl.evaluation.encoder import Searcher, codes_of
@@ -296,7 +296,7 @@ def test_faiss_reads_what_encode_writes(run, pictures, tmp_path):
 KILLED = """
 import sys, time
 from lvssl.codes.writer import CodeWriter
-from lvssl.cli import main
+from lvssl.commands.main import main
 append = CodeWriter.append
 def slow(self, *rest):
     append(self, *rest)

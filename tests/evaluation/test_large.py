@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lvssl.cli import main
+from lvssl.commands.main import main
 from lvssl.evaluation import embedding, evaluate, linear, nearest, streamed
 from lvssl.runs import features
 

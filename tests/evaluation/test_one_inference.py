@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lvssl.cli import main
 from lvssl.codes.file import open_codes, open_means
+from lvssl.commands.main import main
 from lvssl.evaluation.embedding import Embedding, embed
 from lvssl.evaluation.encoder import codes_of
 from lvssl.evaluation.linear import represented

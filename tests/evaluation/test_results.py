@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lvssl.cli import main
+from lvssl.commands.main import main
 from lvssl.runs import checkpoint
 from lvssl.runs.result import read_result
 from pipelines.errors import InputError

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from lvssl.cli import main
+from lvssl.commands.main import main
 from lvssl.evaluation.measures import HASHES, MEASURES, code_bits, equal_bit_codes
 from lvssl.evaluation.pairs import BEST, pairs, summary
 from lvssl.evaluation.study import StudySettings, plan, shard, study

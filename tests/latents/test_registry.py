@@ -177,7 +177,7 @@ def test_a_family_is_described_whoever_wrote_its_name():
 # Also the names of a setting (the rate's weight) and of a baseline code (the signs of the features).
 AMBIGUOUS = {"beta", "sign"}
 # What names runs and arms: choices of what to train, that a new family needn't be among.
-CHOICES = {"lvssl/demo.py", "lvssl/evaluation/study.py", "lvssl/evaluation/pairs.py"}
+CHOICES = {"lvssl/commands/demo.py", "lvssl/evaluation/study.py", "lvssl/evaluation/pairs.py"}
 
 
 def named(root: Path) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lvssl import demo
+from lvssl.commands import demo
 from pipelines.formats import turbojpeg
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,7 +116,7 @@ def test_help_comes_quickly_and_with_status_0(command):
 def test_lvssl_help_does_not_wait_for_torch():
     code = (
         "import contextlib, sys\n"
-        "from lvssl.cli import main\n"
+        "from lvssl.commands.main import main\n"
         "sys.argv = ['lvssl', '--help']\n"
         "with contextlib.suppress(SystemExit):\n    main()\n"
         "print('torch' in sys.modules, file=sys.stderr)"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lvssl.codes.search import hamming_search
-from lvssl.doctor import check_cores
+from lvssl.commands.doctor import check_cores
 from pipelines.cores import cores
 
 

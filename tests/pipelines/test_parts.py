@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lvssl.cli import main
 from lvssl.codes.file import open_codes
+from lvssl.commands.main import main
 from pipelines.convert.command import main as convert_beton
 from pipelines.convert.conversion import ConvertOptions, Settings, convert
 from pipelines.convert.merge import merge

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from test_page import write_analysis, write_compression, write_run
 
-from lvssl.cli import main
+from lvssl.commands.main import main
 from lvssl.report.page import write_report
 
 ROOT = Path(__file__).resolve().parents[2]

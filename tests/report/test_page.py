@@ -16,7 +16,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from lvssl.cli import main, parse
+from lvssl.commands.arguments import parse
+from lvssl.commands.main import main
 from lvssl.evaluation.analyse import AnalyseSettings
 from lvssl.evaluation.compression import CompressionSettings
 from lvssl.evaluation.evaluate import EvaluateSettings

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lvssl.cli import chain_starts
+from lvssl.commands.chain import chain_starts
 from slurm.pipeline import read_pipeline
 from slurm.records import Record, read_jobs, read_record
 from slurm.stages import Stage, Task, build_stages
@@ -24,7 +24,7 @@ class Chain:
     environment: dict[str, str] = field(default_factory=dict)
 
     def run(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-m", "lvssl.cli", *arguments]
+        words = [sys.executable, "-m", "lvssl", *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | self.environment
         return subprocess.run(
             words, capture_output=True, text=True, timeout=PATIENCE, env=environment, cwd=cwd

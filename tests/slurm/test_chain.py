@@ -213,7 +213,7 @@ def test_at_its_time_limit_it_goes_on_with_the_same_weights(chain, digits, tmp_p
     words = [
         sys.executable,
         "-m",
-        "lvssl.cli",
+        "lvssl",
         "pretrain",
         *options,
         "--data",
@@ -317,11 +317,11 @@ def kill_rank(rank: int, job: str) -> None:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             variables = (process / "environ").read_bytes().split(b"\0")
-            words = (process / "cmdline").read_bytes()
+            words = (process / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
         wanted = {f"RANK={rank}".encode(), f"SLURM_JOB_ID={job}".encode()}
-        if wanted <= set(variables) and b"lvssl.cli" in words and b"slurm.rank" not in words:
+        if wanted <= set(variables) and b"lvssl" in words and b"slurm.rank" not in words:
             os.kill(int(process.name), signal.SIGKILL)
 
 
@@ -353,7 +353,7 @@ def is_rank(process: Path, job: str) -> bool:
     """Whether a process of this machine is the command of a rank of a job."""
     try:
         words = (process / "cmdline").read_bytes()
-        return b"lvssl.cli" in words.split(b"\0")[:3] and f"SLURM_JOB_ID={job}".encode() in (
+        return b"lvssl" in words.split(b"\0")[:3] and f"SLURM_JOB_ID={job}".encode() in (
             process / "environ"
         ).read_bytes().split(b"\0")
     except OSError:
@@ -409,7 +409,7 @@ def test_two_launches_at_once_and_a_changed_setting_under_way(chain, digits):
     mine = chain(HEAD + on(digits) + TRAINED)
     both = [
         subprocess.Popen(
-            [sys.executable, "-m", "lvssl.cli", "launch", str(mine.file)],
+            [sys.executable, "-m", "lvssl", "launch", str(mine.file)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -437,7 +437,7 @@ def test_without_slurm_the_same_files_and_the_same_weights(chain, digits, tmp_pa
         chain(HEAD + on(digits) + SHORT.replace("epochs = 1", "epochs = 6") + "[evaluate]\n", name)
         for name in ("local", "debug")
     )
-    words = [sys.executable, "-m", "lvssl.cli", "launch", str(local.file), "--cluster", "local"]
+    words = [sys.executable, "-m", "lvssl", "launch", str(local.file), "--cluster", "local"]
     running = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     until(lambda: local.step() >= 10, lambda: str(running.poll()))
     running.send_signal(signal.SIGINT)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lvssl.cli import chain_starts, main
+from lvssl.commands.chain import chain_starts
+from lvssl.commands.main import main
 from lvssl.runs.run import create_run
 from lvssl.settings.fields import runtime
 from lvssl.settings.pretrain import PretrainSettings

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from test_pipeline_file import write
 
-from lvssl.cli import chain_starts, main
+from lvssl.commands.chain import chain_starts
+from lvssl.commands.main import main
 from slurm import scheduler
 from slurm.job import Job
 from slurm.launch import build_stages, plan

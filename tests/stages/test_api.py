@@ -14,8 +14,8 @@ import torch
 
 import lvssl
 from lvssl import api
-from lvssl.cli import main
 from lvssl.codes.file import CodeFileError, open_codes, open_uncertainty
+from lvssl.commands.main import main
 from lvssl.evaluation.embedding import embed
 from lvssl.runs.run import load_run
 from pipelines.decode import open_reader

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lvssl.cli import main
+from lvssl.commands.main import main
 from lvssl.runs.labels import numbered_as, open_pair
 from lvssl.runs.run import load_run, read_set
 from lvssl.settings.pretrain import PRESETS

@@ -13,7 +13,7 @@ import torchvision
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lvssl.cli import main
+from lvssl.commands.main import main
 from lvssl.evaluation.encoder import codes_of
 from lvssl.models.network import LVNet
 from lvssl.runs import checkpoint

@@ -9,7 +9,7 @@ import pytest
 from test_export import made_run
 
 import lvssl
-from lvssl.cli import main
+from lvssl.commands.main import main
 from pipelines.errors import InputError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -25,7 +25,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     launcher = ["torch.distributed.run", "--nproc-per-node", str(RANKS), "--master-port", str(port)]
-    command = [sys.executable, "-m", *launcher, "-m", "lvssl.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", *launcher, "-m", "lvssl", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]

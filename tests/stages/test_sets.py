@@ -10,7 +10,7 @@ import torch
 from damaged_folders import make_folders, sound
 from PIL import Image
 
-from lvssl.cli import main
+from lvssl.commands.main import main
 from lvssl.evaluation.finetune import finetune
 from lvssl.evaluation.linear import linear
 from lvssl.evaluation.nearest import knn

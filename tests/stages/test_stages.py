@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lvssl.cli import main
+from lvssl.commands.main import main
 from lvssl.evaluation.embedding import embed
 from lvssl.evaluation.finetune import finetune
 from lvssl.evaluation.knn import weighted_knn
@@ -256,7 +256,7 @@ def test_killed_at_any_moment_linear_ends_as_the_undisturbed_one(run, tmp_path):
         "--out",
         tmp_path / "k.json",
     ]
-    command = [sys.executable, "-m", "lvssl.cli", *map(str, options), "--checkpoint-minutes", "0.0001"]
+    command = [sys.executable, "-m", "lvssl", *map(str, options), "--checkpoint-minutes", "0.0001"]
     generator = random.Random(0)
     for _ in range(2):
         process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -279,7 +279,7 @@ def wait_for_a_checkpoint(folder: Path, process: subprocess.Popen) -> None:
 
 
 def test_sigterm_saves_and_exits_with_143(run):
-    command = [sys.executable, "-m", "lvssl.cli", "finetune", str(run), "--epochs", "500", "--lr", "0.01"]
+    command = [sys.executable, "-m", "lvssl", "finetune", str(run), "--epochs", "500", "--lr", "0.01"]
     process = subprocess.Popen(
         [*command, "--checkpoint-minutes", "0.0001"], stderr=subprocess.PIPE, text=True
     )

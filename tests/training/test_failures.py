@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from lvssl import cli
+from lvssl.commands.main import main
 from lvssl.runs import checkpoint
 from lvssl.settings.pretrain import PRESETS, EngineSettings, ModelSettings, PretrainSettings
 from lvssl.training.loop import out_of_memory
@@ -24,7 +24,7 @@ from lvssl.training.pretrain import pretrain
 from lvssl.training.trainer import Trainer
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["lvssl.training.pretrain", "lvssl.cli", "pipelines.loader", "tyro"])
+processes.set_forkserver_preload(["lvssl.training.pretrain", "lvssl.commands", "pipelines.loader", "tyro"])
 
 
 def settings(data: Path, out: Path, **changes) -> PretrainSettings:
@@ -182,7 +182,7 @@ def command(rank: int, port: int, arguments: list[str], words: Path) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.dup2(os.open(words, os.O_WRONLY | os.O_CREAT), 2)
-    sys.exit(cli.main(arguments))
+    sys.exit(main(arguments))
 
 
 class Ranks:
@@ -255,7 +255,7 @@ def test_a_rank_that_hangs_is_dead_within_a_minute(digits, tmp_path):
 @pytest.mark.slow
 def test_torchrun_trains_and_ends_well(digits, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "lvssl.cli", "pretrain", "--preset", "digits", "--epochs", "2", "--threads", "1"]
+    command += ["-m", "lvssl", "pretrain", "--preset", "digits", "--epochs", "2", "--threads", "1"]
     command += ["--data", str(digits["train"]), "--out", str(tmp_path / "run"), "--workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lvssl.cli import main
+from lvssl.commands.main import main
 from lvssl.latents import FAMILIES
 from lvssl.latents.noise import keyed
 from lvssl.models.network import LVNet

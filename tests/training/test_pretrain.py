@@ -135,7 +135,7 @@ def test_a_run_killed_before_its_settings_were_written_begins_again(digits, tmp_
 
 
 def test_sigterm_saves_and_ends(digits, tmp_path):
-    command = [sys.executable, "-m", "lvssl.cli", "pretrain", "--preset", "digits", "--epochs", "500"]
+    command = [sys.executable, "-m", "lvssl", "pretrain", "--preset", "digits", "--epochs", "500"]
     command += ["--data", str(digits["train"]), "--out", str(tmp_path / "run"), "--threads", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     wait_for_a_step(tmp_path / "run", process)

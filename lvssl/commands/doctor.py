@@ -2,7 +2,7 @@
 
 Nothing but the standard library is imported before its check runs, and a package that fails to import, for
 whatever reason, is one line of the answer and not the end of it. Where the command line itself doesn't start,
-`python -m lvssl.doctor` still does.
+`python -m lvssl.commands.doctor` still does.
 """
 
 import importlib
@@ -46,7 +46,7 @@ PACKAGES = {
 }
 if sys.version_info < (3, 11):
     PACKAGES["tomli"] = "tomli"
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 
 

@@ -28,7 +28,7 @@ from pipelines.loader import evaluation_crops
 # Debian's package dataset-fashion-mnist, installed, or unpacked into the checkout by tools/install.sh.
 FASHION_MNIST = (
     Path("/usr/share/datasets/fashion-mnist"),
-    Path(__file__).resolve().parents[1] / "data/fashion-mnist",
+    Path(__file__).resolve().parents[2] / "data/fashion-mnist",
 )
 ANALYSED = 500  # test images: rough figures after a minute of one core
 PICTURES = 200  # test images written as files, to be encoded and searched

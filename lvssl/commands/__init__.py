@@ -1,0 +1,1 @@
+"""What is typed: each function parses settings, calls one function and prints what it gave."""

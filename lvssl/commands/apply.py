@@ -1,0 +1,62 @@
+"""What a trained run is used for: codes, searches, the curation of a set, an encoder for other libraries."""
+
+import itertools
+import shlex
+
+from lvssl.commands.arguments import parse
+
+
+def encode(arguments: list[str]) -> None:
+    from lvssl.codes.file import open_codes
+    from lvssl.evaluation.codes import EncodeSettings
+    from lvssl.evaluation.codes import encode as run
+    from lvssl.evaluation.encoder import in_words
+    from lvssl.settings.fields import options
+
+    settings = parse(EncodeSettings, arguments, "encode")
+    path = run(settings)
+    codes = open_codes(path)
+    print(f"{path}: {codes.count:,} codes of {in_words(codes)}, {path.stat().st_size:,} bytes", end="")
+    elsewhere = options({"codes": settings.out} if settings.out else {})
+    print("; next:", shlex.join(["lvssl", "search", str(settings.run), *elsewhere, "--query"]), "IMAGE")
+
+
+def search(arguments: list[str]) -> None:
+    from lvssl.evaluation.codes import SearchSettings, pictured, print_found, write_csv
+    from lvssl.evaluation.codes import search as run
+
+    settings = parse(SearchSettings, arguments, "search")
+    if settings.csv:
+        print(f"{settings.csv}: neighbours of {write_csv(settings.csv, run(settings)):,} queries")
+        return
+    found = run(settings)
+    if settings.page:
+        from lvssl.report.pictures import MOST, write_neighbours
+
+        first = list(itertools.islice(found, MOST))
+        title = f"Neighbours of {settings.query.name}"
+        print(write_neighbours(settings.page, title, pictured(settings, first)))
+        return
+    print_found(found)
+
+
+def curate(arguments: list[str]) -> None:
+    from lvssl.evaluation.curate import CurateSettings
+    from lvssl.evaluation.curate import curate as run
+    from lvssl.report.pictures import write_curation
+
+    settings = parse(CurateSettings, arguments, "curate")
+    found = run(settings)
+    for name, (_, lines) in found.tables.items():
+        print(f"{found.out / name}.csv: {len(lines):,} rows")
+    if found.run is None:
+        return
+    title = f"{(settings.train or found.run.settings.data).name} by {settings.run.resolve().name}"
+    print(write_curation(found.out / "curate.html", title, found.tables, found.shown, found.picture))
+
+
+def export(arguments: list[str]) -> None:
+    from lvssl.export import ExportSettings
+    from lvssl.export import export as run
+
+    print(f"written: {run(parse(ExportSettings, arguments, 'export'))}")

@@ -1,0 +1,96 @@
+"""The command line: see `lvssl --help`."""
+
+import io
+import sys
+from collections.abc import Callable, Sequence
+
+from lvssl.commands import apply, chain, measure, start
+from lvssl.commands.pretrain import pretrain
+
+HELP = """lvssl: latent-variable contrastive learning of image encoders
+
+    convert-beton IMAGES train.beton                   a folder of class folders, a parquet, torchvision:NAME
+    lvssl pretrain --preset cifar10-small --data train.beton --out runs/lv
+    lvssl pretrain --preset cifar10-small --data train.beton --out runs/control --family none
+    lvssl evaluate runs/lv --test test.beton --control runs/control
+    lvssl linear runs/lv --test test.beton             also knn, finetune --label-fraction 0.1
+    lvssl report runs/lv                               one HTML page
+    lvssl encode runs/lv --images DIR                  a packed code for each image
+    lvssl search runs/lv --query IMAGE                 the nearest images by their codes
+    lvssl launch pipeline.toml                         all of it as jobs of a Slurm cluster
+
+commands:
+"""
+
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
+    "pretrain": ("train an encoder without labels", pretrain),
+    "linear": ("linear classifier (or regression) on the frozen encoder", measure.linear),
+    "knn": ("nearest neighbours on features and codes", measure.knn),
+    "finetune": ("train the encoder with all or some labels", measure.finetune),
+    "evaluate": (
+        "linear probe and kNN on features and codes, with a control run and baselines",
+        measure.evaluate,
+    ),
+    "analyse": ("uncertainty, what single bits say, regression: a run beside its control", measure.analyse),
+    "study": ("several configurations over several seeds, compared in pairs", measure.study),
+    "compression": ("accuracy against bits stored, beside equal-bit controls", measure.compression),
+    "encode": ("packed codes and an uncertainty of every image of a set", apply.encode),
+    "search": ("find the nearest images of queries by their codes", apply.search),
+    "curate": ("near-duplicates, outliers, doubtful labels and a diverse subset of a set", apply.curate),
+    "report": ("one HTML page of a run", measure.report),
+    "export": ("the encoder for torchvision, timm, torch.hub and ONNX", apply.export),
+    "presets": ("list the presets, print one, or compare two", start.presets),
+    "plan": ("memory of a batch on each GPU, and the largest that fits", start.plan),
+    "launch": ("submit a chain of stages to Slurm, or run it here", chain.launch),
+    "status": ("pipeline and job status", chain.status),
+    "cancel": ("end the jobs of a chain", chain.cancel),
+    "retry": ("submit a failed stage of a chain again", chain.retry),
+    "doctor": ("what is installed and what is missing; doctor RUN: is its latent alive", start.doctor),
+    "demo": ("all of it on Fashion-MNIST in some minutes", start.demo),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's name may be no text: it is escaped
+            stream.reconfigure(errors="backslashreplace")
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP + "\n".join(f"    {name:10} {about}" for name, (about, _) in COMMANDS.items()))
+        print("\n`lvssl COMMAND --help` lists a command's settings.")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from lvssl import __version__
+
+        print(__version__)
+        return 0
+    if arguments[0] not in COMMANDS:
+        return fail(f"unknown command {arguments[0]!r}; known: {', '.join(COMMANDS)}")
+    return guarded(COMMANDS[arguments[0]][1], arguments[1:])
+
+
+def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) -> int:
+    """A user's mistake is one line without a traceback; everything unexpected keeps its traceback."""
+    from lvssl.codes.file import CodeFileError
+    from pipelines.decode.reader import DamagedSample
+    from pipelines.errors import InputError, hide_decoders_warnings
+
+    hide_decoders_warnings()
+    try:
+        return command(arguments) or 0
+    except DamagedSample as error:
+        return fail(f"{error}; --on-error skip goes on without such images")
+    except (InputError, CodeFileError) as error:
+        return fail(str(error))
+    except OSError as error:  # disk full, no permission: the system's words name the file
+        return fail(str(error), 1)
+    except (FloatingPointError, MemoryError) as error:  # a run that diverged, or is too large
+        return fail(str(error), 1)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+
+
+def fail(message: str, status: int = 2) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,114 @@
+"""What is measured of a run, and the page that shows it."""
+
+import importlib
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lvssl.commands.arguments import parse, preset_in
+
+
+def stage(kind: str, name: str) -> Callable[[list[str]], int]:
+    """The command of a stage after pretraining; `kind` names its settings, "module:function" what it does."""
+
+    def run(arguments: list[str]) -> int:
+        from lvssl.evaluation.foreign import measure_embeddings
+        from lvssl.evaluation.stage import show
+        from lvssl.runs.embeddings import is_embeddings
+        from lvssl.settings import stages
+        from lvssl.training.stopping import Interrupted
+
+        start = stages.start_from(getattr(stages, kind), preset_in(arguments))
+        module, _, function = name.partition(":")
+        settings = parse(type(start), arguments, function, start)
+        if not isinstance(settings, stages.FinetuneSettings) and is_embeddings(settings.run):
+            show(measure_embeddings(function, settings))
+            return 0
+        try:
+            done = getattr(importlib.import_module(module), function)(settings)
+        except Interrupted as stopped:
+            print(stopped, file=sys.stderr)
+            return 143
+        show(done)
+        return 0
+
+    return run
+
+
+linear = stage("LinearSettings", "lvssl.evaluation.linear:linear")
+knn = stage("KnnSettings", "lvssl.evaluation.nearest:knn")
+finetune = stage("FinetuneSettings", "lvssl.evaluation.finetune:finetune")
+
+
+def evaluate(arguments: list[str]) -> None:
+    from lvssl.evaluation.evaluate import EvaluateSettings, print_table
+    from lvssl.evaluation.evaluate import evaluate as run
+
+    settings = parse(EvaluateSettings, arguments, "evaluate")
+    print_table(run(settings)["table"])
+    say_written(settings, "evaluation.json")
+
+
+def say_written(settings: Any, name: str) -> None:
+    """Where a result lies that a run was measured for, and the command that shows it."""
+    from lvssl.runs.result import result_folder
+    from lvssl.settings.fields import options
+
+    elsewhere = options({"out": settings.out} if settings.out else {})
+    print(
+        f"written: {result_folder(settings) / name}; next:",
+        shlex.join(["lvssl", "report", str(settings.run), *elsewhere]),
+    )
+
+
+def analyse(arguments: list[str]) -> None:
+    from lvssl.evaluation.analyse import AnalyseSettings, print_analysis
+    from lvssl.evaluation.analyse import analyse as run
+
+    settings = parse(AnalyseSettings, arguments, "analyse")
+    print_analysis(run(settings))
+    say_written(settings, "analysis.json")
+
+
+def compression(arguments: list[str]) -> None:
+    from lvssl.evaluation.compression import CompressionSettings, print_compression
+    from lvssl.evaluation.compression import compression as run
+
+    settings = parse(CompressionSettings, arguments, "compression")
+    print_compression(run(settings))
+    say_written(settings, "compression.json")
+
+
+def study(arguments: list[str]) -> None:
+    from lvssl.evaluation.study import StudySettings
+    from lvssl.evaluation.study import study as run
+    from lvssl.report.study import write_study
+
+    settings = parse(StudySettings, arguments, "study")
+    result = run(settings)
+    if result is not None:
+        written = write_study(settings.out, result)
+        print((settings.out / "study.md").read_text())
+        print(f"written: {settings.out / 'study.json'}, {', '.join(path.name for path in written)}")
+
+
+def report(arguments: list[str]) -> None:
+    import tyro
+
+    from lvssl.report.page import write_report
+
+    @dataclass(frozen=True)
+    class Report:
+        """Write report.html, one page without outside resources, from what the run's folder holds."""
+
+        run: tyro.conf.Positional[Path]
+        """The run's folder."""
+        out: Path | None = None
+        """The folder that the page goes into; results in it, of commands with the same --out, are shown. Left
+        out: the run's folder."""
+
+    chosen = parse(Report, arguments, "report")
+    print(write_report(chosen.run, chosen.out))

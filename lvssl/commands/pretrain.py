@@ -1,0 +1,76 @@
+"""`lvssl pretrain`."""
+
+import argparse
+import shlex
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from lvssl.commands.arguments import parse
+
+
+def pretrain(arguments: list[str]) -> int:
+    from lvssl.runs.run import read_config
+    from lvssl.settings.pretrain import PRESETS, PretrainSettings, preset
+    from pipelines.datasets.parts import are_there, is_by_name
+    from pipelines.errors import InputError
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--out", type=Path)
+    first.add_argument("--resume", action="store_true")
+    first.add_argument("--data", type=Path)
+    first.add_argument("--source", default="auto")
+    first.add_argument("--device", default="auto")
+    known, others = first.parse_known_args(arguments)
+    settings, what = PretrainSettings(), ""
+    if known.resume and known.out and (known.out / "config.json").exists():
+        settings = replace(read_config(known.out)[0], out=known.out)
+    elif known.preset is None and known.data and not {"-h", "--help"} & {*others}:
+        from lvssl.commands.suggest import suggest
+
+        if is_by_name(known.data) or are_there(known.data):
+            settings, what = suggest(known.data, known.source, known.device)
+    if known.preset is not None:
+        settings = preset(known.preset)
+
+    @dataclass(frozen=True)
+    class Pretrain:
+        settings: PretrainSettings = field(default_factory=lambda: settings)
+        resume: bool = False
+        """Go on with the run in --out from its newest checkpoint; its settings need not be repeated."""
+
+    about = f"{PretrainSettings.__doc__} Presets: {', '.join(PRESETS)}. A setting beside --preset wins."
+    about += " Without --preset one is chosen, with resolution, batch and epochs, for images and device."
+    chosen = parse(Pretrain, arguments, "pretrain", about=about)
+    out, data = chosen.settings.out, chosen.settings.data
+    if chosen.resume and not (out / "config.json").exists() and not are_there(data):
+        raise InputError(
+            f"{out}: there is no run to resume (no {out / 'config.json'}), and no {data} to begin one with: "
+            "check --out, or --data"
+        )
+
+    from lvssl.plan import require_memory
+    from lvssl.training.distributed import world_of
+    from lvssl.training.pretrain import pretrain as run
+    from lvssl.training.stopping import Interrupted
+
+    chosen.settings.validate()
+    if what and world_of().first:
+        from lvssl.commands.suggest import in_words
+
+        print(in_words(chosen.settings, what), file=sys.stderr, flush=True)
+    try:
+        run(chosen.settings, chosen.resume, lambda: require_memory(chosen.settings, world_of().size))
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return 143
+    if not world_of().first:
+        return 0
+    name = shlex.quote(str(out))
+    labels = read_config(out)[1] > 1
+    following = (
+        f"evaluate {name} --test TEST.beton" if labels else f"encode {name} --images {shlex.quote(str(data))}"
+    )
+    print(f"{out}: done; next: lvssl {following}")
+    return 0

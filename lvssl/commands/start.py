@@ -1,0 +1,57 @@
+"""Before a training of one's own: presets, the memory of a batch, what is installed, a demonstration."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lvssl.commands.arguments import parse, preset_in
+
+
+def presets(arguments: list[str]) -> None:
+    import json
+
+    from lvssl.settings.presets import difference_of, listing, settings_of
+
+    if len(arguments) == 2:
+        print(difference_of(*arguments))
+    elif arguments:
+        for name in arguments:
+            print(json.dumps(settings_of(name), indent=2))
+    else:
+        print(listing())
+        print("\n`lvssl presets NAME` prints every setting of one, `lvssl presets A B` what tells two apart.")
+
+
+def plan(arguments: list[str]) -> None:
+    from lvssl.plan import PlanSettings, of_preset
+    from lvssl.plan import plan as table
+
+    name = preset_in(arguments)
+    print(table(parse(PlanSettings, arguments, "plan", of_preset(name) if name else None)))
+
+
+def doctor(arguments: list[str]) -> int:
+    import tyro
+
+    from lvssl.commands.doctor import main
+
+    @dataclass(frozen=True)
+    class Doctor:
+        """Say what is installed, what is missing, and the command that installs it; or, of a run, whether its
+        latent is alive: status 1 on posterior collapse, saturation, or a scale that is constant."""
+
+        run: tyro.conf.Positional[Path | None] = None
+        """A run's folder; left out: the installation."""
+
+    run = parse(Doctor, arguments, "doctor").run
+    if run is None:
+        return main()
+    from lvssl.training.health import examine
+
+    return examine(run)
+
+
+def demo(arguments: list[str]) -> None:
+    from lvssl.commands.demo import DemoSettings
+    from lvssl.commands.demo import demo as run
+
+    run(parse(DemoSettings, arguments, "demo"))
