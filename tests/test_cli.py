@@ -12,6 +12,7 @@ from PIL import Image
 
 from lvssl.codes.file import open_codes
 from lvssl.commands.main import COMMANDS, main
+from lvssl.runs.rows import by_point
 
 
 @pytest.fixture(scope="module")
@@ -49,25 +50,31 @@ def test_the_whole_way(trained, digits, tmp_path, capsys):
     lv, control = trained["bernoulli"], trained["none"]
     assert main(["evaluate", str(lv)]) == 0  # test.beton beside train.beton, the control beside the run
     evaluation = json.loads((lv / "evaluation.json").read_text())
-    assert evaluation["run"]["bits"] == 64 and evaluation["control"]["family"] == "none"
+    points = {(p["run"], p["representation"], p["method"]): p for p in by_point(evaluation["rows"])}
+    name = evaluation["run"]["name"]
+    code, features = points[name, "code", "code"], points[name, "features", ""]
+    assert code["bits"] == 64 and evaluation["control"]["family"] == "none"
     assert str(digits["test"]) in evaluation["command"] and str(control) in evaluation["command"]
-    assert {row["representation"] for row in evaluation["table"]} == {
-        "features",
-        "code",
-        "sign bits",
-        "pixels",
+    control_name = evaluation["control"]["name"]
+    measured = {key: p["linear"] for key, p in points.items() if "linear" in p}
+    assert set(measured) == {
+        (name, "features", ""),
+        (name, "code", "code"),
+        (control_name, "features", ""),
+        (control_name, "code", "sign"),
+        ("random encoder", "features", ""),
+        ("no encoder", "pixels", ""),
     }
-    for row in evaluation["table"]:
-        assert 20 < row["linear"] <= 100, row
-    assert evaluation["compression"]["raw_pixels"] == pytest.approx(8 * 8 / 8)  # grey: one byte a pixel
-    assert evaluation["compression"]["fp32_feature"] == pytest.approx(32)
-    assert 0.5 < evaluation["uncertainty"]["recall_at_1"] <= 1
+    assert all(20 < linear <= 100 for linear in measured.values()), measured
+    assert code["raw_pixels"] == pytest.approx(8 * 8 / 8)  # grey: one byte a pixel
+    assert code["fp32_feature"] == pytest.approx(32)
+    assert 0.5 < points[name, "uncertainty", ""]["recall_at_1"] <= 1
     printed = capsys.readouterr().out
     assert "sign bits" in printed and "lvssl report" in printed
 
     assert main(["report", str(lv)]) == 0
     page = (lv / "report.html").read_text()
-    assert f"{evaluation['run']['linear']:.1f}" in page
+    assert f"{features['linear']:.1f}" in page
 
 
 def test_codes_are_written_found_again_and_tied_to_their_checkpoint(trained, tmp_path, capsys):
@@ -195,11 +202,8 @@ def test_the_demo_runs_on_digits_and_leaves_what_it_promises(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert set(results) == {"control", "bernoulli", "baselines"}
-    assert set(results["control"]) == {"linear", "knn", "sign_linear", "sign_hamming_knn"}
-    assert set(results["bernoulli"]) == {"linear", "knn", "code_linear", "hamming_knn", "bits", "compression"}
-    assert set(results["baselines"]) == {"random", "pixels"}
+    rows = json.loads((tmp_path / "demo" / "bernoulli" / "evaluation.json").read_text())["rows"]
+    assert {row["run"] for row in rows} == {"bernoulli", "control", "random encoder", "no encoder"}
     page = (tmp_path / "demo" / "report.html").read_text()
     assert 'id="neighbours"' in page and 'id="bits"' in page and "lvssl compression demo/bernoulli" in page
     assert open_codes(tmp_path / "demo" / "bernoulli" / "codes.lvcodes").count == 200

@@ -22,7 +22,6 @@ from pipelines.convert.conversion import ConvertOptions, convert
 from pipelines.convert.conversion import Settings as ConvertSettings
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
-from pipelines.files import write_json
 from pipelines.loader import evaluation_crops
 
 # Debian's package dataset-fashion-mnist, installed, or unpacked into the checkout by tools/install.sh.
@@ -50,7 +49,7 @@ class DemoSettings:
 
 
 def demo(settings: DemoSettings) -> dict[str, Any]:
-    """Leaves results.json and report.html in the folder `out`; returns the former's content."""
+    """Leaves runs, betons, codes and report.html in the folder `out`; returns what `evaluate` gives."""
     started = time.monotonic()
     settings.out.mkdir(parents=True, exist_ok=True)
     name, train, test = converted(settings)
@@ -66,24 +65,22 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     print("\n== uncertainty, and what single bits see", flush=True)
     analyse(AnalyseSettings(run, test=test, control=control, max_images=ANALYSED, overwrite=True))
     codes = encode(EncodeSettings(run=runs["bernoulli"], images=pictures(settings.out / "images", test)))
-    results = summary(evaluation)
-    write_json(settings.out / "results.json", results, indent=2)
     page = settings.out / "report.html"
     shutil.copyfile(write_report(runs["bernoulli"]), page)
 
     print()
-    print_table(evaluation["table"])
+    print_table(evaluation["rows"])
     query = sorted((settings.out / "images").iterdir())[0]
-    size = results["bernoulli"]["bits"] // 8
-    print(f"\ncodes    {codes}: {open_codes(codes).count} images, {size} bytes each")
+    opened = open_codes(codes)
+    print(f"\ncodes    {codes}: {opened.count} images, {opened.bits // 8} bytes each")
     lvssl = "lvssl" if shutil.which("lvssl") else Path(sys.executable).with_name("lvssl")
     print(f"search   {lvssl} search {runs['bernoulli']} --query {query}")
-    print(f"results  {settings.out / 'results.json'}")
+    print(f"results  {run / 'evaluation.json'}")
     print(f"page     {page.resolve()}")
     more = [f"{lvssl} {stage} {runs['bernoulli']}" for stage in ("compression", "report")]
     print(f"more     {'; '.join(more)}")
     print(f"({time.monotonic() - started:.0f} s)")
-    return results
+    return evaluation
 
 
 def converted(settings: DemoSettings) -> tuple[str, Path, Path]:
@@ -161,14 +158,3 @@ def pictures(folder: Path, test: Path) -> Path:
         pixels = evaluation_crops(source, view, np.array([index]))[0]
         Image.fromarray(pixels).save(folder / f"{index:04d}-class{source.labels[index]}.png")
     return folder
-
-
-def summary(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """results.json: accuracies in percent."""
-    control, run = evaluation["control"], evaluation["run"]
-    return {
-        "control": {name: control[name] for name in ("linear", "knn", "sign_linear", "sign_hamming_knn")},
-        "bernoulli": {name: run[name] for name in ("linear", "knn", "code_linear", "hamming_knn", "bits")}
-        | {"compression": evaluation["compression"]},
-        "baselines": evaluation["baselines"],
-    }

@@ -48,7 +48,7 @@ def evaluate(arguments: list[str]) -> None:
     from lvssl.evaluation.evaluate import evaluate as run
 
     settings = parse(EvaluateSettings, arguments, "evaluate")
-    print_table(run(settings)["table"])
+    print_table(run(settings)["rows"])
     say_written(settings, "evaluation.json")
 
 

@@ -22,7 +22,8 @@ from lvssl.evaluation.scorer import uncertainty
 from lvssl.evaluation.sets import Sampling, Sets, class_names, labelled_pair, with_defaults
 from lvssl.evaluation.shapes import FACTORS, make_shapes
 from lvssl.runs.result import ResultFile, as_number
-from lvssl.runs.run import Run, load_run
+from lvssl.runs.rows import Point, Row, by_point, rows_of_points
+from lvssl.runs.run import Run, load_run, run_names
 from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME, ReadsImages
 from lvssl.settings.pretrain import require
 from pipelines.datasets.dataset import evenly_spaced
@@ -108,16 +109,27 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
     if len(np.unique(sets.test_labels)) < 2:
         raise InputError(f"{settings.test}: test images of at least two classes are needed to analyse a run")
     images = {"train": len(sets.train), "test": len(sets.test), "skipped": sets.skipped}
-    result: dict[str, Any] = {"models": {}, "images": images}
-    for role, model in zip(roles(settings, len(models)), models):
+    names = run_names(models)
+    rows: list[Row] = []
+    result: dict[str, Any] = {
+        "run": run.described(names[0]),
+        "control": control.described(names[1]) if control else None,
+        "rows": rows,
+        "reliability": {},
+        "images": images,
+    }
+    for name, model in zip(names, models):
         own = sets if model.settings.view == run.settings.view else Sets.of(sampling, model, train, test)
         measured, test_outputs = uncertainty(model, own, sampling)
+        points: list[Point] = [("uncertainty", score, None, m) for score, m in measured["scores"].items()]
+        for probe, metrics in measured["probes"].items():
+            result["reliability"].setdefault(name, {})[probe] = metrics.pop("bins")
+            points.append(("probe", probe, None, metrics))
         work.update()
-        measured["regression"] = regression(model, own, sampling)
+        points += regression(model, own, sampling)
         work.update()
-        measured["disentanglement"] = disentanglement(model, settings)
-        described = {"path": str(model.folder), "family": model.settings.latent.family}
-        result["models"][role] = described | measured
+        points += disentanglement(model, settings)
+        rows += rows_of_points(name, model.settings.seed, points)
         if model is run:
             result["bits"], pictures = bits(run, own, test_outputs, class_names(train))
             write_atomically(written.file_beside(), pictures)
@@ -126,12 +138,6 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
     work.update()
     work.close()
     return result
-
-
-def roles(settings: AnalyseSettings, count: int) -> list[str]:
-    """The names under which models stand in the tables."""
-    names = ["run", *(["control"] if settings.control else [])]
-    return names + [path.name for path in settings.others][: count - len(names)]
 
 
 # Bits -----------------------------------------------------------------------------------------------------
@@ -197,28 +203,36 @@ def pictures(
 # Known factors --------------------------------------------------------------------------------------------
 
 
-def regression(run: Run, sets: Sets, sampling: Sampling) -> list[dict[str, Any]]:
-    """R^2 and MAE of ridge from features and code to augmentation parameters and to the shapes' factors."""
-    rows = []
+def regression(run: Run, sets: Sets, sampling: Sampling) -> list[Point]:
+    """R^2 and MAE of ridge from features and code to augmentation parameters and to the shapes' factors, each
+    metric named after its target: "shapes_r2: hue"."""
+    points: list[Point] = []
     for kind, (train, test) in known_factors(run, sets, sampling).items():
         known = representations(test[0])
         for name, x in representations(train[0]).items():
             found = ridge_each(x, train[1], known[name], test[1])
-            rows += [{"set": kind, "target": t, "from": name} | r._asdict() for t, r in found.items()]
-    return rows
+            metrics = {f"{kind}_{m}: {t}": v for t, each in found.items() for m, v in each._asdict().items()}
+            points.append((name, "", None, metrics))
+    return points
 
 
-def disentanglement(run: Run, settings: AnalyseSettings) -> dict[str, dict[str, float]]:
+def disentanglement(run: Run, settings: AnalyseSettings) -> list[Point]:
     """DCI and MIG of features and code on the procedural shapes."""
     count = min(TREES, 2 * (settings.max_images or TREES))
     made = [make_shapes(count, run.settings.view.resolution, settings.seed + i) for i in range(2)]
     outputs = [representations(network_outputs(run.network, m.images, run.settings.view)) for m in made]
     categorical = (FACTORS.index("shape"),)
-    return {
-        name: dci(outputs[0][name], made[0].factors, outputs[1][name], made[1].factors, categorical)._asdict()
-        | {"mig": float(mig(outputs[0][name], made[0].factors, categorical).mean())}
+    known = made[0].factors, made[1].factors
+    return [
+        (
+            name,
+            "",
+            None,
+            dci(outputs[0][name], known[0], outputs[1][name], known[1], categorical)._asdict()
+            | {"mig": float(mig(outputs[0][name], known[0], categorical).mean())},
+        )
         for name in outputs[0]
-    }
+    ]
 
 
 # What is printed ------------------------------------------------------------------------------------------
@@ -226,9 +240,8 @@ def disentanglement(run: Run, settings: AnalyseSettings) -> dict[str, dict[str, 
 
 def print_analysis(result: dict[str, Any]) -> None:
     """The uncertainty scores of all models on a terminal; the page shows the rest."""
-    print(f"{'model':12}{'score':12}{'R-AUROC':>9}{'R@1':>7}{'AURC':>7}{'OOD (mean)':>12}")
-    for role, model in result["models"].items():
-        for name, row in model["scores"].items():
-            ood = np.mean([as_number(value) for key, value in row.items() if key.startswith("ood ")])
-            area, recall, aurc = (as_number(row[key]) for key in ("r_auroc", "recall_at_1", "aurc"))
-            print(f"{role:12}{name:12}{area:9.3f}{recall:7.3f}{aurc:7.3f}{ood:12.3f}")
+    print(f"{'run':12}{'score':12}{'R-AUROC':>9}{'R@1':>7}{'AURC':>7}{'OOD (mean)':>12}")
+    for row in by_point(result["rows"], representation="uncertainty"):
+        ood = np.mean([as_number(value) for key, value in row.items() if key.startswith("ood ")])
+        area, recall, aurc = (as_number(row[key]) for key in ("r_auroc", "recall_at_1", "aurc"))
+        print(f"{row['run'][:11]:12}{row['method']:12}{area:9.3f}{recall:7.3f}{aurc:7.3f}{ood:12.3f}")

@@ -24,8 +24,8 @@ from lvssl.models.backbone import feature_dim
 from lvssl.models.inference import device_of
 from lvssl.runs.labels import sound_part
 from lvssl.runs.result import ResultFile, as_number
-from lvssl.runs.rows import Row, are_rows, as_csv, by_point, rows_of
-from lvssl.runs.run import Run, load_run
+from lvssl.runs.rows import Row, as_csv, by_point, rows_of
+from lvssl.runs.run import Run, load_run, run_names
 from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME, ReadsImages
 from pipelines.decode import Reader
 from pipelines.errors import InputError
@@ -97,7 +97,7 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
         raise InputError(f"equal-bit controls need a run of family {WITHOUT_LATENT}: name it with --control")
     runs = {run.folder: run} | {path: load_run(path) for path in settings.others} | {control.folder: control}
     result = ResultFile.of_run("compression", "compression.json", settings, list(runs.values()), CSV)
-    if (done := result.found()) is not None and are_rows(done.get("rows")):
+    if (done := result.found()) is not None:
         return done
     on_error, train_path = settings.on_error, settings.train or run.settings.data
     train, test = labelled_pair(run, control, settings.train, settings.test)
@@ -105,7 +105,8 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
     rows: list[Row] = []
     left_out: list[str] = []
     bar = tqdm(desc="compression", unit="code", disable=None)
-    for other in runs.values():
+    names = run_names(list(runs.values()))
+    for name, other in zip(names, runs.values()):
         sets = embed_both(other, train, test, settings.workers, on_error)
         train = sound_part(train_path, train, sets[0].rows)
         test = sound_part(settings.test, test, sets[1].rows)
@@ -114,13 +115,13 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
                 left_out.append(point)
                 continue
             figures = measured(settings, point, train, test, device_of(other.network))
-            place = {"run": other.folder.name, "seed": other.settings.seed, "bits": point.bits}
+            place = {"run": name, "seed": other.settings.seed, "bits": point.bits}
             named = {"representation": point.representation, "method": point.method}
             rows += rows_of(figures | ratios(other, point.bits, test), **place, **named)
             bar.update()
     bar.close()
     content = {
-        "families": {other.folder.name: other.settings.latent.family for other in runs.values()},
+        "families": {name: other.settings.latent.family for name, other in zip(names, runs.values())},
         "rows": rows,
         "left_out": left_out,
         "queries": len(test),

@@ -45,7 +45,8 @@ from lvssl.runs.features import Store
 from lvssl.runs.identity import describe_set
 from lvssl.runs.labels import Subset, readable, sound_part
 from lvssl.runs.result import ResultFile
-from lvssl.runs.run import Run, load_run
+from lvssl.runs.rows import Point, Row, by_point, rows_of_points, stored_as
+from lvssl.runs.run import Run, load_run, run_names
 from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME, ReadsImages
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.datasets.parts import files_of
@@ -115,28 +116,29 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     skipped = {"train": len(train) - len(sets[0].rows), "test": len(test) - len(sets[1].rows)}
     train = sound_part(train_path, train, sets[0].rows)
     test = sound_part(settings.test, test, sets[1].rows)
-    figures, wrong = measure(*sets, run.network)
+    names, seed = run_names(runs), run.settings.seed
+    points, wrong = measure(*sets, run.network)
+    points += [("code", "code", sets[1].bits, of_code(run, sets[1], test))]
+    points += [("uncertainty", "", None, uncertainty(sets[1], wrong))]
+    rows = rows_of_points(names[0], seed, points)
     stages.update()
-    control_figures: dict[str, Any] | None = None
     if control:
         control_sets = embed_both(control, train, test, settings.workers)
-        control_figures = describe(control) | measure(*control_sets, control.network)[0]
+        found, _ = measure(*control_sets, control.network)
+        rows += rows_of_points(names[1], control.settings.seed, found)
         stages.update()
-    baseline = baselines(run, train, test, settings.workers)
+    random, raw = baselines(run, train, test, settings.workers)
+    rows += rows_of_points("random encoder", seed, [("features", "", None, {"linear": random})])
+    rows += rows_of_points("no encoder", seed, [("pixels", "", None, {"linear": raw})])
     stages.update()
     content = {
-        "run": describe(run) | figures,
-        "control": control_figures,
-        "baselines": baseline,
+        "run": run.described(names[0]),
+        "control": control.described(names[1]) if control else None,
+        "rows": rows,
         "protocol": protocol(train),
-        "table": table(run, control, figures, control_figures, baseline),
-        "compression": compression(run, test),
-        "code_statistics": code_statistics(unpack_bits(sets[1].codes, sets[1].bits), sets[1].bit_means),
-        "uncertainty": uncertainty(sets[1], wrong),
         "data": describe_data(run, settings, train, test) | {"skipped": skipped},
     }
-    names = class_names(train)
-    write_gallery(result.file_beside(), *sets, train, test, run.settings.view, names)
+    write_gallery(result.file_beside(), *sets, train, test, run.settings.view, class_names(train))
     content = result.write(content)
     stages.update()
     stages.close()
@@ -159,30 +161,27 @@ def protocol(train: Reader) -> dict[str, Any]:
     return {"linear": probe, "knn": {"k": k, "temperature": temperature}}
 
 
-def measure(train: Embedding, test: Embedding, network: LVNet) -> tuple[dict[str, Any], np.ndarray]:
-    """Accuracies in percent, on features and on the code of the network that made them, computed where it
-    lies; and the feature probe's mistakes, bool [test]."""
-    labels, stochastic, device = (train.labels, test.labels), network.family.stochastic, device_of(network)
+def measure(train: Embedding, test: Embedding, network: LVNet) -> tuple[list[Point], np.ndarray]:
+    """Accuracies in percent on features, and on codes or, without a latent, the features' signs, computed
+    where the network lies; and the feature probe's mistakes, bool [test]."""
+    labels, device, width = (train.labels, test.labels), device_of(network), test.features.shape[1]
     k, temperature = OF_LARGE if len(labels[0]) >= LARGE_SET else OF_SMALL
     probe = linear(train.features, labels[0], test.features, labels[1], device)
-    figures: dict[str, Any] = {
-        "linear": probe.accuracy,
-        "knn": weighted_knn(train.features, labels[0], test.features, labels[1], k, temperature, device),
+    knn = weighted_knn(train.features, labels[0], test.features, labels[1], k, temperature, device)
+    if network.family.stochastic:
+        method, bits, codes = "code", test.bits, (train.codes, test.codes)
+    else:
+        mean = train.features.mean(axis=0)
+        method, bits = "sign", width
+        codes = packed_signs(train.features, mean), packed_signs(test.features, mean)
+    rows = [Bits(code, bits) for code in codes]
+    of_codes = {
+        "linear": linear(rows[0], labels[0], rows[1], labels[1], device).accuracy,
+        "knn": hamming_knn(codes[0], labels[0], codes[1], labels[1], bits, k, temperature),
     }
-    mean = train.features.mean(axis=0)
-    code = {"sign": tuple(packed_signs(s.features, mean) for s in (train, test))}
-    if stochastic:
-        code = {"code": (train.codes, test.codes)}
-    for name, (train_code, test_code) in code.items():
-        bits = test.bits if stochastic else test.features.shape[1]
-        rows = [Bits(c, bits) for c in (train_code, test_code)]
-        figures[f"{name}_linear"] = linear(rows[0], labels[0], rows[1], labels[1], device).accuracy
-        knn = hamming_knn(train_code, labels[0], test_code, labels[1], bits, k, temperature)
-        figures["hamming_knn" if stochastic else "sign_hamming_knn"] = knn
-        figures["bits"] = bits
-    if stochastic:
-        figures["rate_bits"] = test.rate_bits
-    return figures, probe.predictions != labels[1]
+    of_features = {"linear": probe.accuracy, "knn": knn}
+    points: list[Point] = [("features", "", 32 * width, of_features), ("code", method, bits, of_codes)]
+    return points, probe.predictions != labels[1]
 
 
 def packed_signs(features: np.ndarray, mean: np.ndarray, rows: int = 8192) -> np.ndarray:
@@ -191,17 +190,7 @@ def packed_signs(features: np.ndarray, mean: np.ndarray, rows: int = 8192) -> np
     return np.concatenate([pack_bits(sign_bits(part, mean)) for part in parts])
 
 
-def describe(run: Run) -> dict[str, Any]:
-    return {
-        "path": str(run.folder.absolute()),
-        "family": run.settings.latent.family,
-        "checkpoint": run.digest,
-        "arithmetic": run.arithmetic,
-        "step": run.step,
-    }
-
-
-def baselines(run: Run, train: Reader, test: Reader, workers: int) -> dict[str, float]:
+def baselines(run: Run, train: Reader, test: Reader, workers: int) -> tuple[float, float]:
     """The probe on what needs no training: the same network untrained, and the pixels."""
     settings = run.settings
     torch.manual_seed(settings.seed)
@@ -220,16 +209,16 @@ def baselines(run: Run, train: Reader, test: Reader, workers: int) -> dict[str, 
             embed(random, source, settings.view, workers).features for source in (train, test)
         ]
         raw: list[Rows] = [pixels(source, settings.view, workers) for source in (train, test)]
-        return {"random": accuracy(sets), "pixels": accuracy(raw)}
-    found = {}
+        return accuracy(sets), accuracy(raw)
+    found = []
     for name, network in (("random", random), ("pixels", None)):
         with ExitStack() as stores:
             rows: list[Rows] = [
                 stores.enter_context(kept_for_now(run, name, network, source, workers))
                 for source in (train, test)
             ]
-            found[name] = accuracy(rows)
-    return found
+            found.append(accuracy(rows))
+    return found[0], found[1]
 
 
 @contextmanager
@@ -257,46 +246,17 @@ def kept_for_now(
     shutil.rmtree(store.folder, ignore_errors=True)
 
 
-def table(
-    run: Run,
-    control: Run | None,
-    figures: dict[str, Any],
-    control_figures: dict[str, Any] | None,
-    baseline: dict[str, float],
-) -> list[dict[str, Any]]:
-    """Rows of the result: model, representation, bits, linear, knn (percent, or None)."""
-
-    def row(
-        model: str, representation: str, size: int | None, linear: float, knn: float | None
-    ) -> dict[str, Any]:
-        return {"model": model, "representation": representation, "bits": size, "linear": linear, "knn": knn}
-
-    def rows(which: Run, f: dict[str, Any]) -> list[dict[str, Any]]:
-        name = which.settings.latent.family
-        made = [row(name, "features", 32 * feature_dim(which.settings.model.backbone), f["linear"], f["knn"])]
-        if "code_linear" in f:
-            made.append(row(name, "code", f["bits"], f["code_linear"], f["hamming_knn"]))
-        else:
-            made.append(row(name, "sign bits", f["bits"], f["sign_linear"], f["sign_hamming_knn"]))
-        return made
-
-    made = rows(run, figures)
-    if control and control_figures:
-        made += rows(control, control_figures)
-    made.append(row("random encoder", "features", None, baseline["random"], None))
-    made.append(row("no encoder", "pixels", None, baseline["pixels"], None))
-    return made
-
-
-def compression(run: Run, test: Reader) -> dict[str, float]:
-    """How many times smaller the code is, against what is named."""
-    return compression_ratios(
-        run.network.family.code_bits(run.network.dim),
+def of_code(run: Run, test: Embedding, source: Reader) -> dict[str, float | int | None]:
+    """What the run's codes hold, and how many times smaller they are than what is named."""
+    ratios = compression_ratios(
+        test.bits,
         run.settings.view.resolution,
-        channels(test),
+        channels(source),
         feature_dim=feature_dim(run.settings.model.backbone),
-        jpeg_bytes=jpeg_bytes(test),
+        jpeg_bytes=jpeg_bytes(source),
     )
+    rate = {"rate_bits": test.rate_bits} if run.network.family.stochastic else {}
+    return ratios | code_statistics(unpack_bits(test.codes, test.bits), test.bit_means) | rate
 
 
 def describe_data(run: Run, settings: EvaluateSettings, train: Reader, test: Reader) -> dict[str, Any]:
@@ -386,10 +346,11 @@ def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
     return np.lexsort((labels, turn))[:count]
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """The result on a terminal."""
-    print(f"{'model':16}{'representation':16}{'bits':>8}{'linear %':>10}{'kNN %':>8}")
-    for row in rows:
-        bits = f"{row['bits']:,}" if row["bits"] else "-"
-        knn = f"{row['knn']:.1f}" if row["knn"] is not None else "-"
-        print(f"{row['model']:16}{row['representation']:16}{bits:>8}{row['linear']:>10.1f}{knn:>8}")
+def print_table(rows: list[Row]) -> None:
+    """The accuracies on a terminal."""
+    print(f"{'run':16}{'representation':16}{'bits':>8}{'linear %':>10}{'kNN %':>8}")
+    for point in by_point(rows):
+        if "linear" in point:
+            bits, knn = (point.get(name) for name in ("bits", "knn"))
+            print(f"{point['run'][:15]:16}{stored_as(point):16}{f'{bits:,}' if bits else '-':>8}", end="")
+            print(f"{point['linear']:>10.1f}{'-' if knn is None else f'{knn:.1f}':>8}")

@@ -28,7 +28,7 @@ from lvssl.evaluation.sets import Sampling, Sets, embed_both
 from lvssl.models.inference import device_of
 from lvssl.models.network import latent_dim
 from lvssl.runs.labels import sound_part
-from lvssl.runs.rows import Row, rows_of
+from lvssl.runs.rows import Point, Row, rows_of_points
 from lvssl.runs.run import Run
 from lvssl.settings.pretrain import PretrainSettings
 from pipelines.decode import Reader
@@ -142,12 +142,7 @@ def measured(
         "queries": len(test),
         "skipped": {"train": counts[0] - len(train), "test": counts[1] - len(test)},
     }
-    place = {"run": run.folder.name, "seed": run.settings.seed}
-    return described, [
-        row
-        for representation, method, length, metrics in points
-        for row in rows_of(metrics, representation=representation, method=method, bits=length, **place)
-    ]
+    return described, rows_of_points(run.folder.name, run.settings.seed, points)
 
 
 def accuracies_of_features(train: Embedding, test: Embedding, device: torch.device) -> dict[str, float]:
@@ -162,9 +157,6 @@ def accuracies_of_features(train: Embedding, test: Embedding, device: torch.devi
 
 
 # Codes ----------------------------------------------------------------------------------------------------
-
-
-Point = tuple[str, str, int | None, dict[str, float]]  # representation, method, bits, metrics
 
 
 class CodeEvaluationData(NamedTuple):

@@ -6,32 +6,39 @@ from typing import Any
 
 from lvssl.report.figures import Figure, Line, chart
 from lvssl.report.template import finite, render
+from lvssl.runs.rows import POINT, by_point
 
 STYLES = {"features": "run", "latent mean": "code", "latent samples": "control"}
 
 
 def uncertainty(analysis: dict[str, Any]) -> str:
     """Every score of every model, and the reliability diagram of the run's probes."""
-    models = analysis.get("models") or {}
-    rows = [(role, name, row) for role, model in models.items() for name, row in model["scores"].items()]
+    rows = by_point(analysis.get("rows") or [], representation="uncertainty")
     if not rows:
         return ""
-    columns = {key: title(key) for _, _, row in rows for key in row}
+    run = analysis["run"]["name"]
+    columns = {key: title(key) for row in rows for key in row if key not in POINT}
     ranks = {c: head for c, head in columns.items() if c.startswith("rank ") or c == "crops less certain"}
     best = {}
     for column in columns:
-        values = [row[column] for _, _, row in rows if finite(row.get(column))]
+        values = [row[column] for row in rows if finite(row.get(column))]
         best[column] = (min if column == "aurc" else max)(values, default=None)
     return render(
         "uncertainty.html",
         rows=rows,
+        roles=roles(analysis),
         scores={c: head for c, head in columns.items() if c not in ranks},
         ranks=ranks,
         best=best,
-        probes=models["run"]["probes"],
-        reliability=reliability(models["run"]["probes"]),
+        probes=by_point(analysis["rows"], representation="probe", run=run),
+        reliability=reliability(analysis["reliability"].get(run, {})),
         command=analysis.get("command"),
     )
+
+
+def roles(analysis: dict[str, Any]) -> dict[str, str]:
+    """What the run and its control are called in the tables; others by their names."""
+    return {analysis[role]["name"]: role for role in ("run", "control") if analysis.get(role)}
 
 
 def title(column: str) -> str:
@@ -39,12 +46,12 @@ def title(column: str) -> str:
     return names.get(column, column.removeprefix("rank ").replace("ood ", "OOD "))
 
 
-def reliability(probes: dict[str, dict[str, Any]]) -> Figure | None:
-    """The diagram of each probe's probabilities; None where none has two bins."""
+def reliability(probes: dict[str, list[dict[str, float]]]) -> Figure | None:
+    """The diagram of each probe's probabilities, from its bins; None where none has two."""
     lines = [
-        Line(name, STYLES.get(name, "run"), [(b["confidence"], b["accuracy"]) for b in probe["bins"]])
-        for name, probe in probes.items()
-        if len(probe["bins"]) > 1
+        Line(name, STYLES.get(name, "run"), [(b["confidence"], b["accuracy"]) for b in bins])
+        for name, bins in probes.items()
+        if len(bins) > 1
     ]
     unit = "accuracy at the probe's confidence"
     return chart("Reliability", unit, lines, "confidence", last=False) if lines else None
@@ -52,11 +59,13 @@ def reliability(probes: dict[str, dict[str, Any]]) -> Figure | None:
 
 def regression(analysis: dict[str, Any]) -> str:
     """R^2 of ridge to known factors: one row a target, one column a representation."""
-    models = analysis.get("models") or {}
+    called = roles(analysis)
     found: dict[tuple[str, str], dict[str, float]] = {}
-    for role in [role for role in ("run", "control") if role in models]:
-        for row in models[role].get("regression", []):
-            found.setdefault((row["set"], row["target"]), {})[f"{role}: {row['from']}"] = row["r2"]
+    for row in analysis.get("rows") or []:
+        kind, _, target = row["metric"].partition("_r2: ")
+        if target and row["run"] in called:
+            column = f"{called[row['run']]}: {row['representation']}"
+            found.setdefault((kind, target), {})[column] = row["value"]
     if not found:
         return ""
     columns = list(dict.fromkeys(name for row in found.values() for name in row))
@@ -74,9 +83,7 @@ def regression(analysis: dict[str, Any]) -> str:
 
 def disentanglement(analysis: dict[str, Any]) -> str:
     """DCI and MIG: one row a model and representation."""
-    rows = [
-        (role, name, found)
-        for role, model in (analysis.get("models") or {}).items()
-        for name, found in (model.get("disentanglement") or {}).items()
-    ]
-    return render("disentanglement.html", rows=rows, command=analysis.get("command")) if rows else ""
+    rows = [row for row in by_point(analysis.get("rows") or []) if "mig" in row]
+    if not rows:
+        return ""
+    return render("disentanglement.html", rows=rows, roles=roles(analysis), command=analysis.get("command"))

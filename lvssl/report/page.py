@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lvssl.latents import described, has_code
+from lvssl.latents import described
 from lvssl.report.analysis import disentanglement, regression, uncertainty
 from lvssl.report.compression import compression
 from lvssl.report.curves import curves
@@ -33,44 +33,50 @@ from lvssl.report.verdict import (
     compare_codes,
     compare_uncertainty,
     in_words,
+    measured_of,
     signed,
     uncertainty_in_words,
 )
 from lvssl.runs.result import read_result
-from lvssl.runs.rows import are_rows
+from lvssl.runs.rows import are_rows, by_point, stored_as
 from lvssl.runs.run import read_config
 from lvssl.settings.fields import flat, options
 from lvssl.settings.presets import command
 from lvssl.settings.pretrain import PretrainSettings
 from pipelines.files import write_atomically
 
-PARTS = ("compression", "uncertainty", "code_statistics")  # of an evaluation, what it says of codes
 # By command: its result, and what the page looks into.
 RESULTS: dict[str, tuple[str, dict[str, type]]] = {
-    "evaluate": (
-        "evaluation.json",
-        {"table": list, **dict.fromkeys(("run", "control", "data", *PARTS), dict)},
-    ),
+    "evaluate": ("evaluation.json", {"rows": list, **dict.fromkeys(("run", "control", "data"), dict)}),
     "compression": ("compression.json", {"rows": list, "left_out": list}),
-    "analyse": ("analysis.json", {"models": dict, "bits": dict}),
+    "analyse": (
+        "analysis.json",
+        {"rows": list, **dict.fromkeys(("run", "control", "reliability", "bits"), dict)},
+    ),
 }
 TIMES = "{:,.1f}\N{MULTIPLICATION SIGN}"
-# Figures of the code: what they are called on the page, and how they are written.
+# Figures of the code, in three tables: what they are called on the page, and how they are written.
 FIGURES = {
-    "raw_pixels": ("smaller than raw pixels", TIMES),
-    "stored_jpeg": ("smaller than the stored JPEG", TIMES),
-    "fp32_feature": ("smaller than the fp32 feature", TIMES),
-    "count": ("codes measured", "{:,}"),
-    "nominal_bits": ("bits stored", "{:,}"),
-    "entropy_bits": ("sum of the bits' entropies", "{:,.1f} bits"),
-    "entropy_per_bit": ("mean entropy of a bit", "{:.3f}"),
-    "information_bound_bits": ("information bound of the sampled code", "{:,.1f} bits"),
-    "dead_bits": ("dead bits (on for < 1 % or > 99 %)", "{:,}"),
-    "mean_absolute_correlation": ("mean |correlation| of two bits", "{:.3f}"),
-    "collisions": ("images that share an earlier image's code", "{:,}"),
-    "r_auroc": ("R-AUROC: the uncertainty tells wrong neighbours from right (0.5: chance)", "{:.3f}"),
-    "recall_at_1": ("R@1: the nearest neighbour is of the same class", "{:.3f}"),
-    "aurc": ("AURC: error rate of the probe averaged over coverage (lower is better)", "{:.3f}"),
+    "compression": {
+        "raw_pixels": ("smaller than raw pixels", TIMES),
+        "stored_jpeg": ("smaller than the stored JPEG", TIMES),
+        "fp32_feature": ("smaller than the fp32 feature", TIMES),
+    },
+    "uncertainty": {
+        "r_auroc": ("R-AUROC: the uncertainty tells wrong neighbours from right (0.5: chance)", "{:.3f}"),
+        "recall_at_1": ("R@1: the nearest neighbour is of the same class", "{:.3f}"),
+        "aurc": ("AURC: error rate of the probe averaged over coverage (lower is better)", "{:.3f}"),
+    },
+    "code_statistics": {
+        "count": ("codes measured", "{:,}"),
+        "nominal_bits": ("bits stored", "{:,}"),
+        "entropy_bits": ("sum of the bits' entropies", "{:,.1f} bits"),
+        "entropy_per_bit": ("mean entropy of a bit", "{:.3f}"),
+        "information_bound_bits": ("information bound of the sampled code", "{:,.1f} bits"),
+        "dead_bits": ("dead bits (on for < 1 % or > 99 %)", "{:,}"),
+        "mean_absolute_correlation": ("mean |correlation| of two bits", "{:.3f}"),
+        "collisions": ("images that share an earlier image's code", "{:,}"),
+    },
 }
 
 
@@ -90,8 +96,9 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         stage: read_result(path, **kinds) if (path := of_results(folder, run_dir, name)).exists() else {}
         for stage, (name, kinds) in RESULTS.items()
     }
-    if not are_rows(measured["compression"].get("rows") or []):
-        measured["compression"] = {}  # of an older version: to be measured again
+    for stage in RESULTS:
+        if not are_rows(measured[stage].get("rows")):
+            measured[stage] = {}  # of an older version: to be measured again
     evaluation, analysis = measured["evaluate"], measured["analyse"]
     commands = commands_of(run_dir, out, chosen, measured)
     evaluated = commands.get("evaluate")
@@ -152,14 +159,14 @@ def verdicts(measured: dict[str, dict[str, Any]], labels: bool = True) -> dict[s
     """`tiles`: the comparisons with controls, in words and in points; `notes`: what they leave open."""
     evaluation = measured["evaluate"]
     comparisons = compare(evaluation)
-    run, control = evaluation.get("run") or {}, evaluation.get("control") or {}
-    against = f"the control's sign bits, {run.get('bits', 0):,} bits each,"
+    code, of_control = (measured_of(evaluation, side, "code") for side in ("run", "control"))
+    against = f"the control's sign bits, {code.get('bits', 0):,} bits each,"
     strongest, names = compare_codes(measured["compression"])
     if strongest:
         comparisons["code"] = strongest
         against = f"the strongest control of as many bits ({names})"
     tiles = [
-        tile(comparisons["code"], "The code" if "code_linear" in run else "The sign bits", against),
+        tile(comparisons["code"], "The code" if code.get("method") == "code" else "The sign bits", against),
         tile(comparisons["features"], "The features", "the control's"),
         uncertainty_tile(compare_uncertainty(measured["analyse"])),
     ]
@@ -171,13 +178,13 @@ def verdicts(measured: dict[str, dict[str, Any]], labels: bool = True) -> dict[s
             "points is within their sampling error and called level. "
             "What another seed would change comes on top."
         )
-    if control and run.get("bits") != control.get("bits"):
+    if of_control and code.get("bits") != of_control["bits"]:
         notes.append("The code and the control's sign bits differ in length and are not compared.")
     if not evaluation and not labels:
         notes.append("There are no labels to measure accuracies with; the commands at the end need none.")
     elif not evaluation:
         notes.append("Not evaluated yet: lvssl evaluate measures this run and writes the table.")
-    elif not control:
+    elif not evaluation.get("control"):
         notes.append("No control was evaluated: lvssl evaluate --control RUN puts one beside these figures.")
     return {"tiles": [each for each in tiles if each], "notes": notes}
 
@@ -223,8 +230,8 @@ def uncertainty_tile(found: UncertaintyComparison | None) -> Tile | None:
 
 def headline(run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any]) -> str:
     data = data_name(settings, evaluation)
-    run = evaluation.get("run") or {}
-    made = f"{run['bits']:,}-bit codes" if run.get("bits") and "code_linear" in run else "Features"
+    code = measured_of(evaluation, "run", "code")
+    made = f"{code['bits']:,}-bit codes" if code.get("method") == "code" else "Features"
     return f"{made} of {data}" if data else f"{made}: {run_dir.resolve().name}"
 
 
@@ -258,16 +265,26 @@ def trained(settings: dict[str, Any], evaluation: dict[str, Any]) -> str:
 
 def results(evaluation: dict[str, Any], command: str | None) -> str:
     """Accuracies of every representation; "" where none was evaluated."""
-    rows = evaluation.get("table") or []
+    rows = [point for point in by_point(evaluation.get("rows") or []) if "linear" in point]
     if not rows:
         return ""
     found = {name: [row[name] for row in rows if finite(row.get(name))] for name in ("linear", "knn")}
     values = found["linear"] + found["knn"]
     low, high = (math.floor(min(values) / 5) * 5, math.ceil(max(values) / 5) * 5) if values else (0, 100)
-    ours = (evaluation.get("run") or {}).get("family")
+    run, control = evaluation["run"], evaluation.get("control")
+    names = {run["name"]: run["family"]}  # plain SimCLR is the control
+    names |= {control["name"]: f"control ({control['family']})"} if control else {}
     return render(
         "results.html",
-        rows=[row | {"model": model_name(row), "ours": row.get("model") == ours} for row in rows],
+        rows=[
+            row
+            | {
+                "model": names.get(row["run"], row["run"]),
+                "representation": stored_as(row),
+                "ours": row["run"] == run["name"],
+            }
+            for row in rows
+        ],
         best={name: max(values, default=None) for name, values in found.items()},
         low=low,
         high=high,
@@ -275,22 +292,18 @@ def results(evaluation: dict[str, Any], command: str | None) -> str:
     )
 
 
-def model_name(row: dict[str, Any]) -> str:
-    """Plain SimCLR is the control, except in the row of the raw pixels, where there is no model at all."""
-    model = str(row.get("model", ""))
-    if has_code(model):
-        return model
-    return "no model" if row.get("representation") == "pixels" else f"control ({model})"
-
-
 def codes(evaluation: dict[str, Any], command: str | None) -> str:
     """What is known of the code and of the uncertainty, three tables; "" without any."""
+    name = (evaluation.get("run") or {}).get("name")
+    known: dict[str, Any] = {}
+    for representation in ("code", "uncertainty"):
+        for point in by_point(evaluation.get("rows") or [], run=name, representation=representation):
+            known |= point
     tables = {
-        part: [(*FIGURES.get(name, (name, "{}")), value) for name, value in figures.items()]
-        for part in PARTS
-        if (figures := evaluation.get(part))
+        part: [(*how, known[figure]) for figure, how in figures.items() if figure in known]
+        for part, figures in FIGURES.items()
     }
-    return render("codes.html", tables=tables, command=command) if tables else ""
+    return render("codes.html", tables=tables, command=command) if any(tables.values()) else ""
 
 
 # Settings and commands ------------------------------------------------------------------------------------

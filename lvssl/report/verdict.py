@@ -8,7 +8,7 @@ from typing import Any
 
 from lvssl.report.template import finite
 from lvssl.runs.differences import interval, strongest
-from lvssl.runs.rows import by_point
+from lvssl.runs.rows import Row, by_point
 
 
 @dataclass(frozen=True)
@@ -44,25 +44,30 @@ def sampling_noise(run: float, control: float, images: int) -> float:
 def compare(evaluation: dict[str, Any]) -> dict[str, list[Comparison]]:
     """{"code": [...], "features": [...]}: the run's code against the control's sign bits where both have the
     same number of bits, and its features against the control's. Empty lists where there is no control."""
-    run, control = evaluation.get("run") or {}, evaluation.get("control") or {}
     images = (evaluation.get("data") or {}).get("test")
 
-    def pairs(*measures: tuple[str, str, str]) -> list[Comparison]:
-        found = [(name, run.get(a), control.get(b)) for name, a, b in measures]
+    def pairs(representation: str, names: dict[str, str]) -> list[Comparison]:
+        run, control = (measured_of(evaluation, side, representation) for side in ("run", "control"))
+        if run.get("bits") != control.get("bits") and representation == "code":
+            return []
         return [
             Comparison(name, a, b, sampling_noise(a, b, images) if images else None)
-            for name, a, b in found
-            if a is not None and b is not None
+            for name, key in names.items()
+            if (a := run.get(key)) is not None and (b := control.get(key)) is not None
         ]
 
-    coded = "code_linear" in run  # a family without a latent has its own sign bits instead
-    same_length = run.get("bits") == control.get("bits")
-    code = pairs(
-        ("Hamming kNN", "hamming_knn" if coded else "sign_hamming_knn", "sign_hamming_knn"),
-        ("linear probe", "code_linear" if coded else "sign_linear", "sign_linear"),
-    )
-    features = pairs(("linear probe", "linear", "linear"), ("kNN", "knn", "knn"))
-    return {"code": code if same_length else [], "features": features}
+    return {
+        "code": pairs("code", {"Hamming kNN": "knn", "linear probe": "linear"}),
+        "features": pairs("features", {"linear probe": "linear", "kNN": "knn"}),
+    }
+
+
+def measured_of(result: dict[str, Any], side: str, representation: str) -> Row:
+    """The first point that a result has of "run" or "control": of its code that of the accuracies. {} without
+    one."""
+    name = (result.get(side) or {}).get("name")
+    points = by_point(result.get("rows") or [], run=name, representation=representation)
+    return points[0] if points else {}
 
 
 @dataclass(frozen=True)
@@ -79,13 +84,11 @@ LABEL_FREE = {"norm": "feature norm", "distance": "distance to its neighbours", 
 
 def compare_uncertainty(analysis: dict[str, Any]) -> UncertaintyComparison | None:
     """The posterior against the control's best score among those that saw no label; None without either."""
-    models = analysis.get("models") or {}
-    run = models.get("run", {}).get("scores", {}).get("posterior")
-    control = {
-        name: row for name, row in models.get("control", {}).get("scores", {}).items() if name in LABEL_FREE
-    }
-    rows = [*control.values(), run]
-    if not run or not control or not all(finite(row.get("r_auroc")) for row in rows):
+    sides = [(analysis.get(side) or {}).get("name") for side in ("run", "control")]
+    scores = by_point(analysis.get("rows") or [], representation="uncertainty")
+    run = next((row for row in scores if (row["run"], row["method"]) == (sides[0], "posterior")), None)
+    control = {row["method"]: row for row in scores if row["run"] == sides[1] and row["method"] in LABEL_FREE}
+    if not run or not control or not all(finite(row.get("r_auroc")) for row in (*control.values(), run)):
         return None
     best = max(control, key=lambda name: control[name]["r_auroc"])
     images = analysis["images"]["test"]

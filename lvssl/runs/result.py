@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lvssl.runs.rows import are_rows
 from lvssl.runs.run import RESULTS_VERSION, Run, results_version, versions
 from lvssl.settings.fields import first_change, identity, runtime
 from lvssl.settings.presets import command
@@ -38,7 +39,8 @@ class ResultFile:
         return cls(folder / file, name, settings, run.digest, beside, (folder / also,))
 
     def found(self) -> dict[str, Any] | None:
-        """The result, if it stands there already, whole.
+        """The result, if it stands there already, whole. One of an older version, whose measurements are no
+        rows, isn't.
 
         Raises:
             InputError: another result stands there, or a damaged one, and --overwrite isn't given; or nothing
@@ -59,7 +61,8 @@ class ResultFile:
                 require_writable(self.path.parent)
                 return None
             raise
-        return content if all(file.exists() for file in self.files) else None
+        of_now = not self.files or are_rows(content.get("rows"))
+        return content if of_now and all(file.exists() for file in self.files) else None
 
     def changes(self, content: dict[str, Any]) -> str:
         """The first difference between a result's origin and what is wanted, in words; "" if there is none.

@@ -3,7 +3,7 @@
 import json
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -217,6 +217,23 @@ class Run:
         device = next(self.network.parameters()).device
         names = {dtype: name for name, dtype in DTYPES.items()}
         return f"{device.type} {names[self.network.precision]}"
+
+    def described(self, name: str) -> dict[str, Any]:
+        """What a result says of this run, whose rows have that name."""
+        return {
+            "name": name,
+            "path": str(self.folder.absolute()),
+            "family": self.settings.latent.family,
+            "checkpoint": self.digest,
+            "arithmetic": self.arithmetic,
+            "step": self.step,
+        }
+
+
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """What the runs are called in rows: their folders' names, or paths where two would be the same."""
+    names = [run.folder.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.folder.resolve()) for run in runs]
 
 
 def training_set(run: Run, given: Path | None) -> Path:

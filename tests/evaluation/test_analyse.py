@@ -18,6 +18,7 @@ from lvssl.evaluation.scorer import UncertaintyScorer, severity_correlation
 from lvssl.evaluation.uncertainty import r_auroc
 from lvssl.report.page import write_report
 from lvssl.report.verdict import auroc_error
+from lvssl.runs.rows import POINT, by_point
 from lvssl.runs.run import load_run
 from lvssl.settings.pretrain import preset
 from lvssl.training.pretrain import pretrain
@@ -44,20 +45,31 @@ def analysis(runs):
 
 def test_every_score_of_every_model_is_there(analysis, runs):
     assert json.loads((runs / "lv" / "analysis.json").read_text()) == json.loads(json.dumps(analysis))
-    models = analysis["models"]
-    assert set(models) == {"run", "control"}
+    models = {"run": "lv", "control": "control"}
+    assert {role: analysis[role]["name"] for role in models} == models
+    scores = {name: measured(analysis, name, "uncertainty") for name in models.values()}
     deterministic = {"norm", "distance", "density", "probe"}
-    assert set(models["control"]["scores"]) == deterministic
-    assert set(models["run"]["scores"]) == deterministic | {"posterior", "rate", "samples"}
+    assert set(scores["control"]) == deterministic
+    assert set(scores["lv"]) == deterministic | {"posterior", "rate", "samples"}
     columns = {"r_auroc", "recall_at_1", "aurc", "crops less certain"}
     columns |= {f"ood {name}" for name in ("noise", "textures", "digits")}
     columns |= {f"rank {name}" for name in ("blur", "noise", "jpeg", "occlusion", "crop")}
-    for model in models.values():
-        assert all(set(row) == columns for row in model["scores"].values())
-        assert {row["from"] for row in model["regression"]} == {"features", "code"}
-        assert {row["set"] for row in model["regression"]} == {"augmentation", "shapes"}
-    assert set(models["run"]["probes"]) == {"features", "latent mean", "latent samples"}
+    for name in models.values():
+        assert all(set(row) - {*POINT} == columns for row in scores[name].values())
+        for representation in ("features", "code"):
+            found = measured(analysis, name, representation)[""]
+            assert {"shapes_r2: hue", "shapes_mae: hue", "augmentation_r2: crop area", "mig"} <= set(found)
+    assert (
+        set(measured(analysis, "lv", "probe"))
+        == set(analysis["reliability"]["lv"])
+        == {"features", "latent mean", "latent samples"}
+    )
     assert len(analysis["bits"]["table"]) == 64 and analysis["command"].startswith("lvssl analyse")
+
+
+def measured(analysis, run, representation):
+    points = by_point(analysis["rows"], run=run, representation=representation)
+    return {point["method"]: point for point in points}
 
 
 def test_figures_agree_with_the_embedding(analysis, runs, digits):
@@ -71,7 +83,7 @@ def test_figures_agree_with_the_embedding(analysis, runs, digits):
     assert np.allclose(outputs.uncertainty, whole.uncertainty[chosen], rtol=1e-4)
     assert (np.packbits(outputs.bits, axis=1, bitorder="little") == whole.codes[chosen]).mean() > 0.999
     expected = r_auroc(outputs.features, test.labels[chosen], outputs.uncertainty)
-    assert analysis["models"]["run"]["scores"]["posterior"]["r_auroc"] == pytest.approx(expected.r_auroc)
+    assert measured(analysis, "lv", "uncertainty")["posterior"]["r_auroc"] == pytest.approx(expected.r_auroc)
     table = {row["bit"]: row for row in analysis["bits"]["table"]}
     assert [table[d]["on"] for d in range(64)] == pytest.approx(outputs.bits.mean(axis=0))
     information = [row["information_bits"] for row in analysis["bits"]["table"]]
@@ -142,7 +154,7 @@ def test_the_page_shows_it(analysis, runs):
     html = write_report(runs / "lv").read_text()
     for section in ("uncertainty", "bits", "regression", "disentanglement"):
         assert f'id="{section}"' in html and (section == "disentanglement" or f'href="#{section}"' in html)
-    posterior = analysis["models"]["run"]["scores"]["posterior"]
+    posterior = measured(analysis, "lv", "uncertainty")["posterior"]
     assert f'data-csv="{posterior["r_auroc"]}"' in html and analysis["command"] in html
     assert html.count('class="pick bit"') == html.count('class="card bit-card"') == 48
 
@@ -161,4 +173,4 @@ def test_the_same_twice(analysis, runs, tmp_path):
     torch.manual_seed(123)
     np.random.seed(5)
     again = analyse(AnalyseSettings(tmp_path / "runs" / "lv", max_images=150, samples=3, overwrite=True))
-    assert json.dumps(again["models"]["run"]["scores"]) == json.dumps(analysis["models"]["run"]["scores"])
+    assert json.dumps(again["rows"]) == json.dumps(analysis["rows"])

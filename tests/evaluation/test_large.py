@@ -9,6 +9,7 @@ import pytest
 from lvssl.commands.main import main
 from lvssl.evaluation import embedding, evaluate, linear, nearest, streamed
 from lvssl.runs import features
+from lvssl.runs.rows import by_point
 
 
 @pytest.fixture
@@ -28,9 +29,10 @@ def large(monkeypatch):
     monkeypatch.setattr(streamed, "PAGE", 1)
 
 
-def table(folder: Path) -> dict[tuple[str, str], tuple[float, float]]:
-    rows = json.loads((folder / "evaluation.json").read_text())["table"]
-    return {(row["model"], row["representation"]): (row["linear"], row["knn"]) for row in rows}
+def table(folder: Path) -> dict[tuple[str, str, str], tuple[float, float]]:
+    points = by_point(json.loads((folder / "evaluation.json").read_text())["rows"])
+    points = [p for p in points if "linear" in p]
+    return {(p["run"], p["representation"], p["method"]): (p["linear"], p.get("knn")) for p in points}
 
 
 def test_a_large_set_is_evaluated_by_the_streamed_probe(runs, large, monkeypatch):

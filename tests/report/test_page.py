@@ -24,7 +24,7 @@ from lvssl.evaluation.evaluate import EvaluateSettings
 from lvssl.report.figures import COLOURS, MOST_POINTS, Line, line_chart, number, thinned, ticks
 from lvssl.report.page import write_report
 from lvssl.report.verdict import Comparison, compare, compare_codes, in_words, sampling_noise, signed
-from lvssl.runs.rows import rows_of
+from lvssl.runs.rows import rows_of, rows_of_points
 from lvssl.runs.run import create_run
 from lvssl.settings.presets import command
 from lvssl.settings.pretrain import PretrainSettings, preset
@@ -44,25 +44,27 @@ CLASSES = [
 ]
 
 EVALUATION = {
-    "run": {"path": "runs/demo/bernoulli", "family": "bernoulli", "linear": 84.75, "knn": 83.9,
-        "code_linear": 83.15,
-            "hamming_knn": 82.4, "bits": 256, "rate_bits": 138.2},
-    "control": {"path": None, "family": "none", "linear": 84.5, "knn": 84.1, "sign_linear": 80.05,
-                "sign_hamming_knn": 80.9, "bits": 256},
-    "baselines": {"random": 78.55, "pixels": 83.4},
-    "table": [
-        {"model": "bernoulli", "representation": "features", "bits": 8192, "linear": 84.75, "knn": 83.9},
-        {"model": "bernoulli", "representation": "code", "bits": 256, "linear": 83.15, "knn": 82.4},
-        {"model": "none", "representation": "features", "bits": 8192, "linear": 84.5, "knn": 84.1},
-        {"model": "none", "representation": "sign bits", "bits": 256, "linear": 80.05, "knn": 80.9},
-        {"model": "random encoder", "representation": "features", "bits": None, "linear": 78.55, "knn": None},
-        {"model": "none", "representation": "pixels", "bits": None, "linear": 83.4, "knn": None},
+    "run": {"name": "lv", "path": "runs/demo/bernoulli", "family": "bernoulli"},
+    "control": {"name": "none", "path": None, "family": "none"},
+    "rows": [
+        *rows_of_points("lv", 0, [
+            ("features", "", 8192, {"linear": 84.75, "knn": 83.9}),
+            ("code", "code", 256, {"linear": 83.15, "knn": 82.4}),
+            ("code", "code", 256, {
+                "raw_pixels": 73.5, "fp32_feature": 32.0, "count": 2000, "nominal_bits": 256,
+                "entropy_bits": 241.7, "entropy_per_bit": 0.944, "dead_bits": 3,
+                "mean_absolute_correlation": 0.081, "collisions": 7, "information_bound_bits": 130.25,
+                "rate_bits": 138.2,
+            }),
+            ("uncertainty", "", None, {"r_auroc": 0.671, "recall_at_1": 0.803, "aurc": 0.0712}),
+        ]),
+        *rows_of_points("none", 0, [
+            ("features", "", 8192, {"linear": 84.5, "knn": 84.1}),
+            ("code", "sign", 256, {"linear": 80.05, "knn": 80.9}),
+        ]),
+        *rows_of_points("random encoder", 0, [("features", "", None, {"linear": 78.55})]),
+        *rows_of_points("no encoder", 0, [("pixels", "", None, {"linear": 83.4})]),
     ],
-    "compression": {"raw_pixels": 73.5, "fp32_feature": 32.0},
-    "code_statistics": {"count": 2000, "nominal_bits": 256, "entropy_bits": 241.7, "entropy_per_bit": 0.944,
-                        "dead_bits": 3, "mean_absolute_correlation": 0.081, "collisions": 7,
-                        "information_bound_bits": 130.25},
-    "uncertainty": {"r_auroc": 0.671, "recall_at_1": 0.803, "aurc": 0.0712},
     "data": {"train": 10000, "test": 2000, "classes": 10, "resolution": 28,
              "train_path": "data/fashion-mnist-train.beton"},
 
@@ -126,36 +128,25 @@ def write_analysis(folder, generator, side=28):
         )
         return {name: dict(zip(keys, generator.random(7).round(4).tolist())) for name in names}
 
-    def regression():
-        pairs = [("augmentation", "crop area"), ("shapes", "hue")]
-        return [
-            {
-                "set": kind,
-                "target": target,
-                "from": name,
-                "r2": generator.random(),
-                "mae": 0.1,
-                "strength": 1.0,
-            }
-            for kind, target in pairs
-            for name in ("features", "code")
-        ]
-
     bins = [{"confidence": c, "accuracy": c - 0.05, "count": 20} for c in (0.5, 0.7, 0.9)]
-    probe = {"accuracy": 83.25, "nll": 0.512, "brier": 0.2231, "ece": 0.0471, "bins": bins}
-    dci = {"disentanglement": 0.1, "completeness": 0.2, "informativeness": 0.3, "mig": 0.04}
-    models = {
-        role: {"scores": scores(*names), "probes": {"features": probe}, "regression": regression(),
-               "disentanglement": {"features": dci, "code": dci}}
-        for role, names in (("run", ("posterior", "norm")), ("control", ("norm", "distance")))
-    }  # fmt: skip
+    probe = {"accuracy": 83.25, "nll": 0.512, "brier": 0.2231, "ece": 0.0471}
+    known = {"disentanglement": 0.1, "completeness": 0.2, "informativeness": 0.3, "mig": 0.04}
+    for target in ("augmentation_{}: crop area", "shapes_{}: hue"):
+        known |= {target.format(metric): value for metric, value in (("r2", 0.4), ("mae", 0.1))}
+    measured = []
+    for name, names in (("lv", ("posterior", "norm")), ("none", ("norm", "distance"))):
+        points = [("uncertainty", score, None, found) for score, found in scores(*names).items()]
+        points += [("probe", "features", None, probe)]
+        points += [(representation, "", None, known) for representation in ("features", "code")]
+        measured += rows_of_points(name, 0, points)
     rows = [
         {"bit": d, "on": 0.5, "information_bits": 0.3, "class": CLASSES[9], "auroc": 0.8} for d in range(256)
     ]
     flips = {name: {str(d): 0.25 for d in range(16)} for name in ("replaced", "follows", "same_class")}
     few = {name: {"bits_needed": 4, "auroc": 0.9, "auroc_all": 0.91} for name in CLASSES}
     images = {"train": 4000, "test": 2000}
-    analysis = {"models": models, "images": images, "command": "lvssl analyse runs/demo",
+    analysis = {"run": {"name": "lv"}, "control": {"name": "none"}, "rows": measured, "images": images,
+                "reliability": {"lv": {"features": bins}}, "command": "lvssl analyse runs/demo",
                 "bits": {"table": rows, "flips": flips, "few": few}}  # fmt: skip
     (folder / "analysis.json").write_text(json.dumps(analysis))
     images = generator.integers(0, 256, (40, side, side, 3), dtype=np.uint8)
@@ -317,7 +308,9 @@ def test_without_a_control_nothing_is_claimed(tmp_path):
 
 def test_missing_values_show_as_a_dash_and_large_pictures_shrink(tmp_path):
     run = write_run(tmp_path / "run", side=224)
-    evaluation = EVALUATION | {"uncertainty": {"r_auroc": float("nan"), "recall_at_1": None, "aurc": 0.1}}
+    unknown = {"r_auroc": float("nan"), "recall_at_1": None}
+    rows = [row | {"value": unknown.get(row["metric"], row["value"])} for row in EVALUATION["rows"]]
+    evaluation = EVALUATION | {"rows": rows}
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     html = write_report(run).read_text()
     assert (
@@ -414,7 +407,7 @@ def test_every_command_on_the_page_parses_to_what_it_was_made_from(tmp_path):
     )
     create_run(settings, 2, resume=False)
     made = AnalyseSettings(settings.out, test=tmp_path / "t.beton", alone=True, samples=3, on_error="skip")
-    (settings.out / "analysis.json").write_text(json.dumps({"command": command("analyse", made)}))
+    (settings.out / "analysis.json").write_text(json.dumps({"rows": [], "command": command("analyse", made)}))
     page = write_report(settings.out).read_text()
     texts = re.findall(r"<(?:code|pre)[^>]*>(.*?)</(?:code|pre)>", page, re.S)
     lines = {html.unescape(line) for text in texts for line in text.splitlines() if line.startswith("lvssl ")}
@@ -470,7 +463,8 @@ def test_codes_of_different_length_are_not_compared():
         ("Hamming kNN", 1.5),
         ("linear probe", 3.1),
     ]
-    longer = EVALUATION | {"control": EVALUATION["control"] | {"bits": 2048}}
+    rows = [row | {"bits": 2048} if row["method"] == "sign" else row for row in EVALUATION["rows"]]
+    longer = EVALUATION | {"rows": rows}
     assert compare(longer)["code"] == [] and compare(longer)["features"]
 
 

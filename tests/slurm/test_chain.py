@@ -16,6 +16,7 @@ import torch
 from chains import Chain, until  # type: ignore[import-not-found]
 
 from lvssl.runs import checkpoint
+from lvssl.runs.rows import by_point
 from slurm.records import read_jobs
 from slurm.snapshot import PACKAGES
 
@@ -105,7 +106,8 @@ def test_the_whole_chain_to_a_report(undisturbed):
     assert {undisturbed.state(stage) for stage in undisturbed.stages} == {"done"}
     run = undisturbed.task("pretrain").run
     figures = json.loads((run / "evaluation.json").read_text())
-    assert f"{figures['run']['linear']:.1f}" in (run / "report.html").read_text()
+    (features,) = by_point(figures["rows"], run=figures["run"]["name"], representation="features")
+    assert f"{features['linear']:.1f}" in (run / "report.html").read_text()
     table = undisturbed.status()
     assert re.search(r" (\d+)/\1 ", table) and table.count("done") == 5 and "loss" in table, table
     betons = sorted(path.name for path in undisturbed.out.glob("data-*/*"))

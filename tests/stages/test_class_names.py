@@ -12,6 +12,7 @@ from PIL import Image
 
 from lvssl.commands.main import main
 from lvssl.runs.labels import numbered_as, open_pair
+from lvssl.runs.rows import by_point
 from lvssl.runs.run import load_run, read_set
 from lvssl.settings.pretrain import PRESETS
 from lvssl.training.pretrain import pretrain
@@ -117,8 +118,9 @@ def test_evaluate_gives_the_figures_of_the_set_in_its_own_order(run, sets):
     figures = []
     for test in ("both", "turned"):
         assert main(["evaluate", str(run), "--test", str(sets[test]), "--overwrite"]) == 0
-        figures.append(json.loads((run / "evaluation.json").read_text())["run"])
-    assert figures[0]["linear"] == figures[1]["linear"] == figures[0]["knn"] == 100.0
+        figures.append(json.loads((run / "evaluation.json").read_text())["rows"])
+    (features,) = by_point(figures[0], run="run", representation="features")
+    assert figures[0] == figures[1] and features["linear"] == features["knn"] == 100.0
     gallery = np.load(run / "gallery.npz")
     assert gallery["class_names"].tolist() == ["apple", "bear"]
 
