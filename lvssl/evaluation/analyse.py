@@ -6,13 +6,12 @@ Everything stands beside a control: the deterministic run's scores, its features
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
-from tyro.conf import Positional
 
 from lvssl.evaluation.bit_analysis import class_auroc, dci, flip_bits, mig, mutual_information, sparse_probe
 from lvssl.evaluation.factors import known_factors, representations
@@ -24,8 +23,8 @@ from lvssl.evaluation.shapes import FACTORS, make_shapes
 from lvssl.runs.result import ResultFile, as_number
 from lvssl.runs.rows import Point, Row, by_point, rows_of_points
 from lvssl.runs.run import Run, load_run, run_names
-from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME, ReadsImages
 from lvssl.settings.pretrain import require
+from lvssl.settings.stages import MeasuringSettings
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
@@ -37,17 +36,9 @@ FEWEST = 40  # test images below which nothing is worth measuring
 
 
 @dataclass(frozen=True)
-class AnalyseSettings(ReadsImages):
+class AnalyseSettings(MeasuringSettings):
     """Uncertainty, what single bits say, regression: a run beside its control. Writes RUN/analysis.json."""
 
-    run: Positional[Path] = field(metadata=POSITIONAL)
-    """The run's folder; analysis.json and bits.npz are written there, unless --out is given."""
-    test: Path | None = None
-    """The test images, made by `convert-beton`; left out: test.beton (or val) beside train.beton."""
-    control: Path | None = None
-    """The run of family `none` or `sign` to compare with; left out: the run `control` beside this one."""
-    train: Path | None = None
-    """Labelled training images of the probes; left out: those of the pretraining."""
     alone: bool = False
     """Without a control, also where one lies beside the run."""
     others: tuple[Path, ...] = ()
@@ -59,13 +50,6 @@ class AnalyseSettings(ReadsImages):
     samples: int = 8
     """Samples of the latent averaged in a prediction (K)."""
     seed: int = 0
-    on_error: str | None = None
-    """An image that can't be decoded: raise, or skip (leave it out; among augmented views the next good one
-    takes its place); left out: as in the pretraining."""
-    out: Path | None = field(default=None, metadata=RUNTIME)
-    """The folder that the result goes into; left out: the run's."""
-    overwrite: bool = field(default=False, metadata=PER_CALL)
-    """Replace a result of other settings, or of an older checkpoint."""
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value. Touches no file."""

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from tqdm import tqdm
-from tyro.conf import Positional
 
 from lvssl.codes.controls import CONTROLS, Coder, LinearHash
 from lvssl.codes.statistics import compression_ratios
@@ -26,7 +25,8 @@ from lvssl.runs.labels import sound_part
 from lvssl.runs.result import ResultFile, as_number
 from lvssl.runs.rows import Row, as_csv, by_point, rows_of
 from lvssl.runs.run import Run, load_run, run_names
-from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME, ReadsImages
+from lvssl.settings.fields import RUNTIME
+from lvssl.settings.stages import MeasuringSettings
 from pipelines.decode import Reader
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
@@ -36,32 +36,18 @@ CSV = "compression.csv"
 
 
 @dataclass(frozen=True)
-class CompressionSettings(ReadsImages):
+class CompressionSettings(MeasuringSettings):
     """Accuracy against bits stored for each image: the run's code and its prefixes, beside sign, PCA + sign,
     ITQ, LSH, int8 and product codes of the control's features. Writes RUN/compression.json and .csv."""
 
-    run: Positional[Path] = field(metadata=POSITIONAL)
-    """The run whose code is measured."""
-    control: Path | None = None
-    """The deterministic run of whose features the controls are made; left out: `control` beside the run."""
     others: tuple[Path, ...] = field(default=())
     """More runs on the same axes: other families, betas or lengths."""
-    test: Path | None = None
-    """The test images: the queries; left out: test.beton (or val) beside train.beton."""
-    train: Path | None = None
-    """Labelled training images: probes are fitted on them, and they are searched; left out: the run's."""
     bits: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048)
     """Lengths at which the controls are made and codes cut off."""
     top_n: int = 1000
     """n of mAP@n."""
     seed: int = 0
     """Of the controls that draw: ITQ, LSH, PQ, OPQ."""
-    on_error: str | None = None
-    """An image that can't be decoded: raise, or skip (leave it out); left out: as in the pretraining."""
-    out: Path | None = field(default=None, metadata=RUNTIME)
-    """The folder that the result goes into; left out: the run's."""
-    overwrite: bool = field(default=False, metadata=PER_CALL)
-    """Replace a result of other settings, or of an older checkpoint."""
     workers: int = field(default=0, metadata=RUNTIME)
     """Threads that decode; 0: the cores less two, 2 to 12."""
 

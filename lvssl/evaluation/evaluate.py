@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from tyro.conf import Positional
 
 from lvssl.codes.controls import sign_bits
 from lvssl.codes.search import hamming_search
@@ -47,7 +46,8 @@ from lvssl.runs.labels import Subset, readable, sound_part
 from lvssl.runs.result import ResultFile
 from lvssl.runs.rows import Point, Row, by_point, rows_of_points, stored_as
 from lvssl.runs.run import Run, load_run, run_names
-from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME, ReadsImages
+from lvssl.settings.fields import RUNTIME
+from lvssl.settings.stages import MeasuringSettings
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.datasets.parts import files_of
 from pipelines.decode import Reader
@@ -64,24 +64,9 @@ CALIBRATED = 50_000  # images of a large set on which the random encoder's runni
 
 
 @dataclass(frozen=True)
-class EvaluateSettings(ReadsImages):
-    """Linear probe and kNN on features and codes: a run, its control, the random encoder and raw pixels."""
+class EvaluateSettings(MeasuringSettings):
+    """Linear probe and kNN on features and codes of a run and its control; writes RUN/evaluation.json."""
 
-    run: Positional[Path] = field(metadata=POSITIONAL)
-    """The run's folder; evaluation.json and gallery.npz are written there, unless --out is given."""
-    test: Path | None = None
-    """The test images, made by `convert-beton`; left out: test.beton (or val) beside train.beton."""
-    control: Path | None = None
-    """The run of family `none` or `sign` to compare with; left out: the run `control` beside this one."""
-    train: Path | None = None
-    """Labelled training images of the probes and neighbours; left out: those of the pretraining."""
-    on_error: str | None = None
-    """An image that can't be decoded: raise (stop and name it), or skip (leave it out, and say how many);
-    left out: as in the pretraining."""
-    out: Path | None = field(default=None, metadata=RUNTIME)
-    """The folder that the result goes into; left out: the run's."""
-    overwrite: bool = field(default=False, metadata=PER_CALL)
-    """Replace a result of other settings, or of an older checkpoint."""
     workers: int = field(default=0, metadata=RUNTIME)
     """Threads that decode; 0: the cores less two, 2 to 12."""
 

@@ -20,6 +20,7 @@ HELD_OUT = 0.15  # share of the training set on which the regularisation is chos
 # steps moved the accuracy by at most 0.7 points, in either direction; torch.optim.LBFGS gave the same and was
 # no faster.
 STEPS = 50
+STRENGTHS = (1e-1, 1e-2, 1e-3)  # of the regularisation
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,7 @@ class Probe:
 
 
 def fit_probe(
-    train_x: Any,
-    train_y: Any,
-    *,
-    regularisation: Sequence[float] = (1e-1, 1e-2, 1e-3),
-    seed: int = 0,
-    title: str = "",
+    train_x: Any, train_y: Any, *, regularisation: Sequence[float] = STRENGTHS, seed: int = 0, title: str = ""
 ) -> Probe:
     """The read-out of `linear_probe`, fitted."""
     train_x, train_y = checked("train", train_x, train_y)
@@ -78,7 +74,7 @@ def linear_probe(
     test_x: Any,
     test_y: Any,
     *,
-    regularisation: Sequence[float] = (1e-1, 1e-2, 1e-3),
+    regularisation: Sequence[float] = STRENGTHS,
     seed: int = 0,
     title: str = "",
 ) -> ProbeResult:

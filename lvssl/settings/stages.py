@@ -55,6 +55,27 @@ class StageSettings(ReadsImages):
 
 
 @dataclass(frozen=True)
+class MeasuringSettings(ReadsImages):
+    """What `evaluate`, `analyse` and `compression` share, which measure a run beside a control."""
+
+    run: Positional[Path] = field(metadata=POSITIONAL)
+    """The run's folder; what is measured is written there, unless --out is given."""
+    test: Path | None = None
+    """The test images, made by `convert-beton`; left out: test.beton (or val) beside train.beton."""
+    control: Path | None = None
+    """The run of family `none` or `sign` to compare with; left out: the run `control` beside this one."""
+    train: Path | None = None
+    """Labelled training images, which probes are fitted on; left out: those of the pretraining."""
+    on_error: str | None = None
+    """An image that can't be decoded: raise (stop and name it), or skip (leave it out, and say how many;
+    among augmented views the next good one takes its place); left out: as in the pretraining."""
+    out: Path | None = field(default=None, metadata=RUNTIME)
+    """The folder that the result goes into; left out: the run's."""
+    overwrite: bool = field(default=False, metadata=PER_CALL)
+    """Replace a result of other settings, or of an older checkpoint."""
+
+
+@dataclass(frozen=True)
 class TrainingSettings(StageSettings):
     """What `linear` and `finetune` share: SGD with Nesterov momentum 0.9, cosine to 0, crop and flip."""
 

@@ -13,6 +13,16 @@ from slurm.pipeline import read_pipeline
 from slurm.records import Record, read_jobs, read_record
 from slurm.stages import Stage, Task, build_stages
 
+CONVERTED = """
+[convert]
+shards = 2
+[convert.train]
+source = "sklearn:digits"
+[convert.test]
+source = "sklearn:digits"
+split = "test"
+shards = 1
+"""
 PATIENCE = 420.0  # seconds until something that must happen has not
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chains import Chain, until  # type: ignore[import-not-found]
+from chains import CONVERTED, Chain, until  # type: ignore[import-not-found]
 
 from lvssl.runs import checkpoint
 from lvssl.runs.rows import by_point
@@ -38,16 +38,6 @@ batch_size = 64
 threads = 1
 log_every = 1
 checkpoint_minutes = 0.5
-"""
-CONVERTED = """
-[convert]
-shards = 2
-[convert.train]
-source = "sklearn:digits"
-[convert.test]
-source = "sklearn:digits"
-split = "test"
-shards = 1
 """
 
 

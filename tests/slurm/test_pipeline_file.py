@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from chains import CONVERTED  # type: ignore[import-not-found]
 
 from lvssl.commands.chain import chain_starts
 from lvssl.commands.main import main
@@ -28,21 +29,13 @@ from slurm.values import flat_hints, replaced
 from slurm.work import executor
 
 GOLDEN = Path(__file__).with_name("golden_sbatch.txt")
-FILE = """
+FILE = f"""
 name = "tiny"
 out = "out"
 [cluster]
 time = "01:00:00"
 memory = "4G"
-[convert]
-shards = 2
-[convert.train]
-source = "sklearn:digits"
-[convert.test]
-source = "sklearn:digits"
-split = "test"
-shards = 1
-[pretrain]
+{CONVERTED}[pretrain]
 preset = "digits"
 epochs = 3
 [evaluate]

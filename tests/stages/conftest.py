@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from lvssl.settings.pretrain import PRESETS
 from lvssl.training.pretrain import pretrain
@@ -25,8 +24,5 @@ def run(pretrained, tmp_path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def on_one_thread(one_thread):
+    """Every test of a stage."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from killed import wait_for_a_checkpoint
 from PIL import Image
 
 from lvssl.commands.main import main
@@ -267,15 +268,6 @@ def test_killed_at_any_moment_linear_ends_as_the_undisturbed_one(run, tmp_path):
     found = linear(dataclasses.replace(whole, out=tmp_path / "k.json")).done
     assert_same(run / "linear", tmp_path / "k")
     assert found["results"] == expected["results"]
-
-
-def wait_for_a_checkpoint(folder: Path, process: subprocess.Popen) -> None:
-    """Until the process has written a checkpoint that wasn't there."""
-    before = checkpoint.paths(folder / "checkpoints")[-1:]
-    deadline = time.monotonic() + 120
-    while checkpoint.paths(folder / "checkpoints")[-1:] == before and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_sigterm_saves_and_exits_with_143(run):

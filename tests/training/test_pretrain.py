@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from devices import on_cpu_and_gpu
+from killed import wait_for_a_checkpoint
 
 from lvssl.runs import checkpoint
 from lvssl.runs.progress import read_metrics
@@ -25,13 +25,7 @@ from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.loader import LoaderSettings, TwoViewLoader
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settings(digits, out: Path, family: str = "bernoulli", **changes) -> PretrainSettings:
@@ -90,15 +84,6 @@ def interrupted_after(chosen: PretrainSettings, steps: int) -> None:
         trainer.train(stop)
 
 
-def wait_for_a_step(run: Path, process: subprocess.Popen) -> None:
-    """Until the run has written a checkpoint that it hadn't."""
-    before = checkpoint.paths(run / "checkpoints")[-1:]
-    deadline = time.monotonic() + 120
-    while checkpoint.paths(run / "checkpoints")[-1:] == before and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_two_processes_never_train_in_one_folder(digits, tmp_path):
     chosen = settings(digits, tmp_path / "run", epochs=1)
     create_run(chosen, 10, resume=False)
@@ -138,7 +123,7 @@ def test_sigterm_saves_and_ends(digits, tmp_path):
     command = [sys.executable, "-m", "lvssl", "pretrain", "--preset", "digits", "--epochs", "500"]
     command += ["--data", str(digits["train"]), "--out", str(tmp_path / "run"), "--threads", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    wait_for_a_step(tmp_path / "run", process)
+    wait_for_a_checkpoint(tmp_path / "run", process)
     process.terminate()
     assert process.wait(timeout=60) == 143
     message = process.stderr.read()
