@@ -1,7 +1,7 @@
 """Exact nearest neighbours in Hamming distance, and a two-stage search that is exact on few candidates.
 
 The database is read once, chunk by chunk, so that a memory-mapped file larger than memory streams through.
-Rows at the same distance come in the order of their index: the answer is unique, whatever the engine.
+Rows at the same distance come in the order of their index: the answer is unique.
 """
 
 from __future__ import annotations
@@ -21,32 +21,21 @@ CHUNK_BYTES = 64 << 20  # of the database at a time
 QUERY_BLOCK = 4096  # queries that go through the database together
 SPARE = 64  # places of a buffer beyond 2 k, so that a small k is not sorted out all the time
 
-# NumPy: 8,192 rows x 64 queries, whose distances (2 MB of int32) and two buffers stay in the cache.
-NUMPY_ROWS, NUMPY_QUERIES = 8192, 64
-
-ENGINES = ("numba", "faiss", "numpy")
 T = TypeVar("T")
 
 
 def hamming_search(
-    queries: np.ndarray, database: np.ndarray, k: int, *, engine: str = "numba", threads: int = 0
+    queries: np.ndarray, database: np.ndarray, k: int, *, threads: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest rows of `database` for each query: (rows int64 [Q, k], distances int32 [Q, k]), nearest
     first, ties by the lower row.
 
-    Both are packed codes, uint8 [Q, bytes] and [N, bytes]; `database` may be a memmap. `engine`: `numba`
-    (the fastest), `faiss` (its binary index; the extra `faiss`) or `numpy` (the reference), which all give
-    the same. `threads` of numba, 0: one a core. Raises ValueError for widths that differ, for k outside
-    1..N and for an unknown engine, ImportError where faiss is asked for and missing.
+    Both are packed codes, uint8 [Q, bytes] and [N, bytes]; `database` may be a memmap. `threads`, 0: one a
+    core. Raises ValueError for widths that differ and for k outside 1..N.
     """
     check_packed(queries, database)
     check_k(k, len(database))
-    if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}")
-    if engine == "numba":
-        return split(nearest_keys(queries, database, k, database.shape[1], threads))
-    search = with_faiss if engine == "faiss" else with_numpy
-    return split(search(queries, database, k))
+    return split(nearest_keys(queries, database, k, database.shape[1], threads))
 
 
 def staged_search(
@@ -130,11 +119,11 @@ def hamming_distances(queries: np.ndarray, database: np.ndarray, threads: int = 
     return out
 
 
-# ---------------------------------------------------------------------------------------- the engines
+# ---------------------------------------------------------------------------------------- the search
 
 
 def nearest_keys(queries: np.ndarray, database: np.ndarray, k: int, width: int, threads: int) -> np.ndarray:
-    """Keys int64 [Q, k], sorted, of the k nearest rows by the first `width` bytes. By numba.
+    """Keys int64 [Q, k], sorted, of the k nearest rows by the first `width` bytes.
 
     Several queries are shared out among the threads; for fewer queries than threads each takes a part of
     the rows, with buffers of its own, which are merged.
@@ -174,60 +163,6 @@ def nearest_keys(queries: np.ndarray, database: np.ndarray, k: int, width: int, 
         joined = np.concatenate(list(keys), axis=1)
         best[start : start + QUERY_BLOCK] = np.sort(np.partition(joined, k - 1, axis=1)[:, :k], axis=1)
     return best
-
-
-def with_faiss(queries: np.ndarray, database: np.ndarray, k: int) -> np.ndarray:
-    """Keys int64 [Q, k] by faiss's binary index.
-
-    Which of the rows at the k-th distance it returns is its own affair: some more are asked for, and where
-    even these don't reach the next distance, all rows up to that distance.
-    """
-    import faiss
-
-    queries = np.ascontiguousarray(queries)
-    best = np.empty((len(queries), 0), np.int64)
-    rows_at_a_time = max(1, CHUNK_BYTES // database.shape[1])
-    for first in range(0, len(database), rows_at_a_time):
-        chunk = np.ascontiguousarray(database[first : first + rows_at_a_time])
-        index = faiss.IndexBinaryFlat(8 * chunk.shape[1])
-        index.add(chunk)
-        wanted, asked = min(k, len(chunk)), min(k + SPARE, len(chunk))
-        distances, rows = index.search(queries, asked)
-        keys = np.sort((distances.astype(np.int64) << ROW_BITS) | (rows + first), axis=1)
-        if asked < len(chunk):
-            for i in np.flatnonzero(distances[:, asked - 1] == distances[:, wanted - 1]):
-                _, near, found = index.range_search(queries[i : i + 1], int(distances[i, wanted - 1]) + 1)
-                tied = (near.astype(np.int64) << ROW_BITS) | (found + first)
-                keys[i, :wanted] = np.sort(tied)[:wanted]
-        best = np.sort(np.concatenate([best, keys[:, :wanted]], axis=1), axis=1)[:, :k]
-    return best
-
-
-def with_numpy(queries: np.ndarray, database: np.ndarray, k: int) -> np.ndarray:
-    """Keys int64 [Q, k] by NumPy's bit count: the reference."""
-    best = np.full((len(queries), k), np.iinfo(np.int64).max)
-    for rows, first, distances in distance_blocks(queries, database):
-        keys = distances.astype(np.int64) << ROW_BITS
-        keys += np.arange(first, first + keys.shape[1])
-        both = np.concatenate([best[rows], keys], axis=1)
-        best[rows] = np.partition(both, k - 1, axis=1)[:, :k]
-    return np.sort(best, axis=1)
-
-
-def distance_blocks(queries: np.ndarray, database: np.ndarray) -> Iterator[tuple[slice, int, np.ndarray]]:
-    """Yields (slice of queries, first database row, distances [q, n]).
-
-    Word by word rather than all words at once: the xor of a whole block would be [q, n, words] and leave the
-    cache.
-    """
-    query_words = words(queries).T
-    for first in range(0, len(database), NUMPY_ROWS):
-        chunk = np.ascontiguousarray(words(database[first : first + NUMPY_ROWS]).T)
-        for rows in slices(len(queries), -(-len(queries) // NUMPY_QUERIES)):
-            distances = np.zeros((rows.stop - rows.start, chunk.shape[1]), np.int32)
-            for query_word, chunk_word in zip(query_words[:, rows], chunk):
-                distances += np.bitwise_count(query_word[:, None] ^ chunk_word[None, :])
-            yield rows, first, distances
 
 
 # ---------------------------------------------------------------------------------------- parts of them

@@ -61,14 +61,10 @@ def embed(
     source: Reader,
     view: ViewSettings,
     workers: int = 0,
-    on_error: str = "raise",
-    title: str = "",
 ) -> Embedding:
     """Every image of the source, in its order, in eval mode: the same image gives the same row in any set.
-
-    `on_error`, `title`: as `readable`'s. In memory, and computed anew: see `embedded`.
-    """
-    batches = list(batches_of(network, readable(source, view, workers, on_error, title=title), view))
+    In memory, and computed anew: see `embedded`."""
+    batches = list(batches_of(network, readable(source, view, workers), view))
     joined = {name: np.concatenate([arrays[name] for _, arrays in batches]) for name in batches[0][1]}
     joined["rows"] = np.concatenate([rows for rows, _ in batches])
     return Embedding.of(network, joined, source.labels)

@@ -1,6 +1,4 @@
-"""Hamming search: every engine against brute force, with ties, odd widths and shapes at the blocks' edges."""
-
-import importlib.util
+"""Hamming search against brute force, with ties, odd widths and shapes at the blocks' edges."""
 
 import numpy as np
 import pytest
@@ -11,15 +9,6 @@ from lvssl.codes import search
 from lvssl.codes.hamming import TILE, keep_nearest
 from lvssl.codes.search import hamming_distances, hamming_search, staged_search
 from pipelines.kernels.pack import pack_bits
-
-has_faiss = importlib.util.find_spec("faiss") is not None
-ENGINES = [
-    "numba",
-    "numpy",
-    pytest.param(
-        "faiss", marks=pytest.mark.skipif(not has_faiss, reason="the extra `faiss` isn't installed")
-    ),
-]
 
 
 def random_bits(n, d, seed=0, on=0.5):
@@ -37,7 +26,7 @@ SHAPES = [
     (1, 1, 1, 1),  # everything single; D = 1
     (3, 50, 13, 50),  # padding within a byte and a word; k = N
     (5, TILE + 7, 64, 5),  # a whole tile and a bit
-    (65, 2 * TILE, 8, 300),  # 9 distances only: nearly all are ties, over tiles; 65 > NumPy's query block
+    (65, 2 * TILE, 8, 300),  # 9 distances only: nearly all are ties, over tiles
     (2, 3 * TILE, 520, 20),  # 9 words: one eight and one single
     (1, 1500, 1100, 3),  # 18 words: two eights and two; one query: threads share the rows
     (4, 700, 2048, 1),
@@ -45,12 +34,11 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("q", "n", "d", "k"), SHAPES)
-def test_search_agrees_with_brute_force(q, n, d, k, engine):
+def test_search_agrees_with_brute_force(q, n, d, k):
     queries, database = random_bits(q, d, 1), random_bits(n, d, 2)
     order, near, truth = brute_force(queries, database, k)
-    rows, distances = hamming_search(pack_bits(queries), pack_bits(database), k, engine=engine)
+    rows, distances = hamming_search(pack_bits(queries), pack_bits(database), k)
     assert rows.dtype == np.int64 and distances.dtype == np.int32
     assert np.array_equal(rows, order) and np.array_equal(distances, near)
     assert np.array_equal(hamming_distances(pack_bits(queries), pack_bits(database)), truth)
@@ -60,33 +48,30 @@ def test_search_agrees_with_brute_force(q, n, d, k, engine):
 @given(
     q=st.integers(1, 4), n=st.integers(1, 40), d=st.integers(1, 20), seed=st.integers(0, 999), data=st.data()
 )
-def test_engines_agree_on_small_sets_full_of_ties(q, n, d, seed, data):
+def test_search_agrees_on_small_sets_full_of_ties(q, n, d, seed, data):
     k = data.draw(st.integers(1, n))
     queries, database = random_bits(q, d, seed), random_bits(n, d, seed + 1, on=0.2)
     order, near, _ = brute_force(queries, database, k)
-    for engine in ("numba", "numpy", "faiss") if has_faiss else ("numba", "numpy"):
-        rows, distances = hamming_search(pack_bits(queries), pack_bits(database), k, engine=engine)
-        assert np.array_equal(rows, order) and np.array_equal(distances, near), engine
+    rows, distances = hamming_search(pack_bits(queries), pack_bits(database), k)
+    assert np.array_equal(rows, order) and np.array_equal(distances, near)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("q", [1, 7])
-def test_chunks_and_threads_change_nothing(monkeypatch, engine, q):
+def test_chunks_and_threads_change_nothing(monkeypatch, q):
     """A database in many chunks, ties across them, by one thread and by three."""
-    queries, database = pack_bits(random_bits(q, 24, 5)), pack_bits(random_bits(2000, 24, 6))
-    whole = hamming_search(queries, database, 40, engine="numpy")
+    bits = random_bits(q, 24, 5), random_bits(2000, 24, 6)
+    whole, (queries, database) = brute_force(*bits, 40), map(pack_bits, bits)
     monkeypatch.setattr(search, "CHUNK_BYTES", 3 * 333)
     for threads in (1, 3):
-        chunked = hamming_search(queries, database, 40, engine=engine, threads=threads)
+        chunked = hamming_search(queries, database, 40, threads=threads)
         assert np.array_equal(chunked[0], whole[0]) and np.array_equal(chunked[1], whole[1])
 
 
 def test_equal_codes_come_in_the_order_of_their_rows():
-    """More ties than faiss is asked for beyond k, and more than a buffer holds."""
+    """More ties than a buffer holds."""
     database = np.repeat(pack_bits(random_bits(2, 64, 3)), 5000, axis=0)
-    for engine in ("numba", "numpy", "faiss") if has_faiss else ("numba", "numpy"):
-        rows, distances = hamming_search(database[-1:], database, 7, engine=engine)
-        assert rows.tolist() == [list(range(5000, 5007))] and not distances.any(), engine
+    rows, distances = hamming_search(database[-1:], database, 7)
+    assert rows.tolist() == [list(range(5000, 5007))] and not distances.any()
 
 
 def test_keep_nearest_keeps_the_order():
@@ -97,8 +82,8 @@ def test_keep_nearest_keeps_the_order():
 
 
 def test_a_database_that_is_neither_contiguous_nor_aligned(tmp_path):
-    database = pack_bits(random_bits(300, 128, 4))
-    truth = hamming_search(database[:3], database, 5, engine="numpy")
+    bits = random_bits(300, 128, 4)
+    truth, database = brute_force(bits[:3], bits, 5), pack_bits(bits)
     strided = np.repeat(database, 2, axis=0)[::2]
     for odd in (np.asfortranarray(database), strided, misaligned(database, tmp_path)):
         assert np.array_equal(hamming_search(database[:3], odd, 5)[0], truth[0])
@@ -168,9 +153,7 @@ def test_search_refuses_other_widths_and_impossible_k(function):
         function(a[:, :0], a[:, :0], 1)
 
 
-def test_unknown_engines_and_no_coarse_bits_are_refused():
+def test_no_coarse_bits_are_refused():
     a = pack_bits(random_bits(2, 8))
-    with pytest.raises(ValueError, match="unknown engine 'gpu'; known: numba, faiss, numpy"):
-        hamming_search(a, a, 1, engine="gpu")
     with pytest.raises(ValueError, match="coarse_bits"):
         staged_search(a, a, 1, coarse_bits=0)

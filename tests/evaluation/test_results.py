@@ -10,6 +10,7 @@ from lvssl.commands.main import main
 from lvssl.runs import checkpoint
 from lvssl.runs.result import read_result
 from lvssl.runs.rows import are_rows
+from lvssl.runs.run import load_run, run_names
 from pipelines.errors import InputError
 
 # By command: quick options, its files, and another setting.
@@ -117,6 +118,13 @@ def test_figures_that_are_no_numbers_are_shown_alike_when_found(runs, capsys):
         capsys.readouterr()
         assert main([command, str(run), *options]) == 0
         assert "nan" in capsys.readouterr().out
+
+
+def test_runs_of_one_folder_name_are_told_apart_by_their_paths(runs, tmp_path):
+    twin = Path(shutil.copytree(runs["control"], tmp_path / "deeper" / "run"))
+    loaded = [load_run(path) for path in (runs["run"], runs["control"], twin)]
+    assert run_names(loaded[:2]) == ["run", "control"]
+    assert run_names(loaded) == [str(run.folder) for run in loaded]
 
 
 def test_an_older_rate_curve_is_measured_again(runs):
