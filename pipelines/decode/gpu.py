@@ -8,6 +8,8 @@ Rows and columns are not separate passes: 4 products of each source pixel where 
 what an intermediate would cost in memory.
 """
 
+import threading
+
 import numpy as np
 import torch
 import triton
@@ -15,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK, WARPS = 256, 4  # pixels of a crop that a program makes, and by how many warps
+LAUNCHING = threading.Lock()  # the first compiles for all threads; Triton's interpreter knows one at a time
 FIELDS = 8  # of a crop in the table: address, height and width of its image; top, left, height, width; flip
 
 
@@ -36,7 +39,7 @@ def crop_and_resize(images: list[Tensor], boxes: np.ndarray, flips: np.ndarray, 
         of_images = np.array([(image.data_ptr(), *image.shape[1:]) for image in images], np.int64)
         table = np.empty((*boxes.shape[:2], FIELDS), np.int64)
         table[..., :3], table[..., 3:7], table[..., 7] = of_images[:, None], boxes, flips
-        with torch.cuda.device_of(out):  # Triton launches on the current device, which may be another
+        with LAUNCHING, torch.cuda.device_of(out):  # Triton launches on the current device
             grid = (boxes.shape[0] * boxes.shape[1] * triton.cdiv(side * side, BLOCK),)
             crops[grid](torch.from_numpy(table).to(device), out, SIDE=side, BLOCK=BLOCK, num_warps=WARPS)
     return out
