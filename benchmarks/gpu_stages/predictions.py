@@ -36,8 +36,8 @@ def figure(what: str, unit: str, expected: str, name: str, field: str, scale: fl
 
 
 DECODERS = (
-    ("CPU threads", "5,000-7,000"),
-    ("nvJPEG and our kernel", "3,000-8,000"),
+    ("CPU threads", "12,000-16,000"),
+    ("nvJPEG and our kernel", "5,000-12,000"),
     ("DALI", "6,000-12,000"),
 )
 PREDICTIONS = (
@@ -99,7 +99,7 @@ PREDICTIONS = (
         )
         for by, expected in DECODERS
     ),
-    figure("crop kernel, 224 px", "us/view", "0.6-2", "crop kernel, 224 px", "us_per_view"),
+    figure("crop kernel, 224 px", "us/view", "1.5-3", "crop kernel, 224 px", "us_per_view"),
     Prediction(
         "torch.compile, ResNet-50, over eager",
         "times",
