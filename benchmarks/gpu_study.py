@@ -31,8 +31,8 @@ from typing import Any
 from benchmarks.gpu import commit, default_path
 from benchmarks.gpu_stages.case import Row, Setup
 from benchmarks.gpu_stages.predictions import plain
-from benchmarks.gpu_stages.study import ARMS
 from benchmarks.gpu_stages.run import Report, Stage, identify, run_stages
+from benchmarks.gpu_stages.study import ARMS
 from lvssl import __version__
 from lvssl.commands.main import guarded
 from pipelines.errors import InputError
