@@ -15,6 +15,8 @@ network is needed. What is missing (lightly, kornia, pytest-xdist ...) is a row 
     times     augmentation, NT-Xent, heads, decorrelation, optimisers: against their floors and their peers
     steps     ResNet-50 at 224 px, ResNet-18 at 32 px: bare loop, engine, loader, CUDA graph, compiled; and
               the pipeline that people have today
+    decode    from JPEGs to crops on the device: by the CPU's threads, nvJPEG and our kernel, DALI
+    ranks     two ranks that share the device, by gloo, and one in a group of NCCL: right or not
 
 Each stage runs in processes of its own with a deadline, so that a kernel that hangs or crashes costs one row.
 The file is written anew after each row; what the processes print, tracebacks of wrong rows among it, goes
@@ -49,6 +51,8 @@ STAGES = (
     Stage("compile", HERE + "compiled", weight=75, parts=2, beside=True),
     Stage("times", HERE + "times", weight=60),
     Stage("steps", HERE + "steps", weight=90),
+    Stage("decode", HERE + "decode", weight=25),
+    Stage("ranks", HERE + "ranks", weight=25),
 )
 BEGIN, END = "<!-- python -m benchmarks.gpu --doc -->", "<!-- end -->"
 
@@ -140,7 +144,7 @@ def chosen_stages(options: argparse.Namespace) -> list[Stage]:
             continue
         environment = dict(kept)
         if options.dry_run:
-            interpreted = {"TRITON_INTERPRET": "1"} if stage.name in ("exact", "times") else {}
+            interpreted = {"TRITON_INTERPRET": "1"} if stage.name in ("exact", "times", "decode") else {}
             environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **interpreted}
             stage = dataclasses.replace(stage, parts=1, beside=False)
         chosen.append(dataclasses.replace(stage, environment=environment))

@@ -32,12 +32,12 @@ from benchmarks.gpu import commit, default_path
 from benchmarks.gpu_stages.case import Row, Setup
 from benchmarks.gpu_stages.predictions import plain
 from benchmarks.gpu_stages.run import Report, Stage, identify, run_stages
+from benchmarks.gpu_stages.study import ARMS
 from lvssl import __version__
 from lvssl.commands.main import guarded
 from pipelines.errors import InputError
 
 MODULE = "benchmarks.gpu_stages.study"
-ARMS = ("plain", "sign", "bernoulli")
 KEPT = (*ARMS, "to-knn")  # stages whose rows stay when another run adds its own
 MEASURING = 35.0  # seconds that an arm's measures take beside its training [predicted]
 START = 12.0  # seconds until a process is at its first step [predicted]

@@ -23,6 +23,7 @@ from pipelines.augment import cpu
 from pipelines.cores import loader_threads
 from pipelines.decode import DamagedSample, Reader
 from pipelines.decode.pixels import decode_damaged
+from pipelines.decode.reader import put
 from pipelines.decode.turbo import crop_pixels
 from pipelines.errors import ON_ERROR, InputError
 from pipelines.in_order import in_order
@@ -31,6 +32,7 @@ from pipelines.parameters import FLIP, P, centre_boxes, crop_boxes, draw_paramet
 from pipelines.views import ViewSettings
 
 Flips = np.ndarray | None
+Pixels = np.ndarray | Tensor  # on the host, or where a source crops on a GPU
 Augmenter = Callable[[Tensor, Tensor, ViewSettings], Tensor]
 CACHED = 1 << 20  # bytes of crops that are made at once: augmented before they leave the second-level cache
 RUN_AHEAD = 2  # batches whose use has been launched and isn't over: each keeps its memory until then
@@ -55,8 +57,9 @@ class ViewBatch:
     parameters: Tensor
 
     def pinned(self) -> "ViewBatch":
-        """The batch in page-locked memory; its views already are if the loader was told so."""
-        return ViewBatch(*(getattr(self, name).pin_memory() for name in self.__dataclass_fields__))
+        """The batch in page-locked memory, as far as it isn't there or on a GPU already."""
+        parts = (getattr(self, name) for name in self.__dataclass_fields__)
+        return ViewBatch(*(part if part.is_cuda else part.pin_memory() for part in parts))
 
     def to(self, device: torch.device) -> "ViewBatch":
         """The batch on a device; asynchronous where the batch is pinned."""
@@ -145,7 +148,8 @@ class TwoViewLoader:
         self.waited = 0.0
         self._replacements = Replacements(source, settings.on_error)
         device = torch.device(settings.device)
-        self._buffers = Buffers(settings.pin_memory or device.type == "cuda")
+        there = source.device if device.type == "cuda" and not settings.augments else "cpu"
+        self._buffers = Buffers(settings.pin_memory or device.type == "cuda", there)
         self._threads = Threads(settings.workers)
         self._on_device = _OnDevice(device) if device.type == "cuda" else None
 
@@ -220,7 +224,8 @@ class TwoViewLoader:
         else:  # as the source fills them, so that nothing is copied
             views = self._buffers.take((count, each, side, side, 3), torch.uint8)
         parameters = np.empty((count, each, P), np.float32)
-        make = partial(self._make, epoch, indices, parameters, views.numpy())
+        pixels = views.numpy() if views.device.type == "cpu" else views
+        make = self._buffers.beside(partial(self._make, epoch, indices, parameters, pixels))
         wait = self._threads.run(make, count, images_a_call(self.source, side, each))
 
         def finish() -> ViewBatch:
@@ -237,7 +242,7 @@ class TwoViewLoader:
         return finish
 
     def _make(
-        self, epoch: int, indices: np.ndarray, parameters: np.ndarray, pixels: np.ndarray, rows: slice
+        self, epoch: int, indices: np.ndarray, parameters: np.ndarray, pixels: Pixels, rows: slice
     ) -> None:
         """Some rows of a batch: sizes -> parameters -> crops -> views; anew where a sample was replaced."""
         indices, table, side = indices[rows], parameters[rows], self.view.resolution
@@ -255,6 +260,7 @@ class TwoViewLoader:
             except DamagedSample as sample:
                 self._replacements.replace(sample, indices, asked)
         for v in range(len(pixels) * here):
+            assert isinstance(crops, np.ndarray) and isinstance(pixels, np.ndarray)
             cpu.augment_into(crops[:, v], table[:, v], self.view, pixels[v, rows])
 
     def close(self) -> None:
@@ -286,6 +292,8 @@ class _OnDevice:
         """The batches on the device, for use on the stream that is current when they come."""
         last = None
         for batch in batches:
+            if batch.views.is_cuda:  # cropped there, on another stream, and whole by now
+                batch.views.record_stream(self.stream)
             with torch.cuda.stream(self.stream):
                 copy = augmented(batch.pinned().to(self.device))
                 copied = torch.cuda.Event()
@@ -326,19 +334,23 @@ def evaluation_batches(
     """
     everything = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
     replacements, side = replacements or Replacements(source), view.resolution
+    buffers = Buffers(False, source.device)
 
     def start(first: int) -> Callable[[], tuple[Tensor, np.ndarray]]:
         chosen = everything[first : first + batch_size].copy()
-        crops = np.empty((len(chosen), side, side, 3), np.uint8)
+        crops = buffers.take((len(chosen), 1, side, side, 3), torch.uint8)
+        pixels = crops.numpy() if crops.device.type == "cpu" else crops
 
         def make(rows: slice) -> None:
-            crops[rows] = evaluation_crops(source, view, chosen[rows], replacements)
+            _centre_crops(view, chosen[rows], replacements, pixels[rows])
 
-        wait = threads.run(make, len(chosen), images_a_call(source, side))
+        wait = threads.run(buffers.beside(make), len(chosen), images_a_call(source, side))
 
         def finish() -> tuple[Tensor, np.ndarray]:
             wait()
-            return torch.from_numpy(crops), chosen
+            if crops.is_cuda:
+                crops.record_stream(torch.cuda.current_stream(crops.device))
+            return crops[:, 0], chosen
 
         return finish
 
@@ -357,7 +369,9 @@ def images_a_call(source: Reader, side: int, views: int = 1) -> int:
 
 def sent(images: Tensor, device: torch.device) -> Tensor:
     """The same on a device; to a GPU by way of page-locked memory, so that the host doesn't wait."""
-    return images.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else images.to(device)
+    if images.is_cuda or device.type != "cuda":
+        return images.to(device)
+    return images.pin_memory().to(device, non_blocking=True)
 
 
 def evaluation_crops(
@@ -365,12 +379,17 @@ def evaluation_crops(
 ) -> np.ndarray:
     """The centre crops of some samples: uint8 [B, R, R, 3]. Replaces damaged samples in `indices`."""
     crops = np.empty((len(indices), 1, view.resolution, view.resolution, 3), np.uint8)
-    replacements, asked = replacements or Replacements(source), indices.copy()
+    _centre_crops(view, indices, replacements or Replacements(source), crops)
+    return crops[:, 0]
+
+
+def _centre_crops(view: ViewSettings, indices: np.ndarray, replacements: "Replacements", out: Pixels) -> None:
+    """Fill out uint8 [B, 1, R, R, 3]. Replaces damaged samples in `indices`."""
+    asked = indices.copy()
     while True:
         try:
-            boxes = centre_boxes(*source.sizes(indices), view.evaluation_crop)
-            replacements.crops(indices, boxes, crops)
-            return crops[:, 0]
+            boxes = centre_boxes(*replacements.source.sizes(indices), view.evaluation_crop)
+            return replacements.crops(indices, boxes, out)
         except DamagedSample as sample:
             replacements.replace(sample, indices, asked)
 
@@ -391,7 +410,7 @@ class Replacements:
         self.count = 0
         self._lock = threading.Lock()
 
-    def crops(self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: Flips = None) -> None:
+    def crops(self, indices: np.ndarray, boxes: np.ndarray, out: Pixels, flips: Flips = None) -> None:
         """What `Reader.crops` does; with on_error="keep", of what Pillow makes of a damaged JPEG."""
         try:
             self.source.crops(indices, boxes, out, flips)
@@ -403,15 +422,17 @@ class Replacements:
                 self._crop_or_keep(row, indices, boxes, out, flips)
 
     def _crop_or_keep(
-        self, row: int, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: np.ndarray
+        self, row: int, indices: np.ndarray, boxes: np.ndarray, out: Pixels, flips: np.ndarray
     ) -> None:
         part = slice(row, row + 1)
         try:
             self.source.crops(indices[part], boxes[part], out[part], flips[part])
         except DamagedSample as sample:
             pixels = decode_damaged(self.source.encoded(row, sample.index))
-            if pixels is None or not crop_pixels(pixels, boxes[row], flips[row], out[row]):
+            kept = np.empty((1, *out.shape[1:]), np.uint8)
+            if pixels is None or not crop_pixels(pixels, boxes[row], flips[row], kept[0]):
                 raise DamagedSample(row, sample.index, str(sample)) from None
+            put(torch.from_numpy(kept), out, [row])
 
     def replace(self, sample: DamagedSample, indices: np.ndarray, asked: np.ndarray) -> None:
         """Put another into `indices`, which were `asked` at first. Raises the sample where none may stand for
@@ -430,14 +451,32 @@ class Replacements:
 
 class Buffers:
     """Memory for batches, used again once a batch's tensors are gone: fresh memory costs a page fault
-    for every 4 KB, which is a tenth of the time that a 224 px crop takes."""
+    for every 4 KB, which is a tenth of the time that a 224 px crop takes.
 
-    def __init__(self, pinned: bool) -> None:
+    Where a source crops on a GPU its memory is there, and it crops on a stream that nothing else is launched
+    on: what torch's allocator gives out again there is idle, and a decoder with streams of its own may write
+    to it at once. Who uses a batch on another stream must record it.
+    """
+
+    def __init__(self, pinned: bool, device: str = "cpu") -> None:
         self.pinned = pinned
+        self.stream = torch.cuda.Stream(device) if device != "cpu" else None
         self._free: list[np.ndarray] = []
+
+    def beside(self, make: Callable[[slice], None]) -> Callable[[slice], None]:
+        """The same on that stream, whatever thread calls it."""
+
+        def made(rows: slice) -> None:
+            with torch.cuda.stream(self.stream):
+                make(rows)
+
+        return make if self.stream is None else made
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor."""
+        if self.stream is not None:
+            with torch.cuda.stream(self.stream):
+                return torch.empty(shape, dtype=dtype, device=self.stream.device)
         if self.pinned:
             return torch.empty(shape, dtype=dtype, pin_memory=True)  # torch keeps these itself
         size = math.prod(shape) * dtype.itemsize

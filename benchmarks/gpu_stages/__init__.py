@@ -10,6 +10,8 @@ timing.py       how a call is timed, and what its floor is
 times.py        augmentation, losses, heads, optimisers beside their peers
 steps.py        whole training steps
 today.py        the pipeline that people have today
+decode.py       from JPEGs to crops, by each decoder
+ranks.py        two ranks on one device
 study.py        pretraining, probes and fine-tuning on CIFAR-10
 images.py       images where none are given
 predictions.py  what was expected, beside what was measured

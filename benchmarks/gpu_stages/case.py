@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+PATIENCE = 5.0  # times as long may a case take in a dry run: on a CPU, maybe beside other work
 BROKEN = 3  # exit status: the device's context is lost, another process may go on
 
 
@@ -64,7 +65,8 @@ def work(setup: Setup, cases: Callable[[Setup], Iterable[Case]], say: Callable[[
     for number, case in enumerate(cases(setup)):
         if number % setup.part[1] != setup.part[0] or case.name in setup.done:
             continue
-        say({"begin": case.name, "seconds": case.seconds})
+        patience = PATIENCE if setup.dry else 1.0
+        say({"begin": case.name, "seconds": patience * case.seconds})
         for row in figures(case):
             say({"row": {"name": case.name, **{key: in_json(value) for key, value in row.items()}}})
         say({"done": case.name})

@@ -35,6 +35,11 @@ def figure(what: str, unit: str, expected: str, name: str, field: str, scale: fl
     return Prediction(what, unit, expected, lambda rows: of(rows, name, field, scale))
 
 
+DECODERS = (
+    ("CPU threads", "12,000-16,000"),
+    ("nvJPEG and our kernel", "5,000-12,000"),
+    ("DALI", "6,000-12,000"),
+)
 PREDICTIONS = (
     figure("copy within the device's memory", "TB/s", "3.0", "device copy", "rate", 1e-12),
     figure("copy from page-locked memory", "GB/s", "50", "pinned copy to the device", "rate", 1e-9),
@@ -84,6 +89,17 @@ PREDICTIONS = (
     ),
     figure("launches a step, ResNet-50, eager", "", "2,450", f"engine, synthetic, eager, {R50}", "launches"),
     figure("launches a step, ResNet-18, eager", "", "1,200", f"engine, synthetic, eager, {R18}", "launches"),
+    *(
+        figure(
+            f"decoding to two crops, 224 px, {by}",
+            "images/s",
+            expected,
+            f"decode by {by}, 224 px",
+            "images_per_second",
+        )
+        for by, expected in DECODERS
+    ),
+    figure("crop kernel, 224 px", "us/view", "1.5-3", "crop kernel, 224 px", "us_per_view"),
     Prediction(
         "torch.compile, ResNet-50, over eager",
         "times",

@@ -18,7 +18,7 @@ from benchmarks.gpu_stages.case import Case, Row, Setup, last_line
 from benchmarks.gpu_stages.steps import now, place
 from pipelines.cores import loader_threads
 
-ARMS: dict[str, dict[str, Any]] = {
+ARMS: dict[str, dict[str, Any]] = {  # each with the latent's settings; another arm is another line
     "plain": {"family": "none"},
     "sign": {"family": "sign", "decorrelation": 0.02},
     "bernoulli": {"family": "bernoulli", "decorrelation": 0.02},

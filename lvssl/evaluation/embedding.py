@@ -18,7 +18,6 @@ from lvssl.runs.identity import describe_set
 from lvssl.runs.labels import readable
 from lvssl.runs.run import Run
 from pipelines.decode import Reader
-from pipelines.decode.dali import DALIReader
 from pipelines.formats import jpeg
 from pipelines.loader import evaluation_batches
 from pipelines.views import ViewSettings
@@ -101,7 +100,7 @@ def store_of(run: Run, source: Reader, workers: int, on_error: str, title: str) 
         "set": describe_set(source),
         "view": asdict(view),
         "arithmetic": run.arithmetic,
-        "decoder": "dali" if isinstance(getattr(source, "source", source), DALIReader) else "",
+        "decoder": getattr(getattr(source, "source", source), "decoder", ""),
     }
     if on_error == "keep":  # which images are read
         key["on_error"] = on_error

@@ -54,7 +54,7 @@ class Subset:
     def __init__(self, source: Reader, rows: np.ndarray) -> None:
         self.source, self.rows = source, np.asarray(rows, np.int64)
         self.labels = source.labels[self.rows]
-        self.classes, self.chunk = source.classes, source.chunk
+        self.classes, self.chunk, self.device = source.classes, source.chunk, source.device
 
     def __len__(self) -> int:
         return len(self.rows)

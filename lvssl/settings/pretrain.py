@@ -277,7 +277,8 @@ class PretrainSettings(ReadsImages):
     Labels are used by the online probes alone."""
     source: str = field(default="auto", metadata=RUNTIME)
     """What reads them: auto (beton for a .beton, else folder), beton, folder (files or tars, never
-    converted), dali (decoded and cropped by NVIDIA DALI, on the run's device)."""
+    converted), dali (decoded and cropped by NVIDIA DALI, on the run's device), nvjpeg (on its GPU by
+    torchvision's nvJPEG and a kernel of ours)."""
     order: str = "random"
     """Of an epoch: random, quasi-random (by storage blocks, for sets larger than memory), sequential."""
     on_error: str = "raise"

@@ -27,7 +27,8 @@ class StageSettings(ReadsImages):
     """The test images; left out: test.beton (or val) beside the training images."""
     source: str = field(default="auto", metadata=RUNTIME)
     """What reads both: auto (beton for a .beton, else folder), beton, folder (files, tars or a table, never
-    converted), dali (decoded and cropped by NVIDIA DALI)."""
+    converted), dali (decoded and cropped by NVIDIA DALI), nvjpeg (on a GPU by torchvision's nvJPEG and a
+    kernel of ours)."""
     on_error: str | None = None
     """An image that can't be decoded: raise (stop and name it), skip, or keep (skip, but use what Pillow
     makes of a damaged JPEG, such as one with extraneous bytes); left out: as in the pretraining.

@@ -1,7 +1,10 @@
 """A network made ready for a device and for several ranks: layout, precision, statistics, recomputation."""
 
+import os
+import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -35,6 +38,15 @@ def apply_recompute_and_compile(backbone: nn.Module, engine: EngineSettings) -> 
         recompute_blocks(backbone)
     if engine.compile:
         backbone.compile()
+
+
+def keep_compiled(folder: Path) -> None:
+    """What the compiler makes goes to `folder`, so that all jobs of a run find it; unless the user has named
+    another in $TORCHINDUCTOR_CACHE_DIR, where torch puts a default of its own as soon as it is loaded."""
+    named = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
+    default = named.parent == Path(tempfile.gettempdir()) and named.name.startswith("torchinductor_")
+    if default or named == Path():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.absolute())
 
 
 def recompute_blocks(backbone: nn.Module) -> None:

@@ -17,6 +17,7 @@ from lvssl.runs.run import create_run, read_set, run_lock
 from lvssl.settings.pretrain import PretrainSettings
 from lvssl.training.distributed import World, connected, from_first, world_of
 from lvssl.training.optimiser import describe_groups
+from lvssl.training.prepare import keep_compiled
 from lvssl.training.stopping import Interrupted, Stop, stop_signals
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for, backend_for
@@ -67,8 +68,8 @@ def run(
     """`pretrain`, once it is known who we are."""
     if settings.engine.graph == "on" and world.size > 1:
         raise InputError(f"--graph on is for one rank, and there are {world.size}: leave it out")
-    if settings.engine.compile:  # beside the run, so that it is compiled once for all of its jobs
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.out.absolute() / "compiled"))
+    if settings.engine.compile:
+        keep_compiled(settings.out / "compiled")
     if resume and (settings.out / "config.json").is_file() and not are_there(settings.data):
         raise InputError(
             f"{settings.data}: the images that {settings.out} was begun on aren't there (any more): name "

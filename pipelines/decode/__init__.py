@@ -8,7 +8,7 @@ from pipelines.errors import InputError
 
 __all__ = ["SOURCES", "DamagedSample", "Reader", "open_reader"]
 
-SOURCES = ("auto", "beton", "folder", "dali")
+SOURCES = ("auto", "beton", "folder", "dali", "nvjpeg")
 
 
 def open_reader(path: str | Path, kind: str = "auto", device: str = "cpu") -> Reader:
@@ -16,8 +16,8 @@ def open_reader(path: str | Path, kind: str = "auto", device: str = "cpu") -> Re
 
     Args:
         kind: `beton` for a .beton; `folder` for images as they are, loose, in class folders, in tars or
-            whatever else `convert-beton` reads; `dali` for any of these; `auto`: beton or folder.
-        device: what DALI decodes on, cpu, cuda or cuda:1 ...; the others know the CPU alone.
+            whatever else `convert-beton` reads; `dali`, `nvjpeg` for any of these; `auto`: beton or folder.
+        device: what DALI and nvJPEG decode on, cpu, cuda or cuda:1 ...; the others know the CPU alone.
 
     Raises:
         InputError: nothing there that the source can read, or what it needs isn't installed.
@@ -27,6 +27,11 @@ def open_reader(path: str | Path, kind: str = "auto", device: str = "cpu") -> Re
     if kind == "dali":
         from pipelines.decode.dali import DALIReader
 
-        what, _, index = device.partition(":")
-        return DALIReader(path, "gpu" if what == "cuda" else "cpu", device_id=int(index or 0))
+        return DALIReader(path, device)
+    if kind == "nvjpeg":
+        if not device.startswith("cuda"):
+            raise InputError(f"--source nvjpeg decodes on a GPU, not on {device}: take --source auto")
+        from pipelines.decode.nvjpeg import NvjpegReader
+
+        return NvjpegReader(path, device)
     return open_files(path, kind)

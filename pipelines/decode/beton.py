@@ -31,6 +31,7 @@ class BetonReader:
     """
 
     chunk = IN_CACHE
+    device = "cpu"
 
     def __init__(self, path: str | Path):
         """Open and check the files; raises InputError if one is missing, cut short, no beton, or of another

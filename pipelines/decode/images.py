@@ -38,6 +38,7 @@ class ImageReader:
     """
 
     chunk = IN_CACHE
+    device = "cpu"
 
     def __init__(self, path: str | Path, split: str | None = None, labelled: bool = True):
         """List the images; raises InputError if there are none. Files are read when they are asked for.

@@ -1,10 +1,15 @@
 """What a source of crops is, and how it speaks of a damaged sample."""
 
-from typing import Protocol
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from pipelines.errors import InputError
+
+if TYPE_CHECKING:  # not every source needs torch
+    from torch import Tensor
 
 
 class Reader(Protocol):
@@ -13,6 +18,7 @@ class Reader(Protocol):
     labels: np.ndarray  # int64 [N]
     classes: list[str] | None  # the names of the labels; None where they aren't known
     chunk: int  # images that a call of crops takes best
+    device: str  # where crops are made: cpu, or cuda:N
 
     def __len__(self) -> int: ...
 
@@ -26,12 +32,13 @@ class Reader(Protocol):
         """One image as it is stored: a file's bytes, or pixels uint8. Raises DamagedSample with `row`."""
 
     def crops(
-        self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: np.ndarray | None = None
+        self, indices: np.ndarray, boxes: np.ndarray, out: Any, flips: np.ndarray | None = None
     ) -> None:
         """Fill out uint8 [B, V, R, R, 3] with boxes int32 [B, V, 4] of samples indices int64 [B].
 
-        Boxes are top, left, height, width, within the image; flips bool [B, V] mirrors crops. Called from
-        several threads at once. Raises DamagedSample for the first sample, by row, that can't be decoded.
+        `out` is an array; or a tensor on `device`, where that is a GPU, filled on its current stream. Boxes
+        are top, left, height, width, within the image; flips bool [B, V] mirrors crops. Called from several
+        threads at once. Raises DamagedSample for the first sample, by row, that can't be decoded.
         """
 
 
@@ -44,3 +51,19 @@ class DamagedSample(InputError):
     def __init__(self, row: int, index: int, message: str):
         super().__init__(message)
         self.row, self.index = row, index
+
+
+def put(crops: Tensor, out: np.ndarray | Tensor, rows: list[int]) -> None:
+    """Crops uint8 [B, V, R, R, 3] into rows of `out`, wherever either lies; they are there afterwards."""
+    if isinstance(out, np.ndarray):
+        out[rows] = crops.cpu().numpy()
+        return
+    if len(rows) == len(out):
+        out.copy_(crops)
+    else:
+        for crop, row in zip(crops, rows):
+            out[row].copy_(crop)
+    if out.is_cuda:
+        import torch
+
+        torch.cuda.current_stream(out.device).synchronize()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -75,8 +76,31 @@ def test_dali_sees_the_same_epoch_and_names_damage(sources, tmp_path):
         pytest.raises(InputError, match="can't be decoded"),
     ):
         next(iter(loader))
-    with pytest.raises(InputError, match="cpu or gpu"):
+    with pytest.raises(InputError, match="cpu, cuda or cuda:N"):
         DALIReader(copy, device="tpu")
+
+
+def test_threads_share_a_dali_pipeline(sources):
+    """Each gets the crops that it has fed the images of, whoever else feeds meanwhile, into a tensor too; a
+    failure is everybody's, and no later call takes another's crops."""
+    pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed")
+    from pipelines.decode.dali import DALIReader
+
+    source = DALIReader(sources["folder"], threads=2)
+    indices = np.arange(len(source))
+    boxes = crop_boxes(draw_parameters(VIEW, 0, 0, indices, *source.sizes(indices)))
+    whole = np.empty((*boxes.shape[:2], 24, 24, 3), np.uint8)
+    source.crops(indices, boxes, whole)
+    parts = [indices[start::8] for start in range(8)] * 3
+    outs = [torch.empty(len(part), 2, 24, 24, 3, dtype=torch.uint8) for part in parts]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda part, out: source.crops(part, boxes[part], out), parts, outs))
+    assert all(np.array_equal(whole[part], out) for part, out in zip(parts, outs))
+    (pipeline,) = source._pipelines.values()
+    with pytest.raises(RuntimeError):
+        pipeline.crops([np.zeros(20, np.uint8)], boxes[:1], np.zeros((1, 2), bool))
+    with pytest.raises(InputError, match="can't be decoded on cpu .*take --source auto"):
+        source.crops(indices, boxes, whole)
 
 
 def test_tars_are_opened_by_their_indices(sources, tmp_path):

@@ -122,7 +122,7 @@ def test_dali_decodes_on_the_gpu_that_it_is_told(digits, monkeypatch):
         source = open_reader(digits["train"], "dali", device)
         assert isinstance(source, dali.DALIReader)
         with pytest.raises(Stopped):
-            source._run([], torch.zeros(1, 2, 4, dtype=torch.int32).numpy(), None, 8)
+            source._made([], torch.zeros(1, 2, 4, dtype=torch.int32).numpy(), None, 8)
         assert made.pop() == expected
 
 

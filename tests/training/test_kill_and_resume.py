@@ -4,11 +4,14 @@ Runs are processes of their own, forked from one that has imported all, and kill
 """
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -196,3 +199,20 @@ def lived_until(chosen: PretrainSettings, generator: random.Random, size: int) -
         rank.join()
     codes = [rank.exitcode for rank in ranks]
     return codes if finished or codes == [0] * size else False
+
+
+@pytest.mark.slow
+def test_a_resumed_job_finds_what_the_one_before_has_compiled(digits, tmp_path):
+    """Beside the run, and not in the folder that torch names by itself when it is loaded."""
+    out = tmp_path / "run"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")}
+    script = [sys.executable, str(Path(__file__).with_name("compiled_run.py")), digits["train"], out]
+    jobs = []
+    for _ in range(2):
+        done = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=900)
+        assert done.returncode == 0, done.stderr[-2000:]
+        jobs.append(json.loads(done.stdout.splitlines()[-1]))
+    first, second = jobs
+    assert first["miss"] > 0 == first["hit"], "else it says nothing"
+    assert second == {"hit": first["miss"], "miss": 0}
+    assert any((out / "compiled").iterdir())

@@ -1,0 +1,174 @@
+"""Several ranks where there is one device: two that share it, by gloo, and one alone in a group of NCCL.
+
+NCCL refuses two ranks on one GPU. Gloo copies over the host, so these rows say what is right, not how fast:
+synchronised normalisation, the gathers of the loss, buckets of gradients, verdicts, a resume.
+"""
+
+import socket
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from benchmarks.gpu_stages.case import Case, Row, Setup
+from benchmarks.gpu_stages.steps import now, place
+
+CLASSES, STEPS = 10, 6
+State = dict[str, Tensor]
+
+
+def cases(setup: Setup) -> Iterator[Case]:
+    yield Case("two gloo ranks on one device", lambda: two_ranks(setup), seconds=120)
+    backend = "NCCL" if setup.device == "cuda" else "gloo"
+    yield Case(f"one rank in a group of {backend}", lambda: one_rank(setup), seconds=120)
+
+
+def two_ranks(setup: Setup) -> Row:
+    """Weights of both, of one that has the whole batch, and of both stopped half-way and resumed."""
+    with tempfile.TemporaryDirectory(dir=setup.scratch or None) as folder:
+        for size in (1, 2):
+            mp.start_processes(_rank, (size, free_port(), setup, folder), size, start_method="spawn")
+        found = {
+            (rank, size): torch.load(Path(folder) / f"{rank}-of-{size}.pt")
+            for rank, size in ((0, 1), (0, 2), (1, 2))
+        }
+    begun, alone, _, _ = found[0, 1]
+    _, first, resumed, seconds = found[0, 2]
+    off, moved = (largest_difference(other, alone) for other in (first, begun))
+    same = all(torch.equal(first[key], found[1, 2][1][key]) for key in first)
+    again = all(torch.equal(first[key], resumed[key]) for key in first)
+    return {
+        "ok": same and again and off <= 0.1 * moved and moved > 0,
+        "ranks_are_equal": same,
+        "resumed_to_the_bit": again,
+        "off_one_rank": off,
+        "moved": moved,
+        "seconds": seconds,
+    }
+
+
+def one_rank(setup: Setup) -> Row:
+    """The same weights, to the bit, with a group of one as without, and what its collectives give."""
+    with tempfile.TemporaryDirectory(dir=setup.scratch or None) as folder:
+        mp.start_processes(_alone, (free_port(), setup, folder), 1, start_method="spawn")
+        return torch.load(Path(folder) / "row.pt", weights_only=False)
+
+
+def largest_difference(one: State, other: State) -> float:
+    """Of the weights; running statistics aside, whose size is another."""
+    keys = [key for key, value in one.items() if value.is_floating_point() and "running" not in key]
+    return max((one[key] - other[key]).abs().max().item() for key in keys)
+
+
+def _rank(rank: int, size: int, port: int, setup: Setup, folder: str) -> None:
+    from lvssl.training import gradients
+    from lvssl.training.distributed import World, connected
+
+    torch.set_num_threads(1)
+    gradients.BUCKET = 100_000  # several, of the smallest network
+    with connected(World(rank, size, rank, "127.0.0.1", port), torch.device("cpu")):  # gloo for every device
+        world = World(rank, size)
+        begun, whole, seconds = trained(setup, world, Path(folder) / f"whole-of-{size}", (STEPS,))
+        _, resumed, _ = trained(setup, world, Path(folder) / f"resumed-of-{size}", (STEPS // 2, STEPS))
+    torch.save((begun, whole, resumed, seconds), Path(folder) / f"{rank}-of-{size}.pt")
+
+
+def _alone(rank: int, port: int, setup: Setup, folder: str) -> None:
+    from lvssl.training.distributed import World
+
+    torch.set_num_threads(1)
+    device = place(setup)
+    _, without, _ = trained(setup, World(), Path(folder) / "without", (STEPS,))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if setup.device == "cuda" else "gloo", timeout=timedelta(minutes=1),
+        init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=1,
+    )  # fmt: skip
+    _, within, seconds = trained(setup, World(), Path(folder) / "within", (STEPS,))
+    own, group = torch.arange(5.0, device=device), cast(Any, dist.new_group())  # as buckets have one
+    summed, gathered = own.clone(), [torch.empty_like(own)]
+    dist.all_reduce(summed, group=group)
+    dist.all_gather(gathered, own)
+    dist.broadcast(own, src=0)
+    same = all(torch.equal(without[key], within[key]) for key in without)
+    right = torch.equal(summed, own) and torch.equal(gathered[0], own)
+    row = {"ok": same and right, "same_bits": same, "collectives": right, "seconds": seconds}
+    torch.save(row, Path(folder) / "row.pt")
+    dist.destroy_process_group()
+
+
+def trained(setup: Setup, world: Any, folder: Path, stops: tuple[int, ...]) -> tuple[State, State, float]:
+    """Weights at the beginning and after the last stop, before each of which but the first the run is resumed
+    from its checkpoint by a new trainer; and seconds of a step."""
+    from benchmarks.engine import Batches
+    from lvssl.training.trainer import Trainer
+
+    settings, device = settings_of(setup, folder), place(setup)
+    begun: State = {}
+    seconds = 0.0
+    for stop in stops:
+        trainer = Trainer(settings, CLASSES, cast(Any, Batches()), device, world)
+        trainer.network.train()
+        begun = begun or weights(trainer)
+        trainer.restore()
+        for step in range(trainer.step, stop):
+            batch = part(settings, step, world).to(device)
+            started = now(setup)
+            trainer.train_step(batch)
+            seconds = now(setup) - started
+            trainer.finite.in_a_row()
+            trainer.step += 1
+        trainer.save()
+        trainer.writer.wait()
+        if dist.is_initialized():
+            dist.barrier()
+    return begun, weights(trainer), seconds
+
+
+def weights(trainer: Any) -> State:
+    return {name: value.cpu().clone() for name, value in trainer.network.state_dict().items()}
+
+
+def settings_of(setup: Setup, folder: Path) -> Any:
+    """In fp32, and deterministic: what differs is an order of summation. No latent: a bit that rounding flips
+    is no rounding any more."""
+    from lvssl.settings.pretrain import EngineSettings, LatentSettings, preset
+
+    base = preset("cifar10-small")
+    return replace(
+        base,
+        batch_size=16 if setup.dry else 128,
+        device=setup.device,
+        out=folder,
+        log_every=STEPS,
+        checkpoint_minutes=1e6,
+        latent=LatentSettings("none"),
+        model=replace(base.model, backbone="tiny" if setup.dry else "resnet18"),
+        view=replace(base.view, resolution=16 if setup.dry else 32),
+        optimiser=replace(base.optimiser, optimiser="sgd", lr=1e-2, warmup_epochs=0),
+        engine=EngineSettings(precision="fp32", deterministic=True, graph="off"),
+    )
+
+
+def part(settings: Any, step: int, world: Any) -> Any:
+    """This rank's images of a batch of noise."""
+    from pipelines.loader import ViewBatch
+
+    noise, side = torch.Generator().manual_seed(step), settings.view.resolution
+    views = torch.randn(2, settings.batch_size, side, side, 3, generator=noise).permute(0, 1, 4, 2, 3)
+    labels = torch.randint(CLASSES, (settings.batch_size,), generator=noise)
+    indices = torch.arange(settings.batch_size)
+    own = slice(world.rank, None, world.size)
+    return ViewBatch(views[:, own], labels[own], indices[own], torch.empty(0))
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
