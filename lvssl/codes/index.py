@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from lvssl.codes.asymmetric import table_search
-from lvssl.codes.file import CodeFile
+from lvssl.codes.file import CodeFile, CodeFileError, decode_name, encode_name
 from lvssl.codes.quantiser import Quantiser
 from lvssl.codes.search import hamming_search, staged_search
-from pipelines.files import written_aside
+from pipelines.files import write_atomically, written_aside
 
+KIND, VERSION = "lvssl index", "1"
 CHUNK = 1 << 20  # codes at a time
 QUERIES = 256  # of which tables are held, B KiB each
 
@@ -97,9 +102,72 @@ class Index:
             found = among[found]
         return [[self.ids[row] for row in of_query] for of_query in found.tolist()], distances
 
+    def save(self, path: Path) -> None:
+        """Codes, ids and quantiser, as `Index.open` reads them: a file of safetensors, written beside and
+        renamed. Raises ValueError unless the ids are all texts, or all whole numbers of 64 bits."""
+        arrays = {"rows": np.ascontiguousarray(self.rows)}
+        if (numbers := whole_numbers(self.ids)) is not None:
+            arrays["numbers"] = numbers
+        elif all(isinstance(one, str) for one in self.ids):
+            texts = [encode_name(one) for one in self.ids]
+            arrays["ends"] = np.cumsum([len(text) for text in texts], dtype=np.int64)
+            arrays["texts"] = np.frombuffer(b"".join(texts), np.uint8)
+        else:
+            raise ValueError("ids can be saved if they are all texts or all whole numbers of 64 bits")
+        if self.quantiser is not None:
+            arrays |= {f"quantiser.{name}": array for name, array in asdict(self.quantiser).items()}
+        about = {KIND: f"{VERSION} {digest(arrays)}"}  # one field: safetensors has several in any order
+        write_atomically(path, save(arrays, about))
+
+    @classmethod
+    def open(cls, path: Path) -> Index:
+        """What `save` wrote, in memory. Raises CodeFileError: no such file, no index, one of another version,
+        truncated or damaged."""
+        try:
+            with safe_open(path, "np") as file:
+                about = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CodeFileError(f"{path}: can't be read as an index ({error})") from error
+        version, _, sha256 = about.get(KIND, "").partition(" ")
+        if not version:
+            raise CodeFileError(f"{path}: not an index; `Index.save` writes one")
+        if version != VERSION:
+            raise CodeFileError(
+                f"{path}: format version {version}, this release reads {VERSION}; save the index again"
+            )
+        if sha256 != digest(arrays):
+            raise CodeFileError(f"{path}: damaged: its contents aren't those that were saved; save it again")
+        if "numbers" in arrays:
+            ids: list[Any] = arrays["numbers"].tolist()
+        else:
+            text, ends = arrays["texts"].tobytes(), arrays["ends"].tolist()
+            ids = [decode_name(text[start:end]) for start, end in zip([0, *ends], ends)]
+        start = "quantiser."
+        fitted = {name.removeprefix(start): a for name, a in arrays.items() if name.startswith(start)}
+        return cls(arrays["rows"], ids, Quantiser(**fitted) if fitted else None)
+
     def write_faiss(self, path: Path) -> None:
-        """As `write_faiss`; there, ids are row numbers."""
-        write_faiss(path, self.rows, self.quantiser)
+        """As `write_faiss`, under these ids where they are whole numbers, else under row numbers."""
+        write_faiss(path, self.rows, self.quantiser, whole_numbers(self.ids))
+
+
+def whole_numbers(ids: Sequence[Any]) -> np.ndarray | None:
+    """int64 [N]; None where an id is anything else."""
+    if not ids or not all(isinstance(one, int | np.integer) and not isinstance(one, bool) for one in ids):
+        return None
+    try:
+        return np.array(ids, np.int64)
+    except OverflowError:
+        return None
+
+
+def digest(arrays: dict[str, np.ndarray]) -> str:
+    """sha256, hex, of arrays by their names."""
+    found = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        found.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return found.hexdigest()
 
 
 def nearest_rows(
@@ -130,33 +198,39 @@ def nearest_rows(
     return np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found])
 
 
-def write_faiss(path: Path, rows: np.ndarray, quantiser: Quantiser | None = None) -> None:
+def write_faiss(
+    path: Path, rows: np.ndarray, quantiser: Quantiser | None = None, ids: np.ndarray | None = None
+) -> None:
     """Codes uint8 [N, B] as an index that `faiss.read_index` (a product code) or `faiss.read_index_binary`
     (bits) reads.
 
     A product code's index takes real-valued queries, the features that the quantiser encodes, and gives the
-    distances of `nearest_rows`; one of bits takes packed codes. Raises ImportError without faiss.
+    distances of `nearest_rows`; one of bits takes packed codes. `ids`: int64 [N], under which faiss finds
+    them (an IndexIDMap2); without, row numbers. Raises ImportError without faiss.
     """
     faiss: Any = importlib.import_module("faiss")  # whose types know nothing of its writers
-    with written_aside(path) as file:
-        writer = faiss.PyCallbackIOWriter(file.write)
-        if quantiser is None or quantiser.hamming:
-            binary = faiss.IndexBinaryFlat(8 * rows.shape[1])
-            for start in range(0, len(rows), CHUNK):
-                binary.add(np.ascontiguousarray(rows[start : start + CHUNK]))
-            faiss.write_index_binary(binary, writer)
-            return
+    binary = quantiser is None or quantiser.hamming
+    index = codes = faiss.IndexBinaryFlat(8 * rows.shape[1])
+    if quantiser is not None and not binary:
         parts, _, width = quantiser.words.shape
         matrix = quantiser.projection / quantiser.scale[:, None]
         turn = faiss.LinearTransform(len(quantiser.mean), parts * width, True)
         faiss.copy_array_to_vector(np.ascontiguousarray(matrix.T).ravel(), turn.A)
         faiss.copy_array_to_vector(-(quantiser.mean @ matrix), turn.b)
         turn.is_trained = True
-        product = faiss.IndexPQ(parts * width, parts, 8)
-        faiss.copy_array_to_vector(quantiser.words.ravel(), product.pq.centroids)
-        product.is_trained = True
-        index = faiss.IndexPreTransform(turn, product)
-        for start in range(0, len(rows), CHUNK):
-            product.add_sa_codes(np.ascontiguousarray(rows[start : start + CHUNK]))
-        index.ntotal, index.is_trained = product.ntotal, True
-        faiss.write_index(index, writer)
+        codes = faiss.IndexPQ(parts * width, parts, 8)
+        faiss.copy_array_to_vector(quantiser.words.ravel(), codes.pq.centroids)
+        codes.is_trained = True
+        index = faiss.IndexPreTransform(turn, codes)
+    named = index
+    if ids is not None:
+        named = (faiss.IndexBinaryIDMap2 if binary else faiss.IndexIDMap2)(index)
+        faiss.copy_array_to_vector(np.ascontiguousarray(ids, np.int64), named.id_map)
+    add = codes.add if binary else codes.add_sa_codes
+    for start in range(0, len(rows), CHUNK):
+        add(np.ascontiguousarray(rows[start : start + CHUNK]))
+    for each in (index, named):
+        each.ntotal, each.is_trained = codes.ntotal, True
+    with written_aside(path) as file:
+        write = faiss.write_index_binary if binary else faiss.write_index
+        write(named, faiss.PyCallbackIOWriter(file.write))

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from lvssl.codes.file import CodeFileError
 from lvssl.codes.index import Index, nearest_rows
 from lvssl.codes.quantiser import FITS
 from lvssl.codes.search import hamming_search
@@ -79,3 +81,71 @@ def test_faiss_reads_the_index_and_finds_the_same(code, tmp_path):
         found, _ = read.search(queries, 5)
         assert np.allclose(found, nearest_rows(queries, index.rows, 5, quantiser)[1], rtol=1e-3, atol=1e-3)
     assert read.ntotal == 500
+
+
+@pytest.mark.parametrize("code", ["opq", "itq"])
+def test_faiss_finds_them_under_the_callers_numbers(code, tmp_path):
+    faiss = pytest.importorskip("faiss", reason="the extra `faiss` isn't installed")
+    quantiser, queries = FITS[code](features(), 16), features(20, seed=1)
+    numbers = np.random.default_rng(2).permutation(10**12 + np.arange(500)).tolist()
+    index = Index(quantiser.encode(features()), numbers, quantiser)
+    index.write_faiss(tmp_path / "index.faiss")
+    read = (faiss.read_index_binary if code == "itq" else faiss.read_index)(str(tmp_path / "index.faiss"))
+    asked = quantiser.encode(queries) if code == "itq" else queries
+    distances, found = read.search(asked, 5)
+    assert np.allclose(distances, index.search(asked, 5)[1], rtol=1e-3, atol=1e-3)
+    for everyone, own, some, near in zip(*index.search(asked, 500), found.tolist(), distances):
+        distance_of = dict(zip(everyone, own))
+        assert np.allclose([distance_of[one] for one in some], near, rtol=1e-3, atol=1e-3)
+    assert read.remove_ids(found[0]) == 5 and read.ntotal == 495
+    assert not set(read.search(asked[:1], 400)[1].ravel().tolist()) & set(found[0].tolist())
+
+
+@pytest.mark.parametrize("ids", [names(500), list(range(7, 507)), ["", "naïve", "\udcff.jpg", *names(497)]])
+def test_a_saved_index_opens_as_it_was_and_goes_on(ids, tmp_path):
+    quantiser, queries, path = FITS["itq"](features(), 16), features(5, seed=1), tmp_path / "my.index"
+    index = Index(quantiser.encode(features()), ids, quantiser)
+    index.save(path)
+    first = path.read_bytes()
+    opened = Index.open(path)
+    assert list(opened.ids) == ids and opened.quantiser.digest == quantiser.digest
+    for asked in (queries, quantiser.encode(queries), queries):  # again and again
+        wanted, found = index.search(asked, 7), opened.search(asked, 7)
+        assert wanted[0] == found[0] and np.array_equal(wanted[1], found[1])
+    opened.delete(ids[:400])
+    opened.add(quantiser.encode(queries[:1]), [ids[3]])
+    opened.save(path)
+    assert opened.search(queries[:1], 1)[0] == [[ids[3]]] == Index.open(path).search(queries[:1], 1)[0]
+    index.save(path)
+    assert path.read_bytes() == first and [path] == list(tmp_path.iterdir())
+
+
+def test_an_empty_index_and_one_without_a_quantiser_are_saved_too(tmp_path):
+    for index in (Index(), Index(np.eye(3, 2, dtype=np.uint8), [5, 3, 4])):
+        index.save(tmp_path / "i")
+        opened = Index.open(tmp_path / "i")
+        assert np.array_equal(opened.rows, index.rows) and list(opened.ids) == list(index.ids)
+        assert opened.quantiser is None
+
+
+def test_what_cant_be_saved_or_opened_is_said(tmp_path):
+    path = tmp_path / "i"
+    for ids in (["a", 3], [(1, 2), (3, 4)], [1, 2**63], [1, True]):
+        with pytest.raises(ValueError, match="all texts or all whole numbers"):
+            Index(np.zeros((2, 2), np.uint8), ids).save(path)
+    with pytest.raises(CodeFileError, match="i: can't be read as an index"):
+        Index.open(path)
+    Index(np.zeros((2, 2), np.uint8), ["a", "b"]).save(path)
+    whole, arrays = path.read_bytes(), load_file(path)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(CodeFileError, match="i: can't be read as an index"):
+        Index.open(path)
+    path.write_bytes(whole[:-1] + b"?")
+    with pytest.raises(CodeFileError, match="i: damaged"):
+        Index.open(path)
+    save_file(arrays, path)
+    with pytest.raises(CodeFileError, match="i: not an index"):
+        Index.open(path)
+    save_file(arrays, path, {"lvssl index": "9 1234"})
+    with pytest.raises(CodeFileError, match="i: format version 9, this release reads 1"):
+        Index.open(path)
