@@ -1,0 +1,306 @@
+"""Which score says that an image is understood badly? Candidates beside the distance, on finished runs.
+
+    python -m benchmarks.confidence RUN ... --unseen train12000.beton --test test.beton --foreign other.beton
+    python -m benchmarks.confidence --print                    the tables, from the file --json
+
+Database: the run's own training images. Asked: `unseen`, 2,000 training images that the run was not trained
+on (of a larger --subset of the same set; those whose names the training set has are left out), on which to
+choose, and `test`, 2,000 test images, on which to confirm. Scores, each higher where less certain:
+
+    posterior, norm   the family's own; minus the feature's norm
+    distance          1 - mean cosine of features to the 20 nearest
+    density, 10       minus the log-density of the posterior's locations: one Gaussian, or ten clusters
+    stages            the same of the mean activations of every block of the backbone
+    entropy: norm     of a Bernoulli: entropy of logits of the training images' median norm
+    entropy: density  of a Bernoulli: of logits damped by the squared Mahalanobis distance a number
+    draws, blocks, views at k 10, 50, 100
+                      1 - mean Jaccard similarity, over pairs, of the k nearest by each of eight: samples of
+                      the posterior; blocks of the standardised features; augmented views
+
+Uses: a wrong neighbour, AUROC that the nearest other image asked (`r_auroc`), or the nearest of the database
+(`training`), is of another class; foreign images, AUROC for each set; Spearman's correlation with the
+severity of corruptions; the share of crops that are less certain than the whole. Rows are added to those of
+--json; what stands there of the same checkpoint and images isn't measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lvssl.cli import guarded
+from lvssl.evaluation.corruptions import CORRUPTIONS, OUT_OF_DISTRIBUTION, SEVERITIES, corrupt
+from lvssl.evaluation.density import Density, fit_density
+from lvssl.evaluation.outputs import NetworkOutputs, network_outputs
+from lvssl.evaluation.scorer import NEIGHBOURS, severity_correlation
+from lvssl.evaluation.uncertainty import auroc, r_auroc
+from lvssl.latents.bernoulli import BernoulliPosterior
+from lvssl.models.backbone import BLOCKS
+from lvssl.runs.labels import numbered_as
+from lvssl.runs.run import Run, load_run, versions
+from pipelines.augment import augment
+from pipelines.datasets.beton import stored_names
+from pipelines.datasets.dataset import evenly_spaced
+from pipelines.decode import Reader, open_reader
+from pipelines.decode.resize import resize_crop
+from pipelines.files import write_json
+from pipelines.loader import evaluation_crops
+from pipelines.parameters import crop_boxes, draw_parameters
+from pipelines.views import ViewSettings
+
+ASKED, FOREIGN, CORRUPTED, SETS, KS = 2000, 1000, 200, 8, (10, 50, 100)
+SETS_OF = ("blocks", "views", "draws")
+USES = ("r_auroc", "training", "foreign", "severity", "crops")
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN")
+    parser.add_argument("--unseen", type=Path, help="a beton with more images of the training set")
+    parser.add_argument("--test", type=Path)
+    parser.add_argument("--foreign", type=Path, nargs="*", default=[], help="betons of other data")
+    parser.add_argument("--sets", nargs="*", choices=SETS_OF, default=SETS_OF, help="whose agreement")
+    parser.add_argument("--json", type=Path, default=Path("docs/confidence.json"))
+    parser.add_argument("--print", action="store_true")
+    options = parser.parse_args(arguments)
+    found = json.loads(options.json.read_text()) if options.json.exists() else {"rows": []}
+    for folder in options.runs:
+        for asked, path in (("unseen", options.unseen), ("test", options.test)):
+            run = load_run(folder)
+            key = {"run": folder.name, "asked": asked, "checkpoint": run.digest[:12]}
+            if path is None or any(key.items() <= row.items() for row in found["rows"]):
+                continue
+            rows = [key | row for row in measured(run, path, asked == "unseen", options)]
+            others = [row for row in found["rows"] if (row["run"], row["asked"]) != (folder.name, asked)]
+            found = {
+                "command": "python -m benchmarks.confidence RUN ... --unseen FILE --test FILE --foreign FILE",
+                "versions": versions(),
+                "rows": others + rows,
+            }
+            write_json(options.json, found)
+            print(f"{folder.name}, {asked}: {len(rows)} scores", flush=True)
+    if options.print:
+        print("\n\n".join(tables(found["rows"])))
+
+
+def measured(run: Run, path: Path, unseen: bool, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each score: its value for each use."""
+    view = run.settings.view
+    train = open_reader(run.settings.data)
+    known = pixels_of(train, view, np.arange(len(train)))
+    source = numbered_as(open_reader(path), path, train.classes, str(run.settings.data))
+    rows = np.arange(len(source))
+    if unseen:
+        seen = set(stored_names(run.settings.data) or ())
+        rows = np.flatnonzero([name not in seen for name in stored_names(path) or ()])
+    rows = rows[evenly_spaced(len(rows), ASKED)]
+    crops, labels = pixels_of(source, view, rows), source.labels[rows]
+    candidates = Candidates(run, known, options.sets)
+    asked, scores = candidates(crops)
+    nearest = candidates.nearest(candidates.by_cosine(asked.features), 1)[:, 0]
+    wrong = train.labels[nearest] != labels
+    found: dict[str, dict[str, Any]] = {
+        name: {
+            "r_auroc": r_auroc(asked.features, labels, score).r_auroc,
+            "training": auroc(wrong, score),
+        }
+        for name, score in scores.items()
+    }
+    others = {name: make(FOREIGN, view.resolution, 0) for name, make in OUT_OF_DISTRIBUTION.items()}
+    for each in options.foreign:
+        reader = open_reader(each)
+        others[each.stem] = pixels_of(reader, view, evenly_spaced(len(reader), FOREIGN))
+    for name, pixels in others.items():
+        far = candidates(pixels)[1]
+        for key, row in found.items():
+            both = np.concatenate([scores[key], far[key]])
+            row[f"foreign {name}"] = auroc(np.arange(len(both)) >= len(crops), both)
+    some = evenly_spaced(len(crops), CORRUPTED)
+    for kind in CORRUPTIONS:
+        levels = [candidates(corrupt(crops[some], kind, severity))[1] for severity in SEVERITIES]
+        for key, row in found.items():
+            values = np.stack([scores[key][some], *(level[key] for level in levels)])
+            row[f"severity {kind}"] = severity_correlation(values)
+            if kind == "crop":
+                row["crops"] = float((values[1:] > values[0]).mean())
+    for row in found.values():
+        for use in ("foreign", "severity"):
+            row[use] = statistics.mean(value for name, value in row.items() if name.startswith(f"{use} "))
+    about = {"family": run.settings.latent.family, "seed": run.settings.seed, "data": train_name(run)}
+    return [
+        about | {"score": name} | {use: round(value, 4) for use, value in row.items()}
+        for name, row in found.items()
+    ]
+
+
+def train_name(run: Run) -> str:
+    return run.settings.data.stem.partition("-train")[0]
+
+
+def pixels_of(source: Reader, view: ViewSettings, rows: np.ndarray) -> np.ndarray:
+    return evaluation_crops(source, view, rows.copy())
+
+
+class Candidates:
+    """Every score of a run, fitted on its training images, uint8 [N, R, R, 3]."""
+
+    def __init__(self, run: Run, known: np.ndarray, sets: Sequence[str] = SETS_OF) -> None:
+        self.run, self.sets, network = run, sets, run.network
+        with block_means(network.backbone) as means:
+            outputs = network_outputs(network, known, run.settings.view)
+            stages = means()
+        self.features = F.normalize(torch.from_numpy(outputs.features), dim=1)
+        self.means = F.normalize(torch.from_numpy(outputs.mean), dim=1)
+        x = outputs.features
+        self.standard = x.mean(axis=0), x.std(axis=0) + 1e-6
+        self.blocks = self.in_blocks(x)
+        self.densities: dict[str, Density] = {
+            "density": fit_density(outputs.location),
+            "density 10": fit_density(outputs.location, 10),
+        }
+        self.stages = {"stages": fit_density(stages), "stages 10": fit_density(stages, 10)}
+        self.logit_norm = float(np.median(np.linalg.norm(outputs.location, axis=1)))
+
+    def __call__(self, crops: np.ndarray) -> tuple[NetworkOutputs, dict[str, np.ndarray]]:
+        """(outputs, score -> float64 [N], higher is less certain)."""
+        network, view = self.run.network, self.run.settings.view
+        with block_means(network.backbone) as means:
+            found = network_outputs(network, crops, view, SETS)
+            stages = means()
+        scores = {"posterior": found.uncertainty, "norm": -np.linalg.norm(found.features, axis=1)}
+        cosine = self.by_cosine(found.features)
+        scores["distance"] = 1 - cosine.topk(NEIGHBOURS, dim=1).values.mean(dim=1).numpy()
+        scores |= {name: density(found.location) for name, density in self.densities.items()}
+        scores |= {name: density(stages) for name, density in self.stages.items()}
+        if self.run.settings.latent.family == "bernoulli":
+            scores |= self.bounded_entropies(found.location)
+        for name in self.sets:
+            near = [self.nearest(each, max(KS)) for each in self.similarities(name, crops, found)]
+            scores |= {f"{name} {k}": 1 - agreement([each[:, :k] for each in near]) for k in KS if near}
+        return found, {name: score.astype(np.float64) for name, score in scores.items()}
+
+    def similarities(self, name: str, crops: np.ndarray, found: NetworkOutputs) -> Iterator[Tensor]:
+        """[N, database] of each of SETS ways to look at the images; of draws none, where nothing is drawn."""
+        if name == "blocks":
+            yield from (x @ block.T for x, block in zip(self.in_blocks(found.features), self.blocks))
+        elif name == "draws":
+            yield from (unit(sample) @ self.means.T for sample in found.samples)
+        else:
+            for each in augmented(crops, self.run.settings.view, SETS):
+                outputs = network_outputs(self.run.network, each, self.run.settings.view)
+                yield self.by_cosine(outputs.features)
+
+    def by_cosine(self, features: np.ndarray) -> Tensor:
+        """Cosines [N, database]."""
+        return unit(features) @ self.features.T
+
+    def in_blocks(self, features: np.ndarray) -> list[Tensor]:
+        """Standardised features as SETS blocks, each of length 1."""
+        mean, scale = self.standard
+        return [unit(part) for part in np.array_split((features - mean) / scale, SETS, axis=1)]
+
+    def nearest(self, similarity: Tensor, k: int) -> np.ndarray:
+        return similarity.topk(k, dim=1).indices.numpy()
+
+    def bounded_entropies(self, logits: np.ndarray) -> dict[str, np.ndarray]:
+        """Of logits [N, D] that can't grow without bound."""
+        norm = np.linalg.norm(logits, axis=1, keepdims=True)
+        density = self.densities["density"]
+        white = (logits - density.mean) @ density.whitening
+        variance = np.square(white).mean(axis=1, keepdims=True)  # a number; 1 on average of training images
+        damped = logits / np.sqrt(1 + np.pi / 8 * variance)  # as a Gaussian logit's mean probability
+        by = {"entropy: norm": logits * (self.logit_norm / norm), "entropy: density": damped}
+        return {
+            name: BernoulliPosterior(torch.from_numpy(x), False).entropy().numpy() for name, x in by.items()
+        }
+
+
+def unit(x: np.ndarray) -> Tensor:
+    return F.normalize(torch.from_numpy(np.ascontiguousarray(x, np.float32)), dim=1)
+
+
+@contextmanager
+def block_means(backbone: torch.nn.Module) -> Iterator[Callable[[], np.ndarray]]:
+    """While it is entered, collects each block's activations of every image, averaged over the pixels; the
+    function gives them, float32 [N, sum of widths]."""
+    blocks = [module for module in backbone.modules() if isinstance(module, BLOCKS)]
+    parts: list[list[np.ndarray]] = [[] for _ in blocks]
+    hooks = [
+        block.register_forward_hook(lambda _, __, out, part=part: part.append(out.mean(dim=(2, 3)).numpy()))
+        for block, part in zip(blocks, parts)
+    ]
+    try:
+        yield lambda: np.concatenate([np.concatenate(part) for part in parts], axis=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def augmented(crops: np.ndarray, view: ViewSettings, count: int) -> Iterator[Tensor]:
+    """`count` views of each of crops uint8 [N, R, R, 3] as in training, normalised, each float32
+    [N, 3, R, R]."""
+    size = np.full(len(crops), crops.shape[1])
+    table = draw_parameters(view, 0, 0, np.arange(len(crops)), size, size, count)
+    boxes, out = crop_boxes(table), np.empty_like(crops)
+    for v in range(count):
+        for crop, box, target in zip(crops, boxes[:, v], out):
+            resize_crop(crop, box, target)
+        yield augment(torch.from_numpy(out), torch.from_numpy(table[:, v].copy()), view)
+
+
+def agreement(sets: list[np.ndarray]) -> np.ndarray:
+    """Mean Jaccard similarity, over pairs, of sets of k rows, each int64 [N, k] without repetition."""
+    ordered = [torch.from_numpy(np.sort(each, axis=1)) for each in sets]
+    k = ordered[0].shape[1]
+    total = np.zeros(len(sets[0]))
+    pairs = list(combinations(ordered, 2))
+    for one, other in pairs:
+        place = torch.searchsorted(one, other).clamp(max=k - 1)
+        common = (one.gather(1, place) == other).sum(dim=1).numpy()
+        total += common / (2 * k - common)
+    return total / len(pairs)
+
+
+# Tables ---------------------------------------------------------------------------------------------------
+
+
+def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """For each data set and use, scores by families: means over seeds, images unseen / test."""
+    for data in sorted({row["data"] for row in rows}):
+        of_data = [row for row in rows if row["data"] == data]
+        families = list(dict.fromkeys(row["family"] for row in of_data))
+        uses = [*USES, *(use for use in of_data[0] if use.startswith("foreign "))]
+        for use in uses:
+            lines = [f"| {data}, {use} | {' | '.join(families)} |", "| --- " * (len(families) + 1) + "|"]
+            for score in dict.fromkeys(row["score"] for row in of_data):
+                cells = [cell(of_data, score, family, use) for family in families]
+                lines.append(f"| {score} | {' | '.join(cells)} |")
+            yield "\n".join(lines)
+
+
+def cell(rows: list[dict[str, Any]], score: str, family: str, use: str) -> str:
+    means = []
+    for asked in ("unseen", "test"):
+        values = [
+            row[use] for row in rows if (row["score"], row["family"], row["asked"]) == (score, family, asked)
+        ]
+        means.append(f"{statistics.mean(values):.3f}" if values else "")
+    return " / ".join(means).strip(" /")
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))
