@@ -53,7 +53,7 @@ from lvssl.runs.run import Run, load_run, versions
 from pipelines.augment import augment
 from pipelines.datasets.beton import stored_names
 from pipelines.datasets.dataset import evenly_spaced
-from pipelines.decode import Reader, open_reader
+from pipelines.decode import open_reader
 from pipelines.decode.resize import resize_crop
 from pipelines.files import write_json
 from pipelines.loader import evaluation_crops
@@ -79,12 +79,17 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     found = json.loads(options.json.read_text()) if options.json.exists() else {"rows": []}
     for folder in options.runs:
-        for asked, path in (("unseen", options.unseen), ("test", options.test)):
-            run = load_run(folder)
-            key = {"run": folder.name, "asked": asked, "checkpoint": run.digest[:12]}
-            if path is None or any(key.items() <= row.items() for row in found["rows"]):
-                continue
-            rows = [key | row for row in measured(run, path, asked == "unseen", options)]
+        run = load_run(folder)
+        about = {"run": folder.name, "checkpoint": run.digest[:12]}
+        there = {row["asked"] for row in found["rows"] if about.items() <= row.items()}
+        wanted = {"unseen": options.unseen, "test": options.test}
+        wanted = {asked: path for asked, path in wanted.items() if path and asked not in there}
+        if not wanted:
+            continue
+        candidates = Candidates(run, options.sets)
+        for asked, path in wanted.items():
+            crops, labels = images_of(run, path, asked == "unseen")
+            rows = [about | {"asked": asked} | row for row in measured(candidates, crops, labels, options)]
             others = [row for row in found["rows"] if (row["run"], row["asked"]) != (folder.name, asked)]
             found = {
                 "command": "python -m benchmarks.confidence RUN ... --unseen FILE --test FILE --foreign FILE",
@@ -97,22 +102,26 @@ def main(arguments: list[str]) -> None:
         print("\n\n".join(tables(found["rows"])))
 
 
-def measured(run: Run, path: Path, unseen: bool, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each score: its value for each use."""
-    view = run.settings.view
+def images_of(run: Run, path: Path, unseen: bool) -> tuple[np.ndarray, np.ndarray]:
+    """ASKED images, uint8 [N, R, R, 3], and their labels, by the numbers of the training set."""
     train = open_reader(run.settings.data)
-    known = pixels_of(train, view, np.arange(len(train)))
     source = numbered_as(open_reader(path), path, train.classes, str(run.settings.data))
     rows = np.arange(len(source))
     if unseen:
         seen = set(stored_names(run.settings.data) or ())
         rows = np.flatnonzero([name not in seen for name in stored_names(path) or ()])
     rows = rows[evenly_spaced(len(rows), ASKED)]
-    crops, labels = pixels_of(source, view, rows), source.labels[rows]
-    candidates = Candidates(run, known, options.sets)
+    return evaluation_crops(source, run.settings.view, rows.copy()), source.labels[rows]
+
+
+def measured(
+    candidates: Candidates, crops: np.ndarray, labels: np.ndarray, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A row for each score: its value for each use."""
+    run, view = candidates.run, candidates.run.settings.view
     asked, scores = candidates(crops)
     nearest = candidates.nearest(candidates.by_cosine(asked.features), 1)[:, 0]
-    wrong = train.labels[nearest] != labels
+    wrong = candidates.labels[nearest] != labels
     found: dict[str, dict[str, Any]] = {
         name: {
             "r_auroc": r_auroc(asked.features, labels, score).r_auroc,
@@ -123,7 +132,7 @@ def measured(run: Run, path: Path, unseen: bool, options: argparse.Namespace) ->
     others = {name: make(FOREIGN, view.resolution, 0) for name, make in OUT_OF_DISTRIBUTION.items()}
     for each in options.foreign:
         reader = open_reader(each)
-        others[each.stem] = pixels_of(reader, view, evenly_spaced(len(reader), FOREIGN))
+        others[each.stem] = evaluation_crops(reader, view, evenly_spaced(len(reader), FOREIGN))
     for name, pixels in others.items():
         far = candidates(pixels)[1]
         for key, row in found.items():
@@ -140,26 +149,25 @@ def measured(run: Run, path: Path, unseen: bool, options: argparse.Namespace) ->
     for row in found.values():
         for use in ("foreign", "severity"):
             row[use] = statistics.mean(value for name, value in row.items() if name.startswith(f"{use} "))
-    about = {"family": run.settings.latent.family, "seed": run.settings.seed, "data": train_name(run)}
+    about = {
+        "family": run.settings.latent.family,
+        "seed": run.settings.seed,
+        "data": run.settings.data.stem.partition("-train")[0],
+    }
     return [
         about | {"score": name} | {use: round(value, 4) for use, value in row.items()}
         for name, row in found.items()
     ]
 
 
-def train_name(run: Run) -> str:
-    return run.settings.data.stem.partition("-train")[0]
-
-
-def pixels_of(source: Reader, view: ViewSettings, rows: np.ndarray) -> np.ndarray:
-    return evaluation_crops(source, view, rows.copy())
-
-
 class Candidates:
-    """Every score of a run, fitted on its training images, uint8 [N, R, R, 3]."""
+    """Every score of a run, fitted on its training images."""
 
-    def __init__(self, run: Run, known: np.ndarray, sets: Sequence[str] = SETS_OF) -> None:
+    def __init__(self, run: Run, sets: Sequence[str] = SETS_OF) -> None:
         self.run, self.sets, network = run, sets, run.network
+        train = open_reader(run.settings.data)
+        self.labels = train.labels
+        known = evaluation_crops(train, run.settings.view, np.arange(len(train)))
         with block_means(network.backbone) as means:
             outputs = network_outputs(network, known, run.settings.view)
             stages = means()
