@@ -8,9 +8,11 @@ on (of a larger --subset of the same set; those whose names the training set has
 choose, and `test`, 2,000 test images, on which to confirm. Scores, each higher where less certain:
 
     posterior, norm   the family's own; minus the feature's norm
-    distance          1 - mean cosine of features to the 20 nearest
-    density, 10       minus the log-density of the posterior's locations: one Gaussian, or ten clusters
-    stages            the same of the mean activations of every block of the backbone
+    distance          1 - cosine of standardised features to the nearest
+    distance 20       1 - mean cosine of features to the 20 nearest
+    density, 10       minus the log-density of the mean activations of every stage of the backbone: one
+                      Gaussian, or ten clusters
+    locations, 10     the same of the posterior's locations; of the features, where there is no latent
     entropy: norm     of a Bernoulli: entropy of logits of the training images' median norm
     entropy: density  of a Bernoulli: of logits damped by the squared Mahalanobis distance a number
     draws, blocks, views at k 10, 50, 100
@@ -29,8 +31,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lvssl.cli import guarded
+from lvssl.commands.main import guarded
 from lvssl.evaluation.corruptions import CORRUPTIONS, OUT_OF_DISTRIBUTION, SEVERITIES, corrupt
-from lvssl.evaluation.density import Density, fit_density
+from lvssl.evaluation.density import fit_density
 from lvssl.evaluation.outputs import NetworkOutputs, network_outputs
-from lvssl.evaluation.scorer import NEIGHBOURS, severity_correlation
+from lvssl.evaluation.scorer import Distance, severity_correlation
 from lvssl.evaluation.uncertainty import auroc, r_auroc
 from lvssl.latents.bernoulli import BernoulliPosterior
-from lvssl.models.backbone import BLOCKS
 from lvssl.runs.labels import numbered_as
 from lvssl.runs.run import Run, load_run, versions
 from pipelines.augment import augment
@@ -81,16 +81,22 @@ def main(arguments: list[str]) -> None:
     for folder in options.runs:
         run = load_run(folder)
         about = {"run": folder.name, "checkpoint": run.digest[:12]}
-        there = {row["asked"] for row in found["rows"] if about.items() <= row.items()}
+        there = {(row["asked"], row["score"]) for row in found["rows"] if about.items() <= row.items()}
+        names = ["distance", *(f"{name} 10" for name in options.sets if name != "draws")]
         wanted = {"unseen": options.unseen, "test": options.test}
-        wanted = {asked: path for asked, path in wanted.items() if path and asked not in there}
+        wanted = {
+            asked: path
+            for asked, path in wanted.items()
+            if path and not {(asked, name) for name in names} <= there
+        }
         if not wanted:
             continue
         candidates = Candidates(run, options.sets)
         for asked, path in wanted.items():
             crops, labels = images_of(run, path, asked == "unseen")
             rows = [about | {"asked": asked} | row for row in measured(candidates, crops, labels, options)]
-            others = [row for row in found["rows"] if (row["run"], row["asked"]) != (folder.name, asked)]
+            new = {(row["run"], row["asked"], row["score"]) for row in rows}
+            others = [row for row in found["rows"] if (row["run"], row["asked"], row["score"]) not in new]
             found = {
                 "command": "python -m benchmarks.confidence RUN ... --unseen FILE --test FILE --foreign FILE",
                 "versions": versions(),
@@ -120,7 +126,7 @@ def measured(
     """A row for each score: its value for each use."""
     run, view = candidates.run, candidates.run.settings.view
     asked, scores = candidates(crops)
-    nearest = candidates.nearest(candidates.by_cosine(asked.features), 1)[:, 0]
+    nearest = candidates.nearest(candidates.by_cosine(asked.features), 1)[:, 0].numpy()
     wrong = candidates.labels[nearest] != labels
     found: dict[str, dict[str, Any]] = {
         name: {
@@ -164,42 +170,44 @@ class Candidates:
     """Every score of a run, fitted on its training images."""
 
     def __init__(self, run: Run, sets: Sequence[str] = SETS_OF) -> None:
-        self.run, self.sets, network = run, sets, run.network
+        self.run, self.sets = run, sets
         train = open_reader(run.settings.data)
         self.labels = train.labels
         known = evaluation_crops(train, run.settings.view, np.arange(len(train)))
-        with block_means(network.backbone) as means:
-            outputs = network_outputs(network, known, run.settings.view)
-            stages = means()
-        self.features = F.normalize(torch.from_numpy(outputs.features), dim=1)
-        self.means = F.normalize(torch.from_numpy(outputs.mean), dim=1)
-        x = outputs.features
+        outputs = network_outputs(run.network, known, run.settings.view)
+        self.features, self.means = unit(outputs.features), unit(outputs.mean)
+        self.distance = Distance(outputs.features)
+        x, where = outputs.features, self.locations(outputs)
         self.standard = x.mean(axis=0), x.std(axis=0) + 1e-6
         self.blocks = self.in_blocks(x)
-        self.densities: dict[str, Density] = {
-            "density": fit_density(outputs.location),
-            "density 10": fit_density(outputs.location, 10),
-        }
-        self.stages = {"stages": fit_density(stages), "stages 10": fit_density(stages, 10)}
-        self.logit_norm = float(np.median(np.linalg.norm(outputs.location, axis=1)))
+        self.densities = {"locations": fit_density(where), "locations 10": fit_density(where, 10)}
+        fitted = fit_density(outputs.stages), fit_density(outputs.stages, 10)
+        self.stages = dict(zip(("density", "density 10"), fitted))
+        self.logit_norm = float(np.median(np.linalg.norm(where, axis=1)))
 
     def __call__(self, crops: np.ndarray) -> tuple[NetworkOutputs, dict[str, np.ndarray]]:
         """(outputs, score -> float64 [N], higher is less certain)."""
-        network, view = self.run.network, self.run.settings.view
-        with block_means(network.backbone) as means:
-            found = network_outputs(network, crops, view, SETS)
-            stages = means()
+        found = network_outputs(self.run.network, crops, self.run.settings.view, SETS)
         scores = {"posterior": found.uncertainty, "norm": -np.linalg.norm(found.features, axis=1)}
         cosine = self.by_cosine(found.features)
-        scores["distance"] = 1 - cosine.topk(NEIGHBOURS, dim=1).values.mean(dim=1).numpy()
-        scores |= {name: density(found.location) for name, density in self.densities.items()}
-        scores |= {name: density(stages) for name, density in self.stages.items()}
+        scores["distance"] = self.distance(found.features)
+        scores["distance 20"] = 1 - cosine.topk(20, dim=1).values.mean(dim=1).numpy()
+        where = self.locations(found)
+        scores |= {name: density(where) for name, density in self.densities.items()}
+        scores |= {name: density(found.stages) for name, density in self.stages.items()}
         if self.run.settings.latent.family == "bernoulli":
-            scores |= self.bounded_entropies(found.location)
+            scores |= self.bounded_entropies(where)
         for name in self.sets:
             near = [self.nearest(each, max(KS)) for each in self.similarities(name, crops, found)]
-            scores |= {f"{name} {k}": 1 - agreement([each[:, :k] for each in near]) for k in KS if near}
+            scores |= {f"{name} {k}": 1 - mean_jaccard([each[:, :k] for each in near]) for k in KS if near}
         return found, {name: score.astype(np.float64) for name, score in scores.items()}
+
+    def locations(self, outputs: NetworkOutputs) -> np.ndarray:
+        """The posteriors' locations, float32 [N, L]."""
+        network = self.run.network
+        with torch.no_grad():
+            parameters = network.posterior_parameters(torch.from_numpy(outputs.features))
+        return parameters[:, : network.family.location_count(network.dim)].numpy()
 
     def similarities(self, name: str, crops: np.ndarray, found: NetworkOutputs) -> Iterator[Tensor]:
         """[N, database] of each of SETS ways to look at the images; of draws none, where nothing is drawn."""
@@ -221,13 +229,13 @@ class Candidates:
         mean, scale = self.standard
         return [unit(part) for part in np.array_split((features - mean) / scale, SETS, axis=1)]
 
-    def nearest(self, similarity: Tensor, k: int) -> np.ndarray:
-        return similarity.topk(k, dim=1).indices.numpy()
+    def nearest(self, similarity: Tensor, k: int) -> Tensor:
+        return similarity.topk(k, dim=1).indices
 
     def bounded_entropies(self, logits: np.ndarray) -> dict[str, np.ndarray]:
         """Of logits [N, D] that can't grow without bound."""
         norm = np.linalg.norm(logits, axis=1, keepdims=True)
-        density = self.densities["density"]
+        density = self.densities["locations"]
         white = (logits - density.mean) @ density.whitening
         variance = np.square(white).mean(axis=1, keepdims=True)  # a number; 1 on average of training images
         damped = logits / np.sqrt(1 + np.pi / 8 * variance)  # as a Gaussian logit's mean probability
@@ -239,23 +247,6 @@ class Candidates:
 
 def unit(x: np.ndarray) -> Tensor:
     return F.normalize(torch.from_numpy(np.ascontiguousarray(x, np.float32)), dim=1)
-
-
-@contextmanager
-def block_means(backbone: torch.nn.Module) -> Iterator[Callable[[], np.ndarray]]:
-    """While it is entered, collects each block's activations of every image, averaged over the pixels; the
-    function gives them, float32 [N, sum of widths]."""
-    blocks = [module for module in backbone.modules() if isinstance(module, BLOCKS)]
-    parts: list[list[np.ndarray]] = [[] for _ in blocks]
-    hooks = [
-        block.register_forward_hook(lambda _, __, out, part=part: part.append(out.mean(dim=(2, 3)).numpy()))
-        for block, part in zip(blocks, parts)
-    ]
-    try:
-        yield lambda: np.concatenate([np.concatenate(part) for part in parts], axis=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def augmented(crops: np.ndarray, view: ViewSettings, count: int) -> Iterator[Tensor]:
@@ -270,12 +261,11 @@ def augmented(crops: np.ndarray, view: ViewSettings, count: int) -> Iterator[Ten
         yield augment(torch.from_numpy(out), torch.from_numpy(table[:, v].copy()), view)
 
 
-def agreement(sets: list[np.ndarray]) -> np.ndarray:
-    """Mean Jaccard similarity, over pairs, of sets of k rows, each int64 [N, k] without repetition."""
-    ordered = [torch.from_numpy(np.sort(each, axis=1)) for each in sets]
-    k = ordered[0].shape[1]
-    total = np.zeros(len(sets[0]))
-    pairs = list(combinations(ordered, 2))
+def mean_jaccard(sets: list[Tensor]) -> np.ndarray:
+    """Float64 [N] in [0, 1], over pairs of sets, each k numbers without repetition: int64 [N, k]."""
+    ordered = [rows.sort(dim=1).values for rows in sets]
+    k, pairs = ordered[0].shape[1], list(combinations(ordered, 2))
+    total = np.zeros(len(ordered[0]))
     for one, other in pairs:
         place = torch.searchsorted(one, other).clamp(max=k - 1)
         common = (one.gather(1, place) == other).sum(dim=1).numpy()

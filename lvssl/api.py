@@ -184,7 +184,7 @@ class Model:
                 if density is None:
                     uncertainty.append(part.posterior.uncertainty().float().cpu().numpy())
                 else:
-                    uncertainty.append(density(inference.locations(self.network, part).float().cpu().numpy()))
+                    uncertainty.append(density(part.stages.cpu().numpy()))
                 rows += part.rows.tolist()
                 bar.update(len(part.rows))
         if not rows:

@@ -62,7 +62,7 @@ class EncodeSettings(ReadsImages):
     the command after an interruption.
 
     The uncertainty is minus the log-density, in nats, of a Gaussian fitted to the training images'
-    posteriors: RUN/density.safetensors, fitted by the first call, which needs the training images."""
+    activations: RUN/density.safetensors, fitted by the first call, which needs the training images."""
 
     run: Positional[Path]
     """The run whose encoder is used; or embeddings, as `lvssl knn` takes them, on which the quantiser is

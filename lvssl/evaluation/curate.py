@@ -46,7 +46,7 @@ from lvssl.evaluation.fitted import SAMPLE, TrainingEmbeddings, TrainingImages
 from lvssl.evaluation.neighbours import nearest_in_cells
 from lvssl.evaluation.quantisers import own_bits
 from lvssl.models.backbone import feature_dim
-from lvssl.models.inference import Batches, encode, locations
+from lvssl.models.inference import Batches, encode
 from lvssl.runs.embeddings import is_embeddings, open_embeddings, training_file
 from lvssl.runs.labels import numbered_as, say_notes
 from lvssl.runs.run import Run, load_run
@@ -287,8 +287,7 @@ def with_mirror_images(encoder: Encoder, batches: Batches) -> Iterator[Coded]:
             for both in (crops, crops.flip(2))
         )
         means = ((part.features.float() + mirrored.features.float()) / 2).cpu().numpy()
-        where = locations(run.network, part).float().cpu().numpy()
-        scores = encoder.density(where) if encoder.density else None
+        scores = encoder.density(part.stages.cpu().numpy()) if encoder.density else None
         grey = crops.float().mean(dim=3)[:, None].cpu()
         small = shrink(grey, SIDE).flatten(1).round().to(torch.uint8).numpy()
         yield Coded(rows, part.codes(), means, np.empty((len(rows), 0), np.float32), scores, small)

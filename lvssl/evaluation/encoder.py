@@ -100,7 +100,8 @@ class Encoder:
             else:
                 codes = self.quantiser.encode(values)
             means = part.posterior.mean().float().cpu().numpy()
-            yield Coded(part.rows, codes, means, values, self.density(where) if self.density else None)
+            scores = self.density(part.stages.cpu().numpy()) if self.density else None
+            yield Coded(part.rows, codes, means, values, scores)
 
 
 def code_path(run: Path, given: Path | None) -> Path:

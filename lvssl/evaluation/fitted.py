@@ -81,8 +81,8 @@ class TrainingImages:
         return self.train or self.run.settings.data
 
     def sample(self, kind: str) -> np.ndarray:
-        """Of M <= `limit` images the `kind`, "locations" or "features", float32 [M, L]. They lie evenly over
-        the set, which may be sorted by class.
+        """Of M <= `limit` images the `kind`, "locations", "features" or "stages", float32 [M, L]. They lie
+        evenly over the set, which may be sorted by class.
 
         Raises InputError: no such images, a damaged one, with on_error="raise", or fewer than two.
         """
@@ -104,16 +104,18 @@ class TrainingImages:
         batches = readable(
             source, view, self.workers, self.on_error, rows, title="fit on the training images"
         )
-        features, where = [], []
+        features, where, stages = [], [], []
         try:
             for part in encode(run.network, batches, view):
                 features.append(part.features.float().cpu().numpy())
+                stages.append(part.stages.cpu().numpy())
                 where.append(locations(run.network, part).float().cpu().numpy())
         except DamagedSample as sample:
             raise InputError(f"{self.path}: {sample}; --on-error skip leaves such images out") from None
         if sum(map(len, features)) < 2:
             raise InputError(f"{self.path}: at least two training images are needed to fit on")
-        return {"features": np.concatenate(features), "locations": np.concatenate(where)}
+        parts = {"features": features, "locations": where, "stages": stages}
+        return {kind: np.concatenate(arrays) for kind, arrays in parts.items()}
 
 
 def keep(path: Path, arrays: dict[str, np.ndarray], run: Origin, about: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ from pipelines.decode import Reader
 from pipelines.kernels.pack import pack_bits, unpack_bits
 
 FIRST = 1000  # n of mAP@n
+SCORES = 2  # of uncertainty: what another number has measured, a study measures again
 HASHES = ("sign", "PCA + sign", "ITQ", "LSH")  # of lvssl.codes.controls, compared by Hamming distance
 EQUAL_BIT = (*HASHES, "OPQ")  # the last needs faiss
 LABEL_FREE = (

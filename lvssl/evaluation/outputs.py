@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lvssl.latents.noise import keyed
-from lvssl.models.inference import device_of, encode, in_batches, locations
+from lvssl.models.inference import device_of, encode, in_batches
 from lvssl.models.network import LVNet
 from pipelines.kernels.pack import unpack_bits
 from pipelines.views import ViewSettings
@@ -21,7 +21,7 @@ class NetworkOutputs:
     features: np.ndarray  # float32 [N, F]
     bits: np.ndarray  # bool [N, bits], the deployed code
     mean: np.ndarray  # float32 [N, D], of the latent
-    location: np.ndarray  # float32 [N, L], of the posterior; the features where there is no latent
+    stages: np.ndarray  # float32 [N, S], the mean activations of every stage of the backbone
     uncertainty: np.ndarray  # float32 [N], the family's uncertainty
     rate: np.ndarray  # float32 [N], KL to the prior in nats
     samples: np.ndarray  # float32 [K, N, D]; K = 0 where none were asked for
@@ -41,9 +41,8 @@ def network_outputs(
         if count:
             noise = keyed(seed, torch.from_numpy(part.rows), device_of(network))
             drawn = posterior.sample(count, noise, network.latent.relaxation)
-        where = locations(network, part)
-        values = (part.features, posterior.mean(), where, posterior.uncertainty(), posterior.kl(), drawn)
-        parts.append((bits, *(value.float().cpu().numpy() for value in values)))
-    code, h, mean, location, uncertainty, rate = (np.concatenate(column) for column in list(zip(*parts))[:6])
+        values = (part.features, posterior.mean(), part.stages, posterior.uncertainty(), posterior.kl())
+        parts.append((bits, *(value.float().cpu().numpy() for value in (*values, drawn))))
+    code, h, mean, stages, uncertainty, rate = (np.concatenate(column) for column in list(zip(*parts))[:6])
     noisy = np.concatenate([values[6] for values in parts], axis=1)[:count]
-    return NetworkOutputs(h, code.astype(bool), mean, location, uncertainty, rate, noisy)
+    return NetworkOutputs(h, code.astype(bool), mean, stages, uncertainty, rate, noisy)

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from lvssl.evaluation.calibration import calibration, predictive_entropy
 from lvssl.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from lvssl.evaluation.density import fit_density
+from lvssl.evaluation.neighbours import unit
 from lvssl.evaluation.outputs import NetworkOutputs, network_outputs
 from lvssl.evaluation.probe import fit_probe
 from lvssl.evaluation.sets import Sampling, Sets
@@ -19,9 +19,22 @@ from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
 from lvssl.runs.run import Run
 from pipelines.datasets.dataset import evenly_spaced
 
-NEIGHBOURS = 20  # of the distance score
-
 CORRUPTED = 500  # test images at most that are corrupted, 25 times over: each has a correlation of its own
+
+
+class Distance:
+    """1 - cosine to the nearest training image, of features that are standardised by these: of the distances
+    the one that tells best whether the neighbour is a wrong one (docs/uncertainty.md)."""
+
+    def __init__(self, train: np.ndarray) -> None:
+        scale = train.std(axis=0)
+        self.z = train.mean(axis=0), np.where(scale > 0, scale, 1.0)
+        self.train = unit(train, slice(None), self.z)
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """float32 [N] in [0, 2] of features [N, F]."""
+        h = unit(features, slice(None), self.z)
+        return (1 - torch.cat([(part @ self.train.T).amax(dim=1) for part in h.split(512)])).numpy()
 
 
 class UncertaintyScorer:
@@ -32,8 +45,8 @@ class UncertaintyScorer:
         self.probe = fit_probe(train.features, labels)
         self.latent_probe = fit_probe(train.mean, labels) if stochastic else None
         self.classes = self.probe.classes
-        self.train = F.normalize(torch.from_numpy(train.features), dim=1)
-        self.density = fit_density(train.location)
+        self.distance = Distance(train.features)
+        self.density = fit_density(train.stages)
 
     def predictions(self, outputs: NetworkOutputs) -> dict[str, np.ndarray]:
         """Class probabilities [N, C]: from h; from the latent's mean; averaged over its K samples"""
@@ -49,10 +62,10 @@ class UncertaintyScorer:
         """Uncertainty [N] by name; higher means less certain.
 
         posterior: the family's own (entropy, or summed log-variance). rate: minus the KL. samples: entropy of
-        the prediction averaged over K samples. norm: minus the feature's norm. distance: 1 - mean cosine to
-        the 20 nearest training images. density: minus the log-density of the training images' locations (of
-        features, without a latent). probe: entropy of the feature probe's prediction, which, unlike the
-        others, has seen labels; so has `samples`.
+        the prediction averaged over K samples. norm: minus the feature's norm. distance: 1 - cosine to
+        the nearest training image, of standardised features. density: minus the log-density of the training
+        images' activations. probe: entropy of the feature probe's prediction, which, unlike the others, has
+        seen labels; so has `samples`.
         """
         predictions = self.predictions(outputs)
         found = {}
@@ -62,15 +75,9 @@ class UncertaintyScorer:
                 found["samples"] = predictive_entropy(predictions["latent samples"])
         found["norm"] = -np.linalg.norm(outputs.features, axis=1)
         found["distance"] = self.distance(outputs.features)
-        found["density"] = self.density(outputs.location)
+        found["density"] = self.density(outputs.stages)
         found["probe"] = predictive_entropy(predictions["features"])
         return {name: np.asarray(score, np.float64) for name, score in found.items()}
-
-    def distance(self, features: np.ndarray) -> np.ndarray:
-        h = F.normalize(torch.from_numpy(features), dim=1)
-        k = min(NEIGHBOURS, len(self.train))
-        near = [(part @ self.train.T).topk(k, dim=1).values.mean(dim=1) for part in h.split(512)]
-        return (1 - torch.cat(near)).numpy()
 
 
 def uncertainty(run: Run, sets: Sets, sampling: Sampling) -> tuple[dict[str, Any], NetworkOutputs]:

@@ -19,6 +19,7 @@ from lvssl.evaluation.measures import (
     FIRST,
     HASHES,
     MEASURES,
+    SCORES,
     code_bits,
     equal_bit_codes,
     measured,
@@ -185,7 +186,8 @@ def of_run(
     pretrain(chosen, resume=True)
     run = load_run(chosen.out)
     told = to_dict(settings)
-    protocol = {name: told[name] for name in ("train", "test", "max_images", "ood")} | {"top_n": FIRST}
+    protocol = {name: told[name] for name in ("train", "test", "max_images", "ood")}
+    protocol |= {"top_n": FIRST, "scores": SCORES}
     kept = chosen.out / KEPT
     found = read_result(kept, rows=list, lengths=list, codes=list) if kept.exists() else {}
     same = (found.get("checkpoint"), found.get("protocol")) == (run.digest, protocol) and found.get("rows")

@@ -1,7 +1,12 @@
 """Backbones: torchvision's ResNets and small ones for two CPU cores; the stem follows the resolution."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 import torch.nn as nn
 import torchvision
+from torch import Tensor
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 # name: (width of the first block, number of basic blocks; each next block halves the side, doubles the width)
@@ -26,6 +31,28 @@ def feature_dim(name: str) -> int:
         width, blocks = SMALL[name]
         return width * 2 ** (blocks - 1)
     return {"resnet18": 512, "resnet50": 2048}[name]
+
+
+@contextmanager
+def stage_means(backbone: nn.Module) -> Iterator[list[Tensor]]:
+    """While it is entered, the activations after each stage of a backbone's last call, averaged over the
+    pixels: float32 [N, width] of each, the last of which are the features. A stage is a block of a small
+    network, and what torchvision calls a layer."""
+    stages = [module for module in backbone.children() if isinstance(module, BasicBlock | nn.Sequential)]
+    means = [torch.empty(0)] * len(stages)
+
+    def keep(number: int, activations: Tensor) -> None:
+        means[number] = activations.mean(dim=(2, 3), dtype=torch.float32)
+
+    hooks = [
+        stage.register_forward_hook(lambda _, __, out, number=number: keep(number, out))
+        for number, stage in enumerate(stages)
+    ]
+    try:
+        yield means
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class SmallResNet(nn.Sequential):

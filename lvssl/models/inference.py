@@ -14,6 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from lvssl.latents.posterior import Posterior
+from lvssl.models.backbone import stage_means
 from lvssl.models.network import LVNet
 from pipelines.kernels.pack import pack_bits
 from pipelines.loader import sent
@@ -32,6 +33,7 @@ class Encoded(NamedTuple):
 
     rows: np.ndarray  # int64 [B], positions in the set
     features: Tensor  # [B, F], in the network's precision and on its device
+    stages: Tensor  # float32 [B, S], the mean activations of every stage of the backbone
     posterior: Posterior
 
     def codes(self) -> np.ndarray:
@@ -40,9 +42,10 @@ class Encoded(NamedTuple):
 
 
 def encode(network: LVNet, batches: Batches, view: ViewSettings) -> Iterator[Encoded]:
-    """Features and posteriors of each batch, without gradients, in eval mode."""
-    for (features, posterior), rows in infer(network, batches, view, network.encode):
-        yield Encoded(rows, features, posterior)
+    """What a network sees in each batch, without gradients, in eval mode."""
+    with stage_means(network.backbone) as means:
+        for (features, posterior), rows in infer(network, batches, view, network.encode):
+            yield Encoded(rows, features, torch.cat(means, dim=1), posterior)
 
 
 def locations(network: LVNet, part: Encoded) -> Tensor:

@@ -79,7 +79,7 @@ class UncertaintyComparison(Comparison):
     control_recall: float
 
 
-LABEL_FREE = {"norm": "feature norm", "distance": "distance to its neighbours", "density": "density"}
+LABEL_FREE = {"norm": "feature norm", "distance": "distance to its neighbour", "density": "density"}
 
 
 def compare_uncertainty(analysis: dict[str, Any]) -> UncertaintyComparison | None:

@@ -14,7 +14,7 @@ from lvssl.evaluation.embedding import embed
 from lvssl.evaluation.factors import augmented
 from lvssl.evaluation.outputs import network_outputs
 from lvssl.evaluation.regression import ridge_each
-from lvssl.evaluation.scorer import UncertaintyScorer, severity_correlation
+from lvssl.evaluation.scorer import Distance, UncertaintyScorer, severity_correlation
 from lvssl.evaluation.uncertainty import r_auroc
 from lvssl.report.page import write_report
 from lvssl.report.verdict import auroc_error
@@ -105,15 +105,15 @@ def test_samples_are_averaged_as_probabilities(runs, digits):
     assert network_outputs(control.network, pixels, view, samples=4).samples.shape[0] == 0
 
 
-def test_distance_is_the_mean_cosine_distance_of_the_nearest(runs, digits):
+def test_distance_is_the_cosine_distance_of_standardised_features_to_the_nearest(runs, digits):
     run, train = load_run(runs / "control"), open_reader(digits["train"])
     outputs = network_outputs(
         run.network, evaluation_crops(train, run.settings.view, np.arange(60)), run.settings.view
     )
-    scorer = UncertaintyScorer(False, outputs, train.labels[:60])
-    h = outputs.features / np.linalg.norm(outputs.features, axis=1, keepdims=True)
-    expected = 1 - np.sort(h @ h.T, axis=1)[:, -20:].mean(axis=1)
-    assert scorer.distance(outputs.features) == pytest.approx(expected, abs=1e-5)
+    h = outputs.features
+    z = (h - h[:40].mean(axis=0)) / np.where(h[:40].std(axis=0) > 0, h[:40].std(axis=0), 1)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    assert Distance(h[:40])(h) == pytest.approx(1 - (z @ z[:40].T).max(axis=1), abs=1e-5)
 
 
 def test_augmentation_targets_belong_to_their_views(runs, digits):

@@ -51,7 +51,7 @@ def test_a_constant_number_and_fewer_images_than_numbers_leave_it_finite():
     assert np.isfinite(density(made(30, 12, seed=1))).all()
     assert density(train[:0]).shape == (0,)
     assert np.isfinite(fit_density(np.ones((3, 12), np.float32))(train)).all()  # images that are all the same
-    with pytest.raises(ValueError, match=r"locations \[N, 12\]"):
+    with pytest.raises(ValueError, match=r"activations \[N, 12\]"):
         density(train[:, :3])
     with pytest.raises(ValueError, match="3 clusters"):
         fit_density(train[:2], clusters=3)
@@ -62,7 +62,7 @@ def test_it_is_fitted_on_the_training_images_once_and_kept_with_the_run(which, r
     folder = request.getfixturevalue(which)
     run, path = load_run(folder, torch.device("cpu")), folder / "density.safetensors"
     path.unlink(missing_ok=True)
-    sample = TrainingImages(run).sample("locations")
+    sample = TrainingImages(run).sample("stages")
     first = density_of(TrainingImages(run))
     assert np.array_equal(first(sample), fit_density(sample)(sample))
     written = path.read_bytes()
@@ -88,8 +88,8 @@ def test_training_images_that_are_not_there_are_one_line(run, tmp_path):
 
 def test_a_sample_read_in_batches_is_the_whole_one_and_lies_evenly_over_the_set(run):
     loaded = load_run(run, torch.device("cpu"))
-    whole, features = (TrainingImages(loaded).sample(kind) for kind in ("locations", "features"))
-    few = TrainingImages(loaded, limit=100).sample("locations")
+    whole, features = (TrainingImages(loaded).sample(kind) for kind in ("stages", "features"))
+    few = TrainingImages(loaded, limit=100).sample("stages")
     rows = np.linspace(0, len(whole) - 1, 100).astype(int)
     assert len(features) == len(whole) and np.allclose(few, whole[rows], rtol=1e-4, atol=1e-4)
     assert isinstance(fit_density(few), Density)

@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn as nn
 import torchvision
+from torchvision.models.resnet import BasicBlock
 
 from lvssl.latents import FAMILIES, family
 from lvssl.latents.gaussian import Gaussian
 from lvssl.latents.noise import keyed
-from lvssl.models.backbone import BACKBONES, build_backbone, feature_dim
+from lvssl.models.backbone import BACKBONES, build_backbone, feature_dim, stage_means
 from lvssl.models.network import Head, LVNet
 from lvssl.settings.pretrain import BACKBONES as NAMES
 from lvssl.settings.pretrain import LatentSettings, ModelSettings
@@ -32,6 +33,28 @@ def test_backbones_give_their_features(name, resolution):
     backbone, dim = build_backbone(name, resolution)
     backbone.eval()
     assert backbone(torch.randn(2, 3, resolution, resolution)).shape == (2, dim) and dim == feature_dim(name)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_means_of_the_stages_are_those_of_the_activations_one_after_another(name):
+    backbone, x = build_backbone(name, 16)[0].eval(), torch.randn(2, 3, 16, 16)
+    ends = [getattr(backbone, f"layer{i}", None) for i in range(1, 5)]
+    if name in ("tiny", "small"):
+        ends = [module for module in backbone if isinstance(module, BasicBlock)]
+    with torch.no_grad(), stage_means(backbone) as means:
+        backbone(x + 1)
+        features, wanted, activations = backbone(x), [], x
+        for module in backbone.children():
+            activations = module(activations)
+            if any(module is end for end in ends):
+                wanted.append(activations.mean(dim=(2, 3)))
+            if module is ends[-1]:
+                break
+    assert len(means) == len(wanted) and torch.equal(torch.cat(means, 1), torch.cat(wanted, 1))
+    assert torch.allclose(means[-1], features, atol=1e-5)
+    last = means[-1]
+    backbone(x + 2)
+    assert means[-1] is last  # nothing is kept any more
 
 
 def test_the_stem_follows_the_resolution():
