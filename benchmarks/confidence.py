@@ -10,9 +10,10 @@ choose, and `test`, 2,000 test images, on which to confirm. Scores, each higher 
     posterior, norm   the family's own; minus the feature's norm
     distance          1 - cosine of standardised features to the nearest
     distance 20       1 - mean cosine of features to the 20 nearest
-    density, 10       minus the log-density of the mean activations of every stage of the backbone: one
-                      Gaussian, or ten clusters
-    locations, 10     the same of the posterior's locations; of the features, where there is no latent
+    density           minus the log-density of the mean activations of every stage of the backbone, a number
+    density, joint    of all stages together, by one Gaussian
+    density, first    of the first stage alone
+    locations         of the posterior's locations; of the features, where there is no latent
     entropy: norm     of a Bernoulli: entropy of logits of the training images' median norm
     entropy: density  of a Bernoulli: of logits damped by the squared Mahalanobis distance a number
     draws, blocks, views at k 10, 50, 100
@@ -48,6 +49,7 @@ from lvssl.evaluation.outputs import NetworkOutputs, network_outputs
 from lvssl.evaluation.scorer import Distance, severity_correlation
 from lvssl.evaluation.uncertainty import auroc, r_auroc
 from lvssl.latents.bernoulli import BernoulliPosterior
+from lvssl.models.backbone import stage_widths
 from lvssl.runs.labels import numbered_as
 from lvssl.runs.run import Run, load_run, versions
 from pipelines.augment import augment
@@ -180,9 +182,14 @@ class Candidates:
         x, where = outputs.features, self.locations(outputs)
         self.standard = x.mean(axis=0), x.std(axis=0) + 1e-6
         self.blocks = self.in_blocks(x)
-        self.densities = {"locations": fit_density(where), "locations 10": fit_density(where, 10)}
-        fitted = fit_density(outputs.stages), fit_density(outputs.stages, 10)
-        self.stages = dict(zip(("density", "density 10"), fitted))
+        widths, stages = stage_widths(run.settings.model.backbone), outputs.stages
+        self.first = widths[0]
+        self.densities = {
+            "density": fit_density(stages, widths),
+            "density, joint": fit_density(stages),
+            "density, first": fit_density(stages[:, : self.first]),
+            "locations": fit_density(where),
+        }
         self.logit_norm = float(np.median(np.linalg.norm(where, axis=1)))
 
     def __call__(self, crops: np.ndarray) -> tuple[NetworkOutputs, dict[str, np.ndarray]]:
@@ -193,8 +200,8 @@ class Candidates:
         scores["distance"] = self.distance(found.features)
         scores["distance 20"] = 1 - cosine.topk(20, dim=1).values.mean(dim=1).numpy()
         where = self.locations(found)
-        scores |= {name: density(where) for name, density in self.densities.items()}
-        scores |= {name: density(found.stages) for name, density in self.stages.items()}
+        of = {"locations": where, "density, first": found.stages[:, : self.first]}
+        scores |= {name: fit(of.get(name, found.stages)) for name, fit in self.densities.items()}
         if self.run.settings.latent.family == "bernoulli":
             scores |= self.bounded_entropies(where)
         for name in self.sets:
@@ -237,7 +244,7 @@ class Candidates:
         norm = np.linalg.norm(logits, axis=1, keepdims=True)
         density = self.densities["locations"]
         white = (logits - density.mean) @ density.whitening
-        variance = np.square(white).mean(axis=1, keepdims=True)  # a number; 1 on average of training images
+        variance = np.square(white).sum(axis=1, keepdims=True)  # of a number; 1 on average of training images
         damped = logits / np.sqrt(1 + np.pi / 8 * variance)  # as a Gaussian logit's mean probability
         by = {"entropy: norm": logits * (self.logit_norm / norm), "entropy: density": damped}
         return {

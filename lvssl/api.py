@@ -78,7 +78,7 @@ class Encoding:
     code: np.ndarray
     """uint8 [N, ceil(bits / 8)], packed: bit d is bit d % 8 of byte d // 8."""
     uncertainty: np.ndarray
-    """float32 [N], higher is less certain: minus the log-density in nats that `lvssl encode` or
+    """float32 [N], higher is less certain: minus the log-density in nats a number that `lvssl encode` or
     `Model.fit_density` has fitted to the training images; else the posterior's own score, for most families
     its entropy in nats, minus the norm of the feature where there is no latent."""
     bits: int
@@ -198,21 +198,20 @@ class Model:
             self.run.digest,
         )
 
-    def fit_density(self, train: str | Path | None = None, clusters: int = 1) -> None:
+    def fit_density(self, train: str | Path | None = None) -> None:
         """Fit what `encode` takes as uncertainty, as `lvssl encode` does, and keep it with the run.
 
         Args:
             train: training images, at most 50,000 of which are used; left out: those of the pretraining.
-            clusters: Gaussians of the density: 1, or a mixture of so many.
 
-        Raises InputError: training images that can't be read, or fewer than clusters.
+        Raises InputError: training images that can't be read.
 
         >>> model = lvssl.load("run")
         >>> model.fit_density("photos")
         >>> model.encode("photos").uncertainty.shape
         (12,)
         """
-        density_of(TrainingImages(self.run, None if train is None else Path(train)), clusters)
+        density_of(TrainingImages(self.run, None if train is None else Path(train)))
 
     def search(
         self,

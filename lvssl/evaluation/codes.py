@@ -61,7 +61,7 @@ class EncodeSettings(ReadsImages):
     """Write the packed code and the uncertainty of every image of a set, no labels needed. Resumable: rerun
     the command after an interruption.
 
-    The uncertainty is minus the log-density, in nats, of a Gaussian fitted to the training images'
+    The uncertainty is minus the log-density, in nats a number, of Gaussians fitted to the training images'
     activations: RUN/density.safetensors, fitted by the first call, which needs the training images."""
 
     run: Positional[Path]
@@ -78,8 +78,6 @@ class EncodeSettings(ReadsImages):
     """With --bits: auto (docs/codes.md says which at which length), bits (the first of the run's
     own), opq (product quantisation, needs the extra `faiss`), itq, pca; fitted on the training images by the
     first call and kept in RUN/quantisers."""
-    clusters: int = 1
-    """Gaussians of the density: 1, or a mixture of so many."""
     train: Path | None = None
     """Training images, at most 50,000 of which density and quantiser are fitted on; left out: the run's."""
     fit: bool = True
@@ -176,7 +174,7 @@ def of_embeddings(settings: EncodeSettings, out: Path) -> EmbeddingEncoder:
     train = TrainingEmbeddings(known)
     quantiser = quantiser_of(train, code, settings.bits)
     assert quantiser is not None
-    encoder = EmbeddingEncoder(known, code, quantiser, density_of(train, settings.clusters))
+    encoder = EmbeddingEncoder(known, code, quantiser, density_of(train))
     encoder.write(out, asked)
     return encoder
 
@@ -206,7 +204,7 @@ def fitted_encoder(run: Run, settings: EncodeSettings, code: str, on_error: str)
             raise InputError(f"--code {code} is fitted on the training images: leave --no-fit out")
         return Encoder(run, bits)
     images = TrainingImages(run, settings.train, settings.workers, on_error)
-    density = density_of(images, settings.clusters)
+    density = density_of(images)
     return Encoder(run, bits, code, quantiser_of(images, code, bits), density)
 
 

@@ -3,6 +3,7 @@ what they are worth."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from lvssl.evaluation.outputs import NetworkOutputs, network_outputs
 from lvssl.evaluation.probe import fit_probe
 from lvssl.evaluation.sets import Sampling, Sets
 from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
+from lvssl.models.backbone import stage_widths
 from lvssl.runs.run import Run
 from pipelines.datasets.dataset import evenly_spaced
 
@@ -40,13 +42,16 @@ class Distance:
 class UncertaintyScorer:
     """Predictions and uncertainty scores of one network, fitted on labelled training images."""
 
-    def __init__(self, stochastic: bool, train: NetworkOutputs, labels: np.ndarray) -> None:
+    def __init__(
+        self, stochastic: bool, train: NetworkOutputs, labels: np.ndarray, widths: Sequence[int] = ()
+    ) -> None:
+        """`widths`: of the backbone's stages."""
         self.stochastic = stochastic
         self.probe = fit_probe(train.features, labels)
         self.latent_probe = fit_probe(train.mean, labels) if stochastic else None
         self.classes = self.probe.classes
         self.distance = Distance(train.features)
-        self.density = fit_density(train.stages)
+        self.density = fit_density(train.stages, widths)
 
     def predictions(self, outputs: NetworkOutputs) -> dict[str, np.ndarray]:
         """Class probabilities [N, C]: from h; from the latent's mean; averaged over its K samples"""
@@ -87,7 +92,8 @@ def uncertainty(run: Run, sets: Sets, sampling: Sampling) -> tuple[dict[str, Any
     def outputs(pixels: np.ndarray) -> NetworkOutputs:
         return network_outputs(network, pixels, view, sampling.samples, sampling.seed)
 
-    scorer = UncertaintyScorer(network.family.stochastic, outputs(sets.train), sets.train_labels)
+    widths = stage_widths(run.settings.model.backbone)
+    scorer = UncertaintyScorer(network.family.stochastic, outputs(sets.train), sets.train_labels, widths)
     test = outputs(sets.test)
     predictions, scores = scorer.predictions(test), scorer.scores(test)
     wrong = scorer.classes[predictions["features"].argmax(axis=1)] != sets.test_labels

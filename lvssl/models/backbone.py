@@ -33,6 +33,12 @@ def feature_dim(name: str) -> int:
     return {"resnet18": 512, "resnet50": 2048}[name]
 
 
+def stage_widths(name: str) -> tuple[int, ...]:
+    """Of each stage of a backbone (see `stage_means`): each is twice as wide as the one before."""
+    stages = SMALL[name][1] if name in SMALL else 4
+    return tuple(feature_dim(name) >> after for after in reversed(range(stages)))
+
+
 @contextmanager
 def stage_means(backbone: nn.Module) -> Iterator[list[Tensor]]:
     """While it is entered, the activations after each stage of a backbone's last call, averaged over the

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 from sklearn.covariance import LedoitWolf
 
 from lvssl.evaluation.density import Density, density_of, fit_density
 from lvssl.evaluation.fitted import TrainingImages
+from lvssl.models.backbone import stage_widths
 from lvssl.runs.run import load_run
 from pipelines.errors import InputError
 
@@ -19,29 +19,26 @@ def made(n=400, width=6, seed=0):
     return (generator.normal(size=(n, width)) @ mixing * 3 + np.arange(width)).astype(np.float32)
 
 
-def test_one_gaussian_is_scipys_with_the_covariance_of_scikit_learn():
-    train, test = made().astype(np.float64), made(50, seed=1)
+def log_density(train: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """By scipy and scikit-learn."""
+    train, test = train.astype(np.float64), test.astype(np.float64)
     scale = train.std(axis=0)
     covariance = LedoitWolf().fit((train - train.mean(axis=0)) / scale).covariance_ * np.outer(scale, scale)
-    wanted = -multivariate_normal(train.mean(axis=0), covariance).logpdf(test)
-    assert np.allclose(fit_density(train.astype(np.float32))(test), wanted, rtol=1e-4)
+    return multivariate_normal(train.mean(axis=0), covariance).logpdf(test)
 
 
-def test_clusters_are_a_mixture_of_gaussians():
-    """Two clusters that nothing could mistake: the mixture is written out."""
-    far = np.repeat([[0.0], [100.0]], [300, 100], axis=0)
-    train = made() + far.astype(np.float32)
-    centred = train - np.repeat([train[:300].mean(axis=0), train[300:].mean(axis=0)], [300, 100], axis=0)
-    scale = train.std(axis=0)
-    shrunk = LedoitWolf(assume_centered=True).fit(centred / scale).covariance_ * np.outer(scale, scale)
-    test = np.concatenate([made(20, seed=1), made(20, seed=2) + 100, made(20, seed=3) + 50])
-    parts = [
-        np.log(share) + multivariate_normal(train[part].mean(axis=0), shrunk).logpdf(test)
-        for share, part in ((0.75, slice(300)), (0.25, slice(300, None)))
-    ]
-    density = fit_density(train, clusters=2)
-    assert np.allclose(density(test), -logsumexp(parts, axis=0), rtol=1e-3)
-    assert density(test)[40:].min() > density(test)[:40].max()  # between the clusters there is nothing
+def test_one_gaussian_is_scipys_with_the_covariance_of_scikit_learn():
+    train, test = made(), made(50, seed=1)
+    assert np.allclose(fit_density(train)(test), -log_density(train, test) / 6, rtol=1e-4)
+
+
+def test_of_several_stages_it_is_their_mean_a_number():
+    train, test = (
+        np.hstack([made(n, 4, s), made(n, 6, s + 1), made(n, 2, s + 2)]) for n, s in ((400, 0), (50, 7))
+    )
+    parts = [slice(0, 4), slice(4, 10), slice(10, 12)]
+    wanted = np.mean([-log_density(train[:, p], test[:, p]) / (p.stop - p.start) for p in parts], axis=0)
+    assert np.allclose(fit_density(train, (4, 6, 2))(test), wanted, rtol=1e-4)
 
 
 def test_a_constant_number_and_fewer_images_than_numbers_leave_it_finite():
@@ -53,8 +50,8 @@ def test_a_constant_number_and_fewer_images_than_numbers_leave_it_finite():
     assert np.isfinite(fit_density(np.ones((3, 12), np.float32))(train)).all()  # images that are all the same
     with pytest.raises(ValueError, match=r"activations \[N, 12\]"):
         density(train[:, :3])
-    with pytest.raises(ValueError, match="3 clusters"):
-        fit_density(train[:2], clusters=3)
+    with pytest.raises(ValueError, match="at least two images"):
+        fit_density(train[:1])
 
 
 @pytest.mark.parametrize("which", ["run", "control"])
@@ -64,14 +61,13 @@ def test_it_is_fitted_on_the_training_images_once_and_kept_with_the_run(which, r
     path.unlink(missing_ok=True)
     sample = TrainingImages(run).sample("stages")
     first = density_of(TrainingImages(run))
-    assert np.array_equal(first(sample), fit_density(sample)(sample))
+    widths = stage_widths(run.settings.model.backbone)
+    assert np.array_equal(first(sample), fit_density(sample, widths)(sample))
     written = path.read_bytes()
     again = density_of(TrainingImages(load_run(folder, torch.device("cpu"))))
     assert path.read_bytes() == written and np.array_equal(again(sample), first(sample))
     foreign = np.random.default_rng(0).permuted(sample, axis=0)  # each number as usual, their company not
-    assert first(foreign).mean() > first(sample).mean() + 5
-    density_of(TrainingImages(run), clusters=3)
-    assert path.read_bytes() != written
+    assert first(foreign).mean() > first(sample).mean() + 0.1
     path.write_bytes(written[:100])
     with pytest.raises(InputError, match=r"density.safetensors: can't be read .* remove it"):
         density_of(TrainingImages(run))
@@ -82,8 +78,6 @@ def test_training_images_that_are_not_there_are_one_line(run, tmp_path):
     loaded = load_run(run, torch.device("cpu"))
     with pytest.raises(InputError, match=r"gone.beton.*--train.*--no-fit"):
         density_of(TrainingImages(loaded, tmp_path / "gone.beton"))
-    with pytest.raises(InputError, match="--clusters must be at least 1"):
-        density_of(TrainingImages(loaded), clusters=0)
 
 
 def test_a_sample_read_in_batches_is_the_whole_one_and_lies_evenly_over_the_set(run):

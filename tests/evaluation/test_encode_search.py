@@ -246,7 +246,6 @@ def test_impossible_codes_are_refused_before_any_work(run, pictures, tmp_path, c
         (["--bits", own + 1, "--code", "bits"], f"at most {own:,} bits"),
         (["--bits", 9, "--code", "opq"], "--bits 16 rather than 9"),
         (["--bits", 8, "--code", "pca", "--no-fit"], "leave --no-fit out"),
-        (["--clusters", 0], "--clusters must be at least 1"),
         (["--csv", tmp_path / "no" / "a.csv"], "no such folder to write a.csv to"),
     ]:
         assert lvssl("encode", run, "--images", pictures, "--out", tmp_path / "a.lvcodes", *options) == 2

@@ -9,7 +9,7 @@ from torchvision.models.resnet import BasicBlock
 from lvssl.latents import FAMILIES, family
 from lvssl.latents.gaussian import Gaussian
 from lvssl.latents.noise import keyed
-from lvssl.models.backbone import BACKBONES, build_backbone, feature_dim, stage_means
+from lvssl.models.backbone import BACKBONES, build_backbone, feature_dim, stage_means, stage_widths
 from lvssl.models.network import Head, LVNet
 from lvssl.settings.pretrain import BACKBONES as NAMES
 from lvssl.settings.pretrain import LatentSettings, ModelSettings
@@ -52,6 +52,7 @@ def test_the_means_of_the_stages_are_those_of_the_activations_one_after_another(
                 break
     assert len(means) == len(wanted) and torch.equal(torch.cat(means, 1), torch.cat(wanted, 1))
     assert torch.allclose(means[-1], features, atol=1e-5)
+    assert [mean.shape[1] for mean in means] == list(stage_widths(name))
     last = means[-1]
     backbone(x + 2)
     assert means[-1] is last  # nothing is kept any more
