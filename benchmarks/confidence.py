@@ -283,28 +283,61 @@ def mean_jaccard(sets: list[Tensor]) -> np.ndarray:
 # Tables ---------------------------------------------------------------------------------------------------
 
 
-def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """For each data set and use, scores by families: means over seeds, images unseen / test."""
-    for data in sorted({row["data"] for row in rows}):
+OF_LATENT = ("posterior", "draws", "entropy")  # scores that a run without a latent hasn't
+WITHOUT_LATENT = ("none", "sign")
+Rows = list[dict[str, Any]]
+
+
+def tables(rows: Rows) -> Iterator[str]:
+    """What each score is worth, unseen / test, averaged over all runs; and the goals, on test images."""
+    rows = [
+        row
+        for row in rows
+        if row["family"] not in WITHOUT_LATENT or row["score"].split()[0].strip(":") not in OF_LATENT
+    ]
+    for data in dict.fromkeys(row["data"] for row in rows):
         of_data = [row for row in rows if row["data"] == data]
-        families = list(dict.fromkeys(row["family"] for row in of_data))
-        uses = [*USES, *(use for use in of_data[0] if use.startswith("foreign "))]
-        for use in uses:
-            lines = [f"| {data}, {use} | {' | '.join(families)} |", "| --- " * (len(families) + 1) + "|"]
-            for score in dict.fromkeys(row["score"] for row in of_data):
-                cells = [cell(of_data, score, family, use) for family in families]
-                lines.append(f"| {score} | {' | '.join(cells)} |")
-            yield "\n".join(lines)
+        lines = [f"| {data} | runs | {' | '.join(USES)} |", "| --- " * (len(USES) + 2) + "|"]
+        for score in sorted({row["score"] for row in of_data}):
+            found = [row for row in of_data if row["score"] == score]
+            cells = [" / ".join(mean(found, use)) for use in USES]
+            lines.append(f"| {score} | {len({row['run'] for row in found})} | {' | '.join(cells)} |")
+        yield "\n".join(lines)
+    heads = (
+        "least foreign > .75 | their mean > .90 | training +.03 | r_auroc +.03 | severity +.10 | crops > .90"
+    )
+    lines = [f"| data | family | {heads} |", "| --- " * 8 + "|"]
+    tested = [row for row in rows if row["asked"] == "test"]
+    done = [(row["data"], row["family"], row["seed"]) for row in tested if row["score"] == "density"]
+    for arm in dict.fromkeys(run[:2] for run in done):
+        by_seed = zip(*(goals(tested, *run) for run in sorted(done) if run[:2] == arm))
+        lines.append(f"| {' | '.join(arm)} | {' | '.join(', '.join(each) for each in by_seed)} |")
+    yield "\n".join(lines)
 
 
-def cell(rows: list[dict[str, Any]], score: str, family: str, use: str) -> str:
-    means = []
+def mean(rows: Rows, use: str) -> Iterator[str]:
     for asked in ("unseen", "test"):
-        values = [
-            row[use] for row in rows if (row["score"], row["family"], row["asked"]) == (score, family, asked)
-        ]
-        means.append(f"{statistics.mean(values):.3f}" if values else "")
-    return " / ".join(means).strip(" /")
+        values = [row[use] for row in rows if row["asked"] == asked]
+        yield f"{statistics.mean(values):.3f}" if values else "-"
+
+
+def goals(rows: Rows, data: str, family: str, seed: int) -> list[str]:
+    """Of the density (foreign images, severity, crops) and the distance (wrong neighbours) of one run; the
+    gains over the better of the two controls of that seed by their distances to 20."""
+
+    def of(family: str, score: str) -> dict[str, Any]:
+        wanted = {"data": data, "family": family, "seed": seed, "score": score}
+        return next((row for row in rows if wanted.items() <= row.items()), {})
+
+    density, distance = of(family, "density"), of(family, "distance")
+    controls = [row for name in WITHOUT_LATENT if (row := of(name, "distance 20"))]
+    sets = [value for use, value in density.items() if use.startswith("foreign ")]
+    gains = [
+        row[use] - max((control[use] for control in controls), default=float("nan"))
+        for row, use in ((distance, "training"), (distance, "r_auroc"), (density, "severity"))
+    ]
+    found = [f"{min(sets):.3f}", f"{density['foreign']:.3f}", *(f"{gain:+.3f}" for gain in gains)]
+    return [*found, f"{density['crops']:.3f}"]
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from lvssl.evaluation.embedding import Embedding, embed
 from lvssl.evaluation.encoder import Searcher, codes_of
 from lvssl.evaluation.fitted import TrainingImages
 from lvssl.evaluation.knn import weighted_knn
+from lvssl.evaluation.outputs import network_outputs
 from lvssl.evaluation.quantisers import stored_quantiser
 from lvssl.runs.run import Run, load_run
 from pipelines.decode import open_reader
@@ -180,12 +181,17 @@ def test_every_image_gets_its_uncertainty_without_labels(which, request, picture
     folder, out, table = request.getfixturevalue(which), tmp_path / "a.lvcodes", tmp_path / "a.csv"
     assert lvssl("encode", folder, "--images", pictures, "--out", out, "--csv", table) == 0
     loaded, codes = load_run(folder), open_codes(out)
-    embedded = in_memory(folder, ImageReader(pictures, labelled=False))
-    train = TrainingImages(loaded).sample("features")
-    mean, scale = train.mean(axis=0), train.std(axis=0)
-    covariance = LedoitWolf().fit((train - mean) / scale).covariance_
-    x = (embedded.features - mean) / scale
-    distance = np.einsum("nd,de,ne->n", x, np.linalg.inv(covariance), x)
+    view, source = loaded.settings.view, ImageReader(pictures, labelled=False)
+    asked = network_outputs(
+        loaded.network, evaluation_crops(source, view, np.arange(len(source))), view
+    ).stages
+    train, distances = TrainingImages(loaded).sample("stages"), []
+    for part in (slice(0, 16), slice(16, 48), slice(48, 112)):
+        mean, scale = train[:, part].mean(axis=0), train[:, part].std(axis=0)
+        covariance = LedoitWolf().fit((train[:, part] - mean) / scale).covariance_
+        x = (asked[:, part] - mean) / scale
+        distances.append(np.einsum("nd,de,ne->n", x, np.linalg.inv(covariance), x) / x.shape[1])
+    distance = np.mean(distances, axis=0)
     found = np.asarray(open_uncertainty(codes))
     assert np.isfinite(found).all() and np.corrcoef(found, distance)[0, 1] > 0.999
     with open(table, newline="") as file:
