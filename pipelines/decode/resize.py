@@ -1,8 +1,8 @@
 """Crop and resize in one go, anti-aliased as PIL and torchvision do it, compiled and without the GIL.
 
 Rows are weighted first, over contiguous bytes, which the compiler vectorises by itself. It can't do so with
-columns, whose pixels are three floats: there, a pixel is a vector of four lanes, of which the last is the next
-pixel's and is overwritten by it, so that no lane has to be moved.
+columns, whose pixels are three floats: there, a pixel is a vector of four lanes, of which the last is the
+next pixel's and is overwritten by it, so that no lane has to be moved.
 """
 
 import numpy as np

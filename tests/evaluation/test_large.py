@@ -43,8 +43,8 @@ def test_a_large_set_is_evaluated_by_the_streamed_probe(runs, large, monkeypatch
     monkeypatch.setattr(evaluate, "streamed_probe", small_batches)
     assert main(["evaluate", str(runs["run"]), "--workers", "1"]) == 0
     content = json.loads((runs["run"] / "evaluation.json").read_text())
-    assert content["protocol"] == {"linear": streamed.PROTOCOL, "knn": {"k": 200, "temperature": 0.1}}
-    assert "Adam" in streamed.PROTOCOL and "bit_means" not in kept(runs["run"])[1297]
+    assert content["protocol"] == {"linear": streamed.protocol(), "knn": {"k": 200, "temperature": 0.1}}
+    assert "Adam" in streamed.protocol() and "bit_means" not in kept(runs["run"])[1297]
     assert sorted(kept(runs["run"])) == sorted(kept(runs["control"])) == [500, 1297], "floors are left over"
     found = table(runs["run"])
     monkeypatch.undo()
