@@ -114,8 +114,9 @@ def images_in(pipeline: Pipeline, name: str, path: Path) -> int | None:
     """Of the set "train" or "test" at `path`; None where it isn't there and its source doesn't say."""
     with suppress(OSError, InputError):
         return sum(map(count_in, parts_of(path)))
-    source = pipeline.convert.get(name)
-    return source and (source.subset or IMAGENET.get(Path(source.source).name))
+    if (source := pipeline.convert.get(name)) is None:
+        return None
+    return source.subset or IMAGENET.get(Path(source.source).name)
 
 
 def disk(pipeline: Pipeline, works: Sequence[Work], sizes: SizesOf | None) -> list[str]:
