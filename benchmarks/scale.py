@@ -89,7 +89,7 @@ def rows_of(folder: Path, images: int) -> dict[str, list[str]]:
     train, test, merged, queries = (folder / f"{n}.beton" for n in ("train", "test", "merged", "queries"))
     run, control, chain = (folder / name for name in ("run", "control", "pipeline.toml"))
     pretrain = [*lvssl, "pretrain", "--preset", "digits", "--data", train, "--log-every", 1]
-    pretrain += ["--batch-size", min(4096, images // 40)]
+    pretrain += ["--batch-size", min(1024, images // 40)]
     asked, once = ["--test", queries], ["--probe-epochs", 1] if images >= LARGE_SET else []
     search = [*lvssl, "search", run, "--query", queries, "--csv"]
     rows: dict[str, list[Any]] = {
