@@ -49,6 +49,7 @@ from pipelines.decode.images import ImageReader
 from pipelines.errors import InputError
 from pipelines.files import write_atomically, write_json
 from pipelines.formats import turbojpeg
+from pipelines.formats.beton import RAW, BetonWriter
 from pipelines.loader import LoaderSettings, TwoViewLoader
 from pipelines.views import ViewSettings
 
@@ -95,6 +96,7 @@ def main(arguments: list[str]) -> None:
         "cpu_ratios": ratios({name: each for name, each in cpu.items() if name != "torchvision"}),
         "first_batch": {name: first_batch(name, beton) for name in ("augmented", "ffcv_one_view")},
         "profile_ms": profile(BetonReader(beton)),
+        "python_lock_ms": python_lock(options.cache / "pixels.beton"),
     }
     show(result)
     if options.json:
@@ -396,6 +398,24 @@ def profile(source: BetonReader, rounds: int = 5) -> dict[str, float]:
     }
 
 
+def python_lock(beton: Path, images: int = 16_384, rounds: int = 5) -> float:
+    """Milliseconds for which an image holds Python's lock, at most: all that crops of 8 px cost of images of
+    one pixel, which are stored as pixels. What is compiled, and has no lock, is next to nothing then."""
+    with open(beton, "wb") as file:
+        writer = BetonWriter(file, images)
+        for _ in range(images):
+            writer.add(RAW, 1, 1, bytes(3), 0)
+        writer.finish()
+    view, how = ViewSettings(resolution=8), LoaderSettings(256, workers=1, crops_only=True)
+    with TwoViewLoader(BetonReader(beton), view, how) as loader:
+        taken = []
+        for _ in range(1 + rounds):
+            started = time.process_time()
+            made = count(batch.views.shape[1] for batch in loader)
+            taken.append((time.process_time() - started) / made * 1e3)
+    return statistics.median(taken[1:])
+
+
 def show(result: dict[str, Any]) -> None:
     print(f"{'':20}{'img/s':>8}{'a core':>8}{'lowest':>8}{'highest':>9}{'views':>7}{'decodes':>9}")
     for r in result["rows"]:
@@ -415,6 +435,7 @@ def show(result: dict[str, Any]) -> None:
     print("\nms an image, one thread")
     for name, value in result["profile_ms"].items():
         print(f"{name:32}{value:6.3f}")
+    print(f"{'with the lock of Python':32}{result['python_lock_ms']:6.3f}")
     print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB")
 
 

@@ -2,22 +2,30 @@
 
     python -m benchmarks.scale --json docs/scale.json       1,281,167 training images: hours on two cores
     python -m benchmarks.scale --images 20000               all of it in some minutes
-    python -m benchmarks.scale --only convert verify --scratch DIR     some of it; DIR is kept for the next
+    python -m benchmarks.scale --scratch DIR                DIR is kept, and the same command goes on there
+    python -m benchmarks.scale --only convert verify --scratch DIR     these rows, again
+    python -m benchmarks.scale --images 100000 --kill       kill -9 in encode, linear, merge: the same bytes
     python -m benchmarks.scale --faiss                      kNN beside faiss's IndexFlatIP, exact both
 
 Images are 32 px JPEGs of 1,000 classes in parquet files, in the order of their classes, each with a comment
 of its own, so that no two are the same bytes. Embeddings stand for those of a ResNet-50, 2,048 numbers of
 fp32 for an image: a place of its class in 32 dimensions, mixed into 2,048, and noise; they enter as anybody's
 do, as train.npy and test.npy. `pretrain` is stopped by SIGTERM after 10 steps, `resume` after 10 more, both
-in mid-epoch; the network is the smallest that there is, for what is asked is what grows with images.
+in mid-epoch; the network is the smallest that there is, for what is asked is what grows with images. What
+searches takes 1,000 queries, and a probe of many images one epoch: rates, while the memory is that of all
+images.
 
-Seconds are those of the whole process. Memory is anonymous: RssAnon of the process and all its children from
-/proc, looked at 20 times a second, so mapped files don't count; a page that two of them share counts twice.
-A row is within its bound below 4 GiB of it. 10 GB of embeddings, 1.2 GB of images twice: 16 GB of disk.
+Seconds are those of the whole process by the clock, and of processors, its children's too. Memory is
+anonymous: RssAnon of the process and all its children from /proc, looked at 20 times a second, so mapped
+files don't count; a page that two of them share counts twice. A row is within its bound below 4 GiB of it. A
+row that fails, or takes longer than --minutes, has the reason in its place, and the others go on.
+10 GB of embeddings, 1.2 GB of images, up to four times: 17 GB of disk.
 """
 
 import argparse
+import hashlib
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -26,6 +34,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -37,6 +46,7 @@ import torch
 from PIL import Image
 
 from lvssl.commands.main import guarded
+from lvssl.evaluation.embedding import LARGE_SET
 from lvssl.evaluation.knn import nearest_by_cosine
 from lvssl.runs.run import versions
 from pipelines.cores import cores
@@ -56,6 +66,15 @@ STEPS = 10  # of pretraining before each interruption
 OPEN = "from pipelines.decode import open_reader; r = open_reader('{train}'); print(len(r), r.labels.max())"
 # The same with as many files open as a process may have at the least.
 OPEN_PARTS = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)); " + OPEN
+CHAIN = """name = "scale"
+out = "chain"
+[data]
+train = "train.beton"
+test = "queries.beton"
+[pretrain]
+preset = "digits"
+[evaluate]
+"""
 LABELS = (
     "from pathlib import Path; from pipelines.formats.manifest import manifest_path, read_columns;"
     "print(len(read_columns(manifest_path(Path('{train}')), ('label', 'name'))[1]['label']))"
@@ -67,49 +86,42 @@ def rows_of(folder: Path, images: int) -> dict[str, list[str]]:
     lvssl, convert, python = [
         [sys.executable, *words] for words in (["-m", "lvssl"], ["-m", "pipelines.convert.command"], ["-c"])
     ]
-    train, test, run, control = (folder / n for n in ("train.beton", "test.beton", "run", "control"))
-    trained = [
-        "--preset",
-        "digits",
-        "--data",
-        train,
-        "--batch-size",
-        min(4096, images // 40),
-        "--log-every",
-        1,
-    ]
+    train, test, merged, queries = (folder / f"{n}.beton" for n in ("train", "test", "merged", "queries"))
+    run, control, chain = (folder / name for name in ("run", "control", "pipeline.toml"))
+    pretrain = [*lvssl, "pretrain", "--preset", "digits", "--data", train, "--log-every", 1]
+    pretrain += ["--batch-size", min(1024, images // 40)]
+    asked, once = ["--test", queries], ["--probe-epochs", 1] if images >= LARGE_SET else []
+    search = [*lvssl, "search", run, "--query", queries, "--csv"]
     rows: dict[str, list[Any]] = {
         "convert": [*convert, folder / "images" / "train", train],
         "convert test": [*convert, folder / "images" / "test", test],
+        "convert queries": [*convert, folder / "images" / "test", queries, "--subset", QUERIES],
+        "convert 1/2": [*convert, folder / "images" / "train", merged, "--shard", "1/2"],
+        "convert 2/2": [*convert, folder / "images" / "train", merged, "--shard", "2/2"],
+        "merge": [*convert, "--merge", merged],
         "verify": [*convert, "--verify", train],
         "inspect": [*convert, "--inspect", train],
         "open": [*python, OPEN.format(train=train)],
         "open parts": [*python, OPEN_PARTS.format(train=folder / "parts" / "*.beton")],
         "labels and names": [*python, LABELS.format(train=train)],
-        "pretrain": [*lvssl, "pretrain", *trained, "--out", run],
+        "pretrain": [*pretrain, "--out", run],
         "resume": [*lvssl, "pretrain", "--out", run, "--resume"],
-        "pretrain control": [*lvssl, "pretrain", *trained, "--family", "none", "--out", control],
+        "pretrain control": [*pretrain, "--family", "none", "--out", control],
+        "launch --dry-run": [*lvssl, "launch", chain, "--dry-run"],
+        "status": [*lvssl, "status", chain],
         "encode": [*lvssl, "encode", run, "--images", train],
-        "search": [*lvssl, "search", run, "--query", test, "--csv", folder / "search.csv"],
-        "search --staged": [
-            *lvssl,
-            "search",
-            run,
-            "--query",
-            test,
-            "--staged",
-            "--csv",
-            folder / "staged.csv",
-        ],
-        "knn": [*lvssl, "knn", run],
-        "linear --probe streamed": [*lvssl, "linear", run, "--probe", "streamed"],
-        "evaluate": [*lvssl, "evaluate", run],
-        "analyse": [*lvssl, "analyse", run],
-        "compression": [*lvssl, "compression", run, "--bits", 16, 64],
+        "search": [*search, folder / "search.csv"],
+        "search --staged": [*search, folder / "staged.csv", "--staged"],
+        "knn": [*lvssl, "knn", run, *asked],
+        "linear --probe streamed": [*lvssl, "linear", run, "--probe", "streamed", *once, *asked],
+        "evaluate": [*lvssl, "evaluate", run, *once, *asked],
+        "analyse": [*lvssl, "analyse", run, *asked],
+        "compression": [*lvssl, "compression", run, "--bits", 64],
         "report": [*lvssl, "report", run],
         "export": [*lvssl, "export", run, "--out", folder / "export"],
         "knn of embeddings": [*lvssl, "knn", folder / "embeddings", "--k", 20],
-        "linear of embeddings": [*lvssl, "linear", folder / "embeddings", "--probe", "streamed"],
+        "linear of embeddings": [*lvssl, "linear", folder / "embeddings", "--probe", "streamed", *once],
+        "knn, all test images": [*lvssl, "knn", run, "--out", folder / "knn-all.json"],
     }
     return {name: [str(word) for word in words] for name, words in rows.items()}
 
@@ -119,7 +131,9 @@ def main(arguments: list[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, default=IMAGES, help="of training; test images in proportion")
-    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="these rows alone")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="these rows alone, again")
+    parser.add_argument("--minutes", type=float, default=60, help="of a row at most")
+    parser.add_argument("--kill", action="store_true", help="kill -9 and resume, and no more")
     parser.add_argument("--faiss", action="store_true", help="200,000 x 512, 2,000 queries, and no more")
     parser.add_argument(
         "--scratch", type=Path, help="keep images and runs there; left out: a temporary folder"
@@ -134,30 +148,70 @@ def main(arguments: list[str]) -> None:
         return beside_faiss(options.json)
     folder = options.scratch or Path(tempfile.mkdtemp(prefix="lvssl-scale-"))
     try:
+        if options.kill:
+            return killed(folder, options.images, options.json)
         commands = rows_of(folder, options.images)
         if unknown := set(options.only) - set(commands):
             raise InputError(f"no row {', '.join(sorted(unknown))}; known: {', '.join(commands)}")
-        chosen = [name for name in commands if not options.only or name in options.only]
-        make_images(folder / "images", options.images)
-        if any("embeddings" in name for name in chosen):
-            make_embeddings(folder / "embeddings", options.images)
-        rows = []
-        for name in chosen:
-            if "parts" in name:
-                cut(folder / "train.beton", folder / "parts")
-            stop = stopper(folder / ("control" if "control" in name else "run"), name)
-            seconds, mib = measured(name, commands[name], folder / "log", stop)
-            words = [word.replace(str(folder), "SCRATCH") for word in commands[name][1:]]
-            row = {"row": name, "images": options.images, "command": " ".join(words)}
-            rows.append(row | {"seconds": round(seconds, 2), "mib": round(mib), "within": mib <= BOUND_MIB})
-            print(f"{name:24}{options.images:>12,}{seconds:10.1f} s{mib:10,.0f} MiB", flush=True)
-            if options.json:
-                keep(options.json, rows[-1:], arguments)
+        rows = measured_rows(folder, commands, options)
     finally:
         if not options.scratch:
             shutil.rmtree(folder, ignore_errors=True)
     if beyond := [row["row"] for row in rows if not row["within"]]:
-        raise MemoryError(f"above {BOUND_MIB:,} MiB: {', '.join(beyond)}")
+        raise MemoryError(f"failed, or above {BOUND_MIB:,} MiB: {', '.join(beyond)}")
+
+
+def measured_rows(
+    folder: Path, commands: dict[str, list[str]], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The rows, kept in the folder and the table as each is done; those there are not run again."""
+    make_images(folder / "images", options.images)
+    (folder / "pipeline.toml").write_text(CHAIN)
+    kept, rows = folder / "rows.json", []
+    stand = json.loads(kept.read_text())["rows"] if kept.exists() else []
+    there = {row["row"]: row for row in stand if "failed" not in row}
+    for name in options.only or commands:
+        if name in there and not options.only:
+            rows.append(there[name])
+            continue
+        if "embeddings" in name:
+            make_embeddings(folder / "embeddings", options.images)
+        if "parts" in name:
+            cut(folder / "train.beton", folder / "parts")
+        words = " ".join(commands[name][1:]).replace(str(folder), "SCRATCH")
+        row: dict[str, Any] = {"row": name, "images": options.images, "command": words}
+        stop = stopper(folder / ("control" if "control" in name else "run"), name)
+        try:
+            row |= measured(name, commands[name], folder / "log", stop, minutes=options.minutes)
+            row["within"] = row["mib"] <= BOUND_MIB
+        except InputError as error:
+            row |= {"failed": str(error), "within": False}
+        if name == "report" and row["within"]:
+            row["page_mb"] = round((folder / "run" / "report.html").stat().st_size / 1e6, 2)
+        if name == "merge":
+            row["same bytes as convert"] = digest(folder / "merged.beton") == digest(folder / "train.beton")
+            for path in folder.glob("merged*"):
+                path.unlink()
+        rows.append(row)
+        print(line_of(row), flush=True)
+        for path in filter(None, (kept, options.json)):
+            keep(path, [row])
+    return rows
+
+
+def line_of(row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return f"{row['row']:24}{row['images']:>12,}  {row['failed']}"
+    taken = f"{row['seconds']:10.1f} s{row['processor_seconds']:10.1f} s of processors{row['mib']:8,} MiB"
+    return f"{row['row']:24}{row['images']:>12,}{taken}"
+
+
+def digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            found.update(block)
+    return found.hexdigest()
 
 
 def cut(whole: Path, folder: Path) -> None:
@@ -177,12 +231,12 @@ def cut(whole: Path, folder: Path) -> None:
             writer.finish()
 
 
-def keep(path: Path, rows: list[dict[str, Any]], arguments: list[str]) -> None:
+def keep(path: Path, rows: list[dict[str, Any]]) -> None:
     """The rows, and those of other rows and sizes that stand there."""
     there = json.loads(path.read_text())["rows"] if path.exists() else []
     new = {(row["row"], row["images"]) for row in rows}
     rows = [row for row in there if (row["row"], row["images"]) not in new] + rows
-    command = "python -m benchmarks.scale " + " ".join(arguments)
+    command = "python -m benchmarks.scale [--images 20000] [--kill] [--faiss]"
     write_json(path, {"command": command, "versions": versions(), "cores": cores(), "rows": rows})
 
 
@@ -193,16 +247,19 @@ def measured(
     name: str,
     command: list[str],
     log: Path,
-    stop: Callable[[], bool] | None,
+    stop: Callable[[], bool] | None = None,
     by: signal.Signals = signal.SIGTERM,
-) -> tuple[float, float]:
-    """Seconds of a command, and the most MiB of anonymous memory that it and its children had at once.
+    minutes: float = 60,
+) -> dict[str, Any]:
+    """Seconds of a command, by the clock and of processors, and the most MiB of anonymous memory that it and
+    its children had at once.
 
     `stop`: when it says so, the command gets the signal `by`. Raises InputError, with the command's last
-    words, where it fails.
+    words, where it fails, or isn't done after so many minutes.
     """
     log.mkdir(exist_ok=True)
-    said, started, most, stopped = log / f"{name.replace(' ', '-')}.txt", time.monotonic(), 0, False
+    said = log / f"{name.replace(' ', '-').replace('/', '-of-')}.txt"
+    started, before, most, expected = time.monotonic(), processor_seconds(), 0, 0
     with (
         open(said, "wb") as file,
         subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process,
@@ -211,15 +268,26 @@ def measured(
             most = max(most, sum(anonymous(pid) for pid in family(process.pid)))
             if stop is not None and stop():
                 process.send_signal(by)
-                stop, stopped = None, True
+                stop, expected = None, 143 if by == signal.SIGTERM else -by
+            if time.monotonic() - started > 60 * minutes:
+                process.kill()
+                raise InputError(f"ended after {minutes:g} minutes; it had {most / 1024:,.0f} MiB by then")
             time.sleep(0.05)
-    expected = 0
-    if stopped:
-        expected = 143 if by == signal.SIGTERM else -by
     if process.returncode not in (0, expected):
         last = said.read_text(errors="replace")[-2000:]
         raise InputError(f"{name} ended with status {process.returncode}: {' '.join(command)}\n{last}")
-    return time.monotonic() - started, most / 1024
+    taken = time.monotonic() - started, processor_seconds() - before
+    return {
+        "seconds": round(taken[0], 2),
+        "processor_seconds": round(taken[1], 2),
+        "mib": round(most / 1024),
+    } | ({"signal": by.name} if expected and process.returncode == expected else {})
+
+
+def processor_seconds() -> float:
+    """Of all commands that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def family(pid: int) -> Iterator[int]:
@@ -238,6 +306,50 @@ def anonymous(pid: int) -> int:
             if line.startswith("RssAnon:"):
                 return int(line.split()[1])
     return 0
+
+
+def killed(folder: Path, images: int, path: Path | None) -> None:
+    """merge, encode and linear, whole, and then twice killed by SIGKILL and gone on with: the same bytes?"""
+    make_images(folder / "images", images)
+    commands, log = rows_of(folder, images), folder / "log"
+    for name in ("convert", "convert queries", "convert 1/2", "convert 2/2", "pretrain"):
+        measured(name, commands[name], log, stopper(folder / "run", name))
+    made = {
+        "merge": ["merged.beton*"],
+        "encode": ["run/codes.lvcodes*", "run/density.safetensors"],
+        "linear --probe streamed": ["run/linear.json", "run/features/*/*.npy", "run/features/*/store.json"],
+    }
+    for name, patterns in made.items():
+        seconds, kills = measured(name, commands[name], log)["seconds"], 0
+        whole = contents(folder, patterns)
+        for file in whole:
+            (folder / file).unlink()
+        for share in (0.5, 0.7):
+            due = partial(after, time.monotonic() + share * seconds)
+            taken = measured(name, commands[name], log, due, signal.SIGKILL)
+            kills += "signal" in taken
+        measured(name, commands[name], log)
+        row = {"row": f"{name}, killed", "images": images, "kills": kills}
+        row |= {"files": len(whole), "same bytes": contents(folder, patterns) == whole}
+        print(row, flush=True)
+        if path:
+            keep(path, [row])
+
+
+def after(moment: float) -> bool:
+    return time.monotonic() > moment
+
+
+def contents(folder: Path, patterns: list[str]) -> dict[str, str]:
+    """Digests of files by their names; of a result without what it took."""
+    found = {}
+    for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
+        data = file.read_bytes()
+        if file.name == "linear.json":
+            result = json.loads(data)
+            data = repr([result[key] for key in result if key not in ("seconds", "peak_memory_mib")]).encode()
+        found[str(file.relative_to(folder))] = hashlib.sha256(data).hexdigest()
+    return found
 
 
 def stopper(run: Path, name: str) -> Callable[[], bool] | None:
@@ -288,7 +400,7 @@ def beside_faiss(path: Path | None, count: int = 200_000, width: int = 512, k: i
         print(f"{made[-1]['row']:24}{wall:10.2f} s{processor:10.2f} s of processors")
     print(f"{(found['lvssl'] == found['faiss IndexFlatIP']).mean():.4%} of the neighbours are the same")
     if path:
-        keep(path, made, ["--faiss"])
+        keep(path, made)
 
 
 # ----------------------------------------------------------------------------------------- what is made

@@ -35,6 +35,7 @@ Flips = np.ndarray | None
 Pixels = np.ndarray | Tensor  # on the host, or where a source crops on a GPU
 Augmenter = Callable[[Tensor, Tensor, ViewSettings], Tensor]
 CACHED = 1 << 20  # bytes of crops that are made at once: augmented before they leave the second-level cache
+CROPPED = 32  # images a call where crops are all that is made: each call costs some 0.1 ms of Python's lock
 RUN_AHEAD = 2  # batches whose use has been launched and isn't over: each keeps its memory until then
 
 
@@ -226,7 +227,8 @@ class TwoViewLoader:
         parameters = np.empty((count, each, P), np.float32)
         pixels = views.numpy() if views.device.type == "cpu" else views
         make = self._buffers.beside(partial(self._make, epoch, indices, parameters, pixels))
-        wait = self._threads.run(make, count, images_a_call(self.source, side, each))
+        at_once = images_a_call(self.source, side, each) if here else max(CROPPED, self.source.chunk)
+        wait = self._threads.run(make, count, at_once)
 
         def finish() -> ViewBatch:
             started = time.perf_counter()

@@ -5,10 +5,10 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipelines.amounts import size_text, time_text
-from pipelines.datasets.imagenet import TRAIN_IMAGES
+from pipelines.datasets.imagenet import TRAIN_IMAGES, VALIDATION_IMAGES
 from pipelines.datasets.parts import parts_of
 from pipelines.errors import InputError
 from pipelines.formats.beton import count_in
@@ -21,11 +21,25 @@ CHECKPOINTS = 3  # the last two, and the one that is being written
 NUMBERS_A_PARAMETER = 3  # the weight and an optimiser's two moments
 # Pretraining's settings and a count of images -> GPU-hours, and what they were measured on.
 GpuHours = Callable[[Any, int], tuple[float, str]]
+IMAGENET = {"ILSVRC2012_img_train.tar": TRAIN_IMAGES, "ILSVRC2012_img_val.tar": VALIDATION_IMAGES}
+# Bytes an image of a beton of ImageNet by --max-resolution, of 1,000 images, one a class (docs/imagenet.md).
+CONVERTED = {256: 16_665, 400: 35_483, 500: 102_716, 1 << 16: 114_018}
 COUNTED = 200_000  # files of a source folder, after which its size is not added up any further
 
 
+class Sizes(NamedTuple):
+    """What a run's network writes."""
+
+    parameters: int
+    kept: int  # bytes an image in the run's store of features
+    for_now: int  # bytes an image of the untrained network's, while a large set is evaluated; else 0
+
+
+SizesOf = Callable[[Any, int], Sizes]  # pretraining's settings and a count of training images -> sizes
+
+
 def describe(pipeline: Pipeline, stages: list[Stage], works: Sequence[Work], cluster: str,
-             parameters: Callable[[Any], int] | None, gpu_hours: GpuHours | None) -> str:  # fmt: skip
+             sizes: SizesOf | None, gpu_hours: GpuHours | None) -> str:  # fmt: skip
     """Graph, scripts (for Slurm), GPU-hours and disk, as text."""
     lines = [f"# {pipeline.name}: {pipeline.file} -> {pipeline.out}", "", *graph(works)]
     if cluster == "slurm":
@@ -38,7 +52,7 @@ def describe(pipeline: Pipeline, stages: list[Stage], works: Sequence[Work], clu
                 lines += [
                     f"#   {shlex.join(('python', '-m', task.module, *task.arguments))}" for task in work.tasks
                 ]
-    lines += ["", *costs(works), *expected(pipeline, works, gpu_hours), *disk(pipeline, works, parameters)]
+    lines += ["", *costs(works), *expected(pipeline, works, gpu_hours), *disk(pipeline, works, sizes)]
     return "\n".join(lines)
 
 
@@ -89,41 +103,38 @@ def expected(pipeline: Pipeline, works: Sequence[Work], gpu_hours: GpuHours | No
             charged = f", {gpus * seconds / 3600:,.1f} GPU-hours" if gpus else ""
             left = time_text(max(seconds, 1))
             return [f"pretrain: {left} left{charged}, at its own {speed:,.0f} img/s so far"]
-    images = images_in(pipeline, task.reads[0])
+    images = images_in(pipeline, "train", task.reads[0])
     if not gpus or gpu_hours is None or images is None:
         return []
     hours, basis = gpu_hours(settings, images)
     return [f"pretrain: about {hours:,.1f} GPU-hours for {images:,} images, {basis}"]
 
 
-def images_in(pipeline: Pipeline, train: Path) -> int | None:
-    """Of the training set; None where it isn't there and its source doesn't say."""
+def images_in(pipeline: Pipeline, name: str, path: Path) -> int | None:
+    """Of the set "train" or "test" at `path`; None where it isn't there and its source doesn't say."""
     with suppress(OSError, InputError):
-        return sum(map(count_in, parts_of(train)))
-    source = pipeline.convert["train"]
-    whole = TRAIN_IMAGES if Path(source.source).name == "ILSVRC2012_img_train.tar" else None
-    return source.subset or whole
+        return sum(map(count_in, parts_of(path)))
+    if (source := pipeline.convert.get(name)) is None:
+        return None
+    return source.subset or IMAGENET.get(Path(source.source).name)
 
 
-def disk(pipeline: Pipeline, works: Sequence[Work], parameters: Callable[[Any], int] | None) -> list[str]:
-    """What will be written to the pipeline's folder, and what is free there."""
-    rows = []
-    if tasks_of(works, "convert"):
-        sizes = [folder_size(Path(source.source)) for source in pipeline.convert.values()]
-        known = [size for size in sizes if size is not None]
-        twice = any(source.shards > 1 for source in pipeline.convert.values())
-        if len(known) == len(sizes):
-            rows.append(
-                (
-                    sum(known) * (2 if twice else 1),
-                    "betons" + (", twice while the parts are merged" if twice else ""),
-                )
-            )
-        else:
-            rows.append((0, "betons (size of the sources not known)"))
-    if tasks_of(works, "pretrain") and parameters is not None:
-        count = parameters(pipeline.stages["pretrain"].points[0].settings)
-        rows.append((4 * count * NUMBERS_A_PARAMETER * CHECKPOINTS, f"checkpoints of {count:,} parameters"))
+def disk(pipeline: Pipeline, works: Sequence[Work], sizes: SizesOf | None) -> list[str]:
+    """What will be written to the pipeline's folder and, where images are staged, to each node's; and what is
+    free there."""
+    rows = [betons(pipeline)] if tasks_of(works, "convert") else []
+    to_do = {work.stage.name: work.tasks[0] for work in works if work.tasks}
+    (reads,) = (work.stage.tasks[0].reads for work in works if work.stage.name == "pretrain")
+    train = images_in(pipeline, "train", reads[0]) or 0
+    of = sizes(pipeline.stages["pretrain"].points[0].settings, train) if sizes else None
+    if of is not None and "pretrain" in to_do:
+        what = f"checkpoints of {of.parameters:,} parameters"
+        rows.append((4 * of.parameters * NUMBERS_A_PARAMETER * CHECKPOINTS, what))
+    if of is not None and (task := to_do.get("evaluate") or to_do.get("knn")):
+        images = train + (images_in(pipeline, "test", task.reads[1]) or 0)
+        rows.append((images * of.kept, f"features and codes, {of.kept:,} bytes an image"))
+        if "evaluate" in to_do and of.for_now:
+            rows.append((images * of.for_now, "features of the untrained network, while evaluate runs"))
     folder = pipeline.out
     while not folder.exists():
         folder = folder.parent
@@ -131,7 +142,30 @@ def disk(pipeline: Pipeline, works: Sequence[Work], parameters: Callable[[Any], 
     needed = sum(size for size, _ in rows)
     text = "; ".join(f"{size_text(size)} {what}" for size, what in rows) or "next to nothing"
     warning = "  TOO LITTLE" if needed > free else ""
-    return [f"Disk: about {size_text(needed)} ({text}); {size_text(free)} free at {folder}{warning}"]
+    lines = [f"Disk: about {size_text(needed)} ({text}); {size_text(free)} free at {folder}{warning}"]
+    if places := sorted({work.stage.cluster.stage_to for work in works if work.tasks} - {""}):
+        lines.append(f"and on each node, in {', '.join(places)}, copies of the images that its stages read")
+    return lines
+
+
+def betons(pipeline: Pipeline) -> tuple[int, str]:
+    """Bytes of the sets that are converted, and what they are."""
+    sizes = [converted_size(pipeline, name) for name in pipeline.convert]
+    if None in sizes:
+        return 0, "betons (size of the sources not known)"
+    twice = any(source.shards > 1 for source in pipeline.convert.values())
+    known = sum(size for size in sizes if size is not None)
+    return known * (1 + twice), "betons" + (", twice while the parts are merged" if twice else "")
+
+
+def converted_size(pipeline: Pipeline, name: str) -> int | None:
+    """Bytes of the beton of a set: of ImageNet by what its images took, of others at most their source's."""
+    source = pipeline.convert[name]
+    if (images := IMAGENET.get(Path(source.source).name)) is None:
+        return folder_size(Path(source.source))
+    limit = source.max_resolution or max(CONVERTED)
+    rate = next((CONVERTED[side] for side in sorted(CONVERTED) if side >= limit), CONVERTED[max(CONVERTED)])
+    return (source.subset or images) * rate
 
 
 def folder_size(source: Path) -> int | None:

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import submitit
 
 from pipelines.errors import InputError
 from slurm import scheduler
-from slurm.dry_run import GpuHours, describe
+from slurm.dry_run import GpuHours, SizesOf, describe
 from slurm.job import Job
 from slurm.pipeline import Pipeline, Starts, read_pipeline
 from slurm.records import claimed, read_jobs, read_json, read_record, stands, write_json
@@ -31,7 +31,7 @@ def launch(
     preset: str | None = None,
     cluster: str = "slurm",
     dry_run: bool = False,
-    parameters: Callable[[Any], int] | None = None,
+    sizes: SizesOf | None = None,
     gpu_hours: GpuHours | None = None,
 ) -> int:
     """Submit a pipeline, or run it here; returns the exit status.
@@ -42,8 +42,8 @@ def launch(
         preset: replaces [pretrain]'s.
         cluster: slurm; local (processes of this machine, by submitit), debug (in this process).
         dry_run: print what would be submitted.
-        parameters: pretraining's settings -> parameters of the network, for the disk it will need.
-        gpu_hours: the same, and a count of images -> GPU-hours, and what they were measured on.
+        sizes: pretraining's settings and a count of images -> what the network writes to the disk.
+        gpu_hours: the same -> GPU-hours, and what they were measured on.
 
     Raises:
         InputError: before anything is submitted.
@@ -53,7 +53,7 @@ def launch(
     pipeline = read_pipeline(file, starts, preset)
     stages = build_stages(pipeline)
     if dry_run:
-        print(describe(pipeline, stages, plan(pipeline.out, stages), cluster, parameters, gpu_hours))
+        print(describe(pipeline, stages, plan(pipeline.out, stages), cluster, sizes, gpu_hours))
         return 0
     with claimed(pipeline.out):
         write_json(pipeline.out / "launch.json", {"preset": preset})

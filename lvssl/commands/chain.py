@@ -36,6 +36,7 @@ def chain_starts() -> dict[str, Callable[[str | None], Any]]:
 def launch(arguments: list[str]) -> int:
     import tyro
 
+    from slurm.dry_run import Sizes
     from slurm.launch import launch as run
 
     @dataclass(frozen=True)
@@ -51,14 +52,19 @@ def launch(arguments: list[str]) -> int:
         cluster: str = "slurm"
         """slurm; local: processes of this machine; debug: in this very process."""
 
-    def parameters(settings: Any) -> int:
+    def sizes(settings: Any, images: int) -> Sizes:
         import torch
 
+        from lvssl.evaluation.embedding import LARGE_SET, bytes_an_image
+        from lvssl.models.backbone import feature_dim
         from lvssl.models.network import LVNet
 
         with torch.device("meta"):
             network = LVNet(settings.model, settings.latent, settings.view.resolution)
-        return sum(parameter.numel() for parameter in network.parameters())
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        width = feature_dim(settings.model.backbone)
+        kept = bytes_an_image(width, network.family.code_bits(network.dim), images)
+        return Sizes(parameters, kept, 4 * width if images >= LARGE_SET else 0)
 
     def gpu_hours(settings: Any, images: int) -> tuple[float, str]:
         from lvssl.plan import MEASURED, hours, of_pretraining
@@ -70,7 +76,7 @@ def launch(arguments: list[str]) -> int:
 
     chosen = parse(Launch, arguments, "launch")
     how = chosen.preset, chosen.cluster, chosen.dry_run
-    return run(chosen.file, chain_starts(), *how, parameters, gpu_hours)
+    return run(chosen.file, chain_starts(), *how, sizes, gpu_hours)
 
 
 def chain_file(arguments: list[str], command: str, about: str) -> Path:

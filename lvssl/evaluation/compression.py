@@ -17,7 +17,7 @@ from lvssl.evaluation.embedding import Embedding
 from lvssl.evaluation.knn import hamming_knn, weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
-from lvssl.evaluation.sets import channels, embed_both, jpeg_bytes, labelled_pair, with_defaults
+from lvssl.evaluation.sets import a_sample, channels, embed_both, jpeg_bytes, labelled_pair, with_defaults
 from lvssl.latents import WITHOUT_LATENT
 from lvssl.models.backbone import feature_dim
 from lvssl.models.inference import device_of
@@ -26,6 +26,7 @@ from lvssl.runs.result import ResultFile, as_number
 from lvssl.runs.rows import Row, as_csv, by_point, rows_of
 from lvssl.runs.run import Run, load_run, run_names
 from lvssl.settings.fields import RUNTIME
+from lvssl.settings.pretrain import require
 from lvssl.settings.stages import MeasuringSettings
 from pipelines.decode import Reader
 from pipelines.errors import InputError
@@ -44,6 +45,9 @@ class CompressionSettings(MeasuringSettings):
     """More runs on the same axes: other families, betas or lengths."""
     bits: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048)
     """Lengths at which the controls are made and codes cut off."""
+    max_images: int = 0
+    """Training images that are measured, evenly spread, and a fifth as many test images; 0: all, of a set of
+    200,000 and more 20,000."""
     top_n: int = 1000
     """n of mAP@n."""
     seed: int = 0
@@ -75,6 +79,7 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
     """
     if settings.top_n < 1 or not settings.bits or min(settings.bits) < 1:
         raise InputError("--top-n and --bits must be at least 1")
+    require(settings.max_images >= 0, "max_images", settings.max_images, "at least 0")
     run = load_run(settings.run)
     settings = with_defaults(settings, run)
     assert settings.test is not None and settings.on_error is not None
@@ -86,7 +91,8 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
     if (done := result.found()) is not None:
         return done
     on_error, train_path = settings.on_error, settings.train or run.settings.data
-    train, test = labelled_pair(run, control, settings.train, settings.test)
+    whole = labelled_pair(run, control, settings.train, settings.test)
+    train, test = a_sample(*whole, settings.max_images)
     counts = len(train), len(test)
     rows: list[Row] = []
     left_out: list[str] = []
@@ -112,6 +118,7 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
         "left_out": left_out,
         "queries": len(test),
         "database": len(train),
+        "of": {"train": len(whole[0]), "test": len(whole[1])},
         "skipped": {"train": counts[0] - len(train), "test": counts[1] - len(test)},
         "top_n": settings.top_n,
         "control": str(control.folder),
@@ -191,5 +198,7 @@ def print_compression(result: dict[str, Any]) -> None:
         hits, relevant = as_number(row["map_over_hits"]), as_number(row["map_over_relevant"])
         start = f"{row['run'][:15]:16}{row['method'] or 'features':18}{row['bits']:>7,}"
         print(f"{start}{row['linear']:>10.1f}{row['knn']:>8.1f}{hits:>16.3f}{relevant:>10.3f}")
+    if (of := result.get("of", {}).get("train", 0)) > result["database"]:
+        print(f"of {result['database']:,} of {of:,} training images and {result['queries']:,} test images")
     for reason in result["left_out"]:
         print(f"left out: {reason}")

@@ -114,6 +114,12 @@ def store_of(run: Run, source: Reader, workers: int, on_error: str, title: str) 
     return Store.beside(run.folder / "features", key, len(source)), compute
 
 
+def bytes_an_image(width: int, bits: int, images: int) -> int:
+    """What such a store takes for each of its images at most: features of that width, a code, two scores, a
+    position, and where there are fewer than LARGE_SET images the means of the bits."""
+    return 4 * width + -(-bits // 8) + 4 + 4 + 8 + (4 * bits if images < LARGE_SET else 0)
+
+
 def batches_of(
     network: LVNet, batches: Batches, view: ViewSettings, means: bool = True
 ) -> Iterator[tuple[np.ndarray, Arrays]]:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from lvssl.codes.controls import sign_bits
 from lvssl.codes.search import hamming_search
 from lvssl.codes.statistics import code_statistics, compression_ratios
+from lvssl.evaluation import streamed
 from lvssl.evaluation.embedding import (
     LARGE_SET,
     SIDE,
@@ -34,7 +35,7 @@ from lvssl.evaluation.sets import (
     labelled_pair,
     with_defaults,
 )
-from lvssl.evaluation.streamed import PROTOCOL, Bits, Rows, streamed_probe
+from lvssl.evaluation.streamed import Bits, Rows, streamed_probe
 from lvssl.evaluation.uncertainty import r_auroc, risk_coverage_area
 from lvssl.latents import WITHOUT_LATENT
 from lvssl.models.backbone import feature_dim
@@ -47,6 +48,7 @@ from lvssl.runs.result import ResultFile
 from lvssl.runs.rows import Point, Row, by_point, rows_of_points, stored_as
 from lvssl.runs.run import Run, load_run, run_names
 from lvssl.settings.fields import RUNTIME
+from lvssl.settings.pretrain import require
 from lvssl.settings.stages import MeasuringSettings
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.datasets.parts import files_of
@@ -67,8 +69,14 @@ CALIBRATED = 50_000  # images of a large set on which the random encoder's runni
 class EvaluateSettings(MeasuringSettings):
     """Linear probe and kNN on features and codes of a run and its control; writes RUN/evaluation.json."""
 
+    probe_epochs: int = 0
+    """Of the streamed probe, which sets of 200,000 training images and more have; 0: 10."""
     workers: int = field(default=0, metadata=RUNTIME)
     """Threads that decode; 0: the cores less two, 2 to 12."""
+
+    def validate(self) -> None:
+        """Raise InputError naming the first impossible value. Touches no file."""
+        require(self.probe_epochs >= 0, "probe_epochs", self.probe_epochs, "at least 0")
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
@@ -79,6 +87,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         InputError: no such run or data, unfinished runs, labels that don't match, or another result stands
             there.
     """
+    settings.validate()
     run = load_run(settings.run)
     settings = with_defaults(settings, run)
     assert settings.test is not None and settings.on_error is not None
@@ -102,17 +111,17 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     train = sound_part(train_path, train, sets[0].rows)
     test = sound_part(settings.test, test, sets[1].rows)
     names, seed = run_names(runs), run.settings.seed
-    points, wrong = measure(*sets, run.network)
+    points, wrong = measure(*sets, run.network, settings.probe_epochs)
     points += [("code", "code", sets[1].bits, of_code(run, sets[1], test))]
     points += [("uncertainty", "", None, uncertainty(sets[1], wrong))]
     rows = rows_of_points(names[0], seed, points)
     stages.update()
     if control:
         control_sets = embed_both(control, train, test, settings.workers)
-        found, _ = measure(*control_sets, control.network)
+        found, _ = measure(*control_sets, control.network, settings.probe_epochs)
         rows += rows_of_points(names[1], control.settings.seed, found)
         stages.update()
-    random, raw = baselines(run, train, test, settings.workers)
+    random, raw = baselines(run, train, test, settings)
     rows += rows_of_points("random encoder", seed, [("features", "", None, {"linear": random})])
     rows += rows_of_points("no encoder", seed, [("pixels", "", None, {"linear": raw})])
     stages.update()
@@ -120,7 +129,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         "run": run.described(names[0]),
         "control": control.described(names[1]) if control else None,
         "rows": rows,
-        "protocol": protocol(train),
+        "protocol": protocol(train, settings.probe_epochs),
         "data": describe_data(run, settings, train, test) | {"skipped": skipped},
     }
     write_gallery(result.file_beside(), *sets, train, test, run.settings.view, class_names(train))
@@ -131,27 +140,30 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
 
 
 def linear(
-    train: Rows, train_y: np.ndarray, test: Rows, test_y: np.ndarray, device: torch.device
+    train: Rows, train_y: np.ndarray, test: Rows, test_y: np.ndarray, device: torch.device, epochs: int = 0
 ) -> ProbeResult:
     """The exact linear probe; of LARGE_SET training images and more the streamed one, on the device."""
     if len(train_y) < LARGE_SET:
         return linear_probe(train[:], train_y, test[:], test_y)
-    return streamed_probe(train, train_y, test, test_y, device=device)
+    return streamed_probe(train, train_y, test, test_y, device=device, epochs=epochs)
 
 
-def protocol(train: Reader) -> dict[str, Any]:
+def protocol(train: Reader, epochs: int) -> dict[str, Any]:
     """How `measure` and `baselines` measure on so many training images."""
     k, temperature = OF_LARGE if len(train) >= LARGE_SET else OF_SMALL
-    probe = PROTOCOL if len(train) >= LARGE_SET else "logistic regression by L-BFGS, all images in memory"
+    large = len(train) >= LARGE_SET
+    probe = streamed.protocol(epochs) if large else "logistic regression by L-BFGS, all images in memory"
     return {"linear": probe, "knn": {"k": k, "temperature": temperature}}
 
 
-def measure(train: Embedding, test: Embedding, network: LVNet) -> tuple[list[Point], np.ndarray]:
+def measure(
+    train: Embedding, test: Embedding, network: LVNet, epochs: int = 0
+) -> tuple[list[Point], np.ndarray]:
     """Accuracies in percent on features, and on codes or, without a latent, the features' signs, computed
     where the network lies; and the feature probe's mistakes, bool [test]."""
     labels, device, width = (train.labels, test.labels), device_of(network), test.features.shape[1]
     k, temperature = OF_LARGE if len(labels[0]) >= LARGE_SET else OF_SMALL
-    probe = linear(train.features, labels[0], test.features, labels[1], device)
+    probe = linear(train.features, labels[0], test.features, labels[1], device, epochs)
     knn = weighted_knn(train.features, labels[0], test.features, labels[1], k, temperature, device)
     if network.family.stochastic:
         method, bits, codes = "code", test.bits, (train.codes, test.codes)
@@ -161,7 +173,7 @@ def measure(train: Embedding, test: Embedding, network: LVNet) -> tuple[list[Poi
         codes = packed_signs(train.features, mean), packed_signs(test.features, mean)
     rows = [Bits(code, bits) for code in codes]
     of_codes = {
-        "linear": linear(rows[0], labels[0], rows[1], labels[1], device).accuracy,
+        "linear": linear(rows[0], labels[0], rows[1], labels[1], device, epochs).accuracy,
         "knn": hamming_knn(codes[0], labels[0], codes[1], labels[1], bits, k, temperature),
     }
     of_features = {"linear": probe.accuracy, "knn": knn}
@@ -175,9 +187,9 @@ def packed_signs(features: np.ndarray, mean: np.ndarray, rows: int = 8192) -> np
     return np.concatenate([pack_bits(sign_bits(part, mean)) for part in parts])
 
 
-def baselines(run: Run, train: Reader, test: Reader, workers: int) -> tuple[float, float]:
+def baselines(run: Run, train: Reader, test: Reader, chosen: EvaluateSettings) -> tuple[float, float]:
     """The probe on what needs no training: the same network untrained, and the pixels."""
-    settings = run.settings
+    settings, workers = run.settings, chosen.workers
     torch.manual_seed(settings.seed)
     random = LVNet(settings.model, settings.latent, settings.view.resolution)
     device = device_of(run.network)
@@ -187,7 +199,7 @@ def baselines(run: Run, train: Reader, test: Reader, workers: int) -> tuple[floa
     calibrate_batch_statistics(random, seen, settings.view, workers)
 
     def accuracy(rows: list[Rows]) -> float:
-        return linear(rows[0], train.labels, rows[1], test.labels, device).accuracy
+        return linear(rows[0], train.labels, rows[1], test.labels, device, chosen.probe_epochs).accuracy
 
     if not large:
         sets: list[Rows] = [

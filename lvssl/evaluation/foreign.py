@@ -83,6 +83,5 @@ def by_probe(
     probe = settings.probe
     if probe == "auto":
         probe = "streamed" if len(train.labels) >= LARGE_SET else "logistic"
-    given = train.features, train.labels, test.features, test.labels
-    found, how = probed(probe, *given, settings.seed, device)
+    found, how = probed(settings, probe, (train.features, train.labels), (test.features, test.labels), device)
     return torch.from_numpy(found.scores(int(train.labels.max()) + 1)), {"probe": probe} | how

@@ -107,9 +107,8 @@ def exactly(
     if train.targets:
         predictions, strength = ridge_probe(x, train, test_x, settings.seed)
         return predictions, test.answers, {"regularisation": strength}
-    found, how = probed(
-        probe, x, train.answers.numpy(), test_x, test.answers.numpy(), settings.seed, stage.device
-    )
+    both = (x, train.answers.numpy()), (test_x, test.answers.numpy())
+    found, how = probed(settings, probe, *both, stage.device)
     return torch.from_numpy(found.scores(train.outputs)), test.answers, how
 
 

@@ -24,7 +24,7 @@ from lvssl.evaluation.quantisers import has_faiss
 from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
 from lvssl.evaluation.scorer import uncertainty
-from lvssl.evaluation.sets import Sampling, Sets, embed_both
+from lvssl.evaluation.sets import Sampling, Sets, a_sample, embed_both
 from lvssl.models.inference import device_of
 from lvssl.models.network import latent_dim
 from lvssl.runs.labels import sound_part
@@ -116,7 +116,8 @@ def measured(
 ) -> tuple[dict[str, Any], list[Row]]:
     """What describes the run, and its measurements; of a deterministic one also those of the equal-bit
     `codes`, each a method of EQUAL_BIT and its bits. The rows' `run` is the run folder's name.
-    `codes_alone`: nothing but these is measured."""
+    `codes_alone`: nothing but these is measured. Of large sets a sample is (`sets.a_sample`)."""
+    train, test = a_sample(train, test)
     counts, on_error = (len(train), len(test)), run.on_error(sampling.on_error)
     embedded = embed_both(run, train, test, 0, on_error)
     train = sound_part(run.settings.data, train, embedded[0].rows)

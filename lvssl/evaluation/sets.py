@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lvssl.evaluation.corruptions import OUT_OF_DISTRIBUTION
-from lvssl.evaluation.embedding import Embedding, embedded
+from lvssl.evaluation.embedding import LARGE_SET, Embedding, embedded
 from lvssl.runs.labels import Subset, open_pair, say_notes, sibling_test_set
 from lvssl.runs.run import Run, require_classes_of, require_same_classes, training_set
 from pipelines.datasets.dataset import evenly_spaced
@@ -18,6 +18,7 @@ from pipelines.loader import Replacements, evaluation_crops
 from pipelines.views import ViewSettings
 
 Settings = TypeVar("Settings", bound=Any)
+SAMPLE = 20_000  # training images of a large set on which codes of many kinds are compared
 
 
 def labelled_pair(run: Run, control: Run | None, train: Path | None, test: Path) -> tuple[Reader, Reader]:
@@ -43,6 +44,17 @@ def with_defaults(settings: Settings, run: Run) -> Settings:
     if control is None and neighbour != run.folder.resolve() and (neighbour / "config.json").is_file():
         control = run.folder.parent / "control"
     return replace(settings, test=test, control=control, on_error=run.reading(settings))
+
+
+def a_sample(train: Reader, test: Reader, max_images: int = 0) -> tuple[Reader, Reader]:
+    """`max_images` of the training images and a fifth as many test images, evenly spread; 0: all, but of
+    LARGE_SET and more SAMPLE."""
+    wanted = max_images or (SAMPLE if len(train) >= LARGE_SET else max(len(train), 5 * len(test)))
+    few = [
+        source if len(source) <= most else Subset(source, evenly_spaced(len(source), most))
+        for source, most in ((train, wanted), (test, max(1, wanted // 5)))
+    ]
+    return few[0], few[1]
 
 
 def embed_both(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lvssl.evaluation.probe import ProbeResult, linear_probe
 from lvssl.runs.progress import with_progress
+from lvssl.settings.stages import LinearSettings
 from pipelines.errors import InputError
 from pipelines.kernels.pack import unpack_bits
 
@@ -24,11 +25,15 @@ STRENGTHS = (1e-1, 1e-2, 1e-3)  # as of the exact probe
 PAGE = 16  # rows that are read together: of 2,048 features 128 KB
 HELD_OUT, MOST_HELD_OUT = 0.15, 50_000  # share of the pages, and rows, on which the strength is chosen
 CHUNK = 8192  # rows at a time where all are read
-PROTOCOL = (
-    f"sgd: Adam, {EPOCHS} epochs in batches of {BATCH:,}, {STEPS:,} steps at least, learning rate {LR} along "
-    f"a cosine; L2 strength chosen on {HELD_OUT:.0%} of the training images, {MOST_HELD_OUT:,} at most, "
-    "which are not learnt from"
-)
+
+
+def protocol(epochs: int = 0) -> str:
+    """How the probe is fitted, for the result."""
+    length = f"{epochs} epochs" if epochs else f"{EPOCHS} epochs, {STEPS:,} steps at least,"
+    return (
+        f"sgd: Adam, {length} in batches of {BATCH:,}, learning rate {LR} along a cosine; L2 strength chosen "
+        f"on {HELD_OUT:.0%} of the training images, {MOST_HELD_OUT:,} at most, which are not learnt from"
+    )
 
 
 class Rows(Protocol):
@@ -113,12 +118,19 @@ def streamed_probe(
 
 
 def probed(
-    probe: str, x: Rows, y: np.ndarray, test_x: Rows, test_y: np.ndarray, seed: int, device: torch.device
+    settings: LinearSettings,
+    probe: str,
+    train: tuple[Rows, np.ndarray],
+    test: tuple[Rows, np.ndarray],
+    device: torch.device,
 ) -> tuple[ProbeResult, dict[str, Any]]:
-    """The probe `streamed`, on the device, or `logistic`; and what a result says of it."""
+    """The probe `streamed`, on the device, or `logistic`, on features and labels; and what a result says of
+    it."""
+    seed, epochs = settings.seed, settings.probe_epochs
     if probe == "streamed":
-        found = streamed_probe(x, y, test_x, test_y, seed=seed, device=device)
-        return found, {"regularisation": found.regularisation, "protocol": PROTOCOL}
+        found = streamed_probe(*train, *test, epochs=epochs, seed=seed, device=device)
+        return found, {"regularisation": found.regularisation, "protocol": protocol(epochs)}
+    (x, y), (test_x, test_y) = train, test
     found = linear_probe(x[:], y, test_x[:], test_y, seed=seed, title="linear: fits of the probe")
     return found, {"regularisation": found.regularisation}
 

@@ -162,7 +162,7 @@ def open_labelled(
         require_labels(source, path, one_of)
         if train is None and _of_one_class(source):
             raise InputError(f"{path}: needs labels of at least two classes{one_of}")
-        answers = torch.from_numpy(source.labels.astype(np.int64))
+        answers = torch.from_numpy(np.asarray(source.labels, np.int64))
         return LabelledDataset(path, source, answers, int(answers.max()) + 1, (), on_error)
     names = tuple(known) if target == "all" else (target,)
     if not names or any(name not in known for name in names):

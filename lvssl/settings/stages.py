@@ -115,6 +115,8 @@ class LinearSettings(TrainingSettings):
     """Of sgd."""
     lr: float = 0.1
     """Of sgd, for a batch of 256: the peak is lr * B / 256."""
+    probe_epochs: int = 0
+    """Of streamed; 0: 10, or as many as 5,000 steps take."""
     preset: str = field(default="", metadata=RUNTIME)
     """imagenet-linear"""
 
@@ -122,6 +124,7 @@ class LinearSettings(TrainingSettings):
         super().validate()
         choice("probe", self.probe, PROBES)
         require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        require(self.probe_epochs >= 0, "probe_epochs", self.probe_epochs, "at least 0")
         require(self.lr > 0, "lr", self.lr, "above 0")
 
 

@@ -7,7 +7,10 @@ the decoder's verdict, and crops and resizes every view of the decoded image. Th
 and where there is no libturbojpeg, Pillow decodes: the same pixels, more slowly.
 """
 
-from collections.abc import Iterator
+import json
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +18,29 @@ import numpy as np
 from pipelines.datasets.beton import open_betons
 from pipelines.datasets.dataset import check_labels
 from pipelines.datasets.imagenet import names_among
+from pipelines.datasets.parts import parts_of
 from pipelines.decode import turbo
 from pipelines.decode.reader import IN_CACHE, DamagedSample
 from pipelines.errors import InputError
 from pipelines.formats import jpeg
-from pipelines.formats.beton import JPEG, PAGE_SIZE, BetonFile, joined
+from pipelines.formats.beton import JPEG, PAGE_SIZE, BetonFile, columns_of
+from pipelines.formats.manifest import manifest_path
 from pipelines.formats.openfiles import OpenFiles, most_open
+from pipelines.shared import Arrays, shared
+
+
+def identity_of(path: str | Path, files: Sequence[Path]) -> str:
+    """What a set's columns depend on: its files and their manifests, each one's size and time of change."""
+    found = [each for file in files for each in (file, manifest_path(file)) if each.exists()]
+    told = [(os.path.abspath(each), each.stat().st_size, each.stat().st_mtime_ns) for each in found]
+    return json.dumps([str(path), told])
+
+
+def read_columns(path: str | Path) -> Arrays:
+    """`columns_of` a set, and "manifest", the bytes of a JSON text with the names of classes and targets."""
+    parts, head = open_betons(path)
+    text = json.dumps({**head, "targets": list(parts[0].targets)})
+    return columns_of(parts) | {"manifest": np.frombuffer(text.encode(), np.uint8)}
 
 
 class BetonReader:
@@ -36,21 +56,23 @@ class BetonReader:
     def __init__(self, path: str | Path):
         """Open and check the files; raises InputError if one is missing, cut short, no beton, or of another
         conversion than the first."""
-        parts, manifest = open_betons(path)
+        self._files = parts_of(path)
+        columns = shared(identity_of(path, self._files), partial(read_columns, path))
+        manifest = json.loads(columns.pop("manifest").tobytes())
+        self._counts = columns.pop("counts")
+        targets = {name: columns.pop(f"target-{n}") for n, name in enumerate(manifest["targets"])}
         self.classes = names_among(manifest, "classes")
-        self.file: BetonFile = joined(Path(path), parts)
+        self.file = BetonFile(Path(path), len(columns["labels"]), **columns, targets=targets)
         self.labels, self.heights, self.widths = self.file.labels, self.file.heights, self.file.widths
         self.targets = self.file.targets
-        self._offsets, self._sizes = self.file.offsets.astype(np.int64), self.file.sizes.astype(np.int64)
-        self._files, self._open = [part.path for part in parts], OpenFiles()
+        self._open = OpenFiles()
         self._lengths = [self._open.size(file) for file in self._files]
-        few = len(parts) <= most_open()  # enough to keep all of them open
+        few = len(self._files) <= most_open()  # enough to keep all of them open
         self._kept = [self._open.held(file) for file in self._files] if few else []
         self._numbers = np.array([file.number for file in self._kept], np.int32)
-        self._counts = np.array([part.count for part in parts])
         self._ends = np.cumsum(self._counts)
         if len(self.labels) and self.labels.min() >= 0:
-            name_of = "image {}".format if len(parts) == 1 else self._name
+            name_of = "image {}".format if len(self._files) == 1 else self._name
             check_labels(str(path), self.labels, self.classes, name_of)
 
     def __len__(self) -> int:
@@ -59,7 +81,7 @@ class BetonReader:
     def storage_blocks(self) -> np.ndarray:
         """int64 [N], the page of 2 MB in which each image begins."""
         pages = np.array([-(-length // PAGE_SIZE) for length in self._lengths])
-        return self._offsets // PAGE_SIZE + np.repeat(np.cumsum(pages) - pages, self._counts)
+        return self.file.offsets // PAGE_SIZE + np.repeat(np.cumsum(pages) - pages, self._counts)
 
     def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """True heights and widths in pixels, int64 [B] each."""
@@ -106,7 +128,7 @@ class BetonReader:
         else:
             held = {part: self._open.held(self._files[part]) for part in {*parts.tolist()}}
             numbers = np.array([held[part].number for part in parts.tolist()], np.int32)
-        where = self._offsets[indices], self._sizes[indices], self.file.modes[indices]
+        where = self.file.offsets[indices], self.file.sizes[indices], self.file.modes[indices]
         return turbo.crop_stored(numbers, turbo.Samples(*where, *self.sizes(indices)), boxes, flips, out)
 
     def encoded(self, row: int, index: int) -> bytes | np.ndarray:
@@ -128,9 +150,9 @@ class BetonReader:
         """The bytes of one image. Raises InputError if they can't be read, or the file has been cut short
         since it was opened; one that was replaced or removed is still there for who has it open."""
         part = int(self._part_of(index))
-        file, size = self._files[part], int(self._sizes[index])
+        file, size = self._files[part], int(self.file.sizes[index])
         try:
-            stored = self._open.read(file, size, int(self._offsets[index]))
+            stored = self._open.read(file, size, int(self.file.offsets[index]))
             found = self._open.size(file)
         except OSError as error:
             raise InputError(f"{self._name(index)} cannot be read ({error.strerror})") from error

@@ -1,8 +1,8 @@
 """Crop and resize in one go, anti-aliased as PIL and torchvision do it, compiled and without the GIL.
 
 Rows are weighted first, over contiguous bytes, which the compiler vectorises by itself. It can't do so with
-columns, whose pixels are three floats: there, two neighbouring pixels are one vector of eight lanes (the last
-two have weight zero), which made that half three times as fast as scalars.
+columns, whose pixels are three floats: there, a pixel is a vector of four lanes, of which the last is the
+next pixel's and is overwritten by it, so that no lane has to be moved.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 
 from pipelines.kernels.compiled import compiled
 
-LANES = 8  # two pixels of three channels, and two lanes that count for nothing
+LANES = 4  # a pixel of three channels, and a lane that counts for nothing
 
 
 @compiled(error_model="numpy")
@@ -46,68 +46,47 @@ def _taps(size, out_size, first, weights):
     return count
 
 
-@compiled()
-def _by_lane(weights, pairs, lanes):
-    """Weights of columns, [columns, taps], as each lane of each pair of pixels needs them."""
-    for i in range(len(weights)):
-        for pair in range(pairs):
-            for c in range(3):
-                lanes[i, pair * LANES + c] = weights[i, 2 * pair]
-                lanes[i, pair * LANES + 3 + c] = weights[i, 2 * pair + 1]
-            lanes[i, pair * LANES + 6] = lanes[i, pair * LANES + 7] = 0
-
-
 @intrinsic
-def _weigh_pixels(typing, line, place, lanes, row, pairs, out, target):
-    """One pixel, out[target : target + 3], from `2 * pairs` pixels of `line` that start at line[place].
+def _weigh_pixels(typing, line, place, weights, start, pairs, out, target):
+    """One pixel, out[target : target + 3], from `2 * pairs` pixels of `line` that start at line[place], with
+    the weights from weights[start] on; all float32 [n], contiguous.
 
-    line float32 [n], lanes float32 [columns, 8 * pairs] (see `_by_lane`), out uint8 [m], all contiguous.
-    Writes one byte too many, and reads two floats too many.
+    Writes one number too many, and reads one too many.
     """
-    signature = types.void(line, types.intp, lanes, types.intp, types.intp, out, types.intp)
+    signature = types.void(line, types.intp, weights, types.intp, types.intp, out, types.intp)
 
     def build(context, builder, sig, args):
+        vector = ir.VectorType(ir.FloatType(), LANES)
+
         def address(argument, index):
             array = cgutils.create_struct_proxy(sig.args[argument])(context, builder, args[argument])
             return builder.gep(array.data, [index])
 
-        def load(start, index):
-            vector = ir.VectorType(ir.FloatType(), LANES).as_pointer()
-            return builder.load(builder.bitcast(builder.gep(start, [index]), vector), align=4)
+        def product(tap):
+            place = builder.add(args[1], builder.mul(tap, word(3)))
+            pixel = builder.load(builder.bitcast(address(0, place), vector.as_pointer()), align=4)
+            weight = builder.load(address(2, builder.add(args[3], tap)))
+            one = builder.insert_element(ir.Constant(vector, ir.Undefined), weight, ir.IntType(32)(0))
+            same = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+            return builder.fmul(pixel, builder.shuffle_vector(one, one, same))
 
-        def lanes_of(vector, *chosen):
-            mask = ir.Constant(ir.VectorType(ir.IntType(32), len(chosen)), list(chosen))
-            return builder.shuffle_vector(vector, vector, mask)
-
-        _, place, _, row, pairs, _, target = args
-        word = place.type
-        step = builder.mul(pairs, word(LANES))
-        pixels, weights = address(0, place), address(2, builder.mul(row, step))
-
-        def product(pair):
-            values = load(pixels, builder.mul(pair, word(6)))
-            return builder.fmul(values, load(weights, builder.mul(pair, word(LANES))))
-
-        total = cgutils.alloca_once_value(builder, product(word(0)))
-        with cgutils.for_range(builder, pairs, start=word(1)) as loop:
-            builder.store(builder.fadd(builder.load(total), product(loop.index)), total)
-        both = builder.load(total)
-        half = ir.Constant(ir.VectorType(ir.FloatType(), 4), [0.5] * 4)
-        one = builder.fadd(builder.fadd(lanes_of(both, 0, 1, 2, 6), lanes_of(both, 3, 4, 5, 7)), half)
-        whole = builder.fptosi(one, ir.VectorType(ir.IntType(32), 4))
-        four = builder.trunc(whole, ir.VectorType(ir.IntType(8), 4))
-        builder.store(four, builder.bitcast(address(5, target), four.type.as_pointer()), align=1)
+        word = args[1].type
+        sums = [cgutils.alloca_once_value(builder, product(word(tap))) for tap in (0, 1)]
+        with cgutils.for_range(builder, args[4], start=word(1)) as loop:
+            for tap, total in enumerate(sums):
+                term = product(builder.add(builder.mul(loop.index, word(2)), word(tap)))
+                builder.store(builder.fadd(builder.load(total), term), total)
+        both = builder.fadd(*map(builder.load, sums))
+        builder.store(both, builder.bitcast(address(5, args[6]), vector.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return signature, build
 
 
 @compiled(inline="always")
-def _columns(line, first, lanes, pairs, flip, out, start):
-    side = len(first)
-    for x in range(side):
-        column = side - 1 - x if flip else x
-        _weigh_pixels(line, 3 * first[column], lanes, column, pairs, out, start + 3 * x)  # type: ignore[call-arg]
+def _columns(line, places, weights, pairs, out):
+    for x in range(len(places)):
+        _weigh_pixels(line, places[x], weights, 2 * pairs * x, pairs, out, 3 * x)  # type: ignore[call-arg]
 
 
 @compiled()
@@ -125,16 +104,20 @@ def resize_crop(image, box, out, flip=False):
     column_weights = np.empty((side, 2 * int(np.ceil(max(width / side, 1.0))) + 2), np.float32)
     row_taps = _taps(height, side, rows_first, row_weights)
     pairs = (_taps(width, side, columns_first, column_weights) + 1) // 2
-    lanes = np.empty((side, pairs * LANES), np.float32)
-    _by_lane(column_weights, pairs, lanes)
+    places, column_weights = 3 * columns_first, column_weights[:, : 2 * pairs].copy()
+    if flip:
+        places, column_weights = places[::-1].copy(), column_weights[::-1].copy()
+    weights = column_weights.reshape(-1)
     pixels, target = image.reshape(-1), out.reshape(-1)
     stride, length, last = 3 * image.shape[1], 3 * width, height - 1
     line = np.empty(length + 6 * pairs + 2, np.float32)
     line[length:] = 0  # taps of weight zero past the right edge read this
-    last_line = np.empty(3 * side + 1, np.uint8)  # for the byte too many
+    made = np.empty(3 * side + 1, np.float32)  # with room for the number too many
     for y in range(side):
         for k in range(0, row_taps, 2):  # two rows at once: half the traffic
             one, two = row_weights[y, k], row_weights[y, k + 1]
+            if k > 0 and one == 0:  # this row has fewer taps than others
+                break
             start = (top + min(rows_first[y] + k, last)) * stride + 3 * left
             upper = pixels[start : start + length]
             start = (top + min(rows_first[y] + k + 1, last)) * stride + 3 * left
@@ -142,14 +125,18 @@ def resize_crop(image, box, out, flip=False):
             if k == 0:
                 for x in range(length):
                     line[x] = one * np.float32(upper[x]) + two * np.float32(lower[x])
+            elif two == 0:
+                for x in range(length):
+                    line[x] += one * np.float32(upper[x])
             else:
                 for x in range(length):
                     line[x] += one * np.float32(upper[x]) + two * np.float32(lower[x])
-        written, start = (target, 3 * y * side) if y < side - 1 else (last_line, 0)
         if pairs == 1:  # constants, so that the loop over pairs goes
-            _columns(line, columns_first, lanes, 1, flip, written, start)
+            _columns(line, places, weights, 1, made)
         elif pairs == 2:
-            _columns(line, columns_first, lanes, 2, flip, written, start)
+            _columns(line, places, weights, 2, made)
         else:
-            _columns(line, columns_first, lanes, pairs, flip, written, start)
-    target[3 * side * (side - 1) :] = last_line[: 3 * side]
+            _columns(line, places, weights, pairs, made)
+        row = target[3 * y * side : 3 * (y + 1) * side]
+        for x in range(3 * side):
+            row[x] = np.uint8(np.int32(made[x] + np.float32(0.5)))

@@ -47,6 +47,8 @@ FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", (16,)), ("arguments", "<u1
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 
+COLUMNS = ("modes", "heights", "widths", "labels", "offsets", "sizes")  # of a BetonFile
+
 FLOAT_FIELD, INT_FIELD, IMAGE_FIELD = 0, 1, 2
 LONGEST_NAME = 16  # bytes, of a field
 _SPAN = np.dtype([("ptr", "<u8"), ("size", "<u8")])
@@ -72,8 +74,8 @@ class BetonFile:
     heights: np.ndarray  # int64 [N], pixels
     widths: np.ndarray  # int64 [N], pixels
     labels: np.ndarray  # int64 [N]
-    offsets: np.ndarray  # u8 [N], first byte of the image in the file
-    sizes: np.ndarray  # u8 [N], bytes of the image; RAW holds height * width * 3
+    offsets: np.ndarray  # int64 [N], first byte of the image in the file
+    sizes: np.ndarray  # int64 [N], bytes of the image; RAW holds height * width * 3
     targets: dict[str, np.ndarray] = field(default_factory=dict)  # float64 [N] for each FloatField
 
 
@@ -174,7 +176,7 @@ def _read_layout(path: Path, file: IO[bytes], size: int) -> BetonFile:
         heights=image["height"].astype(np.int64),
         widths=image["width"].astype(np.int64),
         labels=column["label"].astype(np.int64),
-        offsets=image["data_ptr"].copy(),
+        offsets=image["data_ptr"].astype(np.int64),
         sizes=_image_sizes(path, image, table, metadata_end, table_start),
         targets={
             name: column[name].astype(np.float64) for name, type_id in types.items() if type_id == FLOAT_FIELD
@@ -195,7 +197,7 @@ def _image_sizes(path: Path, image: np.ndarray, table: np.ndarray, start: int, e
     if wrong.any():
         first = int(wrong.argmax())
         raise InputError(f"{path}: damaged, the entry of image {first} contradicts itself; convert it again")
-    return size.copy()
+    return size.astype(np.int64)
 
 
 def _metadata_dtype(type_ids: list[int]) -> np.dtype:
@@ -329,23 +331,17 @@ def named_targets(beton: BetonFile, names: Sequence[str]) -> dict[str, np.ndarra
     return dict(zip(names, beton.targets.values()))
 
 
-def joined(path: Path, parts: Sequence[BetonFile]) -> BetonFile:
-    """Parts as one, named `path`; offsets are those in each one's file, targets are named as in the first."""
+def columns_of(parts: Sequence[BetonFile]) -> dict[str, np.ndarray]:
+    """The columns of parts as one, [N] each, and "counts", int64 [parts]; offsets are those in each one's
+    file, a target is named by "target-" and its number."""
 
-    def column(name: str) -> np.ndarray:
-        return np.concatenate([getattr(part, name) for part in parts])
+    def joined(columns: list[np.ndarray]) -> np.ndarray:
+        return columns[0] if len(columns) == 1 else np.concatenate(columns)
 
-    return BetonFile(
-        path,
-        sum(part.count for part in parts),
-        column("modes"),
-        column("heights"),
-        column("widths"),
-        column("labels"),
-        offsets=column("offsets"),
-        sizes=column("sizes"),
-        targets={name: np.concatenate([p.targets[name] for p in parts]) for name in parts[0].targets},
-    )
+    columns = {name: joined([getattr(part, name) for part in parts]) for name in COLUMNS}
+    for number, name in enumerate(parts[0].targets):
+        columns[f"target-{number}"] = joined([part.targets[name] for part in parts])
+    return columns | {"counts": np.array([part.count for part in parts])}
 
 
 def _bytes_of(rows: np.ndarray) -> memoryview:

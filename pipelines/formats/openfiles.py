@@ -6,6 +6,7 @@ import os
 import resource
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.errors import InputError
@@ -68,6 +69,6 @@ class Descriptor:
         self.number = -1
         self.number = os.open(path, os.O_RDONLY)
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` goes before some objects do
         if self.number >= 0:
-            os.close(self.number)
+            close(self.number)

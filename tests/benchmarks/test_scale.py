@@ -1,6 +1,8 @@
 """The benchmark of ImageNet's size: what it makes can be read, and it sees the memory of children."""
 
+import argparse
 import json
+import signal
 import sys
 
 import numpy as np
@@ -16,14 +18,40 @@ ALLOCATES = "import time; held = bytearray(b'x') * (80 << 20); time.sleep(0.5)"
 
 def test_memory_is_that_of_a_process_and_its_children(tmp_path):
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ALLOCATES!r}], check=True)"
-    seconds, mib = scale.measured("open", [sys.executable, "-c", child], tmp_path / "log", None)
-    assert seconds > 0.5 and 80 < mib < 160
+    taken = scale.measured("open", [sys.executable, "-c", child], tmp_path / "log")
+    assert taken["seconds"] > 0.5 and 80 < taken["mib"] < 160 and taken["processor_seconds"] > 0
 
 
 def test_a_command_that_fails_says_its_last_words(tmp_path):
     with pytest.raises(InputError, match="ended with status 3(.|\n)*no such thing"):
         words = "import sys; print('no such thing'); sys.exit(3)"
-        scale.measured("open", [sys.executable, "-c", words], tmp_path / "log", None)
+        scale.measured("open", [sys.executable, "-c", words], tmp_path / "log")
+
+
+def test_a_command_is_ended_after_its_minutes_and_by_a_signal_when_it_is_due(tmp_path):
+    waits = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with pytest.raises(InputError, match="ended after 0.01 minutes"):
+        scale.measured("open", waits, tmp_path / "log", minutes=0.01)
+    taken = scale.measured("open", waits, tmp_path / "log", lambda: True, signal.SIGKILL)
+    assert taken["signal"] == "SIGKILL"
+
+
+def test_rows_that_are_there_are_not_run_again_and_a_failed_one_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(scale, "make_images", lambda *_: None)
+    marks = "from pathlib import Path; p = Path({mark!r}); p.write_text(p.read_text() + 'x'); 1 / {divisor}"
+    mark = tmp_path / "mark"
+    mark.write_text("")
+    options = argparse.Namespace(images=10, only=[], json=None, minutes=1)
+
+    def rows(divisor):
+        words = marks.format(mark=str(mark), divisor=divisor)
+        commands = {"open": [sys.executable, "-c", words]}
+        return scale.measured_rows(tmp_path, commands, options)
+
+    (failed,) = rows(0)
+    assert not failed["within"] and "ZeroDivisionError" in failed["failed"]
+    (done,), (again,) = rows(1), rows(1)
+    assert done["within"] and again == done and mark.read_text() == "xx"
 
 
 def test_made_images_and_embeddings_are_of_all_classes_and_differ(tmp_path, monkeypatch):
@@ -43,6 +71,6 @@ def test_made_images_and_embeddings_are_of_all_classes_and_differ(tmp_path, monk
 def test_rows_of_other_sizes_stay_in_the_table(tmp_path):
     path = tmp_path / "scale.json"
     for images, seconds in ((10, 1), (20, 2), (10, 3)):
-        scale.keep(path, [{"row": "open", "images": images, "seconds": seconds}], [])
+        scale.keep(path, [{"row": "open", "images": images, "seconds": seconds}])
     rows = json.loads(path.read_text())["rows"]
     assert [(row["images"], row["seconds"]) for row in rows] == [(20, 2), (10, 3)]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lvssl.commands.main import main
+from lvssl.evaluation import sets
 from lvssl.evaluation.embedding import embed
 from lvssl.evaluation.knn import hamming_knn
 from lvssl.evaluation.retrieval import similarity_map
@@ -46,12 +47,24 @@ def test_the_run_and_its_controls_on_one_axis(run, control, digits, capsys):
 
     train, test = (open_reader(digits[split]) for split in ("train", "test"))
     own, other = load_run(run), load_run(control)
-    sets = [embed(own.network, source, own.settings.view) for source in (train, test)]
-    knn = hamming_knn(sets[0].codes, train.labels, sets[1].codes, test.labels, 64)
+    both = [embed(own.network, source, own.settings.view) for source in (train, test)]
+    knn = hamming_knn(both[0].codes, train.labels, both[1].codes, test.labels, 64)
     assert rows["untrained", "code", 64]["knn"] == pytest.approx(knn, abs=0.5)
-    sets = [embed(other.network, source, other.settings.view).features for source in (train, test)]
-    score = similarity_map(sets[1], test.labels, sets[0], train.labels, 100)
+    both = [embed(other.network, source, other.settings.view).features for source in (train, test)]
+    score = similarity_map(both[1], test.labels, both[0], train.labels, 100)
     assert np.isclose(rows["control", "", 2048]["map_over_hits"], score.over_hits, atol=1e-3)
+
+
+def test_of_a_large_set_a_stated_sample_is_measured(run, control, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sets, "LARGE_SET", 1000)
+    monkeypatch.setattr(sets, "SAMPLE", 400)
+    for more, database in (([], 400), (["--max-images", "250"], 250)):
+        out = tmp_path / str(database)
+        assert main(["compression", str(run), "--bits", "8", "--out", str(out), *more]) == 0
+        result = json.loads((out / "compression.json").read_text())
+        assert (result["database"], result["queries"]) == (database, database // 5)
+        assert result["of"] == {"train": 1297, "test": 500} and not any(result["skipped"].values())
+        assert f"of {database} of 1,297 training images and {database // 5}" in capsys.readouterr().out
 
 
 def test_mistakes_are_told_before_any_work(run, control, digits, tmp_path, capsys):

@@ -43,8 +43,8 @@ def test_a_large_set_is_evaluated_by_the_streamed_probe(runs, large, monkeypatch
     monkeypatch.setattr(evaluate, "streamed_probe", small_batches)
     assert main(["evaluate", str(runs["run"]), "--workers", "1"]) == 0
     content = json.loads((runs["run"] / "evaluation.json").read_text())
-    assert content["protocol"] == {"linear": streamed.PROTOCOL, "knn": {"k": 200, "temperature": 0.1}}
-    assert "Adam" in streamed.PROTOCOL and "bit_means" not in kept(runs["run"])[1297]
+    assert content["protocol"] == {"linear": streamed.protocol(), "knn": {"k": 200, "temperature": 0.1}}
+    assert "Adam" in streamed.protocol() and "bit_means" not in kept(runs["run"])[1297]
     assert sorted(kept(runs["run"])) == sorted(kept(runs["control"])) == [500, 1297], "floors are left over"
     found = table(runs["run"])
     monkeypatch.undo()
@@ -55,8 +55,26 @@ def test_a_large_set_is_evaluated_by_the_streamed_probe(runs, large, monkeypatch
         assert found[row][0] == pytest.approx(probe, abs=6.0), row
 
 
+def test_the_epochs_of_a_large_sets_probe_can_be_given(runs, large, monkeypatch, capsys):
+    asked = []
+
+    def short(*arguments, epochs=0, **options):
+        asked.append(epochs)
+        return streamed.streamed_probe(*arguments, epochs=1, **options)
+
+    monkeypatch.setattr(evaluate, "streamed_probe", short)
+    assert main(["evaluate", str(runs["run"]), "--workers", "1", "--probe-epochs", "2"]) == 0
+    content = json.loads((runs["run"] / "evaluation.json").read_text())
+    assert set(asked) == {2} and "Adam, 2 epochs in batches" in content["protocol"]["linear"]
+    command = ["linear", str(runs["run"]), "--probe", "streamed", "--probe-epochs"]
+    assert main([*command, "3"]) == 0
+    content = json.loads((runs["run"] / "linear.json").read_text())
+    assert "Adam, 3 epochs in batches" in content["protocol"]
+    assert main([*command, "-1", "--overwrite"]) == 2 and "--probe-epochs" in capsys.readouterr().err
+
+
 def small_batches(*arguments, **options):
-    return streamed.streamed_probe(*arguments, **options, batch=64, epochs=20)
+    return streamed.streamed_probe(*arguments, **{**options, "epochs": 20}, batch=64)
 
 
 def kept(run: Path) -> dict[int, list[str]]:

@@ -17,6 +17,7 @@ from lvssl.runs.run import create_run
 from lvssl.settings.fields import runtime
 from lvssl.settings.pretrain import PretrainSettings
 from lvssl.settings.stages import FinetuneSettings, KnnSettings, LinearSettings
+from pipelines.amounts import size_text
 from pipelines.convert.command import parser
 from pipelines.errors import InputError
 from slurm.dry_run import folder_size
@@ -375,6 +376,29 @@ def test_dry_run_expects_gpu_hours_from_measured_rates(tmp_path, digits, capsys)
     assert main(["launch", str(path), "--dry-run"]) == 0
     said = f"pretrain: 30 min left, 1.0 GPU-hours, at its own {row['images_per_second']:,.0f} img/s so far"
     assert said in capsys.readouterr().out
+
+
+def test_dry_run_gives_disk_from_measured_rates(tmp_path, capsys):
+    chain = 'out = "out"\n[convert.train]\nsource = "ILSVRC2012_img_train.tar"\nmax_resolution = 500\n'
+    chain += '[convert.test]\nsource = "ILSVRC2012_img_val.tar"\nmax_resolution = 400\n'
+    for name in ("train", "val"):
+        (tmp_path / f"ILSVRC2012_img_{name}.tar").touch()
+    path = write(tmp_path, chain + '[pretrain]\npreset = "bernoulli-imagenet-r50-100ep"\n[evaluate]\n[knn]\n')
+    assert main(["launch", str(path), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    images = 1_281_167 + 50_000
+    beton, features = 1_281_167 * 102_716 + 50_000 * 35_483, images * (4 * 2048 + 2048 // 8 + 16)
+    for size, what in (
+        (beton, "betons"),
+        (features, "features and codes, 8,464 bytes an image"),
+        (images * 8192, "features of the untrained network, while evaluate runs"),
+    ):
+        assert f"{size_text(size)} {what}" in text
+    without = path.read_text().replace("[evaluate]\n[knn]\n", "")
+    path.write_text(without + '[pretrain.cluster]\nstage_to = "$TMPDIR"\n')
+    assert main(["launch", str(path), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "features and codes" not in text and "on each node, in $TMPDIR" in text
 
 
 def test_the_example_in_the_docs(tmp_path, capsys):

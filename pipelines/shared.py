@@ -1,0 +1,83 @@
+"""Arrays that the processes of a node share, so that they lie in its memory once.
+
+The first process that needs them writes them to the node's temporary folder, the others map what it has
+written. What no process uses any more is removed by the next that ends or begins there: of a killed job some
+57 bytes an image of its set are left until then. Without other processes, or where no file can be made there,
+arrays are a process's own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+def processes(environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes the launcher has started, torchrun on this node, or srun in all; 1 without one."""
+    started = [environment.get(name, "") for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS")]
+    return next((int(each) for each in started if each.isdecimal()), 1)
+
+
+def shared(told: str, make: Callable[[], Arrays]) -> Arrays:
+    """make()'s arrays, mapped where other processes may need the same; to write into one changes this
+    process's copy alone. `told` says all that they depend on. Raises what `make` does."""
+    if processes() == 1:
+        return make()
+    made: Arrays = {}
+    try:
+        folder = Path(tempfile.gettempdir()) / f"lvssl-arrays-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise PermissionError(f"{folder} is somebody else's")
+        unused_removed(folder)
+        place = folder / hashlib.sha256(told.encode()).hexdigest()[:16]
+        used = open(place.with_suffix(".used"), "ab")  # noqa: SIM115 (until this process ends)
+        fcntl.flock(used, fcntl.LOCK_SH)
+        with open(place.with_suffix(".lock"), "ab") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            if not place.is_dir():
+                made = make()
+                written(place, made)
+        atexit.register(left, used, folder)
+        return {path.stem: np.load(path, mmap_mode="c") for path in sorted(place.glob("*.npy"))}
+    except OSError:
+        return made or make()
+
+
+def written(place: Path, arrays: Arrays) -> None:
+    """A folder of .npy files, beside and then renamed. OSError: no room."""
+    aside = Path(tempfile.mkdtemp(dir=place.parent, prefix="aside-"))
+    try:
+        for name, array in arrays.items():
+            np.save(aside / f"{name}.npy", array)
+        aside.rename(place)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def left(used: IO[bytes], folder: Path) -> None:
+    used.close()
+    with suppress(OSError):
+        unused_removed(folder)
+
+
+def unused_removed(folder: Path) -> None:
+    """Remove the arrays that no process uses. What a process has mapped stays its own until it ends."""
+    for path in folder.glob("*.used"):
+        with open(path, "ab") as used, suppress(BlockingIOError):
+            fcntl.flock(used, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+            path.with_suffix(".lock").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
