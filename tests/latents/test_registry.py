@@ -14,7 +14,6 @@ import torch
 
 from lvssl import plan
 from lvssl.codes.file import open_codes
-from lvssl.evaluation import analyse, evaluate
 from lvssl.evaluation.codes import EncodeSettings, encode
 from lvssl.evaluation.embedding import embed
 from lvssl.export import ExportSettings, export
@@ -25,6 +24,7 @@ from lvssl.report.page import write_report
 from lvssl.runs.progress import read_metrics
 from lvssl.runs.run import load_run
 from lvssl.settings import pretrain as config
+from lvssl.settings import stages
 from lvssl.settings.pretrain import PRESETS, LatentSettings
 from lvssl.training.pretrain import pretrain
 from pipelines.decode import open_reader
@@ -259,8 +259,7 @@ def has_option(name: str):
         (config, "LatentSettings.components", has_option("components")),
         (config, "LatentSettings.init_scale_start", lambda distribution: distribution.discrete),
         (config, "LatentSettings.decorrelation", has_bits),
-        (evaluate, "EvaluateSettings.control", lambda distribution: not distribution.stochastic),
-        (analyse, "AnalyseSettings.control", lambda distribution: not distribution.stochastic),
+        (stages, "MeasuringSettings.control", lambda distribution: not distribution.stochastic),
     ],
 )
 def test_the_help_of_a_setting_names_the_families_that_it_concerns(module, setting, concerned):
