@@ -246,8 +246,8 @@ def encoded(folder: Path, count: int, width: int = 256) -> list[dict[str, Any]]:
         ("resumed", "killed", None),
     ):
         asked = [*command, str(folder / f"{out}.lvcodes")]
-        seconds, mib = measured_process(name, asked, folder / "log", stop, signal.SIGKILL)
-        rows.append({"what": f"{count:,} x {width}: {name}", "seconds": round(seconds, 1), "mib": round(mib)})
+        found = measured_process(name, asked, folder / "log", stop, signal.SIGKILL)
+        rows.append({"what": f"{count:,} x {width}: {name}", **found})
         print(rows[-1], flush=True)
     for end in ("", ".uncertainty"):
         ways = {(folder / f"{out}.lvcodes{end}").read_bytes() for out in ("whole", "again", "killed")}
