@@ -120,8 +120,8 @@ class SearchSettings(ReadsImages):
     on_error: str | None = None
     """A query in a folder or set that can't be decoded: raise, or skip; left out: as in the pretraining."""
     csv: Path | None = None
-    """Write the neighbours there instead: query, rank, name, distance, similarity with --rerank, and the
-    uncertainties of neighbour and query."""
+    """Write the neighbours there instead: query, rank, name, distance, similarity (cosine of a real-valued
+    query and what the code stands for; with --rerank of the posteriors' means), uncertainties of both."""
     page: Path | None = None
     """Write a page there instead, with the pictures of the first 60 queries and of their neighbours."""
     images: Path | None = None

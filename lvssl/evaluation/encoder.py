@@ -58,7 +58,7 @@ CANDIDATES = 100  # that `--rerank` looks at, at least
 class Neighbour(NamedTuple):
     name: str
     distance: float  # an int, where it is Hamming's
-    similarity: float | None = None  # cosine of the posteriors' means, where reranked
+    similarity: float | None = None  # cosine: of the query and what the code stands for, or of means
     uncertainty: float | None = None  # in nats, where it was stored with the codes
 
 
@@ -168,7 +168,11 @@ class Searcher:
             distances = np.bitwise_count(some.codes[:, None] ^ index.rows[rows]).sum(axis=2, dtype=np.int32)
         found = []
         for i, of_query in enumerate(rows.tolist()):
-            similarity = [None] * k if cosines is None else cosines[i].tolist()
+            similarity: list[float | None] = [None] * k
+            if cosines is not None:
+                similarity = cosines[i].tolist()
+            elif real and (quantiser := self.encoder.quantiser) is not None:
+                similarity = quantiser.cosines(some.values[i], index.rows[of_query]).tolist()
             scores = [None] * k if self.uncertainty is None else self.uncertainty[rows[i]].tolist()
             columns = zip(of_query, distances[i].tolist(), similarity, scores)
             found.append([Neighbour(index.names[row], *rest) for row, *rest in columns])

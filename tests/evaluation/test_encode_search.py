@@ -220,7 +220,12 @@ def test_real_valued_queries_find_the_nearest_of_what_codes_stand_for(options, r
     source = ImageReader(pictures, labelled=False)
     values = TrainingImages(loaded, pictures).sample(kind)
     exact = np.square(quantiser.project(values)[:, None] - quantiser.decode(codes.rows)[None]).sum(axis=2)
+    at = {name: row for row, name in enumerate(codes.names)}
     for i, (query, found) in enumerate(search(SearchSettings(run, pictures, codes=out, k=5))):
+        words = quantiser.decode(codes.rows[[at[n.name] for n in found]])
+        x = quantiser.project(values[i : i + 1])[0]
+        wanted = [w @ x / np.sqrt((w @ w) * (x @ x)) for w in words]
+        assert np.allclose([n.similarity for n in found], wanted, atol=1e-5)
         assert query.name == source.names[i]
         assert np.allclose([n.distance for n in found], np.sort(exact[i])[:5], rtol=1e-3, atol=1e-3)
     symmetric = [found for _, found in search(SearchSettings(run, pictures, codes=out, k=5, symmetric=True))]
