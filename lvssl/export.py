@@ -32,6 +32,7 @@ from lvssl.evaluation.density import stored_density
 from lvssl.evaluation.stage import in_words
 from lvssl.models.backbone import CIFAR_STEM_UP_TO, RESNETS, feature_dim
 from lvssl.models.network import LVNet
+from lvssl.runs.hub import Upload
 from lvssl.runs.result import read_json
 from lvssl.runs.run import Run, load_run, read_set, versions
 from lvssl.settings.fields import to_dict
@@ -53,18 +54,25 @@ class ExportSettings:
     """A folder that doesn't exist yet."""
     onnx: bool = True
     """Also encoder.onnx: image -> packed code. Needs the extra `export`."""
+    push: str = ""
+    """USER/NAME: upload the folder to the Hugging Face Hub, too, as a private repository unless there is one
+    already. With the token of `hf auth login`, or $HF_TOKEN."""
+    public: bool = False
+    """Make the repository that --push creates public."""
 
 
 def export(settings: ExportSettings) -> Path:
-    """Make the folder, all of it or nothing, and return it.
+    """Make the folder, all of it or nothing, upload it if asked to, and return it.
 
-    Raises InputError: no such run, the folder exists, or ONNX is asked for and not installed.
+    Raises InputError: no such run, the folder exists, ONNX is asked for and not installed, or the Hub refuses
+    the upload (the folder stays).
     """
     if settings.out.exists():
         raise InputError(f"{settings.out} exists: choose another --out")
     if settings.onnx and importlib.util.find_spec("onnxscript") is None:
         raise InputError("encoder.onnx needs onnx and onnxscript: pip install 'lvssl[export]', or --no-onnx")
     run = load_run(settings.run)
+    upload = Upload(settings.push, settings.public) if settings.push else None
     network = run.network.cpu()
     network.precision = torch.float32
     settings.out.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +96,8 @@ def export(settings: ExportSettings) -> Path:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    if upload is not None:
+        upload.send(settings.out)
     return settings.out
 
 
