@@ -59,4 +59,6 @@ def export(arguments: list[str]) -> None:
     from lvssl.export import ExportSettings
     from lvssl.export import export as run
 
-    print(f"written: {run(parse(ExportSettings, arguments, 'export'))}")
+    settings = parse(ExportSettings, arguments, "export")
+    pushed = f"; pushed: hf://{settings.push}" if settings.push else ""
+    print(f"written: {run(settings)}{pushed}")

@@ -7,7 +7,7 @@ import pytest
 from made_images import decoded, encoded, pixels
 from PIL import Image
 
-from lvssl.cli import main as lvssl
+from lvssl.commands.main import main as lvssl
 from pipelines.convert.command import main as convert
 from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError

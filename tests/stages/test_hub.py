@@ -62,7 +62,7 @@ def test_a_folder_needs_no_hub(exported, monkeypatch):
 
 SCRIPT = """
 import io, json, os, sys, contextlib
-from lvssl.cli import main
+from lvssl.commands.main import main
 for arguments, token in json.loads(sys.argv[1]):
     os.environ["HF_TOKEN"] = token
     out, err = io.StringIO(), io.StringIO()
