@@ -30,7 +30,7 @@ from tyro.conf import Positional
 from lvssl.evaluation.density import FILE as DENSITY
 from lvssl.evaluation.density import stored_density
 from lvssl.evaluation.stage import in_words
-from lvssl.models.backbone import CIFAR_STEM_UP_TO, RESNETS, feature_dim
+from lvssl.models.backbone import CIFAR_STEM_UP_TO, RESNETS, SMALL, feature_dim
 from lvssl.models.network import LVNet
 from lvssl.runs.hub import Upload
 from lvssl.runs.result import read_json
@@ -117,6 +117,11 @@ def has_torchvisions_stem(run: Run) -> bool:
     return run.settings.model.backbone in RESNETS and run.settings.view.resolution > CIFAR_STEM_UP_TO
 
 
+def is_timms(run: Run) -> bool:
+    """Whether timm has the architecture."""
+    return has_torchvisions_stem(run) or run.settings.model.backbone not in (*RESNETS, *SMALL)
+
+
 def config(run: Run) -> dict[str, Any]:
     """timm's config.json, as `timm.create_model("local-dir:DIR")` reads it; and ours under "lvssl"."""
     settings, view = run.settings, run.settings.view
@@ -144,12 +149,23 @@ def config(run: Run) -> dict[str, Any]:
         "first_conv": "conv1",
         "classifier": "fc",
     }
-    timm = {"architecture": settings.model.backbone} if has_torchvisions_stem(run) else {}
+    timm: dict[str, Any] = {"architecture": settings.model.backbone} if is_timms(run) else {}
+    if settings.model.backbone not in (*RESNETS, *SMALL):
+        own: Any = run.network.backbone.pretrained_cfg
+        pretrained |= {name: own.get(name) for name in ("first_conv", "classifier")}
+        timm["model_args"] = model_args(run)
     return timm | {"num_classes": 0, "num_features": features, "pretrained_cfg": pretrained, "lvssl": ours}
 
 
+def model_args(run: Run) -> dict[str, int]:
+    """What timm's model is made with: the images' side, where it is made for one."""
+    side = run.settings.view.resolution
+    sized = getattr(getattr(run.network.backbone, "patch_embed", None), "img_size", None)
+    return {"img_size": side} if sized is not None else {}
+
+
 def hubconf(run: Run) -> str:
-    """A module for torch.hub; ResNets need torchvision alone, the small backbones lvssl."""
+    """A module for torch.hub; ResNets need torchvision alone, timm's models timm, the small ones lvssl."""
     model, view = run.settings.model, run.settings.view
     if model.backbone in RESNETS:
         needs, lines = (
@@ -158,6 +174,9 @@ def hubconf(run: Run) -> str:
         )
         if not has_torchvisions_stem(run):
             lines += ["net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)", "net.maxpool = nn.Identity()"]
+    elif is_timms(run):
+        sized = "".join(f", {name}={value}" for name, value in model_args(run).items())
+        needs, lines = "timm", [f"net = timm.create_model({model.backbone!r}, num_classes=0{sized})"]
     else:
         needs = "lvssl.models.backbone"
         lines = [f"net, _ = lvssl.models.backbone.build_backbone({model.backbone!r}, {view.resolution})"]
@@ -248,7 +267,7 @@ def card(run: Run, settings: ExportSettings) -> str:
     bits = run.network.family.code_bits(run.network.dim)
     return CARD.format(
         name=run.folder.resolve().name,
-        library="timm" if has_torchvisions_stem(run) else "lvssl",
+        library="timm" if is_timms(run) else "lvssl",
         backbone=model.backbone,
         family=latent.family,
         features=feature_dim(model.backbone),
@@ -314,9 +333,10 @@ def loading(run: Run, onnx: bool) -> str:
         "found = lvssl.load(DIR).encode(images)  # .features, .code, .uncertainty",
         'net = torch.hub.load(DIR, "backbone", source="local")',
     ]
+    if is_timms(run):
+        lines.append('net = timm.create_model("local-dir:" + DIR, pretrained=True)')
     if has_torchvisions_stem(run):
         lines += [
-            'net = timm.create_model("local-dir:" + DIR, pretrained=True)',
             f"net = torchvision.models.{name}(); net.fc = torch.nn.Identity()",
             'net.load_state_dict(safetensors.torch.load_file(DIR + "/model.safetensors"))',
         ]

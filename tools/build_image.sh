@@ -3,10 +3,10 @@
 #                                    on a Debian of debootstrap's; then COMMAND runs in a container of it
 #
 #     tools/build_image.sh
-#     tools/build_image.sh lvssl demo --out /tmp/demo --digits
+#     tools/build_image.sh convert-beton sklearn:digits /tmp/train.beton
 #
 # COMMAND  default: lvssl doctor
-# ROOM     where images and containers are kept (15 GB); default /var/tmp/lvssl-images. Delete it by hand.
+# ROOM     where images and containers are kept (15 GB, 25 while it builds); default /var/tmp/lvssl-images. Delete it by hand.
 #
 # Needs root, buildah and debootstrap. This machine's way to the network is lent to the build, not kept in the
 # image: names, certificates, apt's and pip's settings.

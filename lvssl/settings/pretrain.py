@@ -1,6 +1,7 @@
 """Every setting of a run: where a setting has its name, and where an impossible one is refused."""
 
 import dataclasses
+import difflib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from pipelines.views import ViewSettings
 if TYPE_CHECKING:
     from lvssl.latents import Family
 
-BACKBONES = ("tiny", "small", "resnet18", "resnet50")
+BACKBONES = ("tiny", "small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # and timm's
 OBJECTIVES = ("ntxent", "dcl", "mcinfonce", "ceb", "hib")
 EACH_SAMPLE = ("mcinfonce", "ceb", "hib")  # objectives of samples, not of their mean
 AUGMENTATIONS = ("auto", "reference", "numba", "triton")
@@ -27,13 +28,17 @@ ORDERS = ("random", "quasi-random", "sequential")  # pipelines.order's, which wo
 @dataclass(frozen=True)
 class ModelSettings:
     backbone: str = "resnet50"
-    """tiny (78 k parameters), small (1.2 M, for two CPU cores), resnet18, resnet50."""
+    """tiny (78 k parameters), small (1.2 M, for two CPU cores), resnet18, resnet34, resnet50, resnet101,
+    resnet152, or any model of timm by its name, such as convnext_tiny or vit_small_patch16_224."""
     hidden: int = 1024
     """Width of the projector's hidden layer."""
     projection: int = 128
     """Length of the vectors that NT-Xent compares."""
     projector_norm: bool = False
     """Batch normalisation of the projector's output too, scaled and not shifted, as in SimCLR's own code."""
+    init: str = ""
+    """Weights of the backbone to start from: a .safetensors or .pth file, the folder of a run or an export,
+    hf://USER/NAME, or pretrained (timm's own of that backbone, fetched once). Left out: random ones."""
 
 
 @dataclass(frozen=True)
@@ -316,7 +321,7 @@ class PretrainSettings(ReadsImages):
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value. Touches no file."""
-        choice("backbone", self.model.backbone, BACKBONES)
+        require_backbone(self.model.backbone)
         choice("augmentation", self.augmentation, AUGMENTATIONS)
         choice("source", self.source, SOURCES)
         choice("order", self.order, ORDERS)
@@ -336,12 +341,28 @@ class PretrainSettings(ReadsImages):
         self.optimiser.validate()
         self.engine.validate()
         self.view.validate()
+        if self.engine.recompute and model.backbone not in BACKBONES:
+            raise InputError(
+                f"--recompute knows the blocks of ResNets alone, not those of {model.backbone}: take --chunk"
+            )
 
 
 def require(ok: bool, name: str, value: object, wanted: str) -> None:
     """Raise InputError unless `ok` (NaN never is)."""
     if not ok:
         raise InputError(f"--{name.replace('_', '-')} must be {wanted}, got {value}")
+
+
+def require_backbone(name: str) -> None:
+    """Raise InputError unless it is one of BACKBONES, or timm has it."""
+    if name in BACKBONES:
+        return
+    import timm  # seconds, and few ask for it
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), 3)
+        hint = f" (such as {', '.join(near)})" if near else ""
+        raise InputError(f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}, and timm's models{hint}")
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
