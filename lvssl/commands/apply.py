@@ -12,7 +12,12 @@ def encode(arguments: list[str]) -> None:
     from lvssl.evaluation.codes import encode as run
     from lvssl.evaluation.encoder import in_words
     from lvssl.settings.fields import options
+    from pipelines.errors import InputError
 
+    if not {"--images", "-h", "--help"} & {word.partition("=")[0] for word in arguments}:
+        raise InputError(
+            "lvssl encode: name the images to encode with --images (of embeddings, the embeddings)"
+        )
     settings = parse(EncodeSettings, arguments, "encode")
     path = run(settings)
     codes = open_codes(path)
