@@ -21,6 +21,7 @@ EACH_SAMPLE = ("mcinfonce", "ceb", "hib")  # objectives of samples, not of their
 AUGMENTATIONS = ("auto", "reference", "numba", "triton")
 OPTIMISERS = ("adamw", "sgd", "lars")
 LR_RULES = ("given", "linear", "sqrt")
+SINKS = ("tensorboard", "wandb", "mlflow")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ORDERS = ("random", "quasi-random", "sequential")  # pipelines.order's, which would load numba for them
 
@@ -316,6 +317,9 @@ class PretrainSettings(ReadsImages):
     run."""
     log_every: int = field(default=10, metadata=RUNTIME)
     """Steps between two lines of metrics.jsonl."""
+    log: tuple[str, ...] = field(default=("tensorboard",), metadata=RUNTIME)
+    """Where the figures of metrics.jsonl go, too: tensorboard, wandb, mlflow, several of these, or none of
+    them (--log with nothing behind it)."""
     preset: str = field(default="", metadata=RUNTIME)
     """The preset these settings started from."""
 
@@ -326,6 +330,8 @@ class PretrainSettings(ReadsImages):
         choice("source", self.source, SOURCES)
         choice("order", self.order, ORDERS)
         choice("on_error", self.on_error, ON_ERROR)
+        for name in self.log:
+            choice("log", name, SINKS)
         require(self.workers >= 0, "workers", self.workers, "at least 0")
         for name in ("epochs", "batch_size", "log_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")

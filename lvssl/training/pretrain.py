@@ -15,6 +15,7 @@ from lvssl.runs.identity import describe_set
 from lvssl.runs.initial import initial_weights
 from lvssl.runs.labels import numbered_as, say_notes
 from lvssl.runs.run import create_run, read_set, run_lock
+from lvssl.runs.sinks import require_installed
 from lvssl.settings.pretrain import PretrainSettings
 from lvssl.training.distributed import World, connected, from_first, world_of
 from lvssl.training.optimiser import describe_groups
@@ -48,6 +49,7 @@ def pretrain(
         ConnectionError: another rank died.
     """
     settings.validate()
+    require_installed(settings.log)
     jpeg.read_up_to(settings.max_pixels)
     world = world_of(os.environ)
     if settings.threads:

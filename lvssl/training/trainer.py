@@ -50,7 +50,7 @@ class Trainer(Loop):
         engine = settings.engine
         pace = Pace(
             settings.batch_size, settings.log_every, settings.checkpoint_minutes, engine.keep,
-            engine.non_finite_steps, settings.optimiser.clip, engine.timeout_minutes,
+            engine.non_finite_steps, settings.optimiser.clip, engine.timeout_minutes, settings.log,
         )  # fmt: skip
         super().__init__(settings.out, loader, device, world, pace, host_reads)
         self.settings = settings
