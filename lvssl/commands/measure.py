@@ -127,7 +127,7 @@ def runs(arguments: list[str]) -> None:
         folder: tyro.conf.Positional[Path] = Path("runs")
         """Where to look, subfolders included."""
         best: str = ""
-        """Sort by a figure: one of `evaluate` (linear, knn, code_linear ...), or of the log (loss,
+        """Sort by a figure: one of `evaluate` (linear, knn, code_linear, code_knn ...), or of the log (loss,
         probe_features ...)."""
         compare: tuple[Path, Path] | None = None
         """Two runs' folders: the settings that differ, and their figures at the same parts of both."""

@@ -188,7 +188,7 @@ def verdicts(measured: dict[str, dict[str, Any]], labels: bool = True) -> dict[s
         notes.append("Not evaluated yet: lvssl evaluate measures this run and writes the table.")
     elif not evaluation.get("control"):
         notes.append("No control was evaluated: lvssl evaluate --control RUN puts one beside these figures.")
-    bits = int(run.get("bits") or 0) if "code_linear" in run else 0
+    bits = int(code.get("bits") or 0) if code.get("method") == "code" else 0
     said = advice(comparisons["code"], bits, measured["analyse"])
     return {"advice": said, "tiles": [each for each in tiles if each], "notes": notes}
 

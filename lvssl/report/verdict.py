@@ -119,8 +119,9 @@ def advice(code: list[Comparison], bits: int, analysis: dict[str, Any]) -> str:
         behind = [c.measure for c in code if c.outcome == "worse"]
         better = f"prefer the control: the {bits:,}-bit code is behind it in {' and '.join(behind)}"
         parts.append(better if behind else f"use the {bits:,}-bit code")
-    scores = (analysis.get("models") or {}).get("run", {}).get("scores", {})
-    scores = {name: row for name, row in scores.items() if name in (*LABEL_FREE, "posterior")}
+    name = (analysis.get("run") or {}).get("name")
+    points = by_point(analysis.get("rows") or [], run=name, representation="uncertainty")
+    scores = {row["method"]: row for row in points if row["method"] in (*LABEL_FREE, "posterior")}
     for what, columns in (("foreign images", "ood "), ("wrong neighbours", "r_auroc")):
         means = {}
         for name, row in scores.items():

@@ -48,10 +48,13 @@ def results(folder: Path) -> dict[str, float]:
     for stage in ("evaluation", "knn", "linear"):
         path = folder / f"{stage}.json"
         content = read_json(path) if path.exists() else {}
-        if stage == "evaluation":
-            found |= {k: v for k, v in content.get("run", {}).items() if isinstance(v, int | float)}
-        elif "top1" in content.get("results", {}).get("features", {}):
+        if "top1" in content.get("results", {}).get("features", {}):
             found[stage] = content["results"]["features"]["top1"]
+        name = (content.get("run") or {}).get("name") if stage == "evaluation" else None
+        for row in content.get("rows", []) if name else ():
+            if row["run"] == name and row["value"] is not None:
+                before = "" if row["representation"] == "features" else f"{row['representation']}_"
+                found.setdefault(before + row["metric"], row["value"])
     return found
 
 

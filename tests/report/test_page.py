@@ -592,12 +592,13 @@ def test_the_first_sentence_says_what_to_use():
     assert advice(code, 64, {}) == "Use the 64-bit code."
     worse = [Comparison("Hamming kNN", 70, 79, 1.5)]
     assert advice(worse, 64, {}) == "Prefer the control: the 64-bit code is behind it in Hamming kNN."
-    rows = {
+    scores = {
         "density": {"r_auroc": 0.55, "ood noise": 0.9, "ood digits": 0.7},
         "norm": {"r_auroc": 0.52, "ood noise": 0.99, "ood digits": 0.1},
         "supervised": {"r_auroc": 0.99, "ood noise": 1.0, "ood digits": 1.0},  # it saw labels
     }
-    said = advice([], 64, {"models": {"run": {"scores": rows}}})
+    points = [("uncertainty", method, None, figures) for method, figures in scores.items()]
+    said = advice([], 64, {"run": {"name": "a"}, "rows": rows_of_points("a", 0, points)})
     foreign, wrong = said.split("; ")
     assert foreign == "Trust the density for foreign images (AUROC 0.80)"
     assert wrong == "no score finds wrong neighbours (AUROC 0.55)."
