@@ -1,5 +1,6 @@
 """What the README's ten minutes give: a folder of unlabelled files with planted copies, searched and curated.
 
+    python -m benchmarks.photos walk PARQUET FOLDER    these three; walk.json: seconds of each
     python -m benchmarks.photos make PARQUET FOLDER    FOLDER/photos and truth.json, of CIFAR-10's JPEG copy
     cd FOLDER; the commands of README.md               into FOLDER/run
     python -m benchmarks.photos measure FOLDER         against the labels and copies that truth.json holds
@@ -13,7 +14,11 @@ standardised ones. A copy is found if duplicates.csv has it beside its original.
 import argparse
 import io
 import json
+import os
 import random
+import re
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +30,7 @@ from lvssl.evaluation.codes import SearchSettings, search
 from pipelines.errors import InputError
 from pipelines.files import write_json
 
+ROOT = Path(__file__).resolve().parents[1]
 EACH, COPIES, SIDE, TOP = 200, 50, 32, 10
 
 
@@ -36,12 +42,20 @@ def main(arguments: list[str]) -> None:
     made = parts.add_parser("make")
     made.add_argument("parquet", type=Path)
     made.add_argument("folder", type=Path)
+    walked = parts.add_parser("walk")
+    walked.add_argument("parquet", type=Path)
+    walked.add_argument("folder", type=Path)
+    walked.add_argument("--epochs", type=int, help="of the training, for a trial; left out: as lvssl chooses")
     measured = parts.add_parser("measure")
     measured.add_argument("folder", type=Path)
     measured.add_argument("--run", default="run", help="the run's folder in FOLDER")
     options = parser.parse_args(arguments)
     if options.part == "make":
         make(options.parquet, options.folder)
+    elif options.part == "walk":
+        make(options.parquet, options.folder)
+        walk(options.folder, options.epochs)
+        measure(options.folder, options.folder / "run")
     else:
         measure(options.folder, options.folder / options.run)
 
@@ -67,6 +81,27 @@ def make(parquet: Path, folder: Path) -> None:
         for name, (_, label, of, kind) in zip(names, files)
     }
     write_json(folder / "truth.json", truth)
+
+
+def walk(folder: Path, epochs: int | None) -> None:
+    """Run the commands of README.md in the folder, as its reader would, and keep what each took."""
+    text = (ROOT / "README.md").read_text().partition("## Ten minutes with your own photos")[2]
+    block = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)[0]
+    commands = [line for line in block.splitlines() if line.startswith("lvssl ")]
+    rows: list[dict[str, object]] = []
+    for command in commands:
+        typed = f"{command} --epochs {epochs}" if epochs and command.startswith("lvssl pretrain") else command
+        before, start = os.times(), time.perf_counter()
+        subprocess.run(["bash", "-c", typed], cwd=folder, check=True)
+        after = os.times()
+        processor = sum(getattr(after, n) - getattr(before, n) for n in ("children_user", "children_system"))
+        rows.append(
+            {"command": typed, "seconds": time.perf_counter() - start, "processor_seconds": processor}
+        )
+        print(f"{rows[-1]['seconds']:.0f} s, {processor:.0f} s of processors: {typed}", flush=True)
+    wall, processors = (sum(float(str(row[n])) for row in rows) for n in ("seconds", "processor_seconds"))
+    print(f"{wall:.0f} s, {processors:.0f} s of processors: all {len(rows)} commands")
+    write_json(folder / "walk.json", rows)
 
 
 def copied(data: bytes, kind: str, rng: random.Random) -> bytes:

@@ -30,8 +30,9 @@ from tyro.conf import Positional
 from lvssl.evaluation.density import FILE as DENSITY
 from lvssl.evaluation.density import stored_density
 from lvssl.evaluation.stage import in_words
-from lvssl.models.backbone import CIFAR_STEM_UP_TO, RESNETS, feature_dim
+from lvssl.models.backbone import CIFAR_STEM_UP_TO, RESNETS, SMALL, feature_dim
 from lvssl.models.network import LVNet
+from lvssl.runs.hub import Upload
 from lvssl.runs.result import read_json
 from lvssl.runs.run import Run, load_run, read_set, versions
 from lvssl.settings.fields import to_dict
@@ -53,18 +54,25 @@ class ExportSettings:
     """A folder that doesn't exist yet."""
     onnx: bool = True
     """Also encoder.onnx: image -> packed code. Needs the extra `export`."""
+    push: str = ""
+    """USER/NAME: upload the folder to the Hugging Face Hub, too, as a private repository unless there is one
+    already. With the token of `hf auth login`, or $HF_TOKEN."""
+    public: bool = False
+    """Make the repository that --push creates public."""
 
 
 def export(settings: ExportSettings) -> Path:
-    """Make the folder, all of it or nothing, and return it.
+    """Make the folder, all of it or nothing, upload it if asked to, and return it.
 
-    Raises InputError: no such run, the folder exists, or ONNX is asked for and not installed.
+    Raises InputError: no such run, the folder exists, ONNX is asked for and not installed, or the Hub refuses
+    the upload (the folder stays).
     """
     if settings.out.exists():
         raise InputError(f"{settings.out} exists: choose another --out")
     if settings.onnx and importlib.util.find_spec("onnxscript") is None:
         raise InputError("encoder.onnx needs onnx and onnxscript: pip install 'lvssl[export]', or --no-onnx")
     run = load_run(settings.run)
+    upload = Upload(settings.push, settings.public) if settings.push else None
     network = run.network.cpu()
     network.precision = torch.float32
     settings.out.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +96,8 @@ def export(settings: ExportSettings) -> Path:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    if upload is not None:
+        upload.send(settings.out)
     return settings.out
 
 
@@ -105,6 +115,11 @@ def head_tensors(network: LVNet) -> dict[str, Tensor]:
 def has_torchvisions_stem(run: Run) -> bool:
     """Whether the backbone is torchvision's (and timm's) own architecture, without the small images' stem."""
     return run.settings.model.backbone in RESNETS and run.settings.view.resolution > CIFAR_STEM_UP_TO
+
+
+def is_timms(run: Run) -> bool:
+    """Whether timm has the architecture."""
+    return has_torchvisions_stem(run) or run.settings.model.backbone not in (*RESNETS, *SMALL)
 
 
 def config(run: Run) -> dict[str, Any]:
@@ -134,12 +149,23 @@ def config(run: Run) -> dict[str, Any]:
         "first_conv": "conv1",
         "classifier": "fc",
     }
-    timm = {"architecture": settings.model.backbone} if has_torchvisions_stem(run) else {}
+    timm: dict[str, Any] = {"architecture": settings.model.backbone} if is_timms(run) else {}
+    if settings.model.backbone not in (*RESNETS, *SMALL):
+        own: Any = run.network.backbone.pretrained_cfg
+        pretrained |= {name: own.get(name) for name in ("first_conv", "classifier")}
+        timm["model_args"] = model_args(run)
     return timm | {"num_classes": 0, "num_features": features, "pretrained_cfg": pretrained, "lvssl": ours}
 
 
+def model_args(run: Run) -> dict[str, int]:
+    """What timm's model is made with: the images' side, where it is made for one."""
+    side = run.settings.view.resolution
+    sized = getattr(getattr(run.network.backbone, "patch_embed", None), "img_size", None)
+    return {"img_size": side} if sized is not None else {}
+
+
 def hubconf(run: Run) -> str:
-    """A module for torch.hub; ResNets need torchvision alone, the small backbones lvssl."""
+    """A module for torch.hub; ResNets need torchvision alone, timm's models timm, the small ones lvssl."""
     model, view = run.settings.model, run.settings.view
     if model.backbone in RESNETS:
         needs, lines = (
@@ -148,6 +174,9 @@ def hubconf(run: Run) -> str:
         )
         if not has_torchvisions_stem(run):
             lines += ["net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)", "net.maxpool = nn.Identity()"]
+    elif is_timms(run):
+        sized = "".join(f", {name}={value}" for name, value in model_args(run).items())
+        needs, lines = "timm", [f"net = timm.create_model({model.backbone!r}, num_classes=0{sized})"]
     else:
         needs = "lvssl.models.backbone"
         lines = [f"net, _ = lvssl.models.backbone.build_backbone({model.backbone!r}, {view.resolution})"]
@@ -238,7 +267,7 @@ def card(run: Run, settings: ExportSettings) -> str:
     bits = run.network.family.code_bits(run.network.dim)
     return CARD.format(
         name=run.folder.resolve().name,
-        library="timm" if has_torchvisions_stem(run) else "lvssl",
+        library="timm" if is_timms(run) else "lvssl",
         backbone=model.backbone,
         family=latent.family,
         features=feature_dim(model.backbone),
@@ -304,9 +333,10 @@ def loading(run: Run, onnx: bool) -> str:
         "found = lvssl.load(DIR).encode(images)  # .features, .code, .uncertainty",
         'net = torch.hub.load(DIR, "backbone", source="local")',
     ]
+    if is_timms(run):
+        lines.append('net = timm.create_model("local-dir:" + DIR, pretrained=True)')
     if has_torchvisions_stem(run):
         lines += [
-            'net = timm.create_model("local-dir:" + DIR, pretrained=True)',
             f"net = torchvision.models.{name}(); net.fc = torch.nn.Identity()",
             'net.load_state_dict(safetensors.torch.load_file(DIR + "/model.safetensors"))',
         ]

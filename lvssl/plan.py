@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lvssl.latents.noise import keyed
 from lvssl.losses.distributed import RING_FROM
-from lvssl.models.backbone import BACKBONES, BLOCKS
+from lvssl.models.backbone import BLOCKS
 from lvssl.models.device import pick_device
 from lvssl.models.network import LVNet
 from lvssl.models.utilisation import PEAK_FLOPS, operations
@@ -35,6 +35,7 @@ from lvssl.settings.pretrain import (
     choice,
     preset,
     require,
+    require_backbone,
 )
 from pipelines.errors import InputError
 
@@ -42,10 +43,11 @@ GIB = 2**30
 CONTEXT = 1.0 * GIB  # CUDA context, cuDNN and NCCL
 SLACK = 0.08  # of the rest: workspaces and fragmentation
 # Bytes that a pixel of a view keeps at most, fp32: of the stem for small images, which halves nothing.
-MOST_A_PIXEL = {"tiny": 8_000, "small": 8_000, "resnet18": 30_000, "resnet50": 60_000}
+MOST_A_PIXEL = {"tiny": 8_000, "small": 8_000, "resnet18": 30_000, "resnet50": 60_000}  # others: counted
 CHANGES = ("chunk", "batch_size", "backbone", "resolution")  # what may be smaller where memory is
 # Share of an H100's peak in bf16 that a step reaches (docs/gpu.md): MEASURED ones, and guesses.
 REACHED = {"tiny": 0.01, "small": 0.05, "resnet18": 0.19, "resnet50": 0.10}
+GUESSED = 0.10  # of any other backbone
 MEASURED = ("resnet18", "resnet50")
 MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}  # numbers that it keeps for each weight
 
@@ -58,7 +60,7 @@ class PlanSettings:
     """Images a step, over all GPUs."""
     gpus: int = 8
     backbone: str = "resnet50"
-    """tiny, small, resnet18, resnet50."""
+    """As of `lvssl pretrain`."""
     memory: float = 80.0
     """Memory of one GPU, GiB."""
     resolution: int = 224
@@ -91,7 +93,7 @@ class PlanSettings:
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value."""
-        choice("backbone", self.backbone, BACKBONES)
+        require_backbone(self.backbone)
         choice("precision", self.precision, ("bf16", "fp32"))
         LatentSettings(self.family).validate()
         require(self.gpus >= 1, "gpus", self.gpus, "at least 1")
@@ -286,7 +288,7 @@ def require_memory(settings: PretrainSettings, ranks: int = 1) -> None:
     settings.validate()
     view, model = settings.view, settings.model
     views = 2 * settings.batch_size // ranks
-    size: float = views * view.resolution**2 * MOST_A_PIXEL[model.backbone]
+    size: float = views * view.resolution**2 * MOST_A_PIXEL.get(model.backbone, math.inf)
     size += 16.0 * model.hidden * (2048 + model.projection)
     total, free = host_memory()
     if pick_device(settings.device).type != "cpu" or size < free:  # an upper bound: to count takes seconds
@@ -343,7 +345,7 @@ def hours(settings: PlanSettings) -> float:
     over a chunk or a recomputed block a third more."""
     work = 2.0 * settings.images * settings.epochs * operations(settings.backbone, settings.resolution)
     work *= 4 / 3 if settings.chunk or settings.recompute else 1.0
-    speed = PEAK_FLOPS[settings.gpu] * REACHED[settings.backbone] * settings.gpus
+    speed = PEAK_FLOPS[settings.gpu] * REACHED.get(settings.backbone, GUESSED) * settings.gpus
     return work / speed / 3600 * (2 if settings.precision == "fp32" else 1)
 
 

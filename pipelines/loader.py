@@ -31,6 +31,8 @@ from pipelines.order import ORDERS, epoch_order, step_indices, steps_per_epoch
 from pipelines.parameters import FLIP, P, centre_boxes, crop_boxes, draw_parameters
 from pipelines.views import ViewSettings
 
+__all__ = ["LoaderSettings", "TwoViewLoader", "ViewBatch", "evaluation_batches", "evaluation_crops"]
+
 Flips = np.ndarray | None
 Pixels = np.ndarray | Tensor  # on the host, or where a source crops on a GPU
 Augmenter = Callable[[Tensor, Tensor, ViewSettings], Tensor]
@@ -50,6 +52,11 @@ class ViewBatch:
         labels: int64 [B].
         indices: int64 [B], positions in the data set.
         parameters: float32 [B, V, P], see `pipelines.parameters.COLUMNS`.
+
+    >>> with TwoViewLoader(open_reader("photos"), ViewSettings(resolution=32), LoaderSettings(4)) as loader:
+    ...     batch = next(iter(loader))
+    >>> batch.views.shape, batch.labels.shape, batch.parameters.shape[:2]
+    (torch.Size([2, 4, 3, 32, 32]), torch.Size([4]), torch.Size([4, 2]))
     """
 
     views: Tensor
@@ -58,12 +65,19 @@ class ViewBatch:
     parameters: Tensor
 
     def pinned(self) -> "ViewBatch":
-        """The batch in page-locked memory, as far as it isn't there or on a GPU already."""
+        """The batch in page-locked memory, as far as it isn't there or on a GPU already.
+
+        >>> batch = batch.pinned() if torch.cuda.is_available() else batch
+        """
         parts = (getattr(self, name) for name in self.__dataclass_fields__)
         return ViewBatch(*(part if part.is_cuda else part.pin_memory() for part in parts))
 
     def to(self, device: torch.device) -> "ViewBatch":
-        """The batch on a device; asynchronous where the batch is pinned."""
+        """The batch on a device; asynchronous where the batch is pinned.
+
+        >>> batch.to(torch.device("cpu")).views.device
+        device(type='cpu')
+        """
         if device.type == "cpu":
             return self
         return ViewBatch(
@@ -73,7 +87,11 @@ class ViewBatch:
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """Which batches are made, and how."""
+    """Which batches are made, and how.
+
+    >>> LoaderSettings(batch_size=256, seed=1, order="quasi-random").workers
+    0
+    """
 
     batch_size: int
     """Images a step, over all ranks; must be divisible by `ranks`."""
@@ -109,7 +127,10 @@ class LoaderSettings:
     """Of each image; 1, for training with labels, gives the first of the two."""
 
     def validate(self) -> None:
-        """Raise InputError naming the first impossible value."""
+        """Raise InputError naming the first impossible value.
+
+        >>> LoaderSettings(batch_size=256, ranks=8).validate()
+        """
         if self.batch_size < 1 or self.batch_size % self.ranks:
             raise InputError(
                 f"--batch-size must be a positive multiple of the {self.ranks} rank(s), got {self.batch_size}"
@@ -121,7 +142,11 @@ class LoaderSettings:
 
     @property
     def augments(self) -> bool:
-        """Whether the workers make views of the crops."""
+        """Whether the workers make views of the crops.
+
+        >>> LoaderSettings(batch_size=256, crops_only=True).augments
+        False
+        """
         return self.augmenter is None and not self.crops_only
 
 
@@ -138,6 +163,14 @@ class TwoViewLoader:
         skipped: how many samples were replaced so far, ahead of the batch in use too.
         damaged: index -> why, of each that was met.
         waited: seconds for which a batch was asked for before the threads had made it.
+
+    >>> settings = LoaderSettings(batch_size=4, seed=0)
+    >>> with TwoViewLoader(open_reader("photos"), ViewSettings(resolution=32), settings) as loader:
+    ...     for epoch in range(2):
+    ...         loader.set_epoch(epoch)
+    ...         seen = [len(batch.indices) for batch in loader]
+    >>> seen, len(loader)
+    ([4, 4, 4], 3)
     """
 
     def __init__(self, source: Reader, view: ViewSettings, settings: LoaderSettings) -> None:
@@ -160,14 +193,28 @@ class TwoViewLoader:
 
     @property
     def skipped(self) -> int:
+        """How many samples were replaced so far.
+
+        >>> loader.skipped
+        0
+        """
         return self._replacements.count
 
     @property
     def damaged(self) -> dict[int, str]:
+        """Index -> why, of each damaged sample that was met.
+
+        >>> loader.damaged
+        {}
+        """
         return dict(self._replacements.damaged)
 
     def describe_skipped(self) -> str:
-        """One line for a log, with the first of the damaged samples."""
+        """One line for a log, with the first of the damaged samples.
+
+        >>> loader.describe_skipped()
+        '0 times a damaged sample was replaced, 0 in all; the first: none'
+        """
         damaged = self.damaged
         first = damaged[min(damaged)] if damaged else "none"
         return (
@@ -175,19 +222,37 @@ class TwoViewLoader:
         )
 
     def set_epoch(self, epoch: int) -> None:
-        """Go on from the beginning of this epoch."""
+        """Go on from the beginning of this epoch.
+
+        >>> loader.set_epoch(3)
+        """
         self.set_position(epoch)
 
     def set_position(self, epoch: int, step: int = 0) -> None:
-        """Go on from this step of this epoch."""
+        """Go on from this step of this epoch. Raises InputError: an epoch hasn't so many.
+
+        >>> loader.set_position(epoch=3, step=2)
+        >>> loader.state_dict()
+        {'epoch': 3, 'step': 2}
+        """
         if epoch < 0 or not 0 <= step <= self.steps:
             raise InputError(f"no step {step} in epoch {epoch}: an epoch has {self.steps} steps")
         self.epoch, self.step = epoch, step
 
     def state_dict(self) -> dict[str, int]:
+        """The position, all that a resumed loader needs.
+
+        >>> loader.set_epoch(0)
+        >>> loader.state_dict()
+        {'epoch': 0, 'step': 0}
+        """
         return {"epoch": self.epoch, "step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from the position of a `state_dict`.
+
+        >>> loader.load_state_dict({"epoch": 3, "step": 2})
+        """
         self.set_position(**state)
 
     def __iter__(self) -> Iterator[ViewBatch]:
@@ -266,7 +331,10 @@ class TwoViewLoader:
             cpu.augment_into(crops[:, v], table[:, v], self.view, pixels[v, rows])
 
     def close(self) -> None:
-        """Stop the threads and wait for them."""
+        """Stop the threads and wait for them.
+
+        >>> loader.close()
+        """
         self._threads.close()
 
     def __enter__(self) -> "TwoViewLoader":
@@ -333,6 +401,11 @@ def evaluation_batches(
     Yields:
         crops uint8 [B, R, R, 3] (`pipelines.normalise` makes images of them), indices int64 [B]; the last may
         be smaller. With `replacements` that skip, a damaged image is another, in its indices too.
+
+    >>> for crops, indices in evaluation_batches(open_reader("photos"), ViewSettings(resolution=32), 8):
+    ...     print(crops.shape, indices.tolist())
+    torch.Size([8, 32, 32, 3]) [0, 1, 2, 3, 4, 5, 6, 7]
+    torch.Size([4, 32, 32, 3]) [8, 9, 10, 11]
     """
     everything = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
     replacements, side = replacements or Replacements(source), view.resolution
@@ -379,7 +452,11 @@ def sent(images: Tensor, device: torch.device) -> Tensor:
 def evaluation_crops(
     source: Reader, view: ViewSettings, indices: np.ndarray, replacements: "Replacements | None" = None
 ) -> np.ndarray:
-    """The centre crops of some samples: uint8 [B, R, R, 3]. Replaces damaged samples in `indices`."""
+    """The centre crops of some samples: uint8 [B, R, R, 3]. Replaces damaged samples in `indices`.
+
+    >>> evaluation_crops(open_reader("photos"), ViewSettings(resolution=32), np.array([0, 5])).shape
+    (2, 32, 32, 3)
+    """
     crops = np.empty((len(indices), 1, view.resolution, view.resolution, 3), np.uint8)
     _centre_crops(view, indices, replacements or Replacements(source), crops)
     return crops[:, 0]

@@ -138,7 +138,13 @@ def test_a_run_that_exists_is_resumed_only_when_asked_and_only_as_it_was(trained
     before = {path: path.stat().st_mtime_ns for path in control.rglob("*")}
     base = ["pretrain", "--preset", "digits", "--data", digits["train"], "--out", control, "--family", "none"]
     one_line_error(capsys, [*base, "--epochs", 3], "exists", "--resume")
-    one_line_error(capsys, [*base, "--epochs", 4, "--resume"], "another configuration", "epochs: 3 -> 4")
+    one_line_error(
+        capsys,
+        [*base, "--epochs", 4, "--resume"],
+        "another configuration",
+        "epochs: 3 -> 4",
+        f"--init {control}",
+    )
     one_line_error(capsys, [*base[:-2], "--epochs", 3, "--resume"], "latent.family: none -> bernoulli")
     assert before == {path: path.stat().st_mtime_ns for path in control.rglob("*")}
     assert main(["pretrain", "--out", str(control), "--resume"]) == 0  # its settings need not be repeated

@@ -12,7 +12,12 @@ def encode(arguments: list[str]) -> None:
     from lvssl.evaluation.codes import encode as run
     from lvssl.evaluation.encoder import in_words
     from lvssl.settings.fields import options
+    from pipelines.errors import InputError
 
+    if not {"--images", "-h", "--help"} & {word.partition("=")[0] for word in arguments}:
+        raise InputError(
+            "lvssl encode: name the images to encode with --images (of embeddings, the embeddings)"
+        )
     settings = parse(EncodeSettings, arguments, "encode")
     path = run(settings)
     codes = open_codes(path)
@@ -59,4 +64,6 @@ def export(arguments: list[str]) -> None:
     from lvssl.export import ExportSettings
     from lvssl.export import export as run
 
-    print(f"written: {run(parse(ExportSettings, arguments, 'export'))}")
+    settings = parse(ExportSettings, arguments, "export")
+    pushed = f"; pushed: hf://{settings.push}" if settings.push else ""
+    print(f"written: {run(settings)}{pushed}")

@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "search": ("find the nearest images of queries by their codes", apply.search),
     "curate": ("near-duplicates, outliers, doubtful labels and a diverse subset of a set", apply.curate),
     "report": ("one HTML page of a run", measure.report),
+    "runs": ("list the runs of a folder, the best first, or compare two", measure.runs),
     "export": ("the encoder for torchvision, timm, torch.hub and ONNX", apply.export),
     "presets": ("list the presets, print one, or compare two", start.presets),
     "plan": ("memory of a batch on each GPU, and the largest that fits", start.plan),

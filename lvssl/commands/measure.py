@@ -112,3 +112,54 @@ def report(arguments: list[str]) -> None:
 
     chosen = parse(Report, arguments, "report")
     print(write_report(chosen.run, chosen.out))
+
+
+def runs(arguments: list[str]) -> None:
+    import tyro
+
+    from lvssl.runs.listing import ONLINE, compared, ranked, runs_in
+    from pipelines.amounts import size_text
+
+    @dataclass(frozen=True)
+    class Runs:
+        """List the runs below a folder: state, step, figures, disk; the best first, or two side by side."""
+
+        folder: tyro.conf.Positional[Path] = Path("runs")
+        """Where to look, subfolders included."""
+        best: str = ""
+        """Sort by a figure: one of `evaluate` (linear, knn, code_linear, code_knn ...), or of the log (loss,
+        probe_features ...)."""
+        compare: tuple[Path, Path] | None = None
+        """Two runs' folders: the settings that differ, and their figures at the same parts of both."""
+
+    chosen = parse(Runs, arguments, "runs")
+    if chosen.compare:
+        settings, figures = compared(*chosen.compare)
+        show_table([("", *map(str, chosen.compare)), *settings, *figures])
+        return
+    found = runs_in(chosen.folder)
+    metrics = [chosen.best] if chosen.best else ["loss", ONLINE, "linear", "knn"]
+    if chosen.best:
+        found = ranked(found, chosen.best)
+    show_table(
+        [
+            ("run", "state", "step", *metrics, "disk"),
+            *(
+                (
+                    str(one.folder),
+                    one.state,
+                    f"{one.step:,}/{one.steps:,}" if one.steps else f"{one.step:,}",
+                    *(f"{one.figures[name]:.4g}" if name in one.figures else "" for name in metrics),
+                    size_text(one.size),
+                )
+                for one in found
+            ),
+        ]
+    )
+
+
+def show_table(rows: list[tuple[str, ...]]) -> None:
+    """Columns as wide as they need to be."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

@@ -43,6 +43,7 @@ from pipelines.datasets.beton import stored_names
 from pipelines.datasets.parts import files_of
 from pipelines.decode import DamagedSample, Reader, open_reader
 from pipelines.decode.images import ImageReader
+from pipelines.decode.on_cpu import TABLES_AND_TARS
 from pipelines.decode.pixels import decode_rgb
 from pipelines.decode.resize import resize_crop
 from pipelines.errors import InputError
@@ -226,8 +227,8 @@ def require_arithmetic(index: CodeFile, run: Run) -> None:
 
 def holds_many(path: Path) -> bool:
     """Whether a query is a set of images, or their codes, rather than an image."""
-    ends = (".lvcodes", ".beton", ".tar", ".parquet", ".csv", ".jsonl", ".txt")
-    return path.is_dir() or path.suffix in ends
+    ends = (".lvcodes", ".beton", ".txt", *TABLES_AND_TARS)
+    return path.is_dir() or path.suffix.lower() in ends
 
 
 def joined(parts: list[Queries]) -> Queries:

@@ -67,8 +67,10 @@ def nearest_in_cells(
 
 
 def unit(features: np.ndarray, rows: np.ndarray | slice, z: tuple[np.ndarray, np.ndarray]) -> Tensor:
-    """Rows, standardised, of length 1: float32 [n, F]."""
+    """Rows, standardised, of length 1: float32 [n, F]. Those at the mean itself are the first axis: the
+    cosine of two that are equal is 1."""
     x = torch.from_numpy((features[rows].astype(np.float32) - z[0]) / z[1])
+    x[:, 0] += (x.norm(dim=1) < 1e-6).float()
     return torch.nn.functional.normalize(x, dim=1)
 
 

@@ -1,41 +1,86 @@
-"""Backbones: torchvision's ResNets and small ones for two CPU cores; the stem follows the resolution."""
+"""Backbones: torchvision's ResNets, small ones for two CPU cores, and every model of timm by its name there.
+
+The ResNets' stem follows the resolution; timm's models are their own architecture at any that they take.
+"""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torchvision
 from torch import Tensor
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from pipelines.errors import InputError, first_line
 
 # name: (width of the first block, number of basic blocks; each next block halves the side, doubles the width)
 SMALL = {"tiny": (16, 3), "small": (32, 4)}
-RESNETS = ("resnet18", "resnet50")
-BACKBONES = (*SMALL, *RESNETS)
+RESNETS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048, "resnet152": 2048}
 BLOCKS = (BasicBlock, Bottleneck)  # residual blocks: what `--recompute` computes again
 
 CIFAR_STEM_UP_TO = 64  # pixels; above it the ImageNet stem
 
 
 def build_backbone(name: str, resolution: int) -> tuple[nn.Module, int]:
-    """A backbone [N, 3, R, R] -> features [N, D], and D."""
+    """A backbone [N, 3, R, R] -> features [N, D], and D. Raises InputError: not at that resolution."""
     if name in SMALL:
         return SmallResNet(*SMALL[name], stride=1 if resolution <= 16 else 2), feature_dim(name)
-    return resnet(name, resolution), feature_dim(name)
+    if name in RESNETS:
+        return resnet(name, resolution), feature_dim(name)
+    require_resolution(name, resolution)
+    return timms(name, resolution), feature_dim(name)
 
 
+@cache
 def feature_dim(name: str) -> int:
     """Length of a backbone's feature vector."""
     if name in SMALL:
         width, blocks = SMALL[name]
         return width * 2 ** (blocks - 1)
-    return {"resnet18": 512, "resnet50": 2048}[name]
+    if name in RESNETS:
+        return RESNETS[name]
+    with torch.device("meta"):
+        net = timms(name, None)
+    return next(int(getattr(net, n)) for n in ("head_hidden_size", "num_features") if hasattr(net, n))
+
+
+def timms(name: str, resolution: int | None, pretrained: bool = False) -> nn.Module:
+    """timm's model without its classifier; where it is made for one resolution (a transformer), for this."""
+    import timm  # seconds
+
+    def made(**sized: Any) -> nn.Module:
+        return timm.create_model(name, pretrained, num_classes=0, **sized)
+
+    # Models compute numbers while they are made, which tensors without contents don't give.
+    with unset_fake_temporarily() as fake, torch.device("meta") if fake else nullcontext():
+        try:
+            net = made(img_size=resolution) if resolution else made()
+        except TypeError:  # it takes any, and has no such option
+            net = made()
+    return net._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)) if fake else net
+
+
+@cache
+def require_resolution(name: str, resolution: int) -> None:
+    """Raise InputError if a model of timm doesn't take images of so many pixels."""
+    try:
+        with torch.device("meta"):
+            timms(name, resolution).eval()(torch.empty(1, 3, resolution, resolution))
+    except Exception as error:  # an assertion, a shape that goes to zero: each model has its own
+        raise InputError(
+            f"--backbone {name} doesn't take images of {resolution} px ({first_line(error)}): choose another "
+            "--resolution, for a transformer a multiple of its patch"
+        ) from error
 
 
 def stage_widths(name: str) -> tuple[int, ...]:
-    """Of each stage of a backbone (see `stage_means`): each is twice as wide as the one before."""
-    stages = SMALL[name][1] if name in SMALL else 4
+    """Of each stage of a backbone (see `stage_means`): each is twice as wide as the one before; a model of
+    timm is one stage."""
+    stages = SMALL[name][1] if name in SMALL else 4 if name in RESNETS else 1
     return tuple(feature_dim(name) >> after for after in reversed(range(stages)))
 
 
@@ -43,12 +88,15 @@ def stage_widths(name: str) -> tuple[int, ...]:
 def stage_means(backbone: nn.Module) -> Iterator[list[Tensor]]:
     """While it is entered, the activations after each stage of a backbone's last call, averaged over the
     pixels: float32 [N, width] of each, the last of which are the features. A stage is a block of a small
-    network, and what torchvision calls a layer."""
-    stages = [module for module in backbone.children() if isinstance(module, BasicBlock | nn.Sequential)]
+    network, and what torchvision calls a layer; of a model of timm there are the features alone."""
+    stages: list[nn.Module] = [backbone]
+    if isinstance(backbone, SmallResNet | ResNet):
+        stages = [child for child in backbone.children() if isinstance(child, BasicBlock | nn.Sequential)]
     means = [torch.empty(0)] * len(stages)
 
     def keep(number: int, activations: Tensor) -> None:
-        means[number] = activations.mean(dim=(2, 3), dtype=torch.float32)
+        pixels = activations.dim() == 4
+        means[number] = activations.mean(dim=(2, 3), dtype=torch.float32) if pixels else activations.float()
 
     hooks = [
         stage.register_forward_hook(lambda _, __, out, number=number: keep(number, out))

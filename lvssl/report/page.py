@@ -29,6 +29,7 @@ from lvssl.report.template import finite, render
 from lvssl.report.verdict import (
     Comparison,
     UncertaintyComparison,
+    advice,
     compare,
     compare_codes,
     compare_uncertainty,
@@ -156,7 +157,8 @@ def labelled(config: dict[str, Any]) -> bool:
 
 
 def verdicts(measured: dict[str, dict[str, Any]], labels: bool = True) -> dict[str, Any]:
-    """`tiles`: the comparisons with controls, in words and in points; `notes`: what they leave open."""
+    """`advice`: what to do, in a sentence; `tiles`: the comparisons with controls, in words and in points;
+    `notes`: what they leave open."""
     evaluation = measured["evaluate"]
     comparisons = compare(evaluation)
     code, of_control = (measured_of(evaluation, side, "code") for side in ("run", "control"))
@@ -186,7 +188,9 @@ def verdicts(measured: dict[str, dict[str, Any]], labels: bool = True) -> dict[s
         notes.append("Not evaluated yet: lvssl evaluate measures this run and writes the table.")
     elif not evaluation.get("control"):
         notes.append("No control was evaluated: lvssl evaluate --control RUN puts one beside these figures.")
-    return {"tiles": [each for each in tiles if each], "notes": notes}
+    bits = int(code.get("bits") or 0) if code.get("method") == "code" else 0
+    said = advice(comparisons["code"], bits, measured["analyse"])
+    return {"advice": said, "tiles": [each for each in tiles if each], "notes": notes}
 
 
 class Difference(NamedTuple):

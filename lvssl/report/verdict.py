@@ -103,6 +103,39 @@ def compare_uncertainty(analysis: dict[str, Any]) -> UncertaintyComparison | Non
     )
 
 
+USEFUL = 0.6  # the least AUROC of a score that is recommended; 0.5 is a coin
+
+
+def advice(code: list[Comparison], bits: int, analysis: dict[str, Any]) -> str:
+    """What to do with a run, in one sentence; "" where nothing was measured.
+
+    Args:
+        code: the code against its control, empty without one.
+        bits: length of the code, 0: there is none.
+        analysis: analysis.json; its scores of the run are compared, those that saw no label.
+    """
+    parts = []
+    if bits and code:
+        behind = [c.measure for c in code if c.outcome == "worse"]
+        better = f"prefer the control: the {bits:,}-bit code is behind it in {' and '.join(behind)}"
+        parts.append(better if behind else f"use the {bits:,}-bit code")
+    name = (analysis.get("run") or {}).get("name")
+    points = by_point(analysis.get("rows") or [], run=name, representation="uncertainty")
+    scores = {row["method"]: row for row in points if row["method"] in (*LABEL_FREE, "posterior")}
+    for what, columns in (("foreign images", "ood "), ("wrong neighbours", "r_auroc")):
+        means = {}
+        for name, row in scores.items():
+            values = [value for key, value in row.items() if key.startswith(columns) and finite(value)]
+            if values:
+                means[name] = sum(values) / len(values)
+        if means:
+            best = max(means, key=lambda name: means[name])
+            how = f"trust the {LABEL_FREE.get(best, best)} for" if means[best] >= USEFUL else "no score finds"
+            parts.append(f"{how} {what} (AUROC {means[best]:.2f})")
+    said = "; ".join(parts)
+    return said[:1].upper() + said[1:] + "." if said else ""
+
+
 def auroc_error(area: float, positive_share: float, count: int) -> float:
     """Standard error of an AUROC (Hanley & McNeil 1982, eq. 1)."""
     positive = max(1.0, positive_share * count)

@@ -1,6 +1,8 @@
-"""Exported encoders on the Hugging Face Hub: hf://user/name names one, and is fetched once into its cache."""
+"""Exported encoders on the Hugging Face Hub: hf://user/name names one; fetched once, or uploaded."""
 
+import shlex
 from pathlib import Path
+from typing import Any
 
 from pipelines.errors import InputError, first_line
 
@@ -17,12 +19,53 @@ def local_folder(name: str | Path) -> Path:
     if not str(name).startswith(PREFIX):
         return Path(name)
     repository, _, revision = str(name).removeprefix(PREFIX).partition("@")
+    hub = library(str(name))
+    kinds = hub.errors.HFValidationError, hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise InputError(f"{name}: needs huggingface_hub: pip install huggingface_hub") from error
-    try:
-        return Path(snapshot_download(repository, revision=revision or None))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return Path(hub.snapshot_download(repository, revision=revision or None))
+    except (*kinds, OSError) as error:
         raise InputError(f"{name}: {first_line(error)}") from error
+
+
+def library(wanted_by: str) -> Any:
+    """huggingface_hub. Raises InputError: it isn't installed."""
+    try:
+        import huggingface_hub
+        import huggingface_hub.errors
+    except ImportError as error:
+        raise InputError(f"{wanted_by}: needs huggingface_hub: pip install huggingface_hub") from error
+    return huggingface_hub
+
+
+class Upload:
+    """A model repository user/name that a folder is uploaded to, checked before there is a folder.
+
+    Raises InputError: no such name, huggingface_hub isn't installed, or the Hub knows no token of this user.
+    """
+
+    def __init__(self, repository: str, public: bool) -> None:
+        self.what = f"--push {repository}"
+        self.repository, self.private, hub = repository, not public, library(self.what)
+        if repository.count("/") != 1:
+            raise InputError(f"{self.what}: must be USER/NAME")
+        self.api = hub.HfApi()
+        try:
+            hub.utils.validate_repo_id(repository)
+            self.api.whoami()
+        except Exception as error:  # of huggingface_hub, its HTTP client or the network, each its own kind
+            raise InputError(f"{self.what}: {first_line(error)}; `hf auth login` keeps a token") from error
+
+    def send(self, folder: Path) -> str:
+        """Upload every file as one commit, into a new repository or as the next version; returns its address.
+
+        Raises InputError: the Hub doesn't take it. The folder stays.
+        """
+        try:
+            self.api.create_repo(self.repository, private=self.private, exist_ok=True)
+            self.api.upload_folder(repo_id=self.repository, folder_path=folder, commit_message="lvssl export")
+        except Exception as error:
+            again = f"hf upload {self.repository} {shlex.quote(str(folder))}"
+            raise InputError(
+                f"{self.what}: {first_line(error)}; {folder} is whole, `{again}` tries again"
+            ) from error
+        return f"{PREFIX}{self.repository}"

@@ -20,6 +20,7 @@ from pipelines.files import json_text, naming
 if TYPE_CHECKING:  # whoever reads a run's figures alone does without
     import torch
 
+    from lvssl.runs.sinks import Sink
     from pipelines.loader import TwoViewLoader
 
 SECONDS_BETWEEN_LINES, FIRST_LINE_AFTER = 30.0, 5.0  # the first says early how long it will take
@@ -96,37 +97,30 @@ def with_progress(parts: Iterable[T], title: str, total: int, size: Callable[[T]
 
 
 class Metrics:
-    """metrics.jsonl, one JSON object a line, and the same figures for TensorBoard. Steps only ever grow:
-    what a resumed run will do again is cut off first."""
+    """metrics.jsonl, one JSON object a line, and the same figures for each of the `sinks`. Steps only ever
+    grow: what a resumed run will do again is cut off first."""
 
-    def __init__(self, folder: Path, resumed_at: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
+    def __init__(self, folder: Path, resumed_at: int, sinks: Iterable[str] = ("tensorboard",)) -> None:
+        from lvssl.runs.sinks import SINKS
 
-        try:
-            str(folder).encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"{folder}: TensorBoard needs a folder's name in UTF-8: choose another"
-            ) from error
         self.path = folder / "metrics.jsonl"
+        self.sinks: list[Sink] = [SINKS[name](folder, resumed_at) for name in sinks]
         keep_until(self.path, resumed_at)
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close)
-        self.board = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None
-        )
 
     def write(self, row: dict[str, Any]) -> None:
         """A row with "step" and figures; what isn't finite becomes null."""
         short = {k: float(f"{v:.{DIGITS}g}") if isinstance(v, float) else v for k, v in row.items()}
         with naming(self.path):
             self.file.write(json_text(short) + "\n")
-        for name, value in row.items():
-            if name not in ("step", "epoch"):
-                self.board.add_scalar(name, value, row["step"])
+        figures = {name: value for name, value in row.items() if name not in ("step", "epoch")}
+        for sink in self.sinks:
+            sink.add(row["step"], figures)
 
     def close(self) -> None:
         self.file.close()
-        self.board.close()
+        for sink in self.sinks:
+            sink.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -65,8 +65,11 @@ def create_run(
         if not changed and stored_classes != classes:
             changed = f"classes: {stored_classes} -> {classes}"
         if changed:
+            way = ""
+            if changed.startswith("epochs: "):
+                way = f"; --init {settings.out} there starts from its weights"
             raise InputError(
-                f"{settings.out} is a run of another configuration ({changed}); choose another --out"
+                f"{settings.out} is a run of another configuration ({changed}); choose another --out{way}"
             )
         if data is not None:
             _check_set(settings, data)

@@ -1,6 +1,7 @@
 """Every setting of a run: where a setting has its name, and where an impossible one is refused."""
 
 import dataclasses
+import difflib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +15,13 @@ from pipelines.views import ViewSettings
 if TYPE_CHECKING:
     from lvssl.latents import Family
 
-BACKBONES = ("tiny", "small", "resnet18", "resnet50")
+BACKBONES = ("tiny", "small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # and timm's
 OBJECTIVES = ("ntxent", "dcl", "mcinfonce", "ceb", "hib")
 EACH_SAMPLE = ("mcinfonce", "ceb", "hib")  # objectives of samples, not of their mean
 AUGMENTATIONS = ("auto", "reference", "numba", "triton")
 OPTIMISERS = ("adamw", "sgd", "lars")
 LR_RULES = ("given", "linear", "sqrt")
+SINKS = ("tensorboard", "wandb", "mlflow")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ORDERS = ("random", "quasi-random", "sequential")  # pipelines.order's, which would load numba for them
 
@@ -27,13 +29,17 @@ ORDERS = ("random", "quasi-random", "sequential")  # pipelines.order's, which wo
 @dataclass(frozen=True)
 class ModelSettings:
     backbone: str = "resnet50"
-    """tiny (78 k parameters), small (1.2 M, for two CPU cores), resnet18, resnet50."""
+    """tiny (78 k parameters), small (1.2 M, for two CPU cores), resnet18, resnet34, resnet50, resnet101,
+    resnet152, or any model of timm by its name, such as convnext_tiny or vit_small_patch16_224."""
     hidden: int = 1024
     """Width of the projector's hidden layer."""
     projection: int = 128
     """Length of the vectors that NT-Xent compares."""
     projector_norm: bool = False
     """Batch normalisation of the projector's output too, scaled and not shifted, as in SimCLR's own code."""
+    init: str = ""
+    """Weights of the backbone to start from: a .safetensors or .pth file, the folder of a run or an export,
+    hf://USER/NAME, or pretrained (timm's own of that backbone, fetched once). Left out: random ones."""
 
 
 @dataclass(frozen=True)
@@ -311,16 +317,21 @@ class PretrainSettings(ReadsImages):
     run."""
     log_every: int = field(default=10, metadata=RUNTIME)
     """Steps between two lines of metrics.jsonl."""
+    log: tuple[str, ...] = field(default=("tensorboard",), metadata=RUNTIME)
+    """Where the figures of metrics.jsonl go, too: tensorboard, wandb, mlflow, several of these, or none of
+    them (--log with nothing behind it)."""
     preset: str = field(default="", metadata=RUNTIME)
     """The preset these settings started from."""
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value. Touches no file."""
-        choice("backbone", self.model.backbone, BACKBONES)
+        require_backbone(self.model.backbone)
         choice("augmentation", self.augmentation, AUGMENTATIONS)
         choice("source", self.source, SOURCES)
         choice("order", self.order, ORDERS)
         choice("on_error", self.on_error, ON_ERROR)
+        for name in self.log:
+            choice("log", name, SINKS)
         require(self.workers >= 0, "workers", self.workers, "at least 0")
         for name in ("epochs", "batch_size", "log_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
@@ -336,12 +347,28 @@ class PretrainSettings(ReadsImages):
         self.optimiser.validate()
         self.engine.validate()
         self.view.validate()
+        if self.engine.recompute and model.backbone not in BACKBONES:
+            raise InputError(
+                f"--recompute knows the blocks of ResNets alone, not those of {model.backbone}: take --chunk"
+            )
 
 
 def require(ok: bool, name: str, value: object, wanted: str) -> None:
     """Raise InputError unless `ok` (NaN never is)."""
     if not ok:
         raise InputError(f"--{name.replace('_', '-')} must be {wanted}, got {value}")
+
+
+def require_backbone(name: str) -> None:
+    """Raise InputError unless it is one of BACKBONES, or timm has it."""
+    if name in BACKBONES:
+        return
+    import timm  # seconds, and few ask for it
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), 3)
+        hint = f" (such as {', '.join(near)})" if near else ""
+        raise InputError(f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}, and timm's models{hint}")
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -39,6 +39,7 @@ class Pace:
         keep: checkpoints. non_finite_steps: this many in a row end the training.
         clip: the norm of all gradients together, 0: as it is.
         timeout_minutes: how long a rank waits for another's gradients.
+        sinks: where figures go beside metrics.jsonl.
     """
 
     batch_size: int
@@ -48,6 +49,7 @@ class Pace:
     non_finite_steps: int = 3
     clip: float = 0.0
     timeout_minutes: float = 10.0
+    sinks: tuple[str, ...] = ("tensorboard",)
 
 
 class Loop(ABC):
@@ -327,7 +329,7 @@ class Log:
     def __init__(self, loop: Loop) -> None:
         loop.folder.mkdir(parents=True, exist_ok=True)
         self.loop = loop
-        self.metrics = Metrics(loop.folder, loop.step)
+        self.metrics = Metrics(loop.folder, loop.step, loop.pace.sinks)
         self.progress = Progress(loop.title, loop.steps, loop.step, loop.pace.batch_size)
 
     def write(self, row: dict[str, Any]) -> None:

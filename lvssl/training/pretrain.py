@@ -12,8 +12,10 @@ import torch.distributed as dist
 from lvssl.models.device import claim, encoding_precision, pick_device, precision
 from lvssl.models.inference import infer
 from lvssl.runs.identity import describe_set
+from lvssl.runs.initial import initial_weights
 from lvssl.runs.labels import numbered_as, say_notes
 from lvssl.runs.run import create_run, read_set, run_lock
+from lvssl.runs.sinks import require_installed
 from lvssl.settings.pretrain import PretrainSettings
 from lvssl.training.distributed import World, connected, from_first, world_of
 from lvssl.training.optimiser import describe_groups
@@ -47,6 +49,7 @@ def pretrain(
         ConnectionError: another rank died.
     """
     settings.validate()
+    require_installed(settings.log)
     jpeg.read_up_to(settings.max_pixels)
     world = world_of(os.environ)
     if settings.threads:
@@ -99,9 +102,15 @@ def run(
     )
     with loader, ExitStack() as held:
         check()
+        fresh = not any((settings.out / "checkpoints").glob("*"))
+        begin = (
+            initial_weights(settings.model, settings.view.resolution)
+            if settings.model.init and fresh
+            else None
+        )
         from_first(world, lambda: create_run(settings, classes, resume, describe_set(source, settings.order)))
         from_first(world, lambda: held.enter_context(run_lock(settings.out)))
-        trainer = Trainer(settings, classes, loader, device, world)
+        trainer = Trainer(settings, classes, loader, device, world, initial=begin)
         if world.first:
             form = backend_for(device, settings.augmentation) if augmenter else "numba"
             ranks = f"{world.size} ranks, " if world.size > 1 else ""

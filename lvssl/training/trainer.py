@@ -30,7 +30,8 @@ from pipelines.loader import TwoViewLoader, ViewBatch
 
 
 class Trainer(Loop):
-    """Pretraining: network, loss and what a step does. `host_reads` as of `Loop`."""
+    """Pretraining: network, loss and what a step does. `host_reads` as of `Loop`; `initial`: weights of the
+    backbone to start from."""
 
     title = "pretrain"
     remedy = "Lower --lr, set --clip 1, or raise --temperature"
@@ -44,16 +45,19 @@ class Trainer(Loop):
         device: torch.device,
         world: World = World(),  # noqa: B008 (frozen)
         host_reads: bool | None = None,
+        initial: dict[str, Tensor] | None = None,
     ) -> None:
         engine = settings.engine
         pace = Pace(
             settings.batch_size, settings.log_every, settings.checkpoint_minutes, engine.keep,
-            engine.non_finite_steps, settings.optimiser.clip, engine.timeout_minutes,
+            engine.non_finite_steps, settings.optimiser.clip, engine.timeout_minutes, settings.log,
         )  # fmt: skip
         super().__init__(settings.out, loader, device, world, pace, host_reads)
         self.settings = settings
         torch.manual_seed(settings.seed)
         network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
+        if initial is not None:
+            network.backbone.load_state_dict(initial)
         self.network = prepared(network, engine, device, world.size)
         broadcast_state(self.network)
         self.ema = Average(self.network, engine.ema) if engine.ema else None

@@ -53,7 +53,9 @@ def unlabelled_images(folder: Path) -> Dataset:
         else:
             others.add(name)
     if not names:
-        raise InputError(f"{folder}: no image in it (looked for {', '.join(EXTENSIONS)})")
+        stacks = any(name.lower().endswith(".npy") for name in others.first)
+        arrays = "; arrays (.npy) aren't read: save them as PNG" if stacks else ""
+        raise InputError(f"{folder}: no image in it (looked for {', '.join(EXTENSIONS)}){arrays}")
     return Dataset(
         names=names,
         labels=np.full(len(names), NO_LABEL, np.int64),

@@ -9,6 +9,7 @@ import numpy as np
 
 from pipelines.datasets.folders import read_regular
 from pipelines.decode import depth
+from pipelines.decode.channels import require_colours
 from pipelines.errors import InputError, first_line
 from pipelines.formats import jpeg
 
@@ -47,9 +48,11 @@ def decode_other(
 ) -> tuple[np.ndarray, int]:
     """PNG, WebP, GIF (its first frame) and what else Pillow reads: uint8 [H, W, 3] and EXIF's orientation.
 
-    Transparency is dropped and 16 bits become 8; `white_level`: see `depth`. Raises jpeg.DamagedImage.
+    Transparency is dropped and 16 bits become 8; `white_level`: see `depth`. Raises jpeg.DamagedImage, also
+    for more channels than colours, see `channels`.
     """
     try:
+        require_colours(data)
         image = jpeg.open_with_pillow(data, most=most)
         if depth.is_deep(image, data):
             pixels = as_rgb(depth.to_8_bits(image, data, white_level))

@@ -103,3 +103,16 @@ def test_mistakes_are_one_line(embeddings, tmp_path, capsys):
     ]:
         assert lvssl(*arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def test_equal_embeddings_are_duplicates_of_each_other(tmp_path):
+    """Standardised they are zeros, which have no direction."""
+    np.save(tmp_path / "same.npy", np.ones((5, 8), np.float32))
+    assert lvssl("curate", tmp_path / "same.npy", "--subset", 2) == 0
+    rows = (tmp_path / "same-curate/duplicates.csv").read_text().splitlines()[1:]
+    assert len(rows) == 10  # each pair of the five
+
+
+def test_encode_without_images_is_one_line(embeddings, capsys):
+    assert lvssl("encode", embeddings, "--bits", 8) == 2
+    assert capsys.readouterr().err.startswith("error: lvssl encode: name the images to encode with --images")

@@ -21,7 +21,7 @@ from lvssl.codes.search import hamming_distances
 from lvssl.commands.main import main
 from lvssl.evaluation.codes import SearchSettings, search
 from lvssl.evaluation.embedding import Embedding, embed
-from lvssl.evaluation.encoder import Searcher, codes_of
+from lvssl.evaluation.encoder import Searcher, codes_of, holds_many
 from lvssl.evaluation.fitted import TrainingImages
 from lvssl.evaluation.knn import weighted_knn
 from lvssl.evaluation.outputs import network_outputs
@@ -357,3 +357,8 @@ def test_the_page_of_a_search_shows_queries_and_neighbours(run, pictures, tmp_pa
         assert count == 1 or {asked for _, asked, _ in found} & {near for _, _, near in found} - {""}
     assert lvssl("search", run, "--query", one, "--codes", out, "--page", page) == 2
     assert "name the images that were encoded with --images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.TAR", "a.arrow", "a.TSV", "a.Beton", "a.txt", "a.lvcodes"])
+def test_a_query_of_many_images_is_known_by_its_ending(name):
+    assert holds_many(Path(name)) and not holds_many(Path(f"{name}.jpg"))

@@ -23,7 +23,7 @@ from lvssl.evaluation.compression import CompressionSettings
 from lvssl.evaluation.evaluate import EvaluateSettings
 from lvssl.report.figures import COLOURS, MOST_POINTS, Line, line_chart, number, thinned, ticks
 from lvssl.report.page import write_report
-from lvssl.report.verdict import Comparison, compare, compare_codes, in_words, sampling_noise, signed
+from lvssl.report.verdict import Comparison, advice, compare, compare_codes, in_words, sampling_noise, signed
 from lvssl.runs.rows import rows_of, rows_of_points
 from lvssl.runs.run import create_run
 from lvssl.settings.presets import command
@@ -585,3 +585,21 @@ def test_the_page_of_a_run_without_labels_names_what_needs_none(tmp_path):
         text = html.unescape(write_report(tmp_path / "run").read_text())
         assert named in text and ("lvssl evaluate" in text) == (classes > 1)
         assert ("What the run is good for" in text) == (classes == 0)
+
+
+def test_the_first_sentence_says_what_to_use():
+    code = [Comparison("Hamming kNN", 80, 79, 1.5), Comparison("linear probe", 80, 80.5, 1.5)]
+    assert advice(code, 64, {}) == "Use the 64-bit code."
+    worse = [Comparison("Hamming kNN", 70, 79, 1.5)]
+    assert advice(worse, 64, {}) == "Prefer the control: the 64-bit code is behind it in Hamming kNN."
+    scores = {
+        "density": {"r_auroc": 0.55, "ood noise": 0.9, "ood digits": 0.7},
+        "norm": {"r_auroc": 0.52, "ood noise": 0.99, "ood digits": 0.1},
+        "supervised": {"r_auroc": 0.99, "ood noise": 1.0, "ood digits": 1.0},  # it saw labels
+    }
+    points = [("uncertainty", method, None, figures) for method, figures in scores.items()]
+    said = advice([], 64, {"run": {"name": "a"}, "rows": rows_of_points("a", 0, points)})
+    foreign, wrong = said.split("; ")
+    assert foreign == "Trust the density for foreign images (AUROC 0.80)"
+    assert wrong == "no score finds wrong neighbours (AUROC 0.55)."
+    assert advice([], 0, {}) == ""

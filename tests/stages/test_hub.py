@@ -1,11 +1,13 @@
-"""Encoders of the Hugging Face Hub, from its cache as it lies on the disk: no test asks the network."""
+"""Encoders of the Hugging Face Hub: from its cache on the disk, and to and from one that runs here."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 
 import pytest
+from hub_server import TOKEN, hub
 from test_export import made_run
 
 import lvssl
@@ -56,3 +58,79 @@ def test_a_folder_needs_no_hub(exported, monkeypatch):
     assert lvssl.Model.from_pretrained(exported).bits == lvssl.load(exported).bits
     with pytest.raises(InputError, match="pip install huggingface_hub"):
         lvssl.load("hf://someone/encoder")
+
+
+SCRIPT = """
+import io, json, os, sys, contextlib
+from lvssl.commands.main import main
+for arguments, token in json.loads(sys.argv[1]):
+    os.environ["HF_TOKEN"] = token
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(arguments)
+    print(json.dumps([status, out.getvalue(), err.getvalue()]), file=sys.__stdout__)
+import lvssl
+os.environ["HF_TOKEN"] = token
+print(json.dumps(lvssl.load("hf://someone/encoder").run.digest if "load" in sys.argv else ""))
+"""
+
+
+def with_hub(address: str, home, commands: list[tuple[list[str], str]], *more: str) -> list:
+    """What commands of users with these tokens end with and say, in one process that asks that Hub."""
+    own = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")} | own
+    script = [sys.executable, "-c", SCRIPT, json.dumps(commands), *more]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_an_export_is_pushed_or_refused_by_name(exported, tmp_path):
+    def push(name: str, out: str, *more: str) -> list[str]:
+        run = str(exported.parent / "run")
+        return ["export", run, "--no-onnx", "--out", str(tmp_path / out), "--push", name, *more]
+
+    taken = [("someone/encoder", "a"), ("someone/open", "b", "--public"), ("someone/encoder", "c")]
+    refused = [
+        ("encoder", TOKEN, "--push encoder: must be USER/NAME"),
+        ("someone/a b", TOKEN, "--push someone/a b: "),
+        ("someone/encoder", "", "`hf auth login` keeps a token"),
+        ("someone/encoder", TOKEN[::-1], "`hf auth login` keeps a token"),
+        ("others/encoder", TOKEN, "is whole, `hf upload others/encoder"),
+    ]
+    commands = [(push(name, f"no{i}"), token) for i, (name, token, _) in enumerate(refused)]
+    commands += [(push(*one), TOKEN) for one in taken]
+    with hub(tmp_path / "hub") as (address, private):
+        *said, digest = with_hub(address, tmp_path / "home", commands, "load")
+    for i, ((_, token, reason), (status, out, err)) in enumerate(zip(refused, said)):
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert status == 2 and len(errors) == 1 and reason in errors[0], err
+        assert not token or token not in out + err
+        assert (tmp_path / f"no{i}").exists() == ("is whole" in reason)  # else refused before it is made
+    for (name, folder, *_), (status, out, err) in zip(taken, said[len(refused) :]):
+        assert status == 0 and f"pushed: hf://{name}" in out, err
+        sent, files = tmp_path / "hub" / name, sorted((tmp_path / folder).iterdir())
+        assert sorted(p.name for p in sent.iterdir()) == [p.name for p in files]
+        if folder != "a":  # which the third replaces
+            assert all((sent / file.name).read_bytes() == file.read_bytes() for file in files)
+    assert private == {"someone/encoder": True, "someone/open": False}
+    assert digest == lvssl.load(exported).run.digest  # fetched from there
+
+
+def test_a_push_without_network_or_library_is_refused_first(exported, tmp_path, monkeypatch, capsys):
+    push = [
+        "export",
+        str(exported.parent / "run"),
+        "--no-onnx",
+        "--out",
+        str(tmp_path / "out"),
+        "--push",
+        "a/b",
+    ]
+    (status, _, err), _ = with_hub("http://127.0.0.1:9", tmp_path / "home", [(push, TOKEN)])
+    assert status == 2 and "error: --push a/b: " in err
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it weren't installed
+    assert main(push) == 2
+    assert "--push a/b: needs huggingface_hub: pip install huggingface_hub" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

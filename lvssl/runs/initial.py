@@ -1,0 +1,90 @@
+"""Weights that a pretraining starts from (`--init`): of a run, an export, a file, or timm's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lvssl.models.backbone import RESNETS, SMALL, build_backbone, timms
+from lvssl.runs.exported import is_exported
+from lvssl.runs.hub import PREFIX, local_folder
+from lvssl.runs.run import load_encoder
+from lvssl.settings.pretrain import ModelSettings
+from pipelines.errors import InputError, first_line
+
+PRETRAINED = "pretrained"
+WITHIN = ("state_dict", "model", "network", "teacher", "student")  # where training programs keep weights
+BEFORE = ("", "module.", "backbone.", "encoder.", "model.", "module.backbone.", "module.encoder.")
+
+
+def initial_weights(model: ModelSettings, resolution: int) -> dict[str, Tensor]:
+    """The state of the backbone that `model.init` names, checked against the backbone at that resolution.
+
+    A classifier, a projector and what else a file has beside the backbone is left out.
+    Raises InputError: there is no such file, run or repository, or it is of another network.
+    """
+    with torch.device("meta"):
+        wanted = {
+            name: tensor.shape
+            for name, tensor in build_backbone(model.backbone, resolution)[0].state_dict().items()
+        }
+    what = f"--init {model.init}"
+    found = best_prefix(_read(model, resolution, what), wanted)
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise InputError(
+            f"{what} isn't of {model.backbone}: it lacks {len(missing)} of {len(wanted)} tensors, such as "
+            f"{missing[0]}"
+        )
+    for name, shape in wanted.items():
+        if found[name].shape != shape:
+            stem = " (up to 64 px ResNets have another stem)" if name == "conv1.weight" else ""
+            raise InputError(
+                f"{what} isn't of {model.backbone} at {resolution} px: {name} is {list(found[name].shape)}, "
+                f"not {list(shape)}{stem}"
+            )
+    return {name: found[name].detach().cpu() for name in wanted}
+
+
+def best_prefix(weights: Mapping[str, Tensor], wanted: Mapping[str, object]) -> dict[str, Tensor]:
+    """The weights under the names that are wanted, whatever stands before these in the file."""
+    forms = (
+        {name.removeprefix(before): value for name, value in weights.items() if name.startswith(before)}
+        for before in BEFORE
+    )
+    return max(forms, key=lambda form: len(form.keys() & wanted.keys()))
+
+
+def _read(model: ModelSettings, resolution: int, what: str) -> Mapping[str, Tensor]:
+    try:
+        if model.init == PRETRAINED:
+            return _pretrained(model.backbone, resolution)
+        path = local_folder(model.init)
+        if path.is_dir():
+            if is_exported(path) or not (path / "model.safetensors").exists():
+                return load_encoder(path, torch.device("cpu")).network.backbone.state_dict()
+            path = path / "model.safetensors"
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        for key in WITHIN:
+            found = found[key] if isinstance(found.get(key), Mapping) else found
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{what}: no such file; or {PREFIX}USER/NAME, or {PRETRAINED}") from None
+    except Exception as error:  # of torch, safetensors, timm, huggingface_hub: each its own kind
+        raise InputError(f"{what}: {first_line(error)}") from error
+
+
+def _pretrained(backbone: str, resolution: int) -> Mapping[str, Tensor]:
+    if backbone in SMALL:
+        raise InputError(f"--init {PRETRAINED}: there are no weights of {backbone}, which is lvssl's own")
+    if backbone in RESNETS:
+        return torchvision.models.get_model(backbone, weights="DEFAULT").state_dict()
+    return timms(backbone, resolution, pretrained=True).state_dict()

@@ -1,0 +1,110 @@
+"""The runs of a folder: how each stands, its figures, the best of them, and what tells two apart."""
+
+from __future__ import annotations
+
+import fcntl
+from dataclasses import dataclass
+from pathlib import Path
+
+from lvssl.runs.progress import read_metrics
+from lvssl.runs.result import read_json
+from lvssl.runs.run import LOCK, read_config, read_set
+from lvssl.settings.fields import relevant
+from pipelines.errors import InputError
+from pipelines.order import steps_per_epoch
+
+ONLINE = "probe_features"  # the online probe on features, percent: what a run of labelled images logs
+CURVES = ("loss", "rate_bits", ONLINE, "probe_code", "images_per_second")
+POINTS = 5  # of a training at which two curves are compared
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A run's folder, as it stands."""
+
+    folder: Path
+    state: str  # training, done, or stopped
+    step: int
+    steps: int  # 0: unknown
+    figures: dict[str, float]  # of results of the run itself, and of the last row of its log, by name
+    size: int  # bytes on the disk
+
+    @classmethod
+    def of(cls, folder: Path) -> Listed:
+        settings = read_config(folder)[0]
+        rows = read_metrics(folder / "metrics.jsonl")
+        last = rows[-1] if rows else {}
+        step, images = int(last.get("step", 0)), (read_set(folder) or {}).get("images") or 0
+        steps = settings.epochs * steps_per_epoch(images, settings.batch_size) if images else 0
+        state = "training" if is_locked(folder) else "done" if steps and step >= steps else "stopped"
+        files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+        size = sum(path.stat().st_size for path in files)
+        return cls(folder, state, step, steps, {**last, **results(folder)}, size)
+
+
+def results(folder: Path) -> dict[str, float]:
+    """Test figures in percent: those of `evaluate`, and the top-1 of `knn` and `linear` on features."""
+    found: dict[str, float] = {}
+    for stage in ("evaluation", "knn", "linear"):
+        path = folder / f"{stage}.json"
+        content = read_json(path) if path.exists() else {}
+        if "top1" in content.get("results", {}).get("features", {}):
+            found[stage] = content["results"]["features"]["top1"]
+        name = (content.get("run") or {}).get("name") if stage == "evaluation" else None
+        for row in content.get("rows", []) if name else ():
+            if row["run"] == name and row["value"] is not None:
+                before = "" if row["representation"] == "features" else f"{row['representation']}_"
+                found.setdefault(before + row["metric"], row["value"])
+    return found
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process trains there now, on this machine or another that shares the file system's locks."""
+    try:
+        with open(folder / LOCK, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock file, or a file system without locks
+        return False
+    return False
+
+
+def runs_in(folder: Path) -> list[Listed]:
+    """Of every run in a folder or below, by name. Raises InputError: no such folder, or no run in it."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    configs = [folder / "config.json"] if (folder / "config.json").exists() else folder.rglob("config.json")
+    places = sorted(path.parent for path in configs if (path.parent / "checkpoints").is_dir())
+    found = [Listed.of(place) for place in places]
+    if not found:
+        raise InputError(f"{folder}: no run in it (looked for folders with config.json and checkpoints/)")
+    return found
+
+
+def ranked(runs: list[Listed], metric: str) -> list[Listed]:
+    """Those that have the metric, best first: the lowest loss, the highest of anything else."""
+    having = [run for run in runs if metric in run.figures]
+    if not having:
+        known = sorted({name for run in runs for name in run.figures} - {"step", "epoch"})
+        raise InputError(f"--best {metric}: none of the runs has it; known: {', '.join(known)}")
+    return sorted(having, key=lambda run: run.figures[metric] * (1 if metric == "loss" else -1))
+
+
+def compared(one: Path, other: Path) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
+    """(settings that differ: name and both values; figures at even parts of both trainings, likewise)."""
+    folders = (one, other)
+    had, has = ({s.name: str(s.value) for s in relevant(read_config(folder)[0])} for folder in folders)
+    names = dict.fromkeys([*had, *has])
+    settings = [(n, had.get(n, ""), has.get(n, "")) for n in names if had.get(n) != has.get(n)]
+    curves = [read_metrics(folder / "metrics.jsonl") for folder in folders]
+    figures = []
+    for name in CURVES:
+        points = [[row for row in rows if name in row] for rows in curves]
+        for part in range(1, POINTS + 1) if all(points) else ():
+            rows = [of[max(len(of) * part // POINTS - 1, 0)] for of in points]
+            a, b = (f"{row[name]:.4g} (step {row['step']:.0f})" for row in rows)
+            figures.append((f"{name}, {100 * part // POINTS} %", a, b))
+    tests = [results(folder) for folder in folders]
+    both = [name for name in tests[0] if name in tests[1]]
+    return settings, figures + [(f"test {n}", f"{tests[0][n]:.4g}", f"{tests[1][n]:.4g}") for n in both]

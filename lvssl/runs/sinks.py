@@ -1,0 +1,119 @@
+"""Where a training's figures go beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow (`--log`)."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from lvssl.runs.result import read_json
+from pipelines.errors import InputError
+
+
+class Sink(Protocol):
+    """Takes the figures of a step, of ever growing steps, and is closed at the end."""
+
+    def add(self, step: int, figures: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Into FOLDER/tensorboard; what a resumed training will do again is taken back."""
+
+    def __init__(self, folder: Path, resumed_at: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        try:
+            str(folder).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{folder}: TensorBoard needs a folder's name in UTF-8: choose another"
+            ) from error
+        purge = resumed_at + 1 if resumed_at else None
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+
+    def add(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.board.close()
+
+
+class WandB:
+    """A run of the project $WANDB_PROJECT, lvssl unless set, which a resumed training goes on with; as
+    $WANDB_MODE says, online or into FOLDER/wandb."""
+
+    def __init__(self, folder: Path, resumed_at: int) -> None:
+        import wandb
+
+        project = os.environ.get("WANDB_PROJECT", "lvssl")
+        named = {"id": run_id(folder), "name": folder.resolve().name, "resume": "allow"}
+        self.run = wandb.init(project=project, dir=folder, config=about(folder), **named)
+
+    def add(self, step: int, figures: Mapping[str, float]) -> None:
+        self.run.log(dict(figures), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class MLflow:
+    """A run of the tracking server or store $MLFLOW_TRACKING_URI, which a resumed training goes on with."""
+
+    def __init__(self, folder: Path, resumed_at: int) -> None:
+        import mlflow
+
+        mlflow.set_experiment("lvssl")
+        self.client, own = mlflow.tracking.MlflowClient(), f"tags.lvssl = '{run_id(folder)}'"
+        experiment = self.client.get_experiment_by_name("lvssl").experiment_id
+        known = self.client.search_runs([experiment], own, max_results=1)
+        tags = {"lvssl": run_id(folder)}
+        run = (
+            known[0]
+            if known
+            else self.client.create_run(experiment, tags=tags, run_name=folder.resolve().name)
+        )
+        self.id = run.info.run_id
+        if not known:
+            for name, value in about(folder).items():
+                self.client.log_param(self.id, name, str(value)[:500])
+
+    def add(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self.client.log_metric(self.id, name, value, step=step)
+
+    def close(self) -> None:
+        self.client.set_terminated(self.id)
+
+
+SINKS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+
+
+def require_installed(names: Sequence[str]) -> None:
+    """Raise InputError for a sink whose library isn't there."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"--log {name}: needs {name}: pip install {name}")
+
+
+def run_id(folder: Path) -> str:
+    """The same for the same folder of this machine, so that a resumed run is found."""
+    return hashlib.sha256(str(folder.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """A run's settings, name by name: "latent.family"."""
+    path = folder / "config.json"
+    return flat(read_json(path)["settings"]) if path.exists() else {}
+
+
+def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
+    return found

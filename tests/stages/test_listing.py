@@ -1,0 +1,57 @@
+"""`lvssl runs`: how each run stands, the best of them, and two side by side."""
+
+import shutil
+
+import pytest
+
+from lvssl.commands.main import main
+from lvssl.runs.listing import Listed, runs_in
+from lvssl.runs.run import run_lock
+
+
+@pytest.fixture
+def two(run, digits, tmp_path):
+    """A run with an evaluation, and one of other settings that has ended early, in a folder."""
+    shutil.copytree(run, tmp_path / "runs/first")
+    shutil.copytree(run, tmp_path / "runs/deeper/second")
+    assert main(["evaluate", str(tmp_path / "runs/first"), "--test", str(digits["test"])]) == 0
+    log = tmp_path / "runs/deeper/second/metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:3]))
+    config = tmp_path / "runs/deeper/second/config.json"
+    config.write_text(config.read_text().replace('"temperature": 0.2', '"temperature": 0.5'))
+    return tmp_path / "runs"
+
+
+def test_runs_are_listed_ranked_and_compared(two, capsys):
+    assert main(["runs", str(two)]) == 0
+    head, second, first = capsys.readouterr().out.splitlines()
+    assert head.split() == ["run", "state", "step", "loss", "probe_features", "linear", "knn", "disk"]
+    assert first.split()[:3] == [str(two / "first"), "done", "60/60"]
+    assert second.split()[:3] == [str(two / "deeper/second"), "stopped", "30/60"]
+    listed = Listed.of(two / "first")
+    assert f"{listed.figures['linear']:.4g}" in first and listed.figures["linear"] > 50
+    with run_lock(two / "first"):
+        assert [one.state for one in runs_in(two)] == ["stopped", "training"]
+    assert main(["runs", str(two), "--best", "loss"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        str(one.folder) for one in sorted(runs_in(two), key=lambda one: one.figures["loss"])
+    ]
+    assert main(["runs", str(two), "--best", "linear"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2  # the other hasn't been evaluated
+    assert main(["runs", "--compare", str(two / "first"), str(two / "deeper/second")]) == 0
+    said = capsys.readouterr().out
+    assert ["temperature", "0.2", "0.5"] in [line.split() for line in said.splitlines()]
+    assert "loss, 100 %" in said and "(step 60)" in said and "(step 30)" in said
+
+
+def test_bad_input_is_one_line(two, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for arguments, said in (
+        ([tmp_path / "gone"], "gone: no such folder"),
+        ([tmp_path / "empty"], "empty: no run in it"),
+        ([two, "--best", "beauty"], "--best beauty: none of the runs has it; known: "),
+        (["--compare", two / "first", tmp_path / "empty"], "empty"),
+    ):
+        assert main(["runs", *map(str, arguments)]) == 2
+        captured = capsys.readouterr()
+        assert said in captured.err and captured.err.startswith("error: ") and captured.err.count("\n") == 1
