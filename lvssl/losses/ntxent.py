@@ -107,7 +107,7 @@ def known(temperature: float | Tensor) -> float | None:
     return temperature.item()
 
 
-def finite(loss: Tensor, projections: Tensor) -> Tensor:
+def finite(loss: Tensor, projections: Tensor, name: str = "NT-Xent") -> Tensor:
     """The loss; FloatingPointError names the culprits if it is not finite: one NaN vector makes it NaN."""
     if projections.is_cuda or torch.compiler.is_compiling() or math.isfinite(loss.item()):
         return loss
@@ -116,4 +116,4 @@ def finite(loss: Tensor, projections: Tensor) -> Tensor:
     where += f", the first in row {rows[0]}: {projections[rows[0]].tolist()[:4]}" if rows else ""
     if distributed.ranks() > 1:
         where = f"rank {torch.distributed.get_rank()}: {where}"
-    raise FloatingPointError(f"NT-Xent is {loss.item()}; projections: {where}")
+    raise FloatingPointError(f"{name} is {loss.item()}; projections: {where}")

@@ -323,6 +323,7 @@ CASES |= {
     f"{family}, {name}": {"latent": LatentSettings(family, objective=name, **more)}
     for name, family, more in (
         ("dcl", "bernoulli", {}),
+        ("vicreg", "bernoulli", {}),
         ("mcinfonce", "gaussian", {"sample_reduction": "losses"}),
         ("hib", "gaussian", {}),
         ("ceb", "vmf", {"site": "proj"}),
