@@ -45,7 +45,7 @@ def nobody_looks(monkeypatch):
     """What is looked at on a CPU alone: a loss, for it to be finite; the temperature, in the chunked form;
     classes, by torch, for there to be so many."""
     for module in (ntxent, variants):
-        monkeypatch.setattr(module, "finite", lambda loss, _: loss)
+        monkeypatch.setattr(module, "finite", lambda loss, *_: loss)
     monkeypatch.setattr(anchors, "logit_bound", lambda _: 1 / PRESETS["digits"].temperature)
     monkeypatch.setattr(torch.nn.functional, "one_hot", one_hot)
 
