@@ -35,6 +35,9 @@ class ModelSettings:
     """Length of the vectors that NT-Xent compares."""
     projector_norm: bool = False
     """Batch normalisation of the projector's output too, scaled and not shifted, as in SimCLR's own code."""
+    loss_head: bool = False
+    """Train a head of two layers beside, which predicts the NT-Xent of an image from its features: the score
+    `predicted loss`. Everything else stays the same, to the bit."""
 
 
 @dataclass(frozen=True)
