@@ -58,7 +58,7 @@ CEB = (
 BASES = {
     "dcl": "objective=dcl",
     "vicreg": "objective=vicreg",
-    "spread": "variance=1,covariance=0.04",
+    "spread": "variance=5,covariance=1",
 }
 ARMS = {
     "uncertainty": (

@@ -13,6 +13,7 @@ from lvssl.commands.main import main
 from lvssl.evaluation.outputs import network_outputs
 from lvssl.evaluation.scorer import UncertaintyScorer
 from lvssl.latents.noise import keyed
+from lvssl.models.backbone import stage_widths
 from lvssl.runs.run import load_encoder, load_run
 from lvssl.settings.pretrain import (
     PRESETS,
@@ -102,7 +103,9 @@ def test_it_is_a_score_of_an_image(digits, trained, tmp_path):
         for split in ("train", "test")
     }
     train, test = (network_outputs(run.network, crops, run.settings.view) for crops in sets.values())
-    scores = UncertaintyScorer(False, train, open_reader(digits["train"]).labels[:200]).scores(test)
+    scores = UncertaintyScorer(
+        False, train, open_reader(digits["train"]).labels[:200], stage_widths("tiny")
+    ).scores(test)
     with torch.no_grad():
         expected = run.network.predicted_loss(torch.from_numpy(test.features))
     assert np.array_equal(scores["predicted loss"], expected.double().numpy())
