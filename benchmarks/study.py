@@ -20,9 +20,17 @@ and of the question `codes`:
     sign01           `sign` with five times the default weight of the decorrelation
     bernoulli64, bernoulli256, bernoulli2048    codes of so many bits
 
+and of the question `base`, all on plain SimCLR and on a latent of a bit for each feature:
+
+    none, bernoulli256               NT-Xent
+    dcl, bernoulli256-dcl            without the positive in the denominator (Yeh et al. 2022)
+    vicreg, bernoulli256-vicreg      invariance, variance and covariance (Bardes et al. 2022), no negatives
+    spread, bernoulli256-spread      NT-Xent with that variance and covariance beside
+    ceb                              C-SimCLR as published (Lee et al. 2021): kappa_e 1,024, kappa_b 10
+
 The questions share their runs. Each data set is the other's out-of-distribution set. Writes
-docs/study-NAME.md, .csv, .json and .png, or docs/codes-NAME.* for the question `codes`; NAME ends with the
-number of training images unless that is 10,000.
+docs/study-NAME.md, .csv, .json and .png, or docs/codes-NAME.* and docs/base-NAME.* of the other questions;
+NAME ends with the number of training images unless that is 10,000.
 """
 
 import argparse
@@ -42,6 +50,16 @@ from pipelines.convert.conversion import ConvertOptions, convert
 from pipelines.convert.conversion import Settings as ConvertSettings
 from pipelines.files import write_atomically, write_json
 
+# Lee et al. 2021: kappa_e = init_scale * dimensions = 1,024, one sample, nothing beside it.
+CEB = (
+    "ceb:family=vmf,site=proj,dim=128,objective=ceb,posterior_scale=fixed,init_scale=8,samples=1,"
+    "clean_path_weight=0"
+)
+BASES = {
+    "dcl": "objective=dcl",
+    "vicreg": "objective=vicreg",
+    "spread": "variance=5,covariance=1",
+}
 ARMS = {
     "uncertainty": (
         "none",
@@ -59,8 +77,15 @@ ARMS = {
         "bernoulli2048:family=bernoulli,dim=2048",
     ),
 }
+ARMS["base"] = (
+    "none",
+    *(f"{name}:family=none,{changes}" for name, changes in BASES.items()),
+    "bernoulli256:family=bernoulli",
+    *(f"bernoulli256-{name}:family=bernoulli,{changes}" for name, changes in BASES.items()),
+    CEB,
+)
+FILES = {"uncertainty": "study", "codes": "codes", "base": "base"}  # of each question, in docs/
 IMAGES = 10_000  # training images
-FILES = {"uncertainty": "study", "codes": "codes"}  # of each question, in docs/
 PRESETS = {"fashion-mnist": "fashion-mnist", "cifar10-jpeg": "cifar10-small", "digits": "digits"}
 NAMES = {"fashion-mnist": "fashion-mnist", "cifar10-jpeg": "cifar10"}  # in docs/
 TITLES = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10 (JPEG)"}

@@ -60,7 +60,7 @@ class StudySettings(ReadsImages):
     prefix: str = ""
     """Before the run folders' names: with `fashion-mnist`, fashion-mnist-none-s0."""
     arms: tuple[str, ...] = ("none", "sign", "bernoulli", "gaussian")
-    """A family, or NAME:setting=value,... with the latent's settings, such as low:family=bernoulli,dim=64, or
+    """A family, or NAME:setting=value,... with settings of latent and model, low:family=bernoulli,dim=64, or
     mcinfonce:family=vmf,site=proj,objective=mcinfonce. All are compared with those of the names none, sign
     and mcinfonce, and those with a latent with the best of all that have none."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -149,7 +149,7 @@ def plan(settings: StudySettings, arm: str, seed: int) -> PretrainSettings:
         on_error=settings.on_error,
         max_pixels=settings.max_pixels,
         epochs=settings.epochs or base.epochs,
-        latent=dataclasses.replace(base.latent, **latent_values(arm, changes)),
+        **groups_of(base, arm, changes),
     )
 
 
@@ -164,20 +164,21 @@ def start_of(settings: StudySettings) -> str:
     return f"{settings.prefix}-" if settings.prefix else ""
 
 
-def latent_values(arm: str, changes: dict[str, str]) -> dict[str, Any]:
-    """Values of the latent's settings from text, in the types of their defaults."""
-    fields = {f.name: f for f in dataclasses.fields(PretrainSettings().latent)}
-    made: dict[str, Any] = {}
+def groups_of(base: PretrainSettings, arm: str, changes: dict[str, str]) -> dict[str, Any]:
+    """The settings of latent and model with an arm's values, from text, in the types of their defaults."""
+    groups: dict[str, Any] = {"latent": base.latent, "model": base.model}
+    defaults = {f.name: (group, f.default) for group, of in groups.items() for f in dataclasses.fields(of)}
+    made: dict[str, dict[str, Any]] = {group: {} for group in groups}
     for name, text in changes.items():
-        if name not in fields:
-            raise InputError(f"arm {arm!r}: unknown setting {name!r}; known: {', '.join(fields)}")
-        default: Any = fields[name].default
+        if name not in defaults:
+            raise InputError(f"arm {arm!r}: unknown setting {name!r}; known: {', '.join(defaults)}")
+        group, default = defaults[name]
         kind: Any = float if default is None else type(default)
         try:
-            made[name] = text.lower() in ("true", "1", "yes") if kind is bool else kind(text)
+            made[group][name] = text.lower() in ("true", "1", "yes") if kind is bool else kind(text)
         except ValueError as error:
             raise InputError(f"arm {arm!r}: {name} must be a {kind.__name__}, got {text!r}") from error
-    return made
+    return {name: dataclasses.replace(of, **made[name]) for name, of in groups.items()}
 
 
 def of_run(

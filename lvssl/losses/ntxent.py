@@ -53,6 +53,14 @@ def ntxent(projections: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
     return finite(loss, projections)
 
 
+@torch.no_grad()
+def losses_of_anchors(projections: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
+    """The loss of each of this rank's anchors among those of all ranks, [2B], whose mean is `ntxent`; without
+    gradient. Arguments and errors of `ntxent`."""
+    denominators, positives = anchors(projections, temperature, checked(projections, temperature))
+    return denominators - positives
+
+
 def reference(projections: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
     """The definition, of these vectors alone, the whole [2B, 2B] matrix at once. Arguments of `ntxent`."""
     if projections.dtype != torch.float64:
@@ -107,7 +115,7 @@ def known(temperature: float | Tensor) -> float | None:
     return temperature.item()
 
 
-def finite(loss: Tensor, projections: Tensor) -> Tensor:
+def finite(loss: Tensor, projections: Tensor, name: str = "NT-Xent") -> Tensor:
     """The loss; FloatingPointError names the culprits if it is not finite: one NaN vector makes it NaN."""
     if projections.is_cuda or torch.compiler.is_compiling() or math.isfinite(loss.item()):
         return loss
@@ -116,4 +124,4 @@ def finite(loss: Tensor, projections: Tensor) -> Tensor:
     where += f", the first in row {rows[0]}: {projections[rows[0]].tolist()[:4]}" if rows else ""
     if distributed.ranks() > 1:
         where = f"rank {torch.distributed.get_rank()}: {where}"
-    raise FloatingPointError(f"NT-Xent is {loss.item()}; projections: {where}")
+    raise FloatingPointError(f"{name} is {loss.item()}; projections: {where}")

@@ -1,6 +1,7 @@
-"""Other contrastive losses on the same tiles: any batch, any device, any number of ranks, as `ntxent`."""
+"""Other losses of two views: any batch, any device, any number of ranks, as `ntxent`."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,3 +43,36 @@ def mc_infonce(samples: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
         agreement.append(positives - denominators)
     likelihood = torch.stack(agreement).logsumexp(0) - math.log(len(samples))
     return finite(distributed.all_reduce_sum(-likelihood.sum()) / sum(counts), samples.flatten(0, 1))
+
+
+class Vicreg(NamedTuple):
+    """The parts of VICReg, each a scalar in fp32 (fp64 for fp64 input); published weights: 25, 25, 1."""
+
+    invariance: Tensor  # mean squared difference of the two views
+    variance: Tensor  # mean over dimensions and views of max(0, 1 - deviation)
+    covariance: Tensor  # sum of the two views' squared covariances, over d
+
+
+def vicreg(projections: Tensor) -> Vicreg:
+    """Invariance, variance and covariance of the vectors as they are, not normalised (Bardes et al. 2022).
+
+    Means and covariances are over each view's vectors of all ranks, whose gradient is made for DDP's mean, as
+    in `ntxent`. Deviations have 1e-4 added to their square, and, as in the authors' code, the variance is a
+    mean over the two views, where their equation 6 has a sum.
+
+    Arguments and errors as for `ntxent`; two images at least.
+    """
+    count = sum(checked(projections, 1.0)) // 2
+    if count < 2:
+        raise ValueError(f"projections must hold two images at least, got {count}: no variance")
+    total = distributed.all_reduce_sum
+    with torch.autocast(projections.device.type, enabled=False):
+        x = projections.to(torch.promote_types(projections.dtype, torch.float32))
+        x = x.unflatten(0, (2, len(x) // 2))
+        apart = total((x[0] - x[1]).square().sum()) / (count * x.shape[2])
+        centred = x - total(x.sum(dim=1, keepdim=True)) / count
+        covariances = total(centred.mT @ centred) / (count - 1)  # [2, d, d]
+        variances = covariances.diagonal(dim1=1, dim2=2)
+        low = (1 - (variances + 1e-4).sqrt()).relu().mean()
+        off_diagonal = (covariances.square().sum() - variances.square().sum()) / x.shape[2]
+    return Vicreg(finite(apart, projections, "the distance of the views"), low, off_diagonal)

@@ -36,7 +36,7 @@ def curves(run_dir: Path, evaluation: dict[str, Any], command: str) -> str:
     if not any(
         "ntxent" in row for row in rows
     ):  # another objective: its own distortion, no control beside it
-        panels[0] = ("Distortion", "of the run's objective, nats", [("run", rows, "distortion", "run")])
+        panels[0] = ("Distortion", "of the run's objective", [("run", rows, "distortion", "run")])
     figures = []
     for title, unit, wanted in panels:
         lines = [Line(label, style, series(source, key)) for label, source, key, style in wanted]

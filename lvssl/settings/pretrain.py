@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from lvssl.latents import Family
 
 BACKBONES = ("tiny", "small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # and timm's
-OBJECTIVES = ("ntxent", "dcl", "mcinfonce", "ceb", "hib")
+OF_VECTORS = ("ntxent", "dcl", "vicreg")  # objectives of one vector a view
 EACH_SAMPLE = ("mcinfonce", "ceb", "hib")  # objectives of samples, not of their mean
+OBJECTIVES = (*OF_VECTORS, *EACH_SAMPLE)
 AUGMENTATIONS = ("auto", "reference", "numba", "triton")
 OPTIMISERS = ("adamw", "sgd", "lars")
 LR_RULES = ("given", "linear", "sqrt")
@@ -40,6 +41,9 @@ class ModelSettings:
     init: str = ""
     """Weights of the backbone to start from: a .safetensors or .pth file, the folder of a run or an export,
     hf://USER/NAME, or pretrained (timm's own of that backbone, fetched once). Left out: random ones."""
+    loss_head: bool = False
+    """Train a head of two layers beside, which predicts the NT-Xent of an image from its features: the score
+    `predicted loss`. Everything else stays the same, to the bit."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,17 @@ class LatentSettings:
     """How the K samples are reduced: samples (averaged before the projector), projections (averaged after
     it), or losses (each has a loss of its own). auto: losses for mcinfonce, ceb and hib, else samples."""
     objective: str = "ntxent"
-    """ntxent; dcl (without the positive in the denominator); mcinfonce (the mean over K within the
-    logarithm); ceb (conditional entropy bottleneck, C-SimCLR); hib (match probabilities). With the rate."""
+    """ntxent; dcl (without the positive in the denominator); vicreg (invariance, variance, covariance);
+    mcinfonce (the mean over K within the logarithm); ceb (conditional entropy bottleneck, C-SimCLR); hib
+    (match probabilities). With the rate."""
+    invariance: float = 25.0
+    """Weight of the views' mean squared difference, of `vicreg`."""
+    variance: float | None = None
+    """Weight of VICReg's variance: each dimension of the projections is to have a deviation of 1; left out:
+    25 with vicreg, else 0. Beside ntxent and dcl, too."""
+    covariance: float | None = None
+    """Weight of VICReg's covariance, squared, of two dimensions of the projections; left out: 1 with vicreg,
+    else 0. Beside ntxent and dcl, too."""
     ceb_kappa: float = 10.0
     """Concentration of the backward encoder of `ceb`, a von Mises-Fisher distribution about the
     other view."""
@@ -108,6 +121,16 @@ class LatentSettings:
         if self.beta is not None:
             return self.beta
         return 0.0 if self.objective in ("mcinfonce", "ceb") else self.distribution.default_beta
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The weights of variance and covariance of the projections."""
+        default = (25.0, 1.0) if self.objective == "vicreg" else (0.0, 0.0)
+        variance, covariance = (
+            usual if given is None else given
+            for given, usual in zip((self.variance, self.covariance), default)
+        )
+        return variance, covariance
 
     @property
     def reduction(self) -> str:
@@ -172,6 +195,11 @@ class LatentSettings:
     def _validate_objective(self) -> None:
         require(self.samples >= 1, "samples", self.samples, "at least 1")
         require(0 <= self.clean_path_weight < 1, "clean_path_weight", self.clean_path_weight, "in [0, 1)")
+        require(self.invariance > 0, "invariance", self.invariance, "above 0")
+        for name, weight in zip(("variance", "covariance"), self.spread):
+            require(0 <= weight < float("inf"), name, weight, "at least 0")
+            wanted = f"0 with --objective {self.objective}, which doesn't take it"
+            require(self.objective in OF_VECTORS or weight == 0, name, weight, wanted)
         require(self.ceb_kappa > 0, "ceb_kappa", self.ceb_kappa, "above 0")
         require(self.ceb_weight >= 0, "ceb_weight", self.ceb_weight, "at least 0")
         if self.objective in EACH_SAMPLE:

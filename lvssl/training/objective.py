@@ -8,12 +8,12 @@ from torch import Tensor
 from lvssl.latents.sign import straight_through_signs
 from lvssl.latents.sphere import SphericalPosterior, log_surface
 from lvssl.latents.vmf import log_normaliser
-from lvssl.losses.ntxent import ntxent
+from lvssl.losses.ntxent import losses_of_anchors, ntxent
 from lvssl.losses.objective import batch_mean, beta_at, decorrelation, rate
 from lvssl.losses.stochastic import match_loss, sample_infonce
-from lvssl.losses.variants import decoupled_ntxent, mc_infonce
+from lvssl.losses.variants import decoupled_ntxent, mc_infonce, vicreg
 from lvssl.models.network import Outputs
-from lvssl.settings.pretrain import LatentSettings, PretrainSettings
+from lvssl.settings.pretrain import OF_VECTORS, LatentSettings, PretrainSettings
 
 Figures = dict[str, Tensor]
 
@@ -24,7 +24,7 @@ def objective(outputs: Outputs, settings: PretrainSettings, fraction: float) -> 
     A pure function: nothing is drawn, kept or changed, so that it may also be evaluated on detached tensors
     of a whole batch (`dataclasses.replace(outputs, features=..., parameters=..., kl=None, ...)`).
 
-        loss = (1 - clean) * distortion + clean * NT-Xent of the clean path
+        loss = (1 - clean) * distortion + clean * the base loss of the clean path
              + beta(t) * rate + decorrelation of hard bits, the code's or those of h
 
     Args:
@@ -34,10 +34,9 @@ def objective(outputs: Outputs, settings: PretrainSettings, fraction: float) -> 
     sampled, figures = distortion(outputs, settings)
     loss = sampled
     if outputs.clean_projections is not None:
-        base = decoupled_ntxent if latent.objective == "dcl" else ntxent
-        clean = base(outputs.clean_projections, settings.temperature)
+        clean = of_vectors(outputs.clean_projections, settings)
         loss = (1 - latent.clean_path_weight) * sampled + latent.clean_path_weight * clean
-        figures["ntxent_clean"] = clean
+        figures["distortion_clean"] = clean
     kl = outputs.posterior.kl() if outputs.kl is None else outputs.kl
     nats = rate(kl, latent.free_nats)
     loss = loss + rate_weight(latent, fraction) * nats
@@ -72,16 +71,39 @@ def penalised_bits(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor
 def distortion(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor, Figures]:
     """The loss of the sampled path, `--objective`, and its parts where it has any."""
     name, u, temperature = settings.latent.objective, outputs.projections, settings.temperature
-    if name in ("ntxent", "dcl"):
-        base = ntxent if name == "ntxent" else decoupled_ntxent
-        found = base(u, temperature) if u.ndim == 2 else torch.stack([base(v, temperature) for v in u]).mean()
-        return found, {name: found}
+    if name in OF_VECTORS:
+        each = [of_vectors(v, settings) for v in (u[None] if u.ndim == 2 else u)]
+        found = each[0] if len(each) == 1 else torch.stack(each).mean()
+        return found, {} if any(settings.latent.spread) else {name: found}
     if name == "mcinfonce":
         return mc_infonce(u, temperature), {}
     if name == "hib":
         assert outputs.match_parameters is not None
         return match_loss(u, outputs.match_parameters), {}
     return bottleneck(outputs, settings)
+
+
+def each_loss(outputs: Outputs, settings: PretrainSettings) -> Tensor:
+    """NT-Xent of each view, [2B], without gradient: of the clean path, else the mean of the samples'."""
+    clean, u = outputs.clean_projections, outputs.projections
+    if clean is not None or u.ndim == 2:
+        return losses_of_anchors(u if clean is None else clean, settings.temperature)
+    return torch.stack([losses_of_anchors(v, settings.temperature) for v in u]).mean(dim=0)
+
+
+def of_vectors(u: Tensor, settings: PretrainSettings) -> Tensor:
+    """NT-Xent, DCL or VICReg of vectors [2B, P], with the weighed variance and covariance beside."""
+    latent, temperature = settings.latent, settings.temperature
+    parts = vicreg(u) if latent.objective == "vicreg" or any(latent.spread) else None
+    if latent.objective == "vicreg":
+        assert parts is not None
+        found = latent.invariance * parts.invariance
+    else:
+        found = (decoupled_ntxent if latent.objective == "dcl" else ntxent)(u, temperature)
+    if parts is None:
+        return found
+    variance, covariance = latent.spread
+    return found + variance * parts.variance + covariance * parts.covariance
 
 
 def bottleneck(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor, Figures]:

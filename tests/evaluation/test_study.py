@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
+from benchmarks.study import ARMS
 from lvssl.commands.main import main
 from lvssl.evaluation.measures import HASHES, MEASURES, code_bits, equal_bit_codes
 from lvssl.evaluation.pairs import BEST, pairs, summary
@@ -178,12 +179,41 @@ def test_arms_of_an_objective_and_of_a_length(settings):
     assert code_bits(plan(shared, "bernoulli64:family=bernoulli", 1)) == 64  # a bit for each feature
 
 
+def test_an_arm_may_have_another_projector(settings):
+    chosen = plan(settings, "wide:family=none,objective=vicreg,projection=96,covariance=0.5", 0)
+    assert (chosen.model.projection, chosen.model.backbone, chosen.latent.spread) == (96, "tiny", (25.0, 0.5))
+
+
+@pytest.mark.parametrize("question", ARMS)
+def test_the_arms_of_each_question_are_possible(settings, question):
+    chosen = [plan(settings, arm, 0) for arm in ARMS[question]]
+    for each in chosen:
+        each.validate()
+    assert len({each.out for each in chosen}) == len(chosen)
+
+
+def test_a_run_of_before_a_setting_was_is_one_of_its_default(settings):
+    chosen = plan(settings, "none", 0)
+    create_run(chosen, 10, resume=False)
+    config = chosen.out / "config.json"
+    content = json.loads(config.read_text())
+    for name in ("invariance", "variance", "covariance"):
+        del content["settings"]["latent"][name]
+    del content["settings"]["model"]["loss_head"]
+    config.write_text(json.dumps(content))
+    create_run(chosen, 10, resume=True)
+    with pytest.raises(InputError, match=r"latent.variance: None -> 1.0"):
+        create_run(plan(settings, "none:family=none,variance=1", 0), 10, resume=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"arms": ("nonsense",)}, "unknown family 'nonsense'"),
         ({"arms": ("a:dimm=3",)}, "arm 'a:dimm=3': unknown setting 'dimm'"),
         ({"arms": ("a:dim=x",)}, "dim must be a int, got 'x'"),
+        ({"arms": ("a:family=vmf,site=proj,objective=ceb,variance=1",)}, "--variance must be 0 with .* ceb"),
+        ({"arms": ("a:family=none,objective=vicreg,invariance=0",)}, "--invariance must be above 0"),
         ({"arms": ("none", "none")}, "two arms of one name"),
         ({"seeds": (0, 0)}, "a seed twice"),
         ({"shard": "0/2"}, "--shard must be K/N"),

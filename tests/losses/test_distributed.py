@@ -21,7 +21,7 @@ from lvssl.losses import anchors, distributed
 from lvssl.losses import ntxent as module
 from lvssl.losses.ntxent import ntxent, reference
 from lvssl.losses.stochastic import sample_infonce
-from lvssl.losses.variants import decoupled_ntxent, mc_infonce
+from lvssl.losses.variants import decoupled_ntxent, mc_infonce, vicreg
 
 IMAGES = (5, 3, 60, 1)  # of each rank
 TIMEOUT = 100  # seconds; a hang is a failure
@@ -52,7 +52,13 @@ def samples(loss: Callable) -> Callable:
     return lambda u, tau: loss(torch.stack([u, u.roll(1, 1) + 0.1 * u]), tau)
 
 
+def weighed_vicreg(u: Tensor, tau: Tensor) -> Tensor:
+    invariance, variance, covariance = vicreg(u.tanh())  # of u alone, the last bias has no gradient
+    return tau * (25 * invariance + 25 * variance + covariance)
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "vicreg": weighed_vicreg,
     "ntxent": ntxent,
     "decoupled": decoupled_ntxent,
     "mc_infonce": samples(mc_infonce),
@@ -224,6 +230,7 @@ def test_every_rank_has_the_loss_and_gradients_of_one_process(found, way):
         "ntxent, {}, cold": in_one_process(lambda u, tau: reference(u, 0.05 * tau), unequal),
         "decoupled, {}": in_one_process(decoupled_ntxent, unequal),
         "mc_infonce, {}": in_one_process(samples(mc_infonce), unequal),
+        "vicreg, {}": in_one_process(weighed_vicreg, unequal),
     }
     for name, wanted in expected.items():
         for rank, results in enumerate(found):

@@ -10,8 +10,8 @@ from error_budget import assert_within_budget, awkward, value_and_slopes
 from lvssl.losses import chunked
 from lvssl.losses import ntxent as module
 from lvssl.losses.anchors import anchors
-from lvssl.losses.ntxent import ntxent, reference
-from lvssl.losses.variants import decoupled_ntxent, mc_infonce
+from lvssl.losses.ntxent import losses_of_anchors, ntxent, reference
+from lvssl.losses.variants import decoupled_ntxent, mc_infonce, vicreg
 
 KINDS = ("random", "duplicates", "zeros", "huge", "tiny", "aligned")
 
@@ -151,11 +151,46 @@ def test_mc_infonce():
     torch.testing.assert_close(mc_infonce(x, 0.2), -likelihood.log().mean())
 
 
+def vicreg_by_columns(x):
+    """Bardes et al. 2022, algorithm 1, in fp64, a dimension and a pair of dimensions at a time."""
+    a, b = x.double().chunk(2)
+    n, d = a.shape
+    low, together = [], []
+    for view in (a, b):
+        columns = [column - column.sum() / n for column in view.unbind(1)]
+        low += [torch.relu(1 - torch.sqrt(c @ c / (n - 1) + 1e-4)) for c in columns]
+        together += [(columns[i] @ columns[j] / (n - 1)) ** 2 for i in range(d) for j in range(d) if i != j]
+    return sum(((p - q) ** 2).sum() for p, q in zip(a, b)) / (n * d), sum(low) / (2 * d), sum(together) / d
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.9, 3.0])  # all deviations below 1, on both sides of it, above
+def test_vicreg_is_the_papers_formula(spread):
+    """Each of its parts, and each part's gradient, of vectors with a mean, dimensions that hang together."""
+    x = spread * torch.randn(2 * 23, 5) @ torch.randn(5, 5) + torch.arange(5)
+    for kind in (torch.float32, torch.float64, torch.bfloat16):
+        leaf = x.to(kind).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = vicreg(leaf)
+        exact = leaf.detach().double().requires_grad_()
+        tolerance = {"rtol": 1e-10, "atol": 1e-12} if kind == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+        for part, wanted in zip(found, vicreg_by_columns(exact), strict=True):
+            assert part.dtype == (torch.float64 if kind == torch.float64 else torch.float32)
+            torch.testing.assert_close(part.double(), wanted, **tolerance)
+            (grad,) = torch.autograd.grad(part, leaf, retain_graph=True)
+            (expected,) = torch.autograd.grad(wanted, exact, retain_graph=True)
+            torch.testing.assert_close(
+                grad, expected.to(kind), **(tolerance if kind != torch.bfloat16 else {})
+            )
+
+
 def test_peers_of_the_variants():
     lightly = pytest.importorskip("lightly.loss", reason="lightly is not installed (extra `bench`)")
     x = torch.randn(2 * 31, 16)
     theirs = lightly.DCLLoss(temperature=0.2)(*x.chunk(2))
     torch.testing.assert_close(decoupled_ntxent(x, 0.2), theirs, rtol=1e-5, atol=1e-6)
+    invariance, variance, covariance = vicreg(x)
+    theirs = lightly.VICRegLoss()(*x.chunk(2))
+    torch.testing.assert_close(25 * invariance + 25 * variance + covariance, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("x, temperature, error, culprit", [
@@ -175,11 +210,28 @@ def test_bad_input_is_named(x, temperature, error, culprit, fast_from, monkeypat
         ntxent(x, temperature)
 
 
+@pytest.mark.parametrize("count", [2, 6, 130])
+def test_the_loss_of_each_anchor(count):
+    """What its mean is, and each against the whole matrix; it has no gradient."""
+    x = torch.randn(count, 8, dtype=torch.float64, requires_grad=True)
+    found = losses_of_anchors(x, 0.3)
+    unit = torch.nn.functional.normalize(x.detach(), dim=1)
+    logits = (unit @ unit.T / 0.3).fill_diagonal_(float("-inf"))
+    positives = torch.arange(count).roll(count // 2)
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits, positives, reduction="none"))
+    assert not found.requires_grad
+    torch.testing.assert_close(found.mean(), ntxent(x, 0.3).detach())
+
+
 def test_bad_samples_are_named():
     with pytest.raises(ValueError, match=r"samples .* \(4, 3\)"):
         mc_infonce(torch.ones(4, 3))
     with pytest.raises(ValueError, match="no negatives"):
         decoupled_ntxent(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="two images at least, got 1: no variance"):
+        vicreg(torch.ones(2, 3))
+    with pytest.raises(FloatingPointError, match="the distance of the views is inf; .* 1 of 4 .* row 3"):
+        vicreg(torch.tensor([[1.0, 0], [0, 1], [1, 1], [1, float("inf")]]))
 
 
 def test_anchors_are_log_sum_exps():

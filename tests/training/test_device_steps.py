@@ -45,7 +45,7 @@ def nobody_looks(monkeypatch):
     """What is looked at on a CPU alone: a loss, for it to be finite; the temperature, in the chunked form;
     classes, by torch, for there to be so many."""
     for module in (ntxent, variants):
-        monkeypatch.setattr(module, "finite", lambda loss, _: loss)
+        monkeypatch.setattr(module, "finite", lambda loss, *_: loss)
     monkeypatch.setattr(anchors, "logit_bound", lambda _: 1 / PRESETS["digits"].temperature)
     monkeypatch.setattr(torch.nn.functional, "one_hot", one_hot)
 
@@ -323,6 +323,7 @@ CASES |= {
     f"{family}, {name}": {"latent": LatentSettings(family, objective=name, **more)}
     for name, family, more in (
         ("dcl", "bernoulli", {}),
+        ("vicreg", "bernoulli", {}),
         ("mcinfonce", "gaussian", {"sample_reduction": "losses"}),
         ("hib", "gaussian", {}),
         ("ceb", "vmf", {"site": "proj"}),
@@ -335,6 +336,7 @@ CASES |= {
     f"bernoulli, {name}": {"engine": EngineSettings(precision=name, ema=0.9)} for name in ("bf16", "fp16")
 }
 CASES |= {
+    "loss head": {"model": dataclasses.replace(PRESETS["digits"].model, loss_head=True)},
     "recompute": {"engine": EngineSettings(recompute=True)},
     "chunk": {"engine": EngineSettings(chunk=100)},
 }

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,12 +36,14 @@ LATENTS = [
     {"family": "vmf", "site": "proj", "objective": "mcinfonce"},
     {"family": "gaussian", "objective": "hib"},
     {"family": "none", "objective": "dcl"},
+    {"family": "none", "objective": "vicreg"},
+    {"family": "vmf", "site": "proj", "objective": "ceb", "posterior_scale": "fixed", "init_scale": 16.0},
     {"family": "bernoulli", "estimator": "relaxed"},
 ]
 
 
-def named(latent: dict[str, str]) -> str:
-    return "-".join(latent.values())
+def named(latent: dict[str, Any]) -> str:
+    return "-".join(map(str, latent.values()))
 
 
 @pytest.mark.parametrize("latent", LATENTS, ids=named)

@@ -84,6 +84,47 @@ def test_dcl():
     assert found.item() == pytest.approx(info_nce(out.projections, decoupled=True).mean().item(), rel=1e-5)
 
 
+def spread(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """VICReg's invariance, variance and covariance."""
+    views = u.double().chunk(2)
+    covariances = [torch.cov(view.T) for view in views]
+    low = torch.stack([1 - (c.diagonal() + 1e-4).sqrt() for c in covariances]).clamp(min=0).mean()
+    off = sum(c.square().sum() - c.diagonal().square().sum() for c in covariances) / u.shape[1]
+    return (views[0] - views[1]).square().mean(), low, off
+
+
+@pytest.mark.parametrize("latent", [
+    {"family": "none"}, {"family": "bernoulli", "clean_path_weight": 0.3},
+    {"invariance": 5.0, "covariance": 2.0}, {"family": "gaussian", "sample_reduction": "losses", "beta": 0.0},
+])  # fmt: skip
+def test_vicreg_is_the_base_of_control_and_latent_alike(latent):
+    out, settings = outputs(objective="vicreg", decorrelation=0.0, **latent)
+    weights = latent.get("invariance", 25.0), 25.0, latent.get("covariance", 1.0)
+
+    def weighed(u: torch.Tensor) -> torch.Tensor:
+        return sum(weight * part for weight, part in zip(weights, spread(u), strict=True))
+
+    each = [out.projections] if out.projections.ndim == 2 else list(out.projections)
+    expected = torch.stack([weighed(u) for u in each]).mean()
+    found = objective(out, settings, 0.5)
+    assert found["distortion"].item() == pytest.approx(expected.item(), rel=1e-5)
+    if out.clean_projections is not None:
+        share = settings.latent.clean_path_weight
+        expected = (1 - share) * expected + share * weighed(out.clean_projections)
+    assert found["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ntxent", "dcl"])
+def test_variance_and_covariance_stand_beside_a_contrastive_loss(name):
+    out, settings = outputs(objective=name, variance=3.0, covariance=0.5, decorrelation=0.0)
+    total = 0.0
+    for u, share in ((out.projections, 0.3), (out.clean_projections, 0.7)):
+        _, low, off = spread(u)
+        total += share * (info_nce(u, decoupled=name == "dcl").mean() + 3.0 * low + 0.5 * off)
+    found = objective(out, settings, 0.5)
+    assert found["loss"].item() == pytest.approx(total.item(), rel=1e-5) and name not in found
+
+
 def test_mcinfonce():
     out, settings = outputs(family="vmf", site="proj", objective="mcinfonce")
     shares = torch.stack([(-info_nce(u)).exp() for u in out.projections])
@@ -131,13 +172,71 @@ def test_the_conditional_entropy_bottleneck(family):
     assert found["distortion"].item() == pytest.approx(expected.item(), rel=1e-6)
     share = settings.latent.clean_path_weight
     assert found["loss"].item() == pytest.approx(
-        ((1 - share) * expected + share * found["ntxent_clean"]).item(), rel=1e-5
+        ((1 - share) * expected + share * found["distortion_clean"]).item(), rel=1e-5
     )
 
 
+PUBLISHED = {
+    "family": "vmf", "site": "proj", "objective": "ceb", "posterior_scale": "fixed", "init_scale": 1024 / 8,
+    "samples": 1, "clean_path_weight": 0.0,
+}  # fmt: skip
+
+
+def test_c_simclr_as_published():
+    """Lee et al. 2021, eq. 8: kappa_e is 1,024 whatever the image, kappa_b 10, weight 1, one sample."""
+    out, settings = outputs(**PUBLISHED)
+    posterior = out.posterior
+    assert torch.allclose(posterior.kappa, torch.full((12,), 1024.0, dtype=torch.float64), rtol=1e-6)
+    assert settings.latent.final_beta == 0 and out.clean_projections is None and len(out.projections) == 1
+
+    e_mean, z = posterior.direction.detach().double(), out.projections[0].detach().double()
+    log_c = [
+        3 * math.log(k) - 4 * math.log(2 * math.pi) - math.log(scipy.special.ive(3, k)) - k
+        for k in (1024, 10)
+    ]
+    b = log_c[1] + 10 * z @ e_mean.T  # log b(z_i | x_j)
+    own, other = range(12), [(i + 6) % 12 for i in range(12)]
+    wrong = [[j for j in range(12) if j != i] for i in range(12)]
+    log_share = torch.stack([b[i, other[i]] - b[i, wrong[i]].logsumexp(0) for i in own])
+    # E log e - log b is in closed form in ours; the mean resultant length of e is I_4 / I_3.
+    length = scipy.special.ive(4, 1024) / scipy.special.ive(3, 1024)
+    agreement = (e_mean * e_mean[other]).sum(1)
+    residual = log_c[0] + 1024 * length - log_c[1] - 10 * length * agreement
+    found = objective(out, settings, 0.5)
+    assert found["loss"].item() == pytest.approx((residual - log_share).mean().item(), rel=1e-5)
+
+    sampled = posterior.sample(20_000, keyed(2, 12)).detach().double()
+    log_e = log_c[0] + 1024 * (sampled * e_mean).sum(2)
+    ratio = (log_e - log_c[1] - 10 * (sampled * e_mean[other]).sum(2)).mean(0)
+    assert (ratio - residual).abs().max() < 5 * math.sqrt(3.5 / 20_000)  # log e has a variance of (d - 1) / 2
+
+
+def test_the_published_concentration_stays_and_moves_nothing_but_the_direction():
+    """After steps on the loss it is what it was; the gradient of a vector's length along itself is none."""
+    out, settings = outputs(**PUBLISHED)
+    parameters = out.parameters.detach().requires_grad_()
+    posterior = out.family.posterior(parameters)
+    changed = dataclasses.replace(out, parameters=parameters, projections=posterior.sample(1, keyed(1, 12)))
+    (grad,) = torch.autograd.grad(objective(changed, settings, 0.5)["loss"], [parameters])
+    along = (grad[:, :-1] * posterior.direction).sum(1).abs() / grad[:, :-1].norm(dim=1)
+    assert along.max() < 1e-4 and grad[:, :-1].norm(dim=1).min() > 0
+    torch.manual_seed(0)
+    network = LVNet(MODEL, settings.latent, 8)
+    optimiser = torch.optim.SGD(network.parameters(), 0.1)
+    images = torch.randn(12, 3, 8, 8)
+    for _ in range(3):
+        optimiser.zero_grad()
+        out = network(images, keyed(1, 12))
+        objective(out, settings, 0.5)["loss"].backward()
+        optimiser.step()
+    kappa = network(images, keyed(1, 12)).posterior.kappa
+    assert torch.allclose(kappa, torch.full_like(kappa, 1024.0), rtol=1e-6)
+
+
 @pytest.mark.parametrize("latent", [
-    {}, {"family": "gaussian"}, {"family": "vmf", "site": "proj", "objective": "ceb"},
-    {"family": "gaussian", "objective": "hib"}, {"family": "categorical", "sample_reduction": "losses"},
+    {}, {"family": "gaussian"}, {"objective": "vicreg"}, {"family": "gaussian", "objective": "hib"},
+    {"family": "vmf", "site": "proj", "objective": "ceb"},
+    {"family": "categorical", "sample_reduction": "losses"},
 ])  # fmt: skip
 def test_it_can_be_evaluated_on_detached_tensors(latent):
     """As an engine with gradient caching does: leaves in, gradients out, the same as through the network."""

@@ -55,7 +55,13 @@ def free_port() -> int:
 
 
 def settings(
-    data: Path, family: str, optimiser: str, lr: float = 0.0, projector_norm: bool = False, **engine
+    data: Path,
+    family: str,
+    optimiser: str,
+    lr: float = 0.0,
+    projector_norm: bool = False,
+    objective: str = "ntxent",
+    **engine,
 ) -> PretrainSettings:
     """Five steps of 256 images."""
     base, lr = PRESETS["digits"], lr or OPTIMISERS[optimiser]
@@ -68,7 +74,7 @@ def settings(
         workers=1,
         log_every=1,
         model=dataclasses.replace(base.model, projector_norm=projector_norm),
-        latent=dataclasses.replace(base.latent, family=family, beta=1e-3),
+        latent=dataclasses.replace(base.latent, family=family, objective=objective, beta=1e-3),
         optimiser=OptimiserSettings(optimiser=optimiser, lr=lr, warmup_epochs=0.5),
         engine=EngineSettings(**engine),
     )
@@ -77,6 +83,7 @@ def settings(
 RUNS = {f"{family}, sgd": {"family": family, "optimiser": "sgd"} for family in FAMILIES}
 RUNS |= {f"bernoulli, {name}": {"family": "bernoulli", "optimiser": name} for name in ("adamw", "lars")}
 RUNS |= {"scaled output": {"family": "none", "optimiser": "sgd", "projector_norm": True}}
+RUNS |= {"vicreg": {"family": "bernoulli", "optimiser": "sgd", "lr": 0.01, "objective": "vicreg"}}
 RUNS |= {"average": {"family": "none", "optimiser": "sgd", "ema": 0.5}}
 # In fp32 two orders of summation drift apart, and at the rates above past 1e-4 within these five steps: by
 # 7e-3 (sgd), 6e-3 (adamw), 3e-2 (lars). One rank drifts as far (2e-3, 6e-3, 1e-2) from itself when its
