@@ -44,7 +44,6 @@ LABEL_FREE = (
     "norm",
     "distance",
     "density",
-    "predicted loss",
 )  # scores of uncertainty that have seen no label
 OF_LATENT = ("posterior", "rate")
 

@@ -25,7 +25,6 @@ class NetworkOutputs:
     uncertainty: np.ndarray  # float32 [N], the family's uncertainty
     rate: np.ndarray  # float32 [N], KL to the prior in nats
     samples: np.ndarray  # float32 [K, N, D]; K = 0 where none were asked for
-    predicted_loss: np.ndarray | None = None  # float32 [N], of the loss head, where the network has one
 
 
 def network_outputs(
@@ -46,6 +45,4 @@ def network_outputs(
         parts.append((bits, *(value.float().cpu().numpy() for value in (*values, drawn))))
     code, h, mean, stages, uncertainty, rate = (np.concatenate(column) for column in list(zip(*parts))[:6])
     noisy = np.concatenate([values[6] for values in parts], axis=1)[:count]
-    found = network.predicted_loss(torch.from_numpy(h).to(device_of(network)))
-    predicted = None if found is None else found.detach().cpu().numpy()
-    return NetworkOutputs(h, code.astype(bool), mean, stages, uncertainty, rate, noisy, predicted)
+    return NetworkOutputs(h, code.astype(bool), mean, stages, uncertainty, rate, noisy)

@@ -69,8 +69,8 @@ class UncertaintyScorer:
         posterior: the family's own (entropy, or summed log-variance). rate: minus the KL. samples: entropy of
         the prediction averaged over K samples. norm: minus the feature's norm. distance: 1 - cosine to
         the nearest training image, of standardised features. density: minus the log-density of the training
-        images' activations. predicted loss: the loss head's, where there is one. probe: entropy of the
-        feature probe's prediction, which, unlike the others, has seen labels; so has `samples`.
+        images' activations. probe: entropy of the feature probe's prediction, which, unlike the others, has
+        seen labels; so has `samples`.
         """
         predictions = self.predictions(outputs)
         found = {}
@@ -81,8 +81,6 @@ class UncertaintyScorer:
         found["norm"] = -np.linalg.norm(outputs.features, axis=1)
         found["distance"] = self.distance(outputs.features)
         found["density"] = self.density(outputs.stages)
-        if outputs.predicted_loss is not None:
-            found["predicted loss"] = outputs.predicted_loss
         found["probe"] = predictive_entropy(predictions["features"])
         return {name: np.asarray(score, np.float64) for name, score in found.items()}
 

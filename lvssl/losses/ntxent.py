@@ -53,14 +53,6 @@ def ntxent(projections: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
     return finite(loss, projections)
 
 
-@torch.no_grad()
-def losses_of_anchors(projections: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
-    """The loss of each of this rank's anchors among those of all ranks, [2B], whose mean is `ntxent`; without
-    gradient. Arguments and errors of `ntxent`."""
-    denominators, positives = anchors(projections, temperature, checked(projections, temperature))
-    return denominators - positives
-
-
 def reference(projections: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
     """The definition, of these vectors alone, the whole [2B, 2B] matrix at once. Arguments of `ntxent`."""
     if projections.dtype != torch.float64:

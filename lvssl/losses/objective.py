@@ -32,17 +32,6 @@ def beta_at(
     return beta * min(1.0, fraction / warmup)
 
 
-def ranking(predicted: Tensor, losses: Tensor, margin: float = 0.1) -> Tensor:
-    """mean over pairs of max(0, margin - sign(l_i - l_j) (p_i - p_j)): what orders p [N] as the losses l [N].
-
-    Pairs are of this rank's batch: each with the 8 that follow it (after the last comes the first).
-    """
-    first = torch.arange(len(predicted), device=predicted.device)
-    second = (first[:, None] + torch.arange(1, 9, device=predicted.device)) % len(predicted)
-    order = (losses[:, None] - losses[second]).sign()
-    return (margin - order * (predicted[:, None] - predicted[second])).relu().mean()
-
-
 def batch_mean(x: Tensor) -> Tensor:
     """Mean over the batch of all ranks, [N, D] -> [D], N on each; the gradient is made for DDP's mean."""
     return all_reduce_sum(x.sum(dim=0)) / (len(x) * ranks())

@@ -78,21 +78,6 @@ class LVNet(nn.Module):
             else None
         )
 
-        self.loss_head = None
-        if model.loss_head:
-            with torch.random.fork_rng(devices=[]):  # what is drawn after it is what it was without
-                layers = nn.Linear(features, 128), nn.ReLU(), nn.Linear(128, 1, bias=False)
-                self.loss_head = nn.Sequential(*layers)
-
-    def predicted_loss(self, features: Tensor) -> Tensor | None:
-        """The loss head's prediction of each image's NT-Xent (its order, not its size), fp32 [N], of features
-        h [N, F], which get no gradient; None without such a head."""
-        if self.loss_head is None:
-            return None
-        with torch.autocast(features.device.type, enabled=False):
-            dtype = next(self.loss_head.parameters()).dtype
-            return self.loss_head(features.detach().to(dtype))[:, 0]
-
     def encode(self, images: Tensor) -> tuple[Tensor, Posterior]:
         """Features h [N, F] (the precision's type) and the posterior (fp32)."""
         features = self.features(images)

@@ -1,7 +1,6 @@
 """An exported encoder, read back: what `lvssl export` has written is enough to encode, without the run."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from pipelines.views import ViewSettings
 
 class Exported(NamedTuple):
     settings: PretrainSettings  # model, latent, view and precision are the run's; the others the defaults
-    network: LVNet  # of the run's backbone and head; projector, if the head stands behind it; no loss head
+    network: LVNet  # backbone and head are the run's; the projector is not, unless the head stands behind it
     step: int
     checkpoint: str  # digest of the checkpoint that was exported
 
@@ -37,7 +36,7 @@ def read_exported(folder: Path) -> Exported:
         ours = json.loads(path.read_text())["lvssl"]
         settings = PretrainSettings(
             data=folder / "training-images",  # which an export neither has nor names
-            model=replace(from_dict(ModelSettings, ours["model"], f"{path}: model"), loss_head=False),
+            model=from_dict(ModelSettings, ours["model"], f"{path}: model"),
             latent=from_dict(LatentSettings, ours["latent"], f"{path}: latent"),
             view=from_dict(ViewSettings, ours["view"], f"{path}: view"),
             engine=EngineSettings(precision=ours["precision"]),

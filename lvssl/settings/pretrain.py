@@ -41,9 +41,6 @@ class ModelSettings:
     init: str = ""
     """Weights of the backbone to start from: a .safetensors or .pth file, the folder of a run or an export,
     hf://USER/NAME, or pretrained (timm's own of that backbone, fetched once). Left out: random ones."""
-    loss_head: bool = False
-    """Train a head of two layers beside, which predicts the NT-Xent of an image from its features: the score
-    `predicted loss`. Everything else stays the same, to the bit."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from lvssl.latents.sign import straight_through_signs
 from lvssl.latents.sphere import SphericalPosterior, log_surface
 from lvssl.latents.vmf import log_normaliser
-from lvssl.losses.ntxent import losses_of_anchors, ntxent
+from lvssl.losses.ntxent import ntxent
 from lvssl.losses.objective import batch_mean, beta_at, decorrelation, rate
 from lvssl.losses.stochastic import match_loss, sample_infonce
 from lvssl.losses.variants import decoupled_ntxent, mc_infonce, vicreg
@@ -81,14 +81,6 @@ def distortion(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor, Fi
         assert outputs.match_parameters is not None
         return match_loss(u, outputs.match_parameters), {}
     return bottleneck(outputs, settings)
-
-
-def each_loss(outputs: Outputs, settings: PretrainSettings) -> Tensor:
-    """NT-Xent of each view, [2B], without gradient: of the clean path, else the mean of the samples'."""
-    clean, u = outputs.clean_projections, outputs.projections
-    if clean is not None or u.ndim == 2:
-        return losses_of_anchors(u if clean is None else clean, settings.temperature)
-    return torch.stack([losses_of_anchors(v, settings.temperature) for v in u]).mean(dim=0)
 
 
 def of_vectors(u: Tensor, settings: PretrainSettings) -> Tensor:

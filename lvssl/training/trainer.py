@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lvssl.losses.distributed import equal_parts
-from lvssl.losses.objective import ranking
 from lvssl.models.device import autocast, layout, precision
 from lvssl.models.network import LVNet
 from lvssl.models.utilisation import operations
@@ -22,7 +21,7 @@ from lvssl.training.distributed import World, broadcast_state
 from lvssl.training.gradients import backward
 from lvssl.training.health import health, warn
 from lvssl.training.loop import Figures, Loop, Pace
-from lvssl.training.objective import each_loss, objective, rate_weight
+from lvssl.training.objective import objective, rate_weight
 from lvssl.training.optimiser import build_optimiser, capturable, learning_rate, restore_optimiser
 from lvssl.training.prepare import apply_recompute_and_compile, prepared
 from lvssl.training.recorded import Recorded
@@ -65,9 +64,6 @@ class Trainer(Loop):
         apply_recompute_and_compile(self.network.backbone, engine)
         optimiser = build_optimiser(self.network, settings.optimiser, fused=not self.host_reads)
         self.trains(self.network, optimiser, precision(engine, device) == torch.float16)
-        if self.network.loss_head is not None:  # no part of the norm that clips the others' gradients
-            aside = set(self.network.loss_head.parameters())
-            self.parameters = [p for p in self.parameters if p not in aside]
         self.lr = torch.zeros((), device=device)
         self.recorded = self.recording()
         if self.peak:
@@ -177,9 +173,6 @@ class Trainer(Loop):
         if logged:
             figures |= health(self.network, outputs)
         loss = figures["loss"]
-        if (predicted := self.network.predicted_loss(features)) is not None:
-            figures["ranking"] = ranking(predicted, each_loss(outputs, self.settings))
-            loss = loss + figures["ranking"]
         labels = labels.repeat(2)
         for name, logits in probes.items():
             loss = loss + F.cross_entropy(logits.float(), labels)

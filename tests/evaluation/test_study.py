@@ -199,7 +199,6 @@ def test_a_run_of_before_a_setting_was_is_one_of_its_default(settings):
     content = json.loads(config.read_text())
     for name in ("invariance", "variance", "covariance"):
         del content["settings"]["latent"][name]
-    del content["settings"]["model"]["loss_head"]
     config.write_text(json.dumps(content))
     create_run(chosen, 10, resume=True)
     with pytest.raises(InputError, match=r"latent.variance: None -> 1.0"):

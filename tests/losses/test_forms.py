@@ -10,7 +10,7 @@ from error_budget import assert_within_budget, awkward, value_and_slopes
 from lvssl.losses import chunked
 from lvssl.losses import ntxent as module
 from lvssl.losses.anchors import anchors
-from lvssl.losses.ntxent import losses_of_anchors, ntxent, reference
+from lvssl.losses.ntxent import ntxent, reference
 from lvssl.losses.variants import decoupled_ntxent, mc_infonce, vicreg
 
 KINDS = ("random", "duplicates", "zeros", "huge", "tiny", "aligned")
@@ -208,19 +208,6 @@ def test_bad_input_is_named(x, temperature, error, culprit, fast_from, monkeypat
     monkeypatch.setattr(module, "FAST_FROM", fast_from)
     with pytest.raises(error, match=culprit):
         ntxent(x, temperature)
-
-
-@pytest.mark.parametrize("count", [2, 6, 130])
-def test_the_loss_of_each_anchor(count):
-    """What its mean is, and each against the whole matrix; it has no gradient."""
-    x = torch.randn(count, 8, dtype=torch.float64, requires_grad=True)
-    found = losses_of_anchors(x, 0.3)
-    unit = torch.nn.functional.normalize(x.detach(), dim=1)
-    logits = (unit @ unit.T / 0.3).fill_diagonal_(float("-inf"))
-    positives = torch.arange(count).roll(count // 2)
-    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits, positives, reduction="none"))
-    assert not found.requires_grad
-    torch.testing.assert_close(found.mean(), ntxent(x, 0.3).detach())
 
 
 def test_bad_samples_are_named():

@@ -336,7 +336,6 @@ CASES |= {
     f"bernoulli, {name}": {"engine": EngineSettings(precision=name, ema=0.9)} for name in ("bf16", "fp16")
 }
 CASES |= {
-    "loss head": {"model": dataclasses.replace(PRESETS["digits"].model, loss_head=True)},
     "recompute": {"engine": EngineSettings(recompute=True)},
     "chunk": {"engine": EngineSettings(chunk=100)},
 }
