@@ -141,7 +141,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--json", type=Path, help="where the table goes; rows that it has of other sizes stay"
     )
+    parser.add_argument("--page", type=Path, help="write the table of --json into this page, and no more")
     options = parser.parse_args(arguments)
+    if options.page:
+        return into_page(options.page, json.loads(options.json.read_text())["rows"])
     if options.images < CLASSES:
         raise InputError(f"--images must be at least {CLASSES:,}, one of each class")
     if options.faiss:
@@ -204,6 +207,29 @@ def line_of(row: dict[str, Any]) -> str:
         return f"{row['row']:24}{row['images']:>12,}  {row['failed']}"
     taken = f"{row['seconds']:10.1f} s{row['processor_seconds']:10.1f} s of processors{row['mib']:8,} MiB"
     return f"{row['row']:24}{row['images']:>12,}{taken}"
+
+
+def into_page(page: Path, rows: list[dict[str, Any]]) -> None:
+    """Put the table in the place of the page's first: a line a row, a pair of columns a size."""
+    rows = [row for row in rows if "mib" in row or "failed" in row]
+    sizes = sorted({row["images"] for row in rows})
+    cells = {(row["row"], row["images"]): cells_of(row) for row in rows}
+    heads = [f"{what}, {size:,}" for size in sizes for what in ("seconds", "processors'", "MiB")]
+    lines = [["row", *heads], ["---", *["--:"] * len(heads)]]
+    names = [*rows_of(Path(), IMAGES)]
+    for name in sorted({row["row"] for row in rows}, key=names.index):
+        lines.append([name, *(cell for size in sizes for cell in cells.get((name, size), [""] * 3))])
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = page.read_text()
+    start = text.index("| row |")
+    page.write_text(text[:start] + table + text[start:].partition("\n\n")[2].join(["\n", ""]))
+
+
+def cells_of(row: dict[str, Any]) -> list[str]:
+    if "failed" in row:
+        return [row["failed"].splitlines()[0], "", ""]
+    used = row.get("processor_seconds")
+    return [f"{row['seconds']:,.1f}", "" if used is None else f"{used:,.1f}", f"{row['mib']:,}"]
 
 
 def digest(path: Path) -> str:
