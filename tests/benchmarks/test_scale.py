@@ -74,3 +74,14 @@ def test_rows_of_other_sizes_stay_in_the_table(tmp_path):
         scale.keep(path, [{"row": "open", "images": images, "seconds": seconds}])
     rows = json.loads(path.read_text())["rows"]
     assert [(row["images"], row["seconds"]) for row in rows] == [(20, 2), (10, 3)]
+
+
+def test_the_table_goes_into_the_place_of_the_old_one(tmp_path):
+    page = tmp_path / "scale.md"
+    page.write_text("before\n\n| row | old |\n| --- | --- |\n| x | 1 |\n\nafter\n\nend\n")
+    taken = {"seconds": 1234.5, "processor_seconds": 2.0, "mib": 1500}
+    rows = [{"row": "merge", "images": 10} | taken, {"row": "open", "images": 10, "failed": "why\nnot"}]
+    scale.into_page(page, [*rows, {"row": "kNN by lvssl", "images": 10, "seconds": 1}])
+    before, head, line, merge, opened, *rest = page.read_text().replace("\n\n", "\n").splitlines()
+    assert before == "before" and rest == ["after", "end"] and "MiB, 10" in head and "--:" in line
+    assert (merge, opened) == ("| merge | 1,234.5 | 2.0 | 1,500 |", "| open | why |  |  |")
