@@ -212,10 +212,10 @@ def seed_by_seed(each: list[float]) -> str:
 
 
 UNCERTAINTY = (  # (title, measure, score; none: the strongest, named if it is a control's)
-    ("R-AUROC by the posterior's own score; controls: distance", "latent_r_auroc", None),
+    ("R-AUROC by the posterior's own score; controls: their best", "latent_r_auroc", None),
     ("R-AUROC by the distance to the nearest training images", "r_auroc", "distance"),
     (
-        "AUROC against out-of-distribution images, posterior's own score; controls: distance",
+        "AUROC against out-of-distribution images, posterior's own score; controls: their best",
         "latent_ood",
         None,
     ),
