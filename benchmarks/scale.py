@@ -337,7 +337,7 @@ def anonymous(pid: int) -> int:
 def killed(folder: Path, images: int, path: Path | None) -> None:
     """merge, encode and linear, whole, and then twice killed by SIGKILL and gone on with: the same bytes?"""
     make_images(folder / "images", images)
-    commands, log = rows_of(folder, images), folder / "log"
+    commands, log = rows_of(folder, max(images, LARGE_SET)), folder / "log"  # a probe of one epoch
     for name in ("convert", "convert queries", "convert 1/2", "convert 2/2", "pretrain"):
         measured(name, commands[name], log, stopper(folder / "run", name))
     made = {
