@@ -10,6 +10,7 @@ the whole set (`Agreement`). Embeddings and thumbnails are written as they come 
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as functional
 from tyro.conf import Positional
 
 from lvssl.codes.file import (
@@ -62,6 +64,8 @@ NEIGHBOURS = 20  # candidates for a duplicate; their labels vote
 CHUNK = 8192  # images at a time
 SIDE = 16  # of a thumbnail
 CONFIRMED, ALONE = 0.9, 0.98  # the least cosine of duplicates: of pixels, too, and by features alone
+CROPPED = 0.6  # the least cosine of an image and a crop of it
+PARTS = (0.84, 0.88, 0.92, 0.96)  # of its side, that a crop may be
 NOISE = 25.0  # variance of a thumbnail's pixel, in grey levels squared, that says nothing
 
 
@@ -82,6 +86,10 @@ class CurateSettings(ReadsImages):
     pixels: float = 0.89
     """From this agreement of their pixels on two neighbours are duplicates, in (0, 1]; 0: by features alone,
     as always for embeddings, which have no pixels."""
+    crops: float = 0.0
+    """From this agreement of one's pixels with a crop of the other (84 to 96 % of its side) two neighbours
+    are duplicates, too, in (0, 1]; 0: crops aren't looked for. 0.75 finds most, and some that are merely
+    alike."""
     cosine: float | None = None
     """The least cosine of the features of duplicates, in (0, 1]; left out: 0.9, by features alone 0.98."""
     top_n: int = 1000
@@ -146,8 +154,9 @@ def curate(settings: CurateSettings) -> Curation:
     """
     if settings.cosine is not None and not 0 < settings.cosine <= 1:
         raise InputError(f"--cosine must be in (0, 1], got {settings.cosine}")
-    if not 0 <= settings.pixels <= 1:
-        raise InputError(f"--pixels must be in [0, 1], got {settings.pixels}")
+    for name in ("pixels", "crops"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise InputError(f"--{name} must be in [0, 1], got {getattr(settings, name)}")
     for name in ("top_n", "subset", "workers"):
         if getattr(settings, name) < 0:
             raise InputError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(settings, name)}")
@@ -171,11 +180,18 @@ def curate(settings: CurateSettings) -> Curation:
         rows, cosines = nearest_in_cells(sets[s].features, sets[t].features, z, NEIGHBOURS, same=s == t)
         if (s, t) == (0, 0):
             voters = rows, cosines
-        a, place = np.nonzero(cosines >= cosine)
-        b, agreed = rows[a, place], None
+        looked = settings.crops if agreement is not None else 0.0
+        a, place = np.nonzero(cosines >= (min(cosine, CROPPED) if looked else cosine))
+        b, agreed, taken = rows[a, place], None, np.ones(len(a), bool)
         if agreement is not None:
-            agreed = agreement(thumbnails(sets[s]), a, thumbnails(sets[t]), b)
-        for i in range(len(a)) if agreed is None else np.flatnonzero(agreed >= settings.pixels).tolist():
+            pixels_of = thumbnails(sets[s]), a, thumbnails(sets[t]), b
+            agreed = agreement(*pixels_of)
+            taken = (agreed >= settings.pixels) & (cosines[a, place] >= cosine)
+            if looked:
+                of_crops = agreement.of_crops(*pixels_of)
+                taken |= of_crops >= looked
+                agreed = np.maximum(agreed, of_crops)
+        for i in np.flatnonzero(taken).tolist():
             one, other = (int(a[i]), int(b[i])) if s != t else sorted((int(a[i]), int(b[i])))
             likeness = None if agreed is None else float(agreed[i])
             pairs[s, one, t, other] = float(cosines[a[i], place[i]]), likeness
@@ -355,6 +371,22 @@ class Agreement:
             found[part] = np.maximum(*[(first * self.white(way)).sum(axis=1) for way in (y, mirrored(y))])
         return found
 
+    def of_crops(self, some: np.ndarray, a: np.ndarray, others: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """As a call, but of one with the best of the other's crops, whichever is the crop."""
+        found = np.empty(len(a), np.float32)
+        step = CHUNK // 16  # of a thumbnail there are 36 crops
+        for start in range(0, len(a), step):
+            part = slice(start, start + step)
+            x, y = some[a[part]].astype(np.float32), others[b[part]].astype(np.float32)
+            best = np.full(len(x), -1, np.float32)
+            for whole, other in ((x, y), (y, x)):
+                ways = [self.white(levelled(other)), self.white(levelled(mirrored(other)))]
+                for crop in cropped(whole):
+                    white = self.white(levelled(crop))
+                    best = np.maximum(best, np.max([(white * way).sum(axis=1) for way in ways], axis=0))
+            found[part] = best
+        return found
+
     def white(self, x: np.ndarray) -> np.ndarray:
         x = (x - self.mean) @ self.whitening
         return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
@@ -370,6 +402,18 @@ def mirrored(x: np.ndarray) -> np.ndarray:
     """Thumbnails [n, P], left to right."""
     side = round(x.shape[1] ** 0.5)
     return x.reshape(-1, side, side)[:, :, ::-1].reshape(x.shape)
+
+
+def cropped(x: np.ndarray) -> Iterator[np.ndarray]:
+    """Crops of thumbnails [n, P], resized to their size: each of PARTS at nine places."""
+    side = round(x.shape[1] ** 0.5)
+    images = torch.from_numpy(x).reshape(-1, 1, side, side)
+    for part in PARTS:
+        for down, right in itertools.product((part - 1, 0.0, 1 - part), repeat=2):
+            move = torch.tensor([[part, 0.0, right], [0.0, part, down]]).expand(len(x), -1, -1)
+            grid = functional.affine_grid(move, list(images.shape), align_corners=False)
+            parts = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+            yield parts.flatten(1).numpy()
 
 
 def thumbnails(one: Embedded) -> np.ndarray:

@@ -168,3 +168,41 @@ def test_re_encoded_and_mirrored_copies_of_photographs(tmp_path, capsys):
         print(f"recall {recall:.3f}, precision {precision:.3f}, swapped labels among the first 500: {hits}")
     assert recall >= 0.95 and precision >= 0.95  # CIFAR-10's own near-duplicates count as wrong
     assert hits > 2 * 500 * len(swapped) / 5200  # twice what chance would give
+
+
+def test_a_crop_agrees_with_its_image_and_with_no_other():
+    """One in three of them mirrored."""
+    random = np.random.default_rng(3)
+    coarse = random.integers(0, 256, (80, 9, 9, 3), dtype=np.uint8)
+    images = [Image.fromarray(one).resize((64, 64), Image.Resampling.BICUBIC).convert("L") for one in coarse]
+    crops = []
+    for i, image in enumerate(images):
+        left, top = random.integers(0, 8, 2)
+        part = image.crop((left, top, left + 57, top + 57))
+        crops.append(part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if i % 3 == 0 else part)
+    small = [np.stack([np.asarray(one.resize((16, 16))).ravel() for one in some]) for some in (images, crops)]
+    agreement, every = Agreement.of(small[0]), np.arange(80)
+    both = agreement.of_crops(small[0], every, small[1], every)
+    turned = agreement.of_crops(small[1], every, small[0], every)
+    assert np.array_equal(both, turned) and both.min() > 0.75
+    assert agreement(small[0], every, small[1], every).max() < 0.89  # as a copy it isn't found
+    assert agreement.of_crops(small[0], every, small[1], np.roll(every, 1)).max() < 0.75
+
+
+def test_crops_are_found_where_they_are_looked_for(run, tmp_path, capsys):
+    random, train = np.random.default_rng(3), tmp_path / "train"
+    for i in range(40):
+        coarse = random.integers(0, 256, (3, 3, 3), dtype=np.uint8)
+        image = Image.fromarray(coarse).resize((64, 64), Image.Resampling.BICUBIC)
+        save(train, f"{i:02d}.png", np.asarray(image))
+        if i == 7:
+            save(train, "part.png", np.asarray(image.crop((0, 5, 57, 62)).resize((64, 64))))
+    found = {}
+    for crops in (0, 0.75):
+        out = ["--out", tmp_path / f"c{crops}", "--crops", crops, "--pixels", 1, "--subset", 2]
+        assert lvssl("curate", run, "--train", train, *out) == 0
+        rows = read(tmp_path / f"c{crops}/duplicates.csv")
+        found[crops] = {(r["name"], r["other_name"]) for r in rows}
+    assert ("07.png", "part.png") in found[0.75] and not found[0]
+    assert lvssl("curate", run, "--train", train, "--crops", 2) == 2
+    assert "--crops must be in [0, 1], got 2" in capsys.readouterr().err
