@@ -39,12 +39,11 @@ def shared(told: str, make: Callable[[], Arrays]) -> Arrays:
     try:
         folder = Path(tempfile.gettempdir()) / f"lvssl-arrays-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
+        if folder.lstat().st_uid != os.getuid():  # nor is a link followed
             raise PermissionError(f"{folder} is somebody else's")
         unused_removed(folder)
         place = folder / hashlib.sha256(told.encode()).hexdigest()[:16]
-        used = open(place.with_suffix(".used"), "ab")  # noqa: SIM115 (until this process ends)
-        fcntl.flock(used, fcntl.LOCK_SH)
+        used = in_use(place.with_suffix(".used"))
         with open(place.with_suffix(".lock"), "ab") as turn:
             fcntl.flock(turn, fcntl.LOCK_EX)
             if not place.is_dir():
@@ -56,9 +55,28 @@ def shared(told: str, make: Callable[[], Arrays]) -> Arrays:
         return made or make()
 
 
+def in_use(path: Path) -> IO[bytes]:
+    """The file, open and locked until this process ends: the one that others find under that name."""
+    while True:
+        used = open(path, "ab")  # noqa: SIM115
+        fcntl.flock(used, fcntl.LOCK_SH)
+        if stands(used, path):
+            return used
+        used.close()
+
+
+def stands(file: IO[bytes], path: Path) -> bool:
+    """Whether an open file is still what lies under its name: another may have removed it before the lock."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
+
+
 def written(place: Path, arrays: Arrays) -> None:
     """A folder of .npy files, beside and then renamed. OSError: no room."""
-    aside = Path(tempfile.mkdtemp(dir=place.parent, prefix="aside-"))
+    aside = place.with_suffix(".aside")  # of one process at a time; a killed one may have left it
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
     try:
         for name, array in arrays.items():
             np.save(aside / f"{name}.npy", array)
@@ -78,6 +96,9 @@ def unused_removed(folder: Path) -> None:
     for path in folder.glob("*.used"):
         with open(path, "ab") as used, suppress(BlockingIOError):
             fcntl.flock(used, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+            if not stands(used, path):
+                continue
+            for arrays in (path.with_suffix(""), path.with_suffix(".aside")):
+                shutil.rmtree(arrays, ignore_errors=True)
             path.with_suffix(".lock").unlink(missing_ok=True)
             path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 
 import torch
@@ -73,9 +74,14 @@ def _read(model: ModelSettings, resolution: int, what: str) -> Mapping[str, Tens
         found = torch.load(path, map_location="cpu", weights_only=True)
         for key in WITHIN:
             found = found[key] if isinstance(found.get(key), Mapping) else found
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
     except InputError:
         raise
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{what}: damaged, or it holds other things than tensors, which aren't loaded: "
+            "they may run code; save the state_dict alone"
+        ) from None
     except FileNotFoundError:
         raise InputError(f"{what}: no such file; or {PREFIX}USER/NAME, or {PRETRAINED}") from None
     except Exception as error:  # of torch, safetensors, timm, huggingface_hub: each its own kind

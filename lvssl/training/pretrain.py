@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from lvssl.models.device import claim, encoding_precision, pick_device, precision
 from lvssl.models.inference import infer
+from lvssl.runs import checkpoint
 from lvssl.runs.identity import describe_set
 from lvssl.runs.initial import initial_weights
 from lvssl.runs.labels import numbered_as, say_notes
@@ -102,7 +103,7 @@ def run(
     )
     with loader, ExitStack() as held:
         check()
-        fresh = not any((settings.out / "checkpoints").glob("*"))
+        fresh = not checkpoint.paths(settings.out / "checkpoints")  # a kill may leave a part of one
         begin = (
             initial_weights(settings.model, settings.view.resolution)
             if settings.model.init and fresh

@@ -113,3 +113,43 @@ def test_where_no_file_can_be_made_each_has_its_own(beton, tmp_path):
     (tmp_path / f"lvssl-arrays-{os.getuid()}").write_text("in the way")
     rank = started(READS, beton, temporary=tmp_path)
     assert rank.communicate()[0].split() == ["85", "30", "0"]
+
+
+def test_what_a_process_killed_while_it_wrote_leaves_goes_too(tmp_path):
+    dies = "import os; from pipelines import shared; shared.np.save = lambda *_: os.kill(os.getpid(), 9); "
+    rank = started(dies + "shared.shared('ones', lambda: {'ones': shared.np.ones(3)})", temporary=tmp_path)
+    rank.communicate()
+    assert [path for path in in_folder(tmp_path) if path.is_dir()]
+    started(HOLDS, temporary=tmp_path).communicate("\n")
+    assert in_folder(tmp_path) == []
+
+
+def test_a_mark_that_was_removed_before_its_lock_is_made_again(tmp_path, monkeypatch):
+    mark, locks = tmp_path / "set.used", []
+
+    def flock(file, how):
+        if not locks:
+            mark.unlink()
+        locks.append(how)
+
+    monkeypatch.setattr(shared.fcntl, "flock", flock)
+    with shared.in_use(mark) as used:
+        assert len(locks) == 2 and shared.stands(used, mark)
+
+
+def test_a_link_in_the_folders_place_is_not_followed(beton, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    for name in ("set.used", "set"):
+        (tmp_path / "mine" / name).touch()
+    link = tmp_path / f"lvssl-arrays-{os.getuid()}"
+    link.symlink_to(tmp_path / "mine")
+    real = Path.lstat
+
+    class Others:
+        st_uid = os.getuid() + 1  # who made the link: to make one as another user takes root
+
+    monkeypatch.setattr(Path, "lstat", lambda path: Others() if path == link else real(path))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(shared.tempfile, "tempdir", str(tmp_path))
+    assert len(BetonReader(beton)) == 30
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["set", "set.used"]

@@ -107,3 +107,23 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"--init w.pth: "):
         initial_weights(ModelSettings("resnet18", init="w.pth"), 96)
     assert not (tmp_path / "touched").exists()
+
+
+def test_other_names_and_code_in_a_file_are_one_line(tmp_path):
+    torch.save({0: torch.zeros(2)}, tmp_path / "numbers.pth")
+    torch.save({"code": Path.cwd}, tmp_path / "code.pth")
+    for name, said in (("numbers", "it lacks 54 of 54"), ("code", "which aren't loaded")):
+        with pytest.raises(InputError, match=f"{name}.pth.*{said}"):
+            initial_weights(ModelSettings("tiny", init=str(tmp_path / f"{name}.pth")), 8)
+
+
+def test_a_part_of_a_first_checkpoint_does_not_stand_for_one(digits, tmp_path):
+    first, out = pretrained(digits, tmp_path / "first"), tmp_path / "out"
+    more = ("--init", first, "--lr", 1e-9, "--weight-decay", 0)
+    pretrained(digits, out, *more)
+    for path in (out / "checkpoints").iterdir():
+        path.rename(path.with_name(f".{path.name}.machine-1-0.partial"))  # as a kill leaves it
+    (out / "metrics.jsonl").unlink()
+    pretrained(digits, out, *more, "--resume")
+    found, there = (initial_weights(ModelSettings("tiny", init=str(path)), 8) for path in (out, first))
+    assert torch.allclose(found["0.weight"], there["0.weight"], atol=1e-5)
