@@ -373,18 +373,24 @@ class Agreement:
 
     def of_crops(self, some: np.ndarray, a: np.ndarray, others: np.ndarray, b: np.ndarray) -> np.ndarray:
         """As a call, but of one with the best of the other's crops, whichever is the crop."""
-        found = np.empty(len(a), np.float32)
-        step = CHUNK // 16  # of a thumbnail there are 36 crops
-        for start in range(0, len(a), step):
-            part = slice(start, start + step)
-            x, y = some[a[part]].astype(np.float32), others[b[part]].astype(np.float32)
-            best = np.full(len(x), -1, np.float32)
-            for whole, other in ((x, y), (y, x)):
-                ways = [self.white(levelled(other)), self.white(levelled(mirrored(other)))]
-                for crop in cropped(whole):
-                    white = self.white(levelled(crop))
-                    best = np.maximum(best, np.max([(white * way).sum(axis=1) for way in ways], axis=0))
-            found[part] = best
+        return np.maximum(self._of_crops(some, a, others, b), self._of_crops(others, b, some, a))
+
+    def _of_crops(self, some: np.ndarray, a: np.ndarray, others: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Of the best crop of thumbnails a with thumbnails b as they are; those of an image are made once."""
+        found = np.full(len(a), -1, np.float32)
+        order = np.argsort(a, kind="stable")
+        rows, starts = np.unique(a[order], return_index=True)
+        ends = np.append(starts[1:], len(a))
+        for first in range(0, len(rows), 64):
+            chosen = slice(first, first + 64)
+            pairs = order[starts[chosen][0] : ends[chosen][-1]]
+            place = np.searchsorted(rows[chosen], a[pairs])
+            y = levelled(others[b[pairs]])
+            ways = self.white(y), self.white(mirrored(y))
+            for crop in cropped(some[rows[chosen]].astype(np.float32)):
+                white = self.white(levelled(crop))[place]
+                best = np.maximum(*[(white * way).sum(axis=1) for way in ways])
+                found[pairs] = np.maximum(found[pairs], best)
         return found
 
     def white(self, x: np.ndarray) -> np.ndarray:
