@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from lvssl.runs.progress import read_metrics
-from lvssl.runs.result import read_json
+from lvssl.runs.result import read_result
+from lvssl.runs.rows import are_rows
 from lvssl.runs.run import LOCK, read_config, read_set
 from lvssl.settings.fields import relevant
 from pipelines.errors import InputError
@@ -47,11 +49,13 @@ def results(folder: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     for stage in ("evaluation", "knn", "linear"):
         path = folder / f"{stage}.json"
-        content = read_json(path) if path.exists() else {}
-        if "top1" in content.get("results", {}).get("features", {}):
-            found[stage] = content["results"]["features"]["top1"]
-        name = (content.get("run") or {}).get("name") if stage == "evaluation" else None
-        for row in content.get("rows", []) if name else ():
+        content = read_result(path, results=dict, rows=list) if path.exists() else {}
+        features = (content.get("results") or {}).get("features")
+        if isinstance(features, dict) and isinstance(features.get("top1"), int | float):
+            found[stage] = features["top1"]
+        run, rows = content.get("run"), content.get("rows")
+        name = run.get("name") if stage == "evaluation" and isinstance(run, dict) else None
+        for row in rows if name and are_rows(rows) else ():
             if row["run"] == name and row["value"] is not None:
                 before = "" if row["representation"] == "features" else f"{row['representation']}_"
                 found.setdefault(before + row["metric"], row["value"])
@@ -71,12 +75,20 @@ def is_locked(folder: Path) -> bool:
 
 
 def runs_in(folder: Path) -> list[Listed]:
-    """Of every run in a folder or below, by name. Raises InputError: no such folder, or no run in it."""
+    """Of every run in a folder or below, by name; of a damaged one a note on stderr.
+
+    Raises InputError: no such folder, or no whole run in it.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     configs = [folder / "config.json"] if (folder / "config.json").exists() else folder.rglob("config.json")
     places = sorted(path.parent for path in configs if (path.parent / "checkpoints").is_dir())
-    found = [Listed.of(place) for place in places]
+    found = []
+    for place in places:
+        try:
+            found.append(Listed.of(place))
+        except InputError as error:
+            print(f"note: {place} is left out: {error}", file=sys.stderr)
     if not found:
         raise InputError(f"{folder}: no run in it (looked for folders with config.json and checkpoints/)")
     return found

@@ -55,3 +55,24 @@ def test_bad_input_is_one_line(two, tmp_path, capsys):
         assert main(["runs", *map(str, arguments)]) == 2
         captured = capsys.readouterr()
         assert said in captured.err and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+
+
+def test_a_damaged_run_is_left_out_and_named(run, tmp_path, capsys):
+    folder = tmp_path / "runs"
+    for name in ("whole", "damaged"):
+        shutil.copytree(run, folder / name, ignore=shutil.ignore_patterns("features"))
+    for text in ("[]", "{", '{"results": []}', '{"rows": {}}'):
+        (folder / "damaged/evaluation.json").write_text(text)
+        assert main(["runs", str(folder)]) == 0
+        captured = capsys.readouterr()
+        assert [line.split()[0] for line in captured.out.splitlines()[1:]] == [str(folder / "whole")]
+        assert captured.err.startswith("note: ") and "damaged/evaluation.json: not a result" in captured.err
+    for text in (
+        '{"results": null, "rows": null}',
+        '{"rows": [{"bits": 8}], "run": {"name": "a"}}',
+        '{"run": "a"}',
+    ):
+        (folder / "damaged/evaluation.json").write_text(text)
+        assert [one.folder.name for one in runs_in(folder)] == ["damaged", "whole"]
+    (folder / "damaged/knn.json").write_text('{"results": {"features": {"top1": null}}}')
+    assert "knn" not in Listed.of(folder / "damaged").figures
