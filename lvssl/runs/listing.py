@@ -53,7 +53,7 @@ def results(folder: Path) -> dict[str, float]:
         features = (content.get("results") or {}).get("features")
         if isinstance(features, dict) and isinstance(features.get("top1"), int | float):
             found[stage] = features["top1"]
-        run, rows = content.get("run"), content.get("rows")
+        run, rows = content.get("run"), content.get("rows") or []
         name = run.get("name") if stage == "evaluation" and isinstance(run, dict) else None
         for row in rows if name and are_rows(rows) else ():
             if row["run"] == name and row["value"] is not None:

@@ -168,6 +168,7 @@ def test_what_may_change_is_one_list_for_runs_stages_and_chains(tmp_path):
     other = {
         "augmentation": "numba",
         "graph": "off",
+        "log": ("tensorboard", "wandb"),
         "source": "ffcv",
         "device": "cpu",
         "preset": "digits",
