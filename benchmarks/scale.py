@@ -152,7 +152,7 @@ def main(arguments: list[str]) -> None:
     folder = options.scratch or Path(tempfile.mkdtemp(prefix="lvssl-scale-"))
     try:
         if options.kill:
-            return killed(folder, options.images, options.json)
+            return killed(folder, options.images, options)
         commands = rows_of(folder, options.images)
         if unknown := set(options.only) - set(commands):
             raise InputError(f"no row {', '.join(sorted(unknown))}; known: {', '.join(commands)}")
@@ -211,7 +211,7 @@ def line_of(row: dict[str, Any]) -> str:
 
 def into_page(page: Path, rows: list[dict[str, Any]]) -> None:
     """Put the table in the place of the page's first: a line a row, a pair of columns a size."""
-    rows = [row for row in rows if "mib" in row or "failed" in row]
+    rows = [row for row in rows if "mib" in row or "failed" in row]  # no others stand in it
     sizes = sorted({row["images"] for row in rows})
     cells = {(row["row"], row["images"]): cells_of(row) for row in rows}
     heads = [f"{what}, {size:,}" for size in sizes for what in ("seconds", "processors'", "MiB")]
@@ -334,18 +334,23 @@ def anonymous(pid: int) -> int:
     return 0
 
 
-def killed(folder: Path, images: int, path: Path | None) -> None:
+def killed(folder: Path, images: int, options: argparse.Namespace) -> None:
     """merge, encode and linear, whole, and then twice killed by SIGKILL and gone on with: the same bytes?"""
     make_images(folder / "images", images)
     commands, log = rows_of(folder, max(images, LARGE_SET)), folder / "log"  # a probe of one epoch
     for name in ("convert", "convert queries", "convert 1/2", "convert 2/2", "pretrain"):
-        measured(name, commands[name], log, stopper(folder / "run", name))
+        if not (folder / "run" / "checkpoints").is_dir():
+            measured(name, commands[name], log, stopper(folder / "run", name))
     made = {
         "merge": ["merged.beton*"],
-        "encode": ["run/codes.lvcodes*", "run/density.safetensors"],
+        "encode": ["run/codes.lvcodes*"],
         "linear --probe streamed": ["run/linear.json", "run/features/*/*.npy", "run/features/*/store.json"],
     }
     for name, patterns in made.items():
+        if options.only and name not in options.only:
+            continue
+        for file in contents(folder, patterns):
+            (folder / file).unlink()
         seconds, kills = measured(name, commands[name], log)["seconds"], 0
         whole = contents(folder, patterns)
         for file in whole:
@@ -358,8 +363,8 @@ def killed(folder: Path, images: int, path: Path | None) -> None:
         row = {"row": f"{name}, killed", "images": images, "kills": kills}
         row |= {"files": len(whole), "same bytes": contents(folder, patterns) == whole}
         print(row, flush=True)
-        if path:
-            keep(path, [row])
+        if options.json:
+            keep(options.json, [row])
 
 
 def after(moment: float) -> bool:
