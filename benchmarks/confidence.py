@@ -178,7 +178,8 @@ def of_search(candidates: Candidates, features: np.ndarray, labels: np.ndarray) 
     quantiser = FITS["itq"](candidates.known, SEARCHED)
     codes = quantiser.encode(candidates.known)
     rows, distances = nearest_rows(features, codes, 1, quantiser)
-    cosines = np.array([quantiser.cosines(x, codes[row])[0] for x, row in zip(features, rows)])
+    projected = quantiser.project(features)
+    cosines = np.array([quantiser.cosines(x, codes[row])[0] for x, row in zip(projected, rows)])
     wrong = candidates.labels[rows[:, 0]] != labels
     by = {"search, distance": distances[:, 0], "search, cosine": -cosines}
     return {name: {"training": auroc(wrong, score)} for name, score in by.items()}

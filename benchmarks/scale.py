@@ -222,7 +222,8 @@ def into_page(page: Path, rows: list[dict[str, Any]]) -> None:
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     text = page.read_text()
     start = text.index("| row |")
-    page.write_text(text[:start] + table + text[start:].partition("\n\n")[2].join(["\n", ""]))
+    after = text[start:].partition("\n\n")[2]
+    page.write_text(f"{text[:start]}{table}\n{after}")
 
 
 def cells_of(row: dict[str, Any]) -> list[str]:

@@ -30,12 +30,13 @@ from tyro.conf import Positional
 from lvssl.evaluation.density import FILE as DENSITY
 from lvssl.evaluation.density import stored_density
 from lvssl.evaluation.stage import in_words
-from lvssl.models.backbone import CIFAR_STEM_UP_TO, RESNETS, SMALL, feature_dim
+from lvssl.models.backbone import CIFAR_STEM_UP_TO, RESNETS, feature_dim
 from lvssl.models.network import LVNet
 from lvssl.runs.hub import Upload
 from lvssl.runs.result import read_json
 from lvssl.runs.run import Run, load_run, read_set, versions
 from lvssl.settings.fields import to_dict
+from lvssl.settings.pretrain import BACKBONES
 from pipelines.errors import InputError
 from pipelines.normalise import normalise
 from pipelines.order import steps_per_epoch
@@ -119,7 +120,7 @@ def has_torchvisions_stem(run: Run) -> bool:
 
 def is_timms(run: Run) -> bool:
     """Whether timm has the architecture."""
-    return has_torchvisions_stem(run) or run.settings.model.backbone not in (*RESNETS, *SMALL)
+    return has_torchvisions_stem(run) or run.settings.model.backbone not in BACKBONES
 
 
 def config(run: Run) -> dict[str, Any]:
@@ -150,7 +151,7 @@ def config(run: Run) -> dict[str, Any]:
         "classifier": "fc",
     }
     timm: dict[str, Any] = {"architecture": settings.model.backbone} if is_timms(run) else {}
-    if settings.model.backbone not in (*RESNETS, *SMALL):
+    if settings.model.backbone not in BACKBONES:
         own: Any = run.network.backbone.pretrained_cfg
         pretrained |= {name: own.get(name) for name in ("first_conv", "classifier")}
         timm["model_args"] = model_args(run)

@@ -30,9 +30,9 @@ def processes(environment: Mapping[str, str] = os.environ) -> int:
     return next((int(each) for each in started if each.isdecimal()), 1)
 
 
-def shared(told: str, make: Callable[[], Arrays]) -> Arrays:
+def shared(told: Callable[[], str], make: Callable[[], Arrays]) -> Arrays:
     """make()'s arrays, mapped where other processes may need the same; to write into one changes this
-    process's copy alone. `told` says all that they depend on. Raises what `make` does."""
+    process's copy alone. `told()` says all that they depend on. Raises what `make` does."""
     if processes() == 1:
         return make()
     made: Arrays = {}
@@ -42,7 +42,7 @@ def shared(told: str, make: Callable[[], Arrays]) -> Arrays:
         if folder.lstat().st_uid != os.getuid():  # nor is a link followed
             raise PermissionError(f"{folder} is somebody else's")
         unused_removed(folder)
-        place = folder / hashlib.sha256(told.encode()).hexdigest()[:16]
+        place = folder / hashlib.sha256(told().encode()).hexdigest()[:16]
         used = in_use(place.with_suffix(".used"))
         with open(place.with_suffix(".lock"), "ab") as turn:
             fcntl.flock(turn, fcntl.LOCK_EX)

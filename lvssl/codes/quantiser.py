@@ -75,12 +75,12 @@ class Quantiser:
         rows = unpack_bits(codes, self.bits) if self.hamming else codes
         return self.words[np.arange(len(self.words)), rows].reshape(len(codes), -1)
 
-    def cosines(self, feature: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        """Of one feature [D] and what each code stands for: float32 [N]. It says better than the distance
-        whether the nearest is a wrong one (docs/uncertainty.md)."""
-        words, x = self.decode(codes), self.project(feature[None])[0]
-        norms = np.linalg.norm(words, axis=1) * np.linalg.norm(x)
-        return words @ x / np.maximum(norms, np.finfo(np.float32).tiny)
+    def cosines(self, projected: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Of one projected feature [E] and what each code stands for: float32 [N]. It says better than the
+        distance whether the nearest is a wrong one (docs/uncertainty.md)."""
+        words = self.decode(codes)
+        norms = np.linalg.norm(words, axis=1) * np.linalg.norm(projected)
+        return words @ projected / np.maximum(norms, np.finfo(np.float32).tiny)
 
     def squares(self, projected: np.ndarray) -> np.ndarray:
         """Squared distances float32 [N, P, words] of projected features [N, E] to the words of each part."""

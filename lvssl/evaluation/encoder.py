@@ -167,13 +167,15 @@ class Searcher:
         if self.means is not None:
             rows, cosines = rerank(some.means, self.means, rows, k)
             distances = np.bitwise_count(some.codes[:, None] ^ index.rows[rows]).sum(axis=2, dtype=np.int32)
+        quantiser = self.encoder.quantiser if real and cosines is None else None
+        projected = None if quantiser is None else quantiser.project(some.values)
         found = []
         for i, of_query in enumerate(rows.tolist()):
             similarity: list[float | None] = [None] * k
             if cosines is not None:
                 similarity = cosines[i].tolist()
-            elif real and (quantiser := self.encoder.quantiser) is not None:
-                similarity = quantiser.cosines(some.values[i], index.rows[of_query]).tolist()
+            elif quantiser is not None and projected is not None:
+                similarity = quantiser.cosines(projected[i], index.rows[of_query]).tolist()
             scores = [None] * k if self.uncertainty is None else self.uncertainty[rows[i]].tolist()
             columns = zip(of_query, distances[i].tolist(), similarity, scores)
             found.append([Neighbour(index.names[row], *rest) for row, *rest in columns])

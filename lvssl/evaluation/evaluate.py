@@ -150,8 +150,8 @@ def linear(
 
 def protocol(train: Reader, epochs: int) -> dict[str, Any]:
     """How `measure` and `baselines` measure on so many training images."""
-    k, temperature = OF_LARGE if len(train) >= LARGE_SET else OF_SMALL
     large = len(train) >= LARGE_SET
+    k, temperature = OF_LARGE if large else OF_SMALL
     probe = streamed.protocol(epochs) if large else "logistic regression by L-BFGS, all images in memory"
     return {"linear": probe, "knn": {"k": k, "temperature": temperature}}
 

@@ -55,8 +55,8 @@ class Upload:
         except Exception as error:  # of huggingface_hub, its HTTP client or the network, each its own kind
             raise InputError(f"{self.what}: {first_line(error)}; `hf auth login` keeps a token") from error
 
-    def send(self, folder: Path) -> str:
-        """Upload every file as one commit, into a new repository or as the next version; returns its address.
+    def send(self, folder: Path) -> None:
+        """Upload every file as one commit, into a new repository or as the next version.
 
         Raises InputError: the Hub doesn't take it. The folder stays.
         """
@@ -68,4 +68,3 @@ class Upload:
             raise InputError(
                 f"{self.what}: {first_line(error)}; {folder} is whole, `{again}` tries again"
             ) from error
-        return f"{PREFIX}{self.repository}"

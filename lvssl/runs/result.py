@@ -28,6 +28,7 @@ class ResultFile:
     checkpoint: str  # digest of the run's
     beside: Mapping[str, str] = field(default_factory=dict)  # folder of each other run -> its checkpoint
     files: tuple[Path, ...] = ()  # what else belongs to the result, written before it
+    in_rows: bool = False  # whether its measurements are rows
 
     @classmethod
     def of_run(cls, name: str, file: str, settings: Any, runs: list[Run], also: str) -> ResultFile:
@@ -36,7 +37,7 @@ class ResultFile:
         run, *others = runs
         beside = {str(other.folder.resolve()): other.digest for other in others}
         folder = result_folder(settings)
-        return cls(folder / file, name, settings, run.digest, beside, (folder / also,))
+        return cls(folder / file, name, settings, run.digest, beside, (folder / also,), in_rows=True)
 
     def found(self) -> dict[str, Any] | None:
         """The result, if it stands there already, whole. One of an older version, whose measurements are no
@@ -61,7 +62,7 @@ class ResultFile:
                 require_writable(self.path.parent)
                 return None
             raise
-        of_now = not self.files or are_rows(content.get("rows"))
+        of_now = not self.in_rows or are_rows(content.get("rows"))
         return content if of_now and all(file.exists() for file in self.files) else None
 
     def changes(self, content: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lvssl.runs.result import read_json
+from lvssl.settings.fields import flat
 from pipelines.errors import InputError
 
 
@@ -110,10 +111,3 @@ def about(folder: Path) -> dict[str, Any]:
     """A run's settings, name by name: "latent.family"."""
     path = folder / "config.json"
     return flat(read_json(path)["settings"]) if path.exists() else {}
-
-
-def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
-    return found

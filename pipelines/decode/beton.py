@@ -57,7 +57,7 @@ class BetonReader:
         """Open and check the files; raises InputError if one is missing, cut short, no beton, or of another
         conversion than the first."""
         self._files = parts_of(path)
-        columns = shared(identity_of(path, self._files), partial(read_columns, path))
+        columns = shared(partial(identity_of, path, self._files), partial(read_columns, path))
         manifest = json.loads(columns.pop("manifest").tobytes())
         self._counts = columns.pop("counts")
         targets = {name: columns.pop(f"target-{n}") for n, name in enumerate(manifest["targets"])}

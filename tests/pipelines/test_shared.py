@@ -29,7 +29,7 @@ HOLDS = """if True:
     def anonymous():
         return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 1024
     before = anonymous()
-    held = shared("ones", lambda: {"ones": np.ones(8 << 20)})
+    held = shared(lambda: "ones", lambda: {"ones": np.ones(8 << 20)})
     print(held["ones"].sum() / (8 << 20), anonymous() - before, flush=True)
     input()
 """
@@ -117,7 +117,9 @@ def test_where_no_file_can_be_made_each_has_its_own(beton, tmp_path):
 
 def test_what_a_process_killed_while_it_wrote_leaves_goes_too(tmp_path):
     dies = "import os; from pipelines import shared; shared.np.save = lambda *_: os.kill(os.getpid(), 9); "
-    rank = started(dies + "shared.shared('ones', lambda: {'ones': shared.np.ones(3)})", temporary=tmp_path)
+    rank = started(
+        dies + "shared.shared(lambda: 'ones', lambda: {'ones': shared.np.ones(3)})", temporary=tmp_path
+    )
     rank.communicate()
     assert [path for path in in_folder(tmp_path) if path.is_dir()]
     started(HOLDS, temporary=tmp_path).communicate("\n")
