@@ -23,6 +23,7 @@ OF_SMALL, OF_LARGE = (20, 0.07), (200, 0.1)  # the customary k and temperature, 
 QUERIES = 8192  # test images for which the training images are read once
 BLOCK = 512  # of these at a time; with TILE: 8 MB of cosines
 TILE, DEVICE_TILE = 4096, 65_536  # training images at a time, on a CPU and elsewhere
+GLANCE = 128  # cosines that are compared with the limit before one is looked at by itself
 SPARE = 64  # places of a buffer beyond 2 k, so that a small k is not sorted out all the time
 HAMMING_QUERIES = 1024  # whose sums of tied votes [.., C] are held in fp64
 
@@ -177,20 +178,27 @@ def take_nearest(cosines, first, keys, held, limits, k):
     bits = cosines.view(np.int32)
     for q in range(cosines.shape[0]):
         limit, used = limits[q], held[q]
-        for n in range(cosines.shape[1]):
-            if cosines[q, n] > limit:
-                order = np.int64(bits[q, n])
-                if order < 0:
-                    order ^= 0x7FFFFFFF
-                keys[q, used] = (-order << 32) | (first + n)
-                used += 1
-                if used == keys.shape[1]:
-                    keys[q].sort()
-                    used = k
-                    order = -(keys[q, k - 1] >> 32)
+        for begin in range(0, cosines.shape[1], GLANCE):
+            near = cosines[q, begin : begin + GLANCE]
+            nearer = False
+            for n in range(near.shape[0]):
+                nearer |= near[n] > limit  # without a branch, so in vectors; it is rarely true
+            if not nearer:
+                continue
+            for n in range(near.shape[0]):
+                if near[n] > limit:
+                    order = np.int64(bits[q, begin + n])
                     if order < 0:
                         order ^= 0x7FFFFFFF
-                    limit = np.int32(order).view(np.float32)
+                    keys[q, used] = (-order << 32) | (first + begin + n)
+                    used += 1
+                    if used == keys.shape[1]:
+                        keys[q].sort()
+                        used = k
+                        order = -(keys[q, k - 1] >> 32)
+                        if order < 0:
+                            order ^= 0x7FFFFFFF
+                        limit = np.int32(order).view(np.float32)
         limits[q], held[q] = limit, used
 
 
