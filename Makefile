@@ -12,7 +12,7 @@ DATA ?=
 WITH ?=
 # of `make test-cpus`:
 CPUS ?=
-BENCH ?= $(filter-out study gpu gpu_study peers photos real_images,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
+BENCH ?= $(filter-out before study gpu gpu_study peers photos real_images,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
 
 # The tests' models are so small that a thread a core of a large machine would slow them down.
 test test-slow test-slurm test-ffcv test-oldest: export OMP_NUM_THREADS ?= 1
