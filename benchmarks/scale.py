@@ -75,6 +75,28 @@ test = "queries.beton"
 preset = "digits"
 [evaluate]
 """
+WHOLE = """name = "whole"
+out = "whole"
+[convert.train]
+source = "images/train"
+shards = 2
+[convert.test]
+source = "images/test"
+[pretrain]
+preset = "digits"
+epochs = 2
+batch_size = 500
+[evaluate]
+[analyse]
+[knn]
+[linear]
+probe = "streamed"
+probe_epochs = 1
+[finetune]
+epochs = 1
+[finetune.sweep]
+grid = { label_fraction = [0.1, 1.0] }
+"""
 LABELS = (
     "from pathlib import Path; from pipelines.formats.manifest import manifest_path, read_columns;"
     "print(len(read_columns(manifest_path(Path('{train}')), ('label', 'name'))[1]['label']))"
@@ -121,8 +143,9 @@ def rows_of(folder: Path, images: int) -> dict[str, list[str]]:
         "export": [*lvssl, "export", run, "--out", folder / "export"],
         "knn of embeddings": [*lvssl, "knn", folder / "embeddings", "--k", 20],
         "linear of embeddings": [*lvssl, "linear", folder / "embeddings", "--probe", "streamed", *once],
-        "knn, all test images": [*lvssl, "knn", run, "--out", folder / "knn-all.json"],
     }
+    if images < LARGE_SET:  # days, otherwise
+        rows["launch --cluster local"] = [*lvssl, "launch", folder / "whole.toml", "--cluster", "local"]
     return {name: [str(word) for word in words] for name, words in rows.items()}
 
 
@@ -170,6 +193,7 @@ def measured_rows(
     """The rows, kept in the folder and the table as each is done; those there are not run again."""
     make_images(folder / "images", options.images)
     (folder / "pipeline.toml").write_text(CHAIN)
+    (folder / "whole.toml").write_text(WHOLE)
     kept, rows = folder / "rows.json", []
     stand = json.loads(kept.read_text())["rows"] if kept.exists() else []
     there = {row["row"]: row for row in stand if "failed" not in row}
@@ -216,7 +240,7 @@ def into_page(page: Path, rows: list[dict[str, Any]]) -> None:
     cells = {(row["row"], row["images"]): cells_of(row) for row in rows}
     heads = [f"{what}, {size:,}" for size in sizes for what in ("seconds", "processors'", "MiB")]
     lines = [["row", *heads], ["---", *["--:"] * len(heads)]]
-    names = [*rows_of(Path(), IMAGES)]
+    names = [*rows_of(Path(), CLASSES)]
     for name in sorted({row["row"] for row in rows}, key=names.index):
         lines.append([name, *(cell for size in sizes for cell in cells.get((name, size), [""] * 3))])
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
