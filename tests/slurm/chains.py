@@ -74,7 +74,8 @@ class Chain:
         return record.state if record else "new"
 
     def log(self, stage: str) -> str:
-        return Path(read_jobs(self.out)[self.task(stage).key]["log"]).read_text()
+        log = Path(read_jobs(self.out)[self.task(stage).key]["log"])
+        return log.read_text() if log.exists() else f"{log}: not begun"
 
     def step(self) -> int:
         """The last step in the run's metrics.jsonl."""
