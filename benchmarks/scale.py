@@ -94,6 +94,9 @@ probe = "streamed"
 probe_epochs = 1
 [finetune]
 epochs = 1
+min_steps = 100
+lr = [0.05]
+weight_decay = [0.0]
 [finetune.sweep]
 grid = { label_fraction = [0.1, 1.0] }
 """

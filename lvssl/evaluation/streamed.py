@@ -22,6 +22,7 @@ from pipelines.kernels.pack import unpack_bits
 EPOCHS, STEPS = 10, 5000  # the least of both; of a million images the epochs are more
 BATCH, LR = 1024, 1e-2  # of Adam, whose rate falls to 0 along a cosine
 STRENGTHS = (1e-1, 1e-2, 1e-3)  # as of the exact probe
+TINY = 1e-30  # of a gradient by a logit, whose sums are of some 1e-7 and more
 PAGE = 16  # rows that are read together: of 2,048 features 128 KB
 HELD_OUT, MOST_HELD_OUT = 0.15, 50_000  # share of the pages, and rows, on which the strength is chosen
 CHUNK = 8192  # rows at a time where all are read
@@ -95,9 +96,9 @@ def streamed_probe(
         for group in optimiser.param_groups:
             group["lr"] = LR * 0.5 * (1 + math.cos(math.pi * step / steps))
         answers = torch.from_numpy(y[rows]).to(device).repeat_interleave(len(STRENGTHS))
-        entropy = torch.nn.functional.cross_entropy(
-            logits(train_x, rows).flatten(0, 1), answers, reduction="sum"
-        )
+        found = logits(train_x, rows).flatten(0, 1)
+        found.register_hook(without_subnormals)
+        entropy = torch.nn.functional.cross_entropy(found, answers, reduction="sum")
         loss = entropy / len(rows) + (strengths / 2 * weight.square().sum(dim=(0, 2))).sum()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -133,6 +134,13 @@ def probed(
     (x, y), (test_x, test_y) = train, test
     found = linear_probe(x[:], y, test_x[:], test_y, seed=seed, title="linear: fits of the probe")
     return found, {"regularisation": found.regularisation}
+
+
+def without_subnormals(gradients: Tensor) -> Tensor:
+    """0 in the place of values that no sum would show. Where classes are well apart, most probabilities come
+    near fp32's smallest number, and a CPU multiplies those up to twenty times as slowly: steps took 0.87 s
+    instead of 0.21 (1,000 classes, 2,048 features)."""
+    return gradients.masked_fill(gradients.abs() < TINY, 0.0)
 
 
 def standardisation(x: Rows) -> tuple[Tensor, Tensor]:

@@ -91,3 +91,22 @@ def test_what_cannot_be_learnt_is_named(made):
         streamed_probe(broken, y, test_x, test_y)
     with pytest.raises(InputError, match="at least two classes"):
         streamed_probe(x, np.zeros_like(y), test_x, test_y, device=torch.device("cpu"))
+
+
+def test_classes_far_apart_leave_no_subnormal_gradients(monkeypatch):
+    """They would be multiplied many times as slowly. Each is below what a sum of the others shows."""
+    x, y = np.eye(4, dtype=np.float32).repeat(400, axis=0), np.arange(4).repeat(400)
+    normal, subnormal, mended = torch.finfo(torch.float32).tiny, 0, streamed.without_subnormals
+
+    def looked_at(gradients):
+        nonlocal subnormal
+        subnormal += int(((gradients != 0) & (gradients.abs() < normal)).sum())
+        found = mended(gradients)
+        assert found[found != 0].abs().min() >= streamed.TINY > normal
+        assert (gradients - found).abs().max() < streamed.TINY
+        return found
+
+    monkeypatch.setattr(streamed, "without_subnormals", looked_at)
+    monkeypatch.setattr(streamed, "LR", 5.0)
+    assert streamed_probe(x, y, x, y, epochs=20).accuracy == 100
+    assert subnormal > 100
