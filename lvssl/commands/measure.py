@@ -117,7 +117,7 @@ def report(arguments: list[str]) -> None:
 def runs(arguments: list[str]) -> None:
     import tyro
 
-    from lvssl.runs.listing import ONLINE, compared, ranked, runs_in
+    from lvssl.runs.listing import ONLINE, RANK, compared, ranked, runs_in
     from pipelines.amounts import size_text
 
     @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def runs(arguments: list[str]) -> None:
         """Where to look, subfolders included."""
         best: str = ""
         """Sort by a figure: one of `evaluate` (linear, knn, code_linear, code_knn ...), or of the log (loss,
-        probe_features ...)."""
+        rankme, probe_features, online_knn ...)."""
         compare: tuple[Path, Path] | None = None
         """Two runs' folders: the settings that differ, and their figures at the same parts of both."""
 
@@ -138,7 +138,7 @@ def runs(arguments: list[str]) -> None:
         show_table([("", *map(str, chosen.compare)), *settings, *figures])
         return
     found = runs_in(chosen.folder)
-    metrics = [chosen.best] if chosen.best else ["loss", ONLINE, "linear", "knn"]
+    metrics = [chosen.best] if chosen.best else ["loss", RANK, ONLINE, "linear", "knn"]
     if chosen.best:
         found = ranked(found, chosen.best)
     show_table(

@@ -31,6 +31,16 @@ def curves(run_dir: Path, evaluation: dict[str, Any], command: str) -> str:
                 ("control's features", control, "probe_features", "control"),
             ],
         ),
+        (
+            "Online kNN",
+            "images whose nearest in the batch is of their class, %",
+            [("run", rows, "online_knn", "run"), ("control", control, "online_knn", "control")],
+        ),
+        (
+            "Effective rank",
+            "RankMe of a batch's features",
+            [("run", rows, "rankme", "run"), ("control", control, "rankme", "control")],
+        ),
         ("Speed", "images a second", [("run", rows, "images_per_second", "run")]),
     ]
     if not any(

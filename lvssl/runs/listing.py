@@ -16,7 +16,8 @@ from pipelines.errors import InputError
 from pipelines.order import steps_per_epoch
 
 ONLINE = "probe_features"  # the online probe on features, percent: what a run of labelled images logs
-CURVES = ("loss", "rate_bits", ONLINE, "probe_code", "images_per_second")
+RANK = "rankme"  # the effective rank of the features, of any run
+CURVES = ("loss", "rate_bits", ONLINE, "probe_code", "online_knn", RANK, "images_per_second")
 POINTS = 5  # of a training at which two curves are compared
 
 
@@ -41,7 +42,8 @@ class Listed:
         state = "training" if is_locked(folder) else "done" if steps and step >= steps else "stopped"
         files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
         size = sum(path.stat().st_size for path in files)
-        return cls(folder, state, step, steps, {**last, **results(folder)}, size)
+        of_epochs = {name: row[name] for row in rows for name in (RANK, "online_knn") if name in row}
+        return cls(folder, state, step, steps, {**of_epochs, **last, **results(folder)}, size)
 
 
 def results(folder: Path) -> dict[str, float]:

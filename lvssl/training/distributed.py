@@ -312,6 +312,15 @@ def everywhere(verdict: torch.Tensor) -> torch.Tensor:
     return shared.bool()
 
 
+def gathered(own: torch.Tensor) -> list[torch.Tensor]:
+    """What each rank has, all of one shape, in the order of the ranks."""
+    if not dist.is_initialized():
+        return [own]
+    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, own.contiguous())
+    return everyone
+
+
 def mean_over_ranks(figures: torch.Tensor) -> torch.Tensor:
     """The mean of each figure over the ranks, on each of them."""
     if dist.is_initialized():

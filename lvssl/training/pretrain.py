@@ -7,7 +7,6 @@ from contextlib import ExitStack
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from lvssl.models.device import claim, encoding_precision, pick_device, precision
 from lvssl.models.inference import infer
@@ -18,7 +17,7 @@ from lvssl.runs.labels import numbered_as, say_notes
 from lvssl.runs.run import create_run, read_set, run_lock
 from lvssl.runs.sinks import require_installed
 from lvssl.settings.pretrain import PretrainSettings
-from lvssl.training.distributed import World, connected, from_first, world_of
+from lvssl.training.distributed import World, connected, from_first, gathered, world_of
 from lvssl.training.optimiser import describe_groups
 from lvssl.training.prepare import keep_compiled
 from lvssl.training.stopping import Interrupted, Stop, stop_signals
@@ -137,11 +136,7 @@ def calibrate(trainer: Trainer, source: Reader) -> None:
         found = infer(network, batches, settings.view, network.features)
         with torch.compiler.set_stance("force_eager"):  # as it will be loaded; compiling takes longer
             own = torch.cat([features.float() for features, _ in found])
-        everyone = [own]
-        if world.size > 1:
-            everyone = [torch.empty_like(own) for _ in range(world.size)]
-            dist.all_gather(everyone, own)
-        network.calibrate(torch.stack(everyone, dim=1).flatten(0, 1))
+        network.calibrate(torch.stack(gathered(own), dim=1).flatten(0, 1))
     trainer.calibrated = True
     trainer.save()
     trainer.writer.wait()

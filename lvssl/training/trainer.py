@@ -17,7 +17,8 @@ from lvssl.models.utilisation import operations
 from lvssl.runs.run import require_weights_of
 from lvssl.settings.pretrain import PretrainSettings
 from lvssl.training.average import Average
-from lvssl.training.distributed import World, broadcast_state
+from lvssl.training.distributed import World, broadcast_state, gathered
+from lvssl.training.features import figures as of_features
 from lvssl.training.gradients import backward
 from lvssl.training.health import health, warn
 from lvssl.training.loop import Figures, Loop, Pace
@@ -171,7 +172,7 @@ class Trainer(Loop):
             probes = self.network.probe_logits(outputs)
         figures = objective(outputs, self.settings, fraction)
         if logged:
-            figures |= health(self.network, outputs)
+            figures |= health(self.network, outputs) | {"h": features, "labels": labels}
         loss = figures["loss"]
         labels = labels.repeat(2)
         for name, logits in probes.items():
@@ -197,9 +198,16 @@ class Trainer(Loop):
     # -- what is said of it -----------------------------------------------------------------------
 
     def row(self, figures: Figures) -> dict[str, Any]:
-        """See `Loop.row`."""
-        skipped = {"skipped": self.loader.skipped} if self.settings.on_error != "raise" else {}
-        return super().row(figures) | skipped
+        """See `Loop.row`; with those of the features at the end of each epoch."""
+        row = super().row({name: figure for name, figure in figures.items() if figure.ndim == 0})
+        if self.settings.on_error != "raise":
+            row["skipped"] = self.loader.skipped
+        ends = self.step % len(self.loader) < self.settings.log_every or self.step == self.steps
+        if ends and "h" in figures:
+            views = torch.cat(gathered(figures["h"].unflatten(0, (2, -1))), dim=1)
+            labels = torch.cat(gathered(figures["labels"])) if self.network.probes is not None else None
+            row |= of_features(views, labels)
+        return row
 
     def note(self, row: dict[str, Any]) -> str:
         """See `Loop.note`; warns of a posterior that collapses and the like, once of each."""

@@ -25,7 +25,9 @@ def two(run, digits, tmp_path):
 def test_runs_are_listed_ranked_and_compared(two, capsys):
     assert main(["runs", str(two)]) == 0
     head, second, first = capsys.readouterr().out.splitlines()
-    assert head.split() == ["run", "state", "step", "loss", "probe_features", "linear", "knn", "disk"]
+    assert head.split() == [
+        "run", "state", "step", "loss", "rankme", "probe_features", "linear", "knn", "disk",
+    ]  # fmt: skip
     assert first.split()[:3] == [str(two / "first"), "done", "60/60"]
     assert second.split()[:3] == [str(two / "deeper/second"), "stopped", "30/60"]
     listed = Listed.of(two / "first")
@@ -38,6 +40,11 @@ def test_runs_are_listed_ranked_and_compared(two, capsys):
     ]
     assert main(["runs", str(two), "--best", "linear"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2  # the other hasn't been evaluated
+    assert main(["runs", str(two), "--best", "rankme"]) == 0  # the other has it of its last whole epoch
+    ranks = [one.figures["rankme"] for one in runs_in(two)]
+    assert [line.split()[3] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        f"{rank:.4g}" for rank in sorted(ranks, reverse=True)
+    ]
     assert main(["runs", "--compare", str(two / "first"), str(two / "deeper/second")]) == 0
     said = capsys.readouterr().out
     assert ["temperature", "0.2", "0.5"] in [line.split() for line in said.splitlines()]
