@@ -3,6 +3,7 @@
 DIR/model.safetensors   the backbone, under torchvision's names
     head.safetensors    the posterior's head: h -> the latent's parameters
     encoder.onnx        crops uint8 [N, R, R, 3] -> packed codes uint8 [N, bytes], those of `lvssl encode`
+    quantisers/         of the codes that `lvssl encode --bits` has fitted
     config.json         timm's form (where timm has the architecture), and what `lvssl.load` needs beside it
     density.safetensors what an uncertainty is computed from, where `lvssl encode` has fitted it
     hubconf.py          for torch.hub.load(DIR, "backbone", source="local")
@@ -16,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tyro.conf import Positional
 
+from lvssl.codes.quantiser import Quantiser
 from lvssl.evaluation.density import FILE as DENSITY
 from lvssl.evaluation.density import stored_density
+from lvssl.evaluation.quantisers import chosen_code, fitted_quantiser, own_bits, stored_quantisers
 from lvssl.evaluation.stage import in_words
 from lvssl.models.backbone import CIFAR_STEM_UP_TO, RESNETS, feature_dim
 from lvssl.models.network import LVNet
@@ -55,6 +58,10 @@ class ExportSettings:
     """A folder that doesn't exist yet."""
     onnx: bool = True
     """Also encoder.onnx: image -> packed code. Needs the extra `export`."""
+    bits: int = 0
+    """Length of the codes that encoder.onnx gives; 0: the run's own code."""
+    code: str = "auto"
+    """With --bits, as of `lvssl encode`, which has fitted it: auto, bits, opq, itq, pca."""
     push: str = ""
     """USER/NAME: upload the folder to the Hugging Face Hub, too, as a private repository unless there is one
     already. With the token of `hf auth login`, or $HF_TOKEN."""
@@ -65,14 +72,17 @@ class ExportSettings:
 def export(settings: ExportSettings) -> Path:
     """Make the folder, all of it or nothing, upload it if asked to, and return it.
 
-    Raises InputError: no such run, the folder exists, ONNX is asked for and not installed, or the Hub refuses
-    the upload (the folder stays).
+    Raises InputError: no such run, the folder exists, ONNX is asked for and not installed, a quantiser that
+    isn't fitted yet, or the Hub refuses the upload (the folder stays).
     """
     if settings.out.exists():
         raise InputError(f"{settings.out} exists: choose another --out")
     if settings.onnx and importlib.util.find_spec("onnxscript") is None:
         raise InputError("encoder.onnx needs onnx and onnxscript: pip install 'lvssl[export]', or --no-onnx")
     run = load_run(settings.run)
+    code = chosen_code(run, settings.bits, settings.code)
+    bits = settings.bits or own_bits(run)
+    quantiser = fitted_quantiser(run, code, bits)
     upload = Upload(settings.push, settings.public) if settings.push else None
     network = run.network.cpu()
     network.precision = torch.float32
@@ -87,12 +97,15 @@ def export(settings: ExportSettings) -> Path:
         (aside / "hubconf.py").write_text(hubconf(run))
         if stored_density(run) is not None:
             shutil.copyfile(run.folder / DENSITY, aside / DENSITY)
+        for path in stored_quantisers(run):
+            (aside / "quantisers").mkdir(exist_ok=True)
+            shutil.copyfile(path, aside / "quantisers" / path.name)
         if settings.onnx:
-            write_onnx(network, run.settings.view, aside / "encoder.onnx")
-        (aside / "README.md").write_text(card(run, settings))
-        aside.chmod(0o755)
-        for file in aside.iterdir():
-            file.chmod(0o644)
+            write_onnx(CodeOf(network, run.settings.view, bits, quantiser), aside / "encoder.onnx")
+        form = f"{bits // 8} bytes of opq" if code == "opq" else f"{bits} bits, d in byte d // 8 at d % 8"
+        (aside / "README.md").write_text(card(run, form if settings.onnx else ""))
+        for path in (aside, *aside.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         os.rename(aside, settings.out)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -127,13 +140,12 @@ def config(run: Run) -> dict[str, Any]:
     """timm's config.json, as `timm.create_model("local-dir:DIR")` reads it; and ours under "lvssl"."""
     settings, view = run.settings, run.settings.view
     features = feature_dim(settings.model.backbone)
-    bits = run.network.family.code_bits(run.network.dim)
     ours = {
         "model": to_dict(settings.model),
         "latent": to_dict(settings.latent),
         "view": to_dict(view),
         "precision": settings.engine.precision,
-        "code_bits": bits,
+        "code_bits": own_bits(run),
         "checkpoint": run.digest,
         "step": run.step,
         "versions": versions(),
@@ -211,36 +223,52 @@ def backbone(pretrained: bool = True) -> nn.Module:
 
 
 class CodeOf(nn.Module):
-    """Crops uint8 [N, R, R, 3] -> packed code uint8 [N, ceil(bits / 8)], least significant bit first.
+    """Crops uint8 [N, R, R, 3] -> packed code uint8 [N, ceil(bits / 8)], least significant bit first: the
+    first `bits` of the run's own, or the quantiser's.
 
     Images are normalised to the bits of `lvssl encode`. Another runtime may round the network's sums
     otherwise, and a bit whose logit is within fp32's rounding of 0 may differ; of a tiny ResNet whose logits
-    have a deviation of 13 that is 0.0024, or one bit in 10,000: see tests/evaluation/test_one_inference.py.
+    have a deviation of 13 that is 0.0024, or one bit in 10,000, and a byte of a product code whose two
+    nearest words are as near within it: see tests/evaluation/test_one_inference.py.
     """
 
-    weights: Tensor
-
-    def __init__(self, network: LVNet, view: ViewSettings) -> None:
+    def __init__(
+        self, network: LVNet, view: ViewSettings, bits: int, quantiser: Quantiser | None = None
+    ) -> None:
         super().__init__()
-        self.network, self.view = network.eval(), view
-        self.padding = -network.family.code_bits(network.dim) % 8
-        self.register_buffer("weights", 2 ** torch.arange(8, dtype=torch.int32))
+        self.network, self.view, self.bits, self.quantiser = network.eval(), view, bits, quantiser
+        self.register_buffer("powers", 2 ** torch.arange(8, dtype=torch.int32))
+        for name, array in (asdict(quantiser) if quantiser else {}).items():
+            self.register_buffer(name, torch.from_numpy(array))
 
     def forward(self, crops: Tensor) -> Tensor:
-        _, posterior = self.network.encode(normalise(crops, self.view))
-        bits = nn.functional.pad(posterior.code().to(torch.int32), (0, self.padding))
-        return (bits.unflatten(1, (-1, 8)) * self.weights).sum(dim=2).to(torch.uint8)
+        features, posterior = self.network.encode(normalise(crops, self.view))
+        if self.quantiser is None:
+            return self.packed(posterior.code()[:, : self.bits])
+        mean, scale, projection, words_PWE = map(self.get_buffer, ("mean", "scale", "projection", "words"))
+        x = (features - mean) / scale @ projection
+        if self.quantiser.hamming:
+            return self.packed(x > 0)
+        x_PNE = x.unflatten(1, (len(words_PWE), -1)).transpose(0, 1)
+        # Squared distances to the words, less that of x to 0, which is the same for all of them.
+        squares_PNW = words_PWE.square().sum(dim=2)[:, None] - 2 * x_PNE @ words_PWE.transpose(1, 2)
+        return squares_PNW.argmin(dim=2).T.to(torch.uint8)
+
+    def packed(self, bits: Tensor) -> Tensor:
+        padded = nn.functional.pad(bits.to(torch.int32), (0, -self.bits % 8))
+        return (padded.unflatten(1, (-1, 8)) * self.get_buffer("powers")).sum(dim=2).to(torch.uint8)
 
 
-def write_onnx(network: LVNet, view: ViewSettings, path: Path) -> None:
+def write_onnx(code: CodeOf, path: Path) -> None:
     """image -> packed code, for any batch size.
 
     Raises InputError: this torch's exporter and this onnxscript don't go together.
     """
-    example = torch.zeros(2, view.resolution, view.resolution, 3, dtype=torch.uint8)
+    side = code.view.resolution
+    example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
     try:
         program = torch.onnx.export(
-            CodeOf(network, view).eval(),
+            code.eval(),
             (example,),
             input_names=["crops"],
             output_names=["codes"],
@@ -262,17 +290,17 @@ def write_onnx(network: LVNet, view: ViewSettings, path: Path) -> None:
 # ------------------------------------------------------------------- the card
 
 
-def card(run: Run, settings: ExportSettings) -> str:
-    """README.md: what the files are, how they load, and the figures of the run's result files."""
+def card(run: Run, codes: str) -> str:
+    """README.md: what the files are, how they load, and the figures of the run's result files; `codes`: what
+    encoder.onnx gives, "" without it."""
     model, view, latent = run.settings.model, run.settings.view, run.settings.latent
-    bits = run.network.family.code_bits(run.network.dim)
     return CARD.format(
         name=run.folder.resolve().name,
         library="timm" if is_timms(run) else "lvssl",
         backbone=model.backbone,
         family=latent.family,
         features=feature_dim(model.backbone),
-        bits=bits,
+        bits=own_bits(run),
         data=run.settings.data.name,
         trained=trained(run),
         batch=run.settings.batch_size,
@@ -282,7 +310,7 @@ def card(run: Run, settings: ExportSettings) -> str:
         crop=view.evaluation_crop,
         mean=view.mean,
         std=view.std,
-        loading=loading(run, settings.onnx),
+        loading=loading(run, codes),
         figures=figures(run),
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
     )
@@ -326,8 +354,8 @@ def trained(run: Run) -> str:
     return f"interrupted at step {run.step:,} of {epochs * per_epoch:,}, {done:.1f} of {epochs} epochs"
 
 
-def loading(run: Run, onnx: bool) -> str:
-    """Code for each way that works for this backbone."""
+def loading(run: Run, codes: str) -> str:
+    """Code for each way that works for this backbone; `codes` as of `card`."""
     name = run.settings.model.backbone
     lines = [
         "```python",
@@ -341,16 +369,16 @@ def loading(run: Run, onnx: bool) -> str:
             f"net = torchvision.models.{name}(); net.fc = torch.nn.Identity()",
             'net.load_state_dict(safetensors.torch.load_file(DIR + "/model.safetensors"))',
         ]
-    if onnx:
+    if codes:
         lines.append("crops = lvssl.load(DIR).crops(images)")
         lines.append(
             'codes = onnxruntime.InferenceSession(DIR + "/encoder.onnx").run(None, {"crops": crops})[0]'
         )
     lines.append("```")
-    if onnx:
+    if codes:
         lines += [
             "",
-            "`crops` are uint8 [N, R, R, 3], not normalised; `codes` uint8, bit d in byte d // 8 at d % 8. "
+            f"`crops` are uint8 [N, R, R, 3], not normalised; `codes` uint8, {codes}. "
             "Crops that another library resizes differ by a level here and there, and codes in a few bits.",
         ]
     if name in RESNETS and not has_torchvisions_stem(run):

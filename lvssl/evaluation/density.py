@@ -87,7 +87,7 @@ def density_of(images: FittedOn) -> Density:
     """The run's density as RUN/density.safetensors has it; fitted and written there if it isn't there yet, or
     is of another checkpoint or of other images. Raises InputError: training images that can't be read."""
     run = images.run
-    path, about = run.folder / FILE, OF | {"train": images.path.resolve()}
+    path, about = run.folder / FILE, OF | images.about
     if arrays := kept(path, run, about):
         return Density(**arrays)
     widths = stage_widths(run.settings.model.backbone) if isinstance(run, Run) else ()

@@ -14,6 +14,7 @@ from safetensors.numpy import save
 
 from lvssl.models.inference import encode, locations
 from lvssl.runs.embeddings import Embeddings
+from lvssl.runs.exported import is_exported
 from lvssl.runs.labels import readable, say_notes
 from lvssl.runs.run import Run, versions
 from pipelines.datasets.dataset import evenly_spaced
@@ -47,6 +48,10 @@ class FittedOn(Protocol):
     @property
     def path(self) -> Path: ...
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What tells that which is fitted on them from that of other images."""
+
     def sample(self, kind: str) -> np.ndarray: ...
 
 
@@ -59,6 +64,10 @@ class TrainingEmbeddings:
     @property
     def path(self) -> Path:
         return self.run.path
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"train": self.path.resolve()}
 
     def sample(self, kind: str) -> np.ndarray:
         """float32 [M, D] of M <= SAMPLE of them, evenly spread, of whatever kind."""
@@ -79,6 +88,12 @@ class TrainingImages:
     @property
     def path(self) -> Path:
         return self.train or self.run.settings.data
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Nothing of an export's own: what was fitted on them lies there, and they don't."""
+        own = self.train is None and is_exported(self.run.folder)
+        return {} if own else {"train": self.path.resolve()}
 
     def sample(self, kind: str) -> np.ndarray:
         """Of M <= `limit` images the `kind`, "locations", "features" or "stages", float32 [M, L]. They lie

@@ -84,7 +84,7 @@ def quantiser_of(images: FittedOn, code: str, bits: int) -> Quantiser | None:
         if not signs or own_bits(run) != family.location_count(run.network.dim):
             return None
     path = quantiser_path(run, code, bits)
-    about = {"code": code, "bits": bits, "train": images.path.resolve()}
+    about = {"code": code, "bits": bits} | images.about
     if arrays := kept(path, run, about):
         return Quantiser(**arrays)
     sample = images.sample("locations" if code == "bits" else "features")
@@ -94,6 +94,17 @@ def quantiser_of(images: FittedOn, code: str, bits: int) -> Quantiser | None:
         raise InputError(f"--code {code} --bits {bits}: {error}") from error
     keep(path, asdict(quantiser), run, about)
     return quantiser
+
+
+def fitted_quantiser(run: Run, code: str, bits: int) -> Quantiser | None:
+    """The quantiser whose codes `lvssl encode` has written, of whatever images; None for the run's own code.
+    Raises InputError if it isn't in the run's folder."""
+    if code == "bits":
+        return None
+    if arrays := kept(quantiser_path(run, code, bits), run, {"bits": bits}):
+        return Quantiser(**arrays)
+    wanted = f"`lvssl encode {run.folder} --images IMAGES --bits {bits} --code {code}`"
+    raise InputError(f"{quantiser_path(run, code, bits)} isn't there yet: {wanted} fits it")
 
 
 def stored_quantiser(run: Origin, codes: CodeFile) -> Quantiser | None:
@@ -109,6 +120,12 @@ def stored_quantiser(run: Origin, codes: CodeFile) -> Quantiser | None:
             f"{codes.path}: its quantiser isn't {path} any more; encode the images again, or bring that back"
         )
     return quantiser
+
+
+def stored_quantisers(run: Run) -> list[Path]:
+    """The files of all quantisers of this checkpoint that stand in the run's folder."""
+    paths = sorted((run.folder / "quantisers").glob("*.safetensors"))
+    return [path for path in paths if kept(path, run, {}) is not None]
 
 
 def quantiser_path(run: Origin, code: str, bits: int) -> Path:

@@ -5,6 +5,8 @@ the same images, and elsewhere (other batches, ONNX) in every bit whose logit is
 import copy
 import dataclasses
 import importlib.util
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lvssl.codes.file import open_codes, open_means
+from lvssl.codes.file import open_codes, open_means, open_uncertainty
+from lvssl.codes.quantiser import Quantiser
 from lvssl.commands.main import main
 from lvssl.evaluation.embedding import Embedding, embed
 from lvssl.evaluation.encoder import codes_of
 from lvssl.evaluation.linear import represented
 from lvssl.evaluation.outputs import network_outputs
+from lvssl.evaluation.quantisers import fitted_quantiser
 from lvssl.models.backbone import BLOCKS
 from lvssl.models.inference import encode, in_batches
 from lvssl.models.network import LVNet
@@ -118,14 +122,21 @@ def test_calibration_sees_what_evaluations_embed(digits, tmp_path):
 # -- other sums ------------------------------------------------------------------------------------
 
 
-def rounding(network: LVNet, images: Tensor, draws: int = 4) -> tuple[Tensor, float]:
-    """The logits of normalised images in fp64, float64 [N, D], and how far fp32 may be from any of them.
+def logits_of(network: LVNet, images: Tensor) -> Tensor:
+    return network.encode(images)[1].parameters
+
+
+def rounding(
+    network: LVNet, images: Tensor, of: Callable[[LVNet, Tensor], Tensor] = logits_of, draws: int = 4
+) -> tuple[Tensor, float]:
+    """The logits of normalised images in fp64, float64 [N, D], or what else a network gives, and how far fp32
+    may be from any of them.
 
     A sum of k products, in whatever order, rounds by no more than about sqrt(k) * 2^-24 * sum |w x| (Higham
     and Mary 2019, "A new approach to probabilistic rounding error analysis": unless roundings conspire, with
     a factor of a few). The network is run in fp64 with a normal error of this deviation at every result of a
     convolution, a linear layer, a normalisation, a mean and a residual sum; the bound is DEVIATIONS times
-    the root mean square of what comes of it, in the logit where that is largest.
+    the root mean square of what comes of it, in the number where that is largest.
     """
     exact, generator = copy.deepcopy(network).double(), torch.Generator().manual_seed(0)
 
@@ -135,11 +146,11 @@ def rounding(network: LVNet, images: Tensor, draws: int = 4) -> tuple[Tensor, fl
         return output + UNIT * count**0.5 * size * noise
 
     with torch.no_grad():
-        logits = exact.encode(images.double())[1].parameters
+        logits = of(exact, images.double())
         for module in exact.modules():
             if isinstance(module, ROUNDING):
                 module.register_forward_hook(rounded)
-        errors = torch.stack([exact.encode(images.double())[1].parameters - logits for _ in range(draws)])
+        errors = torch.stack([of(exact, images.double()) - logits for _ in range(draws)])
     return logits, DEVIATIONS * float(errors.square().mean(dim=(0, 1)).sqrt().max())
 
 
@@ -191,11 +202,16 @@ def test_a_query_has_the_code_of_its_image(loaded, crops, logits_and_bound):
     assert_same_bits(np.concatenate(found), logits_and_bound)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnxscript") is None,
-    reason="onnx isn't installed: pip install 'lvssl[export]'",
-)
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 can't write it as ONNX (docs/versions.md)")
+def needs_onnx(test: Callable[..., None]) -> Callable[..., None]:
+    there = all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnxscript"))
+    missing = pytest.mark.skipif(not there, reason="onnx isn't installed: pip install 'lvssl[export]'")
+    old = pytest.mark.skipif(
+        torch.__version__ < "2.7", reason="torch 2.6 can't write it as ONNX (docs/versions.md)"
+    )
+    return missing(old(test))
+
+
+@needs_onnx
 def test_onnx_differs_in_no_other_bit(run, crops, known, logits_and_bound, tmp_path: Path):
     import onnxruntime
 
@@ -211,3 +227,71 @@ def assert_same_bits(packed: np.ndarray, logits_and_bound: tuple[Tensor, float])
     logits, bound = logits_and_bound[0][: len(packed)].numpy(), logits_and_bound[1]
     differing = unpack_bits(packed, logits.shape[1]).astype(bool) != (logits > 0)
     assert not (differing & (np.abs(logits) > bound)).any()
+
+
+# -- codes of a quantiser --------------------------------------------------------------------------
+
+
+def within_rounding(quantiser: Quantiser, features: Tensor, bound: float, codes: np.ndarray) -> np.ndarray:
+    """Of codes of features that fp64 gives, float64 [N, D], and that fp32 gives within the bound: where a bit
+    or byte is the nearest word's, or no farther than that by more than fp32's rounding, bool [N, P]."""
+    mean, scale, projection, words_PWE = map(np.float64, asdict(quantiser).values())
+    z = (features.numpy() - mean) / scale
+    x = z @ projection
+    # The errors of the features are summed as independent ones, those of the sum bounded as in `rounding`.
+    error = bound * np.sqrt(np.square(projection / scale[:, None]).sum(axis=0))
+    error = error + DEVIATIONS * UNIT * len(mean) ** 0.5 * (np.abs(z) @ np.abs(projection))
+    if quantiser.hamming:
+        chosen = unpack_bits(codes, quantiser.bits).astype(bool)
+        return (chosen == (x > 0)) | (np.abs(x) <= error)
+    x_NPE, error_NPE = (array.reshape(len(x), len(words_PWE), -1) for array in (x, error))
+    squares = np.square(x_NPE[:, :, None] - words_PWE).sum(axis=3)
+    rows = np.arange(len(words_PWE))
+    near, own = words_PWE[rows, squares.argmin(axis=2)], words_PWE[rows, codes]
+    excess = np.take_along_axis(squares, codes[:, :, None].astype(int), 2)[:, :, 0] - squares.min(axis=2)
+    size = np.square(np.abs(x_NPE) + np.maximum(np.abs(near), np.abs(own))).sum(axis=2)
+    allowed = 2 * np.linalg.norm(error_NPE, axis=2) * np.linalg.norm(near - own, axis=2)
+    return excess <= allowed + DEVIATIONS * UNIT * x_NPE.shape[2] ** 0.5 * size
+
+
+@needs_onnx
+@pytest.mark.parametrize("code", ["opq", "itq"])
+def test_onnx_and_an_export_give_the_codes_of_a_quantiser(code, run, digits, loaded, crops, tmp_path, capsys):
+    import onnxruntime
+
+    if code == "opq":
+        pytest.importorskip("faiss")
+    export, chosen = ["export", str(run), "--out", str(tmp_path / "out")], ["--bits", "56", "--code", code]
+    (run / f"quantisers/{code}-56.safetensors").unlink(missing_ok=True)
+    assert main([*export, *chosen]) == 2 and not (tmp_path / "out").exists()
+    assert f"--bits 56 --code {code}` fits it" in capsys.readouterr().err
+    files = [tmp_path / name for name in ("run.lvcodes", "out.lvcodes")]
+    encode_test_set = ["--images", str(digits["test"]), *chosen, "--out"]
+    assert main(["encode", str(run), *encode_test_set, str(files[0])]) == 0
+    assert main([*export, *chosen]) == 0
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "encoder.onnx"))
+    found = np.concatenate([session.run(None, {"crops": part})[0] for part in (crops[:1], crops[1:])])
+    expected = np.asarray(open_codes(files[0]).rows)
+    assert found.dtype == np.uint8 and found.shape == expected.shape == (len(crops), 7)
+    assert len(np.unique(expected, axis=0)) > len(crops) / 2, "codes that are all the same prove nothing"
+    quantiser = fitted_quantiser(loaded, code, 56)
+    images = normalise(torch.from_numpy(crops), loaded.settings.view)
+    features, bound = rounding(loaded.network, images, LVNet.features)
+    for codes in (found, expected):
+        assert within_rounding(quantiser, features, bound, codes).all()
+    planted = within_rounding(quantiser, features, bound, found ^ 1)
+    assert np.count_nonzero(~planted) > 0.99 * found.size, "a bound that allows another code shows nothing"
+    assert (found != expected).mean() < 1e-3
+
+    # The folder alone: the same codes and uncertainties, and it searches those of the run.
+    assert main(["encode", str(tmp_path / "out"), *encode_test_set, str(files[1])]) == 0
+    assert np.array_equal(open_codes(files[1]).rows, expected)
+    assert np.array_equal(*(open_uncertainty(open_codes(file)) for file in files))
+    capsys.readouterr()
+    search = ["--query", str(digits["test"]), "--codes", str(files[0]), "--k", "2"]
+    said = []
+    for folder in (run, tmp_path / "out"):
+        assert main(["search", str(folder), *search]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and said[0].count("\n") > len(crops)

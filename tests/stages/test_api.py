@@ -176,6 +176,9 @@ def test_an_export_gives_the_bits_of_its_run(site, photos, tmp_path, capsys):
     assert "--train" in capsys.readouterr().err
     assert main(["encode", str(tmp_path / "export"), "--images", str(photos), "--no-fit"]) == 0
     assert model.search(photos, tmp_path / "export/codes.lvcodes") == exported.search(photos)
+    more = ["--images", str(photos), "--bits", "8", "--code", "pca"]
+    assert main(["encode", str(tmp_path / "again"), *more]) == 2  # the density is there, no such quantiser
+    assert "--train" in capsys.readouterr().err
 
 
 def test_an_export_is_no_run_and_a_damaged_one_is_named(run, tmp_path, capsys):
