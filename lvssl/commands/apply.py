@@ -27,20 +27,21 @@ def encode(arguments: list[str]) -> None:
 
 
 def search(arguments: list[str]) -> None:
-    from lvssl.evaluation.codes import SearchSettings, pictured, print_found, write_csv
+    from lvssl.evaluation.codes import SearchSettings, pictured, print_found, searcher_of, write_csv
     from lvssl.evaluation.codes import search as run
 
     settings = parse(SearchSettings, arguments, "search")
+    searcher = searcher_of(settings)
+    found = run(settings, searcher)
     if settings.csv:
-        print(f"{settings.csv}: neighbours of {write_csv(settings.csv, run(settings)):,} queries")
+        print(f"{settings.csv}: neighbours of {write_csv(settings.csv, found):,} queries")
         return
-    found = run(settings)
     if settings.page:
         from lvssl.report.pictures import MOST, write_neighbours
 
         first = list(itertools.islice(found, MOST))
         title = f"Neighbours of {settings.query.name}"
-        print(write_neighbours(settings.page, title, pictured(settings, first)))
+        print(write_neighbours(settings.page, title, pictured(searcher.run, settings, first)))
         return
     print_found(found)
 

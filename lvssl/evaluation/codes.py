@@ -216,23 +216,24 @@ def write_uncertainties(path: Path, codes: CodeFile) -> None:
             table.writerow([name, f"{value:.6g}"])
 
 
-def search(settings: SearchSettings) -> Iterator[tuple[Query, list[Neighbour]]]:
-    """Each query and its nearest images, nearest first.
-
-    Raises:
-        InputError: no run, an unreadable query, or k below 1.
-        CodeFileError: no code file, a damaged one, or one of another checkpoint, of another quantiser or of
-            another device's arithmetic; no means to rerank by.
-    """
+def searcher_of(settings: SearchSettings) -> Searcher:
+    """The run and the codes that these settings name. Raises InputError: no run, or k below 1; CodeFileError:
+    no code file, a damaged one, or one of another checkpoint or quantiser; no means to rerank by."""
     if settings.k < 1:
         raise InputError(f"--k must be at least 1, got {settings.k}")
-    searcher = Searcher(
-        load_encoder(settings.run),
-        code_path(settings.run, settings.codes),
-        settings.symmetric,
-        settings.staged,
-        settings.rerank,
-    )
+    run, path = load_encoder(settings.run), code_path(settings.run, settings.codes)
+    return Searcher(run, path, settings.symmetric, settings.staged, settings.rerank)
+
+
+def search(
+    settings: SearchSettings, searcher: Searcher | None = None
+) -> Iterator[tuple[Query, list[Neighbour]]]:
+    """Each query and its nearest images, nearest first; `searcher`: that of the settings, where it is there.
+
+    Raises: as `searcher_of`; InputError: an unreadable query; CodeFileError: codes of another device's
+    arithmetic.
+    """
+    searcher = searcher or searcher_of(settings)
     if settings.query.suffix != ".lvcodes":
         require_arithmetic(searcher.codes, searcher.run)
     for some in queries(searcher, settings):
@@ -259,14 +260,13 @@ def write_csv(path: Path, found: Iterable[tuple[Query, list[Neighbour]]]) -> int
 
 
 def pictured(
-    settings: SearchSettings, found: list[tuple[Query, list[Neighbour]]]
+    run: Run, settings: SearchSettings, found: list[tuple[Query, list[Neighbour]]]
 ) -> Iterator[tuple[str, np.ndarray, list[tuple[str, float, np.ndarray]]]]:
     """Name and picture of each query, and name, distance and picture of its neighbours, as the network sees
     them: uint8 [R, R, 3].
 
     Raises InputError: the images of the codes, or of queries that are codes, can't be read.
     """
-    run = load_encoder(settings.run)
     database = Pictures(run, settings.images or run.settings.data)
     of_set = settings.query.suffix != ".lvcodes" and holds_many(settings.query)
     asked = Pictures(run, settings.query) if of_set else database
