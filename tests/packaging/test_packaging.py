@@ -1,6 +1,7 @@
 """What a user gets by pip and make: the packages in the wheel, the commands, the targets."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import lvssl
 from lvssl.commands import demo
 from pipelines.formats import turbojpeg
 
@@ -357,6 +359,12 @@ def test_libturbojpeg_comes_without_root(packages, tmp_path, name):
 
 
 def test_version_and_licence_agree():
-    assert f"## [{metadata.version('lvssl')}]" in (ROOT / "CHANGELOG.md").read_text()
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert lvssl.__version__ == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+    of_head = ["git", "tag", "--points-at", "HEAD", "--list", "v*"]
+    tags = subprocess.run(of_head, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert set(tags) <= {f"v{version}"}, "a tag names another version than the files: docs/contributing.md"
     assert metadata.metadata("lvssl")["License-Expression"] == "MIT"
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
