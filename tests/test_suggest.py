@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from lvssl.commands.main import main
-from lvssl.commands.suggest import suited
+from lvssl.commands.suggest import in_words, suited
 from lvssl.plan import GIB
 from lvssl.runs.run import read_config
 from lvssl.settings.presets import command
@@ -34,6 +34,25 @@ def test_what_is_chosen(count, side, memory, expected):
     chosen = suited(count, side, memory)
     assert (chosen.preset, chosen.view.resolution, chosen.batch_size, chosen.epochs) == expected
     chosen.validate()
+
+
+def test_a_model_that_normalises_by_layer_gets_its_recipe():
+    resnets, tiny = (suited(50_000, 375, 80 * GIB, name) for name in ("", "resnet101"))
+    assert tiny.optimiser == resnets.optimiser and tiny.model.backbone == "resnet101"
+    for name, resolution in (
+        ("vit_small_patch16_224", 32),
+        ("convnext_tiny", 28),
+        ("vit_small_patch14_dinov2", 28),
+    ):
+        chosen = suited(60_000, 28, 0, name)
+        chosen.validate()
+        optimiser = chosen.optimiser
+        assert (chosen.model.backbone, chosen.view.resolution) == (name, resolution)
+        assert (optimiser.optimiser, optimiser.lr, optimiser.weight_decay) == ("adamw", 5e-4, 0.05)
+        assert (optimiser.warmup_epochs, optimiser.clip) == (1.0, 1.0)  # of 5 epochs
+        assert "--weight-decay 0.05 --clip 1.0 --warmup-epochs 1.0" in in_words(chosen, "images")
+    large = suited(50_000, 375, 80 * GIB, "vit_small_patch16_224")
+    assert (large.view.resolution, large.batch_size, large.optimiser.warmup_epochs) == (224, 256, 10.0)
 
 
 def test_a_run_without_a_preset_says_what_was_chosen_and_is_made_again_by_its_command(tmp_path, capsys):

@@ -22,6 +22,7 @@ def pretrain(arguments: list[str]) -> int:
     first.add_argument("--data", type=Path)
     first.add_argument("--source", default="auto")
     first.add_argument("--device", default="auto")
+    first.add_argument("--backbone", default="")
     known, others = first.parse_known_args(arguments)
     settings, what = PretrainSettings(), ""
     if known.resume and known.out and (known.out / "config.json").exists():
@@ -30,7 +31,7 @@ def pretrain(arguments: list[str]) -> int:
         from lvssl.commands.suggest import suggest
 
         if is_by_name(known.data) or are_there(known.data):
-            settings, what = suggest(known.data, known.source, known.device)
+            settings, what = suggest(known.data, known.source, known.device, known.backbone)
     if known.preset is not None:
         settings = preset(known.preset)
 
@@ -41,7 +42,8 @@ def pretrain(arguments: list[str]) -> int:
         """Go on with the run in --out from its newest checkpoint; its settings need not be repeated."""
 
     about = f"{PretrainSettings.__doc__} Presets: {', '.join(PRESETS)}. A setting beside --preset wins."
-    about += " Without --preset one is chosen, with resolution, batch and epochs, for images and device."
+    about += " Without --preset one is chosen, with resolution, batch and epochs, for images, device and"
+    about += " --backbone, of a transformer with a recipe for AdamW."
     chosen = parse(Pretrain, arguments, "pretrain", about=about)
     out, data = chosen.settings.out, chosen.settings.data
     if chosen.resume and not (out / "config.json").exists() and not are_there(data):

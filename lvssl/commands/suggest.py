@@ -6,7 +6,8 @@
 
 Batches are the preset's, halved down to 64 while an epoch has fewer than 16 steps, and as far as the images
 or a GPU's memory want. A CPU trains for some 300 steps, the count of docs/results.md; a GPU as long as the
-preset.
+preset. A `--backbone` that normalises by layer, a transformer or ConvNeXt, is trained by a recipe for these,
+at a multiple of its patches.
 """
 
 from dataclasses import replace
@@ -15,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lvssl.models.backbone import of_layers, patch
 from lvssl.models.device import pick_device, precision
 from lvssl.plan import GIB, footprint, largest_batch, of_pretraining
 from lvssl.settings.fields import options
-from lvssl.settings.pretrain import DEFAULTS, PretrainSettings, preset
+from lvssl.settings.pretrain import DEFAULTS, PretrainSettings, preset, require_backbone
 from pipelines.cores import cores, loader_threads
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.decode import DamagedSample, Reader, open_reader
@@ -27,20 +29,26 @@ SMALL = 64  # pixels up to which ResNets have the small images' stem
 LOOKED_AT = 256  # images whose sizes are read
 STEPS, MOST_EPOCHS, LEAST_EPOCHS = 300, 100, 5  # of a training on a CPU
 STEPS_AN_EPOCH, LEAST_BATCH = 16, 64
+OF_LAYERS = {"optimiser": "adamw", "lr": 5e-4, "weight_decay": 0.05, "clip": 1.0}  # transformers' recipe
+WARMUP = 0.1  # share of the epochs, in it
 
 
-def suggest(data: Path, source: str = "auto", device: str = "auto") -> tuple[PretrainSettings, str]:
-    """Settings to start from, and what they were chosen for, in words.
+def suggest(
+    data: Path, source: str = "auto", device: str = "auto", backbone: str = ""
+) -> tuple[PretrainSettings, str]:
+    """Settings to start from, and what they were chosen for, in words; `backbone`: the one that is asked for.
 
     Raises:
-        InputError: no images there, or no such device.
+        InputError: no images there, no such device, or no such backbone.
     """
+    if backbone:
+        require_backbone(backbone)
     chosen = pick_device(device)
     memory = torch.cuda.get_device_properties(chosen).total_memory if chosen.type == "cuda" else 0
     images = open_reader(data, source, str(chosen))
     side = median_side(images)
     where = f"{cores()} CPU cores" if not memory else f"a GPU of {memory / GIB:.0f} GiB"
-    return suited(len(images), side, memory), f"{len(images):,} images of {side} px on {where}"
+    return suited(len(images), side, memory, backbone), f"{len(images):,} images of {side} px on {where}"
 
 
 def median_side(images: Reader) -> int:
@@ -54,9 +62,9 @@ def median_side(images: Reader) -> int:
     return int(np.median(sides)) if sides else SMALL
 
 
-def suited(count: int, side: int, memory: int) -> PretrainSettings:
+def suited(count: int, side: int, memory: int, backbone: str = "") -> PretrainSettings:
     """The settings for `count` images whose shorter sides are `side` pixels. `memory`: bytes of the GPU; 0: a
-    CPU."""
+    CPU. `backbone`: another than the preset's."""
     small = side <= SMALL
     settings = preset("cifar10-small" if not memory else "cifar10-r18" if small else DEFAULTS)
     resolution = settings.view.resolution
@@ -64,7 +72,9 @@ def suited(count: int, side: int, memory: int) -> PretrainSettings:
         resolution = min(resolution, max(8, side - side % 4))
     elif small and side > 48:
         resolution = SMALL
-    settings = replace(settings, view=replace(settings.view, resolution=resolution))
+    model = replace(settings.model, backbone=backbone or settings.model.backbone)
+    resolution = -(-resolution // patch(model.backbone)) * patch(model.backbone)
+    settings = replace(settings, model=model, view=replace(settings.view, resolution=resolution))
     batch = settings.batch_size
     while batch > LEAST_BATCH and count < STEPS_AN_EPOCH * batch:
         batch //= 2
@@ -79,7 +89,10 @@ def suited(count: int, side: int, memory: int) -> PretrainSettings:
     if not memory:
         wanted = -(-STEPS // max(count // batch, 1))
         epochs = min(max(wanted, LEAST_EPOCHS), MOST_EPOCHS)
-    return replace(settings, batch_size=batch, epochs=epochs)
+    optimiser = settings.optimiser
+    if of_layers(model.backbone):
+        optimiser = replace(optimiser, **OF_LAYERS, warmup_epochs=max(1.0, WARMUP * epochs))
+    return replace(settings, batch_size=batch, epochs=epochs, optimiser=optimiser)
 
 
 def in_words(settings: PretrainSettings, what: str) -> str:
@@ -93,4 +106,6 @@ def in_words(settings: PretrainSettings, what: str) -> str:
         "workers": loader_threads(settings.workers),
         "precision": {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[kind],
     }
+    if of_layers(settings.model.backbone):
+        flags |= {name: getattr(settings.optimiser, name) for name in (*OF_LAYERS, "warmup_epochs")}
     return f"for {what}: {' '.join(options(flags))} (each can be given)"

@@ -13,6 +13,7 @@ import torch.nn as nn
 import torchvision
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from pipelines.errors import InputError, first_line
@@ -43,8 +44,7 @@ def feature_dim(name: str) -> int:
         return width * 2 ** (blocks - 1)
     if name in RESNETS:
         return RESNETS[name]
-    with torch.device("meta"):
-        net = timms(name, None)
+    net = unmade(name)
     return next(int(getattr(net, n)) for n in ("head_hidden_size", "num_features") if hasattr(net, n))
 
 
@@ -62,6 +62,30 @@ def timms(name: str, resolution: int | None, pretrained: bool = False) -> nn.Mod
         except TypeError:  # it takes any, and has no such option
             net = made()
     return net._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)) if fake else net
+
+
+@cache
+def of_layers(name: str) -> bool:
+    """Whether a backbone normalises each image by itself, as transformers and ConvNeXt do, and none over the
+    batch."""
+    kinds = {type(module).__mro__ for module in unmade(name).modules()}
+    batch, layer = (any(kind in mro for mro in kinds) for kind in (_BatchNorm, nn.LayerNorm))
+    return layer and not batch
+
+
+@cache
+def patch(name: str) -> int:
+    """Side of a transformer's patches in pixels, a multiple of which it takes; 1 of any other backbone."""
+    size = getattr(getattr(unmade(name), "patch_embed", None), "patch_size", 1)
+    return max(size) if isinstance(size, tuple) else size
+
+
+def unmade(name: str) -> nn.Module:
+    """A model of timm without contents; of other backbones nothing."""
+    if name in SMALL or name in RESNETS:
+        return nn.Identity()
+    with torch.device("meta"):
+        return timms(name, None)
 
 
 @cache

@@ -20,10 +20,14 @@ def local_folder(name: str | Path) -> Path:
         return Path(name)
     repository, _, revision = str(name).removeprefix(PREFIX).partition("@")
     hub = library(str(name))
-    kinds = hub.errors.HFValidationError, hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError
     try:
         return Path(hub.snapshot_download(repository, revision=revision or None))
-    except (*kinds, OSError) as error:
+    except hub.errors.LocalEntryNotFoundError as error:
+        raise InputError(
+            f"{name}: the Hub can't be reached ({first_line(error.__cause__ or error)}), and its cache here "
+            "doesn't hold it: check the network and the name, or name a folder on this machine"
+        ) from error
+    except (hub.errors.HFValidationError, hub.errors.HfHubHTTPError, OSError) as error:
         raise InputError(f"{name}: {first_line(error)}") from error
 
 

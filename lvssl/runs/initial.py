@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Mapping
 
 import torch
+import torch.nn as nn
 import torchvision
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,12 +31,10 @@ def initial_weights(model: ModelSettings, resolution: int) -> dict[str, Tensor]:
     Raises InputError: there is no such file, run or repository, or it is of another network.
     """
     with torch.device("meta"):
-        wanted = {
-            name: tensor.shape
-            for name, tensor in build_backbone(model.backbone, resolution)[0].state_dict().items()
-        }
+        network = build_backbone(model.backbone, resolution)[0]
+    wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
     what = f"--init {model.init}"
-    found = best_prefix(_read(model, resolution, what), wanted)
+    found = with_positions_of(network, best_prefix(_read(model, resolution, what), wanted))
     missing = [name for name in wanted if name not in found]
     if missing:
         raise InputError(
@@ -60,10 +60,24 @@ def best_prefix(weights: Mapping[str, Tensor], wanted: Mapping[str, object]) -> 
     return max(forms, key=lambda form: len(form.keys() & wanted.keys()))
 
 
+def with_positions_of(network: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A transformer's weights of another resolution with its position embeddings resampled, as timm does."""
+    own, given = getattr(network, "pos_embed", None), weights.get("pos_embed")
+    grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
+    if own is None or given is None or grid is None or given.ndim != 3 or given.shape == own.shape:
+        return weights
+    from timm.layers import resample_abs_pos_embed
+
+    before = own.shape[1] - math.prod(grid)  # of the class token and the like
+    if not math.isqrt(max(given.shape[1] - before, 0)) ** 2 == given.shape[1] - before > 0:
+        return weights
+    return weights | {"pos_embed": resample_abs_pos_embed(given, list(grid), num_prefix_tokens=before)}
+
+
 def _read(model: ModelSettings, resolution: int, what: str) -> Mapping[str, Tensor]:
+    if model.init == PRETRAINED:
+        return _pretrained(model.backbone, resolution)
     try:
-        if model.init == PRETRAINED:
-            return _pretrained(model.backbone, resolution)
         path = local_folder(model.init)
         if path.is_dir():
             if is_exported(path) or not (path / "model.safetensors").exists():
@@ -91,6 +105,12 @@ def _read(model: ModelSettings, resolution: int, what: str) -> Mapping[str, Tens
 def _pretrained(backbone: str, resolution: int) -> Mapping[str, Tensor]:
     if backbone in SMALL:
         raise InputError(f"--init {PRETRAINED}: there are no weights of {backbone}, which is lvssl's own")
-    if backbone in RESNETS:
-        return torchvision.models.get_model(backbone, weights="DEFAULT").state_dict()
-    return timms(backbone, resolution, pretrained=True).state_dict()
+    try:
+        if backbone in RESNETS:
+            return torchvision.models.get_model(backbone, weights="DEFAULT").state_dict()
+        return timms(backbone, resolution, pretrained=True).state_dict()
+    except Exception as error:  # of torch, timm, huggingface_hub or the network: each its own kind
+        raise InputError(
+            f"--init {PRETRAINED}: weights of {backbone} can't be had ({first_line(error)}): check the "
+            "network, or name a file of them"
+        ) from error

@@ -58,6 +58,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(digits, tmp_pat
         (["--backbone", "test_vit", "--recompute"], "--recompute knows the blocks of ResNets alone"),
         (["--init", "gone.safetensors"], "--init gone.safetensors: no such file"),
         (["--init", "pretrained"], "there are no weights of tiny"),
+        (["--init", "hf://a/b/c"], "hf://a/b/c: "),
         (["--init", str(digits["train"])], f"--init {digits['train']}: "),
     ):
         assert main([*begin, *more]) == 2
@@ -93,6 +94,19 @@ def test_weights_of_other_programs(before, form, tmp_path):
         initial_weights(ModelSettings("resnet18", init=str(path)), 32)
     with pytest.raises(InputError, match="isn't of resnet34: it lacks"):
         initial_weights(ModelSettings("resnet34", init=str(path)), 96)
+
+
+def test_a_transformers_weights_go_to_another_resolution_as_timm_takes_them(tmp_path):
+    made = timm.create_model("test_vit", img_size=96)  # with its classifier, which is left out
+    torch.save(made.state_dict(), tmp_path / "w.pth")
+    model = ModelSettings("test_vit", init=str(tmp_path / "w.pth"))
+    overlay = {"file": str(tmp_path / "w.pth"), "num_classes": 1000}
+    expected = timm.create_model("test_vit", True, img_size=64, num_classes=0, pretrained_cfg_overlay=overlay)
+    found = initial_weights(model, 64)
+    assert found.keys() == expected.state_dict().keys()
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found[name], value), name
+    assert torch.equal(initial_weights(model, 96)["pos_embed"], made.pos_embed)
 
 
 class Dangerous:

@@ -45,11 +45,19 @@ def test_an_export_in_the_cache_is_loaded(exported, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("someone/else", "hf://someone/else: "), ("a/b/c", "hf://a/b/c: ")]
-)
-def test_what_is_not_there_is_said_in_one_line(name, said, tmp_path):
-    done = offline(tmp_path, f'from pipelines.errors import InputError\ntry: lvssl.load("hf://{name}")\n'
-                   "except InputError as error: print(error)")  # fmt: skip
+    ("call", "said"),
+    [
+        ('lvssl.load("hf://someone/else")', "hf://someone/else: the Hub can't be reached ("),
+        ('lvssl.load("hf://a/b/c")', "hf://a/b/c: "),
+        ('initial_weights(ModelSettings("test_vit", init="pretrained"), 32)',
+         "--init pretrained: weights of test_vit can't be had ("),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_said_in_one_line(call, said, tmp_path):
+    names = {"lvssl.runs.initial": "initial_weights", "lvssl.settings.pretrain": "ModelSettings"}
+    names["pipelines.errors"] = "InputError"
+    imports = "".join(f"from {module} import {name}\n" for module, name in names.items())
+    done = offline(tmp_path, f"{imports}try: {call}\nexcept InputError as error: print(error)")
     assert done.stdout.startswith(said) and len(done.stdout.splitlines()) == 1, done.stdout + done.stderr
 
 
