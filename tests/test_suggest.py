@@ -49,10 +49,11 @@ def test_a_model_that_normalises_by_layer_gets_its_recipe():
         optimiser = chosen.optimiser
         assert (chosen.model.backbone, chosen.view.resolution) == (name, resolution)
         assert (optimiser.optimiser, optimiser.lr, optimiser.weight_decay) == ("adamw", 5e-4, 0.05)
-        assert (optimiser.warmup_epochs, optimiser.clip) == (1.0, 1.0)  # of 5 epochs
-        assert "--weight-decay 0.05 --clip 1.0 --warmup-epochs 1.0" in in_words(chosen, "images")
+        assert (optimiser.warmup_epochs, optimiser.clip) == (0.5, 1.0)  # of 5 epochs
+        assert "--weight-decay 0.05 --clip 1.0 --warmup-epochs 0.5" in in_words(chosen, "images")
     large = suited(50_000, 375, 80 * GIB, "vit_small_patch16_224")
     assert (large.view.resolution, large.batch_size, large.optimiser.warmup_epochs) == (224, 256, 10.0)
+    assert suited(50_000, 375, 80 * GIB, "vit_small_patch16_224", 30).optimiser.warmup_epochs == 3.0
 
 
 def test_a_run_without_a_preset_says_what_was_chosen_and_is_made_again_by_its_command(tmp_path, capsys):

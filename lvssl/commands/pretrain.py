@@ -23,6 +23,7 @@ def pretrain(arguments: list[str]) -> int:
     first.add_argument("--source", default="auto")
     first.add_argument("--device", default="auto")
     first.add_argument("--backbone", default="")
+    first.add_argument("--epochs", default="")
     known, others = first.parse_known_args(arguments)
     settings, what = PretrainSettings(), ""
     if known.resume and known.out and (known.out / "config.json").exists():
@@ -31,7 +32,8 @@ def pretrain(arguments: list[str]) -> int:
         from lvssl.commands.suggest import suggest
 
         if is_by_name(known.data) or are_there(known.data):
-            settings, what = suggest(known.data, known.source, known.device, known.backbone)
+            epochs = int(known.epochs) if known.epochs.isdecimal() else 0
+            settings, what = suggest(known.data, known.source, known.device, known.backbone, epochs)
     if known.preset is not None:
         settings = preset(known.preset)
 

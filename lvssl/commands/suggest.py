@@ -34,9 +34,10 @@ WARMUP = 0.1  # share of the epochs, in it
 
 
 def suggest(
-    data: Path, source: str = "auto", device: str = "auto", backbone: str = ""
+    data: Path, source: str = "auto", device: str = "auto", backbone: str = "", epochs: int = 0
 ) -> tuple[PretrainSettings, str]:
-    """Settings to start from, and what they were chosen for, in words; `backbone`: the one that is asked for.
+    """Settings to start from, and what they were chosen for, in words; `backbone`, `epochs`: where these are
+    given.
 
     Raises:
         InputError: no images there, no such device, or no such backbone.
@@ -48,7 +49,9 @@ def suggest(
     images = open_reader(data, source, str(chosen))
     side = median_side(images)
     where = f"{cores()} CPU cores" if not memory else f"a GPU of {memory / GIB:.0f} GiB"
-    return suited(len(images), side, memory, backbone), f"{len(images):,} images of {side} px on {where}"
+    return suited(
+        len(images), side, memory, backbone, epochs
+    ), f"{len(images):,} images of {side} px on {where}"
 
 
 def median_side(images: Reader) -> int:
@@ -62,9 +65,9 @@ def median_side(images: Reader) -> int:
     return int(np.median(sides)) if sides else SMALL
 
 
-def suited(count: int, side: int, memory: int, backbone: str = "") -> PretrainSettings:
+def suited(count: int, side: int, memory: int, backbone: str = "", epochs: int = 0) -> PretrainSettings:
     """The settings for `count` images whose shorter sides are `side` pixels. `memory`: bytes of the GPU; 0: a
-    CPU. `backbone`: another than the preset's."""
+    CPU. `backbone`, `epochs`: others than one would choose."""
     small = side <= SMALL
     settings = preset("cifar10-small" if not memory else "cifar10-r18" if small else DEFAULTS)
     resolution = settings.view.resolution
@@ -85,13 +88,12 @@ def suited(count: int, side: int, memory: int, backbone: str = "") -> PretrainSe
         most = largest_batch(plan, footprint(plan))
         while batch > max(most, 2):
             batch //= 2
-    epochs = settings.epochs
-    if not memory:
+    if not epochs:
         wanted = -(-STEPS // max(count // batch, 1))
-        epochs = min(max(wanted, LEAST_EPOCHS), MOST_EPOCHS)
+        epochs = settings.epochs if memory else min(max(wanted, LEAST_EPOCHS), MOST_EPOCHS)
     optimiser = settings.optimiser
     if of_layers(model.backbone):
-        optimiser = replace(optimiser, **OF_LAYERS, warmup_epochs=max(1.0, WARMUP * epochs))
+        optimiser = replace(optimiser, **OF_LAYERS, warmup_epochs=WARMUP * epochs)
     return replace(settings, batch_size=batch, epochs=epochs, optimiser=optimiser)
 
 
