@@ -204,7 +204,9 @@ def fit_opq(train: Any, bits: int, seed: int = 0, iterations: int = 20) -> Produ
 
     h = checked(train, bits, most=8 * as_array(train).shape[-1], whole_bytes=True)
     if len(h) < 256:
-        raise ValueError(f"a product quantiser needs 256 training images for its words, not {len(h)}")
+        raise ValueError(
+            f"a product quantiser needs 256 training images for its words, not {len(h)}; itq needs fewer"
+        )
     x, mean, scale = standardised(h)
     parts, width = bits // 8, h.shape[1]
     kept = width - width % parts  # numbers after the rotation: as many for each part

@@ -12,6 +12,7 @@ at a multiple of its patches.
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,12 @@ SMALL = 64  # pixels up to which ResNets have the small images' stem
 LOOKED_AT = 256  # images whose sizes are read
 STEPS, MOST_EPOCHS, LEAST_EPOCHS = 300, 100, 5  # of a training on a CPU
 STEPS_AN_EPOCH, LEAST_BATCH = 16, 64
-OF_LAYERS = {"optimiser": "adamw", "lr": 5e-4, "weight_decay": 0.05, "clip": 1.0}  # transformers' recipe
+OF_LAYERS: dict[str, Any] = {
+    "optimiser": "adamw",
+    "lr": 5e-4,
+    "weight_decay": 0.05,
+    "clip": 1.0,
+}  # transformers' recipe
 WARMUP = 0.1  # share of the epochs, in it
 
 
