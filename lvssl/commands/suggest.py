@@ -30,12 +30,8 @@ SMALL = 64  # pixels up to which ResNets have the small images' stem
 LOOKED_AT = 256  # images whose sizes are read
 STEPS, MOST_EPOCHS, LEAST_EPOCHS = 300, 100, 5  # of a training on a CPU
 STEPS_AN_EPOCH, LEAST_BATCH = 16, 64
-OF_LAYERS: dict[str, Any] = {
-    "optimiser": "adamw",
-    "lr": 5e-4,
-    "weight_decay": 0.05,
-    "clip": 1.0,
-}  # transformers' recipe
+# Transformers' recipe: the decay of DeiT and ConvNeXt, the rate of DINO for 256 images.
+OF_LAYERS: dict[str, Any] = {"optimiser": "adamw", "lr": 5e-4, "weight_decay": 0.05, "clip": 1.0}
 WARMUP = 0.1  # share of the epochs, in it
 
 
