@@ -255,7 +255,7 @@ def within_rounding(quantiser: Quantiser, features: Tensor, bound: float, codes:
 
 
 @needs_onnx
-@pytest.mark.parametrize("code", ["opq", "itq"])
+@pytest.mark.parametrize("code", ["opq", pytest.param("itq", marks=pytest.mark.slow)])
 def test_onnx_and_an_export_give_the_codes_of_a_quantiser(code, run, digits, loaded, crops, tmp_path, capsys):
     import onnxruntime
 
