@@ -114,15 +114,16 @@ def test_the_crop_of_the_export_page_is_that_of_encode():
 # -- what takes longer -----------------------------------------------------------------------------
 
 
-def run_blocks(page: Path, folder: Path) -> int:
-    """Run a page's bash and python blocks in turn, in one folder; returns how many there were."""
+def run_blocks(page: Path, folder: Path, without: tuple[str, ...] = ()) -> int:
+    """Run a page's bash and python blocks in turn, in one folder, but for those that have one of the words of
+    `without`; returns how many there were."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     commands = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
     blocks = [(kind, text) for kind, text in BLOCK.findall(page.read_text()) if kind in commands]
     for kind, text in blocks:
-        if text.startswith("make "):  # what installs, and this very suite
-            continue
+        if text.startswith("make ") or any(word in text for word in without):
+            continue  # what installs, and this very suite
         done = subprocess.run(
             [*commands[kind], text], cwd=folder, env=environment, capture_output=True, text=True, timeout=500
         )
@@ -154,6 +155,21 @@ def test_get_started_and_the_pages_that_follow_it_work(tmp_path):
     assert (tmp_path / "neighbours.csv").stat().st_size > 0
     for name in ("codes-and-search", "uncertainty"):
         assert run_blocks(ROOT / f"docs/{name}.md", tmp_path) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("library", "without"), [("ffcv", ("nvidia",)), ("nvidia.dali", ("ffcv", "theirs"))], ids=["ffcv", "dali"]
+)
+def test_what_is_said_of_ffcv_and_dali_works_where_they_are_installed(library, without, photos):
+    if any(importlib.util.find_spec(name) is None for name in (library.split(".")[0], library)):
+        pytest.skip(
+            f"{library} isn't installed: make install EXTRAS=dev,ffcv, or pip install 'lvssl[dali-cu120]'"
+        )
+    for i, path in enumerate(sorted((photos / "photos").glob("*.jpg"))):
+        path.parent.joinpath("ab"[i % 2]).mkdir(exist_ok=True)
+        path.rename(path.parent / "ab"[i % 2] / path.name)
+    assert run_blocks(ROOT / "docs/ffcv-and-dali.md", photos, without) >= 3
 
 
 @pytest.mark.slow
