@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from lvssl.commands.main import COMMANDS
+from lvssl.commands.main import COMMANDS, main
 from pipelines.decode.resize import resize_crop
 from pipelines.parameters import centre_boxes
 from tools import reference
@@ -69,6 +70,15 @@ def test_the_readme_stays_short():
 def test_every_page_is_in_the_site():
     listed = set(re.findall(r"- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)) - {"changelog.md"}
     assert listed == {page.name for page in PAGES if page.parent.name == "docs"}
+
+
+def test_every_page_with_code_is_run():
+    """By a test below; commands that only show a form stand in blocks without a language."""
+    run = {"README", "codes", "codes-and-search", "export", "ffcv-and-dali", "get-started", "how-it-works"}
+    having = [
+        page for page in PAGES if {"bash", "python"} & {kind for kind, _ in BLOCK.findall(page.read_text())}
+    ]
+    assert {page.stem for page in having} == run | {"uncertainty", "your-own-images"}
 
 
 def options(text: str) -> set[str]:
@@ -155,6 +165,27 @@ def test_get_started_and_the_pages_that_follow_it_work(tmp_path):
     assert (tmp_path / "neighbours.csv").stat().st_size > 0
     for name in ("codes-and-search", "uncertainty"):
         assert run_blocks(ROOT / f"docs/{name}.md", tmp_path) >= 1
+
+
+@pytest.mark.slow
+def test_the_python_of_the_other_pages_works(photos, digits, monkeypatch):
+    monkeypatch.chdir(photos)
+    Path("train.beton").symlink_to(digits["train"])
+    small = ["--backbone", "tiny", "--resolution", "32", "--epochs", "1", "--device", "cpu", "--workers", "1"]
+    assert main(["pretrain", "--data", "photos", "--out", "RUN", *small]) == 0
+    assert main(["encode", "RUN", "--images", "photos"]) == 0
+    for name in "ab":
+        shutil.copyfile("photos/000.jpg", f"{name}.jpg")
+    for name in ("train", "photos", "queries"):
+        np.save(f"{name}.npy", np.random.default_rng(0).normal(size=(300, 64)).astype(np.float32))
+    assert main(["encode", "train.npy", "--images", "photos.npy", "--bits", "64", "--code", "itq"]) == 0
+    known = {"logits": torch.zeros(8, 32), "projector": torch.nn.Linear(32, 8), "beta": 0.01, "step": 1}
+    known["your_loss"] = torch.nn.functional.mse_loss
+    for page in ("codes", "how-it-works"):
+        for kind, text in BLOCK.findall((ROOT / f"docs/{page}.md").read_text()):
+            if kind == "python":
+                exec(text, known)
+    assert torch.isfinite(known["loss"]) and known["ids"][0][0] == "0"
 
 
 @pytest.mark.slow
