@@ -50,7 +50,11 @@ def create_run(
     config = settings.out / "config.json"
     if config.exists():
         if not resume:
-            raise InputError(f"{settings.out} exists: add --resume to go on with it, or choose another --out")
+            made = checkpoint.paths(settings.out / "checkpoints")
+            lost = "" if made else " (it has no checkpoint yet: remove it to begin anew)"
+            raise InputError(
+                f"{settings.out} exists: add --resume to go on with it, or choose another --out{lost}"
+            )
         stored, stored_classes = read_config(settings.out)
         if (begun := results_version(_config(config))) != RESULTS_VERSION:
             raise InputError(
