@@ -24,7 +24,9 @@ def local_folder(name: str | Path) -> Path:
     try:
         return Path(hub.snapshot_download(repository, revision=revision or None))
     except (*kinds, OSError) as error:
-        raise InputError(f"{name}: {first_line(error)}") from error
+        raise InputError(
+            f"{name}: {first_line(error)}; check the name (USER/NAME) and the network, or give a folder"
+        ) from error
 
 
 def library(wanted_by: str) -> Any:

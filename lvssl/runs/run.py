@@ -176,7 +176,8 @@ def read_config(folder: Path) -> tuple[PretrainSettings, int]:
     holds an impossible value, which is named."""
     path = folder / "config.json"
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such run folder")
+        fetch = "; `hf download USER/NAME --local-dir FOLDER` fetches one of the Hub, then name FOLDER"
+        raise InputError(f"{folder}: no such run folder{fetch if folder.parts[:1] == ('hf:',) else ''}")
     if not path.is_file():
         raise InputError(f"{folder} is no run folder (it has no config.json)")
     content = _config(path)
