@@ -134,17 +134,29 @@ class Model:
 
     @property
     def view(self) -> ViewSettings:
-        """How images are cropped, resized and normalised: `evaluation_crop`, `resolution`, `mean`, `std`."""
+        """How images are cropped, resized and normalised: `evaluation_crop`, `resolution`, `mean`, `std`.
+
+        >>> lvssl.load("run").view.evaluation_crop
+        1.0
+        """
         return self.run.settings.view
 
     @property
     def resolution(self) -> int:
-        """Side of the images that the network reads, in pixels."""
+        """Side of the images that the network reads, in pixels.
+
+        >>> lvssl.load("run").resolution
+        8
+        """
         return self.view.resolution
 
     @property
     def bits(self) -> int:
-        """Length of a code."""
+        """Length of a code.
+
+        >>> lvssl.load("run").bits
+        64
+        """
         return own_bits(self.run)
 
     def encode(

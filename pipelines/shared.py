@@ -22,6 +22,7 @@ from typing import IO
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
+VERSION = 1  # of what is written, which a process of another release may have done
 
 
 def processes(environment: Mapping[str, str] = os.environ) -> int:
@@ -42,7 +43,7 @@ def shared(told: Callable[[], str], make: Callable[[], Arrays]) -> Arrays:
         if folder.lstat().st_uid != os.getuid():  # nor is a link followed
             raise PermissionError(f"{folder} is somebody else's")
         unused_removed(folder)
-        place = folder / hashlib.sha256(told().encode()).hexdigest()[:16]
+        place = folder / hashlib.sha256(f"{VERSION} {told()}".encode()).hexdigest()[:16]
         used = in_use(place.with_suffix(".used"))
         with open(place.with_suffix(".lock"), "ab") as turn:
             fcntl.flock(turn, fcntl.LOCK_EX)

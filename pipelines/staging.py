@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
+from pipelines.amounts import size_text
 from pipelines.lock import lock
 
 STAGED = "LVSSL_STAGED"  # the variable that names the folder of this node's copies
@@ -89,7 +90,7 @@ def _copy_all(files: list[Path], folder: Path) -> int:
     halves = [half for _, copy in missing if (half := _half(copy)).exists()]
     needed = sum(path.stat().st_size for path, _ in missing) - sum(half.stat().st_size for half in halves)
     if needed > (free := shutil.disk_usage(folder).free):
-        why = f"{needed / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB are free"
+        why = f"{size_text(needed)} are needed and {size_text(free)} are free"
         raise OSError(errno.ENOSPC, why)
     for path, copy in missing:
         try:

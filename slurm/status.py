@@ -52,6 +52,8 @@ def status(file: Path, starts: Starts) -> str:
     failed = next((name for name, each in by_stage.items() if any(s.state in FAILED for s in each)), None)
     if failed:
         lines.append(f"once that is mended: lvssl retry {failed} {file}")
+    if all(s.state == "not run" and not s.job for each in by_stage.values() for s in each):
+        lines.append(f"nothing of it has been launched yet: lvssl launch {file}")
     return "\n".join(lines)
 
 
@@ -66,7 +68,11 @@ def standings(out: Path, stages: list[Stage]) -> dict[str, list[Standing]]:
     accounts = scheduler.accounted(known - set(queue)) if queue is not None else {}
     found: dict[str, list[Standing]] = {}
     for stage in stages:
-        broken = [name for name in stage.after if any(s.state in (*FAILED, "not run") for s in found[name])]
+        broken = [
+            name
+            for name in stage.after
+            if any(s.state in FAILED or (s.state == "not run" and s.reason) for s in found[name])
+        ]
         found[stage.name] = [
             standing(out, task, jobs.get(task.key, {}), queue, accounts, broken) for task in stage.tasks
         ]

@@ -38,3 +38,17 @@ def test_all_that_is_compiled_loads_and_runs_where_nothing_can_be_kept(tmp_path)
     command = [sys.executable, "-c", "\n".join(lines) + CHECK]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_what_is_kept_is_not_used_once_a_called_function_of_another_file_has_changed(tmp_path):
+    head = "from pipelines.kernels.compiled import compiled\n"
+    (tmp_path / "outer.py").write_text(
+        f"{head}from inner import f\n@compiled()\ndef g(x):\n    return f(x)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", "from outer import g; print(g(3), sum(g.stats.cache_hits.values()))"]
+    said = []
+    for inner in ("x + 1", "x + 1", "x + 2"):
+        (tmp_path / "inner.py").write_text(f"{head}@compiled()\ndef f(x):\n    return {inner}\n")
+        said.append(subprocess.run(command, env=environment, capture_output=True, text=True).stdout.split())
+    assert said == [["4", "0"], ["4", "1"], ["5", "0"]]

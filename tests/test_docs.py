@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from lvssl.commands.main import COMMANDS
+from lvssl.commands.main import COMMANDS, main
 from pipelines.decode.resize import resize_crop
 from pipelines.parameters import centre_boxes
 from tools import reference
@@ -71,6 +72,15 @@ def test_every_page_is_in_the_site():
     assert listed == {page.name for page in PAGES if page.parent.name == "docs"}
 
 
+def test_every_page_with_code_is_run():
+    """By a test below; commands that only show a form stand in blocks without a language."""
+    run = {"README", "codes", "codes-and-search", "export", "ffcv-and-dali", "get-started", "how-it-works"}
+    having = [
+        page for page in PAGES if {"bash", "python"} & {kind for kind, _ in BLOCK.findall(page.read_text())}
+    ]
+    assert {page.stem for page in having} == run | {"uncertainty", "your-own-images"}
+
+
 def options(text: str) -> set[str]:
     return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
 
@@ -114,15 +124,16 @@ def test_the_crop_of_the_export_page_is_that_of_encode():
 # -- what takes longer -----------------------------------------------------------------------------
 
 
-def run_blocks(page: Path, folder: Path) -> int:
-    """Run a page's bash and python blocks in turn, in one folder; returns how many there were."""
+def run_blocks(page: Path, folder: Path, without: tuple[str, ...] = ()) -> int:
+    """Run a page's bash and python blocks in turn, in one folder, but for those that have one of the words of
+    `without`; returns how many there were."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     commands = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
     blocks = [(kind, text) for kind, text in BLOCK.findall(page.read_text()) if kind in commands]
     for kind, text in blocks:
-        if text.startswith("make "):  # what installs, and this very suite
-            continue
+        if text.startswith("make ") or any(word in text for word in without):
+            continue  # what installs, and this very suite
         done = subprocess.run(
             [*commands[kind], text], cwd=folder, env=environment, capture_output=True, text=True, timeout=500
         )
@@ -154,6 +165,42 @@ def test_get_started_and_the_pages_that_follow_it_work(tmp_path):
     assert (tmp_path / "neighbours.csv").stat().st_size > 0
     for name in ("codes-and-search", "uncertainty"):
         assert run_blocks(ROOT / f"docs/{name}.md", tmp_path) >= 1
+
+
+@pytest.mark.slow
+def test_the_python_of_the_other_pages_works(photos, digits, monkeypatch):
+    monkeypatch.chdir(photos)
+    Path("train.beton").symlink_to(digits["train"])
+    small = ["--backbone", "tiny", "--resolution", "32", "--epochs", "1", "--device", "cpu", "--workers", "1"]
+    assert main(["pretrain", "--data", "photos", "--out", "RUN", *small]) == 0
+    assert main(["encode", "RUN", "--images", "photos"]) == 0
+    for name in "ab":
+        shutil.copyfile("photos/000.jpg", f"{name}.jpg")
+    for name in ("train", "photos", "queries"):
+        np.save(f"{name}.npy", np.random.default_rng(0).normal(size=(300, 64)).astype(np.float32))
+    assert main(["encode", "train.npy", "--images", "photos.npy", "--bits", "64", "--code", "itq"]) == 0
+    known = {"logits": torch.zeros(8, 32), "projector": torch.nn.Linear(32, 8), "beta": 0.01, "step": 1}
+    known["your_loss"] = torch.nn.functional.mse_loss
+    for page in ("codes", "how-it-works"):
+        for kind, text in BLOCK.findall((ROOT / f"docs/{page}.md").read_text()):
+            if kind == "python":
+                exec(text, known)
+    assert torch.isfinite(known["loss"]) and known["ids"][0][0] == "0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("library", "without"), [("ffcv", ("nvidia",)), ("nvidia.dali", ("ffcv", "theirs"))], ids=["ffcv", "dali"]
+)
+def test_what_is_said_of_ffcv_and_dali_works_where_they_are_installed(library, without, photos):
+    if any(importlib.util.find_spec(name) is None for name in (library.split(".")[0], library)):
+        pytest.skip(
+            f"{library} isn't installed: make install EXTRAS=dev,ffcv, or pip install 'lvssl[dali-cu120]'"
+        )
+    for i, path in enumerate(sorted((photos / "photos").glob("*.jpg"))):
+        path.parent.joinpath("ab"[i % 2]).mkdir(exist_ok=True)
+        path.rename(path.parent / "ab"[i % 2] / path.name)
+    assert run_blocks(ROOT / "docs/ffcv-and-dali.md", photos, without) >= 3
 
 
 @pytest.mark.slow

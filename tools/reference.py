@@ -71,14 +71,17 @@ def python_api() -> str:
 def members(kind: type) -> Iterator[tuple[str, Any]]:
     """Public methods and properties in the order of the source."""
     for name, member in vars(kind).items():
-        public = not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property))
-        if public and "namedtuple" not in str(getattr(member, "__module__", "")):
+        if name.startswith("_"):
+            continue
+        if isinstance(member, classmethod):
+            yield name, getattr(kind, name)
+        elif inspect.isfunction(member) or isinstance(member, property):
             yield name, member
 
 
 def described(name: str, found: Any) -> str:
     head = ""
-    if inspect.isfunction(found):
+    if inspect.isroutine(found):
         parameters = str(inspect.signature(found)).replace("self, ", "").replace("'", "")
         head = f"```text\n{name}{parameters}\n```\n\n"
     fields = ""

@@ -91,12 +91,17 @@ class Index:
         """(ids of the k nearest codes of each query, nearest first; their distances [Q, k]).
 
         `queries` and distances: as `nearest_rows`. `only`: the ids among which is searched. Raises ValueError
-        for shapes that don't match and for k outside 1..N, KeyError for an unknown id in `only`.
+        for shapes that don't match, for k outside 1..N and where there is no code, KeyError for an unknown id
+        in `only`.
         """
         rows, among = self.rows, None
         if only is not None:
             among = np.unique(np.array([self.place[one] for one in only], np.int64))
             rows = rows[among]
+        if not len(rows):
+            raise ValueError(
+                "the index is empty: add codes first" if among is None else "`only` names no code"
+            )
         found, distances = nearest_rows(queries, rows, k, self.quantiser, threads=threads)
         if among is not None:
             found = among[found]
@@ -206,7 +211,9 @@ def write_faiss(
 
     A product code's index takes real-valued queries, the features that the quantiser encodes, and gives the
     distances of `nearest_rows`; one of bits takes packed codes. `ids`: int64 [N], under which faiss finds
-    them (an IndexIDMap2); without, row numbers. Raises ImportError without faiss.
+    them (an IndexIDMap2); without, row numbers. faiss's `reconstruct` of a product code is wrong, for it has
+    no transform that undoes the standardisation: `Quantiser.decode` gives what a code stands for. Raises
+    ImportError without faiss.
     """
     faiss: Any = importlib.import_module("faiss")  # whose types know nothing of its writers
     binary = quantiser is None or quantiser.hamming

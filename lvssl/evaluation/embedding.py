@@ -23,7 +23,7 @@ from pipelines.loader import evaluation_batches
 from pipelines.views import ViewSettings
 
 LARGE_SET = 200_000  # images from which on what is exact would take too much memory and time
-
+VERSION = 1  # of what the arrays of a store mean
 SIDE = 32  # pixels to which images are shrunk that stand for themselves
 
 
@@ -96,6 +96,7 @@ def store_of(run: Run, source: Reader, workers: int, on_error: str, title: str) 
     """Where a run keeps its features of a set, and what computes them."""
     view, means = run.settings.view, len(source) < LARGE_SET
     key: dict[str, Any] = {
+        "version": VERSION,
         "checkpoint": run.digest,
         "set": describe_set(source),
         "view": asdict(view),

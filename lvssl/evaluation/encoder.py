@@ -57,10 +57,22 @@ CANDIDATES = 100  # that `--rerank` looks at, at least
 
 
 class Neighbour(NamedTuple):
+    """An image that a search has found.
+
+    >>> model = lvssl.load("run")
+    >>> nearest = model.search("photos/a/0.png", model.encode("photos"), k=1)[0][0]
+    >>> nearest.name, nearest.distance
+    ('a/0.png', 0)
+    """
+
     name: str
-    distance: float  # an int, where it is Hamming's
-    similarity: float | None = None  # cosine: of the query and what the code stands for, or of means
-    uncertainty: float | None = None  # in nats, where it was stored with the codes
+    """As the encoded images are named."""
+    distance: float
+    """To the query: of codes Hamming's, a whole number; of real-valued queries the squared Euclidean one."""
+    similarity: float | None = None
+    """A cosine: of the query and what the code stands for, or of means."""
+    uncertainty: float | None = None
+    """In nats, where it was stored with the codes."""
 
 
 class Query(NamedTuple):

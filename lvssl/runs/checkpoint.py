@@ -6,8 +6,10 @@ and should it be damaged later, the one before it is used, with a message.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
+import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pipelines.amounts import size_text
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
 
@@ -25,7 +28,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
     """Write folder/step-<step>.pt atomically and remove all but the last `keep`.
 
     Raises:
-        OSError: no room; the checkpoints that were there still are.
+        OSError: no room, and how much is needed; the checkpoints that were there still are.
     """
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
@@ -33,7 +36,18 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
     path = folder / f"step-{step:09d}.pt"
     # Released before an error goes on: Python 3.12.1 may crash on a view that a traceback still holds.
     with buffer.getbuffer() as payload:
-        write_atomically(path, MAGIC, hashlib.sha256(payload).digest(), payload)
+        try:
+            write_atomically(path, MAGIC, hashlib.sha256(payload).digest(), payload)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            needed, free = size_text(payload.nbytes), size_text(shutil.disk_usage(folder).free)
+            before = paths(folder)
+            stands = f"; {before[-1].name} still stands" if before else ""
+            raise OSError(
+                f"{path}: no space left for a checkpoint of {needed}, {free} are free{stands}: "
+                "make room and resume"
+            ) from error
     for old in paths(folder)[:-keep]:
         old.unlink()
     return path

@@ -28,7 +28,9 @@ def local_folder(name: str | Path) -> Path:
             "doesn't hold it: check the network and the name, or name a folder on this machine"
         ) from error
     except (hub.errors.HFValidationError, hub.errors.HfHubHTTPError, OSError) as error:
-        raise InputError(f"{name}: {first_line(error)}") from error
+        raise InputError(
+            f"{name}: {first_line(error)}; check the name (USER/NAME) and the network, or give a folder"
+        ) from error
 
 
 def library(wanted_by: str) -> Any:

@@ -87,7 +87,13 @@ def _read(model: ModelSettings, resolution: int, what: str) -> Mapping[str, Tens
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
         for key in WITHIN:
-            found = found[key] if isinstance(found.get(key), Mapping) else found
+            if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+                found = found[key]
+        if not isinstance(found, Mapping):
+            raise InputError(
+                f"{what}: holds a {type(found).__name__}, not a dictionary of tensors by name; "
+                "save the state_dict()"
+            )
         return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
     except InputError:
         raise

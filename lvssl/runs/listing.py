@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import math
+import os
+import stat
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,10 +44,19 @@ class Listed:
         step, images = int(last.get("step", 0)), (read_set(folder) or {}).get("images") or 0
         steps = settings.epochs * steps_per_epoch(images, settings.batch_size) if images else 0
         state = "training" if is_locked(folder) else "done" if steps and step >= steps else "stopped"
-        files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-        size = sum(path.stat().st_size for path in files)
         of_epochs = {name: row[name] for row in rows for name in (RANK, "online_knn") if name in row}
-        return cls(folder, state, step, steps, {**of_epochs, **last, **results(folder)}, size)
+        return cls(folder, state, step, steps, {**of_epochs, **last, **results(folder)}, bytes_of(folder))
+
+
+def bytes_of(folder: Path) -> int:
+    """Of a folder's files, links aside; what a running process removes meanwhile doesn't count."""
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                about = os.lstat(os.path.join(place, name))
+                size += about.st_size if stat.S_ISREG(about.st_mode) else 0
+    return size
 
 
 def results(folder: Path) -> dict[str, float]:
@@ -97,12 +110,13 @@ def runs_in(folder: Path) -> list[Listed]:
 
 
 def ranked(runs: list[Listed], metric: str) -> list[Listed]:
-    """Those that have the metric, best first: the lowest loss, the highest of anything else."""
+    """Those that have the metric, best first: the lowest loss, the highest of anything else; NaN is last."""
     having = [run for run in runs if metric in run.figures]
     if not having:
         known = sorted({name for run in runs for name in run.figures} - {"step", "epoch"})
         raise InputError(f"--best {metric}: none of the runs has it; known: {', '.join(known)}")
-    return sorted(having, key=lambda run: run.figures[metric] * (1 if metric == "loss" else -1))
+    sign = 1 if metric == "loss" else -1
+    return sorted(having, key=lambda run: (math.isnan(run.figures[metric]), sign * run.figures[metric]))
 
 
 def compared(one: Path, other: Path) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:

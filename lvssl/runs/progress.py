@@ -118,7 +118,8 @@ class Metrics:
             sink.add(row["step"], figures)
 
     def close(self) -> None:
-        self.file.close()
+        with naming(self.path):
+            self.file.close()
         for sink in self.sinks:
             sink.close()
 

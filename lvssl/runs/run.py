@@ -50,7 +50,11 @@ def create_run(
     config = settings.out / "config.json"
     if config.exists():
         if not resume:
-            raise InputError(f"{settings.out} exists: add --resume to go on with it, or choose another --out")
+            made = checkpoint.paths(settings.out / "checkpoints")
+            lost = "" if made else " (it has no checkpoint yet: remove it to begin anew)"
+            raise InputError(
+                f"{settings.out} exists: add --resume to go on with it, or choose another --out{lost}"
+            )
         stored, stored_classes = read_config(settings.out)
         if (begun := results_version(_config(config))) != RESULTS_VERSION:
             raise InputError(
@@ -172,7 +176,8 @@ def read_config(folder: Path) -> tuple[PretrainSettings, int]:
     holds an impossible value, which is named."""
     path = folder / "config.json"
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such run folder")
+        fetch = "; `hf download USER/NAME --local-dir FOLDER` fetches one of the Hub, then name FOLDER"
+        raise InputError(f"{folder}: no such run folder{fetch if folder.parts[:1] == ('hf:',) else ''}")
     if not path.is_file():
         raise InputError(f"{folder} is no run folder (it has no config.json)")
     content = _config(path)

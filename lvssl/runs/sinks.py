@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 from lvssl.runs.result import read_json
 from lvssl.settings.fields import flat
 from pipelines.errors import InputError
+from pipelines.files import naming
 
 
 class Sink(Protocol):
@@ -23,7 +25,8 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Into FOLDER/tensorboard; what a resumed training will do again is taken back."""
+    """Into FOLDER/tensorboard; what a resumed training will do again is taken back. An error of its thread,
+    such as a full disk, is raised by the call that comes after it, and by `close`."""
 
     def __init__(self, folder: Path, resumed_at: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -35,14 +38,27 @@ class TensorBoard:
                 f"{folder}: TensorBoard needs a folder's name in UTF-8: choose another"
             ) from error
         purge = resumed_at + 1 if resumed_at else None
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self.path, self.hook = folder / "tensorboard", threading.excepthook
+        threading.excepthook = self.uncaught
+        with naming(self.path):
+            self.board = SummaryWriter(str(self.path), purge_step=purge)
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
-            self.board.add_scalar(name, value, step)
+        with naming(self.path):
+            for name, value in figures.items():
+                self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.board.close()
+        try:
+            with naming(self.path):
+                self.board.close()
+        finally:
+            threading.excepthook = self.hook
+
+    def uncaught(self, error: threading.ExceptHookArgs) -> None:
+        """Its thread would print a traceback of what is raised here anyway."""
+        if not type(error.thread).__module__.startswith("tensorboard."):
+            self.hook(error)
 
 
 class WandB:

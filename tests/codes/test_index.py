@@ -60,6 +60,11 @@ def test_mistakes_are_said_and_change_nothing():
         index.delete(["a", "x"])
     with pytest.raises(ValueError, match="need the quantiser"):
         index.search(np.zeros((1, 4), np.float32), 1)
+    for empty in (Index(), Index(quantiser=FITS["pca"](features(), 12))):
+        with pytest.raises(ValueError, match="the index is empty: add codes first"):
+            empty.search(np.zeros((1, 2), np.uint8), 1)
+    with pytest.raises(ValueError, match="`only` names no code"):
+        index.search(index.rows, 1, only=[])
     with pytest.raises(ValueError, match="same id"):
         Index(np.zeros((2, 2), np.uint8), ["a", "a"]).delete(["a"])
     assert list(index.ids) == ["a", "b", "c"] and len(index) == 3

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pipelines import staging
+from pipelines.amounts import size_text
 from pipelines.decode import open_reader
 from pipelines.staging import STAGED, near, stage
 
@@ -93,7 +94,7 @@ def test_no_room_or_no_folder_is_one_line_and_the_shared_file_is_read(disk, shar
     says("no such folder", str(disk / "none"))
     usage = shutil.disk_usage(disk)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_499))
-    says("0.00 GB are needed and 0.00 GB are free")
+    says(f"{size_text(shared.stat().st_size)} are needed and 10.5 kB are free")
     monkeypatch.undo()
     monkeypatch.setenv("NODE_DISK", str(disk))
     with monkeypatch.context() as full:

@@ -342,6 +342,14 @@ def test_golden_sbatch(tmp_path):
     )
 
 
+def test_the_status_of_a_chain_that_was_never_launched_says_so(tmp_path, capsys):
+    path = write(tmp_path)
+    assert main(["status", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert text.splitlines()[-1] == f"nothing of it has been launched yet: lvssl launch {path}"
+    assert "end well" not in text and list(tmp_path.iterdir()) == [path]
+
+
 def test_dry_run_shows_graph_scripts_and_costs_and_writes_nothing(tmp_path, capsys):
     path = write(tmp_path, FILE + "[pretrain.cluster]\nnodes = 2\ngpus = 4\n")
     assert main(["launch", str(path), "--dry-run"]) == 0

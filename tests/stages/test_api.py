@@ -221,12 +221,7 @@ def test_the_names_that_type_checkers_see_are_the_lazy_ones():
 
 def public() -> list[str]:
     """Every public name of the interface: functions, classes, and their methods."""
-    names = [name for name in api.__all__ if name != "Neighbour"]
-    return names + [
-        f"Model.{n}"
-        for n in vars(api.Model)
-        if not n.startswith("_") and n not in ("run", "view", "bits", "resolution")
-    ]
+    return [*api.__all__, *(f"Model.{n}" for n in vars(api.Model) if not n.startswith("_") and n != "run")]
 
 
 @pytest.mark.parametrize("name", public())

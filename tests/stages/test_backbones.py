@@ -126,7 +126,14 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, monkeypatch):
 def test_other_names_and_code_in_a_file_are_one_line(tmp_path):
     torch.save({0: torch.zeros(2)}, tmp_path / "numbers.pth")
     torch.save({"code": Path.cwd}, tmp_path / "code.pth")
-    for name, said in (("numbers", "it lacks 54 of 54"), ("code", "which aren't loaded")):
+    torch.save([torch.zeros(2)], tmp_path / "list.pth")
+    torch.save(torch.zeros(2), tmp_path / "one.pth")
+    for name, said in (
+        ("numbers", "it lacks 54 of 54"),
+        ("code", "which aren't loaded"),
+        ("list", r"holds a list, not a dictionary of tensors by name; save the state_dict\(\)"),
+        ("one", "holds a Tensor, not a dictionary"),
+    ):
         with pytest.raises(InputError, match=f"{name}.pth.*{said}"):
             initial_weights(ModelSettings("tiny", init=str(tmp_path / f"{name}.pth")), 8)
 

@@ -64,6 +64,11 @@ def test_what_is_not_there_is_said_in_one_line(tmp_path):
     assert len(lines) == 3 and all(map(str.startswith, lines, said)), done.stdout + done.stderr
 
 
+def test_a_command_says_how_one_of_the_hub_is_fetched(capsys):
+    assert main(["report", "hf://someone/encoder"]) == 2
+    assert "no such run folder; `hf download USER/NAME --local-dir FOLDER` fetches" in capsys.readouterr().err
+
+
 def test_a_folder_needs_no_hub(exported, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it weren't installed
     assert lvssl.Model.from_pretrained(exported).bits == lvssl.load(exported).bits

@@ -1,11 +1,14 @@
 """`lvssl runs`: how each run stands, the best of them, and two side by side."""
 
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 from lvssl.commands.main import main
-from lvssl.runs.listing import Listed, runs_in
+from lvssl.runs import listing
+from lvssl.runs.listing import Listed, ranked, runs_in
 from lvssl.runs.run import run_lock
 
 
@@ -49,6 +52,28 @@ def test_runs_are_listed_ranked_and_compared(two, capsys):
     said = capsys.readouterr().out
     assert ["temperature", "0.2", "0.5"] in [line.split() for line in said.splitlines()]
     assert "loss, 100 %" in said and "(step 60)" in said and "(step 30)" in said
+
+
+def test_a_figure_that_is_no_number_comes_last():
+    values = {"a": float("nan"), "b": 2.0, "c": 1.0, "d": float("nan")}
+    runs = [
+        Listed(Path(name), "done", 1, 1, dict.fromkeys(("loss", "knn"), x), 0) for name, x in values.items()
+    ]
+    assert [str(one.folder) for one in ranked(runs, "loss")] == ["c", "b", "a", "d"]
+    assert [str(one.folder) for one in ranked(runs, "knn")] == ["b", "c", "a", "d"]
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_left_out(run, monkeypatch):
+    (run / "checkpoints/step-1.pt").write_bytes(bytes(1000))
+    before, look = Listed.of(run).size, os.lstat
+
+    def removed_first(path):
+        if str(path).endswith("step-1.pt"):
+            os.unlink(path)
+        return look(path)
+
+    monkeypatch.setattr(listing.os, "lstat", removed_first)
+    assert Listed.of(run).size == before - 1000
 
 
 def test_bad_input_is_one_line(two, tmp_path, capsys):

@@ -90,3 +90,14 @@ def test_what_is_not_there_is_named_before_anything_is_written(digits, tmp_path,
     assert main([*begin, "--log", "paper"]) == 2
     assert "unknown log 'paper'; known: tensorboard, wandb, mlflow" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_one_error_that_names_the_folder(small_disk, fill, capsys):
+    board = SINKS["tensorboard"](small_disk, 0)
+    fill()
+    with pytest.raises(OSError, match="No space left on device: .*tensorboard"):
+        for row in ROWS * 3000:
+            board.add(row["step"], row)
+    with pytest.raises(OSError, match="No space left on device: .*tensorboard"):
+        board.close()
+    assert capsys.readouterr().err == ""
