@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 CHECK = """
 import numpy as np
@@ -40,11 +42,10 @@ def test_all_that_is_compiled_loads_and_runs_where_nothing_can_be_kept(tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_what_is_kept_is_not_used_once_a_called_function_of_another_file_has_changed(tmp_path):
+@pytest.mark.parametrize("used, call", [("from inner import f", "f(x)"), ("import inner", "inner.f(x)")])
+def test_what_is_kept_is_not_used_once_a_called_function_of_another_file_has_changed(tmp_path, used, call):
     head = "from pipelines.kernels.compiled import compiled\n"
-    (tmp_path / "outer.py").write_text(
-        f"{head}from inner import f\n@compiled()\ndef g(x):\n    return f(x)\n"
-    )
+    (tmp_path / "outer.py").write_text(f"{head}{used}\n@compiled()\ndef g(x):\n    return {call}\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-c", "from outer import g; print(g(3), sum(g.stats.cache_hits.values()))"]
     said = []

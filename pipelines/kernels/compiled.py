@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from numba import njit
@@ -22,9 +23,8 @@ def compiled(**options: Any) -> Callable[[Callable], Callable]:
             made = njit(nogil=True, cache=True, **options)(function)
         except RuntimeError:  # "no locator available": no such place
             return njit(nogil=True, **options)(function)
-        kept = getattr(
-            made._cache, "_cache_file", None
-        )  # numba's own names: tests/test_compiled.py holds them
+        # numba's own names: tests/test_compiled.py holds them.
+        kept = getattr(made._cache, "_cache_file", None)
         if kept is not None:
             kept._source_stamp = (kept._source_stamp, *map(digest, sorted(sources(function))))
         return made
@@ -33,8 +33,11 @@ def compiled(**options: Any) -> Callable[[Callable], Callable]:
 
 
 def sources(function: Any) -> set[str]:
-    """The files of a function and of the compiled ones that it calls."""
-    used = (function.__globals__.get(name) for name in function.__code__.co_names)
+    """The files of a function and of the compiled ones that it calls, by name or as part of a module."""
+    names = function.__code__.co_names
+    used = [function.__globals__.get(name) for name in names]
+    modules = [each for each in used if isinstance(each, ModuleType)]
+    used += [getattr(module, name, None) for module in modules for name in names]
     others = (each.py_func for each in used if hasattr(each, "py_func") and each.py_func is not function)
     return {function.__code__.co_filename}.union(*map(sources, others))
 
