@@ -91,8 +91,7 @@ def quantiser_of(images: FittedOn, code: str, bits: int) -> Quantiser | None:
     try:
         quantiser = FITS[code](sample, bits)
     except ValueError as error:
-        fewer = "; --code itq does with fewer" if code == "opq" else ""
-        raise InputError(f"--code {code} --bits {bits}: {error}{fewer}") from error
+        raise InputError(f"--code {code} --bits {bits}: {error}") from error
     keep(path, asdict(quantiser), run, about)
     return quantiser
 
