@@ -28,7 +28,7 @@ from lvssl.evaluation.sets import Sampling, Sets, a_sample, embed_both
 from lvssl.models.inference import device_of
 from lvssl.models.network import latent_dim
 from lvssl.runs.labels import sound_part
-from lvssl.runs.rows import Point, Row, rows_of_points
+from lvssl.runs.rows import FOREIGN, Point, Row, rows_of_points
 from lvssl.runs.run import Run
 from lvssl.settings.pretrain import PretrainSettings
 from pipelines.decode import Reader
@@ -250,12 +250,15 @@ def of_scores(analysed: dict[str, Any]) -> list[Point]:
 
 
 def of_one_score(score: dict[str, float]) -> dict[str, float]:
+    """What arms are compared in, and each set of foreign images by itself."""
+    each = {name: value for name, value in score.items() if name.startswith(FOREIGN)}
     return {
         "r_auroc": score["r_auroc"],
         "aurc": score["aurc"],
-        "ood": mean_of(score, "ood "),
+        "ood": mean_of(score, FOREIGN),
         "corruption": mean_of(score, "rank "),
         "crop": score["crops less certain"],
+        **each,
     }
 
 

@@ -18,6 +18,7 @@ from lvssl.evaluation.probe import fit_probe
 from lvssl.evaluation.sets import Sampling, Sets
 from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
 from lvssl.models.backbone import stage_widths
+from lvssl.runs.rows import FOREIGN
 from lvssl.runs.run import Run
 from pipelines.datasets.dataset import evenly_spaced
 
@@ -105,7 +106,7 @@ def uncertainty(run: Run, sets: Sets, sampling: Sampling) -> tuple[dict[str, Any
         far = scorer.scores(outputs(pixels))
         for key, row in rows.items():
             both = np.concatenate([scores[key], far[key]])
-            row[f"ood {name}"] = auroc(np.arange(len(both)) >= len(sets.test), both)
+            row[FOREIGN + name] = auroc(np.arange(len(both)) >= len(sets.test), both)
     corrupted = evenly_spaced(len(sets.test), CORRUPTED)
     for kind in CORRUPTIONS:
         steps = [{name: score[corrupted] for name, score in scores.items()}] + [

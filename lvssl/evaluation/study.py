@@ -74,7 +74,8 @@ class StudySettings(ReadsImages):
     """Test images on which uncertainty and regression are measured; accuracy and mAP take all, of
     200,000 training images and more 20,000 of them and 4,000 test images."""
     ood: tuple[Path, ...] = field(default=())
-    """Betons of other data, as for `lvssl analyse`; noise, textures and digits are always taken."""
+    """Betons of other data, as for `lvssl analyse`, or of classes that the training images were converted
+    without (`convert-beton --only-classes`); noise, textures and digits are always taken."""
     shard: str = ""
     """K/N: train and measure every N-th run only, from the K-th of 1 to N, for an array job; then run once
     without it to collect."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from lvssl.report.template import finite
 from lvssl.runs.differences import interval, strongest
-from lvssl.runs.rows import Row, by_point
+from lvssl.runs.rows import FOREIGN, Row, by_point
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def advice(code: list[Comparison], bits: int, analysis: dict[str, Any]) -> str:
     name = (analysis.get("run") or {}).get("name")
     points = by_point(analysis.get("rows") or [], run=name, representation="uncertainty")
     scores = {row["method"]: row for row in points if row["method"] in (*LABEL_FREE, "posterior")}
-    for what, columns in (("foreign images", "ood "), ("wrong neighbours", "r_auroc")):
+    for what, columns in (("foreign images", FOREIGN), ("wrong neighbours", "r_auroc")):
         means = {}
         for name, row in scores.items():
             values = [value for key, value in row.items() if key.startswith(columns) and finite(value)]

@@ -20,6 +20,7 @@ from typing import Any
 Row = dict[str, Any]
 Point = tuple[str, str, int | None, Mapping[str, Any]]  # representation, method, bits, its metrics
 COLUMNS = ("run", "representation", "method", "bits", "metric", "value", "seed")
+FOREIGN = "ood "  # what the metric of an AUROC against foreign images starts with; then the set's name
 POINT = ("run", "representation", "method", "bits", "seed")  # all but the metric and its value
 
 
