@@ -23,9 +23,10 @@ from lvssl.evaluation.measures import (
     code_bits,
     equal_bit_codes,
     measured,
+    without_opq,
 )
 from lvssl.evaluation.pairs import pairs, summary
-from lvssl.evaluation.quantisers import has_faiss, own_bits
+from lvssl.evaluation.quantisers import own_bits
 from lvssl.evaluation.sets import Sampling
 from lvssl.runs.labels import open_pair
 from lvssl.runs.result import as_number, read_result
@@ -99,9 +100,7 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
     for path in settings.ood:
         open_reader(path)
     lengths = tuple(sorted({code_bits(chosen) for chosen in plans}))
-    if not has_faiss():
-        said = "note: the controls' OPQ, which may be a code's strongest control, needs faiss"
-        print(f"{said}: pip install 'lvssl[faiss]'", file=sys.stderr, flush=True)
+    left_out = without_opq()
     first, step = shard(settings.shard)
     runs, rows = [], []
     for number, chosen in enumerate(plans[first::step], 1):
@@ -118,7 +117,7 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
         "measures": {name: measure._asdict() for name, measure in MEASURES.items()},
         "arms": summary(runs, rows),
         "pairs": pairs(runs, rows),
-        "left_out": [] if has_faiss() else ["OPQ of the controls: it needs faiss"],
+        "left_out": left_out,
         "runs": runs,
         "rows": rows,
     }

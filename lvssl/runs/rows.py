@@ -60,7 +60,9 @@ def by_point(rows: Iterable[Row], **where: Any) -> list[Row]:
 
 def stored_as(point: Row) -> str:
     """What a table calls a point's representation."""
-    return "sign bits" if point["method"] == "sign" else str(point["representation"])
+    if point["representation"] != "code" or point["method"] in ("", "code"):
+        return str(point["representation"])
+    return "sign bits" if point["method"] == "sign" else str(point["method"])
 
 
 def as_csv(rows: Iterable[Row]) -> str:
