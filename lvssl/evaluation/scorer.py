@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lvssl.codes.controls import standardised
 from lvssl.evaluation.calibration import calibration, predictive_entropy
 from lvssl.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from lvssl.evaluation.density import fit_density
@@ -30,8 +31,7 @@ class Distance:
     the one that tells best whether the neighbour is a wrong one (docs/uncertainty.md)."""
 
     def __init__(self, train: np.ndarray) -> None:
-        scale = train.std(axis=0)
-        self.z = train.mean(axis=0), np.where(scale > 0, scale, 1.0)
+        self.z = standardised(train)[1:]
         self.train = unit(train, slice(None), self.z)
 
     def __call__(self, features: np.ndarray) -> np.ndarray:

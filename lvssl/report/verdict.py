@@ -140,7 +140,7 @@ def added(comparisons: dict[str, list[Comparison]]) -> str:
     found = {}
     for outcome in ("better", "worse"):
         parts = [
-            f"{signed(c.difference)} points in {NAMES.get(c.measure, c.measure)} of the {what}"
+            f"{abs(c.difference):.1f} points in {NAMES.get(c.measure, c.measure)} of the {what}"
             for what in ("features", "code")
             for c in comparisons[what]
             if c.outcome == outcome

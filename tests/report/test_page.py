@@ -624,8 +624,8 @@ def test_the_first_sentence_says_what_to_use():
     assert best_code([], 64, "c") == "" == added({"code": [], "features": []})
     features = [Comparison("kNN", 80, 78, 1.5)]
     assert added({"code": worse, "features": features}) == (
-        "Over the best control the latent adds +2.0 points in kNN of the features; "
-        "it costs −9.0 points in kNN of the code."
+        "Over the best control the latent adds 2.0 points in kNN of the features; "
+        "it costs 9.0 points in kNN of the code."
     )
     assert added({"code": [level], "features": []}) == "Over the best control the latent adds nothing."
     scores = {
