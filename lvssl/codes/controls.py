@@ -146,15 +146,16 @@ def itq_rotation(v: np.ndarray, seed: int, iterations: int = 50) -> tuple[np.nda
     U S W', R = U W'). Neither step can raise the objective.
     """
     rotation = random_rotation(v.shape[1], seed).astype(v.dtype)
+    one = v.dtype.type(1)  # of integers, or of fp64, the signs would take twice the memory of v
     objective = []
     for _ in range(iterations):
         turned = v @ rotation
-        signs = np.where(turned > 0, 1, -1).astype(v.dtype)
+        signs = np.where(turned > 0, one, -one)
         objective.append(float(np.square(signs - turned).sum() / len(v)))
         u, _, w = np.linalg.svd(v.T @ signs)
         rotation = u @ w
     turned = v @ rotation
-    objective.append(float(np.square(np.where(turned > 0, 1, -1) - turned).sum() / len(v)))
+    objective.append(float(np.square(np.where(turned > 0, one, -one) - turned).sum() / len(v)))
     return rotation, objective
 
 
