@@ -4,6 +4,7 @@
     python -m benchmarks.study --shard 1/2 --threads 1    half of the runs; beside it 2/2; then collect
     python -m benchmarks.study --question codes           is the latent's code worth its bits?
     python -m benchmarks.study --data cifar10-jpeg --images 50000 --epochs 4      as many steps, more images
+    python -m benchmarks.study --leave-out 8 9            scores against classes that no training has seen
     python -m benchmarks.study --print                    docs/results.md's tables, from the files in --docs
 
 Arms of the same settings, steps, order and augmentation, over three seeds, with the settings of the presets
@@ -28,9 +29,11 @@ and of the question `base`, all on plain SimCLR and on a latent of a bit for eac
     spread, bernoulli256-spread      NT-Xent with that variance and covariance beside
     ceb                              C-SimCLR as published (Lee et al. 2021): kappa_e 1,024, kappa_b 10
 
-The questions share their runs. Each data set is the other's out-of-distribution set. Writes
-docs/study-NAME.md, .csv, .json and .png, or docs/codes-NAME.* and docs/base-NAME.* of the other questions;
-NAME ends with the number of training images unless that is 10,000.
+The questions share their runs. Each data set is the other's out-of-distribution set. With --leave-out
+pretraining, probes and scores see the other classes alone (--images of these), and the test images of the
+classes left out are one more out-of-distribution set. Writes docs/study-NAME.md, .csv, .json and .png, or
+docs/codes-NAME.* and docs/base-NAME.* of the other questions; NAME ends with the classes left out, as
+without-8-9, and with the number of training images unless that is 10,000.
 """
 
 import argparse
@@ -38,6 +41,7 @@ import json
 import shutil
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +52,8 @@ from lvssl.evaluation.study import StudySettings, study
 from lvssl.report.study import markdown, write_study
 from pipelines.convert.conversion import ConvertOptions, convert
 from pipelines.convert.conversion import Settings as ConvertSettings
+from pipelines.decode import open_reader
+from pipelines.errors import InputError
 from pipelines.files import write_atomically, write_json
 
 # Lee et al. 2021: kappa_e = init_scale * dimensions = 1,024, one sample, nothing beside it.
@@ -98,11 +104,17 @@ def main(arguments: list[str]) -> None:
         return
     others = [name for name in NAMES if name not in options.data] if NAMES.keys() & options.data else []
     tests = {name: converted(options, name, "test") for name in [*options.data, *others]}
-    size = "" if options.images == IMAGES else f"-{options.images}"
+    left_out = "".join(f"-{number}" for number in options.leave_out)
+    part = f"-without{left_out}" if left_out else ""
+    size = part + ("" if options.images == IMAGES else f"-{options.images}")
     for name in options.data:
+        foreign = [test for key, test in tests.items() if key != name]
+        seen, unseen = parted(tests[name], options.leave_out)
+        if unseen:
+            foreign.append(converted(options, name, "test", f"-classes{left_out}", unseen))
         settings = StudySettings(
-            train=converted(options, name, "train"),
-            test=tests[name],
+            train=converted(options, name, "train", part, seen),
+            test=converted(options, name, "test", part, seen),
             preset=PRESETS[name],
             out=options.out / f"{FILES[options.question]}-{name}{size}",
             runs=options.out,
@@ -112,7 +124,7 @@ def main(arguments: list[str]) -> None:
             epochs=options.epochs,
             threads=options.threads,
             max_images=options.measured,
-            ood=tuple(test for key, test in tests.items() if key != name),
+            ood=tuple(foreign),
             shard=options.shard,
         )
         result = study(settings)
@@ -132,6 +144,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", help="others, as of `lvssl study`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=IMAGES, help="training images")
+    parser.add_argument("--leave-out", type=int, nargs="+", default=[], help="classes, by number, from 0")
     parser.add_argument("--measured", type=int, default=2000, help="test images for the uncertainty; 0: all")
     parser.add_argument("--epochs", type=int, default=0, help="of each run; 0: the preset's")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: all cores")
@@ -143,14 +156,28 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def converted(options: argparse.Namespace, data: str, split: str) -> Path:
-    """The beton of a split, converted unless that is done."""
-    out: Path = options.out / "data" / f"{data}-{split}{options.images if split == 'train' else ''}.beton"
+def parted(test: Path, left_out: list[int]) -> tuple[list[str], list[str]]:
+    """The names of a set's classes: of those that are seen, and of those left out. Both empty without any."""
+    names = open_reader(test).classes or []
+    if wrong := [number for number in left_out if not 0 <= number < len(names)]:
+        raise InputError(f"--leave-out {wrong[0]}: {test} has the classes 0 to {len(names) - 1}")
+    if not left_out:
+        return [], []
+    seen = [name for number, name in enumerate(names) if number not in left_out]
+    return seen, [names[number] for number in left_out]
+
+
+def converted(
+    options: argparse.Namespace, data: str, split: str, part: str = "", classes: Sequence[str] = ()
+) -> Path:
+    """The beton of a split, converted unless that is done; `part`: what the name says of its `classes`."""
+    images = options.images if split == "train" else ""
+    out: Path = options.out / "data" / f"{data}{part}-{split}{images}.beton"
     if not out.exists():
         source = {"cifar10-jpeg": options.cifar10, "digits": "sklearn:digits"}.get(data) or fashion_mnist()
         subset = options.images if split == "train" and data != "digits" else None
         how = ConvertOptions(split=split, root=options.out / "downloads")
-        convert(source, out, ConvertSettings(subset=subset), how)
+        convert(source, out, ConvertSettings(subset=subset, only_classes=list(classes)), how)
     return out
 
 

@@ -15,7 +15,7 @@ from lvssl.codes.file import open_codes
 from lvssl.evaluation.analyse import AnalyseSettings, analyse
 from lvssl.evaluation.codes import EncodeSettings, encode
 from lvssl.evaluation.evaluate import EvaluateSettings, evaluate, print_table
-from lvssl.report.page import write_report
+from lvssl.report.page import conclusion, write_report
 from lvssl.settings.pretrain import PretrainSettings, preset
 from lvssl.training.pretrain import pretrain
 from pipelines.convert.conversion import ConvertOptions, convert
@@ -63,13 +63,15 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     run, control = runs["bernoulli"], runs["none"]
     evaluation = evaluate(EvaluateSettings(run, test=test, control=control, overwrite=True))
     print("\n== uncertainty, and what single bits see", flush=True)
-    analyse(AnalyseSettings(run, test=test, control=control, max_images=ANALYSED, overwrite=True))
+    analysis = analyse(AnalyseSettings(run, test=test, control=control, max_images=ANALYSED, overwrite=True))
     codes = encode(EncodeSettings(run=runs["bernoulli"], images=pictures(settings.out / "images", test)))
     page = settings.out / "report.html"
     shutil.copyfile(write_report(runs["bernoulli"]), page)
 
     print()
     print_table(evaluation["rows"])
+    measured = {"evaluate": evaluation, "analyse": analysis, "compression": {}}
+    print("", *conclusion(measured), sep="\n")
     query = sorted((settings.out / "images").iterdir())[0]
     opened = open_codes(codes)
     print(f"\ncodes    {codes}: {opened.count} images, {opened.bits // 8} bytes each")

@@ -21,7 +21,7 @@ from lvssl.evaluation.scorer import uncertainty
 from lvssl.evaluation.sets import Sampling, Sets, class_names, labelled_pair, with_defaults
 from lvssl.evaluation.shapes import FACTORS, make_shapes
 from lvssl.runs.result import ResultFile, as_number
-from lvssl.runs.rows import Point, Row, by_point, rows_of_points
+from lvssl.runs.rows import FOREIGN, Point, Row, by_point, rows_of_points
 from lvssl.runs.run import Run, load_run, run_names
 from lvssl.settings.pretrain import require
 from lvssl.settings.stages import MeasuringSettings
@@ -226,6 +226,6 @@ def print_analysis(result: dict[str, Any]) -> None:
     """The uncertainty scores of all models on a terminal; the page shows the rest."""
     print(f"{'run':12}{'score':12}{'R-AUROC':>9}{'R@1':>7}{'AURC':>7}{'OOD (mean)':>12}")
     for row in by_point(result["rows"], representation="uncertainty"):
-        ood = np.mean([as_number(value) for key, value in row.items() if key.startswith("ood ")])
+        ood = np.mean([as_number(value) for key, value in row.items() if key.startswith(FOREIGN)])
         area, recall, aurc = (as_number(row[key]) for key in ("r_auroc", "recall_at_1", "aurc"))
         print(f"{row['run'][:11]:12}{row['method']:12}{area:9.3f}{recall:7.3f}{aurc:7.3f}{ood:12.3f}")

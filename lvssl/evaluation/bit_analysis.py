@@ -148,6 +148,7 @@ def dci(
         model = kind(50, min_samples_leaf=2, n_jobs=-1, random_state=0)
         model.fit(z[0], factors[0][:, k])
         importances.append(model.feature_importances_)
+        model.set_params(n_jobs=1)  # several threads add the trees' answers in the order they come
         scores.append(max(0.0, float(model.score(z[1], factors[1][:, k]))))
     return dci_of_importances(np.stack(importances, axis=1), float(np.mean(scores)))
 

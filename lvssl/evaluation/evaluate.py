@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lvssl.codes.controls import sign_bits
+from lvssl.codes.controls import Coder
 from lvssl.codes.search import hamming_search
 from lvssl.codes.statistics import code_statistics, compression_ratios
 from lvssl.evaluation import streamed
@@ -25,7 +25,9 @@ from lvssl.evaluation.embedding import (
     pixels,
     shrink,
 )
+from lvssl.evaluation.fitted import SAMPLE
 from lvssl.evaluation.knn import OF_LARGE, OF_SMALL, hamming_knn, nearest_by_cosine, weighted_knn
+from lvssl.evaluation.measures import equal_bit_coders, equal_bit_codes, without_opq
 from lvssl.evaluation.probe import ProbeResult, linear_probe
 from lvssl.evaluation.sets import (
     channels,
@@ -56,7 +58,7 @@ from pipelines.decode import Reader
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
 from pipelines.formats.manifest import content_of, manifest_path
-from pipelines.kernels.pack import pack_bits, unpack_bits
+from pipelines.kernels.pack import unpack_bits
 from pipelines.loader import evaluation_crops
 from pipelines.views import ViewSettings
 
@@ -111,14 +113,15 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     train = sound_part(train_path, train, sets[0].rows)
     test = sound_part(settings.test, test, sets[1].rows)
     names, seed = run_names(runs), run.settings.seed
-    points, wrong = measure(*sets, run.network, settings.probe_epochs)
+    points, wrong = measure(*sets, run.network, [], settings.probe_epochs)
     points += [("code", "code", sets[1].bits, of_code(run, sets[1], test))]
     points += [("uncertainty", "", None, uncertainty(sets[1], wrong))]
     rows = rows_of_points(names[0], seed, points)
     stages.update()
     if control:
         control_sets = embed_both(control, train, test, settings.workers)
-        found, _ = measure(*control_sets, control.network, settings.probe_epochs)
+        codes = equal_bit_codes({points[1][2] or 0})
+        found, _ = measure(*control_sets, control.network, codes, settings.probe_epochs)
         rows += rows_of_points(names[1], control.settings.seed, found)
         stages.update()
     random, raw = baselines(run, train, test, settings)
@@ -129,6 +132,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         "run": run.described(names[0]),
         "control": control.described(names[1]) if control else None,
         "rows": rows,
+        "left_out": without_opq() if control else [],
         "protocol": protocol(train, settings.probe_epochs),
         "data": describe_data(run, settings, train, test) | {"skipped": skipped},
     }
@@ -153,38 +157,63 @@ def protocol(train: Reader, epochs: int) -> dict[str, Any]:
     large = len(train) >= LARGE_SET
     k, temperature = OF_LARGE if large else OF_SMALL
     probe = streamed.protocol(epochs) if large else "logistic regression by L-BFGS, all images in memory"
-    return {"linear": probe, "knn": {"k": k, "temperature": temperature}}
+    fitted = f"fitted on {min(len(train), SAMPLE):,} of {len(train):,} training images, evenly spread"
+    return {"linear": probe, "knn": {"k": k, "temperature": temperature}, "codes of the control": fitted}
 
 
 def measure(
-    train: Embedding, test: Embedding, network: LVNet, epochs: int = 0
+    train: Embedding, test: Embedding, network: LVNet, codes: list[tuple[str, int]], epochs: int = 0
 ) -> tuple[list[Point], np.ndarray]:
-    """Accuracies in percent on features, and on codes or, without a latent, the features' signs, computed
-    where the network lies; and the feature probe's mistakes, bool [test]."""
+    """Accuracies in percent on features and codes, computed where the network lies; and the feature probe's
+    mistakes, bool [test]. The first code is the latent's own; without a latent there are those of `codes`,
+    methods and bits, made of the features: left out, the features' signs."""
     labels, device, width = (train.labels, test.labels), device_of(network), test.features.shape[1]
     k, temperature = OF_LARGE if len(labels[0]) >= LARGE_SET else OF_SMALL
-    probe = linear(train.features, labels[0], test.features, labels[1], device, epochs)
-    knn = weighted_knn(train.features, labels[0], test.features, labels[1], k, temperature, device)
+
+    def accuracies(x: Rows, test_x: Rows) -> tuple[ProbeResult, dict[str, float]]:
+        probe = linear(x, labels[0], test_x, labels[1], device, epochs)
+        knn = weighted_knn(x, labels[0], test_x, labels[1], k, temperature, device)
+        return probe, {"linear": probe.accuracy, "knn": knn}
+
+    def of_bits(packed: tuple[np.ndarray, np.ndarray], bits: int) -> dict[str, float]:
+        x, test_x = (Bits(each, bits) for each in packed)
+        found = linear(x, labels[0], test_x, labels[1], device, epochs).accuracy
+        knn = hamming_knn(packed[0], labels[0], packed[1], labels[1], bits, k, temperature)
+        return {"linear": found, "knn": knn}
+
+    probe, of_features = accuracies(train.features, test.features)
+    points: list[Point] = [("features", "", 32 * width, of_features)]
     if network.family.stochastic:
-        method, bits, codes = "code", test.bits, (train.codes, test.codes)
+        points.append(("code", "code", test.bits, of_bits((train.codes, test.codes), test.bits)))
     else:
-        mean = train.features.mean(axis=0)
-        method, bits = "sign", width
-        codes = packed_signs(train.features, mean), packed_signs(test.features, mean)
-    rows = [Bits(code, bits) for code in codes]
-    of_codes = {
-        "linear": linear(rows[0], labels[0], rows[1], labels[1], device, epochs).accuracy,
-        "knn": hamming_knn(codes[0], labels[0], codes[1], labels[1], bits, k, temperature),
-    }
-    of_features = {"linear": probe.accuracy, "knn": knn}
-    points: list[Point] = [("features", "", 32 * width, of_features), ("code", method, bits, of_codes)]
+        sample = train.features[evenly_spaced(len(train.features), SAMPLE)]
+        for method, bits, coder in equal_bit_coders(sample, codes or [("sign", width)]):
+            both = Coded.of(coder, train.features), Coded.of(coder, test.features)
+            figures = of_bits((both[0].codes, both[1].codes), bits) if coder.hamming else accuracies(*both)[1]
+            points.append(("code", method, bits, figures))
     return points, probe.predictions != labels[1]
 
 
-def packed_signs(features: np.ndarray, mean: np.ndarray, rows: int = 8192) -> np.ndarray:
-    """`sign_bits`, packed, `rows` at a time."""
-    parts = [features[start : start + rows] for start in range(0, len(features), rows)]
-    return np.concatenate([pack_bits(sign_bits(part, mean)) for part in parts])
+@dataclass(frozen=True)
+class Coded:
+    """Features as what their codes stand for, decoded where they are read: `Rows`."""
+
+    coder: Coder
+    codes: np.ndarray  # uint8 [N, bytes]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, coder: Coder, features: np.ndarray, rows: int = 8192) -> "Coded":
+        """Of features [N, F], mapped ones `rows` at a time."""
+        parts = [features[start : start + rows] for start in range(0, len(features), rows)]
+        codes = np.concatenate([coder.encode(part) for part in parts])
+        return cls(coder, codes, (len(codes), coder.decode(codes[:1]).shape[1]))
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return self.coder.decode(self.codes[rows])
 
 
 def baselines(run: Run, train: Reader, test: Reader, chosen: EvaluateSettings) -> tuple[float, float]:

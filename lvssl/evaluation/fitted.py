@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -139,9 +140,18 @@ def keep(path: Path, arrays: dict[str, np.ndarray], run: Origin, about: dict[str
     origin = {"device": run.arithmetic, "lvssl": versions()["lvssl"]}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save(arrays, _texts(run, about) | origin))
+        write_atomically(path, in_order(save(arrays, _texts(run, about) | origin)))
     except OSError as error:
         print(f"note: {path} isn't kept ({error.strerror}): the next call fits it again", file=sys.stderr)
+
+
+def in_order(written: bytes) -> bytes:
+    """The same safetensors with the names of its head sorted: the library writes metadata in any order, and
+    the same arrays would not be the same bytes."""
+    end = 8 + int.from_bytes(written[:8], "little")
+    head = json.dumps(json.loads(written[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head + written[end:]
 
 
 def kept(path: Path, run: Origin, about: dict[str, Any]) -> dict[str, np.ndarray] | None:

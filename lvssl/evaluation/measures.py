@@ -7,7 +7,8 @@ Which one is the strongest is decided over seeds (`lvssl.evaluation.pairs`), not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from lvssl.evaluation.sets import Sampling, Sets, a_sample, embed_both
 from lvssl.models.inference import device_of
 from lvssl.models.network import latent_dim
 from lvssl.runs.labels import sound_part
-from lvssl.runs.rows import Point, Row, rows_of_points
+from lvssl.runs.rows import FOREIGN, Point, Row, rows_of_points
 from lvssl.runs.run import Run
 from lvssl.settings.pretrain import PretrainSettings
 from pipelines.decode import Reader
@@ -184,16 +185,33 @@ def equal_bit_codes(lengths: Iterable[int]) -> list[tuple[str, int]]:
     ]
 
 
-def equal_bit(data: CodeEvaluationData, codes: Iterable[tuple[str, int]]) -> list[Point]:
-    """The codes, fitted on the training features; none of more bits, or of fewer images, than it can have."""
-    found: list[Point] = []
+def without_opq() -> list[str]:
+    """What EQUAL_BIT lacks here, a line for a result, which is also said on stderr; empty with faiss."""
+    if has_faiss():
+        return []
+    said = "OPQ of the control, which may be the strongest, needs faiss: pip install 'lvssl[faiss]'"
+    print(f"note: {said}", file=sys.stderr, flush=True)
+    return [said]
+
+
+def equal_bit_coders(
+    features: np.ndarray, codes: Iterable[tuple[str, int]]
+) -> Iterator[tuple[str, int, Coder]]:
+    """The codes, fitted on training features [N, F]; none of more bits, or of fewer images, than it can
+    have."""
     for method, bits in codes:
         try:
-            coder = CONTROLS[method](data.train.features, bits, 0)
+            coder = CONTROLS[method](features, bits, 0)
         except ValueError:
             continue
-        found.append(("code", method, bits, of_one_code(data, partial(encoded_by, coder), bits, coder)))
-    return found
+        yield method, bits, coder
+
+
+def equal_bit(data: CodeEvaluationData, codes: Iterable[tuple[str, int]]) -> list[Point]:
+    return [
+        ("code", method, bits, of_one_code(data, partial(encoded_by, coder), bits, coder))
+        for method, bits, coder in equal_bit_coders(data.train.features, codes)
+    ]
 
 
 def encoded_by(coder: Coder, features: np.ndarray, own: np.ndarray) -> np.ndarray:
@@ -250,12 +268,15 @@ def of_scores(analysed: dict[str, Any]) -> list[Point]:
 
 
 def of_one_score(score: dict[str, float]) -> dict[str, float]:
+    """What arms are compared in, and each set of foreign images by itself."""
+    each = {name: value for name, value in score.items() if name.startswith(FOREIGN)}
     return {
         "r_auroc": score["r_auroc"],
         "aurc": score["aurc"],
-        "ood": mean_of(score, "ood "),
+        "ood": mean_of(score, FOREIGN),
         "corruption": mean_of(score, "rank "),
         "crop": score["crops less certain"],
+        **each,
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lvssl.codes.controls import standardised
 from lvssl.evaluation.calibration import calibration, predictive_entropy
 from lvssl.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from lvssl.evaluation.density import fit_density
@@ -18,6 +19,7 @@ from lvssl.evaluation.probe import fit_probe
 from lvssl.evaluation.sets import Sampling, Sets
 from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
 from lvssl.models.backbone import stage_widths
+from lvssl.runs.rows import FOREIGN
 from lvssl.runs.run import Run
 from pipelines.datasets.dataset import evenly_spaced
 
@@ -29,8 +31,7 @@ class Distance:
     the one that tells best whether the neighbour is a wrong one (docs/uncertainty.md)."""
 
     def __init__(self, train: np.ndarray) -> None:
-        scale = train.std(axis=0)
-        self.z = train.mean(axis=0), np.where(scale > 0, scale, 1.0)
+        self.z = standardised(train)[1:]
         self.train = unit(train, slice(None), self.z)
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
@@ -105,7 +106,7 @@ def uncertainty(run: Run, sets: Sets, sampling: Sampling) -> tuple[dict[str, Any
         far = scorer.scores(outputs(pixels))
         for key, row in rows.items():
             both = np.concatenate([scores[key], far[key]])
-            row[f"ood {name}"] = auroc(np.arange(len(both)) >= len(sets.test), both)
+            row[FOREIGN + name] = auroc(np.arange(len(both)) >= len(sets.test), both)
     corrupted = evenly_spaced(len(sets.test), CORRUPTED)
     for kind in CORRUPTIONS:
         steps = [{name: score[corrupted] for name, score in scores.items()}] + [

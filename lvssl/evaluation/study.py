@@ -23,9 +23,10 @@ from lvssl.evaluation.measures import (
     code_bits,
     equal_bit_codes,
     measured,
+    without_opq,
 )
 from lvssl.evaluation.pairs import pairs, summary
-from lvssl.evaluation.quantisers import has_faiss, own_bits
+from lvssl.evaluation.quantisers import own_bits
 from lvssl.evaluation.sets import Sampling
 from lvssl.runs.labels import open_pair
 from lvssl.runs.result import as_number, read_result
@@ -74,7 +75,8 @@ class StudySettings(ReadsImages):
     """Test images on which uncertainty and regression are measured; accuracy and mAP take all, of
     200,000 training images and more 20,000 of them and 4,000 test images."""
     ood: tuple[Path, ...] = field(default=())
-    """Betons of other data, as for `lvssl analyse`; noise, textures and digits are always taken."""
+    """Betons of other data, as for `lvssl analyse`, or of classes that the training images were converted
+    without (`convert-beton --only-classes`); noise, textures and digits are always taken."""
     shard: str = ""
     """K/N: train and measure every N-th run only, from the K-th of 1 to N, for an array job; then run once
     without it to collect."""
@@ -98,9 +100,7 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
     for path in settings.ood:
         open_reader(path)
     lengths = tuple(sorted({code_bits(chosen) for chosen in plans}))
-    if not has_faiss():
-        said = "note: the controls' OPQ, which may be a code's strongest control, needs faiss"
-        print(f"{said}: pip install 'lvssl[faiss]'", file=sys.stderr, flush=True)
+    left_out = without_opq()
     first, step = shard(settings.shard)
     runs, rows = [], []
     for number, chosen in enumerate(plans[first::step], 1):
@@ -117,7 +117,7 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
         "measures": {name: measure._asdict() for name, measure in MEASURES.items()},
         "arms": summary(runs, rows),
         "pairs": pairs(runs, rows),
-        "left_out": [] if has_faiss() else ["OPQ of the controls: it needs faiss"],
+        "left_out": left_out,
         "runs": runs,
         "rows": rows,
     }

@@ -29,7 +29,9 @@ from lvssl.report.template import finite, render
 from lvssl.report.verdict import (
     Comparison,
     UncertaintyComparison,
+    added,
     advice,
+    best_code,
     compare,
     compare_codes,
     compare_uncertainty,
@@ -157,16 +159,12 @@ def labelled(config: dict[str, Any]) -> bool:
 
 
 def verdicts(measured: dict[str, dict[str, Any]], labels: bool = True) -> dict[str, Any]:
-    """`advice`: what to do, in a sentence; `tiles`: the comparisons with controls, in words and in points;
-    `notes`: what they leave open."""
-    evaluation = measured["evaluate"]
-    comparisons = compare(evaluation)
+    """`advice`: what to do, and what the latent adds; `tiles`: the comparisons with controls, in words and in
+    points; `notes`: what they leave open."""
+    evaluation, comparisons = measured["evaluate"], compared(measured)
     code, of_control = (measured_of(evaluation, side, "code") for side in ("run", "control"))
-    against = f"the control's sign bits, {code.get('bits', 0):,} bits each,"
-    strongest, names = compare_codes(measured["compression"])
-    if strongest:
-        comparisons["code"] = strongest
-        against = f"the strongest control of as many bits ({names})"
+    bits = int(code.get("bits") or 0)
+    against = f"the control's codes of {bits:,} bits"
     tiles = [
         tile(comparisons["code"], "The code" if code.get("method") == "code" else "The sign bits", against),
         tile(comparisons["features"], "The features", "the control's"),
@@ -180,17 +178,42 @@ def verdicts(measured: dict[str, dict[str, Any]], labels: bool = True) -> dict[s
             "points is within their sampling error and called level. "
             "What another seed would change comes on top."
         )
-    if of_control and code.get("bits") != of_control["bits"]:
-        notes.append("The code and the control's sign bits differ in length and are not compared.")
+    if of_control and not comparisons["code"]:
+        notes.append("The code and the control's differ in length and are not compared.")
+    elif of_control and not measured["compression"] and only_signs(evaluation):
+        notes.append("Of the control's codes its sign bits alone were measured: lvssl evaluate --overwrite.")
+    notes += [f"Not measured: {reason}." for reason in evaluation.get("left_out") or []]
     if not evaluation and not labels:
         notes.append("There are no labels to measure accuracies with; the commands at the end need none.")
     elif not evaluation:
         notes.append("Not evaluated yet: lvssl evaluate measures this run and writes the table.")
     elif not evaluation.get("control"):
         notes.append("No control was evaluated: lvssl evaluate --control RUN puts one beside these figures.")
-    bits = int(code.get("bits") or 0) if code.get("method") == "code" else 0
-    said = advice(comparisons["code"], bits, measured["analyse"])
-    return {"advice": said, "tiles": [each for each in tiles if each], "notes": notes}
+    tiles = [each for each in tiles if each]
+    return {"advice": " ".join(conclusion(measured)), "tiles": tiles, "notes": notes}
+
+
+def compared(measured: dict[str, dict[str, Any]]) -> dict[str, list[Comparison]]:
+    """The run's features and code against the control's, by what was measured; codes by more than `evaluate`
+    makes, where there is compression.json."""
+    found = compare(measured["evaluate"])
+    return found | {"code": compare_codes(measured["compression"]) or found["code"]}
+
+
+def only_signs(evaluation: dict[str, Any]) -> bool:
+    """Whether, as in results of older versions, the control has no code but its sign bits."""
+    points = by_point(evaluation["rows"], run=evaluation["control"]["name"], representation="code")
+    return [point["method"] for point in points] == ["sign"]
+
+
+def conclusion(measured: dict[str, dict[str, Any]]) -> list[str]:
+    """Sentences: what is best for a user, then what the latent adds over the best control."""
+    evaluation, found, chosen, latent = measured["evaluate"], compared(measured), "", ""
+    code = measured_of(evaluation, "run", "code")
+    if code.get("method") == "code":
+        control = (evaluation.get("control") or {}).get("path") or "CONTROL"
+        chosen, latent = best_code(found["code"], int(code["bits"]), str(control)), added(found)
+    return [sentence for sentence in (advice(chosen, measured["analyse"]), latent) if sentence]
 
 
 class Difference(NamedTuple):

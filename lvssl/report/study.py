@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from lvssl.runs.rows import Row, as_csv, by_point
+from lvssl.runs.rows import FOREIGN, Row, as_csv, by_point
 from pipelines.files import write_atomically
 
 COLOURS = {"better": "#0f6b6f", "level": "#79818c", "worse": "#a3162a", "one seed": "#b5b9bf"}
@@ -22,6 +22,7 @@ OF_CODE = {  # the columns of the table of codes
     "map_over_hits": "mAP@1000 over hits",
     "map_over_relevant": "over relevant",
 }
+FOREIGN_SAYS = "AUROC of each score by which test images are told from foreign ones: 0.5 is a coin."
 Measures = dict[str, dict[str, Any]]  # as a result's "measures"
 PROTOCOL = """Every measure is of the run's last checkpoint. Probes and neighbours are fitted on the
 {database:,} training images and judged on all {queries:,} test images; uncertainty on {images:,} of these.
@@ -77,6 +78,7 @@ def markdown(result: dict[str, Any]) -> str:
         ["## Conclusions", "", *(conclusions(pairs, measures) or ["No control was among the arms."])],
         ["## Protocol", "", PROTOCOL.format(**runs[0] | told)],
         ["## Means over seeds (± standard deviation)", "", *means(result["arms"], measures)],
+        *foreign_images(result),
         ["## Codes of equal length", "", *codes(result["rows"])],
         ["## Paired differences", "", *differences_table(pairs, measures)],
     ]
@@ -99,6 +101,24 @@ def mean_cell(values: list[float], method: str = "") -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}" + (
         f" ({method})" if method and method != "code" else ""
     )
+
+
+def foreign_images(result: dict[str, Any]) -> list[list[str]]:
+    """Each arm's AUROC against each set of foreign images, and the mean over the sets, by score: one part of
+    the page; none where no set was measured by itself."""
+    rows = [row for row in result["rows"] if row["representation"] == "uncertainty"]
+    sets = list(dict.fromkeys(row["metric"] for row in rows if row["metric"].startswith(FOREIGN)))
+    if not sets:
+        return []
+    scores = list(dict.fromkeys(row["method"] for row in rows))
+    lines = ["| foreign images | arm | " + " | ".join(scores) + " |", "| --- " * (2 + len(scores)) + "|"]
+    for metric in (*sets, FOREIGN.strip()):
+        for arm in (arm["arm"] for arm in result["arms"]):
+            found = [values_of(rows, arm, "uncertainty", score, metric)[1] for score in scores]
+            cells = [mean_cell(values) if values else "" for values in found]
+            says = metric.removeprefix(FOREIGN) if metric in sets else "mean of all"
+            lines.append(f"| {says} | {arm} | " + " | ".join(cells) + " |")
+    return [["## Foreign images", "", FOREIGN_SAYS, "", *lines]]
 
 
 def codes(rows: list[Row]) -> list[str]:

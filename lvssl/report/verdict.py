@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, field
 from typing import Any
 
 from lvssl.report.template import finite
 from lvssl.runs.differences import interval, strongest
-from lvssl.runs.rows import Row, by_point
+from lvssl.runs.rows import FOREIGN, Row, by_point
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Comparison:
     run: float
     control: float
     noise: float | None  # two standard errors of the difference, points; None: test set of unknown size
+    method: str = field(default="", kw_only=True)  # of several codes of the control the one compared
 
     @property
     def difference(self) -> float:
@@ -42,24 +44,31 @@ def sampling_noise(run: float, control: float, images: int) -> float:
 
 
 def compare(evaluation: dict[str, Any]) -> dict[str, list[Comparison]]:
-    """{"code": [...], "features": [...]}: the run's code against the control's sign bits where both have the
-    same number of bits, and its features against the control's. Empty lists where there is no control."""
+    """{"code": [...], "features": [...]}: the run's code against the strongest of the control's of as many
+    bits, and its features against the control's. Empty lists where there is no control."""
     images = (evaluation.get("data") or {}).get("test")
-
-    def pairs(representation: str, names: dict[str, str]) -> list[Comparison]:
-        run, control = (measured_of(evaluation, side, representation) for side in ("run", "control"))
-        if run.get("bits") != control.get("bits") and representation == "code":
-            return []
-        return [
-            Comparison(name, a, b, sampling_noise(a, b, images) if images else None)
-            for name, key in names.items()
-            if (a := run.get(key)) is not None and (b := control.get(key)) is not None
-        ]
-
+    rows = evaluation.get("rows") or []
+    control = (evaluation.get("control") or {}).get("name")
+    code, features = (measured_of(evaluation, "run", name) for name in ("code", "features"))
+    codes = by_point(rows, run=control, representation="code", bits=code.get("bits"))
+    theirs = by_point(rows, run=control, representation="features")
     return {
-        "code": pairs("code", {"Hamming kNN": "knn", "linear probe": "linear"}),
-        "features": pairs("features", {"linear probe": "linear", "kNN": "knn"}),
+        "code": against_strongest(code, codes, images),
+        "features": against_strongest(features, theirs, images),
     }
+
+
+def against_strongest(run: Row, controls: list[Row], images: int | None) -> list[Comparison]:
+    """A point's accuracies against those of the strongest control, measure by measure: chosen on the test
+    images, which favours the controls. Empty without a control."""
+    found = []
+    for measure, key in (("kNN", "knn"), ("linear probe", "linear")):
+        known = {row["method"]: row[key] for row in controls if finite(row.get(key))}
+        if known and finite(run.get(key)):
+            mine, best = float(run[key]), strongest([known], higher_is_better=True)
+            noise = sampling_noise(mine, best.values[0], images) if images else None
+            found.append(Comparison(measure, mine, best.values[0], noise, method=best.method))
+    return found
 
 
 def measured_of(result: dict[str, Any], side: str, representation: str) -> Row:
@@ -106,23 +115,55 @@ def compare_uncertainty(analysis: dict[str, Any]) -> UncertaintyComparison | Non
 USEFUL = 0.6  # the least AUROC of a score that is recommended; 0.5 is a coin
 
 
-def advice(code: list[Comparison], bits: int, analysis: dict[str, Any]) -> str:
+ENCODED = {"sign": "bits", "PCA + sign": "pca", "ITQ": "itq", "OPQ": "opq"}  # by `encode --code`
+
+
+def best_code(code: list[Comparison], bits: int, control: str) -> str:
+    """Which code of so many bits to take, the run's own or, for what that is behind in, the control's, a
+    folder; "" without a comparison."""
+    behind: dict[str, list[str]] = {}
+    for each in code:
+        if each.outcome == "worse":
+            behind.setdefault(each.method, []).append(NAMES.get(each.measure, each.measure))
+    if not behind:
+        return f"use the run's own {bits:,}-bit code" if code else ""
+    typed = f" (lvssl encode {shlex.quote(control)} --images DIR --bits {bits} --code "
+    taken = [
+        f"{method} for {' and '.join(measures)}" + (f"{typed}{ENCODED[method]})" if method in ENCODED else "")
+        for method, measures in behind.items()
+    ]
+    return f"take the control's {' and '.join(taken)}: the run's own {bits:,}-bit code is behind"
+
+
+def added(comparisons: dict[str, list[Comparison]]) -> str:
+    """What the latent adds over the best control, and what it costs, in a sentence; "" without a control."""
+    found = {}
+    for outcome in ("better", "worse"):
+        parts = [
+            f"{abs(c.difference):.1f} points in {NAMES.get(c.measure, c.measure)} of the {what}"
+            for what in ("features", "code")
+            for c in comparisons[what]
+            if c.outcome == outcome
+        ]
+        found[outcome] = " and ".join(parts)
+    if not any(comparisons.values()):
+        return ""
+    lost = f"; it costs {found['worse']}" if found["worse"] else ""
+    return f"Over the best control the latent adds {found['better'] or 'nothing'}{lost}."
+
+
+def advice(code: str, analysis: dict[str, Any]) -> str:
     """What to do with a run, in one sentence; "" where nothing was measured.
 
     Args:
-        code: the code against its control, empty without one.
-        bits: length of the code, 0: there is none.
+        code: `best_code`.
         analysis: analysis.json; its scores of the run are compared, those that saw no label.
     """
-    parts = []
-    if bits and code:
-        behind = [c.measure for c in code if c.outcome == "worse"]
-        better = f"prefer the control: the {bits:,}-bit code is behind it in {' and '.join(behind)}"
-        parts.append(better if behind else f"use the {bits:,}-bit code")
+    parts = [code] if code else []
     name = (analysis.get("run") or {}).get("name")
     points = by_point(analysis.get("rows") or [], run=name, representation="uncertainty")
     scores = {row["method"]: row for row in points if row["method"] in (*LABEL_FREE, "posterior")}
-    for what, columns in (("foreign images", "ood "), ("wrong neighbours", "r_auroc")):
+    for what, columns in (("foreign images", FOREIGN), ("wrong neighbours", "r_auroc")):
         means = {}
         for name, row in scores.items():
             values = [value for key, value in row.items() if key.startswith(columns) and finite(value)]
@@ -153,30 +194,14 @@ def uncertainty_in_words(found: UncertaintyComparison) -> str:
     )
 
 
-def compare_codes(rates: dict[str, Any]) -> tuple[list[Comparison], str]:
-    """The run's whole code against the strongest control of as many bits, measure by measure, from
-    compression.json; and the controls' names. Empty where there is no such pair.
-
-    The best control is chosen on the test images, which favours the controls.
-    """
-    rows = by_point(rates.get("rows") or [])
-    code = next((row for row in rows if row["method"] == "code"), None)
-    if code is None:
-        return [], ""
+def compare_codes(rates: dict[str, Any]) -> list[Comparison]:
+    """The run's whole code as `against_strongest`, from compression.json."""
+    rows = by_point(rates.get("rows") or [], representation="code")
+    code = next((row for row in rows if row["method"] == "code"), {})
     controls = [
-        row
-        for row in rows
-        if (row["representation"], row["bits"]) == ("code", code["bits"])
-        and not row["method"].startswith("code")
+        row for row in rows if row["bits"] == code.get("bits") and not row["method"].startswith("code")
     ]
-    found, names = [], []
-    for measure, key in (("Hamming kNN", "knn"), ("linear probe", "linear")):
-        if controls:
-            best = strongest([{row["method"]: row[key] for row in controls}], higher_is_better=True)
-            noise = sampling_noise(code[key], best.values[0], rates["queries"])
-            found.append(Comparison(measure, code[key], best.values[0], noise))
-            names.append(best.method)
-    return found, " and ".join(dict.fromkeys(names))
+    return against_strongest(code, controls, rates.get("queries"))
 
 
 WORDS = {"better": "ahead of", "level": "level with", "worse": "behind"}
@@ -184,8 +209,8 @@ NAMES = {"linear probe": "the linear probe"}  # within a sentence
 
 
 def in_words(comparisons: list[Comparison], what: str, against: str) -> str:
-    """One sentence, such as "The code is ahead of the control's sign bits in Hamming kNN (+1.2 points) and
-    level in the linear probe (+0.1)."."""
+    """One sentence, such as "The code is ahead of the control's codes in kNN (+1.2, against ITQ) and level
+    with them in the linear probe (+0.1, against OPQ)."."""
     if not comparisons:
         return ""
     parts: list[str] = []
@@ -193,7 +218,9 @@ def in_words(comparisons: list[Comparison], what: str, against: str) -> str:
         those = [c for c in comparisons if c.outcome == outcome]
         if those:
             measures = " and ".join(
-                f"{NAMES.get(c.measure, c.measure)} ({signed(c.difference)})" for c in those
+                f"{NAMES.get(c.measure, c.measure)} ({signed(c.difference)}"
+                f"{f', against {c.method}' if c.method else ''})"
+                for c in those
             )
             parts.append(f"{verb} {against if not parts else 'them'} in {measures}")
     verb = "is" if what.endswith("code") else "are"

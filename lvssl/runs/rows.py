@@ -20,6 +20,7 @@ from typing import Any
 Row = dict[str, Any]
 Point = tuple[str, str, int | None, Mapping[str, Any]]  # representation, method, bits, its metrics
 COLUMNS = ("run", "representation", "method", "bits", "metric", "value", "seed")
+FOREIGN = "ood "  # what the metric of an AUROC against foreign images starts with; then the set's name
 POINT = ("run", "representation", "method", "bits", "seed")  # all but the metric and its value
 
 
@@ -59,7 +60,9 @@ def by_point(rows: Iterable[Row], **where: Any) -> list[Row]:
 
 def stored_as(point: Row) -> str:
     """What a table calls a point's representation."""
-    return "sign bits" if point["method"] == "sign" else str(point["representation"])
+    if point["representation"] != "code" or point["method"] in ("", "code"):
+        return str(point["representation"])
+    return "sign bits" if point["method"] == "sign" else str(point["method"])
 
 
 def as_csv(rows: Iterable[Row]) -> str:

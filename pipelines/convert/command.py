@@ -107,6 +107,13 @@ def _source_options(group: argparse._ArgumentGroup) -> None:
         help="Columns of numbers, in a tar fields of the .json, to store as regression targets.",
     )
     add("--root", default="data", metavar="DIR", help="Where torchvision keeps its files (default: data).")
+    add(
+        "--only-classes",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="Read only the images of these classes (default: of all). Classes keep their numbers.",
+    )
     add("--subset", type=int, metavar="N", help="Read only N images, balanced over the classes.")
     add(
         "--shuffle-seed",

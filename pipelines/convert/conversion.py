@@ -35,7 +35,7 @@ from pipelines.convert.outputs import BetonOutput, Item, Output, TarOutput
 from pipelines.convert.store import STORAGE_KINDS, Settings, Stored, area_resize, select, store, store_batch
 from pipelines.cores import cores
 from pipelines.datasets.columns import Columns
-from pipelines.datasets.dataset import Dataset, class_counts, evenly_spaced
+from pipelines.datasets.dataset import Dataset, class_counts, evenly_spaced, of_classes
 from pipelines.datasets.opening import open_dataset
 from pipelines.errors import InputError
 from pipelines.files import why_unwritten
@@ -158,7 +158,8 @@ def convert(
         devkit=options.devkit,
         columns=columns,
     )
-    order = select(opened.labels, settings.subset, settings.shuffle_seed)
+    rows = of_classes(opened, settings.only_classes)
+    order = rows[select(opened.labels[rows], settings.subset, settings.shuffle_seed)]
     head: dict[str, Any] = {"source": source, "split": opened.split}
     if shard is not None:
         number, of = shard

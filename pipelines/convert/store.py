@@ -45,6 +45,7 @@ class Settings:
     max_pixels: int = jpeg.MAX_PIXELS  # larger images can't be stored
     jpeg_sampling: str = "4:2:0"  # of what has to be encoded, one of turbojpeg.SAMPLINGS
     line_art: str = "raw"  # one of LINE_ART: images whose lossless file is smaller than a JPEG of them
+    only_classes: list[str] = field(default_factory=list)  # names of those to store; none: all
 
     def check(self) -> None:
         """Raises InputError for a value out of range."""
@@ -219,7 +220,7 @@ def select(labels: np.ndarray, subset: int | None, shuffle_seed: int | None) -> 
     """
     total = len(labels)
     if subset is not None and subset > total:
-        raise InputError(f"--subset {subset}: the source has only {total} images")
+        raise InputError(f"--subset {subset}: there are only {total} images to choose from")
     order = np.arange(total)
     if subset is not None and subset < total:
         random = np.random.RandomState(shuffle_seed or 0)  # frozen: the same draw in every NumPy release

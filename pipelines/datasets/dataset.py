@@ -56,6 +56,19 @@ def class_counts(labels: np.ndarray, classes: int) -> np.ndarray:
     return np.bincount(labels[labels != NO_LABEL], minlength=classes)
 
 
+def of_classes(source: Dataset, names: Sequence[str]) -> np.ndarray:
+    """Positions of the images of the classes named, of all without names, int64, ascending. Raises
+    InputError for a class that the source lacks or that has no image."""
+    if not names:
+        return np.arange(len(source.labels))
+    numbers = [number for number, name in enumerate(source.classes) if name in names]
+    there = {source.classes[number] for number in np.intersect1d(source.labels, numbers)}
+    if strange := [name for name in names if name not in there]:
+        known = in_short("its classes", source.classes) if source.classes else "its images have no labels"
+        raise InputError(f"--only-classes {strange[0]}: the source has no image of such a class; {known}")
+    return np.flatnonzero(np.isin(source.labels, numbers))
+
+
 def evenly_spaced(count: int, most: int) -> np.ndarray:
     """Positions of all of `count` things or of `most` of them, the first and the last among them, int64."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))

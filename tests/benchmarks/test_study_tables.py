@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks import study
 from lvssl.runs.rows import COLUMNS
+from pipelines.decode import open_reader
+from pipelines.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,3 +74,41 @@ def test_the_whole_study_on_digits(tmp_path):
     assert "mAP@1000" in text and "study-digits.png" in text and "python -m benchmarks.study --data" in text
     assert (docs / "study-digits.png").stat().st_size > 5000
     assert {row["run"] for row in csv.DictReader((docs / "study-digits.csv").open())} == set(arms)
+
+
+@pytest.mark.slow
+def test_two_classes_that_no_training_has_seen_are_foreign_images(tmp_path, capsys):
+    """Run by run, then collected: these classes are in no training or test set, and have their line."""
+    typed = ["--data", "digits", "--leave-out", "8", "9", "--seeds", "0", "--epochs", "1", "--threads", "1"]
+    typed += ["--measured", "60", "--out", str(tmp_path / "runs"), "--docs", str(tmp_path / "docs")]
+    arms = ["none", "bernoulli16:family=bernoulli,dim=16"]
+    for arm in arms:
+        study.main([*typed, "--arms", arm, "--shard", "1/1"])
+    assert not (tmp_path / "docs").exists()
+    data = {path.stem: open_reader(path) for path in (tmp_path / "runs/data").glob("*.beton")}
+    seen = {name: set(source.labels.tolist()) for name, source in data.items()}
+    assert seen == {
+        "digits-test": set(range(10)),
+        "digits-without-8-9-train10000": set(range(8)),
+        "digits-without-8-9-test": set(range(8)),
+        "digits-classes-8-9-test": {8, 9},
+    }
+    assert len(data["digits-without-8-9-test"]) + len(data["digits-classes-8-9-test"]) == 500
+    trained = {path: path.read_bytes() for path in (tmp_path / "runs").glob("*/metrics.jsonl")}
+    study.main([*typed, "--arms", *arms])
+    assert len(trained) == 2 and all(path.read_bytes() == content for path, content in trained.items())
+    result = json.loads((tmp_path / "docs/study-digits-without-8-9.json").read_text())
+    assert {run["database"] for run in result["runs"]} == {len(data["digits-without-8-9-train10000"])}
+    of_arm = {
+        row["metric"]: row["value"]
+        for row in result["rows"]
+        if (row["run"], row["representation"], row["method"]) == ("none", "uncertainty", "density")
+    }
+    sets = {metric: value for metric, value in of_arm.items() if metric.startswith("ood ")}
+    assert set(sets) == {f"ood {name}" for name in ("noise", "textures", "digits", "digits-classes-8-9-test")}
+    assert of_arm["ood"] == pytest.approx(statistics.mean(sets.values()))
+    page = (tmp_path / "docs/study-digits-without-8-9.md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith("| digits-classes-8-9-test | none |"))
+    assert f" {sets['ood digits-classes-8-9-test']:.3f} " in line and "| mean of all | bernoulli16 |" in page
+    with pytest.raises(InputError, match=r"--leave-out 10: .*digits-test.beton has the classes 0 to 9"):
+        study.main(["--data", "digits", "--leave-out", "10", "--out", str(tmp_path / "runs")])

@@ -340,8 +340,23 @@ def test_subset_is_balanced_seeded_and_kept_by_shuffling():
     assert np.array_equal(select(labels, None, None), np.arange(173))
     assert sorted(select(labels, None, 5)) == list(range(173))
     assert len(select(labels, 173, None)) == 173
-    with pytest.raises(InputError, match="--subset 174: the source has only 173 images"):
+    with pytest.raises(InputError, match="--subset 174: there are only 173 images to choose from"):
         select(labels, 174, None)
+
+
+def test_classes_that_are_left_out_keep_the_others_numbers(tmp_path):
+    def stored(name, **options):
+        convert("sklearn:digits", tmp_path / name, Settings(**options))
+        return open_beton(tmp_path / name), json.loads((tmp_path / f"{name}.json").read_text())
+
+    whole, _ = stored("whole.beton")
+    part, manifest = stored("part.beton", only_classes=["7", "2"])
+    rows = np.flatnonzero((whole.labels == 2) | (whole.labels == 7))
+    assert np.array_equal(part.labels, whole.labels[rows])
+    assert all(image_of(part, i) == image_of(whole, row) for i, row in enumerate(rows.tolist()))
+    assert manifest["classes"] == [str(number) for number in range(10)]
+    few, manifest = stored("few.beton", only_classes=["7", "2"], subset=11, shuffle_seed=1)
+    assert sorted(manifest["class_counts"]) == [0] * 8 + [5, 6] and set(few.labels.tolist()) == {2, 7}
 
 
 @pytest.mark.ffcv

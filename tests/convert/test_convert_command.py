@@ -53,7 +53,7 @@ def test_every_option_reaches_the_manifest(tmp_path):
     os.rename(tmp_path / "set", tmp_path / "val")
     (tmp_path / "train").mkdir()
     options += " --on-error raise --white-level 4095 --image-column img --label-column cls"
-    options += " --jpeg-sampling 4:4:4 --line-art jpeg"
+    options += " --jpeg-sampling 4:4:4 --line-art jpeg --only-classes class1 class0"
     assert main([str(tmp_path), str(tmp_path / "x.beton"), *options.split()]) == 0
     manifest = json.loads((tmp_path / "x.beton.json").read_text())
     assert manifest["settings"] == {
@@ -70,6 +70,7 @@ def test_every_option_reaches_the_manifest(tmp_path):
         "max_pixels": 1 << 28,
         "jpeg_sampling": "4:4:4",
         "line_art": "jpeg",
+        "only_classes": ["class1", "class0"],
     }
     assert manifest["count"] == 6 and manifest["class_counts"] == [3, 3] and manifest["split"] == "validation"
     assert manifest["stored"]["reencoded"] == 6 and open_beton(tmp_path / "x.beton").widths.max() == 25
@@ -111,8 +112,13 @@ BAD = [
     ("good file.txt/out.beton", "file.txt: cannot be made (File exists)"),
     ("good file.txt/deeper/out.beton", "cannot be made (Not a directory)"),
     ("good /proc/out.beton", "/proc/out.beton: cannot be written"),
-    ("good new/folder/out.beton --subset 7", "--subset 7: the source has only 6 images"),
+    ("good new/folder/out.beton --subset 7", "--subset 7: there are only 6 images to choose from"),
     ("texts new/folder/out.beton", "none of the 2 files"),
+    (
+        "good out.beton --only-classes class1 dog",
+        "--only-classes dog: the source has no image of such a class",
+    ),
+    ("good out.beton --subset 4 --only-classes class1", "--subset 4: there are only 3 images to choose from"),
     ("good out.beton --subset 0", "--subset 0: must be at least 1"),
     ("good out.beton --subset many", "argument --subset: invalid int value: 'many'"),
     ("good out.beton --split dev", "argument --split: invalid choice: 'dev'"),

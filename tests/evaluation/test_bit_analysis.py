@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import mutual_info_score, roc_auc_score
 
+from lvssl.evaluation import bit_analysis
 from lvssl.evaluation.bit_analysis import (
     class_auroc,
     counted_information,
@@ -76,6 +77,21 @@ def test_dci_and_mig_know_pure_codes_from_mixed_ones():
     assert mig(one_each, factors, (0, 1)) == pytest.approx([1, 1], abs=0.01)
     assert mig(pure, factors, (0, 1)) == pytest.approx([1, 0], abs=0.01)  # two bits share the second factor
     assert mig(mixed, factors, (0, 1)) == pytest.approx([0, 0.5], abs=0.01)  # the second: a function of it
+
+
+def test_the_trees_answers_are_added_in_one_order(monkeypatch):
+    """Several threads add them in the order they come, and the last bit of the informativeness is another."""
+    threads = []
+
+    class Forest(bit_analysis.ExtraTreesRegressor):
+        def predict(self, x):
+            threads.append(self.n_jobs)
+            return super().predict(x)
+
+    monkeypatch.setattr(bit_analysis, "ExtraTreesRegressor", Forest)
+    z = np.random.default_rng(0).normal(size=(200, 3))
+    dci(z[:100], z[:100, :2], z[100:], z[100:, :2])
+    assert threads == [1, 1]
 
 
 def test_dci_of_a_table_solved_by_hand():

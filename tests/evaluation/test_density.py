@@ -1,5 +1,7 @@
 """The score `density` against scipy's and scikit-learn's, and what is kept of it with the run."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from scipy.stats import multivariate_normal
 from sklearn.covariance import LedoitWolf
 
 from lvssl.evaluation.density import Density, density_of, fit_density
-from lvssl.evaluation.fitted import TrainingImages
+from lvssl.evaluation.fitted import TrainingImages, keep, kept
 from lvssl.models.backbone import stage_widths
 from lvssl.runs.run import load_run
 from pipelines.errors import InputError
@@ -72,6 +74,18 @@ def test_it_is_fitted_on_the_training_images_once_and_kept_with_the_run(which, r
     with pytest.raises(InputError, match=r"density.safetensors: can't be read .* remove it"):
         density_of(TrainingImages(run))
     path.unlink()
+
+
+def test_what_is_fitted_is_kept_as_the_same_bytes(run, tmp_path):
+    """The library writes metadata in an order of its own each time."""
+    loaded, arrays, about = load_run(run), asdict(fit_density(made())), {"train": "\u00e9", "of": "stages"}
+    written = set()
+    for number in range(12):
+        keep(tmp_path / str(number), arrays, loaded, about)
+        written.add((tmp_path / str(number)).read_bytes())
+    assert len(written) == 1
+    found = kept(tmp_path / "0", loaded, about)
+    assert all(np.array_equal(found[name], array) for name, array in arrays.items())
 
 
 def test_training_images_that_are_not_there_are_one_line(run, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from lvssl.commands.main import main
 from lvssl.evaluation import embedding, evaluate, linear, nearest, streamed
+from lvssl.evaluation.measures import equal_bit_codes
 from lvssl.runs import features
 from lvssl.runs.rows import by_point
 
@@ -41,12 +42,22 @@ def test_a_large_set_is_evaluated_by_the_streamed_probe(runs, large, monkeypatch
 
     monkeypatch.setattr(evaluate, "linear_probe", exact)
     monkeypatch.setattr(evaluate, "streamed_probe", small_batches)
+    monkeypatch.setattr(evaluate, "SAMPLE", 900)
     assert main(["evaluate", str(runs["run"]), "--workers", "1"]) == 0
     content = json.loads((runs["run"] / "evaluation.json").read_text())
-    assert content["protocol"] == {"linear": streamed.protocol(), "knn": {"k": 200, "temperature": 0.1}}
+    assert content["protocol"] == {
+        "linear": streamed.protocol(),
+        "knn": {"k": 200, "temperature": 0.1},
+        "codes of the control": "fitted on 900 of 1,297 training images, evenly spread",
+    }
     assert "Adam" in streamed.protocol() and "bit_means" not in kept(runs["run"])[1297]
     assert sorted(kept(runs["run"])) == sorted(kept(runs["control"])) == [500, 1297], "floors are left over"
     found = table(runs["run"])
+    assert {method for _, _, method in found} == {
+        "",
+        "code",
+        *(method for method, _ in equal_bit_codes({64})),
+    }
     monkeypatch.undo()
     assert main(["evaluate", str(runs["run"]), "--workers", "1", "--overwrite"]) == 0
     exactly = table(runs["run"])

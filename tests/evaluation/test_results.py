@@ -4,10 +4,16 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from lvssl.codes.controls import CONTROLS
 from lvssl.commands.main import main
+from lvssl.evaluation.evaluate import measure
+from lvssl.evaluation.probe import linear_probe
+from lvssl.evaluation.sets import embed_both
 from lvssl.runs import checkpoint
+from lvssl.runs.labels import open_pair
 from lvssl.runs.result import read_result
 from lvssl.runs.rows import are_rows
 from lvssl.runs.run import load_run, run_names
@@ -27,6 +33,10 @@ def runs(run, control, tmp_path) -> dict[str, Path]:
         name: Path(shutil.copytree(folder, tmp_path / name))
         for name, folder in (("run", run), ("control", control), ("other", control))
     }
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def read_digest(run: Path) -> str:
@@ -101,6 +111,43 @@ def test_a_result_of_older_checkpoints_or_without_all_of_its_files_is_not_taken(
     result.write_text("{")
     assert main(["evaluate", str(run)]) == 2 and f"{result}: not a result (" in capsys.readouterr().err
     assert main(["evaluate", str(run), "--overwrite"]) == 0 and are_rows(read_result(result)["rows"])
+
+
+@pytest.mark.parametrize("width", [32, 128])
+def test_the_controls_codes_are_what_a_plain_probe_and_plain_neighbours_say(control, digits, width):
+    loaded = load_run(control)
+    train, test = embed_both(loaded, *open_pair(digits["train"], digits["test"]), workers=1)
+    points, _ = measure(train, test, loaded.network, [("ITQ", width), ("OPQ", width)])
+    labels = train.labels, test.labels
+    found = {method: figures for _, method, _, figures in points[1:]}
+    assert set(found) == ({"ITQ", "OPQ"} if width == 32 else {"OPQ"})  # 64 features have no 128 components
+    for method, figures in found.items():
+        coder = CONTROLS[method](train.features, width)
+        codes = coder.encode(train.features), coder.encode(test.features)
+        x, test_x = (coder.decode(code) for code in codes)
+        cosines = unit(test_x) @ unit(x).T
+        votes = np.zeros((len(test_x), 10))
+        for i, row in enumerate(cosines):
+            at = np.sort(row)[-20]
+            share = (20 - (row > at + 1e-6).sum()) / (abs(row - at) <= 1e-6).sum()
+            weights = np.where(row > at + 1e-6, 1, share) * np.exp((row - 1) / 0.07)
+            near = row > at - 1e-6
+            votes[i] = np.bincount(labels[0][near], weights[near], 10)
+        knn = 100 * (votes.argmax(1) == labels[1]).mean()
+        assert figures["knn"] == pytest.approx(knn, abs=0.25)  # OPQ's ties go to the first image
+        probe = linear_probe(x, labels[0], test_x, labels[1]).accuracy
+        assert figures["linear"] == pytest.approx(probe, abs=0.25)
+
+
+def test_without_faiss_a_line_says_what_the_strongest_control_may_be(runs, capsys, monkeypatch):
+    monkeypatch.setattr("lvssl.evaluation.measures.has_faiss", lambda: False)
+    assert main(["evaluate", str(runs["run"])]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "faiss" in line]
+    assert len(said) == 1 and "OPQ of the control" in said[0] and "pip install 'lvssl[faiss]'" in said[0]
+    content = read_result(runs["run"] / "evaluation.json")
+    assert said[0] == f"note: {content['left_out'][0]}"
+    methods = {row["method"] for row in content["rows"] if row["representation"] == "code"}
+    assert methods == {"code", "sign", "PCA + sign", "ITQ", "LSH"}
 
 
 def test_figures_that_are_no_numbers_are_shown_alike_when_found(runs, capsys):

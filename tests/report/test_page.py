@@ -23,7 +23,17 @@ from lvssl.evaluation.compression import CompressionSettings
 from lvssl.evaluation.evaluate import EvaluateSettings
 from lvssl.report.figures import COLOURS, MOST_POINTS, Line, line_chart, number, thinned, ticks
 from lvssl.report.page import write_report
-from lvssl.report.verdict import Comparison, advice, compare, compare_codes, in_words, sampling_noise, signed
+from lvssl.report.verdict import (
+    Comparison,
+    added,
+    advice,
+    best_code,
+    compare,
+    compare_codes,
+    in_words,
+    sampling_noise,
+    signed,
+)
 from lvssl.runs.rows import rows_of, rows_of_points
 from lvssl.runs.run import create_run
 from lvssl.settings.presets import command
@@ -61,6 +71,7 @@ EVALUATION = {
         *rows_of_points("none", 0, [
             ("features", "", 8192, {"linear": 84.5, "knn": 84.1}),
             ("code", "sign", 256, {"linear": 80.05, "knn": 80.9}),
+            ("code", "ITQ", 256, {"linear": 79.5, "knn": 81.9}),
         ]),
         *rows_of_points("random encoder", 0, [("features", "", None, {"linear": 78.55})]),
         *rows_of_points("no encoder", 0, [("pixels", "", None, {"linear": 83.4})]),
@@ -254,7 +265,9 @@ def test_page_is_whole_and_says_every_figure(page):
                   "2.15.0",
                   EVALUATION["command"], *CLASSES):  # fmt: skip
         assert value in text, value
-    assert "The code is ahead of the control's sign bits, 256 bits each, in" in text
+    assert "The code is ahead of the control's codes of 256 bits in the linear probe (+3.1, against" in text
+    assert "and level with them in kNN (+0.5, against ITQ)." in text
+    assert "Use the run's own 256-bit code. Over the best control the latent adds" in text
     assert "The features are level with the control's" in text
     assert set(parsed.targets) == {f"#{id}" for id in parsed.ids if f"#{id}" in parsed.targets}
     assert {"results", "curves", "neighbours", "certainty", "codes", "settings", "commands"} <= parsed.ids
@@ -304,6 +317,17 @@ def test_without_a_control_nothing_is_claimed(tmp_path):
     (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"control": None}))
     text = " ".join(Page(write_report(run).read_text()).text)
     assert "No control was evaluated" in text and "ahead" not in text
+
+
+def test_a_result_of_before_the_controls_codes_opens_and_says_what_it_lacks(tmp_path):
+    run = write_run(tmp_path / "run")
+    rows = [row for row in EVALUATION["rows"] if row["method"] != "ITQ"]
+    (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"rows": rows}))
+    text = " ".join(Page(write_report(run).read_text()).text)
+    assert "(+1.5, against sign)" in text and "sign bits alone were measured: lvssl evaluate --over" in text
+    (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"left_out": ["OPQ needs faiss"]}))
+    text = " ".join(Page(write_report(run).read_text()).text)
+    assert "Not measured: OPQ needs faiss." in text and "alone were measured" not in text
 
 
 def test_missing_values_show_as_a_dash_and_large_pictures_shrink(tmp_path):
@@ -392,7 +416,7 @@ def test_rate_and_accuracy_are_drawn(tmp_path):
     assert html.count("<title>bernoulli: ITQ</title>") == 3 and "&lt;too short&gt;" in html
     assert 'data-csv="24.5"' in html and "lvssl compression runs/demo" in html
     text = " ".join(" ".join(parsed.text).split())
-    assert "The code is level with the strongest control of as many bits (ITQ) in Hamming kNN (−3.0)" in text
+    assert "The code is level with the control's codes of 256 bits in kNN (−3.0, against ITQ)" in text
 
 
 def test_every_command_on_the_page_parses_to_what_it_was_made_from(tmp_path):
@@ -449,21 +473,20 @@ def test_the_strongest_control_of_as_many_bits_is_the_one_compared():
     code = row("code", 256, 80.0, 80.0)
     rows = row("code, first bits", 64, 99, 99) + row("", 8192, 99, 99) + row("sign", 256, 70, 79)
     rows += row("ITQ", 256, 81, 70) + row("PCA + sign", 512, 99, 99)
-    found, names = compare_codes({"rows": code + rows, "queries": 10_000})
-    assert names == "ITQ and sign"
-    assert [(c.measure, c.control, c.outcome) for c in found] == [
-        ("Hamming kNN", 81, "level"), ("linear probe", 79, "level"),
+    found = compare_codes({"rows": code + rows, "queries": 10_000})
+    assert [(c.measure, c.method, c.control, c.outcome) for c in found] == [
+        ("kNN", "ITQ", 81, "level"), ("linear probe", "sign", 79, "level"),
     ]  # fmt: skip
-    assert compare_codes({"rows": rows, "queries": 1}) == ([], "") == compare_codes({})
+    assert compare_codes({"rows": rows, "queries": 1}) == [] == compare_codes({})
 
 
 def test_codes_of_different_length_are_not_compared():
     found = compare(EVALUATION)
     assert [(c.measure, round(c.difference, 2)) for c in found["code"]] == [
-        ("Hamming kNN", 1.5),
+        ("kNN", 0.5),
         ("linear probe", 3.1),
     ]
-    rows = [row | {"bits": 2048} if row["method"] == "sign" else row for row in EVALUATION["rows"]]
+    rows = [row | {"bits": 2048} if row["method"] in ("sign", "ITQ") else row for row in EVALUATION["rows"]]
     longer = EVALUATION | {"rows": rows}
     assert compare(longer)["code"] == [] and compare(longer)["features"]
 
@@ -588,18 +611,31 @@ def test_the_page_of_a_run_without_labels_names_what_needs_none(tmp_path):
 
 
 def test_the_first_sentence_says_what_to_use():
-    code = [Comparison("Hamming kNN", 80, 79, 1.5), Comparison("linear probe", 80, 80.5, 1.5)]
-    assert advice(code, 64, {}) == "Use the 64-bit code."
-    worse = [Comparison("Hamming kNN", 70, 79, 1.5)]
-    assert advice(worse, 64, {}) == "Prefer the control: the 64-bit code is behind it in Hamming kNN."
+    level = Comparison("linear probe", 80, 80.5, 1.5, method="OPQ")
+    code = [Comparison("kNN", 80, 78, 1.5, method="ITQ"), level]
+    assert advice(best_code(code, 64, "c"), {}) == "Use the run's own 64-bit code."
+    worse = [Comparison("kNN", 70, 79, 1.5, method="PCA + sign"), level]
+    assert advice(best_code(worse, 64, "a b"), {}) == (
+        "Take the control's PCA + sign for kNN (lvssl encode 'a b' --images DIR --bits 64 --code pca): "
+        "the run's own 64-bit code is behind."
+    )
+    both = [worse[0], Comparison("linear probe", 70, 79, 1.5, method="LSH")]
+    assert ") and LSH for the linear probe: the run's own" in best_code(both, 64, "c")
+    assert best_code([], 64, "c") == "" == added({"code": [], "features": []})
+    features = [Comparison("kNN", 80, 78, 1.5)]
+    assert added({"code": worse, "features": features}) == (
+        "Over the best control the latent adds 2.0 points in kNN of the features; "
+        "it costs 9.0 points in kNN of the code."
+    )
+    assert added({"code": [level], "features": []}) == "Over the best control the latent adds nothing."
     scores = {
         "density": {"r_auroc": 0.55, "ood noise": 0.9, "ood digits": 0.7},
         "norm": {"r_auroc": 0.52, "ood noise": 0.99, "ood digits": 0.1},
         "supervised": {"r_auroc": 0.99, "ood noise": 1.0, "ood digits": 1.0},  # it saw labels
     }
     points = [("uncertainty", method, None, figures) for method, figures in scores.items()]
-    said = advice([], 64, {"run": {"name": "a"}, "rows": rows_of_points("a", 0, points)})
+    said = advice("", {"run": {"name": "a"}, "rows": rows_of_points("a", 0, points)})
     foreign, wrong = said.split("; ")
     assert foreign == "Trust the density for foreign images (AUROC 0.80)"
     assert wrong == "no score finds wrong neighbours (AUROC 0.55)."
-    assert advice([], 0, {}) == ""
+    assert advice("", {}) == ""
