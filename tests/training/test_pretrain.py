@@ -261,7 +261,9 @@ def test_a_compiled_backbone_trains_alike_and_loads_as_any_other(digits, tmp_pat
     for name, compiled in (("plain", False), ("compiled", True)):
         chosen = settings(digits, tmp_path / name, epochs=1)
         engine = dataclasses.replace(chosen.engine, compile=compiled)
-        pretrain(dataclasses.replace(chosen, engine=engine))
+        optimiser = dataclasses.replace(chosen.optimiser, optimiser="sgd")
+        pretrain(dataclasses.replace(chosen, engine=engine, optimiser=optimiser))
+    # AdamW would make a whole step of a gradient's last bits; SGD keeps them small.
     plain, compiled = (load_run(tmp_path / name).network.state_dict() for name in ("plain", "compiled"))
     assert plain.keys() == compiled.keys()
     for name in ("probes.features.weight", "backbone.0.weight"):
