@@ -107,7 +107,7 @@ class Index:
             found = among[found]
         return [[self.ids[row] for row in of_query] for of_query in found.tolist()], distances
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Codes, ids and quantiser, as `Index.open` reads them: a file of safetensors, written beside and
         renamed. Raises ValueError unless the ids are all texts, or all whole numbers of 64 bits."""
         arrays = {"rows": np.ascontiguousarray(self.rows)}
@@ -122,10 +122,10 @@ class Index:
         if self.quantiser is not None:
             arrays |= {f"quantiser.{name}": array for name, array in asdict(self.quantiser).items()}
         about = {KIND: f"{VERSION} {digest(arrays)}"}  # one field: safetensors has several in any order
-        write_atomically(path, save(arrays, about))
+        write_atomically(Path(path), save(arrays, about))
 
     @classmethod
-    def open(cls, path: Path) -> Index:
+    def open(cls, path: str | Path) -> Index:
         """What `save` wrote, in memory. Raises CodeFileError: no such file, no index, one of another version,
         truncated or damaged."""
         try:

@@ -118,10 +118,11 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     points += [("uncertainty", "", None, uncertainty(sets[1], wrong))]
     rows = rows_of_points(names[0], seed, points)
     stages.update()
+    left_out: list[str] = []
     if control:
         control_sets = embed_both(control, train, test, settings.workers)
         codes = equal_bit_codes({points[1][2] or 0})
-        found, _ = measure(*control_sets, control.network, codes, settings.probe_epochs)
+        found, _ = measure(*control_sets, control.network, codes, settings.probe_epochs, left_out)
         rows += rows_of_points(names[1], control.settings.seed, found)
         stages.update()
     random, raw = baselines(run, train, test, settings)
@@ -132,7 +133,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         "run": run.described(names[0]),
         "control": control.described(names[1]) if control else None,
         "rows": rows,
-        "left_out": without_opq() if control else [],
+        "left_out": left_out + (without_opq() if control else []),
         "protocol": protocol(train, settings.probe_epochs),
         "data": describe_data(run, settings, train, test) | {"skipped": skipped},
     }
@@ -162,11 +163,17 @@ def protocol(train: Reader, epochs: int) -> dict[str, Any]:
 
 
 def measure(
-    train: Embedding, test: Embedding, network: LVNet, codes: list[tuple[str, int]], epochs: int = 0
+    train: Embedding,
+    test: Embedding,
+    network: LVNet,
+    codes: list[tuple[str, int]],
+    epochs: int = 0,
+    left_out: list[str] | None = None,
 ) -> tuple[list[Point], np.ndarray]:
     """Accuracies in percent on features and codes, computed where the network lies; and the feature probe's
     mistakes, bool [test]. The first code is the latent's own; without a latent there are those of `codes`,
-    methods and bits, made of the features: left out, the features' signs."""
+    methods and bits, made of the features: left out, the features' signs. Which of them can't be, and why,
+    is added to `left_out`."""
     labels, device, width = (train.labels, test.labels), device_of(network), test.features.shape[1]
     k, temperature = OF_LARGE if len(labels[0]) >= LARGE_SET else OF_SMALL
 
@@ -187,7 +194,7 @@ def measure(
         points.append(("code", "code", test.bits, of_bits((train.codes, test.codes), test.bits)))
     else:
         sample = train.features[evenly_spaced(len(train.features), SAMPLE)]
-        for method, bits, coder in equal_bit_coders(sample, codes or [("sign", width)]):
+        for method, bits, coder in equal_bit_coders(sample, codes or [("sign", width)], left_out):
             both = Coded.of(coder, train.features), Coded.of(coder, test.features)
             figures = of_bits((both[0].codes, both[1].codes), bits) if coder.hamming else accuracies(*both)[1]
             points.append(("code", method, bits, figures))

@@ -109,7 +109,9 @@ def unit(x: Any, out: Tensor) -> Tensor:
     made.copy_(x) if isinstance(x, Tensor) else np.copyto(made.numpy(), x, casting="unsafe")
     lengths = torch.linalg.vector_norm(made, dim=1, keepdim=True)
     if not bool(lengths.isfinite().all()):
-        raise FloatingPointError("features are not finite: the training diverged; lower --lr")
+        raise FloatingPointError(
+            "features, or their lengths in fp32, are not finite: the training diverged; lower --lr"
+        )
     return made.div_(lengths.clamp_min_(1e-12))
 
 

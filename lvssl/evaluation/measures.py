@@ -195,14 +195,16 @@ def without_opq() -> list[str]:
 
 
 def equal_bit_coders(
-    features: np.ndarray, codes: Iterable[tuple[str, int]]
+    features: np.ndarray, codes: Iterable[tuple[str, int]], left_out: list[str] | None = None
 ) -> Iterator[tuple[str, int, Coder]]:
     """The codes, fitted on training features [N, F]; none of more bits, or of fewer images, than it can
-    have."""
+    have, of which a line is added to `left_out`."""
     for method, bits in codes:
         try:
             coder = CONTROLS[method](features, bits, 0)
-        except ValueError:
+        except ValueError as error:
+            if left_out is not None:
+                left_out.append(f"{method} of the control, {bits} bits: {error}")
             continue
         yield method, bits, coder
 

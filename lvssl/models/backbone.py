@@ -76,8 +76,10 @@ def of_layers(name: str) -> bool:
 @cache
 def patch(name: str) -> int:
     """Side of a transformer's patches in pixels, a multiple of which it takes; 1 of any other backbone."""
-    size = getattr(getattr(unmade(name), "patch_embed", None), "patch_size", 1)
-    return max(size) if isinstance(size, tuple) else size
+    proj = getattr(getattr(unmade(name), "patch_embed", None), "proj", None)
+    if isinstance(proj, nn.Conv2d) and proj.kernel_size == proj.stride:  # other patches overlap
+        return max(proj.stride)
+    return 1
 
 
 def unmade(name: str) -> nn.Module:
@@ -90,7 +92,12 @@ def unmade(name: str) -> nn.Module:
 
 @cache
 def require_resolution(name: str, resolution: int) -> None:
-    """Raise InputError if a model of timm doesn't take images of so many pixels."""
+    """Raise InputError if a model of timm doesn't take images of so many pixels, or only a part of them."""
+    if resolution % patch(name):
+        raise InputError(
+            f"--backbone {name} takes images of a multiple of its patches' {patch(name)} px, not of "
+            f"{resolution}: choose another --resolution"
+        )
     try:
         with torch.device("meta"):
             timms(name, resolution).eval()(torch.empty(1, 3, resolution, resolution))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,10 @@ class ResultFile:
                 return None
             raise
         of_now = not self.in_rows or are_rows(content.get("rows"))
-        return content if of_now and all(file.exists() for file in self.files) else None
+        if not of_now or not all(file.exists() for file in self.files):
+            return None
+        print(f"note: {self.path} was there already; --overwrite measures it again", file=sys.stderr)
+        return content
 
     def changes(self, content: dict[str, Any]) -> str:
         """The first difference between a result's origin and what is wanted, in words; "" if there is none.

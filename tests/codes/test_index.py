@@ -110,9 +110,9 @@ def test_faiss_finds_them_under_the_callers_numbers(code, tmp_path):
 def test_a_saved_index_opens_as_it_was_and_goes_on(ids, tmp_path):
     quantiser, queries, path = FITS["itq"](features(), 16), features(5, seed=1), tmp_path / "my.index"
     index = Index(quantiser.encode(features()), ids, quantiser)
-    index.save(path)
+    index.save(str(path))
     first = path.read_bytes()
-    opened = Index.open(path)
+    opened = Index.open(str(path))
     assert list(opened.ids) == ids and opened.quantiser.digest == quantiser.digest
     for asked in (queries, quantiser.encode(queries), queries):  # again and again
         wanted, found = index.search(asked, 7), opened.search(asked, 7)

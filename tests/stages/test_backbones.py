@@ -55,6 +55,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(digits, tmp_pat
     for more, said in (
         (["--backbone", "vit_smal_patch16_224"], "such as vit_small_patch16_224"),
         (["--backbone", "inception_v3"], "--backbone inception_v3 doesn't take images of 8 px"),
+        (
+            ["--backbone", "vit_tiny_patch16_224", "--resolution", "40"],
+            "of its patches' 16 px, not of 40",
+        ),
         (["--backbone", "test_vit", "--recompute"], "--recompute knows the blocks of ResNets alone"),
         (["--init", "gone.safetensors"], "--init gone.safetensors: no such file"),
         (["--init", "pretrained"], "there are no weights of tiny"),
