@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 A_DAY = 24 * 60 * 60.0  # seconds
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: the disk is full, or the share of it
 _attempts = itertools.count()
 
 
@@ -62,7 +63,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def why_unwritten(path: Path, error: OSError, kept: str) -> str:
     """What to tell the user of a file that can't be written on. `kept`: what a second call goes on from."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in NO_SPACE:
         then = f"{kept}: free some, and repeat the command" if kept else "nothing was written"
         return f"{path}: no space left on the disk; {then}"
     return f"{path}: cannot be written ({error.strerror or error})" + (f"; {kept}" if kept else "")

@@ -140,7 +140,7 @@ def without_subnormals(gradients: Tensor) -> Tensor:
     """0 in the place of values that no sum would show. Where classes are well apart, most probabilities come
     near fp32's smallest number, and a CPU multiplies those up to twenty times as slowly: steps took 0.87 s
     instead of 0.21 (1,000 classes, 2,048 features)."""
-    return gradients.masked_fill(gradients.abs() < TINY, 0.0)
+    return torch.nn.functional.hardshrink(gradients, TINY)
 
 
 def standardisation(x: Rows) -> tuple[Tensor, Tensor]:

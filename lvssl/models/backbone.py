@@ -64,7 +64,6 @@ def timms(name: str, resolution: int | None, pretrained: bool = False) -> nn.Mod
     return net._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)) if fake else net
 
 
-@cache
 def of_layers(name: str) -> bool:
     """Whether a backbone normalises each image by itself, as transformers and ConvNeXt do, and none over the
     batch."""
@@ -73,7 +72,6 @@ def of_layers(name: str) -> bool:
     return layer and not batch
 
 
-@cache
 def patch(name: str) -> int:
     """Side of a transformer's patches in pixels, a multiple of which it takes; 1 of any other backbone."""
     proj = getattr(getattr(unmade(name), "patch_embed", None), "proj", None)
@@ -82,6 +80,7 @@ def patch(name: str) -> int:
     return 1
 
 
+@cache
 def unmade(name: str) -> nn.Module:
     """A model of timm without contents; of other backbones nothing."""
     if name in SMALL or name in RESNETS:

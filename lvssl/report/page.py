@@ -180,7 +180,7 @@ def verdicts(measured: dict[str, dict[str, Any]], labels: bool = True) -> dict[s
         )
     if of_control and not comparisons["code"]:
         notes.append("The code and the control's differ in length and are not compared.")
-    elif of_control and not measured["compression"] and only_signs(evaluation):
+    elif of_control and not measured["compression"] and "left_out" not in evaluation:  # of older versions
         notes.append("Of the control's codes its sign bits alone were measured: lvssl evaluate --overwrite.")
     notes += [f"Not measured: {reason}." for reason in evaluation.get("left_out") or []]
     if not evaluation and not labels:
@@ -198,12 +198,6 @@ def compared(measured: dict[str, dict[str, Any]]) -> dict[str, list[Comparison]]
     makes, where there is compression.json."""
     found = compare(measured["evaluate"])
     return found | {"code": compare_codes(measured["compression"]) or found["code"]}
-
-
-def only_signs(evaluation: dict[str, Any]) -> bool:
-    """Whether, as in results of older versions, the control has no code but its sign bits."""
-    points = by_point(evaluation["rows"], run=evaluation["control"]["name"], representation="code")
-    return [point["method"] for point in points] == ["sign"]
 
 
 def conclusion(measured: dict[str, dict[str, Any]]) -> list[str]:

@@ -6,7 +6,6 @@ and should it be damaged later, the one before it is used, with a message.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import shutil
@@ -19,7 +18,7 @@ import torch
 
 from pipelines.amounts import size_text
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
+from pipelines.files import NO_SPACE, write_atomically
 
 MAGIC = b"LVSSLCK1"  # then 32 bytes SHA-256 of what follows, which is a torch.save archive
 
@@ -39,7 +38,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
         try:
             write_atomically(path, MAGIC, hashlib.sha256(payload).digest(), payload)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in NO_SPACE:
                 raise
             needed, free = size_text(payload.nbytes), size_text(shutil.disk_usage(folder).free)
             before = paths(folder)

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lvssl.training.distributed import gathered
+
 
 def synchronised(network: nn.Module) -> nn.Module:
     """The network with each batch normalisation replaced by one over all ranks; the weights are shared."""
@@ -64,8 +66,7 @@ class _Normalise(torch.autograd.Function):
         axes = [axis for axis in range(x.dim()) if axis != 1]
         variance, mean = torch.var_mean(_wide(x), axes, correction=0)
         own = torch.stack([mean, variance, torch.full_like(mean, x.numel() / x.shape[1])])
-        everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, own.nan_to_num())  # an empty batch has no mean, and counts 0
+        everyone = gathered(own.nan_to_num())  # an empty batch has no mean, and counts 0
         means, variances, counts = torch.stack(everyone).unbind(1)
         shares = counts / counts.sum(0)
         mean = (shares * means).sum(0)
