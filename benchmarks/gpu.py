@@ -17,6 +17,7 @@ network is needed. What is missing (lightly, kornia, pytest-xdist ...) is a row 
               the pipeline that people have today
     decode    from JPEGs to crops on the device: by the CPU's threads, nvJPEG and our kernel, DALI
     ranks     two ranks that share the device, by gloo, and one in a group of NCCL: right or not
+    commands  pretrain, evaluate, encode, search ... as a user types them: does each end well, on the device
 
 Each stage runs in processes of its own with a deadline, so that a kernel that hangs or crashes costs one row.
 The file is written anew after each row; what the processes print, tracebacks of wrong rows among it, goes
@@ -46,13 +47,14 @@ from pipelines.files import write_atomically
 HERE = "benchmarks.gpu_stages."
 STAGES = (
     Stage("machine", HERE + "machine", weight=30),
-    Stage("tests", HERE + "suite", weight=75),
+    Stage("tests", HERE + "suite", weight=110),
     Stage("exact", HERE + "exact", weight=75, parts=3, beside=True),
     Stage("compile", HERE + "compiled", weight=75, parts=2, beside=True),
     Stage("times", HERE + "times", weight=60),
-    Stage("steps", HERE + "steps", weight=90),
+    Stage("steps", HERE + "steps", weight=120),
     Stage("decode", HERE + "decode", weight=25),
-    Stage("ranks", HERE + "ranks", weight=25),
+    Stage("ranks", HERE + "ranks", weight=60),
+    Stage("commands", HERE + "commands", weight=60, beside=True),
 )
 BEGIN, END = "<!-- python -m benchmarks.gpu --doc -->", "<!-- end -->"
 

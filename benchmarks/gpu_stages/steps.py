@@ -50,17 +50,26 @@ def works(setup: Setup) -> tuple[Work, ...]:
 
 def cases(setup: Setup) -> Iterator[Case]:
     """The most important first: a stage that is cut off keeps what it has."""
+    large, small = works(setup)[0], works(setup)[-1]
+
+    def case(how: str, work: Work) -> Case:
+        return Case(f"engine, {how}, {work.name}", partial(engine_rows, setup, work, how), seconds=120)
+
     for work in works(setup):
-        yield Case(f"engine, eager, {work.name}", partial(engine_rows, setup, work, "eager"), seconds=90)
+        yield case("eager", work)
     for work in reversed(works(setup)):
-        yield Case(f"engine, recorded, {work.name}", partial(engine_rows, setup, work, "recorded"))
-    for work in works(setup):
-        yield Case(f"bare loop, {work.name}", partial(bare, setup, work))
-    small = works(setup)[-1]
+        yield case("recorded", work)
+    yield Case(f"bare loop, {large.name}", partial(bare, setup, large))
+    yield case("compiled", large)
     yield Case(f"what people have today, {small.name}", partial(what_people_have, setup, small))
-    for how in ("compiled", "compiled and recorded", "deterministic"):  # this one for good, in its process
-        for work in reversed(works(setup)):
-            yield Case(f"engine, {how}, {work.name}", partial(engine_rows, setup, work, how), seconds=120)
+    for how in ("recorded, beta", "recorded, vmf"):  # whose keyed noise is many small operations
+        yield case(how, small)
+    if large != small:
+        yield Case(f"bare loop, {small.name}", partial(bare, setup, small))
+        yield case("compiled", small)
+    for how in ("compiled and recorded", "deterministic"):  # this one for good, in its process
+        for work in works(setup):
+            yield case(how, work)
 
 
 def settings_of(setup: Setup, work: Work, how: str = "eager") -> Any:
@@ -68,6 +77,7 @@ def settings_of(setup: Setup, work: Work, how: str = "eager") -> Any:
     from lvssl.settings.pretrain import EngineSettings, preset
 
     base = preset(work.preset)
+    family = how.rpartition(", ")[2] if ", " in how else base.latent.family
     return replace(
         base,
         batch_size=work.batch,
@@ -75,7 +85,7 @@ def settings_of(setup: Setup, work: Work, how: str = "eager") -> Any:
         out=Path(setup.scratch) / "steps",
         checkpoint_minutes=1e6,
         log_every=LOG_EVERY,
-        latent=replace(base.latent, beta_schedule="constant"),  # as after its warm-up
+        latent=replace(base.latent, family=family, beta_schedule="constant"),  # as after its warm-up
         model=replace(base.model, backbone=work.backbone),
         view=replace(base.view, resolution=work.side),
         engine=EngineSettings(

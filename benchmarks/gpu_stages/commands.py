@@ -1,0 +1,111 @@
+"""The commands as a user types them, from two betons to the page, on this device: does each end with status
+0, and did it run where it should?
+
+Commands that need nothing of each other run at once, so their seconds say little. A command that fails for a
+package that isn't installed is a row that says so.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+
+from benchmarks.gpu_stages import images
+from benchmarks.gpu_stages.case import Case, Row, Setup
+from benchmarks.gpu_stages.run import ROOT
+
+AT_ONCE = max(1, min(6, (os.cpu_count() or 1) // 2))
+LIMIT = 100.0  # seconds of one command; five times as many in a dry run
+
+# Each group needs what the one before it has made; {train} and {test} are betons.
+FIRST = (
+    "pretrain --preset {preset} --data {train} --out run --epochs 2 --batch-size {batch} --workers 2",
+    "pretrain --preset {preset} --data {train} --out control --family none --epochs 2 --batch-size {batch} "
+    "--workers 2",
+)
+SECOND = (
+    "encode run --train {train} --images {test}",
+    "evaluate run --train {train} --test {test} --control control",
+    "linear run --train {train} --test {test} --epochs 2",
+    "knn run --train {train} --test {test}",
+    "finetune run --train {train} --test {test} --label-fraction 0.5 --epochs 1 --lr 0.05 --weight-decay 0",
+    "analyse run --train {train} --test {test} --control control",
+    "compression run --train {train} --test {test} --control control",
+    "encode run --train {train} --images {test} --bits 32 --code itq --out itq.lvcodes",
+    "curate run --train {train} --test {test} --out curated",
+    "export run --out exported",
+    "pretrain --resume --out control",
+    "doctor run",
+    "plan --preset {preset}",
+)
+THIRD = (
+    "search run --query {query} --page found.html",
+    "report run",
+    "search run --codes itq.lvcodes --query {query}",
+)
+WHERE = {  # files that say where the command ran
+    "evaluate": "run/evaluation.json",
+    "linear": "run/linear.json",
+    "knn": "run/knn.json",
+    "analyse": "run/analysis.json",
+}
+DEVICE = re.compile(r'"(?:device|arithmetic)": "(\w+)')
+IN_A_DRY_RUN = 2  # of each group: tests hold the others on a CPU
+
+
+def cases(setup: Setup) -> Iterator[Case]:
+    yield Case("commands", partial(commands, setup), seconds=300)
+
+
+def commands(setup: Setup) -> Iterator[Row]:
+    """A row for each; what they print is in the log."""
+    folder = Path(setup.scratch) / "commands"
+    side, count, tests = (16, 96, 64) if setup.dry else (32, 4000, 1000)
+    names = {
+        "train": images.beton(folder / "train", count, side),
+        "test": images.beton(folder / "test", tests, side, seed=1),
+        "query": next((folder / "test").rglob("*.jpg")),
+        "preset": "digits" if setup.dry else "cifar10-r18",
+        "batch": 16 if setup.dry else 256,
+    }
+    for group in (FIRST, SECOND, THIRD):
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            texts = [
+                text.format(**{key: shlex.quote(str(value)) for key, value in names.items()})
+                for text in group[: IN_A_DRY_RUN if setup.dry else None]
+            ]
+            for row in as_completed([pool.submit(one, setup, folder, text) for text in texts]):
+                yield row.result()
+
+
+def one(setup: Setup, folder: Path, text: str) -> Row:
+    words = shlex.split(text)
+    name = f"lvssl {' '.join(Path(word).name if word.startswith('/') else word for word in words)}"
+    started = time.monotonic()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "lvssl", *words],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT * (5 if setup.dry else 1),
+        )
+    except subprocess.TimeoutExpired:
+        return {"name": name, "ok": False, "failed": f"not done after {LIMIT:.0f} s"}
+    row: Row = {"name": name, "seconds": time.monotonic() - started, "status": done.returncode}
+    said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    print(f"$ {name}\n{done.stdout}{done.stderr}", flush=True)
+    if done.returncode:
+        lacks = any("pip install" in line for line in said[-3:])
+        return row | {"ok": None if lacks else False, "failed": said[-1][:250] if said else "it said nothing"}
+    if where := WHERE.get(words[0]):
+        found = DEVICE.search((folder / where).read_text())
+        row["device"] = found.group(1) if found else "it doesn't say"
+    return row | {"ok": row.get("device", setup.device) == setup.device}
