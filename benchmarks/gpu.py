@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu                          all stages; writes docs/gpu-CARD.json as it goes
     python -m benchmarks.gpu --only exact --only times
+    python -m benchmarks.gpu --only steps --case deterministic
     python -m benchmarks.gpu --doc                    the tables of docs/gpu.md from the files that are there
     python -m benchmarks.gpu --dry-run                the same stages on a CPU, tiny: kernels are interpreted
 
@@ -82,10 +83,11 @@ def main(arguments: list[str]) -> int:
     names = {stage.name for stage in chosen}
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lvssl-gpu-") as scratch:
-        report = Report(path, card, head, keep=lambda row: row["stage"] not in names)
+        report = Report(path, card, head, keep=lambda row: bool(options.case) or row["stage"] not in names)
         setup = Setup(
-            "", "", "", device, options.dry_run, options.seed, str(path), scratch, str(options.images or "")
-        )
+            "", "", "", device, options.dry_run, options.seed, str(path), scratch, str(options.images or ""),
+            wanted=tuple(options.case),
+        )  # fmt: skip
         run_stages(chosen, setup, report, 60 * options.minutes)
     print_tables({card["card"]: predictions.newest(report.rows)})
     wrong = [row for row in report.new() if row.get("ok") is False]
@@ -103,6 +105,9 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     )
     stages = [stage.name for stage in STAGES]
     parser.add_argument("--only", action="append", choices=stages, default=[], help="this stage; repeatable")
+    parser.add_argument(
+        "--case", action="append", default=[], metavar="TEXT", help="cases with this in their names; repeatable"
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="where the rows go; left out: docs/gpu-CARD.json")
     parser.add_argument("--minutes", type=float, help="for everything; 4, or 10 with --dry-run")
     parser.add_argument(

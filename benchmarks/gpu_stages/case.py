@@ -39,6 +39,7 @@ class Setup:
     images: str = ""  # a beton or folder for the steps at 224 px
     part: tuple[int, int] = (0, 1)  # K, N: every N-th case from the K-th on
     done: tuple[str, ...] = ()  # cases that are not to be begun again
+    wanted: tuple[str, ...] = ()  # cases with one of these in their names; none: all
     options: dict[str, Any] = field(default_factory=dict)  # of one stage alone
 
     def earlier(self) -> list[Row]:
@@ -64,6 +65,8 @@ def work(setup: Setup, cases: Callable[[Setup], Iterable[Case]], say: Callable[[
     """Work through this process's part of the cases; returns the exit status."""
     for number, case in enumerate(cases(setup)):
         if number % setup.part[1] != setup.part[0] or case.name in setup.done:
+            continue
+        if setup.wanted and not any(text in case.name for text in setup.wanted):
             continue
         patience = PATIENCE if setup.dry else 1.0
         say({"begin": case.name, "seconds": patience * case.seconds})
@@ -112,7 +115,7 @@ def sound() -> bool:
 
 def main(argument: str) -> int:
     values = json.loads(argument)
-    values |= {name: tuple(values[name]) for name in ("part", "done")}
+    values |= {name: tuple(values[name]) for name in ("part", "done", "wanted")}
     setup = Setup(**values)
     with open(setup.rows, "a") as file:
 

@@ -1,7 +1,9 @@
 """From encoded images to two crops each: by the CPU's threads, by nvJPEG with our kernel, by DALI; and the
-kernel alone. Crops of the GPU's stay there, the CPU's are copied to it, as a training has them.
+kernel alone. Crops of the GPU's stay there, the CPU's are copied to it, as a training has them. The first two
+with FEW cores as well, as where a machine has many GPUs.
 """
 
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,14 +19,29 @@ from benchmarks.gpu_stages.steps import now, place
 from benchmarks.gpu_stages.timing import against_floor, timed
 from pipelines.cores import loader_threads
 
+FEW = 4
+
 
 def cases(setup: Setup) -> Iterator[Case]:
     """The most important first: a stage that is cut off keeps what it has."""
     side = 16 if setup.dry else 224
     for decoder in ("CPU threads", "nvJPEG and our kernel", "DALI"):
         yield Case(f"decode by {decoder}, {side} px", partial(decode, setup, side, decoder), seconds=90)
+    for decoder in ("CPU threads", "nvJPEG and our kernel"):
+        name = f"decode by {decoder}, {side} px, {FEW} cores"
+        yield Case(name, partial(on_few_cores, setup, side, decoder), seconds=90)
     for side in (16,) if setup.dry else (224, 32):
         yield Case(f"crop kernel, {side} px", partial(kernel, setup, side))
+
+
+def on_few_cores(setup: Setup, side: int, decoder: str) -> Row:
+    """`decode` by threads that are begun while this one may use FEW cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, set(sorted(before)[:FEW]))
+    try:
+        return decode(setup, side, decoder)
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def decode(setup: Setup, side: int, decoder: str) -> Row:
