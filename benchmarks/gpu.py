@@ -106,7 +106,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     stages = [stage.name for stage in STAGES]
     parser.add_argument("--only", action="append", choices=stages, default=[], help="this stage; repeatable")
     parser.add_argument(
-        "--case", action="append", default=[], metavar="TEXT", help="cases with this in their names; repeatable"
+        "--case", action="append", default=[], metavar="TEXT", help="cases so named; repeatable"
     )  # fmt: skip
     parser.add_argument("--json", type=Path, help="where the rows go; left out: docs/gpu-CARD.json")
     parser.add_argument("--minutes", type=float, help="for everything; 4, or 10 with --dry-run")
