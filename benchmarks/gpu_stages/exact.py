@@ -72,6 +72,7 @@ def cases(setup: Setup) -> Iterator[Case]:
         for rows, dim, count in ((3, 16, 4),) if setup.dry else DRAWS:
             where = f"{family} head, {rows} x {dim}, K {count}"
             yield Case(where, partial(head, setup, family, rows, dim, count))
+    yield Case("gamma variates", partial(gammas, setup))
     yield Case("fifty repeats", partial(repeats, setup), seconds=90)
     if setup.device == "cuda":
         for tool in ("memcheck", "racecheck"):
@@ -358,6 +359,22 @@ def head(setup: Setup, kind: str, rows: int, dim: int, count: int) -> Row:
     flipped = float(flips)
     row |= {"flipped": flipped, "ok": row["ok"] and same_bits and flipped <= max(1e-4, 1.01 / (rows * width))}
     return row if same_bits else row | {"failed": "the packed bits differ"}
+
+
+def gammas(setup: Setup) -> Row:
+    """The kernel's logarithms of gamma variates against plain torch's, both in fp64, for shapes of 10^-2 to
+    10^6. Rounding may decide at which proposal one is accepted: once in 10^12 at most."""
+    from lvssl.latents import noise_triton
+    from lvssl.latents.noise import GAMMA_PROPOSALS, keyed, plain_log_gammas
+
+    generator, seed = seeded(setup, "gamma variates")
+    rows, dim, count = (3, 17, 2) if setup.dry else (512, 256, 4)
+    shapes = (10 ** (8 * torch.rand(rows, dim, generator=generator) - 2)).to(setup.device)
+    noise = keyed(seed, rows, setup.device)
+    with poisoned():
+        found = noise_triton.log_gammas(shapes, count, noise.key, noise.rows, 0, GAMMA_PROPOSALS)
+    exact = plain_log_gammas(shapes, count, noise)
+    return judged({"logarithm": (found, exact, exact, 1e-11 * float(exact.abs().max()))}, seed)
 
 
 # The same bits

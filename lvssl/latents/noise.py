@@ -5,6 +5,7 @@ numbers of its own rows alone, and a step's noise is that of (seed, step, row), 
 Uniforms are multiples of 2^-24, the same bits everywhere; what is computed of them agrees to its rounding.
 """
 
+import importlib.util
 import math
 from typing import NamedTuple
 
@@ -87,6 +88,12 @@ def on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether the kernels of Triton can draw."""
+    fake = isinstance(tensor, FakeTensor)
+    return tensor.is_cuda and not fake and importlib.util.find_spec("triton") is not None
+
+
 def plain_uniforms(noise: Noise, dim: int, count: int) -> Tensor:
     """`uniforms` in plain torch."""
     dims = torch.arange(dim, device=noise.rows.device)
@@ -109,6 +116,11 @@ def log_gammas(shapes: Tensor, count: int, noise: Noise) -> Tensor:
     By rejection (Marsaglia & Tsang 2000); below a shape of 1 one of shape + 1, times u^(1 / shape). The first
     of GAMMA_PROPOSALS proposals that is accepted: proposal p of sample k is call k of the stream + 256 p.
     """
+    if on_gpu(shapes):
+        from lvssl.latents import noise_triton
+
+        there = shapes.detach().contiguous()
+        return noise_triton.log_gammas(there, count, noise.key, noise.rows, noise.stream, GAMMA_PROPOSALS)
     if not on_cpu(shapes):
         return plain_log_gammas(shapes, count, noise)
     from lvssl.latents.noise_compiled import fill_log_gammas

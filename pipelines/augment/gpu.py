@@ -192,8 +192,8 @@ def _blurred(
 ):  # fmt: skip
     """Sum over chunks (i, j) of the tile and its margin of B_i X_ij B_j^T: [TILE * TILE] of each colour."""
     tap = tl.arange(0, 64) - 32  # RADIUS is at most 31
-    weights = tl.where(tl.abs(tap) <= RADIUS, tl.exp(-0.5 * tap * tap / (sigma * sigma)), 0.0)
-    total = tl.sum(weights)
+    steepness = -0.5 / (sigma * sigma)
+    inverse = 1 / tl.sum(tl.where(tl.abs(tap) <= RADIUS, tl.exp(tap * tap * steepness), 0.0))
     red = tl.zeros((TILE, TILE), tl.float32)
     green = tl.zeros((TILE, TILE), tl.float32)
     blue = tl.zeros((TILE, TILE), tl.float32)
@@ -209,11 +209,11 @@ def _blurred(
             g = tl.reshape(g, (CHUNK, CHUNK))
             b = tl.reshape(b, (CHUNK, CHUNK))
             y = first_y + tl.arange(0, CHUNK)
-            band = _band((top + tl.arange(0, TILE))[:, None], y[None, :], sigma, total, RADIUS)
+            band = _band((top + tl.arange(0, TILE))[:, None], y[None, :], steepness, inverse, RADIUS)
             red_j = _dot(band, r, red_j, HALF)
             green_j = _dot(band, g, green_j, HALF)
             blue_j = _dot(band, b, blue_j, HALF)
-        band_x = _band((left + tl.arange(0, TILE))[None, :], x[:, None], sigma, total, RADIUS)
+        band_x = _band((left + tl.arange(0, TILE))[None, :], x[:, None], steepness, inverse, RADIUS)
         red = _dot(red_j, band_x, red, HALF)
         green = _dot(green_j, band_x, green, HALF)
         blue = _dot(blue_j, band_x, blue, HALF)
@@ -221,10 +221,10 @@ def _blurred(
 
 
 @triton.jit
-def _band(target, source, sigma, total, RADIUS: tl.constexpr):
+def _band(target, source, steepness, inverse, RADIUS: tl.constexpr):
     """Weights of the Gaussian between positions, 0 beyond its taps."""
     distance = (source - target).to(tl.float32)
-    weight = tl.exp(-0.5 * distance * distance / (sigma * sigma)) / total
+    weight = tl.exp(distance * distance * steepness) * inverse
     return tl.where(tl.abs(distance) <= RADIUS, weight, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Compiles the fused kernels ahead of time, without a GPU; one JSON object a kernel. Run by test_fused.py.
+"""Compiles the kernels of latents ahead of time, without a GPU; a line of JSON each. Run by test_fused.py.
 
 python tests/latents/fused_compiled.py [categories ...]
 """
@@ -11,7 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton_kernels import resources, source
 
-from lvssl.latents import family, fused_triton
+from lvssl.latents import family, fused_triton, noise_triton
+from lvssl.latents.noise import GAMMA_PROPOSALS
 
 POINTERS = {"keys": "*i64", "rows": "*i64", "packed": "*u8"}
 KERNELS = {
@@ -26,9 +27,10 @@ def compiled(kernel, options: dict, capability: int) -> dict:
     warps = options.pop("num_warps")
     if "COUNT" in kernel.arg_names:
         options["COUNT"] = 4
-    integers = {name: "i32" for name in ("D", "G", "width")}
+    integers = {name: "i32" for name in ("D", "G", "width", "size", "stream")}
+    pointers = POINTERS | ({"out": "*fp64"} if kernel is noise_triton.log_gammas_kernel else {})
     signature = (
-        dict.fromkeys(kernel.arg_names, "*fp32") | POINTERS | integers | dict.fromkeys(options, "constexpr")
+        dict.fromkeys(kernel.arg_names, "*fp32") | pointers | integers | dict.fromkeys(options, "constexpr")
     )
     aligned = [name for name in kernel.arg_names if signature[name].startswith("*")]
     binary = triton.compile(
@@ -48,6 +50,9 @@ def main() -> None:
             for kernel in kernels:
                 for capability in (80, 90):
                     print(json.dumps(compiled(kernel, options, capability)), flush=True)
+    options = {"PROPOSALS": GAMMA_PROPOSALS, "BLOCK": noise_triton.BLOCK, "num_warps": 4}
+    for capability in (80, 90):
+        print(json.dumps(compiled(noise_triton.log_gammas_kernel, options, capability)), flush=True)
 
 
 if __name__ == "__main__":

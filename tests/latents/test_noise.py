@@ -1,10 +1,12 @@
 """Keyed noise: the same in a compiled loop and in plain torch, by place and not by rank; against SciPy."""
 
+import json
 import math
 
 import pytest
 import scipy.stats
 import torch
+import triton_kernels
 
 from lvssl.latents import FAMILIES, family
 from lvssl.latents.noise import (
@@ -40,6 +42,24 @@ def test_the_compiled_gamma_variates_are_those_of_plain_torch():
     torch.testing.assert_close(
         log_gammas(shapes, 3, noise), plain_log_gammas(shapes, 3, noise), rtol=1e-12, atol=1e-12
     )
+
+
+def test_the_interpreted_kernel_draws_the_gamma_variates_of_plain_torch():
+    pytest.importorskip("triton", reason="torch's CUDA builds bring triton; a CPU build does not")
+    (line,) = triton_kernels.run("latents/gammas_interpreted.py", TRITON_INTERPRET="1")
+    assert json.loads(line) == {"compared": 30}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_on_a_gpu_gamma_variates_are_those_of_a_cpu(dtype):
+    """Of a million, none is accepted on one side alone: that takes two numbers within 10^-15."""
+    shapes = torch.rand(1000, 256, generator=torch.Generator().manual_seed(0), dtype=dtype) * 10 + 0.01
+    noise = keyed(5, 1000)
+    there = Noise(*(part.cuda() for part in noise[:2]), noise.stream)
+    found = log_gammas(shapes.cuda(), 4, there).cpu()
+    torch.testing.assert_close(found, log_gammas(shapes, 4, noise), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("shape", [0.01, 0.5, 1.0, 1.1, 7.0, 5000.0])
