@@ -1,5 +1,5 @@
 """`noise.log_gammas` on a GPU in one launch, each variate at the proposal that is accepted; in plain torch it
-is all proposals for all variates, by some 1,500 launches. Run on an H200, see docs/gpu.md.
+is all proposals for all variates, by some 1,500 launches. Held in the interpreter; not run on a GPU yet.
 """
 
 import math
