@@ -265,7 +265,9 @@ def matrix(trainer: Callable[..., Trainer], executions: list[str]) -> dict[str, 
     forms = {}
     for sync, last, execution in itertools.product((False, True), (True, False), executions):
         layout = "channels-last" if last else "default"
-        made = trainer(channels_last=last, compile=execution == "compile", sync_batch_norm=sync)
+        made = trainer(
+            channels_last=last, compile="on" if execution == "compile" else "off", sync_batch_norm=sync
+        )
         forms[f"{'SyncBN' if sync else 'BN':6} {layout:13} {execution}"] = engine_step(made)
     return forms
 

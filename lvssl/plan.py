@@ -28,6 +28,8 @@ from lvssl.models.device import pick_device
 from lvssl.models.network import LVNet
 from lvssl.models.utilisation import PEAK_FLOPS, operations
 from lvssl.settings.pretrain import (
+    COMPILED_FROM_IMAGES,
+    COMPILED_FROM_SIDE,
     OPTIMISERS,
     LatentSettings,
     ModelSettings,
@@ -45,10 +47,15 @@ SLACK = 0.08  # of the rest: workspaces and fragmentation
 # Bytes that a pixel of a view keeps at most, fp32: of the stem for small images, which halves nothing.
 MOST_A_PIXEL = {"tiny": 8_000, "small": 8_000, "resnet18": 30_000, "resnet50": 60_000}  # others: counted
 CHANGES = ("chunk", "batch_size", "backbone", "resolution")  # what may be smaller where memory is
-# Share of an H100's peak in bf16 that a step reaches (docs/gpu.md): MEASURED ones, and guesses.
-REACHED = {"tiny": 0.01, "small": 0.05, "resnet18": 0.19, "resnet50": 0.10}
-GUESSED = 0.10  # of any other backbone
-MEASURED = ("resnet18", "resnet50")
+# Share of a card's peak in bf16 that a step through the loader was measured to reach (docs/gpu.md); other
+# cards are taken to reach that of an H100.
+MEASURED = {
+    "H100": {"resnet18": 0.19, "resnet50": 0.10},
+    "H200": {"resnet18": 0.21, "resnet50": 0.118},
+}
+COMPILED = {"H200": {"resnet50": 0.165}}  # the same by `--compile`
+GUESSED = {"tiny": 0.01, "small": 0.05}  # of other backbones 0.10
+CARD_GIB = {"A100": 80.0, "H100": 80.0, "H200": 141.0, "L4": 24.0}  # the makers' figures
 MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}  # numbers that it keeps for each weight
 
 
@@ -61,8 +68,8 @@ class PlanSettings:
     gpus: int = 8
     backbone: str = "resnet50"
     """As of `lvssl pretrain`."""
-    memory: float = 80.0
-    """Memory of one GPU, GiB."""
+    memory: float = 0.0
+    """Memory of one GPU, GiB; 0: that of --gpu."""
     resolution: int = 224
     """Side of a view, pixels."""
     precision: str = "bf16"
@@ -109,7 +116,7 @@ class PlanSettings:
             self.batch_size,
             f"a multiple of --gpus ({self.gpus})",
         )
-        require(0 < self.memory < 10_000, "memory", self.memory, "GiB above 0")
+        require(0 <= self.memory < 10_000, "memory", self.memory, "GiB, or 0")
         require(8 <= self.resolution <= 4096, "resolution", self.resolution, "pixels in [8, 4096]")
         require(self.hidden >= 1, "hidden", self.hidden, "at least 1")
         require(self.projection >= 2, "projection", self.projection, "at least 2")
@@ -271,7 +278,7 @@ def largest_batch(settings: PlanSettings, of: Footprint) -> int:
 
     def fits(each: int) -> bool:
         parts = memory(dataclasses.replace(settings, batch_size=each * settings.gpus), of)
-        return sum(parts.values()) <= settings.memory * GIB
+        return sum(parts.values()) <= card_memory(settings) * GIB
 
     low, high = 0, 1
     while fits(high):
@@ -345,15 +352,35 @@ def hours(settings: PlanSettings) -> float:
     over a chunk or a recomputed block a third more."""
     work = 2.0 * settings.images * settings.epochs * operations(settings.backbone, settings.resolution)
     work *= 4 / 3 if settings.chunk or settings.recompute else 1.0
-    speed = PEAK_FLOPS[settings.gpu] * REACHED.get(settings.backbone, GUESSED) * settings.gpus
+    speed = PEAK_FLOPS[settings.gpu] * share_of_peak(settings)[0] * settings.gpus
     return work / speed / 3600 * (2 if settings.precision == "fp32" else 1)
+
+
+def card_memory(settings: PlanSettings) -> float:
+    """GiB of one GPU."""
+    return settings.memory or CARD_GIB[settings.gpu]
+
+
+def share_of_peak(settings: PlanSettings) -> tuple[float, bool]:
+    """What a step reaches, and whether that was measured on this card, with as many GPUs."""
+    side, images = settings.resolution, settings.images * settings.epochs
+    compiled = settings.gpus == 1 and side >= COMPILED_FROM_SIDE and images >= COMPILED_FROM_IMAGES
+    compiled = compiled and not (settings.chunk or settings.recompute)
+    measured = (COMPILED if compiled else MEASURED).get(settings.gpu, {}).get(settings.backbone)
+    if measured is not None:
+        return measured, settings.gpus == 1
+    share = MEASURED["H100"].get(settings.backbone, GUESSED.get(settings.backbone, 0.10))
+    if compiled:  # as much faster as where that was measured
+        share *= COMPILED["H200"]["resnet50"] / MEASURED["H200"]["resnet50"]
+    return share, False
 
 
 def time_of(settings: PlanSettings) -> str:
     took = hours(settings)
     shown = f"{took:,.1f} hours" if took >= 1 else f"{60 * took:,.0f} minutes"
-    known = settings.gpu == "H100" and settings.backbone in MEASURED and settings.gpus == 1
-    basis = "measured on this card" if known else "extrapolated from one H100"
+    basis = (
+        "measured on this card" if share_of_peak(settings)[1] else "extrapolated from one H100 and one H200"
+    )
     return (
         f"{settings.epochs:,} epochs of {settings.images:,} images: about {shown} on {settings.gpus} "
         f"{settings.gpu} ({basis}), where the loader keeps up."
@@ -378,8 +405,8 @@ def plan(settings: PlanSettings) -> str:
         f"{each:,} images, {2 * each:,} views each",
         "",
         *(f"  {name:12}{size / GIB:9.2f} GiB" for name, size in parts.items()),
-        f"  {'total':12}{total / GIB:9.2f} GiB of {settings.memory:g}: "
-        + ("fits" if total <= settings.memory * GIB else "does not fit"),
+        f"  {'total':12}{total / GIB:9.2f} GiB of {card_memory(settings):g}: "
+        + ("fits" if total <= card_memory(settings) * GIB else "does not fit"),
         "",
         f"The loss with its whole matrix would take {matrix_memory(settings) / GIB:.2f} GiB.",
         f"Largest batch that fits: {most:,} images ({most // settings.gpus:,} a GPU).",

@@ -125,14 +125,24 @@ def test_more_samples_keep_more_where_each_is_kept():
 
 
 def test_time_is_that_of_the_measured_steps():
-    """243 us a view of ResNet-50 at 224 px, 17.2 us of ResNet-18 at 32 px (docs/gpu-h100.json)."""
-    for backbone, resolution, measured in (("resnet50", 224, 243e-6), ("resnet18", 32, 17.2e-6)):
-        one = PlanSettings(gpus=1, backbone=backbone, resolution=resolution, images=10**6, epochs=1)
-        assert hours(one) * 3600 == pytest.approx(2e6 * measured, rel=0.1)
+    """Through the loader, us a view (docs/gpu-h100.json, docs/gpu-h200.json)."""
+    for gpu, backbone, resolution, images, measured in (
+        ("H100", "resnet50", 224, 10**5, 249), ("H100", "resnet18", 32, 10**6, 17.8),
+        ("H200", "resnet50", 224, 10**5, 208.6), ("H200", "resnet18", 32, 10**6, 15.9),
+        ("H200", "resnet50", 224, 10**6, 148.9),  # worth compiling
+    ):  # fmt: skip
+        one = PlanSettings(gpus=1, gpu=gpu, backbone=backbone, resolution=resolution, images=images, epochs=1)
+        assert hours(one) * 3600 == pytest.approx(2e-6 * images * measured, rel=0.03)
+        assert "measured on this card" in plan(one)
     more = replace(one, epochs=3, gpus=2)
-    assert hours(more) == pytest.approx(1.5 * hours(one)) and "extrapolated" in plan(more)
-    assert hours(replace(one, recompute=True)) == pytest.approx(4 / 3 * hours(one))
-    assert "measured on this card" in plan(one)
+    eager = replace(one, images=10**5)
+    assert hours(more) == pytest.approx(1.5 * 10 * hours(eager)) and "extrapolated" in plan(more)
+    assert hours(replace(eager, recompute=True)) == pytest.approx(4 / 3 * hours(eager))
+
+
+def test_the_card_has_the_memory_that_its_name_says():
+    assert "of 141: fits" in plan(PlanSettings(gpu="H200", gpus=1, batch_size=256))
+    assert "of 40: fits" in plan(PlanSettings(gpu="H200", gpus=1, batch_size=256, memory=40))
 
 
 @pytest.mark.parametrize("options, culprit", [

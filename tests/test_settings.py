@@ -32,7 +32,7 @@ CALLS = {
         preset("folder-r50"), data=Path("it's.beton"), latent=LatentSettings(beta=0.5, init_scale_start=1.0)
     ),
     "pretrain digits": replace(
-        preset("digits"), out=RUN, engine=replace(preset("digits").engine, compile=True)
+        preset("digits"), out=RUN, engine=replace(preset("digits").engine, compile="off")
     ),
     "evaluate": EvaluateSettings(RUN, test=Path("t.beton"), control=Path("c"), on_error="skip", workers=7),
     "analyse": AnalyseSettings(RUN, alone=True, others=(Path("a"), Path("b")), ood=(Path("c"),), samples=3),

@@ -89,7 +89,7 @@ def settings_of(setup: Setup, work: Work, how: str = "eager") -> Any:
         model=replace(base.model, backbone=work.backbone),
         view=replace(base.view, resolution=work.side),
         engine=EngineSettings(
-            compile="compiled" in how,
+            compile="on" if "compiled" in how else "off",
             graph="on" if "recorded" in how else "off",
             deterministic=how == "deterministic",
         ),

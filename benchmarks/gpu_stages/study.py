@@ -82,7 +82,7 @@ def settings_of(setup: Setup, arm: str, epochs: int, out: Path) -> Any:
         model=replace(base.model, backbone="tiny" if setup.dry else base.model.backbone),
         latent=LatentSettings(**ARMS[arm]),
         optimiser=replace(base.optimiser, lr=options["lr"] or base.optimiser.lr),
-        engine=EngineSettings(compile=options["compile"]),
+        engine=EngineSettings(compile="on" if options["compile"] else "auto"),
     )
 
 

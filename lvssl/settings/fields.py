@@ -137,6 +137,8 @@ def from_dict(kind: Any, values: Any, where: str = "config") -> Any:
     made = {}
     for name, value in values.items():
         kind_of = fields[name].type
+        if isinstance(value, bool):
+            value = fields[name].metadata.get("was", {}).get(value, value)  # an older version's
         if dataclasses.is_dataclass(kind_of):
             made[name] = from_dict(kind_of, value, f"{where}.{name}")
             continue

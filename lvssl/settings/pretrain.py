@@ -23,6 +23,7 @@ AUGMENTATIONS = ("auto", "reference", "numba", "triton")
 OPTIMISERS = ("adamw", "sgd", "lars")
 LR_RULES = ("given", "linear", "sqrt")
 SINKS = ("tensorboard", "wandb", "mlflow")
+COMPILED_FROM_SIDE, COMPILED_FROM_IMAGES = 128, 500_000  # px; images of all epochs: see `compiles`
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ORDERS = ("random", "quasi-random", "sequential")  # pipelines.order's, which would load numba for them
 
@@ -251,12 +252,15 @@ class EngineSettings:
     fp32 in any case."""
     channels_last: bool = field(default=True, metadata=RUNTIME)
     """The layout of images and convolutions; faster on GPUs and on CPUs."""
-    compile: bool = field(default=False, metadata=RUNTIME)
-    """torch.compile the backbone: a minute at the start, which a resumed run saves (RUN/compiled)."""
+    compile: str = field(default="auto", metadata=RUNTIME | {"was": {True: "on", False: "off"}})
+    """torch.compile the backbone: a minute at the start, which a resumed run saves (RUN/compiled). on; off;
+    auto: on one GPU, where it is worth the minute: for images of 128 px and more, 500,000 of them over all
+    epochs, without --chunk, --recompute, --deterministic and fp16."""
     graph: str = field(default="auto", metadata=RUNTIME)
     """Record a step's launches once, and repeat them with one call (a CUDA graph): faster where network and
-    images are so small that a step waits for the host. on; off; auto: on one GPU, without --compile, --chunk,
-    --recompute and fp16. Begins once the weight of the rate is constant, see --beta-warmup."""
+    images are so small that a step waits for the host. on; off; auto: on one GPU, unless the backbone is
+    compiled, without --chunk, --recompute and fp16. Begins once the weight of the rate is constant, see
+    --beta-warmup."""
     recompute: bool = field(default=False, metadata=RUNTIME)
     """Activation checkpointing: keep each block's input alone, compute the block again in the backward
     pass. A third more time, a fraction of the memory, the same result."""
@@ -285,8 +289,9 @@ class EngineSettings:
         choice("precision", self.precision, PRECISIONS)
         require(self.chunk >= 0, "chunk", self.chunk, "at least 0")
         require(self.chunk != 1, "chunk", self.chunk, "at least 2: one view has no batch statistics")
-        if self.compile and self.recompute:  # torch compiles no checkpoint whose second time is another
-            raise InputError("--compile and --recompute don't go together: leave one out, or take --chunk")
+        choice("compile", self.compile, ("auto", "on", "off"))
+        if self.compile == "on" and self.recompute:  # no checkpoint whose second time is another is compiled
+            raise InputError("--compile on and --recompute don't go together: leave one out, or take --chunk")
         choice("graph", self.graph, ("auto", "on", "off"))
         if self.graph == "on" and (self.recompute or self.chunk or self.precision == "fp16"):
             raise InputError(

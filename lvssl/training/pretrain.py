@@ -71,7 +71,7 @@ def run(
     """`pretrain`, once it is known who we are."""
     if settings.engine.graph == "on" and world.size > 1:
         raise InputError(f"--graph on is for one rank, and there are {world.size}: leave it out")
-    if settings.engine.compile:
+    if settings.engine.compile != "off":
         keep_compiled(settings.out / "compiled")
     if resume and (settings.out / "config.json").is_file() and not are_there(settings.data):
         raise InputError(

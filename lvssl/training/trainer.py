@@ -24,7 +24,7 @@ from lvssl.training.health import health, warn
 from lvssl.training.loop import Figures, Loop, Pace
 from lvssl.training.objective import objective, rate_weight
 from lvssl.training.optimiser import build_optimiser, capturable, learning_rate, restore_optimiser
-from lvssl.training.prepare import apply_recompute_and_compile, prepared
+from lvssl.training.prepare import apply_recompute_and_compile, compiles, prepared
 from lvssl.training.recorded import Recorded
 from lvssl.training.stopping import Stop
 from pipelines.loader import TwoViewLoader, ViewBatch
@@ -62,14 +62,15 @@ class Trainer(Loop):
         self.network = prepared(network, engine, device, world.size)
         broadcast_state(self.network)
         self.ema = Average(self.network, engine.ema) if engine.ema else None
-        apply_recompute_and_compile(self.network.backbone, engine)
+        self.steps = settings.epochs * len(loader)
+        self.compiled = compiles(settings, self.steps * settings.batch_size, device, world.size)
+        apply_recompute_and_compile(self.network.backbone, engine.recompute, self.compiled)
         optimiser = build_optimiser(self.network, settings.optimiser, fused=not self.host_reads)
         self.trains(self.network, optimiser, precision(engine, device) == torch.float16)
         self.lr = torch.zeros((), device=device)
         self.recorded = self.recording()
         if self.peak:
             self.operations = 2 * operations(settings.model.backbone, settings.view.resolution)
-        self.steps = settings.epochs * len(loader)
         self.calibrated = False
         self.alarms: set[str] = set()
 
@@ -150,7 +151,7 @@ class Trainer(Loop):
     def recording(self) -> Recorded | None:
         """`launch` to be recorded, where settings and device allow it: the host decides nothing in it."""
         engine = self.settings.engine
-        chosen = self.device.type == "cuda" and not (engine.compile or engine.chunk or engine.recompute)
+        chosen = self.device.type == "cuda" and not (self.compiled or engine.chunk or engine.recompute)
         possible = not (self.host_reads or self.world.size > 1 or self.scaler.is_enabled())
         if not possible or not (chosen if engine.graph == "auto" else engine.graph == "on"):
             return None
@@ -229,5 +230,5 @@ class Trainer(Loop):
         else:
             change = "a smaller --batch-size"
         if not engine.recompute:
-            change += ", or --recompute" + " without --compile" * engine.compile
+            change += ", or --recompute" + " with --compile off" * self.compiled
         return f"with {views} views on this rank: try {change}"

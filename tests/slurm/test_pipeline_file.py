@@ -151,7 +151,7 @@ def test_a_changed_setting_reaches_what_hangs_on_it_and_only_that(tmp_path):
     assert changed("epochs = 3", "epochs = 3\nworkers = 1\nthreads = 1") == set()
     assert changed('"4G"', '"8G"') == set()
     assert changed("epochs = 3", "epochs = 3\nseed = 0") == set()  # the default, spelt out
-    elsewhere = "compile = true\nkeep = 3\nchannels_last = false\nnon_finite_steps = 9"
+    elsewhere = "compile = 'on'\nkeep = 3\nchannels_last = false\nnon_finite_steps = 9"
     assert changed("epochs = 3", f'epochs = 3\n{elsewhere}\nsource = "beton"\ntimeout_minutes = 1') == set()
     assert train < everything
 
@@ -168,6 +168,7 @@ def test_what_may_change_is_one_list_for_runs_stages_and_chains(tmp_path):
     other = {
         "augmentation": "numba",
         "graph": "off",
+        "compile": "off",
         "log": ("tensorboard", "wandb"),
         "source": "ffcv",
         "device": "cpu",

@@ -26,7 +26,7 @@ def main(data: Path, out: Path) -> None:
     model = dataclasses.replace(base.model, backbone="tiny")
     settings = dataclasses.replace(
         base, data=data, out=out, epochs=1, device="cpu", threads=1, log_every=1, workers=1, model=model,
-        engine=EngineSettings(compile=True),
+        engine=EngineSettings(compile="on"),
     )  # fmt: skip
 
     def stop_after_a_step() -> None:

@@ -11,11 +11,12 @@ from lvssl.latents.noise import keyed
 from lvssl.losses.ntxent import ntxent
 from lvssl.models.device import autocast, precision
 from lvssl.models.network import LVNet
-from lvssl.settings.pretrain import EngineSettings, LatentSettings, ModelSettings
+from lvssl.settings.pretrain import EngineSettings, LatentSettings, ModelSettings, PretrainSettings
 from lvssl.training.batchnorm import frozen_running_statistics
 from lvssl.training.gradients import backward, clip_gradients
-from lvssl.training.prepare import apply_recompute_and_compile, prepared
+from lvssl.training.prepare import apply_recompute_and_compile, compiles, prepared
 from pipelines.errors import InputError
+from pipelines.views import ViewSettings
 
 CPU = torch.device("cpu")
 VIEWS = 48
@@ -30,8 +31,22 @@ def network(**engine) -> LVNet:
     made = LVNet(ModelSettings("tiny", 32, 16), LatentSettings("bernoulli"), 8)
     settings = EngineSettings(**engine)
     made = prepared(made, settings, CPU)
-    apply_recompute_and_compile(made.backbone, settings)
+    apply_recompute_and_compile(made.backbone, settings.recompute, settings.compile == "on")
     return made.train()
+
+
+@pytest.mark.parametrize(("change", "compiled"), [
+    ({}, True), ({"device": "cpu"}, False), ({"ranks": 2}, False), ({"images": 499_999}, False),
+    ({"side": 64}, False), ({"chunk": 256}, False), ({"recompute": True}, False), ({"graph": "on"}, False),
+    ({"deterministic": True}, False), ({"precision": "fp16"}, False), ({"compile": "off"}, False),
+    ({"compile": "on", "device": "cpu", "ranks": 2, "images": 1, "side": 8}, True),
+])  # fmt: skip
+def test_a_backbone_is_compiled_where_it_is_worth_it(change, compiled):
+    rest = dict(change)
+    device, ranks, images = rest.pop("device", "cuda"), rest.pop("ranks", 1), rest.pop("images", 500_000)
+    view = ViewSettings(resolution=rest.pop("side", 128))
+    settings = PretrainSettings(view=view, engine=EngineSettings(**rest))
+    assert bool(compiles(settings, images, torch.device(device), ranks)) is compiled
 
 
 def gradients(net: LVNet, chunk: int = 0, x: Tensor | None = None) -> dict[str, Tensor]:
@@ -141,8 +156,8 @@ def test_one_gradient_that_is_not_finite_is_seen(value):
 
 def test_a_compiled_backbone_is_not_recomputed():
     """torch can't compile a checkpoint that leaves the statistics alone at its second time."""
-    with pytest.raises(InputError, match="--compile and --recompute don't go together"):
-        EngineSettings(compile=True, recompute=True).validate()
+    with pytest.raises(InputError, match="--compile on and --recompute don't go together"):
+        EngineSettings(compile="on", recompute=True).validate()
 
 
 def test_precision_follows_the_device():

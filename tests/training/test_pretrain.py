@@ -254,11 +254,13 @@ def test_settings_survive_json(digits, tmp_path):
         assert from_dict(PretrainSettings, json.loads(json.dumps(to_dict(chosen)))) == chosen
     with pytest.raises(InputError, match="colour"):
         from_dict(PretrainSettings, {"view": {"colour": 1}})
+    for earlier, now in ((True, "on"), (False, "off")):
+        assert from_dict(PretrainSettings, {"engine": {"compile": earlier}}).engine.compile == now
 
 
 @pytest.mark.slow
 def test_a_compiled_backbone_trains_alike_and_loads_as_any_other(digits, tmp_path):
-    for name, compiled in (("plain", False), ("compiled", True)):
+    for name, compiled in (("plain", "off"), ("compiled", "on")):
         chosen = settings(digits, tmp_path / name, epochs=1)
         engine = dataclasses.replace(chosen.engine, compile=compiled)
         optimiser = dataclasses.replace(chosen.optimiser, optimiser="sgd")
