@@ -349,7 +349,7 @@ def trained(run: Run) -> str:
         return f"step {run.step:,} of a training of {epochs} epochs"
     per_epoch = steps_per_epoch(images, run.settings.batch_size)
     if run.step >= epochs * per_epoch:
-        return f"{epochs} epochs"
+        return f"{epochs} epoch{'s' * (epochs != 1)}"
     done = run.step / per_epoch
     return f"interrupted at step {run.step:,} of {epochs * per_epoch:,}, {done:.1f} of {epochs} epochs"
 

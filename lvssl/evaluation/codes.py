@@ -167,7 +167,7 @@ def of_embeddings(settings: EncodeSettings, out: Path) -> EmbeddingEncoder:
         )
     known = open_embeddings(settings.train or training_file(settings.run), labelled=False)
     asked = open_embeddings(settings.images, labelled=False)
-    code = code_of_length(settings.bits, settings.code, known.features.shape[1], 0)
+    code = code_of_length(settings.bits, settings.code, known.features.shape[1], 0, len(known.features))
     if asked.features.shape[1] != known.features.shape[1]:
         widths = asked.features.shape[1], known.features.shape[1]
         raise InputError(f"{asked.path}: features are {widths[0]} wide, those of {known.path} {widths[1]}")

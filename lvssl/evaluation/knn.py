@@ -110,7 +110,8 @@ def unit(x: Any, out: Tensor) -> Tensor:
     lengths = torch.linalg.vector_norm(made, dim=1, keepdim=True)
     if not bool(lengths.isfinite().all()):
         raise FloatingPointError(
-            "features, or their lengths in fp32, are not finite: the training diverged; lower --lr"
+            "features, or their lengths in fp32, are not finite: the training diverged (lower --lr), or "
+            "embeddings are too large for fp32 (scale them down)"
         )
     return made.div_(lengths.clamp_min_(1e-12))
 

@@ -11,11 +11,12 @@ from lvssl.codes.file import CodeFile, CodeFileError
 from lvssl.codes.quantiser import FITS, Quantiser
 from lvssl.evaluation.fitted import FittedOn, Origin, keep, kept
 from lvssl.models.backbone import feature_dim
-from lvssl.runs.run import Run
+from lvssl.runs.run import Run, read_set
 from lvssl.settings.pretrain import choice
 from pipelines.errors import InputError
 
 CODES = ("auto", *FITS)
+WORDS = 256  # of each of opq's codebooks: as many training images it takes at least
 
 
 def own_bits(run: Run) -> int:
@@ -31,17 +32,18 @@ def chosen_code(run: Run, bits: int, code: str) -> str:
         if code not in ("auto", "bits"):
             raise InputError(f"--code {code} needs --bits, the length of its codes")
         return "bits"
-    return code_of_length(bits, code, feature_dim(run.settings.model.backbone), own_bits(run))
+    images = (read_set(run.folder) or {}).get("images")
+    return code_of_length(bits, code, feature_dim(run.settings.model.backbone), own_bits(run), images)
 
 
-def code_of_length(bits: int, code: str, features: int, own: int) -> str:
-    """As `chosen_code`, of so many features and bits of one's own."""
+def code_of_length(bits: int, code: str, features: int, own: int, images: int | None = None) -> str:
+    """As `chosen_code`, of so many features and bits of one's own, to be fitted on so many images."""
     choice("code", code, CODES)
     if bits < 0:
         raise InputError(f"--bits must be at least 0, got {bits}")
     most = {"bits": own, "opq": 8 * features, "itq": features, "pca": features}
     if code == "auto":
-        code = best_code(bits, most)
+        code = best_code(bits, most, images)
     if bits > most[code]:
         raise InputError(f"--code {code}: there are at most {most[code]:,} bits, not {bits:,}")
     if code == "opq":
@@ -51,14 +53,15 @@ def code_of_length(bits: int, code: str, features: int, own: int) -> str:
     return code
 
 
-def best_code(bits: int, most: dict[str, int]) -> str:
-    """What docs/codes.md names for a length; says what is missed without faiss."""
+def best_code(bits: int, most: dict[str, int], images: int | None) -> str:
+    """What docs/codes.md names for a length; says why it isn't that where faiss or images are missing."""
     if bits % 8 == 0 and bits <= most["opq"]:
-        if has_faiss():
+        few = images is not None and images < WORDS
+        if has_faiss() and not few:
             return "opq"
         if bits <= most["itq"]:
-            said = "note: itq in place of opq, which needs faiss (docs/codes.md)"
-            print(f"{said}: pip install 'lvssl[faiss]'", file=sys.stderr, flush=True)
+            lacking = f"{WORDS} training images or more" if few else "faiss: pip install 'lvssl[faiss]'"
+            print(f"note: itq in place of opq, which needs {lacking}", file=sys.stderr, flush=True)
     return "itq" if bits <= most["itq"] else "bits"
 
 

@@ -24,9 +24,9 @@ SAMPLE = 20_000  # training images of a large set on which codes of many kinds a
 def labelled_pair(run: Run, control: Run | None, train: Path | None, test: Path) -> tuple[Reader, Reader]:
     """Training images (those of the pretraining, unless named) and test images, with the same numbers for the
     same classes. Raises InputError as `open_pair` does, and if run and control were trained on others."""
+    found = open_pair(train or run.settings.data, test)
     if control is not None:
         require_same_classes(run, control)
-    found = open_pair(train or run.settings.data, test)
     if train is None:
         require_classes_of(run, found[0], run.settings.data)
     for each in found:

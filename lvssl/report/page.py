@@ -181,7 +181,9 @@ def verdicts(measured: dict[str, dict[str, Any]], labels: bool = True) -> dict[s
     if of_control and not comparisons["code"]:
         notes.append("The code and the control's differ in length and are not compared.")
     elif of_control and not measured["compression"] and "left_out" not in evaluation:  # of older versions
-        notes.append("Of the control's codes its sign bits alone were measured: lvssl evaluate --overwrite.")
+        notes.append(
+            "Of the control's codes its sign bits alone were measured: --overwrite measures the others."
+        )
     notes += [f"Not measured: {reason}." for reason in evaluation.get("left_out") or []]
     if not evaluation and not labels:
         notes.append("There are no labels to measure accuracies with; the commands at the end need none.")
@@ -276,7 +278,8 @@ def trained(settings: dict[str, Any], evaluation: dict[str, Any]) -> str:
     parts.append("was trained without labels")
     parts.append(f"on {data['train']:,} images" if data.get("train") else "")
     parts.append(f"at {data['resolution']} px" if data.get("resolution") else "")
-    parts.append(f"for {settings['epochs']} epochs" if "epochs" in settings else "")
+    epochs = settings.get("epochs")
+    parts.append(f"for {epochs} epoch{'s' * (epochs != 1)}" if epochs else "")
     parts.append(f"in batches of {settings['batch_size']}" if "batch_size" in settings else "")
     return " ".join(part for part in parts if part) + "."
 

@@ -71,8 +71,6 @@ def run(
     """`pretrain`, once it is known who we are."""
     if settings.engine.graph == "on" and world.size > 1:
         raise InputError(f"--graph on is for one rank, and there are {world.size}: leave it out")
-    if settings.engine.compile != "off":
-        keep_compiled(settings.out / "compiled")
     if resume and (settings.out / "config.json").is_file() and not are_there(settings.data):
         raise InputError(
             f"{settings.data}: the images that {settings.out} was begun on aren't there (any more): name "
@@ -111,6 +109,8 @@ def run(
         from_first(world, lambda: create_run(settings, classes, resume, describe_set(source, settings.order)))
         from_first(world, lambda: held.enter_context(run_lock(settings.out)))
         trainer = Trainer(settings, classes, loader, device, world, initial=begin)
+        if trainer.compiled:
+            keep_compiled(settings.out / "compiled")
         if world.first:
             form = backend_for(device, settings.augmentation) if augmenter else "numba"
             ranks = f"{world.size} ranks, " if world.size > 1 else ""

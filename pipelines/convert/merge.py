@@ -102,8 +102,20 @@ def _read_parts(paths: list[Path]) -> _Parts:
     for path, manifest in zip(paths, parts.manifests):
         for key in ("source", "split", "settings", "versions", "classes", "targets", "source_count"):
             if manifest[key] != parts.manifests[0][key]:
-                raise InputError(f"{path}: its {key} differs from that of {paths[0].name}; convert it again")
+                first = parts.manifests[0][key]
+                raise InputError(
+                    f"{path}: its {key}{differing(manifest[key], first)} differs from that of "
+                    f"{paths[0].name}; convert it again as that one was, with --overwrite"
+                )
     return parts
+
+
+def differing(one: Any, other: Any) -> str:
+    """The first name under which two tables hold different values: " (jpeg_quality: 90, there 95)"."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return ""
+    name = next(name for name in (*one, *other) if one.get(name) != other.get(name))
+    return f" ({name}: {one.get(name)!r}, there {other.get(name)!r})"
 
 
 def part_files(out: Path) -> list[Path]:

@@ -64,7 +64,8 @@ def of_classes(source: Dataset, names: Sequence[str]) -> np.ndarray:
     numbers = [number for number, name in enumerate(source.classes) if name in names]
     there = {source.classes[number] for number in np.intersect1d(source.labels, numbers)}
     if strange := [name for name in names if name not in there]:
-        known = in_short("its classes", source.classes) if source.classes else "its images have no labels"
+        present = [source.classes[number] for number in np.unique(source.labels[source.labels >= 0])]
+        known = in_short("it has", present) if source.classes else "its images have no labels"
         raise InputError(f"--only-classes {strange[0]}: the source has no image of such a class; {known}")
     return np.flatnonzero(np.isin(source.labels, numbers))
 

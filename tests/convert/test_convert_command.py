@@ -116,7 +116,7 @@ BAD = [
     ("texts new/folder/out.beton", "none of the 2 files"),
     (
         "good out.beton --only-classes class1 dog",
-        "--only-classes dog: the source has no image of such a class",
+        "--only-classes dog: the source has no image of such a class; it has (2): class0, class1",
     ),
     ("good out.beton --subset 4 --only-classes class1", "--subset 4: there are only 3 images to choose from"),
     ("good out.beton --subset 0", "--subset 0: must be at least 1"),

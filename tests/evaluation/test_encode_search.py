@@ -1,6 +1,7 @@
 """`lvssl encode` and `lvssl search` with an untrained network: folders, betons, batches, reranking, kills."""
 
 import csv
+import importlib.util
 import os
 import re
 import signal
@@ -25,7 +26,7 @@ from lvssl.evaluation.encoder import Searcher, codes_of, holds_many
 from lvssl.evaluation.fitted import TrainingImages
 from lvssl.evaluation.knn import weighted_knn
 from lvssl.evaluation.outputs import network_outputs
-from lvssl.evaluation.quantisers import stored_quantiser
+from lvssl.evaluation.quantisers import code_of_length, stored_quantiser
 from lvssl.runs.run import Run, load_run
 from pipelines.decode import open_reader
 from pipelines.decode.images import ImageReader
@@ -268,6 +269,15 @@ def test_impossible_codes_are_refused_before_any_work(run, pictures, tmp_path, c
     assert lvssl(*arguments) == 0
     assert "note: itq in place of opq" in capsys.readouterr().err
     assert open_codes(tmp_path / "a.lvcodes").quantiser["code"] == "itq"
+
+
+def test_auto_takes_what_so_few_images_can_be_fitted_on(capsys):
+    assert code_of_length(64, "auto", features=512, own=256, images=255) == "itq"
+    assert "note: itq in place of opq, which needs 256 training images or more" in capsys.readouterr().err
+    assert code_of_length(64, "itq", 512, 256, 255) == "itq"
+    assert not capsys.readouterr().err
+    if importlib.util.find_spec("faiss"):
+        assert {code_of_length(64, "auto", 512, 256, images) for images in (256, None)} == {"opq"}
 
 
 def test_codes_of_another_quantiser_are_not_compared(run, pictures, tmp_path):

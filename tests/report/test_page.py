@@ -324,7 +324,7 @@ def test_a_result_of_before_the_controls_codes_opens_and_says_what_it_lacks(tmp_
     rows = [row for row in EVALUATION["rows"] if row["method"] != "ITQ"]
     (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"rows": rows}))
     text = " ".join(Page(write_report(run).read_text()).text)
-    assert "(+1.5, against sign)" in text and "sign bits alone were measured: lvssl evaluate --over" in text
+    assert "(+1.5, against sign)" in text and "sign bits alone were measured: --overwrite" in text
     (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"left_out": ["OPQ needs faiss"]}))
     text = " ".join(Page(write_report(run).read_text()).text)
     assert "Not measured: OPQ needs faiss." in text and "alone were measured" not in text
