@@ -1,5 +1,6 @@
 """The commands as a user types them: the whole way on digits, and every mistake in one line with status 2."""
 
+import errno
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lvssl.codes.file import open_codes
-from lvssl.commands.main import COMMANDS, main
+from lvssl.commands.main import COMMANDS, guarded, main
 from lvssl.evaluation.measures import equal_bit_codes
 from lvssl.runs.rows import by_point
 
@@ -215,3 +216,15 @@ def test_the_demo_runs_on_digits_and_leaves_what_it_promises(tmp_path):
     assert 'id="neighbours"' in page and 'id="bits"' in page and "lvssl compression demo/bernoulli" in page
     assert open_codes(tmp_path / "demo" / "bernoulli" / "codes.lvcodes").count == 200
     assert "report.html" in done.stdout and "bernoulli" in done.stdout
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (OSError(errno.ENOSPC, "No space left on device", "run/report.html"), "run/report.html: No space left on device"),
+    (OSError("torch can't be loaded"), "torch can't be loaded"),
+])  # fmt: skip
+def test_what_the_system_refuses_is_a_line_with_the_files_name(error, said, capsys):
+    def command(arguments):
+        raise error
+
+    assert guarded(command, []) == 1
+    assert capsys.readouterr().err == f"error: {said}\n"

@@ -84,8 +84,8 @@ def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) ->
         return fail(f"{error}; --on-error skip goes on without such images")
     except (InputError, CodeFileError) as error:
         return fail(str(error))
-    except OSError as error:  # disk full, no permission: the system's words name the file
-        return fail(str(error), 1)
+    except OSError as error:  # disk full, no permission
+        return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     except (FloatingPointError, MemoryError) as error:  # a run that diverged, or is too large
         return fail(str(error), 1)
     except KeyboardInterrupt:
