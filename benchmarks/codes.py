@@ -201,7 +201,7 @@ def made(count: int) -> list[dict[str, Any]]:
         quantiser = Quantiser(
             np.zeros(numbers, np.float32),
             np.ones(numbers, np.float32),
-            np.empty((numbers, 0), np.float32),
+            np.eye(numbers, dtype=np.float32) if words == 256 else np.empty((numbers, 0), np.float32),
             book,
         )
         codes = generator.integers(0, 256, (count, bits // 8), dtype=np.uint8)
