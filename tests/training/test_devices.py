@@ -254,7 +254,7 @@ class Guard:
 
 def launches() -> dict[str, Callable[[], Any]]:
     """Every function that launches kernels of ours, on a few numbers."""
-    from lvssl.latents import family, fused_triton
+    from lvssl.latents import family, fused_triton, noise_triton
     from lvssl.losses import gpu as loss
     from lvssl.losses.block import Block, Weighed
     from pipelines.augment import gpu as augmentation
@@ -265,6 +265,7 @@ def launches() -> dict[str, Callable[[], Any]]:
     found = {
         "log_sum_exp": lambda: loss.log_sum_exp(block, block, (0,), 1.0),
         "gradient": lambda: loss.gradient(weighed, weighed, (0,), 1.0),
+        "log_gammas": lambda: noise_triton.log_gammas(x, 2, rows[:1], rows, 0, 12),
         "augment": lambda: augmentation.augment(
             torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.zeros(4, 13), ViewSettings(resolution=8)
         ),
@@ -293,7 +294,7 @@ def test_every_kernel_is_launched_on_its_tensors_device(monkeypatch):
         launch()
         assert len(launched) > before, name
         assert all(inside for _, inside in launched[before:]), name
-    assert len({kernel for kernel, _ in launched}) == 10
+    assert len({kernel for kernel, _ in launched}) == 11
 
 
 @gpu
