@@ -14,9 +14,9 @@ class NvjpegReader(DeviceReader):
     later ones have for it, then cropped by `gpu.crop_and_resize`.
 
     Of the same decoded pixels the crops are the CPU's, but for values within rounding of a half, which may be
-    a level off. nvJPEG's own pixels differ from libjpeg-turbo's by more: crops of photographs by half a level on
-    average, 47 at most, on an H200, where it made 0.8 of the images of twelve threads of a CPU. On a CPU, where
-    torchvision decodes by libjpeg-turbo, it runs in Triton's interpreter alone: for tests.
+    a level off. nvJPEG's own pixels differ from libjpeg-turbo's by more: crops of photographs by half a level
+    on average, 47 at most, on an H200, where it made 0.8 of the images that twelve threads of a CPU made. On
+    a CPU, where torchvision decodes by libjpeg-turbo, it runs in Triton's interpreter alone: for tests.
     """
 
     decoder = "nvjpeg"
