@@ -145,6 +145,8 @@ def read_pipeline(file: Path, starts: Starts, preset: str | None = None) -> Pipe
     Raises:
         InputError: no such file, not TOML, an unknown key (named), or an impossible value.
     """
+    if file.is_dir():
+        raise InputError(f"{file}: is a folder; name the pipeline's file, PIPELINE.toml")
     try:
         content = tomllib.loads(file.read_text())
     except OSError as error:

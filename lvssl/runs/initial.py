@@ -99,8 +99,8 @@ def _read(model: ModelSettings, resolution: int, what: str) -> Mapping[str, Tens
         raise
     except pickle.UnpicklingError:
         raise InputError(
-            f"{what}: damaged, or it holds other things than tensors, which aren't loaded: "
-            "they may run code; save the state_dict alone"
+            f"{what}: no file of weights, or damaged, or it holds other things than tensors, which aren't "
+            "loaded: they may run code; save the state_dict alone"
         ) from None
     except FileNotFoundError:
         raise InputError(f"{what}: no such file; or {PREFIX}USER/NAME, or {PRETRAINED}") from None

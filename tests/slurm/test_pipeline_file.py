@@ -110,6 +110,8 @@ def test_a_mistake_is_named_and_nothing_written(tmp_path, capsys, old, new, name
 def test_no_file_no_slurm_no_such_cluster(tmp_path, monkeypatch, capsys):
     assert main(["launch", str(tmp_path / "none.toml")]) == 2
     assert "none.toml: cannot be read" in capsys.readouterr().err
+    assert main(["status", str(tmp_path)]) == 2
+    assert "is a folder; name the pipeline's file" in capsys.readouterr().err
     path = write(tmp_path)
     assert main(["launch", str(path), "--cluster", "cloud"]) == 2
     assert "unknown --cluster 'cloud'; known: slurm, local, debug" in capsys.readouterr().err
