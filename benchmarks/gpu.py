@@ -89,6 +89,10 @@ def main(arguments: list[str]) -> int:
             wanted=tuple(options.case),
         )  # fmt: skip
         run_stages(chosen, setup, report, 60 * options.minutes)
+    if options.case and not report.new():
+        raise InputError(
+            f"--case {' '.join(options.case)}: no case of {', '.join(sorted(names))} is named so"
+        )
     print_tables({card["card"]: predictions.newest(report.rows)})
     wrong = [row for row in report.new() if row.get("ok") is False]
     print(

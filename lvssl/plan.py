@@ -26,10 +26,8 @@ from lvssl.losses.distributed import RING_FROM
 from lvssl.models.backbone import BLOCKS
 from lvssl.models.device import pick_device
 from lvssl.models.network import LVNet
-from lvssl.models.utilisation import PEAK_FLOPS, operations
+from lvssl.models.utilisation import PEAK_FLOPS, operations, worth_compiling
 from lvssl.settings.pretrain import (
-    COMPILED_FROM_IMAGES,
-    COMPILED_FROM_SIDE,
     OPTIMISERS,
     LatentSettings,
     ModelSettings,
@@ -53,9 +51,10 @@ MEASURED = {
     "H100": {"resnet18": 0.19, "resnet50": 0.10},
     "H200": {"resnet18": 0.21, "resnet50": 0.118},
 }
+MEASURED_SIDE = {"resnet18": 32, "resnet50": 224}  # px, in bf16
 COMPILED = {"H200": {"resnet50": 0.165}}  # the same by `--compile`
 GUESSED = {"tiny": 0.01, "small": 0.05}  # of other backbones 0.10
-CARD_GIB = {"A100": 80.0, "H100": 80.0, "H200": 141.0, "L4": 24.0}  # the makers' figures
+CARD_GIB = {"A100": 80.0, "H100": 80.0, "H200": 140.0, "L4": 22.5}  # as nvidia-smi has them, rounded
 MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}  # numbers that it keeps for each weight
 
 
@@ -94,7 +93,7 @@ class PlanSettings:
     """Training images, for the time; ImageNet's."""
     epochs: int = 100
     gpu: str = "H100"
-    """The card, for the time: A100, H100, H200, L4."""
+    """The card, for time and memory: A100, H100, H200, L4."""
     preset: str = ""
     """Start from a preset of `lvssl pretrain`; a setting beside it wins."""
 
@@ -116,7 +115,7 @@ class PlanSettings:
             self.batch_size,
             f"a multiple of --gpus ({self.gpus})",
         )
-        require(0 <= self.memory < 10_000, "memory", self.memory, "GiB, or 0")
+        require(0 <= self.memory < 10_000, "memory", self.memory, "at least 0 GiB")
         require(8 <= self.resolution <= 4096, "resolution", self.resolution, "pixels in [8, 4096]")
         require(self.hidden >= 1, "hidden", self.hidden, "at least 1")
         require(self.projection >= 2, "projection", self.projection, "at least 2")
@@ -364,12 +363,14 @@ def card_memory(settings: PlanSettings) -> float:
 def share_of_peak(settings: PlanSettings) -> tuple[float, bool]:
     """What a step reaches, and whether that was measured on this card, with as many GPUs."""
     side, images = settings.resolution, settings.images * settings.epochs
-    compiled = settings.gpus == 1 and side >= COMPILED_FROM_SIDE and images >= COMPILED_FROM_IMAGES
-    compiled = compiled and not (settings.chunk or settings.recompute)
+    eager = settings.gpus > 1 or settings.chunk or settings.recompute
+    compiled = not eager and worth_compiling(settings.backbone, side, images)
     measured = (COMPILED if compiled else MEASURED).get(settings.gpu, {}).get(settings.backbone)
     if measured is not None:
-        return measured, settings.gpus == 1
-    share = MEASURED["H100"].get(settings.backbone, GUESSED.get(settings.backbone, 0.10))
+        same = side == MEASURED_SIDE[settings.backbone] and settings.precision == "bf16"
+        return measured, settings.gpus == 1 and same
+    card = MEASURED.get(settings.gpu, MEASURED["H100"])
+    share = card.get(settings.backbone, GUESSED.get(settings.backbone, 0.10))
     if compiled:  # as much faster as where that was measured
         share *= COMPILED["H200"]["resnet50"] / MEASURED["H200"]["resnet50"]
     return share, False

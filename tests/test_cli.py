@@ -221,6 +221,9 @@ def test_the_demo_runs_on_digits_and_leaves_what_it_promises(tmp_path):
 @pytest.mark.parametrize(("error", "said"), [
     (OSError(errno.ENOSPC, "No space left", "run/report.html"), "run/report.html: No space left"),
     (OSError("torch can't be loaded"), "torch can't be loaded"),
+    (OSError(errno.ENOSPC, "No space left"), "No space left"),
+    (OSError(errno.EXDEV, "Invalid link", b"a", None, b"b"), "a -> b: Invalid link"),
+    (OSError(errno.EBADF, "Bad file descriptor", 7), "Bad file descriptor"),
 ])  # fmt: skip
 def test_what_the_system_refuses_is_a_line_with_the_files_name(error, said, capsys):
     def command(arguments):

@@ -141,7 +141,7 @@ def test_time_is_that_of_the_measured_steps():
 
 
 def test_the_card_has_the_memory_that_its_name_says():
-    assert "of 141: fits" in plan(PlanSettings(gpu="H200", gpus=1, batch_size=256))
+    assert "of 140: fits" in plan(PlanSettings(gpu="H200", gpus=1, batch_size=256))
     assert "of 40: fits" in plan(PlanSettings(gpu="H200", gpus=1, batch_size=256, memory=40))
 
 

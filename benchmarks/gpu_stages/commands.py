@@ -1,5 +1,5 @@
 """The commands as a user types them, from two betons to the page, on this device: does each end with status
-0, and did it run where it should?
+0, and did those that train or measure run where they should?
 
 Commands that need nothing of each other run at once, so their seconds say little. A command that fails for a
 package that isn't installed is a row that says so.
@@ -55,7 +55,7 @@ WHERE = {  # files that say where the command ran
     "knn": "run/knn.json",
     "analyse": "run/analysis.json",
 }
-DEVICE = re.compile(r'"(?:device|arithmetic)": "(\w+)')
+DEVICE = re.compile(r'(?:"(?:device|arithmetic)": "|^pretrain \S+ on )(\w+)', re.MULTILINE)
 IN_A_DRY_RUN = 2  # of each group: tests hold the others on a CPU
 
 
@@ -105,9 +105,12 @@ def one(setup: Setup, folder: Path, text: str) -> Row:
     said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     print(f"$ {name}\n{done.stdout}{done.stderr}", flush=True)
     if done.returncode:
-        lacks = any("pip install" in line for line in said[-3:])
-        return row | {"ok": None if lacks else False, "failed": said[-1][:250] if said else "it said nothing"}
+        error = said[-1][:250] if said else "it said nothing"
+        return row | {"ok": None if "pip install" in error else False, "failed": error}
+    told = done.stderr if words[0] == "pretrain" else ""
     if where := WHERE.get(words[0]):
-        found = DEVICE.search((folder / where).read_text())
+        told = (folder / where).read_text()
+    if told:
+        found = DEVICE.search(told)
         row["device"] = found.group(1) if found else "it doesn't say"
     return row | {"ok": row.get("device", setup.device) == setup.device}

@@ -35,8 +35,9 @@ def two_ranks(setup: Setup) -> Row:
     """Weights of both, of one that has the whole batch, and of both stopped half-way and resumed.
 
     The gradient of a fresh network by a contrastive loss has a condition number of some 10^5: in fp32 the
-    images in another order move it by a per cent. So two ranks may differ from one as much as one differs
-    from itself with its images in the order that two ranks have them in, times SLACK.
+    images in another order move it by a per cent, and weights after two steps by 8 to 19. So two ranks may
+    differ from one as much as one differs from itself with its images in the order that two ranks have them
+    in, times SLACK, and by half of the way at most; without synchronised normalisation they do by 0.7.
     """
     with tempfile.TemporaryDirectory(dir=setup.scratch or None) as folder:
         for size in (1, 2):
@@ -51,7 +52,7 @@ def two_ranks(setup: Setup) -> Row:
     same = all(torch.equal(first[key], found[1, 2][1][key]) for key in first)
     again = all(torch.equal(first[key], resumed[key]) for key in first)
     return {
-        "ok": same and again and off <= SLACK * by_order < 0.5,
+        "ok": same and again and off <= min(SLACK * by_order, 0.5),
         "ranks_are_equal": same,
         "resumed_to_the_bit": again,
         "off_one_rank": off,

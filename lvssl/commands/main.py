@@ -1,6 +1,7 @@
 """The command line: see `lvssl --help`."""
 
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -85,11 +86,17 @@ def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) ->
     except (InputError, CodeFileError) as error:
         return fail(str(error))
     except OSError as error:  # disk full, no permission
-        return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+        return fail(in_words(error), 1)
     except (FloatingPointError, MemoryError) as error:  # a run that diverged, or is too large
         return fail(str(error), 1)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
+
+
+def in_words(error: OSError) -> str:
+    """Without the system's number: the files' names, where there are any, then what it says."""
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return ": ".join(filter(None, [" -> ".join(names), error.strerror or str(error)]))
 
 
 def fail(message: str, status: int = 2) -> int:

@@ -48,8 +48,9 @@ from lvssl.evaluation.quantisers import (
     require_faiss,
 )
 from lvssl.runs.embeddings import is_embeddings, open_embeddings, training_file
-from lvssl.runs.run import Run, load_encoder
+from lvssl.runs.run import Run, load_encoder, read_set
 from lvssl.settings.fields import ReadsImages
+from pipelines.decode import open_reader
 from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
 from pipelines.files import written_csv
@@ -183,7 +184,7 @@ def of_images(settings: EncodeSettings, out: Path) -> Encoder:
     """The codes by a run's encoder; `out` is there afterwards."""
     run = load_encoder(settings.run)
     on_error = run.reading(settings)
-    code = chosen_code(run, settings.bits, settings.code)
+    code = chosen_code(run, settings.bits, settings.code, fitted_images(run, settings))
     source, names = image_set(settings.images)
     encoder = fitted_encoder(run, settings, code, on_error)
     means = width_of_means(run) if settings.means else 0
@@ -194,6 +195,13 @@ def of_images(settings: EncodeSettings, out: Path) -> Encoder:
         batches = crops_of(run, source, on_error, settings.workers, np.arange(first, len(names)))
         write_coded(writer, encoder.coded(batches), names, "encode")
     return encoder
+
+
+def fitted_images(run: Run, settings: EncodeSettings) -> int | None:
+    """How many a quantiser would be fitted on; None where that is known to an export's quantisers alone."""
+    if settings.train is None:
+        return (read_set(run.folder) or {}).get("images")
+    return len(open_reader(settings.train)) if settings.bits and settings.code == "auto" else None
 
 
 def fitted_encoder(run: Run, settings: EncodeSettings, code: str, on_error: str) -> Encoder:

@@ -24,15 +24,21 @@ def own_bits(run: Run) -> int:
     return run.network.family.code_bits(run.network.dim)
 
 
-def chosen_code(run: Run, bits: int, code: str) -> str:
-    """The code that `--bits` and `--code` mean, one of FITS. Raises InputError, before any work, where the
-    run can't have it."""
+def chosen_code(run: Run, bits: int, code: str, images: int | None = None) -> str:
+    """The code that `--bits` and `--code` mean, one of FITS, to be fitted on so many images; where that isn't
+    said, what stands in the run's folder already, as in an export's, comes first. Raises InputError, before
+    any work, where the run can't have it."""
     choice("code", code, CODES)
     if not bits:
         if code not in ("auto", "bits"):
             raise InputError(f"--code {code} needs --bits, the length of its codes")
         return "bits"
-    images = (read_set(run.folder) or {}).get("images")
+    if images is None and code == "auto":
+        paths = {each: quantiser_path(run, each, bits) for each in ("opq", "itq")}
+        fitted = [each for each, path in paths.items() if kept(path, run, {"bits": bits})]
+        if fitted:
+            return fitted[0]
+    images = (read_set(run.folder) or {}).get("images") if images is None else images
     return code_of_length(bits, code, feature_dim(run.settings.model.backbone), own_bits(run), images)
 
 
@@ -55,14 +61,18 @@ def code_of_length(bits: int, code: str, features: int, own: int, images: int | 
 
 def best_code(bits: int, most: dict[str, int], images: int | None) -> str:
     """What docs/codes.md names for a length; says why it isn't that where faiss or images are missing."""
-    if bits % 8 == 0 and bits <= most["opq"]:
-        few = images is not None and images < WORDS
-        if has_faiss() and not few:
-            return "opq"
-        if bits <= most["itq"]:
-            lacking = f"{WORDS} training images or more" if few else "faiss: pip install 'lvssl[faiss]'"
-            print(f"note: itq in place of opq, which needs {lacking}", file=sys.stderr, flush=True)
-    return "itq" if bits <= most["itq"] else "bits"
+    few = images is not None and images < WORDS
+    suits_opq = bits % 8 == 0 and bits <= most["opq"]
+    if suits_opq and has_faiss() and not few:
+        return "opq"
+    needed = f"{WORDS} training images or more, not {images}" if few else "faiss: pip install 'lvssl[faiss]'"
+    if bits <= most["itq"]:
+        if suits_opq:
+            print(f"note: itq in place of opq, which needs {needed}", file=sys.stderr, flush=True)
+        return "itq"
+    if suits_opq and bits > most["bits"]:
+        raise InputError(f"--bits {bits}: only opq makes codes as long, which needs {needed}")
+    return "bits"
 
 
 def has_faiss() -> bool:

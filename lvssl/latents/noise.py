@@ -119,8 +119,8 @@ def log_gammas(shapes: Tensor, count: int, noise: Noise) -> Tensor:
     if on_gpu(shapes):
         from lvssl.latents import noise_triton
 
-        there = shapes.detach().contiguous()
-        return noise_triton.log_gammas(there, count, noise.key, noise.rows, noise.stream, GAMMA_PROPOSALS)
+        there, rows = shapes.detach().contiguous(), noise.rows.contiguous()
+        return noise_triton.log_gammas(there, count, noise.key, rows, noise.stream, GAMMA_PROPOSALS)
     if not on_cpu(shapes):
         return plain_log_gammas(shapes, count, noise)
     from lvssl.latents.noise_compiled import fill_log_gammas

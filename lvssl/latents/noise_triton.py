@@ -70,7 +70,7 @@ def log_gammas_kernel(shapes, keys, rows, out, size, D, stream, PROPOSALS: tl.co
 
 
 def log_gammas(shapes: Tensor, count: int, key: Tensor, rows: Tensor, stream: int, proposals: int) -> Tensor:
-    """fp64 [count, N, D], for contiguous shapes [N, D]."""
+    """fp64 [count, N, D], for shapes [N, D] and rows int64 [N], both contiguous."""
     out = torch.empty(count, *shapes.shape, dtype=torch.float64, device=shapes.device)
     size = shapes.numel()
     if out.numel():

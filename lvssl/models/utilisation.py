@@ -11,6 +11,21 @@ from lvssl.models.backbone import build_backbone
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L4": 121e12}  # dense bf16, the makers' figures
 
+COMPILED_FROM_SIDE = 128  # px
+COMPILED_FROM_WORK = 3e16  # operations of a run: 620,000 images of ResNet-50 at 224 px
+
+
+def worth_compiling(backbone: str, side: int, images: int) -> bool:
+    """Whether a training over so many images, of two views each, makes good the minute of `torch.compile`.
+
+    On an H200 ResNet-50 at 224 px took 293 us an image compiled and 406 as it was (a CUDA graph), and 63 s to
+    compile: 555,000 images make that good, and of others as many as are the same work. At 32 px a recorded
+    step is faster. No other network and side was measured (docs/gpu.md).
+    """
+    if side < COMPILED_FROM_SIDE:
+        return False
+    return 2 * images * operations(backbone, side) >= COMPILED_FROM_WORK
+
 
 @cache
 def operations(backbone: str, side: int) -> float:

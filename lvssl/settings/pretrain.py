@@ -23,7 +23,6 @@ AUGMENTATIONS = ("auto", "reference", "numba", "triton")
 OPTIMISERS = ("adamw", "sgd", "lars")
 LR_RULES = ("given", "linear", "sqrt")
 SINKS = ("tensorboard", "wandb", "mlflow")
-COMPILED_FROM_SIDE, COMPILED_FROM_IMAGES = 128, 500_000  # px; images of all epochs: see `compiles`
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ORDERS = ("random", "quasi-random", "sequential")  # pipelines.order's, which would load numba for them
 
@@ -254,8 +253,9 @@ class EngineSettings:
     """The layout of images and convolutions; faster on GPUs and on CPUs."""
     compile: str = field(default="auto", metadata=RUNTIME | {"was": {True: "on", False: "off"}})
     """torch.compile the backbone: a minute at the start, which a resumed run saves (RUN/compiled). on; off;
-    auto: on one GPU, where it is worth the minute: for images of 128 px and more, 500,000 of them over all
-    epochs, without --chunk, --recompute, --deterministic and fp16."""
+    auto: on one GPU, for images of 128 px and more in a run that is long enough for the minute, as 620,000
+    images of ResNet-50 at 224 px are (all epochs together); without --graph on, --chunk, --recompute,
+    --deterministic and fp16."""
     graph: str = field(default="auto", metadata=RUNTIME)
     """Record a step's launches once, and repeat them with one call (a CUDA graph): faster where network and
     images are so small that a step waits for the host. on; off; auto: on one GPU, unless the backbone is

@@ -13,12 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lvssl.models.backbone import BLOCKS
 from lvssl.models.device import claim, layout, precision
-from lvssl.settings.pretrain import (
-    COMPILED_FROM_IMAGES,
-    COMPILED_FROM_SIDE,
-    EngineSettings,
-    PretrainSettings,
-)
+from lvssl.models.utilisation import worth_compiling
+from lvssl.settings.pretrain import EngineSettings, PretrainSettings
 from lvssl.training.batchnorm import frozen_running_statistics, synchronised
 
 N = TypeVar("N", bound=nn.Module)
@@ -38,18 +34,14 @@ def prepared(network: N, engine: EngineSettings, device: torch.device, ranks: in
 
 
 def compiles(settings: PretrainSettings, images: int, device: torch.device, ranks: int = 1) -> bool:
-    """Whether a run over `images` (of all epochs together) compiles its backbone, see `--compile`.
-
-    On an H200 ResNet-50 at 224 px took 293 us an image compiled and 411 eager, and 63 s to compile: from half
-    a million images on it is worth that. At 32 px a recorded step is faster (docs/gpu.md).
-    """
+    """Whether a run over `images`, of all epochs together, compiles its backbone, see `--compile`."""
     engine = settings.engine
     if engine.compile != "auto":
         return engine.compile == "on"
-    worth = settings.view.resolution >= COMPILED_FROM_SIDE and images >= COMPILED_FROM_IMAGES
     other = engine.chunk or engine.recompute or engine.deterministic or engine.graph == "on"
-    exact = precision(engine, device) == torch.float16
-    return device.type == "cuda" and ranks == 1 and worth and not (other or exact)
+    if device.type != "cuda" or ranks > 1 or other or precision(engine, device) == torch.float16:
+        return False
+    return worth_compiling(settings.model.backbone, settings.view.resolution, images)
 
 
 def apply_recompute_and_compile(backbone: nn.Module, recompute: bool, compiled: bool) -> None:

@@ -114,8 +114,9 @@ def differing(one: Any, other: Any) -> str:
     """The first name under which two tables hold different values: " (jpeg_quality: 90, there 95)"."""
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return ""
-    name = next(name for name in (*one, *other) if one.get(name) != other.get(name))
-    return f" ({name}: {one.get(name)!r}, there {other.get(name)!r})"
+    name = next(n for n in (*one, *other) if (n in one, one.get(n)) != (n in other, other.get(n)))
+    values = (repr(table[name]) if name in table else "not given" for table in (one, other))
+    return f" ({name}: {', there '.join(values)})"
 
 
 def part_files(out: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from pipelines.convert import conversion, journal
 from pipelines.convert.command import main
 from pipelines.convert.conversion import ConvertOptions, OutputOptions, Settings, convert
 from pipelines.convert.journal import RECORD, Journal
-from pipelines.convert.merge import merge
+from pipelines.convert.merge import differing, merge
 from pipelines.errors import InputError
 
 HERE = Path(__file__).resolve().parent
@@ -303,6 +303,11 @@ def test_the_command_says_that_parts_are_left_or_removes_them(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "x.beton", "x.beton.json"]
     with pytest.raises(SystemExit):
         main([source, out, "--remove-parts"])
+
+
+def test_a_setting_that_one_part_lacks_is_named():
+    assert differing({"a": 1, "b": None}, {"a": 1}) == " (b: None, there not given)"
+    assert differing({"a": 1}, {"a": 2}) == " (a: 1, there 2)" and differing([1], [2]) == ""
 
 
 def test_parts_that_do_not_belong_together(tmp_path, capsys):

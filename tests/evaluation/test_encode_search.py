@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from lvssl.evaluation.quantisers import code_of_length, stored_quantiser
 from lvssl.runs.run import Run, load_run
 from pipelines.decode import open_reader
 from pipelines.decode.images import ImageReader
+from pipelines.errors import InputError
 from pipelines.loader import evaluation_crops
 
 
@@ -372,3 +374,22 @@ def test_the_page_of_a_search_shows_queries_and_neighbours(run, pictures, tmp_pa
 @pytest.mark.parametrize("name", ["a.tar", "a.TAR", "a.arrow", "a.TSV", "a.Beton", "a.txt", "a.lvcodes"])
 def test_a_query_of_many_images_is_known_by_its_ending(name):
     assert holds_many(Path(name)) and not holds_many(Path(f"{name}.jpg"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss isn't installed")
+def test_auto_counts_the_images_that_are_fitted_on(run, pictures, tmp_path):
+    """The run has more than 256, the folder 150; an export knows what was fitted, and its own set no more."""
+    out = tmp_path / "a.lvcodes"
+    assert lvssl("encode", run, "--images", pictures, "--out", out, "--bits", 8, "--train", pictures) == 0
+    assert open_codes(out).quantiser["code"] == "itq"
+    exported = tmp_path / "exported"
+    assert lvssl("export", run, "--out", exported, "--bits", 8, "--no-onnx") == 0
+    shutil.rmtree(run / "quantisers")
+    out = tmp_path / "b.lvcodes"
+    assert lvssl("encode", exported, "--images", pictures, "--out", out, "--bits", 8) == 0
+    assert open_codes(out).quantiser["code"] == "itq"
+
+
+def test_a_length_that_only_opq_has_is_refused_for_few_images():
+    with pytest.raises(InputError, match="--bits 1024: only opq .* 256 training images or more, not 60"):
+        code_of_length(1024, "auto", features=512, own=256, images=60)

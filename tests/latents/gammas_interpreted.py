@@ -21,13 +21,7 @@ def main() -> None:
     assert isinstance(noise_triton.log_gammas_kernel, InterpretedFunction)
     checked = 0
     for key in (0, 2**62 + 12345, -1):
-        for rows, dim, count, stream in (
-            (5, 8, 3, 0),
-            (5, 61, 2, 200),
-            (1, 1, 1, 1),
-            (0, 8, 2, 0),
-            (5, 0, 2, 0),
-        ):
+        for rows, dim, count, stream in SIZES:
             noise = Noise(torch.tensor([key]), ROWS[:rows], stream)
             shapes = SHAPES.repeat(8)[:dim].repeat(rows, 1)
             given = noise.key, noise.rows, stream, GAMMA_PROPOSALS

@@ -36,15 +36,17 @@ def network(**engine) -> LVNet:
 
 
 @pytest.mark.parametrize(("change", "compiled"), [
-    ({}, True), ({"device": "cpu"}, False), ({"ranks": 2}, False), ({"images": 499_999}, False),
-    ({"side": 64}, False), ({"chunk": 256}, False), ({"recompute": True}, False), ({"graph": "on"}, False),
+    ({}, True), ({"device": "cpu"}, False), ({"ranks": 2}, False), ({"images": 600_000}, False),
+    ({"side": 64}, False), ({"side": 128}, False),
+    ({"side": 128, "images": 2_000_000}, True), ({"chunk": 256}, False), ({"recompute": True}, False),
+    ({"graph": "on"}, False),
     ({"deterministic": True}, False), ({"precision": "fp16"}, False), ({"compile": "off"}, False),
     ({"compile": "on", "device": "cpu", "ranks": 2, "images": 1, "side": 8}, True),
 ])  # fmt: skip
 def test_a_backbone_is_compiled_where_it_is_worth_it(change, compiled):
     rest = dict(change)
-    device, ranks, images = rest.pop("device", "cuda"), rest.pop("ranks", 1), rest.pop("images", 500_000)
-    view = ViewSettings(resolution=rest.pop("side", 128))
+    device, ranks, images = rest.pop("device", "cuda"), rest.pop("ranks", 1), rest.pop("images", 640_000)
+    view = ViewSettings(resolution=rest.pop("side", 224))
     settings = PretrainSettings(view=view, engine=EngineSettings(**rest))
     assert bool(compiles(settings, images, torch.device(device), ranks)) is compiled
 
