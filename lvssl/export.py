@@ -37,7 +37,7 @@ from lvssl.models.backbone import CIFAR_STEM_UP_TO, RESNETS, feature_dim
 from lvssl.models.network import LVNet
 from lvssl.runs.hub import Upload
 from lvssl.runs.result import read_json
-from lvssl.runs.run import Run, load_run, read_set, versions
+from lvssl.runs.run import Run, image_count, load_run, versions
 from lvssl.settings.fields import to_dict
 from lvssl.settings.pretrain import BACKBONES
 from pipelines.errors import InputError
@@ -344,7 +344,7 @@ Contrastive Learning*, arXiv 2110.00552): {backbone}, {features} features, laten
 
 def trained(run: Run) -> str:
     """How far the training of the checkpoint has come: "8 epochs", or where it was interrupted."""
-    epochs, images = run.settings.epochs, (read_set(run.folder) or {}).get("images")
+    epochs, images = run.settings.epochs, image_count(run.folder)
     if not images:  # older runs don't say
         return f"step {run.step:,} of a training of {epochs} epochs"
     per_epoch = steps_per_epoch(images, run.settings.batch_size)

@@ -85,7 +85,9 @@ def _rank(rank: int, size: int, port: int, setup: Setup, folder: str) -> None:
         world = World(rank, size)
         begun, whole, seconds = trained(setup, world, Path(folder) / f"whole-of-{size}", (STEPS,))
         _, resumed, _ = trained(setup, world, Path(folder) / f"resumed-of-{size}", (STEPS // 2, STEPS))
-        _, other, _ = trained(setup, world, Path(folder) / f"reordered-of-{size}", (STEPS,), reordered=True)
+        other: State = {}
+        if size == 1:
+            _, other, _ = trained(setup, world, Path(folder) / "reordered", (STEPS,), reordered=True)
     torch.save((begun, whole, resumed, other, seconds), Path(folder) / f"{rank}-of-{size}.pt")
 
 

@@ -17,6 +17,8 @@ import numpy as np
 
 from pipelines.kernels.pack import as_array, pack_bits, unpack_bits
 
+WORDS = 256  # of a product code's part, which is a byte: as many training images it takes at least
+
 
 class Coder(Protocol):
     """A fitted code of `bits` bits; `hamming`: codes are compared by Hamming distance, else by the cosine of
@@ -187,8 +189,10 @@ def fit_pq(train: Any, bits: int, seed: int = 0) -> ProductCode:
     parts = bits // 8
     if h.shape[1] % parts:
         raise ValueError(f"product quantisation: {h.shape[1]} features can't be cut into {parts} equal parts")
-    if len(h) < 256:
-        raise ValueError(f"product quantisation needs 256 training images for its centroids, not {len(h)}")
+    if len(h) < WORDS:
+        raise ValueError(
+            f"product quantisation needs {WORDS} training images for its centroids, not {len(h)}"
+        )
     quantiser = faiss.ProductQuantizer(h.shape[1], parts, 8)
     quantiser.cp.seed, quantiser.cp.min_points_per_centroid = seed + 1, 1
     with by_matrix_products():
@@ -206,9 +210,9 @@ def fit_opq(train: Any, bits: int, seed: int = 0, iterations: int = 20) -> Produ
     import faiss
 
     h = checked(train, bits, most=8 * as_array(train).shape[-1], whole_bytes=True)
-    if len(h) < 256:
+    if len(h) < WORDS:
         raise ValueError(
-            f"a product quantiser needs 256 training images for its words, not {len(h)}; itq needs fewer"
+            f"a product quantiser needs {WORDS} training images for its words, not {len(h)}; itq needs fewer"
         )
     x, mean, scale = standardised(h)
     parts, width = bits // 8, h.shape[1]

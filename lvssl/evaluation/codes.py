@@ -48,9 +48,8 @@ from lvssl.evaluation.quantisers import (
     require_faiss,
 )
 from lvssl.runs.embeddings import is_embeddings, open_embeddings, training_file
-from lvssl.runs.run import Run, load_encoder, read_set
+from lvssl.runs.run import Run, load_encoder
 from lvssl.settings.fields import ReadsImages
-from pipelines.decode import open_reader
 from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
 from pipelines.files import written_csv
@@ -184,9 +183,11 @@ def of_images(settings: EncodeSettings, out: Path) -> Encoder:
     """The codes by a run's encoder; `out` is there afterwards."""
     run = load_encoder(settings.run)
     on_error = run.reading(settings)
-    code = chosen_code(run, settings.bits, settings.code, fitted_images(run, settings))
+    images = TrainingImages(run, settings.train, settings.workers, on_error)
+    asked = images.count if settings.bits and settings.code == "auto" else None
+    code = chosen_code(run, settings.bits, settings.code, asked)
     source, names = image_set(settings.images)
-    encoder = fitted_encoder(run, settings, code, on_error)
+    encoder = fitted_encoder(settings, code, images)
     means = width_of_means(run) if settings.means else 0
     with code_writer(encoder, out, means, identity(encoder, settings.images, names, on_error)) as writer:
         first = writer.position
@@ -197,21 +198,14 @@ def of_images(settings: EncodeSettings, out: Path) -> Encoder:
     return encoder
 
 
-def fitted_images(run: Run, settings: EncodeSettings) -> int | None:
-    """How many a quantiser would be fitted on; None where that is known to an export's quantisers alone."""
-    if settings.train is None:
-        return (read_set(run.folder) or {}).get("images")
-    return len(open_reader(settings.train)) if settings.bits and settings.code == "auto" else None
-
-
-def fitted_encoder(run: Run, settings: EncodeSettings, code: str, on_error: str) -> Encoder:
+def fitted_encoder(settings: EncodeSettings, code: str, images: TrainingImages) -> Encoder:
     """With density and quantiser, fitted where they are not there yet."""
+    run = images.run
     bits = settings.bits or own_bits(run)
     if not settings.fit:
         if code != "bits":
             raise InputError(f"--code {code} is fitted on the training images: leave --no-fit out")
         return Encoder(run, bits)
-    images = TrainingImages(run, settings.train, settings.workers, on_error)
     density = density_of(images)
     return Encoder(run, bits, code, quantiser_of(images, code, bits), density)
 

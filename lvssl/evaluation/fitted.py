@@ -17,9 +17,9 @@ from lvssl.models.inference import encode, locations
 from lvssl.runs.embeddings import Embeddings
 from lvssl.runs.exported import is_exported
 from lvssl.runs.labels import readable, say_notes
-from lvssl.runs.run import Run, versions
+from lvssl.runs.run import Run, image_count, versions
 from pipelines.datasets.dataset import evenly_spaced
-from pipelines.decode import DamagedSample, open_reader
+from pipelines.decode import DamagedSample, Reader, open_reader
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
 
@@ -104,16 +104,24 @@ class TrainingImages:
         """
         return self._read[kind]
 
+    @property
+    def count(self) -> int | None:
+        """How many there are; None of an export's own, which don't lie there. InputError: no such images."""
+        return image_count(self.run.folder) if self.train is None else len(self.source)
+
     @cached_property
-    def _read(self) -> dict[str, np.ndarray]:
-        run = self.run
+    def source(self) -> Reader:
         try:
-            source = open_reader(self.path)
+            return open_reader(self.path)
         except InputError as error:
             raise InputError(
                 f"{error} (density and quantiser are fitted on the training images: name them with --train, "
                 "or pass --no-fit)"
             ) from error
+
+    @cached_property
+    def _read(self) -> dict[str, np.ndarray]:
+        run, source = self.run, self.source
         say_notes(source)
         rows = evenly_spaced(len(source), self.limit)
         view = run.settings.view

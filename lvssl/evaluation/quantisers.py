@@ -7,16 +7,16 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from lvssl.codes.controls import WORDS
 from lvssl.codes.file import CodeFile, CodeFileError
 from lvssl.codes.quantiser import FITS, Quantiser
 from lvssl.evaluation.fitted import FittedOn, Origin, keep, kept
 from lvssl.models.backbone import feature_dim
-from lvssl.runs.run import Run, read_set
+from lvssl.runs.run import Run, image_count
 from lvssl.settings.pretrain import choice
 from pipelines.errors import InputError
 
 CODES = ("auto", *FITS)
-WORDS = 256  # of each of opq's codebooks: as many training images it takes at least
 
 
 def own_bits(run: Run) -> int:
@@ -38,7 +38,7 @@ def chosen_code(run: Run, bits: int, code: str, images: int | None = None) -> st
         fitted = [each for each, path in paths.items() if kept(path, run, {"bits": bits})]
         if fitted:
             return fitted[0]
-    images = (read_set(run.folder) or {}).get("images") if images is None else images
+    images = image_count(run.folder) if images is None else images
     return code_of_length(bits, code, feature_dim(run.settings.model.backbone), own_bits(run), images)
 
 

@@ -9,7 +9,6 @@ Noise is a function of (key, row, dimension, sample): Philox4x32-10, four sample
 stored; the backward pass draws it again where it needs it. `reference` is the same in plain torch.
 """
 
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lvssl.latents.bits import pack
-from lvssl.latents.noise import Noise
+from lvssl.latents.noise import Noise, on_gpu
 from lvssl.latents.posterior import Family
 
 
@@ -32,7 +31,7 @@ class Draw(NamedTuple):
 
 def usable(family: Family, parameters: Tensor) -> bool:
     """Whether `draw` runs here: on a GPU with Triton; elsewhere the composed form is as good."""
-    return parameters.is_cuda and family.fused and importlib.util.find_spec("triton") is not None
+    return family.fused and on_gpu(parameters)
 
 
 def draw(family: Family, parameters: Tensor, count: int, key: Tensor, rows: Tensor) -> Draw:

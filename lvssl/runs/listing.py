@@ -14,7 +14,7 @@ from pathlib import Path
 from lvssl.runs.progress import read_metrics
 from lvssl.runs.result import read_result
 from lvssl.runs.rows import are_rows
-from lvssl.runs.run import LOCK, read_config, read_set
+from lvssl.runs.run import LOCK, image_count, read_config
 from lvssl.settings.fields import relevant
 from pipelines.errors import InputError
 from pipelines.order import steps_per_epoch
@@ -41,7 +41,7 @@ class Listed:
         settings = read_config(folder)[0]
         rows = read_metrics(folder / "metrics.jsonl")
         last = rows[-1] if rows else {}
-        step, images = int(last.get("step", 0)), (read_set(folder) or {}).get("images") or 0
+        step, images = int(last.get("step", 0)), image_count(folder) or 0
         steps = settings.epochs * steps_per_epoch(images, settings.batch_size) if images else 0
         state = "training" if is_locked(folder) else "done" if steps and step >= steps else "stopped"
         of_epochs = {name: row[name] for row in rows for name in (RANK, "online_knn") if name in row}

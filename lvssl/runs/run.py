@@ -118,6 +118,11 @@ def read_set(folder: Path) -> dict[str, Any] | None:
     return {name: data[name] for name in kinds if name in data}
 
 
+def image_count(folder: Path) -> int | None:
+    """Training images of a run by its config.json; None in older runs and exports. InputError: damaged."""
+    return (read_set(folder) or {}).get("images")
+
+
 def _config(path: Path) -> dict[str, Any]:
     """What a run's config.json holds. InputError: no object, or damaged."""
     try:

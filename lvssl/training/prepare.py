@@ -44,14 +44,6 @@ def compiles(settings: PretrainSettings, images: int, device: torch.device, rank
     return worth_compiling(settings.model.backbone, settings.view.resolution, images)
 
 
-def apply_recompute_and_compile(backbone: nn.Module, recompute: bool, compiled: bool) -> None:
-    """Recomputation and compilation, in place; after copies (EMA) have been made, which do without."""
-    if recompute:
-        recompute_blocks(backbone)
-    if compiled:
-        backbone.compile()
-
-
 def keep_compiled(folder: Path) -> None:
     """What the compiler makes goes to `folder`, so that all jobs of a run find it; unless the user has named
     another in $TORCHINDUCTOR_CACHE_DIR, where torch puts a default of its own as soon as it is loaded."""

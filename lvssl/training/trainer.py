@@ -24,7 +24,7 @@ from lvssl.training.health import health, warn
 from lvssl.training.loop import Figures, Loop, Pace
 from lvssl.training.objective import objective, rate_weight
 from lvssl.training.optimiser import build_optimiser, capturable, learning_rate, restore_optimiser
-from lvssl.training.prepare import apply_recompute_and_compile, compiles, prepared
+from lvssl.training.prepare import compiles, prepared, recompute_blocks
 from lvssl.training.recorded import Recorded
 from lvssl.training.stopping import Stop
 from pipelines.loader import TwoViewLoader, ViewBatch
@@ -64,7 +64,10 @@ class Trainer(Loop):
         self.ema = Average(self.network, engine.ema) if engine.ema else None
         self.steps = settings.epochs * len(loader)
         self.compiled = compiles(settings, self.steps * settings.batch_size, device, world.size)
-        apply_recompute_and_compile(self.network.backbone, engine.recompute, self.compiled)
+        if engine.recompute:  # like compilation in place, and after the copy, which does without
+            recompute_blocks(self.network.backbone)
+        if self.compiled:
+            self.network.backbone.compile()
         optimiser = build_optimiser(self.network, settings.optimiser, fused=not self.host_reads)
         self.trains(self.network, optimiser, precision(engine, device) == torch.float16)
         self.lr = torch.zeros((), device=device)

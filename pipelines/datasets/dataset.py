@@ -62,9 +62,9 @@ def of_classes(source: Dataset, names: Sequence[str]) -> np.ndarray:
     if not names:
         return np.arange(len(source.labels))
     numbers = [number for number, name in enumerate(source.classes) if name in names]
-    there = {source.classes[number] for number in np.intersect1d(source.labels, numbers)}
-    if strange := [name for name in names if name not in there]:
-        present = [source.classes[number] for number in np.unique(source.labels[source.labels >= 0])]
+    used = np.intersect1d(source.labels, np.arange(len(source.classes)))
+    present = [source.classes[number] for number in used]
+    if strange := [name for name in names if name not in present]:
         known = in_short("it has", present) if source.classes else "its images have no labels"
         raise InputError(f"--only-classes {strange[0]}: the source has no image of such a class; {known}")
     return np.flatnonzero(np.isin(source.labels, numbers))

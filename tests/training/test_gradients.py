@@ -14,7 +14,7 @@ from lvssl.models.network import LVNet
 from lvssl.settings.pretrain import EngineSettings, LatentSettings, ModelSettings, PretrainSettings
 from lvssl.training.batchnorm import frozen_running_statistics
 from lvssl.training.gradients import backward, clip_gradients
-from lvssl.training.prepare import apply_recompute_and_compile, compiles, prepared
+from lvssl.training.prepare import compiles, prepared, recompute_blocks
 from pipelines.errors import InputError
 from pipelines.views import ViewSettings
 
@@ -31,7 +31,8 @@ def network(**engine) -> LVNet:
     made = LVNet(ModelSettings("tiny", 32, 16), LatentSettings("bernoulli"), 8)
     settings = EngineSettings(**engine)
     made = prepared(made, settings, CPU)
-    apply_recompute_and_compile(made.backbone, settings.recompute, settings.compile == "on")
+    if settings.recompute:
+        recompute_blocks(made.backbone)
     return made.train()
 
 
