@@ -299,12 +299,11 @@ def require_memory(settings: PretrainSettings, ranks: int = 1) -> None:
     total, free = host_memory()
     if pick_device(settings.device).type != "cpu" or size < free:  # an upper bound: to count takes seconds
         return
-    each = max(settings.batch_size // ranks, 1)
-    plan = dataclasses.replace(of_pretraining(settings), batch_size=each, precision="fp32")
+    plan = dataclasses.replace(of_pretraining(settings), gpus=ranks, precision="fp32")
     needed = host_need(plan)
     if needed < free:
         return
-    smaller: list[dict[str, Any]] = [{"chunk": 64}, {"batch_size": 64}, {"batch_size": 16}]
+    smaller: list[dict[str, Any]] = [{"chunk": 64}, {"batch_size": 64 * ranks}, {"batch_size": 16 * ranks}]
     tried = [dataclasses.replace(plan, **new) for new in smaller if max(new.values()) < plan.batch_size]
     tried.append(dataclasses.replace(plan, backbone="small", resolution=min(64, plan.resolution)))
     fitting = [other for other in tried if host_need(other) < free]
@@ -350,7 +349,8 @@ def hours(settings: PlanSettings) -> float:
     in time, ranks don't wait for each other. fp32 is taken to be half as fast, and the backbone's second pass
     over a chunk or a recomputed block a third more."""
     work = 2.0 * settings.images * settings.epochs * operations(settings.backbone, settings.resolution)
-    work *= 4 / 3 if settings.chunk or settings.recompute else 1.0
+    chunked = 0 < settings.chunk < 2 * settings.batch_size // settings.gpus
+    work *= 4 / 3 if chunked or settings.recompute else 1.0
     speed = PEAK_FLOPS[settings.gpu] * share_of_peak(settings)[0] * settings.gpus
     return work / speed / 3600 * (2 if settings.precision == "fp32" else 1)
 

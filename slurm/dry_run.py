@@ -19,8 +19,8 @@ from slurm.work import Work, executor
 
 CHECKPOINTS = 3  # the last two, and the one that is being written
 NUMBERS_A_PARAMETER = 3  # the weight and an optimiser's two moments
-# Pretraining's settings and a count of images -> GPU-hours, and what they were measured on.
-GpuHours = Callable[[Any, int], tuple[float, str]]
+# Pretraining's settings, images, GPUs -> GPU-hours, and what they were measured on.
+GpuHours = Callable[[Any, int, int], tuple[float, str]]
 IMAGENET = {"ILSVRC2012_img_train.tar": TRAIN_IMAGES, "ILSVRC2012_img_val.tar": VALIDATION_IMAGES}
 # Bytes an image of a beton of ImageNet by --max-resolution, of 1,000 images, one a class (docs/imagenet.md).
 CONVERTED = {256: 16_665, 400: 35_483, 500: 102_716, 1 << 16: 114_018}
@@ -106,7 +106,7 @@ def expected(pipeline: Pipeline, works: Sequence[Work], gpu_hours: GpuHours | No
     images = images_in(pipeline, "train", task.reads[0])
     if not gpus or gpu_hours is None or images is None:
         return []
-    hours, basis = gpu_hours(settings, images)
+    hours, basis = gpu_hours(settings, images, gpus)
     return [f"pretrain: about {hours:,.1f} GPU-hours for {images:,} images, {basis}"]
 
 

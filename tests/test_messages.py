@@ -220,5 +220,7 @@ def test_a_machine_that_is_too_small_is_told_with_settings_that_fit(capsys):
         InputError, match=r"needs about [\d,.]+ GiB, and this machine has .*: try .*--batch-size"
     ):
         require_memory(huge)
+    with pytest.raises(InputError, match=r"try .*--batch-size 512\b.*--batch-size 128\b"):
+        require_memory(huge, ranks=8)
     require_memory(dataclasses.replace(preset("digits"), device="cpu"))
     assert capsys.readouterr().err == ""

@@ -137,6 +137,8 @@ def test_time_is_that_of_the_measured_steps():
     more = replace(one, epochs=3, gpus=2)
     eager = replace(one, images=10**5)
     assert hours(more) == pytest.approx(1.5 * 10 * hours(eager)) and "extrapolated" in plan(more)
+    assert hours(replace(eager, chunk=2 * eager.batch_size)) == pytest.approx(hours(eager))  # in one piece
+    assert hours(replace(eager, chunk=eager.batch_size)) == pytest.approx(4 / 3 * hours(eager))
     assert hours(replace(eager, recompute=True)) == pytest.approx(4 / 3 * hours(eager))
 
 

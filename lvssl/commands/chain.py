@@ -66,13 +66,13 @@ def launch(arguments: list[str]) -> int:
         kept = bytes_an_image(width, network.family.code_bits(network.dim), images)
         return Sizes(parameters, kept, 4 * width if images >= LARGE_SET else 0)
 
-    def gpu_hours(settings: Any, images: int) -> tuple[float, str]:
+    def gpu_hours(settings: Any, images: int, gpus: int) -> tuple[float, str]:
         from lvssl.plan import MEASURED, hours, of_pretraining
 
-        two = replace(of_pretraining(settings), images=images, gpus=2)  # several don't compile by themselves
-        rate = "rate measured on one" if two.backbone in MEASURED["H100"] else "guessed rate"
-        basis = f"{two.epochs:,} epochs, on H100s at the {rate} (docs/gpu.md)"
-        return 2 * hours(two), f"{basis}, where the loader keeps up"
+        plan = replace(of_pretraining(settings), images=images, gpus=gpus)
+        rate = "rate measured on one" if plan.backbone in MEASURED["H100"] else "guessed rate"
+        basis = f"{plan.epochs:,} epochs, on H100s at the {rate} (docs/gpu.md)"
+        return gpus * hours(plan), f"{basis}, where the loader keeps up"
 
     chosen = parse(Launch, arguments, "launch")
     how = chosen.preset, chosen.cluster, chosen.dry_run

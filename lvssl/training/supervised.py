@@ -132,13 +132,11 @@ def represent(network: LVNet, images: Tensor, on: str, noise: Noise | None = Non
     return posterior.mean().float()
 
 
-@torch.no_grad()
 def width(network: LVNet, on: str) -> int:
-    """Length of a representation; found by encoding one black image."""
-    was_training, device = network.training, next(network.parameters()).device
-    found = represent(network.eval(), torch.zeros(1, 3, 64, 64, device=device), on).shape[1]
-    network.train(was_training)
-    return found
+    """Length of a representation, see `represent`."""
+    if on == "features":
+        return network.feature_dim
+    return network.family.code_bits(network.dim) if on == "code" else network.dim
 
 
 def plain(view: ViewSettings) -> ViewSettings:

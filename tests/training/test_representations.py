@@ -1,13 +1,14 @@
-"""Relaxed samples have the run's temperature wherever they are drawn, not in pretraining alone."""
+"""What classifiers are trained on: as long as it is said to be, with samples of the run's temperature."""
 
 import pytest
 import torch
 
 from lvssl.evaluation.outputs import network_outputs
+from lvssl.latents import FAMILIES
 from lvssl.latents.noise import keyed
 from lvssl.models.network import LVNet
 from lvssl.settings.pretrain import LatentSettings, ModelSettings
-from lvssl.training.supervised import represent
+from lvssl.training.supervised import represent, width
 from pipelines.views import ViewSettings
 
 VIEW = ViewSettings(resolution=16)
@@ -29,3 +30,21 @@ def test_stages_and_analyses_draw_at_the_runs_temperature(family, relaxation):
     assert torch.allclose(
         torch.from_numpy(network_outputs(network, images, VIEW, samples=3, seed=5).samples), wanted
     )
+
+
+STOCHASTIC = [name for name, kind in FAMILIES.items() if kind.stochastic]
+
+
+@pytest.mark.parametrize(
+    "family,site",
+    [*((name, "repr") for name in FAMILIES), *((name, "proj") for name in STOCHASTIC)]
+    + [("bernoulli+gaussian", "repr")],
+)
+def test_the_length_is_known_without_an_image(family, site):
+    latent = LatentSettings(family=family, site=site)
+    # A transformer that takes images of its own resolution alone.
+    model = ModelSettings(backbone="vit_tiny_patch16_224", hidden=8, projection=16)
+    network = LVNet(model, latent, 32).eval()
+    with torch.no_grad():
+        for on in ("features", "latent", "code"):
+            assert width(network, on) == represent(network, torch.zeros(2, 3, 32, 32), on).shape[1]
