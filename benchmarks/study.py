@@ -8,26 +8,25 @@
     python -m benchmarks.study --print                    docs/results.md's tables, from the files in --docs
 
 Arms of the same settings, steps, order and augmentation, over three seeds, with the settings of the presets
-`fashion-mnist` and `cifar10-small`, 10,000 training images each. Of the question `uncertainty`:
+`fashion-mnist` and `cifar10-small`, 10,000 training images each. Of the question `uncertainty`, with SimCLR's
+own objective, `--objective ntxent`:
 
     none, sign       the controls: plain SimCLR, and the same with its sign bits decorrelated; no latent
     bernoulli256     a bit for each feature
     gaussian         means and variances; its code: the means' signs
     mcinfonce        von Mises-Fisher at the projection by MCInfoNCE (Kirchhof et al. 2023): an uncertainty
 
-and of the question `codes`:
+of the question `base`, each on plain SimCLR and on a latent of a bit for each feature:
 
-    none, sign       as above
-    sign01           `sign` with five times the default weight of the decorrelation
-    bernoulli64, bernoulli256, bernoulli2048    codes of so many bits
+    none, sign, bernoulli256             as above
+    none-vc, sign-vc, bernoulli256-vc    VICReg's variance and covariance beside: the presets' ntxent-vc
+    dcl, bernoulli256-dcl                without the positive in the denominator (Yeh et al. 2022)
+    vicreg, bernoulli256-vicreg          invariance, variance, covariance (Bardes et al. 2022), no negatives
+    ceb                                  C-SimCLR as published (Lee et al. 2021): kappa_e 1,024, kappa_b 10
 
-and of the question `base`, all on plain SimCLR and on a latent of a bit for each feature:
+and of the question `codes`, none-vc and sign-vc beside codes of so many bits:
 
-    none, bernoulli256               NT-Xent
-    dcl, bernoulli256-dcl            without the positive in the denominator (Yeh et al. 2022)
-    vicreg, bernoulli256-vicreg      invariance, variance and covariance (Bardes et al. 2022), no negatives
-    spread, bernoulli256-spread      NT-Xent with that variance and covariance beside
-    ceb                              C-SimCLR as published (Lee et al. 2021): kappa_e 1,024, kappa_b 10
+    bernoulli64-vc, bernoulli256-vc, bernoulli2048-vc
 
 The questions share their runs. Each data set is the other's out-of-distribution set. With --leave-out
 pretraining, probes and scores see the other classes alone (--images of these), and the test images of the
@@ -56,40 +55,37 @@ from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.files import write_atomically, write_json
 
+PLAIN = "objective=ntxent"  # which the presets don't have
+VC = f"{PLAIN},variance=5,covariance=1"  # is --objective ntxent-vc, which they have
 # Lee et al. 2021: kappa_e = init_scale * dimensions = 1,024, one sample, nothing beside it.
 CEB = (
-    "ceb:family=vmf,site=proj,dim=128,objective=ceb,posterior_scale=fixed,init_scale=8,samples=1,"
+    "family=vmf,site=proj,dim=128,objective=ceb,posterior_scale=fixed,init_scale=8,samples=1,"
     "clean_path_weight=0"
 )
-BASES = {
-    "dcl": "objective=dcl",
-    "vicreg": "objective=vicreg",
-    "spread": "variance=5,covariance=1",
+SETTINGS = {
+    "none": f"family=none,{PLAIN}",
+    "sign": f"family=sign,{PLAIN}",
+    "bernoulli256": f"family=bernoulli,{PLAIN}",
+    "gaussian": f"family=gaussian,{PLAIN}",
+    "mcinfonce": "family=vmf,site=proj,objective=mcinfonce",
+    "none-vc": f"family=none,{VC}",
+    "sign-vc": f"family=sign,{VC}",
+    **{f"bernoulli{bits}-vc": f"family=bernoulli,dim={bits},{VC}" for bits in (64, 2048)},
+    "bernoulli256-vc": f"family=bernoulli,{VC}",
+    "dcl": "family=none,objective=dcl",
+    "bernoulli256-dcl": "family=bernoulli,objective=dcl",
+    "vicreg": "family=none,objective=vicreg",
+    "bernoulli256-vicreg": "family=bernoulli,objective=vicreg",
+    "ceb": CEB,
 }
 ARMS = {
-    "uncertainty": (
-        "none",
-        "sign",
-        "bernoulli256:family=bernoulli",
-        "gaussian",
-        "mcinfonce:family=vmf,site=proj,objective=mcinfonce",
+    "uncertainty": ("none", "sign", "bernoulli256", "gaussian", "mcinfonce"),
+    "codes": ("none-vc", "sign-vc", "bernoulli64-vc", "bernoulli256-vc", "bernoulli2048-vc"),
+    "base": (
+        "none", "sign", "bernoulli256", "none-vc", "sign-vc", "bernoulli256-vc",
+        "dcl", "bernoulli256-dcl", "vicreg", "bernoulli256-vicreg", "ceb",
     ),
-    "codes": (
-        "none",
-        "sign",
-        "sign01:family=sign,decorrelation=0.1",
-        "bernoulli64:family=bernoulli,dim=64",
-        "bernoulli256:family=bernoulli",
-        "bernoulli2048:family=bernoulli,dim=2048",
-    ),
-}
-ARMS["base"] = (
-    "none",
-    *(f"{name}:family=none,{changes}" for name, changes in BASES.items()),
-    "bernoulli256:family=bernoulli",
-    *(f"bernoulli256-{name}:family=bernoulli,{changes}" for name, changes in BASES.items()),
-    CEB,
-)
+}  # fmt: skip
 FILES = {"uncertainty": "study", "codes": "codes", "base": "base"}  # of each question, in docs/
 IMAGES = 10_000  # training images
 PRESETS = {"fashion-mnist": "fashion-mnist", "cifar10-jpeg": "cifar10-small", "digits": "digits"}
@@ -119,7 +115,10 @@ def main(arguments: list[str]) -> None:
             out=options.out / f"{FILES[options.question]}-{name}{size}",
             runs=options.out,
             prefix=name + size,
-            arms=tuple(options.arms or ARMS[options.question]),
+            arms=tuple(
+                f"{arm}:{SETTINGS[arm]}" if arm in SETTINGS else arm
+                for arm in options.arms or ARMS[options.question]
+            ),
             seeds=tuple(options.seeds),
             epochs=options.epochs,
             threads=options.threads,

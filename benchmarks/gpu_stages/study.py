@@ -22,7 +22,14 @@ ARMS: dict[str, dict[str, Any]] = {  # each with the latent's settings; another 
     "plain": {"family": "none"},
     "sign": {"family": "sign", "decorrelation": 0.02},
     "bernoulli": {"family": "bernoulli", "decorrelation": 0.02},
-}
+    "plain-vc": {"family": "none", "objective": "ntxent-vc"},
+    "bernoulli-vc": {"family": "bernoulli", "decorrelation": 0.02, "objective": "ntxent-vc"},
+    "ceb": {
+        "family": "vmf", "site": "proj", "dim": 128, "objective": "ceb", "posterior_scale": "fixed",
+        "init_scale": 8.0, "samples": 1, "clean_path_weight": 0.0,
+    },
+}  # fmt: skip
+USUAL = ("plain", "sign", "bernoulli")  # where none is named
 TUNE_LR, TUNE_BATCH = 0.05, 256  # SimCLR's rate for a batch of 256
 TUNE_STEPS = 200  # at least: 1 % of the labels make two steps an epoch
 

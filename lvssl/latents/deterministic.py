@@ -13,7 +13,7 @@ from lvssl.latents.posterior import Family, Posterior, constant
 class Deterministic(Family):
     """A point mass at h; `parameters` is [B, 2D]: h, then its sign bits' thresholds (h's running mean)."""
 
-    about = "no latent (plain SimCLR)"
+    about = "no latent"
     stochastic = False
     own_code = False
     # There are no bits to decorrelate, and there is no second path.

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from lvssl.latents import Family
 
 BACKBONES = ("tiny", "small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # and timm's
-OF_VECTORS = ("ntxent", "dcl", "vicreg")  # objectives of one vector a view
+OF_VECTORS = ("ntxent", "ntxent-vc", "dcl", "vicreg")  # objectives of one vector a view
 EACH_SAMPLE = ("mcinfonce", "ceb", "hib")  # objectives of samples, not of their mean
 OBJECTIVES = (*OF_VECTORS, *EACH_SAMPLE)
+SPREAD = {"ntxent-vc": (5.0, 1.0), "vicreg": (25.0, 1.0)}  # weights of variance and covariance
 AUGMENTATIONS = ("auto", "reference", "numba", "triton")
 OPTIMISERS = ("adamw", "sgd", "lars")
 LR_RULES = ("given", "linear", "sqrt")
@@ -46,7 +47,7 @@ class ModelSettings:
 @dataclass(frozen=True)
 class LatentSettings:
     family: str = "bernoulli"
-    """none (plain SimCLR, the control), sign (the same with decorrelated sign bits), gaussian, bernoulli,
+    """none (no latent: the control), sign (the same with decorrelated sign bits), gaussian, bernoulli,
     categorical, beta, mixture, power_spherical, vmf, laplace; or two side by side: gaussian+bernoulli."""
     site: str = "repr"
     """Where the latent stands: repr (between backbone and projector) or proj (at the projector's output)."""
@@ -79,17 +80,18 @@ class LatentSettings:
     """How the K samples are reduced: samples (averaged before the projector), projections (averaged after
     it), or losses (each has a loss of its own). auto: losses for mcinfonce, ceb and hib, else samples."""
     objective: str = "ntxent"
-    """ntxent; dcl (without the positive in the denominator); vicreg (invariance, variance, covariance);
+    """ntxent (SimCLR's); ntxent-vc (with VICReg's variance and covariance beside); dcl (without the positive
+    in the denominator); vicreg (invariance, variance, covariance);
     mcinfonce (the mean over K within the logarithm); ceb (conditional entropy bottleneck, C-SimCLR); hib
     (match probabilities). With the rate."""
     invariance: float = 25.0
     """Weight of the views' mean squared difference, of `vicreg`."""
     variance: float | None = None
     """Weight of VICReg's variance: each dimension of the projections is to have a deviation of 1; left out:
-    25 with vicreg, else 0. Beside ntxent and dcl, too."""
+    25 with vicreg, 5 with ntxent-vc, else 0. Beside ntxent and dcl, too."""
     covariance: float | None = None
-    """Weight of VICReg's covariance, squared, of two dimensions of the projections; left out: 1 with vicreg,
-    else 0. Beside ntxent and dcl, too."""
+    """Weight of VICReg's covariance, squared, of two dimensions of the projections; left out: 1 with vicreg
+    and ntxent-vc, else 0. Beside ntxent and dcl, too."""
     ceb_kappa: float = 10.0
     """Concentration of the backward encoder of `ceb`, a von Mises-Fisher distribution about the
     other view."""
@@ -122,10 +124,9 @@ class LatentSettings:
     @property
     def spread(self) -> tuple[float, float]:
         """The weights of variance and covariance of the projections."""
-        default = (25.0, 1.0) if self.objective == "vicreg" else (0.0, 0.0)
         variance, covariance = (
             usual if given is None else given
-            for given, usual in zip((self.variance, self.covariance), default)
+            for given, usual in zip((self.variance, self.covariance), SPREAD.get(self.objective, (0.0, 0.0)))
         )
         return variance, covariance
 
@@ -425,6 +426,7 @@ PRESETS: dict[str, PretrainSettings] = {
         epochs=8,
         temperature=0.2,
         model=ModelSettings(backbone="small", hidden=256),
+        latent=LatentSettings(objective="ntxent-vc"),
         view=dataclasses.replace(
             SMALL_VIEW, resolution=28, brightness=0.4, contrast=0.4, saturation=0.0, hue=0.0, grey=0.0,
             mean=(0.286, 0.286, 0.286), std=(0.353, 0.353, 0.353),
@@ -434,6 +436,7 @@ PRESETS: dict[str, PretrainSettings] = {
         epochs=8,
         temperature=0.2,
         model=ModelSettings(backbone="small", hidden=256),
+        latent=LatentSettings(objective="ntxent-vc"),
         view=dataclasses.replace(
             SMALL_VIEW, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1,
             mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262),
@@ -441,7 +444,10 @@ PRESETS: dict[str, PretrainSettings] = {
     ),
 }  # fmt: skip
 PRESETS["cifar10-r18"] = dataclasses.replace(
-    PRESETS["cifar10-small"], epochs=200, model=ModelSettings(backbone="resnet18", hidden=512)
+    PRESETS["cifar10-small"],
+    epochs=200,
+    model=ModelSettings(backbone="resnet18", hidden=512),
+    latent=LatentSettings(),  # what ntxent-vc does in long trainings isn't known
 )
 PRESETS[DEFAULTS] = PretrainSettings()  # 224 px, the published augmentation
 

@@ -34,7 +34,7 @@ def objective(outputs: Outputs, settings: PretrainSettings, fraction: float) -> 
     sampled, figures = distortion(outputs, settings)
     loss = sampled
     if outputs.clean_projections is not None:
-        clean = of_vectors(outputs.clean_projections, settings)
+        clean, _ = of_vectors(outputs.clean_projections, settings)
         loss = (1 - latent.clean_path_weight) * sampled + latent.clean_path_weight * clean
         figures["distortion_clean"] = clean
     kl = outputs.posterior.kl() if outputs.kl is None else outputs.kl
@@ -73,8 +73,12 @@ def distortion(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor, Fi
     name, u, temperature = settings.latent.objective, outputs.projections, settings.temperature
     if name in OF_VECTORS:
         each = [of_vectors(v, settings) for v in (u[None] if u.ndim == 2 else u)]
-        found = each[0] if len(each) == 1 else torch.stack(each).mean()
-        return found, {} if any(settings.latent.spread) else {name: found}
+        if len(each) == 1:
+            return each[0]
+        losses, parts = zip(*each)
+        return torch.stack(losses).mean(), {
+            key: torch.stack([p[key] for p in parts]).mean() for key in parts[0]
+        }
     if name == "mcinfonce":
         return mc_infonce(u, temperature), {}
     if name == "hib":
@@ -83,19 +87,23 @@ def distortion(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor, Fi
     return bottleneck(outputs, settings)
 
 
-def of_vectors(u: Tensor, settings: PretrainSettings) -> Tensor:
-    """NT-Xent, DCL or VICReg of vectors [2B, P], with the weighed variance and covariance beside."""
-    latent, temperature = settings.latent, settings.temperature
-    parts = vicreg(u) if latent.objective == "vicreg" or any(latent.spread) else None
+def of_vectors(u: Tensor, settings: PretrainSettings) -> tuple[Tensor, Figures]:
+    """NT-Xent, DCL or VICReg of vectors [2B, P], with the weighed variance and covariance beside; its parts,
+    not weighed."""
+    latent = settings.latent
+    parts: Figures = {}
+    if latent.objective == "vicreg" or any(latent.spread):
+        parts = vicreg(u)._asdict()
     if latent.objective == "vicreg":
-        assert parts is not None
-        found = latent.invariance * parts.invariance
+        loss = latent.invariance * parts["invariance"]
+    elif latent.objective == "dcl":
+        loss = parts["dcl"] = decoupled_ntxent(u, settings.temperature)
     else:
-        found = (decoupled_ntxent if latent.objective == "dcl" else ntxent)(u, temperature)
-    if parts is None:
-        return found
-    variance, covariance = latent.spread
-    return found + variance * parts.variance + covariance * parts.covariance
+        loss = parts["ntxent"] = ntxent(u, settings.temperature)
+    for name, weight in zip(("variance", "covariance"), latent.spread):
+        if weight:
+            loss = loss + weight * parts[name]
+    return loss, parts
 
 
 def bottleneck(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor, Figures]:

@@ -114,15 +114,28 @@ def test_vicreg_is_the_base_of_control_and_latent_alike(latent):
     assert found["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ntxent", "dcl"])
-def test_variance_and_covariance_stand_beside_a_contrastive_loss(name):
-    out, settings = outputs(objective=name, variance=3.0, covariance=0.5, decorrelation=0.0)
-    total = 0.0
+@pytest.mark.parametrize(
+    "name,given",
+    [("ntxent", (3.0, 0.5)), ("dcl", (3.0, 0.5)), ("ntxent-vc", (None, None)), ("ntxent-vc", (0.0, 2.0))],
+)
+def test_variance_and_covariance_stand_beside_a_contrastive_loss(name, given):
+    variance, covariance = given
+    out, settings = outputs(objective=name, variance=variance, covariance=covariance, decorrelation=0.0)
+    weights = [usual if weight is None else weight for weight, usual in zip(given, (5.0, 1.0))]
+    total, loss = 0.0, name.removesuffix("-vc")
     for u, share in ((out.projections, 0.3), (out.clean_projections, 0.7)):
-        _, low, off = spread(u)
-        total += share * (info_nce(u, decoupled=name == "dcl").mean() + 3.0 * low + 0.5 * off)
+        expected = {loss: info_nce(u, decoupled=name == "dcl").mean()}
+        expected |= dict(zip(("invariance", "variance", "covariance"), spread(u)))
+        total += share * (
+            expected[loss] + weights[0] * expected["variance"] + weights[1] * expected["covariance"]
+        )
+        if u is out.projections:
+            parts = expected
     found = objective(out, settings, 0.5)
-    assert found["loss"].item() == pytest.approx(total.item(), rel=1e-5) and name not in found
+    assert found["loss"].item() == pytest.approx(total.item(), rel=1e-5)
+    assert {key: found[key].item() for key in parts} == pytest.approx(
+        {key: part.item() for key, part in parts.items()}, rel=1e-5
+    )
 
 
 def test_mcinfonce():

@@ -37,8 +37,10 @@ STOCHASTIC = [name for name, kind in FAMILIES.items() if kind.stochastic]
 
 @pytest.mark.parametrize(
     "family,site",
-    [*((name, "repr") for name in FAMILIES), *((name, "proj") for name in STOCHASTIC)]
-    + [("bernoulli+gaussian", "repr")],
+    [
+        *((name, "repr") for name in (*FAMILIES, "bernoulli+gaussian")),
+        *((name, "proj") for name in STOCHASTIC),
+    ],
 )
 def test_the_length_is_known_without_an_image(family, site):
     latent = LatentSettings(family=family, site=site)
