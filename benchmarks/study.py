@@ -96,7 +96,8 @@ TITLES = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10 (JPEG)"}
 def main(arguments: list[str]) -> None:
     options = parsed(arguments)
     if options.print:
-        print("\n".join([*codes_table(options.docs), "", *uncertainty_table(options.docs)]))
+        tables = (base_table, codes_table, uncertainty_table)
+        print("\n\n".join("\n".join(table(options.docs)) for table in tables))
         return
     others = [name for name in NAMES if name not in options.data] if NAMES.keys() & options.data else []
     tests = {name: converted(options, name, "test") for name in [*options.data, *others]}
@@ -198,12 +199,43 @@ def page(name: str, result: dict[str, Any]) -> str:
 # The tables of docs/results.md ----------------------------------------------------------------------------
 
 
-def kept(docs: Path, question: str) -> dict[str, dict[str, Any]]:
-    """The results of a question by their data set's title."""
-    return {
-        title: json.loads((docs / f"{FILES[question]}-{name}.json").read_text())
-        for name, title in TITLES.items()
-    }
+def kept(docs: Path, question: str, titles: dict[str, str] = TITLES) -> dict[str, dict[str, Any]]:
+    """The results of a question by their data set's title, of those that are there."""
+    paths = {title: docs / f"{FILES[question]}-{name}.json" for name, title in titles.items()}
+    return {title: json.loads(path.read_text()) for title, path in paths.items() if path.exists()}
+
+
+BASE = {
+    "features_linear": "features, linear probe",
+    "features_knn": "features, kNN",
+    "code_linear": "best code of 256 bits, linear probe",
+    "code_knn": "best code of 256 bits, kNN",
+}
+
+
+def base_table(docs: Path) -> list[str]:
+    """Plain SimCLR and the latent, each with variance and covariance beside NT-Xent and without, in percent;
+    the differences paired by seed, ± standard error."""
+    shown = ("none", "none-vc", "bernoulli256", "bernoulli256-vc")
+    compared = (("none-vc", "none"), ("bernoulli256-vc", "bernoulli256"), ("bernoulli256-vc", "none-vc"))
+    head = "| measure | data | " + " | ".join([*shown, *(f"{a} - {b}" for a, b in compared)]) + " |"
+    lines = [head, "| --- " * (2 + len(shown) + len(compared)) + "|"]
+    for name, says in BASE.items():
+        for title, result in kept(docs, "base", {**TITLES, "cifar10-50000": "CIFAR-10, 50,000"}).items():
+            of = {arm["arm"]: (arm["seeds"], arm["measures"][name]) for arm in result["arms"]}
+            cells = [percent(of[arm][1]) for arm in shown]
+            for a, b in compared:
+                by_seed = [dict(zip(of[arm][0], of[arm][1]["values"])) for arm in (a, b)]
+                each = [by_seed[0][seed] - by_seed[1][seed] for seed in by_seed[0] if seed in by_seed[1]]
+                error = f" ± {statistics.stdev(each) / len(each) ** 0.5:.2f}" if len(each) > 1 else ""
+                cells.append(f"{statistics.mean(each):+.2f}{error}")
+            lines.append(f"| {says} | {title} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def percent(found: dict[str, Any]) -> str:
+    method = "" if found["method"] in ("", "code") else f" ({found['method']})"
+    return f"{statistics.mean(found['values']):.1f}{method}"
 
 
 def codes_table(docs: Path) -> list[str]:
