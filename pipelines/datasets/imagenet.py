@@ -41,6 +41,8 @@ def in_order_of(source: Dataset, path: Path) -> Dataset:
     names = class_names(path) if path.suffix == ".json" else _lines(path)
     if names is None:
         raise InputError(f"{path}: no manifest with classes")
+    if not source.classes:
+        raise InputError(f"--classes {path}: the images have no labels to number so; leave it out")
     return renumbered(source, names, path)
 
 

@@ -106,7 +106,7 @@ def _open_files(
     if ends == {".tar"}:
         return tars.open_tars(source, files, split, devkit, columns)
     if len(ends) == 1 and ends <= {*parquet.ENDS}:
-        return parquet.open_tables(path, files, split, columns)
+        return parquet.open_tables(Path(source), files, split, columns)
     if len(files) == 1 and ends <= {".csv", ".tsv", ".jsonl"}:
         return tables.open_table(path, columns)
     raise InputError(

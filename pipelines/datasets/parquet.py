@@ -89,9 +89,9 @@ def open_tables(
     except (pa.ArrowException, OSError) as error:
         kind = path.suffix.removeprefix(".")
         raise InputError(f"{path}: cannot be read as {kind} ({first_line(error)})") from error
-    labels, classes = _one_numbering(tables)
+    labels, classes = _one_numbering(str(source), tables)
     opened = labelled(
-        str(path), names, labels, classes, _row_reader(tables), split, {"pyarrow": pa.__version__}
+        str(source), names, labels, classes, _row_reader(tables), split, {"pyarrow": pa.__version__}
     )
     targets = {
         name: np.concatenate([table.targets[name] for table in tables])
@@ -254,14 +254,14 @@ def _class_names(schema: Any, label: str | None) -> list[str] | None:
         return None
 
 
-def _one_numbering(tables: list[_Table]) -> tuple[np.ndarray, list[str] | None]:
+def _one_numbering(source: str, tables: list[_Table]) -> tuple[np.ndarray, list[str] | None]:
     """Labels int64 [N] of all tables and their classes: in the order of the first table's, where it names
     them. Raises InputError if another names a class that the first doesn't, or if some have names and others
     none."""
     if not all(table.has_integers() for table in tables):
         texts = [text for table in tables for text in table.texts()]
         rows = [f"{table.name}:{row}" for table in tables for row in range(sum(table.lengths))]
-        return numbered(texts, str(tables[0].path), rows.__getitem__)
+        return numbered(texts, source, rows.__getitem__)
     first, parts = tables[0], []
     for table in tables:
         numbers = table.numbers()

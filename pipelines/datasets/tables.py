@@ -115,7 +115,13 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             if path.suffix.lower() in (".csv", ".tsv"):
                 table = csv.DictReader(file, skipinitialspace=True)
                 table.fieldnames = [name.strip() for name in table.fieldnames or ()]
-                yield from table
+                for number, row in enumerate(table, 1):
+                    if beyond := [text for text in row.pop(None, ()) if text.strip()]:
+                        raise InputError(
+                            f"{path}: row {number} has more fields than there are columns "
+                            f"({beyond[0][:30]!r}); put a field that has commas in double quotes"
+                        )
+                    yield row
                 return
             for number, line in enumerate(file, 1):
                 if not line.strip():

@@ -222,6 +222,8 @@ class Tar:
                 size = _number(head[124:136])
                 if kind not in (b"x", b"g", b"L", b"K") and long_size >= 0:
                     size = long_size
+                if size < 0:
+                    raise ValueError
             except ValueError as error:
                 self._require_unpacked(head, at)
                 raise InputError(f"{self.name}: not a tar, or damaged at byte {at - self.start:,}") from error
@@ -297,6 +299,8 @@ def _pax_fields(content: bytes) -> dict[bytes, str]:
         if length < 1:
             raise ValueError("a record of no length")
         content = content[length:]
+    if int(fields.get(b"size", 0)) < 0:
+        raise ValueError("a negative size")
     return fields
 
 
@@ -305,7 +309,7 @@ class Reader:
 
     def __init__(self, tars: list[Tar]):
         self.tars = tars
-        self.which, self.offsets, self.sizes = array("H"), array("Q"), array("Q")
+        self.which, self.offsets, self.sizes = array("I"), array("Q"), array("Q")
 
     def add(self, which: int, member: Member) -> None:
         self.which.append(which)

@@ -40,6 +40,10 @@ def member_header(name: str, size: int) -> bytes:
     return before + b"%06o\0 " % checksum + after
 
 
+def tar_name(prefix: str, number: int) -> str:
+    return f"{prefix}-{number:06d}.tar"
+
+
 def padding(size: int) -> bytes:
     return bytes(-size % BLOCK)
 
@@ -83,7 +87,7 @@ class TarLayout:
         return parts[0], b"".join(parts[1:])
 
     def tar_name(self) -> str:
-        return f"{self.prefix}-{self.number:06d}.tar"
+        return tar_name(self.prefix, self.number)
 
     def index_text(self) -> str:
         return "\n".join([f"v1.2 {len(self.index)}", *self.index, ""])

@@ -195,6 +195,15 @@ def test_a_row_without_bytes_is_damaged(tmp_path):
         open_dataset(str(path)).read(1)
 
 
+def test_a_wrong_label_names_its_own_table(tmp_path):
+    parquet(tmp_path / "train-00000-of-00002.parquet", [b"x"] * 2, [0, -1])
+    parquet(tmp_path / "train-00001-of-00002.parquet", [b"x"] * 2, [0, 1])
+    for source in (tmp_path, tmp_path / "train-*.parquet"):
+        with pytest.raises(InputError) as error:
+            open_dataset(str(source))
+        assert str(error.value).startswith(f"{source}: train-00000-of-00002.parquet:1 has label -1")
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
@@ -268,6 +277,18 @@ def test_torchvision_reads_what_lies_in_root(tmp_path):
         assert np.array_equal(np.stack([source.read(i)[..., 1] for i in range(12)]), expected)
         assert source.labels.tolist() == [i % 10 for i in range(12)]
         assert source.classes[0] == "T-shirt/top" and "torchvision" in source.libraries
+
+
+def test_torchvision_sets_whose_targets_are_no_classes_are_refused(tmp_path):
+    """Boxes, and images of a film: neither is a number an image."""
+    for folder, name in (("image_2", "0.png"), ("label_2", "0.txt")):
+        (tmp_path / "Kitti/raw/training" / folder).mkdir(parents=True)
+        (tmp_path / "Kitti/raw/training" / folder / name).write_bytes(encoded(pixels(8, 8), "PNG"))
+    (tmp_path / "MovingMNIST").mkdir()
+    np.save(tmp_path / "MovingMNIST/mnist_test_seq.npy", np.zeros((20, 3, 8, 8), np.uint8))
+    for name in ("Kitti", "MovingMNIST"):
+        with pytest.raises(InputError, match=f"torchvision:{name}: its targets aren't one number an image"):
+            open_dataset(f"torchvision:{name}", None, tmp_path)
 
 
 def test_torchvision_without_network(tmp_path, monkeypatch):

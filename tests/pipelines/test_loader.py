@@ -573,3 +573,6 @@ def test_threads_are_this_process_s_share_of_the_cores(monkeypatch):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         assert cores.loader_threads() == wanted
         assert cores.loader_threads(3) == 3
+    for said in ("", "two", "0"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
+        assert cores.loader_threads() == 12, said
