@@ -307,7 +307,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     jpeg.read_up_to(jpeg.ANY_SIZE)  # what was stored was allowed
 
-    print(inspect(args.inspect, args.sheet or args.inspect.rstrip("/") + ".png").text)
+    print(inspect(args.inspect, args.sheet or args.inspect.rstrip("/") + ".png"))
     return 0
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.datasets.columns import IMAGES, LABELS, Columns, as_text, finite, listed, numbered, unused
+from pipelines.datasets.columns import IMAGES, LABELS, Columns, as_text, finite, numbered, unused
 from pipelines.datasets.dataset import Dataset, by_name, check_labels, labelled
 from pipelines.datasets.folders import files_of_split
 from pipelines.datasets.names import Names
@@ -41,7 +41,7 @@ def files_in(folder: Path) -> list[Path]:
     sets = [name for name in below if split_of_file(name) is None]
     if len(sets) > 1 or (sets and len(below) > len(sets)):
         raise InputError(
-            f"{folder}: holds several data sets ({listed(below)}); name one of them: {folder / sets[0]}"
+            f"{folder}: holds several data sets ({', '.join(below)}); name one of them: {folder / sets[0]}"
         )
     return sorted(path for files in below.values() for path in files)
 
@@ -203,13 +203,13 @@ def _image_column(path: Path, schema: Any, columns: Columns) -> str:
         return holding[0]
     if name is None:
         raise InputError(
-            f"{path}: no column of images by a usual name ({listed(IMAGES)}); choose one of its columns with "
-            f"--image-column: {listed(schema.names)}"
+            f"{path}: no column of images by a usual name ({', '.join(IMAGES)}); choose one of its "
+            f"columns with --image-column: {', '.join(schema.names)}"
         )
     if name not in holding:
         raise InputError(
             f"{path}: its column '{name}' holds no image files ({schema.field(name).type}); columns that do: "
-            f"{listed(holding) or 'none'}"
+            f"{', '.join(holding) or 'none'}"
         )
     return name
 
@@ -227,7 +227,7 @@ def _targets(path: Path, file: Any, names: list[str], columns: Columns) -> dict[
     found = {}
     for name in names if columns.targets is None else columns.targets:
         if name not in names:
-            raise InputError(f"{path}: no column '{name}' (--targets); its columns: {listed(names)}")
+            raise InputError(f"{path}: no column '{name}' (--targets); its columns: {', '.join(names)}")
         if columns.targets is None and not _is_numeric(file.schema_arrow.field(name).type):
             continue
         numbers = [finite(value) for value in file.read([name])[name].to_pylist()]

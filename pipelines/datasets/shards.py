@@ -27,7 +27,7 @@ from pipelines.formats.openfiles import OpenFiles
 from pipelines.formats.webdataset import tar_name
 
 
-def open_shards(path: Path, split: str | None = None) -> Dataset | None:
+def open_shards(path: Path) -> Dataset | None:
     """A tar, a folder of tars or several, see `parts`, as images; None unless each tar has its index.
 
     Raises:
@@ -35,9 +35,9 @@ def open_shards(path: Path, split: str | None = None) -> Dataset | None:
     """
     shards = sorted(path.glob("*.tar")) if path.is_dir() else parts_of(path)
     shards = [shard for shard in shards if not left_by_a_system(shard.name)]
-    notes: list[str] = []
+    split, notes = None, list[str]()
     if path.is_dir() and shards:
-        shards, split, notes = files_of_split(path, shards, split)
+        shards, split, notes = files_of_split(path, shards, None)
     if not shards or not all(s.suffix == ".tar" and s.with_suffix(".idx").is_file() for s in shards):
         return None
     files = OpenFiles()

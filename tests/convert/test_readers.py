@@ -12,7 +12,7 @@ from made_images import SHARED, class_folders, decoded, encoded, photos, pixels
 from made_sets import tar_of
 
 from lvssl.commands.demo import fashion_mnist
-from pipelines.datasets.folders import list_images
+from pipelines.datasets.folders import unlabelled_images
 from pipelines.datasets.names import Names
 from pipelines.datasets.opening import open_dataset
 from pipelines.decode import open_reader
@@ -106,7 +106,7 @@ def test_a_named_pipe_is_not_waited_for(tmp_path):
         source.read(source.names.index("class0/pipe.jpg"))
 
 
-def test_list_images_and_decode(tmp_path):
+def test_loose_images_are_listed_and_decoded(tmp_path):
     image = pixels(30, 40)
     files = {
         "b.JPG": encoded(image, quality=95),
@@ -115,8 +115,9 @@ def test_list_images_and_decode(tmp_path):
         "a/note.txt": b"",
     }
     class_folders(tmp_path, files)
-    paths, notes = list_images(tmp_path)
-    assert notes == [
+    images = unlabelled_images(tmp_path)
+    paths = [tmp_path / name for name in images.names]
+    assert images.notes == [
         "left out, no images (1): a/note.txt",
         "left out, hidden and system files (1): a/.x.png",
     ]

@@ -87,7 +87,7 @@ def test_threads_share_a_dali_pipeline(sources):
     pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed")
     from pipelines.decode.dali import DALIReader
 
-    source = DALIReader(sources["folder"], threads=2)
+    source = DALIReader(sources["folder"])
     indices = np.arange(len(source))
     boxes = crop_boxes(draw_parameters(VIEW, 0, 0, indices, *source.sizes(indices)))
     whole = np.empty((*boxes.shape[:2], 24, 24, 3), np.uint8)
@@ -125,8 +125,8 @@ def test_tars_are_opened_by_their_indices(sources, tmp_path):
 
 
 def test_each_image_has_its_own_label_whatever_tars_are_named_in_which_order(tmp_path):
-    """With the tars' indices or by a pass through them: the rows of a manifest are of the tars that were written
-    with it, and are found by the images' numbers."""
+    """With the tars' indices or by a pass through them: the rows of a manifest are of the tars that it was
+    written with, and are found by the images' numbers."""
     for name, labels in (("a", [0, 0, 1, 1, 2]), ("b", [2, 1, 1, 0, 0])):
         rows = [f"{name}{i}.png,{label},{i + label / 4}\n" for i, label in enumerate(labels)]
         (tmp_path / f"{name}.csv").write_text("path,label,age\n" + "".join(rows))
@@ -156,6 +156,7 @@ def test_each_image_has_its_own_label_whatever_tars_are_named_in_which_order(tmp
         assert list(indexed.names) == list(walked.names)
         assert indexed.labels.tolist() == walked.labels.tolist() == labels, named
         assert indexed.targets["age"].tolist() == walked.targets["age"].tolist(), named
+        assert (indexed.labels.dtype, indexed.targets["age"].dtype) == (np.int64, np.float64)
 
 
 def test_an_index_that_is_not_its_tars_is_refused(sources, tmp_path):
