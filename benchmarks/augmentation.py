@@ -18,7 +18,7 @@ beton -> decode once -> two crops -> augment -> batch by our loader, against tor
 same images as JPEG files (longest side 400 px in both), with `--processes` threads or workers.
 
 errors: of the numba form against torchvision v2's functional form on float and on uint8 images, in levels of
-1/255, by operation; hue, saturation and contrast over several strengths. `dali`: that of the DALI graph.
+1/255, by operation; hue, saturation and contrast over several strengths.
 
 Figures are in docs/augmentation.md.
 """
@@ -39,6 +39,7 @@ import torch
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as tv
 
+from benchmarks.gpu_stages.timing import view_bytes
 from benchmarks.peers import kornia_chain, torchvision_chain
 from lvssl.commands.main import guarded
 from lvssl.runs.run import versions
@@ -323,8 +324,6 @@ def timed(loader: Any, right: Callable[[Any], bool]) -> float:
 
 def gpu_rows(count: int = 512) -> list[dict[str, Any]]:
     """Achieved bytes a second of the Triton form, against the device's copy bandwidth, measured beside it."""
-    from pipelines.augment import gpu
-
     crops = torch.from_numpy(photographs(64)).repeat(count // 64, 1, 1, 1).cuda()
     sizes = np.full(count, SIDE)
     table = torch.from_numpy(draw_parameters(VIEW, 0, 0, np.arange(count), sizes, sizes)[:, 0].copy()).cuda()
@@ -336,7 +335,7 @@ def gpu_rows(count: int = 512) -> list[dict[str, Any]]:
         rows.append({
             "what": "gpu", "form": "triton", "dtype": str(dtype), "device": torch.cuda.get_device_name(),
             "views_per_second": count / seconds,
-            "achieved_gb_per_s": count * gpu.view_bytes(SIDE, dtype) / seconds / 1e9,
+            "achieved_gb_per_s": count * view_bytes(SIDE, dtype) / seconds / 1e9,
             "bandwidth_gb_per_s": bandwidth / 1e9,
         })  # fmt: skip
     return rows
@@ -375,7 +374,7 @@ OPERATIONS: dict[str, tuple[int, tuple[float, ...], Callable[[torch.Tensor, floa
 
 
 def errors(count: int = 16) -> dict[str, dict[str, dict[str, float]]]:
-    """Of the numba form and the DALI graph, in levels: operation -> against -> mean (of the worst channel),
+    """Of the numba form, in levels: operation -> against -> mean (of the worst channel),
     max, bias (ours minus theirs) and the share of values that are more than 3 levels off."""
     crops = photographs(count, seed=1)
     plain = ViewSettings(mean=(0, 0, 0), std=(1, 1, 1))
@@ -393,7 +392,7 @@ def errors(count: int = 16) -> dict[str, dict[str, dict[str, float]]]:
         cases.setdefault("chain", []).append((table, lambda x, t=table: functional_chain(x, t)))  # type: ignore[misc]
     result = {}
     for name, of_name in cases.items():
-        differences: dict[str, list[torch.Tensor]] = {"float": [], "uint8": [], "dali": []}
+        differences: dict[str, list[torch.Tensor]] = {"float": [], "uint8": []}
         for table, theirs in of_name:
             exact = theirs(images.float() / 255) * 255
             out = np.empty(crops.shape, np.float32)
@@ -401,7 +400,6 @@ def errors(count: int = 16) -> dict[str, dict[str, dict[str, float]]]:
             got = torch.from_numpy(out).permute(0, 3, 1, 2) * 255
             differences["float"].append(got - exact)
             differences["uint8"].append(got - theirs(images).float())
-            differences["dali"] += dali_difference(crops, table, plain, exact)
         result[name] = {
             against: {
                 "mean": max(found.abs().mean((0, 2, 3)).tolist()),
@@ -437,18 +435,6 @@ def functional_chain(images: torch.Tensor, table: np.ndarray) -> torch.Tensor:
     return torch.stack(done)
 
 
-def dali_difference(
-    crops: np.ndarray, table: np.ndarray, view: ViewSettings, exact: torch.Tensor
-) -> list[torch.Tensor]:
-    """Of the DALI graph, where DALI is installed."""
-    try:
-        from pipelines.augment import dali
-    except ImportError:
-        return []
-    got = torch.from_numpy(dali.augment(crops, table, view)).permute(0, 3, 1, 2) * 255
-    return [got - exact]
-
-
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Ours over theirs, the median over rounds, so that drift of the machine falls out; what was not run is
     left out."""
@@ -482,10 +468,10 @@ def show(result: dict[str, Any]) -> None:
         print(f"{row['what']:7}{row['form']:24}{speed:8.1f} a second ({low:.1f} to {high:.1f})")
     for name, ratio in result["ratios"].items():
         print(f"{name:32}{ratio:6.1f}")
-    print(f"\n{'levels of 1/255: mean, max':28}{'float':>16}{'uint8':>16}{'dali, float':>16}")
+    print(f"\n{'levels of 1/255: mean, max':28}{'float':>16}{'uint8':>16}")
     for name, against in result["errors"].items():
-        cells = (against.get(key) for key in ("float", "uint8", "dali"))
-        text = (f"{c['mean']:8.3f}{c['max']:8.2f}" if c else f"{'-':>16}" for c in cells)
+        cells = (against[key] for key in ("float", "uint8"))
+        text = (f"{c['mean']:8.3f}{c['max']:8.2f}" for c in cells)
         print(f"{name:28}" + "".join(text))
     chain = result["errors"]["chain"]["uint8"]
     print(

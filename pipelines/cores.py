@@ -14,5 +14,10 @@ def loader_threads(asked: int = 0) -> int:
     torchrun's processes share a machine's cores and say how many they are; Slurm gives each its own. Two are
     left for the training loop and what copies to the GPU.
     """
-    shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return asked or max(2, min(12, cores() // max(1, shared) - 2))
+    return asked or max(2, min(12, cores() // max(1, processes("LOCAL_WORLD_SIZE")) - 2))
+
+
+def processes(*variables: str) -> int:
+    """The number in the first of these variables of the environment that holds one; 1 without."""
+    texts = (os.environ.get(name, "") for name in variables)
+    return next((int(text) for text in texts if text.isdecimal()), 1)

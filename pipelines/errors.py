@@ -1,5 +1,6 @@
 """User-fixable errors: printed as one line, without a traceback, exit status 2."""
 
+import os
 import warnings
 
 # What a command does with an image that can't be decoded. keep: skip it, unless it is a JPEG of which Pillow
@@ -14,6 +15,12 @@ class InputError(ValueError):
 def first_line(error: BaseException) -> str:
     """What an error says, in one line that is never empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def in_words(error: OSError) -> str:
+    """Without the system's number: the files' names, where there are any, then what it says."""
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return ": ".join(filter(None, [" -> ".join(names), error.strerror or str(error)]))
 
 
 def hide_decoders_warnings() -> None:

@@ -37,17 +37,27 @@ def written_aside(path: Path) -> Iterator[IO[bytes]]:
         with naming(path):
             with open(aside, "w+b", buffering=1 << 20) as file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
+                sync(file)
             os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync(file: IO[bytes]) -> None:
+    """What was written, onto the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Renames within it, onto the disk: they too must survive a power cut."""
+    number = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename too must survive a power cut
+        os.fsync(number)
     finally:
-        os.close(folder)
+        os.close(number)
 
 
 @contextmanager

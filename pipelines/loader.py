@@ -38,6 +38,7 @@ Pixels = np.ndarray | Tensor  # on the host, or where a source crops on a GPU
 Augmenter = Callable[[Tensor, Tensor, ViewSettings], Tensor]
 CACHED = 1 << 20  # bytes of crops that are made at once: augmented before they leave the second-level cache
 CROPPED = 32  # images a call where crops are all that is made: each call costs some 0.1 ms of Python's lock
+AHEAD = 3  # batches made in advance
 RUN_AHEAD = 2  # batches whose use has been launched and isn't over: each keeps its memory until then
 
 
@@ -99,13 +100,9 @@ class LoaderSettings:
     """In [0, 2^64)."""
     workers: int = 0
     """Threads; 0: see `pipelines.cores.loader_threads`."""
-    ahead: int = 3
-    """Batches made in advance."""
     rank: int = 0
     """Which of the `ranks` shares of each batch this process makes."""
     ranks: int = 1
-    pin_memory: bool = False
-    """Batches in page-locked memory, for asynchronous copies to a GPU."""
     order: str = "random"
     """random, quasi-random (for sets larger than memory) or sequential, see `pipelines.order`."""
     on_error: str = "raise"
@@ -183,7 +180,7 @@ class TwoViewLoader:
         self._replacements = Replacements(source, settings.on_error)
         device = torch.device(settings.device)
         there = source.device if device.type == "cuda" and not settings.augments else "cpu"
-        self._buffers = Buffers(settings.pin_memory or device.type == "cuda", there)
+        self._buffers = Buffers(device.type == "cuda", there)
         self._threads = Threads(settings.workers)
         self._on_device = _OnDevice(device) if device.type == "cuda" else None
 
@@ -265,7 +262,7 @@ class TwoViewLoader:
             indices = step_indices(order, step, chosen.batch_size, chosen.rank, chosen.ranks)
             return self._start(indices.copy(), epoch)
 
-        batches = in_order(start, range(self.step, self.steps), chosen.ahead)
+        batches = in_order(start, range(self.step, self.steps), AHEAD)
         if self._on_device is not None:
             batches = self._on_device.each(batches, self._augmented)
         for batch in batches:

@@ -14,27 +14,23 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from pipelines.cores import processes
+
 Arrays = dict[str, np.ndarray]
 VERSION = 1  # of what is written, which a process of another release may have done
-
-
-def processes(environment: Mapping[str, str] = os.environ) -> int:
-    """How many processes the launcher has started, torchrun on this node, or srun in all; 1 without one."""
-    started = [environment.get(name, "") for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS")]
-    return next((int(each) for each in started if each.isdecimal()), 1)
 
 
 def shared(told: Callable[[], str], make: Callable[[], Arrays]) -> Arrays:
     """make()'s arrays, mapped where other processes may need the same; to write into one changes this
     process's copy alone. `told()` says all that they depend on. Raises what `make` does."""
-    if processes() == 1:
+    if processes("LOCAL_WORLD_SIZE", "SLURM_NTASKS") == 1:  # torchrun's on this node, or srun's in all
         return make()
     made: Arrays = {}
     try:

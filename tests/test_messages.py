@@ -123,7 +123,7 @@ def test_a_beton_that_is_cut_in_the_middle_of_a_read_is_an_error_not_a_bus_error
 def test_a_beton_that_is_cut_while_an_epoch_runs_ends_it_with_that_line(digits, tmp_path):
     path = tmp_path / "train.beton"
     shutil.copy(digits["train"], path)
-    settings = LoaderSettings(16, order="sequential", ahead=1)
+    settings = LoaderSettings(16, order="sequential")
     view = preset("digits").view
     with TwoViewLoader(open_reader(path), view, settings) as loader, pytest.raises(InputError) as raised:
         for _ in loader:

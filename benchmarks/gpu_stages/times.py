@@ -22,6 +22,7 @@ from benchmarks.gpu_stages.timing import (
     rotated,
     sets_beyond_cache,
     timed,
+    view_bytes,
 )
 from benchmarks.peers import kornia_chain, torchvision_chain
 
@@ -96,7 +97,7 @@ def ours(setup: Setup, side: int, blur: float, dtype: torch.dtype = torch.bfloat
     pixels = count * side * side
     # Some 60 operations a pixel; a blur's two passes over three colours, 2 operations a tap.
     operations = pixels * (60 + blur * 2 * 3 * 2 * view.kernel_size)
-    row = against_floor(found, gpu.view_bytes(side, dtype) * count, operations, ceilings(setup))
+    row = against_floor(found, view_bytes(side, dtype) * count, operations, ceilings(setup))
     return {"ok": True, **row, "views": count, "us_per_view": 1e6 * row["seconds"] / count}
 
 

@@ -57,6 +57,11 @@ def peak_memory(setup: Setup, call: Callable[[], Any]) -> Row:
     return {"peak_mib": (torch.cuda.max_memory_allocated() - before) / 2**20}
 
 
+def view_bytes(side: int, dtype: torch.dtype) -> int:
+    """Bytes that an augmented view with contrast reads and writes: the crop twice, the output once."""
+    return 3 * side * side * (2 + dtype.itemsize)
+
+
 def against_floor(row: Row, moved: float, operations: float, best: Row) -> Row:
     """Bytes and operations of the call, the floor that they set, and how near the measured time comes."""
     floor = max(moved / best["bytes"], operations / best["operations"])

@@ -31,7 +31,7 @@ from lvssl.codes.file import (
     header_block,
     table_path,
 )
-from pipelines.files import why_unwritten
+from pipelines.files import sync, sync_folder, why_unwritten
 from pipelines.kernels.pack import packed_bytes
 from pipelines.lock import lock
 
@@ -197,13 +197,10 @@ class CodeWriter:
             file.write(header_block(table.magic, fields))
         finals = [self.path, None, *(table_path(self.path, table) for table in self.tables)]
         for part, file, final in reversed(list(zip(self.parts, self.files, finals))):  # the codes last
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
             if final is not None:
                 os.replace(part, final)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        sync_folder(self.path.parent)
 
     def digest_of_rows(self) -> str:
         digest, left = hashlib.sha256(), self.count * self.width

@@ -1,7 +1,6 @@
 """The command line: see `lvssl --help`."""
 
 import io
-import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -76,7 +75,7 @@ def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) ->
     """A user's mistake is one line without a traceback; everything unexpected keeps its traceback."""
     from lvssl.codes.file import CodeFileError
     from pipelines.decode.reader import DamagedSample
-    from pipelines.errors import InputError, hide_decoders_warnings
+    from pipelines.errors import InputError, hide_decoders_warnings, in_words
 
     hide_decoders_warnings()
     try:
@@ -91,12 +90,6 @@ def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) ->
         return fail(str(error), 1)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
-
-
-def in_words(error: OSError) -> str:
-    """Without the system's number: the files' names, where there are any, then what it says."""
-    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-    return ": ".join(filter(None, [" -> ".join(names), error.strerror or str(error)]))
 
 
 def fail(message: str, status: int = 2) -> int:

@@ -14,7 +14,6 @@ cores: 3.2 for sm_80 ends with "Failed to emit transfer from register to shared"
 Bytes of one view at 224 px, bf16: 150,528 read for the sums, 150,528 read again (mostly from the second-level
 cache), 301,056 written: 0.60 MB. At the memory bandwidth of an A100 80 GB (2.04 TB/s) that is 0.30 us a view,
 3.4 million views a second; of an H100 SXM (3.35 TB/s) 0.18 us, 5.6 million: a bound. Measured: docs/gpu.md.
-`view_bytes` gives it for any size.
 
 Tested against `reference.py` in Triton's interpreter and on an H100; compiled ahead of time for sm_80, sm_90.
 """
@@ -116,11 +115,6 @@ def view_options(view: ViewSettings, side: int, dtype: torch.dtype) -> dict[str,
         "BLOCKS": blocks, "BLOCKS_2": triton.next_power_of_2(blocks),
         "HALF": dtype != torch.float32, "num_warps": warps,
     }  # fmt: skip
-
-
-def view_bytes(side: int, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes read and written for a view with contrast: the crop twice, the output once."""
-    return 3 * side * side * (2 + dtype.itemsize)
 
 
 @triton.jit

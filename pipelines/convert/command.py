@@ -41,7 +41,7 @@ from pipelines.convert.conversion import ConvertOptions, OutputOptions, Settings
 from pipelines.convert.store import LINE_ART
 from pipelines.datasets.opening import SPLITS
 from pipelines.datasets.parts import unquoted
-from pipelines.errors import ON_ERROR, InputError, hide_decoders_warnings
+from pipelines.errors import ON_ERROR, InputError, hide_decoders_warnings, in_words
 from pipelines.formats import jpeg, turbojpeg
 from pipelines.formats.webdataset import IMAGES_PER_TAR
 
@@ -229,8 +229,8 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status: 0, 1 where --verify finds something, 2 after an error of the
-    user's, 130 after Ctrl-C, 143 after SIGTERM."""
+    """The command; returns its exit status: 0, 1 where --verify finds something or the system refuses a file,
+    2 after an error of the user's, 130 after Ctrl-C, 143 after SIGTERM."""
     p = parser()
     args, unknown = p.parse_known_args(argv)
     if unknown:
@@ -258,6 +258,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a name that is too long, no permission
+        print(f"error: {in_words(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as interrupt:
         kept = f"{interrupt}; repeat the command to resume" if str(interrupt) else "nothing was written"
         print(f"{'terminated' if told else 'interrupted'}: {kept}", file=sys.stderr)
@@ -304,7 +307,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     jpeg.read_up_to(jpeg.ANY_SIZE)  # what was stored was allowed
 
-    print(inspect(args.inspect, args.sheet or args.inspect.rstrip("/") + ".png").text)
+    print(inspect(args.inspect, args.sheet or args.inspect.rstrip("/") + ".png"))
     return 0
 
 

@@ -38,7 +38,7 @@ from pipelines.datasets.columns import Columns
 from pipelines.datasets.dataset import Dataset, class_counts, evenly_spaced, of_classes
 from pipelines.datasets.opening import open_dataset
 from pipelines.errors import InputError
-from pipelines.files import why_unwritten
+from pipelines.files import sync_folder, why_unwritten
 from pipelines.formats import jpeg
 from pipelines.formats.beton import LONGEST_SIDE
 from pipelines.formats.manifest import Samples, min_median_max, read_manifest, write_manifest
@@ -468,7 +468,7 @@ def _publish(work: Work) -> None:
         for path in output.manifest_files():
             if output.aside(path).exists():
                 os.replace(output.aside(path), path)
-        _sync_folder(output.final.parent)
+        sync_folder(output.final.parent)
 
 
 def _kept(work: Work, journal: Journal, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -604,14 +604,6 @@ def _remove_folders(made: list[Path]) -> None:
     for folder in made:
         with suppress(OSError):  # something else was put there
             folder.rmdir()
-
-
-def _sync_folder(folder: Path) -> None:
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _versions(source: Dataset) -> dict[str, str]:

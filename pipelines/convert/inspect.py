@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,24 +19,13 @@ COLUMNS, ROWS, SIDE, CAPTION = 8, 6, 128, 14  # of the sheet; the sides in pixel
 BAR = 40  # characters
 
 
-@dataclass(frozen=True)
-class Look:
-    """What `inspect` found; `text` is for people."""
-
-    count: int
-    class_counts: np.ndarray  # int64 [classes]
-    sides: np.ndarray | None  # int64 [N], longest side in pixels; None where only decoding could tell
-    text: str
-
-
-def inspect(path: str | Path, sheet: str | Path) -> Look:
-    """Look at a beton or at tars, and write a contact sheet (PNG). Raises InputError."""
+def inspect(path: str | Path, sheet: str | Path) -> str:
+    """What a beton or tars hold, for people; and write a contact sheet (PNG). Raises InputError."""
     path, sheet = Path(path), Path(sheet)
-    lines, sides = [], None
+    lines = []
     if path.is_file() and path.suffix != ".tar":
         beton = open_beton(path)
         source = open_beton_source(path)
-        sides = np.maximum(beton.heights, beton.widths)
         raw = int((beton.modes != 0).sum())
         lines.append(
             f"{path}: {beton.count:,} images ({beton.count - raw:,} JPEG, {raw:,} raw), "
@@ -46,7 +34,7 @@ def inspect(path: str | Path, sheet: str | Path) -> Look:
         lines += [
             "",
             "longest side, pixels",
-            *histogram(sides),
+            *histogram(np.maximum(beton.heights, beton.widths)),
             "",
             "bytes an image",
             *histogram(beton.sizes),
@@ -60,7 +48,7 @@ def inspect(path: str | Path, sheet: str | Path) -> Look:
     lines += ["", *class_lines(source, counts)]
     contact_sheet(source, sheet)
     lines += ["", f"contact sheet: {sheet}"]
-    return Look(len(source.labels), counts, sides, "\n".join(lines))
+    return "\n".join(lines)
 
 
 def class_lines(source: Dataset, counts: np.ndarray) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from pipelines.convert.conversion import OutputOptions, Work, check_targets, mak
 from pipelines.convert.store import Settings, Stored
 from pipelines.datasets.beton import reader_of
 from pipelines.datasets.dataset import Dataset
+from pipelines.datasets.parts import require_whole
 from pipelines.errors import InputError
 from pipelines.formats.beton import BetonFile, named_targets, open_beton
 from pipelines.formats.manifest import Samples, manifest_path, read_manifest, rows_path
@@ -39,8 +40,7 @@ def merge(
     outputs = make_outputs(out, options, source, len(source.labels) + len(refused))
     known = {key: first[key] for key in ("source_count", "settings", "versions")}
     head = {key: first[key] for key in ("source", "split")}
-    settings = Settings(**first["settings"])
-    assert asdict(settings) | first["settings"] == asdict(settings)  # older parts lack the newer settings
+    settings = Settings(**first["settings"])  # older parts lack the newer ones
     order = np.arange(len(source.labels))
     manifest = run(Work(source, order, settings, outputs, options, head, known, refused))
     if remove_parts:
@@ -121,20 +121,10 @@ def differing(one: Any, other: Any) -> str:
 
 def part_files(out: Path) -> list[Path]:
     """train.part-001-of-008.beton ... in order. Raises InputError if there is none, or not every one."""
-    pattern = re.compile(rf"{re.escape(out.stem)}\.part-(\d+)-of-(\d+){re.escape(out.suffix)}")
+    pattern = re.compile(rf"{re.escape(out.stem)}\.part-(\d+)-of-\d+{re.escape(out.suffix)}")
     folder = out.parent
     found = {p: m for p in (folder.iterdir() if folder.is_dir() else ()) if (m := pattern.fullmatch(p.name))}
-    counts = {int(match.group(2)) for match in found.values()}
-    if not counts:
+    if not found:
         raise InputError(f"{out}: no parts beside it (such as {out.stem}.part-001-of-008{out.suffix})")
-    if len(counts) > 1:
-        raise InputError(
-            f"{out}: its parts are of {' and '.join(map(str, sorted(counts)))}; remove the wrong ones"
-        )
-    (count,) = counts
-    present = {int(match.group(1)): path for path, match in found.items()}
-    missing = [number for number in range(1, count + 1) if number not in present]
-    if missing:
-        listed = ", ".join(map(str, missing[:5])) + (" ..." if len(missing) > 5 else "")
-        raise InputError(f"{out}: {len(missing)} of {count} parts are missing: {listed}")
-    return [present[number] for number in range(1, count + 1)]
+    require_whole(str(out), [*found])
+    return sorted(found, key=lambda path: int(found[path][1]))

@@ -17,9 +17,10 @@ from typing import IO, Any
 import numpy as np
 
 from pipelines.convert.store import Stored
+from pipelines.files import sync
 from pipelines.formats.beton import VERSION, BetonWriter
 from pipelines.formats.manifest import rows_path
-from pipelines.formats.webdataset import TarWriter
+from pipelines.formats.webdataset import END, TarLayout
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ class BetonOutput:
 
 
 class TarOutput:
-    """A folder with tars, an index for each, and manifest.json; written in a folder beside it."""
+    """A folder with tars, an index for each, and manifest.json; written in a folder beside it. The bytes of
+    the tars depend on what is added, and on nothing else."""
 
     as_png = True
 
@@ -126,9 +128,8 @@ class TarOutput:
         self.part = final.with_name(f".{final.name}.part")
         self.manifest = final / "manifest.json"
         self.prefix, self.images_per_tar = prefix, images_per_tar
-        self.writer = TarWriter(self.part, prefix, images_per_tar)
         self.index: tuple[int, list[str]] = -1, []  # of the tar that `stored` was last asked for
-        self.total = 0
+        self.file: IO[bytes] | None = None
 
     def describe(self) -> dict[str, Any]:
         return {"format": "webdataset", "prefix": self.prefix, "images_per_tar": self.images_per_tar}
@@ -144,33 +145,61 @@ class TarOutput:
 
     def prepare(self) -> None:
         self.part.mkdir(exist_ok=True)
-        self.writer = TarWriter(self.part, self.prefix, self.images_per_tar)
+        self.layout = TarLayout(self.prefix, self.images_per_tar)
+        self.finished: list[tuple[str, int]] = []  # name and bytes of each tar that is complete
 
     def replay(self, item: Item, record: np.void) -> None:
-        self.writer.replay(int(record["mode"]), int(record["file_size"]), item.label, item.targets)
+        if self.layout.full():
+            self._finish_tar()
+        self.layout.reserve(int(record["mode"]), int(record["file_size"]), item.label, item.targets)
 
     def cut(self) -> None:
-        """Tars that were begun beyond what the journal knows; the last that it knows is cut by the writer."""
-        layout = self.writer.layout
+        """Tars that were begun beyond what the journal knows; `_open` cuts the last that it knows."""
+        layout = self.layout
         for path in self.part.glob(f"{self.prefix}-*.tar"):
             if path.name > layout.tar_name() or (not layout.index and path.name == layout.tar_name()):
                 path.unlink()
 
     def add(self, item: Item, stored: Stored) -> None:
-        self.writer.add(stored.mode, stored.file, item.label, item.targets)
+        if self.layout.full():
+            self._finish_tar()
+        file = self._open()
+        before, after = self.layout.reserve(stored.mode, len(stored.file), item.label, item.targets)
+        for part in (before, stored.file, after):
+            file.write(part)
 
     def flushed(self) -> list[int]:
-        if self.writer.file is None:  # those before it were synced when they were full
+        if self.file is None:  # those before it were synced when they were full
             return []
-        self.writer.file.flush()
-        return [os.dup(self.writer.file.fileno())]
+        self.file.flush()
+        return [os.dup(self.file.fileno())]
+
+    def _open(self) -> IO[bytes]:
+        """The tar that is being filled, at its end."""
+        if self.file is None:
+            path = self.part / self.layout.tar_name()
+            self.file = open(path, "r+b" if path.exists() else "w+b", buffering=1 << 20)  # noqa: SIM115
+            self.file.truncate(self.layout.position)
+            self.file.seek(self.layout.position)
+        return self.file
+
+    def _finish_tar(self) -> None:
+        file, name = self._open(), self.layout.tar_name()
+        file.write(END)
+        self.finished.append((name, file.tell()))
+        sync(file)
+        self.close()
+        with open((self.part / name).with_suffix(".idx"), "wb") as index:
+            index.write(self.layout.index_text().encode())
+            sync(index)
+        self.layout.next_tar()
 
     def finish(self) -> None:
-        self.writer.finish()
+        self._finish_tar()
 
     def changed(self) -> str | None:
         """What of the finished tars, but for their images, isn't what was written; None if all is."""
-        for name, size in self.writer.finished:
+        for name, size in self.finished:
             path = self.part / name
             if not path.is_file() or path.stat().st_size != size:
                 return f"{name} isn't as long as it was"
@@ -179,7 +208,7 @@ class TarOutput:
     def stored(self, place: int) -> bytes:
         """The bytes of one image, as they lie in the finished tars."""
         number, row = divmod(place, self.images_per_tar)
-        path = self.part / self.writer.finished[number][0]
+        path = self.part / self.finished[number][0]
         if self.index[0] != number:  # the images of a tar are asked for one after the other
             self.index = number, path.with_suffix(".idx").read_text().splitlines()[1:]
         _, start, size, *_ = self.index[1][row].split(" ")
@@ -197,10 +226,10 @@ class TarOutput:
         shutil.rmtree(old, ignore_errors=True)
 
     def close(self) -> None:
-        if self.writer.file is not None:
+        if self.file is not None:
             with suppress(OSError):
-                self.writer.file.close()
-            self.writer.file = None
+                self.file.close()
+            self.file = None
 
     def remove(self) -> None:
         self.close()

@@ -49,26 +49,25 @@ class Settings:
 
     def check(self) -> None:
         """Raises InputError for a value out of range."""
-        if self.max_resolution is not None and not 1 <= self.max_resolution <= LONGEST_SIDE:
-            raise InputError(f"--max-resolution {self.max_resolution}: must be within 1 and {LONGEST_SIDE}")
-        if not 1 <= self.jpeg_quality <= 100:
-            raise InputError(f"--jpeg-quality {self.jpeg_quality}: must be within 1 and 100")
-        if not 0 <= self.raw_proportion <= 1:
-            raise InputError(f"--raw-proportion {self.raw_proportion}: must be within 0 and 1")
-        if self.subset is not None and self.subset < 1:
-            raise InputError(f"--subset {self.subset}: must be at least 1")
-        if self.shuffle_seed is not None and not 0 <= self.shuffle_seed < 2**32:
-            raise InputError(f"--shuffle-seed {self.shuffle_seed}: must be within 0 and {2**32 - 1}")
-        if self.white_level is not None and not 1 <= self.white_level < 2**32:
-            raise InputError(f"--white-level {self.white_level}: must be within 1 and {2**32 - 1}")
-        if self.jpeg_sampling not in turbojpeg.SAMPLINGS:
-            raise InputError(f"--jpeg-sampling {self.jpeg_sampling}: must be 4:2:0 or 4:4:4")
-        if self.line_art not in LINE_ART:
-            raise InputError(f"--line-art {self.line_art}: must be {' or '.join(LINE_ART)}")
-        if self.max_pixels < 1:
-            raise InputError(f"--max-pixels {self.max_pixels}: must be at least 1")
-        if self.on_error not in ON_ERROR:
-            raise InputError(f"--on-error {self.on_error}: must be {' or '.join(ON_ERROR)}")
+        for option, number, least, most in (
+            ("max-resolution", self.max_resolution, 1, LONGEST_SIDE),
+            ("jpeg-quality", self.jpeg_quality, 1, 100),
+            ("raw-proportion", self.raw_proportion, 0, 1),
+            ("shuffle-seed", self.shuffle_seed, 0, 2**32 - 1),
+            ("white-level", self.white_level, 1, 2**32 - 1),
+        ):
+            if number is not None and not least <= number <= most:
+                raise InputError(f"--{option} {number}: must be within {least} and {most}")
+        for option, number in (("subset", self.subset), ("max-pixels", self.max_pixels)):
+            if number is not None and number < 1:
+                raise InputError(f"--{option} {number}: must be at least 1")
+        for option, name, known in (
+            ("jpeg-sampling", self.jpeg_sampling, sorted(turbojpeg.SAMPLINGS)),
+            ("line-art", self.line_art, LINE_ART),
+            ("on-error", self.on_error, ON_ERROR),
+        ):
+            if name not in known:
+                raise InputError(f"--{option} {name}: must be {' or '.join(known)}")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pipelines.formats import jpeg
 from pipelines.formats.beton import ALLOCATION, HEADER, JPEG, BetonWriter
 from pipelines.formats.manifest import Samples, read_manifest
 from pipelines.formats.openfiles import OpenFiles
-from pipelines.formats.webdataset import END, TarLayout, targets_of
+from pipelines.formats.webdataset import END, TarLayout
 
 ENTRY = ("mode", "height", "width", "bytes", "label")  # columns of the manifest that a beton's tables hold
 
@@ -204,7 +204,7 @@ def _of_tars(
                 file = folder / name
                 found = True
         start, size = layout.position, rows["bytes"][i]
-        targets = targets_of(manifest["targets"], [rows[name][i] for name in manifest["targets"]])
+        targets = {name: float(rows[name][i]) for name in manifest["targets"]}
         before, after = layout.reserve(rows["mode"][i], size, rows["label"][i], targets)
         if file is not None:
             verdict.count += wanted is not None

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.datasets.columns import listed
 from pipelines.datasets.dataset import Dataset, labelled, numbers_alone
 from pipelines.datasets.imagenet import names_among
 from pipelines.datasets.parts import files_of, parts_of
@@ -59,7 +58,9 @@ def _other(first: dict[str, Any], head: dict[str, Any]) -> str:
 
 def _other_content(first: BetonFile, beton: BetonFile) -> str:
     if list(first.targets) != list(beton.targets):
-        return f"its targets are {listed(beton.targets) or 'none'}, not {listed(first.targets) or 'none'}"
+        return (
+            f"its targets are {', '.join(beton.targets) or 'none'}, not {', '.join(first.targets) or 'none'}"
+        )
     if (first.labels[0] < 0) != (beton.labels[0] < 0):
         return f"its images have {'no ' if beton.labels[0] < 0 else ''}labels"
     return ""

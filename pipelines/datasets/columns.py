@@ -56,14 +56,10 @@ def unused(names: Iterable[str]) -> list[str]:
     return [in_short("left out, columns; numbers can be stored by --targets", names)] if names else []
 
 
-def listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
-
-
 def _find(names: list[str], usual: Sequence[str], given: str | None, option: str, where: str) -> str | None:
     if given is not None:
         if given not in names:
-            raise InputError(f"{where}: no column '{given}' ({option}); its columns: {listed(names)}")
+            raise InputError(f"{where}: no column '{given}' ({option}); its columns: {', '.join(names)}")
         return given
     known = {name.strip().lower(): name for name in reversed(names)}
     return next((known[name] for name in usual if name in known), None)
@@ -105,7 +101,7 @@ def numbered(
     except ValueError:
         pass
     classes = sorted(set(texts))
-    strange = [name for name in classes if not _is_number(name)]
+    strange = [name for name in classes if finite(name) is None]
     if not strange:
         raise InputError(
             f"{where}: its labels are fractions, such as {classes[0]}; they can be targets (convert-beton "
@@ -127,10 +123,6 @@ def _whole(text: str) -> int:
         if not number.is_integer():
             raise ValueError(text) from None
         return int(number)
-
-
-def _is_number(text: str) -> bool:
-    return finite(text) is not None
 
 
 def finite(value: Any) -> float | None:

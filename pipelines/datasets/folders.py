@@ -32,18 +32,12 @@ from pipelines.formats import jpeg
 from pipelines.formats.beton import NO_LABEL
 
 
-def list_images(folder: str | Path) -> tuple[list[Path], list[str]]:
-    """(every image file under a folder, sorted by path; a note of what is left out, if anything).
+def unlabelled_images(folder: Path) -> Dataset:
+    """Every image file under a folder, named and sorted by its path there, with notes of what is left out.
 
     Known by their extensions, in any case, or else by their first bytes. Raises InputError if there is no
     such folder or no image in it.
     """
-    images = unlabelled_images(Path(folder))
-    return [Path(folder) / name for name in images.names], images.notes
-
-
-def unlabelled_images(folder: Path) -> Dataset:
-    """Those of `list_images`, named by their paths below the folder."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     names, others, system = Names(), LeftOut("no images"), by_a_system()
@@ -110,54 +104,27 @@ def _scanned(folder: str) -> Iterator[os.DirEntry[str]]:
         raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
 
 
-def _files_under(folder: Path, left: LeftOut) -> list[str]:
+def _files_under(top: Path, left: LeftOut) -> list[str]:
     """Paths, relative to it, of the files below a folder, sorted by their parts; links are followed, but
     never in a circle. What systems have left there is added to `left` instead."""
-    dropped: list[str] = []
-    found = _files_without_links(str(folder), dropped)
-    if found is None:
-        dropped.clear()
-        found = _files_with_links(str(folder), dropped)
-    left.add(*dropped)
-    return found
-
-
-def _files_without_links(top: str, left: list[str]) -> list[str] | None:
-    """The same, without asking for more than the names of each folder; None if there is a linked folder."""
     found: list[list[str]] = []
     folders: list[list[str]] = [[]]
+    seen: set[tuple[int, int]] = set()
     while folders:
         above = folders.pop()
-        for entry in _scanned("/".join([top, *above])):
+        here = "/".join([str(top), *above])
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        below: list[list[str]] = []
+        for entry in _scanned(here):
             parts = [*above, entry.name]
             if left_by_a_system(entry.name):
-                left.append("/".join(parts))
-            elif not entry.is_dir():
-                found.append(parts)
-            elif entry.is_symlink():
-                return None
+                left.add("/".join(parts))
             else:
-                folders.append(parts)
-    return ["/".join(parts) for parts in sorted(found)]
-
-
-def _files_with_links(top: str, left: list[str]) -> list[str]:
-    found: list[list[str]] = []
-    seen: set[tuple[int, int]] = set()
-
-    def unreadable(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
-
-    for here, folders, files in os.walk(top, onerror=unreadable, followlinks=True):
-        status = os.stat(here)
-        known = (status.st_dev, status.st_ino) in seen
-        seen.add((status.st_dev, status.st_ino))
-        parts = [part for part in here[len(top) :].split(os.sep) if part]
-        if known:
-            folders[:], files[:] = [], []
-        left += ["/".join([*parts, name]) for name in (*folders, *files) if left_by_a_system(name)]
-        folders[:] = [name for name in folders if not left_by_a_system(name)]
-        found += [[*parts, name] for name in files if not left_by_a_system(name)]
+                (below if entry.is_dir() else found).append(parts)
+        folders += reversed(below)
     return ["/".join(parts) for parts in sorted(found)]
 
 

@@ -38,9 +38,11 @@ def remarks(source: Dataset) -> list[str]:
 
 def in_order_of(source: Dataset, path: Path) -> Dataset:
     """The same with its classes in the order that a manifest, or a text file with a name a line, gives."""
-    names = class_names(path) if path.suffix == ".json" else _lines(path)
+    names = names_in(path, "classes") if path.suffix == ".json" else _lines(path)
     if names is None:
         raise InputError(f"{path}: no manifest with classes")
+    if not source.classes:
+        raise InputError(f"--classes {path}: the images have no labels to number so; leave it out")
     return renumbered(source, names, path)
 
 
@@ -62,11 +64,6 @@ def renumbered(source: Dataset, classes: Sequence[str], where: str | Path) -> Da
         notes.append(f"classes are numbered as in {where}")
     to = np.array([number[name] for name in source.classes], np.int64)
     return replace(source, labels=to[source.labels], classes=list(classes), notes=notes)
-
-
-def class_names(manifest: Path) -> list[str] | None:
-    """The classes that a manifest names; see `names_in`."""
-    return names_in(manifest, "classes")
 
 
 def names_in(manifest: Path, entry: str) -> list[str] | None:

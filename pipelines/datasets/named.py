@@ -38,14 +38,22 @@ def open_torchvision(name: str, split: str | None, root: Path) -> Dataset:
             f"torchvision:{name}: could not be loaded from or downloaded to {root} ({first_line(error)})"
         ) from error
     labels = getattr(images, "targets", getattr(images, "labels", None))
-    if labels is None:
-        labels = [images[index][1] for index in range(len(images))]
+    try:
+        labels = [images[row][1] for row in range(len(images))] if labels is None else labels
+        numbers = np.asarray(labels).astype(np.int64)
+        if numbers.ndim != 1:
+            raise ValueError(f"arrays of {numbers.shape[1:]}")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"torchvision:{name}: its targets aren't one number an image, as those of classes are "
+            f"({first_line(error)}): choose another set, or save it in class folders"
+        ) from error
     classes = getattr(images, "classes", None)
     names = [f"{name}:{split or 'train'}:{row}" for row in range(len(images))]
     return labelled(
         f"torchvision:{name}",
         names,
-        np.asarray(labels).astype(np.int64),
+        numbers,
         [str(each) for each in classes] if classes else None,
         lambda index: np.asarray(images[index][0].convert("RGB")),
         split or "train",

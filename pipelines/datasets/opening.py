@@ -23,7 +23,7 @@ import numpy as np
 
 from pipelines.datasets import parquet, tables, tars
 from pipelines.datasets.beton import open_beton_source
-from pipelines.datasets.columns import NONE, USUAL, Columns, listed
+from pipelines.datasets.columns import NONE, USUAL, Columns
 from pipelines.datasets.dataset import Dataset
 from pipelines.datasets.folders import FolderTree, class_folders
 from pipelines.datasets.idx import is_idx, open_idx
@@ -65,7 +65,7 @@ def open_dataset(
         opened = in_order_of(opened, Path(classes))
     for name in columns.targets or ():
         if name not in opened.targets:
-            known = listed(opened.targets) or "none"
+            known = ", ".join(opened.targets) or "none"
             raise InputError(f"{source}: has no target '{name}' (--targets); its targets: {known}")
     return replace(opened, notes=[*opened.notes, *remarks(opened)])
 
@@ -84,7 +84,8 @@ def _open(source: str, split: str | None, root: Path, devkit: Path | None, colum
     if is_idx(path):
         return open_idx(path, split)
     # Tars come first: our own may have the rows of their manifest beside them, as a parquet file.
-    if shards := tars.of_imagenet(path, split) or _files_ending(path, ".tar"):
+    loose = sorted(each for each in path.glob("*.tar") if not left_by_a_system(each.name))
+    if shards := tars.of_imagenet(path, split) or loose:
         return _and_beside(path, tars.open_tars(source, _fetched(shards), split, devkit, columns))
     if files := parquet.files_in(path):
         return _and_beside(path, parquet.open_tables(path, _fetched(files), split, columns, path), files)
@@ -106,7 +107,7 @@ def _open_files(
     if ends == {".tar"}:
         return tars.open_tars(source, files, split, devkit, columns)
     if len(ends) == 1 and ends <= {*parquet.ENDS}:
-        return parquet.open_tables(path, files, split, columns)
+        return parquet.open_tables(Path(source), files, split, columns)
     if len(files) == 1 and ends <= {".csv", ".tsv", ".jsonl"}:
         return tables.open_table(path, columns)
     raise InputError(
@@ -122,10 +123,6 @@ def _fetched(files: list[Path]) -> list[Path]:
             if file.read(len(LFS)) == LFS:
                 raise InputError(f"{path}: is {LFS_HINT}")
     return files
-
-
-def _files_ending(folder: Path, end: str) -> list[Path]:
-    return sorted(path for path in folder.glob(f"*{end}") if not left_by_a_system(path.name))
 
 
 def _and_beside(folder: Path, opened: Dataset, files: Sequence[Path] = ()) -> Dataset:

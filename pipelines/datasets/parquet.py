@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.datasets.columns import IMAGES, LABELS, Columns, as_text, finite, listed, numbered, unused
+from pipelines.datasets.columns import IMAGES, LABELS, Columns, as_text, finite, numbered, unused
 from pipelines.datasets.dataset import Dataset, by_name, check_labels, labelled
 from pipelines.datasets.folders import files_of_split
 from pipelines.datasets.names import Names
@@ -41,7 +41,7 @@ def files_in(folder: Path) -> list[Path]:
     sets = [name for name in below if split_of_file(name) is None]
     if len(sets) > 1 or (sets and len(below) > len(sets)):
         raise InputError(
-            f"{folder}: holds several data sets ({listed(below)}); name one of them: {folder / sets[0]}"
+            f"{folder}: holds several data sets ({', '.join(below)}); name one of them: {folder / sets[0]}"
         )
     return sorted(path for files in below.values() for path in files)
 
@@ -89,9 +89,9 @@ def open_tables(
     except (pa.ArrowException, OSError) as error:
         kind = path.suffix.removeprefix(".")
         raise InputError(f"{path}: cannot be read as {kind} ({first_line(error)})") from error
-    labels, classes = _one_numbering(tables)
+    labels, classes = _one_numbering(str(source), tables)
     opened = labelled(
-        str(path), names, labels, classes, _row_reader(tables), split, {"pyarrow": pa.__version__}
+        str(source), names, labels, classes, _row_reader(tables), split, {"pyarrow": pa.__version__}
     )
     targets = {
         name: np.concatenate([table.targets[name] for table in tables])
@@ -203,13 +203,13 @@ def _image_column(path: Path, schema: Any, columns: Columns) -> str:
         return holding[0]
     if name is None:
         raise InputError(
-            f"{path}: no column of images by a usual name ({listed(IMAGES)}); choose one of its columns with "
-            f"--image-column: {listed(schema.names)}"
+            f"{path}: no column of images by a usual name ({', '.join(IMAGES)}); choose one of its "
+            f"columns with --image-column: {', '.join(schema.names)}"
         )
     if name not in holding:
         raise InputError(
             f"{path}: its column '{name}' holds no image files ({schema.field(name).type}); columns that do: "
-            f"{listed(holding) or 'none'}"
+            f"{', '.join(holding) or 'none'}"
         )
     return name
 
@@ -227,7 +227,7 @@ def _targets(path: Path, file: Any, names: list[str], columns: Columns) -> dict[
     found = {}
     for name in names if columns.targets is None else columns.targets:
         if name not in names:
-            raise InputError(f"{path}: no column '{name}' (--targets); its columns: {listed(names)}")
+            raise InputError(f"{path}: no column '{name}' (--targets); its columns: {', '.join(names)}")
         if columns.targets is None and not _is_numeric(file.schema_arrow.field(name).type):
             continue
         numbers = [finite(value) for value in file.read([name])[name].to_pylist()]
@@ -254,14 +254,14 @@ def _class_names(schema: Any, label: str | None) -> list[str] | None:
         return None
 
 
-def _one_numbering(tables: list[_Table]) -> tuple[np.ndarray, list[str] | None]:
+def _one_numbering(source: str, tables: list[_Table]) -> tuple[np.ndarray, list[str] | None]:
     """Labels int64 [N] of all tables and their classes: in the order of the first table's, where it names
     them. Raises InputError if another names a class that the first doesn't, or if some have names and others
     none."""
     if not all(table.has_integers() for table in tables):
         texts = [text for table in tables for text in table.texts()]
         rows = [f"{table.name}:{row}" for table in tables for row in range(sum(table.lengths))]
-        return numbered(texts, str(tables[0].path), rows.__getitem__)
+        return numbered(texts, source, rows.__getitem__)
     first, parts = tables[0], []
     for table in tables:
         numbers = table.numbers()

@@ -72,11 +72,11 @@ def parts_of(path: str | Path) -> list[Path]:
     if len({*files}) < len(files):
         raise InputError(f"{path}: names {next(f for f in files if files.count(f) > 1)} twice")
     if glob.has_magic(str(path)) and files != [Path(path)]:
-        _require_whole(str(path), files)
+        require_whole(str(path), files)
     return files
 
 
-def _require_whole(path: str, files: list[Path]) -> None:
+def require_whole(path: str, files: list[Path]) -> None:
     """Raise InputError if the names of `files` are numbered and one is missing, or is there twice."""
     names = {file.name for file in files}
     for name in sorted(names):

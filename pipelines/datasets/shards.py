@@ -1,15 +1,17 @@
 """WebDataset tars with their indices (`convert-beton --webdataset`, or wds2idx), opened without headers.
 
 A tar of a million images is a million headers to read, far apart; the index says where each image lies in one
-file of text. Labels come from the manifest beside the tars where there is one, else from each image's `.cls`.
+file of text. Labels come from the manifest that was written with the tars, else from each image's `.cls`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,11 +22,12 @@ from pipelines.datasets.folders import files_of_split
 from pipelines.datasets.parts import parts_of
 from pipelines.datasets.recognise import LeftOut, left_by_a_system, split_of_folder
 from pipelines.errors import InputError
-from pipelines.formats.manifest import manifest_path, read_columns
+from pipelines.formats.manifest import content_of, manifest_path, read_columns
 from pipelines.formats.openfiles import OpenFiles
+from pipelines.formats.webdataset import tar_name
 
 
-def open_shards(path: Path, split: str | None = None) -> Dataset | None:
+def open_shards(path: Path) -> Dataset | None:
     """A tar, a folder of tars or several, see `parts`, as images; None unless each tar has its index.
 
     Raises:
@@ -32,14 +35,14 @@ def open_shards(path: Path, split: str | None = None) -> Dataset | None:
     """
     shards = sorted(path.glob("*.tar")) if path.is_dir() else parts_of(path)
     shards = [shard for shard in shards if not left_by_a_system(shard.name)]
-    notes: list[str] = []
+    split, notes = None, list[str]()
     if path.is_dir() and shards:
-        shards, split, notes = files_of_split(path, shards, split)
+        shards, split, notes = files_of_split(path, shards, None)
     if not shards or not all(s.suffix == ".tar" and s.with_suffix(".idx").is_file() for s in shards):
         return None
     files = OpenFiles()
     opened = [tars.Tar(shard, files) for shard in shards]
-    reader, names, classes_of = tars.Reader(opened), [], []
+    reader, names, classes_of, described = tars.Reader(opened), [], [], False
     left = LeftOut("neither images with a class, nor classes of images")
     for which, tar in enumerate(opened):
         for group in _groups(tar, tar.path.with_suffix(".idx")):
@@ -51,11 +54,18 @@ def open_shards(path: Path, split: str | None = None) -> Dataset | None:
                 reader.add(which, sample.image)
                 names.append(f"{tar.path.name}:{sample.image.name}")
                 classes_of.append((tar, sample.answers.get("cls")))
-    manifest = manifest_path(path if path.is_dir() else path.parent)
-    labels, targets = _answers_of(manifest, len(names))
-    if labels is None:
+                described = described or "json" in sample.answers
+    manifest = manifest_path(shards[0].parent)
+    head, targets = content_of(manifest), {}
+    if (rows := _rows(manifest, head, reader, names)) is not None:
+        columns = read_columns(manifest, ("label", *head["targets"]))[1]
+        labels = columns["label"].astype(np.int64)[rows]
+        targets = {name: columns[name].astype(np.float64)[rows] for name in head["targets"]}
+    elif described:
+        return None  # classes and targets may be among the fields of a .json
+    else:
         labels = _classes(str(path), names, classes_of)
-    source = labelled(str(path), names, labels, imagenet.class_names(manifest), reader, split)
+    source = labelled(str(path), names, labels, imagenet.names_among(head, "classes"), reader, split)
     return replace(source, targets=targets, notes=[*notes, *left.notes()])
 
 
@@ -97,16 +107,20 @@ def _check(tar: tars.Tar, member: tars.Member, index: Path) -> None:
         raise InputError(f"{index}: isn't the index of {tar.name} ({member.name} isn't where it says)")
 
 
-def _answers_of(manifest: Path, count: int) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
-    """Labels int64 [N] and targets float64 [N] of a manifest of so many images; None, {} if there is none."""
-    if not manifest.is_file():
-        return None, {}
-    head = read_columns(manifest, ())[0]
-    targets = head.get("targets", ())
-    columns = read_columns(manifest, ("label", *targets))[1]
-    if len(columns.get("label", ())) != count:
-        return None, {}
-    return columns["label"].astype(np.int64), {name: columns[name].astype(np.float64) for name in targets}
+def _rows(
+    manifest: Path, head: dict[str, Any], reader: tars.Reader, names: Sequence[str]
+) -> np.ndarray | None:
+    """The row of each image in the manifest of a conversion, int64 [N]; None if one isn't of its tars."""
+    try:
+        count, each, prefix, _ = map(head.__getitem__, ("count", "images_per_tar", "prefix", "targets"))
+        tar_of = {manifest.with_name(tar_name(prefix, n)): n for n in range(-(-count // each))}
+    except (KeyError, TypeError, ZeroDivisionError):  # of something else
+        return None
+    numbers = np.array([tar_of.get(tar.path, -1) for tar in reader.tars])
+    keys = (re.search(r":0*([0-9]{1,18})\.[a-z]+$", name) for name in names)
+    rows = np.fromiter((int(key[1]) if key else count for key in keys), np.int64, len(names))
+    ours = (rows < count) & (rows // each == numbers[reader.which])
+    return rows if ours.all() and len(np.unique(rows)) == len(rows) else None
 
 
 def _classes(source: str, names: list[str], members: list[tuple[tars.Tar, tars.Member | None]]) -> np.ndarray:

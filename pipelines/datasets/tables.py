@@ -31,7 +31,6 @@ from pipelines.datasets.columns import (
     Columns,
     as_text,
     finite,
-    listed,
     numbered,
     unused,
 )
@@ -55,8 +54,8 @@ def open_table(path: Path, columns: Columns = USUAL) -> Dataset:
         )
     if path_column is None:
         raise InputError(
-            f"{path}: no column of paths by a usual name ({listed(PATHS)}); choose one of its columns with "
-            f"--image-column: {listed(first)}"
+            f"{path}: no column of paths by a usual name ({', '.join(PATHS)}); choose one of its "
+            f"columns with --image-column: {', '.join(first)}"
         )
     label_column = columns.label_among((name for name in first if name != path_column), str(path))
     names, texts, notes = Names(), Names(), list[str]()
@@ -104,7 +103,7 @@ def _target_columns(
         return [name for name in row if name and name not in (*others, *RESERVED)]
     for name in columns.targets:
         if name not in row:
-            raise InputError(f"{path}: no column '{name}' (--targets); its columns: {listed(row)}")
+            raise InputError(f"{path}: no column '{name}' (--targets); its columns: {', '.join(row)}")
     return list(columns.targets)
 
 
@@ -115,7 +114,13 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             if path.suffix.lower() in (".csv", ".tsv"):
                 table = csv.DictReader(file, skipinitialspace=True)
                 table.fieldnames = [name.strip() for name in table.fieldnames or ()]
-                yield from table
+                for number, row in enumerate(table, 1):
+                    if beyond := [text for text in row.pop(None, ()) if text.strip()]:
+                        raise InputError(
+                            f"{path}: row {number} has more fields than there are columns "
+                            f"({beyond[0][:30]!r}); put a field that has commas in double quotes"
+                        )
+                    yield row
                 return
             for number, line in enumerate(file, 1):
                 if not line.strip():

@@ -117,13 +117,18 @@ def _of_a_system(name: str) -> bool:
     return any(map(left_by_a_system, name.split("/")))
 
 
-def _own(members: Iterable[Member], system: LeftOut, where: str = "") -> Iterator[Member]:
-    """Those that no system has left; the others are added to `system`."""
+def _own(
+    members: Iterable[Member], system: LeftOut, tree: TarTree | None = None, where: str = ""
+) -> Iterator[Member]:
+    """Those that no system has left, entered into `tree`; the others are added to `system`."""
     for member in members:
-        if _of_a_system(member.name):
-            system.add(where + member.name)
-        else:
+        own = not _of_a_system(member.name)
+        if tree is not None:
+            tree.add_file(member.name) if own else tree.add_folder(_above_a_systems(member.name))
+        if own:
             yield member
+        else:
+            system.add(where + member.name)
 
 
 def _above_a_systems(path: str) -> str:
@@ -222,6 +227,8 @@ class Tar:
                 size = _number(head[124:136])
                 if kind not in (b"x", b"g", b"L", b"K") and long_size >= 0:
                     size = long_size
+                if size < 0:
+                    raise ValueError
             except ValueError as error:
                 self._require_unpacked(head, at)
                 raise InputError(f"{self.name}: not a tar, or damaged at byte {at - self.start:,}") from error
@@ -297,6 +304,8 @@ def _pax_fields(content: bytes) -> dict[bytes, str]:
         if length < 1:
             raise ValueError("a record of no length")
         content = content[length:]
+    if int(fields.get(b"size", 0)) < 0:
+        raise ValueError("a negative size")
     return fields
 
 
@@ -305,7 +314,7 @@ class Reader:
 
     def __init__(self, tars: list[Tar]):
         self.tars = tars
-        self.which, self.offsets, self.sizes = array("H"), array("Q"), array("Q")
+        self.which, self.offsets, self.sizes = array("I"), array("Q"), array("Q")
 
     def add(self, which: int, member: Member) -> None:
         self.which.append(which)
@@ -381,7 +390,7 @@ def _tar_of_tars(source: str, tars: list[Tar], split: str) -> Dataset:
             if member.name.endswith(".tar"):
                 classes.append(Path(member.name).stem)
                 inner = sorted(tar.inner(member).members())
-                found.append((classes[-1], which, list(_own(inner, system, f"{member.name}:"))))
+                found.append((classes[-1], which, list(_own(inner, system, where=f"{member.name}:"))))
             else:
                 others.add(member.name)
     found.sort(key=lambda each: each[0])
@@ -421,15 +430,10 @@ def _as_unpacked(source: str, tars: list[Tar], asked: str | None, named: str | N
     tree = TarTree(lambda: (name for name, _ in found))
     system, again = by_a_system(), LeftOut("replaced by a later file of that name")
     for which, tar in enumerate(tars):
-        for member in tar.members():
-            if _of_a_system(member.name):
-                system.add(member.name)
-                tree.add_folder(_above_a_systems(member.name))
-                continue
+        for member in _own(tar.members(), system, tree):
             if (member.name, which) in found:
                 again.add(member.name)
             found[member.name, which] = member
-            tree.add_file(member.name)
         for folder in tar.folders:
             tree.add_folder(_above_a_systems(f"{folder}/" if folder else ""))
     layout = layout_of(tree, source, asked, named)
@@ -562,7 +566,7 @@ def _webdataset(
     names = Names(f"{tars[w].path.name}:{paths[row]}" for w, row in zip(reader.which, rows))
     chosen = texts if len(rows) == len(texts) else [texts[row] for row in rows]
     numbers, classes = numbered(chosen, source, names.__getitem__, mixed=False)
-    classes = classes or imagenet.class_names(manifest)
+    classes = classes or imagenet.names_in(manifest, "classes")
     opened = labelled(source, names, numbers, classes, reader, layout.split)
     return replace(
         opened,
@@ -622,12 +626,7 @@ class _Targets:
 def _groups(tar: Tar, system: LeftOut, tree: TarTree) -> Iterator[list[Member]]:
     """Members that stand beside each other, with names that are the same up to the file name's first dot."""
     key, members = "", list[Member]()
-    for member in tar.members():
-        if _of_a_system(member.name):
-            system.add(member.name)
-            tree.add_folder(_above_a_systems(member.name))
-            continue
-        tree.add_file(member.name)
+    for member in _own(tar.members(), system, tree):
         stem, _ = _stem(member.name)
         if stem != key and members:
             yield members

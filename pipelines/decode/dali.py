@@ -34,20 +34,16 @@ class DALIReader(DeviceReader):
 
     decoder = "dali"
 
-    def __init__(self, path: str | Path, device: str = "cpu", threads: int = 0, check: bool = True):
-        """See `DeviceReader`. `threads`: DALI's own; 0: see `pipelines.cores.loader_threads`.
-
-        Raises:
-            InputError: nothing to open, or DALI isn't installed.
-        """
+    def __init__(self, path: str | Path, device: str = "cpu"):
+        """See `DeviceReader`. Raises InputError also where DALI isn't installed."""
         try:
             import nvidia.dali  # noqa: F401
         except ImportError as error:
             raise InputError(
                 "the DALI source needs nvidia-dali: pip install 'lvssl[dali-cu130]' (or dali-cu120)"
             ) from error
-        super().__init__(path, device, check)
-        self.threads = loader_threads(threads)
+        super().__init__(path, device)
+        self.threads = loader_threads()
         self._pipelines: dict[tuple[int, int], Pipeline] = {}
         self._lock = threading.Lock()
 

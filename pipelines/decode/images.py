@@ -40,13 +40,13 @@ class ImageReader:
     chunk = IN_CACHE
     device = "cpu"
 
-    def __init__(self, path: str | Path, split: str | None = None, labelled: bool = True):
+    def __init__(self, path: str | Path, labelled: bool = True):
         """List the images; raises InputError if there are none. Files are read when they are asked for.
 
         `labelled`: False takes every image below a folder, under its path there, whatever its folders mean.
         """
         self.path = Path(path)
-        opened = _labelled(self.path, split) if labelled else unlabelled_images(self.path)
+        opened = _labelled(self.path) if labelled else unlabelled_images(self.path)
         self.names, self.labels = opened.names, opened.labels
         self.classes: list[str] | None = list(opened.classes)
         self.targets, self.notes = opened.targets, opened.notes
@@ -122,11 +122,10 @@ class _Recent(threading.local):
             self.room -= size
 
 
-def _labelled(path: Path, split: str | None) -> Dataset:
+def _labelled(path: Path) -> Dataset:
     """Images with their classes, where they have some."""
-    if (shards := open_shards(path, split)) is not None:
-        return shards
-    return open_images(str(path), split)
+    shards = open_shards(path)
+    return open_images(str(path)) if shards is None else shards
 
 
 def _header(data: bytes) -> jpeg.JpegHeader:

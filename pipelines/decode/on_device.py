@@ -34,17 +34,8 @@ class DeviceReader(ABC):
     chunk = BATCH
     decoder: str
 
-    def __init__(self, path: str | Path, device: str = "cpu", check: bool = True):
-        """Open tars, a .beton or a folder.
-
-        Args:
-            device: cpu, cuda or cuda:1 ...
-            check: hold each JPEG against libjpeg-turbo when it first comes, at some 0.4 ms: these libraries
-                give grey blocks for damaged data, without an error.
-
-        Raises:
-            InputError: nothing to open.
-        """
+    def __init__(self, path: str | Path, device: str = "cpu"):
+        """Open tars, a .beton or a folder; `device`: cpu, cuda or cuda:1 ... InputError: nothing to open."""
         kind, _, number = device.partition(":")
         if kind not in ("cpu", "cuda"):
             raise InputError(f"device must be cpu, cuda or cuda:N, got {device!r}")
@@ -52,7 +43,7 @@ class DeviceReader(ABC):
         self.base = open_files(path)
         self.labels, self.classes = self.base.labels, self.base.classes
         self.targets = getattr(self.base, "targets", {})
-        self._sound = np.full(len(self.labels), not check)
+        self._sound = np.zeros(len(self.labels), bool)
 
     def __len__(self) -> int:
         return len(self.base)
@@ -114,7 +105,8 @@ class DeviceReader(ABC):
 
     def _is_plain(self, index: int, data: bytes, size: np.ndarray) -> bool:
         """Whether the library can have it: a sound, upright JPEG in RGB or grey, of the size that the set
-        says."""
+        says. libjpeg-turbo checks each when it first comes, at some 0.4 ms: the libraries give grey blocks
+        for damaged data, without an error."""
         if not jpeg.is_jpeg(data):
             return False
         try:

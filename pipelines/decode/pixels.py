@@ -58,7 +58,7 @@ def decode_other(
             pixels = as_rgb(depth.to_8_bits(image, data, white_level))
         else:
             pixels = np.asarray(image.convert("RGB"))
-        return pixels, jpeg.orientation_of(image)
+        return pixels, jpeg.orientation(image.getexif)
     except jpeg.DamagedImage:
         raise
     except Exception as error:  # whatever a decoder raises is about this image alone
@@ -72,7 +72,7 @@ def decode_damaged(image: bytes | np.ndarray, most: int | None = None) -> np.nda
         return None
     try:
         opened = jpeg.open_with_pillow(image, most=most)
-        return upright(np.asarray(opened.convert("RGB")), jpeg.orientation_of(opened))
+        return upright(np.asarray(opened.convert("RGB")), jpeg.orientation(opened.getexif))
     except Exception:  # whatever a decoder raises is about this image alone
         return None
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import ctypes
 import io
 import threading
+from collections.abc import Callable
 from ctypes import byref, c_int, c_ulong, c_void_p
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -142,18 +144,13 @@ def library() -> str:
     return "libturbojpeg" if _turbo is not None else "pillow"
 
 
-def orientation(exif: Image.Exif) -> int:
+def orientation(exif: Callable[[], Image.Exif]) -> int:
     """EXIF's orientation, 1 to 8; 1 where it says nothing, or nothing sensible."""
-    value = exif.get(_ORIENTATION, 1)
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def orientation_of(image: Image.Image) -> int:
-    """The same, of an image that Pillow has opened; 1 where its EXIF block is broken."""
     try:
-        return orientation(image.getexif())
+        value = exif().get(_ORIENTATION, 1)
     except Exception:  # a broken EXIF block says nothing about the pixels
         return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _orientation_in(data: bytes) -> int:
@@ -165,18 +162,15 @@ def _orientation_in(data: bytes) -> int:
         if marker == 0xDA or marker == 0xD9 or marker < 0xC0:  # the image itself, its end, or no header
             return 1
         if marker == 0xE1 and data.startswith(b"Exif\0\0", place + 4):
-            return _exif_orientation(data[place + 4 : place + 4 + (1 << 16)])
+            return orientation(partial(_exif, data[place + 4 : place + 4 + (1 << 16)]))
         place += 2 + (data[place + 2] << 8 | data[place + 3])
     return 1
 
 
-def _exif_orientation(block: bytes) -> int:
-    try:
-        exif = Image.Exif()
-        exif.load(block)
-        return orientation(exif)
-    except Exception:  # a broken EXIF block says nothing about the pixels
-        return 1
+def _exif(block: bytes) -> Image.Exif:
+    exif = Image.Exif()
+    exif.load(block)
+    return exif
 
 
 class _AnySize:

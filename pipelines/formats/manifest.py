@@ -8,7 +8,6 @@ rows are a Parquet file instead, which "samples" then names.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from pipelines.errors import InputError, first_line
+from pipelines.files import sync
 
 ROWS_IN_JSON = 100_000
 JSON_ROWS, PARQUET_ROWS = 1_000, 50_000  # at a time
@@ -49,11 +49,11 @@ def write_manifest(
         rows = rows_path(path)
         with open(aside(rows), "wb") as file:
             _write_parquet(file, samples(PARQUET_ROWS))
-            _sync(file)
+            sync(file)
         text = json.dumps({**manifest, "samples": rows.name}, indent=1)
         with open(aside(path), "wb") as file:
             file.write(text.encode())
-            _sync(file)
+            sync(file)
         return manifest
     with open(aside(path), "wb") as file:
         text, between = json.dumps(manifest, indent=1, ensure_ascii=False), "\n"
@@ -63,18 +63,13 @@ def write_manifest(
                 file.write(_utf8(between + json.dumps(row, ensure_ascii=False)))
                 between = ",\n"
         file.write(b"\n ]\n}\n")
-        _sync(file)
+        sync(file)
     return manifest
 
 
 def _utf8(text: str) -> bytes:
     """JSON text; what a file name has that is no text, as JSON's own escapes (such as \\udcff)."""
     return text.encode("utf-8", "backslashreplace")
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def content_of(manifest: Path) -> dict[str, Any]:

@@ -13,10 +13,6 @@ Beside train-000000.tar lies train-000000.idx: a line "v1.2 COUNT", then for eac
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import IO
 
 from pipelines.formats.beton import NO_LABEL
 
@@ -38,6 +34,10 @@ def member_header(name: str, size: int) -> bytes:
     after = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2 + bytes(155 + 12)
     checksum = sum(before) + sum(after) + 8 * ord(" ")
     return before + b"%06o\0 " % checksum + after
+
+
+def tar_name(prefix: str, number: int) -> str:
+    return f"{prefix}-{number:06d}.tar"
 
 
 def padding(size: int) -> bytes:
@@ -83,66 +83,7 @@ class TarLayout:
         return parts[0], b"".join(parts[1:])
 
     def tar_name(self) -> str:
-        return f"{self.prefix}-{self.number:06d}.tar"
+        return tar_name(self.prefix, self.number)
 
     def index_text(self) -> str:
         return "\n".join([f"v1.2 {len(self.index)}", *self.index, ""])
-
-
-class TarWriter:
-    """Fills one tar after the other in a folder; their bytes depend on what is added, and on nothing else.
-
-    `replay` enters an image that an earlier, interrupted writer has added; the first `add` then cuts off
-    what that one had written beyond.
-    """
-
-    def __init__(self, folder: Path, prefix: str, images_per_tar: int = IMAGES_PER_TAR):
-        self.folder = folder
-        self.layout = TarLayout(prefix, images_per_tar)
-        self.file: IO[bytes] | None = None
-        self.finished: list[tuple[str, int]] = []  # name and bytes of each tar that is complete
-
-    def replay(self, mode: int, size: int, label: int, targets: dict[str, float]) -> None:
-        if self.layout.full():
-            self._finish_tar()
-        self.layout.reserve(mode, size, label, targets)
-
-    def add(self, mode: int, data: bytes | memoryview, label: int, targets: dict[str, float]) -> None:
-        if self.layout.full():
-            self._finish_tar()
-        file = self._open()
-        before, after = self.layout.reserve(mode, len(data), label, targets)
-        file.write(before)
-        file.write(data)
-        file.write(after)
-
-    def finish(self) -> None:
-        self._finish_tar()
-
-    def _open(self) -> IO[bytes]:
-        if self.file is None:
-            path = self.folder / self.layout.tar_name()
-            mode = "r+b" if path.exists() else "w+b"
-            self.file = open(path, mode, buffering=1 << 20)  # noqa: SIM115
-            self.file.truncate(self.layout.position)
-            self.file.seek(self.layout.position)
-        return self.file
-
-    def _finish_tar(self) -> None:
-        file = self._open()
-        file.write(END)
-        file.flush()
-        self.finished.append((self.layout.tar_name(), file.tell()))
-        os.fsync(file.fileno())
-        file.close()
-        self.file = None
-        index = (self.folder / self.layout.tar_name()).with_suffix(".idx")
-        with open(index, "w") as lines:
-            lines.write(self.layout.index_text())
-            lines.flush()
-            os.fsync(lines.fileno())
-        self.layout.next_tar()
-
-
-def targets_of(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
-    return {name: float(value) for name, value in zip(names, values)}

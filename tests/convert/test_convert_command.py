@@ -147,6 +147,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "there.beton").read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("typed", ["{} out.beton", "--verify {}", "--merge {}", "--inspect {}"])
+def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys, typed):
+    monkeypatch.chdir(tmp_path)
+    name = "x" * 300 + ".tar"
+    assert main(typed.format(name).split()) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and name in error and "File name too long" in error
+    assert error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("option", ["--workers", "--images-per-tar"])
 def test_merging_and_verifying_check_their_options_too(tmp_path, capsys, option):
     photos(tmp_path / "set", classes=2, each=2)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipelines.convert.command import main
 from pipelines.convert.conversion import convert
-from pipelines.datasets.folders import list_images
+from pipelines.datasets.folders import unlabelled_images
 from pipelines.datasets.opening import open_dataset
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
@@ -331,10 +331,11 @@ def kinds(tmp_path):
 
 def test_images_are_recognised_by_their_content(tmp_path, kinds):
     class_folders(tmp_path / "set", kinds)
-    images, notes = list_images(tmp_path / "set")
-    assert len(images) == len(KINDS) and notes == ["left out, no images (2): list.json, words.dat"]
+    images = unlabelled_images(tmp_path / "set")
+    assert len(images.names) == len(KINDS)
+    assert images.notes == ["left out, no images (2): list.json, words.dat"]
     loose = open_reader(tmp_path / "set")
-    assert len(loose) == len(KINDS) and loose.notes == notes
+    assert len(loose) == len(KINDS) and loose.notes == images.notes
     class_folders(tmp_path / "folder", {f"a/{name}": data for name, data in kinds.items()})
     manifest = convert(str(tmp_path / "folder"), tmp_path / "x.beton")
     assert manifest["count"] == len(KINDS)

@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from made_images import photos
 
-from pipelines.datasets.shards import _answers_of
+from pipelines.convert.conversion import ConvertOptions, convert
+from pipelines.datasets.shards import open_shards
 from pipelines.errors import InputError
 from pipelines.formats import manifest
 from pipelines.formats.manifest import COLUMNS, read_columns, read_manifest, write_manifest
@@ -35,20 +37,18 @@ def test_columns_are_those_of_the_whole_manifest(written):
     assert {name: column.tolist() for name, column in columns.items()} == {
         name: ROWS[name] for name in columns
     }
-    labels, targets = _answers_of(written, 5)
-    assert labels.dtype == np.int64 and targets["age"].dtype == np.float64
-    assert _answers_of(written, 4) == (None, {})
 
 
 def test_labels_are_read_without_the_other_columns(tmp_path, monkeypatch):
     """Of ImageNet the other columns are a gigabyte of Python objects."""
     monkeypatch.setattr(manifest, "ROWS_IN_JSON", 3)
-    path, asked, read_table = tmp_path / "manifest.json", [], pq.read_table
-    write_manifest(path, {"count": 5}, lambda n: iter([ROWS]), lambda path: path)
+    asked, read_table, options = [], pq.read_table, ConvertOptions(webdataset=tmp_path / "tars")
+    convert(str(photos(tmp_path / "set", classes=2, each=3)), None, options=options)
     monkeypatch.setattr(
         pq, "read_table", lambda file, columns: asked.extend(columns) or read_table(file, columns=columns)
     )
-    _answers_of(path, 5)
+    opened = open_shards(tmp_path / "tars")
+    assert opened.labels.tolist() == [0, 0, 0, 1, 1, 1] and opened.labels.dtype == np.int64
     assert asked == ["label"] and set(asked) < set(COLUMNS)
 
 

@@ -12,7 +12,7 @@ from made_images import SHARED, class_folders, decoded, encoded, photos, pixels
 from made_sets import tar_of
 
 from lvssl.commands.demo import fashion_mnist
-from pipelines.datasets.folders import list_images
+from pipelines.datasets.folders import unlabelled_images
 from pipelines.datasets.names import Names
 from pipelines.datasets.opening import open_dataset
 from pipelines.decode import open_reader
@@ -106,7 +106,7 @@ def test_a_named_pipe_is_not_waited_for(tmp_path):
         source.read(source.names.index("class0/pipe.jpg"))
 
 
-def test_list_images_and_decode(tmp_path):
+def test_loose_images_are_listed_and_decoded(tmp_path):
     image = pixels(30, 40)
     files = {
         "b.JPG": encoded(image, quality=95),
@@ -115,8 +115,9 @@ def test_list_images_and_decode(tmp_path):
         "a/note.txt": b"",
     }
     class_folders(tmp_path, files)
-    paths, notes = list_images(tmp_path)
-    assert notes == [
+    images = unlabelled_images(tmp_path)
+    paths = [tmp_path / name for name in images.names]
+    assert images.notes == [
         "left out, no images (1): a/note.txt",
         "left out, hidden and system files (1): a/.x.png",
     ]
@@ -195,6 +196,15 @@ def test_a_row_without_bytes_is_damaged(tmp_path):
         open_dataset(str(path)).read(1)
 
 
+def test_a_wrong_label_names_its_own_table(tmp_path):
+    parquet(tmp_path / "train-00000-of-00002.parquet", [b"x"] * 2, [0, -1])
+    parquet(tmp_path / "train-00001-of-00002.parquet", [b"x"] * 2, [0, 1])
+    for source in (tmp_path, tmp_path / "train-*.parquet"):
+        with pytest.raises(InputError) as error:
+            open_dataset(str(source))
+        assert str(error.value).startswith(f"{source}: train-00000-of-00002.parquet:1 has label -1")
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
@@ -268,6 +278,18 @@ def test_torchvision_reads_what_lies_in_root(tmp_path):
         assert np.array_equal(np.stack([source.read(i)[..., 1] for i in range(12)]), expected)
         assert source.labels.tolist() == [i % 10 for i in range(12)]
         assert source.classes[0] == "T-shirt/top" and "torchvision" in source.libraries
+
+
+def test_torchvision_sets_whose_targets_are_no_classes_are_refused(tmp_path):
+    """Boxes, and images of a film: neither is a number an image."""
+    for folder, name in (("image_2", "0.png"), ("label_2", "0.txt")):
+        (tmp_path / "Kitti/raw/training" / folder).mkdir(parents=True)
+        (tmp_path / "Kitti/raw/training" / folder / name).write_bytes(encoded(pixels(8, 8), "PNG"))
+    (tmp_path / "MovingMNIST").mkdir()
+    np.save(tmp_path / "MovingMNIST/mnist_test_seq.npy", np.zeros((20, 3, 8, 8), np.uint8))
+    for name in ("Kitti", "MovingMNIST"):
+        with pytest.raises(InputError, match=f"torchvision:{name}: its targets aren't one number an image"):
+            open_dataset(f"torchvision:{name}", None, tmp_path)
 
 
 def test_torchvision_without_network(tmp_path, monkeypatch):

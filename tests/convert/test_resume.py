@@ -317,7 +317,7 @@ def test_parts_that_do_not_belong_together(tmp_path, capsys):
         merge(out)
     convert(source, out, options=ConvertOptions(shard=(1, 3)))
     convert(source, out, options=ConvertOptions(shard=(3, 3)))
-    with pytest.raises(InputError, match="1 of 3 parts are missing: 2"):
+    with pytest.raises(InputError, match="1 of 3 parts are missing: .*002-of-003"):
         merge(out)
     convert(source, out, Settings(shuffle_seed=1), options=ConvertOptions(shard=(2, 3)))
     with pytest.raises(
@@ -334,7 +334,7 @@ def test_parts_that_do_not_belong_together(tmp_path, capsys):
     assert not out.exists()
     convert(source, out, options=ConvertOptions(shard=(2, 3), overwrite=True))
     convert(source, out, options=ConvertOptions(shard=(1, 2)))
-    with pytest.raises(InputError, match="its parts are of 2 and 3"):
+    with pytest.raises(InputError, match="its parts are of 002 and 003"):
         merge(out)
     for shard, message in (
         ("0/3", "K must be within 1 and N"),

@@ -1,6 +1,7 @@
 """The same images through every form of input give the same samples; and every form of output is read."""
 
 import hashlib
+import io
 import subprocess
 import sys
 import tarfile
@@ -12,10 +13,13 @@ from made_images import SHARED, class_folders, decoded, encoded, image_of, photo
 from made_sets import every_form, tar_of, train_tar, validation_tar
 
 from pipelines.convert.conversion import ConvertOptions, Settings, convert
+from pipelines.datasets.columns import Columns
 from pipelines.datasets.opening import open_dataset
+from pipelines.datasets.tars import Reader, Tar
 from pipelines.errors import InputError
 from pipelines.formats.beton import open_beton
 from pipelines.formats.manifest import read_manifest
+from pipelines.formats.openfiles import OpenFiles
 
 
 def made_files(classes=5, each=4):
@@ -115,6 +119,7 @@ def test_regression_targets_reach_ffcv(tmp_path):
         ("x.csv", "path,label\na.jpg,-1\nb.jpg,0\n", "a.jpg has label -1"),
         ("x.csv", "path,label\na.jpg,0.5\nb.jpg,0.7\nc.jpg,0.1\n", "its labels are fractions"),
         ("x.csv", "path,label\n", "no image in it"),
+        ("x.csv", "path,label\na.jpg,0\nb,2.jpg,1\n", "row 2 has more fields than there are columns ('1')"),
         ("x.jsonl", '{"path": "a.jpg"\n', "line 1 is no JSON"),
         ("x.jsonl", '["a.jpg", 1]\n', "line 1 must be an object"),
         ("x.jsonl", '{"path": "a.jpg", "label": 1.5}\n', "its labels are fractions"),
@@ -127,6 +132,12 @@ def test_a_table_that_cannot_be_meant_is_refused(tmp_path, name, text, message):
     with pytest.raises(InputError) as error:
         open_dataset(str(tmp_path / name))
     assert message in str(error.value) and name in str(error.value)
+
+
+def test_empty_fields_behind_the_last_column_are_nothing(tmp_path):
+    (tmp_path / "x.csv").write_text("path,label\na.jpg,1,\nb.jpg,0, ,\nc.jpg,1\n")
+    opened = open_dataset(str(tmp_path / "x.csv"))
+    assert opened.names[:] == ["a.jpg", "b.jpg", "c.jpg"] and opened.labels.tolist() == [1, 0, 1]
 
 
 def test_a_path_that_is_not_there_is_refused_by_name(tmp_path):
@@ -172,6 +183,36 @@ def test_long_names_in_tars(tmp_path):
             archive.add(tmp_path / "set", "")
         source = open_dataset(str(path))
         assert list(source.names) == list(files) and source.read(1) == files[list(files)[1]]
+
+
+@pytest.mark.parametrize("size", ["x", "-1", "-512", ""])
+def test_a_size_that_is_none_is_damage(tmp_path, size):
+    """In the header that PAX puts before a file, and in octal in the file's own: else a reader would go on
+    for ever, or backwards."""
+    with tarfile.open(tmp_path / "pax.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        info = tarfile.TarInfo("a/1.jpg")
+        info.size, info.pax_headers = 3, {"size": size}
+        archive.addfile(info, io.BytesIO(b"abc"))
+    with pytest.raises(InputError, match=r"pax\.tar: damaged at byte 512"):
+        open_dataset(str(tmp_path / "pax.tar"))
+    if size.startswith("-"):
+        header = bytearray(tarfile.TarInfo("a/1.jpg").tobuf(tarfile.USTAR_FORMAT))
+        header[124:136] = f"{int(size):011o}\0".encode()
+        header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * ord(" "))
+        (tmp_path / "octal.tar").write_bytes(header + bytes(10240))
+        with pytest.raises(InputError, match=r"octal\.tar: not a tar, or damaged at byte 0"):
+            open_dataset(str(tmp_path / "octal.tar"))
+
+
+def test_more_tars_than_sixteen_bits_number(tmp_path):
+    """Each shall be its own: 65,536 tars of one image aren't too many."""
+    files = OpenFiles()
+    tar_of(tmp_path / "x.tar", {"1.jpg": b"abc"})
+    tar = Tar(tmp_path / "x.tar", files)
+    reader = Reader([tar] * 65_537)
+    (member,) = tar.members()
+    reader.add(65_536, member)
+    assert reader(0) == b"abc" == reader.only([0])(0)
 
 
 def test_the_validation_tar_needs_its_devkit(tmp_path):
@@ -239,6 +280,11 @@ def test_classes_are_taken_from_a_manifest_or_a_list(tmp_path):
     (tmp_path / "names.txt").write_text("class1\n")
     with pytest.raises(InputError, match="class class0 .* is not among the 1"):
         open_dataset(str(tmp_path / "set"), classes=tmp_path / "names.txt")
+    with pytest.raises(InputError, match="--classes .*names.txt: the images have no labels"):
+        open_dataset(str(tmp_path / "set/class0"), classes=tmp_path / "names.txt")
+    without = {"columns": Columns(label="none"), "classes": tmp_path / "names.txt"}
+    with pytest.raises(InputError, match="--classes .*names.txt: the images have no labels"):
+        open_dataset(str(tmp_path / "set"), **without)
 
 
 # ------------------------------------------------------------------ tars, out

@@ -87,7 +87,7 @@ def test_unlabelled_images_convert_and_are_read_directly(tmp_path, kind):
         assert opened.labels.tolist() == reader.labels.tolist() == [-1] * 6
         assert opened.classes == reader.classes == [] and [opened.read(i) for i in range(6)] == IMAGES
         assert verify(made).sound
-        assert "without labels" in inspect(made, tmp_path / "sheet.png").text
+        assert "without labels" in inspect(made, tmp_path / "sheet.png")
     (tars / "manifest.json").unlink()
     assert open_reader(tars).labels.tolist() == [-1] * 6 and open_reader(tars).classes == []
 

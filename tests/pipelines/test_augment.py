@@ -238,25 +238,6 @@ def test_an_unknown_dtype_is_named():
         augment(images(1, 8), torch.from_numpy(identity(1)), ViewSettings(resolution=8), dtype=torch.int32)
 
 
-def test_dali_agrees_where_it_has_the_operation():
-    dali = pytest.importorskip("pipelines.augment.dali", reason="needs DALI", exc_type=ImportError)
-    view = ViewSettings(resolution=32)
-    crops = images(6, 32)
-    table = identity(6)  # the order that DALI has; no hue, and saturation only as far as it goes without
-    table[:, BRIGHTNESS], table[:, CONTRAST] = np.linspace(0.3, 1.7, 6), np.linspace(1.7, 0.3, 6)
-    table[:, GREY], table[:, FLIP], table[:, SOLARISE] = (0, 1) * 3, (0, 0, 1) * 2, (0, 1, 1, 0, 0, 1)
-    table[:, SIGMA] = np.linspace(0, 2, 6)
-    difference = np.abs(dali.augment(crops.numpy(), table, view) - _numba(crops, table, view))
-    assert (difference > 1e-3).mean() < 1e-3  # the step of solarise
-    assert np.median(difference) < 1e-5
-    table[:, HUE] = 0.1
-    assert np.abs(dali.augment(crops.numpy(), table, view) - _numba(crops, table, view)).mean() > 0.02
-
-
-def _numba(crops: torch.Tensor, table: np.ndarray, view: ViewSettings) -> np.ndarray:
-    return run("cpu", crops, table, view).permute(0, 2, 3, 1).numpy()
-
-
 @pytest.mark.parametrize("chosen", [np.s_[:, 1], np.s_[::-1, 0], np.s_[1:2, 0], np.s_[::3, 0]])
 def test_crops_of_a_larger_array(chosen):
     """The loader's crops [B, 2, R, R, 3] by view, and other parts of them."""

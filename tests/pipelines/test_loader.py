@@ -23,6 +23,7 @@ from pipelines.decode import open_reader
 from pipelines.decode.beton import BetonReader
 from pipelines.errors import InputError
 from pipelines.loader import (
+    AHEAD,
     RUN_AHEAD,
     LoaderSettings,
     TwoViewLoader,
@@ -73,7 +74,7 @@ def test_workers_and_batch_size_change_no_pixel(sources, kind):
     path = sources[kind]
     one = epoch(path, 7, workers=1)
     assert len(one) == 49
-    assert one == epoch(path, 7, workers=2) == epoch(path, 7, workers=4, ahead=1)
+    assert one == epoch(path, 7, workers=2) == epoch(path, 7, workers=4)
     for size in (32, 53):
         other = epoch(path, size, workers=2)
         shared = set(one) & set(other)
@@ -373,7 +374,7 @@ def test_a_batch_that_is_kept_isnt_overwritten(beton):
         assert all(torch.equal(view, copy) for view, copy in kept)
         del kept
         places = {batch.views.data_ptr() for _ in range(4) for batch in loader}
-    assert len(places) <= 6 + loader.settings.ahead + 2  # 24 batches
+    assert len(places) <= 6 + AHEAD + 2  # 24 batches
 
 
 def test_a_failure_in_a_worker_arrives_at_once(beton):
@@ -573,3 +574,6 @@ def test_threads_are_this_process_s_share_of_the_cores(monkeypatch):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         assert cores.loader_threads() == wanted
         assert cores.loader_threads(3) == 3
+    for said in ("", "two", "0"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
+        assert cores.loader_threads() == 12, said

@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
 from lvssl.settings import pretrain as config
+from pipelines.convert.conversion import ConvertOptions, Settings, convert
 from pipelines.datasets import opening, shards
 from pipelines.decode import images as folder_source
 from pipelines.decode import open_reader
@@ -86,7 +87,7 @@ def test_threads_share_a_dali_pipeline(sources):
     pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed")
     from pipelines.decode.dali import DALIReader
 
-    source = DALIReader(sources["folder"], threads=2)
+    source = DALIReader(sources["folder"])
     indices = np.arange(len(source))
     boxes = crop_boxes(draw_parameters(VIEW, 0, 0, indices, *source.sizes(indices)))
     whole = np.empty((*boxes.shape[:2], 24, 24, 3), np.uint8)
@@ -121,6 +122,41 @@ def test_tars_are_opened_by_their_indices(sources, tmp_path):
     assert np.array_equal(*crops)
     (copy / "images-000001.idx").unlink()
     assert shards.open_shards(copy) is None and len(open_reader(copy)) == 53  # a pass through them it is
+
+
+def test_each_image_has_its_own_label_whatever_tars_are_named_in_which_order(tmp_path):
+    """With the tars' indices or by a pass through them: the rows of a manifest are of the tars that it was
+    written with, and are found by the images' numbers."""
+    for name, labels in (("a", [0, 0, 1, 1, 2]), ("b", [2, 1, 1, 0, 0])):
+        rows = [f"{name}{i}.png,{label},{i + label / 4}\n" for i, label in enumerate(labels)]
+        (tmp_path / f"{name}.csv").write_text("path,label,age\n" + "".join(rows))
+        for i in range(5):
+            Image.new("RGB", (8 + i, 9), (40 * i, 0, len(name))).save(tmp_path / f"{name}{i}.png")
+        options = ConvertOptions(webdataset=tmp_path / name, images_per_tar=2)
+        convert(str(tmp_path / f"{name}.csv"), None, Settings(targets=["age"]), options=options)
+    shutil.copytree(tmp_path / "a", tmp_path / "c", ignore=shutil.ignore_patterns("*0.*"))
+    listed = (f"../a/images-{number:06d}.tar\n" for number in (0, 2, 1))
+    (tmp_path / "b/list.txt").write_text("".join(listed))
+    (tmp_path / "two.txt").write_text("b/images-000001.tar\na/images-000000.tar\n")
+    shutil.copytree(tmp_path / "b", tmp_path / "d")
+    for path in sorted((tmp_path / "d").glob("images-*")):
+        path.rename(path.with_name(path.name.replace("images", "more")))
+    for path in (tmp_path / "b").glob("images-*"):
+        shutil.copy(path, tmp_path / "d")
+    for named, labels in (
+        ("a", [0, 0, 1, 1, 2]),
+        ("a/images-{000001,000000}.tar", [1, 1, 0, 0]),
+        ("a/images-000002.tar", [2]),
+        ("b/list.txt", [0, 0, 2, 1, 1]),
+        ("two.txt", [1, 0, 0, 0]),
+        ("c", [1, 1, 2]),
+        ("d/{more,images}-000000.tar", [2, 1, 2, 1]),
+    ):
+        indexed, walked = open_reader(tmp_path / named), opening.open_dataset(str(tmp_path / named))
+        assert list(indexed.names) == list(walked.names)
+        assert indexed.labels.tolist() == walked.labels.tolist() == labels, named
+        assert indexed.targets["age"].tolist() == walked.targets["age"].tolist(), named
+        assert (indexed.labels.dtype, indexed.targets["age"].dtype) == (np.int64, np.float64)
 
 
 def test_an_index_that_is_not_its_tars_is_refused(sources, tmp_path):
