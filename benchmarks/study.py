@@ -214,26 +214,33 @@ BASE = {
 
 
 def base_table(docs: Path) -> list[str]:
-    """Plain SimCLR and the latent, each with variance and covariance beside NT-Xent and without, in percent;
-    the differences paired by seed, ± standard error."""
-    shown = ("none", "none-vc", "bernoulli256", "bernoulli256-vc")
-    compared = (("none-vc", "none"), ("bernoulli256-vc", "bernoulli256"), ("bernoulli256-vc", "none-vc"))
+    """Means in percent, with variance and covariance beside NT-Xent and without; differences paired by seed
+    ± standard error."""
+    shown = ("none", "none-vc", "sign-vc", "bernoulli256", "bernoulli256-vc")
+    compared = (
+        ("none-vc", "none"),
+        ("bernoulli256-vc", "bernoulli256"),
+        ("bernoulli256-vc", "none-vc"),
+        ("bernoulli256-vc", "sign-vc"),
+    )
     head = "| measure | data | " + " | ".join([*shown, *(f"{a} - {b}" for a, b in compared)]) + " |"
     lines = [head, "| --- " * (2 + len(shown) + len(compared)) + "|"]
     for name, says in BASE.items():
         for title, result in kept(docs, "base", {**TITLES, "cifar10-50000": "CIFAR-10, 50,000"}).items():
-            of = {arm["arm"]: (arm["seeds"], arm["measures"][name]) for arm in result["arms"]}
-            cells = [percent(of[arm][1]) for arm in shown]
+            of = {arm["arm"]: arm["measures"][name] for arm in result["arms"]}
+            cells = [percent(of.get(arm)) for arm in shown]
             for a, b in compared:
-                by_seed = [dict(zip(of[arm][0], of[arm][1]["values"])) for arm in (a, b)]
-                each = [by_seed[0][seed] - by_seed[1][seed] for seed in by_seed[0] if seed in by_seed[1]]
+                values = [of[arm]["values"] if arm in of else [] for arm in (a, b)]
+                each = [x - y for x, y in zip(*values)]
                 error = f" ± {statistics.stdev(each) / len(each) ** 0.5:.2f}" if len(each) > 1 else ""
-                cells.append(f"{statistics.mean(each):+.2f}{error}")
+                cells.append(f"{statistics.mean(each):+.2f}{error}" if each else "-")
             lines.append(f"| {says} | {title} | " + " | ".join(cells) + " |")
     return lines
 
 
-def percent(found: dict[str, Any]) -> str:
+def percent(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
     method = "" if found["method"] in ("", "code") else f" ({found['method']})"
     return f"{statistics.mean(found['values']):.1f}{method}"
 

@@ -17,15 +17,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_tables_that_stand_in_the_documents_are_those_of_the_kept_rows(capsys):
     study.main(["--print", "--docs", str(ROOT / "docs")])
-    codes, uncertainty = capsys.readouterr().out.strip().split("\n\n")
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert [table.count("\n") for table in tables] == [9, 15, 11]
     results = (ROOT / "docs/results.md").read_text()
-    assert codes in results and uncertainty in results
-    assert codes in (ROOT / "docs" / "latent-recipes.md").read_text()
-    assert codes.count("\n") == 15 and uncertainty.count("\n") == 11
+    assert all(table in results for table in tables)
 
 
-@pytest.mark.parametrize("name", ["study-cifar10", "study-fashion-mnist"])
-def test_the_pages_in_docs_are_made_of_the_kept_rows(name):
+@pytest.mark.parametrize("data", ["cifar10", "fashion-mnist"])
+@pytest.mark.parametrize("question", ["study", "base"])
+def test_the_pages_in_docs_are_made_of_the_kept_rows(question, data):
+    name = f"{question}-{data}"
     result = json.loads((ROOT / "docs" / f"{name}.json").read_text())
     assert study.page(name, result) == (ROOT / "docs" / f"{name}.md").read_text()
     table = list(csv.DictReader((ROOT / "docs" / f"{name}.csv").open()))
@@ -50,6 +51,19 @@ def test_a_cell_is_the_mean_of_its_rows():
     assert f"| code of 64 bits, Hamming kNN | CIFAR-10 (JPEG) {line} ITQ of `sign` |" in study.codes_table(
         ROOT / "docs"
     )
+
+
+def test_a_base_is_compared_seed_by_seed():
+    result = json.loads((ROOT / "docs" / "base-cifar10.json").read_text())
+
+    def of(run: str) -> list[float]:
+        wanted = {"run": run, "representation": "features", "metric": "knn"}
+        return [r["value"] for r in result["rows"] if wanted.items() <= r.items()]
+
+    each = [a - b for a, b in zip(of("none-vc"), of("none"), strict=True)]
+    (line,) = [text for text in study.base_table(ROOT / "docs") if "features, kNN | CIFAR-10 (JPEG)" in text]
+    assert len(each) == 3 and line.split(" | ")[3] == f"{statistics.mean(of('none-vc')):.1f}"
+    assert f"| {statistics.mean(each):+.2f} ± {statistics.stdev(each) / 3**0.5:.2f} |" in line
 
 
 @pytest.mark.slow
