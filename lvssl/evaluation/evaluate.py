@@ -50,7 +50,7 @@ from lvssl.runs.result import ResultFile
 from lvssl.runs.rows import Point, Row, by_point, rows_of_points, stored_as
 from lvssl.runs.run import Run, load_run, run_names
 from lvssl.settings.fields import RUNTIME
-from lvssl.settings.pretrain import require
+from lvssl.settings.pretrain import at_least
 from lvssl.settings.stages import MeasuringSettings
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.datasets.parts import files_of
@@ -78,7 +78,7 @@ class EvaluateSettings(MeasuringSettings):
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value. Touches no file."""
-        require(self.probe_epochs >= 0, "probe_epochs", self.probe_epochs, "at least 0")
+        at_least(self, probe_epochs=0)
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
