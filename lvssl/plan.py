@@ -32,6 +32,7 @@ from lvssl.settings.pretrain import (
     LatentSettings,
     ModelSettings,
     PretrainSettings,
+    at_least,
     choice,
     preset,
     require,
@@ -102,7 +103,7 @@ class PlanSettings:
         require_backbone(self.backbone)
         choice("precision", self.precision, ("bf16", "fp32"))
         LatentSettings(self.family).validate()
-        require(self.gpus >= 1, "gpus", self.gpus, "at least 1")
+        at_least(self, gpus=1)
         require(
             self.batch_size >= self.gpus,
             "batch_size",
@@ -117,13 +118,11 @@ class PlanSettings:
         )
         require(0 <= self.memory < 10_000, "memory", self.memory, "at least 0 GiB")
         require(8 <= self.resolution <= 4096, "resolution", self.resolution, "pixels in [8, 4096]")
-        require(self.hidden >= 1, "hidden", self.hidden, "at least 1")
-        require(self.projection >= 2, "projection", self.projection, "at least 2")
+        at_least(self, hidden=1, projection=2)
         choice("optimiser", self.optimiser, OPTIMISERS)
-        require(self.samples >= 1, "samples", self.samples, "at least 1")
+        at_least(self, samples=1)
         choice("gpu", self.gpu, tuple(PEAK_FLOPS))
-        for name in ("images", "epochs"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        at_least(self, images=1, epochs=1)
         require(self.chunk >= 0 and self.chunk != 1, "chunk", self.chunk, "0, or at least 2")
 
 
@@ -164,11 +163,6 @@ class Footprint:
     casts: float  # kept whatever the batch: 16-bit copies of the weights
     parameters: int  # numbers
     buffers: float  # running statistics
-
-    @property
-    def activations(self) -> float:
-        """Kept for the backward pass of the whole network, a view."""
-        return self.backbone + self.heads
 
 
 def footprint(settings: PlanSettings) -> Footprint:

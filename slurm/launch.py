@@ -148,14 +148,13 @@ def submit(
     calls = calls_of(pipeline.out, work, code)
     with own_environment():
         done = made.map_array(_call, calls) if len(calls) > 1 else [made.submit(calls[0])]
-    for task, job in zip(work.tasks, done):
-        jobs[task.key] = {
-            "task": task.name,
-            "job": job.job_id,
-            "log": str(job.paths.stdout),
-            "cluster": "slurm",
-        }
+    jobs.update((task.key, noted(task, job, "slurm")) for task, job in zip(work.tasks, done))
     return [job.job_id for job in done]
+
+
+def noted(task: Task, job: submitit.Job, cluster: str) -> dict[str, str]:
+    """What jobs.json says of a job."""
+    return {"task": task.name, "job": job.job_id, "log": str(job.paths.stdout), "cluster": cluster}
 
 
 def calls_of(out: Path, work: Work, code: Path) -> list[Job]:
@@ -264,13 +263,7 @@ def run_some(pipeline: Pipeline, work: Work, calls: list[Job], cluster: str) -> 
         running += [made.submit(call) for call in calls]
         signal.signal(signal.SIGINT, running.stop)
         jobs = read_jobs(pipeline.out)
-        for call, job in zip(calls, running):
-            jobs[call.task.key] = {
-                "task": call.task.name,
-                "job": job.job_id,
-                "log": str(job.paths.stdout),
-                "cluster": "local",
-            }
+        jobs.update((call.task.key, noted(call.task, job, "local")) for call, job in zip(calls, running))
         write_json(pipeline.out / "jobs.json", jobs)
         while not all(job.done() for job in running):
             time.sleep(0.2)

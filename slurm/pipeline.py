@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lvssl.settings.fields import RUNTIME
+from lvssl.settings.fields import RUNTIME, WRONG, typed
 from pipelines.convert.store import Settings as Conversion
 from pipelines.datasets.parts import is_by_name, parts_of
 from pipelines.errors import InputError
-from slurm.values import fields_of, fits, flat_hints, is_path, replaced, words
+from slurm.values import fields_of, flat_hints, is_path, replaced, words
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -396,7 +396,7 @@ class _Reader:
 
     def typed(self, where: str, key: str, value: Any, wanted: Any) -> Any:
         """The value, if it is of the wanted type."""
-        if fits(value, wanted):
+        if typed(value, wanted) is not WRONG:
             return value
         place = f"[{where}] {key}" if where else key
         raise self.wrong(f"{place}: must be {words(wanted)}, got {value!r}")

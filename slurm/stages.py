@@ -73,10 +73,7 @@ def build_stages(pipeline: Pipeline) -> list[Stage]:
         "pretrain", key, "lvssl", arguments, (run / "checkpoints",), run=run, reads=data["train"][:1]
     )
     stages.append(Stage("pretrain", behind, (pretrain,), table.cluster))
-    measured = []
-    for name in MEASURING:
-        if name in pipeline.stages:
-            measured.append(measuring(pipeline, name, run, key, data))
+    measured = [measuring(pipeline, name, run, key, data) for name in MEASURING if name in pipeline.stages]
     stages += measured
     keys = [task.digest for stage in measured for task in stage.tasks]
     after = tuple(stage.name for stage in measured) or ("pretrain",)

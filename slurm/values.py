@@ -3,7 +3,6 @@
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,32 +39,6 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 def is_path(hint: Any) -> bool:
     return any(each is Path or Path in typing.get_args(each) for each in _alternatives(hint))
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a TOML value can be of that type."""
-    hint = getattr(hint, "__origin__", hint) if typing.get_origin(hint) is typing.Annotated else hint
-    if len(_alternatives(hint)) > 1:
-        return any(fits(value, each) for each in _alternatives(hint))
-    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if origin is typing.Literal:
-        return value in arguments
-    if origin is tuple:
-        ok = isinstance(value, list) and (Ellipsis in arguments or len(value) == len(arguments))
-        return ok and all(fits(v, arguments[0 if Ellipsis in arguments else i]) for i, v in enumerate(value))
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return (
-            isinstance(value, dict) and all(fits(v, arguments[1]) for v in value.values())
-            if arguments
-            else isinstance(value, dict)
-        )
-    if origin is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if origin is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if origin is Path:
-        return isinstance(value, str)
-    return isinstance(value, origin) if isinstance(origin, type) else True
 
 
 def words(hint: Any) -> str:

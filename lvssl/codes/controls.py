@@ -47,10 +47,7 @@ class LinearHash:
         return len(self.mean) if self.directions is None else self.directions.shape[1]
 
     def encode(self, features: Any) -> np.ndarray:
-        h = as_array(features)
-        if self.directions is None:
-            return pack_bits(sign_bits(h, self.mean))
-        return pack_bits((h.astype(np.float32) - self.mean) @ self.directions > 0)
+        return pack_bits(projected(features, self.mean, self.directions) > 0)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """-1 or 1."""
@@ -104,20 +101,6 @@ class ProductCode:
         return self.quantiser.decode(np.ascontiguousarray(codes))
 
 
-def sign_bits(features: Any, mean: Any) -> np.ndarray:
-    """1[h_d > mean_d]: one bit a feature, bool [N, D].
-
-    `features` [N, D] of any split; `mean` [D] of the *training* features, so that a test image's code does
-    not depend on the other test images. Arrays or torch tensors. Raises ValueError where widths differ.
-    """
-    h_ND, mean_D = as_array(features), as_array(mean)
-    if h_ND.ndim != 2 or mean_D.shape != h_ND.shape[1:]:
-        raise ValueError(
-            f"features [N, D] and a mean [D] are needed, not {list(h_ND.shape)} and {list(mean_D.shape)}"
-        )
-    return h_ND > mean_D
-
-
 def fit_sign(train: Any, bits: int, seed: int = 0) -> LinearHash:
     """The sign bits of the first `bits` features about their training mean: with fewer bits than features,
     prefix truncation. Raises ValueError for more bits than features."""
@@ -137,28 +120,22 @@ def fit_itq(train: Any, bits: int, seed: int = 0, iterations: int = 50) -> Linea
     that brings them nearest to their own signs. Raises ValueError for more bits than features."""
     h = checked(train, bits, most=as_array(train).shape[-1])
     directions = principal_directions(h, bits)
-    rotation, _ = itq_rotation((h - h.mean(axis=0)) @ directions, seed, iterations)
+    rotation = itq_rotation((h - h.mean(axis=0)) @ directions, seed, iterations)
     return LinearHash(h.mean(axis=0), directions @ rotation)
 
 
-def itq_rotation(v: np.ndarray, seed: int, iterations: int = 50) -> tuple[np.ndarray, list[float]]:
-    """(R [b, b] orthogonal, the objective |B - V R|^2 / N before each step and at the end) for V [N, b].
+def itq_rotation(v: np.ndarray, seed: int, iterations: int = 50) -> np.ndarray:
+    """R [b, b], orthogonal, that makes |sign(V R) - V R| small, for V [N, b].
 
     From a random rotation, in turn: B = sign(V R), then the R nearest to it (orthogonal Procrustes: V' B =
-    U S W', R = U W'). Neither step can raise the objective.
+    U S W', R = U W'). Neither step can raise |B - V R|.
     """
     rotation = random_rotation(v.shape[1], seed).astype(v.dtype)
     one = v.dtype.type(1)  # of integers, or of fp64, the signs would take twice the memory of v
-    objective = []
     for _ in range(iterations):
-        turned = v @ rotation
-        signs = np.where(turned > 0, one, -one)
-        objective.append(float(np.square(signs - turned).sum() / len(v)))
-        u, _, w = np.linalg.svd(v.T @ signs)
+        u, _, w = np.linalg.svd(v.T @ np.where(v @ rotation > 0, one, -one))
         rotation = u @ w
-    turned = v @ rotation
-    objective.append(float(np.square(np.where(turned > 0, one, -one) - turned).sum() / len(v)))
-    return rotation, objective
+    return rotation
 
 
 def fit_lsh(train: Any, bits: int, seed: int = 0) -> LinearHash:

@@ -33,9 +33,6 @@ import numpy as np
 from pipelines.kernels.pack import packed_bytes
 
 MAGIC = b"LVCODES\n"
-MEANS_MAGIC = b"LVMEANS\n"
-SCORE_MAGIC = b"LVSCORE\n"
-THUMBNAIL_MAGIC = b"LVTHUMB\n"
 VERSION = 1
 ROWS_AT = 4096  # a page: rows are mapped aligned, and the header can be rewritten once the count is known
 
@@ -69,9 +66,9 @@ class Table(NamedTuple):
     made_by: str
 
 
-MEANS = Table("means", MEANS_MAGIC, "<f2", "`lvssl encode --means`")
-THUMBNAILS = Table("thumbnails", THUMBNAIL_MAGIC, "u1", "`lvssl curate`")
-UNCERTAINTY = Table("uncertainty", SCORE_MAGIC, "<f4", "`lvssl encode` (without --no-fit)")
+MEANS = Table("means", b"LVMEANS\n", "<f2", "`lvssl encode --means`")
+THUMBNAILS = Table("thumbnails", b"LVTHUMB\n", "u1", "`lvssl curate`")
+UNCERTAINTY = Table("uncertainty", b"LVSCORE\n", "<f4", "`lvssl encode` (without --no-fit)")
 
 
 def open_codes(path: Path | str) -> CodeFile:

@@ -18,6 +18,7 @@ from lvssl.codes.file import CodeFile, CodeFileError, decode_name, encode_name
 from lvssl.codes.quantiser import Quantiser
 from lvssl.codes.search import hamming_search, staged_search
 from pipelines.files import write_atomically, written_aside
+from pipelines.kernels.pack import packed_bytes
 
 KIND, VERSION = "lvssl index", "1"
 CHUNK = 1 << 20  # codes at a time
@@ -39,9 +40,7 @@ class Index:
     ) -> None:
         self.quantiser, self.ids = quantiser, ids
         if rows is None:
-            rows = np.empty(
-                (0, quantiser.encode(quantiser.mean[None]).shape[1] if quantiser else 0), np.uint8
-            )
+            rows = np.empty((0, packed_bytes(quantiser.bits) if quantiser else 0), np.uint8)
         if rows.ndim != 2 or rows.dtype != np.uint8 or len(rows) != len(ids):
             raise ValueError(f"codes uint8 [{len(ids)}, B] are needed, not {rows.dtype} {list(rows.shape)}")
         self.rows = rows

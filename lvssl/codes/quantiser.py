@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -117,21 +118,12 @@ def fit_bits(train: Any, bits: int, seed: int = 0) -> Quantiser:
     return Quantiser(mean, scale, np.empty((h.shape[1], 0), np.float32), sides(x[:, :bits]))
 
 
-def fit_projected(train: Any, bits: int, seed: int, fit: Callable[..., Any]) -> Quantiser:
+def fit_projected(train: Any, bits: int, seed: int = 0, *, fit: Callable[..., Any]) -> Quantiser:
+    """The signs of the numbers after the projection that `fit`, of `controls`, finds."""
     h = checked(train, bits, most=train.shape[1])
     x, mean, scale = standardised(h)
     directions = fit(x, bits, seed).directions
     return Quantiser(mean, scale, directions.astype(np.float32), sides(x @ directions))
-
-
-def fit_pca_bits(train: Any, bits: int, seed: int = 0) -> Quantiser:
-    """Signs of the first principal components."""
-    return fit_projected(train, bits, seed, fit_pca)
-
-
-def fit_itq_bits(train: Any, bits: int, seed: int = 0) -> Quantiser:
-    """Signs of the principal components after iterative quantisation's rotation."""
-    return fit_projected(train, bits, seed, fit_itq)
 
 
 def fit_opq(train: Any, bits: int, seed: int = 0) -> Quantiser:
@@ -147,6 +139,6 @@ def fit_opq(train: Any, bits: int, seed: int = 0) -> Quantiser:
 FITS: dict[str, Callable[..., Quantiser]] = {
     "bits": fit_bits,
     "opq": fit_opq,
-    "itq": fit_itq_bits,
-    "pca": fit_pca_bits,
+    "itq": partial(fit_projected, fit=fit_itq),
+    "pca": partial(fit_projected, fit=fit_pca),
 }

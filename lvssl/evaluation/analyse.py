@@ -23,7 +23,7 @@ from lvssl.evaluation.shapes import FACTORS, make_shapes
 from lvssl.runs.result import ResultFile, as_number
 from lvssl.runs.rows import FOREIGN, Point, Row, by_point, rows_of_points
 from lvssl.runs.run import Run, load_run, run_names
-from lvssl.settings.pretrain import require
+from lvssl.settings.pretrain import at_least, require
 from lvssl.settings.stages import MeasuringSettings
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.errors import InputError
@@ -55,7 +55,7 @@ class AnalyseSettings(MeasuringSettings):
         """Raise InputError naming the first impossible value. Touches no file."""
         wanted = f"0 (all) or at least {FEWEST}: at least {FEWEST} test images are needed to analyse a run"
         require(self.max_images == 0 or self.max_images >= FEWEST, "max_images", self.max_images, wanted)
-        require(self.samples >= 1, "samples", self.samples, "at least 1")
+        at_least(self, samples=1)
 
     def sampling(self) -> Sampling:
         return Sampling(self.max_images, self.samples, self.seed, self.ood, self.on_error)

@@ -26,7 +26,7 @@ from lvssl.runs.result import ResultFile, as_number
 from lvssl.runs.rows import Row, as_csv, by_point, rows_of
 from lvssl.runs.run import Run, load_run, run_names
 from lvssl.settings.fields import RUNTIME
-from lvssl.settings.pretrain import require
+from lvssl.settings.pretrain import at_least
 from lvssl.settings.stages import MeasuringSettings
 from pipelines.decode import Reader
 from pipelines.errors import InputError
@@ -79,7 +79,7 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
     """
     if settings.top_n < 1 or not settings.bits or min(settings.bits) < 1:
         raise InputError("--top-n and --bits must be at least 1")
-    require(settings.max_images >= 0, "max_images", settings.max_images, "at least 0")
+    at_least(settings, max_images=0)
     run = load_run(settings.run)
     settings = with_defaults(settings, run)
     assert settings.test is not None and settings.on_error is not None

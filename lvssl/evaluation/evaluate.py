@@ -50,7 +50,7 @@ from lvssl.runs.result import ResultFile
 from lvssl.runs.rows import Point, Row, by_point, rows_of_points, stored_as
 from lvssl.runs.run import Run, load_run, run_names
 from lvssl.settings.fields import RUNTIME
-from lvssl.settings.pretrain import require
+from lvssl.settings.pretrain import at_least
 from lvssl.settings.stages import MeasuringSettings
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.datasets.parts import files_of
@@ -78,7 +78,7 @@ class EvaluateSettings(MeasuringSettings):
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value. Touches no file."""
-        require(self.probe_epochs >= 0, "probe_epochs", self.probe_epochs, "at least 0")
+        at_least(self, probe_epochs=0)
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     train = sound_part(train_path, train, sets[0].rows)
     test = sound_part(settings.test, test, sets[1].rows)
     names, seed = run_names(runs), run.settings.seed
-    points, wrong = measure(*sets, run.network, [], settings.probe_epochs)
+    points, wrong, _ = measure(*sets, run.network, [], settings.probe_epochs)
     points += [("code", "code", sets[1].bits, of_code(run, sets[1], test))]
     points += [("uncertainty", "", None, uncertainty(sets[1], wrong))]
     rows = rows_of_points(names[0], seed, points)
@@ -122,7 +122,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     if control:
         control_sets = embed_both(control, train, test, settings.workers)
         codes = equal_bit_codes({points[1][2] or 0})
-        found, _ = measure(*control_sets, control.network, codes, settings.probe_epochs, left_out)
+        found, _, left_out = measure(*control_sets, control.network, codes, settings.probe_epochs)
         rows += rows_of_points(names[1], control.settings.seed, found)
         stages.update()
     random, raw = baselines(run, train, test, settings)
@@ -163,17 +163,12 @@ def protocol(train: Reader, epochs: int) -> dict[str, Any]:
 
 
 def measure(
-    train: Embedding,
-    test: Embedding,
-    network: LVNet,
-    codes: list[tuple[str, int]],
-    epochs: int = 0,
-    left_out: list[str] | None = None,
-) -> tuple[list[Point], np.ndarray]:
-    """Accuracies in percent on features and codes, computed where the network lies; and the feature probe's
-    mistakes, bool [test]. The first code is the latent's own; without a latent there are those of `codes`,
-    methods and bits, made of the features: left out, the features' signs. Which of them can't be, and why,
-    is added to `left_out`."""
+    train: Embedding, test: Embedding, network: LVNet, codes: list[tuple[str, int]], epochs: int = 0
+) -> tuple[list[Point], np.ndarray, list[str]]:
+    """Accuracies in percent on features and codes, computed where the network lies; the feature probe's
+    mistakes, bool [test]; and which codes can't be, and why. The first code is the latent's own; without a
+    latent there are those of `codes`, methods and bits, made of the features: left out, the features' signs.
+    """
     labels, device, width = (train.labels, test.labels), device_of(network), test.features.shape[1]
     k, temperature = OF_LARGE if len(labels[0]) >= LARGE_SET else OF_SMALL
 
@@ -188,6 +183,7 @@ def measure(
         knn = hamming_knn(packed[0], labels[0], packed[1], labels[1], bits, k, temperature)
         return {"linear": found, "knn": knn}
 
+    left_out: list[str] = []
     probe, of_features = accuracies(train.features, test.features)
     points: list[Point] = [("features", "", 32 * width, of_features)]
     if network.family.stochastic:
@@ -198,7 +194,7 @@ def measure(
             both = Coded.of(coder, train.features), Coded.of(coder, test.features)
             figures = of_bits((both[0].codes, both[1].codes), bits) if coder.hamming else accuracies(*both)[1]
             points.append(("code", method, bits, figures))
-    return points, probe.predictions != labels[1]
+    return points, probe.predictions != labels[1], left_out
 
 
 @dataclass(frozen=True)

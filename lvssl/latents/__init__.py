@@ -20,7 +20,7 @@ from lvssl.latents.power_spherical import PowerSpherical
 from lvssl.latents.sign import Sign
 from lvssl.latents.vmf import VonMisesFisher
 
-__all__ = ["FAMILIES", "WITHOUT_LATENT", "Family", "Posterior", "described", "family", "has_code"]
+__all__ = ["FAMILIES", "WITHOUT_LATENT", "Family", "Posterior", "described", "family"]
 
 FAMILIES: dict[str, type[Family]] = {
     "none": Deterministic,
@@ -68,8 +68,3 @@ def described(name: str) -> str:
         return family(name).about
     except ValueError:
         return f"a {name} latent"
-
-
-def has_code(name: str) -> bool:
-    """Whether a model of that family has a code of its own, as `Family.own_code`; an unknown one has."""
-    return name not in FAMILIES or FAMILIES[name].own_code

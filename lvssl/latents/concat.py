@@ -32,10 +32,6 @@ class Concat(Family):
     def default_beta(self) -> float:
         return max(part.default_beta for part in self.parts)
 
-    @property
-    def exact_kl(self) -> bool:
-        return all(part.exact_kl for part in self.parts)
-
     def each(self, ask: Callable[[Family, int], Said], dim: int) -> list[Said]:
         """What each part says of its share of the dimensions."""
         return [ask(part, d) for part, d in zip(self.parts, halves(dim))]

@@ -26,7 +26,6 @@ class Mixture(Family):
     depth: int = 1
 
     about = "a mixture-of-Gaussians latent"
-    exact_kl = False
 
     def location_count(self, dim: int) -> int:
         return self.components * (dim + 1)

@@ -110,11 +110,6 @@ class Family(ABC):
         return 1e-3
 
     @property
-    def exact_kl(self) -> bool:
-        """Whether `kl` is that to the prior, and no upper bound on it; the family's file says of what."""
-        return True
-
-    @property
     def fused(self) -> bool:
         """Whether `lvssl.latents.fused` has a kernel of its samples."""
         return False

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -144,7 +144,6 @@ class Store:
     def _write(self, name: str, first: int, values: np.ndarray) -> None:
         """The rows from number `first` on, in the file of that array, which is made for all rows at once."""
         path = self.folder / f"{name}.npy"
-        head = npy_head(values.dtype, (self.count, *values.shape[1:]))
         size = HEAD + self.count * values[0].nbytes
         if not path.exists() and (free := shutil.disk_usage(self.folder).free) < size:
             raise InputError(
@@ -153,11 +152,13 @@ class Store:
             )
         with open(path, "ab"):
             pass
-        with open(path, "r+b", buffering=0) as file:
-            write_at(file, 0, head)
-            write_at(file, HEAD + first * values[0].nbytes, values)
-            if file.seek(0, 2) < size:
+        with open(path, "r+b") as file:
+            file.write(npy_head(values.dtype, (self.count, *values.shape[1:])))
+            file.seek(HEAD + first * values[0].nbytes)
+            file.write(np.ascontiguousarray(values).data)
+            if file.seek(0, os.SEEK_END) < size:
                 file.truncate(size)
+            file.flush()
             os.fsync(file.fileno())
 
     def _finish(self) -> None:
@@ -202,14 +203,3 @@ def npy_head(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     """The first HEAD bytes of a .npy of version 1.0."""
     text = repr({"descr": dtype.str, "fortran_order": False, "shape": shape})
     return b"\x93NUMPY\x01\x00" + (HEAD - 10).to_bytes(2, "little") + text.ljust(HEAD - 11).encode() + b"\n"
-
-
-def write_at(file: IO[bytes], offset: int, data: Any) -> None:
-    """Bytes or an array, from that byte of an unbuffered file on."""
-    flat = (
-        np.frombuffer(data, np.uint8) if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1)
-    )
-    view = flat.view(np.uint8).data
-    file.seek(offset)
-    while len(view):
-        view = view[file.write(view) :]

@@ -138,7 +138,7 @@ def say_notes(source: Reader) -> None:
 
 def open_labelled(
     path: Path,
-    target: str = "",
+    target: str | None = "",
     kind: str = "auto",
     on_error: str = "raise",
     device: str = "cpu",
@@ -147,6 +147,7 @@ def open_labelled(
     """The images at `path` with their classes, or with the float target(s) named.
 
     Args:
+        target: None for a command that has no --target.
         train: the training set of a test set, whose numbers of the classes it gets, by their names.
 
     Raises:
@@ -158,9 +159,14 @@ def open_labelled(
         source = numbered_as(source, path, train.source.classes, str(train.path))
     known: dict[str, np.ndarray] = getattr(source, "targets", {})
     if not target:
-        one_of = f"; its float targets: {', '.join(known)}: name one with --target" if known else ""
-        require_labels(source, path, one_of)
-        if train is None and _of_one_class(source):
+        hint = f"; its float targets: {', '.join(known)}: name one with --target"
+        one_of = hint if known and target is not None else ""
+        if source.labels.min() < 0:
+            raise InputError(
+                f"{path}: its images have no labels, and this command needs them of training and test "
+                f"images; name labelled ones with --train and --test{one_of}"
+            )
+        if train is None and len(np.unique(source.labels)) < 2:
             raise InputError(f"{path}: needs labels of at least two classes{one_of}")
         answers = torch.from_numpy(np.asarray(source.labels, np.int64))
         return LabelledDataset(path, source, answers, int(answers.max()) + 1, (), on_error)
@@ -194,21 +200,8 @@ def numbered_as(source: Reader, path: Path, classes: list[str] | None, where: st
     return renumbered
 
 
-def require_labels(source: Reader, path: Path, besides: str = "") -> None:
-    """Raise InputError if the images at `path` have no labels. `besides`: what they have instead."""
-    if source.labels.min() < 0:
-        raise InputError(
-            f"{path}: its images have no labels, and this command needs them of training and test images; "
-            f"name labelled ones with --train and --test{besides}"
-        )
-
-
 def _without_names(classes: list[str] | None) -> bool:
     return classes is None or all(name.isdecimal() for name in classes)
-
-
-def _of_one_class(source: Reader) -> bool:
-    return len(np.unique(source.labels)) < 2
 
 
 def open_pair(train: Path, test: Path) -> tuple[Reader, Reader]:
@@ -218,30 +211,19 @@ def open_pair(train: Path, test: Path) -> tuple[Reader, Reader]:
         InputError: no such data, training images of one class alone, or a class of the test set isn't among
             the training images.
     """
-    first = open_reader(train)
-    require_labels(first, train)
-    if _of_one_class(first):
-        raise InputError(f"{train}: needs labels of at least two classes")
-    second = open_reader(test)
-    require_labels(second, test)
-    second = numbered_as(second, test, first.classes, str(train))
-    check_seen(first, second, train, test)
-    return first, second
-
-
-def check_seen(train: Reader, test: Reader, train_path: Path, test_path: Path) -> None:
-    """Raise InputError if a class of the test set has no image in the training set."""
-    unseen = sorted(set(np.unique(test.labels).tolist()) - set(np.unique(train.labels).tolist()))
-    if unseen:
-        names = test.classes if test.classes and unseen[0] >= 0 else None
-        name = f" ({names[unseen[0]]})" if names and not numbers_alone(names) else ""
-        raise InputError(f"{test_path}: label {unseen[0]}{name} doesn't occur in {train_path}")
+    known = open_labelled(train, None)
+    asked = open_labelled(test, None, train=known)
+    check_pair(known, asked)
+    return known.source, asked.source
 
 
 def check_pair(train: LabelledDataset, test: LabelledDataset) -> None:
-    """Raise InputError if the test set asks for what the training set doesn't have."""
-    if not train.targets:
-        check_seen(train.source, test.source, train.path, test.path)
+    """Raise InputError if a class of the test set has no image in the training set."""
+    unseen = [] if train.targets else np.setdiff1d(test.source.labels, train.source.labels).tolist()
+    if unseen:
+        names = test.source.classes if unseen[0] >= 0 else None
+        name = f" ({names[unseen[0]]})" if names and not numbers_alone(names) else ""
+        raise InputError(f"{test.path}: label {unseen[0]}{name} doesn't occur in {train.path}")
 
 
 def sibling_test_set(train: Path) -> Path:

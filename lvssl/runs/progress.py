@@ -161,7 +161,8 @@ def keep_until(path: Path, step: int) -> None:
 
 
 class ThroughputMeter:
-    """Speed, wait for data and memory since they were last asked for: is loader or model the bottleneck?"""
+    """Speed, wait for data and memory since they were last asked for: is loader or model the bottleneck?
+    Whoever makes the steps counts them in `steps`."""
 
     def __init__(self, images_per_step: int, device: torch.device, loader: TwoViewLoader) -> None:
         self.images, self.device, self.loader = images_per_step, device, loader
@@ -169,11 +170,6 @@ class ThroughputMeter:
 
     def reset(self) -> None:
         self.started, self.waited, self.steps = time.perf_counter(), self.loader.waited, 0
-
-    def next_batch(self, batches: Iterator[T]) -> T | None:
-        batch = next(batches, None)
-        self.steps += batch is not None
-        return batch
 
     def speed(self) -> dict[str, float]:
         """Images a second, percent of the time spent waiting for the loader, GiB at the peak so far."""

@@ -142,31 +142,34 @@ def from_dict(kind: Any, values: Any, where: str = "config") -> Any:
         if dataclasses.is_dataclass(kind_of):
             made[name] = from_dict(kind_of, value, f"{where}.{name}")
             continue
-        made[name] = _typed(value, kind_of)
-        if made[name] is _WRONG:
+        made[name] = typed(value, kind_of)
+        if made[name] is WRONG:
             wanted = getattr(kind_of, "__name__", str(kind_of)) if not get_args(kind_of) else str(kind_of)
             raise InputError(f"{where}: {name} should be of type {wanted}, not {str(value)[:40]!r}")
     return kind(**made)
 
 
-_WRONG = object()
+WRONG = object()
 
 
-def _typed(value: Any, kind: Any) -> Any:
-    """A JSON value as a setting of that type; _WRONG if it isn't of it."""
+def typed(value: Any, kind: Any) -> Any:
+    """A value of JSON or TOML as a setting of that type; WRONG if it isn't of it."""
     if get_origin(kind) is tuple:
         kinds = get_args(kind)
         if not isinstance(value, list) or (kinds[-1] is not Ellipsis and len(value) != len(kinds)):
-            return _WRONG
-        made = tuple(_typed(one, kinds[0]) for one in value)  # all are of one type
-        return _WRONG if _WRONG in made else made
+            return WRONG
+        made = tuple(typed(one, kinds[0]) for one in value)  # all are of one type
+        return WRONG if WRONG in made else made
+    if get_origin(kind) is Mapping:
+        sound = isinstance(value, dict) and WRONG not in [typed(v, get_args(kind)[1]) for v in value.values()]
+        return value if sound else WRONG
     if get_args(kind):  # a union
-        return next((made for one in get_args(kind) if (made := _typed(value, one)) is not _WRONG), _WRONG)
+        return next((made for one in get_args(kind) if (made := typed(value, one)) is not WRONG), WRONG)
     if kind is Path:
-        return Path(value) if isinstance(value, str) else _WRONG
+        return Path(value) if isinstance(value, str) else WRONG
     accepted = (int, float) if kind is float else kind
     sound = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-    return value if sound else _WRONG
+    return value if sound else WRONG
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

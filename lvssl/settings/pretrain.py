@@ -160,7 +160,7 @@ class LatentSettings:
         choice("sample_reduction", self.sample_reduction, ("auto", "samples", "projections", "losses"))
         choice("objective", self.objective, OBJECTIVES)
         choice("beta_schedule", self.beta_schedule, ("constant", "warmup", "cyclical"))
-        require(self.dim >= 0, "dim", self.dim, "at least 0")
+        at_least(self, dim=0)
         if not family.stochastic:
             require(self.dim == 0, "dim", self.dim, f"0 for family {self.family}, which has no latent")
             require(self.site == "repr", "site", self.site, f"repr for family {self.family}")
@@ -186,20 +186,18 @@ class LatentSettings:
         require(0 < self.anneal <= 1, "anneal", self.anneal, "in (0, 1]")
         require(self.final_beta >= 0, "beta", self.beta, "at least 0")
         require(0 <= self.beta_warmup <= 1, "beta_warmup", self.beta_warmup, "in [0, 1]")
-        require(self.beta_cycles >= 1, "beta_cycles", self.beta_cycles, "at least 1")
-        require(self.free_nats >= 0, "free_nats", self.free_nats, "at least 0")
-        require(self.decorrelation >= 0, "decorrelation", self.decorrelation, "at least 0")
+        at_least(self, beta_cycles=1, free_nats=0, decorrelation=0)
 
     def _validate_objective(self) -> None:
-        require(self.samples >= 1, "samples", self.samples, "at least 1")
+        at_least(self, samples=1)
         require(0 <= self.clean_path_weight < 1, "clean_path_weight", self.clean_path_weight, "in [0, 1)")
-        require(self.invariance > 0, "invariance", self.invariance, "above 0")
+        above_zero(self, "invariance")
         for name, weight in zip(("variance", "covariance"), self.spread):
             require(0 <= weight < float("inf"), name, weight, "at least 0")
             wanted = f"0 with --objective {self.objective}, which doesn't take it"
             require(self.objective in OF_VECTORS or weight == 0, name, weight, wanted)
-        require(self.ceb_kappa > 0, "ceb_kappa", self.ceb_kappa, "above 0")
-        require(self.ceb_weight >= 0, "ceb_weight", self.ceb_weight, "at least 0")
+        above_zero(self, "ceb_kappa")
+        at_least(self, ceb_weight=0)
         if self.objective in EACH_SAMPLE:
             wanted = f"losses with --objective {self.objective}, which wants each sample"
             require(self.reduction == "losses", "sample_reduction", self.sample_reduction, wanted)
@@ -234,10 +232,8 @@ class OptimiserSettings:
         """Raise InputError naming the first impossible value."""
         choice("optimiser", self.optimiser, OPTIMISERS)
         choice("lr_rule", self.lr_rule, LR_RULES)
-        for name in ("lr", "trust"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("weight_decay", "warmup_epochs", "clip"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        above_zero(self, "lr", "trust")
+        at_least(self, weight_decay=0, warmup_epochs=0, clip=0)
         require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         if self.nesterov:
             require(self.momentum > 0, "momentum", self.momentum, "above 0 with --nesterov")
@@ -288,7 +284,7 @@ class EngineSettings:
     def validate(self) -> None:
         """Raise InputError naming the first impossible value."""
         choice("precision", self.precision, PRECISIONS)
-        require(self.chunk >= 0, "chunk", self.chunk, "at least 0")
+        at_least(self, chunk=0)
         require(self.chunk != 1, "chunk", self.chunk, "at least 2: one view has no batch statistics")
         choice("compile", self.compile, ("auto", "on", "off"))
         if self.compile == "on" and self.recompute:  # no checkpoint whose second time is another is compiled
@@ -299,9 +295,8 @@ class EngineSettings:
                 "--graph on doesn't go with --recompute, --chunk or --precision fp16: leave it out"
             )
         require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
-        require(self.keep >= 2, "keep", self.keep, "at least 2")
-        require(self.non_finite_steps >= 1, "non_finite_steps", self.non_finite_steps, "at least 1")
-        require(self.timeout_minutes > 0, "timeout_minutes", self.timeout_minutes, "above 0")
+        at_least(self, keep=2, non_finite_steps=1)
+        above_zero(self, "timeout_minutes")
 
 
 @dataclass(frozen=True)
@@ -363,24 +358,20 @@ class PretrainSettings(ReadsImages):
         choice("on_error", self.on_error, ON_ERROR)
         for name in self.log:
             choice("log", name, SINKS)
-        require(self.workers >= 0, "workers", self.workers, "at least 0")
-        for name in ("epochs", "batch_size", "log_every"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        at_least(self, workers=0, epochs=1, batch_size=1, log_every=1)
         require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2, for there to be negatives")
-        require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        above_zero(self, "temperature")
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
-        require(self.threads >= 0, "threads", self.threads, "at least 0")
-        require(self.checkpoint_minutes > 0, "checkpoint_minutes", self.checkpoint_minutes, "above 0")
-        model, latent = self.model, self.latent
-        require(model.hidden >= 1, "hidden", model.hidden, "at least 1")
-        require(model.projection >= 2, "projection", model.projection, "at least 2")
-        latent.validate()
+        at_least(self, threads=0)
+        above_zero(self, "checkpoint_minutes")
+        at_least(self.model, hidden=1, projection=2)
+        self.latent.validate()
         self.optimiser.validate()
         self.engine.validate()
         self.view.validate()
-        if self.engine.recompute and model.backbone not in BACKBONES:
+        if self.engine.recompute and (name := self.model.backbone) not in BACKBONES:
             raise InputError(
-                f"--recompute knows the blocks of ResNets alone, not those of {model.backbone}: take --chunk"
+                f"--recompute knows the blocks of ResNets alone, not those of {name}: take --chunk"
             )
 
 
@@ -388,6 +379,20 @@ def require(ok: bool, name: str, value: object, wanted: str) -> None:
     """Raise InputError unless `ok` (NaN never is)."""
     if not ok:
         raise InputError(f"--{name.replace('_', '-')} must be {wanted}, got {value}")
+
+
+def at_least(settings: object, **lowest: float) -> None:
+    """Raise InputError for the first of the settings named that is below its lowest value."""
+    for name, low in lowest.items():
+        value = getattr(settings, name)
+        require(value >= low, name, value, f"at least {low}")
+
+
+def above_zero(settings: object, *names: str) -> None:
+    """Raise InputError for the first of the settings named that isn't above 0."""
+    for name in names:
+        value = getattr(settings, name)
+        require(value > 0, name, value, "above 0")
 
 
 def require_backbone(name: str) -> None:

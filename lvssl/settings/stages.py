@@ -8,7 +8,7 @@ from tyro import MISSING
 from tyro.conf import Positional
 
 from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME, ReadsImages
-from lvssl.settings.pretrain import PRECISIONS, choice, require
+from lvssl.settings.pretrain import PRECISIONS, above_zero, at_least, choice, require
 from pipelines.decode import SOURCES
 from pipelines.errors import ON_ERROR
 
@@ -51,8 +51,7 @@ class StageSettings(ReadsImages):
         """Raise InputError naming the first impossible value. Touches no file."""
         choice("source", self.source, SOURCES)
         choice("on_error", self.on_error or "raise", ON_ERROR)
-        require(self.workers >= 0, "workers", self.workers, "at least 0")
-        require(self.threads >= 0, "threads", self.threads, "at least 0")
+        at_least(self, workers=0, threads=0)
 
 
 @dataclass(frozen=True)
@@ -97,10 +96,9 @@ class TrainingSettings(StageSettings):
         super().validate()
         choice("representation", self.representation, REPRESENTATIONS)
         choice("precision", self.precision, PRECISIONS)
-        for name in ("batch_size", "log_every"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        at_least(self, batch_size=1, log_every=1)
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
-        require(self.checkpoint_minutes > 0, "checkpoint_minutes", self.checkpoint_minutes, "above 0")
+        above_zero(self, "checkpoint_minutes")
 
 
 @dataclass(frozen=True)
@@ -123,9 +121,8 @@ class LinearSettings(TrainingSettings):
     def validate(self) -> None:
         super().validate()
         choice("probe", self.probe, PROBES)
-        require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
-        require(self.probe_epochs >= 0, "probe_epochs", self.probe_epochs, "at least 0")
-        require(self.lr > 0, "lr", self.lr, "above 0")
+        at_least(self, epochs=1, probe_epochs=0)
+        above_zero(self, "lr")
 
 
 @dataclass(frozen=True)
@@ -139,8 +136,7 @@ class KnnSettings(StageSettings):
 
     def validate(self) -> None:
         super().validate()
-        require(self.k >= 0, "k", self.k, "at least 0")
-        require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
+        at_least(self, k=0, temperature=0)
 
 
 @dataclass(frozen=True)
@@ -177,8 +173,7 @@ class FinetuneSettings(TrainingSettings):
             "features or latent: a code has no gradient",
         )
         require(0 < self.label_fraction <= 1, "label_fraction", self.label_fraction, "in (0, 1]")
-        require(self.min_steps >= 0, "min_steps", self.min_steps, "at least 0")
-        require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        at_least(self, min_steps=0, epochs=1)
         for name, smallest in (("lr", 1e-12), ("weight_decay", 0.0)):
             values = getattr(self, name)
             require(

@@ -5,6 +5,7 @@ environment says. Tensors on a CPU travel by gloo, on a GPU by NCCL.
 """
 
 import os
+import re
 import socket
 import sys
 import threading
@@ -84,17 +85,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 def first_host(nodes: str) -> str:
     """The first of Slurm's node list: "gpu[07-09,12],login" -> "gpu07"."""
-    name, depth = "", 0
-    for character in nodes:
-        if character == "," and not depth:
-            break
-        depth += (character == "[") - (character == "]")
-        name += character
-    while "[" in name:
-        head, _, rest = name.partition("[")
-        inside, _, tail = rest.partition("]")
-        name = head + inside.split(",")[0].split("-")[0] + tail
-    return name
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodes).split(",")[0]
 
 
 def port_of_job(environment: Mapping[str, str]) -> int:

@@ -93,7 +93,7 @@ class Loop(ABC):
             GradientAllReducer(self.parameters, self.pace.timeout_minutes),
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
-        self.finite = NonFiniteMonitor(network, self.host_reads)
+        self.finite = NonFiniteMonitor(network)
 
     @abstractmethod
     def train_step(self, batch: ViewBatch) -> Figures:
@@ -161,7 +161,8 @@ class Loop(ABC):
     def epoch(self, window: ThroughputMeter, log: Log | None, stop: Stop) -> None:
         """The steps that are left of an epoch, each with its row in the log where one is due."""
         batches = iter(self.loader)
-        while self.step < self.steps and (batch := window.next_batch(batches)) is not None:
+        while self.step < self.steps and (batch := next(batches, None)) is not None:
+            window.steps += 1
             figures = self.train_step(batch.to(self.device))
             self.step += 1
             if self.step % self.pace.log_every == 0 or self.step == self.steps:
@@ -263,9 +264,8 @@ class NonFiniteMonitor:
     Statistics are kept and put back all together: what that launches doesn't grow with their number.
     """
 
-    def __init__(self, network: nn.Module, host_reads: bool) -> None:
+    def __init__(self, network: nn.Module) -> None:
         self.layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-        self.host_reads = host_reads
         self.waiting: deque[tuple[Tensor, Any, Tensor]] = deque()
         self.bad = 0
         self.reason = ""
@@ -285,12 +285,8 @@ class NonFiniteMonitor:
 
     def undo(self, finite: Tensor) -> None:
         """Put back the statistics that a step has spoilt, if it wasn't `finite`, a bool on the device."""
-        if not self.host_reads:
-            for kept, group in zip(self.kept, self.statistics()):
-                put(torch.where(finite, joined(group), kept), group)
-        elif not finite:
-            for kept, group in zip(self.kept, self.statistics()):
-                put(kept, group)
+        for kept, group in zip(self.kept, self.statistics()):
+            put(torch.where(finite, joined(group), kept), group)
 
     def see(self, finite: Tensor, indices: Tensor) -> None:
         """A step's verdict, a bool on the device, which `in_a_row` counts once the device has come to it."""

@@ -32,7 +32,8 @@ def build_optimiser(network: nn.Module, settings: OptimiserSettings, fused: bool
         return torch.optim.AdamW(parameters, lr=settings.lr, fused=fused or None)
     momentum: dict[str, Any] = {"momentum": settings.momentum, "nesterov": settings.nesterov}
     if settings.optimiser == "sgd":
-        return build_sgd(parameters, fused, lr=settings.lr, **momentum)
+        sgd = torch.optim.SGD(parameters, lr=settings.lr, fused=fused or None, **momentum)
+        return with_momentum(sgd) if fused else sgd
     if fused:
         parameters[0] |= {"weight_decay": 0.0, "adapted_decay": settings.weight_decay}
         return with_momentum(FusedLars(parameters, settings.trust, lr=settings.lr, **momentum))
@@ -40,12 +41,6 @@ def build_optimiser(network: nn.Module, settings: OptimiserSettings, fused: bool
 
     parameters[0]["always_adapt"] = True  # without it, --weight-decay 0 would turn the adaptation off
     return Lars(parameters, lr=settings.lr, trust_coeff=settings.trust, **momentum)
-
-
-def build_sgd(parameters: list[dict[str, Any]], fused: bool, **options: Any) -> torch.optim.SGD:
-    """torch's SGD over groups of parameters; `fused` as of `build_optimiser`."""
-    optimiser = torch.optim.SGD(parameters, fused=fused or None, **options)
-    return with_momentum(optimiser) if fused else optimiser
 
 
 S = TypeVar("S", bound=torch.optim.SGD)

@@ -25,17 +25,15 @@ from lvssl.models.device import autocast, precision
 from lvssl.models.inference import infer
 from lvssl.models.network import LVNet
 from lvssl.runs.labels import LabelledDataset, readable, say_left_out
-from lvssl.settings.pretrain import EngineSettings
+from lvssl.settings.pretrain import EngineSettings, OptimiserSettings
 from lvssl.training.batchnorm import synchronised
 from lvssl.training.distributed import World, broadcast_state
 from lvssl.training.loop import Figures, Loop, Pace
-from lvssl.training.optimiser import build_sgd, groups, restore_optimiser
+from lvssl.training.optimiser import build_optimiser, restore_optimiser
 from lvssl.training.stopping import Stop
 from pipelines.augment import augmenter_for
 from pipelines.loader import LoaderSettings, TwoViewLoader, ViewBatch
 from pipelines.views import ViewSettings
-
-MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
@@ -182,7 +180,8 @@ class SupervisedTrainer(Loop):
         broadcast_state(self.model)
         self.answers = train.answers.to(device)
         self.steps = max(recipe.epochs * len(self.loader), recipe.min_steps)
-        optimiser = sgd(model, recipe, fused=not self.host_reads)
+        sgd = OptimiserSettings("sgd", recipe.lr, "given", recipe.weight_decay, momentum=0.9, nesterov=True)
+        optimiser = build_optimiser(model, sgd, fused=not self.host_reads)
         self.trains(self.trained(), optimiser, precision(recipe.engine, device) == torch.float16)
 
     def run(self, stop: Stop, title: str) -> None:
@@ -254,16 +253,6 @@ class SupervisedTrainer(Loop):
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
         self.seconds = state["seconds"]
-
-
-def sgd(model: nn.Module, recipe: Recipe, fused: bool) -> torch.optim.SGD:
-    """Weight decay on weights of linear and convolutional layers alone, found by the modules' types."""
-    decayed, others = groups(model)
-    parameters = [
-        {"params": list(decayed.values()), "weight_decay": recipe.weight_decay},
-        {"params": list(others.values()), "weight_decay": 0.0},
-    ]
-    return build_sgd(parameters, fused, lr=recipe.lr, momentum=MOMENTUM, nesterov=True)
 
 
 def predict(

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lvssl.codes.controls import sign_bits
 from lvssl.codes.file import ROWS_AT, CodeFileError, open_codes, require_checkpoint
 from lvssl.codes.search import hamming_search
 from lvssl.codes.statistics import binary_entropy, code_statistics, compression_ratios
@@ -52,13 +51,6 @@ def test_logits_and_wrong_widths_are_refused():
         pack_bits(np.zeros(8, dtype=bool))
     with pytest.raises(ValueError, match=r"uint8 \[N, 2\]"):
         unpack_bits(np.zeros((1, 1), dtype=np.uint8), 9)
-
-
-def test_sign_bits_use_the_training_mean():
-    h = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
-    assert sign_bits(h, torch.tensor([2.0, 5.0])).tolist() == [[False, False], [True, False]]
-    with pytest.raises(ValueError, match="mean"):
-        sign_bits(h, torch.zeros(3))
 
 
 # --- the file -------------------------------------------------------------------------------------

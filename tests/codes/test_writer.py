@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from lvssl.codes.file import MEANS, MEANS_MAGIC, ROWS_AT, CodeFileError, header_block, open_codes, open_means
+from lvssl.codes.file import MEANS, ROWS_AT, CodeFileError, header_block, open_codes, open_means
 from lvssl.codes.search import hamming_search, rerank
 from lvssl.codes.writer import CodeWriter
 from pipelines.kernels.pack import pack_bits
@@ -185,13 +185,13 @@ def test_means_belong_to_their_codes(tmp_path):
     file = tmp_path / "a.lvcodes.means"
     good = file.read_bytes()
     fields = {"version": 1, "dim": DIM, "count": N, "rows_sha256": codes.rows_sha256}
-    assert good[:ROWS_AT] == header_block(MEANS_MAGIC, fields)
+    assert good[:ROWS_AT] == header_block(MEANS.magic, fields)
     for changed, message in [
         (good[:-1], f"truncated at byte {len(good) - 1}; 40 means of 5 dimensions"),
         (good[:100], "truncated at byte 100"),
         (good + b"x", "1 bytes follow"),
-        (header_block(MEANS_MAGIC, fields | {"rows_sha256": "00"}) + good[ROWS_AT:], "of other codes"),
-        (header_block(MEANS_MAGIC, fields | {"dim": 0}) + good[ROWS_AT:], "no valid dim"),
+        (header_block(MEANS.magic, fields | {"rows_sha256": "00"}) + good[ROWS_AT:], "of other codes"),
+        (header_block(MEANS.magic, fields | {"dim": 0}) + good[ROWS_AT:], "no valid dim"),
         (b"GIF89a..", "not a file of means"),
     ]:
         file.write_bytes(changed)

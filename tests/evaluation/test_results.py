@@ -117,8 +117,7 @@ def test_a_result_of_older_checkpoints_or_without_all_of_its_files_is_not_taken(
 def test_the_controls_codes_are_what_a_plain_probe_and_plain_neighbours_say(control, digits, width):
     loaded = load_run(control)
     train, test = embed_both(loaded, *open_pair(digits["train"], digits["test"]), workers=1)
-    left_out: list[str] = []
-    points, _ = measure(train, test, loaded.network, [("ITQ", width), ("OPQ", width)], 0, left_out)
+    points, _, left_out = measure(train, test, loaded.network, [("ITQ", width), ("OPQ", width)])
     refused = ["ITQ of the control, 128 bits: 64 features"] * (width == 128)
     assert [line[:41] for line in left_out] == refused
     labels = train.labels, test.labels

@@ -25,6 +25,7 @@ from lvssl.evaluation.linear import linear
 from lvssl.evaluation.nearest import knn
 from lvssl.evaluation.stage import remove_work
 from lvssl.runs import checkpoint
+from lvssl.runs.labels import open_pair
 from lvssl.runs.run import load_run
 from lvssl.settings.stages import FinetuneSettings, KnnSettings, LinearSettings
 from lvssl.training import supervised
@@ -386,6 +387,8 @@ def test_numbers_are_regressed(run, digits, tmp_path):
     data = {"train": sets["train"], "test": sets["test"]}
     with pytest.raises(InputError, match="its images have no labels.*its float targets: ink, top"):
         linear(LinearSettings(run, **data))
+    with pytest.raises(InputError, match=r"with --train and --test$"):
+        open_pair(sets["train"], sets["test"])  # of a command that has no --target
     ridge = linear(LinearSettings(run, target="all", **data)).done
     assert ridge["probe"] == "ridge" and set(ridge["results"]["features"]["targets"]) == {"ink", "top"}
     assert ridge["results"]["features"]["r2"] > 0.4

@@ -470,6 +470,7 @@ def test_a_step_with_labels_that_is_not_finite_changes_nothing(digits, tmp_path,
     host_reads = host_reads and device == "cpu"
     view = PRESETS["digits"].view
     training = SupervisedTrainer(tmp_path, model, train, view, recipe, kind, host_reads=host_reads)
+    assert bool(training.optimiser.param_groups[0]["fused"]) is not host_reads
     with training.loader as loader:
         batches = iter(loader)
         for number in range(5):

@@ -23,7 +23,7 @@ from lvssl.settings.stages import FinetuneSettings, KnnSettings, LinearSettings
 from lvssl.training import pretrain as pretraining
 from lvssl.training.distributed import World
 from lvssl.training.stopping import Stop
-from lvssl.training.supervised import Classifier, Recipe, sgd
+from lvssl.training.supervised import Classifier
 from pipelines.decode import dali, open_reader
 from pipelines.errors import InputError
 
@@ -226,14 +226,6 @@ def test_the_encoder_of_a_stage_reads_in_the_precision_asked_for(run, digits, mo
         with autocast(found.engine, found.device):
             assert model.network.features(torch.zeros(2, 3, 8, 8)).dtype == torch.float32
         assert found.run.arithmetic == "cpu fp32"
-
-
-def test_the_optimiser_of_fine_tuning_is_fused_where_asked():
-    net = torch.nn.Linear(3, 2)
-    recipe = Recipe(1, 2, 0.1, 0.0, 0, 1.0, 1, 1)
-    assert not sgd(net, recipe, fused=False).param_groups[0]["fused"]
-    optimiser = sgd(net, recipe, fused=True)
-    assert optimiser.param_groups[0]["fused"] and len(optimiser.state) == 2
 
 
 class Guard:
