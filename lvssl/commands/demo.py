@@ -87,28 +87,23 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
 
 def converted(settings: DemoSettings) -> tuple[str, Path, Path]:
     """(preset, train.beton, test.beton), converted unless that is done."""
-    choices = {
-        "auto": ("fashion-mnist", "digits"),
-        "fashion-mnist": ("fashion-mnist",),
-        "digits": ("digits",),
-    }
+    choices = ("auto", "fashion-mnist", "digits")
     if settings.data not in choices:
         raise InputError(f"unknown --data {settings.data!r}; known: {', '.join(choices)}")
-    for name in choices[settings.data]:
-        folder = settings.out / "data" / name
-        try:
-            paths = [
-                convert_split(settings, name, split, folder / f"{split}.beton") for split in ("train", "test")
-            ]
-            return name, paths[0], paths[1]
-        except InputError as error:
-            if name == choices[settings.data][-1]:
-                raise
-            print(
-                f"Fashion-MNIST can't be had here ({error}).\nGoing on with scikit-learn's digits.",
-                flush=True,
-            )
-    raise AssertionError("unreachable")
+    name = "digits" if settings.data == "digits" else "fashion-mnist"
+    try:
+        return name, *both_splits(settings, name)
+    except InputError as error:
+        if settings.data != "auto":
+            raise
+        print(f"Fashion-MNIST can't be had here ({error}).\nGoing on with scikit-learn's digits.", flush=True)
+    return "digits", *both_splits(settings, "digits")
+
+
+def both_splits(settings: DemoSettings, name: str) -> tuple[Path, Path]:
+    folder = settings.out / "data" / name
+    train, test = (convert_split(settings, name, s, folder / f"{s}.beton") for s in ("train", "test"))
+    return train, test
 
 
 def convert_split(settings: DemoSettings, name: str, split: str, out: Path) -> Path:

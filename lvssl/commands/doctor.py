@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -70,35 +70,60 @@ class Check:
     command: str = ""
 
 
-def check(run: Path | None = None) -> list[Check]:
-    """All checks, in the order of the answer; takes seconds, for it really imports each package.
-
-    Args:
-        run: where runs will be written; disk space is looked up there (default: the working directory).
-    """
+def check() -> list[Check]:
+    """All checks, in the order of the answer; takes seconds, for it really imports each package."""
     checks: list[Callable[[], Check]] = [
         check_python,
         check_torch,
         check_cores,  # before FFCV's package: importing it sets torch to one thread
         *(lambda name=name: check_package(name) for name in PACKAGES),
         check_libjpeg_turbo,
-        check_ffcv,
+        # Optional: `pipelines` reads and writes its files itself; its own loader is a peer in the benchmarks.
+        lambda: check_optional(
+            "ffcv",
+            "ffcv",
+            "converting and training work; FFCV's own loader, for benchmarks beside it, doesn't",
+            f"{apt_install('libturbojpeg0-dev libopencv-dev pkg-config g++')} && "
+            + pip_install("lvssl[ffcv]"),
+        ),
         lambda: check_headers("libturbojpeg", "libturbojpeg0-dev"),
         lambda: check_headers("opencv4", "libopencv-dev"),
-        check_compiler,
-        check_triton,
+        lambda: check_program(
+            "C++ compiler",
+            ("g++", "--version"),
+            "no g++",
+            "all works but building FFCV, torch.compile and Triton kernels",
+            "g++",
+        ),
+        lambda: check_optional(
+            "triton",
+            "triton",
+            "the CPU and plain torch forms of every kernel work",
+            pip_install("triton"),
+        ),
         check_dali,
-        check_faiss,
-        check_slurm,
-        lambda: check_disk(run or Path(".")),
+        lambda: check_optional(
+            "faiss",
+            "faiss-cpu",
+            "all but product quantisation works; Hamming search has its own, faster kernels",
+            pip_install("lvssl[faiss]"),
+        ),
+        lambda: check_program(
+            "Slurm",
+            ("sbatch", "--version"),
+            "sbatch doesn't answer",
+            "plain python and torchrun work; jobs are submitted from a cluster's login node",
+            "slurm-client",
+        ),
+        check_disk,
         check_shared_memory,
     ]
     return [one() for one in checks]
 
 
-def main(run: Path | None = None) -> int:
+def main() -> int:
     """Print the checks. Exit status 0 if all required dependencies work, else 1."""
-    checks = check(run)
+    checks = check()
     width = max(len(c.name) for c in checks)
     for c in checks:
         print(f"{c.status:<8} {c.name:<{width}}  {c.found}")
@@ -245,29 +270,12 @@ def wrongly_decoded() -> str:
     return ""
 
 
-def check_ffcv() -> Check:
-    """Optional: `pipelines` reads and writes its files itself; its own loader is a peer in the benchmarks."""
-    module, failure = load("ffcv")
-    if module is not None:
-        return Check("ffcv", OK, version("ffcv"))
-    command = (
-        f"{apt_install('libturbojpeg0-dev libopencv-dev pkg-config g++')} && {pip_install('lvssl[ffcv]')}"
-    )
-    without = "converting and training work; FFCV's own loader, for benchmarks beside it, doesn't"
-    return Check("ffcv", ABSENT, failure, without, command)
-
-
-def check_triton() -> Check:
-    module, failure = load("triton")
+def check_optional(name: str, distribution: str, without: str, command: str) -> Check:
+    """A package that not everything needs."""
+    module, failure = load(name)
     if module is None:
-        return Check(
-            "triton",
-            ABSENT,
-            failure,
-            "the CPU and plain torch forms of every kernel work",
-            pip_install("triton"),
-        )
-    return Check("triton", OK, version("triton"))
+        return Check(name, ABSENT, failure, without, command)
+    return Check(name, OK, version(distribution) or getattr(module, "__version__", ""))
 
 
 def check_dali() -> Check:
@@ -290,14 +298,6 @@ def check_dali() -> Check:
     )
 
 
-def check_faiss() -> Check:
-    module, failure = load("faiss")
-    if module is None:
-        without = "all but product quantisation works; Hamming search has its own, faster kernels"
-        return Check("faiss", ABSENT, failure, without, pip_install("lvssl[faiss]"))
-    return Check("faiss", OK, version("faiss-cpu") or getattr(module, "__version__", ""))
-
-
 # ---- System
 
 
@@ -310,37 +310,26 @@ def output(*command: str) -> str:
     return (done.stdout.splitlines() or [""])[0] if done.returncode == 0 else ""
 
 
+def check_program(name: str, command: Sequence[str], unanswered: str, without: str, packages: str) -> Check:
+    """What is there if a command answers; `unanswered`: what is wrong where it is there and doesn't."""
+    found = output(*command)
+    if found:
+        return Check(name, OK, found)
+    failure = unanswered if shutil.which(command[0]) else f"no {command[0]}"
+    return Check(name, ABSENT, failure, without, apt_install(packages))
+
+
 def check_headers(module: str, package: str) -> Check:
-    found = output("pkg-config", "--modversion", module)
-    if found:
-        return Check(f"{module} headers", OK, found)
-    failure = "unknown to pkg-config" if shutil.which("pkg-config") else "no pkg-config"
+    asked = ("pkg-config", "--modversion", module)
     without = "an FFCV that is already built works; building it needs them"
-    return Check(f"{module} headers", ABSENT, failure, without, apt_install(f"{package} pkg-config"))
+    return check_program(
+        f"{module} headers", asked, "unknown to pkg-config", without, f"{package} pkg-config"
+    )
 
 
-def check_compiler() -> Check:
-    found = output("g++", "--version")
-    if found:
-        return Check("C++ compiler", OK, found)
-    without = "all works but building FFCV, torch.compile and Triton kernels"
-    return Check("C++ compiler", ABSENT, "no g++", without, apt_install("g++"))
-
-
-def check_slurm() -> Check:
-    found = output("sbatch", "--version")
-    if found:
-        return Check("Slurm", OK, found)
-    failure = "sbatch doesn't answer" if shutil.which("sbatch") else "no sbatch"
-    without = "plain python and torchrun work; jobs are submitted from a cluster's login node"
-    return Check("Slurm", ABSENT, failure, without, apt_install("slurm-client"))
-
-
-def check_disk(folder: Path) -> Check:
-    """Free space where the runs will lie: on the nearest folder above that exists."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
+def check_disk() -> Check:
+    """Free space where runs are written, if nothing else is said."""
+    folder = Path.cwd()
     free = shutil.disk_usage(folder).free / GIB
     found = f"{free:.1f} GiB free at {folder}"
     if free < 5:
