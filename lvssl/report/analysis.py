@@ -1,4 +1,4 @@
-"""What `lvssl analyse` measured: uncertainty, calibration, regression and disentanglement, with controls."""
+"""What `lvssl analyse` measured: uncertainty, calibration and regression, with controls."""
 
 from __future__ import annotations
 
@@ -79,11 +79,3 @@ def regression(analysis: dict[str, Any]) -> str:
         for (kind, target), row in found.items()
     ]
     return render("regression.html", rows=rows, columns=columns, command=analysis.get("command"))
-
-
-def disentanglement(analysis: dict[str, Any]) -> str:
-    """DCI and MIG: one row a model and representation."""
-    rows = [row for row in by_point(analysis.get("rows") or []) if "mig" in row]
-    if not rows:
-        return ""
-    return render("disentanglement.html", rows=rows, roles=roles(analysis), command=analysis.get("command"))

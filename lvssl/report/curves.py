@@ -15,38 +15,23 @@ def curves(run_dir: Path, evaluation: dict[str, Any], command: str) -> str:
     rows = read_metrics(run_dir / "metrics.jsonl")
     path = (evaluation.get("control") or {}).get("path")
     control = read_metrics(Path(path) / "metrics.jsonl") if path else []
+
+    def both(key: str) -> list[tuple[str, Any, str, str]]:
+        return [("run", rows, key, "run"), ("control", control, key, "control")]
+
+    probes = [("features", rows, "probe_features", "run"), ("code", rows, "probe_code", "code")]
+    probes += [("control's features", control, "probe_features", "control")]
+    distortion = ("Contrastive loss", "NT-Xent, nats", both("ntxent"))
+    if not any("ntxent" in row for row in rows):  # another objective: its own, no control beside it
+        distortion = ("Distortion", "of the run's objective", both("distortion")[:1])
     panels = [
-        (
-            "Contrastive loss",
-            "NT-Xent, nats",
-            [("run", rows, "ntxent", "run"), ("control", control, "ntxent", "control")],
-        ),
-        ("Rate", "KL to the prior, bits an image", [("run", rows, "rate_bits", "run")]),
-        (
-            "Online probes",
-            "accuracy on the training views, %",
-            [
-                ("features", rows, "probe_features", "run"),
-                ("code", rows, "probe_code", "code"),
-                ("control's features", control, "probe_features", "control"),
-            ],
-        ),
-        (
-            "Online kNN",
-            "images whose nearest in the batch is of their class, %",
-            [("run", rows, "online_knn", "run"), ("control", control, "online_knn", "control")],
-        ),
-        (
-            "Effective rank",
-            "RankMe of a batch's features",
-            [("run", rows, "rankme", "run"), ("control", control, "rankme", "control")],
-        ),
-        ("Speed", "images a second", [("run", rows, "images_per_second", "run")]),
+        distortion,
+        ("Rate", "KL to the prior, bits an image", both("rate_bits")[:1]),
+        ("Online probes", "accuracy on the training views, %", probes),
+        ("Online kNN", "images whose nearest in the batch is of their class, %", both("online_knn")),
+        ("Effective rank", "RankMe of a batch's features", both("rankme")),
+        ("Speed", "images a second", both("images_per_second")[:1]),
     ]
-    if not any(
-        "ntxent" in row for row in rows
-    ):  # another objective: its own distortion, no control beside it
-        panels[0] = ("Distortion", "of the run's objective", [("run", rows, "distortion", "run")])
     figures = []
     for title, unit, wanted in panels:
         lines = [Line(label, style, series(source, key)) for label, source, key, style in wanted]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,6 @@ from lvssl.report.template import render
 from pipelines.errors import InputError
 
 SIDE, SMALL_SIDE = 96, 48  # thumbnails are cut down to this many pixels; in the bit explorer
-MOST_QUERIES, MOST_NEIGHBOURS, MOST_EXTREMES = 60, 10, 24  # keeps the page below 10 MB
-MOST_BITS = 48
 
 
 class Picture(NamedTuple):
@@ -47,9 +45,8 @@ def gallery(path: Path, command: str | None) -> dict[str, str]:
 
 
 def neighbours(g: dict[str, np.ndarray], picture: Callable[..., Picture], command: str | None) -> str:
-    labels, query = g["labels"], g["query"][:MOST_QUERIES]
+    labels, query = g["labels"], g["query"]
     ways = {"code": g["neighbours_code"], "features": g["neighbours_feature"]}
-    ways = {name: rows[: len(query), :MOST_NEIGHBOURS] for name, rows in ways.items()}
     queries = [
         {
             "picture": picture(int(row)),
@@ -70,7 +67,7 @@ def neighbours(g: dict[str, np.ndarray], picture: Callable[..., Picture], comman
 def certainty(g: dict[str, np.ndarray], picture: Callable[..., Picture], command: str | None) -> str:
     sides = []
     for title, name in (("Most certain", "most_certain"), ("Least certain", "least_certain")):
-        rows = g[name][:MOST_EXTREMES]
+        rows = g[name]
         scores = g["uncertainty"][rows]
         span = f"uncertainty {scores.min():.4g} to {scores.max():.4g}" if len(scores) else ""
         sides.append({"title": title, "span": span, "pictures": [picture(int(row)) for row in rows]})
@@ -80,14 +77,7 @@ def certainty(g: dict[str, np.ndarray], picture: Callable[..., Picture], command
 def read_gallery(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a gallery, checked, so that a row that points nowhere is an InputError."""
     rows = ("query", "neighbours_code", "neighbours_feature", "most_certain", "least_certain")
-    needed = ("images", "labels", "class_names", "uncertainty", *rows)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            g = {name: file[name] for name in needed}
-    except KeyError as error:
-        raise InputError(f"{path}: {error.args[0]}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: can't be read ({error}); run `lvssl evaluate` again") from error
+    g = arrays(path, "evaluate", ("images", "labels", "class_names", "uncertainty", *rows))
     images, count = g["images"], len(g["images"])
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
         raise InputError(
@@ -108,7 +98,7 @@ def bit_explorer(path: Path, analysis: dict[str, Any]) -> str:
     bits = analysis.get("bits")
     if not bits or not path.exists():
         return ""
-    g = read_bits(path)
+    g = arrays(path, "analyse", ("images", "labels", "class_names", "bits", "on", "off"))
     rows = {row["bit"]: row for row in bits["table"]}
     names = [str(g["class_names"][label]) for label in g["labels"]]
     shown = [Picture(data_uri(image, SMALL_SIDE), name, name) for image, name in zip(g["images"], names)]
@@ -118,7 +108,7 @@ def bit_explorer(path: Path, analysis: dict[str, Any]) -> str:
             "words": in_words(rows[d], bits["flips"]),
             "sides": {"surely on": [shown[i] for i in on], "surely off": [shown[i] for i in off]},
         }
-        for d, on, off in list(zip(g["bits"].tolist(), g["on"], g["off"]))[:MOST_BITS]
+        for d, on, off in zip(g["bits"].tolist(), g["on"], g["off"])
     ]
     return render("bits.html", bits=chosen, few=bits["few"], command=analysis.get("command"))
 
@@ -140,15 +130,15 @@ def in_words(row: dict[str, Any], flips: dict[str, dict[str, float]]) -> str:
     return text
 
 
-def read_bits(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a bits.npz; InputError if it can't be read."""
+def arrays(path: Path, command: str, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Of the .npz that a command has written; InputError if it can't be read."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in ("images", "labels", "class_names", "bits", "on", "off")}
+            return {name: file[name] for name in names}
     except KeyError as error:
         raise InputError(f"{path}: {error.args[0]}") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: can't be read ({error}); run `lvssl analyse` again") from error
+        raise InputError(f"{path}: can't be read ({error}); run `lvssl {command}` again") from error
 
 
 def data_uri(image: np.ndarray, side: int = SIDE) -> str:

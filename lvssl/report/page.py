@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lvssl.latents import described
-from lvssl.report.analysis import disentanglement, regression, uncertainty
+from lvssl.report.analysis import regression, uncertainty
 from lvssl.report.compression import compression
 from lvssl.report.curves import curves
 from lvssl.report.gallery import bit_explorer, gallery
@@ -50,7 +50,10 @@ from pipelines.files import write_atomically
 
 # By command: its result, and what the page looks into.
 RESULTS: dict[str, tuple[str, dict[str, type]]] = {
-    "evaluate": ("evaluation.json", {"rows": list, **dict.fromkeys(("run", "control", "data"), dict)}),
+    "evaluate": (
+        "evaluation.json",
+        {"rows": list, **dict.fromkeys(("run", "control", "data", "protocol"), dict)},
+    ),
     "compression": ("compression.json", {"rows": list, "left_out": list}),
     "analyse": (
         "analysis.json",
@@ -92,9 +95,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """
     run_dir = Path(run_dir)
     folder = out or run_dir
-    chosen, _ = read_config(run_dir)
-    config = read_result(run_dir / "config.json")
-    settings = config["settings"]
+    settings, classes = read_config(run_dir)
     measured = {
         stage: read_result(path, **kinds) if (path := of_results(folder, run_dir, name)).exists() else {}
         for stage, (name, kinds) in RESULTS.items()
@@ -103,8 +104,9 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         if not are_rows(measured[stage].get("rows")):
             measured[stage] = {}  # of an older version: to be measured again
     evaluation, analysis = measured["evaluate"], measured["analyse"]
-    commands = commands_of(run_dir, out, chosen, measured)
+    commands = commands_of(run_dir, out, settings, measured)
     evaluated = commands.get("evaluate")
+    absent = missing(run_dir, out, measured, None if classes > 1 else settings.data)
     sections = {
         "results": results(evaluation, evaluated),
         "curves": curves(run_dir, evaluation, commands["pretrain"]),
@@ -114,16 +116,15 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         "uncertainty": uncertainty(analysis),
         "bits": bit_explorer(of_results(folder, run_dir, "bits.npz"), analysis),
         "regression": regression(analysis),
-        "disentanglement": disentanglement(analysis),
-        "settings": settings_section(config, settings),
-        "commands": commands_section(commands, missing(run_dir, out, measured, config), labelled(config)),
+        "settings": settings_section(read_result(run_dir / "config.json")),
+        "commands": commands_section(commands, absent, classes > 1),
     }
     page = render(
         "page.html",
-        title=f"{run_dir.resolve().name}: {settings.get('latent', {}).get('family', 'run')}",
+        title=f"{run_dir.resolve().name}: {settings.latent.family}",
         headline=headline(run_dir, settings, evaluation),
         trained=trained(settings, evaluation),
-        **verdicts(measured, labelled(config)),
+        **verdicts(measured, classes > 1),
         sections={name: section for name, section in sections.items() if section},
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,11 +154,6 @@ def commands_of(
 # The first screen -----------------------------------------------------------------------------------------
 
 
-def labelled(config: dict[str, Any]) -> bool:
-    """Whether the training images have classes; older runs don't say."""
-    return config.get("classes", 2) > 1
-
-
 def verdicts(measured: dict[str, dict[str, Any]], labels: bool = True) -> dict[str, Any]:
     """`advice`: what to do, and what the latent adds; `tiles`: the comparisons with controls, in words and in
     points; `notes`: what they leave open."""
@@ -171,7 +167,7 @@ def verdicts(measured: dict[str, dict[str, Any]], labels: bool = True) -> dict[s
         uncertainty_tile(compare_uncertainty(measured["analyse"])),
     ]
     notes = []
-    noise = [c.noise for rows in comparisons.values() for c in rows if c.noise is not None]
+    noise = [c.noise for rows in comparisons.values() for c in rows]
     if noise:
         notes.append(
             f"One seed, {evaluation['data']['test']:,} test images: a difference up to {max(noise):.1f} "
@@ -251,37 +247,31 @@ def uncertainty_tile(found: UncertaintyComparison | None) -> Tile | None:
     return Tile(uncertainty_in_words(found), found.outcome == "better", figures)
 
 
-def headline(run_dir: Path, settings: dict[str, Any], evaluation: dict[str, Any]) -> str:
-    data = data_name(settings, evaluation)
+def headline(run_dir: Path, settings: PretrainSettings, evaluation: dict[str, Any]) -> str:
+    data = data_name(settings.data, evaluation)
     code = measured_of(evaluation, "run", "code")
     made = f"{code['bits']:,}-bit codes" if code.get("method") == "code" else "Features"
     return f"{made} of {data}" if data else f"{made}: {run_dir.resolve().name}"
 
 
-def data_name(settings: dict[str, Any], evaluation: dict[str, Any]) -> str:
+def data_name(path: Path, evaluation: dict[str, Any]) -> str:
     """The data set's name; else the file's, less what says that it is the training set."""
     named = evaluation.get("data", {}).get("name")
     if named:
         return str(named)
-    path = Path(str(settings.get("data") or ""))
     stem = path.stem.removesuffix("-train").removesuffix("_train")
     return path.parent.name if stem == "train" else stem
 
 
-def trained(settings: dict[str, Any], evaluation: dict[str, Any]) -> str:
+def trained(settings: PretrainSettings, evaluation: dict[str, Any]) -> str:
     """One sentence: what was trained, on what, for how long."""
-    data, latent = evaluation.get("data", {}), settings.get("latent", {})
-    backbone = settings.get("model", {}).get("backbone")
-    family = str(latent.get("family", ""))
-    parts = [f"A {backbone} encoder" if backbone else "An encoder"]
-    parts.append(f"with {described(family)}" if family else "")
-    parts.append("was trained without labels")
-    parts.append(f"on {data['train']:,} images" if data.get("train") else "")
-    parts.append(f"at {data['resolution']} px" if data.get("resolution") else "")
-    epochs = settings.get("epochs")
-    parts.append(f"for {epochs} epoch{'s' * (epochs != 1)}" if epochs else "")
-    parts.append(f"in batches of {settings['batch_size']}" if "batch_size" in settings else "")
-    return " ".join(part for part in parts if part) + "."
+    data, epochs = evaluation.get("data", {}), settings.epochs
+    images = f" on {data['train']:,} images" if data.get("train") else ""
+    side = f" at {data['resolution']} px" if data.get("resolution") else ""
+    return (
+        f"A {settings.model.backbone} encoder with {described(settings.latent.family)} was trained without "
+        f"labels{images}{side} for {epochs} epoch{'s' * (epochs != 1)} in batches of {settings.batch_size}."
+    )
 
 
 # Tables ---------------------------------------------------------------------------------------------------
@@ -295,7 +285,7 @@ def results(evaluation: dict[str, Any], command: str | None) -> str:
     found = {name: [row[name] for row in rows if finite(row.get(name))] for name in ("linear", "knn")}
     values = found["linear"] + found["knn"]
     low, high = (math.floor(min(values) / 5) * 5, math.ceil(max(values) / 5) * 5) if values else (0, 100)
-    run, control = evaluation["run"], evaluation.get("control")
+    run, control, protocol = evaluation["run"], evaluation.get("control"), evaluation.get("protocol") or {}
     names = {run["name"]: run["family"]}  # plain SimCLR is the control
     names |= {control["name"]: f"control ({control['family']})"} if control else {}
     return render(
@@ -312,6 +302,8 @@ def results(evaluation: dict[str, Any], command: str | None) -> str:
         best={name: max(values, default=None) for name, values in found.items()},
         low=low,
         high=high,
+        probe=protocol.get("linear"),
+        k=(protocol.get("knn") or {}).get("k", 20),
         command=command,
     )
 
@@ -333,7 +325,8 @@ def codes(evaluation: dict[str, Any], command: str | None) -> str:
 # Settings and commands ------------------------------------------------------------------------------------
 
 
-def settings_section(config: dict[str, Any], settings: dict[str, Any]) -> str:
+def settings_section(config: dict[str, Any]) -> str:
+    settings = config["settings"]
     values = flat(settings) | flat({k: v for k, v in config.items() if k not in ("settings", *settings)})
     rows = [(name, v if isinstance(v, str) else json.dumps(v)) for name, v in values.items()]
     half = (len(rows) + 1) // 2
@@ -341,14 +334,13 @@ def settings_section(config: dict[str, Any], settings: dict[str, Any]) -> str:
 
 
 def missing(
-    run_dir: Path, out: Path | None, measured: dict[str, dict[str, Any]], config: dict[str, Any]
+    run_dir: Path, out: Path | None, measured: dict[str, dict[str, Any]], unlabelled: Path | None
 ) -> list[tuple[str, str]]:
-    """What the page doesn't show yet, as (what, the command that measures it); without labels what else the
-    run is good for."""
-    if not labelled(config):
-        data = str(config["settings"]["data"])
+    """What the page doesn't show yet, as (what, the command that measures it); where the training images
+    are `unlabelled`, what else the run is good for."""
+    if unlabelled is not None:
         uses = {
-            "a code and an uncertainty of each image": ["encode", "--images", data],
+            "a code and an uncertainty of each image": ["encode", "--images", str(unlabelled)],
             "the images nearest to one": ["search", "--query", "IMAGE", "--page", "search.html"],
             "near-duplicates, outliers, a diverse subset": ["curate"],
         }

@@ -33,7 +33,7 @@ count with the expected value over all their orders. *Over hits* divides by the 
 denominator of the hashing literature), *over relevant* by min(1,000, relevant images), which a missing hit
 lowers, too. Codes by Hamming distance, features by cosine.
 
-**Controls of equal bits**: sign bits (the first ones where the code is shorter), PCA + sign, ITQ {last} of
+**Controls of equal bits**: sign bits (the first ones where the code is shorter), PCA + sign, ITQ{last} of
 a control's features, fitted on the training images. In a comparison each side has its strongest method (in
 brackets): of a code the method, of an uncertainty the score without labels (the latent's: posterior, rate;
 anybody's: feature norm, distance to the nearest training images), the one of the best mean over the seeds.
@@ -68,10 +68,10 @@ def markdown(result: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, settings["seeds"]))
     told = {
         "images": min(settings["max_images"] or runs[0]["queries"], runs[0]["queries"]),
-        "last": "and LSH",
+        "last": " and LSH",
     }
     if any(row["method"] == "OPQ" for row in result["rows"]):
-        told["last"] = "LSH and OPQ (by the cosine of what its codes stand for, in the place of Hamming's)"
+        told["last"] = ", LSH and OPQ (by the cosine of what its codes stand for, in the place of Hamming's)"
     parts = [
         [f"# Study: {settings['preset']}, seeds {seeds}"],
         [f"```\n{result['command']}\n```"],

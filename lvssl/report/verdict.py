@@ -19,7 +19,7 @@ class Comparison:
     measure: str
     run: float
     control: float
-    noise: float | None  # two standard errors of the difference, points; None: test set of unknown size
+    noise: float  # two standard errors of the difference, points
     method: str = field(default="", kw_only=True)  # of several codes of the control the one compared
 
     @property
@@ -29,8 +29,7 @@ class Comparison:
     @property
     def outcome(self) -> str:
         """better, worse, or level: within the sampling error of the test set."""
-        error = (0.05 if self.noise is None else self.noise) / 2
-        return str(interval([self.difference], sampling_error=error)["verdict"])
+        return str(interval([self.difference], sampling_error=self.noise / 2)["verdict"])
 
 
 def sampling_noise(run: float, control: float, images: int) -> float:
@@ -46,7 +45,7 @@ def sampling_noise(run: float, control: float, images: int) -> float:
 def compare(evaluation: dict[str, Any]) -> dict[str, list[Comparison]]:
     """{"code": [...], "features": [...]}: the run's code against the strongest of the control's of as many
     bits, and its features against the control's. Empty lists where there is no control."""
-    images = (evaluation.get("data") or {}).get("test")
+    images = (evaluation.get("data") or {}).get("test", 0)
     rows = evaluation.get("rows") or []
     control = (evaluation.get("control") or {}).get("name")
     code, features = (measured_of(evaluation, "run", name) for name in ("code", "features"))
@@ -58,7 +57,7 @@ def compare(evaluation: dict[str, Any]) -> dict[str, list[Comparison]]:
     }
 
 
-def against_strongest(run: Row, controls: list[Row], images: int | None) -> list[Comparison]:
+def against_strongest(run: Row, controls: list[Row], images: int) -> list[Comparison]:
     """A point's accuracies against those of the strongest control, measure by measure: chosen on the test
     images, which favours the controls. Empty without a control."""
     found = []
@@ -66,7 +65,7 @@ def against_strongest(run: Row, controls: list[Row], images: int | None) -> list
         known = {row["method"]: row[key] for row in controls if finite(row.get(key))}
         if known and finite(run.get(key)):
             mine, best = float(run[key]), strongest([known], higher_is_better=True)
-            noise = sampling_noise(mine, best.values[0], images) if images else None
+            noise = sampling_noise(mine, best.values[0], images)
             found.append(Comparison(measure, mine, best.values[0], noise, method=best.method))
     return found
 
@@ -201,7 +200,7 @@ def compare_codes(rates: dict[str, Any]) -> list[Comparison]:
     controls = [
         row for row in rows if row["bits"] == code.get("bits") and not row["method"].startswith("code")
     ]
-    return against_strongest(code, controls, rates.get("queries"))
+    return against_strongest(code, controls, rates.get("queries", 0))
 
 
 WORDS = {"better": "ahead of", "level": "level with", "worse": "behind"}
