@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lvssl.evaluation.bit_analysis import class_auroc, dci, flip_bits, mig, mutual_information, sparse_probe
+from lvssl.evaluation.bit_analysis import class_auroc, flip_bits, mutual_information, sparse_probe
 from lvssl.evaluation.factors import known_factors, representations
-from lvssl.evaluation.outputs import NetworkOutputs, network_outputs
+from lvssl.evaluation.outputs import NetworkOutputs
 from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.scorer import uncertainty
 from lvssl.evaluation.sets import Sampling, Sets, class_names, labelled_pair, with_defaults
-from lvssl.evaluation.shapes import FACTORS, make_shapes
 from lvssl.runs.result import ResultFile, as_number
 from lvssl.runs.rows import FOREIGN, Point, Row, by_point, rows_of_points
 from lvssl.runs.run import Run, load_run, run_names
@@ -31,7 +30,6 @@ from pipelines.files import write_atomically
 
 BITS = "bits.npz"
 SHOWN_BITS, SHOWN_IMAGES = 48, 8  # in the page's bit explorer
-TREES = 1000  # images at most on which disentanglement is measured
 FEWEST = 40  # test images below which nothing is worth measuring
 
 
@@ -112,10 +110,9 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
         work.update()
         points += regression(model, own, sampling)
         work.update()
-        points += disentanglement(model, settings)
         rows += rows_of_points(name, model.settings.seed, points)
         if model is run:
-            result["bits"], pictures = bits(run, own, test_outputs, class_names(train))
+            result["bits"], pictures = bits(own, test_outputs, class_names(train))
             write_atomically(written.file_beside(), pictures)
         work.update()
     result = written.write(result)
@@ -127,20 +124,21 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
 # Bits -----------------------------------------------------------------------------------------------------
 
 
-def bits(run: Run, sets: Sets, test: NetworkOutputs, names: list[str]) -> tuple[dict[str, Any], bytes]:
+def bits(sets: Sets, test: NetworkOutputs, names: list[str]) -> tuple[dict[str, Any], bytes]:
     """What single bits of the code say of the classes; and bits.npz, pictures of the most telling ones."""
     labels, classes = sets.test_labels, np.unique(sets.test_labels)
     values = test.mean if test.mean.shape == test.bits.shape else test.bits
     information = mutual_information(test.bits, labels)
     detects = class_auroc(values, labels)
     order = np.argsort(-information, kind="stable")
-    half = len(labels) // 2
-    few = sparse_probe(test.bits[:half], labels[:half], test.bits[half:], labels[half:])
+    by_class = np.argsort(labels, kind="stable")
+    fitted, judged = by_class[::2], by_class[1::2]  # a half of every class, however the set is sorted
+    few = sparse_probe(test.bits[fitted], labels[fitted], test.bits[judged], labels[judged])
     shown = order[:SHOWN_BITS]
     queries = evenly_spaced(len(labels), min(200, len(labels) // 4))
     others = np.setdiff1d(np.arange(len(labels)), queries)
     flips = flip_bits(
-        test.bits[queries], labels[queries], test.bits[others], labels[others], bits=list(shown[:16])
+        test.bits[queries], labels[queries], test.bits[others], labels[others], shown[:16].tolist()
     )
     best = np.nanargmax(abs(detects - 0.5), axis=1)
     table = [
@@ -198,25 +196,6 @@ def regression(run: Run, sets: Sets, sampling: Sampling) -> list[Point]:
             metrics = {f"{kind}_{m}: {t}": v for t, each in found.items() for m, v in each._asdict().items()}
             points.append((name, "", None, metrics))
     return points
-
-
-def disentanglement(run: Run, settings: AnalyseSettings) -> list[Point]:
-    """DCI and MIG of features and code on the procedural shapes."""
-    count = min(TREES, 2 * (settings.max_images or TREES))
-    made = [make_shapes(count, run.settings.view.resolution, settings.seed + i) for i in range(2)]
-    outputs = [representations(network_outputs(run.network, m.images, run.settings.view)) for m in made]
-    categorical = (FACTORS.index("shape"),)
-    known = made[0].factors, made[1].factors
-    return [
-        (
-            name,
-            "",
-            None,
-            dci(outputs[0][name], known[0], outputs[1][name], known[1], categorical)._asdict()
-            | {"mig": float(mig(outputs[0][name], known[0], categorical).mean())},
-        )
-        for name in outputs[0]
-    ]
 
 
 # What is printed ------------------------------------------------------------------------------------------

@@ -19,10 +19,10 @@ class Calibration(NamedTuple):
     bins: list[dict[str, float]]  # the non-empty ones: confidence, accuracy (0..1), count
 
 
-def calibration(probabilities: Any, labels: Any, classes: Any = None, bins: int = BINS) -> Calibration:
+def calibration(probabilities: Any, labels: Any, classes: Any = None) -> Calibration:
     """Scores of probabilities [N, C] (rows sum to 1) for labels [N].
 
-    The expected calibration error (Naeini et al. 2015; Guo et al. 2017) sorts images into `bins` equal
+    The expected calibration error (Naeini et al. 2015; Guo et al. 2017) sorts images into BINS equal
     intervals (low, high] of the highest probability and averages |accuracy - mean confidence| weighted by
     their counts; scikit-learn has no such error, and its Brier score takes several classes from 1.7 only.
     `classes` [C]: the label of each column; left out: 0..C-1. Raises ValueError for shapes that
@@ -38,7 +38,7 @@ def calibration(probabilities: Any, labels: Any, classes: Any = None, bins: int 
     of_truth = p_NC[np.arange(len(columns)), columns]
     confidence, right = p_NC.max(axis=1), p_NC.argmax(axis=1) == columns
     brier = (p_NC**2).sum(axis=1) - 2 * of_truth + 1
-    made = confidence_bins(confidence, right, bins)
+    made = confidence_bins(confidence, right)
     error = sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in made) / len(columns)
     nll = -np.log(np.maximum(of_truth, 1e-12)).mean()
     return Calibration(100 * float(right.mean()), float(nll), float(brier.mean()), float(error), made)
@@ -55,10 +55,10 @@ def column_of(labels: np.ndarray, classes: np.ndarray) -> np.ndarray:
     return columns
 
 
-def confidence_bins(confidence: np.ndarray, right: np.ndarray, bins: int) -> list[dict[str, float]]:
-    place = np.ceil(confidence * bins).astype(int).clip(1, bins) - 1
-    counts = np.bincount(place, minlength=bins)
-    sums = [np.bincount(place, weights=values, minlength=bins) for values in (confidence, right)]
+def confidence_bins(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, float]]:
+    place = np.ceil(confidence * BINS).astype(int).clip(1, BINS) - 1
+    counts = np.bincount(place, minlength=BINS)
+    sums = [np.bincount(place, weights=values, minlength=BINS) for values in (confidence, right)]
     return [
         {"confidence": sums[0][b] / counts[b], "accuracy": sums[1][b] / counts[b], "count": int(counts[b])}
         for b in np.flatnonzero(counts)

@@ -53,7 +53,7 @@ from lvssl.settings.fields import ReadsImages
 from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
 from pipelines.files import written_csv
-from pipelines.loader import evaluation_crops
+from pipelines.loader import Replacements, evaluation_crops
 
 
 @dataclass(frozen=True)
@@ -269,28 +269,31 @@ def pictured(
 
     Raises InputError: the images of the codes, or of queries that are codes, can't be read.
     """
-    database = Pictures(run, settings.images or run.settings.data)
+    on_error = run.reading(settings)
+    database = Pictures(run, settings.images or run.settings.data, on_error)
     of_set = settings.query.suffix != ".lvcodes" and holds_many(settings.query)
-    asked = Pictures(run, settings.query) if of_set else database
+    asked = Pictures(run, settings.query, on_error) if of_set else database
     for query, neighbours in found:
         single = not of_set and settings.query.suffix != ".lvcodes"
-        image = centre_crop(run, decode_rgb(settings.query)) if single else asked[query.name]
+        keep = on_error == "keep"
+        image = centre_crop(run, decode_rgb(settings.query, keep=keep)) if single else asked[query.name]
         yield query.name, image, [(near.name, near.distance, database[near.name]) for near in neighbours]
 
 
 class Pictures:
     """Pictures of a set by their names."""
 
-    def __init__(self, run: Run, path: Path) -> None:
+    def __init__(self, run: Run, path: Path, on_error: str) -> None:
         self.run, self.path = run, path
-        self.source, names = image_set(path)
+        source, names = image_set(path)
+        self.images = Replacements(source, on_error)
         self.position = {name: position for position, name in enumerate(names)}
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.position:
             raise InputError(f"{self.path}: has no {name}: name the images that were encoded with --images")
         index = np.array([self.position[name]])
-        return np.asarray(evaluation_crops(self.source, self.run.settings.view, index))[0]
+        return evaluation_crops(self.images.source, self.run.settings.view, index, self.images)[0]
 
 
 def as_text(value: float | None, form: str) -> str:

@@ -8,18 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from lvssl.codes.controls import CONTROLS, Coder, LinearHash
-from lvssl.codes.statistics import compression_ratios
 from lvssl.evaluation.embedding import Embedding
-from lvssl.evaluation.knn import hamming_knn, weighted_knn
-from lvssl.evaluation.probe import linear_probe
-from lvssl.evaluation.retrieval import retrieval_map, similarity_map
-from lvssl.evaluation.sets import a_sample, channels, embed_both, jpeg_bytes, labelled_pair, with_defaults
+from lvssl.evaluation.measures import accuracies
+from lvssl.evaluation.sets import a_sample, embed_both, labelled_pair, smaller_by, with_defaults
 from lvssl.latents import WITHOUT_LATENT
-from lvssl.models.backbone import feature_dim
 from lvssl.models.inference import device_of
 from lvssl.runs.labels import sound_part
 from lvssl.runs.result import ResultFile, as_number
@@ -28,7 +23,6 @@ from lvssl.runs.run import Run, load_run, run_names
 from lvssl.settings.fields import RUNTIME
 from lvssl.settings.pretrain import at_least
 from lvssl.settings.stages import MeasuringSettings
-from pipelines.decode import Reader
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
 from pipelines.kernels.pack import pack_bits, unpack_bits
@@ -68,8 +62,7 @@ class Point(NamedTuple):
 
 def compression(settings: CompressionSettings) -> dict[str, Any]:
     """Measure, write compression.json and compression.csv into the folder --out, or the run's, and return the
-    former's content; what is
-    there already is not measured again.
+    former's content; what is there already is not measured again.
 
     The rows (`lvssl.runs.rows`) have the linear probe's and the kNN's accuracy in percent (of the 20 nearest,
     by Hamming distance for bits, by cosine for what is no bits), mAP@top_n of the test images among the
@@ -102,14 +95,15 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
         sets = embed_both(other, train, test, settings.workers, on_error)
         train = sound_part(train_path, train, sets[0].rows)
         test = sound_part(settings.test, test, sets[1].rows)
+        smaller, labels = smaller_by(other, test, on_error), (train.labels, test.labels)
         for point in points(settings, other, *sets, controls=other is control):
             if isinstance(point, str):
                 left_out.append(point)
                 continue
-            figures = measured(settings, point, train, test, device_of(other.network))
+            figures = accuracies(*point[3:], labels, point.bits, settings.top_n, device_of(other.network))
             place = {"run": name, "seed": other.settings.seed, "bits": point.bits}
             named = {"representation": point.representation, "method": point.method}
-            rows += rows_of(figures | ratios(other, point.bits, test), **place, **named)
+            rows += rows_of(figures | smaller(point.bits), **place, **named)
             bar.update()
     bar.close()
     content = {
@@ -159,35 +153,6 @@ def control_point(method: str, coder: Coder, features: tuple[np.ndarray, np.ndar
     if method == "sign" and isinstance(coder, LinearHash) and coder.directions is not None:
         method = "sign, first bits"
     return Point("code", method, coder.bits, codes if coder.hamming else None, vectors)
-
-
-def measured(
-    settings: CompressionSettings, point: Point, train: Reader, test: Reader, device: torch.device
-) -> dict[str, float]:
-    labels = train.labels, test.labels
-    probe = linear_probe(point.vectors[0], labels[0], point.vectors[1], labels[1])
-    if point.codes is not None:
-        knn = hamming_knn(point.codes[0], labels[0], point.codes[1], labels[1], point.bits)
-        score = retrieval_map(point.codes[1], labels[1], point.codes[0], labels[0], settings.top_n)
-    else:
-        knn = weighted_knn(point.vectors[0], labels[0], point.vectors[1], labels[1], device=device)
-        score = similarity_map(point.vectors[1], labels[1], point.vectors[0], labels[0], settings.top_n)
-    return {
-        "linear": probe.accuracy,
-        "knn": knn,
-        "map_over_hits": score.over_hits,
-        "map_over_relevant": score.over_relevant,
-    }
-
-
-def ratios(run: Run, bits: int, test: Reader) -> dict[str, float]:
-    return compression_ratios(
-        bits,
-        run.settings.view.resolution,
-        channels(test),
-        feature_dim=feature_dim(run.settings.model.backbone),
-        jpeg_bytes=jpeg_bytes(test),
-    )
 
 
 def print_compression(result: dict[str, Any]) -> None:

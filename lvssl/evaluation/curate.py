@@ -58,7 +58,7 @@ from pipelines.decode import Reader, open_reader
 from pipelines.errors import InputError
 from pipelines.files import written_csv
 from pipelines.kernels.pack import pack_bits
-from pipelines.loader import evaluation_crops
+from pipelines.loader import Replacements, evaluation_crops
 
 NEIGHBOURS = 20  # candidates for a duplicate; their labels vote
 CHUNK = 8192  # images at a time
@@ -136,6 +136,7 @@ class Curation:
     out: Path
     run: Run | None  # None: embeddings
     sets: list[Embedded]
+    on_error: str  # of their images
     tables: dict[str, tuple[list[str], list[list[Any]]]] = field(default_factory=dict)
     shown: dict[str, list[list[tuple[int, int]]]] = field(default_factory=dict)  # (set, row)
 
@@ -143,8 +144,8 @@ class Curation:
         """uint8 [R, R, 3], as the network sees it."""
         chosen = self.sets[which]
         assert self.run is not None and chosen.source is not None
-        index = np.array([chosen.positions[row]])
-        return np.asarray(evaluation_crops(chosen.source, self.run.settings.view, index))[0]
+        index, images = np.array([chosen.positions[row]]), Replacements(chosen.source, self.on_error)
+        return evaluation_crops(chosen.source, self.run.settings.view, index, images)[0]
 
 
 def curate(settings: CurateSettings) -> Curation:
@@ -167,7 +168,7 @@ def curate(settings: CurateSettings) -> Curation:
         raise InputError(f"{out.parent}: no such folder to make {out.name} in")
     run = None if foreign else load_run(given)
     sets = of_embeddings(settings) if run is None else of_images(run, settings, out)
-    found = Curation(out, run, sets)
+    found = Curation(out, run, sets, run.on_error(settings.on_error) if run else "raise")
     z = standardisation(sets[0])
     agreement = None
     if settings.pixels and sets[0].thumbnails is not None:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from lvssl.evaluation.fitted import FittedOn, keep, kept
+from lvssl.evaluation.knn import WHY_NOT_FINITE
 from lvssl.models.backbone import stage_widths
 from lvssl.runs.run import Run
 
@@ -58,9 +59,11 @@ class Density:
 
 def fit_density(sample: np.ndarray, widths: Sequence[int] = ()) -> Density:
     """Of activations [M, L] of training images, of stages of these widths; without widths of one. Raises
-    ValueError for fewer than two images."""
+    ValueError for fewer than two images, FloatingPointError for values that are not finite."""
     if sample.ndim != 2 or len(sample) < 2:
         raise ValueError(f"at least two images [M, L] are needed, not {list(sample.shape)}")
+    if not np.isfinite(sample).all():
+        raise FloatingPointError(f"activations of the training set are not finite: {WHY_NOT_FINITE}")
     ends = np.cumsum(widths or [sample.shape[1]])
     whitening, constant = np.zeros((sample.shape[1],) * 2, np.float32), 0.0
     for part in (slice(end - width, end) for end, width in zip(ends, np.diff(ends, prepend=0))):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
 from lvssl.models.inference import Batches, device_of, encode, on_device
 from lvssl.models.network import LVNet
@@ -18,8 +19,8 @@ from lvssl.runs.identity import describe_set
 from lvssl.runs.labels import readable
 from lvssl.runs.run import Run
 from pipelines.decode import Reader
+from pipelines.files import naming
 from pipelines.formats import jpeg
-from pipelines.loader import evaluation_batches
 from pipelines.views import ViewSettings
 
 LARGE_SET = 200_000  # images from which on what is exact would take too much memory and time
@@ -60,10 +61,11 @@ def embed(
     source: Reader,
     view: ViewSettings,
     workers: int = 0,
+    on_error: str = "raise",
 ) -> Embedding:
     """Every image of the source, in its order, in eval mode: the same image gives the same row in any set.
     In memory, and computed anew: see `embedded`."""
-    batches = list(batches_of(network, readable(source, view, workers), view))
+    batches = list(batches_of(network, readable(source, view, workers, on_error), view))
     joined = {name: np.concatenate([arrays[name] for _, arrays in batches]) for name in batches[0][1]}
     joined["rows"] = np.concatenate([rows for rows, _ in batches])
     return Embedding.of(network, joined, source.labels)
@@ -78,7 +80,8 @@ def embedded(
     From LARGE_SET images on without bit_means.
     """
     store, compute = store_of(run, source, workers, on_error, title)
-    store.fill(compute)
+    with naming(store.folder):
+        store.fill(compute)
     arrays = store.open()
     left_out = np.setdiff1d(np.arange(len(source)), arrays["rows"])
     if len(left_out) and on_error == "raise":
@@ -137,26 +140,21 @@ def batches_of(
         yield part.rows, {name: a.cpu().numpy() for name, a in arrays.items()} | {"codes": part.codes()}
 
 
-@torch.no_grad()
-def calibrate_batch_statistics(network: LVNet, source: Reader, view: ViewSettings, workers: int = 0) -> None:
+def calibrate_batch_statistics(
+    network: LVNet, source: Reader, view: ViewSettings, workers: int = 0, on_error: str = "raise"
+) -> None:
     """Replace every batch normalisation's running statistics by their averages over the source.
 
     For the random encoder: untrained running statistics would make it worse than it is.
     """
-    layers = [m for m in network.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # a cumulative average
-    network.train()
-    for images, _ in on_device(evaluation_batches(source, view, workers=workers), view, device_of(network)):
-        network.backbone(images)
-    network.eval()
+    batches = readable(source, view, workers, on_error)
+    update_bn(on_device(batches, view, device_of(network)), network.backbone)
 
 
-def pixels(source: Reader, view: ViewSettings, workers: int = 0, side: int = SIDE) -> np.ndarray:
-    """Evaluation crops as vectors, at most `side` px a side, float32 [N, D]; one channel if all are grey."""
-    batches = evaluation_batches(source, view, workers=workers)
-    values = torch.cat([shrink(crops.permute(0, 3, 1, 2) / 255, side) for crops, _ in batches])
+def pixels(source: Reader, view: ViewSettings, workers: int = 0, on_error: str = "raise") -> np.ndarray:
+    """Evaluation crops as vectors, at most SIDE px a side, float32 [N, D]; one channel if all are grey."""
+    batches = readable(source, view, workers, on_error)
+    values = torch.cat([shrink(crops.permute(0, 3, 1, 2) / 255, SIDE) for crops, _ in batches])
     if bool((values - values[:, :1]).abs().max() < 1e-5):
         values = values[:, :1]
     return values.flatten(1).numpy()

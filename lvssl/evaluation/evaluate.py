@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lvssl.codes.controls import Coder
 from lvssl.codes.search import hamming_search
-from lvssl.codes.statistics import code_statistics, compression_ratios
+from lvssl.codes.statistics import code_statistics
 from lvssl.evaluation import streamed
 from lvssl.evaluation.embedding import (
     LARGE_SET,
@@ -26,21 +26,13 @@ from lvssl.evaluation.embedding import (
     shrink,
 )
 from lvssl.evaluation.fitted import SAMPLE
-from lvssl.evaluation.knn import OF_LARGE, OF_SMALL, hamming_knn, nearest_by_cosine, weighted_knn
+from lvssl.evaluation.knn import customary, hamming_knn, nearest_by_cosine, weighted_knn
 from lvssl.evaluation.measures import equal_bit_coders, equal_bit_codes, without_opq
 from lvssl.evaluation.probe import ProbeResult, linear_probe
-from lvssl.evaluation.sets import (
-    channels,
-    class_names,
-    embed_both,
-    jpeg_bytes,
-    labelled_pair,
-    with_defaults,
-)
+from lvssl.evaluation.sets import class_names, embed_both, labelled_pair, smaller_by, with_defaults
 from lvssl.evaluation.streamed import Bits, Rows, streamed_probe
 from lvssl.evaluation.uncertainty import r_auroc, risk_coverage_area
 from lvssl.latents import WITHOUT_LATENT
-from lvssl.models.backbone import feature_dim
 from lvssl.models.inference import device_of, infer
 from lvssl.models.network import LVNet
 from lvssl.runs.features import Store
@@ -56,10 +48,10 @@ from pipelines.datasets.dataset import evenly_spaced
 from pipelines.datasets.parts import files_of
 from pipelines.decode import Reader
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
+from pipelines.files import naming, write_atomically
 from pipelines.formats.manifest import content_of, manifest_path
 from pipelines.kernels.pack import unpack_bits
-from pipelines.loader import evaluation_crops
+from pipelines.loader import Replacements, evaluation_crops
 from pipelines.views import ViewSettings
 
 GALLERY = "gallery.npz"
@@ -94,16 +86,17 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     settings = with_defaults(settings, run)
     assert settings.test is not None and settings.on_error is not None
     control = load_run(settings.control) if settings.control else None
-    if control and control.network.family.stochastic:
-        raise InputError(
-            f"{control.folder}: a control has family {WITHOUT_LATENT}, not {control.settings.latent.family}"
-        )
     runs = [run, control] if control else [run]
     result = ResultFile.of_run("evaluate", "evaluation.json", settings, runs, GALLERY)
     if (done := result.found()) is not None:
         return done
     on_error, train_path = settings.on_error, settings.train or run.settings.data
     train, test = labelled_pair(run, control, settings.train, settings.test)
+    if control and control.network.family.stochastic:
+        raise InputError(
+            f"{control.folder}: a control has family {WITHOUT_LATENT}, not {control.settings.latent.family}; "
+            "name one with --control"
+        )
     if len(test) < 2:
         raise InputError(f"{settings.test}: at least two test images are needed to evaluate a run")
 
@@ -114,18 +107,18 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     test = sound_part(settings.test, test, sets[1].rows)
     names, seed = run_names(runs), run.settings.seed
     points, wrong, _ = measure(*sets, run.network, [], settings.probe_epochs)
-    points += [("code", "code", sets[1].bits, of_code(run, sets[1], test))]
+    points += [("code", "code", sets[1].bits, of_code(run, sets[1], test, on_error))]
     points += [("uncertainty", "", None, uncertainty(sets[1], wrong))]
     rows = rows_of_points(names[0], seed, points)
     stages.update()
     left_out: list[str] = []
     if control:
-        control_sets = embed_both(control, train, test, settings.workers)
+        control_sets = embed_both(control, train, test, settings.workers, on_error)
         codes = equal_bit_codes({points[1][2] or 0})
         found, _, left_out = measure(*control_sets, control.network, codes, settings.probe_epochs)
         rows += rows_of_points(names[1], control.settings.seed, found)
         stages.update()
-    random, raw = baselines(run, train, test, settings)
+    random, raw = baselines(run, train, test, settings, on_error)
     rows += rows_of_points("random encoder", seed, [("features", "", None, {"linear": random})])
     rows += rows_of_points("no encoder", seed, [("pixels", "", None, {"linear": raw})])
     stages.update()
@@ -137,7 +130,8 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         "protocol": protocol(train, settings.probe_epochs),
         "data": describe_data(run, settings, train, test) | {"skipped": skipped},
     }
-    write_gallery(result.file_beside(), *sets, train, test, run.settings.view, class_names(train))
+    sources = Replacements(train, on_error), Replacements(test, on_error)
+    write_gallery(result.file_beside(), *sets, *sources, run.settings.view, class_names(train))
     content = result.write(content)
     stages.update()
     stages.close()
@@ -155,9 +149,9 @@ def linear(
 
 def protocol(train: Reader, epochs: int) -> dict[str, Any]:
     """How `measure` and `baselines` measure on so many training images."""
-    large = len(train) >= LARGE_SET
-    k, temperature = OF_LARGE if large else OF_SMALL
-    probe = streamed.protocol(epochs) if large else "logistic regression by L-BFGS, all images in memory"
+    k, temperature = customary(len(train))
+    exact = "logistic regression by L-BFGS, all images in memory"
+    probe = exact if len(train) < LARGE_SET else streamed.protocol(epochs)
     fitted = f"fitted on {min(len(train), SAMPLE):,} of {len(train):,} training images, evenly spread"
     return {"linear": probe, "knn": {"k": k, "temperature": temperature}, "codes of the control": fitted}
 
@@ -170,7 +164,7 @@ def measure(
     latent there are those of `codes`, methods and bits, made of the features: left out, the features' signs.
     """
     labels, device, width = (train.labels, test.labels), device_of(network), test.features.shape[1]
-    k, temperature = OF_LARGE if len(labels[0]) >= LARGE_SET else OF_SMALL
+    k, temperature = customary(len(labels[0]))
 
     def accuracies(x: Rows, test_x: Rows) -> tuple[ProbeResult, dict[str, float]]:
         probe = linear(x, labels[0], test_x, labels[1], device, epochs)
@@ -219,31 +213,31 @@ class Coded:
         return self.coder.decode(self.codes[rows])
 
 
-def baselines(run: Run, train: Reader, test: Reader, chosen: EvaluateSettings) -> tuple[float, float]:
+def baselines(
+    run: Run, train: Reader, test: Reader, chosen: EvaluateSettings, on_error: str
+) -> tuple[float, float]:
     """The probe on what needs no training: the same network untrained, and the pixels."""
-    settings, workers = run.settings, chosen.workers
+    settings, how = run.settings, (chosen.workers, on_error)
     torch.manual_seed(settings.seed)
     random = LVNet(settings.model, settings.latent, settings.view.resolution)
     device = device_of(run.network)
     random = random.to(device)
     large = len(train) >= LARGE_SET
     seen = Subset(train, evenly_spaced(len(train), CALIBRATED)) if large else train
-    calibrate_batch_statistics(random, seen, settings.view, workers)
+    calibrate_batch_statistics(random, seen, settings.view, *how)
 
     def accuracy(rows: list[Rows]) -> float:
         return linear(rows[0], train.labels, rows[1], test.labels, device, chosen.probe_epochs).accuracy
 
     if not large:
-        sets: list[Rows] = [
-            embed(random, source, settings.view, workers).features for source in (train, test)
-        ]
-        raw: list[Rows] = [pixels(source, settings.view, workers) for source in (train, test)]
+        sets: list[Rows] = [embed(random, each, settings.view, *how).features for each in (train, test)]
+        raw: list[Rows] = [pixels(each, settings.view, *how) for each in (train, test)]
         return accuracy(sets), accuracy(raw)
     found = []
     for name, network in (("random", random), ("pixels", None)):
         with ExitStack() as stores:
             rows: list[Rows] = [
-                stores.enter_context(kept_for_now(run, name, network, source, workers))
+                stores.enter_context(kept_for_now(run, name, network, source, *how))
                 for source in (train, test)
             ]
             found.append(accuracy(rows))
@@ -252,14 +246,14 @@ def baselines(run: Run, train: Reader, test: Reader, chosen: EvaluateSettings) -
 
 @contextmanager
 def kept_for_now(
-    run: Run, name: str, network: LVNet | None, source: Reader, workers: int
+    run: Run, name: str, network: LVNet | None, source: Reader, workers: int, on_error: str
 ) -> Iterator[np.ndarray]:
     """Features of a network that isn't trained, or pixels where there is none, mapped, [N, F]; their files
     lie in RUN/features until they have been used, and are gone on with after a kill."""
     view = run.settings.view
 
     def compute(at: np.ndarray) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        crops = readable(source, view, workers, rows=at, title=f"evaluate: {name}")
+        crops = readable(source, view, workers, on_error, at, f"evaluate: {name}")
         if network is not None:
             for x, rows in infer(network, crops, view, network.features):
                 yield rows, {"x": x.float().cpu().numpy()}
@@ -270,20 +264,15 @@ def kept_for_now(
 
     key = {"floor": name, "seed": run.settings.seed, "checkpoint": run.digest, "set": describe_set(source)}
     store = Store.beside(run.folder / "features", key, len(source))
-    store.fill(compute)
+    with naming(store.folder):
+        store.fill(compute)
     yield store.open()["x"]
     shutil.rmtree(store.folder, ignore_errors=True)
 
 
-def of_code(run: Run, test: Embedding, source: Reader) -> dict[str, float | int | None]:
+def of_code(run: Run, test: Embedding, source: Reader, on_error: str) -> dict[str, float | int | None]:
     """What the run's codes hold, and how many times smaller they are than what is named."""
-    ratios = compression_ratios(
-        test.bits,
-        run.settings.view.resolution,
-        channels(source),
-        feature_dim=feature_dim(run.settings.model.backbone),
-        jpeg_bytes=jpeg_bytes(source),
-    )
+    ratios = smaller_by(run, source, on_error)(test.bits)
     rate = {"rate_bits": test.rate_bits} if run.network.family.stochastic else {}
     return ratios | code_statistics(unpack_bits(test.codes, test.bits), test.bit_means) | rate
 
@@ -295,10 +284,7 @@ def describe_data(run: Run, settings: EvaluateSettings, train: Reader, test: Rea
         "name": Path(source.rpartition(":")[2]).name,
         "train": len(train),
         "test": len(test),
-        "classes": int(train.labels.max()) + 1,
         "resolution": run.settings.view.resolution,
-        "train_path": str(settings.train or run.settings.data),
-        "test_path": str(settings.test),
     }
 
 
@@ -324,8 +310,8 @@ def write_gallery(
     path: Path,
     train: Embedding,
     test: Embedding,
-    train_source: Reader,
-    test_source: Reader,
+    train_source: Replacements,
+    test_source: Replacements,
     view: ViewSettings,
     names: list[str],
 ) -> None:
@@ -342,7 +328,10 @@ def write_gallery(
 
     from_test = np.unique(np.concatenate([queries, certain, uncertain]))
     from_train = np.unique(np.concatenate([by_code.ravel(), by_feature.ravel()]))
-    images = [evaluation_crops(s, view, i) for s, i in ((test_source, from_test), (train_source, from_train))]
+    images = [
+        evaluation_crops(given.source, view, rows, given)
+        for given, rows in ((test_source, from_test), (train_source, from_train))
+    ]
 
     def in_test(rows: np.ndarray) -> np.ndarray:
         return np.searchsorted(from_test, rows)

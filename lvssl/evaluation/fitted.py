@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -25,35 +25,6 @@ from pipelines.files import write_atomically
 
 VERSION = 1
 SAMPLE = 50_000  # training images at most
-
-
-class Origin(Protocol):
-    """What is fitted on: a run's training images, or embeddings."""
-
-    @property
-    def folder(self) -> Path: ...
-
-    @property
-    def digest(self) -> str: ...
-
-    @property
-    def arithmetic(self) -> str: ...
-
-
-class FittedOn(Protocol):
-    """The images, or embeddings, that density and quantisers are fitted on."""
-
-    @property
-    def run(self) -> Origin: ...
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What tells that which is fitted on them from that of other images."""
-
-    def sample(self, kind: str) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -140,6 +111,10 @@ class TrainingImages:
             raise InputError(f"{self.path}: at least two training images are needed to fit on")
         parts = {"features": features, "locations": where, "stages": stages}
         return {kind: np.concatenate(arrays) for kind, arrays in parts.items()}
+
+
+Origin = Run | Embeddings  # what is fitted on
+FittedOn = TrainingImages | TrainingEmbeddings
 
 
 def keep(path: Path, arrays: dict[str, np.ndarray], run: Origin, about: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lvssl.evaluation.embedding import LARGE_SET
-from lvssl.evaluation.knn import OF_LARGE, OF_SMALL, weighted_votes
+from lvssl.evaluation.knn import customary, weighted_votes
 from lvssl.evaluation.score import score
 from lvssl.evaluation.stage import Measured, peak_memory_mib
 from lvssl.evaluation.streamed import probed
@@ -67,7 +67,7 @@ def by_knn(
     settings: KnnSettings, train: Embeddings, test: Embeddings, device: torch.device
 ) -> tuple[Tensor, dict[str, Any]]:
     """Votes [M, C], and how they were counted."""
-    k, temperature = OF_LARGE if len(train.labels) >= LARGE_SET else OF_SMALL
+    k, temperature = customary(len(train.labels))
     k, temperature = settings.k or k, settings.temperature or temperature
     given = test.features, k, temperature, device, "knn: votes by features"
     votes = weighted_votes(train.features, torch.from_numpy(train.labels), *given)

@@ -15,17 +15,23 @@ from torch import Tensor
 
 from lvssl.codes import hamming
 from lvssl.codes.search import chunks, in_threads, nearest_keys, slices, thread_count, words
+from lvssl.evaluation.embedding import LARGE_SET
 from lvssl.runs.progress import with_progress
 from pipelines.kernels.compiled import compiled
 from pipelines.kernels.pack import as_array
 
-OF_SMALL, OF_LARGE = (20, 0.07), (200, 0.1)  # the customary k and temperature, of small sets and large ones
 QUERIES = 8192  # test images for which the training images are read once
 BLOCK = 512  # of these at a time; with TILE: 8 MB of cosines
 TILE, DEVICE_TILE = 4096, 65_536  # training images at a time, on a CPU and elsewhere
 GLANCE = 128  # cosines that are compared with the limit before one is looked at by itself
 SPARE = 64  # places of a buffer beyond 2 k, so that a small k is not sorted out all the time
 HAMMING_QUERIES = 1024  # whose sums of tied votes [.., C] are held in fp64
+WHY_NOT_FINITE = "the training diverged (lower --lr), or embeddings are too large for fp32 (scale them down)"
+
+
+def customary(images: int) -> tuple[int, float]:
+    """k and temperature for so many training images."""
+    return (200, 0.1) if images >= LARGE_SET else (20, 0.07)
 
 
 def weighted_knn(
@@ -109,10 +115,7 @@ def unit(x: Any, out: Tensor) -> Tensor:
     made.copy_(x) if isinstance(x, Tensor) else np.copyto(made.numpy(), x, casting="unsafe")
     lengths = torch.linalg.vector_norm(made, dim=1, keepdim=True)
     if not bool(lengths.isfinite().all()):
-        raise FloatingPointError(
-            "features, or their lengths in fp32, are not finite: the training diverged (lower --lr), or "
-            "embeddings are too large for fp32 (scale them down)"
-        )
+        raise FloatingPointError(f"features, or their lengths in fp32, are not finite: {WHY_NOT_FINITE}")
     return made.div_(lengths.clamp_min_(1e-12))
 
 

@@ -8,8 +8,7 @@ Which one is the strongest is decided over seeds (`lvssl.evaluation.pairs`), not
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,10 +129,11 @@ def measured(
     if not codes_alone:
         analysed, _ = uncertainty(run, sets, sampling)
         recall = next(iter(analysed["scores"].values()))["recall_at_1"]
-        of_features = accuracies_of_features(*embedded, device_of(run.network)) | {"recall_at_1": recall}
-        points = [("features", "", 32 * width, of_features), *of_scores(analysed)]
+        features, labels = ([e.features for e in embedded], [e.labels for e in embedded])
+        of_features = accuracies(None, features, labels, 0, FIRST, device_of(run.network))
+        points = [("features", "", 32 * width, of_features | {"recall_at_1": recall}), *of_scores(analysed)]
         if run.network.family.own_code:
-            points.append(("code", "code", bits, of_one_code(data, lambda features, code: code, bits)))
+            points.append(("code", "code", bits, of_one_code(data, bits)))
     if not run.network.family.stochastic:
         points += equal_bit(data, codes)
     described = {
@@ -148,15 +148,26 @@ def measured(
     return described, rows_of_points(run.folder.name, run.settings.seed, points)
 
 
-def accuracies_of_features(train: Embedding, test: Embedding, device: torch.device) -> dict[str, float]:
-    both = train.features, train.labels, test.features, test.labels
-    score = similarity_map(test.features, test.labels, train.features, train.labels, FIRST)
-    return {
-        "linear": linear_probe(*both).accuracy,
-        "knn": weighted_knn(*both, device=device),
-        "map_over_hits": score.over_hits,
-        "map_over_relevant": score.over_relevant,
-    }
+def accuracies(
+    codes: Sequence[np.ndarray] | None,
+    vectors: Sequence[np.ndarray],
+    labels: Sequence[np.ndarray],
+    bits: int,
+    top_n: int,
+    device: torch.device | None = None,
+) -> dict[str, float]:
+    """Of training and test images: the linear probe on vectors [N, D]; kNN and mAP@top_n by the Hamming
+    distance of packed codes of so many bits, or where `codes` is None by the vectors' cosine."""
+    (x, test_x), (y, test_y) = vectors, labels
+    probe = linear_probe(x, y, test_x, test_y)
+    if codes is None:
+        knn = weighted_knn(x, y, test_x, test_y, device=device)
+        score = similarity_map(test_x, test_y, x, y, top_n)
+    else:
+        knn = hamming_knn(codes[0], y, codes[1], test_y, bits)
+        score = retrieval_map(codes[1], test_y, codes[0], y, top_n)
+    maps = {"map_over_hits": score.over_hits, "map_over_relevant": score.over_relevant}
+    return {"linear": probe.accuracy, "knn": knn} | maps
 
 
 # Codes ----------------------------------------------------------------------------------------------------
@@ -168,11 +179,6 @@ class CodeEvaluationData(NamedTuple):
     train: Embedding
     test: Embedding
     factors: dict[str, tuple[Factors, Factors]]
-
-
-Coding = Callable[
-    [np.ndarray, np.ndarray], np.ndarray
-]  # (features [N, F], the run's own code) -> packed bits
 
 
 def equal_bit_codes(lengths: Iterable[int]) -> list[tuple[str, int]]:
@@ -211,41 +217,26 @@ def equal_bit_coders(
 
 def equal_bit(data: CodeEvaluationData, codes: Iterable[tuple[str, int]]) -> list[Point]:
     return [
-        ("code", method, bits, of_one_code(data, partial(encoded_by, coder), bits, coder))
+        ("code", method, bits, of_one_code(data, bits, coder))
         for method, bits, coder in equal_bit_coders(data.train.features, codes)
     ]
 
 
-def encoded_by(coder: Coder, features: np.ndarray, own: np.ndarray) -> np.ndarray:
-    return coder.encode(features)
+def of_one_code(data: CodeEvaluationData, bits: int, coder: Coder | None = None) -> dict[str, float]:
+    """The metrics of one code; `coder`: what makes it of features, of a run's own code None."""
 
-
-def of_one_code(
-    data: CodeEvaluationData, coding: Coding, bits: int, coder: Coder | None = None
-) -> dict[str, float]:
-    """The metrics of one code; `coder`: what made it, of a run's own code None."""
-    hamming = coder is None or coder.hamming
+    def coded(features: np.ndarray, own: np.ndarray) -> np.ndarray:
+        return own if coder is None else coder.encode(features)
 
     def vectors(packed: np.ndarray) -> np.ndarray:
         return signs(packed, bits) if coder is None else coder.decode(packed)
 
-    packed = [coding(s.features, s.codes) for s in (data.train, data.test)]
+    packed = [coded(each.features, each.codes) for each in data[:2]]
+    by_hamming = packed if coder is None or coder.hamming else None
     labels = data.train.labels, data.test.labels
-    x = [vectors(p) for p in packed]
-    if hamming:
-        knn = hamming_knn(packed[0], labels[0], packed[1], labels[1], bits)
-        score = retrieval_map(packed[1], labels[1], packed[0], labels[0], FIRST)
-    else:
-        knn = weighted_knn(x[0], labels[0], x[1], labels[1])
-        score = similarity_map(x[1], labels[1], x[0], labels[0], FIRST)
-    found = {
-        "linear": linear_probe(x[0], labels[0], x[1], labels[1]).accuracy,
-        "knn": knn,
-        "map_over_hits": score.over_hits,
-        "map_over_relevant": score.over_relevant,
-    }
+    found = accuracies(by_hamming, [vectors(each) for each in packed], labels, bits, FIRST)
     for kind, parts in data.factors.items():
-        x = [vectors(coding(outputs.features, pack_bits(outputs.bits))) for outputs, _ in parts]
+        x = [vectors(coded(outputs.features, pack_bits(outputs.bits))) for outputs, _ in parts]
         regressed = ridge_each(x[0], parts[0][1], x[1], parts[1][1])
         found[f"{kind}_r2"] = float(np.nanmean([r.r2 for r in regressed.values()]))
     return found

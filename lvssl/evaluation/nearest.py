@@ -7,8 +7,8 @@ import time
 import torch
 from torch import Tensor
 
-from lvssl.evaluation.embedding import LARGE_SET, Embedding, embedded, help_to_embed
-from lvssl.evaluation.knn import OF_LARGE, OF_SMALL, hamming_votes, weighted_votes
+from lvssl.evaluation.embedding import Embedding, embedded, help_to_embed
+from lvssl.evaluation.knn import customary, hamming_votes, weighted_votes
 from lvssl.evaluation.score import score
 from lvssl.evaluation.stage import Stage, prepare
 from lvssl.runs.labels import say_left_out
@@ -29,7 +29,7 @@ def knn(settings: KnnSettings) -> Stage[KnnSettings]:
             help_to_embed(stage.run, data.source, settings.workers, data.on_error)
         return stage
     started = time.monotonic()
-    k, temperature = OF_LARGE if len(train) >= LARGE_SET else OF_SMALL
+    k, temperature = customary(len(train))
     k, temperature = settings.k or k, settings.temperature or temperature
     known, asked = (
         embedded(stage.run, data.source, settings.workers, data.on_error, f"knn: {data.path.name}")

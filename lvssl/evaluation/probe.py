@@ -11,6 +11,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
+from lvssl.evaluation.knn import WHY_NOT_FINITE
 from lvssl.runs.progress import with_progress
 from pipelines.errors import InputError
 from pipelines.kernels.pack import as_array
@@ -86,7 +87,7 @@ def linear_probe(
     balanced over classes and drawn from `seed`; the best (the stronger one where equal) is fitted again on
     the whole. Bits are features like any other. Arrays or torch tensors. `title`: of the progress shown while
     the strengths are tried; empty: none. Raises ValueError for shapes that
-    don't match, values that are not finite, or fewer than two classes.
+    don't match or fewer than two classes, FloatingPointError for values that are not finite.
     """
     train_x, train_y = checked("train", train_x, train_y)
     test_x, test_y = checked("test", test_x, test_y)
@@ -166,7 +167,6 @@ def checked(name: str, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
             f"{name}: features [N, D] and labels [N] are needed, not {list(x.shape)} and {list(y.shape)}"
         )
     if not np.isfinite(x).all():
-        raise ValueError(
-            f"{name}: row {int(np.argmin(np.isfinite(x).all(axis=1)))} holds a value that isn't finite"
-        )
+        row = int(np.argmin(np.isfinite(x).all(axis=1)))
+        raise FloatingPointError(f"{name}: row {row} holds a value that isn't finite: {WHY_NOT_FINITE}")
     return x, y

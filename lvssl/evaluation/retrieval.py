@@ -37,9 +37,6 @@ class RetrievalScore:
 
     over_hits: float
     over_relevant: float
-    top_n: int  # n
-    queries: int
-    database: int
 
 
 def retrieval_map(
@@ -70,7 +67,7 @@ def retrieval_map(
             average_precisions(counts[0, part], counts[1, part], top_n, scores[block][part])
 
         in_threads(count, slices(counts.shape[1], thread_count(threads)))
-    return summary(scores, top_n, len(database))
+    return RetrievalScore(*scores.mean(axis=0).tolist())
 
 
 def similarity_map(
@@ -93,7 +90,7 @@ def similarity_map(
             counts, relevant = np.append(counts, (~near).sum()), np.append(relevant, same[~near].sum())
             both = [a.astype(np.int32)[None] for a in (counts, relevant)]
             average_precisions(both[0], both[1], top_n, scores[i : i + 1])
-    return summary(scores, top_n, len(labels))
+    return RetrievalScore(*scores.mean(axis=0).tolist())
 
 
 @compiled()
@@ -148,11 +145,6 @@ def cut_tie(n, r, here, hits, total, places, gaps):
 @compiled()
 def log_choose(n, k):
     return lgamma(n + 1.0) - lgamma(k + 1.0) - lgamma(n - k + 1.0)
-
-
-def summary(scores: np.ndarray, top_n: int, database: int) -> RetrievalScore:
-    by_hits, by_relevant = (float(x) for x in scores.mean(axis=0))
-    return RetrievalScore(by_hits, by_relevant, top_n, len(scores), database)
 
 
 def checked(queries: Any, query_labels: Any, database: Any, labels: Any, top_n: int) -> tuple[Any, Any]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from lvssl.codes.statistics import compression_ratios
 from lvssl.evaluation.corruptions import OUT_OF_DISTRIBUTION
 from lvssl.evaluation.embedding import LARGE_SET, Embedding, embedded
+from lvssl.models.backbone import feature_dim
 from lvssl.runs.labels import Subset, open_pair, say_notes, sibling_test_set
 from lvssl.runs.run import Run, require_classes_of, require_same_classes, training_set
 from pipelines.datasets.dataset import evenly_spaced
@@ -25,7 +29,7 @@ def labelled_pair(run: Run, control: Run | None, train: Path | None, test: Path)
     """Training images (those of the pretraining, unless named) and test images, with the same numbers for the
     same classes. Raises InputError as `open_pair` does, and if run and control were trained on others."""
     found = open_pair(train or run.settings.data, test)
-    if control is not None:
+    if control is not None and run.classes and control.classes:  # none: trained without labels
         require_same_classes(run, control)
     if train is None:
         require_classes_of(run, found[0], run.settings.data)
@@ -64,6 +68,17 @@ def embed_both(
     return embedded(run, train, workers, on_error), embedded(run, test, workers, on_error)
 
 
+def smaller_by(run: Run, source: Reader, on_error: str) -> Callable[[int], dict[str, float]]:
+    """How many times smaller so many bits are than these images' pixels, JPEGs and the run's features."""
+    return partial(
+        compression_ratios,
+        resolution=run.settings.view.resolution,
+        channels=channels(source, on_error),
+        feature_dim=feature_dim(run.settings.model.backbone),
+        jpeg_bytes=jpeg_bytes(source),
+    )
+
+
 def jpeg_bytes(source: Reader) -> float | None:
     """Mean size of the stored JPEGs; None where any image is stored as pixels."""
     if isinstance(source, Subset):  # a few damaged ones change no mean that is worth a word
@@ -72,10 +87,10 @@ def jpeg_bytes(source: Reader) -> float | None:
     return float(file.sizes.mean()) if file is not None and not file.modes.any() else None
 
 
-def channels(source: Reader) -> int:
+def channels(source: Reader, on_error: str) -> int:
     """1 if the first images are grey, else 3: a grey image that is stored as RGB isn't larger for it."""
-    view = ViewSettings(resolution=8)
-    crops = evaluation_crops(source, view, np.arange(min(256, len(source))))
+    first = np.arange(min(256, len(source)))
+    crops = evaluation_crops(source, ViewSettings(resolution=8), first, Replacements(source, on_error))
     return 1 if (crops == crops[..., :1]).all() else 3
 
 

@@ -1,6 +1,6 @@
 """A procedural set with exactly known factors: one coloured shape on a dark ground.
 
-For regression from codes and for disentanglement, where natural images have no ground truth. The shapes have
+For regression from codes, where natural images have no ground truth. The shapes have
 no rotational symmetry, so that the rotation is a function of the image.
 """
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lvssl.evaluation.knn import WHY_NOT_FINITE
 from lvssl.evaluation.probe import ProbeResult, linear_probe
 from lvssl.runs.progress import with_progress
 from lvssl.settings.stages import LinearSettings
@@ -70,7 +71,7 @@ def streamed_probe(
     """As `linear_probe`, of train_x [N, D] and labels int64 [N], in memory that N doesn't change.
 
     Pages of rows are drawn in an order of each epoch's own, by `seed`. `epochs`: 0: EPOCHS, or what STEPS
-    take. `device`: where it is computed; left out: the CPU. Raises ValueError for values that are not
+    take. `device`: where it is computed; left out: the CPU. Raises FloatingPointError for values that are not
     finite, InputError for labels of one class.
     """
     device = device or torch.device("cpu")
@@ -144,15 +145,16 @@ def without_subnormals(gradients: Tensor) -> Tensor:
 
 
 def standardisation(x: Rows) -> tuple[Tensor, Tensor]:
-    """(mean, scale) float32 [D]: (x - mean) * scale has deviation 1; a constant column becomes 0. ValueError,
-    which names the row, where a value isn't finite."""
+    """(mean, scale) float32 [D]: (x - mean) * scale has deviation 1; a constant column becomes 0.
+    FloatingPointError, which names the row, where a value isn't finite."""
     count, width = x.shape
     shift = np.asarray(x[:CHUNK], np.float64).mean(axis=0)  # near the mean, so that squares don't cancel
     total, squares = np.zeros(width), np.zeros(width)
     for start in range(0, count, CHUNK):
         part = np.asarray(x[start : start + CHUNK], np.float64)
         if not (sound := np.isfinite(part).all(axis=1)).all():
-            raise ValueError(f"train: row {start + int(sound.argmin())} holds a value that isn't finite")
+            row = start + int(sound.argmin())
+            raise FloatingPointError(f"train: row {row} holds a value that isn't finite: {WHY_NOT_FINITE}")
         part -= shift
         total += part.sum(axis=0)
         squares += np.einsum("nd,nd->d", part, part)

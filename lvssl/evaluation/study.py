@@ -42,6 +42,7 @@ from pipelines.files import write_json
 from pipelines.formats import jpeg
 
 KEPT = "study.json"  # in each run's folder
+SWITCHES = dict.fromkeys(("true", "1", "yes"), True) | dict.fromkeys(("false", "0", "no"), False)
 
 
 @dataclass(frozen=True)
@@ -175,9 +176,10 @@ def groups_of(base: PretrainSettings, arm: str, changes: dict[str, str]) -> dict
         group, default = defaults[name]
         kind: Any = float if default is None else type(default)
         try:
-            made[group][name] = text.lower() in ("true", "1", "yes") if kind is bool else kind(text)
-        except ValueError as error:
-            raise InputError(f"arm {arm!r}: {name} must be a {kind.__name__}, got {text!r}") from error
+            made[group][name] = SWITCHES[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError) as error:
+            wanted = "true or false" if kind is bool else f"a {kind.__name__}"
+            raise InputError(f"arm {arm!r}: {name} must be {wanted}, got {text!r}") from error
     return {name: dataclasses.replace(of, **made[name]) for name, of in groups.items()}
 
 

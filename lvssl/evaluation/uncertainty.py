@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 
 from pipelines.kernels.pack import as_array
 
@@ -56,15 +57,16 @@ def auroc(positive: np.ndarray, scores: np.ndarray) -> float:
     """
     if not np.isfinite(scores).all():
         raise ValueError(f"score {int(np.argmin(np.isfinite(scores)))} isn't finite")
-    n_positive = int(positive.sum())
-    n_negative = len(positive) - n_positive
-    if not n_positive or not n_negative:
-        return float("nan")
-    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    mid_rank = np.cumsum(counts) - (counts - 1) / 2
-    return float(
-        (mid_rank[place][positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
-    )
+    return float(areas(scores, positive))
+
+
+def areas(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """The AUROC of each column of scores [N, D] as a detector of each of positive [N, C]: [D, C], or without
+    these axes."""
+    ranks, wanted = rankdata(scores, axis=0), positive.astype(np.float64)
+    count = wanted.sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (ranks.T @ wanted - count * (count + 1) / 2) / (count * (len(wanted) - count))
 
 
 def risk_coverage_area(wrong: Any, uncertainty: Any) -> float:

@@ -49,12 +49,16 @@ class LabelledDataset:
 
 
 class Subset:
-    """Some images of a source, as a source; position i is rows[i] of the other."""
+    """Some images of a source, as a source; position i is rows[i] of the other. A part of a part is a part of
+    the whole."""
 
     def __init__(self, source: Reader, rows: np.ndarray) -> None:
-        self.source, self.rows = source, np.asarray(rows, np.int64)
+        self.rows = np.asarray(rows, np.int64)
         self.labels = source.labels[self.rows]
         self.classes, self.chunk, self.device = source.classes, source.chunk, source.device
+        self.source: Reader = source
+        if isinstance(source, Subset):
+            self.source, self.rows = source.source, source.rows[self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,6 +1,7 @@
 """JPEGs that libjpeg-turbo warns of or can't read, and images of many pixels: one rule for all commands."""
 
 import io
+import json
 import struct
 import warnings
 
@@ -79,6 +80,37 @@ def test_commands_take_the_option(folder, tmp_path, capsys):
     for query in (folder, folder / "a/0.jpg"):
         assert lvssl(["search", run, "--codes", codes, "--query", str(query)]) == 0
         capsys.readouterr()
+
+
+@warned
+def test_every_command_reads_what_the_pretraining_kept(tmp_path, capsys):
+    """The first image of both sets is damaged, and kept; another can't be read at all."""
+    for split, seed in (("train", 0), ("test", 100)):
+        places = [(c, i) for c in (0, 1) for i in range(22)]
+        files = {f"{'ab'[c]}/{i:02}.jpg": encoded(pixels(24, 24, seed + 50 * c + i)) for c, i in places}
+        class_folders(tmp_path / split, files | {"a/00.jpg": EXTRANEOUS, "b/05.jpg": WHOLE[:300]})
+    train, test, run = (str(tmp_path / name) for name in ("train", "test", "run"))
+    options = ["--data", train, "--epochs", "1", "--batch-size", "11", "--backbone", "tiny"]
+    options += ["--resolution", "16", "--on-error", "keep", "--threads", "1", "--out"]
+    assert lvssl(["pretrain", *options, run]) == 0
+    assert lvssl(["pretrain", *options, str(tmp_path / "control"), "--family", "none"]) == 0
+    sets = ["--test", test]
+    for command in (
+        ["evaluate", run, *sets],
+        ["compression", run, *sets, "--bits", "16"],
+        ["analyse", run, *sets, "--samples", "1"],
+        ["report", run],
+        ["encode", run, "--images", train],
+        ["search", run, "--query", test, "--page", str(tmp_path / "many.html")],
+        ["search", run, "--query", f"{test}/a/00.jpg", "--page", str(tmp_path / "one.html")],
+        ["curate", run, *sets],
+        ["evaluate", run, *sets, "--on-error", "skip", "--out", str(tmp_path / "skipping")],
+    ):
+        status, said = call(command, capsys)
+        assert status == 0, said
+    for name, count in (("run", 1), ("skipping", 2)):
+        result = json.loads((tmp_path / name / "evaluation.json").read_text())
+        assert result["data"]["skipped"] == {"train": count, "test": count}
 
 
 # ------------------------------------------------------------------- odd sampling

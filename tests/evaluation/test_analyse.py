@@ -58,7 +58,7 @@ def test_every_score_of_every_model_is_there(analysis, runs):
         assert all(set(row) - {*POINT} == columns for row in scores[name].values())
         for representation in ("features", "code"):
             found = measured(analysis, name, representation)[""]
-            assert {"shapes_r2: hue", "shapes_mae: hue", "augmentation_r2: crop area", "mig"} <= set(found)
+            assert {"shapes_r2: hue", "shapes_mae: hue", "augmentation_r2: crop area"} <= set(found)
     assert (
         set(measured(analysis, "lv", "probe"))
         == set(analysis["reliability"]["lv"])
@@ -152,8 +152,8 @@ def test_auroc_error_against_the_bootstrap():
 
 def test_the_page_shows_it(analysis, runs):
     html = write_report(runs / "lv").read_text()
-    for section in ("uncertainty", "bits", "regression", "disentanglement"):
-        assert f'id="{section}"' in html and (section == "disentanglement" or f'href="#{section}"' in html)
+    for section in ("uncertainty", "bits", "regression"):
+        assert f'id="{section}"' in html and f'href="#{section}"' in html
     posterior = measured(analysis, "lv", "uncertainty")["posterior"]
     assert f'data-csv="{posterior["r_auroc"]}"' in html and analysis["command"] in html
     assert html.count('class="pick bit"') == html.count('class="card bit-card"') == 48
@@ -173,8 +173,4 @@ def test_the_same_twice(analysis, runs, tmp_path):
     torch.manual_seed(123)
     np.random.seed(5)
     again = analyse(AnalyseSettings(tmp_path / "runs" / "lv", max_images=150, samples=3, overwrite=True))
-    first, second = (
-        [row for row in found["rows"] if row["representation"] == "uncertainty"]
-        for found in (analysis, again)
-    )
-    assert json.dumps(first) == json.dumps(second)  # the forests of DCI sum in the order of their threads
+    assert json.dumps(analysis["rows"]) == json.dumps(again["rows"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lvssl.commands.main import main
-from lvssl.evaluation import embedding, evaluate, linear, nearest, streamed
+from lvssl.evaluation import embedding, evaluate, knn, linear, streamed
 from lvssl.evaluation.measures import equal_bit_codes
 from lvssl.runs import features
 from lvssl.runs.rows import by_point
@@ -24,7 +24,7 @@ def runs(run, control, tmp_path) -> dict[str, Path]:
 @pytest.fixture
 def large(monkeypatch):
     """The training images of the digits count as many."""
-    for module in (embedding, evaluate, linear, nearest):
+    for module in (embedding, evaluate, knn, linear):
         monkeypatch.setattr(module, "LARGE_SET", 1000)
     monkeypatch.setattr(features, "PART", 512)
     monkeypatch.setattr(streamed, "PAGE", 1)

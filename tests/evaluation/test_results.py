@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from every_command import call, check
+from PIL import Image
 
 from lvssl.codes.controls import CONTROLS
 from lvssl.commands.main import main
 from lvssl.evaluation.evaluate import measure
 from lvssl.evaluation.probe import linear_probe
-from lvssl.evaluation.sets import embed_both
+from lvssl.evaluation.sets import embed_both, labelled_pair
 from lvssl.runs import checkpoint
 from lvssl.runs.labels import open_pair
 from lvssl.runs.result import read_result
@@ -206,3 +209,61 @@ def test_what_is_no_result_is_refused_in_one_line(tmp_path, content, said):
     assert str(error.value).startswith(f"{path}: not a result (") and said in str(error.value)
     path.write_text('{"rows": null, "beside": {}}')
     assert read_result(path, rows=list, beside=dict) == {"rows": None, "beside": {}}
+
+
+def test_weights_that_are_not_finite_end_each_command_in_one_line(runs, digits, capsys):
+    for name in ("run", "control"):
+        state = checkpoint.load_latest(runs[name] / "checkpoints")[1]
+        for key in [key for key in state["network"] if key.startswith("backbone.")]:
+            state["network"][key] = state["network"][key] * float("nan")
+        checkpoint.save(runs[name] / "checkpoints", state["step"] + 1, state)
+    for command, options in [
+        ("evaluate", []), ("compression", ["--bits", "16"]), ("linear", []), ("knn", []),
+        ("analyse", ["--max-images", "40", "--samples", "1"]), ("curate", []),
+        ("encode", ["--images", str(digits["test"])]),
+    ]:  # fmt: skip
+        status, said = call([command, str(runs["run"]), *options], capsys)
+        assert (status == 1 and "not finite" in said) or "isn't finite" in said, command
+        check(status, said, command)
+
+
+def test_a_control_that_was_found_is_not_to_blame_for_labels_that_are_missing(runs, digits, tmp_path, capsys):
+    """A run that was trained without labels, beside one of the name `control` that knows its classes."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(4):
+        Image.fromarray(np.full((8, 8, 3), 60 * i, np.uint8)).save(folder / f"{i}.png")
+    for name, classes in (("run", []), ("control", [str(c) for c in range(10)])):
+        config = json.loads((runs[name] / "config.json").read_text())
+        config |= {"data": {"images": 4, "classes": classes, "digest": ""}}
+        (runs[name] / "config.json").write_text(json.dumps(config))
+    shutil.copytree(runs["run"], tmp_path / "aside")
+    shutil.rmtree(runs["control"])
+    shutil.copytree(tmp_path / "aside", runs["control"])  # a latent's, too, which is no control
+    evaluate = ["evaluate", str(runs["run"])]
+    status, said = call([*evaluate, "--train", str(folder), "--test", str(folder)], capsys)
+    assert status == 2 and f"{folder}: its images have no labels" in said
+    status, said = call(evaluate, capsys)
+    assert status == 2 and "a control has family none, not bernoulli; name one with --control" in said
+
+
+def test_runs_trained_without_labels_stand_beside_a_control_with_them(runs):
+    run, control = load_run(runs["run"]), load_run(runs["control"])
+    pair = run.settings.data, run.settings.data.with_name("test.beton")
+    labelled_pair(replace(run, classes=[]), replace(control, classes=["a", "b"]), *pair)
+    with pytest.raises(InputError, match="other classes"):
+        labelled_pair(replace(run, classes=["a"]), replace(control, classes=["a", "b"]), *pair)
+
+
+def test_a_full_disk_is_named(runs, small_disk, fill, capsys):
+    out, run = small_disk / "out", str(runs["run"])
+    assert main(["report", run, "--out", str(out)]) == 0
+    assert main(["evaluate", run, "--workers", "1"]) == 0
+    capsys.readouterr()
+    (runs["run"] / "evaluation.json").rename(runs["run"] / "was.json")
+    fill()
+    for command in ("evaluate", "report"):
+        status, said = call([command, run, "--out", str(out)], capsys)
+        last = said.splitlines()[-1]
+        assert status == 1 and last.startswith(f"error: {out}/")
+        assert last.endswith(": No space left on device")

@@ -12,7 +12,7 @@ from lvssl.commands.main import main
 from lvssl.evaluation.measures import HASHES, MEASURES, code_bits, equal_bit_codes
 from lvssl.evaluation.pairs import BEST, pairs, summary
 from lvssl.evaluation.study import StudySettings, plan, shard, study
-from lvssl.report.study import write_study
+from lvssl.report.study import markdown, write_study
 from lvssl.runs.differences import interval, strongest
 from lvssl.runs.rows import COLUMNS, as_csv, by_point, rows_of
 from lvssl.runs.run import create_run
@@ -157,7 +157,10 @@ def test_one_seed_decides_nothing_unless_its_sampling_error_is_known(tmp_path):
     result = {"settings": {"preset": "p", "seeds": [0], "max_images": 0}, "command": "lvssl study"}
     result |= {"runs": runs, "rows": rows, "pairs": pairs(runs, rows), "arms": summary(runs, rows)}
     write_study(tmp_path, result | {"measures": {name: m._asdict() for name, m in MEASURES.items()}})
-    assert "Not decided by one seed." in (tmp_path / "study.md").read_text()
+    page = (tmp_path / "study.md").read_text()
+    assert "Not decided by one seed." in page and "PCA + sign, ITQ and LSH of\n" in page
+    rows.append(rows[0] | {"method": "OPQ"})
+    assert "PCA + sign, ITQ, LSH and OPQ (by" in markdown(result | {"measures": {}, "arms": [], "pairs": []})
 
 
 def test_rows_of_a_point_are_joined():
@@ -211,6 +214,7 @@ def test_a_run_of_before_a_setting_was_is_one_of_its_default(settings):
         ({"arms": ("nonsense",)}, "unknown family 'nonsense'"),
         ({"arms": ("a:dimm=3",)}, "arm 'a:dimm=3': unknown setting 'dimm'"),
         ({"arms": ("a:dim=x",)}, "dim must be a int, got 'x'"),
+        ({"arms": ("a:family=none,projector_norm=ture",)}, "arm 'a:.*: projector_norm must be true or false"),
         ({"arms": ("a:family=vmf,site=proj,objective=ceb,variance=1",)}, "--variance must be 0 with .* ceb"),
         ({"arms": ("a:family=none,objective=vicreg,invariance=0",)}, "--invariance must be above 0"),
         ({"arms": ("none", "none")}, "two arms of one name"),

@@ -8,6 +8,7 @@ import torch
 
 from lvssl.runs.labels import (
     LabelledDataset,
+    Subset,
     balanced,
     check_pair,
     labelled_rows,
@@ -110,6 +111,9 @@ def test_a_part_keeps_the_outputs_of_the_whole_and_its_own_pixels(digits):
     part.source.crops(np.array([4, 0]), boxes, out[0])
     train.source.crops(rows[[4, 0]], boxes, out[1])
     assert np.array_equal(*out) and out[0].any()
+    inner = Subset(part.source, np.array([3, 1]))  # no part of a part: facts are looked up in the whole
+    assert inner.source is train.source and inner.rows.tolist() == rows[[3, 1]].tolist()
+    assert inner.labels.tolist() == [2, 2] and inner.encoded(0, 0) is not None
     assert part.source.encoded(0, 1) is not None and part.source.sizes(np.array([0]))[0].tolist() == [8]
 
 
