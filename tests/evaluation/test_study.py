@@ -159,8 +159,8 @@ def test_one_seed_decides_nothing_unless_its_sampling_error_is_known(tmp_path):
     write_study(tmp_path, result | {"measures": {name: m._asdict() for name, m in MEASURES.items()}})
     page = (tmp_path / "study.md").read_text()
     assert "Not decided by one seed." in page and "PCA + sign, ITQ and LSH of\n" in page
-    rows.append(rows[0] | {"method": "OPQ"})
-    assert "PCA + sign, ITQ, LSH and OPQ (by" in markdown(result | {"measures": {}, "arms": [], "pairs": []})
+    result |= {"rows": [row | {"method": "OPQ"} for row in rows], "measures": {}, "arms": [], "pairs": []}
+    assert "PCA + sign, ITQ, LSH and OPQ (by" in markdown(result)
 
 
 def test_rows_of_a_point_are_joined():

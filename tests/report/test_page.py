@@ -603,7 +603,7 @@ def test_in_chromium(page, tmp_path, width):
         "Model,Representation,Bits,Linear %,kNN %",
         "bernoulli,features,8192,84.75,83.9",
     ]
-    assert len(found["texts"]) == 11 and "Compression,value\r\nsmaller than raw pixels,73.5\r\n" in "".join(
+    assert len(found["texts"]) == 10 and "Compression,value\r\nsmaller than raw pixels,73.5\r\n" in "".join(
         found["texts"]
     )
 
