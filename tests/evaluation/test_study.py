@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from benchmarks.study import ARMS
+from benchmarks.study import ARMS, SETTINGS
 from lvssl.commands.main import main
 from lvssl.evaluation.measures import HASHES, MEASURES, code_bits, equal_bit_codes
 from lvssl.evaluation.pairs import BEST, pairs, summary
@@ -189,7 +189,8 @@ def test_an_arm_may_have_another_projector(settings):
 
 @pytest.mark.parametrize("question", ARMS)
 def test_the_arms_of_each_question_are_possible(settings, question):
-    chosen = [plan(settings, arm, 0) for arm in ARMS[question]]
+    arms = [f"{arm}:{SETTINGS[arm]}" if arm in SETTINGS else arm for arm in ARMS[question]]
+    chosen = [plan(settings, arm, 0) for arm in arms]
     for each in chosen:
         each.validate()
     assert len({each.out for each in chosen}) == len(chosen)
