@@ -57,6 +57,7 @@ from pipelines.views import ViewSettings
 GALLERY = "gallery.npz"
 QUERIES, NEIGHBOURS, EXTREMES = 40, 6, 12  # pictures in the gallery
 CALIBRATED = 50_000  # images of a large set on which the random encoder's running statistics are taken
+EXACT = "L2 logistic regression by L-BFGS, its strength chosen on held-out training images"
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,7 @@ def linear(
 def protocol(train: Reader, epochs: int) -> dict[str, Any]:
     """How `measure` and `baselines` measure on so many training images."""
     k, temperature = customary(len(train))
-    exact = "logistic regression by L-BFGS, all images in memory"
-    probe = exact if len(train) < LARGE_SET else streamed.protocol(epochs)
+    probe = EXACT if len(train) < LARGE_SET else streamed.protocol(epochs)
     fitted = f"fitted on {min(len(train), SAMPLE):,} of {len(train):,} training images, evenly spread"
     return {"linear": probe, "knn": {"k": k, "temperature": temperature}, "codes of the control": fitted}
 

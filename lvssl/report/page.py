@@ -302,7 +302,7 @@ def results(evaluation: dict[str, Any], command: str | None) -> str:
         best={name: max(values, default=None) for name, values in found.items()},
         low=low,
         high=high,
-        probe=protocol.get("linear"),
+        probe=protocol.get("linear", "logistic regression"),
         k=(protocol.get("knn") or {}).get("k", 20),
         command=command,
     )

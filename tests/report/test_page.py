@@ -335,7 +335,7 @@ def test_the_results_say_how_they_were_measured(tmp_path):
     protocol = {"linear": "sgd: Adam, 10 epochs", "knn": {"k": 200, "temperature": 0.1}}
     (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"protocol": protocol}))
     text = " ".join(" ".join(Page(write_report(run).read_text()).text).split())
-    assert "held-out training images (sgd: Adam, 10 epochs). kNN: 200 neighbours, by cosine" in text
+    assert "Linear: sgd: Adam, 10 epochs. kNN: 200 neighbours, by cosine" in text
 
 
 def test_missing_values_show_as_a_dash_and_large_pictures_shrink(tmp_path):
