@@ -40,6 +40,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--arms", nargs="+", default=["none", "bernoulli"], help="families; none: the control"
     )
+    parser.add_argument("--objective", default="ntxent", help="of each pretraining; SimCLR's own")
     parser.add_argument("--epochs", type=int, default=6, help="of each pretraining")
     parser.add_argument("--tune-epochs", type=int, nargs=3, default=[30, 20, 4], help="with 1, 10, 100 %%")
     parser.add_argument("--min-steps", type=int, default=300, help="of fine-tuning")
@@ -106,11 +107,12 @@ def pretrained(options: argparse.Namespace, run: Path) -> list[dict[str, Any]]:
     family = run.name.rpartition("-")[0]
     settings = dataclasses.replace(
         base, data=options.train, out=run, epochs=options.epochs, seed=options.seed, threads=options.threads,
-        latent=dataclasses.replace(base.latent, family=family),
+        latent=dataclasses.replace(base.latent, family=family, objective=options.objective),
     )  # fmt: skip
     pretrain(settings, resume=True)
-    command = f"lvssl pretrain --preset {options.preset} --family {family} --data {options.train} --out {run}"
-    command += f" --epochs {options.epochs} --seed {options.seed} --threads {options.threads}"
+    command = f"lvssl pretrain --preset {options.preset} --family {family} --objective {options.objective}"
+    command += f" --data {options.train} --out {run} --epochs {options.epochs} --seed {options.seed}"
+    command += f" --threads {options.threads}"
     return [{"on": "", "figures": None, "command": command}]
 
 

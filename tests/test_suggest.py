@@ -67,8 +67,8 @@ def test_a_run_without_a_preset_says_what_was_chosen_and_is_made_again_by_its_co
     assert main(["pretrain", *options, *small]) == 0
     said = capsys.readouterr().err
     assert "for 8 images of 20 px on " in said
-    flags = "--preset cifar10-small --resolution 20 --batch-size 8 --epochs 1 --workers 2 --precision fp32"
-    assert flags in said
+    flags = "--preset cifar10-small --objective ntxent-vc --resolution 20 --batch-size 8 --epochs 1"
+    assert f"{flags} --workers 2 --precision fp32" in said
     settings, _ = read_config(tmp_path / "run")
     assert settings.preset == "cifar10-small" and settings.view.resolution == 20
     typed = command("pretrain", settings)
@@ -86,7 +86,7 @@ def test_a_set_of_many_files_or_by_name_is_looked_at_too(tmp_path, capsys, monke
     for data in ("d.part-*.beton", "sklearn:digits"):
         options = ["--device", "cpu", "--batch-size", "2000"]  # refused, before any work
         assert main(["pretrain", "--data", data, "--out", "run", *options]) == 2
-        assert "--preset cifar10-small --resolution 8" in capsys.readouterr().err
+        assert "--preset cifar10-small --objective ntxent-vc --resolution 8" in capsys.readouterr().err
 
 
 def test_the_help_looks_at_no_images(tmp_path, capsys):

@@ -104,6 +104,7 @@ def in_words(settings: PretrainSettings, what: str) -> str:
     kind = str(precision(settings.engine, pick_device(settings.device))).removeprefix("torch.")
     flags = {
         "preset": settings.preset,
+        "objective": settings.latent.objective,
         "resolution": settings.view.resolution,
         "batch_size": settings.batch_size,
         "epochs": settings.epochs,

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -97,6 +98,12 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
         raise InputError(
             f"{control.folder}: a control has family {WITHOUT_LATENT}, not {control.settings.latent.family}; "
             "name one with --control"
+        )
+    if control and control.settings.latent.objective != run.settings.latent.objective:
+        print(
+            f"warning: {control.folder} was trained with --objective {control.settings.latent.objective}, "
+            f"{run.folder} with {run.settings.latent.objective}: a difference may be the objective's",
+            file=sys.stderr,
         )
     if len(test) < 2:
         raise InputError(f"{settings.test}: at least two test images are needed to evaluate a run")

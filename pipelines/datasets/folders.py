@@ -108,22 +108,26 @@ def _files_under(top: Path, left: LeftOut) -> list[str]:
     """Paths, relative to it, of the files below a folder, sorted by their parts; links are followed, but
     never in a circle. What systems have left there is added to `left` instead."""
     found: list[list[str]] = []
-    folders: list[list[str]] = [[]]
-    seen: set[tuple[int, int]] = set()
+    folders: list[tuple[list[str], bool]] = [([], False)]  # and whether a link led there
+    seen: dict[tuple[int, int], bool] = {}
     while folders:
-        above = folders.pop()
+        above, linked = folders.pop()
         here = "/".join([str(top), *above])
         status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:
+        number = status.st_dev, status.st_ino
+        # Some file systems number folders alike, so that only a link tells of a circle.
+        if number in seen and (linked or seen[number]):
             continue
-        seen.add((status.st_dev, status.st_ino))
-        below: list[list[str]] = []
+        seen[number] = linked
+        below: list[tuple[list[str], bool]] = []
         for entry in _scanned(here):
             parts = [*above, entry.name]
             if left_by_a_system(entry.name):
                 left.add("/".join(parts))
+            elif entry.is_dir():
+                below.append((parts, linked or entry.is_symlink()))
             else:
-                (below if entry.is_dir() else found).append(parts)
+                found.append(parts)
         folders += reversed(below)
     return ["/".join(parts) for parts in sorted(found)]
 

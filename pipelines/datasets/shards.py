@@ -24,7 +24,7 @@ from pipelines.datasets.recognise import LeftOut, left_by_a_system, split_of_fol
 from pipelines.errors import InputError
 from pipelines.formats.manifest import content_of, manifest_path, read_columns
 from pipelines.formats.openfiles import OpenFiles
-from pipelines.formats.webdataset import tar_name
+from pipelines.formats.webdataset import tars_of
 
 
 def open_shards(path: Path) -> Dataset | None:
@@ -56,8 +56,9 @@ def open_shards(path: Path) -> Dataset | None:
                 classes_of.append((tar, sample.answers.get("cls")))
                 described = described or "json" in sample.answers
     manifest = manifest_path(shards[0].parent)
-    head, targets = content_of(manifest), {}
+    head, targets, classes = content_of(manifest), {}, None
     if (rows := _rows(manifest, head, reader, names)) is not None:
+        classes = imagenet.names_among(head, "classes")
         columns = read_columns(manifest, ("label", *head["targets"]))[1]
         labels = columns["label"].astype(np.int64)[rows]
         targets = {name: columns[name].astype(np.float64)[rows] for name in head["targets"]}
@@ -65,7 +66,8 @@ def open_shards(path: Path) -> Dataset | None:
         return None  # classes and targets may be among the fields of a .json
     else:
         labels = _classes(str(path), names, classes_of)
-    source = labelled(str(path), names, labels, imagenet.names_among(head, "classes"), reader, split)
+        classes = tars.classes_beside(shards)
+    source = labelled(str(path), names, labels, classes, reader, split)
     return replace(source, targets=targets, notes=[*notes, *left.notes()])
 
 
@@ -111,11 +113,10 @@ def _rows(
     manifest: Path, head: dict[str, Any], reader: tars.Reader, names: Sequence[str]
 ) -> np.ndarray | None:
     """The row of each image in the manifest of a conversion, int64 [N]; None if one isn't of its tars."""
-    try:
-        count, each, prefix, _ = map(head.__getitem__, ("count", "images_per_tar", "prefix", "targets"))
-        tar_of = {manifest.with_name(tar_name(prefix, n)): n for n in range(-(-count // each))}
-    except (KeyError, TypeError, ZeroDivisionError):  # of something else
+    tar_of = tars_of(manifest, head)
+    if tar_of is None or "targets" not in head:
         return None
+    count, each = head["count"], head["images_per_tar"]
     numbers = np.array([tar_of.get(tar.path, -1) for tar in reader.tars])
     keys = (re.search(r":0*([0-9]{1,18})\.[a-z]+$", name) for name in names)
     rows = np.fromiter((int(key[1]) if key else count for key in keys), np.int64, len(names))

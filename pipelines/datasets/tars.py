@@ -35,7 +35,9 @@ from pipelines.datasets.recognise import (
 from pipelines.errors import InputError
 from pipelines.formats import jpeg
 from pipelines.formats.beton import NO_LABEL
+from pipelines.formats.manifest import content_of
 from pipelines.formats.openfiles import OpenFiles
+from pipelines.formats.webdataset import tars_of
 
 PACKED = {
     b"\x1f\x8b": "gzip",
@@ -533,6 +535,16 @@ def is_image_member(tar: Tar, member: Member) -> bool:
     return extension[1:] not in ANSWERS and is_image(tar.read(min(HEAD, member.size), member.offset))
 
 
+def classes_beside(tars: Sequence[Path]) -> list[str] | None:
+    """The class names in the manifest beside the tars; None if there are none, or it is of other tars."""
+    manifest = tars[0].with_name("manifest.json")
+    head = content_of(manifest)
+    written = tars_of(manifest, head)
+    here = all(path.parent == manifest.parent for path in tars)
+    known = here if written is None else all(path in written for path in tars)
+    return imagenet.names_among(head, "classes") if known else None
+
+
 def _webdataset(
     source: str, tars: list[Tar], asked: str | None, named: str | None, columns: Columns
 ) -> Dataset:
@@ -566,7 +578,7 @@ def _webdataset(
     names = Names(f"{tars[w].path.name}:{paths[row]}" for w, row in zip(reader.which, rows))
     chosen = texts if len(rows) == len(texts) else [texts[row] for row in rows]
     numbers, classes = numbered(chosen, source, names.__getitem__, mixed=False)
-    classes = classes or imagenet.names_in(manifest, "classes")
+    classes = classes or classes_beside([tar.path for tar in tars])
     opened = labelled(source, names, numbers, classes, reader, layout.split)
     return replace(
         opened,

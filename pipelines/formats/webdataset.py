@@ -13,6 +13,8 @@ Beside train-000000.tar lies train-000000.idx: a line "v1.2 COUNT", then for eac
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 from pipelines.formats.beton import NO_LABEL
 
@@ -38,6 +40,16 @@ def member_header(name: str, size: int) -> bytes:
 
 def tar_name(prefix: str, number: int) -> str:
     return f"{prefix}-{number:06d}.tar"
+
+
+def tars_of(manifest: Path, head: dict[str, Any]) -> dict[Path, int] | None:
+    """The tars that were written with this manifest, which holds `head`, by their number; None if it isn't of
+    tars."""
+    try:
+        count, each, prefix = head["count"], head["images_per_tar"], head["prefix"]
+        return {manifest.with_name(tar_name(prefix, n)): n for n in range(-(-count // each))}
+    except (KeyError, TypeError, ZeroDivisionError):
+        return None
 
 
 def padding(size: int) -> bytes:

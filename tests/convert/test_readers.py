@@ -98,6 +98,19 @@ def test_linked_folders_are_followed_and_circles_are_not(tmp_path):
     assert len(source.names) == 2
 
 
+def test_folders_of_one_number_are_all_read(tmp_path, monkeypatch):
+    """Some file systems number folders alike; only a link can lead in a circle."""
+    photos(tmp_path, classes=3, each=2)
+    real = os.stat
+
+    def alike(path, *arguments, **options):
+        found = list(real(path, *arguments, **options))
+        return os.stat_result([found[0], 7, 7, *found[3:]])
+
+    monkeypatch.setattr("pipelines.datasets.folders.os.stat", alike)
+    assert len(open_dataset(str(tmp_path)).names) == 6
+
+
 def test_a_named_pipe_is_not_waited_for(tmp_path):
     photos(tmp_path, classes=1, each=1)
     os.mkfifo(tmp_path / "class0/pipe.jpg")

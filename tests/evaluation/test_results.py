@@ -116,6 +116,19 @@ def test_a_result_of_older_checkpoints_or_without_all_of_its_files_is_not_taken(
     assert main(["evaluate", str(run), "--overwrite"]) == 0 and are_rows(read_result(result)["rows"])
 
 
+def test_a_control_with_another_objective_is_said_to_have_one(run, control, tmp_path, capsys):
+    copies = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in (run, control)]
+    assert main(["evaluate", str(copies[0]), "--control", str(copies[1])]) == 0
+    assert "trained with" not in capsys.readouterr().err
+    config = json.loads((copies[1] / "config.json").read_text())
+    config["settings"]["latent"]["objective"] = "ntxent-vc"
+    (copies[1] / "config.json").write_text(json.dumps(config))
+    assert main(["evaluate", str(copies[0]), "--control", str(copies[1]), "--overwrite"]) == 0
+    assert f"{copies[1]} was trained with --objective ntxent-vc, {copies[0]} with ntxent: " in (
+        capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("width", [32, 128])
 def test_the_controls_codes_are_what_a_plain_probe_and_plain_neighbours_say(control, digits, width):
     loaded = load_run(control)

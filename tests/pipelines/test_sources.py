@@ -159,6 +159,24 @@ def test_each_image_has_its_own_label_whatever_tars_are_named_in_which_order(tmp
         assert (indexed.labels.dtype, indexed.targets["age"].dtype) == (np.int64, np.float64)
 
 
+def test_the_manifest_of_other_tars_names_no_class(tmp_path):
+    """Two conversions in one set: the numbers are each one's own, and a name would be the first one's."""
+    for name, classes in (("a", ("ant", "bee")), ("b", ("cow", "dog"))):
+        for kind in classes:
+            (tmp_path / name / kind).mkdir(parents=True)
+            Image.new("RGB", (8, 9)).save(tmp_path / name / kind / "0.png")
+        convert(str(tmp_path / name), None, options=ConvertOptions(webdataset=tmp_path / f"{name}-tars"))
+    (tmp_path / "both.txt").write_text("a-tars/images-000000.tar\nb-tars/images-000000.tar\n")
+    shutil.copytree(tmp_path / "a-tars", tmp_path / "mixed")
+    for end in ("tar", "idx"):
+        shutil.copy(tmp_path / f"b-tars/images-000000.{end}", tmp_path / f"mixed/images-000001.{end}")
+    for named in ("both.txt", "mixed"):
+        for source in (open_reader(tmp_path / named), opening.open_dataset(str(tmp_path / named))):
+            assert list(source.classes or "01") == ["0", "1"] and source.labels.tolist() == [0, 1, 0, 1]
+    for source in (open_reader(tmp_path / "b-tars"), opening.open_dataset(str(tmp_path / "b-tars"))):
+        assert source.classes == ["cow", "dog"]
+
+
 def test_an_index_that_is_not_its_tars_is_refused(sources, tmp_path):
     def damaged(name: str, content: bytes) -> str:
         copy = tmp_path / "tars"
