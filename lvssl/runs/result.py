@@ -41,8 +41,8 @@ class ResultFile:
         return cls(folder / file, name, settings, run.digest, beside, (folder / also,), in_rows=True)
 
     def found(self) -> dict[str, Any] | None:
-        """The result, if it stands there already, whole. One of an older version, whose measurements are no
-        rows, isn't.
+        """The result, if it stands there already, whole, and --overwrite isn't given. One of an older version,
+        whose measurements are no rows, isn't.
 
         Raises:
             InputError: another result stands there, or a damaged one, and --overwrite isn't given; or nothing
@@ -64,7 +64,7 @@ class ResultFile:
                 return None
             raise
         of_now = not self.in_rows or are_rows(content.get("rows"))
-        if not of_now or not all(file.exists() for file in self.files):
+        if self.settings.overwrite or not of_now or not all(file.exists() for file in self.files):
             return None
         print(f"note: {self.path} was there already; --overwrite measures it again", file=sys.stderr)
         return content
