@@ -226,7 +226,9 @@ def base_table(docs: Path) -> list[str]:
     head = "| measure | data | " + " | ".join([*shown, *(f"{a} - {b}" for a, b in compared)]) + " |"
     lines = [head, "| --- " * (2 + len(shown) + len(compared)) + "|"]
     for name, says in BASE.items():
-        for title, result in kept(docs, "base", {**TITLES, "cifar10-50000": "CIFAR-10, 50,000"}).items():
+        for title, result in kept(
+            docs, "base", {**TITLES, "cifar10-50000": "CIFAR-10, 50,000, one seed"}
+        ).items():
             of = {arm["arm"]: arm["measures"][name] for arm in result["arms"]}
             cells = [percent(of.get(arm)) for arm in shown]
             for a, b in compared:

@@ -41,8 +41,8 @@ class ResultFile:
         return cls(folder / file, name, settings, run.digest, beside, (folder / also,), in_rows=True)
 
     def found(self) -> dict[str, Any] | None:
-        """The result, if it stands there already, whole, and --overwrite isn't given. One of an older version,
-        whose measurements are no rows, isn't.
+        """The result, if it stands there already, whole, and --overwrite isn't given. One of an older
+        version, whose measurements are no rows, isn't whole.
 
         Raises:
             InputError: another result stands there, or a damaged one, and --overwrite isn't given; or nothing

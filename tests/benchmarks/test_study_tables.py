@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_tables_that_stand_in_the_documents_are_those_of_the_kept_rows(capsys):
     study.main(["--print", "--docs", str(ROOT / "docs")])
     tables = capsys.readouterr().out.strip().split("\n\n")
-    assert [table.count("\n") for table in tables] == [9, 15, 11]
+    assert [table.count("\n") for table in tables] == [13, 15, 11]
     results = (ROOT / "docs/results.md").read_text()
     assert all(table in results for table in tables)
 
