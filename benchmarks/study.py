@@ -44,11 +44,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_stages.study import ARMS as GPU_ARMS
 from lvssl.commands.demo import fashion_mnist
 from lvssl.commands.main import guarded
 from lvssl.evaluation.pairs import BEST
 from lvssl.evaluation.study import StudySettings, study
 from lvssl.report.study import markdown, write_study
+from lvssl.runs.differences import interval
 from pipelines.convert.conversion import ConvertOptions, convert
 from pipelines.convert.conversion import Settings as ConvertSettings
 from pipelines.decode import open_reader
@@ -57,11 +59,6 @@ from pipelines.files import write_atomically, write_json
 
 PLAIN = "objective=ntxent"  # which the presets don't have
 VC = f"{PLAIN},variance=5,covariance=1"  # is --objective ntxent-vc, which they have
-# Lee et al. 2021: kappa_e = init_scale * dimensions = 1,024, one sample, nothing beside it.
-CEB = (
-    "family=vmf,site=proj,dim=128,objective=ceb,posterior_scale=fixed,init_scale=8,samples=1,"
-    "clean_path_weight=0"
-)
 SETTINGS = {
     "none": f"family=none,{PLAIN}",
     "sign": f"family=sign,{PLAIN}",
@@ -76,7 +73,7 @@ SETTINGS = {
     "bernoulli256-dcl": "family=bernoulli,objective=dcl",
     "vicreg": "family=none,objective=vicreg",
     "bernoulli256-vicreg": "family=bernoulli,objective=vicreg",
-    "ceb": CEB,
+    "ceb": ",".join(f"{name}={value}" for name, value in GPU_ARMS["ceb"].items()),
 }
 ARMS = {
     "uncertainty": ("none", "sign", "bernoulli256", "gaussian", "mcinfonce"),
@@ -225,19 +222,23 @@ def base_table(docs: Path) -> list[str]:
     )
     head = "| measure | data | " + " | ".join([*shown, *(f"{a} - {b}" for a, b in compared)]) + " |"
     lines = [head, "| --- " * (2 + len(shown) + len(compared)) + "|"]
+    results = kept(docs, "base", {**TITLES, "cifar10-50000": "CIFAR-10, 50,000, one seed"})
     for name, says in BASE.items():
-        for title, result in kept(
-            docs, "base", {**TITLES, "cifar10-50000": "CIFAR-10, 50,000, one seed"}
-        ).items():
+        for title, result in results.items():
             of = {arm["arm"]: arm["measures"][name] for arm in result["arms"]}
             cells = [percent(of.get(arm)) for arm in shown]
             for a, b in compared:
                 values = [of[arm]["values"] if arm in of else [] for arm in (a, b)]
                 each = [x - y for x, y in zip(*values)]
-                error = f" ± {statistics.stdev(each) / len(each) ** 0.5:.2f}" if len(each) > 1 else ""
-                cells.append(f"{statistics.mean(each):+.2f}{error}" if each else "-")
+                cells.append(difference(each) if each else "-")
             lines.append(f"| {says} | {title} | " + " | ".join(cells) + " |")
     return lines
+
+
+def difference(each: list[float]) -> str:
+    found = interval(each)
+    error = "" if found["standard_error"] is None else f" ± {found['standard_error']:.2f}"
+    return f"{found['mean']:+.2f}{error}"
 
 
 def percent(found: dict[str, Any] | None) -> str:

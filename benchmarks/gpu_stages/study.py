@@ -24,7 +24,7 @@ ARMS: dict[str, dict[str, Any]] = {  # each with the latent's settings; another 
     "bernoulli": {"family": "bernoulli", "decorrelation": 0.02},
     "plain-vc": {"family": "none", "objective": "ntxent-vc"},
     "bernoulli-vc": {"family": "bernoulli", "decorrelation": 0.02, "objective": "ntxent-vc"},
-    "ceb": {
+    "ceb": {  # Lee et al. 2021: kappa_e = init_scale * dimensions = 1,024, one sample, nothing beside it
         "family": "vmf", "site": "proj", "dim": 128, "objective": "ceb", "posterior_scale": "fixed",
         "init_scale": 8.0, "samples": 1, "clean_path_weight": 0.0,
     },

@@ -56,13 +56,12 @@ def launch(arguments: list[str]) -> int:
         import torch
 
         from lvssl.evaluation.embedding import LARGE_SET, bytes_an_image
-        from lvssl.models.backbone import feature_dim
         from lvssl.models.network import LVNet
 
         with torch.device("meta"):
             network = LVNet(settings.model, settings.latent, settings.view.resolution)
         parameters = sum(parameter.numel() for parameter in network.parameters())
-        width = feature_dim(settings.model.backbone)
+        width = network.feature_dim
         kept = bytes_an_image(width, network.family.code_bits(network.dim), images)
         return Sizes(parameters, kept, 4 * width if images >= LARGE_SET else 0)
 

@@ -47,7 +47,6 @@ from lvssl.evaluation.encoder import (
 from lvssl.evaluation.fitted import SAMPLE, TrainingEmbeddings, TrainingImages
 from lvssl.evaluation.neighbours import nearest_in_cells
 from lvssl.evaluation.quantisers import own_bits
-from lvssl.models.backbone import feature_dim
 from lvssl.models.inference import Batches, encode
 from lvssl.runs.embeddings import is_embeddings, open_embeddings, training_file
 from lvssl.runs.labels import numbered_as, say_notes
@@ -270,7 +269,7 @@ def embedded(
     run, names, file = encoder.run, names_of(source, path), out / f"{title}.lvcodes"
     on_error = run.on_error(settings.on_error)
     if settings.overwrite or not stands(file, run, names, on_error):
-        width, side = feature_dim(run.settings.model.backbone), min(SIDE, run.settings.view.resolution)
+        width, side = run.network.feature_dim, min(SIDE, run.settings.view.resolution)
         origin = identity(encoder, path, names, on_error)
         with code_writer(encoder, file, width, origin, {THUMBNAILS: side**2}) as writer:
             rows = np.arange(writer.position, len(names))

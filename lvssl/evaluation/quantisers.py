@@ -11,7 +11,6 @@ from lvssl.codes.controls import WORDS
 from lvssl.codes.file import CodeFile, CodeFileError
 from lvssl.codes.quantiser import FITS, Quantiser
 from lvssl.evaluation.fitted import FittedOn, Origin, keep, kept
-from lvssl.models.backbone import feature_dim
 from lvssl.runs.run import Run, image_count
 from lvssl.settings.pretrain import choice
 from pipelines.errors import InputError
@@ -39,7 +38,7 @@ def chosen_code(run: Run, bits: int, code: str, images: int | None = None) -> st
         if fitted:
             return fitted[0]
     images = image_count(run.folder) if images is None else images
-    return code_of_length(bits, code, feature_dim(run.settings.model.backbone), own_bits(run), images)
+    return code_of_length(bits, code, run.network.feature_dim, own_bits(run), images)
 
 
 def code_of_length(bits: int, code: str, features: int, own: int, images: int | None = None) -> str:

@@ -13,7 +13,6 @@ import numpy as np
 from lvssl.codes.statistics import compression_ratios
 from lvssl.evaluation.corruptions import OUT_OF_DISTRIBUTION
 from lvssl.evaluation.embedding import LARGE_SET, Embedding, embedded
-from lvssl.models.backbone import feature_dim
 from lvssl.runs.labels import Subset, open_pair, say_notes, sibling_test_set
 from lvssl.runs.run import Run, require_classes_of, require_same_classes, training_set
 from pipelines.datasets.dataset import evenly_spaced
@@ -74,7 +73,7 @@ def smaller_by(run: Run, source: Reader, on_error: str) -> Callable[[int], dict[
         compression_ratios,
         resolution=run.settings.view.resolution,
         channels=channels(source, on_error),
-        feature_dim=feature_dim(run.settings.model.backbone),
+        feature_dim=run.network.feature_dim,
         jpeg_bytes=jpeg_bytes(source),
     )
 

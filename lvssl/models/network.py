@@ -52,8 +52,8 @@ class LVNet(nn.Module):
         self, model: ModelSettings, latent: LatentSettings, resolution: int, classes: int = 0
     ) -> None:
         super().__init__()
-        self.backbone, self.feature_dim = build_backbone(model.backbone, resolution)
-        features = self.feature_dim
+        self.backbone, features = build_backbone(model.backbone, resolution)
+        self.feature_dim = features
         self.family = latent.distribution
         self.latent, self.samples = latent, latent.samples
         self.dim = latent_dim(model, latent)

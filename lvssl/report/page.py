@@ -286,7 +286,7 @@ def results(evaluation: dict[str, Any], command: str | None) -> str:
     values = found["linear"] + found["knn"]
     low, high = (math.floor(min(values) / 5) * 5, math.ceil(max(values) / 5) * 5) if values else (0, 100)
     run, control, protocol = evaluation["run"], evaluation.get("control"), evaluation.get("protocol") or {}
-    names = {run["name"]: run["family"]}  # plain SimCLR is the control
+    names = {run["name"]: run["family"]}  # and the control's, said to be one
     names |= {control["name"]: f"control ({control['family']})"} if control else {}
     return render(
         "results.html",

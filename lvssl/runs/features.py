@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.errors import InputError
-from pipelines.files import write_atomically, write_json, written_aside
+from pipelines.files import sync, write_atomically, write_json, written_aside
 from pipelines.lock import lock
 
 PART = 8192  # images that are computed, or lost to a kill, together; whole batches, and pages of any array
@@ -158,8 +158,7 @@ class Store:
             file.write(np.ascontiguousarray(values).data)
             if file.seek(0, os.SEEK_END) < size:
                 file.truncate(size)
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
 
     def _finish(self) -> None:
         """Close the gaps of images that were left out, and write the header."""

@@ -66,7 +66,7 @@ def open_shards(path: Path) -> Dataset | None:
         return None  # classes and targets may be among the fields of a .json
     else:
         labels = _classes(str(path), names, classes_of)
-        classes = tars.classes_beside(shards)
+        classes = tars.classes_of(manifest, head, opened)
     source = labelled(str(path), names, labels, classes, reader, split)
     return replace(source, targets=targets, notes=[*notes, *left.notes()])
 

@@ -35,7 +35,7 @@ from pipelines.datasets.recognise import (
 from pipelines.errors import InputError
 from pipelines.formats import jpeg
 from pipelines.formats.beton import NO_LABEL
-from pipelines.formats.manifest import content_of
+from pipelines.formats.manifest import content_of, manifest_path
 from pipelines.formats.openfiles import OpenFiles
 from pipelines.formats.webdataset import tars_of
 
@@ -535,13 +535,11 @@ def is_image_member(tar: Tar, member: Member) -> bool:
     return extension[1:] not in ANSWERS and is_image(tar.read(min(HEAD, member.size), member.offset))
 
 
-def classes_beside(tars: Sequence[Path]) -> list[str] | None:
-    """The class names in the manifest beside the tars; None if there are none, or it is of other tars."""
-    manifest = tars[0].with_name("manifest.json")
-    head = content_of(manifest)
+def classes_of(manifest: Path, head: dict[str, Any], tars: Sequence[Tar]) -> list[str] | None:
+    """The class names in a manifest, which holds `head`; None if there are none, or it is of other tars."""
     written = tars_of(manifest, head)
-    here = all(path.parent == manifest.parent for path in tars)
-    known = here if written is None else all(path in written for path in tars)
+    here = all(tar.path.parent == manifest.parent for tar in tars)
+    known = here if written is None else all(tar.path in written for tar in tars)
     return imagenet.names_among(head, "classes") if known else None
 
 
@@ -549,8 +547,9 @@ def _webdataset(
     source: str, tars: list[Tar], asked: str | None, named: str | None, columns: Columns
 ) -> Dataset:
     """KEY.jpg with KEY.cls, or with KEY.json, whose fields may be class and targets; or with neither."""
-    manifest = tars[0].path.parent / "manifest.json"
-    columns = replace(columns, targets=columns.targets or _stored_targets(manifest, columns))
+    manifest = manifest_path(tars[0].path.parent)
+    head = content_of(manifest)
+    columns = replace(columns, targets=columns.targets or _stored_targets(head, columns))
     reader, paths, texts = Reader(tars), Names(), Names()
     targets = _Targets(columns)
     tree = TarTree(lambda: paths)
@@ -578,7 +577,7 @@ def _webdataset(
     names = Names(f"{tars[w].path.name}:{paths[row]}" for w, row in zip(reader.which, rows))
     chosen = texts if len(rows) == len(texts) else [texts[row] for row in rows]
     numbers, classes = numbered(chosen, source, names.__getitem__, mixed=False)
-    classes = classes or classes_beside([tar.path for tar in tars])
+    classes = classes or classes_of(manifest, head, tars)
     opened = labelled(source, names, numbers, classes, reader, layout.split)
     return replace(
         opened,
@@ -592,9 +591,9 @@ def _webdataset(
     )
 
 
-def _stored_targets(manifest: Path, columns: Columns) -> tuple[str, ...] | None:
+def _stored_targets(head: dict[str, Any], columns: Columns) -> tuple[str, ...] | None:
     """Those of our own tars were asked for when they were made."""
-    stored = imagenet.names_in(manifest, "targets")
+    stored = imagenet.names_among(head, "targets")
     return columns.targets if stored is None else tuple(stored)
 
 
