@@ -250,7 +250,12 @@ def principal_directions(h: np.ndarray, count: int) -> np.ndarray:
 
 
 def projected(features: Any, mean: np.ndarray, directions: np.ndarray | None) -> np.ndarray:
-    centred = as_array(features).astype(np.float32) - mean
+    h = as_array(features).astype(np.float32)
+    if h.ndim != 2 or mean.shape != h.shape[1:]:
+        raise ValueError(
+            f"features [N, D] and a mean [D] are needed, not {list(h.shape)} and {list(mean.shape)}"
+        )
+    centred = h - mean
     return centred if directions is None else centred @ directions
 
 

@@ -6,6 +6,7 @@ from lvssl.codes import controls
 from lvssl.codes import quantiser as quantisers
 from lvssl.codes.controls import (
     CONTROLS,
+    LinearHash,
     fit_int8,
     fit_itq,
     fit_lsh,
@@ -69,6 +70,15 @@ def test_pca_directions_are_scikit_learns():
     bits = unpack_bits(coder.encode(train), 6)
     signs = oracle.transform(train) * np.sign((oracle.components_ @ coder.directions).diagonal()) > 0
     assert (bits == signs).mean() > 0.999
+
+
+def test_sign_bits_use_the_training_mean():
+    h = np.array([[1.0, 5.0], [3.0, 5.0]], np.float32)
+    coder = LinearHash(np.array([2.0, 5.0], np.float32), None)
+    assert unpack_bits(coder.encode(h), 2).tolist() == [[False, False], [True, False]]
+    for wrong in (h[:, :1], np.zeros((2, 3), np.float32)):
+        with pytest.raises(ValueError, match="mean"):
+            coder.encode(wrong)
 
 
 def test_itqs_objective_never_rises_and_its_rotation_is_orthogonal():
