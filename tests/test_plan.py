@@ -141,6 +141,7 @@ def test_time_is_that_of_the_measured_steps():
     assert hours(replace(eager, chunk=2 * eager.batch_size)) == pytest.approx(hours(eager))  # in one piece
     assert hours(replace(eager, chunk=eager.batch_size)) == pytest.approx(4 / 3 * hours(eager))
     assert hours(replace(eager, recompute=True)) == pytest.approx(4 / 3 * hours(eager))
+    assert "about a minute on" in plan(replace(eager, images=100, epochs=1))
 
 
 def test_the_card_has_the_memory_that_its_name_says():

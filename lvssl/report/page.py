@@ -116,7 +116,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         "uncertainty": uncertainty(analysis),
         "bits": bit_explorer(of_results(folder, run_dir, "bits.npz"), analysis),
         "regression": regression(analysis),
-        "settings": settings_section(read_result(run_dir / "config.json")),
+        "settings": settings_section(read_result(run_dir / "config.json"), settings),
         "commands": commands_section(commands, absent, classes > 1),
     }
     page = render(
@@ -325,9 +325,10 @@ def codes(evaluation: dict[str, Any], command: str | None) -> str:
 # Settings and commands ------------------------------------------------------------------------------------
 
 
-def settings_section(config: dict[str, Any]) -> str:
+def settings_section(config: dict[str, Any], read: PretrainSettings) -> str:
     settings = config["settings"]
     values = flat(settings) | flat({k: v for k, v in config.items() if k not in ("settings", *settings)})
+    values |= {f"latent.{name}": f"{value:g} (default)" for name, value in read.latent.in_force.items()}
     rows = [(name, v if isinstance(v, str) else json.dumps(v)) for name, v in values.items()]
     half = (len(rows) + 1) // 2
     return render("settings.html", halves=(rows[:half], rows[half:]))

@@ -59,11 +59,11 @@ def compare(evaluation: dict[str, Any]) -> dict[str, list[Comparison]]:
 
 def against_strongest(run: Row, controls: list[Row], images: int) -> list[Comparison]:
     """A point's accuracies against those of the strongest control, measure by measure: chosen on the test
-    images, which favours the controls. Empty without a control."""
+    images, which favours the controls. Empty without a control, or without the number of test images."""
     found = []
     for measure, key in (("kNN", "knn"), ("linear probe", "linear")):
         known = {row["method"]: row[key] for row in controls if finite(row.get(key))}
-        if known and finite(run.get(key)):
+        if known and images and finite(run.get(key)):
             mine, best = float(run[key]), strongest([known], higher_is_better=True)
             noise = sampling_noise(mine, best.values[0], images)
             found.append(Comparison(measure, mine, best.values[0], noise, method=best.method))

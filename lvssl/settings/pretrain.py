@@ -131,6 +131,12 @@ class LatentSettings:
         return variance, covariance
 
     @property
+    def in_force(self) -> dict[str, float]:
+        """The values of settings that were left out."""
+        usual = dict(zip(("variance", "covariance"), self.spread)) | {"beta": self.final_beta}
+        return {name: value for name, value in usual.items() if getattr(self, name) is None}
+
+    @property
     def reduction(self) -> str:
         """Where the samples meet, once `auto` is resolved."""
         if self.sample_reduction != "auto":

@@ -36,6 +36,7 @@ from lvssl.report.verdict import (
 )
 from lvssl.runs.rows import rows_of, rows_of_points
 from lvssl.runs.run import create_run
+from lvssl.settings.fields import to_dict
 from lvssl.settings.presets import command
 from lvssl.settings.pretrain import PretrainSettings, preset
 from pipelines.errors import InputError
@@ -316,6 +317,25 @@ def test_without_a_control_nothing_is_claimed(tmp_path):
     (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"control": None}))
     text = " ".join(Page(write_report(run).read_text()).text)
     assert "No control was evaluated" in text and "ahead" not in text
+
+
+def test_a_damaged_result_without_its_number_of_test_images_opens_and_compares_nothing(tmp_path):
+    run = write_run(tmp_path / "run")
+    for data in ({}, {"test": None}):
+        (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"data": data}))
+        text = " ".join(Page(write_report(run).read_text()).text)
+        assert "test images: a difference up to" not in text
+
+
+def test_settings_left_out_show_the_value_in_force(tmp_path):
+    chosen = preset("cifar10-small")
+    chosen = replace(chosen, latent=replace(chosen.latent, beta=0.5))
+    run = write_run(tmp_path / "run")
+    config = json.loads((run / "config.json").read_text()) | {"settings": to_dict(chosen)}
+    (run / "config.json").write_text(json.dumps(config))
+    text = " ".join(Page(write_report(run).read_text()).text)
+    assert "latent.variance 5 (default)" in text and "latent.covariance 1 (default)" in text
+    assert "latent.beta 0.5" in text and "latent.beta 0.5 (default)" not in text
 
 
 def test_a_result_of_before_the_controls_codes_opens_and_says_what_it_lacks(tmp_path):
