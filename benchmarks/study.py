@@ -16,13 +16,16 @@ own objective, `--objective ntxent`:
     gaussian         means and variances; its code: the means' signs
     mcinfonce        von Mises-Fisher at the projection by MCInfoNCE (Kirchhof et al. 2023): an uncertainty
 
-of the question `base`, each on plain SimCLR and on a latent of a bit for each feature:
+of the question `base`, on plain SimCLR, sign bits and a latent of a bit for each feature:
 
     none, sign, bernoulli256             as above
     none-vc, sign-vc, bernoulli256-vc    VICReg's variance and covariance beside: the presets' ntxent-vc
-    dcl, bernoulli256-dcl                without the positive in the denominator (Yeh et al. 2022)
-    vicreg, bernoulli256-vicreg          invariance, variance, covariance (Bardes et al. 2022), no negatives
-    ceb                                  C-SimCLR as published (Lee et al. 2021): kappa_e 1,024, kappa_b 10
+
+of the question `objectives`, none and none-vc beside:
+
+    dcl, dcl-vc        NT-Xent without the positive in the denominator (Yeh et al. 2022), and with both terms
+    vicreg             invariance, variance, covariance (Bardes et al. 2022), without negatives
+    ceb                C-SimCLR as published (Lee et al. 2021): kappa_e 1,024, kappa_b 10, at the projector
 
 and of the question `codes`, none-vc and sign-vc beside codes of so many bits:
 
@@ -31,7 +34,7 @@ and of the question `codes`, none-vc and sign-vc beside codes of so many bits:
 The questions share their runs. Each data set is the other's out-of-distribution set. With --leave-out
 pretraining, probes and scores see the other classes alone (--images of these), and the test images of the
 classes left out are one more out-of-distribution set. Writes docs/study-NAME.md, .csv, .json and .png, or
-docs/codes-NAME.* and docs/base-NAME.* of the other questions; NAME ends with the classes left out, as
+docs/codes-NAME.* and the like of the other questions; NAME ends with the classes left out, as
 without-8-9, and with the number of training images unless that is 10,000.
 """
 
@@ -70,20 +73,17 @@ SETTINGS = {
     **{f"bernoulli{bits}-vc": f"family=bernoulli,dim={bits},{VC}" for bits in (64, 2048)},
     "bernoulli256-vc": f"family=bernoulli,{VC}",
     "dcl": "family=none,objective=dcl",
-    "bernoulli256-dcl": "family=bernoulli,objective=dcl",
+    "dcl-vc": "family=none,objective=dcl,variance=5,covariance=1",
     "vicreg": "family=none,objective=vicreg",
-    "bernoulli256-vicreg": "family=bernoulli,objective=vicreg",
     "ceb": ",".join(f"{name}={value}" for name, value in GPU_ARMS["ceb"].items()),
 }
 ARMS = {
     "uncertainty": ("none", "sign", "bernoulli256", "gaussian", "mcinfonce"),
     "codes": ("none-vc", "sign-vc", "bernoulli64-vc", "bernoulli256-vc", "bernoulli2048-vc"),
-    "base": (
-        "none", "sign", "bernoulli256", "none-vc", "sign-vc", "bernoulli256-vc",
-        "dcl", "bernoulli256-dcl", "vicreg", "bernoulli256-vicreg", "ceb",
-    ),
-}  # fmt: skip
-FILES = {"uncertainty": "study", "codes": "codes", "base": "base"}  # of each question, in docs/
+    "base": ("none", "sign", "bernoulli256", "none-vc", "sign-vc", "bernoulli256-vc"),
+    "objectives": ("none", "none-vc", "dcl", "dcl-vc", "vicreg", "ceb"),
+}
+FILES = {"uncertainty": "study"}  # of a question, in docs/, where they don't have its name
 IMAGES = 10_000  # training images
 PRESETS = {"fashion-mnist": "fashion-mnist", "cifar10-jpeg": "cifar10-small", "digits": "digits"}
 NAMES = {"fashion-mnist": "fashion-mnist", "cifar10-jpeg": "cifar10"}  # in docs/
@@ -93,8 +93,8 @@ TITLES = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10 (JPEG)"}
 def main(arguments: list[str]) -> None:
     options = parsed(arguments)
     if options.print:
-        tables = (base_table, codes_table, uncertainty_table)
-        print("\n\n".join("\n".join(table(options.docs)) for table in tables))
+        tables = [f(options.docs) for f in (base_table, objectives_table, codes_table, uncertainty_table)]
+        print("\n\n".join("\n".join(lines) for lines in tables if lines))
         return
     others = [name for name in NAMES if name not in options.data] if NAMES.keys() & options.data else []
     tests = {name: converted(options, name, "test") for name in [*options.data, *others]}
@@ -110,7 +110,7 @@ def main(arguments: list[str]) -> None:
             train=converted(options, name, "train", part, seen),
             test=converted(options, name, "test", part, seen),
             preset=PRESETS[name],
-            out=options.out / f"{FILES[options.question]}-{name}{size}",
+            out=options.out / f"{FILES.get(options.question, options.question)}-{name}{size}",
             runs=options.out,
             prefix=name + size,
             arms=tuple(
@@ -128,7 +128,7 @@ def main(arguments: list[str]) -> None:
         if result is not None:
             result["command"] = "python -m benchmarks.study " + " ".join(arguments)
             write_study(settings.out, result)
-            named = f"{FILES[options.question]}-{NAMES.get(name, name)}{size}"
+            named = f"{FILES.get(options.question, options.question)}-{NAMES.get(name, name)}{size}"
             into_docs(settings.out, options.docs, named, result)
 
 
@@ -198,7 +198,7 @@ def page(name: str, result: dict[str, Any]) -> str:
 
 def kept(docs: Path, question: str, titles: dict[str, str] = TITLES) -> dict[str, dict[str, Any]]:
     """The results of a question by their data set's title, of those that are there."""
-    paths = {title: docs / f"{FILES[question]}-{name}.json" for name, title in titles.items()}
+    paths = {title: docs / f"{FILES.get(question, question)}-{name}.json" for name, title in titles.items()}
     return {title: json.loads(path.read_text()) for title, path in paths.items() if path.exists()}
 
 
@@ -211,8 +211,7 @@ BASE = {
 
 
 def base_table(docs: Path) -> list[str]:
-    """Means in percent, with variance and covariance beside NT-Xent and without; differences paired by seed
-    ± standard error."""
+    """With variance and covariance beside NT-Xent and without."""
     shown = ("none", "none-vc", "sign-vc", "bernoulli256", "bernoulli256-vc")
     compared = (
         ("none-vc", "none"),
@@ -220,9 +219,23 @@ def base_table(docs: Path) -> list[str]:
         ("bernoulli256-vc", "none-vc"),
         ("bernoulli256-vc", "sign-vc"),
     )
+    results = kept(docs, "base", {**TITLES, "cifar10-50000": "CIFAR-10, 50,000, one seed"})
+    return table_of(results, shown, compared)
+
+
+def objectives_table(docs: Path) -> list[str]:
+    """Each objective without a latent (but for `ceb`), and against the presets'."""
+    shown = ARMS["objectives"]
+    compared = [(arm, "none-vc") for arm in ("dcl", "dcl-vc", "vicreg", "ceb")]
+    return table_of(kept(docs, "objectives"), shown, compared)
+
+
+def table_of(
+    results: dict[str, dict[str, Any]], shown: Sequence[str], compared: Sequence[tuple[str, str]]
+) -> list[str]:
+    """Means in percent, and differences paired by seed ± standard error; no lines without results."""
     head = "| measure | data | " + " | ".join([*shown, *(f"{a} - {b}" for a, b in compared)]) + " |"
     lines = [head, "| --- " * (2 + len(shown) + len(compared)) + "|"]
-    results = kept(docs, "base", {**TITLES, "cifar10-50000": "CIFAR-10, 50,000, one seed"})
     for name, says in BASE.items():
         for title, result in results.items():
             of = {arm["arm"]: arm["measures"][name] for arm in result["arms"]}
@@ -232,7 +245,7 @@ def base_table(docs: Path) -> list[str]:
                 each = [x - y for x, y in zip(*values)]
                 cells.append(difference(each) if each else "-")
             lines.append(f"| {says} | {title} | " + " | ".join(cells) + " |")
-    return lines
+    return lines if results else []
 
 
 def difference(each: list[float]) -> str:
