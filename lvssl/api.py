@@ -408,7 +408,7 @@ def in_turn(
 
     def crop(position: int, image: Picture) -> np.ndarray | InputError:
         try:
-            return centre_crop(run, pixels_of(image, f"image {position}"))
+            return centre_crop(run.settings.view, pixels_of(image, f"image {position}"))
         except InputError as error:
             if not skip:
                 raise

@@ -47,6 +47,7 @@ from lvssl.evaluation.quantisers import (
     quantiser_of,
     require_faiss,
 )
+from lvssl.evaluation.sets import PICTURE, picture_view
 from lvssl.runs.embeddings import is_embeddings, open_embeddings, training_file
 from lvssl.runs.run import Run, load_encoder
 from lvssl.settings.fields import ReadsImages
@@ -264,8 +265,8 @@ def write_csv(path: Path, found: Iterable[tuple[Query, list[Neighbour]]]) -> int
 def pictured(
     run: Run, settings: SearchSettings, found: list[tuple[Query, list[Neighbour]]]
 ) -> Iterator[tuple[str, np.ndarray, list[tuple[str, float, np.ndarray]]]]:
-    """Name and picture of each query, and name, distance and picture of its neighbours, as the network sees
-    them: uint8 [R, R, 3].
+    """Name and picture of each query, and name, distance and picture of its neighbours: uint8 [S, S, 3], see
+    `picture_view`.
 
     Raises InputError: the images of the codes, or of queries that are codes, can't be read.
     """
@@ -276,7 +277,11 @@ def pictured(
     for query, neighbours in found:
         single = not of_set and settings.query.suffix != ".lvcodes"
         keep = on_error == "keep"
-        image = centre_crop(run, decode_rgb(settings.query, keep=keep)) if single else asked[query.name]
+        if single:
+            pixels = decode_rgb(settings.query, keep=keep)
+            image = centre_crop(run.settings.view, pixels, min(PICTURE, *pixels.shape[:2]))
+        else:
+            image = asked[query.name]
         yield query.name, image, [(near.name, near.distance, database[near.name]) for near in neighbours]
 
 
@@ -293,7 +298,8 @@ class Pictures:
         if name not in self.position:
             raise InputError(f"{self.path}: has no {name}: name the images that were encoded with --images")
         index = np.array([self.position[name]])
-        return evaluation_crops(self.images.source, self.run.settings.view, index, self.images)[0]
+        view = picture_view(self.run.settings.view, (self.images.source, index))
+        return evaluation_crops(self.images.source, view, index, self.images)[0]
 
 
 def as_text(value: float | None, form: str) -> str:

@@ -47,6 +47,7 @@ from lvssl.evaluation.encoder import (
 from lvssl.evaluation.fitted import SAMPLE, TrainingEmbeddings, TrainingImages
 from lvssl.evaluation.neighbours import nearest_in_cells
 from lvssl.evaluation.quantisers import own_bits
+from lvssl.evaluation.sets import picture_view
 from lvssl.models.inference import Batches, encode
 from lvssl.runs.embeddings import is_embeddings, open_embeddings, training_file
 from lvssl.runs.labels import numbered_as, say_notes
@@ -140,11 +141,12 @@ class Curation:
     shown: dict[str, list[list[tuple[int, int]]]] = field(default_factory=dict)  # (set, row)
 
     def picture(self, which: int, row: int) -> np.ndarray:
-        """uint8 [R, R, 3], as the network sees it."""
+        """uint8 [S, S, 3]: what the network sees of it, see `picture_view`."""
         chosen = self.sets[which]
         assert self.run is not None and chosen.source is not None
         index, images = np.array([chosen.positions[row]]), Replacements(chosen.source, self.on_error)
-        return evaluation_crops(chosen.source, self.run.settings.view, index, images)[0]
+        view = picture_view(self.run.settings.view, (chosen.source, index))
+        return evaluation_crops(chosen.source, view, index, images)[0]
 
 
 def curate(settings: CurateSettings) -> Curation:

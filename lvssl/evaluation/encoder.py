@@ -50,6 +50,7 @@ from pipelines.errors import InputError
 from pipelines.formats import jpeg
 from pipelines.kernels.pack import pack_bits
 from pipelines.parameters import centre_boxes
+from pipelines.views import ViewSettings
 
 QUERIES = 1024  # searched together
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
@@ -161,7 +162,7 @@ class Searcher:
 
     def image(self, path: Path, keep: bool = False) -> Queries:
         """An image file as a query. Raises InputError for one that can't be read; `keep`: as `decode_rgb`."""
-        crop = torch.from_numpy(centre_crop(self.run, decode_rgb(path, keep=keep))[None])
+        crop = torch.from_numpy(centre_crop(self.run.settings.view, decode_rgb(path, keep=keep))[None])
         return next(self.queries([str(path)], in_batches(crop)))
 
     def images(self, paths: list[Path], k: int) -> list[list[Neighbour]]:
@@ -341,12 +342,12 @@ def identity(encoder: Encoder, images: Path, names: list[str], on_error: str) ->
     return digest.hexdigest()
 
 
-def centre_crop(run: Run, image: np.ndarray) -> np.ndarray:
-    """The evaluation's crop of uint8 [H, W, 3], as from a beton: uint8 [R, R, 3]."""
-    view = run.settings.view
+def centre_crop(view: ViewSettings, image: np.ndarray, least: int = 0) -> np.ndarray:
+    """The evaluation's crop of uint8 [H, W, 3], as from a beton: uint8 [R, R, 3], R at `least` that."""
+    side = max(view.resolution, least)
     height, width = image.shape[:2]
     box = centre_boxes(np.array([height]), np.array([width]), view.evaluation_crop)[0, 0]
-    out = np.empty((view.resolution, view.resolution, 3), np.uint8)
+    out = np.empty((side, side, 3), np.uint8)
     resize_crop(np.ascontiguousarray(image), box, out)
     return out
 

@@ -30,7 +30,14 @@ from lvssl.evaluation.fitted import SAMPLE
 from lvssl.evaluation.knn import customary, hamming_knn, nearest_by_cosine, weighted_knn
 from lvssl.evaluation.measures import equal_bit_coders, equal_bit_codes, without_opq
 from lvssl.evaluation.probe import ProbeResult, linear_probe
-from lvssl.evaluation.sets import class_names, embed_both, labelled_pair, smaller_by, with_defaults
+from lvssl.evaluation.sets import (
+    class_names,
+    embed_both,
+    labelled_pair,
+    picture_view,
+    smaller_by,
+    with_defaults,
+)
 from lvssl.evaluation.streamed import Bits, Rows, streamed_probe
 from lvssl.evaluation.uncertainty import r_auroc, risk_coverage_area
 from lvssl.latents import WITHOUT_LATENT
@@ -335,10 +342,9 @@ def write_gallery(
 
     from_test = np.unique(np.concatenate([queries, certain, uncertain]))
     from_train = np.unique(np.concatenate([by_code.ravel(), by_feature.ravel()]))
-    images = [
-        evaluation_crops(given.source, view, rows, given)
-        for given, rows in ((test_source, from_test), (train_source, from_train))
-    ]
+    shown = ((test_source, from_test), (train_source, from_train))
+    view = picture_view(view, *((given.source, rows) for given, rows in shown))
+    images = [evaluation_crops(given.source, view, rows, given) for given, rows in shown]
 
     def in_test(rows: np.ndarray) -> np.ndarray:
         return np.searchsorted(from_test, rows)

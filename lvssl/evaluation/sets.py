@@ -16,11 +16,12 @@ from lvssl.evaluation.embedding import LARGE_SET, Embedding, embedded
 from lvssl.runs.labels import Subset, open_pair, say_notes, sibling_test_set
 from lvssl.runs.run import Run, require_classes_of, require_same_classes, training_set
 from pipelines.datasets.dataset import evenly_spaced
-from pipelines.decode import Reader, open_reader
+from pipelines.decode import DamagedSample, Reader, open_reader
 from pipelines.loader import Replacements, evaluation_crops
 from pipelines.views import ViewSettings
 
 Settings = TypeVar("Settings", bound=Any)
+PICTURE = 96  # pixels a side of a picture for people, at most
 SAMPLE = 20_000  # training images of a large set on which codes of many kinds are compared
 
 
@@ -91,6 +92,20 @@ def channels(source: Reader, on_error: str) -> int:
     first = np.arange(min(256, len(source)))
     crops = evaluation_crops(source, ViewSettings(resolution=8), first, Replacements(source, on_error))
     return 1 if (crops == crops[..., :1]).all() else 3
+
+
+def picture_view(view: ViewSettings, *shown: tuple[Reader, np.ndarray]) -> ViewSettings:
+    """How images are shown to people: the network's crop, in as many pixels as the largest of them has, up to
+    PICTURE, where the network's resolution is lower. `shown`: sets and positions in them."""
+
+    def side(source: Reader, row: int) -> int:
+        try:
+            return int(min(source.sizes(np.array([row])))[0])
+        except DamagedSample:
+            return 0
+
+    most = max((side(source, row) for source, rows in shown for row in rows.tolist()), default=0)
+    return replace(view, resolution=max(view.resolution, min(most, PICTURE)))
 
 
 def class_names(source: Reader) -> list[str]:

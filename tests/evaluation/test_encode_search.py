@@ -1,7 +1,9 @@
 """`lvssl encode` and `lvssl search` with an untrained network: folders, betons, batches, reranking, kills."""
 
+import base64
 import csv
 import importlib.util
+import io
 import os
 import re
 import shutil
@@ -369,6 +371,28 @@ def test_the_page_of_a_search_shows_queries_and_neighbours(run, pictures, tmp_pa
         assert count == 1 or {asked for _, asked, _ in found} & {near for _, _, near in found} - {""}
     assert lvssl("search", run, "--query", one, "--codes", out, "--page", page) == 2
     assert "name the images that were encoded with --images" in capsys.readouterr().err
+
+
+def test_large_images_are_shown_in_more_pixels_than_the_network_sees(run, tmp_path):
+    """A query and its neighbour are the same image: the same picture by either way, of at most 96 pixels."""
+    sizes, random = {"large": (300, 200), "middle": (70, 90), "small": (5, 7)}, np.random.default_rng(0)
+    assert run.is_dir() and load_run(run).settings.view.resolution < 70
+    shown = {}
+    for name, size in sizes.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        for i in range(2):
+            image = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+            image.resize(size).save(folder / f"{i}.png")
+        out, page = tmp_path / f"{name}.lvcodes", tmp_path / f"{name}.html"
+        assert lvssl("encode", run, "--images", folder, "--out", out) == 0
+        options = ["--query", folder / "0.png", "--codes", out, "--k", 1, "--page", page, "--images", folder]
+        assert lvssl("search", run, *options) == 0
+        query, near = re.findall(r'<img src="data:image/\w+;base64,([^"]+)"', page.read_text())
+        assert query == near
+        shown[name] = Image.open(io.BytesIO(base64.b64decode(query))).size
+    side = load_run(run).settings.view.resolution
+    assert shown == {"large": (96, 96), "middle": (70, 70), "small": (side, side)}
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.TAR", "a.arrow", "a.TSV", "a.Beton", "a.txt", "a.lvcodes"])
