@@ -136,7 +136,7 @@ def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers from at or below `low` to at or above `high`."""
     if low == high:
-        low, high = low - abs(low) / 10 - 1e-9, high + abs(high) / 10 + 1e-9
+        low, high = (low - abs(low) / 10, high + abs(high) / 10) if low else (0.0, 1.0)
     return [float(tick) for tick in MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
 
 

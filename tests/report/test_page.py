@@ -526,6 +526,7 @@ def test_ticks_are_round_and_enclose(low, high):
     found = ticks(low, high, 5)
     assert found[0] <= low + 1e-9 and found[-1] >= high - 1e-9 and 2 <= len(found) <= 8
     assert len({number(t) for t in found}) == len(found)
+    assert (low, high) != (0, 0) or found[-1] == 1
 
 
 def test_a_chart_takes_colours_and_font_from_the_page_and_shares_no_id_with_another():
