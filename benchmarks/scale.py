@@ -241,7 +241,7 @@ def into_page(page: Path, rows: list[dict[str, Any]]) -> None:
     rows = [row for row in rows if "mib" in row or "failed" in row]  # no others stand in it
     sizes = sorted({row["images"] for row in rows})
     cells = {(row["row"], row["images"]): cells_of(row) for row in rows}
-    heads = [f"{what}, {size:,}" for size in sizes for what in ("seconds", "processors'", "MiB")]
+    heads = [f"{what}, {size:,}" for size in sizes for what in ("seconds", "CPU seconds", "MiB")]
     lines = [["row", *heads], ["---", *["--:"] * len(heads)]]
     names = [*rows_of(Path(), CLASSES)]
     for name in sorted({row["row"] for row in rows}, key=names.index):
