@@ -296,23 +296,24 @@ def difference(pillow: np.ndarray, ours: np.ndarray) -> float:
 PAGE = """\
 # Other people's images
 
-`make test-images` runs the converter and the loader over images that others have made: the test images of
-Pillow {version} (every format, and files that once crashed a decoder), Debian's `opencv-doc` and `tuxpaint`.
-It wrote this page, with Pillow {here}.
+This page shows which images from other sources lvssl can read, and how the results differ from Pillow's.
+`make test-images` runs the converter and the loader on the test images of Pillow {version} (every format, and
+files that once crashed a decoder) and on Debian's `opencv-doc` and `tuxpaint`. It wrote this page, with
+Pillow {here}.
 
 | | {heads} | together |
 | --- | {rules}---: |
 {table}
 
-A *kept* JPEG is stored byte for byte, *raw* pixels without loss; *encoded anew*, at quality 90, is what is in
-another format or turned by EXIF. Differences are means over an image, of 255 levels.
+A *kept* JPEG is stored byte for byte, and *raw* pixels are stored without loss. Images in other formats, or
+rotated by EXIF, are *re-encoded* at quality 90. Differences are means over an image, out of 255 levels.
 
-What Pillow reads is refused by these rules alone, each with the option that takes it:
+An image that Pillow can read is refused only by these rules, each with the option that accepts it:
 
 {listed}
 
-In a folder without class folders a file is an image by its name or its first bytes. {left} of these files, in
-formats that hardly anybody has, are known by neither; `convert-beton` counts and names what it leaves out.
+In a folder without class folders, a file counts as an image by its extension or its first bytes. {left} of
+these files, in rare formats, are recognised by neither; `convert-beton` counts and names what it leaves out.
 """
 
 
@@ -338,19 +339,20 @@ def page(files: list[File], left: Counter[str]) -> str:
         count("converted", lambda f: not f.refused),
         count("of these, JPEGs kept", lambda f: f.stored == "jpeg_untouched"),
         count("of these, raw", lambda f: f.stored == "raw"),
-        count("of these, encoded anew", lambda f: f.stored == "reencoded"),
-        count("read here, not by Pillow", lambda f: not f.refused and not f.pillow),
-        count("refused, by Pillow too", lambda f: f.refused and not f.pillow),
+        count("of these, re-encoded", lambda f: f.stored == "reencoded"),
+        count("read by lvssl, not by Pillow", lambda f: not f.refused and not f.pillow),
+        count("refused by both", lambda f: f.refused and not f.pillow),
         *(
-            count(f"refused, read by Pillow: {rule}", lambda f, r=rule: f.pillow and f.rule == r)
+            count(f"refused, but read by Pillow: {rule}", lambda f, r=rule: f.pillow and f.rule == r)
             for rule in RULES
         ),
         count(
-            "refused, read by Pillow: another reason", lambda f: f.pillow and bool(f.refused) and not f.rule
+            "refused, but read by Pillow: other reasons",
+            lambda f: f.pillow and bool(f.refused) and not f.rule,
         ),
-        differences("difference of kept JPEGs: median; largest", "jpeg_untouched"),
-        differences("difference of raw pixels: median; largest", "raw"),
-        differences("difference of those encoded anew: median; largest", "reencoded"),
+        differences("difference, kept JPEGs: median; largest", "jpeg_untouched"),
+        differences("difference, raw pixels: median; largest", "raw"),
+        differences("difference, re-encoded: median; largest", "reencoded"),
     ]
     return PAGE.format(
         version=PILLOW,

@@ -81,11 +81,12 @@ def page(calls: Calls) -> str:
     """docs/trace.md."""
     found = rooms(calls)
     head = (
-        "# The way of a batch, from the file to the loss\n\nPrinted by `python -m benchmarks.trace --out "
-        f"docs/trace.md`: {len(found)} rooms, each where the batch first enters it, with the functions that "
-        "one step of\npretraining (scikit-learn's digits, on a CPU) enters there, in order. The loader calls "
-        "what decodes and what augments,\nthe training calls network, latent and loss; none of these calls "
-        "back.\n"
+        "# The path of a batch, from the file to the loss\n\nThis page lists the functions that one step of "
+        "pretraining calls (scikit-learn's digits, on a CPU), in order. Use it to\nfind your way around the "
+        f"code. They are grouped into {len(found)} packages, in the order in which the batch first enters "
+        "them. The loader\ncalls decoding and augmentation, and training calls network, latent and loss; "
+        "none of these calls back. The page is written by\n`python -m benchmarks.trace --out docs/trace.md`."
+        "\n"
     )
     parts = (f"## {room}\n\n" + "\n".join(f"- `{one}`" for one in inside) for room, inside in found.items())
     return head + "\n" + "\n\n".join(parts) + "\n"
