@@ -1,6 +1,6 @@
 """The library from Python: load a trained encoder, encode images, search among them, pretrain.
 
-Every function goes the way of the command of its name, so that both give the same numbers.
+Every function does what the command of the same name does, so both give the same numbers.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ Images: TypeAlias = "Picture | Iterable[Picture]"
 
 @dataclass(frozen=True)
 class Encoding:
-    """N images as an encoder sees them.
+    """What an encoder computes for N images.
 
     >>> encoding = lvssl.load("run").encode("photos")
     >>> encoding.features.shape, encoding.code.shape, encoding.bits
@@ -72,19 +72,19 @@ class Encoding:
     """
 
     names: list[str]
-    """Paths below the folder, or as given; positions for arrays and PIL images."""
+    """Paths relative to the folder, or as given; positions for arrays and PIL images."""
     features: np.ndarray
     """float32 [N, F]."""
     code: np.ndarray
     """uint8 [N, ceil(bits / 8)], packed: bit d is bit d % 8 of byte d // 8."""
     uncertainty: np.ndarray
-    """float32 [N], higher is less certain: minus the log-density in nats a number that `lvssl encode` or
-    `Model.fit_density` has fitted to the training images; else the posterior's own score, for most families
-    its entropy in nats, minus the norm of the feature where there is no latent."""
+    """float32 [N], higher is less certain. Where `lvssl encode` or `Model.fit_density` has fitted a density
+    to the training images: the negative log-density, in nats per dimension. Otherwise the posterior's own
+    score: for most families its entropy in nats, without a latent the negative norm of the feature."""
     bits: int
-    """Length of a code."""
+    """Length of a code, in bits."""
     checkpoint: str
-    """Digest of the weights: codes of two models can't be compared."""
+    """Digest of the weights. Codes of different models can't be compared."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -92,7 +92,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Model:
-    """A trained encoder, as `lvssl.load` gives it.
+    """A trained encoder, as returned by `lvssl.load`.
 
     >>> model = lvssl.load("run")
     >>> model.bits, model.resolution
@@ -103,7 +103,7 @@ class Model:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, device: str | torch.device | None = None) -> Model:
-        """`lvssl.load`, under the name that Hugging Face's libraries have for it: a folder, or user/name.
+        """The same as `lvssl.load`, under Hugging Face's name for it; takes a folder or user/name.
 
         >>> lvssl.Model.from_pretrained("export").bits
         64
@@ -112,7 +112,7 @@ class Model:
 
     @property
     def network(self) -> LVNet:
-        """Backbone and posterior head, in eval mode: `network.encode(images)` gives features and posterior.
+        """Backbone and posterior head, in eval mode. `network.encode(images)` returns features and posterior.
 
         >>> model = lvssl.load("run")
         >>> features, posterior = model.network.encode(model.preprocess("photos"))
@@ -123,7 +123,7 @@ class Model:
 
     @property
     def torch_module(self) -> nn.Module:
-        """The backbone alone, in eval mode: images [N, 3, R, R], as from `preprocess`, -> features [N, F].
+        """The backbone alone, in eval mode: maps images [N, 3, R, R] from `preprocess` to features [N, F].
 
         >>> model = lvssl.load("run")
         >>> classifier = torch.nn.Sequential(model.torch_module, torch.nn.Linear(64, 10))
@@ -143,7 +143,7 @@ class Model:
 
     @property
     def resolution(self) -> int:
-        """Side of the images that the network reads, in pixels.
+        """Side of the network's input images, in pixels.
 
         >>> lvssl.load("run").resolution
         8
@@ -152,7 +152,7 @@ class Model:
 
     @property
     def bits(self) -> int:
-        """Length of a code.
+        """Length of a code, in bits.
 
         >>> lvssl.load("run").bits
         64
@@ -162,21 +162,22 @@ class Model:
     def encode(
         self, images: Images, batch_size: int = BATCH, workers: int = 0, on_error: str = "raise"
     ) -> Encoding:
-        """Features, packed codes and uncertainties of images, without augmentation.
+        """Compute features, packed codes and uncertainties of images, without augmentation.
 
-        Shows a progress bar on a terminal and in a notebook. In batches of 256, the default, features and
-        codes have the bits of `lvssl encode`; in batches of another size a sum may be rounded otherwise.
+        Shows a progress bar on a terminal and in a notebook. With batches of 256, the default, features and
+        codes are bit for bit those of `lvssl encode`; other batch sizes may round sums differently.
 
         Args:
             images: a path of an image or of a set (a folder, searched recursively; a .beton, tars, a parquet
                 file), a PIL image, an array uint8 [H, W, 3] or [N, H, W, 3], or several paths, PIL images and
                 arrays, also from a generator.
-            batch_size: images that the network reads at once, at least 1.
-            workers: threads that decode; 0: the cores less two, 2 to 12.
-            on_error: an image that can't be decoded: raise, or skip (leave it out, with a warning).
+            batch_size: number of images that the network encodes at once, at least 1.
+            workers: number of decoding threads; 0: the number of cores minus two, between 2 and 12.
+            on_error: what to do with an image that can't be decoded: raise, or skip (leave it out, with a
+                warning).
 
         Raises:
-            InputError: no images, a damaged one (it is named), or an array of another shape or type.
+            InputError: no images, a damaged image (which is named), or an array of another shape or type.
 
         >>> model = lvssl.load("run")
         >>> model.encode("photos").names[:2]
@@ -211,12 +212,13 @@ class Model:
         )
 
     def fit_density(self, train: str | Path | None = None) -> None:
-        """Fit what `encode` takes as uncertainty, as `lvssl encode` does, and keep it with the run.
+        """Fit the density, `encode`'s uncertainty, as `lvssl encode` does, and keep it with the run.
 
         Args:
-            train: training images, at most 50,000 of which are used; left out: those of the pretraining.
+            train: training images, of which at most 50,000 are used; by default those of the pretraining.
 
-        Raises InputError: training images that can't be read.
+        Raises:
+            InputError: the training images can't be read.
 
         >>> model = lvssl.load("run")
         >>> model.fit_density("photos")
@@ -232,15 +234,15 @@ class Model:
         k: int = 10,
         symmetric: bool = False,
     ) -> list[list[Neighbour]]:
-        """The k images whose codes are nearest to each query, nearest first, as `lvssl search` finds them.
+        """Find the k images whose codes are nearest to each query, nearest first, as `lvssl search` does.
 
         Args:
-            queries: images, as `encode` takes them, or what it returned.
-            codes: where to search: what `encode` returned, or a code file of `lvssl encode`; left out:
+            queries: images, as `encode` takes them, or its result.
+            codes: where to search: a result of `encode`, or a code file of `lvssl encode`; by default
                 codes.lvcodes in the run's folder.
-            k: neighbours a query; all where there are fewer.
-            symmetric: compare codes with codes, by Hamming distance. Else queries that are images stay
-                real-valued in a code file that allows it, and distances are squared Euclidean ones.
+            k: number of neighbours per query; all codes if there are fewer.
+            symmetric: compare codes with codes, by Hamming distance. Otherwise queries that are images stay
+                real-valued if the code file allows it, and distances are squared Euclidean distances.
 
         Raises:
             InputError: no such images, k below 1, or codes of another model.
@@ -272,9 +274,9 @@ class Model:
         return [found for part in parts for found in searcher.nearest(part, k)]
 
     def crops(self, images: Images) -> np.ndarray:
-        """The centre square of each image, resized to R pixels, before normalisation: uint8 [N, R, R, 3].
+        """Return the centre square of each image, resized to R pixels, not normalised: uint8 [N, R, R, 3].
 
-        That is the input of the `encoder.onnx` that `lvssl export` writes.
+        This is the input of the `encoder.onnx` that `lvssl export` writes.
 
         >>> lvssl.load("run").crops("photos").shape
         (12, 8, 8, 3)
@@ -285,7 +287,7 @@ class Model:
         return np.concatenate(parts)
 
     def preprocess(self, images: Images) -> Tensor:
-        """Normalised images for `torch_module`, float32 [N, 3, R, R], on the model's device.
+        """Return normalised images for `torch_module`, float32 [N, 3, R, R], on the model's device.
 
         >>> lvssl.load("run").preprocess(PIL.Image.open("photos/a/0.png")).shape
         torch.Size([1, 3, 8, 8])
@@ -302,15 +304,15 @@ class Model:
 
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
-    """The encoder of a run's newest checkpoint, or of a folder that `lvssl export` has written.
+    """Load the encoder from a run's newest checkpoint, or from a folder that `lvssl export` has written.
 
     Args:
-        folder: its path; or hf://user/name (or hf://user/name@revision), an export on the Hugging Face Hub,
-            which is fetched by huggingface_hub, once.
-        device: cpu, cuda, cuda:1 ...; left out: a GPU where there is one.
+        folder: the path of the folder; or hf://user/name (or hf://user/name@revision), an export on the
+            Hugging Face Hub, which huggingface_hub downloads once.
+        device: cpu, cuda, cuda:1 ...; by default a GPU if there is one.
 
     Raises:
-        InputError: no such folder, no checkpoint in it, a damaged export, or a Hub that can't be reached.
+        InputError: no such folder, no checkpoint in it, a damaged export, or the Hub can't be reached.
 
     >>> lvssl.load("run", device="cpu").bits
     64
@@ -323,10 +325,11 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
 
 
 def preset(name: str = "", **options: Any) -> PretrainSettings:
-    """Settings of a pretraining: a preset's (`lvssl presets` lists them), and in them the options that
-    `lvssl pretrain` has, by name.
+    """Return settings for `pretrain`: those of a preset (`lvssl presets` lists them), changed by options with
+    the names that `lvssl pretrain` has for them.
 
-    Raises InputError: an unknown preset or option.
+    Raises:
+        InputError: an unknown preset or option.
 
     >>> settings = lvssl.preset("digits", data="train.beton", out="new", epochs=1, backbone="tiny")
     >>> settings.model.backbone, settings.epochs, settings.batch_size
@@ -347,11 +350,14 @@ def preset(name: str = "", **options: Any) -> PretrainSettings:
 def pretrain(settings: PretrainSettings, resume: bool = False) -> Model:
     """Train an encoder without labels, as `lvssl pretrain` does, and load it.
 
-    `resume`: go on with the run in `settings.out` from its newest checkpoint.
+    Args:
+        settings: as returned by `preset`.
+        resume: continue the run in `settings.out` from its newest checkpoint.
 
     Raises:
         InputError: impossible settings or data; nothing has been written.
-        FloatingPointError: the loss stayed non-finite. MemoryError: names the setting to change.
+        FloatingPointError: the loss stayed non-finite.
+        MemoryError: the device's memory doesn't suffice; the message names the setting to change.
 
     >>> settings = lvssl.preset("digits", data="train.beton", out="new", epochs=1, workers=1)
     >>> lvssl.pretrain(settings).bits

@@ -58,7 +58,7 @@ CANDIDATES = 100  # that `--rerank` looks at, at least
 
 
 class Neighbour(NamedTuple):
-    """An image that a search has found.
+    """An image found by a search.
 
     >>> model = lvssl.load("run")
     >>> nearest = model.search("photos/a/0.png", model.encode("photos"), k=1)[0][0]
@@ -67,13 +67,14 @@ class Neighbour(NamedTuple):
     """
 
     name: str
-    """As the encoded images are named."""
+    """The name that the image was encoded under."""
     distance: float
-    """To the query: of codes Hamming's, a whole number; of real-valued queries the squared Euclidean one."""
+    """To the query: the Hamming distance of codes, an integer, or the squared Euclidean distance of a
+    real-valued query."""
     similarity: float | None = None
-    """A cosine: of the query and what the code stands for, or of means."""
+    """A cosine: of the real-valued query and the reconstructed code, or of posterior means."""
     uncertainty: float | None = None
-    """In nats, where it was stored with the codes."""
+    """In nats, if it was stored with the codes."""
 
 
 class Query(NamedTuple):
