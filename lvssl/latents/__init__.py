@@ -1,7 +1,7 @@
-"""Posteriors over the latent code: one file a family, chosen by name.
+"""Posteriors over the latent code: one file per family, chosen by name.
 
-A family is what is known before there is an image, its options included; of the numbers that a network gives
-for B images it makes their posterior. A new family is one file and one line in FAMILIES.
+A family holds the options of a distribution, and turns the parameters that a network predicts for B images
+into their posterior. A new family takes one file and one line in FAMILIES.
 """
 
 import dataclasses
@@ -36,19 +36,19 @@ FAMILIES: dict[str, type[Family]] = {
 }
 
 
-# The families whose runs are the controls of those with a latent, as messages name them.
+# The families without a latent, whose runs serve as controls, as messages list them.
 WITHOUT_LATENT = " or ".join(name for name, kind in FAMILIES.items() if not kind.stochastic)
 
 
 def family(name: str, **options: Any) -> Family:
-    """The family of that name, or two side by side: `gaussian+bernoulli`.
+    """Return the family `name`, or two side by side, as in `gaussian+bernoulli`.
 
     Args:
         options: fields of the family, such as `categories`, `components`, `depth` (bits a dimension of the
-            code), `relaxed`; those that a family doesn't have are left out.
+            code), `relaxed`; options that the family doesn't have are ignored.
 
     Raises:
-        ValueError: an unknown name; it lists the known ones.
+        ValueError: the name is unknown (the message lists the known ones), or the two can't be combined.
     """
     if "+" in name:
         parts = tuple(family(part, **options) for part in name.split("+"))
@@ -63,7 +63,7 @@ def family(name: str, **options: Any) -> Family:
 
 
 def described(name: str) -> str:
-    """What a model of that family has, as `Family.about`; the name itself where another version wrote it."""
+    """Describe a family's latent (`Family.about`); a name that only another version knows is named itself."""
     try:
         return family(name).about
     except ValueError:

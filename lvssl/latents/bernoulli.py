@@ -13,11 +13,11 @@ from lvssl.latents.posterior import BatchMean, Family, Posterior, constant, rows
 
 @dataclass(frozen=True)
 class Bernoulli(Family):
-    """`parameters` is the logits, [B, D].
+    """`parameters` are the logits, [B, D].
 
-    Not relaxed: hard bits with the straight-through gradient, that of p. Relaxed: the binary concrete
-    distribution (Maddison et al. 2017, Jang et al. 2017), of which the hard bit is the sign. `kl` is that of
-    the discrete distribution in both cases; that of the relaxed one is larger.
+    Samples are hard bits with the straight-through gradient of p. If `relaxed`, they follow the binary
+    concrete distribution (Maddison et al. 2017, Jang et al. 2017), whose sign is the hard bit. In both cases
+    `kl` is that of the discrete distribution; the KL of the relaxed one is larger.
     """
 
     relaxed: bool = False
@@ -44,7 +44,7 @@ class BernoulliPosterior(Posterior):
         self.logits, self.relaxed = self.parameters, relaxed
 
     def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
-        """2z - 1: in {-1, +1}, with z = b + p - stop_grad(p); relaxed, in (-1, 1)."""
+        """Draw 2z - 1: in {-1, +1}, with z = b + p - stop_grad(p), or in (-1, 1) if relaxed."""
         p, logits = self.logits.sigmoid(), self.logits
         drawn = uniform((count, *p.shape), p, noise)
         if self.relaxed:
@@ -57,14 +57,14 @@ class BernoulliPosterior(Posterior):
         return (0.5 * self.logits).tanh()  # 2p - 1
 
     def unit_kl(self) -> Tensor:
-        """p * l - softplus(l) + ln 2 of each bit; exact and finite for any finite logit."""
+        """p * l - softplus(l) + ln 2 for each bit; exact and finite for any finite logit."""
         return math.log(2) - self.unit_entropy()
 
     def unit_entropy(self) -> Tensor:
         """Entropy of each bit in nats, [B, D].
 
-        softplus(l) - p * l is written with |l|, which is symmetric, so that two large numbers of the same
-        size are not subtracted: softplus(-|l|) + |l| * sigmoid(-|l|).
+        softplus(l) - p * l is an even function of l. It is computed as softplus(-|l|) + |l| * sigmoid(-|l|),
+        which doesn't subtract two large numbers of the same size.
         """
         size = self.logits.abs()
         return F.softplus(-size) + size * torch.sigmoid(-size)
@@ -73,7 +73,7 @@ class BernoulliPosterior(Posterior):
         return self.unit_entropy().sum(dim=1)
 
     def saturated(self) -> Tensor:
-        """Logits beyond +-7, where the gradient of p is below a thousandth."""
+        """Share of logits beyond +-7, where the gradient of p is below a thousandth."""
         return (self.logits.abs() > 7).float().mean()
 
     def code(self) -> Tensor:

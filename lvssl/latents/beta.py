@@ -15,22 +15,23 @@ from lvssl.latents.posterior import constant
 from lvssl.latents.quantised import Quantised, QuantisedPosterior
 
 PRIOR = 1.1
-FLOOR = 1e-2  # torch's Beta samples wrongly below
+FLOOR = 1e-2  # of a and b; torch's Beta samples wrongly below it
 LOG_TOTAL_BOUND = 10.0
 
 
 @dataclass(frozen=True)
 class Beta(Quantised):
-    """`parameters` is [B, 2D]: the mean's logit, then ln(a + b), which is bounded to [-10, 10].
+    """`parameters` is [B, 2D]: the logit of the mean, then ln(a + b), which is clamped to [-10, 10].
 
-    a and b are floored at 0.01. KL and entropy are torch's closed forms in fp64: in fp32 their log-gammas
-    cancel to 0.01 nats a dimension. The code is the mean, quantised.
+    a and b are at least 0.01. KL and entropy are torch's closed forms in fp64: in fp32 their log-gammas
+    cancel to an error of 0.01 nats per dimension. The code is the quantised mean.
     """
 
     about = "a beta latent"
 
     def initial_head(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
-        """Means of deviation 0.6 in (-1, 1); at 0 a deviation of 1 / sqrt(1 + init_scale^2)."""
+        """Start with means in (-1, 1) of standard deviation 0.6; a posterior with mean 0 has a standard
+        deviation of 1 / sqrt(1 + init_scale^2)."""
         return constant(dim, 2.0), constant(dim, 2 * math.log(init_scale))
 
     def posterior(self, parameters: Tensor) -> "BetaPosterior":
@@ -46,7 +47,7 @@ class BetaPosterior(QuantisedPosterior):
         self.b = (total * (-self.logits).sigmoid()).clamp(min=FLOOR)
 
     def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
-        """2z - 1, in [-1, 1]; the gradient is that of torch's rsample."""
+        """Draw 2z - 1, in [-1, 1], with the gradient of torch's rsample."""
         drawn = beta_variates(self.a, self.b, count, noise)
         return drawn[..., 0] - drawn[..., 1]
 
@@ -54,18 +55,19 @@ class BetaPosterior(QuantisedPosterior):
         return (self.a - self.b) / (self.a + self.b)
 
     def unit_kl(self) -> Tensor:
-        # Made on the device: a copy from the host would wait for it.
+        # Created on the device, because a copy from the host would wait for it.
         prior = torch.full((), PRIOR, dtype=torch.float64, device=self.a.device)
         exact = kl_divergence(self.exact(), TorchBeta(prior, prior, validate_args=False))
         return exact.to(self.a.dtype)
 
     def entropy(self) -> Tensor:
-        """Of 2z - 1: each dimension is twice as wide as z."""
+        """Entropy of 2z - 1, in which each dimension is twice as wide as in z."""
         per_dim = self.exact().entropy() + math.log(2)
         return per_dim.sum(dim=1).to(self.a.dtype)
 
     def uncertainty(self) -> Tensor:
-        """Sum of the logarithms of z's variances: the entropy falls again where all mass is at the ends."""
+        """Sum of the log variances of z; the entropy won't do, because it falls where all mass is at the
+        ends."""
         total = self.a + self.b
         return (self.a.log() + self.b.log() - 2 * total.log() - total.log1p()).sum(dim=1)
 
@@ -73,7 +75,7 @@ class BetaPosterior(QuantisedPosterior):
         return TorchBeta(self.a.double(), self.b.double(), validate_args=False)
 
     def saturated(self) -> Tensor:
-        """Dimensions with a concentration at the floor."""
+        """Share of dimensions with a or b at the floor."""
         return ((self.a <= FLOOR) | (self.b <= FLOOR)).float().mean()
 
     def bound(self) -> float:
@@ -81,9 +83,9 @@ class BetaPosterior(QuantisedPosterior):
 
 
 def beta_variates(a: Tensor, b: Tensor, count: int, noise: Noise) -> Tensor:
-    """z ~ Beta(a, b) and 1 - z, [count, N, D, 2], for a and b [N, D], of two streams of the noise.
+    """Draw z ~ Beta(a, b) from two streams of the noise; a, b [N, D] -> z and 1 - z, [count, N, D, 2].
 
-    The gradients are implicit (Figurnov et al. 2018), by the derivative that torch has for its own samples.
+    The gradients are implicit (Figurnov et al. 2018), with the derivative that torch has for its samples.
     """
     difference = log_gammas(a, count, noise) - log_gammas(b, count, noise.shifted(1))
     drawn = torch.stack([difference.sigmoid(), (-difference).sigmoid()], dim=3).to(a.dtype)

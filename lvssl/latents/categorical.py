@@ -10,16 +10,16 @@ from lvssl.latents.bits import binary_digits
 from lvssl.latents.noise import Noise, uniform
 from lvssl.latents.posterior import Family, Posterior, constant
 
-UNIFORM_SHARE = 0.01  # of every category's chance: no category is ever out of reach (Hafner et al. 2023)
+UNIFORM_SHARE = 0.01  # of the probabilities, which keeps every category reachable (Hafner et al. 2023)
 
 
 @dataclass(frozen=True)
 class Categorical(Family):
-    """`parameters` is the logits, [B, D]: D / K groups of K = `categories`.
+    """`parameters` are the logits, [B, D]: D / K groups of K = `categories`.
 
-    The probabilities are 0.99 softmax(logits) + 0.01 / K, in sample, KL and entropy. Not relaxed: one-hot
-    samples with the straight-through gradient, that of the probabilities. Relaxed: Gumbel-softmax, of which
-    the one-hot sample is the argmax; `kl` stays that of the discrete one, a lower bound on the relaxed one's.
+    Samples, KL and entropy use the probabilities 0.99 softmax(logits) + 0.01 / K. Samples are one-hot, with
+    the straight-through gradient of the probabilities. If `relaxed`, they are Gumbel-softmax samples, whose
+    argmax is the one-hot sample; `kl` stays that of the discrete distribution, a lower bound on theirs.
     """
 
     relaxed: bool = False
@@ -57,13 +57,13 @@ class CategoricalPosterior(Posterior):
         return (1 - UNIFORM_SHARE) * self.logits.softmax(dim=2) + UNIFORM_SHARE / self.categories
 
     def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
-        """One-hot vectors side by side, [count, B, groups * K]; relaxed, points of their simplices."""
+        """Draw concatenated one-hot vectors, [count, B, groups * K]; if relaxed, points on the simplices."""
         p = self.probabilities()
         if self.relaxed:
             drawn = uniform((count, *p.shape), p, noise).clamp(min=2**-25, max=1 - 2**-24)
             gumbel = -(-drawn.log()).log()
             return ((p.log() + gumbel) / temperature).softmax(dim=3).flatten(2)
-        # One uniform a group, held against the sums of the chances, costs less than a Gumbel a category.
+        # One uniform per group, compared with the cumulative probabilities, is cheaper than K Gumbels.
         drawn = uniform((count, *p.shape[:2], 1), p, noise)
         chosen = (drawn >= p.detach().cumsum(dim=2)).sum(dim=3).clamp(max=self.categories - 1)
         hard = torch.zeros_like(p).expand(count, *p.shape).scatter(3, chosen[..., None], 1.0)
@@ -73,7 +73,7 @@ class CategoricalPosterior(Posterior):
         return self.probabilities().flatten(1)
 
     def unit_kl(self) -> Tensor:
-        """sum_k q ln q + ln K of each group; no chance is below 0.01 / K, so its logarithm is finite."""
+        """sum_k q ln q + ln K for each group; no q is below 0.01 / K, so its logarithm is finite."""
         p = self.probabilities()
         return (p * p.log()).sum(dim=2) + math.log(self.categories)
 
@@ -82,7 +82,7 @@ class CategoricalPosterior(Posterior):
         return -(p * p.log()).flatten(1).sum(dim=1)
 
     def saturated(self) -> Tensor:
-        """Groups whose likeliest category has 99.9 % of the softmax."""
+        """Share of groups whose likeliest category has over 99.9 % of the softmax."""
         return (self.logits.softmax(dim=2).amax(dim=2) > 0.999).float().mean()
 
     def symbols(self) -> Tensor:

@@ -16,7 +16,7 @@ Said = TypeVar("Said")
 
 @dataclass(frozen=True)
 class Concat(Family):
-    """`parameters` is the locations of both, then the scales of both. KL, entropy and bits are sums."""
+    """`parameters` are the locations of both, then the scales of both. KL, entropy and code bits add up."""
 
     parts: tuple[Family, ...]
 
@@ -33,7 +33,7 @@ class Concat(Family):
         return max(part.default_beta for part in self.parts)
 
     def each(self, ask: Callable[[Family, int], Said], dim: int) -> list[Said]:
-        """What each part says of its share of the dimensions."""
+        """Call `ask` with each part and its number of dimensions."""
         return [ask(part, d) for part, d in zip(self.parts, halves(dim))]
 
     def location_count(self, dim: int) -> int:
@@ -82,14 +82,14 @@ class ConcatPosterior(Posterior):
         return torch.stack([p.entropy() for p in self.posteriors]).sum(dim=0)
 
     def saturated(self) -> Tensor:
-        """The worse of the two."""
+        """The larger of the two shares."""
         return torch.stack([p.saturated() for p in self.posteriors]).max()
 
     def code(self) -> Tensor:
         return torch.cat([p.code() for p in self.posteriors], dim=1)
 
     def straight_through_bits(self, batch_mean: BatchMean = rows_mean) -> Tensor | None:
-        """Those of the parts that have any."""
+        """The bits of the parts that have any."""
         bits = [b for p in self.posteriors if (b := p.straight_through_bits(batch_mean)) is not None]
         return torch.cat(bits, dim=1) if bits else None
 
@@ -100,5 +100,5 @@ def halves(dim: int) -> tuple[int, int]:
 
 @lru_cache
 def dim_of(family: Family, parameters: int) -> int:
-    """The dimensions that take so many parameters."""
+    """Return the number of dimensions for which the family has this many parameters."""
     return next(d for d in range(parameters + 1) if family.parameter_count(d) == parameters)

@@ -1,4 +1,4 @@
-"""Family `none`: no latent. Plain SimCLR, the control that every latent-variable result is paired with."""
+"""Family `none`: no latent. This is plain SimCLR, the control for every result of a latent variable."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +11,7 @@ from lvssl.latents.posterior import Family, Posterior, constant
 
 @dataclass(frozen=True)
 class Deterministic(Family):
-    """A point mass at h; `parameters` is [B, 2D]: h, then its sign bits' thresholds (h's running mean)."""
+    """A point mass at h. `parameters` is [B, 2D]: h, then the thresholds of its bits (h's running mean)."""
 
     about = "no latent"
     stochastic = False
@@ -36,7 +36,7 @@ class DeterministicPosterior(Posterior):
         self.features, self.thresholds = self.parameters.chunk(2, dim=1)
 
     def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
-        return self.features[None]  # samples would all be equal, so one is enough: [1, B, D]
+        return self.features[None]  # all samples would be equal, so one is enough: [1, B, D]
 
     def mean(self) -> Tensor:
         return self.features
@@ -51,5 +51,5 @@ class DeterministicPosterior(Posterior):
         return self.features > self.thresholds
 
     def uncertainty(self) -> Tensor:
-        """Minus the feature's norm: the customary score of a deterministic model."""
+        """The negative norm of the features, the usual score of a deterministic model."""
         return -self.features.norm(dim=1)

@@ -1,12 +1,12 @@
-"""The latent's head at scale: mean of K samples, KL, entropy and packed bits in one pass over the parameters.
+"""The latent head at scale: mean of K samples, KL, entropy and packed bits in one pass over the parameters.
 
-    family        what the composed form writes and reads again                      here
-    bernoulli     K uniforms, K samples, p, per-bit entropies; its graph keeps them  one kernel each way
+    family        what plain torch writes and reads again                            here
+    bernoulli     K uniforms, K samples, p, per-bit entropies; its graph keeps them  one kernel per pass
     gaussian      K normals, K samples, s                                            the same
-    categorical   chances, sums of chances, K one-hot samples                        the same
+    categorical   probabilities, cumulative probabilities, K one-hot samples         the same
 
-Noise is a function of (key, row, dimension, sample): Philox4x32-10, four samples a call. Nothing of it is
-stored; the backward pass draws it again where it needs it. `reference` is the same in plain torch.
+The noise is a function of (key, row, dimension, sample): Philox4x32-10, four samples per call. It isn't
+stored; the backward pass draws it again where it needs it. `reference` computes the same in plain torch.
 """
 
 from typing import Any, NamedTuple
@@ -30,24 +30,24 @@ class Draw(NamedTuple):
 
 
 def usable(family: Family, parameters: Tensor) -> bool:
-    """Whether `draw` runs here: on a GPU with Triton; elsewhere the composed form is as good."""
+    """Whether `draw` can run: on a GPU with Triton. Elsewhere plain torch is as good."""
     return family.fused and on_gpu(parameters)
 
 
 def draw(family: Family, parameters: Tensor, count: int, key: Tensor, rows: Tensor) -> Draw:
-    """Sample, KL, entropy and bits by the kernel, differentiable (straight-through where discrete).
+    """Compute sample, KL, entropy and bits in the kernel, differentiably (straight-through where discrete).
 
     Args:
         parameters: fp32 [N, parameter_count(D)], on a GPU with Triton.
-        count: samples, of which the mean is wanted.
-        key: int64 [1], the step's, on the device: the host never waits for it.
-        rows: int64 [N] below 2^32, places in the whole batch: noise depends on them and not on the rank.
+        count: number of samples to average.
+        key: int64 [1], the step's key, on the device, so that the host never waits for it.
+        rows: int64 [N] below 2^32, places in the whole batch; the noise depends on them and not on the rank.
     """
     return Draw(*_Fused.apply(parameters, key, rows, family, count))
 
 
 def reference(family: Family, parameters: Tensor, count: int, key: Tensor, rows: Tensor) -> Draw:
-    """The same by the posterior's own sampler, on the same noise."""
+    """Compute the same with the posterior's own sampler, on the same noise."""
     posterior = family.posterior(parameters)
     sample = posterior.sample(count, Noise(key, rows)).mean(dim=0)
     packed = pack(posterior.code() if family.signs else posterior.code()[:, :0])

@@ -1,6 +1,6 @@
-"""The kernels of `fused.py`: a program has one row and loops over its dimensions, so that nothing is added up
-between programs and results are the same from run to run. Tested in Triton's interpreter, compiled ahead of
-time for sm_80 and sm_90, and run on an H100.
+"""The kernels of `fused.py`. A program takes one row and loops over its dimensions, so that nothing is summed
+between programs and results are the same from run to run. The kernels are tested in Triton's interpreter,
+compiled ahead of time for sm_80 and sm_90, and were run on an H100.
 """
 
 import math
@@ -21,12 +21,12 @@ TAU = tl.constexpr(2 * math.pi)
 LOG_2PIE = tl.constexpr(math.log(2 * math.pi * math.e))
 BOUND = tl.constexpr(LOG_VARIANCE_BOUND)
 SHARE = tl.constexpr(UNIFORM_SHARE)
-BLOCK = 1024  # dimensions that a program takes at a time
+BLOCK = 1024  # dimensions that a program handles at a time
 
 
 @triton.jit
 def _uniforms(key, row, d, call):
-    """Four uniforms of each dimension: `noise.uniforms`."""
+    """Four uniforms for each dimension, as in `noise.uniforms`."""
     zero = (d * 0).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(key, zero + row.to(tl.uint32), d.to(tl.uint32), zero + call, zero, n_rounds=10)
     unit: tl.constexpr = 1.0 / 16777216.0
@@ -40,7 +40,7 @@ def _uniforms(key, row, d, call):
 
 @triton.jit
 def _hits(key, row, d, p, COUNT: tl.constexpr):
-    """Of COUNT uniforms, how many lie below p."""
+    """How many of COUNT uniforms lie below p."""
     total = p * 0
     for call in tl.static_range((COUNT + 3) // 4):
         u0, u1, u2, u3 = _uniforms(key, row, d, call)
@@ -56,7 +56,7 @@ def _hits(key, row, d, p, COUNT: tl.constexpr):
 
 @triton.jit
 def _turn(u):
-    """cos and sin of u turns, u in [0, 1): the GPU's own, ready for any angle, keep a table in memory."""
+    """cos and sin of u turns, u in [0, 1). The GPU's own take any angle and keep a table in memory for it."""
     quarter = (u * 4 + 0.5).to(tl.int32)
     x = (u - 0.25 * quarter) * TAU  # within an eighth of a turn
     square = x * x
@@ -70,7 +70,7 @@ def _turn(u):
 
 @triton.jit
 def _mean_normal(key, row, d, COUNT: tl.constexpr):
-    """Mean of COUNT normals of each dimension."""
+    """Mean of COUNT normals for each dimension."""
     total = (d * 0).to(tl.float32)
     for call in tl.static_range((COUNT + 3) // 4):
         u0, u1, u2, u3 = _uniforms(key, row, d, call)
@@ -102,7 +102,7 @@ def bernoulli_kernel(
         hits = _hits(key, row, d, tl.sigmoid(l), COUNT)
         tl.store(sample + n * D + d, 2 * (hits / COUNT) - 1, mask=inside)
         size = tl.abs(l)
-        small = tl.exp(-size)  # softplus(-|l|): the logarithm of 1 + it, or where that rounds it, its series
+        small = tl.exp(-size)  # softplus(-|l|) = log(1 + small), or its series where 1 + small rounds
         h = tl.where(small > 1e-3, tl.log(1 + small), small * (1 - 0.5 * small + small * small / 3))
         h += size * small / (1 + small)
         nats += tl.where(inside, LN2 - h, 0.0)
@@ -170,7 +170,7 @@ def gaussian_backward_kernel(
 
 @triton.jit
 def _chances(logits, n, g, G, K: tl.constexpr):
-    """softmax of groups g of row n, [len(g), K], and where the groups are."""
+    """Softmax of groups g of row n, [len(g), K], and the offsets of their logits."""
     k = tl.arange(0, K)
     place = n * G * K + g[:, None] * K + k[None, :]
     x = tl.load(logits + place, mask=(g < G)[:, None], other=0.0)
@@ -180,7 +180,7 @@ def _chances(logits, n, g, G, K: tl.constexpr):
 
 @triton.jit
 def _picked(u, upto, K: tl.constexpr):
-    """One-hot rows: how many sums of chances each uniform has passed."""
+    """One-hot rows of the number of cumulative probabilities that each uniform has passed."""
     chosen = tl.minimum(tl.sum(tl.where(u[:, None] >= upto, 1, 0), 1), K - 1)
     return tl.where(tl.arange(0, K)[None, :] == chosen[:, None], 1.0, 0.0)
 
@@ -231,7 +231,7 @@ def categorical_backward_kernel(
 
 
 def forward(family: Family, parameters: Tensor, key: Tensor, rows: Tensor, count: int) -> tuple[Tensor, ...]:
-    """`fused.Draw`'s tensors."""
+    """Return the tensors of `fused.Draw`."""
     n = len(parameters)
     width = parameters.shape[1] // family.parameter_count(1)
     sample = parameters.new_empty(n, width)
@@ -256,7 +256,7 @@ def forward(family: Family, parameters: Tensor, key: Tensor, rows: Tensor, count
 def backward(
     family: Family, parameters: Tensor, key: Tensor, rows: Tensor, count: int, *grads: Tensor
 ) -> Tensor:
-    """The parameters' gradient from those of sample [N, D], KL [N] and entropy [N]."""
+    """Return the gradient of the parameters from those of sample [N, D], KL [N] and entropy [N]."""
     out = torch.empty_like(parameters)
     n, width = grads[0].shape
     if not n:
@@ -276,7 +276,7 @@ def backward(
 
 
 def options(family: Family, width: int) -> dict[str, Any]:
-    """Block, warps, and the categories where there are any; no configuration spills (tests/latents)."""
+    """Block size, warps, and the number of categories if there are any; none spills (tests/latents)."""
     if isinstance(family, Categorical):
         k = family.categories
         block = max(1, min(triton.next_power_of_2(width // k), BLOCK // 2 // k))

@@ -14,13 +14,13 @@ LOG_VARIANCE_BOUND = 10.0
 
 @dataclass(frozen=True)
 class Gaussian(Quantised):
-    """`parameters` is [B, 2D]: mu, then ln s^2, which is bounded to [-10, 10]. The code is mu, quantised."""
+    """`parameters` is [B, 2D]: mu, then ln s^2, which is clamped to [-10, 10]. The code is mu, quantised."""
 
     about = "a Gaussian latent"
     fused = True
 
     def initial_head(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
-        """s = 1 / init_scale beside means of unit deviation."""
+        """Start with s = 1 / init_scale and means of unit standard deviation."""
         return constant(dim, 1.0), constant(dim, -2 * math.log(init_scale))
 
     def posterior(self, parameters: Tensor) -> "GaussianPosterior":
@@ -48,7 +48,7 @@ class GaussianPosterior(QuantisedPosterior):
         return 0.5 * (math.log(2 * math.pi * math.e) + self.log_variance).sum(dim=1)
 
     def saturated(self) -> Tensor:
-        """Variances at their bounds."""
+        """Share of variances at their bounds."""
         return (self.log_variance.abs() >= LOG_VARIANCE_BOUND).float().mean()
 
     def uncertainty(self) -> Tensor:

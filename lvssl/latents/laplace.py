@@ -1,4 +1,4 @@
-"""Family `laplace`: z ~ Laplace(mu, s), prior Laplace(0, 1) in every dimension: sparser than a Gaussian."""
+"""Family `laplace`: z ~ Laplace(mu, s), prior Laplace(0, 1) in every dimension, sparser than a Gaussian."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ LOG_SCALE_BOUND = 5.0
 
 @dataclass(frozen=True)
 class Laplace(Quantised):
-    """`parameters` is [B, 2D]: mu, then ln s, which is bounded to [-5, 5]. The code is mu, quantised."""
+    """`parameters` is [B, 2D]: mu, then ln s, which is clamped to [-5, 5]. The code is mu, quantised."""
 
     about = "a Laplace latent"
 
@@ -32,7 +32,7 @@ class LaplacePosterior(QuantisedPosterior):
         self.log_scale = log_scale.clamp(-LOG_SCALE_BOUND, LOG_SCALE_BOUND)
 
     def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
-        """mu + s * noise, the noise by inversion."""
+        """Draw mu + s * noise, with the noise by inversion."""
         centred = uniform((count, *self.mu.shape), self.mu, noise).clamp(min=2**-25) - 0.5
         drawn = -centred.sign() * (1 - 2 * centred.abs()).log()
         return self.mu + self.log_scale.exp() * drawn

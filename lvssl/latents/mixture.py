@@ -15,11 +15,11 @@ from lvssl.latents.quantised import loading
 
 @dataclass(frozen=True)
 class Mixture(Family):
-    """`parameters` is [B, K * D + K + K * D]: mu_k, logits of pi, ln s_k^2 (bounded to [-10, 10]).
+    """`parameters` is [B, K * D + K + K * D]: mu_k, logits of pi, ln s_k^2 (clamped to [-10, 10]).
 
-    `kl` is that of component and z together against a uniform component and N(0, 1): an upper bound on the
-    KL of z alone, by at most ln K nats. Likewise `entropy` is that of component and z together. The code is
-    the likeliest component and its mean, uniformly quantised to `depth` bits.
+    `kl` is the joint one of component and z, against a uniform component and N(0, 1). It exceeds the KL of z
+    alone by at most ln K nats. Likewise `entropy` is the joint entropy of component and z. The code is the
+    likeliest component and its mean, uniformly quantised to `depth` bits.
     """
 
     components: int = 4
@@ -56,7 +56,7 @@ class MixturePosterior(Posterior):
         self.log_shares = logits.log_softmax(dim=1)
 
     def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
-        """A component, straight-through (the gradient is that of its share), then its Gaussian."""
+        """Draw a component, straight-through with the gradient of its share, then from its Gaussian."""
         shares = self.log_shares.exp()
         drawn = uniform((count, len(shares), 1), shares, noise)
         chosen = (drawn >= shares.detach().cumsum(dim=1)).sum(dim=2).clamp(max=self.components - 1)
@@ -69,7 +69,7 @@ class MixturePosterior(Posterior):
         return (self.log_shares.exp()[..., None] * self.mu).sum(dim=1)
 
     def unit_kl(self) -> Tensor:
-        """[B, D + 1]: each dimension, given the component, then the component."""
+        """[B, D + 1]: the KL of each dimension given the component, then that of the component."""
         shares = self.log_shares.exp()
         gaussians = 0.5 * (self.mu.square() + self.log_variance.exp() - 1 - self.log_variance)
         per_dim = (shares[..., None] * gaussians).sum(dim=1)
@@ -82,7 +82,7 @@ class MixturePosterior(Posterior):
         return (shares * (gaussians - self.log_shares)).sum(dim=1)
 
     def saturated(self) -> Tensor:
-        """Variances at their bounds."""
+        """Share of variances at their bounds."""
         return (self.log_variance.abs() >= LOG_VARIANCE_BOUND).float().mean()
 
     def symbols(self) -> Tensor:

@@ -1,8 +1,8 @@
 """Noise for samples: a function of (key, row, dimension, sample, stream), the same on every device.
 
-The words are those of Philox4x32-10 (Salmon et al. 2011), a counter-based generator, so that a rank draws the
-numbers of its own rows alone, and a step's noise is that of (seed, step, row), whoever draws it and where.
-Uniforms are multiples of 2^-24, the same bits everywhere; what is computed of them agrees to its rounding.
+The random words come from Philox4x32-10 (Salmon et al. 2011), a counter-based generator. A rank draws the
+numbers of its own rows alone, and the noise depends on (seed, step, row), but not on the rank or device.
+Uniforms are multiples of 2^-24, the same bits everywhere; numbers computed from them agree up to rounding.
 """
 
 import importlib.util
@@ -16,61 +16,61 @@ from torch._subclasses.fake_tensor import FakeTensor
 from pipelines.kernels.philox import LOW, philox
 
 UNIT = 2.0**-24
-# Keeps the keys apart from those of the augmentation, whose second word is the seed's upper half.
+# Keeps these keys apart from those of the augmentation, whose second word is the seed's upper half.
 DOMAIN = 0x6E6F6973
 STREAMS = 4  # independent draws that a family may make for one sample
-# A proposal for a gamma variate is accepted with a probability of 0.951 or more: all are refused, and the
-# mode is taken, once in 10^15.
+# A proposal for a gamma variate is accepted with a probability of at least 0.951. All are rejected once in
+# 10^15; the mode is then taken.
 GAMMA_PROPOSALS = 12
 
 
 class Noise(NamedTuple):
-    """Where a batch's noise comes from."""
+    """What a batch's noise is a function of."""
 
-    key: Tensor  # int64 [1], of the step
+    key: Tensor  # int64 [1], the step's
     rows: Tensor  # int64 [N] below 2^32, the images' places in the whole batch
-    stream: int = 0  # below 256; tells draws for the same sample apart
+    stream: int = 0  # below 256; distinguishes draws for the same sample
 
     def halves(self) -> tuple[Tensor, Tensor]:
         """The key's two words."""
         return self.key & LOW, (self.key >> 32) & LOW
 
     def shifted(self, streams: int) -> "Noise":
-        """The same, `streams` further: independent of what is drawn here."""
+        """Return the noise `streams` further on, which is independent of this one."""
         return self._replace(stream=self.stream + streams)
 
 
 def keyed(seed: int, rows: int | Tensor, device: torch.device | str = "cpu") -> Noise:
-    """Noise of a seed, for the first `rows` rows or for those given, [N]."""
+    """Return the noise of a seed, for the first `rows` rows or for the given rows, [N]."""
     places = torch.arange(rows) if isinstance(rows, int) else rows
     return Noise(torch.tensor([key_of(seed)], device=device), places.to(device))
 
 
 def key_of(seed: int, step: int = 0) -> int:
-    """The key of a step as an int64: another one for each seed and step below 2^32."""
+    """Return the key of a step as an int64, a different one for each seed and step below 2^32."""
     key = (step & LOW) | ((seed + DOMAIN) & LOW) << 32
     return key - 2**64 if key >= 2**63 else key
 
 
 def rows_of(count: int, views: int, rank: int, ranks: int, device: torch.device) -> Tensor:
-    """Places in the whole batch, int64 [count], of a rank's images: equal parts of each of `views` views."""
+    """Return the places of a rank's images in the whole batch, int64 [count], an equal part of each view."""
     part = count // views
     first = torch.arange(part, device=device) + rank * part
     return torch.cat([first + view * ranks * part for view in range(views)])
 
 
 def uniform(shape: tuple[int, ...], like: Tensor, noise: Noise) -> Tensor:
-    """In [0, 1), of the type of `like`; `shape` is [samples, N, ...]."""
+    """Draw from [0, 1), in the dtype of `like`; `shape` is [samples, N, ...]."""
     return uniforms(noise, math.prod(shape[2:]), shape[0]).view(shape).to(like.dtype)
 
 
 def normal(shape: tuple[int, ...], like: Tensor, noise: Noise) -> Tensor:
-    """N(0, 1), likewise."""
+    """Draw from N(0, 1); arguments as for `uniform`."""
     return normals(noise, math.prod(shape[2:]), shape[0], like.dtype).view(shape)
 
 
 def uniforms(noise: Noise, dim: int, count: int) -> Tensor:
-    """fp32 [count, N, dim] in [0, 1). Sample k is word k % 4 of call k // 4."""
+    """Draw fp32 [count, N, dim] in [0, 1). Sample k is word k % 4 of call k // 4."""
     if not on_cpu(noise.rows):
         return plain_uniforms(noise, dim, count)
     from lvssl.latents.noise_compiled import fill_uniforms
@@ -81,15 +81,15 @@ def uniforms(noise: Noise, dim: int, count: int) -> Tensor:
 
 
 def on_cpu(tensor: Tensor) -> bool:
-    """Whether numba's loops can draw; those in plain torch are for GPUs, and for a tensor without contents.
+    """Whether numba's loops can draw. Plain torch is for GPUs and for tensors without contents.
 
-    The loops are imported where they are needed: numba takes a while to load, and no GPU needs it.
+    The loops are imported on use: numba takes a while to load, and no GPU needs it.
     """
     return tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
 
 
 def on_gpu(tensor: Tensor) -> bool:
-    """Whether the kernels of Triton can draw."""
+    """Whether the Triton kernels can draw."""
     fake = isinstance(tensor, FakeTensor)
     return tensor.is_cuda and not fake and importlib.util.find_spec("triton") is not None
 
@@ -103,7 +103,7 @@ def plain_uniforms(noise: Noise, dim: int, count: int) -> Tensor:
 
 
 def normals(noise: Noise, dim: int, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """N(0, 1), [count, N, dim]: Box and Muller on the pairs of each call's words; none beyond 5.8."""
+    """Draw from N(0, 1), [count, N, dim], by Box-Muller on pairs of each call's words; none exceeds 5.8."""
     u = uniforms(noise, dim, 4 * ((count + 3) // 4)).to(dtype).unflatten(0, (-1, 2, 2))
     radius, angle = (-2 * (1 - u[:, :, 0]).log()).sqrt(), 2 * math.pi * u[:, :, 1]
     z = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=2).flatten(0, 2)
@@ -111,10 +111,11 @@ def normals(noise: Noise, dim: int, count: int, dtype: torch.dtype = torch.float
 
 
 def log_gammas(shapes: Tensor, count: int, noise: Noise) -> Tensor:
-    """Logarithms of Gamma(shape, 1) variates, fp64 [count, N, D], for shapes [N, D] above 0.
+    """Draw the logarithms of Gamma(shape, 1) variates, fp64 [count, N, D], for shapes [N, D] above 0.
 
-    By rejection (Marsaglia & Tsang 2000); below a shape of 1 one of shape + 1, times u^(1 / shape). The first
-    of GAMMA_PROPOSALS proposals that is accepted: proposal p of sample k is call k of the stream + 256 p.
+    Variates are drawn by rejection (Marsaglia & Tsang 2000), which takes the first accepted one of
+    GAMMA_PROPOSALS proposals; proposal p of sample k is call k of the stream + 256 p. For a shape below 1,
+    the variate of shape + 1 is multiplied by u^(1 / shape).
     """
     if on_gpu(shapes):
         from lvssl.latents import noise_triton
@@ -133,7 +134,7 @@ def log_gammas(shapes: Tensor, count: int, noise: Noise) -> Tensor:
 
 
 def plain_log_gammas(shapes: Tensor, count: int, noise: Noise) -> Tensor:
-    """`log_gammas` in plain torch: all proposals for all variates, for asking would wait for the device."""
+    """`log_gammas` in plain torch, with every proposal: stopping early would wait for the device."""
     alpha = shapes.detach().double()
     d = torch.where(alpha < 1, alpha + 1, alpha) - 1 / 3
     dims = torch.arange(shapes.shape[1], device=shapes.device)

@@ -1,4 +1,4 @@
-"""The numbers of `noise.py`, drawn on a CPU in one loop each."""
+"""Compiled loops that draw the numbers of `noise.py` on a CPU."""
 
 import math
 
@@ -13,7 +13,7 @@ philox_compiled = compiled(inline="always")(philox)
 
 @compiled()
 def fill_uniforms(key: np.ndarray, rows: np.ndarray, stream: int, out: np.ndarray) -> None:
-    """`noise.plain_uniforms` into `out`, float32 [count, N, D]."""
+    """Write `noise.plain_uniforms` into `out`, float32 [count, N, D]."""
     k0, k1 = key[0] & LOW, (key[0] >> 32) & LOW
     unit = np.float32(UNIT)
     count, _, dim = out.shape
@@ -34,7 +34,7 @@ def fill_uniforms(key: np.ndarray, rows: np.ndarray, stream: int, out: np.ndarra
 def fill_log_gammas(
     key: np.ndarray, rows: np.ndarray, stream: int, proposals: int, shapes: np.ndarray, out: np.ndarray
 ) -> None:
-    """`noise.plain_log_gammas` of shapes, float64 [N, D], into `out`, float64 [count, N, D]."""
+    """Write `noise.plain_log_gammas` of shapes, float64 [N, D], into `out`, float64 [count, N, D]."""
     k0, k1 = key[0] & LOW, (key[0] >> 32) & LOW
     count, _, dim = out.shape
     for sample in range(count):

@@ -1,5 +1,5 @@
-"""`noise.log_gammas` on a GPU in one launch, each variate at the proposal that is accepted; in plain torch it
-is all proposals for all variates, by some 1,500 launches. Held in the interpreter; not run on a GPU yet.
+"""`noise.log_gammas` on a GPU in one launch, which stops once a proposal for each variate is accepted. Plain
+torch computes all proposals, in some 1,500 launches. Tested in Triton's interpreter; not run on a GPU yet.
 """
 
 import math
@@ -12,19 +12,19 @@ from torch import Tensor
 UNIT = tl.constexpr(2.0**-24)
 THIRD = tl.constexpr(1 / 3)
 TAU = tl.constexpr(2 * math.pi)
-BLOCK = 128  # variates of a program, one a thread
+BLOCK = 128  # variates per program, one per thread
 
 
 @triton.jit
 def _uniform(word):
-    """In (0, 1]."""
+    """A uniform in (0, 1]."""
     return 1 - (word >> 8).to(tl.float64) * UNIT
 
 
 @triton.jit
 def _cosine(u):
-    """cos of u turns, u in [0, 1], by Taylor's series over the quarter turn around the nearest multiple of
-    one: the GPU's own, ready for any angle, keeps a table in memory."""
+    """cos of u turns, u in [0, 1], by the Taylor series about the nearest multiple of a quarter turn. The
+    GPU's own takes any angle, for which it keeps a table in memory."""
     quarter = (u * 4 + 0.5).to(tl.int32)
     r = (u - quarter.to(tl.float64) * 0.25) * TAU
     square = r * r
@@ -70,7 +70,7 @@ def log_gammas_kernel(shapes, keys, rows, out, size, D, stream, PROPOSALS: tl.co
 
 
 def log_gammas(shapes: Tensor, count: int, key: Tensor, rows: Tensor, stream: int, proposals: int) -> Tensor:
-    """fp64 [count, N, D], for shapes [N, D] and rows int64 [N], both contiguous."""
+    """Return fp64 [count, N, D] for shapes [N, D] and rows int64 [N], both contiguous."""
     out = torch.empty(count, *shapes.shape, dtype=torch.float64, device=shapes.device)
     size = shapes.numel()
     if out.numel():

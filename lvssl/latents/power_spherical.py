@@ -13,7 +13,7 @@ from lvssl.latents.sphere import Spherical, SphericalPosterior
 
 @dataclass(frozen=True)
 class PowerSpherical(Spherical):
-    """(w + 1) / 2 ~ Beta((D - 1) / 2 + kappa, (D - 1) / 2): no rejection, entropy and KL in closed form."""
+    """(w + 1) / 2 ~ Beta((D - 1) / 2 + kappa, (D - 1) / 2); no rejection, closed forms of entropy and KL."""
 
     about = "a power spherical latent"
 
@@ -31,7 +31,7 @@ class PowerSphericalPosterior(SphericalPosterior):
         return self.kappa / (self.kappa + self.dim - 1)
 
     def exact_entropy(self) -> Tensor:
-        """-ln N - kappa (ln 2 + psi(a) - psi(a + b)), the paper's equation 14, a and b those of the Beta."""
+        """-ln N - kappa (ln 2 + psi(a) - psi(a + b)), the paper's equation 14, with the Beta's a and b."""
         half = (self.dim - 1) / 2
         a, total = self.kappa + half, self.kappa + 2 * half
         log_normaliser = total * math.log(2) + half * math.log(math.pi) + a.lgamma() - total.lgamma()

@@ -1,4 +1,4 @@
-"""Families of a location and a scale for each dimension: the code is the quantised mean."""
+"""Families with a location and a scale for each dimension, whose code is the quantised mean."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ from lvssl.latents.posterior import Family, Posterior
 
 
 def loading(depth: int) -> float:
-    """Range of the quantiser of N(0, 1): +- this. Within 25 % of the best uniform steps (Max 1960)."""
+    """Half the range of a quantiser of N(0, 1); within 25 % of the best uniform steps (Max 1960)."""
     return 1 + 0.5 * depth
 
 
 @dataclass(frozen=True)
 class Quantised(Family):
-    """Parameters [B, 2D]: D locations, then D numbers of the scale. `depth`: the code's bits a dimension."""
+    """`parameters` is [B, 2D]: D locations, then D scales. `depth` is the code's bits per dimension."""
 
     depth: int = 1
 
@@ -27,14 +27,14 @@ class Quantised(Family):
 
 
 class QuantisedPosterior(Posterior):
-    """The code is the mean, uniformly quantised to `depth` bits (one: its sign), in Gray digits."""
+    """The code is the mean, uniformly quantised to `depth` bits (one bit: its sign), in Gray code."""
 
     def __init__(self, parameters: Tensor, depth: int) -> None:
         super().__init__(parameters)
         self.depth = depth
 
     def bound(self) -> float:
-        """The quantiser's range is +- this."""
+        """Half the range of the quantiser, which is symmetric about 0."""
         return loading(self.depth)
 
     def symbols(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Family `sign`: no latent, but h's sign bits are decorrelated. The fair control of every binary code."""
+"""Family `sign`: no latent, but decorrelated sign bits of h. It is the fair control for every binary code."""
 
 from dataclasses import dataclass
 
@@ -8,13 +8,13 @@ from torch import Tensor
 from lvssl.latents.deterministic import Deterministic, DeterministicPosterior
 from lvssl.latents.posterior import BatchMean, rows_mean
 
-INIT_SCALE = 4.0  # of the surrogate gradient, as Bernoulli's default
+INIT_SCALE = 4.0  # of the surrogate gradient; the default of Bernoulli
 
 
 def straight_through_signs(features: Tensor, batch_mean: BatchMean = rows_mean) -> Tensor:
     """Sign bits of h [N, D] about its batch mean, as +-1, with the gradient of tanh(init_scale / 2 * z).
 
-    `batch_mean`: [N, D] -> [D]; across ranks, one over all of them.
+    z is h, standardised over the batch. `batch_mean`: [N, D] -> [D], over the batch of all ranks.
     """
     centred = features - batch_mean(features)
     deviation = batch_mean(centred.square()).sqrt()
@@ -24,7 +24,7 @@ def straight_through_signs(features: Tensor, batch_mean: BatchMean = rows_mean) 
 
 @dataclass(frozen=True)
 class Sign(Deterministic):
-    """As `none`, with bits that the decorrelation penalty can shape."""
+    """The family `none` with bits that the decorrelation penalty can shape."""
 
     about = "no latent, its sign bits decorrelated"
     own_code = True

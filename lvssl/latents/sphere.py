@@ -1,4 +1,4 @@
-"""Distributions on the sphere S^(D-1) about a mean direction, in common: `vmf` and `power_spherical`."""
+"""Base of the distributions on the sphere S^(D-1) about a mean direction, `vmf` and `power_spherical`."""
 
 import math
 from abc import abstractmethod
@@ -17,9 +17,9 @@ LOG_CONCENTRATION = (-10.0, 12.0)  # bounds of ln kappa
 class Spherical(Family):
     """`parameters` is [B, D + 1]: the mean direction at any length (a zero vector: the first axis), ln kappa.
 
-    z = w mu + sqrt(1 - w^2) v, with v uniform among the unit vectors orthogonal to mu, and the cosine w
-    of the family's distribution; samples are unit vectors. Prior: uniform on the sphere. Whatever depends on
-    kappa alone is computed in fp64: one number an image. The code is the sign bits of mu.
+    z = w mu + sqrt(1 - w^2) v, where v is uniform among the unit vectors orthogonal to mu, and the cosine w
+    follows the family's distribution; samples are unit vectors. The prior is uniform on the sphere. Whatever
+    depends on kappa alone is one number per image, computed in fp64. The code is the sign bits of mu.
     """
 
     on_sphere = True
@@ -31,12 +31,12 @@ class Spherical(Family):
         return "at least 2 for a distribution on a sphere" if dim < 2 else ""
 
     def initial_head(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
-        """kappa = init_scale * D: the mean resultant length then hardly depends on D."""
+        """Start with kappa = init_scale * D, for which the mean resultant length hardly depends on D."""
         return constant(dim, 1.0), constant(1, math.log(init_scale * dim))
 
 
 class SphericalPosterior(Posterior):
-    """Of any distribution of the cosine w."""
+    """Posterior with any distribution of the cosine w."""
 
     def __init__(self, parameters: Tensor) -> None:
         super().__init__(parameters)
@@ -47,7 +47,7 @@ class SphericalPosterior(Posterior):
 
     @abstractmethod
     def cosines(self, count: int, noise: Noise) -> Tensor:
-        """w, differentiable, fp64 [count, B], of up to three streams of the noise."""
+        """Draw w, differentiable, fp64 [count, B], from up to three streams of the noise."""
 
     @abstractmethod
     def mean_cosine(self) -> Tensor:
@@ -64,7 +64,7 @@ class SphericalPosterior(Posterior):
         drawn = normal((count, *mu.shape), mu, noise)
         tangent = drawn - (drawn * mu).sum(dim=2, keepdim=True) * mu
         tangent = torch.nn.functional.normalize(tangent, dim=2)
-        if self.dim < 8:  # it may lie along mu, and what is left of it be rounding
+        if self.dim < 8:  # the draw may lie along mu, and its remainder be rounding error
             tangent = tangent - (tangent * mu).sum(dim=2, keepdim=True) * mu
             tangent = torch.nn.functional.normalize(tangent, dim=2)
         return w.to(mu.dtype) * mu + sine.to(mu.dtype) * tangent
@@ -81,7 +81,7 @@ class SphericalPosterior(Posterior):
         return self.exact_entropy().to(self.direction.dtype)
 
     def saturated(self) -> Tensor:
-        """Concentrations at their bounds."""
+        """Share of concentrations at their bounds."""
         low, high = LOG_CONCENTRATION
         log_kappa = self.parameters[:, -1]
         return ((log_kappa <= low) | (log_kappa >= high)).float().mean()
@@ -91,7 +91,7 @@ class SphericalPosterior(Posterior):
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Unit vectors [B, D]; the first axis where there is no direction."""
+    """Normalise vectors [B, D]; a vector without a direction becomes the first axis."""
     norms = vectors.norm(dim=1, keepdim=True)
     axis = torch.zeros_like(vectors)
     axis[:, :1].fill_(1)

@@ -14,20 +14,21 @@ from lvssl.latents.beta import beta_variates
 from lvssl.latents.noise import Noise, uniform
 from lvssl.latents.sphere import Spherical, SphericalPosterior, log_surface
 
-PROPOSALS = 27  # each is accepted with a probability of 0.66 or more: all are refused once in 10^12
-DEVIATIONS = 12.0  # beyond so many the angle's density is below fp64's resolution
+PROPOSALS = 27  # each is accepted with a probability of at least 0.66; all are rejected once in 10^12
+DEVIATIONS = 12.0  # beyond this many, the angle's density is below fp64's resolution
 NODES = 128
-TAIL_NODES = 48  # of a gradient, one for each drawn number: single precision will do
+TAIL_NODES = 48  # for the gradient of each drawn number, where single precision suffices
 
 
 @dataclass(frozen=True)
 class VonMisesFisher(Spherical):
     """The angle t = arccos(w) has the density ~ exp(kappa cos t) sin^(D-2) t.
 
-    Its normaliser and moments, which are ratios of Bessel functions of order about D / 2, are integrals over
-    that angle: Gauss-Legendre in fp64 around the mode, to 1e-12, for any D and kappa. Samples by rejection
-    (Wood 1994, as Davidson et al. 2018) among a fixed number of proposals, so that a GPU's host never waits;
-    gradients by implicit reparameterisation (Figurnov et al. 2018), without Davidson's bias.
+    Its normaliser and moments, which are made of Bessel functions of order about D / 2, are computed as
+    integrals over that angle: Gauss-Legendre quadrature in fp64 around the mode, to 1e-12, for any D and
+    kappa. Samples are drawn by rejection (Wood 1994, as in Davidson et al. 2018) among a fixed number of
+    proposals, so that the host never waits for a GPU. Gradients are by implicit reparameterisation (Figurnov
+    et al. 2018), without Davidson's bias.
     """
 
     about = "a von Mises-Fisher latent"
@@ -56,7 +57,7 @@ def log_normaliser(kappa: float, dim: int) -> float:
 
 
 def wood(kappa: Tensor, dim: int, count: int, noise: Noise) -> Tensor:
-    """Cosines w of `count` draws a concentration [B]: the first accepted proposal of each, [count, B]."""
+    """Draw `count` cosines w for each concentration [B], the first accepted proposal of each: [count, B]."""
     size = dim - 1
     b = size / (2 * kappa + (4 * kappa.square() + size**2).sqrt())
     x = (1 - b) / (1 + b)
@@ -64,7 +65,7 @@ def wood(kappa: Tensor, dim: int, count: int, noise: Noise) -> Tensor:
     symmetric = kappa.new_full((len(kappa), PROPOSALS), size / 2)
     e = beta_variates(symmetric, symmetric, count, noise)[..., 0]
     w = (1 - (1 + b) * e) / (1 - (1 - b) * e)
-    # 1 - x w and 1 - x^2 without subtracting what is nearly 1: b is small where kappa is large.
+    # log1p keeps the digits of x w and x^2, which are small where kappa is small.
     log_ratio = kappa[:, None] * (w - x) + size * (torch.log1p(-x * w) - torch.log1p(-x * x))
     accepted = uniform(w.shape, kappa, noise.shifted(2)).log() <= log_ratio
     first = accepted.to(torch.uint8).argmax(dim=2, keepdim=True)
@@ -72,13 +73,13 @@ def wood(kappa: Tensor, dim: int, count: int, noise: Noise) -> Tensor:
 
 
 def log_density(angle: Tensor, kappa: Tensor, dim: int) -> Tensor:
-    """ln(exp(kappa (cos t - 1)) sin^(D-2) t), without normaliser."""
+    """ln(exp(kappa (cos t - 1)) sin^(D-2) t), unnormalised."""
     log_sine = angle.sin().clamp(min=1e-300).log()
     return -2 * kappa * (0.5 * angle).sin().square() + (dim - 2) * log_sine
 
 
 def mode_and_width(kappa: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Where the angle's density is highest, and its deviation there."""
+    """Mode of the angle's density, and the standard deviation that follows from its curvature there."""
     curvature = ((dim - 2) ** 2 + 4 * kappa.square()).sqrt()
     cosine = 2 * kappa / (dim - 2 + curvature)
     return cosine.clamp(max=1.0).acos(), curvature.rsqrt()
@@ -86,7 +87,7 @@ def mode_and_width(kappa: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 @lru_cache
 def legendre(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Nodes and weights on [-1, 1]: an eigenvalue problem, solved once."""
+    """Nodes and weights on [-1, 1]; cached, because they are found by solving an eigenvalue problem."""
     nodes, weights = np.polynomial.legendre.leggauss(count)
     return torch.from_numpy(nodes).to(device), torch.from_numpy(weights).to(device)
 
@@ -126,7 +127,8 @@ class _Moments(torch.autograd.Function):
 
 
 class _Implicit(torch.autograd.Function):
-    """The drawn cosines [count, B], with dw / dkappa = sin t * (dF / dkappa) / f, F and f of the angle."""
+    """The drawn cosines [count, B], with dw / dkappa = sin t * (dF / dkappa) / f; F and f are the angle's
+    distribution function and density."""
 
     @staticmethod
     def forward(ctx: Any, kappa: Tensor, cosines: Tensor, dim: int) -> Tensor:
@@ -142,7 +144,7 @@ class _Implicit(torch.autograd.Function):
         mean = _Moments.apply(kappa, dim)[1]
         angle = cosines.clamp(-1, 1).acos()
         mode, width = mode_and_width(kappa, dim)
-        # dF / dkappa = integral of (cos - mean) f from 0 to t, or minus that from t to pi: the tail beyond t.
+        # dF / dkappa = integral of (cos - mean) f from 0 to t, or minus the one from t to pi; take the tail.
         below = angle < mode
         far = torch.where(below, angle - DEVIATIONS * width, angle + DEVIATIONS * width).clamp(0, math.pi)
         nodes, weights = integration(torch.minimum(angle, far), torch.maximum(angle, far), TAIL_NODES)
