@@ -1,16 +1,16 @@
-"""What contrastive losses are made of: for each anchor, its log-sum-exp over the others and its positive.
+"""The parts of contrastive losses: each anchor's log-sum-exp over the other vectors, and its positive logit.
 
-Vectors enter as v_i = a_i x_i with factors a_i = 1 / (|x_i| sqrt(temperature)), so that a logit is v_i . v_j:
+Vectors are scaled to v_i = a_i x_i, with a_i = 1 / (|x_i| sqrt(temperature)), so that a logit is v_i . v_j:
 
     denominator_i = log sum_{j != i} exp(v_i . v_j)        positive_i = v_i . v_i'      (i': i's other view)
 
-The gradient of the denominators, weighted with g, needs nothing but a second pass over the logits:
+The gradient of the denominators, weighted with g, takes a second pass over the logits:
 
     d/dv_i = sum_j (g_i exp(v_i . v_j - denominator_i) + g_j exp(v_i . v_j - denominator_j)) v_j
 
-where each row reads the denominators of the others instead of sending gradients to them: no atomics, and with
-several ranks no exchange beyond the vectors themselves. The temperature's gradient costs no pass at all: a
-denominator is a function of v_i . v_j alone, so d/d(1/temperature) = sum_i v_i . d/dv_i * temperature / 2.
+Each row reads the denominators of the other rows instead of sending gradients to them. There are therefore no
+atomics, and several ranks exchange no gradients. The gradient of the temperature takes no pass at all: the
+denominators are functions of v_i . v_j alone, so d/d(1/temperature) = sum_i v_i . d/dv_i * temperature / 2.
 """
 
 import importlib.util
@@ -25,20 +25,20 @@ from torch.autograd.function import once_differentiable
 from lvssl.losses import chunked, distributed
 from lvssl.losses.block import Block, Weighed
 
-EPS = 1e-12  # a vector up to this long has no direction
-LONGEST_ON_TRITON = 512  # numbers a vector; its kernels keep whole vectors on the chip
+EPS = 1e-12  # a vector no longer than this has no direction
+LONGEST_ON_TRITON = 512  # numbers per vector up to which the Triton kernels are used
 
 
 def anchors(
     projections: Tensor, temperature: float | Tensor, counts: list[int], decoupled: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Denominators and positives [2B], differentiable, of this rank's anchors among those of all ranks.
+    """Return denominators and positives [2B], differentiable, of this rank's anchors among all vectors.
 
     Args:
         projections: [2B, d] as for `ntxent`; checked by the caller.
         temperature: above 0, a float or a tensor with one element.
-        counts: vectors of each rank.
-        decoupled: leave the positive out of its anchor's denominator too (Yeh et al. 2022).
+        counts: number of vectors of each rank.
+        decoupled: leave the positive out of its anchor's denominator, too (Yeh et al. 2022).
     """
     if not isinstance(temperature, Tensor):
         kind = torch.float64 if projections.dtype == torch.float64 else torch.float32
@@ -46,7 +46,7 @@ def anchors(
     return _apply(projections, temperature, counts, decoupled)
 
 
-@torch.compiler.disable  # a loop over tiles: traced, it would be unrolled
+@torch.compiler.disable  # tracing would unroll the loop over tiles
 def _apply(
     projections: Tensor, temperature: Tensor, counts: list[int], decoupled: bool
 ) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ class Anchors(torch.autograd.Function):
             grad[:half].addcmul_(pairs, v[half:])
             grad[half:].addcmul_(pairs, v[:half])
 
-            # v depends on x through its direction alone: what lies along v falls away, and is temperature's.
+            # v depends on x through its direction alone: the part along v drops out; it is the temperature's.
             along = torch.linalg.vecdot(v, grad)
             of_temperature = None
             if ctx.needs_input_grad[1]:
@@ -113,7 +113,7 @@ class Anchors(torch.autograd.Function):
 
 
 def engine_of(x: Tensor) -> ModuleType:
-    """The module that passes over the logits: its functions `log_sum_exp` and `gradient`."""
+    """Return the module that passes over the logits, with functions `log_sum_exp` and `gradient`."""
     short = x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.shape[1] <= LONGEST_ON_TRITON
     if x.is_cuda and short and importlib.util.find_spec("triton"):
         from lvssl.losses import gpu
@@ -123,5 +123,5 @@ def engine_of(x: Tensor) -> ModuleType:
 
 
 def logit_bound(temperature: Tensor) -> float:
-    """What no logit exceeds, v_i . v_j <= 1 / temperature; infinity where asking would wait for a GPU."""
+    """Upper bound of the logits, 1 / temperature; infinity on a GPU, where reading it would have to wait."""
     return math.inf if temperature.is_cuda else 1 / temperature.item()

@@ -1,4 +1,4 @@
-"""The unit that the engines work on and that travels between ranks."""
+"""Blocks of vectors, on which the engines work and which the ranks exchange."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor
 class Block:
     """The vectors of one rank, v = x * factors[:, None]."""
 
-    x: Tensor  # [N, d], any float type: a GPU's dot products want what was given, not what was rounded
+    x: Tensor  # [N, d], any float type: a GPU's dot products take the values as given, not rounded
     factors: Tensor  # [N], fp32 (fp64 for fp64 x)
 
     def vectors(self) -> Tensor:
@@ -17,13 +17,13 @@ class Block:
         return self.x * self.factors[:, None]
 
     def per_vector(self) -> list[Tensor]:
-        """The numbers that go with the vectors, each [N], in the order of the fields."""
+        """The fields with one number per vector, each [N], in their order."""
         return [self.factors]
 
 
 @dataclass(frozen=True)
 class Weighed(Block):
-    """The same with what the backward pass needs to know of each anchor."""
+    """A block with what the backward pass needs to know of each anchor."""
 
     denominators: Tensor  # [N], over the columns of all ranks
     weights: Tensor  # [N], the loss's gradient with respect to them

@@ -1,14 +1,14 @@
-"""The engine in plain torch, for CPUs and for GPUs without Triton: tiles of logits, never all of them.
+"""The engine in plain torch, for CPUs and for GPUs without Triton. It computes the logits tile by tile.
 
-Both functions take `rows`, whose anchors are asked for, and `columns`, the vectors they are compared with:
-the same block, or that of another rank. For the same block the logits are symmetric: only tiles on and above
-the diagonal are computed, and each serves its rows and its columns.
+Both functions take `rows`, the block with the anchors, and `columns`, the vectors they are compared with: the
+same block, or that of another rank. The logits of a block with itself are symmetric, so only tiles on and
+above the diagonal are computed, and each serves its rows and its columns.
 
-Where no logit can exceed BOUND (any temperature from 0.02 up) exponentials are taken as they are: e^-50 to
-e^50, sums of a million of them and their inverses fit fp32: there is no maximum to find, none to rescale by,
-and one exponential serves both its row and its column. Below that each row is shifted by its maximum.
+If no logit can exceed BOUND (any temperature from 0.02 up), exponentials are taken without a shift: e^-50 to
+e^50, sums of a million of them and their inverses fit into fp32. No maximum has to be found, nothing is
+rescaled, and one exponential serves its row and its column. Otherwise each row is shifted by its maximum.
 
-Tried and lost, 2B = 2,048 and 8,192: tiles of 128 and 256 (more calls), of 1,024 and up (out of the caches).
+Slower at 2B = 2,048 and 8,192: tiles of 128 and 256 (more calls), and of 1,024 and up (beyond the caches).
 """
 
 from collections.abc import Iterator
@@ -23,12 +23,12 @@ TILE = {"cpu": 512, "cuda": 4096}
 
 
 def log_sum_exp(rows: Block, columns: Block, excluded: tuple[int, ...], bound: float) -> Tensor:
-    """log sum_j exp(v_i . v_j) over the columns, [rows]; -inf where all are excluded or there are none.
+    """Return log sum_j exp(v_i . v_j) over the columns, [rows]; -inf if all are excluded or there are none.
 
     Args:
-        excluded: offsets o such that row i is not compared with column i + o; symmetric about 0, and none
+        excluded: offsets o such that row i is not compared with column i + o; symmetric about 0, and empty
             unless the blocks are the same.
-        bound: no logit exceeds it.
+        bound: upper bound of the logits.
     """
     v, u = rows.vectors(), columns.vectors()
     if bound > BOUND:
@@ -46,7 +46,7 @@ def log_sum_exp(rows: Block, columns: Block, excluded: tuple[int, ...], bound: f
 def gradient(rows: Weighed, columns: Weighed, excluded: tuple[int, ...], bound: float) -> Tensor:
     """sum_j (g_i exp(v_i . v_j - denominator_i) + g_j exp(v_i . v_j - denominator_j)) v_j, [rows, d].
 
-    g are the blocks' weights, the denominators those over all columns of all ranks.
+    g are the weights of the blocks; the denominators are over all columns of all ranks.
     """
     v, u = rows.vectors(), columns.vectors()
     grad = torch.zeros_like(v)
@@ -72,14 +72,14 @@ def _shifted_log_sum_exp(v: Tensor, u: Tensor, excluded: tuple[int, ...]) -> Ten
     found = v.new_full((len(v),), float("-inf"))
     for i, j, logits in _tiles(v, u, False):
         _clear(logits, i, j, excluded, float("-inf"))
-        highest = logits.amax(1).clamp(min=torch.finfo(v.dtype).min)  # where all are excluded
+        highest = logits.amax(1).clamp(min=torch.finfo(v.dtype).min)  # finite if all are excluded
         sums = logits.sub_(highest[:, None]).exp_().sum(1)
         found[i] = torch.logaddexp(found[i], sums.log() + highest)
     return found
 
 
 def _tiles(v: Tensor, u: Tensor, symmetric: bool) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, columns and logits of each tile, in memory that the next tile takes over."""
+    """Yield rows, columns and logits of each tile; the next tile reuses the memory of the logits."""
     size = TILE.get(v.device.type, TILE["cpu"])
     memory = v.new_empty(min(size, len(v)) * min(size, len(u)))
     for top in range(0, len(v), size):
@@ -91,7 +91,7 @@ def _tiles(v: Tensor, u: Tensor, symmetric: bool) -> Iterator[tuple[slice, slice
 
 
 def _clear(tile: Tensor, i: slice, j: slice, excluded: tuple[int, ...], value: float) -> None:
-    """Write `value` where row and column are `excluded` apart."""
+    """Write `value` where row and column are an `excluded` offset apart."""
     height, width = tile.shape
     for offset in excluded:
         diagonal = offset + i.start - j.start

@@ -1,12 +1,12 @@
-"""The loss across ranks: agreement on the arguments, blocks of vectors from rank to rank, one mean.
+"""The loss across ranks: checks that the arguments agree, exchanges blocks of vectors, and takes one mean.
 
-Each rank computes the rows of its own anchors only. What it needs of the others comes by one of two ways:
+Each rank computes the rows of its own anchors only. It gets the other ranks' blocks in one of two ways:
 
     gathered   all blocks in one exchange; for small batches, where a message costs more than its bytes
-    ring       each rank hands on the block that it got last, and works on it meanwhile: two foreign blocks
-               at a time, whatever the number of ranks; from RING_FROM bytes on
+    ring       each rank passes on the block that it received last while it works on it, and so holds two
+               remote blocks at a time, whatever the number of ranks; from RING_FROM bytes on
 
-Gradients need no exchange of their own: `anchors.py` says why. The backward pass sends the vectors once more,
+Gradients need no exchange of their own; `anchors.py` says why. The backward pass sends the vectors once more,
 with the denominators and weights of their anchors.
 """
 
@@ -22,23 +22,23 @@ from torch import Tensor
 from lvssl.losses.block import Block
 
 RING_FROM = 32 * 2**20  # bytes of all ranks' vectors
-MESSAGE = 512  # bytes of an error message that the other ranks get to read
+MESSAGE = 512  # bytes of an error message that are sent to the other ranks
 B = TypeVar("B", bound=Block)
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def ranks() -> int:
-    """Ranks of the default process group; 1 where there is none."""
+    """Number of ranks of the default process group; 1 if there is none."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def check_arguments_across_ranks(
     vectors: Tensor, temperature: float | None, name: str, problem: str
 ) -> list[int]:
-    """How many vectors each rank has, once all have agreed that their arguments fit together.
+    """Check that the ranks' arguments fit together; return the number of vectors of each rank.
 
-    One small exchange between the hosts, before anything that could wait for ever for a rank that has left
-    with an error; none within `equal_parts`.
+    This takes one small exchange between the hosts, before anything that could wait forever for a rank that
+    has left with an error. Within `equal_parts` there is no exchange.
 
     Raises:
         ValueError: on every rank, if one of them has a problem, or if d, type or temperature differ.
@@ -75,8 +75,8 @@ def check_arguments_across_ranks(
 
 @contextmanager
 def equal_parts() -> Iterator[None]:
-    """Inside, every rank calls the same losses with as many vectors of the same kind: what a training step is
-    by its making needn't be agreed on, by an exchange for each loss. A problem is then told on its own rank.
+    """Context in which every rank calls the same losses with equally many vectors of one kind, as a training
+    step does. The arguments needn't be compared at each loss; a rank raises its own errors alone.
     """
     _equal_parts.append(True)
     try:
@@ -89,7 +89,7 @@ _equal_parts: list[bool] = []
 
 
 def _host_group() -> Any:
-    """A group whose messages don't pass through a device, so that agreeing doesn't wait for one."""
+    """A group whose messages don't pass through a device, so that the check doesn't wait for one."""
     group: Any = dist.group.WORLD
     if "cpu" in (str(kind) for kind in group._device_types):
         return group
@@ -102,10 +102,10 @@ _host_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def remote_blocks(block: B, counts: list[int]) -> Iterator[B]:
-    """The blocks of all other ranks. The exchange starts now: the own block may be worked on meanwhile.
+    """Return the blocks of all other ranks. The exchange starts at once; work on the own block meanwhile.
 
     Args:
-        counts: vectors of each rank, as agreed.
+        counts: number of vectors of each rank, from `check_arguments_across_ranks`.
     """
     if len(counts) == 1:
         return iter(())
@@ -133,7 +133,7 @@ def _ring(own: Tensor, counts: list[int]) -> Iterator[Tensor]:
     me, size = dist.get_rank(), len(counts)
 
     def exchange(outgoing: Tensor, step: int) -> tuple[Tensor, list[Any]]:
-        """Hand a block on, receive that of the rank `step` places before this one."""
+        """Pass a block on, and receive that of the rank `step` places before this one."""
         incoming = own.new_empty(counts[(me - step) % size], own.shape[1])
         operations = []
         if len(outgoing):
@@ -159,7 +159,7 @@ def _ring(own: Tensor, counts: list[int]) -> Iterator[Tensor]:
 
 
 def _packed(block: Block) -> Tensor:
-    """A block as one buffer, [N, bytes a vector], so that a block is one message."""
+    """Pack a block into one buffer, [N, bytes per vector], so that it is one message."""
     numbers = torch.stack(block.per_vector(), dim=1)
     return torch.cat([block.x.view(torch.uint8), numbers.view(torch.uint8)], dim=1)
 
@@ -172,7 +172,7 @@ def _unpacked(buffer: Tensor, like: B) -> B:
 
 
 def all_reduce_sum(part: Tensor) -> Tensor:
-    """The sum over ranks, on each of them; its gradient is the sum over ranks of theirs."""
+    """Sum `part` over the ranks, on each of them. Its gradient is summed over the ranks, too."""
     return _Total.apply(part) if ranks() > 1 else part
 
 

@@ -1,11 +1,11 @@
-"""The engine in Triton: like flash attention, tiles of logits that never leave the chip.
+"""The engine in Triton: as in flash attention, tiles of logits never leave the chip.
 
-Each program owns BLOCK_M rows and loops over all columns; nothing is added up between programs, so results
-are the same from run to run. Vectors are read as they were given: their normalisation and the temperature are
-applied to the logits, as a factor for the row and one for the column, so that 16-bit vectors go into the
-tensor cores without a rounding of their own. Sums are kept in fp32.
+Each program owns BLOCK_M rows and loops over all columns. Nothing is summed between programs, so results are
+the same from run to run. Vectors are read as given: their normalisation and the temperature are applied to
+the logits, as one factor for the row and one for the column, so that 16-bit vectors go into the tensor cores
+without further rounding. Sums are kept in fp32.
 
-What is rounded before a dot product, relative to its factors (by the formats; held on an H100):
+What is rounded before a dot product, relative to its factors (by the formats; verified on an H100):
 
     vectors   precision   logits               shares times vectors
     bf16      any         nothing              shares, 2^-9
@@ -31,7 +31,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _load(x, index, count, k, d, UPCAST: tl.constexpr):
-    """Numbers k of vectors `index`, [len(index), len(k)], zero where there are none."""
+    """Load numbers k of vectors `index`, [len(index), len(k)], with zeros where there are none."""
     inside = (index < count)[:, None] & (k < d)[None, :]
     vectors = tl.load(x + index.to(tl.int64)[:, None] * d + k[None, :], mask=inside, other=0.0)
     return vectors.to(tl.float32) if UPCAST else vectors
@@ -43,7 +43,7 @@ def _logits(
     D: tl.constexpr, CHUNK: tl.constexpr, OWN: tl.constexpr, DECOUPLED: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """v_i . v_j in units of ln 2, -inf where i and j are not to be compared. `rows` if CHUNK is all of D."""
+    """v_i . v_j in units of ln 2, -inf where i and j are not compared. Uses `rows` if CHUNK is all of D."""
     if CHUNK == D:
         found = tl.dot(rows, tl.trans(_load(y, j, N, tl.arange(0, D), d, UPCAST)), input_precision=PRECISION)
     else:
@@ -69,7 +69,7 @@ def log_sum_exp_kernel(
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OWN: tl.constexpr,
     DECOUPLED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """out_i = log sum_j exp(v_i . v_j): running maximum and sum over the columns."""
+    """out_i = log sum_j exp(v_i . v_j), by a running maximum and sum over the columns."""
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = _load(x, i, M, tl.arange(0, CHUNK), d, UPCAST)
     of_row = tl.load(of_rows + i, mask=i < M, other=0.0)
@@ -82,7 +82,7 @@ def log_sum_exp_kernel(
             rows, x, i, of_row, M, y, j, of_column, N, d, half, D, CHUNK, OWN, DECOUPLED, PRECISION, UPCAST
         )
         higher = tl.maximum(highest, tl.max(logits, 1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # nothing to compare with so far
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # nothing was compared so far
         total = total * tl.exp2(highest - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
         highest = higher
     tl.store(out + i, (highest + tl.log2(total)) / LOG2E, mask=i < M)
@@ -97,7 +97,7 @@ def gradient_kernel(
 ):  # fmt: skip
     """out_i = sum_j (g_i exp(v_i . v_j - denominator_i) + g_j exp(v_i . v_j - denominator_j)) v_j.
 
-    A program has CHUNK numbers of its rows; where that isn't all of d, each such program computes the logits.
+    A program computes CHUNK numbers of its rows; if d is longer, each of its programs computes the logits.
     """
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = _load(x, i, M, tl.arange(0, CHUNK), d, UPCAST)
@@ -118,7 +118,7 @@ def gradient_kernel(
         shares += tl.exp2(logits - column_denominator[None, :]) * column_weight[None, :]
         shares *= of_column[None, :]
         columns = _load(y, j, N, k, d, UPCAST)
-        if columns.dtype == tl.float16:  # shares of a large batch are below its smallest number
+        if columns.dtype == tl.float16:  # shares of a large batch underflow it
             grad = tl.dot(shares, columns.to(tl.float32), grad, input_precision=PRECISION)
         else:
             grad = tl.dot(shares.to(columns.dtype), columns, grad, input_precision=PRECISION)
@@ -127,7 +127,7 @@ def gradient_kernel(
 
 
 def log_sum_exp(rows: Block, columns: Block, excluded: tuple[int, ...], bound: float) -> Tensor:
-    """As `chunked.log_sum_exp`; `bound` isn't needed."""
+    """As `chunked.log_sum_exp`; `bound` isn't used."""
     out = torch.empty_like(rows.factors)
     sizes = (len(rows.x), len(columns.x), rows.x.shape[1], max(excluded, default=0))
     launch = launch_options(rows.x.shape[1], rows.x.dtype, backward=False)
@@ -141,7 +141,7 @@ def log_sum_exp(rows: Block, columns: Block, excluded: tuple[int, ...], bound: f
 
 
 def gradient(rows: Weighed, columns: Weighed, excluded: tuple[int, ...], bound: float) -> Tensor:
-    """As `chunked.gradient`; `bound` isn't needed."""
+    """As `chunked.gradient`; `bound` isn't used."""
     out = torch.empty(rows.x.shape, dtype=torch.float32, device=rows.x.device)
     sizes = (len(rows.x), len(columns.x), rows.x.shape[1], max(excluded, default=0))
     launch = launch_options(rows.x.shape[1], rows.x.dtype, backward=True)
@@ -156,15 +156,15 @@ def gradient(rows: Weighed, columns: Weighed, excluded: tuple[int, ...], bound: 
 
 
 def compared(excluded: tuple[int, ...]) -> dict[str, bool]:
-    """What is left out, as the kernels are told: own anchors, own anchors and their positives, nothing."""
+    """The kernels' flags for what is excluded: the anchor itself, it and its positive, or nothing."""
     return {"OWN": bool(excluded), "DECOUPLED": len(excluded) > 1}
 
 
 def launch_options(d: int, dtype: torch.dtype, backward: bool) -> dict[str, Any]:
-    """Tile, warps, stages and precision: fixed, chosen for no spills within an A100's shared memory.
+    """Return tile, warps, stages and precision, chosen to avoid spills within an A100's shared memory.
 
-    Whole vectors are kept on the chip up to 128 numbers. Longer ones are taken CHUNK numbers at a time, and
-    the backward pass computes the logits anew for each; so for tf32x3, which splits operands in registers.
+    Vectors of up to 128 numbers are kept on the chip whole. Longer ones are taken CHUNK numbers at a time,
+    and the backward pass recomputes the logits for each; with tf32x3, which splits operands, from 32 on.
     """
     D = max(16, triton.next_power_of_2(d))
     wide = dtype == torch.float32 or (dtype == torch.float16 and backward)
@@ -181,6 +181,6 @@ def launch_options(d: int, dtype: torch.dtype, backward: bool) -> dict[str, Any]
         "CHUNK": chunk,
         **dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile)),
         "PRECISION": "tf32x3" if exact else "tf32",
-        # The interpreter's dot is wrong on bf16; on a GPU nothing is gained by upcasting.
+        # The interpreter's dot is wrong on bf16; a GPU gains nothing from upcasting.
         "UPCAST": os.environ.get("TRITON_INTERPRET") == "1",
     }

@@ -1,4 +1,4 @@
-"""NT-Xent (Chen et al. 2020, eq. 1): one call for any device and number of ranks, and its reference.
+"""NT-Xent (Chen et al. 2020, eq. 1): one function for any device and number of ranks, and its reference.
 
     form         where                                                            file
     reference    the definition; small batches on one process                     here
@@ -6,7 +6,7 @@
     Triton       CUDA, fp32, fp16 and bf16                                        gpu.py
     distributed  one of the latter two on each rank, when a process group exists  distributed.py
 
-The fast forms share one autograd function, `anchors.py`; the reference is what they are held against.
+The fast forms share one autograd function, in `anchors.py`, and are tested against the reference.
 """
 
 import math
@@ -18,30 +18,30 @@ from torch import Tensor
 from lvssl.losses import distributed
 from lvssl.losses.anchors import EPS, anchors
 
-# Vectors from which the fast form wins over the reference on a CPU (python -m benchmarks.loss --crossover).
+# Number of vectors from which the fast form is faster on a CPU (python -m benchmarks.loss --crossover).
 FAST_FROM = 512
 
 
 def ntxent(projections: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
     """Normalised-temperature cross-entropy: each of 2B anchors must pick its other view among 2B - 1.
 
-    When a process group exists, the 2B vectors are those of all ranks: every rank passes its own (batches may
-    differ, down to none) and gets the loss of the whole batch. The gradient is made for DDP's *mean* over
-    ranks: parameter gradients then equal those of one process with all the vectors.
+    If a process group exists, the 2B vectors are those of all ranks: every rank passes its own (their numbers
+    may differ and be 0) and gets the loss of the whole batch. The gradient is scaled for DDP's *mean* over
+    ranks, so that parameter gradients equal those of one process with all the vectors.
 
     Args:
         projections: [2B, d], the first views of B images, then their second views; any float type, any norm
-            up to 1e18 (a zero vector counts as orthogonal to all, and gets no gradient).
-        temperature: above 0; a tensor with one element may be learnt.
+            up to 1e18 (a zero vector counts as orthogonal to all others, and gets no gradient).
+        temperature: above 0; a tensor with one element can be learnt.
 
     Returns:
-        Scalar in fp32 (fp64 for fp64 input), in nats, the mean over the 2B anchors. It certifies at most
+        Scalar in fp32 (fp64 for fp64 input), in nats: the mean over the 2B anchors. It certifies at most
         ln(2B - 1) nats of mutual information between the views.
 
     Raises:
-        ValueError: an odd number of vectors, no vectors, no floats, a temperature that is not positive, ranks
-            that disagree on d, type or temperature; raised on every rank.
-        FloatingPointError: a vector is NaN or infinite (on a CPU; on a GPU, where looking would make the host
+        ValueError: an odd number of vectors, no vectors, no floats, a temperature that isn't positive, or
+            ranks that disagree on d, type or temperature; raised on every rank.
+        FloatingPointError: a vector is NaN or infinite (on a CPU; on a GPU, where a check would make the host
             wait for the device, the loss is NaN).
     """
     counts = checked(projections, temperature)
@@ -54,7 +54,10 @@ def ntxent(projections: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
 
 
 def reference(projections: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
-    """The definition, of these vectors alone, the whole [2B, 2B] matrix at once. Arguments of `ntxent`."""
+    """Compute NT-Xent by its definition, from the whole [2B, 2B] matrix of these vectors alone.
+
+    Arguments are those of `ntxent`.
+    """
     if projections.dtype != torch.float64:
         projections = projections.float()
     with torch.autocast(projections.device.type, enabled=False):
@@ -68,12 +71,12 @@ def reference(projections: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
 
 
 def fast(projections: Tensor) -> bool:
-    """Whether the fast form is worth its fixed cost: on a GPU always, for it never holds the matrix."""
+    """Whether the fast form is worth its fixed cost; on a GPU always, because it never holds the matrix."""
     return len(projections) >= FAST_FROM or projections.is_cuda
 
 
 def checked(projections: Tensor, temperature: float | Tensor, name: str = "projections") -> list[int]:
-    """How many anchors each rank has; ValueError, on every rank, where one rank's arguments are wrong."""
+    """Return the number of anchors of each rank; ValueError, on every rank, if one's arguments are wrong."""
     several = distributed.ranks() > 1
     problem = validation_error(projections, temperature, name, several)
     if several:
@@ -84,7 +87,7 @@ def checked(projections: Tensor, temperature: float | Tensor, name: str = "proje
 
 
 def validation_error(projections: Tensor, temperature: float | Tensor, name: str, may_be_empty: bool) -> str:
-    """What is wrong with the arguments, or nothing."""
+    """Describe what is wrong with the arguments; empty if nothing is."""
     shape = tuple(projections.shape)
     if projections.ndim != 2 or shape[0] % 2 or shape[1] < 1 or (shape[0] == 0 and not may_be_empty):
         return f"{name} must be [2B, d] with B >= 1: the first views, then the second; got shape {shape}"
@@ -99,7 +102,7 @@ def validation_error(projections: Tensor, temperature: float | Tensor, name: str
 
 
 def known(temperature: float | Tensor) -> float | None:
-    """The temperature's value, where asking for it doesn't make the host wait for a device."""
+    """Return the temperature's value, or None if reading it would make the host wait for a device."""
     if not isinstance(temperature, Tensor):
         return float(temperature)
     if temperature.is_cuda or torch.compiler.is_compiling():
@@ -108,7 +111,7 @@ def known(temperature: float | Tensor) -> float | None:
 
 
 def finite(loss: Tensor, projections: Tensor, name: str = "NT-Xent") -> Tensor:
-    """The loss; FloatingPointError names the culprits if it is not finite: one NaN vector makes it NaN."""
+    """Return the loss; if it isn't finite, raise FloatingPointError with the vectors at fault (on a CPU)."""
     if projections.is_cuda or torch.compiler.is_compiling() or math.isfinite(loss.item()):
         return loss
     rows = (~projections.detach().isfinite()).any(dim=1).nonzero().flatten().tolist()

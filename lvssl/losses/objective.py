@@ -1,4 +1,4 @@
-"""The parts of the training objective beside the contrastive loss: rate, its weight, decorrelated bits."""
+"""The parts of the objective besides the contrastive loss: rate, its weight, and decorrelation of bits."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ from lvssl.losses.distributed import all_reduce_sum, ranks
 
 
 def rate(kl: Tensor, free_nats: float = 0.0) -> Tensor:
-    """mean_b max(KL_b, free_nats) over all views' posteriors, a scalar in nats.
+    """Return mean_b max(KL_b, free_nats) over all views' posteriors, a scalar in nats.
 
-    With the views' KL concatenated ([2B]) this is 1/2 sum_v mean_b max(KL_vb, free).
+    For the concatenated KL of both views ([2B]) this is 1/2 sum_v mean_b max(KL_vb, free).
     """
     return kl.clamp(min=free_nats).mean()
 
@@ -17,12 +17,12 @@ def rate(kl: Tensor, free_nats: float = 0.0) -> Tensor:
 def beta_at(
     fraction: float, beta: float, warmup: float = 0.1, schedule: str = "warmup", cycles: int = 4
 ) -> float:
-    """beta(t), the weight of the rate.
+    """Return beta(t), the weight of the rate.
 
     Args:
-        fraction: of the training that is done, in [0, 1].
+        fraction: share of the training that is done, in [0, 1].
         schedule: constant; warmup, linear from 0 over the first `warmup` share of the training; or cyclical,
-            in each of `cycles` linear from 0 over its first half, then constant (Fu et al. 2019).
+            linear from 0 over the first half of each of `cycles`, then constant (Fu et al. 2019).
     """
     if schedule == "cyclical":
         within = fraction * cycles % 1.0 if fraction < 1 else 1.0
@@ -33,14 +33,14 @@ def beta_at(
 
 
 def batch_mean(x: Tensor) -> Tensor:
-    """Mean over the batch of all ranks, [N, D] -> [D], N on each; the gradient is made for DDP's mean."""
+    """Mean over the batch of all ranks, [N, D] -> [D], N on each; the gradient is scaled for DDP's mean."""
     return all_reduce_sum(x.sum(dim=0)) / (len(x) * ranks())
 
 
 def decorrelation(bits: Tensor) -> Tensor:
-    """1/D sum_{i != j} C_ij^2, C the covariance over the batch of bits as +-1 ([N, D], differentiable).
+    """1/D sum_{i != j} C_ij^2, with C the covariance over the batch of bits as +-1 ([N, D], differentiable).
 
-    The batch is that of all ranks, N of each; the gradient is made for DDP's mean, as NT-Xent's.
+    The batch is that of all ranks, N on each; the gradient is scaled for DDP's mean, as in `ntxent`.
     """
     bits = bits.to(torch.promote_types(bits.dtype, torch.float32))
     centred = bits - batch_mean(bits)

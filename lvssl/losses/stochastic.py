@@ -1,4 +1,4 @@
-"""Losses that compare random vectors otherwise than by NT-Xent: soft matching, samples against directions."""
+"""Losses of random vectors other than NT-Xent: soft matching, and samples against directions."""
 
 import math
 
@@ -12,13 +12,13 @@ from lvssl.losses import distributed
 def match_loss(samples: Tensor, match_parameters: Tensor) -> Tensor:
     """Soft contrastive loss of hedged instance embeddings (Oh et al. 2019, eq. 2-5).
 
-    p(match | x_i, x_j) = 1/K^2 sum_kl sigmoid(b - a |z_ik - z_jl|), and -log p for the two views of an image,
-    -log(1 - p) for views of two; both kinds weigh the same, as in the paper's balanced pairs. All K^2 N^2
-    distances are held at once. With several ranks each compares its own images alone.
+    With p(match | x_i, x_j) = 1/K^2 sum_kl sigmoid(b - a |z_ik - z_jl|), the loss is -log p for the two views
+    of an image and -log(1 - p) for views of two images. Both kinds have the same weight, as in the paper's
+    balanced pairs. All K^2 N^2 distances are held at once. Each rank compares its own images alone.
 
     Args:
-        samples: [K, 2B, d], K draws from each vector's posterior: first views, then second. B >= 2.
-        match_parameters: [2]; a = softplus(match_parameters[0]) > 0 and b = match_parameters[1], learnt.
+        samples: [K, 2B, d], K draws from each vector's posterior: first views, then second views; B >= 2.
+        match_parameters: [2], learnt: a = softplus(match_parameters[0]) > 0 and b = match_parameters[1].
 
     Returns:
         Scalar in nats.
@@ -38,8 +38,8 @@ def match_loss(samples: Tensor, match_parameters: Tensor) -> Tensor:
 
 
 def other_images(n: int, device: torch.device) -> Tensor:
-    """For each of n = 2B views those of the other images, ascending: int64 [n, n - 2]. A mask would do, but
-    how many numbers it picks only the device knows, and the host would wait for it."""
+    """Return the other images' views for each of n = 2B views, ascending, int64 [n, n - 2]. A mask would do,
+    but only the device knows how many numbers it selects, and the host would wait for it."""
     view = torch.arange(n, device=device)[:, None]
     partner = view.roll(n // 2, 0)
     found = torch.arange(n - 2, device=device) + (torch.arange(n - 2, device=device) >= view.minimum(partner))
@@ -51,13 +51,13 @@ def sample_infonce(samples: Tensor, directions: Tensor, kappa: float) -> Tensor:
 
         -log exp(kappa z_i . r_i') / (1/(N - 1) sum_{j != i} exp(kappa z_i . r_j)),  less log(N - 1)
 
-    averaged over K and i; r_i' is the mean direction of i's other view, N the vectors of all ranks, whose
-    directions are gathered with gradient. As in `ntxent` anchors see both views of all others.
+    averaged over K and i. r_i' is the mean direction of i's other view, and N the number of vectors of all
+    ranks, whose directions are gathered with gradient. As in `ntxent`, anchors see both views of all others.
 
     Args:
-        samples: [K, 2B, d] unit vectors drawn from the forward encoder; first views, then second.
-        directions: [2B, d] unit vectors, means of the backward encoder b(z | y).
-        kappa: its concentration, above 0.
+        samples: [K, 2B, d] unit vectors drawn from the forward encoder: first views, then second views.
+        directions: [2B, d] unit vectors, the means of the backward encoder b(z | y).
+        kappa: concentration of the backward encoder, above 0.
     """
     _, n = checked(samples)
     with torch.autocast(samples.device.type, enabled=False):
@@ -73,17 +73,17 @@ def sample_infonce(samples: Tensor, directions: Tensor, kappa: float) -> Tensor:
 
 
 def gathered(vectors: Tensor) -> tuple[Tensor, int]:
-    """The vectors of all ranks, with gradient, and where this rank's begin."""
+    """Gather the vectors of all ranks, with gradient; also return where this rank's begin."""
     if distributed.ranks() == 1:
         return vectors, 0
-    # Between the hosts: no device is waited for.
+    # An exchange between the hosts, which doesn't wait for a device.
     sizes = distributed.check_arguments_across_ranks(vectors, None, "directions", "")
     start = sum(sizes[: torch.distributed.get_rank()])
     return distributed.all_reduce_sum(F.pad(vectors, (0, 0, start, sum(sizes) - start - len(vectors)))), start
 
 
 def checked(samples: Tensor) -> tuple[int, int]:
-    """K and N of [K, N, d]; ValueError for another shape."""
+    """Return K and N of [K, N, d]; ValueError for another shape."""
     if samples.ndim != 3 or not len(samples) or not samples.shape[1] or samples.shape[1] % 2:
         raise ValueError(f"samples must be [K, 2B, d] with K, B >= 1, got shape {tuple(samples.shape)}")
     return samples.shape[0], samples.shape[1]

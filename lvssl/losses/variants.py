@@ -1,4 +1,4 @@
-"""Other losses of two views: any batch, any device, any number of ranks, as `ntxent`."""
+"""Other losses of two views. Like `ntxent`, they take any batch, device and number of ranks."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from lvssl.losses.ntxent import checked, finite
 def decoupled_ntxent(projections: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
     """NT-Xent without the positive in its anchor's denominator (Yeh et al. 2022, "DCL").
 
-    Arguments, result and errors as for `ntxent`; two images at least, for there to be negatives.
+    Arguments, result and errors are as for `ntxent`; negatives take at least two images.
     """
     counts = checked(projections, temperature)
     if sum(counts) < 4:
@@ -24,11 +24,11 @@ def decoupled_ntxent(projections: Tensor, temperature: float | Tensor = 0.1) -> 
 
 
 def mc_infonce(samples: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
-    """InfoNCE of vectors that are random, the expectation within the logarithm (Kirchhof et al. 2023, eq. 6).
+    """InfoNCE of random vectors, with the expectation inside the logarithm (Kirchhof et al. 2023, eq. 6).
 
         -log 1/K sum_k exp(positive_ik - denominator_ik), averaged over the anchors i
 
-    which is theirs up to the constant log(2B - 1). Samples of the same k are compared with one another.
+    This is the paper's up to the constant log(2B - 1). Samples of the same k are compared with one another.
 
     Args:
         samples: [K, 2B, d], K draws from each vector's posterior; otherwise as `ntxent`'s projections.
@@ -46,21 +46,21 @@ def mc_infonce(samples: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
 
 
 class Vicreg(NamedTuple):
-    """The parts of VICReg, each a scalar in fp32 (fp64 for fp64 input); published weights: 25, 25, 1."""
+    """The parts of VICReg, scalars in fp32 (fp64 for fp64 input); the published weights are 25, 25, 1."""
 
     invariance: Tensor  # mean squared difference of the two views
     variance: Tensor  # mean over dimensions and views of max(0, 1 - deviation)
-    covariance: Tensor  # sum of the two views' squared covariances, over d
+    covariance: Tensor  # sum of the two views' squared covariances, divided by d
 
 
 def vicreg(projections: Tensor) -> Vicreg:
-    """Invariance, variance and covariance of the vectors as they are, not normalised (Bardes et al. 2022).
+    """Compute invariance, variance and covariance of the unnormalised vectors (Bardes et al. 2022).
 
-    Means and covariances are over each view's vectors of all ranks, whose gradient is made for DDP's mean, as
-    in `ntxent`. Deviations have 1e-4 added to their square, and, as in the authors' code, the variance is a
-    mean over the two views, where their equation 6 has a sum.
+    Means and covariances are over each view's vectors on all ranks; the gradient is scaled for DDP's mean, as
+    in `ntxent`. 1e-4 is added to the square of a deviation. As in the authors' code, the variance is a mean
+    over the two views, where their equation 6 has a sum.
 
-    Arguments and errors as for `ntxent`; two images at least.
+    Arguments and errors are as for `ntxent`; at least two images are needed.
     """
     count = sum(checked(projections, 1.0)) // 2
     if count < 2:
