@@ -1,6 +1,6 @@
-"""Backbones: torchvision's ResNets, small ones for two CPU cores, and every model of timm by its name there.
+"""Backbones: torchvision's ResNets, small ResNets for two CPU cores, and every timm model by its name there.
 
-The ResNets' stem follows the resolution; timm's models are their own architecture at any that they take.
+The stem of a ResNet depends on the resolution; timm's models keep their architecture at any that they take.
 """
 
 from collections.abc import Iterator
@@ -18,16 +18,16 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from pipelines.errors import InputError, first_line
 
-# name: (width of the first block, number of basic blocks; each next block halves the side, doubles the width)
+# name: (width of the first block, number of blocks); each further block halves the side, doubles the width
 SMALL = {"tiny": (16, 3), "small": (32, 4)}
 RESNETS = {"resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048, "resnet152": 2048}
-BLOCKS = (BasicBlock, Bottleneck)  # residual blocks: what `--recompute` computes again
+BLOCKS = (BasicBlock, Bottleneck)  # residual blocks, which `--recompute` computes again
 
-CIFAR_STEM_UP_TO = 64  # pixels; above it the ImageNet stem
+CIFAR_STEM_UP_TO = 64  # pixels; above it, the ImageNet stem is used
 
 
 def build_backbone(name: str, resolution: int) -> tuple[nn.Module, int]:
-    """A backbone [N, 3, R, R] -> features [N, D], and D. Raises InputError: not at that resolution."""
+    """Build a backbone, [N, 3, R, R] -> features [N, D], and return D. InputError: not at this resolution."""
     if name in SMALL:
         return SmallResNet(*SMALL[name], stride=1 if resolution <= 16 else 2), feature_dim(name)
     if name in RESNETS:
@@ -49,23 +49,23 @@ def feature_dim(name: str) -> int:
 
 
 def timms(name: str, resolution: int | None, pretrained: bool = False) -> nn.Module:
-    """timm's model without its classifier; where it is made for one resolution (a transformer), for this."""
-    import timm  # seconds
+    """Create timm's model without its classifier; one of fixed resolution (a transformer) gets this one."""
+    import timm  # takes seconds
 
     def made(**sized: Any) -> nn.Module:
         return timm.create_model(name, pretrained, num_classes=0, **sized)
 
-    # Models compute numbers while they are made, which tensors without contents don't give.
+    # Models compute numbers while they are made, which fake tensors can't provide.
     with unset_fake_temporarily() as fake, torch.device("meta") if fake else nullcontext():
         try:
             net = made(img_size=resolution) if resolution else made()
-        except TypeError:  # it takes any, and has no such option
+        except TypeError:  # it takes any resolution, and has no such option
             net = made()
     return net._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype)) if fake else net
 
 
 def of_layers(name: str) -> bool:
-    """Whether a backbone normalises each image by itself, as transformers and ConvNeXt do, and none over the
+    """Whether a backbone normalises each image by itself, as transformers and ConvNeXt do, and never over the
     batch."""
     kinds = {type(module).__mro__ for module in unmade(name).modules()}
     batch, layer = (any(kind in mro for mro in kinds) for kind in (_BatchNorm, nn.LayerNorm))
@@ -73,7 +73,7 @@ def of_layers(name: str) -> bool:
 
 
 def patch(name: str) -> int:
-    """Side of a transformer's patches in pixels, a multiple of which it takes; 1 of any other backbone."""
+    """Side of a transformer's patches in pixels, which divides its resolutions; 1 for any other backbone."""
     proj = getattr(getattr(unmade(name), "patch_embed", None), "proj", None)
     if isinstance(proj, nn.Conv2d) and proj.kernel_size == proj.stride:  # other patches overlap
         return max(proj.stride)
@@ -82,7 +82,7 @@ def patch(name: str) -> int:
 
 @cache
 def unmade(name: str) -> nn.Module:
-    """A model of timm without contents; of other backbones nothing."""
+    """Create a timm model without allocating its weights; other backbones give an empty module."""
     if name in SMALL or name in RESNETS:
         return nn.Identity()
     with torch.device("meta"):
@@ -91,7 +91,7 @@ def unmade(name: str) -> nn.Module:
 
 @cache
 def require_resolution(name: str, resolution: int) -> None:
-    """Raise InputError if a model of timm doesn't take images of so many pixels, or only a part of them."""
+    """Raise InputError if a timm model doesn't take images of this side, or only a part of them."""
     if resolution % patch(name):
         raise InputError(
             f"--backbone {name} takes images of a multiple of its patches' {patch(name)} px, not of "
@@ -100,7 +100,7 @@ def require_resolution(name: str, resolution: int) -> None:
     try:
         with torch.device("meta"):
             timms(name, resolution).eval()(torch.empty(1, 3, resolution, resolution))
-    except Exception as error:  # an assertion, a shape that goes to zero: each model has its own
+    except Exception as error:  # each model has its own: an assertion, a shape that becomes zero
         raise InputError(
             f"--backbone {name} doesn't take images of {resolution} px ({first_line(error)}): choose another "
             "--resolution, for a transformer a multiple of its patch"
@@ -108,17 +108,16 @@ def require_resolution(name: str, resolution: int) -> None:
 
 
 def stage_widths(name: str) -> tuple[int, ...]:
-    """Of each stage of a backbone (see `stage_means`): each is twice as wide as the one before; a model of
-    timm is one stage."""
+    """Widths of a backbone's stages (see `stage_means`), each twice the one before; timm's are one stage."""
     stages = SMALL[name][1] if name in SMALL else 4 if name in RESNETS else 1
     return tuple(feature_dim(name) >> after for after in reversed(range(stages)))
 
 
 @contextmanager
 def stage_means(backbone: nn.Module) -> Iterator[list[Tensor]]:
-    """While it is entered, the activations after each stage of a backbone's last call, averaged over the
-    pixels: float32 [N, width] of each, the last of which are the features. A stage is a block of a small
-    network, and what torchvision calls a layer; of a model of timm there are the features alone."""
+    """Context that keeps the activations after each stage of a backbone's last call, averaged over the
+    pixels: float32 [N, width] for each, the last being the features. A stage is a block of a small network,
+    or what torchvision calls a layer; for a timm model there are the features alone."""
     stages: list[nn.Module] = [backbone]
     if isinstance(backbone, SmallResNet | ResNet):
         stages = [child for child in backbone.children() if isinstance(child, BasicBlock | nn.Sequential)]

@@ -1,4 +1,4 @@
-"""Where a network computes and how exactly: the device, its precision, and the layout of its memory."""
+"""Where and how exactly a network computes: device, precision and memory layout."""
 
 import importlib
 import os
@@ -11,15 +11,15 @@ import torch
 from lvssl.settings.pretrain import EngineSettings
 from pipelines.errors import InputError
 
-OLDEST_TRITON = (3, 6)  # torch 2.11's; the compiler of 3.2 aborts the process on some shapes of our kernels
+OLDEST_TRITON = (3, 6)  # as in torch 2.11; the compiler of 3.2 aborts the process on some of our shapes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of that name; `auto` is a GPU where there is one, and `cuda` the rank's own."""
+    """Return the device of that name; `auto` is a GPU if there is one, and `cuda` the rank's own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and torch.cuda.is_available():  # where Slurm shows each rank its own GPU, that is 0
+    if name == "cuda" and torch.cuda.is_available():  # if Slurm shows a rank its own GPU alone, that is 0
         name = f"cuda:{local_rank % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
@@ -34,26 +34,26 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def claim(device: torch.device, dtype: torch.dtype = torch.float32, deterministic: bool = False) -> None:
-    """Make a GPU this process's own, before anything is put there, and say how exactly it computes.
+    """Make a GPU the current one, before anything is allocated, and set how exactly it computes.
 
-    What is launched without naming a device then goes there, and not to the first. Convolutions take the
-    fastest algorithm for their shape, of which a run has one. Products of fp32 numbers are of TF32, which
-    keeps 11 bits of each, unless fp32 is what the run asks for; it keeps 24 bits, in convolutions too.
+    Kernels that are launched without naming a device then run there, not on the first GPU. Convolutions use
+    the fastest algorithm for their shape, which is the same throughout a run. Products of fp32 numbers use
+    TF32, which keeps 11 bits of each, unless the run asks for fp32: 24 bits, in convolutions too.
 
-    deterministic: torch takes algorithms that give the same bits each time, and refuses operations that have
-    none; convolutions are then not tuned. Our own kernels do so in any case.
+    deterministic: torch uses algorithms that give the same bits each time, and refuses operations that have
+    none; convolutions are then not tuned. Our own kernels are deterministic in any case.
 
-    Raises InputError where Triton is absent or too old for the kernels.
+    Raises InputError if Triton is missing or too old for the kernels.
     """
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a device first multiplies
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at a device's first product
         torch.use_deterministic_algorithms(True)
         switches: Any = torch.utils.deterministic
-        switches.fill_uninitialized_memory = False  # it is for finding faults, and costs launches
+        switches.fill_uninitialized_memory = False  # a debugging aid, which costs launches
     if device.type != "cuda":
         return
     require_triton()
-    if device.index is not None:  # "cuda" is the current one, and torch refuses to set it
+    if device.index is not None:  # "cuda" is the current device, which torch refuses to set
         torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
@@ -61,7 +61,7 @@ def claim(device: torch.device, dtype: torch.dtype = torch.float32, deterministi
 
 
 def require_triton() -> None:
-    """Raise InputError unless the Triton that comes with torch can compile the kernels of a GPU."""
+    """Raise InputError unless the installed Triton can compile the GPU kernels."""
     try:
         found = importlib.import_module("triton").__version__
     except ImportError:
@@ -79,7 +79,7 @@ def layout(engine: EngineSettings) -> torch.memory_format:
 
 
 def autocast(engine: EngineSettings, device: torch.device) -> AbstractContextManager[Any]:
-    """The context of a forward pass; bf16 on a GPU and fp32 on a CPU, unless the settings say otherwise."""
+    """Context of a forward pass: bf16 on a GPU and fp32 on a CPU, unless the settings say otherwise."""
     dtype = precision(engine, device)
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
@@ -91,6 +91,6 @@ def precision(engine: EngineSettings, device: torch.device) -> torch.dtype:
 
 
 def encoding_precision(engine: EngineSettings, device: torch.device) -> torch.dtype:
-    """What a trained network reads images in: the training's own on a GPU; fp32 on a CPU, which gains nothing
-    by less."""
+    """Precision in which a trained network reads images: that of its training on a GPU; fp32 on a CPU, which
+    gains nothing from less."""
     return precision(engine, device) if device.type == "cuda" else torch.float32

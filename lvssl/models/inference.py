@@ -1,8 +1,8 @@
-"""A network over images: the one way from crops to features, posteriors and codes.
+"""Inference: the one path from crops to features, posteriors and codes.
 
-Whatever reads images with a trained network goes through `infer`: embeddings, code files, probes,
-predictions, analyses, calibration. So the same crops give the same numbers everywhere, to the last bit in
-batches of the same size; in batches of another size a sum may be rounded otherwise.
+Everything that reads images with a trained network goes through `infer`: embeddings, code files, probes,
+predictions, analyses, calibration. The same crops therefore give the same numbers everywhere, to the last bit
+in batches of the same size; in batches of another size, sums may be rounded differently.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,14 +22,14 @@ from pipelines.normalise import normalise
 from pipelines.views import ViewSettings
 
 T = TypeVar("T")
-# Crops uint8 [B, R, R, 3], or views that are normalised already, float [B, 3, R, R]; and their positions in
+# Crops uint8 [B, R, R, 3], or views that are already normalised, float [B, 3, R, R]; and their positions in
 # the set, int64 [B].
 Batches = Iterable[tuple[Tensor, np.ndarray]]
 BATCH = 256
 
 
 class Encoded(NamedTuple):
-    """B images as a network sees them."""
+    """What a network computes from B images."""
 
     rows: np.ndarray  # int64 [B], positions in the set
     features: Tensor  # [B, F], in the network's precision and on its device
@@ -42,24 +42,24 @@ class Encoded(NamedTuple):
 
 
 def encode(network: LVNet, batches: Batches, view: ViewSettings) -> Iterator[Encoded]:
-    """What a network sees in each batch, without gradients, in eval mode."""
+    """Yield what a network computes from each batch, without gradients, in eval mode."""
     with stage_means(network.backbone) as means:
         for (features, posterior), rows in infer(network, batches, view, network.encode):
             yield Encoded(rows, features, torch.cat(means, dim=1), posterior)
 
 
 def locations(network: LVNet, part: Encoded) -> Tensor:
-    """The posteriors' locations [B, L]: the family's normalised parameters without those of the scale
-    (logits, means); the features of a network without a latent."""
+    """Return the posteriors' locations [B, L]: the family's normalised parameters (logits, means), without
+    those of the scale; for a network without a latent, the features."""
     return part.posterior.parameters[:, : network.family.location_count(network.dim)]
 
 
 def infer(
     model: nn.Module, batches: Batches, view: ViewSettings, function: Callable[[Tensor], T]
 ) -> Iterator[tuple[T, np.ndarray]]:
-    """function(images) of each batch, and the images' positions; without gradients, in eval mode.
+    """Yield function(images) and the images' positions for each batch, without gradients, in eval mode.
 
-    `function`: of the model or its parts, on normalised images [B, 3, R, R] on the model's device.
+    `function` applies the model or parts of it to normalised images [B, 3, R, R] on the model's device.
     """
     model.eval()
     for images, rows in on_device(batches, view, device_of(model)):
@@ -71,14 +71,14 @@ def infer(
 def on_device(
     batches: Batches, view: ViewSettings, device: torch.device
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """The batches there, normalised."""
+    """Yield the batches on the device, normalised."""
     for images, rows in batches:
         there = sent(images, device)
         yield there if there.is_floating_point() else normalise(there, view), rows
 
 
 def in_batches(images: Tensor, size: int = BATCH) -> Batches:
-    """Images that lie in memory, [N, ...], in their order."""
+    """Split images in memory, [N, ...], into batches, in their order."""
     starts = range(0, len(images), size)
     return ((part, np.arange(start, start + len(part))) for start, part in zip(starts, images.split(size)))
 

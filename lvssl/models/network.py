@@ -23,15 +23,15 @@ from pipelines.errors import InputError
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a training step needs of a batch of N = 2B views: tensors, and how to read them."""
+    """What a training step needs from a batch of N = 2B views: tensors, and how to read them."""
 
     features: Tensor  # h, [N, F]
     parameters: Tensor  # of the N posteriors, [N, family.parameter_count(D)], fp32
     projections: Tensor  # u of the sampled path, [N, P]; [K, N, P] where each sample has a loss
-    clean_projections: Tensor | None  # u of the clean path beside it, if there is one
+    clean_projections: Tensor | None  # u of the clean path, if there is one
     family: Family
-    match_parameters: Tensor | None = None  # [2], the numbers that the objective `hib` learns
-    kl: Tensor | None = None  # of the posteriors in nats, [N], where drawing has given it already
+    match_parameters: Tensor | None = None  # [2], which the objective `hib` learns
+    kl: Tensor | None = None  # of the posteriors in nats, [N], if drawing has computed it already
 
     @cached_property
     def posterior(self) -> Posterior:
@@ -39,11 +39,11 @@ class Outputs:
 
 
 class LVNet(nn.Module):
-    """See the module's head. `classes` = 0 leaves the online probes out.
+    """See the module's docstring. `classes` = 0 leaves out the online probes.
 
     Attributes:
-        precision: that `encode` and `features` compute in, a setting and not state: float32, unless a run is
-            loaded onto a GPU.
+        precision: of `encode` and `features`; a setting and not state. It is float32, unless a run is loaded
+            onto a GPU.
     """
 
     precision: torch.dtype = torch.float32
@@ -80,32 +80,32 @@ class LVNet(nn.Module):
         )
 
     def encode(self, images: Tensor) -> tuple[Tensor, Posterior]:
-        """Features h [N, F] (the precision's type) and the posterior (fp32)."""
+        """Return features h [N, F] (in the precision's type) and the posterior (fp32)."""
         features = self.features(images)
         with self.computing(images.device):
             return features, self.family.posterior(self.posterior_parameters(features))
 
     def features(self, images: Tensor) -> Tensor:
-        """h alone, [N, F], in the precision's type."""
+        """Return h alone, [N, F], in the precision's type."""
         with self.computing(images.device):
             return self.backbone(images)
 
     def computing(self, device: torch.device) -> AbstractContextManager[Any]:
-        """The context of `encode`; that of the caller, where the precision is fp32."""
+        """Context of `encode`; if the precision is fp32, the caller's."""
         exact = self.precision == torch.float32
         return nullcontext() if exact else torch.autocast(device.type, self.precision)
 
     def forward(self, images: Tensor, noise: Noise, fraction: float = 1.0) -> Outputs:
-        """What `objective` needs, of images [N, 3, R, R]; arguments as of `heads`."""
+        """Return what `objective` needs, from images [N, 3, R, R]; arguments as for `heads`."""
         return self.heads(self.backbone(images), noise, fraction)
 
     def heads(self, features: Tensor, noise: Noise, fraction: float = 1.0) -> Outputs:
-        """All that follows the backbone.
+        """Compute everything after the backbone.
 
         Args:
-            features: h [N, F], first views then second.
-            noise: the latent's, on the features' device, for these N views.
-            fraction: of the training that is done, in [0, 1]; what is annealed depends on it.
+            features: h [N, F], first views, then second views.
+            noise: of the latent, for these N views, on the features' device.
+            fraction: share of the training that is done, in [0, 1]; annealed values depend on it.
         """
         progress = self.progress(fraction)
         parameters = self.posterior_parameters(features, progress)
@@ -122,11 +122,11 @@ class LVNet(nn.Module):
         return Outputs(features, parameters, projections, clean, self.family, self.match_parameters, kl)
 
     def progress(self, fraction: float) -> float:
-        """Of the annealing, in [0, 1], when `fraction` of the training is done."""
+        """Progress of the annealing, in [0, 1], when `fraction` of the training is done."""
         return min(1.0, fraction / self.latent.anneal)
 
     def posterior_parameters(self, features: Tensor, progress: float = 1.0) -> Tensor:
-        """The head on features h [N, F], `progress` of the annealing; never below fp32."""
+        """Apply the head to features h [N, F] at this progress of the annealing; never below fp32."""
         given = self.head_input(features)
         with torch.autocast(features.device.type, enabled=False):
             return self.head(given.to(torch.promote_types(given.dtype, torch.float32)), progress)
@@ -135,7 +135,7 @@ class LVNet(nn.Module):
         return self.projector(features) if self.latent.site == "proj" else features
 
     def project(self, samples: Tensor) -> Tensor:
-        """Samples [K, N, D] as the objective compares them: [N, P], or [K, N, P] where each has a loss."""
+        """Project samples [K, N, D] for the objective: [N, P], or [K, N, P] where each sample has a loss."""
         average = self.latent.reduction
         if self.latent.site == "proj":
             return samples if average == "losses" else samples.mean(dim=0)
@@ -146,7 +146,7 @@ class LVNet(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, features: Tensor) -> None:
-        """As `Head.calibrate`, of features h [N, F]."""
+        """As `Head.calibrate`, from features h [N, F]."""
         with self.computing(features.device):
             inputs = self.head_input(features)
         self.head.calibrate(inputs)
@@ -164,12 +164,12 @@ class LVNet(nn.Module):
 
 
 class Head(nn.Module):
-    """h -> the posterior's parameters, in units of the batch.
+    """Map h to the posterior's parameters, in units of the batch.
 
-    The locations (logits, means) are batch-normalised, without learnt scale, and times the init_scale: one
-    location a feature needs no layer between; another number of them takes a linear layer first. The scale,
-    where a family has one, starts constant and is learnt, or stays. Without normalisation logits start near
-    0, the noise drowns the gradient and few bits are ever used.
+    The locations (logits, means) are batch-normalised without a learnt scale and multiplied by the
+    init_scale. A linear layer comes first, unless there is one location for each feature. The scale, if a
+    family has one, starts constant and is learnt or kept. Without normalisation, logits start near 0, the
+    noise drowns the gradient, and few bits are ever used.
     """
 
     def __init__(
@@ -200,15 +200,15 @@ class Head(nn.Module):
                 self.scale.bias.copy_(offset)
 
     def forward(self, features: Tensor, progress: float = 1.0) -> Tensor:
-        """`progress`: of the init_scale from its first to its final value, in [0, 1]."""
+        """Return the parameters; `progress` is that of the init_scale to its final value, in [0, 1]."""
         location = self.linear(features)
         normalised = self.normalise(location)
-        if not self.family.stochastic:  # h itself goes on; the running mean is the threshold of its sign bits
+        if not self.family.stochastic:  # h is passed on; its running mean is the threshold of its sign bits
             return torch.cat([location, self.running("mean").expand_as(location)], dim=1)
         factor, first = self.get_buffer("factor"), self._buffers["first_factor"]
         if first is not None and progress < 1:
             factor = first ** (1 - progress) * factor**progress
-        rows = features.shape[0]  # not len(): an export would take the example's for good
+        rows = features.shape[0]  # not len(), which an export would fix to the example's
         offset = self.get_buffer("offset").expand(rows, -1)
         scale = self.scale(features) if self.scale is not None else offset
         return torch.cat([normalised * factor, scale], dim=1)
@@ -217,8 +217,8 @@ class Head(nn.Module):
     def calibrate(self, features: Tensor) -> None:
         """Set the normalisation to the exact statistics of these features [N, F], N >= 2.
 
-        The running statistics are those of the last augmented batches. Deployed images are not augmented,
-        and the code is a threshold on the normalised value, so a code is worth an exact one.
+        The running statistics are those of the last augmented batches. Deployed images are not augmented, and
+        the code thresholds the normalised values, so it needs exact ones.
         """
         location = self.linear(features.float())
         self.running("mean").copy_(location.mean(dim=0))
@@ -230,18 +230,18 @@ class Head(nn.Module):
 
 
 def latent_dim(model: ModelSettings, latent: LatentSettings) -> int:
-    """Latent dimensions: as set, or one for each number that the site gives."""
+    """Number of latent dimensions: as set, or one for each number at the latent's site."""
     return latent.dim or (model.projection if latent.site == "proj" else feature_dim(model.backbone))
 
 
 def geometric(start: float, end: float, progress: float) -> float:
-    """From start to end in equal ratios."""
+    """Interpolate from start to end in equal ratios."""
     return start ** (1 - progress) * end**progress
 
 
 def projector(inputs: int, model: ModelSettings) -> nn.Sequential:
-    """SimCLR's two-layer projector, [N, inputs] -> [N, P]: batch normalisation after the first layer, and
-    after the second where asked for, there scaled, not shifted (google-research/simclr, model_util.py)."""
+    """Build SimCLR's two-layer projector, [N, inputs] -> [N, P]. Batch normalisation follows the first layer
+    and, if set, the second, there scaled but not shifted (google-research/simclr, model_util.py)."""
     layers = [
         nn.Linear(inputs, model.hidden, bias=False),
         nn.BatchNorm1d(model.hidden),

@@ -1,4 +1,4 @@
-"""How much of a card's peak a training uses (MFU; Chowdhery et al. 2022, PaLM, appendix B)."""
+"""How much of a GPU's peak a training uses (MFU; Chowdhery et al. 2022, PaLM, appendix B)."""
 
 import re
 from functools import cache
@@ -16,11 +16,11 @@ COMPILED_FROM_WORK = 3e16  # operations of a run: 620,000 images of ResNet-50 at
 
 
 def worth_compiling(backbone: str, side: int, images: int) -> bool:
-    """Whether a training over so many images, of two views each, makes good the minute of `torch.compile`.
+    """Whether a training on this many images, of two views each, makes up for the minute of `torch.compile`.
 
-    On an H200 ResNet-50 at 224 px took 293 us an image compiled and 406 as it was (a CUDA graph), and 63 s to
-    compile: 555,000 images make that good, and of others as many as are the same work. At 32 px a recorded
-    step is faster. No other network and side was measured (docs/gpu.md).
+    On an H200, ResNet-50 at 224 px took 293 us per image compiled, 406 us uncompiled (as a CUDA graph), and
+    63 s to compile, which 555,000 images recover; for other networks and sides, images of the same total work
+    are taken to. At 32 px a recorded step is faster. Nothing else was measured (docs/gpu.md).
     """
     if side < COMPILED_FROM_SIDE:
         return False
@@ -30,8 +30,7 @@ def worth_compiling(backbone: str, side: int, images: int) -> bool:
 @cache
 def operations(backbone: str, side: int) -> float:
     """Floating-point operations of a backbone for one view of `side` pixels, forward and backward: those of
-    convolutions and matrix products, counted on tensors without contents; a multiplication and its addition
-    are two."""
+    convolutions and matrix products, counted on fake tensors. A multiplication and its addition are two."""
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         network = build_backbone(backbone, side)[0]
         network(torch.empty(2, 3, side, side)).sum().backward()
@@ -39,7 +38,7 @@ def operations(backbone: str, side: int) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Operations a second of a card in bf16 at best; None where that isn't known."""
+    """Peak bf16 operations per second of a GPU; None if it isn't known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
