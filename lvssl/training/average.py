@@ -1,4 +1,4 @@
-"""The moving average of a network's weights and running statistics."""
+"""Exponential moving average of a network's weights and running statistics."""
 
 import copy
 from typing import Generic, TypeVar
@@ -11,10 +11,10 @@ N = TypeVar("N", bound=nn.Module)
 
 
 class Average(Generic[N]):
-    """e <- decay e + (1 - decay) w, of everything in the state_dict; counters are those of the network.
+    """e <- decay e + (1 - decay) w, for everything in the state_dict; counters are the network's.
 
     Attributes:
-        module: the average, in eval mode, from the network's state on.
+        module: the average, in eval mode, which starts as a copy of the network.
     """
 
     def __init__(self, network: N, decay: float) -> None:
@@ -23,8 +23,8 @@ class Average(Generic[N]):
 
     @torch.no_grad()
     def update(self, network: N, finite: Tensor | None = None) -> None:
-        """Take in the network as it is, which must be finite; where `finite`, a bool on the device, is
-        False, the average stays as it is. None: True, without a look at the device."""
+        """Update the average with the network, which must be finite. If `finite`, a bool on the device, is
+        False, the average stays as it is; None means True, without reading from the device."""
         own, theirs = (list(of.state_dict().values()) for of in (self.module, network))
         averages, values = ([x for x in found if x.is_floating_point()] for found in (own, theirs))
         counters, counted = ([x for x in found if not x.is_floating_point()] for found in (own, theirs))

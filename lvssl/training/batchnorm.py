@@ -1,9 +1,9 @@
-"""Batch normalisation over all ranks, on a CPU too, and passes that leave the running statistics alone.
+"""Batch normalisation over all ranks, also on a CPU, and passes that leave the running statistics alone.
 
-torch's SyncBatchNorm refuses CPU tensors; on a GPU it makes the host wait at every layer (a boolean mask over
-the ranks' counts), and refuses a layer whose batches aren't counted, as `frozen_running_statistics` leaves
-it. This one gives the statistics, the output and the gradient of one process with the whole batch on any
-device that its group has a backend for.
+torch's SyncBatchNorm refuses CPU tensors. On a GPU it makes the host wait at every layer (for a boolean mask
+over the ranks' counts), and it refuses a layer whose batches aren't counted, as in
+`frozen_running_statistics`. This one gives the statistics, the output and the gradient of one process with
+the whole batch, on any device for which the process group has a backend.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from lvssl.training.distributed import gathered
 
 
 def synchronised(network: nn.Module) -> nn.Module:
-    """The network with each batch normalisation replaced by one over all ranks; the weights are shared."""
+    """Replace each batch normalisation of the network by one over all ranks, which shares its weights."""
     for name, child in network.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
             synced = SyncedBatchNorm(child.num_features)
@@ -33,7 +33,7 @@ def synchronised(network: nn.Module) -> nn.Module:
 
 
 class SyncedBatchNorm(_BatchNorm):
-    """`BatchNorm1d` and `2d` in one: [N, C] or [N, C, H, W], N may differ from rank to rank, down to none."""
+    """`BatchNorm1d` and `2d` in one: [N, C] or [N, C, H, W]. N may differ between ranks, and be 0."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -47,7 +47,7 @@ class SyncedBatchNorm(_BatchNorm):
         weight = plain if self.weight is None else self.weight
         bias = torch.zeros_like(plain) if self.bias is None else self.bias
         output, mean, variance, count = _Normalise.apply(input, weight, bias, self.eps)
-        # Compiled, they'd have a graph, and the running statistics would carry it from step to step.
+        # If compiled, they have a graph, which the running statistics would carry from step to step.
         mean, variance, count = mean.detach(), variance.detach(), count.detach()
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             assert self.momentum is not None
@@ -59,7 +59,7 @@ class SyncedBatchNorm(_BatchNorm):
 
 
 class _Normalise(torch.autograd.Function):
-    """y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var over the images of all ranks."""
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, with mean and var over the images of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -84,7 +84,7 @@ class _Normalise(torch.autograd.Function):
         grad = _wide(grad)
         sums = torch.stack([grad.sum(ctx.axes), (grad * normalised).sum(ctx.axes)])
         own_bias, own_weight = sums.clone()
-        dist.all_reduce(sums)  # what every rank's images make of the shared statistics
+        dist.all_reduce(sums)  # the shared statistics depend on every rank's images
         by_mean, by_scale = (sums / ctx.count).unbind(0)
         pulled = grad - by_mean.view(shape) - normalised * by_scale.view(shape)
         x_slope = pulled * (scale * weight).view(shape)
@@ -92,15 +92,15 @@ class _Normalise(torch.autograd.Function):
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Sums are made in fp32 at least."""
+    """Convert to fp32, or keep fp64, for sums."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 @contextmanager
 def frozen_running_statistics(network: nn.Module) -> Iterator[None]:
-    """Forward passes inside still normalise by their batch, but leave no trace in the running statistics:
-    for images that have been seen already, and are computed again for their gradient."""
-    # Moved by a share of 0 rather than not tracked: checkpointing wants the same graph at the second time.
+    """Context in which forward passes normalise by their batch, but don't move the running statistics; for
+    images that have been seen already and are computed again for their gradient."""
+    # A momentum of 0 rather than no tracking: checkpointing requires the same graph the second time.
     frozen = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     kept = [(module, module.momentum, module.num_batches_tracked) for module in frozen]
     for module in frozen:

@@ -1,7 +1,7 @@
-"""Several processes, one run: who am I, where do we meet, and is everybody still there?
+"""Several processes, one run: find this process's rank, connect the ranks, and notice if one dies.
 
-One entry for plain `python` (one process, no group), `torchrun` and Slurm's `srun`; which it is, the
-environment says. Tensors on a CPU travel by gloo, on a GPU by NCCL.
+The same entry serves plain `python` (one process, no group), `torchrun` and Slurm's `srun`; the environment
+variables tell which it is. CPU tensors are sent by gloo, GPU tensors by NCCL.
 """
 
 import os
@@ -22,34 +22,34 @@ import torch.distributed as dist
 from lvssl.training.stopping import Interrupted
 from pipelines.errors import InputError
 
-SAID_AFTER = 5.0  # seconds without the others, after which a line says who is awaited
-BEAT, DEAD_AFTER = 5.0, 40.0  # seconds between two signs of life; without one for so long, a rank is dead
+SAID_AFTER = 5.0  # seconds of waiting after which a line says for whom
+BEAT, DEAD_AFTER = 5.0, 40.0  # seconds between heartbeats, and without one until a rank counts as dead
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run."""
+    """This process's place among the processes of the run."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Among those of this machine: which of its GPUs to take."""
+    """Rank on this machine, which selects the GPU."""
     host: str = ""
     port: int = 0
     """Where rank 0 waits for the others."""
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes and speaks."""
+        """Whether this is the rank that writes files and prints."""
         return self.rank == 0
 
 
 def world_of(environment: Mapping[str, str] = os.environ) -> World:
-    """From the variables of torchrun, or of a Slurm step; one process alone where there are none.
+    """Read the variables of torchrun or of a Slurm step; without them, there is one process.
 
     Raises:
-        InputError: variables that don't fit together.
+        InputError: the variables don't fit together.
     """
     torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" in environment and "WORLD_SIZE" in environment:
@@ -70,7 +70,7 @@ def world_of(environment: Mapping[str, str] = os.environ) -> World:
 
 
 def _in_slurm_step(environment: Mapping[str, str]) -> bool:
-    """A batch script has the same variables as the steps that it starts with srun, but is one process."""
+    """Whether srun started this process. A batch script has the same variables, but is one process."""
     names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_NODELIST")
     batch_script = environment.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in environment
     return all(name in environment for name in names) and not batch_script
@@ -84,22 +84,22 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's node list: "gpu[07-09,12],login" -> "gpu07"."""
+    """Return the first host of Slurm's node list: "gpu[07-09,12],login" -> "gpu07"."""
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodes).split(",")[0]
 
 
 def port_of_job(environment: Mapping[str, str]) -> int:
-    """A port that belongs to this job and step: two jobs on one machine don't meet each other's ranks."""
+    """Return a port for this job and step, so that two jobs on one machine don't connect to each other."""
     job, step = environment.get("SLURM_JOB_ID", "0"), environment.get("SLURM_STEP_ID", "0")
     return 10_000 + (int(job) * 7 + (int(step) if step.isdigit() else 0)) % 20_000  # below the ephemeral ones
 
 
 @contextmanager
 def connected(world: World, device: torch.device, timeout_minutes: float = 10.0) -> Iterator[None]:
-    """A process group while the block runs; none for one process.
+    """Open a process group while the block runs; none for one process.
 
     Raises:
-        InputError: the ranks did not meet in time, or the port is taken; names host, port and rank.
+        InputError: the ranks didn't connect in time, or the port is taken; names host, port and rank.
         ConnectionError: another rank left or died meanwhile.
     """
     if world.size == 1:
@@ -134,7 +134,7 @@ def connected(world: World, device: torch.device, timeout_minutes: float = 10.0)
 
 
 def meet(world: World, timeout_minutes: float) -> dist.Store:
-    """The store that all ranks share, once all have come."""
+    """Return the store that all ranks share, once all have connected."""
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself keeps the store
     wait = timedelta(minutes=timeout_minutes)
@@ -142,7 +142,7 @@ def meet(world: World, timeout_minutes: float) -> dist.Store:
     listens, begun, told = world.first and not agent, time.monotonic(), False
 
     def wait_on(whom: str) -> bool:
-        """Wait a moment, in Python, where Ctrl-C arrives; False once it has been too long."""
+        """Wait a moment, in Python, so that Ctrl-C works; return False once the timeout is over."""
         nonlocal told
         waited = time.monotonic() - begun
         if waited > SAID_AFTER and not told:
@@ -169,7 +169,7 @@ def meet(world: World, timeout_minutes: float) -> dist.Store:
 
 
 def _awaiting(world: World, whom: str, wait: timedelta) -> str:
-    """One line that says why nothing happens."""
+    """One line on who is awaited, and where."""
     by_slurm = "RANK" not in os.environ
     alone = (
         f"; Slurm's variables say {world.size} processes: start them by srun, or unset SLURM_NTASKS for one"
@@ -181,7 +181,7 @@ def _awaiting(world: World, whom: str, wait: timedelta) -> str:
 
 
 def _answers(world: World) -> bool:
-    """Whether anybody listens where rank 0 should; torch's own waiting can't be broken off."""
+    """Whether anything listens where rank 0 should; torch's own wait can't be interrupted."""
     try:
         socket.create_connection((world.host, world.port), timeout=1).close()
     except OSError:
@@ -190,14 +190,14 @@ def _answers(world: World) -> bool:
 
 
 def leave(heartbeat: "Heartbeat") -> None:
-    """All ranks together: nobody takes another's orderly end for a death."""
+    """Leave the group together with all other ranks, so that none takes an orderly end for a death."""
     heartbeat.stop()
     dist.barrier()
     dist.destroy_process_group()
 
 
 def lost(error: RuntimeError) -> bool:
-    """Whether it says that a rank died or disconnected, rather than that something is wrong here."""
+    """Whether the error says that another rank died or disconnected."""
     words = ("gloo", "connection closed", "timed out", "broken pipe", "connection reset", "nccl")
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
@@ -211,9 +211,9 @@ def gone(world: World, who: str, why: str) -> str:
 
 
 class Heartbeat:
-    """A thread that gives signs of life through the store, and ends this process when another's are missing.
+    """A thread that sends heartbeats through the store, and ends this process when another's are missing.
 
-    A rank whose machine died closes no connection, and one that waits in a collective hears nothing else.
+    A rank whose machine died closes no connection, and a rank that waits in a collective notices nothing.
     """
 
     def __init__(self, world: World, store: dist.Store) -> None:
@@ -237,10 +237,10 @@ class Heartbeat:
                     self.end(f"rank {dead}", f"no sign of life for {DEAD_AFTER:.0f} s")
 
     def silent(self, seen: dict[int, tuple[bytes, float]], sign: str) -> int | None:
-        """Give a sign of life, and look for the others': a rank that has given none for too long, or None.
+        """Send a heartbeat and check the others'; return a rank that has sent none for too long, or None.
 
-        Rank 0 looks at all and says which is dead, the others look at rank 0 and at what it says: a few
-        requests of each rank, where each looking at each would be the square of their number.
+        Rank 0 checks all ranks and says which is dead; the others check rank 0 and what it says. That takes a
+        few requests per rank, where checking each other would take the square of their number.
         """
         self.store.set(f"beat/{self.world.rank}", sign)
         for rank in range(self.world.size) if self.world.first else (0,):
@@ -257,11 +257,11 @@ class Heartbeat:
         return None if dead == self.world.rank else dead
 
     def end(self, who: str, why: str) -> None:
-        # The main thread may have heard of it, or be leaving in good order; the others, of rank 0's store.
+        # The main thread may have noticed, or be leaving in order; the others may need rank 0's store.
         if self.stopped.wait(2 * BEAT if self.world.first else BEAT):
             return
         print(f"error: {gone(self.world, who, why)}", file=sys.stderr, flush=True)
-        os._exit(1)  # the main thread may wait in a collective that can't be broken off
+        os._exit(1)  # the main thread may wait in a collective that can't be interrupted
 
     def stop(self) -> None:
         self.stopped.set()
@@ -270,7 +270,7 @@ class Heartbeat:
 
 
 def from_first(world: World, make: Callable[[], T]) -> T:
-    """What `make` gives on rank 0, on every rank; an InputError of rank 0 is everybody's."""
+    """Call `make` on rank 0 and return its result on every rank; an InputError is raised on every rank."""
     if world.size == 1:
         return make()
     said: list[Any] = [None, None]
@@ -286,7 +286,7 @@ def from_first(world: World, make: Callable[[], T]) -> T:
 
 
 def all_reduce_max(*values: int) -> list[int]:
-    """The largest of all ranks' values, each; the hosts exchange them, no device is waited for."""
+    """Return each value's maximum over the ranks; the hosts exchange them without waiting for a device."""
     if not dist.is_initialized():
         return list(values)
     shared = torch.tensor(values)
@@ -295,7 +295,7 @@ def all_reduce_max(*values: int) -> list[int]:
 
 
 def everywhere(verdict: torch.Tensor) -> torch.Tensor:
-    """Whether a bool on the device is true on every rank; the host doesn't wait."""
+    """Return whether a bool on the device is true on every rank; the host doesn't wait."""
     if not dist.is_initialized():
         return verdict
     shared = verdict.to(torch.int32)
@@ -304,7 +304,7 @@ def everywhere(verdict: torch.Tensor) -> torch.Tensor:
 
 
 def gathered(own: torch.Tensor) -> list[torch.Tensor]:
-    """What each rank has, all of one shape, in the order of the ranks."""
+    """Gather a tensor of one shape from each rank, in the order of the ranks."""
     if not dist.is_initialized():
         return [own]
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
@@ -313,7 +313,7 @@ def gathered(own: torch.Tensor) -> list[torch.Tensor]:
 
 
 def mean_over_ranks(figures: torch.Tensor) -> torch.Tensor:
-    """The mean of each figure over the ranks, on each of them."""
+    """Average each figure over the ranks, on each of them."""
     if dist.is_initialized():
         dist.all_reduce(figures)
         figures = figures / dist.get_world_size()
@@ -321,7 +321,7 @@ def mean_over_ranks(figures: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast_state(network: torch.nn.Module, buffers_alone: bool = False) -> None:
-    """Rank 0's parameters and buffers on every rank."""
+    """Copy rank 0's parameters and buffers to every rank."""
     if dist.is_initialized():
         tensors = list(network.buffers()) + ([] if buffers_alone else list(network.parameters()))
         for tensor in tensors:

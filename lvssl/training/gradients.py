@@ -1,4 +1,4 @@
-"""From a batch to gradients: in one piece or through a cache, averaged over ranks, checked and clipped."""
+"""Gradients of a batch: at once or by GradCache, averaged over the ranks, checked and clipped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lvssl.losses.distributed import ranks
 from lvssl.training.batchnorm import frozen_running_statistics
 
 Context = Callable[[], AbstractContextManager]
-BUCKET = 25 * 2**20  # bytes of gradients that travel together
+BUCKET = 25 * 2**20  # bytes of gradients that are sent together
 
 
 def backward(
@@ -30,26 +30,26 @@ def backward(
     scaled: Callable[[Tensor], Tensor] = lambda loss: loss,
     averaging: GradientAllReducer | None = None,
 ) -> None:
-    """Gradients of loss_of(backbone(images)) in all parameters, added to what is there.
+    """Add the gradients of loss_of(backbone(images)) to those of all parameters.
 
-    With `chunk` below the number of images, the backbone takes so many at once and its activations are those
-    of one chunk (GradCache, Gao et al. 2021, arXiv 2101.06983): features of all chunks without a graph; the
-    loss on the whole batch, and its gradient in the features; each chunk again, with that gradient. Running
-    statistics are moved by the first pass alone. A backbone with batch normalisation sees the statistics of a
-    chunk; one without gives the gradients of one piece.
+    With `chunk` below the number of images, the backbone takes this many at once and holds the activations of
+    one chunk (GradCache, Gao et al. 2021, arXiv 2101.06983). It computes the features of all chunks without a
+    graph, then the loss on the whole batch and its gradient in the features, then each chunk again, with that
+    gradient. Only the first pass moves running statistics. A backbone with batch normalisation sees the
+    statistics of a chunk; one without gives the same gradients as without chunks.
 
     Args:
         images: [N, 3, R, R]. loss_of: features [N, F] -> a scalar.
-        autocast: makes the context that the backbone runs in.
-        scaled: multiplies the loss, for fp16.
-        averaging: sends what is complete meanwhile; the caller finishes it.
+        autocast: makes the context in which the backbone runs.
+        scaled: scales the loss, for fp16.
+        averaging: sends gradients as they become complete; the caller calls `finish`.
     """
     if not 0 < chunk < len(images):
         with autocast():
             features = backbone(images)
         scaled(loss_of(features)).backward()
         return
-    parts = images.tensor_split(math.ceil(len(images) / chunk))  # as equal as can be: no part of one view
+    parts = images.tensor_split(math.ceil(len(images) / chunk))  # as equal as possible: no part has one view
     with torch.no_grad(), autocast():
         features = torch.cat([backbone(part) for part in parts])
     features.requires_grad_()
@@ -65,21 +65,21 @@ def backward(
 
 
 class GradientAllReducer:
-    """The mean of every gradient over the ranks, on each of them, exchanged while the backward pass runs.
+    """Averages every gradient over the ranks, while the backward pass runs.
 
-    Parameters lie in buckets, the last layers' first, for their gradients come first. A bucket is sent as
-    soon as it and those before it are complete, in the same order on every rank; `finish` sends the rest and
-    waits. A parameter without gradient on one rank has one of zeros there. Not DDP: its reducer wants to wrap
-    the forward pass of the whole network, and the cache runs through the backbone alone, again and again.
-    Buckets have a communicator of their own: they don't queue behind what the loss and SyncBatchNorm send.
+    Parameters are grouped into buckets, the last layers first, because their gradients come first. A bucket
+    is sent as soon as it and those before it are complete, in the same order on every rank; `finish` sends
+    the rest and waits. A parameter without a gradient on one rank counts as zeros there. DDP won't do: its
+    reducer wraps the forward pass of the whole network, and GradCache runs the backbone alone, several times.
+    Buckets have their own communicator, so as not to queue behind messages of the loss and SyncBatchNorm.
 
-    timeout_minutes: how long to wait for another rank. All ranks make theirs at the same time.
+    timeout_minutes: how long to wait for another rank. All ranks create theirs at the same time.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], timeout_minutes: float = 10.0) -> None:
         self.buckets: list[list[nn.Parameter]] = []
         self.group: Any = dist.new_group(timeout=timedelta(minutes=timeout_minutes)) if ranks() > 1 else None
-        self.held = False  # True: the gradients that come are not the step's last
+        self.held = False  # True: more gradients of this step will follow
         room = 0
         for parameter in reversed([p for p in parameters if p.requires_grad] if ranks() > 1 else []):
             if room <= 0:
@@ -111,7 +111,7 @@ class GradientAllReducer:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """After the step's last backward pass."""
+        """Send what is left and wait; call it after the step's last backward pass."""
         while len(self.sent) < len(self.buckets):
             self._send()
         for bucket, (flat, work) in zip(self.buckets, self.sent):
@@ -124,11 +124,11 @@ class GradientAllReducer:
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], clip: float = 0.0) -> Tensor:
-    """Clip the norm of all gradients together, to `clip` where that is above 0.
+    """Clip the norm of all gradients together to `clip`, if that is above 0.
 
     Returns:
-        The norm before, a scalar on the device, not finite if one gradient isn't; nothing waits for it. The
-        gradients are then worth nothing: it is for the optimiser to make no step.
+        The norm before, a scalar on the device, without waiting for it. It isn't finite if one gradient
+        isn't; the optimiser must then skip the step.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))

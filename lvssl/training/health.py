@@ -1,14 +1,14 @@
-"""Is the latent alive? Figures of its posteriors in a batch, and what they mean when they are bad.
+"""Health of the latent: figures of its posteriors in a batch, and what to do when they are bad.
 
     active_units     parts of the code (bits, dimensions, groups) whose KL is above 0.01 nats on average
-    units            how many there are
+    units            number of these parts
     dead_bits        bits of the code that are on for under 1 %, or over 99 %, of the batch
-    bits_per_unit    KL of a unit, bits: for a Bernoulli the init_scale, 1 - entropy
+    bits_per_unit    KL of a unit in bits: for a Bernoulli, 1 - entropy
     saturated        share of logits whose gradient has vanished, or of scales at their bounds
-    logit_scale      deviation of the locations (logits, means) over the batch, mean over dimensions
-    scale_variation  deviation of the scale's numbers (ln s^2, ln kappa ...) over the batch, likewise
+    logit_scale      standard deviation of the locations (logits, means) over the batch, mean over dimensions
+    scale_variation  the same for the scale parameters (ln s^2, ln kappa ...)
 
-Rate and distortion are the objective's own figures.
+Rate and distortion are figures of the objective.
 """
 
 import math
@@ -26,7 +26,7 @@ from lvssl.runs.progress import read_metrics
 from lvssl.runs.run import read_config
 
 ACTIVE_NATS = 0.01
-SETTLED = 0.2  # share of the training after which a scale that doesn't vary is an alarm
+SETTLED = 0.2  # share of the training after which a scale that doesn't vary raises an alarm
 FIGURES = (
     "active_units", "units", "dead_bits", "bits_per_unit", "saturated", "logit_scale", "scale_variation",
 )  # fmt: skip
@@ -34,16 +34,16 @@ FIGURES = (
 
 @torch.no_grad()
 def health(network: LVNet, outputs: Outputs) -> dict[str, Tensor]:
-    """The figures of a batch, scalars on its device: nothing waits for it. Empty without a latent."""
+    """Return the figures of a batch as scalars on its device, without waiting. Empty without a latent."""
     posterior, family = outputs.posterior, network.family
     if not family.stochastic:
         return {}
-    unit_kl = batch_mean(posterior.unit_kl())  # over all ranks: a share of the whole batch has to be small
+    unit_kl = batch_mean(posterior.unit_kl())  # over all ranks: the figures are those of the whole batch
     on = batch_mean(posterior.code().float())
     locations, scales = outputs.parameters.float().tensor_split([family.location_count(network.dim)], dim=1)
     figures = {
         "active_units": (unit_kl > ACTIVE_NATS).sum(),
-        "units": torch.full((), len(unit_kl), device=unit_kl.device),  # a copy would wait
+        "units": torch.full((), len(unit_kl), device=unit_kl.device),  # a copy from the host would wait
         "dead_bits": ((on < DEAD_BELOW) | (on > 1 - DEAD_BELOW)).sum(),
         "bits_per_unit": unit_kl.mean() / math.log(2),
         "saturated": posterior.saturated(),
@@ -55,12 +55,12 @@ def health(network: LVNet, outputs: Outputs) -> dict[str, Tensor]:
 
 
 def deviation(x: Tensor) -> Tensor:
-    """Standard deviation of each column of x [N, D] over the batch of all ranks: [D]."""
+    """Standard deviation of each column of x [N, D] over the batch of all ranks, [D]."""
     return batch_mean((x - batch_mean(x)).square()).sqrt()
 
 
 def alarms(row: dict[str, Any], fraction: float) -> dict[str, str]:
-    """What is wrong by a row of metrics.jsonl, with what to do; `fraction` of the training is done."""
+    """Return what a row of metrics.jsonl shows to be wrong, and a remedy; `fraction` of training is done."""
     found = {}
     units, active = row.get("units", 0), row.get("active_units", 0)
     if units and active < 0.05 * units:
@@ -82,7 +82,7 @@ def alarms(row: dict[str, Any], fraction: float) -> dict[str, str]:
 
 
 def warn(row: dict[str, Any], fraction: float, known: set[str]) -> None:
-    """One line on stderr for each alarm that isn't known yet."""
+    """Print one line on stderr for each alarm that isn't in `known`, and add it."""
     found = alarms(row, fraction)
     for name in found.keys() - known:
         print(f"warning: step {row['step']}: {name}: {found[name]}", file=sys.stderr, flush=True)
@@ -90,10 +90,10 @@ def warn(row: dict[str, Any], fraction: float, known: set[str]) -> None:
 
 
 def examine(folder: Path) -> int:
-    """Print a run's last figures and its alarms; 1 if there are any, else 0.
+    """Print a run's last figures and its alarms; return 1 if there are any, else 0.
 
     Raises:
-        InputError: no run.
+        InputError: the folder is no run.
     """
     settings, _ = read_config(folder)
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "units" in row]

@@ -1,5 +1,5 @@
 """The loop that pretraining, linear evaluation and fine-tuning share: position, checkpoints, signals, log,
-and what becomes of a step that isn't finite. A training brings its step.
+and the handling of non-finite steps. Each of them implements its own step.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Pace:
     """How often a training logs and saves, and when it gives up.
 
     Attributes:
-        batch_size: images a step, over all ranks.
-        keep: checkpoints. non_finite_steps: this many in a row end the training.
-        clip: the norm of all gradients together, 0: as it is.
+        batch_size: images per step, over all ranks.
+        keep: number of checkpoints. non_finite_steps: this many in a row end the training.
+        clip: maximum norm of all gradients together; 0 means no clipping.
         timeout_minutes: how long a rank waits for another's gradients.
-        sinks: where figures go beside metrics.jsonl.
+        sinks: where figures are logged in addition to metrics.jsonl.
     """
 
     batch_size: int
@@ -56,15 +56,15 @@ class Loop(ABC):
     """One resumable training in a folder, on one of `world`'s ranks.
 
     Attributes:
-        operations: of the backbone for an image, forward and backward; 0: not counted. peak: of one GPU, a
+        operations: of the backbone per image, forward and backward; 0: not counted. peak: of one GPU, per
             second, if known.
-        step, steps: optimiser steps done, and wanted. seconds: of training, over all its interruptions.
-        host_reads: whether the host may look at what a step computed before the next begins; None: on a CPU
-            alone, for elsewhere it would wait for the device. False on a CPU takes the way of a GPU.
+        step, steps: optimiser steps done, and in total. seconds: training time, across interruptions.
+        host_reads: whether the host may read a step's results before the next step; None: only on a CPU,
+            because elsewhere it would wait for the device. False on a CPU takes the GPU's code path.
     """
 
     title: str
-    remedy = "Lower --lr"  # where steps stay non-finite
+    remedy = "Lower --lr"  # if steps stay non-finite
     resuming = "the same command resumes it"
 
     def __init__(
@@ -86,7 +86,7 @@ class Loop(ABC):
         self.key = torch.zeros(1, dtype=torch.int64, device=device)  # of the step's noise
 
     def trains(self, network: nn.Module, optimiser: torch.optim.Optimizer, fp16: bool) -> None:
-        """Say what is trained; before the first step."""
+        """Set what is trained; call it before the first step."""
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.optimiser, self.averaging = (
             optimiser,
@@ -97,34 +97,34 @@ class Loop(ABC):
 
     @abstractmethod
     def train_step(self, batch: ViewBatch) -> Figures:
-        """One step of the optimiser; its figures, "loss" among them, stay tensors on the device."""
+        """Take one optimiser step; return its figures, with "loss", as tensors on the device."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """All that a resumed training needs, "step" among it."""
+        """Return everything that a resumed training needs, including "step"."""
 
     @abstractmethod
     def load_state(self, state: dict[str, Any]) -> None: ...
 
     @abstractmethod
     def advice(self) -> str:
-        """What to change where memory doesn't suffice."""
+        """What to change if memory runs out."""
 
     def note(self, row: dict[str, Any]) -> str:
-        """What the terminal shows of a row of the log."""
+        """Format a row of the log for the terminal."""
         return f"loss {row['loss']:.3f} · data {row['data_percent']:.0f} %"
 
     # -- the state on disk ------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Of rank 0, beside what follows; an error shows at the next call, or at `writer.wait()`."""
+        """Save the state on rank 0, in the background; the next call or `writer.wait()` raises its errors."""
         if self.world.first:
             self.writer.save(self.folder / "checkpoints", self.step, self.state(), self.pace.keep)
 
     def restore(self) -> None:
-        """Load the newest checkpoint, if there is one: the one that rank 0 finds to be whole.
+        """Load the newest checkpoint that rank 0 finds undamaged, if there is any.
 
-        Raises InputError if all that are there are damaged.
+        Raises InputError if all checkpoints are damaged.
         """
         found = from_first(self.world, lambda: checkpoint.latest(self.folder / "checkpoints"))
         if found is not None:
@@ -135,10 +135,10 @@ class Loop(ABC):
     # -- the loop ---------------------------------------------------------------------------------
 
     def train(self, stop: Stop) -> None:
-        """Go on to the last step, or until a signal came to any rank.
+        """Train to the last step, or until any rank receives a signal.
 
         Raises:
-            Interrupted: on all ranks, the state saved.
+            Interrupted: on all ranks, once the state is saved.
             FloatingPointError: too many non-finite steps in a row. MemoryError: names the setting to change.
         """
         log = Log(self) if self.world.first else None
@@ -159,7 +159,7 @@ class Loop(ABC):
                 log.close()
 
     def epoch(self, window: ThroughputMeter, log: Log | None, stop: Stop) -> None:
-        """The steps that are left of an epoch, each with its row in the log where one is due."""
+        """Train the remaining steps of an epoch, and log a row where one is due."""
         batches = iter(self.loader)
         while self.step < self.steps and (batch := next(batches, None)) is not None:
             window.steps += 1
@@ -172,15 +172,16 @@ class Loop(ABC):
             self.between_steps(stop)
 
     def draw_from(self, seed: int) -> None:
-        """Key the noise by (seed, step): a resumed or repeated step draws the same."""
+        """Key the noise by (seed, step), so that a resumed or repeated step draws the same."""
         self.key.fill_(key_of(seed, self.step))
 
     def noise(self, count: int, views: int) -> Noise:
-        """This step's, for `count` images of this rank, equal parts of each of `views` views."""
+        """Return this step's noise for `count` images of this rank, equally many of each of `views` views."""
         return Noise(self.key, rows_of(count, views, self.world.rank, self.world.size, self.device))
 
     def speed(self, window: ThroughputMeter) -> dict[str, float]:
-        """`ThroughputMeter.speed`, and percent of the GPUs' peak, where that and the operations are known."""
+        """`ThroughputMeter.speed`, and the percentage of the GPUs' peak if that and `operations` are
+        known."""
         found = window.speed()
         if self.peak and self.operations:
             share = found["images_per_second"] * self.operations / (self.peak * self.world.size)
@@ -188,7 +189,7 @@ class Loop(ABC):
         return found
 
     def update(self, loss: Tensor) -> Tensor:
-        """One step of the optimiser from the gradients, if these are finite; a bool on the device."""
+        """Take an optimiser step if the gradients are finite; return that as a bool on the device."""
         self.averaging.finish()
         scaled = self.scaler.is_enabled()
         if scaled:
@@ -196,7 +197,7 @@ class Loop(ABC):
         norm = clip_gradients(self.parameters, self.pace.clip)
         finite = norm.isfinite()
         if scaled:
-            # Gradients that overflow are a part of the search for a scale, down to 1, and no failure.
+            # Overflowing gradients are part of the search for a scale, down to 1, and not a failure.
             searching = self.scaler.scale(torch.ones_like(norm)) > 1
             finite = everywhere(loss.detach().isfinite()) & (finite | searching)
             self.scaler.step(self.optimiser)
@@ -209,8 +210,8 @@ class Loop(ABC):
         return finite
 
     def between_steps(self, stop: Stop) -> None:
-        """All ranks agree whether to go on; rank 0 saves when it is time, and at the end of the first epoch,
-        so that there is something soon, and of the last."""
+        """Agree on all ranks whether to go on. Rank 0 saves when it is time, at the end of the first epoch,
+        so that there is an early checkpoint, and at the end of the last."""
         asked, bad = all_reduce_max(stop.signal, self.finite.in_a_row())
         if bad >= self.pace.non_finite_steps:
             raise self.diverged()
@@ -226,7 +227,7 @@ class Loop(ABC):
             raise Interrupted(f"{name}: stopped at step {self.step}, saved; {self.resuming}")
 
     def row(self, figures: Figures) -> dict[str, Any]:
-        """One row of metrics.jsonl, over all ranks. The only place where the host waits for the device."""
+        """Return a row of metrics.jsonl, over all ranks. Only here does the host wait for the device."""
         row: dict[str, Any] = {"step": self.step, "epoch": self.step / len(self.loader)}
         if figures:
             values = mean_over_ranks(torch.stack([value.float() for value in figures.values()]))
@@ -235,7 +236,7 @@ class Loop(ABC):
         return row
 
     def diverged(self) -> FloatingPointError:
-        """The error to raise, once the indices of this rank's part of the batch are kept."""
+        """Save the indices of this rank's part of the batch, and return the error to raise."""
         part = "" if self.world.first else f"_rank{self.world.rank}"
         path = self.folder / f"non_finite_batch{part}.npy"
         if self.finite.indices is not None:
@@ -249,8 +250,7 @@ class Loop(ABC):
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether this error says so, or one that it came of: a recording that fails ends with an error of its
-    own."""
+    """Whether this error, or one that caused it, says so; a failed recording raises an error of its own."""
     if error is None:
         return False
     words = ("can't allocate memory", "not enough memory", "out of memory")
@@ -259,9 +259,9 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 class NonFiniteMonitor:
-    """Non-finite steps in a row, counted without waiting for the device; their batch statistics undone.
+    """Counts non-finite steps in a row without waiting for the device, and undoes their batch statistics.
 
-    Statistics are kept and put back all together: what that launches doesn't grow with their number.
+    Statistics are kept and restored all together, so the number of launches doesn't grow with theirs.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -273,23 +273,23 @@ class NonFiniteMonitor:
         self.kept: list[Tensor] = []
 
     def statistics(self) -> list[list[Tensor]]:
-        """The running statistics, and the counters of batches: those of a type together."""
+        """Return the running statistics and the counters of batches, grouped by type."""
         running = [s for layer in self.layers for s in (layer.running_mean, layer.running_var)]
         counters = [layer.num_batches_tracked for layer in self.layers]
         groups = ([s for s in group if s is not None] for group in (running, counters))
         return [group for group in groups if group]
 
     def keep(self) -> None:
-        """Remember the running statistics from before the step."""
+        """Keep the running statistics from before the step."""
         self.kept = [joined(group) for group in self.statistics()]
 
     def undo(self, finite: Tensor) -> None:
-        """Put back the statistics that a step has spoilt, if it wasn't `finite`, a bool on the device."""
+        """Restore the statistics from before the step, unless it was `finite`, a bool on the device."""
         for kept, group in zip(self.kept, self.statistics()):
             put(torch.where(finite, joined(group), kept), group)
 
     def see(self, finite: Tensor, indices: Tensor) -> None:
-        """A step's verdict, a bool on the device, which `in_a_row` counts once the device has come to it."""
+        """Queue a step's `finite`, a bool on the device, which `in_a_row` counts once it is computed."""
         event = None
         if finite.is_cuda:
             event, stream = torch.cuda.Event(), torch.cuda.current_stream(finite.device)
@@ -298,7 +298,7 @@ class NonFiniteMonitor:
         self.waiting.append((finite, event, indices))
 
     def in_a_row(self) -> int:
-        """Of the steps that the device has finished."""
+        """Count the last non-finite steps in a row, among those that the device has finished."""
         while self.waiting and (self.waiting[0][1] is None or self.waiting[0][1].query()):
             finite, _, indices = self.waiting.popleft()
             if finite:
@@ -309,18 +309,18 @@ class NonFiniteMonitor:
 
 
 def joined(tensors: list[Tensor]) -> Tensor:
-    """All their numbers in one tensor, [N]."""
+    """Join the tensors' numbers in one tensor, [N]."""
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def put(numbers: Tensor, tensors: list[Tensor]) -> None:
-    """What `joined` has joined, back in its places."""
+    """Copy the numbers that `joined` has joined back into the tensors."""
     parts = numbers.split([tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
 
 
 class Log:
-    """The lines of a training, on rank 0: metrics.jsonl, TensorBoard and the terminal."""
+    """Log of a training, on rank 0: metrics.jsonl, the sinks and the terminal."""
 
     def __init__(self, loop: Loop) -> None:
         loop.folder.mkdir(parents=True, exist_ok=True)

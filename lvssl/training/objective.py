@@ -1,4 +1,4 @@
-"""The loss of a step, a function of what the network gave and of the settings alone."""
+"""The loss of a step, a function of the network's outputs and the settings alone."""
 
 import math
 
@@ -19,16 +19,16 @@ Figures = dict[str, Tensor]
 
 
 def objective(outputs: Outputs, settings: PretrainSettings, fraction: float) -> Figures:
-    """The loss and its parts, from the posteriors and projections of 2B views.
+    """Compute the loss and its parts from the posteriors and projections of 2B views.
 
-    A pure function: nothing is drawn, kept or changed, so that it may also be evaluated on detached tensors
-    of a whole batch (`dataclasses.replace(outputs, features=..., parameters=..., kl=None, ...)`).
+    This is a pure function: nothing is drawn, kept or changed, so it can also be evaluated on detached
+    tensors of a whole batch (`dataclasses.replace(outputs, features=..., parameters=..., kl=None, ...)`).
 
         loss = (1 - clean) * distortion + clean * the base loss of the clean path
              + beta(t) * rate + decorrelation of hard bits, the code's or those of h
 
     Args:
-        fraction: of the training that is done, in [0, 1]: the weight of the rate depends on it.
+        fraction: share of the training that is done, in [0, 1], on which the weight of the rate depends.
     """
     latent = settings.latent
     sampled, figures = distortion(outputs, settings)
@@ -48,15 +48,16 @@ def objective(outputs: Outputs, settings: PretrainSettings, fraction: float) -> 
 
 
 def rate_weight(latent: LatentSettings, fraction: float) -> float:
-    """beta(t), when `fraction` of the training is done."""
+    """Return beta(t) when `fraction` of the training is done."""
     return beta_at(fraction, latent.final_beta, latent.beta_warmup, latent.beta_schedule, latent.beta_cycles)
 
 
 def penalised_bits(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor | None, float]:
-    """What decorrelation falls on ([N, D], None: nothing), and its weight.
+    """Return the bits to decorrelate ([N, D], or None) and the weight of the penalty.
 
-    The code's bits; but those of a code longer than h hang together whatever h is, and the batch is often too
-    small to tell: their penalty then makes bits that are hardly ever on. There the sign bits of h take it.
+    These are the code's bits, unless the code is longer than h. Its bits are then dependent whatever h is,
+    and the batch is often too small to tell, so that the penalty would lead to bits that are hardly ever on.
+    The sign bits of h are penalised instead.
     """
     latent, features = settings.latent, outputs.features
     features = features.to(torch.promote_types(features.dtype, torch.float32))
@@ -69,7 +70,7 @@ def penalised_bits(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor
 
 
 def distortion(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor, Figures]:
-    """The loss of the sampled path, `--objective`, and its parts where it has any."""
+    """Return the loss of the sampled path, `--objective`, and its parts, if it has any."""
     name, u, temperature = settings.latent.objective, outputs.projections, settings.temperature
     if name in OF_VECTORS:
         each = [of_vectors(v, settings) for v in (u[None] if u.ndim == 2 else u)]
@@ -88,8 +89,8 @@ def distortion(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor, Fi
 
 
 def of_vectors(u: Tensor, settings: PretrainSettings) -> tuple[Tensor, Figures]:
-    """NT-Xent, DCL or VICReg of vectors [2B, P], with the weighed variance and covariance beside; its parts,
-    not weighed."""
+    """Return NT-Xent, DCL or VICReg of vectors [2B, P] with weighted variance and covariance, and its parts,
+    unweighted."""
     latent = settings.latent
     parts: Figures = {}
     if latent.objective == "vicreg" or any(latent.spread):
@@ -107,11 +108,11 @@ def of_vectors(u: Tensor, settings: PretrainSettings) -> tuple[Tensor, Figures]:
 
 
 def bottleneck(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor, Figures]:
-    """C-SimCLR's conditional-entropy bottleneck (Lee et al. 2021): weight * I(x; z | y) - I(y; z), bounded.
+    """C-SimCLR's conditional-entropy bottleneck (Lee et al. 2021): bounds of weight * I(x; z | y) - I(y; z).
 
     With e(z | x) the posterior and b(z | y) a von Mises-Fisher distribution of concentration kappa_b about
     the other view's mean direction, the residual information is
-    KL(e || b) = -H(e) - kappa_b E[z] . mu_y - ln C, in closed form where the paper draws samples.
+    KL(e || b) = -H(e) - kappa_b E[z] . mu_y - ln C, in closed form, where the paper draws samples.
     """
     posterior, kappa = outputs.posterior, settings.latent.ceb_kappa
     assert isinstance(posterior, SphericalPosterior)

@@ -1,4 +1,4 @@
-"""Optimisers with parameter groups by module type, and the schedule of the learning rate."""
+"""Optimisers with parameter groups by module type, and the learning-rate schedule."""
 
 import math
 from collections.abc import Iterator
@@ -12,16 +12,16 @@ from torch.optim import Optimizer
 
 from lvssl.settings.pretrain import OptimiserSettings
 
-# Modules whose `weight` decays, and is what LARS adapts the step to.
+# Modules to whose `weight` weight decay and LARS's adaptation apply.
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def build_optimiser(network: nn.Module, settings: OptimiserSettings, fused: bool = False) -> Optimizer:
-    """The optimiser over `groups(network)`: weight decay and LARS's adaptation on the first of them alone.
+    """Build the optimiser over `groups(network)`, with weight decay and LARS's adaptation on the first alone.
 
     Args:
-        fused: its step is one kernel over many tensors, and reads on the device whether it is to be made:
-            where the attribute `found_inf`, a float32 scalar, is 1, weights, moments and counters stay.
+        fused: take a step in one kernel over many tensors, which reads on the device whether to take it: if
+            the attribute `found_inf`, a float32 scalar, is 1, weights, moments and counters stay.
     """
     decayed, others = groups(network)
     parameters = [
@@ -47,9 +47,9 @@ S = TypeVar("S", bound=torch.optim.SGD)
 
 
 def with_momentum(optimiser: S) -> S:
-    """The same, its momentum begun at zero, which gives the same first step.
+    """Start the optimiser's momentum at zero, which gives the same first step.
 
-    torch's fused SGD leaves momentum without contents where the first step is one that `found_inf` forbids.
+    torch's fused SGD leaves momentum uninitialised if `found_inf` forbids the first step.
     """
     for group in optimiser.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
@@ -58,8 +58,8 @@ def with_momentum(optimiser: S) -> S:
 
 
 class FusedLars(torch.optim.SGD):
-    """LARS (You et al. 2017) as timm has it, in two parts: gradients adapted layer by layer, in place, then
-    torch's fused SGD, which takes `found_inf`. Groups with `adapted_decay` are adapted."""
+    """LARS (You et al. 2017) as in timm, in two parts: adapt gradients layer by layer, in place, then take a
+    step of torch's fused SGD, which reads `found_inf`. Groups with `adapted_decay` are adapted."""
 
     def __init__(self, parameters: list[dict[str, Any]], trust: float, **options: Any) -> None:
         super().__init__(parameters, fused=True, **options)
@@ -75,8 +75,8 @@ class FusedLars(torch.optim.SGD):
 
 
 def adapt(weights: list[Tensor], gradients: list[Tensor], decay: float, trust: float) -> None:
-    """g <- (g + decay w) * trust |w| / (|g| + decay |w|) for each layer, in place; without the factor where w
-    or g is zero."""
+    """g <- (g + decay w) * trust |w| / (|g| + decay |w|) for each layer, in place; the factor is 1 if w or g
+    is zero."""
     of_weights, of_gradients = (torch.stack(torch._foreach_norm(x)) for x in (weights, gradients))
     ratios = trust * of_weights / (of_gradients + decay * of_weights + 1e-8)
     ratios = torch.where((of_weights > 0) & (of_gradients > 0), ratios, 1.0)
@@ -86,8 +86,8 @@ def adapt(weights: list[Tensor], gradients: list[Tensor], decay: float, trust: f
 
 @contextmanager
 def capturable(optimiser: Optimizer) -> Iterator[None]:
-    """A step of torch's AdamW refuses to be recorded in a CUDA graph without its groups' `capturable`, and
-    warns of it elsewhere. A fused one is the same with it."""
+    """Context that sets the groups' `capturable`. torch's AdamW can't be recorded in a CUDA graph without it,
+    and warns of it elsewhere; for a fused step it makes no difference."""
     groups = [group for group in optimiser.param_groups if "capturable" in group]
     for group in groups:
         group["capturable"] = True
@@ -99,9 +99,9 @@ def capturable(optimiser: Optimizer) -> Iterator[None]:
 
 
 def restore_optimiser(optimiser: Optimizer, state: dict[str, Any]) -> None:
-    """Load a state, of a fused optimiser or not, on another device or the same: moments, counters and the
-    current rate are the state's, options and the layout in memory are the optimiser's own. Fused kernels want
-    moments to lie as the weights do."""
+    """Load a state, of a fused optimiser or not, from the same or another device. Moments, counters and the
+    current rate are taken from the state, options and memory layout from the optimiser. Fused kernels require
+    moments in the layout of the weights."""
     groups = [
         own | {"params": saved["params"], "lr": float(saved["lr"])}
         for own, saved in zip(optimiser.param_groups, state["param_groups"], strict=True)
@@ -114,9 +114,9 @@ def restore_optimiser(optimiser: Optimizer, state: dict[str, Any]) -> None:
 
 
 def groups(network: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """(weights of linear and convolutional layers, all else that is trained: biases, normalisation), by name.
+    """Return (weights of linear and convolutional layers, all other trained parameters), by name.
 
-    By module type: names miss a ResNet's `downsample.1`, which is a normalisation.
+    Groups go by module type: by name, a ResNet's `downsample.1`, which is a normalisation, would be missed.
     """
     decayed: dict[str, nn.Parameter] = {}
     others: dict[str, nn.Parameter] = {}
@@ -129,7 +129,7 @@ def groups(network: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Pa
 
 
 def describe_groups(network: nn.Module, settings: OptimiserSettings) -> str:
-    """What the groups are, for the log, in one line."""
+    """Describe the groups in one line, for the log."""
     decayed, others = (
         f"{sum(p.numel() for p in group.values()):,} parameters in {len(group)}" for group in groups(network)
     )
@@ -141,7 +141,7 @@ def describe_groups(network: nn.Module, settings: OptimiserSettings) -> str:
 
 
 def peak_lr(settings: OptimiserSettings, batch_size: int) -> float:
-    """The learning rate at the end of the warm-up (rules: SimCLR, Chen et al. 2020, appendix B.1)."""
+    """Learning rate at the end of the warm-up (rules: SimCLR, Chen et al. 2020, appendix B.1)."""
     factor = {"given": 1.0, "linear": batch_size / 256, "sqrt": math.sqrt(batch_size)}
     return settings.lr * factor[settings.lr_rule]
 

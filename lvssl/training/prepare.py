@@ -1,4 +1,4 @@
-"""A network made ready for a device and for several ranks: layout, precision, statistics, recomputation."""
+"""Prepare a network for a device and for several ranks: layout, precision, statistics, recomputation."""
 
 import os
 import tempfile
@@ -21,9 +21,9 @@ N = TypeVar("N", bound=nn.Module)
 
 
 def prepared(network: N, engine: EngineSettings, device: torch.device, ranks: int = 1) -> N:
-    """The same network on the device, as the settings want its memory to lie; call before the optimiser.
+    """Move the network to the device, in the memory layout of the settings; call it before the optimiser.
 
-    Names in its state_dict stay what they are.
+    The names in its state_dict don't change.
     """
     claim(device, precision(engine, device), engine.deterministic)
     network = network.to(device)
@@ -34,7 +34,7 @@ def prepared(network: N, engine: EngineSettings, device: torch.device, ranks: in
 
 
 def compiles(settings: PretrainSettings, images: int, device: torch.device, ranks: int = 1) -> bool:
-    """Whether a run over `images`, of all epochs together, compiles its backbone, see `--compile`."""
+    """Whether a run over `images`, of all epochs together, compiles its backbone (see `--compile`)."""
     engine = settings.engine
     if engine.compile != "auto":
         return engine.compile == "on"
@@ -45,8 +45,8 @@ def compiles(settings: PretrainSettings, images: int, device: torch.device, rank
 
 
 def keep_compiled(folder: Path) -> None:
-    """What the compiler makes goes to `folder`, so that all jobs of a run find it; unless the user has named
-    another in $TORCHINDUCTOR_CACHE_DIR, where torch puts a default of its own as soon as it is loaded."""
+    """Keep the compiler's cache in `folder`, where all jobs of a run find it, unless the user has set another
+    $TORCHINDUCTOR_CACHE_DIR. torch sets that to a default of its own as soon as it is loaded."""
     named = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
     default = named.parent == Path(tempfile.gettempdir()) and named.name.startswith("torchinductor_")
     if default or named == Path():
@@ -54,9 +54,9 @@ def keep_compiled(folder: Path) -> None:
 
 
 def recompute_blocks(backbone: nn.Module) -> None:
-    """Each residual block keeps its input alone, and is computed again in the backward pass.
+    """Let each residual block keep its input alone, and compute it again in the backward pass.
 
-    The second time leaves the running statistics alone: torch's `checkpoint` by itself moves them twice.
+    The second time doesn't move the running statistics; torch's `checkpoint` by itself moves them twice.
     """
     for block in backbone.modules():
         if isinstance(block, BLOCKS):

@@ -37,15 +37,15 @@ CALIBRATION_IMAGES = 50_000
 def pretrain(
     settings: PretrainSettings, resume: bool = False, check: Callable[[], None] = lambda: None
 ) -> None:
-    """Train from scratch, or go on from the newest checkpoint, until the last epoch's end.
+    """Train from scratch, or resume from the newest checkpoint, to the end of the last epoch.
 
-    Under torchrun or Slurm every process calls it, and is a rank of the same run; rank 0 alone writes.
-    `check` is called once the images are there and before the network is: it may refuse.
+    Under torchrun or Slurm every process calls it and is a rank of the same run; only rank 0 writes.
+    `check` is called after the images are opened and before the network is built; it may raise.
 
     Raises:
         InputError: impossible settings or data (nothing has been written), or another process trains there.
         FloatingPointError: the loss stayed non-finite. MemoryError: names the setting to change.
-        Interrupted: SIGTERM or SIGUSR2 came to a rank; the state is saved.
+        Interrupted: a rank received SIGTERM or SIGUSR2; the state is saved.
         ConnectionError: another rank died.
     """
     settings.validate()
@@ -68,7 +68,7 @@ def run(
     stop: Stop,
     check: Callable[[], None],
 ) -> None:
-    """`pretrain`, once it is known who we are."""
+    """Run `pretrain` once rank and device are known."""
     if settings.engine.graph == "on" and world.size > 1:
         raise InputError(f"--graph on is for one rank, and there are {world.size}: leave it out")
     if resume and (settings.out / "config.json").is_file() and not are_there(settings.data):
@@ -100,7 +100,7 @@ def run(
     )
     with loader, ExitStack() as held:
         check()
-        fresh = not checkpoint.paths(settings.out / "checkpoints")  # a kill may leave a part of one
+        fresh = not checkpoint.paths(settings.out / "checkpoints")  # a killed run may have left part of one
         begin = (
             initial_weights(settings.model, settings.view.resolution)
             if settings.model.init and fresh
@@ -125,13 +125,13 @@ def run(
 
 
 def calibrate(trainer: Trainer, source: Reader) -> None:
-    """Exact statistics for the code's thresholds, from the training images without augmentation."""
+    """Set exact statistics for the code's thresholds, from the training images without augmentation."""
     settings, world = trainer.settings, trainer.world
     count = min(len(source), CALIBRATION_IMAGES) // world.size * world.size
     chosen = np.linspace(0, len(source) - 1, count).astype(np.int64)[world.rank :: world.size]
     for network in [trainer.network, trainer.ema.module] if trainer.ema else [trainer.network]:
         network.precision = encoding_precision(settings.engine, trainer.device)
-        replacements = Replacements(source, settings.on_error)  # each rank needs as many images as the others
+        replacements = Replacements(source, settings.on_error)  # all ranks need equally many images
         batches = evaluation_batches(source, settings.view, 256, settings.workers, chosen, replacements)
         found = infer(network, batches, settings.view, network.features)
         with torch.compiler.set_stance("force_eager"):  # as it will be loaded; compiling takes longer

@@ -1,4 +1,4 @@
-"""A step's launches recorded once and repeated with one call, so that the host's time for each is saved."""
+"""Record a step's launches once and replay them with one call, which saves the host's time for each."""
 
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-WARM = 3  # calls before the recording: what a first call compiles, tunes and allocates stays out of it
+WARM = 3  # calls before the recording, which keep compilation, tuning and first allocations out of it
 
 
 class Recorded(Generic[T]):
     """launch(full, *tensors) as a CUDA graph, for a step whose launches are the same each time.
 
-    Nothing of `launch` may wait for the device, or depend on numbers of the host that change without
-    `constants` changing: it reads its tensors, the weights and what else lies in memory that stays. What it
-    gives is overwritten by the next call. On a CPU, where there is nothing to record, it is called each time.
+    `launch` may not wait for the device, nor depend on host values that change unless `constants` do: it
+    reads its tensors, the weights, and other memory that isn't freed. Its results are overwritten by the next
+    call. On a CPU there is nothing to record, and `launch` is called each time.
 
     Args:
-        launch: `full` says whether figures are wanted that most steps do without.
-        context: what surrounds a recording.
+        launch: `full` says whether to compute figures that most steps do without.
+        context: the context of a recording.
     """
 
     def __init__(
@@ -35,14 +35,14 @@ class Recorded(Generic[T]):
         self.forget()
 
     def forget(self) -> None:
-        """What was recorded, and its memory."""
+        """Drop the recordings and their memory."""
         self.warm = 0
         self.inputs: tuple[Tensor, ...] = ()
         self.replays: dict[bool, Callable[[], T]] = {}
         self.pool: Any = None
 
     def __call__(self, constants: Hashable, full: bool, *given: Tensor) -> T:
-        """`launch(full, *given)`. `constants`: the numbers of the host on which it depends."""
+        """Return `launch(full, *given)`. `constants`: the host values on which it depends."""
         known = constants, *(tensor.shape for tensor in given)
         if known != self.known:
             self.forget()
@@ -61,7 +61,7 @@ class Recorded(Generic[T]):
         if self.device.type != "cuda":
             return partial(self.launch, full, *self.inputs)
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on meanwhile: a loader's, and the one that writes checkpoints.
+        # Other threads go on meanwhile: the loader's, and the one that writes checkpoints.
         with self.context(), torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
             outputs = self.launch(full, *self.inputs)
         self.pool = graph.pool()

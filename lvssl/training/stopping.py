@@ -1,4 +1,4 @@
-"""Asked to stop: a signal becomes a flag that is read between steps, so that the state is saved first."""
+"""Stopping by a signal: it sets a flag that is read between steps, so that the state is saved first."""
 
 import signal
 from collections.abc import Iterator
@@ -8,19 +8,19 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and has saved its state."""
+    """The run was asked to stop and has saved its state."""
 
 
 @dataclass
 class Stop:
-    """Set by a signal, read between steps."""
+    """The signal that was received, if any; read between steps."""
 
     signal: int = 0
 
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """SIGTERM and SIGUSR2 (a cluster's warning) ask for a checkpoint and an end, instead of killing."""
+    """Context in which SIGTERM and SIGUSR2 (a cluster's warning) ask for a checkpoint and a stop."""
     stop = Stop()
 
     def ask(number: int, _: Any) -> None:

@@ -1,8 +1,8 @@
 """Training with labels on top of a pretrained encoder: the loop that `linear` and `finetune` share.
 
-The published protocols (Chen et al. 2020, B.5 and B.6): SGD with Nesterov momentum 0.9, no warm-up, cosine
-to 0, random crops and flips alone. One step is a function of (settings, step), so that a training that was
-killed goes on from its newest checkpoint to the weights of the undisturbed one.
+It follows the published protocols (Chen et al. 2020, B.5 and B.6): SGD with Nesterov momentum 0.9, no
+warm-up, cosine to 0, random crops and flips alone. A step is a function of (settings, step), so that a
+training resumed from its newest checkpoint ends with the weights of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -42,30 +42,30 @@ class Recipe:
 
     epochs: int
     batch_size: int
-    lr: float  # the peak of this batch size
+    lr: float  # the peak, for this batch size
     weight_decay: float
     seed: int
     checkpoint_minutes: float
     log_every: int
     workers: int
-    min_steps: int = 0  # the epochs go on until so many are done
+    min_steps: int = 0  # epochs are added until this many are done
     engine: EngineSettings = EngineSettings()  # noqa: RUF009 (frozen); its precision is what counts
 
 
 def scaled_lr(lr: float, batch_size: int) -> float:
-    """The linear scaling rule: lr is that of a batch of 256."""
+    """Apply the linear scaling rule to `lr`, which is for a batch of 256."""
     return lr * batch_size / 256
 
 
 def largest_batch(wanted: int, images: int, ranks: int) -> int:
-    """The batch asked for, or all images that can be shared equally by the ranks if these are fewer."""
+    """Return the wanted batch size or, if there are fewer images, as many as the ranks can share equally."""
     return wanted if wanted <= images else images // ranks * ranks
 
 
 class Classifier(nn.Module):
     """Encoder -> representation -> linear layer -> logits [N, C], or standardised targets [N, T].
 
-    `frozen`: the encoder stays as it is, in eval mode, and gets no gradient.
+    A `frozen` encoder stays as it is, in eval mode, and gets no gradient.
     """
 
     mean: Tensor
@@ -94,19 +94,19 @@ class Classifier(nn.Module):
         return self
 
     def forward(self, images: Tensor, noise: Noise | None = None) -> Tensor:
-        """`noise`: the latent's, in training."""
+        """Return the outputs. `noise` is that of the latent, in training."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             representation = represent(self.network, images, self.on, noise)
         return self.linear(representation)
 
     def loss(self, outputs: Tensor, answers: Tensor) -> Tensor:
-        """Cross entropy of classes, or squared error of standardised targets, averaged over them."""
+        """Cross-entropy of classes, or the mean squared error of standardised targets."""
         if answers.is_floating_point():
             return F.mse_loss(outputs.float(), (answers - self.mean) / self.std)
         return F.cross_entropy(outputs.float(), answers)
 
     def in_units(self, outputs: Tensor) -> Tensor:
-        """Logits as they are; targets in their own units."""
+        """Convert targets to their own units; logits stay as they are."""
         return outputs.float() * self.std + self.mean
 
 
@@ -118,8 +118,8 @@ def trained_parts(network: LVNet, on: str) -> list[nn.Module]:
 
 
 def represent(network: LVNet, images: Tensor, on: str, noise: Noise | None = None) -> Tensor:
-    """float32 [N, W]: features h; latent: the mean of K samples with this noise, or without any the
-    posterior's mean; code: its bits as +-1."""
+    """Return the representation `on`, float32 [N, W]. features: h. latent: the mean of K samples with this
+    noise or, without noise, the posterior's mean. code: its bits as +-1."""
     if on == "features":
         return network.features(images).float()
     _, posterior = network.encode(images)
@@ -131,19 +131,19 @@ def represent(network: LVNet, images: Tensor, on: str, noise: Noise | None = Non
 
 
 def width(network: LVNet, on: str) -> int:
-    """Length of a representation, see `represent`."""
+    """Length of a representation (see `represent`)."""
     if on == "features":
         return network.feature_dim
     return network.family.code_bits(network.dim) if on == "code" else network.dim
 
 
 def plain(view: ViewSettings) -> ViewSettings:
-    """Crops and flips as in the pretraining, colours as they are."""
+    """Keep the crops and flips of the pretraining, and leave colours as they are."""
     return replace(view, jitter=0.0, grey=0.0, blur=0.0, solarise=0.0)
 
 
 class SupervisedTrainer(Loop):
-    """Training with labels: model, images and what a step does. `host_reads` as of `Loop`."""
+    """Training with labels: model, images and step. `host_reads` as for `Loop`."""
 
     def __init__(
         self,
@@ -185,10 +185,10 @@ class SupervisedTrainer(Loop):
         self.trains(self.trained(), optimiser, precision(recipe.engine, device) == torch.float16)
 
     def run(self, stop: Stop, title: str) -> None:
-        """Train from the newest checkpoint on, or from the beginning, to the end.
+        """Train to the end, from the newest checkpoint or from the beginning.
 
         Raises:
-            Interrupted: SIGTERM or SIGUSR2 came; the state is saved.
+            Interrupted: SIGTERM or SIGUSR2 was received; the state is saved.
             FloatingPointError: too many non-finite steps in a row. MemoryError: names the setting to change.
         """
         self.title = title
@@ -200,7 +200,7 @@ class SupervisedTrainer(Loop):
                 print(self.loader.describe_skipped(), file=sys.stderr, flush=True)
 
     def train_step(self, batch: ViewBatch) -> Figures:
-        """One step of SGD."""
+        """Take one step of SGD."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.lr * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
         self.model.train()
@@ -222,7 +222,7 @@ class SupervisedTrainer(Loop):
         return f"with {images} images on this rank: try a smaller --batch-size"
 
     def describe(self) -> dict[str, Any]:
-        """What a result says of its training."""
+        """Describe the training, for its result."""
         images = self.steps * self.recipe.batch_size
         speed = images / max(self.seconds, 1e-9)
         return {
@@ -234,7 +234,7 @@ class SupervisedTrainer(Loop):
         }
 
     def trained(self) -> nn.Module:
-        """What is trained, and no more: a frozen encoder stays in the run's checkpoint."""
+        """Return only what is trained: a frozen encoder is in the run's checkpoint already."""
         return self.model.linear if self.model.frozen else self.model
 
     def state(self) -> dict[str, Any]:
@@ -265,10 +265,10 @@ def predict(
     title: str = "",
     engine: EngineSettings = EngineSettings(),  # noqa: B008 (frozen)
 ) -> tuple[Tensor, Tensor]:
-    """Logits or targets of each image's centre crop, float32 [N, C], and the answers to it, on the CPU.
+    """Return logits or targets of each image's centre crop, float32 [N, C], and the true answers, on the CPU.
 
-    In the set's order, less the images that are skipped. Each rank reads its part of the images, each image
-    once; every rank gets all predictions.
+    They are in the set's order, without the images that are skipped. Each rank reads its part of the images,
+    each image once, and gets all predictions.
     """
     own = np.arange(world.rank, len(data), world.size)
     predictions = torch.zeros(len(data), model.linear.out_features)
@@ -284,7 +284,7 @@ def predict(
         predictions[rows], seen[rows] = outputs.cpu(), 1.0
     if world.size > 1:
         for mine in (predictions, seen):
-            dist.all_reduce(mine)  # all others' rows are 0
+            dist.all_reduce(mine)  # the other ranks' rows are 0
     rows = seen.nonzero()[:, 0]
     if world.first:
         say_left_out(data.path, len(data), rows.numpy())

@@ -31,8 +31,8 @@ from pipelines.loader import TwoViewLoader, ViewBatch
 
 
 class Trainer(Loop):
-    """Pretraining: network, loss and what a step does. `host_reads` as of `Loop`; `initial`: weights of the
-    backbone to start from."""
+    """Pretraining: network, loss and step. `host_reads` as for `Loop`; `initial`: weights from which the
+    backbone starts."""
 
     title = "pretrain"
     remedy = "Lower --lr, set --clip 1, or raise --temperature"
@@ -64,7 +64,7 @@ class Trainer(Loop):
         self.ema = Average(self.network, engine.ema) if engine.ema else None
         self.steps = settings.epochs * len(loader)
         self.compiled = compiles(settings, self.steps * settings.batch_size, device, world.size)
-        if engine.recompute:  # like compilation in place, and after the copy, which does without
+        if engine.recompute:  # in place, like compilation, and after the average's copy, which needs neither
             recompute_blocks(self.network.backbone)
         if self.compiled:
             self.network.backbone.compile()
@@ -80,14 +80,14 @@ class Trainer(Loop):
     # -- the state on disk ------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed run needs. The noise needs nothing, for it is keyed by (seed, step)."""
+        """Return everything that a resumed run needs. The noise has no state: it is keyed by (seed, step)."""
         return {
             "network": self.network.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": torch.get_rng_state(),
-            "step": self.step,  # of the schedule, the loader and the metrics, too
+            "step": self.step,  # also that of the schedule, the loader and the metrics
             "calibrated": self.calibrated,
         }
 
@@ -98,7 +98,7 @@ class Trainer(Loop):
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
         restore_optimiser(self.optimiser, state["optimiser"])
-        self.recorded = self.recording()  # torch has put copies in the place of its groups, and of the rate
+        self.recorded = self.recording()  # torch has replaced its groups and the rate by copies
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
         self.calibrated = state["calibrated"]
@@ -127,7 +127,7 @@ class Trainer(Loop):
         return figures
 
     def launch(self, logged: bool, views: Tensor, labels: Tensor) -> tuple[Figures, Tensor]:
-        """All of a step on its device: figures, those of the log too if it is `logged`, and its verdict."""
+        """Run a step on the device; return its figures, with the log's if `logged`, and if it was finite."""
         settings = self.settings
         self.optimiser.zero_grad(set_to_none=True)
         images = views.flatten(0, 1).contiguous(memory_format=layout(settings.engine))
@@ -146,13 +146,13 @@ class Trainer(Loop):
             with equal_parts():
                 backward(self.network.backbone, images, loss_of, context, chunk, scale, averaging)
             finite = self.update(figures["loss"])
-        except FloatingPointError as error:  # on a CPU the loss itself sees it, on every rank, and says what
+        except FloatingPointError as error:  # on a CPU the loss itself raises, on every rank, and says why
             self.finite.reason, finite = str(error), torch.tensor(False, device=self.device)
         self.settle(finite)
         return {name: value.detach() for name, value in figures.items()}, finite
 
     def recording(self) -> Recorded | None:
-        """`launch` to be recorded, where settings and device allow it: the host decides nothing in it."""
+        """Return a recording of `launch`, or None if settings or device leave decisions to the host."""
         engine = self.settings.engine
         chosen = self.device.type == "cuda" and not (self.compiled or engine.chunk or engine.recompute)
         possible = not (self.host_reads or self.world.size > 1 or self.scaler.is_enabled())
@@ -163,13 +163,13 @@ class Trainer(Loop):
         return Recorded(self.launch, self.device, partial(capturable, self.optimiser))
 
     def constants(self) -> tuple[float, float]:
-        """The host's numbers that a step's launches depend on: the weight of the rate, and the annealing."""
+        """Host values on which a step's launches depend: the weight of the rate, and the annealing."""
         latent, fraction = self.settings.latent, self.step / self.steps
         annealed = latent.init_scale_start is not None or latent.estimator == "relaxed"
         return rate_weight(latent, fraction), self.network.progress(fraction) if annealed else 1.0
 
     def loss(self, features: Tensor, labels: Tensor, logged: bool = False) -> tuple[Tensor, Figures]:
-        """What is minimised, and the figures, from h [2B, F] and the labels [B] of this rank."""
+        """Return what is minimised and the figures, from h [2B, F] and the labels [B] of this rank."""
         fraction = self.step / self.steps
         with autocast(self.settings.engine, self.device):
             outputs = self.network.heads(features, self.noise(len(features), 2), fraction)
@@ -192,17 +192,17 @@ class Trainer(Loop):
         return finite
 
     def settle(self, finite: Tensor) -> None:
-        """Undo the statistics of a step that wasn't finite, and only then, if it was, take the average."""
+        """Undo the statistics of a non-finite step; after a finite step, update the average."""
         self.finite.undo(finite)
         if self.ema and not self.host_reads:
             self.ema.update(self.network, finite)
         elif self.ema and finite:
             self.ema.update(self.network)
 
-    # -- what is said of it -----------------------------------------------------------------------
+    # -- log and messages -------------------------------------------------------------------------
 
     def row(self, figures: Figures) -> dict[str, Any]:
-        """See `Loop.row`; with those of the features at the end of each epoch."""
+        """See `Loop.row`; adds the figures of the features at the end of each epoch."""
         row = super().row({name: figure for name, figure in figures.items() if figure.ndim == 0})
         if self.settings.on_error != "raise":
             row["skipped"] = self.loader.skipped
@@ -214,7 +214,7 @@ class Trainer(Loop):
         return row
 
     def note(self, row: dict[str, Any]) -> str:
-        """See `Loop.note`; warns of a posterior that collapses and the like, once of each."""
+        """See `Loop.note`; warns once of each alarm, such as posterior collapse."""
         warn(row, self.step / self.steps, self.alarms)
         note = f"data {row['data_percent']:.0f} % · {row['memory_gib']:.1f} GiB"
         if "mfu_percent" in row:
