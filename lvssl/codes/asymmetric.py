@@ -1,9 +1,9 @@
-"""Exact nearest codes of real-valued queries: what each byte of a code adds to the distance is looked up.
+"""Exact nearest codes of real-valued queries. What each byte of a code adds to the distance is looked up.
 
     Q  queries   N  codes   B  bytes of a code
 
-The same search serves binary and product codes (`lvssl.codes.quantiser`). The tables of one query, B KiB,
-stay in the cache while the codes stream by, chunk by chunk, so that a mapped file may be larger than memory.
+The same search serves binary and product codes (`lvssl.codes.quantiser`). The tables of one query take B KiB
+and stay in the cache. The codes are read chunk by chunk, so that a mapped file may be larger than memory.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pipelines.kernels.compiled import compiled
 def table_search(
     tables: np.ndarray, database: np.ndarray, k: int, threads: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k rows of the least sums of looked-up entries: (rows int64 [Q, k], sums float32 [Q, k]), least
-    first, ties by the lower row.
+    """Return the k rows with the smallest sums of table entries: (rows int64 [Q, k], sums float32 [Q, k]),
+    smallest first, ties by the lower row.
 
     tables float32 [Q, B, 256] (`Quantiser.tables`), database uint8 [N, B], which may be mapped. Raises
-    ValueError for shapes that don't match and for k outside 1..N.
+    ValueError if shapes don't match or k is outside 1..N.
     """
     if tables.ndim != 3 or database.ndim != 2 or tables.shape[1:] != (database.shape[1], 256):
         raise ValueError(
@@ -31,7 +31,7 @@ def table_search(
         )
     check_k(k, len(database))
     tables, workers = np.ascontiguousarray(tables, np.float32), thread_count(threads)
-    parts = 1 if len(tables) >= workers else workers  # of a chunk; else the queries are shared out
+    parts = 1 if len(tables) >= workers else workers  # of a chunk; if 1, the queries are divided
     sums = np.full((parts, len(tables), k), np.inf, np.float32)
     rows = np.full((parts, len(tables), k), -1, np.int64)
     size = max(1, CHUNK_BYTES // database.shape[1])
@@ -55,8 +55,8 @@ def table_search(
 
 @compiled()
 def scan(tables: Any, database: Any, first: int, sums: Any, rows: Any) -> None:
-    """Take the rows of `database`, of which row 0 is number `first`, into the k best of each query, sums and
-    rows [Q, k], which are in order. Rows come in rising order over the calls, so ties keep the lower row."""
+    """Merge the rows of `database`, whose row 0 is number `first`, into the k best of each query, the ordered
+    sums and rows [Q, k]. Rows come in ascending order over the calls, so ties keep the lower row."""
     k = sums.shape[1]
     for q in range(tables.shape[0]):
         table, best, found = tables[q], sums[q], rows[q]

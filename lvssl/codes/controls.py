@@ -2,8 +2,9 @@
 
     N  images   D  features   b  bits
 
-Each is fitted on the training features alone and gives a coder: `encode` features [N, D] of any split into
-uint8 [N, ceil(b / 8)], `decode` those into float32 vectors for whatever takes no bits. Same seed, same coder.
+Each is fitted on the training features alone and returns a coder. `encode` maps features [N, D] of any split
+to uint8 [N, ceil(b / 8)], and `decode` maps these to float32 vectors, for use where bits won't do. The same
+seed gives the same coder.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import numpy as np
 
 from pipelines.kernels.pack import as_array, pack_bits, unpack_bits
 
-WORDS = 256  # of a product code's part, which is a byte: as many training images it takes at least
+WORDS = 256  # for each part of a product code, a byte; fitting takes at least as many training images
 
 
 class Coder(Protocol):
-    """A fitted code of `bits` bits; `hamming`: codes are compared by Hamming distance, else by the cosine of
-    what they decode to."""
+    """A fitted code of `bits` bits. If `hamming`, codes are compared by Hamming distance, else by the cosine
+    of the decoded vectors."""
 
     hamming: ClassVar[bool]
 
@@ -36,7 +37,7 @@ class Coder(Protocol):
 
 @dataclass(frozen=True)
 class LinearHash:
-    """1[(h - mean) . direction > 0], a bit for each direction."""
+    """1[(h - mean) . direction > 0], one bit for each direction."""
 
     mean: np.ndarray  # float32 [D]
     directions: np.ndarray | None  # float32 [D, b]; None: the features themselves
@@ -50,13 +51,13 @@ class LinearHash:
         return pack_bits(projected(features, self.mean, self.directions) > 0)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """-1 or 1."""
+        """Return -1 or 1 for each bit."""
         return 2 * unpack_bits(codes, self.bits).astype(np.float32) - 1
 
 
 @dataclass(frozen=True)
 class Int8:
-    """A byte for each component, in 256 equal steps between the training set's least and largest value."""
+    """A byte for each component: 256 evenly spaced levels from the training set's minimum to its maximum."""
 
     mean: np.ndarray  # float32 [D]
     directions: np.ndarray | None  # float32 [D, b / 8]; None: the features themselves
@@ -78,8 +79,8 @@ class Int8:
 
 @dataclass(frozen=True)
 class ProductCode:
-    """faiss's product quantiser: the features in b / 8 parts, for each the nearest of 256 centroids. Of OPQ
-    the features are standardised and rotated first."""
+    """faiss's product quantiser: features are split into b / 8 parts, and each is replaced by the nearest of
+    256 centroids. For OPQ, features are standardised and rotated first."""
 
     quantiser: Any
     mean: np.ndarray | float = 0.0  # float32 [D]
@@ -102,8 +103,8 @@ class ProductCode:
 
 
 def fit_sign(train: Any, bits: int, seed: int = 0) -> LinearHash:
-    """The sign bits of the first `bits` features about their training mean: with fewer bits than features,
-    prefix truncation. Raises ValueError for more bits than features."""
+    """Sign bits of the first `bits` features about their training mean; fewer bits than features give a
+    truncated prefix. Raises ValueError for more bits than features."""
     h = checked(train, bits, most=as_array(train).shape[-1])
     directions = None if bits == h.shape[1] else np.eye(h.shape[1], bits, dtype=np.float32)
     return LinearHash(h.mean(axis=0), directions)
@@ -116,8 +117,8 @@ def fit_pca(train: Any, bits: int, seed: int = 0) -> LinearHash:
 
 
 def fit_itq(train: Any, bits: int, seed: int = 0, iterations: int = 50) -> LinearHash:
-    """Iterative quantisation (Gong & Lazebnik 2011): signs of the principal components after the rotation
-    that brings them nearest to their own signs. Raises ValueError for more bits than features."""
+    """Iterative quantisation (Gong & Lazebnik 2011): signs of the principal components, rotated to be as near
+    as possible to their own signs. Raises ValueError for more bits than features."""
     h = checked(train, bits, most=as_array(train).shape[-1])
     directions = principal_directions(h, bits)
     rotation = itq_rotation((h - h.mean(axis=0)) @ directions, seed, iterations)
@@ -125,13 +126,13 @@ def fit_itq(train: Any, bits: int, seed: int = 0, iterations: int = 50) -> Linea
 
 
 def itq_rotation(v: np.ndarray, seed: int, iterations: int = 50) -> np.ndarray:
-    """R [b, b], orthogonal, that makes |sign(V R) - V R| small, for V [N, b].
+    """Return an orthogonal R [b, b] that makes |sign(V R) - V R| small, for V [N, b].
 
-    From a random rotation, in turn: B = sign(V R), then the R nearest to it (orthogonal Procrustes: V' B =
-    U S W', R = U W'). Neither step can raise |B - V R|.
+    Starts with a random rotation and alternates B = sign(V R) with the R nearest to it (orthogonal
+    Procrustes: V' B = U S W', R = U W'). Neither step can increase |B - V R|.
     """
     rotation = random_rotation(v.shape[1], seed).astype(v.dtype)
-    one = v.dtype.type(1)  # of integers, or of fp64, the signs would take twice the memory of v
+    one = v.dtype.type(1)  # as integers or fp64, the signs would take twice the memory of v
     for _ in range(iterations):
         u, _, w = np.linalg.svd(v.T @ np.where(v @ rotation > 0, one, -one))
         rotation = u @ w
@@ -140,15 +141,15 @@ def itq_rotation(v: np.ndarray, seed: int, iterations: int = 50) -> np.ndarray:
 
 def fit_lsh(train: Any, bits: int, seed: int = 0) -> LinearHash:
     """Random hyperplanes through the training mean (Charikar 2002): two images differ in a bit with
-    probability angle / pi. Any number of bits."""
+    probability angle / pi. Any number of bits is possible."""
     h = checked(train, bits)
     directions = np.random.default_rng(seed).standard_normal((h.shape[1], bits), np.float32)
     return LinearHash(h.mean(axis=0), directions)
 
 
 def fit_int8(train: Any, bits: int, seed: int = 0) -> Int8:
-    """A byte for each of the first bits / 8 principal components; with 8 bits a feature, for the features
-    themselves. Raises ValueError unless bits / 8 is a whole number from 1 to D."""
+    """A byte for each of the first bits / 8 principal components or, with 8 bits per feature, for the
+    features themselves. Raises ValueError unless bits / 8 is a whole number from 1 to D."""
     h = checked(train, bits, most=8 * as_array(train).shape[-1], whole_bytes=True)
     mean = h.mean(axis=0)
     directions = None if bits == 8 * h.shape[1] else principal_directions(h, bits // 8)
@@ -158,8 +159,8 @@ def fit_int8(train: Any, bits: int, seed: int = 0) -> Int8:
 
 
 def fit_pq(train: Any, bits: int, seed: int = 0) -> ProductCode:
-    """Product quantisation (Jegou et al. 2011) by faiss, 8 bits a part. Raises ValueError unless D is
-    divisible by bits / 8 and there are 256 images; ImportError without faiss."""
+    """Product quantisation (Jegou et al. 2011) by faiss, with 8 bits per part. Raises ValueError unless D is
+    divisible by bits / 8 and there are at least 256 images; ImportError without faiss."""
     import faiss
 
     h = checked(train, bits, most=8 * as_array(train).shape[-1], whole_bytes=True)
@@ -181,8 +182,8 @@ def fit_opq(train: Any, bits: int, seed: int = 0, iterations: int = 20) -> Produ
     """Optimised product quantisation (Ge et al. 2013) of standardised features by faiss: a rotation, then 256
     words for each of bits / 8 parts.
 
-    Raises ValueError unless bits / 8 is a whole number of at most D and there are 256 images; ImportError
-    without faiss.
+    Raises ValueError unless bits / 8 is a whole number of at most D and there are at least 256 images;
+    ImportError without faiss.
     """
     import faiss
 
@@ -193,9 +194,9 @@ def fit_opq(train: Any, bits: int, seed: int = 0, iterations: int = 20) -> Produ
         )
     x, mean, scale = standardised(h)
     parts, width = bits // 8, h.shape[1]
-    kept = width - width % parts  # numbers after the rotation: as many for each part
+    kept = width - width % parts  # numbers after the rotation, equally many for each part
     quantiser = faiss.ProductQuantizer(kept, parts, 8)
-    quantiser.cp.seed, quantiser.cp.min_points_per_centroid = seed + 1, 1  # fewer than 39 are no warning
+    quantiser.cp.seed, quantiser.cp.min_points_per_centroid = seed + 1, 1  # no warning below 39
     turn = faiss.OPQMatrix(width, parts, kept)
     turn.pq, turn.niter, turn.max_train_points = quantiser, iterations, 20_000
     x = np.ascontiguousarray(x)
@@ -208,8 +209,8 @@ def fit_opq(train: Any, bits: int, seed: int = 0, iterations: int = 20) -> Produ
 
 @contextmanager
 def by_matrix_products() -> Iterator[None]:
-    """faiss 1.15 computes the distances of fewer than 128,000 images pair by pair, which makes OPQ of 256
-    numbers take four times as long; before, 20 images were enough for matrix products."""
+    """Context in which faiss computes distances by matrix products from 20 images on, as it did before 1.15.
+    That version does so from 128,000 on, which makes OPQ of 256 numbers take four times as long."""
     import faiss
 
     before = faiss.cvar.distance_compute_blas_threshold
@@ -232,7 +233,7 @@ CONTROLS: dict[str, Callable[..., Coder]] = {
 
 
 def standardised(train: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(features [N, D] less their mean by their deviation, mean [D], deviation [D], where it is 0: 1)."""
+    """Return (standardised features [N, D], mean [D], standard deviation [D], or 1 where it is 0)."""
     mean = train.mean(axis=0, dtype=np.float64).astype(np.float32)
     scale = train.std(axis=0, dtype=np.float64).astype(np.float32)
     scale[scale < 1e-6 * max(float(scale.max()), 1e-30)] = 1
@@ -240,8 +241,8 @@ def standardised(train: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def principal_directions(h: np.ndarray, count: int) -> np.ndarray:
-    """The `count` directions of largest variance of h [N, D], float32 [D, count], each with its largest
-    component positive, so that the answer is one."""
+    """Return the `count` directions of largest variance of h [N, D], float32 [D, count], each with its
+    largest component positive, so that the result is unique."""
     centred = (h - h.mean(axis=0)).astype(np.float64)
     _, vectors = np.linalg.eigh(centred.T @ centred)
     first = vectors[:, ::-1][:, :count]
@@ -260,7 +261,7 @@ def projected(features: Any, mean: np.ndarray, directions: np.ndarray | None) ->
 
 
 def random_rotation(size: int, seed: int) -> np.ndarray:
-    """Uniform over the orthogonal matrices."""
+    """Draw uniformly from the orthogonal matrices."""
     q, r = np.linalg.qr(np.random.default_rng(seed).standard_normal((size, size)))
     return q * np.sign(np.diag(r))
 

@@ -1,4 +1,4 @@
-"""The code file (.lvcodes): packed codes with what a reader needs to know about them, and the images' names.
+"""The code file (.lvcodes): packed codes, what a reader needs to know about them, and the images' names.
 
     0     8   magic b"LVCODES\\n"
     8     8   length of the JSON header, uint64 little-endian
@@ -8,16 +8,16 @@
               name offsets: uint64 [count + 1], little-endian, into the names
               names: utf-8, one after another
 
-The header: {version, family, bits, count, checkpoint, created_by, names_bytes, rows_sha256, quantiser}, the
-last one, {code, sha256}, where a quantiser compares real-valued queries with the codes. Later fields may be
-added; a reader ignores those it doesn't know. What changes the layout raises the version. Every number is
-little-endian and bit d of a row is bit d % 8 of its byte d // 8, so a file opens on any machine.
+The header is {version, family, bits, count, checkpoint, created_by, names_bytes, rows_sha256, quantiser}. The
+last field, {code, sha256}, is there if a quantiser compares real-valued queries with the codes. Fields may be
+added; a reader ignores those it doesn't know. A change of the layout raises the version. Every number is
+little-endian, and bit d of a row is bit d % 8 of its byte d // 8, so a file opens on any machine.
 
-Beside it may lie tables with a row for each code: the means of the posteriors, FILE.means (magic
-b"LVMEANS\\n", float16), an uncertainty, FILE.uncertainty (b"LVSCORE\\n", float32, dim 1), and, of `lvssl
-curate`, grey square FILE.thumbnails (b"LVTHUMB\\n", uint8). Each has a
-header {version, dim, count, rows_sha256} likewise and at byte 4,096 its numbers [count, dim], little-endian;
-rows_sha256 names the codes it belongs to. `lvssl.codes.writer` writes them all.
+Tables with a row for each code may lie beside the file: the means of the posteriors, FILE.means (magic
+b"LVMEANS\\n", float16); an uncertainty, FILE.uncertainty (b"LVSCORE\\n", float32, dim 1); and, from `lvssl
+curate`, square grey FILE.thumbnails (b"LVTHUMB\\n", uint8). Each has a header {version, dim, count,
+rows_sha256} of the same form and, from byte 4,096 on, its numbers [count, dim], little-endian; rows_sha256
+identifies the codes that it belongs to. `lvssl.codes.writer` writes all of these files.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from pipelines.kernels.pack import packed_bytes
 
 MAGIC = b"LVCODES\n"
 VERSION = 1
-ROWS_AT = 4096  # a page: rows are mapped aligned, and the header can be rewritten once the count is known
+ROWS_AT = 4096  # a page, so that rows are mapped aligned; the header is rewritten once the count is known
 
 
 class CodeFileError(ValueError):
-    """A code file that can't be used: the message names the file and says what is wrong with it."""
+    """A code file can't be used; the message names the file and says what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class CodeFile:
     checkpoint: str  # sha256 of the checkpoint that made the codes, hex
     created_by: str
     rows: np.ndarray  # uint8 [count, ceil(bits / 8)]
-    names: Sequence[str]  # one a row
+    names: Sequence[str]  # one for each row
     rows_sha256: str = ""  # of the rows; empty in files of the first releases
     quantiser: dict[str, str] | None = None  # {code, sha256}; None: Hamming distance alone
 
@@ -72,8 +72,8 @@ UNCERTAINTY = Table("uncertainty", b"LVSCORE\n", "<f4", "`lvssl encode` (without
 
 
 def open_codes(path: Path | str) -> CodeFile:
-    """Opens a code file without reading its rows. Raises CodeFileError: no such file, no code file, truncated
-    (naming the offset where it ends), of another version, damaged."""
+    """Open a code file without reading its rows. Raises CodeFileError if there is no such file, or it isn't a
+    code file, is truncated (naming the offset where it ends), damaged, or of another version."""
     path = Path(path)
     header = read_header(path)
     count, bits = header["count"], header["bits"]
@@ -96,23 +96,23 @@ def open_codes(path: Path | str) -> CodeFile:
 
 
 def open_means(codes: CodeFile) -> np.ndarray:
-    """The posteriors' means that were stored beside the codes, float16 [count, dim], as `open_table`."""
+    """Open the posteriors' means that were stored beside the codes, float16 [count, dim], as `open_table`."""
     return open_table(codes, MEANS)
 
 
 def open_uncertainty(codes: CodeFile) -> np.ndarray:
-    """The uncertainties that were stored beside the codes, float32 [count], as `open_table`."""
+    """Open the uncertainties that were stored beside the codes, float32 [count], as `open_table`."""
     return open_table(codes, UNCERTAINTY)[:, 0]
 
 
 def stored_uncertainty(codes: CodeFile) -> np.ndarray | None:
-    """As `open_uncertainty`; None where no uncertainties lie beside the codes."""
+    """As `open_uncertainty`; None if no uncertainties are stored beside the codes."""
     return open_uncertainty(codes) if table_path(codes.path, UNCERTAINTY).exists() else None
 
 
 def open_table(codes: CodeFile, table: Table) -> np.ndarray:
-    """What lies beside the codes, [count, dim], mapped. Raises CodeFileError: none there, truncated, damaged,
-    or that of other codes."""
+    """Map a table that lies beside the codes, [count, dim]. Raises CodeFileError if it is missing, truncated,
+    damaged, or belongs to other codes."""
     path, dtype = table_path(codes.path, table), np.dtype(table.dtype)
     if not path.exists():
         raise CodeFileError(f"{path}: no such file; {table.made_by} writes it beside the codes")
@@ -136,8 +136,8 @@ def table_path(codes: Path, table: Table) -> Path:
 
 
 def require_checkpoint(codes: CodeFile, digest: str) -> None:
-    """Raises CodeFileError unless `codes` were made by the checkpoint with this sha256 digest: distances
-    between codes of two models are numbers without meaning."""
+    """Raise CodeFileError unless `codes` were made by the checkpoint with this SHA-256 digest: distances
+    between codes of two models are meaningless."""
     if codes.checkpoint != digest:
         raise CodeFileError(
             f"{codes.path}: made by checkpoint {codes.checkpoint[:12]}, not by {digest[:12]}; "
@@ -154,7 +154,7 @@ def require_size(path: Path, expected: int, content: str) -> None:
 
 
 def header_block(magic: bytes, fields: dict[str, Any]) -> bytes:
-    """The first ROWS_AT bytes of a file."""
+    """Return the first ROWS_AT bytes of a file."""
     text = json.dumps(fields, sort_keys=True).encode()
     if len(text) > ROWS_AT - 16:
         raise ValueError(f"the header of a code file may take {ROWS_AT - 16} bytes, not {len(text)}")
@@ -162,7 +162,7 @@ def header_block(magic: bytes, fields: dict[str, Any]) -> bytes:
 
 
 def read_block(path: Path, magic: bytes, kind: str) -> dict[str, Any]:
-    """The fields of `header_block`. Raises CodeFileError."""
+    """Read the fields of `header_block`. Raises CodeFileError."""
     try:
         with open(path, "rb") as file:
             start = file.read(ROWS_AT)
@@ -206,7 +206,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 class Names(Sequence[str]):
-    """The names of a code file, each decoded when asked for."""
+    """The names of a code file, each decoded on access."""
 
     def __init__(self, path: Path, offsets: np.ndarray, text_at: int) -> None:
         self.offsets = offsets
@@ -233,8 +233,7 @@ class Names(Sequence[str]):
         return decode_name(self.text[int(self.offsets[i]) : int(self.offsets[i + 1])].tobytes())
 
 
-# File names on Linux are bytes; those that are no utf-8 come from os.fsdecode as lone surrogates, and go
-# back.
+# File names on Linux are bytes. Those that aren't UTF-8 have lone surrogates, from os.fsdecode.
 def encode_name(name: str) -> bytes:
     return name.encode("utf-8", "surrogateescape")
 

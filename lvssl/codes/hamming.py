@@ -1,11 +1,11 @@
-"""Hamming distances in numba: tiles of the database that stay in the cache, read by one query after another.
+"""Hamming distances in numba, by tiles of the database that stay in the cache for one query after another.
 
     q  queries   W  64-bit words of a code   R = TILE  rows of a tile   k  neighbours
 
-A tile is the words of R rows, transposed to [W, R], so that R distances grow side by side in vector
+A tile is the words of R rows, transposed to [W, R], so that R distances are summed side by side in vector
 registers. LLVM makes AVX2 shuffles of `popcount`; carry-save adders in front of it halve their number (8
-words -> 4 counts). Tried: row by row without transposing (0.8 of the speed), 16 words an adder tree (level).
-All distances would not fit in memory: a query keeps the k nearest seen so far and a few more.
+words -> 4 counts). Also tried: row by row without transposing (0.8 of the speed), and adder trees of 16 words
+(no difference). All distances would not fit in memory: a query keeps the k nearest so far and a few more.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def ctpop(typing_context: Any, word: Any) -> Any:
     return types.uint64(types.uint64), generate
 
 
-popcount: Any = intrinsic(ctpop)  # bits that are on in a uint64
+popcount: Any = intrinsic(ctpop)  # number of bits that are on in a uint64
 
 
 @njit(inline="always")
 def full_add(a, b, c):
-    """(sum, carry) of three bits, in each of 64 places."""
+    """Return (sum, carry) of three bits, in each of 64 places."""
     half = a ^ b
     return half ^ c, (a & b) | (half & c)
 
@@ -65,7 +65,7 @@ def add_one(q, tile, distances):
 
 @compiled()
 def tile_distances(q, tile, distances):
-    """distances uint64 [R] = those between q [W] and tile [W, R]."""
+    """distances uint64 [R] = the distances between q [W] and tile [W, R]."""
     distances[:] = 0
     w = 0
     while w + 8 <= q.shape[0]:
@@ -78,7 +78,7 @@ def tile_distances(q, tile, distances):
 
 @compiled()
 def transpose(rows, tile):
-    """tile [W, R] from the first W words of rows [R, >= W]."""
+    """Fill tile [W, R] from the first W words of rows [R, >= W]."""
     for r in range(rows.shape[0]):
         for w in range(tile.shape[0]):
             tile[w, r] = rows[r, w]
@@ -86,11 +86,11 @@ def transpose(rows, tile):
 
 @compiled()
 def scan(queries, database, first, keys, held, limits, k):
-    """Take the rows of `database` into the k nearest of each query.
+    """Merge the rows of `database` into the k nearest of each query.
 
-    queries uint64 [Q, W], database uint64 [N, >= W], whose row 0 is number `first`; keys int64 [Q, > k] the
-    buffers, held int64 [Q] how much of each is in use, limits uint64 [Q] the distance from which a row comes
-    too late. Rows must come in rising order over the calls: so a later one at the k-th distance never counts.
+    queries uint64 [Q, W]; database uint64 [N, >= W], whose row 0 is number `first`; keys int64 [Q, > k], the
+    buffers; held int64 [Q], how much of each is in use; limits uint64 [Q], the distance from which on a row
+    is too far. Rows must come in ascending order over the calls, so that a later tie never counts.
     """
     counts = np.zeros(64 * queries.shape[1] + 1, np.int64)
     tile = np.empty((queries.shape[1], TILE), np.uint64)
@@ -114,9 +114,9 @@ def scan(queries, database, first, keys, held, limits, k):
 
 @compiled()
 def keep_nearest(keys, k, counts):
-    """Move the k least keys to the front, in their order, and return the distance of the farthest of them.
+    """Move the k smallest keys to the front, in their order, and return the distance of the farthest of them.
 
-    By counting distances, not by comparing: and ties go to the lower row, for keys come in the order of rows.
+    Distances are counted, not compared. Ties go to the lower row, because keys come in the order of rows.
     """
     for i in range(keys.shape[0]):
         counts[keys[i] >> ROW_BITS] += 1
@@ -152,8 +152,8 @@ def distances_into(queries, database, out):
 
 @compiled()
 def count_distances(queries, database, query_labels, labels, counts, relevant):
-    """Add to counts and relevant int32 [Q, 64 W + 1] how many rows, and how many of the query's label, lie at
-    each distance."""
+    """Add to counts and relevant, int32 [Q, 64 W + 1], how many rows lie at each distance, and how many of
+    them have the query's label."""
     tile = np.empty((queries.shape[1], TILE), np.uint64)
     distances = np.empty(TILE, np.uint64)
     for start in range(0, database.shape[0], TILE):

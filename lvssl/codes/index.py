@@ -1,4 +1,4 @@
-"""Codes as an index: searched again and again, added to and deleted from, under the caller's own ids."""
+"""An index of codes under the caller's own ids, which can be searched, added to, deleted from and saved."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from pipelines.kernels.pack import packed_bytes
 
 KIND, VERSION = "lvssl index", "1"
 CHUNK = 1 << 20  # codes at a time
-QUERIES = 256  # of which tables are held, B KiB each
+QUERIES = 256  # whose tables are held at a time, B KiB each
 
 
 class Index:
-    """Codes uint8 [N, B] and their ids, which are hashable and differ: names, numbers.
+    """Codes uint8 [N, B] and their ids, which are hashable and distinct, such as names or numbers.
 
-    `Index(quantiser=q)` begins empty; `Index.of_file` takes a code file's codes under their names, mapped
-    until something is added or deleted. Without a quantiser codes are compared by Hamming distance alone.
+    `Index(quantiser=q)` starts empty. `Index.of_file` takes a code file's codes under their names, mapped
+    until something is added or deleted. Without a quantiser, Hamming distance alone compares codes.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Index:
 
     @property
     def place(self) -> dict[Hashable, int]:
-        """id -> row. Raises ValueError where two rows have one id."""
+        """Map of id -> row. Raises ValueError if two rows have the same id."""
         if self._place is None:
             self._place = {one: row for row, one in enumerate(self.ids)}
             if len(self._place) < len(self.ids):
@@ -64,8 +64,8 @@ class Index:
         return self._place
 
     def add(self, rows: np.ndarray, ids: Iterable[Hashable]) -> None:
-        """Codes uint8 [n, B] and their n ids. Raises ValueError for shapes that don't match, and for an id
-        that is there already; then nothing is added."""
+        """Add codes uint8 [n, B] under n ids. Raises ValueError, and adds nothing, if shapes don't match or
+        an id is in the index already."""
         new = list(ids)
         width = self.rows.shape[1] or rows.shape[-1]
         if rows.dtype != np.uint8 or rows.shape != (len(new), width):
@@ -76,7 +76,7 @@ class Index:
         self._replace(np.concatenate([self.rows.reshape(-1, width), rows]), [*self.ids, *new])
 
     def delete(self, ids: Iterable[Hashable]) -> None:
-        """Raises KeyError for an id that isn't there; then nothing is deleted."""
+        """Delete the codes with these ids. Raises KeyError, and deletes nothing, if an id isn't there."""
         stays = np.ones(len(self), bool)
         stays[[self.place[one] for one in ids]] = False
         self._replace(self.rows[stays], [self.ids[row] for row in np.flatnonzero(stays).tolist()])
@@ -87,11 +87,11 @@ class Index:
     def search(
         self, queries: np.ndarray, k: int, only: Iterable[Hashable] | None = None, threads: int = 0
     ) -> tuple[list[list[Any]], np.ndarray]:
-        """(ids of the k nearest codes of each query, nearest first; their distances [Q, k]).
+        """Return (ids of the k nearest codes of each query, nearest first; their distances [Q, k]).
 
-        `queries` and distances: as `nearest_rows`. `only`: the ids among which is searched. Raises ValueError
-        for shapes that don't match, for k outside 1..N and where there is no code, KeyError for an unknown id
-        in `only`.
+        `queries` and distances are as for `nearest_rows`. `only`: search among these ids alone. Raises
+        ValueError if shapes don't match, k is outside 1..N or there is no code, and KeyError for an unknown
+        id in `only`.
         """
         rows, among = self.rows, None
         if only is not None:
@@ -107,8 +107,8 @@ class Index:
         return [[self.ids[row] for row in of_query] for of_query in found.tolist()], distances
 
     def save(self, path: str | Path) -> None:
-        """Codes, ids and quantiser, as `Index.open` reads them: a file of safetensors, written beside and
-        renamed. Raises ValueError unless the ids are all texts, or all whole numbers of 64 bits."""
+        """Write codes, ids and quantiser to a safetensors file for `Index.open`, atomically. Raises
+        ValueError unless the ids are all strings, or all 64-bit integers."""
         arrays = {"rows": np.ascontiguousarray(self.rows)}
         if (numbers := whole_numbers(self.ids)) is not None:
             arrays["numbers"] = numbers
@@ -120,13 +120,13 @@ class Index:
             raise ValueError("ids can be saved if they are all texts or all whole numbers of 64 bits")
         if self.quantiser is not None:
             arrays |= {f"quantiser.{name}": array for name, array in asdict(self.quantiser).items()}
-        about = {KIND: f"{VERSION} {digest(arrays)}"}  # one field: safetensors has several in any order
+        about = {KIND: f"{VERSION} {digest(arrays)}"}  # one field: safetensors writes several in any order
         write_atomically(Path(path), save(arrays, about))
 
     @classmethod
     def open(cls, path: str | Path) -> Index:
-        """What `save` wrote, in memory. Raises CodeFileError: no such file, no index, one of another version,
-        truncated or damaged."""
+        """Read what `save` wrote, into memory. Raises CodeFileError if there is no such file, or it isn't an
+        index, is truncated, damaged, or of another version."""
         try:
             with safe_open(path, "np") as file:
                 about = file.metadata() or {}
@@ -152,12 +152,12 @@ class Index:
         return cls(arrays["rows"], ids, Quantiser(**fitted) if fitted else None)
 
     def write_faiss(self, path: Path) -> None:
-        """As `write_faiss`, under these ids where they are whole numbers, else under row numbers."""
+        """As the function `write_faiss`, under these ids if they are integers, else under row numbers."""
         write_faiss(path, self.rows, self.quantiser, whole_numbers(self.ids))
 
 
 def whole_numbers(ids: Sequence[Any]) -> np.ndarray | None:
-    """int64 [N]; None where an id is anything else."""
+    """Return the ids as int64 [N], or None if one is anything else, or there are none."""
     if not ids or not all(isinstance(one, int | np.integer) and not isinstance(one, bool) for one in ids):
         return None
     try:
@@ -167,7 +167,7 @@ def whole_numbers(ids: Sequence[Any]) -> np.ndarray | None:
 
 
 def digest(arrays: dict[str, np.ndarray]) -> str:
-    """sha256, hex, of arrays by their names."""
+    """SHA-256, in hex, of arrays and their names."""
     found = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         found.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
@@ -182,11 +182,12 @@ def nearest_rows(
     staged: bool = False,
     threads: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(rows int64 [Q, k], distances [Q, k]), nearest first, ties by the lower row.
+    """Return (rows int64 [Q, k], distances [Q, k]), nearest first, ties by the lower row.
 
-    Queries uint8 [Q, B] are codes: Hamming distances int32, or of a product code, which has none, squared
-    Euclidean distances float32 of the decoded codes. Queries float32 [Q, D] are what the quantiser encodes:
-    squared distances to the decoded codes. `staged`: Hamming distance in two stages (`staged_search`).
+    Queries uint8 [Q, B] are codes. Their distances are Hamming distances, int32, or for a product code, which
+    has none, squared Euclidean distances between decoded codes, float32. Queries float32 [Q, D] are features
+    that the quantiser encodes; their distances are squared Euclidean ones to the decoded codes, float32.
+    `staged`: search by Hamming distance in two stages (`staged_search`).
     """
     if queries.dtype == np.uint8 and (quantiser is None or quantiser.hamming):
         return (staged_search if staged else hamming_search)(queries, rows, k, threads=threads)
@@ -205,16 +206,16 @@ def nearest_rows(
 def write_faiss(
     path: Path, rows: np.ndarray, quantiser: Quantiser | None = None, ids: np.ndarray | None = None
 ) -> None:
-    """Codes uint8 [N, B] as an index that `faiss.read_index` (a product code) or `faiss.read_index_binary`
-    (bits) reads.
+    """Write codes uint8 [N, B] as an index for `faiss.read_index` (a product code) or
+    `faiss.read_index_binary` (bits).
 
-    A product code's index takes real-valued queries, the features that the quantiser encodes, and gives the
-    distances of `nearest_rows`; one of bits takes packed codes. `ids`: int64 [N], under which faiss finds
-    them (an IndexIDMap2); without, row numbers. faiss's `reconstruct` of a product code is wrong, for it has
-    no transform that undoes the standardisation: `Quantiser.decode` gives what a code stands for. Raises
-    ImportError without faiss.
+    The index of a product code takes real-valued queries, the features that the quantiser encodes, and
+    returns the distances of `nearest_rows`; that of bits takes packed codes. `ids`, int64 [N]: faiss returns
+    these (by an IndexIDMap2) instead of row numbers. faiss's `reconstruct` of a product code is wrong,
+    because faiss has no transform that undoes the standardisation; use `Quantiser.decode`. Raises ImportError
+    without faiss.
     """
-    faiss: Any = importlib.import_module("faiss")  # whose types know nothing of its writers
+    faiss: Any = importlib.import_module("faiss")  # its types lack its writers
     binary = quantiser is None or quantiser.hamming
     index = codes = faiss.IndexBinaryFlat(8 * rows.shape[1])
     if quantiser is not None and not binary:

@@ -2,12 +2,12 @@
 
     N  images   D  numbers of a feature   E  numbers after the projection   P  parts   B  bytes of a code
 
-A quantiser standardises a feature by the training set, projects it, and stores of each of P parts which word
-of the part's codebook stands for it: one of two, a bit (`bits`, `pca`, `itq`), or one of 256, a byte (`opq`:
-Ge et al. 2013, "Optimized Product Quantization"). Its distance to a query that is not quantised itself is the
-squared Euclidean one to the words: of a product code that of Jegou et al. (2011), of bits, whose words are
-the training set's means on either side, the expectation of Gordo et al. (2014), "Asymmetric Distances for
-Binary Embeddings".
+A quantiser standardises a feature by the training set's statistics, projects it, and stores for each of P
+parts which word of its codebook represents it: one of two, a bit (`bits`, `pca`, `itq`), or one of 256, a
+byte (`opq`: Ge et al. 2013, "Optimized Product Quantization"). The asymmetric distance to a query, which
+isn't quantised itself, is the squared Euclidean distance to the words. For a product code it is that of Jegou
+et al. (2011). For bits, whose words are the training set's means on either side, it is the expectation-based
+one of Gordo et al. (2014), "Asymmetric Distances for Binary Embeddings".
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHUNK = 4096  # images at a time
 
 @dataclass(frozen=True)
 class Quantiser:
-    """A fitted code; features are float32 [N, D] throughout, codes uint8 [N, B]."""
+    """A fitted code. Features are float32 [N, D] throughout, codes uint8 [N, B]."""
 
     mean: np.ndarray  # float32 [D], of the training set
     scale: np.ndarray  # float32 [D], likewise
@@ -38,7 +38,7 @@ class Quantiser:
 
     @property
     def hamming(self) -> bool:
-        """Whether Hamming distance compares two codes, too."""
+        """Whether two codes can also be compared by Hamming distance."""
         return self.words.shape[1] == 2
 
     @property
@@ -47,21 +47,22 @@ class Quantiser:
 
     @property
     def digest(self) -> str:
-        """sha256, hex: codes of two quantisers can't be compared."""
+        """SHA-256, in hex; codes of quantisers with different digests can't be compared."""
         digest = hashlib.sha256()
         for array in (self.mean, self.scale, self.projection, self.words):
             digest.update(str(array.shape).encode() + np.ascontiguousarray(array, "<f4").tobytes())
         return digest.hexdigest()
 
     def project(self, features: np.ndarray) -> np.ndarray:
-        """float32 [N, E]."""
+        """Standardise and project features to float32 [N, E]."""
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise ValueError(f"features [N, {len(self.mean)}] are needed, not {list(features.shape)}")
         x = (features.astype(np.float32) - self.mean) / self.scale
         return x @ self.projection if self.projection.size else x[:, : self.words.shape[0]]
 
     def encode(self, features: np.ndarray) -> np.ndarray:
-        """Codes; of a bit the side of 0, of a byte the nearest word, of equally near ones the first."""
+        """Encode features: a bit is the side of 0, a byte the nearest word (of equally near ones the
+        first)."""
         x = self.project(features)
         if self.hamming:
             return pack_bits(x > 0)
@@ -72,19 +73,19 @@ class Quantiser:
         return codes
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """The words of each part, float32 [N, E]."""
+        """Return the words of each part, float32 [N, E]."""
         rows = unpack_bits(codes, self.bits) if self.hamming else codes
         return self.words[np.arange(len(self.words)), rows].reshape(len(codes), -1)
 
     def cosines(self, projected: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        """Of one projected feature [E] and what each code stands for: float32 [N]. It says better than the
-        distance whether the nearest is a wrong one (docs/uncertainty.md)."""
+        """Return the cosines of one projected feature [E] and each decoded code, float32 [N]. The cosine
+        shows better than the distance whether the nearest code is a wrong one (docs/uncertainty.md)."""
         words = self.decode(codes)
         norms = np.linalg.norm(words, axis=1) * np.linalg.norm(projected)
         return words @ projected / np.maximum(norms, np.finfo(np.float32).tiny)
 
     def squares(self, projected: np.ndarray) -> np.ndarray:
-        """Squared distances float32 [N, P, words] of projected features [N, E] to the words of each part."""
+        """Return squared distances float32 [N, P, words] of projected features [N, E] to the parts' words."""
         parts, _, width = self.words.shape
         x = projected.reshape(len(projected), parts, width)
         if width == 1:
@@ -94,7 +95,7 @@ class Quantiser:
         return np.maximum(own - 2 * inner, 0)
 
     def tables(self, projected: np.ndarray) -> np.ndarray:
-        """What each value of each byte of a code adds to the squared distance, float32 [N, B, 256]."""
+        """Return what each value of each byte of a code adds to the squared distance, float32 [N, B, 256]."""
         squares = self.squares(projected)
         if not self.hamming:
             return np.ascontiguousarray(squares, np.float32)
@@ -105,21 +106,21 @@ class Quantiser:
 
 
 def sides(x: np.ndarray) -> np.ndarray:
-    """The means of numbers [N, P] below and above 0, float32 [P, 2, 1]; 0 where there are none."""
+    """Return the means of numbers [N, P] below and above 0, float32 [P, 2, 1]; 0 where there are none."""
     above = x > 0
     means = [np.where(side, x, 0).sum(axis=0) / np.maximum(side.sum(axis=0), 1) for side in (~above, above)]
     return np.stack(means, axis=1).astype(np.float32)[:, :, None]
 
 
 def fit_bits(train: Any, bits: int, seed: int = 0) -> Quantiser:
-    """The signs of the first `bits` numbers: of a latent's locations, the run's own code."""
+    """Fit signs of the first `bits` numbers; for the locations of a latent, this is the run's own code."""
     h = checked(train, bits, most=train.shape[1])
     x, mean, scale = standardised(h)
     return Quantiser(mean, scale, np.empty((h.shape[1], 0), np.float32), sides(x[:, :bits]))
 
 
 def fit_projected(train: Any, bits: int, seed: int = 0, *, fit: Callable[..., Any]) -> Quantiser:
-    """The signs of the numbers after the projection that `fit`, of `controls`, finds."""
+    """Fit signs of the numbers after the projection that `fit`, a function of `controls`, finds."""
     h = checked(train, bits, most=train.shape[1])
     x, mean, scale = standardised(h)
     directions = fit(x, bits, seed).directions
@@ -127,7 +128,7 @@ def fit_projected(train: Any, bits: int, seed: int = 0, *, fit: Callable[..., An
 
 
 def fit_opq(train: Any, bits: int, seed: int = 0) -> Quantiser:
-    """Optimised product quantisation, as `controls.fit_opq`, whose errors it raises."""
+    """Fit optimised product quantisation by `controls.fit_opq`, and raise its errors."""
     import faiss
 
     found = controls.fit_opq(train, bits, seed)

@@ -1,7 +1,7 @@
 """Exact nearest neighbours in Hamming distance, and a two-stage search that is exact on few candidates.
 
-The database is read once, chunk by chunk, so that a memory-mapped file larger than memory streams through.
-Rows at the same distance come in the order of their index: the answer is unique.
+The database is read once, chunk by chunk, so that a memory-mapped file may be larger than memory. Rows at the
+same distance are ordered by their index, so the result is unique.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipelines.cores import cores
 
 CHUNK_BYTES = 64 << 20  # of the database at a time
 QUERY_BLOCK = 4096  # queries that go through the database together
-SPARE = 64  # places of a buffer beyond 2 k, so that a small k is not sorted out all the time
+SPARE = 64  # places of a buffer beyond 2 k, so that for a small k it isn't pruned all the time
 
 T = TypeVar("T")
 
@@ -27,11 +27,11 @@ T = TypeVar("T")
 def hamming_search(
     queries: np.ndarray, database: np.ndarray, k: int, *, threads: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest rows of `database` for each query: (rows int64 [Q, k], distances int32 [Q, k]), nearest
-    first, ties by the lower row.
+    """Find the k nearest rows of `database` for each query: (rows int64 [Q, k], distances int32 [Q, k]),
+    nearest first, ties by the lower row.
 
-    Both are packed codes, uint8 [Q, bytes] and [N, bytes]; `database` may be a memmap. `threads`, 0: one a
-    core. Raises ValueError for widths that differ and for k outside 1..N.
+    Both are packed codes, uint8 [Q, bytes] and [N, bytes]; `database` may be a memmap. `threads`: 0 means one
+    per core. Raises ValueError if widths differ or k is outside 1..N.
     """
     check_packed(queries, database)
     check_k(k, len(database))
@@ -47,11 +47,11 @@ def staged_search(
     candidates: int = 0,
     threads: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `hamming_search`, but only the rows nearest in the first `coarse_bits` bits are compared whole.
+    """As `hamming_search`, but only the rows nearest in the first `coarse_bits` bits are compared in full.
 
-    `candidates`: how many, 0: the larger of 50 k and a thousandth of the rows. Distances are exact; a
-    neighbour whose prefix lies far away is missed, so measure the recall on your codes (a prefix stands for
-    the whole where the bits carry alike much, as a network's do; `benchmarks.search` measures it).
+    `candidates`: number of these rows; 0 means the larger of 50 k and a thousandth of all rows. Distances are
+    exact. A neighbour whose prefix is far away is missed, so measure the recall on your codes; a prefix
+    represents the whole if all bits carry equally much, as a network's do (`benchmarks.search` measures it).
     512 bits are one cache line of a row. Raises ValueError as `hamming_search`, and for no coarse bits.
     """
     check_packed(queries, database)
@@ -81,12 +81,12 @@ def staged_search(
 def rerank(
     query_means: np.ndarray, means: np.ndarray, rows: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of each query's candidates rows int64 [Q, C] the k of most similar posterior: (rows [Q, k], cosines
-    float32 [Q, k] between the posteriors' means), most similar first, ties in the order of the candidates.
+    """Find the k most similar posteriors among each query's candidates, rows int64 [Q, C]: (rows [Q, k],
+    cosines float32 [Q, k] of the posteriors' means), most similar first, ties in the candidates' order.
 
-    query_means [Q, D], means [N, D] (may be a memmap of float16). For Bernoulli bits, whose means are
-    2p - 1, the inner product is D - 2 E[Hamming distance of two samples]: bits of which the encoder isn't
-    sure count less. Raises ValueError for shapes that don't match and for k outside 1..C.
+    query_means [Q, D], means [N, D] (may be a memmap of float16). For Bernoulli bits, whose means are 2p - 1,
+    the inner product is D - 2 E[Hamming distance of two samples], so bits of which the encoder isn't sure
+    count less. Raises ValueError if shapes don't match or k is outside 1..C.
     """
     if query_means.ndim != 2 or means.ndim != 2 or query_means.shape[1] != means.shape[1]:
         raise ValueError(
@@ -106,7 +106,7 @@ def rerank(
 
 
 def hamming_distances(queries: np.ndarray, database: np.ndarray, threads: int = 0) -> np.ndarray:
-    """All distances, int32 [Q, N]. For sets small enough to hold them: 4 Q N bytes."""
+    """Compute all distances, int32 [Q, N], for sets small enough to hold them: 4 Q N bytes."""
     check_packed(queries, database)
     out, query_words = np.empty((len(queries), len(database)), dtype=np.int32), words(queries)
     for first, chunk in chunks(database):
@@ -123,10 +123,10 @@ def hamming_distances(queries: np.ndarray, database: np.ndarray, threads: int = 
 
 
 def nearest_keys(queries: np.ndarray, database: np.ndarray, k: int, width: int, threads: int) -> np.ndarray:
-    """Keys int64 [Q, k], sorted, of the k nearest rows by the first `width` bytes.
+    """Return the sorted keys, int64 [Q, k], of the k nearest rows by the first `width` bytes.
 
-    Several queries are shared out among the threads; for fewer queries than threads each takes a part of
-    the rows, with buffers of its own, which are merged.
+    The queries are divided among the threads. If there are fewer queries than threads, each thread takes a
+    part of the rows instead, with buffers of its own, which are merged.
     """
     workers = thread_count(threads)
     parts = 1 if len(queries) >= workers else workers
@@ -158,32 +158,32 @@ def nearest_keys(queries: np.ndarray, database: np.ndarray, k: int, width: int, 
                     for part, rows in enumerate(slices(len(chunk), parts))
                 ]
             in_threads(take, tasks)
-        for part in range(parts):  # what a buffer held before it was sorted out lies behind its end
+        for part in range(parts):  # keys that were pruned from a buffer lie behind its end
             keys[part][np.arange(keys.shape[2]) >= held[part][:, None]] = np.iinfo(np.int64).max
         joined = np.concatenate(list(keys), axis=1)
         best[start : start + QUERY_BLOCK] = np.sort(np.partition(joined, k - 1, axis=1)[:, :k], axis=1)
     return best
 
 
-# ---------------------------------------------------------------------------------------- parts of them
+# ---------------------------------------------------------------------------------------- its parts
 
 
 def split(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(rows int64, distances int32) of keys."""
+    """Split keys into (rows int64, distances int32)."""
     return keys & ((1 << ROW_BITS) - 1), (keys >> ROW_BITS).astype(np.int32)
 
 
 def chunks(database: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(number of its first row, uint64 [n, W]) of CHUNK_BYTES each; a view where rows are whole words."""
+    """Yield (number of the first row, uint64 [n, W]) for each CHUNK_BYTES; a view if rows are whole words."""
     size = max(1, CHUNK_BYTES // database.shape[1])
     for first in range(0, len(database), size):
         yield first, words(database[first : first + size])
 
 
 def words(packed: np.ndarray) -> np.ndarray:
-    """uint8 [N, bytes] -> uint64 [N, ceil(bytes / 8)], padded with zeros, which differ from nothing.
+    """uint8 [N, bytes] -> uint64 [N, ceil(bytes / 8)], padded with zeros, which add nothing to distances.
 
-    In the machine's byte order, which is all the same to xor and bit count."""
+    The byte order is the machine's, which makes no difference to xor and bit count."""
     padding = -packed.shape[1] % 8
     if padding:
         packed = np.pad(packed, ((0, 0), (0, padding)))
@@ -194,13 +194,13 @@ def words(packed: np.ndarray) -> np.ndarray:
 
 
 def slices(count: int, parts: int) -> list[slice]:
-    """At most `parts` slices of 0..count-1, none of them empty, as equal as can be."""
+    """Cut 0..count-1 into at most `parts` slices, none of them empty, as equal as possible."""
     ends = [count * i // max(parts, 1) for i in range(max(parts, 1) + 1)]
     return [slice(a, b) for a, b in pairwise(ends) if a < b]
 
 
 def in_threads(call: Callable[[T], None], tasks: list[T]) -> None:
-    """call(task) of each, side by side. The kernels release the GIL."""
+    """Run call(task) for all tasks in parallel; the kernels release the GIL."""
     if len(tasks) < 2:
         for task in tasks:
             call(task)

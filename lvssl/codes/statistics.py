@@ -1,4 +1,4 @@
-"""What a set of codes holds, and how small it is."""
+"""Statistics of a set of codes, and their compression ratios."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import numpy as np
 
 from pipelines.kernels.pack import as_array, pack_bits
 
-DEAD_BELOW = 0.01  # a bit that is on for fewer images than this, or off for fewer, says next to nothing
+DEAD_BELOW = 0.01  # a bit that is on, or off, for a smaller share of the images says next to nothing
 
 
 def code_statistics(bits: Any, probabilities: Any = None) -> dict[str, float | int | None]:
-    """Figures of the codes `bits` [N, D] (0 or 1) as plain numbers, ready for JSON.
+    """Return figures of the codes `bits` [N, D] (0 or 1) as plain numbers, ready for JSON.
 
     - `count`, `nominal_bits`: N and D.
     - `entropy_bits`: sum over bits of the empirical entropy H(mean), at most D; `entropy_per_bit`: its mean.
     - `dead_bits`: bits on for less than 1 % or more than 99 % of the images.
     - `mean_absolute_correlation`: mean of |corr(i, j)| over pairs i < j of bits that vary; None with fewer
       than two.
-    - `collisions`: images whose code another, earlier image already has (N - distinct codes).
-    - `information_bound_bits`: with `probabilities` [N, D], the posterior's p: sum_d [H(mean_n p) - mean_n
-      H(p)]. An upper bound on I(x; z) of the sampled bits, as H(z) is at most the sum of its bits'
-      entropies; else None.
+    - `collisions`: images whose code an earlier image already has (N - distinct codes).
+    - `information_bound_bits`: with `probabilities` [N, D], the posterior's p, sum_d [H(mean_n p) - mean_n
+      H(p)]. This is an upper bound on I(x; z) of the sampled bits, because H(z) is at most the sum of its
+      bits' entropies. None without `probabilities`.
     """
     b_ND = as_array(bits)
     if b_ND.ndim != 2 or not b_ND.size:
@@ -60,7 +60,7 @@ def information_bound(probabilities: Any, chunk: int = 4096) -> float:
 
 
 def mean_absolute_correlation(bits: np.ndarray) -> float | None:
-    """Mean |Pearson correlation| over pairs of the columns that vary, of bits [N, D]."""
+    """Mean |Pearson correlation| over pairs of columns of bits [N, D] that vary; None with fewer than two."""
     x_ND = np.asarray(bits, dtype=np.float32)
     x_ND = x_ND - x_ND.mean(axis=0)
     scale_D = np.sqrt((x_ND**2).sum(axis=0))
@@ -75,7 +75,7 @@ def mean_absolute_correlation(bits: np.ndarray) -> float | None:
 def compression_ratios(
     bits: int, resolution: int, channels: int = 3, *, feature_dim: int, jpeg_bytes: float | None = None
 ) -> dict[str, float]:
-    """How many times smaller a code of `bits` bits is, each ratio under the name of what it is taken against.
+    """Return how many times smaller a code of `bits` bits is than each of these, by name.
 
     - `raw_pixels`: resolution^2 * channels bytes. 2,048 bits at 224 px: 588.
     - `stored_jpeg`: `jpeg_bytes`, the mean size of the stored file; left out without it.

@@ -1,9 +1,9 @@
-"""Writes code files as their rows come. The layout is told in `lvssl.codes.file`.
+"""Write code files row by row. Their layout is described in `lvssl.codes.file`.
 
-While it is written, a file `codes.lvcodes` is hidden ones beside it, which a killed encoder leaves behind and
-the next one goes on with: `.codes.lvcodes.part` (header and rows), `.codes.lvcodes.names.part` (for each row
-the source's position after it, the length of its name, its name), and a part of each table beside it, such as
-`.codes.lvcodes.means.part`.
+While `codes.lvcodes` is being written, its parts are hidden files beside it, which a killed encoder leaves
+behind and the next one resumes: `.codes.lvcodes.part` (header and rows), `.codes.lvcodes.names.part` (for
+each row the source's position after it, the length of its name, and its name), and a part for each table,
+such as `.codes.lvcodes.means.part`.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ BLOCK = 1 << 20
 class CodeWriter:
     """`with CodeWriter(path, ...) as writer: writer.append(rows, names)`.
 
-    The file appears under its name, complete, when the block ends. `source`: what is encoded, in a word that
-    changes with it; with it, rows that were written before a kill or an interrupt of the same work are kept,
-    and `position` says where in the source to go on. Without it, or where the block raises an error before
-    the first row, nothing is left. `beside`: tables that lie beside it, and their numbers an image: MEANS of
-    the posteriors, as fp16, UNCERTAINTY, 1, and THUMBNAILS. `quantiser`: {code, sha256} of what made the
-    codes. Raises CodeFileError where another process is writing the same file, or the disk is full.
+    The file appears under its name, complete, when the block ends. `source` identifies what is encoded: with
+    it, rows that were written before the same work was killed or interrupted are kept, and `position` says
+    where in the source to resume. Without it, or if the block raises an error before the first row, nothing
+    is left. `beside`: tables to write beside the file, and their numbers per image: MEANS of the posteriors,
+    as fp16, UNCERTAINTY, 1, and THUMBNAILS. `quantiser`: {code, sha256} of what made the codes. Raises
+    CodeFileError if another process is writing the same file, or the disk is full.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class CodeWriter:
                 self.files[0].seek(0)
                 self.files[0].write(begun)
                 for file in self.files[2:]:
-                    file.write(bytes(ROWS_AT))  # its header is known last
+                    file.write(bytes(ROWS_AT))  # its header is written last
             self.go_on()
         except BaseException as failure:
             self.close(keep=isinstance(failure, CodeFileError))
@@ -109,12 +109,12 @@ class CodeWriter:
         return self
 
     def unwritten(self, error: OSError) -> CodeFileError:
-        """What the disk refuses, in words."""
+        """Return an error that says why the disk refused."""
         kept = f"{self.count:,} codes are kept" if self.source is not None and self.count else ""
         return CodeFileError(why_unwritten(self.path, error, kept))
 
     def go_on(self) -> None:
-        """Keep the rows of which row, name and tables are whole, and stand behind them."""
+        """Keep the rows whose codes, names and table entries are complete, and seek to their end."""
         widths = [np.dtype(table.dtype).itemsize * dim for table, dim in self.tables.items()]
         sized = [(self.files[0], self.width), *zip(self.files[2:], widths)]
         rows = min(max(0, file.seek(0, os.SEEK_END) - ROWS_AT) // width for file, width in sized)
@@ -138,10 +138,11 @@ class CodeWriter:
         uncertainty: np.ndarray | None = None,
         thumbnails: np.ndarray | None = None,
     ) -> None:
-        """Add packed rows uint8 [n, ceil(bits / 8)], their n names, and means [n, D], uncertainty [n] and
-        thumbnails [n, P] where it has any.
+        """Append packed rows uint8 [n, ceil(bits / 8)], their n names and, for the tables that there are,
+        means [n, D], uncertainty [n] and thumbnails [n, P].
 
-        `positions` of the n in the source, rising; left out: they follow on. ValueError unless they fit.
+        `positions`: those of the n rows in the source, ascending; by default they follow on from the last.
+        Raises ValueError unless shapes and types fit.
         """
         names = list(names)
         n = len(names)
@@ -159,7 +160,7 @@ class CodeWriter:
             self.position = int(position) + 1
             self.files[1].write(RECORD.pack(self.position, len(text)) + text)
         for file in self.files:
-            file.flush()  # from here on a kill of the process loses nothing of it
+            file.flush()  # from here on, a kill of the process loses none of it
         self.count += n
 
     def __exit__(self, _: object, failure: BaseException | None, __: object) -> None:
@@ -172,11 +173,11 @@ class CodeWriter:
             failure = error
         finally:
             self.close(keep=not done and self.source is not None and self.count > 0)
-        if isinstance(failure, OSError):  # the block's own: who reads images names them
+        if isinstance(failure, OSError):  # the block's, too: readers of images raise errors of their own
             raise self.unwritten(failure) from failure
 
     def finish(self) -> None:
-        """Names behind the rows, the headers, and all of it to the disk and under its name."""
+        """Write the names behind the rows, and the headers; sync all files and rename them."""
         digest = self.digest_of_rows()
         codes, names = self.files[:2]
         codes.seek(0, os.SEEK_END)
@@ -216,12 +217,12 @@ class CodeWriter:
             if not keep:
                 part.unlink(missing_ok=True)
         for file in self.files:
-            with suppress(OSError):  # on a full disk: what its buffer holds is not counted
+            with suppress(OSError):  # on a full disk; what its buffer holds isn't counted
                 file.close()
 
 
 def records(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(position in the source after it, name) of every whole record."""
+    """Yield (position in the source after it, name) for every complete record."""
     file.seek(0)
     while len(head := file.read(RECORD.size)) == RECORD.size:
         position, length = RECORD.unpack(head)
