@@ -1,7 +1,7 @@
-"""A run's state on disk: written beside and renamed, checked by digest, the last ones kept.
+"""Checkpoints: a run's state on disk, written atomically and checked by digest; the last few are kept.
 
-Kill -9 at any moment costs at most the steps since the last checkpoint: a file under its final name is whole,
-and should it be damaged later, the one before it is used, with a message.
+Kill -9 at any moment costs at most the steps since the last checkpoint. A file under its final name is
+complete; if it is damaged later, the one before it is used, with a message.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from pipelines.amounts import size_text
 from pipelines.errors import InputError
 from pipelines.files import NO_SPACE, write_atomically
 
-MAGIC = b"LVSSLCK1"  # then 32 bytes SHA-256 of what follows, which is a torch.save archive
+MAGIC = b"LVSSLCK1"  # followed by the SHA-256 (32 bytes) of a torch.save archive, and the archive
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Write folder/step-<step>.pt atomically and remove all but the last `keep`.
+    """Write folder/step-<step>.pt atomically, and remove all checkpoints but the last `keep`.
 
     Raises:
-        OSError: no room, and how much is needed; the checkpoints that were there still are.
+        OSError: no space is left (says how much is needed); existing checkpoints are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(state, buffer)
     path = folder / f"step-{step:09d}.pt"
-    # Released before an error goes on: Python 3.12.1 may crash on a view that a traceback still holds.
+    # Release the view before an error propagates: Python 3.12.1 may crash on one that a traceback holds.
     with buffer.getbuffer() as payload:
         try:
             write_atomically(path, MAGIC, hashlib.sha256(payload).digest(), payload)
@@ -53,10 +53,10 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
 
 
 class Writer:
-    """Writes checkpoints beside the training: what is asked for is copied at once, then written, hashed and
-    synced by a thread, one after the other.
+    """Writes checkpoints in the background: the state is copied at once, then written, hashed and synced by a
+    thread, one after the other.
 
-    As a context it waits for the last at its end. An error is raised by the call that comes after it.
+    As a context it waits for the last one at its end. An error is raised by the call that follows it.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Writer:
         self.under_way: Future[Path] | None = None
 
     def save(self, folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> None:
-        """As `save`, of the state as it is now. Waits for the one before: one copy is held at most."""
+        """As `save`, of the state as it is now. Waits for the one before; at most one copy is held."""
         self.wait()
         copied = on_host(state)
         event: torch.cuda.Event | None = None
@@ -75,17 +75,17 @@ class Writer:
 
         def write() -> Path:
             if event is not None:
-                torch.cuda.set_device(device)  # a thread begins on the first GPU, and would take memory there
+                torch.cuda.set_device(device)  # a thread starts on the first GPU, and would take memory there
                 event.synchronize()  # the copies have arrived
             return save(folder, step, copied, keep)
 
         self.under_way = self.thread.submit(write)
 
     def wait(self) -> None:
-        """Until the last one is on the disk.
+        """Wait until the last checkpoint is on the disk.
 
         Raises:
-            OSError: no room; the checkpoints that were there still are.
+            OSError: no space is left; existing checkpoints are kept.
         """
         written, self.under_way = self.under_way, None
         if written is not None:
@@ -104,7 +104,7 @@ class Writer:
 
 
 def on_host(state: Any) -> Any:
-    """A copy of a state, its tensors on the CPU; a GPU's are on their way, behind what was launched."""
+    """Copy a state to the CPU; copies from a GPU are asynchronous, queued behind what was launched."""
     if isinstance(state, torch.Tensor):
         pinned = state.is_cuda
         return torch.empty_like(state, device="cpu", pin_memory=pinned).copy_(state, non_blocking=pinned)
@@ -116,17 +116,17 @@ def on_host(state: Any) -> Any:
 
 
 def paths(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first."""
+    """Return the checkpoints of a folder, oldest first."""
     return sorted(folder.glob("step-*.pt"))
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state in a file; InputError if it is damaged."""
+    """Load the state from a file; InputError if it is damaged."""
     return torch.load(io.BytesIO(checked(path)), map_location="cpu", weights_only=True)
 
 
 def checked(path: Path) -> memoryview:
-    """A file's content, a torch.save archive; InputError if it isn't what its digest says."""
+    """Return a file's content, a torch.save archive; InputError if it doesn't match its digest."""
     content = memoryview(path.read_bytes())
     if len(content) < 40 or content[:8] != MAGIC or hashlib.sha256(content[40:]).digest() != content[8:40]:
         raise InputError(f"{path}: damaged checkpoint (its digest doesn't match its content)")
@@ -134,10 +134,10 @@ def checked(path: Path) -> memoryview:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest undamaged checkpoint, or None if there is none at all.
+    """Return the newest undamaged checkpoint, or None if there is no checkpoint.
 
     Raises:
-        InputError: all that are there are damaged.
+        InputError: all checkpoints are damaged.
     """
     found = paths(folder)
     for path in reversed(found):
@@ -152,13 +152,13 @@ def latest(folder: Path) -> Path | None:
 
 
 def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest undamaged checkpoint and its state, or None; errors of `latest`."""
+    """Return the newest undamaged checkpoint and its state, or None; errors as for `latest`."""
     path = latest(folder)
     return None if path is None else (path, load(path))
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a checkpoint's content, hex: the identity that codes carry."""
+    """Return the SHA-256 of a checkpoint's content, in hex; code files store it to identify the model."""
     with open(path, "rb") as file:
         head = file.read(40)
     if head[:8] != MAGIC:

@@ -1,4 +1,4 @@
-"""Paired differences: the values of one side minus those of the other, seed by seed, and what they decide."""
+"""Paired differences: one side's values minus the other's, seed by seed, with an interval and a verdict."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Strongest(NamedTuple):
 
 
 def strongest(methods: list[dict[str, float]], higher_is_better: bool) -> Strongest:
-    """Of the methods that all seeds have, that of the best mean; a mean that isn't a number is the worst.
+    """Return the method with the best mean among those that all seeds have; a mean of NaN is the worst.
 
-    The best of each seed would be chosen on the test set's noise.
+    Taking the best method of each seed would select on the test set's noise.
     """
     shared = [method for method in methods[0] if all(method in of_seed for of_seed in methods)]
     found = [Strongest(method, [of_seed[method] for of_seed in methods]) for method in shared]
@@ -32,10 +32,10 @@ def strongest(methods: list[dict[str, float]], higher_is_better: bool) -> Strong
 def interval(
     each: list[float], higher_is_better: bool = True, sampling_error: float | None = None
 ) -> dict[str, Any]:
-    """Mean, its standard error, a 95 % interval, and the verdict, which is `level` unless 0 is outside.
+    """Return mean, standard error, 95 % interval, and verdict, which is `level` unless 0 is outside.
 
-    Of several seeds, Student's interval. Of one seed, two standard errors that `sampling_error` gives, those
-    of the test set; where it isn't known either, there is no interval, and the verdict is `one seed`.
+    For several seeds it is Student's interval. For one seed it is two standard errors on either side, those
+    of the test set, in `sampling_error`; without them there is no interval, and the verdict is `one seed`.
     """
     mean = statistics.mean(each)
     if len(each) < 2 and sampling_error is None:

@@ -1,11 +1,11 @@
-"""Embeddings that somebody else has computed: features and labels from the files that people keep them in.
+"""Embeddings computed elsewhere: read features and labels from common file formats.
 
     X.npy         features [N, D] of any float type, mapped; the labels in X-labels.npy beside it
     X/            features.npy and labels.npy in a folder
     X.safetensors tensors `features` and `labels`
     X.parquet     columns `features` (or `embedding`), lists of one length, and `label` (or `labels`)
 
-The last two are brought to .npy files first, in a store in the folder `features` beside them.
+The last two are first converted to .npy files, in a store in the folder `features` beside them.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ class Embeddings:
     path: Path
     features: np.ndarray  # of any float type [N, D], mapped
     labels: np.ndarray  # int64 [N]; -1: none
-    arithmetic = "another model"  # what has computed them
+    arithmetic = "another model"  # what computed them
 
     @property
     def folder(self) -> Path:
-        """What is made of them goes there."""
+        """Folder for what is computed from them."""
         return self.path if self.path.is_dir() else self.path.with_name(f"{self.path.stem}-lvssl")
 
     @property
     def digest(self) -> str:
-        """Of the labels, and of up to 256 rows, evenly spread."""
+        """SHA-256 of the shape, the labels, and up to 256 evenly spaced rows."""
         rows = self.features[evenly_spaced(len(self.labels), 256)]
         told = [str(self.features.shape).encode(), self.labels.tobytes(), rows.tobytes()]
         return hashlib.sha256(b"".join(told)).hexdigest()
 
 
 def is_embeddings(path: Path) -> bool:
-    """Whether a path given in the place of a run is a file of embeddings, or a folder with those of training
+    """Whether a path given in place of a run is a file of embeddings, or a folder with those of training
     images."""
     return path.suffix in ENDS or (
         path.is_dir() and not (path / "config.json").exists() and bool(_train(path))
@@ -62,8 +62,8 @@ def is_embeddings(path: Path) -> bool:
 def open_pair_of_embeddings(
     given: Path, train: Path | None, test: Path | None
 ) -> tuple[Embeddings, Embeddings]:
-    """Training and test set: `given` is the training file, or the folder that both lie in, as train.npy and
-    test.npy, say; `train` and `test` name others. InputError: missing, damaged, or they don't match."""
+    """Open a training and a test set. `given` is the training file, or a folder with both (such as train.npy
+    and test.npy); `train` and `test` override it. InputError: missing, damaged, or they don't match."""
     path = train or training_file(given)
     known, asked = open_embeddings(path), open_embeddings(test or sibling_test_set(path))
     if known.features.shape[1] != asked.features.shape[1]:
@@ -76,7 +76,7 @@ def open_pair_of_embeddings(
 
 
 def training_file(given: Path) -> Path:
-    """`given`, or what lies in the folder as train.npy, say. InputError: nothing."""
+    """Return `given`, or the training file in that folder, such as train.npy. InputError if there is none."""
     path = given if given.suffix in ENDS else _train(given)
     if path is None:
         raise InputError(f"{given}: no embeddings of training images in it: name them with --train")
@@ -89,9 +89,9 @@ def _train(folder: Path) -> Path | None:
 
 
 def open_embeddings(path: Path, labelled: bool = True) -> Embeddings:
-    """Those of one file or folder (see above). Unless `labelled`, a .npy file or a folder needs no labels:
-    they are -1 then. InputError: missing, damaged, no features, no labels, or numbers of the two that
-    differ."""
+    """Open the embeddings of one file or folder (see above). Unless `labelled`, a .npy file or a folder needs
+    no labels, which are then -1. InputError if something is missing or damaged, or the numbers of features
+    and labels differ."""
     beside = path / "labels.npy" if path.is_dir() else path.with_name(f"{path.stem}-labels.npy")
     try:
         if path.suffix in (".safetensors", ".parquet"):
@@ -183,7 +183,7 @@ def _parquet(path: Path) -> tuple[int, Compute]:
 
 
 def _offsets(lists: Any) -> np.ndarray:
-    """Where each list of a column begins and ends; of lists of a fixed size none is needed."""
+    """Return where each list of a column begins and ends; lists of fixed size need no offsets."""
     return lists.offsets.to_numpy() if hasattr(lists, "offsets") else np.zeros(0)
 
 

@@ -1,4 +1,4 @@
-"""An exported encoder, read back: what `lvssl export` has written is enough to encode, without the run."""
+"""Read an exported encoder: the files that `lvssl export` writes are enough to encode without the run."""
 
 import json
 from pathlib import Path
@@ -15,14 +15,14 @@ from pipelines.views import ViewSettings
 
 
 class Exported(NamedTuple):
-    settings: PretrainSettings  # model, latent, view and precision are the run's; the others the defaults
-    network: LVNet  # backbone and head are the run's; the projector is not, unless the head stands behind it
+    settings: PretrainSettings  # model, latent, view and precision are the run's, all others defaults
+    network: LVNet  # backbone and head are the run's; so is the projector if the head follows it
     step: int
     checkpoint: str  # digest of the checkpoint that was exported
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether a folder is one of `lvssl export`, and not a run."""
+    """Whether a folder was written by `lvssl export` and isn't a run."""
     try:
         return "lvssl" in json.loads((folder / "config.json").read_text())
     except (OSError, ValueError, TypeError, RecursionError):
@@ -30,12 +30,12 @@ def is_exported(folder: Path) -> bool:
 
 
 def read_exported(folder: Path) -> Exported:
-    """The encoder in a folder of `lvssl export`. Raises InputError: damaged, or of another version."""
+    """Read the encoder in a folder of `lvssl export`. InputError if it is damaged, or of another version."""
     path = folder / "config.json"
     try:
         ours = json.loads(path.read_text())["lvssl"]
         settings = PretrainSettings(
-            data=folder / "training-images",  # which an export neither has nor names
+            data=folder / "training-images",  # an export neither has nor names them
             model=from_dict(ModelSettings, ours["model"], f"{path}: model"),
             latent=from_dict(LatentSettings, ours["latent"], f"{path}: latent"),
             view=from_dict(ViewSettings, ours["view"], f"{path}: view"),

@@ -1,14 +1,15 @@
-"""What a network says of a set of images, computed once and kept in files that are mapped, not read.
+"""A store of what a network computes from a set of images, computed once and kept in memory-mapped files.
 
-    FOLDER/KEY/features.npy ...   a row an image, plain .npy files: np.load(path, mmap_mode="r")
+    FOLDER/KEY/features.npy ...   a row for each image, plain .npy files: np.load(path, mmap_mode="r")
                rows.npy           positions of these images in the set: all, unless damaged ones are left out
-               store.json         the key, and the arrays; written last, so what has it is whole
-               parts/             while it is computed: which parts are done, and who computes one
+               store.json         the key and the arrays; written last, so a store that has it is complete
+               parts/             during the computation: which parts are done, and locks of those under way
 
-The key says all that the numbers depend on: another checkpoint, set, view or arithmetic is another folder.
-Any number of processes, ranks or commands, may fill a store together: each takes a part that nobody has,
-under a lock that the system takes from a killed process. Parts begin on pages of the file, so that machines
-which share it over a network never write the same page; what was done before a kill is kept.
+The key holds everything that the numbers depend on: another checkpoint, set, view or arithmetic gets another
+folder. Any number of processes, be they ranks or commands, can fill a store together: each takes a part that
+no other has, under a lock that the system releases if the process is killed. Parts start on page boundaries
+of the file, so that machines which share it over a network never write the same page. Parts that were done
+before a kill are kept.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ from pipelines.errors import InputError
 from pipelines.files import sync, write_atomically, write_json, written_aside
 from pipelines.lock import lock
 
-PART = 8192  # images that are computed, or lost to a kill, together; whole batches, and pages of any array
+PART = 8192  # images computed, or lost to a kill, together: whole batches, and whole pages of any array
 HEAD = 4096  # bytes before the numbers of an array: a page
-WAIT = 1.0  # seconds between two looks at what other processes compute
+WAIT = 1.0  # seconds between two checks of what other processes compute
 
-Arrays = dict[str, np.ndarray]  # by name, as long as there are images
-# Positions int64 [n], ascending -> batches: the positions of those that can be read, and their arrays.
+Arrays = dict[str, np.ndarray]  # by name, with a row for each image
+# Positions int64 [n], ascending -> batches: positions of the images that can be read, and their arrays.
 Compute = Callable[[np.ndarray], Iterator[tuple[np.ndarray, Arrays]]]
 
 
 @dataclass(frozen=True)
 class Store:
-    """The arrays of `count` images, there or to be computed."""
+    """The arrays of `count` images, computed or to be computed."""
 
     folder: Path
     key: dict[str, Any]
@@ -53,7 +54,7 @@ class Store:
 
     @classmethod
     def beside(cls, folder: Path, key: dict[str, Any], count: int) -> Store:
-        """FOLDER/KEY; where no file can be made there, a folder of this process alone, which a line names."""
+        """Return the store FOLDER/KEY. If it isn't writable, use a temporary folder and say so on stderr."""
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         try:
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ class Store:
         return (self.folder / "store.json").is_file()
 
     def open(self) -> Arrays:
-        """All arrays, mapped. InputError: damaged."""
+        """Return all arrays, mapped. InputError if the store is damaged."""
         path = self.folder / "store.json"
         try:
             head = json.loads(path.read_text())
@@ -86,10 +87,10 @@ class Store:
             raise InputError(f"{self.folder}: damaged ({error}); remove this folder") from error
 
     def fill(self, compute: Compute, to_the_end: bool = True) -> None:
-        """Compute every part that isn't there and that no other process computes.
+        """Compute every missing part that no other process is computing.
 
-        `to_the_end`: wait for those of the others, and take theirs if they die; so the store is whole then.
-        InputError: no room for it.
+        `to_the_end`: wait for the other processes' parts, and take them over if they die, so that the store
+        is complete afterwards. InputError if the disk has no space for it.
         """
         waited = False
         while not self.whole:
@@ -108,7 +109,7 @@ class Store:
                 time.sleep(WAIT)
 
     def _take(self, part: int, compute: Compute) -> bool:
-        """Whether that part is done, by this process if nobody else is at it."""
+        """Return whether a part is done; compute it unless another process does."""
         done = self.folder / "parts" / f"{part}.npy"
         if done.exists() or self.whole:
             return True
@@ -130,7 +131,7 @@ class Store:
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[bool]:
-        """Whether the lock of that name is this process's, while it lasts."""
+        """Hold the lock of that name during the context; yield whether this process got it."""
         path = self.folder / "parts" / f"{name}.lock"
         path.parent.mkdir(exist_ok=True)
         with open(path, "ab") as file:
@@ -142,7 +143,7 @@ class Store:
                 yield True
 
     def _write(self, name: str, first: int, values: np.ndarray) -> None:
-        """The rows from number `first` on, in the file of that array, which is made for all rows at once."""
+        """Write rows from number `first` on to an array's file, which is created in its full size."""
         path = self.folder / f"{name}.npy"
         size = HEAD + self.count * values[0].nbytes
         if not path.exists() and (free := shutil.disk_usage(self.folder).free) < size:
@@ -161,7 +162,7 @@ class Store:
             sync(file)
 
     def _finish(self) -> None:
-        """Close the gaps of images that were left out, and write the header."""
+        """Remove the rows of images that were left out, and write the header."""
         parts = range(-(-self.count // PART))
         rows = np.concatenate([np.load(self.folder / "parts" / f"{part}.npy") for part in parts])
         if not len(rows):
@@ -176,7 +177,7 @@ class Store:
         shutil.rmtree(self.folder / "parts", ignore_errors=True)
 
     def _closed(self, path: Path, rows: np.ndarray) -> np.ndarray:
-        """The array in a file, with the rows of `rows` alone."""
+        """Rewrite the array in a file to hold `rows` alone, and return it."""
         all_of = mapped(path)
         if len(all_of) == len(rows):
             return all_of
@@ -188,7 +189,7 @@ class Store:
 
 
 def mapped(path: Path) -> np.ndarray:
-    """A .npy file's array, mapped; to write into it changes this process's copy alone."""
+    """Map the array of a .npy file; writing to it changes this process's copy alone."""
     return np.asarray(np.load(path, mmap_mode="c", allow_pickle=False))
 
 
@@ -199,6 +200,6 @@ def npy(values: np.ndarray) -> bytes:
 
 
 def npy_head(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    """The first HEAD bytes of a .npy of version 1.0."""
+    """Return the first HEAD bytes of a .npy file of version 1.0."""
     text = repr({"descr": dtype.str, "fortran_order": False, "shape": shape})
     return b"\x93NUMPY\x01\x00" + (HEAD - 10).to_bytes(2, "little") + text.ljust(HEAD - 11).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""Exported encoders on the Hugging Face Hub: hf://user/name names one; fetched once, or uploaded."""
+"""Exported encoders on the Hugging Face Hub, named hf://user/name: download (once) and upload."""
 
 import shlex
 from pathlib import Path
@@ -10,11 +10,11 @@ PREFIX = "hf://"
 
 
 def local_folder(name: str | Path) -> Path:
-    """The folder of a run or an export: `name` itself; or of hf://user/name or hf://user/name@revision the
-    copy in huggingface_hub's cache, which is fetched where it isn't there (HF_HUB_OFFLINE=1: never).
+    """Return the folder of a run or an export: `name` itself or, for hf://user/name[@revision], the copy in
+    huggingface_hub's cache, which is downloaded if it isn't there (HF_HUB_OFFLINE=1: never).
 
     Raises:
-        InputError: huggingface_hub isn't installed, or there is no such repository, cached or to be reached.
+        InputError: huggingface_hub isn't installed, or the repository is neither cached nor reachable.
     """
     if not str(name).startswith(PREFIX):
         return Path(name)
@@ -34,7 +34,7 @@ def local_folder(name: str | Path) -> Path:
 
 
 def library(wanted_by: str) -> Any:
-    """huggingface_hub. Raises InputError: it isn't installed."""
+    """Import huggingface_hub. Raises InputError if it isn't installed."""
     try:
         import huggingface_hub
         import huggingface_hub.errors
@@ -44,9 +44,9 @@ def library(wanted_by: str) -> Any:
 
 
 class Upload:
-    """A model repository user/name that a folder is uploaded to, checked before there is a folder.
+    """A model repository user/name to which a folder is uploaded; checked before the folder is made.
 
-    Raises InputError: no such name, huggingface_hub isn't installed, or the Hub knows no token of this user.
+    Raises InputError if the name is invalid, huggingface_hub isn't installed, or the Hub accepts no token.
     """
 
     def __init__(self, repository: str, public: bool) -> None:
@@ -58,13 +58,13 @@ class Upload:
         try:
             hub.utils.validate_repo_id(repository)
             self.api.whoami()
-        except Exception as error:  # of huggingface_hub, its HTTP client or the network, each its own kind
+        except Exception as error:  # huggingface_hub, its HTTP client and the network have their own kinds
             raise InputError(f"{self.what}: {first_line(error)}; `hf auth login` keeps a token") from error
 
     def send(self, folder: Path) -> None:
         """Upload every file as one commit, into a new repository or as the next version.
 
-        Raises InputError: the Hub doesn't take it. The folder stays.
+        Raises InputError if the Hub doesn't accept it; the folder stays.
         """
         try:
             self.api.create_repo(self.repository, private=self.private, exist_ok=True)

@@ -1,7 +1,8 @@
-"""What a data set is, in a few lines of a run's config.json: so that a run isn't resumed on another one.
+"""Identity of a data set, kept in a run's config.json so that the run isn't resumed on another set.
 
-Count, names of the classes, and a digest of the labels and of up to SAMPLED images, evenly spread. A set may
-be moved, and a beton and the tars made in the same pass are the same set: neither path nor format counts.
+It consists of the number of images, the class names, and a digest of the labels and of up to SAMPLED images,
+evenly spaced. Neither path nor format counts: a set may be moved, and a beton and the tars that were made in
+the same pass are the same set.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from pipelines.decode import DamagedSample, Reader
 from pipelines.decode.pixels import as_rgb, decode_other
 from pipelines.formats import jpeg
 
-SAMPLED = 256  # images: each is one read of a file
+SAMPLED = 256  # images, each of which takes one read of a file
 
 
 def describe_set(source: Reader, order: str = "random") -> dict[str, Any]:
-    """{"images", "classes" (names, or None), "digest"} of a set, as plain JSON values; with `order`
-    quasi-random, which goes by the storage blocks, "blocks", their digest."""
+    """Return {"images", "classes" (names, or None), "digest"} of a set, as plain JSON values; with the
+    `order` quasi-random, which goes by storage blocks, also their digest, "blocks"."""
     digest = hashlib.sha256(np.ascontiguousarray(source.labels, np.int64).tobytes())
     for index in evenly_spaced(len(source), SAMPLED).tolist():
         digest.update(_content(source, index))
@@ -33,7 +34,7 @@ def describe_set(source: Reader, order: str = "random") -> dict[str, Any]:
 
 
 def other_set(stored: dict[str, Any], found: dict[str, Any]) -> str:
-    """What tells the set of `found` from that of `stored`, in words; empty if they are the same."""
+    """Describe how the set of `found` differs from that of `stored`; empty if they are the same."""
     if stored["images"] != found["images"]:
         return f"it has {found['images']:,} images, not {stored['images']:,}"
     ours, theirs = stored["classes"], found["classes"]
@@ -48,14 +49,14 @@ def other_set(stored: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def _content(source: Reader, index: int) -> bytes:
-    """A JPEG's bytes; of anything else size and pixels, which are the same in every format."""
+    """Return a JPEG's bytes or, for other images, size and pixels, which are the same in every format."""
     try:
         stored = source.encoded(0, index)
         if isinstance(stored, bytes) and jpeg.is_jpeg(stored):
             return stored
         if isinstance(stored, np.ndarray):
             pixels = as_rgb(stored)
-        else:  # whatever --max-pixels says: it may be raised later
+        else:  # regardless of --max-pixels, which may be raised later
             pixels = decode_other(stored, most=jpeg.MAX_PIXELS)[0]
     except (DamagedSample, jpeg.DamagedImage):
         return b"damaged"

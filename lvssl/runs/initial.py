@@ -1,4 +1,4 @@
-"""Weights that a pretraining starts from (`--init`): of a run, an export, a file, or timm's own."""
+"""Weights from which a pretraining starts (`--init`): of a run, an export, a file, or timm's own."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ BEFORE = ("", "module.", "backbone.", "encoder.", "model.", "module.backbone.", 
 
 
 def initial_weights(model: ModelSettings, resolution: int) -> dict[str, Tensor]:
-    """The state of the backbone that `model.init` names, checked against the backbone at that resolution.
+    """Load the backbone's state that `model.init` names, checked against the backbone at that resolution.
 
-    A classifier, a projector and what else a file has beside the backbone is left out.
-    Raises InputError: there is no such file, run or repository, or it is of another network.
+    Anything else in a file, such as a classifier or a projector, is left out.
+    Raises InputError if there is no such file, run or repository, or it is of another network.
     """
     with torch.device("meta"):
         network = build_backbone(model.backbone, resolution)[0]
@@ -52,7 +52,7 @@ def initial_weights(model: ModelSettings, resolution: int) -> dict[str, Tensor]:
 
 
 def best_prefix(weights: Mapping[str, Tensor], wanted: Mapping[str, object]) -> dict[str, Tensor]:
-    """The weights under the names that are wanted, whatever stands before these in the file."""
+    """Strip the prefix from the names of weights that gives the most of the names that are wanted."""
     forms = (
         {name.removeprefix(before): value for name, value in weights.items() if name.startswith(before)}
         for before in BEFORE
@@ -61,14 +61,14 @@ def best_prefix(weights: Mapping[str, Tensor], wanted: Mapping[str, object]) -> 
 
 
 def with_positions_of(network: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A transformer's weights of another resolution with its position embeddings resampled, as timm does."""
+    """Resample a transformer's position embeddings if they are for another resolution, as timm does."""
     own, given = getattr(network, "pos_embed", None), weights.get("pos_embed")
     grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
     if own is None or given is None or grid is None or given.ndim != 3 or given.shape == own.shape:
         return weights
     from timm.layers import resample_abs_pos_embed
 
-    before = own.shape[1] - math.prod(grid)  # of the class token and the like
+    before = own.shape[1] - math.prod(grid)  # those of the class token and the like
     if not math.isqrt(max(given.shape[1] - before, 0)) ** 2 == given.shape[1] - before > 0:
         return weights
     return weights | {"pos_embed": resample_abs_pos_embed(given, list(grid), num_prefix_tokens=before)}
@@ -104,7 +104,7 @@ def _read(model: ModelSettings, resolution: int, what: str) -> Mapping[str, Tens
         ) from None
     except FileNotFoundError:
         raise InputError(f"{what}: no such file; or {PREFIX}USER/NAME, or {PRETRAINED}") from None
-    except Exception as error:  # of torch, safetensors, timm, huggingface_hub: each its own kind
+    except Exception as error:  # torch, safetensors, timm and huggingface_hub have their own kinds
         raise InputError(f"{what}: {first_line(error)}") from error
 
 
@@ -115,7 +115,7 @@ def _pretrained(backbone: str, resolution: int) -> Mapping[str, Tensor]:
         if backbone in RESNETS:
             return torchvision.models.get_model(backbone, weights="DEFAULT").state_dict()
         return timms(backbone, resolution, pretrained=True).state_dict()
-    except Exception as error:  # of torch, timm, huggingface_hub or the network: each its own kind
+    except Exception as error:  # torch, timm, huggingface_hub and the network have their own kinds
         raise InputError(
             f"--init {PRETRAINED}: weights of {backbone} can't be had ({first_line(error)}): check the "
             "network, or name a file of them"

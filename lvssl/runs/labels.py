@@ -1,8 +1,8 @@
-"""What a labelled set asks to be predicted, and which of its images may be learnt from.
+"""Labelled sets: what is to be predicted, and which of the images are used for training.
 
-Subsets are exact: `share` of N images are floor(share * N), spread over the classes as evenly as they allow,
-the odd ones on classes drawn at random. Of ImageNet's 1,281,167 that is 12,811 for 1 %, 12 or 13 a class, as
-SimCLR's public list has them; taking 1 % of each class and rounding gives another number.
+Subsets are exact: `share` of N images are floor(share * N), spread over the classes as evenly as these allow;
+which classes get one more is drawn at random. For 1 % of ImageNet's 1,281,167 images that is 12,811, 12 or 13
+per class, as in SimCLR's public list; taking 1 % of each class and rounding gives another number.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from pipelines.views import ViewSettings
 
 @dataclass(frozen=True)
 class LabelledDataset:
-    """N images and what is to be predicted of each."""
+    """N images and what is to be predicted for each."""
 
     path: Path
     source: Reader
     answers: Tensor  # int64 [N], classes; or float32 [N, T], targets in their own units
-    outputs: int  # classes of the whole set, however few of them a part of it has, or T
-    targets: tuple[str, ...] = ()  # their names; none: classes
-    on_error: str = "raise"  # or skip: what an image that can't be decoded does
+    outputs: int  # T, or the classes of the whole set, even if a part of it has fewer
+    targets: tuple[str, ...] = ()  # their names; empty for classes
+    on_error: str = "raise"  # or skip: what happens if an image can't be decoded
 
     def __len__(self) -> int:
         return len(self.answers)
 
     def only(self, rows: np.ndarray) -> LabelledDataset:
-        """Some of the images, in the order of `rows`."""
+        """Select the images `rows`, in that order."""
         return replace(self, source=Subset(self.source, rows), answers=self.answers[torch.from_numpy(rows)])
 
 
 class Subset:
-    """Some images of a source, as a source; position i is rows[i] of the other. A part of a part is a part of
-    the whole."""
+    """Some images of a source, as a source: position i is rows[i] of the other. A subset of a subset refers
+    to the original source."""
 
     def __init__(self, source: Reader, rows: np.ndarray) -> None:
         self.rows = np.asarray(rows, np.int64)
@@ -82,7 +82,7 @@ class Subset:
 
 @contextmanager
 def _positions_of(indices: np.ndarray) -> Iterator[None]:
-    """A damaged sample by its position among these: whoever puts another in its place knows no other."""
+    """Report a damaged sample by its position in the subset, which is all that its replacement goes by."""
     try:
         yield
     except DamagedSample as sample:
@@ -99,11 +99,11 @@ def readable(
     left_out: Callable[[str], None] | None = None,
     batch_size: int = BATCH,
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Centre crops uint8 [B, R, R, 3] and their positions int64 [B], of all images or of `rows`, in order.
+    """Yield centre crops uint8 [B, R, R, 3] and positions int64 [B], of all images or of `rows`, in order.
 
-    With on_error="skip" those that can't be decoded are left out: nothing can stand for them in a figure;
-    `left_out` is called with the reason, for each. `title`: of the progress shown where it takes more than
-    moments; empty: none.
+    With on_error="skip", images that can't be decoded are left out, because no replacement may count in a
+    figure; `left_out` is called with the reason for each. `title`: of the progress that is shown unless it
+    takes moments; empty: none is shown.
     """
     rows, replacements = np.arange(len(source)) if rows is None else rows, Replacements(source, on_error)
     batches, done = evaluation_batches(source, view, batch_size, workers, rows, replacements), 0
@@ -120,14 +120,14 @@ def readable(
 
 
 def sound_part(path: Path, source: Reader, rows: np.ndarray) -> Reader:
-    """The images `rows`, int64 [M], ascending, of the set at `path`: those that can be decoded. Says so if
-    there are others."""
+    """Return the images `rows`, int64 [M], ascending, of the set at `path`, those that can be decoded. Print
+    a warning if there are others."""
     say_left_out(path, len(source), rows)
     return source if len(rows) == len(source) else Subset(source, rows)
 
 
 def say_left_out(path: Path, count: int, rows: np.ndarray) -> None:
-    """One line on stderr if only `rows`, int64 [M], ascending, of a set's `count` images could be decoded."""
+    """Print a warning if only `rows`, int64 [M], ascending, of a set's `count` images could be decoded."""
     if len(rows) < count:
         first = int(np.setdiff1d(np.arange(count), rows)[0])
         said = f"{count - len(rows):,} of {count:,} images can't be decoded and are left out"
@@ -135,7 +135,7 @@ def say_left_out(path: Path, count: int, rows: np.ndarray) -> None:
 
 
 def say_notes(source: Reader) -> None:
-    """What a set leaves out, or what else the user should know of it, on stderr."""
+    """Print on stderr what a set leaves out, and what else the user should know about it."""
     for note in getattr(source, "notes", ()):
         print(f"note: {note}", file=sys.stderr, flush=True)
 
@@ -148,15 +148,15 @@ def open_labelled(
     device: str = "cpu",
     train: LabelledDataset | None = None,
 ) -> LabelledDataset:
-    """The images at `path` with their classes, or with the float target(s) named.
+    """Open the images at `path` with their classes, or with the float target(s) named.
 
     Args:
         target: None for a command that has no --target.
-        train: the training set of a test set, whose numbers of the classes it gets, by their names.
+        train: for a test set, the training set by whose class names its labels are numbered.
 
     Raises:
-        InputError: no such data; no such target; classes asked of a training set that has but one; a class
-            that the training set doesn't name.
+        InputError: there is no such data or target, a training set has no two classes, or the test set has a
+            class that the training set doesn't name.
     """
     source = open_reader(path, kind, device)
     if train is not None and not target:
@@ -182,10 +182,10 @@ def open_labelled(
 
 
 def numbered_as(source: Reader, path: Path, classes: list[str] | None, where: str) -> Reader:
-    """A set whose labels are the numbers of the same names in `classes`, those of `where`.
+    """Renumber a set's labels by the names in `classes`, the class names of `where`.
 
-    Where one of the two has numbers alone, they are taken to mean the same, and a warning says so if the
-    other's names aren't numbers. Raises InputError, with the list, for a class that isn't in `classes`.
+    If one of the two has only numbers, they are taken to mean the same, and a warning says so if the other's
+    names aren't numbers. Raises InputError, with the list, for a class that isn't in `classes`.
     """
     own = source.classes
     if source.labels.min() < 0 or own == classes or (numbers_alone(own) and numbers_alone(classes)):
@@ -209,11 +209,11 @@ def _without_names(classes: list[str] | None) -> bool:
 
 
 def open_pair(train: Path, test: Path) -> tuple[Reader, Reader]:
-    """A training set, and a test set whose labels are the training set's numbers, by the classes' names.
+    """Open a training set, and a test set whose labels are numbered as the training set's, by class names.
 
     Raises:
-        InputError: no such data, training images of one class alone, or a class of the test set isn't among
-            the training images.
+        InputError: there is no such data, training images have one class alone, or the test set has a class
+            without training images.
     """
     known = open_labelled(train, None)
     asked = open_labelled(test, None, train=known)
@@ -231,8 +231,8 @@ def check_pair(train: LabelledDataset, test: LabelledDataset) -> None:
 
 
 def sibling_test_set(train: Path) -> Path:
-    """The test set beside a training set: train.beton -> test.beton, or val; of a training set in many files,
-    test.beton, too. InputError if there is none."""
+    """Find the test set beside a training set: train.beton -> test.beton, or val. For a training set in many
+    files, it may also be test.beton. InputError if there is none."""
     whole = [] if files_of(train) == [train] else [train.suffix]
     for name in ("test", "val", "validation"):
         for beside in (train.name.replace("train", name), *(name + end for end in whole)):
@@ -243,13 +243,13 @@ def sibling_test_set(train: Path) -> Path:
 
 
 def labelled_rows(train: LabelledDataset, share: float, names: Path | None, seed: int) -> np.ndarray:
-    """Positions of the images to learn from, in ascending order: of a list of names, or drawn by `seed`."""
+    """Positions of the images to train on, ascending: from a list of names, or drawn with `seed`."""
     if names is not None:
         return rows_of_names(train, names)
     if share == 1:
         return np.arange(len(train))
     classes = np.zeros(len(train), np.int64) if train.targets else train.answers.numpy()
-    count = int(share * len(train) + 1e-9)  # 0.1 * 30 is 3, whatever its last bit says
+    count = int(share * len(train) + 1e-9)  # 0.1 * 30 is 3, despite rounding errors
     if count < len(np.unique(classes)):
         raise InputError(
             f"--label-fraction {share}: {count} of {len(train)} images are fewer than one of each of "
@@ -259,25 +259,25 @@ def labelled_rows(train: LabelledDataset, share: float, names: Path | None, seed
 
 
 def balanced(classes: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """`count` positions of classes [N], as evenly spread over the classes as these allow; ascending.
+    """Draw `count` positions of classes [N], ascending, as evenly spread over the classes as these allow.
 
-    A class that has too few gives all; what it lacks is shared among the others. Which classes give one more,
-    and which images, is drawn from `seed`.
+    A class that has too few images gives all, and the others share what it lacks. Which classes give one
+    more, and which images, is drawn with `seed`.
     """
     generator = np.random.default_rng(seed)
     drawn = generator.permutation(len(classes))
-    turn = np.empty(len(classes), np.int64)  # of each image among its class, in the order drawn
+    turn = np.empty(len(classes), np.int64)  # place of each image in its class, in the order drawn
     by_class = drawn[np.argsort(classes[drawn], kind="stable")]
     found, first, sizes = np.unique(classes[by_class], return_index=True, return_counts=True)
     turn[by_class] = np.arange(len(classes)) - np.repeat(first, sizes)
-    lot = generator.permutation(len(found))[np.searchsorted(found, classes)]  # who goes first in a turn
+    lot = generator.permutation(len(found))[np.searchsorted(found, classes)]  # the first class in a turn
     return np.sort(np.lexsort((lot, turn))[:count])
 
 
 def split(train: LabelledDataset, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions to fit on and positions to choose on: `share` of the images, balanced as `balanced` does.
+    """Split positions into training and validation images: `share` of them for validation, by `balanced`.
 
-    A class never loses its last image to the choice, which may therefore be smaller, or empty.
+    No class loses its last image to validation, which may therefore get fewer, or none.
     """
     classes = np.zeros(len(train), np.int64) if train.targets else train.answers.numpy()
     chosen = balanced(classes, round(share * len(train)), seed + 1)
@@ -288,10 +288,10 @@ def split(train: LabelledDataset, share: float, seed: int) -> tuple[np.ndarray, 
 
 
 def rows_of_names(train: LabelledDataset, path: Path) -> np.ndarray:
-    """Positions of the images that a list names, one a line, by full name or by the name after the last "/".
+    """Positions of the images in a list, one name per line: the full name, or the part after the last "/".
 
     Raises:
-        InputError: no list, no names in the set, or a name that is unknown, double or ambiguous.
+        InputError: the list can't be read, the set has no names, or a name is unknown, repeated or ambiguous.
     """
     try:
         wanted = [line.strip() for line in path.read_text().splitlines() if line.strip()]
@@ -313,7 +313,7 @@ def rows_of_names(train: LabelledDataset, path: Path) -> np.ndarray:
 
 
 def rows_by_name(names: list[str]) -> dict[str, int]:
-    """Full and last names -> position; -1 where two images share a last name."""
+    """Map full names, and their parts after the last "/", to positions; -1 if images share the last part."""
     known: dict[str, int] = {}
     for row, name in enumerate(names):
         last = name.rpartition("/")[2]
@@ -322,7 +322,7 @@ def rows_by_name(names: list[str]) -> dict[str, int]:
 
 
 def names_of(train: LabelledDataset) -> list[str]:
-    """The source names of a set's images, from its manifest, or from the folder itself."""
+    """Return the source names of a set's images, from its manifest or from the folder itself."""
     names = getattr(train.source, "names", None) or stored_names(train.path)
     if names is None:
         raise InputError(f"{train.path}: no manifest beside it names its images")

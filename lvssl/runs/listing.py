@@ -1,4 +1,4 @@
-"""The runs of a folder: how each stands, its figures, the best of them, and what tells two apart."""
+"""The runs in a folder: the state and figures of each, the best of them, and the differences of two."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from lvssl.settings.fields import relevant
 from pipelines.errors import InputError
 from pipelines.order import steps_per_epoch
 
-ONLINE = "probe_features"  # the online probe on features, percent: what a run of labelled images logs
-RANK = "rankme"  # the effective rank of the features, of any run
+ONLINE = "probe_features"  # accuracy of the online probe on features, percent; logged for labelled images
+RANK = "rankme"  # the effective rank of the features, logged by any run
 CURVES = ("loss", "rate_bits", ONLINE, "probe_code", "online_knn", RANK, "images_per_second")
-POINTS = 5  # of a training at which two curves are compared
+POINTS = 5  # in a training at which two curves are compared
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A run's folder, as it stands."""
+    """State and figures of a run's folder."""
 
     folder: Path
     state: str  # training, done, or stopped
     step: int
     steps: int  # 0: unknown
-    figures: dict[str, float]  # of results of the run itself, and of the last row of its log, by name
+    figures: dict[str, float]  # by name, from the run's own results and the last row of its log
     size: int  # bytes on the disk
 
     @classmethod
@@ -49,7 +49,7 @@ class Listed:
 
 
 def bytes_of(folder: Path) -> int:
-    """Of a folder's files, links aside; what a running process removes meanwhile doesn't count."""
+    """Size of a folder's files, without links and files that a running process removes meanwhile."""
     size = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -60,7 +60,7 @@ def bytes_of(folder: Path) -> int:
 
 
 def results(folder: Path) -> dict[str, float]:
-    """Test figures in percent: those of `evaluate`, and the top-1 of `knn` and `linear` on features."""
+    """Return test figures in percent: those of `evaluate`, and top-1 of `knn` and `linear` on features."""
     found: dict[str, float] = {}
     for stage in ("evaluation", "knn", "linear"):
         path = folder / f"{stage}.json"
@@ -78,7 +78,7 @@ def results(folder: Path) -> dict[str, float]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process trains there now, on this machine or another that shares the file system's locks."""
+    """Whether a process is training there, on this machine or another that shares the file system's locks."""
     try:
         with open(folder / LOCK, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -90,9 +90,9 @@ def is_locked(folder: Path) -> bool:
 
 
 def runs_in(folder: Path) -> list[Listed]:
-    """Of every run in a folder or below, by name; of a damaged one a note on stderr.
+    """List every run in or below a folder, by name; a damaged run is noted on stderr.
 
-    Raises InputError: no such folder, or no whole run in it.
+    Raises InputError if there is no such folder, or no undamaged run in it.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
@@ -110,7 +110,7 @@ def runs_in(folder: Path) -> list[Listed]:
 
 
 def ranked(runs: list[Listed], metric: str) -> list[Listed]:
-    """Those that have the metric, best first: the lowest loss, the highest of anything else; NaN is last."""
+    """Sort the runs that have the metric, best first: lowest for loss, else highest; NaN is last."""
     having = [run for run in runs if metric in run.figures]
     if not having:
         known = sorted({name for run in runs for name in run.figures} - {"step", "epoch"})
@@ -120,7 +120,7 @@ def ranked(runs: list[Listed], metric: str) -> list[Listed]:
 
 
 def compared(one: Path, other: Path) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
-    """(settings that differ: name and both values; figures at even parts of both trainings, likewise)."""
+    """Return (settings that differ, figures at even parts of both trainings), as name and both values."""
     folders = (one, other)
     had, has = ({s.name: str(s.value) for s in relevant(read_config(folder)[0])} for folder in folders)
     names = dict.fromkeys([*had, *has])

@@ -1,4 +1,4 @@
-"""What a run says of itself: a bar on a terminal, a line now and then elsewhere, JSONL and TensorBoard."""
+"""Progress and metrics of a run: a bar on a terminal, lines elsewhere, metrics.jsonl and other sinks."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from pipelines.amounts import time_text
 from pipelines.errors import InputError
 from pipelines.files import json_text, naming
 
-if TYPE_CHECKING:  # whoever reads a run's figures alone does without
+if TYPE_CHECKING:  # reading a run's figures doesn't need them
     import torch
 
     from lvssl.runs.sinks import Sink
     from pipelines.loader import TwoViewLoader
 
-SECONDS_BETWEEN_LINES, FIRST_LINE_AFTER = 30.0, 5.0  # the first says early how long it will take
-DIGITS = 8  # significant ones of a figure in metrics.jsonl: more than fp32 has
+SECONDS_BETWEEN_LINES, FIRST_LINE_AFTER = 30.0, 5.0  # the first line tells early how long it will take
+DIGITS = 8  # significant digits in metrics.jsonl: more than fp32 has
 T = TypeVar("T")
 
 
 class Progress:
-    """A bar over a run's steps; where stderr is no terminal, one line every 30 s, so that logs stay small."""
+    """A bar over a run's steps or, if stderr is no terminal, a line every 30 s, which keeps logs small."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Progress:
         unit: str = "step",
         delay: float = 0.0,
     ) -> None:
-        """`unit_scale`: images a step, for the img/s. `delay`: no bar for what takes fewer seconds."""
+        """`unit_scale`: images per step, for img/s. `delay`: seconds before the bar is shown."""
         self.title, self.steps, self.start_step, self.images = title, steps, done, unit_scale
         self.unit, self.delay = unit, delay
         self.step = done
@@ -58,7 +58,7 @@ class Progress:
         return (self.step - self.start_step) * self.images / max(elapsed, 1e-9)
 
     def update(self, step: int, note: str = "") -> None:
-        """`note`: the figures of the moment, such as "loss 4.2 · rate 130 bits"."""
+        """Show this step. `note`: current figures, such as "loss 4.2 · rate 130 bits"."""
         self.step = step
         text = f"{self.images_per_second():.0f} img/s" + (f" · {note}" if note else "")
         if self.bar is not None:
@@ -82,7 +82,7 @@ class Progress:
 
 
 def with_progress(parts: Iterable[T], title: str, total: int, size: Callable[[T], int]) -> Iterator[T]:
-    """The parts of `total` images, `size(part)` in each, with their progress if there is a title."""
+    """Yield the parts of `total` images, `size(part)` in each, with a progress bar if there is a title."""
     if not title:
         yield from parts
         return
@@ -97,8 +97,8 @@ def with_progress(parts: Iterable[T], title: str, total: int, size: Callable[[T]
 
 
 class Metrics:
-    """metrics.jsonl, one JSON object a line, and the same figures for each of the `sinks`. Steps only ever
-    grow: what a resumed run will do again is cut off first."""
+    """Writes metrics.jsonl, one JSON object per line, and the same figures to each of the `sinks`. Steps only
+    increase: rows that a resumed run will write again are cut off first."""
 
     def __init__(self, folder: Path, resumed_at: int, sinks: Iterable[str] = ("tensorboard",)) -> None:
         from lvssl.runs.sinks import SINKS
@@ -109,7 +109,7 @@ class Metrics:
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by close)
 
     def write(self, row: dict[str, Any]) -> None:
-        """A row with "step" and figures; what isn't finite becomes null."""
+        """Write a row with "step" and figures; values that aren't finite become null."""
         short = {k: float(f"{v:.{DIGITS}g}") if isinstance(v, float) else v for k, v in row.items()}
         with naming(self.path):
             self.file.write(json_text(short) + "\n")
@@ -125,18 +125,18 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, none if there is no such file, less a last line cut short by a kill.
+    """Read the rows of a metrics.jsonl, none if there is no such file; a last line cut short is left out.
 
     Figures that weren't finite are left out.
 
     Raises:
-        InputError: another line that is no row.
+        InputError: another line isn't a row.
     """
     return [row for row, _ in _rows(path)]
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, float], bytes]]:
-    """The rows of a metrics.jsonl, and each one's line. Errors of `read_metrics`."""
+    """Yield the rows of a metrics.jsonl, each with its line. Errors as for `read_metrics`."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
@@ -150,7 +150,7 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, float], bytes]]:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Cut off the rows after `step`, and a last line that a kill cut short."""
+    """Cut off the rows after `step`, and an incomplete last line."""
     kept = 0
     for row, line in _rows(path):
         if row["step"] > step or not line.endswith(b"\n"):
@@ -161,8 +161,8 @@ def keep_until(path: Path, step: int) -> None:
 
 
 class ThroughputMeter:
-    """Speed, wait for data and memory since they were last asked for: is loader or model the bottleneck?
-    Whoever makes the steps counts them in `steps`."""
+    """Measures speed, wait for data, and memory since the last query, to tell whether loader or model is the
+    bottleneck. The caller counts the steps in `steps`."""
 
     def __init__(self, images_per_step: int, device: torch.device, loader: TwoViewLoader) -> None:
         self.images, self.device, self.loader = images_per_step, device, loader
@@ -172,7 +172,7 @@ class ThroughputMeter:
         self.started, self.waited, self.steps = time.perf_counter(), self.loader.waited, 0
 
     def speed(self) -> dict[str, float]:
-        """Images a second, percent of the time spent waiting for the loader, GiB at the peak so far."""
+        """Return images per second, percentage of time spent waiting for the loader, and peak GiB so far."""
         elapsed = max(time.perf_counter() - self.started, 1e-9)
         figures = {
             "images_per_second": self.steps * self.images / elapsed,
@@ -183,7 +183,7 @@ class ThroughputMeter:
         return figures
 
     def memory(self) -> int:
-        """Bytes at the peak: of torch on a GPU, of the process on a CPU."""
+        """Peak memory in bytes: of torch on a GPU, of the process on a CPU."""
         if self.device.type == "cuda":
             import torch
 

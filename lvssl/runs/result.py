@@ -1,4 +1,4 @@
-"""A result: a file that says what it was made from, so that the same call finds it, another is refused."""
+"""Result files, which say what they were made from: the same call reuses one, a different call is refused."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from pipelines.files import write_json
 
 @dataclass(frozen=True)
 class ResultFile:
-    """Where a command leaves what it measured of a run, with these settings."""
+    """The file to which a command writes what it measured of a run with these settings."""
 
     path: Path
     name: str  # the command's
-    settings: Any  # its settings, with what was left out filled in
+    settings: Any  # its settings, with defaults filled in
     checkpoint: str  # digest of the run's
     beside: Mapping[str, str] = field(default_factory=dict)  # folder of each other run -> its checkpoint
     files: tuple[Path, ...] = ()  # what else belongs to the result, written before it
@@ -33,19 +33,19 @@ class ResultFile:
 
     @classmethod
     def of_run(cls, name: str, file: str, settings: Any, runs: list[Run], also: str) -> ResultFile:
-        """FILE in the folder --out or the run's own, and the file `also` there: a result of the first run,
-        which others stand beside."""
+        """FILE in the folder --out or the run's own, with the file `also` there: a result of the first run,
+        compared with the others."""
         run, *others = runs
         beside = {str(other.folder.resolve()): other.digest for other in others}
         folder = result_folder(settings)
         return cls(folder / file, name, settings, run.digest, beside, (folder / also,), in_rows=True)
 
     def found(self) -> dict[str, Any] | None:
-        """The result, if it stands there already, whole, and --overwrite isn't given. One of an older
-        version, whose measurements are no rows, isn't whole.
+        """Return the result if it exists, complete, and --overwrite isn't given; else None. A result of an
+        older version, whose measurements aren't rows, isn't complete.
 
         Raises:
-            InputError: another result stands there, or a damaged one, and --overwrite isn't given; or nothing
+            InputError: the file holds another result, or is damaged, and --overwrite isn't given; or nothing
                 can be written there.
         """
         if not self.path.exists():
@@ -70,9 +70,9 @@ class ResultFile:
         return content
 
     def changes(self, content: dict[str, Any]) -> str:
-        """The first difference between a result's origin and what is wanted, in words; "" if there is none.
+        """Describe the first difference between a result's origin and what is wanted; "" if there is none.
 
-        A setting that the result's version didn't know yet had its default; a damaged image raised.
+        A setting that the result's version didn't have yet counts as its default, and on_error as raise.
         """
         if content.get("checkpoint") != self.checkpoint:
             return f"checkpoint: {str(content.get('checkpoint'))[:12]} -> {self.checkpoint[:12]}"
@@ -87,7 +87,7 @@ class ResultFile:
         return first_change(had, identity(self.settings)) or first_change(*beside)
 
     def complete(self, content: dict[str, Any]) -> dict[str, Any]:
-        """What was measured, with all that says where it comes from."""
+        """Add to what was measured everything that says where it comes from."""
         origin: dict[str, Any] = {"checkpoint": self.checkpoint}
         if self.beside:
             origin["beside"] = dict(self.beside)
@@ -96,12 +96,12 @@ class ResultFile:
         return content | origin | {"versions": versions()}
 
     def file_beside(self) -> Path:
-        """Where the file goes that belongs to the result; its folder is there by now."""
+        """Return the path of the file that belongs to the result, and create its folder."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return self.files[0]
 
     def write(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Write what was measured, complete; returns what is written."""
+        """Write what was measured, with its origin, and return what was written."""
         content = self.complete(content)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, content, indent=2)
@@ -109,7 +109,7 @@ class ResultFile:
 
 
 def result_folder(settings: Any) -> Path:
-    """Where a command that measures a run writes: the folder --out, or else the run's own."""
+    """Folder to which a command that measures a run writes: --out or, by default, the run's own."""
     return settings.out or settings.run
 
 
@@ -121,8 +121,8 @@ def require_writable(folder: Path) -> None:
 
 
 def read_result(path: Path, **kinds: type) -> dict[str, Any]:
-    """A file that a command has written: an object whose entries, where they are there and not null, are of
-    the `kinds` dict and list. InputError if it holds something else, or is damaged."""
+    """Read a file that a command has written: an object whose entries, if present and not null, are of the
+    `kinds` dict or list. InputError if it holds something else, or is damaged."""
     content = read_json(path)
     wrong = wrong_kind("", content, dict)
     for name, kind in ({"settings": dict, "beside": dict} | kinds).items() if not wrong else ():
@@ -134,7 +134,7 @@ def read_result(path: Path, **kinds: type) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """What stands in a file that a command has written. InputError if it is damaged."""
+    """Read a JSON file that a command has written. InputError if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -142,12 +142,12 @@ def read_json(path: Path) -> Any:
 
 
 def wrong_kind(name: str, value: Any, kind: type) -> str:
-    """What is wrong with a value that should be of that kind; "" if nothing is."""
+    """Describe what is wrong with a value that should be of that kind; "" if nothing is."""
     if isinstance(value, kind):
         return ""
     return f"{name}{'an object' if kind is dict else 'a list'} is expected, not {type(value).__name__}"
 
 
 def as_number(value: float | None) -> float:
-    """A figure as it was before it was written: null stands for what isn't a number."""
+    """Restore a figure that was read from a file, in which null stands for NaN."""
     return math.nan if value is None else value

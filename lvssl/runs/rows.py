@@ -1,12 +1,12 @@
-"""Measurements as rows, one a value, whichever command made them.
+"""Measurements as rows, one for each value, whichever command made them.
 
 run             the name of the run, or of the arm of a study; "random encoder", "no encoder"
 representation  what was measured: features, code, pixels; uncertainty, probe (its probabilities)
 method          how it was obtained: code (the run's own), sign, ITQ ... for codes; the score for an
-                uncertainty; empty where there is one way alone
-bits            stored for an image; None where nothing is stored
+                uncertainty; empty if there is only one method
+bits            stored per image; None if nothing is stored
 metric          linear, knn (percent), map_over_hits, map_over_relevant, r_auroc ...
-value           a number; None in a file where it isn't finite
+value           a number; None in a file if it isn't finite
 seed            of the run
 """
 
@@ -20,18 +20,18 @@ from typing import Any
 Row = dict[str, Any]
 Point = tuple[str, str, int | None, Mapping[str, Any]]  # representation, method, bits, its metrics
 COLUMNS = ("run", "representation", "method", "bits", "metric", "value", "seed")
-FOREIGN = "ood "  # what the metric of an AUROC against foreign images starts with; then the set's name
+FOREIGN = "ood "  # prefix of the metric of an AUROC for out-of-distribution images; then the set's name
 POINT = ("run", "representation", "method", "bits", "seed")  # all but the metric and its value
 
 
 def rows_of(metrics: Mapping[str, float], **point: Any) -> list[Row]:
-    """A row for each metric of one point: run, representation, method, bits, seed."""
+    """Return a row for each metric of one point: run, representation, method, bits, seed."""
     each = [point | {"metric": metric, "value": value} for metric, value in metrics.items()]
     return [{column: row[column] for column in COLUMNS} for row in each]
 
 
 def rows_of_points(run: str, seed: int, points: Iterable[Point]) -> list[Row]:
-    """The rows of what was measured of one run."""
+    """Return the rows of one run's measurements."""
     return [
         row
         for representation, method, bits, metrics in points
@@ -42,13 +42,13 @@ def rows_of_points(run: str, seed: int, points: Iterable[Point]) -> list[Row]:
 
 
 def are_rows(found: Any) -> bool:
-    """Whether a file's rows are of this format: results of an older version had a row for each point."""
+    """Whether a file's rows have this format; results of an older version had a row for each point."""
     return isinstance(found, list) and all("metric" in row for row in found)
 
 
 def by_point(rows: Iterable[Row], **where: Any) -> list[Row]:
-    """The rows of each point joined in one: its POINT and every metric by name, in the order of the rows.
-    `where`: of those points alone that have these values."""
+    """Join the rows of each point into one with its POINT and every metric by name, in the order of the rows.
+    `where` selects the points that have these values."""
     joined: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         if any(row.get(name) != value for name, value in where.items()):
@@ -59,7 +59,7 @@ def by_point(rows: Iterable[Row], **where: Any) -> list[Row]:
 
 
 def stored_as(point: Row) -> str:
-    """What a table calls a point's representation."""
+    """Name of a point's representation in tables."""
     if point["representation"] != "code" or point["method"] in ("", "code"):
         return str(point["representation"])
     return "sign bits" if point["method"] == "sign" else str(point["method"])

@@ -1,4 +1,4 @@
-"""A run is a folder: config.json, checkpoints/, metrics.jsonl, and what later stages add."""
+"""A run is a folder with config.json, checkpoints/, metrics.jsonl, and what later stages add."""
 
 import json
 import platform
@@ -31,21 +31,21 @@ from pipelines.lock import lock
 
 LOCK = ".lock"
 MOST_CLASSES = 10_000_000
-# Of what settings, images and seed lead to; higher by one where stochastic results change in their numbers.
-# 1 (no file says it): noise from torch's generators, an epoch's order by sorting. 2: noise keyed by (seed,
-# step, row) on every device, order by a keyed bijection.
+# Version of what settings, images and seed lead to; raised when the numbers of stochastic results change.
+# 1 (not written to files): noise from torch's generators, an epoch's order by sorting. 2: noise keyed by
+# (seed, step, row) on every device, order by a keyed bijection.
 RESULTS_VERSION = 2
 
 
 def create_run(
     settings: PretrainSettings, classes: int, resume: bool, data: dict[str, Any] | None = None
 ) -> None:
-    """Make the folder with its config.json, or, to resume, check that it holds a run of the same settings.
+    """Create the folder with its config.json or, to resume, check that it holds a run of the same settings.
 
-    `data`: what `describe_set` says of the training images.
+    `data`: what `describe_set` returns for the training images.
 
     Raises:
-        InputError: the folder exists (and not resume), or is a run of other settings, or on another set.
+        InputError: the folder exists (without resume), or holds a run of other settings or on another set.
     """
     config = settings.out / "config.json"
     if config.exists():
@@ -61,9 +61,9 @@ def create_run(
                 f"{settings.out} is a run of results version {begun}, and this lvssl gives version "
                 f"{RESULTS_VERSION}: it can be read and measured, but not resumed; choose another --out"
             )
-        # What a run without a latent doesn't depend on: it is the control of any of these weights.
+        # A run without a latent doesn't depend on these settings, and is the control for any values of them.
         unread = settings.latent.distribution.unread
-        # Until now every image was read; what is to become of those that can't be is free.
+        # So far every image could be read, so what to do with one that can't may still change.
         free = ("on_error", "max_pixels") if stored.on_error == "raise" else ()
         changed = difference(stored, settings, ("data", *free, *unread))
         if not changed and stored_classes != classes:
@@ -86,13 +86,13 @@ def create_run(
     if not is_empty_run(settings.out):
         raise InputError(f"{settings.out} exists but is not a run folder; choose another --out")
     settings.out.mkdir(parents=True, exist_ok=True)
-    settings = replace(settings, data=settings.data.absolute())  # it may be read from another folder
+    settings = replace(settings, data=settings.data.absolute())  # the run may be used from another folder
     content = {"settings": to_dict(settings), "classes": classes, "data": data, "versions": versions()}
     write_json(config, content, indent=2)
 
 
 def _check_set(settings: PretrainSettings, data: dict[str, Any]) -> None:
-    """Raise InputError unless a run that is resumed was begun on these images."""
+    """Raise InputError unless the run to resume was begun on these images."""
     begun = read_set(settings.out)
     if begun is None:
         said = f"{settings.out} is an older run, which doesn't say what images it was begun on"
@@ -105,7 +105,7 @@ def _check_set(settings: PretrainSettings, data: dict[str, Any]) -> None:
 
 
 def read_set(folder: Path) -> dict[str, Any] | None:
-    """What a run's config.json says of its training images; None in older runs. InputError: damaged."""
+    """Read what a run's config.json says of its training images; None in older runs. InputError: damaged."""
     path = folder / "config.json"
     data = _config(path).get("data")
     if data is None:
@@ -119,12 +119,12 @@ def read_set(folder: Path) -> dict[str, Any] | None:
 
 
 def image_count(folder: Path) -> int | None:
-    """Training images of a run by its config.json; None in older runs and exports. InputError: damaged."""
+    """Number of a run's training images; None in older runs and exports. InputError if config is damaged."""
     return (read_set(folder) or {}).get("images")
 
 
 def _config(path: Path) -> dict[str, Any]:
-    """What a run's config.json holds. InputError: no object, or damaged."""
+    """Read a run's config.json. InputError if it holds no object, or is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -135,7 +135,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def is_empty_run(folder: Path) -> bool:
-    """Whether a run can begin there: there is nothing, or no more than a run killed at its birth leaves."""
+    """Whether a run can begin there: the folder has nothing but what a run killed at its start leaves."""
     if not folder.is_dir():
         return not folder.exists()
     config = folder / "config.json"
@@ -144,10 +144,10 @@ def is_empty_run(folder: Path) -> bool:
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """While it lasts, no other process trains in `folder`; the system takes the lock from a killed process.
+    """Context in which no other process trains in `folder`; the system releases the lock of a killed process.
 
     Raises:
-        InputError: another process does already.
+        InputError: another process is training there.
     """
     with open(folder / LOCK, "ab") as file:
         try:
@@ -160,12 +160,12 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def results_version(content: Mapping[str, Any]) -> int:
-    """The results version that a config.json or a result says it is of."""
+    """Return the results version that a config.json or a result names."""
     return int((content.get("versions") or {}).get("results", 1))
 
 
 def versions() -> dict[str, Any]:
-    """Versions of all that a result depends on."""
+    """Versions of everything that a result depends on."""
     return {
         "results": RESULTS_VERSION,
         "lvssl": lvssl.__version__,
@@ -177,8 +177,8 @@ def versions() -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> tuple[PretrainSettings, int]:
-    """A run's settings and its count of classes; InputError if the folder is no run, or its config.json
-    holds an impossible value, which is named."""
+    """Read a run's settings and its number of classes. InputError if the folder isn't a run, or its
+    config.json holds an impossible value, which is named."""
     path = folder / "config.json"
     if not folder.is_dir():
         fetch = "; `hf download USER/NAME --local-dir FOLDER` fetches one of the Hub, then name FOLDER"
@@ -205,19 +205,19 @@ class Run:
 
     folder: Path
     settings: PretrainSettings
-    network: LVNet  # the weights' moving average, if there is one; in eval mode
+    network: LVNet  # with the moving average of the weights, if there is one; in eval mode
     step: int
     digest: str  # of its checkpoint
-    classes: list[str] | None = None  # names of the classes of its training images, where they are known
+    classes: list[str] | None = None  # class names of its training images, if they are known
 
     def on_error(self, given: str | None) -> str:
-        """What a damaged image does, raise or skip: as given, or else as in the pretraining."""
+        """What to do with a damaged image, raise or skip: as given or, by default, as in pretraining."""
         chosen = given or self.settings.on_error
         choice("on_error", chosen, ON_ERROR)
         return chosen
 
     def reading(self, settings: ReadsImages) -> str:
-        """The same, as the settings of a command say, whose --max-pixels (or the pretraining's) holds from
+        """As `on_error`, by the settings of a command. Its --max-pixels (or the pretraining's) applies from
         here on."""
         most = settings.max_pixels
         jpeg.read_up_to(self.settings.max_pixels if most is None else most)
@@ -225,14 +225,14 @@ class Run:
 
     @property
     def arithmetic(self) -> str:
-        """Where and how exactly it reads images, "cuda bf16": the last bits of features depend on it, and a
-        few bits of codes with them."""
+        """Device and precision in which images are read, such as "cuda bf16". The last bits of features
+        depend on it, and with them a few bits of codes."""
         device = next(self.network.parameters()).device
         names = {dtype: name for name, dtype in DTYPES.items()}
         return f"{device.type} {names[self.network.precision]}"
 
     def described(self, name: str) -> dict[str, Any]:
-        """What a result says of this run, whose rows have that name."""
+        """Describe this run for a result, in whose rows it has that name."""
         return {
             "name": name,
             "path": str(self.folder.absolute()),
@@ -244,13 +244,13 @@ class Run:
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
-    """What the runs are called in rows: their folders' names, or paths where two would be the same."""
+    """Names of the runs in rows: those of their folders, or paths if two would be the same."""
     names = [run.folder.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.folder.resolve()) for run in runs]
 
 
 def training_set(run: Run, given: Path | None) -> Path:
-    """The training images: as given, or else those of the pretraining. InputError: these aren't there."""
+    """Path of the training images, as given or of the pretraining. InputError if the latter are gone."""
     if given is None and not are_there(run.settings.data):
         raise InputError(
             f"{run.settings.data}: the training images of {run.folder} aren't there (any more): name them "
@@ -260,8 +260,8 @@ def training_set(run: Run, given: Path | None) -> Path:
 
 
 def require_classes_of(run: Run, source: Reader, path: Path) -> None:
-    """Raise InputError if the set at `path`, where a run's training images lay, has other classes by now;
-    their order is free, as it is when the run is resumed."""
+    """Raise InputError if the set at `path`, where a run's training images were, now has other classes. Their
+    order may differ, as when the run is resumed."""
     if run.classes is not None and source.classes is not None and set(run.classes) != set(source.classes):
         what = in_short("differing", sorted(set(source.classes) ^ set(run.classes)))
         raise InputError(
@@ -271,7 +271,7 @@ def require_classes_of(run: Run, source: Reader, path: Path) -> None:
 
 
 def require_same_classes(run: Run, control: Run) -> None:
-    """Raise InputError if a control was trained on other classes than the run: they can't be compared."""
+    """Raise InputError if a control was trained on other classes than the run, so they can't be compared."""
     if run.classes is not None and control.classes is not None and set(run.classes) != set(control.classes):
         strange = sorted(set(run.classes) ^ set(control.classes))
         what = in_short("differing", strange)
@@ -282,7 +282,7 @@ def require_same_classes(run: Run, control: Run) -> None:
 
 
 def require_weights_of(network: LVNet, weights: dict[str, torch.Tensor], path: Path, folder: Path) -> None:
-    """Raise InputError unless a checkpoint's weights are of the network that a run's settings describe."""
+    """Raise InputError unless a checkpoint's weights fit the network that a run's settings describe."""
     had = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if changed := first_change(had, wanted):
@@ -293,10 +293,10 @@ def require_weights_of(network: LVNet, weights: dict[str, torch.Tensor], path: P
 
 
 def load_run(folder: Path, device: torch.device | None = None) -> Run:
-    """The newest checkpoint of a run, ready to encode on `device`; left out: on a GPU where there is one.
+    """Load the newest checkpoint of a run, ready to encode on `device`, by default a GPU if there is one.
 
     Raises:
-        InputError: no run, a run without a checkpoint, or one whose weights don't fit its settings.
+        InputError: there is no run, no checkpoint, or the weights don't fit the settings.
     """
     settings, classes = read_config(folder)
     found = checkpoint.load_latest(folder / "checkpoints")
@@ -306,7 +306,7 @@ def load_run(folder: Path, device: torch.device | None = None) -> Run:
         )
     path, state = found
     weights = state.get("ema") or state["network"]
-    with torch.device("meta"):  # takes no memory, whatever the settings say
+    with torch.device("meta"):  # takes no memory, whatever the settings are
         planned = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
     require_weights_of(planned, weights, path, folder)
     network = LVNet(settings.model, settings.latent, settings.view.resolution, classes)
@@ -317,10 +317,10 @@ def load_run(folder: Path, device: torch.device | None = None) -> Run:
 
 
 def load_encoder(folder: Path, device: torch.device | None = None) -> Run:
-    """As `load_run`, of a run or of a folder that `lvssl export` has written.
+    """As `load_run`, for a run or a folder that `lvssl export` has written.
 
     An export is enough to encode images and to search; it names no training images and can't be evaluated.
-    Raises InputError: no run, or a damaged export.
+    Raises InputError if there is no run, or the export is damaged.
     """
     if not is_exported(folder):
         return load_run(folder, device)
@@ -329,7 +329,7 @@ def load_encoder(folder: Path, device: torch.device | None = None) -> Run:
 
 
 def ready(network: LVNet, settings: PretrainSettings, device: torch.device | None) -> LVNet:
-    """The network on the device, in eval mode, and in the precision in which it reads images there."""
+    """Move the network to the device, in eval mode, and set the precision in which it reads images there."""
     if device is None:
         device = pick_device("auto")
         claim(device)

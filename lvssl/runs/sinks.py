@@ -1,4 +1,4 @@
-"""Where a training's figures go beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow (`--log`)."""
+"""Sinks for a training's figures, besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow (`--log`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.files import naming
 
 
 class Sink(Protocol):
-    """Takes the figures of a step, of ever growing steps, and is closed at the end."""
+    """Receives the figures of steps, in ascending order, and is closed at the end."""
 
     def add(self, step: int, figures: Mapping[str, float]) -> None: ...
 
@@ -25,8 +25,8 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Into FOLDER/tensorboard; what a resumed training will do again is taken back. An error of its thread,
-    such as a full disk, is raised by the call that comes after it, and by `close`."""
+    """Writes to FOLDER/tensorboard; purges steps that a resumed training will take again. An error of its
+    thread, such as a full disk, is raised by the call that follows it, and by `close`."""
 
     def __init__(self, folder: Path, resumed_at: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -56,14 +56,14 @@ class TensorBoard:
             threading.excepthook = self.hook
 
     def uncaught(self, error: threading.ExceptHookArgs) -> None:
-        """Its thread would print a traceback of what is raised here anyway."""
+        """Suppress tracebacks of TensorBoard's thread, whose errors are raised here anyway."""
         if not type(error.thread).__module__.startswith("tensorboard."):
             self.hook(error)
 
 
 class WandB:
-    """A run of the project $WANDB_PROJECT, lvssl unless set, which a resumed training goes on with; as
-    $WANDB_MODE says, online or into FOLDER/wandb."""
+    """Logs to a run of the project $WANDB_PROJECT (lvssl unless set), which a resumed training continues,
+    online or into FOLDER/wandb, by $WANDB_MODE."""
 
     def __init__(self, folder: Path, resumed_at: int) -> None:
         import wandb
@@ -80,7 +80,7 @@ class WandB:
 
 
 class MLflow:
-    """A run of the tracking server or store $MLFLOW_TRACKING_URI, which a resumed training goes on with."""
+    """Logs to a run of the server or store $MLFLOW_TRACKING_URI, which a resumed training continues."""
 
     def __init__(self, folder: Path, resumed_at: int) -> None:
         import mlflow
@@ -112,18 +112,18 @@ SINKS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": M
 
 
 def require_installed(names: Sequence[str]) -> None:
-    """Raise InputError for a sink whose library isn't there."""
+    """Raise InputError for a sink whose library isn't installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise InputError(f"--log {name}: needs {name}: pip install {name}")
 
 
 def run_id(folder: Path) -> str:
-    """The same for the same folder of this machine, so that a resumed run is found."""
+    """Return an id that depends on the folder's path alone, so that a resumed run is found."""
     return hashlib.sha256(str(folder.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def about(folder: Path) -> dict[str, Any]:
-    """A run's settings, name by name: "latent.family"."""
+    """Return a run's settings by flat names, such as "latent.family"."""
     path = folder / "config.json"
     return flat(read_json(path)["settings"]) if path.exists() else {}
