@@ -32,7 +32,7 @@ class Quantiser:
     """A fitted code. Features are float32 [N, D] throughout, codes uint8 [N, B]."""
 
     mean: np.ndarray  # float32 [D], of the training set
-    scale: np.ndarray  # float32 [D], likewise
+    scale: np.ndarray  # float32 [D], standard deviation of the training set
     projection: np.ndarray  # float32 [D, E]; [D, 0]: there is none
     words: np.ndarray  # float32 [P, 2 or 256, E / P]
 
@@ -61,8 +61,7 @@ class Quantiser:
         return x @ self.projection if self.projection.size else x[:, : self.words.shape[0]]
 
     def encode(self, features: np.ndarray) -> np.ndarray:
-        """Encode features: a bit is the side of 0, a byte the nearest word (of equally near ones the
-        first)."""
+        """Encode features: a bit is the side of 0, a byte is the nearest word, or the first of several."""
         x = self.project(features)
         if self.hamming:
             return pack_bits(x > 0)

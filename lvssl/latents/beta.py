@@ -66,8 +66,7 @@ class BetaPosterior(QuantisedPosterior):
         return per_dim.sum(dim=1).to(self.a.dtype)
 
     def uncertainty(self) -> Tensor:
-        """Sum of the log variances of z; the entropy won't do, because it falls where all mass is at the
-        ends."""
+        """Sum of the log variances of z. The entropy won't do: it falls where all mass is at the ends."""
         total = self.a + self.b
         return (self.a.log() + self.b.log() - 2 * total.log() - total.log1p()).sum(dim=1)
 

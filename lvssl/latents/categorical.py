@@ -53,7 +53,7 @@ class CategoricalPosterior(Posterior):
         self.logits = self.parameters.unflatten(1, (-1, categories))  # [B, groups, K]
 
     def probabilities(self) -> Tensor:
-        """[B, groups, K]"""
+        """Probabilities of the categories, [B, groups, K]."""
         return (1 - UNIFORM_SHARE) * self.logits.softmax(dim=2) + UNIFORM_SHARE / self.categories
 
     def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:

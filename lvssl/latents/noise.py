@@ -25,7 +25,7 @@ GAMMA_PROPOSALS = 12
 
 
 class Noise(NamedTuple):
-    """What a batch's noise is a function of."""
+    """Key, rows and stream that determine a batch's noise."""
 
     key: Tensor  # int64 [1], the step's
     rows: Tensor  # int64 [N] below 2^32, the images' places in the whole batch

@@ -38,7 +38,7 @@ class QuantisedPosterior(Posterior):
         return loading(self.depth)
 
     def symbols(self) -> Tensor:
-        """int64 [B, D], in [0, 2^depth)"""
+        """The quantised mean, int64 [B, D], in [0, 2^depth)."""
         return quantise(self.mean(), -self.bound(), self.bound(), self.depth)
 
     def code(self) -> Tensor:

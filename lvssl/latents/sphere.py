@@ -55,7 +55,7 @@ class SphericalPosterior(Posterior):
 
     @abstractmethod
     def exact_entropy(self) -> Tensor:
-        """fp64 [B]"""
+        """Entropy of q in nats, fp64 [B]."""
 
     def sample(self, count: int, noise: Noise, temperature: float = 0.5) -> Tensor:
         w = self.cosines(count, noise.shifted(1))[..., None]
@@ -64,7 +64,7 @@ class SphericalPosterior(Posterior):
         drawn = normal((count, *mu.shape), mu, noise)
         tangent = drawn - (drawn * mu).sum(dim=2, keepdim=True) * mu
         tangent = torch.nn.functional.normalize(tangent, dim=2)
-        if self.dim < 8:  # the draw may lie along mu, and its remainder be rounding error
+        if self.dim < 8:  # the draw may lie along mu, which leaves rounding errors of it
             tangent = tangent - (tangent * mu).sum(dim=2, keepdim=True) * mu
             tangent = torch.nn.functional.normalize(tangent, dim=2)
         return w.to(mu.dtype) * mu + sine.to(mu.dtype) * tangent

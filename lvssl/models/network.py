@@ -200,7 +200,7 @@ class Head(nn.Module):
                 self.scale.bias.copy_(offset)
 
     def forward(self, features: Tensor, progress: float = 1.0) -> Tensor:
-        """Return the parameters; `progress` is that of the init_scale to its final value, in [0, 1]."""
+        """Return the parameters. `progress`, in [0, 1], takes the init_scale to its final value."""
         location = self.linear(features)
         normalised = self.normalise(location)
         if not self.family.stochastic:  # h is passed on; its running mean is the threshold of its sign bits

@@ -19,8 +19,8 @@ def worth_compiling(backbone: str, side: int, images: int) -> bool:
     """Whether a training on this many images, of two views each, makes up for the minute of `torch.compile`.
 
     On an H200, ResNet-50 at 224 px took 293 us per image compiled, 406 us uncompiled (as a CUDA graph), and
-    63 s to compile, which 555,000 images recover; for other networks and sides, images of the same total work
-    are taken to. At 32 px a recorded step is faster. Nothing else was measured (docs/gpu.md).
+    63 s to compile, which 555,000 images recover. Other networks and sides are assumed to take images of the
+    same total work. At 32 px a recorded step is faster. Nothing else was measured (docs/gpu.md).
     """
     if side < COMPILED_FROM_SIDE:
         return False

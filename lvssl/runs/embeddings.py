@@ -162,7 +162,7 @@ def _parquet(path: Path) -> tuple[int, Compute]:
     groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     starts = np.concatenate([[0], np.cumsum(groups)])
 
-    @lru_cache(maxsize=1)  # a row group may reach over several parts
+    @lru_cache(maxsize=1)  # a row group may span several parts
     def group(number: int) -> Arrays:
         table = file.read_row_group(number, [x, y])
         lists = table[x].combine_chunks()

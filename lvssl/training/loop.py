@@ -180,8 +180,7 @@ class Loop(ABC):
         return Noise(self.key, rows_of(count, views, self.world.rank, self.world.size, self.device))
 
     def speed(self, window: ThroughputMeter) -> dict[str, float]:
-        """`ThroughputMeter.speed`, and the percentage of the GPUs' peak if that and `operations` are
-        known."""
+        """`ThroughputMeter.speed`, and the percentage of the GPUs' peak, if all that it takes is known."""
         found = window.speed()
         if self.peak and self.operations:
             share = found["images_per_second"] * self.operations / (self.peak * self.world.size)

@@ -38,7 +38,7 @@ from pipelines.views import ViewSettings
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training."""
+    """Hyperparameters of one training."""
 
     epochs: int
     batch_size: int
