@@ -1,8 +1,8 @@
-"""uint8 crops and a table of parameters -> normalised views: one function, three forms that agree.
+"""Turn uint8 crops and a table of parameters into normalised views. Three backends agree on the result:
 
-reference   plain torch, any device: the definition
-numba       compiled for a CPU, parallel over images
-triton      two kernels on a GPU
+reference   plain torch, on any device: the definition
+numba       compiled for CPUs, parallel over images
+triton      two GPU kernels
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ from pipelines.views import ViewSettings
 BACKENDS = ("reference", "numba", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Column: lowest and highest value, and whether it must be a whole number.
+# For each column: the lowest and highest value, and whether it must be a whole number.
 ALLOWED = {
     FLIP: (0, 1, True),
     ORDER: (0, 23, True),
@@ -54,24 +54,24 @@ def augment(
     dtype: torch.dtype = torch.float32,
     checked: bool = False,
 ) -> Tensor:
-    """Augment and normalise, each crop with its own row of parameters.
+    """Augment and normalise each crop with its own row of parameters.
 
     Args:
         crops: uint8 [N, R, R, 3], each crop contiguous, R = view.resolution.
-        table: float32 [N, P], on the same device; columns as in `pipelines.parameters.COLUMNS`. The crop's
-            box has been used by then and is ignored.
-        view: resolution, mean and std are what counts here.
+        table: float32 [N, P], on the same device; columns as in `pipelines.parameters.COLUMNS`. The crop box
+            has already been applied and is ignored.
+        view: only resolution, mean and std are used.
         backend: one of BACKENDS, or auto: triton on a GPU, numba on a CPU.
-        dtype: float32, float16 or bfloat16, of the result.
-        checked: the table is known to be in range (`draw_parameters` made it), so that a GPU needn't wait
-            for its values to be looked at.
+        dtype: dtype of the result: float32, float16 or bfloat16.
+        checked: skip the range check of the table, as for one made by `draw_parameters`. On a GPU this
+            avoids a synchronisation.
 
     Returns:
         [N, 3, R, R], channels-last in memory.
 
     Raises:
-        InputError: wrong dtype, shape, layout or device, or a parameter that is NaN or out of range; names
-            the argument, and the first row and column.
+        InputError: wrong dtype, shape, layout or device, or a parameter that is NaN or out of range. The
+            message names the argument, and the first row and column.
     """
     check_shapes(crops, table, view)
     if dtype not in DTYPES:
@@ -93,10 +93,10 @@ def augment(
 def augmenter_for(
     device: torch.device, backend: str = "auto", dtype: torch.dtype = torch.float32
 ) -> Callable[..., Tensor] | None:
-    """What `TwoViewLoader` takes as its augmenter: a form that runs on the device, where the batch is used.
+    """Return the augmenter that `TwoViewLoader` takes: a backend that runs on the device of the batch.
 
-    None stands for numba, which the loader's workers run themselves, wherever the batch goes afterwards, and
-    which gives float32. The others give `dtype`: under autocast its own saves a pass that casts.
+    None stands for numba, which the loader's workers run themselves on the CPU, wherever the batch goes
+    afterwards; it returns float32. The others return `dtype`; passing autocast's dtype saves a cast.
     """
     if backend == "numba" or backend_for(device, backend) == "numba":
         return None
@@ -104,7 +104,7 @@ def augmenter_for(
 
 
 def backend_for(device: torch.device, wanted: str = "auto") -> str:
-    """The form that runs on this device; InputError if the wanted one doesn't."""
+    """Return the backend to run on this device. Raises InputError if the one that was asked for doesn't."""
     if wanted == "auto":
         return "triton" if device.type == "cuda" else "numba"
     if wanted not in BACKENDS:
@@ -117,7 +117,7 @@ def backend_for(device: torch.device, wanted: str = "auto") -> str:
 
 
 def check_shapes(crops: Tensor, table: Tensor, view: ViewSettings) -> None:
-    """Raise InputError naming the argument that no form could work on."""
+    """Raise InputError, naming the argument, for inputs that no backend accepts."""
     side = view.resolution
     if crops.dtype != torch.uint8:
         raise InputError(f"crops must be uint8, got {name(crops.dtype)}")
@@ -156,7 +156,7 @@ def name(dtype: torch.dtype) -> str:
 
 
 def _on_threads(crops: np.ndarray, table: np.ndarray, view: ViewSettings) -> Tensor:
-    """The numba form on as many threads as torch has, each with its part of the batch."""
+    """Run the numba backend on as many threads as torch has, each with its part of the batch."""
     from pipelines.augment import cpu
 
     out = np.empty(crops.shape, np.float32)

@@ -1,15 +1,15 @@
-"""The augmentation in numba: compiled, vectorised, without the GIL, one image at a time in half a megabyte.
+"""Augmentation in numba: compiled, vectorised, without the GIL, one image at a time in half a megabyte.
 
-Two passes over an image at most, row by row, so that a row stays in the first-level cache while all colour
-operations pass over it: the first, only where there is a contrast, runs what precedes it and sums the luma;
-the second runs the rest, and either normalises into the output or blurs along the row. The blur's column
-pass takes strips so narrow that its taps' rows stay in that cache too. Grey images are blurred as one
-channel. What a parameter makes an identity is skipped.
+An image takes at most two passes, row by row, so that a row stays in the L1 cache while all colour
+operations are applied to it. The first pass runs only if there is a contrast operation: it runs the
+operations before the contrast and sums the luma. The second pass runs the rest, and either normalises into
+the output or blurs along the row. The blur's column pass works on strips so narrow that its rows stay in L1
+too. Grey images are blurred as one channel. Operations whose parameter makes them an identity are skipped.
 
-Tested against `reference.py` on the same parameters. No sum is regrouped and no product fused with a sum, so
-that the pixels are the same bits on every processor; it costs about 1 % (docs/augmentation.md).
-Parallelism is over images: whoever calls gives each of its threads a part of the batch
-(`augment.augment`, the loader).
+It is tested against `reference.py` on the same parameters. Sums aren't regrouped, and no product is fused
+with a sum, so the pixels are bit-identical on every processor; this costs about 1 % (docs/augmentation.md).
+Parallelism is over images: the caller gives each of its threads a part of the batch (`augment.augment`, the
+loader).
 """
 
 import numpy as np
@@ -24,15 +24,15 @@ from pipelines.views import ViewSettings
 ZERO, ONE, TWO, THREE, FOUR, SIX = (np.float32(value) for value in (0, 1, 2, 3, 4, 6))
 LUMA = tuple(np.float32(weight) for weight in GREY_WEIGHTS)
 THRESHOLD = np.float32(128 / 255)
-UNITS, HALF = np.float32(65536), np.float32(0.5)  # sums of lumas are of whole numbers of 2^-16
-STRIP = 336  # floats of a row in the column pass: with 23 taps 31 kB of rows at a time
+UNITS, HALF = np.float32(65536), np.float32(0.5)  # lumas are summed as whole numbers of 2^-16
+STRIP = 336  # floats of a row in the column pass: 31 kB of rows at a time with 23 taps
 
 
 def augment_into(crops: np.ndarray, table: np.ndarray, view: ViewSettings, out: np.ndarray) -> None:
     """Augment and normalise N crops.
 
     Args:
-        crops: uint8 [N, R, R, 3]; every second one of a larger array is fine.
+        crops: uint8 [N, R, R, 3]; may be strided, such as every second crop of a larger array.
         table: float32 [N, P]. out: float32 [N, R, R, 3], contiguous, filled.
     """
     if not len(crops):
@@ -40,8 +40,8 @@ def augment_into(crops: np.ndarray, table: np.ndarray, view: ViewSettings, out: 
     side = crops.shape[1]
     if crops.strides[0] < 3 * side * side or crops.strides[1:] != (3 * side, 3, 1):
         crops = np.ascontiguousarray(crops)
-    # One flat array from the first crop's first byte to the last one's last: numba compiles it once, and
-    # knows it for contiguous, which it would not know of crops[:, view].
+    # Pass one flat array, from the first crop's first byte to the last one's last: numba compiles it once and
+    # knows that it is contiguous, which it wouldn't know of crops[:, view].
     stride = crops.strides[0]
     span = (len(crops) - 1) * stride + 3 * side * side
     memory = np.lib.stride_tricks.as_strided(crops, (span,), (1,), writeable=False)
@@ -53,14 +53,14 @@ def augment_into(crops: np.ndarray, table: np.ndarray, view: ViewSettings, out: 
 def _augment(memory, stride, table, orders, kernel_size, factors, offsets, out):
     side = out.shape[1]
     radius = kernel_size // 2
-    scale = np.empty(3 * side, np.float32)  # the normalisation, laid out like a row of the output
+    scale = np.empty(3 * side, np.float32)  # the normalisation, repeated to the layout of an output row
     shift = np.empty(3 * side, np.float32)
     for x in range(side):
         for c in range(3):
             scale[3 * x + c] = factors[c]
             shift[3 * x + c] = offsets[c]
-    planes = np.empty((side, 3, side), np.float32)  # between the passes; row by row, colours apart
-    lines = np.empty(3 * side * side, np.float32)  # between the blur's passes
+    planes = np.empty((side, 3, side), np.float32)  # kept between the passes: each row as three planes
+    lines = np.empty(3 * side * side, np.float32)  # kept between the blur's passes
     padded = np.empty(3 * (side + 2 * radius), np.float32)
     kernel = np.empty(kernel_size, np.float32)
     for n in range(len(out)):
@@ -97,7 +97,7 @@ def _augment(memory, stride, table, orders, kernel_size, factors, offsets, out):
 
 @compiled()
 def _first_pass(image, p, order, line, planes):
-    """All that precedes the contrast; the mean luma that contrast is about."""
+    """Run the operations before the contrast, and return the mean luma that the contrast is relative to."""
     side = len(image)
     total = 0
     for y in range(side):
@@ -123,7 +123,7 @@ def _colour(row, p, order, mean_luma):
 
 @compiled()
 def _load(pixels, flip, line, row):
-    """uint8 [R * 3] -> float32 [3, R] in [0, 1], mirrored if need be; two loops that both vectorise."""
+    """uint8 [R * 3] -> float32 [3, R] in [0, 1], optionally mirrored; two loops that both vectorise."""
     red, green, blue = row[0], row[1], row[2]
     side = len(red)
     for i in range(len(pixels)):
@@ -155,7 +155,7 @@ def _affine(row, factor, shift):
 
 @compiled()
 def _luma_sum(row):
-    """Sum of a row's lumas in units of 2^-16, each rounded: whole numbers give the same sum in any order."""
+    """Sum a row's lumas in units of 2^-16, each rounded: sums of whole numbers are the same in any order."""
     red, green, blue = row[0], row[1], row[2]
     total = np.int32(0)
     for x in range(len(red)):
@@ -177,7 +177,7 @@ def _saturation(red, green, blue, factor):
 
 @compiled()
 def _grey(row):
-    """The luma, into the first plane."""
+    """Write the luma into the first plane."""
     red, green, blue = row[0], row[1], row[2]
     for x in range(len(red)):
         red[x] = _clamp(LUMA[0] * red[x] + LUMA[1] * green[x] + LUMA[2] * blue[x])
@@ -185,7 +185,7 @@ def _grey(row):
 
 @compiled()
 def _hue(red, green, blue, shift):
-    """HSV and back without a branch: h in [0, 6) after one wrap each way, and each channel a tent over h."""
+    """HSV and back without a branch: h wraps once each way into [0, 6); each channel is a tent over h."""
     turn = shift * SIX
     for x in range(len(red)):
         r, g, b = red[x], green[x], blue[x]
@@ -204,7 +204,7 @@ def _hue(red, green, blue, shift):
 
 @compiled()
 def _interleave(row, channels, line, start):
-    """float32 [3, R] -> line[start : start + 3 R], the colours of a pixel, or its grey, beside each other."""
+    """float32 [3, R] -> line[start : start + 3 R], interleaving a pixel's colours, or repeating its grey."""
     if channels == 1:
         _repeat(row[0], line, start, row.shape[1])
         return
@@ -227,7 +227,7 @@ def _repeat(grey, line, start, count):
 
 @compiled()
 def _finish(out, start, count, solarise, scale, shift, first):
-    """Solarise and normalise `count` floats of the output, the row's from `first` on, in place."""
+    """Solarise and normalise `count` floats of the output in place, from `first` on in the row."""
     start, first = np.uint64(start), np.uint64(first)
     if solarise:
         for i in range(np.uint64(count)):
@@ -253,7 +253,7 @@ def _gaussian(kernel, sigma):
 
 @compiled()
 def _pad(row, radius, channels, padded):
-    """A row with its margins: reflected, the border pixel itself not repeated."""
+    """Pad a row by reflection, without repeating the border pixel."""
     side = row.shape[1]
     if channels == 1:
         padded[radius : radius + side] = row[0]
@@ -268,11 +268,11 @@ def _pad(row, radius, channels, padded):
 
 @compiled()
 def _blur_row(padded, kernel, channels, lines, start, width):
-    """One line along itself: tap k lies k pixels, of one or three floats, before and behind."""
+    """Blur one line along itself: tap k lies k pixels, of one or three floats, before and after."""
     radius = len(kernel) // 2
     centre = radius * channels
     _centre_tap(lines, start, width, padded, centre, kernel[radius])
-    for k in range(1, radius + 1, 3):  # taps beyond the last have weight 0, and lie at the centre
+    for k in range(1, radius + 1, 3):  # taps beyond the last have weight 0, and are read at the centre
         a = k * channels
         b, wb = ((k + 1) * channels, kernel[radius + k + 1]) if k + 1 <= radius else (0, ZERO)
         c, wc = ((k + 2) * channels, kernel[radius + k + 2]) if k + 2 <= radius else (0, ZERO)
@@ -285,7 +285,7 @@ def _blur_row(padded, kernel, channels, lines, start, width):
 
 @compiled()
 def _blur_columns(lines, side, kernel, channels, solarise, scale, shift, strip, target):
-    """All lines along columns, a strip at a time, then the output; tap k lies k lines above and below."""
+    """Blur lines along columns, a strip at a time, into the output; tap k lies k lines above and below."""
     radius = len(kernel) // 2
     width = side * channels
     for first in range(0, width, STRIP):
@@ -319,10 +319,10 @@ def _centre_tap(out, start, count, source, centre, weight):
 
 @compiled()
 def _three_pairs(out, start, count, source, a0, a1, b0, b1, c0, c1, wa, wb, wc):
-    """Six taps: symmetric ones share a product. Three pairs are as many as LLVM's alias checks let pass.
+    """Add six taps; symmetric ones share a product. LLVM's alias checks allow no more than three pairs.
 
-    Offsets into two flat arrays, unsigned so that no index is tested for being negative, instead of slices,
-    each of which would cost two atomic operations.
+    The arguments are offsets into two flat arrays instead of slices, each of which would cost two atomic
+    operations. They are unsigned so that no index is tested for being negative.
     """
     start, a0, a1 = np.uint64(start), np.uint64(a0), np.uint64(a1)
     b0, b1, c0, c1 = np.uint64(b0), np.uint64(b1), np.uint64(c0), np.uint64(c1)

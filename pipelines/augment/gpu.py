@@ -1,19 +1,20 @@
-"""The augmentation in Triton: two kernels, uint8 crops in, normalised channels-last bf16, fp16 or fp32 out.
+"""Augmentation in Triton: two kernels, uint8 crops in, normalised channels-last bf16, fp16 or fp32 out.
 
-    luma_sums   where a view has a contrast: runs the operations that precede it, sums the luma
+    luma_sums   only for views with a contrast: runs the operations before the contrast, sums the luma
     views       runs all operations on a tile and its margin, blurs, solarises, normalises, casts, stores
 
-The blur is B_y X B_x^T on each colour, with B the banded matrix of the Gaussian: tensor cores take both
-passes of a tile without shared-memory indexing, and nothing but the sums above is ever written between them.
-Colours of the margin are computed again by each tile (of a blurred view 2.25 times the pixels at 224 px, 4
-times for fp32, whose tiles are smaller), which is cheaper than to store them. For fp16 and bf16 output the
-products are those of fp16 (values in [0, 1], so at most 2^-12 off), summed in fp32; for fp32 output each is
-three of tf32 (tf32x3), which the compiler can from Triton 3.6 on; below, they are plain fp32 without tensor
-cores: 3.2 for sm_80 ends with "Failed to emit transfer from register to shared".
+The blur is B_y X B_x^T on each colour, where B is the banded matrix of the Gaussian. Tensor cores run both
+passes of a tile without shared-memory indexing; the sums above are all that is written in between.
+Each tile recomputes the colours of its margin (2.25 times the pixels of a blurred view at 224 px, 4 times
+for fp32, whose tiles are smaller), which is cheaper than storing them. For fp16 and bf16 output the products
+are fp16 (values lie in [0, 1], so the error is at most 2^-12) and are summed in fp32. For fp32 output each
+product is three tf32 products (tf32x3) from Triton 3.6 on; older versions use plain fp32 without tensor
+cores, because 3.2 fails for sm_80 with "Failed to emit transfer from register to shared".
 
-Bytes of one view at 224 px, bf16: 150,528 read for the sums, 150,528 read again (mostly from the second-level
-cache), 301,056 written: 0.60 MB. At the memory bandwidth of an A100 80 GB (2.04 TB/s) that is 0.30 us a view,
-3.4 million views a second; of an H100 SXM (3.35 TB/s) 0.18 us, 5.6 million: a bound. Measured: docs/gpu.md.
+Memory traffic of one view at 224 px in bf16: 150,528 bytes read for the sums, 150,528 read again (mostly
+from the L2 cache) and 301,056 written: 0.60 MB. At the memory bandwidth of an A100 80 GB (2.04 TB/s) that is
+0.30 us a view, or 3.4 million views a second; at that of an H100 SXM (3.35 TB/s), 0.18 us or 5.6 million.
+These are bounds; docs/gpu.md has measurements.
 
 Tested against `reference.py` in Triton's interpreter and on an H100; compiled ahead of time for sm_80, sm_90.
 """
@@ -31,9 +32,9 @@ from pipelines.parameters import BRIGHTNESS, CONTRAST, FLIP, GREY, HUE, ORDER, S
 from pipelines.views import ViewSettings
 
 TENSOR_CORES_TAKE_FP32 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
-SUM_BLOCK = 2048  # pixels of one program of luma_sums
+SUM_BLOCK = 2048  # pixels per program of luma_sums
 
-# Columns of the table, and other numbers that the kernels read.
+# Column indices of the table, and other constants that the kernels read.
 _P = tl.constexpr(P)
 _FLIP, _ORDER, _GREY = tl.constexpr(FLIP), tl.constexpr(ORDER), tl.constexpr(GREY)
 _BRIGHTNESS, _CONTRAST = tl.constexpr(BRIGHTNESS), tl.constexpr(CONTRAST)
@@ -50,19 +51,19 @@ def augment(crops: Tensor, table: Tensor, view: ViewSettings, dtype: torch.dtype
     Args:
         crops: uint8 [N, R, R, 3], each crop contiguous.
         table: float32 [N, P], contiguous, on the same device.
-        dtype: float32, float16 or bfloat16, of the result.
+        dtype: dtype of the result: float32, float16 or bfloat16.
 
     Returns:
         [N, 3, R, R], channels-last in memory.
 
     Raises:
-        InputError: R is above 639, so that the blur has more than 63 taps.
+        InputError: R is above 639, for which the blur would need more than 63 taps.
     """
     count, side = crops.shape[:2]
     if view.kernel_size > 63:
         raise InputError(f"crops: the triton form takes at most 639 px a side, got {side}")
     out = torch.empty((count, side, side, 3), dtype=dtype, device=crops.device)
-    with torch.cuda.device_of(crops):  # Triton launches on the current device, which may be another
+    with torch.cuda.device_of(crops):  # Triton launches on the current device, which may be a different one
         _launch(crops, table, view, out)
     return out.permute(0, 3, 1, 2)
 
@@ -76,7 +77,7 @@ def _launch(crops: Tensor, table: Tensor, view: ViewSettings, out: Tensor) -> No
         luma_sums[count, blocks](crops, table, orders, sums, crops.stride(0), **sum_options(side))
         options = view_options(view, side, out.dtype)
         tiles = triton.cdiv(side, options["TILE"])
-        views[(tiles * tiles * count,)](  # on axis x: the others hold at most 65,535 programs
+        views[(tiles * tiles * count,)](  # axis x: the other axes are limited to 65,535 programs
             crops,
             table,
             orders,
@@ -91,7 +92,7 @@ def _launch(crops: Tensor, table: Tensor, view: ViewSettings, out: Tensor) -> No
 
 @cache
 def orders_on(device: torch.device) -> Tensor:
-    """`ORDERS` on the device, int32 [24, 4]; copied once: a copy from pageable memory waits for the GPU."""
+    """`ORDERS` on the device, int32 [24, 4]; cached, since a copy from pageable memory waits for the GPU."""
     return torch.from_numpy(reference.ORDERS).to(device, torch.int32)
 
 
@@ -101,10 +102,10 @@ def sum_options(side: int) -> dict[str, int]:
 
 
 def view_options(view: ViewSettings, side: int, dtype: torch.dtype) -> dict[str, int | bool]:
-    """Compile-time arguments of `views`. Margins are a multiple of the 16 pixels of a chunk.
+    """Compile-time arguments of `views`. Margins are a multiple of a chunk's 16 pixels.
 
-    Registers, sm_80 / sm_90, at 224 px: half precision with tiles of 64, 185 / 120; with chunks of 32 they
-    were 255 / 149. fp32 spills with tiles of 64, and takes 171 / 175 with 32.
+    Registers on sm_80 / sm_90 at 224 px: 185 / 120 in half precision with tiles of 64, against 255 / 149 with
+    chunks of 32. fp32 spills with tiles of 64, and takes 171 / 175 with tiles of 32.
     """
     tile = min(32 if dtype == torch.float32 else 64, max(16, triton.next_power_of_2(side)))
     warps = 8 if tile == 64 or (tile == 32 and dtype == torch.float32) else 4
@@ -119,7 +120,7 @@ def view_options(view: ViewSettings, side: int, dtype: torch.dtype) -> dict[str,
 
 @triton.jit
 def luma_sums(crops, table, orders, sums, stride, SIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """sums[n, b] = luma of block b of crop n, after the operations that precede the contrast."""
+    """sums[n, b] = luma of block b of crop n, after the operations before the contrast."""
     n = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     row = table + n * _P
@@ -147,7 +148,7 @@ def views(
     SIDE: tl.constexpr, RADIUS: tl.constexpr, TILE: tl.constexpr, MARGIN: tl.constexpr, CHUNK: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCKS_2: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one view; a view's tiles follow each other, for they read the same crop."""
+    """Make one tile of one view. The tiles of a view are consecutive programs, as they read the same crop."""
     across: tl.constexpr = (SIDE + TILE - 1) // TILE
     tile = tl.program_id(0) % (across * across)
     n = (tl.program_id(0) // (across * across)).to(tl.int64)
@@ -184,7 +185,7 @@ def _blurred(
     SIDE: tl.constexpr, RADIUS: tl.constexpr, TILE: tl.constexpr, MARGIN: tl.constexpr, CHUNK: tl.constexpr,
     HALF: tl.constexpr,
 ):  # fmt: skip
-    """Sum over chunks (i, j) of the tile and its margin of B_i X_ij B_j^T: [TILE * TILE] of each colour."""
+    """Sum B_i X_ij B_j^T over the chunks (i, j) of the tile and its margin: [TILE * TILE] for each colour."""
     tap = tl.arange(0, 64) - 32  # RADIUS is at most 31
     steepness = -0.5 / (sigma * sigma)
     inverse = 1 / tl.sum(tl.where(tl.abs(tap) <= RADIUS, tl.exp(tap * tap * steepness), 0.0))
@@ -216,7 +217,7 @@ def _blurred(
 
 @triton.jit
 def _band(target, source, steepness, inverse, RADIUS: tl.constexpr):
-    """Weights of the Gaussian between positions, 0 beyond its taps."""
+    """Gaussian weights between positions; 0 beyond the last tap."""
     distance = (source - target).to(tl.float32)
     weight = tl.exp(distance * distance * steepness) * inverse
     return tl.where(tl.abs(distance) <= RADIUS, weight, 0.0)
@@ -231,10 +232,11 @@ def _dot(a, b, c, HALF: tl.constexpr):
 
 @triton.jit
 def _colours(crop, row, orders, mean_luma, top, left, SIDE: tl.constexpr, TILE: tl.constexpr):
-    """The colours of a tile, row after row, reflected where they are outside: [TILE * TILE] each, in [0, 1].
+    """The colours of a tile, in row-major order, reflected at the borders: [TILE * TILE] each, in [0, 1].
 
-    In one dimension, for of two Triton 3.6 lets the threads of a warp run down a column, since pixels that
-    are three bytes apart look alike to it in both: each thread then moves 32 bytes for one.
+    The index is one-dimensional: for a two-dimensional one, Triton 3.6 lets the threads of a warp run down a
+    column, because pixels three bytes apart look alike to it in both axes; each thread then moves 32 bytes
+    to get one.
     """
     pixel = tl.arange(0, TILE * TILE)
     y, x = _reflected(top + pixel // TILE, SIDE), _reflected(left + pixel % TILE, SIDE)
@@ -255,7 +257,7 @@ def _colours(crop, row, orders, mean_luma, top, left, SIDE: tl.constexpr, TILE: 
 
 @triton.jit
 def _reflected(i, SIDE: tl.constexpr):
-    """-1 -> 1, SIDE -> SIDE - 2; what no tap reaches is cut off at the border."""
+    """-1 -> 1, SIDE -> SIDE - 2; positions that no tap reaches are clamped to the border."""
     i = tl.abs(i)
     i = tl.where(i >= SIDE, 2 * (SIDE - 1) - i, i)
     return tl.minimum(tl.maximum(i, 0), SIDE - 1)
@@ -287,7 +289,7 @@ def _operation(red, green, blue, row, operation, mean_luma):
 
 @triton.jit
 def _hue(red, green, blue, shift):
-    """HSV and back: h in [0, 6) after one wrap each way, and each channel a tent over h."""
+    """HSV and back: h is wrapped once each way into [0, 6), and each channel is a tent over h."""
     value = tl.maximum(tl.maximum(red, green), blue)
     low = tl.minimum(tl.minimum(red, green), blue)
     spread = value - low

@@ -1,8 +1,8 @@
-"""The augmentation in plain torch: the definition that every fast form is held against.
+"""Augmentation in plain torch: the definition that every fast backend is tested against.
 
-Semantics are those of torchvision.transforms.v2.functional on float images: factor ranges, clamping after
-each colour operation, contrast about the grey mean, hue in HSV, the blur's reflected borders. Values stay
-float between operations; torchvision on uint8 rounds after each, which only loses precision.
+The semantics are those of torchvision.transforms.v2.functional on float images: factor ranges, clamping
+after each colour operation, contrast relative to the grey mean, hue in HSV, reflected borders for the blur.
+Values stay float between operations, whereas torchvision on uint8 rounds after each and loses precision.
 """
 
 from itertools import permutations
@@ -32,12 +32,12 @@ GREY_WEIGHTS = (0.2989, 0.587, 0.114)
 
 
 def augment(crops: Tensor, table: Tensor, view: ViewSettings, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Augment and normalise, on the crops' device.
+    """Augment and normalise on the crops' device.
 
     Args:
         crops: uint8 [N, R, R, 3].
         table: float [N, P], columns as in `pipelines.parameters.COLUMNS`.
-        dtype: of the result; float64 is computed in float64, all else in float32.
+        dtype: dtype of the result; float64 is computed in float64, all others in float32.
 
     Returns:
         [N, 3, R, R], channels-last in memory.
@@ -55,7 +55,7 @@ def augment(crops: Tensor, table: Tensor, view: ViewSettings, dtype: torch.dtype
 
 
 def augment_one(image: Tensor, row: Tensor, kernel_size: int) -> Tensor:
-    """One image, float [3, H, W] in [0, 1], through the whole chain but the normalisation."""
+    """Apply the whole chain except the normalisation to one image, float [3, H, W] in [0, 1]."""
     p = row.tolist()
     if p[FLIP]:
         image = image.flip(-1)
@@ -96,7 +96,7 @@ def saturation(image: Tensor, factor: float) -> Tensor:
 
 
 def shift_hue(image: Tensor, shift: float) -> Tensor:
-    """Turn the hue of HSV by `shift` of a full turn."""
+    """Rotate the hue in HSV by `shift` of a full turn."""
     red, green, blue = image
     value, low = image.max(0).values, image.min(0).values
     spread = value - low
@@ -113,7 +113,7 @@ def shift_hue(image: Tensor, shift: float) -> Tensor:
 
 
 def blur(image: Tensor, sigma: float, kernel_size: int) -> Tensor:
-    """Separable Gaussian, reflected borders (edge pixel not repeated)."""
+    """Separable Gaussian blur with reflected borders (the edge pixel isn't repeated)."""
     radius = kernel_size // 2
     if radius == 0:
         return image

@@ -1,1 +1,1 @@
-"""Image data sets -> beton files that FFCV reads, verified and without loss where possible."""
+"""Convert image data sets to beton files that FFCV reads, verified, and without loss where possible."""

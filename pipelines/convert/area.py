@@ -1,4 +1,4 @@
-"""Shrinking an image by area: every new pixel is the mean of the old ones that it covers, in parts, too."""
+"""Downscale an image by area: every new pixel is the mean of the old pixels, whole or in part, under it."""
 
 import numpy as np
 
@@ -7,10 +7,10 @@ from pipelines.kernels.compiled import compiled
 
 @compiled()
 def shrink(pixels, height, width):
-    """uint8 [H, W, 3] -> uint8 [height, width, 3], height <= H and width <= W; as OpenCV's INTER_AREA.
+    """uint8 [H, W, 3] -> uint8 [height, width, 3], height <= H and width <= W, like OpenCV's INTER_AREA.
 
-    Rows are summed first, over whole lines: that loop is contiguous, and it does most of the work. What a
-    new column covers is the same in every row, so it is worked out once.
+    Rows are summed first, over whole lines: that loop is contiguous and does most of the work. The old
+    columns that a new column covers are the same in every row, so they are computed once.
     """
     old_height, old_width = pixels.shape[:2]
     lines = pixels.reshape(old_height, old_width * 3)
@@ -33,7 +33,7 @@ def shrink(pixels, height, width):
             for i in range(old_width * 3):
                 line[i] += weight * np.float32(source[i])
         for x in range(width):
-            red = green = blue = np.float32(0.5)  # rounds when the fraction is cut off
+            red = green = blue = np.float32(0.5)  # rounds to nearest when the fraction is cut off
             column = 3 * first[x]
             for j in range(covered):
                 weight = weights[x, j]
@@ -49,14 +49,14 @@ def shrink(pixels, height, width):
 
 @compiled()
 def _coverage(old, new):
-    """For each of `new` columns the first old one that counts, and the parts, float32 [new, columns]."""
+    """For each of `new` columns, the first old one under it, and the fractions, float32 [new, columns]."""
     scale = old / new
     columns = min(int(np.ceil(scale)) + 1, old)
     first = np.empty(new, np.int64)
     weights = np.zeros((new, columns), np.float32)
     for x in range(new):
         left, right = x * scale, (x + 1) * scale
-        first[x] = min(int(left), old - columns)  # no line ends within the columns of its last pixel
+        first[x] = min(int(left), old - columns)  # keep the window within the line
         for j in range(columns):
             column = first[x] + j
             weights[x, j] = max(min(right, column + 1) - max(left, column), 0.0) / scale

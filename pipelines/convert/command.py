@@ -8,22 +8,23 @@
     convert-beton 'train-{000000..000146}.tar' train.beton             # WebDataset shards
     convert-beton cifar10-jpeg/ test.beton --split test                # Hugging Face image parquet
     convert-beton photos/ photos.beton                                 # loose images: no labels, to pretrain
+    pretraining
     convert-beton table.csv out.beton                                  # columns path and label
     convert-beton ages.csv ages.beton --targets age                    # path,age: regression
     convert-beton /usr/share/datasets/fashion-mnist train.beton        # MNIST's idx files
-    convert-beton torchvision:CIFAR10 train.beton --root data          # downloaded if need be
-    convert-beton sklearn:digits digits.beton                          # always at hand
+    convert-beton torchvision:CIFAR10 train.beton --root data          # downloaded if necessary
+    convert-beton sklearn:digits digits.beton                          # comes with scikit-learn
 
     convert-beton imagenet/ train.beton --shard 3/8                    # the third job of an array of eight
     convert-beton --merge train.beton                                  # when all eight are done
-    convert-beton --verify train.beton                                 # every byte and every image again
+    convert-beton --verify train.beton                                 # checks every byte and every image
     convert-beton --inspect train.beton                                # counts, sizes, a sheet of images
 
-Each JPEG is checked by decoding it and stored byte for byte. Images are encoded anew only where they must
+Each JPEG is checked by decoding it and stored byte for byte. Images are re-encoded only where they must
 change: JPEGs that are larger than --max-resolution, that are CMYK or that EXIF says are rotated; and other
-formats (PNG and so on), unless they are so small (64 x 64), or so much smaller without loss (line art), that
-raw pixels serve better. Damaged images are skipped and named in OUT.beton.json. An interrupted conversion
-resumes when the same command is run again, and ends with the same bytes.
+formats (PNG and so on), unless raw pixels serve better because the images are tiny (64 x 64) or much smaller
+without loss (line art). Damaged images are skipped and listed in OUT.beton.json. An interrupted conversion
+resumes when the same command is run again, and gives the same bytes.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ Options = TypeVar("Options", bound=OutputOptions)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors in one line, without the usage in front of it."""
+    """Print errors in one line, without the usage before them."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see convert-beton --help)\n")
@@ -229,8 +230,8 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status: 0, 1 where --verify finds something or the system refuses a file,
-    2 after an error of the user's, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Run the command. Returns its exit status: 0; 1 if --verify finds something or the system refuses a
+    file; 2 after a user error; 130 after Ctrl-C; 143 after SIGTERM."""
     p = parser()
     args, unknown = p.parse_known_args(argv)
     if unknown:
@@ -246,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
         p.error("--remove-parts goes with --merge")
     hide_decoders_warnings()
     task = next((run for name, run in OTHER_TASKS.items() if getattr(args, name)), _convert)
-    told: list[int] = []  # SIGTERM, which leaves in good order, as Ctrl-C does
+    told: list[int] = []  # SIGTERM, if it came: it stops the conversion cleanly, like Ctrl-C
 
     def stop(number: int, _: Any) -> NoReturn:
         told.append(number)
@@ -289,7 +290,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace, kind: type[Options]) -> Options:
-    """Those of a conversion or a merge."""
+    """Build the options of a conversion or a merge."""
     chosen = {each.name: getattr(args, each.name) for each in fields(kind) if each.name != "progress"}
     return kind(**chosen, progress=True)
 
@@ -305,7 +306,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from pipelines.convert.inspect import inspect
 
-    jpeg.read_up_to(jpeg.ANY_SIZE)  # what was stored was allowed
+    jpeg.read_up_to(jpeg.ANY_SIZE)  # the images were within the limit when they were stored
 
     print(inspect(args.inspect, args.sheet or args.inspect.rstrip("/") + ".png"))
     return 0

@@ -1,8 +1,8 @@
-"""Dataset -> beton, WebDataset tars or both, and their manifests: each image decoded once and checked.
+"""Dataset -> beton, WebDataset tars or both, and their manifests: each image is decoded once and checked.
 
-A conversion can be killed at any moment. What it writes lies aside until all is done (`.OUT.part`), and a
-journal says how much of it is safe (`.OUT.journal`); the same command goes on from there, and ends with the
-same bytes as if it had never been stopped.
+A conversion can be killed at any moment. Its output is kept aside until it is complete (`.OUT.part`), and a
+journal records how much of it is safely stored (`.OUT.journal`). The same command resumes from there, and
+gives the same bytes as a conversion that was never interrupted.
 """
 
 from __future__ import annotations
@@ -47,28 +47,28 @@ from pipelines.in_order import in_order
 
 __all__ = ["ConvertOptions", "OutputOptions", "Settings", "area_resize", "convert", "select", "store"]
 
-CHUNK = 16  # images a task: a future costs some 40 us
-COMMIT_SECONDS = 1.0  # what a kill costs at most, and a second of the disk's work
-COMMIT_BYTES = 8 << 20  # sooner if the disk is idle: the less is left to write at the end
-KEEP_SECONDS = 5.0  # of work that is kept when it ends early; less is quicker made again
-REPLAYED = 10_000  # records of the journal that are in memory at a time
+CHUNK = 16  # images per task: a future costs some 40 us
+COMMIT_SECONDS = 1.0  # the most work that a kill loses; a commit takes up to a second of the disk's time
+COMMIT_BYTES = 8 << 20  # commit earlier if the disk is idle, so that less is left to write at the end
+KEEP_SECONDS = 5.0  # keep a longer conversion's work if it ends early; less is made again sooner
+REPLAYED = 10_000  # records of the journal held in memory at a time
 CHECKED = 1_000  # images whose digests are compared before a file is published
-RESERVE = 32 << 20  # bytes of free disk below which a conversion stops by itself
+RESERVE = 32 << 20  # bytes of free disk space below which a conversion stops
 
 
 AS_IT_IS = Settings()
 
 
 class Bar(tqdm):
-    """With a lock of this process alone: for tqdm's own, a process is started, and a fork that is killed
-    while it has the lock stops all the others."""
+    """A bar with a lock of this process alone. tqdm's own lock starts a process, and a fork that is killed
+    while it holds the lock blocks all the others."""
 
     _lock = threading.RLock()
-    disable = True  # until it is made: closing one that a signal kept from that must not fail
+    disable = True  # until it is made: closing it must not fail if a signal prevented that
 
 
 class NothingStored(InputError):
-    """Not one image of a source can be stored: there is nothing to keep, and nothing to go on with."""
+    """No image of a source can be stored, so there is nothing to keep or to resume."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Work:
     settings: Settings
     outputs: list[Output]
     options: OutputOptions
-    head: dict[str, Any]  # what the manifest begins with
-    known: dict[str, Any] = field(default_factory=dict)  # what it says instead of what is found here
+    head: dict[str, Any]  # first entries of the manifest
+    known: dict[str, Any] = field(default_factory=dict)  # manifest entries that replace those found here
     refused_before: list[dict[str, str]] = field(default_factory=list)  # by the conversions of the parts
 
     @property
@@ -91,17 +91,17 @@ class Work:
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is written besides a beton, and how: the images are the same whatever these say."""
+    """What is written besides a beton, and how. None of it changes the images."""
 
     webdataset: str | Path | None = None  # a new folder for tars
     images_per_tar: int = IMAGES_PER_TAR
     workers: int | None = None  # threads; None: one a core
-    overwrite: bool = False  # what is at the outputs' places
-    restart: bool = False  # drop what an interrupted conversion has left
+    overwrite: bool = False  # replace existing outputs
+    restart: bool = False  # discard what an interrupted conversion has left
     progress: bool = False  # show notes, estimate and a bar on stderr
 
     def validate(self) -> None:
-        """Raises InputError for a number below 1."""
+        """Raise InputError for a number below 1."""
         for option, number in (("--workers", self.workers), ("--images-per-tar", self.images_per_tar)):
             if number is not None and number < 1:
                 raise InputError(f"{option} {number}: must be at least 1")
@@ -113,17 +113,17 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class ConvertOptions(OutputOptions):
-    """Also which part of a source is read, and how."""
+    """Options of the outputs, and which part of a source is read, and how."""
 
     split: str | None = None
-    root: str | Path = "data"  # where torchvision keeps its files
-    classes: str | Path | None = None  # a manifest, or a text file with a name a line: the classes' order
-    devkit: str | Path | None = None  # ImageNet's, for the validation tar
-    shard: tuple[int, int] | None = None  # (K, N): the K-th of N parts, a beton of its own, for `merge`
-    dry_run: bool = False  # end after notes and estimate
+    root: str | Path = "data"  # torchvision's download folder
+    classes: str | Path | None = None  # the classes' order: a manifest, or a text file with one name per line
+    devkit: str | Path | None = None  # ImageNet's devkit, for the validation tar
+    shard: tuple[int, int] | None = None  # (K, N): the K-th of N parts, to a beton of its own, for `merge`
+    dry_run: bool = False  # stop after notes and estimate
 
     def validate(self) -> None:
-        """Raises InputError for a number below 1, and for tars of a part."""
+        """Raise InputError for a number below 1, and for tars of a part."""
         super().validate()
         if self.shard is not None and self.webdataset is not None:
             raise InputError("--shard: a part is written as a beton; ask for the tars when you --merge")
@@ -137,11 +137,11 @@ def convert(
 ) -> dict[str, Any]:
     """Write the beton `out`, tars, or both, and return the manifest (of the first).
 
-    All appear complete or not at all, and hold the same bytes whatever the workers, and however often the
-    conversion was killed and repeated.
+    Outputs appear complete or not at all. Their bytes don't depend on the number of workers, nor on how often
+    the conversion was killed and repeated.
 
-    The manifest that is returned, not the file, has "seconds", "notes", "estimate" and "resumed", too.
-    The rows of the samples are in the file alone. Raises InputError for everything that the user can mend.
+    The returned manifest, unlike the file, also has "seconds", "notes", "estimate" and "resumed"; the
+    samples' rows are only in the file. Raises InputError for every error that the user can fix.
     """
     settings.check()
     options.validate()
@@ -175,7 +175,7 @@ def convert(
 
 
 def part_path(out: str | Path | None, shard: tuple[int, int] | None) -> Path | None:
-    """train.beton, or for the third of eight parts train.part-003-of-008.beton."""
+    """train.beton, or, for the third of eight parts, train.part-003-of-008.beton."""
     if out is None or shard is None:
         return None if out is None else Path(out)
     out = Path(out)
@@ -192,7 +192,7 @@ def make_outputs(beton: Path | None, options: OutputOptions, source: Dataset, ca
 
 
 def run(work: Work, dry_run: bool = False) -> dict[str, Any]:
-    """Carry a conversion out, from its start or from where it was interrupted."""
+    """Run a conversion, from its start or from where it was interrupted."""
     started = time.perf_counter()
     restart, overwrite, progress = work.options.restart, work.options.overwrite, work.options.progress
     beton = next((output.final for output in work.outputs if not output.as_png), None)
@@ -222,30 +222,30 @@ def run(work: Work, dry_run: bool = False) -> dict[str, Any]:
             _convert_images(work, journal)
             manifest = _finish(work, journal)
         _publish(work)
-    if manifest is None:  # killed when all but the renaming was done
+    if manifest is None:  # it was killed when only the renaming was left
         manifest = read_manifest(work.outputs[0].manifest)[0]
     return {**manifest, "seconds": time.perf_counter() - started, "resumed": resumed, **extra}
 
 
 @contextmanager
 def _journal(work: Work, path: Path) -> Iterator[Journal]:
-    """The journal of a conversion, which is removed when all is done.
+    """Open the journal of a conversion, and remove it when all is done.
 
-    A conversion that ends early keeps what it has made if that took a while or was resumed, and else leaves
-    nothing behind. What the disk refuses is an InputError then, and Ctrl-C says how much is kept.
+    A conversion that ends early keeps its work if it took a while or was resumed; otherwise it leaves nothing
+    behind. A disk error then becomes an InputError, and Ctrl-C says how much is kept.
     """
     fresh, made, journal = not path.exists(), list[Path](), None
-    started = time.perf_counter()  # here, for what an estimate takes is no work to be kept
+    started = time.perf_counter()  # only now, since the time for an estimate isn't work to be kept
     try:
         made = [folder for output in work.outputs for folder in _make_folders(output.final.parent)]
         fingerprint = _fingerprint(work)
-        with _uninterrupted():  # or the file could be there and nobody know that it is ours
+        with _uninterrupted():  # otherwise the file could exist without this process knowing that it made it
             journal = Journal(path, fingerprint)
         yield journal
     except BaseException as error:
         slow = time.perf_counter() - started > KEEP_SECONDS
         keep = not isinstance(error, NothingStored) and (not fresh or slow)
-        if journal is not None and not keep:  # still under its lock: what another process has is not ours
+        if journal is not None and not keep:  # under this lock: another process's files stay
             _remove(path, work.outputs)
         for each in (journal, *work.outputs):
             if each is not None:
@@ -265,7 +265,7 @@ def _journal(work: Work, path: Path) -> Iterator[Journal]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM come when the block is over. (No thread but the main one ever meets them.)"""
+    """Delay Ctrl-C and SIGTERM until the block ends. (Only the main thread ever receives them.)"""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -287,7 +287,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _convert_images(work: Work, journal: Journal) -> None:
-    """Convert what the journal doesn't speak of yet."""
+    """Convert the images that the journal doesn't have yet."""
     _replay(work, journal)
     with (
         _Progress(work, journal) as progress,
@@ -313,7 +313,7 @@ def _convert_images(work: Work, journal: Journal) -> None:
 
 
 def _replay(work: Work, journal: Journal) -> None:
-    """Bring the outputs to where the journal is."""
+    """Bring the outputs to the state that the journal records."""
     for output in work.outputs:
         output.prepare()
     for record, index in zip(chain.from_iterable(journal.records(REPLAYED)), work.order):
@@ -325,7 +325,7 @@ def _replay(work: Work, journal: Journal) -> None:
 
 
 def _skip(work: Work, journal: Journal, index: int, reason: str) -> None:
-    """Note an image that can't be stored. Raises InputError if such an image is to end the conversion."""
+    """Record an image that can't be stored. Raises InputError if such an image is to end the conversion."""
     if work.settings.on_error == "raise":
         journal.commit(_synced(work), wait=True)
         name = work.source.names[index]
@@ -334,7 +334,7 @@ def _skip(work: Work, journal: Journal, index: int, reason: str) -> None:
 
 
 class _Progress:
-    """The bar, and when to commit. Attributes: skipped (images), written (bytes of images, from now on)."""
+    """The bar, and when to commit. Attributes: skipped (images), written (bytes of images since it began)."""
 
     def __init__(self, work: Work, journal: Journal) -> None:
         self.work, self.journal = work, journal
@@ -350,7 +350,7 @@ class _Progress:
         self.bar.close()
 
     def step(self) -> None:
-        """One more image is done."""
+        """Count one more image."""
         self.bar.update()
         now = time.perf_counter()
         if now - self.shown > 0.5:
@@ -382,7 +382,7 @@ def _item(source: Dataset, index: int) -> Item:
 
 
 def _synced(work: Work) -> list[int]:
-    """File descriptors of all that was written since the last commit, for the journal to sync and close."""
+    """Descriptors of the files written since the last commit, for the journal to sync and close."""
     return [number for output in work.outputs for number in output.flushed()]
 
 
@@ -391,11 +391,10 @@ def _as_png(work: Work) -> bool:
 
 
 def _images(work: Work, order: np.ndarray) -> Generator[tuple[int, Stored | str], None, None]:
-    """(position in the source, image or the reason why it is none), in the order given.
+    """Yield (position in the source, image, or the reason why it can't be stored), in the order given.
 
-    Threads are enough: file reading, JPEG, PNG, digest and resize all leave Python's lock, and no image is
-    copied from one process to another. Only so many chunks are under way at a time, so that memory doesn't
-    grow with the data.
+    Threads suffice: file reading, JPEG, PNG, digest and resize all release the GIL, and no image is copied
+    between processes. The number of chunks in progress is limited, so that memory doesn't grow with the data.
     """
 
     as_png = _as_png(work)
@@ -424,8 +423,8 @@ def _check_still_space(outputs: list[Output]) -> None:
 
 
 def _finish(work: Work, journal: Journal) -> dict[str, Any]:
-    """Complete outputs and manifests, all still aside, and return the first's; from here on nothing can go
-    wrong but renaming. The manifests are written while the disk takes what is left of the images."""
+    """Complete outputs and manifests, still aside, and return the first manifest; only the renaming can fail
+    after this. The manifests are written while the disk takes the rest of the images."""
     for output in work.outputs:
         output.finish()
     journal.commit(_synced(work))
@@ -440,8 +439,8 @@ def _finish(work: Work, journal: Journal) -> dict[str, Any]:
 
 
 def _check_written(work: Work, journal: Journal) -> None:
-    """Hold what lies on the disk against the journal: all sizes and tables, and the digests of up to CHECKED
-    images, evenly spread (`verify` reads all). Raises InputError: another process has written there."""
+    """Compare the files on disk with the journal: all sizes and tables, and the digests of up to CHECKED
+    images, evenly spaced (`verify` reads all). Raises InputError: another process has written there."""
     count = len(work.order) - len(journal.reasons)
     chosen = evenly_spaced(count, CHECKED)
     for output in work.outputs:
@@ -461,7 +460,7 @@ def _check_written(work: Work, journal: Journal) -> None:
 
 
 def _publish(work: Work) -> None:
-    """Rename everything into its place; can be repeated where it was interrupted. Manifests come last."""
+    """Rename everything into place, manifests last; can be repeated if it was interrupted."""
     for output in work.outputs:
         output.publish()
     for output in work.outputs:
@@ -472,7 +471,7 @@ def _publish(work: Work) -> None:
 
 
 def _kept(work: Work, journal: Journal, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The records of the images that were stored, and their positions in the source, so many at a time."""
+    """Records of the images that were stored, and their positions in the source, `size` at a time."""
     start = 0
     for records in journal.records(size):
         indices = work.order[start : start + len(records)]
@@ -483,7 +482,7 @@ def _kept(work: Work, journal: Journal, size: int) -> Iterator[tuple[np.ndarray,
 
 
 def _samples(work: Work, journal: Journal, output: Output, size: int) -> Iterator[Samples]:
-    """The manifest's rows, those of `size` images at a time."""
+    """Rows of the manifest, for `size` images at a time."""
     for rows, indices in _kept(work, journal, size):
         digests = rows["file_digest" if output.as_png else "digest"]
         samples: Samples = {
@@ -535,7 +534,7 @@ def _figures(work: Work, journal: Journal, output: Output) -> dict[str, Any]:
 
 
 def _fingerprint(work: Work) -> str:
-    """One line that changes with anything that the bytes of the outputs follow from."""
+    """One line that changes with everything that determines the bytes of the outputs."""
     digest = hashlib.sha256()
     for name in work.source.names:
         digest.update(name.encode("utf-8", "surrogatepass") + b"\0")
@@ -562,8 +561,8 @@ def journal_path(final: Path) -> Path:
 
 
 def check_targets(beton: Path | None, tars: Path | None, overwrite: bool, journaled: bool = True) -> None:
-    """Raises InputError if a target is there already, unless it may be overwritten; with `journaled`, also
-    unless a journal is there: it was perhaps killed between two renames."""
+    """Raise InputError if a target exists, unless it may be overwritten or, with `journaled`, a journal
+    exists: the target may then come from a conversion that was killed between two renames."""
     first = beton or tars
     assert first is not None
     if journaled and journal_path(first).exists():
@@ -584,7 +583,7 @@ def check_targets(beton: Path | None, tars: Path | None, overwrite: bool, journa
 
 
 def _make_folders(folder: Path) -> list[Path]:
-    """Make a folder and its parents, and return those that weren't there, innermost first."""
+    """Make a folder and its parents, and return those that didn't exist, innermost first."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -596,13 +595,13 @@ def _make_folders(folder: Path) -> list[Path]:
 def _remove(journal: Path, outputs: list[Output]) -> None:
     for output in outputs:
         output.remove()
-    with suppress(OSError):  # it isn't there, or its folder never was
+    with suppress(OSError):  # it doesn't exist, or its folder never did
         journal.unlink()
 
 
 def _remove_folders(made: list[Path]) -> None:
     for folder in made:
-        with suppress(OSError):  # something else was put there
+        with suppress(OSError):  # it has other files by now
             folder.rmdir()
 
 
@@ -610,10 +609,10 @@ def _versions(source: Dataset) -> dict[str, str]:
     return {**_own_versions(), **source.libraries}
 
 
-@cache  # a search through what is installed takes a millisecond
+@cache  # searching the installed packages takes a millisecond
 def _own_versions() -> dict[str, str]:
     try:
         own = version("lvssl")
-    except PackageNotFoundError:  # run from a checkout that was never installed
+    except PackageNotFoundError:  # run from a checkout that isn't installed
         own = "unknown"
     return {"lvssl": own, "numpy": np.__version__, "pillow": version("pillow"), "jpeg": jpeg.library()}

@@ -1,4 +1,4 @@
-"""A look at a converted set: counts, classes, sizes, and a sheet of its images."""
+"""Inspect a converted set: counts, classes, sizes, and a contact sheet of its images."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
 from pipelines.formats.beton import open_beton
 
-COLUMNS, ROWS, SIDE, CAPTION = 8, 6, 128, 14  # of the sheet; the sides in pixels
+COLUMNS, ROWS, SIDE, CAPTION = 8, 6, 128, 14  # of the sheet; sides in pixels
 BAR = 40  # characters
 
 
 def inspect(path: str | Path, sheet: str | Path) -> str:
-    """What a beton or tars hold, for people; and write a contact sheet (PNG). Raises InputError."""
+    """Describe the content of a beton or of tars, and write a contact sheet (PNG). Raises InputError."""
     path, sheet = Path(path), Path(sheet)
     lines = []
     if path.is_file() and path.suffix != ".tar":
@@ -69,7 +69,7 @@ def class_lines(source: Dataset, counts: np.ndarray) -> list[str]:
 
 
 def histogram(values: np.ndarray) -> list[str]:
-    """A line a bin: its range, its count and a bar. Bins of the same ratio where the range is wide."""
+    """One line per bin: range, count and bar. Bins are spaced logarithmically where the range is wide."""
     low, high = int(values.min()), int(values.max())
     if low == high:
         return [f"{low:>17,} {len(values):10,}"]
@@ -85,7 +85,7 @@ def histogram(values: np.ndarray) -> list[str]:
 
 
 def contact_sheet(source: Dataset, path: Path) -> None:
-    """48 images, evenly spread, each with its index and class."""
+    """Draw 48 images, evenly spaced, each with its index and class."""
     page = Image.new("RGB", (COLUMNS * SIDE, ROWS * (SIDE + CAPTION)), "white")
     draw = ImageDraw.Draw(page)
     for place, index in enumerate(evenly_spaced(len(source.labels), COLUMNS * ROWS).tolist()):

@@ -1,9 +1,9 @@
-"""What of an unfinished conversion is safely on the disk, so that the same command can go on from there.
+"""The record of how much of an unfinished conversion is safely on disk, so that the same command can resume.
 
-The journal is a line that says which conversion it belongs to, and groups of records, one for each image in
-the order of conversion. A group is written only after the images it speaks of were synced, and carries a
-checksum: whatever the moment of a kill or a power failure, the groups that can be read are true, and all
-that lies beyond them in the outputs is cut off before the work goes on.
+The journal is a line that identifies the conversion, followed by groups of records, one for each image in the
+order of conversion. A group is written only after its images were synced, and carries a checksum. So whenever
+a kill or a power failure comes, the groups that can be read are true, and whatever lies beyond them in the
+outputs is cut off before the work resumes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipelines.lock import lock
 
 RECORD = np.dtype(
     [
-        ("storage_kind", "u1"),  # index into store.STORAGE_KINDS; 0 is refused
+        ("storage_kind", "u1"),  # index into store.STORAGE_KINDS; 0: refused
         ("exif_rotated", "u1"),
         ("mode", "u1"),
         ("height", "<u2"),
@@ -39,14 +39,14 @@ RECORD = np.dtype(
 )
 _GROUP = struct.Struct(
     "<4sIIII"
-)  # mark, records, bytes of the reasons, 1 if the conversion is complete, CRC-32
+)  # mark, number of records, bytes of the reasons, 1 if the conversion is complete, CRC-32
 _MARK = b"grp1"
 
 
 class Journal:
-    """Attributes: count (images it knows), reasons {place in the order: why it was refused}, complete.
+    """Attributes: count (images recorded), reasons {place in the order: why it was refused}, complete.
 
-    The records stay on the disk; `records` reads them.
+    The records stay on disk; `records` reads them.
 
     Raises InputError if another process has it open, or if it belongs to another conversion.
     """
@@ -58,13 +58,13 @@ class Journal:
         try:
             self._read(fingerprint)
         except BaseException:
-            if new:  # a full disk: not even its first line is out
+            if new:  # full disk: not even the first line was written
                 path.unlink(missing_ok=True)
             with suppress(OSError):
                 self.file.close()
             raise
         self.count = self.committed
-        self._last = np.zeros(0, RECORD)  # of the last commit, which may still be on its way
+        self._last = np.zeros(0, RECORD)  # of the last commit, which may still be in progress
         self._pending: list[tuple] = []
         self._pending_reasons: dict[int, str] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="journal")
@@ -76,7 +76,7 @@ class Journal:
         self.complete = False
         self.file.seek(0)
         line = self.file.readline()
-        if not line.endswith(b"\n"):  # new, or killed before its first line was out
+        if not line.endswith(b"\n"):  # new, or killed while its first line was written
             self.file.truncate(0)
             self.file.write(fingerprint.encode() + b"\n")
             self.file.flush()
@@ -95,16 +95,16 @@ class Journal:
         self.file.truncate(good)
 
     def append(self, record: tuple, reason: str | None = None) -> None:
-        """The next image's record; durable after the next commit."""
+        """Add the next image's record; it is durable after the next commit."""
         if reason is not None:
             self._pending_reasons[self.count] = reason
         self._pending.append(record)
         self.count += 1
 
     def commit(self, files: Sequence[int], wait: bool = False, complete: bool = False) -> None:
-        """Sync the outputs (file descriptors, closed here), then write down what was appended.
+        """Sync the outputs (file descriptors, closed here), then write the appended records.
 
-        It happens in a thread: the conversion goes on meanwhile. Raises what an earlier commit met with.
+        This runs in a thread while the conversion continues. Raises the error of an earlier commit, if any.
         """
         try:
             if self._writing is not None:
@@ -127,7 +127,7 @@ class Journal:
             self.complete = complete
 
     def idle(self) -> bool:
-        """Whether the last commit is on the disk."""
+        """Whether the last commit is on disk."""
         return self._writing is None or self._writing.done()
 
     def _write(self, files: list[int], group: bytes) -> None:
@@ -142,7 +142,7 @@ class Journal:
         os.fdatasync(self.file.fileno())
 
     def records(self, size: int) -> Iterator[np.ndarray]:
-        """RECORD [size] of everything committed, in order; the last one is what is left."""
+        """All committed records, in order, as arrays RECORD [size]; the last one may be shorter."""
         waiting, count, on_disk = [], 0, self.committed - len(self._last)
         with open(self.path, "rb") as file:
             file.readline()
@@ -158,22 +158,22 @@ class Journal:
 
     def close(self) -> None:
         self._worker.shutdown(wait=True)
-        with suppress(OSError):  # no space for what is left in its buffer: it isn't committed, then
+        with suppress(OSError):  # no space for its buffer, which isn't committed then
             self.file.close()
 
 
 @contextmanager
 def conversion_lock(path: Path) -> Iterator[None]:
-    """While it lasts, no other process can begin or go on with the conversion of this journal.
+    """Keep other processes from starting or resuming the conversion of this journal.
 
-    Raises InputError if one has it open.
+    Raises InputError if another process has it open.
     """
     with _open_alone(path):
         yield
 
 
 def _open_alone(path: Path) -> IO[bytes]:
-    """The journal, open and locked. Raises InputError if another process has it open."""
+    """Open and lock the journal. Raises InputError if another process has it open."""
     while True:
         file = open(path, "a+b")  # noqa: SIM115
         try:
@@ -183,11 +183,11 @@ def _open_alone(path: Path) -> IO[bytes]:
             raise InputError(f"{path}: another process is converting to the same file") from error
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             return file
-        file.close()  # its conversion has ended, and removed it, between the two calls
+        file.close()  # its conversion ended, and removed it, between the two calls
 
 
 def _groups(file: IO[bytes], most: int | None = None) -> Iterator[tuple[np.ndarray, dict[str, str], bool]]:
-    """(records, reasons, whether it completes the conversion) of each whole group, up to `most` records."""
+    """(records, reasons, whether it completes the conversion) of each valid group, up to `most` records."""
     count = 0
     while most is None or count < most:
         head = file.read(_GROUP.size)

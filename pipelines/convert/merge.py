@@ -1,4 +1,4 @@
-"""The parts of an array job, put together."""
+"""Merge the parts of an array job."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def merge(
     options: OutputOptions = OutputOptions(),  # noqa: B008 (frozen)
     remove_parts: bool = False,
 ) -> dict[str, Any]:
-    """Put the parts of `out` (convert with `shard`) together: the same bytes as one conversion of everything.
+    """Merge the parts of `out` (made by convert with `shard`) into the bytes that one conversion of all
+    gives.
 
-    Every image's digest is checked on the way, nothing is decoded. Returns the manifest as `convert` does,
-    with "parts", the files that are left; `remove_parts` removes them and their manifests in the end.
-    Raises InputError if a part is missing, damaged, or of another conversion than the first.
+    Every image's digest is checked on the way; nothing is decoded. Returns the manifest as `convert` does,
+    with "parts": the part files that are left. `remove_parts` removes them and their manifests at the end.
+    Raises InputError if a part is missing, damaged, or from a different conversion than the first.
     """
     options.validate()
     out = Path(out)
@@ -40,7 +41,7 @@ def merge(
     outputs = make_outputs(out, options, source, len(source.labels) + len(refused))
     known = {key: first[key] for key in ("source_count", "settings", "versions")}
     head = {key: first[key] for key in ("source", "split")}
-    settings = Settings(**first["settings"])  # older parts lack the newer ones
+    settings = Settings(**first["settings"])  # parts made by older versions lack newer settings
     order = np.arange(len(source.labels))
     manifest = run(Work(source, order, settings, outputs, options, head, known, refused))
     if remove_parts:
@@ -58,7 +59,7 @@ class _Parts:
     rows: list[Samples]
 
     def source(self) -> Dataset:
-        """The images of all of them, as they are stored, each held against its digest."""
+        """The stored images of all parts, each checked against its digest."""
         bytes_of = reader_of(self.betons)
         place = [(part, index) for part, beton in enumerate(self.betons) for index in range(beton.count)]
         first = self.manifests[0]
@@ -95,7 +96,7 @@ class _Parts:
 
 
 def _read_parts(paths: list[Path]) -> _Parts:
-    """Raises InputError if one is damaged, or of another conversion than the first."""
+    """Raise InputError if a part is damaged, or from a different conversion than the first."""
     betons = [open_beton(path) for path in paths]
     read = [read_manifest(manifest_path(path)) for path in paths]
     parts = _Parts(paths, betons, [each[0] for each in read], [each[1] for each in read])
@@ -111,7 +112,7 @@ def _read_parts(paths: list[Path]) -> _Parts:
 
 
 def differing(one: Any, other: Any) -> str:
-    """The first name under which two tables hold different values: " (jpeg_quality: 90, there 95)"."""
+    """The first key under which two tables hold different values: " (jpeg_quality: 90, there 95)"."""
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return ""
     name = next(n for n in (*one, *other) if (n in one, one.get(n)) != (n in other, other.get(n)))
@@ -120,7 +121,7 @@ def differing(one: Any, other: Any) -> str:
 
 
 def part_files(out: Path) -> list[Path]:
-    """train.part-001-of-008.beton ... in order. Raises InputError if there is none, or not every one."""
+    """train.part-001-of-008.beton ... in order. Raises InputError if there are none, or if one is missing."""
     pattern = re.compile(rf"{re.escape(out.stem)}\.part-(\d+)-of-\d+{re.escape(out.suffix)}")
     folder = out.parent
     found = {p: m for p in (folder.iterdir() if folder.is_dir() else ()) if (m := pattern.fullmatch(p.name))}

@@ -1,7 +1,7 @@
-"""The two forms of output under one conversion: each writes aside, goes on after a kill, and is then renamed.
+"""The two output formats of a conversion: each is written aside, resumes after a kill, and is then renamed.
 
-A conversion calls prepare, replay for each image that the journal knows, cut, add for each further one,
-finish and publish. `flushed` may come at any time in between.
+A conversion calls prepare, then replay for each image in the journal, cut, add for each further image,
+finish and publish. `flushed` may be called at any time in between.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from pipelines.formats.webdataset import END, TarLayout
 
 @dataclass(frozen=True)
 class Item:
-    """What an output stores of an image besides its bytes."""
+    """What an output stores about an image besides its bytes."""
 
     label: int
     targets: dict[str, float] = field(default_factory=dict)
 
 
 class BetonOutput:
-    """One file, and its manifest OUT.beton.json beside it."""
+    """One file, with its manifest OUT.beton.json next to it."""
 
-    as_png = False  # it stores pixels as pixels
+    as_png = False  # pixels are stored raw
 
     def __init__(self, final: Path, capacity: int, targets: Sequence[str] = ()):
         self.final = final
@@ -72,7 +72,7 @@ class BetonOutput:
         self.writer.add(stored.mode, stored.height, stored.width, stored.data, item.label, values)
 
     def flushed(self) -> list[int]:
-        """Descriptors, for someone else to sync and close, of what was written since the last time."""
+        """Descriptors of the files written since the last call, for the caller to sync and close."""
         if self.file is None:
             return []
         self.writer.flush()
@@ -82,7 +82,7 @@ class BetonOutput:
         self.writer.finish()
 
     def changed(self) -> str | None:
-        """What of the finished file, but for its images, isn't what was written; None if all is."""
+        """Which part of the finished file, apart from its images, isn't what was written; None if all is."""
         assert self.file is not None
         number = self.file.fileno()
         if not (self.part.exists() and os.path.samestat(os.fstat(number), os.stat(self.part))):
@@ -93,7 +93,7 @@ class BetonOutput:
         return "its tables are others" if tables_differ else None
 
     def stored(self, place: int) -> bytes:
-        """The bytes of one image, as they lie in the finished file."""
+        """The bytes of one image in the finished file."""
         assert self.file is not None
         start, size = int(self.writer.metadata["f0"]["data_ptr"][place]), int(self.writer.sizes[place])
         return os.pread(self.file.fileno(), size, start)
@@ -105,21 +105,21 @@ class BetonOutput:
 
     def close(self) -> None:
         if self.file is not None:
-            with suppress(OSError):  # on a full disk: what its buffer holds is not in the journal
+            with suppress(OSError):  # full disk: the content of its buffer isn't in the journal
                 self.file.close()
             self.file = None
 
     def remove(self) -> None:
-        """Whatever an unfinished conversion has left."""
+        """Remove everything that an unfinished conversion has left."""
         self.close()
         for path in (self.part, *map(self.aside, self.manifest_files())):
-            with suppress(OSError):  # it isn't there, or its folder never was
+            with suppress(OSError):  # it doesn't exist, or its folder never did
                 path.unlink()
 
 
 class TarOutput:
-    """A folder with tars, an index for each, and manifest.json; written in a folder beside it. The bytes of
-    the tars depend on what is added, and on nothing else."""
+    """A folder with tars, an index for each, and manifest.json, written in a folder next to it. The bytes of
+    the tars depend only on the images that are added."""
 
     as_png = True
 
@@ -128,7 +128,7 @@ class TarOutput:
         self.part = final.with_name(f".{final.name}.part")
         self.manifest = final / "manifest.json"
         self.prefix, self.images_per_tar = prefix, images_per_tar
-        self.index: tuple[int, list[str]] = -1, []  # of the tar that `stored` was last asked for
+        self.index: tuple[int, list[str]] = -1, []  # of the tar that `stored` read last
         self.file: IO[bytes] | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class TarOutput:
     def prepare(self) -> None:
         self.part.mkdir(exist_ok=True)
         self.layout = TarLayout(self.prefix, self.images_per_tar)
-        self.finished: list[tuple[str, int]] = []  # name and bytes of each tar that is complete
+        self.finished: list[tuple[str, int]] = []  # name and bytes of each complete tar
 
     def replay(self, item: Item, record: np.void) -> None:
         if self.layout.full():
@@ -154,7 +154,7 @@ class TarOutput:
         self.layout.reserve(int(record["mode"]), int(record["file_size"]), item.label, item.targets)
 
     def cut(self) -> None:
-        """Tars that were begun beyond what the journal knows; `_open` cuts the last that it knows."""
+        """Remove tars that the journal doesn't have; `_open` truncates the last one that it has."""
         layout = self.layout
         for path in self.part.glob(f"{self.prefix}-*.tar"):
             if path.name > layout.tar_name() or (not layout.index and path.name == layout.tar_name()):
@@ -169,13 +169,13 @@ class TarOutput:
             file.write(part)
 
     def flushed(self) -> list[int]:
-        if self.file is None:  # those before it were synced when they were full
+        if self.file is None:  # earlier tars were synced when they were full
             return []
         self.file.flush()
         return [os.dup(self.file.fileno())]
 
     def _open(self) -> IO[bytes]:
-        """The tar that is being filled, at its end."""
+        """The tar that is being filled, positioned at its end."""
         if self.file is None:
             path = self.part / self.layout.tar_name()
             self.file = open(path, "r+b" if path.exists() else "w+b", buffering=1 << 20)  # noqa: SIM115
@@ -198,7 +198,7 @@ class TarOutput:
         self._finish_tar()
 
     def changed(self) -> str | None:
-        """What of the finished tars, but for their images, isn't what was written; None if all is."""
+        """Which part of the finished tars, except for their images, isn't what was written; None if all is."""
         for name, size in self.finished:
             path = self.part / name
             if not path.is_file() or path.stat().st_size != size:
@@ -206,10 +206,10 @@ class TarOutput:
         return None
 
     def stored(self, place: int) -> bytes:
-        """The bytes of one image, as they lie in the finished tars."""
+        """The bytes of one image in the finished tars."""
         number, row = divmod(place, self.images_per_tar)
         path = self.part / self.finished[number][0]
-        if self.index[0] != number:  # the images of a tar are asked for one after the other
+        if self.index[0] != number:  # images are read in the order of the tars
             self.index = number, path.with_suffix(".idx").read_text().splitlines()[1:]
         _, start, size, *_ = self.index[1][row].split(" ")
         with open(path, "rb") as file:

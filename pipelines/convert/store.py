@@ -1,4 +1,4 @@
-"""What becomes of one image: kept byte for byte, encoded anew, stored as pixels, or skipped."""
+"""How one image is stored: byte for byte, re-encoded, as raw pixels, or not at all."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pipelines.formats import jpeg, turbojpeg
 from pipelines.formats.beton import JPEG, LONGEST_SIDE, RAW
 
 LINE_ART = ("raw", "jpeg")
-SMALL = 64 * 64  # pixels; a lossless image of at most so many is stored raw: cheaper to read, hardly larger
+SMALL = 64 * 64  # pixels; a lossless image up to this size is stored raw: cheaper to read, hardly larger
 STORAGE_KINDS = (
     "refused",
     "jpeg_untouched",
     "reencoded",
     "raw",
-)  # what becomes of an image; these numbers are stored
+)  # how an image was stored; the numbers are written to files
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,22 @@ class Settings:
     """What is stored, and of which images. The bytes of a beton follow from these and the source alone."""
 
     max_resolution: int | None = None  # longest side in pixels; larger images are shrunk and re-encoded
-    jpeg_quality: int = 90  # of what has to be encoded, 1 to 100
-    raw_proportion: float = 0.0  # so many of the images as RGB pixels: large, but nothing to decode
-    subset: int | None = None  # so many images, balanced over the classes
-    shuffle_seed: int | None = None  # None keeps the source's order; the subset is drawn with 0 then
-    on_error: str = "skip"  # one of ON_ERROR: what a damaged image does; one that is skipped is named
+    jpeg_quality: int = 90  # quality of re-encoded images, 1 to 100
+    raw_proportion: float = 0.0  # fraction of the images stored as RGB pixels: large, but nothing to decode
+    subset: int | None = None  # number of images, balanced over the classes; None: all
+    shuffle_seed: int | None = None  # None keeps the source's order, and draws the subset with seed 0
+    on_error: str = "skip"  # one of ON_ERROR: what to do about a damaged image; skipped ones are listed
     white_level: int | None = None  # of images of more than 8 bits that don't state theirs, see `depth`
-    image_column: str | None = None  # of a table or a tar's samples, where it has no usual name
+    image_column: str | None = None  # of a table or a tar's samples, if it has an unusual name
     label_column: str | None = None  # likewise; "none" leaves the labels out
     targets: list[str] = field(default_factory=list)  # columns of numbers to store
     max_pixels: int = jpeg.MAX_PIXELS  # larger images can't be stored
-    jpeg_sampling: str = "4:2:0"  # of what has to be encoded, one of turbojpeg.SAMPLINGS
-    line_art: str = "raw"  # one of LINE_ART: images whose lossless file is smaller than a JPEG of them
-    only_classes: list[str] = field(default_factory=list)  # names of those to store; none: all
+    jpeg_sampling: str = "4:2:0"  # of re-encoded images, one of turbojpeg.SAMPLINGS
+    line_art: str = "raw"  # one of LINE_ART: for images whose lossless file is smaller than their JPEG
+    only_classes: list[str] = field(default_factory=list)  # names of the classes to store; none: all
 
     def check(self) -> None:
-        """Raises InputError for a value out of range."""
+        """Raise InputError for a value out of range."""
         for option, number, least, most in (
             ("max-resolution", self.max_resolution, 1, LONGEST_SIDE),
             ("jpeg-quality", self.jpeg_quality, 1, 100),
@@ -72,7 +72,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Stored:
-    """One image in the form in which it is stored."""
+    """One image in its stored form."""
 
     mode: int  # JPEG or RAW
     height: int
@@ -81,11 +81,11 @@ class Stored:
     storage_kind: str  # one of STORAGE_KINDS
     exif_rotated: bool = False  # EXIF's orientation was applied
     digest: bytes = b""  # SHA-256 of data
-    file: bytes | memoryview = b""  # the image as a file, for a tar: JPEG bytes as they are, pixels as PNG
+    file: bytes | memoryview = b""  # the image as a file, for a tar: JPEG bytes unchanged, pixels as PNG
     file_digest: bytes = b""
 
     def digested(self, as_png: bool) -> Stored:
-        """The same with its digests, and as a file if asked."""
+        """Return a copy with digests, and with the image as a file if `as_png`."""
         digest = hashlib.sha256(self.data).digest()
         if not as_png or self.mode == JPEG:
             return replace(self, digest=digest, file=self.data, file_digest=digest)
@@ -100,28 +100,29 @@ class Stored:
 def store_batch(
     source: Dataset, indices: Sequence[int], settings: Settings, as_png: bool
 ) -> list[Stored | str]:
-    """Images of a source, each checked, stored and digested, or the reason why it can't be."""
+    """Check, store and digest a source's images; returns each one, or the reason why it can't be stored."""
     results: list[Stored | str] = []
     for index in indices:
         try:
             image: Any = source.read(index)
-            # What another conversion stored comes as it is: the parts of an array job, to be merged.
+            # An image that another conversion stored comes unchanged: from the parts of an array job, to be
+            # merged.
             stored = image if isinstance(image, Stored) else store(image, settings, index)
             results.append(stored.digested(as_png))
-        except InputError:  # about the set, not the image
+        except InputError:  # concerns the whole set, not this image
             raise
         except OSError as error:
             results.append(f"cannot be read ({error.strerror or error})")
-        except Exception as error:  # whatever a decoder raises is about this image alone
+        except Exception as error:  # any decoder error concerns this image alone
             results.append(first_line(error))
     return results
 
 
 def store(image: bytes | np.ndarray, settings: Settings, index: int = 0) -> Stored:
-    """Check one image (a file's bytes, or pixels) and bring it to the form in which it is stored.
+    """Check one image (a file's bytes, or pixels) and convert it to its stored form.
 
-    A JPEG that FFCV can read and that is not too large keeps its bytes. `index`, the image's place in its
-    source, decides whether it is among the raw ones. Raises jpeg.DamagedImage.
+    A JPEG that FFCV can read and that isn't too large keeps its bytes. `index`, the image's position in its
+    source, decides whether it is stored raw. Raises jpeg.DamagedImage.
     """
     raw = chosen_raw(settings, index)
     if isinstance(image, np.ndarray):
@@ -157,7 +158,7 @@ def _store_jpeg(image: bytes, settings: Settings, raw: bool) -> Stored:
 
 
 def chosen_raw(settings: Settings, index: int) -> bool:
-    """Whether this image is one of --raw-proportion; the same ones whatever the order or subset."""
+    """Whether --raw-proportion includes this image, which doesn't depend on the order or the subset."""
     if settings.raw_proportion in (0, 1):
         return settings.raw_proportion == 1
     drawn = zlib.crc32(f"{settings.shuffle_seed or 0}:{index}".encode()) / 2**32
@@ -172,8 +173,9 @@ def _store_pixels(
     exif_rotated: bool = False,
     lossless: int | None = None,
 ) -> Stored:
-    """`lossless`: bytes of the file, if it is compressed without loss. Where a JPEG takes more bytes a pixel,
-    the image is line art or the like: a JPEG would blur it by tens of levels, so its pixels are stored."""
+    """`lossless`: size of the file in bytes, if its compression is lossless. If a JPEG would take more bytes
+    per pixel, the image is line art or the like. A JPEG would change it by tens of levels, so pixels are
+    stored."""
     height, width = pixels.shape[:2]
     size = _target_size(height, width, settings.max_resolution)
     if size != (height, width):
@@ -188,12 +190,12 @@ def _store_pixels(
 
 
 def _is_lossless(data: bytes) -> bool:
-    """Whether this is a PNG, a GIF, a BMP, or a WebP without loss."""
+    """Whether this is a PNG, a GIF, a BMP, or a lossless WebP."""
     return data.startswith((b"\x89PNG", b"GIF8", b"BM")) or (data[8:12] == b"WEBP" and b"VP8L" in data[12:64])
 
 
 def _target_size(height: int, width: int, max_resolution: int | None) -> tuple[int, int]:
-    """(height, width) with the longest side at most max_resolution; rounded down, but not to 0."""
+    """(height, width) with the longest side at most max_resolution; rounded down, but at least 1."""
     longest = max(height, width)
     if longest > LONGEST_SIDE and max_resolution is None:
         raise jpeg.DamagedImage(
@@ -205,17 +207,17 @@ def _target_size(height: int, width: int, max_resolution: int | None) -> tuple[i
 
 
 def area_resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Shrink uint8 [H, W, 3] to [height, width, 3]: every pixel is the mean of the area that it covers."""
+    """Downscale uint8 [H, W, 3] to [height, width, 3]: every pixel is the mean of the area that it covers."""
     from pipelines.convert.area import shrink  # numba takes a second to load, and few conversions need it
 
     return shrink(np.ascontiguousarray(pixels), height, width)
 
 
 def select(labels: np.ndarray, subset: int | None, shuffle_seed: int | None) -> np.ndarray:
-    """Positions of the images to store, in the order to store them, int64 [subset or N].
+    """Positions of the images to store, in the order in which to store them, int64 [subset or N].
 
-    The subset takes as many of each class as the classes allow, at random; the same seed gives the same
-    one, with or without shuffling by it. Raises InputError if it is larger than the data.
+    The subset is drawn at random, with as many images of each class as the classes allow. A seed always gives
+    the same subset, whether the images are shuffled or not. Raises InputError if it is larger than the data.
     """
     total = len(labels)
     if subset is not None and subset > total:
@@ -224,7 +226,7 @@ def select(labels: np.ndarray, subset: int | None, shuffle_seed: int | None) -> 
     if subset is not None and subset < total:
         random = np.random.RandomState(shuffle_seed or 0)  # frozen: the same draw in every NumPy release
         shuffled = random.permutation(total)
-        # The r-th image of its class (in random order) is taken in round r; sort by round, ties at random.
+        # Round r takes the r-th image of each class (in random order): sort by round, ties in random order.
         by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
         counts = np.unique(labels, return_counts=True)[1]
         rounds = np.concatenate([np.arange(count) for count in counts])

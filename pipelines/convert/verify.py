@@ -1,7 +1,7 @@
-"""A finished beton, tar or folder of tars against its manifest: every byte, and every image decoded.
+"""Check a finished beton, tar or folder of tars against its manifest: every byte, and every image decoded.
 
-An image's bytes have their digest in the manifest. All other bytes of the file (headers, tables, paddings)
-follow from the manifest's rows: they are made again and compared.
+The manifest has a digest for each image. All other bytes of the file (headers, tables, padding) follow from
+the manifest's rows: they are generated again and compared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ENTRY = ("mode", "height", "width", "bytes", "label")  # columns of the manifest
 
 @dataclass
 class Verdict:
-    """`wrong` has (index, name, reason) of each wrong image, by index; `elsewhere`, what is wrong besides."""
+    """`wrong` lists (index, name, reason) of each wrong image, by index; `elsewhere`, all other errors."""
 
     path: Path
     count: int
@@ -53,7 +53,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Region:
-    """One image in a file, with what must stand before and after it."""
+    """One image in a file, with the bytes that must precede and follow it."""
 
     index: int
     file: Path
@@ -64,7 +64,7 @@ class _Region:
 
 
 def verify(path: str | Path, workers: int | None = None, progress: bool = False) -> Verdict:
-    """Read all of it. Raises InputError if it or its manifest can't be read."""
+    """Read and check all of it. Raises InputError if it or its manifest can't be read."""
     OutputOptions(workers=workers).validate()
     path = Path(path)
     if not path.exists():
@@ -87,7 +87,7 @@ def verify(path: str | Path, workers: int | None = None, progress: bool = False)
                     verdict.wrong.append((index, str(rows["name"][index]), reason))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    first = {each[0]: each for each in reversed(verdict.wrong)}  # of what is wrong with an image
+    first = {each[0]: each for each in reversed(verdict.wrong)}  # only the first error of each image
     verdict.wrong = [first[index] for index in sorted(first)]
     return verdict
 
@@ -95,15 +95,15 @@ def verify(path: str | Path, workers: int | None = None, progress: bool = False)
 def _checked(
     regions: Iterator[_Region], rows: Samples, files: OpenFiles, workers: int
 ) -> Iterator[tuple[int, str | None]]:
-    """(index, what is wrong) of each region, in order."""
+    """Yield (index, what is wrong) for each region, in order."""
     with ThreadPoolExecutor(workers) as pool:
-        while some := list(islice(regions, 512)):  # not all at once: a million futures are a gigabyte
+        while some := list(islice(regions, 512)):  # in portions: a million futures would take a gigabyte
             reasons = pool.map(lambda region: _check(region, rows, files), some)
             yield from zip((region.index for region in some), reasons)
 
 
 def _check(region: _Region, rows: Samples, files: OpenFiles) -> str | None:
-    """What is wrong with one image, if anything."""
+    """Return what is wrong with one image, or None."""
     before, after = len(region.before), len(region.after)
     data = files.read(region.file, before + region.size + after, region.start - before)
     if len(data) < before + region.size + after:

@@ -1,4 +1,4 @@
-"""Where crops come from. A source decodes an image once and crops it as often as asked."""
+"""Sources of crops: readers that decode each image once and crop it as often as asked."""
 
 from pathlib import Path
 
@@ -12,15 +12,16 @@ SOURCES = ("auto", "beton", "folder", "dali", "nvjpeg")
 
 
 def open_reader(path: str | Path, kind: str = "auto", device: str = "cpu") -> Reader:
-    """The source that reads `path`.
+    """Open the reader for `path`.
 
     Args:
-        kind: `beton` for a .beton; `folder` for images as they are, loose, in class folders, in tars or
-            whatever else `convert-beton` reads; `dali`, `nvjpeg` for any of these; `auto`: beton or folder.
-        device: what DALI and nvJPEG decode on, cpu, cuda or cuda:1 ...; the others know the CPU alone.
+        kind: `beton` for a .beton; `folder` for image files, whether loose, in class folders, in tars or in
+            anything else that `convert-beton` reads; `dali` or `nvjpeg` for any of these; `auto`: beton or
+            folder.
+        device: the device that DALI and nvJPEG decode on: cpu, cuda, cuda:1 ...; the others only use the CPU.
 
     Raises:
-        InputError: nothing there that the source can read, or what it needs isn't installed.
+        InputError: `path` has nothing that the reader can read, or a library that it needs isn't installed.
     """
     if kind not in SOURCES:
         raise InputError(f"unknown source {kind!r}; one of {', '.join(SOURCES)}")

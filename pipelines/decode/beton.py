@@ -1,10 +1,10 @@
-"""Crops from a .beton, FFCV's file: each image is decoded once and cropped as often as asked.
+"""Crops from a .beton, FFCV's file format: each image is decoded once and cropped as often as asked.
 
-FFCV's loader ignores the decoder's return code, draws its crops from each thread's own random state,
-compiles for some 12 s in every process and can't resume in mid-epoch. So this file uses FFCV's format and
-leaves its loader alone: one numba function, compiled once and cached on disk, that releases the GIL, checks
-the decoder's verdict, and crops and resizes every view of the decoded image. The package itself isn't needed,
-and where there is no libturbojpeg, Pillow decodes: the same pixels, more slowly.
+FFCV's loader ignores the decoder's return code, draws its crops from each thread's own random state, compiles
+for some 12 s in every process and can't resume in mid-epoch. This module therefore uses FFCV's format but not
+its loader: one numba function, compiled once and cached on disk, releases the GIL, checks the decoder's
+return code, and crops and resizes every view of the decoded image. The ffcv package itself isn't needed.
+Without libturbojpeg, Pillow decodes: the pixels are the same, but it is slower.
 """
 
 import json
@@ -30,32 +30,32 @@ from pipelines.shared import Arrays, shared
 
 
 def identity_of(path: str | Path, files: Sequence[Path]) -> str:
-    """What a set's columns depend on: its files and their manifests, each one's size and time of change."""
+    """What a set's columns depend on: its files and manifests, with each one's size and modification time."""
     found = [each for file in files for each in (file, manifest_path(file)) if each.exists()]
     told = [(os.path.abspath(each), each.stat().st_size, each.stat().st_mtime_ns) for each in found]
     return json.dumps([str(path), told])
 
 
 def read_columns(path: str | Path) -> Arrays:
-    """`columns_of` a set, and "manifest", the bytes of a JSON text with the names of classes and targets."""
+    """`columns_of` a set, and "manifest": bytes of a JSON text with the names of the classes and targets."""
     parts, head = open_betons(path)
     text = json.dumps({**head, "targets": list(parts[0].targets)})
     return columns_of(parts) | {"manifest": np.frombuffer(text.encode(), np.uint8)}
 
 
 class BetonReader:
-    """A .beton, or several as one set, as a source of crops.
+    """One .beton, or several as one set, as a source of crops.
 
     Attributes:
-        labels, heights, widths: int64 [N]. targets: float64 [N] each, by name. classes: from the manifests.
+        labels, heights, widths: int64 [N]. targets: {name: float64 [N]}. classes: from the manifests.
     """
 
     chunk = IN_CACHE
     device = "cpu"
 
     def __init__(self, path: str | Path):
-        """Open and check the files; raises InputError if one is missing, cut short, no beton, or of another
-        conversion than the first."""
+        """Open and check the files. Raises InputError if one is missing, cut short, not a beton, or from a
+        different conversion than the first."""
         self._files = parts_of(path)
         columns = shared(partial(identity_of, path, self._files), partial(read_columns, path))
         manifest = json.loads(columns.pop("manifest").tobytes())
@@ -67,7 +67,7 @@ class BetonReader:
         self.targets = self.file.targets
         self._open = OpenFiles()
         self._lengths = [self._open.size(file) for file in self._files]
-        few = len(self._files) <= most_open()  # enough to keep all of them open
+        few = len(self._files) <= most_open()  # few enough to keep all of them open
         self._kept = [self._open.held(file) for file in self._files] if few else []
         self._numbers = np.array([file.number for file in self._kept], np.int32)
         self._ends = np.cumsum(self._counts)
@@ -79,7 +79,7 @@ class BetonReader:
         return self.file.count
 
     def storage_blocks(self) -> np.ndarray:
-        """int64 [N], the page of 2 MB in which each image begins."""
+        """int64 [N]: the 2 MB page in which each image begins."""
         pages = np.array([-(-length // PAGE_SIZE) for length in self._lengths])
         return self.file.offsets // PAGE_SIZE + np.repeat(np.cumsum(pages) - pages, self._counts)
 
@@ -90,14 +90,14 @@ class BetonReader:
     def crops(
         self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: np.ndarray | None = None
     ) -> None:
-        """See `pipelines.decode.Reader`. Releases the GIL; with Pillow, while it decodes and crops."""
+        """See `pipelines.decode.Reader`. Releases the GIL; with Pillow, only while it decodes and crops."""
         flips = np.zeros(boxes.shape[:2], bool) if flips is None else flips
         parts = self._part_of(indices)
         for rows in self._together(parts):
             given = indices[rows], parts[rows], boxes[rows], flips[rows], out[rows]
             row, status = self._crops(*given) if turbo.AVAILABLE else self._crop_with_pillow(*given)
             if status == turbo.UNREAD:
-                self._stored(int(indices[rows.start + row]))  # says why; or it is there again
+                self._stored(int(indices[rows.start + row]))  # raises the reason, if it still applies
                 row, status = self._crops(*given)
             row += rows.start
             if status == turbo.WRONG_BOX:
@@ -108,7 +108,7 @@ class BetonReader:
                 raise DamagedSample(row, index, f"{self._name(index)} {why}")
 
     def _together(self, parts: np.ndarray) -> Iterator[slice]:
-        """Rows one after the other that lie in few files: each thread keeps those open while it reads."""
+        """Yield runs of rows that lie in few files: each thread keeps these files open while it reads."""
         start, seen = 0, set[int]()
         if not self._kept:
             most = max(1, most_open() // 8)
@@ -139,7 +139,7 @@ class BetonReader:
         return np.frombuffer(stored, np.uint8).reshape(self.heights[index], self.widths[index], 3)
 
     def _part_of(self, indices: np.ndarray | int) -> np.ndarray:
-        """In which of the files each image lies, int64 [B]."""
+        """The file in which each image lies, int64 [B]."""
         return np.searchsorted(self._ends, indices, side="right")
 
     def _name(self, index: int) -> str:
@@ -147,8 +147,9 @@ class BetonReader:
         return f"{self._files[part]}: sample {index - int(self._ends[part] - self._counts[part])}"
 
     def _stored(self, index: int) -> bytes:
-        """The bytes of one image. Raises InputError if they can't be read, or the file has been cut short
-        since it was opened; one that was replaced or removed is still there for who has it open."""
+        """The bytes of one image. Raises InputError if they can't be read, or if the file was cut short after
+        it was opened. A file that was replaced or removed remains readable for the process that has it
+        open."""
         part = int(self._part_of(index))
         file, size = self._files[part], int(self.file.sizes[index])
         try:
@@ -166,7 +167,7 @@ class BetonReader:
     def _crop_with_pillow(
         self, indices: np.ndarray, _: np.ndarray, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray
     ) -> tuple[int, int]:
-        """What `turbo.crop_stored` does and returns."""
+        """Does and returns the same as `turbo.crop_stored`."""
         for row, index in enumerate(indices.tolist()):
             try:
                 pixels = self._pixels(index)
@@ -193,7 +194,7 @@ class BetonReader:
         return jpeg.decode(stored, header)
 
     def _reason(self, index: int) -> str:
-        """What the decoder says of a sample that failed."""
+        """The decoder's message about a sample that failed."""
         try:
             self._pixels(index)
         except jpeg.DamagedImage as error:

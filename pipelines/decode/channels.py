@@ -1,7 +1,8 @@
-"""Images of more channels than three: which are refused, since a network here reads RGB.
+"""Which images with more than three channels are refused, since the networks here read RGB.
 
-Grey, palettes, CMYK, YCbCr and Lab become RGB, and one alpha channel is dropped. A TIFF with other bands
-beside its colours (infrared, say) is refused, rather than read without them; so is an array of NumPy's.
+Grey, palette, CMYK, YCbCr and Lab images become RGB, and one alpha channel is dropped. A TIFF with further
+bands beside its colours (such as infrared) is refused instead of being read without them, as is a NumPy
+array.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from PIL import TiffImagePlugin
 from pipelines.formats.jpeg import DamagedImage
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_PHOTOMETRIC, _SAMPLES, _EXTRA = 262, 277, 338  # tags
-_COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 4: 1, 5: 4, 6: 3, 8: 3}  # of a photometric interpretation; 5: CMYK
-_ALPHA = (1, 2)  # what an extra sample may be, premultiplied or not
+_PHOTOMETRIC, _SAMPLES, _EXTRA = 262, 277, 338  # TIFF tags
+_COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 4: 1, 5: 4, 6: 3, 8: 3}  # channels by photometric interpretation; 5: CMYK
+_ALPHA = (1, 2)  # values of ExtraSamples that mean alpha, premultiplied or not
 
 
 def require_colours(data: bytes) -> None:
-    """Raise DamagedImage for what has channels that would be lost, or is no image file but an array."""
+    """Raise DamagedImage if channels would be lost, or if the data is an array and not an image file."""
     if data.startswith(b"\x93NUMPY"):
         raise DamagedImage(
             "a NumPy array, no image file: save its images as PNG, RGB or grey; from Python, "
@@ -37,9 +38,9 @@ def require_colours(data: bytes) -> None:
         bands = int(tags.get(_SAMPLES, 1))
         extra = [int(kind) for kind in np.ravel(tags.get(_EXTRA, ()))]
         colours = _COLOURS.get(int(tags.get(_PHOTOMETRIC, -1)))
-    except Exception:  # damaged, which is said when it is opened
+    except Exception:  # damaged: reported when it is opened
         return
-    alpha = extra[:1] if extra else _ALPHA[:1]  # not all programs name it
+    alpha = extra[:1] if extra else _ALPHA[:1]  # not all programs declare it
     if colours is not None and bands > colours and (bands > colours + 1 or alpha[0] not in _ALPHA):
         raise DamagedImage(
             f"a TIFF of {bands} channels: images are grey or RGB, with alpha at most; "

@@ -1,8 +1,8 @@
-"""Crops by DALI: decoded once, where our boxes lie, and cropped there.
+"""Crops by DALI, which decodes each image once, and only where the boxes lie.
 
-`decoders.image_slice` decodes the smallest rectangle that holds all of an image's boxes, each is then a slice
-of it. On a GPU the decoder is nvJPEG (DALI's "mixed"), slices, resizes and flips run there too, and the crops
-are handed over where they lie, by DLPack.
+`decoders.image_slice` decodes the smallest rectangle that contains all boxes of an image, and each crop is a
+slice of it. On a GPU the decoder is nvJPEG (DALI's "mixed" backend), slices, resizes and flips run there too,
+and the crops are passed on through DLPack without a copy to the host.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from pipelines.cores import loader_threads
 from pipelines.decode.on_device import BATCH, DeviceReader
 from pipelines.errors import InputError
 
-AHEAD = 2  # batches that a pipeline is given before the first of them is taken
+AHEAD = 2  # batches that a pipeline is fed before the first of them is taken
 
 
 class DALIReader(DeviceReader):
-    """Encoded images as a source of crops: one pipeline for each kind of call, shared by all threads.
+    """Encoded images as a source of crops; one pipeline for each kind of call is shared by all threads.
 
-    On a CPU, pixels are the other sources' but where a shrunken crop ends: there DALI repeats the border
-    pixels, as OpenCV does, where torchvision leaves them out. 400 crops of ImageNet, measured: at 224 px a
-    mean difference of 0.001 levels, at most 9; at 32 px 0.14, at most 23, one value in a thousand above 10.
-    nvJPEG's may differ by more: not measured.
+    On a CPU, pixels equal those of the other readers except at the edge of a downscaled crop: DALI repeats
+    the border pixels there, as OpenCV does, whereas torchvision leaves them out. Over 400 crops of ImageNet
+    the mean difference was 0.001 levels and the largest 9 at 224 px; at 32 px they were 0.14 and 23, and one
+    value in a thousand differed by more than 10. nvJPEG may differ by more; this wasn't measured.
     """
 
     decoder = "dali"
 
     def __init__(self, path: str | Path, device: str = "cpu"):
-        """See `DeviceReader`. Raises InputError also where DALI isn't installed."""
+        """See `DeviceReader`. Also raises InputError if DALI isn't installed."""
         try:
             import nvidia.dali  # noqa: F401
         except ImportError as error:
@@ -58,9 +58,9 @@ class DALIReader(DeviceReader):
 
 
 class Pipeline:
-    """One of DALI's, asynchronous: it decodes what one thread has fed while others feed or take theirs.
+    """An asynchronous DALI pipeline: it decodes one thread's images while others feed it or take theirs.
 
-    device_id: the GPU; None: on the CPU.
+    device_id: the GPU, or None for the CPU.
     """
 
     def __init__(self, views: int, side: int, device_id: int | None, threads: int) -> None:
@@ -71,10 +71,10 @@ class Pipeline:
         self.failed = False
 
     def crops(self, files: list[np.ndarray], boxes: np.ndarray, flips: np.ndarray) -> Tensor:
-        """See `DeviceReader._made`. RuntimeError where DALI fails, now or in an earlier call."""
+        """See `DeviceReader._made`. Raises RuntimeError if DALI fails, or has failed in an earlier call."""
         with self.room:
             with self.feeding:
-                if self.failed:  # nobody knows what is still in it
+                if self.failed:  # its queue is in an unknown state
                     raise RuntimeError("DALI has failed before")
                 try:
                     self._feed(files, boxes, flips)
@@ -109,20 +109,20 @@ class Pipeline:
         crops = [torch.from_dlpack(views.as_tensor()) for views in self.pipeline.share_outputs()]
         stacked = torch.stack(crops, dim=1)
         if stacked.is_cuda:
-            torch.cuda.current_stream().synchronize()  # the next batch may come into the same memory
+            torch.cuda.current_stream().synchronize()  # the next batch may reuse the memory
         del crops
         self.pipeline.release_outputs()
         return stacked
 
 
 def _pipeline(views: int, side: int, device_id: int | None, threads: int) -> Any:
-    dali: Any = importlib.import_module("nvidia.dali")  # its stubs lack half of what it has
+    dali: Any = importlib.import_module("nvidia.dali")  # its type stubs are incomplete
     fn, types = dali.fn, dali.types
 
     def fed(name: str, ndim: int = 1) -> Any:
         return fn.external_source(name=name, dtype=types.INT32, ndim=ndim)
 
-    pipeline = dali.Pipeline(  # exec_pipelined would want AHEAD batches before the first
+    pipeline = dali.Pipeline(  # with exec_pipelined it would wait for AHEAD batches before the first
         batch_size=BATCH, num_threads=threads, device_id=device_id,
         prefetch_queue_depth=AHEAD, exec_async=True, exec_pipelined=False,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """Images of more than 8 bits a sample: which of their values is black, and which is white.
 
-The file says so: TIFF by SMinSampleValue and SMaxSampleValue or by a BitsPerSample below 16, PNG by its sBIT
-chunk, PPM and JPEG 2000 by their headers. Where it doesn't, one white level holds for the whole set. Else 16
-bits are taken to reach up to 65,535, unless the image would come out nearly black: that one is refused, as is
-what has no known range at all. No image is brightened by what is in it.
+The file usually states it: TIFF by SMinSampleValue and SMaxSampleValue or by a BitsPerSample below 16, PNG by
+its sBIT chunk, PPM and JPEG 2000 by their headers. Where it doesn't, one white level applies to the whole
+set. Without either, 16 bits are assumed to reach up to 65,535, unless the image would come out nearly black:
+such an image is refused, as is one without any known range. No image is brightened by its own content.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from PIL import Image
 from pipelines.formats.jpeg import DamagedImage
 
 FULL = 65_535
-DARK = 16_384  # 16-bit values all below it use neither of the two upper bits: 14 bits or fewer, most likely
+DARK = 16_384  # 16-bit values all below this don't use the two upper bits: most likely 14 bits or fewer
 _BITS_PER_SAMPLE, _SMIN, _SMAX = 258, 340, 341  # TIFF tags
 _ALPHA = {4: 1, 6: 1}  # PNG colour types with an alpha channel
-_UPPER_BITS = ("L", "LA", "RGB", "RGBA")  # modes in which Pillow keeps 8 of 16 bits
-_SCALED_BY_PILLOW = ("PPM", "JPEG2000")  # to 16 bits, from what their headers say
+_UPPER_BITS = ("L", "LA", "RGB", "RGBA")  # modes for which Pillow keeps only 8 of 16 bits
+_SCALED_BY_PILLOW = ("PPM", "JPEG2000")  # formats that Pillow scales to 16 bits, by their headers
 
 
 def is_deep(image: Image.Image, data: bytes) -> bool:
@@ -31,10 +31,10 @@ def is_deep(image: Image.Image, data: bytes) -> bool:
 
 
 def to_8_bits(image: Image.Image, data: bytes, white_level: int | None = None) -> np.ndarray:
-    """Samples 0 to 255, uint8 [H, W] or [H, W, 3], of an image that `is_deep`.
+    """Convert an image that `is_deep` to samples 0 to 255, uint8 [H, W] or [H, W, 3].
 
-    `white_level`: the value that is white, 0 being black, in images that don't say it. Raises DamagedImage if
-    that isn't known, or if the image has values beyond it.
+    `white_level`: the white value, with 0 as black, of images that don't state theirs. Raises DamagedImage if
+    it is needed but not given, or if the image has values beyond it.
     """
     range_ = _stated(image, data) or (None if white_level is None else (0, white_level))
     if image.mode in _UPPER_BITS:
@@ -62,7 +62,7 @@ def to_8_bits(image: Image.Image, data: bytes, white_level: int | None = None) -
 
 
 def _assumed(image: Image.Image, data: bytes, values: np.ndarray) -> tuple[float, float]:
-    """The range of an image for which neither its file nor the user says any."""
+    """The range of an image for which neither its file nor the user states one."""
     if image.mode == "F":
         raise DamagedImage("floating-point pixels have no known range; save it with 8 or 16 bits")
     highest = int(values.max())
@@ -83,7 +83,7 @@ def _unknown(what: str, highest: int) -> DamagedImage:
 
 
 def _stated(image: Image.Image, data: bytes) -> tuple[float, float] | None:
-    """(black, white) as the file has them; None if it doesn't say."""
+    """(black, white) as the file states them; None if it doesn't."""
     if image.format in _SCALED_BY_PILLOW:
         return 0, FULL
     if _deep_png(image, data):
@@ -103,7 +103,7 @@ def _stated(image: Image.Image, data: bytes) -> tuple[float, float] | None:
 
 
 def _deep_png(image: Image.Image, data: bytes) -> bool:
-    return image.format == "PNG" and data[24:25] == b"\x10"  # IHDR, which comes first: its bit depth
+    return image.format == "PNG" and data[24:25] == b"\x10"  # the bit depth in IHDR, which comes first
 
 
 def _deep_tiff(image: Image.Image) -> bool:
@@ -114,14 +114,15 @@ def _deep_tiff(image: Image.Image) -> bool:
 
 
 def _png_range(data: bytes) -> tuple[int, int] | None:
-    """What the chunk sBIT says. A writer that keeps to the standard has moved so many bits to the top of the
-    16, and filled the rest with zeros or with the upper bits again; many leave them at the bottom."""
+    """The range that an sBIT chunk states. A writer that follows the standard shifts the bits to the top of
+    the 16, and fills the rest with zeros or with the upper bits again; many writers leave them at the
+    bottom."""
     bits = _significant_bits(data)
     if bits is None:
         return None
     if bits < 16:
         values = _png_samples(data).astype(np.int64)
-        below = (1 << (16 - bits)) - 1  # the bits under the significant ones, in a file by the standard
+        below = (1 << (16 - bits)) - 1  # bits below the significant ones, if the standard is followed
         low = values & below
         if values.max() < 1 << bits and ((low != 0) & (low != (values >> bits) & below)).any():
             return 0, (1 << bits) - 1
@@ -129,7 +130,7 @@ def _png_range(data: bytes) -> tuple[int, int] | None:
 
 
 def _significant_bits(data: bytes) -> int | None:
-    """The most bits of a colour in a PNG's sBIT chunk; None where it has none."""
+    """The largest number of bits of any colour in a PNG's sBIT chunk; None if it has none."""
     at = 8
     while at + 8 <= len(data):
         length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
@@ -144,8 +145,8 @@ def _significant_bits(data: bytes) -> int | None:
 
 
 def _png_samples(data: bytes) -> np.ndarray:
-    """uint16 [H, W] or [H, W, 3]: all 16 bits, which Pillow gives of grey images alone; without alpha."""
-    import torch  # some seconds to load, and few files need it
+    """uint16 [H, W] or [H, W, 3] with all 16 bits, which Pillow only gives for grey images; without alpha."""
+    import torch  # takes seconds to import, and few files need it
     from torchvision.io import ImageReadMode, decode_png
 
     read = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)

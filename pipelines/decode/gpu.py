@@ -1,11 +1,11 @@
-"""Crop and resize in Triton, anti-aliased as `resize.py` does it: decoded planes in, crops out, one kernel.
+"""Crop and resize in Triton, anti-aliased as in `resize.py`: one kernel from decoded planes to crops.
 
 An output pixel's weights are a triangle as wide as the scale. With a box of `size` pixels, an output of
-`side` and m = max(size, side), source pixel p has the weight 2 m - |(2 p + 1) side - (2 i + 1) size| for
-output pixel i, or none below 0: whole numbers below 2^24, so that only products and sums are rounded.
+`side` pixels and m = max(size, side), source pixel p has the weight 2 m - |(2 p + 1) side - (2 i + 1) size|
+for output pixel i, but at least 0. These are whole numbers below 2^24, so only products and sums are rounded.
 
-Rows and columns are not separate passes: 4 products of each source pixel where a crop shrinks, against 2 and
-what an intermediate would cost in memory.
+Rows and columns aren't separate passes. A downscaled crop then takes 4 products for each source pixel
+instead of 2, but saves the memory traffic of an intermediate result.
 """
 
 import threading
@@ -16,23 +16,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 256, 4  # pixels of a crop that a program makes, and by how many warps
-LAUNCHING = threading.Lock()  # the first compiles for all threads; Triton's interpreter knows one at a time
-FIELDS = 8  # of a crop in the table: address, height and width of its image; top, left, height, width; flip
+BLOCK, WARPS = 256, 4  # pixels of a crop per program, and warps per program
+LAUNCHING = threading.Lock()  # the first call compiles for all; Triton's interpreter isn't thread-safe
+FIELDS = 8  # per crop in the table: address, height and width of its image; top, left, height, width; flip
 
 
 def crop_and_resize(images: list[Tensor], boxes: np.ndarray, flips: np.ndarray, side: int) -> Tensor:
-    """Each image's crops, on its device; the images must live until the device has made them.
+    """Crop all images on their device; they must stay alive until the device has made the crops.
 
     Args:
-        images: B of uint8 [3, H, W], on one device.
-        boxes: int [B, V, 4], top, left, height, width, within their images. flips: bool [B, V].
-        side: R, of the crops.
+        images: B tensors, uint8 [3, H, W], on one device.
+        boxes: int [B, V, 4]: top, left, height, width, within the images. flips: bool [B, V].
+        side: R, the side of the crops.
 
     Returns:
         uint8 [B, V, R, R, 3].
     """
-    images = [image.contiguous() for image in images]  # torchvision's of a CPU are not
+    images = [image.contiguous() for image in images]  # those that torchvision decodes on a CPU aren't
     device = images[0].device if images else torch.device("cpu")
     out = torch.empty((*boxes.shape[:2], side, side, 3), dtype=torch.uint8, device=device)
     if out.numel():
@@ -47,7 +47,7 @@ def crop_and_resize(images: list[Tensor], boxes: np.ndarray, flips: np.ndarray, 
 
 @triton.jit
 def crops(table, out, SIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK pixels of one crop, row after row."""
+    """Make BLOCK pixels of one crop, in row-major order."""
     blocks: tl.constexpr = (SIDE * SIDE + BLOCK - 1) // BLOCK
     n = tl.program_id(0) // blocks
     row = table + 8 * n.to(tl.int64)
@@ -84,13 +84,13 @@ def crops(table, out, SIDE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _first(i, size, SIDE: tl.constexpr):
-    """The first source pixel that has a weight."""
+    """The first source pixel with a non-zero weight."""
     return tl.maximum((2 * i + 1) * size - 2 * tl.maximum(size, SIDE) + SIDE, 0) // (2 * SIDE)
 
 
 @triton.jit
 def _taps(size, SIDE: tl.constexpr):
-    """From the first on, no more have one."""
+    """The largest number of source pixels with a non-zero weight."""
     return (2 * tl.maximum(size, SIDE) + SIDE - 1) // SIDE + 1
 
 

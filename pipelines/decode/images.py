@@ -1,9 +1,9 @@
-"""Crops from plain image files: no conversion, no FFCV and no DALI; libjpeg-turbo where it is installed.
+"""Crops from plain image files, without a conversion, FFCV or DALI; libjpeg-turbo is used if installed.
 
-Any source of `pipelines.datasets.opening` will do (class folders, tars, parquet), and so will a folder of
-loose images, which have no labels. JPEGs take the same compiled way as those of a .beton, and give the same
-pixels; what libjpeg-turbo can't read (PNG, CMYK, turned by EXIF) goes through Pillow. Each original is
-decoded in full, so this is slower than a .beton of smaller images: about the ratio of their pixels.
+It opens every source of `pipelines.datasets.opening` (class folders, tars, parquet), and folders of loose
+images, which have no labels. JPEGs take the same compiled path as those of a .beton and give the same pixels;
+what libjpeg-turbo can't read (PNG, CMYK, images rotated by EXIF) goes through Pillow. Each original is
+decoded in full, so this is slower than a .beton of smaller images, by about the ratio of their pixels.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from pipelines.errors import InputError, first_line
 from pipelines.formats import jpeg
 from pipelines.formats.beton import JPEG
 
-RECENT = 64 << 20  # bytes that a thread keeps between asking for sizes and for crops
-BLOCK = 64  # files in a storage block of the quasi-random order: files of a folder are often stored together
+RECENT = 64 << 20  # bytes that a thread keeps between a call of sizes and one of crops
+BLOCK = 64  # files per storage block of the quasi-random order: a folder's files are often stored together
 
 
 class ImageReader:
     """Image files as a source of crops.
 
     Attributes:
-        labels: int64 [N], all NO_LABEL if there are none. targets: float64 [N] each, by name. names: of the
-        files. classes: their names, by label. notes: what the user should know, such as
-        what is left out.
+        labels: int64 [N], all NO_LABEL if there are none. targets: {name: float64 [N]}. names: of the files.
+        classes: class names, by label. notes: messages for the user, such as what is left out.
     """
 
     chunk = IN_CACHE
@@ -43,7 +42,7 @@ class ImageReader:
     def __init__(self, path: str | Path, labelled: bool = True):
         """List the images; raises InputError if there are none. Files are read when they are asked for.
 
-        `labelled`: False takes every image below a folder, under its path there, whatever its folders mean.
+        `labelled=False` takes every image below a folder, named by its path there, and ignores class folders.
         """
         self.path = Path(path)
         opened = _labelled(self.path) if labelled else unlabelled_images(self.path)
@@ -51,7 +50,7 @@ class ImageReader:
         self.classes: list[str] | None = list(opened.classes)
         self.targets, self.notes = opened.targets, opened.notes
         self._read, self._recent = opened.read, _Recent()
-        self._heights = np.zeros(len(self.labels), np.int64)  # 0: not looked at yet
+        self._heights = np.zeros(len(self.labels), np.int64)  # 0: not read yet
         self._widths = np.zeros(len(self.labels), np.int64)
 
     def __len__(self) -> int:
@@ -69,17 +68,17 @@ class ImageReader:
             data = self.encoded(int(row), index)
             try:
                 height, width, data = _size(data)
-            except Exception as error:  # whatever a decoder raises is about this image alone
+            except Exception as error:  # any decoder error concerns this image alone
                 raise self._damaged(int(row), index, error) from error
             self._widths[index] = width
-            self._heights[index] = height  # last: another thread may look
+            self._heights[index] = height  # set last, as another thread may read it
             self._recent.keep(index, data)
         return self._heights[indices], self._widths[indices]
 
     def crops(
         self, indices: np.ndarray, boxes: np.ndarray, out: np.ndarray, flips: np.ndarray | None = None
     ) -> None:
-        """See `pipelines.decode.Reader`. Holds the GIL to open files, not to decode them."""
+        """See `pipelines.decode.Reader`. Holds the GIL while it opens files, not while it decodes them."""
         flips = np.zeros(boxes.shape[:2], bool) if flips is None else flips
         for row, index in enumerate(indices.tolist()):
             data = self._recent.images.pop(index, None)
@@ -95,7 +94,7 @@ class ImageReader:
         """See `pipelines.decode.Reader`."""
         try:
             return self._read(index)
-        except InputError:  # about the set, not the image
+        except InputError:  # concerns the whole set, not this image
             raise
         except Exception as error:
             raise self._damaged(row, index, error) from error
@@ -106,7 +105,7 @@ class ImageReader:
 
 
 class _Recent(threading.local):
-    """What a thread has read to know images' sizes: it asks for their crops next."""
+    """Images that a thread has read to find their sizes, kept because it asks for their crops next."""
 
     def __init__(self) -> None:
         self.forget()
@@ -123,15 +122,15 @@ class _Recent(threading.local):
 
 
 def _labelled(path: Path) -> Dataset:
-    """Images with their classes, where they have some."""
+    """Open the images with their classes, if they have any."""
     shards = open_shards(path)
     return open_images(str(path)) if shards is None else shards
 
 
 def _header(data: bytes) -> jpeg.JpegHeader:
-    """A header that may be believed. Raises DamagedImage."""
+    """Read and check a JPEG's header. Raises DamagedImage."""
     header = jpeg.read_header(data)
-    if min(header.height, header.width) < 1:  # a file of tables alone has a header, too
+    if min(header.height, header.width) < 1:  # a file of only tables has a header, too
         raise jpeg.DamagedImage("no image in it")
     if header.height * header.width > turbo.PIXELS_PER_BYTE * len(data):
         raise jpeg.DamagedImage(f"{len(data)} bytes are too few for {header.width} x {header.height} pixels")
@@ -139,7 +138,7 @@ def _header(data: bytes) -> jpeg.JpegHeader:
 
 
 def _size(data: bytes | np.ndarray) -> tuple[int, int, bytes | np.ndarray]:
-    """Height and width, upright, of an image; and this as it is, or its pixels if it had to be decoded."""
+    """Height and width, upright, of an image; and the image itself, or its pixels if it had to be decoded."""
     if isinstance(data, bytes) and not jpeg.is_jpeg(data):
         data = _other(data)
     if isinstance(data, np.ndarray):
@@ -151,7 +150,7 @@ def _size(data: bytes | np.ndarray) -> tuple[int, int, bytes | np.ndarray]:
 
 
 def _crop(data: bytes | np.ndarray, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray) -> bool:
-    """All views of one image; False if a box isn't within it. Raises DamagedImage."""
+    """Crop all views of one image; returns False if a box lies outside it. Raises DamagedImage."""
     if isinstance(data, np.ndarray):
         pixels = as_rgb(data)
     elif not jpeg.is_jpeg(data):
@@ -172,7 +171,7 @@ def _crop_jpeg(
     bytes_of = np.frombuffer(data, np.uint8)
     _, status = turbo.crop_stored(bytes_of, sample, boxes[None], flips[None], out[None])
     if status in (turbo.DAMAGED, turbo.WRONG_SIZE):
-        jpeg.decode(data, header)  # says why
+        jpeg.decode(data, header)  # raises the reason
         raise jpeg.DamagedImage("damaged")
     return status == turbo.DECODED
 

@@ -1,4 +1,4 @@
-"""Crops by nvJPEG, as torchvision has it, and a kernel of ours: where DALI can't be brought."""
+"""Crops by torchvision's nvJPEG decoder and our own Triton kernel, for machines without DALI."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pipelines.decode.on_device import DeviceReader
 
 
 class NvjpegReader(DeviceReader):
-    """Encoded images as a source of crops: decoded in full, baseline JPEGs by the hardware that an A100 and
-    later ones have for it, then cropped by `gpu.crop_and_resize`.
+    """Encoded images as a source of crops: each image is decoded in full, on the hardware decoder that GPUs
+    from the A100 on have for baseline JPEGs, and then cropped by `gpu.crop_and_resize`.
 
-    Of the same decoded pixels the crops are the CPU's, but for values within rounding of a half, which may be
-    a level off. nvJPEG's own pixels differ from libjpeg-turbo's by more: crops of photographs by half a level
-    on average, 47 at most, on an H200, where it made 0.8 of the images that twelve threads of a CPU made. On
-    a CPU, where torchvision decodes by libjpeg-turbo, it runs in Triton's interpreter alone: for tests.
+    From the same decoded pixels, crops equal the CPU's, except that values within rounding of a half may
+    differ by one level. nvJPEG's own pixels differ more from libjpeg-turbo's: crops of photographs by half a
+    level on average and 47 at most, on an H200, where it reached 0.8 times the throughput of twelve CPU
+    threads. On a CPU, torchvision decodes by libjpeg-turbo and the kernel runs in Triton's interpreter, which
+    is for tests.
     """
 
     decoder = "nvjpeg"
@@ -32,6 +33,6 @@ class NvjpegReader(DeviceReader):
         else:
             images = decode_jpeg(encoded, ImageReadMode.RGB, device=self.device)
         made = crop_and_resize(images, boxes, flips, side)
-        if made.is_cuda:  # nvJPEG's stream doesn't wait for this one: `images` must not be given back before
+        if made.is_cuda:  # nvJPEG's stream doesn't wait for this one, so `images` must not be freed before
             torch.cuda.current_stream().synchronize()
         return made

@@ -1,4 +1,4 @@
-"""The source that decodes here what lies at a path: a beton, or images as they are."""
+"""Choose the reader that decodes on the CPU what lies at a path: a beton, or plain images."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ TABLES_AND_TARS = (".tar", ".parquet", ".arrow", ".csv", ".tsv", ".jsonl")
 
 
 def open_files(path: str | Path, kind: str = "auto") -> Reader:
-    """`kind`: beton for .betons, folder for images as they are, auto for either. Raises InputError."""
+    """`kind`: beton for .betons, folder for plain images, auto for either. Raises InputError."""
     if kind == "auto":
         kind = "folder" if _holds_images(Path(path)) else "beton"
     if kind == "folder":
@@ -19,13 +19,13 @@ def open_files(path: str | Path, kind: str = "auto") -> Reader:
         from pipelines.decode.images import ImageReader
 
         return ImageReader(path)
-    from pipelines.decode.beton import BetonReader  # here: numba takes a second to load
+    from pipelines.decode.beton import BetonReader  # imported here: numba takes a second to load
 
     return BetonReader(path)
 
 
 def _holds_images(path: Path) -> bool:
-    """Whether these are images as they are: a folder, tars, a table of them, or torchvision:NAME."""
+    """Whether the path holds plain images: a folder, tars, a table of them, or torchvision:NAME."""
     if path.is_dir() or path.suffix == ".beton":
         return path.is_dir()
     if path.suffix == ".txt":

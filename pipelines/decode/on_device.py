@@ -1,8 +1,8 @@
-"""JPEGs of another source, decoded and cropped by a library on a GPU; what the two that can do so share.
+"""JPEGs of another source, decoded and cropped on a GPU: the part that DALI and nvJPEG have in common.
 
-Bytes come from our WebDataset tars by their indices, from a .beton or from a folder, so that all sources
-share indices, labels, order and boxes; a library's own readers would bring an order of their own, which can't
-be resumed. What isn't a sound, upright JPEG in RGB or grey goes the base source's way, over the CPU.
+The bytes come from WebDataset tars, a .beton or a folder by index, so that all sources share indices, labels,
+order and boxes; the libraries' own readers would impose an order that can't be resumed. Anything but a sound,
+upright JPEG in RGB or grey is decoded by the base source on the CPU.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from pipelines.decode.reader import DamagedSample, put
 from pipelines.errors import InputError, first_line
 from pipelines.formats import jpeg
 
-BATCH = 64  # images that are decoded together; larger calls are cut
+BATCH = 64  # images decoded together; larger calls are split
 
 
 class DeviceReader(ABC):
-    """Encoded images as a source of crops that are made on `device`, and come to the host only if asked for.
+    """Encoded images as a source of crops made on `device`; they are copied to the host only if asked for.
 
     Attributes:
-        decoder: what decodes. device: cpu or cuda:N. base: the source of the bytes. labels: int64 [N].
-        targets: float64 [N] each, by name. classes: names of the labels, or None.
+        decoder: name of the decoder. device: cpu or cuda:N. base: the source of the bytes. labels: int64 [N].
+        targets: {name: float64 [N]}. classes: names of the labels, or None.
     """
 
     chunk = BATCH
     decoder: str
 
     def __init__(self, path: str | Path, device: str = "cpu"):
-        """Open tars, a .beton or a folder; `device`: cpu, cuda or cuda:1 ... InputError: nothing to open."""
+        """Open tars, a .beton or a folder; `device`: cpu, cuda, cuda:1 ... Raises InputError."""
         kind, _, number = device.partition(":")
         if kind not in ("cpu", "cuda"):
             raise InputError(f"device must be cpu, cuda or cuda:N, got {device!r}")
@@ -67,7 +67,7 @@ class DeviceReader(ABC):
         out: np.ndarray | Tensor,
         flips: np.ndarray | None = None,
     ) -> None:
-        """See `pipelines.decode.Reader`. Waits for the crops: nothing of this call is under way after it."""
+        """See `pipelines.decode.Reader`. Returns when the crops are made and no work is left."""
         flips = np.zeros(boxes.shape[:2], bool) if flips is None else flips
         sizes = np.stack(self.sizes(indices), axis=1)
         corner = boxes[..., :2] + boxes[..., 2:]
@@ -104,9 +104,9 @@ class DeviceReader(ABC):
         put(torch.from_numpy(room), out, [row])
 
     def _is_plain(self, index: int, data: bytes, size: np.ndarray) -> bool:
-        """Whether the library can have it: a sound, upright JPEG in RGB or grey, of the size that the set
-        says. libjpeg-turbo checks each when it first comes, at some 0.4 ms: the libraries give grey blocks
-        for damaged data, without an error."""
+        """Whether the library can decode it: a sound, upright JPEG in RGB or grey, of the size that the set
+        states. libjpeg-turbo checks each JPEG the first time, in some 0.4 ms, because the libraries return
+        grey blocks for damaged data, without an error."""
         if not jpeg.is_jpeg(data):
             return False
         try:
@@ -115,11 +115,11 @@ class DeviceReader(ABC):
                 jpeg.check(data, header)
                 self._sound[index] = True
         except jpeg.DamagedImage:
-            return False  # the base source says what is wrong
+            return False  # the base source reports what is wrong
         fits = (header.height, header.width) == tuple(size)
         return fits and header.is_rgb_or_grey and header.orientation == 1
 
     @abstractmethod
     def _made(self, files: list[bytes], boxes: np.ndarray, flips: np.ndarray, side: int) -> Tensor:
-        """Crops of 1 to BATCH JPEGs: uint8 [B, V, R, R, 3] on `device`, where all that they were made of may
-        be given back. Called from several threads at once, each on its current stream."""
+        """Crops of 1 to BATCH JPEGs: uint8 [B, V, R, R, 3] on `device`; all their inputs may be freed on
+        return. Called from several threads at once, each on its current stream."""

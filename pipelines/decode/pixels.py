@@ -1,4 +1,4 @@
-"""Pixels of image files: RGB, 8 bits, turned upright."""
+"""Pixels of image files: 8-bit RGB, rotated upright."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pipelines.formats import jpeg
 
 
 def decode_rgb(image: bytes | str | Path, name: str | None = None, keep: bool = False) -> np.ndarray:
-    """RGB pixels of an image file (a path, or its bytes), uint8 [H, W, 3], turned upright as EXIF says.
+    """RGB pixels of an image file (its path or bytes), uint8 [H, W, 3], rotated upright as EXIF says.
 
-    `keep`: use what `decode_damaged` makes of a damaged JPEG. Raises InputError, naming the file (or `name`),
-    if it can't be read or is damaged.
+    `keep=True` returns what `decode_damaged` makes of a damaged JPEG. Raises InputError, naming the file (or
+    `name`), if it can't be read or is damaged.
     """
     name = name or (f"image of {len(image)} bytes" if isinstance(image, bytes) else str(image))
     try:
@@ -28,7 +28,7 @@ def decode_rgb(image: bytes | str | Path, name: str | None = None, keep: bool = 
         return upright(*decode_other(data))
     except OSError as error:
         raise InputError(f"{name}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # whatever a decoder raises is about this image alone
+    except Exception as error:  # any decoder error concerns this image alone
         raise InputError(f"{name}: no image, or damaged ({first_line(error)})") from error
 
 
@@ -46,10 +46,11 @@ def _decode_jpeg(data: bytes, keep: bool) -> np.ndarray:
 def decode_other(
     data: bytes, white_level: int | None = None, most: int | None = None
 ) -> tuple[np.ndarray, int]:
-    """PNG, WebP, GIF (its first frame) and what else Pillow reads: uint8 [H, W, 3] and EXIF's orientation.
+    """Decode PNG, WebP, GIF (its first frame) and whatever else Pillow reads: uint8 [H, W, 3] and the EXIF
+    orientation.
 
-    Transparency is dropped and 16 bits become 8; `white_level`: see `depth`. Raises jpeg.DamagedImage, also
-    for more channels than colours, see `channels`.
+    Transparency is dropped, and 16 bits become 8; for `white_level` see `depth`. Raises jpeg.DamagedImage,
+    also for images with more channels than colours, see `channels`.
     """
     try:
         require_colours(data)
@@ -61,19 +62,20 @@ def decode_other(
         return pixels, jpeg.orientation(image.getexif)
     except jpeg.DamagedImage:
         raise
-    except Exception as error:  # whatever a decoder raises is about this image alone
+    except Exception as error:  # any decoder error concerns this image alone
         raise jpeg.DamagedImage(first_line(error)) from error
 
 
 def decode_damaged(image: bytes | np.ndarray, most: int | None = None) -> np.ndarray | None:
-    """What Pillow makes of a JPEG in which libjpeg-turbo finds damage, uint8 [H, W, 3], upright; None where
-    that is no image, or no JPEG. Part of it may be wrong: with extraneous bytes at its end nothing is."""
+    """What Pillow makes of a JPEG that libjpeg-turbo finds damaged, uint8 [H, W, 3], upright; None if it
+    makes nothing of it, or if it isn't a JPEG. Parts may be wrong; with only extraneous bytes at the end none
+    are."""
     if isinstance(image, np.ndarray) or not jpeg.is_jpeg(image):
         return None
     try:
         opened = jpeg.open_with_pillow(image, most=most)
         return upright(np.asarray(opened.convert("RGB")), jpeg.orientation(opened.getexif))
-    except Exception:  # whatever a decoder raises is about this image alone
+    except Exception:  # any decoder error concerns this image alone
         return None
 
 

@@ -1,4 +1,4 @@
-"""What a source of crops is, and how it speaks of a damaged sample."""
+"""The interface of a source of crops, and the error that it raises for a damaged sample."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ import numpy as np
 
 from pipelines.errors import InputError
 
-if TYPE_CHECKING:  # not every source needs torch
+if TYPE_CHECKING:  # not every reader needs torch
     from torch import Tensor
 
 
 class Reader(Protocol):
-    """What the loader needs of a data set. Indices are positions in the set, stable over epochs."""
+    """What the loader needs from a data set. Indices are positions in the set, the same in every epoch."""
 
     labels: np.ndarray  # int64 [N]
-    classes: list[str] | None  # the names of the labels; None where they aren't known
-    chunk: int  # images that a call of crops takes best
-    device: str  # where crops are made: cpu, or cuda:N
+    classes: list[str] | None  # names of the labels; None if unknown
+    chunk: int  # preferred number of images per call of crops
+    device: str  # where crops are made: cpu or cuda:N
 
     def __len__(self) -> int: ...
 
     def storage_blocks(self) -> np.ndarray:
-        """int64 [N]: samples that are stored beside each other have the same number."""
+        """int64 [N]: samples that are stored next to each other have the same number."""
 
     def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """True heights and widths in pixels, int64 [B] each. Raises DamagedSample."""
 
     def encoded(self, row: int, index: int) -> bytes | np.ndarray:
-        """One image as it is stored: a file's bytes, or pixels uint8. Raises DamagedSample with `row`."""
+        """One image as it is stored: a file's bytes, or uint8 pixels. Raises DamagedSample with `row`."""
 
     def crops(
         self, indices: np.ndarray, boxes: np.ndarray, out: Any, flips: np.ndarray | None = None
     ) -> None:
-        """Fill out uint8 [B, V, R, R, 3] with boxes int32 [B, V, 4] of samples indices int64 [B].
+        """Fill out uint8 [B, V, R, R, 3] with the boxes int32 [B, V, 4] of the samples indices int64 [B].
 
-        `out` is an array; or a tensor on `device`, where that is a GPU, filled on its current stream. Boxes
-        are top, left, height, width, within the image; flips bool [B, V] mirrors crops. Called from several
-        threads at once. Raises DamagedSample for the first sample, by row, that can't be decoded.
+        `out` is an array, or, where `device` is a GPU, a tensor there, which is filled on its current stream.
+        Boxes are top, left, height, width, within the image; flips bool [B, V] mirrors crops. Called from
+        several threads at once. Raises DamagedSample for the first sample, by row, that can't be decoded.
         """
 
 
-IN_CACHE = 4  # images whose crops are augmented before they have left the second-level cache
+IN_CACHE = 4  # images per call, so that their crops are augmented while still in the L2 cache
 
 
 class DamagedSample(InputError):
-    """A sample that can't be decoded: row of the call, index in the set, and the message for the user."""
+    """A sample that can't be decoded: row in the call, index in the set, and message for the user."""
 
     def __init__(self, row: int, index: int, message: str):
         super().__init__(message)
@@ -54,7 +54,7 @@ class DamagedSample(InputError):
 
 
 def put(crops: Tensor, out: np.ndarray | Tensor, rows: list[int]) -> None:
-    """Crops uint8 [B, V, R, R, 3] into rows of `out`, wherever either lies; they are there afterwards."""
+    """Copy crops uint8 [B, V, R, R, 3] into rows of `out`, on any devices; the copy is complete on return."""
     if isinstance(out, np.ndarray):
         out[rows] = crops.cpu().numpy()
         return

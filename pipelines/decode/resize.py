@@ -1,8 +1,8 @@
-"""Crop and resize in one go, anti-aliased as PIL and torchvision do it, compiled and without the GIL.
+"""Crop and resize in one step, anti-aliased as in PIL and torchvision, compiled and without the GIL.
 
-Rows are weighted first, over contiguous bytes, which the compiler vectorises by itself. It can't do so with
-columns, whose pixels are three floats: there, a pixel is a vector of four lanes, of which the last is the
-next pixel's and is overwritten by it, so that no lane has to be moved.
+Rows are weighted first, over contiguous bytes, which the compiler vectorises by itself. It can't vectorise
+columns, whose pixels are three floats. There a pixel is a vector of four lanes, whose last lane belongs to
+the next pixel, which overwrites it later, so that no lane has to be moved.
 """
 
 import numpy as np
@@ -13,15 +13,15 @@ from numba.extending import intrinsic
 
 from pipelines.kernels.compiled import compiled
 
-LANES = 4  # a pixel of three channels, and a lane that counts for nothing
+LANES = 4  # a pixel's three channels, and an unused lane
 
 
 @compiled(error_model="numpy")
 def _taps(size, out_size, first, weights):
-    """Anti-aliased bilinear weights, as PIL's and torchvision's: a triangle as wide as the scale.
+    """Anti-aliased bilinear weights, as in PIL and torchvision: a triangle as wide as the scale.
 
-    Fills first[i] (first source pixel of output pixel i) and weights[i, :] (zero behind its last tap);
-    returns the count of taps.
+    Fills first[i] (the first source pixel of output pixel i) and weights[i, :] (zero after its last tap);
+    returns the number of taps.
     """
     scale = size / out_size
     support = max(scale, 1.0)
@@ -48,10 +48,10 @@ def _taps(size, out_size, first, weights):
 
 @intrinsic
 def _weigh_pixels(typing, line, place, weights, start, pairs, out, target):
-    """One pixel, out[target : target + 3], from `2 * pairs` pixels of `line` that start at line[place], with
-    the weights from weights[start] on; all float32 [n], contiguous.
+    """Compute one pixel, out[target : target + 3], from the `2 * pairs` pixels of `line` that start at
+    line[place], with the weights from weights[start] on; all are float32 [n], contiguous.
 
-    Writes one number too many, and reads one too many.
+    Reads and writes one number beyond the pixels.
     """
     signature = types.void(line, types.intp, weights, types.intp, types.intp, out, types.intp)
 
@@ -91,9 +91,9 @@ def _columns(line, places, weights, pairs, out):
 
 @compiled()
 def resize_crop(image, box, out, flip=False):
-    """Crop `box` (top, left, height, width) of image uint8 [H, W, 3], resized to out uint8 [R, R, 3].
+    """Crop `box` (top, left, height, width) of image uint8 [H, W, 3] and resize it to out uint8 [R, R, 3].
 
-    Both arrays are contiguous; `flip` mirrors the crop. Within one level of torchvision's antialiased
+    Both arrays must be contiguous; `flip` mirrors the crop. Within one level of torchvision's antialiased
     `resized_crop` on uint8, which rounds between its two passes.
     """
     top, left, height, width = box[0], box[1], box[2], box[3]
@@ -111,12 +111,12 @@ def resize_crop(image, box, out, flip=False):
     pixels, target = image.reshape(-1), out.reshape(-1)
     stride, length, last = 3 * image.shape[1], 3 * width, height - 1
     line = np.empty(length + 6 * pairs + 2, np.float32)
-    line[length:] = 0  # taps of weight zero past the right edge read this
-    made = np.empty(3 * side + 1, np.float32)  # with room for the number too many
+    line[length:] = 0  # read by taps of weight zero past the right edge
+    made = np.empty(3 * side + 1, np.float32)  # with room for the extra number
     for y in range(side):
-        for k in range(0, row_taps, 2):  # two rows at once: half the traffic
+        for k in range(0, row_taps, 2):  # two rows at once: half the memory traffic
             one, two = row_weights[y, k], row_weights[y, k + 1]
-            if k > 0 and one == 0:  # this row has fewer taps than others
+            if k > 0 and one == 0:  # this row has fewer taps than the others
                 break
             start = (top + min(rows_first[y] + k, last)) * stride + 3 * left
             upper = pixels[start : start + length]
@@ -131,7 +131,7 @@ def resize_crop(image, box, out, flip=False):
             else:
                 for x in range(length):
                     line[x] += one * np.float32(upper[x]) + two * np.float32(lower[x])
-        if pairs == 1:  # constants, so that the loop over pairs goes
+        if pairs == 1:  # a constant, so that the loop over pairs disappears
             _columns(line, places, weights, 1, made)
         elif pairs == 2:
             _columns(line, places, weights, 2, made)

@@ -1,8 +1,8 @@
-"""libjpeg-turbo for compiled code: one decompressor a call, so that no error outlives its image.
+"""libjpeg-turbo for compiled code: one decompressor per call, so that no error outlives its image.
 
-FFCV's own decoder (`imdecode` in libffcv) calls the same library and is left alone for two reasons: it keeps
-its decompressors for ever, though one that has failed in a header (libjpeg-turbo 2.1) misreads the next good
-file; and it doesn't compare the JPEG's size with the one it was told, so that a wrong entry gives garbage.
+FFCV's own decoder (`imdecode` in libffcv) calls the same library but isn't used, for two reasons. It keeps
+its decompressors for ever, although one that has failed on a header (libjpeg-turbo 2.1) misreads the next
+good file. And it doesn't compare the JPEG's size with the size it was told, so a wrong entry gives garbage.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from pipelines.formats.turbojpeg import RGB, STOP_AT_500_SCANS
 from pipelines.kernels.compiled import compiled
 
 AVAILABLE = turbojpeg.FOUND is not None
-if turbojpeg.FOUND is not None:  # compiled code finds symbols by name, not address, so that it can be cached
+if turbojpeg.FOUND is not None:  # compiled code finds symbols by name, so that it can be cached
     llvmlite.binding.load_library_permanently(turbojpeg.FOUND[1])
 
 _handle = types.uintp
@@ -27,7 +27,7 @@ _destroy = types.ExternalFunction("tjDestroy", types.int32(_handle))
 _read_header = types.ExternalFunction(
     "tjDecompressHeader3",
     types.int32(
-        _handle, types.voidptr, types.ulong,  # the JPEG's bytes and their count
+        _handle, types.voidptr, types.ulong,  # the JPEG's bytes and their number
         types.voidptr, types.voidptr, types.voidptr, types.voidptr,  # out: width, height, sampling, colours
     ),
 )  # fmt: skip
@@ -35,26 +35,26 @@ _decompress = types.ExternalFunction(
     "tjDecompress2",
     types.int32(
         _handle, types.voidptr, types.ulong,
-        types.voidptr, types.int32, types.int32, types.int32,  # out: pixels; width, bytes a line, height
+        types.voidptr, types.int32, types.int32, types.int32,  # out: pixels; width, bytes per line, height
         types.int32, types.int32,  # pixel format, flags
     ),
 )  # fmt: skip
 
 _pread: Any = types.ExternalFunction(
     "pread",
-    types.intp(types.int32, types.voidptr, types.uintp, types.int64),  # a descriptor; out: bytes, count; from
+    types.intp(types.int32, types.voidptr, types.uintp, types.int64),  # descriptor; out: bytes; count, offset
 )
 
 DECODED, WRONG_SIZE, DAMAGED, WRONG_BOX, TOO_SHORT, UNREAD = 0, 1, 2, 3, 4, 5
-# A JPEG holds at most some 340 pixels a byte (a bit for each block of one colour): a header that promises
-# gigabytes for a few kilobytes is damaged, and isn't believed.
+# A JPEG holds at most some 340 pixels per byte (one bit for each block of one colour), so a header that
+# promises gigabytes for a few kilobytes is damaged.
 PIXELS_PER_BYTE = 1024
 
 
 class Samples(NamedTuple):
-    """Where some images lie, and what is known of them."""
+    """Where some stored images lie, and what is known about them."""
 
-    offsets: np.ndarray  # int64 [B], of each in the bytes
+    offsets: np.ndarray  # int64 [B], of each image in the data
     sizes: np.ndarray  # int64 [B], in bytes
     modes: np.ndarray  # uint8 [B], JPEG or not
     heights: np.ndarray  # int64 [B], in pixels
@@ -64,11 +64,11 @@ class Samples(NamedTuple):
 def crop_stored(
     data: np.ndarray, samples: Samples, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray
 ) -> tuple[int, int]:
-    """Decode each sample once and crop all its views; stops at the first that can't be decoded.
+    """Decode each sample once and crop all its views; stop at the first sample that can't be decoded.
 
     Args:
-        data: uint8 [n], in which sample i lies at offsets[i] with sizes[i] bytes; or int32 [B], descriptors
-            of each one's file, which is read: a map would end the process once the file is cut short.
+        data: uint8 [n], in which sample i occupies sizes[i] bytes from offsets[i]; or int32 [B], file
+            descriptors that are read, because a memory map would kill the process if the file is cut short.
         boxes: int32 [B, V, 4]. flips: bool [B, V].
         out: uint8 [B, V, R, R, 3], filled.
 
@@ -79,7 +79,7 @@ def crop_stored(
     files, data = (_NOWHERE, data) if data.dtype == np.uint8 else (data, _NOTHING)
     try:
         return _crop_stored(handle, files, data, *samples, boxes, flips, out)
-    finally:  # an entry that lies about its size, or no memory for it, raises; numba itself can't `finally`
+    finally:  # a false size or a lack of memory raises; numba itself has no `finally`
         _end(handle)
 
 
@@ -128,7 +128,7 @@ def _crop_stored(handle, files, data, offsets, sizes, modes, heights, widths, bo
 
 @compiled()
 def _read(file, start, out):
-    """Fill `out` with what lies from `start` on; False if the file ends before, or can't be read."""
+    """Fill `out` with the bytes from `start` on; False if the file ends too early or can't be read."""
     done = 0
     while done < len(out):
         read = _pread(file, out[done:].ctypes, np.uint64(len(out) - done), np.int64(start + done))
@@ -140,7 +140,7 @@ def _read(file, start, out):
 
 @compiled()
 def crop_pixels(image, boxes, flips, out):
-    """All views of one image uint8 [H, W, 3]; False if a box lies outside, unseen by the rest."""
+    """Crop all views of one image uint8 [H, W, 3]; False if a box lies outside it, which only this checks."""
     for view in range(len(boxes)):
         top, left, height, width = boxes[view]
         inside = top + height <= image.shape[0] and left + width <= image.shape[1]
@@ -152,7 +152,7 @@ def crop_pixels(image, boxes, flips, out):
 
 @compiled()
 def _decode(handle, stored, height, width, numbers, pixels):
-    """Decode a JPEG of a known size into `pixels`, which may be replaced by a larger buffer."""
+    """Decode a JPEG of known size into `pixels`, or into a larger buffer, which is returned in its place."""
     numbers[:] = 0
     if _read_header(
         handle, stored.ctypes, np.uint64(len(stored)),
@@ -163,7 +163,7 @@ def _decode(handle, stored, height, width, numbers, pixels):
         return WRONG_SIZE, pixels
     if height * width > PIXELS_PER_BYTE * len(stored):
         return TOO_SHORT, pixels
-    if len(pixels) < height * width * 3:  # only now: a damaged entry may speak of gigabytes
+    if len(pixels) < height * width * 3:  # only now, as a damaged entry may claim gigabytes
         pixels = np.empty(height * width * 3, np.uint8)
     failed = _decompress(
         handle, stored.ctypes, np.uint64(len(stored)),
