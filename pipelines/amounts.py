@@ -1,4 +1,4 @@
-"""Bytes and seconds in words."""
+"""Format bytes and seconds for people."""
 
 
 def size_text(count: float) -> str:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written beside, synced, renamed."""
+"""Files that appear whole or not at all: written under another name, synced and then renamed."""
 
 import csv
 import errno
@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import IO, Any
 
 A_DAY = 24 * 60 * 60.0  # seconds
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: the disk is full, or the share of it
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)  # errno of an OSError: the disk or the quota is full
 _attempts = itertools.count()
 
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write (and read back) that appears as `path` when the block ends, unless it raises.
+    """Open a file to write (and read back) that appears as `path` when the block ends, unless it raises.
 
-    The name beside belongs to this call alone: of two, in threads or processes, that write the same file
-    at the same time, the one that ends last has its content there, whole.
+    The temporary name is unique to this call. If two threads or processes write the same file at the same
+    time, the one that ends last determines its content, and the file is whole.
 
     Raises:
-        OSError: no room, no permission; what stood at `path` is still there.
+        OSError: no space or no permission; an earlier file at `path` remains.
     """
     _tidy(path.parent)
     aside = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{next(_attempts)}.partial")
@@ -46,13 +46,13 @@ def written_aside(path: Path) -> Iterator[IO[bytes]]:
 
 
 def sync(file: IO[bytes]) -> None:
-    """What was written, onto the disk."""
+    """Flush what was written to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Renames within it, onto the disk: they too must survive a power cut."""
+    """Flush renames within a folder to the disk, so that they survive a power failure."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -62,7 +62,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError in the block names the file: a full disk doesn't say which."""
+    """Add the file's name to an OSError raised in the block: a full disk doesn't say which file."""
     try:
         yield
     except OSError as error:
@@ -72,7 +72,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def why_unwritten(path: Path, error: OSError, kept: str) -> str:
-    """What to tell the user of a file that can't be written on. `kept`: what a second call goes on from."""
+    """The message for a file that can't be written further. `kept`: progress for a second call to resume."""
     if error.errno in NO_SPACE:
         then = f"{kept}: free some, and repeat the command" if kept else "nothing was written"
         return f"{path}: no space left on the disk; {then}"
@@ -80,17 +80,17 @@ def why_unwritten(path: Path, error: OSError, kept: str) -> str:
 
 
 def is_aside(name: str, path: Path) -> bool:
-    """Whether a file's name is one that `written_aside(path)` leaves behind when it is killed."""
+    """Whether a name is one that a killed `written_aside(path)` leaves behind."""
     return name.startswith(f".{path.name}.") and name.endswith(".partial")
 
 
 @cache
 def _tidy(folder: Path) -> None:
-    """Remove what killed processes have left in a folder: this machine's, and anybody's after a day."""
+    """Remove what killed processes left in a folder: those of this machine, and all others after a day."""
     for path in folder.glob(".*.partial"):
         machine, _, rest = path.name.removesuffix(".partial").rpartition(".")[2].partition("-")
         process = rest.partition("-")[0]
-        with suppress(OSError):  # another process was faster
+        with suppress(OSError):  # another process removed it first
             dead = machine == _machine() and process.isdigit() and not _lives(int(process))
             if dead or path.stat().st_mtime < time.time() - A_DAY:
                 path.unlink()
@@ -106,13 +106,13 @@ def _lives(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
+    except OSError:  # another user's process
         return True
     return True
 
 
 def write_atomically(path: Path, *parts: Any) -> None:
-    """Write bytes, one after the other, as `written_aside` does."""
+    """Write bytes, one after the other, like `written_aside`."""
     with written_aside(path) as file:
         for part in parts:
             file.write(part)
@@ -120,23 +120,23 @@ def write_atomically(path: Path, *parts: Any) -> None:
 
 @contextmanager
 def written_csv(path: Path) -> Iterator[Any]:
-    """A `csv.writer` whose file appears as `written_aside` does. Names of files that are no UTF-8 keep their
+    """A `csv.writer` whose file appears like that of `written_aside`. File names that aren't UTF-8 keep their
     bytes."""
     with written_aside(path) as file:
         text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
         try:
             yield csv.writer(text)
         finally:
-            text.detach()  # with what it still held written, and the file left open
+            text.detach()  # flushes, and leaves the file open
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
-    """Write `json_text` as `written_aside` does."""
+    """Write `json_text` like `written_aside`."""
     write_atomically(path, json_text(content, indent).encode())
 
 
 def json_text(content: Any, indent: int | None = None) -> str:
-    """As JSON; a float that is infinite or not a number becomes null, for JSON has no such numbers."""
+    """Serialise as JSON; infinite floats and NaN become null, as JSON has no such numbers."""
     return json.dumps(_finite(content), indent=indent, allow_nan=False)
 
 

@@ -1,8 +1,8 @@
-"""A source and an augmentation -> batches of two views, made ahead of time by threads.
+"""Make batches of two augmented views from a source, ahead of time, in threads.
 
-There is no state but a position: order, crops and colours are functions of (seed, epoch, index, view), so a
-resumed loader is one that is told epoch and step. Threads are enough, for decoding, cropping and augmenting
-all release the GIL; each takes a part of a batch, so that the first batch is not late.
+The only state is a position: order, crops and colours are functions of (seed, epoch, index, view), so a
+loader resumes from an epoch and a step. Threads suffice, as decoding, cropping and augmenting all release the
+GIL; each thread makes a part of every batch, so that the first batch is ready early.
 """
 
 import math
@@ -34,12 +34,12 @@ from pipelines.views import ViewSettings
 __all__ = ["LoaderSettings", "TwoViewLoader", "ViewBatch", "evaluation_batches", "evaluation_crops"]
 
 Flips = np.ndarray | None
-Pixels = np.ndarray | Tensor  # on the host, or where a source crops on a GPU
+Pixels = np.ndarray | Tensor  # on the host, or on the GPU where a source crops
 Augmenter = Callable[[Tensor, Tensor, ViewSettings], Tensor]
-CACHED = 1 << 20  # bytes of crops that are made at once: augmented before they leave the second-level cache
-CROPPED = 32  # images a call where crops are all that is made: each call costs some 0.1 ms of Python's lock
+CACHED = 1 << 20  # bytes of crops made at once, so that they are augmented while in the L2 cache
+CROPPED = 32  # images per call that only makes crops: each call holds the GIL for some 0.1 ms
 AHEAD = 3  # batches made in advance
-RUN_AHEAD = 2  # batches whose use has been launched and isn't over: each keeps its memory until then
+RUN_AHEAD = 2  # batches whose use was launched but isn't finished: each keeps its memory until then
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class ViewBatch:
     """Two views of B images.
 
     Attributes:
-        views: [V, B, 3, R, R], normalised, V = 2 unless the loader was told otherwise; each view is
-            channels-last in memory. float32, or what the augmenter gives. Its memory is used again when no
-            tensor shares it any more.
+        views: [V, B, 3, R, R], normalised; V = 2 unless the loader has another setting. Each view is
+            channels-last in memory, and float32 or the augmenter's dtype. The memory is reused once no tensor
+            shares it.
         labels: int64 [B].
         indices: int64 [B], positions in the data set.
         parameters: float32 [B, V, P], see `pipelines.parameters.COLUMNS`.
@@ -66,7 +66,7 @@ class ViewBatch:
     parameters: Tensor
 
     def pinned(self) -> "ViewBatch":
-        """The batch in page-locked memory, as far as it isn't there or on a GPU already.
+        """The batch in page-locked memory, except for tensors that are there or on a GPU already.
 
         >>> batch = batch.pinned() if torch.cuda.is_available() else batch
         """
@@ -74,7 +74,7 @@ class ViewBatch:
         return ViewBatch(*(part if part.is_cuda else part.pin_memory() for part in parts))
 
     def to(self, device: torch.device) -> "ViewBatch":
-        """The batch on a device; asynchronous where the batch is pinned.
+        """The batch on a device; the copy is asynchronous if the batch is pinned.
 
         >>> batch.to(torch.device("cpu")).views.device
         device(type='cpu')
@@ -139,7 +139,7 @@ class LoaderSettings:
 
     @property
     def augments(self) -> bool:
-        """Whether the workers make views of the crops.
+        """Whether the workers augment the crops.
 
         >>> LoaderSettings(batch_size=256, crops_only=True).augments
         False
@@ -148,18 +148,18 @@ class LoaderSettings:
 
 
 class TwoViewLoader:
-    """Iterates over the `ViewBatch`es of one epoch, from the position it was given to the epoch's end.
+    """Iterates over the `ViewBatch`es of one epoch, from its current position to the end of the epoch.
 
-    Every pixel is a function of (seed, epoch, index, view): the count of workers, the batch size and the
-    number of ranks change nothing. Use as a context manager, or call `close()`.
+    Every pixel is a function of (seed, epoch, index, view): the number of workers, the batch size and the
+    number of ranks don't matter. Use it as a context manager, or call `close()`.
 
     Raises:
-        InputError: an impossible setting, or the batch is larger than the data.
+        InputError: an impossible setting, or the batch is larger than the data set.
 
     Attributes:
-        skipped: how many samples were replaced so far, ahead of the batch in use too.
-        damaged: index -> why, of each that was met.
-        waited: seconds for which a batch was asked for before the threads had made it.
+        skipped: number of samples replaced so far, including those in batches made in advance.
+        damaged: {index: reason} of the damaged samples met so far.
+        waited: seconds spent waiting for batches that weren't ready when they were asked for.
 
     >>> settings = LoaderSettings(batch_size=4, seed=0)
     >>> with TwoViewLoader(open_reader("photos"), ViewSettings(resolution=32), settings) as loader:
@@ -185,12 +185,12 @@ class TwoViewLoader:
         self._on_device = _OnDevice(device) if device.type == "cuda" else None
 
     def __len__(self) -> int:
-        """Steps in an epoch: equal for all epochs and ranks."""
+        """Steps per epoch, equal for all epochs and ranks."""
         return self.steps
 
     @property
     def skipped(self) -> int:
-        """How many samples were replaced so far.
+        """Number of samples replaced so far.
 
         >>> loader.skipped
         0
@@ -199,7 +199,7 @@ class TwoViewLoader:
 
     @property
     def damaged(self) -> dict[int, str]:
-        """Index -> why, of each damaged sample that was met.
+        """{index: reason} of the damaged samples met so far.
 
         >>> loader.damaged
         {}
@@ -207,7 +207,7 @@ class TwoViewLoader:
         return dict(self._replacements.damaged)
 
     def describe_skipped(self) -> str:
-        """One line for a log, with the first of the damaged samples.
+        """Describe the damaged samples in one line for a log, naming the first of them.
 
         >>> loader.describe_skipped()
         '0 times a damaged sample was replaced, 0 in all; the first: none'
@@ -219,14 +219,14 @@ class TwoViewLoader:
         )
 
     def set_epoch(self, epoch: int) -> None:
-        """Go on from the beginning of this epoch.
+        """Move to the start of this epoch.
 
         >>> loader.set_epoch(3)
         """
         self.set_position(epoch)
 
     def set_position(self, epoch: int, step: int = 0) -> None:
-        """Go on from this step of this epoch. Raises InputError: an epoch hasn't so many.
+        """Move to this step of this epoch. Raises InputError if an epoch has fewer steps.
 
         >>> loader.set_position(epoch=3, step=2)
         >>> loader.state_dict()
@@ -237,7 +237,7 @@ class TwoViewLoader:
         self.epoch, self.step = epoch, step
 
     def state_dict(self) -> dict[str, int]:
-        """The position, all that a resumed loader needs.
+        """The position, which is all that a resumed loader needs.
 
         >>> loader.set_epoch(0)
         >>> loader.state_dict()
@@ -246,7 +246,7 @@ class TwoViewLoader:
         return {"epoch": self.epoch, "step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from the position of a `state_dict`.
+        """Resume from the position of a `state_dict`.
 
         >>> loader.load_state_dict({"epoch": 3, "step": 2})
         """
@@ -266,12 +266,12 @@ class TwoViewLoader:
         if self._on_device is not None:
             batches = self._on_device.each(batches, self._augmented)
         for batch in batches:
-            self.step += 1  # before the batch is used: a state saved after the step resumes behind it
+            self.step += 1  # before its use: a state saved after the step resumes with the next one
             yield batch if self._on_device is not None else self._augmented(batch)
         self.epoch, self.step = epoch + 1, 0
 
     def _augmented(self, batch: ViewBatch) -> ViewBatch:
-        """The batch after the augmenter, where that isn't the workers' task."""
+        """Augment the batch, unless the workers have done so."""
         augmenter = self.settings.augmenter
         if augmenter is None or self.settings.crops_only:
             return batch
@@ -284,7 +284,7 @@ class TwoViewLoader:
         here = self.settings.augments
         if here:
             views = self._buffers.take((each, count, side, side, 3), torch.float32)
-        else:  # as the source fills them, so that nothing is copied
+        else:  # in the layout that the source fills, so that nothing is copied
             views = self._buffers.take((count, each, side, side, 3), torch.uint8)
         parameters = np.empty((count, each, P), np.float32)
         pixels = views.numpy() if views.device.type == "cpu" else views
@@ -308,7 +308,7 @@ class TwoViewLoader:
     def _make(
         self, epoch: int, indices: np.ndarray, parameters: np.ndarray, pixels: Pixels, rows: slice
     ) -> None:
-        """Some rows of a batch: sizes -> parameters -> crops -> views; anew where a sample was replaced."""
+        """Make some rows of a batch: sizes -> parameters -> crops -> views; again if a sample is replaced."""
         indices, table, side = indices[rows], parameters[rows], self.view.resolution
         asked, here = indices.copy(), self.settings.augments
         crops = np.empty((*table.shape[:2], side, side, 3), np.uint8) if here else pixels[rows]
@@ -344,22 +344,22 @@ class TwoViewLoader:
 class _OnDevice:
     """Copies and augments on a stream of its own, one batch ahead of the one in use.
 
-    One stream for a loader's life: torch's allocator keeps memory for each stream, and another every epoch
-    would take that of an epoch's batches again and again.
+    A loader keeps one stream: torch's allocator has separate memory for each stream, so that a new one every
+    epoch would allocate another epoch's memory each time.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self.in_use: deque[torch.cuda.Event] = deque()  # ends of use that the device hasn't come to
+        self.in_use: deque[torch.cuda.Event] = deque()  # ends of batches' use not yet reached by the device
 
     def each(
         self, batches: Iterator[ViewBatch], augmented: Callable[[ViewBatch], ViewBatch]
     ) -> Iterator[ViewBatch]:
-        """The batches on the device, for use on the stream that is current when they come."""
+        """Yield the batches on the device, for use on the stream that is current when they are yielded."""
         last = None
         for batch in batches:
-            if batch.views.is_cuda:  # cropped there, on another stream, and whole by now
+            if batch.views.is_cuda:  # cropped there, on another stream, and complete
                 batch.views.record_stream(self.stream)
             with torch.cuda.stream(self.stream):
                 copy = augmented(batch.pinned().to(self.device))
@@ -372,10 +372,10 @@ class _OnDevice:
             yield from self._used(*last)
 
     def _used(self, batch: ViewBatch, copied: torch.cuda.Event) -> Iterator[ViewBatch]:
-        """The batch; and when the next is asked for, a mark behind all that was launched with it."""
+        """Yield the batch; when the next is asked for, record an event after all work launched with it."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(copied)
-        for name in batch.__dataclass_fields__:  # so that their memory isn't reused while they are in use
+        for name in batch.__dataclass_fields__:  # so that memory isn't reused while in use
             getattr(batch, name).record_stream(current)
         yield batch
         end = torch.cuda.Event(blocking=True)
@@ -393,11 +393,12 @@ def evaluation_batches(
     indices: np.ndarray | None = None,
     replacements: "Replacements | None" = None,
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Every image once, in order, as its centre crop without augmentation.
+    """Yield each image once, in order, as its centre crop without augmentation.
 
     Yields:
-        crops uint8 [B, R, R, 3] (`pipelines.normalise` makes images of them), indices int64 [B]; the last may
-        be smaller. With `replacements` that skip, a damaged image is another, in its indices too.
+        crops uint8 [B, R, R, 3] (`pipelines.normalise` normalises them), indices int64 [B]; the last batch
+        may be smaller. With `replacements` that skip, a damaged image is replaced by another one, as is its
+        index.
 
     >>> for crops, indices in evaluation_batches(open_reader("photos"), ViewSettings(resolution=32), 8):
     ...     print(crops.shape, indices.tolist())
@@ -431,16 +432,17 @@ def evaluation_batches(
 
 
 def images_a_call(source: Reader, side: int, views: int = 1) -> int:
-    """How many images are cropped at once, into `views` of `side` pixels each.
+    """The number of images to crop at once, into `views` of `side` pixels each.
 
-    Many small ones: each call holds the GIL for some microseconds, in which a training loop launches nothing.
-    No more, for after a damaged image all of a call's are decoded anew.
+    Small images are cropped many at a time, because each call holds the GIL for some microseconds, during
+    which a training loop can't launch anything. The number is limited because a damaged image makes a call
+    start again.
     """
     return max(source.chunk, CACHED // (views * side * side * 3))
 
 
 def sent(images: Tensor, device: torch.device) -> Tensor:
-    """The same on a device; to a GPU by way of page-locked memory, so that the host doesn't wait."""
+    """Copy images to a device; to a GPU by way of page-locked memory, so that the host doesn't wait."""
     if images.is_cuda or device.type != "cuda":
         return images.to(device)
     return images.pin_memory().to(device, non_blocking=True)
@@ -449,7 +451,7 @@ def sent(images: Tensor, device: torch.device) -> Tensor:
 def evaluation_crops(
     source: Reader, view: ViewSettings, indices: np.ndarray, replacements: "Replacements | None" = None
 ) -> np.ndarray:
-    """The centre crops of some samples: uint8 [B, R, R, 3]. Replaces damaged samples in `indices`.
+    """Centre crops of some samples: uint8 [B, R, R, 3]. Replaces damaged samples in `indices`.
 
     >>> evaluation_crops(open_reader("photos"), ViewSettings(resolution=32), np.array([0, 5])).shape
     (2, 32, 32, 3)
@@ -471,11 +473,11 @@ def _centre_crops(view: ViewSettings, indices: np.ndarray, replacements: "Replac
 
 
 class Replacements:
-    """What stands in a damaged sample's place: the next good one in the set's own order, so that it is the
-    same in every epoch, on every rank, whatever the workers. Or nothing: with on_error="raise".
+    """Replaces a damaged sample by the next good one in the set's own order, so that it is the same in every
+    epoch, on every rank, and for any number of workers. With on_error="raise" nothing is replaced.
 
     Attributes:
-        damaged: index -> why, of each that was met. count: places in which a sample was replaced.
+        damaged: {index: reason} of those met so far. count: number of replacements.
     """
 
     def __init__(self, source: Reader, on_error: str = "raise") -> None:
@@ -487,7 +489,7 @@ class Replacements:
         self._lock = threading.Lock()
 
     def crops(self, indices: np.ndarray, boxes: np.ndarray, out: Pixels, flips: Flips = None) -> None:
-        """What `Reader.crops` does; with on_error="keep", of what Pillow makes of a damaged JPEG."""
+        """Like `Reader.crops`; with on_error="keep", it also crops what Pillow makes of a damaged JPEG."""
         try:
             self.source.crops(indices, boxes, out, flips)
         except DamagedSample:
@@ -511,8 +513,8 @@ class Replacements:
             put(torch.from_numpy(kept), out, [row])
 
     def replace(self, sample: DamagedSample, indices: np.ndarray, asked: np.ndarray) -> None:
-        """Put another into `indices`, which were `asked` at first. Raises the sample where none may stand for
-        it, InputError where none can."""
+        """Put another sample into `indices`, which were `asked` at first. Raises the sample if it may not be
+        replaced, and InputError if there is no replacement."""
         if not self.skip:
             raise sample
         with self._lock:
@@ -526,12 +528,12 @@ class Replacements:
 
 
 class Buffers:
-    """Memory for batches, used again once a batch's tensors are gone: fresh memory costs a page fault
-    for every 4 KB, which is a tenth of the time that a 224 px crop takes.
+    """Memory for batches, reused once a batch's tensors are gone: fresh memory costs a page fault for every
+    4 KB, which takes a tenth of the time of a 224 px crop.
 
-    Where a source crops on a GPU its memory is there, and it crops on a stream that nothing else is launched
-    on: what torch's allocator gives out again there is idle, and a decoder with streams of its own may write
-    to it at once. Who uses a batch on another stream must record it.
+    If a source crops on a GPU, its memory is there, and it crops on a stream used for nothing else. Memory
+    that torch's allocator reuses on that stream is idle, so that a decoder with its own streams may write to
+    it at once. If a batch is used on another stream, the caller must record that stream.
     """
 
     def __init__(self, pinned: bool, device: str = "cpu") -> None:
@@ -540,7 +542,7 @@ class Buffers:
         self._free: list[np.ndarray] = []
 
     def beside(self, make: Callable[[slice], None]) -> Callable[[slice], None]:
-        """The same on that stream, whatever thread calls it."""
+        """Run `make` on that stream, in whatever thread it is called."""
 
         def made(rows: slice) -> None:
             with torch.cuda.stream(self.stream):
@@ -549,12 +551,12 @@ class Buffers:
         return make if self.stream is None else made
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor."""
+        """Return an uninitialised tensor."""
         if self.stream is not None:
             with torch.cuda.stream(self.stream):
                 return torch.empty(shape, dtype=dtype, device=self.stream.device)
         if self.pinned:
-            return torch.empty(shape, dtype=dtype, pin_memory=True)  # torch keeps these itself
+            return torch.empty(shape, dtype=dtype, pin_memory=True)  # torch itself caches these
         size = math.prod(shape) * dtype.itemsize
         try:
             memory = self._free.pop()
@@ -568,7 +570,7 @@ class Buffers:
 
 
 class Threads:
-    """A fixed number of threads that share the rows of a batch."""
+    """A fixed number of threads that share the rows of each batch."""
 
     def __init__(self, workers: int) -> None:
         if workers < 0:
@@ -577,8 +579,8 @@ class Threads:
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="views")
 
     def run(self, make: Callable[[slice], None], rows: int, chunk: int) -> Callable[[], None]:
-        """Start make(part) on equal shares of `rows`, `chunk` of them a call; the returned call waits, and
-        raises what they raised."""
+        """Start make(part) on equal shares of `rows`, in chunks of `chunk` rows; the returned call waits, and
+        raises what the threads raised."""
         share = max(1, -(-rows // self.workers))
 
         def make_share(first: int) -> None:

@@ -1,4 +1,4 @@
-"""One process at a time: a lock on an open file, which the system takes from a killed process."""
+"""Let one process work at a time: a lock on an open file, which the system releases if the process dies."""
 
 import fcntl
 import sys
@@ -7,10 +7,10 @@ from typing import IO
 
 
 def lock(file: IO, path: Path) -> None:
-    """Lock `file`, open for writing, until it is closed; `path`: what it guards, for the notice.
+    """Lock `file`, open for writing, until it is closed; `path` names what it guards in the warning.
 
-    Some file systems know no locks, such as Lustre mounted without `flock` and some NFS. There the work
-    goes on unguarded, and one line on stderr says so.
+    Some file systems have no locks, such as Lustre mounted without `flock` and some NFS. There the work
+    continues without a lock, and a line on stderr says so.
 
     Raises:
         BlockingIOError: another process holds the lock. Nothing else is raised.

@@ -1,10 +1,10 @@
-"""The order of an epoch: a permutation that depends on (seed, epoch) alone, whatever the ranks.
+"""The order of an epoch: a permutation that depends only on (seed, epoch), for any number of ranks.
 
 The image at any place of an epoch is computed in constant time and without a table, so that a rank computes
-its own batches and no more. A Feistel network whose round functions are Philox permutes a square of at least
-as many cells as there are images, the two halves of a number being its row and column (Black and Rogaway
-2002, "Ciphers with arbitrary finite domains"). What lands beyond the last image is permuted again until it
-doesn't ("cycle walking").
+only its own batches. A Feistel network with Philox as its round function permutes a square of at least as
+many cells as there are images; the two halves of a number are its row and column (Black and Rogaway 2002,
+"Ciphers with arbitrary finite domains"). Results beyond the last image are permuted again until they aren't
+("cycle walking").
 """
 
 from collections.abc import Callable
@@ -18,11 +18,11 @@ from pipelines.kernels.philox import LOW
 from pipelines.parameters import philox_compiled
 
 ORDERS = ("random", "quasi-random", "sequential")
-WINDOW = 64  # storage blocks that are open at once in quasi-random order: 128 MB of a beton
-ROUNDS = 8  # after four, a chi-squared test finds a pattern in sets of 30 images
-IMAGES, BLOCKS = 0xFFFF, 0xFFFE  # streams of Philox, beyond the numbers of views in `pipelines.parameters`
+WINDOW = 64  # storage blocks open at once in quasi-random order: 128 MB of a beton
+ROUNDS = 8  # with four, a chi-squared test finds a pattern in sets of 30 images
+IMAGES, BLOCKS = 0xFFFF, 0xFFFE  # streams of Philox, above the view numbers in `pipelines.parameters`
 
-Order = Callable[[np.ndarray], np.ndarray]  # places in the epoch -> positions in the data set, int64 each
+Order = Callable[[np.ndarray], np.ndarray]  # places in the epoch -> positions in the data set, both int64
 
 
 def epoch_order(
@@ -32,15 +32,15 @@ def epoch_order(
     kind: str = "random",
     storage_blocks: Callable[[], np.ndarray] | None = None,
 ) -> Order:
-    """A permutation of range(count) as a function; the same on every rank, for any worker count.
+    """A permutation of range(count) as a function; the same on every rank and for any number of workers.
 
     Args:
-        count: at most 2^60: a half of a number must fit into a word of Philox's counter.
+        count: at most 2^60, so that a half of a number fits into a word of Philox's counter.
         seed: 0 <= seed < 2^64. epoch: 0 <= epoch < 2^32.
         kind: `random`; `quasi-random`, for sets larger than memory: storage blocks in random order, and
-            samples shuffled among the blocks of a window; or `sequential`. Quasi-random alone takes memory:
-            24 bytes a block, and 8 an image where the blocks aren't in the order of the images.
-        storage_blocks: gives int64 [count], the block of each sample, for quasi-random.
+            samples shuffled among the blocks of a window; or `sequential`. Only quasi-random takes memory:
+            24 bytes per block, and 8 per image if the blocks aren't in the order of the images.
+        storage_blocks: returns int64 [count], the block of each sample, for quasi-random.
     """
     if kind == "sequential":
         return lambda places: places
@@ -55,13 +55,13 @@ def permuted(
 ) -> np.ndarray:
     """A keyed permutation of range(count) at some places, int64 [n]: 0 <= place < count.
 
-    `windows` names the permutation, too, below 2^28; where it is an array, `count` is one as well.
+    `windows` is part of the key, below 2^28; if it is an array, `count` is one as well.
     """
     shape = np.shape(places)
     out = np.empty(shape, np.int64)
-    sides = np.sqrt(np.asarray(count, np.float64)).astype(np.int64)  # of the square, rounded up below
+    sides = np.sqrt(np.asarray(count, np.float64)).astype(np.int64)  # side of the square, rounded up below
     sides += sides * sides < count
-    sides += sides & 1  # an odd one would leave half of a small set's permutations out
+    sides += sides & 1  # an odd side would exclude half of a small set's permutations
     each = [np.array(np.broadcast_to(np.int64(n), shape)) for n in (places, count, sides, windows)]
     _permute(*each, np.uint64(seed), np.uint64(epoch), np.uint64(stream), out)
     return out
@@ -87,14 +87,14 @@ def _permute(places, counts, sides, windows, seed, epoch, stream, out):
 
 
 def _by_blocks(block_of: np.ndarray, seed: int, epoch: int) -> Order:
-    """Blocks in random order, and the samples of each WINDOW of them shuffled."""
+    """Blocks in random order, with the samples of every WINDOW blocks shuffled."""
     in_order = bool((block_of[1:] >= block_of[:-1]).all())
     samples = None if in_order else np.argsort(block_of, kind="stable")
     block_of = block_of if samples is None else block_of[samples]
     first = np.append(0, 1 + np.flatnonzero(block_of[1:] != block_of[:-1]))
     sizes = np.diff(first, append=len(block_of))
     drawn = permuted(np.arange(len(first)), len(first), seed, epoch, BLOCKS)
-    ends = np.cumsum(sizes[drawn])  # of the blocks in the epoch
+    ends = np.cumsum(sizes[drawn])  # of the blocks in the epoch's order
     starts = first[drawn]
     window_ends = np.append(ends[WINDOW - 1 : -1 : WINDOW], ends[-1:])
     window_starts = np.append(0, window_ends[:-1])
@@ -112,10 +112,11 @@ def _by_blocks(block_of: np.ndarray, seed: int, epoch: int) -> Order:
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
-    """Full global batches an epoch, the same for every epoch and rank; the rest waits for another epoch.
+    """Full global batches per epoch, the same for every epoch and rank; leftover images wait for another
+    epoch.
 
     Raises:
-        InputError: the batch is larger than the data.
+        InputError: the batch is larger than the data set.
     """
     if count < 2:
         raise InputError(f"a data set of {count} image: training needs at least two: name more with --data")
@@ -127,7 +128,8 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
 
 
 def step_indices(order: Order, step: int, batch_size: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
-    """The rank's part of global batch `step`: disjoint parts, together the same for any number of ranks.
+    """The rank's part of global batch `step`. Parts are disjoint; their union is the same for any number of
+    ranks.
 
     Args:
         order: see `epoch_order`. batch_size: of all ranks together, divisible by `ranks`.

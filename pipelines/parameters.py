@@ -1,8 +1,8 @@
 """(seed, epoch, sample index, view) -> the parameters of that view.
 
-All randomness of the augmentation is drawn here and nowhere else, from Philox4x32-10 (Salmon et al.
-2011), a counter-based generator: no worker, rank, batch size or backend changes what a sample sees,
-and to resume in mid-epoch is to know one number.
+All randomness of the augmentation is drawn here, from Philox4x32-10 (Salmon et al. 2011), a counter-based
+generator. A sample's views therefore don't depend on workers, ranks, batch size or backend, and one number
+suffices to resume in mid-epoch.
 """
 
 import numpy as np
@@ -14,17 +14,17 @@ from pipelines.kernels.philox import LOW, philox
 from pipelines.views import ViewSettings
 
 COLUMNS = (
-    "top",  # crop box in pixels of the image ...
+    "top",  # crop box, in pixels of the image ...
     "left",
     "height",
     "width",
     "flip",  # 1: mirrored
-    "order",  # 0..23: which permutation of brightness, contrast, saturation, hue
-    "brightness",  # factors; 1 leaves the image as it is
+    "order",  # 0..23: permutation of brightness, contrast, saturation, hue
+    "brightness",  # factors; 1: unchanged
     "contrast",
     "saturation",
-    "hue",  # share of a turn; 0 leaves the image as it is
-    "grey",  # 1: colour dropped
+    "hue",  # fraction of a turn; 0: unchanged
+    "grey",  # 1: converted to grey
     "sigma",  # of the blur, in pixels; 0: no blur
     "solarise",  # 1: values >= 0.5 inverted
 )
@@ -33,8 +33,8 @@ TOP, LEFT, HEIGHT, WIDTH, FLIP, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GR
 )
 P = len(COLUMNS)
 
-CROP_TRIES = 10  # as torchvision's RandomResizedCrop
-CROP_BLOCK = 16  # the tries' Philox blocks start here; blocks below are the other parameters'
+CROP_TRIES = 10  # as in torchvision's RandomResizedCrop
+CROP_BLOCK = 16  # first Philox block of the tries; lower blocks are for the other parameters
 
 
 philox_compiled = compiled(inline="always")(philox)
@@ -42,7 +42,7 @@ philox_compiled = compiled(inline="always")(philox)
 
 @compiled(inline="always")
 def uniforms(seed, epoch, index, view, block):
-    """Four uniforms in [0, 1), multiples of 2^-24 (exact in fp32 too)."""
+    """Four uniform numbers in [0, 1), multiples of 2^-24 (also exact in fp32)."""
     seed, index = int64(seed), int64(index)
     words = philox_compiled(
         index & LOW,
@@ -58,7 +58,7 @@ def uniforms(seed, epoch, index, view, block):
 
 @compiled()
 def crop_box(seed, epoch, index, view, image_height, image_width, scale, ratio):
-    """torchvision's RandomResizedCrop.get_params: ten tries, then the central crop of an allowed ratio."""
+    """torchvision's RandomResizedCrop.get_params: ten tries, then a central crop of an allowed ratio."""
     log_low, log_high = log(ratio[0]), log(ratio[1])
     for attempt in range(CROP_TRIES):
         u_area, u_ratio, u_top, u_left = uniforms(seed, epoch, index, view, CROP_BLOCK + attempt)
@@ -112,17 +112,17 @@ def draw_parameters(
     widths: np.ndarray,
     views: int = 2,
 ) -> np.ndarray:
-    """Parameters of the views of some samples.
+    """Draw the parameters of the views of some samples.
 
     Args:
-        view: the ranges.
+        view: the ranges of the parameters.
         seed: 0 <= seed < 2^64. epoch: 0 <= epoch < 2^32.
         indices: int [B], positions in the data set. heights, widths: int [B], of the images in pixels.
-        views: how many of each image; fewer are the first of more.
+        views: number of views per image; the first views are the same for any number.
 
-    Returns:
-        float32 [B, views, P], columns as in COLUMNS. Any row depends on (seed, epoch, index, view) and the
-        image's size alone.
+        Returns:
+        float32 [B, views, P], columns as in COLUMNS. Each row depends only on (seed, epoch, index, view) and
+        on the image's size.
     """
     table = np.empty((len(indices), views, P), np.float32)
     _fill(
@@ -142,12 +142,12 @@ def draw_parameters(
 
 
 def crop_boxes(table: np.ndarray) -> np.ndarray:
-    """Top, left, height, width of each view: int32 [B, views, 4]."""
+    """Top, left, height and width of each view: int32 [B, views, 4]."""
     return table[..., TOP : WIDTH + 1].astype(np.int32)
 
 
 def centre_boxes(heights: np.ndarray, widths: np.ndarray, fraction: float) -> np.ndarray:
-    """The evaluation's centre square, `fraction` of the shorter side: int32 [B, 1, 4]."""
+    """The central square used for evaluation, `fraction` of the shorter side: int32 [B, 1, 4]."""
     side = np.maximum(1, np.rint(np.minimum(heights, widths) * fraction)).astype(np.int32)
     box = np.stack([(heights - side) // 2, (widths - side) // 2, side, side], axis=-1)
     return box[:, None].astype(np.int32)

@@ -1,9 +1,9 @@
-"""Arrays that the processes of a node share, so that they lie in its memory once.
+"""Arrays shared by the processes of a node, so that they are in its memory once.
 
-The first process that needs them writes them to the node's temporary folder, the others map what it has
-written. What no process uses any more is removed by the next that ends or begins there: of a killed job some
-57 bytes an image of its set are left until then. Without other processes, or where no file can be made there,
-arrays are a process's own.
+The first process that needs them writes them to the node's temporary folder, and the others map the files.
+Unused arrays are removed by the next process that ends or starts there; until then, a killed job leaves some
+57 bytes per image of its set. If there are no other processes, or no file can be written there, each process
+has its own arrays.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ import numpy as np
 from pipelines.cores import processes
 
 Arrays = dict[str, np.ndarray]
-VERSION = 1  # of what is written, which a process of another release may have done
+VERSION = 1  # of the files' content, as another release may have written them
 
 
 def shared(told: Callable[[], str], make: Callable[[], Arrays]) -> Arrays:
-    """make()'s arrays, mapped where other processes may need the same; to write into one changes this
-    process's copy alone. `told()` says all that they depend on. Raises what `make` does."""
-    if processes("LOCAL_WORLD_SIZE", "SLURM_NTASKS") == 1:  # torchrun's on this node, or srun's in all
+    """make()'s arrays, memory-mapped if other processes may need the same; writing to one only changes this
+    process's copy. `told()` states everything that they depend on. Raises what `make` raises."""
+    if processes("LOCAL_WORLD_SIZE", "SLURM_NTASKS") == 1:  # torchrun's on this node, or srun's on all nodes
         return make()
     made: Arrays = {}
     try:
         folder = Path(tempfile.gettempdir()) / f"lvssl-arrays-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.lstat().st_uid != os.getuid():  # nor is a link followed
+        if folder.lstat().st_uid != os.getuid():  # a link isn't followed either
             raise PermissionError(f"{folder} is somebody else's")
         unused_removed(folder)
         place = folder / hashlib.sha256(f"{VERSION} {told()}".encode()).hexdigest()[:16]
@@ -53,7 +53,7 @@ def shared(told: Callable[[], str], make: Callable[[], Arrays]) -> Arrays:
 
 
 def in_use(path: Path) -> IO[bytes]:
-    """The file, open and locked until this process ends: the one that others find under that name."""
+    """Open and lock a file until this process ends, making sure that others find this file under its name."""
     while True:
         used = open(path, "ab")  # noqa: SIM115
         fcntl.flock(used, fcntl.LOCK_SH)
@@ -63,15 +63,15 @@ def in_use(path: Path) -> IO[bytes]:
 
 
 def stands(file: IO[bytes], path: Path) -> bool:
-    """Whether an open file is still what lies under its name: another may have removed it before the lock."""
+    """Whether an open file still has its name: another process may have removed it before it was locked."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     return False
 
 
 def written(place: Path, arrays: Arrays) -> None:
-    """A folder of .npy files, beside and then renamed. OSError: no room."""
-    aside = place.with_suffix(".aside")  # of one process at a time; a killed one may have left it
+    """Write a folder of .npy files, under another name and then renamed. Raises OSError: no space."""
+    aside = place.with_suffix(".aside")  # used by one process at a time; a killed one may have left it
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
@@ -89,7 +89,7 @@ def left(used: IO[bytes], folder: Path) -> None:
 
 
 def unused_removed(folder: Path) -> None:
-    """Remove the arrays that no process uses. What a process has mapped stays its own until it ends."""
+    """Remove arrays that no process uses. Arrays that a process has mapped stay valid until it ends."""
     for path in folder.glob("*.used"):
         with open(path, "ab") as used, suppress(BlockingIOError):
             fcntl.flock(used, fcntl.LOCK_EX | fcntl.LOCK_NB)

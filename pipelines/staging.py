@@ -1,10 +1,10 @@
-"""A set's files on a node's own disk: copied once a node before training starts, and read in their place.
+"""Copy a set's files to a node's own disk, once per node before training starts, and read the copies.
 
     python -m pipelines.staging '$TMPDIR' 'train-*.beton' -- lvssl pretrain --data 'train-*.beton' ...
 
-Of the processes on a node the first copies and the others wait. What was copied before a kill is kept.
-Settings and results name the shared files as ever: a copy stands for the file whose path, size and date it
-has. Where there is no room, or no such folder, a line says so and the shared files are read.
+The first process of a node copies while the others wait. Finished copies survive a kill. Settings and results
+still name the shared files: a copy stands for the file with the same path, size and date. If the folder
+doesn't exist or has no space, a message says so and the shared files are read.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import IO
 from pipelines.amounts import size_text
 from pipelines.lock import lock
 
-STAGED = "LVSSL_STAGED"  # the variable that names the folder of this node's copies
-BLOCK = 1 << 26  # bytes that are copied, or lost to a kill, together
-WAIT = 0.2  # seconds between two looks at the lock
+STAGED = "LVSSL_STAGED"  # the environment variable with the folder of this node's copies
+BLOCK = 1 << 26  # bytes copied at a time, and the most that a kill loses
+WAIT = 0.2  # seconds between two attempts to lock
 
 
 def near(path: Path) -> Path:
-    """The copy of a file on this node; the file itself where there is none."""
+    """The copy of a file on this node, or the file itself if there is none."""
     if folder := os.environ.get(STAGED):
         try:
             copy = _place(Path(folder), path)
@@ -40,10 +40,10 @@ def near(path: Path) -> Path:
 
 
 def stage(to: str, files: Iterable[Path]) -> None:
-    """Copy files to a folder of this node, in which `near` finds them from now on.
+    """Copy files to a folder of this node, where `near` then finds them.
 
-    `to` may have variables of the environment in it. Nothing is raised: what can't be copied is read where it
-    lies, and the first process of a node says so.
+    `to` may contain environment variables. Nothing is raised: files that can't be copied are read from their
+    original place, and the first process of a node says so.
     """
     files, folder = list(files), Path(os.path.expandvars(to))
     try:
@@ -70,7 +70,7 @@ def _say(text: str) -> None:
 
 
 def _place(folder: Path, path: Path) -> Path:
-    """Where the copy of a file belongs: another one once the file has changed."""
+    """The path for a file's copy, which changes if the file changes."""
     status = path.stat()
     key = f"{path.absolute()} {status.st_size} {status.st_mtime_ns}"
     return folder / f"{path.stem}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}{path.suffix}"
@@ -85,7 +85,7 @@ def _wait_for(held: IO, folder: Path) -> None:
 
 
 def _copy_all(files: list[Path], folder: Path) -> int:
-    """Copy what isn't there, and return its bytes. Raises OSError, too if there is no room for all of it."""
+    """Copy missing files, and return the bytes copied. Raises OSError, also if there isn't space for all."""
     missing = [(path, copy) for path in files if not (copy := _place(folder, path)).exists()]
     halves = [half for _, copy in missing if (half := _half(copy)).exists()]
     needed = sum(path.stat().st_size for path, _ in missing) - sum(half.stat().st_size for half in halves)
@@ -106,9 +106,9 @@ def _half(copy: Path) -> Path:
 
 
 def _copy(path: Path, copy: Path) -> None:
-    """Go on with the copy of a file, hold it against the digests of what was read, and rename it.
+    """Resume the copy of a file, compare it with the digests of what was read, and rename it.
 
-    Raises OSError: it can't be read or written, has changed meanwhile, or the copy isn't the same.
+    Raises OSError if it can't be read or written, has changed meanwhile, or the copy differs.
     """
     half, notes = _half(copy), copy.with_name(f"{copy.name}.digests")
     before = path.stat()
@@ -138,7 +138,7 @@ def _copy(path: Path, copy: Path) -> None:
 
 
 def _pieces(file: IO[bytes], size: int) -> Iterator[bytes]:
-    """The rest of a file, `size` bytes at a time; the last may be shorter."""
+    """Yield the rest of a file, `size` bytes at a time; the last piece may be shorter."""
     return iter(lambda: file.read(size), b"")
 
 

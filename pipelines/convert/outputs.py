@@ -198,7 +198,7 @@ class TarOutput:
         self._finish_tar()
 
     def changed(self) -> str | None:
-        """Which part of the finished tars, except for their images, isn't what was written; None if all is."""
+        """Which part of the finished tars, their images aside, isn't what was written; None if all is."""
         for name, size in self.finished:
             path = self.part / name
             if not path.is_file() or path.stat().st_size != size:

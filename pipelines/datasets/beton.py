@@ -1,4 +1,4 @@
-"""Betons, one or many, as one set of images: their layout, their names, and the bytes in them."""
+"""One or several betons as one set of images: their layout, their names, and the bytes in them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from pipelines.formats.openfiles import OpenFiles
 
 
 def open_betons(path: str | Path) -> tuple[list[BetonFile], dict[str, Any]]:
-    """The betons that a path means, in order, targets under the names of their manifests; and the manifest of
-    the first, empty where there is none. "classes" is that of all parts.
+    """The betons that a path names, in order, with targets named as in their manifests; and the manifest of
+    the first, which is empty if there is none. Its "classes" cover all parts.
 
     Raises:
-        InputError: one is missing, damaged, or of another conversion than the first; it is named.
+        InputError: a beton is missing, damaged, or from a different conversion than the first; names the
+        beton.
     """
     betons, heads = [], []
     for file in parts_of(path):
@@ -42,7 +43,7 @@ def open_betons(path: str | Path) -> tuple[list[BetonFile], dict[str, Any]]:
 
 
 def _other(first: dict[str, Any], head: dict[str, Any]) -> str:
-    """What tells a part of another conversion from the first; empty where nothing does."""
+    """How a part differs from the conversion of the first; empty if it doesn't."""
     if not first or not head:
         return "" if not first and not head else f"{'it' if first else 'that'} has no manifest"
     ours, theirs = ([str(name) for name in each.get("classes", ())] for each in (first, head))
@@ -67,7 +68,7 @@ def _other_content(first: BetonFile, beton: BetonFile) -> str:
 
 
 def stored_names(path: str | Path) -> list[str] | None:
-    """Where each image of a converted set came from, by the manifests; None where one lacks it."""
+    """The source of each image of a converted set, from the manifests; None if one lacks it."""
     names: list[str] = []
     for file in files_of(path):
         if not manifest_path(file).is_file():
@@ -77,7 +78,7 @@ def stored_names(path: str | Path) -> list[str] | None:
 
 
 def open_beton_source(path: str | Path) -> Dataset:
-    """Betons' images as they came: JPEG bytes, or pixels. Names and classes as in their manifests."""
+    """Betons' images as they are stored: JPEG bytes, or pixels. Names and classes are the manifests'."""
     betons, manifest = open_betons(path)
     bytes_of, ends = reader_of(betons), np.cumsum([beton.count for beton in betons])
     names = stored_names(path) or [f"{b.path.name}:{index}" for b in betons for index in range(b.count)]
@@ -101,7 +102,7 @@ def open_beton_source(path: str | Path) -> Dataset:
 
 
 def reader_of(betons: list[BetonFile]) -> Any:
-    """(part, index) -> the bytes of an image, from any thread."""
+    """Return a function (part, index) -> bytes of an image, which any thread may call."""
     files = OpenFiles()  # an array job can have more parts than a process may open files
 
     def bytes_of(part: int, index: int) -> bytes:

@@ -1,4 +1,4 @@
-"""What columns of a table (or fields of a tar's samples) are called, and how classes are written in them."""
+"""Names of the columns of a table (or the fields of a tar's samples), and the forms of classes in them."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "pixel_va
 PATHS = ("path", "file", "filename", "file_name", "image", "image_path", "filepath", "file_path", "img_path")
 LABELS = ("label", "labels", "target", "class", "cls", "class_id", "fine_label")
 RESERVED = ("image", "label")  # the names of a beton's other fields
-NONE = "none"  # as --label-column: no labels
+NONE = "none"  # the --label-column that means: no labels
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names that the user gives; None: the usual ones."""
+    """Column names given by the user; None: the usual names."""
 
     image: str | None = None
     label: str | None = None
-    targets: tuple[str, ...] | None = None  # None: every column that has a number in each row
+    targets: tuple[str, ...] | None = None  # None: every column with a number in each row
 
     def check(self) -> None:
-        """Raises InputError for a target that can't have its name."""
+        """Raise InputError for a target that can't have its name."""
         for name in self.targets or ():
             if not name or name in RESERVED:
                 raise InputError(f"--targets {name}: a target can't have this name; rename the column")
 
     def image_among(self, names: Iterable[str], usual: Sequence[str], where: str) -> str | None:
-        """The column of the images or paths. Raises InputError if there is none of the name given."""
+        """The column of the images or paths. Raises InputError if the named one doesn't exist."""
         return _find(list(names), usual, self.image, "--image-column", where)
 
     def label_among(self, names: Iterable[str], where: str) -> str | None:
-        """The column of the classes; None: there is none. Raises InputError as `image_among`."""
+        """The column of the classes, or None if there is none. Raises InputError like `image_among`."""
         names = list(names)
         if self.label == NONE:
             return None
@@ -51,7 +51,7 @@ USUAL = Columns()
 
 
 def unused(names: Iterable[str]) -> list[str]:
-    """A note of columns that aren't read."""
+    """A note that lists columns that aren't read."""
     names = [name for name in names if name]
     return [in_short("left out, columns; numbers can be stored by --targets", names)] if names else []
 
@@ -66,7 +66,7 @@ def _find(names: list[str], usual: Sequence[str], given: str | None, option: str
 
 
 def as_text(value: Any) -> str:
-    """A class as it is written, "" for none; whole floats as integers. Raises ValueError for a list."""
+    """A class as it is written, "" for none; whole floats become integers. Raises ValueError for a list."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float) and value.is_integer():
@@ -79,10 +79,11 @@ def as_text(value: Any) -> str:
 def numbered(
     texts: Sequence[str], where: str, name_of: Callable[[int], str], mixed: bool = True
 ) -> tuple[np.ndarray, list[str] | None]:
-    """Classes as they are written -> numbers, int64 [N], and names, sorted, where they aren't numbers.
+    """Convert written classes to numbers, int64 [N], and sorted names, or None if they are numbers already.
 
-    NO_LABEL everywhere if all are empty. `mixed`: numbers beside names are names, too. Raises InputError,
-    naming the row: no class, though others have one; over 64 bits; fractions; a name among numbers.
+    All are NO_LABEL if all are empty. `mixed`: numbers among names count as names. Raises InputError, naming
+    the row: a class is missing where others have one, exceeds 64 bits, is a fraction, or is a name among
+    numbers.
     """
     count = len(texts)
     empty = next((row for row, text in enumerate(texts) if not text), None)
@@ -126,7 +127,7 @@ def _whole(text: str) -> int:
 
 
 def finite(value: Any) -> float | None:
-    """A number, or text that is one, as a float; None where it isn't, or isn't finite."""
+    """Convert a number, or the text of one, to a float; None if it isn't a number, or isn't finite."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):

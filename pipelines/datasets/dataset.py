@@ -1,4 +1,4 @@
-"""`Dataset`: the form that each kind of image set is brought to, and the checks of its labels."""
+"""`Dataset`, the common form of all image sets, and the checks of its labels."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pipelines.formats.beton import NO_LABEL
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images, not yet read, with their labels. `read` may be called from several threads at once."""
+    """Images, read on demand, with their labels. `read` may be called from several threads at once."""
 
-    names: Sequence[str]  # where each image comes from, for messages and the manifest
-    labels: np.ndarray  # int64 [N], 0 <= label < len(classes); all NO_LABEL in a set without labels
-    classes: list[str]  # none in a set without labels
+    names: Sequence[str]  # the source of each image, for messages and the manifest
+    labels: np.ndarray  # int64 [N], 0 <= label < len(classes); all NO_LABEL in an unlabelled set
+    classes: list[str]  # empty in an unlabelled set
     read: Callable[[int], bytes | np.ndarray]  # an image file's bytes, or uint8 [H, W] or [H, W, 3]
-    split: str | None  # None where the source has none
-    targets: dict[str, np.ndarray] = field(default_factory=dict)  # float64 [N] each, to be regressed
-    libraries: dict[str, str] = field(default_factory=dict)  # versions of what was needed beyond Pillow
-    notes: list[str] = field(default_factory=list)  # what the user should know: an empty class folder
+    split: str | None  # None if the source has no splits
+    targets: dict[str, np.ndarray] = field(default_factory=dict)  # float64 [N] each, regression targets
+    libraries: dict[str, str] = field(default_factory=dict)  # versions of the libraries used besides Pillow
+    notes: list[str] = field(default_factory=list)  # messages for the user, such as an empty class folder
     size_of: Callable[[int], int] | None = (
-        None  # bytes of an image file, where that is known without reading it
+        None  # size of an image file in bytes, if it is known without reading the file
     )
 
 
@@ -38,8 +38,8 @@ def labelled(
     split: str | None,
     libraries: dict[str, str] | None = None,
 ) -> Dataset:
-    """A Dataset whose labels are checked against its classes; classes without names are numbered, and
-    there are none where all labels are NO_LABEL."""
+    """Build a Dataset, checking its labels against its classes. Classes without names are numbered; there are
+    none if all labels are NO_LABEL."""
     if len(labels) == 0:
         raise InputError(f"{source}: no image in it")
     if (labels == NO_LABEL).all():
@@ -47,18 +47,18 @@ def labelled(
     else:
         check_labels(source, labels, classes, names.__getitem__)
         classes = classes or [str(number) for number in range(int(labels.max()) + 1)]
-    size_of = getattr(read, "size_of", None)  # a tar's reader knows it
+    size_of = getattr(read, "size_of", None)  # readers of tars have it
     return Dataset(names, labels, classes, read, split, libraries=libraries or {}, size_of=size_of)
 
 
 def class_counts(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Images of each class, int64 [classes]; images without a label are of none."""
+    """Images per class, int64 [classes]; images without a label aren't counted."""
     return np.bincount(labels[labels != NO_LABEL], minlength=classes)
 
 
 def of_classes(source: Dataset, names: Sequence[str]) -> np.ndarray:
-    """Positions of the images of the classes named, of all without names, int64, ascending. Raises
-    InputError for a class that the source lacks or that has no image."""
+    """Positions of the images of the named classes (all images if no class is named), int64, ascending.
+    Raises InputError for a class that doesn't exist or has no image."""
     if not names:
         return np.arange(len(source.labels))
     numbers = [number for number, name in enumerate(source.classes) if name in names]
@@ -71,18 +71,18 @@ def of_classes(source: Dataset, names: Sequence[str]) -> np.ndarray:
 
 
 def evenly_spaced(count: int, most: int) -> np.ndarray:
-    """Positions of all of `count` things or of `most` of them, the first and the last among them, int64."""
+    """Positions of `count` items, or of `most` of them, including the first and the last, int64."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
 
 
-BELIEVED = 25_000  # classes without names, however few images: ImageNet-21k's and more
+BELIEVED = 25_000  # accepted number of classes without names, however few images: above ImageNet-21k's
 
 
 def check_labels(
     source: str, labels: np.ndarray, classes: Sequence[str] | None, name_of: Callable[[int], str]
 ) -> None:
-    """Raise InputError, naming the image, for a negative label, one without a class name where there are
-    names, or one that makes more classes than can be meant: over BELIEVED, and more than there are images."""
+    """Raise InputError, naming the image, for a negative label, a label without a class name if classes have
+    names, or an implausible number of classes: over BELIEVED, and more than there are images."""
     if labels.min() < 0:
         where = name_of(int(labels.argmin()))
         raise InputError(f"{source}: {where} has label {labels.min()}; labels are numbers from 0")
@@ -103,8 +103,8 @@ def check_labels(
 def by_name(
     labels: np.ndarray, classes: Sequence[str], wanted: Sequence[str], source: str, where: str
 ) -> np.ndarray:
-    """Labels int64 [N] of `classes` as numbers of the same names in `wanted`. Raises InputError, with the
-    list, if a class that has images isn't among these."""
+    """Renumber labels int64 [N] of `classes` to the numbers of the same names in `wanted`. Raises InputError,
+    listing them, if classes that have images aren't in `wanted`."""
     number = {name: i for i, name in enumerate(wanted)}
     strange = [classes[label] for label in np.unique(labels) if classes[label] not in number]
     if strange:
@@ -114,5 +114,5 @@ def by_name(
 
 
 def numbers_alone(classes: list[str] | None) -> bool:
-    """Whether these are no names: 0, 1, 2 ..., as a conversion writes them where it knows none."""
+    """Whether classes are only numbers 0, 1, 2 ..., which a conversion writes if it knows no names."""
     return classes is None or all(name == str(number) for number, name in enumerate(classes))

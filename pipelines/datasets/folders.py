@@ -1,4 +1,4 @@
-"""Folders of image files: listed, told apart into splits and classes, and read."""
+"""Folders of image files: list them, recognise splits and classes, and read them."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from pipelines.formats.beton import NO_LABEL
 
 
 def unlabelled_images(folder: Path) -> Dataset:
-    """Every image file under a folder, named and sorted by its path there, with notes of what is left out.
+    """All image files under a folder, named and sorted by their paths there, with notes of what is left out.
 
-    Known by their extensions, in any case, or else by their first bytes. Raises InputError if there is no
-    such folder or no image in it.
+    Images are recognised by their extensions, in any case, or by their first bytes. Raises InputError if the
+    folder doesn't exist or has no image in it.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
@@ -69,7 +69,7 @@ def _begins_as_image(path: Path) -> bool:
 
 
 class FolderTree:
-    """A folder on disk for `layout_of`."""
+    """A folder on disk, as a tree for `layout_of`."""
 
     def __init__(self, top: str | Path):
         self._top = str(top)
@@ -96,7 +96,7 @@ class FolderTree:
 
 
 def _scanned(folder: str) -> Iterator[os.DirEntry[str]]:
-    """What lies in a folder. Raises InputError, naming it, if that can't be read."""
+    """The entries of a folder. Raises InputError, naming the folder, if it can't be read."""
     try:
         with os.scandir(folder) as entries:
             yield from entries
@@ -105,17 +105,17 @@ def _scanned(folder: str) -> Iterator[os.DirEntry[str]]:
 
 
 def _files_under(top: Path, left: LeftOut) -> list[str]:
-    """Paths, relative to it, of the files below a folder, sorted by their parts; links are followed, but
-    never in a circle. What systems have left there is added to `left` instead."""
+    """Relative paths of the files below a folder, sorted by their parts. Links are followed, but not in a
+    circle. Files left by operating systems are added to `left` instead."""
     found: list[list[str]] = []
-    folders: list[tuple[list[str], bool]] = [([], False)]  # and whether a link led there
+    folders: list[tuple[list[str], bool]] = [([], False)]  # path, and whether a link led there
     seen: dict[tuple[int, int], bool] = {}
     while folders:
         above, linked = folders.pop()
         here = "/".join([str(top), *above])
         status = os.stat(here)
         number = status.st_dev, status.st_ino
-        # Some file systems number folders alike, so that only a link tells of a circle.
+        # Some file systems give several folders the same number, so a circle must include a link.
         if number in seen and (linked or seen[number]):
             continue
         seen[number] = linked
@@ -133,7 +133,7 @@ def _files_under(top: Path, left: LeftOut) -> list[str]:
 
 
 def read_regular(path: str, most: int | None = None) -> bytes:
-    """The bytes of a file, or the first of them; a named pipe, which might never give any, is refused."""
+    """Read a file, or its first `most` bytes; refuses a named pipe, which might never return any."""
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         status = os.fstat(number)
@@ -142,15 +142,16 @@ def read_regular(path: str, most: int | None = None) -> bytes:
         size = status.st_size if most is None else min(most, status.st_size)
         data = os.read(number, size)
         while len(data) < size and (more := os.read(number, size - len(data))):
-            data += more  # a network's file system may give less than what was asked for
+            data += more  # network file systems may return less than was asked for
         return data
     finally:
         os.close(number)
 
 
 def class_folders(folder: Path, split: str | None) -> Dataset:
-    """torchvision's ImageFolder layout, see `layout`, or images without labels. Every file in a class folder
-    counts as an image: one that is none is refused by name later, not skipped in silence."""
+    """A folder in torchvision's ImageFolder layout (see `layout`), or images without labels. Every file in a
+    class folder counts as an image; one that isn't an image is reported by name later, not skipped
+    silently."""
     layout = layout_of(FolderTree(folder), str(folder), split)
     top = folder / layout.base
     if not layout.classes:
@@ -183,8 +184,8 @@ def class_folders(folder: Path, split: str | None) -> Dataset:
 def as_laid_out(
     opened: Dataset, layout: Layout, counts: Sequence[int], left: list[str], where: str
 ) -> Dataset:
-    """A source of class folders with its notes, numbered as the training images are. `counts`: of each class;
-    `left`: notes of what else is left out."""
+    """Add notes to a dataset of class folders, and number its classes like the training images'. `counts`:
+    images per class; `left`: notes of what else is left out."""
     empty = [f"class folder {name} is empty" for name, count in zip(layout.classes, counts) if not count]
     opened = replace(opened, notes=[*empty, *layout.notes, *left])
     if layout.train is None:
@@ -195,9 +196,9 @@ def as_laid_out(
 def files_of_split(
     source: str | Path, files: list[Path], split: str | None, strict: bool = True, top: Path | None = None
 ) -> tuple[list[Path], str | None, list[str]]:
-    """Files of one split, by their names (train-00000-of-00002.parquet), or by their paths below `top`
-    (train/0000.parquet); the split, None where no name says one; and notes of what is left out or missing.
-    `strict` refuses a split that no name says."""
+    """Select the files of one split by their names (train-00000-of-00002.parquet), or by their paths below
+    `top` (train/0000.parquet). Returns the files; the split, or None if no name states one; and notes of what
+    is left out or missing. `strict` refuses a split that no name states."""
     name_of = {path: path.name if top is None else path.relative_to(top).as_posix() for path in files}
     of_split: dict[str, list[Path]] = {}
     for path in files:

@@ -1,4 +1,4 @@
-"""MNIST's format, idx, gzipped or not: torchvision reads it too, but only in folders it laid out itself."""
+"""MNIST's idx format, gzipped or not. (torchvision reads it only in folders that it has laid out itself.)"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_idx(folder: Path) -> bool:
 
 
 def open_idx(folder: Path, split: str | None) -> Dataset:
-    """Train (also where `split` is None) or test. Raises InputError."""
+    """Open the training images (also if `split` is None) or the test images. Raises InputError."""
     prefix = {"train": "train", "test": "t10k"}.get(split or "train")
     if prefix is None:
         raise InputError(f"{folder}: has no split '{split}', only train and test")
@@ -36,7 +36,7 @@ def open_idx(folder: Path, split: str | None) -> Dataset:
 
 
 def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
-    """Big-endian: 0, 0, 8 (uint8), number of dimensions, u4 lengths, then the values."""
+    """Read a big-endian file: 0, 0, 8 (uint8), number of dimensions, u4 lengths, then the values."""
     path = next((folder / (name + end) for end in ("", ".gz") if (folder / (name + end)).is_file()), None)
     if path is None:
         raise InputError(f"{folder}: no file {name}.gz")

@@ -1,4 +1,4 @@
-"""What is known of ImageNet, and of class orders at large: the checks before hours of work."""
+"""Checks of ImageNet, and the order of classes in any set, before hours of work are spent on them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
 def remarks(source: Dataset) -> list[str]:
-    """What an ImageNet should have and this one hasn't; nothing if it is no ImageNet."""
+    """How a source that looks like ImageNet differs from it; empty if it matches, or isn't ImageNet."""
     if not source.classes or not all(_WNID.fullmatch(name) for name in source.classes):
         return []
     found = []
@@ -37,7 +37,7 @@ def remarks(source: Dataset) -> list[str]:
 
 
 def in_order_of(source: Dataset, path: Path) -> Dataset:
-    """The same with its classes in the order that a manifest, or a text file with a name a line, gives."""
+    """Put the classes in the order given by a manifest, or by a text file with one name per line."""
     names = names_in(path, "classes") if path.suffix == ".json" else _lines(path)
     if names is None:
         raise InputError(f"{path}: no manifest with classes")
@@ -47,7 +47,7 @@ def in_order_of(source: Dataset, path: Path) -> Dataset:
 
 
 def renumbered(source: Dataset, classes: Sequence[str], where: str | Path) -> Dataset:
-    """Labels renumbered by the names of their classes. Raises InputError if one isn't among `classes`."""
+    """Renumber labels by the names of their classes. Raises InputError if one isn't among `classes`."""
     number = {name: i for i, name in enumerate(classes)}
     strange = [name for name in source.classes if name not in number]
     if strange:
@@ -67,12 +67,12 @@ def renumbered(source: Dataset, classes: Sequence[str], where: str | Path) -> Da
 
 
 def names_in(manifest: Path, entry: str) -> list[str] | None:
-    """An entry of a manifest that is a list of names; None where there is none. Raises as `content_of`."""
+    """An entry of a manifest that is a list of names; None if there is none. Raises like `content_of`."""
     return names_among(content_of(manifest), entry)
 
 
 def names_among(content: dict[str, Any], entry: str) -> list[str] | None:
-    """An entry that is a list of names; None where there is none."""
+    """An entry that is a list of names; None if there is none."""
     try:
         return [str(name) for name in content[entry]]
     except (KeyError, TypeError):
@@ -90,7 +90,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def is_validation_name(name: str) -> bool:
-    """Whether a path is that of a validation image in no class folder."""
+    """Whether a path is that of a validation image outside any class folder."""
     found = re.search(r"(?:(n\d{8})/|/|^)ILSVRC2012_val_\d+\.JPEG$", name)
     return found is not None and found.group(1) is None
 
@@ -102,10 +102,10 @@ def validation_number(name: str) -> int:
 
 
 def ground_truth(tar: Path, devkit: Path | None) -> tuple[list[str], np.ndarray]:
-    """(wnids sorted as class folders are, label of each validation image), from the devkit.
+    """(wnids in the order of class folders, label of each validation image), from the devkit.
 
-    The devkit's file numbers classes by its own ILSVRC2012_ID, 1 to 1,000, which is not the order of the
-    wnids: meta.mat says which is which. Without `devkit` it is looked for beside the tar.
+    The devkit's file numbers classes by its own ILSVRC2012_ID, 1 to 1,000, which isn't the order of the
+    wnids; meta.mat relates the two. Without `devkit` it is searched for next to the tar.
     """
     devkit = devkit or next(iter(sorted(tar.parent.glob("ILSVRC2012_devkit*"))), None)
     if devkit is None:
@@ -137,7 +137,7 @@ def _devkit_files(devkit: Path) -> dict[str, bytes]:
 
 
 def _wnids(meta: bytes) -> dict[int, str]:
-    """{ILSVRC2012_ID: wnid} of the leaves: meta.mat also holds 676 synsets above them."""
+    """{ILSVRC2012_ID: wnid} of the leaf classes; meta.mat also holds 676 synsets above them."""
     from scipy.io import loadmat
 
     synsets: Any = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]

@@ -1,9 +1,9 @@
-"""Which folders of a tree are classes, splits, or neither: one reading for folders on disk and those in tars.
+"""Which folders of a tree are classes, splits, or neither; the same rules for folders on disk and in tars.
 
-CLASS/IMAGE.jpg, SPLIT/CLASS/IMAGE.jpg, or either below a folder that is alone at the top. Whatever lies
-deeper in a class folder belongs to that class. Splits are found in any case (Train, TESTING, val, unlabeled)
-where at least two of them stand beside each other, where there is nothing else, or where the one has class
-folders in it and its neighbours have no images: so a class of the name `train` remains one.
+The layout is CLASS/IMAGE.jpg, SPLIT/CLASS/IMAGE.jpg, or either of them below a single top-level folder. Files
+deeper in a class folder belong to that class. Splits are recognised in any case (Train, TESTING, val,
+unlabeled) if at least two of them are next to each other, if there is nothing else, or if one has class
+folders and its neighbours have no images; a class named `train` therefore remains a class.
 """
 
 from __future__ import annotations
@@ -15,39 +15,40 @@ from typing import Protocol
 from pipelines.datasets.recognise import UNLABELLED, in_short, split_of_folder
 from pipelines.errors import InputError
 
-DEEPEST = 8  # folders that lie in each other alone, above the classes
+DEEPEST = 8  # levels of single folders that are searched above the classes
 
 
 class Tree(Protocol):
-    """Folders by their paths, which end with a slash; the top is "". What systems leave isn't in it."""
+    """Folders, named by their paths, which end with a slash; the top is "". It omits system files."""
 
     def folders(self, at: str) -> list[str]:
-        """Names of the folders right in this one, sorted."""
+        """Names of the folders directly in this one, sorted."""
 
     def files(self, at: str) -> list[str]:
-        """Names of the files right in this one, sorted."""
+        """Names of the files directly in this one, sorted."""
 
     def has_images(self, at: str) -> bool:
-        """Whether images, by their names, lie right in it."""
+        """Whether files with image names are directly in it."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the classes are."""
+    """The location of the classes."""
 
     base: str  # the folder that holds the class folders
-    classes: list[str]  # their names, sorted; none: the images below `base` have no labels
+    classes: list[str]  # class names, sorted; none: the images below `base` have no labels
     split: str | None
-    has_splits: bool = False  # the base is a split's folder
-    train: list[str] | None = None  # the classes of the training images, where these are of another split
+    has_splits: bool = False  # whether the base is the folder of a split
+    train: list[str] | None = None  # the classes of the training images, if these are in another split
     train_base: str = ""
     notes: list[str] = field(default_factory=list)  # what is left out
 
 
 def layout_of(tree: Tree, where: str, asked: str | None, named: str | None = None) -> Layout:
-    """Find classes and split. `asked` is what the user wants; `named`, what the name of a tar says.
+    """Find classes and split. `asked`: the split that the user wants; `named`: the one that a tar's name
+    states.
 
-    Raises InputError: no such split; two folders for the same.
+    Raises InputError if the split doesn't exist, or if two folders are the same split.
     """
     base = _below_lone_folders(tree)
     names = tree.folders(base)
@@ -80,9 +81,10 @@ def layout_of(tree: Tree, where: str, asked: str | None, named: str | None = Non
 
 
 def choose_split(where: str, present: Mapping[str, Sequence[str]], split: str | None) -> tuple[str, str]:
-    """The key under which a split lies in {split: names}, and the split; left out: train, or the only one.
+    """The key of a split in {split: names}, and the split. If None is given: train, or the only one.
 
-    Validation images serve as test images where there are no others. Raises InputError: none such.
+    Validation images serve as test images if there are no others. Raises InputError if the split doesn't
+    exist.
     """
     known = [name for name in present if name != UNLABELLED]
     if split is None:
@@ -95,14 +97,14 @@ def choose_split(where: str, present: Mapping[str, Sequence[str]], split: str | 
 
 
 def _below_lone_folders(tree: Tree) -> str:
-    """The folder to look for classes or splits in: a tar of `set/` has them below that one."""
+    """The folder to search for classes or splits; in a tar of `set/`, that folder."""
     base = here = ""
     for _ in range(DEEPEST):
         folders = tree.folders(here)
         if len(folders) != 1 or split_of_folder(folders[0]) or tree.has_images(here):
             break
         here = f"{here}{folders[0]}/"
-        if tree.has_images(here):  # a class
+        if tree.has_images(here):  # a class folder
             break
         below = tree.folders(here)
         if len(below) > 1 or (below and split_of_folder(below[0])):
@@ -111,7 +113,7 @@ def _below_lone_folders(tree: Tree) -> str:
 
 
 def _splits(tree: Tree, base: str, names: list[str], asked: str | None) -> dict[str, list[str]]:
-    """{split: the folders of its name}; empty if these are classes."""
+    """{split: folders of that name}; empty if the folders are classes."""
     found: dict[str, list[str]] = {}
     for name in names:
         if split := split_of_folder(name):
@@ -128,7 +130,7 @@ def _splits(tree: Tree, base: str, names: list[str], asked: str | None) -> dict[
 
 
 def _inner(tree: Tree, at: str) -> str:
-    """train/train/CLASS, as some archives unpack: the inner one."""
+    """The inner folder of train/train/CLASS, a form in which some archives unpack."""
     folders = tree.folders(at)
     return f"{at}{folders[0]}/" if len(folders) == 1 and split_of_folder(folders[0]) else at
 

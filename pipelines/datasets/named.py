@@ -1,4 +1,4 @@
-"""Data sets that go by a name: torchvision's, and the one that scikit-learn ships."""
+"""Data sets that are opened by name: torchvision's, and the digits that scikit-learn includes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DIGITS_TEST = 500  # of 1,797
 
 
 def open_torchvision(name: str, split: str | None, root: Path) -> Dataset:
-    """Any torchvision class that tells train from test by `train=` or `split=`, downloaded if need be."""
+    """Open a torchvision class that selects its split by `train=` or `split=`; downloads it if necessary."""
     import torchvision
 
     cls: Any = getattr(torchvision.datasets, name, None)
@@ -31,9 +31,9 @@ def open_torchvision(name: str, split: str | None, root: Path) -> Dataset:
     try:
         try:
             images = cls(root, download=False, **which)
-        except RuntimeError:  # torchvision's way to say that it isn't there yet
+        except RuntimeError:  # how torchvision says that it hasn't been downloaded yet
             images = cls(root, download=True, **which)
-    except Exception as error:  # whatever the network, the archive or the class itself raises
+    except Exception as error:  # any error of the network, the archive or the class itself
         raise InputError(
             f"torchvision:{name}: could not be loaded from or downloaded to {root} ({first_line(error)})"
         ) from error
@@ -62,7 +62,7 @@ def open_torchvision(name: str, split: str | None, root: Path) -> Dataset:
 
 
 def open_sklearn(name: str, split: str | None) -> Dataset:
-    """scikit-learn's digits: 0..16 -> 0..255; the split is the same everywhere and for ever."""
+    """scikit-learn's digits, 0..16 scaled to 0..255; the split is fixed, on every machine."""
     if name != "digits":
         raise InputError(f"sklearn:{name}: unknown; the one that scikit-learn ships is sklearn:digits")
     if split == "validation":
@@ -70,7 +70,7 @@ def open_sklearn(name: str, split: str | None) -> Dataset:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    # RandomState is frozen; NumPy may change what a Generator draws from one release to the next.
+    # RandomState's stream is frozen, whereas NumPy may change a Generator's draws between releases.
     order = np.random.RandomState(0).permutation(len(digits.target))
     rows = order[-DIGITS_TEST:] if split == "test" else order[:-DIGITS_TEST]
     images = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)

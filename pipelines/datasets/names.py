@@ -1,4 +1,4 @@
-"""The names of a source's images, one behind the other: a Python string each is three times as much."""
+"""Image names, stored one after the other: a Python string for each would take three times the memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Names(Sequence[str]):
-    """Strings that can be appended, read and searched, and take their UTF-8 and 8 bytes each."""
+    """A sequence of strings that can be appended to, read and searched; each takes its UTF-8 and 8 bytes."""
 
     def __init__(self, names: Iterable[str] = ()):
         self._text, self._ends = bytearray(), array("Q", [0])
@@ -25,5 +25,5 @@ class Names(Sequence[str]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]  # from the end, if negative; IndexError beyond
+        index = range(len(self))[index]  # counts from the end if negative; raises IndexError beyond
         return self._text[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")

@@ -1,16 +1,16 @@
-"""Where images come from: each kind of source is brought to one form, `Dataset`.
+"""Open image sources of every kind as a `Dataset`.
 
 a folder of class folders     photos/cat/1.jpg, photos/dog/2.png ... (or photos/Train/cat/1.jpg), see `layout`
 ILSVRC2012's own tars         ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, or the folder that holds them
-WebDataset shards             a .tar, a folder of them, or train-{000000..000146}.tar, see `parts`
+WebDataset shards             a .tar, a folder of tars, or train-{000000..000146}.tar, see `parts`
 images without labels         loose in a folder or in tars, or the split `unlabeled`
-a tar of class folders        cat/1.jpg, dog/2.png ... in tars: read as if they had been unpacked
-another beton                 to make tars of it, or smaller images
+a tar of class folders        cat/1.jpg, dog/2.png ... in tars: read as if they were unpacked
+another beton                 to make tars or smaller images from it
 a table                       a .csv or .jsonl of paths, with labels and regression targets
 Hugging Face's tables         a .parquet or .arrow file, or a folder of them, see `parquet`
 idx files                     Debian's /usr/share/datasets/fashion-mnist, MNIST as it is published
 torchvision:NAME              a data set that torchvision knows (FashionMNIST, CIFAR10, SVHN ...)
-sklearn:digits                1,797 grey images of 8 x 8, always at hand
+sklearn:digits                1,797 grey images of 8 x 8, included with scikit-learn
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def open_dataset(
     devkit: str | Path | None = None,
     columns: Columns = USUAL,
 ) -> Dataset:
-    """Open a source in any of the forms above. `split` None means train where the source has splits.
+    """Open a source in any of the forms above. `split` None means train if the source has splits.
 
-    `root` is where torchvision keeps (or puts) its files. `classes`, a manifest or a text file, sets the
-    order of the classes: labels are renumbered by name. `devkit` is ImageNet's, for its validation tar.
-    `columns`: names of columns of tables and fields of tars' samples. What looks wrong without being so for
-    certain is said in `notes`. Raises InputError if there is nothing such, if the classes aren't those of
-    `classes`, or if a target that is asked for isn't there.
+    `root` is torchvision's download folder. `classes`, a manifest or a text file, sets the order of the
+    classes: labels are renumbered by name. `devkit` is ImageNet's, for its validation tar. `columns` names
+    columns of tables and fields of tars' samples. Suspicious findings that aren't certainly errors are listed
+    in `notes`. Raises InputError if the source doesn't exist, if its classes aren't those of `classes`, or if
+    a requested target doesn't exist.
     """
     if split is not None and split not in SPLITS:
         raise InputError(f"unknown split '{split}'; one of {', '.join(SPLITS)}")
@@ -83,7 +83,7 @@ def _open(source: str, split: str | None, root: Path, devkit: Path | None, colum
         raise InputError(f"{source}: no such folder or file{hint}")
     if is_idx(path):
         return open_idx(path, split)
-    # Tars come first: our own may have the rows of their manifest beside them, as a parquet file.
+    # Tars come first: ours may have a parquet file, with the rows of their manifest, next to them.
     loose = sorted(each for each in path.glob("*.tar") if not left_by_a_system(each.name))
     if shards := tars.of_imagenet(path, split) or loose:
         return _and_beside(path, tars.open_tars(source, _fetched(shards), split, devkit, columns))
@@ -95,7 +95,7 @@ def _open(source: str, split: str | None, root: Path, devkit: Path | None, colum
 def _open_files(
     source: str, files: list[Path], split: str | None, devkit: Path | None, columns: Columns
 ) -> Dataset:
-    """One file, or several of a kind as one set."""
+    """Open one file, or several of a kind as one set."""
     ends, path = {file.suffix.lower() for file in files}, files[0]
     for file in files:
         if not file.is_file():
@@ -117,7 +117,7 @@ def _open_files(
 
 
 def _fetched(files: list[Path]) -> list[Path]:
-    """The same. Raises InputError for the pointer that Git leaves in place of a large file."""
+    """Return the files. Raises InputError for a Git LFS pointer in place of a file."""
     for path in files:
         with open(path, "rb") as file:
             if file.read(len(LFS)) == LFS:
@@ -126,7 +126,7 @@ def _fetched(files: list[Path]) -> list[Path]:
 
 
 def _and_beside(folder: Path, opened: Dataset, files: Sequence[Path] = ()) -> Dataset:
-    """The same, and a note of the folders that lie beside its files: they aren't read."""
+    """Add a note of the folders next to its files, which aren't read."""
     read = {path.relative_to(folder).parts[0] for path in files}
     beside = [name for name in FolderTree(folder).folders("") if name not in read]
     more = [in_short("left out, folders beside these files", beside)] if beside else []

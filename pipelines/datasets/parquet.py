@@ -1,8 +1,8 @@
 """Tables with an image in each row: parquet files as on the Hugging Face Hub, and Arrow files as its library
 `datasets` saves them (`save_to_disk`).
 
-Where a folder holds them deeper down, the folders' names are splits: data/train-0.parquet, train/0.parquet,
-default/train/0.parquet. The images are in the column of a usual name, else in the only one that holds bytes.
+Where tables are in subfolders, the folders' names are splits: data/train-0.parquet, train/0.parquet,
+default/train/0.parquet. The image column has one of the usual names, or is the only one that holds bytes.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from pipelines.errors import InputError, first_line
 from pipelines.formats import jpeg
 
 ENDS = (".parquet", ".arrow")
-DEEPEST = 3  # folders between the one that is named and its tables
-ENTRIES = 100  # of a folder that are looked at: one of images may have millions
+DEEPEST = 3  # levels of folders between the given one and its tables
+ENTRIES = 100  # entries of a folder that are looked at: one of images may have millions
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The tables of a folder, or of those in it; empty if there are none. Raises InputError if they are
+    """The tables in a folder or its subfolders; empty if there are none. Raises InputError if they belong to
     several data sets."""
     if own := _tables(folder):
         return own
@@ -54,7 +54,7 @@ def _below(folder: Path, depth: int) -> list[Path]:
 
 
 def _tables(folder: Path) -> list[Path]:
-    """`datasets` keeps what it has computed in cache-*.arrow."""
+    """The tables right in a folder, without the cache-*.arrow files in which `datasets` keeps its results."""
     with os.scandir(folder) as entries:
         if not any(each.name.endswith(ENDS) for each in islice(entries, ENTRIES)):
             return []
@@ -75,7 +75,7 @@ def _folders(folder: Path) -> list[Path]:
 def open_tables(
     source: Path, files: list[Path], split: str | None, columns: Columns, top: Path | None = None
 ) -> Dataset:
-    """The rows of the tables of a split. `top`: the folder whose folders may be splits. Raises InputError."""
+    """The rows of a split's tables. `top`: the folder whose subfolders may be splits. Raises InputError."""
     import pyarrow as pa
 
     files, split, notes = files_of_split(source, files, split, top=top)
@@ -109,7 +109,7 @@ def _opened(path: Path) -> Any:
 
 
 class _Arrow:
-    """An Arrow file with those methods of a ParquetFile that are needed here; all is one row group."""
+    """An Arrow file with the methods of a ParquetFile that are needed here; it is one row group."""
 
     num_row_groups = 1
 
@@ -133,15 +133,15 @@ class _Arrow:
 
 @dataclass(frozen=True)
 class _Table:
-    """What is read of a table at once."""
+    """The parts of a table that are read at once."""
 
     path: Path
     name: str
-    image: str  # the column of the images
+    image: str  # name of the image column
     label: str | None
-    values: Any  # a pyarrow ChunkedArray, of the labels
-    classes: list[str] | None  # their names, where the file has them
-    lengths: list[int]  # rows of each row group
+    values: Any  # the labels, a pyarrow ChunkedArray
+    classes: list[str] | None  # class names, if the file has them
+    lengths: list[int]  # rows per row group
     targets: dict[str, np.ndarray]
     notes: list[str]
 
@@ -188,7 +188,7 @@ class _Table:
         return texts
 
     def numbers(self) -> np.ndarray:
-        """int64 [n], of a column of integers. Raises InputError, naming the row, if one doesn't fit."""
+        """int64 [n], for a column of integers. Raises InputError, naming the row, if one doesn't fit."""
         numbers = self.values.to_numpy()
         if len(numbers) and numbers.max() > np.iinfo(np.int64).max:
             raise InputError(f"{self.path}:{int(numbers.argmax())} has label {numbers.max()}, over 2^63")
@@ -196,7 +196,7 @@ class _Table:
 
 
 def _image_column(path: Path, schema: Any, columns: Columns) -> str:
-    """Raises InputError, with the list of the columns, if there is none, or one that holds no bytes."""
+    """Find the image column. Raises InputError, listing the columns, if none is found or it has no bytes."""
     name = columns.image_among(schema.names, IMAGES, str(path))
     holding = [each for each in schema.names if _holds_bytes(schema.field(each).type)]
     if name is None and len(holding) == 1:
@@ -223,7 +223,7 @@ def _holds_bytes(kind: Any) -> bool:
 
 
 def _targets(path: Path, file: Any, names: list[str], columns: Columns) -> dict[str, np.ndarray]:
-    """Columns of numbers, float64 [n]: those asked for, else all that have one in each row."""
+    """Numeric columns, float64 [n]: the requested ones, or all that have a number in each row."""
     found = {}
     for name in names if columns.targets is None else columns.targets:
         if name not in names:
@@ -246,7 +246,7 @@ def _is_numeric(kind: Any) -> bool:
 
 
 def _class_names(schema: Any, label: str | None) -> list[str] | None:
-    """As `datasets` writes them into the schema."""
+    """The class names that `datasets` writes into the schema, or None."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return [str(name) for name in features[label]["names"]]
@@ -255,9 +255,9 @@ def _class_names(schema: Any, label: str | None) -> list[str] | None:
 
 
 def _one_numbering(source: str, tables: list[_Table]) -> tuple[np.ndarray, list[str] | None]:
-    """Labels int64 [N] of all tables and their classes: in the order of the first table's, where it names
-    them. Raises InputError if another names a class that the first doesn't, or if some have names and others
-    none."""
+    """Labels int64 [N] of all tables and their classes, in the first table's order if it names them. Raises
+    InputError if another table names a class that the first one lacks, or if only some tables have class
+    names."""
     if not all(table.has_integers() for table in tables):
         texts = [text for table in tables for text in table.texts()]
         rows = [f"{table.name}:{row}" for table in tables for row in range(sum(table.lengths))]
@@ -278,17 +278,17 @@ def _one_numbering(source: str, tables: list[_Table]) -> tuple[np.ndarray, list[
 
 
 def _row_reader(tables: list[_Table]) -> Callable[[int], bytes]:
-    """index -> the image of that row."""
+    """Return a function index -> image of that row."""
     import pyarrow as pa
 
     groups = [(table, number) for table in tables for number in range(len(table.lengths))]
     lengths = [length for table in tables for length in table.lengths]
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    lock = threading.Lock()  # a ParquetFile is not for two threads at once
+    lock = threading.Lock()  # a ParquetFile isn't thread-safe
 
     opened = functools.lru_cache(maxsize=8)(_opened)
 
-    @functools.lru_cache(maxsize=8)  # a row group is read once for all its images
+    @functools.lru_cache(maxsize=8)  # so that a row group is read once for all its images
     def images_of(group: int) -> Any:
         table, number = groups[group]
         return opened(table.path).read_row_group(number, [table.image])[table.image]

@@ -1,8 +1,8 @@
-"""One set in many files: which files a path means, and what a series of them lacks.
+"""One set in many files: which files a path names, and which files a series lacks.
 
-train-*.beton                a pattern: its files by the numbers in their names, of which none may be missing
-train-{000000..000146}.tar   all numbers of a range; {a,b}: all names of a list
-parts.txt                    paths, one a line, relative to this file's folder
+train-*.beton                a pattern: matching files, ordered by the numbers in their names; none may be
+missing train-{000000..000146}.tar   all numbers of a range; {a,b}: all names of a list
+parts.txt                    paths, one per line, relative to the folder of this file
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 from pipelines.datasets.recognise import has_image_name
 from pipelines.errors import InputError
 
-_PART = re.compile(r"\.part-[0-9]+-of-[0-9]+(?=\.)")  # in the name of what `convert-beton --shard` writes
-_NUMBER = re.compile(r"(?<![0-9])(?<!-of-)([0-9]+)")  # in a name; not the count of the parts
+_PART = re.compile(r"\.part-[0-9]+-of-[0-9]+(?=\.)")  # in names that `convert-beton --shard` writes
+_NUMBER = re.compile(r"(?<![0-9])(?<!-of-)([0-9]+)")  # a number in a name, except the number of parts
 
 
 def files_of(path: str | Path) -> list[Path]:
-    """The files that a path means, in the order of the set: itself, there or not, where it is no pattern and
-    no list; none where a pattern fits none."""
+    """The files that a path names, in the order of the set. A path that is neither a pattern nor a list names
+    itself, whether it exists or not; a pattern that matches nothing names none."""
     text, path = str(path), Path(path)
     if path.suffix == ".txt" and path.is_file():
         try:
@@ -40,12 +40,12 @@ def files_of(path: str | Path) -> list[Path]:
 
 
 def is_by_name(path: str | Path) -> bool:
-    """Whether this is no path but the name of a set that torchvision or scikit-learn know."""
+    """Whether this is the name of a set of torchvision or scikit-learn, and not a path."""
     return str(path).startswith(("torchvision:", "sklearn:"))
 
 
 def unquoted(arguments: Sequence[str]) -> str:
-    """What to say of arguments among which a shell has put a pattern's files; empty where it hasn't."""
+    """An error message for arguments that contain a pattern's files, expanded by a shell; empty otherwise."""
     for end, each in itertools.groupby(arguments, lambda argument: Path(argument).suffix):
         files = [argument for argument in each if Path(argument).is_file()]
         if end in (".beton", ".tar", ".parquet", ".arrow") and len(files) > 1:
@@ -56,13 +56,13 @@ def unquoted(arguments: Sequence[str]) -> str:
 
 
 def are_there(path: str | Path) -> bool:
-    """Whether there is something at a path, and all that a list or range names."""
+    """Whether a path exists, and with it all files that a list or range names."""
     files = files_of(path)
     return bool(files) and all(file.exists() for file in files)
 
 
 def parts_of(path: str | Path) -> list[Path]:
-    """`files_of`. Raises InputError if a pattern fits no file, or fits a series that isn't whole."""
+    """`files_of`, but raises InputError if a pattern matches no file, or an incomplete series."""
     files = files_of(path)
     if not files:
         why = "names no files" if Path(path).is_file() else "no such file: no name there fits"
@@ -77,7 +77,7 @@ def parts_of(path: str | Path) -> list[Path]:
 
 
 def require_whole(path: str, files: list[Path]) -> None:
-    """Raise InputError if the names of `files` are numbered and one is missing, or is there twice."""
+    """Raise InputError if the names of `files` are numbered, and one is missing or occurs twice."""
     names = {file.name for file in files}
     for name in sorted(names):
         if (whole := _PART.sub("", name)) != name and whole in names:
@@ -88,7 +88,7 @@ def require_whole(path: str, files: list[Path]) -> None:
     split = [_NUMBER.split(file.name) for file in files]
     first, places = split[0], range(1, len(split[0]), 2)
     if len({(file.parent, *pieces[::2]) for file, pieces in zip(files, split)}) > 1 or not places:
-        return  # not one series
+        return  # not a single series
     varies = [k for k in places if len({pieces[k] for pieces in split}) > 1] or [places[-1]]
     there = {int(pieces[varies[0]]) for pieces in split}
     start, end = min(there), max(there) + 1
@@ -96,7 +96,7 @@ def require_whole(path: str, files: list[Path]) -> None:
         start = 1 if count in there or _PART.search(files[0].name) else 0
         end = start + count
     missing = [number for number in range(start, end) if number not in there]
-    if len(varies) > 1 or not missing or (not counts and len(missing) > len(there)):  # dates are no series
+    if len(varies) > 1 or not missing or (not counts and len(missing) > len(there)):  # dates aren't a series
         return
     digits = min(len(pieces[varies[0]]) for pieces in split)
     before, after = "".join(first[: varies[0]]), "".join(first[varies[0] + 1 :])
@@ -106,7 +106,7 @@ def require_whole(path: str, files: list[Path]) -> None:
 
 
 def _expanded(text: str) -> list[str]:
-    """a-{08..10}.tar -> a-08.tar, a-09.tar, a-10.tar; {a,b}.tar -> a.tar, b.tar; any other text: itself."""
+    """a-{08..10}.tar -> a-08.tar, a-09.tar, a-10.tar; {a,b}.tar -> a.tar, b.tar; any other text -> itself."""
     found = re.fullmatch(r"([^{}]*)\{([^{}]+)\}(.*)", text, re.DOTALL)
     if found is None:
         return [text]

@@ -1,4 +1,4 @@
-"""What names and first bytes of files and folders say: images, splits, and what a system leaves behind."""
+"""Recognise images, splits and system files by the names and first bytes of files and folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LEFT_BY_A_SYSTEM = (
     *("__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"),
     *("thumbs.db", "desktop.ini"),
 )
-HEAD = 32  # bytes that tell an image from something else
+HEAD = 32  # bytes that suffice to recognise an image
 _SIGNATURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|II[*+]\0|MM\0[*+]|P[1-6]\s|DDS |8BPS|qoif"
     rb"|BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0|\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"
@@ -29,7 +29,7 @@ _SIGNATURES = re.compile(
 
 
 def left_by_a_system(name: str) -> bool:
-    """Whether a file or folder of this name is hidden, or one that an operating system or a NAS has made."""
+    """Whether a file or folder is hidden, or created by an operating system or a NAS, judging by its name."""
     return name.startswith(".") or name.lower() in _LEFT_BY_A_SYSTEM
 
 
@@ -38,25 +38,25 @@ def has_image_name(name: str) -> bool:
 
 
 def is_image(head: bytes) -> bool:
-    """Whether the first HEAD bytes of a file are an image's."""
+    """Whether the first HEAD bytes of a file are those of an image."""
     return _SIGNATURES.match(head) is not None
 
 
 def split_of_folder(name: str) -> str | None:
-    """Train, TRAINING -> train; Val, valid -> validation; unlabeled, too. None: no split's name."""
+    """Train, TRAINING -> train; Val, valid -> validation; also unlabeled. None for other names."""
     return _SPLIT_OF.get(name.lower())
 
 
 def split_of_file(name: str) -> str | None:
-    """The split that a part of a file's name says, the last such part: train-00000-of-00002.parquet,
-    imagenet1k-validation-00.tar."""
+    """The split that a file's name states; the last part that states one counts:
+    train-00000-of-00002.parquet, imagenet1k-validation-00.tar."""
     found = [_SPLIT_OF[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLIT_OF]
     return found[-1] if found else None
 
 
 def missing_shards(names: Sequence[str]) -> list[str]:
-    """A note of the files that a numbered series lacks: train-00001-of-00003.tar; 001.tar of 000 to 009."""
-    series: dict[tuple[str, str, int, int], set[int]] = {}  # by what stands around the number, and its digits
+    """A note of files missing from a numbered series: train-00001-of-00003.tar; 001.tar of 000 to 009."""
+    series: dict[tuple[str, str, int, int], set[int]] = {}  # by the text around the number, and its digits
     for name in names:
         if found := re.fullmatch(r"(.*?)(\d+)(-of-(\d+)\D*|\.\w+)", name, re.DOTALL):
             before, number, after, of = found.groups()
@@ -64,13 +64,13 @@ def missing_shards(names: Sequence[str]) -> list[str]:
     missing = []
     for (before, after, digits, of), there in series.items():
         wanted = range(of) if of else range(min(there), max(there))
-        if len(wanted) - len(there) < 100_000:  # else no series, but dates and such
+        if len(wanted) - len(there) < 100_000:  # otherwise not a series, but dates and the like
             missing += [f"{before}{n:0{digits}}{after}" for n in wanted if n not in there]
     return [in_short("missing, files of a numbered series", missing)] if missing else []
 
 
 class LeftOut:
-    """Counts what isn't used and keeps the first names, for a note. `what` it is: "no images"."""
+    """Counts unused files and keeps the first names, for a note. `what` describes them: "no images"."""
 
     def __init__(self, what: str):
         self.what, self.count = what, 0
@@ -81,7 +81,7 @@ class LeftOut:
         self.first += names[: 3 - len(self.first)]
 
     def notes(self) -> list[str]:
-        """One line, or none."""
+        """A list of one line, or an empty list."""
         return [in_short(f"left out, {self.what}", self.first, self.count)] if self.count else []
 
 

@@ -1,7 +1,7 @@
-"""WebDataset tars with their indices (`convert-beton --webdataset`, or wds2idx), opened without headers.
+"""WebDataset tars with indices (`convert-beton --webdataset`, or wds2idx), opened without reading headers.
 
-A tar of a million images is a million headers to read, far apart; the index says where each image lies in one
-file of text. Labels come from the manifest that was written with the tars, else from each image's `.cls`.
+The headers of a tar of a million images are a million reads, far apart; the index lists where each image lies
+in one text file. Labels come from the manifest written with the tars, or from each image's `.cls`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from pipelines.formats.webdataset import tars_of
 
 
 def open_shards(path: Path) -> Dataset | None:
-    """A tar, a folder of tars or several, see `parts`, as images; None unless each tar has its index.
+    """Open a tar, a folder of tars or several (see `parts`); None unless each tar has its index.
 
     Raises:
-        InputError: an index that can't be read or isn't its tar's, a tar cut short, an image without a class.
+        InputError: an index can't be read or isn't its tar's, a tar is cut short, or an image has no class.
     """
     shards = sorted(path.glob("*.tar")) if path.is_dir() else parts_of(path)
     shards = [shard for shard in shards if not left_by_a_system(shard.name)]
@@ -50,7 +50,7 @@ def open_shards(path: Path) -> Dataset | None:
             left.add(*(member.name for member in others))
             for sample in samples:
                 if any(map(split_of_folder, sample.image.name.split("/")[:-1])):
-                    return None  # several splits in one tar: the headers tell them apart
+                    return None  # several splits in one tar: only the headers tell them apart
                 reader.add(which, sample.image)
                 names.append(f"{tar.path.name}:{sample.image.name}")
                 classes_of.append((tar, sample.answers.get("cls")))
@@ -63,7 +63,7 @@ def open_shards(path: Path) -> Dataset | None:
         labels = columns["label"].astype(np.int64)[rows]
         targets = {name: columns[name].astype(np.float64)[rows] for name in head["targets"]}
     elif described:
-        return None  # classes and targets may be among the fields of a .json
+        return None  # fields of a .json may hold classes and targets
     else:
         labels = _classes(str(path), names, classes_of)
         classes = tars.classes_of(manifest, head, opened)
@@ -72,7 +72,7 @@ def open_shards(path: Path) -> Dataset | None:
 
 
 def _groups(tar: tars.Tar, index: Path) -> Iterator[list[tars.Member]]:
-    """The members of each image, as the index has them; the first and last are looked at."""
+    """The members of each image, from the index; the first and last are compared with the tar."""
     try:
         head, *lines = index.read_text().splitlines()
         version, count = head.split()
@@ -90,7 +90,7 @@ def _groups(tar: tars.Tar, index: Path) -> Iterator[list[tars.Member]]:
 
 
 def _members(line: str) -> list[tars.Member]:
-    """A line of an index, "extension offset size name" again and again. Raises ValueError."""
+    """Parse a line of an index, "extension offset size name" repeated. Raises ValueError."""
     fields = line.split(" ")
     if len(fields) % 4:
         raise ValueError(f"a line says {line[:60]!r}")
@@ -103,7 +103,7 @@ def _members(line: str) -> list[tars.Member]:
 
 
 def _check(tar: tars.Tar, member: tars.Member, index: Path) -> None:
-    """Raise InputError unless the tar has this member where the index says."""
+    """Raise InputError unless the tar has this member where the index states."""
     head = tar.read(tars.BLOCK, member.offset - tars.BLOCK)
     if os.fsencode(member.name)[:100] != head[:100].rstrip(b"\0"):
         raise InputError(f"{index}: isn't the index of {tar.name} ({member.name} isn't where it says)")
@@ -112,7 +112,7 @@ def _check(tar: tars.Tar, member: tars.Member, index: Path) -> None:
 def _rows(
     manifest: Path, head: dict[str, Any], reader: tars.Reader, names: Sequence[str]
 ) -> np.ndarray | None:
-    """The row of each image in the manifest of a conversion, int64 [N]; None if one isn't of its tars."""
+    """The row of each image in a conversion's manifest, int64 [N]; None if one isn't in its tars."""
     tar_of = tars_of(manifest, head)
     if tar_of is None or "targets" not in head:
         return None
@@ -125,7 +125,7 @@ def _rows(
 
 
 def _classes(source: str, names: list[str], members: list[tuple[tars.Tar, tars.Member | None]]) -> np.ndarray:
-    """The numbers in the .cls files, int64 [N]; NO_LABEL everywhere if there are none."""
+    """The numbers in the .cls files, int64 [N]; all NO_LABEL if there are none."""
     texts = [
         "" if cls is None else tar.content(cls).decode("ascii", "replace").strip() for tar, cls in members
     ]

@@ -1,11 +1,11 @@
-"""A CSV or JSONL of paths: with class labels, with regression targets, with both, or with neither.
+"""A CSV or JSONL file of paths, optionally with class labels, regression targets or both.
 
     path,label                  path,age,height            {"path": "a.jpg", "label": 3, "age": 41.5}
     cats/1.jpg,cat              1.jpg,41.5,1.78            {"path": "b.jpg", "label": 0, "age": 29}
 
 Columns are found by their usual names (`columns`), in any case. Paths are relative to the table. Classes are
-numbers from 0, or names, which are sorted and numbered. A column that is asked for as a target, a number in
-every row, is FFCV's FloatField in the beton.
+numbers from 0, or names, which are sorted and numbered. A column requested as a target must have a number in
+every row; it becomes an FFCV FloatField in the beton.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from pipelines.errors import InputError, first_line
 
 
 def open_table(path: Path, columns: Columns = USUAL) -> Dataset:
-    """Raises InputError, naming the row, if one has no path, no label though others have one, or no number
-    for a target that is asked for."""
+    """Open a table. Raises InputError, naming the row, if a row has no path, no label though others have one,
+    or no number for a requested target."""
     rows = _rows(path)
     first = next(rows, None)
     if first is None:
@@ -98,7 +98,7 @@ def open_table(path: Path, columns: Columns = USUAL) -> Dataset:
 def _target_columns(
     path: Path, row: dict[str, Any], columns: Columns, others: tuple[str | None, ...]
 ) -> list[str]:
-    """Those asked for; else all that may be. An unnamed column is the index that pandas writes."""
+    """The requested target columns, or else all eligible ones. A column without a name is pandas' index."""
     if columns.targets is None:
         return [name for name in row if name and name not in (*others, *RESERVED)]
     for name in columns.targets:
@@ -108,7 +108,7 @@ def _target_columns(
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """One after the other: all at once, they would take more memory than all else in a conversion."""
+    """Yield rows one by one: all at once would take more memory than the rest of a conversion."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             if path.suffix.lower() in (".csv", ".tsv"):

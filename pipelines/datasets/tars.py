@@ -1,6 +1,7 @@
 """Images in tars, read in place: ILSVRC2012's own, WebDataset shards, and plain tars of class folders.
 
-The headers are read once (a tar of tars likewise); an image is then one positioned read, from any thread.
+The headers (also those of a tar of tars) are read once; then each image is one positioned read, from any
+thread.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ PACKED = {
     b"PK\x03\x04": "zip",
 }
 BLOCK = 512
-LOOKED_AT = 1_000  # members that tell WebDataset's pairs from class folders
-ANSWERS = ("cls", "json")  # extensions of what says a class
+LOOKED_AT = 1_000  # members read to tell WebDataset's pairs from class folders
+ANSWERS = ("cls", "json")  # extensions of members that state a class
 _REGULAR, _HARD, _SYMBOLIC, _FOLDER = (b"0", b"\0", b"7"), b"1", b"2", b"5"
 
 
@@ -56,22 +57,22 @@ class Member(NamedTuple):
     """A file in a tar."""
 
     name: str
-    offset: int  # of its content, in the tar
+    offset: int  # of its content within the tar
     size: int
 
 
 class Entry(NamedTuple):
-    """A header of a tar."""
+    """One header of a tar."""
 
     kind: bytes
     member: Member
-    link: str  # what a link leads to, as it is written
+    link: str  # a link's target, as it is written
 
 
 def open_tars(
     source: str, paths: list[Path], split: str | None, devkit: Path | None, columns: Columns = USUAL
 ) -> Dataset:
-    """Tars of any of the kinds above, told apart by what is in them. Raises InputError."""
+    """Open tars of any of the kinds above, recognised by their content. Raises InputError."""
     for path in paths:
         if not path.is_file():
             raise InputError(f"{path}: no such tar")
@@ -96,8 +97,8 @@ def open_tars(
 
 
 def _is_webdataset(tar: Tar, columns: Columns) -> bool:
-    """Whether images have fields of their own beside them, as WebDataset's do: KEY.cls, a KEY.json with a
-    label, or any KEY.json in no folder. Else a tar is read as if it had been unpacked."""
+    """Whether images have members with their fields, as in WebDataset: KEY.cls, a KEY.json with a label, or
+    any KEY.json outside folders. Other tars are read as if they were unpacked."""
     if columns.image is not None or columns.label not in (None, NONE):
         return True
     folders = described = False
@@ -122,7 +123,7 @@ def _of_a_system(name: str) -> bool:
 def _own(
     members: Iterable[Member], system: LeftOut, tree: TarTree | None = None, where: str = ""
 ) -> Iterator[Member]:
-    """Those that no system has left, entered into `tree`; the others are added to `system`."""
+    """Yield members that aren't system files and enter them into `tree`; the others are added to `system`."""
     for member in members:
         own = not _of_a_system(member.name)
         if tree is not None:
@@ -134,13 +135,13 @@ def _own(
 
 
 def _above_a_systems(path: str) -> str:
-    """The folders of a path, down to the first that a system has made: a/b/@eaDir/0.jpg -> a/b/"""
+    """The folders of a path, down to the first one created by a system: a/b/@eaDir/0.jpg -> a/b/"""
     folders = path.split("/")[:-1]
     return "".join(f"{name}/" for name in takewhile(lambda name: not left_by_a_system(name), folders))
 
 
 def of_imagenet(folder: Path, split: str | None) -> list[Path]:
-    """The tar of a split in a folder of ILSVRC2012's downloads; empty if this is no such folder."""
+    """The tar of a split in a folder of ILSVRC2012 downloads; empty if the folder isn't one."""
     name = {None: "train", "validation": "val", "test": "val"}.get(split, split)
     path = folder / f"ILSVRC2012_img_{name}.tar"
     if not path.is_file() and split is None:
@@ -149,10 +150,10 @@ def of_imagenet(folder: Path, split: str | None) -> list[Path]:
 
 
 class Tar:
-    """A tar on disk (or within another one), read in place.
+    """A tar on disk (or within another tar), read in place.
 
-    Attributes: folders, that have a header of their own; left_out, what can't be given: devices, links to
-    what isn't there. Both by name, as the last pass has met them.
+    Attributes, both lists of names, as found by the last pass: folders, those with a header of their own;
+    left_out, members that can't be read, such as devices and broken links.
     """
 
     def __init__(self, path: Path, files: OpenFiles, start: int = 0, end: int | None = None, name: str = ""):
@@ -164,8 +165,8 @@ class Tar:
             self.end = files.size(path) if end is None else end
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-        self._files: dict[str, Member] = {}  # by name; these two are made where a link needs them
-        self._links: dict[str, str] = {}  # name -> path that it leads to
+        self._files: dict[str, Member] = {}  # by name; this and the next are only built if a link needs them
+        self._links: dict[str, str] = {}  # name -> path of its target
 
     def read(self, size: int, offset: int) -> bytes:
         return self.files.read(self.path, size, offset)
@@ -174,9 +175,9 @@ class Tar:
         return self.read(member.size, member.offset)
 
     def members(self) -> Iterator[Member]:
-        """Its files, in order, "./" taken from their names; links within it are followed.
+        """Yield its files, in order, without a leading "./"; links within the tar are followed.
 
-        Raises InputError if it is no tar, damaged, or cut short.
+        Raises InputError if it isn't a tar, is damaged, or is cut short.
         """
         self.left_out, self.folders = [], []
         for kind, member, link in self.entries():
@@ -193,7 +194,7 @@ class Tar:
                 self.left_out.append(member.name)
 
     def _linked(self, kind: bytes, name: str, link: str) -> list[Member]:
-        """The files that a link stands for: one, or those of a linked folder; none if it leads nowhere."""
+        """The files that a link leads to: one, or those of a linked folder; none if it is broken."""
         if not self._files:
             for other, member, target in self.entries():
                 if other in _REGULAR:
@@ -201,7 +202,7 @@ class Tar:
                 elif other in (_HARD, _SYMBOLIC):
                     self._links[member.name] = _target(other, member.name, target)
         path = _target(kind, name, link)
-        for _ in range(40):  # as Linux allows
+        for _ in range(40):  # Linux's limit
             if path in self._files:
                 return [self._files[path]._replace(name=name)]
             if path not in self._links:
@@ -211,11 +212,11 @@ class Tar:
         return [member._replace(name=name + member.name[len(path) :]) for member in below]
 
     def entries(self) -> Iterator[Entry]:
-        """Its headers, in order. Raises InputError as `members` does."""
+        """Yield its headers, in order. Raises InputError like `members`."""
         at, long_name, long_link, long_size = self.start, "", "", -1
         while True:
             head = self.read(BLOCK, at) if at < self.end else b""
-            if len(head) < BLOCK:  # every tar ends with blocks of zeros; WebDataset's, too
+            if len(head) < BLOCK:  # every tar ends with blocks of zeros, also WebDataset's
                 self._require_unpacked(head, at)
                 raise InputError(
                     f"{self.name}: cut short after {at - self.start:,} bytes, without a tar's end"
@@ -235,7 +236,7 @@ class Tar:
                 self._require_unpacked(head, at)
                 raise InputError(f"{self.name}: not a tar, or damaged at byte {at - self.start:,}") from error
             if kind in (_HARD, _SYMBOLIC, _FOLDER, b"3", b"4", b"6"):
-                size = 0  # whatever it says
+                size = 0  # whatever the header states
             name = head[:100].split(b"\0")[0]
             if head[257:263] == b"ustar\0" and head[345]:
                 name = head[345:500].split(b"\0")[0] + b"/" + name
@@ -261,7 +262,7 @@ class Tar:
             at += size + -size % BLOCK
 
     def _require_unpacked(self, head: bytes, at: int) -> None:
-        """Raise InputError where the beginning isn't a header, but that of a compressed file."""
+        """Raise InputError if the file starts not with a header, but like a compressed file."""
         packed = next((name for start, name in PACKED.items() if head.startswith(start)), "")
         if packed and at == self.start:
             raise InputError(f"{self.name}: is compressed by {packed}, whatever its name says: unpack it")
@@ -273,7 +274,7 @@ class Tar:
             raise InputError(f"{self.name}: damaged at byte {at - self.start:,}") from error
 
     def inner(self, member: Member) -> Tar:
-        """A tar that is a member of this one."""
+        """A tar that is a member of this tar."""
         name = f"{self.name}: {member.name}"
         return Tar(self.path, self.files, member.offset, member.offset + member.size, name)
 
@@ -284,7 +285,7 @@ def _plain(name: str) -> str:
 
 
 def _target(kind: bytes, name: str, link: str) -> str:
-    """The path in the tar that a link leads to; a symbolic one's is written from where it stands."""
+    """The path in the tar that a link leads to; a symbolic link's is relative to its own folder."""
     if kind == _HARD:
         return _plain(link)
     path = posixpath.normpath(posixpath.join(posixpath.dirname(name), link))
@@ -292,7 +293,7 @@ def _target(kind: bytes, name: str, link: str) -> str:
 
 
 def _number(text: bytes) -> int:
-    if text[0] & 0x80:  # GNU's form for what eleven octal digits can't hold
+    if text[0] & 0x80:  # GNU's form of numbers that exceed eleven octal digits
         return int.from_bytes(text[1:], "big")
     return int(text.strip(b"\0 ") or b"0", 8)
 
@@ -312,7 +313,7 @@ def _pax_fields(content: bytes) -> dict[bytes, str]:
 
 
 class Reader:
-    """Where each image lies, as compact as it can be for millions; called with an index, it reads one."""
+    """The location of each image, stored compactly for millions; calling it with an index reads an image."""
 
     def __init__(self, tars: list[Tar]):
         self.tars = tars
@@ -327,7 +328,7 @@ class Reader:
         return self.sizes[index]
 
     def only(self, rows: Sequence[int]) -> Reader:
-        """Some of the images, in the order of `rows`."""
+        """A reader of some of the images, in the order of `rows`."""
         chosen = Reader(self.tars)
         for row in rows:
             chosen.which.append(self.which[row])
@@ -344,16 +345,16 @@ class Reader:
 
 
 class TarTree:
-    """The folders of tars for `layout_of`; what systems leave behind must not be added."""
+    """The folders of tars, as a tree for `layout_of`; system files must not be added."""
 
     def __init__(self, names: Callable[[], Iterable[str]]):
-        """`names`: the paths of all files, for the few folders whose files are asked for."""
+        """`names`: the paths of all files, used for the few folders whose files are requested."""
         self._names = names
         self._folders: dict[str, set[str]] = {"": set()}
         self._with_images: set[str] = set()
 
     def add_folder(self, path: str) -> None:
-        """With its parents; `path` ends with a slash."""
+        """Add a folder and its parents; `path` ends with a slash."""
         if path in self._folders:
             return
         self._folders[path] = set()
@@ -384,7 +385,7 @@ def _parted(path: str) -> tuple[str, str]:
 
 
 def _tar_of_tars(source: str, tars: list[Tar], split: str) -> Dataset:
-    """ILSVRC2012_img_train.tar: nXXXXXXXX.tar, in each of them nXXXXXXXX_NUMBER.JPEG. By class, then name."""
+    """ILSVRC2012_img_train.tar: nXXXXXXXX.tar members, each of nXXXXXXXX_NUMBER.JPEG; by class, then name."""
     classes, found = [], []
     system, others = by_a_system(), LeftOut("no tars")
     for which, tar in enumerate(tars):
@@ -408,7 +409,7 @@ def _tar_of_tars(source: str, tars: list[Tar], split: str) -> Dataset:
 
 
 def _validation(source: str, tar: Tar, devkit: Path | None) -> Dataset:
-    """ILSVRC2012_img_val.tar: flat; the devkit's ground truth says the class of each image by its number."""
+    """ILSVRC2012_img_val.tar: flat; the devkit's ground truth gives the class of each image by its number."""
     system = by_a_system()
     members = sorted(_own(tar.members(), system), key=lambda member: Path(member.name).name)
     classes, truth = imagenet.ground_truth(tar.path, devkit)
@@ -427,7 +428,7 @@ def _validation(source: str, tar: Tar, devkit: Path | None) -> Dataset:
 
 
 def _as_unpacked(source: str, tars: list[Tar], asked: str | None, named: str | None) -> Dataset:
-    """CLASS/IMAGE.jpg or images without labels in one or several tars, see `layout`."""
+    """CLASS/IMAGE.jpg, or images without labels, in one or several tars; see `layout`."""
     found: dict[tuple[str, int], Member] = {}
     tree = TarTree(lambda: (name for name, _ in found))
     system, again = by_a_system(), LeftOut("replaced by a later file of that name")
@@ -463,7 +464,7 @@ def _as_unpacked(source: str, tars: list[Tar], asked: str | None, named: str | N
 def _unlabelled(
     source: str, tars: list[Tar], layout: Layout, found: dict[tuple[str, int], Member], notes: list[str]
 ) -> Dataset:
-    """Every image below the layout's base, in the order of the paths."""
+    """All images below the layout's base, ordered by path."""
     reader, names, others = Reader(tars), Names(), LeftOut("no images")
     below = [(name, which) for name, which in found if name.startswith(layout.base)]
     for parts, which in sorted((name.removeprefix(layout.base).split("/"), which) for name, which in below):
@@ -484,19 +485,19 @@ def _unlabelled(
 
 @dataclass(frozen=True)
 class Sample:
-    """An image with what says its class."""
+    """An image with the members that state its class."""
 
     image: Member
-    answers: dict[str, Member]  # "cls", "json" and the extension that is asked for, where it has them
+    answers: dict[str, Member]  # "cls", "json" and the requested extension, if present
 
 
 def samples_of(
     group: Sequence[Member], tar: Tar, columns: Columns = USUAL
 ) -> tuple[list[Sample], list[Member]]:
-    """The samples among members whose names are the same up to the first dot, and the members of no sample.
+    """The samples among members whose names are equal up to the first dot, and the members of no sample.
 
-    That is one sample by WebDataset's rule (`7.jpg`, `7.cls`, or `7.input.jpg`, `7.cls`). Where a name has
-    dots of its own (`img.0001.jpg`, `img.0001.cls`) each of them that has an answer is one.
+    By WebDataset's rule they are one sample (`7.jpg`, `7.cls`, or `7.input.jpg`, `7.cls`). If names have dots
+    of their own (`img.0001.jpg`, `img.0001.cls`), each image with a class is a sample.
     """
     answers = (*ANSWERS, *([columns.label.lower()] if columns.label else ()))
     by_stem: dict[str, dict[str, Member]] = {}
@@ -528,7 +529,7 @@ def samples_of(
 
 
 def is_image_member(tar: Tar, member: Member) -> bool:
-    """By its name, else by its first bytes."""
+    """Whether a member is an image, by its name or else by its first bytes."""
     extension = posixpath.splitext(member.name)[1].lower()
     if extension in EXTENSIONS:
         return True
@@ -536,7 +537,7 @@ def is_image_member(tar: Tar, member: Member) -> bool:
 
 
 def classes_of(manifest: Path, head: dict[str, Any], tars: Sequence[Tar]) -> list[str] | None:
-    """The class names in a manifest, which holds `head`; None if there are none, or it is of other tars."""
+    """The class names in a manifest with the content `head`; None if it has none, or is about other tars."""
     written = tars_of(manifest, head)
     here = all(tar.path.parent == manifest.parent for tar in tars)
     known = here if written is None else all(tar.path in written for tar in tars)
@@ -546,7 +547,7 @@ def classes_of(manifest: Path, head: dict[str, Any], tars: Sequence[Tar]) -> lis
 def _webdataset(
     source: str, tars: list[Tar], asked: str | None, named: str | None, columns: Columns
 ) -> Dataset:
-    """KEY.jpg with KEY.cls, or with KEY.json, whose fields may be class and targets; or with neither."""
+    """KEY.jpg with KEY.cls, or with KEY.json, whose fields may be class and targets; or without either."""
     manifest = manifest_path(tars[0].path.parent)
     head = content_of(manifest)
     columns = replace(columns, targets=columns.targets or _stored_targets(head, columns))
@@ -592,18 +593,18 @@ def _webdataset(
 
 
 def _stored_targets(head: dict[str, Any], columns: Columns) -> tuple[str, ...] | None:
-    """Those of our own tars were asked for when they were made."""
+    """The target columns: those that our own tars were made with, or those of `columns` for other tars."""
     stored = imagenet.names_among(head, "targets")
     return columns.targets if stored is None else tuple(stored)
 
 
 class _Targets:
-    """Numbers in the .json files: those asked for, else those that are in every one."""
+    """Numbers in the .json files: the requested fields, or else those that every file has."""
 
     def __init__(self, columns: Columns):
         self._wanted, self._label = columns.targets, columns.label
         self._values: dict[str, array] | None = None
-        self._seen: list[str] = []  # fields of the first
+        self._seen: list[str] = []  # fields of the first file
 
     def add(self, fields: dict[str, Any], name: str) -> None:
         numbers = {
@@ -630,12 +631,12 @@ class _Targets:
         return [] if self._wanted is None else unused(name for name in self._seen if name not in self._wanted)
 
     def of(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """float64 [len(rows)] each."""
+        """{name: float64 [len(rows)]}"""
         return {name: np.array(values, np.float64)[rows] for name, values in (self._values or {}).items()}
 
 
 def _groups(tar: Tar, system: LeftOut, tree: TarTree) -> Iterator[list[Member]]:
-    """Members that stand beside each other, with names that are the same up to the file name's first dot."""
+    """Yield runs of adjacent members whose names are equal up to the first dot of the file name."""
     key, members = "", list[Member]()
     for member in _own(tar.members(), system, tree):
         stem, _ = _stem(member.name)
@@ -649,7 +650,7 @@ def _groups(tar: Tar, system: LeftOut, tree: TarTree) -> Iterator[list[Member]]:
 
 
 def _class_of(tar: Tar, sample: Sample, fields: dict[str, Any], columns: Columns) -> str:
-    """The class of a sample as it is written, "" for none."""
+    """The class of a sample in the form in which it is written, "" for none."""
     try:
         if columns.label is not None and columns.label.lower() in sample.answers:
             return as_text(tar.content(sample.answers[columns.label.lower()]).decode())
@@ -665,7 +666,7 @@ def _class_of(tar: Tar, sample: Sample, fields: dict[str, Any], columns: Columns
 
 
 def _fields(content: bytes) -> dict[str, Any]:
-    """What a .json holds; nothing, if it holds no object."""
+    """The fields of a .json; empty if it holds no object."""
     try:
         fields = json.loads(content)
     except ValueError:

@@ -2,14 +2,14 @@
 
 A beton is, from its first byte:
 
-    header         24 bytes          version, field count, page size, sample count, place of the table
+    header         24 bytes          version, field count, page size, sample count, address of the table
     field          1,041 bytes each  type id, name, 1,024 bytes of arguments (none for our fields)
-    metadata       24 bytes each     image {mode, width, height, data_ptr}, padding, label; 8 more a target
+    metadata       24 bytes each     image {mode, width, height, data_ptr}, padding, label; 8 more per target
     pages          the images        no image crosses a multiple of the page size
-    table          24 bytes each     {sample id, ptr, size} of every image
+    table          24 bytes each     {sample id, ptr, size} of each image
 
-Stock `ffcv.loader.Loader` reads what `BetonWriter` writes. FFCV's own writer is not used: it polls
-worker processes that it never checks, so that one bad image hangs it for ever.
+The stock `ffcv.loader.Loader` reads what `BetonWriter` writes. FFCV's own writer isn't used, because it polls
+worker processes without ever checking them, so that one bad image makes it hang for ever.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import numpy as np
 from pipelines.errors import InputError
 
 VERSION = 2
-JPEG, RAW = 0, 1  # the values of an image's mode
-PAGE_SIZE = 1 << 21  # FFCV's smallest; grows by doubling when an image is larger
-LARGEST_PAGE_SIZE = 1 << 31  # the header holds it as u4
-GATHERED, MOST_GATHERED = 1 << 20, 512  # bytes and images of one call to the operating system
-ROWS = 65_536  # of the table that are made at a time
+JPEG, RAW = 0, 1  # values of an image's mode
+PAGE_SIZE = 1 << 21  # FFCV's smallest; doubled if an image is larger
+LARGEST_PAGE_SIZE = 1 << 31  # the header stores it as u4
+GATHERED, MOST_GATHERED = 1 << 20, 512  # bytes and images per system call
+ROWS = 65_536  # of the table, built at a time
 LONGEST_SIDE = 65_535  # width and height are u2
-NO_LABEL = -1  # of every image of a set without labels
+NO_LABEL = -1  # label of every image of an unlabelled set
 
 HEADER = np.dtype(
     [
@@ -47,12 +47,12 @@ FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", (16,)), ("arguments", "<u1
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 
-COLUMNS = ("modes", "heights", "widths", "labels", "offsets", "sizes")  # of a BetonFile
+COLUMNS = ("modes", "heights", "widths", "labels", "offsets", "sizes")  # columns of a BetonFile
 
 FLOAT_FIELD, INT_FIELD, IMAGE_FIELD = 0, 1, 2
 LONGEST_NAME = 16  # bytes, of a field
 _SPAN = np.dtype([("ptr", "<u8"), ("size", "<u8")])
-# FFCV's type id -> (what one sample's metadata holds, whether it has a row in the table)
+# FFCV's type id -> (dtype of one sample's metadata, whether it has a row in the table)
 FIELD_TYPES: dict[int, tuple[np.dtype, bool]] = {
     FLOAT_FIELD: (np.dtype("<f8"), False),
     INT_FIELD: (np.dtype("<i8"), False),
@@ -66,7 +66,7 @@ FIELD_TYPES: dict[int, tuple[np.dtype, bool]] = {
 
 @dataclass(frozen=True)
 class BetonFile:
-    """Where everything in a beton lies. Arrays have one entry a sample (N in all), in the file's order."""
+    """The location of everything in a beton. Arrays have one entry per sample (N in all), in file order."""
 
     path: Path
     count: int
@@ -80,10 +80,10 @@ class BetonFile:
 
 
 def open_beton(path: str | Path) -> BetonFile:
-    """Read and check the layout of a beton with the fields `image` and `label`, reading no pixel.
+    """Read and check the layout of a beton with the fields `image` and `label`, without reading pixels.
 
-    Raises InputError if there is no such file, if it is no beton of version 2, if it is shorter than its
-    tables say or they contradict each other, or if a field is missing or of another kind.
+    Raises InputError if the file doesn't exist, isn't a beton of version 2, is shorter than its tables state,
+    has contradictory tables, or lacks a field or has it with another type.
     """
     path = Path(path)
     if not path.is_file():
@@ -96,18 +96,18 @@ def open_beton(path: str | Path) -> BetonFile:
 
 
 def count_in(path: Path) -> int:
-    """How many images a beton has, by its header alone. Raises as `open_beton`, and OSError."""
+    """The number of images in a beton, from its header alone. Raises like `open_beton`, and OSError."""
     with open(path, "rb") as file:
         return int(_Layout(path, file, os.fstat(file.fileno()).st_size).header()["num_samples"])
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """A beton while it is read: what lies in it follows from the sizes that its header gives."""
+    """A beton that is being read; the locations in it follow from the sizes in its header."""
 
     path: Path
     file: IO[bytes]
-    size: int  # bytes of the file
+    size: int  # of the file in bytes
 
     def read(self, dtype: np.dtype, count: int, what: str) -> np.ndarray:
         if self.file.tell() + dtype.itemsize * count > self.size:
@@ -117,7 +117,7 @@ class _Layout:
         return np.fromfile(self.file, dtype, count)
 
     def header(self) -> np.void:
-        """The header, whose page size, version and table have been checked."""
+        """Read the header and check its page size, version and table."""
         path, size = self.path, self.size
         if size < HEADER.itemsize:
             raise InputError(f"{path}: not a beton ({size} bytes are too few for its header)")
@@ -134,7 +134,7 @@ class _Layout:
         return header
 
     def fields(self, count: int) -> dict[str, int]:
-        """The type of each field by its name, in the order of the file."""
+        """The type of each field by name, in file order."""
         path, fields = self.path, self.read(FIELD, count, "field list")
         names = [bytes(field["name"]).split(b"\0")[0].decode("ascii", "replace") for field in fields]
         types = [int(field["type_id"]) for field in fields]
@@ -149,7 +149,7 @@ class _Layout:
         return dict(zip(names, types))
 
     def table(self, start: int, rows: int) -> np.ndarray:
-        """The table of allocations, which is the end of the file."""
+        """The allocation table, at the end of the file."""
         if self.size - start != rows * ALLOCATION.itemsize:
             raise InputError(
                 f"{self.path}: truncated or damaged, its table has {self.size - start:,} bytes instead of "
@@ -185,7 +185,7 @@ def _read_layout(path: Path, file: IO[bytes], size: int) -> BetonFile:
 
 
 def _image_sizes(path: Path, image: np.ndarray, table: np.ndarray, start: int, end: int) -> np.ndarray:
-    """Bytes of each image, u8 [N], looked up by address; every image must lie within [start, end)."""
+    """Size of each image in bytes, u8 [N], looked up by address; every image must lie within [start, end)."""
     if len(image) == 0:
         raise InputError(f"{path}: holds no image; convert it again")
     table = table[np.argsort(table["ptr"], kind="stable")]
@@ -201,16 +201,16 @@ def _image_sizes(path: Path, image: np.ndarray, table: np.ndarray, start: int, e
 
 
 def _metadata_dtype(type_ids: list[int]) -> np.dtype:
-    """One sample's metadata, fields named f0, f1 ... and padded as FFCV pads them."""
+    """The metadata of one sample, with fields named f0, f1 ... and padded like FFCV's."""
     return np.dtype([(f"f{i}", FIELD_TYPES[type_id][0]) for i, type_id in enumerate(type_ids)], align=True)
 
 
 class BetonWriter:
-    """Writes images one after the other; its bytes depend on what is added, and on nothing else.
+    """Writes images one after the other; the bytes only depend on what is added.
 
-    `capacity` is the most images that may be added: their metadata comes before the images, so its room
-    has to be set aside. `targets` are names of regression targets, each an FFCV FloatField, see
-    `field_names`. The file is valid after `finish`, and not before.
+    `capacity` is the largest number of images that may be added: space for their metadata is reserved before
+    the images. `targets` are names of regression targets, each stored as an FFCV FloatField, see
+    `field_names`. The file is only valid after `finish`.
     """
 
     def __init__(self, file: IO[bytes] | None, capacity: int, targets: Sequence[str] = ()):
@@ -225,7 +225,7 @@ class BetonWriter:
             row["name"][: len(name)] = np.frombuffer(name, np.uint8)
         self.metadata = np.zeros(capacity, _metadata_dtype(types))
         self.sizes = np.zeros(capacity, np.uint32)  # bytes of each image
-        self._gathered: list[bytes | memoryview] = []  # images that aren't written yet, one behind the other
+        self._gathered: list[bytes | memoryview] = []  # images not written yet, one after the other
         self._gathered_bytes = 0
         self.position = HEADER.itemsize + self.fields.nbytes + self.metadata.nbytes
 
@@ -248,11 +248,11 @@ class BetonWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Hand what was added to the operating system."""
+        """Pass the images added so far to the operating system."""
         self._write_gathered(self.position)
 
     def _write_gathered(self, end: int) -> None:
-        """In one call, which takes three quarters of the time of one for each image."""
+        """Write all in one call, which takes three quarters of the time of one call per image."""
         assert self.file is not None
         at, number = end - self._gathered_bytes, self.file.fileno()
         if self._gathered:
@@ -264,7 +264,7 @@ class BetonWriter:
     def reserve(
         self, mode: int, height: int, width: int, size: int, label: int, targets: Sequence[float] = ()
     ) -> int:
-        """Enter one image into the tables, and return the address where its bytes belong."""
+        """Enter one image into the tables, and return the address for its bytes."""
         start = self._place(size)
         sample = self.metadata[self.count]
         sample["f0"] = (mode, width, height, start)
@@ -277,10 +277,10 @@ class BetonWriter:
         return start
 
     def _place(self, size: int) -> int:
-        """The next address from which `size` bytes do not cross into another page.
+        """The next address from which `size` bytes don't cross a page boundary.
 
-        Doubling the page size keeps what was written valid: a multiple of the larger size is one of the
-        smaller, too. FFCV needs it if it caches pages itself (`os_cache=False`).
+        Doubling the page size keeps earlier images valid, since a multiple of the larger size is one of the
+        smaller. FFCV needs this if it caches pages itself (`os_cache=False`).
         """
         while size > self.page_size:
             self.page_size *= 2
@@ -291,11 +291,11 @@ class BetonWriter:
 
     @property
     def length(self) -> int:
-        """Bytes of the whole file: the table of allocations comes last."""
+        """Size of the whole file in bytes; the allocation table comes last."""
         return self.position + self.count * ALLOCATION.itemsize
 
     def layout(self) -> Iterator[tuple[int, memoryview]]:
-        """Everything but the images, as (address, bytes); the header, which makes it valid, comes last."""
+        """Everything except the images, as (address, bytes); the header, which makes it valid, comes last."""
         for start in range(0, self.count, ROWS):
             rows = np.arange(start, min(start + ROWS, self.count))
             table = np.zeros(len(rows), ALLOCATION)
@@ -309,7 +309,7 @@ class BetonWriter:
         yield 0, _bytes_of(header)
 
     def finish(self) -> None:
-        """Write table, metadata and, last of all, the header."""
+        """Write the table, the metadata and finally the header."""
         assert self.file is not None
         self.flush()
         for address, data in self.layout():
@@ -319,21 +319,21 @@ class BetonWriter:
 
 
 def field_names(targets: Sequence[str]) -> list[bytes]:
-    """Names of the fields of targets; one that is too long, or not in ASCII, has its number in its name."""
+    """Field names of targets; a name that is too long, or not ASCII, is replaced by one with its number."""
     fit = [name.encode() if name.isascii() and len(name) <= LONGEST_NAME else b"" for name in targets]
     return [name or b"target_%d" % number for number, name in enumerate(fit)]
 
 
 def named_targets(beton: BetonFile, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The targets of a file by the names that its manifest gives them, in the same order."""
+    """The targets of a file under the names in its manifest, in the same order."""
     if len(names) != len(beton.targets):
         return beton.targets
     return dict(zip(names, beton.targets.values()))
 
 
 def columns_of(parts: Sequence[BetonFile]) -> dict[str, np.ndarray]:
-    """The columns of parts as one, [N] each, and "counts", int64 [parts]; offsets are those in each one's
-    file, a target is named by "target-" and its number."""
+    """The columns of all parts together, [N] each, and "counts", int64 [parts]. Offsets refer to each image's
+    own file; a target is named by "target-" and its number."""
 
     def joined(columns: list[np.ndarray]) -> np.ndarray:
         return columns[0] if len(columns) == 1 else np.concatenate(columns)

@@ -1,9 +1,9 @@
-"""JPEG: look at the header, check, decode, encode.
+"""JPEG: read the header, check, decode, encode.
 
-libturbojpeg is called directly where it is found (`formats.turbojpeg`): unlike Pillow it reports damaged
-data that a decoder can paint over, such as a flipped byte, and it leaves Python's lock free. Without it,
-Pillow does the work: the same pixels of whole files and the same bytes where it encodes (its wheels bundle
-libjpeg-turbo; one built with another libjpeg may differ by rounding), but of damage it finds truncation only.
+libturbojpeg is called directly if it is found (`formats.turbojpeg`). Unlike Pillow it reports damage that a
+decoder can paint over, such as a flipped byte, and it releases the GIL. Without it Pillow is used: it gives
+the same pixels for sound files and the same bytes when encoding (its wheels bundle libjpeg-turbo; with
+another libjpeg, rounding may differ), but the only damage it reports is truncation.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from pipelines.errors import InputError, first_line
 from pipelines.formats import turbojpeg
 
 _ORIENTATION = 0x0112  # EXIF tag
-MAX_PIXELS = 1 << 28  # of an image: 0.8 GB when it is decoded; larger ones are most likely not meant
-most_pixels = MAX_PIXELS  # that are read in this process, see read_up_to
-ANY_SIZE = 65_535**2  # the most that a JPEG's header can say
-COMMON = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")  # Pillow's names of what is tried first
-LFS = b"version https://git-lfs"  # how the pointer begins that Git leaves in place of a large file
+MAX_PIXELS = 1 << 28  # of one image: 0.8 GB when decoded; larger ones are most likely unintended
+most_pixels = MAX_PIXELS  # this process's limit, see read_up_to
+ANY_SIZE = 65_535**2  # the most that a JPEG's header can state
+COMMON = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")  # Pillow's names of formats to try first
+LFS = b"version https://git-lfs"  # start of a Git LFS pointer, which Git leaves in place of a large file
 LFS_HINT = "a Git LFS pointer, not the file itself; fetch that with `git lfs pull`"
 
 
 class DamagedImage(Exception):
-    """What a decoder says of bytes that are no whole image."""
+    """The error that a decoder reports for bytes that aren't a sound image."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class JpegHeader:
     width: int
     colour: str  # one of turbojpeg.COLOURS
     orientation: int  # EXIF's, 1 to 8; 1 is upright
-    sampling_is_usual: bool = True  # 4:4:4, 4:2:2, 4:2:0, 4:4:0 or 4:1:1; others libjpeg-turbo 2.1 can't read
+    sampling_is_usual: bool = True  # 4:4:4, 4:2:2, 4:2:0, 4:4:0 or 4:1:1: libjpeg-turbo 2.1 reads no others
 
     @property
     def is_rgb_or_grey(self) -> bool:
-        """Whether a decoder that knows only RGB output and usual sampling, such as FFCV's, can read it."""
+        """Whether a decoder limited to RGB output and usual sampling, such as FFCV's, can read it."""
         return self.colour in ("RGB", "YCbCr", "grey") and self.sampling_is_usual
 
 
@@ -55,8 +55,7 @@ def is_jpeg(data: bytes) -> bool:
 
 
 def read_up_to(pixels: int | None) -> None:
-    """From here on, images of up to so many pixels are read in this process; None: MAX_PIXELS. Raises
-    InputError below 1."""
+    """Set this process's limit of pixels per image; None: MAX_PIXELS. Raises InputError for one below 1."""
     global most_pixels
     if pixels is not None and pixels < 1:
         raise InputError(f"--max-pixels {pixels}: must be at least 1")
@@ -64,8 +63,8 @@ def read_up_to(pixels: int | None) -> None:
 
 
 def check_size(height: int, width: int, most: int | None = None) -> None:
-    """Raises DamagedImage for an image of more than `most` pixels, whatever its format; None: as
-    `read_up_to` said, or else MAX_PIXELS."""
+    """Raise DamagedImage for an image of more than `most` pixels, of any format; None: the limit set by
+    `read_up_to`, or MAX_PIXELS."""
     most = most_pixels if most is None else most
     if height * width > most:
         allows = f"--max-pixels {height * width} allows them"
@@ -73,7 +72,7 @@ def check_size(height: int, width: int, most: int | None = None) -> None:
 
 
 def read_header(data: bytes, most: int | None = None) -> JpegHeader:
-    """Size, colour space and orientation. Raises DamagedImage if there is no JPEG header to read, or for
+    """Read size, colour space and orientation. Raises DamagedImage if there is no valid JPEG header, or for
     more than `most` pixels, see `check_size`."""
     header = _header(data)
     check_size(header.height, header.width, most)
@@ -102,10 +101,10 @@ def _header(data: bytes) -> JpegHeader:
 
 
 def check(data: bytes, header: JpegHeader) -> None:
-    """Decode the whole file and raise DamagedImage at any error or warning of libjpeg-turbo's.
+    """Decode the whole file, and raise DamagedImage at any error or warning from libjpeg-turbo.
 
-    It is decoded to grey at an eighth of the size: that reads every coefficient, skips most of the
-    arithmetic, and finds the same damage as a full decode, in 0.6 of the time.
+    It decodes to grey at an eighth of the size. This reads every coefficient but skips most of the
+    arithmetic, and finds the same damage as a full decode in 0.6 of the time.
     """
     if _turbo is None:
         decode(data, header)
@@ -114,15 +113,15 @@ def check(data: bytes, header: JpegHeader) -> None:
 
 
 def decode(data: bytes, header: JpegHeader, shortest: tuple[int, int] | None = None) -> np.ndarray:
-    """RGB pixels, uint8 [H, W, 3], as stored (not turned). CMYK is converted by Pillow's formula.
+    """RGB pixels, uint8 [H, W, 3], as stored (not rotated). CMYK is converted by Pillow's formula.
 
-    With `shortest` = (height, width), the decoder may scale by n/8 while it decodes, to no less than that
-    size: cheaper than decoding everything when the image is to shrink anyway.
+    With `shortest` = (height, width), the decoder may scale by n/8 while decoding, to no less than that size:
+    this is cheaper than a full decode if the image is downscaled anyway.
     """
     if not header.is_rgb_or_grey:
         return np.asarray(open_with_pillow(data, most=ANY_SIZE).convert("RGB"))
     eighths = 8
-    if shortest is not None:  # only the scales that libjpeg-turbo has vector code for
+    if shortest is not None:  # only the scales for which libjpeg-turbo has vector code
         enough = [n for n in (1, 2, 4) if np.all(np.greater_equal(_scaled(header, n), shortest))]
         eighths = min(enough, default=8)
     if _turbo is None:
@@ -131,7 +130,7 @@ def decode(data: bytes, header: JpegHeader, shortest: tuple[int, int] | None = N
 
 
 def encode(pixels: np.ndarray, quality: int, sampling: str = "4:2:0") -> bytes:
-    """A baseline JPEG of uint8 [H, W, 3]; quality 1 to 100, `sampling` one of turbojpeg.SAMPLINGS."""
+    """Encode uint8 [H, W, 3] as a baseline JPEG; quality 1 to 100, `sampling` one of turbojpeg.SAMPLINGS."""
     if _turbo is not None:
         return _compress(np.ascontiguousarray(pixels), quality, turbojpeg.SAMPLINGS[sampling])
     out = io.BytesIO()
@@ -140,26 +139,26 @@ def encode(pixels: np.ndarray, quality: int, sampling: str = "4:2:0") -> bytes:
 
 
 def library() -> str:
-    """What decodes here, for a manifest."""
+    """The name of the decoder in use, for a manifest."""
     return "libturbojpeg" if _turbo is not None else "pillow"
 
 
 def orientation(exif: Callable[[], Image.Exif]) -> int:
-    """EXIF's orientation, 1 to 8; 1 where it says nothing, or nothing sensible."""
+    """EXIF's orientation, 1 to 8; 1 if it is missing or invalid."""
     try:
         value = exif().get(_ORIENTATION, 1)
-    except Exception:  # a broken EXIF block says nothing about the pixels
+    except Exception:  # a broken EXIF block doesn't affect the pixels
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _orientation_in(data: bytes) -> int:
-    """What the EXIF segment of a JPEG says; the segments are stepped over, not searched: that took longer
-    than reading the file."""
+    """The orientation in a JPEG's EXIF segment. Segments are stepped over, because a search for EXIF took
+    longer than reading the file."""
     place, end = 2, len(data) - 4
     while place < end and data[place] == 0xFF:
         marker = data[place + 1]
-        if marker == 0xDA or marker == 0xD9 or marker < 0xC0:  # the image itself, its end, or no header
+        if marker == 0xDA or marker == 0xD9 or marker < 0xC0:  # the image itself, its end, or not a header
             return 1
         if marker == 0xE1 and data.startswith(b"Exif\0\0", place + 4):
             return orientation(partial(_exif, data[place + 4 : place + 4 + (1 << 16)]))
@@ -174,7 +173,7 @@ def _exif(block: bytes) -> Image.Exif:
 
 
 class _AnySize:
-    """Within it Pillow opens images of up to ANY_SIZE, in every thread; and says nothing about them."""
+    """A context in which Pillow opens images of up to ANY_SIZE, in every thread, without a warning."""
 
     def __init__(self) -> None:
         self._lock, self._within, self._before = threading.Lock(), 0, Image.MAX_IMAGE_PIXELS
@@ -196,10 +195,10 @@ _any_size = _AnySize()
 
 
 def open_with_pillow(data: bytes, shrink: int = 1, load: bool = True, most: int | None = None) -> Image.Image:
-    """An image of any format, loaded, or its header alone. Raises DamagedImage, also for more than `most`
-    pixels, see `check_size`.
+    """Open an image of any format, loaded, or its header alone. Raises DamagedImage, also for more than
+    `most` pixels, see `check_size`.
 
-    `shrink` (1, 2, 4 or 8) has the decoder make a JPEG so many times smaller, sides rounded up.
+    `shrink` (1, 2, 4 or 8) has the decoder downscale a JPEG by this factor, with sides rounded up.
     """
     try:
         with _any_size:
@@ -207,12 +206,12 @@ def open_with_pillow(data: bytes, shrink: int = 1, load: bool = True, most: int 
         if image.format == "EPS":
             raise DamagedImage("EPS is drawn by a program, Ghostscript, which isn't run here; save it as PNG")
         check_size(image.height, image.width, most)
-        if shrink > 1:  # not rounded: Pillow divides the size by this, and looks for the largest scale below
+        if shrink > 1:  # not rounded: Pillow divides the size by this, and takes the largest scale below
             image.draft(None, (image.width / shrink, image.height / shrink))  # type: ignore[arg-type]
         if load:
             image.load()
         return image
-    except UnidentifiedImageError as error:  # its own message holds an address, different in each run
+    except UnidentifiedImageError as error:  # its own message includes an address, which differs in each run
         if data.startswith(LFS):
             raise DamagedImage(LFS_HINT) from error
         raise DamagedImage("not an image file of a known kind") from error
@@ -225,8 +224,8 @@ def open_with_pillow(data: bytes, shrink: int = 1, load: bool = True, most: int 
 
 
 def _opened(file: io.BytesIO) -> Image.Image:
-    """An image's header, its formats tried in the same order whatever was opened before. TGA comes last: it
-    has no signature, and takes an ICO for its own."""
+    """Read an image's header, trying formats in a fixed order, whatever was opened before. TGA comes last: it
+    has no signature, and accepts an ICO."""
     try:
         return Image.open(file, formats=COMMON)
     except UnidentifiedImageError:
@@ -254,7 +253,7 @@ def _decompress(data: bytes, header: JpegHeader, pixels: int, eighths: int) -> n
 
 
 def _compress(pixels: np.ndarray, quality: int, sampling: int) -> bytes:
-    """Into a buffer that each thread keeps, large enough for any content, and copied once from there."""
+    """Encode into a buffer that each thread keeps, large enough for anything; the result is copied once."""
     height, width = pixels.shape[:2]
     needed = _turbo.tjBufSize(width, height, sampling)
     if getattr(_local, "room", 0) < needed:
@@ -275,7 +274,7 @@ _local = threading.local()
 
 
 class _Owned:
-    """A (de)compressor of libjpeg-turbo, destroyed with its owner: the thread that ends."""
+    """A (de)compressor of libjpeg-turbo, destroyed with its owner, when the thread ends."""
 
     def __init__(self, handle: int) -> None:
         self.handle, self._destroy = handle, _turbo.tjDestroy
@@ -285,15 +284,15 @@ class _Owned:
 
 
 def _handle() -> int:
-    """A decompressor for each thread: one must not be shared."""
+    """This thread's decompressor; decompressors can't be shared."""
     if not hasattr(_local, "decompressor"):
         _local.decompressor = _Owned(_turbo.tjInitDecompress())
     return _local.decompressor.handle
 
 
 def _failed(handle: int) -> DamagedImage:
-    """The error, and no more of this decompressor: up to libjpeg-turbo 2.1, one that has failed in a header
-    goes on from there with the next file, and calls that damaged."""
+    """Build the error, and discard this decompressor: up to libjpeg-turbo 2.1, one that failed on a header
+    resumes from there with the next file, and reports that one as damaged."""
     message = _turbo.tjGetErrorStr2(handle).decode("utf-8", "replace")
     del _local.decompressor
     return DamagedImage(message)

@@ -1,8 +1,8 @@
-"""The manifest beside a converted set: what is in it, where each image came from, and its digest.
+"""The manifest of a converted set: its content, the source of each image, and each image's digest.
 
-`OUT.beton.json` beside a beton, `manifest.json` in a folder of tars. Its "samples" are rows, one line each,
-in the order of the file, with the columns that "sample_columns" names. With more than 100,000 images the
-rows are a Parquet file instead, which "samples" then names.
+It is `OUT.beton.json` next to a beton, `manifest.json` in a folder of tars. Its "samples" are rows, one per
+line, in file order, with the columns listed in "sample_columns". With more than 100,000 images the rows are
+in a Parquet file instead, which "samples" then names.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pipelines.errors import InputError, first_line
 from pipelines.files import sync
 
 ROWS_IN_JSON = 100_000
-JSON_ROWS, PARQUET_ROWS = 1_000, 50_000  # at a time
+JSON_ROWS, PARQUET_ROWS = 1_000, 50_000  # written at a time
 COLUMNS = ("name", "label", "mode", "height", "width", "bytes", "stored", "turned", "sha256")
 
-Samples = dict[str, list[Any]]  # by column, as long as there are images
+Samples = dict[str, list[Any]]  # {column: one value per image}
 
 
 def manifest_path(data: Path) -> Path:
-    """Where the manifest of a beton or of a folder of tars lies."""
+    """The path of the manifest of a beton or of a folder of tars."""
     return data / "manifest.json" if data.is_dir() else data.with_name(data.name + ".json")
 
 
@@ -39,9 +39,9 @@ def write_manifest(
     samples: Callable[[int], Iterator[Samples]],
     aside: Callable[[Path], Path],
 ) -> dict[str, Any]:
-    """Write the files of a manifest that shall lie at `path`, each `aside` and synced, and return it.
+    """Write the files of a manifest meant for `path`, each `aside` and synced, and return the manifest.
 
-    `samples(n)` gives its rows, n images at a time or fewer: they are never all in memory.
+    `samples(n)` yields its rows, at most n images at a time, so that they are never all in memory.
     """
     first = next(samples(1))
     manifest = {**manifest, "sample_columns": list(first)}
@@ -68,21 +68,21 @@ def write_manifest(
 
 
 def _utf8(text: str) -> bytes:
-    """JSON text; what a file name has that is no text, as JSON's own escapes (such as \\udcff)."""
+    """JSON text as UTF-8; parts of a file name that aren't text become JSON escapes (such as \\udcff)."""
     return text.encode("utf-8", "backslashreplace")
 
 
 def content_of(manifest: Path) -> dict[str, Any]:
-    """A manifest without its rows, where they are as `write_manifest` writes them; empty where there is none,
-    or one that is no table of entries.
+    """A manifest, without its rows if it is laid out as `write_manifest` does; empty if the file doesn't
+    exist or isn't a JSON object.
 
-    Raises InputError if it can't be read: names would be lost in silence.
+    Raises InputError if it can't be read, as names would be lost silently.
     """
     if not manifest.is_file():
         return {}
     try:
         text = manifest.read_bytes()
-        head, _, rows = text.partition(b',\n "samples": [\n')  # of which a set of many files has millions
+        head, _, rows = text.partition(b',\n "samples": [\n')  # a set of many files has millions of rows
         whole = rows.endswith(b"]\n ]\n}\n")
         content = json.loads((head + b"}" if whole else text).decode("utf-8", "surrogatepass"))
     except (OSError, ValueError) as error:
@@ -96,7 +96,7 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], Samples]:
     manifest, columns = _read(path, None)
     samples: Samples = {}
     for name in list(columns):
-        column = columns.pop(name)  # one column at a time is there twice
+        column = columns.pop(name)  # so that only one column at a time is in memory twice
         samples[name] = column if isinstance(column, list) else column.to_pylist()
         if name == "sha256" and not isinstance(column, list):
             samples[name] = [digest.hex() for digest in samples[name]]
@@ -104,8 +104,8 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], Samples]:
 
 
 def read_columns(path: Path, wanted: Collection[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The manifest without its rows, and of the columns named those that it has, as arrays [N]: of numbers,
-    or of str objects. Of a million images and more no other column is read. InputError as `read_manifest`."""
+    """The manifest without its rows, and those of the wanted columns that it has, as arrays [N] of numbers or
+    of str objects. Of rows in a Parquet file no other column is read. Raises like `read_manifest`."""
     manifest, columns = _read(path, wanted)
     return manifest, {
         name: np.array(column) if isinstance(column, list) else column.to_numpy()
@@ -114,8 +114,8 @@ def read_columns(path: Path, wanted: Collection[str]) -> tuple[dict[str, Any], d
 
 
 def _read(path: Path, wanted: Collection[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The manifest without its rows, and columns (all, or those wanted): lists, or Arrow's from a Parquet
-    file."""
+    """The manifest without its rows, and columns (all, or the wanted ones) as lists, or as Arrow columns if
+    they come from a Parquet file."""
     try:
         manifest = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
         rows, columns = manifest.pop("samples"), manifest["sample_columns"]
@@ -135,7 +135,7 @@ def _read(path: Path, wanted: Collection[str] | None) -> tuple[dict[str, Any], d
         return manifest, found
     except OSError as error:
         raise InputError(f"{path}: the manifest cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # not JSON, not ours, or a damaged Parquet file
+    except Exception as error:  # not JSON, not a manifest, or a damaged Parquet file
         raise InputError(
             f"{path}: not a manifest of a conversion, or damaged ({first_line(error)})"
         ) from error
@@ -149,7 +149,7 @@ def _write_parquet(file: IO[bytes], chunks: Iterator[Samples]) -> None:
     for samples in chunks:
         digests = [bytes.fromhex(digest) for digest in samples["sha256"]]
         names = [name.encode("utf-8", "backslashreplace").decode() for name in samples["name"]]
-        columns = samples | {"name": names}  # Parquet's text is text: what a name has beyond that is escaped
+        columns = samples | {"name": names}  # Parquet's strings are text: other bytes of a name are escaped
         arrays = {name: pa.array(values) for name, values in columns.items() if name != "sha256"}
         table = pa.table({name: arrays.get(name, pa.array(digests, pa.binary(32))) for name in samples})
         if writer is None:
@@ -160,7 +160,7 @@ def _write_parquet(file: IO[bytes], chunks: Iterator[Samples]) -> None:
 
 
 def min_median_max(counts: np.ndarray) -> dict[str, float]:
-    """Smallest, median and largest, of how often each number from 0 on occurs."""
+    """Smallest, median and largest number of occurrences of the numbers from 0 on."""
     there, total = np.flatnonzero(counts), np.cumsum(counts)
     middle = np.searchsorted(total, [(total[-1] + 1) // 2, total[-1] // 2 + 1])
     return {"min": int(there[0]), "median": float(middle.mean()), "max": int(there[-1])}

@@ -1,4 +1,4 @@
-"""Positioned reads of any number of files, of which few are open at a time."""
+"""Positioned reads from any number of files, of which only a few are open at a time."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from pipelines.staging import near
 
 
 def most_open() -> int:
-    """How many files a set may keep open: an eighth of what the system allows a process, 16 to 512."""
+    """How many files a set may keep open: an eighth of the limit for a process, 16 to 512."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 512 if soft == resource.RLIM_INFINITY else min(512, max(16, soft // 8))
 
 
 class OpenFiles:
-    """Files are opened when they are read, and the one that waited longest is closed for another.
+    """Opens files when they are read; the least recently used one is closed to make room for another.
 
-    May be called from several threads at once.
+    May be used from several threads at once.
     """
 
     def __init__(self) -> None:
         self._most = most_open()
         self._open: OrderedDict[Path, Descriptor] = OrderedDict()
-        self._first_seen: dict[Path, tuple[int, int]] = {}  # size and time of change
+        self._first_seen: dict[Path, tuple[int, int]] = {}  # size and modification time
         self._lock = threading.Lock()
 
     def read(self, path: Path, size: int, offset: int) -> bytes:
-        """Bytes from `offset` on, fewer where the file ends.
+        """Read bytes from `offset` on; fewer if the file ends.
 
-        Raises OSError: it can't be read. InputError: it is another file than the one that was read before.
+        Raises OSError if it can't be read, and InputError if the file has changed since it was first opened.
         """
-        descriptor = self.held(path)  # held until the read is over: no other thread closes it
+        descriptor = self.held(path)  # held until the read is over, so that no other thread closes it
         return os.pread(descriptor.number, size, offset)
 
     def size(self, path: Path) -> int:
-        """Bytes of the file. Raises as `read` does."""
+        """Size of the file in bytes. Raises like `read`."""
         descriptor = self.held(path)
         return os.fstat(descriptor.number).st_size
 
     def held(self, path: Path) -> Descriptor:
-        """The open file; it isn't closed while this is kept. Raises as `read` does."""
+        """The open file, which stays open while this is kept. Raises like `read`."""
         with self._lock:
             found = self._open.get(path)
             if found is not None:
@@ -63,12 +63,12 @@ class OpenFiles:
 
 
 class Descriptor:
-    """An open file, by the system's `number`; closed with its last reference."""
+    """An open file, by the system's `number`; it is closed with the last reference."""
 
     def __init__(self, path: Path) -> None:
         self.number = -1
         self.number = os.open(path, os.O_RDONLY)
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` goes before some objects do
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone before
         if self.number >= 0:
             close(self.number)

@@ -1,16 +1,16 @@
-"""libturbojpeg: where it is and what it is called with, for Python (`formats.jpeg`) and for compiled code
-(`sources.turbo`, which finds its functions by their names).
+"""libturbojpeg: its location and signatures, for Python (`formats.jpeg`) and for compiled code
+(`decode.turbo`, which finds its functions by name).
 
-Looked for in this order; the first that loads is taken:
+It is searched for in this order; the first that loads is used:
 
-    $LVSSL_TURBOJPEG     a file, or the folder that holds it; if this is set, nowhere else
+    $LVSSL_TURBOJPEG     a file, or the folder that has it; if this is set, nothing else is tried
     sys.prefix/lib       where `make install` puts it
     $CONDA_PREFIX/lib
-    lib/                 beside this package, where an offline bundle may put it
-    the system           by its usual names, then as the linker's cache or a compiler finds it
+    lib/                 next to this package, where an offline bundle may put it
+    the system           by its usual names, then as found by the linker's cache or a compiler
 
-Without it Pillow decodes, which bundles the same code: the same pixels of a whole file, but it holds Python's
-lock in between, and it doesn't report damage that a decoder can paint over.
+Without it, Pillow decodes with the code that it bundles. The pixels of sound files are the same, but Pillow
+holds the GIL in between, and doesn't report damage that a decoder can paint over.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ NEEDED = (
 
 COLOURS = ("RGB", "YCbCr", "grey", "CMYK", "YCCK")  # TJCS_*, from 0
 RGB, GREY = 0, 6  # TJPF_*
-SAMPLINGS = {"4:4:4": 0, "4:2:0": 2}  # TJSAMP_*, to encode with
+SAMPLINGS = {"4:4:4": 0, "4:2:0": 2}  # TJSAMP_*, for encoding
 USUAL_SAMPLINGS = 6  # TJSAMP_444, 422, 420, GRAY, 440 and 411, from 0; 441 came with version 3
-NO_REALLOCATION, ACCURATE_DCT = 1024, 4096  # TJFLAG_*; the fast DCT is less exact
-STOP_AT_500_SCANS = 32768  # TJFLAG_LIMITSCANS: a progressive JPEG of some kilobytes could decode for minutes
+NO_REALLOCATION, ACCURATE_DCT = 1024, 4096  # TJFLAG_*; the fast DCT is less accurate
+STOP_AT_500_SCANS = 32768  # TJFLAG_LIMITSCANS: a progressive JPEG of a few kilobytes could take minutes
 
 
 def candidates() -> Iterator[str]:
-    """Files and names to load, in order."""
+    """Files and names to try, in order."""
     chosen = os.environ.get(VARIABLE)
     if chosen:
         yield from _within(Path(chosen)) if os.path.isdir(chosen) else [chosen]
@@ -60,13 +60,13 @@ def _within(folder: Path) -> list[str]:
 
 
 def load() -> tuple[ctypes.CDLL, str] | None:
-    """The library and the name that it was loaded by, or None."""
+    """The library and the name by which it was loaded, or None."""
     for name in candidates():
         try:
             library = ctypes.CDLL(name)
             for function in NEEDED:
                 getattr(library, function)
-        except (OSError, AttributeError):  # absent, no library, or one of another kind
+        except (OSError, AttributeError):  # missing, not a library, or of another kind
             continue
         return library, name
     return None
@@ -76,7 +76,7 @@ FOUND = load()
 
 
 def typed() -> ctypes.CDLL | None:
-    """The library, whose functions know the types of their arguments; None if there is none."""
+    """The library with the argument types of its functions declared, or None."""
     if FOUND is None:
         return None
     turbo, _ = FOUND
@@ -98,7 +98,7 @@ class _Place(ctypes.Structure):  # Dl_info of <dlfcn.h>
 
 
 def file() -> str:
-    """The file that was loaded; its name where the linker doesn't say more; empty if there is none."""
+    """The path of the loaded library; its name if the linker doesn't know more; empty if there is none."""
     if FOUND is None:
         return ""
     library, name = FOUND
@@ -113,7 +113,7 @@ def file() -> str:
 
 
 def absence() -> str:
-    """What to say where there is none, in one line."""
+    """A message for the case that the library is missing, in one line."""
     chosen = os.environ.get(VARIABLE)
     none = f"{VARIABLE}={chosen} is no libturbojpeg that loads" if chosen else "libturbojpeg isn't installed"
     return (
@@ -122,11 +122,11 @@ def absence() -> str:
     )
 
 
-_said = threading.Lock()  # held from the first time on: threads may find out at the same moment
+_said = threading.Lock()  # taken once and never released: several threads may find out at the same moment
 
 
 def say_absence() -> None:
-    """`absence` on stderr, once a process and by the first rank alone."""
+    """Print `absence` to stderr, once per process and only on the first rank."""
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     if _said.acquire(blocking=False) and rank == "0":
         print(absence(), file=sys.stderr, flush=True)

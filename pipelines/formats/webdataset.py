@@ -1,4 +1,4 @@
-"""WebDataset shards with the indices that DALI reads: what WebDataset's and wds2idx's own files hold.
+"""WebDataset shards with the indices that DALI reads, in the formats of WebDataset and wds2idx.
 
 A shard is a plain tar (ustar) of pairs, key first, images in order:
 
@@ -6,8 +6,8 @@ A shard is a plain tar (ustar) of pairs, key first, images in order:
     00000001.png  00000001.cls     pixels that a beton holds raw are PNG here
     ...           00000001.json    {"target": value, ...}, only where there are regression targets
 
-Beside train-000000.tar lies train-000000.idx: a line "v1.2 COUNT", then for each image a line with
-"extension offset size name" of its members, the offset that of the member's content.
+Next to train-000000.tar is train-000000.idx: a line "v1.2 COUNT", then for each image a line with
+"extension offset size name" for each of its members; the offset is that of the member's content.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 
 from pipelines.formats.beton import NO_LABEL
 
-BLOCK = 512  # bytes; all in a tar is padded to it
+BLOCK = 512  # bytes; everything in a tar is padded to this
 IMAGES_PER_TAR = 5_000  # some 550 MB of ImageNet
 END = bytes(2 * BLOCK)
 
 
 def member_header(name: str, size: int) -> bytes:
-    """A ustar header with nothing in it that depends on machine, user or time."""
+    """A ustar header that doesn't depend on machine, user or time."""
     before = (
         name.encode("ascii").ljust(100, b"\0")
         + b"0000444\0"
@@ -43,8 +43,8 @@ def tar_name(prefix: str, number: int) -> str:
 
 
 def tars_of(manifest: Path, head: dict[str, Any]) -> dict[Path, int] | None:
-    """The tars that were written with this manifest, which holds `head`, by their number; None if it isn't of
-    tars."""
+    """The tars that were written with this manifest, whose content is `head`, by number; None if the manifest
+    isn't of tars."""
     try:
         count, each, prefix = head["count"], head["images_per_tar"], head["prefix"]
         return {manifest.with_name(tar_name(prefix, n)): n for n in range(-(-count // each))}
@@ -57,15 +57,15 @@ def padding(size: int) -> bytes:
 
 
 class TarLayout:
-    """Where each image lies, and all the bytes around it: they follow from sizes and labels alone."""
+    """The position of each image and all bytes around it, which follow from sizes and labels alone."""
 
     def __init__(self, prefix: str, images_per_tar: int):
         self.prefix = prefix
         self.images_per_tar = images_per_tar
-        self.count = 0  # images, in all
+        self.count = 0  # images in total
         self.number = 0  # of the tar that is being filled
         self.position = 0  # in that tar
-        self.index: list[str] = []  # of that tar, a line an image
+        self.index: list[str] = []  # of that tar, a line per image
 
     def full(self) -> bool:
         return len(self.index) == self.images_per_tar
@@ -74,7 +74,7 @@ class TarLayout:
         self.number, self.position, self.index = self.number + 1, 0, []
 
     def reserve(self, mode: int, size: int, label: int, targets: dict[str, float]) -> tuple[bytes, bytes]:
-        """Enter one image at `position`; returns the bytes before and after it."""
+        """Enter one image at `position`, and return the bytes before and after it."""
         key = f"{self.count:08d}"
         extension = ("jpg", "png")[mode]
         members: list[tuple[str, int | bytes]] = [(extension, size)]

@@ -1,4 +1,4 @@
-"""numba's compiler, also where the compiled code cannot be kept."""
+"""numba's compiler, which also works where compiled code can't be cached."""
 
 import hashlib
 from collections.abc import Callable
@@ -11,19 +11,19 @@ from numba import njit
 
 
 def compiled(**options: Any) -> Callable[[Callable], Callable]:
-    """`njit` without Python's lock, kept on the disk for the next process if there is a place for it.
+    """`njit` without the GIL, cached on disk for the next process if possible.
 
-    numba keeps it beside the source or in the user's cache; a shared installation on a cluster may let a job
-    write to neither, and then each process compiles anew. What is kept is that of these sources alone, also
-    where a function calls one of another file, of which numba itself takes no notice.
+    numba caches next to the source or in the user's cache folder. A job on a cluster with a shared
+    installation may have write access to neither; then each process compiles again. The cache is valid only
+    for these exact sources, including those of called functions in other files, which numba itself ignores.
     """
 
     def compile_it(function: Callable) -> Callable:
         try:
             made = njit(nogil=True, cache=True, **options)(function)
-        except RuntimeError:  # "no locator available": no such place
+        except RuntimeError:  # "no locator available": no place for a cache
             return njit(nogil=True, **options)(function)
-        # numba's own names: tests/test_compiled.py holds them.
+        # Private names of numba, checked by tests/test_compiled.py.
         kept = getattr(made._cache, "_cache_file", None)
         if kept is not None:
             kept._source_stamp = (kept._source_stamp, *map(digest, sorted(sources(function))))
@@ -33,7 +33,7 @@ def compiled(**options: Any) -> Callable[[Callable], Callable]:
 
 
 def sources(function: Any) -> set[str]:
-    """The files of a function and of the compiled ones that it calls, by name or as part of a module."""
+    """The files of a function and of the compiled functions that it calls, by name or as part of a module."""
     names = function.__code__.co_names
     used = [function.__globals__.get(name) for name in names]
     modules = [each for each in used if isinstance(each, ModuleType)]

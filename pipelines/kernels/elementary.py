@@ -1,7 +1,7 @@
-"""exp and log for compiled code, from sums and products alone: the same bits on every processor.
+"""exp and log for compiled code, built from sums and products: the same bits on every processor.
 
-The C library's forms differ in the last bit between processors (with and without fused multiply-add), and so
-would the pixels that depend on them.
+The C library's functions differ in the last bit between processors (with and without fused multiply-add), and
+so would pixels that depend on them.
 """
 
 import math
@@ -10,7 +10,7 @@ import numpy as np
 
 from pipelines.kernels.compiled import compiled
 
-# ln 2 in two parts (fdlibm); the first ends in so many zeros that its product with an exponent is exact.
+# ln 2 in two parts (fdlibm); the first ends in enough zeros to make its product with an exponent exact.
 LN2_HIGH, LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 INVERSE_FACTORIALS = tuple(1 / math.factorial(k) for k in range(13, -1, -1))
 INVERSE_ODDS = tuple(1 / k for k in range(23, 0, -2))
@@ -18,7 +18,7 @@ INVERSE_ODDS = tuple(1 / k for k in range(23, 0, -2))
 
 @compiled()
 def exp(x):
-    """e^x for a finite x below 709, float64, within 2 units in the last place; 0 below -708."""
+    """e^x for finite x below 709, float64, to within 2 units in the last place; 0 below -708."""
     if x < -708.0:
         return 0.0
     exponent = np.rint(x / math.log(2))
@@ -31,7 +31,7 @@ def exp(x):
 
 @compiled()
 def log(x):
-    """Natural logarithm of a normal positive x, float64, to a relative error of 4e-16 (near 1: absolute)."""
+    """Natural logarithm of normal positive x, float64, to a relative error of 4e-16 (near 1: absolute)."""
     mantissa, exponent = math.frexp(x)
     if mantissa < 0.7071067811865476:
         mantissa, exponent = 2 * mantissa, exponent - 1

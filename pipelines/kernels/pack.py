@@ -1,4 +1,4 @@
-"""Bits to bytes and back. Bit d of a row lies in byte d // 8 at position d % 8 (least significant first)."""
+"""Pack bits into bytes and unpack them. Bit d of a row is bit d % 8 of byte d // 8 (lowest bit first)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import numpy as np
 
 
 def packed_bytes(bits: int) -> int:
-    """Bytes that one packed row of `bits` bits takes: ceil(bits / 8)."""
+    """Number of bytes of one packed row of `bits` bits: ceil(bits / 8)."""
     return (bits + 7) // 8
 
 
 def pack_bits(bits: Any) -> np.ndarray:
-    """Packs bits [N, D] into uint8 [N, ceil(D / 8)]; the padding bits of the last byte are zero.
+    """Pack bits [N, D] into uint8 [N, ceil(D / 8)]; the padding bits of the last byte are zero.
 
-    `bits` is a NumPy array or a torch tensor (any device) of bool, or of numbers that are all 0 or 1.
-    Raises ValueError for another shape or another value: a logit or a +-1 sample packed by mistake
-    would become a code that looks fine and means nothing.
+    `bits` is a NumPy array or a torch tensor (on any device) of bool, or of numbers that are all 0 or 1.
+    Raises ValueError for another shape or other values: packing logits or +-1 samples by mistake would give a
+    code that looks valid but is meaningless.
     """
     array = as_array(bits)
     if array.ndim != 2:
@@ -28,7 +28,7 @@ def pack_bits(bits: Any) -> np.ndarray:
 
 
 def unpack_bits(packed: Any, bits: int) -> np.ndarray:
-    """Unpacks uint8 [N, ceil(bits / 8)] into uint8 [N, bits] of 0 and 1. ValueError for another width."""
+    """Unpack uint8 [N, ceil(bits / 8)] into uint8 [N, bits] of 0 and 1. Raises ValueError if widths differ."""
     array = as_array(packed)
     if array.ndim != 2 or array.dtype != np.uint8 or array.shape[1] != packed_bytes(bits):
         raise ValueError(
@@ -38,7 +38,7 @@ def unpack_bits(packed: Any, bits: int) -> np.ndarray:
 
 
 def as_array(values: Any) -> np.ndarray:
-    """A NumPy view of an array or of a torch tensor, without importing torch."""
+    """View an array or a torch tensor as a NumPy array, without importing torch."""
     if hasattr(values, "detach"):
         values = values.detach().cpu().numpy()
     return np.asarray(values)

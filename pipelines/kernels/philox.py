@@ -1,7 +1,7 @@
-"""Philox4x32-10 (Salmon et al. 2011), a counter-based generator: random numbers without a state.
+"""Philox4x32-10 (Salmon et al. 2011), a counter-based generator of random numbers, which has no state.
 
-One text for plain Python, NumPy, torch and compiled code (`compiled(inline="always")(philox)`); it imports
-none of them.
+The same source serves plain Python, NumPy, torch and compiled code (`compiled(inline="always")(philox)`); it
+imports none of them.
 """
 
 LOW = 0xFFFFFFFF  # the low 32 bits
@@ -10,7 +10,7 @@ KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85
 
 
 def philox(c0, c1, c2, c3, k0, k1):
-    """Four counter words and two key words -> four uniform words, all of them in [0, 2^32).
+    """Map four counter words and two key words to four uniform words in [0, 2^32).
 
     Each is an int, or an int64 number or tensor; tensors broadcast. Products of more than 63 bits wrap, and
     the low 64 bits of a signed product are those of the unsigned one.
