@@ -8,23 +8,22 @@
     convert-beton 'train-{000000..000146}.tar' train.beton             # WebDataset shards
     convert-beton cifar10-jpeg/ test.beton --split test                # Hugging Face image parquet
     convert-beton photos/ photos.beton                                 # loose images: no labels, to pretrain
-    pretraining
     convert-beton table.csv out.beton                                  # columns path and label
     convert-beton ages.csv ages.beton --targets age                    # path,age: regression
     convert-beton /usr/share/datasets/fashion-mnist train.beton        # MNIST's idx files
-    convert-beton torchvision:CIFAR10 train.beton --root data          # downloaded if necessary
-    convert-beton sklearn:digits digits.beton                          # comes with scikit-learn
+    convert-beton torchvision:CIFAR10 train.beton --root data          # downloaded if need be
+    convert-beton sklearn:digits digits.beton                          # always at hand
 
     convert-beton imagenet/ train.beton --shard 3/8                    # the third job of an array of eight
     convert-beton --merge train.beton                                  # when all eight are done
-    convert-beton --verify train.beton                                 # checks every byte and every image
+    convert-beton --verify train.beton                                 # every byte and every image again
     convert-beton --inspect train.beton                                # counts, sizes, a sheet of images
 
-Each JPEG is checked by decoding it and stored byte for byte. Images are re-encoded only where they must
+Each JPEG is checked by decoding it and stored byte for byte. Images are encoded anew only where they must
 change: JPEGs that are larger than --max-resolution, that are CMYK or that EXIF says are rotated; and other
-formats (PNG and so on), unless raw pixels serve better because the images are tiny (64 x 64) or much smaller
-without loss (line art). Damaged images are skipped and listed in OUT.beton.json. An interrupted conversion
-resumes when the same command is run again, and gives the same bytes.
+formats (PNG and so on), unless they are so small (64 x 64), or so much smaller without loss (line art), that
+raw pixels serve better. Damaged images are skipped and named in OUT.beton.json. An interrupted conversion
+resumes when the same command is run again, and ends with the same bytes.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def pack_bits(bits: Any) -> np.ndarray:
 
 
 def unpack_bits(packed: Any, bits: int) -> np.ndarray:
-    """Unpack uint8 [N, ceil(bits / 8)] into uint8 [N, bits] of 0 and 1. Raises ValueError if widths differ."""
+    """Unpack uint8 [N, ceil(bits / 8)] into 0 and 1, uint8 [N, bits]. Raises ValueError for another width."""
     array = as_array(packed)
     if array.ndim != 2 or array.dtype != np.uint8 or array.shape[1] != packed_bytes(bits):
         raise ValueError(
