@@ -70,7 +70,7 @@ def missing_shards(names: Sequence[str]) -> list[str]:
 
 
 class LeftOut:
-    """Counts unused files and keeps the first names, for a note. `what` describes them: "no images"."""
+    """Counts what isn't used and keeps the first names, for a note. `what` it is: "no images"."""
 
     def __init__(self, what: str):
         self.what, self.count = what, 0
@@ -81,7 +81,7 @@ class LeftOut:
         self.first += names[: 3 - len(self.first)]
 
     def notes(self) -> list[str]:
-        """A list of one line, or an empty list."""
+        """One line, or none."""
         return [in_short(f"left out, {self.what}", self.first, self.count)] if self.count else []
 
 

@@ -464,7 +464,7 @@ def _as_unpacked(source: str, tars: list[Tar], asked: str | None, named: str | N
 def _unlabelled(
     source: str, tars: list[Tar], layout: Layout, found: dict[tuple[str, int], Member], notes: list[str]
 ) -> Dataset:
-    """All images below the layout's base, ordered by path."""
+    """Every image below the layout's base, in the order of the paths."""
     reader, names, others = Reader(tars), Names(), LeftOut("no images")
     below = [(name, which) for name, which in found if name.startswith(layout.base)]
     for parts, which in sorted((name.removeprefix(layout.base).split("/"), which) for name, which in below):

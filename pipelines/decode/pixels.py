@@ -28,7 +28,7 @@ def decode_rgb(image: bytes | str | Path, name: str | None = None, keep: bool = 
         return upright(*decode_other(data))
     except OSError as error:
         raise InputError(f"{name}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # any decoder error concerns this image alone
+    except Exception as error:  # whatever a decoder raises is about this image alone
         raise InputError(f"{name}: no image, or damaged ({first_line(error)})") from error
 
 
