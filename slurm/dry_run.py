@@ -1,4 +1,4 @@
-"""`lvssl launch --dry-run`: the chain, its scripts, and what it will cost, without touching anything."""
+"""`lvssl launch --dry-run`: show the pipeline, its scripts and their expected costs, changing nothing."""
 
 import shlex
 import shutil
@@ -17,30 +17,31 @@ from slurm.records import last_row, remaining
 from slurm.stages import Stage
 from slurm.work import Work, executor
 
-CHECKPOINTS = 3  # the last two, and the one that is being written
-NUMBERS_A_PARAMETER = 3  # the weight and an optimiser's two moments
-# Pretraining's settings, images, GPUs -> GPU-hours, and what they were measured on.
+CHECKPOINTS = 3  # the last two, and the one being written
+NUMBERS_A_PARAMETER = 3  # the weight and the optimiser's two moments
+# (pretraining's settings, images, GPUs) -> (GPU-hours, and what they were measured on).
 GpuHours = Callable[[Any, int, int], tuple[float, str]]
 IMAGENET = {"ILSVRC2012_img_train.tar": TRAIN_IMAGES, "ILSVRC2012_img_val.tar": VALIDATION_IMAGES}
-# Bytes an image of a beton of ImageNet by --max-resolution, of 1,000 images, one a class (docs/imagenet.md).
+# Bytes per image of an ImageNet beton by --max-resolution, over 1,000 images, one per class
+# (docs/imagenet.md).
 CONVERTED = {256: 16_665, 400: 35_483, 500: 102_716, 1 << 16: 114_018}
-COUNTED = 200_000  # files of a source folder, after which its size is not added up any further
+COUNTED = 200_000  # files of a source folder, after which the rest of its size isn't added up
 
 
 class Sizes(NamedTuple):
-    """What a run's network writes."""
+    """Sizes of the files that a run's network writes."""
 
     parameters: int
-    kept: int  # bytes an image in the run's store of features
-    for_now: int  # bytes an image of the untrained network's, while a large set is evaluated; else 0
+    kept: int  # bytes per image in the run's store of features
+    for_now: int  # bytes per image of the untrained network's store while a large set is evaluated; else 0
 
 
-SizesOf = Callable[[Any, int], Sizes]  # pretraining's settings and a count of training images -> sizes
+SizesOf = Callable[[Any, int], Sizes]  # (pretraining's settings, count of training images) -> sizes
 
 
 def describe(pipeline: Pipeline, stages: list[Stage], works: Sequence[Work], cluster: str,
              sizes: SizesOf | None, gpu_hours: GpuHours | None) -> str:  # fmt: skip
-    """Graph, scripts (for Slurm), GPU-hours and disk, as text."""
+    """Describe the graph, the scripts (for Slurm), GPU-hours and disk space as text."""
     lines = [f"# {pipeline.name}: {pipeline.file} -> {pipeline.out}", "", *graph(works)]
     if cluster == "slurm":
         code = pipeline.out / "code" / "SNAPSHOT"
@@ -76,7 +77,7 @@ def graph(works: Sequence[Work]) -> list[str]:
 
 
 def costs(works: Sequence[Work]) -> list[str]:
-    """From the time limits: what Slurm may charge if every job runs to its end."""
+    """Upper bounds from the time limits: what Slurm charges if every job runs until its limit."""
     gpu = cpu = 0.0
     for work in works:
         cluster = work.stage.cluster
@@ -89,8 +90,8 @@ def costs(works: Sequence[Work]) -> list[str]:
 
 
 def expected(pipeline: Pipeline, works: Sequence[Work], gpu_hours: GpuHours | None) -> list[str]:
-    """How long the pretraining takes, by the rate of its own last steps where it was begun, else by the rate
-    that was measured for its backbone."""
+    """The expected duration of pretraining, from the rate of its own last steps if it has started, otherwise
+    from the rate measured for its backbone."""
     (work,) = (work for work in works if work.stage.name == "pretrain")
     task, gpus = work.stage.tasks[0], work.stage.cluster.nodes * work.stage.cluster.gpus
     if not work.tasks:
@@ -111,7 +112,7 @@ def expected(pipeline: Pipeline, works: Sequence[Work], gpu_hours: GpuHours | No
 
 
 def images_in(pipeline: Pipeline, name: str, path: Path) -> int | None:
-    """Of the set "train" or "test" at `path`; None where it isn't there and its source doesn't say."""
+    """The number of images in the set "train" or "test" at `path`; None if it isn't there and isn't known."""
     with suppress(OSError, InputError):
         return sum(map(count_in, parts_of(path)))
     if (source := pipeline.convert.get(name)) is None:
@@ -120,8 +121,8 @@ def images_in(pipeline: Pipeline, name: str, path: Path) -> int | None:
 
 
 def disk(pipeline: Pipeline, works: Sequence[Work], sizes: SizesOf | None) -> list[str]:
-    """What will be written to the pipeline's folder and, where images are staged, to each node's; and what is
-    free there."""
+    """The data that will be written to the pipeline's folder and, if images are staged, to each node, and the
+    free space there."""
     rows = [betons(pipeline)] if tasks_of(works, "convert") else []
     to_do = {work.stage.name: work.tasks[0] for work in works if work.tasks}
     (reads,) = (work.stage.tasks[0].reads for work in works if work.stage.name == "pretrain")
@@ -149,7 +150,7 @@ def disk(pipeline: Pipeline, works: Sequence[Work], sizes: SizesOf | None) -> li
 
 
 def betons(pipeline: Pipeline) -> tuple[int, str]:
-    """Bytes of the sets that are converted, and what they are."""
+    """Size in bytes of the sets that are converted, and a description of them."""
     sizes = [converted_size(pipeline, name) for name in pipeline.convert]
     if None in sizes:
         return 0, "betons (size of the sources not known)"
@@ -159,7 +160,7 @@ def betons(pipeline: Pipeline) -> tuple[int, str]:
 
 
 def converted_size(pipeline: Pipeline, name: str) -> int | None:
-    """Bytes of the beton of a set: of ImageNet by what its images took, of others at most their source's."""
+    """Bytes of a set's beton: for ImageNet by the measured rates, for others at most the source's size."""
     source = pipeline.convert[name]
     if (images := IMAGENET.get(Path(source.source).name)) is None:
         return folder_size(Path(source.source))
@@ -169,7 +170,7 @@ def converted_size(pipeline: Pipeline, name: str) -> int | None:
 
 
 def folder_size(source: Path) -> int | None:
-    """Bytes of a file or of a folder's files (a beton keeps JPEGs as they are); None for what is no path."""
+    """Bytes of a file or of a folder's files (a beton keeps JPEGs unchanged); None if it isn't a path."""
     if source.is_file():
         return source.stat().st_size
     if not source.is_dir():

@@ -1,9 +1,9 @@
-"""What a submitted job does: run one command on all its ranks, through preemption, time limits and crashes.
+"""A submitted job: run one command on all its ranks, through preemption, time limits and crashes.
 
-submitit runs a `Job` once, in the batch step; the ranks are srun's, below it (use_srun=False). So Slurm's
-signals reach every rank without anyone between (`--signal` goes to all steps), and this supervisor outlives a
-killed step. submitit's own requeueing is left aside: in its handler only rank 0 acts, and any signal in the
-last ten minutes of the time limit counts as one of a few allowed timeouts: in a short job, every signal.
+submitit runs a `Job` once, in the batch step, and srun starts the ranks below it (use_srun=False). Slurm's
+signals therefore reach every rank directly (`--signal` goes to all steps), and this supervisor survives a
+killed step. submitit's own requeueing isn't used: in its handler only rank 0 acts, and any signal in the last
+ten minutes of the time limit (in a short job, every signal) counts as one of a few allowed timeouts.
 """
 
 import os
@@ -29,27 +29,27 @@ from slurm.records import Record, fingerprints, last_error, read_record, stands,
 from slurm.stages import Task
 from slurm.sweep import write_table
 
-BAD_INPUT = 2  # a command's status: the user's mistake, which no repetition mends
+BAD_INPUT = 2  # exit status of a user error, which a retry can't fix
 
 
 @dataclass
 class Outcome:
-    """How the ranks ended."""
+    """The result of running the ranks."""
 
     status: int = 0
     stopped: bool = False
-    saved: bool = False  # a stop that left a state to go on from
+    saved: bool = False  # stopped with a state to resume from
 
 
 @dataclass
 class Job:
-    """One task of the chain; called by submitit on the cluster, in a process of this machine, or here."""
+    """One task of the pipeline; submitit runs it on the cluster, in a local process, or in this process."""
 
     out: Path
     task: Task
     cluster: ClusterSettings
     code: Path
-    siblings: tuple[Task, ...] = ()  # of a sweep, this one among them
+    siblings: tuple[Task, ...] = ()  # all tasks of a sweep, including this one
     environment: dict[str, str] = field(default_factory=dict)
     signals: list[int] = field(default_factory=list)
     children: list[subprocess.Popen] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Job:
             write_record(self.out, self.task, record)
 
     def listen(self) -> None:
-        """Signals become entries of a list. Slurm signals the ranks itself; elsewhere they are passed on."""
+        """Collect signals in a list. Slurm signals the ranks itself; elsewhere signals are passed on."""
 
         def heard(number: int, _: FrameType | None) -> None:
             self.signals.append(number)
@@ -100,7 +100,7 @@ class Job:
                 self.fail(None, f"job {record.job} on {record.host} is already running this task")
         if record.job != self.id:
             record.crashes = 0
-        elif record.state == "running":  # this job, killed without notice and queued again by Slurm
+        elif record.state == "running":  # this job was killed without notice and requeued by Slurm
             record.restarts += 1
         record.state, record.job, record.host = "running", self.id, socket.gethostname()
         record.log, record.code, record.error = str(self.log), self.code.name, ""
@@ -115,14 +115,14 @@ class Job:
         return start(record)
 
     def with_srun(self, record: Record) -> Outcome:
-        if self.staging() and self.cluster.nodes > 1:  # until all have copied: ranks wait minutes for others
+        if self.staging() and self.cluster.nodes > 1:  # first on all nodes: ranks wait only minutes for others
             outcome = self.step(record, 1, [*self.staging(), "true"], subprocess.DEVNULL)
             if outcome.stopped:
-                return outcome  # else the ranks try again, and say what hinders
+                return outcome  # otherwise the ranks try again, and report the error
         return self.step(record, self.cluster.ranks_per_node, self.command())
 
     def step(self, record: Record, per_node: int, command: list[str], errors: int | None = None) -> Outcome:
-        """A command as so many processes of every node."""
+        """Run a command in `per_node` processes on every node."""
         cluster = self.cluster
         ranks = cluster.nodes * per_node
         mark = self.log.with_name(f".stopped-{self.id}-{record.restarts}-{record.crashes}")
@@ -137,7 +137,7 @@ class Job:
             f"--ntasks={ranks}",
         ]
         srun += [f"--ntasks-per-node={per_node}"]
-        srun += [f"--cpus-per-task={cluster.cpus}"] if cluster.cpus else []  # srun doesn't take sbatch's
+        srun += [f"--cpus-per-task={cluster.cpus}"] if cluster.cpus else []  # srun doesn't inherit sbatch's
         rank = [sys.executable, "-m", "slurm.rank", str(mark), host, str(port)]
         status = subprocess.Popen([*srun, *rank, *command], cwd=self.code, stderr=errors).wait()
         marks = list(mark.parent.glob(f"{mark.name}-*"))
@@ -147,7 +147,7 @@ class Job:
         return Outcome(status, len(marks) == ranks or (bool(marks) and status == 0), saved)
 
     def with_processes(self, record: Record) -> Outcome:
-        """The ranks as processes of this machine, told apart as torchrun does."""
+        """Run the ranks as processes of this machine, with the variables that torchrun sets."""
         ranks = self.cluster.ranks_per_node
         _, port = scheduler.meeting_point(record.restarts + record.crashes)
         for rank in range(ranks):
@@ -162,7 +162,7 @@ class Job:
         return Outcome(max(map(abs, statuses)), stopped, STOPPED in statuses)
 
     def in_process(self, record: Record) -> Outcome:
-        """In this very process, for a debugger."""
+        """Run in this very process, for a debugger."""
         before = sys.argv
         if self.cluster.stage_to:
             stage(self.cluster.stage_to, (file for path in self.task.reads for file in files_of(path)))
@@ -177,12 +177,12 @@ class Job:
         return Outcome()
 
     def command(self) -> list[str]:
-        """Of one rank. The supervisor stays outside a container: srun and submitit are the host's."""
+        """The command of one rank. The supervisor stays outside a container: it needs the host's srun."""
         start = [*self.cluster.container, "python3"] if self.cluster.container else [sys.executable]
         return [*self.staging(), *start, "-m", self.task.module, *self.task.arguments]
 
     def staging(self) -> list[str]:
-        """What comes before a command, outside a container, where its images are to be copied to the node."""
+        """A prefix of the command, run outside a container, that copies its images to the node; may be empty."""
         if not self.cluster.stage_to or not self.task.reads:
             return []
         sets = map(str, self.task.reads)
@@ -192,7 +192,7 @@ class Job:
         return [number for number in self.signals if number in (signal.SIGTERM, signal.SIGUSR2)]
 
     def being_ended(self) -> bool:
-        """Whether Slurm is ending this job: what happens to its ranks then is no crash."""
+        """Whether Slurm is ending this job, in which case a failing rank isn't a crash."""
         return self.kind == "slurm" and scheduler.job_state(self.id) not in ("RUNNING", "")
 
     def done(self, record: Record) -> None:
@@ -210,10 +210,10 @@ class Job:
         say(f"{self.task.name}: done")
 
     def stopped(self, record: Record, outcome: Outcome) -> None:
-        """Preempted, at its time limit, or cancelled. Returns to start anew; most often the job ends here."""
+        """Preempted, at its time limit, or cancelled. Returns to start again; mostly the job ends here."""
         asked, self.signals[:] = self.asked_to_stop(), []
         record.state = "stopped"
-        if self.kind == "local" and signal.SIGTERM not in asked:  # USR2: as a cluster's warning
+        if self.kind == "local" and signal.SIGTERM not in asked:  # USR2: like a cluster's warning
             record.restarts += 1
             return
         if self.kind != "slurm":
@@ -238,7 +238,7 @@ class Job:
         self.leave("requeued")
 
     def crashed(self, record: Record, status: int) -> None:
-        """Start again in the same allocation, so many times; bad input is not retried."""
+        """Start again in the same allocation, for a limited number of times; bad input isn't retried."""
         record.crashes += 1
         error = last_error(self.log) or f"exit status {status}"
         if status == BAD_INPUT or record.crashes > self.cluster.crashes or self.kind == "debug":
@@ -256,7 +256,7 @@ class Job:
         self.leave(f"failed: {error}")
 
     def leave(self, why: str) -> NoReturn:
-        """A status other than 0, so that nothing that waits for this job starts."""
+        """Exit with a status other than 0, so that no job that depends on this one starts."""
         say(f"{self.task.name}: {why}")
         raise SystemExit(1)
 

@@ -1,4 +1,4 @@
-"""`lvssl launch`: submit what isn't done and isn't under way, each stage after those it rests on."""
+"""`lvssl launch`: submit everything that isn't done or in progress, each stage after its dependencies."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from slurm.stages import Stage, Task, build_stages
 from slurm.work import Work, executor
 
 CLUSTERS = ("slurm", "local", "debug")
-A_YEAR = 365 * 24 * 60  # minutes; nothing on this machine ends a job but its command
+A_YEAR = 365 * 24 * 60  # in minutes; on this machine, jobs have no time limit
 
 
 def launch(
@@ -34,19 +34,19 @@ def launch(
     sizes: SizesOf | None = None,
     gpu_hours: GpuHours | None = None,
 ) -> int:
-    """Submit a pipeline, or run it here; returns the exit status.
+    """Submit a pipeline, or run it on this machine; returns the exit status.
 
     Args:
         file: the PIPELINE.toml.
-        starts: by stage, where its command's settings start from.
-        preset: replaces [pretrain]'s.
+        starts: by stage, the settings from which its command starts.
+        preset: replaces the preset in [pretrain].
         cluster: slurm; local (processes of this machine, by submitit), debug (in this process).
-        dry_run: print what would be submitted.
-        sizes: pretraining's settings and a count of images -> what the network writes to the disk.
-        gpu_hours: the same -> GPU-hours, and what they were measured on.
+        dry_run: only print what would be submitted.
+        sizes: (pretraining's settings, count of images) -> sizes of what the network writes to disk.
+        gpu_hours: (pretraining's settings, images, GPUs) -> GPU-hours, and what they were measured on.
 
     Raises:
-        InputError: before anything is submitted.
+        InputError: raised before anything is submitted.
     """
     if cluster not in CLUSTERS:
         raise InputError(f"unknown --cluster {cluster!r}; known: {', '.join(CLUSTERS)}")
@@ -64,16 +64,16 @@ def launch(
 
 
 def as_launched(file: Path, starts: Starts) -> tuple[Pipeline, str | None]:
-    """The pipeline with the --preset of its last launch, and that."""
+    """The pipeline with the --preset of its last launch, and this preset."""
     pipeline = read_pipeline(file, starts)
     preset = read_json(pipeline.out / "launch.json").get("preset")
     return (read_pipeline(file, starts, preset) if preset else pipeline), preset
 
 
 def plan(out: Path, stages: list[Stage]) -> list[Work]:
-    """What of each stage is to be done: not what stands, nor what a job is at, nor what nobody needs.
+    """The tasks of each stage that must run: those neither done, nor in progress, nor unneeded.
 
-    Raises InputError where a job was submitted for what doesn't stand and Slurm doesn't say how it is.
+    Raises InputError if a job was submitted for an unfinished task and Slurm doesn't report its state.
     """
     jobs = {key: job for key, job in read_jobs(out).items() if job["cluster"] == "slurm"}
     lacking = {stage.name: [task for task in stage.tasks if not stands(out, task)] for stage in stages}
@@ -97,7 +97,7 @@ def plan(out: Path, stages: list[Stage]) -> list[Work]:
 
 
 def queue_of(out: Path, jobs: set[str]) -> dict[str, tuple[str, str]]:
-    """`scheduler.states` of jobs of the chain in `out`. Nothing is begun or ended before they are known."""
+    """`scheduler.states` of jobs of the pipeline in `out`. Nothing starts or ends before they are known."""
     try:
         return scheduler.states(jobs)
     except scheduler.UnknownQueue as error:
@@ -113,7 +113,7 @@ def is_busy(job: str, queue: dict[str, tuple[str, str]]) -> bool:
 
 
 def submit_chain(pipeline: Pipeline, works: list[Work]) -> int:
-    """Check everything, then submit stage after stage."""
+    """Check everything, then submit the stages in order."""
     out = pipeline.out
     for work in works:
         if work.tasks:
@@ -131,7 +131,7 @@ def submit_chain(pipeline: Pipeline, works: list[Work]) -> int:
         after = [job for name in stage.after for job in submitted[name]]
         new = submit(pipeline, work, code, after, jobs) if work.tasks else []
         write_json(out / "jobs.json", jobs)
-        # A new array is waited for as a whole; of an older one only the tasks that are still under way.
+        # Depend on a new array as a whole, but only on the tasks of an older one that are still in progress.
         submitted[stage.name] = sorted({job.split("_")[0] for job in new} | set(work.under_way))
         print(f"{stage.name:10} {in_words(work, new)}")
     if any(work.tasks for work in works):
@@ -142,7 +142,7 @@ def submit_chain(pipeline: Pipeline, works: list[Work]) -> int:
 def submit(
     pipeline: Pipeline, work: Work, code: Path, after: list[str], jobs: dict[str, dict[str, str]]
 ) -> list[str]:
-    """Submit a stage's tasks as one job or one array; notes them in `jobs`."""
+    """Submit a stage's tasks as one job or one array, and enter them into `jobs`."""
     stage = work.stage
     made = executor(pipeline, stage, code, after)
     calls = calls_of(pipeline.out, work, code)
@@ -153,7 +153,7 @@ def submit(
 
 
 def noted(task: Task, job: submitit.Job, cluster: str) -> dict[str, str]:
-    """What jobs.json says of a job."""
+    """The entry for a job in jobs.json."""
     return {"task": task.name, "job": job.job_id, "log": str(job.paths.stdout), "cluster": cluster}
 
 
@@ -168,7 +168,7 @@ def _call(job: Job) -> None:
 
 @contextlib.contextmanager
 def own_environment() -> Iterator[None]:
-    """Without the variables of a job that `launch` itself may run in, which sbatch would take as options."""
+    """Remove the variables of a job in which `launch` may run, as sbatch would take them as options."""
     taken = {
         name: os.environ.pop(name)
         for name in list(os.environ)
@@ -181,7 +181,7 @@ def own_environment() -> Iterator[None]:
 
 
 def refuse_other_settings(out: Path, works: list[Work]) -> None:
-    """A job that is at a task with other settings would be left behind unseen."""
+    """Raise InputError if a job is running a task with other settings, which would then go unnoticed."""
     jobs = read_jobs(out)
     keys = {task.key for work in works for task in work.stage.tasks}
     other = {key: job for key, job in jobs.items() if key not in keys and job["cluster"] == "slurm"}
@@ -207,15 +207,15 @@ def in_words(work: Work, new: list[str]) -> str:
 
 
 def table_of(stage: Stage) -> str:
-    """The table of PIPELINE.toml that a stage's settings stand in."""
+    """The table of PIPELINE.toml that has a stage's settings."""
     return "convert" if stage.name == "merge" else stage.name
 
 
-# ---- Here, without a scheduler
+# ---- On this machine, without a scheduler
 
 
 def run_here(pipeline: Pipeline, works: list[Work], cluster: str) -> int:
-    """One stage after the other on this machine; ends with the first that fails."""
+    """Run the stages one after the other on this machine, up to the first that fails."""
     out = pipeline.out
     code = snapshot(out)
     os.environ.update(pipeline.local.environment)
@@ -249,12 +249,12 @@ def not_done(out: Path, task: Task) -> int:
 
 
 def run_some(pipeline: Pipeline, work: Work, calls: list[Job], cluster: str) -> None:
-    """Some tasks at the same time; returns when they have ended."""
+    """Run some tasks at the same time; returns when they have ended."""
     folder = pipeline.out / "jobs" / work.stage.name
     if cluster == "debug":
         made: Any = submitit.DebugExecutor(folder)
         for job in [made.submit(call) for call in calls]:
-            with contextlib.suppress(SystemExit):  # the record says why; another exception opens the debugger
+            with contextlib.suppress(SystemExit):  # the record says why; others open the debugger
                 job.results()
         return
     made = submitit.LocalExecutor(folder)
@@ -274,7 +274,7 @@ def run_some(pipeline: Pipeline, work: Work, calls: list[Job], cluster: str) -> 
 
 
 class Running(list):
-    """Jobs of this machine, and the signal that asked to stop them."""
+    """Jobs on this machine, and the signal that stopped them."""
 
     signal = 0
 
@@ -286,10 +286,10 @@ class Running(list):
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[Running]:
-    """Ctrl-C and SIGTERM reach the jobs as SIGTERM, on which they save their state and end.
+    """Pass Ctrl-C and SIGTERM on to the jobs as SIGTERM, at which they save their state and end.
 
-    The jobs are started with SIGINT ignored: a terminal sends it to every process at once, and submitit's
-    controller would answer by killing what is still saving.
+    Jobs are started with SIGINT ignored: a terminal sends it to all processes at once, and submitit's
+    controller would react by killing jobs that are still saving.
     """
     running = Running()
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, running.stop)}

@@ -1,4 +1,4 @@
-"""PIPELINE.toml: what stands in it, read and checked before anything is submitted."""
+"""PIPELINE.toml: its content, read and checked before anything is submitted."""
 
 import dataclasses
 import difflib
@@ -22,14 +22,14 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# The stages that may have a table, in the order in which they are shown.
+# The stages that may have a table, in display order.
 MEASURING = ("evaluate", "analyse", "linear", "knn", "finetune")
 SPREAD = ("pretrain", "linear", "finetune")  # trained by several processes
 STAGES = ("convert", "pretrain", *MEASURING, "report")
-# Settings that the chain itself fills in.
+# Settings that the pipeline itself fills in.
 FILLED_IN = ("run", "out", "data", "train", "test", "resume", "overwrite")
 
-# By stage: the name of a preset (or None) -> the settings of its command to start from.
+# {stage: function of a preset's name (or None) that returns the settings its command starts from}
 Starts = Mapping[str, Callable[[str | None], Any]]
 
 
@@ -110,19 +110,19 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class Point:
-    """The settings of one call of a stage's command."""
+    """The settings for one call of a stage's command."""
 
-    given: dict[str, Any]  # as they stand in the file, names as on the command line
+    given: dict[str, Any]  # as in the file, with names as on the command line
     settings: Any  # with all defaults filled in
-    label: str = ""  # in a sweep: what differs from the other points
+    label: str = ""  # in a sweep: how it differs from the other points
 
 
 @dataclass(frozen=True)
 class StageTable:
-    """One stage's table."""
+    """The table of one stage."""
 
     cluster: ClusterSettings
-    points: tuple["Point", ...] = ()  # one, or those of a sweep
+    points: tuple["Point", ...] = ()  # one point, or those of a sweep
     swept: bool = False
 
 
@@ -133,17 +133,18 @@ class Pipeline:
     out: Path
     stages: dict[str, StageTable]
     local: LocalSettings
-    convert: dict[str, ImageSource]  # "train", "test"; empty where [data] names betons
+    convert: dict[str, ImageSource]  # "train", "test"; empty if [data] names betons
     data: DataSettings | None
 
 
 def read_pipeline(file: Path, starts: Starts, preset: str | None = None) -> Pipeline:
-    """The pipeline in a file.
+    """Read a pipeline from a file.
 
-    Relative paths are relative to the file's folder. `preset` replaces [pretrain]'s.
+    Relative paths are relative to the file's folder. `preset` replaces the preset in [pretrain].
 
     Raises:
-        InputError: no such file, not TOML, an unknown key (named), or an impossible value.
+        InputError: the file doesn't exist or isn't TOML, or has an unknown key (named) or an impossible
+        value.
     """
     if file.is_dir():
         raise InputError(f"{file}: is a folder; name the pipeline's file, PIPELINE.toml")
@@ -157,7 +158,7 @@ def read_pipeline(file: Path, starts: Starts, preset: str | None = None) -> Pipe
 
 
 class _Reader:
-    """Turns tables into settings; every error names the file, the table and the key."""
+    """Converts tables to settings; every error names the file, the table and the key."""
 
     def __init__(self, file: Path, starts: Starts) -> None:
         self.file, self.starts = file, starts
@@ -195,7 +196,7 @@ class _Reader:
     def path(self, text: str) -> Path:
         try:
             return Path(self.file.parent / Path(text).expanduser()).absolute()
-        except RuntimeError as error:  # neither $HOME nor the list of users says where ~ is
+        except RuntimeError as error:  # neither $HOME nor the user list resolves ~
             raise self.wrong(f"{text}: {error}; write the path in full") from error
 
     def absolute(self, value: Any) -> Any:
@@ -237,7 +238,7 @@ class _Reader:
         return None, sources
 
     def source(self, name: str, text: str) -> str:
-        """A source's absolute path; `torchvision:NAME`, `sklearn:digits` and patterns stay as they are."""
+        """Make a source's path absolute; `torchvision:NAME`, `sklearn:digits` and patterns stay unchanged."""
         if is_by_name(text):
             return text
         path = self.path(text) if text else None
@@ -283,7 +284,7 @@ class _Reader:
         return values
 
     def made(self, name: str, start: Any, given: dict[str, Any]) -> Any:
-        """The settings as the command will have them; its own checks are run, which need no file."""
+        """The command's final settings, after its own checks, which need no files."""
         made = replaced(start, given)
         if hasattr(made, "validate"):
             try:
@@ -293,7 +294,7 @@ class _Reader:
         return made
 
     def sweep(self, name: str, start: Any, sweep: Any) -> list[dict[str, Any]]:
-        """The points of [STAGE.sweep]: the product of `grid`, or the `list` as it stands."""
+        """The points of [STAGE.sweep]: the product of `grid`, or the entries of `list`."""
         where = f"{name}.sweep"
         if name in ("evaluate", "analyse"):
             raise self.wrong(f"[{where}]: its result has one place in the run's folder; leave it out")
@@ -326,7 +327,7 @@ class _Reader:
                 merged[key] = {**both[0], **both[1]}
         where = f"{name}.cluster" if table else "cluster"
         made = self.instance(where, ClusterSettings, merged)
-        if name in ("convert", "report") and "gpus" not in table:  # nothing there runs on one
+        if name in ("convert", "report") and "gpus" not in table:  # these don't use GPUs
             made = dataclasses.replace(made, gpus=0, tasks_per_node=1)
         elif name not in SPREAD:
             made = dataclasses.replace(made, tasks_per_node=1)
@@ -359,7 +360,7 @@ class _Reader:
             )
 
     def check_times(self, tables: dict[str, StageTable]) -> None:
-        """A job that ends before it has saved begins again for ever."""
+        """Refuse a time limit so short that a job would end before its first save, and start again for ever."""
         pretrain = tables["pretrain"]
         interval = pretrain.points[0].settings.checkpoint_minutes
         if pretrain.cluster.minutes <= interval:
@@ -383,7 +384,7 @@ class _Reader:
         return kind(**values)
 
     def known(self, where: str, table: dict[str, Any], allowed: Any, filled: Any = ()) -> None:
-        """Refuse the first key that isn't allowed, naming it and the likeliest meant."""
+        """Refuse the first key that isn't allowed, naming it and the most similar allowed key."""
         for key in table:
             if key in allowed:
                 continue
@@ -395,7 +396,7 @@ class _Reader:
             raise self.wrong(f"{place}: no such key; {hint}")
 
     def typed(self, where: str, key: str, value: Any, wanted: Any) -> Any:
-        """The value, if it is of the wanted type."""
+        """Return the value if it has the wanted type."""
         if typed(value, wanted) is not WRONG:
             return value
         place = f"[{where}] {key}" if where else key
@@ -403,7 +404,7 @@ class _Reader:
 
 
 def minutes_of(time: str) -> int:
-    """A time limit in minutes, rounded up, from Slurm's forms: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    """Convert Slurm's forms of a time limit (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S) to minutes, rounded up."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time.strip())
     if not found:
         raise ValueError(f"{time!r} is not a time such as 90 (minutes), 12:00:00 or 2-00:00:00")

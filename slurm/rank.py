@@ -1,9 +1,10 @@
 """One process of a stage under srun: `python -m slurm.rank MARK HOST PORT COMMAND`.
 
-Tells an end that was asked for from a crash. srun gives the supervisor one status for all ranks, and kills
-the others as soon as one ends badly (--kill-on-bad-exit): were "stopped, state saved" (143) such a status,
-the rank that ends first would have rank 0 killed while it still saves. So a stop leaves a mark and ends well,
-and what ends badly is a crash. Slurm signals every process of a step, this one and its child alike.
+It distinguishes a requested stop from a crash. srun returns one status for all ranks to the supervisor, and
+kills the others as soon as one fails (--kill-on-bad-exit). If "stopped, state saved" (143) counted as a
+failure, the first rank to end would have rank 0 killed while it is still saving. So a stop leaves a mark and
+exits with 0, and any other exit status is a crash. Slurm signals every process of a step, both this one and
+its child.
 """
 
 import os
@@ -13,8 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-STOPPED = 143  # a command's status: stopped by a signal, state saved
-# A signal that comes before the command listens for it: nothing was begun, so nothing is lost.
+STOPPED = 143  # exit status of a command stopped by a signal, with its state saved
+# Killed by a signal before the command listened for it: nothing had started, so nothing is lost.
 STOPPED_EARLY = (-signal.SIGTERM, -signal.SIGUSR2)
 
 
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> int:
             "MASTER_PORT": port,
         }
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT):
-        signal.signal(number, lambda *_: None)  # a handler, not SIG_IGN, which the child would inherit
+        signal.signal(number, lambda *_: None)  # a handler, because the child would inherit SIG_IGN
     status = subprocess.Popen(command, env=environment).wait()
     if status == STOPPED or status in STOPPED_EARLY:
         Path(f"{mark}-{rank}").write_text("saved" if status == STOPPED else "not saved")

@@ -1,7 +1,7 @@
-"""What is known of each task on disk: OUT/stages/TASK-DIGEST.json, written by the job itself, by renaming.
+"""Records of tasks on disk: OUT/stages/TASK-DIGEST.json, which the job itself writes and renames into place.
 
-Together with what `launch` notes of the jobs (OUT/jobs.json) it tells the state of the chain where the
-cluster keeps no accounts.
+Together with the jobs that `launch` records (OUT/jobs.json), they give the pipeline's state even if the
+cluster has no job accounting.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ from pipelines.files import json_text, write_atomically
 from pipelines.lock import lock
 from slurm.stages import Task
 
-SMALL = 2**20  # bytes up to which an output is known by its content, not its size alone
+SMALL = 2**20  # bytes up to which an output's fingerprint covers its content, and not only its size
 
 
 @dataclass
 class Record:
     task: str
     digest: str
-    state: str = "new"  # running, stopped (saved, to be started again), done, failed, cancelled
+    state: str = "new"  # running, stopped (state saved, to be resumed), done, failed, cancelled
     job: str = ""
     host: str = ""
     log: str = ""
@@ -34,8 +34,8 @@ class Record:
     code: str = ""
     started: float = 0.0  # of the latest start
     ended: float = 0.0
-    seconds: float = 0.0  # of all starts together
-    restarts: int = 0  # after a preemption or a time limit
+    seconds: float = 0.0  # total over all starts
+    restarts: int = 0  # after preemptions and time limits
     crashes: int = 0
     error: str = ""
     outputs: dict[str, str] = field(default_factory=dict)  # path -> fingerprint
@@ -46,7 +46,7 @@ def record_path(out: Path, task: Task) -> Path:
 
 
 def read_record(out: Path, task: Task) -> Record | None:
-    """What is recorded of a task with these very settings; None if there is nothing."""
+    """The record of a task with exactly these settings, or None."""
     try:
         content = json.loads(record_path(out, task).read_text())
         record = Record(**content)
@@ -69,13 +69,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def stands(out: Path, task: Task) -> bool:
-    """Whether a task's result is there, made with these settings, and is what was written then."""
+    """Whether a task's result exists, was made with these settings, and hasn't changed since."""
     record = read_record(out, task)
     return record is not None and record.state == "done" and record.outputs == fingerprints(task.outputs)
 
 
 def fingerprints(outputs: tuple[Path, ...]) -> dict[str, str] | None:
-    """A fingerprint of each output; None if one is missing."""
+    """A fingerprint of each output, or None if one is missing."""
     if not all(path.exists() for path in outputs):
         return None
     return {str(path): _fingerprint(path) for path in outputs}
@@ -94,7 +94,7 @@ def read_jobs(out: Path) -> dict[str, dict[str, str]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's content; empty if there is none."""
+    """A file's content; empty if it doesn't exist."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -103,7 +103,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """Only one `launch`, `retry` or `cancel` at a time works on a pipeline's folder."""
+    """Ensure that only one `launch`, `retry` or `cancel` at a time works on a pipeline's folder."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".launch", "w") as file:
         try:
@@ -114,7 +114,7 @@ def claimed(out: Path) -> Iterator[None]:
 
 
 def last_error(log: Path) -> str:
-    """The line of a log that says what went wrong: the last "error: ...", exception, or line at all."""
+    """The line of a log that states the error: the last "error: ...", exception, or other line."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 50_000))
@@ -130,19 +130,19 @@ def last_error(log: Path) -> str:
 
 
 def last_row(metrics: Path) -> dict[str, Any]:
-    """The last whole line of a metrics.jsonl."""
+    """The last complete line of a metrics.jsonl."""
     if not metrics.exists():
         return {}
     for line in reversed(metrics.read_text().splitlines()[-2:]):
         try:
             return {name: value for name, value in json.loads(line).items() if value is not None}
-        except ValueError:  # cut short: it is being written
+        except ValueError:  # incomplete: it is being written
             continue
     return {}
 
 
 def remaining(row: dict[str, Any], settings: Any) -> tuple[int, float, float]:
-    """By a row of a pretraining's metrics.jsonl: its steps in all, img/s, and the seconds left at that."""
+    """From a row of pretraining's metrics.jsonl: total steps, img/s, and seconds left at this rate."""
     total = round(row["step"] / row["epoch"] * settings.epochs) if row.get("epoch") else 0
     speed = row.get("images_per_second", 0.0)
     return total, speed, (total - row["step"]) * settings.batch_size / speed if speed else 0.0

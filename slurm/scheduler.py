@@ -1,4 +1,4 @@
-"""What is asked of Slurm and told to it, through its commands."""
+"""Queries and commands to Slurm, through its command-line tools."""
 
 import os
 import re
@@ -16,15 +16,15 @@ ALIVE = (
     "SIGNALING", "STAGE_OUT", "STOPPED", "SPECIAL_EXIT",
 )  # fmt: skip
 ELSEWHERE = "submit from the cluster's login node, or use --cluster local"
-TRIES, PAUSE = 5, 10.0  # of a job that has to know about another; seconds between them
+TRIES, PAUSE = 5, 10.0  # attempts of a job to query another job; seconds between them
 
 
 class UnknownQueue(InputError):
-    """Slurm didn't say what is in its queue: whether a job is there is unknown, not denied."""
+    """Slurm didn't report its queue, so it is unknown whether a job is in it."""
 
 
 def ask(*command: str) -> str:
-    """A command's output. Raises InputError with Slurm's own words if it fails."""
+    """Run a command and return its output. Raises InputError with Slurm's message if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
     except FileNotFoundError as error:
@@ -38,7 +38,7 @@ def ask(*command: str) -> str:
 
 
 def check_cluster(table: str, cluster: ClusterSettings) -> None:
-    """Raise InputError if Slurm isn't there, or has no such partition, no GPUs there, or not so much time."""
+    """Raise InputError if Slurm is missing, or lacks the partition, its GPUs, or so long a time limit."""
     if shutil.which("sbatch") is None:
         raise InputError(f"no Slurm here (sbatch not found): {ELSEWHERE}")
     rows = [line.split("|") for line in ask("sinfo", "-h", "-o", "%P|%l|%f|%G").splitlines()]
@@ -62,7 +62,7 @@ def check_cluster(table: str, cluster: ClusterSettings) -> None:
 
 
 def test_submission(table: str, script: str, folder: Path) -> None:
-    """Let sbatch check a script (account, nodes, memory) without submitting it; InputError with its words."""
+    """Have sbatch check a script (account, nodes, memory) without submitting it. Raises InputError."""
     path = folder / ".test-only.sh"
     path.write_text(script)
     try:
@@ -74,10 +74,10 @@ def test_submission(table: str, script: str, folder: Path) -> None:
 
 
 def states(jobs: set[str]) -> dict[str, tuple[str, str]]:
-    """Job -> (state, reason) of those that Slurm has in its queue; all from one call.
+    """{job: (state, reason)} of the jobs that are in Slurm's queue; all from one call.
 
     Raises:
-        UnknownQueue: Slurm isn't here, fails, or doesn't answer in time.
+        UnknownQueue: Slurm isn't installed, fails, or doesn't answer in time.
     """
     if not jobs:
         return {}
@@ -100,7 +100,7 @@ def states(jobs: set[str]) -> dict[str, tuple[str, str]]:
 
 
 def accounted(jobs: set[str]) -> dict[str, str]:
-    """Job -> final state, from sacct; empty where the cluster keeps no accounts."""
+    """{job: final state} from sacct; empty if the cluster has no job accounting."""
     if not jobs or shutil.which("sacct") is None:
         return {}
     try:
@@ -112,10 +112,11 @@ def accounted(jobs: set[str]) -> dict[str, str]:
 
 
 def alive(job: str, host: str = "") -> bool:
-    """Whether a job is queued or runs: a Slurm job, where Slurm is, or submitit's process on this machine.
+    """Whether a job is queued or running, in Slurm if it is installed, or as submitit's process on this
+    machine.
 
     Raises:
-        UnknownQueue: Slurm didn't answer, again and again.
+        UnknownQueue: Slurm repeatedly didn't answer.
     """
     if job.startswith("DEBUG") or not job:
         return False
@@ -128,7 +129,7 @@ def alive(job: str, host: str = "") -> bool:
 
 
 def _persistently(jobs: set[str]) -> dict[str, tuple[str, str]]:
-    """`states`, asked several times before it is given up."""
+    """`states`, with several attempts."""
     for _ in range(TRIES - 1):
         try:
             return states(jobs)
@@ -138,7 +139,7 @@ def _persistently(jobs: set[str]) -> dict[str, tuple[str, str]]:
 
 
 def job_state(job: str) -> str:
-    """As scontrol shows it, such as RUNNING; empty if it doesn't answer."""
+    """The state that scontrol shows, such as RUNNING; empty if it doesn't answer."""
     for _ in range(3):
         try:
             found = re.search(r"\bJobState=(\w+)", ask("scontrol", "show", "job", "-o", job))
@@ -149,8 +150,8 @@ def job_state(job: str) -> str:
 
 
 def ended_by(log: Path) -> str:
-    """Why Slurm ends this job, as its daemon says in the log: "time limit", "preemption", "job requeue",
-    "node failure"; empty for a cancellation."""
+    """Why Slurm ends this job, from its daemon's message in the log: "time limit", "preemption", "job
+    requeue", "node failure"; empty for a cancellation."""
     time.sleep(0.5)
     with open(log, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 5_000))
@@ -162,7 +163,7 @@ def ended_by(log: Path) -> str:
 
 
 def requeue(job: str) -> None:
-    """Put this job back into the queue. Where Slurm does so itself (preemption), it refuses, rightly."""
+    """Put this job back into the queue. If Slurm does so itself (preemption), it rightly refuses."""
     try:
         ask("scontrol", "requeue", job)
     except InputError as error:
@@ -175,10 +176,10 @@ def cancel(jobs: list[str]) -> None:
 
 
 def meeting_point(attempt: int) -> tuple[str, int]:
-    """(address of the job's first node, port of this start of this job), where the ranks meet.
+    """(address of the job's first node, port for this start of the job) at which the ranks connect.
 
-    The address is the one that Slurm itself reaches the node by. The port lies below the ephemeral ones, and
-    differs between jobs that share a machine, and between the starts of one job.
+    The address is the one by which Slurm reaches the node. The port is below the ephemeral ones, and differs
+    between jobs that share a machine and between the starts of one job.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:

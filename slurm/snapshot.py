@@ -1,4 +1,4 @@
-"""The code of a queued job is that of its submission: a copy under OUT/code, named by its content."""
+"""Freeze the code of a queued job at its submission: a copy under OUT/code, named by its content."""
 
 import hashlib
 import os
@@ -11,9 +11,9 @@ PACKAGES = ("lvssl", "pipelines", "slurm")
 
 
 def snapshot(out: Path) -> Path:
-    """Copy the packages as they are now; the folder to put first in PYTHONPATH.
+    """Copy the packages in their present state; returns the folder to put first in PYTHONPATH.
 
-    The same code gives the same folder, whatever was submitted with it before.
+    The same code always gives the same folder.
     """
     files = source_files()
     content = hashlib.sha256()
@@ -32,7 +32,7 @@ def snapshot(out: Path) -> Path:
 
 
 def source_files() -> dict[str, Path]:
-    """Every file of our packages, wherever they are imported from, by its name in the copy."""
+    """{name in the copy: path} of all files of our packages, wherever they are imported from."""
     files = {}
     for package in PACKAGES:
         spec = find_spec(package)

@@ -1,8 +1,8 @@
-"""A pipeline as stages: what each runs, what it leaves, and a digest of all that it depends on.
+"""A pipeline as stages: what each runs, what it writes, and a digest of everything it depends on.
 
-A stage's digest covers its settings and the digests of the stages it rests on, so that a changed setting
-gives new digests to what hangs on it and to nothing else. Data and run folders carry theirs in their names:
-another setting never meets another's files, and going back to an earlier one finds its results.
+A stage's digest covers its settings and the digests of its dependencies, so that a changed setting changes
+only the digests of the stages that depend on it. Data and run folders have digests in their names: other
+settings never use each other's files, and returning to earlier settings finds their results.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from lvssl.settings.pretrain import DEFAULTS
 from pipelines.datasets.parts import files_of
 from slurm.pipeline import FILLED_IN, MEASURING, ClusterSettings, ImageSource, Pipeline
 
-# Results that have one place in the run's folder, whatever the settings.
+# Results that always have the same path in the run's folder, whatever the settings.
 ONE_PLACE = {"evaluate": "evaluation.json", "analyse": "analysis.json"}
 CONVERT = "pipelines.convert.command"  # the module of `convert-beton`
 
@@ -30,25 +30,25 @@ class Task:
     digest: str
     module: str  # run as `python -m MODULE ARGUMENTS`
     arguments: tuple[str, ...]
-    outputs: tuple[Path, ...]  # exist when it is done
-    removes: tuple[Path, ...] = ()  # betons of no use once it is done
+    outputs: tuple[Path, ...]  # files that exist when it is done
+    removes: tuple[Path, ...] = ()  # betons that aren't needed once it is done
     run: Path | None = None  # the run's folder
-    label: str = ""  # in a sweep: what is special about it
-    reads: tuple[Path, ...] = ()  # the sets of images it goes through
+    label: str = ""  # in a sweep: how it differs from the other points
+    reads: tuple[Path, ...] = ()  # the sets of images that it reads
 
     @property
     def key(self) -> str:
-        """Names its record: the same task with other settings has another."""
+        """The name of its record, which differs between settings of the same task."""
         return f"{self.name}-{self.digest[:8]}"
 
 
 @dataclass(frozen=True)
 class Stage:
     name: str
-    after: tuple[str, ...]  # stages that must have ended well
+    after: tuple[str, ...]  # stages that must have succeeded
     tasks: tuple[Task, ...]
     cluster: ClusterSettings
-    intermediate: bool = False  # needed only while a stage that rests on it has to run
+    intermediate: bool = False  # only needed while a stage that depends on it has to run
     swept: bool = False
 
 
@@ -92,7 +92,7 @@ def build_stages(pipeline: Pipeline) -> list[Stage]:
 def measuring(
     pipeline: Pipeline, name: str, run: Path, run_key: str, data: dict[str, tuple[Path, str]]
 ) -> Stage:
-    """A stage that measures a pretrained run: one task, or one for each point of its sweep."""
+    """A stage that evaluates a pretrained run: one task, or one for each point of its sweep."""
     table = pipeline.stages[name]
     tasks, test = [], data["test"]
     reads = (data["train"][0], test[0])
@@ -108,7 +108,7 @@ def measuring(
 
 
 def result_of(name: str, run: Path, key: str, swept: bool, on: str) -> tuple[Path, tuple[str, ...]]:
-    """Where a measurement (of the representation `on`) has its result, and the options that put it there."""
+    """The path of an evaluation's result (for the representation `on`), and the options that set it."""
     if name in ONE_PLACE:
         return run / ONE_PLACE[name], ("--overwrite",)
     if name == "finetune":
@@ -172,9 +172,9 @@ def convert(source: ImageSource, beton: Path) -> tuple[str, ...]:
 
 
 def digest(stage: str, settings: Any, *inputs: str) -> str:
-    """SHA-256 of a stage's settings (those that matter, beyond the defaults) and of its inputs' digests.
+    """SHA-256 of a stage's settings (the semantic ones that aren't defaults) and of its inputs' digests.
 
-    Of the paths that the chain fills in, what lies there counts.
+    Paths that the pipeline fills in are represented by the content's digest instead.
     """
     if dataclasses.is_dataclass(settings):
         settings = beyond_defaults(settings, FILLED_IN)
@@ -183,10 +183,10 @@ def digest(stage: str, settings: Any, *inputs: str) -> str:
 
 
 def identity(source: str | Path) -> str:
-    """Changes when a source does: a file's path, size and time, or a folder's and those of its entries.
+    """A text that changes with a source: path, size and time of a file, or of a folder and its entries.
 
-    An image that is replaced deep inside a folder isn't noticed: reading a million files' dates on a network
-    file system takes longer than many a stage.
+    It doesn't notice an image that is replaced deep inside a folder: reading a million files' dates on a
+    network file system takes longer than many stages.
     """
     path = Path(source)
     if not path.exists():

@@ -1,4 +1,4 @@
-"""`lvssl status`, `cancel`, `retry`: how the chain stands; to end what runs, to take up what doesn't."""
+"""`lvssl status`, `cancel`, `retry`: show a pipeline's state, end its jobs, or run failed tasks again."""
 
 import time
 from contextlib import suppress
@@ -19,7 +19,7 @@ COLUMNS = ("stage", "state", "step", "img/s", "left", "last metric", "restarts",
 
 @dataclass(frozen=True)
 class Standing:
-    """How one task stands."""
+    """The state of one task."""
 
     task: Task
     state: str  # done, running, queued, waiting, stopped, failed, lost, cancelled, not run, unknown
@@ -28,11 +28,11 @@ class Standing:
     restarts: int = 0
     crashes: int = 0
     error: str = ""
-    reason: str = ""  # why it waits
+    reason: str = ""  # why it is waiting
 
 
 def status(file: Path, starts: Starts) -> str:
-    """A table of the chain, and below it the last error line of each task that failed."""
+    """A table of the pipeline, followed by the last error line of each failed task."""
     pipeline, _ = as_launched(file, starts)
     stages = build_stages(pipeline)
     by_stage = standings(pipeline.out, stages)
@@ -58,8 +58,8 @@ def status(file: Path, starts: Starts) -> str:
 
 
 def standings(out: Path, stages: list[Stage]) -> dict[str, list[Standing]]:
-    """Every task's state, from its record, Slurm's queue and, where the cluster keeps accounts, sacct; where
-    Slurm doesn't say, that of a job that may be under way is unknown."""
+    """Every task's state, from its record, Slurm's queue and, if the cluster has job accounting, sacct. If
+    Slurm doesn't answer, the state of a job that may be in progress is unknown."""
     jobs = read_jobs(out)
     known = {job["job"] for job in jobs.values() if job["cluster"] == "slurm"}
     queue: dict[str, tuple[str, str]] | None = None
@@ -76,9 +76,7 @@ def standings(out: Path, stages: list[Stage]) -> dict[str, list[Standing]]:
         found[stage.name] = [
             standing(out, task, jobs.get(task.key, {}), queue, accounts, broken) for task in stage.tasks
         ]
-    for stage in reversed(
-        stages
-    ):  # parts that are gone because they were merged, data that only finished stages used
+    for stage in reversed(stages):  # parts removed after their merge, data of finished stages
         later = [s for other in stages if stage.name in other.after for s in found[other.name]]
         if stage.intermediate and later and all(s.state == "done" for s in later):
             found[stage.name] = [
@@ -95,7 +93,7 @@ def standing(
     accounts: dict[str, str],
     broken: list[str],
 ) -> Standing:
-    """One task's state; `broken`: the stages before it that didn't end well."""
+    """One task's state; `broken`: the stages it depends on that failed."""
     record = read_record(out, task)
     number, log = job.get("job", ""), job.get("log", "")
     restarts, crashes, error = 0, 0, ""
@@ -135,7 +133,7 @@ def standing(
 
 
 def summary(stage: Stage, each: list[Standing]) -> Standing:
-    """One line for an array: how many tasks are in which state."""
+    """One line for an array: the number of tasks in each state."""
     states = [s.state for s in each]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     job = each[0].job.split("_")[0]
@@ -179,17 +177,17 @@ def progress(pipeline: Pipeline, each: Standing) -> tuple[str, str, str, str]:
 
 
 def cancel(file: Path, starts: Starts) -> str:
-    """End every job of the chain; what is saved stays.
+    """End every job of the pipeline; saved states remain.
 
     Raises:
-        InputError: Slurm doesn't say which of them are queued or run, or refuses to end them.
+        InputError: Slurm doesn't report which jobs are queued or running, or refuses to end them.
     """
     pipeline = read_pipeline(file, starts)
     with claimed(pipeline.out):
         jobs = read_jobs(pipeline.out)
         mine = {job["job"]: job["task"] for job in jobs.values() if job["cluster"] == "slurm"}
         queue = queue_of(pipeline.out, set(mine))
-        # The last first: a successor would otherwise see its predecessor fail, which says nothing.
+        # In reverse order, as otherwise a job would see its predecessor fail, which isn't informative.
         live = sorted((job for job in mine if is_busy(job, queue)), key=number_of, reverse=True)
         scheduler.cancel(live)
         until = time.monotonic() + 60
@@ -203,7 +201,7 @@ def cancel(file: Path, starts: Starts) -> str:
 
 
 def still_there(jobs: list[str]) -> bool:
-    """Whether one of these is queued or runs, for all that Slurm says."""
+    """Whether any of these may be queued or running; also true if Slurm doesn't answer."""
     try:
         queue = scheduler.states(set(jobs))
     except scheduler.UnknownQueue:
@@ -217,10 +215,10 @@ def number_of(job: str) -> tuple[int, int]:
 
 
 def retry(stage: str, file: Path, starts: Starts, cluster: str = "slurm") -> int:
-    """Submit a stage again, and what hangs on it, with the code as it is now; it resumes from a saved state.
+    """Submit a stage again, and its dependents, with the present code; it resumes from a saved state.
 
     Raises:
-        InputError: no such stage, or nothing of it to do again.
+        InputError: the stage doesn't exist, or has no task to repeat.
     """
     pipeline, preset = as_launched(file, starts)
     stages = {each.name: each for each in build_stages(pipeline)}

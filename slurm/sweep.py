@@ -1,4 +1,4 @@
-"""The table of a sweep: every finished point, written anew by each point that ends."""
+"""The table of a sweep: all finished points, rewritten whenever a point ends."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from slurm.stages import Task
 
 
 def write_table(out: Path, tasks: Sequence[Task]) -> Path:
-    """OUT/STAGE-sweep.md, a row for each point with its figures, or a dash while it isn't done."""
+    """Write OUT/STAGE-sweep.md: a row for each point with its figures, or a dash if it isn't done."""
     stage = tasks[0].name.rpartition("-")[0]
     figures = [_figures(task.outputs[0]) for task in tasks]
     names = list(dict.fromkeys(name for row in figures for name in row))
@@ -24,7 +24,7 @@ def write_table(out: Path, tasks: Sequence[Task]) -> Path:
 
 
 def _figures(result: Path) -> dict[str, float]:
-    """The numbers of a result, named by their place in it."""
+    """The numbers in a result, named by their path in it."""
     try:
         content = json.loads(result.read_text())
     except (OSError, ValueError):

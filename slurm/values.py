@@ -1,4 +1,4 @@
-"""Dataclasses of settings, filled from TOML's values: which names they have, and what fits where."""
+"""Fill dataclasses of settings from TOML values: their names, and the values that fit."""
 
 import dataclasses
 import types
@@ -12,7 +12,7 @@ def fields_of(kind: type) -> tuple[str, ...]:
 
 
 def flat_hints(kind: Any) -> dict[str, Any]:
-    """Name -> type of every setting, nested groups flattened as the command line has them."""
+    """{name: type} of every setting, with nested groups flattened as on the command line."""
     flat: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(kind).items():
         flat.update(flat_hints(hint) if dataclasses.is_dataclass(hint) else {name: hint})
@@ -20,7 +20,7 @@ def flat_hints(kind: Any) -> dict[str, Any]:
 
 
 def replaced(settings: Any, flat: dict[str, Any]) -> Any:
-    """Settings with the values in `flat` put into whichever group has them."""
+    """Replace settings by the values in `flat`, in whichever group has them."""
     changes = {}
     for f in dataclasses.fields(settings):
         value = getattr(settings, f.name)

@@ -1,4 +1,4 @@
-"""What is submitted: a stage's tasks, and the Slurm job that they become."""
+"""What is submitted: a stage's tasks, and the Slurm job that runs them."""
 
 import shlex
 import sys
@@ -14,23 +14,23 @@ from slurm.stages import Stage, Task
 
 @dataclass(frozen=True)
 class Work:
-    """A stage and its tasks that are to be submitted."""
+    """A stage, with those of its tasks that are to be submitted."""
 
     stage: Stage
     tasks: tuple[Task, ...]
-    under_way: tuple[str, ...] = ()  # jobs that are at its other tasks
+    under_way: tuple[str, ...] = ()  # jobs that run its other tasks
     why: str = ""
 
 
 class ChainExecutor(submitit.SlurmExecutor):
-    """submitit's Slurm executor, which can also write its script where there is no Slurm (--dry-run)."""
+    """submitit's Slurm executor, which can also write its script without Slurm (--dry-run)."""
 
     @classmethod
     def affinity(cls) -> int:
         return 2
 
     def script(self, tasks: int) -> str:
-        """The text that is given to sbatch."""
+        """The text passed to sbatch."""
         array = {"map_count": tasks} if tasks > 1 else {}
         before = dict(self.parameters)
         self.parameters.update(array)
@@ -41,11 +41,11 @@ class ChainExecutor(submitit.SlurmExecutor):
 
 
 def executor(pipeline: Pipeline, stage: Stage, code: Path, after: list[str]) -> ChainExecutor:
-    """An executor with all that a stage's job asks of Slurm; `after`: jobs that must have ended well."""
+    """An executor with everything that a stage's job requests; `after`: jobs that must succeed first."""
     cluster = stage.cluster
     python = shlex.quote(cluster.python or sys.executable)
     made = ChainExecutor(pipeline.out / "jobs" / stage.name, python=python)
-    # Named as submitit names its own, so that theirs are the last word: gpus-per-node = "a100:4".
+    # With submitit's own names, so that these options win: gpus-per-node = "a100:4".
     more = {name.replace("-", "_"): value for name, value in cluster.options.items()}
     options: dict[str, Any] = {"requeue": True, "chdir": str(code), **more}
     if after:
@@ -70,14 +70,14 @@ def executor(pipeline: Pipeline, stage: Stage, code: Path, after: list[str]) -> 
         stderr_to_stdout=True,
         array_parallelism=cluster.concurrency,
         additional_parameters=options,
-        use_srun=False,  # the job starts its ranks itself: see slurm/job.py
+        use_srun=False,  # the job itself starts its ranks: see slurm/job.py
     )
     return made
 
 
 def setup_lines(cluster: ClusterSettings, code: Path) -> list[str]:
-    """What the script does before its command. The frozen code comes before all that is installed, and the
-    working folder, which Python puts first, is that code too."""
+    """The script's lines before its command. The frozen code precedes installed packages, and the working
+    folder, which Python puts first, is that code too."""
     lines = [f"module load {shlex.quote(module)}" for module in cluster.modules]
     lines += cluster.setup
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]

@@ -1,21 +1,22 @@
-"""What a machine without network needs to run this source tree with its own torch. Standard library only.
+"""Bundle what a machine without network needs to run this source tree with its own torch. Standard library
+only.
 
     make bundle OUT=DIR [TARGET=3.12] [DATA=PATH] [WITH="lightly kornia numba"]     here, with network
     python DIR/bundle.py unpack FOLDER --source CHECKOUT                            there, without
 
-`gather` brings wheels for the Python named, libturbojpeg from its Debian package, and on request data, copied
-as they are. The wheels are the small ones that a machine with torch tends to lack; `--with NAME` adds another
-dependency of pyproject.toml (`--with all`: every one but torch and what comes with it) or a peer of the
-benchmarks.
+`gather` collects wheels for the given Python version, libturbojpeg from its Debian package and, on request,
+data, copied unchanged. The wheels are the small ones that a machine with torch tends to lack; `--with NAME`
+adds another dependency of pyproject.toml (`--with all`: all except torch and its dependencies) or a peer of
+the benchmarks.
 
-`unpack` lays them into FOLDER and checks (`check` does that alone): every dependency imports, in the version
-asked for, under the Python that runs this, and libturbojpeg decodes. What to export goes to stdout, all else
-to stderr, so this works:
+`unpack` puts them into FOLDER and checks them (`check` only checks): every dependency must import in the
+required version, under the Python that runs this script, and libturbojpeg must decode an image. The exports
+go to stdout and everything else to stderr, so this works:
 
     exports=$(python DIR/bundle.py unpack FOLDER --source CHECKOUT) && eval "$exports"
     python -m lvssl doctor
 
-Exit status: 0 if all is there; 1 if a piece is missing, a line for each; 2 for a bundle that isn't whole.
+Exit status: 0 if all is well; 1 if a piece is missing, with a line for each; 2 for an incomplete bundle.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MANIFEST, WHEELS, LIBRARY, DATA = "bundle.json", "wheels", "lib/libturbojpeg.so.0", "data"
 
 SMALL = ("tyro", "submitit", "timm")
-# What has to come along with each, beside torch's own dependencies (numpy among them).
+# What must be bundled with each, besides torch's own dependencies (such as numpy).
 COMPANIONS = {
     "tyro": ("typeguard", "docstring_parser"),
     "submitit": ("cloudpickle",),
@@ -69,7 +70,7 @@ COMPANIONS = {
 }
 TORCHS_OWN = ("torch", "torchvision", "numpy", "jinja2")
 
-# 8 x 8 pixels, all of level 200.
+# A JPEG of 8 x 8 pixels, all of level 200.
 GREY = base64.b64decode(
     "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAIBAQEBAQIBAQECAgICAgQDAgICAgUEBAMEBgUGBgYFBgYGBwkIBgcJBwYGCAsI"
     "CQoKCgoKBggLDAsKDAkKCgr/wAALCAAIAAgBAREA/8QAFAABAAAAAAAAAAAAAAAAAAAACf/EABQQAQAAAAAAAAAAAAAAAAAAAAD/2gAIAQEAAD8ASB//2Q=="
@@ -77,14 +78,14 @@ GREY = base64.b64decode(
 
 
 class Incomplete(Exception):
-    """A bundle that isn't whole, or can't be made: one line, status 2."""
+    """A bundle is incomplete or can't be made: one line, status 2."""
 
 
 # ---------------------------------------------------------------------------- gather
 
 
 def gather(out: Path, python: str, extra: list[str], data: Path | None) -> None:
-    """Fill the folder `out`, which must not exist or be empty. Needs pip, the network, and apt-get."""
+    """Fill the folder `out`, which must be missing or empty. Needs pip, the network, and apt-get."""
     if out.exists() and any(out.iterdir()):
         raise Incomplete(f"{out}: isn't empty; name a new folder")
     if not re.fullmatch(r"3\.\d+", python):
@@ -106,7 +107,7 @@ def gather(out: Path, python: str, extra: list[str], data: Path | None) -> None:
 
 
 def dependencies(python: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Distribution -> module, and distribution -> requirement (`timm>=1.0.31,<2`), of this project."""
+    """{distribution: module} and {distribution: requirement} (`timm>=1.0.31,<2`) of this project."""
     code = "import json, lvssl.commands.doctor as d; print(json.dumps([d.PACKAGES, d.dependencies()]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     modules, asked = json.loads(done.stdout)
@@ -121,7 +122,7 @@ def dependencies(python: str) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def wanted(extra: list[str], known: list[str]) -> list[str]:
-    """Distributions to bring, each once."""
+    """The distributions to bundle, without duplicates."""
     named = [*SMALL, *(["tomli"] if "tomli" in known else [])]
     for name in extra:
         named += [k for k in known if k not in TORCHS_OWN] if name == "all" else [name]
@@ -141,7 +142,7 @@ def download(folder: Path, python: str, requirements: list[str]) -> None:
 
 
 def bring_library(target: Path) -> None:
-    """libturbojpeg out of the distribution's package; it needs libc alone."""
+    """Extract libturbojpeg from the distribution's package; it only needs libc."""
     target.parent.mkdir()
     with tempfile.TemporaryDirectory() as folder:
         names = ("libturbojpeg0", "libturbojpeg")  # Debian's and Ubuntu's
@@ -169,7 +170,7 @@ def seal(out: Path, python: str, modules: dict[str, str], requirements: dict[str
 
 
 def unpack(bundle: Path, target: Path, source: Path | None) -> int:
-    """Lay the wheels and the library into `target`, print what to export, and check. Returns the status."""
+    """Put the wheels and the library into `target`, print the exports, and check. Returns the exit status."""
     manifest = read_manifest(bundle)
     for name, (size, expected) in manifest["files"].items():
         path = bundle / name
@@ -191,7 +192,7 @@ def unpack(bundle: Path, target: Path, source: Path | None) -> int:
 
 
 def unpack_wheel(wheel: Path, folder: Path) -> None:
-    """Its modules; the scripts aren't needed."""
+    """Extract a wheel's modules; scripts aren't needed."""
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             top, _, rest = name.partition("/")
@@ -208,12 +209,12 @@ def unpack_wheel(wheel: Path, folder: Path) -> None:
 
 
 def check(target: Path, source: Path | None) -> int:
-    """Print the exports, and what of the bundle's list is missing under this Python with them."""
+    """Print the exports, and which pieces of the bundle's list are missing under this Python with them."""
     read_manifest(target)
     exports = {"PYTHONPATH": search_path(target, source), "LVSSL_TURBOJPEG": str(target.resolve() / LIBRARY)}
     for name, value in exports.items():
         print(f"export {name}={shlex.quote(value)}", flush=True)
-    # In a process of its own, for the paths are read when Python starts, and a package may bring it down.
+    # In its own process: paths are read when Python starts, and a package may crash the process.
     command = [sys.executable, str(Path(__file__).resolve()), "probe", str(target.resolve())]
     done = subprocess.run(command, env=os.environ | exports, stdout=sys.stderr)
     if done.returncode not in (0, 1):
@@ -222,14 +223,14 @@ def check(target: Path, source: Path | None) -> int:
 
 
 def search_path(target: Path, source: Path | None) -> str:
-    """The source tree, the bundle, then what is set already."""
+    """The source tree, the bundle, then the existing search path."""
     places = [str(source.resolve())] if source else []
     places += [str(target.resolve() / "python"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     return os.pathsep.join(dict.fromkeys(place for place in places if place))
 
 
 def probe(target: Path) -> int:
-    """Import everything, here."""
+    """Import everything in this process."""
     manifest = read_manifest(target)
     missing = 0
     for name, module in manifest["modules"].items():
@@ -247,17 +248,17 @@ def probe(target: Path) -> int:
 
 
 def import_one(name: str, module: str, requirement: str) -> tuple[str, str]:
-    """(version, what is wrong or nothing)."""
+    """(version, error or empty string)."""
     try:
         importlib.import_module(module)
         found = metadata.version(name)
-    except Exception as error:  # a package that is broken may raise anything
+    except Exception as error:  # a broken package may raise anything
         return "", f"{type(error).__name__}: {error}".splitlines()[0]
     return found, "" if fits(found, requirement) else f"{found} is there, {requirement} is needed"
 
 
 def fits(version: str, requirement: str) -> bool:
-    """Whether a version meets `name>=1.0,<2`; only >= and < are used."""
+    """Whether a version meets `name>=1.0,<2`; only >= and < are supported."""
     for operator, bound in re.findall(r"(>=|<)([\d.]+)", requirement):
         if (release(version) >= release(bound)) != (operator == ">="):
             return False
@@ -265,7 +266,7 @@ def fits(version: str, requirement: str) -> bool:
 
 
 def release(version: str) -> list[int]:
-    """1.0.31+cu130 -> [1, 0, 31]; trailing zeros don't count."""
+    """1.0.31+cu130 -> [1, 0, 31]; trailing zeros are ignored."""
     numbers = [int(number) for number in re.split(r"[^\d.]", version)[0].split(".") if number]
     while numbers and numbers[-1] == 0:
         numbers.pop()
@@ -273,7 +274,7 @@ def release(version: str) -> list[int]:
 
 
 def unfit(manifest: dict) -> list[str]:
-    """Compiled wheels of the bundle that are for another Python."""
+    """Compiled wheels of the bundle that are for another Python version."""
     here, found = "cp{}{}".format(*sys.version_info), []
     for name in manifest["files"]:
         tags = Path(name).stem.split("-")[-3:]
@@ -288,7 +289,7 @@ def unfit(manifest: dict) -> list[str]:
 
 
 def library_fails(path: Path) -> str:
-    """What is wrong with libturbojpeg, or nothing: it decodes a grey square."""
+    """The error of libturbojpeg when it decodes a grey square, or an empty string."""
     try:
         library = ctypes.CDLL(str(path))
         library.tjInitDecompress.restype = ctypes.c_void_p

@@ -1,4 +1,4 @@
-"""`convert-beton` of a source tree that isn't installed: python -m tools.convert_beton SOURCE OUT.beton"""
+"""`convert-beton` for a source tree that isn't installed: python -m tools.convert_beton SOURCE OUT.beton"""
 
 import sys
 

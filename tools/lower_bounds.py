@@ -1,4 +1,4 @@
-"""The lower bounds of pyproject.toml as a constraints file for pip: `make test-oldest` installs by it.
+"""Write the lower bounds in pyproject.toml as a constraints file for pip, which `make test-oldest` uses.
 
 python tools/lower_bounds.py >constraints.txt
 """
@@ -18,16 +18,16 @@ PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
 
 def lower_bounds(project: dict) -> list[str]:
-    """One line `name==version` for each package that the table `project` asks for, its extras included.
+    """One line `name==version` for each package that the table `project` requires, including its extras.
 
-    A requirement's marker goes along, and a package named twice stands once. Raises ValueError where one has
-    no lower bound (`>=`), or two different ones.
+    Markers of requirements are kept, and duplicates are removed. Raises ValueError if a package has no lower
+    bound (`>=`), or two different ones.
     """
     asked = chain(project["dependencies"], *project["optional-dependencies"].values())
     lines: dict[tuple[str, str], str] = {}
     for requirement in map(Requirement, asked):
         if requirement.name == project["name"]:
-            continue  # an extra that includes another
+            continue  # an extra that includes another extra
         bounds = [specifier.version for specifier in requirement.specifier if specifier.operator == ">="]
         if len(bounds) != 1:
             raise ValueError(f"pyproject.toml: {requirement} has no lower bound")

@@ -23,7 +23,7 @@ DRAWN = re.compile("[╭╮╰╯│─]+")
 
 
 def command_line() -> str:
-    """A section for each command: what it does, and its help."""
+    """A section for each command: its description and its help."""
     parts = [
         f"# Command line\n\n{GENERATED}\nWhat each command prints with `--help`, and the list of presets.\n"
     ]
@@ -38,7 +38,7 @@ def command_line() -> str:
 
 
 def help_of(command: Callable[[list[str]], Any], arguments: list[str]) -> str:
-    """What a command prints of itself, 100 columns wide, without frames, escape codes and trailing spaces."""
+    """A command's help, 100 columns wide, without frames, escape codes and trailing spaces."""
     printed = io.StringIO()
     before = {name: os.environ.get(name) for name in ("COLUMNS", "NO_COLOR")}
     os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
@@ -57,7 +57,7 @@ def help_of(command: Callable[[list[str]], Any], arguments: list[str]) -> str:
 
 
 def python_api() -> str:
-    """Each public name: its signature, and its docstring as Markdown."""
+    """The signature of each public name, and its docstring as Markdown."""
     parts = [f"# Python\n\n{GENERATED}\n{inspect.getdoc(api)}\n"]
     for name in api.__all__:
         found = getattr(api, name)
@@ -69,7 +69,7 @@ def python_api() -> str:
 
 
 def members(kind: type) -> Iterator[tuple[str, Any]]:
-    """Public methods and properties in the order of the source."""
+    """Public methods and properties in source order."""
     for name, member in vars(kind).items():
         if name.startswith("_"):
             continue
@@ -93,14 +93,14 @@ def described(name: str, found: Any) -> str:
 
 
 def field_docs(kind: type) -> Iterator[tuple[str, str]]:
-    """The fields of a dataclass that have a string below them, with its text."""
+    """Names of a dataclass's fields that are followed by a docstring, with its text."""
     text = textwrap.dedent(inspect.getsource(kind))
     for name, doc in re.findall(r'^    (\w+): [^\n]+\n    """(.*?)"""', text, flags=re.M | re.S):
         yield name, " ".join(doc.split())
 
 
 def markdown(doc: str) -> str:
-    """A docstring's paragraphs as they are, its Args and Raises as lists, its example as code."""
+    """Convert a docstring: paragraphs stay unchanged, Args and Raises become lists, an example becomes code."""
     out, example = [], []
     for paragraph in re.split(r"\n\s*\n", doc):
         first, _, rest = paragraph.partition("\n")
@@ -116,7 +116,7 @@ def markdown(doc: str) -> str:
 
 
 def items(text: str) -> Iterator[str]:
-    """`name: what` with continuation lines -> list items."""
+    """Convert `name: what` with continuation lines to list items."""
     for item in re.split(r"\n(?=\S)", text):
         name, _, what = " ".join(item.split()).partition(": ")
         yield f"- `{name}`: {what}" if what else f"- {name}"

@@ -1,4 +1,4 @@
-"""For mkdocs: pages link to CHANGELOG.md as it lies above docs/, and the site has a copy of it."""
+"""A hook for mkdocs: pages link to CHANGELOG.md above docs/, and the site needs a copy of it."""
 
 from pathlib import Path
 from typing import Any
