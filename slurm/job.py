@@ -115,7 +115,7 @@ class Job:
         return start(record)
 
     def with_srun(self, record: Record) -> Outcome:
-        if self.staging() and self.cluster.nodes > 1:  # first on all nodes: ranks wait only minutes for others
+        if self.staging() and self.cluster.nodes > 1:  # on all nodes first: ranks only wait minutes for it
             outcome = self.step(record, 1, [*self.staging(), "true"], subprocess.DEVNULL)
             if outcome.stopped:
                 return outcome  # otherwise the ranks try again, and report the error
@@ -182,7 +182,7 @@ class Job:
         return [*self.staging(), *start, "-m", self.task.module, *self.task.arguments]
 
     def staging(self) -> list[str]:
-        """A prefix of the command, run outside a container, that copies its images to the node; may be empty."""
+        """A prefix of the command, run outside a container, to copy its images to the node; may be empty."""
         if not self.cluster.stage_to or not self.task.reads:
             return []
         sets = map(str, self.task.reads)

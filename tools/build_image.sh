@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# tools/build_image.sh [COMMAND]     the image of Dockerfile where no registry can be reached: buildah builds it
-#                                    on a Debian of debootstrap's; then COMMAND runs in a container of it
+# tools/build_image.sh [COMMAND]     build Dockerfile's image without a registry: buildah builds it on a Debian
+#                                    made by debootstrap; then COMMAND runs in a container of it
 #
 #     tools/build_image.sh
 #     tools/build_image.sh convert-beton sklearn:digits /tmp/train.beton
 #
 # COMMAND  default: lvssl doctor
-# ROOM     where images and containers are kept (15 GB, 25 while it builds); default /var/tmp/lvssl-images. Delete it by hand.
+# ROOM     folder of images and containers (15 GB, 25 during the build); default /var/tmp/lvssl-images. Delete it by hand.
 #
-# Needs root, buildah and debootstrap. This machine's way to the network is lent to the build, not kept in the
-# image: names, certificates, apt's and pip's settings.
+# Needs root, buildah and debootstrap. The build uses this machine's network settings (names, certificates,
+# apt's and pip's settings), which aren't kept in the image.
 set -euo pipefail
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 [ "$(id -u)" = 0 ] || die "needs root: it makes a system of its own and enters it"
@@ -24,9 +24,9 @@ export TMPDIR=$room
 buildah=(buildah --root "$room/storage" --runroot "$room/run")
 
 if ! "${buildah[@]}" images debian-base >/dev/null 2>&1; then
-    # From where this machine has its own packages; no mirror: debootstrap's default.
+    # The mirror of this machine's own packages; without one, debootstrap's default.
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -m 1 '/debian/$' || true)
-    # ca-certificates, for what follows lends this machine's in their place, read-only.
+    # Includes ca-certificates, because this machine's are mounted in their place below, read-only.
     debootstrap --variant=minbase --include=ca-certificates bookworm "$scratch/base" $mirror
     rm -rf "$scratch/base"/var/lib/apt/lists/* "$scratch/base"/var/cache/apt/archives/*.deb
     base=$("${buildah[@]}" from scratch)
@@ -35,19 +35,19 @@ if ! "${buildah[@]}" images debian-base >/dev/null 2>&1; then
     rm -rf "$scratch/base"
 fi
 
-# ---- The network, as it is here: lent while a step runs
+# ---- This machine's network settings, mounted while a step runs
 
 lent=()
 lend() { [ ! -e "$1" ] || lent+=(--volume "$1:${2:-$1}:ro"); }
 for path in /etc/ssl/certs /usr/local/share/ca-certificates; do lend "$path"; done
-for path in /etc/apt/apt.conf.d/*; do  # proxies and what belongs to a mirror, not what other packages ask for
+for path in /etc/apt/apt.conf.d/*; do  # proxies and mirror settings, but not other packages' hooks
     if grep -qiE 'Acquire::' "$path" && ! grep -q 'DPkg::' "$path"; then lend "$path"; fi
 done
 { echo "[global]"; python3 -m pip config list | sed -nE "s/^(global|user|:env:)\.([a-z-]+)='(.*)'$/\2 = \3/p"; } |
     awk -F ' = ' '!seen[$1]++' >"$scratch/pip.conf"
 lend "$scratch/pip.conf" /etc/pip.conf
 for path in $(grep -E '^(constraint|find-links|index-url|extra-index-url) ' "$scratch/pip.conf" | tr ' ' '\n' |
-    sed 's,^file://,,' | grep '^/' | sort -u); do  # on this disk; an index's files lie beside it
+    sed 's,^file://,,' | grep '^/' | sort -u); do  # on this disk; an index's files are next to it
     if [ "$(basename "$path")" = simple ]; then path=$(dirname "$path"); fi
     lend "$path"
 done

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# tools/install.sh                    what `make install` does: .venv, this package in it, libturbojpeg.
-#                                     Repeatable; seconds when nothing is to do.
-# tools/install.sh fashion-mnist      the demo's data set from the distribution into data/, if it can be had
-# tools/install.sh turbojpeg          libturbojpeg into .venv, where it isn't found
-# tools/install.sh deb FOLDER NAME... the first of these Debian packages that can be had, as a file in FOLDER
+# tools/install.sh                    for `make install`: make .venv, install this package in it, and libturbojpeg.
+#                                     Repeatable; takes seconds if there is nothing to do.
+# tools/install.sh fashion-mnist      put the demo's data set from the distribution into data/, if available
+# tools/install.sh turbojpeg          put libturbojpeg into .venv, if it isn't found
+# tools/install.sh deb FOLDER NAME... download the first available of these Debian packages to FOLDER
 #
-# Root is needed for python3-venv where that is absent, and for the libraries that the extra ffcv compiles
-# against; for nothing else: Debian packages are downloaded and unpacked, not installed.
+# Root is only needed to install python3-venv, if it is missing, and the libraries that the extra ffcv compiles
+# against: other Debian packages are downloaded and unpacked, not installed.
 #
-# PYTHON   interpreter behind a new .venv; default: the .venv's own, else the first python3 >= 3.10
+# PYTHON   interpreter for a new .venv; default: the .venv's own, or else the first python3 >= 3.10
 # EXTRAS   extras of pyproject.toml, default dev
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,18 +21,18 @@ extras=${EXTRAS:-dev}
 say() { printf '%s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
-logged() {  # a command with its output in the log; on failure the log's tail is shown
+logged() {  # run a command with its output in the log; on failure, show the log's tail
     "$@" >>"$LOG" 2>&1 </dev/null || { tail -n 25 "$LOG" >&2; return 1; }
 }
 
-as_root() {  # root as it is; else sudo, which may ask for a password only where somebody can type one
+as_root() {  # as root already, or by sudo, which may ask for a password only if somebody can type one
     if [ "$(id -u)" = 0 ]; then "$@"
     elif sudo -n true 2>/dev/null; then sudo -n "$@"
     elif [ -t 0 ] && [ -t 2 ] && command -v sudo >/dev/null; then sudo -v && sudo -n "$@"
     else return 1; fi
 }
 
-apt() {  # apt-get that asks nothing and waits for another apt-get to end
+apt() {  # apt-get without questions, which waits until another apt-get has ended
     as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 "$@"
 }
 
@@ -40,7 +40,7 @@ apt() {  # apt-get that asks nothing and waits for another apt-get to end
 
 fits() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 
-find_python() {  # empty if there is none
+find_python() {  # prints nothing if there is none
     local candidate
     if [ -n "${PYTHON:-}" ]; then echo "$PYTHON"; return; fi
     for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
@@ -53,16 +53,16 @@ has_headers() {
     "$1" -c 'import os, sysconfig as s, sys; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))'
 }
 
-# ---- System packages: what is asked for is what is really absent, not what dpkg doesn't list
+# ---- System packages: only those whose files are missing, whatever dpkg lists
 
 wants_ffcv() { case ",$extras," in *,ffcv,*) true ;; *) false ;; esac; }
 
-missing_packages() {  # of the interpreter $1, which may be empty
+missing_packages() {  # for the interpreter $1, which may be empty
     local python=$1 version=3
     if [ -z "$python" ]; then
         echo python3 python3-venv
     else
-        # Debian's packages for one version (python3.12-venv) suit the default interpreter too.
+        # Debian's packages for one version (python3.12-venv) also suit the default interpreter.
         version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
         has_venv "$python" || echo "python$version-venv"
     fi
@@ -83,7 +83,7 @@ install_system() {
         die "missing: $packages (names as on Debian); install their like with this system's package manager, then repeat"
     say "system packages: $packages"
     as_root true || die "needs root, and sudo isn't to be had without a password; as root: $command"
-    # A stale or half-reachable list matters only if the installation then fails.
+    # An outdated or incomplete package list only matters if the installation then fails.
     logged apt update || true
     # shellcheck disable=SC2086
     logged apt install --no-install-recommends $packages || die "apt-get failed (see $LOG); as root: $command"
@@ -91,25 +91,25 @@ install_system() {
     [ -z "$packages" ] || die "still missing after apt-get: $packages (see $LOG)"
 }
 
-# ---- Debian packages as any user: downloaded and unpacked, so that nothing of the system changes
+# ---- Debian packages without root: downloaded and unpacked, so that the system doesn't change
 
 try() { "$@" >>"$ROOT/$LOG" 2>&1 </dev/null; }
 
-download_deb() {  # folder, names: the first of these packages that can be had
+download_deb() {  # folder, names: download the first available of these packages
     local folder=$1 own=$ROOT/.cache/apt name
     shift
     command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || return 1
     mkdir -p "$folder" "$own/lists/partial" "$own/cache/archives/partial"
     local options=(-q -o Acquire::http::Timeout=20 -o "APT::Sandbox::User=$(id -un)")
     for name in "$@"; do (cd "$folder" && try apt-get "${options[@]}" download "$name") && return; done
-    # The system's lists are absent or out of date, and only root may renew those: so here are others.
+    # The system's package lists are missing or outdated, and only root may renew them: use separate ones.
     options+=(-o "Dir::State::Lists=$own/lists" -o "Dir::Cache=$own/cache" -o Debug::NoLocking=1)
     try apt-get "${options[@]}" update || true
     for name in "$@"; do (cd "$folder" && try apt-get "${options[@]}" download "$name") && return; done
     return 1
 }
 
-unpacked() {  # folder, names: the files of the first of these packages that can be had, below the folder
+unpacked() {  # folder, names: unpack the first available of these packages into the folder
     local folder=$1
     shift
     rm -rf "$folder" "$folder.deb"
@@ -117,7 +117,7 @@ unpacked() {  # folder, names: the files of the first of these packages that can
         try dpkg-deb -x "$folder.deb"/*.deb "$folder" && rm -rf "$folder.deb"
 }
 
-turbojpeg() {  # libturbojpeg into .venv, where it isn't found; without it Pillow decodes, more slowly
+turbojpeg() {  # put libturbojpeg into .venv, if it isn't found; without it Pillow decodes, more slowly
     local files=.cache/turbojpeg
     if .venv/bin/python -c 'from pipelines.formats import turbojpeg as t; raise SystemExit(t.FOUND is None)'; then return; fi
     # Debian's name, then Ubuntu's.
@@ -149,11 +149,11 @@ fashion_mnist() {  # never fails: without it the demo tries torchvision's downlo
 
 venv_version() { .venv/bin/python -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null; }
 
-state() {  # what the environment was made from: any change means another `pip install`
+state() {  # describes what the environment was made from: any change requires another `pip install`
     echo "$(sha256sum <pyproject.toml | cut -c-16) python $(venv_version) at $PWD"
 }
 
-works() {  # pieces present, FFCV's compiled part loads; imports nothing heavy
+works() {  # whether all packages are present and FFCV's compiled part loads; imports nothing heavy
     .venv/bin/python - "$extras" <<'PY' 2>/dev/null
 import ctypes, glob, importlib.metadata as metadata, sys
 for name in ("lvssl", "torch", "torchvision", "numba", "tyro"):
@@ -184,7 +184,7 @@ make_venv() {
     local python
     python=$(find_python)
     if [ -n "$(venv_version || true)" ] && .venv/bin/python -m pip --version >/dev/null 2>&1; then
-        # An environment that works is kept, unless another interpreter was asked for or the folder was moved.
+        # A working environment is kept, unless another interpreter was requested or the folder was moved.
         if { [ -z "${PYTHON:-}" ] || [ "$("$python" -V)" = "$(.venv/bin/python -V)" ]; } &&
             head -n 1 .venv/bin/pip | grep -qF "$PWD/.venv/"; then return; fi
     fi
@@ -195,7 +195,7 @@ make_venv() {
 install_packages() {
     rm -f "$STAMP"
     say "Python packages: pip install -e .[$extras] (the first time torch alone is 3 GB: minutes; log in $LOG)"
-    # Old pips build source packages without isolation, in whatever the environment holds.
+    # Old versions of pip build source packages without isolation, in the present environment.
     logged .venv/bin/python -m pip install "pip>=24" "setuptools>=77" wheel ||
         die "pip failed (see $LOG)"
     logged .venv/bin/python -m pip install -e ".[$extras]" || die "pip failed (see $LOG)"
@@ -207,7 +207,7 @@ install_packages() {
 install() {
     if [ -n "${PYTHON:-}" ]; then fits "$PYTHON" || die "PYTHON=$PYTHON is no Python >= 3.10"; fi
     mkdir -p .cache
-    # Two makes at once share one environment: the second waits, then finds nothing to do.
+    # Two concurrent makes share one environment: the second waits, and then finds nothing to do.
     exec 9>.cache/install.lock
     flock 9
     if up_to_date; then
@@ -216,7 +216,7 @@ install() {
         return
     fi
     : >"$LOG"
-    if [ -f "$STAMP" ]; then  # extras once asked for stay
+    if [ -f "$STAMP" ]; then  # extras requested earlier are kept
         extras=$({ echo "$extras"; sed -n 2p "$STAMP"; } | tr , '\n' | sort -u | paste -sd,)
     fi
     install_system

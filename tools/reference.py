@@ -100,7 +100,7 @@ def field_docs(kind: type) -> Iterator[tuple[str, str]]:
 
 
 def markdown(doc: str) -> str:
-    """Convert a docstring: paragraphs stay unchanged, Args and Raises become lists, an example becomes code."""
+    """Convert a docstring: paragraphs stay unchanged, Args and Raises become lists, examples become code."""
     out, example = [], []
     for paragraph in re.split(r"\n\s*\n", doc):
         first, _, rest = paragraph.partition("\n")

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# A small real Slurm on this machine, for `make test-slurm`: munged, slurmctld and two slurmd (n1, n2).
-#   tools/slurm_cluster.sh start [FOLDER]   installs what is missing (Debian, Ubuntu), starts what isn't running,
-#                                           prints the file that SLURM_CONF must name; repeatable
-#   tools/slurm_cluster.sh stop [FOLDER]    ends it and removes the folder
-#   tools/slurm_cluster.sh run COMMAND...   runs a command with the cluster that answers here, else with this one,
-#                                           which is ended afterwards
-# Needs neither systemd nor a free standard port, leaves /etc and /run alone, works as root in a container.
+# Run a small real Slurm on this machine, for `make test-slurm`: munged, slurmctld and two slurmd (n1, n2).
+#   tools/slurm_cluster.sh start [FOLDER]   install missing packages (Debian, Ubuntu), start missing daemons, and
+#                                           print the value for SLURM_CONF; repeatable
+#   tools/slurm_cluster.sh stop [FOLDER]    stop it and remove the folder
+#   tools/slurm_cluster.sh run COMMAND...   run a command with a Slurm that already answers here, or else with
+#                                           this one, which is stopped afterwards
+# It needs neither systemd nor a free standard port, doesn't touch /etc and /run, and works as root in a container.
 set -euo pipefail
 
 folder=/tmp/lvssl-slurm-$(id -u)
 [ "${1:-}" = run ] || folder=${2:-$folder}
 conf=$folder/slurm.conf
-port=${LVSSL_SLURM_PORT:-17000}  # slurmctld; n1 and n2 take the next two
+port=${LVSSL_SLURM_PORT:-17000}  # of slurmctld; n1 and n2 use the next two
 me=$(id -un)
 export PATH=$PATH:/usr/sbin:/sbin
 
@@ -38,8 +38,8 @@ install_missing() {
 }
 
 configure() {
-    # cred_expire: how long a requeued job waits (default 120 s, which makes 150). config_overrides: four CPUs
-    # a node whatever the machine has. kill_invalid_depend isn't set: each job asks for that itself.
+    # cred_expire: how long a requeued job waits (with the default of 120 s, 150 s). config_overrides: four CPUs
+    # per node, whatever the machine has. kill_invalid_depend isn't set: each job requests it itself.
     cat >"$conf" <<CONF
 ClusterName=lvssl
 SlurmctldHost=localhost
@@ -81,7 +81,7 @@ CONF
 
 running() { [ -s "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
 
-wait_for() {  # a condition, up to 20 s
+wait_for() {  # waits for a condition, up to 20 s
     for _ in $(seq 200); do if eval "$1" >/dev/null 2>&1; then return 0; fi; sleep 0.1; done
     die "no answer from $2; see $folder/*.log"
 }

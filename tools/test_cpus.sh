@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# tools/test_cpus.sh [--whole] [NAME ...]    the tests as other processors, thread counts and orders would run them
+# tools/test_cpus.sh [--whole] [NAME ...]    run the tests as on other processors, with other thread counts and orders
 #
-# Without --whole: what depends on a processor (pixels, latents, losses, networks, training, codes). With it: the whole default
-# suite. NAME picks environments, all by default. Prints one row each as a Markdown table; logs lie in .cache/cpus/.
+# Without --whole it runs the tests of what depends on a processor (pixels, latents, losses, networks, training, codes);
+# with it, the whole default suite. NAME selects environments (default: all). Prints a Markdown table with a row for
+# each; logs are written to .cache/cpus/.
 # PYTHON   the interpreter, default .venv/bin/python
 # WORKERS  options of pytest-xdist, as in the Makefile; the random order is in one process
 set -uo pipefail
