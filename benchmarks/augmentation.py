@@ -1,26 +1,27 @@
-"""Is the fused augmentation faithful to torchvision, and how much faster than it and its peers?
+"""How closely does the fused augmentation match torchvision, and how much faster is it than its peers?
 
-    python -m benchmarks.augmentation --json FILE                    # some three minutes
-    python -m benchmarks.augmentation --data SAMPLE --json FILE      # the whole path too: six
+    python -m benchmarks.augmentation --json FILE                    # about three minutes
+    python -m benchmarks.augmentation --data SAMPLE --json FILE      # with the whole path: six
 
-Full SimCLR chain (flip, jitter in random order, grey, blur with 23 taps, normalise) on 224 px crops of
-photographs, float32 out. Each form runs in `--processes` processes at once, single-threaded in each, so that
-no form is held up by Python's lock; rounds alternate between the forms, and medians are given.
+It runs the full SimCLR chain (flip, jitter in random order, grey, blur with 23 taps, normalise) on 224 px
+crops of photographs, with float32 output. Each form runs in `--processes` single-threaded processes at
+once, so that the GIL slows down none of them. Rounds alternate between the forms; medians are reported.
 
-    torchvision-pil         torchvision.transforms.v2 on PIL images, as most SimCLR code has it
-    torchvision-tensor      the same on uint8 tensors, one by one: on a batch it draws once for all
+    torchvision-pil         torchvision.transforms.v2 on PIL images, as in most SimCLR code
+    torchvision-tensor      the same on uint8 tensors, one by one: a batch would share its random draws
     kornia                  AugmentationSequential's operations on a float batch, drawn for each sample
-    albumentations          on uint8 arrays, OpenCV underneath
-    reference, numba        ours; parameters are drawn within the time, as with all others
+    albumentations          on uint8 arrays, with OpenCV underneath
+    reference, numba        ours; the time includes drawing the parameters, as for all others
 
-`--data` (whatever `convert-beton` reads; here a folder of class folders) adds the path from file to batch:
-beton -> decode once -> two crops -> augment -> batch by our loader, against torchvision's DataLoader over the
-same images as JPEG files (longest side 400 px in both), with `--processes` threads or workers.
+`--data` (anything that `convert-beton` reads, here a folder of class folders) adds the path from file to
+batch: beton -> decode once -> two crops -> augment -> batch in our loader, against torchvision's
+DataLoader over the same images as JPEG files (longest side 400 px in both), with `--processes` threads or
+workers.
 
-errors: of the numba form against torchvision v2's functional form on float and on uint8 images, in levels of
-1/255, by operation; hue, saturation and contrast over several strengths.
+errors: the numba form against torchvision v2's functional form on float and on uint8 images, in levels of
+1/255, by operation; for hue, saturation and contrast at several strengths.
 
-Figures are in docs/augmentation.md.
+docs/augmentation.md has the figures.
 """
 
 import argparse
@@ -126,7 +127,7 @@ def photographs(count: int, side: int = SIDE, seed: int = 0) -> np.ndarray:
 
 
 def speeds(forms: list[str], processes: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Views a second of each form, all processes together; rounds alternate."""
+    """Views per second of each form, over all processes; rounds alternate."""
     context = multiprocessing.get_context("spawn")
     pipes, workers = [], []
     for _ in range(processes):
@@ -158,12 +159,12 @@ def summary(values: list[float], name: str) -> dict[str, Any]:
 
 
 def serve(pipe: Any, names: list[str]) -> None:
-    """A process that times the form it is asked for, until it is told None."""
+    """Run in a process: time each form whose name arrives, until None does."""
     torch.set_num_threads(1)
     crops = photographs(BATCH)
     forms = {name: FORMS[name](crops) for name in names}
     for name, form in forms.items():
-        check_output(name, form())  # warm and right before any time is taken
+        check_output(name, form())  # warmed up and verified before timing
     pipe.send("ready")
     while (wanted := pipe.recv()) is not None:
         name, seconds = wanted
@@ -175,7 +176,7 @@ def serve(pipe: Any, names: list[str]) -> None:
 
 
 def check_output(name: str, views: Any) -> None:
-    """Every form must give BATCH normalised float views of 3 channels."""
+    """Check that a form returns BATCH normalised float views of 3 channels."""
     first = torch.as_tensor(np.asarray(views[0]))
     assert len(views) == BATCH and sorted(first.shape) == [3, SIDE, SIDE] and first.dtype == torch.float32, (
         name
@@ -250,7 +251,7 @@ FORMS: dict[str, Callable[[np.ndarray], Form]] = {
 
 
 def path_speeds(data: str, workers: int, epochs: int) -> list[dict[str, Any]]:
-    """Images (two views each) a second over whole epochs, from files in the page cache; forms alternate."""
+    """Images per second (two views each) over whole epochs, from cached files; forms alternate."""
     from pipelines.convert.conversion import ConvertOptions, Settings, convert
 
     with tempfile.TemporaryDirectory() as folder:
@@ -260,7 +261,7 @@ def path_speeds(data: str, workers: int, epochs: int) -> list[dict[str, Any]]:
         paths = {"ours": our_path(beton, workers), "torchvision": torchvision_path(files, workers)}
         found: dict[str, list[float]] = {name: [] for name in paths}
         for path in paths.values():
-            path()  # warm: compiled, and the files in the page cache
+            path()  # warm-up: compiles, and loads the files into the page cache
         for _ in range(epochs):
             for name, path in paths.items():
                 found[name].append(path())
@@ -274,7 +275,7 @@ PATH_BATCH = 64
 
 
 def write_jpegs(beton: Path, folder: Path) -> None:
-    """The beton's own JPEGs as files, all in one class folder."""
+    """Write the beton's own JPEGs as files, all in one class folder."""
     from pipelines.formats.beton import open_beton
 
     (folder / "all").mkdir(parents=True)
@@ -311,7 +312,7 @@ def one_thread(_: int) -> None:
 
 
 def timed(loader: Any, right: Callable[[Any], bool]) -> float:
-    """Images a second of an epoch, from the first request on, so that nothing made ahead is free."""
+    """Images per second of an epoch, timed from the first request: nothing made in advance is free."""
     started, count = time.perf_counter(), 0
     for batch in loader:
         assert right(batch)
@@ -323,7 +324,7 @@ def timed(loader: Any, right: Callable[[Any], bool]) -> float:
 
 
 def gpu_rows(count: int = 512) -> list[dict[str, Any]]:
-    """Achieved bytes a second of the Triton form, against the device's copy bandwidth, measured beside it."""
+    """Bytes per second of the Triton form, against the device's copy bandwidth measured in the same run."""
     crops = torch.from_numpy(photographs(64)).repeat(count // 64, 1, 1, 1).cuda()
     sizes = np.full(count, SIDE)
     table = torch.from_numpy(draw_parameters(VIEW, 0, 0, np.arange(count), sizes, sizes)[:, 0].copy()).cuda()
@@ -342,7 +343,7 @@ def gpu_rows(count: int = 512) -> list[dict[str, Any]]:
 
 
 def cuda_seconds(run: Callable[[], Any], repeats: int = 20) -> float:
-    """Median seconds of a call on the device."""
+    """Median time of a call on the device, in seconds."""
     for _ in range(3):
         run()
     times = []
@@ -374,8 +375,8 @@ OPERATIONS: dict[str, tuple[int, tuple[float, ...], Callable[[torch.Tensor, floa
 
 
 def errors(count: int = 16) -> dict[str, dict[str, dict[str, float]]]:
-    """Of the numba form, in levels: operation -> against -> mean (of the worst channel),
-    max, bias (ours minus theirs) and the share of values that are more than 3 levels off."""
+    """Errors of the numba form, in levels: operation -> peer -> mean (of the worst channel), max, bias (ours
+    minus theirs) and the share of values that differ by more than 3 levels."""
     crops = photographs(count, seed=1)
     plain = ViewSettings(mean=(0, 0, 0), std=(1, 1, 1))
     images = torch.from_numpy(crops).permute(0, 3, 1, 2)
@@ -414,14 +415,14 @@ def errors(count: int = 16) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def identity(count: int) -> np.ndarray:
-    """Parameters that leave every image as it is."""
+    """Parameters that leave every image unchanged."""
     table = np.zeros((count, P), np.float32)
     table[:, [columns.BRIGHTNESS, columns.CONTRAST, columns.SATURATION]] = 1
     return table
 
 
 def functional_chain(images: torch.Tensor, table: np.ndarray) -> torch.Tensor:
-    """torchvision's operations, one after the other, on float or uint8 [N, 3, R, R]."""
+    """Apply torchvision's operations one after the other to float or uint8 [N, 3, R, R]."""
     jitter = ("brightness", "contrast", "saturation", "hue")
     done = []
     for image, row in zip(images, table):
@@ -436,8 +437,8 @@ def functional_chain(images: torch.Tensor, table: np.ndarray) -> torch.Tensor:
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Ours over theirs, the median over rounds, so that drift of the machine falls out; what was not run is
-    left out."""
+    """Our speed over theirs: the median over rounds, so that drift of the machine cancels out. Forms that
+    weren't run are left out."""
     each = {(row["what"], row["form"]): row["each"] for row in rows if row["what"] != "gpu"}
 
     def over(what: str, mine: str, theirs: str) -> float:

@@ -1,12 +1,12 @@
-"""Is this checkout as fast as another one? The cores of five benchmarks, by turns in two processes.
+"""Is this checkout as fast as another one? Runs the cores of five benchmarks alternately in two processes.
 
     git worktree add ../before COMMIT
     python -m benchmarks.before ../before --data imagenet-1k-one-per-class.tar
 
-Each of the two processes imports the benchmarks of its own checkout, warms up, and does the same work as the
-other in each round, whose order alternates. Printed is the speed of this checkout over the other's, by
-seconds of processors: the geometric mean over the rounds, its 95 % interval (Student), and the median. The
-other checkout must know what is used here by the same names.
+Each of the two processes imports its own checkout's benchmarks, warms up, and does the same work as the other
+in each round; the order alternates. The output is the speed of this checkout over the other's, by processor
+time: the geometric mean over the rounds, its 95 % interval (Student's t), and the median. The other checkout
+must have everything used here under the same names.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
 
 
 def started(checkout: Path, data: Path) -> subprocess.Popen[str]:
-    # By its text, so that the folder of this file isn't where modules are looked for.
+    # Passed as text, so that this file's folder isn't on the module search path.
     command = [sys.executable, "-c", Path(__file__).read_text(), str(data)]
     environment, pipe = os.environ | {"PYTHONPATH": str(checkout)}, subprocess.PIPE
     return subprocess.Popen(command, cwd=checkout, text=True, env=environment, stdin=pipe, stdout=pipe)
@@ -76,9 +76,9 @@ def asked(process: subprocess.Popen[str], name: str) -> float:
 
 
 def serve(data: Path) -> None:
-    """Do the work whose name comes in a line, and answer with its seconds of processors."""
+    """Do the work named by each line of input, and answer with its processor time in seconds."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what benchmarks print is no answer
+    os.dup2(2, 1)  # keep the benchmarks' own output apart from the answers
     work = works(data)
     for run in work.values():
         run()

@@ -1,29 +1,30 @@
-"""Which objective makes a good code? Linear layers of b bits on the frozen features of one pretrained run.
+"""Which objective makes a good code? Compares linear layers of b bits on one pretrained run's frozen
+features.
 
     python -m benchmarks.code_heads --run runs/study/fashion-mnist-none-s0 \\
         --train runs/study/data/fashion-mnist-train10000.beton \\
         --test runs/study/data/fashion-mnist-test.beton --json docs/code-heads.json
 
-(The run and its data are made by `python -m benchmarks.study --data fashion-mnist --arms none --seeds 0`.)
+(The run and its data come from `python -m benchmarks.study --data fashion-mnist --arms none --seeds 0`.)
 
-The features of the clean images and of --epochs epochs of two augmented views are made once and kept below
---out. On those of the views every head is trained alone: batch normalisation, a linear layer, batch
-normalisation, times 4: the logits l of a Bernoulli posterior. Its code is 1[u > mean of u over the clean
-training images], u the layer's output. Everything but the objective is the same, so that heads of one start
-and seed (of layer, order and noise) are paired. The controls need no training: sign bits, PCA-sign, ITQ, LSH.
-Test accuracy in percent: linear probe, Hamming kNN (features: cosine).
+The features of the clean images and of --epochs epochs of two augmented views are computed once and kept
+under --out. Each head is trained separately on the views' features: batch normalisation, a linear layer,
+batch normalisation, times 4, which gives the logits l of a Bernoulli posterior. Its code is 1[u > mean of u
+over the clean training images], where u is the layer's output. Only the objective differs, so heads with the
+same start and seed (of layer, order and noise) are paired. The controls need no training: sign bits,
+PCA-sign, ITQ, LSH. Test accuracy is in percent: linear probe, Hamming kNN (features: cosine).
 
-With b = sign(l) as +-1 (straight through), z a sample, m = tanh(l / 2) its mean, and w the weight:
+With b = sign(l) as +-1 (straight-through), z a sample, m = tanh(l / 2) its mean, and w the weight:
 
     decorrelation     w/D sum_{i != j} C_ij^2, C the covariance of b, or of one z, over the batch's views
     self-information  NT-Xent between two samples of the same view's posterior, tau 0.1
-    code, hard        NT-Xent between the views' b, without a projector; tau 0.2, as all that follow
-    code, each        the same of each of 4 samples for itself
+    code, hard        NT-Xent between the views' b, without a projector; tau 0.2, also in the following
+    code, each        the same for each of 4 samples separately
     code, expected    the same with similarity m.m'/D, the expected similarity of two samples
-    projector, samples, hard    NT-Xent of a projector's output on the mean of 4 samples, or on b
+    projector, samples, hard    NT-Xent of a projector's output, from the mean of 4 samples or from b
     barlow, hard      1/D [sum_i (1 - R_ii)^2 + 0.005 sum_{i != j} R_ij^2], R the views' correlation of b
 
-Every finished row is kept below --out: a command that was killed goes on, and --only parts may run at once.
+Finished rows are kept under --out: a killed command resumes there, and --only parts may run at the same time.
 """
 
 import argparse
@@ -68,13 +69,13 @@ INIT_SCALE, SAMPLES, TAU = 4.0, 4, 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A code: one of CONTROLS, or a head with `weight` times decorrelation and a term of TERMS."""
+    """A code: one of CONTROLS, or a head with `weight` times decorrelation and one of TERMS."""
 
     name: str
     seed: int = 0
-    start: str = ""  # identity, orthogonal, principal; empty: nothing is trained
-    weight: float = 0.0  # of the decorrelation
-    of: str = "hard"  # what is decorrelated: the hard bits or one sample
+    start: str = ""  # identity, orthogonal, principal; empty: not trained
+    weight: float = 0.0  # of decorrelation
+    of: str = "hard"  # what is decorrelated: hard bits or one sample
     term: str = ""
     term_weight: float = 0.0
 
@@ -85,9 +86,10 @@ class Row:
 
 
 def rows(seeds: list[int]) -> list[Row]:
-    """Controls; decorrelation by start; the terms, of the first seed where no hard bits meet samples.
+    """Controls; decorrelation by start; and the terms, only for the first seed unless they compare hard bits
+    with samples.
 
-    Decorrelation alone has one weight: AdamW's steps hardly depend on the loss's scale.
+    Decorrelation alone has a single weight, since AdamW's steps hardly depend on the scale of the loss.
     """
     table = [Row("features"), Row("sign"), Row("PCA-sign")]
     table += [Row(name, seed) for name in ("ITQ", "LSH") for seed in seeds]
@@ -125,14 +127,14 @@ def each_sample(posterior: BernoulliPosterior, noise: Noise, _: nn.Module) -> Te
 
 
 def expected_similarity(posterior: BernoulliPosterior, *_: Any) -> Tensor:
-    """NT-Xent with E[z.z']/D of independent samples; not normalised, for a mean's length is its certainty."""
+    """NT-Xent with E[z.z']/D of independent samples, unnormalised: the length of a mean is its certainty."""
     m = posterior.mean()
     logits = (m @ m.T / m.shape[1] / TAU).fill_diagonal_(float("-inf"))
     return F.cross_entropy(logits, torch.arange(len(m)).roll(len(m) // 2))
 
 
 def barlow(bits: Tensor, off_diagonal: float = 0.005) -> Tensor:
-    """Zbontar et al. 2021, eq. 1 over D, of +-1 bits [2B, D], first views then second."""
+    """Zbontar et al. 2021, eq. 1 divided by D, for +-1 bits [2B, D], first views then second."""
     first, second = ((x - x.mean(0)) / (x.std(0, correction=0) + 1e-4) for x in bits.chunk(2))
     correlation = first.T @ second / len(first)
     diagonal = correlation.diagonal()
@@ -159,7 +161,7 @@ def objective(row: Row, posterior: BernoulliPosterior, noise: Noise, project: nn
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Of the clean images, float32 [N, F] with labels, and of batches of two views, [batches, 2B, F]."""
+    """Features of the clean images, float32 [N, F], with labels; of two-view batches, [batches, 2B, F]."""
 
     features: np.ndarray
     labels: np.ndarray
@@ -227,7 +229,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
 
 
 def same_protocol(out: Path, protocol: dict[str, Any]) -> None:
-    """Raises InputError where --out holds rows that were made otherwise."""
+    """Raise InputError if --out has rows made by another protocol."""
     kept = out / "protocol.json"
     if kept.exists() and json.loads(kept.read_text()) != protocol:
         raise InputError(f"{out} holds rows of another run or other settings; choose another --out")
@@ -237,7 +239,7 @@ def same_protocol(out: Path, protocol: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def embedded(run: Run, options: argparse.Namespace) -> Features:
-    """The features, from --out where they are there already."""
+    """The features, read from --out if they are there already."""
     kept = options.out / "features.npz"
     if not kept.exists():
         train, test = open_pair(options.train, options.test)
@@ -261,7 +263,7 @@ def embedded(run: Run, options: argparse.Namespace) -> Features:
 
 
 def measured(options: argparse.Namespace, row: Row, data: Features) -> dict[str, Any]:
-    """A row's figures; made unless they are kept."""
+    """A row's figures, computed unless they have been kept."""
     kept: Path = options.out / row.file
     if not kept.exists():
         pair: tuple[np.ndarray, ...] = (data.features, data.test_features)
@@ -279,7 +281,7 @@ def measured(options: argparse.Namespace, row: Row, data: Features) -> dict[str,
 
 
 def accuracies(pair: tuple[np.ndarray, ...], train_y: np.ndarray, test_y: np.ndarray) -> dict[str, Any]:
-    """probe: linear; knn: cosine on float32 features, Hamming on bits, bool [N, b]. Percent."""
+    """probe: linear; knn: by cosine for float32 features, by Hamming distance for bits [N, b]. Percent."""
     train_x, test_x = pair
     if train_x.dtype == np.float32:
         knn = weighted_knn(train_x, train_y, test_x, test_y)
@@ -290,7 +292,7 @@ def accuracies(pair: tuple[np.ndarray, ...], train_y: np.ndarray, test_y: np.nda
 
 
 def head_bits(row: Row, data: Features, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Train the head; the bits of the clean images, bool [N, b], of train and test."""
+    """Train the head; returns the bits of the clean images, bool [N, b], for train and test."""
     torch.manual_seed(row.seed)
     width = data.features.shape[1]
     layer = nn.Linear(width, options.bits, bias=False)
@@ -319,7 +321,7 @@ def head_bits(row: Row, data: Features, options: argparse.Namespace) -> tuple[np
 
 @torch.no_grad()
 def started(weight: Tensor, start: str, data: Features) -> None:
-    """The layer's first weights [b, F], of features that are normalised over the views."""
+    """Set the layer's initial weights [b, F], for features that are normalised over the views."""
     if start == "principal":
         axes = torch.from_numpy(principal_directions(data.features, len(weight)).T)
         deviation = torch.from_numpy(data.views.reshape(-1, data.views.shape[-1]).std(axis=0))
@@ -329,7 +331,7 @@ def started(weight: Tensor, start: str, data: Features) -> None:
 
 
 def paired(made: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples minus hard bits, in points, paired by seed."""
+    """Samples minus hard bits, in percentage points, paired by seed."""
     trained = {((m["name"], m["of"]), m["seed"]): m for m in made if m["start"] == "orthogonal"}
     pairs = {
         "decorrelation": (("decorrelation", "sample"), ("decorrelation", "hard")),

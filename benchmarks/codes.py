@@ -1,22 +1,22 @@
-"""Which code for which budget? Every quantiser at every length, on a run's real features.
+"""Which code for which budget? Measures every quantiser at every length, on a run's real features.
 
-    python -m benchmarks.codes RUN ... --test TEST --json FILE     quality, of the runs' own training images
-    python -m benchmarks.codes --count 1000000 --json FILE         time and memory of made codes
-    python -m benchmarks.codes --embeddings 1000000 --json FILE    `encode` of made embeddings, killed
+    python -m benchmarks.codes RUN ... --test TEST --json FILE     quality, on the runs' own training images
+    python -m benchmarks.codes --count 1000000 --json FILE         time and memory with synthetic codes
+    python -m benchmarks.codes --embeddings 1000000 --json FILE    `encode` on synthetic embeddings, killed
 
-Quality: 2,000 test images against --limit training images, which the quantisers are fitted on, too, both
-evenly spread over their sets: accuracy of the vote of the 20 nearest, mAP@1000 over the hits, the share of
-the 10 nearest by standardised features (`features`, not quantised) among a code's 10 nearest, and accuracy of
-a linear probe on what the stored codes stand for. `real`: queries real-valued; `code`: queries quantised, too
-(Hamming distance for bits). Rows of equal distance come in the order of the training images.
+Quality compares 2,000 test images with --limit training images, on which the quantisers are also fitted; both
+are evenly spaced over their sets. It reports the accuracy of a vote of the 20 nearest neighbours, mAP@1000,
+the share of the 10 nearest by standardised features (`features`, unquantised) that are among a code's 10
+nearest, and the accuracy of a linear probe on the dequantised codes. `real`: real-valued queries; `code`:
+quantised queries (Hamming distance for bits). Rows of equal distance are in the order of the training images.
 
-Embeddings are 256 numbers of fp16, coded at 64 bits (OPQ) through the command in processes of its own: once
-undisturbed; once killed by SIGKILL when half of the codes are on the disk, and resumed, to the same bytes or
-this fails. MiB are anonymous memory at the peak (`benchmarks.scale`).
+Embeddings are 256 fp16 numbers, coded to 64 bits (OPQ) by the command in its own processes: once undisturbed;
+and once killed by SIGKILL when half of the codes are on disk, then resumed. The benchmark fails unless both
+give the same bytes. MiB is the peak of anonymous memory (`benchmarks.scale`).
 
-Runs that differ in their seed alone are told apart by the folder's name less its end -sSEED, and `arms` has
-their means: at each length what each code loses against the features with real-valued queries, and the least
-length of OPQ that has the kNN, and the recall, of the run's own whole code.
+Runs that differ only in their seed have the same folder name up to its end, -sSEED; `arms` has their means:
+for each length, the loss of each code against the features with real-valued queries, and the smallest length
+of OPQ that reaches the kNN accuracy, and the recall, of the run's own whole code.
 """
 
 import argparse
@@ -153,7 +153,7 @@ def figures(
 
 
 def arms(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The means over the seeds of each arm, as losses against its features, and OPQ's matching lengths."""
+    """Means over the seeds of each arm, as losses against its features, and the OPQ lengths that match."""
     found = []
     names = {row["run"]: re.sub(r"-s\d+$", "", row["run"]) for row in rows}
     for arm in dict.fromkeys(names.values()):
@@ -182,7 +182,7 @@ def arms(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def made(count: int) -> list[dict[str, Any]]:
-    """Seconds and MiB at the peak so far of `count` made codes; queries are batches of 100, 10 neighbours."""
+    """Seconds and peak MiB so far with `count` synthetic codes; queries in batches of 100, 10 neighbours."""
     generator, rows = np.random.default_rng(0), []
     width, queries = 256, 100
     sample = generator.standard_normal((SAMPLE, width), np.float32)

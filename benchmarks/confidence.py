@@ -1,31 +1,31 @@
-"""Which score says that an image is understood badly? Candidates beside the distance, on finished runs.
+"""Which score best detects poorly understood images? Compares candidates with the distance, on finished runs.
 
     python -m benchmarks.confidence RUN ... --unseen train12000.beton --test test.beton --foreign other.beton
     python -m benchmarks.confidence --print                    the tables, from the file --json
 
-Database: the run's own training images. Asked: `unseen`, 2,000 training images that the run was not trained
-on (of a larger --subset of the same set; those whose names the training set has are left out), on which to
-choose, and `test`, 2,000 test images, on which to confirm. Scores, each higher where less certain:
+The database is the run's own training images. Queries are `unseen`, 2,000 training images that the run wasn't
+trained on (from a larger --subset of the same set, without those whose names are in the training set), for
+choosing a score, and `test`, 2,000 test images, for confirming it. Each score is higher if less certain:
 
-    posterior, norm   the family's own; minus the feature's norm
-    distance          1 - cosine of standardised features to the nearest
-    distance 20       1 - mean cosine of features to the 20 nearest
-    density           minus the log-density of the mean activations of every stage of the backbone, a number
-    density, joint    of all stages together, by one Gaussian
-    density, first    of the first stage alone
-    locations         of the posterior's locations; of the features, where there is no latent
-    search, distance  squared, of the query to its nearest code, ITQ of 64 bits, as `lvssl search` prints it;
-    search, cosine    1 - the cosine of both. A wrong neighbour is that code's image
-    entropy: norm     of a Bernoulli: entropy of logits of the training images' median norm
-    entropy: density  of a Bernoulli: of logits damped by the squared Mahalanobis distance a number
+    posterior, norm   the family's own; minus the norm of the features
+    distance          1 - cosine of standardised features to the nearest neighbour
+    distance 20       1 - mean cosine of features to the 20 nearest neighbours
+    density           minus the log-density, per number, of the mean activations of all backbone stages
+    density, joint    the same, by one Gaussian over all stages together
+    density, first    the same, of the first stage only
+    locations         of the posterior's locations; without a latent, of the features
+    search, distance  squared, from the query to its nearest code, ITQ of 64 bits, as `lvssl search` prints it
+    search, cosine    1 - their cosine. A wrong neighbour is that code's image
+    entropy: norm     for a Bernoulli: entropy of logits scaled to the training images' median norm
+    entropy: density  for a Bernoulli: of logits damped by the squared Mahalanobis distance per number
     draws, blocks, views at k 10, 50, 100
-                      1 - mean Jaccard similarity, over pairs, of the k nearest by each of eight: samples of
-                      the posterior; blocks of the standardised features; augmented views
+                      1 - mean Jaccard similarity, over pairs, of the k nearest neighbours by each of eight:
+                      samples of the posterior; blocks of the standardised features; augmented views
 
-Uses: a wrong neighbour, AUROC that the nearest other image asked (`r_auroc`), or the nearest of the database
-(`training`), is of another class; foreign images, AUROC for each set; Spearman's correlation with the
-severity of corruptions; the share of crops that are less certain than the whole. Rows are added to those of
---json; what stands there of the same checkpoint and images isn't measured again.
+Uses: a wrong neighbour (AUROC for whether the nearest other query image, `r_auroc`, or the nearest database
+image, `training`, is of another class); foreign images (AUROC for each set); Spearman's correlation with the
+severity of corruptions; and the share of crops that are less certain than the whole image. Rows are added to
+those in --json; the rows there for the same checkpoint and images aren't measured again.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def main(arguments: list[str]) -> None:
 
 
 def images_of(run: Run, path: Path, unseen: bool) -> tuple[np.ndarray, np.ndarray]:
-    """ASKED images, uint8 [N, R, R, 3], and their labels, by the numbers of the training set."""
+    """ASKED images, uint8 [N, R, R, 3], and their labels in the training set's numbering."""
     train = open_reader(run.settings.data)
     source = numbered_as(open_reader(path), path, train.classes, str(run.settings.data))
     rows = np.arange(len(source))
@@ -130,7 +130,7 @@ def images_of(run: Run, path: Path, unseen: bool) -> tuple[np.ndarray, np.ndarra
 def measured(
     candidates: Candidates, crops: np.ndarray, labels: np.ndarray, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """A row for each score: its value for each use."""
+    """A row for each score, with its value for each use."""
     run, view = candidates.run, candidates.run.settings.view
     asked, scores = candidates(crops)
     nearest = candidates.nearest(candidates.by_cosine(asked.features), 1)[:, 0].numpy()
@@ -186,7 +186,7 @@ def of_search(candidates: Candidates, features: np.ndarray, labels: np.ndarray) 
 
 
 class Candidates:
-    """Every score of a run, fitted on its training images."""
+    """All scores of a run, fitted on its training images."""
 
     def __init__(self, run: Run, sets: Sequence[str] = SETS_OF) -> None:
         self.run, self.sets = run, sets
@@ -211,7 +211,7 @@ class Candidates:
         self.logit_norm = float(np.median(np.linalg.norm(where, axis=1)))
 
     def __call__(self, crops: np.ndarray) -> tuple[NetworkOutputs, dict[str, np.ndarray]]:
-        """(outputs, score -> float64 [N], higher is less certain)."""
+        """(outputs, {score: float64 [N], higher if less certain})."""
         found = network_outputs(self.run.network, crops, self.run.settings.view, SETS)
         scores = {"posterior": found.uncertainty, "norm": -np.linalg.norm(found.features, axis=1)}
         cosine = self.by_cosine(found.features)
@@ -235,7 +235,7 @@ class Candidates:
         return parameters[:, : network.family.location_count(network.dim)].numpy()
 
     def similarities(self, name: str, crops: np.ndarray, found: NetworkOutputs) -> Iterator[Tensor]:
-        """[N, database] of each of SETS ways to look at the images; of draws none, where nothing is drawn."""
+        """[N, database] for each of SETS ways to look at the images; no draws for a run without a latent."""
         if name == "blocks":
             yield from (x @ block.T for x, block in zip(self.in_blocks(found.features), self.blocks))
         elif name == "draws":
@@ -246,11 +246,11 @@ class Candidates:
                 yield self.by_cosine(outputs.features)
 
     def by_cosine(self, features: np.ndarray) -> Tensor:
-        """Cosines [N, database]."""
+        """Cosine similarities [N, database]."""
         return unit(features) @ self.features.T
 
     def in_blocks(self, features: np.ndarray) -> list[Tensor]:
-        """Standardised features as SETS blocks, each of length 1."""
+        """Standardised features in SETS blocks, each normalised to length 1."""
         mean, scale = self.standard
         return [unit(part) for part in np.array_split((features - mean) / scale, SETS, axis=1)]
 
@@ -258,12 +258,12 @@ class Candidates:
         return similarity.topk(k, dim=1).indices
 
     def bounded_entropies(self, logits: np.ndarray) -> dict[str, np.ndarray]:
-        """Of logits [N, D] that can't grow without bound."""
+        """Entropies for logits [N, D] whose size is kept from growing without bound."""
         norm = np.linalg.norm(logits, axis=1, keepdims=True)
         density = self.densities["locations"]
         white = (logits - density.mean) @ density.whitening
-        variance = np.square(white).sum(axis=1, keepdims=True)  # of a number; 1 on average of training images
-        damped = logits / np.sqrt(1 + np.pi / 8 * variance)  # as a Gaussian logit's mean probability
+        variance = np.square(white).sum(axis=1, keepdims=True)  # per number; 1 on average in training
+        damped = logits / np.sqrt(1 + np.pi / 8 * variance)  # as for the mean probability of a Gaussian logit
         by = {"entropy: norm": logits * (self.logit_norm / norm), "entropy: density": damped}
         return {
             name: BernoulliPosterior(torch.from_numpy(x), False).entropy().numpy() for name, x in by.items()
@@ -275,7 +275,7 @@ def unit(x: np.ndarray) -> Tensor:
 
 
 def augmented(crops: np.ndarray, view: ViewSettings, count: int) -> Iterator[Tensor]:
-    """`count` views of each of crops uint8 [N, R, R, 3] as in training, normalised, each float32
+    """`count` views of each of crops uint8 [N, R, R, 3], drawn as in training and normalised, each float32
     [N, 3, R, R]."""
     size = np.full(len(crops), crops.shape[1])
     table = draw_parameters(view, 0, 0, np.arange(len(crops)), size, size, count)
@@ -287,7 +287,7 @@ def augmented(crops: np.ndarray, view: ViewSettings, count: int) -> Iterator[Ten
 
 
 def mean_jaccard(sets: list[Tensor]) -> np.ndarray:
-    """Float64 [N] in [0, 1], over pairs of sets, each k numbers without repetition: int64 [N, k]."""
+    """Mean over pairs of sets, float64 [N] in [0, 1]; a set is k distinct numbers per row, int64 [N, k]."""
     ordered = [rows.sort(dim=1).values for rows in sets]
     k, pairs = ordered[0].shape[1], list(combinations(ordered, 2))
     total = np.zeros(len(ordered[0]))
@@ -301,13 +301,13 @@ def mean_jaccard(sets: list[Tensor]) -> np.ndarray:
 # Tables ---------------------------------------------------------------------------------------------------
 
 
-OF_LATENT = ("posterior", "draws", "entropy")  # scores that a run without a latent hasn't
+OF_LATENT = ("posterior", "draws", "entropy")  # scores that a run without a latent lacks
 WITHOUT_LATENT = ("none", "sign")
 Rows = list[dict[str, Any]]
 
 
 def tables(rows: Rows) -> Iterator[str]:
-    """What each score is worth, unseen / test, averaged over all runs; and the goals, on test images."""
+    """The value of each score, unseen / test, averaged over all runs; and the goals, on test images."""
     rows = [
         row
         for row in rows
@@ -340,8 +340,8 @@ def mean(rows: Rows, use: str) -> Iterator[str]:
 
 
 def goals(rows: Rows, data: str, family: str, seed: int) -> list[str]:
-    """Of the density (foreign images, severity, crops) and the distance (wrong neighbours) of one run; the
-    gains over the better of the two controls of that seed by their distances to 20."""
+    """One run's values of density (foreign images, severity, crops) and of distance (wrong neighbours), and
+    their gains over the better of that seed's two controls by their `distance 20`."""
 
     def of(family: str, score: str) -> dict[str, Any]:
         wanted = {"data": data, "family": family, "seed": seed, "score": score}

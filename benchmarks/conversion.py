@@ -1,28 +1,28 @@
-"""How fast does conversion go, against FFCV's own writer, on the same images with as many workers?
+"""How fast is conversion, compared with FFCV's own writer on the same images with as many workers?
 
     python -m benchmarks.conversion --json FILE                    # ../shared/data's 1,000 ImageNet JPEGs
     python -m benchmarks.conversion --images FOLDER_OR_TAR --workers 8 --repeats 5
 
-Rows, each the median of --repeats runs that take turns, in a process of its own, with images that were just
-written, and so lie in the page cache:
+Each row is the median of --repeats runs, which alternate between rows, each in its own process, on images
+that have just been written and so are in the page cache:
 
-    lossless                    JPEG bytes kept, every image checked, as `convert-beton` does it
-    lossless, unchecked         the same without the check: what the check costs
+    lossless                    JPEG bytes kept, every image checked, as in `convert-beton`
+    lossless, unchecked         the same without the check, to show its cost
     lossless, both              a beton and tars from one pass
     ffcv                        DatasetWriter, images re-encoded at quality 90: it can't keep them
     re-encode                   --max-resolution 400 --jpeg-quality 90
     ffcv re-encode              DatasetWriter with max_resolution=400, jpeg_quality=90
-    lossless, larger            the images --larger times over (hard links), where fixed costs vanish, as
-    ffcv, larger                they do for the 1.28 million of ImageNet; one run each
-    memory                      peak of the process at 1,000 and at 20,000 images (the same, over and over)
+    lossless, larger            the images --larger times over (hard links), where fixed costs become
+    ffcv, larger                negligible, as for ImageNet's 1.28 million; one run each
+    memory                      peak of the process with 1,000 and with 20,000 images (repeated)
 
-Both are timed from the call to the finished file, in a process that has imported what it needs. Within our
-time the folder is listed, the size estimated, every image checked and digested, all of it synced to the
-disk, the manifest too, and renamed. Within FFCV's: its worker processes are started; its images are listed
-before. It has no estimate, check, digest or manifest, and leaves the file to the page cache.
+Both are timed from the call to the finished file, in a process that has imported what it needs. Our time
+includes listing the folder, estimating the size, checking and digesting every image, syncing everything to
+disk, the manifest, and renaming. FFCV's time includes starting its worker processes, but not listing the
+images. FFCV makes no estimate, check, digest or manifest, and leaves the file in the page cache.
 
 Ratios: lossless_over_ffcv_writer (checked), lossless_unchecked_over_ffcv_writer, reencode_over_ffcv_writer;
-lossless_larger_over_ffcv_writer, of the larger runs; memory_growth, the peak at 20,000 over that at 1,000.
+lossless_larger_over_ffcv_writer, for the larger runs; memory_growth, the peak at 20,000 over that at 1,000.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ OURS = {
     "re-encode": {"max_resolution": 400},
 }
 FFCV = {"ffcv": None, "ffcv re-encode": 400}
-LARGER = ("lossless", "ffcv")  # whose larger runs are compared
+LARGER = ("lossless", "ffcv")  # rows whose larger runs are compared
 
 
 class Images:
-    """What FFCV's writer takes: (PIL image, label) by index. At module level, so that workers can have it."""
+    """A data set for FFCV's writer: (PIL image, label) by index. At module level, so workers can load it."""
 
     def __init__(self, folder: Path):
         self.files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -71,7 +71,7 @@ class Images:
 def ours(
     folder: Path, out: Path, workers: int, check: bool = True, tars: bool = False, **settings: Any
 ) -> float:
-    """Seconds of one conversion, after one of a few images that loads and compiles everything."""
+    """Seconds of one conversion, after a conversion of a few images that loads and compiles everything."""
     from pipelines.convert.conversion import ConvertOptions, Settings, convert
     from pipelines.formats import jpeg
 
@@ -109,7 +109,7 @@ def theirs(folder: Path, out: Path, workers: int, max_resolution: int | None) ->
 
 
 def peak_of(folder: Path, out: Path, workers: int, count: int) -> int:
-    """Bytes at the peak of converting `count` images: a table that names those of the folder in turn."""
+    """Peak memory in bytes of converting `count` images, from a table that repeats the folder's images."""
     from pipelines.convert.conversion import ConvertOptions, convert
 
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -120,7 +120,7 @@ def peak_of(folder: Path, out: Path, workers: int, count: int) -> int:
 
 
 def one(arguments: list[str]) -> None:
-    """In a process of its own: run one arm once and print what it measured."""
+    """Run one arm once, in its own process, and print its measurement."""
     name, folder, workers, count = arguments[0], Path(arguments[1]), int(arguments[2]), int(arguments[3])
     with tempfile.TemporaryDirectory(dir=folder.parent) as out:
         if name == "memory":
@@ -132,7 +132,7 @@ def one(arguments: list[str]) -> None:
 
 
 def repeated(folder: Path, times: int) -> Path:
-    """The same class folders with every image so many times, as links to the same bytes."""
+    """The same class folders with every image repeated `times` times, as links to the same bytes."""
     larger = folder.with_name("larger")
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         target = larger / path.relative_to(folder).parent
@@ -206,7 +206,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             seconds[name].append(measured(name, folder, options.workers))
 
     def row(name: str, taken: list[float], times: int = 1) -> dict[str, Any]:
-        each = statistics.median(taken) / times  # for the images once
+        each = statistics.median(taken) / times  # per pass over the original images
         rate = {"images_per_second": len(files) / each, "megabytes_per_second": megabytes / each}
         return {"name": name, "workers": options.workers, **rate, "seconds": taken}
 

@@ -1,17 +1,17 @@
-"""Does `lvssl curate` find what is planted, and how long does it take for a million embeddings?
+"""Does `lvssl curate` find planted duplicates, and how long does it take for a million embeddings?
 
     python -m benchmarks.curate RUN ... --images TRAIN --seeds 0 1 --json FILE
     python -m benchmarks.curate --count 1000000 --width 256 --json FILE
 
-Planted: of 5,000 images, drawn by the seed, 100 are there again at JPEG quality 50, 100 mirrored and at
-quality 50, 100 cropped (80 to 95 % of each side, anywhere), enlarged again and at quality 50. Recall and
-precision are of the first two kinds; found crops count as neither right nor wrong, and the set's own
-duplicates as wrong. `confirmed`: as the command does it by default. `features`, and `pixels`, standardised
-and averaged with the mirror image, grey 16 x 16: by cosine alone, at the default and at the best threshold in
-hindsight.
+Planted: of 5,000 images, drawn by the seed, 100 are repeated at JPEG quality 50, 100 mirrored and at quality
+50, and 100 cropped (80 to 95 % of each side, anywhere), enlarged again and at quality 50. Recall and
+precision are for the first two kinds; crops that are found count as neither right nor wrong, and the set's
+own duplicates as wrong. `confirmed`: as the command does by default. `features`, and `pixels` (grey 16 x 16,
+standardised and averaged with the mirror image), use cosine alone, at the default threshold and at the best
+one in hindsight.
 
-Made embeddings have RANK dimensions of 1,000 classes in them, and a hundredth of them twice, with noise.
-Seconds are of the wall, `processor_seconds` of all threads; memory is the process's at its peak.
+Synthetic embeddings have 1,000 classes in RANK dimensions; a hundredth of them are repeated with noise.
+Seconds are wall-clock time, `processor_seconds` the sum over all threads; memory is the process's peak.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> None:
 
 
 def plant(images: np.ndarray, labels: np.ndarray, folder: Path, seed: int) -> dict[Pair, str]:
-    """Write uint8 [N, R, R, 3] as class folders of PNG files, and the copies as JPEG; pair -> its kind."""
+    """Write uint8 [N, R, R, 3] as class folders of PNG files and the copies as JPEG; returns pair -> kind."""
     random, truth = np.random.default_rng(seed), {}
     names = [f"{label}/{i:05d}" for i, label in enumerate(labels.tolist())]
     for name, image in zip(names, images):
@@ -125,7 +125,7 @@ def measured(runs: list[Path], images: Path, seed: int, folder: Path) -> list[di
 
 
 def figures(pairs: list[dict[str, Any]], truth: dict[Pair, str], least: float = 0.0) -> dict[str, Any]:
-    """Recall and precision of the pairs from a cosine on, and the shares found of each kind."""
+    """Recall and precision of the pairs above a cosine, and the share found of each kind."""
     chosen = [pair for pair in pairs if pair["cosine"] >= least]
     kinds = [
         truth.get((min(pair["name"], pair["other_name"]), max(pair["name"], pair["other_name"])))
@@ -139,7 +139,7 @@ def figures(pairs: list[dict[str, Any]], truth: dict[Pair, str], least: float = 
 
 
 def alone(pairs: list[dict[str, Any]], truth: dict[Pair, str]) -> list[dict[str, Any]]:
-    """At the default threshold, and where the lesser of recall and precision is greatest."""
+    """The figures at the default threshold, and where the smaller of recall and precision is largest."""
     tried = [
         {"cosine": least} | figures(pairs, truth, least)
         for least in np.arange(0.5, 1, 0.002).round(3).tolist()

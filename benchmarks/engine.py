@@ -1,19 +1,19 @@
-"""What does the training engine cost over a bare loop, and which settings make a step fast?
+"""How much does the training engine cost over a bare loop, and which settings make a step fast?
 
     python -m benchmarks.engine --json FILE              overhead, then matrix and exchange on two ranks
     python -m benchmarks.engine --part overhead          one of the three
     python -m benchmarks.engine --device cuda --backbone resnet50 --resolution 224 --batch 512 --json FILE
 
-overhead: seconds a step of the engine (schedule, keyed noise, guard against what isn't finite, agreement to
-go on, a log line every tenth step) over those of a bare loop of the same network, loss and optimiser on the
-same batches. Loops take turns, one step each, and the ratio is that of the medians.
+overhead: seconds per step of the engine (schedule, keyed noise, guard against non-finite values, agreement of
+ranks to continue, a log line every tenth step) over those of a bare loop with the same network, loss and
+optimiser on the same batches. The loops alternate step by step; the ratio is that of the medians.
 
-matrix: {BN, SyncBN} x {channels-last, default layout} x {eager, compiled backbone}, on --ranks ranks (on a
-GPU: all that are there), images a second over all of them; the eight take turns. Compilation is untimed.
+matrix: {BN, SyncBN} x {channels-last, default layout} x {eager, compiled backbone}, on --ranks ranks (on
+GPUs: on all of them), in images per second over all ranks; the eight alternate. Compilation isn't timed.
 
-exchange: gradients sent by buckets during the backward pass, over all of them sent at its end.
+exchange: gradients sent in buckets during the backward pass, over all of them sent at its end.
 
-Batches are noise, made beforehand: a step's time doesn't depend on what is seen. The GPU part is untried.
+Batches are noise, made in advance, as a step's time doesn't depend on the content. The GPU part is untested.
 """
 
 import argparse
@@ -55,7 +55,7 @@ Step = Callable[[ViewBatch], None]
 
 
 class Batches:
-    """In the place of a loader: an epoch without end."""
+    """Replaces a loader: an endless epoch."""
 
     def __len__(self) -> int:
         return 1_000_000
@@ -128,7 +128,7 @@ def batches(
 
 
 def engine_step(trainer: Trainer) -> Step:
-    """What `Trainer.train` does with a batch."""
+    """The work of `Trainer.train` for one batch."""
     stop = Stop()
     trainer.network.train()
     trainer.saved = time.monotonic()
@@ -144,7 +144,7 @@ def engine_step(trainer: Trainer) -> Step:
 
 
 def bare_step(settings: PretrainSettings, device: torch.device) -> Step:
-    """The loop that one would write: no more than the same network, loss and optimiser."""
+    """A minimal hand-written loop with the same network, loss and optimiser."""
     torch.manual_seed(settings.seed)
     network = LVNet(settings.model, settings.latent, settings.view.resolution, CLASSES)
     network = prepared(network, settings.engine, device).train()
@@ -192,9 +192,9 @@ def overhead(settings: PretrainSettings, options: argparse.Namespace) -> dict[st
 def in_turns(
     forms: dict[str, Step], data: list[ViewBatch], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each step of each form; which comes first changes from round to round."""
+    """Seconds of each step of each form; the order changes from round to round."""
     times: dict[str, list[float]] = {name: [] for name in forms}
-    for turn in range(-2, rounds):  # two rounds to warm up
+    for turn in range(-2, rounds):  # two rounds of warm-up
         order = list(forms) if turn % 2 else list(forms)[::-1]
         for name in order:
             start = now(device)
@@ -240,7 +240,7 @@ def one_rank(
     options: argparse.Namespace,
     folder: str,
 ) -> None:
-    """One rank's share; the first writes the rows."""
+    """Run on one rank; rank 0 writes the rows."""
     torch.set_num_threads(options.threads)
     world = World(rank, ranks, rank, "127.0.0.1", port)
     device = pick_device(options.device, rank)

@@ -1,29 +1,30 @@
-"""The proof on one GPU, in four minutes: is every kernel right, how fast are the pieces, how fast a step?
+"""Check one GPU in four minutes: is every kernel correct, how fast are the parts, how fast is a training
+step?
 
-    python -m benchmarks.gpu                          all stages; writes docs/gpu-CARD.json as it goes
+    python -m benchmarks.gpu                          all stages; updates docs/gpu-CARD.json as it runs
     python -m benchmarks.gpu --only exact --only times
     python -m benchmarks.gpu --only steps --case deterministic
-    python -m benchmarks.gpu --doc                    the tables of docs/gpu.md from the files that are there
+    python -m benchmarks.gpu --doc                    the tables of docs/gpu.md from the existing files
     python -m benchmarks.gpu --dry-run                the same stages on a CPU, tiny: kernels are interpreted
 
-From the source tree; nothing need be installed beyond torch, Triton, torchvision, numba and timm, and no
-network is needed. What is missing (lightly, kornia, pytest-xdist ...) is a row that says so.
+Run it from the source tree. It only needs torch, Triton, torchvision, numba and timm, and no network. A
+missing package (lightly, kornia, pytest-xdist ...) becomes a row that says so.
 
-    machine   versions, nvidia-smi; what the card can do at best: copies, a matrix product
+    machine   versions, nvidia-smi; the card's measured limits: copies, a matrix product
     tests     those marked `gpu`, up to eight at a time; meanwhile
     exact     every kernel against fp64, with fresh seeds; fifty repeats give the same bits; compute-sanitizer
-    compile   networks and losses compiled for the stages that follow
+    compile   compile the networks and losses of the following stages
     times     augmentation, NT-Xent, heads, decorrelation, optimisers: against their floors and their peers
     steps     ResNet-50 at 224 px, ResNet-18 at 32 px: bare loop, engine, loader, CUDA graph, compiled; and
-              the pipeline that people have today
-    decode    from JPEGs to crops on the device: by the CPU's threads, nvJPEG and our kernel, DALI
-    ranks     two ranks that share the device, by gloo, and one in a group of NCCL: right or not
-    commands  pretrain, evaluate, encode, search ... as a user types them: does each end well, on the device
+              the pipeline commonly used
+    decode    from JPEGs to crops on the device: by CPU threads, by nvJPEG and our kernel, by DALI
+    ranks     correctness of two ranks that share the device, by gloo, and of one in an NCCL group
+    commands  pretrain, evaluate, encode, search ... as a user types them: does each succeed, on the device
 
-Each stage runs in processes of its own with a deadline, so that a kernel that hangs or crashes costs one row.
-The file is written anew after each row; what the processes print, tracebacks of wrong rows among it, goes
-into the .log beside it. The tables come last: predictions and goals beside what was measured.
-Exit status 1: a row is wrong. What was measured so far is in docs/gpu.md.
+Each stage runs in its own processes with a deadline, so that a kernel that hangs or crashes costs one row.
+The file is rewritten after each row; the processes' output, including tracebacks of failed rows, goes to the
+.log next to it. The tables come last: predictions and goals next to the measurements.
+Exit status 1: a row is wrong. docs/gpu.md has the measurements so far.
 """
 
 import argparse
@@ -144,7 +145,7 @@ def default_path(card: str, dry: bool) -> Path:
 
 
 def chosen_stages(options: argparse.Namespace) -> list[Stage]:
-    """Those asked for. A CPU interprets the kernels, and does one thing after the other."""
+    """The requested stages. A CPU interprets the kernels, and runs stages one at a time."""
     kept = {
         "TORCHINDUCTOR_CACHE_DIR": str(options.cache / "inductor"),
         "TRITON_CACHE_DIR": str(options.cache / "triton"),
@@ -163,7 +164,7 @@ def chosen_stages(options: argparse.Namespace) -> list[Stage]:
 
 
 def commit() -> str:
-    """Of the source tree, where git knows it."""
+    """The commit of the source tree, if it is a git checkout."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip() or "unknown"
@@ -190,7 +191,7 @@ def measured_files(folder: Path) -> dict[str, dict[str, Row]]:
 
 
 def document(path: Path) -> None:
-    """Rewrite what stands between the marks."""
+    """Replace the text between the marks."""
     text = path.read_text()
     if BEGIN not in text or END not in text:
         raise InputError(f"{path} lacks the marks {BEGIN} and {END}, between which the tables go")

@@ -1,27 +1,28 @@
-"""What is learnt on one GPU in five minutes: CIFAR-10, ResNet-18, bf16, batch 512.
+"""What can be learnt on one GPU in five minutes? CIFAR-10, ResNet-18, bf16, batch 512.
 
-    python -m benchmarks.gpu_study --data cifar10-jpeg                what convert-beton reads, or:
+    python -m benchmarks.gpu_study --data cifar10-jpeg                anything convert-beton reads, or:
     python -m benchmarks.gpu_study --train train.beton --test test.beton --minutes 9
     python -m benchmarks.gpu_study --data cifar10-jpeg --only plain-vc --only bernoulli-vc
     python -m benchmarks.gpu_study --data cifar10-jpeg --to-knn 84.8 --minutes 9
-    python -m benchmarks.gpu_study --dry-run                          on a CPU: made images, a small network
+    python -m benchmarks.gpu_study --dry-run                          on a CPU: synthetic images, a small
+    network
 
 plain          SimCLR, no latent
 sign           the same with decorrelated sign bits
-bernoulli      a bit for each feature, decorrelation 0.02
-plain-vc       SimCLR with VICReg's variance and covariance beside (--objective ntxent-vc); by --only alone,
-bernoulli-vc   as is the same for bernoulli,
+bernoulli      one bit for each feature, decorrelation 0.02
+plain-vc       SimCLR with VICReg's variance and covariance terms (--objective ntxent-vc); only by --only,
+bernoulli-vc   like the same for bernoulli,
 ceb            and C-SimCLR as published (Lee et al. 2021): kappa_e 1,024, kappa_b 10
 
-All arms have the same epochs, as many as fit into the time. Measured on the test images, in percent: kNN of
-features (k 20, T 0.07) and of the code (Hamming), a linear probe, fine-tuning with 1 % and with all labels
-(10 epochs, one rate). An arm's row is written after its pretraining and again after each measure; a run
-that is cut off keeps what it has. Rows are added to those of earlier runs in docs/gpu-study-CARD.json; the
-table shows all of the same version of the library.
+All arms have the same number of epochs, as many as fit into the time. Measured on the test images, in
+percent: kNN of features (k 20, T 0.07) and of the code (Hamming), a linear probe, and fine-tuning with 1 %
+and with all labels (10 epochs, one learning rate). An arm's row is written after its pretraining and again
+after each measurement, so that an interrupted run keeps its rows. Rows are added to those of earlier runs in
+docs/gpu-study-CARD.json; the table shows all rows of the same version of the library.
 
---to-knn: seconds of training until kNN of plain SimCLR's features is at the target, looked at every --every
-epochs; looks aren't counted. lightly publishes 84.8 % after 200 epochs and 87 minutes on the original images;
-on JPEG copies of them, as in `cifar10-jpeg`, the row says so with --of.
+--to-knn: seconds of training until kNN of plain SimCLR's features reaches the target, evaluated every --every
+epochs; evaluations aren't counted. lightly publishes 84.8 % after 200 epochs and 87 minutes on the original
+images; for JPEG copies of them, as in `cifar10-jpeg`, say so in the row with --of.
 """
 
 import argparse
@@ -42,10 +43,10 @@ from lvssl.commands.main import guarded
 from pipelines.errors import InputError
 
 MODULE = "benchmarks.gpu_stages.study"
-KEPT = (*ARMS, "to-knn")  # stages whose rows stay when another run adds its own
-MEASURING = 35.0  # seconds that an arm's measures take beside its training [predicted]
-START = 12.0  # seconds until a process is at its first step [predicted]
-LOOKS = 0.2  # share of --to-knn's time that goes into looking
+KEPT = (*ARMS, "to-knn")  # stages whose rows are kept when another run adds its own
+MEASURING = 35.0  # seconds for an arm's measurements besides its training [predicted]
+START = 12.0  # seconds until a process reaches its first step [predicted]
+LOOKS = 0.2  # share of --to-knn's time that is spent on evaluation
 
 
 def main(arguments: list[str]) -> int:
@@ -135,7 +136,7 @@ def study_path(card: str, dry: bool) -> Path:
 
 
 def shared(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What all stages are told."""
+    """The options common to all stages."""
     return {
         "data": str(options.data or ""),
         "train": str(options.train or folder / "train.beton"),
@@ -150,7 +151,7 @@ def shared(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def epochs_that_fit(options: argparse.Namespace, rows: list[Row], seconds: float) -> int:
-    """Equal epochs for all arms in what is left, beside their measures; 1 at least."""
+    """Epochs, equal for all arms, that fit into the remaining time with their measurements; at least 1."""
     found = [row["seconds_an_epoch"] for row in rows if row["stage"] == "speed" and row.get("ok")]
     if not found or options.dry_run:
         return 1
@@ -161,7 +162,7 @@ def epochs_that_fit(options: argparse.Namespace, rows: list[Row], seconds: float
 
 
 def study_stages(options: argparse.Namespace, epochs: int) -> list[Stage]:
-    """One for each arm; or the one that goes for a kNN accuracy."""
+    """One stage for each arm, or the one that trains to a kNN accuracy."""
     if options.to_knn:
         arm = (options.only or ["plain"])[0]
         name = f"{arm}, seed {options.seed}, {epochs} epochs, to {options.to_knn:g} %"
@@ -190,7 +191,7 @@ COLUMNS = (
 
 
 def show(rows: list[Row]) -> None:
-    """All rows of this version, the newest last; and the times to a kNN accuracy."""
+    """Print all rows of this version, the newest last, and the times to a kNN accuracy."""
     cells = [[*COLUMNS, "card", "images"]]
     for row in rows:
         if row["stage"] in ARMS and row.get("version") == __version__:

@@ -1,23 +1,23 @@
-"""How fast do two views of an image come? This loader beside stock FFCV, DALI and torchvision, in one run.
+"""How fast are two views of an image loaded? Compares this loader with stock FFCV, DALI and torchvision.
 
     python -m benchmarks.loader --cache CACHE --json FILE          some 5 minutes on two cores
 
-Everyone gets the same JPEG bytes: the sample's 1,000 images at max_resolution 400, brought there once by
-`convert-beton` and kept below --cache as a beton, and as files. Everyone does the same work with two threads
-or processes: random resized crops of 224 px, flips, uint8 in memory. Rounds go through all contenders in
-turn; a ratio is the median of the rounds' ratios. Set-up, compilation and the first epoch are not timed.
-`cpu_ratios` compare processor time instead of the clock's, which says more on a machine that isn't idle.
-`first_batch` is how long, after the imports, a second process waits for its first batch: compilation.
+All contenders get the same JPEG bytes: the sample's 1,000 images at max_resolution 400, converted once by
+`convert-beton` and kept under --cache as a beton and as files. All do the same work with two threads or
+processes: random resized crops of 224 px and flips, to uint8 in memory. Each round runs all contenders in
+turn; a ratio is the median of the rounds' ratios. Set-up, compilation and the first epoch aren't timed.
+`cpu_ratios` compare processor time instead of wall-clock time, which is more reliable on a machine that isn't
+idle. `first_batch` is a second process's wait for its first batch after the imports, which shows compilation.
 
-    two_views            this loader over the beton: one decode, two anti-aliased crops
-    two_views_folder     this loader over the files
+    two_views            this loader on the beton: one decode, two anti-aliased crops
+    two_views_folder     this loader on the files
     ffcv_one_view        stock FFCV: one decode, one area crop (OpenCV)
     ffcv_two_view        stock FFCV, two pipelines on one field: two decodes
     dali_two_decodes     DALI: decoders.image_random_crop twice
     dali_two_crops       DALI: one decode, two random_resized_crops
     torchvision          DataLoader, PIL decode, two RandomResizedCrop
-    decode_only          libjpeg-turbo alone: the floor under one decode an image
-    augmented            this loader with all of SimCLR's augmentation, float32 (what training reads)
+    decode_only          libjpeg-turbo alone: the floor for one decode per image
+    augmented            this loader with all of SimCLR's augmentation, float32 (the input of training)
 """
 
 import argparse
@@ -55,9 +55,9 @@ from pipelines.views import ViewSettings
 
 SIDE = 224
 TAR = "imagenet-1k-one-per-class.tar"
-DECODES = {"ffcv_two_view": 2, "dali_two_decodes": 2}  # an image; the others' are 1
-VIEWS = {"ffcv_one_view": 1, "decode_only": 0}  # the others' are 2
-Epoch = Callable[[], int]  # runs an epoch and returns how many images it gave
+DECODES = {"ffcv_two_view": 2, "dali_two_decodes": 2}  # decodes per image; 1 for the others
+VIEWS = {"ffcv_one_view": 1, "decode_only": 0}  # 2 for the others
+Epoch = Callable[[], int]  # runs an epoch and returns the number of images
 
 
 def main(arguments: list[str]) -> None:
@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> None:
     beton, files = same_bytes(options.data, options.cache)
     contenders, absent = prepare(options, beton, files)
     for name, epoch in contenders.items():
-        images = epoch()  # compiles, starts workers, fills the page cache
+        images = epoch()  # compiles, starts workers and fills the page cache
         assert images == len(BetonReader(beton)), f"{name} gave {images} images"
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     cpu: dict[str, list[float]] = {name: [] for name in contenders}
@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> None:
 
 
 def same_bytes(tar: Path, cache: Path) -> tuple[Path, Path]:
-    """The beton and a folder with the files of its JPEGs, made once."""
+    """The beton and a folder with its JPEGs as files, made once."""
     beton, files = cache / "sample.beton", cache / "files"
     if not beton.is_file():
         if not tar.is_file():
@@ -138,7 +138,7 @@ def stored_bytes(source: BetonReader, index: int) -> bytes:
 
 
 def prepare(options: argparse.Namespace, beton: Path, files: Path) -> tuple[dict[str, Epoch], dict[str, str]]:
-    """Name -> epoch of each contender that is wanted; and why others are absent."""
+    """{name: epoch} of each requested contender; and the reasons why others are missing."""
     workers, batch = options.workers, options.batch_size
     makers: dict[str, Callable[[], Epoch]] = {
         "two_views": lambda: ours(BetonReader(beton), workers, batch, crops_only=True),
@@ -175,7 +175,7 @@ def count(sizes: Iterator[int]) -> int:
 
 
 def decode_only(source: BetonReader, workers: int) -> Epoch:
-    """One-pixel crops: decoding, and next to nothing else."""
+    """One-pixel crops: decoding, and almost nothing else."""
     from pipelines.loader import Threads
 
     boxes = np.tile(np.array([0, 0, 1, 1], np.int32), (len(source), 1, 1))
@@ -218,7 +218,7 @@ def ffcv_loader(beton: Path, workers: int, batch: int, views: int) -> Any:
 
 
 def dali(files: Path, workers: int, batch: int, decode_twice: bool) -> Epoch:
-    nvidia: Any = importlib.import_module("nvidia.dali")  # its stubs lack half of what it has
+    nvidia: Any = importlib.import_module("nvidia.dali")  # its type stubs are incomplete
     fn, types = nvidia.fn, nvidia.types
     paths = sorted(map(str, files.glob("*/*.jpg")))
 
@@ -249,7 +249,7 @@ def dali(files: Path, workers: int, batch: int, decode_twice: bool) -> Epoch:
 
 
 class TwoViewFiles(torch.utils.data.Dataset):
-    """torchvision's own way: PIL decodes, two random resized crops with flips, uint8 tensors."""
+    """The usual torchvision data set: PIL decodes, two random resized crops with flips, uint8 tensors."""
 
     def __init__(self, files: Path) -> None:
         from torchvision.datasets import ImageFolder
@@ -285,7 +285,7 @@ def row(name: str, seconds: list[float], cpu: list[float], workers: int) -> dict
         "name": name,
         "images_per_second": rate,
         "images_per_second_per_core": rate / workers,
-        # of this process: torchvision's workers are others
+        # of this process only: torchvision's workers are other processes
         "cpu_ms_per_image": None if name == "torchvision" else statistics.median(cpu) * 1e3,
         "lowest": rates[0],
         "highest": rates[-1],
@@ -313,7 +313,7 @@ FIRST_BATCH = """if True:
 
 
 def first_batch(name: str, beton: Path) -> dict[str, float] | None:
-    """Seconds from the imports' end to the first batch of 50, in the second of two processes."""
+    """Seconds from the end of the imports to the first batch of 50, in the second of two processes."""
     if name == "ffcv_one_view" and importlib.util.find_spec("ffcv") is None:
         return None
     command = [sys.executable, "-c", FIRST_BATCH, name, str(beton)]
@@ -324,7 +324,7 @@ def first_batch(name: str, beton: Path) -> dict[str, float] | None:
 
 
 def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Median over rounds of the peer's time over ours, so that drift of the machine falls out."""
+    """Median over rounds of the peer's time over ours, so that drift of the machine cancels out."""
 
     def over(*peers: str, mine: str = "two_views") -> float | None:
         found = [
@@ -345,10 +345,10 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 def profile(source: BetonReader, rounds: int = 5) -> dict[str, float]:
-    """Milliseconds an image on one thread: where the time of two views goes.
+    """Milliseconds per image on one thread: how the time of two views is spent.
 
-    Differences of libjpeg-turbo's own modes split the decoder: at 1/8 of the size in grey it does little but
-    Huffman decoding; in grey it adds the luma's IDCT; and in RGB the chroma's, upsampling and conversion.
+    Differences between libjpeg-turbo's own modes split the decoder: at 1/8 of the size in grey it does little
+    but Huffman decoding; in grey it adds the luma's IDCT; and in RGB the chroma's, upsampling and conversion.
     """
     if turbojpeg.FOUND is None:
         raise SystemExit("the profile needs libturbojpeg (`make install` fetches it)")
@@ -399,8 +399,9 @@ def profile(source: BetonReader, rounds: int = 5) -> dict[str, float]:
 
 
 def python_lock(beton: Path, images: int = 16_384, rounds: int = 5) -> float:
-    """Milliseconds for which an image holds Python's lock, at most: all that crops of 8 px cost of images of
-    one pixel, which are stored as pixels. What is compiled, and has no lock, is next to nothing then."""
+    """An upper bound of the milliseconds per image during which the GIL is held: the whole cost of 8 px crops
+    of one-pixel images stored as pixels, for which the compiled part, which releases the GIL, takes almost no
+    time."""
     with open(beton, "wb") as file:
         writer = BetonWriter(file, images)
         for _ in range(images):

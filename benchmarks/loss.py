@@ -1,18 +1,18 @@
-"""What does NT-Xent cost? Ours, lightly's and pytorch-metric-learning's, forward and backward.
+"""How much does NT-Xent cost? Times ours, lightly's and pytorch-metric-learning's, forward and backward.
 
-    python -m benchmarks.loss --json FILE        each at 2B = 512 ... 16,384, ours at 65,536 too
-    python -m benchmarks.loss --crossover        reference against fast form, for ntxent.FAST_FROM
+    python -m benchmarks.loss --json FILE        each at 2B = 512 ... 16,384, ours also at 65,536
+    python -m benchmarks.loss --crossover        reference against fast form, to set ntxent.FAST_FROM
     python -m benchmarks.loss --gpu --json FILE  ours on a CUDA device: times, FLOP/s, share of the peak
 
-d = 128, temperature 0.1. Times are medians over rounds in which the forms take turns, so that a slow minute
-of the machine hits all of them; memory is what a fresh process's peak grows by beyond the input, one
-process a figure. Before any timing the losses and gradients of all forms are held against each other.
+d = 128, temperature 0.1. Times are medians over rounds in which the forms alternate, so that a slow minute of
+the machine affects all of them. Memory is the growth of a fresh process's peak beyond the input, with one
+process per figure. Before timing, the losses and gradients of all forms are compared with each other.
 
-Why ours is faster: the logits are symmetric, and one exponential serves a row and a column; tiles stay in
-the caches, where the others write, mask, copy and read back whole matrices in fresh pages.
+Why ours is faster: the logits are symmetric, and one exponential serves a row and a column; tiles stay in the
+caches, whereas the others write, mask, copy and read back whole matrices in fresh pages.
 
-Published, to hold a GPU's figures against: Inf-CL (Cheng et al. 2024, arXiv 2410.17243) claims two orders of
-magnitude less memory than earlier memory-efficient losses at comparable speed. The --gpu part is untried.
+Published, for comparison with a GPU's figures: Inf-CL (Cheng et al. 2024, arXiv 2410.17243) claims two orders
+of magnitude less memory than earlier memory-efficient losses at comparable speed. The --gpu part is untested.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def metric_learning() -> Loss:
 
 
 def open_clip() -> Loss:
-    """open_clip's loss: no NT-Xent (the other view's vectors alone are negatives), half of its work."""
+    """open_clip's loss: not NT-Xent (negatives are only the other view's vectors), and half of its work."""
     from open_clip.loss import ClipLoss
 
     loss = ClipLoss(local_loss=True)
@@ -78,7 +78,7 @@ FORMS: dict[str, Callable[[], Loss]] = {
     "pytorch-metric-learning": metric_learning,
     "open_clip": open_clip,
 }
-# It compares each positive pair with all negative pairs of the batch: tens of GiB beyond this size.
+# It compares each positive pair with all negative pairs of the batch: above this size, tens of GiB.
 MOST_VECTORS = {"pytorch-metric-learning": 512}
 ON_CPU = ("ours", "reference", "lightly", "pytorch-metric-learning")
 
@@ -146,7 +146,7 @@ def on_cpu(options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
 
 
 def crossover(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Reference and fast form side by side at sizes around FAST_FROM."""
+    """Reference and fast form at sizes around FAST_FROM."""
     rows = []
     for size in (2, 16, 64, 128, 256, 384, 512, 768, 1024, 2048):
         times = timed({"reference": FORMS["reference"](), "fast": fast}, vectors(size), options.seconds / 4)
@@ -165,7 +165,7 @@ def fast(u: Tensor) -> Tensor:
 
 
 def on_gpu(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """bf16 vectors, as under autocast; FLOP are the definition's, 6 (2B)^2 d, whatever a form saves."""
+    """bf16 vectors, as under autocast; FLOP is the definition's 6 (2B)^2 d, whatever a form saves."""
     if not torch.cuda.is_available():
         raise InputError("--gpu: no CUDA device is usable here")
     device = torch.cuda.get_device_name()
@@ -195,7 +195,7 @@ def on_gpu(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def vectors(size: int) -> Tensor:
-    """Vectors whose softmax isn't flat: each anchor's positive stands out."""
+    """Vectors for which the softmax isn't flat: each anchor's positive stands out."""
     noise = torch.Generator().manual_seed(size)
     u = torch.randn(size, D, generator=noise)
     u[size // 2 :] = 0.7 * u[: size // 2] + 0.7 * u[size // 2 :]
@@ -211,8 +211,8 @@ def step(loss: Loss, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def timed(forms: dict[str, Loss], u: Tensor, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each form in each round, once they have been seen to agree."""
-    found = {name: step(loss, u) for name, loss in forms.items()}  # warm-up, too
+    """Seconds of each form in each round, after a check that the forms agree."""
+    found = {name: step(loss, u) for name, loss in forms.items()}  # also the warm-up
     first = next(iter(found.values()))
     for name, pair in found.items():
         for kind, a, b in zip(("loss", "gradient"), pair, first):
@@ -236,7 +236,7 @@ def row(form: str, size: int, times: list[float]) -> dict[str, Any]:
 
 
 def measured_peak(form: str, size: int, threads: int) -> dict[str, Any]:
-    """Memory of one step in a process of its own."""
+    """Memory of one step in its own process."""
     command = ["-m", "benchmarks.loss", "--threads", str(threads), "--peak-of", form, str(size)]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if done.returncode:
@@ -245,12 +245,12 @@ def measured_peak(form: str, size: int, threads: int) -> dict[str, Any]:
 
 
 def peak(form: str, size: int) -> dict[str, Any]:
-    """Bytes by which the process's peak grows in one step, beyond the vectors; seconds; its whole peak."""
+    """Growth in bytes of the process's peak in one step, beyond the vectors; seconds; the total peak."""
     loss = FORMS[form]()
     step(loss, vectors(64))  # imports, thread pools
     step(fast, vectors(64))
     u = vectors(size)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before, start = resident("VmHWM"), time.perf_counter()
     step(loss, u)
     seconds = time.perf_counter() - start
@@ -259,13 +259,13 @@ def peak(form: str, size: int) -> dict[str, Any]:
 
 
 def resident(name: str) -> int:
-    """Bytes of this process that were in memory at its peak; not getrusage's, which a parent hands down."""
+    """Peak resident bytes of this process. (getrusage's value is inherited from the parent.)"""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Ours over lightly's, where both were measured."""
+    """Ours over lightly's, for sizes at which both were measured."""
     of = {(r["form"], r["vectors"]): r for r in rows}
     found = {}
     for size in sorted({r["vectors"] for r in rows}):

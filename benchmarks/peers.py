@@ -1,4 +1,4 @@
-"""The chains of other libraries that the augmentation is timed against: SimCLR's without its crop."""
+"""Chains of other libraries that our augmentation is compared with: SimCLR's, without the crop."""
 
 import importlib
 from typing import Any
@@ -9,7 +9,7 @@ from pipelines.views import ViewSettings
 
 
 def torchvision_chain(view: ViewSettings, *last: Any) -> Any:
-    """torchvision v2's; float32 out of images uint8 [3, R, R], or PIL images that `last` makes into these."""
+    """torchvision v2's: images uint8 [3, R, R], or PIL images that `last` converts, to float32."""
     T = importlib.import_module("torchvision.transforms.v2")
     jitter = T.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
     return T.Compose([
@@ -24,8 +24,8 @@ def torchvision_chain(view: ViewSettings, *last: Any) -> Any:
 
 
 def kornia_chain(view: ViewSettings) -> Any:
-    """kornia's, a module, on a float batch [N, 3, R, R] in [0, 1]; drawn for each image."""
-    K: Any = importlib.import_module("kornia.augmentation")  # typed only where it is installed
+    """kornia's: a module for float batches [N, 3, R, R] in [0, 1], with random draws for each image."""
+    K: Any = importlib.import_module("kornia.augmentation")  # only typed if it is installed
     ranges = [(max(0.0, 1 - s), 1 + s) for s in (view.brightness, view.contrast, view.saturation)]
     return torch.nn.Sequential(
         K.RandomHorizontalFlip(p=view.flip),

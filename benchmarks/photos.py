@@ -1,14 +1,14 @@
-"""What the README's ten minutes give: a folder of unlabelled files with planted copies, searched and curated.
+"""Measure the README's ten minutes: a folder of unlabelled files with planted copies, searched and curated.
 
-    python -m benchmarks.photos walk PARQUET FOLDER    these three; walk.json: seconds of each
-    python -m benchmarks.photos make PARQUET FOLDER    FOLDER/photos and truth.json, of CIFAR-10's JPEG copy
-    cd FOLDER; the commands of README.md               into FOLDER/run
-    python -m benchmarks.photos measure FOLDER         against the labels and copies that truth.json holds
+    python -m benchmarks.photos walk PARQUET FOLDER    the three steps below; walk.json: seconds of each
+    python -m benchmarks.photos make PARQUET FOLDER    make FOLDER/photos and truth.json from CIFAR-10's JPEG
+    copy cd FOLDER; the commands of README.md               writes FOLDER/run
+    python -m benchmarks.photos measure FOLDER         compare with the labels and copies in truth.json
 
-2,000 images, 200 of each class, under names that say nothing, and 150 copies: 50 re-encoded, 50 mirrored, 50
-cropped by 2 or 3 of 32 pixels. precision@10: the share of an original's ten nearest originals, itself left
-out, that are of its class; by `lvssl search`, beside squared distances of raw pixels and the cosine of
-standardised ones. A copy is found if duplicates.csv has it beside its original.
+2,000 images, 200 per class, with meaningless names, and 150 copies: 50 re-encoded, 50 mirrored, 50 cropped by
+2 or 3 of 32 pixels. precision@10 is the share of an original's ten nearest other originals that are of its
+class: by `lvssl search`, by squared distances of raw pixels, and by the cosine of standardised ones. A copy
+is found if duplicates.csv pairs it with its original.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def make(parquet: Path, folder: Path) -> None:
 
 
 def walk(folder: Path, epochs: int | None) -> None:
-    """Run the commands of README.md in the folder, as its reader would, and keep what each took."""
+    """Run the README's commands in the folder, as its reader would, and record how long each took."""
     text = (ROOT / "README.md").read_text().partition("## Ten minutes with your own photos")[2]
     block = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)[0]
     commands = [line for line in block.splitlines() if line.startswith("lvssl ")]

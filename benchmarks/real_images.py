@@ -1,21 +1,22 @@
-"""Are other people's images read as Pillow reads them? Some 4,400 files go through converter and loader.
+"""Are real-world images read as Pillow reads them? Passes some 4,400 files through converter and loader.
 
     make test-images                                  # python -m benchmarks.real_images
 
-Pillow's own test images (its source package: every format, and files that once crashed a decoder), Debian's
-opencv-doc and tuxpaint are fetched into --folder once, some 310 MB, unpacked, and put into one tree, a class
-for each. What Pillow identifies counts, and what has an image's name or first bytes; doubles are left out.
+Pillow's own test images (from its source package: every format, and files that once crashed a decoder),
+Debian's opencv-doc and tuxpaint are fetched into --folder once (some 310 MB), unpacked, and put into one
+tree, with a class for each. It uses files that Pillow identifies or that have an image's name or first bytes,
+without duplicates.
 
-`convert-beton` runs over the tree, then the loader over the tree and over the beton. Status 1, with the
-files' names, unless
+`convert-beton` runs on the tree, then the loader on the tree and on the beton. The exit status is 1, with the
+names of the files, unless
 
-- neither ends early, says anything raw of a library's, or refuses what the other takes;
-- whatever Pillow reads and we refuse is refused by one of RULES;
-- of what is stored as it was (JPEG) or without loss, pixels differ from Pillow's by a level at most, in the
-  mean of an image. Pillow clips samples of more than 8 bits: ours are held against a straight line through
-  its own.
+- neither ends early, prints a library's raw message, or refuses what the other accepts;
+- every image that Pillow reads and we refuse is refused by one of RULES;
+- for images stored unchanged (JPEG) or without loss, pixels differ from Pillow's by at most one level, in the
+  mean over an image. Pillow clips samples of more than 8 bits, so ours are compared with a straight line
+  fitted through its own.
 
-The page --out, docs/real-images.md, is what it prints.
+The output is also written to the page --out, docs/real-images.md.
 """
 
 import argparse
@@ -50,13 +51,13 @@ from pipelines.loader import LoaderSettings, Replacements, TwoViewLoader, evalua
 from pipelines.views import ViewSettings
 
 PILLOW = "12.3.0"
-# A collection: what is unpacked, and the folder of its images in it.
+# For each collection: the package that is unpacked, and the folder of its images.
 SOURCES = {
     "Pillow's tests": ([f"pillow-{PILLOW}"], f"pillow-{PILLOW}/Tests/images"),
     "opencv-doc": (["opencv-doc"], "usr/share/doc/opencv-doc"),
     "tuxpaint": (["tuxpaint", "tuxpaint-data", "tuxpaint-stamps-default"], "usr/share/tuxpaint"),
 }
-# What may be refused though Pillow reads it: how the reason begins or what it holds, and the rule.
+# Reasons for refusing images that Pillow reads: the reason's start or a part of it, and the rule.
 RULES = {
     "white unknown": (
         "doesn't say which value is white|no known range",
@@ -68,8 +69,8 @@ RULES = {
     ),
     "too large": ("--max-pixels", "more than 268,435,456 pixels: `--max-pixels N`"),
 }
-LARGEST_DIFFERENCE = 1.0  # levels of 255, in the mean of an image
-MEMORY = 14 << 30  # bytes that converter and loader may reserve
+LARGEST_DIFFERENCE = 1.0  # in levels of 255, for the mean over an image
+MEMORY = 14 << 30  # bytes of address space for converter and loader
 VIEW = ViewSettings(resolution=32, blur=0.0)
 
 
@@ -100,7 +101,7 @@ def main(arguments: list[str]) -> int:
 
 
 def gather(folder: Path) -> Path:
-    """The tree of images, fetched and made if it isn't there: a folder for each collection."""
+    """The tree of images, fetched and made if it doesn't exist: a folder for each collection."""
     tree = folder / "images"
     if tree.is_dir():
         return tree
@@ -123,7 +124,7 @@ def gather(folder: Path) -> Path:
 
 
 def unpack(package: str, to: Path, folder: Path) -> None:
-    """Fetch a package, if it isn't there, and unpack it. Raises InputError."""
+    """Fetch a package, unless that was done before, and unpack it. Raises InputError."""
     to.mkdir(parents=True, exist_ok=True)
     is_debian = not package.startswith("pillow")
     pattern = f"{package}_*.deb" if is_debian else f"{package}.tar.gz"
@@ -146,7 +147,7 @@ def unpack(package: str, to: Path, folder: Path) -> None:
 
 
 def is_meant(path: Path) -> bool:
-    """Whether it is an image: by Pillow, or by its name or first bytes."""
+    """Whether a file is an image, by Pillow or by its name or first bytes."""
     if not path.is_file() or path.is_symlink():
         return False
     with open(path, "rb") as file:
@@ -163,7 +164,7 @@ def is_meant(path: Path) -> bool:
 
 
 def convert(tree: Path, beton: Path) -> list[str]:
-    """Run the converter; faults."""
+    """Run the converter; returns its faults."""
     command = [sys.executable, "-m", "tools.convert_beton", str(tree), str(beton), "--overwrite"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
@@ -176,8 +177,8 @@ def convert(tree: Path, beton: Path) -> list[str]:
 
 
 def loaded(tree: Path, beton: Path, refused: set[str]) -> list[str]:
-    """Read every image with the loader, from the tree and from the beton; what it refuses and the converter
-    takes, or the reverse."""
+    """Read every image with the loader, from the tree and from the beton; returns faults, such as an image
+    that it refuses and the converter accepts, or the reverse."""
     faults = []
     for path in (tree, beton):
         source = open_reader(path)
@@ -201,8 +202,8 @@ def names_of(source: Reader) -> list[str]:
 
 
 def recognised(tree: Path) -> Counter[str]:
-    """Of each collection, how many files a folder without classes leaves out: neither name nor first bytes
-    are an image's."""
+    """For each collection, the number of files that a folder without classes leaves out, as neither their
+    names nor their first bytes are an image's."""
     source = ImageReader(tree, labelled=False)
     found = set(source.names)
     everything = [path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()]
@@ -214,13 +215,13 @@ def recognised(tree: Path) -> Counter[str]:
 
 @dataclass
 class File:
-    """One image: what Pillow, the converter and we make of it."""
+    """One image, as read by Pillow, the converter and our loader."""
 
     name: str
     pillow: bool  # whether Pillow reads it
     refused: str = ""  # the converter's reason
-    stored: str = ""  # as the manifest has it
-    difference: float = 0.0  # from Pillow, levels, of the file's pixels or of the stored ones: the larger
+    stored: str = ""  # storage kind in the manifest
+    difference: float = 0.0  # from Pillow, in levels, of the file's or the stored pixels: the larger
 
     @property
     def collection(self) -> str:
@@ -235,7 +236,7 @@ class File:
         return self.stored in ("jpeg_untouched", "raw")
 
     def fault(self) -> str:
-        """What is wrong with it, if anything."""
+        """What is wrong with it, or an empty string."""
         if self.refused:
             return f"refused by no rule ({self.refused})" if self.pillow and not self.rule else ""
         if self.pillow and self.lossless and not self.difference <= LARGEST_DIFFERENCE:
@@ -244,7 +245,7 @@ class File:
 
 
 def compared(tree: Path, beton: Path) -> list[File]:
-    """Every file of the tree."""
+    """Compare every file of the tree."""
     manifest, rows = read_manifest(beton.with_name(beton.name + ".json"))
     refused = {each["name"]: each["reason"] for each in manifest["refused"]}
     files = [File(name, by_pillow(tree / name) is not None, reason) for name, reason in refused.items()]
@@ -264,10 +265,10 @@ def compared(tree: Path, beton: Path) -> list[File]:
 
 
 def by_pillow(path: Path) -> np.ndarray | None:
-    """What Pillow alone makes of a file, upright: [H, W, 3], or samples of more than 8 bits [H, W]; None
-    where it can't, or won't."""
+    """Pillow's pixels of a file, upright: [H, W, 3], or samples of more than 8 bits [H, W]; None if it can't
+    read it."""
     try:
-        image: Image.Image = Image.open(io.BytesIO(path.read_bytes()))  # by name, others would be tried first
+        image: Image.Image = Image.open(io.BytesIO(path.read_bytes()))  # by name, it would first try others
         image.load()
         deep = image.mode.startswith("I") or image.mode == "F"
         image = image if deep else image.convert("RGB")
@@ -279,8 +280,8 @@ def by_pillow(path: Path) -> np.ndarray | None:
 
 
 def difference(pillow: np.ndarray, ours: np.ndarray) -> float:
-    """Mean absolute difference in levels; infinite for another size. Of deep samples, from the line through
-    both that fits best."""
+    """Mean absolute difference in levels; infinite if sizes differ. Deep samples are compared with the
+    straight line that fits best through both."""
     if pillow.shape[:2] != ours.shape[:2]:
         return float("inf")
     if pillow.ndim == 3:

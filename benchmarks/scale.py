@@ -1,25 +1,25 @@
-"""Does every command work at ImageNet's size? A made one, through the commands, in child processes.
+"""Does every command work at ImageNet's size? Runs them on a synthetic set of that size, in child processes.
 
     python -m benchmarks.scale --json docs/scale.json       1,281,167 training images: hours on two cores
-    python -m benchmarks.scale --images 20000               all of it in some minutes
-    python -m benchmarks.scale --scratch DIR                DIR is kept, and the same command goes on there
-    python -m benchmarks.scale --only convert verify --scratch DIR     these rows, again
+    python -m benchmarks.scale --images 20000               everything in a few minutes
+    python -m benchmarks.scale --scratch DIR                keeps DIR, where the same command resumes
+    python -m benchmarks.scale --only convert verify --scratch DIR     repeats these rows
     python -m benchmarks.scale --images 100000 --kill       kill -9 in encode, linear, merge: the same bytes
-    python -m benchmarks.scale --faiss                      kNN beside faiss's IndexFlatIP, exact both
+    python -m benchmarks.scale --faiss                      kNN against faiss's IndexFlatIP, both exact
 
-Images are 32 px JPEGs of 1,000 classes in parquet files, in the order of their classes, each with a comment
-of its own, so that no two are the same bytes. Embeddings stand for those of a ResNet-50, 2,048 numbers of
-fp32 for an image: a place of its class in 32 dimensions, mixed into 2,048, and noise; they enter as anybody's
-do, as train.npy and test.npy. `pretrain` is stopped by SIGTERM after 10 steps, `resume` after 10 more, both
-in mid-epoch; the network is the smallest that there is, for what is asked is what grows with images. What
-searches takes 1,000 queries, and a probe of many images one epoch: rates, while the memory is that of all
-images.
+Images are 32 px JPEGs of 1,000 classes in parquet files, in the order of their classes, each with its own
+comment, so that no two have the same bytes. Embeddings imitate those of a ResNet-50, 2,048 fp32 numbers per
+image: a point of its class in 32 dimensions, mixed into 2,048, plus noise; they are read like any others, as
+train.npy and test.npy. `pretrain` is stopped by SIGTERM after 10 steps, and `resume` after 10 more, both in
+mid-epoch; the network is the smallest available, since only what grows with the number of images matters
+here. Searches use 1,000 queries, and a probe of many images one epoch: these are rates, but memory is that of
+all images.
 
-Seconds are those of the whole process by the clock, and of processors, its children's too. Memory is
-anonymous: RssAnon of the process and all its children from /proc, looked at 20 times a second, so mapped
-files don't count; a page that two of them share counts twice. A row is within its bound below 4 GiB of it. A
-row that fails, or takes longer than --minutes, has the reason in its place, and the others go on.
-10 GB of embeddings, 1.2 GB of images, up to four times: 17 GB of disk.
+Seconds are wall-clock and processor time of the whole process with its children. Memory is anonymous memory:
+RssAnon of the process and all its children from /proc, sampled 20 times a second. Mapped files therefore
+don't count, and a page shared by two processes counts twice. A row is within its bound below 4 GiB. If a row
+fails or takes longer than --minutes, the reason replaces its figures, and the other rows still run.
+It needs 10 GB for embeddings and 1.2 GB, up to four times, for images: 17 GB of disk.
 """
 
 import argparse
@@ -56,15 +56,15 @@ from pipelines.files import write_json
 from pipelines.formats.beton import BetonWriter
 
 IMAGES, TEST_IMAGES, CLASSES, WIDTH, RANK = 1_281_167, 50_000, 1000, 2048, 32
-QUERIES = 1000  # of knn on embeddings
+QUERIES = 1000  # of knn with embeddings
 BOUND_MIB = 4096
 IN_A_FILE, CHUNK = 50_000, 8192
-PARTS = 1200  # betons of one set
+PARTS = 1200  # betons in one set
 STEPS = 10  # of pretraining before each interruption
 
-# What a user's own script does, by name.
+# A user's own script, by name.
 OPEN = "from pipelines.decode import open_reader; r = open_reader('{train}'); print(len(r), r.labels.max())"
-# The same with as many files open as a process may have at the least.
+# The same with the smallest usual limit of open files.
 OPEN_PARTS = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)); " + OPEN
 CHAIN = """name = "scale"
 out = "chain"
@@ -107,7 +107,7 @@ LABELS = (
 
 
 def rows_of(folder: Path, images: int) -> dict[str, list[str]]:
-    """The command lines by the row's name, in an order in which each finds what it needs."""
+    """The command lines by row name, in an order in which each finds its inputs."""
     lvssl, convert, python = [
         [sys.executable, *words] for words in (["-m", "lvssl"], ["-m", "pipelines.convert.command"], ["-c"])
     ]
@@ -147,7 +147,7 @@ def rows_of(folder: Path, images: int) -> dict[str, list[str]]:
         "knn of embeddings": [*lvssl, "knn", folder / "embeddings", "--k", 20],
         "linear of embeddings": [*lvssl, "linear", folder / "embeddings", "--probe", "streamed", *once],
     }
-    if images < LARGE_SET:  # days, otherwise
+    if images < LARGE_SET:  # otherwise it would take days
         rows["launch --cluster local"] = [*lvssl, "launch", folder / "whole.toml", "--cluster", "local"]
     return {name: [str(word) for word in words] for name, words in rows.items()}
 
@@ -193,7 +193,7 @@ def main(arguments: list[str]) -> None:
 def measured_rows(
     folder: Path, commands: dict[str, list[str]], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """The rows, kept in the folder and the table as each is done; those there are not run again."""
+    """Measure the rows, saving each to the folder and the table when done; existing rows aren't run again."""
     make_images(folder / "images", options.images)
     (folder / "pipeline.toml").write_text(CHAIN)
     (folder / "whole.toml").write_text(WHOLE)
@@ -237,8 +237,8 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def into_page(page: Path, rows: list[dict[str, Any]]) -> None:
-    """Put the table in the place of the page's first: a line a row, a pair of columns a size."""
-    rows = [row for row in rows if "mib" in row or "failed" in row]  # no others stand in it
+    """Put the table in place of the page's first one: a line per row, a pair of columns per size."""
+    rows = [row for row in rows if "mib" in row or "failed" in row]  # only rows that belong in the table
     sizes = sorted({row["images"] for row in rows})
     cells = {(row["row"], row["images"]): cells_of(row) for row in rows}
     heads = [f"{what}, {size:,}" for size in sizes for what in ("seconds", "CPU seconds", "MiB")]
@@ -269,7 +269,7 @@ def digest(path: Path) -> str:
 
 
 def cut(whole: Path, folder: Path) -> None:
-    """A beton's images in PARTS betons, as they are stored."""
+    """Split a beton's images over PARTS betons, as they are stored."""
     if (folder / f"{PARTS - 1:04d}.beton").exists():
         return
     folder.mkdir(exist_ok=True)
@@ -279,14 +279,14 @@ def cut(whole: Path, folder: Path) -> None:
             writer = BetonWriter(file, len(rows))
             for row in rows.tolist():
                 size = int(source.heights[row]), int(source.widths[row])
-                data = source.encoded(0, row)  # JPEGs, all of them
+                data = source.encoded(0, row)  # all are JPEGs
                 assert isinstance(data, bytes)
                 writer.add(int(source.file.modes[row]), *size, data, int(source.labels[row]))
             writer.finish()
 
 
 def keep(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The rows, and those of other rows and sizes that stand there."""
+    """Write the rows, keeping the file's rows of other names and sizes."""
     there = json.loads(path.read_text())["rows"] if path.exists() else []
     new = {(row["row"], row["images"]) for row in rows}
     rows = [row for row in there if (row["row"], row["images"]) not in new] + rows
@@ -305,11 +305,11 @@ def measured(
     by: signal.Signals = signal.SIGTERM,
     minutes: float = 60,
 ) -> dict[str, Any]:
-    """Seconds of a command, by the clock and of processors, and the most MiB of anonymous memory that it and
-    its children had at once.
+    """Wall-clock and processor seconds of a command, and the peak of anonymous memory, in MiB, of it and its
+    children together.
 
-    `stop`: when it says so, the command gets the signal `by`. Raises InputError, with the command's last
-    words, where it fails, or isn't done after so many minutes.
+    `stop`: once it returns true, the command gets the signal `by`. Raises InputError, with the command's last
+    output, if it fails or isn't done after the given minutes.
     """
     log.mkdir(exist_ok=True)
     said = log / f"{name.replace(' ', '-').replace('/', '-of-')}.txt"
@@ -339,13 +339,13 @@ def measured(
 
 
 def processor_seconds() -> float:
-    """Of all commands that have ended."""
+    """Processor time of all commands that have ended, in seconds."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def family(pid: int) -> Iterator[int]:
-    """A process and all that descend from it."""
+    """A process and all its descendants."""
     yield pid
     with suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -354,7 +354,7 @@ def family(pid: int) -> Iterator[int]:
 
 
 def anonymous(pid: int) -> int:
-    """KiB."""
+    """Anonymous memory of a process in KiB."""
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("RssAnon:"):
@@ -363,7 +363,7 @@ def anonymous(pid: int) -> int:
 
 
 def killed(folder: Path, images: int, options: argparse.Namespace) -> None:
-    """merge, encode and linear, whole, and then twice killed by SIGKILL and gone on with: the same bytes?"""
+    """Run merge, encode and linear undisturbed, and killed twice by SIGKILL and resumed; compare bytes."""
     make_images(folder / "images", images)
     commands, log = rows_of(folder, max(images, LARGE_SET)), folder / "log"  # a probe of one epoch
     for name in ("convert", "convert queries", "convert 1/2", "convert 2/2", "pretrain"):
@@ -400,7 +400,7 @@ def after(moment: float) -> bool:
 
 
 def contents(folder: Path, patterns: list[str]) -> dict[str, str]:
-    """Digests of files by their names; of a result without what it took."""
+    """Digests of files by name; of a result, without the fields that time changes."""
     found = {}
     for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
         data = file.read_bytes()
@@ -412,7 +412,7 @@ def contents(folder: Path, patterns: list[str]) -> dict[str, str]:
 
 
 def stopper(run: Path, name: str) -> Callable[[], bool] | None:
-    """Of a pretraining: whether it has done its steps."""
+    """For a pretraining: a function that tells whether it has done its steps."""
     if name not in ("pretrain", "resume", "pretrain control"):
         return None
     steps = 2 * STEPS if name == "resume" else STEPS
@@ -426,7 +426,7 @@ def stopper(run: Path, name: str) -> Callable[[], bool] | None:
 
 
 def beside_faiss(path: Path | None, count: int = 200_000, width: int = 512, k: int = 20) -> None:
-    """Exact cosine neighbours of 2,000 queries, by turns, with as many threads as there are cores each."""
+    """Exact cosine neighbours of 2,000 queries, alternating, each with as many threads as there are cores."""
     import faiss
 
     torch.set_num_threads(cores())
@@ -466,7 +466,7 @@ def beside_faiss(path: Path | None, count: int = 200_000, width: int = 512, k: i
 
 
 def make_images(folder: Path, count: int) -> None:
-    """folder/train and folder/test, parquet files of JPEGs in the order of their classes."""
+    """Write folder/train and folder/test, parquet files of JPEGs in the order of their classes."""
     for split, images in (("train", count), ("test", test_images(count))):
         if (folder / split).is_dir():
             continue
@@ -502,12 +502,12 @@ def jpeg(label: int, turn: int) -> bytes:
 
 
 def commented(data: bytes, number: int) -> bytes:
-    """The JPEG with a comment behind its first marker."""
+    """The JPEG with a comment after its first marker."""
     return data[:2] + b"\xff\xfe\x00\x0a" + number.to_bytes(8, "big") + data[2:]
 
 
 def make_embeddings(folder: Path, count: int) -> None:
-    """folder/train.npy and folder/test.npy, float32 [N, WIDTH], with their labels."""
+    """Write folder/train.npy and folder/test.npy, float32 [N, WIDTH], and their labels."""
     folder.mkdir(parents=True, exist_ok=True)
     model = np.random.default_rng(0)
     centres = model.standard_normal((CLASSES, RANK), np.float32)

@@ -1,22 +1,22 @@
-"""How fast are codes searched? Exact and two-stage Hamming search against faiss, float and binary.
+"""How fast is search in codes? Exact and two-stage Hamming search against faiss, float and binary.
 
     python -m benchmarks.search --json FILE        one million codes of 2,048 bits, 1,000 queries, top 10
 
-Peers in the same run: faiss's IndexFlatIP over the 2,048 float32 features that the codes are the signs of,
-and its IndexBinaryFlat over the codes. 9 GB of memory, most of it the float index; --count 100000 takes a
-tenth. Times are medians over rounds in which all take turns, with all cores each; ratios of the
-processor time are given, too, for it hardly changes with what else runs on the machine. The exact search is
-held against faiss's binary index.
+Peers in the same run: faiss's IndexFlatIP over the 2,048 float32 features whose signs are the codes, and its
+IndexBinaryFlat over the codes. It takes 9 GB of memory, most of it for the float index; --count 100000 takes
+a tenth. Times are medians over rounds in which all alternate, each with all cores. Ratios of processor time
+are also given, as they hardly depend on other work on the machine. The exact search is verified against
+faiss's binary index.
 
-The codes are no uniform noise, whose neighbours would all be equally far. Features are members of clusters
-(20 rows each, as many as make up --count) in a space of rank 64 with a spectrum of i^-1/2, mixed into 2,048
-dimensions, plus noise of half their spread; queries are further members of the clusters. So bits are
-correlated, distances spread several times as widely as independent bits', and each query has near neighbours;
-the distances are printed. Recall of the two-stage search: the share of its rows that are no farther than the
-exact k-th.
+The codes aren't uniform noise, in which all neighbours would be equally far. Features are members of clusters
+(20 rows each, as many clusters as --count needs) in a space of rank 64 with a spectrum of i^-1/2, mixed into
+2,048 dimensions, plus noise of half their scale; queries are further members of the clusters. Bits are
+therefore correlated, distances vary several times as much as those of independent bits, and each query has
+near neighbours; the distances are printed. Recall of the two-stage search is the share of its rows that are
+no farther than the exact k-th.
 
-Why ours is faster than faiss's binary index: it holds tiles of the codes in the cache for all queries, and
-carry-save adders halve the counting. Why codes beat floats: 256 bytes a row instead of 8,192.
+Why ours is faster than faiss's binary index: it keeps tiles of the codes in the cache for all queries, and
+carry-save adders halve the counting. Why codes beat floats: 256 bytes per row instead of 8,192.
 """
 
 import argparse
@@ -102,9 +102,9 @@ def main(arguments: list[str]) -> None:
 
 
 def float_index(faiss: Any, count: int, dim: int) -> tuple[np.ndarray, Any]:
-    """(features float32 [count, dim], the index whose memory they are): the 8 GB exist once.
+    """(features float32 [count, dim], the index that owns their memory): the 8 GB exist only once.
 
-    The zeros that are added first are pages that nobody has touched, and take no memory.
+    The zeros that are added first are untouched pages, which take no memory.
     """
     index = faiss.IndexFlatIP(dim)
     index.add(np.zeros((count, dim), np.float32))
@@ -112,7 +112,7 @@ def float_index(faiss: Any, count: int, dim: int) -> tuple[np.ndarray, Any]:
 
 
 def fill(features: np.ndarray, stream: int, clusters: int = 0) -> None:
-    """Features of the model above, in place, drawn from (stream, chunk); unit length."""
+    """Fill in features of the model above, drawn from (stream, chunk), of unit length."""
     count, dim = features.shape
     model = np.random.default_rng(7)
     mixing = model.standard_normal((RANK, dim), np.float32)
@@ -141,7 +141,7 @@ def pack(features: np.ndarray) -> np.ndarray:
 def timed(
     forms: dict[str, Callable[[], Found]], rounds: int
 ) -> tuple[dict[str, list[tuple[float, float]]], dict[str, Found]]:
-    """(wall, processor) seconds of each form in each round, and what it found."""
+    """(wall-clock, processor) seconds of each form in each round, and what it found."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
     found = {}
     for _ in range(rounds):
@@ -158,7 +158,7 @@ def timed(
 
 
 def memory(database: np.ndarray, features: np.ndarray) -> dict[str, int]:
-    """Bytes that each must hold: the two-stage search reads the codes themselves, and has no index."""
+    """Bytes that each must hold; the two-stage search reads the codes themselves and has no index."""
     codes, floats = database.nbytes, features.nbytes
     return {"exact": codes, "staged": codes, "faiss_binary": codes, "faiss_float": floats}
 
@@ -185,7 +185,7 @@ def rows(
 
 
 def distances(queries: np.ndarray, database: np.ndarray, found: Found) -> dict[str, float]:
-    """How far the neighbours are, and everything else: what makes the codes realistic or not."""
+    """Distances of the neighbours and of all other rows, which show whether the codes are realistic."""
     everything = hamming_distances(queries[:100], database[:100_000])
     return {
         "mean distance": float(everything.mean()),

@@ -1,12 +1,13 @@
-"""Every stage of the protocol on one data set, the control beside the latent model: one table, one command.
+"""Run every stage of the protocol on one data set, for the control and the latent model: one table, one
+command.
 
     convert-beton cifar10-jpeg cifar/train.beton
     convert-beton cifar10-jpeg cifar/test.beton --split test
     python -m benchmarks.stages --train cifar/train.beton --test cifar/test.beton --json stages.json
 
-Planned for all 50,000 CIFAR-10 images in an hour on two cores (`cifar10-small`, 6 epochs); --minutes stops
-after the stage in which the time is over, and the same command goes on. Each row is a result file of a run
-below --out, with its own command, settings and interval; what is finished there is not done again.
+It is planned for all 50,000 CIFAR-10 images in an hour on two cores (`cifar10-small`, 6 epochs). --minutes
+stops it after the stage in which the time is up, and the same command resumes. Each row is a result file of a
+run under --out, with its own command, settings and interval; finished stages there aren't repeated.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def main(arguments: list[str]) -> None:
 
 
 def plan(options: argparse.Namespace) -> list[tuple[dict[str, Any], Callable[[], list[dict[str, Any]]]]]:
-    """What a row is about, and what makes its figures; stage by stage, so that the arms stay level."""
+    """Each row's description and the function that makes its figures, by stage, so that arms stay level."""
     shares = (0.01, 0.1, 1.0)
     works: list[tuple[dict[str, Any], Callable[[], list[dict[str, Any]]]]] = []
 
@@ -102,7 +103,7 @@ def plan(options: argparse.Namespace) -> list[tuple[dict[str, Any], Callable[[],
 
 
 def pretrained(options: argparse.Namespace, run: Path) -> list[dict[str, Any]]:
-    """One arm's encoder; a row without accuracy."""
+    """Pretrain one arm's encoder; a row without accuracy."""
     base = preset(options.preset)
     family = run.name.rpartition("-")[0]
     settings = dataclasses.replace(

@@ -1,9 +1,10 @@
-"""Which functions does a batch pass, from the file to the loss? Prints them, room by room, as docs/trace.md.
+"""Which functions does a batch pass through, from the file to the loss? Prints them by room, as
+docs/trace.md.
 
     python -m benchmarks.trace --out docs/trace.md
 
-One step of pretraining on scikit-learn's digits, in one process with one thread that decodes: each function
-of ours that was entered, once, in the order of its first call, under its room.
+It runs one step of pretraining on scikit-learn's digits, in one process with one decoding thread. It lists
+each of our functions that was entered, once, under its room and in the order of its first call.
 """
 
 import argparse
@@ -29,7 +30,7 @@ Call = tuple[str, str, str]  # room, file, function
 
 
 class Calls:
-    """The functions of ours that any thread enters while the block runs, each once, in order."""
+    """Records the functions of ours that any thread enters in the block, each once, in order."""
 
     def __init__(self) -> None:
         self.seen: dict[Call, None] = {}
@@ -54,7 +55,7 @@ class Calls:
 
 
 def step() -> Calls:
-    """What the second step of a pretraining enters, its batch made meanwhile."""
+    """The functions entered by the second step of a pretraining, while whose batch is made."""
     with tempfile.TemporaryDirectory() as folder:
         beton = Path(folder) / "digits.beton"
         convert("sklearn:digits", beton)
@@ -70,7 +71,7 @@ def step() -> Calls:
 
 
 def rooms(calls: Calls) -> dict[str, list[str]]:
-    """The functions of each room, rooms in the order in which the batch first enters them."""
+    """The functions of each room; rooms are in the order in which the batch first enters them."""
     found: dict[str, list[str]] = {}
     for room, module, name in calls.seen:
         found.setdefault(room, []).append(f"{module.removeprefix(room + '.')}: {name}")
@@ -78,7 +79,7 @@ def rooms(calls: Calls) -> dict[str, list[str]]:
 
 
 def page(calls: Calls) -> str:
-    """docs/trace.md."""
+    """The text of docs/trace.md."""
     found = rooms(calls)
     head = (
         "# The path of a batch, from the file to the loss\n\nThis page lists the functions that one step of "

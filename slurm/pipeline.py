@@ -360,7 +360,7 @@ class _Reader:
             )
 
     def check_times(self, tables: dict[str, StageTable]) -> None:
-        """Refuse a time limit so short that a job would end before its first save, and repeat that for ever."""
+        """Refuse a time limit too short for a job to save a checkpoint: it would start again for ever."""
         pretrain = tables["pretrain"]
         interval = pretrain.points[0].settings.checkpoint_minutes
         if pretrain.cluster.minutes <= interval:

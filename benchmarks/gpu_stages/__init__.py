@@ -1,18 +1,18 @@
-"""The stages of `benchmarks.gpu` and `benchmarks.gpu_study`, each in processes of its own.
+"""The stages of `benchmarks.gpu` and `benchmarks.gpu_study`, each in its own processes.
 
-case.py         what a stage consists of, and the process that works through it
-run.py          the parent: deadlines, restarts, the report on the disk
-machine.py      versions and ceilings
+case.py         the cases of a stage, and the process that works through them
+run.py          the parent: deadlines, restarts, the report on disk
+machine.py      versions and the card's limits
 suite.py        the tests marked `gpu`
-compiled.py     networks and losses compiled beforehand
+compiled.py     compilation of networks and losses in advance
 exact.py        every kernel against fp64
-timing.py       how a call is timed, and what its floor is
-times.py        augmentation, losses, heads, optimisers beside their peers
+timing.py       how a call is timed, and its floor
+times.py        augmentation, losses, heads and optimisers, next to their peers
 steps.py        whole training steps
-today.py        the pipeline that people have today
+today.py        the pipeline commonly used
 decode.py       from JPEGs to crops, by each decoder
 ranks.py        two ranks on one device
 study.py        pretraining, probes and fine-tuning on CIFAR-10
-images.py       images where none are given
-predictions.py  what was expected, beside what was measured
+images.py       images, if none are given
+predictions.py  predictions next to measurements
 """

@@ -1,10 +1,10 @@
-"""What a stage consists of: cases with a name each, worked through in a process that may die of any of them.
+"""A stage consists of named cases, which a process works through; any of them may kill the process.
 
     python -m benchmarks.gpu_stages.case SETUP     started by run.py; SETUP is a `Setup` as JSON
 
-Everything that happens is a line of JSON in the file `rows`: a case begins, gives rows, is done. So the
-parent knows what was under way when a process hangs or dies, keeps what was measured until then, and starts
-another that goes on behind the culprit.
+Every event is a line of JSON in the file `rows`: a case begins, returns rows, is done. The parent therefore
+knows which case was running when a process hangs or dies, keeps its measurements so far, and starts another
+process that continues after that case.
 """
 
 import dataclasses
@@ -20,45 +20,45 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-PATIENCE = 5.0  # times as long may a case take in a dry run: on a CPU, maybe beside other work
-BROKEN = 3  # exit status: the device's context is lost, another process may go on
+PATIENCE = 5.0  # factor by which a case may take longer in a dry run: on a CPU, perhaps with other work
+BROKEN = 3  # exit status: the device's context is lost, but another process may continue
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a stage's process is told."""
+    """The input of a stage's process."""
 
     stage: str
-    module: str  # has `cases(setup)`
-    rows: str  # file
+    module: str  # the module with `cases(setup)`
+    rows: str  # path of a file
     device: str = "cuda"
     dry: bool = False  # tiny sizes
     seed: int = 0
-    report: str = ""  # JSON file with the rows of the stages before
-    scratch: str = ""  # folder that the stages share
+    report: str = ""  # JSON file with the rows of the earlier stages
+    scratch: str = ""  # folder shared by the stages
     images: str = ""  # a beton or folder for the steps at 224 px
-    part: tuple[int, int] = (0, 1)  # K, N: every N-th case from the K-th on
-    done: tuple[str, ...] = ()  # cases that are not to be begun again
-    wanted: tuple[str, ...] = ()  # cases with one of these in their names; none: all
-    options: dict[str, Any] = field(default_factory=dict)  # of one stage alone
+    part: tuple[int, int] = (0, 1)  # K, N: every N-th case, starting with the K-th
+    done: tuple[str, ...] = ()  # cases that must not be started again
+    wanted: tuple[str, ...] = ()  # cases with one of these in their names; empty: all
+    options: dict[str, Any] = field(default_factory=dict)  # of a single stage
 
     def earlier(self) -> list[Row]:
-        """Rows of the stages before this one."""
+        """Rows of the earlier stages."""
         path = Path(self.report)
         return json.loads(path.read_text())["rows"] if self.report and path.exists() else []
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to find out. `make` gives a row, or rows one after the other.
+    """One thing to find out. `make` returns a row, or yields several.
 
-    A row says with "ok" whether it is right (True, False; None: not measured, or nothing to be right about),
-    and with "failed" why there are no figures.
+    In a row, "ok" says whether the result is right (True, False; None: not measured, or nothing to check),
+    and "failed" why there are no figures.
     """
 
     name: str
     make: Callable[[], Row | Iterable[Row]]
-    seconds: float = 60.0  # after which the process is killed, and another goes on with the next case
+    seconds: float = 60.0  # after which the process is killed, and another continues with the next case
 
 
 def work(setup: Setup, cases: Callable[[Setup], Iterable[Case]], say: Callable[[Row], None]) -> int:
@@ -79,7 +79,7 @@ def work(setup: Setup, cases: Callable[[Setup], Iterable[Case]], say: Callable[[
 
 
 def figures(case: Case) -> Iterator[Row]:
-    """The rows of a case; a failure is a row with the exception's last line."""
+    """The rows of a case; a failure becomes a row with the last line of the exception."""
     try:
         made = case.make()
         yield from [made] if isinstance(made, dict) else made
@@ -91,7 +91,7 @@ def figures(case: Case) -> Iterator[Row]:
 
 
 def in_json(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become words."""
+    """JSON has no NaN and no infinity: replace them by words."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -101,7 +101,7 @@ def last_line(error: BaseException) -> str:
 
 
 def sound() -> bool:
-    """Whether the device still answers: after an illegal access every later call fails. Frees its memory."""
+    """Whether the device still works: after an illegal access every later call fails. Frees its memory."""
     import torch
 
     gc.collect()

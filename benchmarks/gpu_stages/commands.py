@@ -1,8 +1,8 @@
-"""The commands as a user types them, from two betons to the page, on this device: does each end with status
-0, and did those that train or measure run where they should?
+"""Run the commands as a user types them, from two betons to the report page, on this device. Does each exit
+with status 0, and do those that train or measure run on the device that they should?
 
-Commands that need nothing of each other run at once, so their seconds say little. A command that fails for a
-package that isn't installed is a row that says so.
+Commands that don't depend on each other run concurrently, so their times mean little. A command that fails
+because a package isn't installed becomes a row that says so.
 """
 
 import os
@@ -20,9 +20,9 @@ from benchmarks.gpu_stages import images
 from benchmarks.gpu_stages.case import Case, Row, Setup
 
 AT_ONCE = max(2, min(12, os.cpu_count() or 1))
-LIMIT = 150.0  # seconds of one command; five times as many in a dry run
+LIMIT = 150.0  # seconds for one command; five times as many in a dry run
 
-# Each group needs what the one before it has made; {train} and {test} are betons.
+# Each group needs the results of the one before; {train} and {test} are betons.
 FIRST = (
     "pretrain --preset {preset} --data {train} --out run --epochs 2 --batch-size {batch} --workers 2",
     "pretrain --preset {preset} --data {train} --out control --family none --epochs 2 --batch-size {batch} "
@@ -48,14 +48,14 @@ THIRD = (
     "report run",
     "search run --codes itq.lvcodes --query {query}",
 )
-WHERE = {  # files that say where the command ran
+WHERE = {  # files that state where the command ran
     "evaluate": "run/evaluation.json",
     "linear": "run/linear.json",
     "knn": "run/knn.json",
     "analyse": "run/analysis.json",
 }
 DEVICE = re.compile(r'(?:"(?:device|arithmetic)": "|^pretrain \S+ on )(\w+)', re.MULTILINE)
-IN_A_DRY_RUN = 2  # of each group: tests hold the others on a CPU
+IN_A_DRY_RUN = 2  # commands of each group: the test suite runs the others on a CPU
 
 
 def cases(setup: Setup) -> Iterator[Case]:
@@ -63,7 +63,7 @@ def cases(setup: Setup) -> Iterator[Case]:
 
 
 def commands(setup: Setup) -> Iterator[Row]:
-    """A row for each; what they print is in the log."""
+    """A row for each; their output is in the log."""
     folder = Path(setup.scratch) / "commands"
     side, count, tests = (16, 96, 64) if setup.dry else (32, 4000, 1000)
     names = {
@@ -91,7 +91,7 @@ def one(setup: Setup, folder: Path, text: str) -> Row:
         done = subprocess.run(
             [sys.executable, "-m", "lvssl", *words],
             cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "2"},  # whose PYTHONPATH has the source tree
+            env=os.environ | {"OMP_NUM_THREADS": "2"},  # its PYTHONPATH includes the source tree
             capture_output=True,
             text=True,
             timeout=LIMIT * (5 if setup.dry else 1),

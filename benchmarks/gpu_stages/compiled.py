@@ -1,7 +1,7 @@
-"""The compilers' work done beforehand, while the tests run: later stages find its artefacts on the disk.
+"""Compile in advance, while the tests run: later stages find the artefacts on disk.
 
-The parent gives all stages the same folder for the artefacts of inductor and Triton; numba keeps its own
-beside the source.
+The parent gives all stages the same folder for the artefacts of inductor and Triton; numba keeps its own next
+to the source.
 """
 
 import time
@@ -24,7 +24,7 @@ def cases(setup: Setup) -> Iterator[Case]:
 
 
 def loader(setup: Setup, work: steps.Work) -> Row:
-    """Images made and converted, and the first batch of them: numba compiles on the way."""
+    """Make and convert images, and load a first batch, which compiles numba's functions."""
     started = time.perf_counter()
     batches = steps.through_loader(setup, work)
     shape = next(batches).views.shape
@@ -33,7 +33,7 @@ def loader(setup: Setup, work: steps.Work) -> Row:
 
 
 def network(setup: Setup, work: steps.Work) -> Row:
-    """The first step of the engine with --compile."""
+    """Run the first step of the engine with --compile."""
     step = steps.engine(setup, work, "compiled")
     batch = steps.synthetic(setup, work)[0]
     started = time.perf_counter()

@@ -1,6 +1,6 @@
-"""From encoded images to two crops each: by the CPU's threads, by nvJPEG with our kernel, by DALI; and the
-kernel alone. Crops of the GPU's stay there, the CPU's are copied to it, as a training has them. The first two
-with FEW cores as well, as where a machine has many GPUs.
+"""From encoded images to two crops each: by CPU threads, by nvJPEG with our kernel, by DALI; and the kernel
+alone. Crops made on the GPU stay there, and the CPU's are copied to it, as in training. The first two also
+run with FEW cores, as on a machine with many GPUs.
 """
 
 import os
@@ -23,7 +23,7 @@ FEW = 4
 
 
 def cases(setup: Setup) -> Iterator[Case]:
-    """The most important first: a stage that is cut off keeps what it has."""
+    """The most important first, so that an interrupted stage has these."""
     side = 16 if setup.dry else 224
     for decoder in ("CPU threads", "nvJPEG and our kernel", "DALI"):
         yield Case(f"decode by {decoder}, {side} px", partial(decode, setup, side, decoder), seconds=90)
@@ -35,7 +35,7 @@ def cases(setup: Setup) -> Iterator[Case]:
 
 
 def on_few_cores(setup: Setup, side: int, decoder: str) -> Row:
-    """`decode` by threads that are begun while this one may use FEW cores."""
+    """`decode` with threads started while this one may only use FEW cores."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, set(sorted(before)[:FEW]))
     try:
@@ -45,8 +45,8 @@ def on_few_cores(setup: Setup, side: int, decoder: str) -> Row:
 
 
 def decode(setup: Setup, side: int, decoder: str) -> Row:
-    """Images a second through the loader, without augmentation, after an epoch that warms up; and by how many
-    levels the crops differ from those of the CPU's threads."""
+    """Images per second in the loader, without augmentation, after a warm-up epoch; and the difference in
+    levels between the crops and those of the CPU threads."""
     from lvssl.runs.labels import Subset
     from pipelines.decode import open_reader
 
@@ -71,7 +71,7 @@ def decode(setup: Setup, side: int, decoder: str) -> Row:
         "ok": most == 0 if decoder == "CPU threads" else mean < 5,
         "images_per_second": many / seconds[1],
         "seconds": seconds[1],
-        "first_epoch": seconds[0],  # each JPEG is held against libjpeg-turbo when it first comes
+        "first_epoch": seconds[0],  # each JPEG is checked by libjpeg-turbo the first time
         "levels_mean": mean,
         "levels_max": most,
         "workers": loader_threads(),
@@ -100,7 +100,7 @@ def loader(setup: Setup, source: Any, side: int, batch: int) -> Any:
 
 
 def kernel(setup: Setup, side: int) -> Row:
-    """Two crops of photographs' size each, drawn as a training draws them."""
+    """Two crops of photographs' size each, drawn as in training."""
     from pipelines.decode.gpu import crop_and_resize
     from pipelines.parameters import crop_boxes, draw_parameters
     from pipelines.views import ViewSettings

@@ -1,9 +1,9 @@
-"""Every kernel against fp64 on the device, on fresh inputs whose seeds are in the rows.
+"""Check every kernel against fp64 on the device, on fresh inputs whose seeds are in the rows.
 
-A result is right if |fast - exact| <= 2 |naive - exact| + an allowance: the naive form is plain torch in fp32
-with TF32 off, the exact one the same in fp64, and the allowance what the number formats cost. Memory that a
-kernel is given to fill holds NaN beforehand, so that an element it leaves out is seen. Each kernel then runs
-fifty times on one input and must give the same bits.
+A result is right if |fast - exact| <= 2 |naive - exact| + an allowance. The naive form is plain torch in fp32
+with TF32 off, the exact form the same in fp64, and the allowance is the cost of the number formats. Memory
+that a kernel fills holds NaN beforehand, so that elements left out are noticed. Each kernel then runs fifty
+times on one input and must give the same bits.
 
 On a CPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1, set by the parent).
 """
@@ -28,7 +28,7 @@ from benchmarks.gpu_stages.case import Case, Row, Setup, last_line
 
 SIDES = (8, 9, 33, 65, 224, 512)  # one tap; odd, below a tile; around tiles of 32 and 64; the usual; large
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Vectors and their length: the smallest; below a tile; several tiles; whole tiles; cut lengths; in chunks.
+# Number of vectors and their length: smallest; below a tile; several tiles; whole tiles; partial; chunked.
 VECTORS = ((2, 17), (126, 17), (1000, 128), (4096, 128), (126, 130), (1000, 512))
 FAMILIES = ("bernoulli", "gaussian", "categorical")
 DRAWS = ((64, 2048, 4), (3, 37, 6), (256, 512, 1))  # rows, dimensions, samples
@@ -39,16 +39,16 @@ KERNELS = (
     "categorical_kernel", "categorical_backward_kernel",
 )  # fmt: skip
 
-# Of the views, in levels of 1/255, beyond the roundings of the result: in half precision the blur's products
-# are those of fp16. Solarise has a step of one level, on either side of which a value may fall.
+# Tolerances of views, in levels of 1/255, beyond the rounding of the result: in half precision the blur's
+# products are in fp16. Solarise has a step of one level, and a value may fall on either side of it.
 MEAN = {torch.float32: 0.001, torch.float16: 0.05, torch.bfloat16: 0.05}
 MOST = {torch.float32: 0.02, torch.float16: 0.25, torch.bfloat16: 0.25}
 STEP = 1.05
 STEPPED = 1e-3  # share of fp32 values on the other side of that step
-# Of the loss: logits are kept in units of ln 2; the gradient is rounded to the vectors' type, and for bf16
-# the shares are rounded before their product. Tensor cores cut off what a sum of 16-bit products loses, one
-# bit for each 16 of them, instead of rounding it (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor
-# cores"), so that a long product is too small. Measured on an H100: 1.9e-5 of the loss at d 512.
+# Tolerances of the loss: logits are kept in units of ln 2; the gradient is rounded to the vectors' type, and
+# for bf16 the shares are rounded before their product. Tensor cores truncate what a sum of 16-bit products
+# loses, one bit for each 16 of them, instead of rounding it (Fasi et al. 2021, "Numerical behavior of NVIDIA
+# tensor cores"), so that a long product is too small. Measured on an H100: 1.9e-5 of the loss at d 512.
 ULP = 2**-20
 ROUNDING = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8 + 2**-9}
 SHARES = {torch.float32: 0.0, torch.float16: 0.0, torch.bfloat16: 2**-9}
@@ -84,14 +84,14 @@ def name(dtype: torch.dtype) -> str:
 
 
 def seeded(setup: Setup, label: str) -> tuple[torch.Generator, int]:
-    """A generator for the case, on the CPU, and its seed."""
+    """A CPU generator for the case, and its seed."""
     seed = (setup.seed * 1_000_003 + sum(map(ord, label)) * 7919) % 2**31
     return torch.Generator().manual_seed(seed), seed
 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """`torch.empty` and its like give NaN, and the largest integer."""
+    """Make `torch.empty` and the like return NaN, or the largest integer."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -102,7 +102,7 @@ def poisoned() -> Iterator[None]:
 
 @contextmanager
 def kernels_everywhere(setup: Setup) -> Iterator[None]:
-    """fp32 as such; on a CPU the loss goes through the kernels too, which only the interpreter can run."""
+    """Use true fp32; on a CPU, also send the loss through the kernels, which only the interpreter can run."""
     from lvssl.losses import anchors, ntxent
 
     kept = (
@@ -165,10 +165,11 @@ def views(setup: Setup, side: int, dtype: torch.dtype) -> Row:
     with kernels_everywhere(setup):
         with poisoned():
             found = gpu.augment(crops, table, view, dtype)
-        naive = reference.augment(crops, table, view, torch.float32).to(dtype)  # its blur without TF32
+        naive = reference.augment(crops, table, view, torch.float32).to(dtype)  # with a blur without TF32
     std = torch.tensor(view.std, dtype=torch.float64, device=exact.device).view(3, 1, 1)
     error, own = (((x.double() - exact).abs() * std * 255).flatten(1) for x in (found, naive))
-    # In half precision a step can't be told from a rounding: images that are solarised get one level more.
+    # In half precision a step can't be distinguished from rounding: solarised images may differ by one more
+    # level.
     solarised = (table[:, SOLARISE] != 0).double()
     stepped = torch.zeros_like(error, dtype=torch.bool)
     if dtype == torch.float32:
@@ -187,7 +188,7 @@ def views(setup: Setup, side: int, dtype: torch.dtype) -> Row:
 
 
 def luma(setup: Setup) -> Row:
-    """The sums that a contrast needs, where it comes first among the operations: those of the crop itself."""
+    """The sums for a contrast that is the first operation, so that they are those of the crop itself."""
     from pipelines.augment import gpu
     from pipelines.augment.reference import GREY_WEIGHTS, ORDERS
     from pipelines.parameters import CONTRAST, ORDER
@@ -212,7 +213,7 @@ Judged = dict[str, tuple[Tensor, Tensor, Tensor, float]]  # name -> found, naive
 
 
 def judged(tensors: Judged, seed: int) -> Row:
-    """The worst of some tensors, each against its budget; NaN never passes."""
+    """The worst of several tensors, each against its budget; NaN never passes."""
     worst: Row = {}
     for label, (found, naive, exact, allowance) in tensors.items():
         error = (found.double() - exact).abs()
@@ -237,14 +238,14 @@ def judged(tensors: Judged, seed: int) -> Row:
 
 
 def vectors(generator: torch.Generator, count: int, d: int) -> Tensor:
-    """A softmax that isn't flat: each anchor is nearest to its positive."""
+    """Vectors for which the softmax isn't flat: each anchor is nearest to its positive."""
     x = torch.randn(count, d, generator=generator)
     x[count // 2 :] = x[: count // 2] + 0.3 * x[count // 2 :]
     return x
 
 
 def loss(setup: Setup, count: int, d: int, dtype: torch.dtype, decoupled: bool) -> Row:
-    """Value, gradient times the vector's length, and the temperature's gradient."""
+    """The value, the gradient times the vector's length, and the temperature's gradient."""
     from lvssl.losses.ntxent import ntxent, reference
     from lvssl.losses.variants import decoupled_ntxent
 
@@ -256,12 +257,13 @@ def loss(setup: Setup, count: int, d: int, dtype: torch.dtype, decoupled: bool) 
         exact = value_and_slopes(plain, x.double(), temperature)
         with poisoned():
             found = value_and_slopes(fast, x, temperature)
-    # In fp32 the decoupled loss has no form but the kernels'; its budget is the allowance alone.
+    # In fp32 only the kernels have the decoupled loss; its budget is the allowance alone.
     naive = exact if decoupled else value_and_slopes(reference, x.float(), temperature)
     budget = ULP * (8 + 1 / temperature)
     if dtype != torch.float32:
         budget += 2**-23 * d / 16 / temperature
-    # The temperature's gradient: shares (2 in all) times logits (at most 1 / temperature) over 2 temperature.
+    # The temperature's gradient: shares (2 in total) times logits (at most 1 / temperature) over 2
+    # temperature.
     of_shares = SHARES[dtype] / temperature**2
     scale = 1 + float(exact[0].abs())
     allowances = (
@@ -318,8 +320,8 @@ def blocks(setup: Setup) -> Row:
 
 
 def head(setup: Setup, kind: str, rows: int, dim: int, count: int) -> Row:
-    """Sample, KL, entropy, gradient and packed bits. A discrete sample whose uniform lies within rounding of
-    its chance may fall on either side: such are counted, and must be one in 10,000 at most."""
+    """Sample, KL, entropy, gradient and packed bits. A discrete sample whose uniform number is within
+    rounding of its probability may take either value: these are counted, and may be at most one in 10,000."""
     from lvssl.latents import family, fused
 
     generator, seed = seeded(setup, f"{kind} {rows} {dim} {count}")
@@ -363,7 +365,7 @@ def head(setup: Setup, kind: str, rows: int, dim: int, count: int) -> Row:
 
 def gammas(setup: Setup) -> Row:
     """The kernel's logarithms of gamma variates against plain torch's, both in fp64, for shapes of 10^-2 to
-    10^6. Rounding may decide at which proposal one is accepted: once in 10^12 at most."""
+    10^6. Rounding may change which proposal is accepted: at most once in 10^12."""
     from lvssl.latents import noise_triton
     from lvssl.latents.noise import GAMMA_PROPOSALS, keyed, plain_log_gammas
 
@@ -442,7 +444,7 @@ def repeats(setup: Setup) -> Iterator[Row]:
 
 
 def sanitized(setup: Setup, tool: str) -> Row:
-    """The smallest case of each kernel under NVIDIA's checker, in memory that torch doesn't keep back."""
+    """The smallest case of each kernel under NVIDIA's checker, with torch's memory caching turned off."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).exists():
         return {"ok": None, "failed": "missing: compute-sanitizer"}
@@ -459,7 +461,7 @@ def sanitized(setup: Setup, tool: str) -> Row:
             "failed": f"{tool} could not run: {lines[-1][:200] if lines else done.returncode}",
         }
     clean = all(": 0 " in line for line in summary)
-    # What it finds in torch's own kernels is reported, but no fault of these.
+    # Findings in torch's own kernels are reported, but don't count as faults here.
     ours = [line.strip("= ") for line in said.splitlines() if any(kernel in line for kernel in KERNELS)]
     return {"ok": clean or not ours, "summary": "; ".join(summary), "failed": ours[0][:200] if ours else None}
 

@@ -1,4 +1,4 @@
-"""Images where none are given: JPEGs of realistic size, smooth shapes under noise, made once with Pillow."""
+"""Images for runs without any: JPEGs of realistic size, smooth shapes under noise, made once with Pillow."""
 
 import io
 from pathlib import Path
@@ -9,7 +9,7 @@ CLASSES = 10
 
 
 def jpeg(rng: np.random.Generator, label: int, height: int, width: int) -> bytes:
-    """Blobs of colour whose mean goes by the class, under the noise that gives a file its usual size."""
+    """Blobs of colour whose mean depends on the class, under noise that gives the file a typical size."""
     from PIL import Image
 
     coarse = rng.integers(0, 160, (6, 8, 3)) + 90 * np.array([label % 2, label // 2 % 2, label // 4]) % 256
@@ -21,7 +21,7 @@ def jpeg(rng: np.random.Generator, label: int, height: int, width: int) -> bytes
 
 
 def made(folder: Path, count: int, side: int, seed: int = 0) -> Path:
-    """A folder of class folders with `count` images, 1.6 times as wide as `side`, up to 64 px as wide."""
+    """A folder of class folders with `count` images, 1.6 times as wide as `side`; up to 64 px, as wide."""
     rng = np.random.default_rng(seed)
     for n in range(count):
         height = side if side <= 64 else int(1.2 * side + rng.integers(0, side // 4))
@@ -33,7 +33,7 @@ def made(folder: Path, count: int, side: int, seed: int = 0) -> Path:
 
 
 def beton(folder: Path, count: int, side: int, seed: int = 0) -> Path:
-    """Such images as the project's converter writes them; made once."""
+    """Such images, converted by the project's converter; made once."""
     from pipelines.convert.conversion import convert
 
     out = folder / f"made-{count}-{side}-{seed}.beton"

@@ -1,4 +1,4 @@
-"""What runs here, and what the card can do at best: copies and a matrix product, measured."""
+"""The versions in use, and the card's measured limits: copies and a matrix product."""
 
 import os
 import platform
@@ -49,7 +49,7 @@ def versions() -> Row:
 
 
 def turbojpeg() -> Row:
-    """Without it no .beton and no JPEG can be read at speed."""
+    """Whether libjpeg-turbo was found; without it no .beton and no JPEG can be read at speed."""
     from pipelines.decode.turbo import AVAILABLE
 
     return {"ok": None} if AVAILABLE else {"ok": None, "failed": "missing: libturbojpeg"}
@@ -66,7 +66,7 @@ def nvidia_smi() -> Row:
 
 
 def device_copy(setup: Setup) -> Row:
-    """Bytes read and written a second by a copy within the device's memory, 4 GiB of it."""
+    """Bytes read and written per second by a copy of 4 GiB within the device's memory."""
     size = 16 * 2**20 if setup.dry else 4 * 2**30
     source = torch.randint(256, (size // 64,), dtype=torch.uint8, device=setup.device).repeat(64)
     target = torch.empty_like(source)
@@ -76,7 +76,7 @@ def device_copy(setup: Setup) -> Row:
 
 
 def pinned_copy(setup: Setup) -> Row:
-    """Bytes a second from page-locked memory to the device, 512 MB of them."""
+    """Bytes per second from page-locked memory to the device, with 512 MB."""
     size = 512 * 10**6
     source = torch.randint(256, (size,), dtype=torch.uint8).pin_memory()
     target = torch.empty(size, dtype=torch.uint8, device=setup.device)
@@ -85,7 +85,7 @@ def pinned_copy(setup: Setup) -> Row:
 
 
 def product(setup: Setup, dtype: torch.dtype = torch.bfloat16) -> Row:
-    """Operations a second of a product of random matrices, 8,192 a side (zeros would run faster)."""
+    """Operations per second of a product of random matrices with 8,192 rows (zeros would run faster)."""
     side = 256 if setup.dry else 8192
     a, b = (torch.randn(side, side, device=setup.device).to(dtype) for _ in range(2))
     row = timed(setup, lambda: a @ b)
@@ -94,7 +94,7 @@ def product(setup: Setup, dtype: torch.dtype = torch.bfloat16) -> Row:
 
 
 def ceilings(setup: Setup) -> Row:
-    """What this card was measured to do, bytes and operations a second; measured now if it wasn't yet."""
+    """This card's measured bytes and operations per second; measured now if they weren't before."""
     found = {row["name"]: row for row in setup.earlier() if row["stage"] == "machine" and row.get("ok")}
     if "device copy" not in found or "bf16 product" not in found:
         found = {"device copy": device_copy(setup), "bf16 product": product(setup)}

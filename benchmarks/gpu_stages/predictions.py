@@ -1,19 +1,19 @@
-"""What was expected before any GPU had run this, beside what was measured. Predictions are of one H100 80 GB.
+"""Predictions made before this had run on any GPU, next to measurements. They are for one H100 80 GB.
 
-They come from counted bytes and operations over 3.0 TB/s and 800 TFLOP/s, and from the kernels' resources.
+They follow from counted bytes and operations over 3.0 TB/s and 800 TFLOP/s, and from the kernels' resources.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-Rows = dict[str, dict[str, Any]]  # the newest row of each name, of one card
+Rows = dict[str, dict[str, Any]]  # {name: newest row}, for one card
 R50, R18 = "ResNet-50, 224 px, 256 images", "ResNet-18, 32 px, 512 images"
 NOT_YET = "not measured yet"
 
 
 def of(rows: Rows, name: str, field: str, scale: float = 1.0) -> float | None:
-    """A figure of a row, or None where there is none."""
+    """A figure of a row, or None if it doesn't exist."""
     value = rows.get(name, {}).get(field)
     return scale * value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
@@ -170,7 +170,7 @@ def at_most(most: float) -> Callable[[float], bool]:
 
 
 def wrong(rows: Rows) -> float | None:
-    """Rows of the exactness stage that are wrong."""
+    """The number of wrong rows in the stage `exact`."""
     judged = [row for row in rows.values() if row["stage"] == "exact" and row.get("ok") is not None]
     return float(sum(row["ok"] is False for row in judged)) if judged else None
 
@@ -254,7 +254,7 @@ def newest(rows: Iterable[dict[str, Any]]) -> Rows:
 
 
 def tables(cards: dict[str, Rows]) -> tuple[list[list[str]], list[list[str]]]:
-    """Predictions and goals, a column for each card: rows of cells, the heads first."""
+    """Predictions and goals with a column for each card: rows of cells, the headers first."""
     names = list(cards) or ["one H100"]
     known = list(cards.values()) or [{}]
     predicted = [["what", "unit", "predicted", *names]]

@@ -1,7 +1,7 @@
-"""Several ranks where there is one device: two that share it, by gloo, and one alone in a group of NCCL.
+"""Several ranks on one device: two that share it, by gloo, and one alone in an NCCL group.
 
-NCCL refuses two ranks on one GPU. Gloo copies over the host, so these rows say what is right, not how fast:
-synchronised normalisation, the gathers of the loss, buckets of gradients, verdicts, a resume.
+NCCL refuses two ranks on one GPU. Gloo copies through the host, so these rows show correctness, not speed:
+synchronised normalisation, the gathers of the loss, gradient buckets, verdicts, a resume.
 """
 
 import socket
@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.gpu_stages.case import Case, Row, Setup
 from benchmarks.gpu_stages.steps import now, place
 
-CLASSES, STEPS = 10, 2  # more of them, and rounding alone makes other weights
+CLASSES, STEPS = 10, 2  # with more steps, rounding alone leads to other weights
 SLACK = 3.0
 State = dict[str, Tensor]
 
@@ -32,12 +32,14 @@ def cases(setup: Setup) -> Iterator[Case]:
 
 
 def two_ranks(setup: Setup) -> Row:
-    """Weights of both, of one that has the whole batch, and of both stopped half-way and resumed.
+    """Compare the weights of two ranks, of one rank with the whole batch, and of two ranks stopped half-way
+    and resumed.
 
-    The gradient of a fresh network by a contrastive loss has a condition number of some 10^5: in fp32 the
-    images in another order move it by a per cent, and weights after two steps by 8 to 19. So two ranks may
-    differ from one as much as one differs from itself with its images in the order that two ranks have them
-    in, times SLACK, and by half of the way at most; without synchronised normalisation they do by 0.7.
+    The gradient of a fresh network's contrastive loss has a condition number of some 10^5: in fp32, another
+    order of the images changes it by one per cent, and the weights after two steps by 8 to 19. Two ranks may
+    therefore differ from one rank by as much as one rank differs from itself with the images in the two
+    ranks' order, times SLACK, and by at most half of the change in training. Without synchronised
+    normalisation they differ by 0.7 of it.
     """
     with tempfile.TemporaryDirectory(dir=setup.scratch or None) as folder:
         for size in (1, 2):
@@ -62,14 +64,14 @@ def two_ranks(setup: Setup) -> Row:
 
 
 def one_rank(setup: Setup) -> Row:
-    """The same weights, to the bit, with a group of one as without, and what its collectives give."""
+    """Whether a group of one rank gives the same weights, to the bit, as no group; and its collectives."""
     with tempfile.TemporaryDirectory(dir=setup.scratch or None) as folder:
         mp.start_processes(_alone, (free_port(), setup, folder), 1, start_method="spawn")
         return torch.load(Path(folder) / "row.pt", weights_only=False)
 
 
 def largest_difference(one: State, other: State, begun: State) -> float:
-    """Of the weights, over the way that the largest of their tensor has gone; running statistics aside."""
+    """The largest difference of weights over the largest change in their tensor; no running statistics."""
     keys = [key for key, value in one.items() if value.is_floating_point() and "running" not in key]
     ways = {key: (other[key] - begun[key]).abs().max().item() for key in keys}
     return max((one[key] - other[key]).abs().max().item() / ways[key] for key in keys if ways[key] > 0)
@@ -80,7 +82,7 @@ def _rank(rank: int, size: int, port: int, setup: Setup, folder: str) -> None:
     from lvssl.training.distributed import World, connected
 
     torch.set_num_threads(1)
-    gradients.BUCKET = 100_000  # several, of the smallest network
+    gradients.BUCKET = 100_000  # several buckets even for the smallest network
     with connected(World(rank, size, rank, "127.0.0.1", port), torch.device("cpu")):  # gloo for every device
         world = World(rank, size)
         begun, whole, seconds = trained(setup, world, Path(folder) / f"whole-of-{size}", (STEPS,))
@@ -102,7 +104,7 @@ def _alone(rank: int, port: int, setup: Setup, folder: str) -> None:
         init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=1,
     )  # fmt: skip
     _, within, seconds = trained(setup, World(), Path(folder) / "within", (STEPS,))
-    own, group = torch.arange(5.0, device=device), cast(Any, dist.new_group())  # as buckets have one
+    own, group = torch.arange(5.0, device=device), cast(Any, dist.new_group())  # buckets have a group, too
     summed, gathered = own.clone(), [torch.empty_like(own)]
     dist.all_reduce(summed, group=group)
     dist.all_gather(gathered, own)
@@ -117,8 +119,8 @@ def _alone(rank: int, port: int, setup: Setup, folder: str) -> None:
 def trained(
     setup: Setup, world: Any, folder: Path, stops: tuple[int, ...], reordered: bool = False
 ) -> tuple[State, State, float]:
-    """Weights at the beginning and after the last stop, before each of which but the first the run is resumed
-    from its checkpoint by a new trainer; and seconds of a step."""
+    """Weights at the beginning and after the last stop, and seconds per step. After each earlier stop, a new
+    trainer resumes from the checkpoint."""
     from benchmarks.engine import Batches
     from lvssl.training.trainer import Trainer
 
@@ -149,8 +151,8 @@ def weights(trainer: Any) -> State:
 
 
 def settings_of(setup: Setup, folder: Path) -> Any:
-    """In fp32, and deterministic: what differs is an order of summation. No latent: a bit that rounding flips
-    is no rounding any more."""
+    """fp32 and deterministic settings, so that only the order of summation differs. There is no latent, as a
+    bit flipped by rounding is a larger error."""
     from lvssl.settings.pretrain import EngineSettings, LatentSettings, preset
 
     base = preset("cifar10-small")
@@ -170,7 +172,7 @@ def settings_of(setup: Setup, folder: Path) -> Any:
 
 
 def part(settings: Any, step: int, world: Any, reordered: bool) -> Any:
-    """This rank's images of a batch of noise; or the batch as two ranks' follow each other in it."""
+    """This rank's images of a batch of noise; `reordered`: the batch in the order of two ranks' parts."""
     from pipelines.loader import ViewBatch
 
     noise, side = torch.Generator().manual_seed(step), settings.view.resolution

@@ -1,8 +1,8 @@
-"""The parent of the stages: it never touches the device itself, so that nothing there can stop it.
+"""The parent of the stages: it never uses the device itself, so that no device error can stop it.
 
-A stage has a deadline, each of its cases another. A process that hangs or dies costs the case it was at: that
-is a row, and a new process goes on with the next. After every row the report is written anew, beside and
-renamed.
+A stage has a deadline, and each of its cases another one. If a process hangs or dies, its current case
+becomes a row that says so, and a new process continues with the next case. After every row the report is
+written to another file and renamed.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from benchmarks.gpu_stages.case import BROKEN, Row, Setup, as_argument
 from pipelines.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
-RESTARTS = 8  # of one part of a stage; each costs the seconds that torch takes to load
+RESTARTS = 8  # of one part of a stage; each costs the seconds of importing torch
 POLL = 0.1  # seconds
 LATE = "cut off by the stage's deadline"
 
@@ -49,15 +49,15 @@ print(json.dumps(found))
 class Stage:
     name: str
     module: str
-    weight: float  # its share of the time that is left, among the stages that are still to come
-    parts: int = 1  # processes at once
-    beside: bool = False  # runs together with the stage before it
+    weight: float  # its share of the remaining time, among the remaining stages
+    parts: int = 1  # concurrent processes
+    beside: bool = False  # runs concurrently with the stage before it
     environment: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
 
 def identify(device: str) -> dict[str, str]:
-    """What every row carries: card, torch, triton, driver."""
+    """The fields of every row: card, torch, triton, driver."""
     done = subprocess.run([sys.executable, "-c", CARD], capture_output=True, text=True, cwd=ROOT, timeout=180)
     if done.returncode:
         lines = done.stderr.strip().splitlines()
@@ -85,7 +85,7 @@ def processor() -> str:
 
 
 class Report:
-    """Rows on the disk and on the terminal. Rows of stages that don't run again stay as they are."""
+    """Rows on disk and in the terminal. Rows of stages that aren't run again are kept."""
 
     def __init__(self, path: Path, card: dict[str, str], head: Row, keep: Callable[[Row], bool]) -> None:
         self.path, self.card, self.head = path, card, head
@@ -97,7 +97,7 @@ class Report:
         self.write()
 
     def add(self, stage: str, row: Row) -> None:
-        """A row; one with "update" true replaces the newest of this run that has its name."""
+        """Add a row; one with "update" true replaces the newest row of this run with its name."""
         update = row.pop("update", False)
         full = {"stage": stage, **row, **self.card}
         with self.lock:
@@ -130,7 +130,7 @@ def in_words(row: Row) -> str:
 
 
 def run_stages(stages: Iterable[Stage], setup: Setup, report: Report, seconds: float) -> None:
-    """All stages, one group after the other; each group has its share of the time that is left."""
+    """Run all stages, one group after the other; each group gets its share of the remaining time."""
     end = time.monotonic() + seconds
     groups: list[list[Stage]] = []
     for stage in stages:
@@ -160,13 +160,13 @@ def run_stages(stages: Iterable[Stage], setup: Setup, report: Report, seconds: f
                 thread.start()
             for thread in threads:
                 thread.join()
-        finally:  # interrupted: what runs must not go on
+        finally:  # if interrupted, running processes must not continue
             for child in list(Child.running):
                 child.kill()
 
 
 def run_part(stage: Stage, setup: Setup, report: Report, seconds: float) -> None:
-    """One part of a stage, by as many processes as it takes."""
+    """Run one part of a stage, in as many processes as necessary."""
     deadline, done = time.monotonic() + seconds, list(setup.done)
     for _ in range(RESTARTS + 1):
         if time.monotonic() >= deadline:
@@ -193,7 +193,7 @@ def run_part(stage: Stage, setup: Setup, report: Report, seconds: float) -> None
 
 
 class Child:
-    """A process that works through cases, in a group of its own, so that nothing it starts is left over."""
+    """A process that works through cases, in its own process group, so that all that it starts is killed."""
 
     running: ClassVar[set["Child"]] = set()
 
@@ -219,7 +219,7 @@ class Child:
             )
 
     def attend(self, deadline: float, add: Callable[[Row], None]) -> str | None:
-        """Until it has ended or must end; None if it has done all its cases, else why not."""
+        """Wait until it has ended or must end; returns None if it has done all its cases, else the reason."""
         why = None
         Child.running.add(self)
         try:
@@ -243,7 +243,7 @@ class Child:
         return why
 
     def take(self, add: Callable[[Row], None]) -> None:
-        """Read what is new, as far as it is whole lines."""
+        """Read the new complete lines."""
         with open(self.rows, "rb") as file:
             file.seek(self.read)
             text = file.read()
@@ -260,7 +260,7 @@ class Child:
                 add(said["row"])
 
     def kill(self) -> None:
-        """The whole group, even after its leader has ended: a test or a loader may have left processes."""
+        """Kill the whole group, even if its leader has ended: a test or a loader may have left processes."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -1,10 +1,10 @@
-"""Whole training steps: the engine eager, recorded as a CUDA graph and compiled, on batches that lie ready
-and through the loader; a bare loop; and what people have today.
+"""Whole training steps: the engine eager, recorded as a CUDA graph and compiled, on prepared batches and with
+the loader; a bare loop; and the pipeline commonly used.
 
-images_per_second  of two views each
+images_per_second  with two views each
 mfu                the backbone's operations, forward and backward, over the card's dense bf16 peak
-launches, busy     by torch.profiler: kernels and copies a step; share of the time in which one was running
-waiting            share of the time in which the host waited for a batch to be made
+launches, busy     from torch.profiler: kernels and copies per step; share of the time in which one was
+running waiting            share of the time in which the host waited for a batch
 """
 
 import json
@@ -49,7 +49,7 @@ def works(setup: Setup) -> tuple[Work, ...]:
 
 
 def cases(setup: Setup) -> Iterator[Case]:
-    """The most important first: a stage that is cut off keeps what it has."""
+    """The most important first, so that an interrupted stage has these."""
     large, small = works(setup)[0], works(setup)[-1]
 
     def case(how: str, work: Work) -> Case:
@@ -62,12 +62,12 @@ def cases(setup: Setup) -> Iterator[Case]:
     yield Case(f"bare loop, {large.name}", partial(bare, setup, large))
     yield case("compiled", large)
     yield Case(f"what people have today, {small.name}", partial(what_people_have, setup, small))
-    for how in ("recorded, beta", "recorded, vmf"):  # whose keyed noise is many small operations
+    for how in ("recorded, beta", "recorded, vmf"):  # their keyed noise is many small operations
         yield case(how, small)
     if large != small:
         yield Case(f"bare loop, {small.name}", partial(bare, setup, small))
         yield case("compiled", small)
-    for how in ("compiled and recorded", "deterministic"):  # this one for good, in its process
+    for how in ("compiled and recorded", "deterministic"):  # the latter last, as it affects its whole process
         for work in works(setup):
             yield case(how, work)
 
@@ -85,7 +85,7 @@ def settings_of(setup: Setup, work: Work, how: str = "eager") -> Any:
         out=Path(setup.scratch) / "steps",
         checkpoint_minutes=1e6,
         log_every=LOG_EVERY,
-        latent=replace(base.latent, family=family, beta_schedule="constant"),  # as after its warm-up
+        latent=replace(base.latent, family=family, beta_schedule="constant"),  # as after warm-up
         model=replace(base.model, backbone=work.backbone),
         view=replace(base.view, resolution=work.side),
         engine=EngineSettings(
@@ -97,14 +97,14 @@ def settings_of(setup: Setup, work: Work, how: str = "eager") -> Any:
 
 
 def engine(setup: Setup, work: Work, how: str = "eager") -> Step:
-    """What the engine does with a batch, between its log lines and its looks at signals."""
+    """The engine's work for a batch, between its log lines and its checks for signals."""
     from benchmarks.engine import LOG_EVERY, Batches, engine_step
     from lvssl.training.trainer import Trainer
 
     settings = settings_of(setup, work, how)
     settings.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(settings, CLASSES, cast(Any, Batches()), place(setup))
-    trainer.step = LOG_EVERY - WARM_UP + 1  # so that a logged step is among those that aren't timed
+    trainer.step = LOG_EVERY - WARM_UP + 1  # so that a logged step is among the untimed ones
     return engine_step(trainer)
 
 
@@ -124,7 +124,7 @@ def synthetic(setup: Setup, work: Work, count: int = 2) -> list[Any]:
 
 
 class Endless:
-    """Batches without end, and the seconds that were waited for them."""
+    """Endless batches, and the seconds spent waiting for them."""
 
     def __init__(self, loader: Any) -> None:
         self.loader, self.batches = loader, iter(loader)
@@ -158,7 +158,7 @@ def through_loader(setup: Setup, work: Work) -> Endless:
     path = given or images.beton(Path(setup.scratch) / "images", 32 if setup.dry else 384, work.side)
     source = open_reader(path)
     subset = Subset(source, np.resize(np.arange(len(source)), 200 * work.batch))
-    subset.labels = subset.labels % CLASSES  # what the network is made for
+    subset.labels = subset.labels % CLASSES  # the classes that the network has
     device = place(setup)
     dtype = torch.bfloat16 if setup.device == "cuda" else torch.float32
     return Endless(TwoViewLoader(
@@ -183,7 +183,7 @@ def engine_rows(setup: Setup, work: Work, how: str) -> Iterator[Row]:
 
 
 def bare(setup: Setup, work: Work) -> Row:
-    """The loop that one would write of the same network, loss and optimiser."""
+    """A minimal hand-written loop with the same network, loss and optimiser."""
     from benchmarks.engine import bare_step
 
     step = bare_step(settings_of(setup, work), place(setup))
@@ -198,7 +198,7 @@ def what_people_have(setup: Setup, work: Work) -> Row:
 
 
 def measured(setup: Setup, work: Work, step: Step, batches: Iterator[Any]) -> Row:
-    """Speed over two stretches of steps, and what the profiler says of three more."""
+    """Speed over two stretches of steps, and the profiler's figures for three more."""
     from lvssl.models.utilisation import operations, peak_flops
 
     numbers = 2 * work.batch * operations(work.backbone, work.side)
@@ -226,8 +226,8 @@ def measured(setup: Setup, work: Work, step: Step, batches: Iterator[Any]) -> Ro
 
 
 def stretch(setup: Setup, work: Work, step: Step, batches: Iterator[Any]) -> tuple[float, float]:
-    """Seconds a step, and of these the host's wait for a batch: by the loader's own account if it keeps one,
-    for on a GPU it also bounds how far the host runs ahead."""
+    """Seconds per step, and the host's share of waiting for a batch: by the loader's own measurement if it
+    has one, because on a GPU the loader also limits how far the host runs ahead."""
     started, waited = now(setup), 0.0
     before = getattr(batches, "waited", None)
     for _ in range(work.steps):
@@ -251,7 +251,7 @@ def now(setup: Setup) -> float:
 
 
 def profiled(setup: Setup, step: Step, batches: Iterator[Any], steps: int = 3) -> Row:
-    """Launches a step and busy share, from the profiler's trace; on a CPU, calls of operators."""
+    """Launches per step and busy share, from the profiler's trace; on a CPU, calls of operators."""
     from torch.profiler import ProfilerActivity, profile
 
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (setup.device == "cuda")
@@ -269,7 +269,7 @@ def profiled(setup: Setup, step: Step, batches: Iterator[Any], steps: int = 3) -
 
 
 def busy(events: list[dict[str, Any]], steps: int) -> Row:
-    """`events`: ts and dur in microseconds; overlapping ones count once."""
+    """`events`: ts and dur in microseconds; overlapping events count once."""
     spans = sorted((float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in events)
     if not spans:
         return {"launches": 0.0, "busy": None}

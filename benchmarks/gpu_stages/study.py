@@ -1,7 +1,7 @@
-"""Pretraining on small images, and what it is worth: kNN, linear probe, fine-tuning. The study's stages.
+"""Pretraining on small images, and its evaluation by kNN, linear probe and fine-tuning: the study's stages.
 
-Options (`Setup.options`): data, train, test, folder; arm, seed, epochs, batch, lr, compile, tune_epochs; for
-the time to a kNN accuracy target, every.
+Options (`Setup.options`): data, train, test, folder; arm, seed, epochs, batch, lr, compile, tune_epochs; and,
+for the time to a kNN accuracy, target and every.
 """
 
 import copy
@@ -18,24 +18,24 @@ from benchmarks.gpu_stages.case import Case, Row, Setup, last_line
 from benchmarks.gpu_stages.steps import now, place
 from pipelines.cores import loader_threads
 
-ARMS: dict[str, dict[str, Any]] = {  # each with the latent's settings; another arm is another line
+ARMS: dict[str, dict[str, Any]] = {  # each with its latent settings; a line adds an arm
     "plain": {"family": "none"},
     "sign": {"family": "sign", "decorrelation": 0.02},
     "bernoulli": {"family": "bernoulli", "decorrelation": 0.02},
     "plain-vc": {"family": "none", "objective": "ntxent-vc"},
     "bernoulli-vc": {"family": "bernoulli", "decorrelation": 0.02, "objective": "ntxent-vc"},
-    "ceb": {  # Lee et al. 2021: kappa_e = init_scale * dimensions = 1,024, one sample, nothing beside it
+    "ceb": {  # Lee et al. 2021: kappa_e = init_scale * dimensions = 1,024, one sample, no other term
         "family": "vmf", "site": "proj", "dim": 128, "objective": "ceb", "posterior_scale": "fixed",
         "init_scale": 8.0, "samples": 1, "clean_path_weight": 0.0,
     },
 }  # fmt: skip
-USUAL = ("plain", "sign", "bernoulli")  # where none is named
+USUAL = ("plain", "sign", "bernoulli")  # the default
 TUNE_LR, TUNE_BATCH = 0.05, 256  # SimCLR's rate for a batch of 256
-TUNE_STEPS = 200  # at least: 1 % of the labels make two steps an epoch
+TUNE_STEPS = 200  # minimum: 1 % of the labels make two steps per epoch
 
 
 def cases(setup: Setup) -> Iterator[Case]:
-    """Of one stage; which, its name says."""
+    """The cases of one stage, selected by its name."""
     makers: dict[str, Callable[[Setup], Any]] = {"data": data, "speed": speed, "to-knn": to_knn}
     name = setup.options.get("name", setup.stage)
     yield Case(name, lambda: makers.get(setup.stage, arm)(setup), seconds=24 * 3600)
@@ -59,7 +59,7 @@ def data(setup: Setup) -> Row:
 
 
 def made_sets(setup: Setup) -> None:
-    """Images whose mean colour goes by the class, for a dry run without data."""
+    """Make images whose mean colour depends on the class, for a dry run without data."""
     from benchmarks.gpu_stages import images
     from pipelines.convert.conversion import convert
 
@@ -72,7 +72,7 @@ def made_sets(setup: Setup) -> None:
 
 
 def settings_of(setup: Setup, arm: str, epochs: int, out: Path) -> Any:
-    """ResNet-18 with the small images' stem; everything but the latent is the same in all arms."""
+    """ResNet-18 with the small images' stem; only the latent differs between arms."""
     from lvssl.settings.pretrain import EngineSettings, LatentSettings, preset
 
     options, base = setup.options, preset("cifar10-r18")
@@ -94,7 +94,7 @@ def settings_of(setup: Setup, arm: str, epochs: int, out: Path) -> Any:
 
 
 def trainer_of(settings: Any, device: torch.device) -> tuple[Any, Any]:
-    """A trainer and its loader, as `lvssl pretrain` makes them."""
+    """A trainer and its loader, as in `lvssl pretrain`."""
     from lvssl.models.device import precision
     from lvssl.training.trainer import Trainer
     from pipelines.augment import augmenter_for
@@ -114,7 +114,7 @@ def trainer_of(settings: Any, device: torch.device) -> tuple[Any, Any]:
 
 
 def speed(setup: Setup) -> Row:
-    """Images a second of the slowest arm, from which the epochs that fit are found."""
+    """Images per second of the slowest arm, from which the number of epochs is computed."""
     settings = settings_of(setup, "bernoulli", 1000, Path(setup.scratch) / "speed")
     settings = replace(settings, latent=replace(settings.latent, beta_schedule="constant"))  # after warm-up
     trainer, loader = trainer_of(settings, place(setup))
@@ -130,7 +130,7 @@ def speed(setup: Setup) -> Row:
             if number == warm:
                 started = now(setup)
             trainer.train_step(next(source).to(trainer.device))
-            trainer.finite.in_a_row()  # as between two steps of a run: else verdicts pile up
+            trainer.finite.in_a_row()  # as between steps of a run; otherwise verdicts pile up
             trainer.step += 1
         seconds = (now(setup) - started) / count
         cast(Any, source).close()
@@ -142,7 +142,7 @@ def speed(setup: Setup) -> Row:
 
 
 def arm(setup: Setup) -> Iterator[Row]:
-    """One arm: a row, to which each measure adds what it finds."""
+    """One arm: a row, to which each measurement adds its figures."""
     from lvssl.runs.progress import read_metrics
     from lvssl.runs.run import load_run
     from lvssl.training.pretrain import pretrain
@@ -171,8 +171,8 @@ def arm(setup: Setup) -> Iterator[Row]:
 
 
 def measures(setup: Setup, run: Any, pool: ThreadPoolExecutor) -> dict[str, Callable[[], Row]]:
-    """What a run is worth, in percent of the test images. The probe's fits go on a thread of their own, on
-    the CPU, while the device is fine-tuning."""
+    """Measurements of a run, in percent of the test images. The probe is fitted in its own thread on the CPU,
+    while the device does the fine-tuning."""
     from lvssl.evaluation.embedding import embed
     from lvssl.evaluation.knn import hamming_knn, weighted_knn
     from lvssl.evaluation.probe import linear_probe
@@ -204,7 +204,7 @@ def measures(setup: Setup, run: Any, pool: ThreadPoolExecutor) -> dict[str, Call
 
 
 def tuned(setup: Setup, run: Any, share: float) -> float:
-    """Top-1 after fine-tuning encoder and a linear layer with a share of the labels, at a fixed rate."""
+    """Top-1 after fine-tuning the encoder and a linear layer with a share of the labels, at a fixed rate."""
     from lvssl.evaluation.score import score
     from lvssl.runs.labels import labelled_rows, open_labelled
     from lvssl.training.stopping import Stop
@@ -240,7 +240,7 @@ def tuned(setup: Setup, run: Any, share: float) -> float:
 
 
 def to_knn(setup: Setup) -> Iterator[Row]:
-    """Seconds of training until kNN reaches the target; looks at it aren't counted, their time is given."""
+    """Seconds of training until kNN reaches the target, without evaluations, whose time is given apart."""
     from lvssl.evaluation.embedding import embed
     from lvssl.evaluation.knn import weighted_knn
     from lvssl.models.device import autocast

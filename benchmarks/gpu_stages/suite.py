@@ -1,6 +1,6 @@
-"""The tests marked `gpu`, in up to eight processes; a row for each test, written when it ends.
+"""The tests marked `gpu`, in up to eight processes; each test's row is written when it ends.
 
-pytest loads this file as a plugin of its own, too: it writes each test's verdict to $LVSSL_TEST_ROWS.
+pytest also loads this file as a plugin, which writes each test's verdict to $LVSSL_TEST_ROWS.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ def cases(setup: Setup) -> Iterator[Case]:
 
 
 def tests(setup: Setup) -> Iterator[Row]:
-    """Rows of the tests, then one that sums up."""
+    """Rows of the tests, followed by a summary."""
     files = setup.options.get("files") or marked(ROOT / "tests")
     if not files:
         yield {"ok": None, "failed": "missing: tests marked gpu"}
@@ -67,7 +67,7 @@ def tests(setup: Setup) -> Iterator[Row]:
 
 
 def marked(folder: Path) -> list[str]:
-    """Test files in which the mark occurs, or what bears it: the others needn't be imported."""
+    """Test files that contain the mark, or something that implies it; others needn't be imported."""
     files = sorted(folder.rglob("test_*.py"))
     return [str(file) for file in files if MARK.search(file.read_text())]
 
@@ -77,7 +77,7 @@ def start(files: list[str], options: list[str], rows: Path) -> tuple[subprocess.
         sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", __name__,
         "--continue-on-collection-errors", *options, *files,
     ]  # fmt: skip
-    # A suite started by a worker of another is not that other's worker.
+    # A suite started by a worker of another suite isn't that suite's worker.
     outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     with open(rows.with_suffix(".out"), "wb") as out:
         process = subprocess.Popen(
@@ -91,14 +91,14 @@ def start(files: list[str], options: list[str], rows: Path) -> tuple[subprocess.
 
 
 def complaint(status: int, rows: Path) -> str:
-    """What pytest itself has to say beyond failed tests (1) and no tests (5)."""
+    """pytest's own error message, beyond failed tests (1) and no tests (5)."""
     if status in (0, 1, 5):
         return ""
     lines = rows.with_suffix(".out").read_text(errors="replace").strip().splitlines()
     return f"pytest ended with {status}: {lines[-1][:150] if lines else ''}"
 
 
-# As a plugin of pytest
+# The pytest plugin
 
 
 def write(row: Row) -> None:
@@ -108,7 +108,7 @@ def write(row: Row) -> None:
 
 def pytest_runtest_logreport(report: Any) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ or VARIABLE not in os.environ:
-        return  # the process that distributes the tests hears of them all
+        return  # the process that distributes the tests receives all reports
     if report.when == "call" or (report.when == "setup" and not report.passed) or report.failed:
         row: Row = {"name": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
         row["ok"] = {"passed": True, "failed": False}.get(report.outcome)

@@ -1,7 +1,7 @@
-"""Seconds of each piece on the device, beside its peers, its floor and what the floor says of it.
+"""Seconds of each part on the device, next to its peers and its floor.
 
-Bytes are those that must be moved (each input read once, each output written once), operations those that
-must be done; the floor is the larger of the two times at this card's measured ceilings.
+Bytes are those that must be moved (each input read once, each output written once), and operations those that
+must be done; the floor is the larger of the two times at this card's measured limits.
 """
 
 import importlib
@@ -31,7 +31,7 @@ Call = Callable[[], Any]
 
 
 def cases(setup: Setup) -> Iterator[Case]:
-    """The most important first: a stage that is cut off keeps what it has."""
+    """The most important first, so that an interrupted stage has these."""
     for side in sides(setup):
         for blur in (0.5, 0.0, 1.0):
             yield Case(f"ours, {side} px, bf16, blur {blur}", partial(ours, setup, side, blur))
@@ -95,14 +95,14 @@ def ours(setup: Setup, side: int, blur: float, dtype: torch.dtype = torch.bfloat
         calls.append(partial(gpu.augment, *given, view, dtype))
     found = timed(setup, rotated(calls))
     pixels = count * side * side
-    # Some 60 operations a pixel; a blur's two passes over three colours, 2 operations a tap.
+    # Some 60 operations per pixel; the blur's two passes over three colours take 2 operations per tap.
     operations = pixels * (60 + blur * 2 * 3 * 2 * view.kernel_size)
     row = against_floor(found, view_bytes(side, dtype) * count, operations, ceilings(setup))
     return {"ok": True, **row, "views": count, "us_per_view": 1e6 * row["seconds"] / count}
 
 
 def reorder(setup: Setup, side: int) -> Row:
-    """The copy that puts a batch's crops, which lie image by image, in the order of the views."""
+    """The copy that reorders a batch's crops from image by image to view by view."""
     count = views_a_call(setup, side)
     crops = crops_of(setup, side, count, 0).unflatten(0, (count // 2, 2))
     row = timed(setup, lambda: crops.transpose(0, 1).flatten(0, 1))
@@ -111,14 +111,14 @@ def reorder(setup: Setup, side: int) -> Row:
 
 
 def peer(setup: Setup, side: int, form: str) -> Row:
-    """The same chain by others on the same device, uint8 crops in, normalised bf16 out."""
+    """The same chain in other libraries on the same device, from uint8 crops to normalised bf16."""
     view = view_of(side)
     count = min(views_a_call(setup, side), 32 if form == "torchvision v2" else 512)  # one by one is slow
     crops = crops_of(setup, side, count, 0).permute(0, 3, 1, 2)
     chain = kornia_chain(view).to(setup.device) if form == "kornia" else torchvision_chain(view)
     if form == "kornia":
         call: Call = lambda: chain(crops.float() / 255).to(torch.bfloat16)  # noqa: E731
-    elif form == "torchvision v2":  # on a batch it draws once for all
+    elif form == "torchvision v2":  # a batch would share its random draws
         call = lambda: torch.stack([chain(crop) for crop in crops]).to(torch.bfloat16)  # noqa: E731
     else:
         call = lambda: chain(crops).to(torch.bfloat16)  # noqa: E731
@@ -138,12 +138,12 @@ def loss_sizes(setup: Setup) -> tuple[int, ...]:
 
 
 def compiled_sizes(setup: Setup) -> tuple[int, ...]:
-    """Vectors for which the matrix form is compiled; each takes the compiler some seconds."""
+    """Numbers of vectors for which the matrix form is compiled; each takes the compiler some seconds."""
     return (64,) if setup.dry else (8192, 32768)
 
 
 def loss_forms(setup: Setup) -> dict[str, Callable[[int], Call]]:
-    """Each form as vectors -> a call. The matrix forms may use TF32, as whoever wants speed would have it."""
+    """{form: vectors -> a call}. The matrix forms may use TF32, as users who want speed would."""
 
     def ours(count: int) -> Call:
         from lvssl.losses.ntxent import ntxent
@@ -172,7 +172,7 @@ def loss_forms(setup: Setup) -> dict[str, Callable[[int], Call]]:
 
 
 def forward_and_backward(setup: Setup, count: int, loss: Callable[[Tensor], Tensor]) -> Call:
-    """bf16 vectors [2B, d], as autocast gives them."""
+    """bf16 vectors [2B, d], as under autocast."""
     u = torch.randn(count, D, device=setup.device, dtype=torch.bfloat16, requires_grad=True)
 
     def call() -> Tensor:
@@ -190,9 +190,9 @@ def loss(setup: Setup, count: int, form: str) -> Row:
     call = loss_forms(setup)[form](count)
     value = call().item()
     row = timed(setup, call)
-    # A product of all pairs forward; backward the pairs again, and their shares times the vectors.
+    # Forward: one product of all pairs; backward: the pairs again, and their shares times the vectors.
     row = against_floor(row, 4 * count * D * 2, 6 * count * count * D, ceilings(setup))
-    expected = float(np.log(count - 1))  # of random vectors, about
+    expected = float(np.log(count - 1))  # approximate value for random vectors
     near = 0.5 * expected < value < 2 * expected + 2
     row |= {"us_per_view": 1e6 * row["seconds"] / count, "vectors": count, "loss": value}
     return {"ok": near, **row, **peak_memory(setup, call)}
@@ -202,7 +202,7 @@ def loss(setup: Setup, count: int, form: str) -> Row:
 
 
 def head(setup: Setup, kind: str, form: str) -> Row:
-    """Mean of K samples, KL, entropy and bits, and the gradient; by one kernel each way, or composed."""
+    """Mean of K samples, KL, entropy, bits, and the gradient; by one kernel each way, or composed."""
     from lvssl.latents import family, fused
     from lvssl.latents.bits import pack
     from lvssl.latents.noise import Noise
@@ -228,7 +228,7 @@ def head(setup: Setup, kind: str, form: str) -> Row:
 
     row = timed(setup, call)
     parameters, numbers = x.numel(), rows * dim
-    # Forward: parameters read, the sample written; backward: both read, the gradient written.
+    # Forward: parameters read, sample written; backward: both read, gradient written.
     row = against_floor(row, 4 * (3 * parameters + 2 * numbers), 0, ceilings(setup))
     return {
         "ok": x.grad is not None,
@@ -254,7 +254,7 @@ def decorrelation(setup: Setup, precision: str) -> Row:
     return {"ok": bits.grad is not None, **row, "us_per_view": 1e6 * row["seconds"] / rows}
 
 
-# What follows the backward pass
+# After the backward pass
 
 
 def with_gradients(setup: Setup, backbone: str) -> Any:
@@ -268,7 +268,7 @@ def with_gradients(setup: Setup, backbone: str) -> Any:
 
 
 def guard(setup: Setup, backbone: str) -> Row:
-    """The gradients' norm, and clipping."""
+    """The norm of the gradients, and clipping."""
     from lvssl.training.gradients import clip_gradients
 
     parameters = list(with_gradients(setup, backbone).parameters())
@@ -304,6 +304,6 @@ def optimiser(setup: Setup, form: str, backbone: str) -> Row:
     stepper = OPTIMISERS[form](network)
     row = timed(setup, stepper.step)
     size = sum(p.nbytes for p in network.parameters())
-    # Weights and states read and written, gradients read; AdamW has two states, the others one.
+    # Weights and states are read and written, gradients read; AdamW has two states, the others one.
     moved = size * (7 if form.startswith("AdamW") else 5)
     return {"ok": True, **against_floor(row, moved, 0, ceilings(setup))}

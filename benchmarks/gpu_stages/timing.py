@@ -1,4 +1,4 @@
-"""How long a call takes on the device, and what it could take at best."""
+"""The time that a call takes on the device, and its theoretical minimum."""
 
 import itertools
 import statistics
@@ -10,14 +10,14 @@ import torch
 
 from benchmarks.gpu_stages.case import Row, Setup
 
-CACHE = 60 * 2**20  # bytes of an H200's second-level cache, the largest of the cards this is meant for
+CACHE = 60 * 2**20  # L2 cache of an H200 in bytes, the largest of the intended cards
 
 
 def timed(setup: Setup, call: Callable[[], Any]) -> Row:
     """Median seconds of a call, with quantiles at 0.2 and 0.8.
 
-    On a GPU by `triton.testing.do_bench`, which warms up, measures with events and empties the cache before
-    each call; on a CPU the median of three.
+    On a GPU it uses `triton.testing.do_bench`, which warms up, measures with events and empties the cache
+    before each call; on a CPU, the median of three calls.
     """
     if setup.device == "cuda":
         from triton.testing import do_bench
@@ -34,18 +34,18 @@ def timed(setup: Setup, call: Callable[[], Any]) -> Row:
 
 
 def rotated(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
-    """One call after the other, each with inputs of its own."""
+    """Call one after the other, each with its own inputs."""
     turn = itertools.cycle(calls)
     return lambda: next(turn)()
 
 
 def sets_beyond_cache(size: int) -> int:
-    """How many sets of inputs of `size` bytes exceed the second-level cache three times; at most 16."""
+    """The number of input sets of `size` bytes that exceed the L2 cache three times; at most 16."""
     return max(1, min(16, -(-3 * CACHE // max(size, 1))))
 
 
 def peak_memory(setup: Setup, call: Callable[[], Any]) -> Row:
-    """Bytes that a call takes on the device beyond what was there before it."""
+    """Device memory in bytes that a call takes in addition to what was there before."""
     if setup.device != "cuda":
         return {"peak_mib": None}
     call()
@@ -63,7 +63,7 @@ def view_bytes(side: int, dtype: torch.dtype) -> int:
 
 
 def against_floor(row: Row, moved: float, operations: float, best: Row) -> Row:
-    """Bytes and operations of the call, the floor that they set, and how near the measured time comes."""
+    """Bytes and operations of the call, the resulting floor, and how close the measured time comes to it."""
     floor = max(moved / best["bytes"], operations / best["operations"])
     return {
         **row,

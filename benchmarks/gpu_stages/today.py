@@ -1,5 +1,5 @@
-"""The pipeline that people have today: torchvision's transforms on PIL images in a DataLoader with 16
-workers, lightly's loss, bf16 autocast, channels-last, the same backbone and projector."""
+"""The pipeline commonly used: torchvision's transforms on PIL images in a DataLoader with 16 workers,
+lightly's loss, bf16 autocast, channels-last, and the same backbone and projector."""
 
 import importlib
 from collections.abc import Callable, Generator
@@ -15,7 +15,7 @@ WORKERS = 16
 
 
 class Pairs(torch.utils.data.Dataset):
-    """Images uint8 [N, R, R, 3] in memory, two views of each, as torchvision's CIFAR10 with a transform."""
+    """Images uint8 [N, R, R, 3] in memory, two views of each, like torchvision's CIFAR10 with a transform."""
 
     def __init__(self, images: np.ndarray, length: int, view: Any) -> None:
         self.images, self.length, self.chain = images, length, chain(view)
@@ -45,7 +45,7 @@ def chain(view: Any) -> Any:
 
 
 def contrastive() -> tuple[Callable[[Tensor], Tensor], str]:
-    """lightly's loss, or the matrix form where lightly isn't installed."""
+    """lightly's loss, or the matrix form if lightly isn't installed."""
     try:
         loss = importlib.import_module("lightly.loss").NTXentLoss(temperature=0.2)
     except ImportError:
@@ -62,7 +62,7 @@ def one_thread(_: int) -> None:
 def pipeline(
     setup: Setup, work: Any, settings: Any, device: torch.device
 ) -> tuple[Callable[[list[Tensor]], Tensor], Generator[list[Tensor], None, None], Row]:
-    """A step, the batches that it takes (closing them ends the workers), and what a row says of them."""
+    """A step, the batches that it takes (closing them ends the workers), and a row's description of them."""
     from lvssl.models.backbone import build_backbone
     from lvssl.models.network import projector
 
