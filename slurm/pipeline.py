@@ -50,17 +50,17 @@ class ClusterSettings:
     modules: tuple[str, ...] = ()  # `module load` each
     setup: tuple[str, ...] = ()  # shell lines before the command
     environment: Mapping[str, str] = field(default_factory=dict)
-    stage_to: str = ""  # a folder of the node's own, such as $TMPDIR, to copy the images to before it starts
+    stage_to: str = ""  # a local folder of the node, such as $TMPDIR, to which images are copied first
     python: str = ""  # interpreter on the nodes; empty: the one that submits
-    # Words before each process's command, such as ("apptainer", "exec", "--nv", "lvssl.sif"); python3 is the
-    # container's own.
+    # Words before each process's command, such as ("apptainer", "exec", "--nv", "lvssl.sif"); python3 is then
+    # the container's.
     container: tuple[str, ...] = ()
     options: Mapping[str, str | int | bool] = field(
         default_factory=dict
-    )  # more of sbatch, by their long names
+    )  # further options of sbatch, by their long names
     warning: int = 120  # seconds before the time limit at which the job is told to save and requeue
     concurrency: int = 8  # tasks of one stage at the same time
-    crashes: int = 3  # starts anew after a crash; preemptions and time limits are not counted
+    crashes: int = 3  # restarts after crashes; preemptions and time limits don't count
 
     @property
     def ranks_per_node(self) -> int:
@@ -83,7 +83,7 @@ class LocalSettings:
 class ImageSource:
     """Options of `convert-beton`: of both sets in [convert], of one in [convert.train] and [convert.test]."""
 
-    source: str = field(default="", metadata=RUNTIME)  # what lies there counts
+    source: str = field(default="", metadata=RUNTIME)  # the digest has its `identity`
     split: str | None = None
     classes: Path | None = None
     devkit: Path | None = None
@@ -96,7 +96,7 @@ class ImageSource:
     on_error: str | None = None
     root: Path | None = None
     workers: int | None = field(default=None, metadata=RUNTIME)
-    # Jobs of an array that convert a part each; then one merges them.
+    # Number of jobs in an array that convert one part each; one more job then merges them.
     shards: int = field(default=1, metadata=RUNTIME)
 
 

@@ -174,7 +174,7 @@ def convert(source: ImageSource, beton: Path) -> tuple[str, ...]:
 def digest(stage: str, settings: Any, *inputs: str) -> str:
     """SHA-256 of a stage's settings (the semantic ones that aren't defaults) and of its inputs' digests.
 
-    Paths that the pipeline fills in are represented by the content's digest instead.
+    Paths that the pipeline fills in count only through the inputs' digests.
     """
     if dataclasses.is_dataclass(settings):
         settings = beyond_defaults(settings, FILLED_IN)

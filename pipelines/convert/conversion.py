@@ -95,7 +95,7 @@ class OutputOptions:
 
     webdataset: str | Path | None = None  # a new folder for tars
     images_per_tar: int = IMAGES_PER_TAR
-    workers: int | None = None  # threads; None: one a core
+    workers: int | None = None  # threads; None: one per core
     overwrite: bool = False  # replace existing outputs
     restart: bool = False  # discard what an interrupted conversion has left
     progress: bool = False  # show notes, estimate and a bar on stderr

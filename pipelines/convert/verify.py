@@ -23,7 +23,7 @@ from pipelines.formats.manifest import Samples, read_manifest
 from pipelines.formats.openfiles import OpenFiles
 from pipelines.formats.webdataset import END, TarLayout
 
-ENTRY = ("mode", "height", "width", "bytes", "label")  # columns of the manifest that a beton's tables hold
+ENTRY = ("mode", "height", "width", "bytes", "label")  # manifest columns that are also in a beton's tables
 
 
 @dataclass

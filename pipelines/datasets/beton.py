@@ -103,7 +103,7 @@ def open_beton_source(path: str | Path) -> Dataset:
 
 def reader_of(betons: list[BetonFile]) -> Any:
     """Return a function (part, index) -> bytes of an image, which any thread may call."""
-    files = OpenFiles()  # an array job can have more parts than a process may open files
+    files = OpenFiles()  # an array job may have more parts than a process may open files
 
     def bytes_of(part: int, index: int) -> bytes:
         beton = betons[part]

@@ -87,7 +87,7 @@ def typed() -> ctypes.CDLL | None:
     turbo.tjDecompress2.argtypes = [c_void_p, c_char_p, c_ulong, c_void_p, *[c_int] * 5]
     turbo.tjInitCompress.restype = c_void_p
     turbo.tjBufSize.argtypes, turbo.tjBufSize.restype = [c_int] * 3, c_ulong
-    pixels = [c_void_p, c_int, c_int, c_int, c_int]  # address, width, bytes a line, height, format
+    pixels = [c_void_p, c_int, c_int, c_int, c_int]  # address, width, bytes per line, height, format
     turbo.tjCompress2.argtypes = [c_void_p, *pixels, POINTER(c_void_p), POINTER(c_ulong), *[c_int] * 3]  # type: ignore[list-item]
     return turbo
 
