@@ -400,7 +400,7 @@ def after(moment: float) -> bool:
 
 
 def contents(folder: Path, patterns: list[str]) -> dict[str, str]:
-    """Digests of files by name; of a result, without the fields that time changes."""
+    """Digests of files by name; of a result, without its time and memory."""
     found = {}
     for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
         data = file.read_bytes()

@@ -55,7 +55,7 @@ class Calls:
 
 
 def step() -> Calls:
-    """The functions entered by the second step of a pretraining, while whose batch is made."""
+    """The functions entered by the second step of a pretraining and by the loader that makes its batch."""
     with tempfile.TemporaryDirectory() as folder:
         beton = Path(folder) / "digits.beton"
         convert("sklearn:digits", beton)

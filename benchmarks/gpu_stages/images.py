@@ -21,7 +21,7 @@ def jpeg(rng: np.random.Generator, label: int, height: int, width: int) -> bytes
 
 
 def made(folder: Path, count: int, side: int, seed: int = 0) -> Path:
-    """A folder of class folders with `count` images, 1.6 times as wide as `side`; up to 64 px, as wide."""
+    """A folder of class folders with `count` images, 1.6 times as wide as `side`, or as wide up to 64 px."""
     rng = np.random.default_rng(seed)
     for n in range(count):
         height = side if side <= 64 else int(1.2 * side + rng.integers(0, side // 4))

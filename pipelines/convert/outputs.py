@@ -82,7 +82,7 @@ class BetonOutput:
         self.writer.finish()
 
     def changed(self) -> str | None:
-        """Which part of the finished file, apart from its images, isn't what was written; None if all is."""
+        """How the finished file, apart from its images, differs from what was written; None if it doesn't."""
         assert self.file is not None
         number = self.file.fileno()
         if not (self.part.exists() and os.path.samestat(os.fstat(number), os.stat(self.part))):
@@ -198,7 +198,7 @@ class TarOutput:
         self._finish_tar()
 
     def changed(self) -> str | None:
-        """Which part of the finished tars, their images aside, isn't what was written; None if all is."""
+        """How the finished tars, apart from their images, differ from what was written; None if equal."""
         for name, size in self.finished:
             path = self.part / name
             if not path.is_file() or path.stat().st_size != size:
