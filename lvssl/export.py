@@ -50,23 +50,23 @@ OPSET = 18
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Write a run's encoder for torchvision, timm, torch.hub and ONNX, with a model card."""
+    """Export a run's encoder for torchvision, timm, torch.hub and ONNX, with a model card."""
 
     run: Positional[Path]
-    """The run's folder."""
+    """Folder of the run."""
     out: Path = Path("export")
-    """A folder that doesn't exist yet."""
+    """Folder to write. It must not exist yet."""
     onnx: bool = True
-    """Also encoder.onnx: image -> packed code. Needs the extra `export`."""
+    """Also write encoder.onnx, which maps images to packed codes. Needs the extra `export`."""
     bits: int = 0
-    """Length of the codes that encoder.onnx gives; 0: the run's own code."""
+    """Length of the codes that encoder.onnx computes; 0 means the run's own code."""
     code: str = "auto"
-    """With --bits, as of `lvssl encode`, which has fitted it: auto, bits, opq, itq, pca."""
+    """With --bits, the kind of code, which `lvssl encode` must have fitted: auto, bits, opq, itq or pca."""
     push: str = ""
-    """USER/NAME: upload the folder to the Hugging Face Hub, too, as a private repository unless there is one
-    already. With the token of `hf auth login`, or $HF_TOKEN."""
+    """USER/NAME: also upload the folder to the Hugging Face Hub, to a new private repository unless it exists
+    already. Uses the token of `hf auth login`, or $HF_TOKEN."""
     public: bool = False
-    """Make the repository that --push creates public."""
+    """Make a repository that --push creates public."""
 
 
 def export(settings: ExportSettings) -> Path:

@@ -61,42 +61,46 @@ MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}  # numbers that it keeps for each we
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """Memory of a batch on each GPU: activations, loss, optimiser; and the largest batch that fits a card."""
+    """Estimate the memory of a batch on each GPU (activations, loss, optimiser), the largest batch that fits,
+    and the time of a run."""
 
     batch_size: int = 4096
-    """Images a step, over all GPUs."""
+    """Images per step, over all GPUs."""
     gpus: int = 8
+    """Number of GPUs."""
     backbone: str = "resnet50"
-    """As of `lvssl pretrain`."""
+    """Architecture, as for `lvssl pretrain`."""
     memory: float = 0.0
-    """Memory of one GPU, GiB; 0: that of --gpu."""
+    """Memory of one GPU in GiB; 0 means that of --gpu."""
     resolution: int = 224
-    """Side of a view, pixels."""
+    """Side of a view in pixels."""
     precision: str = "bf16"
     """bf16 (autocast) or fp32."""
     family: str = "bernoulli"
-    """none, sign, gaussian, bernoulli, categorical, beta, mixture, power_spherical, vmf, laplace."""
+    """Distribution of the latent: none, sign, gaussian, bernoulli, categorical, beta, mixture,
+    power_spherical, vmf or laplace."""
     hidden: int = 1024
     """Width of the projector's hidden layer."""
     projection: int = 128
-    """Length of the vectors that NT-Xent compares."""
+    """Dimension of the projections that NT-Xent compares."""
     optimiser: str = "adamw"
-    """adamw (two moments for each weight), sgd or lars (one)."""
+    """adamw (two moments per weight), sgd or lars (one)."""
     samples: int = 4
-    """Samples a step (K)."""
+    """Number of latent samples drawn for each view (K)."""
     chunk: int = 0
-    """Views that the backbone takes at once on each GPU, 0: all."""
+    """Number of views that the backbone processes at once on each GPU; 0 means all."""
     recompute: bool = False
-    """Keep each residual block's input alone, and compute the block again."""
+    """Keep only the input of each residual block and compute the block again in the backward pass."""
     ema: bool = False
-    """Whether there is a moving average of the weights."""
+    """Keep a moving average of the weights."""
     images: int = 1_281_167
-    """Training images, for the time; ImageNet's."""
+    """Number of training images, from which the time is estimated (default: ImageNet's)."""
     epochs: int = 100
+    """Number of epochs."""
     gpu: str = "H100"
-    """The card, for time and memory: A100, H100, H200, L4."""
+    """GPU model, for time and memory: A100, H100, H200 or L4."""
     preset: str = ""
-    """Start from a preset of `lvssl pretrain`; a setting beside it wins."""
+    """Preset of `lvssl pretrain` to start from; any other option overrides its value."""
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value."""

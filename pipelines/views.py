@@ -13,35 +13,39 @@ class ViewSettings:
     """The SimCLR augmentation (Chen et al. 2020), with torchvision's semantics for every range."""
 
     resolution: int = 224
-    """Side of a view in pixels; image crops are resized to it (anti-aliased bilinear)."""
+    """Side of a view in pixels; crops are resized to it (anti-aliased bilinear)."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Range of the crop's area as a share of the image."""
+    """Range of the crop's area, as a fraction of the image's area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Range of the crop's width / height, drawn log-uniformly."""
+    """Range of the crop's aspect ratio (width / height), drawn log-uniformly."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     jitter: float = 0.8
     """Probability that the four colour operations below are applied, in random order."""
     brightness: float = 0.8
-    """Factor drawn from [max(0, 1 - x), 1 + x]; likewise contrast and saturation."""
+    """Strength x of the brightness jitter: the factor is drawn from [max(0, 1 - x), 1 + x]."""
     contrast: float = 0.8
+    """Strength of the contrast jitter, as for --brightness."""
     saturation: float = 0.8
+    """Strength of the saturation jitter, as for --brightness."""
     hue: float = 0.2
-    """Shift drawn from [-x, x], as a share of a full turn; at most 0.5."""
+    """Strength x of the hue jitter: the shift is drawn from [-x, x], as a fraction of a full turn; at most
+    0.5."""
     grey: float = 0.2
-    """Probability of dropping the colour."""
+    """Probability of conversion to greyscale."""
     blur: float = 0.5
     """Probability of a Gaussian blur with a kernel of 10 % of the side."""
     sigma: tuple[float, float] = (0.1, 2.0)
-    """Range of the blur's standard deviation in pixels."""
+    """Range of the blur's standard deviation, in pixels."""
     solarise: float = 0.0
-    """Probability of inverting all values of at least 0.5."""
+    """Probability of solarisation, which inverts all values of at least 0.5."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Subtracted from each channel (values in [0, 1]) at the end ..."""
+    """Mean of each channel (values in [0, 1]), which is subtracted from the view."""
     std: tuple[float, float, float] = IMAGENET_STD
-    """... and divided by."""
+    """Standard deviation of each channel, by which the view is then divided."""
     evaluation_crop: float = 0.875
-    """Side of the evaluation's centre crop as a share of the image's shorter side (224/256 on ImageNet)."""
+    """Side of the centre crop used in evaluation, as a fraction of the image's shorter side (224/256 on
+    ImageNet)."""
 
     @property
     def kernel_size(self) -> int:

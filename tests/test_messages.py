@@ -134,7 +134,7 @@ def test_a_beton_that_is_cut_while_an_epoch_runs_ends_it_with_that_line(digits, 
 def test_a_run_to_resume_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     said = line_of(capsys, ["pretrain", "--out", "rnus/lv", "--resume"])
-    assert "rnus/lv: there is no run to resume" in said and "check --out" in said
+    assert "rnus/lv: no run to resume" in said and "check --out" in said
 
 
 def test_a_table_names_the_line(tmp_path, capsys):

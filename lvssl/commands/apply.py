@@ -15,9 +15,7 @@ def encode(arguments: list[str]) -> None:
     from pipelines.errors import InputError
 
     if not {"--images", "-h", "--help"} & {word.partition("=")[0] for word in arguments}:
-        raise InputError(
-            "lvssl encode: name the images to encode with --images (of embeddings, the embeddings)"
-        )
+        raise InputError("lvssl encode: --images is required: the images (or embeddings) to encode")
     settings = parse(EncodeSettings, arguments, "encode")
     path = run(settings)
     codes = open_codes(path)

@@ -1,7 +1,14 @@
 """A command's arguments as its settings."""
 
 import argparse
+import ast
+import dataclasses
+import inspect
 import sys
+import textwrap
+from collections.abc import Iterator
+from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 
@@ -14,12 +21,14 @@ def parse(
     from pipelines.datasets.parts import unquoted
 
     options = {} if default is None else {"default": default}
+    if {"-h", "--help"} & {*arguments}:
+        join_lines_of_help(kind)
     try:
         return tyro.cli(
             kind,
             args=arguments,
             prog=f"lvssl {command}",
-            description=about or (kind.__doc__ or ""),
+            description=about or inspect.getdoc(kind) or "",
             config=(tyro.conf.OmitArgPrefixes,),
             **options,
         )
@@ -27,6 +36,34 @@ def parse(
         if ended.code and (hint := unquoted(arguments)):
             print(f"error: {hint}", file=sys.stderr)
         raise
+
+
+def join_lines_of_help(kind: type) -> None:
+    """Give each setting its docstring as one line of help. tyro would keep the line breaks of an indented
+    docstring, and break each of its lines again where the terminal is narrower."""
+    for base in reversed(kind.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        docs = dict(docstrings(base))
+        for field in dataclasses.fields(base):
+            if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+                join_lines_of_help(field.type)
+            elif field.name in docs:
+                field.metadata = MappingProxyType({**field.metadata, "help": docs[field.name]})
+
+
+def docstrings(kind: type) -> Iterator[tuple[str, str]]:
+    """Each field that has a string below it in the source of the class, with its text as one line."""
+    try:
+        source = textwrap.dedent(inspect.getsource(kind))
+    except OSError:  # installed without sources
+        return
+    (parsed,) = ast.parse(source).body
+    assert isinstance(parsed, ast.ClassDef)
+    for statement, below in pairwise(parsed.body):
+        match statement, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                yield name, " ".join(text.split())
 
 
 def preset_in(arguments: list[str]) -> str | None:

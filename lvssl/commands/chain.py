@@ -41,16 +41,17 @@ def launch(arguments: list[str]) -> int:
 
     @dataclass(frozen=True)
     class Launch:
-        """Submit a chain of stages, from images to report; what is done or under way is not done again."""
+        """Submit a pipeline, from images to report, to a cluster. Stages that are finished or running are not
+        submitted again."""
 
         file: tyro.conf.Positional[Path] = Path("pipeline.toml")
-        """The chain's description (docs/cluster.md)."""
+        """The pipeline file (docs/cluster.md)."""
         preset: str | None = None
-        """Pretrain with this preset instead of the file's."""
+        """Pretrain with this preset instead of the one in the file."""
         dry_run: bool = False
-        """Print the scripts, the graph, the GPU-hours and the disk it needs, and submit nothing."""
+        """Print the scripts, the dependency graph, the GPU-hours and the disk space; submit nothing."""
         cluster: str = "slurm"
-        """slurm; local: processes of this machine; debug: in this very process."""
+        """Where to run: slurm, local (as processes on this machine) or debug (within this process)."""
 
     def sizes(settings: Any, images: int) -> Sizes:
         import torch
@@ -71,7 +72,7 @@ def launch(arguments: list[str]) -> int:
         plan = replace(of_pretraining(settings), images=images, gpus=gpus)
         rate = "rate measured on one" if plan.backbone in MEASURED["H100"] else "guessed rate"
         basis = f"{plan.epochs:,} epochs, on H100s at the {rate} (docs/gpu.md)"
-        return gpus * hours(plan), f"{basis}, where the loader keeps up"
+        return gpus * hours(plan), f"{basis}, if the loader keeps up"
 
     chosen = parse(Launch, arguments, "launch")
     how = chosen.preset, chosen.cluster, chosen.dry_run
@@ -84,7 +85,7 @@ def chain_file(arguments: list[str], command: str, about: str) -> Path:
     @dataclass(frozen=True)
     class Chain:
         file: tyro.conf.Positional[Path] = Path("pipeline.toml")
-        """The chain's description (docs/cluster.md)."""
+        """The pipeline file (docs/cluster.md)."""
 
     return parse(Chain, arguments, command, about=about).file
 
@@ -92,14 +93,16 @@ def chain_file(arguments: list[str], command: str, about: str) -> Path:
 def status(arguments: list[str]) -> None:
     from slurm.status import status as table
 
-    about = "How a chain stands: stages, jobs, steps, speed, restarts, logs, and what went wrong."
+    about = "Show the status of a pipeline: stages, jobs, steps, speed, restarts, logs and errors."
     print(table(chain_file(arguments, "status", about), chain_starts()))
 
 
 def cancel(arguments: list[str]) -> None:
     from slurm.status import cancel as end
 
-    about = "End every job of a chain; what is saved stays, and `lvssl launch` goes on from there."
+    about = (
+        "Cancel all jobs of a pipeline. Checkpoints and results are kept; `lvssl launch` resumes from them."
+    )
     print(end(chain_file(arguments, "cancel", about), chain_starts()))
 
 
@@ -110,14 +113,14 @@ def retry(arguments: list[str]) -> int:
 
     @dataclass(frozen=True)
     class Retry:
-        """Submit a stage that failed again, and what hangs on it, with the code as it is now."""
+        """Resubmit a failed stage and the stages that depend on it, with the current code."""
 
         stage: tyro.conf.Positional[str]
-        """As `lvssl status` names it."""
+        """Name of the stage, as shown by `lvssl status`."""
         file: tyro.conf.Positional[Path] = Path("pipeline.toml")
-        """The chain's description (docs/cluster.md)."""
+        """The pipeline file (docs/cluster.md)."""
         cluster: str = "slurm"
-        """slurm, local or debug."""
+        """Where to run: slurm, local or debug."""
 
     chosen = parse(Retry, arguments, "retry")
     return run(chosen.stage, chosen.file, chain_starts(), chosen.cluster)

@@ -35,17 +35,20 @@ PICTURES = 200  # test images written as files, to be encoded and searched
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Fashion-MNIST: convert, pretrain a control and a Bernoulli model, evaluate, analyse, write the page."""
+    """Run everything on Fashion-MNIST: convert it, pretrain a control and a Bernoulli model, evaluate and
+    analyse them, and write the report page."""
 
     out: Path = Path("runs/demo")
-    """Where everything goes. What is finished there is not done again."""
+    """Folder for everything. Steps that are finished there are not repeated."""
     max_images: int = 10_000
-    """Training images."""
+    """Number of training images."""
     epochs: int = 0
-    """Of each pretraining; 0: the preset's."""
+    """Number of epochs of each pretraining; 0 means that of the preset."""
     seed: int = 0
+    """Random seed."""
     data: str = "auto"
-    """auto (Debian's files, else torchvision's download, else digits), fashion-mnist, or digits."""
+    """auto (Fashion-MNIST from Debian's package or from torchvision's download, otherwise digits),
+    fashion-mnist or digits."""
 
 
 def demo(settings: DemoSettings) -> dict[str, Any]:

@@ -15,9 +15,9 @@ HELP = """lvssl: latent-variable contrastive learning of image encoders
     lvssl evaluate runs/lv --test test.beton --control runs/control
     lvssl linear runs/lv --test test.beton             also knn, finetune --label-fraction 0.1
     lvssl report runs/lv                               one HTML page
-    lvssl encode runs/lv --images DIR                  a packed code for each image
+    lvssl encode runs/lv --images DIR                  a packed code for every image
     lvssl search runs/lv --query IMAGE                 the nearest images by their codes
-    lvssl launch pipeline.toml                         all of it as jobs of a Slurm cluster
+    lvssl launch pipeline.toml                         all stages as jobs on a Slurm cluster
 
 commands:
 """
@@ -25,29 +25,32 @@ commands:
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
     "pretrain": ("train an encoder without labels", pretrain),
     "linear": ("linear classifier (or regression) on the frozen encoder", measure.linear),
-    "knn": ("nearest neighbours on features and codes", measure.knn),
+    "knn": ("nearest-neighbour classifier on features and codes", measure.knn),
     "finetune": ("train the encoder with all or some labels", measure.finetune),
     "evaluate": (
         "linear probe and kNN on features and codes, with a control run and baselines",
         measure.evaluate,
     ),
-    "analyse": ("uncertainty, what single bits say, regression: a run beside its control", measure.analyse),
-    "study": ("several configurations over several seeds, compared in pairs", measure.study),
-    "compression": ("accuracy against bits stored, beside equal-bit controls", measure.compression),
-    "encode": ("packed codes and an uncertainty of every image of a set", apply.encode),
-    "search": ("find the nearest images of queries by their codes", apply.search),
-    "curate": ("near-duplicates, outliers, doubtful labels and a diverse subset of a set", apply.curate),
-    "report": ("one HTML page of a run", measure.report),
-    "runs": ("list the runs of a folder, the best first, or compare two", measure.runs),
-    "export": ("the encoder for torchvision, timm, torch.hub and ONNX", apply.export),
+    "analyse": (
+        "uncertainty, interpretability of single bits and regression, next to a control",
+        measure.analyse,
+    ),
+    "study": ("train several configurations over several seeds and compare them in pairs", measure.study),
+    "compression": ("accuracy against bits per image, next to controls of equal size", measure.compression),
+    "encode": ("packed codes and uncertainties of all images of a set", apply.encode),
+    "search": ("find the images whose codes are nearest to a query", apply.search),
+    "curate": ("find near-duplicates, outliers, doubtful labels and a diverse subset", apply.curate),
+    "report": ("write the results of a run as one HTML page", measure.report),
+    "runs": ("list the runs in a folder, best first, or compare two", measure.runs),
+    "export": ("export the encoder for torchvision, timm, torch.hub and ONNX", apply.export),
     "presets": ("list the presets, print one, or compare two", start.presets),
-    "plan": ("memory of a batch on each GPU, and the largest that fits", start.plan),
-    "launch": ("submit a chain of stages to Slurm, or run it here", chain.launch),
-    "status": ("pipeline and job status", chain.status),
-    "cancel": ("end the jobs of a chain", chain.cancel),
-    "retry": ("submit a failed stage of a chain again", chain.retry),
-    "doctor": ("what is installed and what is missing; doctor RUN: is its latent alive", start.doctor),
-    "demo": ("all of it on Fashion-MNIST in some minutes", start.demo),
+    "plan": ("memory per GPU, the largest batch that fits, and training time", start.plan),
+    "launch": ("submit a pipeline to Slurm, or run it on this machine", chain.launch),
+    "status": ("show the status of a pipeline and its jobs", chain.status),
+    "cancel": ("cancel the jobs of a pipeline", chain.cancel),
+    "retry": ("resubmit a failed stage of a pipeline", chain.retry),
+    "doctor": ("check the installation; doctor RUN: check for posterior collapse", start.doctor),
+    "demo": ("run everything on Fashion-MNIST in a few minutes", start.demo),
 }
 
 
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP + "\n".join(f"    {name:10} {about}" for name, (about, _) in COMMANDS.items()))
-        print("\n`lvssl COMMAND --help` lists a command's settings.")
+        print("\n`lvssl COMMAND --help` lists the options of a command.")
         return 0 if arguments else 2
     if arguments[0] == "--version":
         from lvssl import __version__
@@ -81,7 +84,7 @@ def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) ->
     try:
         return command(arguments) or 0
     except DamagedSample as error:
-        return fail(f"{error}; --on-error skip goes on without such images")
+        return fail(f"{error}; use --on-error skip to leave out such images")
     except (InputError, CodeFileError) as error:
         return fail(str(error))
     except OSError as error:  # disk full, no permission

@@ -102,13 +102,13 @@ def report(arguments: list[str]) -> None:
 
     @dataclass(frozen=True)
     class Report:
-        """Write report.html, one page without outside resources, from what the run's folder holds."""
+        """Write the results in a run's folder as report.html, a self-contained page."""
 
         run: tyro.conf.Positional[Path]
-        """The run's folder."""
+        """Folder of the run."""
         out: Path | None = None
-        """The folder that the page goes into; results in it, of commands with the same --out, are shown. Left
-        out: the run's folder."""
+        """Folder for the page. Results there, written by commands with the same --out, are shown too. If
+        omitted, the run's folder."""
 
     chosen = parse(Report, arguments, "report")
     print(write_report(chosen.run, chosen.out))
@@ -122,15 +122,15 @@ def runs(arguments: list[str]) -> None:
 
     @dataclass(frozen=True)
     class Runs:
-        """List the runs below a folder: state, step, figures, disk; the best first, or two side by side."""
+        """List the runs in a folder (state, step, figures, disk space), best first, or compare two runs."""
 
         folder: tyro.conf.Positional[Path] = Path("runs")
-        """Where to look, subfolders included."""
+        """Folder to search, including its subfolders."""
         best: str = ""
-        """Sort by a figure: one of `evaluate` (linear, knn, code_linear, code_knn ...), or of the log (loss,
+        """Sort by this figure, of `evaluate` (linear, knn, code_linear, code_knn ...) or of the log (loss,
         rankme, probe_features, online_knn ...)."""
         compare: tuple[Path, Path] | None = None
-        """Two runs' folders: the settings that differ, and their figures at the same parts of both."""
+        """Folders of two runs: show the settings that differ, and figures at equal fractions of both."""
 
     chosen = parse(Runs, arguments, "runs")
     if chosen.compare:

@@ -41,17 +41,17 @@ def pretrain(arguments: list[str]) -> int:
     class Pretrain:
         settings: PretrainSettings = field(default_factory=lambda: settings)
         resume: bool = False
-        """Go on with the run in --out from its newest checkpoint; its settings need not be repeated."""
+        """Resume the run in --out from its newest checkpoint. Its settings need not be repeated."""
 
-    about = f"{PretrainSettings.__doc__} Presets: {', '.join(PRESETS)}. A setting beside --preset wins."
-    about += " Without --preset one is chosen, with resolution, batch and epochs, for images, device and"
-    about += " --backbone, of a transformer with a recipe for AdamW."
+    about = f"{PretrainSettings.__doc__} Presets: {', '.join(PRESETS)}. Options override --preset."
+    about += " Without --preset, preset, resolution, batch size and epochs are chosen to suit the images, the"
+    about += " device and --backbone; transformers are trained with an AdamW recipe."
     chosen = parse(Pretrain, arguments, "pretrain", about=about)
     out, data = chosen.settings.out, chosen.settings.data
     if chosen.resume and not (out / "config.json").exists() and not are_there(data):
         raise InputError(
-            f"{out}: there is no run to resume (no {out / 'config.json'}), and no {data} to begin one with: "
-            "check --out, or --data"
+            f"{out}: no run to resume (no {out / 'config.json'}), and no data to start one (no {data}): "
+            "check --out and --data"
         )
 
     from lvssl.plan import require_memory

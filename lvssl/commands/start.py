@@ -18,7 +18,7 @@ def presets(arguments: list[str]) -> None:
             print(json.dumps(settings_of(name), indent=2))
     else:
         print(listing())
-        print("\n`lvssl presets NAME` prints every setting of one, `lvssl presets A B` what tells two apart.")
+        print("\n`lvssl presets NAME` prints all settings of one, `lvssl presets A B` how two differ.")
 
 
 def plan(arguments: list[str]) -> None:
@@ -36,11 +36,11 @@ def doctor(arguments: list[str]) -> int:
 
     @dataclass(frozen=True)
     class Doctor:
-        """Say what is installed, what is missing, and the command that installs it; or, of a run, whether its
-        latent is alive: status 1 on posterior collapse, saturation, or a scale that is constant."""
+        """Check the installation and print a command for everything that is missing; or check a run for
+        posterior collapse, saturation and a constant scale, with exit status 1 if any is found."""
 
         run: tyro.conf.Positional[Path | None] = None
-        """A run's folder; left out: the installation."""
+        """Folder of a run. If omitted, the installation is checked."""
 
     run = parse(Doctor, arguments, "doctor").run
     if run is None:

@@ -35,19 +35,22 @@ FEWEST = 40  # test images below which nothing is worth measuring
 
 @dataclass(frozen=True)
 class AnalyseSettings(MeasuringSettings):
-    """Uncertainty, what single bits say, regression: a run beside its control. Writes RUN/analysis.json."""
+    """Analyse a run next to its control: uncertainty, interpretability of single bits, regression. Writes
+    RUN/analysis.json."""
 
     alone: bool = False
-    """Without a control, also where one lies beside the run."""
+    """Don't compare with a control, even if there is one next to the run."""
     others: tuple[Path, ...] = ()
-    """More runs whose uncertainty is measured beside (an MCInfoNCE run, say)."""
+    """More runs whose uncertainty is compared, such as an MCInfoNCE run."""
     ood: tuple[Path, ...] = ()
-    """Betons of other data; an uncertainty should tell them apart. Noise, textures and digits always are."""
+    """Out-of-distribution data as .beton files, which an uncertainty should tell apart from the test images.
+    Noise, textures and digits are always included."""
     max_images: int = 2000
-    """Test images (and twice as many training images) that are measured; 0: all."""
+    """Number of test images to measure (and twice as many training images); 0 means all."""
     samples: int = 8
-    """Samples of the latent averaged in a prediction (K)."""
+    """Number of latent samples averaged in a prediction (K)."""
     seed: int = 0
+    """Random seed."""
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value. Touches no file."""

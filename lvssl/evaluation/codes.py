@@ -59,74 +59,85 @@ from pipelines.loader import Replacements, evaluation_crops
 
 @dataclass(frozen=True)
 class EncodeSettings(ReadsImages):
-    """Write the packed code and the uncertainty of every image of a set, no labels needed. Resumable: rerun
-    the command after an interruption.
+    """Write the packed code and the uncertainty of every image of a set. No labels are needed. Resumable:
+    rerun the command after an interruption.
 
-    The uncertainty is minus the log-density, in nats a number, of Gaussians fitted to the training images'
-    activations: RUN/density.safetensors, fitted by the first call, which needs the training images."""
+    The uncertainty is the negative log-density, in nats per dimension, under Gaussians fitted to the
+    activations of the training images. The first call fits them, for which it needs the training images, and
+    keeps them in RUN/density.safetensors.
+    """
 
     run: Positional[Path]
-    """The run whose encoder is used; or embeddings, as `lvssl knn` takes them, on which the quantiser is
-    fitted: then --images are embeddings, too, and --bits is needed."""
+    """Run whose encoder is used; or embeddings in the formats of `lvssl knn`, on which the quantiser is
+    fitted: --images are then embeddings as well, and --bits is required."""
     images: Path
-    """A folder of images, searched recursively, no labels needed; or a .beton, tars, a parquet ..., or many
-    of these ('train-*.beton')."""
+    """Images to encode: a folder, searched recursively; or a .beton, tars, a parquet ..., or several of these
+    ('train-*.beton')."""
     out: Path | None = None
-    """The code file; left out: RUN/codes.lvcodes."""
+    """Code file to write. If omitted, RUN/codes.lvcodes."""
     bits: int = 0
-    """Length of the codes; 0: the run's own code."""
+    """Length of the codes; 0 means the run's own code."""
     code: str = "auto"
-    """With --bits: auto (docs/codes.md says which at which length), bits (the first of the run's
-    own), opq (product quantisation, needs the extra `faiss`), itq, pca; fitted on the training images by the
-    first call and kept in RUN/quantisers."""
+    """With --bits, the kind of code: auto (see docs/codes.md for the choice at each length), bits (the first
+    bits of the run's own code), opq (product quantisation, needs the extra `faiss`), itq or pca. The first
+    call fits it on the training images and keeps it in RUN/quantisers."""
     train: Path | None = None
-    """Training images, at most 50,000 of which density and quantiser are fitted on; left out: the run's."""
+    """Training images, of which at most 50,000 are used to fit density and quantiser. If omitted, the
+    run's."""
     fit: bool = True
-    """Fit what the training images are needed for; --no-fit: no uncertainty, and Hamming distance alone."""
+    """Fit what needs the training images. With --no-fit, there are no uncertainties, and searches can only
+    use Hamming distance."""
     means: bool = False
-    """Store the posteriors' means beside it, too, as fp16: 16 times a code of bits, for `search --rerank`."""
+    """Also store the posterior means as fp16, 16 times the size of the code's bits, for `search --rerank`."""
     csv: Path | None = None
-    """Write names and uncertainties there, too."""
+    """Also write names and uncertainties to this file."""
     faiss: Path | None = None
-    """Write the codes there, too, as an index for `faiss.read_index` (opq) or `faiss.read_index_binary`."""
+    """Also write the codes to this file as an index for `faiss.read_index` (opq) or
+    `faiss.read_index_binary`."""
     on_error: str | None = None
-    """An image that can't be decoded: raise (stop and name it), or skip (leave it out, with a warning); left
-    out: as in the pretraining."""
+    """What to do with an image that can't be decoded: raise (stop and name it), or skip (leave it out, with a
+    warning). If omitted, as in the pretraining."""
     workers: int = 0
-    """Threads that decode; 0: the cores less two, 2 to 12."""
+    """Threads that decode images; 0 means the number of cores minus two, but 2 to 12."""
 
 
 @dataclass(frozen=True)
 class SearchSettings(ReadsImages):
-    """Find the images whose codes are nearest to one query or to many.
+    """Find the images whose codes are nearest to one or more queries.
 
-    Queries that are images stay real-valued: the distance is the squared Euclidean one to what a code stands
-    for. Hamming distance for queries that are codes, with --symmetric, --staged or --rerank, and for code
-    files that were written with --no-fit."""
+    Queries that are images stay real-valued (asymmetric distance): the distance is the squared Euclidean
+    distance to the vector that a code represents. Hamming distance is used for queries that are codes, with
+    --symmetric, --staged or --rerank, and for code files written with --no-fit.
+    """
 
     run: Positional[Path]
-    """The run that made the codes."""
+    """Run that made the codes."""
     query: Path
-    """An image; or a folder, a .beton or a code file (.lvcodes), each image of which is a query."""
+    """An image; or a folder, a .beton or a code file (.lvcodes), of which each image is a query."""
     codes: Path | None = None
-    """The code file that is searched; left out: RUN/codes.lvcodes."""
+    """Code file to search. If omitted, RUN/codes.lvcodes."""
     k: int = 10
-    """Neighbours to show."""
+    """Number of neighbours to show."""
     symmetric: bool = False
-    """Compare codes with codes: Hamming distance, or of product codes that between what they stand for."""
+    """Compare codes with codes: by Hamming distance or, for product codes, by the distance between the
+    vectors that they represent."""
     staged: bool = False
-    """Compare 512 bits with all, and the rest with the nearest of them: faster, and may miss a neighbour."""
+    """Compare 512 bits with all codes and the remaining bits only with the nearest: faster, but may miss a
+    neighbour."""
     rerank: bool = False
-    """Put the nearest 10 k (100 at least) in the order of their posteriors' similarity (encode --means)."""
+    """Re-rank the nearest 10 k codes (at least 100) by the similarity of their posteriors (needs encode
+    --means)."""
     on_error: str | None = None
-    """A query in a folder or set that can't be decoded: raise, or skip; left out: as in the pretraining."""
+    """What to do with a query in a folder or set that can't be decoded: raise or skip. If omitted, as in the
+    pretraining."""
     csv: Path | None = None
-    """Write the neighbours there instead: query, rank, name, distance, similarity (cosine of a real-valued
-    query and what the code stands for; with --rerank of the posteriors' means), uncertainties of both."""
+    """Write the neighbours to this file instead: query, rank, name, distance, similarity (cosine between a
+    real-valued query and the vector that the code represents; with --rerank, of the posteriors' means), and
+    the uncertainties of both."""
     page: Path | None = None
-    """Write a page there instead, with the pictures of the first 60 queries and of their neighbours."""
+    """Write an HTML page to this file instead, with pictures of the first 60 queries and their neighbours."""
     images: Path | None = None
-    """With --page: the images that were encoded; left out: the run's training images."""
+    """With --page: the images that were encoded. If omitted, the run's training images."""
 
 
 def encode(settings: EncodeSettings) -> Path:

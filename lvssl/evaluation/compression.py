@@ -32,22 +32,23 @@ CSV = "compression.csv"
 
 @dataclass(frozen=True)
 class CompressionSettings(MeasuringSettings):
-    """Accuracy against bits stored for each image: the run's code and its prefixes, beside sign, PCA + sign,
-    ITQ, LSH, int8 and product codes of the control's features. Writes RUN/compression.json and .csv."""
+    """Measure accuracy against the bits stored for each image: the run's code and its prefixes, next to sign,
+    PCA + sign, ITQ, LSH, int8 and product codes of the control's features. Writes RUN/compression.json and
+    .csv."""
 
     others: tuple[Path, ...] = field(default=())
-    """More runs on the same axes: other families, betas or lengths."""
+    """More runs to show on the same axes, with other families, betas or lengths."""
     bits: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048)
-    """Lengths at which the controls are made and codes cut off."""
+    """Code lengths at which the controls are computed and the run's code is truncated."""
     max_images: int = 0
-    """Training images that are measured, evenly spread, and a fifth as many test images; 0: all, of a set of
-    200,000 and more 20,000."""
+    """Number of training images to measure, evenly spaced, and a fifth as many test images. 0 means all, or
+    20,000 if there are 200,000 or more."""
     top_n: int = 1000
-    """n of mAP@n."""
+    """The n of mAP@n."""
     seed: int = 0
-    """Of the controls that draw: ITQ, LSH, PQ, OPQ."""
+    """Random seed of the controls that need one: ITQ, LSH, PQ, OPQ."""
     workers: int = field(default=0, metadata=RUNTIME)
-    """Threads that decode; 0: the cores less two, 2 to 12."""
+    """Threads that decode images; 0 means the number of cores minus two, but 2 to 12."""
 
 
 class Point(NamedTuple):

@@ -71,37 +71,40 @@ NOISE = 25.0  # variance of a thumbnail's pixel, in grey levels squared, that sa
 
 @dataclass(frozen=True)
 class CurateSettings(ReadsImages):
-    """Look after a data set: near-duplicates within and between training and test images, outliers, labels
-    that the neighbours contradict, a diverse subset. Writes tables (.csv) and a page with pictures.
+    """Inspect a data set: near-duplicates within and between training and test images, outliers, labels that
+    their neighbours contradict, and a diverse subset. Writes tables (.csv) and a page with pictures.
     Resumable: rerun the command after an interruption."""
 
     run: Positional[Path]
-    """The run whose encoder is used; or embeddings, as `lvssl knn` takes them: then without pictures."""
+    """Run whose encoder is used; or embeddings in the formats of `lvssl knn`, which give no pictures."""
     train: Path | None = None
-    """The images (or embeddings) to look after; left out: the run's training images."""
+    """Images (or embeddings) to inspect. If omitted, the run's training images."""
     test: Path | None = None
-    """Images that must not be among them; left out: none."""
+    """Test images (or embeddings), which should have no duplicates among the images to inspect. None if
+    omitted."""
     out: Path | None = None
-    """A folder; left out: RUN/curate, of a file of embeddings FILE-curate."""
+    """Folder for the results. If omitted, RUN/curate or, for a file of embeddings, FILE-curate."""
     pixels: float = 0.89
-    """From this agreement of their pixels on two neighbours are duplicates, in (0, 1]; 0: by features alone,
-    as always for embeddings, which have no pixels."""
+    """Two neighbours are duplicates if their pixels agree at least this much, in (0, 1]. 0 means to compare
+    features only, as is always done for embeddings, which have no pixels."""
     crops: float = 0.0
-    """From this agreement of one's pixels with a crop of the other (84 to 96 % of its side) two neighbours
-    are duplicates, too, in (0, 1]; 0: crops aren't looked for. 0.75 finds most, and some that are merely
-    alike."""
+    """Two neighbours are also duplicates if the pixels of one agree at least this much with a crop of the
+    other (84 to 96 % of its side), in (0, 1]. 0 means not to look for crops. 0.75 finds most, and some pairs
+    that are merely similar."""
     cosine: float | None = None
-    """The least cosine of the features of duplicates, in (0, 1]; left out: 0.9, by features alone 0.98."""
+    """Minimum cosine similarity of duplicates' features, in (0, 1]. If omitted, 0.9, or 0.98 if only features
+    are compared."""
     top_n: int = 1000
-    """Rows at most in the tables of outliers and of labels."""
+    """Maximum number of rows in the tables of outliers and of labels."""
     subset: int = 100
-    """Images of the diverse subset."""
+    """Number of images in the diverse subset."""
     on_error: str | None = None
-    """An image that can't be decoded: raise, or skip (leave it out); left out: as in the pretraining."""
+    """What to do with an image that can't be decoded: raise, or skip (leave it out). If omitted, as in the
+    pretraining."""
     overwrite: bool = False
-    """Embed the images again, where embeddings of images of the same names stand already."""
+    """Embed the images again, even if there are embeddings of images of the same names."""
     workers: int = 0
-    """Threads that decode; 0: the cores less two, 2 to 12."""
+    """Threads that decode images; 0 means the number of cores minus two, but 2 to 12."""
 
 
 @dataclass(frozen=True)

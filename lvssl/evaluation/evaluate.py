@@ -70,12 +70,14 @@ EXACT = "L2 logistic regression by L-BFGS, its strength chosen on held-out train
 
 @dataclass(frozen=True)
 class EvaluateSettings(MeasuringSettings):
-    """Linear probe and kNN on features and codes of a run and its control; writes RUN/evaluation.json."""
+    """Measure a linear probe and kNN on features and codes of a run and its control. Writes
+    RUN/evaluation.json."""
 
     probe_epochs: int = 0
-    """Of the streamed probe, which sets of 200,000 training images and more have; 0: 10."""
+    """Number of epochs of the streamed probe, which is used from 200,000 training images on; 0 means 10, or
+    more if these are fewer than 5,000 steps."""
     workers: int = field(default=0, metadata=RUNTIME)
-    """Threads that decode; 0: the cores less two, 2 to 12."""
+    """Threads that decode images; 0 means the number of cores minus two, but 2 to 12."""
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value. Touches no file."""

@@ -47,40 +47,45 @@ SWITCHES = dict.fromkeys(("true", "1", "yes"), True) | dict.fromkeys(("false", "
 
 @dataclass(frozen=True)
 class StudySettings(ReadsImages):
-    """Pretrain every arm over several seeds, measure all alike, compare in pairs; tables and figures."""
+    """Pretrain several configurations (arms) over several seeds, measure them in the same way and compare
+    them in pairs. Writes tables and figures."""
 
     train: Path
-    """The training images, made by `convert-beton`."""
+    """Training images, converted by `convert-beton`."""
     test: Path
-    """The test images."""
+    """Test images."""
     preset: str = "cifar10-small"
-    """Settings that all arms share."""
+    """Preset with the settings that all arms share."""
     out: Path = Path("runs/study")
-    """study.json, study.csv, study.md, figures; and the run folders, unless --runs names another place."""
+    """Folder for study.json, study.csv, study.md and figures, and for the run folders unless --runs is
+    given."""
     runs: Path | None = None
-    """Where the run folders are, ARM-sSEED for each arm and seed. Finished ones are not trained again."""
+    """Folder of the run folders, which are named ARM-sSEED. Finished runs are not trained again."""
     prefix: str = ""
-    """Before the run folders' names: with `fashion-mnist`, fashion-mnist-none-s0."""
+    """Prefix of the names of the run folders: `fashion-mnist` makes fashion-mnist-none-s0."""
     arms: tuple[str, ...] = ("none", "sign", "bernoulli", "gaussian")
-    """A family, or NAME:setting=value,... with settings of latent and model, low:family=bernoulli,dim=64, or
-    mcinfonce:family=vmf,site=proj,objective=mcinfonce. All are compared with those of the names none, sign
-    and mcinfonce, and those with a latent with the best of all that have none."""
+    """Each arm is a family, or NAME:setting=value,... with settings of latent and model, such as
+    low:family=bernoulli,dim=64 or mcinfonce:family=vmf,site=proj,objective=mcinfonce. Every arm is
+    compared with those named none, sign and mcinfonce, and every arm with a latent also with the best arm
+    without one."""
     seeds: tuple[int, ...] = (0, 1, 2)
+    """Random seeds; each arm is trained once per seed."""
     epochs: int = 0
-    """Of each run; 0: the preset's."""
+    """Number of epochs of each run; 0 means that of the preset."""
     on_error: str = "raise"
-    """An image that can't be decoded, in training and measuring: raise, or skip."""
+    """What to do with an image that can't be decoded, in training and in measuring: raise or skip."""
     threads: int = 0
-    """Threads of torch on a CPU; 0: all cores."""
+    """CPU threads used by torch; 0 means all cores."""
     max_images: int = 2000
-    """Test images on which uncertainty and regression are measured; accuracy and mAP take all, of
-    200,000 training images and more 20,000 of them and 4,000 test images."""
+    """Number of test images on which uncertainty and regression are measured. Accuracy and mAP use all images
+    or, from 200,000 training images on, 20,000 of these and 4,000 test images."""
     ood: tuple[Path, ...] = field(default=())
-    """Betons of other data, as for `lvssl analyse`, or of classes that the training images were converted
-    without (`convert-beton --only-classes`); noise, textures and digits are always taken."""
+    """Out-of-distribution data as .beton files, as for `lvssl analyse`, or images of classes that were left
+    out of the training images (`convert-beton --only-classes`). Noise, textures and digits are always
+    included."""
     shard: str = ""
-    """K/N: train and measure every N-th run only, from the K-th of 1 to N, for an array job; then run once
-    without it to collect."""
+    """K/N: train and measure only every N-th run, from the K-th (1 to N), for an array job. Run the command
+    once without it afterwards to collect the results."""
 
 
 def study(settings: StudySettings) -> dict[str, Any] | None:

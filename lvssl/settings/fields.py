@@ -24,8 +24,9 @@ class ReadsImages:
     """What every command has that reads images."""
 
     max_pixels: int | None = None
-    """Read images of up to so many pixels; larger ones can't be decoded, see --on-error. Left out: as in the
-    pretraining; 2^28 there. A .beton has the limit of its conversion."""
+    """Largest image to decode, in pixels; larger images count as images that can't be decoded, see
+    --on-error. If omitted, the limit of the pretraining, which is 2^28 by default. A .beton has the limit
+    that it was converted with."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,21 +8,21 @@ from lvssl.settings.pretrain import DEFAULTS, PRESETS, choice
 from lvssl.settings.stages import STAGE_PRESETS
 
 ABOUT = {
-    "digits": "scikit-learn's 8 px digits: seconds, for tests and trials",
-    "fashion-mnist": "28 px greys on two CPU cores: minutes",
-    "cifar10-small": "CIFAR-10 with a network for two CPU cores",
-    "cifar10-r18": "CIFAR-10, ResNet-18 with the small images' stem",
-    "folder-r50": "any folder of photographs: 224 px, batches for one GPU",
-    "simclr-cifar10-r50": "SimCLR itself, without a latent, on CIFAR-10 (Chen et al. 2020, B.9)",
-    "simclr-imagenet-r50-100ep": "SimCLR itself on ImageNet: batch 4,096, LARS (Chen et al. 2020)",
-    "simclr-imagenet-r50-200ep": "the same, longer",
-    "simclr-imagenet-r50-800ep": "the same, as long as the published results",
-    "bernoulli-cifar10-r50": "SimCLR's recipe on CIFAR-10 with the Bernoulli latent in it",
-    "bernoulli-imagenet-r50-100ep": "SimCLR's recipe on ImageNet with the Bernoulli latent in it",
-    "bernoulli-imagenet-r50-200ep": "the same, longer",
-    "bernoulli-imagenet-r50-800ep": "the same, as long as SimCLR's published results",
+    "digits": "scikit-learn's digits at 8 px: takes seconds, for tests",
+    "fashion-mnist": "greyscale at 28 px: takes minutes on two CPU cores",
+    "cifar10-small": "CIFAR-10 with a network small enough for two CPU cores",
+    "cifar10-r18": "CIFAR-10, ResNet-18 with the stem for small images",
+    "folder-r50": "any folder of photographs at 224 px, on one GPU",
+    "simclr-cifar10-r50": "original SimCLR, without a latent, on CIFAR-10 (Chen et al. 2020, B.9)",
+    "simclr-imagenet-r50-100ep": "original SimCLR on ImageNet: batch 4,096, LARS (Chen et al. 2020)",
+    "simclr-imagenet-r50-200ep": "the same for 200 epochs",
+    "simclr-imagenet-r50-800ep": "the same for 800 epochs, as in the published results",
+    "bernoulli-cifar10-r50": "SimCLR's recipe on CIFAR-10 with a Bernoulli latent",
+    "bernoulli-imagenet-r50-100ep": "SimCLR's recipe on ImageNet with a Bernoulli latent",
+    "bernoulli-imagenet-r50-200ep": "the same for 200 epochs",
+    "bernoulli-imagenet-r50-800ep": "the same for 800 epochs, as in SimCLR's published results",
     "imagenet-linear": "linear evaluation, 90 epochs (Chen et al. 2020, B.6)",
-    "imagenet-finetune": "1 %, 10 % or all labels, nothing to choose (Chen et al. 2020, B.5)",
+    "imagenet-finetune": "fine-tuning with 1 %, 10 % or all labels, no search (Chen et al. 2020, B.5)",
 }
 
 
@@ -60,7 +60,7 @@ def difference_of(a: str, b: str) -> str:
     first, second = flat(settings_of(a)), flat(settings_of(b))
     names = [name for name in {**first, **second} if name != "preset" and first.get(name) != second.get(name)]
     if not names:
-        return f"{a} and {b} are the same"
+        return f"{a} and {b} have the same settings"
     rows = [("", a, b), *((name, _text(first, name), _text(second, name)) for name in names)]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{n:{widths[0]}}  {x:{widths[1]}}  {y}".rstrip() for n, x, y in rows)

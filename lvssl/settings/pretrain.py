@@ -31,88 +31,101 @@ ORDERS = ("random", "quasi-random", "sequential")  # pipelines.order's, which wo
 @dataclass(frozen=True)
 class ModelSettings:
     backbone: str = "resnet50"
-    """tiny (78 k parameters), small (1.2 M, for two CPU cores), resnet18, resnet34, resnet50, resnet101,
-    resnet152, or any model of timm by its name, such as convnext_tiny or vit_small_patch16_224."""
+    """Architecture: tiny (78 k parameters), small (1.2 M, for two CPU cores), resnet18, resnet34, resnet50,
+    resnet101, resnet152, or the name of any timm model, such as convnext_tiny or vit_small_patch16_224."""
     hidden: int = 1024
     """Width of the projector's hidden layer."""
     projection: int = 128
-    """Length of the vectors that NT-Xent compares."""
+    """Dimension of the projections that NT-Xent compares."""
     projector_norm: bool = False
-    """Batch normalisation of the projector's output too, scaled and not shifted, as in SimCLR's own code."""
+    """Also apply batch normalisation to the projector's output, with a scale but no shift, as in SimCLR's own
+    code."""
     init: str = ""
-    """Weights of the backbone to start from: a .safetensors or .pth file, the folder of a run or an export,
-    hf://USER/NAME, or pretrained (timm's own of that backbone, fetched once). Left out: random ones."""
+    """Initial weights of the backbone: a .safetensors or .pth file, the folder of a run or an export,
+    hf://USER/NAME, or pretrained (timm's weights for that backbone, downloaded once). Random if omitted."""
 
 
 @dataclass(frozen=True)
 class LatentSettings:
     family: str = "bernoulli"
-    """none (no latent: the control), sign (the same with decorrelated sign bits), gaussian, bernoulli,
-    categorical, beta, mixture, power_spherical, vmf, laplace; or two side by side: gaussian+bernoulli."""
+    """Distribution of the latent: none (no latent: the control), sign (no latent, but decorrelated sign
+    bits), gaussian, bernoulli, categorical, beta, mixture, power_spherical, vmf or laplace; or two side by
+    side, such as gaussian+bernoulli."""
     site: str = "repr"
-    """Where the latent stands: repr (between backbone and projector) or proj (at the projector's output)."""
+    """Position of the latent: repr (between backbone and projector) or proj (at the projector's output)."""
     dim: int = 0
-    """Latent dimensions, for `bernoulli` the bits of the code; 0: one for each number that the site gives."""
+    """Number of latent dimensions; for `bernoulli`, the number of bits of the code. 0 means the dimension of
+    the vector at --site."""
     categories: int = 16
-    """Categories of each group of `categorical`: a power of two."""
+    """Number of categories in each group of `categorical`; must be a power of two."""
     components: int = 4
-    """Gaussians of `mixture`: a power of two."""
+    """Number of Gaussian components of `mixture`; must be a power of two."""
     depth: int = 1
-    """Bits of the code for each dimension of gaussian, beta, mixture and laplace: their quantised means."""
+    """Bits per dimension in the code of gaussian, beta, mixture and laplace, whose posterior means are
+    quantised."""
     init_scale: float = 4.0
-    """How far the posterior starts from its prior: the logits' deviation, 1 / s of a Gaussian, kappa / D."""
+    """How far the posterior starts from the prior: the standard deviation of the logits, 1 / s of a Gaussian,
+    or kappa / D."""
     init_scale_start: float | None = None
-    """Anneal the scale of the logits (bernoulli, categorical) from here to --init-scale; left out: it is
-    constant."""
+    """Anneal the scale of the logits (bernoulli, categorical) from this value to --init-scale. Constant if
+    omitted."""
     estimator: str = "straight-through"
-    """Of discrete samples: straight-through, or relaxed (binary concrete, Gumbel-softmax)."""
+    """Gradient estimator of discrete samples: straight-through, or relaxed (binary concrete,
+    Gumbel-softmax)."""
     relaxation: float = 0.5
-    """Temperature of the relaxed samples."""
+    """Temperature of relaxed samples."""
     relaxation_start: float | None = None
-    """Anneal that temperature from here; left out: it is constant."""
+    """Anneal the temperature of relaxed samples from this value to --relaxation. Constant if omitted."""
     anneal: float = 0.5
-    """Share of the steps over which logit scale and relaxation go, geometrically, to their final values."""
+    """Fraction of the steps over which the logit scale and the relaxation temperature are annealed
+    (geometrically) to their final values."""
     posterior_scale: str = "learnt"
-    """Where a family has a scale (s, kappa, a + b): learnt, one for each image, or fixed where it starts."""
+    """Scale of the posterior (s, kappa, a + b), in families that have one: learnt (predicted for each image)
+    or fixed (at its initial value)."""
     samples: int = 4
-    """Samples a step (K)."""
+    """Number of latent samples drawn for each view (K)."""
     sample_reduction: str = "auto"
     """How the K samples are reduced: samples (averaged before the projector), projections (averaged after
-    it), or losses (each has a loss of its own). auto: losses for mcinfonce, ceb and hib, else samples."""
+    it), or losses (each sample enters the loss by itself). auto means losses for mcinfonce, ceb and hib, and
+    samples otherwise."""
     objective: str = "ntxent"
-    """ntxent (SimCLR's); ntxent-vc (with VICReg's variance and covariance beside); dcl (without the positive
-    in the denominator); vicreg (invariance, variance, covariance);
-    mcinfonce (the mean over K within the logarithm); ceb (conditional entropy bottleneck, C-SimCLR); hib
-    (match probabilities). With the rate."""
+    """Objective, to which the rate is added: ntxent (SimCLR's); ntxent-vc (with VICReg's variance and
+    covariance terms added); dcl (without the positive in the denominator); vicreg (invariance, variance,
+    covariance); mcinfonce (the mean over K is taken inside the logarithm); ceb (conditional entropy
+    bottleneck, C-SimCLR); hib (match probabilities)."""
     invariance: float = 25.0
-    """Weight of the views' mean squared difference, of `vicreg`."""
+    """Weight of the invariance term of `vicreg`, the mean squared difference between the views."""
     variance: float | None = None
-    """Weight of VICReg's variance: each dimension of the projections is to have a deviation of 1; left out:
-    25 with vicreg, 5 with ntxent-vc, else 0. Beside ntxent and dcl, too."""
+    """Weight of VICReg's variance term, which pushes the standard deviation of each projection dimension
+    towards 1. If omitted: 25 with vicreg, 5 with ntxent-vc, otherwise 0. Can also be added to ntxent and
+    dcl."""
     covariance: float | None = None
-    """Weight of VICReg's covariance, squared, of two dimensions of the projections; left out: 1 with vicreg
-    and ntxent-vc, else 0. Beside ntxent and dcl, too."""
+    """Weight of VICReg's covariance term, the squared covariances between projection dimensions. If omitted:
+    1 with vicreg and ntxent-vc, otherwise 0. Can also be added to ntxent and dcl."""
     ceb_kappa: float = 10.0
-    """Concentration of the backward encoder of `ceb`, a von Mises-Fisher distribution about the
-    other view."""
+    """Concentration of the backward encoder of `ceb`, a von Mises-Fisher distribution centred on the other
+    view."""
     ceb_weight: float = 1.0
-    """Weight of the residual information of `ceb`."""
+    """Weight of the residual information in `ceb`."""
     beta: float | None = None
-    """Weight of the rate (KL in nats); left out: 0.001 where noise would vanish without it (gaussian, beta,
-    mixture, power_spherical, vmf, laplace; not with mcinfonce and ceb), or 0."""
+    """Weight of the rate (KL divergence in nats). If omitted: 0.001 for the families whose noise would vanish
+    without it (gaussian, beta, mixture, power_spherical, vmf, laplace; but not with mcinfonce and ceb),
+    otherwise 0."""
     beta_schedule: str = "warmup"
-    """constant, warmup (linear from 0), or cyclical (linear from 0 in the first half of each cycle)."""
+    """Schedule of beta: constant, warmup (linear from 0), or cyclical (linear from 0 in the first half of
+    each cycle)."""
     beta_warmup: float = 0.1
-    """Share of the steps over which beta climbs linearly from 0."""
+    """Fraction of the steps over which beta rises linearly from 0."""
     beta_cycles: int = 4
-    """Cycles of the cyclical schedule."""
+    """Number of cycles of the cyclical schedule."""
     free_nats: float = 0.0
-    """KL up to which an image's rate costs nothing."""
+    """An image's KL divergence is penalised only above this value."""
     decorrelation: float = 0.02
-    """Weight of the hard bits' squared covariances (sign, bernoulli). The bits of a code longer than h can't
-    all be uncorrelated: there it falls on h's sign bits."""
+    """Weight of the penalty on squared covariances of the hard bits (sign, bernoulli). If the code is longer
+    than h, its bits can't all be uncorrelated; the penalty then applies to the sign bits of h."""
     clean_path_weight: float = 0.7
-    """Share of NT-Xent that is computed on h through a projector of its own, beside the sampled path."""
+    """Fraction of the NT-Xent loss that is computed on h itself, through a separate projector, rather than on
+    samples."""
 
     @property
     def final_beta(self) -> float:
@@ -216,23 +229,26 @@ class LatentSettings:
 @dataclass(frozen=True)
 class OptimiserSettings:
     optimiser: str = "adamw"
-    """adamw, sgd, or lars (You et al. 2017), for batches of thousands."""
+    """adamw, sgd, or lars (You et al. 2017), which suits batches of thousands."""
     lr: float = 2e-3
-    """Peak learning rate, see --lr-rule; linear warm-up, then cosine to 0."""
+    """Learning rate, from which --lr-rule derives the peak. A linear warm-up is followed by cosine decay to
+    0."""
     lr_rule: str = "given"
-    """given: the peak is --lr; linear: --lr * batch / 256 (SimCLR with LARS: 0.3); sqrt: --lr * sqrt(batch)
-    (0.075, better for batches below 1,024)."""
+    """Peak learning rate: given (--lr itself); linear (--lr * batch / 256; SimCLR with LARS: --lr 0.3); sqrt
+    (--lr * sqrt(batch); --lr 0.075, better for batches below 1,024)."""
     weight_decay: float = 1e-4
-    """On weights of linear and convolutional layers alone, never on biases and normalisation."""
+    """Weight decay of linear and convolutional layers; never applied to biases and normalisation."""
     warmup_epochs: float = 1.0
+    """Epochs of linear warm-up of the learning rate."""
     momentum: float = 0.9
-    """Of sgd and lars."""
+    """Momentum of sgd and lars."""
     nesterov: bool = False
-    """Of sgd and lars."""
+    """Use Nesterov momentum in sgd and lars."""
     trust: float = 1e-3
-    """LARS's trust coefficient: a layer's step is this share of its weights' norm, times the rate."""
+    """LARS's trust coefficient: the step of a layer is this fraction of its weights' norm, times the learning
+    rate."""
     clip: float = 0.0
-    """Largest norm of all gradients together; 0: not clipped."""
+    """Maximum norm of the gradient over all parameters; 0 disables clipping."""
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value."""
@@ -247,45 +263,50 @@ class OptimiserSettings:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How a step is computed, not what: speed, memory, several ranks, and what a failure costs."""
+    """How a step is computed, not what it computes: speed, memory, multiple ranks, and handling of
+    failures."""
 
     precision: str = "auto"
-    """auto (bf16 on a GPU, fp32 on a CPU), fp32, bf16, fp16 (with a loss scale). Posteriors and losses are
-    fp32 in any case."""
+    """auto (bf16 on a GPU, fp32 on a CPU), fp32, bf16, or fp16 (with loss scaling). Posteriors and losses are
+    always computed in fp32."""
     channels_last: bool = field(default=True, metadata=RUNTIME)
-    """The layout of images and convolutions; faster on GPUs and on CPUs."""
+    """Store images and convolutions in channels-last layout, which is faster on GPUs and on CPUs."""
     compile: str = field(default="auto", metadata=RUNTIME | {"was": {True: "on", False: "off"}})
-    """torch.compile the backbone: a minute at the start, which a resumed run saves (RUN/compiled). on; off;
-    auto: on one GPU, for images of 128 px and more in a run that is long enough for the minute, as 620,000
-    images of ResNet-50 at 224 px are (all epochs together); without --graph on, --chunk, --recompute,
-    --deterministic and fp16."""
+    """Compile the backbone with torch.compile. This takes a minute at the start; a resumed run reuses the
+    result (RUN/compiled). on; off; auto: compile on a single GPU, for images of at least 128 px, if the run
+    is long enough to make up for that minute (some 620,000 images of ResNet-50 at 224 px, over all epochs),
+    but not with --graph on, --chunk, --recompute, --deterministic or fp16."""
     graph: str = field(default="auto", metadata=RUNTIME)
-    """Record a step's launches once, and repeat them with one call (a CUDA graph): faster where network and
-    images are so small that a step waits for the host. on; off; auto: on one GPU, unless the backbone is
-    compiled, without --chunk, --recompute and fp16. Begins once the weight of the rate is constant, see
-    --beta-warmup."""
+    """Record the kernel launches of a step once and replay them with one call (a CUDA graph). This is faster
+    if network and images are so small that the GPU waits for the host. on; off; auto: on a single GPU, unless
+    the backbone is compiled, but not with --chunk, --recompute or fp16. Starts once the weight of the rate is
+    constant, see --beta-warmup."""
     recompute: bool = field(default=False, metadata=RUNTIME)
-    """Activation checkpointing: keep each block's input alone, compute the block again in the backward
-    pass. A third more time, a fraction of the memory, the same result."""
+    """Activation checkpointing: keep only each block's input and compute the block again in the backward
+    pass. Takes a third more time and a fraction of the memory, and gives the same result."""
     chunk: int = 0
-    """Views that the backbone takes at once on each rank, 0: all. Smaller values fit any batch on one card,
-    for a third more time: the loss still sees the whole batch (GradCache, Gao et al. 2021). Batch
-    normalisation inside the backbone then has the statistics of a chunk, not of the batch, so the result
-    differs from that of --chunk 0 as a smaller batch's does: use chunks of 256 views or more."""
+    """Number of views that the backbone processes at once on each rank; 0 means all. Smaller values fit
+    any batch on one GPU, for a third more time; the loss still sees the whole batch (GradCache, Gao et al.
+    2021). Batch normalisation inside the backbone then uses the statistics of a chunk instead of the
+    batch, so the result differs from that of --chunk 0 as that of a smaller batch would: use chunks of 256
+    views or more."""
     deterministic: bool = field(default=False, metadata=RUNTIME)
-    """The same bits from the same GPU each time; slower, for convolutions aren't tuned. A CPU gives the same
-    bits in any case."""
+    """Make runs on the same GPU bit-identical. Slower, because convolutions are not autotuned. Runs on a CPU
+    are bit-identical in any case."""
     sync_batch_norm: bool = True
-    """Several ranks: statistics over all of them, so that the result doesn't depend on their number."""
+    """With multiple ranks, compute batch statistics over all of them, so that the result doesn't depend on
+    their number."""
     ema: float = 0.0
-    """Decay of the weights' moving average, say 0.999; what is evaluated is then the average. 0: none."""
+    """Decay of an exponential moving average of the weights, such as 0.999; the average is then what is
+    evaluated. 0 disables it."""
     keep: int = field(default=2, metadata=RUNTIME)
-    """Checkpoints kept; at least 2, so that there is one to fall back to."""
+    """Number of checkpoints to keep; at least 2, so that there is one to fall back to."""
     non_finite_steps: int = field(default=3, metadata=RUNTIME)
-    """A step whose gradient isn't finite leaves the weights as they are; this many consecutive non-finite
-    steps abort the run."""
+    """Abort the run after this many consecutive steps whose gradient isn't finite. Such a step leaves the
+    weights unchanged."""
     timeout_minutes: float = field(default=10.0, metadata=RUNTIME)
-    """Several ranks: how long to wait for another that is alive but late. A dead one is noticed sooner."""
+    """With multiple ranks, how long to wait for a rank that is alive but late. A rank that has died is
+    noticed sooner."""
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value."""
@@ -307,53 +328,58 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class PretrainSettings(ReadsImages):
-    """Pretrain an encoder on a converted data set."""
+    """Pretrain an encoder on unlabelled images."""
 
     data: Path = Path("train.beton")
-    """The training images: a .beton or tars made by `convert-beton`, many of these as one set
-    ('train-*.beton' in quotes, or a .txt with a path a line), or a folder of images as it is.
-    Labels are used by the online probes alone."""
+    """Training images: a .beton or tars written by `convert-beton`, several of these as one set
+    ('train-*.beton' in quotes, or a .txt with one path per line), or a folder of images as it is. Labels are
+    used only by the online probes."""
     source: str = field(default="auto", metadata=RUNTIME)
-    """What reads them: auto (beton for a .beton, else folder), beton, folder (files or tars, never
-    converted), dali (decoded and cropped by NVIDIA DALI, on the run's device), nvjpeg (on its GPU by
-    torchvision's nvJPEG and a kernel of ours)."""
+    """How the images are read: auto (beton for a .beton, otherwise folder), beton, folder (files or tars,
+    without conversion), dali (NVIDIA DALI decodes and crops on the run's device), or nvjpeg (torchvision's
+    nvJPEG decodes and a custom kernel crops, on the run's GPU)."""
     order: str = "random"
-    """Of an epoch: random, quasi-random (by storage blocks, for sets larger than memory), sequential."""
+    """Order of the images in an epoch: random, quasi-random (by storage blocks, for sets larger than memory),
+    or sequential."""
     on_error: str = "raise"
-    """An image that can't be decoded: raise (stop and name it), skip (take the next good one, count it), or
-    keep (skip, but use what Pillow makes of a damaged JPEG, such as one with extraneous bytes)."""
+    """What to do with an image that can't be decoded: raise (stop and name it), skip (count it and use the
+    next good image instead), or keep (as skip, but use what Pillow decodes from a damaged JPEG, such as one
+    with extraneous bytes)."""
     out: Path = field(default=Path("runs/pretrain"), metadata=RUNTIME)
-    """The run's folder; must not exist, unless with --resume."""
+    """Folder of the run. It must not exist yet, except with --resume."""
     epochs: int = 100
+    """Number of passes over the training images."""
     batch_size: int = 256
-    """Images a step, over all ranks; NT-Xent compares twice as many vectors."""
+    """Images per step, over all ranks; NT-Xent compares twice as many vectors."""
     temperature: float = 0.1
     """Temperature of NT-Xent."""
     seed: int = 0
-    """Random seed of weights, order, augmentation and latent noise."""
+    """Random seed of weights, image order, augmentation and latent noise."""
     model: ModelSettings = field(default_factory=ModelSettings)
     latent: LatentSettings = field(default_factory=LatentSettings)
     optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     view: ViewSettings = field(default_factory=ViewSettings)
     workers: int = field(default=0, metadata=RUNTIME)
-    """Threads that decode and augment; 0: each rank's share of the cores less two, 2 to 12."""
+    """Threads that decode and augment images; 0 means each rank's share of the cores minus two, but 2 to
+    12."""
     threads: int = field(default=0, metadata=RUNTIME)
-    """Threads of torch on a CPU; 0: all cores."""
+    """CPU threads used by torch; 0 means all cores."""
     device: str = field(default="auto", metadata=RUNTIME)
-    """auto (a GPU where there is one), cpu, cuda, cuda:1 ..."""
+    """auto (a GPU if there is one), cpu, cuda, cuda:1 ..."""
     augmentation: str = field(default="auto", metadata=RUNTIME)
-    """auto (triton on a GPU, else numba), reference (plain torch, slow), numba, triton."""
+    """Implementation of the augmentation: auto (triton on a GPU, otherwise numba), reference (plain torch,
+    slow), numba or triton."""
     checkpoint_minutes: float = field(default=10.0, metadata=RUNTIME)
-    """A checkpoint is written this often, beside the training; and at the end of the first epoch and of the
-    run."""
+    """Minutes between checkpoints, which are written while training continues; one is also written at the end
+    of the first epoch and of the run."""
     log_every: int = field(default=10, metadata=RUNTIME)
-    """Steps between two lines of metrics.jsonl."""
+    """Number of steps between two lines of metrics.jsonl."""
     log: tuple[str, ...] = field(default=("tensorboard",), metadata=RUNTIME)
-    """Where the figures of metrics.jsonl go, too: tensorboard, wandb, mlflow, several of these, or none of
-    them (--log with nothing behind it)."""
+    """Where to log the figures of metrics.jsonl as well: any of tensorboard, wandb and mlflow, or none of
+    them (--log without a value)."""
     preset: str = field(default="", metadata=RUNTIME)
-    """The preset these settings started from."""
+    """Preset to start from; any other option overrides its value."""
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value. Touches no file."""

@@ -19,33 +19,35 @@ PROBES = ("auto", "sgd", "logistic", "streamed", "ridge")
 @dataclass(frozen=True)
 class StageSettings(ReadsImages):
     run: Positional[Path] = field(metadata=POSITIONAL)
-    """The run's folder. `knn` and `linear` take embeddings, too: a folder with train and test as .npy (and
-    -labels.npy), .safetensors or .parquet."""
+    """Folder of the run. `knn` and `linear` also accept embeddings: a folder with train and test as .npy
+    (plus -labels.npy), .safetensors or .parquet."""
     train: Path | None = None
-    """Labelled training images, in one file or many ('train-*.beton'); left out: those of the pretraining."""
+    """Labelled training images, in one file or several ('train-*.beton'). If omitted, those of the
+    pretraining."""
     test: Path | None = None
-    """The test images; left out: test.beton (or val) beside the training images."""
+    """Test images. If omitted, test.beton (or val) next to the training images."""
     source: str = field(default="auto", metadata=RUNTIME)
-    """What reads both: auto (beton for a .beton, else folder), beton, folder (files, tars or a table, never
-    converted), dali (decoded and cropped by NVIDIA DALI), nvjpeg (on a GPU by torchvision's nvJPEG and a
-    kernel of ours)."""
+    """How both sets are read: auto (beton for a .beton, otherwise folder), beton, folder (files, tars or a
+    table, without conversion), dali (NVIDIA DALI decodes and crops), or nvjpeg (torchvision's nvJPEG decodes
+    and a custom kernel crops, on a GPU)."""
     on_error: str | None = None
-    """An image that can't be decoded: raise (stop and name it), skip, or keep (skip, but use what Pillow
-    makes of a damaged JPEG, such as one with extraneous bytes); left out: as in the pretraining.
-    In a training step the next good one takes its place; in an evaluation it is left out, and the figures'
-    count says so."""
+    """What to do with an image that can't be decoded: raise (stop and name it), skip, or keep (as skip, but
+    use what Pillow decodes from a damaged JPEG, such as one with extraneous bytes). If omitted, as in the
+    pretraining. In training, the next good image is used instead; in evaluation, the image is left out, and
+    the reported count is that of the rest."""
     target: str = ""
-    """Regress this float target of the set (`all`: every one) instead of telling classes apart."""
+    """Predict this float target of the set by regression (`all`: every target) instead of classifying."""
     out: Path | None = field(default=None, metadata=RUNTIME)
-    """Where the result goes, FILE.json or a folder; left out: into the run's folder."""
+    """Where to write the result: FILE.json or a folder. If omitted, the run's folder."""
     overwrite: bool = field(default=False, metadata=PER_CALL)
-    """Replace a result of other settings, or of an older checkpoint."""
+    """Replace a result of other settings or of an older checkpoint."""
     workers: int = field(default=0, metadata=RUNTIME)
-    """Threads that decode and augment; 0: each rank's share of the cores less two, 2 to 12."""
+    """Threads that decode and augment images; 0 means each rank's share of the cores minus two, but 2 to
+    12."""
     threads: int = field(default=0, metadata=RUNTIME)
-    """Threads of torch on a CPU; 0: all cores."""
+    """CPU threads used by torch; 0 means all cores."""
     device: str = field(default="auto", metadata=RUNTIME)
-    """auto (a GPU where there is one), cpu, cuda, cuda:1 ..."""
+    """auto (a GPU if there is one), cpu, cuda, cuda:1 ..."""
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value. Touches no file."""
@@ -59,20 +61,22 @@ class MeasuringSettings(ReadsImages):
     """What `evaluate`, `analyse` and `compression` share, which measure a run beside a control."""
 
     run: Positional[Path] = field(metadata=POSITIONAL)
-    """The run's folder; what is measured is written there, unless --out is given."""
+    """Folder of the run. Results are written there, unless --out is given."""
     test: Path | None = None
-    """The test images, made by `convert-beton`; left out: test.beton (or val) beside train.beton."""
+    """Test images, converted by `convert-beton`. If omitted, test.beton (or val) next to the training
+    images."""
     control: Path | None = None
-    """The run of family `none` or `sign` to compare with; left out: the run `control` beside this one."""
+    """Run of family `none` or `sign` to compare with. If omitted, the run `control` next to this one."""
     train: Path | None = None
-    """Labelled training images, which probes are fitted on; left out: those of the pretraining."""
+    """Labelled training images, on which probes are fitted. If omitted, those of the pretraining."""
     on_error: str | None = None
-    """An image that can't be decoded: raise (stop and name it), or skip (leave it out, and say how many;
-    among augmented views the next good one takes its place); left out: as in the pretraining."""
+    """What to do with an image that can't be decoded: raise (stop and name it), or skip (leave it out and
+    report how many; where augmented views are needed, the next good image is used instead). If omitted, as in
+    the pretraining."""
     out: Path | None = field(default=None, metadata=RUNTIME)
-    """The folder that the result goes into; left out: the run's."""
+    """Folder for the result. If omitted, the run's folder."""
     overwrite: bool = field(default=False, metadata=PER_CALL)
-    """Replace a result of other settings, or of an older checkpoint."""
+    """Replace a result of other settings or of an older checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +84,18 @@ class TrainingSettings(StageSettings):
     """What `linear` and `finetune` share: SGD with Nesterov momentum 0.9, cosine to 0, crop and flip."""
 
     representation: str = "features"
-    """features (h), latent (the posterior: samples in training, its mean in the test), code (its bits)."""
+    """Input of the linear layer: features (h), latent (the posterior: samples in training, its mean in
+    testing), or code (its bits)."""
     batch_size: int = 256
-    """Images a step, over all ranks; at most as many as there are labels."""
+    """Images per step, over all ranks; at most the number of labelled images."""
     seed: int = 0
-    """Of subset, held-out split, first weights, order and crops."""
+    """Random seed of the subset, the held-out split, the initial weights, the image order and the crops."""
     precision: str = "auto"
-    """auto (as the run was trained), fp32, bf16, fp16 (with a loss scale)."""
+    """auto (as in the pretraining), fp32, bf16, or fp16 (with loss scaling)."""
     checkpoint_minutes: float = field(default=10.0, metadata=RUNTIME)
-    """A checkpoint is written at least this often, and at the end."""
+    """Maximum number of minutes between checkpoints; one is also written at the end."""
     log_every: int = field(default=10, metadata=RUNTIME)
-    """Steps between two lines of metrics.jsonl."""
+    """Number of steps between two lines of metrics.jsonl."""
 
     def validate(self) -> None:
         super().validate()
@@ -103,20 +108,21 @@ class TrainingSettings(StageSettings):
 
 @dataclass(frozen=True)
 class LinearSettings(TrainingSettings):
-    """A linear classifier (or regression) on the frozen encoder; writes RUN/linear.json."""
+    """Train a linear classifier (or regression) on the frozen encoder. Writes RUN/linear.json."""
 
     probe: str = "auto"
-    """sgd (the published protocol, with crops and flips), logistic (L2, on the centre crops' features: exact
-    and fast on small sets), streamed (the same by stochastic gradients, in memory that the images' count
-    doesn't change), ridge (for --target), auto (sgd from 200,000 training images on)."""
+    """sgd (the published protocol, with crops and flips), logistic (L2-regularised, on features of the centre
+    crops: exact, and fast on small sets), streamed (logistic by stochastic gradients, in memory that doesn't
+    depend on the number of images), ridge (for --target), or auto (sgd from 200,000 training images on,
+    otherwise logistic or ridge)."""
     epochs: int = 90
-    """Of sgd."""
+    """Number of epochs of sgd."""
     lr: float = 0.1
-    """Of sgd, for a batch of 256: the peak is lr * B / 256."""
+    """Learning rate of sgd for a batch of 256; the peak is lr * B / 256."""
     probe_epochs: int = 0
-    """Of streamed; 0: 10, or as many as 5,000 steps take."""
+    """Number of epochs of streamed; 0 means 10, or more if these are fewer than 5,000 steps."""
     preset: str = field(default="", metadata=RUNTIME)
-    """imagenet-linear"""
+    """Preset to start from: imagenet-linear."""
 
     def validate(self) -> None:
         super().validate()
@@ -127,12 +133,15 @@ class LinearSettings(TrainingSettings):
 
 @dataclass(frozen=True)
 class KnnSettings(StageSettings):
-    """Weighted nearest neighbours, by cosine on features, by Hamming on codes; writes RUN/knn.json."""
+    """Classify by weighted nearest neighbours: cosine similarity of features, Hamming distance of codes.
+    Writes RUN/knn.json."""
 
     k: int = 0
-    """Neighbours that vote; 0: 20, or 200 from 200,000 training images on (ImageNet's custom)."""
+    """Number of neighbours that vote. 0 means 20, or 200 from 200,000 training images on (as is customary for
+    ImageNet)."""
     temperature: float = 0.0
-    """Of the votes exp(similarity / T); 0: 0.07, or 0.1 where k is 200 by default."""
+    """Temperature T of the votes' weights exp(similarity / T). 0 means 0.07, or 0.1 if k is 200 by
+    default."""
 
     def validate(self) -> None:
         super().validate()
@@ -141,28 +150,29 @@ class KnnSettings(StageSettings):
 
 @dataclass(frozen=True)
 class FinetuneSettings(TrainingSettings):
-    """Train encoder and a linear layer with all or some labels; writes RUN/finetune-LABELS/result.json.
+    """Train the encoder and a linear layer with all or some labels. Writes RUN/finetune-LABELS/result.json.
 
     Each pair of --lr and --weight-decay is tried on a held-out part of the labelled training images; the best
     is retrained on all labels and evaluated once on the test set.
     """
 
     label_fraction: float = 1.0
-    """Share of the training images whose labels are used: class-balanced, drawn by --seed."""
+    """Fraction of the training images whose labels are used: class-balanced, drawn with --seed."""
     subset_list: Path | None = None
-    """Use these images instead: one file name a line, as SimCLR's public 1 % and 10 % lists."""
+    """Use these images instead: a file with one file name per line, such as SimCLR's public 1 % and 10 %
+    lists."""
     epochs: int = 30
-    """Of each training."""
+    """Number of epochs of each training."""
     min_steps: int = 500
-    """Steps of each training at least, for few labels make few steps an epoch."""
+    """Minimum number of steps of each training: with few labels, an epoch has few steps."""
     lr: tuple[float, ...] = (0.01, 0.05, 0.25)
-    """Learning rates to choose from, for a batch of 256: the peak is lr * B / 256."""
+    """Learning rates to choose from, for a batch of 256; the peak is lr * B / 256."""
     weight_decay: tuple[float, ...] = (0.0, 1e-4)
-    """Weight decays to choose from; never on biases and normalisation."""
+    """Weight decays to choose from; never applied to biases and normalisation."""
     validation_fraction: float = 0.1
-    """Share of the labelled images on which the choice is made."""
+    """Fraction of the labelled images that is held out to make this choice."""
     preset: str = field(default="", metadata=RUNTIME)
-    """imagenet-finetune"""
+    """Preset to start from: imagenet-finetune."""
 
     def validate(self) -> None:
         super().validate()

@@ -1,29 +1,29 @@
 """Turn an image data set into a beton (FFCV), into WebDataset tars (DALI, webdataset), or both in one pass.
 
     convert-beton photos/ photos.beton                                 # photos/CLASS/IMAGE.jpg
-    convert-beton ILSVRC2012_img_train.tar train.beton                 # ImageNet as it is downloaded
+    convert-beton ILSVRC2012_img_train.tar train.beton                 # ImageNet as downloaded
     convert-beton ILSVRC2012_img_val.tar val.beton --devkit ILSVRC2012_devkit_t12.tar.gz
     convert-beton imagenet/ val.beton --split validation               # imagenet/val/CLASS/IMAGE.JPEG
-    convert-beton imagenet/ train.beton --webdataset train-tars/       # both from one pass
+    convert-beton imagenet/ train.beton --webdataset train-tars/       # both in one pass
     convert-beton 'train-{000000..000146}.tar' train.beton             # WebDataset shards
     convert-beton cifar10-jpeg/ test.beton --split test                # Hugging Face image parquet
-    convert-beton photos/ photos.beton                                 # loose images: no labels, to pretrain
+    convert-beton photos/ photos.beton                                 # unlabelled images, to pretrain
     convert-beton table.csv out.beton                                  # columns path and label
     convert-beton ages.csv ages.beton --targets age                    # path,age: regression
     convert-beton /usr/share/datasets/fashion-mnist train.beton        # MNIST's idx files
-    convert-beton torchvision:CIFAR10 train.beton --root data          # downloaded if need be
-    convert-beton sklearn:digits digits.beton                          # always at hand
+    convert-beton torchvision:CIFAR10 train.beton --root data          # downloaded if necessary
+    convert-beton sklearn:digits digits.beton                          # always available
 
     convert-beton imagenet/ train.beton --shard 3/8                    # the third job of an array of eight
-    convert-beton --merge train.beton                                  # when all eight are done
-    convert-beton --verify train.beton                                 # every byte and every image again
+    convert-beton --merge train.beton                                  # when all eight have finished
+    convert-beton --verify train.beton                                 # check every byte and every image
     convert-beton --inspect train.beton                                # counts, sizes, a sheet of images
 
-Each JPEG is checked by decoding it and stored byte for byte. Images are encoded anew only where they must
-change: JPEGs that are larger than --max-resolution, that are CMYK or that EXIF says are rotated; and other
-formats (PNG and so on), unless they are so small (64 x 64), or so much smaller without loss (line art), that
-raw pixels serve better. Damaged images are skipped and named in OUT.beton.json. An interrupted conversion
-resumes when the same command is run again, and ends with the same bytes.
+Each JPEG is decoded as a check and stored byte for byte. Images are re-encoded only if necessary:
+JPEGs that are larger than --max-resolution, CMYK, or rotated by EXIF; and other formats (PNG and so
+on). Raw pixels are stored instead if an image is tiny (64 x 64), or if its lossless file is smaller
+than a JPEG (line art). Damaged images are skipped and named in OUT.beton.json. To resume an
+interrupted conversion, run the same command again; the resulting bytes are the same.
 """
 
 from __future__ import annotations
@@ -65,11 +65,14 @@ def parser() -> argparse.ArgumentParser:
         help="The images: a folder, .tar, .parquet, .csv, .jsonl, .beton or torchvision:NAME.",
     )
     p.add_argument(
-        "out", metavar="OUT.beton", nargs="?", help="The file to write. Its manifest is OUT.beton.json."
+        "out",
+        metavar="OUT.beton",
+        nargs="?",
+        help="The file to write. Its manifest is written to OUT.beton.json.",
     )
-    _source_options(p.add_argument_group("what is read"))
-    _stored_options(p.add_argument_group("what is stored"))
-    _run_options(p.add_argument_group("how it runs"))
+    _source_options(p.add_argument_group("input"))
+    _stored_options(p.add_argument_group("output"))
+    _run_options(p.add_argument_group("execution"))
     _other_tasks(p.add_argument_group("instead of a conversion"))
     return p
 
@@ -80,107 +83,112 @@ def _source_options(group: argparse._ArgumentGroup) -> None:
     add(
         "--classes",
         metavar="FILE",
-        help="Number the classes in the order of this manifest, or of this text file with a name a line.",
+        help="Number the classes in the order of this manifest or text file (one name per line).",
     )
     add(
         "--devkit",
         metavar="FILE",
-        help="ImageNet's development kit, which its validation tar needs (default: the one beside the tar).",
+        help="ImageNet's development kit, needed for its validation tar (default: the one next to the tar).",
     )
     add(
         *("--image-column", "--image-key"),
         metavar="NAME",
-        help="The column of the images or of their paths, where it has no usual name; in a tar of several "
-        "images a sample, what comes after its key (left.jpg).",
+        help="The column with the images or their paths, if its name is unusual; in a tar with several "
+        "images per sample, the part of the file name after the key (left.jpg).",
     )
     add(
         *("--label-column", "--label-key"),
         metavar="NAME",
-        help="The column of the classes, where it has no usual name; in a tar an extension or a field of the "
-        ".json. With `none`, labels are not read.",
+        help="The column with the classes, if its name is unusual; in a tar, a file extension or a field of "
+        "the .json. `none` means not to read labels.",
     )
     add(
         "--targets",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="Columns of numbers, in a tar fields of the .json, to store as regression targets.",
+        help="Numeric columns (in a tar, fields of the .json) to store as regression targets.",
     )
-    add("--root", default="data", metavar="DIR", help="Where torchvision keeps its files (default: data).")
+    add("--root", default="data", metavar="DIR", help="The folder of torchvision's files (default: data).")
     add(
         "--only-classes",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="Read only the images of these classes (default: of all). Classes keep their numbers.",
+        help="Read only images of these classes (default: all). The classes keep their numbers.",
     )
     add("--subset", type=int, metavar="N", help="Read only N images, balanced over the classes.")
     add(
         "--shuffle-seed",
         type=int,
         metavar="S",
-        help="Store the images in an order drawn from this seed (default: in the order of the source).",
+        help="Shuffle the images with this seed (default: keep the order of the source).",
     )
-    add("--shard", type=_shard, metavar="K/N", help="Convert the K-th of N parts, K from 1. See --merge.")
+    add(
+        "--shard",
+        type=_shard,
+        metavar="K/N",
+        help="Convert only the K-th of N parts (K from 1 to N). See --merge.",
+    )
 
 
 def _stored_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--webdataset", metavar="DIR", help="Write tars with wds2idx's indices into this new folder.")
+    add("--webdataset", metavar="DIR", help="Write tars with wds2idx indices to this new folder.")
     add(
         "--images-per-tar",
         type=int,
         default=IMAGES_PER_TAR,
         metavar="N",
-        help=f"How many images a tar holds (default: {IMAGES_PER_TAR}).",
+        help=f"Number of images per tar (default: {IMAGES_PER_TAR}).",
     )
     add(
         "--max-resolution",
         type=int,
         metavar="N",
-        help="Shrink images whose longest side is over N pixels.",
+        help="Shrink images whose longest side exceeds N pixels.",
     )
     add(
         "--max-pixels",
         type=int,
         default=jpeg.MAX_PIXELS,
         metavar="N",
-        help=f"Skip images of more than N pixels (default: {jpeg.MAX_PIXELS}).",
+        help=f"Skip images with more than N pixels (default: {jpeg.MAX_PIXELS}).",
     )
     add(
         "--jpeg-quality",
         type=int,
         default=90,
         metavar="Q",
-        help="Quality of the images that are encoded anew, 1 to 100 (default: 90).",
+        help="JPEG quality of re-encoded images, 1 to 100 (default: 90).",
     )
     add(
         "--jpeg-sampling",
         choices=list(turbojpeg.SAMPLINGS),
         default="4:2:0",
-        help="Colour resolution of the images that are encoded anew: 4:4:4 keeps thin coloured lines better, "
-        "takes half as much room again and decodes more slowly (default: 4:2:0).",
+        help="Chroma subsampling of re-encoded images. 4:4:4 preserves thin coloured lines better, but takes "
+        "half as much space again and decodes more slowly (default: 4:2:0).",
     )
     add(
         "--line-art",
         choices=LINE_ART,
         default="raw",
-        help="Images whose PNG, GIF, BMP or lossless WebP file is smaller than a JPEG of them: store RGB "
-        "pixels, which is exact and large, or that JPEG (default: raw).",
+        help="How to store images whose PNG, GIF, BMP or lossless WebP file is smaller than a JPEG of them: "
+        "as RGB pixels (exact, but large) or as that JPEG (default: raw).",
     )
     add(
         "--raw-proportion",
         type=float,
         default=0.0,
         metavar="P",
-        help="Proportion of the images to store as RGB pixels, 0 to 1. These are large, but need no decoding "
+        help="Proportion of the images to store as RGB pixels, 0 to 1. They are large, but need no decoding "
         "(default: 0).",
     )
     add(
         "--white-level",
         type=int,
         metavar="N",
-        help="The value of white in images of more than 8 bits that do not state it (4095 for 12 bits).",
+        help="Value of white in images of more than 8 bits that do not specify it (4095 for 12 bits).",
     )
 
 
@@ -190,14 +198,14 @@ def _run_options(group: argparse._ArgumentGroup) -> None:
         "--on-error",
         choices=ON_ERROR,
         default="skip",
-        help="What to do about a damaged image: skip it and name it in the manifest, raise an error and "
-        "stop, or keep what Pillow makes of a JPEG in which libjpeg-turbo finds damage (default: skip).",
+        help="What to do with a damaged image: skip it and name it in the manifest, raise an error and stop, "
+        "or keep what Pillow decodes from a JPEG that libjpeg-turbo reports as damaged (default: skip).",
     )
     add(
         "--workers",
         type=int,
         metavar="N",
-        help="Number of threads (default: one per core). The result does not depend on it.",
+        help="Number of threads (default: one per core). The output does not depend on it.",
     )
     add("--dry-run", action="store_true", help="Open the source, estimate size and time, and stop.")
     add("--restart", action="store_true", help="Discard the state of an interrupted conversion.")
@@ -207,16 +215,18 @@ def _run_options(group: argparse._ArgumentGroup) -> None:
 def _other_tasks(group: argparse._ArgumentGroup) -> None:
     does = group.add_mutually_exclusive_group()
     does.add_argument(
-        "--merge", metavar="OUT.beton", help="Put the parts of OUT.beton together, which --shard has made."
+        "--merge", metavar="OUT.beton", help="Merge the parts of OUT.beton that --shard has written."
     )
     does.add_argument(
         "--verify",
         metavar="FILE",
         help="Check a beton, a tar or a folder of tars. The exit status is 1 if anything is wrong.",
     )
-    does.add_argument("--inspect", metavar="FILE", help="Describe a beton, and draw a contact sheet.")
+    does.add_argument("--inspect", metavar="FILE", help="Describe a beton and draw a contact sheet.")
     group.add_argument(
-        "--remove-parts", action="store_true", help="With --merge: remove the parts when all is written."
+        "--remove-parts",
+        action="store_true",
+        help="With --merge: remove the parts once the output is complete.",
     )
     group.add_argument("--sheet", metavar="PNG", help="The contact sheet to write (default: FILE.png).")
 
@@ -238,12 +248,12 @@ def main(argv: list[str] | None = None) -> int:
         p.error(hint or f"unrecognized arguments: {' '.join(unknown)}")
     asked = any(getattr(args, name) for name in OTHER_TASKS)
     if asked and args.source is not None:
-        p.error(f"{args.source}: --merge, --verify and --inspect take one file, and no source")
+        p.error(f"{args.source}: --merge, --verify and --inspect take a single file and no SOURCE")
     if not asked and (args.source is None or (args.out is None and args.webdataset is None)):
         missing = "SOURCE" if args.source is None else "OUT.beton (or --webdataset DIR)"
         p.error(f"the following arguments are required: {missing}")
     if args.remove_parts and not args.merge:
-        p.error("--remove-parts goes with --merge")
+        p.error("--remove-parts can only be used with --merge")
     hide_decoders_warnings()
     task = next((run for name, run in OTHER_TASKS.items() if getattr(args, name)), _convert)
     told: list[int] = []  # SIGTERM, if it came: it stops the conversion cleanly, like Ctrl-C
@@ -262,7 +272,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {in_words(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
-        kept = f"{interrupt}; repeat the command to resume" if str(interrupt) else "nothing was written"
+        kept = (
+            f"{interrupt}; run the same command again to resume" if str(interrupt) else "nothing was written"
+        )
         print(f"{'terminated' if told else 'interrupted'}: {kept}", file=sys.stderr)
         return 143 if told else 130
     finally:
@@ -276,7 +288,7 @@ def _merge(args: argparse.Namespace) -> int:
     _report(args.merge, manifest)
     if parts := manifest["parts"]:
         size = size_text(sum(os.path.getsize(path) for path in parts))
-        print(f"its {len(parts)} parts ({size}) are still there, {parts[0]} ...: see --remove-parts")
+        print(f"its {len(parts)} parts ({size}) are kept ({parts[0]} ...); --remove-parts removes them")
     return 0
 
 
@@ -317,8 +329,8 @@ def _report(out: str, manifest: dict[str, Any]) -> None:
         print(f"warning: skipped {each['name']}: {each['reason']}", file=sys.stderr)
     if len(skipped) > WARNINGS_SHOWN:
         more = len(skipped) - WARNINGS_SHOWN
-        print(f"warning: skipped {more} more, which are named in the manifest", file=sys.stderr)
-    words = {"jpeg_untouched": "JPEG as they were", "turned_upright": "turned upright"}
+        print(f"warning: skipped {more} more, named in the manifest", file=sys.stderr)
+    words = {"jpeg_untouched": "JPEG unchanged", "turned_upright": "turned upright"}
     stored = [f"{n:,} {words.get(kind, kind)}" for kind, n in manifest["stored"].items() if n]
     rate = (manifest["count"] - manifest["resumed"]) / manifest["seconds"]
     earlier = f", {manifest['resumed']:,} of them earlier" if manifest["resumed"] else ""

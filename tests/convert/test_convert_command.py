@@ -26,7 +26,7 @@ def test_the_closing_line_and_the_warnings(tmp_path, capsys):
     out = tmp_path / "x.beton"
     assert main([str(tmp_path / "set"), str(out)]) == 0
     printed = capsys.readouterr()
-    assert printed.out.startswith(f"{out}: 11 images (11 JPEG as they were) in 3 classes, 1 skipped, ")
+    assert printed.out.startswith(f"{out}: 11 images (11 JPEG unchanged) in 3 classes, 1 skipped, ")
     assert printed.out.strip().endswith(f"manifest {out}.json")
     assert printed.err == "warning: skipped class1/001.jpg: not an image file of a known kind\n"
     assert open_beton(out).count == 11
@@ -42,7 +42,7 @@ def test_the_closing_line_of_a_part_and_of_a_regression_set(tmp_path, capsys):
     assert part.is_file() and Path(f"{part}.json").is_file()
     (tmp_path / "ages.csv").write_text("path,age,score\nset/class0/000.jpg,31,0.5\n")
     assert main([str(tmp_path / "ages.csv"), str(out), "--targets", "age", "score"]) == 0
-    assert ": 1 images (1 JPEG as they were) with age, score, 0 skipped, " in capsys.readouterr().out
+    assert ": 1 images (1 JPEG unchanged) with age, score, 0 skipped, " in capsys.readouterr().out
 
 
 def test_every_option_reaches_the_manifest(tmp_path):

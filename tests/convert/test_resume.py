@@ -370,7 +370,7 @@ def test_interrupted_by_the_keyboard_it_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130, errors
-    assert "of 613 images are kept; repeat the command to resume" in errors.splitlines()[-1]
+    assert "of 613 images are kept; run the same command again to resume" in errors.splitlines()[-1]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "of them earlier" in done.stdout
 

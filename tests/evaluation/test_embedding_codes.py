@@ -115,4 +115,4 @@ def test_equal_embeddings_are_duplicates_of_each_other(tmp_path):
 
 def test_encode_without_images_is_one_line(embeddings, capsys):
     assert lvssl("encode", embeddings, "--bits", 8) == 2
-    assert capsys.readouterr().err.startswith("error: lvssl encode: name the images to encode with --images")
+    assert capsys.readouterr().err.startswith("error: lvssl encode: --images is required")
