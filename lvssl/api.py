@@ -1,6 +1,6 @@
 """The library from Python: load a trained encoder, encode images, search among them, pretrain.
 
-Every function does what the command of the same name does, so both give the same numbers.
+Every function runs the code of the command of the same name, so both give the same numbers.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ Images: TypeAlias = "Picture | Iterable[Picture]"
 
 @dataclass(frozen=True)
 class Encoding:
-    """What an encoder computes for N images.
+    """The features, codes and uncertainties of N images.
 
     >>> encoding = lvssl.load("run").encode("photos")
     >>> encoding.features.shape, encoding.code.shape, encoding.bits
@@ -78,13 +78,13 @@ class Encoding:
     code: np.ndarray
     """uint8 [N, ceil(bits / 8)], packed: bit d is bit d % 8 of byte d // 8."""
     uncertainty: np.ndarray
-    """float32 [N], higher is less certain. Where `lvssl encode` or `Model.fit_density` has fitted a density
-    to the training images: the negative log-density, in nats per dimension. Otherwise the posterior's own
-    score: for most families its entropy in nats, without a latent the negative norm of the feature."""
+    """float32 [N], higher is less certain: the negative log-density in nats per dimension, if `lvssl encode`
+    or `Model.fit_density` has fitted a density to the training images; otherwise the posterior's own score,
+    for most families its entropy in nats, or the negative norm of the features if there is no latent."""
     bits: int
-    """Length of a code, in bits."""
+    """Length of a code in bits."""
     checkpoint: str
-    """Digest of the weights. Codes of different models can't be compared."""
+    """Digest of the weights. Only codes with the same digest can be compared."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -103,7 +103,7 @@ class Model:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, device: str | torch.device | None = None) -> Model:
-        """The same as `lvssl.load`, under Hugging Face's name for it; takes a folder or user/name.
+        """Same as `lvssl.load`, under the name usual in Hugging Face libraries: a folder, or user/name.
 
         >>> lvssl.Model.from_pretrained("export").bits
         64
@@ -152,7 +152,7 @@ class Model:
 
     @property
     def bits(self) -> int:
-        """Length of a code, in bits.
+        """Length of a code in bits.
 
         >>> lvssl.load("run").bits
         64
@@ -164,20 +164,22 @@ class Model:
     ) -> Encoding:
         """Compute features, packed codes and uncertainties of images, without augmentation.
 
-        Shows a progress bar on a terminal and in a notebook. With batches of 256, the default, features and
-        codes are bit for bit those of `lvssl encode`; other batch sizes may round sums differently.
+        Shows a progress bar in terminals and notebooks. With the default batch size of 256, features and
+        codes are bit-identical to those of `lvssl encode`; with other batch sizes, sums may be rounded
+        differently.
 
         Args:
-            images: a path of an image or of a set (a folder, searched recursively; a .beton, tars, a parquet
-                file), a PIL image, an array uint8 [H, W, 3] or [N, H, W, 3], or several paths, PIL images and
-                arrays, also from a generator.
-            batch_size: number of images that the network encodes at once, at least 1.
-            workers: number of decoding threads; 0: the number of cores minus two, between 2 and 12.
+            images: the path of an image or of a set (a folder, searched recursively; a .beton, tars, a
+                parquet file), a PIL image, an array uint8 [H, W, 3] or [N, H, W, 3], or an iterable of paths,
+                PIL images and arrays, such as a list or a generator.
+            batch_size: number of images that the network processes at once, at least 1.
+            workers: threads that decode images; 0 means the number of cores minus two, but 2 to 12.
             on_error: what to do with an image that can't be decoded: raise, or skip (leave it out, with a
                 warning).
 
         Raises:
-            InputError: no images, a damaged image (which is named), or an array of another shape or type.
+            InputError: there are no images, one is damaged (it is named), or an array has a wrong shape or
+                type.
 
         >>> model = lvssl.load("run")
         >>> model.encode("photos").names[:2]
@@ -212,10 +214,10 @@ class Model:
         )
 
     def fit_density(self, train: str | Path | None = None) -> None:
-        """Fit the density, `encode`'s uncertainty, as `lvssl encode` does, and keep it with the run.
+        """Fit the density that `encode` uses as uncertainty, as `lvssl encode` does, and save it.
 
         Args:
-            train: training images, of which at most 50,000 are used; by default those of the pretraining.
+            train: training images, of which at most 50,000 are used. If omitted, those of the pretraining.
 
         Raises:
             InputError: the training images can't be read.
@@ -237,16 +239,16 @@ class Model:
         """Find the k images whose codes are nearest to each query, nearest first, as `lvssl search` does.
 
         Args:
-            queries: images, as `encode` takes them, or its result.
-            codes: where to search: a result of `encode`, or a code file of `lvssl encode`; by default
+            queries: images, in any form that `encode` accepts, or the result of `encode`.
+            codes: what to search: the result of `encode`, or a code file of `lvssl encode`. If omitted,
                 codes.lvcodes in the run's folder.
-            k: number of neighbours per query; all codes if there are fewer.
-            symmetric: compare codes with codes, by Hamming distance. Otherwise queries that are images stay
-                real-valued if the code file allows it, and distances are squared Euclidean distances.
+            k: number of neighbours per query; all images if there are fewer.
+            symmetric: compare codes with codes, by Hamming distance. Otherwise, if the code file allows it,
+                queries that are images stay real-valued, and distances are squared Euclidean distances.
 
         Raises:
-            InputError: no such images, k below 1, or codes of another model.
-            CodeFileError: no code file, a damaged one, or one of another model or device.
+            InputError: there are no such images, k is below 1, or the codes are of another model.
+            CodeFileError: there is no code file, or it is damaged or of another model or device.
 
         >>> model = lvssl.load("run")
         >>> photos = model.encode("photos")
@@ -274,9 +276,9 @@ class Model:
         return [found for part in parts for found in searcher.nearest(part, k)]
 
     def crops(self, images: Images) -> np.ndarray:
-        """Return the centre square of each image, resized to R pixels, not normalised: uint8 [N, R, R, 3].
+        """Crop the centre square of each image and resize it to R pixels, without normalisation.
 
-        This is the input of the `encoder.onnx` that `lvssl export` writes.
+        Returns uint8 [N, R, R, 3], the input of the `encoder.onnx` that `lvssl export` writes.
 
         >>> lvssl.load("run").crops("photos").shape
         (12, 8, 8, 3)
@@ -287,7 +289,7 @@ class Model:
         return np.concatenate(parts)
 
     def preprocess(self, images: Images) -> Tensor:
-        """Return normalised images for `torch_module`, float32 [N, 3, R, R], on the model's device.
+        """Crop and normalise images for `torch_module`: float32 [N, 3, R, R], on the model's device.
 
         >>> lvssl.load("run").preprocess(PIL.Image.open("photos/a/0.png")).shape
         torch.Size([1, 3, 8, 8])
@@ -304,15 +306,16 @@ class Model:
 
 
 def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
-    """Load the encoder from a run's newest checkpoint, or from a folder that `lvssl export` has written.
+    """Load the encoder of a run's newest checkpoint, or of a folder written by `lvssl export`.
 
     Args:
-        folder: the path of the folder; or hf://user/name (or hf://user/name@revision), an export on the
-            Hugging Face Hub, which huggingface_hub downloads once.
-        device: cpu, cuda, cuda:1 ...; by default a GPU if there is one.
+        folder: path of the folder; or hf://user/name (or hf://user/name@revision), an export on the Hugging
+            Face Hub, which huggingface_hub downloads once.
+        device: cpu, cuda, cuda:1 ... If omitted, a GPU if there is one.
 
     Raises:
-        InputError: no such folder, no checkpoint in it, a damaged export, or the Hub can't be reached.
+        InputError: there is no such folder or no checkpoint in it, the export is damaged, or the Hub can't be
+            reached.
 
     >>> lvssl.load("run", device="cpu").bits
     64
@@ -325,11 +328,11 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
 
 
 def preset(name: str = "", **options: Any) -> PretrainSettings:
-    """Return settings for `pretrain`: those of a preset (`lvssl presets` lists them), changed by options with
-    the names that `lvssl pretrain` has for them.
+    """Settings for `pretrain`: those of a preset (`lvssl presets` lists them), with any option of
+    `lvssl pretrain` as a keyword argument.
 
     Raises:
-        InputError: an unknown preset or option.
+        InputError: unknown preset or option.
 
     >>> settings = lvssl.preset("digits", data="train.beton", out="new", epochs=1, backbone="tiny")
     >>> settings.model.backbone, settings.epochs, settings.batch_size
@@ -351,13 +354,13 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> Model:
     """Train an encoder without labels, as `lvssl pretrain` does, and load it.
 
     Args:
-        settings: as returned by `preset`.
+        settings: from `preset`.
         resume: continue the run in `settings.out` from its newest checkpoint.
 
     Raises:
-        InputError: impossible settings or data; nothing has been written.
+        InputError: invalid settings or data; nothing has been written.
         FloatingPointError: the loss stayed non-finite.
-        MemoryError: the device's memory doesn't suffice; the message names the setting to change.
+        MemoryError: out of memory; the message names the setting to change.
 
     >>> settings = lvssl.preset("digits", data="train.beton", out="new", epochs=1, workers=1)
     >>> lvssl.pretrain(settings).bits
@@ -439,7 +442,9 @@ def pixels_of(image: Picture, name: str) -> np.ndarray:
         return decode_rgb(Path(image))
     if isinstance(image, Image.Image):
         if image.mode.startswith(("I", "F")):
-            raise InputError(f"{name}: PIL mode {image.mode} has no 8 bits: convert it, or give its path")
+            raise InputError(
+                f"{name}: PIL mode {image.mode} does not have 8 bits: convert it, or pass its path"
+            )
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     if not isinstance(image, np.ndarray):
         raise InputError(f"{name}: a path, a PIL image or an array is expected, not {type(image).__name__}")

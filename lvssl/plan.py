@@ -383,7 +383,7 @@ def time_of(settings: PlanSettings) -> str:
     )
     return (
         f"{settings.epochs:,} epochs of {settings.images:,} images: about {shown} on {settings.gpus} "
-        f"{settings.gpu} ({basis}), where the loader keeps up."
+        f"{settings.gpu} ({basis}), if the loader keeps up."
     )
 
 
@@ -401,15 +401,15 @@ def plan(settings: PlanSettings) -> str:
     rows = [
         f"{settings.backbone} at {settings.resolution} px, {settings.precision}, family {settings.family}: "
         f"{of.parameters / 1e6:.1f} M parameters, {settings.optimiser}",
-        f"{settings.batch_size:,} images a step on {settings.gpus} GPU{'s' * (settings.gpus > 1)}: "
+        f"{settings.batch_size:,} images per step on {settings.gpus} GPU{'s' * (settings.gpus > 1)}: "
         f"{each:,} images, {2 * each:,} views each",
         "",
         *(f"  {name:12}{size / GIB:9.2f} GiB" for name, size in parts.items()),
         f"  {'total':12}{total / GIB:9.2f} GiB of {card_memory(settings):g}: "
         + ("fits" if total <= card_memory(settings) * GIB else "does not fit"),
         "",
-        f"The loss with its whole matrix would take {matrix_memory(settings) / GIB:.2f} GiB.",
-        f"Largest batch that fits: {most:,} images ({most // settings.gpus:,} a GPU).",
+        f"With its whole similarity matrix, the loss would take {matrix_memory(settings) / GIB:.2f} GiB.",
+        f"Largest batch that fits: {most:,} images ({most // settings.gpus:,} per GPU).",
         time_of(settings),
     ]
     return "\n".join(rows)

@@ -119,7 +119,7 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
         InputError: the batch is larger than the data set.
     """
     if count < 2:
-        raise InputError(f"a data set of {count} image: training needs at least two: name more with --data")
+        raise InputError(f"a data set of {count} image: training needs at least two: pass more with --data")
     if batch_size > count:
         raise InputError(
             f"the batch of {batch_size} is larger than the data set of {count} images: lower --batch-size"

@@ -37,7 +37,7 @@ def shared(told: Callable[[], str], make: Callable[[], Arrays]) -> Arrays:
         folder = Path(tempfile.gettempdir()) / f"lvssl-arrays-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         if folder.lstat().st_uid != os.getuid():  # nor is a link followed
-            raise PermissionError(f"{folder} is somebody else's")
+            raise PermissionError(f"{folder} belongs to another user")
         unused_removed(folder)
         place = folder / hashlib.sha256(f"{VERSION} {told()}".encode()).hexdigest()[:16]
         used = in_use(place.with_suffix(".used"))

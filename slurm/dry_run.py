@@ -103,7 +103,7 @@ def expected(pipeline: Pipeline, works: Sequence[Work], gpu_hours: GpuHours | No
         if seconds > 0:
             charged = f", {gpus * seconds / 3600:,.1f} GPU-hours" if gpus else ""
             left = time_text(max(seconds, 1))
-            return [f"pretrain: {left} left{charged}, at its own {speed:,.0f} img/s so far"]
+            return [f"pretrain: {left} left{charged}, at its rate of {speed:,.0f} img/s so far"]
     images = images_in(pipeline, "train", task.reads[0])
     if not gpus or gpu_hours is None or images is None:
         return []
@@ -133,7 +133,7 @@ def disk(pipeline: Pipeline, works: Sequence[Work], sizes: SizesOf | None) -> li
         rows.append((4 * of.parameters * NUMBERS_A_PARAMETER * CHECKPOINTS, what))
     if of is not None and (task := to_do.get("evaluate") or to_do.get("knn")):
         images = train + (images_in(pipeline, "test", task.reads[1]) or 0)
-        rows.append((images * of.kept, f"features and codes, {of.kept:,} bytes an image"))
+        rows.append((images * of.kept, f"features and codes, {of.kept:,} bytes per image"))
         if "evaluate" in to_do and of.for_now:
             rows.append((images * of.for_now, "features of the untrained network, while evaluate runs"))
     folder = pipeline.out

@@ -59,7 +59,7 @@ class Job:
         self.kind, self.id = where.cluster, where.job_id
         self.log = Path(os.devnull) if self.kind == "debug" else where.paths.stdout
         if stands(self.out, self.task):
-            say(f"{self.task.name}: its result stands already")
+            say(f"{self.task.name}: its result exists already")
             return
         self.listen()
         record = self.begin()
@@ -95,7 +95,7 @@ class Job:
             try:
                 taken = scheduler.alive(record.job, record.host)
             except scheduler.UnknownQueue as error:
-                self.fail(None, f"{error}; on {record.host} it was at this task")
+                self.fail(None, f"{error}; it was running this task on {record.host}")
             if taken:
                 self.fail(None, f"job {record.job} on {record.host} is already running this task")
         if record.job != self.id:
@@ -199,7 +199,7 @@ class Job:
         outputs = fingerprints(self.task.outputs)
         if outputs is None:
             missing = next(path for path in self.task.outputs if not path.exists())
-            self.fail(record, f"{missing} is missing, though the command ended well")
+            self.fail(record, f"{missing} is missing, although the command succeeded")
         record.state, record.outputs = "done", outputs
         write_record(self.out, self.task, record)
         for beton in self.task.removes:
@@ -218,9 +218,7 @@ class Job:
             return
         if self.kind != "slurm":
             write_record(self.out, self.task, record)
-            self.leave(
-                f"stopped; `lvssl launch` goes on from {'its state' if outcome.saved else 'its beginning'}"
-            )
+            self.leave(f"stopped; `lvssl launch` {'resumes it' if outcome.saved else 'starts it again'}")
         ended_by = scheduler.ended_by(self.log) if self.being_ended() else "a signal"
         if ended_by == "":
             record.state = "cancelled"

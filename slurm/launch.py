@@ -90,7 +90,7 @@ def plan(out: Path, stages: list[Stage]) -> list[Work]:
         }
         todo = tuple(task for task in missing if task not in busy) if wanted else ()
         why = (
-            "stands" if not missing else "under way" if not todo and busy else "" if wanted else "not needed"
+            "done" if not missing else "in progress" if not todo and busy else "" if wanted else "not needed"
         )
         works[stage.name] = Work(stage, todo, tuple(sorted(set(busy.values()))), why)
     return [works[stage.name] for stage in stages]
@@ -101,7 +101,7 @@ def queue_of(out: Path, jobs: set[str]) -> dict[str, tuple[str, str]]:
     try:
         return scheduler.states(jobs)
     except scheduler.UnknownQueue as error:
-        hint = f"try again; if all jobs of this chain have ended, remove {out / 'jobs.json'}"
+        hint = f"try again; if all jobs of this pipeline have ended, remove {out / 'jobs.json'}"
         raise InputError(f"{error}; {hint}") from error
 
 
@@ -135,7 +135,7 @@ def submit_chain(pipeline: Pipeline, works: list[Work]) -> int:
         submitted[stage.name] = sorted({job.split("_")[0] for job in new} | set(work.under_way))
         print(f"{stage.name:10} {in_words(work, new)}")
     if any(work.tasks for work in works):
-        print(f"see how it goes: lvssl status {pipeline.file}")
+        print(f"to follow its progress: lvssl status {pipeline.file}")
     return 0
 
 
@@ -189,18 +189,18 @@ def refuse_other_settings(out: Path, works: list[Work]) -> None:
     for job in other.values():
         if is_busy(job["job"], queue):
             raise InputError(
-                f"job {job['job']} is at {job['task']} with other settings: "
-                "`lvssl cancel` it first, or wait for its end"
+                f"job {job['job']} is running {job['task']} with other settings: "
+                "`lvssl cancel` it first, or wait until it has finished"
             )
 
 
 def in_words(work: Work, new: list[str]) -> str:
     if not new:
-        return f"under way as job {', '.join(work.under_way)}" if work.under_way else work.why
+        return f"in progress as job {', '.join(work.under_way)}" if work.under_way else work.why
     first = new[0].split("_")[0]
     text = f"job {first}" + (f", an array of {len(new)}" if len(new) > 1 else "")
     return text + (
-        f" ({len(work.stage.tasks) - len(new)} tasks stand or are under way)"
+        f" ({len(work.stage.tasks) - len(new)} tasks are done or in progress)"
         if len(new) < len(work.stage.tasks)
         else ""
     )
@@ -240,7 +240,7 @@ def run_here(pipeline: Pipeline, works: list[Work], cluster: str) -> int:
 def not_done(out: Path, task: Task) -> int:
     record = read_record(out, task)
     if record is not None and record.state == "stopped":
-        print(f"{task.name}: stopped, its state is saved; launch again to go on", file=sys.stderr)
+        print(f"{task.name}: stopped, its state is saved; launch again to resume", file=sys.stderr)
         return 143
     error = record.error if record is not None and record.error else "it exited without an error message"
     log = record.log if record is not None else out / "jobs"

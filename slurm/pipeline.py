@@ -180,7 +180,7 @@ class _Reader:
         self.common = content.get("cluster", {})
         if self.common.get("nodes", 1) != 1:
             raise self.wrong(
-                "[cluster] nodes: not every stage spreads over nodes; move it to [pretrain.cluster]"
+                "[cluster] nodes: not every stage can use several nodes; move it to [pretrain.cluster]"
             )
         data, convert = self.data(content)
         tables = {name: self.stage(name, content[name]) for name in stages if name in content}
@@ -297,10 +297,10 @@ class _Reader:
         """The points of [STAGE.sweep]: the product of `grid`, or the entries of `list`."""
         where = f"{name}.sweep"
         if name in ("evaluate", "analyse"):
-            raise self.wrong(f"[{where}]: its result has one place in the run's folder; leave it out")
+            raise self.wrong(f"[{where}]: its result always goes to the run's folder; leave it out")
         if name == "pretrain":
             raise self.wrong(
-                "[pretrain.sweep]: all later stages hang on one pretraining; write a pipeline for each"
+                "[pretrain.sweep]: all later stages depend on one pretraining; write a pipeline for each"
             )
         self.typed(name, "sweep", sweep, dict)
         self.known(where, sweep, ("grid", "list"))
@@ -346,11 +346,13 @@ class _Reader:
                     f"[{where}] {key}: must be at least {least.get(key, 0)}, got {getattr(made, key)}"
                 )
         if made.nodes > 1 and stage not in SPREAD:
-            raise self.wrong(f"[{where}] nodes: only {', '.join(SPREAD)} spread over nodes")
+            raise self.wrong(f"[{where}] nodes: only {', '.join(SPREAD)} can use several nodes")
         if made.memory and not re.fullmatch(r"\d+(\.\d+)?[KMGT]?B?", made.memory):
             raise self.wrong(f'[{where}] memory: {made.memory!r} is not a size such as "64G"')
         if made.stage_to and not re.match(r"[/$]", made.stage_to):
-            raise self.wrong(f'[{where}] stage_to: {made.stage_to!r} is no path from / on, such as "$TMPDIR"')
+            raise self.wrong(
+                f'[{where}] stage_to: {made.stage_to!r} is not an absolute path, such as "$TMPDIR"'
+            )
         for name in made.environment:
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
                 raise self.wrong(f"[{where}] environment: {name!r} can't be the name of a variable")
@@ -390,7 +392,7 @@ class _Reader:
                 continue
             place = f"[{where}] {key}" if where else key
             if key in filled:
-                raise self.wrong(f"{place}: the chain sets this itself; leave it out")
+                raise self.wrong(f"{place}: this is set by the pipeline itself; leave it out")
             close = difflib.get_close_matches(key, allowed, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(allowed))}"
             raise self.wrong(f"{place}: no such key; {hint}")

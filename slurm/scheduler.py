@@ -50,9 +50,7 @@ def check_cluster(table: str, cluster: ClusterSettings) -> None:
             f"[{table}] partition: the cluster has no default; name one of {', '.join(partitions)}"
         )
     if name not in partitions:
-        raise InputError(
-            f"[{table}] partition: the cluster knows no {name!r}; known: {', '.join(partitions)}"
-        )
+        raise InputError(f"[{table}] partition: the cluster has no {name!r}; known: {', '.join(partitions)}")
     mine = [row for row in rows if row[0].rstrip("*") == name]
     limit = mine[0][1]
     if limit[:1].isdigit() and cluster.minutes > minutes_of(limit):

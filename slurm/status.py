@@ -51,9 +51,9 @@ def status(file: Path, starts: Starts) -> str:
         lines += [f"{s.task.name}: {s.error}" for s in each if s.error and s.state != "done"]
     failed = next((name for name, each in by_stage.items() if any(s.state in FAILED for s in each)), None)
     if failed:
-        lines.append(f"once that is mended: lvssl retry {failed} {file}")
+        lines.append(f"once this is fixed: lvssl retry {failed} {file}")
     if all(s.state == "not run" and not s.job for each in by_stage.values() for s in each):
-        lines.append(f"nothing of it has been launched yet: lvssl launch {file}")
+        lines.append(f"not launched yet: lvssl launch {file}")
     return "\n".join(lines)
 
 
@@ -114,11 +114,11 @@ def standing(
             return made("waiting" if reason == "Dependency" else "queued", "", reason)
         return made("running")
     if not number:
-        return made("not run", f"{broken[0]} didn't end well" if broken else "")
+        return made("not run", f"{broken[0]} failed" if broken else "")
     if record is None:  # it never began: ended by Slurm, mostly because what it waited for failed
         return made(
             "not run",
-            f"{broken[0]} didn't end well" if broken else accounts.get(number, state or "never began"),
+            f"{broken[0]} failed" if broken else accounts.get(number, state or "never started"),
         )
     if record.state == "running" and job.get("cluster") != "slurm" and scheduler.alive(number, record.host):
         return made("running")
@@ -227,6 +227,7 @@ def retry(stage: str, file: Path, starts: Starts, cluster: str = "slurm") -> int
     tasks = [task for task in stages[stage].tasks if not stands(pipeline.out, task)]
     if not tasks:
         raise InputError(
-            f"{stage}: its result stands; to make it anew, remove {stages[stage].tasks[0].outputs[0]}"
+            f"{stage}: its result exists already; to compute it again, remove "
+            f"{stages[stage].tasks[0].outputs[0]}"
         )
     return launch(file, starts, preset, cluster)

@@ -66,7 +66,7 @@ def test_a_page_shows_what_was_measured_elsewhere(runs, tmp_path, capsys):
         main(["evaluate", str(run), "--test", str(runs / "test.beton"), "--out", str(tmp_path / "file")]) == 2
     )
     said = capsys.readouterr().err
-    assert f"error: {tmp_path / 'file'}: nothing can be written there: name another folder with --out" in said
+    assert f"error: {tmp_path / 'file'}: is not writable: choose another folder with --out" in said
 
 
 def test_a_run_is_used_from_another_folder_and_after_a_move(digits, tmp_path, monkeypatch, capsys):

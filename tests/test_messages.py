@@ -139,7 +139,7 @@ def test_a_run_to_resume_that_is_not_there_is_named(tmp_path, monkeypatch, capsy
 
 def test_a_table_names_the_line(tmp_path, capsys):
     (tmp_path / "set.jsonl").write_text('{"path": "a.jpg", "label": 0}\n\n\n\n{"path": \n')
-    assert "set.jsonl: line 5 is no JSON" in line_of(capsys, ["pretrain", "--data", tmp_path / "set.jsonl"])
+    assert "set.jsonl: line 5 is not JSON" in line_of(capsys, ["pretrain", "--data", tmp_path / "set.jsonl"])
     (tmp_path / "set.jsonl").write_text('{"path": "a.jpg", "label": 0}\n7\n')
     assert "set.jsonl: line 2 must be an object" in line_of(
         capsys, ["pretrain", "--data", tmp_path / "set.jsonl"]
@@ -151,16 +151,14 @@ def test_a_compressed_tar_is_called_one(tmp_path):
     with tarfile.open(fileobj=content, mode="w") as tar:
         tar.addfile(tarfile.TarInfo("a/1.jpg"))
     (tmp_path / "set.tar").write_bytes(gzip.compress(content.getvalue()))
-    with pytest.raises(
-        InputError, match=r"set\.tar: is compressed by gzip, whatever its name says: unpack it"
-    ):
+    with pytest.raises(InputError, match=r"set\.tar: is compressed by gzip despite its name: unpack it"):
         open_dataset(str(tmp_path / "set.tar"))
 
 
 def test_one_image_to_encode_and_codes_to_search_that_are_not_there(run, tmp_path, capsys):
     image = tmp_path / "one.jpg"
     Image.new("RGB", (9, 9)).save(image)
-    assert "one.jpg: a single image; give the folder" in line_of(capsys, ["encode", run, "--images", image])
+    assert "one.jpg: a single image; pass its folder" in line_of(capsys, ["encode", run, "--images", image])
     codes = tmp_path / "no.lvcodes"
     said = line_of(capsys, ["search", run, "--query", image, "--codes", codes])
     assert f"{codes}: No such file or directory; `lvssl encode` writes it" in said

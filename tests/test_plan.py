@@ -84,7 +84,7 @@ def test_a_preset_brings_its_own_optimiser(lvssl):
     )
     assert adamw == 2 * lars and 100e6 < lars < 140e6
     done = lvssl("plan", "--preset", "cifar10-r18", "--batch-size", 64)
-    assert done.returncode == 0 and "resnet18 at 32 px" in done.stdout and "64 images a step" in done.stdout
+    assert done.returncode == 0 and "resnet18 at 32 px" in done.stdout and "64 images per step" in done.stdout
     with pytest.raises(InputError, match="unknown preset 'none-such'"):
         of_preset("none-such")
 

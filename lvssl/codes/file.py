@@ -115,14 +115,14 @@ def open_table(codes: CodeFile, table: Table) -> np.ndarray:
     damaged, or belongs to other codes."""
     path, dtype = table_path(codes.path, table), np.dtype(table.dtype)
     if not path.exists():
-        raise CodeFileError(f"{path}: no such file; {table.made_by} writes it beside the codes")
+        raise CodeFileError(f"{path}: no such file; {table.made_by} writes it next to the codes")
     header = read_block(path, table.magic, f"file of {table.ending}")
     dim, count = header.get("dim"), header.get("count")
     if not all(type(n) is int and n >= 0 for n in (dim, count)) or not dim:
         raise CodeFileError(f"{path}: damaged: the header has no valid dim and count")
     if count != codes.count or header.get("rows_sha256") != codes.rows_sha256:
         raise CodeFileError(
-            f"{path}: these are the {table.ending} of other codes than {codes.path}; encode again"
+            f"{path}: these {table.ending} belong to other codes than {codes.path}; encode again"
         )
     size = ROWS_AT + dtype.itemsize * count * dim
     require_size(path, size, f"{count} {table.ending} of {dim} dimensions")

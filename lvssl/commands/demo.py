@@ -65,7 +65,7 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     print("\n== evaluating", flush=True)
     run, control = runs["bernoulli"], runs["none"]
     evaluation = evaluate(EvaluateSettings(run, test=test, control=control, overwrite=True))
-    print("\n== uncertainty, and what single bits see", flush=True)
+    print("\n== analysing uncertainty and single bits", flush=True)
     analysis = analyse(AnalyseSettings(run, test=test, control=control, max_images=ANALYSED, overwrite=True))
     codes = encode(EncodeSettings(run=runs["bernoulli"], images=pictures(settings.out / "images", test)))
     page = settings.out / "report.html"
@@ -99,7 +99,9 @@ def converted(settings: DemoSettings) -> tuple[str, Path, Path]:
     except InputError as error:
         if settings.data != "auto":
             raise
-        print(f"Fashion-MNIST can't be had here ({error}).\nGoing on with scikit-learn's digits.", flush=True)
+        print(
+            f"Fashion-MNIST isn't available here ({error}).\nUsing scikit-learn's digits instead.", flush=True
+        )
     return "digits", *both_splits(settings, "digits")
 
 

@@ -82,7 +82,7 @@ def check() -> list[Check]:
         lambda: check_optional(
             "ffcv",
             "ffcv",
-            "converting and training work; FFCV's own loader, for benchmarks beside it, doesn't",
+            "conversion and training work; only benchmarks against FFCV's own loader don't",
             f"{apt_install('libturbojpeg0-dev libopencv-dev pkg-config g++')} && "
             + pip_install("lvssl[ffcv]"),
         ),
@@ -92,20 +92,20 @@ def check() -> list[Check]:
             "C++ compiler",
             ("g++", "--version"),
             "no g++",
-            "all works but building FFCV, torch.compile and Triton kernels",
+            "everything works except building FFCV, torch.compile and Triton kernels",
             "g++",
         ),
         lambda: check_optional(
             "triton",
             "triton",
-            "the CPU and plain torch forms of every kernel work",
+            "the CPU and plain torch versions of every kernel work",
             pip_install("triton"),
         ),
         check_dali,
         lambda: check_optional(
             "faiss",
             "faiss-cpu",
-            "all but product quantisation works; Hamming search has its own, faster kernels",
+            "everything works except product quantisation; Hamming search has its own, faster kernels",
             pip_install("lvssl[faiss]"),
         ),
         lambda: check_program(
@@ -221,7 +221,8 @@ def check_torch() -> Check:
     if not torch.cuda.is_available():
         if torch.version.cuda and shutil.which("nvidia-smi"):
             why = (
-                f"there is nvidia-smi, but torch (CUDA {torch.version.cuda}) sees no device: driver too old?"
+                f"nvidia-smi exists, but torch (CUDA {torch.version.cuda}) sees no GPU: "
+                "is the driver too old?"
             )
             return Check("torch", LOW, f"{base.found}, CPU only", why, "nvidia-smi")
         return Check("torch", OK, f"{base.found}, CPU only")
@@ -236,10 +237,8 @@ def check_libjpeg_turbo() -> Check:
 
     if turbojpeg.FOUND is None:
         chosen = os.environ.get(turbojpeg.VARIABLE)
-        failure = f"{turbojpeg.VARIABLE}={chosen} is none that loads" if chosen else "none found that loads"
-        without = (
-            "Pillow decodes JPEGs in its place: the same pixels, more slowly, and less damage is noticed"
-        )
+        failure = f"{turbojpeg.VARIABLE}={chosen} can't be loaded" if chosen else "none found that loads"
+        without = "Pillow decodes JPEGs instead: the same pixels, more slowly, and less damage is detected"
         mend = "make install" if (ROOT / "tools/install.sh").exists() else apt_install("libturbojpeg0")
         return Check(
             "libjpeg-turbo", ABSENT, failure, without, f"unset {turbojpeg.VARIABLE}" if chosen else mend
@@ -249,8 +248,8 @@ def check_libjpeg_turbo() -> Check:
     except Exception as error:
         failure = f"{type(error).__name__}: {error}".splitlines()[0]
     if failure:
-        without = "no JPEG is read as it should be"
-        mend = f"export {turbojpeg.VARIABLE}=FILE   # another one, or none for Pillow"
+        without = "JPEGs are decoded wrongly"
+        mend = f"export {turbojpeg.VARIABLE}=FILE   # another library, or none for Pillow"
         return Check("libjpeg-turbo", REQUIRED, f"{turbojpeg.file()} {failure}", without, mend)
     return Check("libjpeg-turbo", OK, turbojpeg.file())
 
@@ -285,7 +284,7 @@ def check_dali() -> Check:
         found = next((v for v in map(version, ("nvidia-dali-cuda130", "nvidia-dali-cuda120")) if v), "")
         return Check("DALI", OK, found)
     if version("nvidia-dali"):
-        failure += "; the distribution `nvidia-dali` is an empty stand-in"
+        failure += "; the distribution `nvidia-dali` is an empty placeholder"
     torch, _ = load("torch")
     cuda = getattr(getattr(torch, "version", None), "cuda", None) or "13"
     extra = f"dali-cu{cuda.split('.')[0]}0"
@@ -293,7 +292,7 @@ def check_dali() -> Check:
         "DALI",
         ABSENT,
         failure,
-        "all but --source dali works",
+        "everything works except --source dali",
         pip_install(f"lvssl[{extra}]"),
     )
 
@@ -321,7 +320,7 @@ def check_program(name: str, command: Sequence[str], unanswered: str, without: s
 
 def check_headers(module: str, package: str) -> Check:
     asked = ("pkg-config", "--modversion", module)
-    without = "an FFCV that is already built works; building it needs them"
+    without = "FFCV works if it is already built; building it needs them"
     return check_program(
         f"{module} headers", asked, "unknown to pkg-config", without, f"{package} pkg-config"
     )
@@ -352,11 +351,11 @@ def check_shared_memory() -> Check:
             "/dev/shm",
             LOW,
             str(error),
-            "no process can share tensors with another",
+            "processes can't share tensors",
             "docker run --shm-size=8g",
         )
     if size < 1:
-        without = "one process works; several on one machine may die of a bus error"
+        without = "one process works; several on one machine may crash with a bus error"
         return Check("/dev/shm", LOW, f"{size:.2f} GiB", without, "docker run --shm-size=8g")
     return Check("/dev/shm", OK, f"{size:.1f} GiB")
 
@@ -390,7 +389,7 @@ def check_cores() -> Check:
     threads = [int(value) for value in set_by.values() if value.isdigit()]
     threads += [torch.get_num_threads()] if torch else []
     if max(threads, default=1) > usable:
-        without = "works, but more threads than cores is slower"
+        without = "works, but more threads than cores are slower"
         return Check(
             "cores",
             LOW,

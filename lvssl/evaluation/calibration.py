@@ -33,7 +33,7 @@ def calibration(probabilities: Any, labels: Any, classes: Any = None) -> Calibra
         raise ValueError(f"probabilities [N, C] and labels [N], not {list(p_NC.shape)}, {list(labels.shape)}")
     wrong = ~(np.isfinite(p_NC).all(axis=1) & (p_NC >= 0).all(axis=1) & (abs(p_NC.sum(axis=1) - 1) < 1e-4))
     if wrong.any():
-        raise ValueError(f"row {int(np.argmax(wrong))} of the probabilities is no distribution")
+        raise ValueError(f"row {int(np.argmax(wrong))} of the probabilities is not a distribution")
     columns = column_of(labels, np.arange(p_NC.shape[1]) if classes is None else as_array(classes))
     of_truth = p_NC[np.arange(len(columns)), columns]
     confidence, right = p_NC.max(axis=1), p_NC.argmax(axis=1) == columns

@@ -152,7 +152,7 @@ def encode(settings: EncodeSettings) -> Path:
     if settings.faiss:
         require_faiss("--faiss")
     if settings.csv and not settings.fit:
-        raise InputError("--csv writes uncertainties, which --no-fit leaves out")
+        raise InputError("--csv writes uncertainties, which --no-fit doesn't compute")
     out = code_path(settings.run, settings.out)
     foreign = is_embeddings(settings.run)
     if foreign and settings.run.is_file():
@@ -175,14 +175,16 @@ def of_embeddings(settings: EncodeSettings, out: Path) -> EmbeddingEncoder:
     """Codes of embeddings, under their row numbers; `out` is there afterwards."""
     if settings.means or not settings.fit or not settings.bits:
         raise InputError(
-            "embeddings have no code and no posterior: --bits is needed, no --means, no --no-fit"
+            "embeddings have neither a code nor a posterior: pass --bits, but not --means or --no-fit"
         )
     known = open_embeddings(settings.train or training_file(settings.run), labelled=False)
     asked = open_embeddings(settings.images, labelled=False)
     code = code_of_length(settings.bits, settings.code, known.features.shape[1], 0, len(known.features))
     if asked.features.shape[1] != known.features.shape[1]:
         widths = asked.features.shape[1], known.features.shape[1]
-        raise InputError(f"{asked.path}: features are {widths[0]} wide, those of {known.path} {widths[1]}")
+        raise InputError(
+            f"{asked.path}: features have {widths[0]} dimensions, those of {known.path} {widths[1]}"
+        )
     train = TrainingEmbeddings(known)
     quantiser = quantiser_of(train, code, settings.bits)
     assert quantiser is not None
@@ -204,7 +206,7 @@ def of_images(settings: EncodeSettings, out: Path) -> Encoder:
     with code_writer(encoder, out, means, identity(encoder, settings.images, names, on_error)) as writer:
         first = writer.position
         if first:
-            tqdm.write(f"going on after {first:,} images", file=sys.stderr)
+            tqdm.write(f"resuming after {first:,} images", file=sys.stderr)
         batches = crops_of(run, source, on_error, settings.workers, np.arange(first, len(names)))
         write_coded(writer, encoder.coded(batches), names, "encode")
     return encoder
@@ -216,7 +218,7 @@ def fitted_encoder(settings: EncodeSettings, code: str, images: TrainingImages) 
     bits = settings.bits or own_bits(run)
     if not settings.fit:
         if code != "bits":
-            raise InputError(f"--code {code} is fitted on the training images: leave --no-fit out")
+            raise InputError(f"--code {code} is fitted on the training images: leave out --no-fit")
         return Encoder(run, bits)
     density = density_of(images)
     return Encoder(run, bits, code, quantiser_of(images, code, bits), density)
@@ -307,7 +309,9 @@ class Pictures:
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.position:
-            raise InputError(f"{self.path}: has no {name}: name the images that were encoded with --images")
+            raise InputError(
+                f"{self.path}: doesn't contain {name}: pass the images that were encoded, by --images"
+            )
         index = np.array([self.position[name]])
         view = picture_view(self.run.settings.view, (self.images.source, index))
         return evaluation_crops(self.images.source, view, index, self.images)[0]

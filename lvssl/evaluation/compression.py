@@ -79,7 +79,7 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
     assert settings.test is not None and settings.on_error is not None
     control = load_run(settings.control) if settings.control else run
     if control.network.family.stochastic:
-        raise InputError(f"equal-bit controls need a run of family {WITHOUT_LATENT}: name it with --control")
+        raise InputError(f"equal-bit controls need a run of family {WITHOUT_LATENT}: pass it with --control")
     runs = {run.folder: run} | {path: load_run(path) for path in settings.others} | {control.folder: control}
     result = ResultFile.of_run("compression", "compression.json", settings, list(runs.values()), CSV)
     if (done := result.found()) is not None:

@@ -178,7 +178,7 @@ def curate(settings: CurateSettings) -> Curation:
     if settings.pixels and sets[0].thumbnails is not None:
         agreement = Agreement.of(sets[0].thumbnails)
     elif settings.pixels:
-        print("note: no pixels to confirm duplicates by: by their features alone", file=sys.stderr)
+        print("note: no pixels to confirm duplicates: only features are compared", file=sys.stderr)
     cosine = settings.cosine or (CONFIRMED if agreement else ALONE)
     pairs: dict[tuple[int, int, int, int], tuple[float, float | None]] = {}
     for s, t in [(0, 0), (1, 0), (1, 1)] if len(sets) > 1 else [(0, 0)]:
@@ -237,7 +237,9 @@ def of_embeddings(settings: CurateSettings) -> list[Embedded]:
         found["test"] = open_embeddings(settings.test, labelled=False)
         widths = [one.features.shape[1] for one in found.values()]
         if widths[0] != widths[1]:
-            raise InputError(f"{settings.test}: features are {widths[1]} wide, those of {train} {widths[0]}")
+            raise InputError(
+                f"{settings.test}: features have {widths[1]} dimensions, those of {train} {widths[0]}"
+            )
     for one in found.values():
         if len(one.features) < 2:
             raise InputError(f"{one.path}: at least two embeddings are needed")

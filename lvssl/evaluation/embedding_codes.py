@@ -47,7 +47,7 @@ class EmbeddingEncoder:
         ) as writer:
             done = writer.position
             if done:
-                tqdm.write(f"going on after {done:,} embeddings", file=sys.stderr)
+                tqdm.write(f"resuming after {done:,} embeddings", file=sys.stderr)
             with tqdm(total=count, initial=done, desc="encode", disable=None) as bar:
                 for start in range(done - done % CHUNK, count, CHUNK):
                     x = np.asarray(asked.features[start : start + CHUNK], np.float32)

@@ -67,14 +67,13 @@ class Neighbour(NamedTuple):
     """
 
     name: str
-    """The name that the image was encoded under."""
+    """Name of the encoded image."""
     distance: float
-    """To the query: the Hamming distance of codes, an integer, or the squared Euclidean distance of a
-    real-valued query."""
+    """Distance to the query: Hamming distance for codes, squared Euclidean for real-valued queries."""
     similarity: float | None = None
-    """A cosine: of the real-valued query and the reconstructed code, or of posterior means."""
+    """Cosine similarity of the query and the vector that the code represents, or of posterior means."""
     uncertainty: float | None = None
-    """In nats, if it was stored with the codes."""
+    """Uncertainty in nats, if it was stored with the codes."""
 
 
 class Query(NamedTuple):
@@ -149,7 +148,9 @@ class Searcher:
         quantiser = stored_quantiser(run, self.codes)
         code = self.codes.quantiser["code"] if self.codes.quantiser else "bits"
         if (staged or again) and quantiser is not None and not quantiser.hamming:
-            raise InputError("--staged and --rerank compare bits; these are product codes: leave them out")
+            raise InputError(
+                "--staged and --rerank compare bits, but these are product codes: leave them out"
+            )
         self.encoder = Encoder(run, self.codes.bits, code, quantiser, stored_density(run))
         self.symmetric, self.staged = symmetric or staged or again, staged
         self.means = open_means(self.codes) if again else None
@@ -235,8 +236,9 @@ def require_arithmetic(index: CodeFile, run: Run) -> None:
     if index.created_by.startswith("lvssl encode, ") and index.created_by != created_by(run):
         made = index.created_by.removeprefix("lvssl encode, ")
         raise CodeFileError(
-            f"{index.path}: its codes were computed by {made}, queries would be by {run.arithmetic} here, "
-            "and a few of their bits may differ: encode the images again here, or give queries encoded there "
+            f"{index.path}: its codes were computed by {made}, but queries would be by "
+            f"{run.arithmetic} here, "
+            "and a few of their bits may differ: encode the images again here, or pass queries encoded there "
             "(a .lvcodes)"
         )
 
@@ -262,7 +264,7 @@ def queries_of(codes: CodeFile, searcher: Searcher) -> Iterator[Queries]:
     index = searcher.codes
     if (codes.bits, codes.quantiser) != (index.bits, index.quantiser):
         raise CodeFileError(
-            f"{codes.path} has {in_words(codes)}, {index.path} {in_words(index)}: encode both alike"
+            f"{codes.path} has {in_words(codes)}, {index.path} {in_words(index)}: encode both in the same way"
         )
     none = np.empty((codes.count, 0), np.float32)
     means = open_means(codes) if searcher.means is not None else none
@@ -283,9 +285,7 @@ def image_set(path: Path) -> tuple[Reader, list[str]]:
     """A set of images and their names. Every image below a folder, in the order of their paths; else, and of
     a folder that has tars or parquet files instead, what `pipelines.decode` reads."""
     if path.is_file() and path.suffix.lower() in IMAGE_ENDINGS:
-        raise InputError(
-            f"{path}: a single image; give the folder that it is in, or `search` it with --query"
-        )
+        raise InputError(f"{path}: a single image; pass its folder, or use `search --query`")
     source = every_image(path) or open_reader(path)
     say_notes(source)
     return source, names_of(source, path)

@@ -105,13 +105,13 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     train, test = labelled_pair(run, control, settings.train, settings.test)
     if control and control.network.family.stochastic:
         raise InputError(
-            f"{control.folder}: a control has family {WITHOUT_LATENT}, not {control.settings.latent.family}; "
-            "name one with --control"
+            f"{control.folder}: a control must be of family {WITHOUT_LATENT}, not "
+            f"{control.settings.latent.family}; pass one with --control"
         )
     if control and control.settings.latent.objective != run.settings.latent.objective:
         print(
             f"warning: {control.folder} was trained with --objective {control.settings.latent.objective}, "
-            f"{run.folder} with {run.settings.latent.objective}: a difference may be the objective's",
+            f"{run.folder} with {run.settings.latent.objective}: a difference may be due to the objective",
             file=sys.stderr,
         )
     if len(test) < 2:

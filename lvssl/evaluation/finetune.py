@@ -84,7 +84,8 @@ def sweep(
     if len(pairs) == 1 or not len(held) or not len(fitted):
         if len(pairs) > 1:
             print(
-                f"too few labels to choose on: the middle of {len(pairs)} settings is taken", file=sys.stderr
+                f"too few labels to hold any out: using the middle one of {len(pairs)} settings",
+                file=sys.stderr,
             )
         return [pairs[len(pairs) // 2] | {"held_out": None, "seconds": 0.0}]
     record = folder / "trials.json"
@@ -104,7 +105,7 @@ def read_trials(path: Path) -> list[dict[str, Any]]:
     trials = read_json(path) if path.exists() else []
     known = {"lr", "weight_decay", "held_out", "seconds"}
     if not isinstance(trials, list) or not all(isinstance(t, dict) and known <= t.keys() for t in trials):
-        raise InputError(f"{path}: not a record of trials; remove it, and they are done again")
+        raise InputError(f"{path}: not a record of trials; remove it to repeat them")
     return trials
 
 
@@ -147,7 +148,7 @@ def best(trials: list[dict[str, Any]]) -> dict[str, float]:
 
     chosen = max(trials, key=merit)
     if "diverged" in chosen:
-        raise FloatingPointError(f"every trial diverged ({chosen['diverged']}); give smaller values of --lr")
+        raise FloatingPointError(f"every trial diverged ({chosen['diverged']}); try smaller values of --lr")
     return {name: chosen[name] for name in ("lr", "weight_decay")}
 
 

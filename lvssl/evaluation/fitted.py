@@ -86,7 +86,7 @@ class TrainingImages:
             return open_reader(self.path)
         except InputError as error:
             raise InputError(
-                f"{error} (density and quantiser are fitted on the training images: name them with --train, "
+                f"{error} (density and quantiser are fitted on the training images: pass them with --train, "
                 "or pass --no-fit)"
             ) from error
 
@@ -125,7 +125,10 @@ def keep(path: Path, arrays: dict[str, np.ndarray], run: Origin, about: dict[str
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, in_order(save(arrays, _texts(run, about) | origin)))
     except OSError as error:
-        print(f"note: {path} isn't kept ({error.strerror}): the next call fits it again", file=sys.stderr)
+        print(
+            f"note: {path} could not be saved ({error.strerror}): the next call fits it again",
+            file=sys.stderr,
+        )
 
 
 def in_order(written: bytes) -> bytes:
@@ -150,7 +153,7 @@ def kept(path: Path, run: Origin, about: dict[str, Any]) -> dict[str, np.ndarray
                 return None
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: can't be read ({error}); remove it, and it is fitted again") from error
+        raise InputError(f"{path}: can't be read ({error}); remove it to fit it again") from error
 
 
 def _texts(run: Origin, about: dict[str, Any]) -> dict[str, str]:

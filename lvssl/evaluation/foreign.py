@@ -28,7 +28,7 @@ def measure_embeddings(name: str, settings: KnnSettings | LinearSettings) -> Mea
     """
     settings.validate()
     if settings.target:
-        raise InputError("--target needs a set of images: embeddings have classes alone")
+        raise InputError("--target needs a set of images: embeddings only have classes")
     train, test = open_pair_of_embeddings(settings.run, settings.train, settings.test)
     settings = replace(settings, train=train.path, test=test.path, on_error="raise")
     folder = settings.run if settings.run.is_dir() else settings.run.parent
@@ -79,7 +79,7 @@ def by_probe(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Probabilities [M, C], and how the probe was fitted."""
     if settings.probe in ("sgd", "ridge") or settings.representation != "features":
-        raise InputError("embeddings have no images and no code: use --probe logistic, streamed or auto")
+        raise InputError("embeddings have neither images nor codes: use --probe logistic, streamed or auto")
     probe = settings.probe
     if probe == "auto":
         probe = "streamed" if len(train.labels) >= LARGE_SET else "logistic"

@@ -50,10 +50,10 @@ def code_of_length(bits: int, code: str, features: int, own: int, images: int | 
     if code == "auto":
         code = best_code(bits, most, images)
     if bits > most[code]:
-        raise InputError(f"--code {code}: there are at most {most[code]:,} bits, not {bits:,}")
+        raise InputError(f"--code {code}: at most {most[code]:,} bits are possible, not {bits:,}")
     if code == "opq":
         if bits % 8:
-            raise InputError(f"--code opq takes whole bytes: --bits {bits + -bits % 8} rather than {bits}")
+            raise InputError(f"--code opq needs whole bytes: --bits {bits + -bits % 8} instead of {bits}")
         require_faiss("--code opq")
     return code
 
@@ -67,10 +67,10 @@ def best_code(bits: int, most: dict[str, int], images: int | None) -> str:
     needed = f"{WORDS} training images or more, not {images}" if few else "faiss: pip install 'lvssl[faiss]'"
     if bits <= most["itq"]:
         if suits_opq:
-            print(f"note: itq in place of opq, which needs {needed}", file=sys.stderr, flush=True)
+            print(f"note: using itq instead of opq, which needs {needed}", file=sys.stderr, flush=True)
         return "itq"
     if suits_opq and bits > most["bits"]:
-        raise InputError(f"--bits {bits}: only opq makes codes as long, which needs {needed}")
+        raise InputError(f"--bits {bits}: codes of this length need opq, which needs {needed}")
     return "bits"
 
 
@@ -116,7 +116,7 @@ def fitted_quantiser(run: Run, code: str, bits: int) -> Quantiser | None:
     if arrays := kept(quantiser_path(run, code, bits), run, {"bits": bits}):
         return Quantiser(**arrays)
     wanted = f"`lvssl encode {run.folder} --images IMAGES --bits {bits} --code {code}`"
-    raise InputError(f"{quantiser_path(run, code, bits)} isn't there yet: {wanted} fits it")
+    raise InputError(f"{quantiser_path(run, code, bits)} doesn't exist yet: {wanted} fits it")
 
 
 def stored_quantiser(run: Origin, codes: CodeFile) -> Quantiser | None:
@@ -129,7 +129,7 @@ def stored_quantiser(run: Origin, codes: CodeFile) -> Quantiser | None:
     quantiser = Quantiser(**arrays) if arrays else None
     if quantiser is None or quantiser.digest != codes.quantiser["sha256"]:
         raise CodeFileError(
-            f"{codes.path}: its quantiser isn't {path} any more; encode the images again, or bring that back"
+            f"{codes.path}: its quantiser is no longer {path}; encode the images again, or restore that file"
         )
     return quantiser
 

@@ -96,7 +96,7 @@ class Stage(Generic[Settings]):
                 )
             remove_work(folder)
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder} exists and is no stage's folder: choose another --out")
+            raise InputError(f"{folder} exists but is not a stage's folder: choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
         content = {"settings": wanted, "checkpoint": self.run.digest, "data": data, "versions": versions()}
         write_json(mark, content, indent=2)

@@ -53,7 +53,7 @@ def family(name: str, **options: Any) -> Family:
     if "+" in name:
         parts = tuple(family(part, **options) for part in name.split("+"))
         if len(parts) != 2 or not all(part.stochastic for part in parts):
-            raise ValueError(f"{name!r}: two families with a latent can stand side by side")
+            raise ValueError(f"{name!r}: only two families with a latent can be combined")
         return Concat(parts)
     if name not in FAMILIES:
         raise ValueError(f"unknown family {name!r}; known: {', '.join(FAMILIES)}, or two of them joined by +")

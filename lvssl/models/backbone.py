@@ -94,8 +94,8 @@ def require_resolution(name: str, resolution: int) -> None:
     """Raise InputError if a timm model doesn't take images of this side, or only a part of them."""
     if resolution % patch(name):
         raise InputError(
-            f"--backbone {name} takes images of a multiple of its patches' {patch(name)} px, not of "
-            f"{resolution}: choose another --resolution"
+            f"--backbone {name} needs images whose side is a multiple of its patch size, {patch(name)} px, "
+            f"not {resolution}: choose another --resolution"
         )
     try:
         with torch.device("meta"):
@@ -103,7 +103,7 @@ def require_resolution(name: str, resolution: int) -> None:
     except Exception as error:  # each model has its own: an assertion, a shape that becomes zero
         raise InputError(
             f"--backbone {name} doesn't take images of {resolution} px ({first_line(error)}): choose another "
-            "--resolution, for a transformer a multiple of its patch"
+            "--resolution (for a transformer, a multiple of its patch size)"
         ) from error
 
 

@@ -26,7 +26,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     except RuntimeError as error:
         raise InputError(f"unknown device {name!r}; known: auto, cpu, cuda, cuda:0 ...") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: no GPU is usable here; leave --device out to train on the CPU")
+        raise InputError(f"--device {name}: no GPU is usable here; leave out --device to use the CPU")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise InputError(f"--device {name}: this machine has {count} GPUs, numbered from 0")

@@ -26,11 +26,11 @@ def curves(run_dir: Path, evaluation: dict[str, Any], command: str) -> str:
         distortion = ("Distortion", "of the run's objective", both("distortion")[:1])
     panels = [
         distortion,
-        ("Rate", "KL to the prior, bits an image", both("rate_bits")[:1]),
+        ("Rate", "KL to the prior, bits per image", both("rate_bits")[:1]),
         ("Online probes", "accuracy on the training views, %", probes),
-        ("Online kNN", "images whose nearest in the batch is of their class, %", both("online_knn")),
+        ("Online kNN", "images whose nearest in the batch has the same class, %", both("online_knn")),
         ("Effective rank", "RankMe of a batch's features", both("rankme")),
-        ("Speed", "images a second", both("images_per_second")[:1]),
+        ("Speed", "images per second", both("images_per_second")[:1]),
     ]
     figures = []
     for title, unit, wanted in panels:

@@ -69,8 +69,8 @@ FIGURES = {
         "fp32_feature": ("smaller than the fp32 feature", TIMES),
     },
     "uncertainty": {
-        "r_auroc": ("R-AUROC: the uncertainty tells wrong neighbours from right (0.5: chance)", "{:.3f}"),
-        "recall_at_1": ("R@1: the nearest neighbour is of the same class", "{:.3f}"),
+        "r_auroc": ("R-AUROC: the uncertainty detects wrong neighbours (0.5: chance)", "{:.3f}"),
+        "recall_at_1": ("R@1: the nearest neighbour has the same class", "{:.3f}"),
         "aurc": ("AURC: error rate of the probe averaged over coverage (lower is better)", "{:.3f}"),
     },
     "code_statistics": {
@@ -170,23 +170,21 @@ def verdicts(measured: dict[str, dict[str, Any]], labels: bool = True) -> dict[s
     noise = [c.noise for rows in comparisons.values() for c in rows]
     if noise:
         notes.append(
-            f"One seed, {evaluation['data']['test']:,} test images: a difference up to {max(noise):.1f} "
-            "points is within their sampling error and called level. "
-            "What another seed would change comes on top."
+            f"One seed, {evaluation['data']['test']:,} test images: differences up to {max(noise):.1f} "
+            "points are within the sampling error and called level. "
+            "Variation between seeds is not included."
         )
     if of_control and not comparisons["code"]:
-        notes.append("The code and the control's differ in length and are not compared.")
+        notes.append("The codes of run and control differ in length and are not compared.")
     elif of_control and not measured["compression"] and "left_out" not in evaluation:  # of older versions
-        notes.append(
-            "Of the control's codes its sign bits alone were measured: --overwrite measures the others."
-        )
+        notes.append("Only the control's sign bits were measured: --overwrite measures its other codes, too.")
     notes += [f"Not measured: {reason}." for reason in evaluation.get("left_out") or []]
     if not evaluation and not labels:
-        notes.append("There are no labels to measure accuracies with; the commands at the end need none.")
+        notes.append("Without labels, accuracies can't be measured; the commands at the end need none.")
     elif not evaluation:
         notes.append("Not evaluated yet: lvssl evaluate measures this run and writes the table.")
     elif not evaluation.get("control"):
-        notes.append("No control was evaluated: lvssl evaluate --control RUN puts one beside these figures.")
+        notes.append("No control was evaluated: lvssl evaluate --control RUN adds one to compare with.")
     tiles = [each for each in tiles if each]
     return {"advice": " ".join(conclusion(measured)), "tiles": tiles, "notes": notes}
 
@@ -341,8 +339,8 @@ def missing(
     are `unlabelled`, what else the run is good for."""
     if unlabelled is not None:
         uses = {
-            "a code and an uncertainty of each image": ["encode", "--images", str(unlabelled)],
-            "the images nearest to one": ["search", "--query", "IMAGE", "--page", "search.html"],
+            "a code and an uncertainty for each image": ["encode", "--images", str(unlabelled)],
+            "the images nearest to a query": ["search", "--query", "IMAGE", "--page", "search.html"],
             "near-duplicates, outliers, a diverse subset": ["curate"],
         }
         return [
@@ -350,8 +348,8 @@ def missing(
         ]
     parts = {
         "evaluate": "results, neighbours, the most and least certain images",
-        "compression": "accuracy against bits stored, beside controls of equal length",
-        "analyse": "uncertainty, calibration, what single bits see, what can be read from a code",
+        "compression": "accuracy against bits stored, next to controls of equal length",
+        "analyse": "uncertainty, calibration, single bits, regression from the code",
     }
     absent = [stage for stage in parts if not measured[stage]]
     elsewhere = options({"out": out} if out else {})

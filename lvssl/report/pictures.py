@@ -15,10 +15,11 @@ from pipelines.files import write_atomically
 MOST = 60  # rows of a table, or queries, that are shown
 
 ABOUT = {
-    "duplicates": "Near-duplicates: re-encoded, mirrored or hardly changed copies, the nearest first.",
-    "outliers": "Outliers: the images of the least density among the training images.",
-    "labels": "Labels that the nearest training images contradict: the image, then its five nearest.",
-    "subset": "A diverse subset: each image is the farthest from all before it.",
+    "duplicates": "Near-duplicates: re-encoded, mirrored or slightly changed copies, nearest first.",
+    "outliers": "Outliers: the images with the lowest density under the training images.",
+    "labels": "Labels that the nearest training images contradict: each image, then its five nearest "
+    "neighbours.",
+    "subset": "A diverse subset: each image is the farthest from all that precede it.",
 }
 
 
@@ -41,8 +42,8 @@ def write_curation(
             rows.append(
                 [Picture(data_uri(picture(*image)), words, text) for image, text in zip(images, captions)]
             )
-        some = f", the first {len(rows)} here" if len(rows) < len(lines) else ""
-        about = f"{ABOUT[name]} {len(lines):,} in {name}.csv{some}. A picture opens its names and figures."
+        some = f", of which the first {len(rows)} are shown here" if len(rows) < len(lines) else ""
+        about = f"{ABOUT[name]} {len(lines):,} in {name}.csv{some}. Click a row for names and figures."
         sections.append({"id": name, "about": about, "rows": rows})
     return write_page(path, title, sections)
 
@@ -62,7 +63,7 @@ def write_neighbours(
         ]
         for name, image, neighbours in found
     ]
-    about = "Each query, then its neighbours by distance, the nearest first. A row opens its names."
+    about = "Each query with its neighbours, nearest first. Click a row for names and distances."
     return write_page(path, title, [{"id": "neighbours", "about": about, "rows": rows}])
 
 

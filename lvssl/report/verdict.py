@@ -189,7 +189,7 @@ def uncertainty_in_words(found: UncertaintyComparison) -> str:
     where = WORDS[found.outcome]
     return (
         f"The posterior's uncertainty is {where} the control's best label-free score, its "
-        f"{LABEL_FREE[found.measure]}, in telling wrong neighbours from right."
+        f"{LABEL_FREE[found.measure]}, in detecting wrong neighbours."
     )
 
 

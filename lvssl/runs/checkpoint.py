@@ -45,7 +45,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
             stands = f"; {before[-1].name} still stands" if before else ""
             raise OSError(
                 f"{path}: no space left for a checkpoint of {needed}, {free} are free{stands}: "
-                "make room and resume"
+                "free some space and resume"
             ) from error
     for old in paths(folder)[:-keep]:
         old.unlink()

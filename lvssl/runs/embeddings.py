@@ -68,7 +68,9 @@ def open_pair_of_embeddings(
     known, asked = open_embeddings(path), open_embeddings(test or sibling_test_set(path))
     if known.features.shape[1] != asked.features.shape[1]:
         widths = known.features.shape[1], asked.features.shape[1]
-        raise InputError(f"{asked.path}: features are {widths[1]} wide, those of {known.path} {widths[0]}")
+        raise InputError(
+            f"{asked.path}: features have {widths[1]} dimensions, those of {known.path} {widths[0]}"
+        )
     unseen = np.setdiff1d(asked.labels, known.labels)
     if len(unseen):
         raise InputError(f"{asked.path}: label {unseen[0]} doesn't occur in {known.path}")
@@ -79,7 +81,7 @@ def training_file(given: Path) -> Path:
     """Return `given`, or the training file in that folder, such as train.npy. InputError if there is none."""
     path = given if given.suffix in ENDS else _train(given)
     if path is None:
-        raise InputError(f"{given}: no embeddings of training images in it: name them with --train")
+        raise InputError(f"{given}: contains no embeddings of training images: pass them with --train")
     return path
 
 
@@ -105,12 +107,14 @@ def open_embeddings(path: Path, labelled: bool = True) -> Embeddings:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: can't be read as embeddings ({first_line(error)})") from error
     if features.ndim != 2 or features.dtype.kind != "f" or not features.size:
-        raise InputError(f"{path}: features are floats [N, D], not {features.dtype} {list(features.shape)}")
+        raise InputError(
+            f"{path}: features must be floats [N, D], not {features.dtype} {list(features.shape)}"
+        )
     if labels.shape != features.shape[:1] or labels.dtype.kind not in "iu":
         said = f"{labels.dtype} {list(labels.shape)}"
-        raise InputError(f"{path}: {len(features):,} features need as many integers as labels, not {said}")
+        raise InputError(f"{path}: {len(features):,} features need as many integer labels, not {said}")
     if labels.min() < (0 if labelled else -1):
-        raise InputError(f"{path}: label {labels.min()} of row {labels.argmin()}: they count from 0")
+        raise InputError(f"{path}: label {labels.min()} of row {labels.argmin()}: labels start at 0")
     for start in range(0, len(features), READ):
         good = np.isfinite(features[start : start + READ]).all(1)
         if not good.all():
@@ -168,7 +172,7 @@ def _parquet(path: Path) -> tuple[int, Compute]:
         lists = table[x].combine_chunks()
         flat, count = lists.flatten().to_numpy(zero_copy_only=False), table.num_rows
         if lists.null_count or len(flat) % count or len(set(np.diff(_offsets(lists)))) > 1:
-            raise InputError(f"{path}: column {x} must hold lists of one length")
+            raise InputError(f"{path}: column {x} must hold lists of equal length")
         return {"features": flat.reshape(count, -1), "labels": table[y].to_numpy()}
 
     def read(rows: np.ndarray) -> Iterator[tuple[np.ndarray, Arrays]]:
@@ -191,6 +195,6 @@ def _named(path: Path, there: list[str], wanted: tuple[str, ...]) -> str:
     found = next((name for name in wanted if name in there), None)
     if found is None:
         raise InputError(
-            f"{path}: has none named {' or '.join(wanted)}, only {', '.join(there) or 'nothing'}"
+            f"{path}: has nothing named {' or '.join(wanted)}, only {', '.join(there) or 'nothing'}"
         )
     return found

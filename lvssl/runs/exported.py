@@ -53,6 +53,6 @@ def read_exported(folder: Path) -> Exported:
         raise
     except (KeyError, TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise InputError(
-            f"{folder}: not a whole export of this version of lvssl ({type(error).__name__}: "
+            f"{folder}: not a complete export of this version of lvssl ({type(error).__name__}: "
             f"{first_line(error)}); export the run again"
         ) from error

@@ -148,8 +148,8 @@ class Store:
         size = HEAD + self.count * values[0].nbytes
         if not path.exists() and (free := shutil.disk_usage(self.folder).free) < size:
             raise InputError(
-                f"{path}: no room, {size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make "
-                f"room, or link {self.folder.parent} to another disk"
+                f"{path}: not enough space: {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are "
+                f"free; free some, or link {self.folder.parent} to another disk"
             )
         with open(path, "ab"):
             pass

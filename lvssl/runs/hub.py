@@ -24,12 +24,12 @@ def local_folder(name: str | Path) -> Path:
         return Path(hub.snapshot_download(repository, revision=revision or None))
     except hub.errors.LocalEntryNotFoundError as error:
         raise InputError(
-            f"{name}: the Hub can't be reached ({first_line(error.__cause__ or error)}), and its cache here "
-            "doesn't hold it: check the network and the name, or name a folder on this machine"
+            f"{name}: the Hub can't be reached ({first_line(error.__cause__ or error)}), and the local cache "
+            "doesn't contain it: check the network and the name, or pass a local folder"
         ) from error
     except (hub.errors.HFValidationError, hub.errors.HfHubHTTPError, OSError) as error:
         raise InputError(
-            f"{name}: {first_line(error)}; check the name (USER/NAME) and the network, or give a folder"
+            f"{name}: {first_line(error)}; check the name (USER/NAME) and the network, or pass a folder"
         ) from error
 
 
@@ -58,8 +58,8 @@ class Upload:
         try:
             hub.utils.validate_repo_id(repository)
             self.api.whoami()
-        except Exception as error:  # huggingface_hub, its HTTP client and the network have their own kinds
-            raise InputError(f"{self.what}: {first_line(error)}; `hf auth login` keeps a token") from error
+        except Exception as error:  # of huggingface_hub, its HTTP client or the network, each its own kind
+            raise InputError(f"{self.what}: {first_line(error)}; `hf auth login` stores a token") from error
 
     def send(self, folder: Path) -> None:
         """Upload every file as one commit, into a new repository or as the next version.
@@ -72,5 +72,5 @@ class Upload:
         except Exception as error:
             again = f"hf upload {self.repository} {shlex.quote(str(folder))}"
             raise InputError(
-                f"{self.what}: {first_line(error)}; {folder} is whole, `{again}` tries again"
+                f"{self.what}: {first_line(error)}; {folder} is complete, `{again}` retries the upload"
             ) from error

@@ -38,15 +38,15 @@ def initial_weights(model: ModelSettings, resolution: int) -> dict[str, Tensor]:
     missing = [name for name in wanted if name not in found]
     if missing:
         raise InputError(
-            f"{what} isn't of {model.backbone}: it lacks {len(missing)} of {len(wanted)} tensors, such as "
+            f"{what} doesn't fit {model.backbone}: it lacks {len(missing)} of {len(wanted)} tensors, such as "
             f"{missing[0]}"
         )
     for name, shape in wanted.items():
         if found[name].shape != shape:
             stem = " (up to 64 px ResNets have another stem)" if name == "conv1.weight" else ""
             raise InputError(
-                f"{what} isn't of {model.backbone} at {resolution} px: {name} is {list(found[name].shape)}, "
-                f"not {list(shape)}{stem}"
+                f"{what} doesn't fit {model.backbone} at {resolution} px: {name} is "
+                f"{list(found[name].shape)}, not {list(shape)}{stem}"
             )
     return {name: found[name].detach().cpu() for name in wanted}
 
@@ -99,8 +99,8 @@ def _read(model: ModelSettings, resolution: int, what: str) -> Mapping[str, Tens
         raise
     except pickle.UnpicklingError:
         raise InputError(
-            f"{what}: no file of weights, or damaged, or it holds other things than tensors, which aren't "
-            "loaded: they may run code; save the state_dict alone"
+            f"{what}: not a file of weights, or damaged, or it holds objects other than tensors, which "
+            "aren't loaded because they may run code; save only the state_dict"
         ) from None
     except FileNotFoundError:
         raise InputError(f"{what}: no such file; or {PREFIX}USER/NAME, or {PRETRAINED}") from None
@@ -110,13 +110,15 @@ def _read(model: ModelSettings, resolution: int, what: str) -> Mapping[str, Tens
 
 def _pretrained(backbone: str, resolution: int) -> Mapping[str, Tensor]:
     if backbone in SMALL:
-        raise InputError(f"--init {PRETRAINED}: there are no weights of {backbone}, which is lvssl's own")
+        raise InputError(
+            f"--init {PRETRAINED}: there are no pretrained weights of {backbone}, which is lvssl's own"
+        )
     try:
         if backbone in RESNETS:
             return torchvision.models.get_model(backbone, weights="DEFAULT").state_dict()
         return timms(backbone, resolution, pretrained=True).state_dict()
     except Exception as error:  # torch, timm, huggingface_hub and the network have their own kinds
         raise InputError(
-            f"--init {PRETRAINED}: weights of {backbone} can't be had ({first_line(error)}): check the "
-            "network, or name a file of them"
+            f"--init {PRETRAINED}: weights of {backbone} could not be loaded or downloaded "
+            f"({first_line(error)}): check the network, or pass a file of weights"
         ) from error

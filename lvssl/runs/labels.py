@@ -163,12 +163,12 @@ def open_labelled(
         source = numbered_as(source, path, train.source.classes, str(train.path))
     known: dict[str, np.ndarray] = getattr(source, "targets", {})
     if not target:
-        hint = f"; its float targets: {', '.join(known)}: name one with --target"
+        hint = f"; its float targets: {', '.join(known)}: choose one with --target"
         one_of = hint if known and target is not None else ""
         if source.labels.min() < 0:
             raise InputError(
-                f"{path}: its images have no labels, and this command needs them of training and test "
-                f"images; name labelled ones with --train and --test{one_of}"
+                f"{path}: its images have no labels, which this command needs for training and test "
+                f"images; pass labelled ones with --train and --test{one_of}"
             )
         if train is None and len(np.unique(source.labels)) < 2:
             raise InputError(f"{path}: needs labels of at least two classes{one_of}")
@@ -239,7 +239,7 @@ def sibling_test_set(train: Path) -> Path:
             path = train.with_name(beside)
             if path != train and are_there(path):
                 return path
-    raise InputError(f"no test images beside {train}: name them with --test")
+    raise InputError(f"no test images next to {train}: pass them with --test")
 
 
 def labelled_rows(train: LabelledDataset, share: float, names: Path | None, seed: int) -> np.ndarray:
@@ -252,7 +252,7 @@ def labelled_rows(train: LabelledDataset, share: float, names: Path | None, seed
     count = int(share * len(train) + 1e-9)  # 0.1 * 30 is 3, despite rounding errors
     if count < len(np.unique(classes)):
         raise InputError(
-            f"--label-fraction {share}: {count} of {len(train)} images are fewer than one of each of "
+            f"--label-fraction {share}: {count} of {len(train)} images are fewer than one for each of "
             f"{len(np.unique(classes))} classes; raise it"
         )
     return balanced(classes, count, seed)
@@ -296,7 +296,7 @@ def rows_of_names(train: LabelledDataset, path: Path) -> np.ndarray:
     try:
         wanted = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: no list of file names can be read ({error})") from error
+        raise InputError(f"{path}: can't be read as a list of file names ({error})") from error
     known = rows_by_name(names_of(train))
     unknown = [name for name in wanted if name not in known]
     if unknown or not wanted:
@@ -325,5 +325,5 @@ def names_of(train: LabelledDataset) -> list[str]:
     """Return the source names of a set's images, from its manifest or from the folder itself."""
     names = getattr(train.source, "names", None) or stored_names(train.path)
     if names is None:
-        raise InputError(f"{train.path}: no manifest beside it names its images")
+        raise InputError(f"{train.path}: no manifest next to it names its images")
     return list(names)

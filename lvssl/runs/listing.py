@@ -105,7 +105,7 @@ def runs_in(folder: Path) -> list[Listed]:
         except InputError as error:
             print(f"note: {place} is left out: {error}", file=sys.stderr)
     if not found:
-        raise InputError(f"{folder}: no run in it (looked for folders with config.json and checkpoints/)")
+        raise InputError(f"{folder}: contains no run (looked for folders with config.json and checkpoints/)")
     return found
 
 

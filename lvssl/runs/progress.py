@@ -146,7 +146,7 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, float], bytes]]:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             yield {name: value for name, value in row.items() if isinstance(value, int | float)}, line
         elif number < len(lines):
-            raise InputError(f"{path}: line {number} is no JSON object with a step: remove the line")
+            raise InputError(f"{path}: line {number} is not a JSON object with a step: remove the line")
 
 
 def keep_until(path: Path, step: int) -> None:

@@ -66,7 +66,7 @@ class ResultFile:
         of_now = not self.in_rows or are_rows(content.get("rows"))
         if self.settings.overwrite or not of_now or not all(file.exists() for file in self.files):
             return None
-        print(f"note: {self.path} was there already; --overwrite measures it again", file=sys.stderr)
+        print(f"note: {self.path} exists already; --overwrite measures it again", file=sys.stderr)
         return content
 
     def changes(self, content: dict[str, Any]) -> str:
@@ -117,7 +117,7 @@ def require_writable(folder: Path) -> None:
     """Raise InputError, before any work, if no file can be made in a folder, or the folder can't be made."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{there}: nothing can be written there: name another folder with --out")
+        raise InputError(f"{there}: is not writable: choose another folder with --out")
 
 
 def read_result(path: Path, **kinds: type) -> dict[str, Any]:

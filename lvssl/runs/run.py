@@ -51,14 +51,14 @@ def create_run(
     if config.exists():
         if not resume:
             made = checkpoint.paths(settings.out / "checkpoints")
-            lost = "" if made else " (it has no checkpoint yet: remove it to begin anew)"
+            lost = "" if made else " (it has no checkpoint yet: remove it to start again)"
             raise InputError(
-                f"{settings.out} exists: add --resume to go on with it, or choose another --out{lost}"
+                f"{settings.out} exists: add --resume to continue it, or choose another --out{lost}"
             )
         stored, stored_classes = read_config(settings.out)
         if (begun := results_version(_config(config))) != RESULTS_VERSION:
             raise InputError(
-                f"{settings.out} is a run of results version {begun}, and this lvssl gives version "
+                f"{settings.out} was started with results version {begun}, but this lvssl produces version "
                 f"{RESULTS_VERSION}: it can be read and measured, but not resumed; choose another --out"
             )
         # A run without a latent doesn't depend on these settings, and is the control for any values of them.
@@ -73,7 +73,7 @@ def create_run(
             if changed.startswith("epochs: "):
                 way = f"; --init {settings.out} there starts from its weights"
             raise InputError(
-                f"{settings.out} is a run of another configuration ({changed}); choose another --out{way}"
+                f"{settings.out} was started with other settings ({changed}); choose another --out{way}"
             )
         if data is not None:
             _check_set(settings, data)
@@ -95,12 +95,12 @@ def _check_set(settings: PretrainSettings, data: dict[str, Any]) -> None:
     """Raise InputError unless the run to resume was begun on these images."""
     begun = read_set(settings.out)
     if begun is None:
-        said = f"{settings.out} is an older run, which doesn't say what images it was begun on"
-        print(f"note: {said}; whether {settings.data} has them isn't checked", file=sys.stderr, flush=True)
+        said = f"{settings.out} is an older run, which doesn't record the images it was started on"
+        print(f"note: {said}; they are not compared with {settings.data}", file=sys.stderr, flush=True)
     elif differs := other_set(begun, data):
         raise InputError(
-            f"{settings.data} isn't the set that {settings.out} was begun on ({differs}): give that one as "
-            "--data, wherever it lies now, or choose another --out"
+            f"{settings.data} isn't the set that {settings.out} was started on ({differs}): pass that "
+            "one with --data, wherever it is now, or choose another --out"
         )
 
 
@@ -154,7 +154,8 @@ def run_lock(folder: Path) -> Iterator[None]:
             lock(file, folder)
         except BlockingIOError as error:
             raise InputError(
-                f"another process is training in {folder}: wait for its end, or choose another --out"
+                f"another process is training in {folder}: wait until it has finished, or "
+                "choose another --out"
             ) from error
         yield
 
@@ -184,10 +185,10 @@ def read_config(folder: Path) -> tuple[PretrainSettings, int]:
         fetch = "; `hf download USER/NAME --local-dir FOLDER` fetches one of the Hub, then name FOLDER"
         raise InputError(f"{folder}: no such run folder{fetch if folder.parts[:1] == ('hf:',) else ''}")
     if not path.is_file():
-        raise InputError(f"{folder} is no run folder (it has no config.json)")
+        raise InputError(f"{folder} is not a run folder (it has no config.json)")
     content = _config(path)
     if "lvssl" in content:  # as `is_exported` says
-        raise InputError(f"{folder} is an exported encoder, not a run: it can encode and search, no more")
+        raise InputError(f"{folder} is an exported encoder, not a run: it can only encode and search")
     settings = from_dict(PretrainSettings, content.get("settings"), str(path))
     classes = content.get("classes")
     if not isinstance(classes, int) or not 0 <= classes <= MOST_CLASSES:
@@ -253,8 +254,8 @@ def training_set(run: Run, given: Path | None) -> Path:
     """Path of the training images, as given or of the pretraining. InputError if the latter are gone."""
     if given is None and not are_there(run.settings.data):
         raise InputError(
-            f"{run.settings.data}: the training images of {run.folder} aren't there (any more): name them "
-            "with --train, wherever they lie now"
+            f"{run.settings.data}: the training images of {run.folder} are no longer there: pass them "
+            "with --train, wherever they are now"
         )
     return given or run.settings.data
 
@@ -265,7 +266,7 @@ def require_classes_of(run: Run, source: Reader, path: Path) -> None:
     if run.classes is not None and source.classes is not None and set(run.classes) != set(source.classes):
         what = in_short("differing", sorted(set(source.classes) ^ set(run.classes)))
         raise InputError(
-            f"{path} isn't the set that {run.folder} was trained on: its classes are others ({what}); name "
+            f"{path} isn't the set that {run.folder} was trained on: its classes differ ({what}); pass "
             "a training set with --train"
         )
 
@@ -276,7 +277,7 @@ def require_same_classes(run: Run, control: Run) -> None:
         strange = sorted(set(run.classes) ^ set(control.classes))
         what = in_short("differing", strange)
         raise InputError(
-            f"{control.folder} was trained on other classes than {run.folder} ({what}): name one of the "
+            f"{control.folder} was trained on other classes than {run.folder} ({what}): pass one of the "
             "same training images with --control"
         )
 
@@ -287,7 +288,7 @@ def require_weights_of(network: LVNet, weights: dict[str, torch.Tensor], path: P
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if changed := first_change(had, wanted):
         raise InputError(
-            f"{path} is of another network than {folder / 'config.json'} describes ({changed}): one of "
+            f"{path} holds another network than {folder / 'config.json'} describes ({changed}): one of "
             "the two belongs to another run, or was changed"
         )
 
@@ -302,7 +303,7 @@ def load_run(folder: Path, device: torch.device | None = None) -> Run:
     found = checkpoint.load_latest(folder / "checkpoints")
     if found is None:
         raise InputError(
-            f"{folder} has no checkpoint yet: let `lvssl pretrain` finish, or reach its first epoch"
+            f"{folder} has no checkpoint yet: let `lvssl pretrain` finish at least its first epoch"
         )
     path, state = found
     weights = state.get("ema") or state["network"]

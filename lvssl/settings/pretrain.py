@@ -213,17 +213,19 @@ class LatentSettings:
         above_zero(self, "invariance")
         for name, weight in zip(("variance", "covariance"), self.spread):
             require(0 <= weight < float("inf"), name, weight, "at least 0")
-            wanted = f"0 with --objective {self.objective}, which doesn't take it"
+            wanted = f"0 with --objective {self.objective}, which doesn't support it"
             require(self.objective in OF_VECTORS or weight == 0, name, weight, wanted)
         above_zero(self, "ceb_kappa")
         at_least(self, ceb_weight=0)
         if self.objective in EACH_SAMPLE:
-            wanted = f"losses with --objective {self.objective}, which wants each sample"
+            wanted = f"losses with --objective {self.objective}, which needs each sample"
             require(self.reduction == "losses", "sample_reduction", self.sample_reduction, wanted)
         if self.objective == "ceb":
             spherical = self.distribution.on_sphere and self.site == "proj"
             where = f"{self.family} at {self.site}"
-            require(spherical, "objective", where, "of a distribution on the sphere at --site proj for ceb")
+            require(
+                spherical, "objective", where, "combined with a family on the sphere at --site proj for ceb"
+            )
 
 
 @dataclass(frozen=True)
@@ -315,11 +317,11 @@ class EngineSettings:
         require(self.chunk != 1, "chunk", self.chunk, "at least 2: one view has no batch statistics")
         choice("compile", self.compile, ("auto", "on", "off"))
         if self.compile == "on" and self.recompute:  # no checkpoint whose second time is another is compiled
-            raise InputError("--compile on and --recompute don't go together: leave one out, or take --chunk")
+            raise InputError("--compile on and --recompute can't be combined: leave one out, or use --chunk")
         choice("graph", self.graph, ("auto", "on", "off"))
         if self.graph == "on" and (self.recompute or self.chunk or self.precision == "fp16"):
             raise InputError(
-                "--graph on doesn't go with --recompute, --chunk or --precision fp16: leave it out"
+                "--graph on can't be combined with --recompute, --chunk or --precision fp16: leave it out"
             )
         require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
         at_least(self, keep=2, non_finite_steps=1)
@@ -402,9 +404,7 @@ class PretrainSettings(ReadsImages):
         self.engine.validate()
         self.view.validate()
         if self.engine.recompute and (name := self.model.backbone) not in BACKBONES:
-            raise InputError(
-                f"--recompute knows the blocks of ResNets alone, not those of {name}: take --chunk"
-            )
+            raise InputError(f"--recompute only supports ResNets, not {name}: use --chunk")
 
 
 def require(ok: bool, name: str, value: object, wanted: str) -> None:

@@ -65,7 +65,7 @@ def alarms(row: dict[str, Any], fraction: float) -> dict[str, str]:
     units, active = row.get("units", 0), row.get("active_units", 0)
     if units and active < 0.05 * units:
         found["posterior collapse"] = (
-            f"{active:.0f} of {units:.0f} units are active ({row.get('rate_bits', 0):.2f} bits an image); "
+            f"{active:.0f} of {units:.0f} units are active ({row.get('rate_bits', 0):.2f} bits per image); "
             "lower --beta, or raise --free-nats or --init-scale"
         )
     if row.get("saturated", 0) > 0.9:
@@ -98,7 +98,7 @@ def examine(folder: Path) -> int:
     settings, _ = read_config(folder)
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "units" in row]
     if not rows:
-        print(f"{folder}: no figures of a latent (family {settings.latent.family})")
+        print(f"{folder}: no latent to check (family {settings.latent.family})")
         return 0
     row = rows[-1]
     print(f"{folder}: family {settings.latent.family}, step {row['step']}")
@@ -109,5 +109,5 @@ def examine(folder: Path) -> int:
     for name, what in found.items():
         print(f"ALARM {name}: {what}")
     if not found:
-        print("no alarm")
+        print("no alarms")
     return 1 if found else 0

@@ -70,11 +70,11 @@ def run(
 ) -> None:
     """Run `pretrain` once rank and device are known."""
     if settings.engine.graph == "on" and world.size > 1:
-        raise InputError(f"--graph on is for one rank, and there are {world.size}: leave it out")
+        raise InputError(f"--graph on supports only one rank, but there are {world.size}: leave it out")
     if resume and (settings.out / "config.json").is_file() and not are_there(settings.data):
         raise InputError(
-            f"{settings.data}: the images that {settings.out} was begun on aren't there (any more): name "
-            "them with --data, wherever they lie now"
+            f"{settings.data}: the images that {settings.out} was started on are no longer there: pass "
+            "them with --data, wherever they are now"
         )
     source = open_reader(settings.data, settings.source, str(device))
     if world.first:

@@ -454,8 +454,8 @@ def _check_written(work: Work, journal: Journal) -> None:
             place += len(records)
         if what:
             raise InputError(
-                f"{output.part}: {what}: another process has changed it; let that one end, and repeat this "
-                "command with --restart"
+                f"{output.part}: {what}: another process has changed it; wait until that one has "
+                "finished, then run this command again with --restart"
             )
 
 
@@ -579,7 +579,7 @@ def check_targets(beton: Path | None, tars: Path | None, overwrite: bool, journa
             raise InputError(f"{tars}: is a file; the tars need a folder")
         there += [tars] if tars.is_dir() and any(tars.iterdir()) else []
     if there and not overwrite:
-        raise InputError(f"{there[0]}: exists; remove it, or replace it by --overwrite")
+        raise InputError(f"{there[0]}: exists; remove it, or replace it with --overwrite")
 
 
 def _make_folders(folder: Path) -> list[Path]:

@@ -106,7 +106,7 @@ def _read_parts(paths: list[Path]) -> _Parts:
                 first = parts.manifests[0][key]
                 raise InputError(
                     f"{path}: its {key}{differing(manifest[key], first)} differs from that of "
-                    f"{paths[0].name}; convert it again as that one was, with --overwrite"
+                    f"{paths[0].name}; convert it again in the same way, with --overwrite"
                 )
     return parts
 
@@ -126,6 +126,6 @@ def part_files(out: Path) -> list[Path]:
     folder = out.parent
     found = {p: m for p in (folder.iterdir() if folder.is_dir() else ()) if (m := pattern.fullmatch(p.name))}
     if not found:
-        raise InputError(f"{out}: no parts beside it (such as {out.stem}.part-001-of-008{out.suffix})")
+        raise InputError(f"{out}: no parts next to it (such as {out.stem}.part-001-of-008{out.suffix})")
     require_whole(str(out), [*found])
     return sorted(found, key=lambda path: int(found[path][1]))

@@ -35,7 +35,8 @@ def open_betons(path: str | Path) -> tuple[list[BetonFile], dict[str, Any]]:
         if what := _other(heads[0], heads[-1]) or _other_content(betons[0], betons[-1]):
             first = betons[0].path.name
             raise InputError(
-                f"{file}: isn't of one set with {first}: {what}; convert it alike, or leave it out"
+                f"{file}: isn't of the same set as {first}: {what}; convert it in the same way, or "
+                "leave it out"
             )
         if len(heads[-1].get("classes", ())) > len(heads[0].get("classes", ())):
             heads[0]["classes"] = heads[-1]["classes"]

@@ -106,7 +106,7 @@ def numbered(
     if not strange:
         raise InputError(
             f"{where}: its labels are fractions, such as {classes[0]}; they can be targets (convert-beton "
-            "--targets), but no classes"
+            "--targets), but not classes"
         )
     if not mixed and len(strange) < len(classes):
         row = next(row for row, text in enumerate(texts) if text == strange[0])

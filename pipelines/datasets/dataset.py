@@ -41,7 +41,7 @@ def labelled(
     """Build a Dataset, checking its labels against its classes. Classes without names are numbered; there are
     none if all labels are NO_LABEL."""
     if len(labels) == 0:
-        raise InputError(f"{source}: no image in it")
+        raise InputError(f"{source}: contains no images")
     if (labels == NO_LABEL).all():
         classes = []
     else:

@@ -49,7 +49,7 @@ def unlabelled_images(folder: Path) -> Dataset:
     if not names:
         stacks = any(name.lower().endswith(".npy") for name in others.first)
         arrays = "; arrays (.npy) aren't read: save them as PNG" if stacks else ""
-        raise InputError(f"{folder}: no image in it (looked for {', '.join(EXTENSIONS)}){arrays}")
+        raise InputError(f"{folder}: contains no images (looked for {', '.join(EXTENSIONS)}){arrays}")
     return Dataset(
         names=names,
         labels=np.full(len(names), NO_LABEL, np.int64),
@@ -138,7 +138,7 @@ def read_regular(path: str, most: int | None = None) -> bytes:
     try:
         status = os.fstat(number)
         if not stat.S_ISREG(status.st_mode):
-            raise jpeg.DamagedImage("no regular file")
+            raise jpeg.DamagedImage("not a regular file")
         size = status.st_size if most is None else min(most, status.st_size)
         data = os.read(number, size)
         while len(data) < size and (more := os.read(number, size - len(data))):
@@ -206,7 +206,7 @@ def files_of_split(
     others = of_split.pop("", [])
     if not of_split:
         if strict and split is not None:
-            raise InputError(f"{source}: no split '{split}' in it, only unnamed files")
+            raise InputError(f"{source}: has no split '{split}', only unnamed files")
         return files, None, missing_shards([name_of[path] for path in files])
     names = {each: [name_of[path] for path in paths] for each, paths in of_split.items()}
     key, split = choose_split(str(source), names, split)

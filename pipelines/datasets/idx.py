@@ -44,7 +44,7 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data
         if data[:4] != bytes([0, 0, 8, dimensions]):
-            raise ValueError("it does not begin as an idx file does")
+            raise ValueError("it has no idx header")
         shape = np.frombuffer(data, ">u4", dimensions, offset=4).astype(int)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (OSError, EOFError, ValueError, zlib.error) as error:

@@ -93,7 +93,7 @@ def choose_split(where: str, present: Mapping[str, Sequence[str]], split: str | 
         if name in present:
             return name, split
     there = ", ".join(names[0] for names in present.values())
-    raise InputError(f"{where}: no split '{split}' in it, only {there}")
+    raise InputError(f"{where}: has no split '{split}', only {there}")
 
 
 def _below_lone_folders(tree: Tree) -> str:

@@ -23,7 +23,7 @@ def open_torchvision(name: str, split: str | None, root: Path) -> Dataset:
     parameters = set(inspect.signature(cls).parameters if inspect.isclass(cls) else ())
     if "download" not in parameters or not parameters & {"train", "split"}:
         raise InputError(
-            f"torchvision:{name}: no data set with train and test, such as FashionMNIST, CIFAR10, SVHN"
+            f"torchvision:{name}: not a data set with train and test, such as FashionMNIST, CIFAR10, SVHN"
         )
     if split == "validation":
         raise InputError(f"torchvision:{name}: splits are train and test")
@@ -45,7 +45,7 @@ def open_torchvision(name: str, split: str | None, root: Path) -> Dataset:
             raise ValueError(f"arrays of {numbers.shape[1:]}")
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"torchvision:{name}: its targets aren't one number an image, as those of classes are "
+            f"torchvision:{name}: its targets aren't one number per image, as classes are "
             f"({first_line(error)}): choose another set, or save it in class folders"
         ) from error
     classes = getattr(images, "classes", None)

@@ -68,7 +68,7 @@ def parts_of(path: str | Path) -> list[Path]:
         why = "names no files" if Path(path).is_file() else "no such file: no name there fits"
         raise InputError(f"{path}: {why}")
     if any(has_image_name(file.name) and file.is_file() for file in files):
-        raise InputError(f"{path}: is no set but images themselves: name their folder")
+        raise InputError(f"{path}: matches images, not a set of them: pass their folder")
     if len({*files}) < len(files):
         raise InputError(f"{path}: names {next(f for f in files if files.count(f) > 1)} twice")
     if glob.has_magic(str(path)) and files != [Path(path)]:
@@ -81,7 +81,7 @@ def require_whole(path: str, files: list[Path]) -> None:
     names = {file.name for file in files}
     for name in sorted(names):
         if (whole := _PART.sub("", name)) != name and whole in names:
-            raise InputError(f"{path}: fits {whole} and a part of it, {name}: name the one or the others")
+            raise InputError(f"{path}: matches {whole} and a part of it, {name}: pass only one of the two")
     counts = {found for name in names for found in re.findall("-of-([0-9]+)", name)}
     if len(counts) > 1:
         raise InputError(f"{path}: its parts are of {' and '.join(sorted(counts))}: remove the wrong ones")

@@ -131,5 +131,5 @@ def _classes(source: str, names: list[str], members: list[tuple[tars.Tar, tars.M
     ]
     labels, classes = numbered(texts, source, names.__getitem__, mixed=False)
     if classes is not None:
-        raise InputError(f"{source}: {names[0]} has the class {texts[0]!r}, which is no number")
+        raise InputError(f"{source}: {names[0]} has the class {texts[0]!r}, which is not a number")
     return labels

@@ -46,7 +46,7 @@ def open_table(path: Path, columns: Columns = USUAL) -> Dataset:
     rows = _rows(path)
     first = next(rows, None)
     if first is None:
-        raise InputError(f"{path}: no image in it")
+        raise InputError(f"{path}: contains no images")
     path_column = columns.image_among(first, PATHS, str(path))
     if path_column is None and len(first) == 1 and re.search("[;\t]", next(iter(first))):
         raise InputError(
@@ -129,7 +129,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
                     why = getattr(error, "msg", None) or first_line(error)
-                    raise InputError(f"{path}: line {number} is no JSON ({why})") from error
+                    raise InputError(f"{path}: line {number} is not JSON ({why})") from error
                 if not isinstance(row, dict):
                     raise InputError(
                         f'{path}: line {number} must be an object, such as {{"path": "1.jpg", "label": 0}}'
@@ -138,7 +138,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     except InputError:
         raise
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is no text in UTF-8 ({error.reason}): save it as UTF-8") from error
+        raise InputError(f"{path}: is not UTF-8 text ({error.reason}): save it as UTF-8") from error
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
 

@@ -81,7 +81,7 @@ def open_tars(
     tars = [Tar(path, files) for path in paths]
     first = next((member for member in tars[0].members() if not _of_a_system(member.name)), None)
     if first is None:
-        raise InputError(f"{paths[0]}: no file in this tar")
+        raise InputError(f"{paths[0]}: this tar contains no files")
     if first.name.endswith(".tar"):
         opened = _tar_of_tars(source, tars, named or split or "train")
     elif imagenet.is_validation_name(first.name):
@@ -265,7 +265,7 @@ class Tar:
         """Raise InputError if the file starts not with a header, but like a compressed file."""
         packed = next((name for start, name in PACKED.items() if head.startswith(start)), "")
         if packed and at == self.start:
-            raise InputError(f"{self.name}: is compressed by {packed}, whatever its name says: unpack it")
+            raise InputError(f"{self.name}: is compressed by {packed} despite its name: unpack it")
 
     def _pax(self, size: int, at: int) -> dict[bytes, str]:
         try:

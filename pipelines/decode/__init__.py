@@ -31,7 +31,7 @@ def open_reader(path: str | Path, kind: str = "auto", device: str = "cpu") -> Re
         return DALIReader(path, device)
     if kind == "nvjpeg":
         if not device.startswith("cuda"):
-            raise InputError(f"--source nvjpeg decodes on a GPU, not on {device}: take --source auto")
+            raise InputError(f"--source nvjpeg decodes on a GPU, not on {device}: use --source auto")
         from pipelines.decode.nvjpeg import NvjpegReader
 
         return NvjpegReader(path, device)

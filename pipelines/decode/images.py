@@ -131,7 +131,7 @@ def _header(data: bytes) -> jpeg.JpegHeader:
     """Read and check a JPEG's header. Raises DamagedImage."""
     header = jpeg.read_header(data)
     if min(header.height, header.width) < 1:  # a file of tables alone has a header, too
-        raise jpeg.DamagedImage("no image in it")
+        raise jpeg.DamagedImage("contains no image")
     if header.height * header.width > turbo.PIXELS_PER_BYTE * len(data):
         raise jpeg.DamagedImage(f"{len(data)} bytes are too few for {header.width} x {header.height} pixels")
     return header

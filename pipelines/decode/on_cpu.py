@@ -15,7 +15,7 @@ def open_files(path: str | Path, kind: str = "auto") -> Reader:
         kind = "folder" if _holds_images(Path(path)) else "beton"
     if kind == "folder":
         if Path(path).suffix == ".beton":
-            raise InputError(f"{path}: a .beton is what --source beton reads, or auto")
+            raise InputError(f"{path}: a .beton can only be read by --source beton or auto")
         from pipelines.decode.images import ImageReader
 
         return ImageReader(path)

@@ -89,7 +89,7 @@ class DeviceReader(ABC):
                 except RuntimeError as error:
                     raise InputError(
                         f"--source {self.decoder}: one of the images {indices[some].tolist()} can't be "
-                        f"decoded on {self.device} ({first_line(error)}): take --source auto"
+                        f"decoded on {self.device} ({first_line(error)}): use --source auto"
                     ) from error
                 put(made, out, some)
 

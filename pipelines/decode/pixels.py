@@ -29,7 +29,7 @@ def decode_rgb(image: bytes | str | Path, name: str | None = None, keep: bool = 
     except OSError as error:
         raise InputError(f"{name}: cannot be read ({error.strerror})") from error
     except Exception as error:  # whatever a decoder raises is about this image alone
-        raise InputError(f"{name}: no image, or damaged ({first_line(error)})") from error
+        raise InputError(f"{name}: not an image, or damaged ({first_line(error)})") from error
 
 
 def _decode_jpeg(data: bytes, keep: bool) -> np.ndarray:

@@ -204,7 +204,7 @@ def open_with_pillow(data: bytes, shrink: int = 1, load: bool = True, most: int 
         with _any_size:
             image = _opened(io.BytesIO(data))
         if image.format == "EPS":
-            raise DamagedImage("EPS is drawn by a program, Ghostscript, which isn't run here; save it as PNG")
+            raise DamagedImage("EPS needs Ghostscript, which isn't run here; save it as PNG")
         check_size(image.height, image.width, most)
         if shrink > 1:  # not rounded: Pillow divides the size by this, and takes the largest scale below
             image.draft(None, (image.width / shrink, image.height / shrink))  # type: ignore[arg-type]
@@ -218,7 +218,7 @@ def open_with_pillow(data: bytes, shrink: int = 1, load: bool = True, most: int 
     except DamagedImage:
         raise
     except Image.DecompressionBombError as error:
-        raise DamagedImage("more pixels than any image has that is meant as one") from error
+        raise DamagedImage("more pixels than any genuine image has") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others
         raise DamagedImage(first_line(error)) from error
 

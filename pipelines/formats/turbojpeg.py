@@ -115,9 +115,9 @@ def file() -> str:
 def absence() -> str:
     """A message for the case that the library is missing, in one line."""
     chosen = os.environ.get(VARIABLE)
-    none = f"{VARIABLE}={chosen} is no libturbojpeg that loads" if chosen else "libturbojpeg isn't installed"
+    none = f"{VARIABLE}={chosen} can't be loaded" if chosen else "libturbojpeg isn't installed"
     return (
-        f"{none}: Pillow decodes JPEGs in its place, more slowly; `make install` fetches it, "
+        f"{none}: Pillow decodes JPEGs instead, more slowly; `make install` fetches it, "
         f"or set {VARIABLE} to its file"
     )
 

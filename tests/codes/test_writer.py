@@ -190,7 +190,7 @@ def test_means_belong_to_their_codes(tmp_path):
         (good[:-1], f"truncated at byte {len(good) - 1}; 40 means of 5 dimensions"),
         (good[:100], "truncated at byte 100"),
         (good + b"x", "1 bytes follow"),
-        (header_block(MEANS.magic, fields | {"rows_sha256": "00"}) + good[ROWS_AT:], "of other codes"),
+        (header_block(MEANS.magic, fields | {"rows_sha256": "00"}) + good[ROWS_AT:], "belong to other codes"),
         (header_block(MEANS.magic, fields | {"dim": 0}) + good[ROWS_AT:], "no valid dim"),
         (b"GIF89a..", "not a file of means"),
     ]:

@@ -96,7 +96,7 @@ def make_bad_sources(root):
 
 BAD = [
     ("gone out.beton", "gone: no such folder or file"),
-    ("empty out.beton", "empty: no image in it (looked for .jpg, "),
+    ("empty out.beton", "empty: contains no images (looked for .jpg, "),
     ("hollow out.beton", "hollow: no image in any of its 1 class folders"),
     (
         "texts out.beton",
@@ -105,9 +105,9 @@ BAD = [
     ("damaged out.beton --on-error raise", "class0/001.jpg: "),
     ("file.txt out.beton", "file.txt: names x, and there is no such file"),
     ("other.parquet out.beton", "choose one of its columns with --image-column: a"),
-    ("torchvision:Nope out.beton", "torchvision:Nope: no data set"),
+    ("torchvision:Nope out.beton", "torchvision:Nope: not a data set"),
     ("sklearn:faces out.beton", "sklearn:faces: unknown"),
-    ("good there.beton", "there.beton: exists; remove it, or replace it by --overwrite"),
+    ("good there.beton", "there.beton: exists; remove it, or replace it with --overwrite"),
     ("good empty", "empty: is a folder; give the name of a file"),
     ("good file.txt/out.beton", "file.txt: cannot be made (File exists)"),
     ("good file.txt/deeper/out.beton", "cannot be made (Not a directory)"),

@@ -134,7 +134,7 @@ def test_what_was_opened_before_does_not_decide_what_an_image_is(monkeypatch):
 
 
 def test_no_other_program_is_run_for_an_image():
-    with pytest.raises(InputError, match="EPS is drawn by a program, Ghostscript.*save it as PNG"):
+    with pytest.raises(InputError, match="EPS needs Ghostscript.*save it as PNG"):
         decode_rgb(encoded(SMALL, "EPS"))
 
 

@@ -108,7 +108,7 @@ def test_what_lies_beside_the_splits_is_named(tmp_path):
 def test_a_class_named_as_a_split_remains_one(tmp_path):
     for source in both_ways(tmp_path, tree("bus", "car", "train")):
         assert open_dataset(source).classes == ["bus", "car", "train"]
-        with pytest.raises(InputError, match="no split 'test' in it, only train"):
+        with pytest.raises(InputError, match="has no split 'test', only train"):
             open_dataset(source, "test")
 
 

@@ -138,7 +138,7 @@ def test_loose_images_are_listed_and_decoded(tmp_path):
     assert np.array_equal(decode_rgb(paths[0]), image)
     assert np.abs(decode_rgb(paths[1]).astype(int) - decoded(files["b.JPG"])).mean() < 1
     assert decode_rgb(str(paths[1])).flags.c_contiguous
-    with pytest.raises(InputError, match=r"note\.txt: no image, or damaged"):
+    with pytest.raises(InputError, match=r"note\.txt: not an image, or damaged"):
         decode_rgb(tmp_path / "a/note.txt")
     with pytest.raises(InputError, match=r"gone\.jpg: cannot be read \(No such file"):
         decode_rgb(tmp_path / "gone.jpg")
@@ -226,7 +226,7 @@ def test_a_wrong_label_names_its_own_table(tmp_path):
         ({"image": [b"x"], "label": [1.5]}, "its labels are fractions, such as 1.5"),
         ({"image": [b"x", b"y"], "label": [0, None]}, "x.parquet:1 has no class, others have one"),
         ({"image": [b"x", b"y"], "label": [0, -1]}, "x.parquet:1 has label -1; labels are numbers from 0"),
-        ({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}, "no image in it"),
+        ({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}, "contains no image"),
     ],
 )
 def test_a_parquet_of_other_columns_is_refused(tmp_path, table, message):
@@ -301,7 +301,7 @@ def test_torchvision_sets_whose_targets_are_no_classes_are_refused(tmp_path):
     (tmp_path / "MovingMNIST").mkdir()
     np.save(tmp_path / "MovingMNIST/mnist_test_seq.npy", np.zeros((20, 3, 8, 8), np.uint8))
     for name in ("Kitti", "MovingMNIST"):
-        with pytest.raises(InputError, match=f"torchvision:{name}: its targets aren't one number an image"):
+        with pytest.raises(InputError, match=f"torchvision:{name}: its targets aren't one number per image"):
             open_dataset(f"torchvision:{name}", None, tmp_path)
 
 

@@ -313,7 +313,7 @@ def test_a_setting_that_one_part_lacks_is_named():
 def test_parts_that_do_not_belong_together(tmp_path, capsys):
     source = str(photos(tmp_path / "set"))
     out = tmp_path / "x.beton"
-    with pytest.raises(InputError, match="no parts beside it"):
+    with pytest.raises(InputError, match="no parts next to it"):
         merge(out)
     convert(source, out, options=ConvertOptions(shard=(1, 3)))
     convert(source, out, options=ConvertOptions(shard=(3, 3)))

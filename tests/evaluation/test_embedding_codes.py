@@ -95,10 +95,13 @@ def test_mistakes_are_one_line(embeddings, tmp_path, capsys):
     np.save(tmp_path / "narrow.npy", np.zeros((9, 3), np.float32))
     for arguments, message in [
         (["encode", embeddings, "--images", embeddings], "--bits is needed"),
-        (["encode", embeddings, "--images", tmp_path / "narrow.npy", "--bits", 8], "features are 3 wide"),
+        (
+            ["encode", embeddings, "--images", tmp_path / "narrow.npy", "--bits", 8],
+            "features have 3 dimensions",
+        ),
         (["encode", embeddings, "--images", embeddings, "--bits", 25, "--code", "itq"], "at most 24 bits"),
         (["encode", embeddings, "--images", tmp_path / "gone.npy", "--bits", 8], "gone.npy"),
-        (["curate", embeddings, "--test", tmp_path / "narrow.npy"], "features are 3 wide"),
+        (["curate", embeddings, "--test", tmp_path / "narrow.npy"], "features have 3 dimensions"),
         (["curate", embeddings, "--pixels", 2], "--pixels must be in [0, 1], got 2"),
     ]:
         assert lvssl(*arguments) == 2

@@ -89,9 +89,9 @@ def test_many_embeddings_are_probed_as_they_stream(made, tmp_path, monkeypatch):
     "spoil, said",
     [
         (lambda f: (f / "train-labels.npy").unlink(), "train-labels.npy: no such file"),
-        (lambda f: np.save(f / "train-labels.npy", np.arange(3)), "900 features need as many integers"),
-        (lambda f: np.save(f / "train.npy", np.zeros((900, 15), np.float32)), "16 wide, those of"),
-        (lambda f: np.save(f / "train.npy", np.zeros(900)), "features are floats [N, D], not"),
+        (lambda f: np.save(f / "train-labels.npy", np.arange(3)), "900 features need as many integer labels"),
+        (lambda f: np.save(f / "train.npy", np.zeros((900, 15), np.float32)), "16 dimensions, those of"),
+        (lambda f: np.save(f / "train.npy", np.zeros(900)), "features must be floats [N, D], not"),
         (lambda f: np.save(f / "train.npy", np.full((900, 16), np.nan)), "row 0 has a value that isn't"),
         (lambda f: np.save(f / "train-labels.npy", np.full(900, -1)), "label -1 of row 0"),
         (lambda f: np.save(f / "test-labels.npy", np.full(300, 77)), "label 77 doesn't occur in"),
@@ -112,7 +112,7 @@ def test_columns_and_probes_that_are_missing_are_named(made, tmp_path, capsys):
     x, y = made["train"]
     save_file({"x": torch.from_numpy(x)}, tmp_path / "train.safetensors")
     pq.write_table(pa.table({"embedding": [[1.0], [2.0, 3.0]], "label": [0, 1]}), tmp_path / "train.parquet")
-    for file, said in (("train.safetensors", "features or embedding"), ("train.parquet", "of one length")):
+    for file, said in (("train.safetensors", "features or embedding"), ("train.parquet", "of equal length")):
         assert main(["knn", str(tmp_path / file), "--test", str(tmp_path / file)]) == 2
         assert said in capsys.readouterr().err
     write("npy", tmp_path, "test", x, y)

@@ -260,8 +260,8 @@ def test_impossible_codes_are_refused_before_any_work(run, pictures, tmp_path, c
         (["--code", "itq"], "--code itq needs --bits"),
         (["--code", "lsh"], "code"),
         (["--bits", own + 1, "--code", "bits"], f"at most {own:,} bits"),
-        (["--bits", 9, "--code", "opq"], "--bits 16 rather than 9"),
-        (["--bits", 8, "--code", "pca", "--no-fit"], "leave --no-fit out"),
+        (["--bits", 9, "--code", "opq"], "--bits 16 instead of 9"),
+        (["--bits", 8, "--code", "pca", "--no-fit"], "leave out --no-fit"),
         (["--csv", tmp_path / "no" / "a.csv"], "no such folder to write a.csv to"),
     ]:
         assert lvssl("encode", run, "--images", pictures, "--out", tmp_path / "a.lvcodes", *options) == 2
@@ -271,13 +271,15 @@ def test_impossible_codes_are_refused_before_any_work(run, pictures, tmp_path, c
     assert lvssl(*arguments, "--faiss", tmp_path / "a.faiss") == 2 and lvssl(*arguments, "--code", "opq") == 2
     assert "pip install 'lvssl[faiss]'" in capsys.readouterr().err
     assert lvssl(*arguments) == 0
-    assert "note: itq in place of opq" in capsys.readouterr().err
+    assert "note: using itq instead of opq" in capsys.readouterr().err
     assert open_codes(tmp_path / "a.lvcodes").quantiser["code"] == "itq"
 
 
 def test_auto_takes_what_so_few_images_can_be_fitted_on(capsys):
     assert code_of_length(64, "auto", features=512, own=256, images=255) == "itq"
-    assert "note: itq in place of opq, which needs 256 training images or more" in capsys.readouterr().err
+    assert (
+        "note: using itq instead of opq, which needs 256 training images or more" in capsys.readouterr().err
+    )
     assert code_of_length(64, "itq", 512, 256, 255) == "itq"
     assert not capsys.readouterr().err
     if importlib.util.find_spec("faiss"):
@@ -288,11 +290,11 @@ def test_codes_of_another_quantiser_are_not_compared(run, pictures, tmp_path):
     a, b = tmp_path / "a.lvcodes", tmp_path / "b.lvcodes"
     for out, bits in ((a, 8), (b, 16)):
         assert lvssl("encode", run, "--images", pictures, "--out", out, "--bits", bits, "--code", "pca") == 0
-    with pytest.raises(CodeFileError, match=r"b.lvcodes has 16 bits by pca .*: encode both alike"):
+    with pytest.raises(CodeFileError, match=r"b.lvcodes has 16 bits by pca .*: encode both in the same way"):
         next(search(SearchSettings(run, b, codes=a)))
     assert lvssl("encode", run, "--images", pictures, "--out", b, "--bits", 8, "--code", "pca",
                  "--train", pictures) == 0  # fmt: skip
-    with pytest.raises(CodeFileError, match="a.lvcodes: its quantiser isn't"):
+    with pytest.raises(CodeFileError, match="a.lvcodes: its quantiser is no longer"):
         next(search(SearchSettings(run, pictures, codes=a)))
 
 
@@ -345,7 +347,7 @@ def test_kill_9_in_mid_encode_and_the_same_command_again(run, digits, tmp_path, 
     assert not out.exists()
     capsys.readouterr()
     assert lvssl(*arguments, out) == 0
-    assert "going on after" in capsys.readouterr().err
+    assert "resuming after" in capsys.readouterr().err
     assert list(open_codes(out).names) == list(open_codes(whole).names)
     # Threads of the killed process may differ, and with them the rounding of a logit near 0.
     assert np.bitwise_count(open_codes(out).rows ^ open_codes(whole).rows).sum() <= 2
@@ -370,7 +372,7 @@ def test_the_page_of_a_search_shows_queries_and_neighbours(run, pictures, tmp_pa
         assert len(found) == 4 * count and len(named) == len({name for name, _ in named})
         assert count == 1 or {asked for _, asked, _ in found} & {near for _, _, near in found} - {""}
     assert lvssl("search", run, "--query", one, "--codes", out, "--page", page) == 2
-    assert "name the images that were encoded with --images" in capsys.readouterr().err
+    assert "pass the images that were encoded, by --images" in capsys.readouterr().err
 
 
 def test_large_images_are_shown_in_more_pixels_than_the_network_sees(run, tmp_path):

@@ -251,7 +251,10 @@ def test_a_control_that_was_found_is_not_to_blame_for_labels_that_are_missing(ru
     status, said = call([*evaluate, "--train", str(folder), "--test", str(folder)], capsys)
     assert status == 2 and f"{folder}: its images have no labels" in said
     status, said = call(evaluate, capsys)
-    assert status == 2 and "a control has family none or sign, not bernoulli; name one with --control" in said
+    assert (
+        status == 2
+        and "a control must be of family none or sign, not bernoulli; pass one with --control" in said
+    )
 
 
 def test_runs_trained_without_labels_stand_beside_a_control_with_them(runs):

@@ -521,5 +521,5 @@ def test_families_are_found_by_name_and_unknown_ones_are_refused():
     pair = family("gaussian+bernoulli")
     assert pair.code_bits(10) == 10 and pair.parameter_count(9) == 2 * 4 + 5
     for wrong in ("gauss", "gaussian+gauss", "none+gaussian", "gaussian+beta+vmf", ""):
-        with pytest.raises(ValueError, match=r"known|side by side"):
+        with pytest.raises(ValueError, match=r"known|can be combined"):
             family(wrong)

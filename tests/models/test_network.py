@@ -210,7 +210,7 @@ def test_a_fixed_scale_stays():
 def test_impossible_latents_are_refused():
     for wrong, culprit in (
         ({"family": "gauss"}, "known"),
-        ({"family": "none+gaussian"}, "side by side"),
+        ({"family": "none+gaussian"}, "can be combined"),
         ({"site": "middle"}, "site"),
         ({"family": "categorical", "categories": 12}, "power of two"),
         ({"family": "categorical", "dim": 24}, "16"),

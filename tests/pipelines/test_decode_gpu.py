@@ -54,7 +54,7 @@ def test_the_kernel_compiles_for_a_gpu():
 
 
 def test_nvjpeg_wants_a_gpu(sources):
-    with pytest.raises(InputError, match="decodes on a GPU, not on cpu: take --source auto"):
+    with pytest.raises(InputError, match="decodes on a GPU, not on cpu: use --source auto"):
         open_reader(sources["folder"], "nvjpeg", "cpu")
 
 

@@ -110,8 +110,8 @@ def test_paths_with_a_colon_and_lists_from_windows_are_read(cut, tmp_path):
     [
         ("empty.txt", "names no files"),
         ("folders.txt", "a folder, not a file"),
-        ("0.jpg", "name their folder"),
-        ("*.jpg", "name their folder"),
+        ("0.jpg", "pass their folder"),
+        ("*.jpg", "pass their folder"),
     ],
 )
 def test_what_is_no_set_is_said(tmp_path, path, said):
@@ -178,12 +178,12 @@ def test_a_part_of_another_conversion_is_named(cut, beton, tmp_path):
     def refused(what: str, **settings) -> None:
         options = ConvertOptions(overwrite=True)
         convert(str(pictures), victim, Settings(**settings), options=options)
-        with pytest.raises(InputError, match=rf"{victim.name}: isn't of one set with .*: {what}"):
+        with pytest.raises(InputError, match=rf"{victim.name}: isn't of the same set as .*: {what}"):
             open_reader(pattern)
 
     refused("its max_resolution is 20, not None", max_resolution=20)
     (pictures / "class0").rename(pictures / "other")
-    refused(r"its classes are others \(2\): class0, other")
+    refused(r"its classes differ \(2\): class0, other")
     victim.with_name(f"{victim.name}.json").unlink()
     with pytest.raises(InputError, match=f"{victim.name}: .*it has no manifest"):
         open_reader(pattern)

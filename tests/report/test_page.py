@@ -343,10 +343,12 @@ def test_a_result_of_before_the_controls_codes_opens_and_says_what_it_lacks(tmp_
     rows = [row for row in EVALUATION["rows"] if row["method"] != "ITQ"]
     (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"rows": rows}))
     text = " ".join(Page(write_report(run).read_text()).text)
-    assert "(+1.5, against sign)" in text and "sign bits alone were measured: --overwrite" in text
+    assert (
+        "(+1.5, against sign)" in text and "Only the control's sign bits were measured: --overwrite" in text
+    )
     (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"left_out": ["OPQ needs faiss"]}))
     text = " ".join(Page(write_report(run).read_text()).text)
-    assert "Not measured: OPQ needs faiss." in text and "alone were measured" not in text
+    assert "Not measured: OPQ needs faiss." in text and "sign bits were measured" not in text
 
 
 def test_the_results_say_how_they_were_measured(tmp_path):
@@ -374,7 +376,7 @@ def test_missing_values_show_as_a_dash_and_large_pictures_shrink(tmp_path):
 def test_bad_input_is_named_and_the_old_page_stays(tmp_path):
     with pytest.raises(InputError, match="no such run folder"):
         write_report(tmp_path / "missing")
-    with pytest.raises(InputError, match="no run folder"):
+    with pytest.raises(InputError, match="is not a run folder"):
         write_report(tmp_path)
     run = write_compression(write_run(tmp_path / "run"))
     before = write_report(run).read_text()
@@ -636,7 +638,7 @@ def test_the_page_of_a_run_without_labels_names_what_needs_none(tmp_path):
         (tmp_path / "run/config.json").write_text(json.dumps(CONFIG | {"classes": classes}))
         text = html.unescape(write_report(tmp_path / "run").read_text())
         assert named in text and ("lvssl evaluate" in text) == (classes > 1)
-        assert ("What the run is good for" in text) == (classes == 0)
+        assert ("What you can do with this run" in text) == (classes == 0)
 
 
 def test_the_first_sentence_says_what_to_use():

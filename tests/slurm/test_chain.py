@@ -82,7 +82,7 @@ def undisturbed(slurm, tmp_path_factory) -> Chain:
     ]
     jobs = read_jobs(chain.out)
     again = chain.launch()  # at once, with nothing done yet or all of it under way
-    assert read_jobs(chain.out) == jobs and "under way as job" in again
+    assert read_jobs(chain.out) == jobs and "in progress as job" in again
     chain.wait("report", "done", "failed")
     return chain
 
@@ -109,7 +109,7 @@ def test_the_whole_chain_to_a_report(undisturbed):
     ]  # the parts are gone
     jobs = read_jobs(undisturbed.out)
     again = undisturbed.launch()
-    assert read_jobs(undisturbed.out) == jobs and again.count("stands") >= 4
+    assert read_jobs(undisturbed.out) == jobs and len(re.findall(r" done$", again, re.M)) >= 4
     assert undisturbed.run("retry", "evaluate", str(undisturbed.file)).returncode == 2  # it stands
 
 
@@ -233,11 +233,7 @@ def test_what_failed_stops_what_follows_and_retry_goes_on(chain, digits):
     mine.wait("evaluate", "failed")
     until(lambda: "not run" in mine.status())
     table = mine.status()
-    assert (
-        "control: no such run folder" in table
-        and "evaluate didn't end well" in table
-        and "retry evaluate" in table
-    )
+    assert "control: no such run folder" in table and "evaluate failed" in table and "retry evaluate" in table
     assert mine.record("evaluate").crashes == 1  # bad input isn't tried again
     pretrained = mine.record("pretrain")
     (mine.file.parent / "control").symlink_to(mine.task("pretrain").run)
@@ -384,7 +380,7 @@ def test_mistakes_that_only_the_cluster_knows(chain, digits):
         (
             "[cluster]",
             '[cluster]\npartition = "gpus"',
-            "[pretrain.cluster] partition: the cluster knows no 'gpus'; known: ",
+            "[pretrain.cluster] partition: the cluster has no 'gpus'; known: ",
         ),
         ("time = 30", 'time = "30-00"', "is longer than partition"),
         ("[cluster]", "[cluster]\ngpus = 1", "gpus: partition"),
@@ -416,7 +412,9 @@ def test_two_launches_at_once_and_a_changed_setting_under_way(chain, digits):
     )  # pretrain and report
     mine.file.write_text(mine.file.read_text().replace("epochs = 12", "epochs = 13"))
     done = mine.run("launch", str(mine.file))
-    assert done.returncode == 2 and "is at pretrain with other settings: `lvssl cancel` it" in done.stderr
+    assert (
+        done.returncode == 2 and "is running pretrain with other settings: `lvssl cancel` it" in done.stderr
+    )
     mine.file.write_text(mine.file.read_text().replace("epochs = 13", "epochs = 12"))
     done = mine.run("cancel", str(mine.file))
     assert done.returncode == 0 and "pretrain (" in done.stdout

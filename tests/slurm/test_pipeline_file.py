@@ -64,7 +64,7 @@ def keys(path: Path) -> dict[str, str]:
         ("epochs = 3", "epochs = 0", "[pretrain] --epochs must be at least 1"),
         ("epochs = 3", 'epochs = "3"', "[pretrain] epochs: must be a whole number, got '3'"),
         ("epochs = 3", "epochs = true", "[pretrain] epochs: must be a whole number, got True"),
-        ("epochs = 3", 'out = "x"', "[pretrain] out: the chain sets this itself"),
+        ("epochs = 3", 'out = "x"', "[pretrain] out: this is set by the pipeline itself"),
         ("epochs = 3", "sweep.grid.lr = [1]", "[pretrain.sweep]"),
         ('preset = "digits"', 'preset = "digit"', "[pretrain] unknown preset 'digit'"),
         ("[evaluate]", "[evaluation]", "evaluation: no such key; did you mean 'evaluate'?"),
@@ -72,7 +72,7 @@ def keys(path: Path) -> dict[str, str]:
         ("[evaluate]", "[knn]\nsweep.list = []", "[knn.sweep] has no point"),
         ("[evaluate]", "[knn]\nsweep = {grid = {workers = 1}}", "[knn.sweep.grid] workers: must be a list"),
         ("[evaluate]", "[knn]\nsweep = {}", "takes either `grid` or `list`"),
-        ("[evaluate]", "[evaluate]\nsweep.grid = {workers = [1]}", "[evaluate.sweep]: its result has one place"),
+        ("[evaluate]", "[evaluate]\nsweep.grid = {workers = [1]}", "[evaluate.sweep]: its result always goes to the run's folder"),
         ("[evaluate]", "[finetune]\nsweep.grid = {label_fraction = [0.1, 2.0]}", "[finetune.sweep] --label-fraction must be in (0, 1], got 2.0"),
         ("[evaluate]", '[linear]\npreset = "imagenet-finetune"', "[linear] unknown preset 'imagenet-finetune'; known: imagenet-linear"),
         ("[evaluate]", "[linear]\nruns = 1", "[linear] runs: no such key"),
@@ -349,7 +349,7 @@ def test_the_status_of_a_chain_that_was_never_launched_says_so(tmp_path, capsys)
     path = write(tmp_path)
     assert main(["status", str(path)]) == 0
     text = capsys.readouterr().out
-    assert text.splitlines()[-1] == f"nothing of it has been launched yet: lvssl launch {path}"
+    assert text.splitlines()[-1] == f"not launched yet: lvssl launch {path}"
     assert "end well" not in text and list(tmp_path.iterdir()) == [path]
 
 
@@ -386,7 +386,9 @@ def test_dry_run_expects_gpu_hours_from_measured_rates(tmp_path, digits, capsys)
     row = {"step": 50, "epoch": settings.epochs / 2, "images_per_second": 50 * settings.batch_size / 1800}
     (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     assert main(["launch", str(path), "--dry-run"]) == 0
-    said = f"pretrain: 30 min left, 1.0 GPU-hours, at its own {row['images_per_second']:,.0f} img/s so far"
+    said = (
+        f"pretrain: 30 min left, 1.0 GPU-hours, at its rate of {row['images_per_second']:,.0f} img/s so far"
+    )
     assert said in capsys.readouterr().out
 
 
@@ -402,7 +404,7 @@ def test_dry_run_gives_disk_from_measured_rates(tmp_path, capsys):
     beton, features = 1_281_167 * 102_716 + 50_000 * 35_483, images * (4 * 2048 + 2048 // 8 + 16)
     for size, what in (
         (beton, "betons"),
-        (features, "features and codes, 8,464 bytes an image"),
+        (features, "features and codes, 8,464 bytes per image"),
         (images * 8192, "features of the untrained network, while evaluate runs"),
     ):
         assert f"{size_text(size)} {what}" in text

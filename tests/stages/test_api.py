@@ -188,7 +188,7 @@ def test_an_export_is_no_run_and_a_damaged_one_is_named(run, tmp_path, capsys):
     assert main(["export", str(out), "--out", str(tmp_path / "two")]) == 2
     weights = (out / "head.safetensors").read_bytes()
     (out / "head.safetensors").write_bytes(weights[:-9])
-    with pytest.raises(InputError, match="not a whole export"):
+    with pytest.raises(InputError, match="not a complete export"):
         lvssl.load(out)
 
 

@@ -57,11 +57,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(digits, tmp_pat
         (["--backbone", "inception_v3"], "--backbone inception_v3 doesn't take images of 8 px"),
         (
             ["--backbone", "vit_tiny_patch16_224", "--resolution", "40"],
-            "of its patches' 16 px, not of 40",
+            "of its patch size, 16 px, not 40",
         ),
-        (["--backbone", "test_vit", "--recompute"], "--recompute knows the blocks of ResNets alone"),
+        (["--backbone", "test_vit", "--recompute"], "--recompute only supports ResNets, not test_vit"),
         (["--init", "gone.safetensors"], "--init gone.safetensors: no such file"),
-        (["--init", "pretrained"], "there are no weights of tiny"),
+        (["--init", "pretrained"], "there are no pretrained weights of tiny"),
         (["--init", "hf://a/b/c"], "hf://a/b/c: "),
         (["--init", str(digits["train"])], f"--init {digits['train']}: "),
     ):
@@ -96,7 +96,7 @@ def test_weights_of_other_programs(before, form, tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in found.items())
     with pytest.raises(InputError, match=r"conv1.weight is \[64, 3, 7, 7\], not \[64, 3, 3, 3\]"):
         initial_weights(ModelSettings("resnet18", init=str(path)), 32)
-    with pytest.raises(InputError, match="isn't of resnet34: it lacks"):
+    with pytest.raises(InputError, match="doesn't fit resnet34: it lacks"):
         initial_weights(ModelSettings("resnet34", init=str(path)), 96)
 
 

@@ -288,7 +288,7 @@ def test_a_run_is_resumed_on_its_own_set_alone(run, sets, tmp_path):
         (folder(tmp_path / "fewer", "apple", "bear", each=10), "it has 20 images, not 48"),
         (sets["both"], "its images or labels are others"),
     ):
-        with pytest.raises(InputError, match=f"isn't the set that .*run was begun on .{what}"):
+        with pytest.raises(InputError, match=f"isn't the set that .*run was started on .{what}"):
             pretrain(settings(other, run), resume=True)
     with pytest.raises(InputError, match="lacks"):
         pretrain(settings(sets["crow"], run), resume=True)
@@ -300,7 +300,7 @@ def test_an_older_run_is_resumed_with_a_note(run, sets, capsys):
     del config["data"]
     (run / "config.json").write_text(json.dumps(config))
     pretrain(settings(sets["train"], run), resume=True)
-    assert "is an older run, which doesn't say what images it was begun on" in capsys.readouterr().err
+    assert "is an older run, which doesn't record the images it was started on" in capsys.readouterr().err
 
 
 def test_a_stage_goes_on_with_its_own_set_alone(run, sets, tmp_path):

@@ -60,7 +60,7 @@ def test_what_is_not_there_is_said_in_one_line(tmp_path):
     done = offline(tmp_path, ABSENT)
     lines = done.stdout.splitlines()
     said = ("hf://someone/else: the Hub can't be reached (", "hf://a/b/c: ",
-            "--init pretrained: weights of test_vit can't be had (")  # fmt: skip
+            "--init pretrained: weights of test_vit could not be loaded or downloaded (")  # fmt: skip
     assert len(lines) == 3 and all(map(str.startswith, lines, said)), done.stdout + done.stderr
 
 
@@ -111,9 +111,9 @@ def test_an_export_is_pushed_or_refused_by_name(exported, tmp_path):
     refused = [
         ("encoder", TOKEN, "--push encoder: must be USER/NAME"),
         ("someone/a b", TOKEN, "--push someone/a b: "),
-        ("someone/encoder", "", "`hf auth login` keeps a token"),
-        ("someone/encoder", TOKEN[::-1], "`hf auth login` keeps a token"),
-        ("others/encoder", TOKEN, "is whole, `hf upload others/encoder"),
+        ("someone/encoder", "", "`hf auth login` stores a token"),
+        ("someone/encoder", TOKEN[::-1], "`hf auth login` stores a token"),
+        ("others/encoder", TOKEN, "is complete, `hf upload others/encoder"),
     ]
     commands = [(push(name, f"no{i}"), token) for i, (name, token, _) in enumerate(refused)]
     commands += [(push(*one), TOKEN) for one in taken]

@@ -63,7 +63,7 @@ def test_small_classes_give_all_they_have_and_the_rest_is_shared():
 
 def test_fewer_images_than_classes_are_refused():
     with pytest.raises(
-        InputError, match=r"--label-fraction 0.01: 2 of 200 images are fewer than one of each of 10"
+        InputError, match=r"--label-fraction 0.01: 2 of 200 images are fewer than one for each of 10"
     ):
         labelled_rows(of_classes(np.arange(200) % 10), 0.01, None, seed=0)
 

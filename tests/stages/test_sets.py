@@ -122,7 +122,7 @@ def test_a_tables_numbers_are_regressed_without_conversion(run, tables, tmp_path
 
 def test_a_source_that_cannot_read_the_set_is_refused(run, folders, digits, capsys):
     assert main(["knn", str(run), "--source", "folder"]) == 2
-    assert ".beton is what --source beton reads" in capsys.readouterr().err
+    assert ".beton can only be read by --source beton or auto" in capsys.readouterr().err
     assert main(["knn", str(run), "--source", "zip"]) == 2
     assert "unknown source 'zip'; known: auto" in capsys.readouterr().err
     assert main(["linear", str(run), "--on-error", "ignore"]) == 2

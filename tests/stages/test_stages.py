@@ -333,7 +333,7 @@ def test_work_under_other_settings_is_not_gone_on_with(run, monkeypatch):
     assert sorted(p for p in begun.rglob("*") if p.is_file()) == sorted(kept)
     (run / "mine").mkdir()
     (run / "mine" / "thesis.tex").touch()
-    with pytest.raises(InputError, match="mine exists and is no stage's folder"):
+    with pytest.raises(InputError, match="mine exists but is not a stage's folder"):
         finetune(dataclasses.replace(settings, out=run / "mine", overwrite=True))
     assert (run / "mine" / "thesis.tex").exists()
 
@@ -367,7 +367,7 @@ def test_a_diverging_trial_is_not_chosen_and_too_few_labels_take_the_middle(run,
         validation_fraction=0.01,
     )
     assert finetune(few).done["chosen"]["lr"] == 0.05
-    assert "too few labels to choose on" in capsys.readouterr().err
+    assert "too few labels to hold any out" in capsys.readouterr().err
 
 
 def test_numbers_are_regressed(run, digits, tmp_path):

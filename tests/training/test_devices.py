@@ -353,6 +353,6 @@ def test_a_graph_is_of_one_rank(digits, tmp_path):
     chosen = dataclasses.replace(
         PRESETS["digits"], data=digits["train"], out=tmp_path / "x", engine=EngineSettings(graph="on")
     )
-    with pytest.raises(InputError, match="--graph on is for one rank, and there are 2"):
+    with pytest.raises(InputError, match="--graph on supports only one rank, but there are 2"):
         pretraining.run(chosen, False, World(0, 2), torch.device("cpu"), Stop(), lambda: None)
     assert not (tmp_path / "x").exists()

@@ -159,7 +159,7 @@ def test_one_gradient_that_is_not_finite_is_seen(value):
 
 def test_a_compiled_backbone_is_not_recomputed():
     """torch can't compile a checkpoint that leaves the statistics alone at its second time."""
-    with pytest.raises(InputError, match="--compile on and --recompute don't go together"):
+    with pytest.raises(InputError, match="--compile on and --recompute can't be combined"):
         EngineSettings(compile="on", recompute=True).validate()
 
 

@@ -83,7 +83,7 @@ def test_a_run_says_how_its_latent_is(digits, tmp_path, capsys, latent, ill):
     assert all("active_units" in row for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
     assert main(["doctor", str(tmp_path / "run")]) == bool(ill)
     said = capsys.readouterr().out
-    assert "active_units" in said and ("ALARM " + ill if ill else "no alarm") in said
+    assert "active_units" in said and ("ALARM " + ill if ill else "no alarms") in said
 
 
 def test_a_run_whose_spread_is_constant(digits, tmp_path, capsys):

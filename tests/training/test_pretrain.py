@@ -87,13 +87,13 @@ def interrupted_after(chosen: PretrainSettings, steps: int) -> None:
 def test_two_processes_never_train_in_one_folder(digits, tmp_path):
     chosen = settings(digits, tmp_path / "run", epochs=1)
     create_run(chosen, 10, resume=False)
-    with pytest.raises(InputError, match="no checkpoint yet: remove it to begin anew"):
+    with pytest.raises(InputError, match="no checkpoint yet: remove it to start again"):
         pretrain(chosen)
     with run_lock(chosen.out), pytest.raises(InputError, match="another process is training in .*run"):
         pretrain(chosen, resume=True)
     pretrain(chosen, resume=True)  # the lock ends with its holder
     assert load_run(chosen.out).step == 10
-    with pytest.raises(InputError, match="exists: add --resume to go on with it, or choose another --out$"):
+    with pytest.raises(InputError, match="exists: add --resume to continue it, or choose another --out$"):
         pretrain(chosen)
 
 
@@ -107,7 +107,7 @@ def test_a_run_of_another_results_version_is_read_but_not_resumed(digits, tmp_pa
     path.write_text(json.dumps(config))
     for name, value in load_run(chosen.out).network.state_dict().items():
         assert torch.equal(value, network.state_dict()[name])
-    with pytest.raises(InputError, match=r"run is a run of results version 1, and .* not resumed"):
+    with pytest.raises(InputError, match=r"run was started with results version 1, but .* not resumed"):
         pretrain(chosen, resume=True)
 
 

@@ -113,7 +113,7 @@ def test_what_another_version_has_written_is_refused_by_name_or_made_anew(made, 
     with pytest.raises(CodeFileError, match="codes.index: format version 2.*save the index again"):
         Index.open(made / "codes.index")
     relabelled(made / "run/quantisers/itq-16.safetensors", "version", "2")
-    with pytest.raises(CodeFileError, match="itq-16.safetensors any more; encode the images again"):
+    with pytest.raises(CodeFileError, match="no longer .*itq-16.safetensors; encode the images again"):
         stored_quantiser(run, open_codes(path))
     monkeypatch.setattr(embedding, "VERSION", 2)
     embedded(run, open_reader(made / "set.beton"))
@@ -121,7 +121,7 @@ def test_what_another_version_has_written_is_refused_by_name_or_made_anew(made, 
     config = made / "run/config.json"
     config.write_text(re.sub(r'"results": \d+', '"results": 1', config.read_text()))
     assert main(begin(made, "--resume")) == 2
-    assert "run is a run of results version 1" in capsys.readouterr().err
+    assert "run was started with results version 1" in capsys.readouterr().err
     shutil.copy(config, made / "config.json")
     config.write_text(config.read_text().replace('"temperature"', '"warmth"'))
     assert main(["knn", str(made / "run"), "--test", str(made / "set.beton")]) == 2
