@@ -94,13 +94,13 @@ class PlanSettings:
     ema: bool = False
     """Keep a moving average of the weights."""
     images: int = 1_281_167
-    """Number of training images, from which the time is estimated (default: ImageNet's)."""
+    """Number of training images, for the estimated time; ImageNet's by default."""
     epochs: int = 100
     """Number of epochs."""
     gpu: str = "H100"
     """GPU model, for time and memory: A100, H100, H200 or L4."""
     preset: str = ""
-    """Preset of `lvssl pretrain` to start from; any other option overrides its value."""
+    """Preset of `lvssl pretrain` to start from; other options override its values."""
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value."""

@@ -74,7 +74,7 @@ def naming(path: Path) -> Iterator[None]:
 def why_unwritten(path: Path, error: OSError, kept: str) -> str:
     """The message for a file that can't be written further. `kept`: progress for a second call to resume."""
     if error.errno in NO_SPACE:
-        then = f"{kept}: free some, and repeat the command" if kept else "nothing was written"
+        then = f"{kept}: free some space and run the command again" if kept else "nothing was written"
         return f"{path}: no space left on the disk; {then}"
     return f"{path}: cannot be written ({error.strerror or error})" + (f"; {kept}" if kept else "")
 

@@ -95,33 +95,34 @@ class LoaderSettings:
     """
 
     batch_size: int
-    """Images a step, over all ranks; must be divisible by `ranks`."""
+    """Images per step, over all ranks; must be divisible by `ranks`."""
     seed: int = 0
-    """In [0, 2^64)."""
+    """Random seed, in [0, 2^64)."""
     workers: int = 0
-    """Threads; 0: see `pipelines.cores.loader_threads`."""
+    """Number of threads; 0 means the default of `pipelines.cores.loader_threads`."""
     rank: int = 0
-    """Which of the `ranks` shares of each batch this process makes."""
+    """Which of the `ranks` parts of each batch this process makes."""
     ranks: int = 1
+    """Number of processes that share each batch."""
     order: str = "random"
     """random, quasi-random (for sets larger than memory) or sequential, see `pipelines.order`."""
     on_error: str = "raise"
-    """A sample that can't be decoded: `raise` InputError, or `skip` it: the next good one of the set takes
-    its place, in `indices` too, and `skipped` counts it; `keep`: `skip`, but what Pillow makes of a damaged
-    JPEG stays."""
+    """What to do with a sample that can't be decoded: `raise` InputError, or `skip` it (the next good sample
+    of the set replaces it, in `indices` too, and `skipped` counts it); `keep` is `skip`, but uses what Pillow
+    decodes from a damaged JPEG."""
     crops_only: bool = False
-    """Views are uint8 crops, mirrored as their parameters say, for an augmentation of one's own; the two
-    views of an image lie side by side in memory."""
+    """Return views as uint8 crops, mirrored as their parameters say, for a custom augmentation. The two views
+    of an image are adjacent in memory."""
     augmenter: Augmenter | None = None
-    """None augments in the workers, on the CPU. Otherwise it is called with crops uint8 [2B, R, R, 3],
-    parameters [2B, P] and the view where the batch is to be used, and gives [2B, 3, R, R], in the dtype of
-    the training (see `pipelines.augment.augmenter_for`)."""
+    """If None, the workers augment on the CPU. Otherwise it is called with crops uint8 [2B, R, R, 3],
+    parameters [2B, P] and the view, on the device where the batch is used, and returns [2B, 3, R, R] in the
+    dtype of the training (see `pipelines.augment.augmenter_for`)."""
     device: torch.device | str = "cpu"
-    """Where batches come out. On a GPU they are copied, and augmented, on a stream of their own, one ahead of
-    the batch in use; the device never waits for the host, and the host for the device only where it is
-    RUN_AHEAD batches before it."""
+    """Device of the batches. For a GPU, they are copied and augmented on a separate stream, one batch ahead
+    of the one in use. The device never waits for the host, and the host waits for the device only when it is
+    RUN_AHEAD batches ahead."""
     views: int = 2
-    """Of each image; 1, for training with labels, gives the first of the two."""
+    """Number of views of each image; 1, for training with labels, gives the first of the two."""
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value.
@@ -210,13 +211,11 @@ class TwoViewLoader:
         """Describe the damaged samples in one line for a log, naming the first of them.
 
         >>> loader.describe_skipped()
-        '0 times a damaged sample was replaced, 0 in all; the first: none'
+        '0 replacements of damaged samples (0 distinct); the first: none'
         """
         damaged = self.damaged
         first = damaged[min(damaged)] if damaged else "none"
-        return (
-            f"{self.skipped} times a damaged sample was replaced, {len(damaged)} in all; the first: {first}"
-        )
+        return f"{self.skipped} replacements of damaged samples ({len(damaged)} distinct); the first: {first}"
 
     def set_epoch(self, epoch: int) -> None:
         """Move to the start of this epoch.

@@ -132,7 +132,7 @@ def _copy(path: Path, copy: Path) -> None:
     notes.unlink()
     changed = (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
     if changed or not same or half.stat().st_size != before.st_size:
-        what = "was changed meanwhile" if changed else "is another than its copy"
+        what = "was changed meanwhile" if changed else "differs from its copy"
         raise OSError(errno.EIO, f"{path} {what}")
     half.replace(copy)
 

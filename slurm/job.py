@@ -227,7 +227,7 @@ class Job:
         limit = 60 * self.cluster.minutes
         if not outcome.saved and time.time() - record.started > limit - self.cluster.warning - 60:
             self.fail(
-                record, f"not done within {self.cluster.time}, and it can't go on half-way: raise `time`"
+                record, f"not finished within {self.cluster.time}, and it can't be resumed: raise `time`"
             )
         record.restarts += 1
         write_record(self.out, self.task, record)

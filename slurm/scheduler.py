@@ -80,7 +80,7 @@ def states(jobs: set[str]) -> dict[str, tuple[str, str]]:
     if not jobs:
         return {}
     some = ", ".join(sorted(jobs)[:3]) + (" ..." if len(jobs) > 3 else "")
-    unknown = f"whether job {some} is queued or runs is unknown"
+    unknown = f"it is unknown whether job {some} is queued or running"
     if shutil.which("squeue") is None:
         raise UnknownQueue(f"{unknown}: no Slurm here (squeue not found)")
     try:

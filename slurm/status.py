@@ -196,7 +196,7 @@ def cancel(file: Path, starts: Starts) -> str:
     return (
         f"cancelled: {', '.join(f'{mine[job]} ({job})' for job in reversed(live))}"
         if live
-        else "no job of this chain is queued or runs"
+        else "no job of this pipeline is queued or running"
     )
 
 

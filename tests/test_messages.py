@@ -70,7 +70,7 @@ def test_ranks_that_do_not_come_are_named_and_ctrl_c_ends_the_wait(rank, monkeyp
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("rank ")]
     awaited = "rank 1" if rank == 0 else "rank 0"
     assert len(lines) == 1 and f"rank {rank} of 4: waiting up to 0:00:30 for {awaited} at" in lines[0]
-    assert "Slurm's variables say 4 processes: start them by srun, or unset SLURM_NTASKS" in lines[0]
+    assert "Slurm's variables say 4 processes: start them with srun, or unset SLURM_NTASKS" in lines[0]
 
 
 def test_a_beton_that_shrinks_while_it_is_read_is_refused_and_one_that_is_replaced_is_not(digits, tmp_path):

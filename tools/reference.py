@@ -53,7 +53,8 @@ def help_of(command: Callable[[list[str]], Any], arguments: list[str]) -> str:
                 os.environ[name] = value
     plain = re.sub(r"\x1b\[[0-9;]*m", "", printed.getvalue())
     lines = [DRAWN.sub("", line).rstrip() for line in plain.splitlines()]
-    lines = [part for line in lines for part in wrapped(line)]
+    if "--help" in arguments:
+        lines = [part for line in lines for part in wrapped(line)]
     return "\n".join(lines).strip("\n")
 
 

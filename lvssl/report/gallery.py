@@ -117,14 +117,14 @@ def in_words(row: dict[str, Any], flips: dict[str, dict[str, float]]) -> str:
     """What is known of one bit, in two sentences."""
     d = str(row["bit"])
     text = (
-        f"Bit {d} is on for {100 * row['on']:.0f} % of the images and says {row['information_bits']:.2f} "
-        f"bits of the class; it tells {row['class']} with an AUROC of {row['auroc']:.2f}."
+        f"Bit {d} is set for {100 * row['on']:.0f} % of the images and carries {row['information_bits']:.2f} "
+        f"bits about the class; it detects {row['class']} with an AUROC of {row['auroc']:.2f}."
     )
     if d in flips.get("replaced", {}):
         change = 100 * flips["same_class"][d]
         text += (
-            f" Flipped in a query, it replaces {100 * flips['replaced'][d]:.0f} % of the ten nearest, "
-            f"{100 * flips['follows'][d]:.0f} % of which then carry the flipped value; "
+            f" Flipping it in a query replaces {100 * flips['replaced'][d]:.0f} % of the ten nearest, "
+            f"{100 * flips['follows'][d]:.0f} % of which then have the flipped value; "
             f"the share of the query's class changes by {change:+.1f} points."
         )
     return text

@@ -64,7 +64,7 @@ class Store:
                 return cls(folder / name, key, count)
             own = Path(tempfile.mkdtemp(prefix="lvssl-features-"))
             atexit.register(shutil.rmtree, own, ignore_errors=True)
-            said = f"can't be written ({error.strerror}): features lie in {own} until this command ends"
+            said = f"can't be written ({error.strerror}): features are kept in {own} until this command ends"
             print(f"note: {folder} {said}", file=sys.stderr, flush=True)
             return cls(own, key, count)
         return cls(folder / name, key, count)
@@ -103,7 +103,7 @@ class Store:
                 return
             if not self.whole:
                 if not waited:
-                    said = "another process computes features there, this one waits for it"
+                    said = "another process is computing features there; waiting for it"
                     print(f"note: {self.folder}: {said}", file=sys.stderr, flush=True)
                 waited = True
                 time.sleep(WAIT)

@@ -40,11 +40,11 @@ def other_set(stored: dict[str, Any], found: dict[str, Any]) -> str:
     ours, theirs = stored["classes"], found["classes"]
     if ours is not None and theirs is not None and ours != theirs:
         strange = sorted(set(theirs) ^ set(ours))
-        return f"its classes are others{', such as ' + ', '.join(strange[:3]) if strange else ''}"
+        return f"its classes differ{', such as ' + ', '.join(strange[:3]) if strange else ''}"
     if stored["digest"] != found["digest"]:
-        return "its images or labels are others"
+        return "its images or labels differ"
     if stored.get("blocks") and found.get("blocks") and stored["blocks"] != found["blocks"]:
-        return "its files are cut otherwise, and the order quasi-random goes by them"
+        return "its files are split differently, which the order quasi-random depends on"
     return ""
 
 

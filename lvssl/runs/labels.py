@@ -194,7 +194,7 @@ def numbered_as(source: Reader, path: Path, classes: list[str] | None, where: st
     used = {own[label] for label in np.unique(source.labels)} if known and own is not None else set()
     if not known or (not used <= set(classes or ()) and _without_names(own) != _without_names(classes)):
         one, other = (str(path), where) if numbers_alone(own) else (where, str(path))
-        said = f"{one} has no names of its classes: its numbers are taken as those of {other}"
+        said = f"{one} has no class names: its class numbers are taken as those of {other}"
         print(f"warning: {said}", file=sys.stderr, flush=True)
         return source
     assert own is not None and classes is not None

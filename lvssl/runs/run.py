@@ -182,7 +182,7 @@ def read_config(folder: Path) -> tuple[PretrainSettings, int]:
     config.json holds an impossible value, which is named."""
     path = folder / "config.json"
     if not folder.is_dir():
-        fetch = "; `hf download USER/NAME --local-dir FOLDER` fetches one of the Hub, then name FOLDER"
+        fetch = "; for one on the Hub, `hf download USER/NAME --local-dir FOLDER`, then pass FOLDER"
         raise InputError(f"{folder}: no such run folder{fetch if folder.parts[:1] == ('hf:',) else ''}")
     if not path.is_file():
         raise InputError(f"{folder} is not a run folder (it has no config.json)")

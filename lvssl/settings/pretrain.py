@@ -381,7 +381,7 @@ class PretrainSettings(ReadsImages):
     """Where to log the figures of metrics.jsonl as well: any of tensorboard, wandb and mlflow, or none of
     them (--log without a value)."""
     preset: str = field(default="", metadata=RUNTIME)
-    """Preset to start from; any other option overrides its value."""
+    """Preset to start from; other options override its values."""
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value. Touches no file."""

@@ -164,7 +164,7 @@ def meet(world: World, timeout_minutes: float) -> dist.Store:
     for rank in range(world.size):
         while not store.check([f"here/{rank}"]):
             if not wait_on(f"rank {rank}"):
-                raise InputError(where.format(f"rank {rank} did not come within {wait} to"))
+                raise InputError(where.format(f"rank {rank} did not connect within {wait} to"))
     return store
 
 
@@ -172,7 +172,7 @@ def _awaiting(world: World, whom: str, wait: timedelta) -> str:
     """One line on who is awaited, and where."""
     by_slurm = "RANK" not in os.environ
     alone = (
-        f"; Slurm's variables say {world.size} processes: start them by srun, or unset SLURM_NTASKS for one"
+        f"; Slurm's variables say {world.size} processes: start them with srun, or unset SLURM_NTASKS for one"
     )
     return (
         f"rank {world.rank} of {world.size}: waiting up to {wait} for {whom} at {world.host}:{world.port} "
@@ -206,7 +206,7 @@ def gone(world: World, who: str, why: str) -> str:
     where = (
         f"rank {world.rank} of {world.size} on {socket.gethostname()} (meeting at {world.host}:{world.port})"
     )
-    remedy = "The last checkpoint is whole: start all ranks with --resume"
+    remedy = "The last checkpoint is complete: restart all ranks with --resume"
     return f"{where}: {who} died or disconnected ({why}). {remedy}"
 
 

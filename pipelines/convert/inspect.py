@@ -36,14 +36,14 @@ def inspect(path: str | Path, sheet: str | Path) -> str:
             "longest side, pixels",
             *histogram(np.maximum(beton.heights, beton.widths)),
             "",
-            "bytes an image",
+            "bytes per image",
             *histogram(beton.sizes),
         ]
     else:
         source = open_dataset(str(path))
         lines.append(f"{path}: {len(source.labels):,} images")
         sizes = np.array([len(source.read(i)) for i in evenly_spaced(len(source.labels), 1000).tolist()])
-        lines += ["", f"bytes an image ({len(sizes)} of them)", *histogram(sizes)]
+        lines += ["", f"bytes per image ({len(sizes)} of them)", *histogram(sizes)]
     counts = class_counts(source.labels, len(source.classes))
     lines += ["", *class_lines(source, counts)]
     contact_sheet(source, sheet)

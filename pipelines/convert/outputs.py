@@ -90,7 +90,7 @@ class BetonOutput:
         if os.fstat(number).st_size != self.writer.length:
             return f"it has {os.fstat(number).st_size:,} bytes instead of {self.writer.length:,}"
         tables_differ = any(os.pread(number, len(d), at) != d for at, d in self.writer.layout())
-        return "its tables are others" if tables_differ else None
+        return "its tables differ" if tables_differ else None
 
     def stored(self, place: int) -> bytes:
         """The bytes of one image in the finished file."""

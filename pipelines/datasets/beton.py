@@ -50,7 +50,7 @@ def _other(first: dict[str, Any], head: dict[str, Any]) -> str:
     ours, theirs = ([str(name) for name in each.get("classes", ())] for each in (first, head))
     if ours != theirs and not (ours and theirs and numbers_alone(ours) and numbers_alone(theirs)):
         strange = sorted({*ours} ^ {*theirs}) or ["in another order"]
-        return in_short("its classes are others", strange)
+        return in_short("its classes differ", strange)
     wanted, found = first.get("settings", {}), head.get("settings", {})
     for key in wanted:
         if key in found and found[key] != wanted[key]:

@@ -83,7 +83,7 @@ def open_table(path: Path, columns: Columns = USUAL) -> Dataset:
         except FileNotFoundError as error:
             if os.path.isabs(names[index]):
                 raise
-            why = f"no such file beside {path.name}, where paths are looked up"
+            why = f"no such file next to {path.name}, where paths are looked up"
             raise FileNotFoundError(errno.ENOENT, why, names[index]) from error
 
     opened = labelled(str(path), names, labels, classes, read, None)

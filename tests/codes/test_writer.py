@@ -266,7 +266,7 @@ def test_a_full_disk_is_named_and_once_there_is_room_it_goes_on(tmp_path, small_
         encode(path, filled_at)
     said = str(raised.value)
     assert said.startswith(f"{path}: no space left on the disk; ")
-    found = re.search(r"; (\d+) codes are kept: free some, and repeat the command$", said)
+    found = re.search(r"; (\d+) codes are kept: free some space and run the command again$", said)
     kept = int(found.group(1)) if found else 0
     assert found or said.endswith("nothing was written")
     assert kept == (0 if filled_at < 20 else filled_at // 20 * 20)

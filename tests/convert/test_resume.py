@@ -214,7 +214,10 @@ def test_no_space_left_before_and_during(tmp_path, small_disk, capsys, monkeypat
     monkeypatch.setattr(conversion, "COMMIT_SECONDS", 0)
     assert main([str(tmp_path / "x.csv"), str(small_disk / "x.beton")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "no space left on the disk; " in error and "are kept: free some, and repeat the command" in error
+    assert (
+        "no space left on the disk; " in error
+        and "are kept: free some space and run the command again" in error
+    )
 
 
 @pytest.mark.parametrize("tars", [False, True], ids=["beton", "tars"])
@@ -244,7 +247,7 @@ def test_a_disk_that_is_full_when_the_journal_is_written(
     assert main(typed) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {out}: no space left on the disk; ")
-    kept = "are kept: free some, and repeat the command"
+    kept = "are kept: free some space and run the command again"
     assert error.endswith("nothing was written" if filled_at == 0 else kept)
     (small_disk / "ballast").unlink()
     monkeypatch.setattr(Journal, "_write", real)

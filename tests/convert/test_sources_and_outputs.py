@@ -145,7 +145,7 @@ def test_a_path_that_is_not_there_is_refused_by_name(tmp_path):
     (tmp_path / "x.csv").write_text("path,label\n1.jpg,0\n2.jpg,1\n")
     manifest = convert(str(tmp_path / "x.csv"), tmp_path / "x.beton")
     assert manifest["refused"] == [
-        {"name": "2.jpg", "reason": "cannot be read (no such file beside x.csv, where paths are looked up)"}
+        {"name": "2.jpg", "reason": "cannot be read (no such file next to x.csv, where paths are looked up)"}
     ]
 
 

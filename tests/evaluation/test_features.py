@@ -134,7 +134,7 @@ def test_one_waits_for_what_another_process_computes(tmp_path, monkeypatch, caps
         with monkeypatch.context() as patch, pytest.raises(TimeoutError):
             patch.setattr(features.time, "sleep", stopped)
             second.fill(numbers)
-    assert "another process computes" in capsys.readouterr().err and not numbers.computed
+    assert "another process is computing" in capsys.readouterr().err and not numbers.computed
     second.fill(numbers)
     assert second.whole
 

@@ -83,7 +83,7 @@ def test_a_run_in_quasi_random_order_is_not_resumed_on_files_cut_otherwise(cut, 
         assert main(["pretrain", "--data", str(cut[1]), "--order", order, *small, out]) == 0
         assert main(["pretrain", "--resume", "--data", str(cut[0]), "--out", out]) == status
         assert main(["pretrain", "--resume", "--data", str(cut[1]), "--out", out]) == 0
-        assert ("its files are cut otherwise" in capsys.readouterr().err) == (status == 2)
+        assert ("its files are split differently" in capsys.readouterr().err) == (status == 2)
 
 
 def test_a_pattern_without_quotes_is_named(cut, tmp_path, capsys):

@@ -418,7 +418,7 @@ def test_two_launches_at_once_and_a_changed_setting_under_way(chain, digits):
     mine.file.write_text(mine.file.read_text().replace("epochs = 13", "epochs = 12"))
     done = mine.run("cancel", str(mine.file))
     assert done.returncode == 0 and "pretrain (" in done.stdout
-    assert "no job of this chain" in mine.run("cancel", str(mine.file)).stdout
+    assert "no job of this pipeline" in mine.run("cancel", str(mine.file)).stdout
 
 
 def test_without_slurm_the_same_files_and_the_same_weights(chain, digits, tmp_path):

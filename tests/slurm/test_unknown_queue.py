@@ -58,7 +58,10 @@ def test_nothing_is_begun_or_ended_on_what_is_unknown(squeue, file, tmp_path, ca
     squeue(FAILS)
     assert main([*command, str(file)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: whether job 7 is queued or runs is unknown: squeue: ") and HINT in error
+    assert (
+        error.startswith("error: it is unknown whether job 7 is queued or running: squeue: ")
+        and HINT in error
+    )
     assert error.count("\n") == 1 and "jobs.json" in error
     assert not (tmp_path / "cancelled").exists() and not (tmp_path / "submitted").exists()
 
@@ -74,7 +77,7 @@ def test_no_answer_in_time_and_no_squeue_at_all_are_unknown_an_empty_queue_is_no
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: run(*a, **{**k, "timeout": k["timeout"] / 200}))
     squeue(HANGS)
-    with pytest.raises(scheduler.UnknownQueue, match="7 is queued or runs is unknown: Slurm doesn't answer"):
+    with pytest.raises(scheduler.UnknownQueue, match="7 is queued or running: Slurm doesn't answer"):
         scheduler.states({"7"})
     squeue(EMPTY)
     assert scheduler.states({"7"}) == {} and not scheduler.alive("7", "elsewhere")
@@ -104,6 +107,6 @@ def test_a_job_does_not_begin_beside_one_that_may_be_at_its_task(squeue, file, c
         with pytest.raises(SystemExit):
             job.begin()
         said = capsys.readouterr().out
-        assert "whether job 7 is queued or runs is unknown" in said and "on elsewhere" in said
+        assert "it is unknown whether job 7 is queued or running" in said and "on elsewhere" in said
     else:
         assert job.begin().host == socket.gethostname()

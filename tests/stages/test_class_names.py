@@ -226,7 +226,7 @@ def test_numbers_without_names_keep_working(sets, tmp_path, capsys):
     assert test.labels.tolist() == [0] * 24 and train.classes is None and not capsys.readouterr().err
     _, test = open_pair(sets["train"], tmp_path / "bear.beton")
     assert test.labels.tolist() == [0] * 24
-    assert "has no names of its classes: its numbers are taken as those of" in capsys.readouterr().err
+    assert "has no class names: its class numbers are taken as those of" in capsys.readouterr().err
 
 
 def test_class_folders_that_are_numbers_are_names(tmp_path):
@@ -286,7 +286,7 @@ def test_a_run_is_resumed_on_its_own_set_alone(run, sets, tmp_path):
     pretrain(settings(sets["train-folder"], run), resume=True)  # the same pixels from their files
     for other, what in (
         (folder(tmp_path / "fewer", "apple", "bear", each=10), "it has 20 images, not 48"),
-        (sets["both"], "its images or labels are others"),
+        (sets["both"], "its images or labels differ"),
     ):
         with pytest.raises(InputError, match=f"isn't the set that .*run was started on .{what}"):
             pretrain(settings(other, run), resume=True)

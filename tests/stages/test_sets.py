@@ -39,7 +39,7 @@ def test_a_damaged_image_stops_every_stage_unless_it_is_to_be_skipped(run, folde
         said = capsys.readouterr().err
         where = f"{folders['test']}: 2 of 60 images can't be decoded and are left out; the first is sample 0"
         assert where in said, stage
-        trained = "times a damaged sample was replaced, 3 in all"
+        trained = "replacements of damaged samples (3 distinct)"
         assert (trained if stage[0] == "finetune" else "3 of 200 images") in said
         name = {"finetune": "finetune-1.0/result.json"}.get(stage[0], f"{stage[0]}.json")
         result = json.loads((run / name).read_text())
