@@ -22,26 +22,27 @@ OF_CODE = {  # the columns of the table of codes
     "map_over_hits": "mAP@1000 over hits",
     "map_over_relevant": "over relevant",
 }
-FOREIGN_SAYS = "AUROC of each score by which test images are told from foreign ones: 0.5 is a coin."
+FOREIGN_SAYS = "AUROC of each score for separating test images from foreign ones; 0.5 is chance."
 Measures = dict[str, dict[str, Any]]  # as a result's "measures"
-PROTOCOL = """Every measure is of the run's last checkpoint. Probes and neighbours are fitted on the
-{database:,} training images and judged on all {queries:,} test images; uncertainty on {images:,} of these.
+PROTOCOL = """Every measure is taken at the run's last checkpoint. Probes and neighbours are fitted on the
+{database:,} training images and evaluated on all {queries:,} test images, uncertainty on {images:,} of these.
 
-**mAP@1000**: each of the {queries:,} test images queries the {database:,} training images; relevant is what
-has its label. The precisions at the hits within the first 1,000 are averaged; images at the same distance
-count with the expected value over all their orders. *Over hits* divides by the number of hits found (the
-denominator of the hashing literature), *over relevant* by min(1,000, relevant images), which a missing hit
-lowers, too. Codes by Hamming distance, features by cosine.
+**mAP@1000**: each of the {queries:,} test images queries the {database:,} training images; those with its
+label are relevant. The precisions at the hits within the first 1,000 results are averaged; images at the same
+distance contribute their expected value over all orders. *Over hits* divides by the number of hits found (the
+denominator of the hashing literature), *over relevant* by min(1,000, relevant images), so that missing hits
+lower it, too. Codes are compared by Hamming distance, features by cosine similarity.
 
-**Controls of equal bits**: sign bits (the first ones where the code is shorter), PCA + sign, ITQ{last} of
-a control's features, fitted on the training images. In a comparison each side has its strongest method (in
-brackets): of a code the method, of an uncertainty the score without labels (the latent's: posterior, rate;
-anybody's: feature norm, distance to the nearest training images), the one of the best mean over the seeds.
-*The best control* is the strongest that any arm without a latent gives.
-That choice is made on the test images and favours whoever has more methods.
+**Controls of equal bits**: sign bits (the first ones if the code is shorter), PCA + sign,
+ITQ{last} of a control's features,
+fitted on the training images. Each side of a comparison uses its strongest method (in brackets), the one with
+the best mean over the seeds: for codes the method, for uncertainty the score without labels (a latent's
+posterior and rate; any model's feature norm and distance to the nearest training images). *The best control*
+is the strongest among all arms without a latent. This choice is made on the test images and favours the side
+with more methods.
 
-**Paired differences**: arm minus control, seed by seed; their mean and its 95 % interval (Student). An
-interval without 0 is called better or worse: of 20 measures that don't differ at all, one will be."""
+**Paired differences**: arm minus control, seed by seed; their mean and its 95 % interval (Student's t). If
+the interval excludes 0, the verdict is better or worse; of 20 measures without a difference, one will be."""
 
 
 def write_study(out: Path, result: dict[str, Any]) -> list[Path]:
@@ -71,7 +72,7 @@ def markdown(result: dict[str, Any]) -> str:
         "last": " and LSH",
     }
     if any(row["method"] == "OPQ" for row in result["rows"]):
-        told["last"] = ", LSH and OPQ (by the cosine of what its codes stand for, in the place of Hamming's)"
+        told["last"] = ", LSH and OPQ (by the cosine similarity of the vectors that its codes represent)"
     parts = [
         [f"# Study: {settings['preset']}, seeds {seeds}"],
         [f"```\n{result['command']}\n```"],

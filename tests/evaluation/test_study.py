@@ -158,9 +158,9 @@ def test_one_seed_decides_nothing_unless_its_sampling_error_is_known(tmp_path):
     result |= {"runs": runs, "rows": rows, "pairs": pairs(runs, rows), "arms": summary(runs, rows)}
     write_study(tmp_path, result | {"measures": {name: m._asdict() for name, m in MEASURES.items()}})
     page = (tmp_path / "study.md").read_text()
-    assert "Not decided by one seed." in page and "PCA + sign, ITQ and LSH of\n" in page
+    assert "Not decided by one seed." in page and "PCA + sign,\nITQ and LSH of a control" in page
     result |= {"rows": [row | {"method": "OPQ"} for row in rows], "measures": {}, "arms": [], "pairs": []}
-    assert "PCA + sign, ITQ, LSH and OPQ (by" in markdown(result)
+    assert "PCA + sign,\nITQ, LSH and OPQ (by" in markdown(result)
 
 
 def test_rows_of_a_point_are_joined():
