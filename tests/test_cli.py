@@ -143,7 +143,7 @@ def test_a_run_that_exists_is_resumed_only_when_asked_and_only_as_it_was(trained
     one_line_error(
         capsys,
         [*base, "--epochs", 4, "--resume"],
-        "another configuration",
+        "other settings",
         "epochs: 3 -> 4",
         f"--init {control}",
     )

@@ -93,6 +93,6 @@ def test_the_help_looks_at_no_images(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as ended:
         main(["pretrain", "--data", str(tmp_path / "empty"), "--help"])
-    assert ended.value.code == 0 and "Without --preset one is chosen" in " ".join(
+    assert ended.value.code == 0 and "Without --preset, preset, resolution," in " ".join(
         capsys.readouterr().out.split()
     )

@@ -53,7 +53,7 @@ USUAL = Columns()
 def unused(names: Iterable[str]) -> list[str]:
     """A note that lists columns that aren't read."""
     names = [name for name in names if name]
-    return [in_short("left out, columns; numbers can be stored by --targets", names)] if names else []
+    return [in_short("ignored columns; numbers can be stored with --targets", names)] if names else []
 
 
 def _find(names: list[str], usual: Sequence[str], given: str | None, option: str, where: str) -> str | None:

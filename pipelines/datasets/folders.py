@@ -40,7 +40,7 @@ def unlabelled_images(folder: Path) -> Dataset:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    names, others, system = Names(), LeftOut("no images"), by_a_system()
+    names, others, system = Names(), LeftOut("files that aren't images"), by_a_system()
     for name in _files_under(folder, system):
         if has_image_name(name) or _begins_as_image(folder / name):
             names.append(name)
@@ -211,5 +211,5 @@ def files_of_split(
     names = {each: [name_of[path] for path in paths] for each, paths in of_split.items()}
     key, split = choose_split(str(source), names, split)
     left = [name_of[path] for path in others] + names.get(UNLABELLED, []) * (key != UNLABELLED)
-    notes = [in_short("left out, files of no split", left)] if left else []
+    notes = [in_short("ignored files of no split", left)] if left else []
     return of_split[key], split, notes + missing_shards(names[key])

@@ -63,11 +63,11 @@ def layout_of(tree: Tree, where: str, asked: str | None, named: str | None = Non
     if len(chosen) > 1:
         raise InputError(f"{where}: {' and '.join(chosen)} are the same split; remove or rename one of them")
     beside = [name for name in names if split_of_folder(name) in (None, UNLABELLED)]
-    notes = [in_short("left out, folders beside the splits", beside)] if beside else []
+    notes = [in_short("ignored folders next to the splits", beside)] if beside else []
     others = [] if wanted else [name for each in splits if each != key for name in splits[each]]
     others = [name for name in others if name not in beside]
     if others:
-        notes.append(in_short(f"{chosen[0]} is read; left out, which convert-beton --split takes", others))
+        notes.append(in_short(f"reading {chosen[0]}; other splits, for convert-beton --split", others))
     inner = _inner(tree, f"{base}{chosen[0]}/")
     notes += _loose(tree, base)
     if key == UNLABELLED or not tree.folders(inner):
@@ -137,4 +137,4 @@ def _inner(tree: Tree, at: str) -> str:
 
 def _loose(tree: Tree, at: str) -> list[str]:
     files = tree.files(at)
-    return [in_short("left out, files in no class folder", files)] if files else []
+    return [in_short("ignored files outside of class folders", files)] if files else []

@@ -129,5 +129,5 @@ def _and_beside(folder: Path, opened: Dataset, files: Sequence[Path] = ()) -> Da
     """Add a note of the folders next to its files, which aren't read."""
     read = {path.relative_to(folder).parts[0] for path in files}
     beside = [name for name in FolderTree(folder).folders("") if name not in read]
-    more = [in_short("left out, folders beside these files", beside)] if beside else []
+    more = [in_short("ignored folders next to these files", beside)] if beside else []
     return replace(opened, notes=[*opened.notes, *more])

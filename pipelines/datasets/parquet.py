@@ -164,7 +164,9 @@ class _Table:
         targets = _targets(path, file, others, columns)
         notes = [] if columns.targets is None else unused(each for each in others if each not in targets)
         if nested and columns.targets is None and label is None and columns.label is None:
-            notes += [f"left out, column '{e}' holds no single class" for e in nested if e.lower() in LABELS]
+            notes += [
+                f"ignored column '{e}': it holds no single class" for e in nested if e.lower() in LABELS
+            ]
         return _Table(path, name, image, label, values, _class_names(schema, label), lengths, targets, notes)
 
     def has_integers(self) -> bool:

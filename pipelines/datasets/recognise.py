@@ -66,11 +66,11 @@ def missing_shards(names: Sequence[str]) -> list[str]:
         wanted = range(of) if of else range(min(there), max(there))
         if len(wanted) - len(there) < 100_000:  # otherwise not a series, but dates and the like
             missing += [f"{before}{n:0{digits}}{after}" for n in wanted if n not in there]
-    return [in_short("missing, files of a numbered series", missing)] if missing else []
+    return [in_short("missing files of a numbered series", missing)] if missing else []
 
 
 class LeftOut:
-    """Counts what isn't used and keeps the first names, for a note. `what` it is: "no images"."""
+    """Counts what is ignored and keeps the first names, for a note. `what`: such as "files of no split"."""
 
     def __init__(self, what: str):
         self.what, self.count = what, 0
@@ -82,7 +82,7 @@ class LeftOut:
 
     def notes(self) -> list[str]:
         """One line, or none."""
-        return [in_short(f"left out, {self.what}", self.first, self.count)] if self.count else []
+        return [in_short(f"ignored {self.what}", self.first, self.count)] if self.count else []
 
 
 def by_a_system() -> LeftOut:
@@ -90,7 +90,7 @@ def by_a_system() -> LeftOut:
 
 
 def in_short(what: str, names: Sequence[str], count: int | None = None) -> str:
-    """`what`, its count, and up to three names: "left out, no images (5): a.txt, b.txt, c.txt ..."."""
+    """`what`, its count, and up to three names: "ignored folders (5): a, b, c ..."."""
     count = len(names) if count is None else count
     shown = ", ".join(names[:3]) + (" ..." if count > 3 else "")
     return f"{what} ({count:,}): {shown}"

@@ -43,7 +43,7 @@ def open_shards(path: Path) -> Dataset | None:
     files = OpenFiles()
     opened = [tars.Tar(shard, files) for shard in shards]
     reader, names, classes_of, described = tars.Reader(opened), [], [], False
-    left = LeftOut("neither images with a class, nor classes of images")
+    left = LeftOut("files that are neither images with a class nor classes")
     for which, tar in enumerate(opened):
         for group in _groups(tar, tar.path.with_suffix(".idx")):
             samples, others = tars.samples_of(group, tar)

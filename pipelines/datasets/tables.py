@@ -70,7 +70,7 @@ def open_table(path: Path, columns: Columns = USUAL) -> Dataset:
             if value is not None:
                 values[name].append(value)
             elif columns.targets is None:
-                notes.append(f"column {name} is left out: no finite number in row {number + 1}")
+                notes.append(f"ignored column {name}: no finite number in row {number + 1}")
                 del values[name]
             else:
                 raise InputError(f"{path}: row {number + 1}: no finite number in column {name} (--targets)")

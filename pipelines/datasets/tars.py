@@ -90,7 +90,7 @@ def open_tars(
         opened = _webdataset(source, tars, split, named, columns)
     else:
         opened = _as_unpacked(source, tars, split, named)
-    left = LeftOut("no files, or links to what isn't in the tar")
+    left = LeftOut("entries that are no files, or links to what isn't in the tar")
     for tar in tars:
         left.add(*(f"{tar.path.name}:{name}" for name in tar.left_out))
     return replace(opened, notes=[*opened.notes, *notes, *left.notes()])
@@ -431,7 +431,7 @@ def _as_unpacked(source: str, tars: list[Tar], asked: str | None, named: str | N
     """CLASS/IMAGE.jpg, or images without labels, in one or several tars; see `layout`."""
     found: dict[tuple[str, int], Member] = {}
     tree = TarTree(lambda: (name for name, _ in found))
-    system, again = by_a_system(), LeftOut("replaced by a later file of that name")
+    system, again = by_a_system(), LeftOut("files replaced by later ones of the same name")
     for which, tar in enumerate(tars):
         for member in _own(tar.members(), system, tree):
             if (member.name, which) in found:
@@ -465,7 +465,7 @@ def _unlabelled(
     source: str, tars: list[Tar], layout: Layout, found: dict[tuple[str, int], Member], notes: list[str]
 ) -> Dataset:
     """Every image below the layout's base, in the order of the paths."""
-    reader, names, others = Reader(tars), Names(), LeftOut("no images")
+    reader, names, others = Reader(tars), Names(), LeftOut("files that aren't images")
     below = [(name, which) for name, which in found if name.startswith(layout.base)]
     for parts, which in sorted((name.removeprefix(layout.base).split("/"), which) for name, which in below):
         name = "/".join(parts)
@@ -554,7 +554,10 @@ def _webdataset(
     reader, paths, texts = Reader(tars), Names(), Names()
     targets = _Targets(columns)
     tree = TarTree(lambda: paths)
-    system, others = by_a_system(), LeftOut("neither images with a class, nor classes of images")
+    system, others = (
+        by_a_system(),
+        LeftOut("files that are neither images with a class nor classes"),
+    )
     for which, tar in enumerate(tars):
         for group in _groups(tar, system, tree):
             samples, left = samples_of(group, tar, columns)

@@ -247,7 +247,7 @@ def test_a_flipped_byte_is_refused_or_changes_what_is_stored_alone():
 def test_what_is_no_image_is_refused(data):
     with pytest.raises(jpeg.DamagedImage):
         store(data, AS_IS)
-    with pytest.raises(InputError, match=r"cat\.jpg: no image"):
+    with pytest.raises(InputError, match=r"cat\.jpg: not an image"):
         decode_rgb(data, name="cat.jpg")
 
 
@@ -274,7 +274,7 @@ def test_a_folder_and_its_manifest(tmp_path):
     assert {key: returned[key] for key in manifest if key != "samples"} == {
         key: value for key, value in manifest.items() if key != "samples"
     }
-    assert returned["notes"] == ["left out, hidden and system files (1): .hidden"]
+    assert returned["notes"] == ["ignored hidden and system files (1): .hidden"]
     assert (returned["resumed"], returned["estimate"]) == (0, None)
     beton = open_beton(out)
 

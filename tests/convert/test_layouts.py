@@ -99,9 +99,9 @@ def test_what_lies_beside_the_splits_is_named(tmp_path):
     files = tree("train/a", "train/b", "test/a", "unlabeled/x", "extra/c") | {"README.txt": b"", "a.jpg": b""}
     for source in both_ways(tmp_path, files):
         assert open_dataset(source).notes == [
-            "left out, folders beside the splits (2): extra, unlabeled",
-            "train is read; left out, which convert-beton --split takes (1): test",
-            "left out, files in no class folder (2): README.txt, a.jpg",
+            "ignored folders next to the splits (2): extra, unlabeled",
+            "reading train; other splits, for convert-beton --split (1): test",
+            "ignored files outside of class folders (2): README.txt, a.jpg",
         ]
 
 
@@ -131,7 +131,7 @@ def test_what_a_system_has_made_is_neither_class_nor_image(tmp_path):
     tar_of(tmp_path / "wds/x.tar", members)
     opened = open_dataset(str(tmp_path / "wds"))
     assert contents(opened) == [("1", b"0"), ("0", b"1")]
-    assert opened.notes == ["left out, hidden and system files (2): ._0.jpg, ._1.jpg"]
+    assert opened.notes == ["ignored hidden and system files (2): ._0.jpg, ._1.jpg"]
 
 
 def test_splits_by_the_names_of_tars(tmp_path):
@@ -139,7 +139,7 @@ def test_splits_by_the_names_of_tars(tmp_path):
         tar_of(tmp_path / f"set/{name}.tar", {f"{name}.jpg": name.encode(), f"{name}.cls": b"0"})
     opened = open_dataset(str(tmp_path / "set"))
     assert [data for _, data in contents(opened)] == [b"imagenet-train-00", b"imagenet-train-01"]
-    assert opened.split == "train" and opened.notes == ["left out, files of no split (1): words.tar"]
+    assert opened.split == "train" and opened.notes == ["ignored files of no split (1): words.tar"]
     for split in ("validation", "test"):
         opened = open_dataset(str(tmp_path / "set"), split)
         assert [data for _, data in contents(opened)] == [b"imagenet-Validation-00"]
@@ -301,7 +301,7 @@ def test_samples_of_several_images_name_what_is_left_out(tmp_path):
     opened = open_dataset(str(tar_of(tmp_path / "x.tar", members)))
     assert contents(opened) == [("1", b"in"), ("0", b"one")]
     assert opened.notes == [
-        "left out, neither images with a class, nor classes of images (3): 0.mask.png, 0.txt, 1.seg.png"
+        "ignored files that are neither images with a class nor classes (3): 0.mask.png, 0.txt, 1.seg.png"
     ]
 
 
@@ -333,7 +333,7 @@ def test_images_are_recognised_by_their_content(tmp_path, kinds):
     class_folders(tmp_path / "set", kinds)
     images = unlabelled_images(tmp_path / "set")
     assert len(images.names) == len(KINDS)
-    assert images.notes == ["left out, no images (2): list.json, words.dat"]
+    assert images.notes == ["ignored files that aren't images (2): list.json, words.dat"]
     loose = open_reader(tmp_path / "set")
     assert len(loose) == len(KINDS) and loose.notes == images.notes
     class_folders(tmp_path / "folder", {f"a/{name}": data for name, data in kinds.items()})
@@ -407,4 +407,4 @@ def test_the_command_says_what_is_left_out(tmp_path, capsys):
     class_folders(tmp_path / "set", {"train/a/0.jpg": IMAGE, "test/a/0.jpg": IMAGE, "extra/a/0.jpg": IMAGE})
     assert main([str(tmp_path / "set"), str(tmp_path / "x.beton")]) == 0
     said = capsys.readouterr()
-    assert "note: left out, folders beside the splits (1): extra" in said.err and ": 1 images" in said.out
+    assert "note: ignored folders next to the splits (1): extra" in said.err and ": 1 images" in said.out

@@ -115,7 +115,7 @@ def test_a_named_pipe_is_not_waited_for(tmp_path):
     photos(tmp_path, classes=1, each=1)
     os.mkfifo(tmp_path / "class0/pipe.jpg")
     source = open_dataset(str(tmp_path))
-    with pytest.raises(DamagedImage, match="no regular file"):
+    with pytest.raises(DamagedImage, match="not a regular file"):
         source.read(source.names.index("class0/pipe.jpg"))
 
 
@@ -131,8 +131,8 @@ def test_loose_images_are_listed_and_decoded(tmp_path):
     images = unlabelled_images(tmp_path)
     paths = [tmp_path / name for name in images.names]
     assert images.notes == [
-        "left out, no images (1): a/note.txt",
-        "left out, hidden and system files (1): a/.x.png",
+        "ignored files that aren't images (1): a/note.txt",
+        "ignored hidden and system files (1): a/.x.png",
     ]
     assert [path.relative_to(tmp_path).as_posix() for path in paths] == ["a/z.png", "b.JPG"]
     assert np.array_equal(decode_rgb(paths[0]), image)
@@ -161,7 +161,7 @@ def test_tables_of_another_form_say_what_to_do(tmp_path, name, content, said):
 def test_a_path_that_a_table_lacks_is_looked_up_beside_it(tmp_path):
     (tmp_path / "a.csv").write_text("path\n1.png\n/nowhere/2.png\n")
     opened = open_dataset(str(tmp_path / "a.csv"))
-    with pytest.raises(FileNotFoundError, match="no such file beside a.csv"):
+    with pytest.raises(FileNotFoundError, match="no such file next to a.csv"):
         opened.read(0)
     with pytest.raises(FileNotFoundError, match="No such file or directory: '/nowhere"):
         opened.read(1)

@@ -92,7 +92,7 @@ def test_regression_targets_reach_ffcv(tmp_path):
     tars = ConvertOptions(webdataset=tmp_path / "tars")
     manifest = convert(str(tmp_path / "ages.csv"), out, settings, tars)
     assert manifest["targets"] == ["age", "offset"]
-    assert manifest["notes"] == ["left out, columns; numbers can be stored by --targets (1): camera"]
+    assert manifest["notes"] == ["ignored columns; numbers can be stored with --targets (1): camera"]
     beton = open_beton(out)
     order = [int(name.split(".")[0]) for name in read_manifest(tmp_path / "ages.beton.json")[1]["name"]]
     assert beton.targets["age"].tolist() == [i * 1.5 for i in order] and beton.labels.tolist() == [-1] * 6

@@ -102,7 +102,7 @@ def test_the_split_without_labels(tmp_path):
         opened = open_dataset(str(source), "unlabeled")
         assert [opened.read(i) for i in range(5)] == IMAGES[1:] and len(opened.names) == 5
         assert (opened.labels.tolist(), opened.classes, opened.split) == ([-1] * 5, [], "unlabeled")
-        assert "left out, no images (1): readme.txt" in opened.notes
+        assert "ignored files that aren't images (1): readme.txt" in opened.notes
         assert open_dataset(str(source)).classes == ["a", "b"]
     out = str(tmp_path / "x.beton")
     assert main([str(tmp_path / "x"), out, "--split", "unlabeled", "--on-error", "raise"]) == 0
@@ -219,7 +219,7 @@ def test_columns_by_other_names(tmp_path, capsys):
         assert wrong in error and "right" in error and error.count("\n") == 1
     table(tmp_path / "lists.parquet", {"image": IMAGES[:2], "label": [[0], [0, 1]]})
     opened = open_dataset(str(tmp_path / "lists.parquet"))
-    assert opened.classes == [] and opened.notes == ["left out, column 'label' holds no single class"]
+    assert opened.classes == [] and opened.notes == ["ignored column 'label': it holds no single class"]
     with pytest.raises(InputError, match=r"lists\.parquet:0: its column 'label' must hold a class"):
         open_dataset(str(tmp_path / "lists.parquet"), columns=Columns(label="label"))
 
@@ -356,5 +356,5 @@ def test_a_missing_shard_is_named(tmp_path, there, missing, end):
     for name in there:
         path = tmp_path / f"{name}.{end}"
         tar_of(path, {f"{name}.jpg": b"x"}) if end == "tar" else table(path, {"image": [b"x"]})
-    note = f"missing, files of a numbered series (1): {missing}.{end}"
+    note = f"missing files of a numbered series (1): {missing}.{end}"
     assert open_dataset(str(tmp_path)).notes == [note]

@@ -417,5 +417,7 @@ def test_auto_counts_the_images_that_are_fitted_on(run, pictures, tmp_path):
 
 
 def test_a_length_that_only_opq_has_is_refused_for_few_images():
-    with pytest.raises(InputError, match="--bits 1024: only opq .* 256 training images or more, not 60"):
+    with pytest.raises(
+        InputError, match="--bits 1024: codes of this length need opq.* 256 training images or more, not 60"
+    ):
         code_of_length(1024, "auto", features=512, own=256, images=60)

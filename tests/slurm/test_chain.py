@@ -267,7 +267,7 @@ def test_measures_and_a_sweep_follow_the_pretraining(chain, digits):
     mine.file.write_text(
         mine.file.read_text().replace("label_fraction = [0.2, 1.0]", "label_fraction = [0.2, 1.0, 0.5]")
     )
-    assert "2 tasks stand" in mine.launch()  # one point more is one job more, and another report
+    assert "2 tasks are done" in mine.launch()  # one point more is one job more, and another report
     mine.wait("report", "done")
     again = read_jobs(mine.out)
     assert {again[key]["task"] for key in again if again[key] != jobs.get(key)} == {"finetune-03", "report"}

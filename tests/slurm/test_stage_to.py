@@ -68,7 +68,10 @@ def test_stage_to_without_slurm(chain, digits, tmp_path):
 def test_stage_to_is_a_path_of_the_node(chain, digits):
     made = chain(FILE.format(**digits, cluster='stage_to = "scratch"'))
     done = made.run("launch", str(made.file), "--dry-run")
-    assert done.returncode == 2 and "[pretrain.cluster] stage_to: 'scratch' is no path" in done.stderr
+    assert (
+        done.returncode == 2
+        and "[pretrain.cluster] stage_to: 'scratch' is not an absolute path" in done.stderr
+    )
 
 
 def test_data_of_many_files_are_named_by_a_pattern(chain, digits, tmp_path):

@@ -66,7 +66,10 @@ def test_what_is_not_there_is_said_in_one_line(tmp_path):
 
 def test_a_command_says_how_one_of_the_hub_is_fetched(capsys):
     assert main(["report", "hf://someone/encoder"]) == 2
-    assert "no such run folder; `hf download USER/NAME --local-dir FOLDER` fetches" in capsys.readouterr().err
+    assert (
+        "no such run folder; for one on the Hub, `hf download USER/NAME --local-dir FOLDER`"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_folder_needs_no_hub(exported, monkeypatch):
@@ -123,7 +126,7 @@ def test_an_export_is_pushed_or_refused_by_name(exported, tmp_path):
         errors = [line for line in err.splitlines() if line.startswith("error: ")]
         assert status == 2 and len(errors) == 1 and reason in errors[0], err
         assert not token or token not in out + err
-        assert (tmp_path / f"no{i}").exists() == ("is whole" in reason)  # else refused before it is made
+        assert (tmp_path / f"no{i}").exists() == ("is complete" in reason)  # else refused before it is made
     for (name, folder, *_), (status, out, err) in zip(taken, said[len(refused) :]):
         assert status == 0 and f"pushed: hf://{name}" in out, err
         sent, files = tmp_path / "hub" / name, sorted((tmp_path / folder).iterdir())

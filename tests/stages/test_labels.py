@@ -90,7 +90,7 @@ def test_a_list_of_names_is_matched_against_the_manifest(digits, tmp_path):
         listed.write_text(content)
         with pytest.raises(InputError, match=message):
             labelled_rows(train, 1.0, listed, seed=0)
-    with pytest.raises(InputError, match=r"no\.txt: no list"):
+    with pytest.raises(InputError, match=r"no\.txt: can't be read as a list"):
         labelled_rows(train, 1.0, tmp_path / "no.txt", seed=0)
 
 

@@ -425,7 +425,7 @@ def test_the_first_host_of_a_node_list(nodes, first):
 
 def test_a_missing_rank_and_a_taken_port_name_host_port_and_rank():
     port = free_port()
-    with pytest.raises(InputError, match=rf"rank 0 of 2.*rank 1 did not come.*127.0.0.1:{port}"):
+    with pytest.raises(InputError, match=rf"rank 0 of 2.*rank 1 did not connect.*127.0.0.1:{port}"):
         with connected(World(0, 2, 0, "127.0.0.1", port), torch.device("cpu"), 0.005):
             pass
     with pytest.raises(InputError, match=rf"rank 1 of 2.*nobody answered.*127.0.0.1:{port}"):
