@@ -201,7 +201,7 @@ def hubconf(run: Run) -> str:
 
 HUBCONF = '''"""torch.hub.load(FOLDER, "backbone", source="local"): images -> features [N, D].
 
-Images are [N, 3, {side}, {side}] in [0, 1], less {mean}, divided by {std}.
+Images are [N, 3, {side}, {side}] in [0, 1], normalised with mean {mean} and standard deviation {std}.
 """
 
 from pathlib import Path
@@ -214,7 +214,7 @@ dependencies = ["torch", "{package}", "safetensors"]
 
 
 def backbone(pretrained: bool = True) -> nn.Module:
-    """The encoder without head, in eval mode."""
+    """The encoder without its head, in eval mode."""
     {built}
     if pretrained:
         net.load_state_dict(load_file(Path(__file__).with_name("model.safetensors")), strict=True)
@@ -328,8 +328,8 @@ Contrastive Learning*, arXiv 2110.00552): {backbone}, {features} features, laten
 {bits} bits.
 
 - Training: `{data}`, {trained}, batch {batch}, seed {seed}; checkpoint {digest}.
-- Input: RGB, the centre square of {crop:g} of the shorter side, resized to {side} x {side} (bilinear,
-  anti-aliased), values in [0, 1] less {mean}, divided by {std}.
+- Input: RGB. The centre square with {crop:g} of the shorter side is cropped and resized to {side} x {side}
+  (bilinear, anti-aliased); values in [0, 1] are normalised with mean {mean} and standard deviation {std}.
 - Versions: {versions}.
 
 ## Loading
@@ -378,11 +378,15 @@ def loading(run: Run, codes: str) -> str:
     if codes:
         lines += [
             "",
-            f"`crops` are uint8 [N, R, R, 3], not normalised; `codes` uint8, {codes}. "
-            "Crops that another library resizes differ by a level here and there, and codes in a few bits.",
+            f"`crops` are uint8 [N, R, R, 3], not normalised; `codes` are uint8, {codes}. "
+            "Crops that other libraries resize may differ by one level in some pixels, and codes in a "
+            "few bits.",
         ]
     if name in RESNETS and not has_torchvisions_stem(run):
-        lines += ["", "The stem is that for small images (3x3, no max-pool), which timm doesn't have."]
+        lines += [
+            "",
+            "The network has the stem for small images (3x3, no max-pool), which timm doesn't have.",
+        ]
     return "\n".join(lines)
 
 
@@ -397,6 +401,6 @@ def figures(run: Run) -> str:
                 what = f"{result['stage']}, {representation}{share}"
                 rows.append(f"| {what} | {in_words(found)} | `{result['command']}` |")
     if not rows:
-        return "None was measured on this checkpoint."
+        return "No figures were measured on this checkpoint."
     head = "| what | test images | command |\n| --- | --- | --- |\n"
     return head + "\n".join(rows) + "\n\nBrackets: 95 % interval over the test images."

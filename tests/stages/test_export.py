@@ -171,7 +171,7 @@ def test_the_head_and_the_card_with_the_runs_figures(run, tmp_path):
     assert load_run(run).digest in card
     (run / "linear.json").write_text(json.dumps(result | {"checkpoint": "of another"}))
     assert main(["export", str(run), "--out", str(tmp_path / "again"), "--no-onnx"]) == 0
-    assert "None was measured on this checkpoint" in (tmp_path / "again" / "README.md").read_text()
+    assert "No figures were measured on this checkpoint" in (tmp_path / "again" / "README.md").read_text()
 
 
 def card_of(run: Path, out: Path) -> str:
