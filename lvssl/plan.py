@@ -402,7 +402,7 @@ def plan(settings: PlanSettings) -> str:
         f"{settings.backbone} at {settings.resolution} px, {settings.precision}, family {settings.family}: "
         f"{of.parameters / 1e6:.1f} M parameters, {settings.optimiser}",
         f"{settings.batch_size:,} images per step on {settings.gpus} GPU{'s' * (settings.gpus > 1)}: "
-        f"{each:,} images, {2 * each:,} views each",
+        f"{each:,} images ({2 * each:,} views) per GPU",
         "",
         *(f"  {name:12}{size / GIB:9.2f} GiB" for name, size in parts.items()),
         f"  {'total':12}{total / GIB:9.2f} GiB of {card_memory(settings):g}: "

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a file's name may be no text: it is escaped
             stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(HELP + "\n".join(f"    {name:10} {about}" for name, (about, _) in COMMANDS.items()))
+        print(HELP + "\n".join(f"    {name:11} {about}" for name, (about, _) in COMMANDS.items()))
         print("\n`lvssl COMMAND --help` lists the options of a command.")
         return 0 if arguments else 2
     if arguments[0] == "--version":

@@ -96,9 +96,9 @@ class LatentSettings:
     invariance: float = 25.0
     """Weight of the invariance term of `vicreg`, the mean squared difference between the views."""
     variance: float | None = None
-    """Weight of VICReg's variance term, which pushes the standard deviation of each projection dimension
-    towards 1. If omitted: 25 with vicreg, 5 with ntxent-vc, otherwise 0. Can also be added to ntxent and
-    dcl."""
+    """Weight of VICReg's variance term, a hinge that keeps the standard deviation of each projection
+    dimension at 1 or above. If omitted: 25 with vicreg, 5 with ntxent-vc, otherwise 0. Can also be added to
+    ntxent and dcl."""
     covariance: float | None = None
     """Weight of VICReg's covariance term, the squared covariances between projection dimensions. If omitted:
     1 with vicreg and ntxent-vc, otherwise 0. Can also be added to ntxent and dcl."""
