@@ -115,7 +115,9 @@ def file() -> str:
 def absence() -> str:
     """A message for the case that the library is missing, in one line."""
     chosen = os.environ.get(VARIABLE)
-    none = f"{VARIABLE}={chosen} can't be loaded" if chosen else "libturbojpeg isn't installed"
+    none = (
+        f"libturbojpeg can't be loaded from {VARIABLE}={chosen}" if chosen else "libturbojpeg isn't installed"
+    )
     return (
         f"{none}: Pillow decodes JPEGs instead, more slowly; `make install` fetches it, "
         f"or set {VARIABLE} to its file"

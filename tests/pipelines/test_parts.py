@@ -156,7 +156,7 @@ def test_a_pattern_follows_numbers_and_names_a_gap(tmp_path):
         (["x.part-002-of-003.beton"], "*", "2 of 3 .*: x.part-001-of-003.beton, x.part-003-of-003.beton"),
         (["t-00000-of-00003.parquet", "t-00001-of-00003.parquet"], "*", "t-00002-of-00003.parquet"),
         (["x.part-001-of-003.beton", "x.part-002-of-002.beton"], "*", "its parts are of 002 and 003"),
-        (["x.part-001-of-001.beton", "x.beton"], "*", "fits x.beton and a part of it"),
+        (["x.part-001-of-001.beton", "x.beton"], "*", "matches x.beton and a part of it"),
         (["x.beton"], "y*.beton", "no name there fits"),
     ):
         with pytest.raises(InputError, match=missing):

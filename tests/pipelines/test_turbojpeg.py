@@ -88,7 +88,7 @@ def test_what_is_chosen_and_does_not_load_is_not_replaced(monkeypatch, elsewhere
     for chosen in (tmp_path / "nowhere", tmp_path / "empty", no_library):
         monkeypatch.setenv("LVSSL_TURBOJPEG", str(chosen))
         assert turbojpeg.load() is None
-        assert f"LVSSL_TURBOJPEG={chosen} can't be loaded: Pillow" in turbojpeg.absence()
+        assert f"libturbojpeg can't be loaded from LVSSL_TURBOJPEG={chosen}: Pillow" in turbojpeg.absence()
         assert "\n" not in turbojpeg.absence()
 
 
