@@ -231,3 +231,15 @@ def test_what_the_system_refuses_is_a_line_with_the_files_name(error, said, caps
 
     assert guarded(command, []) == 1
     assert capsys.readouterr().err == f"error: {said}\n"
+
+
+@pytest.mark.parametrize("arguments", [["pretrain", "--help"], ["presets"], ["presets", "nosuch"]])
+def test_a_reader_that_has_seen_enough_is_no_error(arguments):
+    """As `lvssl presets | head -1`: status 141, as of a program that SIGPIPE ends; a mistake stays one."""
+    command = [sys.executable, "-m", "lvssl", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    errors = process.stderr.read()
+    mistake = "nosuch" in arguments
+    assert process.wait() == (2 if mistake else 141)
+    assert errors.startswith("error: ") and errors.count("\n") == 1 if mistake else errors == ""

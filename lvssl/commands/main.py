@@ -1,6 +1,8 @@
 """The command line: see `lvssl --help`."""
 
 import io
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 
@@ -82,17 +84,36 @@ def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) ->
 
     hide_decoders_warnings()
     try:
-        return command(arguments) or 0
+        status = command(arguments) or 0
+        return 141 if output_closed() else status
+    except SystemExit:  # of --help
+        if output_closed():
+            return 141
+        raise
     except DamagedSample as error:
         return fail(f"{error}; use --on-error skip to leave out such images")
     except (InputError, CodeFileError) as error:
         return fail(str(error))
     except OSError as error:  # disk full, no permission
-        return fail(in_words(error), 1)
+        return 141 if output_closed() else fail(in_words(error), 1)
     except (FloatingPointError, MemoryError) as error:  # a run that diverged, or is too large
         return fail(str(error), 1)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
+
+
+def output_closed() -> bool:
+    """Whether the reader of stdout, such as `head`, has closed it. What is left to write is dropped."""
+    try:
+        output = sys.stdout.fileno()
+    except io.UnsupportedOperation:  # not a file, as in a notebook
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def fail(message: str, status: int = 2) -> int:

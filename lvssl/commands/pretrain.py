@@ -72,9 +72,8 @@ def pretrain(arguments: list[str]) -> int:
     if not world_of().first:
         return 0
     name = shlex.quote(str(out))
-    labels = read_config(out)[1] > 1
-    following = (
-        f"evaluate {name} --test TEST.beton" if labels else f"encode {name} --images {shlex.quote(str(data))}"
-    )
-    print(f"{out}: done; next: lvssl {following}")
+    following = f"lvssl encode {name} --images {shlex.quote(str(data))}"
+    if read_config(out)[1] > 1:  # labels
+        following += f", or with labelled test images lvssl evaluate {name} --test TEST"
+    print(f"{out}: done; next: {following}")
     return 0
