@@ -260,4 +260,4 @@ class Job:
 
 
 def say(text: str) -> None:
-    print(f"chain: {text}", flush=True)
+    print(f"pipeline: {text}", flush=True)

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         return 0
     if status:
         print(
-            f"chain: rank {rank} on {socket.gethostname()} ended with status {status}",
+            f"pipeline: rank {rank} on {socket.gethostname()} ended with status {status}",
             file=sys.stderr,
             flush=True,
         )

@@ -121,7 +121,7 @@ def last_error(log: Path) -> str:
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
     except OSError:
         return ""
-    lines = [line for line in lines if line and not re.match(r"(srun|slurmstepd\S*|submitit|chain)\b", line)]
+    lines = [line for line in lines if line and not re.match(r"(srun|slurmstepd\S*|submitit|pipeline)\b", line)]
     for pattern in (r"error: ", r"(\w+\.)*\w+(Error|Exception|Interrupt|Exit)\b"):
         for line in reversed(lines):
             if re.match(pattern, line):

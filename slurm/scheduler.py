@@ -165,7 +165,7 @@ def requeue(job: str) -> None:
     try:
         ask("scontrol", "requeue", job)
     except InputError as error:
-        print(f"chain: {error}", flush=True)
+        print(f"pipeline: {error}", flush=True)
 
 
 def cancel(jobs: list[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin
 from pipelines.errors import InputError
 
 # Of a setting that says where and how fast, never what is computed: a run that is resumed, a stage that is
-# called again and a chain that is launched again may have another, and find their results.
+# called again and a pipeline that is launched again may have another, and find their results.
 RUNTIME = {"runtime": True}
 POSITIONAL = {"runtime": True, "positional": True}  # typed without the setting's name
 PER_CALL = {"runtime": True, "per_call": True}  # of one call, and no part of the command that gives a result

@@ -429,7 +429,7 @@ def test_the_example_in_the_docs(tmp_path, capsys):
 
 def test_last_error_line(tmp_path):
     log = tmp_path / "log"
-    noise = "srun: error: n1: task 0: Exited\nslurmstepd-n1: error: *** JOB\nchain: rank 0\n"
+    noise = "srun: error: n1: task 0: Exited\nslurmstepd-n1: error: *** JOB\npipeline: rank 0\n"
     for text, line in {
         "": "",
         "step 1\nstep 2\n" + noise: "step 2",
