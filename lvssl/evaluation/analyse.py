@@ -1,6 +1,6 @@
-"""What a run's latent gives beyond accuracy: uncertainty, what single bits say, regression from the code.
+"""Analyse what a run's latent provides beyond accuracy: uncertainty, single bits, regression from codes.
 
-Everything stands beside a control: the deterministic run's scores, its features and its sign bits.
+Every figure is shown next to a control: the deterministic run's scores, its features and its sign bits.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from pipelines.errors import InputError
 from pipelines.files import write_atomically
 
 BITS = "bits.npz"
-SHOWN_BITS, SHOWN_IMAGES = 48, 8  # in the page's bit explorer
-FEWEST = 40  # test images below which nothing is worth measuring
+SHOWN_BITS, SHOWN_IMAGES = 48, 8  # shown in the page's bit explorer
+FEWEST = 40  # with fewer test images nothing is measured
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class AnalyseSettings(MeasuringSettings):
 
 
 def analyse(settings: AnalyseSettings) -> dict[str, Any]:
-    """Measure, write analysis.json and bits.npz into the folder --out, or the run's, and return the former's
-    content; what is there already is not measured again.
+    """Analyse a run, write analysis.json and bits.npz to --out (or the run's folder), and return the content
+    of analysis.json. A result that exists is not measured again.
 
     Raises:
-        InputError: no such run or data, runs without labels, or another result stands there.
+        InputError: no such run or data, runs without labels, or a result for other settings exists there.
     """
     settings.validate()
     run = load_run(settings.run)
@@ -128,14 +128,15 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
 
 
 def bits(sets: Sets, test: NetworkOutputs, names: list[str]) -> tuple[dict[str, Any], bytes]:
-    """What single bits of the code say of the classes; and bits.npz, pictures of the most telling ones."""
+    """Return the analysis of single bits against the classes, and the content of bits.npz, which pictures the
+    most informative bits."""
     labels, classes = sets.test_labels, np.unique(sets.test_labels)
     values = test.mean if test.mean.shape == test.bits.shape else test.bits
     information = mutual_information(test.bits, labels)
     detects = class_auroc(values, labels)
     order = np.argsort(-information, kind="stable")
     by_class = np.argsort(labels, kind="stable")
-    fitted, judged = by_class[::2], by_class[1::2]  # a half of every class, however the set is sorted
+    fitted, judged = by_class[::2], by_class[1::2]  # half of every class, however the set is sorted
     few = sparse_probe(test.bits[fitted], labels[fitted], test.bits[judged], labels[judged])
     shown = order[:SHOWN_BITS]
     queries = evenly_spaced(len(labels), min(200, len(labels) // 4))
@@ -168,7 +169,7 @@ def bits(sets: Sets, test: NetworkOutputs, names: list[str]) -> tuple[dict[str, 
 def pictures(
     sets: Sets, values: np.ndarray, shown: np.ndarray, labels: np.ndarray, names: list[str]
 ) -> bytes:
-    """bits.npz: for each of the shown bits, the test images where it is most surely on, and off."""
+    """Return bits.npz: for each bit in `shown`, the test images where it is most confidently on, and off."""
     ranking = np.argsort(values[:, shown], axis=0, kind="stable").T
     off, on = ranking[:, :SHOWN_IMAGES], ranking[:, ::-1][:, :SHOWN_IMAGES]
     used = np.unique(np.concatenate([off.ravel(), on.ravel()]))
@@ -189,8 +190,8 @@ def pictures(
 
 
 def regression(run: Run, sets: Sets, sampling: Sampling) -> list[Point]:
-    """R^2 and MAE of ridge from features and code to augmentation parameters and to the shapes' factors, each
-    metric named after its target: "shapes_r2: hue"."""
+    """Return R^2 and MAE of ridge regression from features and code to the augmentation parameters and to the
+    factors of the shapes. Each metric is named after its target: "shapes_r2: hue"."""
     points: list[Point] = []
     for kind, (train, test) in known_factors(run, sets, sampling).items():
         known = representations(test[0])
@@ -205,7 +206,7 @@ def regression(run: Run, sets: Sets, sampling: Sampling) -> list[Point]:
 
 
 def print_analysis(result: dict[str, Any]) -> None:
-    """The uncertainty scores of all models on a terminal; the page shows the rest."""
+    """Print the uncertainty scores of all models; the page shows the rest."""
     print(f"{'run':12}{'score':12}{'R-AUROC':>9}{'R@1':>7}{'AURC':>7}{'OOD (mean)':>12}")
     for row in by_point(result["rows"], representation="uncertainty"):
         ood = np.mean([as_number(value) for key, value in row.items() if key.startswith(FOREIGN)])

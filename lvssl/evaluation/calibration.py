@@ -1,4 +1,4 @@
-"""Are a probe's probabilities to be believed? Scores of predicted probabilities against what came true."""
+"""Calibration of a probe: scores of the predicted probabilities against the true labels."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ BINS = 15
 
 class Calibration(NamedTuple):
     accuracy: float  # percent
-    nll: float  # nats; a probability of 0 for what came true counts as 1e-12
-    brier: float  # 0..2: sum over classes of the squared error
+    nll: float  # nats; a probability of 0 for the true class counts as 1e-12
+    brier: float  # 0..2: squared error, summed over classes
     ece: float  # 0..1
     bins: list[dict[str, float]]  # the non-empty ones: confidence, accuracy (0..1), count
 
 
 def calibration(probabilities: Any, labels: Any, classes: Any = None) -> Calibration:
-    """Scores of probabilities [N, C] (rows sum to 1) for labels [N].
+    """Score probabilities [N, C] (rows sum to 1) against labels [N].
 
     The expected calibration error (Naeini et al. 2015; Guo et al. 2017) sorts images into BINS equal
-    intervals (low, high] of the highest probability and averages |accuracy - mean confidence| weighted by
-    their counts; scikit-learn has no such error, and its Brier score takes several classes from 1.7 only.
-    `classes` [C]: the label of each column; left out: 0..C-1. Raises ValueError for shapes that
-    don't match, rows that are no distribution, or a label without a column.
+    intervals (low, high] of the highest probability and averages |accuracy - mean confidence|, weighted by
+    their counts. scikit-learn has no such error, and its Brier score supports several classes only from 1.7
+    on. `classes` [C] gives the label of each column, by default 0..C-1. Raises ValueError for shapes that
+    don't match, rows that are not distributions, or a label without a column.
     """
     p_NC, labels = as_array(probabilities).astype(np.float64), as_array(labels)
     if p_NC.ndim != 2 or labels.shape != p_NC.shape[:1] or not len(labels):
@@ -45,7 +45,7 @@ def calibration(probabilities: Any, labels: Any, classes: Any = None) -> Calibra
 
 
 def column_of(labels: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """The column of each label among distinct `classes`; ValueError names a label that has none."""
+    """Return the column of each label in the distinct `classes`. Raises ValueError for a label without."""
     order = np.argsort(classes)
     place = np.searchsorted(classes, labels, sorter=order).clip(max=len(classes) - 1)
     columns = order[place]
@@ -66,6 +66,6 @@ def confidence_bins(confidence: np.ndarray, right: np.ndarray) -> list[dict[str,
 
 
 def predictive_entropy(probabilities: Any) -> np.ndarray:
-    """Entropy of each row of probabilities [N, C] in nats: [N]."""
+    """Return the entropy of each row of probabilities [N, C] in nats: [N]."""
     p_NC = as_array(probabilities).astype(np.float64)
     return -(p_NC * np.log(np.maximum(p_NC, 1e-300))).sum(axis=1)

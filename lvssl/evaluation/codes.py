@@ -1,4 +1,4 @@
-"""Codes of a set of images, and the nearest images of queries."""
+"""Encode a set of images, and search codes for the nearest images of queries."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -141,11 +141,11 @@ class SearchSettings(ReadsImages):
 
 
 def encode(settings: EncodeSettings) -> Path:
-    """Write the code file and return its path. Memory doesn't grow with the count of images.
+    """Write the code file and return its path. Memory doesn't grow with the number of images.
 
     Raises:
-        InputError: no run, no images, impossible settings, or a damaged image (named).
-        CodeFileError: another process writes the same file.
+        InputError: no such run or images, impossible settings, or a damaged image (named).
+        CodeFileError: another process is writing the same file.
     """
     if settings.workers < 0:
         raise InputError(f"--workers must be at least 0, got {settings.workers}")
@@ -161,7 +161,7 @@ def encode(settings: EncodeSettings) -> Path:
         if not path.parent.is_dir():
             raise InputError(f"{path.parent}: no such folder to write {path.name} to")
     encoder = of_embeddings(settings, out) if foreign else of_images(settings, out)
-    if encoder.density is None:  # what an earlier call left there needn't be of these images
+    if encoder.density is None:  # the file that an earlier call left may be of other images
         table_path(out, UNCERTAINTY).unlink(missing_ok=True)
     codes = open_codes(out)
     if settings.csv:
@@ -172,7 +172,7 @@ def encode(settings: EncodeSettings) -> Path:
 
 
 def of_embeddings(settings: EncodeSettings, out: Path) -> EmbeddingEncoder:
-    """Codes of embeddings, under their row numbers; `out` is there afterwards."""
+    """Encode embeddings into `out`, with their row numbers as names, and return the encoder."""
     if settings.means or not settings.fit or not settings.bits:
         raise InputError(
             "embeddings have neither a code nor a posterior: pass --bits, but not --means or --no-fit"
@@ -194,7 +194,7 @@ def of_embeddings(settings: EncodeSettings, out: Path) -> EmbeddingEncoder:
 
 
 def of_images(settings: EncodeSettings, out: Path) -> Encoder:
-    """The codes by a run's encoder; `out` is there afterwards."""
+    """Encode images into `out` with a run's encoder, and return the encoder."""
     run = load_encoder(settings.run)
     on_error = run.reading(settings)
     images = TrainingImages(run, settings.train, settings.workers, on_error)
@@ -213,7 +213,7 @@ def of_images(settings: EncodeSettings, out: Path) -> Encoder:
 
 
 def fitted_encoder(settings: EncodeSettings, code: str, images: TrainingImages) -> Encoder:
-    """With density and quantiser, fitted where they are not there yet."""
+    """Return the encoder with its density and quantiser, fitting those that don't exist yet."""
     run = images.run
     bits = settings.bits or own_bits(run)
     if not settings.fit:
@@ -225,7 +225,7 @@ def fitted_encoder(settings: EncodeSettings, code: str, images: TrainingImages) 
 
 
 def write_uncertainties(path: Path, codes: CodeFile) -> None:
-    """A row for each image: name, uncertainty."""
+    """Write a row for each image: name, uncertainty."""
     with written_csv(path) as table:
         table.writerow(["name", "uncertainty"])
         for name, value in zip(codes.names, open_uncertainty(codes).tolist()):
@@ -233,8 +233,8 @@ def write_uncertainties(path: Path, codes: CodeFile) -> None:
 
 
 def searcher_of(settings: SearchSettings) -> Searcher:
-    """The run and the codes that these settings name. Raises InputError: no run, or k below 1; CodeFileError:
-    no code file, a damaged one, or one of another checkpoint or quantiser; no means to rerank by."""
+    """Load the run and the codes that the settings name. Raises InputError: no such run, or k below 1;
+    CodeFileError: no code file, a damaged one, one of another checkpoint or quantiser, or no means."""
     if settings.k < 1:
         raise InputError(f"--k must be at least 1, got {settings.k}")
     run, path = load_encoder(settings.run), code_path(settings.run, settings.codes)
@@ -244,10 +244,10 @@ def searcher_of(settings: SearchSettings) -> Searcher:
 def search(
     settings: SearchSettings, searcher: Searcher | None = None
 ) -> Iterator[tuple[Query, list[Neighbour]]]:
-    """Each query and its nearest images, nearest first; `searcher`: that of the settings, where it is there.
+    """Yield each query with its nearest images, nearest first. `searcher`: that of the settings, if open.
 
-    Raises: as `searcher_of`; InputError: an unreadable query; CodeFileError: codes of another device's
-    arithmetic.
+    Raises as `searcher_of` does, and InputError: an unreadable query; CodeFileError: codes computed with the
+    arithmetic of another device.
     """
     searcher = searcher or searcher_of(settings)
     if settings.query.suffix != ".lvcodes":
@@ -259,7 +259,7 @@ def search(
 
 
 def write_csv(path: Path, found: Iterable[tuple[Query, list[Neighbour]]]) -> int:
-    """A row for each neighbour of each query; returns the number of queries."""
+    """Write a row for each neighbour of each query; return the number of queries."""
     count = 0
     with written_csv(path) as table:
         table.writerow(
@@ -278,10 +278,10 @@ def write_csv(path: Path, found: Iterable[tuple[Query, list[Neighbour]]]) -> int
 def pictured(
     run: Run, settings: SearchSettings, found: list[tuple[Query, list[Neighbour]]]
 ) -> Iterator[tuple[str, np.ndarray, list[tuple[str, float, np.ndarray]]]]:
-    """Name and picture of each query, and name, distance and picture of its neighbours: uint8 [S, S, 3], see
-    `picture_view`.
+    """Yield the name and picture of each query, and the name, distance and picture of each of its neighbours.
+    Pictures are uint8 [S, S, 3], see `picture_view`.
 
-    Raises InputError: the images of the codes, or of queries that are codes, can't be read.
+    Raises InputError if the images of the codes, or of queries that are codes, can't be read.
     """
     on_error = run.reading(settings)
     database = Pictures(run, settings.images or run.settings.data, on_error)
@@ -299,7 +299,7 @@ def pictured(
 
 
 class Pictures:
-    """Pictures of a set by their names."""
+    """The pictures of a set, by name."""
 
     def __init__(self, run: Run, path: Path, on_error: str) -> None:
         self.run, self.path = run, path
@@ -322,7 +322,7 @@ def as_text(value: float | None, form: str) -> str:
 
 
 def print_found(found: Iterable[tuple[Query, list[Neighbour]]]) -> None:
-    """Each query with its uncertainty, and a table of its neighbours under it."""
+    """Print each query with its uncertainty, followed by a table of its neighbours."""
     for query, neighbours in found:
         print(
             query.name, *([f"(uncertainty {query.uncertainty:.4g})"] if query.uncertainty is not None else [])
@@ -339,7 +339,7 @@ def print_found(found: Iterable[tuple[Query, list[Neighbour]]]) -> None:
 
 
 def queries(searcher: Searcher, settings: SearchSettings) -> Iterator[Queries]:
-    """The queries, at most some QUERIES at a time: each time the whole file is read."""
+    """Yield the queries in parts of about QUERIES, because each search reads the whole code file."""
     path, run = settings.query, searcher.run
     if path.suffix == ".lvcodes":
         yield from queries_of(open_codes(path), searcher)

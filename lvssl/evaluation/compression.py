@@ -1,4 +1,4 @@
-"""Accuracy against stored bits: a run's code, beside equal-bit controls on deterministic features."""
+"""Accuracy against stored bits: a run's code next to equal-bit controls made from deterministic features."""
 
 from __future__ import annotations
 
@@ -52,24 +52,24 @@ class CompressionSettings(MeasuringSettings):
 
 
 class Point(NamedTuple):
-    """One way to store the images at one length."""
+    """One way of storing the images, at one length."""
 
     representation: str  # features or code
     method: str
     bits: int
-    codes: tuple[np.ndarray, np.ndarray] | None  # packed, of train and test, where Hamming distance compares
-    vectors: tuple[np.ndarray, np.ndarray]  # of train and test, what a linear probe reads
+    codes: tuple[np.ndarray, np.ndarray] | None  # packed, of train and test; None without Hamming distance
+    vectors: tuple[np.ndarray, np.ndarray]  # of train and test, the input of the linear probe
 
 
 def compression(settings: CompressionSettings) -> dict[str, Any]:
-    """Measure, write compression.json and compression.csv into the folder --out, or the run's, and return the
-    former's content; what is there already is not measured again.
+    """Measure a run, write compression.json and compression.csv to --out (or the run's folder), and return
+    the content of compression.json. A result that exists is not measured again.
 
-    The rows (`lvssl.runs.rows`) have the linear probe's and the kNN's accuracy in percent (of the 20 nearest,
-    by Hamming distance for bits, by cosine for what is no bits), mAP@top_n of the test images among the
-    training images under both denominators of `retrieval`, and how many times smaller than raw pixels, stored
-    JPEG and fp32 feature. Raises InputError: no such run or data, no deterministic control, an impossible
-    setting, or another result stands there.
+    The rows (`lvssl.runs.rows`) hold the accuracy of the linear probe and of kNN in percent (20 neighbours,
+    by Hamming distance for bits, otherwise by cosine), mAP@top_n of the test images among the training images
+    under both denominators of `retrieval`, and the compression relative to raw pixels, stored JPEGs and fp32
+    features. Raises InputError: no such run or data, no deterministic control, an impossible setting, or a
+    result for other settings exists there.
     """
     if settings.top_n < 1 or not settings.bits or min(settings.bits) < 1:
         raise InputError("--top-n and --bits must be at least 1")
@@ -125,8 +125,8 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
 def points(
     settings: CompressionSettings, run: Run, train: Embedding, test: Embedding, controls: bool
 ) -> Iterator[Point | str]:
-    """What is measured of a run: its features, its code and the code's prefixes, and the controls of its
-    features; a line of reason in place of a control that there can't be."""
+    """Yield what is measured of a run: its features, its code, the code's prefixes, and the controls made
+    from its features. A control that can't be made is replaced by a line with the reason."""
     features = train.features, test.features
     yield Point("features", "", 32 * features[0].shape[1], None, features)
     if run.network.family.own_code:
@@ -157,7 +157,7 @@ def control_point(method: str, coder: Coder, features: tuple[np.ndarray, np.ndar
 
 
 def print_compression(result: dict[str, Any]) -> None:
-    """The rows on a terminal, by bits."""
+    """Print the rows, sorted by bits."""
     head = f"mAP@{result['top_n']}, hits"
     print(f"{'run':16}{'method':18}{'bits':>7}{'linear %':>10}{'kNN %':>8}{head:>16}{'relevant':>10}")
     for row in sorted(by_point(result["rows"]), key=lambda row: (row["bits"], -row["linear"])):

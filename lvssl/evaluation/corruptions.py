@@ -1,6 +1,6 @@
-"""Corruptions by severity, and out-of-distribution images: what an honest uncertainty has to notice.
+"""Corruptions by severity, and out-of-distribution images, which a sound uncertainty has to detect.
 
-All are functions of pixels and a seed: uint8 [N, R, R, 3] in and out.
+All are functions of pixels and a seed, and map uint8 [N, R, R, 3] to the same shape.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_digits
 
 SEVERITIES = (1, 2, 3, 4, 5)
-BLUR = (0.01, 0.02, 0.035, 0.05, 0.08)  # sigma, share of the side
-NOISE = (0.04, 0.08, 0.12, 0.18, 0.26)  # standard deviation, share of the range
+BLUR = (0.01, 0.02, 0.035, 0.05, 0.08)  # sigma, as a share of the side
+NOISE = (0.04, 0.08, 0.12, 0.18, 0.26)  # standard deviation, as a share of the range
 JPEG = (50, 25, 12, 6, 3)  # quality
-HIDDEN = (0.05, 0.1, 0.2, 0.35, 0.5)  # share of the area under a grey square
-KEPT = (0.8, 0.6, 0.4, 0.25, 0.12)  # share of the area that a crop keeps
+HIDDEN = (0.05, 0.1, 0.2, 0.35, 0.5)  # share of the area covered by a grey square
+KEPT = (0.8, 0.6, 0.4, 0.25, 0.12)  # share of the area kept by a crop
 
 
 def corrupt(images: np.ndarray, kind: str, severity: int, seed: int = 0) -> np.ndarray:
-    """`images` with one of CORRUPTIONS, severity 1 to 5; 0 gives them back.
+    """Apply one of CORRUPTIONS to the images, at severity 1 to 5; severity 0 returns them unchanged.
 
     Raises ValueError for an unknown kind or severity, or images that aren't uint8 [N, R, R, 3].
     """
@@ -98,12 +98,12 @@ def as_bytes(values: np.ndarray) -> np.ndarray:
 
 
 def noise_images(count: int, side: int, seed: int = 0) -> np.ndarray:
-    """Uniform noise."""
+    """Return images of uniform noise."""
     return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
 
 def texture_images(count: int, side: int, seed: int = 0) -> np.ndarray:
-    """Textures without objects: Gaussian fields of random scale and orientation in two random colours."""
+    """Return textures without objects: Gaussian fields of random scale, orientation and two colours."""
     generator = np.random.default_rng(seed)
     made = np.empty((count, side, side, 3), np.uint8)
     for image in made:
@@ -116,7 +116,7 @@ def texture_images(count: int, side: int, seed: int = 0) -> np.ndarray:
 
 
 def digit_images(count: int, side: int, seed: int = 0) -> np.ndarray:
-    """scikit-learn's handwritten digits, enlarged."""
+    """Return scikit-learn's handwritten digits, enlarged."""
     pixels = load_digits().images
     chosen = np.random.default_rng(seed).choice(len(pixels), count, replace=count > len(pixels))
     grey = [Image.fromarray(as_bytes(pixels[i] * (255 / 16))) for i in chosen]

@@ -1,11 +1,12 @@
-"""`lvssl curate`: what a data set has twice, its outliers, labels that neighbours contradict, a diverse part.
+"""`lvssl curate`: find duplicates, outliers and contradicted labels, and choose a diverse subset.
 
-    N  images   F  numbers of a feature   P  pixels of a thumbnail
+    N  images   F  dimensions of a feature   P  pixels of a thumbnail
 
-Every image is embedded as the mean of its features and of those of its mirror image, so that a mirrored copy
-is where the original is. Neighbours are the nearest by the cosine of standardised features. A mere look-alike
-may be as near as a copy: so a pair counts as duplicate if its thumbnails agree, too, in what isn't common to
-the whole set (`Agreement`). Embeddings and thumbnails are written as they come and mapped from the disk.
+The embedding of an image is the mean of its features and those of its mirror image, so that a mirrored copy
+lies where the original does. Neighbours are the nearest by cosine of standardised features. An image that
+merely looks alike may be as near as a copy, so a pair counts as duplicates only if its thumbnails also agree
+in what is not common to the whole set (`Agreement`). Embeddings and thumbnails are written batch by batch and
+memory-mapped.
 """
 
 from __future__ import annotations
@@ -60,13 +61,13 @@ from pipelines.files import written_csv
 from pipelines.kernels.pack import pack_bits
 from pipelines.loader import Replacements, evaluation_crops
 
-NEIGHBOURS = 20  # candidates for a duplicate; their labels vote
+NEIGHBOURS = 20  # per image: the candidates for duplicates, and the voters on its label
 CHUNK = 8192  # images at a time
-SIDE = 16  # of a thumbnail
-CONFIRMED, ALONE = 0.9, 0.98  # the least cosine of duplicates: of pixels, too, and by features alone
-CROPPED = 0.6  # the least cosine of an image and a crop of it
-PARTS = (0.84, 0.88, 0.92, 0.96)  # of its side, that a crop may be
-NOISE = 25.0  # variance of a thumbnail's pixel, in grey levels squared, that says nothing
+SIDE = 16  # of a thumbnail, in pixels
+CONFIRMED, ALONE = 0.9, 0.98  # minimum cosine of duplicates: confirmed by pixels, and by features alone
+CROPPED = 0.6  # minimum cosine of an image and a crop of it
+PARTS = (0.84, 0.88, 0.92, 0.96)  # sides of the crops, as shares of the image's side
+NOISE = 25.0  # variance of a thumbnail's pixel, in squared grey levels, that counts as noise
 
 
 @dataclass(frozen=True)
@@ -109,17 +110,17 @@ class CurateSettings(ReadsImages):
 
 @dataclass(frozen=True)
 class Embedded:
-    """A set of images or of embeddings, and what it is called in the tables."""
+    """A set of images or embeddings, and its name in the tables."""
 
     title: str
     names: Sequence[str]
-    labels: np.ndarray  # int64 [N], -1: none
-    classes: Sequence[str]  # their names, where they have any
-    features: np.ndarray  # floats [N, F], mapped: means of image and mirror image
+    labels: np.ndarray  # int64 [N]; -1 if unlabelled
+    classes: Sequence[str]  # names of the classes, if they have any
+    features: np.ndarray  # floats [N, F], mapped: means over image and mirror image
     uncertainty: np.ndarray  # float32 [N], in nats
     thumbnails: np.ndarray | None = None  # uint8 [N, P], mapped
     source: Reader | None = None
-    positions: Sequence[int] = ()  # in the source, of each row: without those that couldn't be decoded
+    positions: Sequence[int] = ()  # of each row in the source; damaged images have no row
 
     def __len__(self) -> int:
         return len(self.features)
@@ -134,17 +135,17 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Curation:
-    """What was found: tables by name, heads and rows; beside each row the images that it is about."""
+    """The findings: tables (head and rows) by name and, for each row, the images that it is about."""
 
     out: Path
-    run: Run | None  # None: embeddings
+    run: Run | None  # None for embeddings
     sets: list[Embedded]
-    on_error: str  # of their images
+    on_error: str  # what to do with damaged images
     tables: dict[str, tuple[list[str], list[list[Any]]]] = field(default_factory=dict)
     shown: dict[str, list[list[tuple[int, int]]]] = field(default_factory=dict)  # (set, row)
 
     def picture(self, which: int, row: int) -> np.ndarray:
-        """uint8 [S, S, 3]: what the network sees of it, see `picture_view`."""
+        """Return the part of an image that the network sees, uint8 [S, S, 3]; see `picture_view`."""
         chosen = self.sets[which]
         assert self.run is not None and chosen.source is not None
         index, images = np.array([chosen.positions[row]]), Replacements(chosen.source, self.on_error)
@@ -153,7 +154,7 @@ class Curation:
 
 
 def curate(settings: CurateSettings) -> Curation:
-    """Find it, and write the tables into `out`.
+    """Inspect the data set and write the tables to `out`.
 
     Raises InputError: no such run, images or embeddings, impossible settings, or a damaged image (named).
     """
@@ -215,7 +216,7 @@ def curate(settings: CurateSettings) -> Curation:
 
 
 def of_images(run: Run, settings: CurateSettings, out: Path) -> list[Embedded]:
-    """Training and test images, embedded in `out` where they aren't yet."""
+    """Return the embedded training and test images, after embedding in `out` those that aren't there yet."""
     paths = {"train": settings.train or run.settings.data, "test": settings.test}
     sources = {title: (path, opened(path)) for title, path in paths.items() if path is not None}
     if "test" in sources:
@@ -230,7 +231,7 @@ def of_images(run: Run, settings: CurateSettings, out: Path) -> list[Embedded]:
 
 
 def of_embeddings(settings: CurateSettings) -> list[Embedded]:
-    """Somebody's embeddings, under their row numbers; labels where they have any."""
+    """Return another model's embeddings, named by row number, with their labels if there are any."""
     train = settings.train or training_file(settings.run)
     found = {"train": open_embeddings(train, labelled=False)}
     if settings.test:
@@ -254,7 +255,7 @@ def of_embeddings(settings: CurateSettings) -> list[Embedded]:
 
 
 def opened(path: Path) -> Reader:
-    """With classes, where there are any: class folders before a folder of images."""
+    """Open the images, with classes if possible: class folders are tried before a plain folder of images."""
     try:
         source = open_reader(path)
     except InputError:
@@ -272,7 +273,7 @@ def opened(path: Path) -> Reader:
 def embedded(
     encoder: Encoder, settings: CurateSettings, out: Path, title: str, path: Path, source: Reader
 ) -> Embedded:
-    """The set's embedding as it stands in `out`, made where it isn't there yet."""
+    """Return the set's embedding from `out`, after writing it there if it doesn't exist yet."""
     run, names, file = encoder.run, names_of(source, path), out / f"{title}.lvcodes"
     on_error = run.on_error(settings.on_error)
     if settings.overwrite or not stands(file, run, names, on_error):
@@ -301,8 +302,8 @@ def embedded(
 
 
 def with_mirror_images(encoder: Encoder, batches: Batches) -> Iterator[Coded]:
-    """As `Encoder.coded`, but for the means, those of the features of image and mirror image, and with
-    thumbnails: grey, SIDE x SIDE or as large as the images."""
+    """Encode as `Encoder.coded` does, but with the means over the features of image and mirror image, and
+    with grey thumbnails, of SIDE x SIDE or as large as smaller images."""
     run = encoder.run
     for crops, rows in batches:
         part, mirrored = (
@@ -317,7 +318,7 @@ def with_mirror_images(encoder: Encoder, batches: Batches) -> Iterator[Coded]:
 
 
 def stands(file: Path, run: Run, names: Sequence[str], on_error: str) -> bool:
-    """Whether these images, by their names, are embedded there already, by this checkpoint."""
+    """Return whether the file holds embeddings of images with these names, made by this checkpoint."""
     try:
         codes = open_codes(file)
         open_means(codes), open_uncertainty(codes), open_table(codes, THUMBNAILS)
@@ -330,7 +331,7 @@ def stands(file: Path, run: Run, names: Sequence[str], on_error: str) -> bool:
 
 
 def standardisation(one: Embedded) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of the features, float32 [F] each; the latter is 1 where it is 0."""
+    """Return mean and deviation of the features, float32 [F] each; a deviation of 0 is replaced by 1."""
     total, squares = np.zeros(one.features.shape[1]), np.zeros(one.features.shape[1])
     for start in range(0, len(one), CHUNK):
         part = one.features[start : start + CHUNK].astype(np.float64)
@@ -343,7 +344,7 @@ def standardisation(one: Embedded) -> tuple[np.ndarray, np.ndarray]:
 
 
 def signs(one: Embedded, z: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Packed, uint8 [N, ceil(F / 8)]."""
+    """Return the packed signs of the standardised features, uint8 [N, ceil(F / 8)]."""
     starts = range(0, len(one), CHUNK)
     return np.concatenate([pack_bits(one.features[s : s + CHUNK].astype(np.float32) > z[0]) for s in starts])
 
@@ -353,15 +354,15 @@ def signs(one: Embedded, z: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two images agree in their pixels, either way round: the cosine of their thumbnails, less each
-    one's mean, after whitening by the set's covariance: what all of its images share counts little."""
+    """Agreement of two images in their pixels, mirrored or not: the cosine of their thumbnails, each less its
+    mean, after whitening by the set's covariance, so that what all images of the set share counts little."""
 
     mean: np.ndarray  # float32 [P]
     whitening: np.ndarray  # float32 [P, P]
 
     @classmethod
     def of(cls, some: np.ndarray) -> Agreement:
-        """Fitted on at most SAMPLE of the thumbnails uint8 [N, P] and their mirror images."""
+        """Fit on at most SAMPLE of the thumbnails, uint8 [N, P], and on their mirror images."""
         x = levelled(some[evenly_spaced(len(some), SAMPLE)])
         x = np.concatenate([x, mirrored(x)])
         values, vectors = np.linalg.eigh(np.cov(x, rowvar=False, dtype=np.float64))
@@ -369,7 +370,7 @@ class Agreement:
         return cls(x.mean(axis=0), turn.astype(np.float32))
 
     def __call__(self, some: np.ndarray, a: np.ndarray, others: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Of thumbnails a of `some` with b of `others`, rows int64 [n] each: float32 [n], in [-1, 1]."""
+        """Compare thumbnails `a` of `some` with `b` of `others` (rows int64 [n]): float32 [n] in [-1, 1]."""
         found = np.empty(len(a), np.float32)
         for start in range(0, len(a), CHUNK):
             part = slice(start, start + CHUNK)
@@ -379,11 +380,11 @@ class Agreement:
         return found
 
     def of_crops(self, some: np.ndarray, a: np.ndarray, others: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """As a call, but of one with the best of the other's crops, whichever is the crop."""
+        """Compare one image with the best crop of the other, in both directions; otherwise as `__call__`."""
         return np.maximum(self._of_crops(some, a, others, b), self._of_crops(others, b, some, a))
 
     def _of_crops(self, some: np.ndarray, a: np.ndarray, others: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Of the best crop of thumbnails a with thumbnails b as they are; those of an image are made once."""
+        """Compare the best crop of thumbnails `a` with thumbnails `b`; an image's crops are made once."""
         found = np.full(len(a), -1, np.float32)
         order = np.argsort(a, kind="stable")
         rows, starts = np.unique(a[order], return_index=True)
@@ -406,19 +407,19 @@ class Agreement:
 
 
 def levelled(some: np.ndarray) -> np.ndarray:
-    """Thumbnails less the mean of each, float32 [n, P]."""
+    """Subtract from each thumbnail its mean: float32 [n, P]."""
     x = some.astype(np.float32)
     return x - x.mean(axis=1, keepdims=True)
 
 
 def mirrored(x: np.ndarray) -> np.ndarray:
-    """Thumbnails [n, P], left to right."""
+    """Mirror thumbnails [n, P] from left to right."""
     side = round(x.shape[1] ** 0.5)
     return x.reshape(-1, side, side)[:, :, ::-1].reshape(x.shape)
 
 
 def cropped(x: np.ndarray) -> Iterator[np.ndarray]:
-    """Crops of thumbnails [n, P], resized to their size: each of PARTS at nine places."""
+    """Yield crops of thumbnails [n, P], resized to the full size: each of PARTS at nine positions."""
     side = round(x.shape[1] ** 0.5)
     images = torch.from_numpy(x).reshape(-1, 1, side, side)
     for part in PARTS:
@@ -441,7 +442,8 @@ def table(
 
 
 def duplicates(found: Curation, pairs: dict[tuple[int, int, int, int], tuple[float, float | None]]) -> None:
-    """`pairs`: (set, row, other set, other row) -> cosine of the features, agreement of the pixels."""
+    """Make the table of duplicates. `pairs` maps (set, row, other set, other row) to (cosine of the features,
+    agreement of the pixels)."""
     first_to_last = sorted(pairs.items(), key=lambda pair: (-(pair[1][1] or pair[1][0]), pair[0]))
     lines = [
         [*found.sets[s].about(a), *found.sets[t].about(b), round(cosine, 5),
@@ -466,12 +468,13 @@ def outliers(found: Curation, count: int) -> None:
 
 
 def contradicted(found: Curation, rows: np.ndarray, cosines: np.ndarray, count: int) -> None:
-    """Labels by how much more of the neighbours' votes, weighted by cosine, another class has."""
+    """Make the table of labels, ranked by how many more of the neighbours' votes, weighted by cosine, another
+    class gets."""
     one = found.sets[0]
     labels = one.labels
     own, best = np.empty(len(one), np.float32), np.empty(len(one), np.float32)
     other = np.empty(len(one), np.int64)
-    for start in range(0, len(one), CHUNK):  # votes of all images at once would take N times the classes
+    for start in range(0, len(one), CHUNK):  # all votes at once would take memory for N x classes
         part = slice(start, start + CHUNK)
         turn = np.arange(len(labels[part]))
         votes = np.zeros((len(turn), int(labels.max()) + 1), np.float32)
@@ -494,8 +497,9 @@ def contradicted(found: Curation, rows: np.ndarray, cosines: np.ndarray, count: 
 
 
 def diverse(bits: np.ndarray, count: int) -> list[int]:
-    """`count` rows of codes uint8 [N, B]: after row 0 always the one that is farthest, in Hamming distance,
-    from all that are chosen (Gonzalez 1985: at most twice the best covering radius); ties: the lower row."""
+    """Choose `count` rows of codes uint8 [N, B]: row 0 first, then always the row that is farthest, in
+    Hamming distance, from all chosen ones (Gonzalez 1985: at most twice the best covering radius). Ties go to
+    the lower row."""
     chosen: list[int] = []
     least = np.full(len(bits), 8 * bits.shape[1] + 1, np.int32)
     while len(chosen) < count:
@@ -505,5 +509,5 @@ def diverse(bits: np.ndarray, count: int) -> list[int]:
 
 
 def largest(scores: np.ndarray, count: int) -> list[int]:
-    """Rows of the largest, in falling order, ties by the lower row."""
+    """Return the rows of the largest scores in descending order; ties go to the lower row."""
     return np.argsort(-scores, kind="stable")[:count].tolist()

@@ -1,14 +1,14 @@
-"""The score `density`: how far an image lies from all that the run was trained on.
+"""The score `density`: how far an image lies from the images that the run was trained on.
 
-    N  images   L  mean activations, of one stage after the other
+    N  images   L  mean activations, concatenated over the stages
 
 A Gaussian is fitted to the training images' activations after each stage of the backbone, averaged over the
-pixels; the score is minus the log-density a number, averaged over the stages, so that the first ones count as
-much as the last, which are wider. The covariance is that of Ledoit & Wolf (2004), "A well-conditioned
-estimator for large-dimensional covariance matrices", of activations standardised by the training set. It
-needs no labels, and is there for every family, a run without a latent included. Among Gaussians it ranks
-images as their Mahalanobis distance does (of every layer: Lee et al. 2018; label-free: SSD, Sehwag et al.
-2021). What else was tried, and lost: docs/uncertainty.md.
+pixels. The score is the negative log-density per dimension, averaged over the stages, so that the early
+stages count as much as the wider late ones. The covariance is the estimator of Ledoit & Wolf (2004), "A
+well-conditioned estimator for large-dimensional covariance matrices", on activations standardised by the
+training set. The score needs no labels and exists for every family, including runs without a latent. A single
+Gaussian ranks images as their Mahalanobis distance does (on every layer: Lee et al. 2018; without labels:
+SSD, Sehwag et al. 2021). Alternatives that were tried and lost: docs/uncertainty.md.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from lvssl.models.backbone import stage_widths
 from lvssl.runs.run import Run
 
 FILE = "density.safetensors"
-OF = {"of": "stages"}  # that of earlier versions is of the posteriors' locations
+OF = {"of": "stages"}  # the density of earlier versions is one of the posteriors' locations
 CHUNK = 8192  # images at a time
 
 
 @dataclass(frozen=True)
 class Density:
-    """Gaussians, in coordinates in which a squared distance is the squared Mahalanobis distance a number,
-    averaged over the stages."""
+    """One Gaussian per stage, in coordinates in which a squared distance is the squared Mahalanobis distance
+    per dimension, averaged over the stages."""
 
     mean: np.ndarray  # float32 [L], of the training set
-    whitening: np.ndarray  # float32 [L, L], block by block
-    constant: np.ndarray  # float64 [1], minus the log-density at the mean
+    whitening: np.ndarray  # float32 [L, L], block-diagonal
+    constant: np.ndarray  # float64 [1], negative log-density at the mean
 
     @property
     def digest(self) -> str:
-        """sha256, hex."""
+        """sha256 of the arrays, in hex."""
         return hashlib.sha256(b"".join(array.tobytes() for array in asdict(self).values())).hexdigest()
 
     def __call__(self, activations: np.ndarray) -> np.ndarray:
-        """Minus the log-density in nats a number, float32 [N], of activations [N, L]; higher is less certain.
-        Raises ValueError for another width."""
+        """Return the negative log-density of activations [N, L], in nats per dimension, float32 [N]; higher
+        means less certain. Raises ValueError for another width."""
         if activations.ndim != 2 or activations.shape[1] != len(self.mean):
             raise ValueError(f"activations [N, {len(self.mean)}] are needed, not {list(activations.shape)}")
         found = np.empty(len(activations), np.float32)
@@ -58,8 +58,8 @@ class Density:
 
 
 def fit_density(sample: np.ndarray, widths: Sequence[int] = ()) -> Density:
-    """Of activations [M, L] of training images, of stages of these widths; without widths of one. Raises
-    ValueError for fewer than two images, FloatingPointError for values that are not finite."""
+    """Fit to activations [M, L] of training images, from stages of these widths (by default, a single stage).
+    Raises ValueError for fewer than two images, FloatingPointError for values that are not finite."""
     if sample.ndim != 2 or len(sample) < 2:
         raise ValueError(f"at least two images [M, L] are needed, not {list(sample.shape)}")
     if not np.isfinite(sample).all():
@@ -74,11 +74,11 @@ def fit_density(sample: np.ndarray, widths: Sequence[int] = ()) -> Density:
 
 
 def fit_gaussian(sample: np.ndarray) -> tuple[np.ndarray, float]:
-    """(whitening [L, L], minus the log-density at the mean) of [M, L]."""
+    """Return (whitening [L, L], negative log-density at the mean) of a sample [M, L]."""
     from sklearn.covariance import ledoit_wolf
 
     mean, scale = sample.mean(axis=0, dtype=np.float64), sample.std(axis=0, dtype=np.float64)
-    scale = np.where(scale > 1e-6 * scale.max(), scale, scale.max() or 1.0)  # constants stay
+    scale = np.where(scale > 1e-6 * scale.max(), scale, scale.max() or 1.0)  # constants aren't scaled up
     covariance, _ = ledoit_wolf(((sample - mean) / scale).astype(np.float32), assume_centered=True)
     values, vectors = np.linalg.eigh(covariance.astype(np.float64))
     values = np.maximum(values, np.finfo(np.float32).eps * (values.max() or 1.0))
@@ -87,8 +87,8 @@ def fit_gaussian(sample: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def density_of(images: FittedOn) -> Density:
-    """The run's density as RUN/density.safetensors has it; fitted and written there if it isn't there yet, or
-    is of another checkpoint or of other images. Raises InputError: training images that can't be read."""
+    """Return the run's density from RUN/density.safetensors. It is fitted and saved first if the file is
+    missing or belongs to another checkpoint or to other images. Raises InputError for unreadable images."""
     run = images.run
     path, about = run.folder / FILE, OF | images.about
     if arrays := kept(path, run, about):
@@ -100,7 +100,7 @@ def density_of(images: FittedOn) -> Density:
 
 
 def stored_density(run: Run) -> Density | None:
-    """The density that stands in the run's folder, of whatever images; None if there is none of this
-    checkpoint. Raises InputError for a damaged file."""
+    """Return the density saved in the run's folder, whichever images it was fitted to; None if there is none
+    of this checkpoint. Raises InputError for a damaged file."""
     arrays = kept(run.folder / FILE, run, OF)
     return Density(**arrays) if arrays else None

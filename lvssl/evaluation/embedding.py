@@ -1,4 +1,4 @@
-"""A network over a data set: features, codes and uncertainties of every image, without augmentation."""
+"""Embed a data set with a network: features, codes and uncertainties of every image, without augmentation."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from pipelines.files import naming
 from pipelines.formats import jpeg
 from pipelines.views import ViewSettings
 
-LARGE_SET = 200_000  # images from which on what is exact would take too much memory and time
-VERSION = 1  # of what the arrays of a store mean
-SIDE = 32  # pixels to which images are shrunk that stand for themselves
+LARGE_SET = 200_000  # from this many images on, exact methods would take too much memory and time
+VERSION = 1  # version of the meaning of a store's arrays
+SIDE = 32  # pixels to which images are shrunk when pixels serve as features
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """N images as a network sees them; the arrays may be mapped files."""
+    """A network's outputs for N images; the arrays may be memory-mapped."""
 
     features: np.ndarray  # float32 [N, F]
     codes: np.ndarray  # uint8 [N, ceil(bits / 8)], packed
@@ -38,12 +38,12 @@ class Embedding:
     uncertainty: np.ndarray  # float32 [N], grows with the posterior's scale
     rate_bits: float  # mean KL to the prior
     labels: np.ndarray  # int64 [N]
-    rows: np.ndarray  # int64 [N], positions in the set: all, unless damaged images are skipped
-    bit_means: np.ndarray | None  # float32 [N, bits], P(bit = 1), where the code is drawn bit by bit
+    rows: np.ndarray  # int64 [N], positions in the set; all of them unless damaged images are skipped
+    bit_means: np.ndarray | None  # float32 [N, bits], P(bit = 1), if the code is drawn bit by bit
 
     @classmethod
     def of(cls, network: LVNet, arrays: Arrays, labels: np.ndarray) -> Embedding:
-        """Of what `batches_of` gave, joined, and the labels of the whole set."""
+        """Create it from the joined arrays of `batches_of` and the labels of the whole set."""
         return cls(
             arrays["features"],
             arrays["codes"],
@@ -63,8 +63,8 @@ def embed(
     workers: int = 0,
     on_error: str = "raise",
 ) -> Embedding:
-    """Every image of the source, in its order, in eval mode: the same image gives the same row in any set.
-    In memory, and computed anew: see `embedded`."""
+    """Embed every image of the source in order, in eval mode: an image gives the same row in any set.
+    Everything is computed anew and held in memory; see `embedded`."""
     batches = list(batches_of(network, readable(source, view, workers, on_error), view))
     joined = {name: np.concatenate([arrays[name] for _, arrays in batches]) for name in batches[0][1]}
     joined["rows"] = np.concatenate([rows for rows, _ in batches])
@@ -74,10 +74,10 @@ def embed(
 def embedded(
     run: Run, source: Reader, workers: int = 0, on_error: str = "raise", title: str = ""
 ) -> Embedding:
-    """As `embed` with the run's network, from the run's store of features, RUN/features, which is filled
-    first where it doesn't hold them: on from where a kill left it, and together with other processes.
+    """Embed with the run's network, as `embed` does, but read the outputs from the run's store, RUN/features.
+    What the store lacks is computed first: interrupted calls are resumed, and processes share the work.
 
-    From LARGE_SET images on without bit_means.
+    There are no bit_means for sets of LARGE_SET images or more.
     """
     store, compute = store_of(run, source, workers, on_error, title)
     with naming(store.folder):
@@ -85,18 +85,18 @@ def embedded(
     arrays = store.open()
     left_out = np.setdiff1d(np.arange(len(source)), arrays["rows"])
     if len(left_out) and on_error == "raise":
-        list(compute(left_out))  # which names the first of them
+        list(compute(left_out))  # raises, naming the first of them
     return Embedding.of(run.network, arrays, source.labels)
 
 
 def help_to_embed(run: Run, source: Reader, workers: int = 0, on_error: str = "raise") -> None:
-    """Compute those parts of what `embedded` needs that no other process computes: a rank but the first."""
+    """Compute the parts for `embedded` that no other process computes; for all ranks but the first."""
     store, compute = store_of(run, source, workers, on_error, "")
     store.fill(compute, to_the_end=False)
 
 
 def store_of(run: Run, source: Reader, workers: int, on_error: str, title: str) -> tuple[Store, Compute]:
-    """Where a run keeps its features of a set, and what computes them."""
+    """Return the run's store of features for a set, and the function that computes them."""
     view, means = run.settings.view, len(source) < LARGE_SET
     key: dict[str, Any] = {
         "version": VERSION,
@@ -106,7 +106,7 @@ def store_of(run: Run, source: Reader, workers: int, on_error: str, title: str) 
         "arithmetic": run.arithmetic,
         "decoder": getattr(getattr(source, "source", source), "decoder", ""),
     }
-    if on_error == "keep":  # which images are read
+    if on_error == "keep":  # changes which images can be read
         key["on_error"] = on_error
     if jpeg.most_pixels != jpeg.MAX_PIXELS:
         key["max_pixels"] = jpeg.most_pixels
@@ -119,15 +119,15 @@ def store_of(run: Run, source: Reader, workers: int, on_error: str, title: str) 
 
 
 def bytes_an_image(width: int, bits: int, images: int) -> int:
-    """What such a store takes for each of its images at most: features of that width, a code, two scores, a
-    position, and where there are fewer than LARGE_SET images the means of the bits."""
+    """Return the maximum number of bytes per image in such a store: features of that width, a code, two
+    scores, a position and, for fewer than LARGE_SET images, the means of the bits."""
     return 4 * width + -(-bits // 8) + 4 + 4 + 8 + (4 * bits if images < LARGE_SET else 0)
 
 
 def batches_of(
     network: LVNet, batches: Batches, view: ViewSettings, means: bool = True
 ) -> Iterator[tuple[np.ndarray, Arrays]]:
-    """Of each batch of crops: positions, and the arrays that an Embedding is made of."""
+    """Yield for each batch of crops the positions and the arrays of an Embedding."""
     for part in encode(network, batches, view):
         posterior = part.posterior
         arrays = {
@@ -145,14 +145,14 @@ def calibrate_batch_statistics(
 ) -> None:
     """Replace every batch normalisation's running statistics by their averages over the source.
 
-    For the random encoder: untrained running statistics would make it worse than it is.
+    Used for the random encoder, which would be worse than it is with untrained running statistics.
     """
     batches = readable(source, view, workers, on_error)
     update_bn(on_device(batches, view, device_of(network)), network.backbone)
 
 
 def pixels(source: Reader, view: ViewSettings, workers: int = 0, on_error: str = "raise") -> np.ndarray:
-    """Evaluation crops as vectors, at most SIDE px a side, float32 [N, D]; one channel if all are grey."""
+    """Return evaluation crops, at most SIDE pixels a side, as float32 [N, D]; one channel if all are grey."""
     batches = readable(source, view, workers, on_error)
     values = torch.cat([shrink(crops.permute(0, 3, 1, 2) / 255, SIDE) for crops, _ in batches])
     if bool((values - values[:, :1]).abs().max() < 1e-5):

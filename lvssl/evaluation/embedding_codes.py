@@ -1,4 +1,4 @@
-"""Codes of embeddings that another model has made."""
+"""Encode embeddings that another model has made."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHUNK = 8192  # embeddings at a time
 
 @dataclass(frozen=True)
 class EmbeddingEncoder:
-    """What is fitted on embeddings, and leads from others of the same model to codes."""
+    """Quantiser and density fitted on embeddings, used to encode other embeddings of the same model."""
 
     known: Embeddings
     code: str
@@ -30,8 +30,9 @@ class EmbeddingEncoder:
     density: Density
 
     def write(self, path: Path, asked: Embeddings) -> None:
-        """The code file with the uncertainties. A killed call is resumed, to the same bytes: a chunk is
-        computed whole, whichever rows of it are written already. Names are row numbers."""
+        """Write the code file and the uncertainties, with row numbers as names. An interrupted call is
+        resumed and gives the same bytes, because a chunk is always computed whole, even if some of its rows
+        are already written."""
         stat, fitted = asked.path.stat(), [self.quantiser.digest, self.density.digest]
         told = [str(asked.path.resolve()), asked.digest, stat.st_size, stat.st_mtime_ns, fitted]
         count = len(asked.features)

@@ -1,5 +1,5 @@
-"""Images to codes by what is fitted on a run, and codes to search in: what `encode`, `search`, `curate` and
-the Python interface share.
+"""Encode images with what is fitted on a run, and search codes: shared by `encode`, `search`, `curate` and
+the Python interface.
 """
 
 import hashlib
@@ -52,9 +52,9 @@ from pipelines.kernels.pack import pack_bits
 from pipelines.parameters import centre_boxes
 from pipelines.views import ViewSettings
 
-QUERIES = 1024  # searched together
+QUERIES = 1024  # number of queries that are searched together
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
-CANDIDATES = 100  # that `--rerank` looks at, at least
+CANDIDATES = 100  # minimum number of candidates for `--rerank`
 
 
 class Neighbour(NamedTuple):
@@ -78,23 +78,23 @@ class Neighbour(NamedTuple):
 
 class Query(NamedTuple):
     name: str
-    uncertainty: float | None  # in nats, where the run has a density
+    uncertainty: float | None  # in nats, if the run has a density
 
 
 class Coded(NamedTuple):
-    """B images, encoded."""
+    """B encoded images."""
 
     rows: np.ndarray  # int64 [B], positions in the set
     codes: np.ndarray  # packed, uint8 [B, bytes]
     means: np.ndarray  # of the posteriors, float32 [B, D]
-    values: np.ndarray  # what the quantiser encodes, float32 [B, L]; L = 0 without one
+    values: np.ndarray  # input of the quantiser, float32 [B, L]; L = 0 without one
     uncertainty: np.ndarray | None  # float32 [B]
-    thumbnails: np.ndarray | None = None  # uint8 [B, P], of `lvssl curate`
+    thumbnails: np.ndarray | None = None  # uint8 [B, P], for `lvssl curate`
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A run with what was fitted for it: all that leads from images to codes."""
+    """A run with the quantiser and density fitted on it: everything needed to encode images."""
 
     run: Run
     bits: int
@@ -125,17 +125,17 @@ def code_path(run: Path, given: Path | None) -> Path:
 class Queries(NamedTuple):
     names: list[str]
     codes: np.ndarray  # packed, uint8 [Q, bytes]
-    means: np.ndarray  # of the posteriors, [Q, D]; D = 0 where they aren't asked for
-    values: np.ndarray  # what the quantiser encodes, [Q, L]; L = 0 where there are codes alone
+    means: np.ndarray  # of the posteriors, [Q, D]; D = 0 if they aren't needed
+    values: np.ndarray  # input of the quantiser, [Q, L]; L = 0 if only codes are known
     uncertainty: list[float | None]
 
 
 class Searcher:
-    """A run and its codes, loaded once and searched again and again.
+    """A run and its codes, loaded once for many searches.
 
-    `symmetric`, `staged`, `rerank`: as in SearchSettings. Raises CodeFileError: no code file, a damaged or
-    empty one, of another checkpoint or quantiser, without means to rerank by; InputError: --staged or
-    --rerank for a product code.
+    `symmetric`, `staged` and `again` (`rerank`) are as in SearchSettings. Raises CodeFileError: no code file,
+    or it is damaged, of another checkpoint or quantiser, or lacks the means for reranking; InputError: an
+    empty code file, or --staged or --rerank with product codes.
     """
 
     def __init__(
@@ -157,18 +157,18 @@ class Searcher:
         self.uncertainty = stored_uncertainty(self.codes)
 
     def queries(self, names: list[str], batches: Batches) -> Iterator[Queries]:
-        """Images as queries, batch by batch; a batch's positions are those of its names."""
+        """Yield images as queries, batch by batch; the positions in a batch index `names`."""
         for part in self.encoder.coded(batches):
             scores = [None] * len(part.rows) if part.uncertainty is None else part.uncertainty.tolist()
             yield Queries([names[row] for row in part.rows], part.codes, part.means, part.values, scores)
 
     def image(self, path: Path, keep: bool = False) -> Queries:
-        """An image file as a query. Raises InputError for one that can't be read; `keep`: as `decode_rgb`."""
+        """Return an image file as a query; `keep` as in `decode_rgb`. Raises InputError if unreadable."""
         crop = torch.from_numpy(centre_crop(self.run.settings.view, decode_rgb(path, keep=keep))[None])
         return next(self.queries([str(path)], in_batches(crop)))
 
     def images(self, paths: list[Path], k: int) -> list[list[Neighbour]]:
-        """The k nearest of each image file. Raises InputError for one that can't be read."""
+        """Return the k nearest images of each image file. Raises InputError for one that can't be read."""
         return [near for path in paths for near in self.nearest(self.image(path), k)]
 
     def nearest(self, some: Queries, k: int) -> list[list[Neighbour]]:
@@ -200,8 +200,8 @@ class Searcher:
 def code_writer(
     encoder: Encoder, path: Path, means: int, source: str, beside: dict[Table, int] | None = None
 ) -> CodeWriter:
-    """The writer of these codes, with the uncertainty where there is a density; `means`: numbers of a mean
-    that lies beside a code, or 0; `source`: what `identity` gives; `beside`: what else lies there."""
+    """Return a writer of these codes, and of uncertainties if there is a density. `means`: width of the means
+    stored with the codes, or 0; `source`: from `identity`; `beside`: widths of further tables."""
     run, quantiser = encoder.run, encoder.quantiser
     return CodeWriter(
         path,
@@ -216,7 +216,7 @@ def code_writer(
 
 
 def write_coded(writer: CodeWriter, parts: Iterable[Coded], names: list[str], title: str) -> None:
-    """Append them as they come, from `writer.position` of the images on, with progress."""
+    """Append the parts, which start at image `writer.position`, with a progress bar."""
     with tqdm(total=len(names), initial=writer.position, desc=title, unit="img", disable=None) as bar:
         for part in parts:
             means = part.means if MEANS in writer.tables else None
@@ -226,13 +226,13 @@ def write_coded(writer: CodeWriter, parts: Iterable[Coded], names: list[str], ti
 
 
 def created_by(run: Run) -> str:
-    """What a code file says of its making."""
+    """Return the `created_by` entry of a code file."""
     return f"lvssl encode, {run.arithmetic}"
 
 
 def require_arithmetic(index: CodeFile, run: Run) -> None:
     """Raise CodeFileError if queries encoded here may differ in a few bits from codes of the same images.
-    Files of the first releases don't say what made them."""
+    Files of the first releases don't record what made them and are accepted."""
     if index.created_by.startswith("lvssl encode, ") and index.created_by != created_by(run):
         made = index.created_by.removeprefix("lvssl encode, ")
         raise CodeFileError(
@@ -244,7 +244,7 @@ def require_arithmetic(index: CodeFile, run: Run) -> None:
 
 
 def holds_many(path: Path) -> bool:
-    """Whether a query is a set of images, or their codes, rather than an image."""
+    """Return whether a query is a set of images or their codes, rather than a single image."""
     ends = (".lvcodes", ".beton", ".txt", *TABLES_AND_TARS)
     return path.is_dir() or path.suffix.lower() in ends
 
@@ -282,8 +282,8 @@ def in_words(codes: CodeFile) -> str:
 
 
 def image_set(path: Path) -> tuple[Reader, list[str]]:
-    """A set of images and their names. Every image below a folder, in the order of their paths; else, and of
-    a folder that has tars or parquet files instead, what `pipelines.decode` reads."""
+    """Open a set of images, with their names: all images below a folder, in the order of their paths, or else
+    (also for a folder that has tars or parquet files instead) whatever `pipelines.decode` reads."""
     if path.is_file() and path.suffix.lower() in IMAGE_ENDINGS:
         raise InputError(f"{path}: a single image; pass its folder, or use `search --query`")
     source = every_image(path) or open_reader(path)
@@ -292,7 +292,7 @@ def image_set(path: Path) -> tuple[Reader, list[str]]:
 
 
 def every_image(path: Path) -> Reader | None:
-    """Those below a folder; None if there is none, but tars or parquet files, or if it is no folder."""
+    """Open the images below a folder; None if it only has tars or parquet files, or if it isn't a folder."""
     if not path.is_dir():
         return None
     try:
@@ -306,8 +306,8 @@ def every_image(path: Path) -> Reader | None:
 def crops_of(
     run: Run, source: Reader, on_error: str, workers: int = 0, rows: np.ndarray | None = None
 ) -> Batches:
-    """Centre crops of those of the images (or of `rows`) that can be decoded, with a warning for each other
-    one; or InputError, which names it."""
+    """Yield centre crops of the images (or of `rows`). An image that can't be decoded is left out with a
+    warning, or raises InputError, which names it."""
     try:
         yield from readable(source, run.settings.view, workers, on_error, rows, left_out=say_left_out)
     except DamagedSample as sample:
@@ -319,7 +319,7 @@ def say_left_out(reason: str) -> None:
 
 
 def names_of(source: Reader, path: Path) -> list[str]:
-    """From the source or its manifest; positions where neither has any."""
+    """Return the names from the source or its manifest, otherwise the positions."""
     if hasattr(source, "names"):
         return list(source.names)
     names = stored_names(path)
@@ -329,7 +329,7 @@ def names_of(source: Reader, path: Path) -> list[str]:
 
 
 def identity(encoder: Encoder, images: Path, names: list[str], on_error: str) -> str:
-    """Another one wherever the same position may mean another code or another uncertainty."""
+    """Return a digest that changes whenever a position may get another code or another uncertainty."""
     digest, run = hashlib.sha256(), encoder.run
     view = beyond_defaults(run.settings.view)
     stats = [file.stat() for file in files_of(images) if file.is_file()]
@@ -344,7 +344,8 @@ def identity(encoder: Encoder, images: Path, names: list[str], on_error: str) ->
 
 
 def centre_crop(view: ViewSettings, image: np.ndarray, least: int = 0) -> np.ndarray:
-    """The evaluation's crop of uint8 [H, W, 3], as from a beton: uint8 [R, R, 3], R at `least` that."""
+    """Return the evaluation crop of an image uint8 [H, W, 3], the same as from a beton: uint8 [R, R, 3]. R is
+    the resolution of the view, but at `least` that."""
     side = max(view.resolution, least)
     height, width = image.shape[:2]
     box = centre_boxes(np.array([height]), np.array([width]), view.evaluation_crop)[0, 0]
@@ -354,8 +355,8 @@ def centre_crop(view: ViewSettings, image: np.ndarray, least: int = 0) -> np.nda
 
 
 def codes_of(run: Run, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(the run's own codes, packed, uint8 [N, bytes], the posteriors' means float32 [N, D]) of crops uint8
-    [N, R, R, 3]."""
+    """Return (the run's own codes, packed, uint8 [N, bytes]; the posteriors' means, float32 [N, D]) of crops
+    uint8 [N, R, R, 3]."""
     parts = list(Encoder(run, own_bits(run)).coded(in_batches(torch.from_numpy(crops))))
     return np.concatenate([part.codes for part in parts]), np.concatenate([part.means for part in parts])
 

@@ -1,4 +1,4 @@
-"""What a run is worth: probes and nearest neighbours for the run, its control, and the baselines of both."""
+"""Evaluate a run with linear probes and kNN, next to its control and to baselines that need no training."""
 
 import io
 import shutil
@@ -64,7 +64,7 @@ from pipelines.views import ViewSettings
 
 GALLERY = "gallery.npz"
 QUERIES, NEIGHBOURS, EXTREMES = 40, 6, 12  # pictures in the gallery
-CALIBRATED = 50_000  # images of a large set on which the random encoder's running statistics are taken
+CALIBRATED = 50_000  # images of a large set from which the random encoder's running statistics are computed
 EXACT = "L2 logistic regression by L-BFGS, its strength chosen on held-out training images"
 
 
@@ -85,12 +85,12 @@ class EvaluateSettings(MeasuringSettings):
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
-    """Measure, write evaluation.json and gallery.npz into the folder --out, or the run's, and return the
-    former's content; what is there already is not measured again.
+    """Evaluate a run, write evaluation.json and gallery.npz to --out (or the run's folder), and return the
+    content of evaluation.json. A result that exists is not measured again.
 
     Raises:
-        InputError: no such run or data, unfinished runs, labels that don't match, or another result stands
-            there.
+        InputError: no such run or data, unfinished runs, labels that don't match, or a result for other
+            settings exists there.
     """
     settings.validate()
     run = load_run(settings.run)
@@ -158,14 +158,14 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
 def linear(
     train: Rows, train_y: np.ndarray, test: Rows, test_y: np.ndarray, device: torch.device, epochs: int = 0
 ) -> ProbeResult:
-    """The exact linear probe; of LARGE_SET training images and more the streamed one, on the device."""
+    """Fit the exact linear probe or, from LARGE_SET training images on, the streamed one on the device."""
     if len(train_y) < LARGE_SET:
         return linear_probe(train[:], train_y, test[:], test_y)
     return streamed_probe(train, train_y, test, test_y, device=device, epochs=epochs)
 
 
 def protocol(train: Reader, epochs: int) -> dict[str, Any]:
-    """How `measure` and `baselines` measure on so many training images."""
+    """Describe how `measure` and `baselines` measure with this many training images."""
     k, temperature = customary(len(train))
     probe = EXACT if len(train) < LARGE_SET else streamed.protocol(epochs)
     fitted = f"fitted on {min(len(train), SAMPLE):,} of {len(train):,} training images, evenly spread"
@@ -175,9 +175,10 @@ def protocol(train: Reader, epochs: int) -> dict[str, Any]:
 def measure(
     train: Embedding, test: Embedding, network: LVNet, codes: list[tuple[str, int]], epochs: int = 0
 ) -> tuple[list[Point], np.ndarray, list[str]]:
-    """Accuracies in percent on features and codes, computed where the network lies; the feature probe's
-    mistakes, bool [test]; and which codes can't be, and why. The first code is the latent's own; without a
-    latent there are those of `codes`, methods and bits, made of the features: left out, the features' signs.
+    """Measure accuracies in percent on features and codes, on the network's device. Returns the accuracies,
+    the feature probe's mistakes (bool [test]), and a line for each code that can't be made. The code of a run
+    with a latent is its own. Without a latent, `codes` (method, bits) are made from the features, by default
+    their signs.
     """
     labels, device, width = (train.labels, test.labels), device_of(network), test.features.shape[1]
     k, temperature = customary(len(labels[0]))
@@ -209,7 +210,7 @@ def measure(
 
 @dataclass(frozen=True)
 class Coded:
-    """Features as what their codes stand for, decoded where they are read: `Rows`."""
+    """Features as represented by their codes, decoded when they are read; implements `Rows`."""
 
     coder: Coder
     codes: np.ndarray  # uint8 [N, bytes]
@@ -217,7 +218,7 @@ class Coded:
 
     @classmethod
     def of(cls, coder: Coder, features: np.ndarray, rows: int = 8192) -> "Coded":
-        """Of features [N, F], mapped ones `rows` at a time."""
+        """Encode features [N, F], `rows` at a time if they are mapped."""
         parts = [features[start : start + rows] for start in range(0, len(features), rows)]
         codes = np.concatenate([coder.encode(part) for part in parts])
         return cls(coder, codes, (len(codes), coder.decode(codes[:1]).shape[1]))
@@ -232,7 +233,7 @@ class Coded:
 def baselines(
     run: Run, train: Reader, test: Reader, chosen: EvaluateSettings, on_error: str
 ) -> tuple[float, float]:
-    """The probe on what needs no training: the same network untrained, and the pixels."""
+    """Return the probe's accuracy on what needs no training: the untrained network, and the pixels."""
     settings, how = run.settings, (chosen.workers, on_error)
     torch.manual_seed(settings.seed)
     random = LVNet(settings.model, settings.latent, settings.view.resolution)
@@ -264,8 +265,8 @@ def baselines(
 def kept_for_now(
     run: Run, name: str, network: LVNet | None, source: Reader, workers: int, on_error: str
 ) -> Iterator[np.ndarray]:
-    """Features of a network that isn't trained, or pixels where there is none, mapped, [N, F]; their files
-    lie in RUN/features until they have been used, and are gone on with after a kill."""
+    """Yield features of an untrained network, or pixels without a network, memory-mapped, [N, F]. The files
+    lie in RUN/features until they have been used; an interrupted call is resumed."""
     view = run.settings.view
 
     def compute(at: np.ndarray) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
@@ -287,7 +288,7 @@ def kept_for_now(
 
 
 def of_code(run: Run, test: Embedding, source: Reader, on_error: str) -> dict[str, float | int | None]:
-    """What the run's codes hold, and how many times smaller they are than what is named."""
+    """Return statistics of the run's codes, and their compression relative to pixels, JPEGs and features."""
     ratios = smaller_by(run, source, on_error)(test.bits)
     rate = {"rate_bits": test.rate_bits} if run.network.family.stochastic else {}
     return ratios | code_statistics(unpack_bits(test.codes, test.bits), test.bit_means) | rate
@@ -305,7 +306,7 @@ def describe_data(run: Run, settings: EvaluateSettings, train: Reader, test: Rea
 
 
 def uncertainty(test: Embedding, wrong: np.ndarray) -> dict[str, float]:
-    """Does the posterior's scale say where features and probe fail? In [0, 1]."""
+    """Measure whether the posterior's scale tells where features and probe fail: scores in [0, 1]."""
     score = r_auroc(test.features, test.labels, test.uncertainty)
     return {
         "r_auroc": score.r_auroc,
@@ -315,7 +316,7 @@ def uncertainty(test: Embedding, wrong: np.ndarray) -> dict[str, float]:
 
 
 def manifest(data: Path) -> dict[str, Any]:
-    """What the conversion wrote beside a beton (the first of several) or tars; empty if it didn't."""
+    """Return the manifest of a beton (of the first of several) or of tars; empty if there is none."""
     try:
         return content_of(manifest_path(files_of(data)[0]))
     except InputError:
@@ -331,9 +332,9 @@ def write_gallery(
     view: ViewSettings,
     names: list[str],
 ) -> None:
-    """Pictures for the report: test images with their nearest training images; the least and most certain.
+    """Write the report's pictures: test images with their neighbours, and the least and most certain.
 
-    Queries are spread over the classes, and drawn by position, not by how well they do.
+    Queries are spread over the classes and chosen by position, regardless of how well they do.
     """
     queries = spread_over_classes(test.labels, QUERIES)
     by_code, _ = hamming_search(test.codes[queries], train.codes, min(NEIGHBOURS, len(train.codes)))
@@ -371,7 +372,7 @@ def write_gallery(
 
 
 def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
-    """`count` positions, class by class in turn, the first of each class first."""
+    """Return `count` positions, taking the classes in turn and the first images of each class first."""
     turn = np.empty(len(labels), np.int64)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -380,7 +381,7 @@ def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def print_table(rows: list[Row]) -> None:
-    """The accuracies on a terminal."""
+    """Print the accuracies."""
     print(f"{'run':16}{'representation':16}{'bits':>8}{'linear %':>10}{'kNN %':>8}")
     for point in by_point(rows):
         if "linear" in point:

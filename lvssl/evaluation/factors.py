@@ -1,4 +1,4 @@
-"""Images of which something is known exactly: augmented views with their parameters, procedural shapes."""
+"""Images with exactly known factors: augmented views with their parameters, and procedural shapes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def representations(outputs: NetworkOutputs) -> dict[str, np.ndarray]:
     return {"features": outputs.features, "code": 2 * outputs.bits.astype(np.float32) - 1}
 
 
-Factors = tuple[NetworkOutputs, dict[str, np.ndarray]]  # and what is known of the images: [N] or [N, T]
+Factors = tuple[NetworkOutputs, dict[str, np.ndarray]]  # outputs, and known factors: [N] or [N, T]
 
 
 def known_factors(run: Run, sets: Sets, sampling: Sampling) -> dict[str, tuple[Factors, Factors]]:
-    """Augmented views and procedural shapes, of each a training and a test part. Factors that never change,
-    those of an augmentation that is switched off, are left out."""
+    """Return a training and a test part of augmented views and of procedural shapes. Factors that never
+    change, such as those of an augmentation that is switched off, are left out."""
     count = sampling.max_images or 2000
     on_error = run.on_error(sampling.on_error)
     views = [
@@ -42,7 +42,7 @@ def known_factors(run: Run, sets: Sets, sampling: Sampling) -> dict[str, tuple[F
 def augmented(
     run: Run, source: Reader, count: int, seed: int, on_error: str = "raise"
 ) -> tuple[NetworkOutputs, dict[str, np.ndarray]]:
-    """`count` augmented views, read, and their parameters as regression targets."""
+    """Return the outputs for `count` augmented views, and their parameters as regression targets."""
     batch_size = min(250, len(source))
     views: list[torch.Tensor] = []
     parameters, indices = [], []

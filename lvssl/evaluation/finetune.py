@@ -1,10 +1,10 @@
-"""Fine-tuning a run's encoder with all or some labels.
+"""Fine-tune a run's encoder with all or some labels.
 
-RUN/finetune-LABELS/stage.json       what the folder is for
-                   /trials.json      the figures of each setting on the held-out images
-                   /trial-0 ...      the checkpoints of a trial under way
-                   /final            those of the training on all labelled images
-                   /result.json      on the test images, which are read once, at the very end
+RUN/finetune-LABELS/stage.json       settings that the folder belongs to
+                   /trials.json      figures of each setting on the held-out images
+                   /trial-0 ...      checkpoints of the trial in progress
+                   /final            checkpoints of the training on all labelled images
+                   /result.json      figures on the test images, which are read once, at the very end
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from pipelines.files import write_json
 
 
 def finetune(settings: FinetuneSettings) -> Stage[FinetuneSettings]:
-    """Choose, train, test once, write result.json; the stage returned is `done`.
+    """Choose the settings, train, test once and write result.json; the returned stage is `done`.
 
     Raises:
-        InputError: impossible settings, no such run, data or list, or another result stands there.
-        Interrupted: SIGTERM or SIGUSR2 came; the state is saved.
-        FloatingPointError: the last training diverged. A trial that diverges is merely not chosen.
+        InputError: impossible settings, no such run, data or list, or a result for other settings
+            exists there.
+        Interrupted: SIGTERM or SIGUSR2 was received; the state is saved.
+        FloatingPointError: the final training or every trial diverged. A single diverging trial isn't chosen.
     """
     stage = prepare("finetune", settings, f"{folder_name(settings)}/result.json")
     if stage.done is not None:
@@ -58,13 +59,13 @@ def finetune(settings: FinetuneSettings) -> Stage[FinetuneSettings]:
 def predictions(
     stage: Stage[FinetuneSettings], model: Classifier, data: LabelledDataset
 ) -> tuple[Tensor, Tensor]:
-    """What `predict` gives."""
+    """Return the result of `predict`."""
     view, workers, title = stage.run.settings.view, stage.settings.workers, f"finetune: {data.path.name}"
     return predict(model, data, view, stage.device, workers, stage.world, title, stage.engine)
 
 
 def folder_name(settings: FinetuneSettings) -> str:
-    """finetune-0.1; finetune-latent-0.1; with a list and no --labels, the list's name."""
+    """Return finetune-0.1, finetune-latent-0.1 or, with a list and no --labels, the list's name."""
     share = settings.label_fraction
     what = settings.subset_list.stem if settings.subset_list and share == 1 else str(share)
     return "-".join(["finetune", *(["latent"] if settings.representation == "latent" else []), what])
@@ -78,7 +79,7 @@ def grid(settings: FinetuneSettings) -> list[dict[str, float]]:
 def sweep(
     stage: Stage[FinetuneSettings], labelled: LabelledDataset, folder: Path, stop: Stop
 ) -> list[dict[str, Any]]:
-    """Each pair of the grid with its figures on held-out images; those in trials.json aren't done again."""
+    """Return each pair of the grid with its figures on held-out images, reusing those in trials.json."""
     pairs = grid(stage.settings)
     fitted, held = split(labelled, stage.settings.validation_fraction, stage.settings.seed)
     if len(pairs) == 1 or not len(held) or not len(fitted):
@@ -101,7 +102,7 @@ def sweep(
 
 
 def read_trials(path: Path) -> list[dict[str, Any]]:
-    """The trials that are done already. InputError: the file is damaged."""
+    """Return the finished trials. Raises InputError if the file is damaged."""
     trials = read_json(path) if path.exists() else []
     known = {"lr", "weight_decay", "held_out", "seconds"}
     if not isinstance(trials, list) or not all(isinstance(t, dict) and known <= t.keys() for t in trials):
@@ -117,7 +118,7 @@ def trial(
     stop: Stop,
     title: str,
 ) -> dict[str, Any]:
-    """Train on the one part, measure on the other."""
+    """Train on the first part, measure on the second."""
     fitted, held = parts
     try:
         model, training = fit(stage, fitted, pair, folder, stop, title)
@@ -131,12 +132,12 @@ def trial(
 
 
 def finite_or(otherwise: float, value: float | None) -> float:
-    """A figure as it is, or `otherwise` where it isn't finite, which a file holds as null."""
+    """Return the figure, or `otherwise` if it isn't finite; files store such figures as null."""
     return value if value is not None and math.isfinite(value) else otherwise
 
 
 def best(trials: list[dict[str, Any]]) -> dict[str, float]:
-    """The pair with the best held-out accuracy (of equal ones the lower cross entropy), or R^2."""
+    """Return the pair with the best held-out accuracy (ties: the lower cross entropy) or R^2."""
 
     def merit(trial: dict[str, Any]) -> tuple[float, float]:
         figures = trial["held_out"]
@@ -160,7 +161,7 @@ def fit(
     stop: Stop,
     title: str,
 ) -> tuple[Classifier, SupervisedTrainer]:
-    """One training from the run's weights, or from where it was interrupted."""
+    """Train from the run's weights, or resume an interrupted training."""
     settings = stage.settings
     batch = largest_batch(settings.batch_size, len(data), stage.world.size)
     recipe = Recipe(

@@ -1,4 +1,4 @@
-"""What is fitted once on a run's training images and kept with the run: the density, the quantisers."""
+"""The training images for density and quantisers, which are fitted once per run and kept with it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from pipelines.errors import InputError
 from pipelines.files import write_atomically
 
 VERSION = 1
-SAMPLE = 50_000  # training images at most
+SAMPLE = 50_000  # maximum number of training images
 
 
 @dataclass(frozen=True)
 class TrainingEmbeddings:
-    """Embeddings as what is fitted reads them."""
+    """Embeddings for fitting density and quantisers."""
 
     run: Embeddings
 
@@ -42,19 +42,19 @@ class TrainingEmbeddings:
         return {"train": self.path.resolve()}
 
     def sample(self, kind: str) -> np.ndarray:
-        """float32 [M, D] of M <= SAMPLE of them, evenly spread, of whatever kind."""
+        """Return M <= SAMPLE embeddings, evenly spaced, float32 [M, D], whatever the kind."""
         features = self.run.features
         return np.asarray(features[evenly_spaced(len(features), SAMPLE)], np.float32)
 
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """A run's training images, or others in their place, as what is fitted reads them: once."""
+    """A run's training images, or others in their place, for fitting density and quantisers; read once."""
 
     run: Run
     train: Path | None = None
     workers: int = 0
-    on_error: str = "raise"  # of an image that can't be decoded
+    on_error: str = "raise"  # for an image that can't be decoded
     limit: int = SAMPLE
 
     @property
@@ -63,21 +63,22 @@ class TrainingImages:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Nothing of an export's own: what was fitted on them lies there, and they don't."""
+        """What identifies the training images; empty for those of an export, which doesn't contain them."""
         own = self.train is None and is_exported(self.run.folder)
         return {} if own else {"train": self.path.resolve()}
 
     def sample(self, kind: str) -> np.ndarray:
-        """Of M <= `limit` images the `kind`, "locations", "features" or "stages", float32 [M, L]. They lie
-        evenly over the set, which may be sorted by class.
+        """Return "locations", "features" or "stages" of M <= `limit` images, float32 [M, L]. The images are
+        evenly spaced in the set, which may be sorted by class.
 
-        Raises InputError: no such images, a damaged one, with on_error="raise", or fewer than two.
+        Raises InputError: no such images, fewer than two, or a damaged one with on_error="raise".
         """
         return self._read[kind]
 
     @property
     def count(self) -> int | None:
-        """How many there are; None of an export's own, which don't lie there. InputError: no such images."""
+        """Number of images, by the run's records unless `train` is given; None if they don't say. Raises
+        InputError: no such images."""
         return image_count(self.run.folder) if self.train is None else len(self.source)
 
     @cached_property
@@ -113,13 +114,13 @@ class TrainingImages:
         return {kind: np.concatenate(arrays) for kind, arrays in parts.items()}
 
 
-Origin = Run | Embeddings  # what is fitted on
+Origin = Run | Embeddings  # what density and quantisers are fitted for
 FittedOn = TrainingImages | TrainingEmbeddings
 
 
 def keep(path: Path, arrays: dict[str, np.ndarray], run: Origin, about: dict[str, Any]) -> None:
-    """Write arrays and what they belong to, as safetensors, beside and renamed; or say that a run which
-    can't be written to doesn't keep them."""
+    """Write the arrays as safetensors, atomically, with what identifies their origin. If the folder can't be
+    written to, print a note instead."""
     origin = {"device": run.arithmetic, "lvssl": versions()["lvssl"]}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,8 +133,8 @@ def keep(path: Path, arrays: dict[str, np.ndarray], run: Origin, about: dict[str
 
 
 def in_order(written: bytes) -> bytes:
-    """The same safetensors with the names of its head sorted: the library writes metadata in any order, and
-    the same arrays would not be the same bytes."""
+    """Sort the metadata in the header of a safetensors file. The library writes it in any order, so equal
+    arrays would not give equal bytes."""
     end = 8 + int.from_bytes(written[:8], "little")
     head = json.dumps(json.loads(written[8:end]), sort_keys=True, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
@@ -141,8 +142,8 @@ def in_order(written: bytes) -> bytes:
 
 
 def kept(path: Path, run: Origin, about: dict[str, Any]) -> dict[str, np.ndarray] | None:
-    """The arrays that stand there; None if there are none, or those of another checkpoint or other settings.
-    Raises InputError where the file is damaged."""
+    """Return the saved arrays; None if there are none, or if they belong to another checkpoint or other
+    settings. Raises InputError if the file is damaged."""
     if not path.exists():
         return None
     try:
@@ -157,6 +158,6 @@ def kept(path: Path, run: Origin, about: dict[str, Any]) -> dict[str, np.ndarray
 
 
 def _texts(run: Origin, about: dict[str, Any]) -> dict[str, str]:
-    """safetensors keeps texts alone, of UTF-8."""
+    """Return the metadata as UTF-8 texts, the only type that safetensors stores."""
     fields = {"version": VERSION, "checkpoint": run.digest} | about
     return {name: str(value).encode("utf-8", "backslashreplace").decode() for name, value in fields.items()}

@@ -1,4 +1,4 @@
-"""`lvssl knn` and `lvssl linear` on embeddings that another model has made, in the place of a run."""
+"""`lvssl knn` and `lvssl linear` on embeddings that another model has made, instead of a run."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from pipelines.errors import InputError
 
 
 def measure_embeddings(name: str, settings: KnnSettings | LinearSettings) -> Measured:
-    """Measure, write NAME.json beside the embeddings, or to --out; what is there already is found.
+    """Measure embeddings and write NAME.json next to them, or to --out. A result that exists is returned.
 
-    Raises InputError: impossible settings, no such embeddings, or another result stands there.
+    Raises InputError: impossible settings, no such embeddings, or a result for other settings exists there.
     """
     settings.validate()
     if settings.target:
@@ -66,7 +66,7 @@ def measure_embeddings(name: str, settings: KnnSettings | LinearSettings) -> Mea
 def by_knn(
     settings: KnnSettings, train: Embeddings, test: Embeddings, device: torch.device
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Votes [M, C], and how they were counted."""
+    """Return votes [M, C], and the parameters used."""
     k, temperature = customary(len(train.labels))
     k, temperature = settings.k or k, settings.temperature or temperature
     given = test.features, k, temperature, device, "knn: votes by features"
@@ -77,7 +77,7 @@ def by_knn(
 def by_probe(
     settings: LinearSettings, train: Embeddings, test: Embeddings, device: torch.device
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Probabilities [M, C], and how the probe was fitted."""
+    """Return probabilities [M, C], and how the probe was fitted."""
     if settings.probe in ("sgd", "ridge") or settings.representation != "features":
         raise InputError("embeddings have neither images nor codes: use --probe logistic, streamed or auto")
     probe = settings.probe

@@ -1,7 +1,7 @@
-"""Weighted nearest-neighbour classification (Wu et al. 2018), on features and on packed codes.
+"""Weighted nearest-neighbour classification (Wu et al. 2018) on features and on packed codes.
 
 Each of the k nearest training images votes for its class with weight exp(similarity / temperature). Training
-images come in tiles, so that memory doesn't grow with their count: features may be a memmap larger than it.
+images are processed in tiles, so memory doesn't grow with their number, and features may be a larger memmap.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from lvssl.runs.progress import with_progress
 from pipelines.kernels.compiled import compiled
 from pipelines.kernels.pack import as_array
 
-QUERIES = 8192  # test images for which the training images are read once
-BLOCK = 512  # of these at a time; with TILE: 8 MB of cosines
+QUERIES = 8192  # test images per pass over the training images
+BLOCK = 512  # test images at a time; with TILE: 8 MB of cosines
 TILE, DEVICE_TILE = 4096, 65_536  # training images at a time, on a CPU and elsewhere
-GLANCE = 128  # cosines that are compared with the limit before one is looked at by itself
-SPARE = 64  # places of a buffer beyond 2 k, so that a small k is not sorted out all the time
-HAMMING_QUERIES = 1024  # whose sums of tied votes [.., C] are held in fp64
+GLANCE = 128  # cosines that are compared with the limit together before any is looked at alone
+SPARE = 64  # places in a buffer beyond 2 k, so that a small k doesn't cause constant sorting
+HAMMING_QUERIES = 1024  # test images at a time; their sums of tied votes [.., C] are held in fp64
 WHY_NOT_FINITE = "the training diverged (lower --lr), or embeddings are too large for fp32 (scale them down)"
 
 
 def customary(images: int) -> tuple[int, float]:
-    """k and temperature for so many training images."""
+    """Return the usual k and temperature for this number of training images."""
     return (200, 0.1) if images >= LARGE_SET else (20, 0.07)
 
 
@@ -43,9 +43,9 @@ def weighted_knn(
     temperature: float = 0.07,
     device: torch.device | None = None,
 ) -> float:
-    """Accuracy in percent of cosine kNN on features [N, D], labels [N] in 0..C-1. k is cut to N.
+    """Return the accuracy in percent of cosine kNN on features [N, D], labels [N] in 0..C-1; k is cut to N.
 
-    Equal sums of votes go to the lower class. Computed on `device`; left out: where train_x lies. Raises
+    Equal sums of votes go to the lower class. Computed on `device`, by default that of train_x. Raises
     ValueError for shapes that don't match.
     """
     train_y, test_y = (torch.as_tensor(as_array(y)).long() for y in (train_y, test_y))
@@ -67,20 +67,20 @@ def weighted_votes(
     device: torch.device | None = None,
     title: str = "",
 ) -> Tensor:
-    """Sums of the k nearest training images' weights exp((cosine - 1) / T), on the CPU: `sums_of_votes` of
-    what `nearest_by_cosine` finds, whose arguments these are."""
+    """Return the sums of weights exp((cosine - 1) / T) over the k nearest training images, on the CPU.
+    Arguments as in `nearest_by_cosine`; sums as in `sums_of_votes`."""
     cosines, rows = nearest_by_cosine(train_x, test_x, min(k, len(train_x)), device, title)
     return sums_of_votes(rows, cosine_weights(cosines, temperature), answers)
 
 
 def cosine_weights(cosines: Tensor, temperature: float) -> Tensor:
-    # exp((s - 1) / T) instead of exp(s / T): the same ranking, and it stays within (0, 1].
+    # exp((s - 1) / T) instead of exp(s / T): the ranking is the same, and values stay within (0, 1].
     return torch.exp((cosines - 1) / temperature)
 
 
 def sums_of_votes(rows: Tensor, weights: Tensor, answers: Tensor) -> Tensor:
-    """For neighbours int64 [M, k] with weights [M, k]: of `answers` int64 [N] (classes) sums of weights by
-    class, [M, C]; of float [N, T] (targets) weighted sums of these, [M, T]."""
+    """Sum the votes of neighbours int64 [M, k] with weights [M, k]. For `answers` int64 [N] (classes) these
+    are sums of weights by class, [M, C]; for float [N, T] (targets) weighted sums of the targets, [M, T]."""
     if answers.is_floating_point():
         parts = zip(rows.split(BLOCK), weights.split(BLOCK))
         return torch.cat([(part[:, :, None] * answers[near]).sum(dim=1) for near, part in parts])
@@ -91,12 +91,12 @@ def sums_of_votes(rows: Tensor, weights: Tensor, answers: Tensor) -> Tensor:
 def nearest_by_cosine(
     train_x: Any, test_x: Any, k: int, device: torch.device | None = None, title: str = ""
 ) -> tuple[Tensor, Tensor]:
-    """The k rows of train_x [N, D] that are most similar to each of test_x [M, D]: (cosines float32 [M, k],
-    rows int64 [M, k]), on the CPU, most similar first, equals by the lower row (on a GPU: in any order).
+    """Return the k rows of train_x [N, D] most similar to each row of test_x [M, D], most similar first:
+    (cosines float32 [M, k], rows int64 [M, k]), on the CPU. Ties go to the lower row (on a GPU, to any).
 
-    Tensors, or arrays and memmaps of any float type, on the CPU. `device`: where it is computed; left out:
-    where train_x lies. `title`: of the progress shown; empty: none. FloatingPointError: features
-    that are not finite.
+    Inputs are tensors, or arrays and memmaps of any float type, on the CPU. `device` is where to compute, by
+    default that of train_x. `title` is that of the progress bar; there is none if it is empty. Raises
+    FloatingPointError for features that are not finite.
     """
     if device is None:
         device = train_x.device if isinstance(train_x, Tensor) else torch.device("cpu")
@@ -110,7 +110,8 @@ def nearest_by_cosine(
 
 
 def unit(x: Any, out: Tensor) -> Tensor:
-    """Features [n, D] in the first rows of `out`, float32, of length 1. FloatingPointError: not finite."""
+    """Normalise features [n, D] to length 1 into the first rows of `out`, float32. Raises FloatingPointError
+    if any is not finite."""
     made = out[: len(x)]
     made.copy_(x) if isinstance(x, Tensor) else np.copyto(made.numpy(), x, casting="unsafe")
     lengths = torch.linalg.vector_norm(made, dim=1, keepdim=True)
@@ -120,7 +121,7 @@ def unit(x: Any, out: Tensor) -> Tensor:
 
 
 def unit_on(device: torch.device, x: Any) -> Tensor:
-    """The same, in memory of its own on the device."""
+    """Normalise as `unit` does, into new memory on the device."""
     there = x if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
     there = there.to(device)
     return unit(there, torch.empty(there.shape, device=device))
@@ -174,11 +175,11 @@ def nearest_on_cpu(train_x: Any, queries: Tensor, k: int) -> tuple[Tensor, Tenso
 
 @compiled()
 def take_nearest(cosines, first, keys, held, limits, k):
-    """Take the training images of a tile into the k most similar of each query.
+    """Merge the training images of a tile into the k most similar of each query.
 
-    cosines float32 [Q, n] to images number `first` and on; keys int64 [Q, > k] the buffers, held int64 [Q]
-    how much of each is in use, limits float32 [Q] the cosine up to which an image comes too late. A key's
-    order is "more similar first, then the lower row": the negative of the cosine's bits, as an integer of the
+    cosines float32 [Q, n] are those to the images from number `first` on, keys int64 [Q, > k] the buffers,
+    held int64 [Q] how much of each is in use, limits float32 [Q] the cosine that an image must exceed. A key
+    sorts by "more similar first, then the lower row": the negated bits of the cosine, as an integer in the
     same order, above 32 bits of the row.
     """
     bits = cosines.view(np.int32)
@@ -188,7 +189,7 @@ def take_nearest(cosines, first, keys, held, limits, k):
             near = cosines[q, begin : begin + GLANCE]
             nearer = False
             for n in range(near.shape[0]):
-                nearer |= near[n] > limit  # without a branch, so in vectors; it is rarely true
+                nearer |= near[n] > limit  # no branch, so this is vectorised; it is rarely true
             if not nearer:
                 continue
             for n in range(near.shape[0]):
@@ -217,13 +218,13 @@ def hamming_knn(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Accuracy in percent of kNN on packed codes uint8 [N, ceil(bits / 8)]; similarity 1 - 2 * distance /
-    bits, the cosine of the +-1 codes, so that the figure can stand beside `weighted_knn`'s.
+    """Return the accuracy in percent of kNN on packed codes uint8 [N, ceil(bits / 8)]. The similarity is
+    1 - 2 * distance / bits, the cosine of the +-1 codes, so the accuracy is comparable with `weighted_knn`'s.
 
-    Distances are small integers and many training images tie at the k-th place. Taking those that come first
+    Distances are small integers, and many training images tie at the k-th place. Taking the first of these
     would favour the classes that come first in the data set (on data sorted by class, always the low ones),
-    so they share the places left: each tied image votes with (places left) / (images tied) of its weight,
-    the expectation over a random order. The result doesn't depend on the order of the training set.
+    so they share the remaining places: each tied image votes with (places left) / (images tied) of its
+    weight, the expectation over a random order. The result doesn't depend on the order of the training set.
     """
     train_y, test_y = (torch.as_tensor(as_array(y)).long() for y in (train_y, test_y))
     check(train_codes.shape, train_y, test_codes.shape, test_y, k)
@@ -239,10 +240,10 @@ def hamming_votes(
     temperature: float,
     title: str = "",
 ) -> Tensor:
-    """As `weighted_votes`, on packed codes: [M, C] for classes, [M, T] for targets.
+    """Return the votes as `weighted_votes` does, for packed codes: [M, C] for classes, [M, T] for targets.
 
-    Of the k + 1 nearest, all nearer than the k-th vote whole. The database is read again for those queries
-    of which the (k + 1)-th is as far as the k-th: all at that distance share the places left.
+    Images nearer than the k-th neighbour have a whole vote. If the (k + 1)-th is as far as the k-th, the
+    database is read again for that query, and all images at this distance share the remaining places.
     """
     k = min(k, len(answers))
     weights = torch.exp(-2 * torch.arange(bits + 1) / bits / temperature)
@@ -274,8 +275,8 @@ def hamming_votes(
 def shares_of_tied(
     queries: np.ndarray, distance: np.ndarray, train_codes: np.ndarray, answers: Tensor
 ) -> np.ndarray:
-    """Of the training images at distance [Q] from each query: the share of each class, float64 [Q, C], or
-    their mean targets, [Q, T]."""
+    """Average the answers of the training images at distance [Q] from each query: the share of each class,
+    float64 [Q, C], or the mean targets, [Q, T]."""
     labels: np.ndarray = answers.numpy()
     table: np.ndarray = np.zeros((0, int(answers.max()) + 1), np.float32)
     if answers.is_floating_point():
@@ -295,9 +296,9 @@ def shares_of_tied(
 
 @compiled()
 def add_tied(queries, distance, database, labels, table, sums, counts):
-    """Add to sums float64 [Q, T] the answers of the rows of database uint64 [N, W] that lie at `distance`
-    uint64 [Q] from queries uint64 [Q, W], and to counts int64 [Q] how many there are. Answers are 1 for the
-    class in labels int64 [N], or, where there is a table float32 [N, T], its rows."""
+    """Add to sums float64 [Q, T] the answers of those rows of database uint64 [N, W] that lie at `distance`
+    uint64 [Q] from queries uint64 [Q, W], and to counts int64 [Q] their number. An answer is 1 for the class
+    in labels int64 [N] or, if table float32 [N, T] isn't empty, a row of it."""
     tile = np.empty((queries.shape[1], hamming.TILE), np.uint64)
     distances = np.empty(hamming.TILE, np.uint64)
     for start in range(0, database.shape[0], hamming.TILE):

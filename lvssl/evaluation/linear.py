@@ -1,4 +1,4 @@
-"""The linear evaluation of a run: the published protocol, or an exact probe where the set is small."""
+"""The linear evaluation of a run, by the published protocol or, for smaller sets, by an exact probe."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from lvssl.training.supervised import (
 )
 from pipelines.errors import InputError
 
-RIDGES = np.logspace(-6, 2, 9)  # strengths, per image
+RIDGES = np.logspace(-6, 2, 9)  # regularisation strengths, per image
 
 
 def linear(settings: LinearSettings) -> Stage[LinearSettings]:
-    """Measure, write linear.json into the run's folder; the stage returned is `done`.
+    """Measure a run and write linear.json to its folder; the returned stage is `done`.
 
     Raises:
-        InputError: impossible settings, no such run or data, or another result stands there.
-        Interrupted: SIGTERM or SIGUSR2 came; the state is saved.
+        InputError: impossible settings, no such run or data, or a result for other settings exists there.
+        Interrupted: SIGTERM or SIGUSR2 was received; the state is saved.
     """
     suffix = "" if settings.representation == "features" else f"-{settings.representation}"
     stage = prepare("linear", settings, f"linear{suffix}.json")
@@ -53,7 +53,7 @@ def linear(settings: LinearSettings) -> Stage[LinearSettings]:
             predictions, answers, more = by_sgd(stage, train, test, stop)
             figures = {settings.representation: score(predictions, answers, train.targets)}
             return stage.finish((train, test), figures, probe=probe, **more)
-    if not stage.world.first:  # of the rest, one process is enough
+    if not stage.world.first:  # a single process does the rest
         if settings.representation != "latent":
             for data in (train, test):
                 help_to_embed(stage.run, data.source, settings.workers, data.on_error)
@@ -66,7 +66,7 @@ def linear(settings: LinearSettings) -> Stage[LinearSettings]:
 
 
 def pick_probe(wanted: str, train: LabelledDataset) -> str:
-    """The probe that `auto` stands for. Raises InputError for one that can't do what the set asks."""
+    """Resolve `auto` to a probe. Raises InputError for a probe that doesn't suit the labels."""
     exact = "ridge" if train.targets else "logistic"
     if wanted == "auto":
         return "sgd" if len(train) >= LARGE_SET else exact
@@ -79,7 +79,7 @@ def pick_probe(wanted: str, train: LabelledDataset) -> str:
 def by_sgd(
     stage: Stage[LinearSettings], train: LabelledDataset, test: LabelledDataset, stop: Stop
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """The published protocol: predictions of the test set, its answers, and what to say of the training."""
+    """Evaluate by the published protocol. Returns test predictions, answers, and facts on the training."""
     settings, run, world = stage.settings, stage.run, stage.world
     batch = largest_batch(settings.batch_size, len(train), world.size)
     recipe = Recipe(
@@ -98,8 +98,8 @@ def by_sgd(
 def exactly(
     stage: Stage[LinearSettings], train: LabelledDataset, test: LabelledDataset, probe: str
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """As `by_sgd`, an L2-regularised probe on the centre crops' representations, its strength chosen on
-    held-out images."""
+    """Evaluate, as `by_sgd` does, with an L2-regularised probe on the representations of centre crops; its
+    strength is chosen on held-out images."""
     settings = stage.settings
     (x, train), (test_x, test) = (
         represented(stage.run, data, settings.representation, settings.workers) for data in (train, test)
@@ -113,10 +113,10 @@ def exactly(
 
 
 def represented(run: Run, data: LabelledDataset, on: str, workers: int) -> tuple[Rows, LabelledDataset]:
-    """A representation of each centre crop, [N, W], and these images: all but those skipped."""
+    """Return a representation of each centre crop, [N, W], and the images that were not skipped."""
     title = f"linear: {data.path.name}"
     x: Rows
-    if on == "latent":  # of which the store has no means
+    if on == "latent":  # the store doesn't have the latent's means
         batches = readable(data.source, run.settings.view, workers, data.on_error, title=title)
         network = run.network
         found = list(
@@ -133,8 +133,8 @@ def represented(run: Run, data: LabelledDataset, on: str, workers: int) -> tuple
 
 
 def ridge_probe(x: Rows, train: LabelledDataset, test_x: Rows, seed: int) -> tuple[Tensor, float]:
-    """Ridge regression on standardised features: min |y - xW - b|^2 + N * strength * |W|^2; and that
-    strength."""
+    """Fit ridge regression on standardised features, min |y - xW - b|^2 + N * strength * |W|^2. Returns the
+    predictions for test_x, and the strength."""
     x, test_x = standardise(x[:].astype(np.float32), test_x[:].astype(np.float32))
     answers = train.answers.numpy()
     mean, deviation = answers.mean(0), np.maximum(answers.std(0), 1e-12)
@@ -143,7 +143,7 @@ def ridge_probe(x: Rows, train: LabelledDataset, test_x: Rows, seed: int) -> tup
 
     def predicted(rows: np.ndarray, strength: float, of: np.ndarray) -> np.ndarray:
         model = Ridge(alpha=len(rows) * strength).fit(x[rows], y[rows])
-        return model.predict(of).reshape(len(of), -1)  # of one target scikit-learn gives a vector
+        return model.predict(of).reshape(len(of), -1)  # a single target gives a vector
 
     errors = [float(((predicted(fitted, s, x[held]) - y[held]) ** 2).mean()) for s in RIDGES]
     chosen = float(RIDGES[int(np.argmin(errors))])

@@ -1,8 +1,8 @@
-"""What a study measures of one run, and the equal-bit controls that are made of a deterministic one.
+"""Measures of a single run for a study, and equal-bit controls made from a deterministic run.
 
-What is measured are rows (`lvssl.runs.rows`); a measure is what arms are compared in, with a value for each
-*method* by which it is obtained: a code's accuracy for each code, an uncertainty's R-AUROC for each score.
-Which one is the strongest is decided over seeds (`lvssl.evaluation.pairs`), not run by run.
+Measurements are rows (`lvssl.runs.rows`). A measure is what arms are compared in; it has a value for each
+*method* that obtains it: a code's accuracy for each code, an uncertainty's R-AUROC for each score. The
+strongest method is chosen over all seeds (`lvssl.evaluation.pairs`), not run by run.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ from pipelines.decode import Reader
 from pipelines.kernels.pack import pack_bits, unpack_bits
 
 FIRST = 1000  # n of mAP@n
-SCORES = 2  # of uncertainty: what another number has measured, a study measures again
-HASHES = ("sign", "PCA + sign", "ITQ", "LSH")  # of lvssl.codes.controls, compared by Hamming distance
-EQUAL_BIT = (*HASHES, "OPQ")  # the last needs faiss
+SCORES = 2  # version of the uncertainty scores; a study repeats measurements of other versions
+HASHES = ("sign", "PCA + sign", "ITQ", "LSH")  # from lvssl.codes.controls, compared by Hamming distance
+EQUAL_BIT = (*HASHES, "OPQ")  # OPQ needs faiss
 LABEL_FREE = (
     "posterior",
     "rate",
     "norm",
     "distance",
     "density",
-)  # scores of uncertainty that have seen no label
+)  # uncertainty scores that have seen no labels
 OF_LATENT = ("posterior", "rate")
 
 
 class Measure(NamedTuple):
-    """What is compared between arms: the rows of a representation and a metric."""
+    """A quantity in which arms are compared: the rows of a representation and a metric."""
 
     says: str
-    higher: bool  # is better
+    higher: bool  # whether higher is better
     representation: str
     metric: str
-    own_score: bool = False  # of an uncertainty: by the latent's own scores alone
+    own_score: bool = False  # for an uncertainty: only the latent's own scores
 
 
 def of_uncertainty(own_score: bool) -> dict[str, Measure]:
@@ -96,11 +96,11 @@ MEASURES: dict[str, Measure] = {
     "brier": Measure("Brier score of that probe", False, "probe", "brier"),
     "ece": Measure("ECE of that probe", False, "probe", "ece"),
 }
-OF_UNCERTAINTY = tuple(MEASURES)[tuple(MEASURES).index("r_auroc") :]  # and of the probe's confidence
+OF_UNCERTAINTY = tuple(MEASURES)[tuple(MEASURES).index("r_auroc") :]  # including the probe's confidence
 
 
 def code_bits(settings: PretrainSettings) -> int:
-    """The bits of the code that such a run gives."""
+    """Return the number of bits of the run's code."""
     latent = settings.latent
     return latent.distribution.code_bits(latent_dim(settings.model, latent))
 
@@ -114,9 +114,9 @@ def measured(
     sampling: Sampling,
     codes_alone: bool = False,
 ) -> tuple[dict[str, Any], list[Row]]:
-    """What describes the run, and its measurements; of a deterministic one also those of the equal-bit
-    `codes`, each a method of EQUAL_BIT and its bits. The rows' `run` is the run folder's name.
-    `codes_alone`: nothing but these is measured. Of large sets a sample is (`sets.a_sample`)."""
+    """Return a description of the run and its measurements; the rows' `run` is the name of the run's folder.
+    For a deterministic run they include the equal-bit `codes`, each a method of EQUAL_BIT and its bits; with
+    `codes_alone` nothing else is measured. Large sets are sampled (`sets.a_sample`)."""
     train, test = a_sample(train, test)
     counts, on_error = (len(train), len(test)), run.on_error(sampling.on_error)
     embedded = embed_both(run, train, test, 0, on_error)
@@ -156,8 +156,8 @@ def accuracies(
     top_n: int,
     device: torch.device | None = None,
 ) -> dict[str, float]:
-    """Of training and test images: the linear probe on vectors [N, D]; kNN and mAP@top_n by the Hamming
-    distance of packed codes of so many bits, or where `codes` is None by the vectors' cosine."""
+    """Measure training and test images: the linear probe on vectors [N, D], and kNN and mAP@top_n by Hamming
+    distance of packed codes with this many bits or, if `codes` is None, by the vectors' cosine."""
     (x, test_x), (y, test_y) = vectors, labels
     probe = linear_probe(x, y, test_x, test_y)
     if codes is None:
@@ -174,7 +174,7 @@ def accuracies(
 
 
 class CodeEvaluationData(NamedTuple):
-    """All that a code is judged on."""
+    """Everything needed to judge a code."""
 
     train: Embedding
     test: Embedding
@@ -182,7 +182,7 @@ class CodeEvaluationData(NamedTuple):
 
 
 def equal_bit_codes(lengths: Iterable[int]) -> list[tuple[str, int]]:
-    """Each of EQUAL_BIT at each length: OPQ at whole bytes, and where faiss is there."""
+    """Return each of EQUAL_BIT at each length; OPQ only at whole bytes, and if faiss is installed."""
     return [
         (method, bits)
         for bits in sorted(lengths)
@@ -192,7 +192,7 @@ def equal_bit_codes(lengths: Iterable[int]) -> list[tuple[str, int]]:
 
 
 def without_opq() -> list[str]:
-    """What EQUAL_BIT lacks here, a line for a result, which is also said on stderr; empty with faiss."""
+    """Return a line on what EQUAL_BIT lacks, and print it on stderr; nothing if faiss is installed."""
     if has_faiss():
         return []
     said = "OPQ of the control, which may be the strongest, needs faiss: pip install 'lvssl[faiss]'"
@@ -203,8 +203,8 @@ def without_opq() -> list[str]:
 def equal_bit_coders(
     features: np.ndarray, codes: Iterable[tuple[str, int]], left_out: list[str] | None = None
 ) -> Iterator[tuple[str, int, Coder]]:
-    """The codes, fitted on training features [N, F]; none of more bits, or of fewer images, than it can
-    have, of which a line is added to `left_out`."""
+    """Yield the codes, fitted on training features [N, F]. A code that can't have this many bits, or can't be
+    fitted on so few images, is left out; a line on it is added to `left_out`."""
     for method, bits in codes:
         try:
             coder = CONTROLS[method](features, bits, 0)
@@ -223,7 +223,7 @@ def equal_bit(data: CodeEvaluationData, codes: Iterable[tuple[str, int]]) -> lis
 
 
 def of_one_code(data: CodeEvaluationData, bits: int, coder: Coder | None = None) -> dict[str, float]:
-    """The metrics of one code; `coder`: what makes it of features, of a run's own code None."""
+    """Return the metrics of one code; `coder` makes it from features, and is None for a run's own code."""
 
     def coded(features: np.ndarray, own: np.ndarray) -> np.ndarray:
         return own if coder is None else coder.encode(features)
@@ -250,7 +250,7 @@ def signs(packed: np.ndarray, bits: int) -> np.ndarray:
 
 
 def of_scores(analysed: dict[str, Any]) -> list[Point]:
-    """The uncertainty's metrics by score, and the probe's, from `scorer.uncertainty`."""
+    """Return the metrics of each uncertainty score and of the probe, from `scorer.uncertainty`."""
     scores = {name: score for name, score in analysed["scores"].items() if name in LABEL_FREE}
     found: list[Point] = [("uncertainty", name, None, of_one_score(s)) for name, s in scores.items()]
     probe = "latent samples" if "latent samples" in analysed["probes"] else "features"
@@ -261,7 +261,7 @@ def of_scores(analysed: dict[str, Any]) -> list[Point]:
 
 
 def of_one_score(score: dict[str, float]) -> dict[str, float]:
-    """What arms are compared in, and each set of foreign images by itself."""
+    """Return the metrics in which arms are compared, and the AUROC of each out-of-distribution set."""
     each = {name: value for name, value in score.items() if name.startswith(FOREIGN)}
     return {
         "r_auroc": score["r_auroc"],

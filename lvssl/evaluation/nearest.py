@@ -1,4 +1,4 @@
-"""`lvssl knn`: what the nearest training images say of a test image, by features and by codes."""
+"""`lvssl knn`: classify test images by their nearest training images, in features and in codes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lvssl.settings.stages import KnnSettings
 
 
 def knn(settings: KnnSettings) -> Stage[KnnSettings]:
-    """Measure, write knn.json into the run's folder; the stage returned is `done`.
+    """Measure a run and write knn.json to its folder; the returned stage is `done`.
 
-    Raises InputError: impossible settings, no such run or data, or another result stands there.
+    Raises InputError: impossible settings, no such run or data, or a result for other settings exists there.
     """
     stage = prepare("knn", settings, "knn.json")
     if stage.done is not None:
         return stage
     train, test = stage.sets()
-    if not stage.world.first:  # of the rest, one process is enough
+    if not stage.world.first:  # a single process does the rest
         for data in (train, test):
             help_to_embed(stage.run, data.source, settings.workers, data.on_error)
         return stage
@@ -47,9 +47,9 @@ def knn(settings: KnnSettings) -> Stage[KnnSettings]:
 def vote(
     train: Embedding, test: Embedding, answers: Tensor, k: int, temperature: float, device: torch.device
 ) -> dict[str, Tensor]:
-    """Votes by class [M, C], or weighted means of the targets [M, T], by features and by code."""
+    """Return votes by class [M, C], or weighted means of the targets [M, T], by features and by code."""
     wide = answers
-    if answers.is_floating_point():  # the sum of the weights, too
+    if answers.is_floating_point():  # a column of ones also gives the sum of the weights
         wide = torch.cat([answers, torch.ones(len(answers), 1)], dim=1)
     given = wide, test.features, k, temperature, device, "knn: votes by features"
     found = {

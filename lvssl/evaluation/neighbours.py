@@ -1,10 +1,10 @@
-"""Nearest neighbours by cosine among so many features that not every pair can be compared.
+"""Nearest neighbours by cosine among more features than can be compared pair by pair.
 
-    N  features   F  numbers of one   C  cells
+    N  features   F  dimensions of a feature   C  cells
 
-The database is divided into cells, the nearest of C centroids each (Jegou et al. 2011, "inverted lists"), and
-a feature is compared with those in the PROBED cells whose centroids are nearest to it. Up to EXACT features
-there is one cell, and all pairs are compared.
+The database is divided into cells, one for each of C centroids (Jegou et al. 2011, "inverted lists"), and a
+query is compared with the features in the PROBED cells whose centroids are nearest to it. Up to EXACT
+features there is a single cell, and all pairs are compared.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from pipelines.datasets.dataset import evenly_spaced
 
-EXACT = 20_000  # features in one cell
-IN_A_CELL = 1000  # features, about, where there are more
+EXACT = 20_000  # up to this many features there is one cell
+IN_A_CELL = 1000  # approximate number of features per cell if there are more
 PROBED = 8
-FITTED_ON = 50  # features a cell, of which its centroid is found
+FITTED_ON = 50  # features per cell from which the centroids are computed
 CHUNK = 1 << 15  # features at a time
 TILE = 1 << 24  # cosines at a time
 
@@ -33,11 +33,11 @@ def nearest_in_cells(
     k: int,
     same: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(rows int64 [Q, k'], cosines float32 [Q, k']) of the nearest of each query, nearest first, k' <= k as
-    many as there are; where fewer lie in the probed cells the cosine is -inf.
+    """Return (rows int64 [Q, k'], cosines float32 [Q, k']) of the nearest of each query, nearest first; k' <=
+    k is limited by their number. If the probed cells contain fewer, the cosine is -inf.
 
-    Features are floats [Q, F] and [N, F], which may be mapped; `z`: the mean and deviation [F] by which they
-    are standardised. `same`: both are one set, and a feature isn't its own neighbour.
+    Features are floats [Q, F] and [N, F], which may be mapped; `z` is the mean and deviation [F] that
+    standardises them. With `same`, both are one set, and a feature isn't its own neighbour.
     """
     k = min(k, len(database) - same)
     centroids = fit_cells(database, z)
@@ -67,15 +67,15 @@ def nearest_in_cells(
 
 
 def unit(features: np.ndarray, rows: np.ndarray | slice, z: tuple[np.ndarray, np.ndarray]) -> Tensor:
-    """Rows, standardised, of length 1: float32 [n, F]. Those at the mean itself are the first axis: the
-    cosine of two that are equal is 1."""
+    """Standardise rows and normalise them to length 1: float32 [n, F]. Rows equal to the mean become the
+    first unit vector, so that two of them have a cosine of 1."""
     x = torch.from_numpy((features[rows].astype(np.float32) - z[0]) / z[1])
     x[:, 0] += (x.norm(dim=1) < 1e-6).float()
     return torch.nn.functional.normalize(x, dim=1)
 
 
 def fit_cells(database: np.ndarray, z: tuple[np.ndarray, np.ndarray]) -> Tensor:
-    """Centroids float32 [C, F], by k-means of a sample."""
+    """Return centroids float32 [C, F] by k-means on a sample."""
     if len(database) <= EXACT:
         return torch.zeros((1, database.shape[1]))
     from sklearn.cluster import KMeans
@@ -89,7 +89,7 @@ def fit_cells(database: np.ndarray, z: tuple[np.ndarray, np.ndarray]) -> Tensor:
 def nearest_cells(
     features: np.ndarray, z: tuple[np.ndarray, np.ndarray], centroids: Tensor, count: int
 ) -> np.ndarray:
-    """int64 [N, count] by Euclidean distance."""
+    """Return the nearest cells by Euclidean distance, int64 [N, count]."""
     half = centroids.square().sum(dim=1) / 2
     found = np.empty((len(features), count), np.int64)
     for start in range(0, len(features), CHUNK):
@@ -99,7 +99,7 @@ def nearest_cells(
 
 
 def by_cell(cells: np.ndarray, count: int) -> list[np.ndarray]:
-    """The rows of int64 [N, n] in which each of `count` cells occurs, rising."""
+    """Return for each of `count` cells the rows of int64 [N, n] in which it occurs, in ascending order."""
     order = np.argsort(cells, axis=None, kind="stable")
     ends = np.cumsum(np.bincount(cells.ravel(), minlength=count))[:-1]
     return np.split(order // cells.shape[1], ends)

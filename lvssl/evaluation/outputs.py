@@ -1,4 +1,4 @@
-"""What a network computes of images."""
+"""Outputs of a network for a set of images."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from pipelines.views import ViewSettings
 
 @dataclass(frozen=True)
 class NetworkOutputs:
-    """What a network computes of N images; everything but `samples` is the same at every call."""
+    """A network's outputs for N images; everything but `samples` is the same in every call."""
 
     features: np.ndarray  # float32 [N, F]
     bits: np.ndarray  # bool [N, bits], the deployed code
-    mean: np.ndarray  # float32 [N, D], of the latent
-    stages: np.ndarray  # float32 [N, S], the mean activations of every stage of the backbone
+    mean: np.ndarray  # float32 [N, D], mean of the latent
+    stages: np.ndarray  # float32 [N, S], mean activations after each stage of the backbone
     uncertainty: np.ndarray  # float32 [N], the family's uncertainty
     rate: np.ndarray  # float32 [N], KL to the prior in nats
-    samples: np.ndarray  # float32 [K, N, D]; K = 0 where none were asked for
+    samples: np.ndarray  # float32 [K, N, D]; K = 0 if none were requested
 
 
 def network_outputs(
     network: LVNet, images: torch.Tensor | np.ndarray, view: ViewSettings, samples: int = 0, seed: int = 0
 ) -> NetworkOutputs:
-    """The outputs for crops uint8 [N, R, R, 3], or of views that are normalised already, float32
-    [N, 3, R, R]."""
+    """Return the outputs for crops uint8 [N, R, R, 3], or for views that are already normalised, float32 [N,
+    3, R, R]."""
     count = samples if network.family.stochastic else 0
     parts = []
     for part in encode(network, in_batches(torch.as_tensor(images)), view):

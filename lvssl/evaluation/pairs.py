@@ -1,7 +1,7 @@
-"""Arms compared seed by seed: what a study concludes from.
+"""Compare arms seed by seed; a study's conclusions rest on this.
 
-Where a measure is obtained by several methods (`lvssl.evaluation.measures`), each side has its strongest:
-the one of the best mean over the shared seeds.
+If several methods obtain a measure (`lvssl.evaluation.measures`), each side is represented by its strongest,
+the one with the best mean over the shared seeds.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from lvssl.evaluation.measures import MEASURES, OF_LATENT, OF_UNCERTAINTY
 from lvssl.runs.differences import interval, strongest
 from lvssl.runs.rows import Row
 
-# Arms that others are compared with, and in what; each with those before it, too.
+# The arms that others are compared with, and the measures. Each is also compared with those before it.
 CONTROLS = {"none": tuple(MEASURES), "sign": tuple(MEASURES), "mcinfonce": OF_UNCERTAINTY}
-BEST = "the best control"  # of all deterministic arms, in features and codes
+BEST = "the best control"  # among all deterministic arms, in features and codes
 OF_BEST = tuple(name for name in MEASURES if name not in OF_UNCERTAINTY)
 
 Runs = list[dict[str, Any]]
@@ -38,15 +38,16 @@ class Measured:
         return next(run for (name, _), run in self.runs.items() if name == arm)
 
     def seeds(self, *arms: str) -> list[int]:
-        """The seeds that all of the arms have."""
+        """Return the seeds that all of the arms have."""
         return [
             seed for arm, seed in self.runs if arm == arms[0] and all((a, seed) in self.runs for a in arms)
         ]
 
     def of(self, arm: str, seed: int, name: str, bits: int) -> ByMethod:
-        """One of MEASURES; of a code that of so many bits; empty where there is none.
+        """Return the values of one of MEASURES by method; for codes, only those of `bits` bits. Empty if
+        there are none.
 
-        A deterministic run has, in the place of a latent's own score, all its scores.
+        A deterministic run is represented by all its scores where the latent's own score is asked for.
         """
         measure = MEASURES[name]
         length = bits if measure.representation == "code" else None
@@ -56,7 +57,7 @@ class Measured:
 
 
 def summary(runs: Runs, rows: list[Row]) -> list[dict[str, Any]]:
-    """Each arm with its strongest method of each measure, and that method's values by seed."""
+    """Return for each arm and measure the strongest method and its values by seed."""
     measured, found = Measured(runs, rows), []
     for arm in measured.arms:
         first, seeds = measured.first(arm), measured.seeds(arm)
@@ -72,11 +73,11 @@ def summary(runs: Runs, rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def pairs(runs: Runs, rows: list[Row]) -> list[dict[str, Any]]:
-    """Every arm minus each control, seed by seed: mean, standard error, 95 % interval, verdict.
+    """Compare every arm with each control, seed by seed: mean, standard error, 95 % interval, verdict.
 
-    `of`, `against`: the methods that were compared. An arm's code is compared with the strongest code of the
-    *same number of bits* that is made from the control's features; against BEST, with the strongest that
-    any deterministic arm gives, named "ARM, METHOD".
+    `of` and `against` name the methods compared. An arm's code is compared with the strongest code of the
+    *same number of bits* made from the control's features; for BEST, with the strongest code of any
+    deterministic arm, named "ARM, METHOD".
     """
     measured, found = Measured(runs, rows), []
     for place, (control, compared) in enumerate(CONTROLS.items()):
@@ -93,7 +94,7 @@ def pairs(runs: Runs, rows: list[Row]) -> list[dict[str, Any]]:
 def differences(
     measured: Measured, arm: str, name: str, controls: list[str], compared: tuple[str, ...]
 ) -> list[dict[str, Any]]:
-    """An arm's measures minus those of the strongest of the controls; what one side lacks is left out."""
+    """Subtract from an arm's measures the strongest control's; what either side lacks is left out."""
     seeds, bits, found = measured.seeds(arm, *controls), measured.first(arm)["bits"], []
     for measure in compared if seeds else ():
         mine = [measured.of(arm, seed, measure, bits) for seed in seeds]
@@ -110,7 +111,7 @@ def differences(
 
 
 def against(measured: Measured, controls: list[str], seed: int, measure: str, bits: int) -> ByMethod:
-    """What the controls have; of several the methods say whose they are."""
+    """Return the values of the controls by method; with several controls, names include the arm."""
     if len(controls) == 1:
         return measured.of(controls[0], seed, measure, bits)
     found: ByMethod = {}

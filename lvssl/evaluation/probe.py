@@ -1,4 +1,4 @@
-"""The linear probe: how much of the label a linear read-out finds in a representation."""
+"""The linear probe: how much of the label a linear read-out recovers from a representation."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from lvssl.runs.progress import with_progress
 from pipelines.errors import InputError
 from pipelines.kernels.pack import as_array
 
-HELD_OUT = 0.15  # share of the training set on which the regularisation is chosen
-# L-BFGS steps a fit; the fits start from one another. On CIFAR-10 images (N = 10,000, D = 256 features) 200
-# steps moved the accuracy by at most 0.7 points, in either direction; torch.optim.LBFGS gave the same and was
-# no faster.
+HELD_OUT = 0.15  # share of the training set used to choose the regularisation
+# Maximum number of L-BFGS steps per fit; each fit starts from the previous one. On CIFAR-10 images (N =
+# 10,000, D = 256 features), 200 steps moved the accuracy by at most 0.7 points, in either direction;
+# torch.optim.LBFGS gave the same and was no faster.
 STEPS = 50
-STRENGTHS = (1e-1, 1e-2, 1e-3)  # of the regularisation
+STRENGTHS = (1e-1, 1e-2, 1e-3)  # regularisation strengths
 
 
 @dataclass(frozen=True)
 class ProbeResult:
     accuracy: float  # percent of the test set
-    regularisation: float  # the one chosen
+    regularisation: float  # the chosen strength
     classes: np.ndarray  # [C], the labels seen in training: the columns of `probabilities`
     predictions: np.ndarray  # [test], labels
     probabilities: np.ndarray  # [test, C] float32
 
     def scores(self, classes: int) -> np.ndarray:
-        """Probabilities by label, float32 [test, classes]: 0 for a class that training doesn't have."""
+        """Return probabilities by label, float32 [test, classes]; 0 for classes not in the training set."""
         scores = np.zeros((len(self.probabilities), classes), np.float32)
         scores[:, self.classes] = self.probabilities
         return scores
@@ -41,16 +41,16 @@ class ProbeResult:
 
 @dataclass(frozen=True)
 class Probe:
-    """A fitted read-out, to be used on any number of sets."""
+    """A fitted read-out, for use on any number of sets."""
 
     regularisation: float
     classes: np.ndarray  # [C]
-    mean: np.ndarray  # [D], of the training set
+    mean: np.ndarray  # [D], mean of the training set
     scale: np.ndarray  # [D]
     model: LogisticRegression
 
     def probabilities(self, x: Any) -> np.ndarray:
-        """float32 [N, C] for features [N, D], the columns as `classes`."""
+        """Return probabilities float32 [N, C] for features [N, D], with the columns of `classes`."""
         standardised = (as_array(x).astype(np.float32, copy=False) - self.mean) * self.scale
         return self.model.predict_proba(standardised).astype(np.float32)
 
@@ -58,7 +58,7 @@ class Probe:
 def fit_probe(
     train_x: Any, train_y: Any, *, regularisation: Sequence[float] = STRENGTHS, seed: int = 0, title: str = ""
 ) -> Probe:
-    """The read-out of `linear_probe`, fitted."""
+    """Fit the read-out of `linear_probe`."""
     train_x, train_y = checked("train", train_x, train_y)
     if len(np.unique(train_y)) < 2:
         raise InputError("a probe needs training labels of at least two classes")
@@ -79,15 +79,15 @@ def linear_probe(
     seed: int = 0,
     title: str = "",
 ) -> ProbeResult:
-    """L2 logistic regression on standardised features, its strength chosen without the test set.
+    """Fit L2 logistic regression on standardised features, choosing its strength without the test set.
 
     Minimises mean cross entropy + regularisation / 2 * |W|^2 by L-BFGS over x [N, D] and labels y [N]
     (integers). Features are standardised with the training set's mean and deviation; a constant column
     becomes 0. Each strength is fitted on 85 % of the training set and scored on the remaining 15 %, a split
-    balanced over classes and drawn from `seed`; the best (the stronger one where equal) is fitted again on
-    the whole. Bits are features like any other. Arrays or torch tensors. `title`: of the progress shown while
-    the strengths are tried; empty: none. Raises ValueError for shapes that
-    don't match or fewer than two classes, FloatingPointError for values that are not finite.
+    that is balanced over classes and drawn from `seed`. The best (the stronger one if equal) is fitted again
+    on the whole set. Bits are features like any other. Inputs are arrays or torch tensors. `title` is that of
+    the progress bar over the strengths; there is none if it is empty. Raises ValueError for shapes that don't
+    match or fewer than two classes, FloatingPointError for values that are not finite.
     """
     train_x, train_y = checked("train", train_x, train_y)
     test_x, test_y = checked("test", test_x, test_y)
@@ -103,9 +103,9 @@ def linear_probe(
 def choose_regularisation(
     x: np.ndarray, y: np.ndarray, strengths: Sequence[float], seed: int, title: str = ""
 ) -> tuple[float, LogisticRegression | None]:
-    """(the best strength on held-out images, its model as a start for the last fit)."""
+    """Return (the best strength on held-out images, its model as a start for the last fit)."""
     held = held_out(y, seed)
-    if len(strengths) == 1 or not held.any():  # a handful of labels: nothing to choose on, take the middle
+    if len(strengths) == 1 or not held.any():  # too few labels to choose with: take the middle one
         return strengths[len(strengths) // 2], None
     best, scores, model = strengths[0], [], None
     models: dict[float, LogisticRegression] = {}
@@ -129,14 +129,14 @@ def fit(
             start.classes_,
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # STEPS says why it may stop early
+        warnings.simplefilter("ignore", ConvergenceWarning)  # see STEPS on why it may stop early
         return model.fit(x, y)
 
 
 def held_out(y: np.ndarray, seed: int) -> np.ndarray:
-    """A mask [N] over HELD_OUT of every class, drawn from `seed`; one image of each class is left.
+    """Return a mask [N] over HELD_OUT of every class, drawn from `seed`; one image of each class is left.
 
-    scikit-learn's StratifiedShuffleSplit refuses a class of one image.
+    scikit-learn's StratifiedShuffleSplit refuses a class with a single image.
     """
     generator = np.random.default_rng(seed)
     mask = np.zeros(len(y), dtype=bool)
@@ -152,9 +152,9 @@ def standardise(train_x: np.ndarray, test_x: np.ndarray) -> tuple[np.ndarray, np
 
 
 def standardisation(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(mean, scale) [D], fp32: (x - mean) * scale has deviation 1; a constant column becomes 0."""
+    """Return (mean, scale) [D], fp32: (x - mean) * scale has deviation 1; a constant column becomes 0."""
     mean, deviation = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
-    # A column that is constant up to rounding would be blown up to noise of size 1.
+    # A column that is constant up to rounding would be scaled up to noise of size 1.
     constant = deviation <= 1e-6 * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
     scale = np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, deviation)).astype(np.float32)
     return mean.astype(np.float32), scale

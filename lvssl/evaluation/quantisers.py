@@ -1,4 +1,4 @@
-"""A run's quantisers: RUN/quantisers/CODE-BITS.safetensors, fitted on its training images when first used."""
+"""A run's quantisers, RUN/quantisers/CODE-BITS.safetensors, fitted on its training images when first used."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ CODES = ("auto", *FITS)
 
 
 def own_bits(run: Run) -> int:
-    """Length of the run's own code."""
+    """Return the length of the run's own code."""
     return run.network.family.code_bits(run.network.dim)
 
 
 def chosen_code(run: Run, bits: int, code: str, images: int | None = None) -> str:
-    """The code that `--bits` and `--code` mean, one of FITS, to be fitted on so many images; where that isn't
-    said, what stands in the run's folder already, as in an export's, comes first. Raises InputError, before
-    any work, where the run can't have it."""
+    """Resolve `--bits` and `--code` to one of FITS, to be fitted on this many images. If their number isn't
+    given, `auto` prefers a quantiser that the run's folder already has, as an export's does. Raises
+    InputError, before any work, if the run can't have such a code."""
     choice("code", code, CODES)
     if not bits:
         if code not in ("auto", "bits"):
@@ -42,7 +42,7 @@ def chosen_code(run: Run, bits: int, code: str, images: int | None = None) -> st
 
 
 def code_of_length(bits: int, code: str, features: int, own: int, images: int | None = None) -> str:
-    """As `chosen_code`, of so many features and bits of one's own, to be fitted on so many images."""
+    """Resolve as `chosen_code` does, for this many features, bits of the own code, and images to fit on."""
     choice("code", code, CODES)
     if bits < 0:
         raise InputError(f"--bits must be at least 0, got {bits}")
@@ -59,7 +59,7 @@ def code_of_length(bits: int, code: str, features: int, own: int, images: int | 
 
 
 def best_code(bits: int, most: dict[str, int], images: int | None) -> str:
-    """What docs/codes.md names for a length; says why it isn't that where faiss or images are missing."""
+    """Return the code that docs/codes.md recommends; print a note if faiss or images are missing for it."""
     few = images is not None and images < WORDS
     suits_opq = bits % 8 == 0 and bits <= most["opq"]
     if suits_opq and has_faiss() and not few:
@@ -84,8 +84,8 @@ def require_faiss(option: str) -> None:
 
 
 def quantiser_of(images: FittedOn, code: str, bits: int) -> Quantiser | None:
-    """The run's quantiser as it stands in its folder; fitted and written there if it isn't there yet, or is
-    of another checkpoint or of other images. None for a run's own code whose bits are no signs.
+    """Return the run's quantiser from its folder. It is fitted and saved first if the file is missing or
+    belongs to another checkpoint or to other images. Returns None for an own code that isn't signs.
 
     Raises InputError: training images that can't be read, or too few of them.
     """
@@ -109,7 +109,7 @@ def quantiser_of(images: FittedOn, code: str, bits: int) -> Quantiser | None:
 
 
 def fitted_quantiser(run: Run, code: str, bits: int) -> Quantiser | None:
-    """The quantiser whose codes `lvssl encode` has written, of whatever images; None for the run's own code.
+    """Return the quantiser that `lvssl encode` has fitted, on whichever images; None for the run's own code.
     Raises InputError if it isn't in the run's folder."""
     if code == "bits":
         return None
@@ -120,8 +120,8 @@ def fitted_quantiser(run: Run, code: str, bits: int) -> Quantiser | None:
 
 
 def stored_quantiser(run: Origin, codes: CodeFile) -> Quantiser | None:
-    """The quantiser that made the codes; None where they have none. Raises CodeFileError if it isn't in the
-    run's folder any more."""
+    """Return the quantiser that made the codes; None if they have none. Raises CodeFileError if it is no
+    longer in the run's folder."""
     if codes.quantiser is None:
         return None
     path = quantiser_path(run, codes.quantiser["code"], codes.bits)
@@ -135,7 +135,7 @@ def stored_quantiser(run: Origin, codes: CodeFile) -> Quantiser | None:
 
 
 def stored_quantisers(run: Run) -> list[Path]:
-    """The files of all quantisers of this checkpoint that stand in the run's folder."""
+    """Return the files of all quantisers of this checkpoint in the run's folder."""
     paths = sorted((run.folder / "quantisers").glob("*.safetensors"))
     return [path for path in paths if kept(path, run, {}) is not None]
 

@@ -1,4 +1,4 @@
-"""How much of a known quantity a linear read-out finds in a representation: ridge regression.
+"""Ridge regression: how much of a known quantity a linear read-out recovers from a representation.
 
 N  images   D  features   T  columns of the target
 """
@@ -19,7 +19,7 @@ STRENGTHS = tuple(float(a) for a in np.logspace(-1, 5, 13))
 
 
 class Regression(NamedTuple):
-    r2: float  # 1: perfect, 0: the training mean; averaged over the target's columns
+    r2: float  # 1 is perfect, 0 no better than the mean; averaged over the target's columns
     mae: float  # in the target's unit, averaged over its columns
     strength: float
 
@@ -27,13 +27,13 @@ class Regression(NamedTuple):
 def ridge_each(
     train_x: Any, train_t: Mapping[str, Any], test_x: Any, test_t: Mapping[str, Any]
 ) -> dict[str, Regression]:
-    """Ridge from features x [N, D] to targets t [N] or [N, T] by name, the strength of each (of STRENGTHS) by
-    leave-one-out on the training set alone; R^2 and mean absolute error on the test set. The targets of one
-    column cost one decomposition together.
+    """Fit ridge regression from features x [N, D] to each target t [N] or [N, T] by name. Returns R^2 and
+    mean absolute error on the test set. The strength (of STRENGTHS) is chosen by leave-one-out on the
+    training set alone. Targets with one column share a decomposition, so they cost as much as one.
 
-    Features are standardised by the training set. R^2 is against the test targets' own mean, as
-    scikit-learn's r2_score; a column that is constant on the test set is left out of it (nan where all are).
-    Raises ValueError for shapes that don't match or values that aren't finite.
+    Features are standardised by the training set. R^2 is relative to the test targets' own mean, as in
+    scikit-learn's r2_score; a column that is constant on the test set is left out (nan if all are). Raises
+    ValueError for shapes that don't match or values that aren't finite.
     """
     x = [as_array(a).astype(np.float32) for a in (train_x, test_x)]
     targets = [
@@ -47,7 +47,7 @@ def ridge_each(
     for names in together(targets[0]):
         columns = np.concatenate([targets[0][name] for name in names], axis=1)
         model = RidgeCV(STRENGTHS, alpha_per_target=len(names) == columns.shape[1]).fit(train, columns)
-        predicted = model.predict(test).reshape(len(test), -1)  # of one target scikit-learn gives a vector
+        predicted = model.predict(test).reshape(len(test), -1)  # a single target gives a vector
         for i, name in enumerate(names):
             its = predicted[:, [i]] if len(names) > 1 else predicted
             found[name] = scored(its, float(np.broadcast_to(model.alpha_, len(names))[i]), targets[1][name])
@@ -55,8 +55,8 @@ def ridge_each(
 
 
 def together(targets: dict[str, np.ndarray]) -> list[list[str]]:
-    """Targets that are fitted at once: all of one column, each with a strength of its own. The columns of
-    another share one strength."""
+    """Group the targets that are fitted at once: all those with one column, each with its own strength. The
+    columns of any other target share one strength."""
     single = [name for name, t in targets.items() if t.shape[1] == 1]
     return [*([single] if single else []), *([name] for name in targets if name not in single)]
 

@@ -1,8 +1,8 @@
-"""Mean average precision of a ranking with ties, by expectation over their order (McSherry & Najork 2008).
+"""Mean average precision of a ranking with ties, in expectation over their order (McSherry & Najork 2008).
 
-Hamming distances are small integers: thousands of images lie at one distance, and what a sort happens to do
-with them moves the mAP of a short code by tens of points. Here every order of images at one distance is as
-likely as any other, and the figure is the exact mean over them.
+Hamming distances are small integers: thousands of images have the same distance, and the order in which a
+sort leaves them can move the mAP of a short code by tens of points. Here every order of images at one
+distance is equally likely, and the figure is the exact mean over all orders.
 
     s  images nearer than the tie   r  relevant ones among them   N, R  images of the tie, relevant ones
     P(position t of the tie is relevant) = R / N
@@ -22,17 +22,17 @@ from lvssl.codes.search import check_packed, chunks, in_threads, slices, thread_
 from pipelines.kernels.compiled import compiled
 from pipelines.kernels.pack import as_array
 
-QUERIES = 1024  # at a time: two tables of counts [Q, distances + 1]
+QUERIES = 1024  # queries at a time: two tables of counts [Q, distances + 1]
 
 
 @dataclass(frozen=True)
 class RetrievalScore:
-    """mAP@n in [0, 1], the mean over the queries, under both denominators in use.
+    """mAP@n in [0, 1], averaged over the queries, with both denominators in use.
 
     - `over_hits`: the precisions at the hits within the first n, divided by the number of those hits; a query
-      without a hit counts 0. The denominator of the hashing literature's CIFAR-10 protocols.
-    - `over_relevant`: the same sum divided by min(n, relevant images in the database), which a missing hit
-      lowers, too.
+      without a hit counts as 0. This is the denominator of the hashing literature's CIFAR-10 protocols.
+    - `over_relevant`: the same sum divided by min(n, relevant images in the database), so that
+      missing hits lower it.
     """
 
     over_hits: float
@@ -47,8 +47,9 @@ def retrieval_map(
     top_n: int = 1000,
     threads: int = 0,
 ) -> RetrievalScore:
-    """mAP@`top_n` of packed codes, uint8 [Q, bytes] against [N, bytes]; relevant is what has the query's
-    label. Ties by expectation. Raises ValueError for shapes that don't match, no query or no row, top_n < 1.
+    """Return mAP@`top_n` of packed codes, uint8 [Q, bytes] against [N, bytes]; images with the query's label
+    are relevant. Ties count in expectation. Raises ValueError for shapes that don't match, no query or no
+    row, top_n < 1.
     """
     check_packed(queries, database)
     query_labels, labels = checked(queries, query_labels, database, labels, top_n)
@@ -73,8 +74,8 @@ def retrieval_map(
 def similarity_map(
     queries: Any, query_labels: Any, database: Any, labels: Any, top_n: int = 1000
 ) -> RetrievalScore:
-    """As `retrieval_map`, for vectors [Q, D] against [N, D] by cosine similarity in float32, where equal
-    ones tie. For the features, and for codes that are no bits."""
+    """Return mAP as `retrieval_map` does, for vectors [Q, D] against [N, D] by cosine similarity in float32;
+    equal similarities tie. For features, and for codes that are not made of bits."""
     import torch
 
     vectors = [torch.nn.functional.normalize(torch.as_tensor(x).float(), dim=1) for x in (queries, database)]
@@ -95,8 +96,8 @@ def similarity_map(
 
 @compiled()
 def average_precisions(counts, relevant, top_n, scores):
-    """scores [Q, 2] = (over hits, over relevant) from counts and relevant int32 [Q, L]: images, and relevant
-    ones, at each distance, nearest first."""
+    """Write scores [Q, 2] = (over hits, over relevant), given counts and relevant int32 [Q, L]: the images,
+    and the relevant ones, at each distance, nearest first."""
     for i in range(counts.shape[0]):
         seen, hits, total, by_hits = 0, 0, 0.0, 0.0
         for level in range(counts.shape[1]):
@@ -104,7 +105,7 @@ def average_precisions(counts, relevant, top_n, scores):
             if n == 0 or seen >= top_n:
                 continue
             here = min(n, top_n - seen)
-            places, gaps = 0.0, 0.0  # sum over positions t of 1 / (s + t), and of (t - 1) / (s + t)
+            places, gaps = 0.0, 0.0  # sums over positions t of 1 / (s + t), and of (t - 1) / (s + t)
             for t in range(1, here + 1):
                 places += 1.0 / (seen + t)
                 gaps += (t - 1.0) / (seen + t)
@@ -123,7 +124,7 @@ def average_precisions(counts, relevant, top_n, scores):
 
 @compiled()
 def tie_precision(n, r, hits, places, gaps):
-    """Expected sum of the precisions at the relevant positions of a tie of n images, r of them relevant."""
+    """Return the expected sum of precisions at the relevant positions of n tied images, r relevant."""
     if r == 0:
         return 0.0
     later = (r - 1.0) / (n - 1.0) * gaps if n > 1 else 0.0
@@ -132,8 +133,8 @@ def tie_precision(n, r, hits, places, gaps):
 
 @compiled()
 def cut_tie(n, r, here, hits, total, places, gaps):
-    """Expected precision over hits where only `here` of the tie's n images come within the first n: the count
-    h of relevant ones among them is hypergeometric, and given h every order is again as likely."""
+    """Return the expected precision over hits if only `here` of the tie's n images are within the first n.
+    The number h of relevant ones among them is hypergeometric; given h, every order is equally likely."""
     expected = 0.0
     for h in range(max(0, here - (n - r)), min(r, here) + 1):
         log_p = log_choose(r, h) + log_choose(n - r, here - h) - log_choose(n, here)

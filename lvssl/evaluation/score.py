@@ -1,4 +1,4 @@
-"""How good predictions are, with an interval for each figure."""
+"""Scores of predictions, with a confidence interval for each figure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESAMPLES = 1000  # of the bootstrap
 
 
 def score(predictions: Tensor, answers: Tensor, names: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Figures of predictions [N, C] against classes int64 [N], or [N, T] against targets [N, T].
+    """Score predictions [N, C] against classes int64 [N], or [N, T] against targets [N, T].
 
     Raises FloatingPointError if a prediction isn't finite: compared with NaN, every rank looks right.
     """
@@ -24,7 +24,7 @@ def score(predictions: Tensor, answers: Tensor, names: tuple[str, ...] = ()) -> 
 
 
 def classification(scores: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Top-1 and top-5 in percent of [N, C] scores, with Wilson's intervals. Up to five classes: no top-5."""
+    """Return top-1 and, for C > 5, top-5 accuracy of scores [N, C] in percent, with Wilson intervals."""
     ranks = rank_of_label(scores, labels)
     figures: dict[str, Any] = {"count": len(labels), "interval": "Wilson, 95 %"}
     for k in (1, 5):
@@ -36,19 +36,19 @@ def classification(scores: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def rank_of_label(scores: Tensor, labels: Tensor) -> Tensor:
-    """How many classes stand before the right one, int64 [N]; of equal scores the lower class is first."""
+    """Count the classes ranked before the right one, int64 [N]; ties go to the lower class."""
     own = scores.gather(1, labels[:, None])
     before = torch.arange(scores.shape[1]) < labels[:, None]
     return ((scores > own) | ((scores == own) & before)).sum(dim=1)
 
 
 def wilson(right: int, count: int) -> list[float]:
-    """Wilson's 95 % interval of a share, in percent (Wilson 1927)."""
+    """Return Wilson's 95 % interval of a share, in percent (Wilson 1927)."""
     return [round(100 * bound, 4) for bound in binomtest(right, count).proportion_ci(method="wilson")]
 
 
 def regression(predictions: Tensor, answers: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
-    """MSE, MAE and R^2 of each target, in its own units; R^2 with a bootstrap interval over the images."""
+    """Return MSE, MAE and R^2 of each target, in its unit; R^2 with a bootstrap interval over images."""
     each = {name: one_target(p, a) for name, p, a in zip(names, predictions.T.numpy(), answers.T.numpy())}
     mean = sum(figures["r2"] for figures in each.values()) / len(each)
     return {"count": len(answers), "interval": "bootstrap, 95 %", "r2": round(mean, 6), "targets": each}
@@ -57,7 +57,7 @@ def regression(predictions: Tensor, answers: Tensor, names: tuple[str, ...]) -> 
 def one_target(predicted: np.ndarray, answers: np.ndarray) -> dict[str, Any]:
     p, a = predicted.astype(np.float64), answers.astype(np.float64)
     generator = np.random.default_rng(0)
-    drawn = (generator.integers(0, len(a), len(a)) for _ in range(RESAMPLES))  # all at once are 8 N kB
+    drawn = (generator.integers(0, len(a), len(a)) for _ in range(RESAMPLES))  # all at once would take 8 N kB
     low, high = np.percentile([r2(p[rows], a[rows]) for rows in drawn], [2.5, 97.5])
     return {
         "mse": float(((p - a) ** 2).mean()),
@@ -68,10 +68,10 @@ def one_target(predicted: np.ndarray, answers: np.ndarray) -> dict[str, Any]:
 
 
 def r2(predicted: np.ndarray, answers: np.ndarray) -> float:
-    """1 - residual / total sum of squares; 0 where the answers are all equal.
+    """Return 1 - residual / total sum of squares; 0 if the answers are all equal.
 
-    Not scikit-learn's r2_score, which gives 1 where they are equal and met, and takes 14 times as long (0.225
-    ms for 10,000 images): the bootstrap calls it a thousand times.
+    scikit-learn's r2_score gives 1 if they are equal and predicted exactly, and takes 14 times as long (0.225
+    ms for 10,000 images); the bootstrap calls this a thousand times.
     """
     total = ((answers - answers.mean()) ** 2).sum()
     return float(1 - ((predicted - answers) ** 2).sum() / total) if total > 0 else 0.0

@@ -1,5 +1,5 @@
-"""Scores of a network's uncertainty, the posterior's own and the deterministic ones that it has to beat, and
-what they are worth."""
+"""Uncertainty scores of a network, the posterior's own and the deterministic ones that it has to beat, and
+how well they predict errors."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from lvssl.runs.rows import FOREIGN
 from lvssl.runs.run import Run
 from pipelines.datasets.dataset import evenly_spaced
 
-CORRUPTED = 500  # test images at most that are corrupted, 25 times over: each has a correlation of its own
+CORRUPTED = 500  # maximum number of test images that are corrupted (25 times each); each has a correlation
 
 
 class Distance:
-    """1 - cosine to the nearest training image, of features that are standardised by these: of the distances
-    the one that tells best whether the neighbour is a wrong one (docs/uncertainty.md)."""
+    """Cosine distance to the nearest training image, in features standardised by the training set. Of the
+    distances that were tried, it tells best whether the neighbour is a wrong one (docs/uncertainty.md)."""
 
     def __init__(self, train: np.ndarray) -> None:
         self.z = standardised(train)[1:]
         self.train = unit(train, slice(None), self.z)
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
-        """float32 [N] in [0, 2] of features [N, F]."""
+        """Return distances float32 [N] in [0, 2] for features [N, F]."""
         h = unit(features, slice(None), self.z)
         return (1 - torch.cat([(part @ self.train.T).amax(dim=1) for part in h.split(512)])).numpy()
 
@@ -46,7 +46,7 @@ class UncertaintyScorer:
     def __init__(
         self, stochastic: bool, train: NetworkOutputs, labels: np.ndarray, widths: Sequence[int] = ()
     ) -> None:
-        """`widths`: of the backbone's stages."""
+        """Fit probes, distance and density; `widths` are those of the backbone's stages."""
         self.stochastic = stochastic
         self.probe = fit_probe(train.features, labels)
         self.latent_probe = fit_probe(train.mean, labels) if stochastic else None
@@ -55,7 +55,7 @@ class UncertaintyScorer:
         self.density = fit_density(train.stages, widths)
 
     def predictions(self, outputs: NetworkOutputs) -> dict[str, np.ndarray]:
-        """Class probabilities [N, C]: from h; from the latent's mean; averaged over its K samples"""
+        """Return probabilities [N, C]: from features, from the latent's mean, averaged over its samples."""
         found = {"features": self.probe.probabilities(outputs.features)}
         if self.latent_probe is not None:
             found["latent mean"] = self.latent_probe.probabilities(outputs.mean)
@@ -65,13 +65,13 @@ class UncertaintyScorer:
         return found
 
     def scores(self, outputs: NetworkOutputs) -> dict[str, np.ndarray]:
-        """Uncertainty [N] by name; higher means less certain.
+        """Return uncertainty scores [N] by name; higher means less certain.
 
-        posterior: the family's own (entropy, or summed log-variance). rate: minus the KL. samples: entropy of
-        the prediction averaged over K samples. norm: minus the feature's norm. distance: 1 - cosine to
-        the nearest training image, of standardised features. density: minus the log-density of the training
-        images' activations. probe: entropy of the feature probe's prediction, which, unlike the others, has
-        seen labels; so has `samples`.
+        posterior: the family's own (entropy, or summed log-variance). rate: negative KL. samples: entropy of
+        the prediction averaged over K samples. norm: negative norm of the features. distance: 1 - cosine to
+        the nearest training image, of standardised features. density: negative log-density of the training
+        images' activations. probe: entropy of the feature probe's prediction. Only `probe` and
+        `samples` have seen labels.
         """
         predictions = self.predictions(outputs)
         found = {}
@@ -87,7 +87,7 @@ class UncertaintyScorer:
 
 
 def uncertainty(run: Run, sets: Sets, sampling: Sampling) -> tuple[dict[str, Any], NetworkOutputs]:
-    """Every score of uncertainty and the calibration of the probes; and the outputs of the test set."""
+    """Return the metrics of every uncertainty score and the probes' calibration; and the test outputs."""
     network, view = run.network, run.settings.view
 
     def outputs(pixels: np.ndarray) -> NetworkOutputs:
@@ -125,11 +125,11 @@ def uncertainty(run: Run, sets: Sets, sampling: Sampling) -> tuple[dict[str, Any
 
 
 def severity_correlation(scores: np.ndarray) -> float:
-    """Mean over images of Spearman's correlation of score and severity, for scores [S, N] at severities
-    0..S-1; an image whose score never changes counts as 0.
+    """Return the mean over images of Spearman's correlation of score and severity, for scores [S, N] at
+    severities 0..S-1; an image whose score never changes counts as 0.
 
-    All images at once from their ranks: scipy's spearmanr takes 400 times as long (67 ms for 500 images), for
-    it correlates every image with every other."""
+    All images are computed at once from their ranks: scipy's spearmanr takes 400 times as long (67 ms for 500
+    images), because it correlates every image with every other."""
     from scipy.stats import rankdata
 
     rank_SN = rankdata(scores, axis=0)

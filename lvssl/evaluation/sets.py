@@ -1,4 +1,4 @@
-"""The images that a run is measured on: which sets, which of their images, as pixels or as embeddings."""
+"""Choose the images that a run is measured on: sets, samples of them, as pixels or as embeddings."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from pipelines.loader import Replacements, evaluation_crops
 from pipelines.views import ViewSettings
 
 Settings = TypeVar("Settings", bound=Any)
-PICTURE = 96  # pixels a side of a picture for people, at most
-SAMPLE = 20_000  # training images of a large set on which codes of many kinds are compared
+PICTURE = 96  # maximum side of the pictures shown to people, in pixels
+SAMPLE = 20_000  # training images of a large set on which many kinds of codes are compared
 
 
 def labelled_pair(run: Run, control: Run | None, train: Path | None, test: Path) -> tuple[Reader, Reader]:
-    """Training images (those of the pretraining, unless named) and test images, with the same numbers for the
-    same classes. Raises InputError as `open_pair` does, and if run and control were trained on others."""
+    """Open training images (by default those of the pretraining) and test images, with equal numbers for
+    equal classes. Raises InputError as `open_pair` does, and if run and control were trained on different
+    classes."""
     found = open_pair(train or run.settings.data, test)
-    if control is not None and run.classes and control.classes:  # none: trained without labels
+    if control is not None and run.classes and control.classes:  # none if the training had no labels
         require_same_classes(run, control)
     if train is None:
         require_classes_of(run, found[0], run.settings.data)
@@ -39,8 +40,8 @@ def labelled_pair(run: Run, control: Run | None, train: Path | None, test: Path)
 
 
 def with_defaults(settings: Settings, run: Run) -> Settings:
-    """Settings of a command that measures a run beside a control, with the test set and the control that lie
-    where one would look for them, and with what a damaged image does."""
+    """Fill in the settings of a command that measures a run next to a control: the test set and the control
+    from their usual places, and what to do with damaged images."""
     test, control, train = settings.test, settings.control, training_set(run, settings.train)
     if test is None:
         test = sibling_test_set(train)
@@ -51,8 +52,8 @@ def with_defaults(settings: Settings, run: Run) -> Settings:
 
 
 def a_sample(train: Reader, test: Reader, max_images: int = 0) -> tuple[Reader, Reader]:
-    """`max_images` of the training images and a fifth as many test images, evenly spread; 0: all, but of
-    LARGE_SET and more SAMPLE."""
+    """Return `max_images` training images and a fifth as many test images, evenly spaced. 0 means all, or
+    SAMPLE from LARGE_SET training images on."""
     wanted = max_images or (SAMPLE if len(train) >= LARGE_SET else max(len(train), 5 * len(test)))
     few = [
         source if len(source) <= most else Subset(source, evenly_spaced(len(source), most))
@@ -64,12 +65,13 @@ def a_sample(train: Reader, test: Reader, max_images: int = 0) -> tuple[Reader, 
 def embed_both(
     run: Run, train: Reader, test: Reader, workers: int, on_error: str = "raise"
 ) -> tuple[Embedding, Embedding]:
-    """The networks' outputs for both sets, from the store of features where they lie there."""
+    """Embed both sets, reading the outputs from the store of features if it has them."""
     return embedded(run, train, workers, on_error), embedded(run, test, workers, on_error)
 
 
 def smaller_by(run: Run, source: Reader, on_error: str) -> Callable[[int], dict[str, float]]:
-    """How many times smaller so many bits are than these images' pixels, JPEGs and the run's features."""
+    """Return a function from a number of bits to how many times smaller it is than the images' pixels and
+    JPEGs, and than the run's features."""
     return partial(
         compression_ratios,
         resolution=run.settings.view.resolution,
@@ -80,23 +82,23 @@ def smaller_by(run: Run, source: Reader, on_error: str) -> Callable[[int], dict[
 
 
 def jpeg_bytes(source: Reader) -> float | None:
-    """Mean size of the stored JPEGs; None where any image is stored as pixels."""
-    if isinstance(source, Subset):  # a few damaged ones change no mean that is worth a word
+    """Return the mean size of the stored JPEGs; None if any image is stored as pixels."""
+    if isinstance(source, Subset):  # a few damaged images hardly change the mean
         source = source.source
     file = getattr(source, "file", None)
     return float(file.sizes.mean()) if file is not None and not file.modes.any() else None
 
 
 def channels(source: Reader, on_error: str) -> int:
-    """1 if the first images are grey, else 3: a grey image that is stored as RGB isn't larger for it."""
+    """Return 1 if the first images are grey, else 3. Grey images stored as RGB count as grey."""
     first = np.arange(min(256, len(source)))
     crops = evaluation_crops(source, ViewSettings(resolution=8), first, Replacements(source, on_error))
     return 1 if (crops == crops[..., :1]).all() else 3
 
 
 def picture_view(view: ViewSettings, *shown: tuple[Reader, np.ndarray]) -> ViewSettings:
-    """How images are shown to people: the network's crop, in as many pixels as the largest of them has, up to
-    PICTURE, where the network's resolution is lower. `shown`: sets and positions in them."""
+    """Return the view in which people are shown images: the network's crop, at the side of the largest image,
+    up to PICTURE, if the network's resolution is lower. `shown` gives sets, and positions in them."""
 
     def side(source: Reader, row: int) -> int:
         try:
@@ -109,24 +111,24 @@ def picture_view(view: ViewSettings, *shown: tuple[Reader, np.ndarray]) -> ViewS
 
 
 def class_names(source: Reader) -> list[str]:
-    """Of a set's labels; numbers where they have no names."""
+    """Return the names of a set's classes; their numbers if they have no names."""
     return source.classes or [str(number) for number in range(int(source.labels.max()) + 1)]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which images are measured where a part of them is enough, and what is drawn at random."""
+    """Which images are measured where some of them suffice, and what is drawn at random."""
 
-    max_images: int = 2000  # test images, and twice as many training images; 0: all
-    samples: int = 8  # of the latent, averaged in a prediction
+    max_images: int = 2000  # test images, and twice as many training images; 0 means all
+    samples: int = 8  # number of latent samples averaged in a prediction
     seed: int = 0
-    ood: tuple[Path, ...] = ()  # betons of other data
-    on_error: str | None = None  # raise, or skip an image that can't be decoded; None: as in the pretraining
+    ood: tuple[Path, ...] = ()  # betons of out-of-distribution data
+    on_error: str | None = None  # raise, or skip an image that can't be decoded; None as in the pretraining
 
 
 @dataclass(frozen=True)
 class Sets:
-    """The pixels that everything is measured on, uint8 [N, R, R, 3]."""
+    """The pixels of all sets that are measured, uint8 [N, R, R, 3]."""
 
     train: np.ndarray
     train_labels: np.ndarray
@@ -134,7 +136,7 @@ class Sets:
     test_labels: np.ndarray
     out_of_distribution: dict[str, np.ndarray]
     sources: tuple[Reader, Reader]
-    skipped: dict[str, int]  # set -> images that were chosen and couldn't be decoded
+    skipped: dict[str, int]  # set -> number of chosen images that couldn't be decoded
 
     @classmethod
     def of(cls, sampling: Sampling, run: Run, train: Reader, test: Reader) -> Sets:
@@ -165,11 +167,11 @@ class Sets:
 def sound_crops(
     source: Reader, view: ViewSettings, chosen: np.ndarray, on_error: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Centre crops uint8 [M, R, R, 3] of those of the positions int64 [N] that can be decoded, and these.
+    """Return centre crops uint8 [M, R, R, 3] of the positions int64 [N] that can be decoded, and these.
 
-    Raises InputError, which names the first that can't be, with on_error="raise".
+    Raises InputError with on_error="raise", naming the first that can't be decoded.
     """
     rows = chosen.copy()
     crops = evaluation_crops(source, view, rows, Replacements(source, on_error))
-    sound = rows == chosen  # in a damaged one's place there is another
+    sound = rows == chosen  # a damaged image is replaced by another
     return crops[sound], chosen[sound]

@@ -1,7 +1,7 @@
-"""A procedural set with exactly known factors: one coloured shape on a dark ground.
+"""A procedural data set with exactly known factors: one coloured shape on a dark background.
 
-For regression from codes, where natural images have no ground truth. The shapes have
-no rotational symmetry, so that the rotation is a function of the image.
+It serves regression from codes, since natural images have no ground truth. The shapes have no rotational
+symmetry, so that the rotation is a function of the image.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw
 
 SHAPES = ("arrow", "L", "half-disc", "wedge")
 FACTORS = ("shape", "size", "x", "y", "hue", "rotation")
-CYCLIC = ("hue", "rotation")  # 0 and 1 are the same
+CYCLIC = ("hue", "rotation")  # 0 and 1 mean the same
 BACKGROUND = 40
-SUPERSAMPLED = 4  # drawn this many times larger, then averaged: edges are anti-aliased
+SUPERSAMPLED = 4  # shapes are drawn this many times larger, then averaged, which anti-aliases edges
 
 HALF_DISC = tuple((math.cos(t), math.sin(t)) for t in np.linspace(-math.pi / 2, math.pi / 2, 24))
 OUTLINES: dict[str, tuple[tuple[float, float], ...]] = {  # corners in a circle of radius 1
@@ -30,9 +30,9 @@ OUTLINES: dict[str, tuple[tuple[float, float], ...]] = {  # corners in a circle 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Images uint8 [N, R, R, 3] and their factors float64 [N, 6], the columns as in FACTORS.
+    """Images uint8 [N, R, R, 3] and their factors float64 [N, 6], with the columns of FACTORS.
 
-    shape: 0..3, place in SHAPES. size: radius as a share of the side, 0.15 to 0.35. x, y: the centre as a
+    shape: 0..3, index in SHAPES. size: radius as a share of the side, 0.15 to 0.35. x, y: the centre as a
     share of the side, 0.3 to 0.7. hue, rotation: fractions of a turn, [0, 1).
     """
 
@@ -41,7 +41,7 @@ class Shapes:
 
 
 def make_shapes(count: int, side: int, seed: int = 0) -> Shapes:
-    """`count` images of independently, uniformly drawn factors; the same for the same arguments."""
+    """Draw `count` images with independent, uniform factors; equal arguments give equal images."""
     generator = np.random.default_rng(seed)
     factors = np.stack(
         [
@@ -59,7 +59,7 @@ def make_shapes(count: int, side: int, seed: int = 0) -> Shapes:
 
 
 def draw(factors: np.ndarray, side: int) -> np.ndarray:
-    """The image uint8 [side, side, 3] of one row of factors."""
+    """Return the image uint8 [side, side, 3] of one row of factors."""
     shape, size, x, y, hue, rotation = factors
     large = side * SUPERSAMPLED
     cos, sin = math.cos(2 * math.pi * rotation), math.sin(2 * math.pi * rotation)
@@ -74,7 +74,7 @@ def draw(factors: np.ndarray, side: int) -> np.ndarray:
 
 
 def regression_targets(factors: np.ndarray) -> dict[str, np.ndarray]:
-    """Columns to regress on, each [N, T]: a cyclic factor as its cosine and sine, the shape one-hot."""
+    """Return regression targets [N, T] by name: cyclic factors as cosine and sine, the shape one-hot."""
     targets = {}
     for name, column in zip(FACTORS, factors.T):
         if name in CYCLIC:

@@ -1,4 +1,4 @@
-"""A stage after pretraining: its run, its data, the folder that it works in, and its result."""
+"""A stage after pretraining: its run, its data, its working folder and its result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lvssl.training.distributed import World, from_first, world_of
 from pipelines.errors import InputError
 from pipelines.files import write_json
 
-# What a stage leaves in its folder, and in the folders of its trainings there.
+# The files that a stage writes into its folder and into the folders of its trainings.
 OWN = (
     "stage.json", "result.json", "trials.json", "metrics.jsonl", "checkpoints/step-*.pt",
     "tensorboard/events.out.tfevents.*", "non_finite_batch*.npy",
@@ -33,18 +33,18 @@ Settings = TypeVar("Settings", bound=StageSettings)
 
 @dataclass(frozen=True)
 class Stage(Generic[Settings]):
-    """A call of a stage, ready to work."""
+    """One call of a stage, ready to start."""
 
     name: str
     settings: Settings  # with train and test filled in
     run: Run
-    path: Path  # of its result
-    done: dict[str, Any] | None  # the result, if it stands there already
+    path: Path  # of the result
+    done: dict[str, Any] | None  # the result, if it exists already
     device: torch.device
     world: World
 
     def sets(self) -> tuple[LabelledDataset, LabelledDataset]:
-        """Training and test set. Raises InputError if they don't match."""
+        """Open the training and test sets. Raises InputError if they don't match."""
         settings = self.settings
         assert settings.train is not None and settings.test is not None
         given = settings.target, settings.source, self.run.on_error(settings.on_error), str(self.device)
@@ -59,24 +59,24 @@ class Stage(Generic[Settings]):
 
     @property
     def result(self) -> ResultFile:
-        """Its result's file, whether that is there or not."""
+        """The file of the result, whether or not it exists."""
         return ResultFile(self.path, self.name, self.settings, self.run.digest)
 
     @property
     def engine(self) -> EngineSettings:
-        """How it computes: as the run was trained, unless the settings say otherwise; exactly, where it has
-        nothing to train."""
+        """How to compute: as in the run's training unless the settings say otherwise; stages that train
+        nothing use fp32."""
         given, asked = self.run.settings.engine, getattr(self.settings, "precision", "fp32")
         return given if asked == "auto" else replace(given, precision=asked)
 
     @property
     def folder(self) -> Path:
-        """Where checkpoints and metrics of the work lie: X for X/result.json and for X.json."""
+        """Folder of the work's checkpoints and metrics: X for X/result.json and for X.json."""
         return self.path.parent if self.path.name == "result.json" else self.path.with_suffix("")
 
     def claim(self, train: LabelledDataset) -> Path:
-        """The folder, marked as this work's own by rank 0; InputError if something else has begun there, or
-        the same on other training images."""
+        """Return the folder, which rank 0 marks as belonging to this work. Raises InputError if it contains
+        other work, or the same on other training images."""
         from_first(self.world, lambda: self._claim(describe_set(train.source)))
         return self.folder
 
@@ -104,7 +104,7 @@ class Stage(Generic[Settings]):
     def finish(
         self, sets: tuple[LabelledDataset, LabelledDataset], results: dict[str, dict[str, Any]], **more: Any
     ) -> Stage[Settings]:
-        """Write `results` (representation -> figures of `score`) with all that says where they come from."""
+        """Write `results` (representation -> figures of `score`) with everything about their origin."""
         train, test = sets
         data = {
             "train": str(train.path),
@@ -127,20 +127,20 @@ class Stage(Generic[Settings]):
 
 
 def remove_work(folder: Path) -> None:
-    """Remove what stages leave in a folder of theirs, and nothing that somebody has put beside it."""
+    """Remove the files that stages write into their folder, and nothing that others have put there."""
     for part in (folder / "final", *folder.glob("trial-*"), folder):
         for pattern in OWN:
             for path in part.glob(pattern):
                 path.unlink()
         for emptied in (part / "checkpoints", part / "tensorboard", part):
-            with suppress(OSError):  # there is more in it, or there is none
+            with suppress(OSError):  # not empty, or not there
                 emptied.rmdir()
 
 
 def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
-    """Check everything that can be checked before work. `result`: its path in the run's folder.
+    """Check everything that can be checked before the work starts. `result` is its path in the run's folder.
 
-    Raises InputError: impossible settings, no such run or data, or another result stands there.
+    Raises InputError: impossible settings, no such run or data, or a result for other settings exists there.
     """
     settings.validate()
     world = world_of()
@@ -159,7 +159,7 @@ def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
     if path.suffix != ".json":
         path = path / "result.json"
     stage = Stage(name, settings, run, path, None, device, world)
-    if isinstance(settings, TrainingSettings):  # else the encoder would read in the run's own precision
+    if isinstance(settings, TrainingSettings):  # otherwise the encoder keeps the run's own precision
         run.network.precision = encoding_precision(stage.engine, device)
     stage = replace(stage, done=stage.result.found())
     claim(device, precision(stage.engine, device))
@@ -168,7 +168,7 @@ def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
 
 @dataclass(frozen=True)
 class Measured:
-    """A result of embeddings, which no run has made."""
+    """A result for embeddings, which don't come from a run."""
 
     name: str
     path: Path
@@ -177,7 +177,7 @@ class Measured:
 
 
 def show(stage: Stage[Any] | Measured) -> None:
-    """A finished stage on a terminal; ranks but the first have nothing to say."""
+    """Print a finished stage; only the first rank does."""
     if stage.done is None or not stage.world.first:
         return
     for representation, figures in stage.done["results"].items():
@@ -197,7 +197,7 @@ def in_words(figures: dict[str, Any]) -> str:
 
 
 def peak_memory_mib() -> float:
-    """Most memory so far: of the GPU where one is in use, else of this process."""
+    """Return the peak memory so far: of the GPU if one is in use, otherwise of this process."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     unit = 2**20 if sys.platform == "darwin" else 2**10

@@ -1,7 +1,7 @@
-"""The linear probe of sets that don't fit in memory: by stochastic gradients, over rows as they are read.
+"""A linear probe for sets that don't fit in memory, fitted by stochastic gradients on rows as they are read.
 
 The objective is that of `lvssl.evaluation.probe`: mean cross entropy + strength / 2 * |W|^2 on standardised
-features. All strengths are learnt at once, from the same rows.
+features. All strengths are trained at once, on the same rows.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from lvssl.settings.stages import LinearSettings
 from pipelines.errors import InputError
 from pipelines.kernels.pack import unpack_bits
 
-EPOCHS, STEPS = 10, 5000  # the least of both; of a million images the epochs are more
-BATCH, LR = 1024, 1e-2  # of Adam, whose rate falls to 0 along a cosine
-STRENGTHS = (1e-1, 1e-2, 1e-3)  # as of the exact probe
-TINY = 1e-30  # of a gradient by a logit, whose sums are of some 1e-7 and more
-PAGE = 16  # rows that are read together: of 2,048 features 128 KB
-HELD_OUT, MOST_HELD_OUT = 0.15, 50_000  # share of the pages, and rows, on which the strength is chosen
-CHUNK = 8192  # rows at a time where all are read
+EPOCHS, STEPS = 10, 5000  # minimum of both; for a million images the epochs need more steps
+BATCH, LR = 1024, 1e-2  # of Adam; the learning rate follows a cosine to 0
+STRENGTHS = (1e-1, 1e-2, 1e-3)  # the same as for the exact probe
+TINY = 1e-30  # limit for gradients of logits, whose sums are about 1e-7 or more
+PAGE = 16  # rows that are read together: 128 KB for 2,048 features
+HELD_OUT, MOST_HELD_OUT = 0.15, 50_000  # share of the pages, and maximum of rows, used to choose the strength
+CHUNK = 8192  # rows at a time when all are read
 
 
 def protocol(epochs: int = 0) -> str:
-    """How the probe is fitted, for the result."""
+    """Describe how the probe is fitted, for the result."""
     length = f"{epochs} epochs" if epochs else f"{EPOCHS} epochs, {STEPS:,} steps at least,"
     return (
         f"sgd: Adam, {length} in batches of {BATCH:,}, learning rate {LR} along a cosine; L2 strength chosen "
@@ -39,7 +39,7 @@ def protocol(epochs: int = 0) -> str:
 
 
 class Rows(Protocol):
-    """Features of N images, of which some rows are read at a time: an array, a mapped file, `Bits`."""
+    """Features of N images of which some rows are read at a time: an array, a mapped file, or `Bits`."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -48,7 +48,7 @@ class Rows(Protocol):
 
 
 class Bits:
-    """Packed codes as features, float32: 1 for a bit that is on, `off` for one that isn't."""
+    """Packed codes as float32 features: 1 for a bit that is on, `off` for one that isn't."""
 
     def __init__(self, packed: np.ndarray, bits: int, off: float = 0.0) -> None:
         self.packed, self.shape, self.off = packed, (len(packed), bits), off
@@ -68,11 +68,11 @@ def streamed_probe(
     seed: int = 0,
     device: torch.device | None = None,
 ) -> ProbeResult:
-    """As `linear_probe`, of train_x [N, D] and labels int64 [N], in memory that N doesn't change.
+    """Fit as `linear_probe` does on train_x [N, D] and labels int64 [N], in memory that doesn't depend on N.
 
-    Pages of rows are drawn in an order of each epoch's own, by `seed`. `epochs`: 0: EPOCHS, or what STEPS
-    take. `device`: where it is computed; left out: the CPU. Raises FloatingPointError for values that are not
-    finite, InputError for labels of one class.
+    Pages of rows are drawn by `seed`, in a new order in each epoch. `epochs` = 0 means EPOCHS, or more to
+    reach STEPS steps. `device` is where to compute, by default the CPU. Raises FloatingPointError for values
+    that are not finite, InputError for labels of a single class.
     """
     device = device or torch.device("cpu")
     classes, y = np.unique(train_y, return_inverse=True)
@@ -108,7 +108,7 @@ def streamed_probe(
         right = torch.zeros(len(STRENGTHS), device=device)
         for rows in drawn(held, len(y), 1, CHUNK, seed):
             right += (logits(train_x, rows).argmax(2) == torch.from_numpy(y[rows]).to(device)[:, None]).sum(0)
-        best = int(right.argmax())  # the stronger one where equal
+        best = int(right.argmax())  # the stronger one if equal
         parts = [
             logits(test_x, slice(start, start + CHUNK))[:, best].softmax(1).cpu()
             for start in range(0, test_x.shape[0], CHUNK)
@@ -126,8 +126,8 @@ def probed(
     test: tuple[Rows, np.ndarray],
     device: torch.device,
 ) -> tuple[ProbeResult, dict[str, Any]]:
-    """The probe `streamed`, on the device, or `logistic`, on features and labels; and what a result says of
-    it."""
+    """Fit the probe `streamed` (on the device) or `logistic` on features and labels. Returns it with entries
+    for the result."""
     seed, epochs = settings.seed, settings.probe_epochs
     if probe == "streamed":
         found = streamed_probe(*train, *test, epochs=epochs, seed=seed, device=device)
@@ -138,15 +138,15 @@ def probed(
 
 
 def without_subnormals(gradients: Tensor) -> Tensor:
-    """0 in the place of values that no sum would show. Where classes are well apart, most probabilities come
+    """Replace values too small to change any sum by 0. If classes are well separated, most probabilities are
     near fp32's smallest number, and a CPU multiplies those up to twenty times as slowly: steps took 0.87 s
     instead of 0.21 (1,000 classes, 2,048 features)."""
     return torch.nn.functional.hardshrink(gradients, TINY)
 
 
 def standardisation(x: Rows) -> tuple[Tensor, Tensor]:
-    """(mean, scale) float32 [D]: (x - mean) * scale has deviation 1; a constant column becomes 0.
-    FloatingPointError, which names the row, where a value isn't finite."""
+    """Return (mean, scale) float32 [D]: (x - mean) * scale has deviation 1; a constant column becomes 0.
+    Raises FloatingPointError, which names the row, for a value that isn't finite."""
     count, width = x.shape
     shift = np.asarray(x[:CHUNK], np.float64).mean(axis=0)  # near the mean, so that squares don't cancel
     total, squares = np.zeros(width), np.zeros(width)
@@ -167,14 +167,14 @@ def standardisation(x: Rows) -> tuple[Tensor, Tensor]:
 
 
 def pages(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the pages to learn from, and of those to choose the strength on, drawn by `seed`."""
+    """Draw the pages to train on and those to choose the strength on, by `seed`; returns their numbers."""
     everything = np.random.default_rng(seed).permutation(-(-count // PAGE))
     held = max(1, min(round(HELD_OUT * len(everything)), MOST_HELD_OUT // PAGE))
     return np.sort(everything[held:]), np.sort(everything[:held])
 
 
 def drawn(which: np.ndarray, count: int, epochs: int, batch: int, seed: int) -> Any:
-    """Batches of rows int64 [<= batch]: those of the pages `which`, in another order in each epoch."""
+    """Yield batches of rows int64 [<= batch] from the pages `which`, in a new order in each epoch."""
     for epoch in range(epochs):
         order = np.random.default_rng((seed, epoch)).permutation(which)
         for start in range(0, len(order), batch // PAGE):

@@ -1,10 +1,10 @@
-"""A study: every arm over several seeds, measured alike, and compared pair by pair.
+"""A study: train every arm over several seeds, measure all runs in the same way, and compare them in pairs.
 
-Arms differ in the settings that their names give and in nothing else: data, order, augmentation and steps are
-those of the seed. A run that is finished is not trained again, and its measures lie in its folder, so that
-an interrupted study resumes when its command is repeated, and its parts can be an array job (--shard K/N).
-Run folders are named PREFIX-ARM-sSEED; runs that are there already are used if their settings are the same
-(but for threads, paths and the like), so a study can share them with other studies.
+Arms differ only in the settings that they name; data, order, augmentation and steps are determined by the
+seed. A finished run is not trained again, and its measures are kept in its folder, so that an interrupted
+study resumes when its command is repeated, and its parts can be an array job (--shard K/N). Run folders are
+named PREFIX-ARM-sSEED. Existing runs are used if their settings are the same (apart from threads, paths and
+the like), so studies can share runs.
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ class StudySettings(ReadsImages):
 
 
 def study(settings: StudySettings) -> dict[str, Any] | None:
-    """Do all that isn't done; study.json in `out`, and its content (None for a shard).
+    """Do what isn't done yet, write study.json in `out`, and return its content (None for a shard).
 
     Raises:
-        InputError: an unknown preset, arm or setting, a doubled arm, a shard that isn't K/N, images that
-            aren't there; before any work. A run folder of other settings.
+        InputError: an unknown preset, arm or setting, a repeated arm, a shard that isn't K/N, or missing
+            images, all before any work; or a run folder with other settings.
     """
     choice("preset", settings.preset, tuple(PRESETS))
     plans = [plan(settings, arm, seed) for seed in settings.seeds for arm in settings.arms]
@@ -133,7 +133,7 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
 
 
 def shard(text: str) -> tuple[int, int]:
-    """(K - 1, N) of "K/N", 1 <= K <= N; (0, 1) of "". InputError for anything else."""
+    """Parse "K/N", 1 <= K <= N, as (K - 1, N), and "" as (0, 1). Raises InputError for anything else."""
     if not text:
         return 0, 1
     k, slash, n = text.partition("/")
@@ -143,7 +143,7 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def plan(settings: StudySettings, arm: str, seed: int) -> PretrainSettings:
-    """The pretraining of an arm and a seed."""
+    """Return the pretraining settings for an arm and a seed."""
     base = preset(settings.preset)
     name, changes = parsed(arm)
     return dataclasses.replace(
@@ -160,18 +160,18 @@ def plan(settings: StudySettings, arm: str, seed: int) -> PretrainSettings:
 
 
 def parsed(arm: str) -> tuple[str, dict[str, str]]:
-    """The arm's name and its settings, as text."""
+    """Return the arm's name and its settings, as text."""
     name, colon, text = arm.partition(":")
     return name, dict(pair.partition("=")[::2] for pair in text.split(",")) if colon else {"family": name}
 
 
 def start_of(settings: StudySettings) -> str:
-    """What the run folders' names start with."""
+    """Return the prefix of the run folders' names."""
     return f"{settings.prefix}-" if settings.prefix else ""
 
 
 def groups_of(base: PretrainSettings, arm: str, changes: dict[str, str]) -> dict[str, Any]:
-    """The settings of latent and model with an arm's values, from text, in the types of their defaults."""
+    """Return the settings of latent and model with an arm's values, parsed to the types of their defaults."""
     groups: dict[str, Any] = {"latent": base.latent, "model": base.model}
     defaults = {f.name: (group, f.default) for group, of in groups.items() for f in dataclasses.fields(of)}
     made: dict[str, dict[str, Any]] = {group: {} for group in groups}
@@ -191,7 +191,7 @@ def groups_of(base: PretrainSettings, arm: str, changes: dict[str, str]) -> dict
 def of_run(
     settings: StudySettings, chosen: PretrainSettings, lengths: tuple[int, ...]
 ) -> tuple[dict[str, Any], list[Row]]:
-    """What describes one run, and its measurements; it is trained and measured unless that is done."""
+    """Return a description of one run and its measurements, after training and measuring it if necessary."""
     pretrain(chosen, resume=True)
     run = load_run(chosen.out)
     told = to_dict(settings)
@@ -201,7 +201,7 @@ def of_run(
     found = read_result(kept, rows=list, lengths=list, codes=list) if kept.exists() else {}
     same = (found.get("checkpoint"), found.get("protocol")) == (run.digest, protocol) and found.get("rows")
     codes = [] if run.network.family.stochastic else equal_bit_codes({*lengths, own_bits(run)})
-    # What is tried already; the first files have HASHES alone, and don't say so.
+    # Codes that have been tried. The first files only have HASHES, without saying so.
     old = [(method, bits) for method in HASHES for bits in found.get("lengths") or ()]
     tried = {(method, bits) for method, bits in found.get("codes") or old} if same else set()
     if not same or set(codes) - tried:

@@ -1,4 +1,4 @@
-"""Does the uncertainty say when the representation is wrong? Higher means less certain throughout."""
+"""Does an uncertainty tell when the representation is wrong? Higher means less certain throughout."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pipelines.kernels.pack import as_array
 
 
 class RAuroc(NamedTuple):
-    """Always together: a collapsed model, whose neighbours are chance, can reach the best R-AUROC."""
+    """Report both: a collapsed model, whose neighbours are at chance level, can reach the best R-AUROC."""
 
-    r_auroc: float  # 0..1; nan where all neighbours are right, or none
+    r_auroc: float  # 0..1; nan if all neighbours are right, or none
     recall_at_1: float  # 0..1
 
 
 def r_auroc(features: Any, labels: Any, uncertainty: Any) -> RAuroc:
-    """R-AUROC of the URL benchmark (Kirchhof et al. 2023) for features [N, D], labels [N], uncertainty [N].
+    """Return the R-AUROC of the URL benchmark (Kirchhof et al. 2023); features [N, D], the others [N].
 
-    AUROC of minus the uncertainty against "the nearest other image, by cosine, is of the same class": 1
-    where the uncertainty ranks every right neighbour above every wrong one, 1/2 where it knows nothing.
-    Equal cosines: the lower index. Raises ValueError for shapes that don't match, fewer than two images or
-    values that aren't finite.
+    It is the AUROC of the negative uncertainty for "the nearest other image, by cosine, is of the same
+    class": 1 if every right neighbour is ranked above every wrong one, 1/2 for an uninformative uncertainty.
+    Of equal cosines the lower index counts. Raises ValueError for shapes that don't match, fewer than two
+    images or values that aren't finite.
     """
     features, labels, scores = torch.as_tensor(features).float(), as_array(labels), as_array(uncertainty)
     if (
@@ -39,7 +39,7 @@ def r_auroc(features: Any, labels: Any, uncertainty: Any) -> RAuroc:
 
 
 def nearest_other(features: torch.Tensor, chunk: int = 1024) -> np.ndarray:
-    """[N]: for each row of features [N, D] the nearest other row by cosine similarity."""
+    """Return for each row of features [N, D] the nearest other row by cosine similarity: [N]."""
     h = torch.nn.functional.normalize(features, dim=1)
     nearest = []
     for start in range(0, len(h), chunk):
@@ -50,9 +50,9 @@ def nearest_other(features: torch.Tensor, chunk: int = 1024) -> np.ndarray:
 
 
 def auroc(positive: np.ndarray, scores: np.ndarray) -> float:
-    """P(score of a positive > score of a negative) + 1/2 P(equal), by mid-ranks; nan without both.
+    """Return P(score of a positive > score of a negative) + 1/2 P(equal), by mid-ranks; nan without both.
 
-    The same as scikit-learn's roc_auc_score (to 1e-12), in a 12th of its time for 4,000 scores or less, in
+    Equal to scikit-learn's roc_auc_score (to 1e-12), in a twelfth of its time for 4,000 scores or fewer and
     less than half for 100,000.
     """
     if not np.isfinite(scores).all():
@@ -61,8 +61,8 @@ def auroc(positive: np.ndarray, scores: np.ndarray) -> float:
 
 
 def areas(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """The AUROC of each column of scores [N, D] as a detector of each of positive [N, C]: [D, C], or without
-    these axes."""
+    """Return the AUROC of each column of scores [N, D] as a detector of each of positive [N, C]: [D, C];
+    one-dimensional inputs have no such axis."""
     ranks, wanted = rankdata(scores, axis=0), positive.astype(np.float64)
     count = wanted.sum(axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -70,9 +70,10 @@ def areas(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
 
 
 def risk_coverage_area(wrong: Any, uncertainty: Any) -> float:
-    """AURC, 0..1, lower is better: the error rate among the n most certain images, averaged over n = 1..N.
+    """Return the AURC in 0..1, lower is better: the error rate among the n most certain images, averaged over
+    n = 1..N.
 
-    `wrong` [N] bool: the prediction is wrong; `uncertainty` [N]. A constant uncertainty gives the error
+    `wrong` [N] bool marks wrong predictions; `uncertainty` is [N]. A constant uncertainty gives the error
     rate; images of equal uncertainty count in expectation over their order.
     """
     wrong, scores = as_array(wrong).astype(np.float64), as_array(uncertainty)
