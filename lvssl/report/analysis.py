@@ -1,4 +1,4 @@
-"""What `lvssl analyse` measured: uncertainty, calibration and regression, with controls."""
+"""The report's sections on `lvssl analyse`: uncertainty, calibration and regression, with controls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STYLES = {"features": "run", "latent mean": "code", "latent samples": "control"}
 
 
 def uncertainty(analysis: dict[str, Any]) -> str:
-    """Every score of every model, and the reliability diagram of the run's probes."""
+    """Return the section with every score of every model, and the reliability diagram of the run's probes."""
     rows = by_point(analysis.get("rows") or [], representation="uncertainty")
     if not rows:
         return ""
@@ -37,7 +37,7 @@ def uncertainty(analysis: dict[str, Any]) -> str:
 
 
 def roles(analysis: dict[str, Any]) -> dict[str, str]:
-    """What the run and its control are called in the tables; others by their names."""
+    """Return the names of run and control mapped to what the tables call them."""
     return {analysis[role]["name"]: role for role in ("run", "control") if analysis.get(role)}
 
 
@@ -47,7 +47,7 @@ def title(column: str) -> str:
 
 
 def reliability(probes: dict[str, list[dict[str, float]]]) -> Figure | None:
-    """The diagram of each probe's probabilities, from its bins; None where none has two."""
+    """Return the reliability diagram of the probes from their bins; None unless a probe has two bins."""
     lines = [
         Line(name, STYLES.get(name, "run"), [(b["confidence"], b["accuracy"]) for b in bins])
         for name, bins in probes.items()
@@ -58,7 +58,7 @@ def reliability(probes: dict[str, list[dict[str, float]]]) -> Figure | None:
 
 
 def regression(analysis: dict[str, Any]) -> str:
-    """R^2 of ridge to known factors: one row a target, one column a representation."""
+    """Return the table of R^2 of ridge to known factors: a row per target, a column per representation."""
     called = roles(analysis)
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in analysis.get("rows") or []:

@@ -1,4 +1,4 @@
-"""Accuracy against bits stored: the code, its controls of equal bits, and the features it is made from."""
+"""The report's section on accuracy against bits stored: the code, its equal-bit controls, the features."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STYLES = {"code": "code", "features": "run", "control": "control"}
 
 
 def compression(measured: dict[str, Any]) -> str:
-    """The section of compression.json; "" without one."""
+    """Return the section on compression.json; "" if there is none."""
     rows = by_point(measured.get("rows") or [])
     if not rows:
         return ""
@@ -30,7 +30,7 @@ def compression(measured: dict[str, Any]) -> str:
 
 
 def rate_chart(rows: list[dict[str, Any]], name: str, unit: str) -> Figure | None:
-    """One measure over the logarithm of the bits; a line for each run and method."""
+    """Plot one measure over the logarithm of the bits, with a line for each run and method."""
     groups: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in rows:
         if finite(row.get(name)):

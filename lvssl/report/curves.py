@@ -1,4 +1,4 @@
-"""The curves of a training run, beside its control's."""
+"""The report's curves of a training run, next to those of its control."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lvssl.runs.progress import read_metrics
 
 
 def curves(run_dir: Path, evaluation: dict[str, Any], command: str) -> str:
-    """The section of metrics.jsonl; "" where there is nothing to draw."""
+    """Return the section on metrics.jsonl; "" if there is nothing to draw."""
     rows = read_metrics(run_dir / "metrics.jsonl")
     path = (evaluation.get("control") or {}).get("path")
     control = read_metrics(Path(path) / "metrics.jsonl") if path else []
@@ -22,7 +22,7 @@ def curves(run_dir: Path, evaluation: dict[str, Any], command: str) -> str:
     probes = [("features", rows, "probe_features", "run"), ("code", rows, "probe_code", "code")]
     probes += [("control's features", control, "probe_features", "control")]
     distortion = ("Contrastive loss", "NT-Xent, nats", both("ntxent"))
-    if not any("ntxent" in row for row in rows):  # another objective: its own, no control beside it
+    if not any("ntxent" in row for row in rows):  # another objective is drawn alone, without the control
         distortion = ("Distortion", "of the run's objective", both("distortion")[:1])
     panels = [
         distortion,
@@ -36,7 +36,7 @@ def curves(run_dir: Path, evaluation: dict[str, Any], command: str) -> str:
     for title, unit, wanted in panels:
         lines = [Line(label, style, series(source, key)) for label, source, key, style in wanted]
         lines = [line for line in lines if len(line.points) > 1]
-        # A rate that is 0 throughout is that of a family without a latent: nothing to draw.
+        # A rate that is always 0 belongs to a family without a latent, and is not drawn.
         if lines and not (title == "Rate" and all(v == 0 for line in lines for _, v in line.points)):
             figures.append(chart(title, unit, lines))
     return render("curves.html", figures=figures, command=command) if figures else ""

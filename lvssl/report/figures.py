@@ -1,6 +1,6 @@
-"""Line charts as inline SVG by matplotlib.
+"""Line charts as inline SVG, drawn by matplotlib.
 
-Colours and font come from the page's style sheet, so that they follow light and dark.
+Colours and font come from the page's style sheet, so that they follow the light and dark themes.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 34
-MOST_POINTS = 240  # a line of more is averaged in buckets: more than one point a pixel isn't seen
-# The style sheet's colours, by the names that they have there; in the light.
+MOST_POINTS = 240  # longer lines are averaged in buckets: more than one point per pixel can't be seen
+# The style sheet's colours by their names there, in the light theme.
 COLOURS = {"run": "#0f6b6f", "code": "#b5530c", "control": "#79818c", "rule": "#d9dde2", "soft": "#5a626d"}
-DASHES = {"run": "-", "code": (0, (3.5, 2)), "control": (0, (1, 2))}  # in widths of the line
+DASHES = {"run": "-", "code": (0, (3.5, 2)), "control": (0, (1, 2))}  # in multiples of the line's width
 
 
 @dataclass(frozen=True)
 class Line:
     label: str
-    style: str  # class of the style sheet: run, code, control
+    style: str  # a class of the style sheet: run, code or control
     points: list[tuple[float, float]]
 
 
 class Key(NamedTuple):
-    """What the legend says of a line."""
+    """A line's entry in the legend."""
 
     style: str
     label: str
-    value: str  # the last one; "" where it isn't told
+    value: str  # the last value; "" if it isn't shown
 
 
 class Figure(NamedTuple):
-    """What the template `chart` draws."""
+    """The input of the template `chart`."""
 
     title: str
     unit: str
@@ -51,7 +51,7 @@ class Figure(NamedTuple):
 
 
 def chart(title: str, unit: str, lines: Sequence[Line], x_label: str = "step", last: bool = True) -> Figure:
-    """A figure with its legend, which gives the last value of each line if `last`."""
+    """Draw a figure with its legend, which gives the last value of each line if `last`."""
     legend = [Key(line.style, line.label, f"{line.points[-1][1]:,.4g}" if last else "") for line in lines]
     drawing = line_chart(lines, x_label, f"{title}, {unit}", from_zero=title == "Speed")
     return Figure(title, unit, legend, drawing)
@@ -64,8 +64,8 @@ def line_chart(
     from_zero: bool = False,
     x_marks: Sequence[tuple[float, str]] = (),
 ) -> Markup:
-    """An SVG figure of the lines over a common x; finite points only. `x_marks`: places and texts of the
-    ticks along x, where they aren't round numbers."""
+    """Draw an SVG figure of the lines over a common x, skipping points that are not finite. `x_marks` are
+    positions and texts of the ticks along x, for ticks that aren't round numbers."""
     points = [p for line in lines for p in line.points]
     x_low, x_high = min(p[0] for p in points), max(p[0] for p in points)
     y_ticks = ticks(0.0 if from_zero else min(p[1] for p in points), max(p[1] for p in points), 5)
@@ -94,11 +94,11 @@ def line_chart(
 
 
 def inline(canvas: Canvas, title: str, lines: Sequence[Line]) -> Markup:
-    """The SVG that matplotlib writes, as a part of a page: without what a file of its own needs, each line
-    with its class and label, and with the style sheet's colours and font in place of its own."""
+    """Return matplotlib's SVG as a part of a page: metadata and styles are removed, each line gets its class
+    and label, and colours and font become those of the style sheet."""
     written = io.StringIO()
     none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):  # ids of this figure alone
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):  # unique ids
         canvas.savefig(written, format="svg", metadata=none)
     root = ElementTree.fromstring(written.getvalue())
     for parent in list(root.iter()):
@@ -125,7 +125,7 @@ def inline(canvas: Canvas, title: str, lines: Sequence[Line]) -> Markup:
 
 
 def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MOST_POINTS points: means of equal buckets, the last point kept as it is."""
+    """Average the points in equal buckets to at most MOST_POINTS; the last point is kept as it is."""
     if len(points) <= MOST_POINTS:
         return points
     size = math.ceil(len(points) / MOST_POINTS)
@@ -134,12 +134,12 @@ def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers from at or below `low` to at or above `high`."""
+    """Return about `count` round numbers from at or below `low` to at or above `high`."""
     if low == high:
         low, high = (low - abs(low) / 10, high + abs(high) / 10) if low else (0.0, 1.0)
     return [float(tick) for tick in MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
 
 
 def number(value: float) -> str:
-    """A tick's label: 1,200; 0.25; 3."""
+    """Return a tick's label: 1,200; 0.25; 3."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"

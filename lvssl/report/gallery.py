@@ -1,4 +1,4 @@
-"""Pictures on the page: neighbours, the most and least certain images, and what single bits see."""
+"""The report's pictures: neighbours, the most and least certain images, and what single bits respond to."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from PIL import Image
 from lvssl.report.template import render
 from pipelines.errors import InputError
 
-SIDE, SMALL_SIDE = 96, 48  # thumbnails are cut down to this many pixels; in the bit explorer
+SIDE, SMALL_SIDE = 96, 48  # maximum sides of the pictures, in pixels; the second in the bit explorer
 
 
 class Picture(NamedTuple):
-    """What the template `picture` shows."""
+    """The input of the template `picture`."""
 
     source: str  # a data URI
     alt: str
@@ -28,7 +28,7 @@ class Picture(NamedTuple):
 
 
 def gallery(path: Path, command: str | None) -> dict[str, str]:
-    """The sections of neighbours and of certainty; {} without a gallery."""
+    """Return the sections on neighbours and certainty; {} without a gallery."""
     if not path.exists():
         return {}
     g = read_gallery(path)
@@ -75,7 +75,7 @@ def certainty(g: dict[str, np.ndarray], picture: Callable[..., Picture], command
 
 
 def read_gallery(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a gallery, checked, so that a row that points nowhere is an InputError."""
+    """Read the arrays of a gallery. Raises InputError if they are inconsistent."""
     rows = ("query", "neighbours_code", "neighbours_feature", "most_certain", "least_certain")
     g = arrays(path, "evaluate", ("images", "labels", "class_names", "uncertainty", *rows))
     images, count = g["images"], len(g["images"])
@@ -94,7 +94,7 @@ def read_gallery(path: Path) -> dict[str, np.ndarray]:
 
 
 def bit_explorer(path: Path, analysis: dict[str, Any]) -> str:
-    """The most telling bits of the code: choose one, see the images where it is on, and off."""
+    """Return the bit explorer: one chooses a bit and sees images where it is on, and off."""
     bits = analysis.get("bits")
     if not bits or not path.exists():
         return ""
@@ -114,7 +114,7 @@ def bit_explorer(path: Path, analysis: dict[str, Any]) -> str:
 
 
 def in_words(row: dict[str, Any], flips: dict[str, dict[str, float]]) -> str:
-    """What is known of one bit, in two sentences."""
+    """Describe one bit in two sentences."""
     d = str(row["bit"])
     text = (
         f"Bit {d} is set for {100 * row['on']:.0f} % of the images and carries {row['information_bits']:.2f} "
@@ -131,7 +131,7 @@ def in_words(row: dict[str, Any], flips: dict[str, dict[str, float]]) -> str:
 
 
 def arrays(path: Path, command: str, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Of the .npz that a command has written; InputError if it can't be read."""
+    """Read the named arrays from a command's .npz. Raises InputError if it can't be read."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names}
@@ -142,7 +142,7 @@ def arrays(path: Path, command: str, names: Sequence[str]) -> dict[str, np.ndarr
 
 
 def data_uri(image: np.ndarray, side: int = SIDE) -> str:
-    """uint8 [H, W, 3] as a data URI of at most `side` pixels: PNG where small (exact), JPEG above."""
+    """Encode uint8 [H, W, 3] as a data URI of at most `side` pixels: PNG (exact) if small, otherwise JPEG."""
     picture, buffer = Image.fromarray(image), io.BytesIO()
     small = max(picture.size) <= 40
     picture.thumbnail((side, side))

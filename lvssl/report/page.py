@@ -1,11 +1,11 @@
-"""The page of a run: one HTML file, made from what lies in the run's folder and from nothing else.
+"""The page of a run: a single HTML file, made only from the files in the run's folder.
 
     config.json       settings (required)
-    metrics.jsonl     curves; the control's, where evaluation.json names its folder, on the same axes
+    metrics.jsonl     curves, next to those of the control if evaluation.json names its folder
     evaluation.json   verdict, tables, code figures, commands
     gallery.npz       neighbours, most and least certain images
-    analysis.json     uncertainty, regression, what single bits say
-    bits.npz          the images where a bit is on, and off
+    analysis.json     uncertainty, regression, analysis of single bits
+    bits.npz          images where a bit is on, and off
     compression.json  accuracy against bits stored
 
 A section whose file is missing is left out.
@@ -48,7 +48,7 @@ from lvssl.settings.presets import command
 from lvssl.settings.pretrain import PretrainSettings
 from pipelines.files import write_atomically
 
-# By command: its result, and what the page looks into.
+# For each command: its result, and the other files that the page reads.
 RESULTS: dict[str, tuple[str, dict[str, type]]] = {
     "evaluate": (
         "evaluation.json",
@@ -61,7 +61,7 @@ RESULTS: dict[str, tuple[str, dict[str, type]]] = {
     ),
 }
 TIMES = "{:,.1f}\N{MULTIPLICATION SIGN}"
-# Figures of the code, in three tables: what they are called on the page, and how they are written.
+# Figures of the code in three tables: names on the page, and formats.
 FIGURES = {
     "compression": {
         "raw_pixels": ("smaller than raw pixels", TIMES),
@@ -87,8 +87,8 @@ FIGURES = {
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
-    """Writes report.html into the folder `out`, left out: run_dir, and returns its path; an older page is
-    replaced, at once and whole. Results that lie in `out` are shown instead of the run's own.
+    """Write report.html to `out` (by default run_dir) and return its path; an older page is replaced
+    atomically. Results in `out` take precedence over the run's own.
 
     Raises:
         InputError: no such folder, no run, or one of its files can't be read (named).
@@ -102,7 +102,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     }
     for stage in RESULTS:
         if not are_rows(measured[stage].get("rows")):
-            measured[stage] = {}  # of an older version: to be measured again
+            measured[stage] = {}  # from an older version, to be measured again
     evaluation, analysis = measured["evaluate"], measured["analyse"]
     commands = commands_of(run_dir, out, settings, measured)
     evaluated = commands.get("evaluate")
@@ -136,14 +136,14 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
 
 
 def of_results(folder: Path, run_dir: Path, name: str) -> Path:
-    """A result's file: where results were written with --out, or else in the run's folder."""
+    """Return the path of a result: in `folder`, where --out wrote it, or else in the run's folder."""
     return path if (path := folder / name).exists() else run_dir / name
 
 
 def commands_of(
     run_dir: Path, out: Path | None, settings: PretrainSettings, measured: dict[str, dict[str, Any]]
 ) -> dict[str, str]:
-    """What to type for the stages of this run."""
+    """Return the commands for the stages of this run."""
     stages = {
         "pretrain": command("pretrain", replace(settings, out=run_dir)),
         "report": shlex.join(["lvssl", "report", str(run_dir), *options({"out": out} if out else {})]),
@@ -155,8 +155,8 @@ def commands_of(
 
 
 def verdicts(measured: dict[str, dict[str, Any]], labels: bool = True) -> dict[str, Any]:
-    """`advice`: what to do, and what the latent adds; `tiles`: the comparisons with controls, in words and in
-    points; `notes`: what they leave open."""
+    """Return `advice` (what to do, and what the latent adds), `tiles` (comparisons with controls, in words
+    and in points) and `notes` (what the comparisons leave open)."""
     evaluation, comparisons = measured["evaluate"], compared(measured)
     code, of_control = (measured_of(evaluation, side, "code") for side in ("run", "control"))
     bits = int(code.get("bits") or 0)
@@ -176,7 +176,7 @@ def verdicts(measured: dict[str, dict[str, Any]], labels: bool = True) -> dict[s
         )
     if of_control and not comparisons["code"]:
         notes.append("The codes of run and control differ in length and are not compared.")
-    elif of_control and not measured["compression"] and "left_out" not in evaluation:  # of older versions
+    elif of_control and not measured["compression"] and "left_out" not in evaluation:  # from an older version
         notes.append("Only the control's sign bits were measured: --overwrite measures its other codes, too.")
     notes += [f"Not measured: {reason}." for reason in evaluation.get("left_out") or []]
     if not evaluation and not labels:
@@ -190,14 +190,14 @@ def verdicts(measured: dict[str, dict[str, Any]], labels: bool = True) -> dict[s
 
 
 def compared(measured: dict[str, dict[str, Any]]) -> dict[str, list[Comparison]]:
-    """The run's features and code against the control's, by what was measured; codes by more than `evaluate`
-    makes, where there is compression.json."""
+    """Compare the run's features and code with the control's. Codes are compared by compression.json if it
+    exists, as it has more of them than `evaluate` measures."""
     found = compare(measured["evaluate"])
     return found | {"code": compare_codes(measured["compression"]) or found["code"]}
 
 
 def conclusion(measured: dict[str, dict[str, Any]]) -> list[str]:
-    """Sentences: what is best for a user, then what the latent adds over the best control."""
+    """Return sentences on what is best for a user, then on what the latent adds over the best control."""
     evaluation, found, chosen, latent = measured["evaluate"], compared(measured), "", ""
     code = measured_of(evaluation, "run", "code")
     if code.get("method") == "code":
@@ -207,7 +207,7 @@ def conclusion(measured: dict[str, dict[str, Any]]) -> list[str]:
 
 
 class Difference(NamedTuple):
-    """One measure of a tile."""
+    """One measure in a tile."""
 
     name: str
     sides: str
@@ -215,15 +215,15 @@ class Difference(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """One verdict of the first screen."""
+    """One verdict on the first screen."""
 
     words: str
-    ahead: bool  # in no measure behind, in one ahead
+    ahead: bool  # ahead in at least one measure, behind in none
     figures: list[Difference]
 
 
 def tile(rows: list[Comparison], what: str, against: str) -> Tile | None:
-    """The verdict on the code or the features; None without a comparison."""
+    """Return the verdict on the code or the features; None without a comparison."""
     if not rows:
         return None
     outcomes = {c.outcome for c in rows}
@@ -234,7 +234,7 @@ def tile(rows: list[Comparison], what: str, against: str) -> Tile | None:
 
 
 def uncertainty_tile(found: UncertaintyComparison | None) -> Tile | None:
-    """The verdict on the posterior's uncertainty; None where it was not analysed beside a control."""
+    """Return the verdict on the posterior's uncertainty; None unless it was analysed next to a control."""
     if found is None:
         return None
     pairs = (("R-AUROC", found.run, found.control), ("R@1", found.recall, found.control_recall))
@@ -253,7 +253,7 @@ def headline(run_dir: Path, settings: PretrainSettings, evaluation: dict[str, An
 
 
 def data_name(path: Path, evaluation: dict[str, Any]) -> str:
-    """The data set's name; else the file's, less what says that it is the training set."""
+    """Return the data set's name, or the file's without what marks it as the training set."""
     named = evaluation.get("data", {}).get("name")
     if named:
         return str(named)
@@ -262,7 +262,7 @@ def data_name(path: Path, evaluation: dict[str, Any]) -> str:
 
 
 def trained(settings: PretrainSettings, evaluation: dict[str, Any]) -> str:
-    """One sentence: what was trained, on what, for how long."""
+    """Describe in one sentence what was trained, on what, for how long."""
     data, epochs = evaluation.get("data", {}), settings.epochs
     images = f" on {data['train']:,} images" if data.get("train") else ""
     side = f" at {data['resolution']} px" if data.get("resolution") else ""
@@ -276,7 +276,7 @@ def trained(settings: PretrainSettings, evaluation: dict[str, Any]) -> str:
 
 
 def results(evaluation: dict[str, Any], command: str | None) -> str:
-    """Accuracies of every representation; "" where none was evaluated."""
+    """Return the table of accuracies of every representation; "" if none was evaluated."""
     rows = [point for point in by_point(evaluation.get("rows") or []) if "linear" in point]
     if not rows:
         return ""
@@ -284,7 +284,7 @@ def results(evaluation: dict[str, Any], command: str | None) -> str:
     values = found["linear"] + found["knn"]
     low, high = (math.floor(min(values) / 5) * 5, math.ceil(max(values) / 5) * 5) if values else (0, 100)
     run, control, protocol = evaluation["run"], evaluation.get("control"), evaluation.get("protocol") or {}
-    names = {run["name"]: run["family"]}  # and the control's, said to be one
+    names = {run["name"]: run["family"]}  # the control's name also says that it is the control
     names |= {control["name"]: f"control ({control['family']})"} if control else {}
     return render(
         "results.html",
@@ -307,7 +307,7 @@ def results(evaluation: dict[str, Any], command: str | None) -> str:
 
 
 def codes(evaluation: dict[str, Any], command: str | None) -> str:
-    """What is known of the code and of the uncertainty, three tables; "" without any."""
+    """Return three tables of what is known about the code and the uncertainty; "" if nothing is."""
     name = (evaluation.get("run") or {}).get("name")
     known: dict[str, Any] = {}
     for representation in ("code", "uncertainty"):
@@ -335,8 +335,8 @@ def settings_section(config: dict[str, Any], read: PretrainSettings) -> str:
 def missing(
     run_dir: Path, out: Path | None, measured: dict[str, dict[str, Any]], unlabelled: Path | None
 ) -> list[tuple[str, str]]:
-    """What the page doesn't show yet, as (what, the command that measures it); where the training images
-    are `unlabelled`, what else the run is good for."""
+    """List what the page doesn't show yet as (what, the command that measures it). If the training images are
+    `unlabelled`, list what else the run is good for."""
     if unlabelled is not None:
         uses = {
             "a code and an uncertainty for each image": ["encode", "--images", str(unlabelled)],

@@ -1,4 +1,4 @@
-"""Pages of pictures: what `lvssl curate` has found, and the neighbours that `lvssl search --page` shows."""
+"""Pages of pictures: the findings of `lvssl curate`, and the neighbours of `lvssl search --page`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lvssl.report.gallery import Picture, data_uri
 from lvssl.report.template import render
 from pipelines.files import write_atomically
 
-MOST = 60  # rows of a table, or queries, that are shown
+MOST = 60  # maximum number of table rows, or queries, that are shown
 
 ABOUT = {
     "duplicates": "Near-duplicates: re-encoded, mirrored or slightly changed copies, nearest first.",
@@ -30,8 +30,8 @@ def write_curation(
     shown: dict[str, list[list[tuple[int, int]]]],
     picture: Callable[[int, int], np.ndarray],
 ) -> Path:
-    """Write the page. `shown`: of each row of a table the images (set, row) that it is about, which
-    `picture` gives as uint8 [H, W, 3]."""
+    """Write the page. `shown` gives for each row of a table the images (set, row) that it is about; `picture`
+    returns an image as uint8 [H, W, 3]."""
     sections = []
     for name, (head, lines) in tables.items():
         names = [column for column, title in enumerate(head) if title.endswith("name")]
@@ -51,8 +51,8 @@ def write_curation(
 def write_neighbours(
     path: Path, title: str, found: Iterable[tuple[str, np.ndarray, list[tuple[str, float, np.ndarray]]]]
 ) -> Path:
-    """Write the page. `found`: of each query its name and picture, uint8 [H, W, 3], and the name, distance
-    and picture of each neighbour."""
+    """Write the page. `found` gives for each query its name and picture, uint8 [H, W, 3], and the name,
+    distance and picture of each neighbour."""
     rows = [
         [
             Picture(data_uri(image), f"Query {name}", "query"),

@@ -1,4 +1,4 @@
-"""What a study found, for people: every run (CSV), the comparison (Markdown), figures (PNG, SVG)."""
+"""The report of a study: every run (CSV), the comparison (Markdown) and figures (PNG, SVG)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lvssl.runs.rows import FOREIGN, Row, as_csv, by_point
 from pipelines.files import write_atomically
 
 COLOURS = {"better": "#0f6b6f", "level": "#79818c", "worse": "#a3162a", "one seed": "#b5b9bf"}
-OF_CODE = {  # the columns of the table of codes
+OF_CODE = {  # columns of the table of codes
     "linear": "linear, %",
     "knn": "Hamming kNN, %",
     "map_over_hits": "mAP@1000 over hits",
     "map_over_relevant": "over relevant",
 }
 FOREIGN_SAYS = "AUROC of each score for separating test images from foreign ones; 0.5 is chance."
-Measures = dict[str, dict[str, Any]]  # as a result's "measures"
+Measures = dict[str, dict[str, Any]]  # a result's "measures"
 PROTOCOL = """Every measure is taken at the run's last checkpoint. Probes and neighbours are fitted on the
 {database:,} training images and evaluated on all {queries:,} test images, uncertainty on {images:,} of these.
 
@@ -46,7 +46,7 @@ the interval excludes 0, the verdict is better or worse; of 20 measures without 
 
 
 def write_study(out: Path, result: dict[str, Any]) -> list[Path]:
-    """study.csv, study.md and figures/ beside study.json; returns their paths."""
+    """Write study.csv, study.md and figures/ next to study.json, and return their paths."""
     files = {"study.csv": as_csv(result["rows"]), "study.md": markdown(result)}
     for name, text in files.items():
         write_atomically(out / name, text.encode())
@@ -97,7 +97,7 @@ def means(arms: list[dict[str, Any]], measures: Measures) -> list[str]:
 
 
 def mean_cell(values: list[float], method: str = "") -> str:
-    digits = 1 if abs(statistics.mean(values)) >= 10 else 3  # percent, or a share
+    digits = 1 if abs(statistics.mean(values)) >= 10 else 3  # a percentage, or a share
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}" + (
         f" ({method})" if method and method != "code" else ""
@@ -105,8 +105,8 @@ def mean_cell(values: list[float], method: str = "") -> str:
 
 
 def foreign_images(result: dict[str, Any]) -> list[list[str]]:
-    """Each arm's AUROC against each set of foreign images, and the mean over the sets, by score: one part of
-    the page; none where no set was measured by itself."""
+    """Return the section on each arm's AUROC against each out-of-distribution set, and its mean over the
+    sets, by score. It is empty if no set was measured separately."""
     rows = [row for row in result["rows"] if row["representation"] == "uncertainty"]
     sets = list(dict.fromkeys(row["metric"] for row in rows if row["metric"].startswith(FOREIGN)))
     if not sets:
@@ -123,7 +123,7 @@ def foreign_images(result: dict[str, Any]) -> list[list[str]]:
 
 
 def codes(rows: list[Row]) -> list[str]:
-    """Every code that was made, sorted by length: the arms' own, and the controls'."""
+    """Return the table of all codes, the arms' own and the controls', sorted by length."""
     found: dict[tuple[int, str, str], list[Row]] = {}
     for point in by_point(row for row in rows if row["representation"] == "code"):
         found.setdefault((point["bits"], point["run"], point["method"]), []).append(point)
@@ -154,7 +154,7 @@ def differences_table(pairs: list[dict[str, Any]], measures: Measures) -> list[s
 
 
 def conclusions(pairs: list[dict[str, Any]], measures: Measures) -> list[str]:
-    """A line for each arm and control: what differs, by how much, and in how many measures nothing does."""
+    """Return a line per arm and control: what differs, by how much, and in how many measures nothing does."""
     found = []
     for arm, control in dict.fromkeys((pair["arm"], pair["control"]) for pair in pairs):
         those = [pair for pair in pairs if (pair["arm"], pair["control"]) == (arm, control)]
@@ -180,7 +180,7 @@ def digits_of(pair: dict[str, Any], measures: Measures) -> int:
 
 
 def accuracy(result: dict[str, Any]) -> Any:
-    """Accuracy and mAP against bits stored: the arms' codes, the equal-bit controls, the features."""
+    """Plot accuracy and mAP against stored bits: the arms' codes, the equal-bit controls, the features."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
     titles = {
         "linear": "linear probe, %",
@@ -221,7 +221,7 @@ def accuracy(result: dict[str, Any]) -> Any:
 
 
 def controls_of(rows: list[Row], arm: str, metric: str) -> list[tuple[int, str, list[float]]]:
-    """(bits, method, values by seed) of every equal-bit control of an arm."""
+    """Return (bits, method, values by seed) of every equal-bit control of an arm."""
     found: dict[tuple[int, str], list[float]] = {}
     for row in rows:
         if (row["run"], row["representation"], row["metric"]) == (arm, "code", metric):
@@ -232,15 +232,15 @@ def controls_of(rows: list[Row], arm: str, metric: str) -> list[tuple[int, str, 
 def values_of(
     rows: list[Row], arm: str, representation: str, method: str, metric: str
 ) -> tuple[int, list[float]]:
-    """(bits, values by seed) of what has one length: features, or an arm's own code. (0, []) of neither."""
+    """Return (bits, values by seed) of what has one length: features or an own code; (0, []) if missing."""
     wanted = (arm, representation, method, metric)
     found = [r for r in rows if (r["run"], r["representation"], r["method"], r["metric"]) == wanted]
     return (found[0]["bits"] if found else 0), [row["value"] for row in found]
 
 
 def differences(pairs: list[dict[str, Any]], measures: Measures) -> Any:
-    """Each arm's paired differences and their 95 % intervals, each measure scaled to its largest difference
-    and turned so that right is better."""
+    """Plot each arm's paired differences and their 95 % intervals. Each measure is scaled to its largest
+    difference, and its sign chosen so that right is better."""
     keys = list(dict.fromkeys((pair["arm"], pair["control"]) for pair in pairs))
     names = [name for name in measures if any(pair["measure"] == name for pair in pairs)]
     size = 1.9 * max(1, len(keys)) + 4, 0.32 * len(names) + 1

@@ -1,4 +1,4 @@
-"""The page's templates: HTML, style sheet and script, filled in by jinja2, which escapes every value."""
+"""The page's templates: HTML, style sheet and script, rendered by jinja2, which escapes every value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 
 def finite(value: Any) -> bool:
-    """Whether it is a number that can be shown: no truth value, nothing missing, infinite or undefined."""
+    """Return whether the value is a number that can be shown: not a bool, missing, infinite or undefined."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -26,5 +26,5 @@ TEMPLATES.tests["finite"] = finite
 
 
 def render(name: str, **values: Any) -> Markup:
-    """The template of that name, filled in."""
+    """Render the template of that name."""
     return Markup(TEMPLATES.get_template(name).render(values))

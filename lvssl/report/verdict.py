@@ -1,4 +1,4 @@
-"""What the figures say, in words: a run against its control, and how sure that is."""
+"""Verdicts in words: a run against its control, and how certain the difference is."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lvssl.runs.rows import FOREIGN, Row, by_point
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measure of the run minus that of its control: percent, unless it says otherwise."""
+    """One measure of a run next to its control's, in percent unless stated otherwise."""
 
     measure: str
     run: float
     control: float
     noise: float  # two standard errors of the difference, points
-    method: str = field(default="", kw_only=True)  # of several codes of the control the one compared
+    method: str = field(default="", kw_only=True)  # the control's method that was compared, if it has several
 
     @property
     def difference(self) -> float:
@@ -28,23 +28,23 @@ class Comparison:
 
     @property
     def outcome(self) -> str:
-        """better, worse, or level: within the sampling error of the test set."""
+        """Return better, worse, or level: within the sampling error of the test set."""
         return str(interval([self.difference], sampling_error=self.noise / 2)["verdict"])
 
 
 def sampling_noise(run: float, control: float, images: int) -> float:
-    """Two standard errors, in points, of the difference of two accuracies (percent) on `images` test images.
+    """Return two standard errors, in points, of the difference of two accuracies in percent.
 
-    From the binomial variances, as if the two were independent. They see the same images and mostly agree,
-    so the truth is less; what several seeds would add is not in it.
+    It is computed from the binomial variances as if the two were independent. They are measured on the same
+    images and mostly agree, so the true error is smaller; the variation between seeds is not included.
     """
     variance = sum(p / 100 * (1 - p / 100) for p in (run, control)) / images
     return 200 * math.sqrt(variance)
 
 
 def compare(evaluation: dict[str, Any]) -> dict[str, list[Comparison]]:
-    """{"code": [...], "features": [...]}: the run's code against the strongest of the control's of as many
-    bits, and its features against the control's. Empty lists where there is no control."""
+    """Return {"code": [...], "features": [...]}: the run's code against the strongest of the control's codes
+    with as many bits, and its features against the control's. The lists are empty without a control."""
     images = (evaluation.get("data") or {}).get("test", 0)
     rows = evaluation.get("rows") or []
     control = (evaluation.get("control") or {}).get("name")
@@ -58,8 +58,8 @@ def compare(evaluation: dict[str, Any]) -> dict[str, list[Comparison]]:
 
 
 def against_strongest(run: Row, controls: list[Row], images: int) -> list[Comparison]:
-    """A point's accuracies against those of the strongest control, measure by measure: chosen on the test
-    images, which favours the controls. Empty without a control, or without the number of test images."""
+    """Compare a point's accuracies with the strongest control's, measure by measure. The control is chosen on
+    the test images, which favours the controls. Empty without a control or the number of images."""
     found = []
     for measure, key in (("kNN", "knn"), ("linear probe", "linear")):
         known = {row["method"]: row[key] for row in controls if finite(row.get(key))}
@@ -71,8 +71,8 @@ def against_strongest(run: Row, controls: list[Row], images: int) -> list[Compar
 
 
 def measured_of(result: dict[str, Any], side: str, representation: str) -> Row:
-    """The first point that a result has of "run" or "control": of its code that of the accuracies. {} without
-    one."""
+    """Return a result's first point of "run" or "control"; for the code, the one with the accuracies. {} if
+    there is none."""
     name = (result.get(side) or {}).get("name")
     points = by_point(result.get("rows") or [], run=name, representation=representation)
     return points[0] if points else {}
@@ -80,7 +80,7 @@ def measured_of(result: dict[str, Any], side: str, representation: str) -> Row:
 
 @dataclass(frozen=True)
 class UncertaintyComparison(Comparison):
-    """R-AUROC (0..1) of the posterior's own uncertainty against the control's best label-free score, which
+    """R-AUROC (0..1) of the posterior's own uncertainty next to the control's best label-free score, which
     `measure` names."""
 
     recall: float
@@ -91,7 +91,7 @@ LABEL_FREE = {"norm": "feature norm", "distance": "distance to its neighbour", "
 
 
 def compare_uncertainty(analysis: dict[str, Any]) -> UncertaintyComparison | None:
-    """The posterior against the control's best score among those that saw no label; None without either."""
+    """Compare the posterior with the control's best label-free score; None if either is missing."""
     sides = [(analysis.get(side) or {}).get("name") for side in ("run", "control")]
     scores = by_point(analysis.get("rows") or [], representation="uncertainty")
     run = next((row for row in scores if (row["run"], row["method"]) == (sides[0], "posterior")), None)
@@ -111,15 +111,15 @@ def compare_uncertainty(analysis: dict[str, Any]) -> UncertaintyComparison | Non
     )
 
 
-USEFUL = 0.6  # the least AUROC of a score that is recommended; 0.5 is a coin
+USEFUL = 0.6  # minimum AUROC of a score that is recommended; 0.5 is chance
 
 
-ENCODED = {"sign": "bits", "PCA + sign": "pca", "ITQ": "itq", "OPQ": "opq"}  # by `encode --code`
+ENCODED = {"sign": "bits", "PCA + sign": "pca", "ITQ": "itq", "OPQ": "opq"}  # method -> `encode --code`
 
 
 def best_code(code: list[Comparison], bits: int, control: str) -> str:
-    """Which code of so many bits to take, the run's own or, for what that is behind in, the control's, a
-    folder; "" without a comparison."""
+    """Recommend a code of this many bits: the run's own or, for measures in which it is behind, that of the
+    control, whose folder is `control`. "" without a comparison."""
     behind: dict[str, list[str]] = {}
     for each in code:
         if each.outcome == "worse":
@@ -135,7 +135,7 @@ def best_code(code: list[Comparison], bits: int, control: str) -> str:
 
 
 def added(comparisons: dict[str, list[Comparison]]) -> str:
-    """What the latent adds over the best control, and what it costs, in a sentence; "" without a control."""
+    """Say in a sentence what the latent adds over the best control, and its cost; "" without a control."""
     found = {}
     for outcome in ("better", "worse"):
         parts = [
@@ -152,11 +152,11 @@ def added(comparisons: dict[str, list[Comparison]]) -> str:
 
 
 def advice(code: str, analysis: dict[str, Any]) -> str:
-    """What to do with a run, in one sentence; "" where nothing was measured.
+    """Say in one sentence what to do with a run; "" if nothing was measured.
 
     Args:
-        code: `best_code`.
-        analysis: analysis.json; its scores of the run are compared, those that saw no label.
+        code: from `best_code`.
+        analysis: analysis.json; the run's scores that have seen no labels are compared.
     """
     parts = [code] if code else []
     name = (analysis.get("run") or {}).get("name")
@@ -177,7 +177,7 @@ def advice(code: str, analysis: dict[str, Any]) -> str:
 
 
 def auroc_error(area: float, positive_share: float, count: int) -> float:
-    """Standard error of an AUROC (Hanley & McNeil 1982, eq. 1)."""
+    """Return the standard error of an AUROC (Hanley & McNeil 1982, eq. 1)."""
     positive = max(1.0, positive_share * count)
     negative = max(1.0, count - positive)
     q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
@@ -194,7 +194,7 @@ def uncertainty_in_words(found: UncertaintyComparison) -> str:
 
 
 def compare_codes(rates: dict[str, Any]) -> list[Comparison]:
-    """The run's whole code as `against_strongest`, from compression.json."""
+    """Compare the run's whole code by compression.json, as `against_strongest` does."""
     rows = by_point(rates.get("rows") or [], representation="code")
     code = next((row for row in rows if row["method"] == "code"), {})
     controls = [
@@ -204,12 +204,12 @@ def compare_codes(rates: dict[str, Any]) -> list[Comparison]:
 
 
 WORDS = {"better": "ahead of", "level": "level with", "worse": "behind"}
-NAMES = {"linear probe": "the linear probe"}  # within a sentence
+NAMES = {"linear probe": "the linear probe"}  # names within a sentence
 
 
 def in_words(comparisons: list[Comparison], what: str, against: str) -> str:
-    """One sentence, such as "The code is ahead of the control's codes in kNN (+1.2, against ITQ) and level
-    with them in the linear probe (+0.1, against OPQ)."."""
+    """Say it in one sentence, such as "The code is ahead of the control's codes in kNN (+1.2, against ITQ)
+    and level with them in the linear probe (+0.1, against OPQ)."."""
     if not comparisons:
         return ""
     parts: list[str] = []
@@ -227,7 +227,7 @@ def in_words(comparisons: list[Comparison], what: str, against: str) -> str:
 
 
 def signed(points: float, digits: int = 1) -> str:
-    """+1.2, −0.3 (with the minus sign), 0.0."""
+    """Format as +1.2, −0.3 (with the minus sign) or 0.0."""
     text = f"{abs(points):.{digits}f}"
     if float(text) == 0:
         return text
