@@ -1,1 +1,1 @@
-"""What is typed: each function parses settings, calls one function and prints what it gave."""
+"""The commands: each function parses settings, calls one function and prints its result."""

@@ -1,4 +1,4 @@
-"""What a trained run is used for: codes, searches, the curation of a set, an encoder for other libraries."""
+"""Commands that use a trained run: codes, searches, curation of a data set, export for other libraries."""
 
 import itertools
 import shlex

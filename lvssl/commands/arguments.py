@@ -1,4 +1,4 @@
-"""A command's arguments as its settings."""
+"""Parse a command's arguments into its settings."""
 
 import argparse
 import ast
@@ -15,7 +15,7 @@ from typing import Any
 def parse(
     kind: Any, arguments: list[str], command: str, default: Any = None, about: str | None = None
 ) -> Any:
-    """Command-line arguments as a dataclass of settings."""
+    """Parse command-line arguments into a dataclass of settings."""
     import tyro
 
     from pipelines.datasets.parts import unquoted
@@ -39,8 +39,8 @@ def parse(
 
 
 def join_lines_of_help(kind: type) -> None:
-    """Give each setting its docstring as one line of help. tyro would keep the line breaks of an indented
-    docstring, and break each of its lines again where the terminal is narrower."""
+    """Set each setting's docstring as one line of help. tyro would keep the line breaks of an indented
+    docstring, and break each of its lines again in a narrower terminal."""
     for base in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(base):
             continue
@@ -53,7 +53,7 @@ def join_lines_of_help(kind: type) -> None:
 
 
 def docstrings(kind: type) -> Iterator[tuple[str, str]]:
-    """Each field that has a string below it in the source of the class, with its text as one line."""
+    """Yield each field that is followed by a string in the class's source, with its text as one line."""
     try:
         source = textwrap.dedent(inspect.getsource(kind))
     except OSError:  # installed without sources
@@ -67,7 +67,7 @@ def docstrings(kind: type) -> Iterator[tuple[str, str]]:
 
 
 def preset_in(arguments: list[str]) -> str | None:
-    """The preset that is named, which the other settings start from."""
+    """Return the named preset, from which the other settings start."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     return first.parse_known_args(arguments)[0].preset

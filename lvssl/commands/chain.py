@@ -1,4 +1,4 @@
-"""Chains of stages on a cluster: submit, look, end, submit again."""
+"""Commands for pipelines on a cluster: launch, status, cancel and retry."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from lvssl.commands.arguments import parse
 
 
 def chain_starts() -> dict[str, Callable[[str | None], Any]]:
-    """Stages of a chain that have settings: a preset's name, or None -> the settings to start from."""
+    """Map each stage with settings to a function from a preset's name, or None, to the initial settings."""
     from lvssl.settings import stages
     from lvssl.settings.pretrain import PretrainSettings, preset
 

@@ -1,4 +1,4 @@
-"""The whole way on real images, in minutes: convert, pretrain control and latent model, evaluate, report."""
+"""A demonstration of everything on real images, in minutes: convert, pretrain, evaluate, report."""
 
 import dataclasses
 import shutil
@@ -24,13 +24,13 @@ from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.loader import evaluation_crops
 
-# Debian's package dataset-fashion-mnist, installed, or unpacked into the checkout by tools/install.sh.
+# The Debian package dataset-fashion-mnist, installed, or unpacked into the checkout by tools/install.sh.
 FASHION_MNIST = (
     Path("/usr/share/datasets/fashion-mnist"),
     Path(__file__).resolve().parents[2] / "data/fashion-mnist",
 )
-ANALYSED = 500  # test images: rough figures after a minute of one core
-PICTURES = 200  # test images written as files, to be encoded and searched
+ANALYSED = 500  # test images; gives rough figures in a minute on one core
+PICTURES = 200  # test images written as files, for encode and search
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class DemoSettings:
 
 
 def demo(settings: DemoSettings) -> dict[str, Any]:
-    """Leaves runs, betons, codes and report.html in the folder `out`; returns what `evaluate` gives."""
+    """Write runs, betons, codes and report.html to the folder `out`; return the result of `evaluate`."""
     started = time.monotonic()
     settings.out.mkdir(parents=True, exist_ok=True)
     name, train, test = converted(settings)
@@ -89,7 +89,7 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
 
 
 def converted(settings: DemoSettings) -> tuple[str, Path, Path]:
-    """(preset, train.beton, test.beton), converted unless that is done."""
+    """Return (preset, train.beton, test.beton) after converting them, if necessary."""
     choices = ("auto", "fashion-mnist", "digits")
     if settings.data not in choices:
         raise InputError(f"unknown --data {settings.data!r}; known: {', '.join(choices)}")
@@ -134,7 +134,7 @@ def convert_split(settings: DemoSettings, name: str, split: str, out: Path) -> P
 
 
 def fashion_mnist() -> str:
-    """What `convert-beton` takes for it: Debian's files where they are, else torchvision's download."""
+    """Return the source for `convert-beton`: Debian's files if they exist, else torchvision's download."""
     return next((str(folder) for folder in FASHION_MNIST if folder.is_dir()), "torchvision:FashionMNIST")
 
 
@@ -151,7 +151,7 @@ def arm(settings: DemoSettings, name: str, family: str, data: Path, folder: Path
 
 
 def pictures(folder: Path, test: Path) -> Path:
-    """Some test images as PNG files, named by their position and class."""
+    """Write some test images as PNG files, named by position and class."""
     folder.mkdir(exist_ok=True)
     source = open_reader(test)
     for index in np.arange(min(PICTURES, len(source))):

@@ -1,8 +1,8 @@
-"""`lvssl doctor`: what is installed, what is missing, what works without it, and the exact command for it.
+"""`lvssl doctor`: report what is installed or missing, what works without it, and how to install it.
 
-Nothing but the standard library is imported before its check runs, and a package that fails to import, for
-whatever reason, is one line of the answer and not the end of it. Where the command line itself doesn't start,
-`python -m lvssl.commands.doctor` still does.
+Only the standard library is imported before its check runs, and a package that fails to import, for whatever
+reason, becomes a line of the report without stopping it. If the command line itself doesn't start, `python -m
+lvssl.commands.doctor` still does.
 """
 
 import importlib
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 OK, LOW, ABSENT, REQUIRED = "ok", "low", "missing", "MISSING"
 
-# Distribution -> module, for each of pyproject.toml's dependencies but torch. Their versions are held against
-# what lvssl asks for.
+# Distribution -> module, for each of pyproject.toml's dependencies but torch. Their versions are compared
+# with lvssl's requirements.
 PACKAGES = {
     "numpy": "numpy",
     "torchvision": "torchvision",
@@ -52,15 +52,15 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the answer.
+    """One line of the report.
 
     Attributes:
-        name: the piece.
+        name: what is checked.
         status: "ok"; "low" (works, but scarce or badly set); "missing" (optional, absent or broken);
             "MISSING" (required, absent or broken).
-        found: its version or size, or the message of its failure; one line.
-        without: what works, or doesn't, as things are; empty where all is well.
-        command: what puts it right; empty where there is nothing to type.
+        found: its version or size, or its error message; one line.
+        without: what works, or doesn't, in this state; empty if all is well.
+        command: the command that fixes it; empty if there is none.
     """
 
     name: str
@@ -71,14 +71,14 @@ class Check:
 
 
 def check() -> list[Check]:
-    """All checks, in the order of the answer; takes seconds, for it really imports each package."""
+    """Run all checks, in the order of the report. Takes seconds, because packages are imported."""
     checks: list[Callable[[], Check]] = [
         check_python,
         check_torch,
-        check_cores,  # before FFCV's package: importing it sets torch to one thread
+        check_cores,  # before FFCV's package, which sets torch to one thread when imported
         *(lambda name=name: check_package(name) for name in PACKAGES),
         check_libjpeg_turbo,
-        # Optional: `pipelines` reads and writes its files itself; its own loader is a peer in the benchmarks.
+        # Optional: `pipelines` reads and writes .beton files itself; only benchmarks use FFCV's loader.
         lambda: check_optional(
             "ffcv",
             "ffcv",
@@ -142,7 +142,7 @@ def main() -> int:
 
 
 def load(module: str) -> tuple[ModuleType | None, str]:
-    """The module, or None and its failure in one line. A broken package may raise anything."""
+    """Return the module, or None and the error in one line. A broken package may raise anything."""
     try:
         return importlib.import_module(module), ""
     except Exception as error:
@@ -157,7 +157,7 @@ def version(distribution: str) -> str:
 
 
 def requirement(distribution: str) -> "Requirement | None":
-    """What lvssl asks of a distribution; None where that can't be known."""
+    """Return lvssl's requirement for a distribution; None if it is unknown."""
     try:
         from packaging.requirements import Requirement
     except ImportError:
@@ -166,7 +166,8 @@ def requirement(distribution: str) -> "Requirement | None":
 
 
 def dependencies() -> list[str]:
-    """Of the source tree that this runs from, else of the installed lvssl; empty if neither can be read."""
+    """Return the dependencies of the source tree that this runs from, or of the installed lvssl; empty if
+    neither can be read."""
     try:
         import tomllib
 
@@ -179,7 +180,7 @@ def dependencies() -> list[str]:
 
 
 def pip_install(what: str) -> str:
-    """The command that reaches this interpreter's environment, whether it is activated or not."""
+    """Return a pip command for this interpreter's environment, whether or not it is activated."""
     beside = Path(sys.executable).with_name("pip")
     found = shutil.which("pip")
     if found and Path(found) == beside:
@@ -195,12 +196,12 @@ def apt_install(packages: str) -> str:
 
 
 def check_python() -> Check:
-    # Its version needs no check: pip refuses lvssl on one that is too old.
+    # No version check is needed: pip refuses lvssl on a Python that is too old.
     return Check("Python", OK, f"{sys.version.split()[0]} ({sys.prefix})")
 
 
 def check_package(distribution: str) -> Check:
-    """A required package: it imports, and its version is one that lvssl asks for."""
+    """Check that a required package imports and has a version that lvssl supports."""
     asked = requirement(distribution)
     command = pip_install(f"{asked.name}{asked.specifier}" if asked else distribution)
     module, failure = load(PACKAGES.get(distribution, distribution))
@@ -232,7 +233,7 @@ def check_torch() -> Check:
 
 
 def check_libjpeg_turbo() -> Check:
-    """The library that JPEGs are decoded by: where it was found, and that it decodes one as Pillow does."""
+    """Check where the JPEG library was found, and that it decodes an image as Pillow does."""
     from pipelines.formats import turbojpeg
 
     if turbojpeg.FOUND is None:
@@ -255,7 +256,7 @@ def check_libjpeg_turbo() -> Check:
 
 
 def wrongly_decoded() -> str:
-    """What is wrong with the library, or nothing. May raise what a package that is broken raises."""
+    """Return what is wrong with the library, or "". May raise whatever a broken package raises."""
     import numpy as np
     from PIL import Image
 
@@ -270,7 +271,7 @@ def wrongly_decoded() -> str:
 
 
 def check_optional(name: str, distribution: str, without: str, command: str) -> Check:
-    """A package that not everything needs."""
+    """Check a package that is only needed for some things."""
     module, failure = load(name)
     if module is None:
         return Check(name, ABSENT, failure, without, command)
@@ -278,7 +279,7 @@ def check_optional(name: str, distribution: str, without: str, command: str) -> 
 
 
 def check_dali() -> Check:
-    """DALI has a distribution for each major version of CUDA: the one of the installed torch is named."""
+    """Check DALI, which has a distribution for each major version of CUDA; torch's version is suggested."""
     module, failure = load("nvidia.dali.fn")
     if module is not None:
         found = next((v for v in map(version, ("nvidia-dali-cuda130", "nvidia-dali-cuda120")) if v), "")
@@ -301,7 +302,7 @@ def check_dali() -> Check:
 
 
 def output(*command: str) -> str:
-    """First line of a command's output, empty if it is absent, fails or takes 10 s."""
+    """Return the first line of a command's output; empty if it is absent, fails or takes 10 s."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired):
@@ -310,7 +311,7 @@ def output(*command: str) -> str:
 
 
 def check_program(name: str, command: Sequence[str], unanswered: str, without: str, packages: str) -> Check:
-    """What is there if a command answers; `unanswered`: what is wrong where it is there and doesn't."""
+    """Check that a command answers; `unanswered` is what to report if it doesn't."""
     found = output(*command)
     if found:
         return Check(name, OK, found)
@@ -327,7 +328,7 @@ def check_headers(module: str, package: str) -> Check:
 
 
 def check_disk() -> Check:
-    """Free space where runs are written, if nothing else is said."""
+    """Check the free space in the default place of runs."""
     folder = Path.cwd()
     free = shutil.disk_usage(folder).free / GIB
     found = f"{free:.1f} GiB free at {folder}"
@@ -343,7 +344,7 @@ def check_disk() -> Check:
 
 
 def check_shared_memory() -> Check:
-    """Containers get 64 MiB by default; NCCL and torch's data loader workers pass tensors through it."""
+    """Check shared memory. Containers get 64 MiB by default; NCCL and torch's loader workers use it."""
     try:
         size = shutil.disk_usage("/dev/shm").total / GIB
     except OSError as error:
@@ -361,7 +362,7 @@ def check_shared_memory() -> Check:
 
 
 def cpu_quota() -> float | None:
-    """Cores that the control group allows, None for no limit (cgroup v2, then v1)."""
+    """Return the number of cores that the control group allows; None for no limit (cgroup v2, then v1)."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
     except (OSError, ValueError):
@@ -375,7 +376,7 @@ def cpu_quota() -> float | None:
 
 
 def check_cores() -> Check:
-    """Threads beyond the cores that this process may use only wait for each other."""
+    """Check the number of threads: threads beyond the available cores only wait for each other."""
     allowed = cores()
     quota = cpu_quota()
     usable = min(allowed, max(1, int(quota))) if quota else allowed

@@ -57,10 +57,10 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C."""
+    """Run one command and return the exit status: 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a file's name may be no text: it is escaped
+        if isinstance(stream, io.TextIOWrapper):  # file names that aren't valid text are escaped
             stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP + "\n".join(f"    {name:11} {about}" for name, (about, _) in COMMANDS.items()))
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) -> int:
-    """A user's mistake is one line without a traceback; everything unexpected keeps its traceback."""
+    """Report a user's mistake in one line without a traceback; unexpected errors keep their traceback."""
     from lvssl.codes.file import CodeFileError
     from pipelines.decode.reader import DamagedSample
     from pipelines.errors import InputError, hide_decoders_warnings, in_words
@@ -86,7 +86,7 @@ def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) ->
     try:
         status = command(arguments) or 0
         return 141 if output_closed() else status
-    except SystemExit:  # of --help
+    except SystemExit:  # from --help
         if output_closed():
             return 141
         raise
@@ -103,7 +103,7 @@ def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) ->
 
 
 def output_closed() -> bool:
-    """Whether the reader of stdout, such as `head`, has closed it. What is left to write is dropped."""
+    """Return whether the reader of stdout, such as `head`, has closed it; what is left is then dropped."""
     try:
         output = sys.stdout.fileno()
     except io.UnsupportedOperation:  # not a file, as in a notebook

@@ -1,4 +1,4 @@
-"""What is measured of a run, and the page that shows it."""
+"""Commands that measure a run, and the page that shows the results."""
 
 import importlib
 import shlex
@@ -12,7 +12,7 @@ from lvssl.commands.arguments import parse, preset_in
 
 
 def stage(kind: str, name: str) -> Callable[[list[str]], int]:
-    """The command of a stage after pretraining; `kind` names its settings, "module:function" what it does."""
+    """Return the command of a stage after pretraining; `kind`: its settings; `name`: "module:function"."""
 
     def run(arguments: list[str]) -> int:
         from lvssl.evaluation.foreign import measure_embeddings
@@ -53,7 +53,7 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def say_written(settings: Any, name: str) -> None:
-    """Where a result lies that a run was measured for, and the command that shows it."""
+    """Print where a result was written, and the command that shows it."""
     from lvssl.runs.result import result_folder
     from lvssl.settings.fields import options
 
@@ -159,7 +159,7 @@ def runs(arguments: list[str]) -> None:
 
 
 def show_table(rows: list[tuple[str, ...]]) -> None:
-    """Columns as wide as they need to be."""
+    """Print the rows in columns as wide as necessary."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

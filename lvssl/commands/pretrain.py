@@ -73,7 +73,7 @@ def pretrain(arguments: list[str]) -> int:
         return 0
     name = shlex.quote(str(out))
     following = f"lvssl encode {name} --images {shlex.quote(str(data))}"
-    if read_config(out)[1] > 1:  # labels
+    if read_config(out)[1] > 1:  # there are labels
         following += f", or with labelled test images lvssl evaluate {name} --test TEST"
     print(f"{out}: done; next: {following}")
     return 0

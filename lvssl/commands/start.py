@@ -1,4 +1,4 @@
-"""Before a training of one's own: presets, the memory of a batch, what is installed, a demonstration."""
+"""Commands to start with: presets, memory estimates, a check of the installation, a demonstration."""
 
 from dataclasses import dataclass
 from pathlib import Path

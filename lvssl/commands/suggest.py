@@ -1,13 +1,13 @@
-"""What `lvssl pretrain` starts from where no preset is named: chosen from the images and the device.
+"""Choose the settings of `lvssl pretrain` without a preset, from the images and the device.
 
     images (median of the shorter sides)   on a CPU                     on a GPU
     up to 64 px                            cifar10-small, up to 32 px   cifar10-r18, 32 or 64 px
     larger                                 cifar10-small, 32 px         folder-r50, 224 px
 
-Batches are the preset's, halved down to 64 while an epoch has fewer than 16 steps, and as far as the images
-or a GPU's memory want. A CPU trains for some 300 steps, the count of docs/results.md; a GPU as long as the
-preset. A `--backbone` that normalises by layer, a transformer or ConvNeXt, is trained by a recipe for these,
-at a multiple of its patches.
+Batch sizes are the preset's, halved as long as an epoch has fewer than 16 steps, down to 64, and as far as
+the number of images or a GPU's memory requires. A CPU trains for some 300 steps, as in docs/results.md; a GPU
+as long as the preset. A `--backbone` with layer normalisation, a transformer or ConvNeXt, is trained with a
+recipe for these, at a multiple of its patch size.
 """
 
 from dataclasses import replace
@@ -26,20 +26,20 @@ from pipelines.cores import cores, loader_threads
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.decode import DamagedSample, Reader, open_reader
 
-SMALL = 64  # pixels up to which ResNets have the small images' stem
-LOOKED_AT = 256  # images whose sizes are read
+SMALL = 64  # ResNets use the stem for small images up to this many pixels
+LOOKED_AT = 256  # number of images whose sizes are read
 STEPS, MOST_EPOCHS, LEAST_EPOCHS = 300, 100, 5  # of a training on a CPU
 STEPS_AN_EPOCH, LEAST_BATCH = 16, 64
-# Transformers' recipe: the decay of DeiT and ConvNeXt, the rate of DINO for 256 images.
+# Transformers' recipe: weight decay of DeiT and ConvNeXt, learning rate of DINO for 256 images.
 OF_LAYERS: dict[str, Any] = {"optimiser": "adamw", "lr": 5e-4, "weight_decay": 0.05, "clip": 1.0}
-WARMUP = 0.1  # share of the epochs, in it
+WARMUP = 0.1  # share of the epochs in that recipe
 
 
 def suggest(
     data: Path, source: str = "auto", device: str = "auto", backbone: str = "", epochs: int = 0
 ) -> tuple[PretrainSettings, str]:
-    """Settings to start from, and what they were chosen for, in words; `backbone`, `epochs`: where these are
-    given.
+    """Return settings to start from, and a description of what they were chosen for. `backbone` and `epochs`
+    are those given by the user, if any.
 
     Raises:
         InputError: no images there, no such device, or no such backbone.
@@ -57,19 +57,19 @@ def suggest(
 
 
 def median_side(images: Reader) -> int:
-    """Of the shorter sides of up to 256 images, in pixels, without those that can't be read."""
+    """Return the median of the shorter sides of up to 256 images, in pixels, skipping unreadable ones."""
     sides = []
     for index in evenly_spaced(len(images), LOOKED_AT):
         try:
             sides.append(min(int(size[0]) for size in images.sizes(np.array([index]))))
-        except DamagedSample:  # the training says so, or leaves it out
+        except DamagedSample:  # the training reports it, or leaves it out
             continue
     return int(np.median(sides)) if sides else SMALL
 
 
 def suited(count: int, side: int, memory: int, backbone: str = "", epochs: int = 0) -> PretrainSettings:
-    """The settings for `count` images whose shorter sides are `side` pixels. `memory`: bytes of the GPU; 0: a
-    CPU. `backbone`, `epochs`: others than one would choose."""
+    """Return the settings for `count` images whose shorter sides have `side` pixels. `memory` is the GPU's in
+    bytes, 0 for a CPU. `backbone` and `epochs`, if given, override the choice."""
     small = side <= SMALL
     settings = preset("cifar10-small" if not memory else "cifar10-r18" if small else DEFAULTS)
     resolution = settings.view.resolution
@@ -100,7 +100,7 @@ def suited(count: int, side: int, memory: int, backbone: str = "", epochs: int =
 
 
 def in_words(settings: PretrainSettings, what: str) -> str:
-    """One line: what was chosen, as the options that would change it."""
+    """Describe the choice in one line, as the options that would change it."""
     kind = str(precision(settings.engine, pick_device(settings.device))).removeprefix("torch.")
     flags = {
         "preset": settings.preset,
