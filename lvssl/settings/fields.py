@@ -1,6 +1,6 @@
-"""What all settings have in common: a field itself says whether it changes the result, and how it is typed.
+"""What all settings share: each field itself records whether it changes the result, and how it is typed.
 
-From that come what identifies a result, what differs between two, and the command line that gives settings.
+This determines what identifies a result, how two settings differ, and the command line for some settings.
 """
 
 import dataclasses
@@ -12,16 +12,16 @@ from typing import Any, get_args, get_origin
 
 from pipelines.errors import InputError
 
-# Of a setting that says where and how fast, never what is computed: a run that is resumed, a stage that is
-# called again and a pipeline that is launched again may have another, and find their results.
+# For settings of where and how fast, not of what is computed. A resumed run, a repeated stage and a
+# relaunched pipeline may have other values and still find their results.
 RUNTIME = {"runtime": True}
-POSITIONAL = {"runtime": True, "positional": True}  # typed without the setting's name
-PER_CALL = {"runtime": True, "per_call": True}  # of one call, and no part of the command that gives a result
+POSITIONAL = {"runtime": True, "positional": True}  # given without the setting's name
+PER_CALL = {"runtime": True, "per_call": True}  # for one call, not for reproducing a result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReadsImages:
-    """What every command has that reads images."""
+    """The settings of every command that reads images."""
 
     max_pixels: int | None = None
     """Largest image to decode, in pixels; larger images count as images that can't be decoded, see
@@ -31,21 +31,21 @@ class ReadsImages:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One setting of some settings."""
+    """One setting with its value."""
 
-    name: str  # "group.name" within a group
+    name: str  # "group.name" in a group
     value: Any
-    default: Any  # dataclasses.MISSING where it has to be given
+    default: Any  # dataclasses.MISSING if it is required
     metadata: Mapping[str, bool]
 
     @property
     def option(self) -> str:
-        """Its name on the command line, which knows no groups."""
+        """Name on the command line, where there are no groups."""
         return self.name.rpartition(".")[2]
 
 
 def all_settings(settings: Any, start: Any = None) -> Iterator[Setting]:
-    """Every setting, groups opened. `start`: settings whose values stand for the defaults of the class."""
+    """Yield every setting, including those in groups. `start`: settings to use as defaults."""
     for field in dataclasses.fields(settings):
         value, default = getattr(settings, field.name), field.default
         if start is not None:
@@ -60,37 +60,37 @@ def all_settings(settings: Any, start: Any = None) -> Iterator[Setting]:
 
 
 def runtime(settings: Any) -> set[str]:
-    """Names of the settings that change no result."""
+    """Return the names of the settings that don't change a result."""
     return {s.name for s in all_settings(settings) if s.metadata.get("runtime")}
 
 
 def relevant(settings: Any, ignore: Collection[str] = ()) -> list[Setting]:
-    """The settings that a result depends on, less those whose option is to be ignored."""
+    """Return the settings that a result depends on, except those whose option is to be ignored."""
     return [s for s in all_settings(settings) if not s.metadata.get("runtime") and s.option not in ignore]
 
 
 def identity(settings: Any) -> dict[str, Any]:
-    """What a result depends on, as plain JSON values; paths in full, so that it holds from any folder."""
+    """Return what a result depends on as plain JSON values; paths are absolute, so any folder will do."""
     return _plain({s.name: _in_full(s.value) for s in relevant(settings)})
 
 
 def beyond_defaults(settings: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
-    """What a result depends on and is not as by default, as JSON values by option.
+    """Return what a result depends on and differs from the defaults, as JSON values by option.
 
-    What identifies settings is made of these alone, so that a setting that a later version adds, with a
-    default that leaves things as they are, changes the identity of none that exist.
+    Settings are identified by these alone. If a later version adds a setting whose default changes nothing,
+    existing identities stay the same.
     """
     return {s.option: _plain(s.value) for s in relevant(settings, ignore) if s.value != s.default}
 
 
 def difference(a: Any, b: Any, ignore: Collection[str] = ()) -> str:
-    """The first setting that matters and differs between two of a class, "name: x -> y"; "" if none does."""
+    """Return the first relevant setting that differs between a and b, as "name: x -> y"; "" if none does."""
     had, wanted = ({s.name: _plain(s.value) for s in relevant(x, ignore)} for x in (a, b))
     return first_change(had, wanted)
 
 
 def first_change(had: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The first name whose values differ, as "name: x -> y"; "" if none does."""
+    """Return the first name whose values differ, as "name: x -> y"; "" if none does."""
     for name in {**had, **wanted}:
         if had.get(name) != wanted.get(name):
             return f"{name}: {had.get(name)} -> {wanted.get(name)}"
@@ -98,7 +98,7 @@ def first_change(had: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 
 def command_line(command: str, settings: Any, start: Any = None) -> str:
-    """The command that gives these settings: what differs from the defaults, or from the preset `start`."""
+    """Return the command for these settings: what differs from the defaults, or from the preset `start`."""
     found = [s for s in all_settings(settings, start) if not s.metadata.get("per_call")]
     words = ["lvssl", command, *(str(s.value) for s in found if s.metadata.get("positional"))]
     given = {"preset": start.preset} if start is not None else {}
@@ -109,7 +109,7 @@ def command_line(command: str, settings: Any, start: Any = None) -> str:
 
 
 def options(given: Mapping[str, Any]) -> list[str]:
-    """Settings as words of a command line."""
+    """Return settings as words of a command line."""
     words: list[str] = []
     for name, value in given.items():
         option = name.replace("_", "-")
@@ -122,13 +122,13 @@ def options(given: Mapping[str, Any]) -> list[str]:
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
-    """Settings as plain JSON values."""
+    """Return settings as plain JSON values."""
     return _plain(dataclasses.asdict(settings))
 
 
 def from_dict(kind: Any, values: Any, where: str = "config") -> Any:
-    """Settings from JSON values. InputError: they are no object, an unknown name, or a value of a wrong type,
-    which is named."""
+    """Create settings from JSON values. Raises InputError if they are not an object, or naming an unknown
+    setting or a value of a wrong type."""
     if not isinstance(values, dict):
         raise InputError(f"{where}: settings by name are expected, not {type(values).__name__}")
     fields = {f.name: f for f in dataclasses.fields(kind)}
@@ -139,7 +139,7 @@ def from_dict(kind: Any, values: Any, where: str = "config") -> Any:
     for name, value in values.items():
         kind_of = fields[name].type
         if isinstance(value, bool):
-            value = fields[name].metadata.get("was", {}).get(value, value)  # an older version's
+            value = fields[name].metadata.get("was", {}).get(value, value)  # an older version's value
         if dataclasses.is_dataclass(kind_of):
             made[name] = from_dict(kind_of, value, f"{where}.{name}")
             continue
@@ -154,12 +154,12 @@ WRONG = object()
 
 
 def typed(value: Any, kind: Any) -> Any:
-    """A value of JSON or TOML as a setting of that type; WRONG if it isn't of it."""
+    """Convert a value from JSON or TOML to a setting's type; WRONG if that isn't possible."""
     if get_origin(kind) is tuple:
         kinds = get_args(kind)
         if not isinstance(value, list) or (kinds[-1] is not Ellipsis and len(value) != len(kinds)):
             return WRONG
-        made = tuple(typed(one, kinds[0]) for one in value)  # all are of one type
+        made = tuple(typed(one, kinds[0]) for one in value)  # tuples have a single element type
         return WRONG if WRONG in made else made
     if get_origin(kind) is Mapping:
         sound = isinstance(value, dict) and WRONG not in [typed(v, get_args(kind)[1]) for v in value.values()]
@@ -174,7 +174,7 @@ def typed(value: Any, kind: Any) -> Any:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values of nested objects by "name.name"."""
+    """Flatten nested objects to "name.name"."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}

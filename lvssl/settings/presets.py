@@ -1,4 +1,4 @@
-"""The presets by name: what each is for, its settings, and the differences between two of them."""
+"""The presets by name: purposes, settings, and differences between two of them."""
 
 from dataclasses import replace
 from typing import Any
@@ -27,23 +27,23 @@ ABOUT = {
 
 
 def command(name: str, settings: Any) -> str:
-    """The command that gives these settings, starting from their preset where that is known."""
+    """Return the command for these settings, starting from their preset if it is known."""
     if "preset" not in runtime(settings):
         return command_line(name, settings)
-    default = PRESETS[DEFAULTS] if name == "pretrain" else None  # without a preset it would choose one
+    default = PRESETS[DEFAULTS] if name == "pretrain" else None  # without a preset, pretrain would choose one
     start: Any = {**PRESETS, **STAGE_PRESETS}.get(settings.preset, default)
     return command_line(name, replace(settings, preset=start.preset if start else ""), start)
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    """Every setting of a preset, as JSON values. InputError lists the known names."""
+    """Return every setting of a preset as JSON values. Raises InputError listing the known names."""
     known = {**PRESETS, **STAGE_PRESETS}
     choice("preset", name, tuple(known))
-    return {key: value for key, value in to_dict(known[name]).items() if key != "run"}  # which is the user's
+    return {key: value for key, value in to_dict(known[name]).items() if key != "run"}  # which users choose
 
 
 def listing() -> str:
-    """A line for each preset."""
+    """Return a line for each preset."""
     lines, width = [], max(map(len, ABOUT))
     for name, preset in PRESETS.items():
         size = f"{preset.model.backbone}, {preset.view.resolution} px, {preset.epochs} epochs"
@@ -56,7 +56,7 @@ def listing() -> str:
 
 
 def difference_of(a: str, b: str) -> str:
-    """The settings in which two presets differ, a line each."""
+    """Return the settings in which two presets differ, one per line."""
     first, second = flat(settings_of(a)), flat(settings_of(b))
     names = [name for name in {**first, **second} if name != "preset" and first.get(name) != second.get(name)]
     if not names:

@@ -1,4 +1,4 @@
-"""Every setting of a run: where a setting has its name, and where an impossible one is refused."""
+"""All settings of a run: their names and defaults, the checks of their values, and the presets."""
 
 import dataclasses
 import difflib
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from lvssl.latents import Family
 
 BACKBONES = ("tiny", "small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")  # and timm's
-OF_VECTORS = ("ntxent", "ntxent-vc", "dcl", "vicreg")  # objectives of one vector a view
-EACH_SAMPLE = ("mcinfonce", "ceb", "hib")  # objectives of samples, not of their mean
+OF_VECTORS = ("ntxent", "ntxent-vc", "dcl", "vicreg")  # objectives with one vector per view
+EACH_SAMPLE = ("mcinfonce", "ceb", "hib")  # objectives on samples instead of their mean
 OBJECTIVES = (*OF_VECTORS, *EACH_SAMPLE)
 SPREAD = {"ntxent-vc": (5.0, 1.0), "vicreg": (25.0, 1.0)}  # weights of variance and covariance
 AUGMENTATIONS = ("auto", "reference", "numba", "triton")
@@ -25,7 +25,7 @@ OPTIMISERS = ("adamw", "sgd", "lars")
 LR_RULES = ("given", "linear", "sqrt")
 SINKS = ("tensorboard", "wandb", "mlflow")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-ORDERS = ("random", "quasi-random", "sequential")  # pipelines.order's, which would load numba for them
+ORDERS = ("random", "quasi-random", "sequential")  # as in pipelines.order, whose import would load numba
 
 
 @dataclass(frozen=True)
@@ -145,25 +145,25 @@ class LatentSettings:
 
     @property
     def in_force(self) -> dict[str, float]:
-        """The values of settings that were left out."""
+        """The settings that were left out, with the values in force."""
         usual = dict(zip(("variance", "covariance"), self.spread)) | {"beta": self.final_beta}
         return {name: value for name, value in usual.items() if getattr(self, name) is None}
 
     @property
     def reduction(self) -> str:
-        """Where the samples meet, once `auto` is resolved."""
+        """How the samples are reduced, once `auto` is resolved."""
         if self.sample_reduction != "auto":
             return self.sample_reduction
         return "losses" if self.objective in EACH_SAMPLE else "samples"
 
     @cached_property
     def distribution(self) -> "Family":
-        """The family with its options: the settings that have an option's name, and the estimator.
+        """The family with its options, taken from the settings of the same names, and the estimator.
 
         Raises:
-            InputError: an unknown family; it lists the known ones.
+            InputError: an unknown family; the message lists the known ones.
         """
-        from lvssl.latents import family  # here, for it brings torch
+        from lvssl.latents import family  # imported here because it loads torch
 
         try:
             return family(self.family, relaxed=self.estimator == "relaxed", **vars(self))
@@ -316,7 +316,7 @@ class EngineSettings:
         at_least(self, chunk=0)
         require(self.chunk != 1, "chunk", self.chunk, "at least 2: one view has no batch statistics")
         choice("compile", self.compile, ("auto", "on", "off"))
-        if self.compile == "on" and self.recompute:  # no checkpoint whose second time is another is compiled
+        if self.compile == "on" and self.recompute:  # a recomputed pass that differs can't be compiled
             raise InputError("--compile on and --recompute can't be combined: leave one out, or use --chunk")
         choice("graph", self.graph, ("auto", "on", "off"))
         if self.graph == "on" and (self.recompute or self.chunk or self.precision == "fp16"):
@@ -408,30 +408,30 @@ class PretrainSettings(ReadsImages):
 
 
 def require(ok: bool, name: str, value: object, wanted: str) -> None:
-    """Raise InputError unless `ok` (NaN never is)."""
+    """Raise InputError unless `ok` is true; comparisons with NaN never are."""
     if not ok:
         raise InputError(f"--{name.replace('_', '-')} must be {wanted}, got {value}")
 
 
 def at_least(settings: object, **lowest: float) -> None:
-    """Raise InputError for the first of the settings named that is below its lowest value."""
+    """Raise InputError for the first named setting that is below its minimum."""
     for name, low in lowest.items():
         value = getattr(settings, name)
         require(value >= low, name, value, f"at least {low}")
 
 
 def above_zero(settings: object, *names: str) -> None:
-    """Raise InputError for the first of the settings named that isn't above 0."""
+    """Raise InputError for the first named setting that isn't above 0."""
     for name in names:
         value = getattr(settings, name)
         require(value > 0, name, value, "above 0")
 
 
 def require_backbone(name: str) -> None:
-    """Raise InputError unless it is one of BACKBONES, or timm has it."""
+    """Raise InputError unless the backbone is one of BACKBONES or of timm."""
     if name in BACKBONES:
         return
-    import timm  # seconds, and few ask for it
+    import timm  # takes seconds, and is rarely needed
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), 3)
@@ -446,9 +446,9 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 SMALL_VIEW = ViewSettings(resolution=32, scale=(0.2, 1.0), blur=0.0, evaluation_crop=1.0)
 
-DEFAULTS = "folder-r50"  # the preset whose settings are the defaults
+DEFAULTS = "folder-r50"  # the preset that has the default settings
 PRESETS: dict[str, PretrainSettings] = {
-    # 8x8 greyscale: no colour to jitter beyond brightness and contrast, and a mirrored digit is no digit.
+    # 8x8 greyscale: no colour to jitter beyond brightness and contrast, and a mirrored digit is not a digit.
     "digits": PretrainSettings(
         epochs=40,
         batch_size=128,
@@ -484,17 +484,17 @@ PRESETS["cifar10-r18"] = dataclasses.replace(
     PRESETS["cifar10-small"],
     epochs=200,
     model=ModelSettings(backbone="resnet18", hidden=512),
-    latent=LatentSettings(),  # what ntxent-vc does in long trainings isn't known
+    latent=LatentSettings(),  # the effect of ntxent-vc in long trainings is unknown
 )
 PRESETS[DEFAULTS] = PretrainSettings()  # 224 px, the published augmentation
 
-# A paper's recipe, named after the family that it trains: SimCLR's own has no latent, the other has one.
+# Recipes of papers, with the family in the preset's name: SimCLR itself has no latent; its variant has one.
 SIMCLR_MODEL = ModelSettings(backbone="resnet50", hidden=2048, projection=128, projector_norm=True)
 PRESETS["simclr-cifar10-r50"] = dataclasses.replace(
     PRESETS["cifar10-r18"],
     epochs=1000,
     batch_size=1024,
-    temperature=0.5,  # the best of 0.1, 0.5 and 1 at all batch sizes
+    temperature=0.5,  # best of 0.1, 0.5 and 1 at all batch sizes
     model=SIMCLR_MODEL,
     latent=LatentSettings(family="none"),
     optimiser=OptimiserSettings(
@@ -505,10 +505,10 @@ PRESETS["simclr-cifar10-r50"] = dataclasses.replace(
 for epochs in (100, 200, 800):
     PRESETS[f"simclr-imagenet-r50-{epochs}ep"] = PretrainSettings(
         epochs=epochs,
-        batch_size=4096,  # 512 a GPU on eight; --chunk fits it on fewer
+        batch_size=4096,  # 512 per GPU on eight GPUs; --chunk makes it fit on fewer
         model=SIMCLR_MODEL,
         latent=LatentSettings(family="none"),
-        optimiser=OptimiserSettings(  # AdamW's and SGD's steps don't survive batches of thousands
+        optimiser=OptimiserSettings(  # AdamW and SGD are unstable at batch sizes of thousands
             optimiser="lars", lr=0.3, lr_rule="linear", weight_decay=1e-6, warmup_epochs=10
         ),
     )
@@ -520,6 +520,6 @@ PRESETS = {name: dataclasses.replace(settings, preset=name) for name, settings i
 
 
 def preset(name: str) -> PretrainSettings:
-    """The preset of that name; InputError lists the known ones."""
+    """Return the preset of that name. Raises InputError listing the known ones."""
     choice("preset", name, tuple(PRESETS))
     return PRESETS[name]

@@ -1,4 +1,4 @@
-"""Settings of the stages after pretraining, linear, knn and finetune, and the presets of their recipes."""
+"""Settings of the stages after pretraining (linear, knn and finetune), and presets of published recipes."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +58,7 @@ class StageSettings(ReadsImages):
 
 @dataclass(frozen=True)
 class MeasuringSettings(ReadsImages):
-    """What `evaluate`, `analyse` and `compression` share, which measure a run beside a control."""
+    """Settings shared by `evaluate`, `analyse` and `compression`, which measure a run next to a control."""
 
     run: Positional[Path] = field(metadata=POSITIONAL)
     """Folder of the run. Results are written there, unless --out is given."""
@@ -198,7 +198,7 @@ class FinetuneSettings(TrainingSettings):
         )
 
 
-# SimCLR's recipes (Chen et al. 2020, B.6 and B.5): large batches, nothing to choose.
+# SimCLR's recipes (Chen et al. 2020, B.6 and B.5): large batches and fixed values.
 STAGE_PRESETS: dict[str, StageSettings] = {
     "imagenet-linear": LinearSettings(MISSING, probe="sgd", batch_size=4096, preset="imagenet-linear"),
     "imagenet-finetune": FinetuneSettings(  # with 1 % of the labels: --epochs 60
@@ -210,7 +210,7 @@ Kind = TypeVar("Kind", bound=StageSettings)
 
 
 def start_from(kind: type[Kind], name: str | None) -> Kind:
-    """Settings to start from: the preset of that name, or the defaults. InputError lists the known names."""
+    """Return the preset of that name, or the defaults. Raises InputError listing the known names."""
     if not name:
         return kind(MISSING)
     known = {key: value for key, value in STAGE_PRESETS.items() if isinstance(value, kind)}
