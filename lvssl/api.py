@@ -54,7 +54,7 @@ from pipelines.views import ViewSettings
 __all__ = ["Encoding", "Model", "Neighbour", "load", "preset", "pretrain"]
 
 Picture: TypeAlias = "str | Path | Image.Image | np.ndarray"
-# A path of an image, or of a set of images: a folder, a .beton, tars, a parquet file; a PIL image; an array
+# A path of an image, or of a set of images (a folder, a .beton, tars, a parquet file); a PIL image; an array
 # uint8 [H, W], [H, W, 1], [H, W, 3] or [N, H, W, 1 or 3]; or several images, each a path, PIL image or array.
 Images: TypeAlias = "Picture | Iterable[Picture]"
 
@@ -371,7 +371,7 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> Model:
 
 
 def as_queries(encoding: Encoding) -> Queries:
-    """Codes alone, without what only an image has."""
+    """Return queries from codes alone, without what requires the images."""
     nothing = np.empty((len(encoding), 0), np.float32)
     return Queries(encoding.names, encoding.code, nothing, nothing, encoding.uncertainty.tolist())
 
@@ -381,18 +381,18 @@ def as_queries(encoding: Encoding) -> Queries:
 
 @dataclass(frozen=True)
 class Opened:
-    """Images as batches of crops, and their names by position; where the images come one by one, the names
-    come with them."""
+    """Images as batches of crops, and their names by position. For images from an iterator, names are
+    appended as they are read."""
 
     batches: Batches
     names: list[str]
-    total: int | None  # images, where their number is known
+    total: int | None  # number of images, if it is known
 
 
 def opened(
     run: Run, images: Images, batch_size: int = BATCH, workers: int = 0, on_error: str = "raise"
 ) -> Opened:
-    """Any images that `Model.encode` takes. Raises InputError, also while the batches are read."""
+    """Open any images that `Model.encode` accepts. Raises InputError, also while the batches are read."""
     if isinstance(images, str | Path) and holds_many(Path(images)):
         if Path(images).suffix == ".lvcodes":
             raise InputError(f"{images}: holds codes, not images")
@@ -412,8 +412,8 @@ def opened(
 def in_turn(
     run: Run, images: Iterable[Picture], names: list[str], batch_size: int, workers: int, skip: bool
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Centre crops uint8 [B, R, R, 3] and positions int64 [B] of images that come one by one; their names are
-    added to `names`."""
+    """Yield centre crops uint8 [B, R, R, 3] and positions int64 [B] of images from an iterator; their names
+    are appended to `names`."""
 
     def crop(position: int, image: Picture) -> np.ndarray | InputError:
         try:
@@ -437,7 +437,7 @@ def in_turn(
 
 
 def pixels_of(image: Picture, name: str) -> np.ndarray:
-    """RGB pixels of one image, uint8 [H, W, 3], upright. Raises InputError, with the file or `name`."""
+    """Return the RGB pixels of one image, uint8 [H, W, 3], upright. InputErrors name the file or `name`."""
     if isinstance(image, str | Path):
         return decode_rgb(Path(image))
     if isinstance(image, Image.Image):

@@ -1,13 +1,13 @@
-"""`lvssl export`: a run's encoder as files that other software loads.
+"""`lvssl export`: write a run's encoder as files that other software can load.
 
-DIR/model.safetensors   the backbone, under torchvision's names
-    head.safetensors    the posterior's head: h -> the latent's parameters
-    encoder.onnx        crops uint8 [N, R, R, 3] -> packed codes uint8 [N, bytes], those of `lvssl encode`
-    quantisers/         of the codes that `lvssl encode --bits` has fitted
-    config.json         timm's form (where timm has the architecture), and what `lvssl.load` needs beside it
-    density.safetensors what an uncertainty is computed from, where `lvssl encode` has fitted it
+DIR/model.safetensors   the backbone, with torchvision's names
+    head.safetensors    the posterior's head: h -> parameters of the latent
+    encoder.onnx        crops uint8 [N, R, R, 3] -> packed codes uint8 [N, bytes], as by `lvssl encode`
+    quantisers/         for the codes that `lvssl encode --bits` has fitted
+    config.json         timm's format (if timm has the architecture), with what `lvssl.load` needs
+    density.safetensors the density for uncertainties, if `lvssl encode` has fitted it
     hubconf.py          for torch.hub.load(DIR, "backbone", source="local")
-    README.md           the model card, with the figures that the run's result files hold
+    README.md           the model card, with the figures in the run's result files
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ class ExportSettings:
 
 
 def export(settings: ExportSettings) -> Path:
-    """Make the folder, all of it or nothing, upload it if asked to, and return it.
+    """Write the folder, completely or not at all, upload it if requested, and return it.
 
-    Raises InputError: no such run, the folder exists, ONNX is asked for and not installed, a quantiser that
-    isn't fitted yet, or the Hub refuses the upload (the folder stays).
+    Raises InputError: no such run, an existing folder, ONNX requested but not installed, a quantiser that
+    isn't fitted yet, or an upload that the Hub refuses (the folder stays).
     """
     if settings.out.exists():
         raise InputError(f"{settings.out} exists: choose another --out")
@@ -116,28 +116,28 @@ def export(settings: ExportSettings) -> Path:
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
-    """A module's state as safetensors takes it: contiguous in memory, nothing shared."""
+    """Return a module's state as safetensors requires it: contiguous in memory, without shared tensors."""
     return {name: value.detach().clone().contiguous() for name, value in module.state_dict().items()}
 
 
 def head_tensors(network: LVNet) -> dict[str, Tensor]:
-    """What leads from h to the posterior's parameters; for site `proj` the projector before the head, too."""
+    """Return the weights from h to the posterior's parameters; for site `proj` including the projector."""
     before = tensors(network.projector) if network.latent.site == "proj" else {}
     return {f"projector.{name}": value for name, value in before.items()} | tensors(network.head)
 
 
 def has_torchvisions_stem(run: Run) -> bool:
-    """Whether the backbone is torchvision's (and timm's) own architecture, without the small images' stem."""
+    """Return whether the backbone is torchvision's (and timm's) own, without the stem for small images."""
     return run.settings.model.backbone in RESNETS and run.settings.view.resolution > CIFAR_STEM_UP_TO
 
 
 def is_timms(run: Run) -> bool:
-    """Whether timm has the architecture."""
+    """Return whether timm has the architecture."""
     return has_torchvisions_stem(run) or run.settings.model.backbone not in BACKBONES
 
 
 def config(run: Run) -> dict[str, Any]:
-    """timm's config.json, as `timm.create_model("local-dir:DIR")` reads it; and ours under "lvssl"."""
+    """Return timm's config.json, as `timm.create_model("local-dir:DIR")` reads it; ours is in "lvssl"."""
     settings, view = run.settings, run.settings.view
     features = feature_dim(settings.model.backbone)
     ours = {
@@ -171,14 +171,14 @@ def config(run: Run) -> dict[str, Any]:
 
 
 def model_args(run: Run) -> dict[str, int]:
-    """What timm's model is made with: the images' side, where it is made for one."""
+    """Return the arguments for timm's model: the side of the images, if the model depends on it."""
     side = run.settings.view.resolution
     sized = getattr(getattr(run.network.backbone, "patch_embed", None), "img_size", None)
     return {"img_size": side} if sized is not None else {}
 
 
 def hubconf(run: Run) -> str:
-    """A module for torch.hub; ResNets need torchvision alone, timm's models timm, the small ones lvssl."""
+    """Return a module for torch.hub; ResNets need torchvision, timm's models timm, small ones lvssl."""
     model, view = run.settings.model, run.settings.view
     if model.backbone in RESNETS:
         needs, lines = (
@@ -223,13 +223,13 @@ def backbone(pretrained: bool = True) -> nn.Module:
 
 
 class CodeOf(nn.Module):
-    """Crops uint8 [N, R, R, 3] -> packed code uint8 [N, ceil(bits / 8)], least significant bit first: the
-    first `bits` of the run's own, or the quantiser's.
+    """Map crops uint8 [N, R, R, 3] to packed codes uint8 [N, ceil(bits / 8)], least significant bit first:
+    the first `bits` of the run's own code, or the quantiser's code.
 
-    Images are normalised to the bits of `lvssl encode`. Another runtime may round the network's sums
-    otherwise, and a bit whose logit is within fp32's rounding of 0 may differ; of a tiny ResNet whose logits
-    have a deviation of 13 that is 0.0024, or one bit in 10,000, and a byte of a product code whose two
-    nearest words are as near within it: see tests/evaluation/test_one_inference.py.
+    Images are normalised to exactly the values of `lvssl encode`. Another runtime may round the network's
+    sums differently, so a bit whose logit is within fp32's rounding of 0 may differ. For a tiny ResNet whose
+    logits have a deviation of 13, this margin is 0.0024, or one bit in 10,000; a byte of a product code may
+    differ if its two nearest words are within it. See tests/evaluation/test_one_inference.py.
     """
 
     def __init__(
@@ -250,7 +250,7 @@ class CodeOf(nn.Module):
         if self.quantiser.hamming:
             return self.packed(x > 0)
         x_PNE = x.unflatten(1, (len(words_PWE), -1)).transpose(0, 1)
-        # Squared distances to the words, less that of x to 0, which is the same for all of them.
+        # Squared distances to the words, less the squared norm of x, which is the same for all of them.
         squares_PNW = words_PWE.square().sum(dim=2)[:, None] - 2 * x_PNE @ words_PWE.transpose(1, 2)
         return squares_PNW.argmin(dim=2).T.to(torch.uint8)
 
@@ -260,9 +260,9 @@ class CodeOf(nn.Module):
 
 
 def write_onnx(code: CodeOf, path: Path) -> None:
-    """image -> packed code, for any batch size.
+    """Write the ONNX model from images to packed codes, for any batch size.
 
-    Raises InputError: this torch's exporter and this onnxscript don't go together.
+    Raises InputError if the installed versions of torch and onnxscript are incompatible.
     """
     side = code.view.resolution
     example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
@@ -277,7 +277,7 @@ def write_onnx(code: CodeOf, path: Path) -> None:
             dynamo=True,
             verbose=False,
         )
-    except Exception as error:  # of torch, onnxscript or onnx_ir, each its own kind
+    except Exception as error:  # torch, onnxscript and onnx_ir each raise their own
         versions = f"torch {torch.__version__} with onnxscript {metadata.version('onnxscript')}"
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(
@@ -291,8 +291,8 @@ def write_onnx(code: CodeOf, path: Path) -> None:
 
 
 def card(run: Run, codes: str) -> str:
-    """README.md: what the files are, how they load, and the figures of the run's result files; `codes`: what
-    encoder.onnx gives, "" without it."""
+    """Return README.md: the files, how to load them, and the figures in the run's result files. `codes`
+    describes the output of encoder.onnx; "" without it."""
     model, view, latent = run.settings.model, run.settings.view, run.settings.latent
     return CARD.format(
         name=run.folder.resolve().name,
@@ -343,9 +343,9 @@ Contrastive Learning*, arXiv 2110.00552): {backbone}, {features} features, laten
 
 
 def trained(run: Run) -> str:
-    """How far the training of the checkpoint has come: "8 epochs", or where it was interrupted."""
+    """Return how far the checkpoint's training has come: "8 epochs", or where it was interrupted."""
     epochs, images = run.settings.epochs, image_count(run.folder)
-    if not images:  # older runs don't say
+    if not images:  # older runs don't record it
         return f"step {run.step:,} of a training of {epochs} epochs"
     per_epoch = steps_per_epoch(images, run.settings.batch_size)
     if run.step >= epochs * per_epoch:
@@ -355,7 +355,7 @@ def trained(run: Run) -> str:
 
 
 def loading(run: Run, codes: str) -> str:
-    """Code for each way that works for this backbone; `codes` as of `card`."""
+    """Return code for each way of loading this backbone; `codes` as in `card`."""
     name = run.settings.model.backbone
     lines = [
         "```python",
@@ -391,7 +391,7 @@ def loading(run: Run, codes: str) -> str:
 
 
 def figures(run: Run) -> str:
-    """A table of all results that belong to this checkpoint, each with its command."""
+    """Return a table of all results of this checkpoint, each with its command."""
     rows = []
     for path in sorted([*run.folder.glob("*.json"), *run.folder.glob("finetune-*/result.json")]):
         result = read_json(path)

@@ -1,10 +1,11 @@
-"""`lvssl plan`: what a batch costs in memory on each GPU, the largest that fits, and how long a run takes.
+"""`lvssl plan`: estimate the memory of a batch on each GPU, the largest that fits, and the time of a run.
 
 Activations are counted, not estimated: the network runs forward once on tensors without contents, and every
-tensor that autograd keeps for the backward pass is added up. What a library takes beside that (workspaces,
-the CUDA context, what the allocator cannot hand out) is the reserve. With `--recompute` a residual block
-keeps its input alone, but for the one that is being computed again; with `--chunk` the backbone keeps what is
-of one chunk. The samples are counted as the composed form keeps them; on a GPU some families do without.
+tensor that autograd keeps for the backward pass is added up. The reserve covers what libraries take in
+addition (workspaces, the CUDA context, fragmentation in the allocator). With `--recompute`, a residual block
+keeps only its input, except for the block being recomputed; with `--chunk`, the backbone keeps the
+activations of one chunk. Latent samples are counted as in the composed form; some need
+less on a GPU.
 """
 
 import dataclasses
@@ -42,21 +43,21 @@ from pipelines.errors import InputError
 
 GIB = 2**30
 CONTEXT = 1.0 * GIB  # CUDA context, cuDNN and NCCL
-SLACK = 0.08  # of the rest: workspaces and fragmentation
-# Bytes that a pixel of a view keeps at most, fp32: of the stem for small images, which halves nothing.
-MOST_A_PIXEL = {"tiny": 8_000, "small": 8_000, "resnet18": 30_000, "resnet50": 60_000}  # others: counted
-CHANGES = ("chunk", "batch_size", "backbone", "resolution")  # what may be smaller where memory is
-# Share of a card's peak in bf16 that a step through the loader was measured to reach (docs/gpu.md); other
-# cards are taken to reach that of an H100.
+SLACK = 0.08  # share of everything else: workspaces and fragmentation
+# Maximum number of bytes kept per pixel of a view in fp32, with the small-image stem (no downsampling).
+MOST_A_PIXEL = {"tiny": 8_000, "small": 8_000, "resnet18": 30_000, "resnet50": 60_000}  # others are counted
+CHANGES = ("chunk", "batch_size", "backbone", "resolution")  # what can be reduced to save memory
+# Share of a card's peak in bf16 that was measured for a step including the loader (docs/gpu.md). Other cards
+# are assumed to reach that of an H100.
 MEASURED = {
     "H100": {"resnet18": 0.19, "resnet50": 0.10},
     "H200": {"resnet18": 0.21, "resnet50": 0.118},
 }
 MEASURED_SIDE = {"resnet18": 32, "resnet50": 224}  # px, in bf16
-COMPILED = {"H200": {"resnet50": 0.165}}  # the same by `--compile`
-GUESSED = {"tiny": 0.01, "small": 0.05}  # of other backbones 0.10
-CARD_GIB = {"A100": 80.0, "H100": 80.0, "H200": 140.0, "L4": 22.5}  # as nvidia-smi has them, rounded
-MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}  # numbers that it keeps for each weight
+COMPILED = {"H200": {"resnet50": 0.165}}  # the same with `--compile`
+GUESSED = {"tiny": 0.01, "small": 0.05}  # 0.10 for other backbones
+CARD_GIB = {"A100": 80.0, "H100": 80.0, "H200": 140.0, "L4": 22.5}  # as in nvidia-smi, rounded
+MOMENTS = {"adamw": 2, "sgd": 1, "lars": 1}  # numbers kept per weight
 
 
 @dataclass(frozen=True)
@@ -131,14 +132,14 @@ class PlanSettings:
 
 
 def of_preset(name: str) -> PlanSettings:
-    """What a preset's pretraining is, as far as memory depends on it; on one GPU where eight can't share its
-    batch. InputError lists the known names."""
+    """Return the pretraining of a preset, as far as memory depends on it, on eight GPUs or, if these can't
+    share its batch evenly, on one. Raises InputError listing the known names."""
     chosen = preset(name)
     return dataclasses.replace(of_pretraining(chosen), gpus=1 if chosen.batch_size % 8 else 8, preset=name)
 
 
 def of_pretraining(settings: PretrainSettings) -> PlanSettings:
-    """As far as memory and time depend on it, on one GPU."""
+    """Return what memory and time depend on, for one GPU."""
     model, engine = settings.model, settings.engine
     return PlanSettings(
         batch_size=settings.batch_size,
@@ -160,25 +161,25 @@ def of_pretraining(settings: PretrainSettings) -> PlanSettings:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes a view, and bytes that the batch doesn't change."""
+    """Bytes per view, and bytes that don't depend on the batch."""
 
-    backbone: float  # kept for the backward pass, a view
-    heads: float  # kept for it by all that follows, a view
-    casts: float  # kept whatever the batch: 16-bit copies of the weights
-    parameters: int  # numbers
-    buffers: float  # running statistics
+    backbone: float  # kept for the backward pass, per view
+    heads: float  # kept for the backward pass by all later layers, per view
+    casts: float  # kept independently of the batch: 16-bit copies of the weights
+    parameters: int  # number of parameters
+    buffers: float  # bytes of running statistics
 
 
 def footprint(settings: PlanSettings) -> Footprint:
-    """Count what one training step of this network keeps, on tensors without contents."""
+    """Count what one training step of this network keeps, using tensors without contents."""
     at_two, at_four = (_kept(settings, views) for views in (2, 4))
     backbone, heads = ((more - few) / 2 for more, few in zip(at_four, at_two[:2]))
     return Footprint(backbone, heads, at_two[0] + at_two[1] - 2 * (backbone + heads), *at_two[2:])
 
 
 def _kept(settings: PlanSettings, views: int) -> tuple[float, float, int, float]:
-    """Bytes kept for the backward pass with so many views, in the backbone and after it; the network's
-    parameters; bytes of its buffers."""
+    """Return the bytes kept for the backward pass of this many views, in the backbone and after it; the
+    number of parameters; the bytes of the buffers."""
     with FakeTensorMode():
         model = ModelSettings(settings.backbone, settings.hidden, settings.projection)
         latent = LatentSettings(settings.family, samples=settings.samples)
@@ -186,7 +187,7 @@ def _kept(settings: PlanSettings, views: int) -> tuple[float, float, int, float]
         own = {p.untyped_storage()._cdata for p in network.parameters()}
         kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
-        place: list[nn.Module] = [network]  # the block that is computed, or the network
+        place: list[nn.Module] = [network]  # the block being computed, or the network
         inputs: list[torch.Tensor] = []
 
         def keep(tensor: torch.Tensor) -> _Kept:
@@ -221,30 +222,30 @@ def _kept(settings: PlanSettings, views: int) -> tuple[float, float, int, float]
             size += max((sum(sizes.values()) for sizes in each), default=0)
         count = sum(p.numel() for p in network.parameters())
         buffers = sum(b.numel() * b.element_size() for b in network.buffers())
-        del outputs  # until here the graph was alive, and what it keeps
+        del outputs  # until here the graph was alive, with what it keeps
     return float(size), float(after), count, float(buffers)
 
 
 def _sizes(tensors: Iterable[torch.Tensor], own: set[int]) -> dict[int, int]:
-    """Bytes of their memory by its address, each once, without that of the network's `own` weights."""
+    """Return the bytes of the tensors' memory by address, each once, without the `own` weights."""
     found = {(s := tensor.untyped_storage())._cdata: s.nbytes() for tensor in tensors}
     return {address: size for address, size in found.items() if address not in own}
 
 
 class _Kept:
-    """Lives as long as the node of the graph that keeps the tensor; `place`: the block that computed it."""
+    """Holder of a kept tensor that lives as long as its node of the graph; `place` is its block."""
 
     def __init__(self, tensor: torch.Tensor, place: nn.Module) -> None:
         self.tensor, self.place = tensor, place
 
 
 def memory(settings: PlanSettings, of: Footprint) -> dict[str, float]:
-    """Bytes on each GPU while a step is at its peak, the end of the forward pass."""
+    """Return the bytes on each GPU at the peak of a step, the end of the forward pass."""
     views = 2 * settings.batch_size // settings.gpus
     at_once = min(settings.chunk or views, views)
     parts = {
         "weights": 4.0 * of.parameters + of.buffers,
-        "gradients": 4.0 * of.parameters * (2 if settings.gpus > 1 else 1),  # buckets beside them
+        "gradients": 4.0 * of.parameters * (2 if settings.gpus > 1 else 1),  # and all-reduce buckets
         "optimiser": MOMENTS[settings.optimiser] * 4.0 * of.parameters,
         "activations": at_once * of.backbone + views * of.heads + of.casts,
         "loss": loss_memory(settings),
@@ -255,7 +256,7 @@ def memory(settings: PlanSettings, of: Footprint) -> dict[str, float]:
 
 
 def loss_memory(settings: PlanSettings) -> float:
-    """Bytes of our NT-Xent on one GPU: vectors, their gradient in fp32, and other ranks' blocks."""
+    """Return the bytes of our NT-Xent on one GPU: vectors, their fp32 gradients, and other ranks' blocks."""
     views, d = 2 * settings.batch_size // settings.gpus, settings.projection
     vector = d * (2 if settings.precision == "bf16" else 4) + 12  # with factor, denominator and weight
     own = views * (vector + 2 * 4 * d)
@@ -266,12 +267,12 @@ def loss_memory(settings: PlanSettings) -> float:
 
 
 def matrix_memory(settings: PlanSettings) -> float:
-    """Bytes of the usual NT-Xent on one GPU: logits, masked, softmax; own rows by all columns."""
+    """Return the bytes of the usual NT-Xent on one GPU: logits, masked, softmax; own rows by all columns."""
     return 3.0 * 4 * (2 * settings.batch_size // settings.gpus) * (2 * settings.batch_size)
 
 
 def largest_batch(settings: PlanSettings, of: Footprint) -> int:
-    """Images a step over all GPUs, a multiple of their number, that just fit; 0 where not even one does."""
+    """Return the largest number of images per step, a multiple of the number of GPUs; 0 if none fit."""
 
     def fits(each: int) -> bool:
         parts = memory(dataclasses.replace(settings, batch_size=each * settings.gpus), of)
@@ -287,15 +288,15 @@ def largest_batch(settings: PlanSettings, of: Footprint) -> int:
 
 
 def require_memory(settings: PretrainSettings, ranks: int = 1) -> None:
-    """Before a pretraining on a CPU: raise InputError, with settings that would fit, if a step needs more
-    memory than the machine has; say so on stderr if it needs more than is free. On a GPU the driver tells."""
+    """Before a pretraining on a CPU, raise InputError with settings that would fit if a step needs more
+    memory than the machine has; print a warning if it needs more than is free. GPUs report it."""
     settings.validate()
     view, model = settings.view, settings.model
     views = 2 * settings.batch_size // ranks
     size: float = views * view.resolution**2 * MOST_A_PIXEL.get(model.backbone, math.inf)
     size += 16.0 * model.hidden * (2048 + model.projection)
     total, free = host_memory()
-    if pick_device(settings.device).type != "cpu" or size < free:  # an upper bound: to count takes seconds
+    if pick_device(settings.device).type != "cpu" or size < free:  # upper bound: counting takes seconds
         return
     plan = dataclasses.replace(of_pretraining(settings), gpus=ranks, precision="fp32")
     needed = host_need(plan)
@@ -322,20 +323,20 @@ def require_memory(settings: PretrainSettings, ranks: int = 1) -> None:
 
 
 def host_need(settings: PlanSettings) -> float:
-    """Bytes of a step on a CPU, where there is no context of a GPU."""
+    """Return the bytes of a step on a CPU, which has no GPU context."""
     return sum(memory(settings, footprint(settings)).values()) - CONTEXT
 
 
 def host_memory() -> tuple[float, float]:
-    """Bytes of main memory, all and free; infinite where the system doesn't say (no Linux). The limit of a
-    container or job counts, where there is one."""
+    """Return the bytes of main memory, (all, free); infinite if the system doesn't say (other than Linux).
+    The limit of a container or job counts, if there is one."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return math.inf, math.inf
     kib = {name: float(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
     total, free = 1024 * kib["MemTotal"], 1024 * kib["MemAvailable"]
-    with suppress(OSError, ValueError):  # "max": no limit
+    with suppress(OSError, ValueError):  # "max" means no limit
         limit = float(int(Path("/sys/fs/cgroup/memory.max").read_text()))
         used = float(Path("/sys/fs/cgroup/memory.current").read_text())
         total, free = min(total, limit), min(free, limit - used)
@@ -343,9 +344,9 @@ def host_memory() -> tuple[float, float]:
 
 
 def hours(settings: PlanSettings) -> float:
-    """Of training on all GPUs, from operations and the share of the peak that was measured: views are decoded
-    in time, ranks don't wait for each other. fp32 is taken to be half as fast, and the backbone's second pass
-    over a chunk or a recomputed block a third more."""
+    """Return the hours of training on all GPUs, from the number of operations and the measured share of the
+    peak. It is assumed that the loader keeps up, that ranks don't wait for each other, that fp32 is half as
+    fast, and that the backbone's second pass over a chunk or a recomputed block adds a third."""
     work = 2.0 * settings.images * settings.epochs * operations(settings.backbone, settings.resolution)
     chunked = 0 < settings.chunk < 2 * settings.batch_size // settings.gpus
     work *= 4 / 3 if chunked or settings.recompute else 1.0
@@ -354,12 +355,12 @@ def hours(settings: PlanSettings) -> float:
 
 
 def card_memory(settings: PlanSettings) -> float:
-    """GiB of one GPU."""
+    """Return the memory of one GPU in GiB."""
     return settings.memory or CARD_GIB[settings.gpu]
 
 
 def share_of_peak(settings: PlanSettings) -> tuple[float, bool]:
-    """What a step reaches, and whether that was measured on this card, with as many GPUs."""
+    """Return the share that a step reaches, and whether it was measured on this card with as many GPUs."""
     side, images = settings.resolution, settings.images * settings.epochs
     eager = settings.gpus > 1 or settings.chunk or settings.recompute
     compiled = not eager and worth_compiling(settings.backbone, side, images)
@@ -369,7 +370,7 @@ def share_of_peak(settings: PlanSettings) -> tuple[float, bool]:
         return measured, settings.gpus == 1 and same
     card = MEASURED.get(settings.gpu, MEASURED["H100"])
     share = card.get(settings.backbone, GUESSED.get(settings.backbone, 0.10))
-    if compiled:  # as much faster as where that was measured
+    if compiled:  # assume the speed-up measured there
         share *= COMPILED["H200"]["resnet50"] / MEASURED["H200"]["resnet50"]
     return share, False
 
@@ -388,7 +389,7 @@ def time_of(settings: PlanSettings) -> str:
 
 
 def plan(settings: PlanSettings) -> str:
-    """The table that `lvssl plan` prints.
+    """Return the table that `lvssl plan` prints.
 
     Raises:
         InputError: an impossible setting.
