@@ -1,4 +1,4 @@
-"""Data that several rooms' tests share, made by the project's own converter."""
+"""Fixtures shared by all tests; data is made by the project's own converter."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from pipelines.convert.conversion import ConvertOptions, convert
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> dict[str, Path]:
-    """scikit-learn's digits as train and test betons."""
+    """Return scikit-learn's digits as train and test betons."""
     folder = tmp_path_factory.mktemp("digits")
     paths = {split: folder / f"{split}.beton" for split in ("train", "test")}
     for split, path in paths.items():
@@ -25,7 +25,7 @@ def digits(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def lvssl():
-    """Runs the command in a process of its own, on one thread: lvssl("pretrain", ...) -> CompletedProcess."""
+    """Run a command in its own process, on one thread: lvssl("pretrain", ...) -> CompletedProcess."""
 
     def run(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -42,7 +42,7 @@ def lvssl():
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """torch computes on one thread, so that sums have one order."""
+    """Let torch compute on one thread, so that sums have a fixed order."""
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -52,7 +52,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def small_disk(tmp_path, request) -> Iterator[Path]:
-    """A file system of 8 MiB, or of so many as an indirect parameter says."""
+    """Mount a file system of 8 MiB, or of the size in MiB given by an indirect parameter."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', 8)}m", "none", str(folder)]
@@ -68,7 +68,7 @@ def small_disk(tmp_path, request) -> Iterator[Path]:
 
 @pytest.fixture
 def fill(small_disk) -> Callable[[], Path]:
-    """Fills the small disk to the last byte with a file, and returns it."""
+    """Fill the small disk to the last byte with a file, and return the file."""
 
     def to_the_last_byte() -> Path:
         ballast = small_disk / "ballast"

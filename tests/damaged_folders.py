@@ -1,4 +1,4 @@
-"""Digits as files of which some are no images."""
+"""Folders of digits in which some files are not images."""
 
 import shutil
 from pathlib import Path
@@ -7,11 +7,11 @@ from PIL import Image
 
 from pipelines.decode import open_reader
 
-DAMAGED = {"train": [3, 4, 77], "test": [0, 9]}  # of 200 and 60, in the order of their paths
+DAMAGED = {"train": [3, 4, 77], "test": [0, 9]}  # of 200 and 60 files, in the order of their paths
 
 
 def make_folders(digits: dict[str, Path], root: Path) -> dict[str, Path]:
-    """PNG files in class folders: `train`, `test` with damaged ones, and `sound` of each without."""
+    """Write PNG files in class folders: `train` and `test` with damaged files, and `sound` without these."""
     for split, count in (("train", 200), ("test", 60)):
         source = open_reader(digits[split])
         for i in range(count):
@@ -27,5 +27,5 @@ def make_folders(digits: dict[str, Path], root: Path) -> dict[str, Path]:
 
 
 def sound(folder: Path) -> Path:
-    """The same without the damaged files."""
+    """Return the same folder without the damaged files."""
     return folder.parent / "sound" / folder.name

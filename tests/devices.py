@@ -1,4 +1,4 @@
-"""What the tests share that run on a CPU and, where there is one, on a GPU."""
+"""Parameters for tests that run on a CPU and, if there is one, on a GPU."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every command of the command line, as one would type it for a run and two sets."""
+"""Every command of the command line, as it is typed for a run and two sets."""
 
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,12 @@ import pytest
 from lvssl.commands.main import main
 
 SHORT = {"linear": ["--probe", "logistic"], "finetune": ["--epochs", 1, "--min-steps", 1, "--lr", 0.1]}
-NO_RUN = ("launch", "status", "cancel", "retry")  # of a chain, which its own file describes
+NO_RUN = ("launch", "status", "cancel", "retry")  # they take a pipeline, which has its own file
 
 
 def arguments_of(name: str, run: Path, train: Path, test: Path, out: Path) -> list[str]:
-    """A command as one would type it for this run and these sets; a command that is not named here, such as
-    a new one, is called with the run alone."""
+    """Return the arguments of a command for this run and these sets. A command that is not named here, such
+    as a new one, is called with the run alone."""
     sets, chain = ["--train", train, "--test", test], out / "pipeline.toml"
     special: dict[str, list[Any]] = {
         "pretrain": ["--out", run, "--resume", "--epochs", 1],
@@ -42,19 +42,19 @@ def arguments_of(name: str, run: Path, train: Path, test: Path, out: Path) -> li
 
 
 def call(arguments: list[str], capsys) -> tuple[int, str]:
-    """Status and errors of a command, which may stop but never by an unexpected exception."""
+    """Return status and stderr of a command. It may fail, but not with an unexpected exception."""
     try:
         status = main(arguments)
-    except SystemExit as stopped:  # of the parser
+    except SystemExit as stopped:  # from the parser
         status = stopped.code
     except Exception as error:
         said = f"{' '.join(arguments)}: {type(error).__name__}: {error}"
-        pytest.fail(said.encode("ascii", "backslashreplace").decode())  # any reporter can write it
+        pytest.fail(said.encode("ascii", "backslashreplace").decode())  # any reporter can write this
     return status, capsys.readouterr().err
 
 
 def check(status: int, said: str, what: str, *names: str) -> None:
-    """Success; or one line of an error, which names what is wrong."""
+    """Assert success, or a single error line that names what is wrong."""
     assert status in (0, 1, 2), what
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in said and len(errors) == (status != 0), f"{what}: {said}"

@@ -1,8 +1,8 @@
-"""A loop up to a number that the kernel is given, in Triton's interpreter: what some versions can't do.
+"""A loop up to a number passed to the kernel, in Triton's interpreter; some versions can't run it.
 
     TRITON_INTERPRET=1 python tests/interpreted_loop.py
 
-Triton 3.6 with NumPy 2.4 ends here with a TypeError of its own. Run by triton_kernels.py.
+Triton 3.6 with NumPy 2.4 fails here with its own TypeError. Run by triton_kernels.py.
 """
 
 import torch

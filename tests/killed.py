@@ -1,4 +1,4 @@
-"""For tests that stop a training in its midst."""
+"""Helpers for tests that stop a training midway."""
 
 import subprocess
 import time
@@ -8,7 +8,7 @@ from lvssl.runs import checkpoint
 
 
 def wait_for_a_checkpoint(folder: Path, process: subprocess.Popen) -> None:
-    """Until the process has written a checkpoint that wasn't there."""
+    """Wait until the process has written a new checkpoint."""
     before = checkpoint.paths(folder / "checkpoints")[-1:]
     deadline = time.monotonic() + 120
     while checkpoint.paths(folder / "checkpoints")[-1:] == before and process.poll() is None:

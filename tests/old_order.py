@@ -1,4 +1,4 @@
-"""The order that epochs had first: samples sorted by one Philox number each."""
+"""The first version's order of an epoch: samples sorted by one Philox number each."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from pipelines.kernels.philox import LOW, philox
 
 
 def order_keys(seed: int, epoch: int, count: int) -> np.ndarray:
-    """A uniform uint64 for each sample."""
+    """Return a uniform uint64 for each sample."""
     index = np.arange(count)
     words = philox(index & LOW, index >> 32, epoch, 0xFFFF << 16, seed & LOW, seed >> 32)
     return (words[0].astype(np.uint64) << np.uint64(32)) | words[1].astype(np.uint64)

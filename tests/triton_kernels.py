@@ -1,6 +1,6 @@
-"""What the tests of Triton kernels share: scripts in processes of their own, and what a kernel takes up.
+"""Helpers for the tests of Triton kernels: run scripts in their own processes, check resources.
 
-The interpreter is chosen by a variable that must be set before Triton is imported, hence the processes.
+The processes are needed because the variable that selects the interpreter must be set before Triton's import.
 """
 
 import inspect
@@ -17,17 +17,17 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-# Shared memory a block may have: A100 (sm_80) 163 KiB, H100 (sm_90) 227 KiB.
+# Shared memory available to a block: A100 (sm_80) 163 KiB, H100 (sm_90) 227 KiB.
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
 
 def run(script: str, *arguments: str, **environment: str) -> list[str]:
-    """The lines that a script of tests/ prints. Skips where Triton itself is at fault."""
+    """Return the lines printed by a script of tests/. Skips if Triton itself is at fault."""
     done = process(script, *arguments, **environment)
     if done.returncode and "TRITON_INTERPRET" in environment:
         skip_at_a_fault_of_the_interpreter(done.stderr)
     if done.returncode == -signal.SIGABRT and triton_version() < (3, 6):
-        # An assertion in the compiler's C++, not an error that it raises: 3.2 can't compile all kernels.
+        # This is an assertion in the compiler's C++, not a raised error: 3.2 can't compile all kernels.
         name = f"the compiler of Triton {metadata.version('triton')}"
         pytest.skip(f"{name} aborts: {last_line(done.stderr)[:150]}")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -51,7 +51,7 @@ def process(script: str, *arguments: str, **environment: str) -> subprocess.Comp
 
 
 def skip_at_a_fault_of_the_interpreter(stderr: str) -> None:
-    """Skip if a kernel that does nothing but loop ends with the same error as the kernels under test."""
+    """Skip if a kernel that only loops fails with the same error as the kernels under test."""
     loop = process("interpreted_loop.py", TRITON_INTERPRET="1")
     if loop.returncode and last_line(loop.stderr) == last_line(stderr):
         versions = f"Triton {metadata.version('triton')} with NumPy {metadata.version('numpy')}"
@@ -63,10 +63,10 @@ def last_line(text: str) -> str:
 
 
 def source(kernel, signature: dict[str, str], constants: dict[str, object], aligned: Iterable[str] = ()):
-    """What `triton.compile` takes: the arguments' types, values known at compile time, multiples of 16.
+    """Return the input of `triton.compile`: argument types, values known at compile time, multiples of 16.
 
     Args:
-        signature: the type of each argument, "constexpr" for those of `constants`.
+        signature: the type of each argument; "constexpr" for those in `constants`.
     """
     from triton.compiler import ASTSource
 
@@ -83,7 +83,7 @@ def source(kernel, signature: dict[str, str], constants: dict[str, object], alig
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread, and bytes of its stack (where spilled registers go), by Triton's own cuobjdump."""
+    """Return registers per thread and bytes of stack (for spilled registers), from Triton's own cuobjdump."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -97,7 +97,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def assert_fits(rows: list[dict]) -> None:
-    """No spills, and no more shared memory than a block may have."""
+    """Assert that nothing is spilled and that shared memory is within the limit of a block."""
     assert rows
     for row in rows:
         assert row["spilled"] == 0, row

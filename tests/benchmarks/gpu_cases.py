@@ -1,4 +1,4 @@
-"""Cases that go wrong in every way; the stage of test_gpu_scripts.py."""
+"""Cases that fail in every way; the stage of test_gpu_scripts.py."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def partly() -> Iterator[Row]:
 
 
 def hang(setup: Setup) -> Row:
-    """With a process of its own, which must not outlive it."""
+    """Hang together with a child process, which must not outlive it."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     Path(setup.scratch, "child").write_text(str(child.pid))
     time.sleep(600)

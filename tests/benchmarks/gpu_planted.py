@@ -1,8 +1,8 @@
-"""Kernels made wrong on purpose, under Triton's interpreter: what do the rows of the exactness stage say?
+"""Plant errors into kernels, under Triton's interpreter, and see what the rows of the exactness stage report.
 
     TRITON_INTERPRET=1 python tests/benchmarks/gpu_planted.py
 
-Prints a JSON object for each plant: the verdicts ("ok") of the rows it should spoil, before and with it.
+Prints a JSON object for each planted error: the verdicts ("ok") of its rows, before and after.
 """
 
 import json
@@ -39,7 +39,7 @@ def scaled(part: int, factor: float) -> Callable[[tuple], tuple]:
 
 
 class Sums:
-    """`luma_sums` that adds a level to the first block."""
+    """Replace `luma_sums` by a version that adds a level to the first block."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -56,7 +56,7 @@ def unsteady(tensor: torch.Tensor) -> torch.Tensor:
     return tensor + 1e-6 * torch.rand(())
 
 
-# Name: where, the attribute, how it is changed, and the cases that must see it.
+# Name: module, attribute, how it is changed, and the cases that must detect it.
 PLANTS: dict[str, tuple[Any, str, Callable[[Any], Any], tuple[str, ...]]] = {
     "one wrong pixel": (
         augment_kernels,
@@ -103,7 +103,7 @@ def verdicts(names: tuple[str, ...]) -> list[Any]:
     cases = [case for case in exact.cases(SETUP) if case.name in names]
     assert len(cases) == len(names), names
     rows = [{"name": case.name, **row} for case in cases for row in figures(case)]
-    # Of the repeats, those of the views alone: the other kernels are as they were.
+    # Only the repeats of the views; the other kernels are unchanged.
     return [row["ok"] for row in rows if names != ("fifty repeats",) or "views" in row["name"]]
 
 

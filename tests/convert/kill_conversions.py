@@ -1,11 +1,11 @@
-"""Kills conversions at random moments, resumes each, and holds the outcome against one that was never killed.
+"""Kill conversions at random moments, resume them, and compare the results with an uninterrupted conversion.
 
     python kill_conversions.py SOURCE FOLDER KILLS SEED
 
-Each trial is one to three kills in a row and a run to the end; a child is forked, so that it starts at once.
-One half of the kills comes at a moment of time, wherever the conversion then is; the other half once the
-journal holds a drawn number of images, so that there is something to go on from however fast machine and
-disk are. Prints a JSON object: kills, trials, in how many of them the conversion ended by going on from a
+Each trial kills one to three times in a row and then runs to the end; a child is forked, so that it starts at
+once. Half of the kills come at a random time, wherever the conversion then is. The other half come once the
+journal holds a random number of images, so that there is something to resume from however fast machine and
+disk are. Prints a JSON object: kills, trials, the number of trials in which the conversion resumed from a
 journal, and the seconds.
 """
 
@@ -40,7 +40,7 @@ def run(source: str, folder: Path) -> dict:
 
 
 def die_when_safe(images: int) -> None:
-    """This process kills itself as soon as its journal, read from the disk, holds that many images."""
+    """Kill this process as soon as its journal, read from the disk, holds this many images."""
     write = Journal._write
 
     def write_and_die(journal: Journal, files: list[int], group: bytes) -> None:
@@ -54,7 +54,7 @@ def die_when_safe(images: int) -> None:
 
 
 def start(source: str, folder: Path, images: int | None = None) -> int:
-    """A conversion in a child; with `images`, it dies once that many are safe."""
+    """Start a conversion in a child; with `images`, it dies once this many are safe."""
     child = os.fork()
     if child == 0:
         try:
@@ -70,7 +70,7 @@ def start(source: str, folder: Path, images: int | None = None) -> int:
 
 
 def digest(folder: Path) -> str:
-    """Of every file's name and bytes; whatever a conversion leaves behind is seen, too."""
+    """Return a digest of every file's name and bytes, including anything left behind by a conversion."""
     found = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != "resumed":
@@ -79,13 +79,12 @@ def digest(folder: Path) -> str:
 
 
 def finished(folder: Path) -> bool:
-    """Whether a kill came after the last step; there is nothing to repeat then."""
+    """Return whether a kill came after the last step, so that there is nothing to repeat."""
     return (folder / "x.beton.json").exists() and not any(path.name[0] == "." for path in folder.iterdir())
 
 
 def killed(source: str, folder: Path, seconds: float | None, images: int) -> bool:
-    """Start a conversion and kill it, after so many seconds or once so many images are safe: whether that
-    came in time."""
+    """Kill a conversion after `seconds` or once `images` are safe; return whether the kill was in time."""
     child = start(source, folder, images if seconds is None else None)
     if seconds is not None:
         time.sleep(seconds)
@@ -100,7 +99,7 @@ def main(source: str, root: Path, kills: int, seed: int) -> None:
     draw = random.Random(seed)
     reference = root / "reference"
     reference.mkdir()
-    total = run(source, reference)["source_count"]  # here: each child has the compiled code from its start
+    total = run(source, reference)["source_count"]  # so children start with compiled code
     shutil.rmtree(reference)
     reference.mkdir()
     began = time.monotonic()
@@ -126,7 +125,7 @@ def main(source: str, root: Path, kills: int, seed: int) -> None:
         if not finished(folder):
             in_time = False
             assert os.waitpid(start(source, folder), 0)[1] == 0
-        if not in_time:  # it said what it began with
+        if not in_time:  # the conversion ended, and says where it resumed
             went_on = int((folder / "resumed").read_text())
             assert went_on >= safe, f"trial {trials} of seed {seed}: {went_on} images kept of {safe}"
             resumed += went_on > 0

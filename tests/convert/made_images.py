@@ -1,4 +1,4 @@
-"""Images to convert: smooth, so that JPEG keeps them within a few levels, yet no two alike."""
+"""Images to convert: smooth, so that JPEG keeps them within a few levels, and all different."""
 
 import io
 from pathlib import Path
@@ -10,7 +10,7 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """uint8 [height, width, 3]: a gradient of its own direction in each channel."""
+    """Return uint8 [height, width, 3] with a gradient in a different direction in each channel."""
     angle = np.random.default_rng(seed).uniform(0, 2 * np.pi, 3)
     y, x = np.mgrid[:height, :width] / max(height, width)
     waves = np.cos(2 * y[..., None] * np.sin(angle) + 2 * x[..., None] * np.cos(angle) + angle)
@@ -18,14 +18,14 @@ def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def encoded(array: np.ndarray, kind: str = "JPEG", mode: str = "RGB", **options) -> bytes:
-    """The bytes of an image file; `options` go to Pillow's save."""
+    """Return the bytes of an image file; `options` are passed to Pillow's save."""
     out = io.BytesIO()
     Image.fromarray(array).convert(mode).save(out, kind, **options)
     return out.getvalue()
 
 
 def decoded(data: bytes) -> np.ndarray:
-    """Pillow's reading of an image file, uint8 [H, W, 3]: the oracle."""
+    """Decode an image file with Pillow, the oracle: uint8 [H, W, 3]."""
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
@@ -45,7 +45,7 @@ def class_folders(root: Path, files: dict[str, bytes]) -> Path:
 
 
 def photos(root: Path, classes: int = 3, each: int = 4) -> Path:
-    """A folder of class folders with JPEGs of many sizes."""
+    """Write a folder of class folders with JPEGs of many sizes."""
     files = {
         f"class{c}/{i:03}.jpg": encoded(pixels(20 + 3 * i, 30 + c, seed=10 * c + i))
         for c in range(classes)
@@ -55,6 +55,6 @@ def photos(root: Path, classes: int = 3, each: int = 4) -> Path:
 
 
 def image_of(beton, index: int) -> bytes:
-    """The bytes that a beton holds for one image."""
+    """Return the bytes that a beton holds for one image."""
     start, size = int(beton.offsets[index]), int(beton.sizes[index])
     return beton.path.read_bytes()[start : start + size]

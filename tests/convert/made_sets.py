@@ -13,7 +13,7 @@ from made_images import class_folders
 
 
 def tar_of(path: Path, members: dict[str, bytes]) -> Path:
-    """A tar as GNU tar or Python make it."""
+    """Write a tar as GNU tar or Python would."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for name, data in members.items():
@@ -32,7 +32,7 @@ def by_class(files: dict[str, bytes]) -> dict[str, dict[str, bytes]]:
 
 
 def train_tar(path: Path, files: dict[str, bytes]) -> Path:
-    """ILSVRC2012_img_train.tar: a tar a class, not in the order of their names."""
+    """Write ILSVRC2012_img_train.tar: a tar per class, not in the order of their names."""
     inner = {}
     for folder, members in reversed(by_class(files).items()):
         out = io.BytesIO()
@@ -46,7 +46,7 @@ def train_tar(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def validation_tar(folder: Path, files: dict[str, bytes]) -> Path:
-    """ILSVRC2012_img_val.tar with its devkit, whose numbers of classes aren't the order of the wnids."""
+    """Write ILSVRC2012_img_val.tar with its devkit, whose class numbers don't follow the order of wnids."""
     from scipy.io import savemat
 
     wnids = sorted(by_class(files))
@@ -71,7 +71,7 @@ def validation_tar(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def shards(folder: Path, files: dict[str, bytes], each: int = 7, json_label: bool = False) -> Path:
-    """WebDataset shards with nested keys and dots in folders' names."""
+    """Write WebDataset shards with nested keys and dots in folder names."""
     classes = sorted(by_class(files))
     names = list(files)
     for number, start in enumerate(range(0, len(names), each)):
@@ -88,7 +88,7 @@ def shards(folder: Path, files: dict[str, bytes], each: int = 7, json_label: boo
 
 
 def every_form(root: Path, files: dict[str, bytes]) -> dict[str, tuple[str, str | None]]:
-    """{form: (source, split)} of the same images in the same order; files as {"class/name.JPEG": bytes}."""
+    """Return {form: (source, split)} of the same images, in the order of files {"class/name.JPEG": bytes}."""
     classes = sorted(by_class(files))
     labels = [classes.index(name.partition("/")[0]) for name in files]
     folder = class_folders(root / "folder", files)

@@ -1,9 +1,9 @@
-"""The small beton in this folder, as FFCV's own DatasetWriter writes it; needs the extra `ffcv`.
+"""Write the small beton in this folder with FFCV's own DatasetWriter; needs the extra `ffcv`.
 
     python tests/convert/make_ffcv_beton.py    # writes ffcv-written.beton.gz here (FFCV 1.0.2 made this one)
 
-Six images of 16 to 32 pixels, half of them JPEG, half raw. It is kept compressed, for FFCV fills whole pages
-of 2 MB.
+It holds six images of 16 to 32 pixels, half of them JPEG, half raw. It is compressed, because FFCV fills
+whole pages of 2 MB.
 """
 
 import gzip
@@ -37,7 +37,7 @@ class Images:
         return COUNT
 
     def __getitem__(self, index: int):
-        # FFCV draws what becomes JPEG by NumPy's generator, in its worker process.
+        # FFCV chooses what becomes JPEG with NumPy's generator, in its worker process.
         np.random.seed(index)
         return image(index), label(index), weight(index)
 

@@ -1,4 +1,4 @@
-"""A run and its control as pretraining leaves them, with weights that nobody trained but balanced bits."""
+"""A run and its control as pretraining leaves them, with untrained weights but balanced bits."""
 
 from dataclasses import replace
 from pathlib import Path

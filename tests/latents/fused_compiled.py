@@ -1,4 +1,4 @@
-"""Compiles the kernels of latents ahead of time, without a GPU; a line of JSON each. Run by test_fused.py.
+"""Compile the latents' kernels ahead of time, without a GPU; a line of JSON each. Run by test_fused.py.
 
 python tests/latents/fused_compiled.py [categories ...]
 """

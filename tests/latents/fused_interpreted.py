@@ -1,4 +1,4 @@
-"""Holds the fused kernels, run by Triton's interpreter, against their reference. Run by test_fused.py.
+"""Compare the fused kernels, in Triton's interpreter, with their reference. Run by test_fused.py.
 
 TRITON_INTERPRET=1 python tests/latents/fused_interpreted.py
 """
@@ -47,7 +47,7 @@ def compare(name: str, rows: int, dim: int, count: int, scale: float) -> None:
 
 
 def whole_step(name: str) -> None:
-    """The network and its objective through the kernel, against the same through the reference."""
+    """Compare the network and its objective through the kernel with the same through the reference."""
     settings = PretrainSettings(
         model=ModelSettings("tiny", 16, 8), latent=LatentSettings(family=name, beta=0.1, samples=3)
     )

@@ -1,4 +1,4 @@
-"""Holds the kernel of gamma variates, run by Triton's interpreter, against plain torch. Run by test_noise.py.
+"""Compare the kernel of gamma variates, in Triton's interpreter, with plain torch. Run by test_noise.py.
 
 TRITON_INTERPRET=1 python tests/latents/gammas_interpreted.py
 """

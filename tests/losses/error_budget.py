@@ -1,19 +1,20 @@
-"""How wrong a fast form may be: at most twice the plain fp32 reference, and a tolerance; truth is fp64."""
+"""The error budget of a fast form: twice the plain fp32 reference's error plus a tolerance, against fp64."""
 
 import torch
 from torch import Tensor
 
 from lvssl.losses.ntxent import reference
 
-# Units in the last place of a logit, which is up to 1 / tau, beside some roundings of sums; relative to 1 +
-# the loss, and to the largest gradient an anchor can have in a batch of 2B, 1 / (2B tau |x|).
+# Units in the last place of a logit, which is up to 1 / tau, next to some rounding in sums. Relative to 1 +
+# the loss, and to the largest gradient that an anchor can have in a batch of 2B, 1 / (2B tau |x|).
 ULP = {torch.float64: 2**-52, torch.float32: 2**-23, torch.bfloat16: 2**-23, torch.float16: 2**-23}
-# The gradient is given back in the input's type: one rounding of it.
+# The gradient is returned in the input's type, which rounds once.
 ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 def value_and_slopes(loss, x: Tensor, temperature: float, wide: bool = False) -> list[Tensor]:
-    """Loss, gradient of x times its length (huge and tiny vectors count alike), gradient of tau; fp64."""
+    """Return loss, gradient of x times its length (so that huge and tiny vectors count alike) and gradient of
+    tau in fp64."""
     x = (x.double() if wide else x).clone().requires_grad_()
     tau = torch.tensor(temperature, dtype=torch.float64 if wide else torch.float32, requires_grad=True)
     value = loss(x, tau)
@@ -23,7 +24,7 @@ def value_and_slopes(loss, x: Tensor, temperature: float, wide: bool = False) ->
 
 
 def assert_within_budget(loss, x: Tensor, temperature: float, ulp: float | None = None, truth=reference):
-    """`loss` against fp64 on x as it is: a bf16 input is exact, only what is computed from it is not."""
+    """Compare `loss` with fp64 on the given x: a bf16 input is exact, only what is computed is not."""
     budget = (ulp or ULP[x.dtype]) * (8 + 1 / temperature)
     budgets = (budget, budget + ROUNDING[x.dtype], budget)
     exact = value_and_slopes(truth, x, temperature, wide=True)
@@ -42,9 +43,9 @@ def assert_within_budget(loss, x: Tensor, temperature: float, ulp: float | None 
 
 
 def awkward(kind: str, vectors: int, d: int = 32) -> Tensor:
-    """Vectors that break a careless form."""
+    """Return vectors that break a careless implementation."""
     x = torch.randn(vectors, d, generator=torch.Generator().manual_seed(vectors))
-    if kind == "duplicates":  # each image twice: as near as the positive
+    if kind == "duplicates":  # each image twice, as near as its positive
         x[1::2] = x[::2]
     elif kind == "zeros":
         x[:: max(2, vectors // 3)] = 0
@@ -52,6 +53,6 @@ def awkward(kind: str, vectors: int, d: int = 32) -> Tensor:
         x *= 1e17
     elif kind == "tiny":
         x *= 1e-9
-    elif kind == "aligned":  # a sharp softmax, each anchor nearest to its positive
+    elif kind == "aligned":  # a sharp softmax; each anchor is nearest to its positive
         x[vectors // 2 :] = x[: vectors // 2] + 0.1 * x[vectors // 2 :]
     return x

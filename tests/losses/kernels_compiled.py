@@ -1,4 +1,4 @@
-"""Compiles the loss's kernels ahead of time, without a GPU; one JSON object a kernel. Run by test_gpu.py.
+"""Compile the loss's kernels ahead of time, without a GPU; a JSON object per kernel. Run by test_gpu.py.
 
 python tests/losses/kernels_compiled.py [d ...]
 """
@@ -26,7 +26,7 @@ FLOATS = {
 
 
 def compiled(kernel, capability: int, d: int, dtype: torch.dtype, matmul_precision: str) -> dict:
-    """Registers, spilled bytes and shared memory of one kernel."""
+    """Return registers, spilled bytes and shared memory of one kernel."""
     torch.set_float32_matmul_precision(matmul_precision)
     options = gpu.launch_options(d, dtype, backward=kernel is gpu.gradient_kernel)
     options |= {"UPCAST": False, "OWN": True, "DECOUPLED": False}

@@ -1,4 +1,4 @@
-"""Holds the kernels, run by Triton's interpreter, against the reference in fp64. Run by test_gpu.py.
+"""Compare the kernels, in Triton's interpreter, with the reference in fp64. Run by test_gpu.py.
 
 TRITON_INTERPRET=1 python tests/losses/kernels_interpreted.py
 """
@@ -16,12 +16,12 @@ from lvssl.losses.block import Weighed
 from lvssl.losses.ntxent import ntxent
 from lvssl.losses.variants import decoupled_ntxent
 
-# Logits are kept in units of ln 2 and brought back: roundings that the chunked form does not have. It shows
-# in the gradient of tau where all positives are found: terms of 1 / tau^2 cancel, 7 ulp at tau = 0.01.
+# Logits are kept in units of ln 2 and converted back, which rounds more often than the chunked form. This
+# shows in the gradient of tau when all positives are found: terms of 1 / tau^2 cancel (7 ulp at tau = 0.01).
 ULP = 2**-20
 KINDS = ("duplicates", "zeros", "huge", "tiny", "aligned")
-# Images; length of a vector: alone, below a tile, around tiles of 64 and 128, several tiles; a length that is
-# cut, one that is whole, one that is taken in chunks.
+# Images: one, below a tile, around tiles of 64 and 128, several tiles. Length of a vector: one that is
+# masked, one that fits, one that is processed in chunks.
 SIZES = ((1, 32), (2, 32), (3, 17), (63, 32), (64, 64), (65, 33), (129, 32), (40, 130))
 
 
@@ -31,14 +31,14 @@ def main() -> None:
     module.FAST_FROM = 0
     checked = 0
     for n, (images, d) in enumerate(SIZES):
-        # Other tiles; the interpreter's dot itself is exact in fp32.
+        # This selects other tiles; the interpreter's dot itself is exact in fp32.
         torch.set_float32_matmul_precision(("highest", "high")[n % 2])
         for temperature in (0.01, 0.1, 10.0) if images < 100 else (0.05,):
             assert_within_budget(ntxent, awkward("aligned", 2 * images, d), temperature, ULP)
             checked += 1
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for kind in KINDS:
-            if dtype == torch.float16 and kind in ("huge", "tiny"):  # out of its range
+            if dtype == torch.float16 and kind in ("huge", "tiny"):  # out of range
                 continue
             assert_within_budget(ntxent, awkward(kind, 46).to(dtype), 0.1, ULP)
             checked += 1
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def two_blocks() -> str:
-    """Rows against another rank's columns, as in the ring, against the chunked engine."""
+    """Compare rows against another rank's columns, as in the ring, with the chunked engine."""
     blocks = []
     for count in (70, 45):
         x = torch.randn(count, 24)

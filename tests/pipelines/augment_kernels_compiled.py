@@ -1,4 +1,4 @@
-"""Compiles the augmentation's kernels ahead of time, without a GPU; one JSON object a kernel.
+"""Compile the augmentation's kernels ahead of time, without a GPU; prints a JSON object per kernel.
 
     python tests/pipelines/augment_kernels_compiled.py [side ...]
 
@@ -22,7 +22,7 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def compiled(kernel, capability: int, side: int, dtype: torch.dtype) -> dict:
-    """Registers, spilled bytes and shared memory of one kernel."""
+    """Return registers, spilled bytes and shared memory of one kernel."""
     view = ViewSettings(resolution=side)
     options = gpu.sum_options(side) if kernel is gpu.luma_sums else gpu.view_options(view, side, dtype)
     warps = options.pop("num_warps")
@@ -50,7 +50,7 @@ def compiled(kernel, capability: int, side: int, dtype: torch.dtype) -> dict:
 
 
 def coalesced(ttgir: str) -> bool:
-    """Whether the threads of a warp move what lies side by side, in all reads and writes of tensors."""
+    """Return whether the threads of a warp access adjacent memory in all reads and writes of tensors."""
     lanes = dict(
         re.findall(
             r"^(#\w+) = #(?:ttg|triton_gpu)\.blocked<\{.*?threadsPerWarp = \[([\d, ]+)\]", ttgir, re.MULTILINE

@@ -1,8 +1,8 @@
-"""The augmentation's kernels in Triton's interpreter against the reference in fp64; one JSON object a case.
+"""Compare the augmentation's kernels, in Triton's interpreter, with the fp64 reference; JSON, one per case.
 
     TRITON_INTERPRET=1 python tests/pipelines/augment_kernels_interpreted.py [case ...]
 
-A case is SIDE:COUNT:DTYPE. Run by test_augment_gpu.py; with `cuda` as the first argument the same cases run
+A case is SIDE:COUNT:DTYPE. Run by test_augment_gpu.py. With `cuda` as the first argument, the same cases run
 on a GPU instead.
 """
 
@@ -21,7 +21,7 @@ CASES = ("8:1:float32", "9:2:float16", "20:1:bfloat16", "33:1:float32")
 
 
 def compared(side: int, count: int, dtype: torch.dtype, device: str) -> dict[str, float]:
-    """Mean and maximum error in levels of 1/255, where no value lies at solarise's step."""
+    """Return mean and maximum error in levels of 1/255, excluding values at solarise's step."""
     view = ViewSettings(
         resolution=side, jitter=0.9, blur=0.7, solarise=0.3, mean=(0.1, 0.2, 0.3), std=(1.0, 0.5, 1.0)
     )
@@ -29,7 +29,7 @@ def compared(side: int, count: int, dtype: torch.dtype, device: str) -> dict[str
     sizes = np.full(count, side)
     table = torch.from_numpy(draw_parameters(view, 3, 1, np.arange(count), sizes, sizes)[:, 1].copy())
     table[0, SIGMA] = 1.3
-    if side == 8:  # all that can be left out, left out
+    if side == 8:  # everything optional is left out
         table = torch.zeros(1, P)
         table[:, BRIGHTNESS : BRIGHTNESS + 3] = 1
     exact = reference.augment(crops, table, view, torch.float64)
@@ -48,7 +48,7 @@ def compared(side: int, count: int, dtype: torch.dtype, device: str) -> dict[str
 
 
 def pictures(count: int, side: int) -> torch.Tensor:
-    """Smooth colours with black, white and grey pixels: uint8 [N, R, R, 3]."""
+    """Return smooth colours with black, white and grey pixels: uint8 [N, R, R, 3]."""
     generator = torch.Generator().manual_seed(side)
     coarse = torch.rand(count, 3, 5, 5, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")

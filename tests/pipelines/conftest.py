@@ -1,4 +1,4 @@
-"""Images of every kind that the sources have to read, as files and as the beton made of them."""
+"""Images of every kind that the sources have to read, as files and as a beton made from them."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ COUNT = 53
 
 @pytest.fixture(scope="session")
 def beton(tmp_path_factory) -> Path:
-    """JPEGs of several sizes, some greyscale, and small PNGs, which are stored as raw pixels."""
+    """Write JPEGs of several sizes, some greyscale, and small PNGs, which are stored as raw pixels."""
     folder = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for i in range(COUNT):
@@ -34,5 +34,5 @@ def beton(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def sources(beton) -> dict[str, Path]:
-    """The same images as a beton, as tars with their indices, and as the files that both were made of."""
+    """Return the same images as a beton, as tars with their indices, and as the original files."""
     return {"beton": beton, "folder": beton.parent / "pictures", "shards": beton.parent / "shards"}

@@ -1,4 +1,4 @@
-"""Compiles the crop kernel ahead of time, without a GPU; one JSON object a size and architecture.
+"""Compile the crop kernel ahead of time, without a GPU; prints a JSON object per size and architecture.
 
     python tests/pipelines/crop_kernel_compiled.py [side ...]
 

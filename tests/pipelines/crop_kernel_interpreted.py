@@ -1,9 +1,9 @@
-"""The crop kernel in Triton's interpreter against whole-number arithmetic; one JSON object a case.
+"""Compare the crop kernel, in Triton's interpreter, with integer arithmetic; prints a JSON object per case.
 
     TRITON_INTERPRET=1 python tests/pipelines/crop_kernel_interpreted.py [case ...]
 
-A case is HEIGHT:WIDTH:SIDE, or the name of a function below. Run by test_decode_gpu.py; with `cuda` as the
-first argument the same cases run on a GPU instead.
+A case is HEIGHT:WIDTH:SIDE, or the name of a function below. Run by test_decode_gpu.py. With `cuda` as the
+first argument, the same cases run on a GPU instead.
 """
 
 import io
@@ -22,33 +22,34 @@ from pipelines.decode.images import ImageReader
 from pipelines.decode.nvjpeg import NvjpegReader
 from pipelines.decode.resize import resize_crop
 
-# One pixel; odd sides; shrunken, of two blocks; enlarged; 20 taps; exact halves.
+# One pixel; odd sides; shrunk, in two blocks; enlarged; 20 taps; exact halves.
 CASES = ("1:1:8", "33:27:9", "40:30:20", "9:5:17", "70:40:8", "32:32:16", "empty", "decoded", "reader")
 
 
 def exact(image: np.ndarray, box: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """A crop of image uint8 [H, W, 3] as fractions: numerators int64 [R, R, 3], denominators int64 [R, R, 1];
-    and by how many levels products and sums in fp32 may miss them."""
+    """Return a crop of image uint8 [H, W, 3] as fractions (numerators int64 [R, R, 3], denominators int64 [R,
+    R, 1]), and by how many levels products and sums in fp32 may be off."""
     top, left, height, width = (int(number) for number in box)
     down, across = weights(height, side), weights(width, side)
     pixels = image[top : top + height, left : left + width].astype(np.int64)
     above = np.einsum("yp,pqc,xq->yxc", down, pixels, across, optimize=True)
     below = (down.sum(1)[:, None] * across.sum(1))[..., None]
-    # u = 2^-24 a rounding, of at most 256: of n products there is one for the weight (on the CPU three for
-    # each way's), one for the pixel and n for their sum, the denominator has as many, then quotient and 0.5.
+    # Each rounding is u = 2^-24, of at most 256. For n products there is one for the weight (on the CPU
+    # three, for each direction's), one for the pixel and n for their sum; the denominator has as many, then
+    # come quotient and 0.5.
     taps = int((down > 0).sum(1).max() * (across > 0).sum(1).max())
     return above, below, 256 * (2 * taps + 10) * 2.0**-24
 
 
 def weights(size: int, side: int) -> np.ndarray:
-    """int64 [R, size], 2 max(size, R) of them for a distance of none."""
+    """Return weights int64 [R, size]: 2 max(size, R) at distance 0."""
     distance = np.abs((2 * np.arange(size) + 1) * side - (2 * np.arange(side)[:, None] + 1) * size)
     return np.maximum(2 * max(size, side) - distance, 0)
 
 
 def compared(images: list[np.ndarray], boxes: np.ndarray, flips: np.ndarray, side: int, device: str) -> dict:
-    """By how much more than half a level the kernel's and the CPU's crops of uint8 [H, W, 3] are off, as a
-    share of what rounding may add; and how many values of the two differ."""
+    """Measure by how much more than half a level the kernel's and the CPU's crops of uint8 [H, W, 3] are off,
+    as a share of what rounding may add, and count the values in which the two differ."""
     planes = [torch.from_numpy(image).permute(2, 0, 1).contiguous().to(device) for image in images]
     kernel = crop_and_resize(planes, boxes, flips, side).cpu().numpy()
     on_cpu, excess = np.empty_like(kernel), {"kernel": 0.0, "cpu": 0.0}
@@ -65,7 +66,7 @@ def compared(images: list[np.ndarray], boxes: np.ndarray, flips: np.ndarray, sid
 
 
 def sized(height: int, width: int, side: int, device: str) -> dict:
-    """Two images: the whole and a pixel in a corner of one, a part and a line of a larger one."""
+    """Crop two images: the whole and a corner pixel of one, a part and a line of a larger one."""
     rng = np.random.default_rng(side)
     images = [rng.integers(0, 256, (height + k, width + 2 * k, 3), np.uint8) for k in (0, 3)]
     part = [height // 3, width // 4, height - height // 3, max(1, width // 2)]
@@ -76,7 +77,7 @@ def sized(height: int, width: int, side: int, device: str) -> dict:
 
 
 def empty(device: str) -> dict:
-    """Of no image, and no crops of one."""
+    """Take no images, and no crops of one."""
     image = torch.zeros(3, 5, 5, dtype=torch.uint8, device=device)
     shapes = [
         list(crop_and_resize(images, np.empty((len(images), views, 4), np.int32), np.empty((0,)), 9).shape)
@@ -86,7 +87,7 @@ def empty(device: str) -> dict:
 
 
 def encoded(number: int, kind: str) -> bytes:
-    """A picture of its own size as a file."""
+    """Return an image file of one kind; its size depends on the number."""
     rng = np.random.default_rng(number)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
     picture = coarse.resize((40 + 7 * number, 70 - 3 * number), Image.Resampling.BICUBIC)
@@ -101,7 +102,7 @@ def encoded(number: int, kind: str) -> bytes:
 
 
 def decoded(device: str) -> dict:
-    """Of the pixels that torchvision decodes on this device: colour, grey, progressive."""
+    """Crop pixels that torchvision decodes on this device: colour, grey, progressive."""
     files = [encoded(number, kind) for number, kind in enumerate(("plain", "grey", "progressive"))]
     images = []
     for file in files:
@@ -113,8 +114,8 @@ def decoded(device: str) -> dict:
 
 
 def reader(device: str) -> dict:
-    """A folder of every kind of file, its odd ones the CPU's way, into an array and into a tensor; beside the
-    CPU's own reader."""
+    """Read a folder of every kind of file, decoding unusual ones on the CPU, into an array and a tensor, and
+    compare with the CPU's own reader."""
     kinds = ("plain", "grey", "png", "turned", "progressive", "plain")
     with tempfile.TemporaryDirectory() as folder:
         for number, kind in enumerate(kinds):

@@ -1,4 +1,4 @@
-"""A chain as a user drives it: a pipeline file and the commands typed for it."""
+"""A pipeline as users run it: a pipeline file and the commands typed for it."""
 
 import os
 import subprocess
@@ -23,12 +23,12 @@ source = "sklearn:digits"
 split = "test"
 shards = 1
 """
-PATIENCE = 420.0  # seconds until something that must happen has not
+PATIENCE = 420.0  # seconds after which something that must happen counts as failed
 
 
 @dataclass
 class Chain:
-    """A pipeline file and the commands a user types."""
+    """A pipeline file and the commands that a user types."""
 
     file: Path
     environment: dict[str, str] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class Chain:
         return log.read_text() if log.exists() else f"{log}: not begun"
 
     def step(self) -> int:
-        """The last step in the run's metrics.jsonl."""
+        """Last step in the run's metrics.jsonl."""
         metrics = self.task("pretrain").run / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         return int(lines[-1].split('"step": ')[1].split(",")[0]) if lines and '"step": ' in lines[-1] else 0

@@ -1,4 +1,4 @@
-"""A real Slurm for the tests marked `slurm`, and how they drive it."""
+"""A real Slurm for the tests marked `slurm`, and how they use it."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ from slurm.records import read_jobs
 
 @pytest.fixture(scope="session")
 def slurm() -> None:
-    """Skips where no cluster answers; `make test-slurm` starts one."""
+    """Skip if no cluster answers; `make test-slurm` starts one."""
     answer = ""
     if shutil.which("sinfo"):
         answer = subprocess.run(
@@ -24,7 +24,7 @@ def slurm() -> None:
 
 @pytest.fixture
 def chain(tmp_path) -> Iterator[Callable[..., Chain]]:
-    """chain(TEXT) -> a pipeline in a folder of its own; what is left of its jobs is cancelled afterwards."""
+    """Make a pipeline in its own folder, chain(TEXT), and cancel its remaining jobs afterwards."""
     made = []
 
     def make(text: str, name: str = "chain") -> Chain:

@@ -1,4 +1,4 @@
-"""A digits encoder of a few epochs, which the stages build on."""
+"""A digits encoder, trained for a few epochs, for the tests of the stages."""
 
 import dataclasses
 import shutil
@@ -19,10 +19,10 @@ def pretrained(digits, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(pretrained, tmp_path) -> Path:
-    """A copy of its own, to leave results in."""
+    """Return a separate copy, for results."""
     return Path(shutil.copytree(pretrained, tmp_path / "run"))
 
 
 @pytest.fixture(autouse=True)
 def on_one_thread(one_thread):
-    """Every test of a stage."""
+    """Run every test of a stage on one thread."""

@@ -1,7 +1,7 @@
-"""A Hugging Face Hub on this machine: what an upload and a download of a model need of its HTTP interface.
+"""A local Hugging Face Hub with as much of its HTTP interface as an upload and a download of a model need.
 
 It keeps repositories in a folder, takes small files within the commit and large ones by git LFS, as the Hub
-does for those that hold weights, and answers only those who send its token.
+does for files with weights, and only answers clients that send its token.
 """
 
 import base64
@@ -18,7 +18,7 @@ TOKEN = "hf_abcdefghijklmnopqrstuvwxyzABCDEF"
 
 class Hub(BaseHTTPRequestHandler):
     root: Path
-    private: dict[str, bool]  # of the repositories that were made
+    private: dict[str, bool]  # of the repositories that were created
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
@@ -81,7 +81,7 @@ class Hub(BaseHTTPRequestHandler):
                 for f in files
             ]  # fmt: skip
             return self.answer(200, {"files": said})
-        if parts[-1] == "batch":  # git LFS: where each object is to be put
+        if parts[-1] == "batch":  # git LFS asks where to upload each object
             objects = [
                 {"oid": o["oid"], "size": o["size"], "authenticated": True,
                  "actions": {"upload": {"href": f"{self.address}/objects/{o['oid']}"}}}
@@ -138,7 +138,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @contextmanager
 def hub(root: Path):
-    """(its address, whether each repository is private) while it runs."""
+    """Run the hub and yield (its address, whether each repository is private)."""
     kind = type("Here", (Hub,), {"root": root, "private": {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

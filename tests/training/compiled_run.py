@@ -1,8 +1,8 @@
-"""A compiled pretraining in a process of its own, told to stop after a step, or resumed and finished.
+"""A compiled pretraining in its own process, stopped after a step, or resumed and finished.
 
     python tests/training/compiled_run.py DATA RUN
 
-Prints what the compiler found in its cache, and what not, as JSON. Run by test_kill_and_resume.py.
+Prints as JSON what the compiler found in its cache, and what it didn't. Run by test_kill_and_resume.py.
 """
 
 import dataclasses

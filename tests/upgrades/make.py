@@ -1,9 +1,9 @@
-"""One of each file that lvssl keeps, as this version writes it, in an archive here that is named after it.
+"""Make one of each file that lvssl keeps, as this version writes it, in an archive named after the version.
 
-    python tests/upgrades/make.py     # at a release; test_upgrades.py reads what each version has written
+    python tests/upgrades/make.py     # for a release; test_upgrades.py reads the files of every version
 
-A set of 40 small images as beton and tars; a run that was stopped after one epoch of two, with what encode,
-knn and export make of it; an index of its codes; and expected.json, with the losses of all steps.
+It holds a set of 40 small images as beton and tars; a run stopped after one of two epochs, with the results
+of encode, knn and export; an index of its codes; and expected.json, with the losses of all steps.
 """
 
 import json
@@ -24,11 +24,11 @@ from lvssl.runs.run import load_run
 from pipelines.convert.command import main as convert_beton
 
 HERE = Path(__file__).parent
-MADE_IN = Path("/tmp/lvssl-made")  # which some of the files name
+MADE_IN = Path("/tmp/lvssl-made")  # some of the files contain this path
 
 
 def begin(folder: Path, *more: str) -> list[str]:
-    """The pretraining of 4 steps, as it is typed."""
+    """Return the arguments of the pretraining, which has 4 steps."""
     sets = ["--data", str(folder / "set.beton"), "--out", str(folder / "run"), "--preset", "digits"]
     size = ["--epochs", "2", "--batch-size", "20", "--dim", "16", "--hidden", "8", "--projection", "8"]
     how = ["--optimiser", "sgd", "--momentum", "0", "--lr", "0.05", "--log-every", "1", "--device", "cpu"]
@@ -36,7 +36,7 @@ def begin(folder: Path, *more: str) -> list[str]:
 
 
 def images(folder: Path) -> Path:
-    """Two classes, of 20 images each, half of them JPEGs."""
+    """Write two classes of 20 images each, half of them JPEGs."""
     rng = np.random.default_rng(0)
     for i in range(40):
         coarse = rng.integers(0, 256, (3, 4, 3), dtype=np.uint8) // (1 + i % 2)
@@ -71,7 +71,7 @@ def make(folder: Path) -> None:
 
 
 def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    """Without what differs from one making to the next; locks stay out."""
+    """Remove what differs between two archives; locks are left out."""
     entry.uid = entry.gid = entry.mtime = 0
     entry.uname = entry.gname = ""
     return None if entry.name.endswith(".lock") else entry
