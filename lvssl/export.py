@@ -287,7 +287,7 @@ def write_onnx(code: CodeOf, path: Path) -> None:
     program.save(path)
 
 
-# ------------------------------------------------------------------- the card
+# ------------------------------------------------------------------- the model card
 
 
 def card(run: Run, codes: str) -> str:

@@ -12,7 +12,7 @@ from lvssl.commands.arguments import parse, preset_in
 
 
 def stage(kind: str, name: str) -> Callable[[list[str]], int]:
-    """Return the command of a stage after pretraining; `kind`: its settings; `name`: "module:function"."""
+    """Return the command of a stage; `kind` names its settings class, and `name` is "module:function"."""
 
     def run(arguments: list[str]) -> int:
         from lvssl.evaluation.foreign import measure_embeddings

@@ -202,7 +202,7 @@ def regression(run: Run, sets: Sets, sampling: Sampling) -> list[Point]:
     return points
 
 
-# What is printed ------------------------------------------------------------------------------------------
+# Printing -------------------------------------------------------------------------------------------------
 
 
 def print_analysis(result: dict[str, Any]) -> None:

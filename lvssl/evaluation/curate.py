@@ -349,7 +349,7 @@ def signs(one: Embedded, z: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     return np.concatenate([pack_bits(one.features[s : s + CHUNK].astype(np.float32) > z[0]) for s in starts])
 
 
-# ---------------------------------------------------------------------------------------- what is found
+# ---------------------------------------------------------------------------------------- findings
 
 
 @dataclass(frozen=True)

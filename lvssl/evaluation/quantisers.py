@@ -59,7 +59,8 @@ def code_of_length(bits: int, code: str, features: int, own: int, images: int | 
 
 
 def best_code(bits: int, most: dict[str, int], images: int | None) -> str:
-    """Return the code that docs/codes.md recommends; print a note if faiss or images are missing for it."""
+    """Return the code that docs/codes.md recommends. If faiss or images are missing for it, take another and
+    print a note, or raise InputError if no other is possible."""
     few = images is not None and images < WORDS
     suits_opq = bits % 8 == 0 and bits <= most["opq"]
     if suits_opq and has_faiss() and not few:

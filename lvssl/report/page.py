@@ -48,7 +48,7 @@ from lvssl.settings.presets import command
 from lvssl.settings.pretrain import PretrainSettings
 from pipelines.files import write_atomically
 
-# For each command: its result, and the other files that the page reads.
+# For each command: the file of its result, and the types of the entries that the page reads.
 RESULTS: dict[str, tuple[str, dict[str, type]]] = {
     "evaluate": (
         "evaluation.json",
@@ -132,7 +132,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     return folder / "report.html"
 
 
-# What the folder holds ------------------------------------------------------------------------------------
+# The folder's files ---------------------------------------------------------------------------------------
 
 
 def of_results(folder: Path, run_dir: Path, name: str) -> Path:
