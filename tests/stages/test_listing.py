@@ -80,7 +80,7 @@ def test_bad_input_is_one_line(two, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for arguments, said in (
         ([tmp_path / "gone"], "gone: no such folder"),
-        ([tmp_path / "empty"], "empty: no run in it"),
+        ([tmp_path / "empty"], "empty: contains no run"),
         ([two, "--best", "beauty"], "--best beauty: none of the runs has it; known: "),
         (["--compare", two / "first", tmp_path / "empty"], "empty"),
     ):
