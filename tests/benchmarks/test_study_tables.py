@@ -54,6 +54,29 @@ def test_a_cell_is_the_mean_of_its_rows():
     )
 
 
+@pytest.mark.parametrize(
+    ("says", "method", "metric"),
+    [
+        ("foreign images, AUROC of the density", "density", "ood"),
+        ("rank correlation of the density with severity", "density", "corruption"),
+        ("share of crops that the density ranks less certain than the whole", "density", "crop"),
+        ("wrong neighbours among the test images, AUROC of the distance", "distance", "r_auroc"),
+    ],
+)
+def test_the_page_on_uncertainty_has_the_means_of_the_better_base(says, method, metric):
+    cells = []
+    for arm in ("none", "none-vc", "bernoulli256", "bernoulli256-vc"):
+        means = []
+        for data in ("fashion-mnist", "cifar10"):
+            rows = json.loads((ROOT / "docs" / f"base-{data}.json").read_text())["rows"]
+            wanted = {"run": arm, "method": method, "metric": metric, "representation": "uncertainty"}
+            values = [row["value"] for row in rows if wanted.items() <= row.items()]
+            assert len(values) == 3
+            means.append(f"{statistics.mean(values):.3f}")
+        cells.append(", ".join(means))
+    assert f"| {says} | {' | '.join(cells)} |" in (ROOT / "docs/uncertainty.md").read_text()
+
+
 def test_a_base_is_compared_seed_by_seed():
     result = json.loads((ROOT / "docs" / "base-cifar10.json").read_text())
 
