@@ -281,7 +281,7 @@ class EngineSettings:
     graph: str = field(default="auto", metadata=RUNTIME)
     """Record the kernel launches of a step once and replay them with one call (a CUDA graph). This is faster
     if network and images are so small that the GPU waits for the host. on; off; auto: on a single GPU, unless
-    the backbone is compiled, but not with --chunk, --recompute or fp16. Starts once the weight of the rate is
+    the backbone is compiled or --chunk, --recompute or fp16 is used. Starts once the weight of the rate is
     constant, see --beta-warmup."""
     recompute: bool = field(default=False, metadata=RUNTIME)
     """Activation checkpointing: keep only each block's input and compute the block again in the backward

@@ -21,9 +21,10 @@
 
 Each JPEG is decoded as a check and stored byte for byte. Images are re-encoded only if necessary:
 JPEGs that are larger than --max-resolution, CMYK, or rotated by EXIF; and other formats (PNG and so
-on). Raw pixels are stored instead if an image is tiny (64 x 64), or if its lossless file is smaller
-than a JPEG (line art). Damaged images are skipped and named in OUT.beton.json. To resume an
-interrupted conversion, run the same command again; the resulting bytes are the same.
+on). Images in other formats are stored as raw pixels instead if they have at most 64 x 64 pixels, or
+if their lossless file is smaller than a JPEG of them (line art). Damaged images are skipped and named
+in OUT.beton.json. To resume an interrupted conversion, run the same command again; the resulting bytes
+are the same.
 """
 
 from __future__ import annotations
