@@ -121,7 +121,7 @@ def last_error(log: Path) -> str:
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
     except OSError:
         return ""
-    spoken = re.compile(r"(srun|slurmstepd\S*|submitit|pipeline)\b")  # what isn't the command's own
+    spoken = re.compile(r"(srun|slurmstepd\S*|submitit)\b|pipeline: ")  # what isn't the command's own
     lines = [line for line in lines if line and not spoken.match(line)]
     for pattern in (r"error: ", r"(\w+\.)*\w+(Error|Exception|Interrupt|Exit)\b"):
         for line in reversed(lines):

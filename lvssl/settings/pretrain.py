@@ -294,7 +294,7 @@ class EngineSettings:
     views or more."""
     deterministic: bool = field(default=False, metadata=RUNTIME)
     """Make runs on the same GPU bit-identical. Slower, because convolutions are not autotuned. Runs on a CPU
-    are bit-identical in any case."""
+    with --threads 1 are bit-identical in any case."""
     sync_batch_norm: bool = True
     """With multiple ranks, compute batch statistics over all of them, so that the result doesn't depend on
     their number."""
