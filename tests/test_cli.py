@@ -233,13 +233,33 @@ def test_what_the_system_refuses_is_a_line_with_the_files_name(error, said, caps
     assert capsys.readouterr().err == f"error: {said}\n"
 
 
-@pytest.mark.parametrize("arguments", [["pretrain", "--help"], ["presets"], ["presets", "nosuch"]])
-def test_a_reader_that_has_seen_enough_is_no_error(arguments):
-    """As `lvssl presets | head -1`: status 141, as of a program that SIGPIPE ends; a mistake stays one."""
-    command = [sys.executable, "-m", "lvssl", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.close()
-    errors = process.stderr.read()
-    mistake = "nosuch" in arguments
-    assert process.wait() == (2 if mistake else 141)
-    assert errors.startswith("error: ") and errors.count("\n") == 1 if mistake else errors == ""
+CONVERT = [sys.executable, "-m", "pipelines.convert.command"]
+LVSSL = [sys.executable, "-m", "lvssl"]
+PRINTING = [[*LVSSL, "--help"], [*LVSSL, "pretrain", "--help"], [*LVSSL, "presets"], [*CONVERT, "--help"]]
+
+
+def ended(command: list[str], stdout: str) -> tuple[int, str]:
+    """Status and stderr of a command whose stdout, buffered, is a pipe without a reader, closed, or full."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    if stdout == "pipe":
+        reading, writing = os.pipe()
+        os.close(reading)
+    else:
+        writing = os.open("/dev/full", os.O_WRONLY)
+    words = ["sh", "-c", 'exec "$@" >&-', "sh", *command] if stdout == "closed" else command
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writing)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("command", PRINTING, ids=lambda words: " ".join(words[2:]))
+def test_a_closed_or_full_output_is_no_traceback(command):
+    assert ended(command, "pipe") == (141, "")  # as of a program that SIGPIPE ends
+    assert ended(command, "closed") == (0, "")
+    status, errors = ended(command, "full")
+    assert status == 1 and errors.startswith("error: No space left on device") and errors.count("\n") == 1
+
+
+def test_a_mistake_is_told_though_nobody_reads_the_output():
+    status, errors = ended([*LVSSL, "presets", "nosuch"], "pipe")
+    assert status == 2 and errors.startswith("error: unknown preset") and errors.count("\n") == 1

@@ -38,8 +38,9 @@ def search(arguments: list[str]) -> None:
         from lvssl.report.pictures import MOST, write_neighbours
 
         first = list(itertools.islice(found, MOST))
+        more = next(iter(found), None) is not None
         title = f"Neighbours of {settings.query.name}"
-        print(write_neighbours(settings.page, title, pictured(searcher.run, settings, first)))
+        print(write_neighbours(settings.page, title, pictured(searcher.run, settings, first), more))
         return
     print_found(found)
 

@@ -28,7 +28,7 @@ def parse(
             kind,
             args=arguments,
             prog=f"lvssl {command}",
-            description=about or inspect.getdoc(kind) or "",
+            description=paragraphs(about or inspect.getdoc(kind) or ""),
             config=(tyro.conf.OmitArgPrefixes,),
             **options,
         )
@@ -36,6 +36,11 @@ def parse(
         if ended.code and (hint := unquoted(arguments)):
             print(f"error: {hint}", file=sys.stderr)
         raise
+
+
+def paragraphs(text: str) -> str:
+    """Join the lines of each paragraph."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def join_lines_of_help(kind: type) -> None:
@@ -68,6 +73,6 @@ def docstrings(kind: type) -> Iterator[tuple[str, str]]:
 
 def preset_in(arguments: list[str]) -> str | None:
     """Return the named preset, from which the other settings start."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(usage="lvssl ... --preset NAME", add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     return first.parse_known_args(arguments)[0].preset

@@ -1,8 +1,5 @@
 """The command line: see `lvssl --help`."""
 
-import io
-import os
-import select
 import sys
 from collections.abc import Callable, Sequence
 
@@ -57,11 +54,13 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # file names that aren't valid text are escaped
-            stream.reconfigure(errors="backslashreplace")
+    """Run one command; returns the exit status: 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C, 141 if
+    the reader of the output has closed it."""
+    return guarded(dispatch, list(sys.argv[1:] if argv is None else argv))
+
+
+def dispatch(arguments: list[str]) -> int | None:
+    """Run the command that the arguments name, or print the list of commands."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP + "\n".join(f"    {name:11} {about}" for name, (about, _) in COMMANDS.items()))
         print("\n`lvssl COMMAND --help` lists the options of a command.")
@@ -73,47 +72,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments[0] not in COMMANDS:
         return fail(f"unknown command {arguments[0]!r}; known: {', '.join(COMMANDS)}")
-    return guarded(COMMANDS[arguments[0]][1], arguments[1:])
+    return COMMANDS[arguments[0]][1](arguments[1:])
 
 
 def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) -> int:
-    """Report a user's mistake in one line without a traceback; unexpected errors keep their traceback."""
+    """A user's mistake is one line without a traceback; everything unexpected keeps its traceback."""
     from lvssl.codes.file import CodeFileError
     from pipelines.decode.reader import DamagedSample
     from pipelines.errors import InputError, hide_decoders_warnings, in_words
+    from pipelines.output import prepare, written
 
+    prepare()
     hide_decoders_warnings()
     try:
-        status = command(arguments) or 0
-        return 141 if output_closed() else status
-    except SystemExit:  # from --help
-        if output_closed():
-            return 141
-        raise
+        return written(command, arguments)
     except DamagedSample as error:
         return fail(f"{error}; use --on-error skip to leave out such images")
     except (InputError, CodeFileError) as error:
         return fail(str(error))
     except OSError as error:  # disk full, no permission
-        return 141 if output_closed() else fail(in_words(error), 1)
+        return fail(in_words(error), 1)
     except (FloatingPointError, MemoryError) as error:  # a run that diverged, or is too large
         return fail(str(error), 1)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
-
-
-def output_closed() -> bool:
-    """Return whether the reader of stdout, such as `head`, has closed it; what is left is then dropped."""
-    try:
-        output = sys.stdout.fileno()
-    except io.UnsupportedOperation:  # not a file, as in a notebook
-        return False
-    poll = select.poll()
-    poll.register(output, 0)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
-    return True
 
 
 def fail(message: str, status: int = 2) -> int:

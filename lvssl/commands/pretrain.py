@@ -13,9 +13,11 @@ def pretrain(arguments: list[str]) -> int:
     from lvssl.runs.run import read_config
     from lvssl.settings.pretrain import PRESETS, PretrainSettings, preset
     from pipelines.datasets.parts import are_there, is_by_name
+    from pipelines.decode import DamagedSample
     from pipelines.errors import InputError
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    usage = "lvssl pretrain [-h] [OPTIONS]"
+    first = argparse.ArgumentParser("lvssl pretrain", usage, add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     first.add_argument("--out", type=Path)
     first.add_argument("--resume", action="store_true")
@@ -69,6 +71,9 @@ def pretrain(arguments: list[str]) -> int:
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 143
+    except DamagedSample as error:
+        resumed = "--resume " if (out / "config.json").exists() else ""
+        raise InputError(f"{error}; pass {resumed}--on-error skip to leave out such images") from error
     if not world_of().first:
         return 0
     name = shlex.quote(str(out))

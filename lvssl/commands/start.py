@@ -11,7 +11,10 @@ def presets(arguments: list[str]) -> None:
 
     from lvssl.settings.presets import difference_of, listing, settings_of
 
-    if len(arguments) == 2:
+    if {"-h", "--help"} & {*arguments}:
+        print("usage: lvssl presets [NAME [NAME]]\n")
+        print("List the presets; with one NAME, print all its settings; with two, print how they differ.")
+    elif len(arguments) == 2:
         print(difference_of(*arguments))
     elif arguments:
         for name in arguments:

@@ -95,8 +95,9 @@ class EncodeSettings(ReadsImages):
     """Also write the codes to this file as an index for `faiss.read_index` (opq) or
     `faiss.read_index_binary`."""
     on_error: str | None = None
-    """What to do with an image that can't be decoded: raise (stop and name it), or skip (leave it out, with a
-    warning). If omitted, as in the pretraining."""
+    """What to do with an image that can't be decoded: raise (stop and name it), skip (leave it out, with a
+    warning), or keep (as skip, but use what Pillow decodes from a damaged JPEG). If omitted, as in the
+    pretraining."""
     workers: int = 0
     """Threads that decode images; 0 means the number of cores minus two, but 2 to 12."""
 
@@ -128,8 +129,8 @@ class SearchSettings(ReadsImages):
     """Re-rank the nearest 10 k codes (at least 100) by the similarity of their posteriors (needs encode
     --means)."""
     on_error: str | None = None
-    """What to do with a query in a folder or set that can't be decoded: raise or skip. If omitted, as in the
-    pretraining."""
+    """What to do with a query in a folder or set that can't be decoded: raise, skip or keep, as in encode. If
+    omitted, as in the pretraining."""
     csv: Path | None = None
     """Write the neighbours to this file instead: query, rank, name, distance, similarity (cosine between a
     real-valued query and the vector that the code represents; with --rerank, of the posteriors' means), and
@@ -158,8 +159,7 @@ def encode(settings: EncodeSettings) -> Path:
     if foreign and settings.run.is_file():
         out = settings.out or settings.run.with_suffix(".lvcodes")
     for path in filter(None, (out, settings.csv, settings.faiss)):
-        if not path.parent.is_dir():
-            raise InputError(f"{path.parent}: no such folder to write {path.name} to")
+        require_folder_of(path)
     encoder = of_embeddings(settings, out) if foreign else of_images(settings, out)
     if encoder.density is None:  # the file that an earlier call left may be of other images
         table_path(out, UNCERTAINTY).unlink(missing_ok=True)
@@ -232,11 +232,25 @@ def write_uncertainties(path: Path, codes: CodeFile) -> None:
             table.writerow([name, f"{value:.6g}"])
 
 
+def require_folder_of(path: Path) -> None:
+    """Raise InputError if the folder of an output doesn't exist."""
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: no such folder to write {path.name} to")
+
+
 def searcher_of(settings: SearchSettings) -> Searcher:
-    """Load the run and the codes that the settings name. Raises InputError: no such run, or k below 1;
-    CodeFileError: no code file, a damaged one, one of another checkpoint or quantiser, or no means."""
+    """Load the run and the codes that the settings name.
+
+    Raises:
+        InputError: no such run, k below 1, or an output in no folder.
+        CodeFileError: no code file, a damaged one, one of another checkpoint or quantiser, or no means.
+    """
     if settings.k < 1:
         raise InputError(f"--k must be at least 1, got {settings.k}")
+    if settings.csv and settings.page:
+        raise InputError("--csv and --page each write the neighbours to a file: pass one of them")
+    for out in filter(None, (settings.csv, settings.page)):
+        require_folder_of(out)
     run, path = load_encoder(settings.run), code_path(settings.run, settings.codes)
     return Searcher(run, path, settings.symmetric, settings.staged, settings.rerank)
 

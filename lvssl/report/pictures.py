@@ -49,10 +49,13 @@ def write_curation(
 
 
 def write_neighbours(
-    path: Path, title: str, found: Iterable[tuple[str, np.ndarray, list[tuple[str, float, np.ndarray]]]]
+    path: Path,
+    title: str,
+    found: Iterable[tuple[str, np.ndarray, list[tuple[str, float, np.ndarray]]]],
+    more: bool = False,
 ) -> Path:
     """Write the page. `found` gives for each query its name and picture, uint8 [H, W, 3], and the name,
-    distance and picture of each neighbour."""
+    distance and picture of each neighbour. `more`: there are other queries, which aren't shown."""
     rows = [
         [
             Picture(data_uri(image), f"Query {name}", "query"),
@@ -64,6 +67,7 @@ def write_neighbours(
         for name, image, neighbours in found
     ]
     about = "Each query with its neighbours, nearest first. Click a row for names and distances."
+    about += f" Only the first {len(rows)} queries are shown; --csv writes all." if more else ""
     return write_page(path, title, [{"id": "neighbours", "about": about, "rows": rows}])
 
 

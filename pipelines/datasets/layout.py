@@ -3,7 +3,8 @@
 The layout is CLASS/IMAGE.jpg, SPLIT/CLASS/IMAGE.jpg, or either of them below a single top-level folder. Files
 deeper in a class folder belong to that class. Splits are recognised in any case (Train, TESTING, val,
 unlabeled) if at least two of them are next to each other, if there is nothing else, or if one has class
-folders and its neighbours have no images; a class named `train` therefore remains a class.
+folders and its neighbours have no images; a class named `train` therefore remains a class. If more than 5 %
+of the images lie next to the folders, the folders aren't classes: all images are read, without labels.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pipelines.datasets.recognise import UNLABELLED, in_short, split_of_folder
+from pipelines.datasets.recognise import UNLABELLED, has_image_name, in_short, split_of_folder
 from pipelines.errors import InputError
 
 DEEPEST = 8  # levels of single folders that are searched above the classes
+LOOSE = 0.05  # share of the images outside of any folder above which the folders aren't classes
 
 
 class Tree(Protocol):
@@ -56,6 +58,9 @@ def layout_of(tree: Tree, where: str, asked: str | None, named: str | None = Non
     if not splits:
         if asked is not None and named is None:
             raise InputError(f"{where}: has no splits; leave --split out")
+        if loose := _mixed(tree, base, names):
+            note = in_short("no labels: too many images lie next to the folders for classes", loose)
+            return Layout(base, [], asked or named, notes=[note])
         return Layout(base, names, asked or named, notes=_loose(tree, base) if names else [])
     wanted = asked or (named if named in splits else None)
     key, split = choose_split(where, splits, wanted)
@@ -133,6 +138,28 @@ def _inner(tree: Tree, at: str) -> str:
     """The inner folder of train/train/CLASS, a form in which some archives unpack."""
     folders = tree.folders(at)
     return f"{at}{folders[0]}/" if len(folders) == 1 and split_of_folder(folders[0]) else at
+
+
+def _mixed(tree: Tree, base: str, names: list[str]) -> list[str]:
+    """The images next to the folders `names`, if they are more than LOOSE of all; otherwise empty."""
+    loose = [name for name in tree.files(base) if has_image_name(name)] if names else []
+    enough = len(loose) / LOOSE - len(loose)  # files in folders, from which on these are classes
+    found = 0
+    for name in names:
+        if found >= enough:
+            break
+        found += _count(tree, f"{base}{name}/", enough - found)
+    return loose if found < enough else []
+
+
+def _count(tree: Tree, at: str, enough: float) -> int:
+    """Files below a folder; counting stops at `enough`."""
+    found = len(tree.files(at))
+    for name in tree.folders(at):
+        if found >= enough:
+            break
+        found += _count(tree, f"{at}{name}/", enough - found)
+    return found
 
 
 def _loose(tree: Tree, at: str) -> list[str]:

@@ -105,6 +105,22 @@ def test_what_lies_beside_the_splits_is_named(tmp_path):
         ]
 
 
+@pytest.mark.parametrize("loose", [1, 2])
+def test_many_images_beside_folders_are_read_without_labels(tmp_path, loose):
+    """Of 21 and 22 images one lies outside of the folders, which is less than 5 %; or two, which is more."""
+    within = {f"{name}/deep/{i}.jpg": b"%d" % i for name in ("a", "b") for i in range(10)}
+    files = within | {f"{i}.JPG": b"loose" for i in range(loose)} | {"README.txt": b""}
+    for source in both_ways(tmp_path, files):
+        opened = open_dataset(source)
+        if loose == 1:
+            assert opened.classes == ["a", "b"] and len(opened.names) == 20
+            assert opened.notes == ["ignored files outside of class folders (2): 0.JPG, README.txt"]
+        else:
+            assert not opened.classes and len(opened.names) == 22
+            assert opened.notes[0].startswith("no labels: too many images lie next to the folders")
+            assert "(2): 0.JPG, 1.JPG" in opened.notes[0]
+
+
 def test_a_class_named_as_a_split_remains_one(tmp_path):
     for source in both_ways(tmp_path, tree("bus", "car", "train")):
         assert open_dataset(source).classes == ["bus", "car", "train"]
