@@ -263,3 +263,24 @@ def test_a_closed_or_full_output_is_no_traceback(command):
 def test_a_mistake_is_told_though_nobody_reads_the_output():
     status, errors = ended([*LVSSL, "presets", "nosuch"], "pipe")
     assert status == 2 and errors.startswith("error: unknown preset") and errors.count("\n") == 1
+
+
+def test_the_list_of_presets_has_help(capsys):
+    assert main(["presets", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: lvssl presets")
+
+
+def test_the_advice_after_a_damaged_image_is_a_command_that_works(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    random = np.random.default_rng(0)
+    for i in range(8):
+        pixels = random.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.jpg")
+    whole = (tmp_path / "photos" / "3.jpg").read_bytes()
+    (tmp_path / "photos" / "3.jpg").write_bytes(whole[: len(whole) // 2])
+    options = ["--preset", "digits", "--data", tmp_path / "photos", "--out", tmp_path / "run", "--epochs", 1]
+    command = ["pretrain", *map(str, options), "--batch-size", "4", "--device", "cpu"]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "3.jpg, can't be decoded" in said and "pass --resume --on-error skip" in said
+    assert main([*command, "--resume", "--on-error", "skip"]) == 0

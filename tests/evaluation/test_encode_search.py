@@ -375,6 +375,14 @@ def test_the_page_of_a_search_shows_queries_and_neighbours(run, pictures, tmp_pa
     assert "pass the images that were encoded, by --images" in capsys.readouterr().err
 
 
+def test_an_output_that_would_be_dropped_or_has_no_folder_is_refused(run, tmp_path, capsys):
+    query = ["search", run, "--query", tmp_path]
+    assert lvssl(*query, "--csv", tmp_path / "a.csv", "--page", tmp_path / "a.html") == 2
+    assert "error: --csv and --page each write" in capsys.readouterr().err
+    assert lvssl(*query, "--page", tmp_path / "no" / "a.html") == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'no'}: no such folder to write a.html to\n"
+
+
 def test_large_images_are_shown_in_more_pixels_than_the_network_sees(run, tmp_path):
     """A query and its neighbour are the same image: the same picture by either way, of at most 96 pixels."""
     sizes, random = {"large": (300, 200), "middle": (70, 90), "small": (5, 7)}, np.random.default_rng(0)
