@@ -377,8 +377,10 @@ def share_of_peak(settings: PlanSettings) -> tuple[float, bool]:
 
 def time_of(settings: PlanSettings) -> str:
     took = hours(settings)
-    shown = f"{took:,.1f} hours" if took >= 1 else f"{60 * took:,.0f} minutes"
-    shown = shown if took > 1 / 60 else "a minute"
+    if took >= 1:
+        shown = f"{took:,.1f} hours"
+    else:
+        shown = f"{60 * took:,.0f} minutes" if 60 * took >= 1.5 else "a minute"
     basis = (
         "measured on this card" if share_of_peak(settings)[1] else "extrapolated from one H100 and one H200"
     )

@@ -1,4 +1,4 @@
-"""What a command prints: a closed or full stdout ends it silently or in one line, without a traceback."""
+"""Run a command so that the system's errors, a closed or full stdout among them, are one line at most."""
 
 import io
 import os
@@ -7,27 +7,20 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
+from pipelines.errors import in_words
+
 CLOSED = 141  # exit status of a command whose reader has gone, as of one that SIGPIPE ends
 Arguments = TypeVar("Arguments")
 
 
-def prepare() -> None:
-    """Make stdout and stderr take any text: file names that aren't text are escaped, and what is printed
-    where they are closed (`>&-`) is dropped."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def written(command: Callable[[Arguments], int | None], arguments: Arguments) -> int:
+def run(command: Callable[[Arguments], int | None], arguments: Arguments) -> int:
     """Run a command and write what it has printed, so that a failure to do so is the command's.
 
     Returns the exit status: the command's, None counts as 0; CLOSED if the reader of stdout, such as `head`,
-    has closed it. Raises what the command raises, and OSError if stdout can't be written.
+    has closed it; 1, after one line on stderr, for another OSError (disk full, no permission). Any other
+    exception of the command is raised.
     """
+    _prepare()
     try:
         try:
             status = command(arguments) or 0
@@ -40,8 +33,20 @@ def written(command: Callable[[Arguments], int | None], arguments: Arguments) ->
         _drop_what_cannot_be_written()
         if closed:
             return CLOSED
-        raise
+        print(f"error: {in_words(error)}", file=sys.stderr)
+        return 1
     return status
+
+
+def _prepare() -> None:
+    """Make stdout and stderr take any text: file names that aren't text are escaped, and what is printed
+    where they are closed (`>&-`) is dropped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _reader_has_gone() -> bool:

@@ -38,7 +38,7 @@ def search(arguments: list[str]) -> None:
         from lvssl.report.pictures import MOST, write_neighbours
 
         first = list(itertools.islice(found, MOST))
-        more = next(iter(found), None) is not None
+        more = next(found, None) is not None
         title = f"Neighbours of {settings.query.name}"
         print(write_neighbours(settings.page, title, pictured(searcher.run, settings, first), more))
         return

@@ -21,7 +21,7 @@ def parse(
     from pipelines.datasets.parts import unquoted
 
     options = {} if default is None else {"default": default}
-    if {"-h", "--help"} & {*arguments}:
+    if asks_for_help(arguments):
         join_lines_of_help(kind)
     try:
         return tyro.cli(
@@ -36,6 +36,10 @@ def parse(
         if ended.code and (hint := unquoted(arguments)):
             print(f"error: {hint}", file=sys.stderr)
         raise
+
+
+def asks_for_help(arguments: list[str]) -> bool:
+    return not {"-h", "--help"}.isdisjoint(arguments)
 
 
 def paragraphs(text: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from lvssl.commands import apply, chain, measure, start
 from lvssl.commands.pretrain import pretrain
+from pipelines.output import run
 
 HELP = """lvssl: latent-variable contrastive learning of image encoders
 
@@ -56,11 +57,14 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C, 141 if
     the reader of the output has closed it."""
-    return guarded(dispatch, list(sys.argv[1:] if argv is None else argv))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in COMMANDS:
+        return guarded(COMMANDS[arguments[0]][1], arguments[1:])
+    return run(overview, arguments)
 
 
-def dispatch(arguments: list[str]) -> int | None:
-    """Run the command that the arguments name, or print the list of commands."""
+def overview(arguments: list[str]) -> int:
+    """Print the list of commands or the version, whichever is asked for; anything else is a mistake."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP + "\n".join(f"    {name:11} {about}" for name, (about, _) in COMMANDS.items()))
         print("\n`lvssl COMMAND --help` lists the options of a command.")
@@ -70,28 +74,22 @@ def dispatch(arguments: list[str]) -> int | None:
 
         print(__version__)
         return 0
-    if arguments[0] not in COMMANDS:
-        return fail(f"unknown command {arguments[0]!r}; known: {', '.join(COMMANDS)}")
-    return COMMANDS[arguments[0]][1](arguments[1:])
+    return fail(f"unknown command {arguments[0]!r}; known: {', '.join(COMMANDS)}")
 
 
 def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) -> int:
     """A user's mistake is one line without a traceback; everything unexpected keeps its traceback."""
     from lvssl.codes.file import CodeFileError
     from pipelines.decode.reader import DamagedSample
-    from pipelines.errors import InputError, hide_decoders_warnings, in_words
-    from pipelines.output import prepare, written
+    from pipelines.errors import InputError, hide_decoders_warnings
 
-    prepare()
     hide_decoders_warnings()
     try:
-        return written(command, arguments)
+        return run(command, arguments)
     except DamagedSample as error:
         return fail(f"{error}; use --on-error skip to leave out such images")
     except (InputError, CodeFileError) as error:
         return fail(str(error))
-    except OSError as error:  # disk full, no permission
-        return fail(in_words(error), 1)
     except (FloatingPointError, MemoryError) as error:  # a run that diverged, or is too large
         return fail(str(error), 1)
     except KeyboardInterrupt:

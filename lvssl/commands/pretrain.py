@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lvssl.commands.arguments import parse
+from lvssl.commands.arguments import asks_for_help, parse
 
 
 def pretrain(arguments: list[str]) -> int:
@@ -30,7 +30,7 @@ def pretrain(arguments: list[str]) -> int:
     settings, what = PretrainSettings(), ""
     if known.resume and known.out and (known.out / "config.json").exists():
         settings = replace(read_config(known.out)[0], out=known.out)
-    elif known.preset is None and known.data and not {"-h", "--help"} & {*others}:
+    elif known.preset is None and known.data and not asks_for_help(others):
         from lvssl.commands.suggest import suggest
 
         if is_by_name(known.data) or are_there(known.data):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lvssl.commands.arguments import parse, preset_in
+from lvssl.commands.arguments import asks_for_help, parse, preset_in
 
 
 def presets(arguments: list[str]) -> None:
@@ -11,7 +11,7 @@ def presets(arguments: list[str]) -> None:
 
     from lvssl.settings.presets import difference_of, listing, settings_of
 
-    if {"-h", "--help"} & {*arguments}:
+    if asks_for_help(arguments):
         print("usage: lvssl presets [NAME [NAME]]\n")
         print("List the presets; with one NAME, print all its settings; with two, print how they differ.")
     elif len(arguments) == 2:

@@ -47,14 +47,14 @@ from lvssl.evaluation.quantisers import (
     quantiser_of,
     require_faiss,
 )
-from lvssl.evaluation.sets import PICTURE, picture_view
+from lvssl.evaluation.sets import picture, picture_view
 from lvssl.runs.embeddings import is_embeddings, open_embeddings, training_file
 from lvssl.runs.run import Run, load_encoder
 from lvssl.settings.fields import ReadsImages
 from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
 from pipelines.files import written_csv
-from pipelines.loader import Replacements, evaluation_crops
+from pipelines.loader import Replacements
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ def pictured(
         keep = on_error == "keep"
         if single:
             pixels = decode_rgb(settings.query, keep=keep)
-            image = centre_crop(run.settings.view, pixels, min(PICTURE, *pixels.shape[:2]))
+            image = centre_crop(picture_view(run.settings.view, [min(pixels.shape[:2])]), pixels)
         else:
             image = asked[query.name]
         yield query.name, image, [(near.name, near.distance, database[near.name]) for near in neighbours]
@@ -326,9 +326,7 @@ class Pictures:
             raise InputError(
                 f"{self.path}: doesn't contain {name}: pass the images that were encoded, by --images"
             )
-        index = np.array([self.position[name]])
-        view = picture_view(self.run.settings.view, (self.images.source, index))
-        return evaluation_crops(self.images.source, view, index, self.images)[0]
+        return picture(self.images, self.run.settings.view, self.position[name])
 
 
 def as_text(value: float | None, form: str) -> str:

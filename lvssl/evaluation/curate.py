@@ -48,7 +48,7 @@ from lvssl.evaluation.encoder import (
 from lvssl.evaluation.fitted import SAMPLE, TrainingEmbeddings, TrainingImages
 from lvssl.evaluation.neighbours import nearest_in_cells
 from lvssl.evaluation.quantisers import own_bits
-from lvssl.evaluation.sets import picture_view
+from lvssl.evaluation.sets import picture
 from lvssl.models.inference import Batches, encode
 from lvssl.runs.embeddings import is_embeddings, open_embeddings, training_file
 from lvssl.runs.labels import numbered_as, say_notes
@@ -59,7 +59,7 @@ from pipelines.decode import Reader, open_reader
 from pipelines.errors import InputError
 from pipelines.files import written_csv
 from pipelines.kernels.pack import pack_bits
-from pipelines.loader import Replacements, evaluation_crops
+from pipelines.loader import Replacements
 
 NEIGHBOURS = 20  # per image: the candidates for duplicates, and the voters on its label
 CHUNK = 8192  # images at a time
@@ -148,9 +148,8 @@ class Curation:
         """Return the part of an image that the network sees, uint8 [S, S, 3]; see `picture_view`."""
         chosen = self.sets[which]
         assert self.run is not None and chosen.source is not None
-        index, images = np.array([chosen.positions[row]]), Replacements(chosen.source, self.on_error)
-        view = picture_view(self.run.settings.view, (chosen.source, index))
-        return evaluation_crops(chosen.source, view, index, images)[0]
+        images = Replacements(chosen.source, self.on_error)
+        return picture(images, self.run.settings.view, int(chosen.positions[row]))
 
 
 def curate(settings: CurateSettings) -> Curation:

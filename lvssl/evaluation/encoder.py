@@ -343,13 +343,11 @@ def identity(encoder: Encoder, images: Path, names: list[str], on_error: str) ->
     return digest.hexdigest()
 
 
-def centre_crop(view: ViewSettings, image: np.ndarray, least: int = 0) -> np.ndarray:
-    """Return the evaluation crop of an image uint8 [H, W, 3], the same as from a beton: uint8 [R, R, 3]. R is
-    the resolution of the view, but at `least` that."""
-    side = max(view.resolution, least)
+def centre_crop(view: ViewSettings, image: np.ndarray) -> np.ndarray:
+    """Return the evaluation crop of an image uint8 [H, W, 3], the same as from a beton: uint8 [R, R, 3]."""
     height, width = image.shape[:2]
     box = centre_boxes(np.array([height]), np.array([width]), view.evaluation_crop)[0, 0]
-    out = np.empty((side, side, 3), np.uint8)
+    out = np.empty((view.resolution, view.resolution, 3), np.uint8)
     resize_crop(np.ascontiguousarray(image), box, out)
     return out
 

@@ -35,6 +35,7 @@ from lvssl.evaluation.sets import (
     embed_both,
     labelled_pair,
     picture_view,
+    sides_of,
     smaller_by,
     with_defaults,
 )
@@ -346,7 +347,7 @@ def write_gallery(
     from_test = np.unique(np.concatenate([queries, certain, uncertain]))
     from_train = np.unique(np.concatenate([by_code.ravel(), by_feature.ravel()]))
     shown = ((test_source, from_test), (train_source, from_train))
-    view = picture_view(view, *((given.source, rows) for given, rows in shown))
+    view = picture_view(view, [side for given, rows in shown for side in sides_of(given.source, rows)])
     images = [evaluation_crops(given.source, view, rows, given) for given, rows in shown]
 
     def in_test(rows: np.ndarray) -> np.ndarray:

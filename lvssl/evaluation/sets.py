@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -96,18 +96,29 @@ def channels(source: Reader, on_error: str) -> int:
     return 1 if (crops == crops[..., :1]).all() else 3
 
 
-def picture_view(view: ViewSettings, *shown: tuple[Reader, np.ndarray]) -> ViewSettings:
-    """Return the view in which people are shown images: the network's crop, at the side of the largest image,
-    up to PICTURE, if the network's resolution is lower. `shown` gives sets, and positions in them."""
+def picture_view(view: ViewSettings, sides: Iterable[int]) -> ViewSettings:
+    """Return the view in which people are shown images: the network's crop, at the largest of their shorter
+    `sides` (pixels), up to PICTURE, if the network's resolution is lower."""
+    return replace(view, resolution=max(view.resolution, min(max(sides, default=0), PICTURE)))
 
-    def side(source: Reader, row: int) -> int:
+
+def sides_of(source: Reader, rows: np.ndarray) -> list[int]:
+    """Return the shorter side of each image in pixels; 0 for one that is damaged."""
+
+    def side(row: int) -> int:
         try:
             return int(min(source.sizes(np.array([row])))[0])
         except DamagedSample:
             return 0
 
-    most = max((side(source, row) for source, rows in shown for row in rows.tolist()), default=0)
-    return replace(view, resolution=max(view.resolution, min(most, PICTURE)))
+    return [side(row) for row in rows.tolist()]
+
+
+def picture(given: Replacements, view: ViewSettings, row: int) -> np.ndarray:
+    """Return one image for people, uint8 [S, S, 3]; see `picture_view`. `view` is the network's."""
+    index = np.array([row])
+    shown = picture_view(view, sides_of(given.source, index))
+    return evaluation_crops(given.source, shown, index, given)[0]
 
 
 def class_names(source: Reader) -> list[str]:

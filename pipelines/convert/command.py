@@ -42,10 +42,10 @@ from pipelines.convert.conversion import ConvertOptions, OutputOptions, Settings
 from pipelines.convert.store import LINE_ART
 from pipelines.datasets.opening import SPLITS
 from pipelines.datasets.parts import unquoted
-from pipelines.errors import ON_ERROR, InputError, hide_decoders_warnings, in_words
+from pipelines.errors import ON_ERROR, InputError, hide_decoders_warnings
 from pipelines.formats import jpeg, turbojpeg
 from pipelines.formats.webdataset import IMAGES_PER_TAR
-from pipelines.output import prepare, written
+from pipelines.output import run
 
 WARNINGS_SHOWN = 20
 Options = TypeVar("Options", bound=OutputOptions)
@@ -244,15 +244,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns its exit status: 0; 1 if --verify finds something or the system refuses a
     file; 2 after a user error; 130 after Ctrl-C; 141 if the reader of the output has closed it; 143 after
     SIGTERM."""
-    prepare()
-    try:
-        return written(run, argv)
-    except OSError as error:  # stdout is full
-        print(f"error: {in_words(error)}", file=sys.stderr)
-        return 1
+    return run(execute, argv)
 
 
-def run(argv: list[str] | None) -> int:
+def execute(argv: list[str] | None) -> int:
     """Parse the arguments and do what they ask."""
     p = parser()
     args, unknown = p.parse_known_args(argv)
@@ -268,7 +263,7 @@ def run(argv: list[str] | None) -> int:
     if args.remove_parts and not args.merge:
         p.error("--remove-parts can only be used with --merge")
     hide_decoders_warnings()
-    task = next((other for name, other in OTHER_TASKS.items() if getattr(args, name)), _convert)
+    task = next((task for name, task in OTHER_TASKS.items() if getattr(args, name)), _convert)
     told: list[int] = []  # SIGTERM, if it came: it stops the conversion cleanly, like Ctrl-C
 
     def stop(number: int, _: Any) -> NoReturn:
@@ -281,11 +276,6 @@ def run(argv: list[str] | None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        raise
-    except OSError as error:  # a name that is too long, no permission
-        print(f"error: {in_words(error)}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt as interrupt:
         kept = (
             f"{interrupt}; run the same command again to resume" if str(interrupt) else "nothing was written"

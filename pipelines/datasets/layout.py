@@ -58,10 +58,12 @@ def layout_of(tree: Tree, where: str, asked: str | None, named: str | None = Non
     if not splits:
         if asked is not None and named is None:
             raise InputError(f"{where}: has no splits; leave --split out")
-        if loose := _mixed(tree, base, names):
+        if not names:
+            return Layout(base, [], asked or named)
+        if loose := _mixed(tree, base):
             note = in_short("no labels: too many images lie next to the folders for classes", loose)
             return Layout(base, [], asked or named, notes=[note])
-        return Layout(base, names, asked or named, notes=_loose(tree, base) if names else [])
+        return Layout(base, names, asked or named, notes=_loose(tree, base))
     wanted = asked or (named if named in splits else None)
     key, split = choose_split(where, splits, wanted)
     chosen = splits[key]
@@ -140,25 +142,21 @@ def _inner(tree: Tree, at: str) -> str:
     return f"{at}{folders[0]}/" if len(folders) == 1 and split_of_folder(folders[0]) else at
 
 
-def _mixed(tree: Tree, base: str, names: list[str]) -> list[str]:
-    """The images next to the folders `names`, if they are more than LOOSE of all; otherwise empty."""
-    loose = [name for name in tree.files(base) if has_image_name(name)] if names else []
+def _mixed(tree: Tree, base: str) -> list[str]:
+    """The images next to the folders of `base`, if they are more than LOOSE of all; otherwise empty."""
+    loose = [name for name in tree.files(base) if has_image_name(name)]
     enough = len(loose) / LOOSE - len(loose)  # files in folders, from which on these are classes
+    return loose if _files_in_folders(tree, base, enough) < enough else []
+
+
+def _files_in_folders(tree: Tree, at: str, enough: float) -> int:
+    """Count the files in the folders of this one; counting stops at `enough`."""
     found = 0
-    for name in names:
-        if found >= enough:
-            break
-        found += _count(tree, f"{base}{name}/", enough - found)
-    return loose if found < enough else []
-
-
-def _count(tree: Tree, at: str, enough: float) -> int:
-    """Files below a folder; counting stops at `enough`."""
-    found = len(tree.files(at))
     for name in tree.folders(at):
         if found >= enough:
             break
-        found += _count(tree, f"{at}{name}/", enough - found)
+        found += len(tree.files(f"{at}{name}/"))
+        found += _files_in_folders(tree, f"{at}{name}/", enough - found)
     return found
 
 
