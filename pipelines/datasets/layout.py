@@ -16,7 +16,7 @@ from typing import Protocol
 from pipelines.datasets.recognise import UNLABELLED, has_image_name, in_short, split_of_folder
 from pipelines.errors import InputError
 
-DEEPEST = 8  # levels of single folders that are searched above the classes
+DEEPEST = 8  # levels of folders that are searched above the classes, or counted below
 LOOSE = 0.05  # share of the images outside of any folder above which the folders aren't classes
 
 
@@ -149,14 +149,15 @@ def _mixed(tree: Tree, base: str) -> list[str]:
     return loose if _files_in_folders(tree, base, enough) < enough else []
 
 
-def _files_in_folders(tree: Tree, at: str, enough: float) -> int:
-    """Count the files in the folders of this one; counting stops at `enough`."""
+def _files_in_folders(tree: Tree, at: str, enough: float, levels: int = DEEPEST) -> int:
+    """Count the files in the folders of this one; counting stops at `enough`, and after so many `levels`, for
+    a link may lead in a circle."""
     found = 0
     for name in tree.folders(at):
-        if found >= enough:
+        if found >= enough or not levels:
             break
         found += len(tree.files(f"{at}{name}/"))
-        found += _files_in_folders(tree, f"{at}{name}/", enough - found)
+        found += _files_in_folders(tree, f"{at}{name}/", enough - found, levels - 1)
     return found
 
 

@@ -121,6 +121,16 @@ def test_many_images_beside_folders_are_read_without_labels(tmp_path, loose):
             assert "(2): 0.JPG, 1.JPG" in opened.notes[0]
 
 
+def test_a_link_in_a_circle_next_to_images_ends(tmp_path):
+    files = {"0.jpg": b"0", "1.jpg": b"1", "a/2.jpg": b"2"}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "loop").symlink_to(tmp_path / "empty")
+    assert [data for _, data in contents(open_dataset(str(tmp_path)))] == list(files.values())
+
+
 def test_a_class_named_as_a_split_remains_one(tmp_path):
     for source in both_ways(tmp_path, tree("bus", "car", "train")):
         assert open_dataset(source).classes == ["bus", "car", "train"]
