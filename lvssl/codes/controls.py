@@ -271,9 +271,7 @@ def checked(train: Any, bits: int, most: int | None = None, whole_bytes: bool = 
     if h.ndim != 2 or not h.size:
         raise ValueError(f"training features [N, D] are needed, not {list(h.shape)}")
     if bits < 1 or (most is not None and bits > most):
-        raise ValueError(
-            f"{h.shape[1]} features give codes of 1 to {most or 'any number of'} bits, not {bits}"
-        )
+        raise ValueError(f"{h.shape[1]} features give codes of 1 to {most or 'any number of'} bits")
     if whole_bytes and bits % 8:
         raise ValueError(f"this code takes whole bytes, not {bits} bits")
     return h

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from lvssl.codes.controls import CONTROLS, Coder, LinearHash
 from lvssl.evaluation.embedding import Embedding
 from lvssl.evaluation.measures import accuracies
+from lvssl.evaluation.quantisers import own_bits
 from lvssl.evaluation.sets import a_sample, embed_both, labelled_pair, smaller_by, with_defaults
 from lvssl.latents import WITHOUT_LATENT
 from lvssl.models.inference import device_of
@@ -49,6 +50,14 @@ class CompressionSettings(MeasuringSettings):
     """Random seed of the controls that need one: ITQ, LSH, PQ, OPQ."""
     workers: int = field(default=0, metadata=RUNTIME)
     """Threads that decode images; 0 means the number of cores minus two, but 2 to 12."""
+
+
+class LeftOut(NamedTuple):
+    """A control that can't be made at one length."""
+
+    method: str
+    bits: int
+    reason: str
 
 
 class Point(NamedTuple):
@@ -89,8 +98,10 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
     train, test = a_sample(*whole, settings.max_images)
     counts = len(train), len(test)
     rows: list[Row] = []
-    left_out: list[str] = []
-    bar = tqdm(desc="compression", unit="code", disable=None)
+    left_out: list[LeftOut] = []
+    total = sum(1 + len(own_lengths(settings, other)) for other in runs.values())
+    total += len(CONTROLS) * len(settings.bits)
+    bar = tqdm(total=total, desc="compression", unit="code", disable=None)
     names = run_names(list(runs.values()))
     for name, other in zip(names, runs.values()):
         sets = embed_both(other, train, test, settings.workers, on_error)
@@ -98,8 +109,9 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
         test = sound_part(settings.test, test, sets[1].rows)
         smaller, labels = smaller_by(other, test, on_error), (train.labels, test.labels)
         for point in points(settings, other, *sets, controls=other is control):
-            if isinstance(point, str):
+            if isinstance(point, LeftOut):
                 left_out.append(point)
+                bar.update()
                 continue
             figures = accuracies(*point[3:], labels, point.bits, settings.top_n, device_of(other.network))
             place = {"run": name, "seed": other.settings.seed, "bits": point.bits}
@@ -110,7 +122,7 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
     content = {
         "families": {name: other.settings.latent.family for name, other in zip(names, runs.values())},
         "rows": rows,
-        "left_out": left_out,
+        "left_out": by_reason(left_out),
         "queries": len(test),
         "database": len(train),
         "of": {"train": len(whole[0]), "test": len(whole[1])},
@@ -124,14 +136,14 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
 
 def points(
     settings: CompressionSettings, run: Run, train: Embedding, test: Embedding, controls: bool
-) -> Iterator[Point | str]:
+) -> Iterator[Point | LeftOut]:
     """Yield what is measured of a run: its features, its code, the code's prefixes, and the controls made
-    from its features. A control that can't be made is replaced by a line with the reason."""
+    from its features."""
     features = train.features, test.features
     yield Point("features", "", 32 * features[0].shape[1], None, features)
-    if run.network.family.own_code:
+    if lengths := own_lengths(settings, run):
         whole = unpack_bits(train.codes, train.bits), unpack_bits(test.codes, test.bits)
-        for bits in sorted({b for b in settings.bits if b < train.bits} | {train.bits}):
+        for bits in lengths:
             cut = whole[0][:, :bits], whole[1][:, :bits]
             codes = pack_bits(cut[0]), pack_bits(cut[1])
             method = "code" if bits == train.bits else "code, first bits"
@@ -143,9 +155,25 @@ def points(
                 coder = fit(features[0], bits, settings.seed)
             except (ValueError, ImportError) as reason:
                 missing = "needs faiss: pip install 'lvssl[faiss]'"
-                yield f"{method}, {bits} bits: {missing if isinstance(reason, ImportError) else reason}"
+                yield LeftOut(method, bits, missing if isinstance(reason, ImportError) else str(reason))
                 continue
             yield control_point(method, coder, features)
+
+
+def own_lengths(settings: CompressionSettings, run: Run) -> list[int]:
+    """Return the lengths at which the run's own code is measured, the whole one last; none without one."""
+    if not run.network.family.own_code:
+        return []
+    whole = own_bits(run)
+    return [*sorted({bits for bits in settings.bits if bits < whole}), whole]
+
+
+def by_reason(left_out: list[LeftOut]) -> list[str]:
+    """Return a line for each method and reason, with all lengths that it concerns."""
+    lengths: dict[tuple[str, str], list[str]] = {}
+    for method, bits, reason in left_out:
+        lengths.setdefault((method, reason), []).append(str(bits))
+    return [f"{method} of {', '.join(bits)} bits: {reason}" for (method, reason), bits in lengths.items()]
 
 
 def control_point(method: str, coder: Coder, features: tuple[np.ndarray, np.ndarray]) -> Point:

@@ -153,16 +153,16 @@ def test_opq_is_the_quantiser_that_encode_fits():
 def test_impossible_codes_are_refused():
     train = features()
     for fit in (fit_sign, fit_pca, fit_itq):
-        with pytest.raises(ValueError, match="16 features give codes of 1 to 16 bits, not 17"):
+        with pytest.raises(ValueError, match="16 features give codes of 1 to 16 bits$"):
             fit(train, 17)
     for fit in (fit_sign, fit_lsh, fit_int8):
-        with pytest.raises(ValueError, match="bits, not 0"):
+        with pytest.raises(ValueError, match="give codes of 1 to"):
             fit(train, 0)
         with pytest.raises(ValueError, match=r"\[N, D\]"):
             fit(train[:0], 8)
     with pytest.raises(ValueError, match="whole bytes"):
         fit_int8(train, 12)
-    with pytest.raises(ValueError, match="1 to 128 bits, not 136"):
+    with pytest.raises(ValueError, match="1 to 128 bits$"):
         fit_int8(train, 136)
 
 

@@ -29,7 +29,10 @@ def test_the_run_and_its_controls_on_one_axis(run, control, digits, capsys):
         ("control", "PCA + sign", 16), ("control", "ITQ", 16),
         *(("control", method, bits) for method in ("LSH", "int8", "PQ", "OPQ") for bits in (16, 256)),
     }  # fmt: skip
-    assert len(result["left_out"]) == 3 and "ITQ, 256 bits: 64 features" in result["left_out"][2]
+    assert result["left_out"] == [
+        f"{method} of 256 bits: 64 features give codes of 1 to 64 bits"
+        for method in ("sign", "PCA + sign", "ITQ")
+    ]
     for row in rows.values():
         assert 30 < row["linear"] <= 100 and 30 < row["knn"] <= 100
         assert 0.02 < row["map_over_relevant"] <= row["map_over_hits"] < 1
@@ -53,6 +56,17 @@ def test_the_run_and_its_controls_on_one_axis(run, control, digits, capsys):
     both = [embed(other.network, source, other.settings.view).features for source in (train, test)]
     score = similarity_map(both[1], test.labels, both[0], train.labels, 100)
     assert np.isclose(rows["control", "", 2048]["map_over_hits"], score.over_hits, atol=1e-3)
+
+
+def test_lengths_that_one_control_lacks_for_one_reason_are_one_line(run, control, tmp_path, capsys):
+    lengths = ["100", "200", "300"]
+    assert (
+        main(["compression", str(run), "--bits", *lengths, "--max-images", "50", "--out", str(tmp_path)]) == 0
+    )
+    left_out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]
+    assert "left out: ITQ of 100, 200, 300 bits: 64 features give codes of 1 to 64 bits" in left_out
+    result = json.loads((tmp_path / "compression.json").read_text())
+    assert [line.removeprefix("left out: ") for line in left_out] == result["left_out"]
 
 
 def test_of_a_large_set_a_stated_sample_is_measured(run, control, tmp_path, monkeypatch, capsys):
