@@ -362,7 +362,7 @@ def card_memory(settings: PlanSettings) -> float:
 def share_of_peak(settings: PlanSettings) -> tuple[float, bool]:
     """Return the share that a step reaches, and whether it was measured in exactly this case."""
     side, images = settings.resolution, settings.images * settings.epochs
-    eager = settings.gpus > 1 or settings.chunk or settings.recompute
+    eager = settings.gpus > 1 or settings.chunk or settings.recompute or settings.precision == "fp16"
     compiled = not eager and worth_compiling(settings.backbone, side, images)
     measured = (COMPILED if compiled else MEASURED).get(settings.gpu, {}).get(settings.backbone)
     if measured is not None:

@@ -10,7 +10,6 @@ def encode(arguments: list[str]) -> None:
     from lvssl.codes.file import open_codes
     from lvssl.evaluation.codes import EncodeSettings
     from lvssl.evaluation.codes import encode as run
-    from lvssl.evaluation.encoder import in_words
     from lvssl.settings.fields import options
     from pipelines.errors import InputError
 
@@ -19,7 +18,9 @@ def encode(arguments: list[str]) -> None:
     settings = parse(EncodeSettings, arguments, "encode")
     path = run(settings)
     codes = open_codes(path)
-    print(f"{path}: {codes.count:,} codes of {in_words(codes)}, {path.stat().st_size:,} bytes", end="")
+    code = (codes.quantiser or {}).get("code", "bits")
+    kind = "codes" if code == "bits" else f"{code} codes"
+    print(f"{path}: {codes.count:,} {kind} of {codes.bits} bits, {path.stat().st_size:,} bytes", end="")
     elsewhere = options({"codes": settings.out} if settings.out else {})
     print("; next:", shlex.join(["lvssl", "search", str(settings.run), *elsewhere, "--query"]), "IMAGE")
 
@@ -32,7 +33,7 @@ def search(arguments: list[str]) -> None:
     searcher = searcher_of(settings)
     found = run(settings, searcher)
     if settings.csv:
-        print(f"{settings.csv}: neighbours of {write_csv(settings.csv, found):,} queries")
+        print(f"{settings.csv}: written, queries: {write_csv(settings.csv, found):,}")
         return
     if settings.page:
         from lvssl.report.pictures import MOST, write_neighbours
@@ -53,7 +54,7 @@ def curate(arguments: list[str]) -> None:
     settings = parse(CurateSettings, arguments, "curate")
     found = run(settings)
     for name, (_, lines) in found.tables.items():
-        print(f"{found.out / name}.csv: {len(lines):,} rows")
+        print(f"{found.out / name}.csv: {len(lines):,} row{'s' * (len(lines) != 1)}")
     if found.run is None:
         return
     title = f"{(settings.train or found.run.settings.data).name} by {settings.run.resolve().name}"

@@ -276,7 +276,7 @@ class EngineSettings:
     compile: str = field(default="auto", metadata=RUNTIME | {"was": {True: "on", False: "off"}})
     """Compile the backbone with torch.compile. This takes a minute at the start; a resumed run reuses the
     result (RUN/compiled). on; off; auto: compile on a single GPU, for images of at least 128 px, if the run
-    is long enough to make up for that minute (some 620,000 images of ResNet-50 at 224 px, over all epochs),
+    is long enough to make up for that minute (some 555,000 images of ResNet-50 at 224 px, over all epochs),
     but not with --graph on, --chunk, --recompute, --deterministic or fp16."""
     graph: str = field(default="auto", metadata=RUNTIME)
     """Record the kernel launches of a step once and replay them with one call (a CUDA graph). This is faster
