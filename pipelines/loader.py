@@ -155,7 +155,7 @@ class TwoViewLoader:
     number of ranks don't matter. Use it as a context manager, or call `close()`.
 
     Raises:
-        InputError: an impossible setting, or the batch is larger than the data set.
+        InputError: an impossible setting, or the data set has fewer than two images, or fewer than a batch.
 
     Attributes:
         skipped: number of samples replaced so far, including those in batches made in advance.
@@ -392,12 +392,12 @@ def evaluation_batches(
     indices: np.ndarray | None = None,
     replacements: "Replacements | None" = None,
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Yield each image once, in order, as its centre crop without augmentation.
+    """Yield each image, or each of `indices`, once and in order, as its centre crop without augmentation.
 
     Yields:
         crops uint8 [B, R, R, 3] (`pipelines.normalise` normalises them), indices int64 [B]; the last batch
         may be smaller. With `replacements` that skip, a damaged image is replaced by another one, as is its
-        index.
+        index; otherwise it raises DamagedSample.
 
     >>> for crops, indices in evaluation_batches(open_reader("photos"), ViewSettings(resolution=32), 8):
     ...     print(crops.shape, indices.tolist())
@@ -450,7 +450,10 @@ def sent(images: Tensor, device: torch.device) -> Tensor:
 def evaluation_crops(
     source: Reader, view: ViewSettings, indices: np.ndarray, replacements: "Replacements | None" = None
 ) -> np.ndarray:
-    """Centre crops of some samples: uint8 [B, R, R, 3]. Replaces damaged samples in `indices`.
+    """Centre crops of some samples: uint8 [B, R, R, 3].
+
+    Raises DamagedSample for a damaged sample; with `replacements` that skip, it is replaced, in `indices`
+    too.
 
     >>> evaluation_crops(open_reader("photos"), ViewSettings(resolution=32), np.array([0, 5])).shape
     (2, 32, 32, 3)

@@ -39,7 +39,7 @@ def epoch_order(
         seed: 0 <= seed < 2^64. epoch: 0 <= epoch < 2^32.
         kind: `random`; `quasi-random`, for sets larger than memory: storage blocks in random order, and
             samples shuffled among the blocks of a window; or `sequential`. Only quasi-random takes memory:
-            24 bytes per block, and 8 per image if the blocks aren't in the order of the images.
+            32 bytes per block, and 8 per image if the blocks aren't in the order of the images.
         storage_blocks: returns int64 [count], the block of each sample, for quasi-random.
     """
     if kind == "sequential":
@@ -116,7 +116,7 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
     epoch.
 
     Raises:
-        InputError: the batch is larger than the data set.
+        InputError: the data set has fewer than two images, or the batch is larger than it.
     """
     if count < 2:
         raise InputError(f"a data set of {count} image: training needs at least two: pass more with --data")

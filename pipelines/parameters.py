@@ -26,7 +26,7 @@ COLUMNS = (
     "hue",  # fraction of a turn; 0: unchanged
     "grey",  # 1: converted to grey
     "sigma",  # of the blur, in pixels; 0: no blur
-    "solarise",  # 1: values >= 0.5 inverted
+    "solarise",  # 1: values >= 128 / 255 inverted
 )
 TOP, LEFT, HEIGHT, WIDTH, FLIP, ORDER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, SIGMA, SOLARISE = range(
     13
@@ -120,7 +120,7 @@ def draw_parameters(
         indices: int [B], positions in the data set. heights, widths: int [B], of the images in pixels.
         views: number of views per image; the first views are the same for any number.
 
-        Returns:
+    Returns:
         float32 [B, views, P], columns as in COLUMNS. Each row depends only on (seed, epoch, index, view) and
         on the image's size.
     """

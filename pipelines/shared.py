@@ -2,7 +2,7 @@
 
 The first process that needs them writes them to the node's temporary folder, and the others map the files.
 Unused arrays are removed by the next process that ends or starts there; until then, a killed job leaves some
-57 bytes per image of its set. If there are no other processes, or no file can be written there, each process
+41 bytes per image of its set. If there are no other processes, or no file can be written there, each process
 has its own arrays.
 """
 

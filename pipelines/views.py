@@ -38,7 +38,7 @@ class ViewSettings:
     sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the blur's standard deviation, in pixels."""
     solarise: float = 0.0
-    """Probability of solarisation, which inverts all values of at least 0.5."""
+    """Probability of solarisation, which inverts all values of at least 128/255."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean of each channel (values in [0, 1]), which is subtracted from the view."""
     std: tuple[float, float, float] = IMAGENET_STD

@@ -96,7 +96,8 @@ def augmenter_for(
     """Return the augmenter that `TwoViewLoader` takes: a backend that runs on the device of the batch.
 
     None stands for numba, which the loader's workers run themselves on the CPU, wherever the batch goes
-    afterwards; it returns float32. The others return `dtype`; passing autocast's dtype saves a cast.
+    afterwards; it returns float32. The others return `dtype`; passing autocast's dtype saves a cast. Raises
+    InputError as `backend_for` does.
     """
     if backend == "numba" or backend_for(device, backend) == "numba":
         return None

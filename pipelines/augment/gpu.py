@@ -5,11 +5,12 @@
 
 The blur is B_y X B_x^T on each colour, where B is the banded matrix of the Gaussian. Tensor cores run both
 passes of a tile without shared-memory indexing; the sums above are all that is written in between.
-Each tile recomputes the colours of its margin (2.25 times the pixels of a blurred view at 224 px, 4 times
-for fp32, whose tiles are smaller), which is cheaper than storing them. For fp16 and bf16 output the products
-are fp16 (values lie in [0, 1], so the error is at most 2^-12) and are summed in fp32. For fp32 output each
-product is three tf32 products (tf32x3) from Triton 3.6 on; older versions use plain fp32 without tensor
-cores, because 3.2 fails for sm_80 with "Failed to emit transfer from register to shared".
+Each tile of a blurred view recomputes the colours of its margin, which is cheaper than storing them: at 224
+px a tile and its margin have 2.25 times the tile's pixels, 4 times for fp32, whose tiles are smaller. For
+fp16 and bf16 output the products are fp16 (values lie in [0, 1], so the error is at most 2^-12) and are
+summed in fp32. For fp32 output each product is three tf32 products (tf32x3) from Triton 3.6 on; older
+versions use plain fp32 without tensor cores, because 3.2 fails for sm_80 with "Failed to emit transfer from
+register to shared".
 
 Memory traffic of one view at 224 px in bf16: 150,528 bytes read for the sums, 150,528 read again (mostly
 from the L2 cache) and 301,056 written: 0.60 MB. At the memory bandwidth of an A100 80 GB (2.04 TB/s) that is
