@@ -20,11 +20,11 @@
     convert-beton --inspect train.beton                                # counts, sizes, a sheet of images
 
 Each JPEG is decoded as a check and stored byte for byte. Images are re-encoded only if necessary:
-JPEGs that are larger than --max-resolution, CMYK, or rotated by EXIF; and other formats (PNG and so
-on). Images in other formats are stored as raw pixels instead if they have at most 64 x 64 pixels, or
-if their lossless file is smaller than a JPEG of them (line art). Damaged images are skipped and named
-in OUT.beton.json. To resume an interrupted conversion, run the same command again; the resulting bytes
-are the same.
+JPEGs that are larger than --max-resolution, CMYK, of an unusual chroma subsampling, or rotated by
+EXIF; and other formats (PNG and so on). Images in other formats are stored as raw pixels instead
+if they have at most 64 x 64 pixels, or if their lossless file is smaller than a JPEG of them (line
+art). Damaged images are skipped and named in OUT.beton.json. To resume an interrupted conversion,
+run the same command again; the resulting bytes are the same.
 """
 
 from __future__ import annotations

@@ -141,7 +141,8 @@ def convert(
     the conversion was killed and repeated.
 
     The returned manifest, unlike the file, also has "seconds", "notes", "estimate" and "resumed"; the
-    samples' rows are only in the file. Raises InputError for every error that the user can fix.
+    samples' rows are only in the file. With `dry_run` nothing is written, and only the entries that are known
+    before the conversion are returned. Raises InputError for every error that the user can fix.
     """
     settings.check()
     options.validate()

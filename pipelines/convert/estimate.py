@@ -43,7 +43,8 @@ class Estimate:
 def measure(
     source: Dataset, order: np.ndarray, settings: Settings, workers: int, as_png: bool
 ) -> Estimate | None:
-    """Convert 2 % of the images, 16 to 256 of them, evenly spaced, and discard the result.
+    """Convert 2 % of the images, 16 to 256 of them, evenly spaced, and discard the result. None for a set of
+    fewer than FEWEST images.
 
     A few images are a poor sample: the spread of file sizes is as large as their mean. Where the source knows
     its files' sizes, size and time are scaled from the sample's mean to that of up to 4,096 files (a ratio

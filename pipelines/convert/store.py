@@ -19,7 +19,7 @@ from pipelines.formats import jpeg, turbojpeg
 from pipelines.formats.beton import JPEG, LONGEST_SIDE, RAW
 
 LINE_ART = ("raw", "jpeg")
-SMALL = 64 * 64  # pixels; a lossless image up to this size is stored raw: cheaper to read, hardly larger
+SMALL = 64 * 64  # pixels; up to this size, what isn't a JPEG is stored raw: cheaper to read, hardly larger
 STORAGE_KINDS = (
     "refused",
     "jpeg_untouched",
@@ -121,8 +121,8 @@ def store_batch(
 def store(image: bytes | np.ndarray, settings: Settings, index: int = 0) -> Stored:
     """Check one image (a file's bytes, or pixels) and convert it to its stored form.
 
-    A JPEG that FFCV can read and that isn't too large keeps its bytes. `index`, the image's position in its
-    source, decides whether it is stored raw. Raises jpeg.DamagedImage.
+    An upright JPEG that FFCV can read and that isn't too large keeps its bytes, unless --raw-proportion
+    includes it, which `index`, the image's position in its source, decides. Raises jpeg.DamagedImage.
     """
     raw = chosen_raw(settings, index)
     if isinstance(image, np.ndarray):
@@ -216,8 +216,8 @@ def area_resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 def select(labels: np.ndarray, subset: int | None, shuffle_seed: int | None) -> np.ndarray:
     """Positions of the images to store, in the order in which to store them, int64 [subset or N].
 
-    The subset is drawn at random, with as many images of each class as the classes allow. A seed always gives
-    the same subset, whether the images are shuffled or not. Raises InputError if it is larger than the data.
+    The subset is drawn at random by the seed, balanced over the classes as far as they allow. Without a seed
+    it is the subset of seed 0, in the source's order. Raises InputError if it is larger than the data.
     """
     total = len(labels)
     if subset is not None and subset > total:

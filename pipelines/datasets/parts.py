@@ -1,7 +1,7 @@
 """One set in many files: which files a path names, and which files a series lacks.
 
-train-*.beton                a pattern: matching files, ordered by the numbers in their names; none may be
-missing train-{000000..000146}.tar   all numbers of a range; {a,b}: all names of a list
+train-*.beton                a pattern: matching files, by the numbers in their names; none may be missing
+train-{000000..000146}.tar   all numbers of a range; {a,b}: all names of a list
 parts.txt                    paths, one per line, relative to the folder of this file
 """
 

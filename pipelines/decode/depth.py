@@ -34,7 +34,8 @@ def to_8_bits(image: Image.Image, data: bytes, white_level: int | None = None) -
     """Convert an image that `is_deep` to samples 0 to 255, uint8 [H, W] or [H, W, 3].
 
     `white_level`: the white value, with 0 as black, of images that don't state theirs. Raises DamagedImage if
-    it is needed but not given, or if the image has values beyond it.
+    it is needed but not given, if the image has values beyond it, or if a file of 16-bit colours other than a
+    PNG needs one other than 65,535.
     """
     range_ = _stated(image, data) or (None if white_level is None else (0, white_level))
     if image.mode in _UPPER_BITS:

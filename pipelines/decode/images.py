@@ -2,8 +2,9 @@
 
 It opens every source of `pipelines.datasets.opening` (class folders, tars, parquet), and folders of loose
 images, which have no labels. JPEGs take the same compiled path as those of a .beton and give the same pixels;
-what libjpeg-turbo can't read (PNG, CMYK, images rotated by EXIF) goes through Pillow. Each original is
-decoded in full, so this is slower than a .beton of smaller images, by about the ratio of their pixels.
+those that are CMYK or rotated by EXIF, and other formats such as PNG, take a slower path, mostly Pillow's.
+Each original is decoded in full, so this is slower than a .beton of smaller images, by about the ratio of
+their pixels.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ def decode_other(
     orientation.
 
     Transparency is dropped, and 16 bits become 8; for `white_level` see `depth`. Raises jpeg.DamagedImage,
-    also for images with more channels than colours, see `channels`.
+    also for images with more channels than colours, see `channels`, or with more than `most` pixels, see
+    `jpeg.check_size`.
     """
     try:
         require_colours(data)

@@ -206,7 +206,7 @@ def _metadata_dtype(type_ids: list[int]) -> np.dtype:
 
 
 class BetonWriter:
-    """Writes images one after the other; the bytes only depend on what is added.
+    """Writes images one after the other; the bytes only depend on `capacity` and on what is added.
 
     `capacity` is the largest number of images that may be added: space for their metadata is reserved before
     the images. `targets` are names of regression targets, each stored as an FFCV FloatField, see
@@ -279,8 +279,9 @@ class BetonWriter:
     def _place(self, size: int) -> int:
         """The next address from which `size` bytes don't cross a page boundary.
 
-        Doubling the page size keeps earlier images valid, since a multiple of the larger size is one of the
-        smaller. FFCV needs this if it caches pages itself (`os_cache=False`).
+        FFCV needs images within a page if it caches pages itself (`os_cache=False`). Doubling the page size
+        keeps earlier images valid, since a multiple of the larger size is one of the smaller. Raises
+        InputError if the image is larger than the largest page.
         """
         while size > self.page_size:
             self.page_size *= 2

@@ -116,7 +116,7 @@ def decode(data: bytes, header: JpegHeader, shortest: tuple[int, int] | None = N
     """RGB pixels, uint8 [H, W, 3], as stored (not rotated). CMYK is converted by Pillow's formula.
 
     With `shortest` = (height, width), the decoder may scale by n/8 while decoding, to no less than that size:
-    this is cheaper than a full decode if the image is downscaled anyway.
+    this is cheaper than a full decode if the image is downscaled anyway. Raises DamagedImage.
     """
     if not header.is_rgb_or_grey:
         return np.asarray(open_with_pillow(data, most=ANY_SIZE).convert("RGB"))

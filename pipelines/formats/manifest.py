@@ -160,7 +160,7 @@ def _write_parquet(file: IO[bytes], chunks: Iterator[Samples]) -> None:
 
 
 def min_median_max(counts: np.ndarray) -> dict[str, float]:
-    """Smallest, median and largest number of occurrences of the numbers from 0 on."""
+    """Smallest, median and largest of whole numbers, among which n occurs counts[n] times."""
     there, total = np.flatnonzero(counts), np.cumsum(counts)
     middle = np.searchsorted(total, [(total[-1] + 1) // 2, total[-1] // 2 + 1])
     return {"min": int(there[0]), "median": float(middle.mean()), "max": int(there[-1])}
