@@ -25,7 +25,7 @@ IMAGENET = {"ILSVRC2012_img_train.tar": TRAIN_IMAGES, "ILSVRC2012_img_val.tar": 
 # Bytes per image of an ImageNet beton by --max-resolution, over 1,000 images, one per class
 # (docs/imagenet.md).
 CONVERTED = {256: 16_665, 400: 35_483, 500: 102_716, 1 << 16: 114_018}
-COUNTED = 200_000  # files of a source folder, after which the rest of its size isn't added up
+COUNTED = 200_000  # the size of a source folder with so many files isn't added up
 
 
 class Sizes(NamedTuple):
@@ -170,7 +170,8 @@ def converted_size(pipeline: Pipeline, name: str) -> int | None:
 
 
 def folder_size(source: Path) -> int | None:
-    """Bytes of a file or of a folder's files (a beton keeps JPEGs unchanged); None if it isn't a path."""
+    """Bytes of a file or of a folder's files (a beton keeps JPEGs unchanged); None if it isn't a path, or if
+    the folder has COUNTED files or more."""
     if source.is_file():
         return source.stat().st_size
     if not source.is_dir():

@@ -238,7 +238,8 @@ class _Reader:
         return None, sources
 
     def source(self, name: str, text: str) -> str:
-        """Make a source's path absolute; `torchvision:NAME`, `sklearn:digits` and patterns stay unchanged."""
+        """Make a source's path absolute; `torchvision:NAME` and `sklearn:digits` stay unchanged. Something
+        must be there, unless it is a pattern."""
         if is_by_name(text):
             return text
         path = self.path(text) if text else None

@@ -26,7 +26,7 @@ SMALL = 2**20  # bytes up to which an output's fingerprint covers its content, a
 class Record:
     task: str
     digest: str
-    state: str = "new"  # running, stopped (state saved, to be resumed), done, failed, cancelled
+    state: str = "new"  # running, stopped (to be resumed or started again), done, failed, cancelled
     job: str = ""
     host: str = ""
     log: str = ""
@@ -103,7 +103,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """Ensure that only one `launch`, `retry` or `cancel` at a time works on a pipeline's folder."""
+    """Ensure that only one `launch`, `retry` or `cancel` at a time works on a pipeline's folder.
+
+    Raises:
+        InputError: another one is working on it.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".launch", "w") as file:
         try:

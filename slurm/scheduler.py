@@ -149,7 +149,7 @@ def job_state(job: str) -> str:
 
 def ended_by(log: Path) -> str:
     """Why Slurm ends this job, from its daemon's message in the log: "time limit", "preemption", "job
-    requeue", "node failure"; empty for a cancellation."""
+    requeue", "node failure"; empty for a cancellation, or if there is no such message."""
     time.sleep(0.5)
     with open(log, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 5_000))

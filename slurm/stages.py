@@ -186,7 +186,8 @@ def identity(source: str | Path) -> str:
     """A text that changes with a source: path, size and time of a file, or of a folder and its entries.
 
     It doesn't notice an image that is replaced deep inside a folder: reading a million files' dates on a
-    network file system takes longer than many stages.
+    network file system takes longer than many stages. A pattern, or a name such as torchvision:CIFAR10, is
+    only its own text.
     """
     path = Path(source)
     if not path.exists():
