@@ -137,8 +137,11 @@ class Family(ABC):
 
     @abstractmethod
     def initial_head(self, dim: int, init_scale: float) -> tuple[Tensor, Tensor]:
-        """Return factors of the normalised locations and initial values of the scale, with which the
-        posterior starts `init_scale` times as narrow as its prior."""
+        """Return factors of the normalised locations and initial values of the scale.
+
+        The larger `init_scale`, the narrower the posterior at the start: it is the standard deviation of
+        logits, 1 / s of a Gaussian with the prior N(0, 1), kappa / D on the sphere.
+        """
 
 
 def constant(count: int, value: float) -> Tensor:

@@ -9,7 +9,8 @@ from lvssl.latents.posterior import Family, Posterior
 
 
 def loading(depth: int) -> float:
-    """Half the range of a quantiser of N(0, 1); within 25 % of the best uniform steps (Max 1960)."""
+    """Half the range of a quantiser of N(0, 1). For 1 to 8 bits its steps are within 27 % of the best uniform
+    ones (Max 1960)."""
     return 1 + 0.5 * depth
 
 

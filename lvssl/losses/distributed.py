@@ -41,7 +41,8 @@ def check_arguments_across_ranks(
     has left with an error. Within `equal_parts` there is no exchange.
 
     Raises:
-        ValueError: on every rank, if one of them has a problem, or if d, type or temperature differ.
+        ValueError: on every rank, if one of them has a problem, if d, type or temperature differ, or if no
+            rank has a vector.
     """
     if _equal_parts:
         if problem:

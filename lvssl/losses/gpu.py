@@ -5,13 +5,14 @@ the same from run to run. Vectors are read as given: their normalisation and the
 the logits, as one factor for the row and one for the column, so that 16-bit vectors go into the tensor cores
 without further rounding. Sums are kept in fp32.
 
-What is rounded before a dot product, relative to its factors (by the formats; verified on an H100):
+What is rounded before a dot product, and by how much at most, relative to its value (by the formats; verified
+on an H100):
 
     vectors   precision   logits               shares times vectors
-    bf16      any         nothing              shares, 2^-9
+    bf16      any         nothing              shares, 2^-8
     fp16      any         nothing              as fp32, with the precision of fp32
     fp32      tf32x3      2^-22                2^-22
-    fp32      tf32        2^-12 each           2^-12 each
+    fp32      tf32        2^-11 each           2^-11 each
 
 fp32 vectors follow `torch.get_float32_matmul_precision()`: "highest" is tf32x3, "high" and "medium" are tf32.
 """
@@ -164,7 +165,7 @@ def launch_options(d: int, dtype: torch.dtype, backward: bool) -> dict[str, Any]
     """Return tile, warps, stages and precision, chosen to avoid spills within an A100's shared memory.
 
     Vectors of up to 128 numbers are kept on the chip whole. Longer ones are taken CHUNK numbers at a time,
-    and the backward pass recomputes the logits for each; with tf32x3, which splits operands, from 32 on.
+    and the backward pass recomputes the logits for each; with tf32x3, which splits operands, the limit is 32.
     """
     D = max(16, triton.next_power_of_2(d))
     wide = dtype == torch.float32 or (dtype == torch.float16 and backward)

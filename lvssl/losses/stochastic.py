@@ -22,6 +22,9 @@ def match_loss(samples: Tensor, match_parameters: Tensor) -> Tensor:
 
     Returns:
         Scalar in nats.
+
+    Raises:
+        ValueError: samples of another shape, or of one image alone.
     """
     k, n = checked(samples)
     if n < 4:
@@ -49,7 +52,7 @@ def other_images(n: int, device: torch.device) -> Tensor:
 def sample_infonce(samples: Tensor, directions: Tensor, kappa: float) -> Tensor:
     """InfoNCE of samples against directions: the second term of C-SimCLR (Lee et al. 2021, eq. 8).
 
-        -log exp(kappa z_i . r_i') / (1/(N - 1) sum_{j != i} exp(kappa z_i . r_j)),  less log(N - 1)
+        -log exp(kappa z_i . r_i') / (1/(N - 1) sum_{j != i} exp(kappa z_i . r_j)),  plus log(N - 1)
 
     averaged over K and i. r_i' is the mean direction of i's other view, and N the number of vectors of all
     ranks, whose directions are gathered with gradient. As in `ntxent`, anchors see both views of all others.

@@ -50,7 +50,7 @@ class Vicreg(NamedTuple):
 
     invariance: Tensor  # mean squared difference of the two views
     variance: Tensor  # mean over dimensions and views of max(0, 1 - deviation)
-    covariance: Tensor  # sum of the two views' squared covariances, divided by d
+    covariance: Tensor  # sum of the two views' squared covariances off the diagonal, divided by d
 
 
 def vicreg(projections: Tensor) -> Vicreg:
