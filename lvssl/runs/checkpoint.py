@@ -158,7 +158,8 @@ def load_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def digest(path: Path) -> str:
-    """Return the SHA-256 of a checkpoint's content, in hex; code files store it to identify the model."""
+    """Return the SHA-256 of a checkpoint's content, in hex; code files store it to identify the model.
+    InputError if it isn't a checkpoint."""
     with open(path, "rb") as file:
         head = file.read(40)
     if head[:8] != MAGIC:

@@ -3,9 +3,10 @@
     X.npy         features [N, D] of any float type, mapped; the labels in X-labels.npy beside it
     X/            features.npy and labels.npy in a folder
     X.safetensors tensors `features` and `labels`
-    X.parquet     columns `features` (or `embedding`), lists of one length, and `label` (or `labels`)
+    X.parquet     columns `features`, lists of one length, and `labels`
 
-The last two are first converted to .npy files, in a store in the folder `features` beside them.
+In the last two, `features` may also be named `embedding` or `embeddings`, and `labels` may be named `label`.
+They are first converted to .npy files, in a store in the folder `features` beside them.
 """
 
 from __future__ import annotations

@@ -54,7 +54,8 @@ class Store:
 
     @classmethod
     def beside(cls, folder: Path, key: dict[str, Any], count: int) -> Store:
-        """Return the store FOLDER/KEY. If it isn't writable, use a temporary folder and say so on stderr."""
+        """Return the store FOLDER/KEY. If it is neither writable nor complete, use a temporary folder and say
+        so on stderr."""
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         try:
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,7 @@ class Store:
         """Compute every missing part that no other process is computing.
 
         `to_the_end`: wait for the other processes' parts, and take them over if they die, so that the store
-        is complete afterwards. InputError if the disk has no space for it.
+        is complete afterwards. InputError if the disk has no space for it, or if not one image can be read.
         """
         waited = False
         while not self.whole:

@@ -1,4 +1,5 @@
-"""Weights from which a pretraining starts (`--init`): of a run, an export, a file, or timm's own."""
+"""Weights from which a pretraining starts (`--init`): of a run, an export or a file, or those that
+torchvision or timm offers."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def initial_weights(model: ModelSettings, resolution: int) -> dict[str, Tensor]:
 
 
 def best_prefix(weights: Mapping[str, Tensor], wanted: Mapping[str, object]) -> dict[str, Tensor]:
-    """Strip the prefix from the names of weights that gives the most of the names that are wanted."""
+    """Return the weights whose names have a prefix of BEFORE, by their names without it. Of these prefixes,
+    the one that gives most of the wanted names is taken."""
     forms = (
         {name.removeprefix(before): value for name, value in weights.items() if name.startswith(before)}
         for before in BEFORE

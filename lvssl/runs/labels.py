@@ -38,7 +38,7 @@ class LabelledDataset:
     answers: Tensor  # int64 [N], classes; or float32 [N, T], targets in their own units
     outputs: int  # T, or the classes of the whole set, even if a part of it has fewer
     targets: tuple[str, ...] = ()  # their names; empty for classes
-    on_error: str = "raise"  # or skip: what happens if an image can't be decoded
+    on_error: str = "raise"  # one of ON_ERROR: what happens if an image can't be decoded
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -101,8 +101,8 @@ def readable(
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Yield centre crops uint8 [B, R, R, 3] and positions int64 [B], of all images or of `rows`, in order.
 
-    With on_error="skip", images that can't be decoded are left out, because no replacement may count in a
-    figure; `left_out` is called with the reason for each. `title`: of the progress that is shown unless it
+    Unless on_error is "raise", images that can't be decoded are left out, because no replacement may count in
+    a figure; `left_out` is called with the reason for each. `title`: of the progress that is shown unless it
     takes moments; empty: none is shown.
     """
     rows, replacements = np.arange(len(source)) if rows is None else rows, Replacements(source, on_error)
@@ -155,8 +155,8 @@ def open_labelled(
         train: for a test set, the training set by whose class names its labels are numbered.
 
     Raises:
-        InputError: there is no such data or target, a training set has no two classes, or the test set has a
-            class that the training set doesn't name.
+        InputError: there is no such data or target, images have no labels, a training set has no two classes,
+            or the test set has a class that the training set doesn't name.
     """
     source = open_reader(path, kind, device)
     if train is not None and not target:

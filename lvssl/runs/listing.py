@@ -60,7 +60,7 @@ def bytes_of(folder: Path) -> int:
 
 
 def results(folder: Path) -> dict[str, float]:
-    """Return test figures in percent: those of `evaluate`, and top-1 of `knn` and `linear` on features."""
+    """Return test figures: those of `evaluate`, and top-1, in percent, of `knn` and `linear` on features."""
     found: dict[str, float] = {}
     for stage in ("evaluation", "knn", "linear"):
         path = folder / f"{stage}.json"
@@ -110,7 +110,8 @@ def runs_in(folder: Path) -> list[Listed]:
 
 
 def ranked(runs: list[Listed], metric: str) -> list[Listed]:
-    """Sort the runs that have the metric, best first: lowest for loss, else highest; NaN is last."""
+    """Sort the runs that have the metric, best first: lowest for loss, else highest; NaN is last. InputError
+    if none has it."""
     having = [run for run in runs if metric in run.figures]
     if not having:
         known = sorted({name for run in runs for name in run.figures} - {"step", "epoch"})

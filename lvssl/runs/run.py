@@ -212,7 +212,7 @@ class Run:
     classes: list[str] | None = None  # class names of its training images, if they are known
 
     def on_error(self, given: str | None) -> str:
-        """What to do with a damaged image, raise or skip: as given or, by default, as in pretraining."""
+        """What to do with a damaged image, one of ON_ERROR: as given or, by default, as in pretraining."""
         chosen = given or self.settings.on_error
         choice("on_error", chosen, ON_ERROR)
         return chosen
