@@ -1,8 +1,8 @@
 """Measure the README's ten minutes: a folder of unlabelled files with planted copies, searched and curated.
 
     python -m benchmarks.photos walk PARQUET FOLDER    the three steps below; walk.json: seconds of each
-    python -m benchmarks.photos make PARQUET FOLDER    make FOLDER/photos and truth.json from CIFAR-10's JPEG
-    copy cd FOLDER; the commands of README.md               writes FOLDER/run
+    python -m benchmarks.photos make PARQUET FOLDER    FOLDER/photos and truth.json, from CIFAR-10 in JPEG
+    cd FOLDER; the commands of README.md               writes FOLDER/run
     python -m benchmarks.photos measure FOLDER         compare with the labels and copies in truth.json
 
 2,000 images, 200 per class, with meaningless names, and 150 copies: 50 re-encoded, 50 mirrored, 50 cropped by

@@ -3,8 +3,8 @@ the loader; a bare loop; and the pipeline commonly used.
 
 images_per_second  with two views each
 mfu                the backbone's operations, forward and backward, over the card's dense bf16 peak
-launches, busy     from torch.profiler: kernels and copies per step; share of the time in which one was
-running waiting            share of the time in which the host waited for a batch
+launches, busy     from torch.profiler: kernels and copies per step; share of the time in which one ran
+waiting            share of the time in which the host waited for a batch
 """
 
 import json
