@@ -28,7 +28,8 @@ from pipelines.formats.webdataset import tars_of
 
 
 def open_shards(path: Path) -> Dataset | None:
-    """Open a tar, a folder of tars or several (see `parts`); None unless each tar has its index.
+    """Open a tar, a folder of tars or several (see `parts`); None unless each tar has its index, and the
+    indices suffice: splits within a tar, or fields of a .json without our manifest, take its headers.
 
     Raises:
         InputError: an index can't be read or isn't its tar's, a tar is cut short, or an image has no class.

@@ -678,7 +678,7 @@ def _fields(content: bytes) -> dict[str, Any]:
 
 
 def _stem(name: str) -> tuple[str, str]:
-    """a/b.c.jpg -> (a/b, .c.jpg), in lower case: WebDataset's rule."""
+    """a/b.c.JPG -> (a/b, .c.jpg), by WebDataset's rule."""
     folder, slash, file = name.rpartition("/")
     stem, dot, extension = file.partition(".")
     return folder + slash + stem, (dot + extension).lower()
