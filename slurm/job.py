@@ -74,6 +74,8 @@ class Job:
                 return
             else:
                 self.crashed(record, outcome.status)
+                if self.asked_to_stop():  # before it would have started again
+                    self.stopped(record, Outcome(stopped=True))
             record.state, record.started = "running", time.time()
             write_record(self.out, self.task, record)
 
@@ -245,7 +247,9 @@ class Job:
         write_record(self.out, self.task, record)
         allowed = f"crash {record.crashes} of {self.cluster.crashes} allowed"
         say(f"{self.task.name}: ended with status {status}; starting again ({allowed})")
-        time.sleep(min(30, 2**record.crashes))
+        again = time.monotonic() + min(30, 2**record.crashes)
+        while time.monotonic() < again and not self.asked_to_stop():
+            time.sleep(0.1)
 
     def fail(self, record: Record | None, error: str) -> NoReturn:
         if record is not None:

@@ -237,10 +237,13 @@ def run_here(pipeline: Pipeline, works: list[Work], cluster: str) -> int:
     return 0
 
 
-def not_done(out: Path, task: Task) -> int:
+def not_done(out: Path, task: Task, stopped: bool = False) -> int:
+    """Print why a task isn't done, and return the exit status. `stopped`: its job got a signal to stop, of
+    which there is no record if it hadn't begun."""
     record = read_record(out, task)
-    if record is not None and record.state == "stopped":
-        print(f"{task.name}: stopped, its state is saved; launch again to resume", file=sys.stderr)
+    state = record.state if record is not None else ""
+    if state == "stopped" or (stopped and state != "failed"):
+        print(f"{task.name}: stopped; launch again to go on", file=sys.stderr)
         return 143
     error = record.error if record is not None and record.error else "it exited without an error message"
     log = record.log if record is not None else out / "jobs"
@@ -260,26 +263,36 @@ def run_some(pipeline: Pipeline, work: Work, calls: list[Job], cluster: str) -> 
     made = submitit.LocalExecutor(folder)
     made.update_parameters(timeout_min=A_YEAR, gpus_per_node=work.stage.cluster.gpus, stderr_to_stdout=True)
     with stoppable() as running:
-        running += [made.submit(call) for call in calls]
+        for call in calls:
+            if not running.signal:
+                running.append(made.submit(call))
         signal.signal(signal.SIGINT, running.stop)
         jobs = read_jobs(pipeline.out)
         jobs.update((call.task.key, noted(call.task, job, "local")) for call, job in zip(calls, running))
         write_json(pipeline.out / "jobs.json", jobs)
+        told = False
         while not all(job.done() for job in running):
+            if running.signal and not told:
+                running.tell()
+                told = True
             time.sleep(0.2)
     if stopped_by := running.signal:
-        for call in calls:
-            not_done(pipeline.out, call.task)
+        for call in calls[: len(running)]:
+            if not stands(pipeline.out, call.task):
+                not_done(pipeline.out, call.task, stopped=True)
         raise SystemExit(128 + stopped_by)
 
 
 class Running(list):
-    """Jobs on this machine, and the signal that stopped them."""
+    """Jobs on this machine, and the signal at which they are to stop."""
 
     signal = 0
 
     def stop(self, number: int, _: Any) -> None:
         self.signal = number
+
+    def tell(self) -> None:
+        """Pass the signal on as SIGTERM."""
         for job in self:
             job._process.send_signal(signal.SIGTERM)
 

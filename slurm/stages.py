@@ -125,14 +125,14 @@ def data_stages(pipeline: Pipeline) -> tuple[list[Stage], dict[str, tuple[Path, 
     """The stages that make the betons, and each beton with its digest."""
     if pipeline.data is not None:
         return [], {
-            name: (path, "".join(map(identity, files_of(path))))
+            name: (path, identities(path))
             for name, path in (("train", pipeline.data.train), ("test", pipeline.data.test))
         }
     parts: list[Task] = []
     merges: list[Task] = []
     data = {}
     for name, source in pipeline.convert.items():
-        key = digest("convert", source, identity(source.source))
+        key = digest("convert", source, identities(source.source))
         beton = pipeline.out / f"data-{key[:8]}" / f"{name}.beton"
         data[name] = (beton, key)
         whole = (beton, Path(f"{beton}.json"))
@@ -182,12 +182,17 @@ def digest(stage: str, settings: Any, *inputs: str) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def identities(source: str | Path) -> str:
+    """The `identity` of each file that a source names; a pattern or list changes with its files."""
+    return "".join(map(identity, files_of(source)))
+
+
 def identity(source: str | Path) -> str:
     """A text that changes with a source: path, size and time of a file, or of a folder and its entries.
 
     It doesn't notice an image that is replaced deep inside a folder: reading a million files' dates on a
-    network file system takes longer than many stages. A pattern, or a name such as torchvision:CIFAR10, is
-    only its own text.
+    network file system takes longer than many stages. A name such as torchvision:CIFAR10 is only its own
+    text.
     """
     path = Path(source)
     if not path.exists():

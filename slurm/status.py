@@ -67,14 +67,13 @@ def standings(out: Path, stages: list[Stage]) -> dict[str, list[Standing]]:
         queue = scheduler.states(known)
     accounts = scheduler.accounted(known - set(queue)) if queue is not None else {}
     found: dict[str, list[Standing]] = {}
+    broken: dict[str, list[str]] = {}
     for stage in stages:
-        broken = [
-            name
-            for name in stage.after
-            if any(s.state in FAILED or (s.state == "not run" and s.reason) for s in found[name])
-        ]
+        behind = [name for name in stage.after if any(s.state in FAILED for s in found[name])]
+        broken[stage.name] = behind + [name for before in stage.after for name in broken[before]]
         found[stage.name] = [
-            standing(out, task, jobs.get(task.key, {}), queue, accounts, broken) for task in stage.tasks
+            standing(out, task, jobs.get(task.key, {}), queue, accounts, broken[stage.name])
+            for task in stage.tasks
         ]
     for stage in reversed(stages):  # parts removed after their merge, data of finished stages
         later = [s for other in stages if stage.name in other.after for s in found[other.name]]
@@ -93,7 +92,7 @@ def standing(
     accounts: dict[str, str],
     broken: list[str],
 ) -> Standing:
-    """One task's state; `broken`: the stages it depends on that failed."""
+    """One task's state; `broken`: the failed stages that it depends on, directly or not."""
     record = read_record(out, task)
     number, log = job.get("job", ""), job.get("log", "")
     restarts, crashes, error = 0, 0, ""

@@ -432,7 +432,7 @@ def test_without_slurm_the_same_files_and_the_same_weights(chain, digits, tmp_pa
     until(lambda: local.step() >= 10, lambda: str(running.poll()))
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=60)
-    assert running.returncode == 130 and "stopped, its state is saved" in said
+    assert running.returncode == 130 and "stopped; launch again to go on" in said
     assert local.state("pretrain") == "stopped"
     local.launch("--cluster", "local")
     debug.launch("--cluster", "debug")

@@ -25,6 +25,7 @@ from slurm.launch import launch, plan
 from slurm.pipeline import MEASURING, ImageSource, minutes_of, read_pipeline
 from slurm.records import Record, claimed, fingerprints, last_error, read_jobs, stands, write_record
 from slurm.stages import build_stages, digest
+from slurm.status import standings
 from slurm.sweep import write_table
 from slurm.values import flat_hints, replaced
 from slurm.work import executor
@@ -221,6 +222,17 @@ def test_a_source_that_changes_changes_the_digest(tmp_path):
     )
 
 
+def test_a_file_that_a_pattern_of_a_source_gains_changes_the_digest(tmp_path):
+    path = write(tmp_path, FILE.replace('"sklearn:digits"', '"tars/train-*.tar"', 1))
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "train-0.tar").write_bytes(b"x")
+    before = keys(path)
+    assert keys(path) == before
+    (tmp_path / "tars" / "train-1.tar").write_bytes(b"y")
+    after = keys(path)
+    assert after["merge-train"] != before["merge-train"] and after["convert-test"] == before["convert-test"]
+
+
 SWEEP = "[finetune]\nepochs = 2\n[finetune.sweep]\ngrid = { label_fraction = [0.1, 1.0], lr = [[0.1], [0.2, 0.3]] }\n"
 
 
@@ -303,6 +315,18 @@ def test_what_stands_is_not_done_again(tmp_path):
     assert todo() == []  # nothing that isn't done needs the images
     tasks["pretrain"].outputs[0].unlink()
     assert todo() == ["convert-train-001", "convert-train-002", "merge-train", "pretrain"]
+
+
+def test_every_stage_behind_a_failed_one_names_it(tmp_path):
+    path = write(tmp_path)
+    stages = build_stages(read_pipeline(path, chain_starts()))
+    out, failed = tmp_path / "out", stages[0].tasks[0]
+    out.mkdir()
+    write_record(out, failed, Record(failed.name, failed.digest, "failed", job="7", error="bad"))
+    found = {name: each[-1] for name, each in standings(out, stages).items()}
+    assert [(name, s.state, s.error) for name, s in found.items() if name != "convert"] == [
+        (name, "not run", "convert failed") for name in ("merge", "pretrain", "evaluate", "report")
+    ]
 
 
 def test_only_one_launch_at_a_time(tmp_path):
