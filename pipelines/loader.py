@@ -74,16 +74,13 @@ class ViewBatch:
         return ViewBatch(*(part if part.is_cuda else part.pin_memory() for part in parts))
 
     def to(self, device: torch.device) -> "ViewBatch":
-        """The batch on a device; the copy is asynchronous if the batch is pinned.
+        """The batch on a device. The copy is asynchronous if it is to a GPU and the batch is pinned.
 
         >>> batch.to(torch.device("cpu")).views.device
         device(type='cpu')
         """
-        if device.type == "cpu":
-            return self
-        return ViewBatch(
-            *(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__)
-        )
+        tensors = (getattr(self, name) for name in self.__dataclass_fields__)
+        return ViewBatch(*(each.to(device, non_blocking=device.type != "cpu") for each in tensors))
 
 
 @dataclass(frozen=True)
@@ -129,6 +126,12 @@ class LoaderSettings:
 
         >>> LoaderSettings(batch_size=256, ranks=8).validate()
         """
+        if self.ranks < 1:
+            raise InputError(f"ranks must be at least 1, got {self.ranks}")
+        if self.views not in (1, 2):
+            raise InputError(f"views must be 1 or 2, got {self.views}")
+        if not 0 <= self.seed < 1 << 64:
+            raise InputError(f"--seed must be in [0, 2^64), got {self.seed}")
         if self.batch_size < 1 or self.batch_size % self.ranks:
             raise InputError(
                 f"--batch-size must be a positive multiple of the {self.ranks} rank(s), got {self.batch_size}"

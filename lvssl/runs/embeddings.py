@@ -176,12 +176,18 @@ def _parquet(path: Path) -> tuple[int, Compute]:
             raise InputError(f"{path}: column {x} must hold lists of equal length")
         return {"features": flat.reshape(count, -1), "labels": table[y].to_numpy()}
 
+    @lru_cache
+    def width() -> int:
+        return group(0)["features"].shape[1]
+
     def read(rows: np.ndarray) -> Iterator[tuple[np.ndarray, Arrays]]:
         for number in np.unique(np.searchsorted(starts, rows, side="right") - 1):
             first = max(int(starts[number]), int(rows[0]))
             last = min(int(starts[number + 1]), int(rows[-1]) + 1)
             part = slice(first - int(starts[number]), last - int(starts[number]))
             arrays = {name: values[part] for name, values in group(int(number)).items()}
+            if arrays["features"].shape[1] != width():
+                raise InputError(f"{path}: column {x} must hold lists of equal length")
             yield np.arange(first, last), arrays
 
     return file.metadata.num_rows, read

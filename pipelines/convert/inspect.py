@@ -42,7 +42,8 @@ def inspect(path: str | Path, sheet: str | Path) -> str:
     else:
         source = open_dataset(str(path))
         lines.append(f"{path}: {len(source.labels):,} images")
-        sizes = np.array([len(source.read(i)) for i in evenly_spaced(len(source.labels), 1000).tolist()])
+        images = (source.read(i) for i in evenly_spaced(len(source.labels), 1000).tolist())
+        sizes = np.array([each.nbytes if isinstance(each, np.ndarray) else len(each) for each in images])
         lines += ["", f"bytes per image ({len(sizes)} of them)", *histogram(sizes)]
     counts = class_counts(source.labels, len(source.classes))
     lines += ["", *class_lines(source, counts)]

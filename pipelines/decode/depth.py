@@ -42,7 +42,7 @@ def to_8_bits(image: Image.Image, data: bytes, white_level: int | None = None) -
         upper = np.asarray(image)[..., : 1 if image.mode in ("L", "LA") else 3]
         if range_ == (0, FULL) or (range_ is None and upper.max() >= DARK >> 8):
             return upper if upper.shape[2] == 3 else upper[..., 0]
-        if range_ is None:
+        if range_ is None and not _deep_png(image, data):
             raise _unknown(f"16-bit values end below {DARK:,}", FULL >> 4)
         if not _deep_png(image, data):
             raise DamagedImage(

@@ -158,6 +158,9 @@ def _orientation_in(data: bytes) -> int:
     place, end = 2, len(data) - 4
     while place < end and data[place] == 0xFF:
         marker = data[place + 1]
+        if marker == 0xFF:  # a marker may have any number of fill bytes before it
+            place += 1
+            continue
         if marker == 0xDA or marker == 0xD9 or marker < 0xC0:  # the image itself, its end, or not a header
             return 1
         if marker == 0xE1 and data.startswith(b"Exif\0\0", place + 4):

@@ -156,6 +156,14 @@ def test_exif_is_applied(orientation, kind):
         assert stored.storage_kind == ("jpeg_untouched" if orientation == 1 else "reencoded")
 
 
+def test_fill_bytes_before_a_marker_hide_no_orientation():
+    data = with_orientation(pixels(80, 72), 6)
+    filled = data[:2] + b"\xff" * 3 + data[2:]  # as ITU-T T.81, B.1.1.2, allows
+    assert Image.open(io.BytesIO(filled)).getexif()[0x0112] == 6
+    assert store(filled, AS_IS).exif_rotated
+    assert np.array_equal(decode_rgb(filled), decode_rgb(data))
+
+
 def test_arrays_are_stored_as_they_are():
     grey, colour = pixels(28, 28)[..., 0], pixels(32, 32)
     assert store(grey, AS_IS).data == np.stack([grey] * 3, -1).tobytes()

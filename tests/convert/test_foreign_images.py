@@ -263,6 +263,15 @@ def test_a_white_level_out_of_range_is_refused():
         Settings(white_level=0).check()
 
 
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 3)], ids=["grey", "colour"])
+def test_a_png_of_sixteen_bits_may_be_black_altogether(shape):
+    black = np.zeros(shape, np.uint16)
+    assert not decode_rgb(deep_png(black)).any()
+    black[0, 0] = 200  # nothing of it is in the upper eight bits
+    with pytest.raises(InputError, match="16-bit values end at 200.*--white-level 255 or 65535"):
+        decode_rgb(deep_png(black))
+
+
 def test_sixteen_bits_that_are_all_used_need_no_white_level():
     dark = np.full((40, 50), 20_000, np.uint16)
     assert np.array_equal(np.unique(decode_rgb(deep_png(dark))), [78])

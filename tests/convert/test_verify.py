@@ -155,6 +155,12 @@ def test_inspect(made, name, tmp_path, capsys):
     assert np.abs(first - pixels(24, 30, 0)).mean() < 4
 
 
+def test_inspect_counts_all_bytes_of_images_that_are_arrays(tmp_path):
+    assert "bytes per image (1000 of them)\n" + f"{64:>17,} {1000:10,}" in inspect(
+        "sklearn:digits", tmp_path / "x.png"
+    )
+
+
 def test_what_does_not_go_together(made, capsys):
     for typed in (["a", "b", "--verify", "x"], ["--verify", "x", "--merge", "y"], ["--webdataset", "d"]):
         with pytest.raises(SystemExit) as error:

@@ -119,3 +119,15 @@ def test_columns_and_probes_that_are_missing_are_named(made, tmp_path, capsys):
     test = str(tmp_path / "test.npy")
     assert main(["linear", test, "--test", test, "--probe", "sgd"]) == 2
     assert "use --probe logistic" in capsys.readouterr().err
+
+
+def test_a_parquet_whose_row_groups_differ_in_width_is_refused(tmp_path, monkeypatch, capsys):
+    """Each part of the store is of one row group, so that no part sees two widths."""
+    monkeypatch.setattr(features, "PART", 50)
+    tables = [pa.table({"embedding": [[0.5] * width] * 50, "label": [0, 1] * 25}) for width in (4, 5)]
+    with pq.ParquetWriter(tmp_path / "train.parquet", tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    pq.write_table(tables[0], tmp_path / "test.parquet")
+    assert main(["knn", str(tmp_path)]) == 2
+    assert "train.parquet: column embedding must hold lists of equal length" in capsys.readouterr().err

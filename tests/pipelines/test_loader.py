@@ -421,6 +421,7 @@ def test_on_a_gpu_batches_are_those_of_the_cpu(beton):
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected):
         assert ours.views.is_cuda and torch.equal(ours.indices.cpu(), theirs.indices)
+        assert torch.equal(ours.to(torch.device("cpu")).views, ours.views.cpu())
         assert (ours.views.cpu() - theirs.views).abs().max() < 1e-3
 
 
@@ -459,6 +460,13 @@ def test_bad_input(beton, tmp_path):
         TwoViewLoader(source, VIEW, LoaderSettings(7, order="shuffled"))
     with pytest.raises(InputError, match="raise or skip"):
         TwoViewLoader(source, VIEW, LoaderSettings(7, on_error="ignore"))
+    for settings, said in [
+        (LoaderSettings(8, ranks=0), "ranks must be at least 1"),
+        (LoaderSettings(8, seed=-1), r"--seed must be in \[0, 2\^64\), got -1"),
+        (LoaderSettings(8, views=0), "views must be 1 or 2, got 0"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            TwoViewLoader(source, VIEW, settings)
     with pytest.raises(InputError, match="rank must be in"):
         TwoViewLoader(source, VIEW, LoaderSettings(8, rank=2, ranks=2))
     with (
