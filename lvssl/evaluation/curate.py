@@ -485,6 +485,13 @@ def contradicted(found: Curation, rows: np.ndarray, cosines: np.ndarray, count: 
         votes[turn, labels[part]] = -1
         other[part], best[part] = votes.argmax(axis=1), votes.max(axis=1)
     lead = best - own
+    if (share := float((lead > 0).mean())) > 0.5:
+        print(
+            f"note: {share:.0%} of the images have more neighbours of another class than of their own, so "
+            "the table of labels means little: the classes can't be seen in the images (folders of years or "
+            "places?), or not by this encoder",
+            file=sys.stderr,
+        )
     first = [row for row in largest(lead, count) if lead[row] > 0]
     lines = [
         [*one.about(row)[1:], one.classes[other[row]] if one.classes else str(other[row]),

@@ -76,6 +76,16 @@ def test_planted_copies_are_found_within_and_between_sets(run, planted, tmp_path
     assert (tmp_path / "c/train.lvcodes").stat().st_mtime_ns != before
 
 
+def test_classes_that_neighbours_do_not_share_are_said_to_be_doubtful_as_a_whole(tmp_path, capsys):
+    x = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
+    labels = np.arange(200) % 5
+    np.save(tmp_path / "train-labels.npy", labels)
+    for shift, says in ((0, True), (20, False)):  # without clusters, and with one cluster a class
+        np.save(tmp_path / "train.npy", x + shift * np.eye(8, dtype=np.float32)[labels])
+        assert lvssl("curate", tmp_path / "train.npy", "--out", tmp_path / str(shift)) == 0
+        assert ("more neighbours of another class" in capsys.readouterr().err) is says
+
+
 def test_a_folder_without_classes_and_with_a_damaged_image(run, planted, tmp_path, capsys):
     flat = tmp_path / "flat"
     flat.mkdir()
