@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lvssl.report.template import finite
@@ -126,7 +127,9 @@ def best_code(code: list[Comparison], bits: int, control: str) -> str:
             behind.setdefault(each.method, []).append(NAMES.get(each.measure, each.measure))
     if not behind:
         return f"use the run's own {bits:,}-bit code" if code else ""
-    typed = f" (lvssl encode {shlex.quote(control)} --images DIR --bits {bits} --code "
+    folder, here = Path(control), Path.cwd()
+    shown = str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+    typed = f" (lvssl encode {shlex.quote(shown)} --images DIR --bits {bits} --code "
     taken = [
         f"{method} for {' and '.join(measures)}" + (f"{typed}{ENCODED[method]})" if method in ENCODED else "")
         for method, measures in behind.items()

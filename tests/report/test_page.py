@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -651,6 +652,9 @@ def test_the_first_sentence_says_what_to_use():
         "the run's own 64-bit code is behind."
     )
     both = [worse[0], Comparison("linear probe", 70, 79, 1.5, method="LSH")]
+    assert "(lvssl encode runs/c --images" in best_code(
+        worse, 64, str(Path.cwd() / "runs/c")
+    )  # as typed here
     assert ") and LSH for the linear probe: the run's own" in best_code(both, 64, "c")
     assert best_code([], 64, "c") == "" == added({"code": [], "features": []})
     features = [Comparison("kNN", 80, 78, 1.5)]
