@@ -36,7 +36,7 @@ REPEATS = 50
 KERNELS = (
     "luma_sums", "views", "log_sum_exp_kernel", "gradient_kernel",
     "bernoulli_kernel", "bernoulli_backward_kernel", "gaussian_kernel", "gaussian_backward_kernel",
-    "categorical_kernel", "categorical_backward_kernel",
+    "categorical_kernel", "categorical_backward_kernel", "log_gammas_kernel", "crops",
 )  # fmt: skip
 
 # Tolerances of views, in levels of 1/255, beyond the rounding of the result: in half precision the blur's
@@ -384,9 +384,11 @@ def gammas(setup: Setup) -> Row:
 
 def kernel_calls(setup: Setup, smallest: bool = False) -> dict[str, Callable[[], list[Tensor]]]:
     """Each kernel on one input, drawn once."""
-    from lvssl.latents import family, fused
+    from lvssl.latents import family, fused, noise_triton
+    from lvssl.latents.noise import GAMMA_PROPOSALS, keyed
     from lvssl.losses import ntxent
     from pipelines.augment import gpu
+    from pipelines.decode.gpu import crop_and_resize
 
     tiny = setup.dry or smallest
     generator, _ = seeded(setup, "repeats")
@@ -420,6 +422,21 @@ def kernel_calls(setup: Setup, smallest: bool = False) -> dict[str, Callable[[],
             return [*(t.detach() for t in drawn), leaf.grad]
 
         calls[f"{kind} head"] = head_call
+
+    rows, width = (2, 8) if tiny else (256, 2048)
+    shapes = (10 ** (8 * torch.rand(rows, width, generator=generator) - 2)).to(setup.device)
+    noise = keyed(7, rows, setup.device)
+    calls["gamma variates"] = partial(
+        one, noise_triton.log_gammas, shapes, 4, noise.key, noise.rows, 1, GAMMA_PROPOSALS
+    )
+    height, width, side = (9, 7, 8) if tiny else (375, 500, 224)
+    planes = [
+        torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator).to(setup.device)
+        for _ in range(2)
+    ]
+    # Whole images, and boxes that end with an image's last pixel, beyond which nothing may be read.
+    boxes = np.array([[(0, 0, height, width), (height - 3, width - 2, 3, 2)]] * 2)
+    calls["crops"] = partial(one, crop_and_resize, planes, boxes, np.array([[True, False]] * 2), side)
     return calls
 
 

@@ -93,6 +93,13 @@ def test_a_wrong_kernel_turns_its_row_red():
         assert False in plant["with"], plant
 
 
+def test_every_kernel_is_repeated_and_sanitized():
+    pytest.importorskip("triton", reason="torch's CUDA builds bring triton; a CPU build does not")
+    (line,) = triton_kernels.run("benchmarks/gpu_launched.py", TRITON_INTERPRET="1")
+    found = json.loads(line)
+    assert len(found["there"]) == 12 and found["there"] == found["launched"] == found["named"]
+
+
 def test_each_test_is_a_row(tmp_path):
     file = tmp_path / "test_some.py"
     file.write_text(
