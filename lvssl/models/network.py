@@ -114,9 +114,11 @@ class LVNet(nn.Module):
             drawn = fused.draw(self.family, parameters, self.samples, noise.key, noise.rows)
             samples, kl = drawn.sample[None], drawn.kl
         else:
-            start, end = self.latent.relaxation_start or self.latent.relaxation, self.latent.relaxation
+            temperature = self.latent.relaxation
+            if (start := self.latent.relaxation_start) is not None:
+                temperature = geometric(start, temperature, progress)
             posterior = self.family.posterior(parameters)
-            samples = posterior.sample(self.samples, noise, geometric(start, end, progress))
+            samples = posterior.sample(self.samples, noise, temperature)
         projections = self.project(samples)
         clean = self.clean_projector(features) if self.clean_projector is not None else None
         return Outputs(features, parameters, projections, clean, self.family, self.match_parameters, kl)

@@ -165,7 +165,7 @@ class Trainer(Loop):
     def constants(self) -> tuple[float, float]:
         """Host values on which a step's launches depend: the weight of the rate, and the annealing."""
         latent, fraction = self.settings.latent, self.step / self.steps
-        annealed = latent.init_scale_start is not None or latent.estimator == "relaxed"
+        annealed = latent.init_scale_start is not None or latent.relaxation_start is not None
         return rate_weight(latent, fraction), self.network.progress(fraction) if annealed else 1.0
 
     def loss(self, features: Tensor, labels: Tensor, logged: bool = False) -> tuple[Tensor, Figures]:

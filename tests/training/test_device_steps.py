@@ -394,7 +394,7 @@ def test_a_recorded_training_is_the_same(digits, tmp_path, monkeypatch, device, 
             step(trainer, batch)
         assert (trainer.recorded is not None) is (graph == "on")
         if trainer.recorded is not None:
-            annealed = latent.init_scale_start is not None or latent.estimator == "relaxed"
+            annealed = latent.init_scale_start is not None or latent.relaxation_start is not None
             assert annealed or set(trainer.recorded.replays) == {False, True}
         runs.append(everything(trainer))
     differing = [
@@ -403,6 +403,24 @@ def test_a_recorded_training_is_the_same(digits, tmp_path, monkeypatch, device, 
         if not torch.allclose(value, runs[1][name], *((0, 0) if device == "cpu" else (1e-2, 1e-3)))
     ]
     assert not differing
+
+
+@pytest.mark.parametrize(
+    ("annealed", "more"),
+    [
+        (False, {}),
+        (False, {"estimator": "relaxed"}),
+        (True, {"estimator": "relaxed", "relaxation_start": 2.0}),
+        (True, {"init_scale_start": 1.0}),
+        (True, {"beta": 1e-3, "beta_schedule": "warmup"}),
+    ],
+)
+def test_only_what_is_annealed_puts_a_recording_off(digits, tmp_path, annealed, more):
+    latent = LatentSettings("bernoulli", **{"beta_schedule": "constant", **more})
+    trainer, _ = trainer_and_batches(settings(digits["train"], tmp_path, latent=latent), "cpu", 0)
+    first = trainer.constants()
+    trainer.step = 1
+    assert (trainer.constants() != first) is annealed
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
