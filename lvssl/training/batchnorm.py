@@ -59,36 +59,49 @@ class SyncedBatchNorm(_BatchNorm):
 
 
 class _Normalise(torch.autograd.Function):
-    """y = (x - mean) / sqrt(var + eps) * weight + bias, with mean and var over the images of all ranks."""
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, with mean and var over the images of all ranks.
+
+    Sums over the images are made by torch's own batch normalisation, which reads 16-bit numbers and adds them
+    in fp32. By plain operations, which first write fp32 copies, a number in bf16 costs 104 bytes of memory
+    traffic instead of 36 (torch's: 16), and a ResNet-50 step would be limited by them.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
-        axes = [axis for axis in range(x.dim()) if axis != 1]
-        variance, mean = torch.var_mean(_wide(x), axes, correction=0)
-        own = torch.stack([mean, variance, torch.full_like(mean, x.numel() / x.shape[1])])
-        everyone = gathered(own.nan_to_num())  # an empty batch has no mean, and counts 0
-        means, variances, counts = torch.stack(everyone).unbind(1)
+        own = weight.new_zeros(3, x.shape[1], dtype=_wide(x[:0]).dtype)  # a batch without images counts 0
+        if x.numel():
+            _, mean, scale = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+            variance = (scale.pow(-2) - eps).clamp(min=0)
+            own = torch.stack([mean, variance, torch.full_like(mean, x.numel() / x.shape[1])])
+        means, variances, counts = torch.stack(gathered(own)).unbind(1)
         shares = counts / counts.sum(0)
         mean = (shares * means).sum(0)
         variance = (shares * (variances + (means - mean).square())).sum(0)
-        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt())
-        ctx.axes, ctx.count = axes, counts.sum(0)
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.count, ctx.eps = counts.sum(0), eps
         ctx.mark_non_differentiable(mean, variance)
         return F.batch_norm(x, mean, variance, weight, bias, False, 0, eps), mean, variance, ctx.count
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, mean, scale = ctx.saved_tensors
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        normalised = (_wide(x) - mean.view(shape)) * scale.view(shape)
-        grad = _wide(grad)
-        sums = torch.stack([grad.sum(ctx.axes), (grad * normalised).sum(ctx.axes)])
-        own_bias, own_weight = sums.clone()
+        x, weight, mean, variance = ctx.saved_tensors
+        scale = (variance + ctx.eps).rsqrt()
+        own_weight, own_bias = torch.zeros_like(mean), torch.zeros_like(mean)
+        if x.numel():
+            _, own_weight, own_bias = torch.ops.aten.native_batch_norm_backward(
+                grad, x, weight, mean, variance, mean, scale, False, ctx.eps, [False, True, True]
+            )
+        sums = torch.stack([own_bias, own_weight])
         dist.all_reduce(sums)  # the shared statistics depend on every rank's images
         by_mean, by_scale = (sums / ctx.count).unbind(0)
-        pulled = grad - by_mean.view(shape) - normalised * by_scale.view(shape)
-        x_slope = pulled * (scale * weight).view(shape)
-        return x_slope.to(x.dtype), own_weight, own_bias, None
+        # scale weight (grad - by_mean - (x - mean) scale by_scale), as a sum of multiples of grad and x
+        of_grad = scale * weight
+        of_x = -of_grad * scale * by_scale
+        constant = -of_grad * by_mean - of_x * mean
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        slope = torch.addcmul(constant.view(shape), x, of_x.view(shape))
+        slope = torch.addcmul(slope, grad, of_grad.view(shape))
+        return slope.to(x.dtype), own_weight, own_bias, None
 
 
 def _wide(x: Tensor) -> Tensor:
