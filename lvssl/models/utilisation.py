@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lvssl.models.backbone import build_backbone
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L4": 121e12}  # dense bf16, the makers' figures
+VARIANTS = {"H100 PCIe": 756e12, "H100 NVL": 835e12}  # likewise, of cards whose names contain another's
 
 COMPILED_FROM_SIDE = 128  # px
 COMPILED_FROM_WORK = 2.7e16  # operations of a run: 555,000 images of ResNet-50 at 224 px
@@ -41,5 +42,5 @@ def peak_flops(device: torch.device) -> float | None:
     """Peak bf16 operations per second of a GPU; None if it isn't known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for card, flops in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None)
+    name, known = torch.cuda.get_device_name(device), VARIANTS | PEAK_FLOPS
+    return next((flops for card, flops in known.items() if re.search(rf"\b{card}\b", name)), None)
