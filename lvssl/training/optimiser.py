@@ -153,5 +153,5 @@ def learning_rate(
     peak = peak_lr(settings, batch_size)
     warmup = min(settings.warmup_epochs * steps_per_epoch, steps)
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return peak * min(step + 1, warmup) / warmup  # it may end within a step
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

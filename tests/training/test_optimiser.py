@@ -83,6 +83,12 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     assert rates[20:] == sorted(rates[20:], reverse=True) and rates[-1] < 0.01
 
 
+@pytest.mark.parametrize("warmup_epochs", [0.1 * 3, 0.25, 0.05, 0.001])
+def test_a_warm_up_that_ends_within_a_step_does_not_pass_the_peak(warmup_epochs):
+    chosen = dataclasses.replace(PRESETS["digits"].optimiser, lr=1.0, warmup_epochs=warmup_epochs)
+    assert max(learning_rate(step, 30, 10, chosen) for step in range(30)) == 1.0
+
+
 def test_rules_of_the_peak():
     """SimCLR, B.1: 0.3 * 4,096 / 256 = 4.8, and 0.075 * sqrt(4,096) = 4.8."""
     assert peak_lr(OptimiserSettings(lr=0.3, lr_rule="linear"), 4096) == pytest.approx(4.8)
