@@ -43,5 +43,7 @@ def rate_chart(rows: list[dict[str, Any]], name: str, unit: str) -> Figure | Non
         for (run, method), points in sorted(groups.items(), key=lambda item: item[0][1] == "code")
     ]
     places = sorted({x for points in groups.values() for x, _ in points})
-    marks = [(x, f"{2**x:,.0f}") for x in places if x == int(x) and int(x) % 2 == 0]
+    powers = [x for x in places if x == int(x)]
+    marked = [x for x in powers if int(x) % 2 == 0] or powers or places  # all of them may be crowded
+    marks = [(x, f"{2**x:,.0f}") for x in marked]
     return Figure("", unit, [], line_chart(lines, "bits", f"{name} against bits", x_marks=marks))

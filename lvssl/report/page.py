@@ -39,6 +39,7 @@ from lvssl.report.verdict import (
     measured_of,
     signed,
     uncertainty_in_words,
+    whole_code,
 )
 from lvssl.runs.result import read_result
 from lvssl.runs.rows import are_rows, by_point, stored_as
@@ -159,18 +160,20 @@ def verdicts(measured: dict[str, dict[str, Any]], labels: bool = True) -> dict[s
     and in points) and `notes` (what the comparisons leave open)."""
     evaluation, comparisons = measured["evaluate"], compared(measured)
     code, of_control = (measured_of(evaluation, side, "code") for side in ("run", "control"))
-    bits = int(code.get("bits") or 0)
+    code = code or whole_code(measured["compression"])
+    bits, own = int(code.get("bits") or 0), code.get("method") == "code"
     against = f"the control's codes of {bits:,} bits"
     tiles = [
-        tile(comparisons["code"], "The code" if code.get("method") == "code" else "The sign bits", against),
+        tile(comparisons["code"], "The code" if own else "The sign bits", against),
         tile(comparisons["features"], "The features", "the control's"),
         uncertainty_tile(compare_uncertainty(measured["analyse"])),
     ]
     notes = []
     noise = [c.noise for rows in comparisons.values() for c in rows]
     if noise:
+        count = (evaluation.get("data") or {}).get("test") or measured["compression"]["queries"]
         notes.append(
-            f"One seed, {evaluation['data']['test']:,} test images: differences up to {max(noise):.1f} "
+            f"One seed, {count:,} test images: differences up to {max(noise):.1f} "
             "points are within the sampling error and called level. "
             "Variation between seeds is not included."
         )

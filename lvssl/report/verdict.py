@@ -198,12 +198,17 @@ def uncertainty_in_words(found: UncertaintyComparison) -> str:
 
 def compare_codes(rates: dict[str, Any]) -> list[Comparison]:
     """Compare the run's whole code by compression.json, as `against_strongest` does."""
-    rows = by_point(rates.get("rows") or [], representation="code")
-    code = next((row for row in rows if row["method"] == "code"), {})
+    rows, code = by_point(rates.get("rows") or [], representation="code"), whole_code(rates)
     controls = [
         row for row in rows if row["bits"] == code.get("bits") and not row["method"].startswith("code")
     ]
     return against_strongest(code, controls, rates.get("queries", 0))
+
+
+def whole_code(rates: dict[str, Any]) -> Row:
+    """Return the run's whole code in compression.json; {} without one."""
+    rows = by_point(rates.get("rows") or [], representation="code", method="code")
+    return rows[0] if rows else {}
 
 
 WORDS = {"better": "ahead of", "level": "level with", "worse": "behind"}

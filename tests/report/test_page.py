@@ -22,6 +22,7 @@ from lvssl.commands.main import main
 from lvssl.evaluation.analyse import AnalyseSettings
 from lvssl.evaluation.compression import CompressionSettings
 from lvssl.evaluation.evaluate import EvaluateSettings
+from lvssl.report.compression import rate_chart
 from lvssl.report.figures import COLOURS, MOST_POINTS, Line, line_chart, number, thinned, ticks
 from lvssl.report.page import write_report
 from lvssl.report.verdict import (
@@ -304,6 +305,14 @@ def test_sections_without_their_file_are_dropped(tmp_path):
     assert "Not evaluated yet" in " ".join(parsed.text)
 
 
+def test_codes_are_compared_before_the_run_is_evaluated(tmp_path):
+    run = write_compression(write_run(tmp_path / "run"))
+    (run / "evaluation.json").unlink()
+    text = " ".join(" ".join(Page(write_report(run).read_text()).text).split())
+    assert "The code is level with the control's codes of 64 bits in kNN (−3.0, against ITQ)" in text
+    assert "One seed, 2,000 test images" in text and "Not evaluated yet" in text
+
+
 def test_what_was_not_measured_is_named_with_its_command(tmp_path):
     run = write_run(tmp_path / "run")
     for stage in ("compression", "analyse"):
@@ -448,6 +457,16 @@ def test_rate_and_accuracy_are_drawn(tmp_path):
     assert 'data-csv="24.5"' in html and "lvssl compression runs/demo" in html
     text = " ".join(" ".join(parsed.text).split())
     assert "The code is level with the control's codes of 256 bits in kNN (−3.0, against ITQ)" in text
+
+
+@pytest.mark.parametrize(("lengths", "marks"), [
+    ((16, 64, 2048), ["16", "64"]), ((32, 2048), ["32", "2,048"]), ((48, 24_576), ["48", "24,576"]),
+])  # fmt: skip
+def test_lengths_are_marked_in_bits_and_not_by_their_logarithms(lengths, marks):
+    rows = [{"run": "a", "method": "code", "bits": bits, "knn": 50.0 + bits / 100} for bits in lengths]
+    figure = rate_chart(rows, "knn", "%")
+    assert figure is not None
+    assert re.findall(r"<text[^>]*>([^<]*)</text>", figure.drawing)[: len(marks)] == marks
 
 
 def test_every_command_on_the_page_parses_to_what_it_was_made_from(tmp_path):
