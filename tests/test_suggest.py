@@ -89,6 +89,13 @@ def test_a_set_of_many_files_or_by_name_is_looked_at_too(tmp_path, capsys, monke
         assert "--preset cifar10-small --objective ntxent-vc --resolution 8" in capsys.readouterr().err
 
 
+def test_train_beton_is_looked_at_without_being_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    convert("sklearn:digits", Path("train.beton"), Settings(subset=40))
+    assert main(["pretrain", "--out", "run", "--device", "cpu", "--batch-size", "2000"]) == 2
+    assert "--preset cifar10-small --objective ntxent-vc --resolution 8" in capsys.readouterr().err
+
+
 def test_the_help_looks_at_no_images(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as ended:

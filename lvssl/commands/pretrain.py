@@ -21,7 +21,7 @@ def pretrain(arguments: list[str]) -> int:
     first.add_argument("--preset")
     first.add_argument("--out", type=Path)
     first.add_argument("--resume", action="store_true")
-    first.add_argument("--data", type=Path)
+    first.add_argument("--data", type=Path, default=PretrainSettings.data)
     first.add_argument("--source", default="auto")
     first.add_argument("--device", default="auto")
     first.add_argument("--backbone", default="")
@@ -30,12 +30,15 @@ def pretrain(arguments: list[str]) -> int:
     settings, what = PretrainSettings(), ""
     if known.resume and known.out and (known.out / "config.json").exists():
         settings = replace(read_config(known.out)[0], out=known.out)
-    elif known.preset is None and known.data and not asks_for_help(others):
+    elif (
+        known.preset is None
+        and not asks_for_help(others)
+        and (is_by_name(known.data) or are_there(known.data))
+    ):
         from lvssl.commands.suggest import suggest
 
-        if is_by_name(known.data) or are_there(known.data):
-            epochs = int(known.epochs) if known.epochs.isdecimal() else 0
-            settings, what = suggest(known.data, known.source, known.device, known.backbone, epochs)
+        epochs = int(known.epochs) if known.epochs.isdecimal() else 0
+        settings, what = suggest(known.data, known.source, known.device, known.backbone, epochs)
     if known.preset is not None:
         settings = preset(known.preset)
 
