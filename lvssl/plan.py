@@ -29,6 +29,7 @@ from lvssl.models.device import pick_device
 from lvssl.models.network import LVNet
 from lvssl.models.utilisation import PEAK_FLOPS, operations, worth_compiling
 from lvssl.settings.pretrain import (
+    BACKBONES,
     OPTIMISERS,
     LatentSettings,
     ModelSettings,
@@ -129,6 +130,8 @@ class PlanSettings:
         choice("gpu", self.gpu, tuple(PEAK_FLOPS))
         at_least(self, images=1, epochs=1)
         require(self.chunk >= 0 and self.chunk != 1, "chunk", self.chunk, "0, or at least 2")
+        if self.recompute and self.backbone not in BACKBONES:  # as `lvssl pretrain` says
+            raise InputError(f"--recompute only supports ResNets, not {self.backbone}: use --chunk")
 
 
 def of_preset(name: str) -> PlanSettings:
@@ -384,8 +387,9 @@ def time_of(settings: PlanSettings) -> str:
     basis = (
         "measured on this card" if share_of_peak(settings)[1] else "extrapolated from one H100 and one H200"
     )
+    epochs = f"{settings.epochs:,} epoch{'s' * (settings.epochs != 1)}"
     return (
-        f"{settings.epochs:,} epochs of {settings.images:,} images: about {shown} on {settings.gpus} "
+        f"{epochs} of {settings.images:,} images: about {shown} on {settings.gpus} "
         f"{settings.gpu} ({basis}), if the loader keeps up."
     )
 

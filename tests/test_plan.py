@@ -144,6 +144,12 @@ def test_time_is_that_of_the_measured_steps():
     assert "about a minute on" in plan(replace(eager, images=100, epochs=1))
 
 
+def test_one_epoch_is_one():
+    small = PlanSettings(backbone="tiny", resolution=32, batch_size=64, gpus=1, epochs=1, images=50_000)
+    assert "\n1 epoch of 50,000 images: " in plan(small)
+    assert "\n2 epochs of 50,000 images: " in plan(replace(small, epochs=2))
+
+
 def test_the_card_has_the_memory_that_its_name_says():
     assert "of 140: fits" in plan(PlanSettings(gpu="H200", gpus=1, batch_size=256))
     assert "of 40: fits" in plan(PlanSettings(gpu="H200", gpus=1, batch_size=256, memory=40))
@@ -156,6 +162,7 @@ def test_the_card_has_the_memory_that_its_name_says():
     ({"resolution": 7}, "--res"),
     ({"gpu": "V100"}, "unknown gpu"), ({"epochs": 0}, "--epochs"), ({"images": 0}, "--images"),
     ({"optimiser": "adam"}, "unknown optimiser"), ({"samples": 0}, "--samples"), ({"chunk": 1}, "--chunk"),
+    ({"backbone": "vit_tiny_patch16_224", "recompute": True}, "--recompute only supports ResNets, not vit_"),
     ({"precision": "fp8"}, "unknown prec"), ({"projection": 1}, "--projection"), ({"hidden": 0}, "--hidden"),
 ])  # fmt: skip
 def test_impossible_settings_are_named(options, culprit):

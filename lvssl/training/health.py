@@ -98,7 +98,9 @@ def examine(folder: Path) -> int:
     settings, _ = read_config(folder)
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "units" in row]
     if not rows:
-        print(f"{folder}: no latent to check (family {settings.latent.family})")
+        latent = settings.latent.distribution.stochastic
+        nothing = "no figures are logged yet" if latent else "no latent to check"
+        print(f"{folder}: {nothing} (family {settings.latent.family})")
         return 0
     row = rows[-1]
     print(f"{folder}: family {settings.latent.family}, step {row['step']}")

@@ -12,6 +12,7 @@ from lvssl.latents import FAMILIES
 from lvssl.latents.noise import keyed
 from lvssl.models.network import LVNet
 from lvssl.runs.progress import read_metrics
+from lvssl.runs.run import create_run
 from lvssl.settings.pretrain import PRESETS, LatentSettings, ModelSettings
 from lvssl.training.health import FIGURES, alarms, health
 from lvssl.training.pretrain import pretrain
@@ -84,6 +85,17 @@ def test_a_run_says_how_its_latent_is(digits, tmp_path, capsys, latent, ill):
     assert main(["doctor", str(tmp_path / "run")]) == bool(ill)
     said = capsys.readouterr().out
     assert "active_units" in said and ("ALARM " + ill if ill else "no alarms") in said
+
+
+@pytest.mark.parametrize(("family", "said"), [
+    ("none", "no latent to check (family none)"), ("sign", "no latent to check (family sign)"),
+    ("gaussian", "no figures are logged yet (family gaussian)"),
+])  # fmt: skip
+def test_a_run_without_figures_says_whether_it_will_have_any(tmp_path, capsys, family, said):
+    latent = dataclasses.replace(PRESETS["digits"].latent, family=family)
+    create_run(dataclasses.replace(PRESETS["digits"], out=tmp_path / "run", latent=latent), 0, resume=False)
+    assert main(["doctor", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'run'}: {said}\n"
 
 
 def test_a_run_whose_spread_is_constant(digits, tmp_path, capsys):
