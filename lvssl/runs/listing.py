@@ -22,6 +22,7 @@ from pipelines.order import steps_per_epoch
 ONLINE = "probe_features"  # accuracy of the online probe on features, percent; logged for labelled images
 RANK = "rankme"  # the effective rank of the features, logged by any run
 CURVES = ("loss", "rate_bits", ONLINE, "probe_code", "online_knn", RANK, "images_per_second")
+LOWER_IS_BETTER = ("loss", "distortion", "distortion_clean", "ntxent", "dcl", "uncertainty_aurc")
 POINTS = 5  # in a training at which two curves are compared
 
 
@@ -110,13 +111,13 @@ def runs_in(folder: Path) -> list[Listed]:
 
 
 def ranked(runs: list[Listed], metric: str) -> list[Listed]:
-    """Sort the runs that have the metric, best first: lowest for loss, else highest; NaN is last. InputError
-    if none has it."""
+    """Sort the runs that have the metric, best first: lowest for losses, else highest; NaN is last.
+    InputError if none has it."""
     having = [run for run in runs if metric in run.figures]
     if not having:
         known = sorted({name for run in runs for name in run.figures} - {"step", "epoch"})
         raise InputError(f"--best {metric}: none of the runs has it; known: {', '.join(known)}")
-    sign = 1 if metric == "loss" else -1
+    sign = 1 if metric in LOWER_IS_BETTER else -1
     return sorted(having, key=lambda run: (math.isnan(run.figures[metric]), sign * run.figures[metric]))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from lvssl.commands.main import main
 from lvssl.runs import listing
-from lvssl.runs.listing import Listed, ranked, runs_in
+from lvssl.runs.listing import LOWER_IS_BETTER, Listed, ranked, runs_in
 from lvssl.runs.run import run_lock
 
 
@@ -61,6 +61,12 @@ def test_a_figure_that_is_no_number_comes_last():
     ]
     assert [str(one.folder) for one in ranked(runs, "loss")] == ["c", "b", "a", "d"]
     assert [str(one.folder) for one in ranked(runs, "knn")] == ["b", "c", "a", "d"]
+
+
+@pytest.mark.parametrize("name", LOWER_IS_BETTER)
+def test_of_losses_the_lowest_is_the_best(name):
+    runs = [Listed(Path(str(x)), "done", 1, 1, {name: x}, 0) for x in (2.0, 1.0, 3.0)]
+    assert [run.figures[name] for run in ranked(runs, name)] == [1.0, 2.0, 3.0]
 
 
 def test_a_checkpoint_that_its_run_removes_meanwhile_is_left_out(run, monkeypatch):
