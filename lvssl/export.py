@@ -75,6 +75,8 @@ def export(settings: ExportSettings) -> Path:
     Raises InputError: no such run, an existing folder, ONNX requested but not installed, a quantiser that
     isn't fitted yet, or an upload that the Hub refuses (the folder stays).
     """
+    if settings.public and not settings.push:
+        raise InputError("--public is of the repository that --push creates: pass --push USER/NAME as well")
     if settings.out.exists():
         raise InputError(f"{settings.out} exists: choose another --out")
     if settings.onnx and importlib.util.find_spec("onnxscript") is None:
@@ -103,7 +105,8 @@ def export(settings: ExportSettings) -> Path:
         if settings.onnx:
             write_onnx(CodeOf(network, run.settings.view, bits, quantiser), aside / "encoder.onnx")
         form = f"{bits // 8} bytes of opq" if code == "opq" else f"{bits} bits, d in byte d // 8 at d % 8"
-        (aside / "README.md").write_text(card(run, form if settings.onnx else ""))
+        text = card(run, form if settings.onnx else "")  # names of folders may not be text
+        (aside / "README.md").write_bytes(text.encode("utf-8", "backslashreplace"))
         for path in (aside, *aside.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
         os.rename(aside, settings.out)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +195,17 @@ def test_a_card_says_how_far_an_interrupted_training_came(run, tmp_path):
 def test_a_card_names_the_library_that_loads_the_encoder(run, photographs, tmp_path):
     assert "library_name: timm\n" in (photographs[1] / "README.md").read_text()
     assert "library_name: lvssl\n" in card_of(run, tmp_path / "out")
+
+
+def test_a_run_whose_name_is_no_text_is_exported(run, tmp_path):
+    named = tmp_path / "b\udcff"
+    shutil.copytree(run, named, ignore=shutil.ignore_patterns("features"))
+    assert "# b\\udcff\n" in card_of(named, tmp_path / "out")
+
+
+def test_public_needs_a_repository(run, tmp_path, capsys):
+    assert main(["export", str(run), "--out", str(tmp_path / "out"), "--no-onnx", "--public"]) == 2
+    assert "pass --push USER/NAME as well" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_nothing_is_overwritten_and_nothing_half_written_is_left(run, tmp_path, capsys, monkeypatch):
