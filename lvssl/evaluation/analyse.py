@@ -56,7 +56,9 @@ class AnalyseSettings(MeasuringSettings):
         """Raise InputError naming the first impossible value. Touches no file."""
         wanted = f"0 (all) or at least {FEWEST}: at least {FEWEST} test images are needed to analyse a run"
         require(self.max_images == 0 or self.max_images >= FEWEST, "max_images", self.max_images, wanted)
-        at_least(self, samples=1)
+        at_least(self, samples=1, seed=0)
+        if self.alone and self.control:
+            raise InputError("--alone and --control contradict each other: leave one out")
 
     def sampling(self) -> Sampling:
         return Sampling(self.max_images, self.samples, self.seed, self.ood, self.on_error)

@@ -249,6 +249,8 @@ def searcher_of(settings: SearchSettings) -> Searcher:
         raise InputError(f"--k must be at least 1, got {settings.k}")
     if settings.csv and settings.page:
         raise InputError("--csv and --page each write the neighbours to a file: pass one of them")
+    if settings.images and not settings.page:
+        raise InputError("--images are those that --page shows: pass --page FILE as well")
     for out in filter(None, (settings.csv, settings.page)):
         require_folder_of(out)
     run, path = load_encoder(settings.run), code_path(settings.run, settings.codes)

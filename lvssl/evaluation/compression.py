@@ -82,7 +82,7 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
     """
     if settings.top_n < 1 or not settings.bits or min(settings.bits) < 1:
         raise InputError("--top-n and --bits must be at least 1")
-    at_least(settings, max_images=0)
+    at_least(settings, max_images=0, seed=0)
     run = load_run(settings.run)
     settings = with_defaults(settings, run)
     assert settings.test is not None and settings.on_error is not None

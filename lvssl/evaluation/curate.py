@@ -162,6 +162,8 @@ def curate(settings: CurateSettings) -> Curation:
     for name in ("pixels", "crops"):
         if not 0 <= getattr(settings, name) <= 1:
             raise InputError(f"--{name} must be in [0, 1], got {getattr(settings, name)}")
+    if settings.crops and not settings.pixels:
+        raise InputError("--crops compares pixels, which --pixels 0 leaves out: leave out one of them")
     for name in ("top_n", "subset", "workers"):
         if getattr(settings, name) < 0:
             raise InputError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(settings, name)}")
@@ -326,7 +328,7 @@ def stands(file: Path, run: Run, names: Sequence[str], on_error: str) -> bool:
     if codes.checkpoint != run.digest or codes.created_by != created_by(run):
         return False
     there = list(codes.names)
-    return there == list(names) or (on_error == "skip" and set(there) <= set(names))
+    return there == list(names) or (on_error != "raise" and set(there) <= set(names))
 
 
 def standardisation(one: Embedded) -> tuple[np.ndarray, np.ndarray]:

@@ -162,6 +162,10 @@ def test_the_page_shows_it(analysis, runs):
 def test_bad_calls_are_named(runs, digits, tmp_path):
     with pytest.raises(InputError, match="at least 40 test images"):
         analyse(AnalyseSettings(runs / "lv", max_images=10))
+    with pytest.raises(InputError, match="--seed must be at least 0, got -1"):
+        analyse(AnalyseSettings(runs / "lv", seed=-1))
+    with pytest.raises(InputError, match="--alone and --control contradict each other"):
+        analyse(AnalyseSettings(runs / "lv", alone=True, control=runs / "control"))
     with pytest.raises(InputError, match="no such run"):
         analyse(AnalyseSettings(tmp_path / "nothing"))
     with pytest.raises(InputError, match="nothing"):

@@ -86,6 +86,7 @@ def test_mistakes_are_told_before_any_work(run, control, digits, tmp_path, capsy
         ([run, "--control", run], "--control"),
         ([run, "--bits", "0"], "--bits"),
         ([run, "--top-n", "0"], "--top-n"),
+        ([run, "--seed", "-3"], "--seed must be at least 0"),
         ([tmp_path / "none"], "no such run"),
         ([run, "--test", tmp_path / "no.beton"], "no.beton"),
     ]:

@@ -94,6 +94,9 @@ def test_a_folder_without_classes_and_with_a_damaged_image(run, planted, tmp_pat
     arguments = ["curate", run, "--train", flat, "--out", tmp_path / "c"]
     assert lvssl(*arguments) == 2 and "3.png" in capsys.readouterr().err
     assert lvssl(*arguments, "--on-error", "skip") == 0
+    before = (tmp_path / "c/train.lvcodes").stat().st_mtime_ns
+    assert lvssl(*arguments, "--on-error", "keep") == 0  # it can't be kept, and isn't embedded again either
+    assert (tmp_path / "c/train.lvcodes").stat().st_mtime_ns == before
     assert not (tmp_path / "c/labels.csv").exists()
     assert len(read(tmp_path / "c/subset.csv")) == 11
 
@@ -128,6 +131,7 @@ def test_bad_settings_are_one_line(run, planted, tmp_path, capsys):
     for options, message in [
         (["--cosine", 0], "--cosine must be in (0, 1], got 0"),
         (["--subset", -1], "--subset must be at least 0, got -1"),
+        (["--crops", 0.75, "--pixels", 0], "--crops compares pixels, which --pixels 0 leaves out"),
         (["--train", tmp_path / "gone"], "gone"),
         (["--out", tmp_path / "no" / "c"], "no such folder to make c in"),
     ]:

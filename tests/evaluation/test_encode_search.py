@@ -379,6 +379,8 @@ def test_an_output_that_would_be_dropped_or_has_no_folder_is_refused(run, tmp_pa
     query = ["search", run, "--query", tmp_path]
     assert lvssl(*query, "--csv", tmp_path / "a.csv", "--page", tmp_path / "a.html") == 2
     assert "error: --csv and --page each write" in capsys.readouterr().err
+    assert lvssl(*query, "--images", tmp_path) == 2
+    assert capsys.readouterr().err.startswith("error: --images are those that --page shows")
     assert lvssl(*query, "--page", tmp_path / "no" / "a.html") == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'no'}: no such folder to write a.html to\n"
 
