@@ -21,7 +21,9 @@ def stage(kind: str, name: str) -> Callable[[list[str]], int]:
         from lvssl.settings import stages
         from lvssl.training.stopping import Interrupted
 
-        start = stages.start_from(getattr(stages, kind), preset_in(arguments))
+        chosen = getattr(stages, kind)
+        has_presets = hasattr(chosen, "preset")
+        start = stages.start_from(chosen, preset_in(arguments) if has_presets else None)
         module, _, function = name.partition(":")
         settings = parse(type(start), arguments, function, start)
         if not isinstance(settings, stages.FinetuneSettings) and is_embeddings(settings.run):

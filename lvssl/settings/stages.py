@@ -190,7 +190,7 @@ class FinetuneSettings(TrainingSettings):
                 len(values) > 0 and all(value >= smallest for value in values),
                 name,
                 values,
-                "one or more numbers, none negative",
+                f"one or more numbers, {'none negative' if smallest == 0 else 'all above 0'}",
             )
             require(len(set(values)) == len(values), name, values, "different numbers")
         require(

@@ -408,6 +408,13 @@ def test_numbers_are_regressed(run, digits, tmp_path):
         linear(LinearSettings(run, target="ink", probe="logistic", out=run / "t.json", **data))
 
 
+def test_knn_has_no_preset(run, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["knn", str(run), "--preset", "imagenet-linear"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "--preset" in said and "known: " not in said
+
+
 def test_mistakes_are_one_line(run, tmp_path, capsys):
     for arguments, culprit in [
         (["linear", tmp_path / "none"], "no such run"),
@@ -418,6 +425,7 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         (["finetune", run, "--representation", "code"], "a code has no gradient"),
         (["finetune", run, "--label-fraction", 1.5], "--label-fraction must be in (0, 1]"),
         (["finetune", run, "--lr", 0.1, "nan"], "--lr"),
+        (["finetune", run, "--lr", 0], "--lr must be one or more numbers, all above 0, got (0.0,)"),
         (["finetune", run, "--weight-decay", -1], "--weight-decay"),
         (["knn", run, "--temperature", -1], "--temperature"),
         (["knn", run, "--target", "age"], "no float target 'age'"),
