@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -199,7 +200,7 @@ def test_the_demo_runs_on_digits_and_leaves_what_it_promises(tmp_path):
         "--epochs",
         "2",
         "--out",
-        "demo",
+        "my demo",
     ]
     done = subprocess.run(
         command,
@@ -210,12 +211,20 @@ def test_the_demo_runs_on_digits_and_leaves_what_it_promises(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "demo" / "bernoulli" / "evaluation.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "my demo" / "bernoulli" / "evaluation.json").read_text())["rows"]
     assert {row["run"] for row in rows} == {"bernoulli", "control", "random encoder", "no encoder"}
-    page = (tmp_path / "demo" / "report.html").read_text()
-    assert 'id="neighbours"' in page and 'id="bits"' in page and "lvssl compression demo/bernoulli" in page
-    assert open_codes(tmp_path / "demo" / "bernoulli" / "codes.lvcodes").count == 200
+    page = (tmp_path / "my demo" / "report.html").read_text()
+    assert (
+        'id="neighbours"' in page
+        and 'id="bits"' in page
+        and "lvssl compression &#39;my demo/bernoulli" in page
+    )
+    assert open_codes(tmp_path / "my demo" / "bernoulli" / "codes.lvcodes").count == 200
     assert "report.html" in done.stdout and "bernoulli" in done.stdout
+    search, more = (line for line in done.stdout.splitlines() if line.startswith(("search ", "more ")))
+    query = "my demo/images/0000-class"
+    assert re.fullmatch(rf"\S+ search 'my demo/bernoulli' --query '{query}\d+.png'", search[9:])
+    assert more.count("'my demo/bernoulli'") == 2
 
 
 @pytest.mark.parametrize(("error", "said"), [

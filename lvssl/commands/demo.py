@@ -1,6 +1,7 @@
 """A demonstration of everything on real images, in minutes: convert, pretrain, evaluate, report."""
 
 import dataclasses
+import shlex
 import shutil
 import sys
 import time
@@ -78,11 +79,11 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     query = sorted((settings.out / "images").iterdir())[0]
     opened = open_codes(codes)
     print(f"\ncodes    {codes}: {opened.count} images, {opened.bits // 8} bytes each")
-    lvssl = "lvssl" if shutil.which("lvssl") else Path(sys.executable).with_name("lvssl")
-    print(f"search   {lvssl} search {runs['bernoulli']} --query {query}")
+    lvssl = "lvssl" if shutil.which("lvssl") else str(Path(sys.executable).with_name("lvssl"))
+    print("search  ", shlex.join([lvssl, "search", str(run), "--query", str(query)]))
     print(f"results  {run / 'evaluation.json'}")
     print(f"page     {page.resolve()}")
-    more = [f"{lvssl} {stage} {runs['bernoulli']}" for stage in ("compression", "report")]
+    more = [shlex.join([lvssl, stage, str(run)]) for stage in ("compression", "report")]
     print(f"more     {'; '.join(more)}")
     print(f"({time.monotonic() - started:.0f} s)")
     return evaluation
