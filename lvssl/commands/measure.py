@@ -119,7 +119,7 @@ def report(arguments: list[str]) -> None:
 def runs(arguments: list[str]) -> None:
     import tyro
 
-    from lvssl.runs.listing import ONLINE, RANK, compared, ranked, runs_in
+    from lvssl.runs.listing import ONLINE, RANK, compared, in_short, ranked, runs_in
     from pipelines.amounts import size_text
 
     @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def runs(arguments: list[str]) -> None:
                     str(one.folder),
                     one.state,
                     f"{one.step:,}/{one.steps:,}" if one.steps else f"{one.step:,}",
-                    *(f"{one.figures[name]:.4g}" if name in one.figures else "" for name in metrics),
+                    *(in_short(one.figures[name]) if name in one.figures else "" for name in metrics),
                     size_text(one.size),
                 )
                 for one in found

@@ -52,7 +52,7 @@ class Figure(NamedTuple):
 
 def chart(title: str, unit: str, lines: Sequence[Line], x_label: str = "step", last: bool = True) -> Figure:
     """Draw a figure with its legend, which gives the last value of each line if `last`."""
-    legend = [Key(line.style, line.label, f"{line.points[-1][1]:,.4g}" if last else "") for line in lines]
+    legend = [Key(line.style, line.label, number(line.points[-1][1], 4) if last else "") for line in lines]
     drawing = line_chart(lines, x_label, f"{title}, {unit}", from_zero=title == "Speed")
     return Figure(title, unit, legend, drawing)
 
@@ -140,6 +140,6 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [float(tick) for tick in MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
 
 
-def number(value: float) -> str:
-    """Return a tick's label: 1,200; 0.25; 3."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+def number(value: float, digits: int = 6) -> str:
+    """Return the label of a tick or a line: 1,200; 0.25; 3; 1.2e+20."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e12 else f"{value:.{digits}g}"

@@ -125,7 +125,7 @@ def in_words(row: dict[str, Any], flips: dict[str, dict[str, float]]) -> str:
         text += (
             f" Flipping it in a query replaces {100 * flips['replaced'][d]:.0f} % of the ten nearest, "
             f"{100 * flips['follows'][d]:.0f} % of which then have the flipped value; "
-            f"the share of the query's class changes by {change:+.1f} points."
+            f"the share of the query's class changes by {round(change, 1) + 0.0:+.1f} points."
         )
     return text
 

@@ -133,8 +133,13 @@ def compared(one: Path, other: Path) -> tuple[list[tuple[str, str, str]], list[t
         points = [[row for row in rows if name in row] for rows in curves]
         for part in range(1, POINTS + 1) if all(points) else ():
             rows = [of[max(len(of) * part // POINTS - 1, 0)] for of in points]
-            a, b = (f"{row[name]:.4g} (step {row['step']:.0f})" for row in rows)
+            a, b = (f"{in_short(row[name])} (step {row['step']:.0f})" for row in rows)
             figures.append((f"{name}, {100 * part // POINTS} %", a, b))
     tests = [results(folder) for folder in folders]
     both = [name for name in tests[0] if name in tests[1]]
-    return settings, figures + [(f"test {n}", f"{tests[0][n]:.4g}", f"{tests[1][n]:.4g}") for n in both]
+    return settings, figures + [(f"test {n}", in_short(tests[0][n]), in_short(tests[1][n])) for n in both]
+
+
+def in_short(figure: float) -> str:
+    """Format a figure to four digits, or as a whole number: 0.1235; 29,100 rather than 2.91e+04."""
+    return f"{figure:,.0f}" if 1000 <= abs(figure) < 1e12 else f"{figure:.4g}"

@@ -24,6 +24,8 @@ from lvssl.evaluation.compression import CompressionSettings
 from lvssl.evaluation.evaluate import EvaluateSettings
 from lvssl.report.compression import rate_chart
 from lvssl.report.figures import COLOURS, MOST_POINTS, Line, line_chart, number, thinned, ticks
+from lvssl.report.figures import chart as with_legend
+from lvssl.report.gallery import in_words as bit_in_words
 from lvssl.report.page import write_report
 from lvssl.report.verdict import (
     Comparison,
@@ -539,6 +541,16 @@ def test_codes_of_different_length_are_not_compared():
     rows = [row | {"bits": 2048} if row["method"] in ("sign", "ITQ") else row for row in EVALUATION["rows"]]
     longer = EVALUATION | {"rows": rows}
     assert compare(longer)["code"] == [] and compare(longer)["features"]
+
+
+def test_figures_are_readable_at_any_size():
+    line = Line("run", "run", [(1.0, 3.0), (2.0, 29_104.4)])
+    assert with_legend("Speed", "images per second", [line]).legend[0].value == "29,104"
+    for value, said in ((0.123456, "0.1235"), (999.96, "1000"), (-1234.5, "-1,234"), (3e38, "3e+38")):
+        assert number(value, 4) == said
+    row = {"bit": 3, "on": 0.5, "information_bits": 0.1, "class": "a", "auroc": 0.6}
+    flips = {"replaced": {"3": 0.1}, "same_class": {"3": -0.0004}, "follows": {"3": 0.2}}
+    assert "changes by +0.0 points" in bit_in_words(row, flips)
 
 
 @pytest.mark.parametrize(

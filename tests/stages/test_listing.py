@@ -1,5 +1,6 @@
 """`lvssl runs`: how each run stands, the best of them, and two side by side."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -61,6 +62,18 @@ def test_a_figure_that_is_no_number_comes_last():
     ]
     assert [str(one.folder) for one in ranked(runs, "loss")] == ["c", "b", "a", "d"]
     assert [str(one.folder) for one in ranked(runs, "knn")] == ["b", "c", "a", "d"]
+
+
+def test_a_large_figure_is_a_whole_number(run, tmp_path, capsys):
+    for name in ("a", "b"):
+        shutil.copytree(run, tmp_path / name, ignore=shutil.ignore_patterns("features"))
+        row = {"step": 60, "loss": 0.12345, "images_per_second": 29_104.4, "rankme": 1e20}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    for command in (["--best", "images_per_second"], ["--compare", str(tmp_path / "a"), str(tmp_path / "b")]):
+        assert main(["runs", str(tmp_path), *command]) == 0
+        said = capsys.readouterr().out
+        assert " 29,104 " in said and "e+04" not in said
+    assert " 0.1235 " in said and " 1e+20 " in said
 
 
 @pytest.mark.parametrize("name", LOWER_IS_BETTER)
