@@ -34,7 +34,7 @@ from lvssl.runs.rows import Row
 from lvssl.runs.run import load_run, versions
 from lvssl.settings.fields import ReadsImages, to_dict
 from lvssl.settings.presets import command
-from lvssl.settings.pretrain import PRESETS, PretrainSettings, choice, preset
+from lvssl.settings.pretrain import PRESETS, PretrainSettings, at_least, choice, preset
 from lvssl.training.pretrain import pretrain
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
@@ -96,6 +96,9 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
             images, all before any work; or a run folder with other settings.
     """
     choice("preset", settings.preset, tuple(PRESETS))
+    at_least(settings, max_images=0)
+    if not settings.arms or not settings.seeds:
+        raise InputError("--arms, --seeds: at least one of each is needed")
     plans = [plan(settings, arm, seed) for seed in settings.seeds for arm in settings.arms]
     if len({p.out for p in plans}) < len(plans):
         raise InputError("--arms, --seeds: two arms of one name, or a seed twice")

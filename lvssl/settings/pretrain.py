@@ -395,6 +395,7 @@ class PretrainSettings(ReadsImages):
         at_least(self, workers=0, epochs=1, batch_size=1, log_every=1)
         require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2, for there to be negatives")
         above_zero(self, "temperature")
+        require(self.temperature < float("inf"), "temperature", self.temperature, "finite")
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
         at_least(self, threads=0)
         above_zero(self, "checkpoint_minutes")
