@@ -12,7 +12,7 @@ import dataclasses
 import math
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -330,20 +330,40 @@ def host_need(settings: PlanSettings) -> float:
     return sum(memory(settings, footprint(settings)).values()) - CONTEXT
 
 
-def host_memory() -> tuple[float, float]:
+def host_memory(root: Path = Path("/")) -> tuple[float, float]:
     """Return the bytes of main memory, (all, free); infinite if the system doesn't say (other than Linux).
-    The limit of a container or job counts, if there is one."""
+    The limits of a container or job count, if there are any. `root`: where /proc and /sys are."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:
         return math.inf, math.inf
     kib = {name: float(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
     total, free = 1024 * kib["MemTotal"], 1024 * kib["MemAvailable"]
-    with suppress(OSError, ValueError):  # "max" means no limit
-        limit = float(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-        used = float(Path("/sys/fs/cgroup/memory.current").read_text())
+    for limit, used in memory_limits(root):
         total, free = min(total, limit), min(free, limit - used)
     return total, free
+
+
+def memory_limits(root: Path) -> Iterator[tuple[float, float]]:
+    """Yield (limit, bytes in use) of this process's memory cgroups, from its own, such as a Slurm job's, to
+    the topmost one, by version 2 or 1 of cgroups. A cache of files isn't in use: it makes room."""
+    folders: list[Path] = []
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, own = line.split(":", 2)
+            if not controllers or "memory" in controllers.split(","):
+                top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+                inside = top / own.lstrip("/")
+                folders += [inside, *(each for each in inside.parents if each.is_relative_to(top))]
+    for folder in folders:
+        with suppress(OSError, ValueError):  # no such file; "max" means no limit
+            names = ("memory.max", "memory.current", "inactive_file")
+            if not (folder / names[0]).exists():
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            limit, used = (float(int((folder / name).read_text())) for name in names[:2])
+            words = (folder / "memory.stat").read_text().split()
+            cache = dict(zip(words[::2], words[1::2])).get(names[2], "0")
+            yield limit, used - float(cache)
 
 
 def hours(settings: PlanSettings) -> float:

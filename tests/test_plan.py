@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from lvssl.plan import PlanSettings, footprint, hours, largest_batch, memory, of_preset, plan
+from lvssl.plan import PlanSettings, footprint, host_memory, hours, largest_batch, memory, of_preset, plan
 from pipelines.errors import InputError
 
 MIB = 2**20
@@ -175,3 +175,32 @@ def test_the_command(lvssl):
     assert done.returncode == 0 and "Largest batch that fits" in done.stdout, done.stderr
     bad = lvssl("plan", "--batch-size", 7, "--gpus", 2)
     assert bad.returncode == 2 and "error: --batch-size must be a multiple of --gpus (2), got 7" in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "job", "names"),
+    [
+        ("0::/slurm/job_7/step_0\n", "slurm/job_7", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "9:name=systemd:/x\n4:memory:/slurm/job_7/step_0\n0::/\n",
+            "memory/slurm/job_7",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+        ("0::/slurm/job_7/step_0\n", "", ("memory.max", "memory.current", "inactive_file")),  # a container's
+    ],
+    ids=["cgroups 2", "cgroups 1", "namespace"],
+)
+def test_the_limit_of_a_job_is_what_the_machine_has(tmp_path, cgroup, job, names):
+    """Slurm limits a job, and this process is in a step of it; the machine has 64 GiB, 60 of them free."""
+    for name, text in {
+        "proc/meminfo": f"MemTotal: {64 << 20} kB\nMemAvailable: {60 << 20} kB\n",
+        "proc/self/cgroup": cgroup,
+        f"sys/fs/cgroup/{job}/{names[0]}": f"{8 << 30}\n",
+        f"sys/fs/cgroup/{job}/{names[1]}": f"{7 << 30}\n",
+        f"sys/fs/cgroup/{job}/memory.stat": f"anon 1\n{names[2]} {5 << 30}\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert host_memory(tmp_path) == (8 << 30, 6 << 30)
+    (tmp_path / "sys/fs/cgroup" / job / names[0]).write_text("max\n")
+    assert host_memory(tmp_path) == (64 << 30, 60 << 30)
