@@ -117,6 +117,8 @@ def numbered(
 
 def _whole(text: str) -> int:
     """12 or 12.0 -> 12. Raises ValueError."""
+    if "_" in text:  # Python reads 1_12 as 112
+        raise ValueError(text)
     try:
         return int(text)
     except ValueError:
@@ -128,6 +130,8 @@ def _whole(text: str) -> int:
 
 def finite(value: Any) -> float | None:
     """Convert a number, or the text of one, to a float; None if it isn't a number, or isn't finite."""
+    if isinstance(value, str) and "_" in value:  # Python reads 1_12 as 112
+        return None
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):

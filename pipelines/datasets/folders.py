@@ -90,7 +90,7 @@ class FolderTree:
             files: list[str] = []
             for entry in _scanned(f"{self._top}/{at}"):
                 if not left_by_a_system(entry.name):
-                    (folders if entry.is_dir() else files).append(entry.name)
+                    (folders if is_folder(entry) else files).append(entry.name)
             self._scanned[at] = sorted(folders), sorted(files)
         return self._scanned[at]
 
@@ -102,6 +102,14 @@ def _scanned(folder: str) -> Iterator[os.DirEntry[str]]:
             yield from entries
     except OSError as error:
         raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one; a link to itself is neither folder nor error."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _files_under(top: Path, left: LeftOut) -> list[str]:
@@ -124,7 +132,7 @@ def _files_under(top: Path, left: LeftOut) -> list[str]:
             parts = [*above, entry.name]
             if left_by_a_system(entry.name):
                 left.add("/".join(parts))
-            elif entry.is_dir():
+            elif is_folder(entry):
                 below.append((parts, linked or entry.is_symlink()))
             else:
                 found.append(parts)

@@ -47,8 +47,13 @@ def in_order_of(source: Dataset, path: Path) -> Dataset:
 
 
 def renumbered(source: Dataset, classes: Sequence[str], where: str | Path) -> Dataset:
-    """Renumber labels by the names of their classes. Raises InputError if one isn't among `classes`."""
+    """Renumber labels by the names of their classes. Raises InputError if one isn't among `classes`, or if
+    two have the same name and the order differs."""
+    if list(source.classes) == list(classes):  # also if two are called alike, as ImageNet's two cranes
+        return source
     number = {name: i for i, name in enumerate(classes)}
+    if twice := [name for i, name in enumerate(classes) if number[name] != i]:
+        raise InputError(f"{where}: names two classes {twice[0]}: give each a name of its own")
     strange = [name for name in source.classes if name not in number]
     if strange:
         raise InputError(
@@ -60,8 +65,7 @@ def renumbered(source: Dataset, classes: Sequence[str], where: str | Path) -> Da
         notes.append(
             f"{len(missing)} of {len(classes)} classes of {where} have no image here: {missing[0]} ..."
         )
-    if list(source.classes) != list(classes):
-        notes.append(f"classes are numbered as in {where}")
+    notes.append(f"classes are numbered as in {where}")
     to = np.array([number[name] for name in source.classes], np.int64)
     return replace(source, labels=to[source.labels], classes=list(classes), notes=notes)
 
@@ -81,7 +85,7 @@ def names_among(content: dict[str, Any], entry: str) -> list[str] | None:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
 

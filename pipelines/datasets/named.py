@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.datasets.dataset import Dataset, labelled
+from pipelines.datasets.recognise import UNLABELLED
 from pipelines.errors import InputError, first_line
 
 DIGITS_TEST = 500  # of 1,797
@@ -25,7 +26,7 @@ def open_torchvision(name: str, split: str | None, root: Path) -> Dataset:
         raise InputError(
             f"torchvision:{name}: not a data set with train and test, such as FashionMNIST, CIFAR10, SVHN"
         )
-    if split == "validation":
+    if split == "validation" or (split == UNLABELLED and "train" in parameters):
         raise InputError(f"torchvision:{name}: splits are train and test")
     which = {"train": split != "test"} if "train" in parameters else {"split": split or "train"}
     try:
@@ -65,7 +66,7 @@ def open_sklearn(name: str, split: str | None) -> Dataset:
     """scikit-learn's digits, 0..16 scaled to 0..255; the split is fixed, on every machine."""
     if name != "digits":
         raise InputError(f"sklearn:{name}: unknown; the one that scikit-learn ships is sklearn:digits")
-    if split == "validation":
+    if split not in (None, "train", "test"):
         raise InputError("sklearn:digits: splits are train and test")
     from sklearn.datasets import load_digits
 

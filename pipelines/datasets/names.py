@@ -6,6 +6,8 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pipelines.errors import InputError
+
 
 class Names(Sequence[str]):
     """A sequence of strings that can be appended to, read and searched; each takes its UTF-8 and 8 bytes."""
@@ -16,7 +18,10 @@ class Names(Sequence[str]):
             self.append(name)
 
     def append(self, name: str) -> None:
-        self._text += name.encode("utf-8", "surrogateescape")
+        try:
+            self._text += name.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError as error:
+            raise InputError(f"{name!r}: half a character, of a surrogate pair: correct this text") from error
         self._ends.append(len(self._text))
 
     def __len__(self) -> int:

@@ -103,17 +103,25 @@ def _open_files(
             raise InputError(f"{source}: names {file}, {what}")
     _fetched(files)
     if ends == {".beton"}:
-        return open_beton_source(source)
+        return _of_no_other(source, split, open_beton_source(source))
     if ends == {".tar"}:
         return tars.open_tars(source, files, split, devkit, columns)
     if len(ends) == 1 and ends <= {*parquet.ENDS}:
         return parquet.open_tables(Path(source), files, split, columns)
     if len(files) == 1 and ends <= {".csv", ".tsv", ".jsonl"}:
-        return tables.open_table(path, columns)
+        return _of_no_other(source, split, tables.open_table(path, columns))
     raise InputError(
         f"{source}: must be a .tar, .parquet, .arrow or .beton, or several of one kind; a .csv or .jsonl; "
         "or a folder"
     )
+
+
+def _of_no_other(source: str, asked: str | None, opened: Dataset) -> Dataset:
+    """Return a set that is of one split, or none. Raises InputError if another one is asked."""
+    if asked not in (None, opened.split):
+        what = f"is of the split '{opened.split}'" if opened.split else "has no splits"
+        raise InputError(f"{source}: {what}; leave --split out")
+    return opened
 
 
 def _fetched(files: list[Path]) -> list[Path]:

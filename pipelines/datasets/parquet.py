@@ -21,7 +21,7 @@ import numpy as np
 
 from pipelines.datasets.columns import IMAGES, LABELS, Columns, as_text, finite, numbered, unused
 from pipelines.datasets.dataset import Dataset, by_name, check_labels, labelled
-from pipelines.datasets.folders import files_of_split
+from pipelines.datasets.folders import files_of_split, is_folder
 from pipelines.datasets.names import Names
 from pipelines.datasets.recognise import left_by_a_system, split_of_file
 from pipelines.errors import InputError, first_line
@@ -37,7 +37,7 @@ def files_in(folder: Path) -> list[Path]:
     several data sets."""
     if own := _tables(folder):
         return own
-    below = {each.name: files for each in _folders(folder) if (files := _below(each, DEEPEST))}
+    below = _with_tables(folder, DEEPEST)
     sets = [name for name in below if split_of_file(name) is None]
     if len(sets) > 1 or (sets and len(below) > len(sets)):
         raise InputError(
@@ -50,7 +50,20 @@ def _below(folder: Path, depth: int) -> list[Path]:
     own = _tables(folder)
     if own or depth == 1:
         return own
-    return [path for each in _folders(folder) for path in _below(each, depth - 1)]
+    return [path for files in _with_tables(folder, depth - 1).values() for path in files]
+
+
+def _with_tables(folder: Path, depth: int) -> dict[str, list[Path]]:
+    """The tables below each of a folder's folders. The first ENTRIES entries tell whether there are any."""
+    found: dict[str, list[Path]] = {}
+    with os.scandir(folder) as entries:
+        for number, each in enumerate(entries):
+            if number >= ENTRIES and not found:
+                break
+            own = not left_by_a_system(each.name) and is_folder(each)
+            if own and (files := _below(folder / each.name, depth)):
+                found[each.name] = files
+    return dict(sorted(found.items()))
 
 
 def _tables(folder: Path) -> list[Path]:
@@ -64,12 +77,6 @@ def _tables(folder: Path) -> list[Path]:
         for path in folder.glob(f"*{end}")
         if not left_by_a_system(path.name) and not path.name.startswith("cache-")
     )
-
-
-def _folders(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        found = [each.name for each in islice(entries, ENTRIES) if each.is_dir()]
-    return sorted(folder / name for name in found if not left_by_a_system(name))
 
 
 def open_tables(

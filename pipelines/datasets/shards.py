@@ -106,7 +106,9 @@ def _members(line: str) -> list[tars.Member]:
 def _check(tar: tars.Tar, member: tars.Member, index: Path) -> None:
     """Raise InputError unless the tar has this member where the index states."""
     head = tar.read(tars.BLOCK, member.offset - tars.BLOCK)
-    if os.fsencode(member.name)[:100] != head[:100].rstrip(b"\0"):
+    name, known = head[:100].rstrip(b"\0"), os.fsencode(member.name)
+    whole = head[345:500].rstrip(b"\0") + b"/" + name  # as bsdtar splits a name of more than 100 bytes
+    if known[:100] != name and known != whole:
         raise InputError(f"{index}: isn't the index of {tar.name} ({member.name} isn't where it says)")
 
 

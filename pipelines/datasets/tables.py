@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.datasets.columns import (
+    NONE,
     PATHS,
     RESERVED,
     USUAL,
@@ -64,6 +65,8 @@ def open_table(path: Path, columns: Columns = USUAL) -> Dataset:
         notes += unused(name for name in first if name not in (path_column, label_column, *values))
     for number, row in enumerate(chain([first], rows)):
         names.append(_path(path, number, row, path_column))
+        if label_column is None and columns.label is None and row.keys() != first.keys():
+            _require_no_class(path, number, row, path_column, columns)
         texts.append("" if label_column is None else _class(path, number, row, label_column))
         for name in list(values):
             value = finite(row.get(name))
@@ -148,6 +151,17 @@ def _path(table: Path, number: int, row: dict[str, Any], column: str) -> str:
     if not isinstance(name, str) or not name:
         raise InputError(f"{table}: row {number + 1} has no {column}")
     return name
+
+
+def _require_no_class(
+    table: Path, number: int, row: dict[str, Any], path_column: str, columns: Columns
+) -> None:
+    """Raise InputError if a row of a .jsonl has a class although the first row has none."""
+    if column := columns.label_among((name for name in row if name != path_column), str(table)):
+        raise InputError(
+            f"{table}: row {number + 1} has a {column}, row 1 has none; add it, or leave the classes out "
+            f"(convert-beton --label-column {NONE})"
+        )
 
 
 def _class(table: Path, number: int, row: dict[str, Any], column: str) -> str:

@@ -85,7 +85,7 @@ def open_tars(
     if first.name.endswith(".tar"):
         opened = _tar_of_tars(source, tars, named or split or "train")
     elif imagenet.is_validation_name(first.name):
-        opened = _validation(source, tars[0], devkit)
+        opened = _validation(source, tars, devkit)
     elif _is_webdataset(tars[0], columns):
         opened = _webdataset(source, tars, split, named, columns)
     else:
@@ -397,30 +397,34 @@ def _tar_of_tars(source: str, tars: list[Tar], split: str) -> Dataset:
             else:
                 others.add(member.name)
     found.sort(key=lambda each: each[0])
+    number = {name: i for i, name in enumerate(sorted(set(classes)))}  # a class may lie in several tars
     reader, names, counts = Reader(tars), Names(), []
     for name, which, members in found:
         counts.append(len(members))
         for member in members:
             names.append(f"{name}/{member.name}")
             reader.add(which, member)
-    labels = np.repeat(np.arange(len(found)), counts)
-    opened = labelled(source, names, labels, sorted(classes), reader, split)
+    labels = np.repeat([number[name] for name, *_ in found], counts)
+    opened = labelled(source, names, labels, list(number), reader, split)
     return replace(opened, notes=system.notes() + others.notes())
 
 
-def _validation(source: str, tar: Tar, devkit: Path | None) -> Dataset:
-    """ILSVRC2012_img_val.tar: flat; the devkit's ground truth gives the class of each image by its number."""
+def _validation(source: str, tars: list[Tar], devkit: Path | None) -> Dataset:
+    """ILSVRC2012_img_val.tar, or several: flat; the devkit's ground truth gives each image's class by its
+    number."""
     system = by_a_system()
-    members = sorted(_own(tar.members(), system), key=lambda member: Path(member.name).name)
-    classes, truth = imagenet.ground_truth(tar.path, devkit)
-    reader, names, labels = Reader([tar]), Names(), []
-    for member in members:
+    found = [(which, member) for which, tar in enumerate(tars) for member in _own(tar.members(), system)]
+    found.sort(key=lambda each: Path(each[1].name).name)
+    classes, truth = imagenet.ground_truth(tars[0].path, devkit)
+    reader, names, labels = Reader(tars), Names(), []
+    for which, member in found:
         number = imagenet.validation_number(member.name)
         if not 1 <= number <= len(truth):
             raise InputError(
-                f"{tar.name}: {member.name} is not among the {len(truth):,} images of the ground truth"
+                f"{tars[which].name}: {member.name} is not among the {len(truth):,} images of the ground "
+                "truth"
             )
-        reader.add(0, member)
+        reader.add(which, member)
         names.append(Path(member.name).name)
         labels.append(truth[number - 1])
     opened = labelled(source, names, np.array(labels, np.int64), classes, reader, "validation")

@@ -12,9 +12,12 @@ from made_images import SHARED, class_folders, decoded, encoded, photos, pixels
 from made_sets import tar_of
 
 from lvssl.commands.demo import fashion_mnist
+from pipelines.convert.conversion import ConvertOptions, convert
+from pipelines.datasets.columns import Columns
 from pipelines.datasets.folders import unlabelled_images
 from pipelines.datasets.names import Names
 from pipelines.datasets.opening import open_dataset
+from pipelines.datasets.parquet import ENTRIES
 from pipelines.decode import open_reader
 from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
@@ -111,6 +114,15 @@ def test_folders_of_one_number_are_all_read(tmp_path, monkeypatch):
     assert len(open_dataset(str(tmp_path)).names) == 6
 
 
+def test_a_link_to_itself_is_a_damaged_image_alone(tmp_path):
+    folder = photos(tmp_path / "set", classes=2, each=1)
+    (folder / "class0/loop.jpg").symlink_to("loop.jpg")
+    source = open_dataset(str(folder))
+    assert list(source.names) == ["class0/000.jpg", "class0/loop.jpg", "class1/000.jpg"]
+    manifest = convert(str(folder), tmp_path / "a.beton")
+    assert [each["name"] for each in manifest["refused"]] == ["class0/loop.jpg"]
+
+
 def test_a_named_pipe_is_not_waited_for(tmp_path):
     photos(tmp_path, classes=1, each=1)
     os.mkfifo(tmp_path / "class0/pipe.jpg")
@@ -156,6 +168,41 @@ def test_tables_of_another_form_say_what_to_do(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=said):
         open_reader(tmp_path / name)
+
+
+def test_classes_with_underscores_are_names_and_no_numbers(tmp_path):
+    """Python's int reads 1_12 and 11_2 as 112."""
+    (tmp_path / "a.csv").write_text("path,label,room\n1.png,1_12,1_5\n2.png,11_2,1_6\n3.png,1_0,2_0\n")
+    source = open_dataset(str(tmp_path / "a.csv"))
+    assert source.classes == ["11_2", "1_0", "1_12"] and source.labels.tolist() == [2, 0, 1]
+    assert not source.targets
+
+
+def test_a_first_row_without_class_is_refused_if_others_have_one(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"path": "1.png"}\n{"path": "2.png", "label": 1}\n')
+    with pytest.raises(InputError, match="row 2 has a label, row 1 has none"):
+        open_dataset(str(tmp_path / "a.jsonl"))
+    assert len(open_dataset(str(tmp_path / "a.jsonl"), columns=Columns(label="none")).names) == 2
+    (tmp_path / "b.jsonl").write_text('{"path": "1.png"}\n{"path": "2.png", "note": "x"}\n')
+    assert not open_dataset(str(tmp_path / "b.jsonl")).classes
+
+
+def test_half_a_character_in_a_table_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"path": "1.png", "label": "\\ud83d"}\n')
+    with pytest.raises(InputError, match="half a character"):
+        open_dataset(str(tmp_path / "a.jsonl"))
+
+
+def test_a_split_that_a_file_cannot_have_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("path\n1.png\n")
+    with pytest.raises(InputError, match=r"a\.csv: has no splits; leave --split out"):
+        open_dataset(str(tmp_path / "a.csv"), "test")
+    convert("sklearn:digits", tmp_path / "a.beton", options=ConvertOptions(split="test"))
+    assert len(open_dataset(str(tmp_path / "a.beton"), "test").names) == 500
+    with pytest.raises(InputError, match=r"a\.beton: is of the split 'test'; leave --split out"):
+        open_dataset(str(tmp_path / "a.beton"), "train")
+    with pytest.raises(InputError, match="splits are train and test"):
+        open_dataset("sklearn:digits", "unlabeled")
 
 
 def test_a_path_that_a_table_lacks_is_looked_up_beside_it(tmp_path):
@@ -207,6 +254,14 @@ def test_a_row_without_bytes_is_damaged(tmp_path):
     path = parquet(tmp_path / "x.parquet", [encoded(pixels(8, 8)), None], [0, 0])
     with pytest.raises(DamagedImage, match="no bytes"):
         open_dataset(str(path)).read(1)
+
+
+def test_more_folders_of_parquets_than_are_looked_at_are_all_read(tmp_path):
+    """Only whether there are tables is told from the first entries of a folder."""
+    data = encoded(pixels(8, 8))
+    for number in range(ENTRIES + 5):
+        parquet(tmp_path / f"train/{number:03}/0.parquet", [data], [number])
+    assert len(open_dataset(str(tmp_path)).names) == ENTRIES + 5
 
 
 def test_a_wrong_label_names_its_own_table(tmp_path):
@@ -310,6 +365,8 @@ def test_torchvision_without_network(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(InputError, match="torchvision:CIFAR10: could not be loaded from or downloaded to"):
         open_dataset("torchvision:CIFAR10", None, tmp_path)
+    with pytest.raises(InputError, match="torchvision:CIFAR10: splits are train and test"):
+        open_dataset("torchvision:CIFAR10", "unlabeled", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from made_sets import every_form, tar_of, train_tar, validation_tar
 
 from pipelines.convert.conversion import ConvertOptions, Settings, convert
 from pipelines.datasets.columns import Columns
+from pipelines.datasets.dataset import Dataset
+from pipelines.datasets.imagenet import renumbered
 from pipelines.datasets.opening import open_dataset
 from pipelines.datasets.tars import Reader, Tar
 from pipelines.errors import InputError
@@ -229,6 +231,23 @@ def test_the_validation_tar_needs_its_devkit(tmp_path):
         open_dataset(str(tar), devkit=tmp_path / "kit.tar.gz")
 
 
+def test_imagenets_tars_may_be_several(tmp_path):
+    """A class that lies in two tars of tars is one class; every validation tar is read."""
+    files = {f"n0000000{c}/{i}.JPEG": encoded(pixels(8, 8, i)) for c in (0, 1) for i in range(2)}
+    train_tar(tmp_path / "train-0.tar", files)
+    train_tar(tmp_path / "train-1.tar", {name: data for name, data in files.items() if "0/" in name})
+    source = open_dataset(str(tmp_path / "train-{0,1}.tar"))
+    assert source.classes == ["n00000000", "n00000001"] and source.labels.tolist() == [0, 0, 0, 0, 1, 1]
+    whole = open_dataset(str(validation_tar(tmp_path / "val", files)))
+    halves = [0, 2], [1, 3]
+    for number, half in enumerate(halves):
+        members = {whole.names[i]: whole.read(i) for i in half}
+        tar_of(tmp_path / f"val/v-{number}.tar", members)
+    source = open_dataset(str(tmp_path / "val/v-*.tar"))
+    assert list(source.names) == list(whole.names) and source.labels.tolist() == whole.labels.tolist()
+    assert [source.read(i) for i in range(4)] == [whole.read(i) for i in range(4)]
+
+
 # ------------------------------------------------------------- what looks wrong
 
 
@@ -285,6 +304,17 @@ def test_classes_are_taken_from_a_manifest_or_a_list(tmp_path):
     without = {"columns": Columns(label="none"), "classes": tmp_path / "names.txt"}
     with pytest.raises(InputError, match="--classes .*names.txt: the images have no labels"):
         open_dataset(str(tmp_path / "set"), **without)
+
+
+def test_a_list_of_classes_may_begin_with_a_mark_and_two_may_be_called_alike(tmp_path):
+    """Editors on Windows put a mark before UTF-8; ImageNet's names have two cranes, each with its number."""
+    photos(tmp_path / "set", classes=2, each=1)
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfclass1\nclass0\n")
+    assert open_dataset(str(tmp_path / "set"), classes=tmp_path / "names.txt").labels.tolist() == [1, 0]
+    cranes = Dataset(["a", "b"], np.array([0, 1]), ["crane", "crane"], lambda _: b"", None)
+    assert renumbered(cranes, ["crane", "crane"], "names.txt").labels.tolist() == [0, 1]
+    with pytest.raises(InputError, match="names.txt: names two classes crane"):
+        renumbered(cranes, ["crane", "heron", "crane"], "names.txt")
 
 
 # ------------------------------------------------------------------ tars, out

@@ -1,7 +1,9 @@
 """The sources beside each other, and what they say of bad input."""
 
+import io
 import json
 import shutil
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -175,6 +177,18 @@ def test_the_manifest_of_other_tars_names_no_class(tmp_path):
             assert list(source.classes or "01") == ["0", "1"] and source.labels.tolist() == [0, 1, 0, 1]
     for source in (open_reader(tmp_path / "b-tars"), opening.open_dataset(str(tmp_path / "b-tars"))):
         assert source.classes == ["cow", "dog"]
+
+
+def test_the_index_of_a_tar_whose_headers_split_long_names(tmp_path):
+    """As bsdtar does, and ustar in general: the first part of a long path is in a field of its own."""
+    name, data = f"{'x' * 90}/{'y' * 90}.jpg", io.BytesIO()
+    Image.new("RGB", (8, 9)).save(data, "JPEG")
+    info = tarfile.TarInfo(name)
+    info.size = len(data.getvalue())
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+        archive.addfile(info, io.BytesIO(data.getvalue()))
+    (tmp_path / "a.idx").write_text(f"v1.2 1\njpg 512 {info.size} {name}\n")
+    assert open_reader(tmp_path / "a.tar").names[0] == f"a.tar:{name}"
 
 
 def test_an_index_that_is_not_its_tars_is_refused(sources, tmp_path):
