@@ -150,14 +150,20 @@ class Job:
 
     def with_processes(self, record: Record) -> Outcome:
         """Run the ranks as processes of this machine, with the variables that torchrun sets."""
-        ranks = self.cluster.ranks_per_node
+        if self.asked_to_stop():  # before anything was started
+            return Outcome(stopped=True)
+        ranks, children = self.cluster.ranks_per_node, []
         _, port = scheduler.meeting_point(record.restarts + record.crashes)
         for rank in range(ranks):
             environment = dict(os.environ)
             if ranks > 1:
                 environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
                 environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            self.children.append(subprocess.Popen(self.command(), cwd=self.code, env=environment))
+            children.append(subprocess.Popen(self.command(), cwd=self.code, env=environment))
+        self.children += children
+        for number in self.asked_to_stop():  # heard while they were started
+            for child in children:
+                child.send_signal(number)
         statuses = [child.wait() for child in self.children]
         self.children.clear()
         stopped = any(s == STOPPED or s in STOPPED_EARLY for s in statuses) and bool(self.asked_to_stop())

@@ -56,11 +56,10 @@ def launch(
         print(describe(pipeline, stages, plan(pipeline.out, stages), cluster, sizes, gpu_hours))
         return 0
     with claimed(pipeline.out):
-        write_json(pipeline.out / "launch.json", {"preset": preset})
         works = plan(pipeline.out, stages)
         if cluster == "slurm":
-            return submit_chain(pipeline, works)
-        return run_here(pipeline, works, cluster)
+            return submit_chain(pipeline, works, preset)
+        return run_here(pipeline, works, preset, cluster)
 
 
 def as_launched(file: Path, starts: Starts) -> tuple[Pipeline, str | None]:
@@ -112,8 +111,8 @@ def is_busy(job: str, queue: dict[str, tuple[str, str]]) -> bool:
 # ---- Slurm
 
 
-def submit_chain(pipeline: Pipeline, works: list[Work]) -> int:
-    """Check everything, then submit the stages in order."""
+def submit_chain(pipeline: Pipeline, works: list[Work], preset: str | None) -> int:
+    """Check everything, then submit the stages in order. `preset` is noted for `status` and `retry`."""
     out = pipeline.out
     for work in works:
         if work.tasks:
@@ -124,6 +123,7 @@ def submit_chain(pipeline: Pipeline, works: list[Work]) -> int:
         if work.tasks:
             script = executor(pipeline, work.stage, code, []).script(len(work.tasks))
             scheduler.test_submission(f"{table_of(work.stage)}.cluster", script, out)
+    write_json(out / "launch.json", {"preset": preset})  # only now: a refused launch is none
     jobs = read_jobs(out)
     submitted: dict[str, list[str]] = {}
     for work in works:
@@ -214,9 +214,10 @@ def table_of(stage: Stage) -> str:
 # ---- On this machine, without a scheduler
 
 
-def run_here(pipeline: Pipeline, works: list[Work], cluster: str) -> int:
+def run_here(pipeline: Pipeline, works: list[Work], preset: str | None, cluster: str) -> int:
     """Run the stages one after the other on this machine, up to the first that fails."""
     out = pipeline.out
+    write_json(out / "launch.json", {"preset": preset})
     code = snapshot(out)
     os.environ.update(pipeline.local.environment)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(code), os.environ.get("PYTHONPATH"))))

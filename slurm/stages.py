@@ -8,6 +8,7 @@ settings never use each other's files, and returning to earlier settings finds t
 import dataclasses
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,9 +138,11 @@ def data_stages(pipeline: Pipeline) -> tuple[list[Stage], dict[str, tuple[Path, 
         data[name] = (beton, key)
         whole = (beton, Path(f"{beton}.json"))
         if source.shards == 1:
-            parts.append(Task(f"convert-{name}", key, CONVERT, convert(source, beton), whole))
+            arguments = convert(source, beton, pipeline.file.parent)
+            parts.append(Task(f"convert-{name}", key, CONVERT, arguments, whole))
             continue
-        made = [part(name, source, beton, key, k) for k in range(1, source.shards + 1)]
+        folder = pipeline.file.parent
+        made = [part(name, source, beton, folder, key, k) for k in range(1, source.shards + 1)]
         parts += made
         removes = tuple(task.outputs[0] for task in made)
         merges.append(Task(f"merge-{name}", key, CONVERT, ("--merge", str(beton)), whole, removes))
@@ -150,11 +153,11 @@ def data_stages(pipeline: Pipeline) -> tuple[list[Stage], dict[str, tuple[Path, 
     return stages, data
 
 
-def part(name: str, source: ImageSource, beton: Path, key: str, k: int) -> Task:
+def part(name: str, source: ImageSource, beton: Path, folder: Path, key: str, k: int) -> Task:
     """The k-th job of a conversion's array."""
     shard = f"{k}/{source.shards}"
     out = beton.with_name(f"{beton.stem}.part-{k:03d}-of-{source.shards:03d}.beton")
-    arguments = (*convert(source, beton), "--shard", shard)
+    arguments = (*convert(source, beton, folder), "--shard", shard)
     return Task(
         f"convert-{name}-{k:03d}",
         digest("part", shard, key),
@@ -164,10 +167,14 @@ def part(name: str, source: ImageSource, beton: Path, key: str, k: int) -> Task:
     )
 
 
-def convert(source: ImageSource, beton: Path) -> tuple[str, ...]:
+def convert(source: ImageSource, beton: Path, folder: Path) -> tuple[str, ...]:
+    """The arguments of `convert-beton`; `folder`, the pipeline's, is that of torchvision's downloads, since a
+    job's working folder is the copy of the code."""
     given = {
         k: v for k, v in dataclasses.asdict(source).items() if k not in ("source", "shards") and v is not None
     }
+    if source.source.startswith("torchvision:"):
+        given.setdefault("root", folder / "data")
     return (source.source, str(beton), *options(given))
 
 
@@ -199,5 +206,13 @@ def identity(source: str | Path) -> str:
         return str(source)
     rows = [path, *sorted(path.iterdir())] if path.is_dir() else [path]
     return json.dumps(
-        [[str(p), s.st_size if p.is_file() else 0, s.st_mtime_ns] for p in rows for s in [p.stat()]]
+        [[str(p), s.st_size if p.is_file() else 0, s.st_mtime_ns] for p in rows for s in [_status(p)]]
     )
+
+
+def _status(path: Path) -> os.stat_result:
+    """The status of what a path leads to; that of a link itself if it leads nowhere."""
+    try:
+        return path.stat()
+    except OSError:
+        return path.lstat()

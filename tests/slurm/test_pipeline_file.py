@@ -21,7 +21,7 @@ from pipelines.amounts import size_text
 from pipelines.convert.command import parser
 from pipelines.errors import InputError
 from slurm.dry_run import folder_size
-from slurm.launch import launch, plan
+from slurm.launch import as_launched, launch, plan
 from slurm.pipeline import MEASURING, ImageSource, minutes_of, read_pipeline
 from slurm.records import Record, claimed, fingerprints, last_error, read_jobs, stands, write_record
 from slurm.stages import build_stages, digest
@@ -333,6 +333,34 @@ def test_only_one_launch_at_a_time(tmp_path):
     path = write(tmp_path)
     with claimed(tmp_path / "out"), pytest.raises(InputError, match="is locked by another `lvssl launch`"):
         launch(path, chain_starts(), cluster="local")
+
+
+def test_a_refused_launch_leaves_the_preset_of_the_last_one(tmp_path, monkeypatch):
+    path = write(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch there
+    with pytest.raises(InputError, match="no Slurm here"):
+        launch(path, chain_starts(), preset="fashion-mnist")
+    assert as_launched(path, chain_starts())[1] is None
+
+
+def test_torchvisions_downloads_are_not_in_the_copy_of_the_code(tmp_path):
+    """A job's working folder is the copy of the code, which differs after every change."""
+    given = FILE.replace('source = "sklearn:digits"', 'source = "torchvision:CIFAR10"')
+    stages = build_stages(read_pipeline(write(tmp_path, given), chain_starts()))
+    tasks = [task for task in stages[0].tasks if task.name.startswith("convert")]
+    assert len(tasks) == 3
+    for task in tasks:
+        assert task.arguments[task.arguments.index("--root") + 1] == str(tmp_path / "data")
+    given = given.replace("[convert]", '[convert]\nroot = "/elsewhere"')
+    stages = build_stages(read_pipeline(write(tmp_path, given), chain_starts()))
+    assert stages[0].tasks[0].arguments.count("--root") == 1 and "/elsewhere" in stages[0].tasks[0].arguments
+
+
+def test_a_link_that_leads_nowhere_beside_the_images_stops_no_launch(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/gone.jpg").symlink_to("nowhere.jpg")
+    given = FILE.replace('source = "sklearn:digits"', 'source = "photos"', 1)
+    assert build_stages(read_pipeline(write(tmp_path, given), chain_starts()))
 
 
 def test_options_of_convert_beton_are_its_own():

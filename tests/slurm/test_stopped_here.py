@@ -14,7 +14,7 @@ from lvssl.commands.chain import chain_starts
 from slurm.job import Job
 from slurm.launch import run_some
 from slurm.pipeline import ClusterSettings, Pipeline, read_pipeline
-from slurm.records import read_record
+from slurm.records import Record, read_record
 from slurm.stages import Task, build_stages
 from slurm.work import Work
 
@@ -54,6 +54,33 @@ def test_stopped_after_a_crash_it_does_not_start_again(pipeline, tmp_path):
     assert record is not None and (record.state, record.crashes) == ("stopped", 1)
     log = Path(record.log).read_text()
     assert log.count("pipeline: pretrain: start") == 1 and "`lvssl launch` starts it again" in log
+
+
+class StoppedWhileStarting(Job):
+    """A job that gets SIGTERM right before its process starts."""
+
+    def command(self) -> list[str]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().command()
+
+
+@pytest.mark.parametrize("kind", [Job, StoppedWhileStarting])
+def test_stopped_before_or_while_its_process_starts_it_hears_of_it(pipeline, tmp_path, kind):
+    (tmp_path / "long.py").write_text("import pathlib, time\ntime.sleep(20)\npathlib.Path('end').touch()\n")
+    task = task_of(pipeline, "long")
+    job = kind(pipeline.out, task, ClusterSettings(), tmp_path)
+    job.kind = "local"
+    numbers = signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        job.listen()
+        if kind is Job:
+            os.kill(os.getpid(), signal.SIGTERM)
+        outcome = job.with_processes(Record(task.name, task.digest))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert outcome.stopped and not outcome.saved and not (tmp_path / "end").exists()
 
 
 class StoppedAfterTheFirst(list):
