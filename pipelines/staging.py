@@ -45,7 +45,7 @@ def stage(to: str, files: Iterable[Path]) -> None:
     `to` may contain environment variables. Nothing is raised: files that can't be copied are read from their
     original place, and the first process of a node says so.
     """
-    files, folder = list(files), Path(os.path.expandvars(to))
+    files, folder = list(dict.fromkeys(files)), Path(os.path.expandvars(to))  # two sets may share files
     try:
         if not folder.is_absolute() or not folder.is_dir():
             raise OSError(errno.ENOENT, "no such folder there")

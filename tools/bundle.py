@@ -177,6 +177,13 @@ def unpack(bundle: Path, target: Path, source: Path | None) -> int:
         if not path.is_file() or path.stat().st_size != size or digest(path) != expected:
             raise Incomplete(f"{path}: isn't what was gathered; bring the bundle again")
     python, lib = target / "python", target / "lib"
+    if target.resolve() == bundle.resolve():
+        raise Incomplete(f"{target}: is the bundle itself; name another folder")
+    for folder in (python, lib):
+        if folder.exists() and not (target / MANIFEST).is_file():
+            raise Incomplete(f"{folder}: exists, but not from a bundle; name another folder")
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(bundle / MANIFEST, target / MANIFEST)
     for folder in (python, lib):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -185,7 +192,6 @@ def unpack(bundle: Path, target: Path, source: Path | None) -> int:
             unpack_wheel(bundle / name, python)
         elif name.startswith("lib/"):
             shutil.copyfile(bundle / name, target / name)
-    shutil.copyfile(bundle / MANIFEST, target / MANIFEST)
     if any(name.startswith(DATA + "/") for name in manifest["files"]):
         say(f"data: {(bundle / DATA).resolve()}")
     return check(target, source)

@@ -74,6 +74,19 @@ def test_a_whole_bundle_is_unpacked_and_its_exports_work(made):
     assert unpack(made, command="check")[0] == 0 and unpack(made)[0] == 0  # again, onto what is there
 
 
+def test_unpacking_removes_neither_the_bundle_nor_folders_of_others(made):
+    (made.parent / "target/lib").mkdir(parents=True)
+    (made.parent / "target/lib/mine.so").write_text("mine")
+    status, exports, (line,) = unpack(made)
+    assert status == 2 and not exports and "target/lib: exists, but not from a bundle" in line
+    assert (made.parent / "target/lib/mine.so").read_text() == "mine"
+    shutil.rmtree(made.parent / "target")
+    (made.parent / "target").symlink_to(made)
+    status, exports, (line,) = unpack(made)
+    assert status == 2 and not exports and "target: is the bundle itself" in line
+    assert (made / "lib/libturbojpeg.so.0").is_file()
+
+
 def test_each_missing_piece_has_its_line(made):
     wheel(made / "wheels", "compiled", "1.0", {"compiled.py": ""}, tags="cp37-cp37m-linux_x86_64")
     (made / "wheels/tinytwo-3.0-py3-none-any.whl").unlink()

@@ -27,6 +27,12 @@ def disk(tmp_path, monkeypatch) -> Path:
     os.environ.pop(STAGED, None)
 
 
+def test_a_file_of_two_sets_is_copied_once(disk, tmp_path, capsys):
+    (tmp_path / "a.beton").write_bytes(bytes(20_000_000))
+    stage("$NODE_DISK", [tmp_path / "a.beton", tmp_path / "a.beton"])
+    assert "staged 0.02 GB in " in capsys.readouterr().out
+
+
 @pytest.fixture(params=[0, 1, 1000, 10_500])
 def shared(request, tmp_path) -> Path:
     path = tmp_path / "set.beton"
