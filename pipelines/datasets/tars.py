@@ -577,6 +577,8 @@ def _webdataset(
     if not paths:
         wanted = f" by the name {columns.image} (--image-key)" if columns.image else ""
         raise InputError(f"{source}: no image{wanted} in these tars")
+    if columns.label not in (None, NONE) and not any(texts):
+        raise InputError(f"{source}: no sample has a class by the name {columns.label} (--label-column)")
     layout = layout_of(tree, source, asked, named)
     rows: Sequence[int] = range(len(paths))
     if layout.has_splits:
@@ -625,8 +627,9 @@ class _Targets:
             if field not in numbers:
                 raise InputError(f"{name}: its .json has no number '{field}' (--targets)")
         if self._values is None:
-            usual = () if self._wanted is not None else (*LABELS, self._label)
-            self._seen = [field for field in fields if field not in (*LABELS, self._label)]
+            labels = {field for field in fields if field == self._label or field.strip().lower() in LABELS}
+            self._seen = [field for field in fields if field not in labels]
+            usual = labels if self._wanted is None else set()
             self._values = {field: array("d") for field in numbers if field not in usual}
         for field in list(self._values):
             if field in numbers:
@@ -665,11 +668,15 @@ def _class_of(tar: Tar, sample: Sample, fields: dict[str, Any], columns: Columns
             return as_text(tar.content(sample.answers["cls"]).decode())
         if columns.label is not None:
             return as_text(fields.get(columns.label))
-        usual = (name for name in LABELS if name not in (columns.targets or ()))
-        single = (fields[name] for name in usual if not isinstance(fields.get(name, []), (list, dict)))
-        return next(map(as_text, single), "")
+        name = columns.label_among(_single(fields), tar.name)
+        return "" if name is None else as_text(fields[name])
     except ValueError as error:
         raise InputError(f"{tar.name}: {sample.image.name}: its class can't be read ({error})") from error
+
+
+def _single(fields: dict[str, Any]) -> list[str]:
+    """The names of the fields that hold neither a list nor an object."""
+    return [name for name, value in fields.items() if not isinstance(value, (list, dict))]
 
 
 def _fields(content: bytes) -> dict[str, Any]:

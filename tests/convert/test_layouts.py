@@ -19,6 +19,7 @@ from PIL import Image
 
 from pipelines.convert.command import main
 from pipelines.convert.conversion import convert
+from pipelines.datasets.columns import Columns
 from pipelines.datasets.folders import unlabelled_images
 from pipelines.datasets.opening import open_dataset
 from pipelines.decode import open_reader
@@ -319,6 +320,17 @@ def test_keys_with_dots(tmp_path):
     opened = open_dataset(str(tar_of(tmp_path / "x.tar", members)))
     assert [data for _, data in contents(opened)] == [str(i).encode() for i in range(7)]
     assert opened.labels.tolist() == [i % 3 for i in range(7)] and opened.notes == []
+
+
+def test_fields_of_samples_have_their_usual_names_in_any_case(tmp_path):
+    members = {}
+    for i in range(2):
+        members |= {f"{i}.jpg": IMAGE, f"{i}.json": f'{{"Label": {1 - i}, "age": {i}}}'.encode()}
+    source = open_dataset(str(tar_of(tmp_path / "a.tar", members)))
+    assert source.labels.tolist() == [1, 0] and list(source.targets) == ["age"]
+    assert open_dataset(str(tmp_path / "a.tar"), columns=Columns(label="age")).labels.tolist() == [0, 1]
+    with pytest.raises(InputError, match=r"no sample has a class by the name agee \(--label-column\)"):
+        open_dataset(str(tmp_path / "a.tar"), columns=Columns(label="agee"))
 
 
 def test_samples_of_several_images_name_what_is_left_out(tmp_path):
