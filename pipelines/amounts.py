@@ -4,7 +4,7 @@
 def size_text(count: float) -> str:
     """ "999 B", "1.2 GB"."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # rounds to three digits
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"

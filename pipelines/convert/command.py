@@ -260,6 +260,8 @@ def execute(argv: list[str] | None) -> int:
     if not asked and (args.source is None or (args.out is None and args.webdataset is None)):
         missing = "SOURCE" if args.source is None else "OUT.beton (or --webdataset DIR)"
         p.error(f"the following arguments are required: {missing}")
+    if asked:
+        _refuse_unused(p, args)
     if args.remove_parts and not args.merge:
         p.error("--remove-parts can only be used with --merge")
     hide_decoders_warnings()
@@ -284,6 +286,14 @@ def execute(argv: list[str] | None) -> int:
         return 143 if told else 130
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _refuse_unused(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error at an option that --merge, --verify or --inspect would ignore."""
+    task = next(name for name in OTHER_TASKS if getattr(args, name))
+    for name, value in vars(args).items():
+        if name not in (task, *USED[task]) and value != p.get_default(name):
+            p.error(f"--{name.replace('_', '-')} has no effect with --{task}; leave it out")
 
 
 def _merge(args: argparse.Namespace) -> int:
@@ -351,6 +361,11 @@ def _report(out: str, manifest: dict[str, Any]) -> None:
 
 
 OTHER_TASKS = {"merge": _merge, "verify": _verify, "inspect": _inspect}
+USED = {  # the other options that each of them heeds
+    "merge": ("webdataset", "images_per_tar", "workers", "restart", "overwrite", "remove_parts"),
+    "verify": ("workers",),
+    "inspect": ("sheet",),
+}
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from pipelines.convert.estimate import check_space, measure
 from pipelines.convert.journal import Journal, conversion_lock
-from pipelines.convert.outputs import BetonOutput, Item, Output, TarOutput
+from pipelines.convert.outputs import BetonOutput, Item, Output, TarOutput, is_of_tars
 from pipelines.convert.store import STORAGE_KINDS, Settings, Stored, area_resize, select, store, store_batch
 from pipelines.cores import cores
 from pipelines.datasets.columns import Columns
@@ -101,7 +101,9 @@ class OutputOptions:
     progress: bool = False  # show notes, estimate and a bar on stderr
 
     def validate(self) -> None:
-        """Raise InputError for a number below 1."""
+        """Raise InputError for a number below 1, or a folder without a name of its own."""
+        if self.tars is not None and self.tars.name in ("", ".."):
+            raise InputError(f"--webdataset {self.webdataset}: name a new folder")
         for option, number in (("--workers", self.workers), ("--images-per-tar", self.images_per_tar)):
             if number is not None and number < 1:
                 raise InputError(f"{option} {number}: must be at least 1")
@@ -256,12 +258,19 @@ def _journal(work: Work, path: Path) -> Iterator[Journal]:
         done = 0 if journal is None else journal.committed
         kept = f"{done:,} of {len(work.order):,} images are kept" if keep and done else ""
         if isinstance(error, OSError):
-            raise InputError(why_unwritten(work.outputs[0].final, error, kept)) from error
+            raise InputError(why_unwritten(_unwritten(work, error), error, kept)) from error
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(kept) from error
         raise
     path.unlink(missing_ok=True)
     journal.close()
+
+
+def _unwritten(work: Work, error: OSError) -> Path:
+    """The output to which an error belongs; the first if it doesn't say."""
+    name = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else Path()
+    concerned = (output.final for output in work.outputs if output.part in (name, *name.parents))
+    return next(concerned, work.outputs[0].final)
 
 
 @contextmanager
@@ -417,7 +426,7 @@ def _images(work: Work, order: np.ndarray) -> Generator[tuple[int, Stored | str]
 def _check_still_space(outputs: list[Output]) -> None:
     for output in outputs:
         if shutil.disk_usage(output.part.parent).free < RESERVE:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(output.part))
 
 
 # ---------------------------------------------------------------------- the end
@@ -578,7 +587,13 @@ def check_targets(beton: Path | None, tars: Path | None, overwrite: bool, journa
     if tars is not None:
         if tars.is_file():
             raise InputError(f"{tars}: is a file; the tars need a folder")
-        there += [tars] if tars.is_dir() and any(tars.iterdir()) else []
+        entries = sorted(path.name for path in tars.iterdir()) if tars.is_dir() else []
+        there += [tars] if entries else []
+        if overwrite and (strange := [name for name in entries if not is_of_tars(name)]):
+            raise InputError(
+                f"{tars}: has other files than a conversion's ({strange[0]}), which --overwrite would "
+                "remove; name another folder"
+            )
     if there and not overwrite:
         raise InputError(f"{there[0]}: exists; remove it, or replace it with --overwrite")
 

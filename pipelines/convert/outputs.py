@@ -154,10 +154,12 @@ class TarOutput:
         self.layout.reserve(int(record["mode"]), int(record["file_size"]), item.label, item.targets)
 
     def cut(self) -> None:
-        """Remove tars that the journal doesn't have; `_open` truncates the last one that it has."""
-        layout = self.layout
-        for path in self.part.glob(f"{self.prefix}-*.tar"):
-            if path.name > layout.tar_name() or (not layout.index and path.name == layout.tar_name()):
+        """Remove what the journal doesn't have, such as tars of another conversion into this folder, whose
+        journal is elsewhere; `_open` truncates the last tar that it has."""
+        known = {Path(name).with_suffix(end).name for name, _ in self.finished for end in (".tar", ".idx")}
+        known |= {self.layout.tar_name()} if self.layout.index else set()
+        for path in self.part.iterdir():
+            if path.name not in known:
                 path.unlink()
 
     def add(self, item: Item, stored: Stored) -> None:
@@ -234,6 +236,12 @@ class TarOutput:
     def remove(self) -> None:
         self.close()
         shutil.rmtree(self.part, ignore_errors=True)
+
+
+def is_of_tars(name: str) -> bool:
+    """Whether a file in a folder of tars may be from a conversion, by its name."""
+    manifest = Path("manifest.json")
+    return name.endswith((".tar", ".idx")) or name in (manifest.name, rows_path(manifest).name)
 
 
 Output = BetonOutput | TarOutput

@@ -173,6 +173,60 @@ def test_merging_and_verifying_check_their_options_too(tmp_path, capsys, option)
     assert not (tmp_path / "tars").exists() and not Path(out).exists()
 
 
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("--merge x.beton --dry-run --remove-parts", "--dry-run has no effect with --merge"),
+        ("--merge x.beton --subset 2", "--subset has no effect with --merge"),
+        ("--verify x.beton --webdataset tars", "--webdataset has no effect with --verify"),
+        ("--inspect x.beton --workers 2", "--workers has no effect with --inspect"),
+    ],
+)
+def test_options_that_another_task_ignores_are_refused(tmp_path, monkeypatch, capsys, typed, message):
+    photos(tmp_path / "set", classes=2, each=2)
+    monkeypatch.chdir(tmp_path)
+    assert main(["set", "x.beton", "--shard", "1/1"]) == 0
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as ended:
+        main(typed.split())
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_overwriting_tars_removes_nothing_else(tmp_path, monkeypatch, capsys):
+    photos(tmp_path / "set", classes=1, each=2)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    monkeypatch.chdir(tmp_path)
+    assert main(["set", "--webdataset", "mine", "--overwrite"]) == 2
+    assert "mine: has other files than a conversion's (thesis.txt)" in capsys.readouterr().err
+    assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+    for _ in range(2):
+        assert main(["set", "--webdataset", "tars", "--overwrite"]) == 0
+    for folder in (".", "tars/.."):
+        assert main(["set", "--webdataset", folder]) == 2
+        assert f"--webdataset {folder}: name a new folder" in capsys.readouterr().err
+
+
+def test_the_output_that_cannot_be_written_is_the_one_that_is_named(tmp_path, capsys):
+    photos(tmp_path / "set", classes=1, each=2)
+    (tmp_path / ".tars.part").write_text("in the way")
+    both = [str(tmp_path / "x.beton"), "--webdataset", str(tmp_path / "tars")]
+    assert main([str(tmp_path / "set"), *both]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/tars: cannot be written (File exists)\n"
+
+
+def test_tars_of_another_unfinished_conversion_are_not_published(tmp_path):
+    """It wrote a beton, too, and its journal is next to that one."""
+    photos(tmp_path / "set", classes=1, each=2)
+    (tmp_path / ".tars.part").mkdir()
+    for name in ("images-000000.tar", "images-000007.idx", "test-000000.tar"):
+        (tmp_path / ".tars.part" / name).write_bytes(b"half")
+    assert main([str(tmp_path / "set"), "--webdataset", str(tmp_path / "tars")]) == 0
+    names = ["images-000000.idx", "images-000000.tar", "manifest.json"]
+    assert sorted(path.name for path in (tmp_path / "tars").iterdir()) == names
+
+
 def test_overwrite_replaces_and_a_failure_keeps_the_old_one(tmp_path, capsys):
     photos(tmp_path / "set", classes=1, each=3)
     out = tmp_path / "x.beton"

@@ -10,6 +10,7 @@ import threading
 
 import pytest
 
+from pipelines.amounts import size_text
 from pipelines.files import json_text, write_atomically, write_json, written_aside
 
 KILLED = """
@@ -75,3 +76,9 @@ def test_json_has_null_for_what_is_no_number(tmp_path):
 def test_a_numpy_number_is_no_exception(value):
     numpy = pytest.importorskip("numpy")
     assert json_text({"x": numpy.float64(value), "y": numpy.float64(1.5)}) == '{"x": null, "y": 1.5}'
+
+
+def test_a_size_that_rounds_to_the_next_unit_is_in_that_unit():
+    assert [size_text(size) for size in (0, 999, 999_499, 999_500, 999_950_000)] == [
+        *("0 B", "999 B", "999 kB", "1 MB", "1 GB"),
+    ]
