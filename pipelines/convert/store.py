@@ -146,7 +146,8 @@ def _store_jpeg(image: bytes, settings: Settings, raw: bool) -> Stored:
     header = jpeg.read_header(image, settings.max_pixels)
     size = _target_size(header.height, header.width, settings.max_resolution)
     same_size = size == (header.height, header.width)
-    if header.is_rgb_or_grey and header.orientation == 1 and same_size and not raw:
+    readable = header.height * header.width <= jpeg.PIXELS_PER_BYTE * len(image)  # not blank arithmetic codes
+    if header.is_rgb_or_grey and readable and header.orientation == 1 and same_size and not raw:
         jpeg.check(image, header)
         return Stored(JPEG, *size, image, "jpeg_untouched")
     pixels = jpeg.decode(image, header, None if same_size else size)

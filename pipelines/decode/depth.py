@@ -17,7 +17,7 @@ from pipelines.formats.jpeg import DamagedImage
 
 FULL = 65_535
 DARK = 16_384  # 16-bit values all below this don't use the two upper bits: most likely 14 bits or fewer
-_BITS_PER_SAMPLE, _SMIN, _SMAX = 258, 340, 341  # TIFF tags
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SMIN, _SMAX = 258, 262, 340, 341  # TIFF tags
 _ALPHA = {4: 1, 6: 1}  # PNG colour types with an alpha channel
 _UPPER_BITS = ("L", "LA", "RGB", "RGBA")  # modes for which Pillow keeps only 8 of 16 bits
 _SCALED_BY_PILLOW = ("PPM", "JPEG2000")  # formats that Pillow scales to 16 bits, by their headers
@@ -57,9 +57,11 @@ def to_8_bits(image: Image.Image, data: bytes, white_level: int | None = None) -
         said = f"{lowest:,} to {highest:,}, beyond {black:,} to {white:,}"
         raise DamagedImage(f"its values reach from {said}, the range that it or --white-level states")
     if values.dtype.kind == "f":
-        return np.rint((values - black) * (255 / (white - black))).astype(np.uint8)
-    span = int(white) - int(black)
-    return ((255 * (values.astype(np.int64) - int(black)) + span // 2) // span).astype(np.uint8)
+        made = np.rint((values - black) * (255 / (white - black))).astype(np.uint8)
+    else:
+        span = int(white) - int(black)
+        made = ((255 * (values.astype(np.int64) - int(black)) + span // 2) // span).astype(np.uint8)
+    return 255 - made if _is_negative(image) else made
 
 
 def _assumed(image: Image.Image, data: bytes, values: np.ndarray) -> tuple[float, float]:
@@ -112,6 +114,14 @@ def _deep_tiff(image: Image.Image) -> bool:
         return False
     tags: Any = image.tag_v2  # type: ignore[attr-defined]
     return bool(np.ravel(tags.get(_BITS_PER_SAMPLE, 1)).max() > 8)
+
+
+def _is_negative(image: Image.Image) -> bool:
+    """Whether 0 is white in a TIFF, which Pillow heeds only up to 8 bits."""
+    if image.format != "TIFF":
+        return False
+    tags: Any = image.tag_v2  # type: ignore[attr-defined]
+    return tags.get(_PHOTOMETRIC) == 0
 
 
 def _png_range(data: bytes) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ from numba import types
 from pipelines.decode.resize import resize_crop
 from pipelines.formats import turbojpeg
 from pipelines.formats.beton import JPEG
+from pipelines.formats.jpeg import PIXELS_PER_BYTE
 from pipelines.formats.turbojpeg import RGB, STOP_AT_500_SCANS
 from pipelines.kernels.compiled import compiled
 
@@ -46,9 +47,6 @@ _pread: Any = types.ExternalFunction(
 )
 
 DECODED, WRONG_SIZE, DAMAGED, WRONG_BOX, TOO_SHORT, UNREAD = 0, 1, 2, 3, 4, 5
-# A JPEG holds at most some 340 pixels per byte (one bit for each block of one colour), so a header that
-# promises gigabytes for a few kilobytes is damaged.
-PIXELS_PER_BYTE = 1024
 
 
 class Samples(NamedTuple):

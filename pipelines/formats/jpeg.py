@@ -26,6 +26,9 @@ from pipelines.formats import turbojpeg
 _ORIENTATION = 0x0112  # EXIF tag
 MAX_PIXELS = 1 << 28  # of one image: 0.8 GB when decoded; larger ones are most likely unintended
 most_pixels = MAX_PIXELS  # this process's limit, see read_up_to
+# A JPEG of Huffman codes holds at most some 340 pixels per byte (one bit for each block of one colour), so a
+# header that promises gigabytes for a few kilobytes is taken for damaged where stored images are read.
+PIXELS_PER_BYTE = 1024
 ANY_SIZE = 65_535**2  # the most that a JPEG's header can state
 COMMON = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")  # Pillow's names of formats to try first
 LFS = b"version https://git-lfs"  # start of a Git LFS pointer, which Git leaves in place of a large file

@@ -258,6 +258,27 @@ def test_what_would_come_out_black_is_refused_or_scaled_as_stated(tmp_path, caps
     assert "beyond 0 to 7" in capsys.readouterr().err  # never clipped
 
 
+def test_a_jpeg_too_dense_to_be_read_is_encoded_again(monkeypatch):
+    """Of arithmetic codes, which take a fraction of a bit for a blank block; readers take it for damaged."""
+    monkeypatch.setenv("TJ_ARITHMETIC", "1")
+    dense = jpeg.encode(np.full((600, 800, 3), 255, np.uint8), 90)
+    monkeypatch.delenv("TJ_ARITHMETIC")
+    if b"\xff\xc9" not in dense:
+        pytest.skip("this libjpeg-turbo doesn't write arithmetic codes")
+    stored = store.store(dense, Settings())
+    assert stored.storage_kind == "reencoded" and len(stored.data) * jpeg.PIXELS_PER_BYTE > 600 * 800
+    assert (decode_rgb(bytes(stored.data)) == 255).all()
+
+
+def test_a_deep_tiff_in_which_zero_is_white_is_no_negative():
+    """Pillow inverts such TIFFs of 8 bits, and not of more."""
+    zero_is_white = Image.Exif()
+    zero_is_white[262] = 0
+    stored = (65_535 - GREY8 * 257).astype(np.uint16)
+    for data in (tiff(stored, tiffinfo=zero_is_white), tiff(GREY8.astype(np.uint8), tiffinfo=zero_is_white)):
+        assert np.abs(decode_rgb(data).astype(int) - scaled(GREY8, 255)).max() <= 1
+
+
 def test_a_white_level_out_of_range_is_refused():
     with pytest.raises(InputError, match="--white-level 0: must be within 1"):
         Settings(white_level=0).check()
