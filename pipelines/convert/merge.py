@@ -101,7 +101,10 @@ def _read_parts(paths: list[Path]) -> _Parts:
     read = [read_manifest(manifest_path(path)) for path in paths]
     parts = _Parts(paths, betons, [each[0] for each in read], [each[1] for each in read])
     for path, manifest in zip(paths, parts.manifests):
-        for key in ("source", "split", "settings", "versions", "classes", "targets", "source_count"):
+        same = ("source", "split", "settings", "versions", "classes", "targets", "source_count")
+        if lacking := [key for key in (*same, "refused") if key not in manifest]:
+            raise InputError(f"{manifest_path(path)}: not a conversion's, or damaged (no {lacking[0]})")
+        for key in same:
             if manifest[key] != parts.manifests[0][key]:
                 first = parts.manifests[0][key]
                 raise InputError(

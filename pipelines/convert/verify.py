@@ -87,6 +87,10 @@ def verify(path: str | Path, workers: int | None = None, progress: bool = False)
                     verdict.wrong.append((index, str(rows["name"][index]), reason))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, OverflowError) as error:  # in what the manifest says
+        raise InputError(f"{path}: its manifest isn't a conversion's, or damaged ({error!r})") from error
     first = {each[0]: each for each in reversed(verdict.wrong)}  # only the first error of each image
     verdict.wrong = [first[index] for index in sorted(first)]
     return verdict

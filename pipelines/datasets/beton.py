@@ -26,12 +26,12 @@ def open_betons(path: str | Path) -> tuple[list[BetonFile], dict[str, Any]]:
         InputError: a beton is missing, damaged, or from a different conversion than the first; names the
         beton.
     """
-    betons, heads = [], []
+    betons, heads = [], list[dict[str, Any]]()
+    known = {"classes": list, "targets": list, "settings": dict, "split": str}  # others' are ignored
     for file in parts_of(path):
         beton, head = open_beton(file), content_of(manifest_path(file))
         betons.append(replace(beton, targets=named_targets(beton, names_among(head, "targets") or [])))
-        known = ("classes", "targets", "settings", "split")
-        heads.append({key: value for key, value in head.items() if key in known})
+        heads.append({key: value for key, value in head.items() if isinstance(value, known.get(key, ()))})
         if what := _other(heads[0], heads[-1]) or _other_content(betons[0], betons[-1]):
             first = betons[0].path.name
             raise InputError(
@@ -74,7 +74,10 @@ def stored_names(path: str | Path) -> list[str] | None:
     for file in files_of(path):
         if not manifest_path(file).is_file():
             return None
-        names += read_columns(manifest_path(file), ("name",))[1]["name"].tolist()
+        columns = read_columns(manifest_path(file), ("name",))[1]
+        if "name" not in columns:
+            raise InputError(f"{manifest_path(file)}: not a manifest of a conversion, or damaged (no name)")
+        names += columns["name"].tolist()
     return names
 
 

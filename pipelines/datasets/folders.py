@@ -50,6 +50,7 @@ def unlabelled_images(folder: Path) -> Dataset:
         stacks = any(name.lower().endswith(".npy") for name in others.first)
         arrays = "; arrays (.npy) aren't read: save them as PNG" if stacks else ""
         raise InputError(f"{folder}: contains no images (looked for {', '.join(EXTENSIONS)}){arrays}")
+    folder = folder.absolute()  # the working folder may change before an image is read
     return Dataset(
         names=names,
         labels=np.full(len(names), NO_LABEL, np.int64),
@@ -178,6 +179,7 @@ def class_folders(folder: Path, split: str | None) -> Dataset:
             paths.append(f"{name}/{file}")
     if not paths:
         raise InputError(f"{top}: no image in any of its {len(layout.classes)} class folders")
+    top = top.absolute()  # the working folder may change before an image is read
     opened = Dataset(
         names=paths,
         labels=np.repeat(np.arange(len(counts)), counts),

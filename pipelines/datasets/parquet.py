@@ -291,6 +291,7 @@ def _row_reader(tables: list[_Table]) -> Callable[[int], bytes]:
     import pyarrow as pa
 
     groups = [(table, number) for table in tables for number in range(len(table.lengths))]
+    places = {table.path: table.path.absolute() for table in tables}  # the working folder may change
     lengths = [length for table in tables for length in table.lengths]
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     lock = threading.Lock()  # a ParquetFile isn't thread-safe
@@ -300,7 +301,7 @@ def _row_reader(tables: list[_Table]) -> Callable[[int], bytes]:
     @functools.lru_cache(maxsize=8)  # so that a row group is read once for all its images
     def images_of(group: int) -> Any:
         table, number = groups[group]
-        return opened(table.path).read_row_group(number, [table.image])[table.image]
+        return opened(places[table.path]).read_row_group(number, [table.image])[table.image]
 
     def read(index: int) -> bytes:
         group = int(np.searchsorted(starts, index, side="right")) - 1

@@ -60,7 +60,9 @@ def open_shards(path: Path) -> Dataset | None:
     head, targets, classes = content_of(manifest), {}, None
     if (rows := _rows(manifest, head, reader, names)) is not None:
         classes = imagenet.names_among(head, "classes")
-        columns = read_columns(manifest, ("label", *head["targets"]))[1]
+        columns = read_columns(manifest, wanted := ("label", *head["targets"]))[1]
+        if lacking := [name for name in wanted if name not in columns]:
+            raise InputError(f"{manifest}: not a manifest of a conversion, or damaged (no {lacking[0]})")
         labels = columns["label"].astype(np.int64)[rows]
         targets = {name: columns[name].astype(np.float64)[rows] for name in head["targets"]}
     elif described:

@@ -78,7 +78,7 @@ def open_table(path: Path, columns: Columns = USUAL) -> Dataset:
             else:
                 raise InputError(f"{path}: row {number + 1}: no finite number in column {name} (--targets)")
     labels, classes = numbered(texts, str(path), lambda row: f"row {row + 1}")
-    folder = str(path.parent)
+    folder = str(path.parent.absolute())  # the working folder may change before an image is read
 
     def read(index: int) -> bytes:
         try:

@@ -123,6 +123,17 @@ def test_a_link_to_itself_is_a_damaged_image_alone(tmp_path):
     assert [each["name"] for each in manifest["refused"]] == ["class0/loop.jpg"]
 
 
+def test_images_are_read_after_the_working_folder_has_changed(tmp_path, monkeypatch):
+    photos(tmp_path / "photos", classes=2, each=1)
+    data = (tmp_path / "photos/class0/000.jpg").read_bytes()
+    (tmp_path / "a.csv").write_text("path\nphotos/class0/000.jpg\n")
+    parquet(tmp_path / "a.parquet", [data], [0])
+    monkeypatch.chdir(tmp_path)
+    opened = [open_dataset(name) for name in ("photos", "photos/class0", "a.csv", "a.parquet")]
+    monkeypatch.chdir("/")
+    assert [source.read(0) for source in opened] == [data] * 4
+
+
 def test_a_named_pipe_is_not_waited_for(tmp_path):
     photos(tmp_path, classes=1, each=1)
     os.mkfifo(tmp_path / "class0/pipe.jpg")

@@ -11,7 +11,10 @@ from PIL import Image
 from pipelines.convert.command import main
 from pipelines.convert.conversion import ConvertOptions, Settings, convert
 from pipelines.convert.inspect import inspect
+from pipelines.convert.merge import merge
 from pipelines.convert.verify import verify
+from pipelines.datasets.opening import open_dataset
+from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.formats import manifest as manifests
 from pipelines.formats.beton import open_beton
@@ -38,6 +41,39 @@ def test_sound_files(made, capsys):
     for name in ("x.beton", "tars", "tars/images-000001.tar"):
         assert main(["--verify", str(made / name)]) == 0
     assert capsys.readouterr().out.startswith(f"{made / 'x.beton'}: all 9 images are as they were written\n")
+
+
+@pytest.mark.parametrize("key", ["targets", "height", "bytes", "sha256", "label", "name"])
+@pytest.mark.parametrize("name", ["x.beton", "tars"])
+def test_a_manifest_that_lacks_a_key_is_named(made, name, key):
+    """As after the flip of a bit, which --verify is there to find."""
+    path = made / name / "manifest.json" if name == "tars" else made / f"{name}.json"
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(whole.replace(f'"{key}"'.encode(), f'"{key[:-1]}_"'.encode()))
+        if key != "name":
+            with pytest.raises(InputError, match="manifest.*damaged"):
+                verify(made / name)
+        if (name, key) in (("tars", "label"), ("x.beton", "name")):
+            with pytest.raises(InputError, match=rf"{path.name}: .*damaged \(no {key}\)"):
+                open_reader(made / "tars") if name == "tars" else open_dataset(str(made / name))
+    finally:
+        path.write_bytes(whole)
+
+
+def test_a_part_whose_manifest_lacks_a_key_is_named(made, tmp_path):
+    convert(str(made / "set"), tmp_path / "x.beton", options=ConvertOptions(shard=(1, 1)))
+    manifest = tmp_path / "x.part-001-of-001.beton.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"versions"', b'"Versions"', 1))
+    with pytest.raises(InputError, match=rf"{manifest.name}: not a conversion's, or damaged \(no versions\)"):
+        merge(tmp_path / "x.beton")
+
+
+@pytest.mark.parametrize("found", [{"classes": None}, {"settings": None}, {"classes": {"a": 1}}])
+def test_a_manifest_of_something_else_beside_a_beton_is_ignored(made, tmp_path, found):
+    (tmp_path / "x.beton").write_bytes((made / "x.beton").read_bytes())
+    (tmp_path / "x.beton.json").write_text(json.dumps(found))
+    assert len(open_reader(tmp_path / "x.beton")) == 9
 
 
 @pytest.mark.parametrize("name", ["x.beton", "tars/images-000000.tar", "tars/images-000002.tar"])
