@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -97,11 +98,11 @@ def means(arms: list[dict[str, Any]], measures: Measures) -> list[str]:
 
 
 def mean_cell(values: list[float], method: str = "") -> str:
-    digits = 1 if abs(statistics.mean(values)) >= 10 else 3  # a percentage, or a share
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}" + (
-        f" ({method})" if method and method != "code" else ""
-    )
+    mean = statistics.mean(values)
+    digits = 1 if abs(mean) >= 10 else 3  # a percentage, or a share
+    known = len(values) > 1 and math.isfinite(mean)  # stdev can't take NaN
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if known else ""
+    return f"{mean:.{digits}f}{spread}" + (f" ({method})" if method and method != "code" else "")
 
 
 def foreign_images(result: dict[str, Any]) -> list[list[str]]:

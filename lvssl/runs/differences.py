@@ -35,7 +35,8 @@ def interval(
     """Return mean, standard error, 95 % interval, and verdict, which is `level` unless 0 is outside.
 
     For several seeds it is Student's interval. For one seed it is two standard errors on either side, those
-    of the test set, in `sampling_error`; without them there is no interval, and the verdict is `one seed`.
+    of the test set, in `sampling_error`; without them there is no interval, and the verdict is `one seed`. If
+    a value is NaN (such as an R-AUROC where every neighbour is right), so are all figures.
     """
     mean = statistics.mean(each)
     if len(each) < 2 and sampling_error is None:
@@ -43,12 +44,12 @@ def interval(
     if len(each) < 2:
         assert sampling_error is not None
         error, half = sampling_error, 2 * sampling_error
-    else:
-        error = statistics.stdev(each) / math.sqrt(len(each))
+    else:  # stdev can't take NaN
+        error = math.nan if not math.isfinite(mean) else statistics.stdev(each) / math.sqrt(len(each))
         half = float(student.ppf(0.975, len(each) - 1)) * error
     low, high = mean - half, mean + half
-    if low <= 0 <= high:
-        verdict = "level"
-    else:
+    if low > 0 or high < 0:
         verdict = "better" if (mean > 0) == higher_is_better else "worse"
+    else:
+        verdict = "level"
     return {"mean": mean, "standard_error": error, "interval": [low, high], "verdict": verdict}

@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import json
+import math
 from contextlib import nullcontext
 
 import numpy as np
@@ -142,6 +143,23 @@ def test_a_code_is_compared_with_the_strongest_control_of_its_length():
     assert found[BEST]["against"] == "sign, code" and found[BEST]["each"] == [1.0, 1.5]
     assert {p["measure"] for p in found.values()} == {"code_knn"}  # no control of 16 bits has another
     assert summary(runs, rows)[0]["measures"]["code_knn"] == {"method": "ITQ", "values": [90.0, 90.0]}
+
+
+def test_a_difference_that_is_nan_for_a_seed_decides_nothing():
+    runs, rows = made()
+    measure = MEASURES["aurc"]
+    for row in rows:  # as if this could not be measured for one seed
+        if (row["representation"], row["metric"], row["seed"]) == (*measure[2:4], 1):
+            row["value"] = math.nan
+    found = {pair["measure"]: pair for pair in pairs(runs, rows) if pair["arm"] == "lv"}
+    assert math.isnan(found["aurc"]["mean"]) and found["aurc"]["verdict"] == "level"
+    assert found["features_knn"]["verdict"] == "better"
+    result = {"settings": {"preset": "p", "seeds": [0, 1, 2, 3], "max_images": 0}, "command": "lvssl study"}
+    result |= {"runs": runs, "rows": rows, "pairs": pairs(runs, rows), "arms": summary(runs, rows)}
+    page = markdown(result | {"measures": {name: m._asdict() for name, m in MEASURES.items()}})
+    assert f"| {measure.says} | lv | none | +nan | +nan to +nan | level |" in page
+    for higher in (True, False):
+        assert interval([math.nan], higher, sampling_error=1.0)["verdict"] == "level"
 
 
 def test_one_seed_decides_nothing_unless_its_sampling_error_is_known(tmp_path):
