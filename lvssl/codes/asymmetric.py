@@ -23,7 +23,7 @@ def table_search(
     smallest first, ties by the lower row.
 
     tables float32 [Q, B, 256] (`Quantiser.tables`), database uint8 [N, B], which may be mapped. Raises
-    ValueError if shapes don't match or k is outside 1..N.
+    ValueError if shapes don't match, k is outside 1..N, or a query's sums aren't finite.
     """
     if tables.ndim != 3 or database.ndim != 2 or tables.shape[1:] != (database.shape[1], 256):
         raise ValueError(
@@ -50,7 +50,10 @@ def table_search(
             in_threads(take, [(p, everyone, some) for p, some in enumerate(slices(len(chunk), parts))])
     joined_sums, joined_rows = np.concatenate(list(sums), axis=1), np.concatenate(list(rows), axis=1)
     order = np.lexsort((joined_rows, joined_sums))[:, :k]
-    return np.take_along_axis(joined_rows, order, axis=1), np.take_along_axis(joined_sums, order, axis=1)
+    found = np.take_along_axis(joined_rows, order, axis=1)
+    if (lost := found.min(axis=1, initial=0) < 0).any():  # NaN and infinity are never among the smallest
+        raise ValueError(f"query {int(lost.argmax())}: its distances aren't finite")
+    return found, np.take_along_axis(joined_sums, order, axis=1)
 
 
 @compiled()

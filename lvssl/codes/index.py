@@ -16,7 +16,7 @@ from safetensors.numpy import save
 from lvssl.codes.asymmetric import table_search
 from lvssl.codes.file import CodeFile, CodeFileError, decode_name, encode_name
 from lvssl.codes.quantiser import Quantiser
-from lvssl.codes.search import hamming_search, staged_search
+from lvssl.codes.search import check_packed, hamming_search, staged_search
 from pipelines.files import write_atomically, written_aside
 from pipelines.kernels.pack import packed_bytes
 
@@ -158,7 +158,9 @@ class Index:
 
 def whole_numbers(ids: Sequence[Any]) -> np.ndarray | None:
     """Return the ids as int64 [N], or None if one is anything else, or there are none."""
-    if not ids or not all(isinstance(one, int | np.integer) and not isinstance(one, bool) for one in ids):
+    if not len(ids) or not all(
+        isinstance(one, int | np.integer) and not isinstance(one, bool) for one in ids
+    ):
         return None
     try:
         return np.array(ids, np.int64)
@@ -187,12 +189,15 @@ def nearest_rows(
     Queries uint8 [Q, B] are codes. Their distances are Hamming distances, int32, or for a product code, which
     has none, squared Euclidean distances between decoded codes, float32. Queries float32 [Q, D] are features
     that the quantiser encodes; their distances are squared Euclidean ones to the decoded codes, float32.
-    `staged`: search by Hamming distance in two stages (`staged_search`).
+    `staged`: search by Hamming distance in two stages (`staged_search`). Raises ValueError if shapes don't
+    match, k is outside 1..N, or a distance isn't finite.
     """
     if queries.dtype == np.uint8 and (quantiser is None or quantiser.hamming):
         return (staged_search if staged else hamming_search)(queries, rows, k, threads=threads)
     if quantiser is None:
         raise ValueError("real-valued queries need the quantiser that made the codes")
+    if queries.dtype == np.uint8:
+        check_packed(queries, rows)
     found = []
     for start in range(0, len(queries), QUERIES):
         part = queries[start : start + QUERIES]

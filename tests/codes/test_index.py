@@ -6,7 +6,7 @@ from safetensors.numpy import load_file, save_file
 
 from lvssl.codes.file import CodeFileError
 from lvssl.codes.index import Index, nearest_rows
-from lvssl.codes.quantiser import FITS
+from lvssl.codes.quantiser import FITS, Quantiser
 from lvssl.codes.search import hamming_search
 
 
@@ -70,6 +70,22 @@ def test_mistakes_are_said_and_change_nothing():
     assert list(index.ids) == ["a", "b", "c"] and len(index) == 3
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, about the same values
+def test_queries_that_match_no_code_are_refused():
+    quantiser = FITS["itq"](features(), 16)
+    index, queries = Index(quantiser.encode(features()), names(500), quantiser), features(3)
+    for value in (np.nan, np.inf, 1e30):
+        queries[1, 0] = value
+        with pytest.raises(ValueError, match="query 1: its distances aren't finite"):
+            index.search(queries, 2)
+    words = np.random.default_rng(0).normal(size=(4, 256, 4)).astype(np.float32)
+    product = Quantiser(quantiser.mean, quantiser.scale, np.eye(len(quantiser.mean), 16, dtype="f4"), words)
+    codes = product.encode(features())
+    for width in (1, 3, 5):
+        with pytest.raises(ValueError, match=f"{width} bytes a code, the database 4"):
+            nearest_rows(np.zeros((2, width), np.uint8), codes, 1, product)
+
+
 @pytest.mark.parametrize("code", ["opq", "itq"])
 def test_faiss_reads_the_index_and_finds_the_same(code, tmp_path):
     faiss = pytest.importorskip("faiss", reason="the extra `faiss` isn't installed")
@@ -126,7 +142,8 @@ def test_a_saved_index_opens_as_it_was_and_goes_on(ids, tmp_path):
 
 
 def test_an_empty_index_and_one_without_a_quantiser_are_saved_too(tmp_path):
-    for index in (Index(), Index(np.eye(3, 2, dtype=np.uint8), [5, 3, 4])):
+    rows = np.eye(3, 2, dtype=np.uint8)
+    for index in (Index(), Index(rows, [5, 3, 4]), Index(rows, np.array([5, 3, 4]))):
         index.save(tmp_path / "i")
         opened = Index.open(tmp_path / "i")
         assert np.array_equal(opened.rows, index.rows) and list(opened.ids) == list(index.ids)
