@@ -513,6 +513,7 @@ def diverse(bits: np.ndarray, count: int) -> list[int]:
     while len(chosen) < count:
         chosen.append(int(least.argmax()))
         least = np.minimum(least, hamming_distances(bits[chosen[-1]][None], bits)[0])
+        least[chosen[-1]] = -1  # below the 0 of a copy, so that no row is chosen twice
     return chosen
 
 

@@ -139,6 +139,10 @@ def test_bad_settings_are_one_line(run, planted, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_a_diverse_subset_never_has_a_row_twice_however_many_are_copies():
+    assert diverse(np.array([[1], [1], [7], [1]], np.uint8), 4) == [0, 2, 1, 3]
+
+
 def test_a_diverse_subset_is_farthest_first():
     codes = np.random.default_rng(0).integers(0, 256, (200, 4), dtype=np.uint8)
     chosen, distances = diverse(codes, 20), hamming_distances(codes, codes)
