@@ -72,12 +72,16 @@ def streamed_probe(
 
     Pages of rows are drawn by `seed`, in a new order in each epoch. `epochs` = 0 means EPOCHS, or more to
     reach STEPS steps. `device` is where to compute, by default the CPU. Raises FloatingPointError for values
-    that are not finite, InputError for labels of a single class.
+    that are not finite, InputError for labels of a single class, or at most PAGE images.
     """
     device = device or torch.device("cpu")
     classes, y = np.unique(train_y, return_inverse=True)
     if len(classes) < 2:
         raise InputError("a probe needs training labels of at least two classes")
+    if len(y) <= PAGE:
+        raise InputError(
+            f"the streamed probe needs more than {PAGE} training images, not {len(y)}: use --probe logistic"
+        )
     mean, scale = (part.to(device) for part in standardisation(train_x))
     learnt, held = pages(len(y), seed)
     weight = torch.zeros(train_x.shape[1], len(STRENGTHS), len(classes), device=device, requires_grad=True)

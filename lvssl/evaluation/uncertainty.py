@@ -34,6 +34,8 @@ def r_auroc(features: Any, labels: Any, uncertainty: Any) -> RAuroc:
         or labels.shape != features.shape[:1]
     ):
         raise ValueError("r_auroc needs features [N, D] with N >= 2, labels [N] and uncertainty [N]")
+    if not bool(features.isfinite().all()):
+        raise ValueError("r_auroc: a feature isn't a finite number")
     right = labels[nearest_other(features)] == labels
     return RAuroc(auroc(right, -scores.astype(np.float64)), float(right.mean()))
 

@@ -297,6 +297,9 @@ def test_aurc_by_hand_and_with_ties():
 def test_uncertainty_measures_refuse_what_does_not_match():
     with pytest.raises(ValueError, match="r_auroc needs"):
         r_auroc(FEATURES, LABELS[:3], [0.0] * 5)
+    for value in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="r_auroc: a feature isn't a finite number"):
+            r_auroc(np.where(np.arange(5)[:, None] == 3, value, FEATURES), LABELS, [0.0] * 5)
     with pytest.raises(ValueError, match="score 2 isn't finite"):
         r_auroc(FEATURES, LABELS, [0.1, 0.2, float("nan"), 0.3, 0.4])
     with pytest.raises(ValueError, match="risk_coverage_area needs"):

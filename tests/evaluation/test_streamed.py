@@ -91,6 +91,9 @@ def test_what_cannot_be_learnt_is_named(made):
         streamed_probe(broken, y, test_x, test_y)
     with pytest.raises(InputError, match="at least two classes"):
         streamed_probe(x, np.zeros_like(y), test_x, test_y, device=torch.device("cpu"))
+    few = np.r_[np.flatnonzero(y == 0)[:8], np.flatnonzero(y == 1)[:8]]
+    with pytest.raises(InputError, match="more than 16 training images, not 16: use --probe logistic"):
+        streamed_probe(x[few], y[few], test_x, test_y)
 
 
 def test_classes_far_apart_leave_no_subnormal_gradients(monkeypatch):
