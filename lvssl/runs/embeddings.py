@@ -103,9 +103,11 @@ def open_embeddings(path: Path, labelled: bool = True) -> Embeddings:
             features = mapped(path / "features.npy" if path.is_dir() else path)
             absent = not labelled and not beside.exists()
             labels = np.full(features.shape[:1], -1) if absent else mapped(beside)
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{error.filename}: no such file of embeddings or of their labels") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:  # EOFError: of numpy, for an empty file
         raise InputError(f"{path}: can't be read as embeddings ({first_line(error)})") from error
     if features.ndim != 2 or features.dtype.kind != "f" or not features.size:
         raise InputError(
@@ -114,19 +116,22 @@ def open_embeddings(path: Path, labelled: bool = True) -> Embeddings:
     if labels.shape != features.shape[:1] or labels.dtype.kind not in "iu":
         said = f"{labels.dtype} {list(labels.shape)}"
         raise InputError(f"{path}: {len(features):,} features need as many integer labels, not {said}")
+    labels = labels.astype(np.int64)
     if labels.min() < (0 if labelled else -1):
         raise InputError(f"{path}: label {labels.min()} of row {labels.argmin()}: labels start at 0")
     for start in range(0, len(features), READ):
         good = np.isfinite(features[start : start + READ]).all(1)
         if not good.all():
             raise InputError(f"{path}: row {start + good.argmin()} has a value that isn't a finite number")
-    return Embeddings(path, features, labels.astype(np.int64))
+    return Embeddings(path, features, labels)
 
 
 def _converted(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(2, "no such file", str(path))
     count, read = (_safetensors if path.suffix == ".safetensors" else _parquet)(path)
+    if not count:
+        raise InputError(f"{path}: contains no embeddings")
     stat = path.stat()
     key = {"file": path.name, "bytes": stat.st_size, "changed": stat.st_mtime_ns}
     store = Store.beside(path.parent / "features", key, count)
@@ -145,6 +150,9 @@ def _safetensors(path: Path) -> tuple[int, Compute]:
         )
     except SafetensorError as error:
         raise InputError(f"{path}: can't be read as safetensors ({first_line(error)})") from error
+    shape, of_labels = list(features.get_shape()), list(labels.get_shape())
+    if len(shape) != 2 or of_labels != shape[:1]:  # the surplus would never be read
+        raise InputError(f"{path}: features [N, D] and labels [N] are needed, not {shape} and {of_labels}")
 
     def read(rows: np.ndarray) -> Iterator[tuple[np.ndarray, Arrays]]:
         for start in range(int(rows[0]), int(rows[-1]) + 1, READ):
@@ -152,7 +160,7 @@ def _safetensors(path: Path) -> tuple[int, Compute]:
             arrays = {"features": features[part].float().numpy(), "labels": labels[part].numpy()}
             yield np.arange(part.start, part.stop), arrays
 
-    return features.get_shape()[0], read
+    return shape[0], read
 
 
 def _parquet(path: Path) -> tuple[int, Compute]:
@@ -164,6 +172,12 @@ def _parquet(path: Path) -> tuple[int, Compute]:
     except pa.ArrowException as error:
         raise InputError(f"{path}: can't be read as parquet ({first_line(error)})") from error
     x, y = (_named(path, file.schema_arrow.names, names) for names in (FEATURES, LABELS))
+    of_x, of_y = (file.schema_arrow.field(name).type for name in (x, y))
+    lists = pa.types.is_list(of_x) or pa.types.is_large_list(of_x) or pa.types.is_fixed_size_list(of_x)
+    if not lists or not pa.types.is_primitive(of_x.value_type):
+        raise InputError(f"{path}: column {x} must hold lists of numbers, not {of_x}")
+    if not pa.types.is_primitive(of_y):
+        raise InputError(f"{path}: column {y} must hold integers, not {of_y}")
     groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     starts = np.concatenate([[0], np.cumsum(groups)])
 
@@ -178,7 +192,7 @@ def _parquet(path: Path) -> tuple[int, Compute]:
 
     @lru_cache
     def width() -> int:
-        return group(0)["features"].shape[1]
+        return group(int(np.flatnonzero(groups)[0]))["features"].shape[1]  # a row group may be empty
 
     def read(rows: np.ndarray) -> Iterator[tuple[np.ndarray, Arrays]]:
         for number in np.unique(np.searchsorted(starts, rows, side="right") - 1):

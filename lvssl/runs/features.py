@@ -84,7 +84,7 @@ class Store:
             if head["key"] != json.loads(json.dumps(self.key)) or wrong:
                 raise ValueError(f"its header says otherwise of {', '.join(wrong) or 'its key'}")
             return found
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
             raise InputError(f"{self.folder}: damaged ({error}); remove this folder") from error
 
     def fill(self, compute: Compute, to_the_end: bool = True) -> None:

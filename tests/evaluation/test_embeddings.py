@@ -16,6 +16,7 @@ from lvssl.evaluation.knn import weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.runs import features
 from lvssl.runs.embeddings import open_embeddings
+from pipelines.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,8 @@ def test_many_embeddings_are_probed_as_they_stream(made, tmp_path, monkeypatch):
         (lambda f: np.save(f / "train-labels.npy", np.full(900, -1)), "label -1 of row 0"),
         (lambda f: np.save(f / "test-labels.npy", np.full(300, 77)), "label 77 doesn't occur in"),
         (lambda f: (f / "train.npy").write_bytes(b"no array"), "train.npy: can't be read as embeddings"),
+        (lambda f: (f / "train.npy").write_bytes(b""), "train.npy: can't be read as embeddings"),
+        (lambda f: np.save(f / "train-labels.npy", np.full(900, 2**63, np.uint64)), "of row 0: labels start"),
         (lambda f: np.save(f / "train.npy", np.array([None]), allow_pickle=True), "can't be read"),
     ],
 )  # fmt: skip
@@ -119,6 +122,40 @@ def test_columns_and_probes_that_are_missing_are_named(made, tmp_path, capsys):
     test = str(tmp_path / "test.npy")
     assert main(["linear", test, "--test", test, "--probe", "sgd"]) == 2
     assert "use --probe logistic" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "x, y, said",
+    [
+        ([0.5, 1.0], [0, 1], "column embedding must hold lists of numbers, not double"),
+        (["a", "b"], [0, 1], "column embedding must hold lists of numbers, not string"),
+        ([["a"], ["b"]], [0, 1], "column embedding must hold lists of numbers, not list"),
+        ([[0.5], [1.0]], ["cat", "dog"], "column label must hold integers, not string"),
+        ([], [], "contains no embeddings"),
+    ],
+)
+def test_columns_of_other_types_are_named(x, y, said, tmp_path):
+    x = pa.array(x) if x else pa.array([], pa.list_(pa.float32()))
+    pq.write_table(pa.table({"embedding": x, "label": y or pa.array([], pa.int64())}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=said) as error:
+        open_embeddings(tmp_path / "a.parquet")
+    assert str(error.value).count("a.parquet") == 1
+
+
+def test_an_empty_row_group_has_no_width(tmp_path):
+    table = pa.table({"embedding": [[0.5, 1.0], [2.0, 3.0]], "label": [0, 1]})
+    with pq.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
+        for some in (table.slice(0, 0), table):
+            writer.write_table(some)
+    assert open_embeddings(tmp_path / "a.parquet").features.tolist() == [[0.5, 1.0], [2.0, 3.0]]
+
+
+@pytest.mark.parametrize("labels", [(100,), (80,), (90, 1), ()])
+def test_a_safetensors_with_more_or_fewer_labels_is_refused(labels, tmp_path):
+    x = torch.zeros(90, 4)
+    save_file({"features": x, "labels": torch.zeros(labels, dtype=torch.int64)}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=r"are needed, not \[90, 4\] and"):
+        open_embeddings(tmp_path / "a.safetensors")
 
 
 def test_a_parquet_whose_row_groups_differ_in_width_is_refused(tmp_path, monkeypatch, capsys):

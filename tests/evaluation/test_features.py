@@ -156,9 +156,10 @@ def test_a_full_disk_and_a_damaged_store_are_named(tmp_path, monkeypatch):
             Store(tmp_path, {}, 100).fill(Numbers())
     store = Store(tmp_path, {}, 100)
     store.fill(Numbers())
-    (tmp_path / "x.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-1])
-    with pytest.raises(InputError, match="damaged .* remove this folder"):
-        store.open()
+    for damaged in ((tmp_path / "x.npy").read_bytes()[:-1], b""):
+        (tmp_path / "x.npy").write_bytes(damaged)
+        with pytest.raises(InputError, match="damaged .* remove this folder"):
+            store.open()
 
 
 def test_a_damaged_image_stops_who_does_not_skip_it_though_the_store_is_there(loaded, digits, tmp_path):
