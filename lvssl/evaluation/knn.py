@@ -1,7 +1,9 @@
 """Weighted nearest-neighbour classification (Wu et al. 2018) on features and on packed codes.
 
-Each of the k nearest training images votes for its class with weight exp(similarity / temperature). Training
-images are processed in tiles, so memory doesn't grow with their number, and features may be a larger memmap.
+Each of the k nearest training images votes for its class with weight exp(similarity / temperature), relative
+to that of the nearest: the ranking is the same, and no temperature is so low that all weights underflow.
+Training images are processed in tiles, so memory doesn't grow with their number, and features may be a larger
+memmap.
 """
 
 from __future__ import annotations
@@ -67,15 +69,15 @@ def weighted_votes(
     device: torch.device | None = None,
     title: str = "",
 ) -> Tensor:
-    """Return the sums of weights exp((cosine - 1) / T) over the k nearest training images, on the CPU.
-    Arguments as in `nearest_by_cosine`; sums as in `sums_of_votes`."""
+    """Return the sums of weights exp((cosine - highest cosine) / T) over the k nearest training images, on
+    the CPU. Arguments as in `nearest_by_cosine`; sums as in `sums_of_votes`."""
     cosines, rows = nearest_by_cosine(train_x, test_x, min(k, len(train_x)), device, title)
     return sums_of_votes(rows, cosine_weights(cosines, temperature), answers)
 
 
 def cosine_weights(cosines: Tensor, temperature: float) -> Tensor:
-    # exp((s - 1) / T) instead of exp(s / T): the ranking is the same, and values stay within (0, 1].
-    return torch.exp((cosines - 1) / temperature)
+    """Return weights for cosines [M, k], most similar first."""
+    return torch.exp((cosines - cosines[:, :1]) / temperature)
 
 
 def sums_of_votes(rows: Tensor, weights: Tensor, answers: Tensor) -> Tensor:
@@ -255,9 +257,9 @@ def hamming_votes(
             keys >> hamming.ROW_BITS,
             torch.from_numpy(keys[:, :k] & ((1 << hamming.ROW_BITS) - 1)),
         )
-        last = distances[:, k - 1]
+        last, first = distances[:, k - 1], distances[:, :1]
         tied = np.flatnonzero(distances[:, -1] == last) if keys.shape[1] > k else np.zeros(0, np.int64)
-        whole = weights[torch.from_numpy(distances[:, :k]).long()].double()
+        whole = weights[torch.from_numpy(distances[:, :k] - first).long()].double()
         nearer = torch.from_numpy(distances[:, :k] < last[:, None])
         untied = torch.ones(len(queries), 1, dtype=torch.bool)
         untied[torch.from_numpy(tied)] = False
@@ -265,7 +267,7 @@ def hamming_votes(
         if len(tied):
             found = torch.from_numpy(shares_of_tied(queries[tied], last[tied], train_codes, answers))
             left = (k - nearer.sum(dim=1)[torch.from_numpy(tied)]) * weights[
-                torch.from_numpy(last[tied]).long()
+                torch.from_numpy(last[tied] - first[tied, 0]).long()
             ]
             sums[torch.from_numpy(tied)] += left.double()[:, None] * found
         votes.append(sums.float())

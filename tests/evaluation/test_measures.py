@@ -141,6 +141,17 @@ def test_weighted_knn_agrees_with_sklearn(digits):
         assert weighted_knn(*digits, k=k, temperature=temperature) == pytest.approx(truth, abs=0.2)
 
 
+def test_at_a_low_temperature_the_nearest_decide(digits):
+    """No weight may underflow to 0 for all neighbours, which would give every image the first class."""
+    train, y, test, test_y = digits
+    codes = [pack_bits(x > train.mean(axis=0)) for x in (train, test)]
+    for temperature in (1e-2, 1e-4, 1e-6):
+        found = weighted_knn(*digits, k=20, temperature=temperature)
+        assert found == pytest.approx(weighted_knn(*digits, k=1), abs=1.5)
+        of_codes = hamming_knn(codes[0], y, codes[1], test_y, 64, 20, temperature)
+        assert of_codes == pytest.approx(hamming_knn(codes[0], y, codes[1], test_y, 64, 1), abs=2)
+
+
 def test_knn_cuts_k_to_the_training_set():
     x, y = np.eye(3), np.array([0, 1, 2])
     assert weighted_knn(x, y, x, y, k=20) == 100
@@ -226,7 +237,8 @@ def test_votes_of_codes_are_those_of_all_distances_at_once(monkeypatch):
     for k in (1, 5, 299, 300):
         kth = np.sort(distances, axis=1)[:, k - 1 : k]
         share = (k - (distances < kth).sum(1)) / (distances == kth).sum(1)
-        weights = np.exp(-2 * distances / 12 / 0.5) * np.where(
+        nearest = distances.min(axis=1, keepdims=True)
+        weights = np.exp(-2 * (distances - nearest) / 12 / 0.5) * np.where(
             distances == kth, share[:, None], distances < kth
         )
         for answers, table in ((y, np.eye(7)[y]), (targets, targets)):
