@@ -47,7 +47,8 @@ def with_defaults(settings: Settings, run: Run) -> Settings:
         test = sibling_test_set(train)
     neighbour = run.folder.resolve().parent / "control"
     if control is None and neighbour != run.folder.resolve() and (neighbour / "config.json").is_file():
-        control = run.folder.parent / "control"
+        beside = run.folder.parent / "control"  # not for a link, nor for "."
+        control = beside if beside.resolve() == neighbour.resolve() else neighbour
     return replace(settings, test=test, control=control, on_error=run.reading(settings))
 
 

@@ -233,6 +233,7 @@ def check_pair(train: LabelledDataset, test: LabelledDataset) -> None:
 def sibling_test_set(train: Path) -> Path:
     """Find the test set beside a training set: train.beton -> test.beton, or val. For a training set in many
     files, it may also be test.beton. InputError if there is none."""
+    train = train if train.name else train.absolute()  # "." has no name
     whole = [] if files_of(train) == [train] else [train.suffix]
     for name in ("test", "val", "validation"):
         for beside in (train.name.replace("train", name), *(name + end for end in whole)):

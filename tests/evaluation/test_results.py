@@ -12,9 +12,9 @@ from PIL import Image
 
 from lvssl.codes.controls import CONTROLS
 from lvssl.commands.main import main
-from lvssl.evaluation.evaluate import measure
+from lvssl.evaluation.evaluate import EvaluateSettings, measure
 from lvssl.evaluation.probe import linear_probe
-from lvssl.evaluation.sets import embed_both, labelled_pair
+from lvssl.evaluation.sets import embed_both, labelled_pair, with_defaults
 from lvssl.runs import checkpoint
 from lvssl.runs.labels import open_pair
 from lvssl.runs.result import read_result
@@ -36,6 +36,15 @@ def runs(run, control, tmp_path) -> dict[str, Path]:
         name: Path(shutil.copytree(folder, tmp_path / name))
         for name, folder in (("run", run), ("control", control), ("other", control))
     }
+
+
+def test_the_control_beside_a_run_is_found_from_within_and_through_a_link(runs, tmp_path, monkeypatch):
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper/link").symlink_to(runs["run"])
+    monkeypatch.chdir(runs["run"])
+    for folder in (Path(), Path("../run"), tmp_path / "deeper/link"):
+        found = with_defaults(EvaluateSettings(folder), load_run(folder)).control
+        assert found is not None and found.resolve() == runs["control"]
 
 
 def unit(x: np.ndarray) -> np.ndarray:

@@ -14,10 +14,18 @@ from lvssl.runs.labels import (
     labelled_rows,
     open_labelled,
     rows_by_name,
+    sibling_test_set,
     split,
 )
 from pipelines.errors import InputError
 from pipelines.formats.manifest import manifest_path, read_manifest
+
+
+def test_the_test_set_beside_the_folder_that_one_is_in(tmp_path, monkeypatch):
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "train")
+    assert sibling_test_set(Path()) == tmp_path / "test"
 
 
 def of_classes(classes: np.ndarray) -> LabelledDataset:
