@@ -72,6 +72,11 @@ def best_code(bits: int, most: dict[str, int], images: int | None) -> str:
         return "itq"
     if suits_opq and bits > most["bits"]:
         raise InputError(f"--bits {bits}: codes of this length need opq, which needs {needed}")
+    if bits > most["bits"]:
+        largest = max(most["bits"], most["itq"])
+        raise InputError(
+            f"--bits {bits}: codes have at most {largest:,} bits or, in whole bytes by opq, {most['opq']:,}"
+        )
     return "bits"
 
 

@@ -100,6 +100,7 @@ def test_mistakes_are_one_line(embeddings, tmp_path, capsys):
             "features have 3 dimensions",
         ),
         (["encode", embeddings, "--images", embeddings, "--bits", 25, "--code", "itq"], "at most 24 bits"),
+        (["encode", embeddings, "--images", embeddings, "--bits", 500], "at most 24 bits or, in whole bytes"),
         (["encode", embeddings, "--images", tmp_path / "gone.npy", "--bits", 8], "gone.npy"),
         (["curate", embeddings, "--test", tmp_path / "narrow.npy"], "features have 3 dimensions"),
         (["curate", embeddings, "--pixels", 2], "--pixels must be in [0, 1], got 2"),
