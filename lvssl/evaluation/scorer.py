@@ -118,8 +118,11 @@ def uncertainty(run: Run, sets: Sets, sampling: Sampling) -> tuple[dict[str, Any
             row[f"rank {kind}"] = severity_correlation(values)
             if kind == "crop":  # for crops the share is preferred to the rank correlation
                 row["crops less certain"] = float((values[1:] > values[0]).mean())
+    unseen = np.setdiff1d(sets.test_labels, scorer.classes)  # by the sample of the training images
+    classes = np.concatenate([scorer.classes, unseen])
     calibrated = {
-        name: calibration(p, sets.test_labels, scorer.classes)._asdict() for name, p in predictions.items()
+        name: calibration(np.pad(p, ((0, 0), (0, len(unseen)))), sets.test_labels, classes)._asdict()
+        for name, p in predictions.items()
     }
     return {"scores": rows, "probes": calibrated}, test
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,7 @@ from lvssl.codes.statistics import compression_ratios
 from lvssl.evaluation.corruptions import OUT_OF_DISTRIBUTION
 from lvssl.evaluation.embedding import LARGE_SET, Embedding, embedded
 from lvssl.runs.labels import Subset, open_pair, say_notes, sibling_test_set
+from lvssl.runs.rows import FOREIGN
 from lvssl.runs.run import Run, require_classes_of, require_same_classes, training_set
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.decode import DamagedSample, Reader, open_reader
@@ -148,7 +150,7 @@ class Sets:
     test_labels: np.ndarray
     out_of_distribution: dict[str, np.ndarray]
     sources: tuple[Reader, Reader]
-    skipped: dict[str, int]  # set -> number of chosen images that couldn't be decoded
+    skipped: dict[str, int]  # train, test, "ood NAME" -> number of chosen images that couldn't be decoded
 
     @classmethod
     def of(cls, sampling: Sampling, run: Run, train: Reader, test: Reader) -> Sets:
@@ -169,11 +171,18 @@ class Sets:
         out_of_distribution = {
             name: make(count, side, sampling.seed) for name, make in OUT_OF_DISTRIBUTION.items()
         }
-        for path in sampling.ood:
-            out_of_distribution[path.stem], _ = read_some(path.stem, open_reader(path), count)
+        for name, path in foreign_names(sampling.ood).items():
+            out_of_distribution[name], _ = read_some(FOREIGN + name, open_reader(path), count)
         return cls(
             train_crops, train_labels, test_crops, test_labels, out_of_distribution, (train, test), skipped
         )
+
+
+def foreign_names(paths: tuple[Path, ...]) -> dict[str, Path]:
+    """Return the paths by the names of the sets: their stems or, where several sets would have one name, such
+    as those of svhn/test.beton and cifar100/test.beton, the paths."""
+    stems = Counter([*OUT_OF_DISTRIBUTION, *(path.stem for path in dict.fromkeys(paths))])
+    return {path.stem if stems[path.stem] == 1 else str(path): path for path in paths}
 
 
 def sound_crops(

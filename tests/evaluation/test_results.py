@@ -14,7 +14,8 @@ from lvssl.codes.controls import CONTROLS
 from lvssl.commands.main import main
 from lvssl.evaluation.evaluate import EvaluateSettings, measure
 from lvssl.evaluation.probe import linear_probe
-from lvssl.evaluation.sets import embed_both, labelled_pair, with_defaults
+from lvssl.evaluation.scorer import uncertainty
+from lvssl.evaluation.sets import Sampling, Sets, embed_both, labelled_pair, with_defaults
 from lvssl.runs import checkpoint
 from lvssl.runs.labels import open_pair
 from lvssl.runs.result import read_result
@@ -286,3 +287,31 @@ def test_a_full_disk_is_named(runs, small_disk, fill, capsys):
         last = said.splitlines()[-1]
         assert status == 1 and last.startswith(f"error: {out}/")
         assert last.endswith(": No space left on device")
+
+
+def test_sets_of_foreign_images_with_one_name_are_all_measured(run, digits, tmp_path):
+    """Nor do they take the place of the sets that are always there, or of the counts for the test images."""
+    paths = [digits["test"]]
+    for name in ("a/test.beton", "b/noise.beton", "b/others.beton"):
+        paths.append(tmp_path / name)
+        paths[-1].parent.mkdir(exist_ok=True)
+        shutil.copy(digits["test"], paths[-1])
+    loaded, sources = load_run(run), open_pair(digits["train"], digits["test"])
+    found = Sets.of(Sampling(40, ood=(*paths, paths[0])), loaded, *sources)
+    own = {"noise", "textures", "digits"}
+    assert set(found.out_of_distribution) == own | {*map(str, paths[:3]), "others"}
+    assert np.array_equal(found.out_of_distribution[str(paths[1])], found.test)
+    assert not np.array_equal(found.out_of_distribution["noise"], found.test)
+    assert list(found.skipped)[:2] == ["train", "test"] and len(found.skipped) == 2 + len(paths)
+
+
+def test_a_class_that_the_sampled_training_images_lack_counts_as_wrong(run, digits):
+    """As a rare class of a large set, of which a few thousand training images are measured."""
+    loaded, sampling = load_run(run), Sampling(40, samples=1)
+    sets = Sets.of(sampling, loaded, *open_pair(digits["train"], digits["test"]))
+    rare = sets.train_labels == 9
+    fewer = replace(sets, train=sets.train[~rare], train_labels=sets.train_labels[~rare])
+    assert (sets.test_labels == 9).any()
+    probes = uncertainty(loaded, fewer, sampling)[0]["probes"]
+    for probe in probes.values():
+        assert probe["accuracy"] <= 100 * (sets.test_labels != 9).mean() and np.isfinite(probe["nll"])
