@@ -277,7 +277,7 @@ def embedded(
     """Return the set's embedding from `out`, after writing it there if it doesn't exist yet."""
     run, names, file = encoder.run, names_of(source, path), out / f"{title}.lvcodes"
     on_error = run.on_error(settings.on_error)
-    if settings.overwrite or not stands(file, run, names, on_error):
+    if settings.overwrite or not stands(file, run, source, names, on_error, settings.workers):
         width, side = run.network.feature_dim, min(SIDE, run.settings.view.resolution)
         origin = identity(encoder, path, names, on_error)
         with code_writer(encoder, file, width, origin, {THUMBNAILS: side**2}) as writer:
@@ -318,8 +318,9 @@ def with_mirror_images(encoder: Encoder, batches: Batches) -> Iterator[Coded]:
         yield Coded(rows, part.codes(), means, np.empty((len(rows), 0), np.float32), scores, small)
 
 
-def stands(file: Path, run: Run, names: Sequence[str], on_error: str) -> bool:
-    """Return whether the file holds embeddings of images with these names, made by this checkpoint."""
+def stands(file: Path, run: Run, source: Reader, names: Sequence[str], on_error: str, workers: int) -> bool:
+    """Return whether the file holds embeddings of images with these names, made by this checkpoint; it may
+    lack those that can't be decoded, unless on_error is "raise"."""
     try:
         codes = open_codes(file)
         open_means(codes), open_uncertainty(codes), open_table(codes, THUMBNAILS)
@@ -328,7 +329,14 @@ def stands(file: Path, run: Run, names: Sequence[str], on_error: str) -> bool:
     if codes.checkpoint != run.digest or codes.created_by != created_by(run):
         return False
     there = list(codes.names)
-    return there == list(names) or (on_error != "raise" and set(there) <= set(names))
+    if there == list(names):
+        return True
+    known = set(there)
+    missing = np.flatnonzero([name not in known for name in names])
+    if on_error == "raise" or not len(missing) or not known <= set(names):
+        return False
+    sound = crops_of(run, source, on_error, workers, missing)  # of images that are new, or repaired
+    return next(iter(sound), None) is None
 
 
 def standardisation(one: Embedded) -> tuple[np.ndarray, np.ndarray]:

@@ -99,6 +99,13 @@ def test_a_folder_without_classes_and_with_a_damaged_image(run, planted, tmp_pat
     assert (tmp_path / "c/train.lvcodes").stat().st_mtime_ns == before
     assert not (tmp_path / "c/labels.csv").exists()
     assert len(read(tmp_path / "c/subset.csv")) == 11
+    embedded = tmp_path / "c/train.lvcodes"
+    written = embedded.stat().st_mtime_ns
+    assert lvssl(*arguments, "--on-error", "skip") == 0 and embedded.stat().st_mtime_ns == written
+    for name in ("new.png", "3.png"):  # added, and repaired
+        (flat / name).write_bytes((flat / "0.png").read_bytes())
+        assert lvssl(*arguments, "--on-error", "skip") == 0
+        assert name in {row["name"] for row in read(tmp_path / "c/subset.csv")}
 
 
 def test_thumbnails_agree_for_copies_and_not_for_what_a_set_has_in_common():
