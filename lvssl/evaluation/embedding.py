@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -75,7 +76,8 @@ def embedded(
     run: Run, source: Reader, workers: int = 0, on_error: str = "raise", title: str = ""
 ) -> Embedding:
     """Embed with the run's network, as `embed` does, but read the outputs from the run's store, RUN/features.
-    What the store lacks is computed first: interrupted calls are resumed, and processes share the work.
+    What the store lacks is computed first: interrupted calls are resumed, and processes share the work. If an
+    image that was left out can be read by now, the store is made anew.
 
     There are no bit_means for sets of LARGE_SET images or more.
     """
@@ -84,8 +86,10 @@ def embedded(
         store.fill(compute)
     arrays = store.open()
     left_out = np.setdiff1d(np.arange(len(source)), arrays["rows"])
-    if len(left_out) and on_error == "raise":
-        list(compute(left_out))  # raises, naming the first of them
+    if len(left_out) and list(compute(left_out)):  # with on_error="raise" it raises, naming the first of them
+        shutil.rmtree(store.folder, ignore_errors=True)  # they can be read by now
+        if not store.whole:
+            return embedded(run, source, workers, on_error, title)
     return Embedding.of(run.network, arrays, source.labels)
 
 

@@ -182,6 +182,9 @@ def test_a_damaged_image_stops_who_does_not_skip_it_though_the_store_is_there(lo
     assert np.array_equal(found.labels, np.delete(whole.labels, 7)) and len(found.features) == 99
     with pytest.raises(InputError, match="sample 7 can't be decoded"):
         embedded(loaded, monkey, workers=1)
+    monkey.crops = crops  # repaired
+    for on_error in ("raise", "skip"):
+        assert same(embedded(loaded, monkey, workers=1, on_error=on_error), whole)
 
 
 def test_a_rank_but_the_first_helps_and_leaves(loaded, digits):
