@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lvssl.codes.file import CodeFileError
 from lvssl.codes.search import hamming_search
 from lvssl.evaluation.density import density_of, stored_density
 from lvssl.evaluation.encoder import (
@@ -29,6 +30,7 @@ from lvssl.evaluation.encoder import (
     code_path,
     holds_many,
     image_set,
+    in_words,
     require_arithmetic,
     say_left_out,
 )
@@ -248,7 +250,8 @@ class Model:
 
         Raises:
             InputError: there are no such images, k is below 1, or the codes are of another model.
-            CodeFileError: there is no code file, or it is damaged or of another model or device.
+            CodeFileError: there is no code file, or it is damaged or of another model or device; or the
+                queries are the result of `encode`, and the file holds other codes than the model's own.
 
         >>> model = lvssl.load("run")
         >>> photos = model.encode("photos")
@@ -269,6 +272,11 @@ class Model:
         path = code_path(self.run.folder, None if codes is None else Path(codes))
         searcher = Searcher(self.run, path, symmetric)
         if isinstance(queries, Encoding):
+            if (searcher.encoder.code, searcher.codes.bits) != ("bits", queries.bits):
+                raise CodeFileError(
+                    f"{path} has {in_words(searcher.codes)}, the queries {queries.bits} bits of the model's "
+                    "own code: pass the images as queries"
+                )
             return searcher.nearest(as_queries(queries), k)
         require_arithmetic(searcher.codes, self.run)
         given = opened(self.run, queries)

@@ -161,6 +161,18 @@ def test_codes_of_another_model_are_refused(run, photos, tmp_path):
         model.search(photos, other.run.folder / "codes.lvcodes")
 
 
+def test_a_models_own_codes_are_not_compared_with_codes_of_another_kind(run, digits, photos, tmp_path):
+    """Though they may have the same number of bytes."""
+    model = lvssl.load(run)
+    for bits, code in ((model.bits, "itq"), (model.bits // 2, "bits")):
+        out = tmp_path / f"{code}.lvcodes"
+        words = ["encode", run, "--images", photos, "--out", out, "--bits", bits, "--code", code]
+        assert main([*map(str, words), "--train", str(digits["train"])]) == 0
+        assert model.search(photos / "a/0.png", out, k=1)[0][0].name == "a/0.png"
+        with pytest.raises(CodeFileError, match=f"{code}.lvcodes has {bits} bits by {code}.*pass the images"):
+            model.search(model.encode(photos), out)
+
+
 @pytest.mark.parametrize("site", ["repr", "proj"])
 def test_an_export_gives_the_bits_of_its_run(site, photos, tmp_path, capsys):
     settings = lvssl.preset("digits", data=photos, out=tmp_path / "run", epochs=1, batch_size=6, site=site)
