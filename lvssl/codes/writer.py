@@ -89,6 +89,8 @@ class CodeWriter:
                 self.files.append(open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b"))
             try:
                 lock(self.files[0], self.path)
+                if not is_at(self.files[0], self.parts[0]):  # it finished after we had opened its part
+                    raise BlockingIOError
             except BlockingIOError as error:
                 raise CodeFileError(
                     f"{self.path}: another process is writing it; choose another --out"
@@ -172,7 +174,8 @@ class CodeWriter:
         except OSError as error:
             failure = error
         finally:
-            self.close(keep=not done and self.source is not None and self.count > 0)
+            # What is done has no parts; those that are there by now are another process's.
+            self.close(keep=done or (self.source is not None and self.count > 0))
         if isinstance(failure, OSError):  # the block's, too: readers of images raise errors of their own
             raise self.unwritten(failure) from failure
 
@@ -199,7 +202,9 @@ class CodeWriter:
         finals = [self.path, None, *(table_path(self.path, table) for table in self.tables)]
         for part, file, final in reversed(list(zip(self.parts, self.files, finals))):  # the codes last
             sync(file)
-            if final is not None:
+            if final is None:
+                part.unlink()
+            else:
                 os.replace(part, final)
         sync_folder(self.path.parent)
 
@@ -219,6 +224,14 @@ class CodeWriter:
         for file in self.files:
             with suppress(OSError):  # on a full disk; what its buffer holds isn't counted
                 file.close()
+
+
+def is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file is the one at that path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def records(file: BinaryIO) -> Iterator[tuple[int, bytes]]:

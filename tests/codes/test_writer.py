@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 
+from lvssl.codes import writer as codes_writer
 from lvssl.codes.file import MEANS, ROWS_AT, CodeFileError, header_block, open_codes, open_means
 from lvssl.codes.search import hamming_search, rerank
 from lvssl.codes.writer import CodeWriter
@@ -139,6 +140,38 @@ def test_two_writers_of_one_file_are_refused(tmp_path):
         ):
             pass
     assert open_codes(tmp_path / "a.lvcodes").count == 0
+
+
+@pytest.mark.parametrize("moment", ["locking", "ending"])
+def test_a_writer_that_comes_as_another_ends_harms_nothing(moment, tmp_path, monkeypatch):
+    """It has opened the other's part before the other renames it, or makes its own right after that."""
+    path, real = (
+        tmp_path / "a.lvcodes",
+        {name: getattr(codes_writer, name) for name in ("lock", "sync_folder")},
+    )
+
+    def late_lock(*arguments):
+        monkeypatch.setattr(codes_writer, "lock", real["lock"])
+        write(path)
+        real["lock"](*arguments)
+
+    def late_end(folder):
+        monkeypatch.setattr(codes_writer, "sync_folder", real["sync_folder"])
+        second.__enter__()
+
+    second = writer(path, source="set 2")
+    if moment == "locking":
+        monkeypatch.setattr(codes_writer, "lock", late_lock)
+        with pytest.raises(CodeFileError, match="another process is writing it"):
+            second.__enter__()
+        assert open_codes(path).count == N
+        return
+    monkeypatch.setattr(codes_writer, "sync_folder", late_end)
+    write(path)
+    assert open_codes(path).count == N
+    second.append(content()[0][:2], ["a", "b"], content()[2][:2])
+    second.__exit__(None, None, None)
+    assert open_codes(path).count == 2 and open_means(open_codes(path)).shape == (2, DIM)
 
 
 KILLED = """
