@@ -176,8 +176,8 @@ class Model:
                 PIL images and arrays, such as a list or a generator.
             batch_size: number of images that the network processes at once, at least 1.
             workers: threads that decode images; 0 means the number of cores minus two, but 2 to 12.
-            on_error: what to do with an image that can't be decoded: raise, or skip (leave it out, with a
-                warning).
+            on_error: what to do with an image that can't be decoded: raise, skip (leave it out, with a
+                warning), or keep (as skip, but use what Pillow decodes from a damaged JPEG).
 
         Raises:
             InputError: there are no images, one is damaged (it is named), or an array has a wrong shape or
@@ -414,20 +414,21 @@ def opened(
         images = [images]
     names = []
     total = len(images) if isinstance(images, Sequence) else None
-    return Opened(in_turn(run, images, names, batch_size, workers, on_error == "skip"), names, total)
+    return Opened(in_turn(run, images, names, batch_size, workers, on_error), names, total)
 
 
 def in_turn(
-    run: Run, images: Iterable[Picture], names: list[str], batch_size: int, workers: int, skip: bool
+    run: Run, images: Iterable[Picture], names: list[str], batch_size: int, workers: int, on_error: str
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Yield centre crops uint8 [B, R, R, 3] and positions int64 [B] of images from an iterator; their names
     are appended to `names`."""
 
     def crop(position: int, image: Picture) -> np.ndarray | InputError:
         try:
-            return centre_crop(run.settings.view, pixels_of(image, f"image {position}"))
+            pixels = pixels_of(image, f"image {position}", keep=on_error == "keep")
+            return centre_crop(run.settings.view, pixels)
         except InputError as error:
-            if not skip:
+            if on_error == "raise":
                 raise
             return error
 
@@ -444,10 +445,11 @@ def in_turn(
                 yield torch.from_numpy(np.stack(crops)), np.array(rows)
 
 
-def pixels_of(image: Picture, name: str) -> np.ndarray:
-    """Return the RGB pixels of one image, uint8 [H, W, 3], upright. InputErrors name the file or `name`."""
+def pixels_of(image: Picture, name: str, keep: bool = False) -> np.ndarray:
+    """Return the RGB pixels of one image, uint8 [H, W, 3], upright; `keep` as in `decode_rgb`. InputErrors
+    name the file or `name`."""
     if isinstance(image, str | Path):
-        return decode_rgb(Path(image))
+        return decode_rgb(Path(image), keep=keep)
     if isinstance(image, Image.Image):
         if image.mode.startswith(("I", "F")):
             raise InputError(

@@ -20,6 +20,7 @@ from lvssl.evaluation.embedding import embed
 from lvssl.runs.run import load_run
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
+from pipelines.formats import turbojpeg
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,6 +101,20 @@ def test_a_damaged_image_is_named_or_left_out(run, photos, capsys):
         found = model.encode(images, on_error="skip")
         assert len(found) == 11 and not any(name.endswith("a/1.png") for name in found.names)
         assert "a/1.png" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(turbojpeg.FOUND is None, reason="Pillow says nothing of extraneous bytes")
+def test_a_damaged_jpeg_is_kept_in_a_folder_and_in_a_list(run, photos):
+    model, path = lvssl.load(run), photos / "b/8.jpg"
+    whole, content = model.encode(photos), path.read_bytes()
+    path.write_bytes(content[:-2] + b"\x12" * 64 + content[-2:])
+    (photos / "a/2.jpg").write_bytes(content[:300])  # of which nothing can be made
+    for images in (photos, paths_of(photos)):
+        assert len(model.encode(images, on_error="skip")) == 10
+        found = model.encode(images, on_error="keep")
+        assert len(found) == 11 and any(name.endswith("b/8.jpg") for name in found.names)
+        kept = [name.endswith("b/8.jpg") for name in found.names].index(True)
+        assert np.allclose(found.features[kept], whole.features[whole.names.index("b/8.jpg")], atol=1e-3)
 
 
 @pytest.mark.parametrize(
