@@ -24,8 +24,11 @@ def score(predictions: Tensor, answers: Tensor, names: tuple[str, ...] = ()) -> 
 
 
 def classification(scores: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Return top-1 and, for C > 5, top-5 accuracy of scores [N, C] in percent, with Wilson intervals."""
-    ranks = rank_of_label(scores, labels)
+    """Return top-1 and, for C > 5, top-5 accuracy of scores [N, C] in percent, with Wilson intervals. Classes
+    from C on, whose training images may all be damaged, are never right."""
+    classes = scores.shape[1]
+    ranks = rank_of_label(scores, labels.clamp(max=classes - 1))
+    ranks[labels >= classes] = classes
     figures: dict[str, Any] = {"count": len(labels), "interval": "Wilson, 95 %"}
     for k in (1, 5):
         if k == 1 or scores.shape[1] > k:

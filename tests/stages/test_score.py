@@ -1,6 +1,7 @@
 """Every figure against NumPy or scikit-learn."""
 
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from scipy.stats import binomtest
 from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score, top_k_accuracy_score
 
 from lvssl.evaluation import score as score_module
+from lvssl.evaluation.linear import ridge_probe
 from lvssl.evaluation.score import RESAMPLES, classification, one_target, rank_of_label, score, wilson
+from lvssl.runs.labels import LabelledDataset
 
 
 def test_top_1_and_top_5_are_numpys_and_sklearns():
@@ -31,6 +34,13 @@ def test_equal_scores_favour_the_lower_class_and_few_classes_have_no_top_5():
     assert ranks.tolist() == list(range(7))
     assert "top5" not in classification(torch.zeros(3, 5), torch.tensor([0, 1, 2]))
     assert classification(torch.zeros(6, 6), torch.arange(6))["top5"] == pytest.approx(100 * 5 / 6, abs=1e-3)
+
+
+def test_a_class_without_a_score_is_never_right():
+    """As in kNN if every training image of the last class is damaged."""
+    for classes in (3, 6):
+        figures = score(torch.eye(classes)[[0, 1, 0, 0]], torch.tensor([0, 1, classes, classes + 1]))
+        assert figures["top1"] == 50 and figures.get("top5", 50) == 50
 
 
 @pytest.mark.parametrize("right, count", [(0, 10), (10, 10), (7, 10), (1, 1), (9642, 10_000)])
@@ -86,3 +96,13 @@ def test_the_bootstrap_draws_one_resample_at_a_time_and_the_same_as_all_at_once(
     tracemalloc.stop()
     drawn = np.random.default_rng(0).integers(0, 20_000, (50, 20_000))
     assert [low, high] == list(np.percentile([score_module.r2(p[i], a[i]) for i in drawn], [2.5, 97.5]))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 40])
+def test_ridge_on_few_images_has_a_strength(count):
+    """None of three images can be held out to choose it."""
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(count, 4)).astype(np.float32)
+    train = LabelledDataset(Path("train"), None, torch.from_numpy(x[:, :1]), 1, ("y",))
+    predictions, strength = ridge_probe(x, train, x, 0)
+    assert predictions.shape == (count, 1) and predictions.isfinite().all() and strength > 0
