@@ -181,6 +181,8 @@ def curate(settings: CurateSettings) -> Curation:
         agreement = Agreement.of(sets[0].thumbnails)
     elif settings.pixels:
         print("note: no pixels to confirm duplicates: only features are compared", file=sys.stderr)
+    if settings.crops and agreement is None:
+        print("note: --crops compares pixels, so it is ignored here", file=sys.stderr)
     cosine = settings.cosine or (CONFIRMED if agreement else ALONE)
     pairs: dict[tuple[int, int, int, int], tuple[float, float | None]] = {}
     for s, t in [(0, 0), (1, 0), (1, 1)] if len(sets) > 1 else [(0, 0)]:

@@ -146,6 +146,13 @@ def test_bad_settings_are_one_line(run, planted, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_crops_that_arent_looked_for_are_noted(run, planted, tmp_path, capsys):
+    arguments = ["curate", run, "--train", planted[0], "--out", tmp_path / "c", "--pixels", 0]
+    for options, count in (([], 0), (["--crops", 0.75], 1)):
+        assert lvssl(*arguments, *options) == 0
+        assert capsys.readouterr().err.count("note: --crops compares pixels, so it is ignored here") == count
+
+
 def test_a_diverse_subset_never_has_a_row_twice_however_many_are_copies():
     assert diverse(np.array([[1], [1], [7], [1]], np.uint8), 4) == [0, 2, 1, 3]
 
