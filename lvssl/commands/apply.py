@@ -33,7 +33,8 @@ def search(arguments: list[str]) -> None:
     searcher = searcher_of(settings)
     found = run(settings, searcher)
     if settings.csv:
-        print(f"{settings.csv}: written, queries: {write_csv(settings.csv, found):,}")
+        count = write_csv(settings.csv, found)
+        print(f"{settings.csv}: neighbours of {count:,} {'query' if count == 1 else 'queries'}")
         return
     if settings.page:
         from lvssl.report.pictures import MOST, write_neighbours

@@ -90,7 +90,7 @@ def test_codes_and_queries(run, folders, tmp_path, capsys):
     assert main([*search, str(tmp_path / "a.csv"), "--on-error", "raise"]) == 2
     assert "can't be decoded" in (said := capsys.readouterr().err) or "damaged" in said
     assert main([*search, str(tmp_path / "a.csv")]) == 0
-    assert "queries: 58" in capsys.readouterr().out
+    assert "neighbours of 58 queries" in capsys.readouterr().out
 
 
 def test_a_stage_has_the_runs_setting_and_an_older_result_stands(run, folders, tmp_path, capsys):

@@ -37,7 +37,7 @@ def network(**engine) -> LVNet:
 
 
 @pytest.mark.parametrize(("change", "compiled"), [
-    ({}, True), ({"device": "cpu"}, False), ({"ranks": 2}, False), ({"images": 600_000}, False),
+    ({}, True), ({"device": "cpu"}, False), ({"ranks": 2}, False), ({"images": 500_000}, False),
     ({"side": 64}, False), ({"side": 128}, False),
     ({"side": 128, "images": 2_000_000}, True), ({"chunk": 256}, False), ({"recompute": True}, False),
     ({"graph": "on"}, False),
