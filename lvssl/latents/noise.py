@@ -61,12 +61,20 @@ def rows_of(count: int, views: int, rank: int, ranks: int, device: torch.device)
 
 def uniform(shape: tuple[int, ...], like: Tensor, noise: Noise) -> Tensor:
     """Draw from [0, 1), in the dtype of `like`; `shape` is [samples, N, ...]."""
+    require_rows(noise, shape[1])
     return uniforms(noise, math.prod(shape[2:]), shape[0]).view(shape).to(like.dtype)
 
 
 def normal(shape: tuple[int, ...], like: Tensor, noise: Noise) -> Tensor:
     """Draw from N(0, 1); arguments as for `uniform`."""
+    require_rows(noise, shape[1])
     return normals(noise, math.prod(shape[2:]), shape[0], like.dtype).view(shape)
+
+
+def require_rows(noise: Noise, count: int) -> None:
+    """Raise ValueError unless the noise has a row for each image; compiled loops write one for each row."""
+    if len(noise.rows) != count:
+        raise ValueError(f"{count} images need noise of {count} rows, not {len(noise.rows)}")
 
 
 def uniforms(noise: Noise, dim: int, count: int) -> Tensor:
@@ -117,6 +125,7 @@ def log_gammas(shapes: Tensor, count: int, noise: Noise) -> Tensor:
     GAMMA_PROPOSALS proposals; proposal p of sample k is call k of the stream + 256 p. For a shape below 1,
     the variate of shape + 1 is multiplied by u^(1 / shape).
     """
+    require_rows(noise, len(shapes))
     if on_gpu(shapes):
         from lvssl.latents import noise_triton
 

@@ -129,3 +129,12 @@ def test_seeds_steps_rows_samples_and_dimensions_have_noise_of_their_own(name):
 def test_keys_differ_between_seeds_and_steps_and_fit_an_int64():
     keys = {key_of(seed, step) for seed in (0, 1, 42, 2**31, -1) for step in (0, 1, 10**6, 2**32 - 1)}
     assert len(keys) == 20 and all(-(2**63) <= key < 2**63 for key in keys)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if family(name).stochastic])
+@pytest.mark.parametrize("rows", [1, 4, 6, 400])
+def test_noise_for_another_number_of_images_is_refused(name, rows):
+    """A compiled loop has no bounds: it wrote past the end, and the process died, or left numbers unset."""
+    made = family(name).posterior(torch.zeros(5, family(name).parameter_count(16)))
+    with pytest.raises(ValueError, match=f"5 images need noise of 5 rows, not {rows}"):
+        made.sample(2, keyed(0, rows))
