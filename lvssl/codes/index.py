@@ -90,8 +90,8 @@ class Index:
         """Return (ids of the k nearest codes of each query, nearest first; their distances [Q, k]).
 
         `queries` and distances are as for `nearest_rows`. `only`: search among these ids alone. Raises
-        ValueError if shapes don't match, k is outside 1..N or there is no code, and KeyError for an unknown
-        id in `only`.
+        ValueError if shapes don't match, k is outside 1..N, there is no code or a query isn't finite, and
+        KeyError for an unknown id in `only`.
         """
         rows, among = self.rows, None
         if only is not None:
@@ -151,16 +151,15 @@ class Index:
         fitted = {name.removeprefix(start): a for name, a in arrays.items() if name.startswith(start)}
         return cls(arrays["rows"], ids, Quantiser(**fitted) if fitted else None)
 
-    def write_faiss(self, path: Path) -> None:
+    def write_faiss(self, path: str | Path) -> None:
         """As the function `write_faiss`, under these ids if they are integers, else under row numbers."""
-        write_faiss(path, self.rows, self.quantiser, whole_numbers(self.ids))
+        write_faiss(Path(path), self.rows, self.quantiser, whole_numbers(self.ids))
 
 
 def whole_numbers(ids: Sequence[Any]) -> np.ndarray | None:
     """Return the ids as int64 [N], or None if one is anything else, or there are none."""
-    if not len(ids) or not all(
-        isinstance(one, int | np.integer) and not isinstance(one, bool) for one in ids
-    ):
+    whole = (isinstance(one, int | np.integer) and not isinstance(one, bool) for one in ids)
+    if not len(ids) or not all(whole):
         return None
     try:
         return np.array(ids, np.int64)

@@ -171,3 +171,33 @@ def test_what_cant_be_saved_or_opened_is_said(tmp_path):
     save_file(arrays, path, {"lvssl index": "9 1234"})
     with pytest.raises(CodeFileError, match="i: format version 9, this release reads 1"):
         Index.open(path)
+
+
+@pytest.mark.parametrize("code", ["bits", "opq"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_a_query_without_distances_is_refused(code, value):
+    """Its neighbours' row was -1, which names the last code of the index."""
+    if code == "opq":
+        pytest.importorskip("faiss")
+    x = features()
+    quantiser = FITS[code](x, 8)
+    index = Index(quantiser.encode(x), names(500), quantiser)
+    queries = x[:3].copy()
+    queries[1, 2] = value
+    with pytest.raises(ValueError, match="query 1 isn't finite"):
+        index.search(queries, k=2)
+    with pytest.raises(ValueError, match="query 0 isn't finite"):
+        index.search(queries[1:2], k=2, threads=3)
+
+
+def test_ids_in_an_array_are_saved_as_those_in_a_list(tmp_path):
+    rows = np.arange(30, dtype=np.uint8).reshape(10, 3)
+    for ids in (np.arange(10), np.array([f"image {i}" for i in range(10)])):
+        Index(rows, ids).save(tmp_path / "index")
+        assert Index.open(tmp_path / "index").ids == ids.tolist()
+
+
+def test_an_index_for_faiss_is_written_under_a_path_as_text(tmp_path):
+    faiss = pytest.importorskip("faiss")
+    Index(np.zeros((4, 2), np.uint8), range(4)).write_faiss(str(tmp_path / "index.faiss"))
+    assert faiss.read_index_binary(str(tmp_path / "index.faiss")).ntotal == 4
