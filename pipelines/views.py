@@ -1,6 +1,7 @@
 """What a view is: the ranges from which each augmentation parameter is drawn."""
 
 from dataclasses import dataclass
+from math import isfinite
 
 from pipelines.errors import InputError
 
@@ -70,5 +71,9 @@ class ViewSettings:
                 raise InputError(f"view.{name} must be an increasing pair in (0, {limit}], got {(low, high)}")
         if not 0 < self.evaluation_crop <= 1:
             raise InputError(f"view.evaluation_crop must be in (0, 1], got {self.evaluation_crop}")
+        for name in ("mean", "std"):
+            numbers = getattr(self, name)
+            if len(numbers) != 3 or not all(map(isfinite, numbers)):
+                raise InputError(f"view.{name} must be three finite numbers, got {numbers}")
         if min(self.std) <= 0:
             raise InputError(f"view.std must be positive, got {self.std}")

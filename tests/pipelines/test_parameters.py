@@ -115,6 +115,7 @@ def test_centre_boxes():
     {"resolution": 7}, {"scale": (0.5, 0.2)}, {"scale": (0.5, 1.2)}, {"flip": 1.5}, {"hue": 0.6},
     {"brightness": -1.0},
     {"sigma": (0.0, 1.0)}, {"evaluation_crop": 0.0}, {"std": (0.0, 1.0, 1.0)}, {"flip": float("nan")},
+    {"std": (0.5,)}, {"std": (0.5, 0.5, float("nan"))}, {"mean": (0.5,)}, {"mean": (0.5, 0.5, float("inf"))},
 ])  # fmt: skip
 def test_impossible_settings_are_refused_by_name(setting):
     with pytest.raises(InputError, match=next(iter(setting))):
