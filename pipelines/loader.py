@@ -6,6 +6,7 @@ GIL; each thread makes a part of every batch, so that the first batch is ready e
 """
 
 import math
+import os
 import threading
 import time
 import weakref
@@ -582,10 +583,14 @@ class Threads:
             raise InputError(f"--workers must be at least 0, got {workers}")
         self.workers = loader_threads(workers)
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="views")
+        self._process = 0  # in which the threads run, once there are any
 
     def run(self, make: Callable[[slice], None], rows: int, chunk: int) -> Callable[[], None]:
         """Start make(part) on equal shares of `rows`, in chunks of `chunk` rows; the returned call waits, and
         raises what the threads raised."""
+        if self._process not in (0, os.getpid()):  # a fork has no threads, and would wait forever
+            raise RuntimeError("a loader can't be used on after a fork: make one in each process")
+        self._process = os.getpid()
         share = max(1, -(-rows // self.workers))
 
         def make_share(first: int) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -585,3 +586,18 @@ def test_threads_are_this_process_s_share_of_the_cores(monkeypatch):
     for said in ("", "two", "0"):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
         assert cores.loader_threads() == 12, said
+
+
+def test_after_a_fork_a_loader_says_so_instead_of_waiting_forever(beton):
+    with TwoViewLoader(open_reader(beton), VIEW, LoaderSettings(8, workers=2)) as loader:
+        next(iter(loader))
+        child = os.fork()
+        if not child:
+            signal.alarm(60)  # ends a child that waits
+            try:
+                next(iter(loader))
+            except RuntimeError as error:
+                os._exit(7 if "make one in each process" in str(error) else 8)
+            os._exit(9)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert len(list(loader)) == len(loader) - 1
