@@ -6,6 +6,7 @@ The stem of a ResNet depends on the resolution; timm's models keep their archite
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -115,15 +116,17 @@ def stage_widths(name: str) -> tuple[int, ...]:
 
 @contextmanager
 def stage_means(backbone: nn.Module) -> Iterator[list[Tensor]]:
-    """Context that keeps the activations after each stage of a backbone's last call, averaged over the
-    pixels: float32 [N, width] for each, the last being the features. A stage is a block of a small network,
-    or what torchvision calls a layer; for a timm model there are the features alone."""
+    """Context that keeps the activations after each stage of this thread's last call of a backbone, averaged
+    over the pixels: float32 [N, width] for each, the last being the features. A stage is a block of a small
+    network, or what torchvision calls a layer; for a timm model there are the features alone."""
     stages: list[nn.Module] = [backbone]
     if isinstance(backbone, SmallResNet | ResNet):
         stages = [child for child in backbone.children() if isinstance(child, BasicBlock | nn.Sequential)]
-    means = [torch.empty(0)] * len(stages)
+    means, here = [torch.empty(0)] * len(stages), get_ident()
 
     def keep(number: int, activations: Tensor) -> None:
+        if get_ident() != here:  # the hooks see the calls of other threads, too
+            return
         pixels = activations.dim() == 4
         means[number] = activations.mean(dim=(2, 3), dtype=torch.float32) if pixels else activations.float()
 

@@ -43,9 +43,16 @@ class Encoded(NamedTuple):
 
 def encode(network: LVNet, batches: Batches, view: ViewSettings) -> Iterator[Encoded]:
     """Yield what a network computes from each batch, without gradients, in eval mode."""
-    with stage_means(network.backbone) as means:
-        for (features, posterior), rows in infer(network, batches, view, network.encode):
-            yield Encoded(rows, features, torch.cat(means, dim=1), posterior)
+
+    def encoded(images: Tensor) -> tuple[Tensor, Posterior, Tensor]:
+        # The precision is the network's, not that of a caller's autocast; and the hooks are for one call, as
+        # the next may come from another thread.
+        with torch.autocast(images.device.type, enabled=False), stage_means(network.backbone) as means:
+            features, posterior = network.encode(images)
+        return features, posterior, torch.cat(means, dim=1)
+
+    for (features, posterior, stages), rows in infer(network, batches, view, encoded):
+        yield Encoded(rows, features, stages, posterior)
 
 
 def locations(network: LVNet, part: Encoded) -> Tensor:
