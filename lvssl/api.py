@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -42,13 +42,13 @@ from lvssl.models.network import LVNet
 from lvssl.runs.hub import PREFIX, local_folder
 from lvssl.runs.labels import readable
 from lvssl.runs.run import Run, load_encoder
-from lvssl.settings.fields import all_settings
+from lvssl.settings.fields import all_settings, from_dict
 from lvssl.settings.pretrain import PretrainSettings, choice
 from lvssl.settings.pretrain import preset as named
 from lvssl.training.pretrain import pretrain as train
 from pipelines.cores import loader_threads
 from pipelines.decode.pixels import as_rgb, decode_rgb
-from pipelines.errors import ON_ERROR, InputError
+from pipelines.errors import ON_ERROR, InputError, first_line
 from pipelines.formats import jpeg
 from pipelines.normalise import normalise
 from pipelines.views import ViewSettings
@@ -340,7 +340,7 @@ def preset(name: str = "", **options: Any) -> PretrainSettings:
     `lvssl pretrain` as a keyword argument.
 
     Raises:
-        InputError: unknown preset or option.
+        InputError: unknown preset or option, or a value of a wrong type.
 
     >>> settings = lvssl.preset("digits", data="train.beton", out="new", epochs=1, backbone="tiny")
     >>> settings.model.backbone, settings.epochs, settings.batch_size
@@ -352,10 +352,19 @@ def preset(name: str = "", **options: Any) -> PretrainSettings:
         choice("option", option, tuple(known))
         group, _, field = known[option].name.rpartition(".")
         holder: Any = getattr(settings, group) if group else settings
-        kind = next(f.type for f in fields(holder) if f.name == field)
-        holder = replace(holder, **{field: Path(value) if kind is Path else value})
+        made = from_dict(type(holder), {field: as_json(value)}, "preset")
+        holder = replace(holder, **{field: getattr(made, field)})
         settings = replace(settings, **{group: holder}) if group else holder
     return settings
+
+
+def as_json(value: Any) -> Any:
+    """Return an option's value as `from_dict` takes it: paths and devices as text, arrays as lists."""
+    if isinstance(value, Path | torch.device):
+        return str(value)
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def pretrain(settings: PretrainSettings, resume: bool = False) -> Model:
@@ -455,7 +464,10 @@ def pixels_of(image: Picture, name: str, keep: bool = False) -> np.ndarray:
             raise InputError(
                 f"{name}: PIL mode {image.mode} does not have 8 bits: convert it, or pass its path"
             )
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        try:  # an image that was opened from a file is decoded now
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        except Exception as error:  # whatever a decoder raises is about this image alone
+            raise InputError(f"{name}: not an image, or damaged ({first_line(error)})") from error
     if not isinstance(image, np.ndarray):
         raise InputError(f"{name}: a path, a PIL image or an array is expected, not {type(image).__name__}")
     grey = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 1)

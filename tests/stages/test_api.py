@@ -5,6 +5,7 @@ import doctest
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from lvssl import api
 from lvssl.codes.file import CodeFileError, open_codes, open_uncertainty
 from lvssl.commands.main import main
 from lvssl.evaluation.embedding import embed
+from lvssl.models.inference import encode, in_batches
 from lvssl.runs.run import load_run
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
@@ -142,6 +144,59 @@ def found_by_command(run: Path, query: Path, table: Path, *more: str) -> list[tu
         return [(row["name"], float(row["distance"])) for row in csv.DictReader(file)]
 
 
+def test_encode_in_several_threads_gives_each_its_own_uncertainties(run, photos):
+    """The density reads activations through hooks, which see every thread's calls."""
+    model = lvssl.load(run, device="cpu")
+    model.fit_density(photos)
+    sets = [np.random.default_rng(i).integers(0, 256, (20 + i, 8, 8, 3), np.uint8) for i in range(4)]
+    alone = [model.encode(images) for images in sets]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(model.encode, sets * 8))
+    assert all(same(one, known) for one, known in zip(found, alone * 8))
+
+
+def test_batches_that_are_asked_for_in_turn_by_several_threads_have_their_own_means(run):
+    """Each batch may be computed in another thread than the one before."""
+    loaded = load_run(run)
+    crops = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8))
+    known = [part.stages for part in encode(loaded.network, in_batches(crops, 4), loaded.settings.view)]
+    parts = encode(loaded.network, in_batches(crops, 4), loaded.settings.view)
+    for wanted in known:
+        with ThreadPoolExecutor(1) as pool:
+            assert torch.equal(pool.submit(next, parts).result().stages, wanted)
+
+
+def test_the_callers_autocast_changes_no_bit(run, photos):
+    model = lvssl.load(run, device="cpu")
+    alone = model.encode(photos)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(model.encode(photos), alone)
+
+
+def test_a_pil_image_whose_file_is_damaged_is_named_or_left_out(run, photos, capsys):
+    """Its pixels are read when they are asked for."""
+    path = photos / "a/2.jpg"
+    path.write_bytes(path.read_bytes()[:-40])
+    model, good = lvssl.load(run), np.zeros((8, 8, 3), np.uint8)
+    with pytest.raises(InputError, match="image 1: not an image, or damaged .*truncated"):
+        model.encode([good, PIL.Image.open(path)])
+    assert model.encode([good, PIL.Image.open(path)], on_error="skip").names == ["0"]
+    assert "left out: image 1" in capsys.readouterr().err
+
+
+def test_keep_does_the_same_for_a_list_as_for_a_folder(run, photos, capsys):
+    """One JPEG whose damage Pillow passes over is kept, another file is left out."""
+    path = photos / "a/2.jpg"
+    path.write_bytes(path.read_bytes()[:-2] + b"12345" + b"\xff\xd9")
+    (photos / "a/1.png").write_bytes(b"no image")
+    model = lvssl.load(run)
+    with pytest.raises(InputError, match="extraneous"):
+        model.encode(path)
+    folder, listed = model.encode(photos, on_error="keep"), model.encode(paths_of(photos), on_error="keep")
+    assert same(folder, listed) and len(folder) == 11 and "a/2.jpg" in folder.names
+    assert capsys.readouterr().err.count("a/1.png") == 2
+
+
 def test_search_finds_what_the_command_finds(run, photos, tmp_path):
     model, query, file = lvssl.load(run), photos / "b/8.jpg", run / "codes.lvcodes"
     assert main(["encode", str(run), "--images", str(photos)]) == 0
@@ -227,6 +282,24 @@ def test_a_setting_is_found_by_its_option():
         lvssl.preset("digits", epoch=1)
     with pytest.raises(InputError, match="unknown preset"):
         lvssl.preset("digit")
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("epochs", "3"), ("lr", "0.1"), ("seed", 1.5), ("batch_size", 16.0), ("log", "wandb"), ("out", None),
+     ("scale", (0.5,)), ("backbone", None), ("flip", "no")],
+)  # fmt: skip
+def test_a_value_of_a_wrong_type_is_refused_before_anything_is_written(option, value):
+    with pytest.raises(InputError, match=f"{option} should be of type"):
+        lvssl.preset("digits", **{option: value})
+
+
+def test_values_may_be_lists_arrays_and_paths():
+    numbers = {"scale": [0.5, 1.0], "mean": np.array([0.25, 0.5, 0.75]), "epochs": np.int64(3), "lr": 1}
+    found = lvssl.preset("digits", data="a", out=Path("b"), init=Path("c"), log=[], **numbers)
+    assert (found.data, found.out, found.epochs, found.log) == (Path("a"), Path("b"), 3, ())
+    assert (found.view.scale, found.view.mean) == ((0.5, 1.0), (0.25, 0.5, 0.75))
+    assert found.model.init == "c" and lvssl.preset(device=torch.device("cpu")).device == "cpu"
 
 
 def test_importing_the_package_loads_no_room_of_it():
