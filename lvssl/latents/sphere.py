@@ -95,7 +95,7 @@ def unit(vectors: Tensor) -> Tensor:
     norms = vectors.norm(dim=1, keepdim=True)
     axis = torch.zeros_like(vectors)
     axis[:, :1].fill_(1)
-    return torch.where(norms > 1e-12, vectors / norms.clamp(min=1e-12), axis)
+    return torch.where(norms <= 1e-12, axis, vectors / norms.clamp(min=1e-12))  # NaN stays NaN
 
 
 def log_surface(dim: int) -> float:

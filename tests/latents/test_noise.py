@@ -138,3 +138,13 @@ def test_noise_for_another_number_of_images_is_refused(name, rows):
     made = family(name).posterior(torch.zeros(5, family(name).parameter_count(16)))
     with pytest.raises(ValueError, match=f"5 images need noise of 5 rows, not {rows}"):
         made.sample(2, keyed(0, rows))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if family(name).stochastic])
+def test_parameters_that_are_nan_give_no_number(name):
+    """On the sphere, they gave the first axis, as a vector of length 0 does."""
+    parameters = torch.zeros(3, family(name).parameter_count(16))
+    parameters[1, 0] = float("nan")
+    found = family(name).posterior(parameters)
+    wrong = found.sample(2, keyed(0, 3)).isnan().flatten(2).any(dim=2) | found.mean().isnan().any(dim=1)
+    assert wrong.tolist() == [[False, True, False]] * 2
