@@ -184,9 +184,9 @@ def test_a_query_without_distances_is_refused(code, value):
     index = Index(quantiser.encode(x), names(500), quantiser)
     queries = x[:3].copy()
     queries[1, 2] = value
-    with pytest.raises(ValueError, match="query 1 isn't finite"):
+    with pytest.raises(ValueError, match="query 1: its distances aren't finite"):
         index.search(queries, k=2)
-    with pytest.raises(ValueError, match="query 0 isn't finite"):
+    with pytest.raises(ValueError, match="query 0: its distances aren't finite"):
         index.search(queries[1:2], k=2, threads=3)
 
 
