@@ -219,7 +219,7 @@ def base_table(docs: Path) -> list[str]:
         ("bernoulli256-vc", "none-vc"),
         ("bernoulli256-vc", "sign-vc"),
     )
-    results = kept(docs, "base", {**TITLES, "cifar10-50000": "CIFAR-10, 50,000, one seed"})
+    results = kept(docs, "base", {**TITLES, "cifar10-50000": "CIFAR-10, 50,000 images"})
     return table_of(results, shown, compared)
 
 
