@@ -29,7 +29,6 @@ from lvssl.models.device import pick_device
 from lvssl.models.network import LVNet
 from lvssl.models.utilisation import PEAK_FLOPS, operations, worth_compiling
 from lvssl.settings.pretrain import (
-    BACKBONES,
     OPTIMISERS,
     LatentSettings,
     ModelSettings,
@@ -39,6 +38,7 @@ from lvssl.settings.pretrain import (
     preset,
     require,
     require_backbone,
+    require_blocks,
 )
 from pipelines.errors import InputError
 
@@ -130,8 +130,8 @@ class PlanSettings:
         choice("gpu", self.gpu, tuple(PEAK_FLOPS))
         at_least(self, images=1, epochs=1)
         require(self.chunk >= 0 and self.chunk != 1, "chunk", self.chunk, "0, or at least 2")
-        if self.recompute and self.backbone not in BACKBONES:  # as `lvssl pretrain` says
-            raise InputError(f"--recompute only supports ResNets, not {self.backbone}: use --chunk")
+        if self.recompute:
+            require_blocks(self.backbone)
 
 
 def of_preset(name: str) -> PlanSettings:
@@ -385,8 +385,8 @@ def card_memory(settings: PlanSettings) -> float:
 def share_of_peak(settings: PlanSettings) -> tuple[float, bool]:
     """Return the share that a step reaches, and whether it was measured in exactly this case."""
     side, images = settings.resolution, settings.images * settings.epochs
-    eager = settings.gpus > 1 or settings.chunk or settings.recompute or settings.precision == "fp16"
-    compiled = not eager and worth_compiling(settings.backbone, side, images)
+    twice, fp16 = bool(settings.chunk or settings.recompute), settings.precision == "fp16"
+    compiled = worth_compiling(settings.backbone, side, images, settings.gpus, twice, fp16)
     measured = (COMPILED if compiled else MEASURED).get(settings.gpu, {}).get(settings.backbone)
     if measured is not None:
         same = side == MEASURED_SIDE[settings.backbone] and settings.precision == "bf16"

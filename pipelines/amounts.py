@@ -1,4 +1,9 @@
-"""Format bytes and seconds for people."""
+"""Format numbers, bytes and seconds for people."""
+
+
+def number_text(value: float, digits: int = 6) -> str:
+    """Whole from 1,000 on, else to so many digits: 29,100 rather than 2.91e+04; 0.1235; 1.2e+20."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e12 else f"{value:.{digits}g}"
 
 
 def size_text(count: float) -> str:

@@ -74,8 +74,6 @@ class Job:
                 return
             else:
                 self.crashed(record, outcome.status)
-                if self.asked_to_stop():  # before it would have started again
-                    self.stopped(record, Outcome(stopped=True))
             record.state, record.started = "running", time.time()
             write_record(self.out, self.task, record)
 
@@ -112,6 +110,8 @@ class Job:
         return record
 
     def run_ranks(self, record: Record) -> Outcome:
+        if self.asked_to_stop():  # before the first start, or after a crash
+            return Outcome(stopped=True)
         start = {"slurm": self.with_srun, "local": self.with_processes, "debug": self.in_process}[self.kind]
         say(f"{self.task.name}: start {record.restarts + record.crashes + 1} on {record.host}")
         return start(record)
@@ -150,8 +150,6 @@ class Job:
 
     def with_processes(self, record: Record) -> Outcome:
         """Run the ranks as processes of this machine, with the variables that torchrun sets."""
-        if self.asked_to_stop():  # before anything was started
-            return Outcome(stopped=True)
         ranks, children = self.cluster.ranks_per_node, []
         _, port = scheduler.meeting_point(record.restarts + record.crashes)
         for rank in range(ranks):

@@ -131,17 +131,15 @@ def data_stages(pipeline: Pipeline) -> tuple[list[Stage], dict[str, tuple[Path, 
         }
     parts: list[Task] = []
     merges: list[Task] = []
-    data = {}
+    data, folder = {}, pipeline.file.parent
     for name, source in pipeline.convert.items():
         key = digest("convert", source, identities(source.source))
         beton = pipeline.out / f"data-{key[:8]}" / f"{name}.beton"
         data[name] = (beton, key)
         whole = (beton, Path(f"{beton}.json"))
         if source.shards == 1:
-            arguments = convert(source, beton, pipeline.file.parent)
-            parts.append(Task(f"convert-{name}", key, CONVERT, arguments, whole))
+            parts.append(Task(f"convert-{name}", key, CONVERT, convert(source, beton, folder), whole))
             continue
-        folder = pipeline.file.parent
         made = [part(name, source, beton, folder, key, k) for k in range(1, source.shards + 1)]
         parts += made
         removes = tuple(task.outputs[0] for task in made)

@@ -67,10 +67,10 @@ def standings(out: Path, stages: list[Stage]) -> dict[str, list[Standing]]:
         queue = scheduler.states(known)
     accounts = scheduler.accounted(known - set(queue)) if queue is not None else {}
     found: dict[str, list[Standing]] = {}
-    broken: dict[str, list[str]] = {}
+    broken: dict[str, str] = {}
     for stage in stages:
         behind = [name for name in stage.after if any(s.state in FAILED for s in found[name])]
-        broken[stage.name] = behind + [name for before in stage.after for name in broken[before]]
+        broken[stage.name] = next(filter(None, [*behind, *(broken[name] for name in stage.after)]), "")
         found[stage.name] = [
             standing(out, task, jobs.get(task.key, {}), queue, accounts, broken[stage.name])
             for task in stage.tasks
@@ -90,9 +90,9 @@ def standing(
     job: dict[str, str],
     queue: dict[str, tuple[str, str]] | None,
     accounts: dict[str, str],
-    broken: list[str],
+    broken: str,
 ) -> Standing:
-    """One task's state; `broken`: the failed stages that it depends on, directly or not."""
+    """One task's state; `broken`: a failed stage that it depends on, directly or not; empty without one."""
     record = read_record(out, task)
     number, log = job.get("job", ""), job.get("log", "")
     restarts, crashes, error = 0, 0, ""
@@ -113,11 +113,11 @@ def standing(
             return made("waiting" if reason == "Dependency" else "queued", "", reason)
         return made("running")
     if not number:
-        return made("not run", f"{broken[0]} failed" if broken else "")
+        return made("not run", f"{broken} failed" if broken else "")
     if record is None:  # it never began: ended by Slurm, mostly because what it waited for failed
         return made(
             "not run",
-            f"{broken[0]} failed" if broken else accounts.get(number, state or "never started"),
+            f"{broken} failed" if broken else accounts.get(number, state or "never started"),
         )
     if record.state == "running" and job.get("cluster") != "slurm" and scheduler.alive(number, record.host):
         return made("running")

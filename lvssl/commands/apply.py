@@ -3,7 +3,7 @@
 import itertools
 import shlex
 
-from lvssl.commands.arguments import parse
+from lvssl.commands.arguments import asks_for_help, parse
 
 
 def encode(arguments: list[str]) -> None:
@@ -13,7 +13,7 @@ def encode(arguments: list[str]) -> None:
     from lvssl.settings.fields import options
     from pipelines.errors import InputError
 
-    if not {"--images", "-h", "--help"} & {word.partition("=")[0] for word in arguments}:
+    if "--images" not in {word.partition("=")[0] for word in arguments} and not asks_for_help(arguments):
         raise InputError("lvssl encode: --images is required: the images (or embeddings) to encode")
     settings = parse(EncodeSettings, arguments, "encode")
     path = run(settings)

@@ -119,8 +119,8 @@ def report(arguments: list[str]) -> None:
 def runs(arguments: list[str]) -> None:
     import tyro
 
-    from lvssl.runs.listing import ONLINE, RANK, compared, in_short, ranked, runs_in
-    from pipelines.amounts import size_text
+    from lvssl.runs.listing import ONLINE, RANK, compared, ranked, runs_in
+    from pipelines.amounts import number_text, size_text
 
     @dataclass(frozen=True)
     class Runs:
@@ -151,7 +151,7 @@ def runs(arguments: list[str]) -> None:
                     str(one.folder),
                     one.state,
                     f"{one.step:,}/{one.steps:,}" if one.steps else f"{one.step:,}",
-                    *(in_short(one.figures[name]) if name in one.figures else "" for name in metrics),
+                    *(number_text(one.figures[name], 4) if name in one.figures else "" for name in metrics),
                     size_text(one.size),
                 )
                 for one in found

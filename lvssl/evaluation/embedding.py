@@ -86,7 +86,8 @@ def embedded(
         store.fill(compute)
     arrays = store.open()
     left_out = np.setdiff1d(np.arange(len(source)), arrays["rows"])
-    if len(left_out) and list(compute(left_out)):  # with on_error="raise" it raises, naming the first of them
+    # With on_error="raise", computing them raises, naming the first.
+    if len(left_out) and next(iter(compute(left_out)), None) is not None:
         shutil.rmtree(store.folder, ignore_errors=True)  # they can be read by now
         if not store.whole:
             return embedded(run, source, workers, on_error, title)

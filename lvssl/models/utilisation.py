@@ -16,14 +16,15 @@ COMPILED_FROM_SIDE = 128  # px
 COMPILED_FROM_WORK = 2.7e16  # operations of a run: 555,000 images of ResNet-50 at 224 px
 
 
-def worth_compiling(backbone: str, side: int, images: int) -> bool:
+def worth_compiling(backbone: str, side: int, images: int, ranks: int, twice: bool, fp16: bool) -> bool:
     """Whether a training on this many images, of two views each, makes up for the minute of `torch.compile`.
 
     On an H200, ResNet-50 at 224 px took 293 us per image compiled, 406 us uncompiled (as a CUDA graph), and
     63 s to compile, which 555,000 images recover. Other networks and sides are assumed to take images of the
-    same total work. At 32 px a recorded step is faster. Nothing else was measured (docs/gpu.md).
+    same total work. At 32 px a recorded step is faster. Nothing else was measured (docs/gpu.md), so these
+    aren't compiled: several ranks, forward passes that run `twice` (--chunk, --recompute), fp16.
     """
-    if side < COMPILED_FROM_SIDE:
+    if ranks > 1 or twice or fp16 or side < COMPILED_FROM_SIDE:
         return False
     return 2 * images * operations(backbone, side) >= COMPILED_FROM_WORK
 

@@ -18,6 +18,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
+from pipelines.amounts import number_text
+
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 14, 34
 MOST_POINTS = 240  # longer lines are averaged in buckets: more than one point per pixel can't be seen
@@ -52,7 +54,9 @@ class Figure(NamedTuple):
 
 def chart(title: str, unit: str, lines: Sequence[Line], x_label: str = "step", last: bool = True) -> Figure:
     """Draw a figure with its legend, which gives the last value of each line if `last`."""
-    legend = [Key(line.style, line.label, number(line.points[-1][1], 4) if last else "") for line in lines]
+    legend = [
+        Key(line.style, line.label, number_text(line.points[-1][1], 4) if last else "") for line in lines
+    ]
     drawing = line_chart(lines, x_label, f"{title}, {unit}", from_zero=title == "Speed")
     return Figure(title, unit, legend, drawing)
 
@@ -69,7 +73,7 @@ def line_chart(
     points = [p for line in lines for p in line.points]
     x_low, x_high = min(p[0] for p in points), max(p[0] for p in points)
     y_ticks = ticks(0.0 if from_zero else min(p[1] for p in points), max(p[1] for p in points), 5)
-    x_ticks = x_marks or [(t, number(t)) for t in ticks(x_low, x_high, 5) if x_low <= t <= x_high]
+    x_ticks = x_marks or [(t, number_text(t)) for t in ticks(x_low, x_high, 5) if x_low <= t <= x_high]
 
     canvas = Canvas(figsize=(WIDTH / 72, HEIGHT / 72))
     width, height = (WIDTH - LEFT - RIGHT) / WIDTH, (HEIGHT - TOP - BOTTOM) / HEIGHT
@@ -77,7 +81,7 @@ def line_chart(
     axes.set_xlim(x_low, x_high if x_high > x_low else x_low + 1)
     axes.set_ylim(y_ticks[0], y_ticks[-1])
     axes.set_xticks([place for place, _ in x_ticks], [text for _, text in x_ticks])
-    axes.set_yticks(y_ticks, [number(tick) for tick in y_ticks])
+    axes.set_yticks(y_ticks, [number_text(tick) for tick in y_ticks])
     axes.tick_params(length=0, pad=7, labelsize=12, labelcolor=COLOURS["soft"])
     axes.tick_params(axis="x", pad=8)
     axes.grid(axis="y", color=COLOURS["rule"], linewidth=1, clip_on=False)
@@ -138,8 +142,3 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     if low == high:
         low, high = (low - abs(low) / 10, high + abs(high) / 10) if low else (0.0, 1.0)
     return [float(tick) for tick in MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
-
-
-def number(value: float, digits: int = 6) -> str:
-    """Return the label of a tick or a line: 1,200; 0.25; 3; 1.2e+20."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e12 else f"{value:.{digits}g}"

@@ -16,6 +16,7 @@ from lvssl.runs.result import read_result
 from lvssl.runs.rows import are_rows
 from lvssl.runs.run import LOCK, image_count, read_config
 from lvssl.settings.fields import relevant
+from pipelines.amounts import number_text
 from pipelines.errors import InputError
 from pipelines.order import steps_per_epoch
 
@@ -133,13 +134,10 @@ def compared(one: Path, other: Path) -> tuple[list[tuple[str, str, str]], list[t
         points = [[row for row in rows if name in row] for rows in curves]
         for part in range(1, POINTS + 1) if all(points) else ():
             rows = [of[max(len(of) * part // POINTS - 1, 0)] for of in points]
-            a, b = (f"{in_short(row[name])} (step {row['step']:.0f})" for row in rows)
+            a, b = (f"{number_text(row[name], 4)} (step {row['step']:.0f})" for row in rows)
             figures.append((f"{name}, {100 * part // POINTS} %", a, b))
     tests = [results(folder) for folder in folders]
     both = [name for name in tests[0] if name in tests[1]]
-    return settings, figures + [(f"test {n}", in_short(tests[0][n]), in_short(tests[1][n])) for n in both]
-
-
-def in_short(figure: float) -> str:
-    """Format a figure to four digits, or as a whole number: 0.1235; 29,100 rather than 2.91e+04."""
-    return f"{figure:,.0f}" if 1000 <= abs(figure) < 1e12 else f"{figure:.4g}"
+    return settings, figures + [
+        (f"test {n}", number_text(tests[0][n], 4), number_text(tests[1][n], 4)) for n in both
+    ]

@@ -404,8 +404,8 @@ class PretrainSettings(ReadsImages):
         self.optimiser.validate()
         self.engine.validate()
         self.view.validate()
-        if self.engine.recompute and (name := self.model.backbone) not in BACKBONES:
-            raise InputError(f"--recompute only supports ResNets, not {name}: use --chunk")
+        if self.engine.recompute:
+            require_blocks(self.model.backbone)
 
 
 def require(ok: bool, name: str, value: object, wanted: str) -> None:
@@ -426,6 +426,12 @@ def above_zero(settings: object, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         require(value > 0, name, value, "above 0")
+
+
+def require_blocks(backbone: str) -> None:
+    """Raise InputError unless the backbone has the blocks that --recompute computes again."""
+    if backbone not in BACKBONES:
+        raise InputError(f"--recompute only supports ResNets, not {backbone}: use --chunk")
 
 
 def require_backbone(name: str) -> None:

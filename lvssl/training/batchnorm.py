@@ -43,7 +43,7 @@ class SyncedBatchNorm(_BatchNorm):
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(input)
         self._check_input_dim(input)
-        plain = torch.ones(self.num_features, dtype=_wide(input[:0]).dtype, device=input.device)
+        plain = torch.ones(self.num_features, dtype=wide(input.dtype), device=input.device)
         weight = plain if self.weight is None else self.weight
         bias = torch.zeros_like(plain) if self.bias is None else self.bias
         output, mean, variance, count = _Normalise.apply(input, weight, bias, self.eps)
@@ -68,7 +68,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
-        own = weight.new_zeros(3, x.shape[1], dtype=_wide(x[:0]).dtype)  # a batch without images counts 0
+        own = weight.new_zeros(3, x.shape[1], dtype=wide(x.dtype))  # a batch without images counts 0
         if x.numel():
             _, mean, scale = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
             variance = (scale.pow(-2) - eps).clamp(min=0)
@@ -104,9 +104,9 @@ class _Normalise(torch.autograd.Function):
         return slope.to(x.dtype), own_weight, own_bias, None
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Convert to fp32, or keep fp64, for sums."""
-    return x if x.dtype == torch.float64 else x.float()
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type of sums: fp32, or fp64 for fp64."""
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 @contextmanager

@@ -38,10 +38,10 @@ def compiles(settings: PretrainSettings, images: int, device: torch.device, rank
     engine = settings.engine
     if engine.compile != "auto":
         return engine.compile == "on"
-    other = engine.chunk or engine.recompute or engine.deterministic or engine.graph == "on"
-    if device.type != "cuda" or ranks > 1 or other or precision(engine, device) == torch.float16:
+    if device.type != "cuda" or engine.deterministic or engine.graph == "on":
         return False
-    return worth_compiling(settings.model.backbone, settings.view.resolution, images)
+    twice, fp16 = bool(engine.chunk or engine.recompute), precision(engine, device) == torch.float16
+    return worth_compiling(settings.model.backbone, settings.view.resolution, images, ranks, twice, fp16)
 
 
 def keep_compiled(folder: Path) -> None:

@@ -14,7 +14,7 @@ from pipelines.datasets.parts import files_of, parts_of
 from pipelines.datasets.recognise import in_short
 from pipelines.errors import InputError
 from pipelines.formats.beton import JPEG, BetonFile, named_targets, open_beton
-from pipelines.formats.manifest import content_of, manifest_path, read_columns
+from pipelines.formats.manifest import content_of, manifest_path, read_columns, require_columns
 from pipelines.formats.openfiles import OpenFiles
 
 
@@ -75,8 +75,7 @@ def stored_names(path: str | Path) -> list[str] | None:
         if not manifest_path(file).is_file():
             return None
         columns = read_columns(manifest_path(file), ("name",))[1]
-        if "name" not in columns:
-            raise InputError(f"{manifest_path(file)}: not a manifest of a conversion, or damaged (no name)")
+        require_columns(manifest_path(file), columns, ("name",))
         names += columns["name"].tolist()
     return names
 

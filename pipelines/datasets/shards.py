@@ -22,7 +22,7 @@ from pipelines.datasets.folders import files_of_split
 from pipelines.datasets.parts import parts_of
 from pipelines.datasets.recognise import LeftOut, left_by_a_system, split_of_folder
 from pipelines.errors import InputError
-from pipelines.formats.manifest import content_of, manifest_path, read_columns
+from pipelines.formats.manifest import content_of, manifest_path, read_columns, require_columns
 from pipelines.formats.openfiles import OpenFiles
 from pipelines.formats.webdataset import tars_of
 
@@ -61,8 +61,7 @@ def open_shards(path: Path) -> Dataset | None:
     if (rows := _rows(manifest, head, reader, names)) is not None:
         classes = imagenet.names_among(head, "classes")
         columns = read_columns(manifest, wanted := ("label", *head["targets"]))[1]
-        if lacking := [name for name in wanted if name not in columns]:
-            raise InputError(f"{manifest}: not a manifest of a conversion, or damaged (no {lacking[0]})")
+        require_columns(manifest, columns, wanted)
         labels = columns["label"].astype(np.int64)[rows]
         targets = {name: columns[name].astype(np.float64)[rows] for name in head["targets"]}
     elif described:

@@ -113,6 +113,12 @@ def read_columns(path: Path, wanted: Collection[str]) -> tuple[dict[str, Any], d
     }
 
 
+def require_columns(path: Path, columns: Collection[str], wanted: Collection[str]) -> None:
+    """Raise InputError if a manifest lacks one of the wanted columns."""
+    if lacking := [name for name in wanted if name not in columns]:
+        raise InputError(f"{path}: not a manifest of a conversion, or damaged (no {lacking[0]})")
+
+
 def _read(path: Path, wanted: Collection[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """The manifest without its rows, and columns (all, or the wanted ones) as lists, or as Arrow columns if
     they come from a Parquet file."""

@@ -23,7 +23,7 @@ from lvssl.evaluation.analyse import AnalyseSettings
 from lvssl.evaluation.compression import CompressionSettings
 from lvssl.evaluation.evaluate import EvaluateSettings
 from lvssl.report.compression import rate_chart
-from lvssl.report.figures import COLOURS, MOST_POINTS, Line, line_chart, number, thinned, ticks
+from lvssl.report.figures import COLOURS, MOST_POINTS, Line, line_chart, thinned, ticks
 from lvssl.report.figures import chart as with_legend
 from lvssl.report.gallery import in_words as bit_in_words
 from lvssl.report.page import write_report
@@ -43,6 +43,7 @@ from lvssl.runs.run import create_run
 from lvssl.settings.fields import to_dict
 from lvssl.settings.presets import command
 from lvssl.settings.pretrain import PretrainSettings, preset
+from pipelines.amounts import number_text
 from pipelines.errors import InputError
 
 CLASSES = [
@@ -547,7 +548,7 @@ def test_figures_are_readable_at_any_size():
     line = Line("run", "run", [(1.0, 3.0), (2.0, 29_104.4)])
     assert with_legend("Speed", "images per second", [line]).legend[0].value == "29,104"
     for value, said in ((0.123456, "0.1235"), (999.96, "1000"), (-1234.5, "-1,234"), (3e38, "3e+38")):
-        assert number(value, 4) == said
+        assert number_text(value, 4) == said
     row = {"bit": 3, "on": 0.5, "information_bits": 0.1, "class": "a", "auroc": 0.6}
     flips = {"replaced": {"3": 0.1}, "same_class": {"3": -0.0004}, "follows": {"3": 0.2}}
     assert "changes by +0.0 points" in bit_in_words(row, flips)
@@ -559,7 +560,7 @@ def test_figures_are_readable_at_any_size():
 def test_ticks_are_round_and_enclose(low, high):
     found = ticks(low, high, 5)
     assert found[0] <= low + 1e-9 and found[-1] >= high - 1e-9 and 2 <= len(found) <= 8
-    assert len({number(t) for t in found}) == len(found)
+    assert len({number_text(t) for t in found}) == len(found)
     assert (low, high) != (0, 0) or found[-1] == 1
 
 
