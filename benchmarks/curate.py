@@ -26,10 +26,11 @@ import torch
 from PIL import Image
 
 from lvssl.commands.main import guarded
-from lvssl.evaluation.curate import CurateSettings, curate
+from lvssl.evaluation.curate import curate
 from lvssl.evaluation.embedding import shrink
 from lvssl.evaluation.encoder import image_set
 from lvssl.runs.run import load_run, versions
+from lvssl.settings.apply import CurateSettings
 from pipelines.cores import cores
 from pipelines.decode import open_reader
 from pipelines.errors import InputError

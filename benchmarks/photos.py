@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from lvssl.commands.main import guarded
-from lvssl.evaluation.codes import SearchSettings, search
+from lvssl.evaluation.codes import search
+from lvssl.settings.apply import SearchSettings
 from pipelines.errors import InputError
 from pipelines.files import write_json
 

@@ -51,9 +51,10 @@ from benchmarks.gpu_stages.study import ARMS as GPU_ARMS
 from lvssl.commands.demo import fashion_mnist
 from lvssl.commands.main import guarded
 from lvssl.evaluation.pairs import BEST
-from lvssl.evaluation.study import StudySettings, study
+from lvssl.evaluation.study import study
 from lvssl.report.study import markdown, write_study
 from lvssl.runs.differences import interval
+from lvssl.settings.measure import StudySettings
 from pipelines.convert.conversion import ConvertOptions, convert
 from pipelines.convert.conversion import Settings as ConvertSettings
 from pipelines.decode import open_reader

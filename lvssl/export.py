@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 from torch import Tensor
-from tyro.conf import Positional
 
 from lvssl.codes.quantiser import Quantiser
 from lvssl.evaluation.density import FILE as DENSITY
@@ -38,6 +37,7 @@ from lvssl.models.network import LVNet
 from lvssl.runs.hub import Upload
 from lvssl.runs.result import read_json
 from lvssl.runs.run import Run, image_count, load_run, versions
+from lvssl.settings.apply import ExportSettings
 from lvssl.settings.fields import to_dict
 from lvssl.settings.pretrain import BACKBONES
 from pipelines.errors import InputError
@@ -46,27 +46,6 @@ from pipelines.order import steps_per_epoch
 from pipelines.views import ViewSettings
 
 OPSET = 18
-
-
-@dataclass(frozen=True)
-class ExportSettings:
-    """Export a run's encoder for torchvision, timm, torch.hub and ONNX, with a model card."""
-
-    run: Positional[Path]
-    """Folder of the run."""
-    out: Path = Path("export")
-    """Folder to write. It must not exist yet."""
-    onnx: bool = True
-    """Also write encoder.onnx, which maps images to packed codes. Needs the extra `export`."""
-    bits: int = 0
-    """Length of the codes that encoder.onnx computes; 0 means the run's own code."""
-    code: str = "auto"
-    """With --bits, the kind of code, which `lvssl encode` must have fitted: auto, bits, opq, itq or pca."""
-    push: str = ""
-    """USER/NAME: also upload the folder to the Hugging Face Hub, to a new private repository unless it exists
-    already. Uses the token of `hf auth login`, or $HF_TOKEN."""
-    public: bool = False
-    """Make a repository that --push creates public."""
 
 
 def export(settings: ExportSettings) -> Path:

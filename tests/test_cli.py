@@ -186,8 +186,30 @@ def test_help_is_there_for_every_command(lvssl):
     assert all(name in lvssl("--help").stdout for name in COMMANDS)
     text = lvssl("pretrain", "--help").stdout
     assert "--family" in text and "cifar10-small" in text
-    code = "import sys, lvssl.commands.main as m; m.main(['--help']); sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)  # it answers at once
+
+
+ASKED = """
+import contextlib, os, sys
+from lvssl.commands.main import COMMANDS, main
+for words in (['--help'], *([name, option] for name in COMMANDS for option in ('--help', '--tset'))):
+    status = 0
+    with open(os.devnull, 'w') as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+        try:
+            status = main(words) or 0
+        except SystemExit as ended:
+            status = ended.code or 0
+    print(words, status, 'torch' in sys.modules)
+"""
+
+
+def test_help_and_a_mistyped_option_are_answered_without_loading_torch():
+    """Loading torch takes seconds, which whoever asks for help would wait."""
+    asked = subprocess.run([sys.executable, "-c", ASKED], check=True, capture_output=True, text=True)
+    answers = [line.rsplit(" ", 2) for line in asked.stdout.splitlines()]
+    assert len(answers) == 1 + 2 * len(COMMANDS)
+    assert [words for words, _, loaded in answers if loaded == "True"] == []
+    answered = {str(words) for words in (["--help"], *([name, "--help"] for name in COMMANDS))}
+    assert {words for words, status, _ in answers if status == "0"} == answered
 
 
 def test_the_demo_runs_on_digits_and_leaves_what_it_promises(tmp_path):

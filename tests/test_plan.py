@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from lvssl.plan import PlanSettings, footprint, host_memory, hours, largest_batch, memory, of_preset, plan
+from lvssl.plan import footprint, host_memory, hours, largest_batch, memory, plan
+from lvssl.settings.start import PlanSettings, of_preset
 from pipelines.errors import InputError
 
 MIB = 2**20

@@ -7,10 +7,6 @@ from pathlib import Path
 import pytest
 
 from lvssl.commands.arguments import parse
-from lvssl.evaluation.analyse import AnalyseSettings
-from lvssl.evaluation.compression import CompressionSettings
-from lvssl.evaluation.evaluate import EvaluateSettings
-from lvssl.evaluation.study import StudySettings
 from lvssl.settings.fields import (
     RUNTIME,
     all_settings,
@@ -21,6 +17,7 @@ from lvssl.settings.fields import (
     runtime,
     to_dict,
 )
+from lvssl.settings.measure import AnalyseSettings, CompressionSettings, EvaluateSettings, StudySettings
 from lvssl.settings.presets import command
 from lvssl.settings.pretrain import PRESETS, LatentSettings, PretrainSettings, preset
 from lvssl.settings.stages import FinetuneSettings, KnnSettings, LinearSettings, start_from

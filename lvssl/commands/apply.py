@@ -7,15 +7,17 @@ from lvssl.commands.arguments import asks_for_help, parse
 
 
 def encode(arguments: list[str]) -> None:
-    from lvssl.codes.file import open_codes
-    from lvssl.evaluation.codes import EncodeSettings
-    from lvssl.evaluation.codes import encode as run
+    from lvssl.settings.apply import EncodeSettings
     from lvssl.settings.fields import options
     from pipelines.errors import InputError
 
     if "--images" not in {word.partition("=")[0] for word in arguments} and not asks_for_help(arguments):
         raise InputError("lvssl encode: --images is required: the images (or embeddings) to encode")
     settings = parse(EncodeSettings, arguments, "encode")
+
+    from lvssl.codes.file import open_codes
+    from lvssl.evaluation.codes import encode as run
+
     path = run(settings)
     codes = open_codes(path)
     code = (codes.quantiser or {}).get("code", "bits")
@@ -26,10 +28,13 @@ def encode(arguments: list[str]) -> None:
 
 
 def search(arguments: list[str]) -> None:
-    from lvssl.evaluation.codes import SearchSettings, pictured, print_found, searcher_of, write_csv
-    from lvssl.evaluation.codes import search as run
+    from lvssl.settings.apply import SearchSettings
 
     settings = parse(SearchSettings, arguments, "search")
+
+    from lvssl.evaluation.codes import pictured, print_found, searcher_of, write_csv
+    from lvssl.evaluation.codes import search as run
+
     searcher = searcher_of(settings)
     found = run(settings, searcher)
     if settings.csv:
@@ -48,11 +53,13 @@ def search(arguments: list[str]) -> None:
 
 
 def curate(arguments: list[str]) -> None:
-    from lvssl.evaluation.curate import CurateSettings
+    from lvssl.settings.apply import CurateSettings
+
+    settings = parse(CurateSettings, arguments, "curate")
+
     from lvssl.evaluation.curate import curate as run
     from lvssl.report.pictures import write_curation
 
-    settings = parse(CurateSettings, arguments, "curate")
     found = run(settings)
     for name, (_, lines) in found.tables.items():
         print(f"{found.out / name}.csv: {len(lines):,} row{'s' * (len(lines) != 1)}")
@@ -63,9 +70,11 @@ def curate(arguments: list[str]) -> None:
 
 
 def export(arguments: list[str]) -> None:
-    from lvssl.export import ExportSettings
-    from lvssl.export import export as run
+    from lvssl.settings.apply import ExportSettings
 
     settings = parse(ExportSettings, arguments, "export")
+
+    from lvssl.export import export as run
+
     pushed = f"; pushed: hf://{settings.push}" if settings.push else ""
     print(f"written: {run(settings)}{pushed}")

@@ -19,7 +19,7 @@ def chain_starts() -> dict[str, Callable[[str | None], Any]]:
         return EvaluateSettings(Path())
 
     def analysis(_: str | None) -> Any:
-        from lvssl.evaluation.analyse import AnalyseSettings
+        from lvssl.settings.measure import AnalyseSettings
 
         return AnalyseSettings(Path())
 
@@ -67,7 +67,8 @@ def launch(arguments: list[str]) -> int:
         return Sizes(parameters, kept, 4 * width if images >= LARGE_SET else 0)
 
     def gpu_hours(settings: Any, images: int, gpus: int) -> tuple[float, str]:
-        from lvssl.plan import MEASURED, hours, of_pretraining
+        from lvssl.plan import MEASURED, hours
+        from lvssl.settings.start import of_pretraining
 
         plan = replace(of_pretraining(settings), images=images, gpus=gpus)
         rate = "rate measured on one" if plan.backbone in MEASURED["H100"] else "guessed rate"

@@ -5,7 +5,6 @@ import shlex
 import shutil
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,14 @@ import numpy as np
 from PIL import Image
 
 from lvssl.codes.file import open_codes
-from lvssl.evaluation.analyse import AnalyseSettings, analyse
-from lvssl.evaluation.codes import EncodeSettings, encode
-from lvssl.evaluation.evaluate import EvaluateSettings, evaluate, print_table
+from lvssl.evaluation.analyse import analyse
+from lvssl.evaluation.codes import encode
+from lvssl.evaluation.evaluate import evaluate, print_table
 from lvssl.report.page import conclusion, write_report
+from lvssl.settings.apply import EncodeSettings
+from lvssl.settings.measure import AnalyseSettings, EvaluateSettings
 from lvssl.settings.pretrain import PretrainSettings, preset
+from lvssl.settings.start import DemoSettings
 from lvssl.training.pretrain import pretrain
 from pipelines.convert.conversion import ConvertOptions, convert
 from pipelines.convert.conversion import Settings as ConvertSettings
@@ -32,24 +34,6 @@ FASHION_MNIST = (
 )
 ANALYSED = 500  # test images; gives rough figures in a minute on one core
 PICTURES = 200  # test images written as files, for encode and search
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """Run everything on Fashion-MNIST: convert it, pretrain a control and a Bernoulli model, evaluate and
-    analyse them, and write the report page."""
-
-    out: Path = Path("runs/demo")
-    """Folder for everything. Steps that are finished there are not repeated."""
-    max_images: int = 10_000
-    """Number of training images."""
-    epochs: int = 0
-    """Number of epochs of each pretraining; 0 means that of the preset."""
-    seed: int = 0
-    """Random seed."""
-    data: str = "auto"
-    """auto (Fashion-MNIST from Debian's package or from torchvision's download, otherwise digits),
-    fashion-mnist or digits."""
 
 
 def demo(settings: DemoSettings) -> dict[str, Any]:

@@ -15,17 +15,19 @@ def stage(kind: str, name: str) -> Callable[[list[str]], int]:
     """Return the command of a stage; `kind` names its settings class, and `name` is "module:function"."""
 
     def run(arguments: list[str]) -> int:
-        from lvssl.evaluation.foreign import measure_embeddings
-        from lvssl.evaluation.stage import show
-        from lvssl.runs.embeddings import is_embeddings
         from lvssl.settings import stages
-        from lvssl.training.stopping import Interrupted
 
         chosen = getattr(stages, kind)
         has_presets = hasattr(chosen, "preset")
         start = stages.start_from(chosen, preset_in(arguments) if has_presets else None)
         module, _, function = name.partition(":")
         settings = parse(type(start), arguments, function, start)
+
+        from lvssl.evaluation.foreign import measure_embeddings
+        from lvssl.evaluation.stage import show
+        from lvssl.runs.embeddings import is_embeddings
+        from lvssl.training.stopping import Interrupted
+
         if not isinstance(settings, stages.FinetuneSettings) and is_embeddings(settings.run):
             show(measure_embeddings(function, settings))
             return 0
@@ -46,10 +48,13 @@ finetune = stage("FinetuneSettings", "lvssl.evaluation.finetune:finetune")
 
 
 def evaluate(arguments: list[str]) -> None:
-    from lvssl.evaluation.evaluate import EvaluateSettings, print_table
-    from lvssl.evaluation.evaluate import evaluate as run
+    from lvssl.settings.measure import EvaluateSettings
 
     settings = parse(EvaluateSettings, arguments, "evaluate")
+
+    from lvssl.evaluation.evaluate import evaluate as run
+    from lvssl.evaluation.evaluate import print_table
+
     print_table(run(settings)["rows"])
     say_written(settings, "evaluation.json")
 
@@ -67,29 +72,37 @@ def say_written(settings: Any, name: str) -> None:
 
 
 def analyse(arguments: list[str]) -> None:
-    from lvssl.evaluation.analyse import AnalyseSettings, print_analysis
-    from lvssl.evaluation.analyse import analyse as run
+    from lvssl.settings.measure import AnalyseSettings
 
     settings = parse(AnalyseSettings, arguments, "analyse")
+
+    from lvssl.evaluation.analyse import analyse as run
+    from lvssl.evaluation.analyse import print_analysis
+
     print_analysis(run(settings))
     say_written(settings, "analysis.json")
 
 
 def compression(arguments: list[str]) -> None:
-    from lvssl.evaluation.compression import CompressionSettings, print_compression
-    from lvssl.evaluation.compression import compression as run
+    from lvssl.settings.measure import CompressionSettings
 
     settings = parse(CompressionSettings, arguments, "compression")
+
+    from lvssl.evaluation.compression import compression as run
+    from lvssl.evaluation.compression import print_compression
+
     print_compression(run(settings))
     say_written(settings, "compression.json")
 
 
 def study(arguments: list[str]) -> None:
-    from lvssl.evaluation.study import StudySettings
+    from lvssl.settings.measure import StudySettings
+
+    settings = parse(StudySettings, arguments, "study")
+
     from lvssl.evaluation.study import study as run
     from lvssl.report.study import write_study
 
-    settings = parse(StudySettings, arguments, "study")
     result = run(settings)
     if result is not None:
         written = write_study(settings.out, result)
@@ -99,8 +112,6 @@ def study(arguments: list[str]) -> None:
 
 def report(arguments: list[str]) -> None:
     import tyro
-
-    from lvssl.report.page import write_report
 
     @dataclass(frozen=True)
     class Report:
@@ -113,14 +124,14 @@ def report(arguments: list[str]) -> None:
         omitted, the run's folder."""
 
     chosen = parse(Report, arguments, "report")
+
+    from lvssl.report.page import write_report
+
     print(write_report(chosen.run, chosen.out))
 
 
 def runs(arguments: list[str]) -> None:
     import tyro
-
-    from lvssl.runs.listing import ONLINE, RANK, compared, ranked, runs_in
-    from pipelines.amounts import number_text, size_text
 
     @dataclass(frozen=True)
     class Runs:
@@ -135,6 +146,10 @@ def runs(arguments: list[str]) -> None:
         """Folders of two runs: show the settings that differ, and figures at equal fractions of both."""
 
     chosen = parse(Runs, arguments, "runs")
+
+    from lvssl.runs.listing import ONLINE, RANK, compared, ranked, runs_in
+    from pipelines.amounts import number_text, size_text
+
     if chosen.compare:
         settings, figures = compared(*chosen.compare)
         show_table([("", *map(str, chosen.compare)), *settings, *figures])

@@ -10,7 +10,6 @@ from lvssl.commands.arguments import asks_for_help, parse
 
 
 def pretrain(arguments: list[str]) -> int:
-    from lvssl.runs.run import read_config
     from lvssl.settings.pretrain import PRESETS, PretrainSettings, preset
     from pipelines.datasets.parts import are_there, is_by_name
     from pipelines.decode import DamagedSample
@@ -29,6 +28,8 @@ def pretrain(arguments: list[str]) -> int:
     known, others = first.parse_known_args(arguments)
     settings, what = PretrainSettings(), ""
     if known.resume and known.out and (known.out / "config.json").exists():
+        from lvssl.runs.run import read_config
+
         settings = replace(read_config(known.out)[0], out=known.out)
     elif (
         known.preset is None
@@ -60,6 +61,7 @@ def pretrain(arguments: list[str]) -> int:
         )
 
     from lvssl.plan import require_memory
+    from lvssl.runs.run import read_config
     from lvssl.training.distributed import world_of
     from lvssl.training.pretrain import pretrain as run
     from lvssl.training.stopping import Interrupted

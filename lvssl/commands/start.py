@@ -25,17 +25,18 @@ def presets(arguments: list[str]) -> None:
 
 
 def plan(arguments: list[str]) -> None:
-    from lvssl.plan import PlanSettings, of_preset
-    from lvssl.plan import plan as table
+    from lvssl.settings.start import PlanSettings, of_preset
 
     name = preset_in(arguments)
-    print(table(parse(PlanSettings, arguments, "plan", of_preset(name) if name else None)))
+    settings = parse(PlanSettings, arguments, "plan", of_preset(name) if name else None)
+
+    from lvssl.plan import plan as table
+
+    print(table(settings))
 
 
 def doctor(arguments: list[str]) -> int:
     import tyro
-
-    from lvssl.commands.doctor import main
 
     @dataclass(frozen=True)
     class Doctor:
@@ -47,6 +48,8 @@ def doctor(arguments: list[str]) -> int:
 
     run = parse(Doctor, arguments, "doctor").run
     if run is None:
+        from lvssl.commands.doctor import main
+
         return main()
     from lvssl.training.health import examine
 
@@ -54,7 +57,10 @@ def doctor(arguments: list[str]) -> int:
 
 
 def demo(arguments: list[str]) -> None:
-    from lvssl.commands.demo import DemoSettings
+    from lvssl.settings.start import DemoSettings
+
+    settings = parse(DemoSettings, arguments, "demo")
+
     from lvssl.commands.demo import demo as run
 
-    run(parse(DemoSettings, arguments, "demo"))
+    run(settings)

@@ -19,9 +19,10 @@ import torch
 
 from lvssl.models.backbone import of_layers, patch
 from lvssl.models.device import pick_device, precision
-from lvssl.plan import GIB, footprint, largest_batch, of_pretraining
+from lvssl.plan import GIB, footprint, largest_batch
 from lvssl.settings.fields import options
 from lvssl.settings.pretrain import DEFAULTS, PretrainSettings, preset, require_backbone
+from lvssl.settings.start import of_pretraining
 from pipelines.cores import cores, loader_threads
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.decode import DamagedSample, Reader, open_reader

@@ -6,8 +6,7 @@ Every figure is shown next to a control: the deterministic run's scores, its fea
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,46 +21,13 @@ from lvssl.evaluation.sets import Sampling, Sets, class_names, labelled_pair, wi
 from lvssl.runs.result import ResultFile, as_number
 from lvssl.runs.rows import FOREIGN, Point, Row, by_point, rows_of_points
 from lvssl.runs.run import Run, load_run, run_names
-from lvssl.settings.pretrain import at_least, require
-from lvssl.settings.stages import MeasuringSettings
+from lvssl.settings.measure import FEWEST, AnalyseSettings
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
 
 BITS = "bits.npz"
 SHOWN_BITS, SHOWN_IMAGES = 48, 8  # shown in the page's bit explorer
-FEWEST = 40  # with fewer test images nothing is measured
-
-
-@dataclass(frozen=True)
-class AnalyseSettings(MeasuringSettings):
-    """Analyse a run next to its control: uncertainty, interpretability of single bits, regression. Writes
-    RUN/analysis.json."""
-
-    alone: bool = False
-    """Don't compare with a control, even if there is one next to the run."""
-    others: tuple[Path, ...] = ()
-    """More runs whose uncertainty is compared, such as an MCInfoNCE run."""
-    ood: tuple[Path, ...] = ()
-    """Out-of-distribution data as .beton files, which an uncertainty should tell apart from the test images.
-    Noise, textures and digits are always included."""
-    max_images: int = 2000
-    """Number of test images to measure (and twice as many training images); 0 means all."""
-    samples: int = 8
-    """Number of latent samples averaged in a prediction (K)."""
-    seed: int = 0
-    """Random seed."""
-
-    def validate(self) -> None:
-        """Raise InputError naming the first impossible value. Touches no file."""
-        wanted = f"0 (all) or at least {FEWEST}: at least {FEWEST} test images are needed to analyse a run"
-        require(self.max_images == 0 or self.max_images >= FEWEST, "max_images", self.max_images, wanted)
-        at_least(self, samples=1, seed=0)
-        if self.alone and self.control:
-            raise InputError("--alone and --control contradict each other: leave one out")
-
-    def sampling(self) -> Sampling:
-        return Sampling(self.max_images, self.samples, self.seed, self.ood, self.on_error)
 
 
 def analyse(settings: AnalyseSettings) -> dict[str, Any]:
@@ -90,7 +56,7 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
         )
     if len(test) < FEWEST:
         raise InputError(f"{settings.test}: at least {FEWEST} test images are needed to analyse a run")
-    sampling = settings.sampling()
+    sampling = Sampling(settings.max_images, settings.samples, settings.seed, settings.ood, settings.on_error)
     work = tqdm(total=3 * len(models) + 1, desc=f"analyse {run.folder.name}", unit="part", disable=None)
     sets = Sets.of(sampling, run, train, test)
     if len(np.unique(sets.test_labels)) < 2:

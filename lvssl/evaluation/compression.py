@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,35 +19,13 @@ from lvssl.runs.labels import sound_part
 from lvssl.runs.result import ResultFile, as_number
 from lvssl.runs.rows import Row, as_csv, by_point, rows_of
 from lvssl.runs.run import Run, load_run, run_names
-from lvssl.settings.fields import RUNTIME
+from lvssl.settings.measure import CompressionSettings
 from lvssl.settings.pretrain import at_least
-from lvssl.settings.stages import MeasuringSettings
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
 from pipelines.kernels.pack import pack_bits, unpack_bits
 
 CSV = "compression.csv"
-
-
-@dataclass(frozen=True)
-class CompressionSettings(MeasuringSettings):
-    """Measure accuracy against the bits stored for each image: the run's code and its prefixes, next to sign,
-    PCA + sign, ITQ, LSH, int8 and product codes of the control's features. Writes RUN/compression.json and
-    .csv."""
-
-    others: tuple[Path, ...] = field(default=())
-    """More runs to show on the same axes, with other families, betas or lengths."""
-    bits: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048)
-    """Code lengths at which the controls are computed and the run's code is truncated."""
-    max_images: int = 0
-    """Number of training images to measure, evenly spaced, and a fifth as many test images. 0 means all, or
-    20,000 if there are 200,000 or more."""
-    top_n: int = 1000
-    """The n of mAP@n."""
-    seed: int = 0
-    """Random seed of the controls that need one: ITQ, LSH, PQ, OPQ."""
-    workers: int = field(default=0, metadata=RUNTIME)
-    """Threads that decode images; 0 means the number of cores minus two, but 2 to 12."""
 
 
 class LeftOut(NamedTuple):

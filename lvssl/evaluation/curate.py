@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as functional
-from tyro.conf import Positional
 
 from lvssl.codes.file import (
     THUMBNAILS,
@@ -53,7 +52,7 @@ from lvssl.models.inference import Batches, encode
 from lvssl.runs.embeddings import is_embeddings, open_embeddings, training_file
 from lvssl.runs.labels import numbered_as, say_notes
 from lvssl.runs.run import Run, load_run
-from lvssl.settings.fields import ReadsImages
+from lvssl.settings.apply import CurateSettings
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.decode import Reader, open_reader
 from pipelines.errors import InputError
@@ -68,44 +67,6 @@ CONFIRMED, ALONE = 0.9, 0.98  # minimum cosine of duplicates: confirmed by pixel
 CROPPED = 0.6  # minimum cosine of an image and a crop of it
 PARTS = (0.84, 0.88, 0.92, 0.96)  # sides of the crops, as shares of the image's side
 NOISE = 25.0  # variance of a thumbnail's pixel, in squared grey levels, that counts as noise
-
-
-@dataclass(frozen=True)
-class CurateSettings(ReadsImages):
-    """Inspect a data set: near-duplicates within and between training and test images, outliers, labels that
-    their neighbours contradict, and a diverse subset. Writes tables (.csv) and a page with pictures.
-    Resumable: rerun the command after an interruption."""
-
-    run: Positional[Path]
-    """Run whose encoder is used; or embeddings in the formats of `lvssl knn`, which give no pictures."""
-    train: Path | None = None
-    """Images (or embeddings) to inspect. If omitted, the run's training images."""
-    test: Path | None = None
-    """Test images (or embeddings), which should have no duplicates among the images to inspect. None if
-    omitted."""
-    out: Path | None = None
-    """Folder for the results. If omitted, RUN/curate or, for a file of embeddings, FILE-curate."""
-    pixels: float = 0.89
-    """Two neighbours are duplicates if their pixels agree at least this much, in (0, 1]. 0 means to compare
-    features only, as is always done for embeddings, which have no pixels."""
-    crops: float = 0.0
-    """Two neighbours are also duplicates if the pixels of one agree at least this much with a crop of the
-    other (84 to 96 % of its side), in (0, 1]. 0 means not to look for crops. 0.75 finds most, and some pairs
-    that are merely similar."""
-    cosine: float | None = None
-    """Minimum cosine similarity of duplicates' features, in (0, 1]. If omitted, 0.9, or 0.98 if only features
-    are compared."""
-    top_n: int = 1000
-    """Maximum number of rows in the tables of outliers and of labels."""
-    subset: int = 100
-    """Number of images in the diverse subset."""
-    on_error: str | None = None
-    """What to do with an image that can't be decoded: raise, or skip (leave it out). If omitted, as in the
-    pretraining."""
-    overwrite: bool = False
-    """Embed the images again, even if there are embeddings of images of the same names."""
-    workers: int = 0
-    """Threads that decode images; 0 means the number of cores minus two, but 2 to 12."""
 
 
 @dataclass(frozen=True)

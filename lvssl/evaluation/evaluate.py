@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,7 @@ from lvssl.runs.labels import Subset, readable, sound_part
 from lvssl.runs.result import ResultFile
 from lvssl.runs.rows import Point, Row, by_point, rows_of_points, stored_as
 from lvssl.runs.run import Run, load_run, run_names
-from lvssl.settings.fields import RUNTIME
-from lvssl.settings.pretrain import at_least
-from lvssl.settings.stages import MeasuringSettings
+from lvssl.settings.measure import EvaluateSettings
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.datasets.parts import files_of
 from pipelines.decode import Reader
@@ -67,22 +65,6 @@ GALLERY = "gallery.npz"
 QUERIES, NEIGHBOURS, EXTREMES = 40, 6, 12  # pictures in the gallery
 CALIBRATED = 50_000  # images of a large set from which the random encoder's running statistics are computed
 EXACT = "L2 logistic regression by L-BFGS, its strength chosen on held-out training images"
-
-
-@dataclass(frozen=True)
-class EvaluateSettings(MeasuringSettings):
-    """Measure a linear probe and kNN on features and codes of a run and its control. Writes
-    RUN/evaluation.json."""
-
-    probe_epochs: int = 0
-    """Number of epochs of the streamed probe, which is used from 200,000 training images on; 0 means 10, or
-    more if these are fewer than 5,000 steps."""
-    workers: int = field(default=0, metadata=RUNTIME)
-    """Threads that decode images; 0 means the number of cores minus two, but 2 to 12."""
-
-    def validate(self) -> None:
-        """Raise InputError naming the first impossible value. Touches no file."""
-        at_least(self, probe_epochs=0)
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, Any]:

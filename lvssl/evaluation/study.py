@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lvssl.evaluation.measures import (
@@ -32,7 +30,8 @@ from lvssl.runs.labels import open_pair
 from lvssl.runs.result import as_number, read_result
 from lvssl.runs.rows import Row
 from lvssl.runs.run import load_run, versions
-from lvssl.settings.fields import ReadsImages, to_dict
+from lvssl.settings.fields import to_dict
+from lvssl.settings.measure import StudySettings
 from lvssl.settings.presets import command
 from lvssl.settings.pretrain import PRESETS, PretrainSettings, at_least, choice, preset
 from lvssl.training.pretrain import pretrain
@@ -43,49 +42,6 @@ from pipelines.formats import jpeg
 
 KEPT = "study.json"  # in each run's folder
 SWITCHES = dict.fromkeys(("true", "1", "yes"), True) | dict.fromkeys(("false", "0", "no"), False)
-
-
-@dataclass(frozen=True)
-class StudySettings(ReadsImages):
-    """Pretrain several configurations (arms) over several seeds, measure them in the same way and compare
-    them in pairs. Writes tables and figures."""
-
-    train: Path
-    """Training images, converted by `convert-beton`."""
-    test: Path
-    """Test images."""
-    preset: str = "cifar10-small"
-    """Preset with the settings that all arms share."""
-    out: Path = Path("runs/study")
-    """Folder for study.json, study.csv, study.md and figures, and for the run folders unless --runs is
-    given."""
-    runs: Path | None = None
-    """Folder of the run folders, which are named ARM-sSEED. Finished runs are not trained again."""
-    prefix: str = ""
-    """Prefix of the names of the run folders: `fashion-mnist` makes fashion-mnist-none-s0."""
-    arms: tuple[str, ...] = ("none", "sign", "bernoulli", "gaussian")
-    """Each arm is a family, or NAME:setting=value,... with settings of latent and model, such as
-    low:family=bernoulli,dim=64 or mcinfonce:family=vmf,site=proj,objective=mcinfonce. Every arm is
-    compared with those named none, sign and mcinfonce, and every arm with a latent also with the best arm
-    without one."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Random seeds; each arm is trained once per seed."""
-    epochs: int = 0
-    """Number of epochs of each run; 0 means that of the preset."""
-    on_error: str = "raise"
-    """What to do with an image that can't be decoded, in training and in measuring: raise or skip."""
-    threads: int = 0
-    """CPU threads used by torch; 0 means all cores."""
-    max_images: int = 2000
-    """Number of test images on which uncertainty and regression are measured. Accuracy and mAP use all images
-    or, from 200,000 training images on, 20,000 of these and 4,000 test images."""
-    ood: tuple[Path, ...] = field(default=())
-    """Out-of-distribution data as .beton files, as for `lvssl analyse`, or images of classes that were left
-    out of the training images (`convert-beton --only-classes`). Noise, textures and digits are always
-    included."""
-    shard: str = ""
-    """K/N: train and measure only every N-th run, from the K-th (1 to N), for an array job. Run the command
-    once without it afterwards to collect the results."""
 
 
 def study(settings: StudySettings) -> dict[str, Any] | None:

@@ -57,29 +57,6 @@ class StageSettings(ReadsImages):
 
 
 @dataclass(frozen=True)
-class MeasuringSettings(ReadsImages):
-    """Settings shared by `evaluate`, `analyse` and `compression`, which measure a run next to a control."""
-
-    run: Positional[Path] = field(metadata=POSITIONAL)
-    """Folder of the run. Results are written there, unless --out is given."""
-    test: Path | None = None
-    """Test images, converted by `convert-beton`. If omitted, test.beton (or val) next to the training
-    images."""
-    control: Path | None = None
-    """Run of family `none` or `sign` to compare with. If omitted, the run `control` next to this one."""
-    train: Path | None = None
-    """Labelled training images, on which probes are fitted. If omitted, those of the pretraining."""
-    on_error: str | None = None
-    """What to do with an image that can't be decoded: raise (stop and name it), or skip (leave it out and
-    report how many; where augmented views are needed, the next good image is used instead). If omitted, as in
-    the pretraining."""
-    out: Path | None = field(default=None, metadata=RUNTIME)
-    """Folder for the result. If omitted, the run's folder."""
-    overwrite: bool = field(default=False, metadata=PER_CALL)
-    """Replace a result of other settings or of an older checkpoint."""
-
-
-@dataclass(frozen=True)
 class TrainingSettings(StageSettings):
     """What `linear` and `finetune` share: SGD with Nesterov momentum 0.9, cosine to 0, crop and flip."""
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from lvssl.evaluation.analyse import AnalyseSettings, analyse
+from lvssl.evaluation.analyse import analyse
 from lvssl.evaluation.embedding import embed
 from lvssl.evaluation.factors import augmented
 from lvssl.evaluation.outputs import network_outputs
@@ -20,6 +20,7 @@ from lvssl.report.page import write_report
 from lvssl.report.verdict import auroc_error
 from lvssl.runs.rows import POINT, by_point
 from lvssl.runs.run import load_run
+from lvssl.settings.measure import AnalyseSettings
 from lvssl.settings.pretrain import preset
 from lvssl.training.pretrain import pretrain
 from pipelines.datasets.dataset import evenly_spaced

@@ -23,7 +23,7 @@ from sklearn.covariance import LedoitWolf
 from lvssl.codes.file import CodeFileError, open_codes, open_means, open_uncertainty
 from lvssl.codes.search import hamming_distances
 from lvssl.commands.main import main
-from lvssl.evaluation.codes import SearchSettings, search
+from lvssl.evaluation.codes import search
 from lvssl.evaluation.embedding import Embedding, embed
 from lvssl.evaluation.encoder import Searcher, codes_of, holds_many
 from lvssl.evaluation.fitted import TrainingImages
@@ -31,6 +31,7 @@ from lvssl.evaluation.knn import weighted_knn
 from lvssl.evaluation.outputs import network_outputs
 from lvssl.evaluation.quantisers import code_of_length, stored_quantiser
 from lvssl.runs.run import Run, load_run
+from lvssl.settings.apply import SearchSettings
 from pipelines.decode import open_reader
 from pipelines.decode.images import ImageReader
 from pipelines.errors import InputError

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lvssl.codes.controls import CONTROLS
 from lvssl.commands.main import main
-from lvssl.evaluation.evaluate import EvaluateSettings, measure
+from lvssl.evaluation.evaluate import measure
 from lvssl.evaluation.probe import linear_probe
 from lvssl.evaluation.scorer import uncertainty
 from lvssl.evaluation.sets import Sampling, Sets, embed_both, labelled_pair, with_defaults
@@ -21,6 +21,7 @@ from lvssl.runs.labels import open_pair
 from lvssl.runs.result import read_result
 from lvssl.runs.rows import are_rows
 from lvssl.runs.run import load_run, run_names
+from lvssl.settings.measure import EvaluateSettings
 from pipelines.errors import InputError
 
 # By command: quick options, its files, and another setting.

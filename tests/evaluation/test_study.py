@@ -12,11 +12,12 @@ from benchmarks.study import ARMS, SETTINGS
 from lvssl.commands.main import main
 from lvssl.evaluation.measures import HASHES, MEASURES, code_bits, equal_bit_codes
 from lvssl.evaluation.pairs import BEST, pairs, summary
-from lvssl.evaluation.study import StudySettings, plan, shard, study
+from lvssl.evaluation.study import plan, shard, study
 from lvssl.report.study import markdown, write_study
 from lvssl.runs.differences import interval, strongest
 from lvssl.runs.rows import COLUMNS, as_csv, by_point, rows_of
 from lvssl.runs.run import create_run
+from lvssl.settings.measure import StudySettings
 from pipelines.errors import InputError
 
 KEY = ("run", "representation", "metric", "seed")

@@ -12,19 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from lvssl import plan
 from lvssl.codes.file import open_codes
-from lvssl.evaluation.codes import EncodeSettings, encode
+from lvssl.evaluation.codes import encode
 from lvssl.evaluation.embedding import embed
-from lvssl.export import ExportSettings, export
+from lvssl.export import export
 from lvssl.latents import FAMILIES, described, family
 from lvssl.latents.noise import Noise, keyed, normal
 from lvssl.latents.posterior import Family, Posterior, constant
+from lvssl.plan import plan
 from lvssl.report.page import write_report
 from lvssl.runs.progress import read_metrics
 from lvssl.runs.run import load_run
+from lvssl.settings import measure, start
 from lvssl.settings import pretrain as config
-from lvssl.settings import stages
+from lvssl.settings.apply import EncodeSettings, ExportSettings
 from lvssl.settings.pretrain import PRESETS, LatentSettings
 from lvssl.training.pretrain import pretrain
 from pipelines.decode import open_reader
@@ -98,7 +99,7 @@ def test_a_new_family_is_validated_and_planned():
             LatentSettings("narrow", **changes).validate()
     with pytest.raises(InputError, match=r"known: none, .*, narrow, or two"):
         LatentSettings("nope").validate()
-    assert "family narrow" in plan.plan(plan.PlanSettings(8, 1, "tiny", resolution=8, family="narrow"))
+    assert "family narrow" in plan(start.PlanSettings(8, 1, "tiny", resolution=8, family="narrow"))
 
 
 @pytest.mark.usefixtures("planted")
@@ -176,7 +177,7 @@ def test_a_family_is_described_whoever_wrote_its_name():
 # Also the names of a setting (the rate's weight) and of a baseline code (the signs of the features).
 AMBIGUOUS = {"beta", "sign"}
 # What names runs and arms: choices of what to train, that a new family needn't be among.
-CHOICES = {"lvssl/commands/demo.py", "lvssl/evaluation/study.py", "lvssl/evaluation/pairs.py"}
+CHOICES = {"lvssl/commands/demo.py", "lvssl/settings/measure.py", "lvssl/evaluation/pairs.py"}
 
 
 def named(root: Path) -> list[str]:
@@ -251,14 +252,14 @@ def has_option(name: str):
     "module, setting, concerned",
     [
         (config, "LatentSettings.family", lambda distribution: True),
-        (plan, "PlanSettings.family", lambda distribution: True),
+        (start, "PlanSettings.family", lambda distribution: True),
         (config, "LatentSettings.beta", lambda distribution: distribution.default_beta > 0),
         (config, "LatentSettings.depth", has_option("depth")),
         (config, "LatentSettings.categories", has_option("categories")),
         (config, "LatentSettings.components", has_option("components")),
         (config, "LatentSettings.init_scale_start", lambda distribution: distribution.discrete),
         (config, "LatentSettings.decorrelation", has_bits),
-        (stages, "MeasuringSettings.control", lambda distribution: not distribution.stochastic),
+        (measure, "MeasuringSettings.control", lambda distribution: not distribution.stochastic),
     ],
 )
 def test_the_help_of_a_setting_names_the_families_that_it_concerns(module, setting, concerned):

@@ -19,9 +19,6 @@ import pytest
 
 from lvssl.commands.arguments import parse
 from lvssl.commands.main import main
-from lvssl.evaluation.analyse import AnalyseSettings
-from lvssl.evaluation.compression import CompressionSettings
-from lvssl.evaluation.evaluate import EvaluateSettings
 from lvssl.report.compression import rate_chart
 from lvssl.report.figures import COLOURS, MOST_POINTS, Line, line_chart, thinned, ticks
 from lvssl.report.figures import chart as with_legend
@@ -41,6 +38,7 @@ from lvssl.report.verdict import (
 from lvssl.runs.rows import rows_of, rows_of_points
 from lvssl.runs.run import create_run
 from lvssl.settings.fields import to_dict
+from lvssl.settings.measure import AnalyseSettings, CompressionSettings, EvaluateSettings
 from lvssl.settings.presets import command
 from lvssl.settings.pretrain import PretrainSettings, preset
 from pipelines.amounts import number_text

@@ -13,10 +13,11 @@ from test_export import made_run
 import lvssl as library
 from lvssl.commands.main import main
 from lvssl.models.backbone import build_backbone
-from lvssl.plan import PlanSettings, plan
+from lvssl.plan import plan
 from lvssl.runs.initial import initial_weights
 from lvssl.runs.run import load_run
 from lvssl.settings.pretrain import ModelSettings
+from lvssl.settings.start import PlanSettings
 from pipelines.errors import InputError
 
 
