@@ -11,7 +11,6 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
-from sklearn.datasets import load_digits
 
 SEVERITIES = (1, 2, 3, 4, 5)
 BLUR = (0.01, 0.02, 0.035, 0.05, 0.08)  # sigma, as a share of the side
@@ -117,6 +116,8 @@ def texture_images(count: int, side: int, seed: int = 0) -> np.ndarray:
 
 def digit_images(count: int, side: int, seed: int = 0) -> np.ndarray:
     """Return scikit-learn's handwritten digits, enlarged."""
+    from sklearn.datasets import load_digits  # slow to load, and rarely needed
+
     pixels = load_digits().images
     chosen = np.random.default_rng(seed).choice(len(pixels), count, replace=count > len(pixels))
     grey = [Image.fromarray(as_bytes(pixels[i] * (255 / 16))) for i in chosen]
