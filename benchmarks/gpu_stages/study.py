@@ -241,11 +241,6 @@ def tuned(setup: Setup, run: Any, share: float) -> float:
 
 def to_knn(setup: Setup) -> Iterator[Row]:
     """Seconds of training until kNN reaches the target, without evaluations, whose time is given apart."""
-    from lvssl.evaluation.embedding import embed
-    from lvssl.evaluation.knn import weighted_knn
-    from lvssl.models.device import autocast
-    from pipelines.decode import open_reader
-
     options, device = setup.options, place(setup)
     settings = settings_of(setup, options["arm"], options["epochs"], Path(setup.scratch) / "to-knn")
     begun = time.monotonic()
@@ -264,14 +259,7 @@ def to_knn(setup: Setup) -> Iterator[Row]:
             if epoch % options["every"] and epoch < settings.epochs:
                 continue
             started = now(setup)
-            with autocast(settings.engine, device), torch.compiler.set_stance("force_eager"):
-                train, test = (
-                    embed(trainer.network, open_reader(options[split]), settings.view, loader_threads())
-                    for split in ("train", "test")
-                )
-            x, y = (torch.from_numpy(a).to(device) for a in (train.features, test.features))
-            knn = weighted_knn(x, train.labels, y, test.labels)
-            trainer.network.train()
+            knn = knn_so_far(setup, trainer)
             looks += now(setup) - started
             history.append([epoch, round(seconds, 2), knn])
             reached = knn >= options["target"]
@@ -287,3 +275,21 @@ def to_knn(setup: Setup) -> Iterator[Row]:
             }
             if reached:
                 return
+
+
+def knn_so_far(setup: Setup, trainer: Any) -> float:
+    """kNN of a network in training, which reads the images in the training's precision, uncompiled."""
+    from lvssl.evaluation.embedding import embed
+    from lvssl.evaluation.knn import weighted_knn
+    from lvssl.models.device import precision
+    from pipelines.decode import open_reader
+
+    trainer.network.precision = precision(trainer.settings.engine, trainer.device)
+    with torch.compiler.set_stance("force_eager"):
+        train, test = (
+            embed(trainer.network, open_reader(setup.options[split]), trainer.settings.view, loader_threads())
+            for split in ("train", "test")
+        )
+    trainer.network.train()
+    x, y = (torch.from_numpy(a).to(trainer.device) for a in (train.features, test.features))
+    return weighted_knn(x, train.labels, y, test.labels)

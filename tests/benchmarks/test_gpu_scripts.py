@@ -1,5 +1,6 @@
 """The scripts for a GPU, without one: a failure costs a row and not the run, and a wrong kernel is seen."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import torch
 import triton_kernels
 
 from benchmarks import gpu, gpu_study
-from benchmarks.gpu_stages import predictions, steps, suite
+from benchmarks.gpu_stages import predictions, steps, study, suite
 from benchmarks.gpu_stages.case import Setup
 from benchmarks.gpu_stages.run import Report, Stage, run_stages
+from lvssl.settings.pretrain import PRESETS, EngineSettings
 from pipelines.errors import InputError
 
 HERE = Path(__file__).parent
@@ -207,6 +209,20 @@ def test_the_study_goes_through_every_stage_on_a_cpu(tmp_path):
     rows = json.loads(path.read_text())["rows"]
     assert sum(row["stage"] in gpu_study.ARMS for row in rows) == len(gpu_study.ARMS)  # the table grows
     assert any(row["stage"] == "to-knn" and row["seconds"] > 0 for row in rows)
+
+
+def test_a_network_in_training_is_evaluated_in_its_precision(digits, tmp_path):
+    """Encoding takes the precision from the network, not from a surrounding autocast."""
+    chosen = dataclasses.replace(
+        PRESETS["digits"], data=digits["train"], out=tmp_path, engine=EngineSettings(precision="bf16")
+    )
+    trainer, loader = study.trainer_of(chosen, torch.device("cpu"))
+    seen = set()
+    trainer.network.backbone.register_forward_hook(lambda _, __, features: seen.add(features.dtype))
+    with loader:
+        setup = Setup("", "", "", device="cpu", options={k: str(path) for k, path in digits.items()})
+        assert 20 < study.knn_so_far(setup, trainer) < 100  # untrained
+    assert seen == {torch.bfloat16} and trainer.network.training
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
