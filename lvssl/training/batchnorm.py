@@ -70,8 +70,12 @@ class _Normalise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
         own = weight.new_zeros(3, x.shape[1], dtype=wide(x.dtype))  # a batch without images counts 0
         if x.numel():
-            _, mean, scale = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
-            variance = (scale.pow(-2) - eps).clamp(min=0)
+            if torch.compiler.is_compiling():  # which fuses the copy, and would return bf16 on a CPU
+                axes = [axis for axis in range(x.dim()) if axis != 1]
+                variance, mean = torch.var_mean(x.to(wide(x.dtype)), axes, correction=0)
+            else:
+                _, mean, scale = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+                variance = (scale.pow(-2) - eps).clamp(min=0)
             own = torch.stack([mean, variance, torch.full_like(mean, x.numel() / x.shape[1])])
         means, variances, counts = torch.stack(gathered(own)).unbind(1)
         shares = counts / counts.sum(0)

@@ -401,7 +401,7 @@ def test_two_ranks_on_one_gpu_normalise_as_on_a_cpu(found, tmp_path):
 
 
 def compiled(rank: int, port: int, folder: Path) -> None:
-    """Gradients and running statistics after three steps, eager and compiled."""
+    """Gradients and running statistics after three steps, eager and compiled; the same of a layer in bf16."""
     torch.set_num_threads(1)
     with connected(World(rank, 2, rank, "127.0.0.1", port), torch.device("cpu")):
         found = []
@@ -414,7 +414,13 @@ def compiled(rank: int, port: int, folder: Path) -> None:
             for _ in range(3):  # the running statistics of the first must not hang on its graph
                 net.zero_grad()
                 net(torch.randn(16, 3, 8, 8, generator=noise)).square().sum().backward()
-            found.append([*(p.grad for p in net.parameters()), *net.buffers()])
+            layer = synchronised(torch.nn.Sequential(torch.nn.BatchNorm2d(3)))
+            if compile:
+                layer.compile()
+            images = (5 + torch.randn(16, 3, 8, 8, generator=noise)).bfloat16().requires_grad_()
+            layer(images).float().sum().backward()
+            nets = net, layer
+            found.append([x for net in nets for x in (*(p.grad for p in net.parameters()), *net.buffers())])
         torch.save(found, folder / f"{rank}.pt")
 
 
