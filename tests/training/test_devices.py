@@ -291,7 +291,7 @@ def test_every_kernel_is_launched_on_its_tensors_device(monkeypatch):
 
 @gpu
 @several
-@pytest.mark.parametrize("name", ["log_sum_exp", "bernoulli forward", "augment"])
+@pytest.mark.parametrize("name", ["log_sum_exp", "bernoulli forward", "log_gammas", "augment"])
 def test_kernels_run_on_another_gpu_than_the_current(name):
     """An illegal address, where a kernel of one device is given another's memory."""
     torch.cuda.set_device(0)
