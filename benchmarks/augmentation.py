@@ -41,12 +41,13 @@ import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as tv
 
 from benchmarks.gpu_stages.timing import view_bytes
-from benchmarks.peers import kornia_chain, torchvision_chain
+from benchmarks.peers import kornia_chain, torchvision_chain, versions_of
 from lvssl.commands.main import guarded
 from lvssl.runs.run import versions
 from pipelines import parameters as columns
 from pipelines.augment import augment, cpu, reference
 from pipelines.decode.resize import resize_crop
+from pipelines.errors import InputError
 from pipelines.files import write_json
 from pipelines.parameters import P, draw_parameters
 from pipelines.views import ViewSettings
@@ -55,6 +56,7 @@ VIEW = ViewSettings()
 SIDE = VIEW.resolution
 BATCH = 32
 PEERS = ("torchvision-pil", "torchvision-tensor", "kornia", "albumentations")
+PACKAGES = ("kornia", "albumentations", "opencv-python", "opencv-python-headless", "numba", "triton")
 Form = Callable[[], Any]  # augments BATCH crops
 
 
@@ -62,7 +64,8 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--forms", nargs="+", default=[*PEERS, "reference", "numba"])
+    every = [*PEERS, "reference", "numba"]
+    parser.add_argument("--forms", nargs="+", default=every, choices=every)
     parser.add_argument("--processes", type=int, default=2, help="at once, single-threaded each")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
@@ -72,16 +75,19 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--epochs", type=int, default=3, help="of the whole path, each form in turn")
     parser.add_argument("--json", type=Path, help="where the figures go")
     options = parser.parse_args(arguments)
+    if min(options.processes, options.rounds, options.epochs) < 1:
+        raise InputError("--processes, --rounds and --epochs must be at least 1")
 
-    rows = speeds(options.forms, options.processes, options.rounds, options.seconds)
+    rows, absent = speeds(options.forms, options.processes, options.rounds, options.seconds)
     if options.data:
         rows += path_speeds(options.data, options.processes, options.epochs)
     rows += gpu_rows() if torch.cuda.is_available() else []
     result = {
         "command": "python -m benchmarks.augmentation " + " ".join(arguments),
         "machine": {"cores": os.cpu_count(), "processor": processor()},
-        "versions": versions() | peer_versions(),
+        "versions": versions() | versions_of(*PACKAGES),
         "rows": rows,
+        "absent": absent,
         "ratios": ratios(rows),
         "errors": errors(),
     }
@@ -94,18 +100,6 @@ def main(arguments: list[str]) -> None:
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def peer_versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("kornia", "albumentations", "opencv-python", "opencv-python-headless", "numba", "triton"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 # Speed of the augmentation alone
@@ -126,31 +120,40 @@ def photographs(count: int, side: int = SIDE, seed: int = 0) -> np.ndarray:
     return crops
 
 
-def speeds(forms: list[str], processes: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Views per second of each form, over all processes; rounds alternate."""
+def speeds(
+    forms: list[str], processes: int, rounds: int, seconds: float
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Views per second of each form, over all processes; rounds alternate. And {form: reason} of those whose
+    package is missing."""
     context = multiprocessing.get_context("spawn")
     pipes, workers = [], []
     for _ in range(processes):
         here, there = context.Pipe()
         worker = context.Process(target=serve, args=(there, forms), daemon=True)
         worker.start()
+        there.close()  # so that a worker that dies ends the waiting for its answers
         pipes.append(here)
         workers.append(worker)
-    for pipe in pipes:
-        assert pipe.recv() == "ready"
-    found: dict[str, list[float]] = {form: [] for form in forms}
-    for _ in range(rounds):
-        for form in forms:
-            for pipe in pipes:
-                pipe.send((form, seconds))
-            found[form].append(sum(pipe.recv() for pipe in pipes))
+    absent: dict[str, str] = {}
+    try:
+        for pipe in pipes:
+            absent |= pipe.recv()
+        present = [form for form in forms if form not in absent]
+        found: dict[str, list[float]] = {form: [] for form in present}
+        for _ in range(rounds):
+            for form in present:
+                for pipe in pipes:
+                    pipe.send((form, seconds))
+                found[form].append(sum(pipe.recv() for pipe in pipes))
+    except EOFError:
+        raise InputError("a process of the benchmark ended early; what it said is above") from None
     for pipe, worker in zip(pipes, workers):
         pipe.send(None)
         worker.join()
     return [
         {"what": "views", "form": form, "processes": processes, **summary(found[form], "views_per_second")}
-        for form in forms
-    ]
+        for form in present
+    ], absent
 
 
 def summary(values: list[float], name: str) -> dict[str, Any]:
@@ -162,10 +165,16 @@ def serve(pipe: Any, names: list[str]) -> None:
     """Run in a process: time each form whose name arrives, until None does."""
     torch.set_num_threads(1)
     crops = photographs(BATCH)
-    forms = {name: FORMS[name](crops) for name in names}
+    forms: dict[str, Form] = {}
+    absent: dict[str, str] = {}
+    for name in names:
+        try:
+            forms[name] = FORMS[name](crops)
+        except ImportError as error:
+            absent[name] = str(error)
     for name, form in forms.items():
         check_output(name, form())  # warmed up and verified before timing
-    pipe.send("ready")
+    pipe.send(absent)
     while (wanted := pipe.recv()) is not None:
         name, seconds = wanted
         started, count = time.perf_counter(), 0
@@ -276,10 +285,12 @@ PATH_BATCH = 64
 
 def write_jpegs(beton: Path, folder: Path) -> None:
     """Write the beton's own JPEGs as files, all in one class folder."""
-    from pipelines.formats.beton import open_beton
+    from pipelines.formats.beton import JPEG, open_beton
 
-    (folder / "all").mkdir(parents=True)
     file, stored = open_beton(beton), np.memmap(beton, np.uint8, mode="r")
+    if file.count < PATH_BATCH or not (file.modes == JPEG).all():
+        raise InputError(f"--data: at least {PATH_BATCH} images, all of which a beton stores as JPEGs")
+    (folder / "all").mkdir(parents=True)
     for n in range(file.count):
         first = int(file.offsets[n])
         (folder / "all" / f"{n:06d}.jpg").write_bytes(stored[first : first + int(file.sizes[n])].tobytes())
@@ -438,7 +449,7 @@ def functional_chain(images: torch.Tensor, table: np.ndarray) -> torch.Tensor:
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Our speed over theirs: the median over rounds, so that drift of the machine cancels out. Forms that
-    weren't run are left out."""
+    weren't run are left out, and there is no fastest peer unless all of them ran."""
     each = {(row["what"], row["form"]): row["each"] for row in rows if row["what"] != "gpu"}
 
     def over(what: str, mine: str, theirs: str) -> float:
@@ -449,7 +460,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
         peers = {name: over("views", "numba", name) for name in PEERS if ("views", name) in each}
         named = {"torchvision": "torchvision-pil", "kornia": "kornia"}
         found = {f"views_over_{name}": peers[form] for name, form in named.items() if form in peers}
-        if peers:
+        if len(peers) == len(PEERS):
             found["views_over_fastest_peer"] = min(peers.values())
     if ("path", "ours") in each:
         found["path_over_torchvision"] = over("path", "ours", "torchvision")
@@ -467,6 +478,8 @@ def show(result: dict[str, Any]) -> None:
         speed = row.get("views_per_second") or row["images_per_second"]
         low, high = row["quartiles"]
         print(f"{row['what']:7}{row['form']:24}{speed:8.1f} a second ({low:.1f} to {high:.1f})")
+    for form, why in result["absent"].items():
+        print(f"{form:31}absent: {why}")
     for name, ratio in result["ratios"].items():
         print(f"{name:32}{ratio:6.1f}")
     print(f"\n{'levels of 1/255: mean, max':28}{'float':>16}{'uint8':>16}")

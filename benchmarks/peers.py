@@ -1,6 +1,8 @@
-"""Chains of other libraries that our augmentation is compared with: SimCLR's, without the crop."""
+"""Other libraries that ours is compared with: their versions, and their chains of SimCLR's augmentation,
+without the crop."""
 
 import importlib
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -34,3 +36,14 @@ def kornia_chain(view: ViewSettings) -> Any:
         K.RandomGaussianBlur((view.kernel_size,) * 2, view.sigma, p=view.blur),
         K.Normalize(torch.tensor(view.mean), torch.tensor(view.std)),
     )
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """The versions of those that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

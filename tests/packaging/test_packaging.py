@@ -166,6 +166,19 @@ def test_what_the_targets_run():
     assert ".venv" not in dry_run("clean").replace("-path './.venv*' -prune", "")
 
 
+def test_the_benchmarks_of_make_need_no_argument_and_one_that_fails_does_not_hide_the_next(tmp_path):
+    names = re.search(r"for name in ([a-z_ ]+);", dry_run("bench"))[1].split()
+    for name in names:
+        text = (ROOT / "benchmarks" / f"{name}.py").read_text()
+        assert "required=True" not in text and 'raise InputError("name ' not in text
+    recipe = dry_run("bench", BENCH="first second").partition("\n")[2]
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    script(tmp_path / ".venv/bin/python", "echo $2; [ $2 != benchmarks.first ]")
+    done = subprocess.run(["sh", "-c", recipe], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout.split()[-1] == "benchmarks.second"
+    assert done.stderr == "error: failed: first\n"
+
+
 def test_plain_make_lists_every_target():
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     lines = (ROOT / "Makefile").read_text().splitlines()
