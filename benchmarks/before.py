@@ -35,6 +35,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--data", type=Path, required=True, help="the images of benchmarks.loader, a tar")
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args(arguments)
+    if options.rounds < 2:
+        raise InputError("--rounds must be at least 2: there is no interval of one round")
     here = Path(__file__).resolve().parents[1]
     processes = [started(folder, options.data.resolve()) for folder in (here, options.other.resolve())]
     names, _ = (answer(process) for process in processes)
@@ -128,6 +130,8 @@ def works(data: Path) -> dict[str, Callable[[], float]]:
 
 if __name__ == "__main__":
     if "__file__" in globals():
-        main(sys.argv[1:])
+        from lvssl.commands.main import guarded
+
+        sys.exit(guarded(main, sys.argv[1:]))
     else:
         serve(Path(sys.argv[1]))

@@ -66,6 +66,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if sum(map(bool, (options.count, options.embeddings, options.runs and options.test))) != 1:
         raise InputError("name runs and --test, or --count, or --embeddings")
+    if options.limit <= TOP:
+        raise InputError(f"--limit must be above {TOP:,}, the ranks of mAP@{TOP:,}")
     found: dict[str, Any] = {}
     if options.count:
         found["rows"] = made(options.count)

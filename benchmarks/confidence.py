@@ -88,20 +88,20 @@ def main(arguments: list[str]) -> None:
     for folder in options.runs:
         run = load_run(folder)
         about = {"run": folder.name, "checkpoint": run.digest[:12]}
-        there = {(row["asked"], row["score"]) for row in found["rows"] if about.items() <= row.items()}
-        names = ["distance", *(f"{name} 10" for name in options.sets if name != "draws")]
+        names = {"distance", *(f"{name} 10" for name in options.sets if name != "draws")}
         wanted = {"unseen": options.unseen, "test": options.test}
         wanted = {
             asked: path
             for asked, path in wanted.items()
-            if path and not {(asked, name) for name in names} <= there
+            if path and not names <= there(found["rows"], about | {"asked": asked}, path, options.foreign)
         }
         if not wanted:
             continue
         candidates = Candidates(run, options.sets)
         for asked, path in wanted.items():
             crops, labels = images_of(run, path, asked == "unseen")
-            rows = [about | {"asked": asked} | row for row in measured(candidates, crops, labels, options)]
+            each = about | {"asked": asked, "images": path.stem}
+            rows = [each | row for row in measured(candidates, crops, labels, options)]
             new = {(row["run"], row["asked"], row["score"]) for row in rows}
             others = [row for row in found["rows"] if (row["run"], row["asked"], row["score"]) not in new]
             found = {
@@ -113,6 +113,18 @@ def main(arguments: list[str]) -> None:
             print(f"{folder.name}, {asked}: {len(rows)} scores", flush=True)
     if options.print:
         print("\n\n".join(tables(found["rows"])))
+
+
+def there(rows: Rows, about: dict[str, Any], path: Path, foreign: list[Path]) -> set[str]:
+    """The scores of the rows that are of the same images. Older rows don't name theirs."""
+    sets = {f"foreign {name}" for name in (*OUT_OF_DISTRIBUTION, *(each.stem for each in foreign))}
+    return {
+        row["score"]
+        for row in rows
+        if about.items() <= row.items()
+        and row.get("images", path.stem) == path.stem
+        and {use for use in row if use.startswith("foreign ")} == sets
+    }
 
 
 def images_of(run: Run, path: Path, unseen: bool) -> tuple[np.ndarray, np.ndarray]:

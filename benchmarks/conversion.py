@@ -28,7 +28,7 @@ lossless_larger_over_ffcv_writer, for the larger runs; memory_growth, the peak a
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.util
 import platform
 import resource
 import shutil
@@ -41,6 +41,10 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from pipelines.cores import cores
+from pipelines.errors import InputError
+from pipelines.files import write_json
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data/imagenet-sample/imagenet-1k-one-per-class.tar"
 OURS = {
@@ -155,13 +159,12 @@ def measured(name: str, folder: Path, workers: int, count: int = 0) -> float:
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"error: {name} failed: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines()
+        raise InputError(f"{name} failed: {said[-1] if said else f'status {done.returncode}'}")
     return float(done.stdout.strip().splitlines()[-1])
 
 
 def main(arguments: list[str]) -> None:
-    from pipelines.cores import cores
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -179,8 +182,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--work", type=Path, help="where to write (default: the system's temporary folder)")
     parser.add_argument("--json", type=Path, help="where the figures go")
     options = parser.parse_args(arguments)
+    if min(options.workers, options.repeats) < 1 or min(options.many, options.larger) < 0:
+        raise InputError("--workers and --repeats must be at least 1, --many and --larger not below 0")
     if not options.images.exists():
-        raise SystemExit(f"error: {options.images}: no such folder or tar; name one with --images")
+        raise InputError(f"{options.images}: no such folder or tar; name one with --images")
+    if importlib.util.find_spec("ffcv") is None:
+        raise InputError("this benchmark compares with FFCV's writer: pip install 'lvssl[ffcv]'")
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         folder = Path(work) / "images"
         if options.images.is_file():
@@ -193,7 +200,7 @@ def main(arguments: list[str]) -> None:
     show(result)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1))
+        write_json(options.json, result)
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -258,4 +265,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
         one(sys.argv[2:])
     else:
-        main(sys.argv[1:])
+        from lvssl.commands.main import guarded
+
+        sys.exit(guarded(main, sys.argv[1:]))

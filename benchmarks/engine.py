@@ -47,10 +47,12 @@ from lvssl.training.optimiser import build_optimiser, learning_rate
 from lvssl.training.prepare import prepared
 from lvssl.training.stopping import Stop
 from lvssl.training.trainer import Trainer
+from pipelines.errors import InputError
 from pipelines.files import write_json
 from pipelines.loader import TwoViewLoader, ViewBatch
 
 CLASSES, LOG_EVERY = 10, 10
+PARTS = ("overhead", "matrix", "exchange")
 Step = Callable[[ViewBatch], None]
 
 
@@ -63,29 +65,40 @@ class Batches:
 
 def main(arguments: list[str]) -> int:
     options = parsed(arguments)
+    if options.rounds < 2:
+        raise InputError("--rounds must be at least 2")
     settings = settings_of(options)
-    result: dict[str, Any] = {
-        "settings": {name: str(value) for name, value in vars(options).items() if name != "json"},
-        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": options.threads},
-        "versions": versions(),
-    }
-    if options.json and options.json.exists():
-        result = json.loads(options.json.read_text()) | result
-    if "overhead" in options.part:
-        result["overhead"] = overhead(settings, options)
-        print(f"engine_over_bare_loop {result['overhead']['engine_over_bare_loop']:.4f}")
-    for part in ("matrix", "exchange"):
-        if part in options.part:
-            result[part] = on_ranks(part, settings, options)
-    if options.json:
-        write_json(options.json, result)
+    result = earlier(options.json) if options.json and options.json.exists() else {}
+    for part in options.part:
+        found = overhead(settings, options) if part == "overhead" else on_ranks(part, settings, options)
+        result = with_part(result, part, found, options)
+        if part == "overhead":
+            print(f"engine_over_bare_loop {found['engine_over_bare_loop']:.4f}", flush=True)
+        if options.json:
+            write_json(options.json, result)
     return 0
+
+
+def earlier(path: Path) -> dict[str, Any]:
+    """The content of an existing file; before `made`, one description stood for all parts."""
+    result = json.loads(path.read_text())
+    described = {name: result.pop(name) for name in ("settings", "machine", "versions") if name in result}
+    of_parts = {part: described for part in PARTS if part in result} if described else {}
+    return result | {"made": of_parts | result.get("made", {})}
+
+
+def with_part(result: dict[str, Any], part: str, found: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """The file's content with a part's figures, and how that part came about: other parts in the file may be
+    of other settings, machines and versions."""
+    settings = {name: str(value) for name, value in vars(options).items() if name not in ("json", "part")}
+    machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": options.threads}
+    made = {"settings": settings, "machine": machine, "versions": versions()}
+    return result | {part: found, "made": result.get("made", {}) | {part: made}}
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parts = ["overhead", "matrix", "exchange"]
-    parser.add_argument("--part", nargs="+", default=parts, choices=parts)
+    parser.add_argument("--part", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backbone", default="small")
     parser.add_argument("--resolution", type=int, default=32)
@@ -256,7 +269,7 @@ def one_rank(
         rows: list[dict[str, Any]] = []
         for name, seconds in times.items():
             found = row(seconds)
-            speed = settings.batch_size / found["seconds"]
+            speed = settings.batch_size // ranks * ranks / found["seconds"]  # as `batches` shares them out
             rows.append({"form": name, "ranks": ranks, "images_per_second": speed} | found)
         (Path(folder) / "rows.json").write_text(json.dumps(rows))
 

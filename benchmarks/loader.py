@@ -5,7 +5,8 @@
 All contenders get the same JPEG bytes: the sample's 1,000 images at max_resolution 400, converted once by
 `convert-beton` and kept under --cache as a beton and as files. All do the same work with two threads or
 processes: random resized crops of 224 px and flips, to uint8 in memory. Each round runs all contenders in
-turn; a ratio is the median of the rounds' ratios. Set-up, compilation and the first epoch aren't timed.
+turn, each once the one before is idle: DALI goes on making batches after an epoch. A ratio is the median of
+the rounds' ratios. Set-up, compilation and the first epoch aren't timed.
 `cpu_ratios` compare processor time instead of wall-clock time, which is more reliable on a machine that isn't
 idle. `first_batch` is a second process's wait for its first batch after the imports, which shows compilation.
 
@@ -40,6 +41,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
+from benchmarks.peers import versions_of
 from lvssl.commands.main import guarded
 from lvssl.runs.run import versions
 from pipelines.convert.conversion import Settings, convert
@@ -55,8 +57,10 @@ from pipelines.views import ViewSettings
 
 SIDE = 224
 TAR = "imagenet-1k-one-per-class.tar"
+PACKAGES = ("ffcv", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "pillow", "numba", "opencv-python")
 DECODES = {"ffcv_two_view": 2, "dali_two_decodes": 2}  # decodes per image; 1 for the others
 VIEWS = {"ffcv_one_view": 1, "decode_only": 0}  # 2 for the others
+PEERS = ("ffcv_one_view", "ffcv_two_view", "dali_two_decodes", "dali_two_crops", "torchvision")
 Epoch = Callable[[], int]  # runs an epoch and returns the number of images
 
 
@@ -73,22 +77,30 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--only", nargs="+", help="contenders; two_views is always among them")
     options = parser.parse_args(arguments)
 
+    if min(options.rounds, options.workers, options.batch_size) < 1:
+        raise InputError("--rounds, --workers and --batch-size must be at least 1")
+    if turbojpeg.FOUND is None:
+        raise InputError("this benchmark needs libturbojpeg (`make install` fetches it)")
     beton, files = same_bytes(options.data, options.cache)
+    total = len(BetonReader(beton))
+    if total % options.batch_size:
+        raise InputError(f"--batch-size must divide {total:,}: FFCV and DALI leave out what remains")
     contenders, absent = prepare(options, beton, files)
     for name, epoch in contenders.items():
         images = epoch()  # compiles, starts workers and fills the page cache
-        assert images == len(BetonReader(beton)), f"{name} gave {images} images"
+        assert images == total, f"{name} gave {images} images"
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     cpu: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(options.rounds):
         for name, epoch in contenders.items():
+            wait_until_idle()
             started, cpu_started = time.perf_counter(), time.process_time()
             images = epoch()
             seconds[name].append((time.perf_counter() - started) / images)
             cpu[name].append((time.process_time() - cpu_started) / images)
     result = {
         "command": "python -m benchmarks.loader " + " ".join(arguments),
-        "versions": versions(),
+        "versions": versions() | versions_of(*PACKAGES),
         "workers": options.workers,
         "rows": [row(name, seconds[name], cpu[name], options.workers) for name in contenders],
         "absent": absent,
@@ -102,6 +114,16 @@ def main(arguments: list[str]) -> None:
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, result)
+
+
+def wait_until_idle(pause: float = 0.05, most: float = 5.0) -> None:
+    """Until this process's threads use no processor time: the work of one contender isn't another's."""
+    end = time.perf_counter() + most
+    while time.perf_counter() < end:
+        used = time.process_time()
+        time.sleep(pause)
+        if time.process_time() - used < 0.1 * pause:
+            return
 
 
 # -------------------------------------------------------------------- the data
@@ -160,6 +182,10 @@ def prepare(options: argparse.Namespace, beton: Path, files: Path) -> tuple[dict
             contenders[name] = makers[name]()
         except ImportError as error:
             absent[name] = str(error)
+        except (OSError, RuntimeError) as error:  # installed, but a library of its own is missing
+            if name not in PEERS:
+                raise
+            absent[name] = str(error).strip().splitlines()[0]
     return contenders, absent
 
 
@@ -305,7 +331,8 @@ FIRST_BATCH = """if True:
     if name == "ffcv_one_view":
         next(iter(ffcv_loader(beton, 2, 50, 1)))
     else:
-        next(iter(TwoViewLoader(BetonReader(beton), ViewSettings(resolution=SIDE), LoaderSettings(50))))
+        settings = LoaderSettings(50, workers=2)
+        next(iter(TwoViewLoader(BetonReader(beton), ViewSettings(resolution=SIDE), settings)))
     print(time.perf_counter() - started, time.process_time() - spent, flush=True)
     import os
     os._exit(0)
@@ -327,12 +354,12 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
     """Median over rounds of the peer's time over ours, so that drift of the machine cancels out."""
 
     def over(*peers: str, mine: str = "two_views") -> float | None:
-        found = [
+        if not all(peer in seconds for peer in peers):
+            return None
+        return min(
             statistics.median(theirs / own for theirs, own in zip(seconds[peer], seconds[mine]))
             for peer in peers
-            if peer in seconds
-        ]
-        return min(found, default=None)
+        )
 
     found = {
         "two_view_over_ffcv_one_view": over("ffcv_one_view"),
@@ -350,8 +377,6 @@ def profile(source: BetonReader, rounds: int = 5) -> dict[str, float]:
     Differences between libjpeg-turbo's own modes split the decoder: at 1/8 of the size in grey it does little
     but Huffman decoding; in grey it adds the luma's IDCT; and in RGB the chroma's, upsampling and conversion.
     """
-    if turbojpeg.FOUND is None:
-        raise SystemExit("the profile needs libturbojpeg (`make install` fetches it)")
     library = ctypes.CDLL(turbojpeg.file())
     library.tjInitDecompress.restype = ctypes.c_void_p
     library.tjDecompress2.argtypes = [
@@ -437,7 +462,7 @@ def show(result: dict[str, Any]) -> None:
     for name, value in result["profile_ms"].items():
         print(f"{name:32}{value:6.3f}")
     print(f"{'with the lock of Python':32}{result['python_lock_ms']:6.3f}")
-    print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB")
+    print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.peers import versions_of
 from lvssl.commands.main import guarded
 from lvssl.losses import ntxent as module
 from lvssl.losses.ntxent import ntxent, reference
@@ -108,6 +109,8 @@ def main(arguments: list[str]) -> None:
         return
     if any(size < 2 or size % 2 for size in [*options.sizes, options.largest or 2]):
         raise InputError("--sizes and --largest must be even numbers of vectors, 2 at least")
+    absent = missing(options.forms)
+    options.forms = [name for name in options.forms if name not in absent]
     if options.gpu:
         rows = on_gpu(options)
     elif options.crossover:
@@ -116,7 +119,8 @@ def main(arguments: list[str]) -> None:
         rows = on_cpu(options, threads)
     result: dict[str, Any] = {
         "command": "python -m benchmarks.loss " + " ".join(arguments),
-        "versions": versions(),
+        "versions": versions() | versions_of("lightly", "pytorch-metric-learning", "open_clip_torch"),
+        "absent": absent,
         "threads": threads,
         "d": D,
         "temperature": TEMPERATURE,
@@ -125,9 +129,22 @@ def main(arguments: list[str]) -> None:
     }
     for name, value in result["ratios"].items():
         print(f"{name:32}{value:8.3f}")
+    for name, why in absent.items():
+        print(f"{name:32}absent: {why}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, result)
+
+
+def missing(forms: list[str]) -> dict[str, str]:
+    """{form: reason} of those whose package isn't installed."""
+    found = {}
+    for name in forms:
+        try:
+            FORMS[name]()
+        except ImportError as error:
+            found[name] = str(error)
+    return found
 
 
 def on_cpu(options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
@@ -138,7 +155,7 @@ def on_cpu(options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
         for name in forms:
             rows.append(row(name, size, times[name]) | measured_peak(name, size, threads))
             show(rows[-1])
-    if options.largest:
+    if options.largest and options.largest not in options.sizes:
         found = measured_peak("ours", options.largest, threads)
         rows.append({"form": "ours", "vectors": options.largest, **found})
         show(rows[-1])

@@ -170,6 +170,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--page", type=Path, help="write the table of --json into this page, and no more")
     options = parser.parse_args(arguments)
     if options.page:
+        if options.json is None or not options.json.exists():
+            raise InputError("--page needs --json, the file with the rows")
         return into_page(options.page, json.loads(options.json.read_text())["rows"])
     if options.images < CLASSES:
         raise InputError(f"--images must be at least {CLASSES:,}, one of each class")
@@ -186,8 +188,10 @@ def main(arguments: list[str]) -> None:
     finally:
         if not options.scratch:
             shutil.rmtree(folder, ignore_errors=True)
-    if beyond := [row["row"] for row in rows if not row["within"]]:
-        raise MemoryError(f"failed, or above {BOUND_MIB:,} MiB: {', '.join(beyond)}")
+    if wrong := [
+        row["row"] for row in rows if not row["within"] or row.get("same bytes as convert") is False
+    ]:
+        raise MemoryError(f"failed, above {BOUND_MIB:,} MiB, or of other bytes: {', '.join(wrong)}")
 
 
 def measured_rows(
@@ -374,6 +378,7 @@ def killed(folder: Path, images: int, options: argparse.Namespace) -> None:
         "encode": ["run/codes.lvcodes*"],
         "linear --probe streamed": ["run/linear.json", "run/features/*/*.npy", "run/features/*/store.json"],
     }
+    rows = []
     for name, patterns in made.items():
         if options.only and name not in options.only:
             continue
@@ -391,8 +396,11 @@ def killed(folder: Path, images: int, options: argparse.Namespace) -> None:
         row = {"row": f"{name}, killed", "images": images, "kills": kills}
         row |= {"files": len(whole), "same bytes": contents(folder, patterns) == whole}
         print(row, flush=True)
+        rows.append(row)
         if options.json:
             keep(options.json, [row])
+    if wrong := [row["row"] for row in rows if not row["same bytes"] or not row["kills"]]:
+        raise MemoryError(f"of other bytes, or ended before the signal: {', '.join(wrong)}")
 
 
 def after(moment: float) -> bool:
@@ -469,6 +477,11 @@ def make_images(folder: Path, count: int) -> None:
     """Write folder/train and folder/test, parquet files of JPEGs in the order of their classes."""
     for split, images in (("train", count), ("test", test_images(count))):
         if (folder / split).is_dir():
+            there = sum(pq.read_metadata(path).num_rows for path in (folder / split).glob("*.parquet"))
+            if there != images:
+                raise InputError(
+                    f"{folder / split} holds {there:,} images, not {images:,}: another --scratch"
+                )
             continue
         aside = folder / f".{split}"
         aside.mkdir(parents=True, exist_ok=True)

@@ -7,11 +7,13 @@ command.
 
 It is planned for all 50,000 CIFAR-10 images in an hour on two cores (`cifar10-small`, 6 epochs). --minutes
 stops it after the stage in which the time is up, and the same command resumes. Each row is a result file of a
-run under --out, with its own command, settings and interval; finished stages there aren't repeated.
+run under --out, with its own command, settings and interval; finished stages there aren't repeated. Their
+seconds are those of all calls together, without calls that were killed.
 """
 
 import argparse
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -58,16 +60,31 @@ def main(arguments: list[str]) -> None:
     end = time.monotonic() + 60 * options.minutes
     rows: list[dict[str, Any]] = []
     for row, work in plan(options):
-        started = time.monotonic()
-        if started > end:
+        if time.monotonic() > end:
             print(f"{options.minutes:g} minutes are over; the same command goes on", file=sys.stderr)
             break
-        rows += [row | found | {"wall_seconds": round(time.monotonic() - started, 1)} for found in work()]
+        figures, seconds = in_all_calls(options.out / "seconds.json", row, work)
+        rows += [row | found | {"wall_seconds": round(seconds, 1)} for found in figures]
     show(rows)
     if options.json:
         command = "python -m benchmarks.stages " + " ".join(arguments)
         content = {"command": command, "versions": versions(), "rows": rows}
         write_json(options.json, content, indent=2)
+
+
+def in_all_calls(
+    kept: Path, row: dict[str, Any], work: Callable[[], list[dict[str, Any]]]
+) -> tuple[list[dict[str, Any]], float]:
+    """What the work returns, and the seconds that it has taken in this call and in earlier ones."""
+    taken = json.loads(kept.read_text()) if kept.exists() else {}
+    name, started = " ".join(map(str, row.values())), time.monotonic()
+    try:
+        found = work()
+    finally:  # if interrupted, the next call resumes it
+        taken[name] = taken.get(name, 0.0) + time.monotonic() - started
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, taken)
+    return found, taken[name]
 
 
 def plan(options: argparse.Namespace) -> list[tuple[dict[str, Any], Callable[[], list[dict[str, Any]]]]]:
@@ -78,7 +95,8 @@ def plan(options: argparse.Namespace) -> list[tuple[dict[str, Any], Callable[[],
     def add(stage: str, labels: float, make: Callable[[Path], list[dict[str, Any]]]) -> None:
         for arm in options.arms:
             run = options.out / f"{arm}-{options.seed}"
-            works.append(({"arm": arm, "stage": stage, "labels": labels}, partial(make, run)))
+            row = {"arm": arm, "seed": options.seed, "stage": stage, "labels": labels}
+            works.append((row, partial(make, run)))
 
     common = {"test": options.test, "threads": options.threads}
     add("pretrain", 0.0, lambda run: pretrained(options, run))

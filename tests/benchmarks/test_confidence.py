@@ -32,6 +32,16 @@ def test_a_gain_is_over_the_better_control_of_the_seed():
     assert confidence.goals(asked, "cifar10-jpeg", "bernoulli", 0)[2] == f"{gain:+.3f}"
 
 
+def test_rows_are_there_only_for_the_same_images_and_foreign_sets():
+    sets = {f"foreign {name}": 0.5 for name in (*confidence.OUT_OF_DISTRIBUTION, "birds")}
+    row = {"run": "r", "asked": "test", "score": "distance", **sets}
+    about, test, birds = {"run": "r", "asked": "test"}, Path("a/test.beton"), Path("birds.beton")
+    assert confidence.there([row], about, test, [birds]) == {"distance"}
+    assert confidence.there([row | {"images": "test"}], about, test, [birds]) == {"distance"}
+    assert not confidence.there([row | {"images": "other"}], about, test, [birds])
+    assert not confidence.there([row], about, test, [])
+
+
 def test_the_jaccard_similarity_is_that_of_pythons_sets():
     random = np.random.default_rng(0)
     sets = [np.stack([random.permutation(20)[:7] for _ in range(30)]) for _ in range(4)]

@@ -68,6 +68,23 @@ def test_made_images_and_embeddings_are_of_all_classes_and_differ(tmp_path, monk
     assert np.unique(train.labels).tolist() == list(range(20))
 
 
+def test_a_folder_with_another_number_of_images_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(scale, "CLASSES", 20)
+    scale.make_images(tmp_path, 40)
+    scale.make_images(tmp_path, 40)
+    with pytest.raises(InputError, match="holds 40 images, not 60"):
+        scale.make_images(tmp_path, 60)
+
+
+def test_a_merge_of_other_bytes_fails(tmp_path, monkeypatch):
+    row = {"row": "merge", "within": True, "same bytes as convert": False}
+    monkeypatch.setattr(scale, "measured_rows", lambda *_: [row])
+    with pytest.raises(MemoryError, match="of other bytes: merge"):
+        scale.main(["--images", "1000", "--scratch", str(tmp_path)])
+    with pytest.raises(InputError, match="--page needs --json"):
+        scale.main(["--page", str(tmp_path / "page.md")])
+
+
 def test_rows_of_other_sizes_stay_in_the_table(tmp_path):
     path = tmp_path / "scale.json"
     for images, seconds in ((10, 1), (20, 2), (10, 3)):
