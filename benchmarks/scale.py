@@ -222,7 +222,7 @@ def measured_rows(
             row |= {"failed": str(error), "within": False}
         if name == "report" and row["within"]:
             row["page_mb"] = round((folder / "run" / "report.html").stat().st_size / 1e6, 2)
-        if name == "merge":
+        if name == "merge" and "failed" not in row:
             row["same bytes as convert"] = digest(folder / "merged.beton") == digest(folder / "train.beton")
             for path in folder.glob("merged*"):
                 path.unlink()

@@ -76,6 +76,14 @@ def test_a_folder_with_another_number_of_images_is_refused(tmp_path, monkeypatch
         scale.make_images(tmp_path, 60)
 
 
+def test_after_a_merge_that_fails_the_other_rows_still_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(scale, "make_images", lambda *_: None)
+    options = argparse.Namespace(images=10, only=[], json=None, minutes=1)
+    commands = {"merge": [sys.executable, "-c", "1 / 0"], "verify": [sys.executable, "-c", ""]}
+    merge, verify = scale.measured_rows(tmp_path, commands, options)
+    assert "ZeroDivisionError" in merge["failed"] and verify["within"]
+
+
 def test_a_merge_of_other_bytes_fails(tmp_path, monkeypatch):
     row = {"row": "merge", "within": True, "same bytes as convert": False}
     monkeypatch.setattr(scale, "measured_rows", lambda *_: [row])
