@@ -7,7 +7,8 @@ It runs the full SimCLR chain (flip, jitter in random order, grey, blur with 23 
 crops of photographs, with float32 output. Each form runs in `--processes` single-threaded processes at
 once, so that the GIL slows down none of them. Rounds alternate between the forms; medians are reported.
 
-    torchvision-pil         torchvision.transforms.v2 on PIL images, as in most SimCLR code
+    torchvision-pil         torchvision.transforms.v2 on PIL images
+    pillow-blur             the same with Pillow's blur, as in lightly: box filters, close to a Gaussian
     torchvision-tensor      the same on uint8 tensors, one by one: a batch would share its random draws
     kornia                  AugmentationSequential's operations on a float batch, drawn for each sample
     albumentations          on uint8 arrays, with OpenCV underneath
@@ -16,7 +17,7 @@ once, so that the GIL slows down none of them. Rounds alternate between the form
 `--data` (anything that `convert-beton` reads, here a folder of class folders) adds the path from file to
 batch: beton -> decode once -> two crops -> augment -> batch in our loader, against torchvision's
 DataLoader over the same images as JPEG files (longest side 400 px in both), with `--processes` threads or
-workers.
+workers, and with torchvision's blur or Pillow's.
 
 errors: the numba form against torchvision v2's functional form on float and on uint8 images, in levels of
 1/255, by operation; for hue, saturation and contrast at several strengths.
@@ -41,7 +42,7 @@ import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as tv
 
 from benchmarks.gpu_stages.timing import view_bytes
-from benchmarks.peers import kornia_chain, torchvision_chain, versions_of
+from benchmarks.peers import PillowBlur, kornia_chain, torchvision_chain, versions_of
 from lvssl.commands.main import guarded
 from lvssl.runs.run import versions
 from pipelines import parameters as columns
@@ -55,8 +56,16 @@ from pipelines.views import ViewSettings
 VIEW = ViewSettings()
 SIDE = VIEW.resolution
 BATCH = 32
-PEERS = ("torchvision-pil", "torchvision-tensor", "kornia", "albumentations")
-PACKAGES = ("kornia", "albumentations", "opencv-python", "opencv-python-headless", "numba", "triton")
+PEERS = ("torchvision-pil", "pillow-blur", "torchvision-tensor", "kornia", "albumentations")
+PACKAGES = (
+    "pillow",
+    "kornia",
+    "albumentations",
+    "opencv-python",
+    "opencv-python-headless",
+    "numba",
+    "triton",
+)
 Form = Callable[[], Any]  # augments BATCH crops
 
 
@@ -201,6 +210,14 @@ def torchvision_pil(crops: np.ndarray) -> Form:
     return lambda: [chain(image) for image in images]
 
 
+def pillow_blur(crops: np.ndarray) -> Form:
+    from PIL import Image
+
+    chain = torchvision_chain(VIEW, T.PILToTensor(), blur=PillowBlur(VIEW.sigma))
+    images = [Image.fromarray(crop) for crop in crops]
+    return lambda: [chain(image) for image in images]
+
+
 def torchvision_tensor(crops: np.ndarray) -> Form:
     images = [torch.from_numpy(crop).permute(2, 0, 1) for crop in crops]
     chain = torchvision_chain(VIEW)
@@ -248,6 +265,7 @@ def ours(backend: str) -> Callable[[np.ndarray], Form]:
 
 FORMS: dict[str, Callable[[np.ndarray], Form]] = {
     "torchvision-pil": torchvision_pil,
+    "pillow-blur": pillow_blur,
     "torchvision-tensor": torchvision_tensor,
     "kornia": kornia,
     "albumentations": albumentations,
@@ -267,7 +285,11 @@ def path_speeds(data: str, workers: int, epochs: int) -> list[dict[str, Any]]:
         beton, files = Path(folder) / "images.beton", Path(folder) / "files"
         convert(data, beton, Settings(max_resolution=400), options=ConvertOptions(workers=workers))
         write_jpegs(beton, files)
-        paths = {"ours": our_path(beton, workers), "torchvision": torchvision_path(files, workers)}
+        paths = {
+            "ours": our_path(beton, workers),
+            "torchvision": torchvision_path(files, workers),
+            "pillow-blur": torchvision_path(files, workers, PillowBlur(VIEW.sigma)),
+        }
         found: dict[str, list[float]] = {name: [] for name in paths}
         for path in paths.values():
             path()  # warm-up: compiles, and loads the files into the page cache
@@ -305,10 +327,10 @@ def our_path(beton: Path, workers: int) -> Callable[[], float]:
     return lambda: timed(loader, lambda batch: batch.views.shape[:2] == (2, PATH_BATCH))
 
 
-def torchvision_path(files: Path, workers: int) -> Callable[[], float]:
+def torchvision_path(files: Path, workers: int, blur: Any = None) -> Callable[[], float]:
     from torchvision.datasets import ImageFolder
 
-    chain = torchvision_chain(VIEW, T.PILToTensor())
+    chain = torchvision_chain(VIEW, T.PILToTensor(), blur=blur)
     crop = T.RandomResizedCrop(SIDE, VIEW.scale, VIEW.ratio, antialias=True)
     dataset = ImageFolder(str(files), lambda image: (chain(crop(image)), chain(crop(image))))
     loader = torch.utils.data.DataLoader(
@@ -458,12 +480,13 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     found = {}
     if ("views", "numba") in each:
         peers = {name: over("views", "numba", name) for name in PEERS if ("views", name) in each}
-        named = {"torchvision": "torchvision-pil", "kornia": "kornia"}
+        named = {"torchvision": "torchvision-pil", "pillow_blur": "pillow-blur", "kornia": "kornia"}
         found = {f"views_over_{name}": peers[form] for name, form in named.items() if form in peers}
         if len(peers) == len(PEERS):
             found["views_over_fastest_peer"] = min(peers.values())
     if ("path", "ours") in each:
         found["path_over_torchvision"] = over("path", "ours", "torchvision")
+        found["path_over_pillow_blur"] = over("path", "ours", "pillow-blur")
     return found
 
 

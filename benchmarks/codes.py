@@ -68,6 +68,8 @@ def main(arguments: list[str]) -> None:
         raise InputError("name runs and --test, or --count, or --embeddings")
     if options.limit <= TOP:
         raise InputError(f"--limit must be above {TOP:,}, the ranks of mAP@{TOP:,}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
     if options.count:
         found["rows"] = made(options.count)

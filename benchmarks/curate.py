@@ -55,6 +55,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if bool(options.count) == bool(options.runs and options.images):
         raise InputError("name runs and --images, or --count")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         if options.count:
             rows = [made(Path(folder), options.count, options.width)]

@@ -69,8 +69,10 @@ def main(arguments: list[str]) -> int:
         raise InputError("--rounds must be at least 2")
     settings = settings_of(options)
     result = earlier(options.json) if options.json and options.json.exists() else {}
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     for part in options.part:
-        found = overhead(settings, options) if part == "overhead" else on_ranks(part, settings, options)
+        found: Any = overhead(settings, options) if part == "overhead" else on_ranks(part, settings, options)
         result = with_part(result, part, found, options)
         if part == "overhead":
             print(f"engine_over_bare_loop {found['engine_over_bare_loop']:.4f}", flush=True)

@@ -6,19 +6,32 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from PIL import ImageFilter
 
 from pipelines.views import ViewSettings
 
 
-def torchvision_chain(view: ViewSettings, *last: Any) -> Any:
-    """torchvision v2's: images uint8 [3, R, R], or PIL images that `last` converts, to float32."""
+class PillowBlur:
+    """Pillow's blur of a PIL image, with a random sigma: box filters that approximate a Gaussian."""
+
+    def __init__(self, sigma: tuple[float, float]) -> None:
+        self.sigma = sigma
+
+    def __call__(self, image: Any) -> Any:
+        sigma = torch.empty(1).uniform_(*self.sigma).item()
+        return image.filter(ImageFilter.GaussianBlur(sigma))
+
+
+def torchvision_chain(view: ViewSettings, *last: Any, blur: Any = None) -> Any:
+    """torchvision v2's: images uint8 [3, R, R], or PIL images that `last` converts, to float32. `blur`: in
+    place of torchvision's own."""
     T = importlib.import_module("torchvision.transforms.v2")
     jitter = T.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
     return T.Compose([
         T.RandomHorizontalFlip(view.flip),
         T.RandomApply([jitter], view.jitter),
         T.RandomGrayscale(view.grey),
-        T.RandomApply([T.GaussianBlur(view.kernel_size, view.sigma)], view.blur),
+        T.RandomApply([blur or T.GaussianBlur(view.kernel_size, view.sigma)], view.blur),
         *last,
         T.ToDtype(torch.float32, scale=True),
         T.Normalize(view.mean, view.std),

@@ -378,7 +378,7 @@ def killed(folder: Path, images: int, options: argparse.Namespace) -> None:
         "encode": ["run/codes.lvcodes*"],
         "linear --probe streamed": ["run/linear.json", "run/features/*/*.npy", "run/features/*/store.json"],
     }
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, patterns in made.items():
         if options.only and name not in options.only:
             continue

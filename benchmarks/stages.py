@@ -57,6 +57,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", type=Path, help="where the table goes")
     options = parser.parse_args(arguments)
 
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * options.minutes
     rows: list[dict[str, Any]] = []
     for row, work in plan(options):

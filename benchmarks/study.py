@@ -60,6 +60,7 @@ from pipelines.convert.conversion import Settings as ConvertSettings
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.files import write_atomically, write_json
+from pipelines.formats.manifest import manifest_path, read_manifest
 
 PLAIN = "objective=ntxent"  # which the presets don't have
 VC = f"{PLAIN},variance=5,covariance=1"  # is --objective ntxent-vc, which they have
@@ -171,7 +172,11 @@ def converted(
     """The beton of a split, converted unless that is done; `part`: what the name says of its `classes`."""
     images = options.images if split == "train" else ""
     out: Path = options.out / "data" / f"{data}{part}-{split}{images}.beton"
-    if not out.exists():
+    if out.exists():
+        made_of = read_manifest(manifest_path(out))[0]["source"]
+        if data == "cifar10-jpeg" and Path(made_of).name != Path(options.cifar10).name:
+            raise InputError(f"{out} was converted from {made_of}, not from --cifar10: choose another --out")
+    else:
         source = {"cifar10-jpeg": options.cifar10, "digits": "sklearn:digits"}.get(data) or fashion_mnist()
         subset = options.images if split == "train" and data != "digits" else None
         how = ConvertOptions(split=split, root=options.out / "downloads")

@@ -30,6 +30,9 @@ LOGS=.cache/cpus
 whole=
 if [ "${1:-}" = --whole ]; then whole=1; TESTS=tests; shift; fi
 wanted=" $* "
+for name in "$@"; do
+    [[ " ${ENVIRONMENTS[*]%%|*} " == *" $name "* ]] || { echo "error: $name: known are ${ENVIRONMENTS[*]%%|*}" >&2; exit 2; }
+done
 
 mkdir -p "$LOGS"
 failed=0

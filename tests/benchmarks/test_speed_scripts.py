@@ -9,10 +9,13 @@ import time
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.v2 as T
+from PIL import Image
 
 from benchmarks import augmentation, before, codes, conversion, engine, loader, loss, search, stages
 from benchmarks.gpu_stages import predictions
 from benchmarks.gpu_stages.run import LATE
+from benchmarks.peers import PillowBlur
 from pipelines.errors import InputError
 
 
@@ -25,7 +28,8 @@ def views(**speeds: float) -> list[dict]:
 def test_the_fastest_peer_is_named_only_if_all_of_them_ran():
     some = views(numba=1000.0, torchvision_pil=50.0, torchvision_tensor=40.0, kornia=25.0)
     assert augmentation.ratios(some) == {"views_over_torchvision": 20.0, "views_over_kornia": 40.0}
-    every = some + views(albumentations=500.0)
+    assert "views_over_fastest_peer" not in augmentation.ratios(some + views(albumentations=500.0))
+    every = some + views(albumentations=500.0, pillow_blur=100.0)
     assert augmentation.ratios(every)["views_over_fastest_peer"] == 2.0
 
 
@@ -45,6 +49,16 @@ def test_a_form_whose_package_is_missing_is_absent_and_the_others_are_timed(monk
     augmentation.serve(there, ["kornia", "numba"])
     absent, speed = here.recv(), here.recv()
     assert absent == {"kornia": "No module named 'no_such_package'"} and speed > 0
+
+
+def test_pillows_blur_is_near_torchvisions():
+    crops = augmentation.photographs(2)
+    for sigma in (0.5, 2.0):
+        image = Image.fromarray(crops[0])
+        theirs = np.asarray(T.functional.gaussian_blur(image, [23, 23], [sigma, sigma]), np.float32)
+        ours = np.asarray(PillowBlur((sigma, sigma))(image), np.float32)
+        unblurred = np.abs(np.asarray(image, np.float32) - theirs).mean()
+        assert np.abs(ours - theirs).mean() < min(1.0, 0.5 * unblurred)
 
 
 def test_a_process_that_dies_ends_the_benchmark():

@@ -1,5 +1,6 @@
 """The study's tables for docs/, and the rows that they are made of."""
 
+import argparse
 import csv
 import json
 import statistics
@@ -9,6 +10,7 @@ import pytest
 
 from benchmarks import study
 from lvssl.runs.rows import COLUMNS
+from pipelines.convert.conversion import Settings, convert
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
 
@@ -92,6 +94,17 @@ def test_a_base_is_compared_seed_by_seed():
 
 
 @pytest.mark.slow
+def test_images_of_another_source_are_not_taken_for_those_asked_for(tmp_path):
+    (tmp_path / "data").mkdir()
+    made = tmp_path / "data" / "cifar10-jpeg-train10.beton"
+    convert("sklearn:digits", made, Settings(subset=10))
+    options = argparse.Namespace(out=tmp_path, images=10, cifar10="sklearn:digits")
+    assert study.converted(options, "cifar10-jpeg", "train") == made
+    options.cifar10 = "torchvision:CIFAR10"
+    with pytest.raises(InputError, match="was converted from sklearn:digits"):
+        study.converted(options, "cifar10-jpeg", "train")
+
+
 def test_the_whole_study_on_digits(tmp_path):
     """The questions share their runs, and what one of them has trained isn't trained again."""
     runs, docs = tmp_path / "runs", tmp_path / "docs"

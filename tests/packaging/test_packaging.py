@@ -179,6 +179,11 @@ def test_the_benchmarks_of_make_need_no_argument_and_one_that_fails_does_not_hid
     assert done.stderr == "error: failed: first\n"
 
 
+def test_an_unknown_processor_is_refused():
+    done = subprocess.run([ROOT / "tools/test_cpus.sh", "hasvell"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "hasvell: known are host generic haswell" in done.stderr
+
+
 def test_plain_make_lists_every_target():
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     lines = (ROOT / "Makefile").read_text().splitlines()
