@@ -222,7 +222,7 @@ GOALS = (
         at_least(10),
     ),
     Goal(
-        "augmentation, 224 px: torchvision v2's time over ours",
+        "augmentation, 224 px: torchvision v2's time, image by image, over ours",
         "at least 10",
         lambda rows: ratio(
             rows, ("torchvision v2, 224 px, blur 0.5", "us_per_view"), (AUGMENTED, "us_per_view")
