@@ -20,7 +20,9 @@ def cases(setup: Setup) -> Iterator[Case]:
     for work in steps.works(setup):
         yield Case(f"compile {work.name}", partial(network, setup, work), seconds=180)
     for count in times.compiled_sizes(setup):
-        yield Case(f"compile the matrix form, {count}", partial(matrix, setup, count), seconds=120)
+        for form in times.loss_forms(setup):
+            if form.startswith("compiled"):
+                yield Case(f"{form}, {count}", partial(matrix, setup, form, count), seconds=120)
 
 
 def loader(setup: Setup, work: steps.Work) -> Row:
@@ -43,8 +45,8 @@ def network(setup: Setup, work: steps.Work) -> Row:
     return {"ok": True, "seconds": time.perf_counter() - started}
 
 
-def matrix(setup: Setup, count: int) -> Row:
-    call = times.loss_forms(setup)["compiled matrix form"](count)
+def matrix(setup: Setup, form: str, count: int) -> Row:
+    call = times.loss_forms(setup)[form](count)
     started = time.perf_counter()
     call()
     if setup.device == "cuda":

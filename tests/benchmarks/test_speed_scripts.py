@@ -13,9 +13,10 @@ import torchvision.transforms.v2 as T
 from PIL import Image
 
 from benchmarks import augmentation, before, codes, conversion, engine, loader, loss, search, stages
-from benchmarks.gpu_stages import predictions
+from benchmarks.gpu_stages import predictions, times
 from benchmarks.gpu_stages.run import LATE
 from benchmarks.peers import PillowBlur
+from lvssl.losses.ntxent import reference
 from pipelines.errors import InputError
 
 
@@ -157,6 +158,12 @@ def test_the_seconds_of_a_stage_are_those_of_all_calls(tmp_path):
     figures, seconds = stages.in_all_calls(kept, row, lambda: [{"figures": None}])
     assert figures == [{"figures": None}] and seconds >= 0.05
     assert stages.in_all_calls(kept, row | {"seed": 1}, lambda: [])[1] < 0.05
+
+
+def test_the_matrix_form_in_bf16_is_the_definition():
+    u = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    u[32:] = 0.7 * u[:32] + 0.7 * u[32:]
+    assert abs(times.matrix_in_bf16(u, 0.2) - reference(u, 0.2)) < 0.01
 
 
 def test_a_kernel_check_that_was_cut_off_reaches_no_goal():
