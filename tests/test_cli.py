@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from lvssl.codes.file import open_codes
 from lvssl.commands.main import COMMANDS, guarded, main
 from lvssl.evaluation.measures import equal_bit_codes
 from lvssl.runs.rows import by_point
+from lvssl.settings.fields import command_line
+from lvssl.settings.stages import KnnSettings
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +183,63 @@ def test_mistakes_after_training(trained, digits, tmp_path, capsys):
         ["pretrain", "--preset", "digits", "--data", digits["train"], "--out", empty],
         "is not a run folder",
     )
+
+
+def test_an_output_that_is_a_folder_is_refused_at_once(trained, digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lv, images = trained["bernoulli"], digits["test"]
+    (tmp_path / "there").mkdir()
+    for place in ("there", ".", ".."):
+        for option in ("--out", "--csv", "--faiss"):
+            command = ["encode", lv, "--images", images, "--out", "c.lvcodes", option, place]
+            one_line_error(capsys, command, f"{place}: is a folder")
+        for option in ("--csv", "--page"):
+            command = ["search", lv, "--query", images, "--codes", "c.lvcodes", option, place]
+            one_line_error(capsys, command, f"{place}: is a folder")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pretrain --preset digits --data '' --out new",
+        "pretrain --preset digits --data= --out new",
+        "pretrain --preset digits --data . --out ''",
+        "encode '' --images .",
+        "encode run --images ''",
+        "encode run --images . --csv=",
+        "search run --query ''",
+        "knn run --test=",
+        "compression run --others a '' b",
+        "runs ''",
+        "launch ''",
+        "doctor ''",
+    ],
+)
+def test_an_unset_variable_of_the_shell_is_not_the_current_folder(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("a.png")
+    one_line_error(capsys, shlex.split(command), " is empty: give a value")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_options_that_are_any_text_may_be_empty(capsys):
+    assert main(["plan", "--preset", "", "--backbone", "tiny", "--resolution", "32", "--gpus", "1"]) == 0
+
+
+def test_the_advice_for_names_that_begin_with_a_dash_can_be_typed(digits, tmp_path, monkeypatch, capsys):
+    """Each command advises the next, which is typed as it stands."""
+    monkeypatch.chdir(tmp_path)
+    os.link(digits["train"], "-set.beton")
+    os.link(f"{digits['train']}.json", "-set.beton.json")
+    one_epoch = ["--preset", "digits", "--epochs", "1", "--threads", "1"]
+    assert main(["pretrain", *one_epoch, "--data=-set.beton", "--out=-run"]) == 0
+    advised = shlex.split(capsys.readouterr().out.split("next: lvssl ")[1].split(", or")[0])
+    assert main(advised) == 0
+    advised = shlex.split(capsys.readouterr().out.split("next: lvssl ")[1].replace("IMAGE", "./-set.beton"))
+    assert main([*advised, "--csv", "found.csv"]) == 0
+    settings = KnnSettings(run=Path("-run"), test=Path("-set.beton"))
+    assert command_line("knn", settings) == "lvssl knn ./-run --test ./-set.beton"
 
 
 def test_help_is_there_for_every_command(lvssl):

@@ -8,7 +8,7 @@ from lvssl.commands.arguments import asks_for_help, parse
 
 def encode(arguments: list[str]) -> None:
     from lvssl.settings.apply import EncodeSettings
-    from lvssl.settings.fields import options
+    from lvssl.settings.fields import as_word, options
     from pipelines.errors import InputError
 
     if "--images" not in {word.partition("=")[0] for word in arguments} and not asks_for_help(arguments):
@@ -24,7 +24,7 @@ def encode(arguments: list[str]) -> None:
     kind = "codes" if code == "bits" else f"{code} codes"
     print(f"{path}: {codes.count:,} {kind} of {codes.bits} bits, {path.stat().st_size:,} bytes", end="")
     elsewhere = options({"codes": settings.out} if settings.out else {})
-    print("; next:", shlex.join(["lvssl", "search", str(settings.run), *elsewhere, "--query"]), "IMAGE")
+    print("; next:", shlex.join(["lvssl", "search", as_word(settings.run), *elsewhere, "--query"]), "IMAGE")
 
 
 def search(arguments: list[str]) -> None:

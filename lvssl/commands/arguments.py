@@ -6,10 +6,10 @@ import dataclasses
 import inspect
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 
 def parse(
@@ -20,6 +20,7 @@ def parse(
 
     from pipelines.datasets.parts import unquoted
 
+    refuse_empty(arguments, set(text_options(kind)))
     options = {} if default is None else {"default": default}
     if asks_for_help(arguments):
         join_lines_of_help(kind)
@@ -36,6 +37,34 @@ def parse(
         if ended.code and (hint := unquoted(arguments)):
             print(f"error: {hint}", file=sys.stderr)
         raise
+
+
+def refuse_empty(arguments: list[str], texts: Collection[str]) -> None:
+    """Raise InputError at an empty argument, unless it is the value of one of the options `texts`.
+
+    `--out "$OUT"` is empty if there is no such variable, and `Path("")` would be the current folder.
+    """
+    from pipelines.errors import InputError
+
+    for before, word in pairwise(["", *arguments]):
+        option, equals, value = word.partition("=")
+        if word and (value or not equals or not word.startswith("--")):
+            continue
+        option = option or before
+        if option not in texts:
+            name = option if option.startswith("--") else "an argument"
+            raise InputError(
+                f"{name} is empty: give a value, or leave it out (is a variable of the shell unset?)"
+            )
+
+
+def text_options(kind: Any) -> Iterator[str]:
+    """Yield the options of settings whose value is any text, such as --prefix."""
+    for name, of_field in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(of_field):
+            yield from text_options(of_field)
+        elif str in (of_field, *get_args(of_field)):
+            yield "--" + name.replace("_", "-")
 
 
 def asks_for_help(arguments: list[str]) -> bool:

@@ -62,12 +62,12 @@ def evaluate(arguments: list[str]) -> None:
 def say_written(settings: Any, name: str) -> None:
     """Print where a result was written, and the command that shows it."""
     from lvssl.runs.result import result_folder
-    from lvssl.settings.fields import options
+    from lvssl.settings.fields import as_word, options
 
     elsewhere = options({"out": settings.out} if settings.out else {})
     print(
         f"written: {result_folder(settings) / name}; next:",
-        shlex.join(["lvssl", "report", str(settings.run), *elsewhere]),
+        shlex.join(["lvssl", "report", as_word(settings.run), *elsewhere]),
     )
 
 

@@ -10,6 +10,7 @@ from lvssl.commands.arguments import asks_for_help, parse
 
 
 def pretrain(arguments: list[str]) -> int:
+    from lvssl.settings.fields import as_word
     from lvssl.settings.pretrain import PRESETS, PretrainSettings, preset
     from pipelines.datasets.parts import are_there, is_by_name
     from pipelines.decode import DamagedSample
@@ -81,8 +82,8 @@ def pretrain(arguments: list[str]) -> int:
         raise InputError(f"{error}; pass {resumed}--on-error skip to leave out such images") from error
     if not world_of().first:
         return 0
-    name = shlex.quote(str(out))
-    following = f"lvssl encode {name} --images {shlex.quote(str(data))}"
+    name = shlex.quote(as_word(out))
+    following = f"lvssl encode {name} --images {shlex.quote(as_word(data))}"
     if read_config(out)[1] > 1:  # there are labels
         following += f", or with labelled test images lvssl evaluate {name} --test TEST"
     print(f"{out}: done; next: {following}")

@@ -147,7 +147,10 @@ def write_uncertainties(path: Path, codes: CodeFile) -> None:
 
 
 def require_folder_of(path: Path) -> None:
-    """Raise InputError if the folder of an output doesn't exist."""
+    """Raise InputError if the folder of an output doesn't exist, or if a folder is where the file should be:
+    before the work, not when its result is written."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give the name of a file in it")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent}: no such folder to write {path.name} to")
 

@@ -11,6 +11,7 @@ from typing import Any
 from lvssl.report.template import finite
 from lvssl.runs.differences import interval, strongest
 from lvssl.runs.rows import FOREIGN, Row, by_point
+from lvssl.settings.fields import as_word
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def best_code(code: list[Comparison], bits: int, control: str) -> str:
     if not behind:
         return f"use the run's own {bits:,}-bit code" if code else ""
     folder, here = Path(control), Path.cwd()
-    shown = str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+    shown = as_word(folder.relative_to(here) if folder.is_relative_to(here) else folder)
     typed = f" (lvssl encode {shlex.quote(shown)} --images DIR --bits {bits} --code "
     taken = [
         f"{method} for {' and '.join(measures)}" + (f"{typed}{ENCODED[method]})" if method in ENCODED else "")

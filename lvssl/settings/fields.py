@@ -100,7 +100,7 @@ def first_change(had: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 def command_line(command: str, settings: Any, start: Any = None) -> str:
     """Return the command for these settings: what differs from the defaults, or from the preset `start`."""
     found = [s for s in all_settings(settings, start) if not s.metadata.get("per_call")]
-    words = ["lvssl", command, *(str(s.value) for s in found if s.metadata.get("positional"))]
+    words = ["lvssl", command, *(as_word(s.value) for s in found if s.metadata.get("positional"))]
     given = {"preset": start.preset} if start is not None else {}
     for s in found:
         if not s.metadata.get("positional") and s.value != s.default:
@@ -117,8 +117,14 @@ def options(given: Mapping[str, Any]) -> list[str]:
             words.append(f"--{option}" if value else f"--no-{option}")
         else:
             values = value if isinstance(value, list | tuple) else (value,)
-            words += [f"--{option}", *map(str, values)]
+            words += [f"--{option}", *map(as_word, values)]
     return words
+
+
+def as_word(value: Any) -> str:
+    """Return a value as a word of a command line; a path that begins with a dash won't look like an
+    option."""
+    return f"./{value}" if isinstance(value, Path) and str(value).startswith("-") else str(value)
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
@@ -167,7 +173,7 @@ def typed(value: Any, kind: Any) -> Any:
     if get_args(kind):  # a union
         return next((made for one in get_args(kind) if (made := typed(value, one)) is not WRONG), WRONG)
     if kind is Path:
-        return Path(value) if isinstance(value, str) else WRONG
+        return Path(value) if isinstance(value, str) and value else WRONG  # "" would be the current folder
     accepted = (int, float) if kind is float else kind
     sound = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
     return value if sound else WRONG

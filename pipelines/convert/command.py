@@ -254,6 +254,10 @@ def execute(argv: list[str] | None) -> int:
     if unknown:
         hint = unquoted(sys.argv[1:] if argv is None else argv)
         p.error(hint or f"unrecognized arguments: {' '.join(unknown)}")
+    for name, value in vars(args).items():
+        if value == "":  # an unset variable of the shell; as a path, it would be the current folder
+            named = {"source": "SOURCE", "out": "OUT.beton"}.get(name, f"--{name.replace('_', '-')}")
+            p.error(f"{named} is empty: give a value, or leave it out (is a variable of the shell unset?)")
     asked = any(getattr(args, name) for name in OTHER_TASKS)
     if asked and args.source is not None:
         p.error(f"{args.source}: --merge, --verify and --inspect take a single file and no SOURCE")

@@ -575,14 +575,12 @@ def check_targets(beton: Path | None, tars: Path | None, overwrite: bool, journa
     exists: the target may then come from a conversion that was killed between two renames."""
     first = beton or tars
     assert first is not None
+    if beton is not None and beton.is_dir():
+        raise InputError(f"{beton}: is a folder; give the name of a file, such as {beton / 'train.beton'}")
     if journaled and journal_path(first).exists():
         return
     there = []
     if beton is not None:
-        if beton.is_dir():
-            raise InputError(
-                f"{beton}: is a folder; give the name of a file, such as {beton / 'train.beton'}"
-            )
         there += [path for path in (beton, beton.with_name(beton.name + ".json")) if path.exists()]
     if tars is not None:
         if tars.is_file():

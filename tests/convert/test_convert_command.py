@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -109,6 +110,11 @@ BAD = [
     ("sklearn:faces out.beton", "sklearn:faces: unknown"),
     ("good there.beton", "there.beton: exists; remove it, or replace it with --overwrite"),
     ("good empty", "empty: is a folder; give the name of a file"),
+    ("good .", ".: is a folder; give the name of a file"),
+    ("--merge .", ".: is a folder; give the name of a file"),
+    ("good ''", "OUT.beton is empty: give a value"),
+    ("'' out.beton", "SOURCE is empty: give a value"),
+    ("good out.beton --webdataset ''", "--webdataset is empty: give a value"),
     ("good file.txt/out.beton", "file.txt: cannot be made (File exists)"),
     ("good file.txt/deeper/out.beton", "cannot be made (Not a directory)"),
     ("good /proc/out.beton", "/proc/out.beton: cannot be written"),
@@ -138,7 +144,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     try:
-        status = main(typed.split())
+        status = main(shlex.split(typed))
     except SystemExit as error:  # argparse's own way out
         status = error.code
     printed = capsys.readouterr()
