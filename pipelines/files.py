@@ -39,8 +39,10 @@ def written_aside(path: Path) -> Iterator[IO[bytes]]:
                 yield file
                 sync(file)
             os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(aside):  # the user knows the file's own name
+            error.filename, error.filename2 = str(path), None
         raise
     sync_folder(path.parent)
 

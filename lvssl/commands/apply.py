@@ -17,14 +17,20 @@ def encode(arguments: list[str]) -> None:
 
     from lvssl.codes.file import open_codes
     from lvssl.evaluation.codes import encode as run
+    from lvssl.runs.embeddings import is_embeddings
 
     path = run(settings)
     codes = open_codes(path)
     code = (codes.quantiser or {}).get("code", "bits")
     kind = "codes" if code == "bits" else f"{code} codes"
-    print(f"{path}: {codes.count:,} {kind} of {codes.bits} bits, {path.stat().st_size:,} bytes", end="")
+    bits = f"{codes.bits} bit{'s' * (codes.bits != 1)}"
+    written = f"{path}: {codes.count:,} {kind} of {bits}, {path.stat().st_size:,} bytes"
+    if is_embeddings(settings.run):  # whose codes are searched from Python
+        print(written)
+        return
     elsewhere = options({"codes": settings.out} if settings.out else {})
-    print("; next:", shlex.join(["lvssl", "search", as_word(settings.run), *elsewhere, "--query"]), "IMAGE")
+    following = shlex.join(["lvssl", "search", as_word(settings.run), *elsewhere, "--query"])
+    print(f"{written}; next: {following} IMAGE")
 
 
 def search(arguments: list[str]) -> None:

@@ -41,6 +41,7 @@ from lvssl.evaluation.fitted import TrainingEmbeddings, TrainingImages
 from lvssl.evaluation.quantisers import (
     chosen_code,
     code_of_length,
+    keep_quantiser,
     own_bits,
     quantiser_of,
     require_faiss,
@@ -78,6 +79,7 @@ def encode(settings: EncodeSettings) -> Path:
     if encoder.density is None:  # the file that an earlier call left may be of other images
         table_path(out, UNCERTAINTY).unlink(missing_ok=True)
     codes = open_codes(out)
+    keep_quantiser(encoder.run if isinstance(encoder, Encoder) else encoder.known, codes, encoder.quantiser)
     if settings.csv:
         write_uncertainties(settings.csv, codes)
     if settings.faiss:

@@ -42,8 +42,13 @@ class TrainingEmbeddings:
         return {"train": self.path.resolve()}
 
     def sample(self, kind: str) -> np.ndarray:
-        """Return M <= SAMPLE embeddings, evenly spaced, float32 [M, D], whatever the kind."""
+        """Return M <= SAMPLE embeddings, evenly spaced, float32 [M, D], whatever the kind.
+
+        Raises InputError: fewer than two.
+        """
         features = self.run.features
+        if len(features) < 2:
+            raise InputError(f"{self.path}: at least two embeddings are needed to fit density and quantiser")
         return np.asarray(features[evenly_spaced(len(features), SAMPLE)], np.float32)
 
 

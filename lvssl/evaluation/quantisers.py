@@ -49,6 +49,8 @@ def code_of_length(bits: int, code: str, features: int, own: int, images: int | 
     most = {"bits": own, "opq": 8 * features, "itq": features, "pca": features}
     if code == "auto":
         code = best_code(bits, most, images)
+    if code == "bits" and not own:
+        raise InputError("--code bits: embeddings have no code of their own; choose opq, itq or pca")
     if bits > most[code]:
         raise InputError(f"--code {code}: at most {most[code]:,} bits are possible, not {bits:,}")
     if code == "opq":
@@ -127,17 +129,35 @@ def fitted_quantiser(run: Run, code: str, bits: int) -> Quantiser | None:
 
 def stored_quantiser(run: Origin, codes: CodeFile) -> Quantiser | None:
     """Return the quantiser that made the codes; None if they have none. Raises CodeFileError if it is no
-    longer in the run's folder."""
+    longer in the run's folder, nor beside the codes."""
     if codes.quantiser is None:
         return None
     path = quantiser_path(run, codes.quantiser["code"], codes.bits)
-    arrays = kept(path, run, {"bits": codes.bits})
-    quantiser = Quantiser(**arrays) if arrays else None
-    if quantiser is None or quantiser.digest != codes.quantiser["sha256"]:
-        raise CodeFileError(
-            f"{codes.path}: its quantiser is no longer {path}; encode the images again, or restore that file"
-        )
-    return quantiser
+    for place in (path, beside(codes.path)):
+        arrays = kept(place, run, {"bits": codes.bits})
+        quantiser = Quantiser(**arrays) if arrays else None
+        if quantiser is not None and quantiser.digest == codes.quantiser["sha256"]:
+            return quantiser
+    raise CodeFileError(
+        f"{codes.path}: its quantiser is no longer {path}; encode the images again, or restore that file"
+    )
+
+
+def keep_quantiser(run: Origin, codes: CodeFile, quantiser: Quantiser | None) -> None:
+    """Write the quantiser that made the codes beside them if the run's folder couldn't keep it; otherwise
+    remove the one that earlier codes have left there."""
+    path = beside(codes.path)
+    path.unlink(missing_ok=True)
+    try:
+        stored_quantiser(run, codes)
+    except CodeFileError:
+        assert codes.quantiser is not None and quantiser is not None
+        keep(path, asdict(quantiser), run, {"code": codes.quantiser["code"], "bits": codes.bits})
+
+
+def beside(codes: Path) -> Path:
+    """Where the quantiser of a code file is if the run's folder isn't writable."""
+    return codes.with_name(f"{codes.name}.quantiser")
 
 
 def stored_quantisers(run: Run) -> list[Path]:

@@ -181,6 +181,8 @@ def read_config(folder: Path) -> tuple[PretrainSettings, int]:
     """Read a run's settings and its number of classes. InputError if the folder isn't a run, or its
     config.json holds an impossible value, which is named."""
     path = folder / "config.json"
+    if folder.is_file():
+        raise InputError(f"{folder}: is a file, not a run folder")
     if not folder.is_dir():
         fetch = "; for one on the Hub, `hf download USER/NAME --local-dir FOLDER`, then pass FOLDER"
         raise InputError(f"{folder}: no such run folder{fetch if folder.parts[:1] == ('hf:',) else ''}")

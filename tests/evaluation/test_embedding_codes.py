@@ -117,6 +117,21 @@ def test_equal_embeddings_are_duplicates_of_each_other(tmp_path):
     assert len(rows) == 10  # each pair of the five
 
 
+def test_what_embeddings_do_not_have_is_said_and_not_advised(embeddings, tmp_path, capsys):
+    np.save(tmp_path / "one.npy", np.load(embeddings)[:1])
+    encoded = ["--images", embeddings, "--bits", 8, "--code"]
+    for arguments, said in [
+        (["encode", tmp_path / "one.npy", *encoded, "itq"], "one.npy: at least two embeddings are needed"),
+        (["encode", embeddings, *encoded, "bits"], "--code bits: embeddings have no code of their own"),
+        (["search", embeddings, "--query", embeddings], "train.npy: is a file, not a run folder"),
+    ]:
+        assert lvssl(*arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and said in error and error.count("\n") == 1
+    assert lvssl("encode", embeddings, "--images", embeddings, "--bits", 1) == 0
+    assert " 700 itq codes of 1 bit, " in (printed := capsys.readouterr().out) and "next" not in printed
+
+
 def test_encode_without_images_is_one_line(embeddings, capsys):
     assert lvssl("encode", embeddings, "--bits", 8) == 2
     assert capsys.readouterr().err.startswith("error: lvssl encode: --images is required")

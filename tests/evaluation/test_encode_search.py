@@ -299,6 +299,21 @@ def test_codes_of_another_quantiser_are_not_compared(run, pictures, tmp_path):
         next(search(SearchSettings(run, pictures, codes=a)))
 
 
+@pytest.mark.parametrize("options", [[], ["--bits", "8", "--code", "pca"]])
+def test_codes_of_a_run_that_cannot_be_written_are_found_again(options, run, pictures, tmp_path, capsys):
+    """As from a colleague's run: what is fitted isn't kept there, but nothing is lost."""
+    theirs, out = tmp_path / "theirs", tmp_path / "a.lvcodes"
+    shutil.copytree(run, theirs, ignore=shutil.ignore_patterns("quantisers", "density*", "*.lvcodes*"))
+    (theirs / "quantisers").symlink_to("nowhere")  # no folder can be made there
+    encoded = ["encode", theirs, "--images", pictures, "--out", out, *options]
+    assert lvssl(*encoded) == 0
+    assert "quantisers/" in capsys.readouterr().err
+    first = next(search(SearchSettings(theirs, pictures, codes=out, k=3)))
+    (theirs / "quantisers").unlink()
+    assert lvssl(*encoded) == 0 and not (tmp_path / "a.lvcodes.quantiser").exists()
+    assert next(search(SearchSettings(theirs, pictures, codes=out, k=3))) == first
+
+
 def test_a_loaded_searcher_answers_again(run, pictures, tmp_path):
     out = tmp_path / "a.lvcodes"
     assert lvssl("encode", run, "--images", pictures, "--out", out) == 0

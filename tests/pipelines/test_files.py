@@ -82,3 +82,12 @@ def test_a_size_that_rounds_to_the_next_unit_is_in_that_unit():
     assert [size_text(size) for size in (0, 999, 999_499, 999_500, 999_950_000)] == [
         *("0 B", "999 B", "999 kB", "1 MB", "1 GB"),
     ]
+
+
+def test_an_error_names_the_file_and_not_the_one_beside_it(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder", tmp_path / "nowhere" / "file"):
+        with pytest.raises(OSError) as refused:
+            write_atomically(path, b"new")
+        assert (refused.value.filename, refused.value.filename2) == (str(path), None)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
