@@ -10,6 +10,7 @@ from tqdm import tqdm
 from lvssl.codes.file import (
     UNCERTAINTY,
     CodeFile,
+    may_hold_codes,
     open_codes,
     open_uncertainty,
     table_path,
@@ -50,6 +51,7 @@ from lvssl.evaluation.sets import picture, picture_view
 from lvssl.runs.embeddings import is_embeddings, open_embeddings, training_file
 from lvssl.runs.run import Run, load_encoder
 from lvssl.settings.apply import EncodeSettings, SearchSettings
+from pipelines.datasets.parts import files_of
 from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
 from pipelines.files import written_csv
@@ -73,8 +75,12 @@ def encode(settings: EncodeSettings) -> Path:
     foreign = is_embeddings(settings.run)
     if foreign and settings.run.is_file():
         out = settings.out or settings.run.with_suffix(".lvcodes")
-    for path in filter(None, (out, settings.csv, settings.faiss)):
-        require_folder_of(path)
+    require_outputs(
+        {"--out": out, "--csv": settings.csv, "--faiss": settings.faiss},
+        [settings.images, settings.train, settings.run],
+    )
+    if not may_hold_codes(out):
+        raise InputError(f"{out}: exists and isn't a code file; choose another --out")
     encoder = of_embeddings(settings, out) if foreign else of_images(settings, out)
     if encoder.density is None:  # the file that an earlier call left may be of other images
         table_path(out, UNCERTAINTY).unlink(missing_ok=True)
@@ -148,6 +154,23 @@ def write_uncertainties(path: Path, codes: CodeFile) -> None:
             table.writerow([name, f"{value:.6g}"])
 
 
+def require_outputs(outputs: dict[str, Path | None], inputs: Iterable[Path | None]) -> None:
+    """Raise InputError if an output, given by its option, can't be a file, or if it is also another output or
+    a file that is read, which it would replace."""
+    read = {each.resolve() for path in inputs if path is not None for each in files_of(path)}
+    written: dict[Path, str] = {}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        require_folder_of(path)
+        place = path.resolve()
+        if place in read:
+            raise InputError(f"{option} {path}: this file is read; write to another")
+        if place in written:
+            raise InputError(f"{option} {path}: {written[place]} writes the same file; choose another")
+        written[place] = option
+
+
 def require_folder_of(path: Path) -> None:
     """Raise InputError if the folder of an output doesn't exist, or if a folder is where the file should be:
     before the work, not when its result is written."""
@@ -170,9 +193,8 @@ def searcher_of(settings: SearchSettings) -> Searcher:
         raise InputError("--csv and --page each write the neighbours to a file: pass one of them")
     if settings.images and not settings.page:
         raise InputError("--images are those that --page shows: pass --page FILE as well")
-    for out in filter(None, (settings.csv, settings.page)):
-        require_folder_of(out)
     run, path = load_encoder(settings.run), code_path(settings.run, settings.codes)
+    require_outputs({"--csv": settings.csv, "--page": settings.page}, [path, settings.query, settings.images])
     return Searcher(run, path, settings.symmetric, settings.staged, settings.rerank)
 
 

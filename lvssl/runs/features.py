@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.amounts import size_text
 from pipelines.errors import InputError
 from pipelines.files import sync, write_atomically, write_json, written_aside
 from pipelines.lock import lock
@@ -149,8 +150,8 @@ class Store:
         size = HEAD + self.count * values[0].nbytes
         if not path.exists() and (free := shutil.disk_usage(self.folder).free) < size:
             raise InputError(
-                f"{path}: not enough space: {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are "
-                f"free; free some, or link {self.folder.parent} to another disk"
+                f"{path}: not enough space: {size_text(size)} are needed, {size_text(free)} are free; "
+                f"free some, or link {self.folder.parent} to another disk"
             )
         with open(path, "ab"):
             pass

@@ -22,6 +22,8 @@ BAR = 40  # characters
 def inspect(path: str | Path, sheet: str | Path) -> str:
     """Describe the content of a beton or of tars, and write a contact sheet (PNG). Raises InputError."""
     path, sheet = Path(path), Path(sheet)
+    if sheet.resolve() == path.resolve():
+        raise InputError(f"--sheet {sheet}: this is the file to inspect; name another to write")
     lines = []
     if path.is_file() and path.suffix != ".tar":
         beton = open_beton(path)

@@ -112,6 +112,7 @@ BAD = [
     ("good empty", "empty: is a folder; give the name of a file"),
     ("good .", ".: is a folder; give the name of a file"),
     ("--merge .", ".: is a folder; give the name of a file"),
+    ("--inspect there.beton --sheet ./there.beton", "there.beton: this is the file to inspect"),
     ("good ''", "OUT.beton is empty: give a value"),
     ("'' out.beton", "SOURCE is empty: give a value"),
     ("good out.beton --webdataset ''", "--webdataset is empty: give a value"),

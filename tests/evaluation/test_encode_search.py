@@ -401,6 +401,36 @@ def test_an_output_that_would_be_dropped_or_has_no_folder_is_refused(run, tmp_pa
     assert capsys.readouterr().err == f"error: {tmp_path / 'no'}: no such folder to write a.html to\n"
 
 
+def test_no_output_replaces_what_is_read_or_another_output(run, digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for part in ("part-1.beton", "part-2.beton"):
+        shutil.copy(digits["test"], part)
+    codes, made = Path("codes.lvcodes"), ["encode", run, "--images", "part-1.beton", "--out"]
+    assert lvssl(*made, codes) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    (tmp_path / "link.lvcodes").symlink_to(codes)
+    for arguments, said in [
+        ([*made, "part-1.beton"], "--out part-1.beton: this file is read"),
+        ([*made, "part-2.beton"], "part-2.beton: exists and isn't a code file"),
+        (
+            [*made, "new", "--train", "part-*.beton", "--csv", "part-2.beton"],
+            "--csv part-2.beton: this file is",
+        ),
+        ([*made, codes, "--csv", tmp_path / codes], "--out writes the same file"),
+        ([*made, codes, "--csv", "link.lvcodes"], "--out writes the same file"),
+        (["search", run, "--codes", codes, "--query", "part-1.beton", "--csv", codes], "this file is read"),
+        (["search", run, "--codes", codes, "--query", "part-1.beton", "--page", "part-1.beton"], "is read"),
+    ]:
+        assert lvssl(*arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and said in error and error.count("\n") == 1, error
+    (tmp_path / "link.lvcodes").unlink()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    Path("empty").touch()  # as mktemp makes it
+    assert lvssl(*made, "empty") == 0 and open_codes(Path("empty")).count == open_codes(codes).count
+
+
 def test_large_images_are_shown_in_more_pixels_than_the_network_sees(run, tmp_path):
     """A query and its neighbour are the same image: the same picture by either way, of at most 96 pixels."""
     sizes, random = {"large": (300, 200), "middle": (70, 90), "small": (5, 7)}, np.random.default_rng(0)
