@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lvssl.codes.quantiser import Quantiser
@@ -41,6 +41,7 @@ from lvssl.settings.apply import ExportSettings
 from lvssl.settings.fields import to_dict
 from lvssl.settings.pretrain import BACKBONES
 from pipelines.errors import InputError
+from pipelines.files import NO_SPACE
 from pipelines.normalise import normalise
 from pipelines.order import steps_per_epoch
 from pipelines.views import ViewSettings
@@ -71,9 +72,9 @@ def export(settings: ExportSettings) -> Path:
     aside = Path(tempfile.mkdtemp(prefix=f".{settings.out.name}.", dir=settings.out.parent))
     try:
         about = {"checkpoint": run.digest, "format": "pt"}
-        save_file(tensors(network.backbone), aside / "model.safetensors", about)
+        (aside / "model.safetensors").write_bytes(save(tensors(network.backbone), about))
         if head := head_tensors(network):
-            save_file(head, aside / "head.safetensors", about)
+            (aside / "head.safetensors").write_bytes(save(head, about))
         (aside / "config.json").write_text(json.dumps(config(run), indent=2) + "\n")
         (aside / "hubconf.py").write_text(hubconf(run))
         if stored_density(run) is not None:
@@ -89,8 +90,10 @@ def export(settings: ExportSettings) -> Path:
         for path in (aside, *aside.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
         os.rename(aside, settings.out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            error.filename, error.filename2 = str(settings.out), None
         raise
     if upload is not None:
         upload.send(settings.out)

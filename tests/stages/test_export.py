@@ -208,6 +208,13 @@ def test_public_needs_a_repository(run, tmp_path, capsys):
     assert "pass --push USER/NAME as well" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_a_full_disk_is_named_and_nothing_is_left(run, small_disk, fill, capsys):
+    fill()
+    assert main(["export", str(run), "--out", str(small_disk / "export"), "--no-onnx"]) == 1
+    assert capsys.readouterr().err == f"error: {small_disk / 'export'}: No space left on device\n"
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
+
+
 def test_nothing_is_overwritten_and_nothing_half_written_is_left(run, tmp_path, capsys, monkeypatch):
     (tmp_path / "there").mkdir()
     assert main(["export", str(run), "--out", str(tmp_path / "there")]) == 2
