@@ -93,7 +93,7 @@ class Job:
         record = read_record(self.out, self.task) or Record(self.task.name, self.task.digest)
         if record.state == "running" and record.job not in ("", self.id):
             try:
-                taken = scheduler.alive(record.job, record.host)
+                taken = scheduler.alive(record.job, record.host, record.cluster)
             except scheduler.UnknownQueue as error:
                 self.fail(None, f"{error}; it was running this task on {record.host}")
             if taken:
@@ -103,6 +103,7 @@ class Job:
         elif record.state == "running":  # this job was killed without notice and requeued by Slurm
             record.restarts += 1
         record.state, record.job, record.host = "running", self.id, socket.gethostname()
+        record.cluster = self.kind
         record.log, record.code, record.error = str(self.log), self.code.name, ""
         record.command = " ".join(["python", "-m", self.task.module, *self.task.arguments])
         record.started = time.time()

@@ -29,6 +29,7 @@ class Record:
     state: str = "new"  # running, stopped (to be resumed or started again), done, failed, cancelled
     job: str = ""
     host: str = ""
+    cluster: str = ""  # slurm, local or debug; empty in older records
     log: str = ""
     command: str = ""
     code: str = ""

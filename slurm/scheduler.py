@@ -109,16 +109,17 @@ def accounted(jobs: set[str]) -> dict[str, str]:
     return {job: state.split()[0] for job, state in rows if state}
 
 
-def alive(job: str, host: str = "") -> bool:
+def alive(job: str, host: str = "", cluster: str = "") -> bool:
     """Whether a job is queued or running, in Slurm if it is installed, or as submitit's process on this
-    machine.
+    machine. Slurm isn't asked about a job whose `cluster` is local.
 
     Raises:
         UnknownQueue: Slurm repeatedly didn't answer.
     """
     if job.startswith("DEBUG") or not job:
         return False
-    state = _persistently({job}).get(job) if shutil.which("squeue") else None
+    asked = cluster != "local" and shutil.which("squeue")
+    state = _persistently({job}).get(job) if asked else None
     if state is not None:
         return state[0] in ALIVE
     if host == socket.gethostname() and Path(f"/proc/{job}/cmdline").exists():

@@ -119,7 +119,8 @@ def standing(
             "not run",
             f"{broken} failed" if broken else accounts.get(number, state or "never started"),
         )
-    if record.state == "running" and job.get("cluster") != "slurm" and scheduler.alive(number, record.host):
+    cluster = job.get("cluster", record.cluster)
+    if record.state == "running" and cluster != "slurm" and scheduler.alive(number, record.host, cluster):
         return made("running")
     if record.state == "done":
         return made("not run", "its result was removed or replaced since")

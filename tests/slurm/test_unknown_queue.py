@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,34 @@ def test_a_chain_of_this_machine_needs_no_slurm(file, monkeypatch):
     jobs = pipeline.out / "jobs.json"
     jobs.write_text(jobs.read_text().replace('"slurm"', '"local"'))
     assert all(work.tasks for work in plan(pipeline.out, build_stages(pipeline)))
+
+
+@pytest.mark.parametrize("words", [[sys.executable, "-c", "input() # submitit"], ["cat"]])
+def test_slurm_is_not_asked_about_a_job_of_this_machine(squeue, file, capsys, words):
+    """Its tools may be installed where no cluster answers; the process is known without them."""
+    squeue(FAILS)
+    pipeline = read_pipeline(file, chain_starts())
+    (task,) = (t for stage in build_stages(pipeline) for t in stage.tasks if t.name == "pretrain")
+    with subprocess.Popen(words, stdin=subprocess.PIPE) as process:
+        here, number = socket.gethostname(), str(process.pid)
+        record = Record(task.name, task.digest, "running", number, here, "local", log="log")
+        write_record(pipeline.out, task, record)
+        jobs = pipeline.out / "jobs.json"
+        entry = {"task": "pretrain", "job": number, "log": "log", "cluster": "local"}
+        write_json(jobs, {task.key: entry})
+        runs = words != ["cat"]  # a process that has got the number of an earlier job
+        assert main(["status", str(file)]) == 0
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("pretrain "))
+        assert line.split()[1] == ("running" if runs else "lost")
+        job = Job(pipeline.out, task, ClusterSettings(), Path("/code"))
+        job.kind, job.id, job.log = "local", "8", Path("log")
+        if runs:
+            with pytest.raises(SystemExit):
+                job.begin()
+            assert f"job {number} on {here} is already running this task" in capsys.readouterr().out
+        else:
+            assert job.begin().cluster == "local"
+        process.communicate(b"\n")
 
 
 @pytest.mark.parametrize("script, refused", [(FAILS, True), (EMPTY, False)])
