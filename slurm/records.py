@@ -70,9 +70,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def stands(out: Path, task: Task) -> bool:
-    """Whether a task's result exists, was made with these settings, and hasn't changed since."""
-    record = read_record(out, task)
-    return record is not None and record.state == "done" and record.outputs == fingerprints(task.outputs)
+    """Whether a task's result exists, was made with these settings, and hasn't changed since. The record may
+    be from before the pipeline's folder was moved, so the paths in it don't count."""
+    record, found = read_record(out, task), fingerprints(task.outputs)
+    if record is None or record.state != "done" or found is None:
+        return False
+    return list(record.outputs.values()) == list(found.values())
 
 
 def fingerprints(outputs: tuple[Path, ...]) -> dict[str, str] | None:

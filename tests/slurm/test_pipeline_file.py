@@ -317,6 +317,22 @@ def test_what_stands_is_not_done_again(tmp_path):
     assert todo() == ["convert-train-001", "convert-train-002", "merge-train", "pretrain"]
 
 
+def test_what_stands_stands_after_a_move_of_the_folder(tmp_path):
+    """It used to be made again, which failed at the files that were there."""
+    (tmp_path / "here").mkdir()
+    path = write(tmp_path / "here")
+    tasks = [t for stage in build_stages(read_pipeline(path, chain_starts())) for t in stage.tasks]
+    for task in tasks:
+        finish(tmp_path / "here" / "out", task)
+    (tmp_path / "here").rename(tmp_path / "there")
+    stages = build_stages(read_pipeline(tmp_path / "there" / "pipeline.toml", chain_starts()))
+    out = tmp_path / "there" / "out"
+    assert not [task for work in plan(out, stages) for task in work.tasks]
+    changed = stages[-1].tasks[0].outputs[0]
+    changed.write_text("another's")
+    assert [task.name for work in plan(out, stages) for task in work.tasks] == [stages[-1].tasks[0].name]
+
+
 def test_every_stage_behind_a_failed_one_names_it(tmp_path):
     path = write(tmp_path)
     stages = build_stages(read_pipeline(path, chain_starts()))
