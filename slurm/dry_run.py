@@ -15,7 +15,7 @@ from pipelines.formats.beton import count_in
 from slurm.pipeline import Pipeline
 from slurm.records import last_row, remaining
 from slurm.stages import Stage
-from slurm.work import Work, executor
+from slurm.work import Work, awaited, executor
 
 CHECKPOINTS = 3  # the last two, and the one being written
 NUMBERS_A_PARAMETER = 3  # the weight and the optimiser's two moments
@@ -47,7 +47,7 @@ def describe(pipeline: Pipeline, stages: list[Stage], works: Sequence[Work], clu
         code = pipeline.out / "code" / "SNAPSHOT"
         for work in works:
             if work.tasks:
-                after = [f"JOB-OF-{name.upper()}" for name in work.stage.after if tasks_of(works, name)]
+                after = [f"JOB-OF-{name.upper()}" for name in awaited(work, works) if tasks_of(works, name)]
                 script = executor(pipeline, work.stage, code, after).script(len(work.tasks))
                 lines += ["", f"# ---- {work.stage.name}: sbatch", script.rstrip(), "", "# which runs"]
                 lines += [

@@ -19,7 +19,7 @@ from slurm.pipeline import Pipeline, Starts, read_pipeline
 from slurm.records import claimed, read_jobs, read_json, read_record, stands, write_json
 from slurm.snapshot import snapshot
 from slurm.stages import Stage, Task, build_stages
-from slurm.work import Work, executor
+from slurm.work import Work, awaited, executor
 
 CLUSTERS = ("slurm", "local", "debug")
 A_YEAR = 365 * 24 * 60  # in minutes; on this machine, jobs have no time limit
@@ -70,7 +70,8 @@ def as_launched(file: Path, starts: Starts) -> tuple[Pipeline, str | None]:
 
 
 def plan(out: Path, stages: list[Stage]) -> list[Work]:
-    """The tasks of each stage that must run: those neither done, nor in progress, nor unneeded.
+    """The tasks of each stage that must run: those neither done, nor in progress, nor unneeded. Images that
+    were removed after pretraining are needed again by a stage that reads them.
 
     Raises InputError if a job was submitted for an unfinished task and Slurm doesn't report its state.
     """
@@ -80,16 +81,19 @@ def plan(out: Path, stages: list[Stage]) -> list[Work]:
     queue = queue_of(out, asked)
     works: dict[str, Work] = {}
     for stage in reversed(stages):
+        later = works.values()
+        read = {path for work in later for task in work.tasks for path in task.reads}
         wanted = not stage.intermediate or any(
-            works[later.name].tasks for later in stages if stage.name in later.after
+            work.tasks and stage.name in work.stage.after for work in later
         )
         missing = lacking[stage.name]
         busy = {
             t: jobs[t.key]["job"] for t in missing if t.key in jobs and is_busy(jobs[t.key]["job"], queue)
         }
-        todo = tuple(task for task in missing if task not in busy) if wanted else ()
+        needed = [task for task in missing if wanted or not read.isdisjoint(task.outputs)]
+        todo = tuple(task for task in needed if task not in busy)
         why = (
-            "done" if not missing else "in progress" if not todo and busy else "" if wanted else "not needed"
+            "done" if not missing else "in progress" if not todo and busy else "" if needed else "not needed"
         )
         works[stage.name] = Work(stage, todo, tuple(sorted(set(busy.values()))), why)
     return [works[stage.name] for stage in stages]
@@ -128,7 +132,7 @@ def submit_chain(pipeline: Pipeline, works: list[Work], preset: str | None) -> i
     submitted: dict[str, list[str]] = {}
     for work in works:
         stage = work.stage
-        after = [job for name in stage.after for job in submitted[name]]
+        after = [job for name in awaited(work, works) for job in submitted[name]]
         new = submit(pipeline, work, code, after, jobs) if work.tasks else []
         write_json(out / "jobs.json", jobs)
         # Depend on a new array as a whole, but only on the tasks of an older one that are still in progress.

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,17 @@ class Work:
     tasks: tuple[Task, ...]
     under_way: tuple[str, ...] = ()  # jobs that run its other tasks
     why: str = ""
+
+
+def awaited(work: Work, works: Sequence[Work]) -> list[str]:
+    """The stages whose jobs must have ended before this one's start: those that make the images it reads, too,
+    unless a stage in between awaits them."""
+    after = work.stage.after
+    if any(each.tasks for each in works if each.stage.name in after):
+        return [*after]
+    read = {path for task in work.tasks for path in task.reads}
+    making = [w.stage.name for w in works for task in w.tasks if not read.isdisjoint(task.outputs)]
+    return [*dict.fromkeys([*making, *after])]
 
 
 class ChainExecutor(submitit.SlurmExecutor):

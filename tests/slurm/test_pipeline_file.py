@@ -28,7 +28,7 @@ from slurm.stages import build_stages, digest
 from slurm.status import standings
 from slurm.sweep import write_table
 from slurm.values import flat_hints, replaced
-from slurm.work import executor
+from slurm.work import awaited, executor
 
 GOLDEN = Path(__file__).with_name("golden_sbatch.txt")
 FILE = f"""
@@ -313,6 +313,11 @@ def test_what_stands_is_not_done_again(tmp_path):
     finish(out, tasks["evaluate"])
     shutil.rmtree(tasks["merge-train"].outputs[0].parent)
     assert todo() == []  # nothing that isn't done needs the images
+    tasks["evaluate"].outputs[0].unlink()  # it reads them
+    assert todo() == ["convert-train-001", "convert-train-002", "merge-train", "evaluate"]
+    works = plan(out, stages)
+    assert [awaited(work, works) for work in works if work.tasks] == [[], ["convert"], ["merge", "pretrain"]]
+    finish(out, tasks["evaluate"])
     tasks["pretrain"].outputs[0].unlink()
     assert todo() == ["convert-train-001", "convert-train-002", "merge-train", "pretrain"]
 
