@@ -24,8 +24,8 @@ class Work:
 
 
 def awaited(work: Work, works: Sequence[Work]) -> list[str]:
-    """The stages whose jobs must have ended before this one's start: those that make the images it reads, too,
-    unless a stage in between awaits them."""
+    """The stages whose jobs must have ended before this one's start. Those that make the images it reads are
+    among them, unless a stage in between awaits these."""
     after = work.stage.after
     if any(each.tasks for each in works if each.stage.name in after):
         return [*after]
