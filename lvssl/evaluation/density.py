@@ -90,12 +90,12 @@ def density_of(images: FittedOn) -> Density:
     """Return the run's density from RUN/density.safetensors. It is fitted and saved first if the file is
     missing or belongs to another checkpoint or to other images. Raises InputError for unreadable images."""
     run = images.run
-    path, about = run.folder / FILE, OF | images.about
-    if arrays := kept(path, run, about):
+    path = run.folder / FILE
+    if arrays := kept(path, run, OF, images):
         return Density(**arrays)
     widths = stage_widths(run.settings.model.backbone) if isinstance(run, Run) else ()
     density = fit_density(images.sample("stages"), widths)
-    keep(path, asdict(density), run, about)
+    keep(path, asdict(density), run, OF | images.about)
     return density
 
 

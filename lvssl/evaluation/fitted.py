@@ -16,9 +16,11 @@ from safetensors.numpy import save
 from lvssl.models.inference import encode, locations
 from lvssl.runs.embeddings import Embeddings
 from lvssl.runs.exported import is_exported
+from lvssl.runs.identity import describe_set, other_set
 from lvssl.runs.labels import readable, say_notes
-from lvssl.runs.run import Run, image_count, versions
+from lvssl.runs.run import Run, image_count, read_set, versions
 from pipelines.datasets.dataset import evenly_spaced
+from pipelines.datasets.parts import are_there
 from pipelines.decode import DamagedSample, Reader, open_reader
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
@@ -40,6 +42,10 @@ class TrainingEmbeddings:
     @property
     def about(self) -> dict[str, Any]:
         return {"train": self.path.resolve()}
+
+    def same_as(self, found: dict[str, str]) -> bool:
+        """As `TrainingImages.same_as`; the run's digest is that of the embeddings."""
+        return found.get("train") == _text(self.path.resolve())
 
     def sample(self, kind: str) -> np.ndarray:
         """Return M <= SAMPLE embeddings, evenly spaced, float32 [M, D], whatever the kind.
@@ -68,9 +74,19 @@ class TrainingImages:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What identifies the training images; empty for those of an export, which doesn't contain them."""
-        own = self.train is None and is_exported(self.run.folder)
-        return {} if own else {"train": self.path.resolve()}
+        """What identifies the training images."""
+        return {"train": self.path.resolve(), "set": self.described["digest"]}
+
+    def same_as(self, found: dict[str, str]) -> bool:
+        """Whether what has this metadata was fitted on these images, or on those that the run was trained on
+        if there are others now in their place. They are recognised as `lvssl.runs.identity` does; by path if
+        they are gone, or in a file of an earlier version. An export has no training images: any will do."""
+        if self.train is None and is_exported(self.run.folder):
+            return True
+        if "set" not in found or not are_there(self.path):
+            return found.get("train") == _text(self.path.resolve())
+        own = self.trained_on
+        return bool(own and own["digest"] == found["set"]) or self.described["digest"] == found["set"]
 
     def sample(self, kind: str) -> np.ndarray:
         """Return "locations", "features" or "stages" of M <= `limit` images, float32 [M, L]. The images are
@@ -97,9 +113,21 @@ class TrainingImages:
             ) from error
 
     @cached_property
+    def described(self) -> dict[str, Any]:
+        return describe_set(self.source)
+
+    @property
+    def trained_on(self) -> dict[str, Any] | None:
+        """What the run recorded of its training images; None if `train` is given, or in older runs."""
+        return read_set(self.run.folder) if self.train is None else None
+
+    @cached_property
     def _read(self) -> dict[str, np.ndarray]:
         run, source = self.run, self.source
         say_notes(source)
+        if (own := self.trained_on) and (differs := other_set(own, self.described)):
+            said = f"{self.path} isn't the set that {run.folder} was trained on ({differs})"
+            print(f"note: {said}: density and quantisers are fitted on what is there now", file=sys.stderr)
         rows = evenly_spaced(len(source), self.limit)
         view = run.settings.view
         batches = readable(
@@ -146,9 +174,11 @@ def in_order(written: bytes) -> bytes:
     return len(head).to_bytes(8, "little") + head + written[end:]
 
 
-def kept(path: Path, run: Origin, about: dict[str, Any]) -> dict[str, np.ndarray] | None:
-    """Return the saved arrays; None if there are none, or if they belong to another checkpoint or other
-    settings. Raises InputError if the file is damaged."""
+def kept(
+    path: Path, run: Origin, about: dict[str, Any], images: FittedOn | None = None
+) -> dict[str, np.ndarray] | None:
+    """Return the saved arrays; None if there are none, or if they belong to another checkpoint, to other
+    settings or, if `images` are given, to others. Raises InputError if the file is damaged."""
     if not path.exists():
         return None
     try:
@@ -157,12 +187,17 @@ def kept(path: Path, run: Origin, about: dict[str, Any]) -> dict[str, np.ndarray
             wanted = _texts(run, about)
             if {name: found.get(name) for name in wanted} != wanted:
                 return None
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: can't be read ({error}); remove it to fit it again") from error
+    return arrays if images is None or images.same_as(found) else None
 
 
 def _texts(run: Origin, about: dict[str, Any]) -> dict[str, str]:
     """Return the metadata as UTF-8 texts, the only type that safetensors stores."""
     fields = {"version": VERSION, "checkpoint": run.digest} | about
-    return {name: str(value).encode("utf-8", "backslashreplace").decode() for name, value in fields.items()}
+    return {name: _text(value) for name, value in fields.items()}
+
+
+def _text(value: Any) -> str:
+    return str(value).encode("utf-8", "backslashreplace").decode()

@@ -104,15 +104,15 @@ def quantiser_of(images: FittedOn, code: str, bits: int) -> Quantiser | None:
         if not signs or own_bits(run) != family.location_count(run.network.dim):
             return None
     path = quantiser_path(run, code, bits)
-    about = {"code": code, "bits": bits} | images.about
-    if arrays := kept(path, run, about):
+    about = {"code": code, "bits": bits}
+    if arrays := kept(path, run, about, images):
         return Quantiser(**arrays)
     sample = images.sample("locations" if code == "bits" else "features")
     try:
         quantiser = FITS[code](sample, bits)
     except ValueError as error:
         raise InputError(f"--code {code} --bits {bits}: {error}") from error
-    keep(path, asdict(quantiser), run, about)
+    keep(path, asdict(quantiser), run, about | images.about)
     return quantiser
 
 

@@ -1,5 +1,7 @@
 """The score `density` against scipy's and scikit-learn's, and what is kept of it with the run."""
 
+import json
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -8,10 +10,13 @@ import torch
 from scipy.stats import multivariate_normal
 from sklearn.covariance import LedoitWolf
 
+from lvssl.commands.main import main
 from lvssl.evaluation.density import Density, density_of, fit_density
 from lvssl.evaluation.fitted import TrainingImages, keep, kept
 from lvssl.models.backbone import stage_widths
+from lvssl.runs.identity import describe_set
 from lvssl.runs.run import load_run
+from pipelines.decode import open_reader
 from pipelines.errors import InputError
 
 
@@ -101,3 +106,37 @@ def test_a_sample_read_in_batches_is_the_whole_one_and_lies_evenly_over_the_set(
     rows = np.linspace(0, len(whole) - 1, 100).astype(int)
     assert len(features) == len(whole) and np.allclose(few, whole[rows], rtol=1e-4, atol=1e-4)
     assert isinstance(fit_density(few), Density)
+
+
+def test_what_is_fitted_is_fitted_again_if_other_images_are_where_they_were(run, digits, tmp_path, capsys):
+    folder, there = tmp_path / "run", tmp_path / "train.beton"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("density.safetensors", "quantisers"))
+    shutil.copy(digits["train"], there)
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"]["data"] = str(there)
+    config["data"] = describe_set(open_reader(there))
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def encoded(*more: str) -> tuple[bytes, bytes, str]:
+        out = folder / "codes.lvcodes"
+        encode = ["encode", str(folder), "--images", str(digits["test"]), "--out", str(out)]
+        assert main([*encode, "--bits", "16", "--code", "itq", *more]) == 0
+        fitted = (folder / "density.safetensors", folder / "quantisers/itq-16.safetensors")
+        return *(path.read_bytes() for path in fitted), capsys.readouterr().err
+
+    first = encoded()
+    assert "note: " not in first[2]
+    shutil.copy(digits["test"], there)  # those that the run was trained on are still what was fitted on
+    assert encoded()[:2] == first[:2]
+    (folder / "density.safetensors").unlink()
+    density, quantiser, said = encoded("--train", str(there))
+    assert density != first[0] and quantiser != first[1] and "isn't the set" not in said
+    assert encoded()[:2] == (density, quantiser)  # of what is there now
+    shutil.move(there, tmp_path / "moved.beton")
+    assert encoded("--train", str(tmp_path / "moved.beton"))[:2] == (density, quantiser)
+    for path in (folder / "density.safetensors", folder / "quantisers/itq-16.safetensors"):
+        path.unlink()
+    shutil.copy(digits["test"], there)
+    assert f"{there} isn't the set that {folder} was trained on (it has " in encoded()[2]
+    shutil.copy(digits["train"], there)
+    assert encoded()[:2] == first[:2]
