@@ -8,10 +8,11 @@
               name offsets: uint64 [count + 1], little-endian, into the names
               names: utf-8, one after another
 
-The header is {version, family, bits, count, checkpoint, created_by, names_bytes, rows_sha256, quantiser}. The
-last field, {code, sha256}, is there if a quantiser compares real-valued queries with the codes. Fields may be
-added; a reader ignores those it doesn't know. A change of the layout raises the version. Every number is
-little-endian, and bit d of a row is bit d % 8 of its byte d // 8, so a file opens on any machine.
+The header is {version, family, bits, count, checkpoint, created_by, names_bytes, rows_sha256, quantiser, of}.
+`quantiser`, {code, sha256}, is there if one compares real-valued queries with the codes; `of`, a text that
+identifies the images, in files of `lvssl curate`. Fields may be added; a reader ignores those it doesn't
+know. A change of the layout raises the version. Every number is little-endian, and bit d of a row is bit d
+% 8 of its byte d // 8, so a file opens on any machine.
 
 Tables with a row for each code may lie beside the file: the means of the posteriors, FILE.means (magic
 b"LVMEANS\\n", float16); an uncertainty, FILE.uncertainty (b"LVSCORE\\n", float32, dim 1); and, from `lvssl
@@ -55,6 +56,7 @@ class CodeFile:
     names: Sequence[str]  # one for each row
     rows_sha256: str = ""  # of the rows; empty in files of the first releases
     quantiser: dict[str, str] | None = None  # {code, sha256}; None: Hamming distance alone
+    of: str = ""  # what identifies the images; empty unless the writer was told
 
 
 class Table(NamedTuple):
@@ -91,8 +93,8 @@ def open_codes(path: Path | str) -> CodeFile:
         raise CodeFileError(f"{path}: damaged: the table of names at byte {names_at} doesn't fit the header")
     fields = {name: header[name] for name in ("family", "bits", "count", "checkpoint", "created_by")}
     digest, quantiser = str(header.get("rows_sha256", "")), header.get("quantiser")
-    names = Names(path, offsets, text_at)
-    return CodeFile(path=path, rows=rows, names=names, rows_sha256=digest, quantiser=quantiser, **fields)
+    fields |= {"names": Names(path, offsets, text_at), "of": str(header.get("of", ""))}
+    return CodeFile(path=path, rows=rows, rows_sha256=digest, quantiser=quantiser, **fields)
 
 
 def open_means(codes: CodeFile) -> np.ndarray:

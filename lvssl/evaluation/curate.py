@@ -11,6 +11,7 @@ memory-mapped.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,7 @@ from lvssl.evaluation.quantisers import own_bits
 from lvssl.evaluation.sets import picture
 from lvssl.models.inference import Batches, encode
 from lvssl.runs.embeddings import is_embeddings, open_embeddings, training_file
+from lvssl.runs.identity import describe_set
 from lvssl.runs.labels import numbered_as, say_notes
 from lvssl.runs.run import Run, load_run
 from lvssl.settings.apply import CurateSettings
@@ -240,10 +242,13 @@ def embedded(
     """Return the set's embedding from `out`, after writing it there if it doesn't exist yet."""
     run, names, file = encoder.run, names_of(source, path), out / f"{title}.lvcodes"
     on_error = run.on_error(settings.on_error)
-    if settings.overwrite or not stands(file, run, source, names, on_error, settings.workers):
+    unlabelled = copy.copy(source)
+    unlabelled.labels = np.full(len(source), -1)  # corrected labels leave the embeddings as they are
+    of = f"{describe_set(unlabelled)['digest']} {encoder.density and encoder.density.digest}"
+    if settings.overwrite or not stands(file, run, source, names, of, on_error, settings.workers):
         width, side = run.network.feature_dim, min(SIDE, run.settings.view.resolution)
         origin = identity(encoder, path, names, on_error)
-        with code_writer(encoder, file, width, origin, {THUMBNAILS: side**2}) as writer:
+        with code_writer(encoder, file, width, origin, {THUMBNAILS: side**2}, of) as writer:
             rows = np.arange(writer.position, len(names))
             batches = crops_of(run, source, on_error, settings.workers, rows)
             write_coded(writer, with_mirror_images(encoder, batches), names, title)
@@ -281,15 +286,17 @@ def with_mirror_images(encoder: Encoder, batches: Batches) -> Iterator[Coded]:
         yield Coded(rows, part.codes(), means, np.empty((len(rows), 0), np.float32), scores, small)
 
 
-def stands(file: Path, run: Run, source: Reader, names: Sequence[str], on_error: str, workers: int) -> bool:
-    """Return whether the file holds embeddings of images with these names, made by this checkpoint; it may
-    lack those that can't be decoded, unless on_error is "raise"."""
+def stands(
+    file: Path, run: Run, source: Reader, names: Sequence[str], of: str, on_error: str, workers: int
+) -> bool:
+    """Return whether the file holds embeddings of these images, by `of` and their names, made by this
+    checkpoint; it may lack those that can't be decoded, unless on_error is "raise"."""
     try:
         codes = open_codes(file)
         open_means(codes), open_uncertainty(codes), open_table(codes, THUMBNAILS)
     except CodeFileError:
         return False
-    if codes.checkpoint != run.digest or codes.created_by != created_by(run):
+    if (codes.checkpoint, codes.created_by, codes.of) != (run.digest, created_by(run), of):
         return False
     there = list(codes.names)
     if there == list(names):

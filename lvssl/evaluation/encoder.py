@@ -198,10 +198,16 @@ class Searcher:
 
 
 def code_writer(
-    encoder: Encoder, path: Path, means: int, source: str, beside: dict[Table, int] | None = None
+    encoder: Encoder,
+    path: Path,
+    means: int,
+    source: str,
+    beside: dict[Table, int] | None = None,
+    of: str = "",
 ) -> CodeWriter:
     """Return a writer of these codes, and of uncertainties if there is a density. `means`: width of the means
-    stored with the codes, or 0; `source`: from `identity`; `beside`: widths of further tables."""
+    stored with the codes, or 0; `source`: from `identity`; `beside`: widths of further tables; `of` as in
+    `CodeWriter`."""
     run, quantiser = encoder.run, encoder.quantiser
     return CodeWriter(
         path,
@@ -212,6 +218,7 @@ def code_writer(
         beside={MEANS: means, UNCERTAINTY: int(encoder.density is not None)} | (beside or {}),
         quantiser={"code": encoder.code, "sha256": quantiser.digest} if quantiser else None,
         source=source,
+        of=of,
     )
 
 

@@ -125,7 +125,7 @@ class CurateSettings(ReadsImages):
     """What to do with an image that can't be decoded: raise, or skip (leave it out). If omitted, as in the
     pretraining."""
     overwrite: bool = False
-    """Embed the images again, even if there are embeddings of images of the same names."""
+    """Embed the images again, even if there are embeddings of the same images."""
     workers: int = 0
     """Threads that decode images; 0 means the number of cores minus two, but 2 to 12."""
 

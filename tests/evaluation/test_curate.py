@@ -2,6 +2,7 @@
 
 import csv
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,19 @@ def test_planted_copies_are_found_within_and_between_sets(run, planted, tmp_path
     assert (tmp_path / "c/train.lvcodes").stat().st_mtime_ns == before
     assert lvssl(*arguments, "--overwrite") == 0
     assert (tmp_path / "c/train.lvcodes").stat().st_mtime_ns != before
+
+
+def test_other_images_of_the_same_names_are_embedded_anew(run, planted, tmp_path):
+    train, out = tmp_path / "train", tmp_path / "c"
+    shutil.copytree(planted[0], train)
+    arguments = ["curate", run, "--train", train, "--out", out, "--cosine", 0.999]
+    assert lvssl(*arguments) == 0 and len(read(out / "duplicates.csv")) == 2
+    shutil.copyfile(train / "1/07.png", train / "1/mirrored.png")
+    assert lvssl(*arguments) == 0
+    assert {(r["name"], r["other_name"]) for r in read(out / "duplicates.csv")} == {
+        ("0/06.png", "0/exact.png"),
+        ("1/07.png", "1/mirrored.png"),
+    }
 
 
 def test_classes_that_neighbours_do_not_share_are_said_to_be_doubtful_as_a_whole(tmp_path, capsys):
