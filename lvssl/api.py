@@ -37,6 +37,7 @@ from lvssl.evaluation.encoder import (
 from lvssl.evaluation.fitted import TrainingImages
 from lvssl.evaluation.quantisers import own_bits
 from lvssl.models import inference
+from lvssl.models.device import pick_device
 from lvssl.models.inference import BATCH, Batches, device_of
 from lvssl.models.network import LVNet
 from lvssl.runs.hub import PREFIX, local_folder
@@ -86,7 +87,9 @@ class Encoding:
     bits: int
     """Length of a code in bits."""
     checkpoint: str
-    """Digest of the weights. Only codes with the same digest can be compared."""
+    """Digest of the checkpoint that was loaded. Only codes of the same checkpoint can be compared. Later
+    changes to the network's weights don't show in it: compare only codes that were made since, and don't rely
+    on a density that was fitted before."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -115,6 +118,7 @@ class Model:
     @property
     def network(self) -> LVNet:
         """Backbone and posterior head, in eval mode. `network.encode(images)` returns features and posterior.
+        Changes to its weights aren't seen by `Encoding.checkpoint`.
 
         >>> model = lvssl.load("run")
         >>> features, posterior = model.network.encode(model.preprocess("photos"))
@@ -322,15 +326,16 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         device: cpu, cuda, cuda:1 ... If omitted, a GPU if there is one.
 
     Raises:
-        InputError: there is no such folder or no checkpoint in it, the export is damaged, or the Hub can't be
-            reached.
+        InputError: there is no such folder or no checkpoint in it, the export is damaged, there is no such
+            device, or the Hub can't be reached.
 
     >>> lvssl.load("run", device="cpu").bits
     64
     >>> lvssl.load("export").bits
     64
     """
-    run = load_encoder(local_folder(folder), None if device is None else torch.device(device))
+    current = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    run = load_encoder(local_folder(folder), None if device is None else pick_device(str(device), current))
     jpeg.read_up_to(run.settings.max_pixels)
     return Model(run)
 

@@ -11,8 +11,8 @@
 The header is {version, family, bits, count, checkpoint, created_by, names_bytes, rows_sha256, quantiser, of}.
 `quantiser`, {code, sha256}, is there if one compares real-valued queries with the codes; `of`, a text that
 identifies the images, in files of `lvssl curate`. Fields may be added; a reader ignores those it doesn't
-know. A change of the layout raises the version. Every number is little-endian, and bit d of a row is bit d
-% 8 of its byte d // 8, so a file opens on any machine.
+know. A change of the layout raises the version. Every number is little-endian, and bit d of a row is bit
+d % 8 of its byte d // 8, so a file opens on any machine.
 
 Tables with a row for each code may lie beside the file: the means of the posteriors, FILE.means (magic
 b"LVMEANS\\n", float16); an uncertainty, FILE.uncertainty (b"LVSCORE\\n", float32, dim 1); and, from `lvssl

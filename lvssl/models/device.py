@@ -30,6 +30,11 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise InputError(f"--device {name}: this machine has {count} GPUs, numbered from 0")
+    if device.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
+            raise InputError(f"--device {name}: this torch can't use one; known: cpu, cuda") from error
     return device
 
 

@@ -94,6 +94,12 @@ def test_batches_of_any_size_find_every_image_in_order(run, photos):
             assert np.allclose(part.features, whole.features, atol=1e-4) and len(part) == 12
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "xpu", "none"])
+def test_a_device_that_is_not_there_is_one_line(run, device):
+    with pytest.raises(InputError, match=f"device.* '?{device}'?[:;]"):
+        lvssl.load(run, device=device)
+
+
 def test_a_damaged_image_is_named_or_left_out(run, photos, capsys):
     model = lvssl.load(run)
     (photos / "a/1.png").write_bytes(b"no image")
