@@ -19,7 +19,7 @@ from lvssl.settings.fields import (
 )
 from lvssl.settings.measure import AnalyseSettings, CompressionSettings, EvaluateSettings, StudySettings
 from lvssl.settings.presets import command
-from lvssl.settings.pretrain import PRESETS, LatentSettings, PretrainSettings, preset
+from lvssl.settings.pretrain import PRESETS, LatentSettings, OptimiserSettings, PretrainSettings, preset
 from lvssl.settings.stages import FinetuneSettings, KnnSettings, LinearSettings, start_from
 from pipelines.errors import InputError
 
@@ -137,6 +137,27 @@ def test_no_two_settings_of_a_command_have_one_name_on_the_command_line():
     for settings in CALLS.values():
         names = [setting.option for setting in all_settings(settings)]
         assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("number", ["inf", "nan"])
+def test_no_number_may_be_infinite_in_any_command(number):
+    named = set()
+    for name, settings in CALLS.items():
+        floats = [each for each in all_settings(settings) if is_float(each.value)]
+        for each in floats[-1:]:  # each command takes a second
+            option = f"--{each.option.replace('_', '-')}"
+            typed = [number] * (len(each.value) if isinstance(each.value, tuple) else 1)
+            words = [*shlex.split(command(name.partition(" ")[0], settings)), option, *typed]
+            with pytest.raises(InputError, match=f"^{option} must be a finite number, got {number}$"):
+                retyped(words, type(settings))
+            named.add(name.partition(" ")[0])
+    assert named == {"pretrain", "linear", "knn", "finetune"}
+    with pytest.raises(InputError, match="^--weight-decay must be a finite number"):
+        PretrainSettings(optimiser=OptimiserSettings(weight_decay=float(number))).validate()
+
+
+def is_float(value: object) -> bool:
+    return isinstance(value[0] if isinstance(value, tuple) and value else value, float)
 
 
 @pytest.mark.parametrize("values", [3, None, ["latent"], {"latent": 3}, {"latent": [1]}])

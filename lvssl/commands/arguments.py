@@ -15,9 +15,10 @@ from typing import Any, get_args, get_type_hints
 def parse(
     kind: Any, arguments: list[str], command: str, default: Any = None, about: str | None = None
 ) -> Any:
-    """Parse command-line arguments into a dataclass of settings."""
+    """Parse command-line arguments into a dataclass of settings. Raises InputError for infinity and NaN."""
     import tyro
 
+    from lvssl.settings.fields import require_finite
     from pipelines.datasets.parts import unquoted
 
     refuse_empty(arguments, set(text_options(kind)))
@@ -25,7 +26,7 @@ def parse(
     if asks_for_help(arguments):
         join_lines_of_help(kind)
     try:
-        return tyro.cli(
+        settings = tyro.cli(
             kind,
             args=arguments,
             prog=f"lvssl {command}",
@@ -37,6 +38,8 @@ def parse(
         if ended.code and (hint := unquoted(arguments)):
             print(f"error: {hint}", file=sys.stderr)
         raise
+    require_finite(settings)
+    return settings
 
 
 def refuse_empty(arguments: list[str], texts: Collection[str]) -> None:

@@ -5,6 +5,7 @@ This determines what identifies a result, how two settings differ, and the comma
 
 import dataclasses
 import json
+import math
 import shlex
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -57,6 +58,14 @@ def all_settings(settings: Any, start: Any = None) -> Iterator[Setting]:
                 yield dataclasses.replace(inner, name=f"{field.name}.{inner.name}")
         else:
             yield Setting(field.name, value, default, field.metadata)
+
+
+def require_finite(settings: Any) -> None:
+    """Raise InputError for the first number that is infinite or NaN; none of our settings may be."""
+    for s in all_settings(settings):
+        for value in s.value if isinstance(s.value, tuple) else (s.value,):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"--{s.option.replace('_', '-')} must be a finite number, got {value}")
 
 
 def runtime(settings: Any) -> set[str]:

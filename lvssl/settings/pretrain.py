@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lvssl.settings.fields import RUNTIME, ReadsImages
+from lvssl.settings.fields import RUNTIME, ReadsImages, require_finite
 from pipelines.decode import SOURCES
 from pipelines.errors import ON_ERROR, InputError
 from pipelines.views import ViewSettings
@@ -195,7 +195,7 @@ class LatentSettings:
     def _validate_schedules(self) -> None:
         for name in ("init_scale", "init_scale_start", "relaxation", "relaxation_start"):
             value = getattr(self, name)
-            require(value is None or 0 < value < float("inf"), name, value, "above 0")
+            require(value is None or value > 0, name, value, "above 0")
         discrete = self.distribution.discrete
         if self.init_scale_start is not None:
             wanted = f"left out for {self.family}, which has no logits"
@@ -212,7 +212,7 @@ class LatentSettings:
         require(0 <= self.clean_path_weight < 1, "clean_path_weight", self.clean_path_weight, "in [0, 1)")
         above_zero(self, "invariance")
         for name, weight in zip(("variance", "covariance"), self.spread):
-            require(0 <= weight < float("inf"), name, weight, "at least 0")
+            require(weight >= 0, name, weight, "at least 0")
             wanted = f"0 with --objective {self.objective}, which doesn't support it"
             require(self.objective in OF_VECTORS or weight == 0, name, weight, wanted)
         above_zero(self, "ceb_kappa")
@@ -385,6 +385,7 @@ class PretrainSettings(ReadsImages):
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value. Touches no file."""
+        require_finite(self)
         require_backbone(self.model.backbone)
         choice("augmentation", self.augmentation, AUGMENTATIONS)
         choice("source", self.source, SOURCES)
@@ -395,7 +396,6 @@ class PretrainSettings(ReadsImages):
         at_least(self, workers=0, epochs=1, batch_size=1, log_every=1)
         require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2, for there to be negatives")
         above_zero(self, "temperature")
-        require(self.temperature < float("inf"), "temperature", self.temperature, "finite")
         require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
         at_least(self, threads=0)
         above_zero(self, "checkpoint_minutes")

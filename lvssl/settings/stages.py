@@ -7,7 +7,7 @@ from typing import TypeVar
 from tyro import MISSING
 from tyro.conf import Positional
 
-from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME, ReadsImages
+from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME, ReadsImages, require_finite
 from lvssl.settings.pretrain import PRECISIONS, above_zero, at_least, choice, require
 from pipelines.decode import SOURCES
 from pipelines.errors import ON_ERROR
@@ -51,6 +51,7 @@ class StageSettings(ReadsImages):
 
     def validate(self) -> None:
         """Raise InputError naming the first impossible value. Touches no file."""
+        require_finite(self)
         choice("source", self.source, SOURCES)
         choice("on_error", self.on_error or "raise", ON_ERROR)
         at_least(self, workers=0, threads=0)
