@@ -21,6 +21,7 @@ from lvssl.settings.measure import AnalyseSettings, CompressionSettings, Evaluat
 from lvssl.settings.presets import command
 from lvssl.settings.pretrain import PRESETS, LatentSettings, OptimiserSettings, PretrainSettings, preset
 from lvssl.settings.stages import FinetuneSettings, KnnSettings, LinearSettings, start_from
+from lvssl.training.pretrain import pretrain
 from pipelines.errors import InputError
 
 RUN = Path("runs/a run")
@@ -154,6 +155,40 @@ def test_no_number_may_be_infinite_in_any_command(number):
     assert named == {"pretrain", "linear", "knn", "finetune"}
     with pytest.raises(InputError, match="^--weight-decay must be a finite number"):
         PretrainSettings(optimiser=OptimiserSettings(weight_decay=float(number))).validate()
+
+
+@pytest.mark.parametrize(
+    "typed, needed",
+    [
+        ("--relaxation-start 2", "--estimator relaxed"),
+        ("--relaxation 2", "--estimator relaxed"),
+        ("--anneal 0.1", "--init-scale-start or --relaxation-start"),
+        ("--beta-cycles 2 --family gaussian", "--beta-schedule cyclical"),
+        ("--components 8", "--family mixture"),
+        ("--nesterov", "--optimiser sgd or lars"),
+        ("--trust 1", "--optimiser lars"),
+    ],
+)
+def test_an_option_without_effect_is_refused_before_anything_is_written(typed, needed, digits, tmp_path):
+    words = ["pretrain", "--preset", "digits", "--data", str(digits["train"]), "--out", str(tmp_path / "run")]
+    settings = retyped(["lvssl", *words, *typed.split()], PretrainSettings)
+    settings.validate()  # a run that was begun with it can be read
+    option = typed.split()[0]
+    with pytest.raises(InputError, match=f"^{option} has no effect: leave it out, or pass {needed}$"):
+        pretrain(settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_preset_sets_has_an_effect_and_a_control_may_repeat_what_the_latent_has():
+    for settings in PRESETS.values():
+        settings.require_used()
+    annealed = LatentSettings(estimator="relaxed", relaxation=1.0, relaxation_start=2.0, anneal=0.2)
+    for latent in (annealed, LatentSettings(family="none", relaxation=1.0, anneal=0.2)):
+        PretrainSettings(latent=latent).require_used()
+    LinearSettings(RUN, probe="sgd", epochs=1, lr=1.0).validate()
+    LinearSettings(RUN, probe="streamed", probe_epochs=1).validate()
+    with pytest.raises(InputError, match="^--lr has no effect on the probe logistic: leave it out"):
+        LinearSettings(RUN, probe="logistic", lr=1.0).validate()
 
 
 def is_float(value: object) -> bool:

@@ -31,7 +31,7 @@ FIRST = (
 SECOND = (
     "encode run --train {train} --images {test}",
     "evaluate run --train {train} --test {test} --control control",
-    "linear run --train {train} --test {test} --epochs 2",
+    "linear run --train {train} --test {test}",
     "knn run --train {train} --test {test}",
     "finetune run --train {train} --test {test} --label-fraction 0.5 --epochs 1 --lr 0.05 --weight-decay 0",
     "analyse run --train {train} --test {test} --control control",

@@ -83,5 +83,6 @@ def by_probe(
     probe = settings.probe
     if probe == "auto":
         probe = "streamed" if len(train.labels) >= LARGE_SET else "logistic"
+    settings.require_used(probe)
     found, how = probed(settings, probe, (train.features, train.labels), (test.features, test.labels), device)
     return torch.from_numpy(found.scores(int(train.labels.max()) + 1)), {"probe": probe} | how

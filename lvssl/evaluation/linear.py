@@ -48,6 +48,7 @@ def linear(settings: LinearSettings) -> Stage[LinearSettings]:
         return stage
     train, test = stage.sets()
     probe = pick_probe(settings.probe, train)
+    settings.require_used(probe)
     if probe == "sgd":
         with stop_signals() as stop, connected(stage.world, stage.device):
             predictions, answers, more = by_sgd(stage, train, test, stop)

@@ -68,6 +68,14 @@ def require_finite(settings: Any) -> None:
                 raise InputError(f"--{s.option.replace('_', '-')} must be a finite number, got {value}")
 
 
+def refuse_without_effect(setting: Setting, needed: str, where: str = "") -> None:
+    """Raise InputError for a setting that isn't at its default but has no effect without `needed`, the option
+    that gives it one; "" if it has an effect."""
+    if needed and setting.value != setting.default:
+        option = f"--{setting.option.replace('_', '-')}"
+        raise InputError(f"{option} has no effect{where}: leave it out, or pass {needed}")
+
+
 def runtime(settings: Any) -> set[str]:
     """Return the names of the settings that don't change a result."""
     return {s.name for s in all_settings(settings) if s.metadata.get("runtime")}

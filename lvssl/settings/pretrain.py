@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lvssl.settings.fields import RUNTIME, ReadsImages, require_finite
+from lvssl.settings.fields import RUNTIME, ReadsImages, all_settings, refuse_without_effect, require_finite
 from pipelines.decode import SOURCES
 from pipelines.errors import ON_ERROR, InputError
 from pipelines.views import ViewSettings
@@ -406,6 +406,27 @@ class PretrainSettings(ReadsImages):
         self.view.validate()
         if self.engine.recompute:
             require_blocks(self.model.backbone)
+
+    def require_used(self) -> None:
+        """Raise InputError for an option without effect. Runs that were begun with one can still be read, and
+        what only concerns the latent may be repeated for a control, which has none."""
+        latent, optimiser = self.latent, self.optimiser.optimiser
+        annealed = (latent.init_scale_start, latent.relaxation_start) != (None, None)
+        in_effect = {
+            "--estimator relaxed": (latent.estimator == "relaxed", ("relaxation", "relaxation_start")),
+            "--init-scale-start or --relaxation-start": (annealed, ("anneal",)),
+            "--family categorical": ("categorical" in latent.family, ("categories",)),
+            "--family mixture": ("mixture" in latent.family, ("components",)),
+            "--beta-schedule cyclical": (latent.beta_schedule == "cyclical", ("beta_cycles",)),
+            "--objective vicreg": (latent.objective == "vicreg", ("invariance",)),
+            "--objective ceb": (latent.objective == "ceb", ("ceb_kappa", "ceb_weight")),
+            "--optimiser sgd or lars": (optimiser in ("sgd", "lars"), ("momentum", "nesterov")),
+            "--optimiser lars": (optimiser == "lars", ("trust",)),
+        }
+        without = {name: needed for needed, (has, names) in in_effect.items() if not has for name in names}
+        for setting in all_settings(self):
+            if latent.distribution.stochastic or not setting.name.startswith("latent."):
+                refuse_without_effect(setting, without.get(setting.option, ""))
 
 
 def require(ok: bool, name: str, value: object, wanted: str) -> None:

@@ -7,7 +7,15 @@ from typing import TypeVar
 from tyro import MISSING
 from tyro.conf import Positional
 
-from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME, ReadsImages, require_finite
+from lvssl.settings.fields import (
+    PER_CALL,
+    POSITIONAL,
+    RUNTIME,
+    ReadsImages,
+    all_settings,
+    refuse_without_effect,
+    require_finite,
+)
 from lvssl.settings.pretrain import PRECISIONS, above_zero, at_least, choice, require
 from pipelines.decode import SOURCES
 from pipelines.errors import ON_ERROR
@@ -107,6 +115,16 @@ class LinearSettings(TrainingSettings):
         choice("probe", self.probe, PROBES)
         at_least(self, epochs=1, probe_epochs=0)
         above_zero(self, "lr")
+        if self.probe != "auto":
+            self.require_used(self.probe)
+
+    def require_used(self, probe: str) -> None:
+        """Raise InputError for an option without effect on that probe, to which `auto` was resolved."""
+        used = {"epochs": "sgd", "lr": "sgd", "probe_epochs": "streamed"}
+        for setting in all_settings(self):
+            needed = used.get(setting.option, probe)
+            wanted = "" if needed == probe else f"--probe {needed}"
+            refuse_without_effect(setting, wanted, f" on the probe {probe}")
 
 
 @dataclass(frozen=True)

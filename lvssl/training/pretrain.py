@@ -49,6 +49,8 @@ def pretrain(
         ConnectionError: another rank died.
     """
     settings.validate()
+    if not (resume and (settings.out / "config.json").is_file()):
+        settings.require_used()
     require_installed(settings.log)
     jpeg.read_up_to(settings.max_pixels)
     world = world_of(os.environ)
