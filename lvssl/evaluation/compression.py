@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -77,6 +78,12 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
     left_out: list[LeftOut] = []
     total = sum(1 + len(own_lengths(settings, other)) for other in runs.values())
     total += len(CONTROLS) * len(settings.bits)
+    print(
+        f"compression {run.folder.name}: up to {total} codes of {counts[0]:,} training and {counts[1]:,} "
+        "test images, each measured by a linear probe, kNN and mAP, which can take minutes",
+        file=sys.stderr,
+        flush=True,
+    )
     bar = tqdm(total=total, desc="compression", unit="code", disable=None)
     names = run_names(list(runs.values()))
     for name, other in zip(names, runs.values()):

@@ -63,7 +63,9 @@ def test_lengths_that_one_control_lacks_for_one_reason_are_one_line(run, control
     assert (
         main(["compression", str(run), "--bits", *lengths, "--max-images", "50", "--out", str(tmp_path)]) == 0
     )
-    left_out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]
+    printed = capsys.readouterr()
+    assert "up to 24 codes of 50 training and 10 test images, each measured by" in printed.err
+    left_out = [line for line in printed.out.splitlines() if line.startswith("left out: ")]
     assert "left out: ITQ of 100, 200, 300 bits: 64 features give codes of 1 to 64 bits" in left_out
     result = json.loads((tmp_path / "compression.json").read_text())
     assert [line.removeprefix("left out: ") for line in left_out] == result["left_out"]
