@@ -65,13 +65,15 @@ def curate(arguments: list[str]) -> None:
 
     from lvssl.evaluation.curate import curate as run
     from lvssl.report.pictures import write_curation
+    from pipelines.datasets.recognise import set_name
 
     found = run(settings)
     for name, (_, lines) in found.tables.items():
         print(f"{found.out / name}.csv: {len(lines):,} row{'s' * (len(lines) != 1)}")
     if found.run is None:
         return
-    title = f"{(settings.train or found.run.settings.data).name} by {settings.run.resolve().name}"
+    data = settings.train or found.run.settings.data
+    title = f"{set_name(str(data.resolve())) or data.name} by {settings.run.resolve().name}"
     print(write_curation(found.out / "curate.html", title, found.tables, found.shown, found.picture))
 
 

@@ -53,6 +53,7 @@ from lvssl.runs.run import Run, load_run, run_names
 from lvssl.settings.measure import EvaluateSettings
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.datasets.parts import files_of
+from pipelines.datasets.recognise import set_name
 from pipelines.decode import Reader
 from pipelines.errors import InputError
 from pipelines.files import naming, write_atomically
@@ -279,9 +280,9 @@ def of_code(run: Run, test: Embedding, source: Reader, on_error: str) -> dict[st
 
 def describe_data(run: Run, settings: EvaluateSettings, train: Reader, test: Reader) -> dict[str, Any]:
     assert settings.test is not None
-    source = manifest(settings.test).get("source", settings.test.stem)
+    source = manifest(settings.test).get("source", str(settings.test))
     return {
-        "name": Path(source.rpartition(":")[2]).name,
+        "name": set_name(str(source)) or set_name(str(settings.test.resolve())),
         "train": len(train),
         "test": len(test),
         "resolution": run.settings.view.resolution,

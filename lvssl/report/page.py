@@ -47,6 +47,7 @@ from lvssl.runs.run import read_config
 from lvssl.settings.fields import as_word, flat, options
 from lvssl.settings.presets import command
 from lvssl.settings.pretrain import PretrainSettings
+from pipelines.datasets.recognise import set_name
 from pipelines.files import write_atomically
 
 # For each command: the file of its result, and the types of the entries that the page reads.
@@ -107,6 +108,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     evaluation, analysis = measured["evaluate"], measured["analyse"]
     commands = commands_of(run_dir, out, settings, measured)
     evaluated = commands.get("evaluate")
+    data = data_name(settings.data, evaluation)
     absent = missing(run_dir, out, measured, None if classes > 1 else settings.data)
     sections = {
         "results": results(evaluation, evaluated),
@@ -122,8 +124,8 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     }
     page = render(
         "page.html",
-        title=f"{run_dir.resolve().name}: {settings.latent.family}",
-        headline=headline(run_dir, settings, evaluation),
+        title=" · ".join(filter(None, (run_dir.resolve().name, settings.latent.family, data))),
+        headline=headline(run_dir, data, evaluation),
         trained=trained(settings, evaluation),
         **verdicts(measured, classes > 1),
         sections={name: section for name, section in sections.items() if section},
@@ -248,20 +250,16 @@ def uncertainty_tile(found: UncertaintyComparison | None) -> Tile | None:
     return Tile(uncertainty_in_words(found), found.outcome == "better", figures)
 
 
-def headline(run_dir: Path, settings: PretrainSettings, evaluation: dict[str, Any]) -> str:
-    data = data_name(settings.data, evaluation)
+def headline(run_dir: Path, data: str, evaluation: dict[str, Any]) -> str:
     code = measured_of(evaluation, "run", "code")
     made = f"{code['bits']:,}-bit codes" if code.get("method") == "code" else "Features"
     return f"{made} of {data}" if data else f"{made}: {run_dir.resolve().name}"
 
 
 def data_name(path: Path, evaluation: dict[str, Any]) -> str:
-    """Return the data set's name, or the file's without what marks it as the training set."""
-    named = evaluation.get("data", {}).get("name")
-    if named:
-        return str(named)
-    stem = path.stem.removesuffix("-train").removesuffix("_train")
-    return path.parent.name if stem == "train" else stem
+    """Return the data set's name, by the test images that were measured or else by the path of the training
+    images."""
+    return set_name(str(evaluation.get("data", {}).get("name") or "")) or set_name(str(path))
 
 
 def trained(settings: PretrainSettings, evaluation: dict[str, Any]) -> str:

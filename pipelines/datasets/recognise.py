@@ -15,6 +15,11 @@ _SPLIT_OF = {
     **{"val": "validation", "valid": "validation", "validation": "validation"},
     **{"unlabeled": UNLABELLED, "unlabelled": UNLABELLED},
 }
+_ENDINGS = re.compile(r"(\.(beton|tar|parquet|arrow|csv|tsv|jsonl|txt))+$", re.IGNORECASE)
+_OF_A_PART = re.compile(
+    rf"((^|[-_.])({'|'.join(_SPLIT_OF)})([-_.]?\d+)?)?([-_.]?(\*|\[.*\]|\{{.*\}}|\d+-of-\d+))?$",
+    re.IGNORECASE,
+)
 _LEFT_BY_A_SYSTEM = (
     *("__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"),
     *("thumbs.db", "desktop.ini"),
@@ -52,6 +57,13 @@ def split_of_file(name: str) -> str | None:
     train-00000-of-00002.parquet, imagenet1k-validation-00.tar."""
     found = [_SPLIT_OF[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLIT_OF]
     return found[-1] if found else None
+
+
+def set_name(source: str) -> str:
+    """A data set's name by its path, or by what it was converted from, without what marks a split or a part:
+    cifar10/test-00000-of-00001.parquet -> cifar10; mnist-train.beton -> mnist. "" if nothing else is left."""
+    names = (_ENDINGS.sub("", part) for part in reversed(source.rpartition(":")[2].split("/")))
+    return next(filter(None, (_OF_A_PART.sub("", name, count=1) for name in names)), "")
 
 
 def missing_shards(names: Sequence[str]) -> list[str]:

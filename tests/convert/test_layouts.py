@@ -22,6 +22,7 @@ from pipelines.convert.conversion import convert
 from pipelines.datasets.columns import Columns
 from pipelines.datasets.folders import unlabelled_images
 from pipelines.datasets.opening import open_dataset
+from pipelines.datasets.recognise import set_name
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
 
@@ -446,3 +447,24 @@ def test_the_command_says_what_is_left_out(tmp_path, capsys):
     assert main([str(tmp_path / "set"), str(tmp_path / "x.beton")]) == 0
     said = capsys.readouterr()
     assert "note: ignored folders next to the splits (1): extra" in said.err and ": 1 images" in said.out
+
+
+@pytest.mark.parametrize(
+    "source, name",
+    [
+        ("data/fashion-mnist/train.beton", "fashion-mnist"),
+        ("data/fashion-mnist-train.beton", "fashion-mnist"),
+        ("cifar10/test-00000-of-00001.parquet", "cifar10"),
+        ("/d/imagenet/train-{000000..000010}.tar", "imagenet"),
+        ("/d/imagenet/val-000123.tar", "imagenet"),
+        ("/d/cars/test-*.beton", "cars"),
+        ("coco/val2017", "coco"),
+        ("torchvision:CIFAR10", "CIFAR10"),
+        ("sklearn:digits", "digits"),
+        ("/d/photos-2024", "photos-2024"),
+        ("/d/my.photos/", "my.photos"),
+        ("train.beton", ""),
+    ],
+)
+def test_a_set_is_named_without_its_split(source, name):
+    assert set_name(source) == name

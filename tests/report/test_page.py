@@ -323,6 +323,16 @@ def test_what_was_not_measured_is_named_with_its_command(tmp_path):
     assert f"lvssl evaluate {run}</code>" in write_report(run).read_text()
 
 
+def test_the_page_is_named_after_run_and_data_set_rather_than_a_file(tmp_path):
+    run = write_run(tmp_path / "lv")
+    for name in ("test-00000-of-00001.parquet", "test", None):
+        data = EVALUATION["data"] | {"name": name}
+        (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"data": data}))
+        html = write_report(run).read_text()
+        assert "<title>lv · bernoulli · fashion-mnist</title>" in html
+        assert "<h1>256-bit codes of fashion-mnist</h1>" in html
+
+
 def test_without_a_control_nothing_is_claimed(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"control": None}))
