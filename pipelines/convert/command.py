@@ -349,6 +349,9 @@ def _report(out: str, manifest: dict[str, Any]) -> None:
     if len(skipped) > WARNINGS_SHOWN:
         more = len(skipped) - WARNINGS_SHOWN
         print(f"warning: skipped {more} more, named in the manifest", file=sys.stderr)
+    if several := manifest["several_frames"]:
+        files = f"{several:,} file{'s have' if several > 1 else ' has'}"
+        print(f"note: {files} several pages or frames, of which the first was taken", file=sys.stderr)
     words = {"jpeg_untouched": "JPEG unchanged", "turned_upright": "turned upright"}
     stored = [f"{n:,} {words.get(kind, kind)}" for kind, n in manifest["stored"].items() if n]
     rate = (manifest["count"] - manifest["resumed"]) / manifest["seconds"]

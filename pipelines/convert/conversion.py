@@ -340,7 +340,7 @@ def _skip(work: Work, journal: Journal, index: int, reason: str) -> None:
         journal.commit(_synced(work), wait=True)
         name = work.source.names[index]
         raise InputError(f"{name}: {reason}; fix the file, or skip it with --on-error skip")
-    journal.append((0, 0, 0, 0, 0, 0, _NO_DIGEST, 0, _NO_DIGEST), reason)
+    journal.append((0, 0, 0, 0, 0, 0, 0, _NO_DIGEST, 0, _NO_DIGEST), reason)
 
 
 class _Progress:
@@ -379,7 +379,7 @@ _NO_DIGEST = np.zeros(32, np.uint8)
 
 def _record(stored: Stored) -> tuple:
     return (
-        STORAGE_KINDS.index(stored.storage_kind), stored.exif_rotated,
+        STORAGE_KINDS.index(stored.storage_kind), stored.exif_rotated, stored.several_frames,
         stored.mode, stored.height, stored.width, len(stored.data), np.frombuffer(stored.digest, np.uint8),
         len(stored.file), np.frombuffer(stored.file_digest, np.uint8),
     )  # fmt: skip
@@ -511,7 +511,8 @@ def _samples(work: Work, journal: Journal, output: Output, size: int) -> Iterato
 
 def _figures(work: Work, journal: Journal, output: Output) -> dict[str, Any]:
     names, classes = work.source.names, len(work.source.classes)
-    of_class, of_kind, rotated = np.zeros(classes, np.int64), np.zeros(len(STORAGE_KINDS), np.int64), 0
+    of_class, of_kind = np.zeros(classes, np.int64), np.zeros(len(STORAGE_KINDS), np.int64)
+    rotated = several = 0
     of_height, of_width = np.zeros((2, LONGEST_SIDE + 1), np.int64)
     for rows, indices in _kept(work, journal, REPLAYED):
         of_class += class_counts(work.source.labels[indices], classes)
@@ -519,6 +520,7 @@ def _figures(work: Work, journal: Journal, output: Output) -> dict[str, Any]:
         of_height += np.bincount(rows["height"], minlength=len(of_height))
         of_width += np.bincount(rows["width"], minlength=len(of_width))
         rotated += int(rows["exif_rotated"].sum())
+        several += int(rows["several_frames"].sum())
     stored = {kind: int(of_kind[number]) for number, kind in enumerate(STORAGE_KINDS) if number}
     return {
         **output.describe(),
@@ -530,6 +532,7 @@ def _figures(work: Work, journal: Journal, output: Output) -> dict[str, Any]:
         "heights": min_median_max(of_height),
         "widths": min_median_max(of_width),
         "stored": {**stored, "turned_upright": rotated},
+        "several_frames": several,
         "source_count": len(work.source.labels),
         "settings": asdict(work.settings),
         "versions": _versions(work.source),

@@ -28,6 +28,7 @@ RECORD = np.dtype(
     [
         ("storage_kind", "u1"),  # index into store.STORAGE_KINDS; 0: refused
         ("exif_rotated", "u1"),
+        ("several_frames", "u1"),
         ("mode", "u1"),
         ("height", "<u2"),
         ("width", "<u2"),
@@ -40,7 +41,7 @@ RECORD = np.dtype(
 _GROUP = struct.Struct(
     "<4sIIII"
 )  # mark, number of records, bytes of the reasons, 1 if the conversion is complete, CRC-32
-_MARK = b"grp1"
+_MARK = b"grp2"
 
 
 class Journal:

@@ -40,6 +40,7 @@ def merge(
     refused = [each for manifest in parts.manifests for each in manifest["refused"]]
     outputs = make_outputs(out, options, source, len(source.labels) + len(refused))
     known = {key: first[key] for key in ("source_count", "settings", "versions")}
+    known["several_frames"] = sum(manifest.get("several_frames", 0) for manifest in parts.manifests)
     head = {key: first[key] for key in ("source", "split")}
     settings = Settings(**first["settings"])  # parts made by older versions lack newer settings
     order = np.arange(len(source.labels))

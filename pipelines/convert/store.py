@@ -6,6 +6,7 @@ import hashlib
 import io
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -83,6 +84,7 @@ class Stored:
     digest: bytes = b""  # SHA-256 of data
     file: bytes | memoryview = b""  # the image as a file, for a tar: JPEG bytes unchanged, pixels as PNG
     file_digest: bytes = b""
+    several_frames: bool = False  # of which this is the first
 
     def digested(self, as_png: bool) -> Stored:
         """Return a copy with digests, and with the image as a file if `as_png`."""
@@ -132,7 +134,8 @@ def store(image: bytes | np.ndarray, settings: Settings, index: int = 0) -> Stor
     if not jpeg.is_jpeg(image):
         pixels, orientation = decode_other(image, settings.white_level, settings.max_pixels)
         pixels, lossless = upright(pixels, orientation), len(image) if _is_lossless(image) else None
-        return _store_pixels(pixels, settings, raw, True, orientation != 1, lossless)
+        stored = _store_pixels(pixels, settings, raw, True, orientation != 1, lossless)
+        return replace(stored, several_frames=_has_several_frames(image, settings.max_pixels))
     try:
         return _store_jpeg(image, settings, raw)
     except jpeg.DamagedImage:
@@ -193,6 +196,15 @@ def _store_pixels(
 def _is_lossless(data: bytes) -> bool:
     """Whether this is a PNG, a GIF, a BMP, or a lossless WebP."""
     return data.startswith((b"\x89PNG", b"GIF8", b"BM")) or (data[8:12] == b"WEBP" and b"VP8L" in data[12:64])
+
+
+def _has_several_frames(data: bytes, most: int | None) -> bool:
+    """Whether the file of an image that could be decoded has further pages or frames."""
+    if data.startswith(b"\x89PNG"):
+        return b"acTL" in data[: data.find(b"IDAT")]  # without opening it: most images are PNGs
+    with suppress(Exception):  # damage behind the first one
+        return bool(getattr(jpeg.open_with_pillow(data, load=False, most=most), "is_animated", False))
+    return False
 
 
 def _target_size(height: int, width: int, max_resolution: int | None) -> tuple[int, int]:

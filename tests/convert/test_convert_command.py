@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from made_images import SHARED, class_folders, image_of, photos
+from PIL import Image
 
 from pipelines.convert.command import main, parser
 from pipelines.convert.conversion import Bar
@@ -31,6 +32,27 @@ def test_the_closing_line_and_the_warnings(tmp_path, capsys):
     assert printed.out.strip().endswith(f"manifest {out}.json")
     assert printed.err == "warning: skipped class1/001.jpg: not an image file of a known kind\n"
     assert open_beton(out).count == 11
+
+
+def test_files_with_several_pages_or_frames_are_counted(tmp_path, capsys):
+    pictures = [Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue")]
+    (tmp_path / "set/a").mkdir(parents=True)
+    for end in ("gif", "tif", "webp", "png", "bmp"):
+        pictures[0].save(tmp_path / f"set/a/single.{end}")
+        if end != "bmp":
+            more = {"save_all": True, "append_images": pictures[1:]}
+            pictures[0].save(tmp_path / f"set/a/several.{end}", **more)
+    out, said = tmp_path / "x.beton", "files have several pages or frames, of which the first was taken\n"
+    assert main([str(tmp_path / "set"), str(out)]) == 0
+    assert capsys.readouterr().err == f"note: 4 {said}"
+    whole = json.loads(Path(f"{out}.json").read_text())
+    assert whole["several_frames"] == 4
+    for number in (1, 2):
+        assert main([str(tmp_path / "set"), str(tmp_path / "y.beton"), "--shard", f"{number}/2"]) == 0
+    capsys.readouterr()
+    assert main(["--merge", str(tmp_path / "y.beton")]) == 0
+    assert capsys.readouterr().err == f"note: 4 {said}"
+    assert json.loads((tmp_path / "y.beton.json").read_text()) == whole
 
 
 def test_the_closing_line_of_a_part_and_of_a_regression_set(tmp_path, capsys):
