@@ -357,6 +357,16 @@ def test_a_mistake_is_told_though_nobody_reads_the_output():
     assert status == 2 and errors.startswith("error: unknown preset") and errors.count("\n") == 1
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_help_is_as_wide_as_the_terminal(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    for command in ("pretrain", "finetune"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        lengths = [len(line) for line in capsys.readouterr().out.splitlines()]
+        assert width - 2 <= max(lengths) <= width
+
+
 def test_the_list_of_presets_has_help(capsys):
     assert main(["presets", "--help"]) == 0
     assert capsys.readouterr().out.startswith("usage: lvssl presets")

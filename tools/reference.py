@@ -53,15 +53,7 @@ def help_of(command: Callable[[list[str]], Any], arguments: list[str]) -> str:
                 os.environ[name] = value
     plain = re.sub(r"\x1b\[[0-9;]*m", "", printed.getvalue())
     lines = [DRAWN.sub("", line).rstrip() for line in plain.splitlines()]
-    if "--help" in arguments:
-        lines = [part for line in lines for part in wrapped(line)]
     return "\n".join(lines).strip("\n")
-
-
-def wrapped(line: str) -> list[str]:
-    """A paragraph of a description, which is printed as one line for the terminal to wrap."""
-    is_paragraph = line[:1].isalpha() and not line.startswith("usage: ")
-    return textwrap.wrap(line, 100, break_on_hyphens=False) if is_paragraph else [line]
 
 
 def python_api() -> str:

@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import shutil
 import sys
 import textwrap
 from collections.abc import Collection, Iterator
@@ -75,8 +76,11 @@ def asks_for_help(arguments: list[str]) -> bool:
 
 
 def paragraphs(text: str) -> str:
-    """Join the lines of each paragraph."""
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    """Wrap each paragraph at the terminal's width, where tyro only wraps what is in its boxes. It would join
+    the lines again if they weren't indented."""
+    width = shutil.get_terminal_size().columns
+    wrap = textwrap.TextWrapper(width, subsequent_indent="  ", break_on_hyphens=False)
+    return "\n\n".join(wrap.fill(paragraph) for paragraph in text.split("\n\n"))
 
 
 def join_lines_of_help(kind: type) -> None:

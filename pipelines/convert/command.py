@@ -1,4 +1,5 @@
-"""Turn an image data set into a beton (FFCV), into WebDataset tars (DALI, webdataset), or both in one pass.
+"""Turn an image data set into a beton (FFCV), into WebDataset tars (DALI,
+webdataset), or both in one pass.
 
     convert-beton photos/ photos.beton                                 # photos/CLASS/IMAGE.jpg
     convert-beton ILSVRC2012_img_train.tar train.beton                 # ImageNet as downloaded
