@@ -48,9 +48,10 @@ PACKED = {
     b"PK\x03\x04": "zip",
 }
 BLOCK = 512
+CHUNK = 128 * BLOCK
 LOOKED_AT = 1_000  # members read to tell WebDataset's pairs from class folders
 ANSWERS = ("cls", "json")  # extensions of members that state a class
-_REGULAR, _HARD, _SYMBOLIC, _FOLDER = (b"0", b"\0", b"7"), b"1", b"2", b"5"
+_REGULAR, _HARD, _SYMBOLIC, _FOLDER, _SPARSE = (b"0", b"\0", b"7"), b"1", b"2", b"5", b"S"
 
 
 class Member(NamedTuple):
@@ -212,8 +213,10 @@ class Tar:
         return [member._replace(name=name + member.name[len(path) :]) for member in below]
 
     def entries(self) -> Iterator[Entry]:
-        """Yield its headers, in order. Raises InputError like `members`."""
+        """Yield its headers, in order, also those of tars behind its end (`cat a.tar b.tar`). Raises
+        InputError like `members`."""
         at, long_name, long_link, long_size = self.start, "", "", -1
+        sparse, ended = False, 0
         while True:
             head = self.read(BLOCK, at) if at < self.end else b""
             if len(head) < BLOCK:  # every tar ends with blocks of zeros, also WebDataset's
@@ -222,7 +225,10 @@ class Tar:
                     f"{self.name}: cut short after {at - self.start:,} bytes, without a tar's end"
                 )
             if not head.strip(b"\0"):
-                return
+                ended, at = at, self._behind_zeros(at)
+                if at + BLOCK > self.end:
+                    return
+                continue
             kind = head[156:157]
             try:
                 if int(head[148:156].strip(b"\0 "), 8) != sum(head) - sum(head[148:156]) + 8 * ord(" "):
@@ -234,7 +240,10 @@ class Tar:
                     raise ValueError
             except ValueError as error:
                 self._require_unpacked(head, at)
-                raise InputError(f"{self.name}: not a tar, or damaged at byte {at - self.start:,}") from error
+                where = f"damaged at byte {at - self.start:,}"
+                if ended:
+                    where += f", behind the end of a tar at byte {ended - self.start:,}"
+                raise InputError(f"{self.name}: not a tar, or {where}") from error
             if kind in (_HARD, _SYMBOLIC, _FOLDER, b"3", b"4", b"6"):
                 size = 0  # whatever the header states
             name = head[:100].split(b"\0")[0]
@@ -252,14 +261,27 @@ class Tar:
                 long_link = os.fsdecode(self.read(size, at).rstrip(b"\0"))
             elif kind == b"x":
                 fields = self._pax(size, at)
-                long_name = fields.get(b"path", long_name)
+                long_name = fields.get(b"GNU.sparse.name", fields.get(b"path", long_name))
+                sparse = any(field.startswith(b"GNU.sparse.") for field in fields)
                 long_link = fields.get(b"linkpath", long_link)
                 long_size = int(fields.get(b"size", long_size))
             elif kind != b"g":
                 link = long_link or os.fsdecode(head[157:257].split(b"\0")[0])
-                yield Entry(kind, Member(_plain(long_name or os.fsdecode(name)), at, size), link)
-                long_name, long_link, long_size = "", "", -1
+                member = Member(_plain(long_name or os.fsdecode(name)), at, size)
+                if sparse or kind == _SPARSE:
+                    said = f"{member.name} is stored without its holes: pack it without tar's --sparse"
+                    raise InputError(f"{self.name}: {said}")
+                yield Entry(kind, member, link)
+                long_name, long_link, long_size, sparse = "", "", -1, False
             at += size + -size % BLOCK
+
+    def _behind_zeros(self, at: int) -> int:
+        """The position of the first block from `at` on that isn't all zeros, or the end."""
+        while rest := self.read(min(CHUNK, self.end - at), at):
+            if found := len(rest.lstrip(b"\0")):
+                return at + (len(rest) - found) // BLOCK * BLOCK
+            at += len(rest)
+        return self.end
 
     def _require_unpacked(self, head: bytes, at: int) -> None:
         """Raise InputError if the file starts not with a header, but like a compressed file."""

@@ -449,6 +449,37 @@ def test_the_command_says_what_is_left_out(tmp_path, capsys):
     assert "note: ignored folders next to the splits (1): extra" in said.err and ": 1 images" in said.out
 
 
+@pytest.mark.parametrize("zeros", [0, 512, 3 << 20])
+def test_tars_one_behind_the_other_are_read_as_one(tmp_path, zeros):
+    parts = []
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "set" / name / "0.png")
+        parts.append(tmp_path / f"{name}.tar")
+        subprocess.run(["tar", "cf", parts[-1], "-C", tmp_path / "set", name], check=True)
+    first, second = (part.read_bytes() for part in parts)
+    both = tmp_path / "both.tar"
+    both.write_bytes(first + bytes(zeros) + second)
+    opened = open_dataset(str(both))
+    assert list(opened.names) == ["cat/0.png", "dog/0.png"] and opened.classes == ["cat", "dog"]
+    assert opened.read(1) == (tmp_path / "set/dog/0.png").read_bytes()
+    both.write_bytes(first + bytes(zeros) + b"no header" * 100)
+    with pytest.raises(InputError, match=r"damaged at byte [\d,]+, behind the end of a tar at byte 1,536$"):
+        open_dataset(str(both))
+
+
+@pytest.mark.parametrize("form", ["gnu", "posix --sparse-version=0.0", "posix --sparse-version=1.0"])
+def test_a_file_stored_without_its_holes_is_named(tmp_path, form):
+    (tmp_path / "set/cat").mkdir(parents=True)
+    with open(tmp_path / "set/cat/0.bmp", "wb") as file:
+        file.write(b"BM")
+        file.truncate(1 << 20)
+    command = ["tar", "--sparse", *f"--format={form}".split(), "-cf", "x.tar", "-C", "set", "cat"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    with pytest.raises(InputError, match=r"x.tar: cat/0.bmp is stored without its holes: pack it without"):
+        open_dataset(str(tmp_path / "x.tar"))
+
+
 @pytest.mark.parametrize(
     "source, name",
     [
