@@ -17,7 +17,15 @@ from lvssl.evaluation.factors import known_factors, representations
 from lvssl.evaluation.outputs import NetworkOutputs
 from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.scorer import uncertainty
-from lvssl.evaluation.sets import Sampling, Sets, class_names, labelled_pair, with_defaults
+from lvssl.evaluation.sets import (
+    Sampling,
+    Sets,
+    class_names,
+    labelled_pair,
+    picture_view,
+    sides_of,
+    with_defaults,
+)
 from lvssl.runs.result import ResultFile, as_number
 from lvssl.runs.rows import FOREIGN, Point, Row, by_point, rows_of_points
 from lvssl.runs.run import Run, load_run, run_names
@@ -25,6 +33,7 @@ from lvssl.settings.measure import FEWEST, AnalyseSettings
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
+from pipelines.loader import Replacements, evaluation_crops
 
 BITS = "bits.npz"
 SHOWN_BITS, SHOWN_IMAGES = 48, 8  # shown in the page's bit explorer
@@ -83,8 +92,8 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
         work.update()
         rows += rows_of_points(name, model.settings.seed, points)
         if model is run:
-            result["bits"], pictures = bits(own, test_outputs, class_names(train))
-            write_atomically(written.file_beside(), pictures)
+            result["bits"], chosen = bits(own, test_outputs, class_names(train))
+            write_atomically(written.file_beside(), pictures(own, run, sampling, chosen))
         work.update()
     result = written.write(result)
     work.update()
@@ -95,9 +104,9 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
 # Bits -----------------------------------------------------------------------------------------------------
 
 
-def bits(sets: Sets, test: NetworkOutputs, names: list[str]) -> tuple[dict[str, Any], bytes]:
-    """Return the analysis of single bits against the classes, and the content of bits.npz, which pictures the
-    most informative bits."""
+def bits(sets: Sets, test: NetworkOutputs, names: list[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the analysis of single bits against the classes, and what `pictures` shows of the most
+    informative ones."""
     labels, classes = sets.test_labels, np.unique(sets.test_labels)
     values = test.mean if test.mean.shape == test.bits.shape else test.bits
     information = mutual_information(test.bits, labels)
@@ -131,26 +140,23 @@ def bits(sets: Sets, test: NetworkOutputs, names: list[str]) -> tuple[dict[str, 
         },
         "few": {names[label]: probe._asdict() for label, probe in few.items()},
     }
-    return summary, pictures(sets, values, shown, labels, names)
-
-
-def pictures(
-    sets: Sets, values: np.ndarray, shown: np.ndarray, labels: np.ndarray, names: list[str]
-) -> bytes:
-    """Return bits.npz: for each bit in `shown`, the test images where it is most confidently on, and off."""
     ranking = np.argsort(values[:, shown], axis=0, kind="stable").T
     off, on = ranking[:, :SHOWN_IMAGES], ranking[:, ::-1][:, :SHOWN_IMAGES]
     used = np.unique(np.concatenate([off.ravel(), on.ravel()]))
+    places = {"on": np.searchsorted(used, on), "off": np.searchsorted(used, off)}
+    chosen = {"rows": used, "labels": labels[used], "class_names": np.array(names), "bits": shown} | places
+    return summary, chosen
+
+
+def pictures(sets: Sets, run: Run, sampling: Sampling, chosen: dict[str, np.ndarray]) -> bytes:
+    """Return bits.npz: for each bit, the test images where it is most confidently on, and off, as people are
+    shown images (`picture_view`)."""
+    source, rows = sets.sources[1], sets.test_rows[chosen["rows"]]
+    view = picture_view(run.settings.view, sides_of(source, rows))
+    crops = evaluation_crops(source, view, rows, Replacements(source, run.on_error(sampling.on_error)))
+    arrays: dict[str, Any] = {name: array for name, array in chosen.items() if name != "rows"}
     buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        images=sets.test[used],
-        labels=labels[used],
-        class_names=np.array(names),
-        bits=shown,
-        on=np.searchsorted(used, on),
-        off=np.searchsorted(used, off),
-    )
+    np.savez_compressed(buffer, images=crops, **arrays)
     return buffer.getvalue()
 
 

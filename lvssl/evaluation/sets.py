@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -151,6 +151,7 @@ class Sets:
     out_of_distribution: dict[str, np.ndarray]
     sources: tuple[Reader, Reader]
     skipped: dict[str, int]  # train, test, "ood NAME" -> number of chosen images that couldn't be decoded
+    test_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # positions in their source
 
     @classmethod
     def of(cls, sampling: Sampling, run: Run, train: Reader, test: Reader) -> Sets:
@@ -158,12 +159,13 @@ class Sets:
         on_error, skipped = run.on_error(sampling.on_error), {}
 
         def read_some(name: str, source: Reader, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+            """Return the crops, and their positions in the source."""
             chosen = evenly_spaced(len(source), wanted or len(source))
             crops, rows = sound_crops(source, view, chosen, on_error)
             skipped[name] = len(chosen) - len(rows)
-            return crops, source.labels[rows]
+            return crops, rows
 
-        (train_crops, train_labels), (test_crops, test_labels) = (
+        (train_crops, train_rows), (test_crops, test_rows) = (
             read_some("train", train, 2 * sampling.max_images),
             read_some("test", test, sampling.max_images),
         )
@@ -174,8 +176,9 @@ class Sets:
         for name, path in foreign_names(sampling.ood).items():
             out_of_distribution[name], _ = read_some(FOREIGN + name, open_reader(path), count)
         return cls(
-            train_crops, train_labels, test_crops, test_labels, out_of_distribution, (train, test), skipped
-        )
+            train_crops, train.labels[train_rows], test_crops, test.labels[test_rows], out_of_distribution,
+            (train, test), skipped, test_rows,
+        )  # fmt: skip
 
 
 def foreign_names(paths: tuple[Path, ...]) -> dict[str, Path]:

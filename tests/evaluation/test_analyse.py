@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.stats import spearmanr
 
 from lvssl.evaluation.analyse import analyse
@@ -158,6 +159,24 @@ def test_the_page_shows_it(analysis, runs):
     posterior = measured(analysis, "lv", "uncertainty")["posterior"]
     assert f'data-csv="{posterior["r_auroc"]}"' in html and analysis["command"] in html
     assert html.count('class="pick bit"') == html.count('class="card bit-card"') == 48
+
+
+def test_pictures_of_bits_are_larger_than_what_the_network_reads(runs, digits, tmp_path):
+    source = open_reader(digits["test"])
+    for i in range(48):
+        path = tmp_path / "test" / str(source.labels[i]) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(source.encoded(0, i)).resize((40, 44)).save(path)
+    large, path = open_reader(tmp_path / "test"), tmp_path / "out/bits.npz"
+    path.parent.mkdir()
+    analyse(AnalyseSettings(runs / "lv", test=tmp_path / "test", alone=True, samples=1, out=path.parent))
+    with np.load(path) as file:
+        images, labels, on = file["images"], file["labels"], file["on"]
+    assert images.shape[1:] == (40, 40, 3) and on.max() < len(images) == len(labels)
+    view = dataclasses.replace(load_run(runs / "lv").settings.view, resolution=40)
+    crops = evaluation_crops(large, view, np.arange(48))
+    for image, label in zip(images, labels):
+        assert (crops[large.labels == label] == image).all(axis=(1, 2, 3)).any()
 
 
 def test_bad_calls_are_named(runs, digits, tmp_path):
