@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from lvssl.report.template import render
+from lvssl.report.verdict import signed
 from pipelines.errors import InputError
 
 SIDE, SMALL_SIDE = 96, 48  # maximum sides of the pictures, in pixels; the second in the bit explorer
@@ -121,11 +122,10 @@ def in_words(row: dict[str, Any], flips: dict[str, dict[str, float]]) -> str:
         f"bits about the class; it detects {row['class']} with an AUROC of {row['auroc']:.2f}."
     )
     if d in flips.get("replaced", {}):
-        change = 100 * flips["same_class"][d]
         text += (
             f" Flipping it in a query replaces {100 * flips['replaced'][d]:.0f} % of the ten nearest, "
             f"{100 * flips['follows'][d]:.0f} % of which then have the flipped value; "
-            f"the share of the query's class changes by {round(change, 1) + 0.0:+.1f} points."
+            f"the share of the query's class changes by {signed(100 * flips['same_class'][d])} points."
         )
     return text
 

@@ -559,7 +559,9 @@ def test_figures_are_readable_at_any_size():
         assert number_text(value, 4) == said
     row = {"bit": 3, "on": 0.5, "information_bits": 0.1, "class": "a", "auroc": 0.6}
     flips = {"replaced": {"3": 0.1}, "same_class": {"3": -0.0004}, "follows": {"3": 0.2}}
-    assert "changes by +0.0 points" in bit_in_words(row, flips)
+    assert "changes by 0.0 points" in bit_in_words(row, flips)
+    flips["same_class"] = dict.fromkeys(flips["same_class"], -0.031)
+    assert "changes by −3.1 points" in bit_in_words(row, flips)  # the sign that the page has elsewhere
 
 
 @pytest.mark.parametrize(
