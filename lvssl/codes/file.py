@@ -56,7 +56,7 @@ class CodeFile:
     names: Sequence[str]  # one for each row
     rows_sha256: str = ""  # of the rows; empty in files of the first releases
     quantiser: dict[str, str] | None = None  # {code, sha256}; None: Hamming distance alone
-    of: str = ""  # what identifies the images; empty unless the writer was told
+    of: str = ""  # what identifies the images; empty if not recorded
 
 
 class Table(NamedTuple):

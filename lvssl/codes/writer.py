@@ -46,9 +46,8 @@ class CodeWriter:
     it, rows that were written before the same work was killed or interrupted are kept, and `position` says
     where in the source to resume. Without it, or if the block raises an error before the first row, nothing
     is left. `beside`: tables to write beside the file, and their numbers per image: MEANS of the posteriors,
-    as fp16, UNCERTAINTY, 1, and THUMBNAILS. `quantiser`: {code, sha256} of what made the codes. `of`: a text
-    that identifies the images. Raises CodeFileError if another process is writing the same file, or the disk
-    is full.
+    as fp16, UNCERTAINTY, 1, and THUMBNAILS. `quantiser`: {code, sha256} of what made the codes. Raises
+    CodeFileError if another process is writing the same file, or the disk is full.
     """
 
     def __init__(
@@ -62,7 +61,6 @@ class CodeWriter:
         beside: dict[Table, int] | None = None,
         quantiser: dict[str, str] | None = None,
         source: str | None = None,
-        of: str = "",
     ) -> None:
         if bits < 1:
             raise ValueError(f"a code has at least one bit, not {bits}")
@@ -78,8 +76,6 @@ class CodeWriter:
         }
         if quantiser is not None:
             self.header["quantiser"] = quantiser
-        if of:
-            self.header["of"] = of
         self.width = packed_bytes(bits)
         kinds = ("", ".names", *(f".{table.ending}" for table in self.tables))
         self.parts = [self.path.with_name(f".{self.path.name}{kind}.part") for kind in kinds]

@@ -206,10 +206,10 @@ def code_writer(
     of: str = "",
 ) -> CodeWriter:
     """Return a writer of these codes, and of uncertainties if there is a density. `means`: width of the means
-    stored with the codes, or 0; `source`: from `identity`; `beside`: widths of further tables; `of` as in
-    `CodeWriter`."""
+    stored with the codes, or 0; `source`: from `identity`; `beside`: widths of further tables; `of`:
+    what identifies the images, to be recorded."""
     run, quantiser = encoder.run, encoder.quantiser
-    return CodeWriter(
+    writer = CodeWriter(
         path,
         family=run.settings.latent.family,
         bits=encoder.bits,
@@ -218,8 +218,10 @@ def code_writer(
         beside={MEANS: means, UNCERTAINTY: int(encoder.density is not None)} | (beside or {}),
         quantiser={"code": encoder.code, "sha256": quantiser.digest} if quantiser else None,
         source=source,
-        of=of,
     )
+    if of:
+        writer.header["of"] = of
+    return writer
 
 
 def write_coded(writer: CodeWriter, parts: Iterable[Coded], names: list[str], title: str) -> None:
