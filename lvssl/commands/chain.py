@@ -14,7 +14,7 @@ def chain_starts() -> dict[str, Callable[[str | None], Any]]:
     from lvssl.settings.pretrain import PretrainSettings, preset
 
     def evaluation(_: str | None) -> Any:
-        from lvssl.evaluation.evaluate import EvaluateSettings  # imports torch
+        from lvssl.settings.measure import EvaluateSettings
 
         return EvaluateSettings(Path())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import replace
 from typing import Any
@@ -83,6 +84,7 @@ def by_probe(
     probe = settings.probe
     if probe == "auto":
         probe = "streamed" if len(train.labels) >= LARGE_SET else "logistic"
-    settings.require_used(probe)
+    if said := settings.without_effect(probe):
+        print(f"note: {said}", file=sys.stderr, flush=True)
     found, how = probed(settings, probe, (train.features, train.labels), (test.features, test.labels), device)
     return torch.from_numpy(found.scores(int(train.labels.max()) + 1)), {"probe": probe} | how

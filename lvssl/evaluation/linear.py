@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -48,7 +49,8 @@ def linear(settings: LinearSettings) -> Stage[LinearSettings]:
         return stage
     train, test = stage.sets()
     probe = pick_probe(settings.probe, train)
-    settings.require_used(probe)
+    if stage.world.first and (said := settings.without_effect(probe)):
+        print(f"note: {said}", file=sys.stderr, flush=True)
     if probe == "sgd":
         with stop_signals() as stop, connected(stage.world, stage.device):
             predictions, answers, more = by_sgd(stage, train, test, stop)

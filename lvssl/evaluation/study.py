@@ -60,6 +60,8 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
         raise InputError("--arms, --seeds: two arms of one name, or a seed twice")
     for chosen in plans:
         chosen.validate()
+        if not (chosen.out / "config.json").exists():
+            chosen.require_used()
     jpeg.read_up_to(settings.max_pixels)
     open_pair(settings.train, settings.test)
     for path in settings.ood:

@@ -68,12 +68,14 @@ def require_finite(settings: Any) -> None:
                 raise InputError(f"--{s.option.replace('_', '-')} must be a finite number, got {value}")
 
 
-def refuse_without_effect(setting: Setting, needed: str, where: str = "") -> None:
-    """Raise InputError for a setting that isn't at its default but has no effect without `needed`, the option
-    that gives it one; "" if it has an effect."""
-    if needed and setting.value != setting.default:
-        option = f"--{setting.option.replace('_', '-')}"
-        raise InputError(f"{option} has no effect{where}: leave it out, or pass {needed}")
+def without_effect(settings: Any, needed: Mapping[str, str], where: str = "") -> str:
+    """Return what to say of the first setting that isn't at its default but has no effect; "" if there is
+    none. `needed`: the option that would give it one, by the setting's option."""
+    for setting in all_settings(settings):
+        if setting.option in needed and setting.value != setting.default:
+            option = f"--{setting.option.replace('_', '-')}"
+            return f"{option} has no effect{where}: leave it out, or pass {needed[setting.option]}"
+    return ""
 
 
 def runtime(settings: Any) -> set[str]:

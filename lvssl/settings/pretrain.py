@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lvssl.settings.fields import RUNTIME, ReadsImages, all_settings, refuse_without_effect, require_finite
+from lvssl.settings.fields import RUNTIME, ReadsImages, require_finite, without_effect
 from pipelines.decode import SOURCES
 from pipelines.errors import ON_ERROR, InputError
 from pipelines.views import ViewSettings
@@ -424,9 +424,9 @@ class PretrainSettings(ReadsImages):
             "--optimiser lars": (optimiser == "lars", ("trust",)),
         }
         without = {name: needed for needed, (has, names) in in_effect.items() if not has for name in names}
-        for setting in all_settings(self):
-            if latent.distribution.stochastic or not setting.name.startswith("latent."):
-                refuse_without_effect(setting, without.get(setting.option, ""))
+        of = self if latent.distribution.stochastic else self.optimiser
+        if said := without_effect(of, without):
+            raise InputError(said)
 
 
 def require(ok: bool, name: str, value: object, wanted: str) -> None:

@@ -12,13 +12,12 @@ from lvssl.settings.fields import (
     POSITIONAL,
     RUNTIME,
     ReadsImages,
-    all_settings,
-    refuse_without_effect,
     require_finite,
+    without_effect,
 )
 from lvssl.settings.pretrain import PRECISIONS, above_zero, at_least, choice, require
 from pipelines.decode import SOURCES
-from pipelines.errors import ON_ERROR
+from pipelines.errors import ON_ERROR, InputError
 
 REPRESENTATIONS = ("features", "latent", "code")
 PROBES = ("auto", "sgd", "logistic", "streamed", "ridge")
@@ -115,16 +114,14 @@ class LinearSettings(TrainingSettings):
         choice("probe", self.probe, PROBES)
         at_least(self, epochs=1, probe_epochs=0)
         above_zero(self, "lr")
-        if self.probe != "auto":
-            self.require_used(self.probe)
+        if self.probe != "auto" and (said := self.without_effect(self.probe)):
+            raise InputError(said)
 
-    def require_used(self, probe: str) -> None:
-        """Raise InputError for an option without effect on that probe, to which `auto` was resolved."""
-        used = {"epochs": "sgd", "lr": "sgd", "probe_epochs": "streamed"}
-        for setting in all_settings(self):
-            needed = used.get(setting.option, probe)
-            wanted = "" if needed == probe else f"--probe {needed}"
-            refuse_without_effect(setting, wanted, f" on the probe {probe}")
+    def without_effect(self, probe: str) -> str:
+        """Return what to say of an option that has no effect on that probe; "" if there is none."""
+        of = {"epochs": "sgd", "lr": "sgd", "probe_epochs": "streamed"}
+        needed = {name: f"--probe {its}" for name, its in of.items() if its != probe}
+        return without_effect(self, needed, f" on the probe {probe}")
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def test_columns_and_probes_that_are_missing_are_named(made, tmp_path, capsys):
         assert said in capsys.readouterr().err
     write("npy", tmp_path, "test", x, y)
     test = str(tmp_path / "test.npy")
-    assert main(["linear", test, "--test", test, "--epochs", "7"]) == 2
+    assert main(["linear", test, "--test", test, "--probe", "logistic", "--epochs", "7"]) == 2
     assert "--epochs has no effect on the probe logistic" in capsys.readouterr().err
     assert main(["linear", test, "--test", test, "--probe", "sgd"]) == 2
     assert "use --probe logistic" in capsys.readouterr().err

@@ -66,6 +66,7 @@ def keys(path: Path) -> dict[str, str]:
         ("epochs = 3", 'epochs = "3"', "[pretrain] epochs: must be a whole number, got '3'"),
         ("epochs = 3", "epochs = true", "[pretrain] epochs: must be a whole number, got True"),
         ("epochs = 3", 'out = "x"', "[pretrain] out: this is set by the pipeline itself"),
+        ("epochs = 3", "relaxation_start = 2.0", "[pretrain] --relaxation-start has no effect: leave it out, or pass"),
         ("epochs = 3", "sweep.grid.lr = [1]", "[pretrain.sweep]"),
         ('preset = "digits"', 'preset = "digit"', "[pretrain] unknown preset 'digit'"),
         ("[evaluate]", "[evaluation]", "evaluation: no such key; did you mean 'evaluate'?"),

@@ -63,17 +63,19 @@ def test_a_finished_stage_prints_its_result_and_others_are_refused(run, capsys):
     first, stamp = capsys.readouterr().out, (run / "linear.json").stat().st_mtime_ns
     assert main(["linear", str(run), "--workers", "1"]) == 0
     assert capsys.readouterr().out == first and (run / "linear.json").stat().st_mtime_ns == stamp
-    assert main(["linear", str(run), "--probe-epochs", "7", "--overwrite"]) == 2
+    assert main(["linear", str(run), "--probe", "logistic", "--probe-epochs", "7", "--overwrite"]) == 2
     assert "--probe-epochs has no effect on the probe logistic" in capsys.readouterr().err
     assert main(["linear", str(run), "--seed", "1"]) == 2
     assert "seed: 0 -> 1" in (error := capsys.readouterr().err) and "--overwrite" in error
     assert (run / "linear.json").stat().st_mtime_ns == stamp
-    assert main(["linear", str(run), "--seed", "1", "--out", str(run / "other.json")]) == 0
+    other = ["linear", str(run), "--seed", "1", "--epochs", "7", "--out", str(run / "other.json")]
+    assert main(other) == 0  # only now is it known which probe auto means
+    assert "note: --epochs has no effect on the probe logistic" in capsys.readouterr().err
     assert main(["linear", str(run), "--seed", "1", "--overwrite"]) == 0
     assert json.loads((run / "linear.json").read_text())["settings"]["seed"] == 1
     state = checkpoint.load_latest(run / "checkpoints")[1]
     checkpoint.save(run / "checkpoints", state["step"] + 1, state | {"step": state["step"] + 1})
-    assert main(["linear", str(run), "--probe-epochs", "7", "--overwrite"]) == 2
+    assert main(["linear", str(run), "--probe", "logistic", "--probe-epochs", "7", "--overwrite"]) == 2
     assert "--probe-epochs has no effect on the probe logistic" in capsys.readouterr().err
     assert main(["linear", str(run), "--seed", "1"]) == 2
     assert "checkpoint" in capsys.readouterr().err, (
