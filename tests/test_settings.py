@@ -165,6 +165,7 @@ def test_no_number_may_be_infinite_in_any_command(number):
         ("--anneal 0.1", "--init-scale-start or --relaxation-start"),
         ("--beta-cycles 2 --family gaussian", "--beta-schedule cyclical"),
         ("--components 8", "--family mixture"),
+        ("--depth 3", "--family gaussian or beta or mixture or laplace"),
         ("--nesterov", "--optimiser sgd or lars"),
         ("--trust 1", "--optimiser lars"),
     ],

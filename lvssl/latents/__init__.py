@@ -20,7 +20,7 @@ from lvssl.latents.power_spherical import PowerSpherical
 from lvssl.latents.sign import Sign
 from lvssl.latents.vmf import VonMisesFisher
 
-__all__ = ["FAMILIES", "WITHOUT_LATENT", "Family", "Posterior", "described", "family"]
+__all__ = ["FAMILIES", "WITHOUT_LATENT", "Family", "Posterior", "described", "families_with", "family"]
 
 FAMILIES: dict[str, type[Family]] = {
     "none": Deterministic,
@@ -60,6 +60,11 @@ def family(name: str, **options: Any) -> Family:
     kind = FAMILIES[name]
     known = {field.name for field in dataclasses.fields(kind)}
     return kind(**{option: value for option, value in options.items() if option in known})
+
+
+def families_with(option: str) -> list[str]:
+    """Return the names of the families that have an option, such as `depth`."""
+    return [name for name, kind in FAMILIES.items() if option in {f.name for f in dataclasses.fields(kind)}]
 
 
 def described(name: str) -> str:

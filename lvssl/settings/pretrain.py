@@ -410,13 +410,13 @@ class PretrainSettings(ReadsImages):
     def require_used(self) -> None:
         """Raise InputError for an option without effect. Runs that were begun with one can still be read, and
         what only concerns the latent may be repeated for a control, which has none."""
+        from lvssl.latents import families_with
+
         latent, optimiser = self.latent, self.optimiser.optimiser
         annealed = (latent.init_scale_start, latent.relaxation_start) != (None, None)
         in_effect = {
             "--estimator relaxed": (latent.estimator == "relaxed", ("relaxation", "relaxation_start")),
             "--init-scale-start or --relaxation-start": (annealed, ("anneal",)),
-            "--family categorical": ("categorical" in latent.family, ("categories",)),
-            "--family mixture": ("mixture" in latent.family, ("components",)),
             "--beta-schedule cyclical": (latent.beta_schedule == "cyclical", ("beta_cycles",)),
             "--objective vicreg": (latent.objective == "vicreg", ("invariance",)),
             "--objective ceb": (latent.objective == "ceb", ("ceb_kappa", "ceb_weight")),
@@ -424,6 +424,10 @@ class PretrainSettings(ReadsImages):
             "--optimiser lars": (optimiser == "lars", ("trust",)),
         }
         without = {name: needed for needed, (has, names) in in_effect.items() if not has for name in names}
+        for option in ("categories", "components", "depth"):
+            having = families_with(option)
+            if set(having).isdisjoint(latent.family.split("+")):
+                without[option] = f"--family {' or '.join(having)}"
         of = self if latent.distribution.stochastic else self.optimiser
         if said := without_effect(of, without):
             raise InputError(said)
