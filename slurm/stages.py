@@ -102,10 +102,21 @@ def measuring(
         result, extra = result_of(
             name, run, key, table.swept, getattr(point.settings, "representation", "features")
         )
-        arguments = (name, str(run), "--test", str(test[0]), *options(point.given), *extra)
+        sets = (*moved(run, data["train"][0]), "--test", str(test[0]))
+        arguments = (name, str(run), *sets, *options(point.given), *extra)
         title = f"{name}-{number + 1:02d}" if table.swept else name
         tasks.append(Task(title, key, "lvssl", arguments, (result,), (), run, point.label, reads))
     return Stage(name, ("pretrain",), tuple(tasks), table.cluster, swept=table.swept)
+
+
+def moved(run: Path, train: Path) -> tuple[str, ...]:
+    """The option that names the training images, for a run whose config.json names another place because the
+    pipeline's folder was moved. Otherwise none: results made by hand, without it, have the same settings."""
+    try:
+        had = Path(json.loads((run / "config.json").read_text(encoding="utf-8"))["settings"]["data"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ()  # not pretrained yet, or damaged, which the command reports
+    return () if had.resolve() == train.resolve() else ("--train", str(train))
 
 
 def result_of(name: str, run: Path, key: str, swept: bool, on: str) -> tuple[Path, tuple[str, ...]]:

@@ -339,6 +339,32 @@ def test_what_stands_stands_after_a_move_of_the_folder(tmp_path):
     assert [task.name for work in plan(out, stages) for task in work.tasks] == [stages[-1].tasks[0].name]
 
 
+def test_stages_after_a_move_read_the_images_where_they_are(tmp_path):
+    """They used to fail: the run's config.json names the images where they were in pretraining."""
+    text = FILE + "".join(f"[{name}]\n" for name in MEASURING if name != "evaluate")
+
+    def measuring(folder: Path):
+        stages = build_stages(read_pipeline(folder / "pipeline.toml", chain_starts()))
+        return [task for stage in stages if stage.name in MEASURING for task in stage.tasks]
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    write(here, text)
+    before = measuring(here)
+    assert before[0].run is not None
+    create_run(PretrainSettings(data=before[0].reads[0], out=before[0].run), classes=10, resume=False)
+    assert measuring(here) == before and not [task for task in before if "--train" in task.arguments]
+    here.rename(there)
+    after = measuring(there)
+    assert [task.key for task in after] == [task.key for task in before]
+    for task in after:
+        given = task.arguments[task.arguments.index("--train") + 1]
+        assert given == str(task.reads[0]) and task.reads[0].is_relative_to(there)
+    there.rename(here)
+    (tmp_path / "link").symlink_to(here)  # another name of the same place
+    assert not [task for task in measuring(tmp_path / "link") if "--train" in task.arguments]
+
+
 def test_every_stage_behind_a_failed_one_names_it(tmp_path):
     path = write(tmp_path)
     stages = build_stages(read_pipeline(path, chain_starts()))
