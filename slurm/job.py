@@ -93,7 +93,9 @@ class Job:
         record = read_record(self.out, self.task) or Record(self.task.name, self.task.digest)
         if record.state == "running" and record.job not in ("", self.id):
             try:
-                taken = scheduler.alive(record.job, record.host, record.cluster)
+                # A record without a cluster is an older one. Here, only processes can still be running this
+                # task then: `launch` has asked Slurm about jobs submitted earlier.
+                taken = scheduler.alive(record.job, record.host, record.cluster or self.kind)
             except scheduler.UnknownQueue as error:
                 self.fail(None, f"{error}; it was running this task on {record.host}")
             if taken:

@@ -111,14 +111,14 @@ def accounted(jobs: set[str]) -> dict[str, str]:
 
 def alive(job: str, host: str = "", cluster: str = "") -> bool:
     """Whether a job is queued or running, in Slurm if it is installed, or as submitit's process on this
-    machine. Slurm isn't asked about a job whose `cluster` is local.
+    machine. Slurm isn't asked about a job whose `cluster` is local or debug.
 
     Raises:
         UnknownQueue: Slurm repeatedly didn't answer.
     """
     if job.startswith("DEBUG") or not job:
         return False
-    asked = cluster != "local" and shutil.which("squeue")
+    asked = cluster not in ("local", "debug") and shutil.which("squeue")
     state = _persistently({job}).get(job) if asked else None
     if state is not None:
         return state[0] in ALIVE

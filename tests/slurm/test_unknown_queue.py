@@ -96,15 +96,17 @@ def test_a_chain_of_this_machine_needs_no_slurm(file, monkeypatch):
     assert all(work.tasks for work in plan(pipeline.out, build_stages(pipeline)))
 
 
+@pytest.mark.parametrize("cluster", ["local", ""])
 @pytest.mark.parametrize("words", [[sys.executable, "-c", "input() # submitit"], ["cat"]])
-def test_slurm_is_not_asked_about_a_job_of_this_machine(squeue, file, capsys, words):
-    """Its tools may be installed where no cluster answers; the process is known without them."""
+def test_slurm_is_not_asked_about_a_job_of_this_machine(squeue, file, capsys, words, cluster):
+    """Its tools may be installed where no cluster answers; the process is known without them. An older
+    record doesn't name the cluster."""
     squeue(FAILS)
     pipeline = read_pipeline(file, chain_starts())
     (task,) = (t for stage in build_stages(pipeline) for t in stage.tasks if t.name == "pretrain")
     with subprocess.Popen(words, stdin=subprocess.PIPE) as process:
         here, number = socket.gethostname(), str(process.pid)
-        record = Record(task.name, task.digest, "running", number, here, "local", log="log")
+        record = Record(task.name, task.digest, "running", number, here, cluster, log="log")
         write_record(pipeline.out, task, record)
         jobs = pipeline.out / "jobs.json"
         entry = {"task": "pretrain", "job": number, "log": "log", "cluster": "local"}
