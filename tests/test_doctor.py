@@ -196,3 +196,17 @@ def test_system_libraries_and_slurm_that_are_not_there(tmp_path):
     }.items():
         assert pieces[piece].startswith("missing")
         assert re.search(rf"\$ .*apt-get install .*{re.escape(package)}", pieces[piece])
+
+
+def test_slurm_whose_cluster_does_not_answer(tmp_path):
+    """Its commands needn't be installed again; `sbatch --version` may answer without a cluster."""
+    for name, script in (("sbatch", "echo slurm 23.02"), ("sinfo", "exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    _, pieces, _ = doctor(BLOCK.format(names=LATE | {"ffcv"}), PATH=str(tmp_path))
+    assert "its commands are installed, but no cluster answers" in pieces["Slurm"]
+    assert pieces["Slurm"].startswith("missing") and "apt-get" not in pieces["Slurm"]
+    assert pieces["Slurm"].endswith("$ sinfo\n")
+    (tmp_path / "sinfo").write_text("#!/bin/sh\necho 'main up 1:00 1 idle node'\n")
+    _, pieces, _ = doctor(BLOCK.format(names=LATE | {"ffcv"}), PATH=str(tmp_path))
+    assert re.fullmatch(r"ok +Slurm +slurm 23.02\n", pieces["Slurm"])

@@ -108,13 +108,7 @@ def check() -> list[Check]:
             "everything works except product quantisation; Hamming search has its own, faster kernels",
             pip_install("lvssl[faiss]"),
         ),
-        lambda: check_program(
-            "Slurm",
-            ("sbatch", "--version"),
-            "sbatch doesn't answer",
-            "plain python and torchrun work; jobs are submitted from a cluster's login node",
-            "slurm-client",
-        ),
+        check_slurm,
         check_disk,
         check_shared_memory,
     ]
@@ -317,6 +311,16 @@ def check_program(name: str, command: Sequence[str], unanswered: str, without: s
         return Check(name, OK, found)
     failure = unanswered if shutil.which(command[0]) else f"no {command[0]}"
     return Check(name, ABSENT, failure, without, apt_install(packages))
+
+
+def check_slurm() -> Check:
+    """Check that Slurm's commands are installed and that a cluster answers them."""
+    without = "plain python and torchrun work; jobs are submitted from a cluster's login node"
+    if not shutil.which("sbatch"):
+        return Check("Slurm", ABSENT, "no sbatch", without, apt_install("slurm-client"))
+    if not output("sinfo", "-h"):
+        return Check("Slurm", ABSENT, "its commands are installed, but no cluster answers", without, "sinfo")
+    return Check("Slurm", OK, output("sbatch", "--version"))
 
 
 def check_headers(module: str, package: str) -> Check:
