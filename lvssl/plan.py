@@ -297,9 +297,10 @@ def time_of(settings: PlanSettings) -> str:
         shown = f"{took:,.1f} hours"
     else:
         shown = f"{60 * took:,.0f} minutes" if 60 * took >= 1.5 else "a minute"
-    basis = (
-        "measured on this card" if share_of_peak(settings)[1] else "extrapolated from one H100 and one H200"
-    )
+    share, measured = share_of_peak(settings)
+    basis = "measured on this card" if measured else "extrapolated from one H100 and one H200"
+    if settings.backbone not in MEASURED_SIDE:
+        basis = f"a guess: {100 * share:.0f} % of the peak, as no step of this backbone was measured"
     epochs = f"{settings.epochs:,} epoch{'s' * (settings.epochs != 1)}"
     return (
         f"{epochs} of {settings.images:,} images: about {shown} on {settings.gpus} "

@@ -145,6 +145,19 @@ def test_time_is_that_of_the_measured_steps():
     assert "about a minute on" in plan(replace(eager, images=100, epochs=1))
 
 
+def test_a_time_says_if_its_speed_is_a_guess():
+    """ViT-S on 5 tokens: its minutes for 100 epochs of ImageNet seemed to be measured."""
+    vit = PlanSettings(backbone="vit_small_patch16_224", resolution=32)
+    assert "(a guess: 10 % of the peak, as no step of this backbone was measured)" in plan(vit)
+    assert "(extrapolated from one H100 and one H200)" in plan(replace(vit, backbone="resnet50"))
+
+
+def test_a_preset_is_planned_for_the_gpus_that_its_batch_is_for():
+    """ "folder-r50" says that it is for one."""
+    assert [of_preset(name).gpus for name in ("folder-r50", "cifar10-r18", "digits")] == [1, 1, 1]
+    assert of_preset("bernoulli-imagenet-r50-800ep").gpus == 8
+
+
 def test_one_epoch_is_one():
     small = PlanSettings(backbone="tiny", resolution=32, batch_size=64, gpus=1, epochs=1, images=50_000)
     assert "\n1 epoch of 50,000 images: " in plan(small)

@@ -92,10 +92,10 @@ class PlanSettings:
 
 
 def of_preset(name: str) -> PlanSettings:
-    """Return the pretraining of a preset, as far as memory depends on it, on eight GPUs or, if these can't
-    share its batch evenly, on one. Raises InputError listing the known names."""
+    """Return the pretraining of a preset, as far as memory depends on it: a batch of thousands of images on
+    eight GPUs, a smaller one on one. Raises InputError listing the known names."""
     chosen = preset(name)
-    return replace(of_pretraining(chosen), gpus=1 if chosen.batch_size % 8 else 8, preset=name)
+    return replace(of_pretraining(chosen), gpus=8 if chosen.batch_size >= 4096 else 1, preset=name)
 
 
 def of_pretraining(settings: PretrainSettings) -> PlanSettings:
