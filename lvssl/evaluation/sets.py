@@ -36,8 +36,7 @@ def labelled_pair(run: Run, control: Run | None, train: Path | None, test: Path)
         require_same_classes(run, control)
     if train is None:
         require_classes_of(run, found[0], run.settings.data)
-    for each in found:
-        say_notes(each)
+    say_notes(*found)
     return found
 
 

@@ -53,8 +53,8 @@ class Stage(Generic[Settings]):
             require_classes_of(self.run, train.source, settings.train)
         test = open_labelled(settings.test, *given, train=train)
         check_pair(train, test)
-        for each in (train, test) if self.world.first else ():
-            say_notes(each.source)
+        if self.world.first:
+            say_notes(train.source, test.source)
         return train, test
 
     @property

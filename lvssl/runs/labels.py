@@ -134,9 +134,9 @@ def say_left_out(path: Path, count: int, rows: np.ndarray) -> None:
         print(f"warning: {path}: {said}; the first is sample {first}", file=sys.stderr, flush=True)
 
 
-def say_notes(source: Reader) -> None:
-    """Print on stderr what a set leaves out, and what else the user should know about it."""
-    for note in getattr(source, "notes", ()):
+def say_notes(*sources: Reader) -> None:
+    """Print on stderr what sets leave out, and what else the user should know about them, each note once."""
+    for note in dict.fromkeys(note for source in sources for note in getattr(source, "notes", ())):
         print(f"note: {note}", file=sys.stderr, flush=True)
 
 

@@ -76,10 +76,9 @@ def layout_of(tree: Tree, where: str, asked: str | None, named: str | None = Non
     if others:
         notes.append(in_short(f"reading {chosen[0]}; other splits, for convert-beton --split", others))
     inner = _inner(tree, f"{base}{chosen[0]}/")
-    notes += _loose(tree, base)
     if key == UNLABELLED or not tree.folders(inner):
-        return Layout(inner, [], split, True, notes=notes)
-    notes += _loose(tree, inner)
+        return Layout(inner, [], split, True, notes=notes + _loose(tree, base))
+    notes += _loose(tree, base, inner)
     train, train_base = None, ""
     if key != "train" and "train" in splits:
         train_base = _inner(tree, f"{base}{splits['train'][0]}/")
@@ -161,6 +160,7 @@ def _files_in_folders(tree: Tree, at: str, enough: float, levels: int = DEEPEST)
     return found
 
 
-def _loose(tree: Tree, at: str) -> list[str]:
-    files = tree.files(at)
+def _loose(tree: Tree, base: str, *within: str) -> list[str]:
+    """Name the files in this folder, and in others below it, that are in no class folder: a note, or none."""
+    files = [f"{at.removeprefix(base)}{name}" for at in (base, *within) for name in tree.files(at)]
     return [in_short("ignored files outside of class folders", files)] if files else []

@@ -107,6 +107,15 @@ def test_what_lies_beside_the_splits_is_named(tmp_path):
         ]
 
 
+def test_files_outside_of_class_folders_are_named_in_one_note(tmp_path):
+    """It used to be said twice in the same words: of the set's folder, and of the split's."""
+    files = tree("train/a", "train/b") | {"README.txt": b"", "train/README.txt": b"", "train/list.csv": b""}
+    for source in both_ways(tmp_path, files):
+        assert open_dataset(source).notes == [
+            "ignored files outside of class folders (3): README.txt, train/README.txt, train/list.csv"
+        ]
+
+
 @pytest.mark.parametrize("loose", [1, 2])
 def test_many_images_beside_folders_are_read_without_labels(tmp_path, loose):
     """Of 21 and 22 images one lies outside of the folders, which is less than 5 %; or two, which is more."""
