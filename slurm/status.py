@@ -75,11 +75,15 @@ def standings(out: Path, stages: list[Stage]) -> dict[str, list[Standing]]:
             standing(out, task, jobs.get(task.key, {}), queue, accounts, broken[stage.name])
             for task in stage.tasks
         ]
+    whole = all(s.state == "done" for stage in stages if not stage.intermediate for s in found[stage.name])
     for stage in reversed(stages):  # parts removed after their merge, data of finished stages
         later = [s for other in stages if stage.name in other.after for s in found[other.name]]
         if stage.intermediate and later and all(s.state == "done" for s in later):
             found[stage.name] = [
-                Standing(s.task, "done", s.job, s.log, s.restarts, s.crashes) for s in found[stage.name]
+                Standing(s.task, "done", s.job, s.log, s.restarts, s.crashes)
+                if whole or s.state in ("not run", "unknown")
+                else s  # it is being made again for a later stage, or that failed
+                for s in found[stage.name]
             ]
     return found
 

@@ -377,6 +377,31 @@ def test_every_stage_behind_a_failed_one_names_it(tmp_path):
     ]
 
 
+def test_a_conversion_that_fails_for_an_added_stage_is_not_called_done(tmp_path):
+    """Its images were removed after pretraining, and are needed again."""
+    path, out = write(tmp_path), tmp_path / "out"
+    stages = build_stages(read_pipeline(path, chain_starts()))
+    tasks = {task.name: task for stage in stages for task in stage.tasks}
+    for task in tasks.values():
+        finish(out, task)
+    for name, task in tasks.items():
+        for beton in task.outputs if name.startswith(("convert", "merge")) else ():
+            beton.unlink()
+
+    def states() -> dict[str, list[str]]:
+        return {name: [s.state for s in each] for name, each in standings(out, stages).items()}
+
+    done = {stage.name: ["done"] * len(stage.tasks) for stage in stages}
+    assert states() == done
+    failed = tasks["convert-train-001"]
+    write_record(out, failed, Record(failed.name, failed.digest, "failed", job="7", error="disk full"))
+    assert states() == done  # no stage needs it any more
+    tasks["evaluate"].outputs[0].unlink()
+    found = standings(out, stages)
+    assert [s.state for s in found["convert"]] == ["failed", "done", "done"]
+    assert [s.state for s in found["pretrain"]] == ["done"] and found["evaluate"][0].error == "convert failed"
+
+
 def test_only_one_launch_at_a_time(tmp_path):
     path = write(tmp_path)
     with claimed(tmp_path / "out"), pytest.raises(InputError, match="is locked by another `lvssl launch`"):
