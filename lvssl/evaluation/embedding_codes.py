@@ -16,6 +16,7 @@ from lvssl.codes.quantiser import Quantiser
 from lvssl.codes.writer import CodeWriter
 from lvssl.evaluation.density import Density
 from lvssl.runs.embeddings import Embeddings
+from pipelines.errors import InputError
 
 CHUNK = 8192  # embeddings at a time
 
@@ -32,7 +33,7 @@ class EmbeddingEncoder:
     def write(self, path: Path, asked: Embeddings) -> None:
         """Write the code file and the uncertainties, with row numbers as names. An interrupted call is
         resumed and gives the same bytes, because a chunk is always computed whole, even if some of its rows
-        are already written."""
+        are already written. Raises InputError if a row's values are too large to compute its distance."""
         stat, fitted = asked.path.stat(), [self.quantiser.digest, self.density.digest]
         told = [str(asked.path.resolve()), asked.digest, stat.st_size, stat.st_mtime_ns, fitted]
         count = len(asked.features)
@@ -54,6 +55,12 @@ class EmbeddingEncoder:
                     x = np.asarray(asked.features[start : start + CHUNK], np.float32)
                     first = max(done - start, 0)
                     names = map(str, range(start + first, start + len(x)))
-                    codes, scores = self.quantiser.encode(x), self.density(x)
+                    with np.errstate(over="ignore", invalid="ignore"):
+                        codes, scores = self.quantiser.encode(x), self.density(x)
+                    if not (good := np.isfinite(scores)).all():
+                        raise InputError(
+                            f"{asked.path}: row {start + good.argmin()} is too far from the embeddings of "
+                            f"{self.known.path}, which the code is fitted on"
+                        )
                     writer.append(codes[first:], names, uncertainty=scores[first:])
                     bar.update(len(x) - first)

@@ -120,9 +120,16 @@ def open_embeddings(path: Path, labelled: bool = True) -> Embeddings:
     if labels.min() < (0 if labelled else -1):
         raise InputError(f"{path}: label {labels.min()} of row {labels.argmin()}: labels start at 0")
     for start in range(0, len(features), READ):
-        good = np.isfinite(features[start : start + READ]).all(1)
+        with np.errstate(over="ignore"):  # they are computed with in fp32
+            good = np.isfinite(features[start : start + READ].astype(np.float32)).all(1)
         if not good.all():
-            raise InputError(f"{path}: row {start + good.argmin()} has a value that isn't a finite number")
+            row = start + good.argmin()
+            what = (
+                "beyond the range of fp32"
+                if np.isfinite(features[row]).all()
+                else "that isn't a finite number"
+            )
+            raise InputError(f"{path}: row {row} has a value {what}")
     return Embeddings(path, features, labels)
 
 

@@ -56,6 +56,32 @@ def test_codes_of_embeddings_go_on_after_a_kill_to_the_same_bytes(embeddings, tm
     assert np.mean([str(row) in ids for ids, row in zip(found, exact)]) > 0.9  # itself, by 16 bits
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "size, said",
+    [
+        (1e30, "asked.npy: row 3 is too far from the embeddings of"),
+        (1e300, "asked.npy: row 3 has a value beyond the range of fp32"),
+        (np.inf, "asked.npy: row 3 has a value that isn't a finite number"),
+    ],
+)
+def test_a_huge_embedding_is_refused_in_one_line(embeddings, tmp_path, capsys, size, said):
+    """It used to be encoded anyhow, between warnings of numpy's."""
+    asked = np.load(embeddings)[:50].astype(np.float64)
+    asked[3, 5] = size
+    np.save(tmp_path / "asked.npy", asked)
+    out, more = tmp_path / "codes.lvcodes", ["--bits", 16, "--code", "itq"]
+    assert lvssl("encode", embeddings, "--images", tmp_path / "asked.npy", "--out", out, *more) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert said in lines[-1] and sum("error" in line or "Warning" in line for line in lines) == 1
+    assert not out.exists()
+
+
+def test_embeddings_that_are_all_huge_are_encoded(embeddings, tmp_path):
+    np.save(tmp_path / "train.npy", np.load(embeddings) * 1e30)
+    assert lvssl("encode", embeddings, "--images", embeddings, "--out", tmp_path / "codes", "--bits", 8) == 0
+
+
 def test_copies_among_embeddings_are_found_by_features_alone(embeddings, tmp_path, capsys):
     features = np.load(embeddings)
     features[5] = features[600] * 1.0001
