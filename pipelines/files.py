@@ -31,6 +31,8 @@ def written_aside(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         OSError: no space or no permission; an earlier file at `path` remains.
     """
+    if not may_replace(path):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
     _tidy(path.parent)
     aside = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{next(_attempts)}.partial")
     try:
@@ -45,6 +47,21 @@ def written_aside(path: Path) -> Iterator[IO[bytes]]:
             error.filename, error.filename2 = str(path), None
         raise
     sync_folder(path.parent)
+
+
+def may_replace(path: Path) -> bool:
+    """Whether a file may be renamed to `path`. Root would replace a pipe or /dev/stdout itself."""
+    devices = Path("/dev")
+    return path.parent != devices and (not path.exists() or path.is_file() or path.is_dir())
+
+
+def begins_with(path: Path, starts: tuple[bytes, ...]) -> bool:
+    """Whether a file begins in one of these ways, is empty, or is no file."""
+    if not path.is_file():
+        return True
+    with open(path, "rb") as file:
+        start = file.read(max(map(len, starts)))
+    return not start or start.startswith(starts)
 
 
 def sync(file: IO[bytes]) -> None:

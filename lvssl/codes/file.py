@@ -133,14 +133,6 @@ def open_table(codes: CodeFile, table: Table) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r", offset=ROWS_AT, shape=(count, dim))
 
 
-def may_hold_codes(path: Path) -> bool:
-    """Whether a code file may be written there: there is none yet, an earlier one, or an empty file."""
-    if not path.exists():
-        return True
-    with open(path, "rb") as file:
-        return file.read(len(MAGIC)) in (MAGIC, b"")
-
-
 def table_path(codes: Path, table: Table) -> Path:
     return codes.with_name(f"{codes.name}.{table.ending}")
 

@@ -8,9 +8,10 @@ import numpy as np
 from tqdm import tqdm
 
 from lvssl.codes.file import (
+    MAGIC,
+    MEANS,
     UNCERTAINTY,
     CodeFile,
-    may_hold_codes,
     open_codes,
     open_uncertainty,
     table_path,
@@ -40,6 +41,9 @@ from lvssl.evaluation.encoder import (
 )
 from lvssl.evaluation.fitted import TrainingEmbeddings, TrainingImages
 from lvssl.evaluation.quantisers import (
+    beside as beside_codes,
+)
+from lvssl.evaluation.quantisers import (
     chosen_code,
     code_of_length,
     keep_quantiser,
@@ -54,8 +58,19 @@ from lvssl.settings.apply import EncodeSettings, SearchSettings
 from pipelines.datasets.parts import files_of
 from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
-from pipelines.files import written_csv
+from pipelines.files import begins_with, may_replace, written_csv
+from pipelines.formats.manifest import manifest_path
 from pipelines.loader import Replacements
+
+# What each output is, and how it begins: a file that begins otherwise isn't replaced by it.
+OF_UNCERTAINTIES = ["name", "uncertainty"]
+OF_NEIGHBOURS = ["query", "rank", "name", "distance", "similarity", "uncertainty", "query_uncertainty"]
+KINDS = {
+    "--out": ("a code file", (MAGIC,)),
+    "--csv": ("a table of uncertainties or neighbours", (b"name,uncertainty", b"query,rank,name,")),
+    "--faiss": ("an index of faiss", (b"Ix", b"IB")),
+    "--page": ("a page", (b"<!doctype html>",)),
+}
 
 
 def encode(settings: EncodeSettings) -> Path:
@@ -79,8 +94,6 @@ def encode(settings: EncodeSettings) -> Path:
         {"--out": out, "--csv": settings.csv, "--faiss": settings.faiss},
         [settings.images, settings.train, settings.run],
     )
-    if not may_hold_codes(out):
-        raise InputError(f"{out}: exists and isn't a code file; choose another --out")
     encoder = of_embeddings(settings, out) if foreign else of_images(settings, out)
     if encoder.density is None:  # the file that an earlier call left may be of other images
         table_path(out, UNCERTAINTY).unlink(missing_ok=True)
@@ -149,15 +162,17 @@ def fitted_encoder(settings: EncodeSettings, code: str, images: TrainingImages) 
 def write_uncertainties(path: Path, codes: CodeFile) -> None:
     """Write a row for each image: name, uncertainty."""
     with written_csv(path) as table:
-        table.writerow(["name", "uncertainty"])
+        table.writerow(OF_UNCERTAINTIES)
         for name, value in zip(codes.names, open_uncertainty(codes).tolist()):
             table.writerow([name, f"{value:.6g}"])
 
 
 def require_outputs(outputs: dict[str, Path | None], inputs: Iterable[Path | None]) -> None:
-    """Raise InputError if an output, given by its option, can't be a file, or if it is also another output or
-    a file that is read, which it would replace."""
-    read = {each.resolve() for path in inputs if path is not None for each in files_of(path)}
+    """Raise InputError if an output, given by its option, can't be a file, if it is also another output or a
+    file that is read, or if it would replace a file of another kind, such as one of the images."""
+    given = [path for path in inputs if path is not None]
+    files = [each for path in given for each in files_of(path)]
+    read = {path.resolve() for path in (*given, *files, *map(manifest_path, files))}
     written: dict[Path, str] = {}
     for option, path in outputs.items():
         if path is None:
@@ -168,7 +183,11 @@ def require_outputs(outputs: dict[str, Path | None], inputs: Iterable[Path | Non
             raise InputError(f"{option} {path}: this file is read; write to another")
         if place in written:
             raise InputError(f"{option} {path}: {written[place]} writes the same file; choose another")
-        written[place] = option
+        kind, starts = KINDS[option]
+        if not begins_with(path, starts):
+            raise InputError(f"{option} {path}: exists and isn't {kind}; choose another")
+        beside = [table_path(path, table) for table in (MEANS, UNCERTAINTY)] + [beside_codes(path)]
+        written |= {one.resolve(): option for one in (path, *(beside if option == "--out" else []))}
 
 
 def require_folder_of(path: Path) -> None:
@@ -176,6 +195,8 @@ def require_folder_of(path: Path) -> None:
     before the work, not when its result is written."""
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give the name of a file in it")
+    if not may_replace(path):
+        raise InputError(f"{path}: is not a regular file; give the name of a file")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent}: no such folder to write {path.name} to")
 
@@ -219,9 +240,7 @@ def write_csv(path: Path, found: Iterable[tuple[Query, list[Neighbour]]]) -> int
     """Write a row for each neighbour of each query; return the number of queries."""
     count = 0
     with written_csv(path) as table:
-        table.writerow(
-            ["query", "rank", "name", "distance", "similarity", "uncertainty", "query_uncertainty"]
-        )
+        table.writerow(OF_NEIGHBOURS)
         for query, neighbours in found:
             count += 1
             for rank, near in enumerate(neighbours, 1):

@@ -13,10 +13,12 @@ from pipelines.datasets.dataset import Dataset, class_counts, evenly_spaced
 from pipelines.datasets.opening import open_dataset
 from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
+from pipelines.files import begins_with
 from pipelines.formats.beton import open_beton
 
 COLUMNS, ROWS, SIDE, CAPTION = 8, 6, 128, 14  # of the sheet; sides in pixels
 BAR = 40  # characters
+PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
 
 
 def inspect(path: str | Path, sheet: str | Path) -> str:
@@ -24,6 +26,8 @@ def inspect(path: str | Path, sheet: str | Path) -> str:
     path, sheet = Path(path), Path(sheet)
     if sheet.resolve() == path.resolve():
         raise InputError(f"--sheet {sheet}: this is the file to inspect; name another to write")
+    if not begins_with(sheet, (PNG,)):
+        raise InputError(f"--sheet {sheet}: exists and isn't a PNG; name another file to write")
     lines = []
     if path.is_file() and path.suffix != ".tar":
         beton = open_beton(path)

@@ -135,6 +135,7 @@ BAD = [
     ("good .", ".: is a folder; give the name of a file"),
     ("--merge .", ".: is a folder; give the name of a file"),
     ("--inspect there.beton --sheet ./there.beton", "there.beton: this is the file to inspect"),
+    ("--inspect there.beton --sheet file.txt", "file.txt: exists and isn't a PNG"),
     ("good ''", "OUT.beton is empty: give a value"),
     ("'' out.beton", "SOURCE is empty: give a value"),
     ("good out.beton --webdataset ''", "--webdataset is empty: give a value"),

@@ -407,8 +407,13 @@ def test_no_output_replaces_what_is_read_or_another_output(run, digits, tmp_path
         shutil.copy(digits["test"], part)
     codes, made = Path("codes.lvcodes"), ["encode", run, "--images", "part-1.beton", "--out"]
     assert lvssl(*made, codes) == 0
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    Path("part-1.beton.json").write_text("its manifest")
+    Path("list.txt").write_text("part-1.beton\n")
+    Path("in").mkdir()
+    Image.new("RGB", (8, 8)).save("in/a.png")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     capsys.readouterr()
+    os.mkfifo("pipe")
     (tmp_path / "link.lvcodes").symlink_to(codes)
     for arguments, said in [
         ([*made, "part-1.beton"], "--out part-1.beton: this file is read"),
@@ -421,12 +426,41 @@ def test_no_output_replaces_what_is_read_or_another_output(run, digits, tmp_path
         ([*made, codes, "--csv", "link.lvcodes"], "--out writes the same file"),
         (["search", run, "--codes", codes, "--query", "part-1.beton", "--csv", codes], "this file is read"),
         (["search", run, "--codes", codes, "--query", "part-1.beton", "--page", "part-1.beton"], "is read"),
+        ([*made, "new", "--csv", "part-1.beton.json"], "--csv part-1.beton.json: this file is read"),
+        (["encode", run, "--images", "list.txt", "--out", "new", "--csv", "list.txt"], "this file is read"),
+        (
+            ["encode", run, "--images", "in", "--out", "new", "--csv", "in/a.png"],
+            "in/a.png: exists and isn't a",
+        ),
+        *(
+            [(["encode", run, "--images", "in", "--out", "new", "--faiss", "in/a.png"], "isn't an index")]
+            if importlib.util.find_spec("faiss")
+            else []
+        ),
+        ([*made, "new", "--csv", "new.uncertainty"], "--out writes the same file"),
+        ([*made, "new", "--csv", "new.quantiser"], "--out writes the same file"),
+        ([*made, "new", "--csv", "pipe"], "pipe: is not a regular file"),
+        ([*made, "pipe"], "pipe: is not a regular file"),
+        (
+            ["search", run, "--codes", codes, "--query", "in", "--page", "list.txt"],
+            "list.txt: exists and isn't",
+        ),
+        (
+            ["search", run, "--codes", codes, "--query", "in", "--csv", f"{codes}.uncertainty"],
+            "exists and isn't",
+        ),
     ]:
         assert lvssl(*arguments) == 2, arguments
         error = capsys.readouterr().err
         assert error.startswith("error: ") and said in error and error.count("\n") == 1, error
     (tmp_path / "link.lvcodes").unlink()
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    for again in range(2):  # an earlier result of the same kind is replaced
+        Path("part-1.beton.json").unlink(missing_ok=True)
+        assert lvssl(*made, codes, "--csv", "a.csv") == 0, again
+        search = ["search", run, "--codes", codes, "--query", "part-1.beton"]
+        paged = ["--page", "a.html", "--images", "part-1.beton", "--k", 1]
+        assert lvssl(*search, "--csv", "a.csv") == 0 and lvssl(*search, *paged) == 0
     Path("empty").touch()  # as mktemp makes it
     assert lvssl(*made, "empty") == 0 and open_codes(Path("empty")).count == open_codes(codes).count
 

@@ -4,9 +4,11 @@ import json
 import math
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +40,15 @@ def test_two_that_write_the_same_file_at_once_do_not_meet(tmp_path):
         assert path.read_bytes() == b"all of the other"
     assert path.read_bytes() == b"the first half, and the second"
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path):
+    """Root could: nothing would be printed any more on a machine whose /dev/stdout is a file."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/stdout"), Path("/dev/null")):
+        with pytest.raises(OSError, match="is not a regular file"):
+            write_atomically(path, b"text")
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode) and os.listdir(tmp_path) == ["pipe"]
 
 
 def test_what_a_kill_left_is_removed_by_the_next_process_and_what_is_being_written_is_not(tmp_path):
