@@ -41,13 +41,11 @@ from lvssl.evaluation.encoder import (
 )
 from lvssl.evaluation.fitted import TrainingEmbeddings, TrainingImages
 from lvssl.evaluation.quantisers import (
-    beside as beside_codes,
-)
-from lvssl.evaluation.quantisers import (
     chosen_code,
     code_of_length,
     keep_quantiser,
     own_bits,
+    quantiser_beside,
     quantiser_of,
     require_faiss,
 )
@@ -186,7 +184,7 @@ def require_outputs(outputs: dict[str, Path | None], inputs: Iterable[Path | Non
         kind, starts = KINDS[option]
         if not begins_with(path, starts):
             raise InputError(f"{option} {path}: exists and isn't {kind}; choose another")
-        beside = [table_path(path, table) for table in (MEANS, UNCERTAINTY)] + [beside_codes(path)]
+        beside = [table_path(path, table) for table in (MEANS, UNCERTAINTY)] + [quantiser_beside(path)]
         written |= {one.resolve(): option for one in (path, *(beside if option == "--out" else []))}
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lvssl.codes.controls import WORDS
-from lvssl.codes.file import CodeFile, CodeFileError
+from lvssl.codes.file import CodeFile, CodeFileError, beside
 from lvssl.codes.quantiser import FITS, Quantiser
 from lvssl.evaluation.fitted import FittedOn, Origin, keep, kept
 from lvssl.runs.run import Run, image_count
@@ -16,6 +16,7 @@ from lvssl.settings.pretrain import choice
 from pipelines.errors import InputError
 
 CODES = ("auto", *FITS)
+QUANTISER = "quantiser"  # ending of the file beside the codes
 
 
 def own_bits(run: Run) -> int:
@@ -133,20 +134,22 @@ def stored_quantiser(run: Origin, codes: CodeFile) -> Quantiser | None:
     if codes.quantiser is None:
         return None
     path = quantiser_path(run, codes.quantiser["code"], codes.bits)
-    for place in (path, beside(codes.path)):
+    places = path, beside(codes.path, QUANTISER)
+    for place in places:
         arrays = kept(place, run, {"bits": codes.bits})
         quantiser = Quantiser(**arrays) if arrays else None
         if quantiser is not None and quantiser.digest == codes.quantiser["sha256"]:
             return quantiser
     raise CodeFileError(
-        f"{codes.path}: its quantiser is no longer {path}; encode the images again, or restore that file"
+        f"{codes.path}: its quantiser is neither {places[0]} nor {places[1]}; encode the images again, or "
+        "restore one of these files"
     )
 
 
 def keep_quantiser(run: Origin, codes: CodeFile, quantiser: Quantiser | None) -> None:
     """Write the quantiser that made the codes beside them if the run's folder couldn't keep it; otherwise
     remove the one that earlier codes have left there."""
-    path = beside(codes.path)
+    path = quantiser_beside(codes.path)
     path.unlink(missing_ok=True)
     try:
         stored_quantiser(run, codes)
@@ -155,9 +158,9 @@ def keep_quantiser(run: Origin, codes: CodeFile, quantiser: Quantiser | None) ->
         keep(path, asdict(quantiser), run, {"code": codes.quantiser["code"], "bits": codes.bits})
 
 
-def beside(codes: Path) -> Path:
-    """Where the quantiser of a code file is if the run's folder isn't writable."""
-    return codes.with_name(f"{codes.name}.quantiser")
+def quantiser_beside(codes: Path) -> Path:
+    """Where the quantiser of a code file is written if the run's folder isn't writable."""
+    return codes.with_name(f"{codes.name}.{QUANTISER}")
 
 
 def stored_quantisers(run: Run) -> list[Path]:

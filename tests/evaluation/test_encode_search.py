@@ -295,7 +295,7 @@ def test_codes_of_another_quantiser_are_not_compared(run, pictures, tmp_path):
         next(search(SearchSettings(run, b, codes=a)))
     assert lvssl("encode", run, "--images", pictures, "--out", b, "--bits", 8, "--code", "pca",
                  "--train", pictures) == 0  # fmt: skip
-    with pytest.raises(CodeFileError, match="a.lvcodes: its quantiser is no longer"):
+    with pytest.raises(CodeFileError, match="a.lvcodes: its quantiser is neither"):
         next(search(SearchSettings(run, pictures, codes=a)))
 
 
@@ -309,6 +309,13 @@ def test_codes_of_a_run_that_cannot_be_written_are_found_again(options, run, pic
     assert lvssl(*encoded) == 0
     assert "quantisers/" in capsys.readouterr().err
     first = next(search(SearchSettings(theirs, pictures, codes=out, k=3)))
+    linked = tmp_path / "elsewhere" / "b.lvcodes"
+    linked.parent.mkdir()
+    linked.symlink_to(out)
+    assert next(search(SearchSettings(theirs, pictures, codes=linked, k=3))) == first  # with uncertainties
+    shutil.copy(out, tmp_path / "alone.lvcodes")
+    with pytest.raises(CodeFileError, match=r"nor \S+/alone.lvcodes.quantiser; encode"):
+        next(search(SearchSettings(theirs, pictures, codes=tmp_path / "alone.lvcodes")))
     (theirs / "quantisers").unlink()
     assert lvssl(*encoded) == 0 and not (tmp_path / "a.lvcodes.quantiser").exists()
     assert next(search(SearchSettings(theirs, pictures, codes=out, k=3))) == first
