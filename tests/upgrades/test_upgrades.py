@@ -113,7 +113,7 @@ def test_what_another_version_has_written_is_refused_by_name_or_made_anew(made, 
     with pytest.raises(CodeFileError, match="codes.index: format version 2.*save the index again"):
         Index.open(made / "codes.index")
     relabelled(made / "run/quantisers/itq-16.safetensors", "version", "2")
-    with pytest.raises(CodeFileError, match="no longer .*itq-16.safetensors; encode the images again"):
+    with pytest.raises(CodeFileError, match="neither .*itq-16.safetensors nor .*; encode the images again"):
         stored_quantiser(run, open_codes(path))
     monkeypatch.setattr(embedding, "VERSION", 2)
     embedded(run, open_reader(made / "set.beton"))
