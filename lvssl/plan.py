@@ -28,6 +28,7 @@ from lvssl.models.backbone import BLOCKS
 from lvssl.models.device import pick_device
 from lvssl.models.network import LVNet
 from lvssl.models.utilisation import PEAK_FLOPS, operations, worth_compiling
+from lvssl.settings.fields import flag
 from lvssl.settings.pretrain import (
     LatentSettings,
     ModelSettings,
@@ -203,9 +204,7 @@ def require_memory(settings: PretrainSettings, ranks: int = 1) -> None:
     tried.append(dataclasses.replace(plan, backbone="small", resolution=min(64, plan.resolution)))
     fitting = [other for other in tried if host_need(other) < free]
     options = [
-        " ".join(
-            f"--{n.replace('_', '-')} {getattr(o, n)}" for n in CHANGES if getattr(o, n) != getattr(plan, n)
-        )
+        " ".join(f"{flag(n)} {getattr(o, n)}" for n in CHANGES if getattr(o, n) != getattr(plan, n))
         for o in fitting
     ]
     said = (

@@ -7,6 +7,9 @@ import warnings
 # decode although libjpeg-turbo warns of damage (such as extraneous bytes); then Pillow's pixels are used.
 ON_ERROR = ("raise", "skip", "keep")
 
+# Said of an argument, which the shell leaves empty if a variable in it is unset.
+IS_EMPTY = "is empty: give a value, or leave it out (is a variable of the shell unset?)"
+
 
 class InputError(ValueError):
     """Bad input or settings. The message names the file, field or index, and says what to do."""

@@ -52,25 +52,26 @@ def launch(
         raise InputError(f"unknown --cluster {cluster!r}; known: {', '.join(CLUSTERS)}")
     pipeline = read_pipeline(file, starts, preset)
     stages = build_stages(pipeline)
-    require_used(pipeline, works := plan(pipeline.out, stages))
     if dry_run:
-        print(describe(pipeline, stages, works, cluster, sizes, gpu_hours))
+        print(describe(pipeline, stages, checked_plan(pipeline, stages), cluster, sizes, gpu_hours))
         return 0
     with claimed(pipeline.out):
-        works = plan(pipeline.out, stages)
+        works = checked_plan(pipeline, stages)
         if cluster == "slurm":
             return submit_chain(pipeline, works, preset)
         return run_here(pipeline, works, preset, cluster)
 
 
-def require_used(pipeline: Pipeline, works: list[Work]) -> None:
-    """Raise InputError for a setting without effect, unless the pretraining is begun."""
+def checked_plan(pipeline: Pipeline, stages: list[Stage]) -> list[Work]:
+    """As `plan`. Raises InputError for a setting without effect, unless the pretraining is begun."""
+    works = plan(pipeline.out, stages)
     (tasks,) = (work.tasks for work in works if work.stage.name == "pretrain")
     if any(task.run and not (task.run / "config.json").exists() for task in tasks):
         try:
             pipeline.stages["pretrain"].points[0].settings.require_used()
         except InputError as error:
             raise InputError(f"{pipeline.file}: [pretrain] {error}") from error
+    return works
 
 
 def as_launched(file: Path, starts: Starts) -> tuple[Pipeline, str | None]:

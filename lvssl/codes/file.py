@@ -109,13 +109,13 @@ def open_uncertainty(codes: CodeFile) -> np.ndarray:
 
 def stored_uncertainty(codes: CodeFile) -> np.ndarray | None:
     """As `open_uncertainty`; None if no uncertainties are stored beside the codes."""
-    return open_uncertainty(codes) if beside(codes.path, UNCERTAINTY.ending).exists() else None
+    return open_uncertainty(codes) if found_beside(codes.path, UNCERTAINTY.ending).exists() else None
 
 
 def open_table(codes: CodeFile, table: Table) -> np.ndarray:
     """Map a table that lies beside the codes, [count, dim]. Raises CodeFileError if it is missing, truncated,
     damaged, or belongs to other codes."""
-    path, dtype = beside(codes.path, table.ending), np.dtype(table.dtype)
+    path, dtype = found_beside(codes.path, table.ending), np.dtype(table.dtype)
     if not path.exists():
         raise CodeFileError(f"{path}: no such file; {table.made_by} writes it next to the codes")
     header = read_block(path, table.magic, f"file of {table.ending}")
@@ -133,17 +133,15 @@ def open_table(codes: CodeFile, table: Table) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r", offset=ROWS_AT, shape=(count, dim))
 
 
-def beside(codes: Path, ending: str) -> Path:
+def path_beside(codes: Path, ending: str) -> Path:
+    """Where a file beside the codes is written."""
+    return codes.with_name(f"{codes.name}.{ending}")
+
+
+def found_beside(codes: Path, ending: str) -> Path:
     """The file to read beside the codes: next to what a link leads to, if there is none next to the link."""
-    path = codes.with_name(f"{codes.name}.{ending}")
-    if codes.is_symlink() and not path.exists():
-        codes = codes.resolve()
-        path = codes.with_name(f"{codes.name}.{ending}")
-    return path
-
-
-def table_path(codes: Path, table: Table) -> Path:
-    return codes.with_name(f"{codes.name}.{table.ending}")
+    path = path_beside(codes, ending)
+    return path_beside(codes.resolve(), ending) if codes.is_symlink() and not path.exists() else path
 
 
 def require_checkpoint(codes: CodeFile, digest: str) -> None:

@@ -29,7 +29,7 @@ from lvssl.codes.file import (
     Table,
     encode_name,
     header_block,
-    table_path,
+    path_beside,
 )
 from pipelines.files import sync, sync_folder, why_unwritten
 from pipelines.kernels.pack import packed_bytes
@@ -199,7 +199,7 @@ class CodeWriter:
             fields = {"version": VERSION, "dim": dim, "count": self.count, "rows_sha256": digest}
             file.seek(0)
             file.write(header_block(table.magic, fields))
-        finals = [self.path, None, *(table_path(self.path, table) for table in self.tables)]
+        finals = [self.path, None, *(path_beside(self.path, table.ending) for table in self.tables)]
         for part, file, final in reversed(list(zip(self.parts, self.files, finals))):  # the codes last
             sync(file)
             if final is None:

@@ -1,14 +1,13 @@
 """Commands that use a trained run: codes, searches, curation of a data set, export for other libraries."""
 
 import itertools
-import shlex
 
 from lvssl.commands.arguments import asks_for_help, parse
 
 
 def encode(arguments: list[str]) -> None:
     from lvssl.settings.apply import EncodeSettings
-    from lvssl.settings.fields import as_word, options
+    from lvssl.settings.fields import options, shell_line
     from pipelines.errors import InputError
 
     if "--images" not in {word.partition("=")[0] for word in arguments} and not asks_for_help(arguments):
@@ -29,8 +28,7 @@ def encode(arguments: list[str]) -> None:
         print(written)
         return
     elsewhere = options({"codes": settings.out} if settings.out else {})
-    following = shlex.join(["lvssl", "search", as_word(settings.run), *elsewhere, "--query"])
-    print(f"{written}; next: {following} IMAGE")
+    print(f"{written}; next: {shell_line('lvssl', 'search', settings.run, *elsewhere, '--query')} IMAGE")
 
 
 def search(arguments: list[str]) -> None:

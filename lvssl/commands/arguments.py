@@ -48,7 +48,7 @@ def refuse_empty(arguments: list[str], texts: Collection[str]) -> None:
 
     `--out "$OUT"` is empty if there is no such variable, and `Path("")` would be the current folder.
     """
-    from pipelines.errors import InputError
+    from pipelines.errors import IS_EMPTY, InputError
 
     for before, word in pairwise(["", *arguments]):
         option, equals, value = word.partition("=")
@@ -57,18 +57,18 @@ def refuse_empty(arguments: list[str], texts: Collection[str]) -> None:
         option = option or before
         if option not in texts:
             name = option if option.startswith("--") else "an argument"
-            raise InputError(
-                f"{name} is empty: give a value, or leave it out (is a variable of the shell unset?)"
-            )
+            raise InputError(f"{name} {IS_EMPTY}")
 
 
 def text_options(kind: Any) -> Iterator[str]:
     """Yield the options of settings whose value is any text, such as --prefix."""
+    from lvssl.settings.fields import flag
+
     for name, of_field in get_type_hints(kind).items():
         if dataclasses.is_dataclass(of_field):
             yield from text_options(of_field)
         elif str in (of_field, *get_args(of_field)):
-            yield "--" + name.replace("_", "-")
+            yield flag(name)
 
 
 def asks_for_help(arguments: list[str]) -> bool:

@@ -11,22 +11,13 @@ from lvssl.commands.arguments import parse
 def chain_starts() -> dict[str, Callable[[str | None], Any]]:
     """Map each stage with settings to a function from a preset's name, or None, to the initial settings."""
     from lvssl.settings import stages
+    from lvssl.settings.measure import AnalyseSettings, EvaluateSettings
     from lvssl.settings.pretrain import PretrainSettings, preset
-
-    def evaluation(_: str | None) -> Any:
-        from lvssl.settings.measure import EvaluateSettings
-
-        return EvaluateSettings(Path())
-
-    def analysis(_: str | None) -> Any:
-        from lvssl.settings.measure import AnalyseSettings
-
-        return AnalyseSettings(Path())
 
     return {
         "pretrain": lambda name: preset(name) if name else PretrainSettings(),
-        "evaluate": evaluation,
-        "analyse": analysis,
+        "evaluate": lambda _: EvaluateSettings(Path()),
+        "analyse": lambda _: AnalyseSettings(Path()),
         "linear": lambda name: stages.start_from(stages.LinearSettings, name),
         "knn": lambda name: stages.start_from(stages.KnnSettings, name),
         "finetune": lambda name: stages.start_from(stages.FinetuneSettings, name),

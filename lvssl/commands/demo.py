@@ -1,7 +1,6 @@
 """A demonstration of everything on real images, in minutes: convert, pretrain, evaluate, report."""
 
 import dataclasses
-import shlex
 import shutil
 import sys
 import time
@@ -17,6 +16,7 @@ from lvssl.evaluation.codes import encode
 from lvssl.evaluation.evaluate import evaluate, print_table
 from lvssl.report.page import conclusion, write_report
 from lvssl.settings.apply import EncodeSettings
+from lvssl.settings.fields import shell_line
 from lvssl.settings.measure import AnalyseSettings, EvaluateSettings
 from lvssl.settings.pretrain import PretrainSettings, preset
 from lvssl.settings.start import DemoSettings
@@ -64,10 +64,10 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     opened = open_codes(codes)
     print(f"\ncodes    {codes}: {opened.count} images, {opened.bits // 8} bytes each")
     lvssl = "lvssl" if shutil.which("lvssl") else str(Path(sys.executable).with_name("lvssl"))
-    print("search  ", shlex.join([lvssl, "search", str(run), "--query", str(query)]))
+    print("search  ", shell_line(lvssl, "search", run, "--query", query))
     print(f"results  {run / 'evaluation.json'}")
     print(f"page     {page.resolve()}")
-    more = [shlex.join([lvssl, stage, str(run)]) for stage in ("compression", "report")]
+    more = [shell_line(lvssl, stage, run) for stage in ("compression", "report")]
     print(f"more     {'; '.join(more)}")
     print(f"({time.monotonic() - started:.0f} s)")
     return evaluation

@@ -1,7 +1,6 @@
 """Commands that measure a run, and the page that shows the results."""
 
 import importlib
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,12 +61,12 @@ def evaluate(arguments: list[str]) -> None:
 def say_written(settings: Any, name: str) -> None:
     """Print where a result was written, and the command that shows it."""
     from lvssl.runs.result import result_folder
-    from lvssl.settings.fields import as_word, options
+    from lvssl.settings.fields import options, shell_line
 
     elsewhere = options({"out": settings.out} if settings.out else {})
     print(
         f"written: {result_folder(settings) / name}; next:",
-        shlex.join(["lvssl", "report", as_word(settings.run), *elsewhere]),
+        shell_line("lvssl", "report", settings.run, *elsewhere),
     )
 
 

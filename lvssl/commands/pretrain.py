@@ -1,7 +1,6 @@
 """`lvssl pretrain`."""
 
 import argparse
-import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from lvssl.commands.arguments import asks_for_help, parse
 
 
 def pretrain(arguments: list[str]) -> int:
-    from lvssl.settings.fields import as_word
+    from lvssl.settings.fields import shell_line
     from lvssl.settings.pretrain import PRESETS, PretrainSettings, preset
     from pipelines.datasets.parts import are_there, is_by_name
     from pipelines.decode import DamagedSample
@@ -82,9 +81,8 @@ def pretrain(arguments: list[str]) -> int:
         raise InputError(f"{error}; pass {resumed}--on-error skip to leave out such images") from error
     if not world_of().first:
         return 0
-    name = shlex.quote(as_word(out))
-    following = f"lvssl encode {name} --images {shlex.quote(as_word(data))}"
+    following = shell_line("lvssl", "encode", out, "--images", data)
     if read_config(out)[1] > 1:  # there are labels
-        following += f", or with labelled test images lvssl evaluate {name} --test TEST"
+        following += f", or with labelled test images {shell_line('lvssl', 'evaluate', out)} --test TEST"
     print(f"{out}: done; next: {following}")
     return 0

@@ -92,8 +92,8 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
         work.update()
         rows += rows_of_points(name, model.settings.seed, points)
         if model is run:
-            result["bits"], chosen = bits(own, test_outputs, class_names(train))
-            write_atomically(written.file_beside(), pictures(own, run, sampling, chosen))
+            result["bits"], used, shown = bits(own, test_outputs, class_names(train))
+            write_atomically(written.file_beside(), pictures(own, run, sampling, used, shown))
         work.update()
     result = written.write(result)
     work.update()
@@ -104,9 +104,11 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
 # Bits -----------------------------------------------------------------------------------------------------
 
 
-def bits(sets: Sets, test: NetworkOutputs, names: list[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the analysis of single bits against the classes, and what `pictures` shows of the most
-    informative ones."""
+def bits(
+    sets: Sets, test: NetworkOutputs, names: list[str]
+) -> tuple[dict[str, Any], np.ndarray, dict[str, Any]]:
+    """Return the analysis of single bits against the classes; the test images that `pictures` shows of the
+    most informative ones; and what is told of these."""
     labels, classes = sets.test_labels, np.unique(sets.test_labels)
     values = test.mean if test.mean.shape == test.bits.shape else test.bits
     information = mutual_information(test.bits, labels)
@@ -144,19 +146,17 @@ def bits(sets: Sets, test: NetworkOutputs, names: list[str]) -> tuple[dict[str, 
     off, on = ranking[:, :SHOWN_IMAGES], ranking[:, ::-1][:, :SHOWN_IMAGES]
     used = np.unique(np.concatenate([off.ravel(), on.ravel()]))
     places = {"on": np.searchsorted(used, on), "off": np.searchsorted(used, off)}
-    chosen = {"rows": used, "labels": labels[used], "class_names": np.array(names), "bits": shown} | places
-    return summary, chosen
+    return summary, used, {"labels": labels[used], "class_names": np.array(names), "bits": shown} | places
 
 
-def pictures(sets: Sets, run: Run, sampling: Sampling, chosen: dict[str, np.ndarray]) -> bytes:
+def pictures(sets: Sets, run: Run, sampling: Sampling, used: np.ndarray, shown: dict[str, Any]) -> bytes:
     """Return bits.npz: for each bit, the test images where it is most confidently on, and off, as people are
     shown images (`picture_view`)."""
-    source, rows = sets.sources[1], sets.test_rows[chosen["rows"]]
+    source, rows = sets.sources[1], sets.test_rows[used]
     view = picture_view(run.settings.view, sides_of(source, rows))
     crops = evaluation_crops(source, view, rows, Replacements(source, run.on_error(sampling.on_error)))
-    arrays: dict[str, Any] = {name: array for name, array in chosen.items() if name != "rows"}
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, images=crops, **arrays)
+    np.savez_compressed(buffer, images=crops, **shown)
     return buffer.getvalue()
 
 

@@ -14,7 +14,7 @@ from lvssl.codes.file import (
     CodeFile,
     open_codes,
     open_uncertainty,
-    table_path,
+    path_beside,
 )
 from lvssl.codes.index import write_faiss
 from lvssl.evaluation.density import density_of
@@ -41,11 +41,11 @@ from lvssl.evaluation.encoder import (
 )
 from lvssl.evaluation.fitted import TrainingEmbeddings, TrainingImages
 from lvssl.evaluation.quantisers import (
+    QUANTISER,
     chosen_code,
     code_of_length,
     keep_quantiser,
     own_bits,
-    quantiser_beside,
     quantiser_of,
     require_faiss,
 )
@@ -94,7 +94,7 @@ def encode(settings: EncodeSettings) -> Path:
     )
     encoder = of_embeddings(settings, out) if foreign else of_images(settings, out)
     if encoder.density is None:  # the file that an earlier call left may be of other images
-        table_path(out, UNCERTAINTY).unlink(missing_ok=True)
+        path_beside(out, UNCERTAINTY.ending).unlink(missing_ok=True)
     codes = open_codes(out)
     keep_quantiser(encoder.run if isinstance(encoder, Encoder) else encoder.known, codes, encoder.quantiser)
     if settings.csv:
@@ -184,7 +184,7 @@ def require_outputs(outputs: dict[str, Path | None], inputs: Iterable[Path | Non
         kind, starts = KINDS[option]
         if not begins_with(path, starts):
             raise InputError(f"{option} {path}: exists and isn't {kind}; choose another")
-        beside = [table_path(path, table) for table in (MEANS, UNCERTAINTY)] + [quantiser_beside(path)]
+        beside = [path_beside(path, ending) for ending in (MEANS.ending, UNCERTAINTY.ending, QUANTISER)]
         written |= {one.resolve(): option for one in (path, *(beside if option == "--out" else []))}
 
 

@@ -11,7 +11,6 @@ memory-mapped.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -55,6 +54,7 @@ from lvssl.runs.identity import describe_set
 from lvssl.runs.labels import numbered_as, say_notes
 from lvssl.runs.run import Run, load_run
 from lvssl.settings.apply import CurateSettings
+from lvssl.settings.fields import flag
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.decode import Reader, open_reader
 from pipelines.errors import InputError
@@ -129,7 +129,7 @@ def curate(settings: CurateSettings) -> Curation:
         raise InputError("--crops compares pixels, which --pixels 0 leaves out: leave out one of them")
     for name in ("top_n", "subset", "workers"):
         if getattr(settings, name) < 0:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(settings, name)}")
+            raise InputError(f"{flag(name)} must be at least 0, got {getattr(settings, name)}")
     given = settings.run
     foreign = is_embeddings(given)
     out = settings.out or (given.with_name(f"{given.stem}-curate") if given.is_file() else given / "curate")
@@ -242,9 +242,8 @@ def embedded(
     """Return the set's embedding from `out`, after writing it there if it doesn't exist yet."""
     run, names, file = encoder.run, names_of(source, path), out / f"{title}.lvcodes"
     on_error = run.on_error(settings.on_error)
-    unlabelled = copy.copy(source)
-    unlabelled.labels = np.full(len(source), -1)  # corrected labels leave the embeddings as they are
-    of = f"{describe_set(unlabelled)['digest']} {encoder.density and encoder.density.digest}"
+    digest = describe_set(source, labelled=False)["digest"]  # corrected labels leave embeddings as they are
+    of = f"{digest} {encoder.density and encoder.density.digest}"
     if settings.overwrite or not stands(file, run, source, names, of, on_error, settings.workers):
         width, side = run.network.feature_dim, min(SIDE, run.settings.view.resolution)
         origin = identity(encoder, path, names, on_error)

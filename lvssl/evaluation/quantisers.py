@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lvssl.codes.controls import WORDS
-from lvssl.codes.file import CodeFile, CodeFileError, beside
+from lvssl.codes.file import CodeFile, CodeFileError, found_beside, path_beside
 from lvssl.codes.quantiser import FITS, Quantiser
 from lvssl.evaluation.fitted import FittedOn, Origin, keep, kept
 from lvssl.runs.run import Run, image_count
@@ -16,7 +16,7 @@ from lvssl.settings.pretrain import choice
 from pipelines.errors import InputError
 
 CODES = ("auto", *FITS)
-QUANTISER = "quantiser"  # ending of the file beside the codes
+QUANTISER = "quantiser"  # ending of the file beside the codes if the run's folder isn't writable
 
 
 def own_bits(run: Run) -> int:
@@ -134,7 +134,7 @@ def stored_quantiser(run: Origin, codes: CodeFile) -> Quantiser | None:
     if codes.quantiser is None:
         return None
     path = quantiser_path(run, codes.quantiser["code"], codes.bits)
-    places = path, beside(codes.path, QUANTISER)
+    places = path, found_beside(codes.path, QUANTISER)
     for place in places:
         arrays = kept(place, run, {"bits": codes.bits})
         quantiser = Quantiser(**arrays) if arrays else None
@@ -149,18 +149,13 @@ def stored_quantiser(run: Origin, codes: CodeFile) -> Quantiser | None:
 def keep_quantiser(run: Origin, codes: CodeFile, quantiser: Quantiser | None) -> None:
     """Write the quantiser that made the codes beside them if the run's folder couldn't keep it; otherwise
     remove the one that earlier codes have left there."""
-    path = quantiser_beside(codes.path)
+    path = path_beside(codes.path, QUANTISER)
     path.unlink(missing_ok=True)
     try:
         stored_quantiser(run, codes)
     except CodeFileError:
         assert codes.quantiser is not None and quantiser is not None
         keep(path, asdict(quantiser), run, {"code": codes.quantiser["code"], "bits": codes.bits})
-
-
-def quantiser_beside(codes: Path) -> Path:
-    """Where the quantiser of a code file is written if the run's folder isn't writable."""
-    return codes.with_name(f"{codes.name}.{QUANTISER}")
 
 
 def stored_quantisers(run: Run) -> list[Path]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +43,7 @@ from lvssl.report.verdict import (
 from lvssl.runs.result import read_result
 from lvssl.runs.rows import are_rows, by_point, stored_as
 from lvssl.runs.run import read_config
-from lvssl.settings.fields import as_word, flat, options
+from lvssl.settings.fields import flat, options, shell_line
 from lvssl.settings.presets import command
 from lvssl.settings.pretrain import PretrainSettings
 from pipelines.datasets.recognise import set_name
@@ -149,7 +148,7 @@ def commands_of(
     """Return the commands for the stages of this run."""
     stages = {
         "pretrain": command("pretrain", replace(settings, out=run_dir)),
-        "report": shlex.join(["lvssl", "report", as_word(run_dir), *options({"out": out} if out else {})]),
+        "report": shell_line("lvssl", "report", run_dir, *options({"out": out} if out else {})),
     }
     return stages | {name: str(found["command"]) for name, found in measured.items() if found.get("command")}
 
@@ -340,14 +339,11 @@ def missing(
     `unlabelled`, list what else the run is good for."""
     if unlabelled is not None:
         uses = {
-            "a code and an uncertainty for each image": ["encode", "--images", as_word(unlabelled)],
+            "a code and an uncertainty for each image": ["encode", *options({"images": unlabelled})],
             "the images nearest to a query": ["search", "--query", "IMAGE", "--page", "search.html"],
             "near-duplicates, outliers, a diverse subset": ["curate"],
         }
-        return [
-            (what, shlex.join(["lvssl", name, as_word(run_dir), *rest]))
-            for what, (name, *rest) in uses.items()
-        ]
+        return [(what, shell_line("lvssl", name, run_dir, *rest)) for what, (name, *rest) in uses.items()]
     parts = {
         "evaluate": "results, neighbours, the most and least certain images",
         "compression": "accuracy against bits stored, next to controls of equal length",
@@ -355,7 +351,7 @@ def missing(
     }
     absent = [stage for stage in parts if not measured[stage]]
     elsewhere = options({"out": out} if out else {})
-    return [(parts[stage], shlex.join(["lvssl", stage, as_word(run_dir), *elsewhere])) for stage in absent]
+    return [(parts[stage], shell_line("lvssl", stage, run_dir, *elsewhere)) for stage in absent]
 
 
 def commands_section(commands: dict[str, str], absent: list[tuple[str, str]], labels: bool) -> str:

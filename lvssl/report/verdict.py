@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from lvssl.report.template import finite
 from lvssl.runs.differences import interval, strongest
 from lvssl.runs.rows import FOREIGN, Row, by_point
-from lvssl.settings.fields import as_word
+from lvssl.settings.fields import shell_line
 
 
 @dataclass(frozen=True)
@@ -129,8 +128,8 @@ def best_code(code: list[Comparison], bits: int, control: str) -> str:
     if not behind:
         return f"use the run's own {bits:,}-bit code" if code else ""
     folder, here = Path(control), Path.cwd()
-    shown = as_word(folder.relative_to(here) if folder.is_relative_to(here) else folder)
-    typed = f" (lvssl encode {shlex.quote(shown)} --images DIR --bits {bits} --code "
+    shown = folder.relative_to(here) if folder.is_relative_to(here) else folder
+    typed = f" ({shell_line('lvssl', 'encode', shown)} --images DIR --bits {bits} --code "
     taken = [
         f"{method} for {' and '.join(measures)}" + (f"{typed}{ENCODED[method]})" if method in ENCODED else "")
         for method, measures in behind.items()

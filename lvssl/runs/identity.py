@@ -20,10 +20,12 @@ from pipelines.formats import jpeg
 SAMPLED = 256  # images, each of which takes one read of a file
 
 
-def describe_set(source: Reader, order: str = "random") -> dict[str, Any]:
+def describe_set(source: Reader, order: str = "random", labelled: bool = True) -> dict[str, Any]:
     """Return {"images", "classes" (names, or None), "digest"} of a set, as plain JSON values; with the
-    `order` quasi-random, which goes by storage blocks, also their digest, "blocks"."""
-    digest = hashlib.sha256(np.ascontiguousarray(source.labels, np.int64).tobytes())
+    `order` quasi-random, which goes by storage blocks, also their digest, "blocks". Unless `labelled`, the
+    digest is that of the same images without labels."""
+    labels = source.labels if labelled else np.full(len(source), -1)
+    digest = hashlib.sha256(np.ascontiguousarray(labels, np.int64).tobytes())
     for index in evenly_spaced(len(source), SAMPLED).tolist():
         digest.update(_content(source, index))
     told = {"images": len(source), "classes": source.classes, "digest": digest.hexdigest()}

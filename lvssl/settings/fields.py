@@ -65,7 +65,7 @@ def require_finite(settings: Any) -> None:
     for s in all_settings(settings):
         for value in s.value if isinstance(s.value, tuple) else (s.value,):
             if isinstance(value, float) and not math.isfinite(value):
-                raise InputError(f"--{s.option.replace('_', '-')} must be a finite number, got {value}")
+                raise InputError(f"{flag(s.option)} must be a finite number, got {value}")
 
 
 def without_effect(settings: Any, needed: Mapping[str, str], where: str = "") -> str:
@@ -73,8 +73,8 @@ def without_effect(settings: Any, needed: Mapping[str, str], where: str = "") ->
     none. `needed`: the option that would give it one, by the setting's option."""
     for setting in all_settings(settings):
         if setting.option in needed and setting.value != setting.default:
-            option = f"--{setting.option.replace('_', '-')}"
-            return f"{option} has no effect{where}: leave it out, or pass {needed[setting.option]}"
+            said = f"{flag(setting.option)} has no effect{where}"
+            return f"{said}: leave it out, or pass {needed[setting.option]}"
     return ""
 
 
@@ -131,13 +131,22 @@ def options(given: Mapping[str, Any]) -> list[str]:
     """Return settings as words of a command line."""
     words: list[str] = []
     for name, value in given.items():
-        option = name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
+            words.append(flag(name if value else f"no_{name}"))
         else:
             values = value if isinstance(value, list | tuple) else (value,)
-            words += [f"--{option}", *map(as_word, values)]
+            words += [flag(name), *map(as_word, values)]
     return words
+
+
+def flag(name: str) -> str:
+    """Return a setting's option as it is typed: top_n -> --top-n."""
+    return "--" + name.replace("_", "-")
+
+
+def shell_line(*words: Any) -> str:
+    """Join words into a line for a shell; see `as_word`."""
+    return shlex.join(map(as_word, words))
 
 
 def as_word(value: Any) -> str:

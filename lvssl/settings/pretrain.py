@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lvssl.settings.fields import RUNTIME, ReadsImages, require_finite, without_effect
+from lvssl.settings.fields import RUNTIME, ReadsImages, flag, require_finite, without_effect
 from pipelines.decode import SOURCES
 from pipelines.errors import ON_ERROR, InputError
 from pipelines.views import ViewSettings
@@ -436,7 +436,7 @@ class PretrainSettings(ReadsImages):
 def require(ok: bool, name: str, value: object, wanted: str) -> None:
     """Raise InputError unless `ok` is true; comparisons with NaN never are."""
     if not ok:
-        raise InputError(f"--{name.replace('_', '-')} must be {wanted}, got {value}")
+        raise InputError(f"{flag(name)} must be {wanted}, got {value}")
 
 
 def at_least(settings: object, **lowest: float) -> None:

@@ -43,7 +43,7 @@ from pipelines.convert.conversion import ConvertOptions, OutputOptions, Settings
 from pipelines.convert.store import LINE_ART
 from pipelines.datasets.opening import SPLITS
 from pipelines.datasets.parts import unquoted
-from pipelines.errors import ON_ERROR, InputError, hide_decoders_warnings
+from pipelines.errors import IS_EMPTY, ON_ERROR, InputError, hide_decoders_warnings
 from pipelines.formats import jpeg, turbojpeg
 from pipelines.formats.webdataset import IMAGES_PER_TAR
 from pipelines.output import run
@@ -258,7 +258,7 @@ def execute(argv: list[str] | None) -> int:
     for name, value in vars(args).items():
         if value == "":  # an unset variable of the shell; as a path, it would be the current folder
             named = {"source": "SOURCE", "out": "OUT.beton"}.get(name, f"--{name.replace('_', '-')}")
-            p.error(f"{named} is empty: give a value, or leave it out (is a variable of the shell unset?)")
+            p.error(f"{named} {IS_EMPTY}")
     asked = any(getattr(args, name) for name in OTHER_TASKS)
     if asked and args.source is not None:
         p.error(f"{args.source}: --merge, --verify and --inspect take a single file and no SOURCE")
