@@ -10,7 +10,7 @@ import sys
 from typing import Any
 from unittest.mock import patch
 
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 
 from benchmarks.gpu_stages import exact
 from benchmarks.gpu_stages.case import Setup
@@ -24,13 +24,13 @@ MODULES = (augment_kernels, crop_kernels, fused_triton, loss_kernels, noise_trit
 
 
 def main() -> None:
-    launched, run = set(), InterpretedFunction.run
+    launched, run = set(), GridExecutor.__call__
 
-    def seen(kernel: Any, *args: Any, **options: Any) -> Any:
-        launched.add(kernel.fn.__name__)
-        return run(kernel, *args, **options)
+    def seen(executor: Any, *args: Any, **options: Any) -> Any:
+        launched.add(executor.fn.__name__)
+        return run(executor, *args, **options)
 
-    with patch.object(InterpretedFunction, "run", seen), exact.kernels_everywhere(SETUP):
+    with patch.object(GridExecutor, "__call__", seen), exact.kernels_everywhere(SETUP):
         for call in exact.kernel_calls(SETUP, smallest=True).values():
             call()
     there = [
