@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -74,12 +76,13 @@ class ViewBatch:
         parts = (getattr(self, name) for name in self.__dataclass_fields__)
         return ViewBatch(*(part if part.is_cuda else part.pin_memory() for part in parts))
 
-    def to(self, device: torch.device) -> "ViewBatch":
+    def to(self, device: torch.device | str) -> "ViewBatch":
         """The batch on a device. The copy is asynchronous if it is to a GPU and the batch is pinned.
 
-        >>> batch.to(torch.device("cpu")).views.device
+        >>> batch.to("cpu").views.device
         device(type='cpu')
         """
+        device = torch.device(device)
         tensors = (getattr(self, name) for name in self.__dataclass_fields__)
         return ViewBatch(*(each.to(device, non_blocking=device.type != "cpu") for each in tensors))
 
@@ -127,6 +130,9 @@ class LoaderSettings:
 
         >>> LoaderSettings(batch_size=256, ranks=8).validate()
         """
+        for name in ("batch_size", "seed", "workers", "rank", "ranks", "views"):
+            if not isinstance(getattr(self, name), Integral):
+                raise InputError(f"{name} must be a whole number, got {getattr(self, name)!r}")
         if self.ranks < 1:
             raise InputError(f"ranks must be at least 1, got {self.ranks}")
         if self.views not in (1, 2):
@@ -141,6 +147,10 @@ class LoaderSettings:
             raise InputError(f"rank must be in [0, {self.ranks}), got {self.rank}")
         if self.order not in ORDERS:
             raise InputError(f"unknown order {self.order!r}; one of {', '.join(ORDERS)}")
+        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        known = ["cpu", *(["cuda", *gpus] if gpus else [])]
+        if str(self.device) not in known:
+            raise InputError(f"device must be {' or '.join(known)} here, got {str(self.device)!r}")
 
     @property
     def augments(self) -> bool:
@@ -176,6 +186,8 @@ class TwoViewLoader:
     """
 
     def __init__(self, source: Reader, view: ViewSettings, settings: LoaderSettings) -> None:
+        if isinstance(source, str | Path):
+            raise InputError(f"source must be a Reader, such as open_reader({str(source)!r}), got a path")
         view.validate()
         settings.validate()
         self.source, self.view, self.settings = source, view, settings
@@ -583,11 +595,14 @@ class Threads:
             raise InputError(f"--workers must be at least 0, got {workers}")
         self.workers = loader_threads(workers)
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="views")
+        self._closed = False
         self._process = 0  # in which the threads run, once there are any
 
     def run(self, make: Callable[[slice], None], rows: int, chunk: int) -> Callable[[], None]:
         """Start make(part) on equal shares of `rows`, in chunks of `chunk` rows; the returned call waits, and
         raises what the threads raised."""
+        if self._closed:
+            raise RuntimeError("the loader is closed: make a new one")
         if self._process not in (0, os.getpid()):  # a fork has no threads, and would wait forever
             raise RuntimeError("a loader can't be used on after a fork: make one in each process")
         self._process = os.getpid()
@@ -609,6 +624,7 @@ class Threads:
         return wait
 
     def close(self) -> None:
+        self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> "Threads":

@@ -67,6 +67,9 @@ def test_a_batch_is_what_it_says(beton):
     assert batch.views.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
     assert np.array_equal(batch.labels.numpy(), source.labels[batch.indices.numpy()])
     assert batch.parameters.shape == (10, 2, 13)
+    assert torch.equal(batch.to("cpu").views, batch.views)  # as in torch, a device may be text
+    with pytest.raises(RuntimeError, match="the loader is closed: make a new one"):
+        next(iter(loader))
     assert not torch.equal(batch.views[0], batch.views[1])
 
 
@@ -465,9 +468,19 @@ def test_bad_input(beton, tmp_path):
         (LoaderSettings(8, ranks=0), "ranks must be at least 1"),
         (LoaderSettings(8, seed=-1), r"--seed must be in \[0, 2\^64\), got -1"),
         (LoaderSettings(8, views=0), "views must be 1 or 2, got 0"),
+        (LoaderSettings(8.0), "batch_size must be a whole number, got 8.0"),
+        (LoaderSettings(8, seed="1"), "seed must be a whole number, got '1'"),
+        (LoaderSettings(8, device="mps"), "device must be cpu .*here, got 'mps'"),
+        (LoaderSettings(8, device="cuda:99"), "device must be cpu .*here, got 'cuda:99'"),
     ]:
         with pytest.raises(InputError, match=said):
             TwoViewLoader(source, VIEW, settings)
+    for path in (beton, str(beton)):
+        with pytest.raises(InputError, match=rf"source must be a Reader, such as open_reader\('{beton}'\)"):
+            TwoViewLoader(path, VIEW, LoaderSettings(2))
+    for pair in (0.5, (0.5,), (0.9, 0.5)):
+        with pytest.raises(InputError, match=r"view\.scale must be an increasing pair in \(0, 1\.0\], got"):
+            TwoViewLoader(source, ViewSettings(24, scale=pair), LoaderSettings(8))
     with pytest.raises(InputError, match="rank must be in"):
         TwoViewLoader(source, VIEW, LoaderSettings(8, rank=2, ranks=2))
     with (
