@@ -270,6 +270,9 @@ def checked(train: Any, bits: int, most: int | None = None, whole_bytes: bool = 
     h = as_array(train).astype(np.float32, copy=False)
     if h.ndim != 2 or not h.size:
         raise ValueError(f"training features [N, D] are needed, not {list(h.shape)}")
+    finite = np.isfinite(h).all(axis=1)
+    if not finite.all():
+        raise ValueError(f"training features: vector {finite.argmin()} isn't finite")
     if bits < 1 or (most is not None and bits > most):
         raise ValueError(f"{h.shape[1]} features give codes of 1 to {most or 'any number of'} bits")
     if whole_bytes and bits % 8:

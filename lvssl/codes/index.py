@@ -18,7 +18,7 @@ from lvssl.codes.file import CodeFile, CodeFileError, decode_name, encode_name
 from lvssl.codes.quantiser import Quantiser
 from lvssl.codes.search import check_packed, hamming_search, staged_search
 from pipelines.files import write_atomically, written_aside
-from pipelines.kernels.pack import packed_bytes
+from pipelines.kernels.pack import as_array, packed_bytes
 
 KIND, VERSION = "lvssl index", "1"
 CHUNK = 1 << 20  # codes at a time
@@ -26,7 +26,8 @@ QUERIES = 256  # whose tables are held at a time, B KiB each
 
 
 class Index:
-    """Codes uint8 [N, B] and their ids, which are hashable and distinct, such as names or numbers.
+    """Codes uint8 [N, B] and their ids, which are hashable and distinct, such as names or numbers. Codes and
+    queries are arrays or tensors.
 
     `Index(quantiser=q)` starts empty. `Index.of_file` takes a code file's codes under their names, mapped
     until something is added or deleted. Without a quantiser, Hamming distance alone compares codes.
@@ -34,13 +35,14 @@ class Index:
 
     def __init__(
         self,
-        rows: np.ndarray | None = None,
+        rows: Any = None,
         ids: Sequence[Any] = (),
         quantiser: Quantiser | None = None,
     ) -> None:
         self.quantiser, self.ids = quantiser, ids
         if rows is None:
             rows = np.empty((0, packed_bytes(quantiser.bits) if quantiser else 0), np.uint8)
+        rows = as_array(rows)
         if rows.ndim != 2 or rows.dtype != np.uint8 or len(rows) != len(ids):
             raise ValueError(f"codes uint8 [{len(ids)}, B] are needed, not {rows.dtype} {list(rows.shape)}")
         self.rows = rows
@@ -63,13 +65,15 @@ class Index:
                 raise ValueError("two codes have the same id: they can't be told apart")
         return self._place
 
-    def add(self, rows: np.ndarray, ids: Iterable[Hashable]) -> None:
+    def add(self, rows: Any, ids: Iterable[Hashable]) -> None:
         """Add codes uint8 [n, B] under n ids. Raises ValueError, and adds nothing, if shapes don't match or
         an id is in the index already."""
-        new = list(ids)
+        new, rows = list(ids), as_array(rows)
         width = self.rows.shape[1] or rows.shape[-1]
         if rows.dtype != np.uint8 or rows.shape != (len(new), width):
-            raise ValueError(f"{len(new)} ids need codes uint8 [{len(new)}, {width}], not {list(rows.shape)}")
+            raise ValueError(
+                f"{len(new)} ids need codes uint8 [{len(new)}, {width}], not {rows.dtype} {list(rows.shape)}"
+            )
         known = {one for one in new if one in self.place}
         if known or len(set(new)) < len(new):
             raise ValueError(f"id {next(iter(known), 'twice in one call')!r} is in the index already")
@@ -85,7 +89,7 @@ class Index:
         self.rows, self.ids, self._place = rows, ids, None
 
     def search(
-        self, queries: np.ndarray, k: int, only: Iterable[Hashable] | None = None, threads: int = 0
+        self, queries: Any, k: int, only: Iterable[Hashable] | None = None, threads: int = 0
     ) -> tuple[list[list[Any]], np.ndarray]:
         """Return (ids of the k nearest codes of each query, nearest first; their distances [Q, k]).
 
@@ -101,7 +105,7 @@ class Index:
             raise ValueError(
                 "the index is empty: add codes first" if among is None else "`only` names no code"
             )
-        found, distances = nearest_rows(queries, rows, k, self.quantiser, threads=threads)
+        found, distances = nearest_rows(as_array(queries), rows, k, self.quantiser, threads=threads)
         if among is not None:
             found = among[found]
         return [[self.ids[row] for row in of_query] for of_query in found.tolist()], distances

@@ -22,14 +22,14 @@ import numpy as np
 
 from lvssl.codes import controls
 from lvssl.codes.controls import checked, fit_itq, fit_pca, standardised
-from pipelines.kernels.pack import pack_bits, packed_bytes, unpack_bits
+from pipelines.kernels.pack import as_array, pack_bits, packed_bytes, unpack_bits
 
 CHUNK = 4096  # images at a time
 
 
 @dataclass(frozen=True)
 class Quantiser:
-    """A fitted code. Features are float32 [N, D] throughout, codes uint8 [N, B]."""
+    """A fitted code. Features are arrays or tensors [N, D] of any float type, codes uint8 [N, B]."""
 
     mean: np.ndarray  # float32 [D], of the training set
     scale: np.ndarray  # float32 [D], standard deviation of the training set
@@ -53,16 +53,21 @@ class Quantiser:
             digest.update(str(array.shape).encode() + np.ascontiguousarray(array, "<f4").tobytes())
         return digest.hexdigest()
 
-    def project(self, features: np.ndarray) -> np.ndarray:
+    def project(self, features: Any) -> np.ndarray:
         """Standardise and project features to float32 [N, E]."""
+        features = as_array(features)
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise ValueError(f"features [N, {len(self.mean)}] are needed, not {list(features.shape)}")
         x = (features.astype(np.float32) - self.mean) / self.scale
         return x @ self.projection if self.projection.size else x[:, : self.words.shape[0]]
 
-    def encode(self, features: np.ndarray) -> np.ndarray:
-        """Encode features: a bit is the side of 0, a byte is the nearest word, or the first of several."""
+    def encode(self, features: Any) -> np.ndarray:
+        """Encode features: a bit is the side of 0, a byte is the nearest word, or the first of several.
+        Raises ValueError for another shape, or a vector that isn't finite."""
         x = self.project(features)
+        finite = np.isfinite(x).all(axis=1)
+        if not finite.all():
+            raise ValueError(f"features: vector {finite.argmin()} isn't finite")
         if self.hamming:
             return pack_bits(x > 0)
         codes = np.empty((len(x), len(self.words)), np.uint8)
@@ -113,14 +118,14 @@ def sides(x: np.ndarray) -> np.ndarray:
 
 def fit_bits(train: Any, bits: int, seed: int = 0) -> Quantiser:
     """Fit signs of the first `bits` numbers; for the locations of a latent, this is the run's own code."""
-    h = checked(train, bits, most=train.shape[1])
+    h = checked(train, bits, most=as_array(train).shape[-1])
     x, mean, scale = standardised(h)
     return Quantiser(mean, scale, np.empty((h.shape[1], 0), np.float32), sides(x[:, :bits]))
 
 
 def fit_projected(train: Any, bits: int, seed: int = 0, *, fit: Callable[..., Any]) -> Quantiser:
     """Fit signs of the numbers after the projection that `fit`, a function of `controls`, finds."""
-    h = checked(train, bits, most=train.shape[1])
+    h = checked(train, bits, most=as_array(train).shape[-1])
     x, mean, scale = standardised(h)
     directions = fit(x, bits, seed).directions
     return Quantiser(mean, scale, directions.astype(np.float32), sides(x @ directions))

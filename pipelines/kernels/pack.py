@@ -38,7 +38,9 @@ def unpack_bits(packed: Any, bits: int) -> np.ndarray:
 
 
 def as_array(values: Any) -> np.ndarray:
-    """View an array or a torch tensor as a NumPy array, without importing torch."""
+    """View an array or a torch tensor as a NumPy array, without importing torch; bfloat16, which NumPy lacks,
+    becomes float32."""
     if hasattr(values, "detach"):
-        values = values.detach().cpu().numpy()
+        values = values.detach().cpu()
+        values = (values.float() if str(values.dtype) == "torch.bfloat16" else values).numpy()
     return np.asarray(values)

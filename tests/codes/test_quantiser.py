@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
 from lvssl.codes.asymmetric import table_search
 from lvssl.codes.controls import fit_itq, fit_pca
+from lvssl.codes.index import Index
 from lvssl.codes.quantiser import FITS, Quantiser
 from lvssl.codes.search import hamming_search
 from pipelines.kernels.pack import packed_bytes, unpack_bits
@@ -91,6 +93,23 @@ def test_a_query_that_is_not_quantised_finds_more_of_the_true_neighbours():
     assert real > recall(hamming_search(quantiser.encode(queries), codes, 10)[0]) + 0.03
 
 
+@pytest.mark.parametrize("code", FITS)
+def test_tensors_are_taken_like_arrays(code):
+    """Of bfloat16, which NumPy lacks, and with a gradient: fitting, encoding, adding and searching."""
+    if code == "opq":
+        pytest.importorskip("faiss", reason="the extra `faiss` isn't installed")
+    halves = torch.from_numpy(features()).bfloat16()
+    array = halves.float().numpy()
+    quantiser = FITS[code](halves.requires_grad_(), 8)
+    assert quantiser.digest == FITS[code](array, 8).digest
+    index, codes = Index(quantiser=quantiser), quantiser.encode(halves)
+    assert np.array_equal(codes, quantiser.encode(array))
+    index.add(torch.from_numpy(codes), range(600))
+    (ids, distances), (expected, theirs) = index.search(halves[::100], 3), index.search(array[::100], 3)
+    assert ids == expected and np.array_equal(distances, theirs)
+    assert len(Index(torch.from_numpy(codes), range(600), quantiser)) == 600
+
+
 def test_what_cannot_be_is_said():
     with pytest.raises(ValueError, match="1 to 16 bits$"):
         FITS["itq"](features(), 17)
@@ -98,7 +117,18 @@ def test_what_cannot_be_is_said():
         fitted("bits").encode(features(d=3))
     with pytest.raises(ValueError, match=r"tables \[Q, 2, 256\]"):
         table_search(np.zeros((1, 1, 256), np.float32), np.zeros((4, 2), np.uint8), 1)
+    bad = features()
+    bad[[3, 7], 0] = np.nan, np.inf
+    for code in ("bits", "pca", "itq"):
+        with pytest.raises(ValueError, match="training features: vector 3 isn't finite"):
+            FITS[code](bad, 8)
+        with pytest.raises(ValueError, match="features: vector 1 isn't finite"):
+            fitted(code).encode(bad[2:])
+        with pytest.raises(ValueError, match=r"training features \[N, D\] are needed, not \[16\]"):
+            FITS[code](features()[0], 8)
     pytest.importorskip("faiss", reason="the extra `faiss` isn't installed")
+    with pytest.raises(ValueError, match="training features: vector 3 isn't finite"):
+        FITS["opq"](bad, 8)
     with pytest.raises(ValueError, match="256 training images"):
         FITS["opq"](features(100), 8)
     with pytest.raises(ValueError, match="whole bytes"):
