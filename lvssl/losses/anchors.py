@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lvssl.losses import chunked, distributed
 from lvssl.losses.block import Block, Weighed
@@ -84,8 +83,13 @@ class Anchors(torch.autograd.Function):
         return denominators, positives
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, weights: Tensor, positive_weights: Tensor) -> tuple[Tensor | None, ...]:
+        # With `once_differentiable`, the second derivative of a loss whose weights are constant would be 0.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "this form of the loss has no second derivatives (create_graph=True); "
+                "`lvssl.losses.ntxent.reference` has"
+            )
         x, factors, denominators, temperature = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             block = Weighed(x, factors, denominators, weights.contiguous())

@@ -29,6 +29,8 @@ def ntxent(projections: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
     may differ and be 0) and gets the loss of the whole batch. The gradient is scaled for DDP's *mean* over
     ranks, so that parameter gradients equal those of one process with all the vectors.
 
+    For second derivatives and `torch.func`, which the fast forms don't have, use `reference`.
+
     Args:
         projections: [2B, d], the first views of B images, then their second views; any float type, any norm
             up to 1e18 (a zero vector counts as orthogonal to all others, and gets no gradient).

@@ -44,6 +44,7 @@ def decorrelation(bits: Tensor) -> Tensor:
     """
     bits = bits.to(torch.promote_types(bits.dtype, torch.float32))
     centred = bits - batch_mean(bits)
-    covariance = all_reduce_sum(centred.T @ centred) / (len(bits) * ranks())
+    with torch.autocast(bits.device.type, enabled=False):
+        covariance = all_reduce_sum(centred.T @ centred) / (len(bits) * ranks())
     diagonal = covariance.diagonal()
     return (covariance.square().sum() - diagonal.square().sum()) / bits.shape[1]

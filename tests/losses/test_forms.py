@@ -64,6 +64,15 @@ def test_strided_input_and_weights_of_the_caller():
     torch.testing.assert_close(x.grad, y.grad)
 
 
+def test_second_derivatives_are_refused_instead_of_left_out():
+    """A penalty on the gradient would be 0, silently; the reference has its derivative."""
+    x = torch.randn(8, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"no second derivatives \(create_graph=True\)"):
+        torch.autograd.grad(ntxent(x), x, create_graph=True)
+    (grad,) = torch.autograd.grad(reference(x), x, create_graph=True)
+    assert torch.autograd.grad(grad.square().sum(), x)[0].abs().sum() > 0
+
+
 def test_autocast_changes_nothing():
     x = torch.randn(128, 32)
     plain = value_and_slopes(ntxent, x, 0.1)

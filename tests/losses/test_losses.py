@@ -96,4 +96,6 @@ def test_decorrelation_is_numpys_covariance():
     covariance = np.cov(bits.numpy().T, bias=True)
     off = covariance - np.diag(np.diag(covariance))
     assert decorrelation(bits).item() == pytest.approx((off**2).sum() / 7, rel=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert decorrelation(bits).item() == pytest.approx((off**2).sum() / 7, rel=1e-5)
     assert decorrelation(torch.eye(4).repeat(4, 1)[:, :1]).item() == pytest.approx(0, abs=1e-9)
