@@ -14,8 +14,15 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
+    import sys
 
-    return getattr(importlib.import_module("lvssl.api"), name)
+    try:
+        return getattr(importlib.import_module("lvssl.api"), name)
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("pipelines."):
+            raise
+        ours = f"{sys.modules['pipelines']} hides lvssl's package of that name"
+        raise ImportError(f"{ours}: rename it, or start elsewhere") from None
 
 
 def __dir__() -> list[str]:

@@ -62,7 +62,7 @@ Picture: TypeAlias = "str | Path | Image.Image | np.ndarray"
 Images: TypeAlias = "Picture | Iterable[Picture]"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoding:
     """The features, codes and uncertainties of N images.
 
@@ -95,7 +95,7 @@ class Encoding:
         return len(self.names)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """A trained encoder, as returned by `lvssl.load`.
 
@@ -388,6 +388,8 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> Model:
     >>> lvssl.pretrain(settings).bits
     64
     """
+    if not isinstance(settings, PretrainSettings):
+        raise InputError(f"settings: the result of lvssl.preset(...) is expected, not {settings!r}")
     train(settings, resume)
     return load(settings.out)
 
@@ -426,6 +428,10 @@ def opened(
         images = list(images) if images.ndim == 4 else [images]
     elif isinstance(images, str | Path | Image.Image):
         images = [images]
+    elif isinstance(images, bytes) or not isinstance(images, Iterable):
+        raise InputError(
+            f"images: paths, PIL images or arrays are expected, one or several, not {type(images).__name__}"
+        )
     names = []
     total = len(images) if isinstance(images, Sequence) else None
     return Opened(in_turn(run, images, names, batch_size, workers, on_error), names, total)

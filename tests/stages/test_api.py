@@ -133,6 +133,8 @@ def test_a_damaged_jpeg_is_kept_in_a_folder_and_in_a_list(run, photos):
         (np.zeros((5, 8, 8), np.uint8), r"\[N, H, W, 3\]"),
         ([torch.zeros(3, 8, 8)], "not Tensor"),
         ([], "no images"),
+        (None, "images: paths, PIL images or arrays are expected, one or several, not NoneType"),
+        (b"bytes", "images: .* not bytes"),
         (PIL.Image.new("I;16", (8, 8)), "I;16"),
         ("codes.lvcodes", "holds codes"),
         ("nothing.png", "nothing.png"),
@@ -148,6 +150,13 @@ def found_by_command(run: Path, query: Path, table: Path, *more: str) -> list[tu
     assert main(["search", str(run), "--query", str(query), "--k", "4", "--csv", str(table), *more]) == 0
     with open(table, newline="") as file:
         return [(row["name"], float(row["distance"])) for row in csv.DictReader(file)]
+
+
+def test_models_and_encodings_are_equal_to_themselves_alone_and_can_be_keys(run, photos):
+    """Arrays have no truth value, and a cache of results, such as functools.cache, hashes its arguments."""
+    model = lvssl.load(run, device="cpu")
+    first, second = model.encode(photos), model.encode(photos)
+    assert first == first and first != second and len({first, second, model}) == 3
 
 
 def test_encode_in_several_threads_gives_each_its_own_uncertainties(run, photos):
@@ -298,6 +307,11 @@ def test_a_setting_is_found_by_its_option():
 def test_a_value_of_a_wrong_type_is_refused_before_anything_is_written(option, value):
     with pytest.raises(InputError, match=f"{option} should be of type"):
         lvssl.preset("digits", **{option: value})
+
+
+def test_settings_are_those_of_a_preset():
+    with pytest.raises(InputError, match=r"the result of lvssl\.preset\(\.\.\.\) is expected, not 'digits'"):
+        lvssl.pretrain("digits")
 
 
 def test_values_may_be_lists_arrays_and_paths():
