@@ -210,6 +210,8 @@ class _Reader:
         if "data" in content:
             data = self.instance("data", DataSettings, content["data"])
             for name, path in (("train", data.train), ("test", data.test)):
+                if name not in content["data"]:
+                    raise self.wrong(f'[data] {name} is missing, such as {name} = "{name}.beton"')
                 try:
                     absent = [file for file in parts_of(path) if not file.is_file()]
                 except InputError as error:

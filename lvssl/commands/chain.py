@@ -33,10 +33,15 @@ def launch(arguments: list[str]) -> int:
     @dataclass(frozen=True)
     class Launch:
         """Submit a pipeline, from images to report, to a cluster. Stages that are finished or running are not
-        submitted again."""
+        submitted again.
+
+        The pipeline file has a table for each stage to run, whose keys are options of the stage's command:
+        [pretrain], and any of [evaluate], [analyse], [knn], [linear] and [finetune]. The images are either
+        the betons `train` and `test` of the table [data], or converted, by [convert.train] and
+        [convert.test], from a `source` each. [cluster] says what a job requests: partition, time, gpus."""
 
         file: tyro.conf.Positional[Path] = Path("pipeline.toml")
-        """The pipeline file (docs/cluster.md)."""
+        """The pipeline file, in TOML."""
         preset: str | None = None
         """Pretrain with this preset instead of the one in the file."""
         dry_run: bool = False
@@ -63,7 +68,7 @@ def launch(arguments: list[str]) -> int:
 
         plan = replace(of_pretraining(settings), images=images, gpus=gpus)
         rate = "rate measured on one" if plan.backbone in MEASURED["H100"] else "guessed rate"
-        basis = f"{plan.epochs:,} epochs, on H100s at the {rate} (docs/gpu.md)"
+        basis = f"{plan.epochs:,} epochs, on H100s at the {rate}"
         return gpus * hours(plan), f"{basis}, if the loader keeps up"
 
     chosen = parse(Launch, arguments, "launch")
@@ -77,7 +82,7 @@ def chain_file(arguments: list[str], command: str, about: str) -> Path:
     @dataclass(frozen=True)
     class Chain:
         file: tyro.conf.Positional[Path] = Path("pipeline.toml")
-        """The pipeline file (docs/cluster.md)."""
+        """The pipeline file that was launched."""
 
     return parse(Chain, arguments, command, about=about).file
 
@@ -110,7 +115,7 @@ def retry(arguments: list[str]) -> int:
         stage: tyro.conf.Positional[str]
         """Name of the stage, as shown by `lvssl status`."""
         file: tyro.conf.Positional[Path] = Path("pipeline.toml")
-        """The pipeline file (docs/cluster.md)."""
+        """The pipeline file that was launched."""
         cluster: str = "slurm"
         """Where to run: slurm, local or debug."""
 

@@ -58,9 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C, 141 if
     the reader of the output has closed it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in COMMANDS:
-        return guarded(COMMANDS[arguments[0]][1], arguments[1:])
-    return run(overview, arguments)
+    try:
+        if arguments and arguments[0] in COMMANDS:
+            return guarded(COMMANDS[arguments[0]][1], arguments[1:])
+        return run(overview, arguments)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
 
 
 def overview(arguments: list[str]) -> int:
@@ -92,8 +95,6 @@ def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) ->
         return fail(str(error))
     except (FloatingPointError, MemoryError) as error:  # a run that diverged, or is too large
         return fail(str(error), 1)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
 
 
 def fail(message: str, status: int = 2) -> int:

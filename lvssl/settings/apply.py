@@ -29,9 +29,10 @@ class EncodeSettings(ReadsImages):
     bits: int = 0
     """Length of the codes; 0 means the run's own code."""
     code: str = "auto"
-    """With --bits, the kind of code: auto (see docs/codes.md for the choice at each length), bits (the first
-    bits of the run's own code), opq (product quantisation, needs the extra `faiss`), itq or pca. The first
-    call fits it on the training images and keeps it in RUN/quantisers."""
+    """With --bits, the kind of code: auto (opq if the length is in whole bytes and faiss is installed,
+    otherwise itq, or bits where neither reaches the length), bits (the first bits of the run's own code), opq
+    (product quantisation, needs the extra `faiss`), itq or pca. The first call fits it on the training images
+    and keeps it in RUN/quantisers."""
     train: Path | None = None
     """Training images, of which at most 50,000 are used to fit density and quantiser. If omitted, the
     run's."""

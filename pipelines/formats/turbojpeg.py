@@ -119,7 +119,7 @@ def absence() -> str:
         f"libturbojpeg can't be loaded from {VARIABLE}={chosen}" if chosen else "libturbojpeg isn't installed"
     )
     return (
-        f"{none}: Pillow decodes JPEGs instead, more slowly; `make install` fetches it, "
+        f"{none}: Pillow decodes JPEGs instead, more slowly; `lvssl doctor` says how to install it, "
         f"or set {VARIABLE} to its file"
     )
 

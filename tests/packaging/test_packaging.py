@@ -108,6 +108,25 @@ def test_the_commands_of_an_installed_wheel_start(wheel, tmp_path):
         assert f"{installed}/pipelines/" in done.stderr or f"{installed}/lvssl/" in done.stderr
 
 
+def test_a_module_of_the_users_that_hides_ours_is_named(tmp_path):
+    (tmp_path / "pipelines.py").touch()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "import lvssl; lvssl.load"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    said = f"ImportError: <module 'pipelines' from '{tmp_path / 'pipelines.py'}'> hides lvssl's package"
+    assert done.stderr.splitlines()[-1].startswith(said)
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path):
+    """Which takes a command's first moments; a module of this name is asked for before any argument."""
+    (tmp_path / "numpy.py").write_text("raise KeyboardInterrupt")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "lvssl", "presets"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
 @pytest.mark.parametrize("command", ["lvssl", "convert-beton"])
 def test_help_comes_quickly_and_with_status_0(command):
     done = subprocess.run([BIN / command, "--help"], capture_output=True, text=True, timeout=30)

@@ -263,7 +263,10 @@ def test_commands_work_without_it_and_say_so_in_one_line(sources, tmp_path):
         said = [line for line in done.stderr.splitlines() if "libturbojpeg" in line]
         assert len(said) == (name == "without"), done.stderr
         written.append(out.read_bytes())
-    assert "`make install` fetches it" in said[0] and f"LVSSL_TURBOJPEG={tmp_path / 'nowhere'}" in said[0]
+    assert (
+        "`lvssl doctor` says how to install it" in said[0]
+        and f"LVSSL_TURBOJPEG={tmp_path / 'nowhere'}" in said[0]
+    )
     if features.check_feature("libjpeg_turbo"):
         assert written[0] == written[1]
 

@@ -95,6 +95,7 @@ def keys(path: Path) -> dict[str, str]:
         ("shards = 1", 'on_error = "refuse"', "[convert.test] --on-error refuse: must be raise or skip"),
         ("[convert.test]", "[convert.tset]", "[convert] tset: no such key"),
         ("[pretrain]", '[data]\ntrain = "a.beton"\n[pretrain]', "either [convert]"),
+        (CONVERTED, '[data]\ntest = "a.beton"\n', '[data] train is missing, such as train = "train.beton"'),
         ('out = "out"', 'out = "100%"', "has a character"),
         ('out = "out"', "out = 1", "out: must be a text, got 1"),
         ('name = "tiny"', 'name = "tiny', "not TOML"),
