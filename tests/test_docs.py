@@ -75,6 +75,7 @@ def test_every_page_is_in_the_site():
 def test_every_page_with_code_is_run():
     """By a test below; commands that only show a form stand in blocks without a language."""
     run = {"README", "codes", "codes-and-search", "export", "ffcv-and-dali", "get-started", "how-it-works"}
+    run |= {"latents", "loader"}
     having = [
         page for page in PAGES if {"bash", "python"} & {kind for kind, _ in BLOCK.findall(page.read_text())}
     ]
@@ -157,6 +158,12 @@ def photos(tmp_path) -> Path:
 def test_the_commands_for_ones_own_photos_work(name, photos):
     assert run_blocks(ROOT / name, photos) > 0
     assert next(photos.glob("*/report.html"), None) or next(photos.glob("runs/*/report.html"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["latents", "loader"])
+def test_single_pieces_work_in_code_of_ones_own(name, photos):
+    assert run_blocks(ROOT / f"docs/{name}.md", photos) == 1
 
 
 @pytest.mark.slow
