@@ -175,10 +175,15 @@ def in_order(written: bytes) -> bytes:
 
 
 def kept(
-    path: Path, run: Origin, about: dict[str, Any], images: FittedOn | None = None
+    path: Path,
+    run: Origin,
+    about: dict[str, Any],
+    images: FittedOn | None = None,
+    advice: str = "remove it to fit it again",
 ) -> dict[str, np.ndarray] | None:
     """Return the saved arrays; None if there are none, or if they belong to another checkpoint, to other
-    settings or, if `images` are given, to others. Raises InputError if the file is damaged."""
+    settings or, if `images` are given, to others. Raises InputError, with the advice, if the file is
+    damaged."""
     if not path.exists():
         return None
     try:
@@ -189,7 +194,7 @@ def kept(
                 return None
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: can't be read ({error}); remove it to fit it again") from error
+        raise InputError(f"{path}: can't be read ({error}); {advice}") from error
     return arrays if images is None or images.same_as(found) else None
 
 

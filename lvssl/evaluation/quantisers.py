@@ -136,7 +136,7 @@ def stored_quantiser(run: Origin, codes: CodeFile) -> Quantiser | None:
     path = quantiser_path(run, codes.quantiser["code"], codes.bits)
     places = path, found_beside(codes.path, QUANTISER)
     for place in places:
-        arrays = kept(place, run, {"bits": codes.bits})
+        arrays = kept(place, run, {"bits": codes.bits}, advice="remove it and encode the images again")
         quantiser = Quantiser(**arrays) if arrays else None
         if quantiser is not None and quantiser.digest == codes.quantiser["sha256"]:
             return quantiser

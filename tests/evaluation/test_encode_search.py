@@ -316,6 +316,15 @@ def test_codes_of_a_run_that_cannot_be_written_are_found_again(options, run, pic
     shutil.copy(out, tmp_path / "alone.lvcodes")
     with pytest.raises(CodeFileError, match=r"nor \S+/alone.lvcodes.quantiser; encode"):
         next(search(SearchSettings(theirs, pictures, codes=tmp_path / "alone.lvcodes")))
+    if options:  # only a fitted quantiser is kept beside the codes
+        beside = tmp_path / "a.lvcodes.quantiser"
+        beside.write_bytes(beside.read_bytes()[:-1])
+        with pytest.raises(InputError, match=r"a.lvcodes.quantiser: .*; remove it and encode the images"):
+            next(search(SearchSettings(theirs, pictures, codes=out)))
+        beside.unlink()
+        assert (
+            lvssl(*encoded) == 0 and next(search(SearchSettings(theirs, pictures, codes=out, k=3))) == first
+        )
     (theirs / "quantisers").unlink()
     assert lvssl(*encoded) == 0 and not (tmp_path / "a.lvcodes.quantiser").exists()
     assert next(search(SearchSettings(theirs, pictures, codes=out, k=3))) == first
