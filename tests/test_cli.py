@@ -223,6 +223,18 @@ def test_an_unset_variable_of_the_shell_is_not_the_current_folder(command, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_mistyped_option_is_named_before_what_is_missing(name, capsys):
+    one_line_error(capsys, [name, "--tpyo"], "--tpyo")
+    one_line_error(capsys, [name, "a", "--tpyo=3"], *([] if name == "presets" else ["--tpyo"]))
+
+
+def test_what_a_mistyped_option_may_have_meant_is_said(capsys):
+    one_line_error(capsys, ["encode", "run", "--imags", "a"], "no option --imags; did you mean --images?")
+    one_line_error(capsys, ["pretrain", "--no-resum"], "no option --no-resum; did you mean --no-resume?")
+    one_line_error(capsys, ["doctor", "--", "--x"], "--x: no such run folder")
+
+
 def test_options_that_are_any_text_may_be_empty(capsys):
     assert main(["plan", "--preset", "", "--backbone", "tiny", "--resolution", "32", "--gpus", "1"]) == 0
 

@@ -2,16 +2,13 @@
 
 import itertools
 
-from lvssl.commands.arguments import asks_for_help, parse
+from lvssl.commands.arguments import parse
 
 
 def encode(arguments: list[str]) -> None:
     from lvssl.settings.apply import EncodeSettings
     from lvssl.settings.fields import options, shell_line
-    from pipelines.errors import InputError
 
-    if "--images" not in {word.partition("=")[0] for word in arguments} and not asks_for_help(arguments):
-        raise InputError("lvssl encode: --images is required: the images (or embeddings) to encode")
     settings = parse(EncodeSettings, arguments, "encode")
 
     from lvssl.codes.file import open_codes

@@ -3,12 +3,13 @@
 import argparse
 import ast
 import dataclasses
+import difflib
 import inspect
 import shutil
 import sys
 import textwrap
 from collections.abc import Collection, Iterator
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
@@ -22,10 +23,13 @@ def parse(
     from lvssl.settings.fields import require_finite
     from pipelines.datasets.parts import unquoted
 
-    refuse_empty(arguments, set(text_options(kind)))
-    options = {} if default is None else {"default": default}
+    known = dict(options(kind))
+    refuse_empty(arguments, {option for option, of in known.items() if str in (of, *get_args(of))})
+    start = {} if default is None else {"default": default}
     if asks_for_help(arguments):
         join_lines_of_help(kind)
+    else:
+        refuse_unknown(arguments, known, command)
     try:
         settings = tyro.cli(
             kind,
@@ -33,7 +37,7 @@ def parse(
             prog=f"lvssl {command}",
             description=paragraphs(about or inspect.getdoc(kind) or ""),
             config=(tyro.conf.OmitArgPrefixes,),
-            **options,
+            **start,
         )
     except SystemExit as ended:
         if ended.code and (hint := unquoted(arguments)):
@@ -60,15 +64,30 @@ def refuse_empty(arguments: list[str], texts: Collection[str]) -> None:
             raise InputError(f"{name} {IS_EMPTY}")
 
 
-def text_options(kind: Any) -> Iterator[str]:
-    """Yield the options of settings whose value is any text, such as --prefix."""
+def options(kind: Any) -> Iterator[tuple[str, Any]]:
+    """Yield every option, also of settings in groups, with its type."""
     from lvssl.settings.fields import flag
 
     for name, of_field in get_type_hints(kind).items():
         if dataclasses.is_dataclass(of_field):
-            yield from text_options(of_field)
-        elif str in (of_field, *get_args(of_field)):
-            yield flag(name)
+            yield from options(of_field)
+        else:
+            yield flag(name), of_field
+
+
+def refuse_unknown(arguments: list[str], known: dict[str, Any], command: str) -> None:
+    """Raise InputError at an unknown option: if a required argument is missing, tyro names only that."""
+    from pipelines.errors import InputError
+
+    negations = [f"--no{option[1:]}" for option, of in known.items() if of is bool]
+    completion = ["--tyro-print-completion", "--tyro-write-completion"]
+    names = [*known, *negations, *completion]
+    for word in takewhile(lambda word: word != "--", arguments):
+        option = word.partition("=")[0]
+        if option.startswith("--") and option.replace("_", "-") not in names:
+            near = difflib.get_close_matches(option, names, 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"no option {option}{meant} (`lvssl {command} --help` lists all)")
 
 
 def asks_for_help(arguments: list[str]) -> bool:

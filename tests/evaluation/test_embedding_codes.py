@@ -156,8 +156,3 @@ def test_what_embeddings_do_not_have_is_said_and_not_advised(embeddings, tmp_pat
         assert error.startswith("error: ") and said in error and error.count("\n") == 1
     assert lvssl("encode", embeddings, "--images", embeddings, "--bits", 1) == 0
     assert " 700 itq codes of 1 bit, " in (printed := capsys.readouterr().out) and "next" not in printed
-
-
-def test_encode_without_images_is_one_line(embeddings, capsys):
-    assert lvssl("encode", embeddings, "--bits", 8) == 2
-    assert capsys.readouterr().err.startswith("error: lvssl encode: --images is required")
