@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import posixpath
+import shlex
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -242,7 +243,11 @@ class Tar:
                 self._require_unpacked(head, at)
                 where = f"damaged at byte {at - self.start:,}"
                 if ended:
-                    where += f", behind the end of a tar at byte {ended - self.start:,}"
+                    end = ended - self.start
+                    where += f", behind the end of a tar at byte {end:,}: pack it again"
+                    if self.start == 0:  # a tar's end is two blocks
+                        file = shlex.quote(str(self.path))
+                        where += f", or leave out what follows: head -c {end + 2 * BLOCK} {file} > NEW.tar"
                 raise InputError(f"{self.name}: not a tar, or {where}") from error
             if kind in (_HARD, _SYMBOLIC, _FOLDER, b"3", b"4", b"6"):
                 size = 0  # whatever the header states
