@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
             scratch=scratch,
             options=shared(options, folder),
         )
-        first = [stage(options, name, name) for name in ("data", "speed")]
+        first = [stage(options, "data", "data"), stage(options, "speed", "speed", arms=timed(options))]
         run_stages(first[: 1 if options.epochs else 2], setup, report, end - time.monotonic())
         if not any(row["stage"] == "data" and row.get("ok") for row in report.new()):
             print("error: there are no images to train on", file=sys.stderr)
@@ -150,21 +150,28 @@ def shared(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
+def timed(options: argparse.Namespace) -> list[str]:
+    """The arms whose speed decides how many epochs fit: of the usual arms, bernoulli is the slowest."""
+    if options.to_knn:
+        return [(options.only or ["plain"])[0]]
+    return options.only or ["bernoulli"]
+
+
 def epochs_that_fit(options: argparse.Namespace, rows: list[Row], seconds: float) -> int:
     """Epochs, equal for all arms, that fit into the remaining time with their measurements; at least 1."""
     found = [row["seconds_an_epoch"] for row in rows if row["stage"] == "speed" and row.get("ok")]
     if not found or options.dry_run:
         return 1
     if options.to_knn:
-        return max(1, int(((1 - LOOKS) * seconds - START) / found[-1]))
+        return max(1, int(((1 - LOOKS) * seconds - START) / max(found)))
     each = seconds / len(options.only or USUAL) - START - MEASURING
-    return max(1, int(each / found[-1]))
+    return max(1, int(each / max(found)))
 
 
 def study_stages(options: argparse.Namespace, epochs: int) -> list[Stage]:
     """One stage for each arm, or the one that trains to a kNN accuracy."""
     if options.to_knn:
-        arm = (options.only or ["plain"])[0]
+        (arm,) = timed(options)
         name = f"{arm}, seed {options.seed}, {epochs} epochs, to {options.to_knn:g} %"
         more = {"target": options.to_knn, "every": options.every}
         return [stage(options, "to-knn", name, arm=arm, epochs=epochs, **more)]

@@ -1,7 +1,7 @@
 """Pretraining on small images, and its evaluation by kNN, linear probe and fine-tuning: the study's stages.
 
-Options (`Setup.options`): data, train, test, folder; arm, seed, epochs, batch, lr, compile, tune_epochs; and,
-for the time to a kNN accuracy, target and every.
+Options (`Setup.options`): data, train, test, folder; arm, seed, epochs, batch, lr, compile, tune_epochs; for
+the speed, arms; and for the time to a kNN accuracy, target and every.
 """
 
 import copy
@@ -113,9 +113,14 @@ def trainer_of(settings: Any, device: torch.device) -> tuple[Any, Any]:
     return trainer, loader
 
 
-def speed(setup: Setup) -> Row:
-    """Images per second of the slowest arm, from which the number of epochs is computed."""
-    settings = settings_of(setup, "bernoulli", 1000, Path(setup.scratch) / "speed")
+def speed(setup: Setup) -> Iterator[Row]:
+    """Images per second of each arm in `arms`; the number of epochs is computed from the slowest."""
+    for name in setup.options["arms"]:
+        yield {"name": f"speed, {name}", **speed_of(setup, name)}
+
+
+def speed_of(setup: Setup, name: str) -> Row:
+    settings = settings_of(setup, name, 1000, Path(setup.scratch) / "speed")
     settings = replace(settings, latent=replace(settings.latent, beta_schedule="constant"))  # after warm-up
     trainer, loader = trainer_of(settings, place(setup))
     warm, count = (2, 3) if setup.dry else (25, 60)
