@@ -2,7 +2,8 @@
 with status 0, and do those that train or measure run on the device that they should?
 
 Commands that don't depend on each other run concurrently, so their times mean little. A command that fails
-because a package isn't installed becomes a row that says so.
+because a package isn't installed becomes a row that says so. Rows of all commands are written first, so that
+the stage's deadline loses none of them.
 """
 
 import os
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from benchmarks.gpu_stages import images
@@ -55,6 +57,7 @@ WHERE = {  # files that state where the command ran
     "analyse": "run/analysis.json",
 }
 DEVICE = re.compile(r'(?:"(?:device|arithmetic)": "|^pretrain \S+ on )(\w+)', re.MULTILINE)
+WAITING = "not done"
 IN_A_DRY_RUN = 2  # commands of each group: the test suite runs the others on a CPU
 
 
@@ -73,19 +76,27 @@ def commands(setup: Setup) -> Iterator[Row]:
         "preset": "digits" if setup.dry else "cifar10-r18",
         "batch": 16 if setup.dry else 256,
     }
-    for group in (FIRST, SECOND, THIRD):
+    quoted = {key: shlex.quote(str(value)) for key, value in names.items()}
+    groups = [
+        [text.format(**quoted) for text in group[: IN_A_DRY_RUN if setup.dry else None]]
+        for group in (FIRST, SECOND, THIRD)
+    ]
+    for text in chain(*groups):
+        yield {"name": named(text), "ok": None, "failed": WAITING}
+    for texts in groups:
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            texts = [
-                text.format(**{key: shlex.quote(str(value)) for key, value in names.items()})
-                for text in group[: IN_A_DRY_RUN if setup.dry else None]
-            ]
             for row in as_completed([pool.submit(one, setup, folder, text) for text in texts]):
-                yield row.result()
+                yield {"update": True, "failed": None, **row.result()}
+
+
+def named(text: str) -> str:
+    """A command with file names instead of paths."""
+    words = shlex.split(text)
+    return f"lvssl {' '.join(Path(word).name if word.startswith('/') else word for word in words)}"
 
 
 def one(setup: Setup, folder: Path, text: str) -> Row:
-    words = shlex.split(text)
-    name = f"lvssl {' '.join(Path(word).name if word.startswith('/') else word for word in words)}"
+    words, name = shlex.split(text), named(text)
     started = time.monotonic()
     try:
         done = subprocess.run(

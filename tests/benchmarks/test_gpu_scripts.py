@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import triton_kernels
 
 from benchmarks import gpu, gpu_study
-from benchmarks.gpu_stages import predictions, steps, study, suite
+from benchmarks.gpu_stages import commands, predictions, steps, study, suite
 from benchmarks.gpu_stages.case import Setup
 from benchmarks.gpu_stages.run import Report, Stage, run_stages
 from lvssl.settings.pretrain import PRESETS, EngineSettings
@@ -70,6 +71,14 @@ def test_a_deadline_keeps_what_was_measured_and_leaves_time_for_the_next_stage(t
     assert first["row 0"]["ok"] and first["row 1"]["ok"]
     assert first["endless"]["ok"] is None and "deadline" in first["endless"]["failed"]
     assert any(row["stage"] == "second" and row["name"] == "good" for row in rows)
+
+
+def test_commands_that_a_deadline_cuts_off_are_named(tmp_path):
+    """A row for each comes before the first is run; the dry run below sees that the results replace them."""
+    setup = Setup("commands", "", "", device="cpu", dry=True, scratch=str(tmp_path))
+    waiting = list(islice(commands.commands(setup), 3 * commands.IN_A_DRY_RUN))
+    assert len({row["name"] for row in waiting}) == 6
+    assert all(row["ok"] is None and row["failed"] == commands.WAITING for row in waiting)
 
 
 def test_other_stages_rows_stay(tmp_path):
@@ -135,6 +144,8 @@ def test_arms_share_the_time():
     assert 3 * (4 * epochs + gpu_study.START + gpu_study.MEASURING) <= 500 < 3 * (4 * (epochs + 1) + 47)
     assert gpu_study.epochs_that_fit(options, speed, 10) == 1
     assert gpu_study.epochs_that_fit(options, [], 500) == 1
+    slow = {"stage": "speed", "ok": True, "seconds_an_epoch": 40.0}
+    assert gpu_study.epochs_that_fit(options, [slow, *speed], 1500) < epochs  # that of the slowest
 
 
 @pytest.mark.parametrize(
@@ -186,7 +197,7 @@ def test_the_proof_goes_through_every_stage_on_a_cpu(tmp_path):
     assert gpu.main(["--dry-run", *patient, "--json", str(path), "--cache", str(tmp_path / "cache")]) == 0
     rows = json.loads(path.read_text())["rows"]
     assert {row["stage"] for row in rows} == {stage.name for stage in gpu.STAGES}
-    assert not [row for row in rows if row["ok"] is False]
+    assert not [row for row in rows if row["ok"] is False or row.get("failed") == commands.WAITING]
     named = {row["name"]: row for row in rows}
     for how in ("eager", "recorded", "compiled", "compiled and recorded", "deterministic"):
         for source in ("synthetic", "loader"):
@@ -203,6 +214,8 @@ def test_the_study_goes_through_every_stage_on_a_cpu(tmp_path):
     assert gpu_study.main([*common, *named]) == 0
     arms = [row for row in json.loads(path.read_text())["rows"] if row["stage"] in gpu_study.ARMS]
     assert [row["arm"] for row in arms] == list(gpu_study.ARMS)
+    timed = [row["name"] for row in json.loads(path.read_text())["rows"] if row["stage"] == "speed"]
+    assert timed == [f"speed, {arm}" for arm in gpu_study.ARMS]
     for row in arms:
         assert all(0 <= row[name] <= 100 for name in ("linear", "knn", "code_knn", "tuned_1", "tuned_all"))
     assert gpu_study.main([*common, "--to-knn", "20", "--every", "1"]) == 0
