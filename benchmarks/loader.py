@@ -130,7 +130,8 @@ def wait_until_idle(pause: float = 0.05, most: float = 5.0) -> None:
 
 
 def same_bytes(tar: Path, cache: Path) -> tuple[Path, Path]:
-    """The beton and a folder with its JPEGs as files, made once."""
+    """The beton and a folder with its JPEGs as files, made once for each tar."""
+    cache = cache / tar.stem
     beton, files = cache / "sample.beton", cache / "files"
     if not beton.is_file():
         if not tar.is_file():

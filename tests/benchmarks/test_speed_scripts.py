@@ -3,6 +3,7 @@
 import argparse
 import json
 import multiprocessing
+import tarfile
 import threading
 import time
 
@@ -84,6 +85,16 @@ def test_a_contender_waits_until_the_threads_of_the_one_before_are_idle():
     thread.start()
     loader.wait_until_idle()
     assert not thread.is_alive()
+
+
+def test_each_tar_has_its_own_beton(tmp_path):
+    for name, count in (("a", 1), ("b", 2)):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for i in range(count):
+                Image.new("RGB", (16, 16)).save(tmp_path / "0.jpg")
+                tar.add(tmp_path / "0.jpg", f"cat/{i}.jpg")
+        _, files = loader.same_bytes(tmp_path / f"{name}.tar", tmp_path / "cache")
+        assert len(list(files.rglob("*.jpg"))) == count
 
 
 def test_a_peer_that_is_installed_but_broken_is_absent(monkeypatch, tmp_path):
