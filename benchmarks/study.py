@@ -129,6 +129,7 @@ def main(arguments: list[str]) -> None:
         result = study(settings)
         if result is not None:
             result["command"] = "python -m benchmarks.study " + " ".join(arguments)
+            result["source"] = Path(read_manifest(manifest_path(settings.train))[0]["source"]).name
             write_study(settings.out, result)
             named = f"{FILES.get(options.question, options.question)}-{NAMES.get(name, name)}{size}"
             into_docs(settings.out, options.docs, named, result)
@@ -203,9 +204,16 @@ def page(name: str, result: dict[str, Any]) -> str:
 
 
 def kept(docs: Path, question: str, titles: dict[str, str] = TITLES) -> dict[str, dict[str, Any]]:
-    """The results of a question by their data set's title, of those that are there."""
-    paths = {title: docs / f"{FILES.get(question, question)}-{name}.json" for name, title in titles.items()}
-    return {title: json.loads(path.read_text()) for title, path in paths.items() if path.exists()}
+    """The results of a question by their data set's title, of those that are there. For CIFAR-10 of another
+    source than the JPEG copy, the title names that."""
+    found = {}
+    for name, title in titles.items():
+        path = docs / f"{FILES.get(question, question)}-{name}.json"
+        if path.exists():
+            result = json.loads(path.read_text())
+            other = result.get("source", "cifar10-jpeg") not in PRESETS
+            found[title.replace("JPEG", result["source"]) if other else title] = result
+    return found
 
 
 BASE = {

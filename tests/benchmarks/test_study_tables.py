@@ -93,6 +93,16 @@ def test_a_base_is_compared_seed_by_seed():
     assert f"| {statistics.mean(each):+.2f} ± {statistics.stdev(each) / 3**0.5:.2f} |" in line
 
 
+def test_a_table_names_the_source_of_its_images(tmp_path):
+    result = json.loads((ROOT / "docs" / "base-cifar10.json").read_text())
+    for source, title in (
+        ("cifar10-jpeg", "CIFAR-10 (JPEG)"),
+        ("torchvision:CIFAR10", "CIFAR-10 (torchvision:CIFAR10)"),
+    ):
+        (tmp_path / "base-cifar10.json").write_text(json.dumps(result | {"source": source}))
+        assert list(study.kept(tmp_path, "base")) == [title]
+
+
 @pytest.mark.slow
 def test_images_of_another_source_are_not_taken_for_those_asked_for(tmp_path):
     (tmp_path / "data").mkdir()
@@ -118,6 +128,7 @@ def test_the_whole_study_on_digits(tmp_path):
     study.main(common)
     assert all(path.read_bytes() == content for path, content in trained.items())
     result = json.loads((docs / "study-digits.json").read_text())
+    assert result["source"] == "sklearn:digits"
     arms = [arm["arm"] for arm in result["arms"]]
     assert arms == ["none", "sign", "bernoulli256", "gaussian", "mcinfonce"]
     pairs = {(p["arm"], p["control"]) for p in result["pairs"]}
