@@ -4,7 +4,7 @@
 #                                           print the value for SLURM_CONF; repeatable
 #   tools/slurm_cluster.sh stop [FOLDER]    stop it and remove the folder
 #   tools/slurm_cluster.sh run COMMAND...   run a command with a Slurm that already answers here, or else with
-#                                           this one, which is stopped afterwards
+#                                           this one, which is stopped afterwards; one run at a time
 # It needs neither systemd nor a free standard port, doesn't touch /etc and /run, and works as root in a container.
 set -euo pipefail
 
@@ -126,8 +126,10 @@ stop() {
 
 run() {
     if answers; then "$@"; return; fi
+    exec 9>"$folder.lock"
+    flock -n 9 || { say "waiting for another \`$0 run\` to end"; flock 9; }
     trap stop EXIT
-    start >/dev/null
+    start >/dev/null 9>&-
     "$@"
 }
 

@@ -443,3 +443,16 @@ def test_without_slurm_the_same_files_and_the_same_weights(chain, digits, tmp_pa
     ]
     assert names[0] == names[1] and "report.html" in names[0]
     assert {local.state(stage) for stage in local.stages} == {"done"} and "0  " in local.status()
+
+
+def test_a_second_cluster_for_tests_waits_for_the_first():
+    """It would share the first one's folder, and stop its daemons."""
+    folder = Path(f"/tmp/lvssl-slurm-{os.getuid()}")
+    if os.environ.get("SLURM_CONF") != str(folder / "slurm.conf") or not folder.with_suffix(".lock").exists():
+        pytest.skip("needs the cluster that `make test-slurm` starts")
+    command = [Path(__file__).parents[2] / "tools/slurm_cluster.sh", "run", "true"]
+    elsewhere = {name: value for name, value in os.environ.items() if name != "SLURM_CONF"}
+    options = {"stderr": subprocess.PIPE, "text": True, "env": elsewhere, "start_new_session": True}
+    with subprocess.Popen(command, **options) as second:
+        assert "waiting for another" in second.stderr.readline()
+        os.killpg(second.pid, signal.SIGTERM)
