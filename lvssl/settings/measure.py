@@ -122,7 +122,8 @@ class StudySettings(ReadsImages):
     """Each arm is a family, or NAME:setting=value,... with settings of latent and model, such as
     low:family=bernoulli,dim=64 or mcinfonce:family=vmf,site=proj,objective=mcinfonce. Every arm is
     compared with those named none, sign and mcinfonce, and every arm with a latent also with the best arm
-    without one."""
+    without one. mcinfonce has no variance and covariance terms: where the preset's objective is ntxent-vc,
+    compare it with arms of objective=ntxent."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Random seeds; each arm is trained once per seed."""
     epochs: int = 0
