@@ -326,7 +326,8 @@ def codes(evaluation: dict[str, Any], command: str | None) -> str:
 def settings_section(config: dict[str, Any], read: PretrainSettings) -> str:
     settings = config["settings"]
     values = flat(settings) | flat({k: v for k, v in config.items() if k not in ("settings", *settings)})
-    values |= {f"latent.{name}": f"{value:g} (default)" for name, value in read.latent.in_force.items()}
+    for name, value in read.latent.in_force.items():
+        values[f"latent.{name}"] = f"{value if isinstance(value, str) else format(value, 'g')} (default)"
     rows = [(name, v if isinstance(v, str) else json.dumps(v)) for name, v in values.items()]
     half = (len(rows) + 1) // 2
     return render("settings.html", halves=(rows[:half], rows[half:]))

@@ -122,10 +122,17 @@ def ranked(runs: list[Listed], metric: str) -> list[Listed]:
     return sorted(having, key=lambda run: (math.isnan(run.figures[metric]), sign * run.figures[metric]))
 
 
+def settings_of(folder: Path) -> dict[str, str]:
+    """Return what a run's result depends on; settings that were left out have the values in force."""
+    settings = read_config(folder)[0]
+    usual = {f"latent.{name}": value for name, value in settings.latent.in_force.items()}
+    return {s.name: str(usual.get(s.name, s.value)) for s in relevant(settings)}
+
+
 def compared(one: Path, other: Path) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
     """Return (settings that differ, figures at even parts of both trainings), as name and both values."""
     folders = (one, other)
-    had, has = ({s.name: str(s.value) for s in relevant(read_config(folder)[0])} for folder in folders)
+    had, has = map(settings_of, folders)
     names = dict.fromkeys([*had, *has])
     settings = [(n, had.get(n, ""), has.get(n, "")) for n in names if had.get(n) != has.get(n)]
     curves = [read_metrics(folder / "metrics.jsonl") for folder in folders]

@@ -5,7 +5,7 @@ import difflib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lvssl.settings.fields import RUNTIME, ReadsImages, flag, require_finite, without_effect
 from pipelines.decode import SOURCES
@@ -144,10 +144,11 @@ class LatentSettings:
         return variance, covariance
 
     @property
-    def in_force(self) -> dict[str, float]:
-        """The settings that were left out, with the values in force."""
-        usual = dict(zip(("variance", "covariance"), self.spread)) | {"beta": self.final_beta}
-        return {name: value for name, value in usual.items() if getattr(self, name) is None}
+    def in_force(self) -> dict[str, Any]:
+        """The settings that were left out or are `auto`, with the values in force."""
+        usual: dict[str, Any] = dict(zip(("variance", "covariance"), self.spread))
+        usual |= {"beta": self.final_beta, "sample_reduction": self.reduction}
+        return {name: value for name, value in usual.items() if getattr(self, name) in (None, "auto")}
 
     @property
     def reduction(self) -> str:

@@ -356,6 +356,7 @@ def test_settings_left_out_show_the_value_in_force(tmp_path):
     (run / "config.json").write_text(json.dumps(config))
     text = " ".join(Page(write_report(run).read_text()).text)
     assert "latent.variance 5 (default)" in text and "latent.covariance 1 (default)" in text
+    assert "latent.sample_reduction samples (default)" in text
     assert "latent.beta 0.5" in text and "latent.beta 0.5 (default)" not in text
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from lvssl.commands.main import main
 from lvssl.runs import listing
-from lvssl.runs.listing import LOWER_IS_BETTER, Listed, ranked, runs_in
+from lvssl.runs.listing import LOWER_IS_BETTER, Listed, compared, ranked, runs_in
 from lvssl.runs.run import run_lock
 
 
@@ -53,6 +53,20 @@ def test_runs_are_listed_ranked_and_compared(two, capsys):
     said = capsys.readouterr().out
     assert ["temperature", "0.2", "0.5"] in [line.split() for line in said.splitlines()]
     assert "loss, 100 %" in said and "(step 60)" in said and "(step 30)" in said
+
+
+def test_settings_that_were_left_out_are_compared_by_their_values(run, tmp_path):
+    for name, chosen in {"a": {"objective": "ntxent"}, "b": {"objective": "ntxent-vc", "beta": 0.0}}.items():
+        (tmp_path / name).mkdir()
+        config = json.loads((run / "config.json").read_text())
+        config["settings"]["latent"] |= chosen
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    differ, _ = compared(tmp_path / "a", tmp_path / "b")
+    assert differ == [
+        ("latent.objective", "ntxent", "ntxent-vc"),
+        ("latent.variance", "0.0", "5.0"),
+        ("latent.covariance", "0.0", "1.0"),
+    ]
 
 
 def test_a_figure_that_is_no_number_comes_last():
