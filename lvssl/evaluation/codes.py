@@ -130,7 +130,7 @@ def of_images(settings: EncodeSettings, out: Path) -> Encoder:
     """Encode images into `out` with a run's encoder, and return the encoder."""
     run = load_encoder(settings.run)
     on_error = run.reading(settings)
-    images = TrainingImages(run, settings.train, settings.workers, on_error)
+    images = TrainingImages(run, settings.train, settings.workers, on_error, noted=settings.images)
     asked = images.count if settings.bits and settings.code == "auto" else None
     code = chosen_code(run, settings.bits, settings.code, asked)
     source, names = image_set(settings.images)

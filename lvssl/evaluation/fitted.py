@@ -67,6 +67,7 @@ class TrainingImages:
     workers: int = 0
     on_error: str = "raise"  # for an image that can't be decoded
     limit: int = SAMPLE
+    noted: Path | None = None  # a set whose notes are printed elsewhere
 
     @property
     def path(self) -> Path:
@@ -124,7 +125,8 @@ class TrainingImages:
     @cached_property
     def _read(self) -> dict[str, np.ndarray]:
         run, source = self.run, self.source
-        say_notes(source)
+        if self.noted is None or self.noted.resolve() != self.path.resolve():
+            say_notes(source)
         if (own := self.trained_on) and (differs := other_set(own, self.described)):
             said = f"{self.path} isn't the set that {run.folder} was trained on ({differs})"
             print(f"note: {said}: density and quantisers are fitted on what is there now", file=sys.stderr)

@@ -254,6 +254,14 @@ def test_without_the_training_images_there_is_one_line_and_a_way_on(run, picture
     assert isinstance(found[0].distance, int) and found[0].distance == 0 and found[0].uncertainty is None
 
 
+def test_what_is_left_out_of_the_training_images_is_said_once(run, pictures, tmp_path, capsys):
+    images = shutil.copytree(pictures / "deep" / "0", tmp_path / "images")
+    (images / "list.txt").touch()
+    copy = shutil.copytree(run, tmp_path / "run")
+    assert lvssl("encode", copy, "--images", images, "--train", images, "--out", tmp_path / "a.lvcodes") == 0
+    assert capsys.readouterr().err.count("list.txt") == 1
+
+
 def test_impossible_codes_are_refused_before_any_work(run, pictures, tmp_path, capsys, monkeypatch):
     own = codes_bits(load_run(run))
     for options, message in [
