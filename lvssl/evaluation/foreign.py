@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from lvssl.evaluation.embedding import LARGE_SET
 from lvssl.evaluation.knn import customary, weighted_votes
 from lvssl.evaluation.score import score
-from lvssl.evaluation.stage import Measured, peak_memory_mib
+from lvssl.evaluation.stage import Measured, note_without_effect, peak_memory_mib
 from lvssl.evaluation.streamed import probed
 from lvssl.models.device import claim, pick_device
 from lvssl.runs.embeddings import Embeddings, open_pair_of_embeddings
@@ -84,7 +83,6 @@ def by_probe(
     probe = settings.probe
     if probe == "auto":
         probe = "streamed" if len(train.labels) >= LARGE_SET else "logistic"
-    if said := settings.without_effect(probe):
-        print(f"note: {said}", file=sys.stderr, flush=True)
+    note_without_effect(settings, probe)
     found, how = probed(settings, probe, (train.features, train.labels), (test.features, test.labels), device)
     return torch.from_numpy(found.scores(int(train.labels.max()) + 1)), {"probe": probe} | how

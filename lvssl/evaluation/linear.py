@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from lvssl.evaluation.embedding import LARGE_SET, embedded, help_to_embed
 from lvssl.evaluation.probe import standardise
 from lvssl.evaluation.score import score
-from lvssl.evaluation.stage import Stage, prepare
+from lvssl.evaluation.stage import Stage, note_without_effect, prepare
 from lvssl.evaluation.streamed import Bits, Rows, probed
 from lvssl.models.inference import infer
 from lvssl.runs.labels import LabelledDataset, readable, say_left_out, split
@@ -49,8 +48,8 @@ def linear(settings: LinearSettings) -> Stage[LinearSettings]:
         return stage
     train, test = stage.sets()
     probe = pick_probe(settings.probe, train)
-    if stage.world.first and (said := settings.without_effect(probe)):
-        print(f"note: {said}", file=sys.stderr, flush=True)
+    if stage.world.first:
+        note_without_effect(settings, probe)
     if probe == "sgd":
         with stop_signals() as stop, connected(stage.world, stage.device):
             predictions, answers, more = by_sgd(stage, train, test, stop)

@@ -18,7 +18,7 @@ from lvssl.runs.result import ResultFile, read_result
 from lvssl.runs.run import Run, load_run, require_classes_of, training_set, versions
 from lvssl.settings.fields import identity
 from lvssl.settings.pretrain import EngineSettings
-from lvssl.settings.stages import StageSettings, TrainingSettings
+from lvssl.settings.stages import LinearSettings, StageSettings, TrainingSettings
 from lvssl.training.distributed import World, from_first, world_of
 from pipelines.errors import InputError
 from pipelines.files import write_json
@@ -174,6 +174,12 @@ class Measured:
     path: Path
     done: dict[str, Any]
     world: World = World()  # noqa: RUF009 (frozen)
+
+
+def note_without_effect(settings: LinearSettings, probe: str) -> None:
+    """Print a note if an option has no effect on the probe, which `auto` has chosen."""
+    if said := settings.without_effect(probe):
+        print(f"note: {said}", file=sys.stderr, flush=True)
 
 
 def show(stage: Stage[Any] | Measured) -> None:
