@@ -184,5 +184,5 @@ def print_analysis(result: dict[str, Any]) -> None:
     print(f"{'run':12}{'score':12}{'R-AUROC':>9}{'R@1':>7}{'AURC':>7}{'OOD (mean)':>12}")
     for row in by_point(result["rows"], representation="uncertainty"):
         ood = np.mean([as_number(value) for key, value in row.items() if key.startswith(FOREIGN)])
-        area, recall, aurc = (as_number(row[key]) for key in ("r_auroc", "recall_at_1", "aurc"))
+        area, recall, aurc = (as_number(row.get(key)) for key in ("r_auroc", "recall_at_1", "aurc"))
         print(f"{row['run'][:11]:12}{row['method']:12}{area:9.3f}{recall:7.3f}{aurc:7.3f}{ood:12.3f}")

@@ -171,11 +171,13 @@ def print_compression(result: dict[str, Any]) -> None:
     """Print the rows, sorted by bits."""
     head = f"mAP@{result['top_n']}, hits"
     print(f"{'run':16}{'method':18}{'bits':>7}{'linear %':>10}{'kNN %':>8}{head:>16}{'relevant':>10}")
-    for row in sorted(by_point(result["rows"]), key=lambda row: (row["bits"], -row["linear"])):
-        hits, relevant = as_number(row["map_over_hits"]), as_number(row["map_over_relevant"])
-        start = f"{row['run'][:15]:16}{row['method'] or 'features':18}{row['bits']:>7,}"
-        print(f"{start}{row['linear']:>10.1f}{row['knn']:>8.1f}{hits:>16.3f}{relevant:>10.3f}")
-    if (of := result.get("of", {}).get("train", 0)) > result["database"]:
+    for row in sorted(
+        by_point(result["rows"]), key=lambda row: (row["bits"] or 0, -as_number(row.get("linear")))
+    ):
+        found = [as_number(row.get(n)) for n in ("linear", "knn", "map_over_hits", "map_over_relevant")]
+        start = f"{row['run'][:15]:16}{row['method'] or 'features':18}{row['bits'] or 0:>7,}"
+        print(start + "{:>10.1f}{:>8.1f}{:>16.3f}{:>10.3f}".format(*found))
+    if (of := (result.get("of") or {}).get("train", 0)) > result["database"]:
         print(f"of {result['database']:,} of {of:,} training images and {result['queries']:,} test images")
     for reason in result["left_out"]:
         print(f"left out: {reason}")

@@ -47,7 +47,7 @@ from lvssl.models.network import LVNet
 from lvssl.runs.features import Store
 from lvssl.runs.identity import describe_set
 from lvssl.runs.labels import Subset, readable, sound_part
-from lvssl.runs.result import ResultFile
+from lvssl.runs.result import ResultFile, as_number
 from lvssl.runs.rows import Point, Row, by_point, rows_of_points, stored_as
 from lvssl.runs.run import Run, load_run, run_names
 from lvssl.settings.measure import EvaluateSettings
@@ -371,4 +371,4 @@ def print_table(rows: list[Row]) -> None:
         if "linear" in point:
             bits, knn = (point.get(name) for name in ("bits", "knn"))
             print(f"{point['run'][:15]:16}{stored_as(point):16}{f'{bits:,}' if bits else '-':>8}", end="")
-            print(f"{point['linear']:>10.1f}{'-' if knn is None else f'{knn:.1f}':>8}")
+            print(f"{as_number(point['linear']):>10.1f}{'-' if knn is None else f'{knn:.1f}':>8}")

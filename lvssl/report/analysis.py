@@ -31,7 +31,7 @@ def uncertainty(analysis: dict[str, Any]) -> str:
         ranks=ranks,
         best=best,
         probes=by_point(analysis["rows"], representation="probe", run=run),
-        reliability=reliability(analysis["reliability"].get(run, {})),
+        reliability=reliability(analysis["reliability"].get(run) or {}),
         command=analysis.get("command"),
     )
 

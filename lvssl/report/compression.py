@@ -33,7 +33,7 @@ def rate_chart(rows: list[dict[str, Any]], name: str, unit: str) -> Figure | Non
     """Plot one measure over the logarithm of the bits, with a line for each run and method."""
     groups: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in rows:
-        if finite(row.get(name)):
+        if row["bits"] and finite(row.get(name)):
             method = "code" if row["method"].startswith("code") else row["method"] or "features"
             groups.setdefault((row["run"], method), []).append((math.log2(row["bits"]), row[name]))
     if not groups:

@@ -258,12 +258,12 @@ def headline(run_dir: Path, data: str, evaluation: dict[str, Any]) -> str:
 def data_name(path: Path, evaluation: dict[str, Any]) -> str:
     """Return the data set's name, by the test images that were measured or else by the path of the training
     images."""
-    return set_name(str(evaluation.get("data", {}).get("name") or "")) or set_name(str(path))
+    return set_name(str((evaluation.get("data") or {}).get("name") or "")) or set_name(str(path))
 
 
 def trained(settings: PretrainSettings, evaluation: dict[str, Any]) -> str:
     """Describe in one sentence what was trained, on what, for how long."""
-    data, epochs = evaluation.get("data", {}), settings.epochs
+    data, epochs = evaluation.get("data") or {}, settings.epochs
     images = f" on {data['train']:,} images" if data.get("train") else ""
     side = f" at {data['resolution']} px" if data.get("resolution") else ""
     return (

@@ -97,7 +97,9 @@ def compare_uncertainty(analysis: dict[str, Any]) -> UncertaintyComparison | Non
     scores = by_point(analysis.get("rows") or [], representation="uncertainty")
     run = next((row for row in scores if (row["run"], row["method"]) == (sides[0], "posterior")), None)
     control = {row["method"]: row for row in scores if row["run"] == sides[1] and row["method"] in LABEL_FREE}
-    if not run or not control or not all(finite(row.get("r_auroc")) for row in (*control.values(), run)):
+    if not run or not control:
+        return None
+    if not all(finite(row.get(c)) for row in (*control.values(), run) for c in ("r_auroc", "recall_at_1")):
         return None
     best = max(control, key=lambda name: control[name]["r_auroc"])
     images = analysis["images"]["test"]

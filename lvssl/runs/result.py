@@ -11,12 +11,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lvssl.runs.rows import are_rows
+from lvssl.runs.rows import are_rows, wrong_row
 from lvssl.runs.run import RESULTS_VERSION, Run, results_version, versions
 from lvssl.settings.fields import first_change, identity, runtime
 from lvssl.settings.presets import command
 from pipelines.errors import InputError
 from pipelines.files import write_json
+
+# What commands read of a file whose measurements are rows: what it must have, and entries that it may have.
+MODEL, NAMED = {"name": str, "family": str}, {"name": str}
+BITS = {"table": list, "flips": dict, "few": dict}
+ENTRIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "evaluation.json": ({"run": MODEL}, {"control": MODEL}),
+    "analysis.json": (
+        {"run": NAMED, "images": {"test": int}, "reliability": dict},
+        {"control": NAMED, "bits": BITS},
+    ),
+    "compression.json": ({"queries": int, "database": int, "top_n": int, "left_out": list}, {}),
+}
+KINDS: dict[Any, str] = {dict: "an object", list: "a list", str: "a text", int: "a number"}
 
 
 @dataclass(frozen=True)
@@ -120,14 +133,22 @@ def require_writable(folder: Path) -> None:
         raise InputError(f"{there}: is not writable: choose another folder with --out")
 
 
-def read_result(path: Path, **kinds: type) -> dict[str, Any]:
+def read_result(path: Path, **kinds: Any) -> dict[str, Any]:
     """Read a file that a command has written: an object whose entries, if present and not null, are of the
-    `kinds` dict or list. InputError if it holds something else, or is damaged."""
+    `kinds`, see `wrong_kind`. InputError if it is damaged, holds something else, or lacks one of ENTRIES."""
     content = read_json(path)
     wrong = wrong_kind("", content, dict)
-    for name, kind in ({"settings": dict, "beside": dict} | kinds).items() if not wrong else ():
-        if content.get(name) is not None:
-            wrong = wrong or wrong_kind(f"{name}: ", content[name], kind)
+    if not wrong:
+        needed: dict[str, Any] = {}
+        kinds = {"settings": dict, "beside": dict, "versions": dict, **kinds}
+        if (rows := content.get("rows")) and are_rows(rows):
+            wrong = wrong_row(rows)
+            needed, optional = ENTRIES.get(path.name, ({}, {}))
+            kinds |= optional
+        elif "stage" in content:
+            needed = {"results": dict, "data": {"images": int}, "command": str}
+        there = {name: kind for name, kind in kinds.items() if content.get(name) is not None}
+        wrong = wrong or wrong_kind("", content, there | needed)
     if wrong:
         raise InputError(f"{path}: not a result ({wrong}); remove it")
     return content
@@ -141,11 +162,15 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: not a result ({error}); remove it") from error
 
 
-def wrong_kind(name: str, value: Any, kind: type) -> str:
-    """Describe what is wrong with a value that should be of that kind; "" if nothing is."""
-    if isinstance(value, kind):
-        return ""
-    return f"{name}{'an object' if kind is dict else 'a list'} is expected, not {type(value).__name__}"
+def wrong_kind(name: str, value: Any, kind: Any) -> str:
+    """Describe what is wrong with a value that should be of that kind, or an object with entries of the kinds
+    in `kind`; "" if nothing is."""
+    entries, kind = (kind, dict) if isinstance(kind, dict) else ({}, kind)
+    if not isinstance(value, kind):
+        start = f"{name}: " if name else ""
+        return f"{start}{KINDS[kind]} is expected, not {type(value).__name__}"
+    inner = (wrong_kind(f"{name}.{key}" if name else key, value.get(key), of) for key, of in entries.items())
+    return next(filter(None, inner), "")
 
 
 def as_number(value: float | None) -> float:

@@ -43,7 +43,17 @@ def rows_of_points(run: str, seed: int, points: Iterable[Point]) -> list[Row]:
 
 def are_rows(found: Any) -> bool:
     """Whether a file's rows have this format; results of an older version had a row for each point."""
-    return isinstance(found, list) and all("metric" in row for row in found)
+    return isinstance(found, list) and all(isinstance(row, dict) and "metric" in row for row in found)
+
+
+def wrong_row(rows: Iterable[Row]) -> str:
+    """Describe the first row that lacks a column or has a value of another kind; "" if none does."""
+    kinds = {"bits": int | float | None, "value": int | float | None, "seed": int}
+    for number, row in enumerate(rows, 1):
+        for column in COLUMNS:
+            if not isinstance(row.get(column, ...), kinds.get(column, str)):
+                return f"row {number} has no {column}"
+    return ""
 
 
 def by_point(rows: Iterable[Row], **where: Any) -> list[Row]:

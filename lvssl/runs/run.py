@@ -162,7 +162,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 def results_version(content: Mapping[str, Any]) -> int:
     """Return the results version that a config.json or a result names."""
-    return int((content.get("versions") or {}).get("results", 1))
+    return int((content.get("versions") or {}).get("results") or 1)
 
 
 def versions() -> dict[str, Any]:

@@ -348,6 +348,38 @@ def test_a_damaged_result_without_its_number_of_test_images_opens_and_compares_n
         assert "test images: a difference up to" not in text
 
 
+def test_a_result_without_an_entry_is_a_page_or_a_line_that_names_it(tmp_path):
+    """Each entry, and each entry within one or within the first row, is left out; the former also null."""
+    run = write_run(tmp_path / "run", side=4)
+    write_analysis(write_compression(run), np.random.default_rng(0), side=4)
+    refused = set()
+    for path in map(run.joinpath, ("evaluation.json", "analysis.json", "compression.json")):
+        whole = path.read_text()
+        places = [(name,) for name in json.loads(whole)]
+        for name, value in json.loads(whole).items():
+            inside = value if isinstance(value, dict) else value[0] if name == "rows" else ()
+            places += [(name, *([0] if name == "rows" else []), key) for key in inside]
+        for place in places:
+            for null in (False, True) if len(place) == 1 else (False,):
+                content = json.loads(whole)
+                *outer, last = place
+                where = content
+                for key in outer:
+                    where = where[key]
+                where.pop(last)
+                where |= {last: None} if null else {}
+                path.write_text(json.dumps(content))
+                try:
+                    write_report(run)
+                except InputError as error:
+                    assert re.fullmatch(rf"{path}: not a result \(.*\); remove it", str(error))
+                    refused.add((path.stem, *place))
+        path.write_text(whole)
+    wanted = [("evaluation", "run"), ("evaluation", "control", "name"), ("analysis", "images", "test")]
+    assert refused >= {*wanted, ("compression", "rows", 0, "value"), ("compression", "queries")}
+    assert ("evaluation", "data") not in refused
+
+
 def test_settings_left_out_show_the_value_in_force(tmp_path):
     chosen = preset("cifar10-small")
     chosen = replace(chosen, latent=replace(chosen.latent, beta=0.5))
