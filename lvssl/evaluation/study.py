@@ -161,6 +161,7 @@ def of_run(
     kept = chosen.out / KEPT
     found = read_result(kept, rows=list, lengths=list, codes=list) if kept.exists() else {}
     same = (found.get("checkpoint"), found.get("protocol")) == (run.digest, protocol) and found.get("rows")
+    same = same and {"deterministic", "bits", "features"} <= found.keys()
     codes = [] if run.network.family.stochastic else equal_bit_codes({*lengths, own_bits(run)})
     # Codes that have been tried. The first files only have HASHES, without saying so.
     old = [(method, bits) for method in HASHES for bits in found.get("lengths") or ()]

@@ -72,10 +72,13 @@ def test_a_study_in_parts_is_the_study(settings, digits, capsys):
         equal_bit_codes((16, 64))
     ) - {(method, bits) for method in HASHES for bits in (16, 64)}
     row = settings.out / "low-s1" / "study.json"
+    whole = json.loads(row.read_text())
     for damaged, said in (("{", "Expecting"), ("[]", "an object"), ('{"codes": 3}', "codes: a list")):
         row.write_text(damaged)
         assert main(arguments) == 2
         assert f"{row}: not a result ({said}" in capsys.readouterr().err
+    row.write_text(json.dumps({name: value for name, value in whole.items() if name != "bits"}))
+    assert main(arguments) == 0 and json.loads(row.read_text()) == whole  # measured again
 
 
 def made():
