@@ -42,6 +42,27 @@ def test_two_that_write_the_same_file_at_once_do_not_meet(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_is_too(tmp_path, monkeypatch):
+    """Otherwise a power failure could leave an empty file under the final name."""
+    path, said = tmp_path / "result.json", []
+    fsync, rename = os.fsync, os.replace
+
+    def synced(number: int) -> None:
+        said.append((os.readlink(f"/proc/self/fd/{number}"), os.fstat(number).st_size, path.exists()))
+        fsync(number)
+
+    def renamed(old, new) -> None:
+        said.append((str(old), str(new)))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_atomically(path, b"whole ", b"file")
+    aside = said[0][0]
+    assert said[:2] == [(aside, 10, False), (aside, str(path))]
+    assert [(name, there) for name, _, there in said[2:]] == [(str(tmp_path), True)]
+
+
 def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path):
     """Root could: nothing would be printed any more on a machine whose /dev/stdout is a file."""
     os.mkfifo(tmp_path / "pipe")
@@ -64,12 +85,14 @@ def test_what_a_kill_left_is_removed_by_the_next_process_and_what_is_being_writt
 
 
 def test_another_machines_leftovers_stay_for_a_day(tmp_path):
+    with subprocess.Popen(["true"]) as ended:  # a number that no process has here; another machine's may live
+        pass
     for name, age in (("fresh", 60), ("old", 2 * 24 * 3600)):
-        left = tmp_path / f".{name}.0000-1-0.partial"
+        left = tmp_path / f".{name}.0000-{ended.pid}-0.partial"
         left.write_bytes(b"")
         os.utime(left, (left.stat().st_atime, left.stat().st_mtime - age))
     write_json(tmp_path / "result.json", {})
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".fresh.0000-1-0.partial", "result.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".fresh.0000-{ended.pid}-0.partial", "result.json"]
 
 
 def test_json_has_null_for_what_is_no_number(tmp_path):

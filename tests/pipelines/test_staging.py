@@ -51,6 +51,33 @@ def test_a_copy_is_read_until_the_shared_file_changes(disk, shared, capsys):
     assert near(shared) == shared
     stage("$NODE_DISK", [shared])
     assert near(shared) not in (copy, shared) and near(shared).read_bytes() == shared.read_bytes()
+    status, other = shared.stat(), bytes(shared.stat().st_size)
+    shared.write_bytes(other)  # as long as before
+    os.utime(shared, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert near(shared) == shared
+    stage("$NODE_DISK", [shared])
+    assert near(shared) != shared and near(shared).read_bytes() == other
+    with open(near(shared), "ab") as copy:  # another length is another file's
+        copy.write(b"more")
+    assert near(shared) == shared
+
+
+@pytest.mark.parametrize("shared", [10_500], indirect=True)
+def test_a_file_that_changes_while_it_is_copied_is_not_staged(disk, shared, monkeypatch, capsys):
+    pieces = staging._pieces
+
+    def changing(file, size):
+        for number, block in enumerate(pieces(file, size)):
+            if file.name == str(shared) and number == 4:
+                with open(shared, "r+b") as same:  # the part that was read already
+                    same.write(b"\0" * 1000)
+                os.utime(shared, ns=(0, 0))
+            yield block
+
+    monkeypatch.setattr(staging, "_pieces", changing)
+    stage("$NODE_DISK", [shared])
+    assert near(shared) == shared and "was changed meanwhile" in capsys.readouterr().err
+    assert [path.name for path in disk.rglob("*") if path.is_file()] == ["lock"]
 
 
 @pytest.mark.parametrize("shared", [10_500], indirect=True)

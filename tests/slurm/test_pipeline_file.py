@@ -15,7 +15,7 @@ from lvssl.commands.chain import chain_starts
 from lvssl.commands.main import main
 from lvssl.runs.run import create_run
 from lvssl.settings.fields import runtime
-from lvssl.settings.pretrain import PretrainSettings
+from lvssl.settings.pretrain import PRESETS, PretrainSettings
 from lvssl.settings.stages import FinetuneSettings, KnnSettings, LinearSettings
 from pipelines.amounts import size_text
 from pipelines.convert.command import parser
@@ -23,7 +23,17 @@ from pipelines.errors import InputError
 from slurm.dry_run import folder_size
 from slurm.launch import as_launched, launch, plan
 from slurm.pipeline import MEASURING, ImageSource, minutes_of, read_pipeline
-from slurm.records import Record, claimed, fingerprints, last_error, read_jobs, stands, write_record
+from slurm.records import (
+    Record,
+    claimed,
+    fingerprints,
+    last_error,
+    read_jobs,
+    read_record,
+    stands,
+    write_json,
+    write_record,
+)
 from slurm.stages import build_stages, digest
 from slurm.status import standings
 from slurm.sweep import write_table
@@ -152,6 +162,7 @@ def test_a_changed_setting_reaches_what_hangs_on_it_and_only_that(tmp_path):
     assert (
         "--overwrite" in stages["evaluate"].tasks[0].arguments
     )  # the other's result takes the first one's place
+    assert "--resume" in stages["pretrain"].tasks[0].arguments  # a job starts again after a time limit
     assert changed("shards = 2", "shards = 2\nworkers = 1") == set()
     assert changed("epochs = 3", "epochs = 3\nworkers = 1\nthreads = 1") == set()
     assert changed('"4G"', '"8G"') == set()
@@ -247,6 +258,11 @@ def test_a_sweep_is_an_array_whose_points_stand_alone(tmp_path):
     arguments = " ".join(stage.tasks[1].arguments)
     assert "--epochs 2 --label-fraction 0.1 --lr 0.2 0.3 --out" in arguments and "--test" in arguments
     assert len({task.outputs for task in stage.tasks}) == 4
+    knn = FILE + "[knn.sweep]\ngrid = { k = [1, 5] }\n[linear]\n"
+    stages = {s.name: s for s in build_stages(read_pipeline(write(tmp_path, knn), chain_starts()))}
+    assert len({task.outputs for task in stages["knn"].tasks}) == 2
+    assert {*stages["report"].after} == {"linear", "knn", "evaluate"}  # it shows all of them
+    write(tmp_path, FILE + SWEEP)
     before = keys(path)
     after = keys(write(tmp_path, FILE + SWEEP.replace("1.0", "0.5")))
     assert {n for n in before if before[n] != after[n]} == {"finetune-03", "finetune-04", "report"}
@@ -310,8 +326,16 @@ def test_what_stands_is_not_done_again(tmp_path):
         for part in tasks[name].outputs:
             part.unlink()
     assert todo() == []
-    tasks["evaluate"].outputs[0].write_text("of another setting")
-    assert not stands(out, tasks["evaluate"]) and todo() == ["evaluate"]
+    result = tasks["evaluate"].outputs[0]
+    for content in ("of another setting", tasks["evaluate"].key[::-1]):  # also one of the same length
+        result.write_text(content)
+        assert not stands(out, tasks["evaluate"]) and todo() == ["evaluate"]
+    assert standings(out, stages)["evaluate"][0].state == "not run"
+    finish(out, tasks["evaluate"])
+    record = read_record(out, tasks["evaluate"])
+    assert record is not None and stands(out, tasks["evaluate"])
+    write_record(out, tasks["evaluate"], dataclasses.replace(record, state="running"))  # it was begun again
+    assert todo() == ["evaluate"]
     finish(out, tasks["evaluate"])
     shutil.rmtree(tasks["merge-train"].outputs[0].parent)
     assert todo() == []  # nothing that isn't done needs the images
@@ -415,6 +439,10 @@ def test_a_refused_launch_leaves_the_preset_of_the_last_one(tmp_path, monkeypatc
     with pytest.raises(InputError, match="no Slurm here"):
         launch(path, chain_starts(), preset="fashion-mnist")
     assert as_launched(path, chain_starts())[1] is None
+    write_json(tmp_path / "out" / "launch.json", {"preset": "fashion-mnist"})  # as one that isn't refused
+    pipeline, preset = as_launched(path, chain_starts())
+    made = pipeline.stages["pretrain"].points[0].settings
+    assert preset == "fashion-mnist" and made.view == PRESETS["fashion-mnist"].view != PRESETS["digits"].view
 
 
 def test_torchvisions_downloads_are_not_in_the_copy_of_the_code(tmp_path):
@@ -454,7 +482,7 @@ def test_golden_sbatch(tmp_path):
         "[cluster]",
         '[cluster]\npartition = "gpu"\naccount = "lab"\nconstraint = "a100&nvlink"\ncpus = 12\nmodules = ["cuda/13"]\n'
         'setup = ["ulimit -n 65536"]\nenvironment = { NCCL_SOCKET_IFNAME = "ib0", TITLE = "it\'s" }\n'
-        'options = { "mail-type" = "FAIL" }\npython = "/opt/python 3/bin/python"\nwarning = 90\nconcurrency = 4',
+        'options = { "mail-type" = "FAIL" }\npython = "/opt/python 3/bin/python"\nwarning = 90\nconcurrency = 2',
     )
     pipeline = read_pipeline(write(odd, text), chain_starts())
     stages = {stage.name: stage for stage in build_stages(pipeline)}

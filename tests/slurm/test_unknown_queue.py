@@ -1,13 +1,11 @@
 """Slurm that fails or doesn't answer says nothing about a job: not that there is none."""
 
-import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from test_pipeline_file import write
 
 from lvssl.commands.chain import chain_starts
 from lvssl.commands.main import main
@@ -21,37 +19,6 @@ FAILS = "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; e
 HANGS = "exec sleep 600"
 EMPTY = "exit 0"
 HINT = "slurm_load_jobs error: Unable to contact slurm controller"
-
-
-@pytest.fixture
-def squeue(tmp_path, monkeypatch):
-    """squeue(SCRIPT) puts a command of that name first in the PATH, and a scancel that must not be called."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(scheduler, "PAUSE", 0.01)
-
-    def made(script: str, name: str = "squeue") -> None:
-        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-        (folder / name).chmod(0o755)
-
-    made(f"touch {tmp_path}/cancelled", "scancel")
-    made("echo 'part*|1-00:00:00|x|(null)'", "sinfo")
-    made(f"touch {tmp_path}/submitted", "sbatch")
-    return made
-
-
-@pytest.fixture
-def file(tmp_path) -> Path:
-    """A pipeline whose pretraining was submitted as job 7."""
-    path = write(tmp_path)
-    pipeline = read_pipeline(path, chain_starts())
-    (task,) = (t for stage in build_stages(pipeline) for t in stage.tasks if t.name == "pretrain")
-    write_json(
-        pipeline.out / "jobs.json",
-        {task.key: {"task": "pretrain", "job": "7", "log": "log", "cluster": "slurm"}},
-    )
-    return path
 
 
 @pytest.mark.parametrize("command", [["launch"], ["launch", "--dry-run"], ["cancel"], ["retry", "pretrain"]])

@@ -56,9 +56,9 @@ def test_imagenet_subsets_have_the_published_counts(imagenet, share, count, a_cl
 
 
 def test_a_share_is_rounded_down_and_its_last_bit_doesnt_matter():
-    for count in (30, 70, 290, 1290, 50_000):
-        rows = labelled_rows(of_classes(np.arange(count) % 3), 0.1, None, seed=0)
-        assert len(rows) == count // 10
+    for percent, count in ((10, 30), (10, 50_000), (29, 100), (57, 100), (7, 2900), (29, 101)):
+        rows = labelled_rows(of_classes(np.arange(count) % 3), percent / 100, None, seed=0)
+        assert len(rows) == percent * count // 100
 
 
 def test_small_classes_give_all_they_have_and_the_rest_is_shared():
@@ -121,8 +121,10 @@ def test_a_part_keeps_the_outputs_of_the_whole_and_its_own_pixels(digits):
     assert np.array_equal(*out) and out[0].any()
     inner = Subset(part.source, np.array([3, 1]))  # no part of a part: facts are looked up in the whole
     assert inner.source is train.source and inner.rows.tolist() == rows[[3, 1]].tolist()
-    assert inner.labels.tolist() == [2, 2] and inner.encoded(0, 0) is not None
-    assert part.source.encoded(0, 1) is not None and part.source.sizes(np.array([0]))[0].tolist() == [8]
+    assert inner.labels.tolist() == [2, 2] and part.source.sizes(np.array([0]))[0].tolist() == [8]
+    for one, index in ((part.source, 1), (inner, 1)):  # both are image rows[1]
+        assert np.array_equal(one.encoded(0, index), train.source.encoded(0, int(rows[1])))
+    assert np.array_equal(inner.storage_blocks(), train.source.storage_blocks()[rows[[3, 1]]])
 
 
 def test_what_a_set_does_not_have_is_refused(digits, tmp_path):
