@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,26 @@ def test_stopped_at_the_end_it_is_finished_later(tmp_path, monkeypatch, step):
     assert everything(tmp_path / "out") == expected
 
 
+def test_images_are_on_the_disk_before_the_journal_says_so(tmp_path, monkeypatch):
+    photos(tmp_path / "set")
+    book, part = tmp_path / "out/.x.beton.journal", str(tmp_path / "out/.x.beton.part")
+    synced, fdatasync = [], os.fdatasync
+
+    def noting(number: int) -> None:
+        synced.append((os.readlink(f"/proc/self/fd/{number}"), book.stat().st_size))
+        fdatasync(number)
+
+    monkeypatch.setattr(os, "fdatasync", noting)
+    monkeypatch.setattr(conversion, "COMMIT_SECONDS", 0)
+    count = convert(str(tmp_path / "set"), tmp_path / "out/x.beton")["count"]
+    assert len(synced) > 2 * count and {name for name, _ in synced} == {part, str(book)}
+    for (name, before), (after, size) in pairwise(synced):
+        if name == part:  # the group about these images is written only now
+            assert after == str(book) and size > before
+        elif after == part:
+            assert size == before
+
+
 def test_what_the_estimate_takes_is_no_work_to_be_kept(tmp_path, monkeypatch):
     photos(tmp_path / "set")
     clock, estimates = time.perf_counter, []
@@ -125,10 +146,14 @@ def test_an_unfinished_conversion_of_something_else_is_not_touched(tmp_path, mon
         convert(str(tmp_path / "set"), tmp_path / "out/x.beton")
     monkeypatch.undo()
     before = everything(tmp_path / "out")
-    typed = [str(tmp_path / "set"), str(tmp_path / "out/x.beton"), "--subset", "5"]
-    assert main(typed) == 2
-    assert "an unfinished conversion from another source or with other settings" in capsys.readouterr().err
-    assert everything(tmp_path / "out") == before
+    typed = [str(tmp_path / "set"), str(tmp_path / "out/x.beton")]
+    for option in ("--jpeg-quality", "--subset"):
+        assert main([*typed, option, "5"]) == 2
+        assert (
+            "an unfinished conversion from another source or with other settings" in capsys.readouterr().err
+        )
+        assert everything(tmp_path / "out") == before
+    typed += ["--subset", "5"]
     assert main([*typed, "--restart"]) == 0
     assert sorted(everything(tmp_path / "out")) == ["x.beton", "x.beton.json"]
 
@@ -445,6 +470,19 @@ def test_a_file_that_another_process_has_changed_is_not_published(tmp_path, slow
     error = first.communicate()[1]
     assert first.returncode == 2 and "another process has changed it" in error and "--restart" in error
     assert not out.exists() and not (tmp_path / "tars").exists()
+
+
+def test_labels_that_were_corrected_since_begin_another_conversion(tmp_path, monkeypatch):
+    names = [path.relative_to(tmp_path) for path in sorted(photos(tmp_path / "set").rglob("*.jpg"))]
+    for swapped in (False, True):
+        labels = [(n + swapped) % 2 for n in range(len(names))]
+        rows = (f"{name},{label}\n" for name, label in zip(names, labels))
+        (tmp_path / "table.csv").write_text("path,label\n" + "".join(rows))
+        with monkeypatch.context() as patch:
+            patch.setattr(conversion, "KEEP_SECONDS", 0)
+            patch.setattr(conversion, "_finish", lambda *_: (_ for _ in ()).throw(Stop))
+            with pytest.raises(InputError if swapped else Stop):
+                convert(str(tmp_path / "table.csv"), tmp_path / "x.beton")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lvssl.codes.search import hamming_distances
 from lvssl.commands.main import main
-from lvssl.evaluation.curate import NOISE, Agreement, diverse
+from lvssl.evaluation.curate import NOISE, Agreement, Curation, Embedded, contradicted, diverse
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 CIFAR = SHARED / "cifar10-jpeg/train-00000-of-00001.parquet"
@@ -121,6 +121,25 @@ def test_a_folder_without_classes_and_with_a_damaged_image(run, planted, tmp_pat
         (flat / name).write_bytes((flat / "0.png").read_bytes())
         assert lvssl(*arguments, "--on-error", "skip") == 0
         assert name in {row["name"] for row in read(tmp_path / "c/subset.csv")}
+
+
+def test_a_damaged_image_shifts_no_class(run, planted, tmp_path):
+    train = tmp_path / "train"
+    shutil.copytree(planted[0], train)
+    (train / "0/02.png").write_bytes(b"\x89PNG broken")
+    assert lvssl("curate", run, "--train", train, "--out", tmp_path / "c", "--on-error", "skip") == 0
+    rows = read(tmp_path / "c/outliers.csv")
+    assert len(rows) == 51 and all(row["class"] == row["name"].split("/")[0] for row in rows)
+
+
+def test_votes_on_a_label_are_weighted_by_cosine():
+    names, labels = list("abcd"), np.array([0, 1, 0, 0])
+    one = Embedded("train", names, labels, ["cat", "dog"], np.zeros((4, 2)), np.zeros(4, np.float32))
+    found = Curation(Path(), None, [one], "raise")
+    rows = np.array([[1, 2, 3], [0, 2, 3], [3, 0, 1], [2, 0, 1]])
+    cosines = np.tile(np.array([0.6, 0.2, -0.9], np.float32), (4, 1))  # what is opposite has no vote
+    contradicted(found, rows, cosines, 10)
+    assert found.tables["labels"][1] == [["b", "dog", "cat", 0.0, 1.0], ["a", "cat", "dog", 0.25, 0.75]]
 
 
 def test_thumbnails_agree_for_copies_and_not_for_what_a_set_has_in_common():

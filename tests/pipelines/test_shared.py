@@ -37,11 +37,14 @@ HOLDS = """if True:
 
 @pytest.fixture
 def beton(tmp_path) -> Path:
-    path = tmp_path / "set.beton"
+    return written(tmp_path / "set.beton")
+
+
+def written(path: Path, step: int = 1) -> Path:
     with open(path, "wb") as file:
         writer = BetonWriter(file, 30, ["age"])
         for n in range(30):
-            writer.add(RAW, 1, 1 + n % 3, bytes(3 * (1 + n % 3)), n % 7, [n / 2])
+            writer.add(RAW, 1, 1 + n % 3, bytes(3 * (1 + n % 3)), step * n % 7, [n / 2])
         writer.finish()
     head = {"classes": [f"c{n}" for n in range(7)], "targets": ["age"], "count": 30, "samples": []}
     Path(f"{path}.json").write_text(json.dumps(head))
@@ -86,6 +89,18 @@ def test_all_columns_are_as_they_are_without_other_processes(beton, tmp_path, mo
     assert mapped.classes == alone.classes and list(mapped.targets) == ["age"]
     assert np.array_equal(mapped.targets["age"], alone.targets["age"])
     assert np.array_equal(mapped.encoded(0, 4), alone.encoded(0, 4))
+
+
+def test_each_set_has_its_own_arrays_and_anew_if_it_changes(beton, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(shared.tempfile, "tempdir", str(tmp_path))
+    for name, step in ((beton.name, 1), ("other.beton", 2), (beton.name, 3)):
+        path = written(tmp_path / name, step)
+        os.utime(path, ns=(0, step))  # all are equally long
+        labels = BetonReader(path).labels
+        assert labels.tolist() == [step * n % 7 for n in range(30)]
+        labels[0] = 5  # in a copy of this process's own
+        assert BetonReader(path).labels[0] == 0
 
 
 def test_memory_is_taken_once(tmp_path):

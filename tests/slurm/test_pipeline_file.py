@@ -330,7 +330,11 @@ def test_what_stands_is_not_done_again(tmp_path):
     for content in ("of another setting", tasks["evaluate"].key[::-1]):  # also one of the same length
         result.write_text(content)
         assert not stands(out, tasks["evaluate"]) and todo() == ["evaluate"]
-    assert standings(out, stages)["evaluate"][0].state == "not run"
+    record = read_record(out, tasks["evaluate"])
+    assert record is not None
+    write_record(out, tasks["evaluate"], dataclasses.replace(record, job="7"))
+    (found,) = standings(out, stages)["evaluate"]
+    assert (found.state, found.error) == ("not run", "its result was removed or replaced since")
     finish(out, tasks["evaluate"])
     record = read_record(out, tasks["evaluate"])
     assert record is not None and stands(out, tasks["evaluate"])

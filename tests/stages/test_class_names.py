@@ -284,9 +284,13 @@ def test_a_run_is_resumed_on_its_own_set_alone(run, sets, tmp_path):
         shutil.copy(f"{sets['train']}{suffix}", f"{tmp_path / 'moved.beton'}{suffix}")
     pretrain(settings(tmp_path / "moved.beton", run), resume=True)
     pretrain(settings(sets["train-folder"], run), resume=True)  # the same pixels from their files
+    rows = [(path, path.parent.name) for path in sorted(sets["train-folder"].rglob("*.png"))]
+    rows[0], rows[-1] = (rows[0][0], "bear"), (rows[-1][0], "apple")
+    (tmp_path / "relabelled.csv").write_text("path,label\n" + "".join(f"{p},{c}\n" for p, c in rows))
     for other, what in (
         (folder(tmp_path / "fewer", "apple", "bear", each=10), "it has 20 images, not 48"),
         (sets["both"], "its images or labels differ"),
+        (tmp_path / "relabelled.csv", "its images or labels differ"),
     ):
         with pytest.raises(InputError, match=f"isn't the set that .*run was started on .{what}"):
             pretrain(settings(other, run), resume=True)

@@ -124,7 +124,6 @@ def test_a_part_keeps_the_outputs_of_the_whole_and_its_own_pixels(digits):
     assert inner.labels.tolist() == [2, 2] and part.source.sizes(np.array([0]))[0].tolist() == [8]
     for one, index in ((part.source, 1), (inner, 1)):  # both are image rows[1]
         assert np.array_equal(one.encoded(0, index), train.source.encoded(0, int(rows[1])))
-    assert np.array_equal(inner.storage_blocks(), train.source.storage_blocks()[rows[[3, 1]]])
 
 
 def test_what_a_set_does_not_have_is_refused(digits, tmp_path):
