@@ -58,6 +58,9 @@ def test_it_is_kept_in_training_and_evaluation(folder):
         [crops for crops, _ in evaluation_batches(source, VIEW, indices=np.arange(4), replacements=kept_ones)]
     )
     assert torch.equal(crops[0], crops[1]) and list(kept_ones.damaged) == [2]
+    out, boxes = np.empty((2, 1, 16, 16, 3), np.uint8), np.array([[[0, 0, 40, 48]]] * 2, np.int32)
+    kept_ones.crops(np.array([1, 0]), boxes, out, np.array([[False], [True]]))
+    assert np.array_equal(out[1, 0], out[0, 0][:, ::-1]) and out.any()  # mirrored, as a sound one is
     with TwoViewLoader(source, VIEW, LoaderSettings(4, on_error="keep")) as kept:
         batch = next(iter(kept))
         assert set(batch.indices.tolist()) == {0, 1, 3} and kept.skipped == 1

@@ -142,6 +142,22 @@ def test_votes_on_a_label_are_weighted_by_cosine():
     assert found.tables["labels"][1] == [["b", "dog", "cat", 0.0, 1.0], ["a", "cat", "dog", 0.25, 0.75]]
 
 
+def test_embeddings_are_duplicates_from_a_higher_cosine_on(tmp_path):
+    """By NumPy over all pairs, of features of different scales, one of which is constant."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(60, 8)).astype(np.float32)
+    x[1::2] = x[::2] + random.uniform(0, 0.5, (30, 1)).astype(np.float32) * random.normal(size=(30, 8))
+    x = x * np.array([1, 30, 1, 0.1, 1, 1, 5, 0], np.float32) + 7
+    z = (x - x.mean(axis=0)) / np.where(x.std(axis=0) > 1e-3, x.std(axis=0), 1)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    cosines = np.triu(z @ z.T, 1)
+    assert np.abs(cosines - 0.98).min() > 1e-4 and (np.abs(cosines - 0.94) < 0.04).any()
+    np.save(tmp_path / "train.npy", x)
+    assert lvssl("curate", tmp_path / "train.npy", "--out", tmp_path / "c") == 0
+    found = {(int(row["name"]), int(row["other_name"])) for row in read(tmp_path / "c/duplicates.csv")}
+    assert found == {*zip(*np.nonzero(cosines >= 0.98))}
+
+
 def test_thumbnails_agree_for_copies_and_not_for_what_a_set_has_in_common():
     """Against the definition, written out; of images that share a pattern a re-encoded, or mirrored, copy."""
     random = np.random.default_rng(0)

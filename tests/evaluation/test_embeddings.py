@@ -71,9 +71,21 @@ def test_a_result_is_found_again_and_other_embeddings_are_told_apart(made, tmp_p
     stamp = files[2].stat().st_mtime_ns
     assert main(["knn", *map(str, files[:1]), "--test", str(files[1])]) == 0
     assert files[2].stat().st_mtime_ns == stamp
-    np.save(files[0], made["train"][0] + 1)
-    assert main(["knn", str(files[0]), "--test", str(files[1])]) == 2
-    assert "already holds a result for other settings (checkpoint: " in capsys.readouterr().err
+    x, y = made["train"]
+    for changed, labels in ((x + 1, y), (x, np.roll(y, 1))):
+        np.save(files[0], changed)
+        np.save(tmp_path / "train-labels.npy", labels)
+        assert main(["knn", str(files[0]), "--test", str(files[1])]) == 2
+        assert "already holds a result for other settings (checkpoint: " in capsys.readouterr().err
+
+
+def test_a_file_that_was_replaced_is_read_anew(made, tmp_path):
+    """It is as long as before, as embeddings of another model of that width are."""
+    x, y = made["test"]
+    for changed in (x, x + 1):
+        assert np.array_equal(
+            open_embeddings(write("safetensors", tmp_path, "test", changed, y)).features, changed
+        )
 
 
 def test_many_embeddings_are_probed_as_they_stream(made, tmp_path, monkeypatch):
@@ -94,6 +106,7 @@ def test_many_embeddings_are_probed_as_they_stream(made, tmp_path, monkeypatch):
         (lambda f: np.save(f / "train.npy", np.zeros((900, 15), np.float32)), "16 dimensions, those of"),
         (lambda f: np.save(f / "train.npy", np.zeros(900)), "features must be floats [N, D], not"),
         (lambda f: np.save(f / "train.npy", np.full((900, 16), np.nan)), "row 0 has a value that isn't"),
+        (lambda f: np.save(f / "train.npy", np.full((900, 16), 1e39)), "row 0 has a value beyond the range"),
         (lambda f: np.save(f / "train-labels.npy", np.full(900, -1)), "label -1 of row 0"),
         (lambda f: np.save(f / "test-labels.npy", np.full(300, 77)), "label 77 doesn't occur in"),
         (lambda f: (f / "train.npy").write_bytes(b"no array"), "train.npy: can't be read as embeddings"),

@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from lvssl.codes.search import hamming_distances
 from lvssl.commands.main import main
 from lvssl.evaluation.codes import search
 from lvssl.evaluation.embedding import Embedding, embed
-from lvssl.evaluation.encoder import Searcher, codes_of, holds_many
+from lvssl.evaluation.encoder import Encoder, Searcher, codes_of, holds_many, identity
 from lvssl.evaluation.fitted import TrainingImages
 from lvssl.evaluation.knn import weighted_knn
 from lvssl.evaluation.outputs import network_outputs
@@ -394,6 +396,24 @@ def test_kill_9_in_mid_encode_and_the_same_command_again(run, digits, tmp_path, 
     assert {p.name for p in tmp_path.iterdir()} == {
         f"{name}.lvcodes{end}" for name in ("whole", "a") for end in ("", ".means", ".uncertainty")
     }  # fmt: skip
+
+
+def test_an_encoding_is_gone_on_with_only_if_every_code_would_be_the_same(run, digits, tmp_path):
+    class Fitted(NamedTuple):
+        digest: str
+
+    images, names = Path(shutil.copy(digits["test"], tmp_path)), ["0", "1"]
+    one = Encoder(load_run(run), 8)
+
+    def told(encoder: Encoder = one, names: list[str] = names, on_error: str = "raise") -> str:
+        return identity(encoder, images, names, on_error)
+
+    assert told() == told()
+    found = [told(), told(names=["0", "2"]), told(on_error="skip"), told(replace(one, bits=7))]
+    found += [told(replace(one, **{part: Fitted("1")})) for part in ("quantiser", "density")]
+    found += [told(replace(one, quantiser=Fitted("2")))]
+    os.utime(images, ns=(0, 0))
+    assert len({*found, told()}) == 8
 
 
 def test_the_page_of_a_search_shows_queries_and_neighbours(run, pictures, tmp_path, capsys):

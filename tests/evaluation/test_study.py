@@ -113,6 +113,19 @@ def test_pairs_against_scipy():
             assert (pair["verdict"] == "better") == ((pair["mean"] > 0) == measure.higher)
 
 
+def test_arms_are_compared_over_the_seeds_that_both_have():
+    runs, rows = made()
+    fewer = [run for run in runs if (run["arm"], run["seed"]) != ("none", 2)]
+    found = [pair for pair in pairs(fewer, rows) if pair["control"] == "none"]
+    assert found and {tuple(pair["seeds"]) for pair in found} == {(0, 1, 3)}
+    of_all = [pair for pair in pairs(runs, rows) if (pair["arm"], pair["control"]) == ("lv", "none")]
+    whole = {pair["measure"]: pair for pair in of_all}
+    for pair in found:
+        if pair["arm"] == "lv":
+            each = whole[pair["measure"]]["each"]
+            assert pair["each"] == [each[seed] for seed in (0, 1, 3)]
+
+
 def test_the_strongest_method_is_that_of_the_best_mean():
     methods = [{"a": 3.0, "b": 2.0, "c": 9.0}, {"a": 0.0, "b": 2.5}]  # c is not there for every seed
     assert strongest(methods, True) == ("b", [2.0, 2.5]) and strongest(methods, False) == ("a", [3.0, 0.0])

@@ -354,6 +354,8 @@ def test_crops_alone_and_an_augmenter_of_ones_own(beton):
             expected = torch.from_numpy(plain[row, v]).permute(2, 0, 1)
             flipped = expected.flip(-1) if crops.parameters[row, v, FLIP] else expected
             assert torch.equal(crops.views[v, row], flipped)
+    once = reference.augment(torch.from_numpy(plain).flatten(0, 1), slow.parameters.flatten(0, 1), VIEW)
+    assert torch.equal(slow.views, once.unflatten(0, (16, 2)).transpose(0, 1))  # no view is mirrored twice
     assert torch.equal(slow.parameters, fast.parameters) and slow.views.shape == fast.views.shape
     assert (slow.views - fast.views).abs().max() < 0.02
 

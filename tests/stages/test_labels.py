@@ -82,6 +82,8 @@ def test_held_out_images_are_others_and_leave_every_class_one():
     assert sorted([*fitted, *held]) == list(range(81)) and 80 in fitted and len(held) in (7, 8)
     fitted, held = split(of_classes(np.arange(10)), 0.5, seed=0)
     assert len(held) == 0 and len(fitted) == 10
+    drawn = [split(of_classes(np.arange(90) % 3), 0.1, seed)[1].tolist() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_a_list_of_names_is_matched_against_the_manifest(digits, tmp_path):
