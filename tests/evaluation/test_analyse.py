@@ -17,6 +17,7 @@ from lvssl.evaluation.outputs import network_outputs
 from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.scorer import Distance, UncertaintyScorer, severity_correlation
 from lvssl.evaluation.uncertainty import r_auroc
+from lvssl.models.inference import BATCH
 from lvssl.report.page import write_report
 from lvssl.report.verdict import auroc_error
 from lvssl.runs.rows import POINT, by_point
@@ -100,6 +101,8 @@ def test_samples_are_averaged_as_probabilities(runs, digits):
     assert first.samples.shape == (4, 200, 64) and set(np.unique(first.samples)) == {-1, 1}
     again = network_outputs(run.network, pixels, view, samples=4, seed=3)
     assert (first.samples == again.samples).all()
+    same = network_outputs(run.network, np.repeat(pixels[:1], BATCH + 1, axis=0), view, samples=1, seed=3)
+    assert len(np.unique(same.samples[0], axis=0)) == BATCH + 1  # noise of its own for each, in every batch
     scorer = UncertaintyScorer(True, first, train.labels[chosen])
     expected = sum(scorer.latent_probe.probabilities(first.samples[k]) for k in range(4)) / 4
     assert np.allclose(scorer.predictions(first)["latent samples"], expected)

@@ -142,6 +142,11 @@ def test_reranked_neighbours_keep_their_distances(run, pictures, tmp_path):
         similarity = np.array([n.similarity for n in found])
         assert np.allclose(similarity, unit[at] @ unit[place[query.name]], atol=1e-4)
         assert (np.diff(similarity) <= 1e-6).all()
+    for query, found in search(SearchSettings(run=run, query=out, codes=out, k=3, rerank=True)):
+        row = place[query.name]
+        sure = truth[row] < np.sort(truth[row])[99]  # of the 100 nearest codes, whatever the order of ties
+        best = np.sort(unit[sure] @ unit[row])[::-1][:3]
+        assert (np.array([n.similarity for n in found]) >= best - 1e-4).all()
 
 
 def test_damaged_images_are_left_out_where_asked(run, pictures, digits, tmp_path, capsys):
@@ -307,6 +312,8 @@ def test_codes_of_another_quantiser_are_not_compared(run, pictures, tmp_path):
                  "--train", pictures) == 0  # fmt: skip
     with pytest.raises(CodeFileError, match="a.lvcodes: its quantiser is neither"):
         next(search(SearchSettings(run, pictures, codes=a)))
+    with pytest.raises(CodeFileError, match=r"a.lvcodes has 8 bits by pca .*: encode both in the same way"):
+        next(search(SearchSettings(run, a, codes=b)))
 
 
 @pytest.mark.parametrize("options", [[], ["--bits", "8", "--code", "pca"]])

@@ -19,13 +19,13 @@ from PIL import Image
 
 from lvssl.commands.main import main
 from lvssl.evaluation.embedding import embed
-from lvssl.evaluation.finetune import finetune
+from lvssl.evaluation.finetune import best, finetune
 from lvssl.evaluation.knn import weighted_knn
-from lvssl.evaluation.linear import linear
+from lvssl.evaluation.linear import RIDGES, linear, ridge_probe
 from lvssl.evaluation.nearest import knn
 from lvssl.evaluation.stage import remove_work
-from lvssl.runs import checkpoint
-from lvssl.runs.labels import open_pair
+from lvssl.runs import checkpoint, labels
+from lvssl.runs.labels import LabelledDataset, open_pair
 from lvssl.runs.run import load_run
 from lvssl.settings.stages import FinetuneSettings, KnnSettings, LinearSettings
 from lvssl.training import supervised
@@ -34,6 +34,8 @@ from pipelines.convert.conversion import Settings, convert
 from pipelines.decode import open_reader
 from pipelines.decode.beton import BetonReader
 from pipelines.errors import InputError
+from pipelines.parameters import draw_parameters
+from pipelines.views import ViewSettings
 
 
 def test_linear_knn_and_finetune_leave_results_that_can_be_trusted(run, digits, capsys):
@@ -121,6 +123,9 @@ def test_the_views_of_a_stage_are_crops_and_flips_alone(run, monkeypatch):
     colours = batch.parameters[:, 0, 5:]
     assert torch.equal(colours[:, 1:4], torch.ones(256, 3)) and not colours[:, [0, 4, 5, 6, 7]].any()
     assert len(batch.parameters[:, 0, :4].unique(dim=0)) > 20
+    view = supervised.plain(ViewSettings(jitter=1.0, grey=1.0, blur=1.0, solarise=1.0))
+    colours = draw_parameters(view, 0, 0, *np.full((3, 9), 8))[:, 0, 5:]
+    assert (colours[:, 1:4] == 1).all() and not colours[:, [0, 4, 5, 6, 7]].any()
 
 
 def test_finetuning_chooses_on_held_out_images_and_reads_the_test_once(run, digits, monkeypatch):
@@ -412,6 +417,39 @@ def test_numbers_are_regressed(run, digits, tmp_path):
     assert result["chosen"] in [{"lr": 0.02, "weight_decay": 0.0}, {"lr": 0.1, "weight_decay": 0.0}]
     with pytest.raises(InputError, match="--probe logistic can't predict numbers; use ridge"):
         linear(LinearSettings(run, target="ink", probe="logistic", out=run / "t.json", **data))
+
+
+def test_the_ridge_probe_is_ridge_regression():
+    """Against the normal equations, with the strength that is best on the images held out."""
+    random = np.random.default_rng(0)
+    scales = np.geomspace(0.1, 10, 30)
+    x, test_x = (random.normal(3, scales, (count, 30)) for count in (60, 40))
+    y = np.stack([(x / scales)[:, :9].sum(axis=1), 100 * x[:, 20]], axis=1)
+    y += random.normal(size=y.shape) * [2, 300]
+    train = LabelledDataset(Path("train.beton"), None, torch.from_numpy(y).float(), 2, ("a", "b"))
+    found, chosen = ridge_probe(x.astype(np.float32), train, test_x.astype(np.float32), seed=0)
+    z, test_z = ((each - x.mean(axis=0)) / x.std(axis=0) for each in (x, test_x))
+    mean, deviation = y.mean(axis=0), y.std(axis=0)
+    standard = (y - mean) / deviation
+
+    def predicted(rows: np.ndarray, strength: float, of: np.ndarray) -> np.ndarray:
+        centre, level = z[rows].mean(axis=0), standard[rows].mean(axis=0)
+        a, b = z[rows] - centre, standard[rows] - level
+        return (of - centre) @ np.linalg.solve(a.T @ a + len(rows) * strength * np.eye(30), a.T @ b) + level
+
+    fitted, held = labels.split(train, 0.15, 0)
+    errors = [((predicted(fitted, s, z[held]) - standard[held]) ** 2).mean() for s in RIDGES]
+    assert chosen == RIDGES[np.argmin(errors)] and RIDGES[0] < chosen < RIDGES[-1]
+    expected = predicted(np.arange(60), chosen, test_z) * deviation + mean
+    assert np.allclose(found.numpy(), expected, rtol=1e-3, atol=1e-2)
+
+
+def test_of_two_trials_as_accurate_the_surer_one_is_chosen():
+    trials = [
+        {"lr": lr, "weight_decay": 0.0, "held_out": {"top1": top1, "cross_entropy": entropy}}
+        for lr, top1, entropy in ((1.0, 80.0, 0.7), (2.0, 80.0, 0.6), (3.0, 80.0, None), (4.0, 79.0, 0.1))
+    ]
+    assert best(trials)["lr"] == 2.0
 
 
 def test_knn_has_no_preset(run, capsys):
