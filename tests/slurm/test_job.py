@@ -1,7 +1,10 @@
 """How a job ends: what counts as done, what is tried again, and what a launch on this machine says of it."""
 
 import dataclasses
+import os
 import signal
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -56,6 +59,21 @@ def test_each_rank_knows_its_place_and_one_that_fails_fails_all(job, tmp_path):
     outcome = one.with_processes(Record(one.task.name, one.task.digest))
     assert (outcome.status, outcome.stopped) == (3, False)
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["0 0 2", "1 1 2"]
+
+
+@pytest.mark.parametrize("ends, status, mark", [
+    ("sys.exit(143)", 0, "saved"),
+    ("os.kill(os.getpid(), signal.SIGTERM)", 0, "not saved"),  # before it listened
+    ("sys.exit(3)", 3, None),
+    ("os.kill(os.getpid(), signal.SIGKILL)", 137, None),
+    ("sys.exit([os.environ[n] for n in ('RANK', 'LOCAL_RANK', 'MASTER_PORT')] != ['1', '0', '77'])", 0, None),
+])  # fmt: skip
+def test_a_rank_that_was_stopped_is_no_crash(tmp_path, ends, status, mark):
+    place = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+    command = [sys.executable, "-c", f"import os, signal, sys; {ends}"]
+    rank = [sys.executable, "-m", "slurm.rank", str(tmp_path / "mark"), "host", "77", *command]
+    assert subprocess.run(rank, env=os.environ | place, check=False).returncode == status
+    assert [path.read_text() for path in tmp_path.glob("mark-1")] == ([mark] if mark else [])
 
 
 def test_done_is_what_has_left_its_outputs(job, tmp_path):

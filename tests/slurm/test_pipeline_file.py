@@ -28,6 +28,7 @@ from slurm.records import (
     claimed,
     fingerprints,
     last_error,
+    last_row,
     read_jobs,
     read_record,
     stands,
@@ -210,6 +211,20 @@ def flat(settings) -> dict:
     return {k: v for k, v in pairs if not dataclasses.is_dataclass(v)} | {
         k: v for group in groups for k, v in group.items()
     }
+
+
+def test_the_table_of_a_stage_has_the_last_word(tmp_path):
+    text = FILE.replace("[cluster]", '[cluster]\ngpus = 4\nenvironment = { A = "1", B = "1" }')
+    text = text.replace("[convert.train]", "max_resolution = 9\n[convert.train]\nmax_resolution = 5")
+    made = read_pipeline(
+        write(tmp_path, text + '[pretrain.cluster]\nenvironment = { A = "2" }\n'), chain_starts()
+    )
+    assert [made.convert[name].max_resolution for name in ("train", "test")] == [5, 9]
+    clusters = {name: table.cluster for name, table in made.stages.items()}
+    assert clusters["pretrain"].environment == {"A": "2", "B": "1"}
+    assert clusters["evaluate"].environment == {"A": "1", "B": "1"}
+    gpus = {name: (cluster.gpus, cluster.ranks_per_node) for name, cluster in clusters.items()}
+    assert gpus == {"convert": (0, 1), "pretrain": (4, 4), "evaluate": (4, 1), "report": (0, 1)}
 
 
 def test_a_setting_that_a_later_version_adds_changes_no_digest():
@@ -583,6 +598,14 @@ def test_the_example_in_the_docs(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "--array=0-8%4" in text and "--array=0-16%8" in text and "--gpus-per-node=8" in text
     assert set(read_pipeline(path, chain_starts()).stages) == {"convert", "pretrain", *MEASURING, "report"}
+
+
+def test_the_last_row_is_the_last_that_is_whole(tmp_path):
+    """The training may be writing another."""
+    path = tmp_path / "metrics.jsonl"
+    assert last_row(path) == {}
+    path.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": null}\n{"step": 3, "lo')
+    assert last_row(path) == {"step": 2}
 
 
 def test_last_error_line(tmp_path):

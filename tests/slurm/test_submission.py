@@ -10,7 +10,7 @@ from lvssl.commands.chain import chain_starts
 from lvssl.commands.main import main
 from slurm.launch import plan
 from slurm.pipeline import read_pipeline
-from slurm.records import read_jobs, write_json
+from slurm.records import read_jobs, read_json, write_json
 from slurm.stages import build_stages
 
 SBATCH = """
@@ -95,3 +95,22 @@ def test_a_job_with_other_settings_is_not_overtaken(squeue, file, submitted, cap
     squeue("echo '7|RUNNING|None'")
     assert main(["launch", str(file)]) == 2
     assert "job 7 is running pretrain with other settings" in capsys.readouterr().err and not submitted()
+
+
+def test_a_stage_is_tried_again_with_the_preset_of_the_launch(squeue, file, submitted):
+    squeue("exit 0")
+    noted = file.parent / "out" / "launch.json"
+    write_json(noted, {"preset": "fashion-mnist"})
+    assert main(["retry", "pretrain", str(file)]) == 0
+    assert read_json(noted) == {"preset": "fashion-mnist"} and "pretrain" in submitted()
+
+
+def test_cancel_ends_what_is_queued_or_runs_and_nothing_else(squeue, file, tmp_path, capsys):
+    jobs = file.parent / "out" / "jobs.json"
+    (entry,) = read_jobs(jobs.parent).values()
+    write_json(jobs, {f"pretrain-{job}": entry | {"job": job} for job in ("6", "7", "8_0")})
+    squeue(f"[ -e {tmp_path}/cancelled ] || printf '6|COMPLETED|None\\n7|RUNNING|None\\n8_0|PENDING|None\\n'")
+    squeue(f'echo "$@" >{tmp_path}/cancelled', "scancel")
+    assert main(["cancel", str(file)]) == 0
+    assert (tmp_path / "cancelled").read_text() == "8_0 7\n"  # what follows before what it waits for
+    assert "cancelled: pretrain (7), pretrain (8_0)" in capsys.readouterr().out
