@@ -444,7 +444,10 @@ def test_alone_under_torchrun_and_under_slurm():
     world = world_of(slurm | job | {"SLURM_STEP_ID": "0"})
     assert (world.rank, world.size, world.local_rank, world.host) == (5, 8, 1, "n07")
     assert 10_000 <= world.port < 30_000
-    assert world.port != world_of(slurm | {"SLURM_JOB_ID": "124", "SLURM_STEP_ID": "0"}).port
+    for other in ({"SLURM_JOB_ID": "124", "SLURM_STEP_ID": "0"}, {"SLURM_STEP_ID": "1"}):
+        assert world.port != world_of(slurm | job | other).port
+    some = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n[08-09]"}  # of the job's nodes
+    assert world_of(slurm | job | some).host == "n08"
     assert world_of(slurm | job) == World(), "the batch script itself is no rank"
     assert world_of(slurm | torchrun) == World(3, 8, 1, "a", 29), "torchrun within Slurm"
 
