@@ -210,6 +210,7 @@ def range_tags(low: int, high: int) -> Image.Exif:
     [
         (tiff(GREY8, tiffinfo=range_tags(0, 255)), GREY8, 255),
         (tiff(GREY12.astype(np.uint16), tiffinfo=range_tags(0, 4095)), GREY12, 4095),
+        (tiff((GREY12 + 500).astype(np.uint16), tiffinfo=range_tags(500, 4595)), GREY12, 4095),
         (deep_png(GREY12, chunk(b"sBIT", b"\x0c")), GREY12, 4095),
         (deep_png(COLOUR12, chunk(b"sBIT", b"\x0c" * 3)), COLOUR12, 4095),
         (deep_png(GREY12 * 16, chunk(b"sBIT", b"\x0c")), GREY12 * 16, 65520),  # as the standard has it
@@ -218,7 +219,18 @@ def range_tags(low: int, high: int) -> Image.Exif:
         (deep_png(COLOUR8 * 257), COLOUR8, 255),
         (encoded(pixels(40, 50, 5), "PPM", mode="L").replace(b"255\n", b"250\n", 1), GREY8, 250),
     ],
-    ids=["tiff32", "tiff12", "sbit", "sbit-colour", "sbit-standard", "sbit-dark", "full", "colour", "pgm"],
+    ids=[
+        "tiff32",
+        "tiff12",
+        "tiff12-black",
+        "sbit",
+        "sbit-colour",
+        "sbit-standard",
+        "sbit-dark",
+        "full",
+        "colour",
+        "pgm",
+    ],
 )
 def test_the_file_says_which_value_is_white(data, values, white):
     if white == 250:

@@ -18,7 +18,7 @@ from pipelines.convert.merge import merge
 from pipelines.datasets.beton import stored_names
 from pipelines.datasets.opening import open_dataset
 from pipelines.datasets.parts import are_there, files_of, parts_of, unquoted
-from pipelines.decode import open_reader
+from pipelines.decode import DamagedSample, open_reader
 from pipelines.errors import InputError
 from pipelines.formats.beton import JPEG
 from pipelines.formats.manifest import content_of, manifest_path
@@ -65,6 +65,27 @@ def test_parts_are_the_merged_set_in_all_that_is_known_of_it(cut):
         for index in range(len(whole)):
             stored = one.read(index)
             assert np.array_equal(stored, other.encoded(0, index)) or stored == other.encoded(0, index)
+
+
+def test_a_damaged_image_in_one_of_many_files_is_named_by_its_row(cut, tmp_path, monkeypatch):
+    """Its row is what is replaced: of the whole call, though files are opened a few at a time."""
+    for path in cut[1].parent.glob("set.part-*"):
+        shutil.copy(path, tmp_path)
+    files = parts_of(tmp_path / cut[1].name)
+    ends = np.cumsum([len(open_reader(file)) for file in files])
+    reader = open_reader(tmp_path / cut[1].name)
+    victim = int(np.flatnonzero(reader.file.modes == JPEG)[-9])
+    with open(files[int(np.searchsorted(ends, victim, side="right"))], "r+b") as file:
+        size = int(reader.file.sizes[victim])
+        file.seek(int(reader.file.offsets[victim]) + size // 3)
+        file.write(bytes(size - size // 3))
+    monkeypatch.setattr("pipelines.decode.beton.most_open", lambda: 1)
+    reader = open_reader(tmp_path / cut[1].name)
+    indices = np.arange(len(reader))[::-1].copy()
+    boxes = np.tile(np.array([[[0, 0, 8, 8]]], np.int32), (len(indices), 1, 1))
+    with pytest.raises(DamagedSample) as damaged:
+        reader.crops(indices, boxes, np.empty((len(indices), 1, 8, 8, 3), np.uint8))
+    assert (damaged.value.row, damaged.value.index) == (len(indices) - 1 - victim, victim)
 
 
 def test_blocks_of_the_quasi_random_order_lie_within_a_part(cut):
