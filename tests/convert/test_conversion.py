@@ -10,6 +10,7 @@ from made_images import class_folders, decoded, encoded, image_of, photos, pixel
 from PIL import Image, ImageDraw, ImageOps
 
 from pipelines.convert.conversion import ConvertOptions, Settings, area_resize, convert, select, store
+from pipelines.convert.store import chosen_raw
 from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
 from pipelines.formats import jpeg
@@ -132,6 +133,16 @@ def test_raw_stores_the_pixels_of_jpegs():
     stored = store(data, Settings(raw_proportion=1))
     assert (stored.mode, stored.height, stored.width) == (RAW, 30, 40)
     assert apart(np.frombuffer(stored.data, np.uint8).reshape(30, 40, 3), decoded(data)) < 1
+
+
+def test_a_proportion_of_the_images_is_stored_raw_whatever_their_order():
+    def drawn(seed: int | None) -> list[bool]:
+        settings = Settings(raw_proportion=0.3, shuffle_seed=seed)
+        return [chosen_raw(settings, index) for index in range(50_000)]
+
+    assert drawn(1) != drawn(None) == drawn(0)
+    for seed in (0, 1):
+        assert abs(np.mean(drawn(seed)) - 0.3) < 0.005
 
 
 def test_sixteen_bits_become_eight():
