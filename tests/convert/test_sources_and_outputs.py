@@ -206,6 +206,22 @@ def test_a_size_that_is_none_is_damage(tmp_path, size):
             open_dataset(str(tmp_path / "octal.tar"))
 
 
+def test_the_size_that_pax_states_counts(tmp_path):
+    """A file's own header has no room for more than 8 GB."""
+    with tarfile.open(tmp_path / "pax.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for name, content in (("a/1.jpg", b"abc"), ("b/2.jpg", b"defg")):
+            info = tarfile.TarInfo(name)
+            info.size, info.pax_headers = len(content), {"size": str(len(content))}
+            archive.addfile(info, io.BytesIO(content))
+    data = bytearray((tmp_path / "pax.tar").read_bytes())
+    header = data[1024:1536]  # of a/1.jpg, behind PAX's own header and content
+    header[124:136] = b"%011o\0" % 0
+    header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * ord(" "))
+    (tmp_path / "pax.tar").write_bytes(data[:1024] + header + data[1536:])
+    source = open_dataset(str(tmp_path / "pax.tar"))
+    assert [source.read(index) for index in range(2)] == [b"abc", b"defg"]
+
+
 def test_more_tars_than_sixteen_bits_number(tmp_path):
     """Each shall be its own: 65,536 tars of one image aren't too many."""
     files = OpenFiles()
