@@ -11,6 +11,7 @@ from lvssl.commands.main import main
 from slurm.launch import plan
 from slurm.pipeline import read_pipeline
 from slurm.records import read_jobs, read_json, write_json
+from slurm.snapshot import snapshot
 from slurm.stages import build_stages
 
 SBATCH = """
@@ -114,3 +115,13 @@ def test_cancel_ends_what_is_queued_or_runs_and_nothing_else(squeue, file, tmp_p
     assert main(["cancel", str(file)]) == 0
     assert (tmp_path / "cancelled").read_text() == "8_0 7\n"  # what follows before what it waits for
     assert "cancelled: pretrain (7), pretrain (8_0)" in capsys.readouterr().out
+
+
+def test_changed_code_is_another_copy(tmp_path, monkeypatch):
+    """A job that was queued before keeps its own."""
+    (tmp_path / "a.py").write_text("1")
+    monkeypatch.setattr("slurm.snapshot.source_files", lambda: {"lvssl/a.py": tmp_path / "a.py"})
+    first = snapshot(tmp_path)
+    assert snapshot(tmp_path) == first
+    (tmp_path / "a.py").write_text("2")
+    assert [(at / "lvssl/a.py").read_text() for at in (first, snapshot(tmp_path))] == ["1", "2"]
