@@ -188,6 +188,11 @@ def test_correlation_agrees_with_numpy():
     assert code_statistics(np.ones((3, 4)))["mean_absolute_correlation"] is None
 
 
+def test_bits_are_dead_below_one_in_a_hundred_and_above_99():
+    on = np.array([0, 9, 10, 500, 990, 991, 1000])
+    assert code_statistics(np.arange(1000)[:, None] < on)["dead_bits"] == 4
+
+
 def test_entropy_agrees_with_scipy():
     from scipy.stats import entropy
 

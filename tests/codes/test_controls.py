@@ -67,6 +67,7 @@ def test_pca_directions_are_scikit_learns():
     train = features()
     coder, oracle = fit_pca(train, 6), PCA(6).fit(train)
     assert np.abs(np.abs((oracle.components_ @ coder.directions).diagonal()) - 1).max() < 1e-4
+    assert (np.take_along_axis(coder.directions, np.abs(coder.directions).argmax(0)[None], 0) > 0).all()
     bits = unpack_bits(coder.encode(train), 6)
     signs = oracle.transform(train) * np.sign((oracle.components_ @ coder.directions).diagonal()) > 0
     assert (bits == signs).mean() > 0.999
@@ -178,3 +179,18 @@ def test_random_rotations_are_orthogonal_and_seeded():
     first = controls.random_rotation(5, 1)
     assert np.allclose(first @ first.T, np.eye(5)) and np.array_equal(first, controls.random_rotation(5, 1))
     assert not np.allclose(first, controls.random_rotation(5, 2))
+
+
+def test_random_rotations_are_uniform():
+    """Of 400 in three dimensions: numbers have mean 0 and deviation 1 / sqrt(3); half are reflections."""
+    many = np.stack([controls.random_rotation(3, seed) for seed in range(400)])
+    assert abs(many.mean(axis=0)).max() < 5 / np.sqrt(3 * 400)
+    assert abs((np.linalg.det(many) > 0).mean() - 0.5) < 5 * 0.5 / np.sqrt(400)
+
+
+@pytest.mark.parametrize("name", ["ITQ", "LSH", "PQ", "OPQ"])
+def test_another_seed_is_another_code(name):
+    needs(name)
+    train = features()
+    codes = [CONTROLS[name](train, 16, seed=seed).encode(train) for seed in (1, 2)]
+    assert not np.array_equal(*codes)

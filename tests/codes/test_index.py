@@ -48,6 +48,8 @@ def test_a_filter_is_the_search_of_those_alone_and_codes_are_queries_too():
     rows, wanted = hamming_search(codes[:4], codes[only], 5)
     assert found == [[only[row] for row in of_query] for of_query in rows.tolist()]
     assert np.array_equal(distances, wanted)
+    again = index.search(codes[:4], 5, only=only[::-1] * 2)  # in any order, and twice
+    assert again[0] == found and np.array_equal(again[1], wanted)
 
 
 def test_mistakes_are_said_and_change_nothing():

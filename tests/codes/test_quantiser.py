@@ -41,6 +41,8 @@ def test_looked_up_distances_are_those_to_the_decoded_codes(code):
         assert np.allclose(np.take_along_axis(exact, rows, axis=1), distances, rtol=1e-4, atol=1e-4)
     assert quantiser.digest == FITS[code](train, 16).digest != FITS[code](train, 8).digest
     assert quantiser.encode(train[:0]).shape == (0, packed_bytes(16))
+    same = FITS[code](train, 16, seed=1).digest == quantiser.digest
+    assert same == (code in ("bits", "pca"))
 
 
 def test_ties_go_to_the_lower_row_however_the_rows_are_shared_out():
@@ -62,6 +64,7 @@ def test_opq_is_faisss():
     codes = quantiser.encode(train)
     assert (theirs.compute_codes(x) == codes).mean() > 0.999  # two words may be equally near but for rounding
     assert np.allclose(theirs.decode(codes), quantiser.decode(codes))
+    assert (quantiser.squares(quantiser.decode(codes)) >= 0).all()  # of a word to itself, too
     index = faiss.IndexPQ(16, 4, 8)
     index.pq, index.is_trained = theirs, True
     index.add(x)
@@ -108,6 +111,26 @@ def test_tensors_are_taken_like_arrays(code):
     (ids, distances), (expected, theirs) = index.search(halves[::100], 3), index.search(array[::100], 3)
     assert ids == expected and np.array_equal(distances, theirs)
     assert len(Index(torch.from_numpy(codes), range(600), quantiser)) == 600
+
+
+@pytest.mark.parametrize("code", ["bits", "itq", "pca"])
+def test_the_words_of_a_bit_are_the_training_means_on_either_side(code):
+    quantiser = fitted(code, 8)
+    for x, words in zip(quantiser.project(features()).T, quantiser.words[:, :, 0], strict=True):
+        assert words == pytest.approx([x[x <= 0].mean(), x[x > 0].mean()], rel=1e-4)
+
+
+@pytest.mark.parametrize("code", FITS)
+def test_a_constant_number_breaks_nothing(code):
+    if code == "opq":
+        pytest.importorskip("faiss", reason="the extra `faiss` isn't installed")
+    train = features()
+    train[:, 3] = 7
+    quantiser = FITS[code](train, 16)
+    assert np.isfinite(quantiser.project(train)).all()
+    assert np.isfinite(quantiser.decode(quantiser.encode(train))).all()
+    if code == "bits":
+        assert not unpack_bits(quantiser.encode(train), 16)[:, 3].any()  # it is at 0, not above
 
 
 def test_what_cannot_be_is_said():

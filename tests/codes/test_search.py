@@ -123,8 +123,11 @@ def test_two_stages_find_nearly_all_with_true_distances(bits):
     assert np.array_equal(distances, np.take_along_axis(hamming_distances(queries, database), rows, axis=1))
     assert (np.diff(distances, axis=1) >= 0).all()
     assert (distances <= near[:, -1:]).mean() >= 0.99
+    default = staged_search(queries, database, 10, coarse_bits=64)
+    assert np.array_equal(default[0], staged_search(queries, database, 10, coarse_bits=64, candidates=500)[0])
     few = staged_search(queries, database, 10, coarse_bits=64, candidates=10)
     assert (few[1] <= near[:, -1:]).mean() < 0.95  # so the figure above says something
+    assert np.array_equal(few, staged_search(queries, database, 10, coarse_bits=1, candidates=3))  # in words
 
 
 def test_two_stages_fall_back_where_there_is_nothing_to_save():
