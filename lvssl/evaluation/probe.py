@@ -142,7 +142,7 @@ def held_out(y: np.ndarray, seed: int) -> np.ndarray:
     mask = np.zeros(len(y), dtype=bool)
     for label in np.unique(y):
         members = np.flatnonzero(y == label)
-        mask[generator.permutation(members)[: min(round(HELD_OUT * len(members)), len(members) - 1)]] = True
+        mask[generator.permutation(members)[: round(HELD_OUT * len(members))]] = True
     return mask
 
 

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import entropy
 from sklearn.metrics import brier_score_loss, log_loss
 from torchmetrics.classification import MulticlassCalibrationError
 
-from lvssl.evaluation.calibration import BINS, calibration, predictive_entropy
+from lvssl.evaluation.calibration import calibration, predictive_entropy
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def drawn():
 def test_against_torchmetrics_and_sklearn(drawn):
     p, labels = drawn
     found = calibration(p, labels)
-    metric = MulticlassCalibrationError(7, n_bins=BINS, norm="l1")
+    metric = MulticlassCalibrationError(7, n_bins=15, norm="l1")
     assert found.ece == pytest.approx(float(metric(torch.from_numpy(p), torch.from_numpy(labels))), abs=1e-6)
     assert found.nll == pytest.approx(log_loss(labels, p, labels=range(7)), rel=1e-9)
     expected = sum(brier_score_loss(labels == c, p[:, c]) for c in range(7))
@@ -56,5 +57,12 @@ def test_rows_that_are_no_distribution_are_named(p):
         calibration(np.array([[0.5, 0.5]]), [0, 1])
 
 
-def test_entropy_of_uniform_and_certain_rows():
-    assert predictive_entropy(np.array([[0.25] * 4, [1, 0, 0, 0]])) == pytest.approx([np.log(4), 0])
+def test_a_confidence_on_a_border_falls_into_the_lower_bin():
+    found = calibration(np.array([[0.6, 0.4], [0.59, 0.41], [0.61, 0.39]]), [0, 1, 0]).bins  # 0.6 = 9 / 15
+    assert [b["count"] for b in found] == [2, 1]
+    assert [b["confidence"] for b in found] == pytest.approx([0.595, 0.61])
+
+
+def test_entropy_is_scipys(drawn):
+    p = np.vstack([drawn[0], np.full(7, 1 / 7), np.eye(7)[3]])
+    assert predictive_entropy(p) == pytest.approx(entropy(p, axis=1))

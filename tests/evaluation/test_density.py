@@ -61,6 +61,14 @@ def test_a_constant_number_and_fewer_images_than_numbers_leave_it_finite():
         fit_density(train[:1])
 
 
+def test_the_unit_of_the_activations_shifts_it_alone():
+    """As a density does, c x having a density of 1 / c that of x; with a constant number, too."""
+    train, test = made(), made(50, seed=1)
+    train[:, 3], test[:, 3] = 7, 7.5
+    one, thousandth = fit_density(train)(test), fit_density(train / 1000)(test / 1000)
+    assert np.allclose(thousandth, one - np.log(1000), rtol=1e-3)
+
+
 @pytest.mark.parametrize("which", ["run", "control"])
 def test_it_is_fitted_on_the_training_images_once_and_kept_with_the_run(which, request, digits):
     folder = request.getfixturevalue(which)

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from lvssl.evaluation import knn
 from lvssl.evaluation.knn import hamming_knn, hamming_votes, nearest_by_cosine, weighted_knn
 from lvssl.evaluation.probe import held_out, linear_probe, standardise
-from lvssl.evaluation.uncertainty import auroc, r_auroc, risk_coverage_area
+from lvssl.evaluation.uncertainty import auroc, nearest_other, r_auroc, risk_coverage_area
 from pipelines.kernels.pack import pack_bits
 
 
@@ -64,6 +64,12 @@ def test_probe_chooses_strong_regularisation_where_features_are_noise():
     assert result.regularisation == 1.0 and log_likelihood[0] > log_likelihood[1] + 0.5
 
 
+def test_of_equally_good_strengths_the_strongest_is_chosen():
+    y = np.arange(3).repeat(40)
+    result = linear_probe(np.eye(3)[y], y, np.eye(3), range(3), regularisation=(1e-2, 1e-1, 1e-3))
+    assert result.accuracy == 100 and result.regularisation == 1e-1
+
+
 def test_constant_columns_of_any_size_are_harmless(digits):
     train_x, train_y, test_x, test_y = digits
     constants = np.array([0.0, 1e8, 0.1, -3.3], dtype=np.float32)
@@ -86,6 +92,7 @@ def test_probe_with_a_handful_of_labels_and_two_classes():
     x = np.array([[0.0, 1], [0, 2], [1, 1], [1, 2]])
     result = linear_probe(x, [5, 5, 9, 9], x, [5, 5, 9, 9])
     assert result.accuracy == 100 and result.classes.tolist() == [5, 9] and result.regularisation == 1e-2
+    assert result.scores(10).argmax(axis=1).tolist() == [5, 5, 9, 9]
 
 
 def test_probe_refuses_what_it_cannot_fit(digits):
@@ -294,6 +301,12 @@ def test_r_auroc_agrees_with_sklearn(digits):
     assert recall == pytest.approx(right.mean()) and 0 < recall < 1
     assert r == pytest.approx(roc_auc_score(right, -uncertainty), abs=1e-9)
     assert auroc(right, uncertainty) == pytest.approx(roc_auc_score(right, uncertainty), abs=1e-9)
+
+
+def test_the_nearest_other_is_the_same_in_any_chunks(digits):
+    x = digits[2][:50, 20:40]
+    similarity = (unit := x / np.linalg.norm(x, axis=1, keepdims=True)) @ unit.T - 2 * np.eye(50)
+    assert np.array_equal(nearest_other(torch.from_numpy(x), chunk=7), similarity.argmax(1))
 
 
 def test_aurc_by_hand_and_with_ties():

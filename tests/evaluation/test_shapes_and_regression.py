@@ -78,6 +78,25 @@ def test_leave_one_out_against_sklearn(shape):
         assert found[name].mae == pytest.approx(mean_absolute_error(t[n:, columns], expected), rel=1e-5)
 
 
+def test_each_target_has_its_own_strength_and_prediction():
+    """Those with one column are fitted at once."""
+    generator = np.random.default_rng(3)
+    x, w = generator.normal(size=(90, 20)).astype(np.float32), generator.normal(size=(20, 4))
+    t = x @ w + np.array([0.1, 1, 1, 60]) * generator.normal(size=(90, 4))
+    targets = {"plain": t[:, :1], "pair": t[:, 1:3], "noisy": t[:, 3:]}
+    found = ridge_each(
+        *[
+            part
+            for rows in (slice(60), slice(60, 90))
+            for part in (x[rows], {n: c[rows] for n, c in targets.items()})
+        ]
+    )
+    assert list(found) == list(targets) and len({one.strength for one in found.values()}) > 1
+    for name, columns in targets.items():
+        alone = ridge(x[:60], columns[:60], x[60:], columns[60:])
+        assert found[name] == pytest.approx(alone, rel=1e-6)
+
+
 def test_ridge_shrinks_where_features_are_noise_and_takes_awkward_targets():
     generator = np.random.default_rng(1)
     x, t = generator.normal(size=(80, 200)), generator.normal(size=80)
