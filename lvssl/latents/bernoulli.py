@@ -48,7 +48,7 @@ class BernoulliPosterior(Posterior):
         p, logits = self.logits.sigmoid(), self.logits
         drawn = uniform((count, *p.shape), p, noise)
         if self.relaxed:
-            logistic = drawn.clamp(min=2**-25, max=1 - 2**-24).logit()
+            logistic = drawn.clamp(min=2**-25).logit()
             return (0.5 / temperature * (logits + logistic)).tanh()
         bits = (drawn < p).to(p.dtype)
         return 2 * (bits + (p - p.detach())) - 1  # (p - p) is exactly 0, so the value is exactly +-1

@@ -60,8 +60,7 @@ class CategoricalPosterior(Posterior):
         """Draw concatenated one-hot vectors, [count, B, groups * K]; if relaxed, points on the simplices."""
         p = self.probabilities()
         if self.relaxed:
-            drawn = uniform((count, *p.shape), p, noise).clamp(min=2**-25, max=1 - 2**-24)
-            gumbel = -(-drawn.log()).log()
+            gumbel = -(-uniform((count, *p.shape), p, noise).log()).log()  # -inf if it is 0: not chosen
             return ((p.log() + gumbel) / temperature).softmax(dim=3).flatten(2)
         # One uniform per group, compared with the cumulative probabilities, is cheaper than K Gumbels.
         drawn = uniform((count, *p.shape[:2], 1), p, noise)

@@ -45,5 +45,9 @@ class LaplacePosterior(QuantisedPosterior):
         size, scale = self.mu.abs(), self.log_scale.exp()
         return size + scale * (-size / scale).exp() - 1 - self.log_scale
 
+    def saturated(self) -> Tensor:
+        """Share of scales at their bounds."""
+        return (self.log_scale.abs() >= LOG_SCALE_BOUND).float().mean()
+
     def entropy(self) -> Tensor:
         return (1 + math.log(2) + self.log_scale).sum(dim=1)

@@ -13,11 +13,12 @@ from torch.distributions import Laplace, MixtureSameFamily, Normal, kl_divergenc
 from lvssl.latents import FAMILIES, family
 from lvssl.latents.bernoulli import Bernoulli
 from lvssl.latents.beta import FLOOR
-from lvssl.latents.bits import pack
+from lvssl.latents.bits import pack, quantise
 from lvssl.latents.categorical import Categorical
 from lvssl.latents.gaussian import Gaussian
 from lvssl.latents.mixture import Mixture
 from lvssl.latents.noise import keyed
+from lvssl.latents.quantised import loading
 from lvssl.latents.sign import Sign
 from lvssl.latents.sphere import log_surface
 from lvssl.latents.vmf import VonMisesFisher
@@ -146,6 +147,29 @@ def test_kl_is_torchs_where_torch_has_one():
     assert torch.allclose(of("categorical", q.parameters.float()).kl().double(), expected, rtol=1e-5)
 
 
+def torchs_entropy(name: str, q) -> torch.Tensor:
+    """That of a beta's 2z - 1, and of a mixture's component and z."""
+    if name == "laplace":
+        return Laplace(q.mu, q.log_scale.exp()).entropy().sum(1)
+    if name == "bernoulli":
+        return TorchBernoulli(logits=q.logits).entropy().sum(1)
+    if name == "categorical":
+        return TorchCategorical(probs=q.probabilities()).entropy().sum(1)
+    if name == "beta":
+        return (TorchBeta(q.a, q.b).entropy() + math.log(2)).sum(1)
+    normals = Normal(q.mu, (q.log_variance / 2).exp()).entropy().sum(-1)
+    if name == "gaussian":
+        return normals
+    shares = TorchCategorical(logits=q.log_shares)
+    return shares.entropy() + (shares.probs * normals).sum(1)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "laplace", "bernoulli", "categorical", "beta", "mixture"])
+def test_entropy_is_torchs(name):
+    q = of(name, parameters(name, scale=1.0).double())
+    torch.testing.assert_close(q.entropy(), torchs_entropy(name, q))
+
+
 def test_kl_of_beta_is_exact_in_fp32_where_log_gammas_cancel():
     """Concentrations of 5,000 each: computed in fp32, torch's own formula is wrong in the third digit."""
     x = torch.cat([torch.full((1, 4), 0.3), torch.full((1, 4), 9.2)], dim=1)
@@ -157,6 +181,19 @@ def test_kl_of_beta_is_exact_in_fp32_where_log_gammas_cancel():
     naive = kl_divergence(TorchBeta(posterior.a, posterior.b), TorchBeta(1.1, 1.1)).sum(1)
     assert (posterior.kl().double() / expected - 1).abs() < 1e-6
     assert (naive.double() / expected - 1).abs() > 1e-5
+
+
+def test_beta_keeps_its_digits_where_the_mean_is_near_an_end():
+    x = torch.tensor([[12.0, -12.0, 9.0, 9.0]])  # a total of 8,103, of which one side has 0.05
+    found, exact = of("beta", x), of("beta", x.double())
+    torch.testing.assert_close(torch.cat([found.a, found.b]), torch.cat([exact.a, exact.b]).float())
+
+
+@pytest.mark.parametrize("name", ["vmf", "power_spherical"])
+def test_kl_on_the_sphere_is_exact_in_fp32(name):
+    x = parameters(name, dim=2048)
+    x[:, -1] = torch.tensor([-9.0, 0.0, 5.0, 9.0, 11.0])
+    torch.testing.assert_close(of(name, x).kl().double(), of(name, x.double()).kl(), rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("dim", [2, 3, 8, 128, 2048])
@@ -242,6 +279,22 @@ def test_directions_are_unit_vectors_whose_cosines_have_the_right_law(name, dim,
     assert (expected - empirical).abs().max() < 1.95 / math.sqrt(4000)  # one run in 1,000 would fail
 
 
+@pytest.mark.parametrize("name", ["vmf", "power_spherical"])
+def test_a_mean_direction_without_length_is_the_first_axis(name):
+    q = of(name, torch.tensor([[0.0, 0.0, 0.0, 2.0], [1e-13, 0.0, 1e-14, 2.0]]))
+    assert torch.equal(q.direction, torch.eye(3)[[0, 0]])
+    assert torch.allclose(drawn(q, 100).norm(dim=2), torch.ones(100, 2), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vmf", "power_spherical"])
+def test_how_far_a_direction_turns_does_not_depend_on_where_to(name):
+    """In each of two dimensions as the mean, because noise that served both would show in one of them."""
+    for location in ([1.0, 0.0], [0.0, 1.0]):
+        z = drawn(of(name, torch.tensor([[*location, 1.0]]).repeat(20_000, 1)), 1)[0]
+        far, side = z @ torch.tensor(location), (z @ torch.tensor(location[::-1])).sign()
+        assert torch.corrcoef(torch.stack([far, side]))[0, 1].abs() < 5 / math.sqrt(20_000)
+
+
 @pytest.mark.parametrize("name", ["gaussian", "beta", "power_spherical", "vmf"])
 def test_the_samplers_gradient_is_that_of_the_expectation(name):
     """E[f(z)] differentiated through the sampler, against central differences of its mean."""
@@ -264,6 +317,15 @@ def test_the_samplers_gradient_is_that_of_the_expectation(name):
     # Where rejection draws differ on both sides nothing cancels: five deviations of the difference.
     error = 5 * each.detach().std() * math.sqrt(2 / count) / (2 * step) + 0.01
     assert ((found - numeric).abs() < error).all(), (found, numeric, error)
+
+
+def test_a_mixtures_samples_have_the_gradient_of_its_mean_in_its_shares_too():
+    x = parameters("mixture", rows=1, scale=1.0, dim=3).requires_grad_()
+    q, weights = of("mixture", x), torch.tensor([0.3, -1.0, 0.6])
+    (found,) = torch.autograd.grad((drawn(q, 20_000).mean(0) * weights).sum(), x, retain_graph=True)
+    (expected,) = torch.autograd.grad((q.mean() * weights).sum(), x)
+    error = 5 * weights.norm() * (q.log_variance / 2).exp().max() / math.sqrt(20_000)
+    assert ((found - expected).abs() < error).all() and expected[0, 6:8].abs().min() > 2 * error
 
 
 @pytest.mark.parametrize("dim, kappa", [(2, 3.0), (3, 0.5), (8, 20.0), (512, 2000.0)])
@@ -441,6 +503,21 @@ def test_narrow_and_wide_posteriors_stay_finite(name, spread):
     assert (posterior.kl() >= -1e-5).all()
 
 
+@pytest.mark.parametrize(("name", "low", "high"), [
+    ("gaussian", -10.0, 10.0), ("mixture", -10.0, 10.0), ("laplace", -5.0, 5.0), ("beta", -10.0, 10.0),
+    ("vmf", -10.0, 12.0), ("power_spherical", -10.0, 12.0),
+])  # fmt: skip
+def test_a_scale_beyond_its_bounds_is_the_one_at_them(name, low, high):
+    kind = family(name, **OPTIONS)
+    locations = parameters(name, rows=4)[:, : kind.location_count(DIM)]
+    for bound in (low, high):
+        there, beyond = (
+            kind.posterior(torch.cat([locations, torch.full((4, kind.scale_count(DIM)), scale)], dim=1))
+            for scale in (bound, 1.5 * bound)
+        )
+        assert torch.equal(there.kl(), beyond.kl()) and torch.equal(drawn(there, 2), drawn(beyond, 2))
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_no_image_is_no_error(name):
     posterior = of(name, parameters(name, rows=0))
@@ -469,6 +546,12 @@ def test_codes_are_deterministic_and_of_the_stated_length(name, depth):
         assert posterior.symbols().dtype == torch.int64 and len(posterior.symbols()) == 5
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_where_all_parameters_are_zero_no_bit_is_on(name):
+    """As in the kernels, and in codes of features."""
+    assert not of(name, torch.zeros(1, family(name, **OPTIONS).parameter_count(DIM))).code().any()
+
+
 def test_codes_of_several_bits_are_quantised_means_in_gray_digits():
     """Neighbouring levels differ in one bit, and the levels of a sorted mean are sorted."""
     mu = torch.linspace(-4, 4, 1000)[:, None]
@@ -479,6 +562,19 @@ def test_codes_of_several_bits_are_quantised_means_in_gray_digits():
     assert changes.max() == 1 and changes.sum() == 7
     one = of("gaussian", torch.cat([mu, torch.zeros(1000, 1)], dim=1))
     assert torch.equal(one.code()[:, 0], mu[:, 0] > 0)
+
+
+def test_quantisers_have_equal_intervals_and_borders_belong_to_the_lower():
+    values = torch.tensor([-9.0, -0.5, -0.25, 0.0, 0.1, 0.25, 0.26, 9.0])
+    assert quantise(values, -0.5, 0.5, 2).tolist() == [0, 0, 0, 1, 2, 2, 3, 3]
+    beta = of("beta", torch.cat([torch.linspace(-3, 3, 300)[:, None], torch.zeros(300, 1)], dim=1), depth=3)
+    assert torch.equal(beta.symbols(), (4 * (beta.mean() + 1)).long())  # all of (-1, 1)
+
+
+@pytest.mark.parametrize("depth, best", [(1, 1.596), (2, 0.9957), (3, 0.5860), (4, 0.3352), (5, 0.1881)])
+def test_quantisers_of_normals_are_nearly_the_best(depth, best):
+    """The steps of Max 1960, table II."""
+    assert abs(2 * loading(depth) / 2**depth / best - 1) < 0.27
 
 
 def test_a_categorys_bits_are_its_number():
@@ -502,13 +598,90 @@ def test_uncertainty_grows_with_the_spread():
         assert (low > high) == high_is_narrow, name
 
 
-def test_sign_bits_are_about_the_batch_mean_and_carry_a_gradient():
-    features = torch.rand(8, DIM, requires_grad=True)
+def test_the_uncertainty_of_beta_is_its_log_variance():
+    q = of("beta", parameters("beta", scale=1.0).double())
+    torch.testing.assert_close(q.uncertainty(), TorchBeta(q.a, q.b).variance.log().sum(1))
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_init_scale_is_how_narrow_the_posterior_starts(name):
+    """The deviation of logits, 1 / s, kappa / D; a beta about 0 has s = 1 / sqrt(1 + init_scale^2)."""
+    kind = family(name, **OPTIONS)
+    factors, start = kind.initial_head(DIM, 4.0)
+    q = kind.posterior(torch.cat([torch.zeros(kind.location_count(DIM)), start])[None])
+    others = len(factors) - {"bernoulli": DIM, "categorical": DIM, "mixture": 2}.get(name, 0)
+    assert (factors[:others] == (2 if name == "beta" else 1)).all() and (factors[others:] == 4).all()
+    found = torch.tensor(4.0)
+    if name in ("gaussian", "mixture"):
+        found = (-q.log_variance / 2).exp()
+    elif name == "laplace":
+        found = (-q.log_scale).exp()
+    elif name == "beta":
+        found = (1 / (4 * TorchBeta(q.a, q.b).variance) - 1).sqrt()
+    elif name in ("vmf", "power_spherical"):
+        found = q.kappa.float() / DIM
+    torch.testing.assert_close(found, torch.full_like(found, 4.0))
+
+
+# Parameters, the same in every place, within the range in which they learn, and beyond it.
+RANGES = {
+    "gaussian": [(9.9,), (-10.1, 10.1)],
+    "laplace": [(4.9,), (-5.1, 5.1)],
+    "bernoulli": [(-6.9, 6.9), (-7.1, 7.1)],
+    "mixture": [(9.9,), (-10.1, 10.1)],
+    "vmf": [(-9.9, 11.9), (-10.1, 12.1)],
+    "power_spherical": [(-9.9, 11.9), (-10.1, 12.1)],
+    "beta": [(-1.0, 3.0), (-6.0,)],  # a and b at their floor
+    "gaussian+bernoulli": [(-6.9, 6.9), (-7.1, 7.1)],  # the larger of the two shares
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_saturated_is_what_lies_beyond_the_bounds(name):
+    for share, values in enumerate(RANGES[name]):
+        for value in values:
+            x = torch.full((2, family(name, **OPTIONS).parameter_count(DIM)), value)
+            assert of(name, x).saturated() == share, value
+
+
+def test_a_group_of_categories_is_saturated_from_a_thousandth_off_certain():
+    logits = torch.tensor([[9.0, 0.0, 0.0, 0.0, 7.0, 0.0, 0.0, 0.0]])  # 0.9996 and 0.997
+    assert of("categorical", logits).saturated() == 0.5
+
+
+@pytest.mark.parametrize("name", ["none", "sign"])
+def test_without_a_latent_bits_lie_about_the_thresholds_and_short_features_are_uncertain(name):
+    q, (features, thresholds) = of(name, parameters(name)), parameters(name).chunk(2, dim=1)
+    assert torch.equal(q.code(), features > thresholds)
+    torch.testing.assert_close(q.uncertainty(), -features.square().sum(dim=1).sqrt())
+
+
+def test_sign_bits_are_about_the_batch_mean_with_the_gradient_of_a_tanh():
+    """Of twice the standardised feature: as steep as Bernoulli bits are at the start."""
+    features = torch.rand(8, DIM, dtype=torch.float64, requires_grad=True)
     bits = Sign().posterior(torch.cat([features, torch.zeros(8, DIM)], dim=1)).straight_through_bits()
-    assert torch.equal(bits.detach() > 0, features > features.mean(0))
-    weights = torch.linspace(-1, 1, 8 * DIM).view(8, DIM)
-    (bits * weights).sum().backward()
-    assert features.grad.abs().min() > 0
+    assert torch.equal(bits, torch.where(features > features.mean(0), 1.0, -1.0))
+    weights = torch.randn(8, DIM, dtype=torch.float64)
+    (found,) = torch.autograd.grad((bits * weights).sum(), features)
+    soft = (2 * (features - features.mean(0)) / (features.std(0, correction=0) + 1e-6)).tanh()
+    (expected,) = torch.autograd.grad((soft * weights).sum(), features)
+    torch.testing.assert_close(found, expected)
+
+
+def test_bernoulli_bits_have_the_gradient_of_their_mean_alone_and_in_a_pair():
+    x = parameters("gaussian+bernoulli").requires_grad_()
+    bits, logits = of("gaussian+bernoulli", x).straight_through_bits(), x[:, 4:8]
+    assert torch.equal(bits, torch.where(logits > 0, 1.0, -1.0))
+    weights = torch.randn(5, 4)
+    (found,) = torch.autograd.grad((bits * weights).sum(), x, retain_graph=True)
+    (expected,) = torch.autograd.grad(((2 * logits.sigmoid() - 1) * weights).sum(), x)
+    torch.testing.assert_close(found, expected)
+    assert of("gaussian+vmf", parameters("gaussian+vmf")).straight_through_bits() is None
+
+
+def test_bit_means_are_the_chances_of_a_one():
+    x = parameters("bernoulli")
+    torch.testing.assert_close(of("bernoulli", x).bit_means(), TorchBernoulli(logits=x).probs)
 
 
 # ---- names
@@ -520,6 +693,8 @@ def test_families_are_found_by_name_and_unknown_ones_are_refused():
     assert family("mixture", components=2, categories=3) == Mixture(components=2)
     pair = family("gaussian+bernoulli")
     assert pair.code_bits(10) == 10 and pair.parameter_count(9) == 2 * 4 + 5
+    assert pair.default_beta == Gaussian().default_beta > Bernoulli().default_beta  # what either needs
+    assert pair.discrete and not family("gaussian+vmf").discrete  # what either has
     for wrong in ("gauss", "gaussian+gauss", "none+gaussian", "gaussian+beta+vmf", ""):
         with pytest.raises(ValueError, match=r"known|can be combined"):
             family(wrong)

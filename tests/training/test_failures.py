@@ -21,6 +21,7 @@ from lvssl.runs import checkpoint
 from lvssl.settings.pretrain import PRESETS, EngineSettings, ModelSettings, PretrainSettings
 from lvssl.training.loop import out_of_memory
 from lvssl.training.pretrain import pretrain
+from lvssl.training.stopping import stop_signals
 from lvssl.training.trainer import Trainer
 
 processes = multiprocessing.get_context("forkserver")
@@ -223,6 +224,16 @@ class Ranks:
 
     def said(self) -> list[str]:
         return [words.read_text() if words.exists() else "" for words in self.words]
+
+
+def test_a_signal_asks_for_a_stop_and_means_what_it_meant_before_afterwards():
+    numbers = (signal.SIGTERM, signal.SIGUSR2)
+    before = [signal.getsignal(number) for number in numbers]
+    for number in numbers:
+        with stop_signals() as stop:
+            assert callable(signal.getsignal(number))  # or it would end this process
+            signal.raise_signal(number)
+        assert stop.signal == number and [signal.getsignal(each) for each in numbers] == before
 
 
 def test_a_signal_to_one_rank_saves_and_ends_all(digits, tmp_path):

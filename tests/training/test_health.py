@@ -48,6 +48,20 @@ def test_bits_per_unit_of_a_bernoulli_is_its_sharpness():
     assert found["bits_per_unit"] == pytest.approx(1 - entropy, rel=1e-5) and found["logit_scale"] == 0
 
 
+@pytest.mark.parametrize(("family", "locations"), [("gaussian", 64), ("mixture", 4 * 65), ("vmf", 64)])
+def test_scales_and_their_variation_are_deviations_over_the_batch(family, locations):
+    given = []
+
+    def known(parameters):
+        given.append(torch.randn_like(parameters) * torch.linspace(0.1, 2, parameters.shape[1]) + 3)
+        return given[0]
+
+    found = figures(family, known)
+    deviations = given[0].double().std(dim=0, correction=0)
+    assert found["logit_scale"] == pytest.approx(deviations[:locations].mean().item(), rel=1e-5)
+    assert found["scale_variation"] == pytest.approx(deviations[locations:].mean().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_them(family):
     found = figures(family)
