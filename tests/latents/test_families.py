@@ -266,11 +266,11 @@ def test_samples_have_the_posteriors_variance():
 def test_directions_are_unit_vectors_whose_cosines_have_the_right_law(name, dim, log_kappa):
     """Against the cosine's cumulated density, integrated numerically: a Kolmogorov-Smirnov test."""
     location = torch.randn(1, dim, generator=generator(0))
-    posterior = of(name, torch.cat([location, torch.full((1, 1), log_kappa)], dim=1))
-    samples = drawn(posterior, 4000, 1)
-    assert torch.allclose(samples.norm(dim=2), torch.ones(4000, 1), atol=1e-5)
-    angle = (posterior.cosines(4000, keyed(1, 1))[:, 0]).clamp(-1, 1).acos().sort().values
-    kappa, grid = posterior.kappa.item(), torch.linspace(1e-9, math.pi, 400_001, dtype=torch.float64)
+    posterior = of(name, torch.cat([location, torch.full((1, 1), log_kappa)], dim=1).repeat(4000, 1))
+    samples = drawn(posterior, 1, 1)
+    assert torch.allclose(samples.norm(dim=2), torch.ones(1, 4000), atol=1e-5)
+    angle = (posterior.cosines(1, keyed(1, 4000))[0]).clamp(-1, 1).acos().sort().values
+    kappa, grid = posterior.kappa[0].item(), torch.linspace(1e-9, math.pi, 400_001, dtype=torch.float64)
     logs = (dim - 2) * grid.sin().clamp(min=1e-300).log()
     logs += kappa * (grid.cos() if name == "vmf" else torch.log1p(grid.cos().clamp(min=-1 + 1e-15)))
     distribution = (logs - logs.max()).exp().cumsum(0)
@@ -694,6 +694,7 @@ def test_families_are_found_by_name_and_unknown_ones_are_refused():
     pair = family("gaussian+bernoulli")
     assert pair.code_bits(10) == 10 and pair.parameter_count(9) == 2 * 4 + 5
     assert pair.default_beta == Gaussian().default_beta > Bernoulli().default_beta  # what either needs
+    assert family("vmf").validation_error(1) and not family("vmf").validation_error(2)
     assert pair.discrete and not family("gaussian+vmf").discrete  # what either has
     for wrong in ("gauss", "gaussian+gauss", "none+gaussian", "gaussian+beta+vmf", ""):
         with pytest.raises(ValueError, match=r"known|can be combined"):

@@ -153,7 +153,7 @@ def test_gradients_that_no_loss_scale_makes_finite_end_a_run(digits, tmp_path, d
 def test_both_ways_are_one_training(digits, tmp_path, monkeypatch, optimiser):
     """With the host looking and without: the same weights, in fp64, where roundings stay small."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # of heads and losses
-    chosen = settings(digits["train"], tmp_path, optimiser, engine=EngineSettings(ema=0.5))
+    chosen = settings(digits["train"], tmp_path, optimiser, engine=EngineSettings(ema=0.8))
     chosen = dataclasses.replace(chosen, latent=LatentSettings("none"))
     one, batches = trainer_and_batches(chosen, "cpu", 4)
     other = Trainer(chosen, 10, one.loader, torch.device("cpu"), World(), host_reads=True)

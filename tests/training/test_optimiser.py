@@ -8,7 +8,14 @@ import torch.nn as nn
 
 from lvssl.models.backbone import build_backbone
 from lvssl.settings.pretrain import PRESETS, OptimiserSettings
-from lvssl.training.optimiser import build_optimiser, describe_groups, groups, learning_rate, peak_lr
+from lvssl.training.optimiser import (
+    build_optimiser,
+    describe_groups,
+    groups,
+    learning_rate,
+    peak_lr,
+    restore_optimiser,
+)
 from pipelines.errors import InputError
 
 
@@ -81,12 +88,22 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     rates = [learning_rate(step, 100, 10, chosen) for step in range(100)]
     assert rates[0] == pytest.approx(0.05) and rates[19] == 1.0 and max(rates) == 1.0
     assert rates[20:] == sorted(rates[20:], reverse=True) and rates[-1] < 0.01
+    assert rates[60] == pytest.approx(0.5) and rates[40] == pytest.approx(0.5 + 0.5**1.5)  # of the rest
+    assert learning_rate(9, 10, 10, chosen) == 1.0  # a warm-up longer than the run ends with it
 
 
 @pytest.mark.parametrize("warmup_epochs", [0.1 * 3, 0.25, 0.05, 0.001])
 def test_a_warm_up_that_ends_within_a_step_does_not_pass_the_peak(warmup_epochs):
     chosen = dataclasses.replace(PRESETS["digits"].optimiser, lr=1.0, warmup_epochs=warmup_epochs)
     assert max(learning_rate(step, 30, 10, chosen) for step in range(30)) == 1.0
+
+
+def test_a_restored_optimiser_has_the_states_rate_and_its_own_options():
+    net = nn.Linear(3, 2)
+    first, second = (build_optimiser(net, OptimiserSettings(weight_decay=decay)) for decay in (0.1, 0.2))
+    first.param_groups[0]["lr"] = 0.05
+    restore_optimiser(second, first.state_dict())
+    assert second.param_groups[0]["lr"] == 0.05 and second.param_groups[0]["weight_decay"] == 0.2
 
 
 def test_rules_of_the_peak():
