@@ -68,7 +68,7 @@ def curate(arguments: list[str]) -> None:
     if found.run is None:
         return
     data = settings.train or found.run.settings.data
-    title = f"{set_name(str(data.resolve())) or data.name} by {settings.run.resolve().name}"
+    title = f"{set_name(str(data.resolve())) or data.name}, curated with {settings.run.resolve().name}"
     print(write_curation(found.out / "curate.html", title, found.tables, found.shown, found.picture))
 
 

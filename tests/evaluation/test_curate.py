@@ -69,7 +69,7 @@ def test_planted_copies_are_found_within_and_between_sets(run, planted, tmp_path
     labels = read(tmp_path / "c/labels.csv")
     assert labels and all(row["class"] != row["neighbours_class"] for row in labels)
     page = (tmp_path / "c/curate.html").read_text()
-    assert f"<h1>{train.parent.name} by untrained</h1>" in page
+    assert f"<h1>{train.parent.name}, curated with untrained</h1>" in page
     assert page.count("data:image/png") > 100 and "leak.png" in page and "://" not in page
     before = (tmp_path / "c/train.lvcodes").stat().st_mtime_ns
     assert lvssl(*arguments) == 0  # what is embedded isn't embedded again
