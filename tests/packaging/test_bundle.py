@@ -142,7 +142,8 @@ def test_versions_are_compared_as_numbers():
 
 def test_what_is_gathered_is_asked_for_as_the_project_does():
     modules, requirements = bundle.dependencies("3.12")
-    assert modules["timm"] == "timm.utils" and requirements["timm"] == "timm>=1.0.31,<2"
+    assert modules["timm"] == "timm.utils"
+    assert sorted(requirements["timm"].split(",")) in (["<2", "timm>=1.0.31"], [">=1.0.31", "timm<2"])
     assert set(modules) == set(requirements) >= {"torch", "numpy", "tyro", "submitit", "scipy"}
     small = bundle.wanted([], list(requirements))
     assert small == ["tyro", "typeguard", "docstring_parser", "submitit", "cloudpickle", "timm"]
