@@ -111,7 +111,9 @@ def dependencies(python: str) -> tuple[dict[str, str], dict[str, str]]:
     code = "import json, lvssl.commands.doctor as d; print(json.dumps([d.PACKAGES, d.dependencies()]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     modules, asked = json.loads(done.stdout)
-    modules |= {"torch": "torch"} | ({"tomli": "tomli"} if python == "3.10" else {})
+    modules |= {"torch": "torch", "tomli": "tomli"}
+    if python != "3.10":  # only this Python needs it, whichever gathers
+        del modules["tomli"]
     requirements = {}
     for text in asked:
         requirement = text.partition(";")[0].replace(" ", "")
