@@ -149,7 +149,7 @@ class LoaderSettings:
             raise InputError(f"unknown order {self.order!r}; one of {', '.join(ORDERS)}")
         gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         known = ["cpu", *(["cuda", *gpus] if gpus else [])]
-        if str(self.device) not in known:
+        if str(self.device) not in ("cpu:0", *known):
             raise InputError(f"device must be {' or '.join(known)} here, got {str(self.device)!r}")
 
     @property

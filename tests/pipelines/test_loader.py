@@ -59,7 +59,7 @@ def epoch(path, batch_size=7, epoch=0, step=0, kind="auto", **options) -> dict[i
 
 def test_a_batch_is_what_it_says(beton):
     source = open_reader(beton)
-    with TwoViewLoader(source, VIEW, LoaderSettings(10)) as loader:
+    with TwoViewLoader(source, VIEW, LoaderSettings(10, device=torch.device("cpu", 0))) as loader:
         batch = next(iter(loader))
         assert len(loader) == 5
     assert batch.views.shape == (2, 10, 3, 24, 24) and batch.views.dtype == torch.float32
