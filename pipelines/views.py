@@ -67,7 +67,7 @@ class ViewSettings:
             raise InputError(f"view.hue must be in [0, 0.5], got {self.hue}")
         for name, limit in (("scale", 1.0), ("ratio", float("inf")), ("sigma", float("inf"))):
             pair = getattr(self, name)
-            if not (isinstance(pair, tuple | list) and len(pair) == 2 and 0 < pair[0] <= pair[1] <= limit):
+            if not (hasattr(pair, "__len__") and len(pair) == 2 and 0 < pair[0] <= pair[1] <= limit):
                 raise InputError(f"view.{name} must be an increasing pair in (0, {limit}], got {pair}")
         if not 0 < self.evaluation_crop <= 1:
             raise InputError(f"view.evaluation_crop must be in (0, 1], got {self.evaluation_crop}")

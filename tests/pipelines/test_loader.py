@@ -483,6 +483,7 @@ def test_bad_input(beton, tmp_path):
     for pair in (0.5, (0.5,), (0.9, 0.5)):
         with pytest.raises(InputError, match=r"view\.scale must be an increasing pair in \(0, 1\.0\], got"):
             TwoViewLoader(source, ViewSettings(24, scale=pair), LoaderSettings(8))
+    ViewSettings(scale=[0.5, 0.9], ratio=np.array([0.5, 2])).validate()
     with pytest.raises(InputError, match="rank must be in"):
         TwoViewLoader(source, VIEW, LoaderSettings(8, rank=2, ranks=2))
     with (
