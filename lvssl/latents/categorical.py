@@ -60,7 +60,8 @@ class CategoricalPosterior(Posterior):
         """Draw concatenated one-hot vectors, [count, B, groups * K]; if relaxed, points on the simplices."""
         p = self.probabilities()
         if self.relaxed:
-            gumbel = -(-uniform((count, *p.shape), p, noise).log()).log()  # -inf if it is 0: not chosen
+            drawn = uniform((count, *p.shape), p, noise).clamp(min=2**-25)  # all K of a group may be 0
+            gumbel = -(-drawn.log()).log()
             return ((p.log() + gumbel) / temperature).softmax(dim=3).flatten(2)
         # One uniform per group, compared with the cumulative probabilities, is cheaper than K Gumbels.
         drawn = uniform((count, *p.shape[:2], 1), p, noise)
