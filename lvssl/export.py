@@ -35,7 +35,7 @@ from lvssl.evaluation.stage import in_words
 from lvssl.models.backbone import CIFAR_STEM_UP_TO, RESNETS, feature_dim
 from lvssl.models.network import LVNet
 from lvssl.runs.hub import Upload
-from lvssl.runs.result import read_json, read_result
+from lvssl.runs.result import read_json, require_result
 from lvssl.runs.run import Run, image_count, load_run, versions
 from lvssl.settings.apply import ExportSettings
 from lvssl.settings.fields import to_dict
@@ -381,7 +381,7 @@ def figures(run: Run) -> str:
     for path in sorted([*run.folder.glob("*.json"), *run.folder.glob("finetune-*/result.json")]):
         result = read_json(path)
         if isinstance(result, dict) and "stage" in result and result.get("checkpoint") == run.digest:
-            read_result(path)
+            require_result(path, result)
             for representation, found in result["results"].items():
                 share = f", {result['data']['images']:,} labels" if result["stage"] == "finetune" else ""
                 what = f"{result['stage']}, {representation}{share}"

@@ -105,21 +105,21 @@ class ProductCode:
 def fit_sign(train: Any, bits: int, seed: int = 0) -> LinearHash:
     """Sign bits of the first `bits` features about their training mean; fewer bits than features give a
     truncated prefix. Raises ValueError for more bits than features."""
-    h = checked(train, bits, most=as_array(train).shape[-1])
+    h = checked(train, bits, bits_a_number=1)
     directions = None if bits == h.shape[1] else np.eye(h.shape[1], bits, dtype=np.float32)
     return LinearHash(h.mean(axis=0), directions)
 
 
 def fit_pca(train: Any, bits: int, seed: int = 0) -> LinearHash:
     """Signs of the first principal components. Raises ValueError for more bits than features."""
-    h = checked(train, bits, most=as_array(train).shape[-1])
+    h = checked(train, bits, bits_a_number=1)
     return LinearHash(h.mean(axis=0), principal_directions(h, bits))
 
 
 def fit_itq(train: Any, bits: int, seed: int = 0, iterations: int = 50) -> LinearHash:
     """Iterative quantisation (Gong & Lazebnik 2011): signs of the principal components, rotated to be as near
     as possible to their own signs. Raises ValueError for more bits than features."""
-    h = checked(train, bits, most=as_array(train).shape[-1])
+    h = checked(train, bits, bits_a_number=1)
     directions = principal_directions(h, bits)
     rotation = itq_rotation((h - h.mean(axis=0)) @ directions, seed, iterations)
     return LinearHash(h.mean(axis=0), directions @ rotation)
@@ -150,7 +150,7 @@ def fit_lsh(train: Any, bits: int, seed: int = 0) -> LinearHash:
 def fit_int8(train: Any, bits: int, seed: int = 0) -> Int8:
     """A byte for each of the first bits / 8 principal components or, with 8 bits per feature, for the
     features themselves. Raises ValueError unless bits / 8 is a whole number from 1 to D."""
-    h = checked(train, bits, most=8 * as_array(train).shape[-1], whole_bytes=True)
+    h = checked(train, bits, bits_a_number=8)
     mean = h.mean(axis=0)
     directions = None if bits == 8 * h.shape[1] else principal_directions(h, bits // 8)
     x = projected(h, mean, directions)
@@ -163,7 +163,7 @@ def fit_pq(train: Any, bits: int, seed: int = 0) -> ProductCode:
     divisible by bits / 8 and there are at least 256 images; ImportError without faiss."""
     import faiss
 
-    h = checked(train, bits, most=8 * as_array(train).shape[-1], whole_bytes=True)
+    h = checked(train, bits, bits_a_number=8)
     parts = bits // 8
     if h.shape[1] % parts:
         raise ValueError(f"product quantisation: {h.shape[1]} features can't be cut into {parts} equal parts")
@@ -187,7 +187,7 @@ def fit_opq(train: Any, bits: int, seed: int = 0, iterations: int = 20) -> Produ
     """
     import faiss
 
-    h = checked(train, bits, most=8 * as_array(train).shape[-1], whole_bytes=True)
+    h = checked(train, bits, bits_a_number=8)
     if len(h) < WORDS:
         raise ValueError(
             f"a product quantiser needs {WORDS} training images for its words, not {len(h)}; itq needs fewer"
@@ -266,15 +266,24 @@ def random_rotation(size: int, seed: int) -> np.ndarray:
     return q * np.sign(np.diag(r))
 
 
-def checked(train: Any, bits: int, most: int | None = None, whole_bytes: bool = False) -> np.ndarray:
+def checked(train: Any, bits: int, bits_a_number: int = 0) -> np.ndarray:
+    """Return training features as float32 [N, D]. Raises ValueError for another shape, a vector that isn't
+    finite, or a length that the code can't have: it has at most `bits_a_number` bits for each of the D
+    numbers, unless that is 0, and whole bytes if it is 8."""
     h = as_array(train).astype(np.float32, copy=False)
     if h.ndim != 2 or not h.size:
         raise ValueError(f"training features [N, D] are needed, not {list(h.shape)}")
-    finite = np.isfinite(h).all(axis=1)
-    if not finite.all():
-        raise ValueError(f"training features: vector {finite.argmin()} isn't finite")
-    if bits < 1 or (most is not None and bits > most):
+    require_finite_rows(h, "training features")
+    most = bits_a_number * h.shape[1]
+    if bits < 1 or (most and bits > most):
         raise ValueError(f"{h.shape[1]} features give codes of 1 to {most or 'any number of'} bits")
-    if whole_bytes and bits % 8:
+    if bits_a_number == 8 and bits % 8:
         raise ValueError(f"this code takes whole bytes, not {bits} bits")
     return h
+
+
+def require_finite_rows(rows: np.ndarray, what: str) -> None:
+    """Raise ValueError, with its number, at the first row that isn't finite."""
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
+        raise ValueError(f"{what}: vector {finite.argmin()} isn't finite")

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lvssl.codes import controls
-from lvssl.codes.controls import checked, fit_itq, fit_pca, standardised
+from lvssl.codes.controls import checked, fit_itq, fit_pca, require_finite_rows, standardised
 from pipelines.kernels.pack import as_array, pack_bits, packed_bytes, unpack_bits
 
 CHUNK = 4096  # images at a time
@@ -65,9 +65,7 @@ class Quantiser:
         """Encode features: a bit is the side of 0, a byte is the nearest word, or the first of several.
         Raises ValueError for another shape, or a vector that isn't finite."""
         x = self.project(features)
-        finite = np.isfinite(x).all(axis=1)
-        if not finite.all():
-            raise ValueError(f"features: vector {finite.argmin()} isn't finite")
+        require_finite_rows(x, "features")
         if self.hamming:
             return pack_bits(x > 0)
         codes = np.empty((len(x), len(self.words)), np.uint8)
@@ -118,14 +116,14 @@ def sides(x: np.ndarray) -> np.ndarray:
 
 def fit_bits(train: Any, bits: int, seed: int = 0) -> Quantiser:
     """Fit signs of the first `bits` numbers; for the locations of a latent, this is the run's own code."""
-    h = checked(train, bits, most=as_array(train).shape[-1])
+    h = checked(train, bits, bits_a_number=1)
     x, mean, scale = standardised(h)
     return Quantiser(mean, scale, np.empty((h.shape[1], 0), np.float32), sides(x[:, :bits]))
 
 
 def fit_projected(train: Any, bits: int, seed: int = 0, *, fit: Callable[..., Any]) -> Quantiser:
     """Fit signs of the numbers after the projection that `fit`, a function of `controls`, finds."""
-    h = checked(train, bits, most=as_array(train).shape[-1])
+    h = checked(train, bits, bits_a_number=1)
     x, mean, scale = standardised(h)
     directions = fit(x, bits, seed).directions
     return Quantiser(mean, scale, directions.astype(np.float32), sides(x @ directions))

@@ -23,7 +23,7 @@ def parse(
     from lvssl.settings.fields import require_finite
     from pipelines.datasets.parts import unquoted
 
-    known = dict(options(kind))
+    known = dict(options_of(kind))
     refuse_empty(arguments, {option for option, of in known.items() if str in (of, *get_args(of))})
     start = {} if default is None else {"default": default}
     if asks_for_help(arguments):
@@ -64,13 +64,13 @@ def refuse_empty(arguments: list[str], texts: Collection[str]) -> None:
             raise InputError(f"{name} {IS_EMPTY}")
 
 
-def options(kind: Any) -> Iterator[tuple[str, Any]]:
+def options_of(kind: Any) -> Iterator[tuple[str, Any]]:
     """Yield every option, also of settings in groups, with its type."""
     from lvssl.settings.fields import flag
 
     for name, of_field in get_type_hints(kind).items():
         if dataclasses.is_dataclass(of_field):
-            yield from options(of_field)
+            yield from options_of(of_field)
         else:
             yield flag(name), of_field
 

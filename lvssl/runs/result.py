@@ -136,7 +136,13 @@ def require_writable(folder: Path) -> None:
 def read_result(path: Path, **kinds: Any) -> dict[str, Any]:
     """Read a file that a command has written: an object whose entries, if present and not null, are of the
     `kinds`, see `wrong_kind`. InputError if it is damaged, holds something else, or lacks one of ENTRIES."""
-    content = read_json(path)
+    content: dict[str, Any] = read_json(path)
+    require_result(path, content, **kinds)
+    return content
+
+
+def require_result(path: Path, content: Any, **kinds: Any) -> None:
+    """Raise InputError as `read_result` does, for what was read from the file."""
     wrong = wrong_kind("", content, dict)
     if not wrong:
         needed: dict[str, Any] = {}
@@ -151,7 +157,6 @@ def read_result(path: Path, **kinds: Any) -> dict[str, Any]:
         wrong = wrong or wrong_kind("", content, there | needed)
     if wrong:
         raise InputError(f"{path}: not a result ({wrong}); remove it")
-    return content
 
 
 def read_json(path: Path) -> Any:
