@@ -9,6 +9,7 @@ from PIL import Image
 
 from lvssl.commands.main import main
 from lvssl.commands.suggest import in_words, suited
+from lvssl.models.device import multiplies_bf16
 from lvssl.plan import GIB
 from lvssl.runs.run import read_config
 from lvssl.settings.presets import command
@@ -34,6 +35,29 @@ def test_what_is_chosen(count, side, memory, expected):
     chosen = suited(count, side, memory)
     assert (chosen.preset, chosen.view.resolution, chosen.batch_size, chosen.epochs) == expected
     chosen.validate()
+
+
+def test_a_cpu_that_multiplies_bf16_trains_resnets_in_it():
+    """Depthwise convolutions are slower in it, and a GPU chooses by itself."""
+    chosen = {
+        name: suited(2000, 32, 0, name, bf16=True).engine.precision
+        for name in ("", "tiny", "resnet50", "convnext_tiny", "efficientnet_b0", "vit_small_patch16_224")
+    }
+    assert chosen == dict.fromkeys(chosen, "auto") | dict.fromkeys(("", "tiny", "resnet50"), "bf16")
+    assert (
+        suited(2000, 32, 0).engine.precision
+        == suited(2000, 32, 16 * GIB, bf16=True).engine.precision
+        == "auto"
+    )
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_on_a_cpu_that_converts_it_is_noted(digits, tmp_path, monkeypatch, capfd, native):
+    monkeypatch.setattr("lvssl.training.pretrain.multiplies_bf16", lambda: native)
+    options = ["--data", str(digits["test"]), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    small = ["--preset", "digits", "--epochs", "1", "--batch-size", "256", "--precision", "bf16"]
+    assert main(["pretrain", *options, *small]) == 0
+    assert ("2 to 10 times as long as fp32: pass --precision fp32" in capfd.readouterr().err) != native
 
 
 def test_a_model_that_normalises_by_layer_gets_its_recipe():
@@ -68,7 +92,7 @@ def test_a_run_without_a_preset_says_what_was_chosen_and_is_made_again_by_its_co
     said = capsys.readouterr().err
     assert "for 8 images of 20 px on " in said
     flags = "--preset cifar10-small --objective ntxent-vc --resolution 20 --batch-size 8 --epochs 1"
-    assert f"{flags} --workers 2 --precision fp32" in said
+    assert f"{flags} --workers 2 --precision {'bf16' if multiplies_bf16() else 'fp32'}" in said
     settings, _ = read_config(tmp_path / "run")
     assert settings.preset == "cifar10-small" and settings.view.resolution == 20
     typed = command("pretrain", settings)

@@ -6,8 +6,9 @@
 
 Batch sizes are the preset's, halved as long as an epoch has fewer than 16 steps, down to 64, and as far as
 the number of images or a GPU's memory requires. A CPU trains for some 300 steps, as in docs/results.md; a GPU
-as long as the preset. A `--backbone` with layer normalisation, a transformer or ConvNeXt, is trained with a
-recipe for these, at a multiple of its patch size.
+as long as the preset. A CPU that multiplies bf16 numbers trains ResNets in bf16 (docs/training.md). A
+`--backbone` with layer normalisation, a transformer or ConvNeXt, is trained with a recipe for these, at a
+multiple of its patch size.
 """
 
 from dataclasses import replace
@@ -17,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lvssl.models.backbone import of_layers, patch
-from lvssl.models.device import pick_device, precision
+from lvssl.models.backbone import RESNETS, SMALL, of_layers, patch
+from lvssl.models.device import multiplies_bf16, pick_device, precision
 from lvssl.plan import GIB, footprint, largest_batch
 from lvssl.settings.fields import options
 from lvssl.settings.pretrain import DEFAULTS, PretrainSettings, preset, require_backbone
@@ -27,7 +28,7 @@ from pipelines.cores import cores, loader_threads
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.decode import DamagedSample, Reader, open_reader
 
-SMALL = 64  # ResNets use the stem for small images up to this many pixels
+SMALL_SIDE = 64  # ResNets use the stem for small images up to this many pixels
 LOOKED_AT = 256  # number of images whose sizes are read
 STEPS, MOST_EPOCHS, LEAST_EPOCHS = 300, 100, 5  # of a training on a CPU
 STEPS_AN_EPOCH, LEAST_BATCH = 16, 64
@@ -52,9 +53,8 @@ def suggest(
     images = open_reader(data, source, str(chosen))
     side = median_side(images)
     where = f"{cores()} CPU cores" if not memory else f"a GPU of {memory / GIB:.0f} GiB"
-    return suited(
-        len(images), side, memory, backbone, epochs
-    ), f"{len(images):,} images of {side} px on {where}"
+    settings = suited(len(images), side, memory, backbone, epochs, multiplies_bf16())
+    return settings, f"{len(images):,} images of {side} px on {where}"
 
 
 def median_side(images: Reader) -> int:
@@ -65,19 +65,22 @@ def median_side(images: Reader) -> int:
             sides.append(min(int(size[0]) for size in images.sizes(np.array([index]))))
         except DamagedSample:  # the training reports it, or leaves it out
             continue
-    return int(np.median(sides)) if sides else SMALL
+    return int(np.median(sides)) if sides else SMALL_SIDE
 
 
-def suited(count: int, side: int, memory: int, backbone: str = "", epochs: int = 0) -> PretrainSettings:
+def suited(
+    count: int, side: int, memory: int, backbone: str = "", epochs: int = 0, bf16: bool = False
+) -> PretrainSettings:
     """Return the settings for `count` images whose shorter sides have `side` pixels. `memory` is the GPU's in
-    bytes, 0 for a CPU. `backbone` and `epochs`, if given, override the choice."""
-    small = side <= SMALL
+    bytes, 0 for a CPU; `bf16`: whether the CPU multiplies such numbers. `backbone` and `epochs`, if given,
+    override the choice."""
+    small = side <= SMALL_SIDE
     settings = preset("cifar10-small" if not memory else "cifar10-r18" if small else DEFAULTS)
     resolution = settings.view.resolution
     if not memory:
         resolution = min(resolution, max(8, side - side % 4))
     elif small and side > 48:
-        resolution = SMALL
+        resolution = SMALL_SIDE
     model = replace(settings.model, backbone=backbone or settings.model.backbone)
     resolution = -(-resolution // patch(model.backbone)) * patch(model.backbone)
     settings = replace(settings, model=model, view=replace(settings.view, resolution=resolution))
@@ -97,7 +100,10 @@ def suited(count: int, side: int, memory: int, backbone: str = "", epochs: int =
     optimiser = settings.optimiser
     if of_layers(model.backbone):
         optimiser = replace(optimiser, **OF_LAYERS, warmup_epochs=WARMUP * epochs)
-    return replace(settings, batch_size=batch, epochs=epochs, optimiser=optimiser)
+    engine = settings.engine
+    if bf16 and not memory and model.backbone in (*SMALL, *RESNETS):  # others may be slower in it
+        engine = replace(engine, precision="bf16")
+    return replace(settings, batch_size=batch, epochs=epochs, optimiser=optimiser, engine=engine)
 
 
 def in_words(settings: PretrainSettings, what: str) -> str:

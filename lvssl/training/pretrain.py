@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import numpy as np
 import torch
 
-from lvssl.models.device import claim, encoding_precision, pick_device, precision
+from lvssl.models.device import claim, encoding_precision, multiplies_bf16, pick_device, precision
 from lvssl.models.inference import infer
 from lvssl.runs import checkpoint
 from lvssl.runs.identity import describe_set
@@ -118,6 +118,9 @@ def run(
             ranks = f"{world.size} ranks, " if world.size > 1 else ""
             print(f"pretrain {settings.out.name}: {ranks}on {device}, augmented by {form}", file=sys.stderr)
             print(describe_groups(trainer.network, settings.optimiser), file=sys.stderr, flush=True)
+            if settings.engine.precision == "bf16" and device.type == "cpu" and not multiplies_bf16():
+                said = "this processor converts bf16 numbers, which takes 2 to 10 times as long as fp32"
+                print(f"note: {said}: pass --precision fp32", file=sys.stderr, flush=True)
         trainer.restore()
         trainer.train(stop)
         if not trainer.calibrated:
