@@ -11,7 +11,7 @@ from lvssl.commands.arguments import asks_for_help, parse
 def pretrain(arguments: list[str]) -> int:
     from lvssl.settings.fields import shell_line
     from lvssl.settings.pretrain import PRESETS, PretrainSettings, preset
-    from pipelines.datasets.parts import are_there, is_by_name
+    from pipelines.datasets.parts import are_there
     from pipelines.decode import DamagedSample
     from pipelines.errors import InputError
 
@@ -31,11 +31,7 @@ def pretrain(arguments: list[str]) -> int:
         from lvssl.runs.run import read_config
 
         settings = replace(read_config(known.out)[0], out=known.out)
-    elif (
-        known.preset is None
-        and not asks_for_help(others)
-        and (is_by_name(known.data) or are_there(known.data))
-    ):
+    elif known.preset is None and not asks_for_help(others) and are_there(known.data):
         from lvssl.commands.suggest import suggest
 
         epochs = int(known.epochs) if known.epochs.isdecimal() else 0

@@ -21,7 +21,7 @@ from lvssl.runs.exported import is_exported, read_exported
 from lvssl.runs.identity import other_set
 from lvssl.settings.fields import ReadsImages, difference, first_change, from_dict, to_dict
 from lvssl.settings.pretrain import PretrainSettings, choice
-from pipelines.datasets.parts import are_there
+from pipelines.datasets.parts import are_there, in_full
 from pipelines.datasets.recognise import in_short
 from pipelines.decode import Reader
 from pipelines.errors import ON_ERROR, InputError, first_line
@@ -86,7 +86,7 @@ def create_run(
     if not is_empty_run(settings.out):
         raise InputError(f"{settings.out} exists but is not a run folder; choose another --out")
     settings.out.mkdir(parents=True, exist_ok=True)
-    settings = replace(settings, data=settings.data.absolute())  # the run may be used from another folder
+    settings = replace(settings, data=in_full(settings.data))  # the run may be used from another folder
     content = {"settings": to_dict(settings), "classes": classes, "data": data, "versions": versions()}
     write_json(config, content, indent=2)
 

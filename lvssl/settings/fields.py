@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from pipelines.datasets.parts import is_by_name
 from pipelines.errors import InputError
 
 # For settings of where and how fast, not of what is computed. A resumed run, a repeated stage and a
@@ -218,7 +219,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _in_full(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_in_full(one) for one in value]
-    return value.resolve() if isinstance(value, Path) else value
+    return value.resolve() if isinstance(value, Path) and not is_by_name(value) else value
 
 
 def _plain(value: Any) -> Any:

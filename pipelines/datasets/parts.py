@@ -44,6 +44,11 @@ def is_by_name(path: str | Path) -> bool:
     return str(path).startswith(("torchvision:", "sklearn:"))
 
 
+def in_full(path: Path) -> Path:
+    """The path from the root, or the name of a set that has one."""
+    return path if is_by_name(path) else path.absolute()
+
+
 def unquoted(arguments: Sequence[str]) -> str:
     """An error message for arguments that contain a pattern's files, expanded by a shell; empty otherwise."""
     for end, each in itertools.groupby(arguments, lambda argument: Path(argument).suffix):
@@ -56,9 +61,9 @@ def unquoted(arguments: Sequence[str]) -> str:
 
 
 def are_there(path: str | Path) -> bool:
-    """Whether a path exists, and with it all files that a list or range names."""
+    """Whether a path exists, and with it all files that a list or range names; sets with a name always do."""
     files = files_of(path)
-    return bool(files) and all(file.exists() for file in files)
+    return is_by_name(path) or (bool(files) and all(file.exists() for file in files))
 
 
 def parts_of(path: str | Path) -> list[Path]:

@@ -12,6 +12,8 @@ import pytest
 
 from lvssl.codes.file import open_codes
 from lvssl.commands.main import main
+from lvssl.settings.fields import identity
+from lvssl.settings.stages import KnnSettings
 from pipelines.convert.command import main as convert_beton
 from pipelines.convert.conversion import ConvertOptions, Settings, convert
 from pipelines.convert.merge import merge
@@ -281,6 +283,19 @@ def test_more_parts_than_files_may_be_open(beton, kind, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_on_a_set_with_a_name_goes_on_and_is_measured_from_any_folder(lvssl, digits, tmp_path):
+    """The name used to be taken for a path in the folder of the pretraining."""
+    for words in (
+        ["pretrain", "--preset", "digits", "--epochs", "1", "--data", "sklearn:digits", "--out", "run"],
+        ["pretrain", "--out", "run", "--resume"],
+        ["knn", "run", "--test", digits["test"]],
+    ):
+        done = lvssl(*words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/config.json").read_text())["settings"]["data"] == "sklearn:digits"
+    assert identity(KnnSettings(Path("run"), train=Path("sklearn:digits")))["train"] == "sklearn:digits"
+
+
 def test_commands_take_parts_for_the_merged_file(lvssl, digits, tmp_path):
     """Training, codes, kNN and resuming: whether a set is one file or three makes no difference."""
     for k in (1, 2, 3):
