@@ -28,7 +28,6 @@ from pipelines.datasets.columns import (
     NONE,
     PATHS,
     RESERVED,
-    USUAL,
     Columns,
     as_text,
     finite,
@@ -41,7 +40,7 @@ from pipelines.datasets.names import Names
 from pipelines.errors import InputError, first_line
 
 
-def open_table(path: Path, columns: Columns = USUAL) -> Dataset:
+def open_table(path: Path, columns: Columns) -> Dataset:
     """Open a table. Raises InputError, naming the row, if a row has no path, no label though others have one,
     or no number for a requested target."""
     rows = _rows(path)

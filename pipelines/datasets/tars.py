@@ -13,7 +13,7 @@ import shlex
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, takewhile
+from itertools import groupby, islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +72,7 @@ class Entry(NamedTuple):
 
 
 def open_tars(
-    source: str, paths: list[Path], split: str | None, devkit: Path | None, columns: Columns = USUAL
+    source: str, paths: list[Path], split: str | None, devkit: Path | None, columns: Columns
 ) -> Dataset:
     """Open tars of any of the kinds above, recognised by their content. Raises InputError."""
     for path in paths:
@@ -674,16 +674,8 @@ class _Targets:
 
 def _groups(tar: Tar, system: LeftOut, tree: TarTree) -> Iterator[list[Member]]:
     """Yield runs of adjacent members whose names are equal up to the first dot of the file name."""
-    key, members = "", list[Member]()
-    for member in _own(tar.members(), system, tree):
-        stem, _ = _stem(member.name)
-        if stem != key and members:
-            yield members
-            members = []
-        key = stem
-        members.append(member)
-    if members:
-        yield members
+    own = _own(tar.members(), system, tree)
+    return (list(members) for _, members in groupby(own, lambda member: _stem(member.name)[0]))
 
 
 def _class_of(tar: Tar, sample: Sample, fields: dict[str, Any], columns: Columns) -> str:
