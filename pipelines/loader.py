@@ -443,7 +443,7 @@ def evaluation_batches(
         return finish
 
     with Threads(workers) as threads:
-        yield from in_order(start, range(0, len(everything), batch_size), 3)
+        yield from in_order(start, range(0, len(everything), batch_size), AHEAD)
 
 
 def images_a_call(source: Reader, side: int, views: int = 1) -> int:
