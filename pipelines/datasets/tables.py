@@ -24,16 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.datasets.columns import (
-    NONE,
-    PATHS,
-    RESERVED,
-    Columns,
-    as_text,
-    finite,
-    numbered,
-    unused,
-)
+from pipelines.datasets.columns import NONE, PATHS, RESERVED, Columns, as_text, finite, numbered, unused
 from pipelines.datasets.dataset import Dataset, labelled
 from pipelines.datasets.folders import read_regular
 from pipelines.datasets.names import Names

@@ -581,14 +581,13 @@ def _webdataset(
     """KEY.jpg with KEY.cls, or with KEY.json, whose fields may be class and targets; or without either."""
     manifest = manifest_path(tars[0].path.parent)
     head = content_of(manifest)
-    columns = replace(columns, targets=columns.targets or _stored_targets(head, columns))
+    stored = imagenet.names_among(head, "targets")  # those that our own tars were made with
+    if stored is not None and not columns.targets:
+        columns = replace(columns, targets=tuple(stored))
     reader, paths, texts = Reader(tars), Names(), Names()
     targets = _Targets(columns)
     tree = TarTree(lambda: paths)
-    system, others = (
-        by_a_system(),
-        LeftOut("files that are neither images with a class nor classes"),
-    )
+    system, others = by_a_system(), LeftOut("files that are neither images with a class nor classes")
     for which, tar in enumerate(tars):
         for group in _groups(tar, system, tree):
             samples, left = samples_of(group, tar, columns)
@@ -626,12 +625,6 @@ def _webdataset(
             *targets.notes(),
         ],
     )
-
-
-def _stored_targets(head: dict[str, Any], columns: Columns) -> tuple[str, ...] | None:
-    """The target columns: those that our own tars were made with, or those of `columns` for other tars."""
-    stored = imagenet.names_among(head, "targets")
-    return columns.targets if stored is None else tuple(stored)
 
 
 class _Targets:
@@ -687,15 +680,11 @@ def _class_of(tar: Tar, sample: Sample, fields: dict[str, Any], columns: Columns
             return as_text(tar.content(sample.answers["cls"]).decode())
         if columns.label is not None:
             return as_text(fields.get(columns.label))
-        name = columns.label_among(_single(fields), tar.name)
+        single = [name for name, value in fields.items() if not isinstance(value, (list, dict))]
+        name = columns.label_among(single, tar.name)
         return "" if name is None else as_text(fields[name])
     except ValueError as error:
         raise InputError(f"{tar.name}: {sample.image.name}: its class can't be read ({error})") from error
-
-
-def _single(fields: dict[str, Any]) -> list[str]:
-    """The names of the fields that hold neither a list nor an object."""
-    return [name for name, value in fields.items() if not isinstance(value, (list, dict))]
 
 
 def _fields(content: bytes) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def is_deep(image: Image.Image, data: bytes) -> bool:
     """Whether an image, opened by Pillow from `data`, has samples of more than 8 bits."""
     if image.mode.startswith("I") or image.mode == "F":
         return True
-    return image.mode in _UPPER_BITS and (_deep_png(image, data) or _deep_tiff(image))
+    return image.mode in _UPPER_BITS and (_deep_png(image, data) or _tiff_bits(image) > 8)
 
 
 def to_8_bits(image: Image.Image, data: bytes, white_level: int | None = None) -> np.ndarray:
@@ -96,8 +96,8 @@ def _stated(image: Image.Image, data: bytes) -> tuple[float, float] | None:
         black, white = (np.ravel(tags.get(tag, 0))[0].item() for tag in (_SMIN, _SMAX))
         if black < white:
             return black, white
-    bits = np.ravel(tags.get(_BITS_PER_SAMPLE, 1)).max()
-    return (0, 2 ** int(bits) - 1) if 8 < bits < 16 else None
+    bits = _tiff_bits(image)
+    return (0, 2**bits - 1) if 8 < bits < 16 else None
 
 
 def _tiff_tags(image: Image.Image) -> Any:
@@ -105,8 +105,9 @@ def _tiff_tags(image: Image.Image) -> Any:
     return image.tag_v2 if image.format == "TIFF" else {}  # type: ignore[attr-defined]
 
 
-def _deep_tiff(image: Image.Image) -> bool:
-    return bool(np.ravel(_tiff_tags(image).get(_BITS_PER_SAMPLE, 1)).max() > 8)
+def _tiff_bits(image: Image.Image) -> int:
+    """Bits of a TIFF's samples, the most of any channel; 1 for other formats."""
+    return int(np.ravel(_tiff_tags(image).get(_BITS_PER_SAMPLE, 1)).max())
 
 
 def _is_negative(image: Image.Image) -> bool:
