@@ -22,7 +22,6 @@ import json
 import os
 import platform
 import socket
-import statistics
 import sys
 import tempfile
 import time
@@ -35,6 +34,7 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+from benchmarks.script import new_file, timing
 from lvssl.commands.main import guarded
 from lvssl.latents.noise import keyed
 from lvssl.models.device import autocast, pick_device
@@ -63,14 +63,12 @@ class Batches:
         return 1_000_000
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     options = parsed(arguments)
     if options.rounds < 2:
         raise InputError("--rounds must be at least 2")
     settings = settings_of(options)
-    result = earlier(options.json) if options.json and options.json.exists() else {}
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
+    result = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     for part in options.part:
         found: Any = overhead(settings, options) if part == "overhead" else on_ranks(part, settings, options)
         result = with_part(result, part, found, options)
@@ -78,15 +76,6 @@ def main(arguments: list[str]) -> int:
             print(f"engine_over_bare_loop {found['engine_over_bare_loop']:.4f}", flush=True)
         if options.json:
             write_json(options.json, result)
-    return 0
-
-
-def earlier(path: Path) -> dict[str, Any]:
-    """The content of an existing file; before `made`, one description stood for all parts."""
-    result = json.loads(path.read_text())
-    described = {name: result.pop(name) for name in ("settings", "machine", "versions") if name in result}
-    of_parts = {part: described for part in PARTS if part in result} if described else {}
-    return result | {"made": of_parts | result.get("made", {})}
 
 
 def with_part(result: dict[str, Any], part: str, found: Any, options: argparse.Namespace) -> dict[str, Any]:
@@ -110,7 +99,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     ways = ["eager", "compile"]
     parser.add_argument("--execution", nargs="+", default=ways, choices=ways, help="of the matrix")
     parser.add_argument("--rounds", type=int, default=30, help="steps of each form")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=new_file)
     return parser.parse_args(arguments)
 
 
@@ -195,10 +184,10 @@ def overhead(settings: PretrainSettings, options: argparse.Namespace) -> dict[st
         trainer = Trainer(chosen, CLASSES, cast(TwoViewLoader, Batches()), device, world)
         forms = {"engine": engine_step(trainer), "bare loop": bare_step(settings, device)}
         times = in_turns(forms, batches(settings, device, world), options.rounds, device)
-    found: dict[str, Any] = {name: row(seconds) for name, seconds in times.items()}
+    found: dict[str, Any] = {name: timing(seconds) for name, seconds in times.items()}
     pairs = [engine / bare for engine, bare in zip(times["engine"], times["bare loop"])]
     found["engine_over_bare_loop"] = found["engine"]["seconds"] / found["bare loop"]["seconds"]
-    found["ratio_of_neighbouring_steps"] = row(pairs)
+    found["ratio_of_neighbouring_steps"] = timing(pairs)
     for name in forms:
         print(f"{name:10} {1e3 * found[name]['seconds']:9.2f} ms a step", flush=True)
     return found
@@ -223,11 +212,6 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def row(times: list[float]) -> dict[str, Any]:
-    low, middle, high = statistics.quantiles(times, n=4)
-    return {"seconds": middle, "quartiles": [low, high], "rounds": len(times)}
 
 
 def on_ranks(part: str, settings: PretrainSettings, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -270,7 +254,7 @@ def one_rank(
     if world.first:
         rows: list[dict[str, Any]] = []
         for name, seconds in times.items():
-            found = row(seconds)
+            found = timing(seconds)
             speed = settings.batch_size // ranks * ranks / found["seconds"]  # as `batches` shares them out
             rows.append({"form": name, "ranks": ranks, "images_per_second": speed} | found)
         (Path(folder) / "rows.json").write_text(json.dumps(rows))
