@@ -1,12 +1,15 @@
 """How much does the training engine cost over a bare loop, and which settings make a step fast?
 
-    python -m benchmarks.engine --json FILE              overhead, then matrix and exchange on two ranks
-    python -m benchmarks.engine --part overhead          one of the three
+    python -m benchmarks.engine --json FILE              overhead, precision; matrix, exchange on two ranks
+    python -m benchmarks.engine --part overhead          one of the four
     python -m benchmarks.engine --device cuda --backbone resnet50 --resolution 224 --batch 512 --json FILE
 
 overhead: seconds per step of the engine (schedule, keyed noise, guard against non-finite values, agreement of
 ranks to continue, a log line every tenth step) over those of a bare loop with the same network, loss and
 optimiser on the same batches. The loops alternate step by step; the ratio is that of the medians.
+
+precision: images per second of the engine in fp32 and in bf16, whose steps alternate, and the ratio of their
+medians.
 
 matrix: {BN, SyncBN} x {channels-last, default layout} x {eager, compiled backbone}, on --ranks ranks (on
 GPUs: on all of them), in images per second over all ranks; the eight alternate. Compilation isn't timed.
@@ -52,7 +55,7 @@ from pipelines.files import write_json
 from pipelines.loader import TwoViewLoader, ViewBatch
 
 CLASSES, LOG_EVERY = 10, 10
-PARTS = ("overhead", "matrix", "exchange")
+PARTS = ("overhead", "precision", "matrix", "exchange")
 Step = Callable[[ViewBatch], None]
 
 
@@ -70,10 +73,8 @@ def main(arguments: list[str]) -> None:
     settings = settings_of(options)
     result = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     for part in options.part:
-        found: Any = overhead(settings, options) if part == "overhead" else on_ranks(part, settings, options)
+        found: Any = HERE[part](settings, options) if part in HERE else on_ranks(part, settings, options)
         result = with_part(result, part, found, options)
-        if part == "overhead":
-            print(f"engine_over_bare_loop {found['engine_over_bare_loop']:.4f}", flush=True)
         if options.json:
             write_json(options.json, result)
 
@@ -177,19 +178,42 @@ def bare_step(settings: PretrainSettings, device: torch.device) -> Step:
 
 
 def overhead(settings: PretrainSettings, options: argparse.Namespace) -> dict[str, Any]:
+    return compared(settings, options, lambda engine, bare: {"engine": engine(), "bare loop": bare()})
+
+
+def precisions(settings: PretrainSettings, options: argparse.Namespace) -> dict[str, Any]:
+    return compared(settings, options, lambda engine, _: {name: engine(name) for name in ("fp32", "bf16")})
+
+
+HERE = {"overhead": overhead, "precision": precisions}  # parts in this process
+
+
+def compared(
+    settings: PretrainSettings,
+    options: argparse.Namespace,
+    forms_of: Callable[[Callable[..., Step], Callable[[], Step]], dict[str, Step]],
+) -> dict[str, Any]:
+    """The rows of two forms, and the ratio of their medians. `forms_of` makes them from the engine's step, at
+    a precision, and the bare loop's."""
     torch.set_num_threads(options.threads)
     device, world = pick_device(options.device), World()
     with tempfile.TemporaryDirectory() as folder:
-        chosen = replace(settings, out=Path(folder))
-        trainer = Trainer(chosen, CLASSES, cast(TwoViewLoader, Batches()), device, world)
-        forms = {"engine": engine_step(trainer), "bare loop": bare_step(settings, device)}
+
+        def engine(precision: str = "auto") -> Step:
+            chosen = replace(settings, engine=EngineSettings(precision=precision), out=Path(folder))
+            return engine_step(Trainer(chosen, CLASSES, cast(TwoViewLoader, Batches()), device, world))
+
+        forms = forms_of(engine, lambda: bare_step(settings, device))
         times = in_turns(forms, batches(settings, device, world), options.rounds, device)
     found: dict[str, Any] = {name: timing(seconds) for name, seconds in times.items()}
-    pairs = [engine / bare for engine, bare in zip(times["engine"], times["bare loop"])]
-    found["engine_over_bare_loop"] = found["engine"]["seconds"] / found["bare loop"]["seconds"]
-    found["ratio_of_neighbouring_steps"] = timing(pairs)
     for name in forms:
+        found[name]["images_per_second"] = settings.batch_size / found[name]["seconds"]
         print(f"{name:10} {1e3 * found[name]['seconds']:9.2f} ms a step", flush=True)
+    first, second = forms
+    ratio = f"{first}_over_{second}".replace(" ", "_")
+    found[ratio] = found[first]["seconds"] / found[second]["seconds"]
+    found["ratio_of_neighbouring_steps"] = timing([a / b for a, b in zip(times[first], times[second])])
+    print(f"{ratio} {found[ratio]:.4f}", flush=True)
     return found
 
 

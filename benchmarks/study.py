@@ -1,6 +1,6 @@
 """Studies on real images, on both data sets, as their tables stand in docs/.
 
-    python -m benchmarks.study --cifar10 cifar10-jpeg     all arms and seeds: under 2 hours on two cores
+    python -m benchmarks.study --cifar10 cifar10-jpeg     all arms and seeds: hours on two cores
     python -m benchmarks.study --shard 1/2 --threads 1    half of the runs; beside it 2/2; then collect
     python -m benchmarks.study --question codes           is the latent's code worth its bits?
     python -m benchmarks.study --data cifar10-jpeg --images 50000 --epochs 4      as many steps, more images

@@ -40,7 +40,7 @@ Flips = np.ndarray | None
 Pixels = np.ndarray | Tensor  # on the host, or on the GPU where a source crops
 Augmenter = Callable[[Tensor, Tensor, ViewSettings], Tensor]
 CACHED = 1 << 20  # bytes of crops made at once, so that they are augmented while in the L2 cache
-CROPPED = 32  # images per call that only makes crops: each call holds the GIL for some 0.1 ms
+CROPPED = 32  # images per call that only makes crops: each call holds the GIL for at most 0.2 ms
 AHEAD = 3  # batches made in advance
 RUN_AHEAD = 2  # batches whose use was launched but isn't finished: each keeps its memory until then
 

@@ -34,7 +34,7 @@ sys.exit(main())
 """
 
 # Imports that take most of the doctor's time, absent where a test asks about other pieces.
-LATE = {"sklearn", "nvidia.dali", "faiss", "torch", "torchvision"}
+LATE = {"sklearn", "scipy", "nvidia.dali", "faiss", "torch", "torchvision"}
 
 
 def doctor(code: str = "import sys; from lvssl.commands.doctor import main; sys.exit(main())", **env: str):

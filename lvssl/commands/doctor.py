@@ -341,7 +341,7 @@ def check_disk() -> Check:
             "disk",
             LOW,
             found,
-            "the demo needs under 1 GiB, ImageNet as .beton 20 to 100",
+            "the demo needs under 1 GiB, ImageNet as .beton 20 to 140",
             f"du -xhd1 {folder}",
         )
     return Check("disk", OK, found)

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributions import Beta as TorchBeta
 from torch.distributions import kl_divergence
 
 from lvssl.latents.noise import Noise, log_gammas
-from lvssl.latents.posterior import constant
+from lvssl.latents.posterior import constant, refuse_second_derivatives
 from lvssl.latents.quantised import Quantised, QuantisedPosterior
 
 PRIOR = 1.1
@@ -102,8 +101,8 @@ class _Reparameterised(torch.autograd.Function):
         return drawn.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        refuse_second_derivatives("a sample of Beta or power-spherical")
         concentration, drawn = ctx.saved_tensors
         total = concentration.sum(-1, keepdim=True).expand_as(concentration)
         jacobian = torch._dirichlet_grad(drawn, concentration.contiguous(), total.contiguous())

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lvssl.latents.bits import pack
 from lvssl.latents.noise import Noise, on_gpu
-from lvssl.latents.posterior import Family
+from lvssl.latents.posterior import Family, refuse_second_derivatives
 
 
 class Draw(NamedTuple):
@@ -69,8 +68,8 @@ class _Fused(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives("a fused sample")
         from lvssl.latents import fused_triton
 
         of_sample, of_kl, of_entropy = (grad.contiguous() for grad in grads[:3])

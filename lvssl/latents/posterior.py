@@ -17,6 +17,13 @@ def rows_mean(x: Tensor) -> Tensor:
     return x.mean(dim=0)
 
 
+def refuse_second_derivatives(of: str) -> None:
+    """Raise RuntimeError in a backward pass that is itself differentiated. What is written by hand would
+    count as a constant, silently; with `once_differentiable`, too, if the incoming gradient is one."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{of} has no second derivatives (create_graph=True)")
+
+
 class Posterior(ABC):
     """q(z | x) for B images, in fp32 whatever the autocast (fp64 for fp64 parameters).
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lvssl.latents.beta import beta_variates
 from lvssl.latents.noise import Noise, uniform
+from lvssl.latents.posterior import refuse_second_derivatives
 from lvssl.latents.sphere import Spherical, SphericalPosterior, log_surface
 
 PROPOSALS = 27  # each is accepted with a probability of at least 0.66; all are rejected once in 10^12
@@ -120,8 +120,8 @@ class _Moments(torch.autograd.Function):
         return kappa + highest + total.log(), mean
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of_log: Tensor, of_mean: Tensor) -> tuple[Tensor, None]:
+        refuse_second_derivatives("the normaliser of von Mises-Fisher")
         mean, variance = ctx.saved_tensors
         return of_log * mean + of_mean * variance, None
 
@@ -137,8 +137,8 @@ class _Implicit(torch.autograd.Function):
         return cosines.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        refuse_second_derivatives("a sample of von Mises-Fisher")
         kappa, cosines = ctx.saved_tensors
         dim = ctx.dim
         mean = _Moments.apply(kappa, dim)[1]

@@ -142,7 +142,7 @@ def stage_means(backbone: nn.Module) -> Iterator[list[Tensor]]:
 
 
 class SmallResNet(nn.Sequential):
-    """Stem, basic blocks of doubling width, global average: 1.2 M parameters as `small`, 78 k as `tiny`."""
+    """Stem, basic blocks of doubling width, global average: 1.2 M parameters as `small`, 77 k as `tiny`."""
 
     def __init__(self, width: int, blocks: int, stride: int) -> None:
         stem = [nn.Conv2d(3, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]

@@ -31,7 +31,7 @@ ORDERS = ("random", "quasi-random", "sequential")  # as in pipelines.order, whos
 @dataclass(frozen=True)
 class ModelSettings:
     backbone: str = "resnet50"
-    """Architecture: tiny (78 k parameters), small (1.2 M, for two CPU cores), resnet18, resnet34, resnet50,
+    """Architecture: tiny (77 k parameters), small (1.2 M, for two CPU cores), resnet18, resnet34, resnet50,
     resnet101, resnet152, or the name of any timm model, such as convnext_tiny or vit_small_patch16_224."""
     hidden: int = 1024
     """Width of the projector's hidden layer."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -158,7 +157,8 @@ def _store_jpeg(image: bytes, settings: Settings, raw: bool) -> Stored:
 
 def chosen_raw(settings: Settings, index: int) -> bool:
     """Whether --raw-proportion includes this image, which doesn't depend on the order or the subset."""
-    drawn = zlib.crc32(f"{settings.shuffle_seed or 0}:{index}".encode()) / 2**32  # below 1
+    text = f"{settings.shuffle_seed or 0}:{index}".encode()  # whose CRC would be far from uniform
+    drawn = int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little") / 2**32
     return drawn < settings.raw_proportion
 
 

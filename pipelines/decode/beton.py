@@ -1,7 +1,7 @@
 """Crops from a .beton, FFCV's file format: each image is decoded once and cropped as often as asked.
 
 FFCV's loader ignores the decoder's return code, draws its crops from each thread's own random state, compiles
-for some 12 s in every process and can't resume in mid-epoch. This module therefore uses FFCV's format but not
+for some 9 s in every process and can't resume in mid-epoch. This module therefore uses FFCV's format but not
 its loader: one numba function, compiled once and cached on disk, releases the GIL, checks the decoder's
 return code, and crops and resizes every view of the decoded image. The ffcv package itself isn't needed.
 Without libturbojpeg, Pillow decodes: the pixels are the same, but it is slower.

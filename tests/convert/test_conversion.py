@@ -138,11 +138,11 @@ def test_raw_stores_the_pixels_of_jpegs():
 def test_a_proportion_of_the_images_is_stored_raw_whatever_their_order():
     def drawn(seed: int | None) -> list[bool]:
         settings = Settings(raw_proportion=0.3, shuffle_seed=seed)
-        return [chosen_raw(settings, index) for index in range(50_000)]
+        return [chosen_raw(settings, index) for index in range(3000)]
 
     assert drawn(1) != drawn(None) == drawn(0)
-    for seed in (0, 1):
-        assert abs(np.mean(drawn(seed)) - 0.3) < 0.005
+    for seed in range(5):
+        assert abs(np.mean(drawn(seed)) - 0.3) < 3 * (0.3 * 0.7 / 3000) ** 0.5
 
 
 def test_sixteen_bits_become_eight():

@@ -225,6 +225,29 @@ def test_the_kls_gradient_is_finite_differences(name):
     assert torch.autograd.gradcheck(lambda x: of(name, x).entropy(), x, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["gaussian", "laplace", "bernoulli", "beta", "power_spherical", "vmf"])
+@pytest.mark.parametrize("what", ["sample", "kl"])
+def test_second_derivatives_are_exact_or_refused(name, what):
+    """Where the backward pass is written by hand, a penalty on the gradient would silently lack a part."""
+    by_hand = name == "vmf" or (what == "sample" and name in ("beta", "power_spherical"))
+    theta, direction = (parameters(name, seed=seed).double() for seed in (0, 1))
+
+    def gradient(x, **how):
+        posterior = of(name, x)
+        value = posterior.kl() if what == "kl" else posterior.sample(2, keyed(0, len(x)))
+        return torch.autograd.grad(value.sum(), x, **how)[0]
+
+    theta.requires_grad_()
+    if by_hand:
+        with pytest.raises(RuntimeError, match=r"no second derivatives \(create_graph=True\)"):
+            gradient(theta, create_graph=True)
+        return
+    (product,) = torch.autograd.grad((gradient(theta, create_graph=True) * direction).sum(), theta)
+    step = 1e-5 * direction
+    either = [gradient((theta + sign * step).detach().requires_grad_()) for sign in (1, -1)]
+    torch.testing.assert_close(product, (either[0] - either[1]) / 2e-5, rtol=1e-5, atol=1e-5)
+
+
 def test_the_joint_bound_of_a_mixture_is_above_its_kl_by_at_most_the_components_bits():
     apart = torch.cat([torch.full((1, 4), 3.0), torch.full((1, 4), -3.0), torch.zeros(1, 2 + 8)], dim=1)
     for x, gap in ((apart, math.log(2)), (torch.zeros_like(apart), 0.0)):

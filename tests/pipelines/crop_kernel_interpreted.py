@@ -90,7 +90,7 @@ def encoded(number: int, kind: str) -> bytes:
     """Return an image file of one kind; its size depends on the number."""
     rng = np.random.default_rng(number)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
-    picture = coarse.resize((40 + 7 * number, 70 - 3 * number), Image.Resampling.BICUBIC)
+    picture = coarse.resize((20 + 4 * number, 36 - 2 * number), Image.Resampling.BICUBIC)
     exif = Image.Exif()
     if kind == "turned":
         exif[0x0112] = 6
@@ -109,8 +109,8 @@ def decoded(device: str) -> dict:
         data = torch.frombuffer(bytearray(file), dtype=torch.uint8)
         planes = decode_jpeg(data, ImageReadMode.RGB, device=device)
         images.append(np.ascontiguousarray(planes.permute(1, 2, 0).cpu().numpy()))
-    boxes = np.array([[[2, 1, 30, 33], [0, 0, *image.shape[:2]]] for image in images], np.int32)
-    return compared(images, boxes, np.array([[True, False]] * 3), 24, device)
+    boxes = np.array([[[2, 1, 26, 17], [0, 0, *image.shape[:2]]] for image in images], np.int32)
+    return compared(images, boxes, np.array([[True, False]] * 3), 12, device)
 
 
 def reader(device: str) -> dict:
@@ -123,9 +123,9 @@ def reader(device: str) -> dict:
             (Path(folder) / name).write_bytes(encoded(number, kind))
         ours, theirs = ImageReader(folder), NvjpegReader(folder, device)
         indices, rng = np.arange(len(kinds))[::-1], np.random.default_rng(0)
-        boxes = np.array([[[0, 0, h, w], [5, 3, 9, 20]] for h, w in zip(*ours.sizes(indices))], np.int32)
+        boxes = np.array([[[0, 0, h, w], [5, 3, 9, 15]] for h, w in zip(*ours.sizes(indices))], np.int32)
         flips = rng.random(boxes.shape[:2]) < 0.5
-        outs = [np.zeros((len(kinds), 2, 20, 20, 3), np.uint8) for _ in range(2)]
+        outs = [np.zeros((len(kinds), 2, 12, 12, 3), np.uint8) for _ in range(2)]
         tensor = torch.zeros(outs[0].shape, dtype=torch.uint8, device=device)
         for source, out in zip((ours, theirs, theirs), (*outs, tensor)):
             source.crops(indices, boxes, out, flips)

@@ -76,6 +76,7 @@ def test_pretraining_beats_the_random_encoder_by_ten_points(digits, tmp_path, la
         base,
         data=digits["train"],
         out=tmp_path / family,
+        epochs=15 if family in BRIEFLY else base.epochs,
         latent=dataclasses.replace(base.latent, **latent),
     )
     torch.manual_seed(settings.seed)
