@@ -25,7 +25,6 @@ errors: the numba form against torchvision v2's functional form on float and on 
 docs/augmentation.md has the figures.
 """
 
-import argparse
 import multiprocessing
 import os
 import statistics
@@ -41,15 +40,15 @@ import torch
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as tv
 
-from benchmarks.gpu_stages.timing import view_bytes
+from benchmarks.gpu_stages.run import processor
 from benchmarks.peers import PillowBlur, kornia_chain, torchvision_chain, versions_of
+from benchmarks.script import new_file, parser_of, save
 from lvssl.commands.main import guarded
 from lvssl.runs.run import versions
 from pipelines import parameters as columns
 from pipelines.augment import augment, cpu, reference
 from pipelines.decode.resize import resize_crop
 from pipelines.errors import InputError
-from pipelines.files import write_json
 from pipelines.parameters import P, draw_parameters
 from pipelines.views import ViewSettings
 
@@ -70,9 +69,7 @@ Form = Callable[[], Any]  # augments BATCH crops
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     every = [*PEERS, "reference", "numba"]
     parser.add_argument("--forms", nargs="+", default=every, choices=every)
     parser.add_argument("--processes", type=int, default=2, help="at once, single-threaded each")
@@ -82,7 +79,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--data", help="images for the whole path")
     parser.add_argument("--epochs", type=int, default=3, help="of the whole path, each form in turn")
-    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--json", type=new_file, help="where the figures go")
     options = parser.parse_args(arguments)
     if min(options.processes, options.rounds, options.epochs) < 1:
         raise InputError("--processes, --rounds and --epochs must be at least 1")
@@ -90,9 +87,7 @@ def main(arguments: list[str]) -> None:
     rows, absent = speeds(options.forms, options.processes, options.rounds, options.seconds)
     if options.data:
         rows += path_speeds(options.data, options.processes, options.epochs)
-    rows += gpu_rows() if torch.cuda.is_available() else []
     result = {
-        "command": "python -m benchmarks.augmentation " + " ".join(arguments),
         "machine": {"cores": os.cpu_count(), "processor": processor()},
         "versions": versions() | versions_of(*PACKAGES),
         "rows": rows,
@@ -101,25 +96,18 @@ def main(arguments: list[str]) -> None:
         "errors": errors(),
     }
     show(result)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.json, result)
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    save(options.json, "augmentation", arguments, result)
 
 
 # Speed of the augmentation alone
 
 
-def photographs(count: int, side: int = SIDE, seed: int = 0) -> np.ndarray:
+def photographs(count: int, seed: int = 0) -> np.ndarray:
     """Random crops of scikit-learn's two photographs: uint8 [N, R, R, 3]."""
     from sklearn.datasets import load_sample_images
 
     photos = load_sample_images().images
-    crops = np.empty((count, side, side, 3), np.uint8)
+    crops = np.empty((count, SIDE, SIDE, 3), np.uint8)
     rng = np.random.default_rng(seed)
     for n in range(count):
         photo = np.ascontiguousarray(photos[n % len(photos)])
@@ -307,15 +295,15 @@ PATH_BATCH = 64
 
 def write_jpegs(beton: Path, folder: Path) -> None:
     """Write the beton's own JPEGs as files, all in one class folder."""
-    from pipelines.formats.beton import JPEG, open_beton
+    from pipelines.decode.beton import BetonReader
+    from pipelines.formats.beton import JPEG
 
-    file, stored = open_beton(beton), np.memmap(beton, np.uint8, mode="r")
-    if file.count < PATH_BATCH or not (file.modes == JPEG).all():
+    source = BetonReader(beton)
+    if len(source) < PATH_BATCH or not (source.file.modes == JPEG).all():
         raise InputError(f"--data: at least {PATH_BATCH} images, all of which a beton stores as JPEGs")
     (folder / "all").mkdir(parents=True)
-    for n in range(file.count):
-        first = int(file.offsets[n])
-        (folder / "all" / f"{n:06d}.jpg").write_bytes(stored[first : first + int(file.sizes[n])].tobytes())
+    for n in range(len(source)):
+        (folder / "all" / f"{n:06d}.jpg").write_bytes(bytes(source.encoded(0, n)))
 
 
 def our_path(beton: Path, workers: int) -> Callable[[], float]:
@@ -351,43 +339,6 @@ def timed(loader: Any, right: Callable[[Any], bool]) -> float:
         assert right(batch)
         count += 1
     return count * PATH_BATCH / (time.perf_counter() - started)
-
-
-# A GPU
-
-
-def gpu_rows(count: int = 512) -> list[dict[str, Any]]:
-    """Bytes per second of the Triton form, against the device's copy bandwidth measured in the same run."""
-    crops = torch.from_numpy(photographs(64)).repeat(count // 64, 1, 1, 1).cuda()
-    sizes = np.full(count, SIDE)
-    table = torch.from_numpy(draw_parameters(VIEW, 0, 0, np.arange(count), sizes, sizes)[:, 0].copy()).cuda()
-    big = torch.empty(1 << 28, device="cuda")
-    bandwidth = 2 * big.numel() * 4 / cuda_seconds(lambda: big.clone())
-    rows = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        seconds = cuda_seconds(lambda: augment(crops, table, VIEW, "triton", dtype, checked=True))  # noqa: B023
-        rows.append({
-            "what": "gpu", "form": "triton", "dtype": str(dtype), "device": torch.cuda.get_device_name(),
-            "views_per_second": count / seconds,
-            "achieved_gb_per_s": count * view_bytes(SIDE, dtype) / seconds / 1e9,
-            "bandwidth_gb_per_s": bandwidth / 1e9,
-        })  # fmt: skip
-    return rows
-
-
-def cuda_seconds(run: Callable[[], Any], repeats: int = 20) -> float:
-    """Median time of a call on the device, in seconds."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
 
 
 # Fidelity
@@ -442,7 +393,7 @@ def errors(count: int = 16) -> dict[str, dict[str, dict[str, float]]]:
                 "share_above_3": (found.abs() > 3).float().mean().item(),
             }
             for against, parts in differences.items()
-            for found in ([torch.cat(parts)] if parts else [])
+            for found in [torch.cat(parts)]
         }
     return result
 
@@ -472,7 +423,7 @@ def functional_chain(images: torch.Tensor, table: np.ndarray) -> torch.Tensor:
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Our speed over theirs: the median over rounds, so that drift of the machine cancels out. Forms that
     weren't run are left out, and there is no fastest peer unless all of them ran."""
-    each = {(row["what"], row["form"]): row["each"] for row in rows if row["what"] != "gpu"}
+    each = {(row["what"], row["form"]): row["each"] for row in rows}
 
     def over(what: str, mine: str, theirs: str) -> float:
         return statistics.median(a / b for a, b in zip(each[what, mine], each[what, theirs]))
@@ -492,12 +443,6 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def show(result: dict[str, Any]) -> None:
     for row in result["rows"]:
-        if row["what"] == "gpu":
-            print(
-                f"gpu    {row['dtype']:24}{row['achieved_gb_per_s']:8.0f} of "
-                f"{row['bandwidth_gb_per_s']:.0f} GB/s"
-            )
-            continue
         speed = row.get("views_per_second") or row["images_per_second"]
         low, high = row["quartiles"]
         print(f"{row['what']:7}{row['form']:24}{speed:8.1f} a second ({low:.1f} to {high:.1f})")

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
 
 from pipelines.errors import InputError
 
 
 def main(arguments: list[str]) -> None:
+    from lvssl.runs.differences import interval
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -48,11 +49,9 @@ def main(arguments: list[str]) -> None:
             ours, theirs = (seconds[id(process)] for process in processes)
             found[name].append(math.log(theirs / ours))
     for name, logs in found.items():
-        mean, error = statistics.mean(logs), statistics.stdev(logs) / len(logs) ** 0.5
-        half = float(student.ppf(0.975, len(logs) - 1)) * error
-        low, high = math.exp(mean - half), math.exp(mean + half)
-        middle = math.exp(statistics.median(logs))
-        print(f"{name:18} {math.exp(mean):.3f} ({low:.3f} to {high:.3f}), median {middle:.3f}")
+        gain = interval(logs)
+        mean, low, high, middle = map(math.exp, (gain["mean"], *gain["interval"], statistics.median(logs)))
+        print(f"{name:18} {mean:.3f} ({low:.3f} to {high:.3f}), median {middle:.3f}")
 
 
 def started(checkout: Path, data: Path) -> subprocess.Popen[str]:

@@ -42,6 +42,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.script import new_file, parser_of, save
 from lvssl.codes.controls import fit_itq, fit_lsh, fit_pca, fit_sign, principal_directions
 from lvssl.codes.statistics import code_statistics
 from lvssl.commands.main import guarded
@@ -195,19 +196,15 @@ def main(arguments: list[str]) -> None:
     made = [measured(options, row, data) for row in wanted]
     show(made)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        command = "python -m benchmarks.code_heads " + " ".join(arguments)
         sizes = {"train_images": len(data.labels), "test_images": len(data.test_labels)}
         pretraining = {"train_epochs": run.settings.epochs, "resolution": run.settings.view.resolution}
-        head = {"command": command, "versions": versions(), "protocol": protocol | sizes | pretraining}
-        result = head | {"rows": made, "samples_minus_hard": paired(made)}
-        write_json(options.json, result)
+        head = {"versions": versions(), "protocol": protocol | sizes | pretraining}
+        figures = head | {"rows": made, "samples_minus_hard": paired(made)}
+        save(options.json, "code_heads", arguments, figures)
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     for name, what in {"run": "folder of the pretrained run", "train": "beton", "test": "beton"}.items():
         parser.add_argument(f"--{name}", type=Path, required=True, help=what)
     parser.add_argument("--bits", type=int, default=256)
@@ -224,7 +221,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/code-heads"), help="features and finished rows"
     )
-    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--json", type=new_file, help="where the figures go")
     return parser.parse_args(arguments)
 
 

@@ -19,7 +19,6 @@ for each length, the loss of each code against the features with real-valued que
 of OPQ that reaches the kNN accuracy, and the recall, of the run's own whole code.
 """
 
-import argparse
 import re
 import resource
 import signal
@@ -33,6 +32,7 @@ import numpy as np
 import torch
 
 from benchmarks.scale import measured as measured_process
+from benchmarks.script import new_file, parser_of, save
 from lvssl.codes.controls import standardised
 from lvssl.codes.index import Index, nearest_rows
 from lvssl.codes.quantiser import FITS, Quantiser
@@ -46,7 +46,6 @@ from pipelines.cores import cores
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
-from pipelines.files import write_json
 
 QUERIES, VOTE, TOP = 2000, 20, 1000
 METRICS = ("knn", "map", "probe", "recall_at_10")
@@ -54,22 +53,18 @@ LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN")
     parser.add_argument("--test", type=Path)
     parser.add_argument("--limit", type=int, default=10_000, help="training images")
     parser.add_argument("--count", type=int, default=0, help="made codes instead")
     parser.add_argument("--embeddings", type=int, default=0, help="made embeddings instead")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=new_file)
     options = parser.parse_args(arguments)
     if sum(map(bool, (options.count, options.embeddings, options.runs and options.test))) != 1:
         raise InputError("name runs and --test, or --count, or --embeddings")
     if options.limit <= TOP:
         raise InputError(f"--limit must be above {TOP:,}, the ranks of mAP@{TOP:,}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
     if options.count:
         found["rows"] = made(options.count)
@@ -79,9 +74,7 @@ def main(arguments: list[str]) -> None:
     else:
         found["rows"] = [row for run in options.runs for row in measured(run, options.test, options.limit)]
         found["arms"] = arms(found["rows"])
-    if options.json:
-        about = {"command": "python -m benchmarks.codes " + " ".join(arguments), "cores": cores()}
-        write_json(options.json, about | {"versions": versions()} | found)
+    save(options.json, "codes", arguments, {"cores": cores(), "versions": versions()} | found)
 
 
 def measured(folder: Path, test: Path, limit: int) -> list[dict[str, Any]]:

@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.script import parser_of
 from lvssl.codes.index import nearest_rows
 from lvssl.codes.quantiser import FITS
 from lvssl.commands.main import guarded
@@ -73,9 +74,7 @@ USES = ("r_auroc", "training", "foreign", "severity", "crops")
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN")
     parser.add_argument("--unseen", type=Path, help="a beton with more images of the training set")
     parser.add_argument("--test", type=Path)
@@ -148,10 +147,7 @@ def measured(
     nearest = candidates.nearest(candidates.by_cosine(asked.features), 1)[:, 0].numpy()
     wrong = candidates.labels[nearest] != labels
     found: dict[str, dict[str, Any]] = {
-        name: {
-            "r_auroc": r_auroc(asked.features, labels, score).r_auroc,
-            "training": auroc(wrong, score),
-        }
+        name: {"r_auroc": r_auroc(asked.features, labels, score).r_auroc, "training": auroc(wrong, score)}
         for name, score in scores.items()
     }
     others = {name: make(FOREIGN, view.resolution, 0) for name, make in OUT_OF_DISTRIBUTION.items()}

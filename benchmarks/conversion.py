@@ -42,9 +42,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.script import new_file, parser_of, save
 from pipelines.cores import cores
 from pipelines.errors import InputError
-from pipelines.files import write_json
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data/imagenet-sample/imagenet-1k-one-per-class.tar"
 OURS = {
@@ -81,20 +81,11 @@ def ours(
 
     if not check:
         jpeg.check = lambda data, header: None
-    convert(
-        str(folder),
-        out / "warm.beton",
-        Settings(subset=8, **settings),
-        options=ConvertOptions(workers=workers),
-    )
+    convert(str(folder), out / "warm.beton", Settings(subset=8, **settings), ConvertOptions(workers=workers))
     beside = out / "tars" if tars else None
     started = time.perf_counter()
-    manifest = convert(
-        str(folder),
-        out / "x.beton",
-        Settings(**settings),
-        options=ConvertOptions(workers=workers, webdataset=beside),
-    )
+    options = ConvertOptions(workers=workers, webdataset=beside)
+    manifest = convert(str(folder), out / "x.beton", Settings(**settings), options)
     seconds = time.perf_counter() - started
     assert not manifest["refused"]
     return seconds
@@ -147,17 +138,8 @@ def repeated(folder: Path, times: int) -> Path:
 
 
 def measured(name: str, folder: Path, workers: int, count: int = 0) -> float:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.conversion",
-        "--one",
-        name,
-        str(folder),
-        str(workers),
-        str(count),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = ["-m", "benchmarks.conversion", "--one", name, str(folder), str(workers), str(count)]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines()
         raise InputError(f"{name} failed: {said[-1] if said else f'status {done.returncode}'}")
@@ -165,9 +147,7 @@ def measured(name: str, folder: Path, workers: int, count: int = 0) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--images", type=Path, default=SHARED, help="a folder of class folders, or a tar of them"
     )
@@ -180,7 +160,7 @@ def main(arguments: list[str]) -> None:
         "--larger", type=int, default=5, help="times over in the larger runs (default: 5; 0 leaves them out)"
     )
     parser.add_argument("--work", type=Path, help="where to write (default: the system's temporary folder)")
-    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--json", type=new_file, help="where the figures go")
     options = parser.parse_args(arguments)
     if min(options.workers, options.repeats) < 1 or min(options.many, options.larger) < 0:
         raise InputError("--workers and --repeats must be at least 1, --many and --larger not below 0")
@@ -196,11 +176,8 @@ def main(arguments: list[str]) -> None:
         else:
             shutil.copytree(options.images, folder)
         result = measure(options, folder)
-    result["command"] = "python -m benchmarks.conversion " + " ".join(arguments)
     show(result)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.json, result)
+    save(options.json, "conversion", arguments, result)
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -14,10 +14,10 @@ Synthetic embeddings have 1,000 classes in RANK dimensions; a hundredth of them 
 Seconds are wall-clock time, `processor_seconds` the sum over all threads; memory is the process's peak.
 """
 
-import argparse
 import resource
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.script import new_file, parser_of, save
 from lvssl.commands.main import guarded
 from lvssl.evaluation.curate import curate
 from lvssl.evaluation.embedding import shrink
@@ -34,7 +35,6 @@ from lvssl.settings.apply import CurateSettings
 from pipelines.cores import cores
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
-from pipelines.files import write_json
 from pipelines.loader import evaluation_crops
 
 IMAGES, EACH, RANK, CLASSES = 5000, 100, 32, 1000
@@ -43,20 +43,16 @@ Pair = tuple[str, str]
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN")
     parser.add_argument("--images", type=Path, help="that copies are planted among")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--count", type=int, default=0, help="made embeddings instead")
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=new_file)
     options = parser.parse_args(arguments)
     if bool(options.count) == bool(options.runs and options.images):
         raise InputError("name runs and --images, or --count")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         if options.count:
             rows = [made(Path(folder), options.count, options.width)]
@@ -66,9 +62,7 @@ def main(arguments: list[str]) -> None:
                 for seed in options.seeds
                 for row in measured(options.runs, options.images, seed, Path(folder) / str(seed))
             ]
-    if options.json:
-        about = {"command": "python -m benchmarks.curate " + " ".join(arguments), "cores": cores()}
-        write_json(options.json, about | {"versions": versions(), "rows": rows})
+    save(options.json, "curate", arguments, {"cores": cores(), "versions": versions(), "rows": rows})
 
 
 def plant(images: np.ndarray, labels: np.ndarray, folder: Path, seed: int) -> dict[Pair, str]:
@@ -100,23 +94,17 @@ def measured(runs: list[Path], images: Path, seed: int, folder: Path) -> list[di
     truth = plant(evaluation_crops(source, view, chosen), source.labels[chosen], folder / "set", seed)
     rows = []
     for run in runs:
-        out = folder / run.name
-
-        def found(run: Path = run, out: Path = out, **changes: Any) -> list[dict[str, Any]]:
-            settings = CurateSettings(run, folder / "set", out=out, subset=0, top_n=0, **changes)
-            head, lines = curate(settings).tables["duplicates"]
-            return [dict(zip(head, line)) for line in lines]
-
+        settings = CurateSettings(run, folder / "set", out=folder / run.name, subset=0, top_n=0)
         about = {"run": run.name, "images": str(images.name), "seed": seed}
-        rows.append(about | {"by": "confirmed"} | figures(found(), truth))
-        rows += [about | {"by": "features"} | each for each in alone(found(pixels=0, cosine=0.5), truth)]
+        rows.append(about | {"by": "confirmed"} | figures(duplicates(settings), truth))
+        by_features = duplicates(replace(settings, pixels=0, cosine=0.5))
+        rows += [about | {"by": "features"} | each for each in alone(by_features, truth)]
     whole, names = image_set(folder / "set")
     pixels = torch.from_numpy(evaluation_crops(whole, view, np.arange(len(whole)))).float().mean(dim=3)
     small = shrink(pixels[:, None], 16).flatten(1, 2)
     np.save(folder / "train.npy", ((small + small.flip(2)) / 2).flatten(1).numpy())
     given = CurateSettings(folder / "train.npy", out=folder / "pixels", cosine=0.5, subset=0, top_n=0)
-    head, lines = curate(given).tables["duplicates"]
-    pairs = [dict(zip(head, line)) for line in lines]
+    pairs = duplicates(given)
     for pair in pairs:
         for name in ("name", "other_name"):
             pair[name] = names[int(pair[name])]
@@ -125,6 +113,12 @@ def measured(runs: list[Path], images: Path, seed: int, folder: Path) -> list[di
     for row in rows:
         print(row, flush=True)
     return rows
+
+
+def duplicates(settings: CurateSettings) -> list[dict[str, Any]]:
+    """The pairs in duplicates.csv, by column."""
+    head, lines = curate(settings).tables["duplicates"]
+    return [dict(zip(head, line)) for line in lines]
 
 
 def figures(pairs: list[dict[str, Any]], truth: dict[Pair, str], least: float = 0.0) -> dict[str, Any]:

@@ -25,7 +25,6 @@ import json
 import os
 import platform
 import socket
-import statistics
 import sys
 import tempfile
 import time
@@ -38,6 +37,7 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+from benchmarks.script import new_file, timing
 from lvssl.commands.main import guarded
 from lvssl.latents.noise import keyed
 from lvssl.models.device import autocast, pick_device
@@ -66,28 +66,17 @@ class Batches:
         return 1_000_000
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     options = parsed(arguments)
     if options.rounds < 2:
         raise InputError("--rounds must be at least 2")
     settings = settings_of(options)
-    result = earlier(options.json) if options.json and options.json.exists() else {}
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
+    result = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     for part in options.part:
         found: Any = HERE[part](settings, options) if part in HERE else on_ranks(part, settings, options)
         result = with_part(result, part, found, options)
         if options.json:
             write_json(options.json, result)
-    return 0
-
-
-def earlier(path: Path) -> dict[str, Any]:
-    """The content of an existing file; before `made`, one description stood for all parts."""
-    result = json.loads(path.read_text())
-    described = {name: result.pop(name) for name in ("settings", "machine", "versions") if name in result}
-    of_parts = {part: described for part in PARTS if part in result} if described else {}
-    return result | {"made": of_parts | result.get("made", {})}
 
 
 def with_part(result: dict[str, Any], part: str, found: Any, options: argparse.Namespace) -> dict[str, Any]:
@@ -111,7 +100,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     ways = ["eager", "compile"]
     parser.add_argument("--execution", nargs="+", default=ways, choices=ways, help="of the matrix")
     parser.add_argument("--rounds", type=int, default=30, help="steps of each form")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=new_file)
     return parser.parse_args(arguments)
 
 
@@ -216,14 +205,14 @@ def compared(
 
         forms = forms_of(engine, lambda: bare_step(settings, device))
         times = in_turns(forms, batches(settings, device, world), options.rounds, device)
-    found: dict[str, Any] = {name: row(seconds) for name, seconds in times.items()}
+    found: dict[str, Any] = {name: timing(seconds) for name, seconds in times.items()}
     for name in forms:
         found[name]["images_per_second"] = settings.batch_size / found[name]["seconds"]
         print(f"{name:10} {1e3 * found[name]['seconds']:9.2f} ms a step", flush=True)
     first, second = forms
     ratio = f"{first}_over_{second}".replace(" ", "_")
     found[ratio] = found[first]["seconds"] / found[second]["seconds"]
-    found["ratio_of_neighbouring_steps"] = row([a / b for a, b in zip(times[first], times[second])])
+    found["ratio_of_neighbouring_steps"] = timing([a / b for a, b in zip(times[first], times[second])])
     print(f"{ratio} {found[ratio]:.4f}", flush=True)
     return found
 
@@ -247,11 +236,6 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def row(times: list[float]) -> dict[str, Any]:
-    low, middle, high = statistics.quantiles(times, n=4)
-    return {"seconds": middle, "quartiles": [low, high], "rounds": len(times)}
 
 
 def on_ranks(part: str, settings: PretrainSettings, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -294,7 +278,7 @@ def one_rank(
     if world.first:
         rows: list[dict[str, Any]] = []
         for name, seconds in times.items():
-            found = row(seconds)
+            found = timing(seconds)
             speed = settings.batch_size // ranks * ranks / found["seconds"]  # as `batches` shares them out
             rows.append({"form": name, "ranks": ranks, "images_per_second": speed} | found)
         (Path(folder) / "rows.json").write_text(json.dumps(rows))

@@ -42,6 +42,7 @@ from typing import Any
 from benchmarks.gpu_stages import predictions
 from benchmarks.gpu_stages.case import Row, Setup
 from benchmarks.gpu_stages.run import ROOT, Report, Stage, identify, run_stages
+from benchmarks.script import parser_of
 from lvssl.commands.main import guarded
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
@@ -105,9 +106,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     stages = [stage.name for stage in STAGES]
     parser.add_argument("--only", action="append", choices=stages, default=[], help="this stage; repeatable")
     parser.add_argument(
@@ -129,10 +128,24 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     options.minutes = options.minutes or (10.0 if options.dry_run else 4.0)
     if options.images and not options.images.exists():
         raise InputError(f"--images {options.images}: no such beton or folder")
-    for name in ("images", "json", "cache"):  # the stages run in the source tree
+    made_absolute(options, "images", "json", "cache")
+    return options
+
+
+def made_absolute(options: argparse.Namespace, *paths: str) -> None:
+    """Make these options absolute, as the stages run in the source tree."""
+    for name in paths:
         value = getattr(options, name)
         setattr(options, name, value.resolve() if value else None)
-    return options
+
+
+def environment_of(options: argparse.Namespace) -> dict[str, str]:
+    """A stage's environment: where compiled networks and kernels are kept, and on a CPU one thread."""
+    kept = {
+        "TORCHINDUCTOR_CACHE_DIR": str(options.cache / "inductor"),
+        "TRITON_CACHE_DIR": str(options.cache / "triton"),
+    }
+    return kept | ({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} if options.dry_run else {})
 
 
 def default_path(card: str, dry: bool) -> Path:
@@ -146,18 +159,13 @@ def default_path(card: str, dry: bool) -> Path:
 
 def chosen_stages(options: argparse.Namespace) -> list[Stage]:
     """The requested stages. A CPU interprets the kernels, and runs stages one at a time."""
-    kept = {
-        "TORCHINDUCTOR_CACHE_DIR": str(options.cache / "inductor"),
-        "TRITON_CACHE_DIR": str(options.cache / "triton"),
-    }
     chosen = []
     for stage in STAGES:
         if options.only and stage.name not in options.only:
             continue
-        environment = dict(kept)
+        environment = environment_of(options)
         if options.dry_run:
-            interpreted = {"TRITON_INTERPRET": "1"} if stage.name in ("exact", "times", "decode") else {}
-            environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **interpreted}
+            environment |= {"TRITON_INTERPRET": "1"} if stage.name in ("exact", "times", "decode") else {}
             stage = dataclasses.replace(stage, parts=1, beside=False)
         chosen.append(dataclasses.replace(stage, environment=environment))
     return chosen

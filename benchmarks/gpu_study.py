@@ -33,11 +33,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import commit, default_path
+from benchmarks.gpu import commit, default_path, environment_of, made_absolute
 from benchmarks.gpu_stages.case import Row, Setup
 from benchmarks.gpu_stages.predictions import plain
 from benchmarks.gpu_stages.run import Report, Stage, identify, run_stages
 from benchmarks.gpu_stages.study import ARMS, USUAL
+from benchmarks.script import parser_of
 from lvssl import __version__
 from lvssl.commands.main import guarded
 from pipelines.errors import InputError
@@ -87,9 +88,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--data", help="CIFAR-10 as convert-beton reads it: a folder of parquet files, ...")
     parser.add_argument("--train", type=Path, help="a beton instead")
     parser.add_argument("--test", type=Path, help="a beton instead")
@@ -99,9 +98,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=0, help="of each arm; 0: as many as fit")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=0, help="images a step; 0: 512")
-    parser.add_argument("--lr", type=float, default=0.0, help="0: the preset's")
     parser.add_argument("--compile", action="store_true", help="torch.compile the backbone")
-    parser.add_argument("--tune-epochs", type=int, default=0, help="of fine-tuning; 0: 10")
     parser.add_argument("--to-knn", type=float, help="the time to this kNN accuracy in percent, nothing else")
     parser.add_argument("--every", type=int, default=10, help="epochs between two looks with --to-knn")
     parser.add_argument("--json", type=Path, help="where the rows go; left out: docs/gpu-study-CARD.json")
@@ -121,9 +118,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         raise InputError("--data or --train and --test, not both")
     if options.every < 1 or options.epochs < 0 or options.minutes <= 0:
         raise InputError("--every and --minutes must be above 0, --epochs not below it")
-    for name in ("train", "test", "out", "json", "cache"):  # the stages run in the source tree
-        value = getattr(options, name)
-        setattr(options, name, value.resolve() if value else None)
+    made_absolute(options, "train", "test", "out", "json", "cache")
     if options.data and Path(options.data).exists():
         options.data = str(Path(options.data).resolve())
     options.of = options.of or (Path(options.data).name if options.data else "")
@@ -144,9 +139,7 @@ def shared(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "of": options.of,
         "seed": options.seed,
         "batch": options.batch or (32 if options.dry_run else 512),
-        "lr": options.lr,
         "compile": options.compile,
-        "tune_epochs": options.tune_epochs or (1 if options.dry_run else 10),
     }
 
 
@@ -182,13 +175,7 @@ def study_stages(options: argparse.Namespace, epochs: int) -> list[Stage]:
 
 
 def stage(options: argparse.Namespace, kind: str, name: str, **more: Any) -> Stage:
-    kept = {
-        "TORCHINDUCTOR_CACHE_DIR": str(options.cache / "inductor"),
-        "TRITON_CACHE_DIR": str(options.cache / "triton"),
-    }
-    if options.dry_run:
-        kept |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return Stage(kind, MODULE, 1.0, environment=kept, options={"name": name, **more})
+    return Stage(kind, MODULE, 1.0, environment=environment_of(options), options={"name": name, **more})
 
 
 COLUMNS = (

@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
+from benchmarks.conversion import SHARED
 from benchmarks.peers import versions_of
+from benchmarks.script import new_file, parser_of, save
 from lvssl.commands.main import guarded
 from lvssl.runs.run import versions
 from pipelines.convert.conversion import Settings, convert
@@ -49,14 +51,13 @@ from pipelines.decode import turbo
 from pipelines.decode.beton import BetonReader
 from pipelines.decode.images import ImageReader
 from pipelines.errors import InputError
-from pipelines.files import write_atomically, write_json
+from pipelines.files import write_atomically
 from pipelines.formats import turbojpeg
 from pipelines.formats.beton import RAW, BetonWriter
 from pipelines.loader import LoaderSettings, TwoViewLoader
 from pipelines.views import ViewSettings
 
 SIDE = 224
-TAR = "imagenet-1k-one-per-class.tar"
 PACKAGES = ("ffcv", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "pillow", "numba", "opencv-python")
 DECODES = {"ffcv_two_view": 2, "dali_two_decodes": 2}  # decodes per image; 1 for the others
 VIEWS = {"ffcv_one_view": 1, "decode_only": 0}  # 2 for the others
@@ -65,12 +66,10 @@ Epoch = Callable[[], int]  # runs an epoch and returns the number of images
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/imagenet-sample") / TAR)
+    parser = parser_of(__doc__)
+    parser.add_argument("--data", type=Path, default=SHARED)
     parser.add_argument("--cache", type=Path, default=Path("data/benchmark-loader"))
-    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--json", type=new_file, help="where the figures go")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workers", type=int, default=2, help="threads or processes of each contender")
     parser.add_argument("--batch-size", type=int, default=50)
@@ -99,7 +98,6 @@ def main(arguments: list[str]) -> None:
             seconds[name].append((time.perf_counter() - started) / images)
             cpu[name].append((time.process_time() - cpu_started) / images)
     result = {
-        "command": "python -m benchmarks.loader " + " ".join(arguments),
         "versions": versions() | versions_of(*PACKAGES),
         "workers": options.workers,
         "rows": [row(name, seconds[name], cpu[name], options.workers) for name in contenders],
@@ -111,9 +109,7 @@ def main(arguments: list[str]) -> None:
         "python_lock_ms": python_lock(options.cache / "pixels.beton"),
     }
     show(result)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.json, result)
+    save(options.json, "loader", arguments, result)
 
 
 def wait_until_idle(pause: float = 0.05, most: float = 5.0) -> None:
@@ -146,15 +142,8 @@ def same_bytes(tar: Path, cache: Path) -> tuple[Path, Path]:
         path = files / f"{source.labels[index]:04d}" / f"{index:04d}.jpg"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, stored_bytes(source, index))
+            write_atomically(path, source.encoded(0, index))
     return beton, files
-
-
-def stored_bytes(source: BetonReader, index: int) -> bytes:
-    start = int(source.file.offsets[index])
-    with open(source.file.path, "rb") as file:
-        file.seek(start)
-        return file.read(int(source.file.sizes[index]))
 
 
 # -------------------------------------------------------------- the contenders
@@ -194,11 +183,7 @@ def ours(source: Any, workers: int, batch: int, **how: Any) -> Epoch:
     loader = TwoViewLoader(
         source, ViewSettings(resolution=SIDE), LoaderSettings(batch, workers=workers, **how)
     )
-    return lambda: count(batch.views.shape[1] for batch in loader)
-
-
-def count(sizes: Iterator[int]) -> int:
-    return sum(sizes)
+    return lambda: sum(batch.views.shape[1] for batch in loader)
 
 
 def decode_only(source: BetonReader, workers: int) -> Epoch:
@@ -224,7 +209,7 @@ def decode_only(source: BetonReader, workers: int) -> Epoch:
 
 def stock_ffcv(beton: Path, workers: int, batch: int, views: int) -> Epoch:
     loader = ffcv_loader(beton, workers, batch, views)
-    return lambda: count(len(batch[0]) for batch in loader)
+    return lambda: sum(len(batch[0]) for batch in loader)
 
 
 def ffcv_loader(beton: Path, workers: int, batch: int, views: int) -> Any:
@@ -299,7 +284,7 @@ def torchvision_loader(files: Path, workers: int, batch: int) -> Epoch:
     loader = torch.utils.data.DataLoader(
         TwoViewFiles(files), batch, shuffle=True, num_workers=workers, persistent_workers=True
     )
-    return lambda: count(len(batch[0]) for batch in loader)
+    return lambda: sum(len(batch[0]) for batch in loader)
 
 
 # ----------------------------------------------------------------- the figures
@@ -386,7 +371,7 @@ def profile(source: BetonReader, rounds: int = 5) -> dict[str, float]:
     handle = library.tjInitDecompress()
     chosen = np.arange(0, len(source), 4)
     heights, widths = source.sizes(chosen)
-    stored = [np.frombuffer(stored_bytes(source, int(i)), np.uint8) for i in chosen]
+    stored = [np.frombuffer(source.encoded(0, int(i)), np.uint8) for i in chosen]
     pixels = np.empty(int((heights * widths).max()) * 3, np.uint8)
 
     def decoded(pixel_format: int, scale: int) -> None:
@@ -438,7 +423,7 @@ def python_lock(beton: Path, images: int = 16_384, rounds: int = 5) -> float:
         taken = []
         for _ in range(1 + rounds):
             started = time.process_time()
-            made = count(batch.views.shape[1] for batch in loader)
+            made = sum(batch.views.shape[1] for batch in loader)
             taken.append((time.process_time() - started) / made * 1e3)
     return statistics.median(taken[1:])
 

@@ -2,7 +2,6 @@
 
     python -m benchmarks.loss --json FILE        each at 2B = 512 ... 16,384, ours also at 65,536
     python -m benchmarks.loss --crossover        reference against fast form, to set ntxent.FAST_FROM
-    python -m benchmarks.loss --gpu --json FILE  ours on a CUDA device: times, FLOP/s, share of the peak
 
 d = 128, temperature 0.1. Times are medians over rounds in which the forms alternate, so that a slow minute of
 the machine affects all of them. Memory is the growth of a fresh process's peak beyond the input, with one
@@ -10,15 +9,11 @@ process per figure. Before timing, the losses and gradients of all forms are com
 
 Why ours is faster: the logits are symmetric, and one exponential serves a row and a column; tiles stay in the
 caches, whereas the others write, mask, copy and read back whole matrices in fresh pages.
-
-Published, for comparison with a GPU's figures: Inf-CL (Cheng et al. 2024, arXiv 2410.17243) claims two orders
-of magnitude less memory than earlier memory-efficient losses at comparable speed. The --gpu part is untested.
 """
 
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -30,13 +25,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import versions_of
+from benchmarks.script import new_file, parser_of, save, timing
 from lvssl.commands.main import guarded
 from lvssl.losses import ntxent as module
 from lvssl.losses.ntxent import ntxent, reference
-from lvssl.models.utilisation import peak_flops
 from lvssl.runs.run import versions
 from pipelines.errors import InputError
-from pipelines.files import write_json
 
 D, TEMPERATURE = 128, 0.1
 SIZES = (512, 1024, 2048, 4096, 8192, 16384)
@@ -56,20 +50,7 @@ def metric_learning() -> Loss:
     from pytorch_metric_learning.losses import NTXentLoss
 
     loss = NTXentLoss(temperature=TEMPERATURE)
-    return lambda u: loss(u, torch.arange(len(u) // 2, device=u.device).repeat(2))
-
-
-def open_clip() -> Loss:
-    """open_clip's loss: not NT-Xent (negatives are only the other view's vectors), and half of its work."""
-    from open_clip.loss import ClipLoss
-
-    loss = ClipLoss(local_loss=True)
-
-    def clip(u: Tensor) -> Tensor:
-        first, second = torch.nn.functional.normalize(u, dim=1).chunk(2)
-        return loss(first, second, torch.tensor(1 / TEMPERATURE, device=u.device))
-
-    return clip
+    return lambda u: loss(u, torch.arange(len(u) // 2).repeat(2))
 
 
 FORMS: dict[str, Callable[[], Loss]] = {
@@ -77,30 +58,25 @@ FORMS: dict[str, Callable[[], Loss]] = {
     "reference": lambda: lambda u: reference(u, TEMPERATURE),
     "lightly": lightly,
     "pytorch-metric-learning": metric_learning,
-    "open_clip": open_clip,
 }
 # It compares each positive pair with all negative pairs of the batch: above this size, tens of GiB.
 MOST_VECTORS = {"pytorch-metric-learning": 512}
-ON_CPU = ("ours", "reference", "lightly", "pytorch-metric-learning")
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="vectors, 2B")
-    parser.add_argument("--forms", nargs="+", default=list(ON_CPU), choices=list(FORMS))
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     parser.add_argument("--largest", type=int, default=LARGEST, help="ours alone at this size; 0: not at all")
     parser.add_argument(
         "--seconds", type=float, default=20.0, help="of timing for each size, at least 3 rounds"
     )
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: all cores")
-    parser.add_argument("--gpu", action="store_true", help="on a CUDA device, bf16 vectors")
     parser.add_argument(
         "--crossover", action="store_true", help="where the fast form overtakes the reference"
     )
     parser.add_argument("--peak-of", nargs=2, metavar=("FORM", "SIZE"), help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--json", type=new_file, help="where the figures go")
     options = parser.parse_args(arguments)
     threads = options.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
@@ -111,15 +87,9 @@ def main(arguments: list[str]) -> None:
         raise InputError("--sizes and --largest must be even numbers of vectors, 2 at least")
     absent = missing(options.forms)
     options.forms = [name for name in options.forms if name not in absent]
-    if options.gpu:
-        rows = on_gpu(options)
-    elif options.crossover:
-        rows = crossover(options)
-    else:
-        rows = on_cpu(options, threads)
+    rows = crossover(options) if options.crossover else compared(options, threads)
     result: dict[str, Any] = {
-        "command": "python -m benchmarks.loss " + " ".join(arguments),
-        "versions": versions() | versions_of("lightly", "pytorch-metric-learning", "open_clip_torch"),
+        "versions": versions() | versions_of("lightly", "pytorch-metric-learning"),
         "absent": absent,
         "threads": threads,
         "d": D,
@@ -131,9 +101,7 @@ def main(arguments: list[str]) -> None:
         print(f"{name:32}{value:8.3f}")
     for name, why in absent.items():
         print(f"{name:32}absent: {why}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.json, result)
+    save(options.json, "loss", arguments, result)
 
 
 def missing(forms: list[str]) -> dict[str, str]:
@@ -147,7 +115,7 @@ def missing(forms: list[str]) -> dict[str, str]:
     return found
 
 
-def on_cpu(options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
+def compared(options: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
     rows = []
     for size in options.sizes:
         forms = [name for name in options.forms if size <= MOST_VECTORS.get(name, size)]
@@ -179,36 +147,6 @@ def fast(u: Tensor) -> Tensor:
         return ntxent(u, TEMPERATURE)
     finally:
         module.FAST_FROM = kept
-
-
-def on_gpu(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """bf16 vectors, as under autocast; FLOP is the definition's 6 (2B)^2 d, whatever a form saves."""
-    if not torch.cuda.is_available():
-        raise InputError("--gpu: no CUDA device is usable here")
-    device = torch.cuda.get_device_name()
-    best = peak_flops(torch.device("cuda"))
-    rows = []
-    for size in options.sizes:
-        u = vectors(size).to("cuda", torch.bfloat16)
-        for name in options.forms:
-            loss = FORMS[name]()
-            step(loss, u)
-            torch.cuda.reset_peak_memory_stats()
-            before, times = torch.cuda.memory_allocated(), []
-            for _ in range(30):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                step(loss, u)
-                end.record()
-                end.synchronize()
-                times.append(start.elapsed_time(end) / 1e3)
-            found = row(name, size, times) | {"peak_bytes": torch.cuda.max_memory_allocated() - before}
-            found |= {"device": device, "flops": 6 * size**2 * D / found["seconds"]}
-            if best:
-                found["share_of_peak"] = found["flops"] / best
-            rows.append(found)
-            show(found)
-    return rows
 
 
 def vectors(size: int) -> Tensor:
@@ -248,8 +186,7 @@ def timed(forms: dict[str, Loss], u: Tensor, seconds: float) -> dict[str, list[f
 
 
 def row(form: str, size: int, times: list[float]) -> dict[str, Any]:
-    low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
-    return {"form": form, "vectors": size, "seconds": middle, "quartiles": [low, high], "rounds": len(times)}
+    return {"form": form, "vectors": size} | timing(times)
 
 
 def measured_peak(form: str, size: int, threads: int) -> dict[str, Any]:
@@ -299,10 +236,7 @@ def show(found: dict[str, Any]) -> None:
     size = (
         f"{found['peak_bytes'] / 2**20:10,.0f} MiB" if found.get("peak_bytes") is not None else "    failed"
     )
-    flops = f"{found['flops'] / 1e12:8.1f} TFLOP/s" if "flops" in found else ""
-    print(
-        f"{found['vectors']:8,}  {found['form']:24}{1e3 * (seconds or 0):11.1f} ms{size}{flops}", flush=True
-    )
+    print(f"{found['vectors']:8,}  {found['form']:24}{1e3 * (seconds or 0):11.1f} ms{size}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ class: by `lvssl search`, by squared distances of raw pixels, and by the cosine 
 is found if duplicates.csv pairs it with its original.
 """
 
-import argparse
 import io
 import json
 import os
@@ -25,6 +24,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
+from benchmarks.script import parser_of
 from lvssl.commands.main import guarded
 from lvssl.evaluation.codes import search
 from lvssl.settings.apply import SearchSettings
@@ -36,29 +36,21 @@ EACH, COPIES, SIDE, TOP = 200, 50, 32, 10
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parts = parser.add_subparsers(dest="part", required=True)
-    made = parts.add_parser("make")
-    made.add_argument("parquet", type=Path)
-    made.add_argument("folder", type=Path)
-    walked = parts.add_parser("walk")
-    walked.add_argument("parquet", type=Path)
-    walked.add_argument("folder", type=Path)
+    made, walked, measured = (parts.add_parser(name) for name in ("make", "walk", "measure"))
+    for part in (made, walked):
+        part.add_argument("parquet", type=Path)
+    for part in (made, walked, measured):
+        part.add_argument("folder", type=Path)
     walked.add_argument("--epochs", type=int, help="of the training, for a trial; left out: as lvssl chooses")
-    measured = parts.add_parser("measure")
-    measured.add_argument("folder", type=Path)
-    measured.add_argument("--run", default="run", help="the run's folder in FOLDER")
     options = parser.parse_args(arguments)
-    if options.part == "make":
+    if options.part != "measure":
         make(options.parquet, options.folder)
-    elif options.part == "walk":
-        make(options.parquet, options.folder)
+    if options.part == "walk":
         walk(options.folder, options.epochs)
+    if options.part != "make":
         measure(options.folder, options.folder / "run")
-    else:
-        measure(options.folder, options.folder / options.run)
 
 
 def make(parquet: Path, folder: Path) -> None:

@@ -19,7 +19,6 @@ names of the files, unless
 The output is also written to the page --out, docs/real-images.md.
 """
 
-import argparse
 import hashlib
 import io
 import os
@@ -38,14 +37,15 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps
 
+from benchmarks.script import parser_of
 from lvssl.commands.main import guarded
 from pipelines.datasets.recognise import HEAD, has_image_name, is_image
 from pipelines.decode import Reader, open_reader
+from pipelines.decode.beton import BetonReader
 from pipelines.decode.images import ImageReader
 from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
 from pipelines.files import write_atomically
-from pipelines.formats.beton import JPEG, open_beton
 from pipelines.formats.manifest import read_manifest
 from pipelines.loader import LoaderSettings, Replacements, TwoViewLoader, evaluation_batches
 from pipelines.views import ViewSettings
@@ -75,9 +75,7 @@ VIEW = ViewSettings(resolution=32, blur=0.0)
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--folder", type=Path, default=Path("data/real-images"), help="where they are kept")
     parser.add_argument("--out", type=Path, help="the page to write")
     options = parser.parse_args(arguments)
@@ -165,7 +163,7 @@ def is_meant(path: Path) -> bool:
 
 def convert(tree: Path, beton: Path) -> list[str]:
     """Run the converter; returns its faults."""
-    command = [sys.executable, "-m", "tools.convert_beton", str(tree), str(beton), "--overwrite"]
+    command = [sys.executable, "-m", "pipelines.convert.command", str(tree), str(beton), "--overwrite"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise InputError(f"convert-beton ended with status {done.returncode}: {done.stderr[-2000:]}")
@@ -249,13 +247,10 @@ def compared(tree: Path, beton: Path) -> list[File]:
     manifest, rows = read_manifest(beton.with_name(beton.name + ".json"))
     refused = {each["name"]: each["reason"] for each in manifest["refused"]}
     files = [File(name, by_pillow(tree / name) is not None, reason) for name, reason in refused.items()]
-    layout, data = open_beton(beton), np.memmap(beton, np.uint8, mode="r")
+    source = BetonReader(beton)
     for index, name in enumerate(rows["name"]):
-        stored = bytes(data[int(layout.offsets[index]) :][: int(layout.sizes[index])])
-        if layout.modes[index] == JPEG:
-            pixels = decode_rgb(stored)
-        else:
-            pixels = np.frombuffer(stored, np.uint8).reshape(layout.heights[index], layout.widths[index], 3)
+        stored = source.encoded(0, index)
+        pixels = decode_rgb(stored) if isinstance(stored, bytes) else stored
         wanted = by_pillow(tree / name)
         file = File(name, wanted is not None, stored=rows["stored"][index])
         if wanted is not None:

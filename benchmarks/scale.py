@@ -23,6 +23,7 @@ It needs 10 GB for embeddings and 1.2 GB, up to four times, for images: 17 GB of
 """
 
 import argparse
+import filecmp
 import hashlib
 import json
 import resource
@@ -45,6 +46,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from benchmarks.script import in_turn, parser_of
 from lvssl.commands.main import guarded
 from lvssl.evaluation.embedding import LARGE_SET
 from lvssl.evaluation.knn import nearest_by_cosine
@@ -153,9 +155,7 @@ def rows_of(folder: Path, images: int) -> dict[str, list[str]]:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--images", type=int, default=IMAGES, help="of training; test images in proportion")
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="these rows alone, again")
     parser.add_argument("--minutes", type=float, default=60, help="of a row at most")
@@ -223,7 +223,8 @@ def measured_rows(
         if name == "report" and row["within"]:
             row["page_mb"] = round((folder / "run" / "report.html").stat().st_size / 1e6, 2)
         if name == "merge" and "failed" not in row:
-            row["same bytes as convert"] = digest(folder / "merged.beton") == digest(folder / "train.beton")
+            both = folder / "merged.beton", folder / "train.beton"
+            row["same bytes as convert"] = filecmp.cmp(*both, shallow=False)
             for path in folder.glob("merged*"):
                 path.unlink()
         rows.append(row)
@@ -262,14 +263,6 @@ def cells_of(row: dict[str, Any]) -> list[str]:
         return [row["failed"].splitlines()[0], "", ""]
     used = row.get("processor_seconds")
     return [f"{row['seconds']:,.1f}", "" if used is None else f"{used:,.1f}", f"{row['mib']:,}"]
-
-
-def digest(path: Path) -> str:
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            found.update(block)
-    return found.hexdigest()
 
 
 def cut(whole: Path, folder: Path) -> None:
@@ -451,13 +444,7 @@ def beside_faiss(path: Path | None, count: int = 200_000, width: int = 512, k: i
         "faiss IndexFlatIP": lambda: index.search(test, k)[1],
     }
     nearest_by_cosine(train[:CHUNK], test[:1], k)  # compiles
-    found: dict[str, Any] = {}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
-    for _ in range(5):
-        for name, form in forms.items():
-            start = time.perf_counter(), time.process_time()
-            found[name] = form()
-            times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    times, found = in_turn(forms, 5)
     made = []
     for name, taken in times.items():
         wall, processor = np.median(taken, axis=0).round(3).tolist()

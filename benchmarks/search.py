@@ -19,22 +19,20 @@ Why ours is faster than faiss's binary index: it keeps tiles of the codes in the
 carry-save adders halve the counting. Why codes beat floats: 256 bytes per row instead of 8,192.
 """
 
-import argparse
 import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from benchmarks.script import in_turn, new_file, parser_of, save
 from lvssl.codes.search import hamming_distances, hamming_search, staged_search
 from lvssl.commands.main import guarded
 from lvssl.runs.run import versions
 from pipelines.cores import cores
 from pipelines.errors import InputError
-from pipelines.files import write_json
 from pipelines.kernels.pack import pack_bits
 
 RANK, CLUSTER, WITHIN, NOISE = 64, 20, 0.6, 0.5
@@ -45,9 +43,7 @@ Form = Callable[[int], Found]  # searches with so many of the queries
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--count", type=int, default=1_000_000, help="codes in the database")
     parser.add_argument("--bits", type=int, default=2048)
     parser.add_argument("--queries", type=int, default=1000, help="of the batch")
@@ -55,7 +51,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--coarse-bits", type=int, default=512)
     parser.add_argument("--candidates", type=int, default=0, help="of the two-stage search; 0: its default")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--json", type=new_file, help="where the figures go")
     options = parser.parse_args(arguments)
     if min(options.count, options.bits, options.queries, options.k, options.rounds) < 1:
         raise InputError("--count, --bits, --queries, --k and --rounds must be at least 1")
@@ -87,9 +83,11 @@ def main(arguments: list[str]) -> None:
     }
     for form in forms.values():
         form(1)  # compiles, starts threads, and touches the pages
-    times, found = timed(forms, options.rounds, options.queries)
+    whole = {name: partial(form, options.queries) for name, form in forms.items()}
+    times, found = in_turn(whole, options.rounds)
+    if not np.array_equal(found["exact"][1], found["faiss_binary"][1]):
+        raise AssertionError("the exact search and faiss's binary index found other distances")
     result: dict[str, Any] = {
-        "command": "python -m benchmarks.search " + " ".join(arguments),
         "versions": versions() | {"faiss": faiss.__version__},
         "cores": cores(),
         "settings": {name: value for name, value in vars(options).items() if name != "json"},
@@ -99,9 +97,7 @@ def main(arguments: list[str]) -> None:
     }
     for name, value in (result["distances"] | result["ratios"]).items():
         print(f"{name:40}{value:10.4g}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.json, result)
+    save(options.json, "search", arguments, result)
 
 
 def float_index(faiss: Any, count: int, dim: int) -> tuple[np.ndarray, Any]:
@@ -139,25 +135,6 @@ def fill(features: np.ndarray, stream: int, clusters: int = 0) -> None:
 
 def pack(features: np.ndarray) -> np.ndarray:
     return np.concatenate([pack_bits(features[i : i + CHUNK] > 0) for i in range(0, len(features), CHUNK)])
-
-
-def timed(
-    forms: dict[str, Form], rounds: int, queries: int
-) -> tuple[dict[str, list[tuple[float, float]]], dict[str, Found]]:
-    """(wall-clock, processor) seconds of each form in each round, and what it found."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
-    found = {}
-    for _ in range(rounds):
-        for name, form in forms.items():
-            start = time.perf_counter(), time.process_time()
-            found[name] = form(queries)
-            times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
-            print(
-                f"{name:16}{times[name][-1][0]:9.2f} s{times[name][-1][1]:9.2f} s of processors", flush=True
-            )
-    if not np.array_equal(found["exact"][1], found["faiss_binary"][1]):
-        raise AssertionError("the exact search and faiss's binary index found other distances")
-    return times, found
 
 
 def memory(database: np.ndarray, features: np.ndarray) -> dict[str, int]:

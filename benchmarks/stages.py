@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.script import new_file, parser_of, save
 from lvssl.commands.main import guarded
 from lvssl.evaluation.finetune import finetune
 from lvssl.evaluation.linear import linear
@@ -34,9 +35,7 @@ from pipelines.files import write_json
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--preset", default="cifar10-small")
@@ -54,11 +53,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: all cores")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--out", type=Path, default=Path("runs/stages"))
-    parser.add_argument("--json", type=Path, help="where the table goes")
+    parser.add_argument("--json", type=new_file, help="where the table goes")
     options = parser.parse_args(arguments)
 
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * options.minutes
     rows: list[dict[str, Any]] = []
     for row, work in plan(options):
@@ -68,10 +65,7 @@ def main(arguments: list[str]) -> None:
         figures, seconds = in_all_calls(options.out / "seconds.json", row, work)
         rows += [row | found | {"wall_seconds": round(seconds, 1)} for found in figures]
     show(rows)
-    if options.json:
-        command = "python -m benchmarks.stages " + " ".join(arguments)
-        content = {"command": command, "versions": versions(), "rows": rows}
-        write_json(options.json, content, indent=2)
+    save(options.json, "stages", arguments, {"versions": versions(), "rows": rows})
 
 
 def in_all_calls(

@@ -48,6 +48,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_stages.study import ARMS as GPU_ARMS
+from benchmarks.script import parser_of
 from lvssl.commands.demo import fashion_mnist
 from lvssl.commands.main import guarded
 from lvssl.evaluation.pairs import BEST
@@ -136,9 +137,7 @@ def main(arguments: list[str]) -> None:
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--question", choices=list(ARMS), default="uncertainty", help="which arms")
     parser.add_argument("--data", nargs="+", choices=list(PRESETS), default=list(NAMES))
     parser.add_argument("--arms", nargs="+", help="others, as of `lvssl study`")
@@ -293,17 +292,14 @@ def codes_table(docs: Path) -> list[str]:
             says = f"{'features' if what == 'features' else f'code of {length:,} bits'}, "
             says += {"linear": "linear probe", "knn": "Hamming kNN"}[metric]
             arm, _, method = pair["against"].partition(", ")
-            cells = f"{pair['mean']:+.2f} ± {pair['standard_error']:.2f}", seed_by_seed(pair["each"])
+            seeds = ", ".join(f"{value:+.2f}" for value in pair["each"])
             control = f"{method} of `{arm}`" if method else f"features of `{arm}`"
-            row = f"| {says} | {title} | {cells[0]} | {cells[1]} | {control} |"
+            gain = f"{pair['mean']:+.2f} ± {pair['standard_error']:.2f}"
+            row = f"| {says} | {title} | {gain} | {seeds} | {control} |"
             lines.setdefault((0 if what == "features" else length, metric), []).append(row)
     head = "| measure | data | latent minus the best control | seed by seed | the best control |"
     ordered = sorted(lines, key=lambda key: (key[0], key[1] != "linear"))
     return [head, "| --- " * 5 + "|", *(line for key in ordered for line in lines[key])]
-
-
-def seed_by_seed(each: list[float]) -> str:
-    return ", ".join(f"{value:+.2f}" for value in each)
 
 
 UNCERTAINTY = (  # (title, measure, score; none: the strongest, named if it is a control's)

@@ -7,7 +7,6 @@ It runs one step of pretraining on scikit-learn's digits, in one process with on
 each of our functions that was entered, once, under its room and in the order of its first call.
 """
 
-import argparse
 import sys
 import tempfile
 import threading
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.script import parser_of
 from lvssl.settings.pretrain import preset
 from lvssl.training.distributed import World
 from lvssl.training.trainer import Trainer
@@ -94,9 +94,7 @@ def page(calls: Calls) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--out", type=Path, help="a Markdown file; left out: the terminal")
     options = parser.parse_args()
     text = page(step())

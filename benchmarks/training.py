@@ -16,7 +16,6 @@ ours takes part, and by our linear probe. Sides alternate. Seconds are those of 
 imports and compilation; processor seconds, of all processes, hardly depend on other work on the machine.
 """
 
-import argparse
 import dataclasses
 import importlib
 import os
@@ -34,6 +33,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.peers import versions_of
+from benchmarks.script import new_file, parser_of, save
 from lvssl.commands.main import guarded
 from lvssl.evaluation.embedding import Embedding, embed
 from lvssl.evaluation.probe import linear_probe
@@ -46,7 +46,6 @@ from lvssl.training.pretrain import pretrain
 from pipelines.cores import cores
 from pipelines.decode import Reader, open_reader
 from pipelines.errors import InputError
-from pipelines.files import write_json
 from pipelines.loader import evaluation_batches
 
 SIDES = ("lvssl", "lightly")
@@ -54,9 +53,7 @@ MEASURES = ("knn", "probe")
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--train", type=Path, required=True, help="a beton of square images")
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--preset", default="cifar10-small")
@@ -65,7 +62,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of lightly's DataLoader")
     parser.add_argument("--threads", type=int, default=0, help="of torch, on both sides; 0: all cores")
     parser.add_argument("--out", type=Path, default=Path("runs/training"))
-    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--json", type=new_file, help="where the figures go")
     options = parser.parse_args(arguments)
     if min(options.epochs, options.workers) < 1 or options.threads < 0:
         raise InputError("--epochs and --workers must be at least 1, --threads at least 0")
@@ -101,7 +98,6 @@ def main(arguments: list[str]) -> None:
             rows.append({"side": side, "seed": seed, "images": count, **clocks, **accuracies(*features)})
             print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     result: dict[str, Any] = {
-        "command": "python -m benchmarks.training " + " ".join(arguments),
         "versions": versions() | versions_of("lightly"),
         "cores": cores(),
         "rows": rows,
@@ -109,9 +105,7 @@ def main(arguments: list[str]) -> None:
     }
     for name, value in result["summary"].items():
         print(f"{name:40}{value if isinstance(value, dict) else round(value, 2)}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.json, result)
+    save(options.json, "training", arguments, result)
 
 
 def ours(settings: PretrainSettings) -> LVNet:

@@ -73,8 +73,7 @@ class ViewBatch:
 
         >>> batch = batch.pinned() if torch.cuda.is_available() else batch
         """
-        parts = (getattr(self, name) for name in self.__dataclass_fields__)
-        return ViewBatch(*(part if part.is_cuda else part.pin_memory() for part in parts))
+        return ViewBatch(*(part if part.is_cuda else part.pin_memory() for part in vars(self).values()))
 
     def to(self, device: torch.device | str) -> "ViewBatch":
         """The batch on a device. The copy is asynchronous if it is to a GPU and the batch is pinned.
@@ -83,8 +82,7 @@ class ViewBatch:
         device(type='cpu')
         """
         device = torch.device(device)
-        tensors = (getattr(self, name) for name in self.__dataclass_fields__)
-        return ViewBatch(*(each.to(device, non_blocking=device.type != "cpu") for each in tensors))
+        return ViewBatch(*(t.to(device, non_blocking=device.type != "cpu") for t in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -390,8 +388,8 @@ class _OnDevice:
         """Yield the batch; when the next is asked for, record an event after all work launched with it."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(copied)
-        for name in batch.__dataclass_fields__:  # so that memory isn't reused while in use
-            getattr(batch, name).record_stream(current)
+        for tensor in vars(batch).values():  # so that memory isn't reused while in use
+            tensor.record_stream(current)
         yield batch
         end = torch.cuda.Event(blocking=True)
         end.record(torch.cuda.current_stream(self.device))
@@ -443,7 +441,7 @@ def evaluation_batches(
         return finish
 
     with Threads(workers) as threads:
-        yield from in_order(start, range(0, len(everything), batch_size), 3)
+        yield from in_order(start, range(0, len(everything), batch_size), AHEAD)
 
 
 def images_a_call(source: Reader, side: int, views: int = 1) -> int:

@@ -56,17 +56,14 @@ def stage(to: str, files: Iterable[Path]) -> None:
             started, copied = time.monotonic(), _copy_all(files, folder)
     except OSError as error:
         why = f"{to} on {socket.gethostname()}: {error.strerror or error}"
-        _say(f"{why}; the shared files are read: {', '.join(map(str, files[:3]))}")
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            read = f"the shared files are read: {', '.join(map(str, files[:3]))}"
+            print(f"warning: not staged to {why}; {read}", file=sys.stderr, flush=True)
         return
     os.environ[STAGED] = str(folder)
     if copied:  # by this process
         what = f"{copied / 1e9:,.2f} GB in {time.monotonic() - started:,.0f} s"
         print(f"staged {what} to {folder} on {socket.gethostname()}", flush=True)
-
-
-def _say(text: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"warning: not staged to {text}", file=sys.stderr, flush=True)
 
 
 def _place(folder: Path, path: Path) -> Path:

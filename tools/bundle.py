@@ -45,28 +45,15 @@ MANIFEST, WHEELS, LIBRARY, DATA = "bundle.json", "wheels", "lib/libturbojpeg.so.
 SMALL = ("tyro", "submitit", "timm")
 # What must be bundled with each, besides torch's own dependencies (such as numpy).
 COMPANIONS = {
-    "tyro": ("typeguard", "docstring_parser"),
-    "submitit": ("cloudpickle",),
-    "numba": ("llvmlite",),
-    "scikit-learn": ("joblib", "narwhals", "threadpoolctl"),
-    "tensorboard": (
-        *("absl-py", "grpcio", "markdown", "packaging", "protobuf", "tensorboard-data-server", "werkzeug"),
-        *("markupsafe", "setuptools"),
-    ),
-    "matplotlib": (
-        *(
-            "contourpy",
-            "cycler",
-            "fonttools",
-            "kiwisolver",
-            "packaging",
-            "pyparsing",
-            "python-dateutil",
-            "six",
-        ),
-    ),
-    "lightly": ("lightly_utils",),
-    "kornia": ("kornia_rs",),
+    "tyro": "typeguard docstring_parser",
+    "submitit": "cloudpickle",
+    "numba": "llvmlite",
+    "scikit-learn": "joblib narwhals threadpoolctl",
+    "tensorboard": "absl-py grpcio markdown packaging protobuf tensorboard-data-server werkzeug markupsafe "
+    "setuptools",
+    "matplotlib": "contourpy cycler fonttools kiwisolver packaging pyparsing python-dateutil six",
+    "lightly": "lightly_utils",
+    "kornia": "kornia_rs",
 }
 TORCHS_OWN = ("torch", "torchvision", "numpy", "jinja2")
 
@@ -128,7 +115,7 @@ def wanted(extra: list[str], known: list[str]) -> list[str]:
     named = [*SMALL, *(["tomli"] if "tomli" in known else [])]
     for name in extra:
         named += [k for k in known if k not in TORCHS_OWN] if name == "all" else [name]
-    return list(dict.fromkeys(one for name in named for one in (name, *COMPANIONS.get(name, ()))))
+    return list(dict.fromkeys(one for name in named for one in (name, *COMPANIONS.get(name, "").split())))
 
 
 def download(folder: Path, python: str, requirements: list[str]) -> None:
@@ -286,12 +273,8 @@ def unfit(manifest: dict) -> list[str]:
     here, found = "cp{}{}".format(*sys.version_info), []
     for name in manifest["files"]:
         tags = Path(name).stem.split("-")[-3:]
-        if (
-            name.endswith(".whl")
-            and tags[0].startswith("cp")
-            and tags[1] != "abi3"
-            and here not in tags[0].split(".")
-        ):
+        compiled = name.endswith(".whl") and tags[0].startswith("cp") and tags[1] != "abi3"
+        if compiled and here not in tags[0].split("."):
             found.append(Path(name).name)
     return found
 

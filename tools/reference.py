@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from lvssl import api
 from lvssl.commands.main import COMMANDS, main
@@ -40,17 +41,9 @@ def command_line() -> str:
 def help_of(command: Callable[[list[str]], Any], arguments: list[str]) -> str:
     """A command's help, 100 columns wide, without frames, escape codes and trailing spaces."""
     printed = io.StringIO()
-    before = {name: os.environ.get(name) for name in ("COLUMNS", "NO_COLOR")}
-    os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+    with mock.patch.dict(os.environ, COLUMNS="100", NO_COLOR="1"), contextlib.redirect_stdout(printed):
+        with contextlib.suppress(SystemExit):
             command(arguments)
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
     plain = re.sub(r"\x1b\[[0-9;]*m", "", printed.getvalue())
     lines = [DRAWN.sub("", line).rstrip() for line in plain.splitlines()]
     return "\n".join(lines).strip("\n")

@@ -8,8 +8,6 @@ import time
 from collections.abc import Iterator
 from functools import partial
 
-import torch
-
 from benchmarks.gpu_stages import steps, times
 from benchmarks.gpu_stages.case import Case, Row, Setup
 
@@ -38,17 +36,13 @@ def network(setup: Setup, work: steps.Work) -> Row:
     """Run the first step of the engine with --compile."""
     step = steps.engine(setup, work, "compiled")
     batch = steps.synthetic(setup, work)[0]
-    started = time.perf_counter()
+    started = steps.now(setup)
     step(batch)
-    if setup.device == "cuda":
-        torch.cuda.synchronize()
-    return {"ok": True, "seconds": time.perf_counter() - started}
+    return {"ok": True, "seconds": steps.now(setup) - started}
 
 
 def matrix(setup: Setup, form: str, count: int) -> Row:
     call = times.loss_forms(setup)[form](count)
-    started = time.perf_counter()
+    started = steps.now(setup)
     call()
-    if setup.device == "cuda":
-        torch.cuda.synchronize()
-    return {"ok": True, "seconds": time.perf_counter() - started}
+    return {"ok": True, "seconds": steps.now(setup) - started}

@@ -8,7 +8,6 @@ times on one input and must give the same bits.
 On a CPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1, set by the parent).
 """
 
-import dataclasses
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_stages.case import Case, Row, Setup, last_line
+from benchmarks.gpu_stages.case import Case, Row, Setup, as_argument, last_line
 
 SIDES = (8, 9, 33, 65, 224, 512)  # one tap; odd, below a tile; around tiles of 32 and 64; the usual; large
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -465,8 +464,8 @@ def sanitized(setup: Setup, tool: str) -> Row:
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).exists():
         return {"ok": None, "failed": "missing: compute-sanitizer"}
-    argument = json.dumps(dataclasses.asdict(setup))
-    command = [program, "--tool", tool, sys.executable, "-m", "benchmarks.gpu_stages.exact", argument]
+    module = "benchmarks.gpu_stages.exact"
+    command = [program, "--tool", tool, sys.executable, "-m", module, as_argument(setup)]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     said = done.stdout + done.stderr

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any, cast
 
@@ -167,14 +168,9 @@ def through_loader(setup: Setup, work: Work) -> Endless:
     )))  # fmt: skip
 
 
-def endless(batches: list[Any]) -> Iterator[Any]:
-    while True:
-        yield from batches
-
-
 def engine_rows(setup: Setup, work: Work, how: str) -> Iterator[Row]:
     step = engine(setup, work, how)
-    row = measured(setup, work, step, endless(synthetic(setup, work)))
+    row = measured(setup, work, step, cycle(synthetic(setup, work)))
     yield {"name": f"engine, synthetic, {how}, {work.name}", **row}
     batches = through_loader(setup, work)
     row = measured(setup, work, step, batches)
@@ -187,7 +183,7 @@ def bare(setup: Setup, work: Work) -> Row:
     from benchmarks.engine import bare_step
 
     step = bare_step(settings_of(setup, work), place(setup))
-    return measured(setup, work, step, endless(synthetic(setup, work)))
+    return measured(setup, work, step, cycle(synthetic(setup, work)))
 
 
 def what_people_have(setup: Setup, work: Work) -> Row:

@@ -1,7 +1,7 @@
 """Pretraining on small images, and its evaluation by kNN, linear probe and fine-tuning: the study's stages.
 
-Options (`Setup.options`): data, train, test, folder; arm, seed, epochs, batch, lr, compile, tune_epochs; for
-the speed, arms; and for the time to a kNN accuracy, target and every.
+Options (`Setup.options`): data, train, test, of; arm, seed, epochs, batch, compile; for the speed, arms; and
+for the time to a kNN accuracy, target and every.
 """
 
 import copy
@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from benchmarks.gpu_stages.case import Case, Row, Setup, last_line
-from benchmarks.gpu_stages.steps import now, place
+from benchmarks.gpu_stages.steps import Endless, now, place
 from pipelines.cores import loader_threads
 
 ARMS: dict[str, dict[str, Any]] = {  # each with its latent settings; a line adds an arm
@@ -31,6 +31,7 @@ ARMS: dict[str, dict[str, Any]] = {  # each with its latent settings; a line add
 }  # fmt: skip
 USUAL = ("plain", "sign", "bernoulli")  # the default
 TUNE_LR, TUNE_BATCH = 0.05, 256  # SimCLR's rate for a batch of 256
+TUNE_EPOCHS = 10
 TUNE_STEPS = 200  # minimum: 1 % of the labels make two steps per epoch
 
 
@@ -88,7 +89,6 @@ def settings_of(setup: Setup, arm: str, epochs: int, out: Path) -> Any:
         checkpoint_minutes=1e6,
         model=replace(base.model, backbone="tiny" if setup.dry else base.model.backbone),
         latent=LatentSettings(**ARMS[arm]),
-        optimiser=replace(base.optimiser, lr=options["lr"] or base.optimiser.lr),
         engine=EngineSettings(compile="on" if options["compile"] else "auto"),
     )
 
@@ -124,13 +124,8 @@ def speed_of(setup: Setup, name: str) -> Row:
     settings = replace(settings, latent=replace(settings.latent, beta_schedule="constant"))  # after warm-up
     trainer, loader = trainer_of(settings, place(setup))
     warm, count = (2, 3) if setup.dry else (25, 60)
-
-    def batches() -> Iterator[Any]:
-        while True:
-            yield from loader
-
     with loader:
-        source = batches()
+        source = Endless(loader)
         for number in range(warm + count):
             if number == warm:
                 started = now(setup)
@@ -138,7 +133,7 @@ def speed_of(setup: Setup, name: str) -> Row:
             trainer.finite.in_a_row()  # as between steps of a run; otherwise verdicts pile up
             trainer.step += 1
         seconds = (now(setup) - started) / count
-        cast(Any, source).close()
+        source.close()
     return {
         "ok": True,
         "images_per_second": settings.batch_size / seconds,
@@ -227,7 +222,7 @@ def tuned(setup: Setup, run: Any, share: float) -> float:
     labelled = train.only(labelled_rows(train, share, None, options["seed"]))
     batch = largest_batch(TUNE_BATCH, len(labelled), 1)
     recipe = Recipe(
-        epochs=options["tune_epochs"],
+        epochs=1 if setup.dry else TUNE_EPOCHS,
         batch_size=batch,
         lr=scaled_lr(TUNE_LR, batch),
         weight_decay=0.0,

@@ -14,19 +14,7 @@ import torch
 from torch import Tensor
 
 from pipelines.errors import InputError
-from pipelines.parameters import (
-    BRIGHTNESS,
-    COLUMNS,
-    CONTRAST,
-    FLIP,
-    GREY,
-    HUE,
-    ORDER,
-    SATURATION,
-    SIGMA,
-    SOLARISE,
-    P,
-)
+from pipelines.parameters import COLUMNS, P
 from pipelines.views import ViewSettings
 
 BACKENDS = ("reference", "numba", "triton")
@@ -34,15 +22,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # For each column: the lowest and highest value, and whether it must be a whole number.
 ALLOWED = {
-    FLIP: (0, 1, True),
-    ORDER: (0, 23, True),
-    BRIGHTNESS: (0, np.inf, False),
-    CONTRAST: (0, np.inf, False),
-    SATURATION: (0, np.inf, False),
-    HUE: (-0.5, 0.5, False),
-    GREY: (0, 1, True),
-    SIGMA: (0, np.inf, False),
-    SOLARISE: (0, 1, True),
+    "flip": (0, 1, True),
+    "order": (0, 23, True),
+    "brightness": (0, np.inf, False),
+    "contrast": (0, np.inf, False),
+    "saturation": (0, np.inf, False),
+    "hue": (-0.5, 0.5, False),
+    "grey": (0, 1, True),
+    "sigma": (0, np.inf, False),
+    "solarise": (0, 1, True),
 }
 
 
@@ -138,8 +126,8 @@ def check_shapes(crops: Tensor, table: Tensor, view: ViewSettings) -> None:
 
 def check_values(table: np.ndarray) -> None:
     """Raise InputError naming the first row and column that is NaN or out of range."""
-    columns = list(ALLOWED)
-    low, high, whole = (np.array([ALLOWED[c][k] for c in columns]) for k in range(3))
+    columns = [COLUMNS.index(name) for name in ALLOWED]
+    low, high, whole = map(np.array, zip(*ALLOWED.values()))
     values = table[:, columns]
     good = np.isfinite(values) & (values >= low) & (values <= high) & (~whole | (values == np.rint(values)))
     if good.all():
@@ -161,16 +149,13 @@ def _on_threads(crops: np.ndarray, table: np.ndarray, view: ViewSettings) -> Ten
     from pipelines.augment import cpu
 
     out = np.empty(crops.shape, np.float32)
-    parts = np.array_split(np.arange(len(crops)), min(torch.get_num_threads(), max(1, len(crops))))
-    slices = [slice(part[0], part[-1] + 1) for part in parts if len(part)]
+    threads = torch.get_num_threads()
+    share = max(1, -(-len(crops) // threads))
 
-    def run(part: slice) -> None:
+    def run(start: int) -> None:
+        part = slice(start, start + share)
         cpu.augment_into(crops[part], table[part], view, out[part])
 
-    if len(slices) > 1:
-        with ThreadPoolExecutor(len(slices)) as pool:
-            list(pool.map(run, slices))
-    else:
-        for part in slices:
-            run(part)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, range(0, len(crops), share)))
     return torch.from_numpy(out).permute(0, 3, 1, 2)

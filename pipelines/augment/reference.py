@@ -12,22 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.parameters import (
-    BRIGHTNESS,
-    CONTRAST,
-    FLIP,
-    GREY,
-    HUE,
-    ORDER,
-    SATURATION,
-    SIGMA,
-    SOLARISE,
-)
+from pipelines.parameters import BRIGHTNESS, CONTRAST, FLIP, GREY, HUE, ORDER, SATURATION, SIGMA, SOLARISE
 from pipelines.views import ViewSettings
 
-ORDERS = np.array(
-    list(permutations(range(4))), np.int64
-)  # row o: brightness 0, contrast 1, saturation 2, hue 3
+# For each order, the operations: brightness 0, contrast 1, saturation 2, hue 3.
+ORDERS = np.array(list(permutations(range(4))), np.int64)
 GREY_WEIGHTS = (0.2989, 0.587, 0.114)
 
 

@@ -145,12 +145,7 @@ def _stored_options(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help=f"Number of images per tar (default: {IMAGES_PER_TAR}).",
     )
-    add(
-        "--max-resolution",
-        type=int,
-        metavar="N",
-        help="Shrink images whose longest side exceeds N pixels.",
-    )
+    add("--max-resolution", type=int, metavar="N", help="Shrink images whose longest side exceeds N pixels.")
     add(
         "--max-pixels",
         type=int,

@@ -30,9 +30,9 @@ import numpy as np
 from tqdm import tqdm
 
 from pipelines.convert.estimate import check_space, measure
-from pipelines.convert.journal import Journal, conversion_lock
+from pipelines.convert.journal import Journal, open_alone
 from pipelines.convert.outputs import BetonOutput, Item, Output, TarOutput, is_of_tars
-from pipelines.convert.store import STORAGE_KINDS, Settings, Stored, area_resize, select, store, store_batch
+from pipelines.convert.store import STORAGE_KINDS, Settings, Stored, select, store_batch
 from pipelines.cores import cores
 from pipelines.datasets.columns import Columns
 from pipelines.datasets.dataset import Dataset, class_counts, evenly_spaced, of_classes
@@ -41,11 +41,9 @@ from pipelines.errors import InputError
 from pipelines.files import sync_folder, why_unwritten
 from pipelines.formats import jpeg
 from pipelines.formats.beton import LONGEST_SIDE
-from pipelines.formats.manifest import Samples, min_median_max, read_manifest, write_manifest
+from pipelines.formats.manifest import Samples, min_median_max, read_manifest, rows_path, write_manifest
 from pipelines.formats.webdataset import IMAGES_PER_TAR
 from pipelines.in_order import in_order
-
-__all__ = ["ConvertOptions", "OutputOptions", "Settings", "area_resize", "convert", "select", "store"]
 
 CHUNK = 16  # images per task: a future costs some 40 us
 COMMIT_SECONDS = 1.0  # the most work that a kill loses; a commit takes up to a second of the disk's time
@@ -154,12 +152,7 @@ def convert(
     check_targets(beton, options.tars, options.overwrite)
     columns = Columns(settings.image_column, settings.label_column, tuple(settings.targets))
     opened = open_dataset(
-        source,
-        options.split,
-        options.root,
-        classes=options.classes,
-        devkit=options.devkit,
-        columns=columns,
+        source, options.split, options.root, classes=options.classes, devkit=options.devkit, columns=columns
     )
     rows = of_classes(opened, settings.only_classes)
     order = rows[select(opened.labels[rows], settings.subset, settings.shuffle_seed)]
@@ -202,7 +195,7 @@ def run(work: Work, dry_run: bool = False) -> dict[str, Any]:
     tars = next((output.final for output in work.outputs if output.as_png), None)
     path = journal_path(work.outputs[0].final)
     if restart and not dry_run and path.exists():
-        with conversion_lock(path):
+        with open_alone(path):
             _remove(path, work.outputs)
     check_targets(beton, tars, overwrite, journaled=not restart)
     for note in work.source.notes if progress else ():
@@ -299,10 +292,7 @@ def _uninterrupted() -> Iterator[None]:
 def _convert_images(work: Work, journal: Journal) -> None:
     """Convert the images that the journal doesn't have yet."""
     _replay(work, journal)
-    with (
-        _Progress(work, journal) as progress,
-        closing(_images(work, work.order[journal.count :])) as images,
-    ):
+    with _Progress(work, journal) as progress, closing(_images(work, work.order[journal.count :])) as images:
         for index, stored in images:
             if isinstance(stored, str):
                 _skip(work, journal, index, stored)
@@ -474,7 +464,7 @@ def _publish(work: Work) -> None:
     for output in work.outputs:
         output.publish()
     for output in work.outputs:
-        for path in output.manifest_files():
+        for path in (rows_path(output.manifest), output.manifest):
             if output.aside(path).exists():
                 os.replace(output.aside(path), path)
         sync_folder(output.final.parent)

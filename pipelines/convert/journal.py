@@ -14,7 +14,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import IO
@@ -38,9 +38,8 @@ RECORD = np.dtype(
         ("file_digest", "u1", (32,)),
     ]
 )
-_GROUP = struct.Struct(
-    "<4sIIII"
-)  # mark, number of records, bytes of the reasons, 1 if the conversion is complete, CRC-32
+# Mark, number of records, bytes of the reasons, 1 if the conversion is complete, CRC-32.
+_GROUP = struct.Struct("<4sIIII")
 _MARK = b"grp2"
 
 
@@ -54,7 +53,7 @@ class Journal:
 
     def __init__(self, path: Path, fingerprint: str):
         self.path = path
-        self.file = _open_alone(path)
+        self.file = open_alone(path)
         new = os.fstat(self.file.fileno()).st_size == 0
         try:
             self._read(fingerprint)
@@ -163,18 +162,11 @@ class Journal:
             self.file.close()
 
 
-@contextmanager
-def conversion_lock(path: Path) -> Iterator[None]:
-    """Keep other processes from starting or resuming the conversion of this journal.
+def open_alone(path: Path) -> IO[bytes]:
+    """Open and lock the journal: until it is closed, no other process starts or resumes its conversion.
 
     Raises InputError if another process has it open.
     """
-    with _open_alone(path):
-        yield
-
-
-def _open_alone(path: Path) -> IO[bytes]:
-    """Open and lock the journal. Raises InputError if another process has it open."""
     while True:
         file = open(path, "a+b")  # noqa: SIM115
         try:

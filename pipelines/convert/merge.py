@@ -77,17 +77,15 @@ class _Parts:
         )
 
     def _stored(self, part: int, index: int, data: bytes) -> Any:
-        samples, digest = self.rows[part], hashlib.sha256(data).digest()
-        if digest.hex() != samples["sha256"][index]:
+        samples = self.rows[part]
+        if hashlib.sha256(data).hexdigest() != samples["sha256"][index]:
             raise InputError(
                 f"{self.paths[part]}: image {index} ({samples['name'][index]}) isn't what was written; "
                 "convert this part again"
             )
         size = int(samples["height"][index]), int(samples["width"][index])
         exif_rotated = bool(samples["turned"][index])
-        return Stored(
-            int(samples["mode"][index]), *size, data, samples["stored"][index], exif_rotated, digest
-        )
+        return Stored(int(samples["mode"][index]), *size, data, samples["stored"][index], exif_rotated)
 
     def remove(self) -> None:
         for path in self.paths:

@@ -52,9 +52,6 @@ class BetonOutput:
     def aside(self, path: Path) -> Path:
         return path.with_name(f".{path.name}.part")
 
-    def manifest_files(self) -> list[Path]:
-        return [rows_path(self.manifest), self.manifest]
-
     def prepare(self) -> None:
         self.file = open(self.part, "r+b" if self.part.exists() else "w+b", buffering=0)  # noqa: SIM115
         self.writer = BetonWriter(self.file, self.capacity, self.targets)
@@ -112,7 +109,7 @@ class BetonOutput:
     def remove(self) -> None:
         """Remove everything that an unfinished conversion has left."""
         self.close()
-        for path in (self.part, *map(self.aside, self.manifest_files())):
+        for path in (self.part, self.aside(rows_path(self.manifest)), self.aside(self.manifest)):
             with suppress(OSError):  # it doesn't exist, or its folder never did
                 path.unlink()
 
@@ -139,9 +136,6 @@ class TarOutput:
 
     def aside(self, path: Path) -> Path:
         return self.part / path.name
-
-    def manifest_files(self) -> list[Path]:
-        return [rows_path(self.manifest), self.manifest]
 
     def prepare(self) -> None:
         self.part.mkdir(exist_ok=True)

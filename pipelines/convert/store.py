@@ -20,12 +20,7 @@ from pipelines.formats.beton import JPEG, LONGEST_SIDE, RAW
 
 LINE_ART = ("raw", "jpeg")
 SMALL = 64 * 64  # pixels; up to this size, what isn't a JPEG is stored raw: cheaper to read, hardly larger
-STORAGE_KINDS = (
-    "refused",
-    "jpeg_untouched",
-    "reencoded",
-    "raw",
-)  # how an image was stored; the numbers are written to files
+STORAGE_KINDS = ("refused", "jpeg_untouched", "reencoded", "raw")  # their numbers are written to files
 
 
 @dataclass(frozen=True)
@@ -162,8 +157,6 @@ def _store_jpeg(image: bytes, settings: Settings, raw: bool) -> Stored:
 
 def chosen_raw(settings: Settings, index: int) -> bool:
     """Whether --raw-proportion includes this image, which doesn't depend on the order or the subset."""
-    if settings.raw_proportion in (0, 1):
-        return settings.raw_proportion == 1
     text = f"{settings.shuffle_seed or 0}:{index}".encode()  # whose CRC would be far from uniform
     drawn = int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little") / 2**32
     return drawn < settings.raw_proportion

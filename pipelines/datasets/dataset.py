@@ -24,9 +24,7 @@ class Dataset:
     targets: dict[str, np.ndarray] = field(default_factory=dict)  # float64 [N] each, regression targets
     libraries: dict[str, str] = field(default_factory=dict)  # versions of the libraries used besides Pillow
     notes: list[str] = field(default_factory=list)  # messages for the user, such as an empty class folder
-    size_of: Callable[[int], int] | None = (
-        None  # size of an image file in bytes, if it is known without reading the file
-    )
+    size_of: Callable[[int], int] | None = None  # bytes of an image's file, if known without reading it
 
 
 def labelled(

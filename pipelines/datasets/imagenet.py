@@ -38,7 +38,7 @@ def remarks(source: Dataset) -> list[str]:
 
 def in_order_of(source: Dataset, path: Path) -> Dataset:
     """Put the classes in the order given by a manifest, or by a text file with one name per line."""
-    names = names_in(path, "classes") if path.suffix == ".json" else _lines(path)
+    names = names_among(content_of(path), "classes") if path.suffix == ".json" else _lines(path)
     if names is None:
         raise InputError(f"{path}: no manifest with classes")
     if not source.classes:
@@ -68,11 +68,6 @@ def renumbered(source: Dataset, classes: Sequence[str], where: str | Path) -> Da
     notes.append(f"classes are numbered as in {where}")
     to = np.array([number[name] for name in source.classes], np.int64)
     return replace(source, labels=to[source.labels], classes=list(classes), notes=notes)
-
-
-def names_in(manifest: Path, entry: str) -> list[str] | None:
-    """An entry of a manifest that is a list of names; None if there is none. Raises like `content_of`."""
-    return names_among(content_of(manifest), entry)
 
 
 def names_among(content: dict[str, Any], entry: str) -> list[str] | None:

@@ -118,24 +118,19 @@ def _opened(path: Path) -> Any:
 class _Arrow:
     """An Arrow file with the methods of a ParquetFile that are needed here; it is one row group."""
 
-    num_row_groups = 1
-
     def __init__(self, pa: Any, path: Path):
         data = pa.memory_map(str(path))
         try:
-            self._table = pa.ipc.open_stream(data).read_all()
+            self.table = pa.ipc.open_stream(data).read_all()
         except pa.ArrowInvalid:
-            self._table = pa.ipc.open_file(data).read_all()
-        self.schema_arrow = self._table.schema
+            self.table = pa.ipc.open_file(data).read_all()
+        self.schema_arrow = self.table.schema
 
     def read(self, columns: list[str]) -> Any:
-        return self._table.select(columns)
+        return self.table.select(columns)
 
     def read_row_group(self, _: int, columns: list[str]) -> Any:
         return self.read(columns)
-
-    def rows(self) -> list[int]:
-        return [self._table.num_rows]
 
 
 @dataclass(frozen=True)
@@ -163,7 +158,7 @@ class _Table:
         nested = [each for each in others if pa.types.is_nested(schema.field(each).type)]
         label = columns.label_among((e for e in others if e == columns.label or e not in nested), str(path))
         if isinstance(file, _Arrow):
-            lengths = file.rows()
+            lengths = [file.table.num_rows]
         else:
             lengths = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
         values = None if label is None else file.read([label])[label]

@@ -24,24 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.datasets.columns import (
-    NONE,
-    PATHS,
-    RESERVED,
-    USUAL,
-    Columns,
-    as_text,
-    finite,
-    numbered,
-    unused,
-)
+from pipelines.datasets.columns import NONE, PATHS, RESERVED, Columns, as_text, finite, numbered, unused
 from pipelines.datasets.dataset import Dataset, labelled
 from pipelines.datasets.folders import read_regular
 from pipelines.datasets.names import Names
 from pipelines.errors import InputError, first_line
 
 
-def open_table(path: Path, columns: Columns = USUAL) -> Dataset:
+def open_table(path: Path, columns: Columns) -> Dataset:
     """Open a table. Raises InputError, naming the row, if a row has no path, no label though others have one,
     or no number for a requested target."""
     rows = _rows(path)

@@ -13,7 +13,7 @@ import shlex
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, takewhile
+from itertools import groupby, islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +72,7 @@ class Entry(NamedTuple):
 
 
 def open_tars(
-    source: str, paths: list[Path], split: str | None, devkit: Path | None, columns: Columns = USUAL
+    source: str, paths: list[Path], split: str | None, devkit: Path | None, columns: Columns
 ) -> Dataset:
     """Open tars of any of the kinds above, recognised by their content. Raises InputError."""
     for path in paths:
@@ -581,14 +581,13 @@ def _webdataset(
     """KEY.jpg with KEY.cls, or with KEY.json, whose fields may be class and targets; or without either."""
     manifest = manifest_path(tars[0].path.parent)
     head = content_of(manifest)
-    columns = replace(columns, targets=columns.targets or _stored_targets(head, columns))
+    stored = imagenet.names_among(head, "targets")  # those that our own tars were made with
+    if stored is not None and not columns.targets:
+        columns = replace(columns, targets=tuple(stored))
     reader, paths, texts = Reader(tars), Names(), Names()
     targets = _Targets(columns)
     tree = TarTree(lambda: paths)
-    system, others = (
-        by_a_system(),
-        LeftOut("files that are neither images with a class nor classes"),
-    )
+    system, others = by_a_system(), LeftOut("files that are neither images with a class nor classes")
     for which, tar in enumerate(tars):
         for group in _groups(tar, system, tree):
             samples, left = samples_of(group, tar, columns)
@@ -626,12 +625,6 @@ def _webdataset(
             *targets.notes(),
         ],
     )
-
-
-def _stored_targets(head: dict[str, Any], columns: Columns) -> tuple[str, ...] | None:
-    """The target columns: those that our own tars were made with, or those of `columns` for other tars."""
-    stored = imagenet.names_among(head, "targets")
-    return columns.targets if stored is None else tuple(stored)
 
 
 class _Targets:
@@ -674,16 +667,8 @@ class _Targets:
 
 def _groups(tar: Tar, system: LeftOut, tree: TarTree) -> Iterator[list[Member]]:
     """Yield runs of adjacent members whose names are equal up to the first dot of the file name."""
-    key, members = "", list[Member]()
-    for member in _own(tar.members(), system, tree):
-        stem, _ = _stem(member.name)
-        if stem != key and members:
-            yield members
-            members = []
-        key = stem
-        members.append(member)
-    if members:
-        yield members
+    own = _own(tar.members(), system, tree)
+    return (list(members) for _, members in groupby(own, lambda member: _stem(member.name)[0]))
 
 
 def _class_of(tar: Tar, sample: Sample, fields: dict[str, Any], columns: Columns) -> str:
@@ -695,15 +680,11 @@ def _class_of(tar: Tar, sample: Sample, fields: dict[str, Any], columns: Columns
             return as_text(tar.content(sample.answers["cls"]).decode())
         if columns.label is not None:
             return as_text(fields.get(columns.label))
-        name = columns.label_among(_single(fields), tar.name)
+        single = [name for name, value in fields.items() if not isinstance(value, (list, dict))]
+        name = columns.label_among(single, tar.name)
         return "" if name is None else as_text(fields[name])
     except ValueError as error:
         raise InputError(f"{tar.name}: {sample.image.name}: its class can't be read ({error})") from error
-
-
-def _single(fields: dict[str, Any]) -> list[str]:
-    """The names of the fields that hold neither a list nor an object."""
-    return [name for name, value in fields.items() if not isinstance(value, (list, dict))]
 
 
 def _fields(content: bytes) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def is_deep(image: Image.Image, data: bytes) -> bool:
     """Whether an image, opened by Pillow from `data`, has samples of more than 8 bits."""
     if image.mode.startswith("I") or image.mode == "F":
         return True
-    return image.mode in _UPPER_BITS and (_deep_png(image, data) or _deep_tiff(image))
+    return image.mode in _UPPER_BITS and (_deep_png(image, data) or _tiff_bits(image) > 8)
 
 
 def to_8_bits(image: Image.Image, data: bytes, white_level: int | None = None) -> np.ndarray:
@@ -91,15 +91,28 @@ def _stated(image: Image.Image, data: bytes) -> tuple[float, float] | None:
         return 0, FULL
     if _deep_png(image, data):
         return _png_range(data)
-    if image.format != "TIFF":
-        return None
-    tags: Any = image.tag_v2  # type: ignore[attr-defined]
+    tags = _tiff_tags(image)
     if _SMAX in tags:
         black, white = (np.ravel(tags.get(tag, 0))[0].item() for tag in (_SMIN, _SMAX))
         if black < white:
             return black, white
-    bits = np.ravel(tags.get(_BITS_PER_SAMPLE, 1)).max()
-    return (0, 2 ** int(bits) - 1) if 8 < bits < 16 else None
+    bits = _tiff_bits(image)
+    return (0, 2**bits - 1) if 8 < bits < 16 else None
+
+
+def _tiff_tags(image: Image.Image) -> Any:
+    """{tag: value}; none for other formats."""
+    return image.tag_v2 if image.format == "TIFF" else {}  # type: ignore[attr-defined]
+
+
+def _tiff_bits(image: Image.Image) -> int:
+    """Bits of a TIFF's samples, the most of any channel; 1 for other formats."""
+    return int(np.ravel(_tiff_tags(image).get(_BITS_PER_SAMPLE, 1)).max())
+
+
+def _is_negative(image: Image.Image) -> bool:
+    """Whether 0 is white in a TIFF, which Pillow heeds only up to 8 bits."""
+    return _tiff_tags(image).get(_PHOTOMETRIC) == 0
 
 
 # ------------------------------------------------------------------------- PNG
@@ -107,21 +120,6 @@ def _stated(image: Image.Image, data: bytes) -> tuple[float, float] | None:
 
 def _deep_png(image: Image.Image, data: bytes) -> bool:
     return image.format == "PNG" and data[24:25] == b"\x10"  # the bit depth in IHDR, which comes first
-
-
-def _deep_tiff(image: Image.Image) -> bool:
-    if image.format != "TIFF":
-        return False
-    tags: Any = image.tag_v2  # type: ignore[attr-defined]
-    return bool(np.ravel(tags.get(_BITS_PER_SAMPLE, 1)).max() > 8)
-
-
-def _is_negative(image: Image.Image) -> bool:
-    """Whether 0 is white in a TIFF, which Pillow heeds only up to 8 bits."""
-    if image.format != "TIFF":
-        return False
-    tags: Any = image.tag_v2  # type: ignore[attr-defined]
-    return tags.get(_PHOTOMETRIC) == 0
 
 
 def _png_range(data: bytes) -> tuple[int, int] | None:

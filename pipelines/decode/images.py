@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.datasets.dataset import Dataset
 from pipelines.datasets.folders import unlabelled_images
-from pipelines.datasets.opening import open_dataset as open_images
+from pipelines.datasets.opening import open_dataset
 from pipelines.datasets.shards import open_shards
 from pipelines.decode import turbo
 from pipelines.decode.pixels import as_rgb, decode_other, upright
@@ -46,7 +45,10 @@ class ImageReader:
         `labelled=False` takes every image below a folder, named by its path there, and ignores class folders.
         """
         self.path = Path(path)
-        opened = _labelled(self.path) if labelled else unlabelled_images(self.path)
+        if labelled:  # with their classes, if they have any
+            opened = open_shards(self.path) or open_dataset(str(self.path))
+        else:
+            opened = unlabelled_images(self.path)
         self.names, self.labels = opened.names, opened.labels
         self.classes: list[str] | None = list(opened.classes)
         self.targets, self.notes = opened.targets, opened.notes
@@ -120,12 +122,6 @@ class _Recent(threading.local):
         if size <= self.room:
             self.images[index] = image
             self.room -= size
-
-
-def _labelled(path: Path) -> Dataset:
-    """Open the images with their classes, if they have any."""
-    shards = open_shards(path)
-    return open_images(str(path)) if shards is None else shards
 
 
 def _header(data: bytes) -> jpeg.JpegHeader:

@@ -148,12 +148,11 @@ def test_a_missing_package_of_the_loss_is_named_and_the_others_are_timed(monkeyp
 
 
 def test_each_part_of_the_engines_file_says_how_it_was_made(tmp_path):
-    path = tmp_path / "engine.json"
-    path.write_text(json.dumps({"settings": {"batch": "8"}, "versions": {"torch": "1"}, "matrix": [1]}))
-    options = argparse.Namespace(threads=1, batch=128, json=path, part=["overhead"])
-    found = engine.with_part(engine.earlier(path), "overhead", {"x": 2}, options)
-    assert found["matrix"] == [1] and found["overhead"] == {"x": 2} and "settings" not in found
-    assert found["made"]["matrix"] == {"settings": {"batch": "8"}, "versions": {"torch": "1"}}
+    there = {"matrix": [1], "made": {"matrix": {"settings": {"batch": "8"}, "versions": {"torch": "1"}}}}
+    options = argparse.Namespace(threads=1, batch=128, json=tmp_path / "x.json", part=["overhead"])
+    found = engine.with_part(there, "overhead", {"x": 2}, options)
+    assert found["matrix"] == [1] and found["overhead"] == {"x": 2}
+    assert found["made"]["matrix"] == there["made"]["matrix"]
     assert found["made"]["overhead"]["settings"] == {"threads": "1", "batch": "128"}
 
 

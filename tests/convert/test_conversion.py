@@ -9,8 +9,8 @@ import pytest
 from made_images import class_folders, decoded, encoded, image_of, photos, pixels, with_orientation
 from PIL import Image, ImageDraw, ImageOps
 
-from pipelines.convert.conversion import ConvertOptions, Settings, area_resize, convert, select, store
-from pipelines.convert.store import chosen_raw
+from pipelines.convert.conversion import ConvertOptions, Settings, convert
+from pipelines.convert.store import area_resize, chosen_raw, select, store
 from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
 from pipelines.formats import jpeg

@@ -146,18 +146,9 @@ def test_decoders_say_nothing_raw(tmp_path):
         struct.pack("<HHI", 256, 4, 1), struct.pack("<HHI", 999, 2, 9999), 1
     )
     folder = class_folders(tmp_path / "set", files)
-    command = [
-        sys.executable,
-        "-W",
-        "always",
-        "-W",
-        "ignore::ResourceWarning",
-        "-m",
-        "tools.convert_beton",
-        str(folder),
-        f"{tmp_path}/x.beton",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    warn = ["-W", "always", "-W", "ignore::ResourceWarning"]
+    command = [*warn, "-m", "pipelines.convert.command", str(folder), f"{tmp_path}/x.beton"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     with pytest.warns(UserWarning, match="Invalid APNG"):
         Image.open(io.BytesIO(apng))

@@ -494,7 +494,7 @@ def interruptible():
 
 
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("after", ["_open_alone", "Journal"])
+@pytest.mark.parametrize("after", ["open_alone", "Journal"])
 def test_interrupted_while_its_journal_is_opened_it_leaves_nothing(tmp_path, monkeypatch, after):
     """Ctrl-C when the file is there, and before the conversion knows of it."""
     photos(tmp_path / "set", classes=1, each=3)

@@ -122,15 +122,3 @@ def test_more_views_than_an_axis_holds_on_the_gpu():
     found = augment(crops, table, view, "triton")
     for rows in (slice(0, 64), slice(65_500, 66_000)):
         assert torch.equal(found[rows], augment(crops[rows], table[rows], view, "triton"))
-
-
-@pytest.mark.gpu
-def test_benchmark_on_the_gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    from benchmarks.augmentation import gpu_rows
-
-    rows = gpu_rows(count=256)  # how fast, `benchmarks.gpu` says; here others may be using the device
-    assert len({row["dtype"] for row in rows}) == 3
-    for row in rows:
-        assert 0 < row["achieved_gb_per_s"] < row["bandwidth_gb_per_s"], row
