@@ -147,7 +147,7 @@ def test_decoders_say_nothing_raw(tmp_path):
     )
     folder = class_folders(tmp_path / "set", files)
     warn = ["-W", "always", "-W", "ignore::ResourceWarning"]
-    command = [*warn, "-m", "pipelines.convert.command", str(folder), f"{tmp_path}/x.beton"]
+    command = [*warn, "-m", "tools.convert_beton", str(folder), f"{tmp_path}/x.beton"]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     with pytest.warns(UserWarning, match="Invalid APNG"):
