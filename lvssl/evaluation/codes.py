@@ -53,6 +53,7 @@ from lvssl.evaluation.sets import picture, picture_view
 from lvssl.runs.embeddings import is_embeddings, open_embeddings, training_file
 from lvssl.runs.run import Run, load_encoder
 from lvssl.settings.apply import EncodeSettings, SearchSettings
+from lvssl.settings.pretrain import at_least
 from pipelines.datasets.parts import files_of
 from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
@@ -78,8 +79,7 @@ def encode(settings: EncodeSettings) -> Path:
         InputError: no such run or images, impossible settings, or a damaged image (named).
         CodeFileError: another process is writing the same file.
     """
-    if settings.workers < 0:
-        raise InputError(f"--workers must be at least 0, got {settings.workers}")
+    at_least(settings, workers=0)
     if settings.faiss:
         require_faiss("--faiss")
     if settings.csv and not settings.fit:
@@ -206,8 +206,7 @@ def searcher_of(settings: SearchSettings) -> Searcher:
         InputError: no such run, k below 1, or an output in no folder.
         CodeFileError: no code file, a damaged one, one of another checkpoint or quantiser, or no means.
     """
-    if settings.k < 1:
-        raise InputError(f"--k must be at least 1, got {settings.k}")
+    at_least(settings, k=1)
     if settings.csv and settings.page:
         raise InputError("--csv and --page each write the neighbours to a file: pass one of them")
     if settings.images and not settings.page:

@@ -54,7 +54,7 @@ from lvssl.runs.identity import describe_set
 from lvssl.runs.labels import numbered_as, say_notes
 from lvssl.runs.run import Run, load_run
 from lvssl.settings.apply import CurateSettings
-from lvssl.settings.fields import flag
+from lvssl.settings.pretrain import at_least, require
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.decode import Reader, open_reader
 from pipelines.errors import InputError
@@ -120,16 +120,12 @@ def curate(settings: CurateSettings) -> Curation:
 
     Raises InputError: no such run, images or embeddings, impossible settings, or a damaged image (named).
     """
-    if settings.cosine is not None and not 0 < settings.cosine <= 1:
-        raise InputError(f"--cosine must be in (0, 1], got {settings.cosine}")
-    for name in ("pixels", "crops"):
-        if not 0 <= getattr(settings, name) <= 1:
-            raise InputError(f"--{name} must be in [0, 1], got {getattr(settings, name)}")
+    require(settings.cosine is None or 0 < settings.cosine <= 1, "cosine", settings.cosine, "in (0, 1]")
+    require(0 <= settings.pixels <= 1, "pixels", settings.pixels, "in [0, 1]")
+    require(0 <= settings.crops <= 1, "crops", settings.crops, "in [0, 1]")
     if settings.crops and not settings.pixels:
         raise InputError("--crops compares pixels, which --pixels 0 leaves out: leave out one of them")
-    for name in ("top_n", "subset", "workers"):
-        if getattr(settings, name) < 0:
-            raise InputError(f"{flag(name)} must be at least 0, got {getattr(settings, name)}")
+    at_least(settings, top_n=0, subset=0, workers=0)
     given = settings.run
     foreign = is_embeddings(given)
     out = settings.out or (given.with_name(f"{given.stem}-curate") if given.is_file() else given / "curate")
