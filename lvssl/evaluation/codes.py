@@ -50,7 +50,7 @@ from lvssl.evaluation.quantisers import (
     require_faiss,
 )
 from lvssl.evaluation.sets import picture, picture_view
-from lvssl.runs.embeddings import is_embeddings, open_embeddings, training_file
+from lvssl.runs.embeddings import is_embeddings, open_embeddings, require_same_width, training_file
 from lvssl.runs.run import Run, load_encoder
 from lvssl.settings.apply import EncodeSettings, SearchSettings
 from lvssl.settings.pretrain import at_least
@@ -113,11 +113,7 @@ def of_embeddings(settings: EncodeSettings, out: Path) -> EmbeddingEncoder:
     known = open_embeddings(settings.train or training_file(settings.run), labelled=False)
     asked = open_embeddings(settings.images, labelled=False)
     code = code_of_length(settings.bits, settings.code, known.features.shape[1], 0, len(known.features))
-    if asked.features.shape[1] != known.features.shape[1]:
-        widths = asked.features.shape[1], known.features.shape[1]
-        raise InputError(
-            f"{asked.path}: features have {widths[0]} dimensions, those of {known.path} {widths[1]}"
-        )
+    require_same_width(known, asked)
     train = TrainingEmbeddings(known)
     quantiser = quantiser_of(train, code, settings.bits)
     assert quantiser is not None

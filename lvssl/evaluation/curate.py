@@ -49,7 +49,7 @@ from lvssl.evaluation.neighbours import nearest_in_cells
 from lvssl.evaluation.quantisers import own_bits
 from lvssl.evaluation.sets import picture
 from lvssl.models.inference import Batches, encode
-from lvssl.runs.embeddings import is_embeddings, open_embeddings, training_file
+from lvssl.runs.embeddings import is_embeddings, open_embeddings, require_same_width, training_file
 from lvssl.runs.identity import describe_set
 from lvssl.runs.labels import numbered_as, say_notes
 from lvssl.runs.run import Run, load_run
@@ -194,15 +194,10 @@ def of_images(run: Run, settings: CurateSettings, out: Path) -> list[Embedded]:
 
 def of_embeddings(settings: CurateSettings) -> list[Embedded]:
     """Return another model's embeddings, named by row number, with their labels if there are any."""
-    train = settings.train or training_file(settings.run)
-    found = {"train": open_embeddings(train, labelled=False)}
+    found = {"train": open_embeddings(settings.train or training_file(settings.run), labelled=False)}
     if settings.test:
         found["test"] = open_embeddings(settings.test, labelled=False)
-        widths = [one.features.shape[1] for one in found.values()]
-        if widths[0] != widths[1]:
-            raise InputError(
-                f"{settings.test}: features have {widths[1]} dimensions, those of {train} {widths[0]}"
-            )
+        require_same_width(*found.values())
     for one in found.values():
         if len(one.features) < 2:
             raise InputError(f"{one.path}: at least two embeddings are needed")

@@ -12,10 +12,11 @@ from torch import Tensor
 from lvssl.evaluation.embedding import LARGE_SET
 from lvssl.evaluation.knn import customary, weighted_votes
 from lvssl.evaluation.score import score
-from lvssl.evaluation.stage import Measured, note_without_effect, peak_memory_mib
+from lvssl.evaluation.stage import Measured, note_without_effect
 from lvssl.evaluation.streamed import probed
 from lvssl.models.device import claim, pick_device
 from lvssl.runs.embeddings import Embeddings, open_pair_of_embeddings
+from lvssl.runs.progress import peak_memory
 from lvssl.runs.result import ResultFile
 from lvssl.settings.stages import KnnSettings, LinearSettings
 from pipelines.errors import InputError
@@ -57,7 +58,7 @@ def measure_embeddings(name: str, settings: KnnSettings | LinearSettings) -> Mea
         },
         **how,
         "seconds": round(time.monotonic() - started, 3),
-        "peak_memory_mib": peak_memory_mib(),
+        "peak_memory_mib": round(peak_memory(device) / 2**20, 1),
         "device": str(device),
     }
     return Measured(name, path, result.write(content))

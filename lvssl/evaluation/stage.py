@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import torch
 from lvssl.models.device import claim, encoding_precision, pick_device, precision
 from lvssl.runs.identity import describe_set, other_set
 from lvssl.runs.labels import LabelledDataset, check_pair, open_labelled, say_notes, sibling_test_set
+from lvssl.runs.progress import peak_memory
 from lvssl.runs.result import ResultFile, read_result
 from lvssl.runs.run import Run, load_run, require_classes_of, training_set, versions
 from lvssl.settings.fields import identity
@@ -118,7 +118,7 @@ class Stage(Generic[Settings]):
             "step": self.run.step,
             "data": data,
             **more,
-            "peak_memory_mib": peak_memory_mib(),
+            "peak_memory_mib": round(peak_memory(self.device) / 2**20, 1),
             "device": str(self.device),
             "arithmetic": self.run.arithmetic,
         }
@@ -200,11 +200,3 @@ def in_words(figures: dict[str, Any]) -> str:
     low, high = figures["top1_interval"]
     top5 = f" · top-5 {figures['top5']:.2f} %" if "top5" in figures else ""
     return f"top-1 {figures['top1']:.2f} % [{low:.2f}, {high:.2f}]{top5}"
-
-
-def peak_memory_mib() -> float:
-    """Return the peak memory so far: of the GPU if one is in use, otherwise of this process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
