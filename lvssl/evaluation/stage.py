@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from lvssl.models.device import claim, encoding_precision, pick_device, precision
 from lvssl.runs.identity import describe_set, other_set
@@ -20,6 +22,8 @@ from lvssl.settings.fields import identity
 from lvssl.settings.pretrain import EngineSettings
 from lvssl.settings.stages import LinearSettings, StageSettings, TrainingSettings
 from lvssl.training.distributed import World, from_first, world_of
+from lvssl.training.stopping import Stop
+from lvssl.training.supervised import Classifier, Recipe, SupervisedTrainer, largest_batch, predict, scaled_lr
 from pipelines.errors import InputError
 from pipelines.files import write_json
 
@@ -174,6 +178,34 @@ class Measured:
     path: Path
     done: dict[str, Any]
     world: World = World()  # noqa: RUF009 (frozen)
+
+
+def fit(
+    stage: Stage[Any], data: LabelledDataset, pair: dict[str, float], folder: Path, stop: Stop, title: str
+) -> tuple[Classifier, SupervisedTrainer]:
+    """Train a linear layer on the run's encoder, and the encoder too unless the stage is `linear`, or resume
+    an interrupted training. `pair`: lr, which is for a batch of 256, and weight_decay."""
+    settings, network = stage.settings, stage.run.network
+    frozen = isinstance(settings, LinearSettings)
+    batch = largest_batch(settings.batch_size, len(data), stage.world.size)
+    recipe = Recipe(
+        settings.epochs, batch, scaled_lr(pair["lr"], batch), pair["weight_decay"], settings.seed,
+        settings.checkpoint_minutes, settings.log_every, settings.workers,
+        0 if frozen else settings.min_steps, stage.engine,
+    )  # fmt: skip
+    model = Classifier(
+        network if frozen else copy.deepcopy(network), settings.representation, data, frozen, settings.seed
+    )
+    view = stage.run.settings.view
+    training = SupervisedTrainer(folder, model, data, view, recipe, stage.device, stage.world)
+    training.run(stop, title)
+    return model, training
+
+
+def predictions(stage: Stage[Any], model: Classifier, data: LabelledDataset) -> tuple[Tensor, Tensor]:
+    """Return the result of `predict`."""
+    view, workers, title = stage.run.settings.view, stage.settings.workers, f"{stage.name}: {data.path.name}"
+    return predict(model, data, view, stage.device, workers, stage.world, title, stage.engine)
 
 
 def note_without_effect(settings: LinearSettings, probe: str) -> None:
