@@ -55,19 +55,12 @@ class LVNet(nn.Module):
         self.backbone, features = build_backbone(model.backbone, resolution)
         self.feature_dim = features
         self.family = latent.distribution
-        self.latent, self.samples = latent, latent.samples
+        self.latent = latent
         self.dim = latent_dim(model, latent)
         if error := self.family.validation_error(self.dim):
             raise InputError(f"--dim must be {error}, got {self.dim}")
         at_projection = latent.site == "proj"
-        self.head = Head(
-            self.family,
-            model.projection if at_projection else features,
-            self.dim,
-            latent.init_scale,
-            latent.init_scale_start,
-            latent.posterior_scale == "learnt",
-        )
+        self.head = Head(latent, model.projection if at_projection else features, self.dim)
         self.projector = projector(features if at_projection else self.dim, model)
         has_clean = latent.clean_path_weight > 0 and self.family.stochastic
         self.clean_projector = projector(features, model) if has_clean else None
@@ -111,14 +104,14 @@ class LVNet(nn.Module):
         parameters = self.posterior_parameters(features, progress)
         kl = None
         if self.latent.reduction == "samples" and fused.usable(self.family, parameters):
-            drawn = fused.draw(self.family, parameters, self.samples, noise.key, noise.rows)
+            drawn = fused.draw(self.family, parameters, self.latent.samples, noise.key, noise.rows)
             samples, kl = drawn.sample[None], drawn.kl
         else:
             temperature = self.latent.relaxation
             if (start := self.latent.relaxation_start) is not None:
                 temperature = geometric(start, temperature, progress)
             posterior = self.family.posterior(parameters)
-            samples = posterior.sample(self.samples, noise, temperature)
+            samples = posterior.sample(self.latent.samples, noise, temperature)
         projections = self.project(samples)
         clean = self.clean_projector(features) if self.clean_projector is not None else None
         return Outputs(features, parameters, projections, clean, self.family, self.match_parameters, kl)
@@ -174,20 +167,13 @@ class Head(nn.Module):
     noise drowns the gradient, and few bits are ever used.
     """
 
-    def __init__(
-        self,
-        family: Family,
-        features: int,
-        dim: int,
-        init_scale: float,
-        init_scale_start: float | None = None,
-        learn_scale: bool = True,
-    ) -> None:
+    def __init__(self, latent: LatentSettings, features: int, dim: int) -> None:
         super().__init__()
-        self.family = family
+        self.family = family = latent.distribution
         locations, scales = family.location_count(dim), family.scale_count(dim)
-        factor, offset = family.initial_head(dim, init_scale)
-        first = family.initial_head(dim, init_scale_start)[0] if init_scale_start else None
+        factor, offset = family.initial_head(dim, latent.init_scale)
+        start = latent.init_scale_start
+        first = family.initial_head(dim, start)[0] if start else None
         # Settings, not state: a checkpoint doesn't hold them.
         self.register_buffer("factor", factor, persistent=False)
         self.register_buffer("first_factor", first, persistent=False)
@@ -195,7 +181,7 @@ class Head(nn.Module):
         self.linear = nn.Linear(features, locations, bias=False) if locations != features else nn.Identity()
         self.normalise = nn.BatchNorm1d(locations, affine=False)
         self.scale = None
-        if family.stochastic and scales and learn_scale:
+        if family.stochastic and scales and latent.posterior_scale == "learnt":
             self.scale = nn.Linear(features, scales)
             nn.init.zeros_(self.scale.weight)
             with torch.no_grad():

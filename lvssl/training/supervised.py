@@ -126,7 +126,7 @@ def represent(network: LVNet, images: Tensor, on: str, noise: Noise | None = Non
     if on == "code":
         return posterior.code().float() * 2 - 1
     if noise is not None:
-        return posterior.sample(network.samples, noise, network.latent.relaxation).mean(dim=0).float()
+        return posterior.sample(network.latent.samples, noise, network.latent.relaxation).mean(dim=0).float()
     return posterior.mean().float()
 
 
