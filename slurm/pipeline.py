@@ -122,7 +122,7 @@ class StageTable:
     """The table of one stage."""
 
     cluster: ClusterSettings
-    points: tuple["Point", ...] = ()  # one point, or those of a sweep
+    points: tuple[Point, ...] = ()  # one point, or those of a sweep
     swept: bool = False
 
 
