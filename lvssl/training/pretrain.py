@@ -20,7 +20,7 @@ from lvssl.settings.pretrain import PretrainSettings
 from lvssl.training.distributed import World, connected, from_first, gathered, world_of
 from lvssl.training.optimiser import describe_groups
 from lvssl.training.prepare import keep_compiled
-from lvssl.training.stopping import Interrupted, Stop, stop_signals
+from lvssl.training.stopping import Stop, stop_signals
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for, backend_for
 from pipelines.datasets.parts import are_there
@@ -28,8 +28,6 @@ from pipelines.decode import Reader, open_reader
 from pipelines.errors import InputError
 from pipelines.formats import jpeg
 from pipelines.loader import LoaderSettings, Replacements, TwoViewLoader, evaluation_batches
-
-__all__ = ["Interrupted", "Stop", "Trainer", "pretrain", "stop_signals"]
 
 CALIBRATION_IMAGES = 50_000
 

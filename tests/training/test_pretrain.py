@@ -20,7 +20,9 @@ from lvssl.runs.progress import read_metrics
 from lvssl.runs.run import RESULTS_VERSION, create_run, load_run, run_lock
 from lvssl.settings.fields import from_dict, to_dict
 from lvssl.settings.pretrain import PRESETS, PretrainSettings
-from lvssl.training.pretrain import Interrupted, Stop, Trainer, pretrain
+from lvssl.training.pretrain import pretrain
+from lvssl.training.stopping import Interrupted, Stop
+from lvssl.training.trainer import Trainer
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.loader import LoaderSettings, TwoViewLoader
