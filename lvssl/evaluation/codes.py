@@ -36,7 +36,6 @@ from lvssl.evaluation.encoder import (
     joined,
     queries_of,
     require_arithmetic,
-    width_of_means,
     write_coded,
 )
 from lvssl.evaluation.fitted import TrainingEmbeddings, TrainingImages
@@ -96,7 +95,7 @@ def encode(settings: EncodeSettings) -> Path:
     if encoder.density is None:  # the file that an earlier call left may be of other images
         path_beside(out, UNCERTAINTY.ending).unlink(missing_ok=True)
     codes = open_codes(out)
-    keep_quantiser(encoder.run if isinstance(encoder, Encoder) else encoder.known, codes, encoder.quantiser)
+    keep_quantiser(encoder.run, codes, encoder.quantiser)
     if settings.csv:
         write_uncertainties(settings.csv, codes)
     if settings.faiss:
@@ -131,7 +130,7 @@ def of_images(settings: EncodeSettings, out: Path) -> Encoder:
     code = chosen_code(run, settings.bits, settings.code, asked)
     source, names = image_set(settings.images)
     encoder = fitted_encoder(settings, code, images)
-    means = width_of_means(run) if settings.means else 0
+    means = run.network.dim if settings.means else 0
     with code_writer(encoder, out, means, identity(encoder, settings.images, names, on_error)) as writer:
         first = writer.position
         if first:
@@ -254,16 +253,14 @@ def pictured(
     """
     on_error = run.reading(settings)
     database = Pictures(run, settings.images or run.settings.data, on_error)
-    of_set = settings.query.suffix != ".lvcodes" and holds_many(settings.query)
-    asked = Pictures(run, settings.query, on_error) if of_set else database
+    many, coded = holds_many(settings.query), settings.query.suffix == ".lvcodes"
+    asked = Pictures(run, settings.query, on_error) if many and not coded else database
     for query, neighbours in found:
-        single = not of_set and settings.query.suffix != ".lvcodes"
-        keep = on_error == "keep"
-        if single:
-            pixels = decode_rgb(settings.query, keep=keep)
-            image = centre_crop(picture_view(run.settings.view, [min(pixels.shape[:2])]), pixels)
-        else:
+        if many:
             image = asked[query.name]
+        else:
+            pixels = decode_rgb(settings.query, keep=on_error == "keep")
+            image = centre_crop(picture_view(run.settings.view, [min(pixels.shape[:2])]), pixels)
         yield query.name, image, [(near.name, near.distance, database[near.name]) for near in neighbours]
 
 

@@ -79,8 +79,7 @@ def crop(images: np.ndarray, level: int, generator: np.random.Generator) -> np.n
     )
 
 
-Corruption = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
-CORRUPTIONS: dict[str, Corruption] = {
+CORRUPTIONS: dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarray]] = {
     "blur": blur,
     "noise": noise,
     "jpeg": jpeg,

@@ -30,10 +30,7 @@ from lvssl.codes.quantiser import Quantiser
 from lvssl.codes.search import rerank
 from lvssl.codes.writer import CodeWriter
 from lvssl.evaluation.density import Density, stored_density
-from lvssl.evaluation.quantisers import (
-    own_bits,
-    stored_quantiser,
-)
+from lvssl.evaluation.quantisers import stored_quantiser
 from lvssl.models import inference
 from lvssl.models.inference import Batches, in_batches
 from lvssl.runs.labels import readable, say_notes
@@ -359,15 +356,3 @@ def centre_crop(view: ViewSettings, image: np.ndarray) -> np.ndarray:
     out = np.empty((view.resolution, view.resolution, 3), np.uint8)
     resize_crop(np.ascontiguousarray(image), box, out)
     return out
-
-
-def codes_of(run: Run, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (the run's own codes, packed, uint8 [N, bytes]; the posteriors' means, float32 [N, D]) of crops
-    uint8 [N, R, R, 3]."""
-    parts = list(Encoder(run, own_bits(run)).coded(in_batches(torch.from_numpy(crops))))
-    return np.concatenate([part.codes for part in parts]), np.concatenate([part.means for part in parts])
-
-
-def width_of_means(run: Run) -> int:
-    side = run.settings.view.resolution
-    return codes_of(run, np.zeros((1, side, side, 3), np.uint8))[1].shape[1]

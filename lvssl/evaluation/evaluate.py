@@ -109,7 +109,10 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     names, seed = run_names(runs), run.settings.seed
     points, wrong, _ = measure(*sets, run.network, [], settings.probe_epochs)
     points += [("code", "code", sets[1].bits, of_code(run, sets[1], test, on_error))]
-    points += [("uncertainty", "", None, uncertainty(sets[1], wrong))]
+    # Whether the posterior's scale tells where features and probe fail.
+    score = r_auroc(sets[1].features, sets[1].labels, sets[1].uncertainty)._asdict()
+    score["aurc"] = risk_coverage_area(wrong, sets[1].uncertainty)
+    points += [("uncertainty", "", None, score)]
     rows = rows_of_points(names[0], seed, points)
     stages.update()
     left_out: list[str] = []
@@ -286,16 +289,6 @@ def describe_data(run: Run, settings: EvaluateSettings, train: Reader, test: Rea
         "train": len(train),
         "test": len(test),
         "resolution": run.settings.view.resolution,
-    }
-
-
-def uncertainty(test: Embedding, wrong: np.ndarray) -> dict[str, float]:
-    """Measure whether the posterior's scale tells where features and probe fail: scores in [0, 1]."""
-    score = r_auroc(test.features, test.labels, test.uncertainty)
-    return {
-        "r_auroc": score.r_auroc,
-        "recall_at_1": score.recall_at_1,
-        "aurc": risk_coverage_area(wrong, test.uncertainty),
     }
 
 

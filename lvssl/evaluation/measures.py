@@ -38,13 +38,7 @@ FIRST = 1000  # n of mAP@n
 SCORES = 2  # version of the uncertainty scores; a study repeats measurements of other versions
 HASHES = ("sign", "PCA + sign", "ITQ", "LSH")  # from lvssl.codes.controls, compared by Hamming distance
 EQUAL_BIT = (*HASHES, "OPQ")  # OPQ needs faiss
-LABEL_FREE = (
-    "posterior",
-    "rate",
-    "norm",
-    "distance",
-    "density",
-)  # uncertainty scores that have seen no labels
+LABEL_FREE = ("posterior", "rate", "norm", "distance", "density")  # scores that have seen no labels
 OF_LATENT = ("posterior", "rate")
 
 
@@ -135,7 +129,8 @@ def measured(
         if run.network.family.own_code:
             points.append(("code", "code", bits, of_one_code(data, bits)))
     if not run.network.family.stochastic:
-        points += equal_bit(data, codes)
+        for method, length, coder in equal_bit_coders(data.train.features, codes):
+            points.append(("code", method, length, of_one_code(data, length, coder)))
     described = {
         "deterministic": not run.network.family.stochastic,
         "bits": bits,
@@ -215,13 +210,6 @@ def equal_bit_coders(
         yield method, bits, coder
 
 
-def equal_bit(data: CodeEvaluationData, codes: Iterable[tuple[str, int]]) -> list[Point]:
-    return [
-        ("code", method, bits, of_one_code(data, bits, coder))
-        for method, bits, coder in equal_bit_coders(data.train.features, codes)
-    ]
-
-
 def of_one_code(data: CodeEvaluationData, bits: int, coder: Coder | None = None) -> dict[str, float]:
     """Return the metrics of one code; `coder` makes it from features, and is None for a run's own code."""
 
@@ -262,14 +250,13 @@ def of_scores(analysed: dict[str, Any]) -> list[Point]:
 
 def of_one_score(score: dict[str, float]) -> dict[str, float]:
     """Return the metrics in which arms are compared, and the AUROC of each out-of-distribution set."""
-    each = {name: value for name, value in score.items() if name.startswith(FOREIGN)}
     return {
         "r_auroc": score["r_auroc"],
         "aurc": score["aurc"],
         "ood": mean_of(score, FOREIGN),
         "corruption": mean_of(score, "rank "),
         "crop": score["crops less certain"],
-        **each,
+        **{name: value for name, value in score.items() if name.startswith(FOREIGN)},
     }
 
 
