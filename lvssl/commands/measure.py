@@ -28,14 +28,15 @@ def stage(kind: str, name: str) -> Callable[[list[str]], int]:
         from lvssl.training.stopping import Interrupted
 
         if not isinstance(settings, stages.FinetuneSettings) and is_embeddings(settings.run):
-            show(measure_embeddings(function, settings))
+            show(function, *measure_embeddings(function, settings))
             return 0
         try:
             done = getattr(importlib.import_module(module), function)(settings)
         except Interrupted as stopped:
             print(stopped, file=sys.stderr)
             return 143
-        show(done)
+        if done.done is not None and done.world.first:
+            show(function, done.path, done.done)
         return 0
 
     return run

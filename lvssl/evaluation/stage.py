@@ -170,16 +170,6 @@ def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
     return stage
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A result for embeddings, which don't come from a run."""
-
-    name: str
-    path: Path
-    done: dict[str, Any]
-    world: World = World()  # noqa: RUF009 (frozen)
-
-
 def fit(
     stage: Stage[Any], data: LabelledDataset, pair: dict[str, float], folder: Path, stop: Stop, title: str
 ) -> tuple[Classifier, SupervisedTrainer]:
@@ -214,13 +204,11 @@ def note_without_effect(settings: LinearSettings, probe: str) -> None:
         print(f"note: {said}", file=sys.stderr, flush=True)
 
 
-def show(stage: Stage[Any] | Measured) -> None:
-    """Print a finished stage; only the first rank does."""
-    if stage.done is None or not stage.world.first:
-        return
-    for representation, figures in stage.done["results"].items():
-        print(f"{stage.name} on {representation}: {in_words(figures)}")
-    print(f"written: {stage.path}")
+def show(name: str, path: Path, result: dict[str, Any]) -> None:
+    """Print the result of a stage."""
+    for representation, figures in result["results"].items():
+        print(f"{name} on {representation}: {in_words(figures)}")
+    print(f"written: {path}")
 
 
 def in_words(figures: dict[str, Any]) -> str:
