@@ -41,7 +41,7 @@ from lvssl.evaluation.encoder import (
     crops_of,
     every_image,
     identity,
-    names_of,
+    names_or_numbers,
     write_coded,
 )
 from lvssl.evaluation.fitted import SAMPLE, TrainingEmbeddings, TrainingImages
@@ -231,7 +231,7 @@ def embedded(
     encoder: Encoder, settings: CurateSettings, out: Path, title: str, path: Path, source: Reader
 ) -> Embedded:
     """Return the set's embedding from `out`, after writing it there if it doesn't exist yet."""
-    run, names, file = encoder.run, names_of(source, path), out / f"{title}.lvcodes"
+    run, names, file = encoder.run, names_or_numbers(source, path), out / f"{title}.lvcodes"
     on_error = run.on_error(settings.on_error)
     digest = describe_set(source, labelled=False)["digest"]  # corrected labels leave embeddings as they are
     of = f"{digest} {encoder.density and encoder.density.digest}"

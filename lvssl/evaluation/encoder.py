@@ -33,10 +33,9 @@ from lvssl.evaluation.density import Density, stored_density
 from lvssl.evaluation.quantisers import stored_quantiser
 from lvssl.models import inference
 from lvssl.models.inference import Batches, in_batches
-from lvssl.runs.labels import readable, say_notes
+from lvssl.runs.labels import names_of, readable, say_notes
 from lvssl.runs.run import Run
 from lvssl.settings.fields import beyond_defaults
-from pipelines.datasets.beton import stored_names
 from pipelines.datasets.parts import files_of
 from pipelines.decode import DamagedSample, Reader, open_reader
 from pipelines.decode.images import ImageReader
@@ -294,7 +293,7 @@ def image_set(path: Path) -> tuple[Reader, list[str]]:
         raise InputError(f"{path}: a single image; pass its folder, or use `search --query`")
     source = every_image(path) or open_reader(path)
     say_notes(source)
-    return source, names_of(source, path)
+    return source, names_or_numbers(source, path)
 
 
 def every_image(path: Path) -> Reader | None:
@@ -324,14 +323,9 @@ def say_left_out(reason: str) -> None:
     tqdm.write(f"warning: left out: {reason}", file=sys.stderr)
 
 
-def names_of(source: Reader, path: Path) -> list[str]:
-    """Return the names from the source or its manifest, otherwise the positions."""
-    if hasattr(source, "names"):
-        return list(source.names)
-    names = stored_names(path)
-    if names is not None and len(names) == len(source):
-        return names
-    return [str(i) for i in range(len(source))]
+def names_or_numbers(source: Reader, path: Path) -> list[str]:
+    """Return the names of a set's images, or else their positions."""
+    return names_of(source, path) or [str(i) for i in range(len(source))]
 
 
 def identity(encoder: Encoder, images: Path, names: list[str], on_error: str) -> str:
