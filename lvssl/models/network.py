@@ -195,7 +195,7 @@ class Head(nn.Module):
             return torch.cat([location, self.running("mean").expand_as(location)], dim=1)
         factor, first = self.get_buffer("factor"), self._buffers["first_factor"]
         if first is not None and progress < 1:
-            factor = first ** (1 - progress) * factor**progress
+            factor = geometric(first, factor, progress)
         rows = features.shape[0]  # not len(), which an export would fix to the example's
         offset = self.get_buffer("offset").expand(rows, -1)
         scale = self.scale(features) if self.scale is not None else offset
@@ -222,7 +222,7 @@ def latent_dim(model: ModelSettings, latent: LatentSettings) -> int:
     return latent.dim or (model.projection if latent.site == "proj" else feature_dim(model.backbone))
 
 
-def geometric(start: float, end: float, progress: float) -> float:
+def geometric(start: Any, end: Any, progress: float) -> Any:
     """Interpolate from start to end in equal ratios."""
     return start ** (1 - progress) * end**progress
 
