@@ -1,6 +1,5 @@
 """Evaluate a run with linear probes and kNN, next to its control and to baselines that need no training."""
 
-import io
 import shutil
 import sys
 from collections.abc import Iterator
@@ -56,7 +55,7 @@ from pipelines.datasets.parts import files_of
 from pipelines.datasets.recognise import set_name
 from pipelines.decode import Reader
 from pipelines.errors import InputError
-from pipelines.files import naming, write_atomically
+from pipelines.files import naming, written_aside
 from pipelines.formats.manifest import content_of, manifest_path
 from pipelines.kernels.pack import unpack_bits
 from pipelines.loader import Replacements, evaluation_crops
@@ -343,9 +342,8 @@ def write_gallery(
         "least_certain": in_test(uncertain),
         "uncertainty": np.concatenate([test.uncertainty[from_test], train.uncertainty[from_train]]),
     }
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **content)  # type: ignore[arg-type]
-    write_atomically(path, buffer.getvalue())
+    with written_aside(path) as file:
+        np.savez_compressed(file, **content)  # type: ignore[arg-type]
 
 
 def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
