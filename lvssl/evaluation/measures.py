@@ -25,6 +25,7 @@ from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
 from lvssl.evaluation.scorer import uncertainty
 from lvssl.evaluation.sets import Sampling, Sets, a_sample, embed_both
+from lvssl.evaluation.streamed import Bits
 from lvssl.models.inference import device_of
 from lvssl.models.network import latent_dim
 from lvssl.runs.labels import sound_part
@@ -32,7 +33,7 @@ from lvssl.runs.rows import FOREIGN, Point, Row, rows_of_points
 from lvssl.runs.run import Run
 from lvssl.settings.pretrain import PretrainSettings
 from pipelines.decode import Reader
-from pipelines.kernels.pack import pack_bits, unpack_bits
+from pipelines.kernels.pack import pack_bits
 
 FIRST = 1000  # n of mAP@n
 SCORES = 2  # version of the uncertainty scores; a study repeats measurements of other versions
@@ -217,7 +218,7 @@ def of_one_code(data: CodeEvaluationData, bits: int, coder: Coder | None = None)
         return own if coder is None else coder.encode(features)
 
     def vectors(packed: np.ndarray) -> np.ndarray:
-        return signs(packed, bits) if coder is None else coder.decode(packed)
+        return Bits(packed, bits, off=-1.0)[:] if coder is None else coder.decode(packed)
 
     packed = [coded(each.features, each.codes) for each in data[:2]]
     by_hamming = packed if coder is None or coder.hamming else None
@@ -228,10 +229,6 @@ def of_one_code(data: CodeEvaluationData, bits: int, coder: Coder | None = None)
         regressed = ridge_each(x[0], parts[0][1], x[1], parts[1][1])
         found[f"{kind}_r2"] = float(np.nanmean([r.r2 for r in regressed.values()]))
     return found
-
-
-def signs(packed: np.ndarray, bits: int) -> np.ndarray:
-    return 2 * unpack_bits(packed, bits).astype(np.float32) - 1
 
 
 # Uncertainty ----------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def fit(
 def predictions(stage: Stage[Any], model: Classifier, data: LabelledDataset) -> tuple[Tensor, Tensor]:
     """Return the result of `predict`."""
     view, workers, title = stage.run.settings.view, stage.settings.workers, f"{stage.name}: {data.path.name}"
-    return predict(model, data, view, stage.device, workers, stage.world, title, stage.engine)
+    return predict(model, data, view, workers, stage.world, title, stage.engine)
 
 
 def note_without_effect(settings: LinearSettings, probe: str) -> None:

@@ -87,7 +87,7 @@ def test_predictions_are_of_the_features_that_evaluations_embed(loaded, test_set
     model.linear = nn.Linear(width, width)
     nn.init.eye_(model.linear.weight)  # a sum of a feature and zeros is exact
     nn.init.zeros_(model.linear.bias)
-    found, answers = predict(model, test_set, loaded.settings.view, CPU, workers=2)
+    found, answers = predict(model, test_set, loaded.settings.view, workers=2)
     assert np.array_equal(found.numpy(), known.features) and torch.equal(answers, test_set.answers)
 
 
