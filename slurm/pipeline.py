@@ -55,9 +55,8 @@ class ClusterSettings:
     # Words before each process's command, such as ("apptainer", "exec", "--nv", "lvssl.sif"); python3 is then
     # the container's.
     container: tuple[str, ...] = ()
-    options: Mapping[str, str | int | bool] = field(
-        default_factory=dict
-    )  # further options of sbatch, by their long names
+    # Further options of sbatch, by their long names.
+    options: Mapping[str, str | int | bool] = field(default_factory=dict)
     warning: int = 120  # seconds before the time limit at which the job is told to save and requeue
     concurrency: int = 8  # tasks of one stage at the same time
     crashes: int = 3  # restarts after crashes; preemptions and time limits don't count

@@ -61,15 +61,8 @@ def build_stages(pipeline: Pipeline) -> list[Stage]:
     point = table.points[0]
     key = digest("pretrain", point.settings, data["train"][1])
     run = pipeline.out / f"pretrain-{key[:8]}"
-    arguments = (
-        "pretrain",
-        "--data",
-        str(data["train"][0]),
-        "--out",
-        str(run),
-        *options({"preset": DEFAULTS} | point.given),
-        "--resume",
-    )
+    where = ("--data", str(data["train"][0]), "--out", str(run))
+    arguments = ("pretrain", *where, *options({"preset": DEFAULTS} | point.given), "--resume")
     pretrain = Task(
         "pretrain", key, "lvssl", arguments, (run / "checkpoints",), run=run, reads=data["train"][:1]
     )
@@ -78,14 +71,8 @@ def build_stages(pipeline: Pipeline) -> list[Stage]:
     stages += measured
     keys = [task.digest for stage in measured for task in stage.tasks]
     after = tuple(stage.name for stage in measured) or ("pretrain",)
-    page = Task(
-        "report",
-        digest("report", None, key, *keys),
-        "lvssl",
-        ("report", str(run)),
-        (run / "report.html",),
-        run=run,
-    )
+    shown = digest("report", None, key, *keys)
+    page = Task("report", shown, "lvssl", ("report", str(run)), (run / "report.html",), run=run)
     stages.append(Stage("report", after, (page,), pipeline.stages["report"].cluster))
     return stages
 
