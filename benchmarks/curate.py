@@ -104,7 +104,7 @@ def measured(runs: list[Path], images: Path, seed: int, folder: Path) -> list[di
 
         def found(run: Path = run, out: Path = out, **changes: Any) -> list[dict[str, Any]]:
             settings = CurateSettings(run, folder / "set", out=out, subset=0, top_n=0, **changes)
-            head, lines = curate(settings).tables["duplicates"]
+            head, lines, _ = curate(settings).tables["duplicates"]
             return [dict(zip(head, line)) for line in lines]
 
         about = {"run": run.name, "images": str(images.name), "seed": seed}
@@ -115,7 +115,7 @@ def measured(runs: list[Path], images: Path, seed: int, folder: Path) -> list[di
     small = shrink(pixels[:, None], 16).flatten(1, 2)
     np.save(folder / "train.npy", ((small + small.flip(2)) / 2).flatten(1).numpy())
     given = CurateSettings(folder / "train.npy", out=folder / "pixels", cosine=0.5, subset=0, top_n=0)
-    head, lines = curate(given).tables["duplicates"]
+    head, lines, _ = curate(given).tables["duplicates"]
     pairs = [dict(zip(head, line)) for line in lines]
     for pair in pairs:
         for name in ("name", "other_name"):
