@@ -184,6 +184,19 @@ def from_dict(kind: Any, values: Any, where: str = "config") -> Any:
     return kind(**made)
 
 
+def replaced(settings: Any, flat: Mapping[str, Any]) -> Any:
+    """Replace settings by the values in `flat`, in whichever group has them."""
+    changes = {}
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if dataclasses.is_dataclass(value):
+            changes[f.name] = replaced(value, flat)
+        elif f.name in flat:
+            given = flat[f.name]
+            changes[f.name] = tuple(given) if isinstance(given, list) else given
+    return dataclasses.replace(settings, **changes)
+
+
 WRONG = object()
 
 
