@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lvssl.settings.fields import RUNTIME, WRONG, replaced, typed
+from lvssl.settings.fields import RUNTIME, WRONG, flat_hints, replaced, typed
 from pipelines.convert.store import Settings as Conversion
 from pipelines.datasets.parts import is_by_name, parts_of
 from pipelines.errors import InputError
-from slurm.values import fields_of, flat_hints, is_path, words
+from slurm.values import fields_of, is_path, words
 
 if sys.version_info >= (3, 11):
     import tomllib

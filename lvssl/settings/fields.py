@@ -9,7 +9,7 @@ import math
 import shlex
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pipelines.errors import InputError
 
@@ -58,6 +58,14 @@ def all_settings(settings: Any, start: Any = None) -> Iterator[Setting]:
                 yield dataclasses.replace(inner, name=f"{field.name}.{inner.name}")
         else:
             yield Setting(field.name, value, default, field.metadata)
+
+
+def flat_hints(kind: Any) -> dict[str, Any]:
+    """Map the options of settings of that kind, including those in groups, to their types."""
+    flat: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        flat |= flat_hints(hint) if dataclasses.is_dataclass(hint) else {name: hint}
+    return flat
 
 
 def require_finite(settings: Any) -> None:
