@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 
-import numpy as np
 import torch
 
 from lvssl.models.device import claim, encoding_precision, pick_device, precision
@@ -23,6 +22,7 @@ from lvssl.training.prepare import keep_compiled
 from lvssl.training.stopping import Stop, stop_signals
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for, backend_for
+from pipelines.datasets.dataset import evenly_spaced
 from pipelines.datasets.parts import are_there
 from pipelines.decode import Reader, open_reader
 from pipelines.errors import InputError
@@ -128,7 +128,7 @@ def calibrate(trainer: Trainer, source: Reader) -> None:
     """Set exact statistics for the code's thresholds, from the training images without augmentation."""
     settings, world = trainer.settings, trainer.world
     count = min(len(source), CALIBRATION_IMAGES) // world.size * world.size
-    chosen = np.linspace(0, len(source) - 1, count).astype(np.int64)[world.rank :: world.size]
+    chosen = evenly_spaced(len(source), count)[world.rank :: world.size]
     for network in [trainer.network, trainer.ema.module] if trainer.ema else [trainer.network]:
         network.precision = encoding_precision(settings.engine, trainer.device)
         replacements = Replacements(source, settings.on_error)  # all ranks need equally many images
