@@ -4,16 +4,15 @@ import argparse
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from lvssl.commands.arguments import asks_for_help, parse
 
 
-def pretrain(arguments: list[str]) -> int:
-    from lvssl.settings.fields import shell_line
-    from lvssl.settings.pretrain import PRESETS, PretrainSettings, preset
+def start_from(arguments: list[str]) -> tuple[Any, str]:
+    """Return the settings that the options change, and what they were chosen for, "" if they weren't."""
+    from lvssl.settings.pretrain import PretrainSettings, preset
     from pipelines.datasets.parts import are_there, is_by_name
-    from pipelines.decode import DamagedSample
-    from pipelines.errors import InputError
 
     usage = "lvssl pretrain [-h] [OPTIONS]"
     first = argparse.ArgumentParser("lvssl pretrain", usage, add_help=False, allow_abbrev=False)
@@ -26,22 +25,28 @@ def pretrain(arguments: list[str]) -> int:
     first.add_argument("--backbone", default="")
     first.add_argument("--epochs", default="")
     known, others = first.parse_known_args(arguments)
-    settings, what = PretrainSettings(), ""
+    if known.preset is not None:
+        return preset(known.preset), ""
     if known.resume and known.out and (known.out / "config.json").exists():
         from lvssl.runs.run import read_config
 
-        settings = replace(read_config(known.out)[0], out=known.out)
-    elif (
-        known.preset is None
-        and not asks_for_help(others)
-        and (is_by_name(known.data) or are_there(known.data))
-    ):
+        return replace(read_config(known.out)[0], out=known.out), ""
+    if not asks_for_help(others) and (is_by_name(known.data) or are_there(known.data)):
         from lvssl.commands.suggest import suggest
 
         epochs = int(known.epochs) if known.epochs.isdecimal() else 0
-        settings, what = suggest(known.data, known.source, known.device, known.backbone, epochs)
-    if known.preset is not None:
-        settings = preset(known.preset)
+        return suggest(known.data, known.source, known.device, known.backbone, epochs)
+    return PretrainSettings(), ""
+
+
+def pretrain(arguments: list[str]) -> int:
+    from lvssl.settings.fields import shell_line
+    from lvssl.settings.pretrain import PRESETS, PretrainSettings
+    from pipelines.datasets.parts import are_there
+    from pipelines.decode import DamagedSample
+    from pipelines.errors import InputError
+
+    settings, what = start_from(arguments)
 
     @dataclass(frozen=True)
     class Pretrain:

@@ -36,9 +36,7 @@ OF_LAYERS: dict[str, Any] = {"optimiser": "adamw", "lr": 5e-4, "weight_decay": 0
 WARMUP = 0.1  # share of the epochs in that recipe
 
 
-def suggest(
-    data: Path, source: str = "auto", device: str = "auto", backbone: str = "", epochs: int = 0
-) -> tuple[PretrainSettings, str]:
+def suggest(data: Path, source: str, device: str, backbone: str, epochs: int) -> tuple[PretrainSettings, str]:
     """Return settings to start from, and a description of what they were chosen for. `backbone` and `epochs`
     are those given by the user, if any.
 
@@ -52,9 +50,8 @@ def suggest(
     images = open_reader(data, source, str(chosen))
     side = median_side(images)
     where = f"{cores()} CPU cores" if not memory else f"a GPU of {memory / GIB:.0f} GiB"
-    return suited(
-        len(images), side, memory, backbone, epochs
-    ), f"{len(images):,} images of {side} px on {where}"
+    settings = suited(len(images), side, memory, backbone, epochs)
+    return settings, f"{len(images):,} images of {side} px on {where}"
 
 
 def median_side(images: Reader) -> int:
