@@ -155,11 +155,7 @@ def part(name: str, source: ImageSource, beton: Path, folder: Path, key: str, k:
     out = beton.with_name(f"{beton.stem}.part-{k:03d}-of-{source.shards:03d}.beton")
     arguments = (*convert(source, beton, folder), "--shard", shard)
     return Task(
-        f"convert-{name}-{k:03d}",
-        digest("part", shard, key),
-        CONVERT,
-        arguments,
-        (out, Path(f"{out}.json")),
+        f"convert-{name}-{k:03d}", digest("part", shard, key), CONVERT, arguments, (out, Path(f"{out}.json"))
     )
 
 

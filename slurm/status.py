@@ -120,8 +120,7 @@ def standing(
         return made("not run", f"{broken} failed" if broken else "")
     if record is None:  # it never began: ended by Slurm, mostly because what it waited for failed
         return made(
-            "not run",
-            f"{broken} failed" if broken else accounts.get(number, state or "never started"),
+            "not run", f"{broken} failed" if broken else accounts.get(number, state or "never started")
         )
     cluster = job.get("cluster", record.cluster)
     if record.state == "running" and cluster != "slurm" and scheduler.alive(number, record.host, cluster):

@@ -96,10 +96,7 @@ def check() -> list[Check]:
             "g++",
         ),
         lambda: check_optional(
-            "triton",
-            "triton",
-            "the CPU and plain torch versions of every kernel work",
-            pip_install("triton"),
+            "triton", "triton", "the CPU and plain torch versions of every kernel work", pip_install("triton")
         ),
         check_dali,
         lambda: check_optional(
@@ -284,11 +281,7 @@ def check_dali() -> Check:
     cuda = getattr(getattr(torch, "version", None), "cuda", None) or "13"
     extra = f"dali-cu{cuda.split('.')[0]}0"
     return Check(
-        "DALI",
-        ABSENT,
-        failure,
-        "everything works except --source dali",
-        pip_install(f"lvssl[{extra}]"),
+        "DALI", ABSENT, failure, "everything works except --source dali", pip_install(f"lvssl[{extra}]")
     )
 
 
@@ -352,13 +345,7 @@ def check_shared_memory() -> Check:
     try:
         size = shutil.disk_usage("/dev/shm").total / GIB
     except OSError as error:
-        return Check(
-            "/dev/shm",
-            LOW,
-            str(error),
-            "processes can't share tensors",
-            "docker run --shm-size=8g",
-        )
+        return Check("/dev/shm", LOW, str(error), "processes can't share tensors", "docker run --shm-size=8g")
     if size < 1:
         without = "one process works; several on one machine may crash with a bus error"
         return Check("/dev/shm", LOW, f"{size:.2f} GiB", without, "docker run --shm-size=8g")

@@ -7,15 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lvssl.codes.file import (
-    MAGIC,
-    MEANS,
-    UNCERTAINTY,
-    CodeFile,
-    open_codes,
-    open_uncertainty,
-    path_beside,
-)
+from lvssl.codes.file import MAGIC, MEANS, UNCERTAINTY, CodeFile, open_codes, open_uncertainty, path_beside
 from lvssl.codes.index import write_faiss
 from lvssl.evaluation.density import density_of
 from lvssl.evaluation.embedding_codes import EmbeddingEncoder

@@ -22,14 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as functional
 
-from lvssl.codes.file import (
-    THUMBNAILS,
-    CodeFileError,
-    open_codes,
-    open_means,
-    open_table,
-    open_uncertainty,
-)
+from lvssl.codes.file import THUMBNAILS, CodeFileError, open_codes, open_means, open_table, open_uncertainty
 from lvssl.codes.search import hamming_distances
 from lvssl.evaluation.density import density_of, fit_density
 from lvssl.evaluation.embedding import shrink

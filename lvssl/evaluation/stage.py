@@ -154,10 +154,7 @@ def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
     run = load_run(settings.run, device)
     train = training_set(run, settings.train)
     settings = replace(
-        settings,
-        train=train,
-        test=settings.test or sibling_test_set(train),
-        on_error=run.reading(settings),
+        settings, train=train, test=settings.test or sibling_test_set(train), on_error=run.reading(settings)
     )
     path = settings.out or settings.run / result
     if path.suffix != ".json":

@@ -7,14 +7,7 @@ from typing import TypeVar
 from tyro import MISSING
 from tyro.conf import Positional
 
-from lvssl.settings.fields import (
-    PER_CALL,
-    POSITIONAL,
-    RUNTIME,
-    ReadsImages,
-    require_finite,
-    without_effect,
-)
+from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME, ReadsImages, require_finite, without_effect
 from lvssl.settings.pretrain import PRECISIONS, above_zero, at_least, choice, require
 from pipelines.decode import SOURCES
 from pipelines.errors import ON_ERROR, InputError
