@@ -149,23 +149,9 @@ def row_of(pipeline: Pipeline, each: Standing, swept: bool) -> list[str]:
     step, speed, left, metric = progress(pipeline, each) if each.task.name == "pretrain" else ("", "", "", "")
     if swept and each.task.label:
         metric = each.task.label
-    state = (
-        f"{each.state} ({each.reason})"
-        if each.reason and each.reason not in ("None", "Dependency")
-        else each.state
-    )
-    restarts = f"{each.restarts}" + (f", {each.crashes} crashes" if each.crashes else "")
-    return [
-        each.task.name,
-        state,
-        step,
-        speed,
-        left,
-        metric,
-        restarts if each.job else "",
-        each.job,
-        each.log,
-    ]
+    state = each.state + (f" ({each.reason})" if each.reason not in ("", "None", "Dependency") else "")
+    restarts = f"{each.restarts}" + (f", {each.crashes} crashes" if each.crashes else "") if each.job else ""
+    return [each.task.name, state, step, speed, left, metric, restarts, each.job, each.log]
 
 
 def progress(pipeline: Pipeline, each: Standing) -> tuple[str, str, str, str]:

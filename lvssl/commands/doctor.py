@@ -330,13 +330,8 @@ def check_disk() -> Check:
     free = shutil.disk_usage(folder).free / GIB
     found = f"{free:.1f} GiB free at {folder}"
     if free < 5:
-        return Check(
-            "disk",
-            LOW,
-            found,
-            "the demo needs under 1 GiB, ImageNet as .beton 20 to 100",
-            f"du -xhd1 {folder}",
-        )
+        without = "the demo needs under 1 GiB, ImageNet as .beton 20 to 100"
+        return Check("disk", LOW, found, without, f"du -xhd1 {folder}")
     return Check("disk", OK, found)
 
 
@@ -382,13 +377,8 @@ def check_cores() -> Check:
     threads += [torch.get_num_threads()] if torch else []
     if max(threads, default=1) > usable:
         without = "works, but more threads than cores are slower"
-        return Check(
-            "cores",
-            LOW,
-            found,
-            without,
-            " ".join(["export", *(f"{name}={usable}" for name in set_by or ["OMP_NUM_THREADS"])]),
-        )
+        command = " ".join(["export", *(f"{name}={usable}" for name in set_by or ["OMP_NUM_THREADS"])])
+        return Check("cores", LOW, found, without, command)
     return Check("cores", OK, found)
 
 

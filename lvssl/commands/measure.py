@@ -158,21 +158,12 @@ def runs(arguments: list[str]) -> None:
     metrics = [chosen.best] if chosen.best else ["loss", RANK, ONLINE, "linear", "knn"]
     if chosen.best:
         found = ranked(found, chosen.best)
-    show_table(
-        [
-            ("run", "state", "step", *metrics, "disk"),
-            *(
-                (
-                    str(one.folder),
-                    one.state,
-                    f"{one.step:,}/{one.steps:,}" if one.steps else f"{one.step:,}",
-                    *(number_text(one.figures[name], 4) if name in one.figures else "" for name in metrics),
-                    size_text(one.size),
-                )
-                for one in found
-            ),
-        ]
-    )
+    rows = [("run", "state", "step", *metrics, "disk")]
+    for one in found:
+        step = f"{one.step:,}/{one.steps:,}" if one.steps else f"{one.step:,}"
+        values = [number_text(one.figures[name], 4) if name in one.figures else "" for name in metrics]
+        rows.append((str(one.folder), one.state, step, *values, size_text(one.size)))
+    show_table(rows)
 
 
 def show_table(rows: list[tuple[str, ...]]) -> None:

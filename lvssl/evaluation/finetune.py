@@ -73,10 +73,8 @@ def sweep(
     fitted, held = split(labelled, stage.settings.validation_fraction, stage.settings.seed)
     if len(pairs) == 1 or not len(held) or not len(fitted):
         if len(pairs) > 1:
-            print(
-                f"too few labels to hold any out: using the middle one of {len(pairs)} settings",
-                file=sys.stderr,
-            )
+            said = f"too few labels to hold any out: using the middle one of {len(pairs)} settings"
+            print(said, file=sys.stderr)
         return [pairs[len(pairs) // 2] | {"held_out": None, "seconds": 0.0}]
     record = folder / "trials.json"
     trials: list[dict[str, Any]] = from_first(stage.world, lambda: read_trials(record))

@@ -198,15 +198,8 @@ def accuracy(result: dict[str, Any]) -> Any:
                 if not values:
                     continue
                 error = statistics.stdev(values) if len(values) > 1 else 0
-                axis.errorbar(
-                    bits * 1.04**number,
-                    statistics.mean(values),
-                    error,
-                    fmt=marker,
-                    color=colour,
-                    label=label,
-                    capsize=3,
-                )
+                place, mean = bits * 1.04**number, statistics.mean(values)
+                axis.errorbar(place, mean, error, fmt=marker, color=colour, label=label, capsize=3)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda bits, _: f"{bits:,.0f}")
         axis.set_title(title, fontsize=10)

@@ -68,11 +68,8 @@ class Progress:
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
             left = time_text((self.steps - step) * self.images / max(self.images_per_second(), 1e-9))
-            print(
-                f"{self.title}: {self.unit} {step}/{self.steps} · {text} · {left} left",
-                file=sys.stderr,
-                flush=True,
-            )
+            said = f"{self.title}: {self.unit} {step}/{self.steps} · {text} · {left} left"
+            print(said, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
