@@ -211,11 +211,8 @@ def in_words(work: Work, new: list[str]) -> str:
         return f"in progress as job {', '.join(work.under_way)}" if work.under_way else work.why
     first = new[0].split("_")[0]
     text = f"job {first}" + (f", an array of {len(new)}" if len(new) > 1 else "")
-    return text + (
-        f" ({len(work.stage.tasks) - len(new)} tasks are done or in progress)"
-        if len(new) < len(work.stage.tasks)
-        else ""
-    )
+    others = len(work.stage.tasks) - len(new)
+    return text + (f" ({others} tasks are done or in progress)" if others else "")
 
 
 def table_of(stage: Stage) -> str:

@@ -123,10 +123,8 @@ def result_of(name: str, run: Path, key: str, swept: bool, on: str) -> tuple[Pat
 def data_stages(pipeline: Pipeline) -> tuple[list[Stage], dict[str, tuple[Path, str]]]:
     """The stages that make the betons, and each beton with its digest."""
     if pipeline.data is not None:
-        return [], {
-            name: (path, identities(path))
-            for name, path in (("train", pipeline.data.train), ("test", pipeline.data.test))
-        }
+        sets = {"train": pipeline.data.train, "test": pipeline.data.test}
+        return [], {name: (path, identities(path)) for name, path in sets.items()}
     parts: list[Task] = []
     merges: list[Task] = []
     data, folder = {}, pipeline.file.parent

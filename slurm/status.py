@@ -39,11 +39,8 @@ def status(file: Path, starts: Starts) -> str:
     rows = [list(COLUMNS)]
     for stage in stages:
         each = by_stage[stage.name]
-        shown = (
-            each
-            if len(each) == 1 or stage.swept
-            else [summary(stage, each), *[s for s in each if s.state in FAILED]]
-        )
+        failed_ones = [s for s in each if s.state in FAILED]
+        shown = each if len(each) == 1 or stage.swept else [summary(stage, each), *failed_ones]
         rows += [row_of(pipeline, standing, stage.swept) for standing in shown]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
@@ -182,11 +179,9 @@ def cancel(file: Path, starts: Starts) -> str:
         until = time.monotonic() + 60
         while live and time.monotonic() < until and still_there(live):
             time.sleep(0.5)
-    return (
-        f"cancelled: {', '.join(f'{mine[job]} ({job})' for job in reversed(live))}"
-        if live
-        else "no job of this pipeline is queued or running"
-    )
+    if not live:
+        return "no job of this pipeline is queued or running"
+    return f"cancelled: {', '.join(f'{mine[job]} ({job})' for job in reversed(live))}"
 
 
 def still_there(jobs: list[str]) -> bool:

@@ -154,16 +154,9 @@ def nearest_on_cpu(train_x: Any, queries: Tensor, k: int) -> tuple[Tensor, Tenso
                 block = queries[start : start + BLOCK]
                 cosines = out.flatten()[: len(block) * len(tile)].view(len(block), len(tile))
                 torch.mm(block, tile.T, out=cosines)
+                buffers = [of[start : start + BLOCK] for of in (keys, held, limits)]
                 tasks = [
-                    pool.submit(
-                        take_nearest,
-                        cosines.numpy()[part],
-                        first,
-                        keys[start : start + BLOCK][part],
-                        held[start : start + BLOCK][part],
-                        limits[start : start + BLOCK][part],
-                        k,
-                    )
+                    pool.submit(take_nearest, cosines.numpy()[part], first, *(of[part] for of in buffers), k)
                     for part in slices(len(block), torch.get_num_threads())
                 ]
                 for task in tasks:

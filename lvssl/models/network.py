@@ -65,12 +65,10 @@ class LVNet(nn.Module):
         has_clean = latent.clean_path_weight > 0 and self.family.stochastic
         self.clean_projector = projector(features, model) if has_clean else None
         self.match_parameters = nn.Parameter(torch.zeros(2)) if latent.objective == "hib" else None
-        code_bits = self.family.code_bits(self.dim)
-        self.probes = (
-            nn.ModuleDict({"features": nn.Linear(features, classes), "code": nn.Linear(code_bits, classes)})
-            if classes
-            else None
-        )
+        self.probes: nn.ModuleDict | None = None
+        if classes:
+            widths = {"features": features, "code": self.family.code_bits(self.dim)}
+            self.probes = nn.ModuleDict({name: nn.Linear(of, classes) for name, of in widths.items()})
 
     def encode(self, images: Tensor) -> tuple[Tensor, Posterior]:
         """Return features h [N, F] (in the precision's type) and the posterior (fp32)."""

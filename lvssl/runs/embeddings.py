@@ -129,11 +129,8 @@ def open_embeddings(path: Path, labelled: bool = True) -> Embeddings:
             good = np.isfinite(features[start : start + READ].astype(np.float32)).all(1)
         if not good.all():
             row = start + good.argmin()
-            what = (
-                "beyond the range of fp32"
-                if np.isfinite(features[row]).all()
-                else "that isn't a finite number"
-            )
+            large = np.isfinite(features[row]).all()
+            what = "beyond the range of fp32" if large else "that isn't a finite number"
             raise InputError(f"{path}: row {row} has a value {what}")
     return Embeddings(path, features, labels)
 

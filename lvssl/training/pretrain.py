@@ -101,11 +101,9 @@ def run(
     with loader, ExitStack() as held:
         check()
         fresh = not checkpoint.paths(settings.out / "checkpoints")  # a killed run may have left part of one
-        begin = (
-            initial_weights(settings.model, settings.view.resolution)
-            if settings.model.init and fresh
-            else None
-        )
+        begin = None
+        if settings.model.init and fresh:
+            begin = initial_weights(settings.model, settings.view.resolution)
         from_first(world, lambda: create_run(settings, classes, resume, describe_set(source, settings.order)))
         from_first(world, lambda: held.enter_context(run_lock(settings.out)))
         trainer = Trainer(settings, classes, loader, device, world, initial=begin)
