@@ -101,10 +101,10 @@ class Encoder:
     def coded(self, batches: Batches) -> Iterator[Coded]:
         run = self.run
         for part in inference.encode(run.network, batches, run.settings.view):
-            where = inference.locations(run.network, part).float().cpu().numpy()
-            values = np.empty((len(where), 0), np.float32)
+            values = np.empty((len(part.rows), 0), np.float32)
             if self.quantiser is not None:
-                values = where if self.code == "bits" else part.features.float().cpu().numpy()
+                of = inference.locations(run.network, part) if self.code == "bits" else part.features
+                values = of.float().cpu().numpy()
             if self.code == "bits" or self.quantiser is None:
                 codes = pack_bits(part.posterior.code()[:, : self.bits])
             else:
