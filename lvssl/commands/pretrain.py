@@ -39,7 +39,7 @@ def start_from(arguments: list[str]) -> tuple[Any, str]:
     return PretrainSettings(), ""
 
 
-def pretrain(arguments: list[str]) -> int:
+def pretrain(arguments: list[str]) -> None:
     from lvssl.settings.fields import shell_line
     from lvssl.settings.pretrain import PRESETS, PretrainSettings
     from pipelines.datasets.parts import are_there
@@ -69,7 +69,6 @@ def pretrain(arguments: list[str]) -> int:
     from lvssl.runs.run import read_config
     from lvssl.training.distributed import world_of
     from lvssl.training.pretrain import pretrain as run
-    from lvssl.training.stopping import Interrupted
 
     chosen.settings.validate()
     if what and world_of().first:
@@ -78,16 +77,12 @@ def pretrain(arguments: list[str]) -> int:
         print(in_words(chosen.settings, what), file=sys.stderr, flush=True)
     try:
         run(chosen.settings, chosen.resume, lambda: require_memory(chosen.settings, world_of().size))
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return 143
     except DamagedSample as error:
         resumed = "--resume " if (out / "config.json").exists() else ""
         raise InputError(f"{error}; pass {resumed}--on-error skip to leave out such images") from error
     if not world_of().first:
-        return 0
+        return
     following = shell_line("lvssl", "encode", out, "--images", data)
     if read_config(out)[1] > 1:  # there are labels
         following += f", or with labelled test images {shell_line('lvssl', 'evaluate', out)} --test TEST"
     print(f"{out}: done; next: {following}")
-    return 0
