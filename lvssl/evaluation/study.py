@@ -116,7 +116,7 @@ def plan(settings: StudySettings, arm: str, seed: int) -> PretrainSettings:
         "max_pixels": settings.max_pixels,
         "epochs": settings.epochs or base.epochs,
     }
-    return replaced(base, given | typed(base, arm, changes))
+    return replaced(base, given | parsed_values(base, arm, changes))
 
 
 def parsed(arm: str) -> tuple[str, dict[str, str]]:
@@ -130,7 +130,7 @@ def start_of(settings: StudySettings) -> str:
     return f"{settings.prefix}-" if settings.prefix else ""
 
 
-def typed(base: PretrainSettings, arm: str, changes: dict[str, str]) -> dict[str, Any]:
+def parsed_values(base: PretrainSettings, arm: str, changes: dict[str, str]) -> dict[str, Any]:
     """Parse an arm's values of settings of latent and model to the types of their defaults."""
     defaults = {f.name: f.default for of in (base.latent, base.model) for f in dataclasses.fields(of)}
     made = {}
